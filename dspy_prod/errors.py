@@ -1,0 +1,115 @@
+"""What this library refuses, and why: every refusal is a typed, non-retryable DSPy `LMError`.
+
+Upstream failures keep DSPy's own classes (`LMTimeoutError`, `LMServerError`, ...). The classes here mean that *we*
+said no, before or instead of sending a request. Each carries data (`reason`, `retry_after`, ...) and a sentence that
+names the remedy. None derives from the classes that DSPy retries, so a refusal is final for DSPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from dspy.utils.exceptions import LMError
+
+
+class ConfigError(ValueError):
+    """An option is impossible, unknown or contradictory; the message names the field and the remedy."""
+
+
+def _rebuild(cls: type[RejectedError], message: str, state: dict[str, Any]) -> RejectedError:
+    error = cls(message)
+    error.__dict__.update(state)
+    error.args = (str(state.get("_text", message)),)
+    return error
+
+
+class RejectedError(LMError):
+    """A call this library refused.
+
+    Attributes:
+        reason: stable machine-readable word, see the subclasses.
+        retry_after: seconds after which the same call may succeed, or None when waiting will not help or the
+            moment is unknown.
+        route: the model route that refused, when one did.
+    """
+
+    reason: str = "rejected"
+    default_code = "rejected"
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        retry_after: float | None = None,
+        route: str | None = None,
+        model: str | None = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(message, model=model, code=self.reason, retry_after=retry_after)
+        self.route = route
+        for name, value in details.items():
+            setattr(self, name, value)
+
+    def __reduce__(self) -> tuple[Callable[..., RejectedError], tuple[()]]:
+        # Exceptions travel between processes (multiprocessing pools); keyword-only arguments defeat the default.
+        return partial(_rebuild, type(self), self.message, {**self.__dict__, "_text": str(self)}), ()
+
+
+class CircuitOpenError(RejectedError):
+    """The route's circuit breaker is open: the upstream failed recently, so the call was not sent.
+
+    Attributes:
+        cause_text: what opened the circuit, as text without secrets.
+    """
+
+    reason = "circuit_open"
+    default_code = "circuit_open"
+    cause_text: str = ""
+
+
+class RateLimitedError(RejectedError):
+    """The rate limit cannot admit the call within `max_wait`, or never could (weight above the limit)."""
+
+    reason = "rate_limited"
+    default_code = "rate_limited"
+    dimension: str = ""
+
+
+class BudgetExceededError(RejectedError):
+    """The budget cannot cover the call's upper bound.
+
+    Attributes:
+        budget: the budget's name and scope, e.g. `"day/tenant=acme"`.
+        limit_usd, spent_usd, held_usd, bound_usd: the arithmetic behind the refusal, in USD.
+    """
+
+    reason = "budget_exceeded"
+    default_code = "budget_exceeded"
+    budget: str = ""
+    limit_usd: float = 0.0
+    spent_usd: float = 0.0
+    held_usd: float = 0.0
+    bound_usd: float = 0.0
+
+
+class DeadlineExceededError(RejectedError):
+    """The call's own deadline passed while it waited, retried, or while the upstream was working."""
+
+    reason = "deadline_exceeded"
+    default_code = "deadline_exceeded"
+
+
+class UnpricedModelError(RejectedError):
+    """A budget applies but the call's cost cannot be bounded: no known price, output limit or media size."""
+
+    reason = "unpriced_model"
+    default_code = "unpriced_model"
+
+
+class StoreUnavailableError(RejectedError):
+    """The state store cannot record what a budget or shared limit needs, so nothing was sent."""
+
+    reason = "store_unavailable"
+    default_code = "store_unavailable"

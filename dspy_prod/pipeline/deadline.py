@@ -1,0 +1,248 @@
+"""Bounding one attempt in time, also against a server that hangs or sends a byte now and then.
+
+The native route reads the limit from a `ContextVar` in every socket operation, so it needs no extra thread. Other
+synchronous engines run in a worker thread that the caller stops waiting for; the abandoned attempt keeps its hold
+until it ends. Asynchronous engines are cancelled by `timeout_at`.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from math import inf
+from queue import Empty, SimpleQueue
+from typing import Any, Final, Generic, TypeVar
+
+from dspy._vendor.lm15.transports import StdlibTransport
+from dspy._vendor.lm15.transports._types import TransportRequest, TransportResponse
+
+from dspy_prod.pipeline.effects import AttemptTimeoutError
+
+T = TypeVar("T")
+
+ATTEMPT_UNTIL: contextvars.ContextVar[float] = contextvars.ContextVar("dspy_prod_attempt_until", default=inf)
+"""Monotonic time at which the attempt running here must end."""
+
+MAX_CONNECTIONS: Final = 4096
+"""Connections per upstream; concurrency is limited by `RateLimit`, not by the pool."""
+
+
+class _BoundedSocket:
+    """A socket whose every operation also respects `ATTEMPT_UNTIL`."""
+
+    __slots__ = ("_sock", "_timeout")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._timeout: float | None = None
+
+    def settimeout(self, timeout: float | None) -> None:
+        self._timeout = timeout
+
+    def recv(self, size: int) -> bytes:
+        self._bound()
+        return self._sock.recv(size)
+
+    def sendall(self, data: bytes) -> None:
+        self._bound()
+        self._sock.sendall(data)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def _bound(self) -> None:
+        until = ATTEMPT_UNTIL.get()
+        timeout = self._timeout
+        if until != inf:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise socket.timeout("the attempt's time limit has passed")
+            timeout = left if timeout is None else min(timeout, left)
+        self._sock.settimeout(timeout)
+
+
+class BoundedTransport(StdlibTransport):  # type: ignore[misc]  # DSPy is untyped
+    """lm15's transport with sockets that respect `ATTEMPT_UNTIL`."""
+
+    def stream(self, request: TransportRequest) -> TransportResponse:
+        until = ATTEMPT_UNTIL.get()
+        if until != inf:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise AttemptTimeoutError
+            request.connect_timeout = min(request.connect_timeout or self._connect_timeout, left)
+        return super().stream(request)
+
+    def _open(self, *args: Any, **kwargs: Any) -> Any:
+        connection = super()._open(*args, **kwargs)
+        connection.sock = _BoundedSocket(connection.sock)
+        return connection
+
+
+# -- workers: for synchronous engines that cannot be bounded from inside ---------------------------------------------
+class Job(Generic[T]):
+    """A function running in a worker thread, whose end can be awaited, bounded, or heard of later."""
+
+    __slots__ = ("_done", "_lock", "_report", "error", "value")
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._lock = threading.Lock()
+        self._report: Callable[[T | None, BaseException | None], None] | None = None
+        self.value: T | None = None
+        self.error: BaseException | None = None
+
+    def run(self, function: Callable[[], T]) -> None:
+        try:
+            self.value = function()
+        except BaseException as error:
+            self.error = error
+        with self._lock:
+            self._done.set()
+            report = self._report
+        if report is not None:
+            report(self.value, self.error)
+
+    def wait(self, until: float) -> bool:
+        """Whether the job ended by `until` (monotonic)."""
+        return self._done.wait(None if until == inf else max(0.0, until - time.monotonic()))
+
+    def on_end(self, report: Callable[[T | None, BaseException | None], None]) -> None:
+        """Call `report` when the job ends, or now if it has ended. At most one report is made."""
+        with self._lock:
+            if not self._done.is_set():
+                self._report = report
+                return
+        report(self.value, self.error)
+
+
+class Workers:
+    """Daemon threads that run jobs; idle ones end by themselves. The number is bounded.
+
+    Args:
+        limit: threads at most. When all hang in abandoned attempts, a further job is refused.
+        idle: seconds after which an idle worker ends.
+    """
+
+    def __init__(self, limit: int = 512, idle: float = 2.0) -> None:
+        self._limit = limit
+        self._idle_for = idle
+        self._lock = threading.Lock()
+        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._idle = 0
+        self._count = 0
+
+    def submit(self, function: Callable[[], T]) -> Job[T]:
+        """Run `function` in a worker, with the caller's context variables.
+
+        Raises:
+            AttemptTimeoutError: every worker hangs; the upstream does not answer and more threads would not help.
+        """
+        job: Job[T] = Job()
+        context = contextvars.copy_context()
+
+        def work() -> None:
+            job.run(lambda: context.run(function))
+
+        with self._lock:
+            if self._idle > 0:
+                self._idle -= 1
+                start = False
+            elif self._count >= self._limit:
+                raise AttemptTimeoutError
+            else:
+                self._count += 1
+                start = True
+        if start:
+            threading.Thread(target=self._serve, args=(work,), name="dspy_prod-attempt", daemon=True).start()
+        else:
+            self._jobs.put(work)
+        return job
+
+    def _serve(self, work: Callable[[], None] | None) -> None:
+        while work is not None:
+            work()
+            with self._lock:
+                self._idle += 1
+            work = self._next()
+
+    def _next(self) -> Callable[[], None] | None:
+        while True:
+            try:
+                return self._jobs.get(timeout=self._idle_for)
+            except Empty:
+                with self._lock:
+                    if not self._jobs.empty():
+                        continue  # a job was promised to this idle worker meanwhile
+                    if self._idle > 0:
+                        self._idle -= 1
+                        self._count -= 1
+                        return None
+                # The place among the idle was given to a job that is being put right now.
+
+    def _after_fork(self) -> None:
+        self.__init__(self._limit, self._idle_for)  # type: ignore[misc]
+
+
+WORKERS = Workers()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=WORKERS._after_fork)
+
+
+def bounded(function: Callable[[], T], until: float) -> T:
+    """Run `function` in a worker and return its result, or raise `AttemptTimeoutError` at `until`."""
+    job = WORKERS.submit(function)
+    if not job.wait(until):
+        raise AttemptTimeoutError(job)
+    if job.error is not None:
+        raise job.error
+    return job.value  # type: ignore[return-value]
+
+
+_END: Final = object()
+
+
+def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float) -> Iterator[T]:
+    """The items of a stream that runs in a worker; raises `AttemptTimeoutError` at `until`.
+
+    The worker closes the stream when the consumer has gone.
+    """
+    items: SimpleQueue[Any] = SimpleQueue()
+    gone = threading.Event()
+
+    def pump() -> None:
+        stream = open_stream()
+        try:
+            for item in stream:
+                if gone.is_set():
+                    return
+                items.put((item, None))
+            items.put((_END, None))
+        except BaseException as error:
+            items.put((_END, error))
+        finally:
+            close = getattr(stream, "close", None)
+            if close is not None:
+                close()
+
+    job = WORKERS.submit(pump)
+    try:
+        while True:
+            try:
+                item, error = items.get(timeout=None if until == inf else max(0.0, until - time.monotonic()))
+            except Empty:
+                raise AttemptTimeoutError(job) from None
+            if error is not None:
+                raise error
+            if item is _END:
+                return
+            yield item
+    finally:
+        gone.set()

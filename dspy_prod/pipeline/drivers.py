@@ -1,0 +1,311 @@
+"""The drivers: they perform a flow's effects, for threads and for tasks, whole and streaming.
+
+All I/O and all waiting of the library's call path is here. A driver adds no rule of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, closing
+from math import inf
+from typing import Any
+
+from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
+from dspy.clients.errors import wrap_error
+from dspy.lm15 import Response, TransportError, response_to_events
+from dspy._vendor.lm15.result import StreamAccumulator
+from dspy._vendor.lm15.types import StreamEvent
+
+from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, bounded, bounded_stream
+from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Wait
+from dspy_prod.pipeline.flow import Flow
+
+try:
+    from asyncio import timeout_at
+except ImportError:  # Python 3.10
+    from async_timeout import timeout_at  # type: ignore[no-redef,import-not-found,unused-ignore]
+
+
+# -- whole answers ---------------------------------------------------------------------------------------------------
+def run(steps: Flow) -> Response:
+    """Perform a flow on this thread."""
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                if type(effect) is Attempt:
+                    result = _attempt(effect)
+                else:
+                    result = _wait(effect)  # type: ignore[arg-type]
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(result)
+    except StopIteration as stop:
+        response: Response = stop.value
+        return response
+
+
+async def arun(steps: Flow) -> Response:
+    """Perform a flow in this task."""
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                if type(effect) is Attempt:
+                    result = await _aattempt(effect)
+                else:
+                    result = await _await(effect)  # type: ignore[arg-type]
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(result)
+    except StopIteration as stop:
+        response: Response = stop.value
+        return response
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+def run_stream(steps: Flow, call: Call) -> Iterator[StreamEvent]:
+    """Perform a flow on this thread and yield the answer's events."""
+    end: StreamEvent | None = None
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                if type(effect) is Attempt:
+                    result, end = yield from _events(effect, call)
+                else:
+                    result = _wait(effect)  # type: ignore[arg-type]
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(result)
+    except StopIteration as stop:
+        response = stop.value
+    if end is not None:
+        yield end
+    else:
+        yield from response_to_events(response)  # the cache answered
+
+
+async def arun_stream(steps: Flow, call: Call) -> AsyncIterator[StreamEvent]:
+    """Perform a flow in this task and yield the answer's events."""
+    ended: list[Any] = []
+    try:
+        effect = next(steps)
+        while True:
+            try:
+                if type(effect) is Attempt:
+                    result = None
+                    async with aclosing(_aevents(effect, call, ended)) as events:
+                        async for event in events:
+                            yield event
+                    result = ended[0]
+                else:
+                    result = await _await(effect)  # type: ignore[arg-type]
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(result)
+    except StopIteration as stop:
+        response = stop.value
+    if ended:
+        yield ended[1]
+        return
+    for event in response_to_events(response):
+        yield event
+
+
+# -- effects ---------------------------------------------------------------------------------------------------------
+def _wait(effect: Wait) -> None:
+    left = inf if effect.until == inf else effect.until - time.monotonic()
+    if effect.what is None:
+        time.sleep(max(0.0, left))
+        return
+    decided = threading.Event()
+    if effect.what.attach(decided.set):
+        decided.wait(None if left == inf else max(0.0, left))
+
+
+async def _await(effect: Wait) -> None:
+    left = inf if effect.until == inf else max(0.0, effect.until - time.monotonic())
+    if effect.what is None:
+        await asyncio.sleep(left)
+        return
+    loop = asyncio.get_running_loop()
+    decided: asyncio.Future[None] = loop.create_future()
+
+    def finish() -> None:
+        if not decided.done():
+            decided.set_result(None)
+
+    def wake() -> None:
+        loop.call_soon_threadsafe(finish)
+
+    if not effect.what.attach(wake):
+        return
+    timer = None if left == inf else loop.call_later(left, finish)
+    try:
+        await decided
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def _attempt(effect: Attempt) -> Response:
+    route, until = effect.route, effect.until
+    try:
+        engine, bounds_itself = route.upstream.sync_engine(effect.request, effect.extras)
+        if until == inf:
+            return _checked(engine.complete(effect.request))
+        if not bounds_itself:
+            return _checked(bounded(lambda: engine.complete(effect.request), until))
+        token = ATTEMPT_UNTIL.set(until)
+        try:
+            return _checked(engine.complete(effect.request))
+        finally:
+            ATTEMPT_UNTIL.reset(token)
+    except Exception as error:
+        raise _public(error, effect) from error
+
+
+async def _aattempt(effect: Attempt) -> Response:
+    route, until = effect.route, effect.until
+    limit: Any = None
+    try:
+        engine = route.upstream.async_engine(effect.request, effect.extras)
+        if until == inf:
+            return _checked(await engine.complete(effect.request))
+        async with _limit(until) as limit:
+            return _checked(await engine.complete(effect.request))
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        if limit is not None and _expired(limit):
+            raise AttemptTimeoutError from None
+        raise _public(error, effect) from error
+    except Exception as error:
+        raise _public(error, effect) from error
+
+
+def _events(effect: Attempt, call: Call) -> Iterator[StreamEvent]:
+    """Yield a stream's events, the start held back until the first delta; return (response, end event)."""
+    until = effect.until
+    accumulator = StreamAccumulator(effect.request)
+    start: StreamEvent | None = None
+    end: StreamEvent | None = None
+    try:
+        engine, bounds_itself = effect.route.upstream.sync_engine(effect.request, effect.extras)
+        source = engine.stream(effect.request)
+        if until != inf:
+            source = _within(source, until) if bounds_itself else bounded_stream(lambda: source, until)
+        with closing(checked_stream(source, provider=effect.route.upstream.provider)) as events:
+            for event in events:
+                accumulator.push(event)
+                if event.type == "start":
+                    start = event
+                    continue
+                if event.type == "end":
+                    end = event
+                    continue
+                call.visible = True
+                if start is not None:
+                    yield start
+                    start = None
+                yield event
+        response = accumulator.response()
+    except Exception as error:
+        raise _public(error, effect) from error
+    if start is not None:
+        yield start
+    return response, end  # type: ignore[return-value]
+
+
+def _within(source: Iterator[StreamEvent], until: float) -> Iterator[StreamEvent]:
+    """The events of a native stream, each awaited no longer than `until`."""
+    with closing(source) as events:  # type: ignore[type-var]
+        iterator = iter(events)
+        while True:
+            token = ATTEMPT_UNTIL.set(until)
+            try:
+                event = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                ATTEMPT_UNTIL.reset(token)
+            yield event
+
+
+async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncIterator[StreamEvent]:
+    """As `_events`; puts (response, end event) into `ended`."""
+    ended.clear()
+    until = effect.until
+    accumulator = StreamAccumulator(effect.request)
+    start: StreamEvent | None = None
+    end: StreamEvent | None = None
+    limit: Any = None
+    try:
+        source = effect.route.upstream.async_engine(effect.request, effect.extras).stream(effect.request)
+        async with aclosing(achecked_stream(source, provider=effect.route.upstream.provider)) as events:
+            while True:
+                try:
+                    if until == inf:
+                        event = await anext(events)
+                    else:
+                        async with _limit(until) as limit:
+                            event = await anext(events)
+                except StopAsyncIteration:
+                    break
+                accumulator.push(event)
+                if event.type == "start":
+                    start = event
+                    continue
+                if event.type == "end":
+                    end = event
+                    continue
+                call.visible = True
+                if start is not None:
+                    yield start
+                    start = None
+                yield event
+        response = accumulator.response()
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        if limit is not None and _expired(limit):
+            raise AttemptTimeoutError from None
+        raise _public(error, effect) from error
+    except Exception as error:
+        raise _public(error, effect) from error
+    if start is not None:
+        yield start
+    ended.extend((response, end))
+
+
+# -- details ---------------------------------------------------------------------------------------------------------
+def _limit(until: float) -> Any:
+    return timeout_at(asyncio.get_running_loop().time() + (until - time.monotonic()))
+
+
+def _expired(limit: Any) -> bool:
+    expired = limit.expired
+    return bool(expired() if callable(expired) else expired)
+
+
+def _checked(response: Any) -> Response:
+    if isinstance(response, Response):
+        return response
+    kind = type(response)
+    raise TypeError(f"Engine.complete must return dspy.lm15.Response, got {kind.__module__}.{kind.__qualname__}")
+
+
+def _public(error: Exception, effect: Attempt) -> Exception:
+    """The error as DSPy shows it; our own time limit stays recognisable."""
+    if isinstance(error, AttemptTimeoutError):
+        return error
+    until = effect.until
+    if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
+        return AttemptTimeoutError()
+    wrapped: Exception = wrap_error(error, model=effect.route.model, provider=effect.route.upstream.provider)
+    return wrapped

@@ -1,0 +1,64 @@
+"""The effects a flow asks its driver for, and the errors a driver answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dspy.lm15 import Request, Response
+
+if TYPE_CHECKING:
+    from dspy_prod.pipeline.routes import Route
+
+
+class Decidable(Protocol):
+    """Something that another thread decides: a ticket in line, a follower of a flight."""
+
+    def attach(self, wake: Callable[[], None]) -> bool:
+        """Register an idempotent callback; False when it is decided already."""
+        ...
+
+
+class Attempt:
+    """Send `request` on `route` once. Answered with the `Response`, or by raising the upstream's error.
+
+    `until` bounds the attempt on the monotonic clock (`inf`: not at all).
+    """
+
+    __slots__ = ("extras", "request", "route", "until")
+
+    def __init__(self, route: Route, request: Request, extras: dict[str, Any] | None, until: float) -> None:
+        self.route = route
+        self.request = request
+        self.extras = extras
+        self.until = until
+
+
+class Wait:
+    """Wait until `what` is decided or the monotonic clock shows `until`. Answered with nothing."""
+
+    __slots__ = ("until", "what")
+
+    def __init__(self, what: Decidable | None, until: float) -> None:
+        self.what = what
+        self.until = until
+
+
+class AttemptTimeoutError(Exception):
+    """The driver ended an attempt at its `until`.
+
+    Attributes:
+        late: set when the attempt still runs in a worker thread and will report there.
+    """
+
+    def __init__(self, late: LateResult | None = None) -> None:
+        super().__init__("the attempt was ended at its time limit")
+        self.late = late
+
+
+class LateResult(Protocol):
+    """An abandoned attempt that goes on in a worker thread."""
+
+    def on_end(self, report: Callable[[Response | None, BaseException | None], None]) -> None:
+        """Call `report(response, error)` when the attempt has ended, at once if it has."""
+        ...

@@ -1,0 +1,121 @@
+"""The production engine: DSPy's engine contract on top, the flow beneath.
+
+DSPy owns prompts, candidate fan-out, history and callbacks above it; the upstream engines beneath make one attempt.
+The contract is `dspy/clients/engines/base.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, closing
+from typing import Any
+
+from dspy._vendor.lm15.types import StreamEvent
+from dspy.lm15 import Request, Response
+
+from dspy_prod.context import current
+from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
+from dspy_prod.pipeline.flow import flow
+from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.pipeline.scope import SCOPE, candidate_key, request_key
+
+
+class _Guarded:
+    """What the synchronous and the asynchronous engine share.
+
+    Args:
+        pipeline: what calls run through.
+        identity: bytes that keep the cache keys of different models and addresses apart.
+    """
+
+    supports_function_calling = True
+    supports_reasoning = False
+    supports_response_schema = False
+    supported_params: frozenset[str] = frozenset()
+
+    def __init__(self, pipeline: Pipeline, identity: bytes) -> None:
+        self.pipeline = pipeline
+        self.identity = identity
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.pipeline.primary.model!r})"
+
+    def _call(self, request: Request, streaming: bool) -> Call:
+        scope = SCOPE.get()
+        pipeline = self.pipeline
+        if scope is None:  # the engine is used without its LM
+            context = current()
+            key = None
+            if pipeline.cache is not None and context.cache != "bypass":
+                key = request_key(self.identity, request, None, None, self._tenant(context.tenant))
+            return Call(pipeline, request, context, key=key, extras=None, streaming=streaming)
+        context = scope.context
+        index = scope.index
+        scope.index = index + 1
+        key = None
+        if scope.use_cache:
+            key = scope.base
+            if key is None:
+                key = request_key(
+                    self.identity, request, scope.extras, scope.rollout_id, self._tenant(context.tenant)
+                )
+            if key is not None and index:
+                key = candidate_key(key, index)
+        call = Call(pipeline, request, context, key=key, extras=scope.extras, streaming=streaming)
+        call.records = scope.records
+        return call
+
+    def _tenant(self, tenant: str | None) -> str | None:
+        cache = self.pipeline.cache
+        return None if cache is None or cache.options.shared else tenant
+
+
+class ProdEngine(_Guarded):
+    """The synchronous engine."""
+
+    def complete(self, request: Request) -> Response:
+        """Answer one request.
+
+        Raises:
+            RejectedError: refused by a policy of this library.
+            LMError: the upstream's error, once retries and fallbacks are exhausted.
+        """
+        return run(flow(self._call(request, False)))
+
+    def stream(self, request: Request) -> Iterator[StreamEvent]:
+        """Answer one request event by event; raises as `complete` does."""
+        call = self._call(request, True)
+        with closing(run_stream(flow(call), call)) as events:  # type: ignore[type-var]
+            yield from events
+
+    def close(self) -> None:
+        """Engines are shared by copies of an LM; `LM.close` closes what they own."""
+
+
+class AsyncProdEngine(_Guarded):
+    """The asynchronous engine."""
+
+    async def complete(self, request: Request) -> Response:
+        """See `ProdEngine.complete`."""
+        return await arun(flow(self._call(request, False)))
+
+    async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """See `ProdEngine.stream`."""
+        call = self._call(request, True)
+        async with aclosing(arun_stream(flow(call), call)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+
+    async def aclose(self) -> None:
+        """See `ProdEngine.close`."""
+
+
+def capabilities_of(engine: Any) -> dict[str, Any]:
+    """What an engine object declares, in DSPy's terms; missing means False."""
+    return {
+        "function_calling": bool(getattr(engine, "supports_function_calling", False)),
+        "reasoning": bool(getattr(engine, "supports_reasoning", False)),
+        "response_schema": bool(getattr(engine, "supports_response_schema", False)),
+        "params": frozenset(getattr(engine, "supported_params", ()) or ()),
+    }

@@ -1,0 +1,121 @@
+"""What an attempt's end means: for the breaker, for retries, for fallbacks, for the limiter and for the bill.
+
+One table, `_RULES`, decides; nothing else in the library looks at error classes. Billing follows the rule that money
+is owed unless the provider certainly did not work: never sent, or refused with 4xx (not 408), 500, 503 or 529.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from dspy.utils.exceptions import (
+    ContextWindowExceededError,
+    LMAuthError,
+    LMBillingError,
+    LMConfigurationError,
+    LMError,
+    LMInvalidRequestError,
+    LMLockTimeoutError,
+    LMProviderError,
+    LMRateLimitError,
+    LMServerError,
+    LMStreamAssemblyError,
+    LMTimeoutError,
+    LMTransportError,
+    LMUnexpectedError,
+    LMUnsupportedFeatureError,
+    LMUnsupportedModelError,
+)
+
+from dspy_prod.errors import RejectedError
+
+
+class Verdict(NamedTuple):
+    """How one attempt ended.
+
+    Attributes:
+        outcome: the word for the ledger: `ok`, `error`, `timeout`, `cancelled`.
+        failure: counts against the breaker; otherwise it is ignored and only releases the permit.
+        retry: the same route may succeed if tried again.
+        fallback: another model may succeed.
+        throttled: the provider said 429; feeds the limiter.
+        sent: the request may have reached the provider.
+        owed: the provider may have billed it.
+    """
+
+    outcome: str
+    failure: bool = False
+    retry: bool = False
+    fallback: bool = False
+    throttled: bool = False
+    sent: bool = True
+    owed: bool = True
+
+
+OK: Final = Verdict("ok")
+CANCELLED: Final = Verdict("cancelled")
+OWN_DEADLINE: Final = Verdict("timeout", failure=True)
+"""Our own deadline ended the attempt: slow or hung upstream, so the breaker learns of it; not retryable by nature."""
+
+_UNSENT: Final = Verdict("error", failure=True, retry=True, fallback=True, sent=False, owed=False)
+
+# Most specific first. `owed` here is the answer when no HTTP status decides.
+_RULES: Final[tuple[tuple[type[LMError], Verdict], ...]] = (
+    (RejectedError, Verdict("error", sent=False, owed=False)),
+    (ContextWindowExceededError, Verdict("error", fallback=True, owed=False)),
+    (LMAuthError, Verdict("error", fallback=True, owed=False)),
+    (LMBillingError, Verdict("error", fallback=True, owed=False)),
+    (LMRateLimitError, Verdict("error", retry=True, fallback=True, throttled=True, owed=False)),
+    (LMUnsupportedModelError, Verdict("error", fallback=True, owed=False)),
+    (LMInvalidRequestError, Verdict("error", owed=False)),
+    (LMTimeoutError, Verdict("timeout", failure=True, retry=True, fallback=True)),
+    (LMServerError, Verdict("error", failure=True, retry=True, fallback=True)),
+    (LMLockTimeoutError, Verdict("error", retry=True, sent=False, owed=False)),
+    (LMTransportError, Verdict("error", failure=True, retry=True, fallback=True)),
+    (LMUnsupportedFeatureError, Verdict("error", fallback=True, sent=False, owed=False)),
+    (LMConfigurationError, Verdict("error", fallback=True, sent=False, owed=False)),
+    # A broken answer: the generation was completed and is owed, so the same route is not paid twice for it.
+    (LMStreamAssemblyError, Verdict("error", failure=True, fallback=True)),
+    (LMProviderError, Verdict("error", failure=True, fallback=True)),
+    (LMUnexpectedError, Verdict("error", failure=True, fallback=True)),
+)
+_UNKNOWN: Final = Verdict("error", failure=True, fallback=True)
+
+_UNBILLED_STATUS: Final = frozenset({500, 503, 529})
+_CONNECT_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError"})
+
+
+def judge(error: BaseException) -> Verdict:
+    """The verdict on an attempt that raised `error`."""
+    if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
+        return CANCELLED
+    verdict = next((verdict for kind, verdict in _RULES if isinstance(error, kind)), _UNKNOWN)
+    if isinstance(error, LMTransportError) and _never_connected(error):
+        return _UNSENT
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and verdict.owed and _refused_unbilled(status):
+        return verdict._replace(owed=False)
+    return verdict
+
+
+def _refused_unbilled(status: int) -> bool:
+    return (400 <= status < 500 and status != 408) or status in _UNBILLED_STATUS
+
+
+def _never_connected(error: BaseException) -> bool:
+    """Whether the chain of causes says that no connection was made, so that nothing was sent."""
+    for cause in _causes(error):
+        if type(cause).__name__ in _CONNECT_ERRORS or isinstance(cause, ConnectionRefusedError):
+            return True
+    return False
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__

@@ -1,0 +1,107 @@
+"""What a call runs through: routes, budgets, cache and store, put together once and shared by copies of an LM."""
+
+from __future__ import annotations
+
+import random
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from dspy.lm15 import Response
+
+from dspy_prod.clock import Clock
+from dspy_prod.events import EventBus
+from dspy_prod.options import Cache
+from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.pipeline.routes import Route
+from dspy_prod.policies.budget import BudgetRule
+from dspy_prod.policies.cache import Entry, ResponseCache
+from dspy_prod.policies.singleflight import Flights
+from dspy_prod.stores.base import Store
+
+
+class Pipeline:
+    """See the module's docstring.
+
+    Attributes:
+        routes: the primary and then the fallbacks.
+        budgets: the rules every call is checked against.
+        degradable: whether a budget may switch to a cheaper model.
+        watches_spending: whether a budget has a soft threshold.
+    """
+
+    def __init__(
+        self,
+        primary: Route,
+        fallbacks: tuple[Route, ...],
+        *,
+        store: Store,
+        budgets: tuple[BudgetRule, ...],
+        cache: Cache | None,
+        route_maker: Callable[[str], Route],
+        clock: Clock,
+        bus: EventBus,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        self.primary = primary
+        self.fallbacks = fallbacks
+        self.routes = (primary, *fallbacks)
+        self.store = store
+        self.budgets = budgets
+        self.degradable = any(rule.options.degrade_to for rule in budgets)
+        self.watches_spending = any(rule.options.soft for rule in budgets)
+        shared = None if cache is None else _shared_cache(store, cache)
+        self.cache: ResponseCache | None = None if shared is None else shared.cache
+        self.flights: Flights = Flights() if shared is None else shared.flights
+        self._shared = shared
+        self.clock = clock
+        self.bus = bus
+        self.rand = rand
+        self._route_maker = route_maker
+        self._made: dict[str, Route] = {}
+        REAPER.start()
+
+    def route_to(self, model: str) -> Route:
+        """A route to another model, made once."""
+        route = self._made.get(model)
+        if route is None:
+            route = self._made[model] = next(
+                (route for route in self.fallbacks if route.model == model), None
+            ) or self._route_maker(model)
+        return route
+
+    def without_usage(self, response: Response) -> Response:
+        """The answer of another call, as its follower gets it: nothing was used for it."""
+        return Entry(response, 0.0, 0.0, 0).response
+
+    def close(self) -> None:
+        """Close the pooled connections of all routes."""
+        for route in (*self.routes, *self._made.values()):
+            route.upstream.close()
+
+    async def aclose(self) -> None:
+        """Close this event loop's connections and the synchronous ones."""
+        for route in (*self.routes, *self._made.values()):
+            await route.upstream.aclose()
+
+
+class SharedCache:
+    """Cache and flights, shared by all pipelines with the same store and cache options."""
+
+    def __init__(self, options: Cache, store: Store) -> None:
+        self.cache = ResponseCache(options, store)
+        self.flights = Flights()
+
+
+_CACHES: weakref.WeakValueDictionary[tuple[int, Any], SharedCache] = weakref.WeakValueDictionary()
+_CACHES_LOCK = threading.Lock()
+
+
+def _shared_cache(store: Store, options: Cache) -> SharedCache:
+    key = (id(store), options)
+    with _CACHES_LOCK:
+        shared = _CACHES.get(key)
+        if shared is None:
+            shared = _CACHES[key] = SharedCache(options, store)
+        return shared

@@ -1,0 +1,62 @@
+"""Work that a finaliser may not do itself.
+
+The garbage collector closes an abandoned stream or coroutine at any allocation, perhaps while this very thread holds
+one of our locks. Such a path only puts its work here (`SimpleQueue.put` is reentrant); one daemon thread does it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+
+_log = logging.getLogger("dspy_prod")
+
+
+class Reaper:
+    """One queue, one daemon thread."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Make sure the thread runs; called when a pipeline is built, never from a finaliser."""
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="dspy_prod-reaper", daemon=True)
+                self._thread.start()
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Have `work` done soon, in order, on the reaper's thread."""
+        self._work.put(work)
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until everything posted before is done."""
+        if self._thread is None or threading.current_thread() is self._thread:
+            return True
+        done = threading.Event()
+        self._work.put(done.set)
+        return done.wait(timeout)
+
+    def _run(self) -> None:
+        while True:
+            work = self._work.get()
+            try:
+                work()
+            except Exception:
+                _log.exception("Settling an abandoned call failed; its hold is charged when the lease ends")
+
+    def _after_fork(self) -> None:
+        running = self._thread is not None
+        self.__init__()  # type: ignore[misc]
+        if running:
+            self.start()
+
+
+REAPER = Reaper()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=REAPER._after_fork)

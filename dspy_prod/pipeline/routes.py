@@ -1,0 +1,166 @@
+"""A route: one model behind one upstream, with its own breaker, limit and retry budget."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from bisect import insort
+from collections import deque
+from typing import Any
+
+from dspy.lm15 import Request
+
+from dspy_prod.bounds import MEDIA, input_bound, output_bound
+from dspy_prod.clock import Clock
+from dspy_prod.events import EventBus
+from dspy_prod.options import CircuitBreaker, RateLimit, Retry
+from dspy_prod.pipeline.upstream import Upstream, address_of
+from dspy_prod.policies.breaker import Breaker
+from dspy_prod.policies.retry import RetryBudget
+from dspy_prod.pricing import PriceBook, Rates
+from dspy_prod.stores.base import Store
+
+PRIMARY = "primary"
+
+_UNKNOWN_OUTPUT = 4096
+"""Output tokens reserved at the limiter while nothing is known about a model's answers."""
+
+
+class RouteState:
+    """What all routes of one identity share in this process."""
+
+    def __init__(self, breaker: Breaker | None, retry_budget: RetryBudget) -> None:
+        self.breaker = breaker
+        self.retry_budget = retry_budget
+        self.throttled = False  # a 429 came: from now on the limiter is asked even when nothing is configured
+        self._outputs: deque[int] = deque(maxlen=200)
+        self._sorted: list[int] = []
+
+    def learn(self, output_tokens: int) -> None:
+        """Remember the size of a real answer."""
+        outputs, ordered = self._outputs, self._sorted
+        if len(outputs) == outputs.maxlen:
+            ordered.remove(outputs[0])
+        outputs.append(output_tokens)
+        insort(ordered, output_tokens)
+
+    def typical_output(self) -> int | None:
+        """Running p90 of real output tokens, None before the first."""
+        ordered = self._sorted
+        return ordered[min(len(ordered) - 1, int(len(ordered) * 0.9))] if ordered else None
+
+
+class Route:
+    """See the module's docstring.
+
+    Attributes:
+        name: `"primary"`, or the model of a fallback.
+        limit_key: identity of the limiter: provider address, key fingerprint and model.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        upstream: Upstream,
+        *,
+        retry: Retry,
+        breaker: CircuitBreaker | None,
+        limit: RateLimit | None,
+        prices: PriceBook,
+        store: Store,
+        clock: Clock,
+        bus: EventBus,
+        defaults: dict[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.model = upstream.model
+        self.upstream = upstream
+        self.retry = retry
+        self.limited = limit is not None and (limit.rpm is not None or limit.tpm is not None or limit.concurrency is not None)
+        self.limit = limit if limit is not None else _NO_LIMIT
+        self.prices = prices
+        self.defaults = defaults or {}
+        self.limit_key = f"{address_of(upstream.clients, self.model)}|{fingerprint(upstream.clients)}|{self.model}"
+        timeout = upstream.clients.get("timeout")
+        self.timeout: float | None = float(timeout) if isinstance(timeout, (int, float)) else None
+        self.state = _shared_state(store, self, retry, breaker, clock, bus)
+        self._rates: Rates | None = None
+        self._priced = False
+
+    def __repr__(self) -> str:
+        return f"Route({self.name!r}, {self.model!r})"
+
+    @property
+    def breaker(self) -> Breaker | None:
+        return self.state.breaker
+
+    def rates(self) -> Rates | None:
+        """The model's prices, None when unknown. Looked up once."""
+        if not self._priced:
+            self._rates = self.prices.rates(self.model, self.upstream.provider)
+            self._priced = True
+        return self._rates
+
+    def bounds(self, request: Request) -> tuple[int | None, int | None]:
+        """Upper bounds of (input, output) tokens, None where none is known."""
+        rates = self.rates()
+        if rates is None:
+            return input_bound(request, max_input_tokens=None), output_bound(request, max_output_tokens=None)
+        return (
+            input_bound(request, max_input_tokens=rates.max_input_tokens),
+            output_bound(request, max_output_tokens=rates.max_output_tokens),
+        )
+
+    def most(self, request: Request, inputs: int, outputs: int) -> int:
+        """The most that so many tokens of this request can cost, in nano-USD; prices must be known."""
+        rates = self.rates()
+        assert rates is not None
+        return rates.bound(inputs, outputs, tier=request.config.service_tier, media=_has_media(request))
+
+    def limiter_tokens(self, request: Request, bounds: tuple[int | None, int | None]) -> int:
+        """Tokens to reserve at the limiter: an upper bound, or the learned size."""
+        tpm = self.limit.tpm
+        if tpm is None:
+            return 0
+        inputs, outputs = bounds
+        learned = self.state.typical_output()
+        if self.limit.estimate == "learned" and learned is not None:
+            outputs = learned if outputs is None else min(outputs, learned)
+            inputs = None if inputs is None else max(1, inputs // 3)  # about three bytes a token
+        if outputs is None:
+            outputs = _UNKNOWN_OUTPUT if learned is None else learned * 2
+        return min(int(tpm), (inputs if inputs is not None else int(tpm)) + outputs)
+
+
+_NO_LIMIT = RateLimit()
+
+
+def _has_media(request: Request) -> bool:
+    return any(part.type in MEDIA for message in request.messages for part in message.parts)
+
+
+def fingerprint(clients: dict[str, Any]) -> str:
+    """A short digest that tells keys apart without revealing them."""
+    key = clients.get("api_key")
+    if key is None:
+        return "env"
+    text = key if isinstance(key, str) else f"callable:{getattr(key, '__qualname__', type(key).__name__)}"
+    return hashlib.sha256(b"dspy_prod:key:" + text.encode("utf-8", "replace")).hexdigest()[:12]
+
+
+_STATES: weakref.WeakValueDictionary[tuple[str, ...], RouteState] = weakref.WeakValueDictionary()
+_STATES_LOCK = threading.Lock()
+
+
+def _shared_state(
+    store: Store, route: Route, retry: Retry, breaker: CircuitBreaker | None, clock: Clock, bus: EventBus
+) -> RouteState:
+    # Settings are part of the key: a copy with other breaker settings has a breaker of its own.
+    key = (str(id(store)), route.limit_key, repr(breaker), repr(retry))
+    with _STATES_LOCK:
+        state = _STATES.get(key)
+        if state is None:
+            guard = None if breaker is None else Breaker(breaker, name=route.model, clock=clock, bus=bus)
+            state = _STATES[key] = RouteState(guard, RetryBudget(retry))
+        return state

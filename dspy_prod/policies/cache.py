@@ -1,0 +1,250 @@
+"""The response cache: fresh answers in memory, above the store.
+
+The memory tier is an LRU bounded in entries and bytes. A key is exact: it covers the whole request, the arguments
+outside it, `rollout_id`, the candidate's index and the tenant, so two different requests never share one. Values in
+the store are JSON; a row that cannot be read is a miss.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from math import inf
+from typing import Any, Final, NamedTuple
+
+import orjson
+from dspy._vendor.lm15.serde import response_from_dict, response_to_dict
+from dspy.lm15 import Response, Usage
+
+from dspy_prod.options import Cache
+from dspy_prod.stores.base import CachedAnswer, Store
+
+_log = logging.getLogger("dspy_prod")
+
+KEY_VERSION: Final = b"dspy_prod:1:"
+"""Part of every key; raised when the meaning of a key or value changes."""
+
+_OVERHEAD: Final = 512
+"""Bytes added to each entry's size for the objects around its text."""
+
+EMPTY_USAGE: Final = Usage()
+
+
+class Entry:
+    """A kept answer.
+
+    Attributes:
+        expires_at, stale_until: store time.
+        size: bytes it counts for.
+    """
+
+    __slots__ = ("_answer", "_emptied", "expires_at", "size", "stale_until")
+
+    def __init__(self, answer: Response, expires_at: float, stale_until: float, size: int) -> None:
+        self._answer = answer
+        self._emptied = False
+        self.expires_at = expires_at
+        self.stale_until = stale_until
+        self.size = size
+
+    @property
+    def response(self) -> Response:
+        """The answer with empty usage, because serving it used nothing; built at the first hit."""
+        if not self._emptied:
+            self._answer = _without_usage(self._answer)
+            self._emptied = True
+        return self._answer
+
+    @property
+    def text(self) -> str | None:
+        """The answer's text when it is text and nothing else."""
+        parts = self._answer.message.parts
+        if len(parts) == 1 and parts[0].type == "text" and self._answer.logprobs is None:
+            text: str = parts[0].text
+            return text
+        return None
+
+
+class CacheStats(NamedTuple):
+    """Size and use of the memory tier."""
+
+    entries: int
+    max_entries: int
+    bytes: int
+    max_bytes: int
+    hits: int
+    misses: int
+
+
+class ResponseCache:
+    """Answers by key, shared by all LMs with the same store, namespace and options.
+
+    Args:
+        options: bounds and lifetimes.
+        store: where answers survive the process; used when `options.persist`.
+        rand: source of TTL jitter.
+    """
+
+    def __init__(self, options: Cache, store: Store, rand: Callable[[], float] = random.random) -> None:
+        self.options = options
+        self._store = store
+        self._durable = options.persist and store.durable
+        self._now = store.now
+        self._rand = rand
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[bytes, Entry] = OrderedDict()
+        self._bytes = 0
+        self.hits = 0
+        self.misses = 0
+
+    def fresh(self, key: bytes) -> Entry | None:
+        """The fresh answer in memory, or None. No I/O; safe on an event loop."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        if entry.expires_at <= self._now():
+            return None
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            self.hits += 1
+        return entry
+
+    def get(self, key: bytes) -> Entry | None:
+        """The fresh answer in memory or, if answers are persistent, in the store."""
+        entry = self.fresh(key)
+        if entry is not None:
+            return entry
+        if self._durable:
+            entry = self._load(key)
+            if entry is not None and entry.expires_at > self._now():
+                with self._lock:
+                    self.hits += 1
+                return entry
+        self.misses += 1
+        return None
+
+    def stale(self, key: bytes) -> Entry | None:
+        """An expired answer that may still be served because every route failed, or None."""
+        entry = self._entries.get(key) or (self._load(key) if self._durable else None)
+        return entry if entry is not None and entry.stale_until > self._now() else None
+
+    def put(self, key: bytes, response: Response, ttl: float | None) -> None:
+        """Keep an answer. `ttl` overrides the option, in seconds."""
+        options = self.options
+        lifetime = options.ttl if ttl is None else ttl
+        expires_at = stale_until = inf
+        if lifetime is not None:
+            expires_at = self._now() + lifetime * (1.0 - options.ttl_jitter * self._rand())
+            stale_until = expires_at + options.stale_if_error
+        entry = Entry(response, expires_at, stale_until, _size(key, response))
+        if entry.size > options.max_bytes:
+            return
+        self._insert(key, entry)
+        if self._durable:
+            value = _dump(entry.response)
+            if value is not None:
+                self._store.cache_put(
+                    _store_key(key),
+                    CachedAnswer(value, expires_at, stale_until),
+                    max_entries=options.max_entries,
+                    max_bytes=options.max_bytes,
+                )
+
+    def clear(self) -> None:
+        """Forget every answer, in memory and in the store."""
+        with self._lock:
+            self._entries.clear()
+            self._bytes = 0
+        self._store.cache_clear()
+
+    def stats(self) -> CacheStats:
+        """Size and use."""
+        with self._lock:
+            return CacheStats(
+                len(self._entries),
+                self.options.max_entries,
+                self._bytes,
+                self.options.max_bytes,
+                self.hits,
+                self.misses,
+            )
+
+    def _insert(self, key: bytes, entry: Entry) -> None:
+        entries, options = self._entries, self.options
+        with self._lock:
+            old = entries.pop(key, None)
+            if old is not None:
+                self._bytes -= old.size
+            entries[key] = entry
+            self._bytes += entry.size
+            while len(entries) > options.max_entries or self._bytes > options.max_bytes:
+                _, dropped = entries.popitem(last=False)
+                self._bytes -= dropped.size
+
+    def _load(self, key: bytes) -> Entry | None:
+        row = self._store.cache_get(_store_key(key))
+        if row is None:
+            return None
+        try:
+            response = response_from_dict(orjson.loads(row.value))
+        except Exception as error:  # whatever a damaged row makes the decoder raise, it is a miss
+            _log.warning("A cached answer could not be read (%s); treated as a miss", type(error).__name__)
+            return None
+        entry = Entry(response, row.expires_at, row.stale_until, _size(key, response))
+        if entry.expires_at > self._now():
+            self._insert(key, entry)
+        return entry
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+
+def cacheable(response: Response) -> bool:
+    """Whether an answer may be kept: complete, and not a refusal."""
+    if response.finish_reason not in ("stop", "tool_call"):
+        return False
+    return all(part.type != "refusal" for part in response.message.parts)
+
+
+def _without_usage(response: Response) -> Response:
+    return Response(
+        id=response.id,
+        model=response.model,
+        message=response.message,
+        finish_reason=response.finish_reason,
+        usage=EMPTY_USAGE,
+        logprobs=response.logprobs,
+        provider_data=None,
+        adaptations=response.adaptations,
+        logprobs_complete=response.logprobs_complete,
+    )
+
+
+def _size(key: bytes, response: Response) -> int:
+    size = len(key) + _OVERHEAD
+    for part in response.message.parts:
+        for name in ("text", "data"):
+            value: Any = getattr(part, name, None)
+            if isinstance(value, str):
+                size += len(value)
+        if part.type == "tool_call":
+            size += len(repr(part.input))
+    return size
+
+
+def _dump(response: Response) -> bytes | None:
+    try:
+        return orjson.dumps(response_to_dict(response))
+    except (TypeError, ValueError) as error:
+        _log.warning("An answer cannot be written as JSON (%s); it is cached in memory only", type(error).__name__)
+        return None
+
+
+def _store_key(key: bytes) -> bytes:
+    import hashlib
+
+    return hashlib.sha256(KEY_VERSION + key).digest()

@@ -1,0 +1,154 @@
+"""The `CallRecord`: one row of the ledger, the truth about money."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+NANO = 1_000_000_000
+"""Nano-USD per USD. Money is integer nano-USD inside and float only at the edge."""
+
+
+def usd(nano: int | None) -> float | None:
+    """Nano-USD as USD; None stays None (unknown is never zero)."""
+    return None if nano is None else nano / NANO
+
+
+class CallRecord(NamedTuple):
+    """One upstream attempt, or one answer from the cache. Immutable; money is kept as integer nano-USD.
+
+    Attributes:
+        id: unique id of this record; also the id of its budget reservation.
+        call_id: shared by all attempts of one LM call.
+        started_at: seconds since the epoch when the attempt was sent (or the cache answered).
+        model: the model string that was asked, e.g. `"openai/gpt-4o-mini"`.
+        route: name of the route, `"primary"` or the fallback's model.
+        attempt: 1 for the first attempt on its route.
+        outcome: `ok`, `cached`, `stale`, `error`, `timeout`, `cancelled`, `abandoned`.
+        cost_nano: cost in nano-USD; None when the price is unknown.
+        estimated: the provider did not tell the usage; `cost_nano` is the reserved upper bound ("unconfirmed").
+        error: class name of the error, without its text.
+        status: HTTP status of a failed attempt, when known.
+        input_tokens, output_tokens, cached_tokens, reasoning_tokens: usage as told by the provider, None if not.
+        cached: answered from the cache; costs nothing.
+        latency: seconds from sending to the end of the answer.
+        waited: seconds spent waiting for the limiter, the budget or another identical call.
+        user, tenant, session, priority, program, experiment, variant, prompt_version, tags: from the call's context.
+        trace_id: id of the trace the call belongs to, when one was active.
+        accounts: keys of the budget accounts that were charged.
+    """
+
+    id: str
+    call_id: str
+    started_at: float
+    model: str
+    route: str
+    attempt: int
+    outcome: str
+    cost_nano: int | None
+    estimated: bool = False
+    error: str | None = None
+    status: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    cached: bool = False
+    latency: float = 0.0
+    waited: float = 0.0
+    user: str | None = None
+    tenant: str | None = None
+    session: str | None = None
+    priority: str = "normal"
+    program: str | None = None
+    experiment: str | None = None
+    variant: str | None = None
+    prompt_version: str | None = None
+    tags: tuple[tuple[str, str], ...] = ()
+    trace_id: str | None = None
+    accounts: tuple[str, ...] = ()
+
+    @property
+    def cost_usd(self) -> float | None:
+        """Cost in USD, None when unknown."""
+        return usd(self.cost_nano)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-friendly values, with `cost_usd`."""
+        row: dict[str, Any] = self._asdict()
+        row["tags"] = dict(self.tags)
+        row["accounts"] = list(self.accounts)
+        row["cost_usd"] = self.cost_usd
+        return row
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> CallRecord:
+        """The record that `to_dict` described; unknown keys are ignored."""
+        fields = {name: row[name] for name in cls._fields if name in row}
+        fields["tags"] = tuple((str(k), str(v)) for k, v in dict(row.get("tags") or {}).items())
+        fields["accounts"] = tuple(row.get("accounts") or ())
+        return cls(**fields)
+
+
+class Totals(NamedTuple):
+    """Sums over records, as kept in the ledger's rollups.
+
+    Attributes:
+        cost_nano: known cost, estimated cost included.
+        unconfirmed_nano: the part of `cost_nano` that is an upper bound, not told by the provider.
+        unknown_cost: attempts whose cost is not known at all.
+        attempts: upstream attempts. cached: answers from the cache. failed: attempts that did not end in an answer.
+        input_tokens, output_tokens: told usage.
+    """
+
+    cost_nano: int = 0
+    unconfirmed_nano: int = 0
+    unknown_cost: int = 0
+    attempts: int = 0
+    cached: int = 0
+    failed: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    @classmethod
+    def of(cls, record: CallRecord) -> Totals:
+        """The contribution of one record."""
+        cost = record.cost_nano or 0
+        return cls(
+            cost,
+            cost if record.estimated else 0,
+            1 if record.cost_nano is None else 0,
+            0 if record.cached else 1,
+            1 if record.cached else 0,
+            0 if record.cached or record.outcome == "ok" else 1,
+            record.input_tokens or 0,
+            record.output_tokens or 0,
+        )
+
+    def plus(self, other: Totals) -> Totals:
+        """The sum of both."""
+        return Totals(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def minus(self, other: Totals) -> Totals:
+        """The difference, used when a record is corrected."""
+        return Totals(*(a - b for a, b in zip(self, other, strict=True)))
+
+
+ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "variant", "prompt")
+
+
+def rollup_keys(record: CallRecord) -> list[tuple[str, str]]:
+    """The (dimension, value) pairs under which a record is summed per day; `("all", "")` is always first."""
+    keys = [("all", ""), ("model", record.model)]
+    if record.user is not None:
+        keys.append(("user", record.user))
+    if record.tenant is not None:
+        keys.append(("tenant", record.tenant))
+    if record.program is not None:
+        keys.append(("program", record.program))
+    if record.variant is not None:
+        keys.append(("variant", record.variant))
+    if record.prompt_version is not None:
+        keys.append(("prompt", record.prompt_version))
+    keys.extend((f"tag:{name}", value) for name, value in record.tags)
+    return keys

@@ -1,0 +1,168 @@
+"""What an LM was built with: policies, client settings and everything outside DSPy's canonical arguments.
+
+`Settings` is immutable and shared by copies. Secrets live in it while the process lives; they are never written: a
+pickle carries a fingerprint, and finds the key again in the same process (or in the environment).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from dspy.clients.backend_selection import CLIENT_KEYS
+
+from dspy_prod.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.errors import ConfigError
+from dspy_prod.options import Budget, Cache, CircuitBreaker, Options, Price, RateLimit, Retry
+from dspy_prod.pipeline.routes import fingerprint
+
+SECRET_KEYS: Final = frozenset({"api_key", "azure_ad_token_provider", "headers", "extra_headers"})
+"""Client settings that may hold a secret."""
+
+_OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
+_CANONICAL_FALLBACK: Final = frozenset(
+    "model messages tools tool_choice parallel_tool_calls functions function_call max_completion_tokens max_tokens "
+    "temperature top_p top_k stop seed frequency_penalty presence_penalty logprobs top_logprobs response_format "
+    "service_tier store user safety_identifier user_id reasoning reasoning_effort verbosity metadata logit_bias "
+    "prediction stream stream_options".split()
+)
+
+
+def _canonical_keys() -> frozenset[str]:
+    try:
+        from dspy._vendor.lm15.providers import openai_chat as dialect
+
+        return frozenset(
+            {*dialect._INGEST_CONFIG_KEYS, *dialect._INGEST_EXTENSIONS_KEYS, *dialect._INGEST_CALL_MODE_KEYS}
+        )
+    except (ImportError, AttributeError):  # lm15's table moved; the list as of DSPy 3.4.1 still holds
+        return _CANONICAL_FALLBACK
+
+
+CANONICAL_KEYS: Final = _canonical_keys() | _OWN_KEYS
+
+
+def split(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """LM arguments as (canonical, client settings, extras that only LiteLLM understands)."""
+    canonical: dict[str, Any] = {}
+    clients: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if key in CLIENT_KEYS:
+            if value is not None:
+                clients[key] = value
+        elif key in CANONICAL_KEYS:
+            canonical[key] = value
+        else:
+            extras[key] = value
+    return canonical, clients, extras
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See the module's docstring. Fields are those of `dspy_prod.LM`."""
+
+    engine: Any = "auto"
+    async_engine: Any = None
+    clients: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    retry: Retry = field(default_factory=Retry)
+    breaker: CircuitBreaker | None = field(default_factory=CircuitBreaker)
+    limit: RateLimit | None = None
+    cache: Cache = field(default_factory=Cache)
+    budgets: tuple[Budget, ...] = ()
+    fallbacks: tuple[Any, ...] = ()
+    prices: Mapping[str, Price] = field(default_factory=dict)
+    store: Any = None
+    namespace: str = ""
+    clock: Clock = field(default=SYSTEM_CLOCK, repr=False)
+
+    def without_secrets(self) -> Settings:
+        """The same settings, fit to be written."""
+        kept = {key: value for key, value in self.clients.items() if key not in SECRET_KEYS}
+        if len(kept) != len(self.clients):
+            kept["_key"] = remember_secrets(self.clients)
+        return replace(self, clients=kept)
+
+    def with_secrets(self) -> Settings:
+        """The settings with the secrets this process remembers for them."""
+        if "_key" not in self.clients:
+            return self
+        clients = {key: value for key, value in self.clients.items() if key != "_key"}
+        clients.update(_VAULT.get(self.clients["_key"], {}))
+        return replace(self, clients=clients)
+
+
+_VAULT: dict[str, dict[str, Any]] = {}
+
+
+def remember_secrets(clients: Mapping[str, Any]) -> str:
+    """Keep the secret client settings in this process; returns the fingerprint that finds them."""
+    secrets = {key: value for key, value in clients.items() if key in SECRET_KEYS}
+    mark = fingerprint({"api_key": repr(sorted(secrets.items(), key=lambda item: item[0]))})
+    _VAULT[mark] = secrets
+    return mark
+
+
+def option(kind: type[Options], value: Any, name: str, *, default: Options | None) -> Any:
+    """A policy option as given: an instance, a table of its fields, None for the default, False for off."""
+    if value is None:
+        return default
+    if value is False:
+        return None
+    if value is True:
+        return default if default is not None else kind()
+    if isinstance(value, kind):
+        return value
+    if isinstance(value, Mapping):
+        return kind(**value)
+    raise ConfigError(
+        f"{name}= takes a dspy_prod.{kind.__name__}, a mapping of its fields, or False to switch it off; "
+        f"got {type(value).__name__}"
+    )
+
+
+def retry_option(retry: Any, num_retries: int | None) -> Retry:
+    """`retry=` and DSPy's `num_retries=` as one policy."""
+    if num_retries is not None:
+        if retry is not None:
+            raise ConfigError(
+                "retry= and num_retries= both say how often to try; give one (num_retries=n means Retry(attempts=n+1))"
+            )
+        if isinstance(num_retries, bool) or not isinstance(num_retries, int) or num_retries < 0:
+            raise ConfigError(f"num_retries={num_retries!r} must be a non-negative integer")
+        return Retry(attempts=num_retries + 1)
+    chosen = option(Retry, retry, "retry", default=Retry())
+    return chosen if chosen is not None else Retry(attempts=1)
+
+
+def budget_options(budget: Any) -> tuple[Budget, ...]:
+    """`budget=`: none, one or several."""
+    if budget is None or budget is False:
+        return ()
+    given: Sequence[Any] = budget if isinstance(budget, (list, tuple)) else (budget,)
+    budgets = tuple(option(Budget, item, "budget", default=None) for item in given)
+    if any(item is None for item in budgets):
+        raise ConfigError("budget= takes dspy_prod.Budget objects; drop the empty entry")
+    titles = [item.title for item in budgets]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ConfigError(f"two budgets are called {title!r}; give one of them its own name=...")
+    return budgets
+
+
+def price_options(prices: Any) -> dict[str, Price]:
+    """`prices=`: model string to `Price`."""
+    if prices is None:
+        return {}
+    if not isinstance(prices, Mapping):
+        raise ConfigError('prices= takes a mapping such as {"openai/my-model": dspy_prod.Price(input=0.15, output=0.6)}')
+    return {str(model): option(Price, price, f"prices[{model!r}]", default=None) for model, price in prices.items()}
+
+
+def default_namespace() -> str:
+    """The project directory's name."""
+    return os.environ.get("DSPY_PROD_NAMESPACE") or Path.cwd().name or "default"

@@ -1,0 +1,101 @@
+"""Budget accounts: what is spent, held and unconfirmed, in nano-USD. Part of the admission core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from math import inf
+from typing import Final
+
+from dspy_prod.stores.base import AccountState
+
+PRUNE_AFTER: Final = 7200.0
+"""Seconds for which an account is kept after its window has ended (late settlements still find it)."""
+
+
+class AccountEntry:
+    """One account. `ends_at` is the store time at which its window ends, `inf` while unknown."""
+
+    __slots__ = ("ends_at", "held", "spent", "unconfirmed")
+
+    def __init__(self) -> None:
+        self.spent = 0
+        self.held = 0
+        self.unconfirmed = 0
+        self.ends_at = inf
+
+
+class AccountBook:
+    """The accounts a core has in memory; `load` finds the ones that a durable store has on disk.
+
+    `dirty` collects the keys a durable store has to write back.
+    """
+
+    def __init__(self, load: Callable[[str], AccountState | None] | None) -> None:
+        self._load = load
+        self.entries: dict[str, AccountEntry] = {}
+        self.dirty: set[str] = set()
+
+    def get(self, key: str) -> AccountEntry:
+        """The account, loaded or new."""
+        entry = self.entries.get(key)
+        if entry is None:
+            entry = AccountEntry()
+            stored = self._load(key) if self._load is not None else None
+            if stored is not None:
+                entry.spent, entry.held, entry.unconfirmed = stored
+            self.entries[key] = entry
+        return entry
+
+    def state(self, key: str) -> AccountState:
+        """What the account holds; an unknown one holds nothing, and is not created."""
+        entry = self.entries.get(key)
+        if entry is not None:
+            return AccountState(entry.spent, entry.held, entry.unconfirmed)
+        stored = self._load(key) if self._load is not None else None
+        return stored or AccountState()
+
+    def hold(self, keys: tuple[str, ...], amount: int) -> tuple[int, ...]:
+        """Reserve on each account; what each has then spent and held."""
+        after = []
+        for key in keys:
+            entry = self.entries[key]
+            entry.held += amount
+            after.append(entry.spent + entry.held)
+        if self._load is not None:
+            self.dirty.update(keys)
+        return tuple(after)
+
+    def charge(self, keys: tuple[str, ...], held: int, cost: int, estimated: bool) -> None:
+        """Turn a reservation of `held` into a charge of `cost`."""
+        for key in keys:
+            entry = self.get(key)
+            entry.spent += cost
+            entry.held = max(0, entry.held - held)
+            if estimated:
+                entry.unconfirmed += cost
+        if self._load is not None:
+            self.dirty.update(keys)
+
+    def mend(self, keys: tuple[str, ...], was: int, was_estimated: bool, cost: int, estimated: bool) -> None:
+        """Replace an earlier charge of `was`; accounts that are forgotten since their window ended stay so."""
+        for key in keys:
+            if key not in self.entries and (self._load is None or self._load(key) is None):
+                continue
+            entry = self.get(key)
+            entry.spent += cost - was
+            entry.unconfirmed += (cost if estimated else 0) - (was if was_estimated else 0)
+            if self._load is not None:
+                self.dirty.add(key)
+
+    def prune(self, now: float, keep: Collection[str]) -> None:
+        """Forget accounts whose window ended, so that memory does not grow with users times days."""
+        old = now - PRUNE_AFTER
+        gone = [key for key, entry in self.entries.items() if entry.ends_at < old and not entry.held]
+        for key in gone:
+            if key not in keep and key not in self.dirty:
+                del self.entries[key]
+
+    def forget(self) -> None:
+        """Drop everything: a durable store's accounts are loaded again when needed."""
+        self.entries.clear()
+        self.dirty.clear()

@@ -1,0 +1,315 @@
+"""The store protocol: atomic state transitions behind the policies.
+
+Policies hold the rules, stores hold the state. An admission is ONE atomic step over every limiter dimension and every
+budget account (one round trip to a shared store); settling is posted and never waits, blocks or raises. The same
+contract suite (`tests/stores/`) runs against every implementation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+from dspy_prod.options import RateLimit
+from dspy_prod.records import CallRecord, Totals
+
+PRIORITIES: Final = {"high": 0, "normal": 1, "low": 2}
+"""Order of service; smaller goes first."""
+
+
+class Account(NamedTuple):
+    """One budget account an admission draws on: a budget, a scope value and a window.
+
+    Attributes:
+        key: identity, e.g. `"day/tenant|acme|2026-11-23"`.
+        limit: nano-USD.
+        title: what to call it in an error, e.g. `"day/tenant=acme"`.
+        ends_in: seconds until the window ends (`inf` when it never does); for housekeeping only.
+    """
+
+    key: str
+    limit: int
+    title: str
+    ends_in: float = math.inf
+
+
+class AccountState(NamedTuple):
+    """What an account holds, in nano-USD. `unconfirmed` is the part of `spent` that is an estimated upper bound."""
+
+    spent: int = 0
+    held: int = 0
+    unconfirmed: int = 0
+
+
+class Ask:
+    """What one attempt needs before it may be sent.
+
+    Attributes:
+        id: reservation id, unique; settling is idempotent by it.
+        limit_key: identity of the limiter, or None when nothing limits this route.
+        limit: the limiter's settings.
+        tokens: tokens to reserve (an upper bound).
+        accounts: budget accounts to draw on, possibly none.
+        amount: nano-USD to reserve on each of them.
+        priority: 0 high, 1 normal, 2 low.
+        fair: fairness group (tenant or user) when `limit.fair_by` is set, else "".
+        horizon: store time after which a grant is useless; an admission that provably cannot happen before it is
+            refused at once.
+        lease: seconds for which the hold is valid without renewal.
+        stub: the record to write, fully charged and marked estimated, if the holder dies.
+    """
+
+    __slots__ = (
+        "accounts",
+        "amount",
+        "fair",
+        "horizon",
+        "id",
+        "lease",
+        "limit",
+        "limit_key",
+        "priority",
+        "stub",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        *,
+        limit_key: str | None,
+        limit: RateLimit | None,
+        tokens: int,
+        accounts: Sequence[Account],
+        amount: int,
+        priority: int,
+        fair: str,
+        horizon: float,
+        lease: float,
+        stub: CallRecord | None,
+    ) -> None:
+        self.id = id
+        self.limit_key = limit_key
+        self.limit = limit
+        self.tokens = tokens
+        self.accounts = accounts
+        self.amount = amount
+        self.priority = priority
+        self.fair = fair
+        self.horizon = horizon
+        self.lease = lease
+        self.stub = stub
+
+
+class Refusal(NamedTuple):
+    """Why an ask was refused: `reason` is `rate_limited`, `budget_exceeded` or `store_unavailable`.
+
+    Attributes:
+        retry_after: seconds after which it may work, or None.
+        dimension: the binding limiter dimension (`requests`, `tokens`, `concurrency`, `paused`), or the title of the
+            binding budget.
+        limit, spent, held, amount: the budget arithmetic in nano-USD.
+        detail: what went wrong in the store, without secrets.
+    """
+
+    reason: str
+    retry_after: float | None = None
+    dimension: str = ""
+    limit: int = 0
+    spent: int = 0
+    held: int = 0
+    amount: int = 0
+    detail: str = ""
+
+
+PENDING: Final = 0
+GRANTED: Final = 1
+REFUSED: Final = 2
+WITHDRAWN: Final = 3
+
+
+class Ticket:
+    """The answer to an ask, perhaps not yet there.
+
+    `attach(wake)` registers a callback that runs (at least once, on any thread, outside every lock) when the ticket is
+    decided; it must be idempotent. `state` is the truth.
+    """
+
+    __slots__ = ("ask", "blocked_on", "debit", "refusal", "seq", "spent", "state", "wake")
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self.state = PENDING
+        self.refusal: Refusal | None = None
+        self.debit: Any = None  # the limiter's debit, private to the store
+        self.spent: tuple[int, ...] = ()  # per account: nano-USD spent and held, this grant included
+        self.blocked_on = ""  # what the ticket waits for, as in Refusal.dimension
+        self.seq = 0
+        self.wake: Callable[[], None] | None = None
+
+    def attach(self, wake: Callable[[], None]) -> bool:
+        """Register the callback; False when the ticket is decided already (the callback may then never run)."""
+        self.wake = wake
+        return self.state == PENDING
+
+
+class Settlement(NamedTuple):
+    """What really happened to a hold.
+
+    Attributes:
+        id: the reservation id.
+        cost: nano-USD to charge; None when no price is known (then no account can be involved).
+        tokens: tokens really used; None keeps the reserved number (unknown).
+        sent: False when nothing reached the provider: the request itself is given back too.
+        estimated: `cost` is the reserved bound, not told by the provider.
+        record: the record to append, or None.
+    """
+
+    id: str
+    cost: int | None
+    tokens: int | None
+    sent: bool
+    estimated: bool
+    record: CallRecord | None
+
+
+class LimiterSnapshot(NamedTuple):
+    """State of one limiter: what is left in the current minute. None where a dimension is not limited."""
+
+    key: str
+    requests_available: float | None
+    requests_max: float | None
+    tokens_available: float | None
+    tokens_max: float | None
+    in_flight: int
+    concurrency_max: int | None
+    waiting: int
+    paused_for: float
+    rate_factor: float
+
+
+class CachedAnswer(NamedTuple):
+    """A row of the response cache: `value` is JSON bytes; times are store time (`inf` = never)."""
+
+    value: bytes
+    expires_at: float
+    stale_until: float
+
+
+class Store(Protocol):
+    """State shared by everything that has the same URL and namespace. All methods are thread-safe.
+
+    Keys are given without the namespace; the store keeps namespaces apart. `url` never contains a password.
+    """
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def namespace(self) -> str: ...
+
+    @property
+    def durable(self) -> bool:
+        """Whether state outlives this process."""
+        ...
+
+    def now(self) -> float:
+        """The store's time in seconds; asks and snapshots are expressed in it."""
+        ...
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+    def admit(self, ask: Ask) -> Ticket:
+        """Reserve limiter capacity and money together or not at all, or queue, or refuse. Returns at once."""
+        ...
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        """Stop waiting. True: nothing is held. False: it was granted meanwhile and the caller must settle."""
+        ...
+
+    def settle(self, ticket: Ticket, settlement: Settlement) -> None:
+        """Replace the hold by what happened and append the record. Posted: never waits, blocks or raises."""
+        ...
+
+    def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
+        """`settle` from a finaliser, which may run inside any lock: hands over to another thread."""
+        ...
+
+    def append(self, record: CallRecord) -> None:
+        """Append a record that held nothing (a cached answer, a call without limits). Posted."""
+        ...
+
+    def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
+        """The provider answered 429: pause the key and lower its rate. Posted."""
+        ...
+
+    def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
+        """The provider told `{"requests"|"tokens": (remaining, seconds_until_reset)}`. Posted."""
+        ...
+
+    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
+        """(seconds until this ask could be granted, refusal or None), changing nothing."""
+        ...
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything posted before is applied; False when that took longer than `timeout`."""
+        ...
+
+    def account(self, key: str) -> AccountState: ...
+
+    def limiter(self, key: str) -> LimiterSnapshot | None: ...
+
+    def holds(self) -> int:
+        """Reservations not yet settled."""
+        ...
+
+    def waiting(self) -> int:
+        """Tickets of this process still waiting."""
+        ...
+
+    def records(
+        self,
+        *,
+        since: float | None = None,
+        until: float | None = None,
+        limit: int | None = None,
+        **equals: str,
+    ) -> list[CallRecord]:
+        """Records, newest first; `equals` compares fields such as user, tenant, model, call_id, id."""
+        ...
+
+    def totals(
+        self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
+    ) -> list[tuple[str, str, Totals]]:
+        """(day `YYYY-MM-DD` UTC, value, sums) per day and value of a rollup dimension, oldest day first."""
+        ...
+
+    def correct(self, record_id: str, cost: int) -> bool:
+        """Set an estimated record's true cost in nano-USD and mend its accounts and rollups; False if unknown."""
+        ...
+
+    # -- response cache ----------------------------------------------------------------------------------------------
+    def cache_get(self, key: bytes) -> CachedAnswer | None: ...
+
+    def cache_put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
+        """Posted."""
+        ...
+
+    def cache_clear(self) -> None: ...
+
+    def cache_size(self) -> tuple[int, int]:
+        """(entries, bytes)."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release. Idempotent."""
+        ...
+
+
+def sum_totals(rows: Iterable[tuple[str, str, Totals]]) -> Totals:
+    """The sum of rollup rows."""
+    total = Totals()
+    for _, _, row in rows:
+        total = total.plus(row)
+    return total

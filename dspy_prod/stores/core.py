@@ -1,0 +1,488 @@
+"""The admission core: limiter capacity and money, granted together or not at all.
+
+Pure state transitions: no lock, no clock, no I/O. A store serialises the calls, passes its time as `now`, wakes the
+decided tickets outside its lock, and (when durable) writes back what the core marked dirty. Memory and SQLite run
+this same code; it is the reference for any other store.
+
+An ask is blocked either by its limiter, and then stands in that limiter's line, or by money that other calls hold,
+and then is parked with that account. Money is looked at first, so a caller who waits for money never stands in the
+way of callers who only need the limiter. Whoever changes state serves the line; nobody books ahead.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Final
+
+from dspy_prod.options import RateLimit
+from dspy_prod.policies.limiter import LimiterState
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.accounts import AccountBook, AccountEntry
+from dspy_prod.stores.base import (
+    GRANTED,
+    PENDING,
+    REFUSED,
+    WITHDRAWN,
+    Account,
+    AccountState,
+    Ask,
+    LimiterSnapshot,
+    Refusal,
+    Settlement,
+    Ticket,
+)
+from dspy_prod.stores.holds import Backing, Changes, Hold
+from dspy_prod.stores.line import WaitingLine
+
+MAX_ABANDONED: Final = 10_000
+"""Abandoned holds the core remembers for a late settlement; a durable store keeps them on disk instead."""
+
+
+def shared(limit: RateLimit) -> bool:
+    """Whether a limit is kept for all processes. One that only reacts to 429s is each core's own: every core slows
+    down its own share of the traffic, and nothing needs to outlive it."""
+    return limit.rpm is not None or limit.tpm is not None or limit.concurrency is not None
+
+
+class AdmissionCore:
+    """See the module's docstring.
+
+    `appended` and `replaced` collect ledger records for the store to write; `decided` collects tickets to wake. With a
+    backing, verdicts and everything else that has to be written first are collected in `changes` instead.
+    """
+
+    def __init__(self, backing: Backing | None = None) -> None:
+        self._backing = backing
+        self.changes: Changes | None = None if backing is None else Changes()
+        self.accounts = AccountBook(None if backing is None else backing.load_account)
+        self._limiters: dict[str, LimiterState] = {}
+        self._guests: dict[str, LimiterState] = {}  # loaded to give something back, without an ask of this process
+        self._lines: dict[str, WaitingLine] = {}
+        self._parked: dict[str, WaitingLine] = {}
+        self._timers: dict[str, float] = {}
+        self._next_lease = inf
+        self._seq = 0
+        self.holds: dict[str, Hold] = {}
+        self.decided: list[Ticket] = []
+        self.appended: list[CallRecord] = []
+        self.replaced: list[CallRecord] = []
+        self._abandoned: dict[str, Hold] = {}
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+    def admit(self, ask: Ask, now: float) -> Ticket:
+        """Grant, refuse, or put into line."""
+        return self.enter(Ticket(ask), now)
+
+    def enter(self, ticket: Ticket, now: float) -> Ticket:
+        """`admit` for a ticket that exists already."""
+        ask = ticket.ask
+        self._seq += 1
+        ticket.seq = self._seq
+        line = self._lines.get(ask.limit_key) if ask.limit_key is not None else None
+        if not line and not self._must_park(ticket):
+            blocked = self._attempt(ticket, now)
+            if blocked is None:
+                return ticket
+            self._queue(ticket, blocked, now)
+            return ticket
+        parked_at = self._must_park(ticket)
+        if parked_at is not None:
+            if self._refuse_for_money(ticket):
+                return ticket
+            self._park(ticket, parked_at)
+            self._serve_account(parked_at, now)
+            return ticket
+        assert ask.limit_key is not None
+        if self._refuse_for_money(ticket) or self._refuse_for_time(ticket, now):
+            return ticket
+        self._line(ask.limit_key).push(ticket)
+        if line is not None and line.head() is ticket:
+            self._serve_limiter(ask.limit_key, now)
+        return ticket
+
+    def preview(self, ask: Ask, now: float) -> tuple[float, Refusal | None]:
+        """(seconds until a grant, refusal) for an ask that is not made; changes nothing."""
+        for account in ask.accounts:
+            state = self.accounts.state(account.key)
+            if state.spent + ask.amount > account.limit:
+                return inf, _no_money(account, state, ask.amount)
+        if ask.limit_key is None or ask.limit is None:
+            return 0.0, None
+        limiter = self._limiter(ask.limit_key, ask.limit, now)
+        line = self._lines.get(ask.limit_key)
+        if not line:
+            return max(0.0, limiter.ready_at(now, ask.tokens) - now), None
+        return max(0.0, limiter.earliest(now, ask.tokens, len(line), 0) - now), None
+
+    def withdraw(self, ticket: Ticket, now: float) -> bool:
+        """Take a waiting ticket out of line; False when it was granted meanwhile."""
+        if ticket.state != PENDING:
+            return ticket.state != GRANTED
+        ticket.state = WITHDRAWN
+        self.remove(ticket, now)
+        return True
+
+    def remove(self, ticket: Ticket, now: float) -> None:
+        """Take a ticket out of whatever line it stands in, and serve those behind it."""
+        key = ticket.ask.limit_key
+        line = self._lines.get(key) if key is not None else None
+        if line is not None and line.remove(ticket):
+            assert key is not None
+            self._serve_limiter(key, now)
+            return
+        for account in ticket.ask.accounts:
+            parked = self._parked.get(account.key)
+            if parked is not None and parked.remove(ticket):
+                self._serve_account(account.key, now)
+                return
+
+    # -- settling ----------------------------------------------------------------------------------------------------
+    def settle(self, done: Settlement, now: float) -> None:
+        """Replace the hold by what happened. Idempotent by id; a hold charged as abandoned is corrected."""
+        hold = self.holds.pop(done.id, None)
+        if hold is None:
+            self._settle_late(done, now)
+            return
+        if self.changes is not None:
+            self.changes.end(hold)
+        self._finish(hold, done, now)
+
+    def _finish(self, hold: Hold, done: Settlement, now: float) -> None:
+        self.accounts.charge(hold.accounts, hold.amount, done.cost or 0, done.estimated)
+        if done.record is not None:
+            self.appended.append(done.record)
+        self._release(hold, done.tokens, done.sent, now)
+        for key in hold.accounts:
+            self._serve_account(key, now)
+
+    def correct(self, record: CallRecord, cost: int, now: float) -> CallRecord:
+        """The record with its true cost; the accounts it charged are mended."""
+        mended = record._replace(cost_nano=cost, estimated=False)
+        self._take_abandoned(record.id)  # a settlement that still comes does not overrule the correction
+        self.accounts.mend(record.accounts, record.cost_nano or 0, record.estimated, cost, False)
+        for key in record.accounts:
+            self._serve_account(key, now)
+        return mended
+
+    def throttled(self, key: str, limit: RateLimit, retry_after: float | None, now: float) -> None:
+        """The provider answered 429."""
+        self._limiter(key, limit, now).throttled(now, retry_after)
+        self._touch_limiter(key, now)
+
+    def resync(self, key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]], now: float) -> None:
+        """The provider told what is left of its limits."""
+        self._limiter(key, limit, now).resync(now, remaining)
+        self._touch_limiter(key, now)
+
+    # -- time --------------------------------------------------------------------------------------------------------
+    def tick(self, now: float) -> None:
+        """Serve lines whose moment has come and charge holds whose lease ended."""
+        for key in [key for key, at in self._timers.items() if at <= now]:
+            self._serve_limiter(key, now)
+        if now >= self._next_lease:
+            for hold in [hold for hold in self.holds.values() if hold.lease_until <= now]:
+                self.abandon(hold, now)
+            self._next_lease = min((hold.lease_until for hold in self.holds.values()), default=inf)
+            self.accounts.prune(now, self._parked)
+
+    def next_due(self) -> float:
+        """Store time of the next `tick` that can change something; `inf` when none can."""
+        return min(self._next_lease, min(self._timers.values(), default=inf))
+
+    def abandon(self, hold: Hold, now: float) -> None:
+        """Charge a hold whose worker is gone in full, as unconfirmed. A late settle replaces the charge."""
+        own = self.holds.pop(hold.id, None)
+        if self.changes is not None:
+            if own is None:
+                self.changes.reaped.append(hold.id)
+            else:
+                self.changes.end(hold)
+            self.changes.abandoned[hold.id] = hold
+        else:
+            while len(self._abandoned) >= MAX_ABANDONED:
+                del self._abandoned[next(iter(self._abandoned))]
+            self._abandoned[hold.id] = hold
+        stub = hold.stub
+        record = None if stub is None else stub._replace(outcome="abandoned", cost_nano=hold.amount, estimated=True)
+        self._finish(hold, Settlement(hold.id, hold.amount, None, True, True, record), now)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    def account(self, key: str) -> AccountState:
+        """What an account holds."""
+        return self.accounts.state(key)
+
+    def limiter(self, key: str, now: float) -> LimiterSnapshot | None:
+        """State of one limiter, None when it was never used."""
+        state = self.limiter_state(key) or self._visit_limiter(key, now)
+        line = self._lines.get(key)
+        return None if state is None else state.snapshot(now, key, len(line) if line is not None else 0)
+
+    def limiter_state(self, key: str) -> LimiterState | None:
+        """The limiter itself, for a durable store to write back."""
+        return self._limiters.get(key) or self._guests.get(key)
+
+    def waiting(self) -> int:
+        """Tickets in any line."""
+        return sum(map(len, self._lines.values())) + sum(map(len, self._parked.values()))
+
+    def take_decided(self) -> list[Ticket]:
+        """The tickets decided since the last call, to be woken outside the lock."""
+        decided = self.decided
+        if decided:
+            self.decided = []
+        return decided
+
+    # -- for durable stores ------------------------------------------------------------------------------------------
+    def forget(self) -> None:
+        """Drop what another process may have changed: accounts and limiters are loaded again when needed."""
+        self.accounts.forget()
+        self._guests.clear()
+        self._limiters = {key: state for key, state in self._limiters.items() if not shared(state.limit)}
+
+    def serve(self, now: float) -> None:
+        """Serve every line: another process may have freed something."""
+        for key in list(self._lines):
+            self._serve_limiter(key, now)
+        for key in list(self._parked):
+            self._serve_account(key, now)
+
+    def undo(self) -> list[Ticket]:
+        """Return to what was last committed, because this batch could not be; the tickets it had decided."""
+        changes = self.changes
+        assert changes is not None
+        for id in changes.added:
+            self.holds.pop(id, None)
+        self.holds.update(changes.removed)
+        tickets = [ticket for ticket, _, _ in changes.verdicts]
+        changes.clear()
+        self.appended.clear()
+        self.replaced.clear()
+        self.forget()
+        return tickets
+
+    def fail_waiting(self, refusal: Refusal) -> None:
+        """Refuse everybody in line (the store broke)."""
+        for line in [*self._lines.values(), *self._parked.values()]:
+            while (ticket := line.head()) is not None:
+                line.pop()
+                self._decide(ticket, REFUSED, refusal)
+        self._parked.clear()
+        self._timers.clear()
+
+    # -- one attempt to grant ----------------------------------------------------------------------------------------
+    def _attempt(self, ticket: Ticket, now: float) -> str | None:
+        """Grant or refuse (None), or say what blocks: an account's key, or "" for the limiter."""
+        ask = ticket.ask
+        amount = ask.amount
+        for account in ask.accounts:
+            state = self.accounts.get(account.key)
+            if state.ends_at == inf:
+                state.ends_at = now + account.ends_in
+            if state.spent + state.held + amount > account.limit:
+                if state.spent + amount > account.limit:
+                    self._decide(ticket, REFUSED, _no_money(account, state, amount))
+                    return None
+                ticket.blocked_on = account.title
+                return account.key
+        key = ask.limit_key
+        if key is not None:
+            assert ask.limit is not None
+            limiter = self._limiters.get(key) or self._limiter(key, ask.limit, now)
+            ready = limiter.ready_at(now, ask.tokens)
+            if ready > now:
+                ticket.blocked_on = limiter.blocked_on
+                if ready == inf:
+                    self._timers.pop(key, None)
+                else:
+                    self._timers[key] = ready
+                return ""
+            ticket.debit = limiter.take(now, ask.tokens, ask.lease)
+            if self.changes is not None and shared(ask.limit):
+                self.changes.limiters.add(key)
+        accounts: tuple[str, ...] = ()
+        if ask.accounts:
+            accounts = tuple([account.key for account in ask.accounts])
+            ticket.spent = self.accounts.hold(accounts, amount)
+        until = now + ask.lease
+        hold = Hold(ask.id, accounts, amount, key, ticket.debit, until, ask.stub)
+        self.holds[ask.id] = hold
+        if until < self._next_lease:
+            self._next_lease = until
+        if self.changes is not None:
+            self.changes.added[ask.id] = hold
+        self._decide(ticket, GRANTED, None)
+        return None
+
+    def _decide(self, ticket: Ticket, state: int, refusal: Refusal | None) -> None:
+        if self.changes is not None:
+            self.changes.verdicts.append((ticket, state, refusal))
+            return
+        ticket.refusal = refusal
+        ticket.state = state
+        if ticket.wake is not None:  # else its owner has not begun to wait, and `attach` will tell it
+            self.decided.append(ticket)
+
+    def _queue(self, ticket: Ticket, blocked: str, now: float) -> None:
+        if blocked:
+            self._park(ticket, blocked)
+        elif not self._refuse_for_time(ticket, now):
+            assert ticket.ask.limit_key is not None
+            self._line(ticket.ask.limit_key).push(ticket)
+
+    def _refuse_for_money(self, ticket: Ticket) -> bool:
+        for account in ticket.ask.accounts:
+            state = self.accounts.get(account.key)
+            if state.spent + ticket.ask.amount > account.limit:
+                self._decide(ticket, REFUSED, _no_money(account, state, ticket.ask.amount))
+                return True
+        return False
+
+    def _refuse_for_time(self, ticket: Ticket, now: float) -> bool:
+        ask = ticket.ask
+        assert ask.limit_key is not None and ask.limit is not None
+        limiter = self._limiter(ask.limit_key, ask.limit, now)
+        line = self._lines.get(ask.limit_key)
+        ahead = line.ahead_of(ticket) if line is not None and not ask.fair else 0
+        earliest = limiter.earliest(now, ask.tokens, ahead, 0)
+        if earliest <= ask.horizon:
+            return False
+        self._decide(ticket, REFUSED, Refusal("rate_limited", max(0.0, earliest - now), ticket.blocked_on))
+        return True
+
+    # -- lines -------------------------------------------------------------------------------------------------------
+    def _line(self, key: str) -> WaitingLine:
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = WaitingLine()
+        return line
+
+    def _must_park(self, ticket: Ticket) -> str | None:
+        """The first of the ticket's accounts at which others already wait."""
+        if self._parked:
+            for account in ticket.ask.accounts:
+                if account.key in self._parked:
+                    return account.key
+        return None
+
+    def _park(self, ticket: Ticket, key: str) -> None:
+        line = self._parked.get(key)
+        if line is None:
+            line = self._parked[key] = WaitingLine()
+        line.push(ticket)
+
+    def _serve_limiter(self, key: str, now: float) -> None:
+        line = self._lines.get(key)
+        while line:
+            ticket = line.head()
+            assert ticket is not None
+            blocked = self._attempt(ticket, now)
+            if blocked == "":
+                return  # the timer is set, or a release will come
+            line.pop()
+            if blocked is not None:
+                self._park(ticket, blocked)
+        self._timers.pop(key, None)
+
+    def _serve_account(self, key: str, now: float) -> None:
+        line = self._parked.get(key)
+        if line is None:
+            return
+        moved: set[str] = set()
+        while (ticket := line.head()) is not None:
+            limit_key = ticket.ask.limit_key
+            if limit_key is not None and self._lines.get(limit_key):
+                # Others wait for this limiter; take the old place among them instead of overtaking.
+                line.pop()
+                self._line(limit_key).push(ticket)
+                moved.add(limit_key)
+                continue
+            blocked = self._attempt(ticket, now)
+            if blocked == key:
+                break
+            line.pop()
+            if blocked == "":
+                assert limit_key is not None
+                self._line(limit_key).push(ticket)
+            elif blocked is not None:
+                self._park(ticket, blocked)
+        if not line:
+            del self._parked[key]
+        for limit_key in moved:
+            self._serve_limiter(limit_key, now)
+
+    def _release(self, hold: Hold, tokens: int | None, sent: bool, now: float) -> None:
+        key = hold.limit_key
+        if key is None or hold.debit is None:
+            return
+        limiter = self.limiter_state(key) or self._visit_limiter(key, now)
+        if limiter is None:
+            return
+        limiter.give_back(hold.debit, now=now, used=tokens, sent=sent)
+        self._touch_limiter(key, now)
+
+    def _touch_limiter(self, key: str, now: float) -> None:
+        if self.changes is not None:
+            state = self.limiter_state(key)
+            if state is not None and shared(state.limit):
+                self.changes.limiters.add(key)
+        if self._lines.get(key):
+            self._serve_limiter(key, now)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+    def _limiter(self, key: str, limit: RateLimit, now: float) -> LimiterState:
+        state = self._limiters.get(key)
+        if state is None:
+            state = self._guests.pop(key, None)
+            if state is not None:
+                state.reconfigure(limit, now)
+            else:
+                state = self._load_limiter(key, limit) or LimiterState(limit, now)
+            self._limiters[key] = state
+        return state
+
+    def _visit_limiter(self, key: str, now: float) -> LimiterState | None:
+        """A limiter that no ask of this process has used yet, with the settings it was last used with."""
+        state = self._load_limiter(key, None)
+        if state is not None:
+            self._guests[key] = state
+        return state
+
+    def _load_limiter(self, key: str, limit: RateLimit | None) -> LimiterState | None:
+        if self._backing is None or (limit is not None and not shared(limit)):
+            return None
+        stored = self._backing.load_limiter(key)
+        if stored is None:
+            return None
+        try:
+            return LimiterState.load(stored[0], limit or stored[1])
+        except ValueError:  # written by another version: start afresh, for it describes one minute only
+            return None
+
+    def _settle_late(self, done: Settlement, now: float) -> None:
+        hold = self._take_abandoned(done.id)
+        if hold is None:
+            return
+        self.accounts.mend(hold.accounts, hold.amount, True, done.cost or 0, done.estimated)
+        record = done.record
+        if record is None and hold.stub is not None:
+            record = hold.stub._replace(outcome="abandoned", cost_nano=done.cost, estimated=done.estimated)
+        if record is not None:
+            self.replaced.append(record)
+        for key in hold.accounts:
+            self._serve_account(key, now)
+
+    def _take_abandoned(self, id: str) -> Hold | None:
+        """The abandoned hold with this id, which then is no longer one."""
+        if self.changes is None:
+            return self._abandoned.pop(id, None)
+        assert self._backing is not None
+        hold = self.changes.abandoned.pop(id, None)
+        if hold is None and id not in self.changes.forgiven:
+            hold = self._backing.load_abandoned(id)
+            if hold is not None:
+                self.changes.forgiven.add(id)
+        return hold
+
+
+def _no_money(account: Account, state: AccountEntry | AccountState, amount: int) -> Refusal:
+    return Refusal("budget_exceeded", None, account.title, account.limit, state.spent, state.held, amount)

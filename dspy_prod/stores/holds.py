@@ -1,0 +1,89 @@
+"""Holds, and what a durable store has to write back. Part of the admission core."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from dspy_prod.options import RateLimit
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.base import AccountState, Refusal, Ticket
+
+
+class Hold:
+    """Capacity and money reserved for one attempt until it is settled or its lease ends.
+
+    `lease_until` is the store time at which its own worker gives it up (`Ask.lease`).
+    """
+
+    __slots__ = ("accounts", "amount", "debit", "id", "lease_until", "limit_key", "stub")
+
+    def __init__(
+        self,
+        id: str,
+        accounts: tuple[str, ...],
+        amount: int,
+        limit_key: str | None,
+        debit: Any,
+        lease_until: float,
+        stub: CallRecord | None,
+    ) -> None:
+        self.id = id
+        self.accounts = accounts
+        self.amount = amount
+        self.limit_key = limit_key
+        self.debit = debit
+        self.lease_until = lease_until
+        self.stub = stub
+
+
+class Backing(Protocol):
+    """Where a durable store's core finds state that it does not have in memory."""
+
+    def load_account(self, key: str) -> AccountState | None: ...
+
+    def load_limiter(self, key: str) -> tuple[bytes, RateLimit] | None:
+        """The dumped state, and the settings it was used with."""
+        ...
+
+    def load_abandoned(self, id: str) -> Hold | None:
+        """A hold that was charged as abandoned, by whichever process."""
+        ...
+
+
+class Changes:
+    """What the core did since the last commit of a durable store.
+
+    Attributes:
+        verdicts: tickets decided; their `state` is set only after the commit, for a grant must be durable first.
+        limiters: keys of limiters to write back.
+        added, removed: holds made and ended; one that was both never touches the disk.
+        reaped: ids of other processes' holds that ended here.
+        abandoned: holds charged in full because their worker is gone; kept for a late settlement.
+        forgiven: ids of abandoned holds whose charge was replaced.
+    """
+
+    __slots__ = ("abandoned", "added", "forgiven", "limiters", "reaped", "removed", "verdicts")
+
+    def __init__(self) -> None:
+        self.verdicts: list[tuple[Ticket, int, Refusal | None]] = []
+        self.limiters: set[str] = set()
+        self.added: dict[str, Hold] = {}
+        self.removed: dict[str, Hold] = {}
+        self.reaped: list[str] = []
+        self.abandoned: dict[str, Hold] = {}
+        self.forgiven: set[str] = set()
+
+    def end(self, hold: Hold) -> None:
+        """Note that one of this process's holds ended."""
+        if self.added.pop(hold.id, None) is None:
+            self.removed[hold.id] = hold
+
+    def clear(self) -> None:
+        """All is written (or given up)."""
+        self.verdicts.clear()
+        self.limiters.clear()
+        self.added.clear()
+        self.removed.clear()
+        self.reaped.clear()
+        self.abandoned.clear()
+        self.forgiven.clear()

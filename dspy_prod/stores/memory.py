@@ -1,0 +1,289 @@
+"""The memory store: the core behind one lock, for tests, notebooks and single-process services."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from math import inf
+from queue import Empty, SimpleQueue
+
+from dspy_prod.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.options import RateLimit
+from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.base import (
+    PENDING,
+    AccountState,
+    Ask,
+    CachedAnswer,
+    LimiterSnapshot,
+    Refusal,
+    Settlement,
+    Ticket,
+)
+from dspy_prod.stores.core import AdmissionCore
+from dspy_prod.stores.rollup import MemoryLedger
+
+_log = logging.getLogger("dspy_prod")
+
+
+class MemoryStore:
+    """State of this process only; gone when it ends.
+
+    Args:
+        namespace: keeps programs that share a process apart.
+        clock: durations come from `clock.monotonic()`.
+        max_records: the ledger keeps this many newest records; sums (rollups) are kept for all.
+    """
+
+    def __init__(
+        self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK, max_records: int = 100_000, url: str = "memory://"
+    ) -> None:
+        self._url = url
+        self._namespace = namespace
+        self._clock = clock
+        self.now: Callable[[], float] = clock.monotonic
+        self._lock = threading.Lock()
+        self._core = AdmissionCore()
+        self._ledger = MemoryLedger(max_records)
+        self._answers: OrderedDict[bytes, CachedAnswer] = OrderedDict()
+        self._answer_bytes = 0
+        self._posted: SimpleQueue[tuple[Ticket, Settlement] | None] = SimpleQueue()
+        self._janitor: threading.Thread | None = None
+        self._closed = False
+        _STORES.add(self)
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def namespace(self) -> str:
+        return self._namespace
+
+    @property
+    def durable(self) -> bool:
+        return False
+
+    def __repr__(self) -> str:
+        return f"MemoryStore(namespace={self._namespace!r})"
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+    def admit(self, ask: Ask) -> Ticket:
+        core = self._core
+        with self._lock:
+            ticket = core.admit(ask, self.now())
+            decided = core.take_decided()
+        if decided:
+            _wake(decided)
+        if ticket.state == PENDING:
+            self._rearm()
+        elif self._janitor is None:
+            self._rearm()
+        return ticket
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        with self._lock:
+            free = self._core.withdraw(ticket, self.now())
+            decided = self._core.take_decided()
+        _wake(decided)
+        return free
+
+    def settle(self, ticket: Ticket, settlement: Settlement) -> None:
+        core = self._core
+        with self._lock:
+            core.settle(settlement, self.now())
+            if core.appended or core.replaced:
+                self._write()
+            decided = core.take_decided()
+        if decided:
+            _wake(decided)
+
+    def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
+        """`settle` for a finaliser: it may run inside any lock, so another thread does the work."""
+        self._posted.put((ticket, settlement))
+
+    def append(self, record: CallRecord) -> None:
+        with self._lock:
+            self._ledger.append(record)
+
+    def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
+        with self._lock:
+            self._core.throttled(limit_key, limit, retry_after, self.now())
+
+    def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
+        with self._lock:
+            self._core.resync(limit_key, limit, remaining, self.now())
+
+    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
+        with self._lock:
+            return self._core.preview(ask, self.now())
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    def flush(self, timeout: float | None = None) -> bool:
+        self._drain()
+        return True
+
+    def account(self, key: str) -> AccountState:
+        self.flush()
+        with self._lock:
+            return self._core.account(key)
+
+    def limiter(self, key: str) -> LimiterSnapshot | None:
+        with self._lock:
+            return self._core.limiter(key, self.now())
+
+    def holds(self) -> int:
+        self.flush()
+        with self._lock:
+            return len(self._core.holds)
+
+    def waiting(self) -> int:
+        with self._lock:
+            return self._core.waiting()
+
+    def records(
+        self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
+    ) -> list[CallRecord]:
+        self.flush()
+        with self._lock:
+            return self._ledger.records(since, until, limit, equals)
+
+    def totals(
+        self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
+    ) -> list[tuple[str, str, Totals]]:
+        self.flush()
+        with self._lock:
+            return self._ledger.totals(dimension, since_day, until_day)
+
+    def correct(self, record_id: str, cost: int) -> bool:
+        self.flush()
+        with self._lock:
+            record = self._ledger.find(record_id)
+            if record is None:
+                return False
+            self._ledger.replace(self._core.correct(record, cost, self.now()))
+            decided = self._core.take_decided()
+        _wake(decided)
+        return True
+
+    # -- response cache ----------------------------------------------------------------------------------------------
+    def cache_get(self, key: bytes) -> CachedAnswer | None:
+        return None  # the cache keeps its own answers in memory; a second copy here would serve nobody
+
+    def cache_put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
+        return None
+
+    def cache_clear(self) -> None:
+        return None
+
+    def cache_size(self) -> tuple[int, int]:
+        return 0, 0
+
+    def close(self) -> None:
+        """Apply what is posted and end the janitor. The store stays readable."""
+        self.flush()
+        self._closed = True
+        janitor, self._janitor = self._janitor, None
+        if janitor is not None and janitor.is_alive():
+            self._posted.put(None)
+            janitor.join(timeout=5)
+        self._closed = False
+
+    # -- the janitor: timers, leases, and settlements posted by finalisers -----------------------------------------------
+    def _rearm(self) -> None:
+        """Let the janitor look at its timers again, starting it when needed."""
+        if self._janitor is None:
+            with self._lock:
+                if self._janitor is None and not self._closed:
+                    thread = threading.Thread(
+                        target=_tend, args=(weakref.ref(self), self._posted), name="dspy_prod-memory-store", daemon=True
+                    )
+                    self._janitor = thread
+                    thread.start()
+                    return
+        self._posted.put(None)
+
+    def _drain(self) -> None:
+        while True:
+            try:
+                item = self._posted.get_nowait()
+            except Empty:
+                return
+            if item is not None:
+                self.settle(*item)
+
+    def _tick(self) -> float:
+        """Serve what is due; seconds until the next due moment (`inf` if none)."""
+        with self._lock:
+            now = self.now()
+            self._core.tick(now)
+            self._write()
+            decided = self._core.take_decided()
+            due = self._core.next_due()
+        _wake(decided)
+        return due - now
+
+    def _write(self) -> None:
+        core = self._core
+        for record in core.appended:
+            self._ledger.append(record)
+        core.appended.clear()
+        for record in core.replaced:
+            self._ledger.replace(record)
+        core.replaced.clear()
+
+    def _after_fork(self) -> None:
+        """The child has its own copy of the state; threads and their tickets stayed with the parent."""
+        self._lock = threading.Lock()
+        self._posted = SimpleQueue()
+        self._janitor = None
+        core = self._core
+        core.fail_waiting(Refusal("store_unavailable", detail="the process was forked while waiting"))
+        core.take_decided()
+
+
+def _wake(decided: list[Ticket]) -> None:
+    for ticket in decided:
+        wake = ticket.wake
+        if wake is not None:
+            try:
+                wake()
+            except Exception:  # a loop that closed meanwhile: its waiter is gone too
+                _log.debug("A waiter could not be woken", exc_info=True)
+
+
+def _tend(ref: weakref.ref[MemoryStore], posted: SimpleQueue[tuple[Ticket, Settlement] | None]) -> None:
+    """Body of the janitor thread; ends when the store is closed or collected."""
+    wait = 0.0
+    while True:
+        try:
+            item = posted.get(timeout=min(max(wait, 0.0), 5.0)) if wait > 0 else posted.get_nowait()
+        except Empty:
+            item = None
+        store = ref()
+        if store is None or store._closed or store._posted is not posted:
+            return
+        try:
+            if item is not None:
+                store.settle(*item)
+            wait = min(store._tick(), inf)
+        except Exception:
+            _log.exception("The memory store's janitor met an error; it goes on")
+            wait = 1.0
+        del store
+
+
+_STORES: weakref.WeakSet[MemoryStore] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_STORES):
+        store._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

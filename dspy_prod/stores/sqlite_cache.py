@@ -1,0 +1,120 @@
+"""The response cache's table: bounded in entries and bytes, least recently used goes first."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Final
+
+from dspy_prod.stores.base import CachedAnswer
+
+TOUCH_AFTER: Final = 60.0
+"""Seconds after which a used entry is marked as used again: the order of eviction is that exact."""
+
+_EVICT_AT_ONCE: Final = 64
+
+GET: Final = "SELECT value, expires_at, stale_until, size, used_at FROM cache WHERE ns = ? AND key = ?"
+PUT: Final = (
+    "INSERT INTO cache (ns, key, value, size, expires_at, stale_until, used_at) VALUES (?, ?, ?, ?, ?, ?, ?) "
+    "ON CONFLICT (ns, key) DO UPDATE SET value = excluded.value, size = excluded.size, "
+    "expires_at = excluded.expires_at, stale_until = excluded.stale_until, used_at = excluded.used_at"
+)
+
+
+class CacheTable:
+    """Writes the cache inside the writer's transactions."""
+
+    def __init__(self) -> None:
+        self._connection: sqlite3.Connection | None = None
+        self._ns = 0
+        self._size: tuple[int, int] | None = None
+
+    def attach(self, connection: sqlite3.Connection, ns: int) -> None:
+        """Use this connection from now on."""
+        self._connection = connection
+        self._ns = ns
+        self._size = None
+
+    def forget(self) -> None:
+        """Another process may have changed the table, or a transaction was rolled back."""
+        self._size = None
+
+    def put(self, key: bytes, answer: CachedAnswer, max_entries: int, max_bytes: int, now: float) -> None:
+        """Keep an answer, and evict what was not used for longest until the bounds hold."""
+        assert self._connection is not None
+        entries, size = self._sizes()
+        old = self._connection.execute("SELECT size FROM cache WHERE ns = ? AND key = ?", (self._ns, key)).fetchone()
+        if old is not None:
+            entries, size = entries - 1, size - old[0]
+        new = len(answer.value)
+        if new > max_bytes:  # would push out everything else
+            self._connection.execute("DELETE FROM cache WHERE ns = ? AND key = ?", (self._ns, key))
+            self._keep_sizes(entries, size)
+            return
+        self._connection.execute(
+            PUT, (self._ns, key, answer.value, new, answer.expires_at, answer.stale_until, now)
+        )
+        entries, size = entries + 1, size + new
+        while entries > max_entries or size > max_bytes:
+            oldest = self._connection.execute(
+                "SELECT id, size FROM cache WHERE ns = ? ORDER BY used_at, id LIMIT ?", (self._ns, _EVICT_AT_ONCE)
+            ).fetchall()
+            if not oldest:
+                break
+            for id, bytes_ in oldest:
+                if entries <= max_entries and size <= max_bytes:
+                    break
+                self._connection.execute("DELETE FROM cache WHERE id = ?", (id,))
+                entries, size = entries - 1, size - bytes_
+        self._keep_sizes(entries, size)
+
+    def touch(self, key: bytes, now: float) -> None:
+        """Mark an entry as used."""
+        assert self._connection is not None
+        self._connection.execute("UPDATE cache SET used_at = ? WHERE ns = ? AND key = ?", (now, self._ns, key))
+
+    def clear(self) -> None:
+        """Delete everything."""
+        assert self._connection is not None
+        self._connection.execute("DELETE FROM cache WHERE ns = ?", (self._ns,))
+        self._keep_sizes(0, 0)
+
+    def purge(self, now: float) -> None:
+        """Delete what can neither be served fresh nor stale."""
+        assert self._connection is not None
+        dead = (self._ns, now)
+        where = "ns = ? AND max(expires_at, stale_until) < ?"
+        count, size = self._connection.execute(f"SELECT count(*), total(size) FROM cache WHERE {where}", dead).fetchone()
+        if count:
+            entries, all_ = self._sizes()
+            self._connection.execute(f"DELETE FROM cache WHERE {where}", dead)
+            self._keep_sizes(entries - count, all_ - int(size))
+
+    def _sizes(self) -> tuple[int, int]:
+        if self._size is None:
+            assert self._connection is not None
+            self._size = read_size(self._connection, self._ns)
+        return self._size
+
+    def _keep_sizes(self, entries: int, size: int) -> None:
+        assert self._connection is not None
+        self._size = (entries, size)
+        self._connection.execute("INSERT OR REPLACE INTO cache_sizes VALUES (?, ?, ?)", (self._ns, entries, size))
+
+
+def read_answer(connection: sqlite3.Connection, ns: int, key: bytes) -> tuple[CachedAnswer, float] | None:
+    """(answer, when it was last marked as used); a row that cannot be right is a miss."""
+    row = connection.execute(GET, (ns, key)).fetchone()
+    if row is None:
+        return None
+    value, expires_at, stale_until, size, used_at = row
+    if not (isinstance(value, bytes) and len(value) == size and isinstance(expires_at, float)):
+        return None
+    if not (isinstance(stale_until, float) and isinstance(used_at, float)):
+        return None
+    return CachedAnswer(value, expires_at, stale_until), used_at
+
+
+def read_size(connection: sqlite3.Connection, ns: int) -> tuple[int, int]:
+    """(entries, bytes)."""
+    row = connection.execute("SELECT entries, bytes FROM cache_sizes WHERE ns = ?", (ns,)).fetchone()
+    return (0, 0) if row is None else (row[0], row[1])

@@ -1,0 +1,225 @@
+"""The SQLite file: its tables, how it is created and opened, and what to tell a person when that fails."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import Final
+
+from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.records import CallRecord, Totals
+
+SCHEMA_VERSION: Final = 1
+
+OPEN_TIMEOUT: Final = 5.0
+"""Seconds that opening waits for another process which is creating or recovering the file."""
+
+_INTEGERS: Final = {
+    *("attempt", "cost_nano", "estimated", "status", "cached"),
+    *("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens"),
+}
+_REALS: Final = {"started_at", "latency", "waited"}
+
+TOTALS: Final = ", ".join(Totals._fields)
+
+
+def _column(name: str) -> str:
+    return f'"{name}" {"INTEGER" if name in _INTEGERS else "REAL" if name in _REALS else "TEXT"}'
+
+
+_TABLES: Final = f"""
+CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE namespaces (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE owners (
+    ns INTEGER, owner TEXT, lease_until REAL NOT NULL, pid INTEGER,
+    PRIMARY KEY (ns, owner)) WITHOUT ROWID;
+CREATE TABLE accounts (
+    ns INTEGER, key TEXT, spent INTEGER NOT NULL, held INTEGER NOT NULL, unconfirmed INTEGER NOT NULL, ends_at REAL,
+    PRIMARY KEY (ns, key)) WITHOUT ROWID;
+CREATE TABLE holds (
+    ns INTEGER, id TEXT, owner TEXT NOT NULL, ends_at REAL NOT NULL, amount INTEGER NOT NULL, accounts TEXT,
+    limit_key TEXT, debit TEXT, stub TEXT,
+    PRIMARY KEY (ns, id)) WITHOUT ROWID;
+CREATE TABLE abandoned (
+    ns INTEGER, id TEXT, at REAL NOT NULL, amount INTEGER NOT NULL, accounts TEXT, stub TEXT,
+    PRIMARY KEY (ns, id)) WITHOUT ROWID;
+CREATE TABLE limiters (
+    ns INTEGER, key TEXT, state BLOB NOT NULL, settings TEXT NOT NULL,
+    PRIMARY KEY (ns, key)) WITHOUT ROWID;
+CREATE TABLE records (seq INTEGER PRIMARY KEY, ns INTEGER NOT NULL, {", ".join(map(_column, CallRecord._fields))});
+CREATE UNIQUE INDEX records_id ON records (ns, id);
+CREATE INDEX records_started ON records (ns, started_at);
+CREATE INDEX records_call ON records (ns, call_id);
+CREATE INDEX records_user ON records (ns, "user", started_at) WHERE "user" IS NOT NULL;
+CREATE INDEX records_tenant ON records (ns, tenant, started_at) WHERE tenant IS NOT NULL;
+CREATE TABLE rollups (
+    ns INTEGER, day TEXT, dimension TEXT, value TEXT, {", ".join(f"{name} INTEGER NOT NULL" for name in Totals._fields)},
+    PRIMARY KEY (ns, day, dimension, value)) WITHOUT ROWID;
+CREATE TABLE cache (
+    id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, size INTEGER NOT NULL,
+    expires_at REAL NOT NULL, stale_until REAL NOT NULL, used_at REAL NOT NULL);
+CREATE UNIQUE INDEX cache_key ON cache (ns, key);
+CREATE INDEX cache_used ON cache (ns, used_at);
+CREATE TABLE cache_sizes (ns INTEGER PRIMARY KEY, entries INTEGER NOT NULL, bytes INTEGER NOT NULL);
+"""
+
+
+def connect(path: str, *, synchronous: str = "NORMAL", read_only: bool = False) -> sqlite3.Connection:
+    """A connection to an existing file, in autocommit mode, for one thread at a time."""
+    uri = Path(path).as_uri() + "?mode=rw"  # never creates: a deleted file must be noticed
+    connection = sqlite3.connect(
+        uri, uri=True, timeout=OPEN_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=256
+    )
+    try:
+        _retrying(connection, "PRAGMA journal_mode=WAL")
+        connection.execute(f"PRAGMA synchronous={synchronous}")
+        connection.execute("PRAGMA temp_store=MEMORY")
+        connection.execute("PRAGMA cache_size=-16000")
+        if read_only:
+            connection.execute("PRAGMA query_only=1")
+        else:
+            connection.execute("PRAGMA wal_autocheckpoint=2000")
+            connection.execute("PRAGMA journal_size_limit=67108864")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def create(path: str) -> None:
+    """Create the directory (0700), the file (0600) and the tables, where they are missing.
+
+    SQLite gives its `-wal` and `-shm` files the mode of the main file.
+
+    Raises:
+        StoreUnavailableError, sqlite3.Error, OSError
+    """
+    _make_directory(Path(path).parent)
+    if not os.path.exists(path):
+        for suffix in ("-wal", "-shm"):  # of a database that was deleted: SQLite would replay them into the new one
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + suffix)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    connection = connect(path)
+    try:
+        _retrying(connection, "BEGIN IMMEDIATE")
+        try:
+            _migrate(connection, path)
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+    finally:
+        connection.close()
+
+
+def _migrate(connection: sqlite3.Connection, path: str) -> None:
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if not tables:
+        for statement in _TABLES.split(";"):
+            connection.execute(statement)
+        connection.execute("INSERT INTO meta VALUES ('format', 'dspy_prod'), ('schema', ?)", (SCHEMA_VERSION,))
+        return
+    meta = dict(connection.execute("SELECT key, value FROM meta")) if "meta" in tables else {}
+    if meta.get("format") != "dspy_prod":
+        raise StoreUnavailableError(
+            f"The store file {path} is the database of another program; give dspy_prod a file of its own: store=..."
+        )
+    version = meta.get("schema")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise StoreUnavailableError(
+            f"The store file {path} has schema version {version}, this dspy_prod knows {SCHEMA_VERSION}; "
+            "upgrade dspy_prod, or give another file: store=..."
+        )
+    known = {row[1] for row in connection.execute("PRAGMA table_info(records)")}
+    for name in CallRecord._fields:  # a field added since the file was made
+        if name not in known:
+            connection.execute(f"ALTER TABLE records ADD COLUMN {_column(name)}")
+
+
+def namespace_id(connection: sqlite3.Connection, namespace: str) -> int:
+    """The number under which a namespace's rows are kept; made when it is new."""
+    find = "SELECT id FROM namespaces WHERE name = ?"
+    row = connection.execute(find, (namespace,)).fetchone()
+    if row is None:
+        _retrying(connection, "BEGIN IMMEDIATE")
+        connection.execute("INSERT OR IGNORE INTO namespaces (name) VALUES (?)", (namespace,))
+        connection.execute("COMMIT")
+        row = connection.execute(find, (namespace,)).fetchone()
+    number: int = row[0]
+    return number
+
+
+def is_locked(error: BaseException) -> bool:
+    """Another connection has the write lock: worth another try."""
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+def is_environment(error: BaseException) -> bool:
+    """The disk, the file or another process is to blame, and not the values to be written."""
+    return isinstance(error, OSError | StoreUnavailableError) or type(error) in (
+        sqlite3.OperationalError,
+        sqlite3.DatabaseError,
+    )
+
+
+def unavailable(path: str, error: BaseException) -> StoreUnavailableError:
+    """What a person should read when the file cannot be used."""
+    if isinstance(error, StoreUnavailableError):
+        return error
+    text = str(error)
+    if "not a database" in text:
+        remedy = "it is not a SQLite database: move it away, or give another file with store=..."
+    elif "malformed" in text:
+        remedy = "it is damaged: move it away, or repair it with the sqlite3 tool's .recover"
+    elif "full" in text:
+        remedy = "free some disk space"
+    elif "locked" in text:
+        remedy = "another program keeps it locked: end that program"
+    else:
+        remedy = (
+            "check that its directory exists and is writable, give another file with store='sqlite:////path/state.db', "
+            "or use store='memory://'"
+        )
+    return StoreUnavailableError(f"The store file {path} cannot be used ({text or type(error).__name__}): {remedy}")
+
+
+def leave_open(connection: sqlite3.Connection) -> None:
+    """Give a connection up without closing it.
+
+    SQLite deletes the `-wal` file by name when the last connection closes. If the database file was replaced
+    meanwhile, or the connection belongs to the parent of a forked process, that file is somebody else's.
+    """
+    _LEFT_OPEN.append(connection)
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # survives the interpreter's own cleaning up
+
+
+_LEFT_OPEN: list[sqlite3.Connection] = []
+
+
+def _retrying(connection: sqlite3.Connection, statement: str) -> None:
+    deadline = time.monotonic() + OPEN_TIMEOUT
+    while True:
+        try:
+            connection.execute(statement).fetchall()
+            return
+        except sqlite3.OperationalError as error:  # the busy handler does not cover these statements
+            if not is_locked(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.005)
+
+
+def _make_directory(directory: Path) -> None:
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    for path in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)

@@ -1,0 +1,58 @@
+"""What tests of LM programs need: a provider on loopback that keeps a bill."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .bill import Bill, BillRow, Usage
+from .calls import Call, CallView
+from .clock import FakeClock
+from .faults import (
+    EmptyChoices,
+    ErrorInStream,
+    Fault,
+    FaultPlan,
+    Hang,
+    MalformedJson,
+    MissingUsage,
+    Reset,
+    Status,
+    Trickle,
+    TruncatedStream,
+    WrongUsage,
+)
+from .provider import Provider
+
+if TYPE_CHECKING:
+    from .engine import ScriptedEngine
+
+__all__ = [
+    "Bill",
+    "BillRow",
+    "Call",
+    "CallView",
+    "EmptyChoices",
+    "ErrorInStream",
+    "FakeClock",
+    "Fault",
+    "FaultPlan",
+    "Hang",
+    "MalformedJson",
+    "MissingUsage",
+    "Provider",
+    "Reset",
+    "ScriptedEngine",
+    "Status",
+    "Trickle",
+    "TruncatedStream",
+    "Usage",
+    "WrongUsage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ScriptedEngine":  # imports DSPy, which the provider on its own does not need
+        from .engine import ScriptedEngine
+
+        return ScriptedEngine
+    raise AttributeError(f"module 'dspy_prod.testing' has no attribute {name!r}")

@@ -1,0 +1,32 @@
+"""``python -m dspy_prod.testing``: a provider in a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from collections.abc import Sequence
+
+from .provider import Provider
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a provider until interrupted. Prints its URL as the first line; GET /_bill and /_calls show what it saw."""
+    parser = argparse.ArgumentParser(prog="python -m dspy_prod.testing", description=main.__doc__)
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds before an answer")
+    parser.add_argument("--answer", default=None, help="text of every answer")
+    parser.add_argument("--rpm", type=int, default=None, help="requests in any 60 s")
+    parser.add_argument("--tpm", type=int, default=None, help="tokens in any 60 s")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="stop after this long")
+    given = vars(parser.parse_args(arguments))
+    seconds = given.pop("seconds")
+    with Provider(**given) as provider:
+        print(provider.url, flush=True)
+        try:
+            threading.Event().wait(seconds)
+        except KeyboardInterrupt:
+            pass
+
+
+if __name__ == "__main__":
+    main()

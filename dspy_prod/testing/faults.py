@@ -1,0 +1,253 @@
+"""What can go wrong at a provider, as values, and plans that say when.
+
+Whether a fault costs money follows what providers do: a request refused with an HTTP error is free, an answer that
+was generated is billed even if it never arrived whole.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from .calls import CallView
+
+_MESSAGES = {
+    400: "Invalid request.",
+    401: "Incorrect API key provided.",
+    403: "You are not allowed to use this model.",
+    404: "The model does not exist or you do not have access to it.",
+    408: "Request timed out.",
+    409: "Conflict.",
+    422: "Unprocessable entity.",
+    429: "Rate limit reached.",
+    500: "The server had an error while processing your request.",
+    502: "Bad gateway.",
+    503: "The engine is currently overloaded, please try again later.",
+    504: "Gateway time-out.",
+    529: "Overloaded.",
+}
+_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Base of all faults."""
+
+    @property
+    def name(self) -> str:
+        """How ``Call.fault`` names it: the class name, with the code for ``Status``."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True)
+class Status(Fault):
+    """Refuse with an HTTP error. Never billed.
+
+    Args:
+        code: HTTP status, e.g. 400, 401, 404, 408, 429, 500, 502, 503, 504, 529.
+        message: the error's text; None is a usual text for the code.
+        retry_after: seconds (or an HTTP date) for the Retry-After header; None sends none.
+        headers: further headers.
+        error_code: the error object's ``code``, e.g. "context_length_exceeded"; None is the usual one for ``code``.
+        delay: seconds before the refusal is sent.
+    """
+
+    code: int = 500
+    message: str | None = None
+    retry_after: float | str | None = None
+    headers: Mapping[str, str] | None = field(default=None, hash=False)
+    error_code: str | None = None
+    delay: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"Status({self.code})"
+
+    def error(self) -> dict[str, object]:
+        """The body: OpenAI's error object."""
+        kind = _TYPES.get(self.code, "server_error" if self.code >= 500 else "invalid_request_error")
+        message = self.message
+        if message is None and self.error_code == "context_length_exceeded":
+            message = "This model's maximum context length is 8192 tokens. Please reduce the length of the messages."
+        if message is None:
+            message = _MESSAGES.get(self.code, f"HTTP {self.code}")
+        code = self.error_code or _CODES.get(self.code)
+        return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+    def http_headers(self) -> dict[str, str]:
+        """Headers beside the content type."""
+        headers = dict(self.headers or {})
+        if self.retry_after is not None:
+            headers["retry-after"] = self.retry_after if isinstance(self.retry_after, str) else f"{self.retry_after:g}"
+        return headers
+
+
+@dataclass(frozen=True)
+class Hang(Fault):
+    """Accept the request and never answer, until the client leaves or the server stops.
+
+    Args:
+        seconds: close the connection without an answer after this long; None is never.
+        billed: whether the answer was generated (and is billed in full) although it is never sent.
+    """
+
+    seconds: float | None = None
+    billed: bool = False
+
+
+@dataclass(frozen=True)
+class Trickle(Fault):
+    """A valid answer sent drip by drip, at ``bytes_per_second``. Billed, and told once the last byte is sent."""
+
+    bytes_per_second: float = 100.0
+
+    def __post_init__(self) -> None:
+        if not self.bytes_per_second > 0:
+            raise ValueError(f"bytes_per_second must be positive, not {self.bytes_per_second!r}")
+
+
+@dataclass(frozen=True)
+class Reset(Fault):
+    """Break the connection with a TCP RST.
+
+    Args:
+        when: "before" any byte of the answer, "after_headers", or "during" the body (half of it is sent).
+        billed: whether the answer, generated in full, is billed; None is: not for "before", else yes.
+    """
+
+    when: Literal["before", "after_headers", "during"] = "before"
+    billed: bool | None = None
+
+    @property
+    def is_billed(self) -> bool:
+        """``billed``, or its default for ``when``."""
+        return self.when != "before" if self.billed is None else self.billed
+
+
+@dataclass(frozen=True)
+class TruncatedStream(Fault):
+    """The stream stops without usage or [DONE] and the connection is closed. The whole answer is billed, not told.
+
+    Without ``stream`` the body ends before its announced length.
+
+    Args:
+        after: how many text chunks are sent; None is half of them.
+    """
+
+    after: int | None = None
+
+
+@dataclass(frozen=True)
+class ErrorInStream(Fault):
+    """An error event takes the place of the rest of a stream. Billed up to the chunks sent, not told.
+
+    Without ``stream``: status 200 with an error object as its body, billed in full (some gateways do this).
+
+    Args:
+        after: how many text chunks are sent before it.
+        message: the error's text.
+        code: the error object's ``code``.
+    """
+
+    after: int = 1
+    message: str = "The server had an error while processing your request."
+    code: str | int | None = "server_error"
+
+
+@dataclass(frozen=True)
+class MalformedJson(Fault):
+    """Status 200 with a body (or, streamed, one event) that is not JSON. Billed, not told."""
+
+
+@dataclass(frozen=True)
+class WrongUsage(Fault):
+    """The usage told, *and billed*, is not what the texts' lengths say; it may exceed ``max_tokens``.
+
+    Args:
+        factor: multiplies input and output.
+        input_tokens: replaces the input; None multiplies.
+        output_tokens: replaces the output; None multiplies.
+    """
+
+    factor: float = 1.0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class MissingUsage(Fault):
+    """A complete answer without usage. Billed, not told."""
+
+
+@dataclass(frozen=True)
+class EmptyChoices(Fault):
+    """Status 200 with an empty list of choices (outputs). Billed, told."""
+
+
+Chooser = Callable[["CallView"], "Fault | None"]
+
+
+class FaultPlan:
+    """Says which call meets which fault.
+
+    A plan counts calls from 0, beginning when it is given to the provider (or at ``Provider.reset``). It keeps no
+    state of its own, so one plan can serve several providers.
+    """
+
+    def __init__(self, pick: Callable[[int, CallView], Fault | None]) -> None:
+        self._pick = pick
+
+    def pick(self, position: int, call: CallView) -> Fault | None:
+        """The fault of call number ``position`` (from 0) since the plan began, or None for a healthy one."""
+        return self._pick(position, call)
+
+    @classmethod
+    def script(cls, faults: Sequence[Fault | None]) -> FaultPlan:
+        """One entry per call in order of arrival (None is a healthy call), then healthy."""
+        entries = tuple(faults)
+        return cls(lambda position, call: entries[position] if position < len(entries) else None)
+
+    @classmethod
+    def mix(cls, probabilities: Mapping[Fault, float], seed: int = 0) -> FaultPlan:
+        """Each call meets a fault with its probability, else none; decided by seed and position alone."""
+        parts = tuple(probabilities.items())
+        if any(p < 0 for _, p in parts) or sum(p for _, p in parts) > 1 + 1e-9:
+            raise ValueError("probabilities must not be negative nor add up to more than 1")
+
+        def pick(position: int, call: CallView) -> Fault | None:
+            draw = random.Random(f"{seed}:{position}").random()
+            for fault, probability in parts:
+                draw -= probability
+                if draw < 0:
+                    return fault
+            return None
+
+        return cls(pick)
+
+    @classmethod
+    def window(cls, fault: Fault, start_index: int, count: int) -> FaultPlan:
+        """``count`` calls from ``start_index`` on (from 0) meet the fault: an outage."""
+        return cls(lambda position, call: fault if start_index <= position < start_index + count else None)
+
+    @classmethod
+    def always(cls, fault: Fault) -> FaultPlan:
+        """Every call meets the fault."""
+        return cls(lambda position, call: fault)
+
+    @classmethod
+    def of(cls, faults: FaultPlan | Fault | Iterable[Fault | None] | Chooser | None) -> FaultPlan:
+        """From what ``Provider(faults=...)`` takes: a plan, a fault (always), a list (script), a callable or None."""
+        if faults is None:
+            return cls(lambda position, call: None)
+        if isinstance(faults, FaultPlan):
+            return faults
+        if isinstance(faults, Fault):
+            return cls.always(faults)
+        if callable(faults):
+            chooser = faults
+            return cls(lambda position, call: chooser(call))
+        return cls.script(list(faults))
