@@ -251,7 +251,10 @@ class LM(dspy.LM):  # type: ignore[misc]  # DSPy is untyped
         cache = self.pipeline.cache
         assert cache is not None
         entry = cache.fresh(base)
-        if entry is None or self.model_type == "responses":
+        if entry is None:
+            scope.missed = True
+            return None
+        if self.model_type == "responses":
             return None
         text = entry.text
         if text is None or kwargs.get("n", 1) not in (1, None) or self.kwargs.get("n", 1) not in (1, None):
@@ -259,8 +262,7 @@ class LM(dspy.LM):  # type: ignore[misc]  # DSPy is untyped
         if dspy_settings.send_stream is not None:
             return None  # a listener wants events: the engine replays the answer for it
         response = entry.response
-        call = Call(self.pipeline, _ANY_REQUEST, scope.context, key=base, extras=None, streaming=False)
-        call.record_cached("cached")
+        Call(self.pipeline, _ANY_REQUEST, scope.context, base, None, False, scope.records).record_cached()
         usage: dict[str, Any] = {}
         result = CallResult((response,), [text], usage, 0.0, response, response.model, True)
         return PreparedCall(prompt, messages, kwargs, usage, None, True, 1, True), result

@@ -49,22 +49,22 @@ class _Guarded:
             key = None
             if pipeline.cache is not None and context.cache != "bypass":
                 key = request_key(self.identity, request, None, None, self._tenant(context.tenant))
-            return Call(pipeline, request, context, key=key, extras=None, streaming=streaming)
+            return Call(pipeline, request, context, key, None, streaming, [])
         context = scope.context
         index = scope.index
         scope.index = index + 1
         key = None
+        missed = False
         if scope.use_cache:
             key = scope.base
+            missed = scope.missed and not index
             if key is None:
                 key = request_key(
                     self.identity, request, scope.extras, scope.rollout_id, self._tenant(context.tenant)
                 )
             if key is not None and index:
                 key = candidate_key(key, index)
-        call = Call(pipeline, request, context, key=key, extras=scope.extras, streaming=streaming)
-        call.records = scope.records
-        return call
+        return Call(pipeline, request, context, key, scope.extras, streaming, scope.records, missed)
 
     def _tenant(self, tenant: str | None) -> str | None:
         cache = self.pipeline.cache

@@ -23,21 +23,19 @@ from typing import Any, TypeAlias
 from dspy.lm15 import Response
 from dspy.utils.exceptions import LMError
 
-from dspy_prod.errors import (
-    BudgetExceededError,
-    CircuitOpenError,
-    DeadlineExceededError,
-    RateLimitedError,
-    RejectedError,
-)
-from dspy_prod.pipeline.call import Call, Plan
+from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
+from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Attempt, Wait
 from dspy_prod.pipeline.outcome import Verdict
+from dspy_prod.pipeline.plan import Plan, plan, shrunk, wait_until
 from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.pipeline.refusals import refused, too_late, waited_too_long
 from dspy_prod.pipeline.routes import Route
+from dspy_prod.pipeline.settling import failed, give_back, succeeded
 from dspy_prod.policies.cache import cacheable
 from dspy_prod.policies.retry import Attempts
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
+from dspy_prod.records import NANO
 from dspy_prod.stores.base import GRANTED, PENDING, Ticket
 
 Flow: TypeAlias = Generator["Attempt | Wait", Any, Response]
@@ -51,11 +49,12 @@ def flow(call: Call) -> Flow:
     pipeline = call.pipeline
     cache = pipeline.cache
     assert cache is not None
-    if call.cache_mode == "use":
-        entry = cache.get(key)
+    mode = call.context.cache
+    if mode == "use":
+        entry = cache.load(key) if call.missed else cache.get(key)
         if entry is not None:
             return call.hit(entry)
-    if call.streaming or call.cache_mode != "use" or not cache.options.single_flight:
+    if call.streaming or mode != "use" or not cache.options.single_flight:
         return (yield from _send(call))
     flights = pipeline.flights
     follower = flights.join(key)
@@ -104,7 +103,7 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Attempt | W
             yield Wait(follower, call.deadline)
             late = follower.state == WAITING and pipeline.clock.monotonic() >= call.deadline
             if late and flights.leave(key, follower):
-                raise call.too_late("while waiting for an identical call")
+                raise too_late(call, "while waiting for an identical call")
     except BaseException as error:
         if isinstance(error, GeneratorExit):
             REAPER.post(give_up)
@@ -121,7 +120,7 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Attempt | W
         raise follower.error
     if pipeline.clock.monotonic() >= call.deadline:
         flights.hand_over(key)
-        raise call.too_late("while waiting for an identical call")
+        raise too_late(call, "while waiting for an identical call")
     return None
 
 
@@ -145,7 +144,7 @@ def _send(call: Call) -> Flow:
                 break
             except RejectedError as error:
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
-                if isinstance(error, BudgetExceededError) and failure is not None:
+                if failure is not None and error.__cause__ is None:
                     raise error from failure
                 raise
             except LMError as error:
@@ -164,11 +163,11 @@ def _send(call: Call) -> Flow:
                 failure = error
                 break
             _keep(call, route, response)
-            call.route_name = route.name
             return response
-    if call.key is not None and pipeline.cache is not None and pipeline.cache.options.stale_if_error > 0:
-        entry = pipeline.cache.stale(call.key)
-        if entry is not None and call.cache_mode == "use":
+    cache = pipeline.cache
+    if call.key is not None and cache is not None and cache.options.stale_if_error > 0 and call.context.cache == "use":
+        entry = cache.stale(call.key)
+        if entry is not None:
             return call.hit(entry, "stale")
     if failure is not None:
         raise failure
@@ -177,115 +176,97 @@ def _send(call: Call) -> Flow:
 
 
 def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> Flow:
-    """One attempt on one route: check, reserve, take the permit, send, settle."""
+    """One attempt on one route: check, reserve, take the permit, send, settle. The verdict of a failure is added."""
     pipeline = call.pipeline
-    clock = pipeline.clock
+    monotonic = pipeline.clock.monotonic
     breaker = route.state.breaker
     if breaker is not None:
         breaker.check()
-    if call.deadline != inf and clock.monotonic() >= call.deadline:
-        raise call.too_late("before the request was sent")
-    plan = call.plan(route)
+    if call.late():
+        raise too_late(call, "before the request was sent")
+    intent = plan(call, route, number)
     ticket: Ticket | None = None
     permit = None
-    settled = False
-    started = clock.monotonic()
+    attempted = settled = False
+    started = monotonic()
     until = inf
     try:
-        ask = call.ask(plan, number)
-        if ask is not None:
-            ticket = pipeline.store.admit(ask)
+        if intent.ask is not None:
+            ticket = pipeline.store.admit(intent.ask)
             if ticket.state != GRANTED:
-                plan, ticket = yield from _admission(call, plan, ticket, number)
+                waiting, ticket = ticket, None
+                intent, ticket = yield from _admission(call, intent, waiting)
                 if breaker is not None:
                     breaker.check()
-            if ticket.spent and pipeline.watches_spending:
-                call.note_spending(plan, ticket)
+            if pipeline.watches_spending:
+                _note_spending(call, intent, ticket)
         if breaker is not None:
             permit = breaker.permit()
-        started = clock.monotonic()
+        started = monotonic()
         until = call.attempt_until(route, started)
-        response = yield Attempt(route, plan.request, call.extras, until)
-        call.succeeded(plan, ticket, permit, number, started, response)
+        attempted = True
+        response = yield Attempt(route, intent.request, call.extras, until)
+        succeeded(call, intent, ticket, permit, started, response)
         settled = True
         return response
     except BaseException as raised:
-        if settled:
+        if settled or (ticket is None and not attempted and isinstance(raised, RejectedError)):
             raise
-        if ticket is not None and ticket.state != GRANTED:
-            ticket = None  # nothing is held
-        if ticket is None and permit is None and isinstance(raised, RejectedError):
-            raise
-        error, verdict = call.failed(plan, ticket, permit, number, started, until, raised)
+        error, verdict = failed(call, intent, ticket, permit, started, until, raised, attempted)
         verdicts.append(verdict)
         if error is raised:
             raise
         raise error from (raised.__cause__ or raised)
 
 
-def _admission(call: Call, plan: Plan, ticket: Ticket, number: int) -> Generator[Attempt | Wait, Any, tuple[Plan, Ticket]]:
+def _admission(call: Call, intent: Plan, ticket: Ticket) -> Generator[Attempt | Wait, Any, tuple[Plan, Ticket]]:
     """Wait in line for limiter and budget, holding nothing."""
     pipeline = call.pipeline
     store = pipeline.store
-    clock = pipeline.clock
-    began = clock.monotonic()
-    until = call.wait_until(plan, began)
-    call.emit("waiting", model=plan.route.model, blocked_on=ticket.blocked_on)
+    monotonic = pipeline.clock.monotonic
     while True:
+        began = monotonic()
+        until = wait_until(call, intent, began)
         try:
+            if ticket.state == PENDING:
+                call.emit("waiting", model=intent.route.model, blocked_on=ticket.blocked_on)
             while ticket.state == PENDING:
                 yield Wait(ticket, until)
-                if ticket.state == PENDING and clock.monotonic() >= until and store.withdraw(ticket):
-                    raise call.waited_too_long(plan, ticket)
+                if ticket.state == PENDING and monotonic() >= until and store.withdraw(ticket):
+                    raise waited_too_long(call, intent, ticket)
         except BaseException as error:
-            if ticket.state == GRANTED or not _withdraw(store, ticket, error):
-                _give_back(call, plan, ticket, error)
+            give_back(call, ticket, error)
             raise
         finally:
-            call.waited += clock.monotonic() - began
-            began = clock.monotonic()
+            call.waited += monotonic() - began
         if ticket.state == GRANTED:
-            return plan, ticket
+            return intent, ticket
         refusal = ticket.refusal
         assert refusal is not None
-        smaller = call.shrunk(plan, refusal)
-        if smaller is None or smaller.request.config.max_tokens == plan.request.config.max_tokens:
-            raise call.refused(plan, refusal)
-        plan = smaller
-        ask = call.ask(plan, number)
-        assert ask is not None
-        ticket = store.admit(ask)
+        smaller = shrunk(call, intent, refusal)
+        if smaller is None or smaller.ask is None:
+            raise refused(call, intent, refusal)
+        intent = smaller
+        ticket = store.admit(smaller.ask)
 
 
-def _withdraw(store: Any, ticket: Ticket, error: BaseException) -> bool:
-    if isinstance(error, GeneratorExit):
-        return False  # perhaps inside the garbage collector: left to the reaper
-    return bool(store.withdraw(ticket))
-
-
-def _give_back(call: Call, plan: Plan, ticket: Ticket, error: BaseException) -> None:
-    """Return a grant that came too late to be used."""
-    from dspy_prod.stores.base import Settlement
-
-    store = call.pipeline.store
-
-    def work() -> None:
-        if not store.withdraw(ticket):
-            store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
-
-    if isinstance(error, GeneratorExit):
-        REAPER.post(work)
-    else:
-        work()
+def _note_spending(call: Call, intent: Plan, ticket: Ticket) -> None:
+    """Notice budgets that pass their soft threshold with this grant."""
+    for rule, account, spent in zip(intent.rules, ticket.ask.accounts, ticket.spent, strict=False):
+        if rule.soft_passed(account.key, spent):
+            call.emit(
+                "budget_soft", budget=account.title, spent_usd=spent / NANO, limit_usd=account.limit / NANO,
+                degrade_to=rule.options.degrade_to,
+            )  # fmt: skip
 
 
 def _keep(call: Call, route: Route, response: Response) -> None:
     """Put an answer into the cache, unless another route than the key says gave it."""
     cache = call.pipeline.cache
-    if call.key is None or cache is None or call.cache_mode == "bypass":
+    if call.key is None or cache is None:
         return
     if route is call.pipeline.primary and not call.degraded and cacheable(response):
-        cache.put(call.key, response, call.ttl)
+        cache.put(call.key, response, call.context.ttl)
 
 
 def _reason(error: LMError | None) -> str:
@@ -293,5 +274,3 @@ def _reason(error: LMError | None) -> str:
         return error.reason
     return type(error).__name__
 
-
-__all__ = ["DeadlineExceededError", "Flow", "flow"]

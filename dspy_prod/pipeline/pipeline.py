@@ -29,6 +29,7 @@ class Pipeline:
         budgets: the rules every call is checked against.
         degradable: whether a budget may switch to a cheaper model.
         watches_spending: whether a budget has a soft threshold.
+        budget_waits: whether a budget has a `max_wait` of its own.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Pipeline:
         self.store = store
         self.budgets = budgets
         self.degradable = any(rule.options.degrade_to for rule in budgets)
+        self.budget_waits = any(rule.options.max_wait is not None for rule in budgets)
         self.watches_spending = any(rule.options.soft for rule in budgets)
         shared = None if cache is None else _shared_cache(store, cache)
         self.cache: ResponseCache | None = None if shared is None else shared.cache

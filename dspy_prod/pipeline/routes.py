@@ -79,6 +79,7 @@ class Route:
         self.retry = retry
         self.limited = limit is not None and (limit.rpm is not None or limit.tpm is not None or limit.concurrency is not None)
         self.limit = limit if limit is not None else _NO_LIMIT
+        self._tpm = int(self.limit.tpm or 0)
         self.prices = prices
         self.defaults = defaults or {}
         self.limit_key = f"{address_of(upstream.clients, self.model)}|{fingerprint(upstream.clients)}|{self.model}"
@@ -104,7 +105,7 @@ class Route:
 
     def bounds(self, request: Request) -> tuple[int | None, int | None]:
         """Upper bounds of (input, output) tokens, None where none is known."""
-        rates = self.rates()
+        rates = self._rates if self._priced else self.rates()
         if rates is None:
             return input_bound(request, max_input_tokens=None), output_bound(request, max_output_tokens=None)
         return (
@@ -114,23 +115,21 @@ class Route:
 
     def most(self, request: Request, inputs: int, outputs: int) -> int:
         """The most that so many tokens of this request can cost, in nano-USD; prices must be known."""
-        rates = self.rates()
+        rates = self._rates if self._priced else self.rates()
         assert rates is not None
         return rates.bound(inputs, outputs, tier=request.config.service_tier, media=_has_media(request))
 
-    def limiter_tokens(self, request: Request, bounds: tuple[int | None, int | None]) -> int:
-        """Tokens to reserve at the limiter: an upper bound, or the learned size."""
-        tpm = self.limit.tpm
-        if tpm is None:
-            return 0
-        inputs, outputs = bounds
-        learned = self.state.typical_output()
-        if self.limit.estimate == "learned" and learned is not None:
-            outputs = learned if outputs is None else min(outputs, learned)
-            inputs = None if inputs is None else max(1, inputs // 3)  # about three bytes a token
-        if outputs is None:
-            outputs = _UNKNOWN_OUTPUT if learned is None else learned * 2
-        return min(int(tpm), (inputs if inputs is not None else int(tpm)) + outputs)
+    def limiter_tokens(self, inputs: int | None, outputs: int | None) -> int:
+        """Tokens to reserve at the limiter for these bounds: all of them, or the learned size; at most `tpm`."""
+        most = self._tpm
+        if outputs is None or self.limit.estimate == "learned":
+            learned = self.state.typical_output()
+            if outputs is None:
+                outputs = _UNKNOWN_OUTPUT if learned is None else 2 * learned
+            if self.limit.estimate == "learned" and learned is not None:
+                outputs = min(outputs, learned)
+                inputs = None if inputs is None else max(1, inputs // 3)  # about three bytes a token
+        return most if inputs is None else min(most, inputs + outputs)
 
 
 _NO_LIMIT = RateLimit()

@@ -22,10 +22,11 @@ class Scope:
     Attributes:
         base: exact JSON of prompt, messages and arguments as the caller gave them, or None when they are not JSON.
         index: candidates already asked for.
+        missed: the memory tier of the cache was asked for `base` already, in vain.
         records: everything the call did.
     """
 
-    __slots__ = ("base", "cached", "context", "extras", "index", "records", "rollout_id", "route", "use_cache")
+    __slots__ = ("base", "context", "extras", "index", "missed", "records", "rollout_id", "use_cache")
 
     def __init__(
         self, context: CallContext, base: bytes | None, extras: dict[str, Any] | None, rollout_id: Any, use_cache: bool
@@ -36,8 +37,7 @@ class Scope:
         self.rollout_id = rollout_id
         self.use_cache = use_cache
         self.index = 0
-        self.cached = False
-        self.route = ""
+        self.missed = False
         self.records: list[CallRecord] = []
 
 

@@ -116,8 +116,10 @@ class ResponseCache:
     def get(self, key: bytes) -> Entry | None:
         """The fresh answer in memory or, if answers are persistent, in the store."""
         entry = self.fresh(key)
-        if entry is not None:
-            return entry
+        return entry if entry is not None else self.load(key)
+
+    def load(self, key: bytes) -> Entry | None:
+        """The fresh answer in the store, for a caller who has asked the memory already."""
         if self._durable:
             entry = self._load(key)
             if entry is not None and entry.expires_at > self._now():

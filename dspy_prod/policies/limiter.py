@@ -146,8 +146,8 @@ class LimiterState:
     def earliest(self, now: float, tokens: int, ahead_requests: int, ahead_tokens: int) -> float:
         """A sound lower bound of when a call behind others could go: before it, it provably cannot.
 
-        Assumes that everything in flight ends at once with its tokens refunded in full, that a lowered rate is restored
-        at once, and that the calls ahead go. Hence `ahead_tokens`, which may be refunded too, does not count.
+        Assumes that everything in flight was sent and ends at once with its tokens refunded in full, that a lowered
+        rate returns at once, and that the calls ahead go; `ahead_tokens` may be refunded too and so do not count.
         """
         now = self._touch(now)
         limit, window, feedback = self._limit, self._window, self._feedback
@@ -159,7 +159,7 @@ class LimiterState:
             if need > 0:
                 at = max(at, window.requests_freed_at(need))
             at += minutes * (MINUTE + limit.guard)
-            at = max(at, self._pacing.earliest(start, ahead_requests, feedback.factor))
+            at = max(at, self._pacing.earliest(start, ahead_requests))
         if limit.tpm is not None:
             if tokens > limit.tpm:
                 return inf

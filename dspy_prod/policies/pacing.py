@@ -7,7 +7,7 @@ asks for it. Pure: no clock, bounded memory. Rules: SEMANTICS, "Rate limiter", P
 from __future__ import annotations
 
 from collections import deque
-from math import floor, inf
+from math import ceil, floor, inf
 from typing import Any, Final
 
 from dspy_prod.options import RateLimit
@@ -34,7 +34,7 @@ class RequestPacer:
         span: length of a slice in seconds.
     """
 
-    __slots__ = ("_count", "_log", "_passed", "_place", "burst", "span")
+    __slots__ = ("_count", "_cut", "_log", "_passed", "_place", "burst", "span")
 
     def __init__(self, burst: int, span: float, now: float) -> None:
         self.burst = burst
@@ -43,18 +43,23 @@ class RequestPacer:
         self._count = 0
         self._place = 0  # of the next call, modulo the burst: groups begin at the same places in every round
         self._passed = now - LATENESS  # the newest bound that was waited for: refunds do not bring it back
+        self._cut: float | None = None  # nominal time of the newest call that a smaller burst had no place for
 
     def reshape(self, burst: int, span: float) -> None:
         """Change the bound and keep what was sent."""
         self.span = span
-        if burst != self.burst:
-            self.burst = burst
-            self._place = 0
-            self._shorten()
+        if burst == self.burst:
+            return
+        if self._cut is not None and burst > self.burst:
+            self._log.appendleft([burst - self.burst, self._cut, self._cut])
+            self._count += burst - self.burst
+        self.burst = burst
+        self._place = 0
+        self._shorten()
 
     def _shorten(self) -> None:
         while self._count > self.burst:
-            self._pop()
+            self._cut = self._pop()
 
     def _pop(self) -> float:
         head = self._log[0]
@@ -69,10 +74,10 @@ class RequestPacer:
         """When the next call may go; possibly in the past."""
         return self._log[0][2] + self.span if self._count >= self.burst else self._passed
 
-    def earliest(self, now: float, ahead: int, span: float) -> float:
-        """When a call behind `ahead` others may go at best, with slices of `span` seconds."""
-        rounds, place = divmod(ahead, self.burst)
-        place -= self.burst - self._count
+    def earliest(self, now: float, ahead: int, burst: int, span: float) -> float:
+        """When a call behind `ahead` others may go at best, should the bound become `burst` per `span` at once."""
+        rounds, place = divmod(ahead, burst)
+        place -= burst - self._count
         if place < 0:
             return max(now - LATENESS, self._passed) + rounds * span
         for calls, _, last in self._log:
@@ -120,14 +125,15 @@ class RequestPacer:
 
     def dump(self) -> list[object]:
         """What was sent, as JSON values."""
-        return [list(self._log), self._place, self._passed]
+        return [list(self._log), self._place, self._passed, self._cut]
 
-    def restore(self, log: list[list[float]], place: int, passed: float) -> None:
+    def restore(self, log: list[list[float]], place: int, passed: float, cut: float | None) -> None:
         """Take over what another pacer dumped."""
         self._log = deque(log)
         self._count = int(sum(group[0] for group in log))
         self._place = place % self.burst
         self._passed = passed
+        self._cut = cut
         self._shorten()
 
 
@@ -174,9 +180,10 @@ class TokenPacer:
 class Pacing:
     """Requests and tokens paced as a `RateLimit` and a rate factor ask for."""
 
-    __slots__ = ("_requests", "_tokens")
+    __slots__ = ("_requests", "_slice", "_tokens")
 
     def __init__(self) -> None:
+        self._slice = 1, 0.0  # burst and span at the full rate
         self._requests: RequestPacer | None = None
         self._tokens: TokenPacer | None = None
 
@@ -193,7 +200,9 @@ class Pacing:
         else:
             burst = limit.burst or max(1, floor(rate if limit.rpm is not None else rate * _MEASURED_SLICE))
             seconds = burst / rate
-            span = seconds / factor * (1 + PACE_GUARD)
+            self._slice = burst, seconds * (1 + PACE_GUARD)
+            burst = max(1, ceil(burst * factor - 1e-9))  # rounded up, so that a slice is never shorter than configured
+            span = burst / (rate * factor) * (1 + PACE_GUARD)
             if self._requests is None:
                 self._requests = RequestPacer(burst, span, now)
             else:
@@ -214,9 +223,9 @@ class Pacing:
                 return then
         return at
 
-    def earliest(self, now: float, ahead: int, factor: float) -> float:
-        """When a call behind `ahead` others may go at best, should the rate `factor` become 1. Tokens do not bind."""
-        return now if self._requests is None else self._requests.earliest(now, ahead, self._requests.span * factor)
+    def earliest(self, now: float, ahead: int) -> float:
+        """When a call behind `ahead` others may go at best, should the full rate return. Tokens do not bind."""
+        return now if self._requests is None else self._requests.earliest(now, ahead, *self._slice)
 
     def push(self, now: float, tokens: int) -> tuple[float, float]:
         """Record a call sent now; returns its nominal time and its charge, which `give_back` wants."""

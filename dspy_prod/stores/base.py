@@ -57,7 +57,8 @@ class Ask:
         horizon: store time after which a grant is useless; an admission that provably cannot happen before it is
             refused at once.
         lease: seconds for which the hold is valid without renewal.
-        stub: the record to write, fully charged and marked estimated, if the holder dies.
+        stub: the record to write, fully charged and marked estimated, if the holder dies; or a function that makes
+            it, called when a durable store writes the hold, else when the lease ends.
     """
 
     __slots__ = (
@@ -87,7 +88,7 @@ class Ask:
         fair: str,
         horizon: float,
         lease: float,
-        stub: CallRecord | None,
+        stub: CallRecord | Callable[[], CallRecord] | None,
     ) -> None:
         self.id = id
         self.limit_key = limit_key

@@ -239,6 +239,25 @@ class AdmissionCore:
         self._guests.clear()
         self._limiters = {key: state for key, state in self._limiters.items() if not shared(state.limit)}
 
+    def carry_over(self) -> None:
+        """The file was deleted or replaced while in use: bring along what this process knows of it."""
+        changes, book, backing = self.changes, self.accounts, self._backing
+        assert changes is not None
+        assert backing is not None
+        own: dict[str, int] = {}
+        for hold in self.holds.values():
+            for key in hold.accounts:
+                own[key] = own.get(key, 0) + hold.amount
+        for key in {*book.entries, *own}:
+            stored = backing.load_account(key) or AccountState()
+            entry = book.get(key)
+            entry.spent = max(entry.spent, stored.spent)
+            entry.unconfirmed = max(entry.unconfirmed, stored.unconfirmed)
+            entry.held = stored.held + own.get(key, 0)
+            book.dirty.add(key)
+        changes.added.update(self.holds)
+        changes.limiters.update(key for key, state in self._limiters.items() if shared(state.limit))
+
     def serve(self, now: float) -> None:
         """Serve every line: another process may have freed something."""
         for key in list(self._lines):
@@ -339,7 +358,8 @@ class AdmissionCore:
 
     def _refuse_for_time(self, ticket: Ticket, now: float) -> bool:
         ask = ticket.ask
-        assert ask.limit_key is not None and ask.limit is not None
+        assert ask.limit_key is not None
+        assert ask.limit is not None
         limiter = self._limiter(ask.limit_key, ask.limit, now)
         line = self._lines.get(ask.limit_key)
         ahead = line.ahead_of(ticket) if line is not None and not ask.fair else 0

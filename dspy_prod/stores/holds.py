@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from dspy_prod.options import RateLimit
@@ -15,7 +16,7 @@ class Hold:
     `lease_until` is the store time at which its own worker gives it up (`Ask.lease`).
     """
 
-    __slots__ = ("accounts", "amount", "debit", "id", "lease_until", "limit_key", "stub")
+    __slots__ = ("_stub", "accounts", "amount", "debit", "id", "lease_until", "limit_key")
 
     def __init__(
         self,
@@ -25,7 +26,7 @@ class Hold:
         limit_key: str | None,
         debit: Any,
         lease_until: float,
-        stub: CallRecord | None,
+        stub: CallRecord | Callable[[], CallRecord] | None,
     ) -> None:
         self.id = id
         self.accounts = accounts
@@ -33,7 +34,13 @@ class Hold:
         self.limit_key = limit_key
         self.debit = debit
         self.lease_until = lease_until
-        self.stub = stub
+        self._stub = stub
+
+    @property
+    def stub(self) -> CallRecord | None:
+        """The record to write if the holder dies."""
+        stub = self._stub
+        return stub if stub is None or isinstance(stub, CallRecord) else stub()
 
 
 class Backing(Protocol):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections import OrderedDict
 from collections.abc import Mapping
 from itertools import islice
-from typing import Final
+from typing import Any, Final
 
 from dspy_prod.records import CallRecord, Totals, rollup_keys
 
@@ -14,6 +13,7 @@ MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `"(other)"`."""
 
 _DAY: Final = 86_400
+_BATCH: Final = 512
 
 
 def day_of(at: float) -> str:
@@ -31,45 +31,43 @@ _days: dict[int, str] = {}
 
 
 class MemoryLedger:
-    """Records and rollups. Not thread-safe; the store's lock protects it."""
+    """Records and rollups. Not thread-safe; the store's lock protects it.
+
+    Appending is on the path of every call, so it only notes the record; sums are made in batches, before a read or
+    when `_BATCH` records wait. Rows are kept as plain tuples, which the garbage collector stops tracking.
+    """
 
     def __init__(self, max_records: int) -> None:
         self._max = max_records
-        self._records: OrderedDict[str, CallRecord] = OrderedDict()
+        self._rows: dict[str, tuple[Any, ...]] = {}
+        self._new: list[CallRecord] = []
         self._days: dict[str, dict[tuple[str, str], list[int]]] = {}
 
     def append(self, record: CallRecord) -> None:
         """Add a record. One with a known id replaces it (settling is idempotent)."""
-        records = self._records
-        if record.id in records:
-            self.replace(record)
-            return
-        records[record.id] = record
-        if len(records) > self._max:
-            records.popitem(last=False)
-        self._sum(record, 1)
+        self._new.append(record)
+        if len(self._new) >= _BATCH:
+            self._fold()
 
     def replace(self, record: CallRecord) -> None:
         """Put a corrected record in place of the one with its id; appended when that is gone."""
-        old = self._records.get(record.id)
-        if old is None:
-            self.append(record)
-            return
-        self._sum(old, -1)
-        self._records[record.id] = record
-        self._sum(record, 1)
+        self._new.append(record)
+        self._fold()
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
-        return self._records.get(id)
+        self._fold()
+        row = self._rows.get(id)
+        return None if row is None else CallRecord._make(row)
 
     def records(
         self, since: float | None, until: float | None, limit: int | None, equals: Mapping[str, str]
     ) -> list[CallRecord]:
         """Matching records, newest first."""
+        self._fold()
         matching = (
             record
-            for record in reversed(self._records.values())
+            for record in map(CallRecord._make, reversed(self._rows.values()))
             if (since is None or record.started_at >= since)
             and (until is None or record.started_at < until)
             and all(getattr(record, name) == value for name, value in equals.items())
@@ -78,6 +76,7 @@ class MemoryLedger:
 
     def totals(self, dimension: str, since_day: str | None, until_day: str | None) -> list[tuple[str, str, Totals]]:
         """(day, value, sums) of one dimension."""
+        self._fold()
         return [
             (day, value, Totals(*sums))
             for day in sorted(self._days)
@@ -86,17 +85,41 @@ class MemoryLedger:
             if name == dimension
         ]
 
-    def _sum(self, record: CallRecord, sign: int) -> None:
-        day = self._days.setdefault(day_of(record.started_at), {})
-        contribution = Totals.of(record)
-        for key in rollup_keys(record):
+    def _fold(self) -> None:
+        """Bring rows and sums up to date."""
+        if not self._new:
+            return
+        rows = self._rows
+        groups: dict[tuple[Any, ...], list[CallRecord]] = {}
+        for record in self._new:
+            old = rows.get(record.id)
+            if old is not None:
+                self._sum([CallRecord._make(old)], -1)
+            rows[record.id] = tuple(record)
+            group = (
+                int(record.started_at // _DAY), record.model, record.user, record.tenant, record.program,
+                record.variant, record.prompt_version, record.tags,
+            )  # fmt: skip
+            groups.setdefault(group, []).append(record)
+        self._new.clear()
+        for group_records in groups.values():
+            self._sum(group_records, 1)
+        for id in list(islice(rows, max(0, len(rows) - self._max))):
+            del rows[id]
+
+    def _sum(self, records: list[CallRecord], sign: int) -> None:
+        """Add records that belong to the same day and values."""
+        first = records[0]
+        day = self._days.setdefault(day_of(first.started_at), {})
+        contribution = [0] * len(Totals._fields)
+        for record in records:
+            for index, value in enumerate(Totals.of(record)):
+                contribution[index] += sign * value
+        for key in rollup_keys(first):
             sums = day.get(key)
             if sums is None:
                 if len(day) >= MAX_VALUES_PER_DAY:
                     key = (key[0], "(other)")
-                    sums = day.get(key)
-                if sums is None:
-                    sums = day[key] = [0] * len(contribution)
+                sums = day.setdefault(key, [0] * len(contribution))
             for index, value in enumerate(contribution):
-                if value:
-                    sums[index] += sign * value
+                sums[index] += value

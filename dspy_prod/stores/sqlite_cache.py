@@ -50,9 +50,7 @@ class CacheTable:
             self._connection.execute("DELETE FROM cache WHERE ns = ? AND key = ?", (self._ns, key))
             self._keep_sizes(entries, size)
             return
-        self._connection.execute(
-            PUT, (self._ns, key, answer.value, new, answer.expires_at, answer.stale_until, now)
-        )
+        self._connection.execute(PUT, (self._ns, key, answer.value, new, answer.expires_at, answer.stale_until, now))
         entries, size = entries + 1, size + new
         while entries > max_entries or size > max_bytes:
             oldest = self._connection.execute(
@@ -83,7 +81,9 @@ class CacheTable:
         assert self._connection is not None
         dead = (self._ns, now)
         where = "ns = ? AND max(expires_at, stale_until) < ?"
-        count, size = self._connection.execute(f"SELECT count(*), total(size) FROM cache WHERE {where}", dead).fetchone()
+        count, size = self._connection.execute(
+            f"SELECT count(*), total(size) FROM cache WHERE {where}", dead
+        ).fetchone()
         if count:
             entries, all_ = self._sizes()
             self._connection.execute(f"DELETE FROM cache WHERE {where}", dead)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from dspy_prod.records import CallRecord, Totals, rollup_keys
 from dspy_prod.stores.rollup import MAX_VALUES_PER_DAY, day_of
@@ -66,8 +66,7 @@ class LedgerTables:
         ns = self._ns
         if appended:
             self._connection.executemany(INSERT, [record_row(ns, record) for record in appended])
-            for record in appended:
-                self._sum(record, 1)
+            self._sum(appended, 1)
         for record in replaced:
             self.put(record)
         if self._sums:
@@ -84,16 +83,22 @@ class LedgerTables:
         old = self.find(record.id)
         self._connection.execute(REPLACE, record_row(self._ns, record))
         if old is not None:
-            self._sum(old, -1)
-        self._sum(record, 1)
+            self._sum((old,), -1)
+        self._sum((record,), 1)
 
-    def _sum(self, record: CallRecord, sign: int) -> None:
-        day = day_of(record.started_at)
+    def _sum(self, records: Iterable[CallRecord], sign: int) -> None:
+        groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[CallRecord]] = {}
+        for record in records:
+            groups.setdefault((day_of(record.started_at), tuple(rollup_keys(record))), []).append(record)
+        for (day, pairs), alike in groups.items():
+            self._sum_alike(day, pairs, alike, sign)
+
+    def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], records: list[CallRecord], sign: int) -> None:
+        contribution = [(index, sum(values)) for index, values in enumerate(zip(*map(Totals.of, records), strict=True))]
         known = self._known.get(day)
         if known is None:
             known = self._load_day(day)
-        contribution = [(index, value) for index, value in enumerate(Totals.of(record)) if value]
-        for pair in rollup_keys(record):
+        for pair in pairs:
             if pair not in known:
                 if len(known) >= MAX_VALUES_PER_DAY:
                     pair = (pair[0], "(other)")
@@ -137,7 +142,8 @@ def read_records(
     unknown = sorted(set(equals) - FIELDS)
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no field to compare; use one of {', '.join(sorted(FIELDS))}")
-    where, values = ["ns = ?"], [ns]  # type: list[str], list[Any]
+    where: list[str] = ["ns = ?"]
+    values: list[object] = [ns]
     if since is not None:
         where.append("started_at >= ?")
         values.append(since)

@@ -56,12 +56,10 @@ def hold_of(row: Row) -> Hold:
 
 
 def stub_json(stub: CallRecord | None) -> bytes | None:
-    """A stub record as JSON, defaults left out."""
+    """A stub record as JSON, by field name because the hold may be read by another version."""
     if stub is None:
         return None
-    fields = {name: value for name, value in zip(_NAMES, stub, strict=True) if value is not None}
-    fields["tags"] = dict(stub.tags)
-    return orjson.dumps(fields)
+    return orjson.dumps({name: value for name, value in zip(_NAMES, stub, strict=True) if value is not None})
 
 
 _NAMES: Final = CallRecord._fields

@@ -56,7 +56,8 @@ CREATE INDEX records_call ON records (ns, call_id);
 CREATE INDEX records_user ON records (ns, "user", started_at) WHERE "user" IS NOT NULL;
 CREATE INDEX records_tenant ON records (ns, tenant, started_at) WHERE tenant IS NOT NULL;
 CREATE TABLE rollups (
-    ns INTEGER, day TEXT, dimension TEXT, value TEXT, {", ".join(f"{name} INTEGER NOT NULL" for name in Totals._fields)},
+    ns INTEGER, day TEXT, dimension TEXT, value TEXT,
+    {", ".join(f"{name} INTEGER NOT NULL" for name in Totals._fields)},
     PRIMARY KEY (ns, day, dimension, value)) WITHOUT ROWID;
 CREATE TABLE cache (
     id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, size INTEGER NOT NULL,

@@ -6,11 +6,12 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable
-from math import inf, isinf
+from math import isinf
 from typing import Final
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
+from dspy_prod.stores.accounts import PRUNE_AFTER
 from dspy_prod.stores.base import AccountState
 from dspy_prod.stores.core import AdmissionCore, shared
 from dspy_prod.stores.holds import Hold
@@ -24,7 +25,6 @@ from dspy_prod.stores.sqlite_rows import (
     clean_text,
     hold_of,
     hold_row,
-    stub_json,
 )
 from dspy_prod.stores.sqlite_schema import connect, create, is_environment, leave_open, namespace_id
 
@@ -74,7 +74,7 @@ class Tables:
             try:
                 connection.execute("PRAGMA busy_timeout=0")  # the writer waits in its own, finer steps
                 self.ns = namespace_id(connection, clean_text(self._namespace))
-                self._identity = _identity(self.path)
+                self._identity = identity(self.path)
             except BaseException:
                 connection.close()
                 raise
@@ -97,7 +97,7 @@ class Tables:
 
     def replaced(self) -> bool:
         """Whether the path no longer leads to the file that was opened."""
-        return self._identity is not None and _identity(self.path) != self._identity
+        return self._identity is not None and identity(self.path) != self._identity
 
     def lose(self) -> None:
         """Give up a connection to a file that was deleted, or that the parent process uses."""
@@ -114,6 +114,13 @@ class Tables:
         self._version = version
         self.cache.forget()
         return True
+
+    def stale(self) -> bool:
+        """`changed`, only looking."""
+        if self.connection is None:
+            return True
+        version: int = self.connection.execute("PRAGMA data_version").fetchone()[0]
+        return version != self._version
 
     def rollback(self) -> None:
         """Undo the transaction, if there is one."""
@@ -190,8 +197,6 @@ class Tables:
 
     def sweep(self, now: float) -> None:
         """Delete what nothing can refer to any more."""
-        from dspy_prod.stores.accounts import PRUNE_AFTER
-
         self._run("DELETE FROM accounts WHERE ns = ? AND ends_at < ? AND held = 0", [(self.ns, now - PRUNE_AFTER)])
         self._run("DELETE FROM abandoned WHERE ns = ? AND at < ?", [(self.ns, now - KEEP_ABANDONED)])
         self.cache.purge(now)
@@ -271,7 +276,8 @@ class Tables:
         self._run(PUT_LIMITER, rows)
 
     def _abandoned_row(self, hold: Hold, now: float) -> Row:
-        return (self.ns, *hold_row(self.ns, "", hold)[1:2], now, hold.amount, hold_row(self.ns, "", hold)[5], stub_json(hold.stub))
+        _, id, _, _, amount, accounts, _, _, stub = hold_row(self.ns, self.owner, hold)
+        return self.ns, id, now, amount, accounts, stub
 
     def _run(self, sql: str, rows: Iterable[Row]) -> None:
         assert self.connection is not None
@@ -279,7 +285,7 @@ class Tables:
             self.connection.executemany(sql, rows)
 
 
-def _identity(path: str) -> tuple[int, int] | None:
+def identity(path: str) -> tuple[int, int] | None:
     try:
         status = os.stat(path)
     except OSError:

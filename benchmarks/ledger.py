@@ -1,0 +1,257 @@
+"""How fast the SQLite store reserves and settles money, and that reading it does not slow down with its age.
+
+    python -m benchmarks.ledger [--pairs N] [--rows N] [--json FILE]
+
+A pair is one admission (limiter and a daily budget together, durable before it is told) and its settlement with a
+ledger record. All figures are of the file on disk, WAL, synchronous=NORMAL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from dspy_prod.options import RateLimit
+from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.base import GRANTED, Account, Ask, Settlement, Ticket
+from dspy_prod.stores.sqlite import SqliteStore
+
+LIMIT = RateLimit(rpm=60_000_000, tpm=6e12)
+BUDGET = 10**15
+IN_FLIGHT = 256
+
+_numbers = itertools.count()
+
+
+def make_ask(at: float) -> Ask:
+    """An admission as the pipeline makes it: a limiter, one account, a stub for the case of death."""
+    number = next(_numbers)
+    id = f"{time.time_ns():016x}{os.getpid() & 0xFFFF:04x}{number & 0xFFFFFFFF:08x}"
+    stub = CallRecord(
+        id, id, at, "openai/gpt-4o-mini", "primary", 1, "ok", 2_000, user=f"u{number % 100}", tenant=f"t{number % 10}",
+        accounts=("day|-|2026-11-23",),
+    )  # fmt: skip
+    return Ask(
+        id, limit_key="openai|key|gpt-4o-mini", limit=LIMIT, tokens=800,
+        accounts=(Account("day|-|2026-11-23", BUDGET, "day", 86_400.0),), amount=2_000, priority=1, fair="",
+        horizon=at + 60.0, lease=600.0, stub=stub,
+    )  # fmt: skip
+
+
+def settle(store: SqliteStore, ticket: Ticket) -> None:
+    """A known cost, as after an answer with its usage."""
+    assert ticket.state == GRANTED, ticket.refusal
+    stub = ticket.ask.stub
+    assert stub is not None
+    record = stub._replace(cost_nano=1_234, input_tokens=500, output_tokens=120, latency=0.8)
+    store.settle(ticket, Settlement(ticket.ask.id, 1_234, 620, True, False, record))
+
+
+def one_by_one(store: SqliteStore, pairs: int) -> None:
+    """A caller that waits for each admission, as a thread of a web server does."""
+    for _ in range(pairs):
+        granted = threading.Event()
+        ticket = store.admit(make_ask(store.now()))
+        if ticket.attach(granted.set):
+            granted.wait()
+        settle(store, ticket)
+
+
+def pipelined(store: SqliteStore, pairs: int) -> None:
+    """Many calls in flight at once, as on an event loop."""
+    waiting: deque[Ticket] = deque()
+    for _ in range(pairs):
+        waiting.append(store.admit(make_ask(store.now())))
+        if len(waiting) >= IN_FLIGHT:
+            _settle_oldest(store, waiting)
+    while waiting:
+        _settle_oldest(store, waiting)
+
+
+def _settle_oldest(store: SqliteStore, waiting: deque[Ticket]) -> None:
+    granted = threading.Event()
+    ticket = waiting.popleft()
+    if ticket.attach(granted.set):
+        granted.wait()
+    settle(store, ticket)
+
+
+def threads(store: SqliteStore, pairs: int, count: int = 16) -> None:
+    """Several threads, each waiting for its own admissions."""
+    workers = [threading.Thread(target=one_by_one, args=(store, pairs // count)) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def rate(run: Callable[[SqliteStore, int], None], pairs: int) -> float:
+    """Pairs per second of one process on a fresh file, everything written at the end."""
+    with tempfile.TemporaryDirectory() as directory:
+        store = SqliteStore(os.path.join(directory, "state.db"))
+        one_by_one(store, 50)
+        started = time.perf_counter()
+        run(store, pairs)
+        assert store.flush(60)
+        seconds = time.perf_counter() - started
+        store.close()
+    return pairs / seconds
+
+
+def _process(path: str, pairs: int, ready: Any, go: Any, done: Any) -> None:
+    store = SqliteStore(path)
+    one_by_one(store, 20)
+    store.flush()
+    ready.release()
+    go.wait()
+    started = time.time()
+    pipelined(store, pairs)
+    assert store.flush(60)
+    done.put((started, time.time()))
+    store.close()
+
+
+def processes_rate(count: int, pairs: int) -> tuple[float, float]:
+    """(pairs per second of all processes together, slowest process's time by the fastest's)."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "state.db")
+        ready, go, done = context.Semaphore(0), context.Event(), context.Queue()
+        workers = [context.Process(target=_process, args=(path, pairs // count, ready, go, done)) for _ in range(count)]
+        for worker in workers:
+            worker.start()
+        for _ in workers:
+            ready.acquire()
+        go.set()
+        times = [done.get(timeout=300) for _ in workers]
+        for worker in workers:
+            worker.join()
+        store = SqliteStore(path)
+        expected = (pairs // count + 20) * count
+        assert store.account("day|-|2026-11-23").spent == expected * 1_234
+        store.close()
+    first, last = min(start for start, _ in times), max(end for _, end in times)
+    durations = [end - start for start, end in times]
+    return pairs // count * count / (last - first), max(durations) / min(durations)
+
+
+def fill(store: SqliteStore, rows: int, days: int = 90) -> None:
+    """Rows of `days` days up to now, with their sums, made by SQL."""
+    store.close()
+    import sqlite3
+
+    connection = sqlite3.connect(store.url.removeprefix("sqlite:///"), isolation_level=None)
+    connection.execute("PRAGMA synchronous=OFF")
+    now = time.time()
+    (ns,) = connection.execute("SELECT id FROM namespaces WHERE name = ?", (store.namespace,)).fetchone()
+    connection.execute("BEGIN")
+    connection.execute(
+        """
+        WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?1)
+        INSERT INTO records (ns, id, call_id, started_at, model, route, attempt, outcome, cost_nano, estimated,
+            input_tokens, output_tokens, cached, latency, waited, "user", tenant, priority, accounts)
+        SELECT ?2, printf('%016x', i), printf('%016x', i), ?3 - ?4 * 86400.0 * (?1 - i) / ?1, 'openai/gpt-4o-mini',
+            'primary', 1, 'ok', 1234, 0, 500, 120, 0, 0.8, 0.0, 'u' || (i % 1000), 't' || (i % 20), 'normal',
+            '["day|-|2026-11-23"]' FROM n
+        """,
+        (rows, ns, now, days),
+    )
+    each = ("'all', ''", "'model', model", "'user', \"user\"", "'tenant', tenant")
+    for dimension in each:
+        connection.execute(
+            f"""
+            INSERT INTO rollups SELECT ns, date(started_at, 'unixepoch') AS day, {dimension} AS value,
+                sum(cost_nano), 0, 0, count(*), 0, 0, sum(input_tokens), sum(output_tokens)
+            FROM records WHERE ns = ? GROUP BY day, {dimension.partition(", ")[2]}
+            """,
+            (ns,),
+        )
+    connection.execute("COMMIT")
+    connection.close()
+
+
+def _median(read: Callable[[], object], times: int = 51) -> float:
+    durations = []
+    for _ in range(times):
+        started = time.perf_counter()
+        read()
+        durations.append(time.perf_counter() - started)
+    return statistics.median(durations) * 1e6
+
+
+def read_times(rows: int) -> dict[str, float]:
+    """Microseconds (median) of the reads behind health and cost pages, and of one pair, with a ledger of `rows`."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "state.db")
+        fill(SqliteStore(path), rows)
+        store = SqliteStore(path)
+        one_by_one(store, 20)
+        store.flush()
+        today = time.strftime("%Y-%m-%d", time.gmtime())
+        week = time.strftime("%Y-%m-%d", time.gmtime(time.time() - 6 * 86_400))
+        (row,) = store.totals(since_day=today)
+        assert isinstance(row[2], Totals)
+        result = {
+            "today_us": _median(lambda: store.totals(since_day=today)),
+            "week_us": _median(lambda: store.totals(since_day=week)),
+            "account_us": _median(lambda: store.account("day|-|2026-11-23")),
+            "holds_us": _median(store.holds),
+            "latest_50_records_us": _median(lambda: store.records(limit=50)),
+            "users_latest_50_us": _median(lambda: store.records(limit=50, user="u7")),
+            "pair_us": _median(lambda: one_by_one(store, 1)),
+        }
+        store.close()
+    return {name: round(value, 1) for name, value in result.items()}
+
+
+def run(pairs: int = 20_000, rows: int = 1_000_000) -> dict[str, Any]:
+    """All figures."""
+    four, unevenness = processes_rate(4, pairs)
+    return {
+        "pairs": pairs,
+        "cpus": os.cpu_count(),
+        "pairs_per_second": {
+            "one process, 256 in flight": round(rate(pipelined, pairs)),
+            "one process, 16 threads": round(rate(threads, pairs)),
+            "one process, one thread, one by one": round(rate(one_by_one, pairs // 4)),
+            "four processes, 256 in flight each": round(four),
+        },
+        "four_processes_slowest_by_fastest": round(unevenness, 2),
+        "reads": {f"{count:,} rows": read_times(count) for count in sorted({1_000, rows})},
+    }
+
+
+def main() -> None:
+    """Print a table, and JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20_000)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--json", help="also write the figures to this file")
+    arguments = parser.parse_args()
+    figures = run(arguments.pairs, arguments.rows)
+    print(f"SQLite store: durable reserve+settle pairs per second ({figures['pairs']} pairs, {figures['cpus']} CPUs)")
+    for name, value in figures["pairs_per_second"].items():
+        print(f"  {name:<42}{value:>10,}")
+    print(f"  {'four processes: slowest by fastest':<42}{figures['four_processes_slowest_by_fastest']:>10}")
+    sizes = list(figures["reads"])
+    print("\n" + f"{'Reading (median, microseconds)':<44}" + "".join(f"{size:>18}" for size in sizes))
+    for name in figures["reads"][sizes[0]]:
+        print(f"  {name:<42}" + "".join(f"{figures['reads'][size][name]:>18,}" for size in sizes))
+    print("\n" + json.dumps(figures))
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

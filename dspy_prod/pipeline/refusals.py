@@ -1,0 +1,81 @@
+"""How a refusal reads: from the store's arithmetic to an error that names the remedy."""
+
+from __future__ import annotations
+
+from dspy_prod.errors import (
+    BudgetExceededError,
+    DeadlineExceededError,
+    RateLimitedError,
+    RejectedError,
+    StoreUnavailableError,
+)
+from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.plan import Plan
+from dspy_prod.records import NANO
+from dspy_prod.stores.base import Refusal, Ticket
+
+
+def refused(call: Call, plan: Plan, refusal: Refusal) -> RejectedError:
+    """The error for a store's refusal."""
+    route = plan.route
+    if refusal.reason == "budget_exceeded":
+        return _no_money(plan, refusal, "is spent", "")
+    if refusal.reason == "store_unavailable":
+        return StoreUnavailableError(
+            f"The state store {call.pipeline.store.url} cannot record this call ({refusal.detail}), so it was not "
+            "sent. Check its disk and permissions, or use store='memory://'",
+            model=route.model,
+            route=route.name,
+        )
+    return _limited(plan, refusal.dimension, refusal.retry_after)
+
+
+def waited_too_long(call: Call, plan: Plan, ticket: Ticket) -> RejectedError:
+    """The error for a wait that ended without a grant."""
+    if call.late():
+        return too_late(call, f"while waiting for {ticket.blocked_on or 'admission'}")
+    for account in plan.ask.accounts if plan.ask is not None else ():
+        if account.title == ticket.blocked_on:
+            state = call.pipeline.store.account(account.key)
+            refusal = Refusal(
+                "budget_exceeded", None, account.title, account.limit, state.spent, state.held, plan.bound or 0
+            )
+            return _no_money(plan, refusal, "is spent or held by calls in flight", " or raise max_wait")
+    return _limited(plan, ticket.blocked_on, None)
+
+
+def too_late(call: Call, when: str) -> DeadlineExceededError:
+    """The error for a deadline of our own that has passed."""
+    return DeadlineExceededError(
+        f"The call's deadline passed {when}; allow more time in call_context(deadline=...)", model=call.request.model
+    )
+
+
+def _no_money(plan: Plan, refusal: Refusal, state: str, more: str) -> BudgetExceededError:
+    route = plan.route
+    used = refusal.spent + (refusal.held if more else 0)
+    return BudgetExceededError(
+        f"Budget {refusal.dimension!r} cannot cover this call: {used / NANO:.6f} of {refusal.limit / NANO:.6f} USD "
+        f"{state} and the call may cost up to {refusal.amount / NANO:.6f} USD. Raise the budget, lower max_tokens, "
+        f"wait for its next window{more}",
+        model=route.model,
+        route=route.name,
+        budget=refusal.dimension,
+        limit_usd=refusal.limit / NANO,
+        spent_usd=refusal.spent / NANO,
+        held_usd=refusal.held / NANO,
+        bound_usd=refusal.amount / NANO,
+    )
+
+
+def _limited(plan: Plan, dimension: str, retry_after: float | None) -> RateLimitedError:
+    route = plan.route
+    later = "" if retry_after is None else f"; it could be admitted in {retry_after:.1f} s"
+    return RateLimitedError(
+        f"The rate limit ({dimension or 'requests'}) of {route.model} cannot admit this call within its longest "
+        f"wait{later}. Raise max_wait, the call's deadline, or the limit",
+        model=route.model,
+        route=route.name,
+        retry_after=retry_after,
+        dimension=dimension,
+    )

@@ -1,0 +1,221 @@
+"""Settling an attempt, exactly once on every path: success, error, cancellation, Ctrl-C, abandoned stream.
+
+Nothing here waits, blocks or raises. On a path that the garbage collector may run (`GeneratorExit`) the work is handed
+to the reaper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dspy.clients.errors import wrap_error
+from dspy.lm15 import Response, Usage
+from dspy.utils.exceptions import LMTimeoutError
+
+from dspy_prod.errors import RejectedError
+from dspy_prod.pipeline.call import IDS, Call
+from dspy_prod.pipeline.effects import AttemptTimeoutError
+from dspy_prod.pipeline.outcome import OWN_DEADLINE, Verdict, judge
+from dspy_prod.pipeline.plan import Plan, bound_or_none
+from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.pipeline.refusals import too_late
+from dspy_prod.policies.breaker import Permit
+from dspy_prod.policies.cache import EMPTY_USAGE
+from dspy_prod.records import usd
+from dspy_prod.stores.base import Settlement, Ticket
+
+
+def succeeded(
+    call: Call, plan: Plan, ticket: Ticket | None, permit: Permit | None, started: float, response: Response
+) -> None:
+    """Settle an attempt that was answered."""
+    pipeline = call.pipeline
+    route = plan.route
+    state = route.state
+    clock = pipeline.clock
+    usage = response.usage
+    latency = clock.monotonic() - started
+    rates = route.rates()
+    cost = None if rates is None else route.prices.price_response(rates, response, plan.request)
+    estimated = False
+    if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
+        cost = plan.bound if plan.bound is not None else bound_or_none(route, plan.request)
+        estimated = cost is not None
+    started_at = clock.time() - latency
+    if ticket is None:
+        record = call.record(
+            route, IDS.make(), plan.number, "ok", cost, started_at, estimated=estimated, usage=usage, latency=latency
+        )
+        pipeline.store.append(record)
+    else:
+        ask = ticket.ask
+        record = call.record(
+            route, ask.id, plan.number, "ok", cost, started_at, estimated=estimated, usage=usage, latency=latency,
+            accounts=_keys(ticket),
+        )  # fmt: skip
+        pipeline.store.settle(ticket, Settlement(ask.id, cost, _used(usage), True, estimated, record))
+        if cost is not None and plan.bound is not None and cost > plan.bound:
+            call.emit("budget_overrun", model=route.model, cost_usd=usd(cost), bound_usd=usd(plan.bound))
+    if permit is not None:
+        assert state.breaker is not None
+        state.breaker.success(permit, latency)
+    state.retry_budget.success()
+    if route.limit.tpm is not None and usage.output_tokens is not None:
+        state.learn(usage.output_tokens)
+    call.remember(record)
+
+
+def failed(
+    call: Call,
+    plan: Plan,
+    ticket: Ticket | None,
+    permit: Permit | None,
+    started: float,
+    until: float,
+    raised: BaseException,
+    attempted: bool,
+) -> tuple[BaseException, Verdict]:
+    """Settle an attempt that raised; which error that is for the caller, and what it means.
+
+    Args:
+        until: monotonic time at which the driver was told to end it.
+        attempted: the attempt was handed to the driver, so the provider may have seen it.
+    """
+    route = plan.route
+    latency = call.pipeline.clock.monotonic() - started
+    error, late = raised, None
+    if isinstance(raised, AttemptTimeoutError):
+        late = raised.late
+        if until >= call.deadline:
+            error, verdict = too_late(call, "while the upstream was working"), OWN_DEADLINE
+        else:
+            error = LMTimeoutError(
+                f"no answer within timeout={route.timeout:g} s", model=route.model, provider=route.upstream.provider
+            )
+            verdict = judge(error)
+    else:
+        verdict = judge(error)
+    if not attempted:
+        verdict = verdict._replace(sent=False, owed=False)
+    if permit is not None:
+        breaker = route.state.breaker
+        assert breaker is not None
+        if verdict.failure:
+            breaker.failure(permit, latency, cause_of(error), getattr(error, "retry_after", None))
+        else:
+            breaker.release(permit)
+    if verdict.throttled:
+        _throttled(call, plan, error)
+    if late is None:
+        _settle_failure(call, plan, ticket, latency, verdict, error)
+    else:
+        late.on_end(lambda response, failure: _ended_late(call, plan, ticket, started, verdict, response, failure))
+    return error, verdict
+
+
+def give_back(call: Call, ticket: Ticket, error: BaseException) -> None:
+    """Return a reservation that is not used; it may still be waiting, or be granted meanwhile."""
+    store = call.pipeline.store
+
+    def work() -> None:
+        if not store.withdraw(ticket):
+            store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+
+    _do(work, error)
+
+
+def cause_of(error: BaseException) -> str:
+    """Class and status of an error: what may be shown of it without showing a secret."""
+    status = getattr(error, "status", None)
+    name = type(error).__name__
+    return f"{name} {status}" if status is not None else name
+
+
+def _settle_failure(
+    call: Call, plan: Plan, ticket: Ticket | None, latency: float, verdict: Verdict, error: BaseException
+) -> None:
+    cost: int | None = 0
+    if verdict.owed:
+        cost = plan.bound if plan.bound is not None else bound_or_none(plan.route, plan.request)
+    store = call.pipeline.store
+    record = None
+    if verdict.sent or not isinstance(error, RejectedError) and isinstance(error, Exception):
+        record = call.record(
+            plan.route, IDS.make() if ticket is None else ticket.ask.id, plan.number, verdict.outcome, cost,
+            call.pipeline.clock.time() - latency, estimated=verdict.owed and cost is not None, latency=latency,
+            error=error, accounts=_keys(ticket),
+        )  # fmt: skip
+        call.remember(record)
+    if ticket is not None:
+        tokens = None if verdict.owed else 0
+        done = Settlement(ticket.ask.id, cost, tokens, verdict.sent, verdict.owed, record)
+        _do(lambda: store.settle(ticket, done), error)
+    elif record is not None:
+        _do(lambda: store.append(record), error)
+
+
+def _ended_late(
+    call: Call,
+    plan: Plan,
+    ticket: Ticket | None,
+    started: float,
+    verdict: Verdict,
+    response: Any,
+    failure: BaseException | None,
+) -> None:
+    """An abandoned attempt has ended in its worker: perhaps its usage is known after all."""
+    route = plan.route
+    latency = call.pipeline.clock.monotonic() - started
+    rates = route.rates()
+    if isinstance(response, Response):
+        cost = None if rates is None else route.prices.price_response(rates, response, plan.request)
+        if cost is not None or rates is None:
+            id = IDS.make() if ticket is None else ticket.ask.id
+            record = call.record(
+                route, id, plan.number, verdict.outcome, cost, call.pipeline.clock.time() - latency,
+                usage=response.usage, latency=latency, accounts=_keys(ticket),
+            )  # fmt: skip
+            store = call.pipeline.store
+            if ticket is None:
+                store.append(record)
+            else:
+                store.settle(ticket, Settlement(id, cost, _used(response.usage), True, False, record))
+            call.remember(record)
+            return
+    if isinstance(failure, Exception):
+        end = judge(wrap_error(failure, model=route.model, provider=route.upstream.provider))
+        verdict = verdict._replace(owed=end.owed, sent=end.sent)
+    _settle_failure(call, plan, ticket, latency, verdict, AttemptTimeoutError())
+
+
+def _throttled(call: Call, plan: Plan, error: BaseException) -> None:
+    route = plan.route
+    retry_after = getattr(error, "retry_after", None)
+    if route.limit.adaptive:
+        route.state.throttled = True
+        call.pipeline.store.throttled(route.limit_key, route.limit, retry_after)
+    call.emit("throttled", model=route.model, route=route.name, retry_after=retry_after)
+
+
+def _do(work: Callable[[], None], error: BaseException) -> None:
+    if isinstance(error, GeneratorExit):
+        REAPER.post(work)  # perhaps inside the garbage collector
+    else:
+        work()
+
+
+def _keys(ticket: Ticket | None) -> tuple[str, ...]:
+    if ticket is None or not ticket.ask.accounts:
+        return ()
+    return tuple([account.key for account in ticket.ask.accounts])
+
+
+def _used(usage: Usage) -> int | None:
+    inputs, outputs = usage.input_tokens, usage.output_tokens
+    if inputs is None or outputs is None:
+        return None
+    return inputs + outputs
+
+
+__all__ = ["EMPTY_USAGE", "cause_of", "failed", "give_back", "succeeded"]

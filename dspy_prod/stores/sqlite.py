@@ -1,0 +1,453 @@
+"""The SQLite store: durable state in one file, shared by the processes of one machine.
+
+Decisions are made by one writer thread per store (`sqlite_writer.py`) on the same core as the memory store's, in
+group commits; readers have connections of their own and never block it. The waiting order is per process; limits and
+budgets are strict across processes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from math import inf
+from queue import Empty
+from typing import Any, Final, TypeVar
+
+from dspy_prod.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.options import RateLimit
+from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.base import (
+    GRANTED,
+    PENDING,
+    REFUSED,
+    WITHDRAWN,
+    AccountState,
+    Ask,
+    CachedAnswer,
+    LimiterSnapshot,
+    Refusal,
+    Settlement,
+    Ticket,
+)
+from dspy_prod.stores.sqlite_cache import TOUCH_AFTER, read_answer, read_size
+from dspy_prod.stores.sqlite_ledger import read_records, read_totals
+from dspy_prod.stores.sqlite_local import is_local, merged
+from dspy_prod.stores.sqlite_reader import Reader
+from dspy_prod.stores.sqlite_schema import unavailable
+from dspy_prod.stores.sqlite_tables import Tables
+from dspy_prod.stores.sqlite_writer import Operation, Request, Writer
+
+_log = logging.getLogger("dspy_prod")
+
+READ_TIMEOUT: Final = 5.0
+"""Seconds a read waits for what was posted before it."""
+
+OnProblem = Callable[[str, dict[str, Any]], None]
+T = TypeVar("T")
+
+
+class SqliteStore:
+    """State in a SQLite file, for all processes of this machine that use the same path and namespace.
+
+    Args:
+        path: the file; made, with its directory, when missing, and readable by its owner only.
+        namespace: keeps programs that share a file apart.
+        clock: store time is `clock.time()`, the wall clock that processes have in common.
+        lease: seconds after which the holds of a process that died are charged; a live one renews its lease.
+        synchronous: SQLite's setting. `"NORMAL"` survives the death of a process, `"FULL"` also that of the machine.
+        max_records: the ledger keeps about this many newest records, None all of them; sums are kept for all.
+        on_problem: called with a name and details when something went wrong in the background.
+
+    Raises:
+        StoreUnavailableError: the file cannot be opened or is no store of this version.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        namespace: str = "default",
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        lease: float = 30.0,
+        synchronous: str = "NORMAL",
+        max_records: int | None = None,
+        on_problem: OnProblem | None = None,
+    ) -> None:
+        self._path = os.path.abspath(os.path.expanduser(path))
+        self._namespace = namespace
+        self._clock = clock
+        self._lease = lease
+        self._synchronous = synchronous
+        self._max_records = max_records
+        self.now: Callable[[], float] = clock.time
+        self._listeners = _Listeners(on_problem)
+        self._closed = False
+        self._start()
+        try:
+            self._writer.tables.open()
+        except Exception as error:
+            raise unavailable(self._path, error) from error
+        _STORES.add(self)
+
+    def _start(self) -> None:
+        """A fresh writer and reader: at construction, and in a forked child."""
+        tables = Tables(
+            self._path,
+            self._namespace,
+            uuid.uuid4().hex,
+            synchronous=self._synchronous,
+            max_records=self._max_records,
+        )
+        self._writer = Writer(tables, self._clock, self._lease, self._listeners)
+        self._local = self._writer.local
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._answers: dict[bytes, CachedAnswer] = {}
+        self._ledger_reader = Reader(self._path, self._namespace)
+        self._cache_reader = Reader(self._path, self._namespace)
+
+    @property
+    def url(self) -> str:
+        return f"sqlite:///{self._path}"
+
+    @property
+    def namespace(self) -> str:
+        return self._namespace
+
+    @property
+    def durable(self) -> bool:
+        return True
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def __repr__(self) -> str:
+        return f"SqliteStore({self._path!r}, namespace={self._namespace!r})"
+
+    def on_problem(self, listener: OnProblem) -> None:
+        """Also tell `listener` of problems in the background."""
+        self._listeners.add(listener)
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+    def admit(self, ask: Ask) -> Ticket:
+        if is_local(ask):
+            if self._thread is None:
+                self._ensure_thread()
+            ticket = self._local.admit(ask)
+            if ticket.state == PENDING:
+                self._post((Writer.nudge, None, None))
+            return ticket
+        ticket = Ticket(ask)
+        if not self._post((Writer.admit, ticket, None)):
+            ticket.refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
+            ticket.state = REFUSED
+        return ticket
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        if is_local(ticket.ask):
+            return self._local.withdraw(ticket)
+        with self._writer.publishing:
+            if ticket.state != PENDING:
+                return ticket.state != GRANTED
+            ticket.state = WITHDRAWN
+        self._post((Writer.withdraw, ticket, None))
+        return True
+
+    def settle(self, ticket: Ticket, settlement: Settlement) -> None:
+        if is_local(ticket.ask):
+            self._local.settle(settlement)
+        else:
+            self._post((Writer.settle, settlement, None))
+
+    def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
+        # A SimpleQueue may be filled from within a finaliser, and from within itself.
+        kind = Writer.settle_local if is_local(ticket.ask) else Writer.settle
+        self._writer.inbox.put((kind, settlement, None))
+
+    def append(self, record: CallRecord) -> None:
+        self._post((Writer.append, record, True))
+
+    def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
+        self._local.throttled(limit_key, limit, retry_after)
+        self._post((Writer.throttled, (limit_key, limit), retry_after))
+
+    def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
+        self._local.resync(limit_key, limit, remaining)
+        self._post((Writer.resync, (limit_key, limit), remaining))
+
+    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
+        if is_local(ask):
+            return self._local.preview(ask)
+        try:
+            found: tuple[float, Refusal | None] = self._question(lambda core, _, now: core.preview(ask, now))
+            return found
+        except StoreUnavailableError as error:
+            return inf, Refusal("store_unavailable", detail=str(error))
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything posted before is applied; False at once while the file cannot be written."""
+        writer, thread = self._writer, self._thread
+        if thread is None or thread is threading.current_thread():
+            return writer.inbox.empty()
+        done = threading.Event()
+        if not self._post((Writer.flush, done, None)):
+            return True
+        deadline = inf if timeout is None else time.monotonic() + timeout
+        while not done.wait(min(max(deadline - time.monotonic(), 0.0), 0.1)):
+            if writer.failing is not None or time.monotonic() >= deadline or not thread.is_alive():
+                return done.is_set()
+        return True
+
+    def account(self, key: str) -> AccountState:
+        return self._read(lambda connection, ns: _account(connection, ns, key))
+
+    def limiter(self, key: str) -> LimiterSnapshot | None:
+        stored: LimiterSnapshot | None = self._question(lambda core, _, now: core.limiter(key, now))
+        return merged(self._local.limiter(key), stored)
+
+    def holds(self) -> int:
+        stored = self._read(lambda c, ns: c.execute("SELECT count(*) FROM holds WHERE ns = ?", (ns,)).fetchone()[0])
+        return int(stored) + self._local.holds()
+
+    def waiting(self) -> int:
+        stored: int = self._question(lambda core, _, now: core.waiting())
+        return stored + self._local.waiting()
+
+    def records(
+        self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
+    ) -> list[CallRecord]:
+        return self._read(lambda connection, ns: read_records(connection, ns, since, until, limit, equals))
+
+    def totals(
+        self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
+    ) -> list[tuple[str, str, Totals]]:
+        return self._read(lambda connection, ns: read_totals(connection, ns, dimension, since_day, until_day))
+
+    def correct(self, record_id: str, cost: int) -> bool:
+        def run(core: Any, tables: Tables, now: float) -> bool:
+            fresh = (record for record in (*core.replaced[::-1], *core.appended[::-1]) if record.id == record_id)
+            record = next(fresh, None) or tables.ledger.find(record_id)
+            if record is None:
+                return False
+            core.replaced.append(core.correct(record, cost, now))
+            return True
+
+        return bool(self._question(run))
+
+    # -- response cache ----------------------------------------------------------------------------------------------
+    def cache_get(self, key: bytes) -> CachedAnswer | None:
+        posted = self._answers.get(key)
+        if posted is not None:
+            return posted
+        try:
+            with self._cache_reader as (connection, ns):
+                found = read_answer(connection, ns, key)
+        except (sqlite3.Error, OSError, StoreUnavailableError):
+            return None
+        if found is None:
+            return None
+        answer, used_at = found
+        now = self.now()
+        if now - used_at > TOUCH_AFTER:
+            self._post((Writer.touch_answer, key, None))
+        return answer
+
+    def cache_put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
+        answers = self._answers
+
+        def written() -> None:
+            if answers.get(key) is answer:
+                answers.pop(key, None)
+
+        answers[key] = answer
+        if not self._post((Writer.put_answer, key, (answer, max_entries, max_bytes, written))):
+            written()
+
+    def cache_clear(self) -> None:
+        self._answers.clear()
+        self._post((Writer.clear_answers, None, None))
+        self.flush(READ_TIMEOUT)
+
+    def cache_size(self) -> tuple[int, int]:
+        return self._read(read_size)
+
+    # -- ending ------------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Write what is posted, end the writer, close the file. Reading goes on to work."""
+        self._close(None)
+
+    def _close(self, timeout: float | None) -> None:
+        with self._starting:
+            already, self._closed = self._closed, True
+            thread = self._thread
+        writer = self._writer
+        if thread is None:
+            if not already:
+                writer.tables.close()
+        elif thread is not threading.current_thread():
+            if not already:
+                writer.inbox.put((Writer.stop, None, None))
+            thread.join(timeout)
+        self._refuse_stragglers()
+        self._ledger_reader.close()
+        self._cache_reader.close()
+
+    # -- the writer thread -------------------------------------------------------------------------------------------
+    def _post(self, operation: Operation) -> bool:
+        """Hand an operation to the writer; False when the store is closed."""
+        if self._thread is None:
+            self._ensure_thread()
+        if self._closed:
+            return False
+        self._writer.inbox.put(operation)
+        if self.closed:  # closed by another thread meanwhile
+            self._refuse_stragglers()
+        return True
+
+    def _ensure_thread(self) -> None:
+        with self._starting:
+            if self._thread is not None or self._closed:
+                return
+            writer = self._writer
+            thread = threading.Thread(target=writer.run, name="dspy_prod-sqlite-writer", daemon=True)
+            thread.start()
+            self._thread = thread
+            weakref.finalize(self, writer.inbox.put, (Writer.stop, None, None)).atexit = False
+
+    def _refuse_stragglers(self) -> None:
+        """Refuse what was posted while the store was being closed."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
+        while True:
+            try:
+                kind, subject, _ = self._writer.inbox.get_nowait()
+            except Empty:
+                return
+            if kind is Writer.admit and subject.state == PENDING:
+                subject.refusal = refusal
+                subject.state = REFUSED
+                if subject.wake is not None:
+                    subject.wake()
+            elif kind is Writer.answer:
+                subject.error = OSError(refusal.detail)
+                subject.done.set()
+            elif kind is Writer.flush:
+                subject.set()
+            elif kind in (Writer.settle, Writer.append):
+                _log.warning("%s: a %s came after close and was not written", self._path, kind.__name__)
+
+    def _question(self, ask: Callable[..., Any]) -> Any:
+        request = Request(ask)
+        if not self._post((Writer.answer, request, None)):
+            raise StoreUnavailableError(f"The store {self._path} is closed")
+        if not request.done.wait(READ_TIMEOUT):
+            raise StoreUnavailableError(f"The store {self._path} did not answer within {READ_TIMEOUT:g} s")
+        if request.error is not None:
+            raise StoreUnavailableError(str(request.error)) from request.error
+        return request.result
+
+    def _read(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
+        self.flush(READ_TIMEOUT)
+        try:
+            with self._ledger_reader as (connection, ns):
+                return read(connection, ns)
+        except (sqlite3.Error, OSError) as error:
+            raise unavailable(self._path, error) from error
+
+    # -- fork --------------------------------------------------------------------------------------------------------
+    def _before_fork(self) -> None:
+        """SQLite's locks do not survive a fork, and its bookkeeping of them does: close everything first."""
+        self._starting.acquire()
+        self._fork_guard = self._writer.io.acquire(timeout=READ_TIMEOUT)
+        if self._fork_guard:
+            self._writer.tables.close()
+        self._ledger_reader.before_fork()
+        self._cache_reader.before_fork()
+
+    def _after_fork_in_parent(self) -> None:
+        self._cache_reader.after_fork()
+        self._ledger_reader.after_fork()
+        if self._fork_guard:
+            self._writer.io.release()
+        self._starting.release()
+
+    def _after_fork_in_child(self) -> None:
+        """The parent's holds and waiting tickets stay the parent's; the child begins with nothing."""
+        old = self._writer
+        old.tables.lose()
+        self._ledger_reader.lose()
+        self._cache_reader.lose()
+        self._start()
+
+
+class _Listeners:
+    """Tells everybody who asked; their own errors are logged."""
+
+    def __init__(self, first: OnProblem | None) -> None:
+        self._listeners = [] if first is None else [first]
+
+    def add(self, listener: OnProblem) -> None:
+        if listener not in self._listeners:
+            self._listeners = [*self._listeners, listener]
+
+    def __call__(self, name: str, details: dict[str, Any]) -> None:
+        for listener in self._listeners:
+            try:
+                listener(name, details)
+            except Exception:
+                _log.exception("A listener failed on %r of the store", name)
+
+
+def _account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
+    find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
+    row = connection.execute(find, (ns, key)).fetchone()
+    return AccountState() if row is None else AccountState(*row)
+
+
+_STORES: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
+_FORKING: list[SqliteStore] = []
+
+
+def _stores() -> Iterator[SqliteStore]:
+    yield from list(_STORES)
+
+
+def _before_fork() -> None:
+    _FORKING[:] = [store for store in _stores() if not store.closed]
+    for store in _FORKING:
+        store._before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    while _FORKING:
+        _FORKING.pop()._after_fork_in_parent()
+
+
+def _after_fork_in_child() -> None:
+    _FORKING.clear()
+    for store in _stores():
+        store._after_fork_in_child()
+
+
+def _at_exit() -> None:
+    for store in _stores():
+        with contextlib.suppress(Exception):
+            store._close(READ_TIMEOUT)
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
