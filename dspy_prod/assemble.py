@@ -40,9 +40,7 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
         StoreUnavailableError: the store cannot be opened.
     """
     if disabled():
-        settings = replace(
-            settings, retry=Retry(attempts=1), breaker=None, limit=None, budgets=(), fallbacks=()
-        )
+        settings = replace(settings, retry=Retry(attempts=1), breaker=None, limit=None, budgets=(), fallbacks=())
     store = _store(settings)
     prices = PriceBook(settings.prices)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import dspy
 import orjson
 from dspy.clients._deprecation import _adapter_call
+from dspy.clients.backend_selection import CLIENT_KEYS
 from dspy.clients.base_lm import BaseLM
 from dspy.clients.call_result import CallResult
 from dspy.clients.execution import PreparedCall, aexecute, execute, finalize, prepare
@@ -36,7 +37,6 @@ from dspy_prod.pipeline.scope import SCOPE, Scope, raw_key
 from dspy_prod.pipeline.upstream import address_of
 from dspy_prod.records import usd
 from dspy_prod.settings import (
-    CLIENT_KEYS,
     Settings,
     budget_options,
     default_namespace,
@@ -49,7 +49,7 @@ from dspy_prod.stores.base import Store
 
 if TYPE_CHECKING:
     from dspy_prod.ledger import Ledger
-    from dspy_prod.status import CostSummary, Health, Preview
+    from dspy_prod.status import Health, Preview
 
 _POLICIES = frozenset(
     {"retry", "breaker", "limit", "budget", "fallbacks", "prices", "store", "namespace", "clock", "num_retries"}
@@ -57,7 +57,7 @@ _POLICIES = frozenset(
 _REBUILDS = _POLICIES | {"model", "model_type", "engine", "async_engine"} | CLIENT_KEYS
 
 
-class LM(dspy.LM):  # type: ignore[misc]  # DSPy is untyped
+class LM(dspy.LM):
     """A `dspy.LM` with a circuit breaker, rate limiter, response cache, budget, retries and fallbacks beneath it.
 
     Takes every argument of `dspy.LM` and, besides:
@@ -243,7 +243,9 @@ class LM(dspy.LM):  # type: ignore[misc]  # DSPy is untyped
             base = raw_key(self._identity, prompt, messages, {**merged, **extras} if extras else merged, tenant)
         return Scope(context, base, extras, rollout, use_cache)
 
-    def _hit(self, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> tuple[PreparedCall, CallResult] | None:
+    def _hit(
+        self, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]
+    ) -> tuple[PreparedCall, CallResult] | None:
         """A fresh answer from memory, before any of DSPy's work; None when the engine has to look."""
         base = scope.base
         if base is None or scope.context.cache != "use":
@@ -419,9 +421,22 @@ LIVE: weakref.WeakSet[LM] = weakref.WeakSet()
 
 _ANY_REQUEST: Any = None  # a hit in memory never looks at the request
 _PLAIN_CALL_KEYS = frozenset(
-    {"temperature", "max_tokens", "max_completion_tokens", "top_p", "n", "rollout_id", "response_format", "tools", "stop",
-     "tool_choice", "reasoning_effort", "logprobs", "seed"}
-)  # fmt: skip
+    {
+        "temperature",
+        "max_tokens",
+        "max_completion_tokens",
+        "top_p",
+        "n",
+        "rollout_id",
+        "response_format",
+        "tools",
+        "tool_choice",
+        "stop",
+        "seed",
+        "logprobs",
+        "reasoning_effort",
+    }
+)
 
 
 def _changed(settings: Settings, policies: dict[str, Any], extras: dict[str, Any]) -> Settings:
@@ -453,7 +468,8 @@ def _changed(settings: Settings, policies: dict[str, Any], extras: dict[str, Any
         changes["extras"] = {k: v for k, v in {**settings.extras, **extras}.items() if v is not None}
     changed = replace(settings, **changes)
     _check_engines(changed.engine, changed.async_engine)
-    _refuse_client_settings(changed.engine, {k: v for k, v in changed.clients.items() if k != "timeout"}, where="LM.copy")
+    connection = {key: value for key, value in changed.clients.items() if key != "timeout"}
+    _refuse_client_settings(changed.engine, connection, where="LM.copy")
     return changed
 
 

@@ -266,8 +266,7 @@ class PriceBook:
         provider = provider or native
         known = None
         try:
-            if provider not in _SUBSCRIPTIONS:
-                known = _metadata(model, provider, native, wire)
+            known = _metadata(model, provider, native, wire)
         except Exception:
             logger.warning("the metadata of %r cannot be read; its price counts as unknown", model, exc_info=True)
         for name in (model, model.partition("/")[2], wire):

@@ -23,12 +23,12 @@ SECRET_KEYS: Final = frozenset({"api_key", "azure_ad_token_provider", "headers",
 """Client settings that may hold a secret."""
 
 _OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
-_CANONICAL_FALLBACK: Final = frozenset(
-    "model messages tools tool_choice parallel_tool_calls functions function_call max_completion_tokens max_tokens "
-    "temperature top_p top_k stop seed frequency_penalty presence_penalty logprobs top_logprobs response_format "
-    "service_tier store user safety_identifier user_id reasoning reasoning_effort verbosity metadata logit_bias "
-    "prediction stream stream_options".split()
-)
+_CANONICAL_FALLBACK: Final = """
+    model messages tools tool_choice parallel_tool_calls functions function_call max_completion_tokens max_tokens
+    temperature top_p top_k stop seed frequency_penalty presence_penalty logprobs top_logprobs response_format
+    service_tier store user safety_identifier user_id reasoning reasoning_effort verbosity metadata logit_bias
+    prediction stream stream_options
+"""
 
 
 def _canonical_keys() -> frozenset[str]:
@@ -39,7 +39,7 @@ def _canonical_keys() -> frozenset[str]:
             {*dialect._INGEST_CONFIG_KEYS, *dialect._INGEST_EXTENSIONS_KEYS, *dialect._INGEST_CALL_MODE_KEYS}
         )
     except (ImportError, AttributeError):  # lm15's table moved; the list as of DSPy 3.4.1 still holds
-        return _CANONICAL_FALLBACK
+        return frozenset(_CANONICAL_FALLBACK.split())
 
 
 CANONICAL_KEYS: Final = _canonical_keys() | _OWN_KEYS
@@ -159,8 +159,10 @@ def price_options(prices: Any) -> dict[str, Price]:
     if prices is None:
         return {}
     if not isinstance(prices, Mapping):
-        raise ConfigError('prices= takes a mapping such as {"openai/my-model": dspy_prod.Price(input=0.15, output=0.6)}')
-    return {str(model): option(Price, price, f"prices[{model!r}]", default=None) for model, price in prices.items()}
+        raise ConfigError(
+            'prices= takes a mapping such as {"openai/my-model": dspy_prod.Price(input=0.15, output=0.6)}'
+        )
+    return {str(name): option(Price, price, f"prices[{name!r}]", default=None) for name, price in prices.items()}
 
 
 def default_namespace() -> str:

@@ -194,6 +194,21 @@ def test_a_conversation_with_tools_dominates_every_tokenizer(counters: dict[str,
         assert sum(count(text) + 5 for text in shown) <= added
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60))
+@example(text="\x01" * 50)
+@example(text='"\\' * 50)
+def test_tool_calls_and_results_cover_their_quoted_forms(text: str) -> None:
+    """Byte for byte: arguments as JSON within a JSON string, results as a JSON string, escaped to ASCII or not."""
+    call = Message.assistant([tool_call("c", "t", {"a": text})])
+    result = Message.tool("c", text)
+    for ascii_only in (False, True):
+        quoted = json.dumps(json.dumps({"a": text}, ensure_ascii=ascii_only), ensure_ascii=ascii_only)
+        assert _bound("go", call) - _bound("go") >= len(quoted.encode())
+        quoted = json.dumps(text, ensure_ascii=ascii_only)
+        assert _bound("go", result) - _bound("go") >= len(quoted.encode())
+
+
 # -- what is counted ----------------------------------------------------------------------------------------------
 
 

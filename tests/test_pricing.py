@@ -219,8 +219,8 @@ def test_prices_are_found_as_dspy_and_litellm_find_them(model: str, provider: st
     [
         ("lm_studio/local", None),
         ("ollama/never-heard-of", None),
-        ("openai/gpt-4o-mini", "claude-code"),
-        ("openai/gpt-4o-mini", "openai-codex"),
+        ("claude-sonnet-4-5", "claude-code"),
+        ("gpt-4o-mini", "openai-codex"),
         ("github_copilot/claude-haiku-4.5", None),
         ("openrouter/openrouter/auto", None),  # listed at zero, but stands for whatever model it picks
         ("perplexity/sonar", None),  # bills a search fee per request that no usage tells
@@ -242,6 +242,23 @@ def test_the_models_limits_come_with_its_rates() -> None:
     """They bound a call without `max_tokens` and a call with media."""
     rates = _rates("openai/gpt-4o-mini")
     assert (rates.max_output_tokens, rates.max_input_tokens) == (16384, 128000)
+
+
+def test_the_legacy_token_limit_bounds_the_output_where_there_is_no_other() -> None:
+    """LiteLLM's `max_tokens` is the output limit or something larger; it says nothing about the input."""
+    info = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "max_tokens": 4096}
+    rates = Rates("m", None, "dspy", "", info)
+    assert (rates.max_output_tokens, rates.max_input_tokens) == (4096, None)
+    rates = Rates("m", None, "dspy", "", {**info, "max_output_tokens": 100.0, "max_input_tokens": "many"})
+    assert (rates.max_output_tokens, rates.max_input_tokens) == (100, None)
+
+
+@pytest.mark.parametrize("value", [-1, -1e-6, float("nan"), float("inf"), "free", True, None, [1e-6]])
+def test_what_is_not_a_price_is_not_taken_for_one(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placeholders such as -1 leave the model unpriced."""
+    entry = {"input_cost_per_token": value, "output_cost_per_token": 1e-6}
+    monkeypatch.setattr(model_metadata, "model_info", lambda *_, **__: entry)
+    assert PriceBook().rates("openai/gpt-4o-mini") is None
 
 
 def test_a_model_is_looked_up_once_and_what_providers_can_fill_is_bounded() -> None:
@@ -306,11 +323,11 @@ def test_an_override_is_found_by_full_or_bare_name_and_wins() -> None:
     """Exactly as given to the LM, or without the provider prefix, whichever provider serves it."""
     for key in ("openai/gpt-4o-mini", "gpt-4o-mini"):
         book = PriceBook({key: Price(input=1, output=2)})
-        for name, provider in (("openai/gpt-4o-mini", None), ("openai/gpt-4o-mini", "openai-chat")):
+        for name, provider in (("openai/gpt-4o-mini", None), ("openai/gpt-4o-mini", "openai-chat"), (key, None)):
             rates = _rates(name, provider, book)
             assert rates.source == "override"
             assert rates.cost(Usage(input_tokens=3, output_tokens=5)) == 13_000
-    assert PriceBook({"openai/gpt-4o": Price(input=1, output=2)}).rates("azure/gpt-4o") is not None
+    assert _rates("openai:gpt-4o", None, PriceBook({"gpt-4o": Price(input=1, output=2)})).source == "override"
     assert _rates("azure/gpt-4o", None, PriceBook({"openai/gpt-4o": Price(input=1, output=2)})).source == "dspy"
 
 
@@ -388,6 +405,21 @@ def test_a_bound_covers_a_tier_that_only_the_metadata_names() -> None:
     assert rates.bound(1000, 0) == 1_000_000
 
 
+def test_a_bound_never_falls_with_the_length_of_the_prompt() -> None:
+    """A long-context band that is cheaper, or lacks a rate, may not apply to a call that turns out shorter."""
+    info = {
+        "input_cost_per_token": 5e-6,
+        "output_cost_per_token": 7e-6,
+        "input_cost_per_token_above_128k_tokens": 1e-6,
+        "output_cost_per_token_above_256k_tokens": 9e-6,
+    }
+    rates = Rates("m", "openai", "dspy", "", info)
+    assert rates.bound(128_000, 1) == 128_000 * 5000 + 7000
+    assert rates.bound(128_001, 1) == 128_001 * 5000 + 7000
+    assert rates.bound(256_001, 1) == 256_001 * 5000 + 9000
+    assert rates.cost(Usage(input_tokens=200_000, output_tokens=1)) is None  # no output rate in that band
+
+
 def test_a_bound_takes_the_audio_rate_only_with_media() -> None:
     """gemini-2.5-flash bills audio input dearer than text."""
     rates = _rates("gemini/gemini-2.5-flash")
@@ -449,8 +481,15 @@ def test_the_model_that_served_is_the_one_that_is_priced() -> None:
     rates, usage = _rates("openai/gpt-4o"), Usage(input_tokens=1000, output_tokens=0)
     assert BOOK.price_response(rates, _response(usage, "gpt-4o-2024-05-13"), None) == 5_000_000
     assert BOOK.price_response(rates, _response(usage, "my-deployment"), None) == 2_500_000
-    through_litellm = _rates("azure/gpt-4o", "litellm")
-    assert BOOK.price_response(through_litellm, _response(usage, "gpt-4o-2024-05-13"), None) == 5_000_000
+
+
+def test_a_model_served_through_litellm_is_priced_at_its_own_provider() -> None:
+    """Bedrock's regional Haiku costs 1100, not the 3300 of the Sonnet that was asked nor Anthropic's own 1000."""
+    usage = Usage(input_tokens=1000, output_tokens=0)
+    for provider in (None, "bedrock", "litellm"):
+        rates = _rates("bedrock/us.anthropic.claude-sonnet-4-5-20250929-v1:0", provider)
+        served = _response(usage, "us.anthropic.claude-haiku-4-5-20251001-v1:0")
+        assert BOOK.price_response(rates, served, None) == 1_100_000
 
 
 def test_the_served_model_does_not_displace_an_override() -> None:
@@ -470,6 +509,7 @@ def test_the_served_model_does_not_displace_an_override() -> None:
         (None, {"service_tier": "priority"}, 250_000),
         (None, {"service_tier": "on_demand"}, 150_000),  # Groq's word for the standard tier
         (None, {"usageMetadata": {"serviceTier": "priority"}}, 250_000),
+        (None, {"usageMetadata": {"serviceTier": "ON_DEMAND"}}, 150_000),
         (None, {"usageMetadata": "odd"}, 150_000),
         (None, {"service_tier": "scale"}, None),
         (None, {"service_tier": {"type": "default"}}, None),

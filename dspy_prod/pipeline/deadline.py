@@ -63,12 +63,12 @@ class _BoundedSocket:
         if until != inf:
             left = until - time.monotonic()
             if left <= 0:
-                raise socket.timeout("the attempt's time limit has passed")
+                raise TimeoutError("the attempt's time limit has passed")
             timeout = left if timeout is None else min(timeout, left)
         self._sock.settimeout(timeout)
 
 
-class BoundedTransport(StdlibTransport):  # type: ignore[misc]  # DSPy is untyped
+class BoundedTransport(StdlibTransport):
     """lm15's transport with sockets that respect `ATTEMPT_UNTIL`."""
 
     def stream(self, request: TransportRequest) -> TransportResponse:

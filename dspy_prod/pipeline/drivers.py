@@ -6,28 +6,29 @@ All I/O and all waiting of the library's call path is here. A driver adds no rul
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import aclosing, closing
 from math import inf
 from typing import Any
 
+from dspy._vendor.lm15.result import StreamAccumulator
+from dspy._vendor.lm15.types import StreamEvent
 from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
 from dspy.clients.errors import wrap_error
 from dspy.lm15 import Response, TransportError, response_to_events
-from dspy._vendor.lm15.result import StreamAccumulator
-from dspy._vendor.lm15.types import StreamEvent
 
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, bounded, bounded_stream
 from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Wait
 from dspy_prod.pipeline.flow import Flow
 
-try:
+if sys.version_info >= (3, 11):
     from asyncio import timeout_at
-except ImportError:  # Python 3.10
-    from async_timeout import timeout_at  # type: ignore[no-redef,import-not-found,unused-ignore]
+else:
+    from async_timeout import timeout_at
 
 
 # -- whole answers ---------------------------------------------------------------------------------------------------
@@ -37,10 +38,7 @@ def run(steps: Flow) -> Response:
         effect = next(steps)
         while True:
             try:
-                if type(effect) is Attempt:
-                    result = _attempt(effect)
-                else:
-                    result = _wait(effect)  # type: ignore[arg-type]
+                result = _attempt(effect) if isinstance(effect, Attempt) else _wait(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -56,10 +54,7 @@ async def arun(steps: Flow) -> Response:
         effect = next(steps)
         while True:
             try:
-                if type(effect) is Attempt:
-                    result = await _aattempt(effect)
-                else:
-                    result = await _await(effect)  # type: ignore[arg-type]
+                result = await _aattempt(effect) if isinstance(effect, Attempt) else await _await(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -70,17 +65,17 @@ async def arun(steps: Flow) -> Response:
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------
-def run_stream(steps: Flow, call: Call) -> Iterator[StreamEvent]:
+def run_stream(steps: Flow, call: Call) -> Generator[StreamEvent, None, None]:
     """Perform a flow on this thread and yield the answer's events."""
     end: StreamEvent | None = None
     try:
         effect = next(steps)
         while True:
             try:
-                if type(effect) is Attempt:
+                if isinstance(effect, Attempt):
                     result, end = yield from _events(effect, call)
                 else:
-                    result = _wait(effect)  # type: ignore[arg-type]
+                    result = _wait(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -93,21 +88,21 @@ def run_stream(steps: Flow, call: Call) -> Iterator[StreamEvent]:
         yield from response_to_events(response)  # the cache answered
 
 
-async def arun_stream(steps: Flow, call: Call) -> AsyncIterator[StreamEvent]:
+async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, None]:
     """Perform a flow in this task and yield the answer's events."""
     ended: list[Any] = []
     try:
         effect = next(steps)
         while True:
             try:
-                if type(effect) is Attempt:
+                if isinstance(effect, Attempt):
                     result = None
                     async with aclosing(_aevents(effect, call, ended)) as events:
                         async for event in events:
                             yield event
                     result = ended[0]
                 else:
-                    result = await _await(effect)  # type: ignore[arg-type]
+                    result = await _await(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -122,7 +117,7 @@ async def arun_stream(steps: Flow, call: Call) -> AsyncIterator[StreamEvent]:
 
 
 # -- effects ---------------------------------------------------------------------------------------------------------
-def _wait(effect: Wait) -> None:
+def _wait(effect: Wait) -> Any:
     left = inf if effect.until == inf else effect.until - time.monotonic()
     if effect.what is None:
         time.sleep(max(0.0, left))
@@ -132,7 +127,7 @@ def _wait(effect: Wait) -> None:
         decided.wait(None if left == inf else max(0.0, left))
 
 
-async def _await(effect: Wait) -> None:
+async def _await(effect: Wait) -> Any:
     left = inf if effect.until == inf else max(0.0, effect.until - time.monotonic())
     if effect.what is None:
         await asyncio.sleep(left)
@@ -191,7 +186,7 @@ async def _aattempt(effect: Attempt) -> Response:
         raise _public(error, effect) from error
 
 
-def _events(effect: Attempt, call: Call) -> Iterator[StreamEvent]:
+def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[Response, StreamEvent | None]]:
     """Yield a stream's events, the start held back until the first delta; return (response, end event)."""
     until = effect.until
     accumulator = StreamAccumulator(effect.request)
@@ -221,12 +216,12 @@ def _events(effect: Attempt, call: Call) -> Iterator[StreamEvent]:
         raise _public(error, effect) from error
     if start is not None:
         yield start
-    return response, end  # type: ignore[return-value]
+    return response, end
 
 
-def _within(source: Iterator[StreamEvent], until: float) -> Iterator[StreamEvent]:
+def _within(source: Any, until: float) -> Iterator[StreamEvent]:
     """The events of a native stream, each awaited no longer than `until`."""
-    with closing(source) as events:  # type: ignore[type-var]
+    with closing(source) as events:
         iterator = iter(events)
         while True:
             token = ATTEMPT_UNTIL.set(until)
@@ -239,7 +234,7 @@ def _within(source: Iterator[StreamEvent], until: float) -> Iterator[StreamEvent
             yield event
 
 
-async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncIterator[StreamEvent]:
+async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenerator[StreamEvent, None]:
     """As `_events`; puts (response, end event) into `ended`."""
     ended.clear()
     until = effect.until

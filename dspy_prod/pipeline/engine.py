@@ -59,9 +59,7 @@ class _Guarded:
             key = scope.base
             missed = scope.missed and not index
             if key is None:
-                key = request_key(
-                    self.identity, request, scope.extras, scope.rollout_id, self._tenant(context.tenant)
-                )
+                key = request_key(self.identity, request, scope.extras, scope.rollout_id, self._tenant(context.tenant))
             if key is not None and index:
                 key = candidate_key(key, index)
         return Call(pipeline, request, context, key, scope.extras, streaming, scope.records, missed)
@@ -86,7 +84,7 @@ class ProdEngine(_Guarded):
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """Answer one request event by event; raises as `complete` does."""
         call = self._call(request, True)
-        with closing(run_stream(flow(call), call)) as events:  # type: ignore[type-var]
+        with closing(run_stream(flow(call), call)) as events:
             yield from events
 
     def close(self) -> None:
@@ -103,7 +101,7 @@ class AsyncProdEngine(_Guarded):
     async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
         """See `ProdEngine.stream`."""
         call = self._call(request, True)
-        async with aclosing(arun_stream(flow(call), call)) as events:  # type: ignore[type-var]
+        async with aclosing(arun_stream(flow(call), call)) as events:
             async for event in events:
                 yield event
 

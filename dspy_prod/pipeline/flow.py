@@ -273,4 +273,3 @@ def _reason(error: LMError | None) -> str:
     if isinstance(error, RejectedError):
         return error.reason
     return type(error).__name__
-

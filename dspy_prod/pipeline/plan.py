@@ -1,4 +1,4 @@
-"""What one attempt reserves: its request for that route, upper bounds on tokens and money, and the accounts it draws on."""
+"""What one attempt reserves: its request for that route, bounds on tokens and money, and the accounts it draws on."""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ class Route:
         self.model = upstream.model
         self.upstream = upstream
         self.retry = retry
-        self.limited = limit is not None and (limit.rpm is not None or limit.tpm is not None or limit.concurrency is not None)
         self.limit = limit if limit is not None else _NO_LIMIT
+        self.limited = any(value is not None for value in (self.limit.rpm, self.limit.tpm, self.limit.concurrency))
         self._tpm = int(self.limit.tpm or 0)
         self.prices = prices
         self.defaults = defaults or {}

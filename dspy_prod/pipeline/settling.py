@@ -140,7 +140,7 @@ def _settle_failure(
         cost = plan.bound if plan.bound is not None else bound_or_none(plan.route, plan.request)
     store = call.pipeline.store
     record = None
-    if verdict.sent or not isinstance(error, RejectedError) and isinstance(error, Exception):
+    if verdict.sent or (isinstance(error, Exception) and not isinstance(error, RejectedError)):
         record = call.record(
             plan.route, IDS.make() if ticket is None else ticket.ask.id, plan.number, verdict.outcome, cost,
             call.pipeline.clock.time() - latency, estimated=verdict.owed and cost is not None, latency=latency,
@@ -212,7 +212,8 @@ def _keys(ticket: Ticket | None) -> tuple[str, ...]:
 
 
 def _used(usage: Usage) -> int | None:
-    inputs, outputs = usage.input_tokens, usage.output_tokens
+    inputs: int | None = usage.input_tokens
+    outputs: int | None = usage.output_tokens
     if inputs is None or outputs is None:
         return None
     return inputs + outputs

@@ -15,7 +15,7 @@ class _TextConfig:
         self._options = options
 
     def _arguments(self, request: Request) -> dict[str, Any]:
-        data = request_kwargs(request, "text")
+        data: dict[str, Any] = request_kwargs(request, "text")
         contents = [message["content"] for message in data.pop("messages")]
         if any(not isinstance(content, str) for content in contents):
             raise UnsupportedFeatureError("text-completion models take text only", feature="messages")

@@ -174,7 +174,8 @@ class Upstream:
 
     def _guess_provider(self) -> str | None:
         try:
-            engine = LM15Engine(RouterConfig(env={}), model_type="chat" if self.model_type == "text" else self.model_type)
+            model_type = "chat" if self.model_type == "text" else self.model_type
+            engine = LM15Engine(RouterConfig(env={}), model_type=model_type)
             return str(engine.resolve(self.model).provider)
         except Exception:  # not a model string the native registry knows: the price book falls back to its prefix
             return self.model.split("/", 1)[0] if "/" in self.model else None

@@ -40,7 +40,12 @@ class MemoryStore:
     """
 
     def __init__(
-        self, namespace: str = "default", *, clock: Clock = SYSTEM_CLOCK, max_records: int = 100_000, url: str = "memory://"
+        self,
+        namespace: str = "default",
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        max_records: int = 100_000,
+        url: str = "memory://",
     ) -> None:
         self._url = url
         self._namespace = namespace

@@ -1,0 +1,58 @@
+"""The stores under test, and a clock that stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dspy_prod.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.stores.base import Store
+from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.sqlite import SqliteStore
+from tests.stores.support import FakeClock
+
+MakeStore = Callable[..., Store]
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeStore]:
+    """Make a store of the kind under test; all are closed at the end."""
+    made: list[Store] = []
+
+    def make(namespace: str = "test", clock: Clock = SYSTEM_CLOCK) -> Store:
+        store: Store
+        if request.param == "memory":
+            store = MemoryStore(namespace, clock=clock)
+        else:
+            store = SqliteStore(str(tmp_path / "state.db"), namespace, clock=clock)
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        store.close()
+
+
+@pytest.fixture
+def store(make_store: MakeStore) -> Store:
+    """A store on the system's clocks."""
+    return make_store()
+
+
+@pytest.fixture
+def still(make_store: MakeStore, clock: FakeClock) -> Store:
+    """A store on the fake clock."""
+    return make_store(clock=clock)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """Where a SQLite store may be made."""
+    return str(tmp_path / "state" / "state.db")

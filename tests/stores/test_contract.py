@@ -1,0 +1,528 @@
+"""What every store promises (SEMANTICS: Rate limiter, Budget and ledger). Each test runs against each store."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from math import inf
+
+import pytest
+
+from dspy_prod.options import RateLimit
+from dspy_prod.records import Totals
+from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, AccountState, Settlement, Store, Ticket
+from tests.stores.support import (
+    CENT,
+    DAY,
+    DOLLAR,
+    FakeClock,
+    ask,
+    check_books,
+    decided,
+    granted,
+    record,
+    refused,
+    settlement,
+    turn,
+    until,
+)
+
+
+# -- money -------------------------------------------------------------------------------------------------------------
+def test_a_grant_holds_its_bound_and_a_settlement_charges_what_it_cost(store: Store) -> None:
+    ticket = granted(store, ask(5 * CENT))
+    assert store.account("day") == AccountState(0, 5 * CENT, 0)
+    assert store.holds() == 1
+    store.settle(ticket, settlement(ticket, 2 * CENT))
+    assert store.account("day") == AccountState(2 * CENT, 0, 0)
+    assert store.holds() == 0
+    assert [row.id for row in store.records()] == [ticket.ask.id]
+    check_books(store)
+
+
+def test_a_ticket_tells_what_its_accounts_have_spent_and_held_with_it(store: Store) -> None:
+    first = granted(store, ask(5 * CENT))
+    store.settle(first, settlement(first, 2 * CENT))
+    assert granted(store, ask(3 * CENT, accounts=("day", "total"))).spent == (5 * CENT, 3 * CENT)
+
+
+def test_what_was_never_sent_costs_nothing(store: Store) -> None:
+    ticket = granted(store, ask(5 * CENT))
+    store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+    assert store.account("day") == AccountState()
+    assert store.records() == []
+
+
+def test_an_unknown_outcome_is_charged_in_full_and_shown_as_unconfirmed(store: Store) -> None:
+    ticket = granted(store, ask(5 * CENT))
+    store.settle(ticket, settlement(ticket, 5 * CENT, estimated=True))
+    assert store.account("day") == AccountState(5 * CENT, 0, 5 * CENT)
+    check_books(store)
+
+
+def test_settling_twice_charges_once(store: Store) -> None:
+    ticket = granted(store, ask())
+    store.settle(ticket, settlement(ticket, CENT))
+    store.settle(ticket, settlement(ticket, CENT))
+    assert store.account("day").spent == CENT
+    assert len(store.records()) == 1
+    check_books(store)
+
+
+def test_a_call_is_refused_at_once_only_when_spent_and_its_own_bound_pass_the_limit(store: Store) -> None:
+    first = granted(store, ask(60 * CENT))
+    store.settle(first, settlement(first, 60 * CENT))
+    refusal = refused(store, ask(41 * CENT))
+    assert refusal.reason == "budget_exceeded"
+    assert refusal.dimension == "budget day"
+    assert (refusal.limit, refusal.spent, refusal.amount) == (DOLLAR, 60 * CENT, 41 * CENT)
+    granted(store, ask(40 * CENT))
+
+
+def test_money_that_others_hold_is_waited_for(store: Store) -> None:
+    first = granted(store, ask(60 * CENT))
+    second = store.admit(ask(60 * CENT))
+    store.flush(10)
+    assert second.state == PENDING
+    assert store.waiting() == 1
+    store.settle(first, settlement(first, 40 * CENT))
+    assert decided(second).state == GRANTED
+    assert store.waiting() == 0
+
+
+def test_a_waiting_call_is_refused_when_the_money_it_waits_for_is_spent(store: Store) -> None:
+    first = granted(store, ask(60 * CENT))
+    second = store.admit(ask(60 * CENT))
+    store.settle(first, settlement(first, 60 * CENT))
+    assert decided(second).state == REFUSED
+    assert second.refusal is not None
+    assert second.refusal.reason == "budget_exceeded"
+
+
+def test_waiting_for_money_is_first_in_first_out(store: Store) -> None:
+    first = granted(store, ask(DOLLAR))
+    large, small = store.admit(ask(90 * CENT)), store.admit(ask(CENT))
+    store.settle(first, settlement(first, 5 * CENT))
+    assert decided(large).state == GRANTED
+    assert decided(small).state == GRANTED
+    store.settle(large, settlement(large, CENT))
+    third = granted(store, ask(90 * CENT))
+    behind = [store.admit(ask(50 * CENT)), store.admit(ask(CENT))]
+    store.flush(10)
+    assert [ticket.state for ticket in behind] == [PENDING, PENDING]  # the small one does not overtake
+    store.settle(third, settlement(third, 0))
+    assert [decided(ticket).state for ticket in behind] == [GRANTED, GRANTED]
+
+
+def test_all_accounts_are_drawn_on_together_or_none_is(store: Store) -> None:
+    spent = granted(store, ask(95 * CENT, accounts=("tenant",)))
+    store.settle(spent, settlement(spent, 95 * CENT))
+    assert refused(store, ask(10 * CENT, accounts=("day", "tenant"))).dimension == "budget tenant"
+    assert store.account("day") == AccountState()
+    both = granted(store, ask(5 * CENT, accounts=("day", "tenant")))
+    assert store.account("day").held == store.account("tenant").held == 5 * CENT
+    store.settle(both, settlement(both, CENT))
+    assert (store.account("day").spent, store.account("tenant").spent) == (CENT, 96 * CENT)
+
+
+def test_withdrawing_while_waiting_leaves_nothing_behind(store: Store) -> None:
+    first = granted(store, ask(60 * CENT))
+    second, third = store.admit(ask(60 * CENT)), store.admit(ask(10 * CENT))
+    store.flush(10)
+    assert store.withdraw(second)
+    assert decided(third).state == GRANTED  # it stood behind the one that left
+    for ticket in (first, third):
+        store.settle(ticket, settlement(ticket, CENT))
+    assert store.account("day") == AccountState(2 * CENT, 0, 0)
+    assert store.holds() == 0
+
+
+def test_withdrawing_after_the_grant_says_that_it_must_be_settled(store: Store) -> None:
+    ticket = granted(store, ask())
+    assert not store.withdraw(ticket)
+    store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+    assert store.holds() == 0
+
+
+def test_withdrawing_a_refused_ticket_changes_nothing(store: Store) -> None:
+    ticket = decided(store.admit(ask(2 * DOLLAR)))
+    assert ticket.state == REFUSED
+    assert store.withdraw(ticket)
+    assert store.account("day") == AccountState()
+
+
+def test_an_undecided_ticket_can_be_withdrawn_at_any_moment(store: Store) -> None:
+    """A withdrawal and a grant race; whoever wins, nothing stays held."""
+    for _ in range(200):
+        ticket = store.admit(ask())
+        if not store.withdraw(ticket):
+            store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+    until(lambda: store.holds() == 0)
+    assert store.account("day") == AccountState()
+
+
+def test_threads_never_exceed_a_hard_budget_and_spend_all_of_it(store: Store) -> None:
+    granted_sum: list[int] = []
+
+    def work() -> None:
+        while True:
+            ticket = decided(store.admit(ask(CENT)))
+            if ticket.state != GRANTED:
+                return
+            granted_sum.append(CENT)
+            store.settle(ticket, settlement(ticket, CENT))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert store.account("day") == AccountState(DOLLAR, 0, 0)
+    assert sum(granted_sum) == DOLLAR
+    check_books(store)
+
+
+# -- leases ------------------------------------------------------------------------------------------------------------
+def test_a_hold_whose_lease_ends_is_charged_in_full_and_a_late_settlement_replaces_that(
+    still: Store, clock: FakeClock
+) -> None:
+    ticket = granted(still, ask(5 * CENT, lease=30.0, user="u"))
+    clock.advance(31.0)
+    turn(still)
+    until(lambda: still.holds() == 0)
+    assert still.account("day") == AccountState(5 * CENT, 0, 5 * CENT)
+    (row,) = still.records()
+    assert (row.outcome, row.estimated, row.cost_nano, row.user) == ("abandoned", True, 5 * CENT, "u")
+    check_books(still)
+    still.settle(ticket, settlement(ticket, 2 * CENT))
+    assert still.account("day") == AccountState(2 * CENT, 0, 0)
+    (row,) = still.records()
+    assert (row.outcome, row.estimated, row.cost_nano) == ("ok", False, 2 * CENT)
+    check_books(still)
+    still.settle(ticket, settlement(ticket, 3 * CENT))
+    assert still.account("day").spent == 2 * CENT
+
+
+def test_a_late_settlement_without_a_record_mends_the_abandoned_one(still: Store, clock: FakeClock) -> None:
+    ticket = granted(still, ask(5 * CENT, lease=30.0))
+    clock.advance(31.0)
+    turn(still)
+    until(lambda: still.holds() == 0)
+    still.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+    assert still.account("day") == AccountState()
+    check_books(still)
+
+
+def test_a_correction_by_hand_is_not_overruled_by_a_late_settlement(still: Store, clock: FakeClock) -> None:
+    ticket = granted(still, ask(5 * CENT, lease=30.0))
+    clock.advance(31.0)
+    turn(still)
+    until(lambda: still.holds() == 0)
+    assert still.correct(ticket.ask.id, CENT)
+    still.settle(ticket, settlement(ticket, 4 * CENT))
+    assert still.account("day") == AccountState(CENT, 0, 0)
+    check_books(still)
+
+
+# -- limits ------------------------------------------------------------------------------------------------------------
+def test_no_window_of_a_minute_holds_more_requests_than_allowed(still: Store, clock: FakeClock) -> None:
+    limit = RateLimit(rpm=5, burst=5)
+    sent: list[float] = []
+    tickets: list[Ticket] = [still.admit(ask(budget=None, limit=limit)) for _ in range(12)]
+    turn(still)
+    for _ in range(300):
+        for ticket in tickets:
+            if ticket.state == GRANTED and ticket.ask.id not in sent:
+                sent.append(clock.time())
+                still.settle(ticket, settlement(ticket, 0))
+        tickets = [ticket for ticket in tickets if ticket.state == PENDING]
+        if not tickets:
+            break
+        clock.advance(1.0)
+        turn(still)
+        until(lambda: still.flush(10))
+        still.waiting()
+    assert len(sent) == 12
+    for start in sent:
+        assert sum(1 for at in sent if start <= at < start + 60.0) <= 5
+
+
+def test_a_wait_that_cannot_end_before_the_horizon_is_refused_at_once(still: Store, clock: FakeClock) -> None:
+    limit = RateLimit(rpm=1)
+    granted(still, ask(budget=None, limit=limit))
+    refusal = refused(still, ask(budget=None, limit=limit, horizon=still.now() + 5.0))
+    assert refusal.reason == "rate_limited"
+    assert refusal.retry_after is not None
+    assert 55.0 < refusal.retry_after < 65.0
+    assert still.waiting() == 0
+
+
+def test_concurrency_waits_for_a_release(store: Store) -> None:
+    limit = RateLimit(concurrency=2)
+    running = [granted(store, ask(budget=None, limit=limit)) for _ in range(2)]
+    waiting = [store.admit(ask(budget=None, limit=limit)) for _ in range(3)]
+    store.flush(10)
+    assert {ticket.state for ticket in waiting} == {PENDING}
+    assert waiting[0].blocked_on == "concurrency"
+    store.settle(running[0], settlement(running[0], 0))
+    assert decided(waiting[0]).state == GRANTED
+    store.flush(10)
+    assert [ticket.state for ticket in waiting[1:]] == [PENDING, PENDING]
+    snapshot = store.limiter("provider")
+    assert snapshot is not None
+    assert (snapshot.in_flight, snapshot.concurrency_max, snapshot.waiting) == (2, 2, 2)
+
+
+def test_a_wait_for_the_limiter_holds_no_money(store: Store) -> None:
+    limit = RateLimit(concurrency=1)
+    first = granted(store, ask(10 * CENT, limit=limit))
+    second = store.admit(ask(10 * CENT, limit=limit))
+    store.flush(10)
+    assert second.state == PENDING
+    assert store.account("day").held == 10 * CENT
+    store.settle(first, settlement(first, CENT))
+    assert decided(second).state == GRANTED
+
+
+def test_a_wait_for_money_does_not_stand_in_the_limiters_way(store: Store) -> None:
+    limit = RateLimit(concurrency=2)
+    granted(store, ask(60 * CENT, limit=limit))
+    rich = store.admit(ask(60 * CENT, limit=limit))
+    other = granted(store, ask(CENT, accounts=("other",), limit=limit))
+    assert other.state == GRANTED
+    assert rich.state == PENDING
+
+
+def test_higher_priority_goes_first(store: Store) -> None:
+    limit = RateLimit(concurrency=1)
+    first = granted(store, ask(budget=None, limit=limit))
+    low = store.admit(ask(budget=None, limit=limit, priority=2))
+    high = store.admit(ask(budget=None, limit=limit, priority=0))
+    store.settle(first, settlement(first, 0))
+    assert decided(high).state == GRANTED
+    store.flush(10)
+    assert low.state == PENDING
+
+
+@pytest.mark.parametrize("budget", [None, DOLLAR], ids=["no budget", "budget"])
+def test_a_429_pauses_a_limiter_that_has_no_limits_of_its_own(
+    still: Store, clock: FakeClock, budget: int | None
+) -> None:
+    limit = RateLimit()
+    granted(still, ask(budget=budget, limit=limit))
+    still.throttled("provider", limit, 7.0)
+    waiting = still.admit(ask(budget=budget, limit=limit))
+    turn(still)
+    assert waiting.state == PENDING
+    assert refused(still, ask(budget=budget, limit=limit, horizon=still.now() + 3.0)).reason == "rate_limited"
+    snapshot = still.limiter("provider")
+    assert snapshot is not None
+    assert snapshot.paused_for == pytest.approx(7.0)
+    clock.advance(8.0)
+    turn(still)
+    assert decided(waiting).state == GRANTED
+
+
+def test_what_the_provider_says_is_left_counts(still: Store, clock: FakeClock) -> None:
+    limit = RateLimit(rpm=600, burst=600)
+    granted(still, ask(budget=None, limit=limit))
+    still.resync("provider", limit, {"requests": (0.0, 20.0)})
+    waiting = still.admit(ask(budget=None, limit=limit))
+    turn(still)
+    assert waiting.state == PENDING
+    clock.advance(21.0)
+    turn(still)
+    assert decided(waiting).state == GRANTED
+
+
+def test_a_resync_wakes_who_may_go_now(still: Store) -> None:
+    limit = RateLimit(rpm=600, burst=600)
+    still.resync("provider", limit, {"requests": (0.0, 20.0)})
+    waiting = still.admit(ask(budget=None, limit=limit))
+    woken = threading.Event()
+    assert waiting.attach(woken.set)
+    turn(still)
+    assert waiting.state == PENDING
+    still.resync("provider", limit, {"requests": (500.0, 20.0)})
+    assert woken.wait(10)
+    assert waiting.state == GRANTED
+
+
+def test_a_limiter_that_was_never_used_is_unknown(store: Store) -> None:
+    assert store.limiter("nobody") is None
+
+
+def test_preview_changes_nothing(store: Store) -> None:
+    limit = RateLimit(rpm=1)
+    assert store.preview(ask(limit=limit)) == (0.0, None)
+    assert store.preview(ask(limit=limit)) == (0.0, None)
+    assert store.account("day") == AccountState()
+    granted(store, ask(limit=limit))
+    wait, refusal = store.preview(ask(limit=limit))
+    assert refusal is None
+    assert 50.0 < wait < 70.0
+    wait, refusal = store.preview(ask(2 * DOLLAR))
+    assert wait == inf
+    assert refusal is not None
+    assert refusal.reason == "budget_exceeded"
+
+
+# -- waking ------------------------------------------------------------------------------------------------------------
+def test_attach_after_the_decision_says_so(store: Store) -> None:
+    ticket = granted(store, ask())
+    assert not ticket.attach(lambda: None)
+
+
+def test_a_callback_that_fails_harms_nobody(store: Store) -> None:
+    first = granted(store, ask(DOLLAR))
+    second, third = store.admit(ask()), store.admit(ask())
+
+    def fail() -> None:
+        raise RuntimeError("the loop is closed")
+
+    second.attach(fail)
+    store.settle(first, settlement(first, 0))
+    assert decided(third).state == GRANTED
+    assert second.state == GRANTED
+
+
+def test_a_finaliser_may_settle(store: Store) -> None:
+    ticket = granted(store, ask())
+
+    class Stream:
+        def __del__(self) -> None:
+            store.post_settle(ticket, settlement(ticket, CENT))
+
+    stream = Stream()
+    stream.me = stream  # type: ignore[attr-defined]
+    del stream
+    gc.collect()
+    assert store.account("day").spent == CENT
+
+
+# -- the ledger --------------------------------------------------------------------------------------------------------
+def test_a_record_survives_the_way_to_the_ledger_and_back(store: Store) -> None:
+    full = record(
+        started_at=DAY + 0.25, outcome="error", cost_nano=None, estimated=True, error="LMServerError", status=503,
+        input_tokens=1, output_tokens=2, cached_tokens=3, reasoning_tokens=4, cached=True, latency=0.5, waited=0.25,
+        user="ü", tenant="t", session="s", priority="high", program="p", experiment="e", variant="v",
+        prompt_version="p/3", tags=(("feature", "triage"), ("région", "eu")), trace_id="tr", accounts=("day", "total"),
+    )  # fmt: skip
+    store.append(full)
+    assert store.records() == [full]
+
+
+def test_a_cached_answer_costs_nothing_and_is_counted_apart(store: Store) -> None:
+    store.append(record(cached=True, outcome="cached"))
+    ((_, _, sums),) = store.totals()
+    assert sums == Totals(cached=1)
+
+
+def test_records_are_filtered_and_come_newest_first(store: Store) -> None:
+    for number in range(10):
+        store.append(record(f"r{number}", started_at=DAY + number, user=f"u{number % 2}", call_id=f"c{number // 5}"))
+    ids = [row.id for row in store.records()]
+    assert ids == [f"r{number}" for number in reversed(range(10))]
+    assert [row.id for row in store.records(limit=2)] == ["r9", "r8"]
+    assert [row.id for row in store.records(user="u1", limit=2)] == ["r9", "r7"]
+    assert [row.id for row in store.records(since=DAY + 3, until=DAY + 5)] == ["r4", "r3"]
+    assert [row.id for row in store.records(call_id="c0", user="u0")] == ["r4", "r2", "r0"]
+    assert [row.id for row in store.records(id="r3")] == ["r3"]
+    assert store.records(user="nobody") == []
+
+
+def test_an_unknown_field_is_refused(store: Store) -> None:
+    with pytest.raises(ValueError, match="colour"):
+        store.records(colour="red")
+
+
+def test_totals_are_per_day_and_value(store: Store) -> None:
+    day = 86_400.0
+    for number in range(4):
+        store.append(
+            record(
+                started_at=DAY + number // 2 * day,
+                user=f"u{number % 2}",
+                cost_nano=CENT * (number + 1),
+                input_tokens=10,
+                output_tokens=2,
+                tags=(("team", "a"),),
+            )  # fmt: skip
+        )
+    store.append(record(started_at=DAY + day, cost_nano=None, outcome="error"))
+    rows = store.totals()
+    assert [(day, value) for day, value, _ in rows] == [("2025-11-23", ""), ("2025-11-24", "")]
+    assert rows[0][2] == Totals(3 * CENT, 0, 0, 2, 0, 0, 20, 4)
+    assert rows[1][2] == Totals(7 * CENT, 0, 1, 3, 0, 1, 20, 4)
+    assert [(day, value, sums.cost_nano) for day, value, sums in store.totals(dimension="user")] == [
+        ("2025-11-23", "u0", CENT),
+        ("2025-11-23", "u1", 2 * CENT),
+        ("2025-11-24", "u0", 3 * CENT),
+        ("2025-11-24", "u1", 4 * CENT),
+    ]
+    assert [sums.attempts for _, _, sums in store.totals(dimension="tag:team")] == [2, 2]
+    assert [day for day, _, _ in store.totals(since_day="2025-11-24")] == ["2025-11-24"]
+    assert [day for day, _, _ in store.totals(until_day="2025-11-23")] == ["2025-11-23"]
+    assert store.totals(since_day="2025-11-25") == []
+    assert store.totals(dimension="tenant") == []
+
+
+def test_a_correction_mends_record_accounts_and_totals(store: Store) -> None:
+    ticket = granted(store, ask(5 * CENT, user="u"))
+    store.settle(ticket, settlement(ticket, 5 * CENT, estimated=True))
+    assert store.correct(ticket.ask.id, 2 * CENT)
+    (row,) = store.records()
+    assert (row.cost_nano, row.estimated) == (2 * CENT, False)
+    assert store.account("day") == AccountState(2 * CENT, 0, 0)
+    ((_, _, sums),) = store.totals(dimension="user")
+    assert (sums.cost_nano, sums.unconfirmed_nano, sums.attempts) == (2 * CENT, 0, 1)
+    check_books(store)
+
+
+def test_a_correction_lets_a_waiting_call_go(store: Store) -> None:
+    first = granted(store, ask(50 * CENT))
+    store.settle(first, settlement(first, 50 * CENT, estimated=True))
+    held = granted(store, ask(40 * CENT))
+    waiting = store.admit(ask(20 * CENT))
+    store.flush(10)
+    assert waiting.state == PENDING
+    assert store.correct(first.ask.id, 10 * CENT)
+    assert decided(waiting).state == GRANTED
+    assert held.state == GRANTED
+
+
+def test_an_unknown_record_cannot_be_corrected(store: Store) -> None:
+    assert not store.correct("nobody", CENT)
+
+
+def test_appending_a_known_id_replaces_the_record(store: Store) -> None:
+    store.append(record("r", cost_nano=CENT))
+    store.append(record("other", cost_nano=CENT))
+    store.append(record("r", cost_nano=3 * CENT))
+    assert {row.id: row.cost_nano for row in store.records()} == {"r": 3 * CENT, "other": CENT}
+    check_books(store, ())
+
+
+# -- ending ------------------------------------------------------------------------------------------------------------
+def test_closing_twice_is_harmless_and_reading_goes_on(store: Store) -> None:
+    ticket = granted(store, ask())
+    store.settle(ticket, settlement(ticket, CENT))
+    store.close()
+    store.close()
+    assert store.account("day").spent == CENT
+    assert len(store.records()) == 1
+
+
+def test_namespaces_do_not_mix(make_store: Callable[..., Store]) -> None:
+    one, other = make_store("one"), make_store("other")
+    limit = RateLimit(rpm=1)
+    ticket = granted(one, ask(limit=limit, id="same"))
+    granted(other, ask(limit=limit, id="same"))
+    one.settle(ticket, settlement(ticket, CENT))
+    assert one.account("day") == AccountState(CENT, 0, 0)
+    assert other.account("day") == AccountState(0, CENT, 0)
+    assert (len(one.records()), len(other.records())) == (1, 0)
+    assert other.totals() == []
+    assert (one.holds(), other.holds()) == (0, 1)
+    assert not other.correct(ticket.ask.id, 0)
