@@ -116,6 +116,8 @@ def _defaults(lm: dspy.LM) -> dict[str, Any]:
 
 
 def _store(settings: Settings) -> Store:
+    if settings.opened is not None and not getattr(settings.opened, "closed", False):
+        return settings.opened  # type: ignore[no-any-return]  # typed Any: a Settings holds what was given to an LM
     if settings.store is not None:
         return open_store(settings.store, settings.namespace, clock=settings.clock, on_problem=_on_problem)
     url = default_store_url()

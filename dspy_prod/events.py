@@ -23,8 +23,8 @@ class Event:
             `breaker_half_open`, `breaker_closed`, `throttled`, `waiting`, `rejected`, `budget_soft`,
             `budget_overrun`, `hold_abandoned`, `store_degraded`, `unpriced_model`, ...
         at: seconds since the epoch.
-        data: the details; values are JSON-friendly and never contain a secret. Prompts and answers are never part
-            of an event.
+        data: the details; values are JSON-friendly and never contain a secret. Prompts and answers are part of
+            `call_content` alone, which only listeners added with `content=True` receive.
     """
 
     name: str
@@ -38,28 +38,43 @@ class EventBus:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._listeners: tuple[Listener, ...] = ()
+        self._content_listeners: tuple[Listener, ...] = ()
+
+    @property
+    def wants_content(self) -> bool:
+        """Whether anybody asked for prompts and answers."""
+        return bool(self._content_listeners)
 
     @property
     def active(self) -> bool:
         """Whether anybody listens; callers skip building events when nobody does."""
         return bool(self._listeners)
 
-    def add(self, listener: Listener) -> Callable[[], None]:
-        """Add a listener; the returned function removes it again."""
+    def add(self, listener: Listener, *, content: bool = False) -> Callable[[], None]:
+        """Add a listener, with `content` for prompts and answers too; the returned function removes it again."""
         if not callable(listener):
             raise TypeError(f"a listener is a callable that takes one Event, got {type(listener).__name__}")
         with self._lock:
             self._listeners = (*self._listeners, listener)
+            if content:
+                self._content_listeners = (*self._content_listeners, listener)
 
         def remove() -> None:
             with self._lock:
                 self._listeners = tuple(item for item in self._listeners if item is not listener)
+                self._content_listeners = tuple(item for item in self._content_listeners if item is not listener)
 
         return remove
 
     def emit(self, name: str, at: float, **data: Any) -> None:
         """Deliver one event. Never raises: a listener's own error is logged."""
-        listeners = self._listeners
+        self._deliver(self._listeners, name, at, data)
+
+    def emit_content(self, name: str, at: float, **data: Any) -> None:
+        """Deliver an event with a prompt or an answer, to those listeners alone that asked for content."""
+        self._deliver(self._content_listeners, name, at, data)
+
+    def _deliver(self, listeners: tuple[Listener, ...], name: str, at: float, data: dict[str, Any]) -> None:
         if not listeners:
             return
         event = Event(name, at, MappingProxyType(data))
@@ -73,6 +88,11 @@ class EventBus:
 BUS = EventBus()
 
 
-def add_listener(listener: Listener) -> Callable[[], None]:
-    """Call `listener(event)` for every event from now on; returns a function that removes it."""
-    return BUS.add(listener)
+def add_listener(listener: Listener, *, content: bool = False) -> Callable[[], None]:
+    """Call `listener(event)` for every event from now on; returns a function that removes it.
+
+    Args:
+        listener: takes one `Event`. It runs where the event happens, so it should be quick; its errors are logged.
+        content: also deliver `call_content` events, with the prompt and the answer of each upstream call.
+    """
+    return BUS.add(listener, content=content)

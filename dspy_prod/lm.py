@@ -24,6 +24,7 @@ from dspy.clients.lm import _check_engines, _refuse_client_settings
 from dspy.dsp.utils.settings import settings as dspy_settings
 from dspy.lm15 import CacheConfig, Request
 from dspy.utils.callback import BaseCallback, with_callbacks
+from dspy.utils.dummies import DummyLM
 
 from dspy_prod.assemble import assemble, disabled
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
@@ -42,6 +43,8 @@ from dspy_prod.settings import (
     default_namespace,
     option,
     price_options,
+    recall,
+    remember,
     retry_option,
     split,
 )
@@ -157,8 +160,8 @@ class LM(dspy.LM):
 
     def _install(self, settings: Settings, pipeline: Pipeline | None = None) -> None:
         """Put a pipeline beneath this LM."""
-        self.settings = settings
         self.pipeline = assemble(self.model, self.model_type, settings) if pipeline is None else pipeline
+        self.settings = settings = _pinned(settings, self.pipeline.store)
         self._identity = orjson.dumps(
             [self.model, self.model_type, address_of(dict(settings.clients), self.model), repr(dict(settings.extras))]
         )
@@ -317,13 +320,14 @@ class LM(dspy.LM):
         state: dict[str, Any] = super().__getstate__()
         for name in ("_engine_spec", "_async_engine_spec", "pipeline", "_identity"):
             state.pop(name, None)
-        settings = self.settings.without_secrets()
-        state["settings"] = replace(settings, store=self.pipeline.store.url, clock=SYSTEM_CLOCK)
+        state["settings"] = replace(self.settings.sealed(), store=self.pipeline.store.url)
+        state["_token"] = remember(self.settings)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        known = recall(state.pop("_token", ""))  # in the same process: the same store, keys and clock
         super().__setstate__(state)
-        self._install(self.settings.with_secrets())
+        self._install(self.settings.unsealed() if known is None else known)
 
     def dump_state(self) -> dict[str, Any]:
         """What `load_state` rebuilds this LM from: JSON, without keys."""
@@ -339,11 +343,22 @@ class LM(dspy.LM):
         return load(cls, state, allow_custom_lm_class)
 
     @classmethod
-    def from_config(cls, path: str | Path, **overrides: Any) -> LM:
-        """An LM from a TOML file and `DSPY_PROD__...` environment variables, see `dspy_prod.config`."""
+    def from_config(cls, path: str | Path | None = None, **overrides: Any) -> LM:
+        """An LM from a TOML file and `DSPY_PROD__...` environment variables (see `dspy_prod.config`).
+
+        Args:
+            path: the file; None for environment variables alone.
+            overrides: arguments that win over both.
+
+        Raises:
+            ConfigError: a key is unknown or impossible; the message names file and key.
+        """
         from dspy_prod.config import load_config
 
-        return cls(**{**load_config(path), **overrides})
+        arguments = {**load_config(path), **overrides}
+        if "model" not in arguments:
+            raise ConfigError(f'{path or "environment"}: model: is missing; add model = "openai/gpt-4o-mini"')
+        return cls(**arguments)
 
     # -- operating ---------------------------------------------------------------------------------------------------
     @property
@@ -351,7 +366,7 @@ class LM(dspy.LM):
         """The records of every attempt, in this LM's store and namespace."""
         from dspy_prod.ledger import Ledger
 
-        return Ledger(self.pipeline.store)
+        return Ledger(self.pipeline.store, self.pipeline.clock)
 
     def costs(self, by: str | None = None) -> Any:
         """What was spent: a `CostSummary`, or sums by `"day"`, `"model"`, `"user"`, `"tenant"`, `"tag:<key>"`, ..."""
@@ -395,25 +410,35 @@ def wrap(lm: dspy.LM, **policies: Any) -> LM:
     """The same LM with policies beneath it.
 
     Args:
-        lm: a `dspy.LM` somebody else built; its cache and retries are replaced by ours.
+        lm: a `dspy.LM` somebody else built, or DSPy's `DummyLM`; its cache and retries are replaced by ours.
         policies: policy arguments of `dspy_prod.LM`.
+
+    Raises:
+        ConfigError: another kind of LM, or one with a `forward` of its own, which would be bypassed.
     """
     if isinstance(lm, LM):
         return lm.copy(**policies)
-    if not isinstance(lm, dspy.LM):
+    base = next((known for known in (dspy.LM, DummyLM) if isinstance(lm, known)), None)
+    if base is None:
         raise ConfigError(f"wrap takes a dspy.LM, got {type(lm).__name__}; for a custom model implement an engine")
-    if "retry" not in policies and "num_retries" not in policies:
-        policies["num_retries"] = lm.num_retries
+    if any(getattr(lm, name).__func__ is not getattr(base, name) for name in ("forward", "aforward")):
+        raise ConfigError(
+            f"{type(lm).__name__} overrides forward or aforward, which no engine reaches; implement an engine and use "
+            "dspy_prod.LM(..., engine=...)"
+        )
     arguments = dict(lm.kwargs)
     tokens = arguments.pop("max_tokens", None)
-    tokens = arguments.pop("max_completion_tokens", None) if tokens is None else tokens
-    wrapped = LM(
-        lm.model, lm.model_type, arguments.pop("temperature", None), tokens, policies.pop("cache", lm.cache),
-        list(lm.callbacks), provider=lm.provider, finetuning_model=lm.finetuning_model,
-        launch_kwargs=lm.launch_kwargs, train_kwargs=lm.train_kwargs, use_developer_role=lm.use_developer_role,
-        engine=lm._engine_spec, async_engine=lm._async_engine_spec, **{**arguments, **policies},
-    )  # fmt: skip
-    return wrapped
+    arguments["max_tokens"] = arguments.pop("max_completion_tokens", None) if tokens is None else tokens
+    if "retry" not in policies:
+        arguments["num_retries"] = lm.num_retries
+    for name in ("provider", "finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role"):
+        if hasattr(lm, name):
+            arguments[name] = getattr(lm, name)
+    arguments["cache"] = lm.cache and getattr(lm, "_cache_responses", True)
+    arguments["callbacks"] = list(lm.callbacks)
+    if "engine" not in policies:
+        arguments["engine"], arguments["async_engine"] = lm._engine_spec, lm._async_engine_spec
+    return LM(lm.model, lm.model_type, **{**arguments, **policies})
 
 
 LIVE: weakref.WeakSet[LM] = weakref.WeakSet()
@@ -437,6 +462,13 @@ _PLAIN_CALL_KEYS = frozenset(
         "reasoning_effort",
     }
 )
+
+
+def _pinned(settings: Settings, store: Store) -> Settings:
+    """The settings with the store they found, so that copies find the same one from another directory too."""
+    if settings.opened is store or (settings.store is None and not store.durable):  # memory, for want of a file
+        return settings
+    return replace(settings, opened=store)
 
 
 def _changed(settings: Settings, policies: dict[str, Any], extras: dict[str, Any]) -> Settings:
@@ -466,6 +498,8 @@ def _changed(settings: Settings, policies: dict[str, Any], extras: dict[str, Any
         changes["clients"] = {key: value for key, value in merged.items() if value is not None}
     if extras:
         changes["extras"] = {k: v for k, v in {**settings.extras, **extras}.items() if v is not None}
+    if not changes.keys().isdisjoint(("store", "namespace", "clock")):
+        changes["opened"] = None
     changed = replace(settings, **changes)
     _check_engines(changed.engine, changed.async_engine)
     connection = {key: value for key, value in changed.clients.items() if key != "timeout"}

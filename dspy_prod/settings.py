@@ -1,26 +1,26 @@
 """What an LM was built with: policies, client settings and everything outside DSPy's canonical arguments.
 
 `Settings` is immutable and shared by copies. Secrets live in it while the process lives; they are never written: a
-pickle carries a fingerprint, and finds the key again in the same process (or in the environment).
+pickle carries a mark by which the same process finds them again. Another process takes keys from its environment.
 """
 
 from __future__ import annotations
 
 import os
+import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
+import dspy
 from dspy.clients.backend_selection import CLIENT_KEYS
 
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.errors import ConfigError
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Options, Price, RateLimit, Retry
-from dspy_prod.pipeline.routes import fingerprint
-
-SECRET_KEYS: Final = frozenset({"api_key", "azure_ad_token_provider", "headers", "extra_headers"})
-"""Client settings that may hold a secret."""
+from dspy_prod.sealing import SealedLM, seal, unseal
 
 _OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
 _CANONICAL_FALLBACK: Final = """
@@ -68,7 +68,7 @@ class Settings:
     engine: Any = "auto"
     async_engine: Any = None
     clients: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    extras: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict, repr=False)
     retry: Retry = field(default_factory=Retry)
     breaker: CircuitBreaker | None = field(default_factory=CircuitBreaker)
     limit: RateLimit | None = None
@@ -76,35 +76,47 @@ class Settings:
     budgets: tuple[Budget, ...] = ()
     fallbacks: tuple[Any, ...] = ()
     prices: Mapping[str, Price] = field(default_factory=dict)
-    store: Any = None
+    store: Any = field(default=None, repr=False)
     namespace: str = ""
     clock: Clock = field(default=SYSTEM_CLOCK, repr=False)
+    opened: Any = field(default=None, repr=False)
+    """The store object in use, once there is one: copies share it, wherever the process has changed to since."""
 
-    def without_secrets(self) -> Settings:
-        """The same settings, fit to be written."""
-        kept = {key: value for key, value in self.clients.items() if key not in SECRET_KEYS}
-        if len(kept) != len(self.clients):
-            kept["_key"] = remember_secrets(self.clients)
-        return replace(self, clients=kept)
+    def sealed(self) -> Settings:
+        """The same settings, fit to be written: no secret in them, and a URL in place of the store."""
+        fallbacks = tuple(SealedLM.of(item) if _writes_its_key(item) else item for item in self.fallbacks)
+        url = None if self.opened is None else self.opened.url
+        return replace(
+            self, clients=seal(self.clients), extras=seal(self.extras), fallbacks=fallbacks, store=url,
+            clock=SYSTEM_CLOCK, opened=None,
+        )  # fmt: skip
 
-    def with_secrets(self) -> Settings:
+    def unsealed(self) -> Settings:
         """The settings with the secrets this process remembers for them."""
-        if "_key" not in self.clients:
-            return self
-        clients = {key: value for key, value in self.clients.items() if key != "_key"}
-        clients.update(_VAULT.get(self.clients["_key"], {}))
-        return replace(self, clients=clients)
+        fallbacks = tuple(item.opened() if isinstance(item, SealedLM) else item for item in self.fallbacks)
+        return replace(self, clients=unseal(self.clients), extras=unseal(self.extras), fallbacks=fallbacks)
 
 
-_VAULT: dict[str, dict[str, Any]] = {}
+def _writes_its_key(item: Any) -> bool:
+    return isinstance(item, dspy.LM) and not isinstance(getattr(item, "settings", None), Settings)
 
 
-def remember_secrets(clients: Mapping[str, Any]) -> str:
-    """Keep the secret client settings in this process; returns the fingerprint that finds them."""
-    secrets = {key: value for key, value in clients.items() if key in SECRET_KEYS}
-    mark = fingerprint({"api_key": repr(sorted(secrets.items(), key=lambda item: item[0]))})
-    _VAULT[mark] = secrets
-    return mark
+_LIVING: weakref.WeakValueDictionary[str, Settings] = weakref.WeakValueDictionary()
+
+
+def remember(settings: Settings) -> str:
+    """A token by which this process finds these very settings, for as long as anybody uses them."""
+    token: str | None = settings.__dict__.get("_token")
+    if token is None:
+        token = uuid.uuid4().hex
+        object.__setattr__(settings, "_token", token)  # not a field, so that `replace` does not copy it
+    _LIVING[token] = settings
+    return token
+
+
+def recall(token: str) -> Settings | None:
+    """The settings behind a token; None in another process, or when nobody uses them any more."""
+    return _LIVING.get(token)
 
 
 def option(kind: type[Options], value: Any, name: str, *, default: Options | None) -> Any:

@@ -160,8 +160,8 @@ def test_a_json_value_is_bounded_in_every_usual_rendering(value: Any, counters: 
 def _typescript(tool: FunctionTool) -> str:
     """A tool as OpenAI is known to show it: a TypeScript type in a namespace (github.com/hmarr/openai-chat-tokens)."""
     lines = [f"// {tool.description}", f"type {tool.name} = (_: {{"]
-    for name, schema in tool.parameters["properties"].items():  # type: ignore[union-attr]
-        lines += [f"// {schema['description']}", f"{name}?: {schema['type']},"]  # type: ignore[index,call-overload]
+    for name, schema in tool.parameters["properties"].items():
+        lines += [f"// {schema['description']}", f"{name}?: {schema['type']},"]
     return "\n".join(
         ["# Tools", "## functions", "namespace functions {", *lines, "}) => any;", "} // namespace functions"]
     )

@@ -1,0 +1,63 @@
+"""The `dspy-prod` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code."""
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "demo":
+        from dspy_prod.cli.demo import demo
+
+        return demo(model=arguments.model, simulate=arguments.simulate, as_json=arguments.json)
+    from dspy_prod.cli import reports
+    from dspy_prod.errors import ConfigError, RejectedError
+
+    try:
+        return int(getattr(reports, arguments.command)(arguments))
+    except (RejectedError, ConfigError, ValueError) as error:
+        print(f"dspy-prod {arguments.command}: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dspy-prod", description="Production safety for DSPy programs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="a support-triage program through load, outage, recovery and a budget")
+    demo.add_argument("--model", help="run against this real model, e.g. openai/gpt-4o-mini (costs money)")
+    demo.add_argument("--simulate", action="store_true", help="use the simulated provider, not the local model")
+    demo.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    health = commands.add_parser("health", help="is the store all right, and what happened lately")
+    _where(health)
+    costs = commands.add_parser("costs", help="what was spent")
+    _where(costs)
+    costs.add_argument(
+        "--by", default=None, help="day, model, user, tenant, program, variant, prompt or tag:<key>; default: a summary"
+    )
+    calls = commands.add_parser("calls", help="the newest records of the ledger")
+    _where(calls)
+    calls.add_argument("--limit", type=int, default=20, help="how many (default 20)")
+    for name in ("user", "tenant", "model", "outcome"):
+        calls.add_argument(f"--{name}", help=f"only this {name}")
+    calls.add_argument("--unconfirmed", action="store_true", help="only costs that the provider did not confirm")
+    return parser
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", help="store URL (default: $DSPY_PROD_STORE, else sqlite:///.dspy_prod/state.db)")
+    parser.add_argument("--namespace", help="default: $DSPY_PROD_NAMESPACE, else the directory's name")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -187,3 +187,23 @@ class Call:
             pipeline.bus.emit(
                 name, pipeline.clock.time(), call_id=self.id, user=context.user, tenant=context.tenant, **data
             )
+
+    def emit_content(self, request: Request, response: Response) -> None:
+        """Tell the listeners that asked for it what was sent upstream and what came back."""
+        self.pipeline.bus.emit_content(
+            "call_content", self.pipeline.clock.time(), call_id=self.id, model=request.model,
+            prompt=_messages(request), answer=_text(response.message.parts),
+        )  # fmt: skip
+
+
+def _messages(request: Request) -> list[dict[str, str]]:
+    messages = [{"role": message.role, "text": _text(message.parts)} for message in request.messages]
+    if request.system is None:
+        return messages
+    system = request.system if isinstance(request.system, str) else _text(request.system)
+    return [{"role": "system", "text": system}, *messages]
+
+
+def _text(parts: Any) -> str:
+    """The text of a message; its other parts by their kind alone, such as `[image]`."""
+    return "".join(part.text if part.type == "text" else f"[{part.type}]" for part in parts)

@@ -22,6 +22,7 @@ from dspy.lm15 import Response, TransportError, response_to_events
 
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, bounded, bounded_stream
+from dspy_prod.pipeline.echoes import without_secrets_of
 from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Wait
 from dspy_prod.pipeline.flow import Flow
 
@@ -303,4 +304,4 @@ def _public(error: Exception, effect: Attempt) -> Exception:
     if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
         return AttemptTimeoutError()
     wrapped: Exception = wrap_error(error, model=effect.route.model, provider=effect.route.upstream.provider)
-    return wrapped
+    return without_secrets_of(effect.route.upstream, wrapped)

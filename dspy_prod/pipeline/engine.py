@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
-from typing import Any
-
 from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 
@@ -29,14 +27,29 @@ class _Guarded:
         identity: bytes that keep the cache keys of different models and addresses apart.
     """
 
-    supports_function_calling = True
-    supports_reasoning = False
-    supports_response_schema = False
-    supported_params: frozenset[str] = frozenset()
-
     def __init__(self, pipeline: Pipeline, identity: bytes) -> None:
         self.pipeline = pipeline
         self.identity = identity
+
+    @property
+    def supports_function_calling(self) -> bool:
+        """Whether the primary model calls tools."""
+        return bool(self.pipeline.capabilities.function_calling)
+
+    @property
+    def supports_reasoning(self) -> bool:
+        """Whether the primary model reasons natively."""
+        return bool(self.pipeline.capabilities.reasoning)
+
+    @property
+    def supports_response_schema(self) -> bool:
+        """Whether the primary model answers in a given JSON schema."""
+        return bool(self.pipeline.capabilities.response_schema)
+
+    @property
+    def supported_params(self) -> frozenset[str]:
+        """Arguments the primary model takes."""
+        return frozenset(self.pipeline.capabilities.params)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.pipeline.primary.model!r})"
@@ -107,13 +120,3 @@ class AsyncProdEngine(_Guarded):
 
     async def aclose(self) -> None:
         """See `ProdEngine.close`."""
-
-
-def capabilities_of(engine: Any) -> dict[str, Any]:
-    """What an engine object declares, in DSPy's terms; missing means False."""
-    return {
-        "function_calling": bool(getattr(engine, "supports_function_calling", False)),
-        "reasoning": bool(getattr(engine, "supports_reasoning", False)),
-        "response_schema": bool(getattr(engine, "supports_response_schema", False)),
-        "params": frozenset(getattr(engine, "supported_params", ()) or ()),
-    }

@@ -12,7 +12,9 @@ from dspy.lm15 import Response
 
 from dspy_prod.clock import Clock
 from dspy_prod.events import EventBus
+from dspy_prod.forking import reset_after_fork
 from dspy_prod.options import Cache
+from dspy_prod.pipeline.capabilities import capabilities_of
 from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.budget import BudgetRule
@@ -62,6 +64,7 @@ class Pipeline:
         self.rand = rand
         self._route_maker = route_maker
         self._made: dict[str, Route] = {}
+        self._capabilities: Any = None
         REAPER.start()
 
     def route_to(self, model: str) -> Route:
@@ -73,18 +76,30 @@ class Pipeline:
             ) or self._route_maker(model)
         return route
 
+    def every_route(self) -> tuple[Route, ...]:
+        """All routes, with those that budgets degraded to so far."""
+        return (*self.routes, *self._made.values())
+
+    @property
+    def capabilities(self) -> Any:
+        """What the primary model can do, as DSPy knows it (`dspy.clients.capabilities.Capabilities`). Asked once."""
+        known = self._capabilities
+        if known is None:
+            known = self._capabilities = capabilities_of(self.primary.upstream)
+        return known
+
     def without_usage(self, response: Response) -> Response:
         """The answer of another call, as its follower gets it: nothing was used for it."""
         return Entry(response, 0.0, 0.0, 0).response
 
     def close(self) -> None:
         """Close the pooled connections of all routes."""
-        for route in (*self.routes, *self._made.values()):
+        for route in self.every_route():
             route.upstream.close()
 
     async def aclose(self) -> None:
         """Close this event loop's connections and the synchronous ones."""
-        for route in (*self.routes, *self._made.values()):
+        for route in self.every_route():
             await route.upstream.aclose()
 
 
@@ -94,6 +109,11 @@ class SharedCache:
     def __init__(self, options: Cache, store: Store) -> None:
         self.cache = ResponseCache(options, store)
         self.flights = Flights()
+        reset_after_fork(self)
+
+    def _after_fork(self) -> None:
+        self.cache._after_fork()
+        self.flights._after_fork()
 
 
 _CACHES: weakref.WeakValueDictionary[tuple[int, Any], SharedCache] = weakref.WeakValueDictionary()

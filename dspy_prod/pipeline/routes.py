@@ -11,9 +11,10 @@ from typing import Any
 
 from dspy.lm15 import Request
 
-from dspy_prod.bounds import MEDIA, input_bound, output_bound
+from dspy_prod.bounds import has_media, input_bound, output_bound
 from dspy_prod.clock import Clock
 from dspy_prod.events import EventBus
+from dspy_prod.forking import reset_after_fork
 from dspy_prod.options import CircuitBreaker, RateLimit, Retry
 from dspy_prod.pipeline.upstream import Upstream, address_of
 from dspy_prod.policies.breaker import Breaker
@@ -36,6 +37,12 @@ class RouteState:
         self.throttled = False  # a 429 came: from now on the limiter is asked even when nothing is configured
         self._outputs: deque[int] = deque(maxlen=200)
         self._sorted: list[int] = []
+        reset_after_fork(self)
+
+    def _after_fork(self) -> None:
+        self.retry_budget._after_fork()
+        if self.breaker is not None:
+            self.breaker._after_fork()
 
     def learn(self, output_tokens: int) -> None:
         """Remember the size of a real answer."""
@@ -103,6 +110,12 @@ class Route:
             self._priced = True
         return self._rates
 
+    def rates_for(self, request: Request, extras: dict[str, Any] | None) -> Rates | None:
+        """The prices for what the engine that carried `request` reports: LiteLLM counts usage in OpenAI's way."""
+        if self.upstream.fell_back and not self.upstream.is_native(request, extras):
+            return self.prices.rates(self.model, "litellm")
+        return self._rates if self._priced else self.rates()
+
     def bounds(self, request: Request) -> tuple[int | None, int | None]:
         """Upper bounds of (input, output) tokens, None where none is known."""
         rates = self._rates if self._priced else self.rates()
@@ -117,7 +130,7 @@ class Route:
         """The most that so many tokens of this request can cost, in nano-USD; prices must be known."""
         rates = self._rates if self._priced else self.rates()
         assert rates is not None
-        return rates.bound(inputs, outputs, tier=request.config.service_tier, media=_has_media(request))
+        return rates.bound(inputs, outputs, tier=request.config.service_tier, media=has_media(request))
 
     def limiter_tokens(self, inputs: int | None, outputs: int | None) -> int:
         """Tokens to reserve at the limiter for these bounds: all of them, or the learned size; at most `tpm`."""
@@ -133,10 +146,6 @@ class Route:
 
 
 _NO_LIMIT = RateLimit()
-
-
-def _has_media(request: Request) -> bool:
-    return any(part.type in MEDIA for message in request.messages for part in message.parts)
 
 
 def fingerprint(clients: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ def succeeded(
     clock = pipeline.clock
     usage = response.usage
     latency = clock.monotonic() - started
-    rates = route.rates()
+    rates = route.rates_for(plan.request, call.extras)
     cost = None if rates is None else route.prices.price_response(rates, response, plan.request)
     estimated = False
     if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
@@ -64,6 +64,8 @@ def succeeded(
     if route.limit.tpm is not None and usage.output_tokens is not None:
         state.learn(usage.output_tokens)
     call.remember(record)
+    if pipeline.bus.wants_content:
+        call.emit_content(plan.request, response)
 
 
 def failed(
@@ -167,7 +169,7 @@ def _ended_late(
     """An abandoned attempt has ended in its worker: perhaps its usage is known after all."""
     route = plan.route
     latency = call.pipeline.clock.monotonic() - started
-    rates = route.rates()
+    rates = route.rates_for(plan.request, call.extras)
     if isinstance(response, Response):
         cost = None if rates is None else route.prices.price_response(rates, response, plan.request)
         if cost is not None or rates is None:

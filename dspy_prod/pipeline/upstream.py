@@ -19,6 +19,8 @@ from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine, timeou
 from dspy.lm15 import Request, Response, RouterConfig, UnsupportedFeatureError, registered_providers
 from dspy.utils.exceptions import LMUnsupportedFeatureError
 
+from dspy_prod.forking import reset_after_fork
+from dspy_prod.pipeline.capabilities import StandIn
 from dspy_prod.pipeline.deadline import MAX_CONNECTIONS, BoundedTransport
 from dspy_prod.pipeline.text_engine import AsyncLiteLLMTextEngine, LiteLLMTextEngine
 
@@ -60,6 +62,14 @@ class Upstream:
             weakref.WeakKeyDictionary()
         )
         self._carried: dict[Any, bool] = {}
+        self.fell_back = False  # some request of a native route went through LiteLLM
+        reset_after_fork(self)
+
+    def _after_fork(self) -> None:
+        # The pooled connections are the parent's: two processes on one socket would read each other's answers.
+        self._lock = threading.Lock()
+        self._native = None
+        self._native_async = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Upstream({self.model!r}, {self.engine_name})"  # never the clients: they hold the key
@@ -71,13 +81,11 @@ class Upstream:
 
     @property
     def provider(self) -> str | None:
-        """The provider as DSPy resolves it, for prices; None when only LiteLLM knows it."""
-        if not isinstance(self.spec, str) and not self.clients:
+        """Whose usage counters the answers carry, for prices: DSPy's name of the provider, or `"litellm"`."""
+        if not isinstance(self.spec, str):
             return self._guess_provider()
         selection = self._select()
-        if selection.resolution is not None:
-            return str(selection.resolution.provider)
-        return self._guess_provider()
+        return str(selection.resolution.provider) if selection.native else "litellm"
 
     def sync_engine(self, request: Request, extras: dict[str, Any] | None) -> tuple[Any, bool]:
         """(engine, bounded): the engine for one synchronous attempt, and whether it bounds itself in time."""
@@ -85,7 +93,7 @@ class Upstream:
             if extras:
                 raise self._cannot_carry(extras)
             return self.spec, False
-        if self._is_native(request, extras):
+        if self.is_native(request, extras):
             return self._native_engine(), True
         return self._litellm(False, extras), False
 
@@ -99,7 +107,7 @@ class Upstream:
                     "this custom engine has no async counterpart; pass async_engine= to dspy_prod.LM", model=self.model
                 )
             return self.async_spec
-        if self._is_native(request, extras):
+        if self.is_native(request, extras):
             return self._native_async_engine()
         return self._litellm(True, extras)
 
@@ -136,17 +144,18 @@ class Upstream:
         selection = self._selection
         if selection is None:
             clients = {key: value for key, value in self.clients.items() if key != "timeout"}
-            stand_in = _StandIn(self, clients)
-            selection = self._selection = select_backend(stand_in, {})
+            selection = self._selection = select_backend(StandIn(self, clients), {})
         return selection
 
-    def _is_native(self, request: Request, extras: dict[str, Any] | None) -> bool:
+    def is_native(self, request: Request, extras: dict[str, Any] | None) -> bool:
+        """Whether the native engine carries this request; else LiteLLM does."""
         selection = self._select()
         if not selection.native:
             return False
         if self.extras or extras:
             if self.spec == "lm15":
                 raise self._cannot_carry({**self.extras, **(extras or {})})
+            self.fell_back = True
             return False
         if self.spec != "auto" or request.config.cache is not None:
             return True
@@ -160,6 +169,7 @@ class Upstream:
                 if selection.resolution.declared:
                     raise  # the declaration is the authority on what that server can do
                 carried = False
+                self.fell_back = True
             if shape is not None and len(self._carried) < _PLANNED:
                 self._carried[shape] = carried
         return carried
@@ -246,17 +256,6 @@ class Upstream:
         engine.client_options.update(self.extras)
         engine.client_options.update(extras or {})
         return engine
-
-
-class _StandIn:
-    """What `select_backend` needs to know of an LM."""
-
-    def __init__(self, upstream: Upstream, clients: dict[str, Any]) -> None:
-        self.model = upstream.model
-        self.model_type = upstream.model_type
-        self.kwargs = clients
-        self._engine_spec = upstream.spec
-        self._providers = upstream._providers
 
 
 def _transport_timeouts(timeouts: Any) -> dict[str, Any]:

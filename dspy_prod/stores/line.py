@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from dspy_prod.stores.base import PRIORITIES, Ticket
+
+_log = logging.getLogger("dspy_prod")
 
 MAX_BYPASSES: Final = 10
 """After this many tickets of a higher priority overtook a waiting lower one, the lower one is served."""
@@ -15,8 +18,8 @@ MAX_BYPASSES: Final = 10
 class WaitingLine:
     """Tickets in order of service.
 
-    Higher priority goes first, but after `MAX_BYPASSES` overtakings in a row the lowest waiting priority is served
-    once. Within a priority, groups (`Ask.fair`) take turns; within a group it is first in, first out by `Ticket.seq`,
+    Higher priority goes first, but after `MAX_BYPASSES` overtakings in a row whoever of the overtaken waits longest is
+    served once. Within a priority, groups (`Ask.fair`) take turns; within a group it is first in, first out by `Ticket.seq`,
     so a ticket that had to wait elsewhere meanwhile gets its old place back.
     """
 
@@ -69,7 +72,7 @@ class WaitingLine:
             del groups[name]
         self._size -= 1
         overtaken = any(self._classes[lower] for lower in range(chosen + 1, len(self._classes)))
-        self._bypassed = self._bypassed + 1 if overtaken else 0
+        self._bypassed = self._bypassed + 1 if overtaken and self._bypassed < MAX_BYPASSES else 0
         return ticket
 
     def remove(self, ticket: Ticket) -> bool:
@@ -100,4 +103,17 @@ class WaitingLine:
         waiting = [index for index, groups in enumerate(self._classes) if groups]
         if not waiting:
             return None
-        return waiting[-1] if self._bypassed >= MAX_BYPASSES else waiting[0]
+        if self._bypassed < MAX_BYPASSES or len(waiting) == 1:
+            return waiting[0]
+        return min(waiting[1:], key=lambda index: next(iter(self._classes[index].values()))[0].seq)
+
+
+def wake(tickets: Iterable[Ticket]) -> None:
+    """Run the callbacks of decided tickets."""
+    for ticket in tickets:
+        callback = ticket.wake
+        if callback is not None:
+            try:
+                callback()
+            except Exception:  # a loop that closed meanwhile: its waiter is gone too
+                _log.debug("A waiter could not be woken", exc_info=True)

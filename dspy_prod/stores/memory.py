@@ -6,10 +6,11 @@ import logging
 import os
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from math import inf
 from queue import Empty, SimpleQueue
+from typing import Final
 
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.options import RateLimit
@@ -25,6 +26,7 @@ from dspy_prod.stores.base import (
     Ticket,
 )
 from dspy_prod.stores.core import AdmissionCore
+from dspy_prod.stores.line import wake
 from dspy_prod.stores.rollup import MemoryLedger
 
 _log = logging.getLogger("dspy_prod")
@@ -58,6 +60,7 @@ class MemoryStore:
         self._answer_bytes = 0
         self._posted: SimpleQueue[tuple[Ticket, Settlement] | None] = SimpleQueue()
         self._janitor: threading.Thread | None = None
+        self._planned = inf  # store time at which the janitor will look again
         self._closed = False
         _STORES.add(self)
 
@@ -83,18 +86,18 @@ class MemoryStore:
             ticket = core.admit(ask, self.now())
             decided = core.take_decided()
         if decided:
-            _wake(decided)
-        if ticket.state == PENDING:
-            self._rearm()
-        elif self._janitor is None:
+            wake(decided)
+        if ticket.state == PENDING or self._janitor is None:
             self._rearm()
         return ticket
 
     def withdraw(self, ticket: Ticket) -> bool:
         with self._lock:
             free = self._core.withdraw(ticket, self.now())
-            decided = self._core.take_decided()
-        _wake(decided)
+            decided, due = self._core.take_decided(), self._core.next_due()
+        wake(decided)
+        if due < self._planned:
+            self._rearm()
         return free
 
     def settle(self, ticket: Ticket, settlement: Settlement) -> None:
@@ -104,8 +107,11 @@ class MemoryStore:
             if core.appended or core.replaced:
                 self._write()
             decided = core.take_decided()
+            due = core.next_due()
         if decided:
-            _wake(decided)
+            wake(decided)
+        if due < self._planned:
+            self._rearm()
 
     def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
         """`settle` for a finaliser: it may run inside any lock, so another thread does the work."""
@@ -118,10 +124,16 @@ class MemoryStore:
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
         with self._lock:
             self._core.throttled(limit_key, limit, retry_after, self.now())
+            decided = self._core.take_decided()
+        wake(decided)
+        self._rearm()
 
     def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
         with self._lock:
             self._core.resync(limit_key, limit, remaining, self.now())
+            decided = self._core.take_decided()
+        wake(decided)
+        self._rearm()
 
     def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
         with self._lock:
@@ -172,7 +184,7 @@ class MemoryStore:
                 return False
             self._ledger.replace(self._core.correct(record, cost, self.now()))
             decided = self._core.take_decided()
-        _wake(decided)
+        wake(decided)
         return True
 
     # -- response cache ----------------------------------------------------------------------------------------------
@@ -198,7 +210,7 @@ class MemoryStore:
             janitor.join(timeout=5)
         self._closed = False
 
-    # -- the janitor: timers, leases, and settlements posted by finalisers -----------------------------------------------
+    # -- the janitor: timers, leases, and settlements posted by finalisers ---------------------------------------------
     def _rearm(self) -> None:
         """Let the janitor look at its timers again, starting it when needed."""
         if self._janitor is None:
@@ -213,13 +225,18 @@ class MemoryStore:
         self._posted.put(None)
 
     def _drain(self) -> None:
+        nudged = False
         while True:
             try:
                 item = self._posted.get_nowait()
             except Empty:
-                return
-            if item is not None:
+                break
+            if item is None:
+                nudged = True
+            else:
                 self.settle(*item)
+        if nudged:  # it was meant for the janitor
+            self._posted.put(None)
 
     def _tick(self) -> float:
         """Serve what is due; seconds until the next due moment (`inf` if none)."""
@@ -228,8 +245,8 @@ class MemoryStore:
             self._core.tick(now)
             self._write()
             decided = self._core.take_decided()
-            due = self._core.next_due()
-        _wake(decided)
+            due = self._planned = self._core.next_due()
+        wake(decided)
         return due - now
 
     def _write(self) -> None:
@@ -249,16 +266,6 @@ class MemoryStore:
         core = self._core
         core.fail_waiting(Refusal("store_unavailable", detail="the process was forked while waiting"))
         core.take_decided()
-
-
-def _wake(decided: list[Ticket]) -> None:
-    for ticket in decided:
-        wake = ticket.wake
-        if wake is not None:
-            try:
-                wake()
-            except Exception:  # a loop that closed meanwhile: its waiter is gone too
-                _log.debug("A waiter could not be woken", exc_info=True)
 
 
 def _tend(ref: weakref.ref[MemoryStore], posted: SimpleQueue[tuple[Ticket, Settlement] | None]) -> None:
@@ -285,10 +292,30 @@ def _tend(ref: weakref.ref[MemoryStore], posted: SimpleQueue[tuple[Ticket, Settl
 _STORES: weakref.WeakSet[MemoryStore] = weakref.WeakSet()
 
 
+_FORKING: Final[list[MemoryStore]] = []
+_FORK_LOCK = threading.Lock()
+
+
+def _before_fork() -> None:
+    """No store may be in the middle of a transition."""
+    _FORK_LOCK.acquire()
+    _FORKING.extend(_STORES)
+    for store in _FORKING:
+        store._lock.acquire()
+
+
+def _after_fork_in_parent() -> None:
+    while _FORKING:
+        _FORKING.pop()._lock.release()
+    _FORK_LOCK.release()
+
+
 def _after_fork_in_child() -> None:
-    for store in list(_STORES):
-        store._after_fork()
+    global _FORK_LOCK
+    _FORK_LOCK = threading.Lock()
+    while _FORKING:
+        _FORKING.pop()._after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any, Final
 
@@ -12,6 +12,7 @@ from dspy_prod.records import CallRecord, Totals, rollup_keys
 MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `"(other)"`."""
 
+_COMPARABLE: Final = frozenset(CallRecord._fields) - {"tags", "accounts"}
 _DAY: Final = 86_400
 _BATCH: Final = 512
 
@@ -28,6 +29,17 @@ def day_of(at: float) -> str:
 
 
 _days: dict[int, str] = {}
+
+
+def check_fields(names: Iterable[str]) -> None:
+    """Refuse names that no record can be compared by.
+
+    Raises:
+        ValueError: names the field and those that exist.
+    """
+    for name in names:
+        if name not in _COMPARABLE:
+            raise ValueError(f"{name!r} is no field to compare; use one of {', '.join(sorted(_COMPARABLE))}")
 
 
 class MemoryLedger:
@@ -64,6 +76,7 @@ class MemoryLedger:
         self, since: float | None, until: float | None, limit: int | None, equals: Mapping[str, str]
     ) -> list[CallRecord]:
         """Matching records, newest first."""
+        check_fields(equals)
         self._fold()
         matching = (
             record
@@ -77,13 +90,16 @@ class MemoryLedger:
     def totals(self, dimension: str, since_day: str | None, until_day: str | None) -> list[tuple[str, str, Totals]]:
         """(day, value, sums) of one dimension."""
         self._fold()
-        return [
-            (day, value, Totals(*sums))
-            for day in sorted(self._days)
-            if (since_day is None or day >= since_day) and (until_day is None or day <= until_day)
-            for (name, value), sums in sorted(self._days[day].items())
-            if name == dimension
-        ]
+        rows: list[tuple[str, str, Totals]] = []
+        for day in sorted(self._days):
+            if (since_day is None or day >= since_day) and (until_day is None or day <= until_day):
+                sums = self._days[day]
+                if dimension == "all":  # the common question, without a look at the day's other values
+                    rows.append((day, "", Totals(*sums["all", ""])))
+                else:
+                    found = sorted(value for name, value in sums if name == dimension)
+                    rows.extend((day, value, Totals(*sums[dimension, value])) for value in found)
+        return rows
 
     def _fold(self) -> None:
         """Bring rows and sums up to date."""

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import inf
 from queue import Empty
 from typing import Any, Final, TypeVar
@@ -360,6 +360,7 @@ class SqliteStore:
         return request.result
 
     def _read(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
+        self._ensure_thread()  # whoever only reads must also see the holds of dead processes charged
         self.flush(READ_TIMEOUT)
         try:
             with self._ledger_reader as (connection, ns):
@@ -385,8 +386,10 @@ class SqliteStore:
         self._starting.release()
 
     def _after_fork_in_child(self) -> None:
-        """The parent's holds and waiting tickets stay the parent's; the child begins with nothing."""
+        """The parent's holds stay the parent's. Who waited in a thread of the parent is not here any more."""
         old = self._writer
+        refusal = Refusal("store_unavailable", detail="the process was forked while this call waited")
+        old.abort(refusal)
         old.tables.lose()
         self._ledger_reader.lose()
         self._cache_reader.lose()
@@ -418,15 +421,13 @@ def _account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
 
 
 _STORES: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-_FORKING: list[SqliteStore] = []
-
-
-def _stores() -> Iterator[SqliteStore]:
-    yield from list(_STORES)
+_FORKING: Final[list[SqliteStore]] = []
+_FORK_LOCK = threading.Lock()
 
 
 def _before_fork() -> None:
-    _FORKING[:] = [store for store in _stores() if not store.closed]
+    _FORK_LOCK.acquire()
+    _FORKING.extend(_STORES)
     for store in _FORKING:
         store._before_fork()
 
@@ -434,16 +435,19 @@ def _before_fork() -> None:
 def _after_fork_in_parent() -> None:
     while _FORKING:
         _FORKING.pop()._after_fork_in_parent()
+    _FORK_LOCK.release()
 
 
 def _after_fork_in_child() -> None:
+    global _FORK_LOCK
+    _FORK_LOCK = threading.Lock()
     _FORKING.clear()
-    for store in _stores():
+    for store in list(_STORES):
         store._after_fork_in_child()
 
 
 def _at_exit() -> None:
-    for store in _stores():
+    for store in list(_STORES):
         with contextlib.suppress(Exception):
             store._close(READ_TIMEOUT)
 

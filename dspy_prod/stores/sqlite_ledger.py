@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from dspy_prod.records import CallRecord, Totals, rollup_keys
-from dspy_prod.stores.rollup import MAX_VALUES_PER_DAY, day_of
-from dspy_prod.stores.sqlite_rows import FIELDS, RECORD_COLUMNS, record_of, record_row
+from dspy_prod.stores.rollup import MAX_VALUES_PER_DAY, check_fields, day_of
+from dspy_prod.stores.sqlite_rows import RECORD_COLUMNS, record_of, record_row
 from dspy_prod.stores.sqlite_schema import TOTALS
 
 _MARKS: Final = ", ".join("?" * (1 + len(CallRecord._fields)))
@@ -139,9 +139,7 @@ def read_records(
     equals: Mapping[str, str],
 ) -> list[CallRecord]:
     """Matching records, newest first."""
-    unknown = sorted(set(equals) - FIELDS)
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is no field to compare; use one of {', '.join(sorted(FIELDS))}")
+    check_fields(equals)
     where: list[str] = ["ns = ?"]
     values: list[object] = [ns]
     if since is not None:

@@ -6,7 +6,6 @@ decided at once, in memory, on the caller's thread.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 
@@ -14,24 +13,12 @@ from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.base import Ask, LimiterSnapshot, Refusal, Settlement, Ticket
 from dspy_prod.stores.core import AdmissionCore, shared
-
-_log = logging.getLogger("dspy_prod")
+from dspy_prod.stores.line import wake
 
 
 def is_local(ask: Ask) -> bool:
     """Whether an ask can be decided without the other processes."""
     return not ask.accounts and (ask.limit is None or not shared(ask.limit))
-
-
-def wake(tickets: list[Ticket]) -> None:
-    """Run the callbacks of decided tickets."""
-    for ticket in tickets:
-        callback = ticket.wake
-        if callback is not None:
-            try:
-                callback()
-            except Exception:  # a loop that closed meanwhile: its waiter is gone too
-                _log.debug("A waiter could not be woken", exc_info=True)
 
 
 class LocalLane:

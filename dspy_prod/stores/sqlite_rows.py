@@ -12,7 +12,6 @@ from dspy_prod.stores.holds import Hold
 Row = tuple[Any, ...]
 
 RECORD_COLUMNS: Final = ", ".join(f'"{name}"' for name in CallRecord._fields)
-FIELDS: Final = frozenset(CallRecord._fields) - {"tags", "accounts"}
 
 _TAGS: Final = CallRecord._fields.index("tags")
 _ACCOUNTS: Final = CallRecord._fields.index("accounts")

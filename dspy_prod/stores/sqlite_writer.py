@@ -22,7 +22,8 @@ from dspy_prod.clock import Clock
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Settlement, Ticket
 from dspy_prod.stores.core import AdmissionCore
-from dspy_prod.stores.sqlite_local import LocalLane, wake
+from dspy_prod.stores.line import wake
+from dspy_prod.stores.sqlite_local import LocalLane
 from dspy_prod.stores.sqlite_schema import is_environment, is_locked, unavailable
 from dspy_prod.stores.sqlite_tables import Tables
 
@@ -399,6 +400,21 @@ class Writer:
 
     def _keep_record(self, record: CallRecord, is_new: bool) -> None:
         self.inbox.put((Writer.append, record, is_new))
+
+    def abort(self, refusal: Refusal) -> None:
+        """In a forked child, where this writer's thread does not exist: refuse everybody, without waking."""
+        self.core.fail_waiting(refusal)
+        changes = self.core.changes
+        assert changes is not None
+        tickets = [ticket for ticket, _, _ in changes.verdicts]
+        while self.inbox.qsize():
+            kind, subject, _ = self.inbox.get_nowait()
+            if kind is Writer.admit:
+                tickets.append(subject)
+        for ticket in tickets:
+            if ticket.state == PENDING:
+                ticket.refusal = refusal
+                ticket.state = REFUSED
 
     def _finish(self) -> None:
         """Last try for what is kept, then refuse who still waits and close."""

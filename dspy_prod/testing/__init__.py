@@ -22,6 +22,7 @@ from .faults import (
     WrongUsage,
 )
 from .provider import Provider
+from .relay import Relay
 
 if TYPE_CHECKING:
     from .engine import ScriptedEngine
@@ -40,6 +41,7 @@ __all__ = [
     "MalformedJson",
     "MissingUsage",
     "Provider",
+    "Relay",
     "Reset",
     "ScriptedEngine",
     "Status",

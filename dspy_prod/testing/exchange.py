@@ -82,7 +82,7 @@ class Exchange:
                 await asyncio.sleep(fault.delay)
             self._refuse(fault)
             return
-        reply = self.provider.compose(call)
+        reply = await self.provider.generate(call)
         if isinstance(fault, WrongUsage):
             reply = Reply(call, reply.choices, distort(reply.usage, fault), reply.created)
         call.input_tokens, call.output_tokens = reply.usage.input_tokens, reply.usage.output_tokens

@@ -1,6 +1,7 @@
 """Any sequence of calls, waits and operators' moves: the breaker does what a plain model of SEMANTICS does.
 
-And its windows hold what brute force over a list holds.
+Its windows hold what brute force over a list holds; and neither threads, nor the garbage collector, nor a fork find a
+gap in it.
 
 The model keeps every outcome and recomputes each sum and interval from scratch; it knows no ring, bucket or lease
 table. All numbers are exact in binary (quarters of a second), so that both agree at every boundary.
@@ -9,14 +10,19 @@ table. All numbers are exact in binary (quarters of a second), so that both agre
 from __future__ import annotations
 
 import math
+import random
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any, TypeVar
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import given as for_all
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
@@ -27,6 +33,7 @@ from dspy_prod.policies.breaker import Breaker, Permit
 from dspy_prod.policies.breaker_window import FAILED, SLOW, CountWindow, TimeWindow
 
 from .conftest import FakeClock
+from .test_breaker import Circuit, given, given_half_open, given_open
 
 T = TypeVar("T")
 DRAW = 0.5  # what the random source always says
@@ -335,7 +342,7 @@ TestBreakerMachine.settings = settings(max_examples=150, stateful_step_count=40,
 outcomes = st.sampled_from([0, FAILED, SLOW, FAILED | SLOW])
 
 
-@given(size=st.integers(1, 9), calls=st.lists(outcomes, max_size=60))
+@for_all(size=st.integers(1, 9), calls=st.lists(outcomes, max_size=60))
 def test_a_count_window_holds_the_sums_of_the_last_calls(size: int, calls: list[int]) -> None:
     window, kept = CountWindow(size), deque[int](maxlen=size)
 
@@ -353,7 +360,7 @@ def test_a_count_window_holds_the_sums_of_the_last_calls(size: int, calls: list[
 pauses = st.sampled_from([0.0, 0.0, 1 / 60, 1 / 30, 0.5, 58.5 / 60, 59.5 / 60, 1.0]) | st.floats(0, 1.5)
 
 
-@given(
+@for_all(
     seconds=st.sampled_from([1, 7, 60, 3600]),
     steps=st.lists(st.tuples(pauses, st.none() | outcomes), max_size=80),
 )
@@ -428,3 +435,218 @@ def test_windows_cost_the_same_however_many_calls_they_hold() -> None:
         assert lines(window) <= first
     clock.advance(1e12)
     assert lines(window) < 50
+
+
+# -- threads, the garbage collector, fork ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager_threads() -> Any:
+    """Threads that take turns a thousand times more often than usual."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("eager_threads")
+@pytest.mark.parametrize("probes", [1, 3])
+def test_any_number_of_threads_at_the_end_of_the_interval_gets_exactly_the_probes(probes: int) -> None:
+    """The BAR: a burst at each expiry is what other routers let through."""
+    threads, rounds = 16, 60
+    circuit = given_open(
+        half_open_probes=probes, recovery_timeout=1, max_recovery_timeout=1, probe_lease=1e6, success_threshold=10**6
+    )
+    granted: list[list[Permit]] = [[] for _ in range(rounds)]
+    start, done = threading.Barrier(threads + 1), threading.Barrier(threads + 1)
+
+    def worker() -> None:
+        for number in range(rounds):
+            start.wait(30)
+            try:
+                permit = circuit.breaker.permit()
+            except CircuitOpenError:
+                pass
+            else:
+                granted[number].append(permit)
+            done.wait(30)
+
+    workers = [threading.Thread(target=worker, daemon=True) for _ in range(threads)]
+    for thread in workers:
+        thread.start()
+    for number in range(rounds):
+        circuit.clock.advance(1)
+        start.wait(30)
+        done.wait(30)
+        assert len(granted[number]) == probes
+        assert len({permit.id for permit in granted[number]}) == probes
+        assert all(permit.probe for permit in granted[number])
+        circuit.breaker.failure(granted[number][0], 0.1, "LMServerError 503")
+    for thread in workers:
+        thread.join(30)
+
+    assert circuit.told == ["breaker_opened"] + ["breaker_half_open", "breaker_opened"] * rounds
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_threads_that_settle_and_ask_at_once_never_have_more_probes_out_than_allowed() -> None:
+    probes, threads, calls = 2, 8, 400
+    circuit = given_half_open(half_open_probes=probes, probe_lease=1e6, success_threshold=10**6)
+    out: set[int] = set()
+    most: list[int] = []
+    start = threading.Barrier(threads)
+
+    def worker(seed: int) -> None:
+        chance = random.Random(seed)
+        start.wait(30)
+        for _ in range(calls):
+            try:
+                permit = circuit.breaker.permit()
+            except CircuitOpenError:
+                continue
+            out.add(permit.id)
+            most.append(len(out))
+            out.discard(permit.id)
+            if chance.random() < 0.5:
+                circuit.breaker.success(permit, 0.1)
+            else:
+                circuit.breaker.release(permit)
+
+    workers = [threading.Thread(target=worker, args=(seed,), daemon=True) for seed in range(threads)]
+    for thread in workers:
+        thread.start()
+    for thread in workers:
+        thread.join(60)
+
+    assert max(most) <= probes
+    assert circuit.breaker.snapshot().probes_in_flight == 0
+    assert circuit.told == ["breaker_opened", "breaker_half_open"]
+
+
+@pytest.mark.usefixtures("eager_threads")
+def test_no_result_is_lost_or_counted_twice_between_threads() -> None:
+    threads, calls = 8, 500
+    circuit = given(window=threads * calls)
+    start = threading.Barrier(threads)
+
+    def worker() -> None:
+        start.wait(30)
+        for _ in range(calls):
+            circuit.succeeds()
+            circuit.fails()
+
+    workers = [threading.Thread(target=worker, daemon=True) for _ in range(threads)]
+    for thread in workers:
+        thread.start()
+    for thread in workers:
+        thread.join(60)
+
+    snapshot = circuit.breaker.snapshot()
+    assert (snapshot.total_failures, snapshot.total_successes) == (threads * calls, threads * calls)
+    assert snapshot.failures + snapshot.successes == threads * calls
+
+
+class CollectingClock(FakeClock):
+    """A clock during whose reading Python collects garbage: here abandoned streams, which settle their permits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.garbage: list[Callable[[], None]] = []
+
+    def monotonic(self) -> float:
+        while self.garbage:
+            self.garbage.pop()()
+        return super().monotonic()
+
+
+class WatchedLock:
+    """Counts how often it is taken."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __enter__(self) -> None:
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given_state", "use", "taken"),
+    [
+        (given, lambda breaker: breaker.check(), 0),
+        (given, lambda breaker: breaker.permit(), 0),
+        (given, lambda breaker: breaker.success(breaker.permit(), 0.1), 1),
+        (given, lambda breaker: breaker.failure(breaker.permit(), 0.1, "X"), 1),
+        (given, lambda breaker: breaker.release(breaker.permit()), 1),
+        (given, lambda breaker: breaker.force_open(), 1),
+        (given, lambda breaker: breaker.disable(), 1),
+        (given, lambda breaker: breaker.reset(), 1),
+        (given, lambda breaker: breaker.snapshot(), 1),
+        (given_half_open, lambda breaker: breaker.check(), 1),
+        (given_half_open, lambda breaker: breaker.permit(), 1),
+    ],
+)
+def test_asking_a_closed_circuit_takes_no_lock_and_all_else_takes_it_once(
+    given_state: Callable[[], Circuit], use: Callable[[Breaker], Any], taken: int
+) -> None:
+    """No test of threads can promise what a missing lock would break: most of these are atomic by luck, under a GIL."""
+    circuit = given_state()
+    lock: Any = WatchedLock()
+    circuit.breaker._lock = lock
+
+    use(circuit.breaker)
+
+    assert lock.taken == taken
+
+
+def test_a_call_settled_by_the_garbage_collector_inside_the_breaker_cannot_deadlock() -> None:
+    clock = CollectingClock()
+    circuit = given_half_open(clock=clock, half_open_probes=2, success_threshold=9)
+    abandoned = [circuit.breaker.permit(), circuit.breaker.permit()]
+    clock.garbage = [partial(circuit.breaker.release, permit) for permit in abandoned]
+
+    looking = threading.Thread(target=circuit.breaker.snapshot, daemon=True)
+    looking.start()
+    looking.join(5)
+
+    assert not looking.is_alive()
+    assert clock.garbage == []
+    assert circuit.breaker.snapshot().probes_in_flight == 0
+
+
+def test_after_a_fork_the_lock_is_free_and_the_parents_probes_are_gone() -> None:
+    """A fork copies a lock that another thread holds, but not the thread that would release it."""
+    circuit = given_half_open(half_open_probes=1, probe_lease=30)
+    circuit.breaker.permit()
+    held, free = threading.Event(), threading.Event()
+
+    def holder(lock: Any) -> None:
+        with lock:
+            held.set()
+            free.wait(30)
+
+    other = threading.Thread(target=holder, args=(circuit.breaker._lock,), daemon=True)
+    other.start()
+    held.wait(30)
+    circuit.breaker._after_fork()
+
+    child = threading.Thread(target=circuit.succeeds, daemon=True)
+    child.start()
+    child.join(5)
+    alive = child.is_alive()
+    free.set()
+    other.join(30)
+
+    assert not alive
+    circuit.clock.advance(30)
+    assert circuit.state == "half_open"
+
+
+def test_after_a_fork_an_open_circuit_is_still_open() -> None:
+    circuit = given_open()
+
+    circuit.breaker._after_fork()
+
+    assert circuit.interval() == 60

@@ -219,6 +219,21 @@ def test_a_large_burst_keeps_a_bounded_log() -> None:
         assert len(pacer._log) <= 128
 
 
+def test_a_slice_remembers_what_a_smaller_burst_had_no_place_for() -> None:
+    """Lowering a burst and restoring it, by settings or a load, lets no slice hold more than the restored burst."""
+    wide, narrow = RateLimit(rpm=60, burst=20), RateLimit(rpm=60, burst=5)
+    for steps in ((narrow, wide), (narrow, RateLimit(rpm=60, burst=12), wide)):
+        state = LimiterState(wide, NOW)
+        debits = [state.take(NOW + step / 100, 0) for step in range(20)]
+        state = LimiterState.load(state.dump(), steps[0])
+        state.give_back(debits[-1], now=NOW + 1, used=None, sent=False)
+        for limit in steps[1:]:
+            state.limit = limit
+        assert state.ready_at(NOW + 1, 0) <= NOW + 1  # the one that was not sent
+        state.take(NOW + 1, 0)
+        assert state.ready_at(NOW + 1, 0) >= NOW + 20
+
+
 def test_a_call_not_sent_gives_its_place_back() -> None:
     """The next call may go at once when one of a burst was not sent, whichever it was."""
     for index in range(3):
@@ -372,6 +387,15 @@ def test_a_dead_holder_loses_its_seat() -> None:
     assert state.ready_at(NOW + 11, 0) == NOW + 104
 
 
+def test_a_call_may_outlive_a_forgotten_limiter() -> None:
+    """A debit of a state that was forgotten frees no seat in the one that replaced it."""
+    dead = LimiterState(RateLimit(concurrency=2), NOW).take(NOW, 0, 5)
+    state = LimiterState(RateLimit(concurrency=2), NOW + 100)
+    state.take(NOW + 100, 0)
+    state.give_back(dead, now=NOW + 101, used=None, sent=True)
+    assert state.snapshot(NOW + 101, "key", 0)[1:6] == (None, None, None, None, 1)
+
+
 def test_leases_take_bounded_memory() -> None:
     """Leases that ended or were renewed do not pile up behind one that lasts."""
     state = LimiterState(RateLimit(concurrency=100), NOW)
@@ -412,6 +436,7 @@ def test_a_burst_of_throttles_lowers_the_rate_once() -> None:
     state = LimiterState(RateLimit(rpm=600, tpm=6000, floor=0.3), NOW)
     for step in range(50):
         state.throttled(NOW + step / 100, 0.1)
+    state.throttled(NOW + 0.95, 0.0)  # sent before the pause, perhaps, and answered after it
     assert state.snapshot(NOW + 1, "key", 0).rate_factor == pytest.approx(0.7)
     assert state.snapshot(NOW + 1, "key", 0).tokens_available == pytest.approx(4200)
     for step, factor in enumerate([0.49, 0.343, 0.3, 0.3]):
@@ -488,10 +513,12 @@ def test_without_a_configured_rate_the_measured_one_is_lowered() -> None:
     assert not state._feedback.slowed
     state = LimiterState(limit, NOW)
     state.throttled(NOW, 1)
+    state.give_back(state.take(NOW + 2, 0), now=NOW + 2, used=1, sent=True)
+    assert state.ready_at(NOW + 2, 0) == pytest.approx(NOW + 2 + 1.04 / 0.7, abs=0.01)  # at least one a second
     assert not state.idle(NOW + 50)
-    assert state.idle(NOW + 61)
-    state.take(NOW + 61, 0)
-    assert state.snapshot(NOW + 61, "key", 0).rate_factor == 1.0
+    assert state.idle(NOW + 64)
+    state.take(NOW + 64, 0)
+    assert state.snapshot(NOW + 64, "key", 0).rate_factor == 1.0
 
 
 def test_a_measured_rate_never_falls_to_nothing() -> None:
@@ -571,6 +598,10 @@ def test_earliest_is_a_lower_bound() -> None:
     assert state.earliest(NOW, 0, 150, 0) >= NOW + 150
     state.throttled(NOW, 30)
     assert state.earliest(NOW, 0, 59, 0) >= NOW + 30 + 59
+    state = LimiterState(RateLimit(rpm=60, guard=10), NOW)
+    for step in range(60):
+        state.take(NOW + step * 1.04, 0)
+    assert NOW + 70 <= state.earliest(NOW + 63, 0, 0, 0) <= NOW + 70.5
     state = LimiterState(RateLimit(tpm=1000), NOW)
     debit = state.take(NOW, 1000)
     assert state.earliest(NOW, 500, 0, 0) <= NOW  # may be refunded

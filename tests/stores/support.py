@@ -132,7 +132,7 @@ def refused(store: Store, wanted: Ask) -> Refusal:
 def turn(store: Store) -> None:
     """Let the store notice that a fake clock moved."""
     if isinstance(store, MemoryStore):
-        store._rearm()
+        store._tick()
     store.flush(10)
 
 

@@ -440,16 +440,9 @@ def test_an_unknown_field_is_refused(store: Store) -> None:
 def test_totals_are_per_day_and_value(store: Store) -> None:
     day = 86_400.0
     for number in range(4):
-        store.append(
-            record(
-                started_at=DAY + number // 2 * day,
-                user=f"u{number % 2}",
-                cost_nano=CENT * (number + 1),
-                input_tokens=10,
-                output_tokens=2,
-                tags=(("team", "a"),),
-            )  # fmt: skip
-        )
+        at, cost = DAY + number // 2 * day, CENT * (number + 1)
+        known = {"input_tokens": 10, "output_tokens": 2, "tags": (("team", "a"),)}
+        store.append(record(started_at=at, user=f"u{number % 2}", cost_nano=cost, **known))
     store.append(record(started_at=DAY + day, cost_nano=None, outcome="error"))
     rows = store.totals()
     assert [(day, value) for day, value, _ in rows] == [("2025-11-23", ""), ("2025-11-24", "")]

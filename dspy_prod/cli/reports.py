@@ -1,0 +1,146 @@
+"""`dspy-prod health`, `costs` and `calls`: what a store knows, for people (tables) and programs (`--json`)."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+from dspy_prod.clock import SYSTEM_CLOCK
+from dspy_prod.errors import ConfigError
+from dspy_prod.ledger import Ledger
+from dspy_prod.records import CallRecord
+from dspy_prod.settings import default_namespace
+from dspy_prod.status_costs import Place, costs_by, summary
+from dspy_prod.stores.base import Store
+from dspy_prod.stores.registry import default_store_url, open_store
+
+RECENT = 3600.0
+"""Seconds that `health` looks back."""
+
+
+def health(arguments: argparse.Namespace) -> int:
+    """Print whether the store is usable, what is in flight and how recent calls ended."""
+    store = _open(arguments)
+    recent = store.records(since=time.time() - RECENT, limit=10_000)
+    costs = summary([Place(store, SYSTEM_CLOCK)], [])
+    report: dict[str, Any] = {
+        "store": store.url,
+        "namespace": store.namespace,
+        "holds": store.holds(),
+        "today_usd": costs.today_usd,
+        "unconfirmed_usd": costs.unconfirmed_usd,
+        "last_hour": {
+            model: dict(Counter(record.outcome for record in recent if record.model == model))
+            for model in sorted({record.model for record in recent})
+        },
+    }
+    if arguments.json:
+        return _json(report)
+    table = Table(title=f"{store.url}, namespace {store.namespace!r}", title_justify="left", show_header=False)
+    table.add_row("store", "[green]usable[/]")
+    table.add_row("reservations in flight", str(report["holds"]))
+    table.add_row("spent today", f"{costs.today_usd:.6f} USD ({costs.unconfirmed_usd:.6f} USD unconfirmed)")
+    for model, outcomes in report["last_hour"].items():
+        table.add_row(f"last hour, {model}", ", ".join(f"{count} {name}" for name, count in outcomes.items()))
+    if not recent:
+        table.add_row("last hour", "no calls")
+    Console().print(table)
+    Console().print("Circuit breakers live in the calling process: ask lm.health() or dspy_prod.health() there.")
+    return 0
+
+
+def costs(arguments: argparse.Namespace) -> int:
+    """Print the cost summary, or sums by a dimension."""
+    store = _open(arguments)
+    if arguments.by is None:
+        found = summary([Place(store, SYSTEM_CLOCK)], [])
+        if arguments.json:
+            return _json(found.model_dump(mode="json"))
+        table = Table(title=f"Costs in {store.namespace!r}", title_justify="left", show_header=False)
+        table.add_row("today", f"{found.today_usd:.6f} USD")
+        table.add_row("  of it unconfirmed", f"{found.unconfirmed_usd:.6f} USD")
+        table.add_row("average day (7 days)", f"{found.average_daily_7d_usd:.6f} USD")
+        table.add_row("projected for the month", f"{found.projected_monthly_usd:.4f} USD")
+        table.add_row("calls of unknown cost today", str(found.unknown_cost_calls))
+        for day, spent in found.history.items():
+            table.add_row(str(day), f"{spent:.6f} USD")
+        Console().print(table)
+        return 0
+    rows = costs_by(store, arguments.by)
+    if arguments.json:
+        return _json([row.model_dump(mode="json") for row in rows])
+    table = Table(title=f"Costs in {store.namespace!r} by {arguments.by}", title_justify="left")
+    for name in (arguments.by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out"):
+        table.add_column(name, justify="left" if name == arguments.by else "right")
+    for row in rows:
+        table.add_row(
+            row.value, f"{row.usd:.6f}", f"{row.unconfirmed_usd:.6f}", str(row.attempts), str(row.failed),
+            str(row.cached), str(row.input_tokens), str(row.output_tokens),
+        )  # fmt: skip
+    Console().print(table if rows else f"No calls are recorded in namespace {store.namespace!r}.")
+    return 0
+
+
+def calls(arguments: argparse.Namespace) -> int:
+    """Print the newest records."""
+    store = _open(arguments)
+    if arguments.limit < 1:
+        raise ValueError(f"--limit {arguments.limit} must be at least 1")
+    wanted = {name: getattr(arguments, name) for name in ("user", "tenant", "model", "outcome")}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if arguments.unconfirmed:
+        records = [record for record in Ledger(store).unconfirmed() if _matches(record, wanted)][: arguments.limit]
+    else:
+        records = store.records(limit=arguments.limit, **wanted)
+    if arguments.json:
+        return _json([record.to_dict() for record in records])
+    table = Table(title=f"Newest calls in {store.namespace!r}", title_justify="left")
+    for name in ("when", "model", "route", "try", "outcome", "USD", "in", "out", "latency", "waited", "user", "id"):
+        table.add_column(name, no_wrap=name in ("when", "id"), overflow="fold")
+    for record in records:
+        table.add_row(
+            dt.datetime.fromtimestamp(record.started_at).strftime("%m-%d %H:%M:%S"),
+            record.model, record.route, str(record.attempt or "-"),
+            record.outcome if record.error is None else f"{record.outcome}: {record.error}",
+            _money(record), _number(record.input_tokens), _number(record.output_tokens),
+            f"{record.latency:.2f} s", f"{record.waited:.2f} s", record.user or "-", record.id,
+        )  # fmt: skip
+    Console().print(table if records else f"No calls are recorded in namespace {store.namespace!r}.")
+    return 0
+
+
+def _open(arguments: argparse.Namespace) -> Store:
+    url = arguments.store or default_store_url()
+    if url.startswith("memory:"):
+        raise ConfigError("a memory store ends with its process; pass --store sqlite:///path or set DSPY_PROD_STORE")
+    path = Path(url.split("?", 1)[0].removeprefix("sqlite:///")).expanduser()
+    if url.startswith("sqlite:") and not path.exists():
+        raise ConfigError(f"there is no store at {path}; run a program with dspy_prod.LM here, or pass --store")
+    return open_store(url, arguments.namespace or default_namespace())
+
+
+def _matches(record: CallRecord, wanted: dict[str, str]) -> bool:
+    return all(getattr(record, name) == value for name, value in wanted.items())
+
+
+def _money(record: CallRecord) -> str:
+    if record.cost_usd is None:
+        return "unknown"
+    return f"{record.cost_usd:.6f}" + ("?" if record.estimated else "")
+
+
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _json(value: Any) -> int:
+    Console(soft_wrap=True).print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode(), markup=False, highlight=False)
+    return 0

@@ -1,0 +1,34 @@
+"""What a forked child sets right: locks that nobody holds, and connections of its own.
+
+A fork copies memory, but only the thread that forked. A lock that another thread held stays locked in the child, and a
+pooled connection is one socket for two processes.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import Any, Protocol
+
+
+class Forked(Protocol):
+    """Something that has to be set right in a forked child."""
+
+    def _after_fork(self) -> None: ...
+
+
+_LIVING: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def reset_after_fork(item: Forked) -> None:
+    """Have `item._after_fork()` called in every child forked from now on, for as long as the item lives."""
+    _LIVING.add(item)
+
+
+def _in_child() -> None:
+    for item in list(_LIVING):
+        item._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -1,0 +1,66 @@
+"""Where a canned answer must never be given: inside `dspy.Evaluate` and an optimizer's `compile`.
+
+There a `Production` raises instead of answering with its fallback. DSPy tells its callbacks when an evaluation or a
+compile begins and ends, and runs callbacks that stand on the component itself beside the configured ones. One callback
+on the two base classes therefore sees every evaluation and every optimizer, also those defined later, without
+replacing a method. It sets a DSPy setting, because settings (unlike a `ContextVar`) follow DSPy into worker threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final
+
+import dspy
+from dspy.dsp.utils.settings import thread_local_overrides
+from dspy.utils.callback import BaseCallback
+
+_SETTING: Final = "dspy_prod_raising"
+
+
+def is_raising() -> bool:
+    """Whether errors are raised here instead of being answered by a fallback."""
+    return bool(thread_local_overrides.get().get(_SETTING, False))
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Make every `Production` inside raise instead of answering with its fallback.
+
+    `dspy.Evaluate` and DSPy's optimizers do this by themselves. Use it around a scoring loop of your own, or around
+    `mlflow.genai.evaluate`.
+    """
+    with dspy.context(**{_SETTING: True}):
+        yield
+
+
+class _Raising(BaseCallback):
+    """Keeps `raising()` in force while an evaluation or a compile runs."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, AbstractContextManager[None]] = {}
+
+    def _start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        scope = self._open[call_id] = raising()
+        scope.__enter__()  # ended by the matching end, which DSPy promises, in the same thread and task
+
+    def _end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        scope = self._open.pop(call_id, None)
+        if scope is not None:
+            scope.__exit__(None, None, None)
+
+    on_evaluate_start = on_compile_start = _start
+    on_evaluate_end = on_compile_end = _end
+
+
+def _install() -> None:
+    from dspy.teleprompt.teleprompt import Teleprompter
+
+    for component in (dspy.Evaluate, Teleprompter):
+        callbacks = list(getattr(component, "callbacks", []))
+        if not any(type(callback).__qualname__ == _Raising.__qualname__ for callback in callbacks):
+            component.callbacks = [*callbacks, _Raising()]
+
+
+_install()

@@ -1,0 +1,62 @@
+"""Fixtures of the end-to-end tests: real providers, LMs that are closed again, and a store of each kind."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspy_prod.testing import Provider
+from tests.e2e.support import PRICES, fresh_memory, make_lm
+
+MakeProvider = Callable[..., Provider]
+MakeLM = Callable[..., Any]
+
+
+@pytest.fixture
+def serve() -> Iterator[MakeProvider]:
+    """Start a provider with our prices; all are stopped at the end, and none of their callables may have failed."""
+    started: list[Provider] = []
+
+    def start(**options: Any) -> Provider:
+        provider = Provider(**{"prices": PRICES, **options})
+        provider.start()
+        started.append(provider)
+        return provider
+
+    yield start
+    for provider in started:
+        provider.stop()
+        assert provider.errors == []
+
+
+@pytest.fixture
+def connect() -> Iterator[MakeLM]:
+    """Make an LM in front of a provider; all are closed at the end, and must have left nothing behind in their store."""
+    made: list[Any] = []
+
+    def make(provider: Provider, **options: Any) -> Any:
+        lm = make_lm(provider.url, **options)
+        made.append(lm)
+        return lm
+
+    yield make
+    for lm in made:
+        lm.close()
+    made.clear()
+    gc.collect()  # a store lives as long as anybody uses it
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """A SQLite file that does not exist yet."""
+    return f"sqlite:///{tmp_path}/state.db"
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store_url(request: pytest.FixtureRequest, sqlite_url: str) -> str:
+    """A fresh store of each kind."""
+    return fresh_memory() if request.param == "memory" else sqlite_url
