@@ -50,8 +50,8 @@ def scrubbed(text: str) -> str:
     """One line without known secrets and without what looks like one."""
     for secret in sorted(set(_known_secrets()), key=len, reverse=True):
         text = text.replace(secret, _HIDDEN)
-    text = _NAMED.sub(rf"\g<name>{_HIDDEN}", text)
     text = _TOKENS.sub(lambda match: f"{match['keep']}{_HIDDEN}@" if match["keep"] else _HIDDEN, text)
+    text = _NAMED.sub(rf"\g<name>{_HIDDEN}", text)
     line = " ".join(text.split())
     return line if len(line) <= _LENGTH else line[: _LENGTH - 1] + "…"
 

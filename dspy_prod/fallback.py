@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import enum
 import inspect
 import types
 import typing
@@ -222,4 +223,4 @@ def _is_text(annotation: Any) -> bool:
         return members == [str]
     if get_origin(annotation) is typing.Annotated:
         return _is_text(get_args(annotation)[0])
-    return annotation is str
+    return isinstance(annotation, type) and issubclass(annotation, str) and not issubclass(annotation, enum.Enum)

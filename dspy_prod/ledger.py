@@ -69,9 +69,9 @@ class Ledger:
             "experiment": experiment, "variant": variant, "outcome": outcome, "call_id": call_id, "trace_id": trace_id,
         }  # fmt: skip
         equals = {name: value for name, value in fields.items() if value is not None}
-        return self._store.records(
-            since=self._epoch("since", since), until=self._epoch("until", until), limit=limit, **equals
-        )
+        begin, end = self._epoch("since", since), self._epoch("until", until)
+        records = self._store.records(since=begin, until=end, limit=limit, **equals)
+        return sorted(records, key=lambda record: -record.started_at)  # a store may have them as they ended
 
     def unconfirmed(self, *, since: Moment | None = None) -> list[CallRecord]:
         """The records whose cost is an upper bound because the provider did not tell, newest first.
@@ -82,12 +82,12 @@ class Ledger:
         first = None if begin is None else _day(begin)
         days = [day for day, _, sums in self._store.totals(since_day=first) if sums.unconfirmed_nano > 0]
         found: list[CallRecord] = []
-        for day in reversed(days):
+        for day in days:
             midnight = dt.datetime.fromisoformat(f"{day}T00:00:00+00:00")
             start, end = midnight.timestamp(), (midnight + _DAY).timestamp()
             records = self._store.records(since=start if begin is None else max(start, begin), until=end)
             found += [record for record in records if record.estimated]
-        return found
+        return sorted(found, key=lambda record: -record.started_at)
 
     def resolve(self, id: str, usd: float, *, overwrite: bool = False) -> CallRecord:
         """Set the true cost of an unconfirmed record, and mend the budgets and sums it went into.

@@ -279,11 +279,14 @@ class LM(dspy.LM):
             entry["cached"] = True
         else:
             records = scope.records
-            costs = [record.cost_nano for record in records]
-            entry["cost"] = None if None in costs else usd(sum(cost for cost in costs if cost is not None))
-            entry["cached"] = bool(records) and all(record.cached for record in records)
-            if records:
-                entry["route"] = records[-1].route
+            if len(records) == 1:
+                record = records[0]
+                entry["cost"], entry["cached"], entry["route"] = record.cost_usd, record.cached, record.route
+            else:
+                costs = [record.cost_nano for record in records]
+                entry["cost"] = None if None in costs else usd(sum(cost for cost in costs if cost is not None))
+                entry["cached"] = bool(records) and all(record.cached for record in records)
+                entry["route"] = records[-1].route if records else None
         super().update_history(entry)
 
     # -- copies ------------------------------------------------------------------------------------------------------

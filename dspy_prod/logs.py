@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import logging
 import sys
 import threading
@@ -96,6 +97,7 @@ def _start(logger: logging.Logger, level: int, as_json: bool, prompts: bool) -> 
     handler: logging.Handler | None = None
     if not logger.hasHandlers():
         handler = logging.StreamHandler(sys.stderr)
+        handler.addFilter(lambda record: logger.parent is None or not logger.parent.hasHandlers())  # set up since
         handler.setFormatter(logging.Formatter("%(message)s" if as_json else _HUMAN_FORMAT))
         logger.addHandler(handler)
 
@@ -121,7 +123,10 @@ def json_line(event: Event) -> str:
     level = logging.getLevelName(LEVELS.get(event.name, logging.WARNING))
     row = {**event.data, "event": event.name, "at": at, "level": level}
     ordered = {name: row.pop(name) for name in ("event", "at", "level")} | row
-    return orjson.dumps(ordered, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    try:
+        return orjson.dumps(ordered, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:  # text that is not valid Unicode
+        return json.dumps(ordered, default=str)
 
 
 def human_line(event: Event) -> str:
@@ -151,7 +156,7 @@ def _failed(data: dict[str, Any]) -> str:
 
 
 def _retry(data: dict[str, Any]) -> str:
-    return _joined(data.get("error"), f"attempt {data.get('attempt')}, again in {data.get('pause', 0.0):.1f} s")
+    return f"attempt {data.get('attempt')} in {data.get('pause', 0.0):.1f} s, after {data.get('error')}"
 
 
 def _fallback(data: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ATTO, _ATTO_PER_NANO, _UNLIMITED = 10**18, 10**9, 2**31 - 1
+_ATTO, ATTO_PER_NANO, _UNLIMITED = 10**18, 10**9, 2**31 - 1
 
 _SEPARATE_REASONING = frozenset(("gemini", "vertex", "vertex-express", "xai"))
 _SUBSCRIPTIONS = frozenset(("claude-code", "openai-codex", "chatgpt", "github_copilot"))
@@ -107,10 +107,11 @@ class Rates:
         provider: whose usage counters these are, by DSPy's name; None and `"litellm"` count in OpenAI's way.
         source: `"override"` (a `Price`) or `"dspy"` (metadata).
         max_output_tokens, max_input_tokens: the model's own limits, None when unknown.
+        flat: the dearest (input, output, fee) in atto-USD when they depend on nothing but the tier, else None.
     """
 
     __slots__ = (
-        *("model", "prefix", "provider", "source", "max_output_tokens", "max_input_tokens"),
+        *("model", "prefix", "provider", "source", "max_output_tokens", "max_input_tokens", "flat"),
         *("_bands", "_disjoint_cache", "_fee", "_input", "_output", "_rows", "_separate_reasoning", "_thresholds"),
     )
 
@@ -132,6 +133,8 @@ class Rates:
         tiers = {"standard": {""}, "known": known, "every": {"", *(match.group(1) for match in suffixes if match)}}
         self._bands = {name: _dearest(info, bands, which) for name, which in tiers.items()}
         self._fee = _atto(info.get("input_cost_per_request")) or 0
+        text, media, output = self._bands["known"][0]
+        self.flat = (text, output, self._fee) if not self._thresholds and text == media else None
         self._input, self._output = (rate or 0 for rate in self._rows["", False][0][:2])
 
     def cost(self, usage: Usage, tier: str | None = None, long_cache: bool = False) -> int | None:
@@ -149,7 +152,7 @@ class Rates:
         reasoning = usage.reasoning_tokens or 0
         special = cached or written or reasoning or audio_in or audio_out or tier
         if not special and (not self._thresholds or inputs <= self._thresholds[0]):
-            return -(-(inputs * self._input + outputs * self._output + self._fee) // _ATTO_PER_NANO)
+            return -(-(inputs * self._input + outputs * self._output + self._fee) // ATTO_PER_NANO)
         total_input = inputs + cached + written if self._disjoint_cache else inputs
         inputs -= audio_in if self._disjoint_cache else audio_in + cached + written
         outputs -= audio_out if self._separate_reasoning else audio_out + reasoning
@@ -164,7 +167,7 @@ class Rates:
             if count and rate is None:
                 return None
             total += count * (rate or 0)
-        return -(-total // _ATTO_PER_NANO)
+        return -(-total // ATTO_PER_NANO)
 
     def _applicable(self, input_tokens: int, tier: str | None, media: bool) -> tuple[int, int]:
         name = "standard" if tier in _SURELY_STANDARD else "known" if tier in _TIERS else "every"
@@ -180,12 +183,12 @@ class Rates:
         "default" only the standard tier. `media` admits the rate of audio input.
         """
         input_rate, output_rate = self._applicable(input_tokens, tier, media)
-        return -(-(input_tokens * input_rate + output_tokens * output_rate + self._fee) // _ATTO_PER_NANO)
+        return -(-(input_tokens * input_rate + output_tokens * output_rate + self._fee) // ATTO_PER_NANO)
 
     def max_output_for(self, nano: int, input_tokens: int, *, tier: str | None = None, media: bool = False) -> int:
         """The largest `output_tokens` whose `bound` is at most `nano` nano-USD; 0 when not even the input fits."""
         input_rate, output_rate = self._applicable(input_tokens, tier, media)
-        left = nano * _ATTO_PER_NANO - input_tokens * input_rate - self._fee
+        left = nano * ATTO_PER_NANO - input_tokens * input_rate - self._fee
         return 0 if left < 0 else min(left // output_rate, _UNLIMITED) if output_rate else _UNLIMITED
 
 
@@ -280,7 +283,7 @@ class PriceBook:
         As in DSPy, the model that really served is priced when the metadata knows it, and the tier the provider
         reports wins over the one asked for; generated media and hosted tools are billed apart from tokens: None.
         """
-        if rates is None or any(part.type in MEDIA for part in response.message.parts):
+        if rates is None or any([part.type in MEDIA for part in response.message.parts]):
             return None
         tier, long_cache = None, False
         if request is not None:

@@ -126,15 +126,19 @@ def test_a_budget_above_ninety_percent_warns(store: MemoryStore) -> None:
     assert health.reasons == ["The budget 'small' is used to 91 % (0.91 of 1.00 USD)"]
 
 
-@pytest.mark.parametrize(("limit", "word"), [(RateLimit(rpm=10, burst=10), "requests"), (RateLimit(tpm=1000), "tokens")])
-def test_a_nearly_exhausted_limiter_warns(limit: RateLimit, word: str, store: MemoryStore, clock: FakeClock) -> None:
+@pytest.mark.parametrize(
+    ("limit", "calls", "word"), [(RateLimit(rpm=20, burst=20), 19, "requests"), (RateLimit(tpm=10_000), 9, "tokens")]
+)
+def test_a_nearly_exhausted_limiter_warns(
+    limit: RateLimit, calls: int, word: str, store: MemoryStore, clock: FakeClock
+) -> None:
     """Under 10 % of a minute's requests or tokens is a warning, and it passes with the minute."""
-    lm = make(store, ScriptedEngine("hi", input_tokens=60, output_tokens=35), limit=limit, cache=False, max_tokens=10)
+    lm = make(store, ScriptedEngine("hi", input_tokens=1000, output_tokens=10), limit=limit, cache=False, max_tokens=10)
     assert lm.health().status == "healthy"
     (before,) = lm.health().limiters
     assert (before.requests_available, before.tokens_available) == (limit.rpm, limit.tpm)
-    for _ in range(10):
-        clock.advance(6)  # as pacing wants it
+    for _ in range(calls):
+        clock.advance(62 / (calls + 1))  # as pacing wants it
         lm("q")
     health = lm.health()
     assert health.status == "warning"
@@ -508,7 +512,7 @@ def test_a_preview_of_a_full_limiter_tells_the_wait(store: MemoryStore, clock: F
     preview = lm.preview("c")
     assert preview.reason == "rate_limited"
     assert preview.wait is not None
-    assert 59 <= preview.wait <= 62
+    assert 59 <= preview.wait <= 63
     clock.advance(preview.wait - 10)
     soon = lm.preview("c")
     assert (soon.reason, soon.wait) == (None, pytest.approx(10, abs=0.01))

@@ -16,11 +16,10 @@ from tqdm.auto import tqdm
 
 import dspy_prod
 from dspy_prod.cli.providers import LocalProviders, RealProvider
-from dspy_prod.cli.triage import Message, Triage, messages
-from dspy_prod.records import CallRecord
+from dspy_prod.cli.triage import Message, Triage, messages, similar_examples
 
 NAMESPACE: Final = "demo"
-RECOVERY: Final = 3.0
+RECOVERY: Final = 5.0
 STATIC_REPLY: Final = "Thank you for your message. A colleague will answer you shortly."
 
 
@@ -92,6 +91,8 @@ def demo(*, model: str | None = None, simulate: bool = False, as_json: bool = Fa
     from dspy_prod.stores.registry import default_store_url
 
     console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console.width = 110
     console.print("[bold]dspy_prod demo[/]: support triage under load, outage and an empty budget")
     console.print("Starting the model ...")
     providers = RealProvider(model) if model else LocalProviders(simulate)
@@ -103,7 +104,7 @@ def demo(*, model: str | None = None, simulate: bool = False, as_json: bool = Fa
             namespace=NAMESPACE,
             retry=dspy_prod.Retry(attempts=2, backoff=0.2),
             breaker=dspy_prod.CircuitBreaker(failure_threshold=3, recovery_timeout=RECOVERY, success_threshold=2),
-            limit=dspy_prod.RateLimit(rpm=600, concurrency=2),
+            limit=dspy_prod.RateLimit(rpm=600, concurrency=2, max_wait=600),
             budget=dspy_prod.Budget(usd=1.00, per="day"),
         )
         lm.cache_clear()  # an earlier demo's answers would make this one short
@@ -165,22 +166,21 @@ def _wait_for_recovery(lm: dspy_prod.LM) -> None:
 
 
 def _capped(lm: dspy_prod.LM, message: Message) -> dspy_prod.LM:
-    """The same LM with a budget that covers two or three calls."""
-    with dspy.context(adapter=dspy.JSONAdapter()):
-        bound = lm.preview(message.message * 3).bound_usd or 1e-4
+    """The same LM with a budget that covers a few calls: a call reserves its bound and uses about a third of it."""
+    sort = Triage().sort
+    examples = similar_examples(message.message, 2)
+    prompt = dspy.JSONAdapter().format(sort.signature, examples, {"message": message.message})
+    bound = lm.preview("\n".join(str(part["content"]) for part in prompt)).bound_usd or 1e-4
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the budget is coarse is the point here
-        return lm.copy(budget=dspy_prod.Budget(usd=round(2.5 * bound, 9), per="run", name="demo-purse"))
+        return lm.copy(budget=dspy_prod.Budget(usd=round(2.2 * bound, 9), per="run", name="demo-purse"))
 
 
 def _notice(run: Run) -> Callable[[dspy_prod.Event], None]:
     def listener(event: dspy_prod.Event) -> None:
         if event.name.startswith("breaker_"):
-            run.transitions.append(f"{event.data.get('route')}: {event.name.removeprefix('breaker_').replace('_', '-')}")
+            run.transitions.append(
+                f"{event.data.get('route')}: {event.name.removeprefix('breaker_').replace('_', '-')}"
+            )
 
     return listener
-
-
-def known(records: Sequence[CallRecord]) -> int:
-    """Nano-USD that the providers confirmed."""
-    return sum(record.cost_nano or 0 for record in records if not record.estimated)

@@ -130,7 +130,7 @@ def _acts(run: Run) -> Table:
 def _money(title: str, records: Sequence[CallRecord], key: Any) -> Table:
     table = Table(title=title, title_justify="left")
     for name in ("", "attempts", "failed", "cached", "tokens in", "tokens out", "USD"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", overflow="fold", no_wrap=name == "USD")
     for value in sorted({key(record) for record in records}):
         found = [record for record in records if key(record) == value]
         table.add_row(
@@ -149,8 +149,11 @@ def _answers(run: Run) -> Table:
     share = accuracy(run)
     note = "" if share is None else f" (category right in {share:.0%} of model answers)"
     table = Table(title=f"Some answers{note}", title_justify="left")
-    for name in ("message", "category", "labelled", "reply", "by"):
-        table.add_column(name, overflow="ellipsis", no_wrap=name != "message", max_width=44)
+    table.add_column("message", ratio=3)
+    table.add_column("category", no_wrap=True)
+    table.add_column("labelled", no_wrap=True)
+    table.add_column("reply", ratio=2)
+    table.add_column("by", overflow="fold")
     for outcome in [run.outcomes[index] for index in (0, 5, 13, 18, 24, -1) if index < len(run.outcomes)]:
         table.add_row(
             _short(outcome.message.message, 90),
@@ -186,7 +189,9 @@ def _health(run: Run, health: Health) -> Table:
     for reason in health.reasons:
         table.add_row("note", reason)
     costs = health.costs
-    table.add_row("today", f"{costs.today_usd:.6f} USD; projected for the month {costs.projected_monthly_usd:.4f} USD")
+    if costs is not None:
+        projected = f"projected for the month {costs.projected_monthly_usd:.4f} USD"
+        table.add_row("today", f"{costs.today_usd:.6f} USD; {projected}")
     return table
 
 

@@ -56,11 +56,9 @@ class LocalProviders:
         common: dict[str, Any] = {"api_key": "local", "max_tokens": 96, "temperature": 0.0}
         spare = dspy_prod.LM(
             FALLBACK, api_base=self.fallback.url, prices=prices, store=policies["store"],
-            namespace=policies["namespace"], **common,
+            namespace=policies["namespace"], retry=policies.get("retry"), **common,
         )  # fmt: skip
-        return dspy_prod.LM(
-            PRIMARY, api_base=self.primary.url, prices=prices, fallbacks=[spare], **common, **policies
-        )
+        return dspy_prod.LM(PRIMARY, api_base=self.primary.url, prices=prices, fallbacks=[spare], **common, **policies)
 
     def outage(self, *, total: bool = False) -> None:
         """The primary answers 500 to everything; in a total outage the fallback does too."""

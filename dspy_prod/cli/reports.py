@@ -142,5 +142,7 @@ def _number(value: int | None) -> str:
 
 
 def _json(value: Any) -> int:
-    Console(soft_wrap=True).print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode(), markup=False, highlight=False)
+    Console(soft_wrap=True).print(
+        orjson.dumps(value, option=orjson.OPT_INDENT_2).decode(), markup=False, highlight=False
+    )
     return 0

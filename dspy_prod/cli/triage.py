@@ -15,6 +15,8 @@ from importlib.resources import files
 from typing import Any, Literal, get_args
 
 import dspy
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
 Category = Literal["billing", "technical", "account", "shipping"]
 Urgency = Literal["low", "normal", "high"]
@@ -34,13 +36,28 @@ class Message:
     urgency: Urgency
 
 
+class Sentence(str):
+    """A string that the JSON schema limits to one short sentence: small models do not find the end by themselves.
+
+    Only the request says so. An answer of another length is as good, from a model that is not held to a schema.
+    """
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler(str)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"type": "string", "pattern": r"^[^.!?]{8,70}\.$"}
+
+
 class SortMessage(dspy.Signature):
     """Sort a customer's support message."""
 
     message: str = dspy.InputField()
     category: Category = dspy.OutputField()
     urgency: Urgency = dspy.OutputField()
-    reply: str = dspy.OutputField(desc="one short sentence")
+    reply: Sentence = dspy.OutputField()
 
 
 class Triage(dspy.Module):

@@ -195,9 +195,12 @@ def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[R
     end: StreamEvent | None = None
     try:
         engine, bounds_itself = effect.route.upstream.sync_engine(effect.request, effect.extras)
-        source = engine.stream(effect.request)
-        if until != inf:
-            source = _within(source, until) if bounds_itself else bounded_stream(lambda: source, until)
+        if until == inf:
+            source = engine.stream(effect.request)
+        elif bounds_itself:
+            source = _within(engine.stream(effect.request), until)
+        else:
+            source = bounded_stream(lambda: engine.stream(effect.request), until)
         with closing(checked_stream(source, provider=effect.route.upstream.provider)) as events:
             for event in events:
                 accumulator.push(event)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
+
 from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 

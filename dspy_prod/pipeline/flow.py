@@ -129,7 +129,7 @@ def _send(call: Call) -> Flow:
     pipeline = call.pipeline
     failure: LMError | None = None
     refusal: RejectedError | None = None
-    routes = call.routes()
+    routes = call.routes() if pipeline.degradable else pipeline.routes
     for route in routes:
         attempts = Attempts(route.retry, route.state.retry_budget, pipeline.rand)
         if failure is not None or refusal is not None:
@@ -139,6 +139,7 @@ def _send(call: Call) -> Flow:
             try:
                 response = yield from _attempt(call, route, attempts.number, verdicts)
             except (CircuitOpenError, RateLimitedError) as error:
+                error.model, error.route = route.model, route.name  # a breaker does not know whose route it guards
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
                 refusal = refusal or error
                 break
@@ -150,10 +151,13 @@ def _send(call: Call) -> Flow:
             except LMError as error:
                 verdict = verdicts[0]
                 now = pipeline.clock.monotonic()
-                pause = attempts.again(
-                    verdict.retry and not call.visible, getattr(error, "retry_after", None), call.deadline - now
-                )
+                pause = None
+                if not _opened(route):  # else the next attempt would wait for nothing
+                    pause = attempts.again(
+                        verdict.retry and not call.visible, getattr(error, "retry_after", None), call.deadline - now
+                    )
                 if pause is not None:
+                    failure = error  # should the next attempt be refused, this is the upstream's last word
                     call.emit("retry", model=route.model, attempt=attempts.number, pause=pause, error=_reason(error))
                     if pause > 0:
                         yield Wait(None, now + pause)
@@ -182,7 +186,7 @@ def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> 
     breaker = route.state.breaker
     if breaker is not None:
         breaker.check()
-    if call.late():
+    if call.deadline != inf and call.late():
         raise too_late(call, "before the request was sent")
     intent = plan(call, route, number)
     ticket: Ticket | None = None
@@ -203,7 +207,7 @@ def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> 
         if breaker is not None:
             permit = breaker.permit()
         started = monotonic()
-        until = call.attempt_until(route, started)
+        until = call.deadline if route.timeout is None else call.attempt_until(route, started)
         attempted = True
         response = yield Attempt(route, intent.request, call.extras, until)
         succeeded(call, intent, ticket, permit, started, response)
@@ -267,6 +271,17 @@ def _keep(call: Call, route: Route, response: Response) -> None:
         return
     if route is call.pipeline.primary and not call.degraded and cacheable(response):
         cache.put(call.key, response, call.context.ttl)
+
+
+def _opened(route: Route) -> bool:
+    """Whether a failure has opened the circuit."""
+    breaker = route.state.breaker
+    if breaker is not None:
+        try:
+            breaker.check()
+        except CircuitOpenError:
+            return True
+    return False
 
 
 def _reason(error: LMError | None) -> str:

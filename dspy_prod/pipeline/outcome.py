@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from json import JSONDecodeError
 from typing import Final, NamedTuple
 
 from dspy.utils.exceptions import (
@@ -85,6 +86,7 @@ _UNKNOWN: Final = Verdict("error", failure=True, fallback=True)
 
 _UNBILLED_STATUS: Final = frozenset({500, 503, 529})
 _CONNECT_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError"})
+_BROKEN: Final = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
 
 
 def judge(error: BaseException) -> Verdict:
@@ -92,8 +94,14 @@ def judge(error: BaseException) -> Verdict:
     if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
         return CANCELLED
     verdict = next((verdict for kind, verdict in _RULES if isinstance(error, kind)), _UNKNOWN)
-    if isinstance(error, LMTransportError) and _never_connected(error):
-        return _UNSENT
+    if isinstance(error, (LMTransportError, LMServerError)):
+        told = _told_by_http(error)
+        if not told and _never_connected(error):
+            return _UNSENT
+        if not told and any(isinstance(cause, JSONDecodeError) for cause in _causes(error)):
+            return _UNKNOWN  # a broken answer
+        if isinstance(error, LMServerError) and not told:
+            return verdict
     status = getattr(error, "status", None)
     if isinstance(status, int) and verdict.owed and _refused_unbilled(status):
         return verdict._replace(owed=False)
@@ -104,12 +112,30 @@ def _refused_unbilled(status: int) -> bool:
     return (400 <= status < 500 and status != 408) or status in _UNBILLED_STATUS
 
 
-def _never_connected(error: BaseException) -> bool:
-    """Whether the chain of causes says that no connection was made, so that nothing was sent."""
+def _told_by_http(error: BaseException) -> bool:
+    """Whether a status is the provider's own word.
+
+    LiteLLM says 500 for whatever it cannot explain: a connection that broke, a body that is not JSON. Only a response
+    among the causes, not made up by LiteLLM, shows that there was one.
+    """
+    translated = False
     for cause in _causes(error):
-        if type(cause).__name__ in _CONNECT_ERRORS or isinstance(cause, ConnectionRefusedError):
+        if type(cause).__module__.partition(".")[0] == "litellm":
+            translated = True
+        elif isinstance(getattr(getattr(cause, "response", None), "status_code", None), int):
             return True
-    return False
+    return not translated and isinstance(getattr(error, "status", None), int)
+
+
+def _never_connected(error: BaseException) -> bool:
+    """Whether the chain of causes says that no connection was made, so that nothing was sent.
+
+    LiteLLM's asynchronous transport also says `ConnectError` for a connection that was reset after sending.
+    """
+    causes = list(_causes(error))
+    if any(isinstance(cause, _BROKEN) or type(cause).__name__ == "ClientOSError" for cause in causes):
+        return False
+    return any(type(cause).__name__ in _CONNECT_ERRORS or isinstance(cause, ConnectionRefusedError) for cause in causes)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

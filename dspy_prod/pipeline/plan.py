@@ -157,19 +157,13 @@ def _ask(
             accounts=tuple([account.key for account in accounts]),
         )  # fmt: skip
 
+    fair = "" if limit.fair_by is None else (getattr(context, limit.fair_by) or "")
+    if not limited:
+        return Ask(id, None, None, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease, stub)
     return Ask(
-        id,
-        limit_key=route.limit_key if limited else None,
-        limit=limit if limited else None,
-        tokens=tokens,
-        accounts=accounts,
-        amount=bound or 0,
-        priority=PRIORITIES[context.priority],
-        fair="" if limit.fair_by is None else (getattr(context, limit.fair_by) or ""),
-        horizon=horizon,
-        lease=lease,
-        stub=stub if accounts else None,
-    )
+        id, route.limit_key, limit, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,
+        stub if accounts else None,
+    )  # fmt: skip
 
 
 def _wait_until(call: Call, route: Route, rules: tuple[BudgetRule, ...], now: float) -> float:

@@ -19,7 +19,7 @@ from dspy_prod.options import CircuitBreaker, RateLimit, Retry
 from dspy_prod.pipeline.upstream import Upstream, address_of
 from dspy_prod.policies.breaker import Breaker
 from dspy_prod.policies.retry import RetryBudget
-from dspy_prod.pricing import PriceBook, Rates
+from dspy_prod.pricing import ATTO_PER_NANO, PriceBook, Rates
 from dspy_prod.stores.base import Store
 
 PRIMARY = "primary"
@@ -35,11 +35,13 @@ class RouteState:
         self.breaker = breaker
         self.retry_budget = retry_budget
         self.throttled = False  # a 429 came: from now on the limiter is asked even when nothing is configured
+        self._lock = threading.Lock()
         self._outputs: deque[int] = deque(maxlen=200)
         self._sorted: list[int] = []
         reset_after_fork(self)
 
     def _after_fork(self) -> None:
+        self._lock = threading.Lock()
         self.retry_budget._after_fork()
         if self.breaker is not None:
             self.breaker._after_fork()
@@ -47,15 +49,17 @@ class RouteState:
     def learn(self, output_tokens: int) -> None:
         """Remember the size of a real answer."""
         outputs, ordered = self._outputs, self._sorted
-        if len(outputs) == outputs.maxlen:
-            ordered.remove(outputs[0])
-        outputs.append(output_tokens)
-        insort(ordered, output_tokens)
+        with self._lock:
+            if len(outputs) == outputs.maxlen:
+                ordered.remove(outputs[0])
+            outputs.append(output_tokens)
+            insort(ordered, output_tokens)
 
     def typical_output(self) -> int | None:
         """Running p90 of real output tokens, None before the first."""
-        ordered = self._sorted
-        return ordered[min(len(ordered) - 1, int(len(ordered) * 0.9))] if ordered else None
+        with self._lock:
+            ordered = self._sorted
+            return ordered[min(len(ordered) - 1, int(len(ordered) * 0.9))] if ordered else None
 
 
 class Route:
@@ -110,6 +114,10 @@ class Route:
             self._priced = True
         return self._rates
 
+    def learns(self, request: Request) -> bool:
+        """Whether the size of real answers matters to what is reserved."""
+        return self.limit.tpm is not None and (self.limit.estimate == "learned" or request.config.max_tokens is None)
+
     def rates_for(self, request: Request, extras: dict[str, Any] | None) -> Rates | None:
         """The prices for what the engine that carried `request` reports: LiteLLM counts usage in OpenAI's way."""
         if self.upstream.fell_back and not self.upstream.is_native(request, extras):
@@ -130,6 +138,9 @@ class Route:
         """The most that so many tokens of this request can cost, in nano-USD; prices must be known."""
         rates = self._rates if self._priced else self.rates()
         assert rates is not None
+        if rates.flat is not None and request.config.service_tier is None:
+            input_rate, output_rate, fee = rates.flat
+            return -(-(inputs * input_rate + outputs * output_rate + fee) // ATTO_PER_NANO)
         return rates.bound(inputs, outputs, tier=request.config.service_tier, media=has_media(request))
 
     def limiter_tokens(self, inputs: int | None, outputs: int | None) -> int:

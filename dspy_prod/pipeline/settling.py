@@ -36,8 +36,9 @@ def succeeded(
     clock = pipeline.clock
     usage = response.usage
     latency = clock.monotonic() - started
-    rates = route.rates_for(plan.request, call.extras)
-    cost = None if rates is None else route.prices.price_response(rates, response, plan.request)
+    request = plan.request
+    rates = route.rates_for(request, call.extras)
+    cost = None if rates is None else route.prices.price_response(rates, response, request)
     estimated = False
     if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
         cost = plan.bound if plan.bound is not None else bound_or_none(route, plan.request)
@@ -60,8 +61,9 @@ def succeeded(
     if permit is not None:
         assert state.breaker is not None
         state.breaker.success(permit, latency)
-    state.retry_budget.success()
-    if route.limit.tpm is not None and usage.output_tokens is not None:
+    if state.retry_budget.drawn:
+        state.retry_budget.success()
+    if route.learns(plan.request) and usage.output_tokens is not None:
         state.learn(usage.output_tokens)
     call.remember(record)
     if pipeline.bus.wants_content:

@@ -228,7 +228,10 @@ def _without_usage(response: Response) -> Response:
 
 def _size(key: bytes, response: Response) -> int:
     size = len(key) + _OVERHEAD
-    for part in response.message.parts:
+    parts = response.message.parts
+    if len(parts) == 1 and parts[0].type == "text":
+        return size + len(parts[0].text)
+    for part in parts:
         for name in ("text", "data"):
             value: Any = getattr(part, name, None)
             if isinstance(value, str):

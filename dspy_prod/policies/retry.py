@@ -36,6 +36,11 @@ class RetryBudget:
         self._lock = threading.RLock()
 
     @property
+    def drawn(self) -> bool:
+        """Whether a retry has taken something that successes have not yet returned."""
+        return self._capacity is not None and self._tokens < self._capacity
+
+    @property
     def tokens(self) -> float | None:
         """Tokens left; None without a budget."""
         return None if self._capacity is None else self._tokens

@@ -78,7 +78,6 @@ class Ask:
     def __init__(
         self,
         id: str,
-        *,
         limit_key: str | None,
         limit: RateLimit | None,
         tokens: int,

@@ -78,6 +78,9 @@ class AdmissionCore:
         ask = ticket.ask
         self._seq += 1
         ticket.seq = self._seq
+        if ask.id in self.holds:  # reserved already: once is enough
+            self._decide(ticket, GRANTED, None)
+            return ticket
         line = self._lines.get(ask.limit_key) if ask.limit_key is not None else None
         if not line and not self._must_park(ticket):
             blocked = self._attempt(ticket, now)
@@ -93,6 +96,9 @@ class AdmissionCore:
             self._serve_account(parked_at, now)
             return ticket
         assert ask.limit_key is not None
+        head = line.head() if line is not None else None
+        if head is not None:
+            ticket.blocked_on = head.blocked_on  # whoever stands behind waits for the same
         if self._refuse_for_money(ticket) or self._refuse_for_time(ticket, now):
             return ticket
         self._line(ask.limit_key).push(ticket)
@@ -265,6 +271,12 @@ class AdmissionCore:
         for key in list(self._parked):
             self._serve_account(key, now)
 
+    def written(self) -> None:
+        """Everything but the verdicts and what they concern is durable, see `Changes`."""
+        self.appended.clear()
+        self.replaced.clear()
+        self.accounts.dirty.clear()
+
     def undo(self) -> list[Ticket]:
         """Return to what was last committed, because this batch could not be; the tickets it had decided."""
         changes = self.changes
@@ -306,7 +318,7 @@ class AdmissionCore:
         key = ask.limit_key
         if key is not None:
             assert ask.limit is not None
-            limiter = self._limiters.get(key) or self._limiter(key, ask.limit, now)
+            limiter = self._limiter(key, ask.limit, now)
             ready = limiter.ready_at(now, ask.tokens)
             if ready > now:
                 ticket.blocked_on = limiter.blocked_on
@@ -458,6 +470,8 @@ class AdmissionCore:
             else:
                 state = self._load_limiter(key, limit) or LimiterState(limit, now)
             self._limiters[key] = state
+        elif state.limit is not limit and state.limit != limit:  # a copy with other settings: each is held to its own
+            state.reconfigure(limit, now)
         return state
 
     def _visit_limiter(self, key: str, now: float) -> LimiterState | None:

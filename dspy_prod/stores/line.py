@@ -19,8 +19,8 @@ class WaitingLine:
     """Tickets in order of service.
 
     Higher priority goes first, but after `MAX_BYPASSES` overtakings in a row whoever of the overtaken waits longest is
-    served once. Within a priority, groups (`Ask.fair`) take turns; within a group it is first in, first out by `Ticket.seq`,
-    so a ticket that had to wait elsewhere meanwhile gets its old place back.
+    served once. Within a priority, groups (`Ask.fair`) take turns; within a group it is first in, first out by
+    `Ticket.seq`, so a ticket that had to wait elsewhere meanwhile gets its old place back.
     """
 
     __slots__ = ("_bypassed", "_classes", "_size")

@@ -7,8 +7,6 @@ budgets are strict across processes.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import logging
 import os
 import sqlite3
@@ -41,10 +39,12 @@ from dspy_prod.stores.base import (
 from dspy_prod.stores.sqlite_cache import TOUCH_AFTER, read_answer, read_size
 from dspy_prod.stores.sqlite_ledger import read_records, read_totals
 from dspy_prod.stores.sqlite_local import is_local, merged
+from dspy_prod.stores.sqlite_process import STORES, start
 from dspy_prod.stores.sqlite_reader import Reader
 from dspy_prod.stores.sqlite_schema import unavailable
 from dspy_prod.stores.sqlite_tables import Tables
-from dspy_prod.stores.sqlite_writer import Operation, Request, Writer
+from dspy_prod.stores.sqlite_transactions import Operation, Request, Transactions
+from dspy_prod.stores.sqlite_writer import Writer
 
 _log = logging.getLogger("dspy_prod")
 
@@ -96,7 +96,7 @@ class SqliteStore:
             self._writer.tables.open()
         except Exception as error:
             raise unavailable(self._path, error) from error
-        _STORES.add(self)
+        STORES.add(self)
 
     def _start(self) -> None:
         """A fresh writer and reader: at construction, and in a forked child."""
@@ -141,15 +141,13 @@ class SqliteStore:
 
     # -- admission ---------------------------------------------------------------------------------------------------
     def admit(self, ask: Ask) -> Ticket:
-        if is_local(ask):
-            if self._thread is None:
-                self._ensure_thread()
+        if is_local(ask) and self._alive():
             ticket = self._local.admit(ask)
             if ticket.state == PENDING:
-                self._post((Writer.nudge, None, None))
+                self._post((Transactions.nudge, None, None))
             return ticket
         ticket = Ticket(ask)
-        if not self._post((Writer.admit, ticket, None)):
+        if not self._post((Transactions.admit, ticket, None)):
             ticket.refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
             ticket.state = REFUSED
         return ticket
@@ -161,30 +159,32 @@ class SqliteStore:
             if ticket.state != PENDING:
                 return ticket.state != GRANTED
             ticket.state = WITHDRAWN
-        self._post((Writer.withdraw, ticket, None))
+        self._post((Transactions.withdraw, ticket, None))
         return True
 
     def settle(self, ticket: Ticket, settlement: Settlement) -> None:
         if is_local(ticket.ask):
             self._local.settle(settlement)
+            if not self._alive():
+                self._refuse_stragglers()
         else:
-            self._post((Writer.settle, settlement, None))
+            self._post((Transactions.settle, settlement, None))
 
     def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
         # A SimpleQueue may be filled from within a finaliser, and from within itself.
-        kind = Writer.settle_local if is_local(ticket.ask) else Writer.settle
+        kind = Transactions.settle_local if is_local(ticket.ask) else Transactions.settle
         self._writer.inbox.put((kind, settlement, None))
 
     def append(self, record: CallRecord) -> None:
-        self._post((Writer.append, record, True))
+        self._post((Transactions.append, record, True))
 
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
         self._local.throttled(limit_key, limit, retry_after)
-        self._post((Writer.throttled, (limit_key, limit), retry_after))
+        self._post((Transactions.throttled, (limit_key, limit), retry_after))
 
     def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
         self._local.resync(limit_key, limit, remaining)
-        self._post((Writer.resync, (limit_key, limit), remaining))
+        self._post((Transactions.resync, (limit_key, limit), remaining))
 
     def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
         if is_local(ask):
@@ -202,7 +202,7 @@ class SqliteStore:
         if thread is None or thread is threading.current_thread():
             return writer.inbox.empty()
         done = threading.Event()
-        if not self._post((Writer.flush, done, None)):
+        if not self._post((Transactions.flush, done, None)):
             return True
         deadline = inf if timeout is None else time.monotonic() + timeout
         while not done.wait(min(max(deadline - time.monotonic(), 0.0), 0.1)):
@@ -252,8 +252,7 @@ class SqliteStore:
         if posted is not None:
             return posted
         try:
-            with self._cache_reader as (connection, ns):
-                found = read_answer(connection, ns, key)
+            found = self._cache_reader.read(lambda connection, ns: read_answer(connection, ns, key))
         except (sqlite3.Error, OSError, StoreUnavailableError):
             return None
         if found is None:
@@ -261,7 +260,7 @@ class SqliteStore:
         answer, used_at = found
         now = self.now()
         if now - used_at > TOUCH_AFTER:
-            self._post((Writer.touch_answer, key, None))
+            self._post((Transactions.touch_answer, key, None))
         return answer
 
     def cache_put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
@@ -272,12 +271,12 @@ class SqliteStore:
                 answers.pop(key, None)
 
         answers[key] = answer
-        if not self._post((Writer.put_answer, key, (answer, max_entries, max_bytes, written))):
+        if not self._post((Transactions.put_answer, key, (answer, max_entries, max_bytes, written))):
             written()
 
     def cache_clear(self) -> None:
         self._answers.clear()
-        self._post((Writer.clear_answers, None, None))
+        self._post((Transactions.clear_answers, None, None))
         self.flush(READ_TIMEOUT)
 
     def cache_size(self) -> tuple[int, int]:
@@ -298,7 +297,7 @@ class SqliteStore:
                 writer.tables.close()
         elif thread is not threading.current_thread():
             if not already:
-                writer.inbox.put((Writer.stop, None, None))
+                writer.inbox.put((Transactions.stop, None, None))
             thread.join(timeout)
         self._refuse_stragglers()
         self._ledger_reader.close()
@@ -307,24 +306,31 @@ class SqliteStore:
     # -- the writer thread -------------------------------------------------------------------------------------------
     def _post(self, operation: Operation) -> bool:
         """Hand an operation to the writer; False when the store is closed."""
-        if self._thread is None:
-            self._ensure_thread()
-        if self._closed:
+        if not self._alive():
             return False
-        self._writer.inbox.put(operation)
-        if self.closed:  # closed by another thread meanwhile
+        writer = self._writer
+        writer.inbox.put(operation)
+        if writer.ended:  # just now
             self._refuse_stragglers()
         return True
+
+    def _alive(self) -> bool:
+        """Whether operations are accepted; starts the writer when it is needed first."""
+        if self._thread is None:
+            self._ensure_thread()
+        return not (self._closed or self._writer.ended)
 
     def _ensure_thread(self) -> None:
         with self._starting:
             if self._thread is not None or self._closed:
                 return
             writer = self._writer
-            thread = threading.Thread(target=writer.run, name="dspy_prod-sqlite-writer", daemon=True)
-            thread.start()
-            self._thread = thread
-            weakref.finalize(self, writer.inbox.put, (Writer.stop, None, None)).atexit = False
+            try:
+                self._thread = start(writer)
+            except RuntimeError:  # the interpreter is going down
+                writer.ended = True
+                return
+            weakref.finalize(self, writer.inbox.put, (Transactions.stop, None, None)).atexit = False
 
     def _refuse_stragglers(self) -> None:
         """Refuse what was posted while the store was being closed."""
@@ -336,22 +342,24 @@ class SqliteStore:
                 kind, subject, _ = self._writer.inbox.get_nowait()
             except Empty:
                 return
-            if kind is Writer.admit and subject.state == PENDING:
+            if kind is Transactions.admit and subject.state == PENDING:
                 subject.refusal = refusal
                 subject.state = REFUSED
                 if subject.wake is not None:
                     subject.wake()
-            elif kind is Writer.answer:
+            elif kind is Transactions.answer:
                 subject.error = OSError(refusal.detail)
                 subject.done.set()
-            elif kind is Writer.flush:
+            elif kind is Transactions.flush:
                 subject.set()
-            elif kind in (Writer.settle, Writer.append):
+            elif kind in (Transactions.settle, Transactions.append):
                 _log.warning("%s: a %s came after close and was not written", self._path, kind.__name__)
 
     def _question(self, ask: Callable[..., Any]) -> Any:
+        if threading.current_thread() is self._thread:
+            raise StoreUnavailableError("A listener or callback of the store may not wait for the store")
         request = Request(ask)
-        if not self._post((Writer.answer, request, None)):
+        if not self._post((Transactions.answer, request, None)):
             raise StoreUnavailableError(f"The store {self._path} is closed")
         if not request.done.wait(READ_TIMEOUT):
             raise StoreUnavailableError(f"The store {self._path} did not answer within {READ_TIMEOUT:g} s")
@@ -360,16 +368,15 @@ class SqliteStore:
         return request.result
 
     def _read(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
-        self._ensure_thread()  # whoever only reads must also see the holds of dead processes charged
+        self._alive()  # whoever only reads must also see the holds of dead processes charged
         self.flush(READ_TIMEOUT)
         try:
-            with self._ledger_reader as (connection, ns):
-                return read(connection, ns)
+            return self._ledger_reader.read(read)
         except (sqlite3.Error, OSError) as error:
             raise unavailable(self._path, error) from error
 
     # -- fork --------------------------------------------------------------------------------------------------------
-    def _before_fork(self) -> None:
+    def before_fork(self) -> None:
         """SQLite's locks do not survive a fork, and its bookkeeping of them does: close everything first."""
         self._starting.acquire()
         self._fork_guard = self._writer.io.acquire(timeout=READ_TIMEOUT)
@@ -378,14 +385,14 @@ class SqliteStore:
         self._ledger_reader.before_fork()
         self._cache_reader.before_fork()
 
-    def _after_fork_in_parent(self) -> None:
+    def after_fork_in_parent(self) -> None:
         self._cache_reader.after_fork()
         self._ledger_reader.after_fork()
         if self._fork_guard:
             self._writer.io.release()
         self._starting.release()
 
-    def _after_fork_in_child(self) -> None:
+    def after_fork_in_child(self) -> None:
         """The parent's holds stay the parent's. Who waited in a thread of the parent is not here any more."""
         old = self._writer
         refusal = Refusal("store_unavailable", detail="the process was forked while this call waited")
@@ -418,40 +425,3 @@ def _account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
     find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
     row = connection.execute(find, (ns, key)).fetchone()
     return AccountState() if row is None else AccountState(*row)
-
-
-_STORES: weakref.WeakSet[SqliteStore] = weakref.WeakSet()
-_FORKING: Final[list[SqliteStore]] = []
-_FORK_LOCK = threading.Lock()
-
-
-def _before_fork() -> None:
-    _FORK_LOCK.acquire()
-    _FORKING.extend(_STORES)
-    for store in _FORKING:
-        store._before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    while _FORKING:
-        _FORKING.pop()._after_fork_in_parent()
-    _FORK_LOCK.release()
-
-
-def _after_fork_in_child() -> None:
-    global _FORK_LOCK
-    _FORK_LOCK = threading.Lock()
-    _FORKING.clear()
-    for store in list(_STORES):
-        store._after_fork_in_child()
-
-
-def _at_exit() -> None:
-    for store in list(_STORES):
-        with contextlib.suppress(Exception):
-            store._close(READ_TIMEOUT)
-
-
-atexit.register(_at_exit)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-from types import TracebackType
+from collections.abc import Callable
+from typing import TypeVar
 
 from dspy_prod.stores.sqlite_rows import clean_text
 from dspy_prod.stores.sqlite_schema import connect, leave_open, namespace_id
 from dspy_prod.stores.sqlite_tables import identity
 
+T = TypeVar("T")
+
 
 class Reader:
-    """`with reader as (connection, ns):` holds a lock, so that one thread reads at a time.
-
-    Raises:
-        sqlite3.Error, OSError: the file cannot be read.
-    """
+    """One namespace of one file, read through a connection of its own."""
 
     def __init__(self, path: str, namespace: str) -> None:
         self._path = path
@@ -27,26 +26,25 @@ class Reader:
         self._identity: tuple[int, int] | None = None
         self._ns = 0
 
-    def __enter__(self) -> tuple[sqlite3.Connection, int]:
-        self._lock.acquire()
-        try:
-            now = identity(self._path)
-            if self._connection is not None and now != self._identity:
-                self.lose_connection()
-            if self._connection is None:
-                connection = connect(self._path)
-                self._ns = namespace_id(connection, clean_text(self._namespace))
-                connection.execute("PRAGMA query_only=1")
-                self._connection, self._identity = connection, now
-            return self._connection, self._ns
-        except BaseException:
-            self._lock.release()
-            raise
+    def read(self, question: Callable[[sqlite3.Connection, int], T]) -> T:
+        """What `question(connection, namespace's number)` finds; one thread at a time.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._lock.release()
+        Raises:
+            sqlite3.Error, OSError: the file cannot be read.
+        """
+        with self._lock:
+            return question(self._open(), self._ns)
+
+    def _open(self) -> sqlite3.Connection:
+        now = identity(self._path)
+        if self._connection is not None and now != self._identity:
+            self.lose()
+        if self._connection is None:
+            connection = connect(self._path)
+            self._ns = namespace_id(connection, clean_text(self._namespace))
+            connection.execute("PRAGMA query_only=1")
+            self._connection, self._identity = connection, now
+        return self._connection
 
     def close(self) -> None:
         """Close the connection; the next use opens a new one."""
@@ -63,7 +61,7 @@ class Reader:
             with contextlib.suppress(sqlite3.Error):
                 connection.close()
 
-    def lose_connection(self) -> None:
+    def lose(self) -> None:
         """Give the connection up: its file was replaced, or it is the parent process's."""
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -77,5 +75,3 @@ class Reader:
     def after_fork(self) -> None:
         """In the parent."""
         self._lock.release()
-
-    lose = lose_connection

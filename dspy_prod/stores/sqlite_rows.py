@@ -16,7 +16,7 @@ RECORD_COLUMNS: Final = ", ".join(f'"{name}"' for name in CallRecord._fields)
 _TAGS: Final = CallRecord._fields.index("tags")
 _ACCOUNTS: Final = CallRecord._fields.index("accounts")
 _FLAGS: Final = tuple(CallRecord._fields.index(name) for name in ("estimated", "cached"))
-_LIMITS: Final = (-(2**63), 2**63 - 1)
+_MOST: Final = 2**53
 
 
 def record_row(ns: int, record: CallRecord) -> Row:
@@ -86,7 +86,7 @@ def clean(value: Any) -> Any:
     if isinstance(value, str):
         return clean_text(value)
     if isinstance(value, int):
-        return min(max(int(value), _LIMITS[0]), _LIMITS[1])
+        return min(max(int(value), -_MOST), _MOST)
     if value is None or isinstance(value, float | bytes):
         return value
     if isinstance(value, dict):

@@ -6,11 +6,11 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 from dspy.lm15 import Message, Request, Response, TextPart, Usage, response_to_events
 
-Answer = str | Response | BaseException | Callable[[Request], Any]
+Answer: TypeAlias = "str | Response | BaseException | Callable[[Request], Any]"
 
 
 class ScriptedEngine:
@@ -40,7 +40,7 @@ class ScriptedEngine:
         latency: float = 0.0,
     ) -> None:
         single = isinstance(answers, (str, Response, BaseException)) or callable(answers)
-        self._answers: list[Any] = [answers] if single else list(answers)  # type: ignore[arg-type]
+        self._answers: list[Any] = [answers] if single else list(cast("Iterable[Answer]", answers))
         if not self._answers:
             raise ValueError("a script needs at least one answer")
         self._usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens)

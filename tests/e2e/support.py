@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import dspy_prod
-from dspy.lm15 import Message, Request
+from dspy.lm15 import Config, Message, Request
 from dspy_prod import CallRecord, Price
 from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.stores.base import Store
@@ -54,9 +54,9 @@ def fresh_memory() -> str:
     return f"memory://e2e-{next(_numbers)}"
 
 
-def request(text: str = "a question", *, model: str = MODEL) -> Request:
+def request(text: str = "a question", *, model: str = MODEL, max_tokens: int = 100) -> Request:
     """A canonical request, for the engines beneath an LM."""
-    return Request(model, (Message.user(text),))
+    return Request(model, (Message.user(text),), config=Config(max_tokens=max_tokens))
 
 
 # -- crowds ----------------------------------------------------------------------------------------------------------

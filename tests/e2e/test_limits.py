@@ -18,29 +18,26 @@ from dspy_prod import RateLimit, RateLimitedError
 from dspy_prod.testing import Provider
 from tests.e2e.children import send
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.support import Crowd, answers, assert_nothing_held, errors, gaps, together
+from tests.e2e.support import Crowd, answers, assert_nothing_held, errors, fresh_memory, gaps, together
 
-JITTER = 0.05
-"""Seconds by which a request may take longer to the provider than the one before it, on two busy cores."""
-
-
-def busiest(provider: Provider, seconds: float) -> int:
-    """The most requests that arrived in any window of this length, arrival jitter apart."""
-    return provider.requests_in_window(seconds - JITTER)
+@pytest.fixture(params=["threads, memory", "tasks, sqlite"])
+def setting(request: pytest.FixtureRequest, sqlite_url: str) -> tuple[Crowd, str]:
+    """Each kind of crowd with a kind of store, for tests that take seconds whatever the store."""
+    return ("threads", fresh_memory()) if request.param == "threads, memory" else ("tasks", sqlite_url)
 
 
-@pytest.mark.parametrize("crowd", ["threads", "tasks"])
 def test_a_paced_crowd_never_sends_more_than_a_second_holds(
-    serve: MakeProvider, connect: MakeLM, store_url: str, crowd: Crowd
+    serve: MakeProvider, connect: MakeLM, setting: tuple[Crowd, str]
 ) -> None:
     """With `burst=1` and 1,800 a minute no second holds more than thirty, and the limit is used."""
+    crowd, store = setting
     provider = serve(latency=(0.0, 0.2))
-    lm = connect(provider, limit=RateLimit(rpm=1800, burst=1), store=store_url)
+    lm = connect(provider, limit=RateLimit(rpm=1800, burst=1), store=store)
     begin = time.monotonic()
     outcomes = together(crowd, lm, 30, calls=3)
     took = time.monotonic() - begin
     assert len(answers(outcomes)) == 90
-    assert busiest(provider, 1.0) <= 30
+    assert provider.requests_in_window(1.0) <= 30
     assert took <= 90 / 30 * 1.25 + 0.2, f"90 calls at 30 a second took {took:.1f} s"
     assert_nothing_held(lm.pipeline.store)
 
@@ -52,8 +49,8 @@ def test_an_idle_limit_saves_nothing_up(serve: MakeProvider, connect: MakeLM, st
     lm("a call of one second, in which nothing else is sent")
     together("threads", lm, 30, calls=1)
     arrivals = [call.received_at for call in provider.calls[1:]]
-    assert busiest(provider, 1.0) <= 30
-    assert max(arrivals) - min(arrivals) >= 29 / 30 - JITTER
+    assert provider.requests_in_window(1.0) <= 30
+    assert max(arrivals) - min(arrivals) >= 29 / 30
     assert sorted(gaps(arrivals))[len(arrivals) // 2] >= 0.8 / 30
 
 
@@ -65,8 +62,8 @@ def test_a_burst_is_a_slice_of_the_minute(serve: MakeProvider, connect: MakeLM, 
     arrivals = sorted(call.received_at for call in provider.calls)
     assert len(arrivals) == 25
     assert arrivals[9] - arrivals[0] < 0.5
-    assert busiest(provider, 1.0) <= 10
-    assert arrivals[10] - arrivals[0] >= 1.0 - JITTER
+    assert provider.requests_in_window(1.0) <= 10
+    assert arrivals[10] - arrivals[0] >= 1.0
 
 
 @pytest.mark.parametrize("crowd", ["threads", "tasks"])
@@ -87,20 +84,18 @@ def test_no_minute_holds_more_requests_than_the_limit(
     assert_nothing_held(lm.pipeline.store)
 
 
-@pytest.mark.parametrize("crowd", ["threads", "tasks"])
 def test_no_minute_holds_more_tokens_than_the_limit(
-    serve: MakeProvider, connect: MakeLM, store_url: str, crowd: Crowd
+    serve: MakeProvider, connect: MakeLM, setting: tuple[Crowd, str]
 ) -> None:
     """Estimates four times too high are corrected as answers come, so the minute's tokens are used, and no more."""
-    provider = serve(usage=(50, 950), latency=(0.0, 1.0))
+    crowd, store = setting
+    provider = serve(usage=(50, 950), latency=(0.0, 0.6))
     limit = RateLimit(rpm=6000, burst=6000, tpm=40_000, max_wait=5.0)
-    lm = connect(provider, limit=limit, max_tokens=3800, store=store_url)
+    lm = connect(provider, limit=limit, max_tokens=3800, store=store)
     outcomes = together(crowd, lm, 64)
     errors(outcomes, RateLimitedError)
-    assert provider.tokens_in_window(60.0) <= 40_000
-    assert provider.tokens_in_window(60.0) > 40_000 - 5000, "all but one reservation can be used"
-    reserved_at_once = provider.max_in_flight * 4000
-    assert reserved_at_once <= 44_000, "more was reserved than the minute holds"
+    assert 40_000 - 4000 <= provider.tokens_in_window(60.0) <= 40_000, "all but one reservation can be used"
+    assert provider.max_in_flight <= 40_000 / 3800, "more was reserved than the minute holds"
     assert_nothing_held(lm.pipeline.store)
 
 
@@ -150,7 +145,7 @@ def test_two_processes_are_paced_as_one(serve: MakeProvider, sqlite_url: str, se
     provider = serve(latency=(0.0, 0.1))
     ended = send_from_two(provider, sqlite_url, {"rpm": 1200, "burst": 1}, 8, 4)
     assert ended == {"answer": 64}
-    assert busiest(provider, 1.0) <= 20
+    assert provider.requests_in_window(1.0) <= 20
     assert len(provider.calls) == 64
     arrivals = [call.received_at for call in provider.calls]
     assert max(arrivals) - min(arrivals) < 64 / 20 * 1.5, "the limit was not used"

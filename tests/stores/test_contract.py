@@ -61,6 +61,14 @@ def test_an_unknown_outcome_is_charged_in_full_and_shown_as_unconfirmed(store: S
     check_books(store)
 
 
+def test_reserving_twice_under_one_id_holds_once(store: Store) -> None:
+    first = granted(store, ask(5 * CENT, id="r"))
+    granted(store, ask(5 * CENT, id="r"))
+    assert store.account("day").held == 5 * CENT
+    store.settle(first, settlement(first, CENT))
+    assert store.account("day") == AccountState(CENT, 0, 0)
+
+
 def test_settling_twice_charges_once(store: Store) -> None:
     ticket = granted(store, ask())
     store.settle(ticket, settlement(ticket, CENT))

@@ -1,0 +1,80 @@
+"""`python -m benchmarks [--json FILE] [--quick]`: every measurement, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import warnings
+from typing import Any
+
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from benchmarks import calls, ledger
+
+
+def main() -> int:
+    """Run everything and print it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE ('-' for standard output)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    few = {"rounds": 8} if arguments.quick else {}
+    steps = {
+        "overhead": lambda: calls.overhead(**few),
+        "cache_hit": lambda: calls.hits(**few),
+        "cache_hit_predict": lambda: calls.predict_hits(**few),
+        "throughput": lambda: calls.throughput(**({"rounds": 3} if arguments.quick else {})),
+        "ledger": ledger.measure,
+    }
+    figures: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
+    for name in (progress := tqdm(steps, unit="benchmark", file=sys.stderr, leave=False)):
+        progress.set_postfix_str(name)
+        figures[name] = steps[name]()
+    text = json.dumps(figures, indent=2)
+    if arguments.json == "-":
+        print(text)  # noqa: T201
+        return 0
+    if arguments.json:
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    Console().print(table(figures))
+    return 0
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """The figures beside what they are compared with."""
+    overhead, hit, predict = figures["overhead"], figures["cache_hit"], figures["cache_hit_predict"]
+    rate, durable = figures["throughput"], figures["ledger"]
+    shown = Table(title=f"dspy_prod, Python {figures['python']}, {figures['cores']} cores", title_justify="left")
+    for name in ("what", "figure", "beside, in the same run"):
+        shown.add_column(name)
+    shown.add_row(
+        "CPU added per call, all policies on",
+        f"{overhead['added_us']:.1f} µs ({overhead['ratio'] - 1:+.0%})",
+        f"bare DSPy: {overhead['bare_us']:.1f} µs",
+    )
+    shown.add_row(
+        "cache hit, LM call", f"{hit['guarded_us']:.1f} µs ({hit['ratio']:.2f} ×)", f"DSPy's own hit: {hit['dspy_us']:.1f} µs"
+    )
+    shown.add_row("cache hit, Predict", f"{predict['ratio']:.2f} ×", f"DSPy's own: {predict['dspy_us']:.1f} µs")
+    shown.add_row(
+        "calls/s, 64 threads", f"{rate['threads_share']:.0%} of bare", f"bare DSPy: {rate['threads_bare_per_s']:,.0f}/s"
+    )
+    shown.add_row(
+        "calls/s, 64 tasks", f"{rate['tasks_share']:.0%} of bare", f"bare DSPy: {rate['tasks_bare_per_s']:,.0f}/s"
+    )
+    for name, value in durable.items():
+        shown.add_row(f"SQLite reserve + settle, {name}", f"{value:,.0f} pairs/s", "")
+    return shown
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""A deadline ends a call, whatever the upstream does: hang, trickle, or answer too late."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, Literal
+
+import dspy
+import pytest
+from dspy.utils.exceptions import LMTimeoutError
+
+from dspy_prod import Budget, DeadlineExceededError, Retry, call_context
+from dspy_prod.testing import Fault, Hang, Provider, Trickle
+from tests.e2e.conftest import MakeLM, MakeProvider
+from tests.e2e.support import account, assert_nothing_held, charged, request, until, upstream
+
+LATEST = 1.15
+"""Seconds for a deadline of one second. The bar is 1.1 s (SEMANTICS: within 0.1 s); 0.05 s more are for a busy CI."""
+
+Way = Literal["sync", "async", "sync stream", "async stream"]
+WAYS: list[Way] = ["sync", "async", "sync stream", "async stream"]
+ENGINES = ["lm15", "litellm"]
+TRICKLE = Trickle(bytes_per_second=60.0)
+
+
+def call(lm: Any, way: Way, deadline: float | None = None) -> tuple[list[Any], float]:
+    """(What arrived, seconds) of one call that must end by its deadline."""
+    received: list[Any] = []
+
+    async def in_task() -> None:
+        try:
+            if way == "async":
+                received.append(await lm.acall("a question"))
+            else:
+                async for event in lm._async_engine_spec.stream(request()):
+                    received.append(event)
+        finally:
+            took.append(time.monotonic() - begin)
+            await lm.pipeline.aclose()
+
+    took: list[float] = []
+    with call_context(deadline=deadline):
+        begin = time.monotonic()
+        try:
+            if way == "sync":
+                received.append(lm("a question"))
+            elif way == "sync stream":
+                received.extend(lm._engine_spec.stream(request()))
+            else:
+                asyncio.run(in_task())
+        except DeadlineExceededError as error:
+            received.append(error)
+        if not took:
+            took.append(time.monotonic() - begin)
+    return received, took[0]
+
+
+@pytest.fixture(scope="module")
+def _warm() -> None:
+    """Import LiteLLM and open its pools once, so that no deadline is spent on that."""
+    with Provider() as provider:
+        for engine in ENGINES:
+            lm = dspy.LM("openai/warm", api_key="test", api_base=provider.url, cache=False, engine=engine)
+            lm("hello")
+            asyncio.run(lm.acall("hello"))
+
+
+@pytest.mark.usefixtures("_warm")
+@pytest.mark.parametrize("fault", [Hang(), TRICKLE], ids=["hang", "trickle"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_deadline_is_kept(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: Way, fault: Fault
+) -> None:
+    """A call with a second to live ends after a second, whichever engine waits for whatever upstream."""
+    provider = serve(faults=fault, answer="word " * 200)
+    lm = connect(provider, engine=engine, max_tokens=400)
+    received, took = call(lm, way, deadline=1.0)
+    assert isinstance(received[-1], DeadlineExceededError)
+    assert 0.99 <= took <= LATEST, f"{took:.3f} s"
+    assert len(provider.calls) == 1
+
+
+@pytest.mark.usefixtures("_warm")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_attempt_ended_by_its_deadline_is_settled(
+    serve: MakeProvider, connect: MakeLM, store_url: str, engine: str, way: Way
+) -> None:
+    """The attempt's hold lasts until it has really ended, and then its bound is charged as unconfirmed."""
+    provider = serve(faults=[Hang(seconds=0.8, billed=True)])
+    lm = connect(provider, engine=engine, budget=Budget(usd=1.0), store=store_url)
+    received, _ = call(lm, way, deadline=0.3)
+    assert isinstance(received[-1], DeadlineExceededError)
+    until(lambda: lm.pipeline.store.holds() == 0, 5, "the end of the attempt")
+    (record,) = upstream(lm)
+    assert record.outcome == "timeout"
+    assert record.estimated
+    assert record.cost_nano is not None
+    assert record.cost_nano >= provider.bill.nano > 0
+    assert account(lm) == (record.cost_nano, 0, record.cost_nano)
+    assert_nothing_held(lm.pipeline.store)
+
+
+@pytest.mark.usefixtures("_warm")
+def test_a_late_answer_corrects_its_charge(serve: MakeProvider, connect: MakeLM, store_url: str) -> None:
+    """LiteLLM cannot be stopped: its answer comes too late for the caller but not for the ledger."""
+    provider = serve(latency=0.8, usage=(20, 30))
+    lm = connect(provider, engine="litellm", budget=Budget(usd=1.0), store=store_url)
+    received, _ = call(lm, "sync", deadline=0.3)
+    assert isinstance(received[-1], DeadlineExceededError)
+    assert lm.pipeline.store.holds() == 1, "the attempt still runs, so its money is still held"
+    until(lambda: lm.pipeline.store.holds() == 0, 5, "the end of the attempt")
+    (record,) = upstream(lm)
+    assert (record.outcome, record.estimated, record.cost_nano) == ("timeout", False, provider.bill.nano)
+    assert account(lm) == (provider.bill.nano, 0, 0)
+
+
+@pytest.mark.usefixtures("_warm")
+@pytest.mark.parametrize("way", ["sync", "async"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_timeout_bounds_each_attempt_and_is_retried(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: Way
+) -> None:
+    """`timeout=` ends one attempt and the next one answers; each is in the ledger."""
+    provider = serve(faults=[Hang(billed=True), Hang(billed=True)])
+    lm = connect(provider, engine=engine, timeout=0.4, retry=Retry(attempts=3, backoff=0.01))
+    received, took = call(lm, way)
+    assert received == [["ok"]] or received[0][0] == "ok"
+    assert 0.8 <= took < 1.6
+    if engine == "litellm" and way == "sync":  # its abandoned attempts end when LiteLLM's own, rounded time-out does
+        until(lambda: len(upstream(lm)) == 3, 10, "the end of the attempts")
+    assert sorted(record.outcome for record in upstream(lm)) == ["ok", "timeout", "timeout"]
+    assert charged(lm) >= provider.bill.nano
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_when_every_attempt_times_out_the_last_time_out_is_raised(
+    serve: MakeProvider, connect: MakeLM, way: Way
+) -> None:
+    """Upstream time-outs keep DSPy's own class, so that callers need no new `except`."""
+    provider = serve(faults=Hang())
+    lm = connect(provider, timeout=0.2, retry=Retry(attempts=2, backoff=0.01))
+    with pytest.raises(LMTimeoutError, match=r"no answer within timeout=0\.2 s"):
+        call(lm, way)
+    assert len(provider.calls) == 2
+    assert_nothing_held(lm.pipeline.store)
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_deadline_bounds_retries_too(serve: MakeProvider, connect: MakeLM, way: Way) -> None:
+    """However many attempts are left, the call ends with its deadline, and says so."""
+    provider = serve(faults=Hang())
+    lm = connect(provider, timeout=0.2, retry=Retry(attempts=100, backoff=0.01), breaker=False)
+    received, took = call(lm, way, deadline=0.7)
+    assert isinstance(received[-1], DeadlineExceededError)
+    assert took <= 0.85
+    assert 3 <= len(provider.calls) <= 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_answer_in_time_is_not_touched_by_a_deadline(serve: MakeProvider, connect: MakeLM, way: Way) -> None:
+    """A deadline that is not reached changes nothing, and the connection goes on to be used."""
+    provider = serve(latency=0.05)
+    lm = connect(provider)
+    received, took = call(lm, way, deadline=5.0)
+    assert received
+    assert took < 1.0
+    assert [record.outcome for record in upstream(lm)] == ["ok"]
+    assert charged(lm) == provider.bill.nano

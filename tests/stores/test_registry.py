@@ -1,0 +1,125 @@
+"""From a URL to a store."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from pathlib import Path
+
+import pytest
+
+from dspy_prod.errors import ConfigError, StoreUnavailableError
+from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.registry import DEFAULT_URL, default_store_url, open_store, without_password
+from dspy_prod.stores.sqlite import SqliteStore
+from tests.stores.support import FakeClock, ask, granted
+
+
+def test_one_url_and_namespace_are_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.db").symlink_to(tmp_path / "state.db")
+    first = open_store("sqlite:///state.db", "n")
+    assert isinstance(first, SqliteStore)
+    assert open_store(f"sqlite:///{tmp_path}/state.db", "n") is first
+    assert open_store("sqlite:///./link.db", "n") is first
+    assert open_store("sqlite:///state.db", "other") is not first
+    assert first.url == f"sqlite:///{os.path.realpath(tmp_path)}/state.db"
+    first.close()
+    second = open_store("sqlite:///state.db", "n")
+    assert second is not first
+    granted(second, ask())
+    second.close()
+
+
+def test_memory_stores_are_shared_by_name() -> None:
+    first = open_store("memory://", "n")
+    assert isinstance(first, MemoryStore)
+    assert open_store("memory://", "n") is first
+    assert open_store("memory://a", "n") is not first
+    assert open_store("memory://a", "n", clock=FakeClock()) is not open_store("memory://a", "n", clock=FakeClock())
+    assert open_store("memory://", "m") is not first
+    assert (first.url, first.namespace, first.durable) == ("memory://", "n", False)
+
+
+def test_a_store_that_nobody_uses_is_let_go() -> None:
+    reference = weakref.ref(open_store("memory://gone", "n"))
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_store_object_is_used_as_it_is() -> None:
+    store = MemoryStore()
+    assert open_store(store, "ignored") is store
+
+
+def test_options_are_in_the_url(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/state.db?synchronous=full&lease=10&max_records=500"
+    store = open_store(url, "n")
+    assert isinstance(store, SqliteStore)
+    connection = store._writer.tables.connection
+    assert connection is not None
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert (store._lease, store._max_records) == (10.0, 500)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite:///:memory:", "memory://"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///", "names no file"),
+        ("sqlite://host/state.db", "names no file"),
+        ("sqlite:///x.db?lease=0", "lease"),
+        ("sqlite:///x.db?lease=soon", "lease"),
+        ("sqlite:///x.db?colour=red", "colour"),
+        ("sqlite:///x.db?synchronous=OFF", "synchronous"),
+        ("memory://a/b", "letters"),
+        ("redis://:hunter2@host/0", "later"),
+        ("postgres://user:hunter2@host/db?password=hunter2", "sqlite:///"),
+        ("state.db", "sqlite:///"),
+        ("", "sqlite:///"),
+    ],
+)
+def test_what_is_no_store_is_refused_with_the_remedy(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_store(url, "n")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_password_is_never_shown() -> None:
+    assert without_password("redis://u:p@h:1/0?password=x&db=1") == "redis://***@h:1/0?password=***&db=***"
+    assert without_password("redis://u:p@ss@h/0") == "redis://***@h/0"
+
+
+def test_what_must_last_cannot_be_kept_in_memory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="forgets"):
+        open_store("memory://", "n", need_durable=True)
+    open_store(f"sqlite:///{tmp_path}/state.db", "n", need_durable=True).close()
+
+
+def test_a_file_that_cannot_be_opened_is_an_error_each_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for _ in range(2):
+        with pytest.raises(StoreUnavailableError, match="store="):
+            open_store(f"sqlite:///{tmp_path}/file/state.db", "n")
+
+
+def test_problems_are_told_to_everybody_who_asked(tmp_path: Path) -> None:
+    told: list[str] = []
+    url = f"sqlite:///{tmp_path}/state.db"
+    first = open_store(url, "n", on_problem=lambda name, details: told.append("first"))
+    second = open_store(url, "n", on_problem=lambda name, details: told.append("second"))
+    assert first is second
+    assert isinstance(first, SqliteStore)
+    first._listeners("test", {})
+    assert told == ["first", "second"]
+    first.close()
+
+
+def test_the_default_can_be_set_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DSPY_PROD_STORE", raising=False)
+    assert default_store_url() == DEFAULT_URL == "sqlite:///.dspy_prod/state.db"
+    monkeypatch.setenv("DSPY_PROD_STORE", "memory://")
+    assert default_store_url() == "memory://"
