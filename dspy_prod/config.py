@@ -44,7 +44,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -55,12 +54,11 @@ from typing import Any, Final
 from dspy.clients.backend_selection import CLIENT_KEYS
 from pydantic import ValidationError
 
+from dspy_prod.config_env import PREFIX, Sources, override
 from dspy_prod.errors import ConfigError
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Options, Price, RateLimit, Retry
 from dspy_prod.redaction import bare_url, is_secret
 from dspy_prod.settings import CANONICAL_KEYS
-
-PREFIX: Final = "DSPY_PROD__"
 
 _TABLES: Final[Mapping[str, type[Options]]] = {
     "retry": Retry,
@@ -124,27 +122,9 @@ def load_config(path: str | Path | None, env: Mapping[str, str] = os.environ) ->
     if path is not None:
         values = _read(Path(path))
         _refuse_secrets(values, str(path))
-    sources = _Sources("" if path is None else str(path))
-    for name, text in sorted(env.items(), key=lambda item: (item[0].count("__"), item[0])):
-        if name.upper().startswith(PREFIX) and text != "":
-            _override(values, name, text, sources)
+    sources = Sources("" if path is None else str(path))
+    override(values, env, sources, texts=_TEXTS)
     return _arguments(values, env, sources)
-
-
-class _Sources:
-    """Where each key came from, for messages."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.variables: dict[tuple[str, ...], str] = {}
-
-    def of(self, *keys: str) -> str:
-        """The place of a key: an environment variable, else the file."""
-        for length in range(len(keys), 0, -1):
-            if keys[:length] in self.variables:
-                return f"${self.variables[keys[:length]]}"
-        within = [name for place, name in self.variables.items() if place[: len(keys)] == keys]
-        return self._path or (f"${within[0]}" if within else "the environment")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -184,50 +164,7 @@ def _refuse_secrets(values: Mapping[str, Any], where: str, *above: str) -> None:
             )
 
 
-def _override(values: dict[str, Any], name: str, text: str, sources: _Sources) -> None:
-    """Put one environment variable in its place."""
-    keys = name[len(PREFIX) :].lower().split("__")
-    if not all(keys):
-        raise ConfigError(f"${name}: write {PREFIX}KEY or {PREFIX}TABLE__KEY")
-    value: Any = text
-    if keys[-1] not in _TEXTS:
-        try:
-            value = json.loads(text)
-        except ValueError:
-            pass
-    place: Any = values
-    for depth, key in enumerate(keys[:-1]):
-        inner = place.get(key) if isinstance(place, dict) else None
-        if key == "budget" and depth == 0:
-            inner = _one_budget(inner, keys, name)
-            if isinstance(inner, list):  # addressed by number
-                place = {str(number): item for number, item in enumerate(inner)}
-                continue
-        if not isinstance(inner, dict):
-            inner = {}
-        if isinstance(place, dict):
-            place[key] = inner
-        place = inner
-    place[keys[-1]] = value
-    sources.variables[tuple(keys)] = name
-
-
-def _one_budget(found: Any, keys: list[str], name: str) -> Any:
-    """The budget that a variable changes: the only one, or the list when the variable says which."""
-    if not isinstance(found, list):
-        return found
-    if keys[1].isdigit():
-        if int(keys[1]) < len(found) and len(keys) == 3:
-            return found
-        raise ConfigError(
-            f"${name}: there are {len(found)} budgets, 0 to {len(found) - 1}: write {PREFIX}BUDGET__0__USD"
-        )
-    if len(found) != 1:
-        raise ConfigError(f"${name}: there are {len(found)} budgets; say which: {PREFIX}BUDGET__0__{keys[1].upper()}")
-    return found[0]
-
-
-def _arguments(values: dict[str, Any], env: Mapping[str, str], sources: _Sources) -> dict[str, Any]:
+def _arguments(values: dict[str, Any], env: Mapping[str, str], sources: Sources) -> dict[str, Any]:
     known = _known()
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -275,10 +212,11 @@ def _check_type(key: str, value: Any, where: str) -> None:
     if kinds is None:
         return
     if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
-        raise ConfigError(f"{where}: {key}: takes {_WORDS[kinds[-1]]}, got {value!r}")
+        got = f"a {type(value).__name__}" if is_secret(key) else repr(value)
+        raise ConfigError(f"{where}: {key}: takes {_WORDS[kinds[-1]]}, got {got}")
 
 
-def _policy(key: str, value: Any, sources: _Sources) -> Any:
+def _policy(key: str, value: Any, sources: Sources) -> Any:
     where, kind = sources.of(key), _TABLES[key]
     if key == "budget":
         given = value if isinstance(value, list) else [value]
@@ -292,12 +230,12 @@ def _policy(key: str, value: Any, sources: _Sources) -> Any:
     return _options(kind, value, key, where, sources)
 
 
-def _options(kind: type[Options], table: Any, name: str, where: str, sources: _Sources | None = None) -> Options:
+def _options(kind: type[Options], table: Any, name: str, where: str, sources: Sources | None = None) -> Options:
     """A policy's options from its table; the first thing that is wrong is named."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"{where}: {name}: takes a table of {', '.join(kind.model_fields)}; got {table!r}")
     try:
-        return kind.model_validate(dict(table), strict=True)
+        made = kind(**table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
@@ -313,6 +251,11 @@ def _options(kind: type[Options], table: Any, name: str, where: str, sources: _S
         message = first["msg"].removeprefix("Value error, ")
         got = f", got {first['input']!r}" if field else ""
         raise ConfigError(f"{where}: {place}: {message[:1].lower()}{message[1:]}{got}") from None
+    for field, value in table.items():
+        if isinstance(value, (str, bool)) and type(getattr(made, field)) is not type(value):  # pydantic was lenient
+            where = sources.of(name, field) if sources is not None else where
+            raise ConfigError(f"{where}: [{name}] {field}: takes a number, got {value!r}")
+    return made
 
 
 def _from_environment(name: str, env: Mapping[str, str], where: str) -> str:

@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import copy as copying
-import datetime as dt
-import inspect
-import warnings
+import copy as copying_module
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import dspy
 import orjson
-from dspy.clients._deprecation import _adapter_call
-from dspy.clients.backend_selection import CLIENT_KEYS
 from dspy.clients.base_lm import BaseLM
-from dspy.clients.call_result import CallResult
-from dspy.clients.execution import PreparedCall, aexecute, execute, finalize, prepare
+from dspy.clients.execution import aexecute, execute, finalize, prepare
 from dspy.clients.lm import _check_engines, _refuse_client_settings
-from dspy.dsp.utils.settings import settings as dspy_settings
-from dspy.lm15 import CacheConfig, Request
+from dspy.lm15 import CacheConfig
 from dspy.utils.callback import BaseCallback, with_callbacks
 from dspy.utils.dummies import DummyLM
 
-from dspy_prod.assemble import assemble, disabled
+from dspy_prod.advice import warn_coarse_budgets, warn_messages
+from dspy_prod.assemble import assemble
+from dspy_prod.calling import hit, per_call, scope_of
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
-from dspy_prod.context import current
+from dspy_prod.copying import REBUILDS, changed, check_timeout, pinned
 from dspy_prod.errors import ConfigError
+from dspy_prod.operations import Operations
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
-from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
 from dspy_prod.pipeline.pipeline import Pipeline
-from dspy_prod.pipeline.scope import SCOPE, Scope, raw_key
+from dspy_prod.pipeline.scope import SCOPE
 from dspy_prod.pipeline.upstream import address_of
 from dspy_prod.records import usd
 from dspy_prod.settings import (
@@ -50,17 +45,8 @@ from dspy_prod.settings import (
 )
 from dspy_prod.stores.base import Store
 
-if TYPE_CHECKING:
-    from dspy_prod.ledger import Ledger
-    from dspy_prod.status import Health, Preview
 
-_POLICIES = frozenset(
-    {"retry", "breaker", "limit", "budget", "fallbacks", "prices", "store", "namespace", "clock", "num_retries"}
-)
-_REBUILDS = _POLICIES | {"model", "model_type", "engine", "async_engine"} | CLIENT_KEYS
-
-
-class LM(dspy.LM):
+class LM(Operations, dspy.LM):
     """A `dspy.LM` with a circuit breaker, rate limiter, response cache, budget, retries and fallbacks beneath it.
 
     Takes every argument of `dspy.LM` and, besides:
@@ -123,7 +109,7 @@ class LM(dspy.LM):
             raise ConfigError(
                 f"an engine object carries canonical arguments only; it cannot be given {', '.join(sorted(extras))}"
             )
-        _check_timeout(clients.get("timeout"))
+        check_timeout(clients.get("timeout"))
         settings = Settings(
             engine=engine,
             async_engine=async_engine,
@@ -161,13 +147,13 @@ class LM(dspy.LM):
     def _install(self, settings: Settings, pipeline: Pipeline | None = None) -> None:
         """Put a pipeline beneath this LM."""
         self.pipeline = assemble(self.model, self.model_type, settings) if pipeline is None else pipeline
-        self.settings = settings = _pinned(settings, self.pipeline.store)
-        self._identity = orjson.dumps(
+        self.settings = settings = pinned(settings, self.pipeline.store)
+        self.identity = orjson.dumps(
             [self.model, self.model_type, address_of(dict(settings.clients), self.model), repr(dict(settings.extras))]
         )
-        self._engine_spec = ProdEngine(self.pipeline, self._identity)
-        self._async_engine_spec = AsyncProdEngine(self.pipeline, self._identity)
-        _warn_coarse_budgets(self)
+        self._engine_spec = ProdEngine(self.pipeline, self.identity)
+        self._async_engine_spec = AsyncProdEngine(self.pipeline, self.identity)
+        warn_coarse_budgets(self)
         LIVE.add(self)
 
     def __repr__(self) -> str:
@@ -177,13 +163,13 @@ class LM(dspy.LM):
     @with_callbacks  # type: ignore[untyped-decorator]
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer a prompt, messages or a typed `Request`, exactly as `dspy.LM` does."""
-        lm, kwargs, extras = self._per_call(kwargs)
-        scope = lm._scope(prompt, messages, kwargs, extras)
-        hit = lm._hit(scope, prompt, messages, kwargs)
-        if hit is not None:
-            return finalize(self, *hit)
+        lm, kwargs, extras = per_call(self, kwargs)
+        scope = scope_of(lm, prompt, messages, kwargs, extras)
+        known = hit(lm, scope, prompt, messages, kwargs)
+        if known is not None:
+            return finalize(self, *known)
         if messages is not None:
-            _warn_messages(self, messages)
+            warn_messages(self, messages)
         token = SCOPE.set(scope)
         try:
             call = prepare(lm, prompt, messages, kwargs)
@@ -194,83 +180,19 @@ class LM(dspy.LM):
     @with_callbacks  # type: ignore[untyped-decorator]
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Asynchronous `__call__`."""
-        lm, kwargs, extras = self._per_call(kwargs)
-        scope = lm._scope(prompt, messages, kwargs, extras)
-        hit = lm._hit(scope, prompt, messages, kwargs)
-        if hit is not None:
-            return finalize(self, *hit)
+        lm, kwargs, extras = per_call(self, kwargs)
+        scope = scope_of(lm, prompt, messages, kwargs, extras)
+        known = hit(lm, scope, prompt, messages, kwargs)
+        if known is not None:
+            return finalize(self, *known)
         if messages is not None:
-            _warn_messages(self, messages)
+            warn_messages(self, messages)
         token = SCOPE.set(scope)
         try:
             call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True)
             return finalize(self, call, await aexecute(lm, call))
         finally:
             SCOPE.reset(token)
-
-    def _per_call(self, kwargs: dict[str, Any]) -> tuple[LM, dict[str, Any], dict[str, Any] | None]:
-        """(the LM to use, its canonical arguments, extras beside them) for one call's arguments."""
-        if not kwargs:
-            return self, kwargs, None
-        plain = True
-        for key in kwargs:
-            if key not in _PLAIN_CALL_KEYS:
-                plain = False
-                break
-        if plain:
-            return self, kwargs, None
-        cache = kwargs.get("cache")
-        request = {"request": kwargs.pop("request")} if "request" in (kwargs := dict(kwargs)) else {}
-        if isinstance(cache, (Cache, Mapping)):
-            return self.copy(cache=cache)._per_call({**kwargs, **request, "cache": True})
-        kwargs.pop("cache", None)
-        canonical, clients, extras = split(kwargs)
-        if cache is not None:
-            canonical["cache"] = cache
-        canonical.update(request)
-        if not clients:
-            return self, canonical, extras or None
-        if "timeout" in clients:
-            _check_timeout(clients["timeout"])
-        return self.copy(**clients), canonical, extras or None
-
-    def _scope(self, prompt: Any, messages: Any, kwargs: dict[str, Any], extras: dict[str, Any] | None) -> Scope:
-        context = current()
-        merged = {**self.kwargs, **kwargs} if kwargs else self.kwargs
-        rollout = merged.get("rollout_id")
-        uses_cache = merged.pop("cache", self.cache) if kwargs else self.cache
-        base = None
-        use_cache = bool(uses_cache) and context.cache != "bypass" and self.pipeline.cache is not None
-        if use_cache and not isinstance(prompt, Request) and "request" not in merged:
-            tenant = None if self.settings.cache.shared else context.tenant
-            base = raw_key(self._identity, prompt, messages, {**merged, **extras} if extras else merged, tenant)
-        return Scope(context, base, extras, rollout, use_cache)
-
-    def _hit(
-        self, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]
-    ) -> tuple[PreparedCall, CallResult] | None:
-        """A fresh answer from memory, before any of DSPy's work; None when the engine has to look."""
-        base = scope.base
-        if base is None or scope.context.cache != "use":
-            return None
-        cache = self.pipeline.cache
-        assert cache is not None
-        entry = cache.fresh(base)
-        if entry is None:
-            scope.missed = True
-            return None
-        if self.model_type == "responses":
-            return None
-        text = entry.text
-        if text is None or kwargs.get("n", 1) not in (1, None) or self.kwargs.get("n", 1) not in (1, None):
-            return None
-        if dspy_settings.send_stream is not None:
-            return None  # a listener wants events: the engine replays the answer for it
-        response = entry.response
-        Call(self.pipeline, _ANY_REQUEST, scope.context, base, None, False, scope.records).record_cached()
-        usage: dict[str, Any] = {}
-        result = CallResult((response,), [text], usage, 0.0, response, response.model, True)
-        return PreparedCall(prompt, messages, kwargs, usage, None, True, 1, True), result
 
     def update_history(self, entry: dict[str, Any]) -> None:
         """Record a call in DSPy's history, with its real cost and whether the cache answered."""
@@ -292,7 +214,7 @@ class LM(dspy.LM):
     # -- copies ------------------------------------------------------------------------------------------------------
     def copy(self, **kwargs: Any) -> LM:
         """A copy that shares breaker, limits, budgets, cache and ledger, with some arguments changed."""
-        policies = {key: kwargs.pop(key) for key in list(kwargs) if key in _REBUILDS}
+        policies = {key: kwargs.pop(key) for key in list(kwargs) if key in REBUILDS}
         if isinstance(kwargs.get("cache"), (Cache, Mapping)):
             policies["cache"] = kwargs.pop("cache")
             kwargs["cache"] = True
@@ -304,16 +226,16 @@ class LM(dspy.LM):
                 setattr(copied, name, policies.pop(name))
                 policies["_rebuild"] = True
         if policies or extras:
-            copied._install(_changed(self.settings, policies, extras))
+            copied._install(changed(self.settings, policies, extras))
         else:
             LIVE.add(copied)
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LM:
         # Optimizers deep-copy programs; a budget that were copied with them would no longer be one budget.
-        twin: LM = copying.copy(self)
+        twin: LM = copying_module.copy(self)
         memo[id(self)] = twin
-        twin.kwargs = copying.deepcopy(self.kwargs, memo)
+        twin.kwargs = copying_module.deepcopy(self.kwargs, memo)
         twin.history = list(self.history)
         twin.callbacks = list(self.callbacks)
         LIVE.add(twin)
@@ -321,7 +243,7 @@ class LM(dspy.LM):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("_engine_spec", "_async_engine_spec", "pipeline", "_identity"):
+        for name in ("_engine_spec", "_async_engine_spec", "pipeline", "identity"):
             state.pop(name, None)
         state["settings"] = replace(self.settings.sealed(), store=self.pipeline.store.url)
         state["_token"] = remember(self.settings)
@@ -363,51 +285,6 @@ class LM(dspy.LM):
             raise ConfigError(f'{path or "environment"}: model: is missing; add model = "openai/gpt-4o-mini"')
         return cls(**arguments)
 
-    # -- operating ---------------------------------------------------------------------------------------------------
-    @property
-    def ledger(self) -> Ledger:
-        """The records of every attempt, in this LM's store and namespace."""
-        from dspy_prod.ledger import Ledger
-
-        return Ledger(self.pipeline.store, self.pipeline.clock)
-
-    def costs(self, by: str | None = None) -> Any:
-        """What was spent: a `CostSummary`, or sums by `"day"`, `"model"`, `"user"`, `"tenant"`, `"tag:<key>"`, ..."""
-        from dspy_prod.status import costs, costs_by
-
-        return costs(self.pipeline) if by is None else costs_by(self.pipeline.store, by)
-
-    def health(self) -> Health:
-        """State of breaker, limiter, cache and costs, and one overall status."""
-        from dspy_prod.status import health
-
-        return health([self.pipeline])
-
-    def preview(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Preview:
-        """What a call would cost at most, whether it is affordable, and how long it would wait; sends nothing."""
-        from dspy_prod.status import preview
-
-        lm, kwargs, extras = self._per_call(kwargs)
-        return preview(lm.pipeline, lm, prepare(lm, prompt, messages, kwargs), extras)
-
-    def cache_clear(self) -> None:
-        """Forget every cached answer of this store and namespace."""
-        if self.pipeline.cache is not None:
-            self.pipeline.cache.clear()
-
-    def close(self) -> None:
-        """Flush the ledger and close pooled connections. The LM stays usable."""
-        from dspy_prod.pipeline.reaper import REAPER
-
-        REAPER.flush()
-        self.pipeline.store.flush(5.0)
-        self.pipeline.close()
-
-    async def aclose(self) -> None:
-        """Asynchronous `close`, for this event loop's connections too."""
-        await self.pipeline.aclose()
-        await asyncio.to_thread(self.close)
-
 
 def wrap(lm: dspy.LM, **policies: Any) -> LM:
     """The same LM with policies beneath it.
@@ -446,115 +323,3 @@ def wrap(lm: dspy.LM, **policies: Any) -> LM:
 
 LIVE: weakref.WeakSet[LM] = weakref.WeakSet()
 """The LMs alive in this process, for `dspy_prod.health()`."""
-
-_ANY_REQUEST: Any = None  # a hit in memory never looks at the request
-_PLAIN_CALL_KEYS = frozenset(
-    {
-        "temperature",
-        "max_tokens",
-        "max_completion_tokens",
-        "top_p",
-        "n",
-        "rollout_id",
-        "response_format",
-        "tools",
-        "tool_choice",
-        "stop",
-        "seed",
-        "logprobs",
-        "reasoning_effort",
-    }
-)
-
-
-def _pinned(settings: Settings, store: Store) -> Settings:
-    """The settings with the store they found, so that copies find the same one from another directory too."""
-    if settings.opened is store or (settings.store is None and not store.durable):  # memory, for want of a file
-        return settings
-    return replace(settings, opened=store)
-
-
-def _changed(settings: Settings, policies: dict[str, Any], extras: dict[str, Any]) -> Settings:
-    changes: dict[str, Any] = {}
-    if "retry" in policies or "num_retries" in policies:
-        changes["retry"] = retry_option(policies.get("retry"), policies.get("num_retries"))
-    if "breaker" in policies:
-        changes["breaker"] = option(CircuitBreaker, policies["breaker"], "breaker", default=CircuitBreaker())
-    if "limit" in policies:
-        changes["limit"] = option(RateLimit, policies["limit"], "limit", default=None)
-    if "cache" in policies:
-        changes["cache"] = option(Cache, policies["cache"], "cache", default=Cache())
-    if "budget" in policies:
-        changes["budgets"] = budget_options(policies["budget"])
-    if "prices" in policies:
-        changes["prices"] = price_options(policies["prices"])
-    if "fallbacks" in policies:
-        changes["fallbacks"] = tuple(policies["fallbacks"])
-    for name in ("store", "namespace", "clock", "engine", "async_engine"):
-        if name in policies:
-            changes[name] = policies[name]
-    if "engine" in policies and "async_engine" not in policies:
-        changes["async_engine"] = None
-    clients = {key: value for key, value in policies.items() if key in CLIENT_KEYS}
-    if clients:
-        merged = {**settings.clients, **clients}
-        changes["clients"] = {key: value for key, value in merged.items() if value is not None}
-    if extras:
-        changes["extras"] = {k: v for k, v in {**settings.extras, **extras}.items() if v is not None}
-    if not changes.keys().isdisjoint(("store", "namespace", "clock")):
-        changes["opened"] = None
-    changed = replace(settings, **changes)
-    _check_engines(changed.engine, changed.async_engine)
-    connection = {key: value for key, value in changed.clients.items() if key != "timeout"}
-    _refuse_client_settings(changed.engine, connection, where="LM.copy")
-    return changed
-
-
-def _check_timeout(timeout: Any) -> None:
-    if isinstance(timeout, dt.timedelta):
-        raise ConfigError("timeout= takes seconds, as in dspy.LM; pass timeout=delta.total_seconds()")
-    if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and not 0 < timeout < float("inf"):
-        raise ConfigError(f"timeout={timeout!r} must be a positive number of seconds")
-
-
-def _warn_messages(lm: LM, messages: Any) -> None:
-    """DSPy's own deprecation of `messages=`, attributed to the caller instead of to this library."""
-    origin = _adapter_call.get()
-    if origin is not None and origin[0] is lm and origin[1] is messages:
-        return
-    level = 1
-    frame = inspect.currentframe()
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.split(".", 1)[0] not in ("dspy", "dspy_prod"):
-            break
-        level += 1
-        frame = frame.f_back
-    warnings.warn(
-        "Passing OpenAI-style messages= to an LM is deprecated in DSPy and goes away in DSPy 3.5; "
-        "pass a dspy.lm15.Request, or a plain prompt",
-        DeprecationWarning,
-        stacklevel=level,
-    )
-
-
-def _warn_coarse_budgets(lm: LM) -> None:
-    """Warn when one call's bound is a large part of a budget: the last part of it could not be spent."""
-    if disabled() or not lm.settings.budgets:
-        return
-    tokens = lm.kwargs.get("max_tokens") or lm.kwargs.get("max_completion_tokens")
-    if tokens is None or not isinstance(lm.settings.engine, str):
-        return
-    rates = lm.pipeline.primary.rates()
-    if rates is None:
-        return
-    bound = rates.bound(0, int(tokens))
-    for budget in lm.settings.budgets:
-        if bound > 0.05 * budget.limit_nano:
-            warnings.warn(
-                f"max_tokens={tokens} lets one call of {lm.model} reserve {usd(bound):.6f} USD, more than 5 % of the "
-                f"budget {budget.title!r} ({budget.usd:g} USD); up to one such reservation may stay unspent. "
-                "Lower max_tokens, or set shrink_last=True",
-                UserWarning,
-                stacklevel=4,
-            )

@@ -25,6 +25,7 @@ LEVELS: Final[Mapping[str, int]] = {
     "attempt_failed": logging.INFO,
     "breaker_half_open": logging.INFO,
     "breaker_closed": logging.INFO,
+    "store_recovered": logging.INFO,
     "breaker_opened": logging.WARNING,
     "rejected": logging.WARNING,
     "fallback_response": logging.WARNING,
@@ -33,7 +34,7 @@ LEVELS: Final[Mapping[str, int]] = {
 }
 """The level of each event; events not named here are problems of the library's own and logged as warnings."""
 
-_SUBJECTS: Final = ("program", "model", "route", "budget", "store")
+_SUBJECTS: Final = ("program", "model", "route", "budget", "store", "path")
 _HIDDEN: Final = frozenset({"call_id", "record_id", "generation", "estimated"})
 _HUMAN_FORMAT: Final = "%(asctime)s %(levelname)-7s %(message)s"
 

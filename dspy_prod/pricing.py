@@ -283,7 +283,7 @@ class PriceBook:
         As in DSPy, the model that really served is priced when the metadata knows it, and the tier the provider
         reports wins over the one asked for; generated media and hosted tools are billed apart from tokens: None.
         """
-        if rates is None or any([part.type in MEDIA for part in response.message.parts]):
+        if rates is None or any(part.type in MEDIA for part in response.message.parts):
             return None
         tier, long_cache = None, False
         if request is not None:

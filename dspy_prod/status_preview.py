@@ -13,6 +13,7 @@ from dspy.clients.execution import PreparedCall, _canonical
 from dspy.lm15 import Request
 
 from dspy_prod.bounds import hosted_fees
+from dspy_prod.calling import scope_of
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError, StoreUnavailableError
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.pipeline import Pipeline
@@ -89,7 +90,7 @@ def preview(pipeline: Pipeline, lm: LM, prepared: PreparedCall, extras: dict[str
 def _calls(lm: LM, prepared: PreparedCall, request: Request, extras: dict[str, Any] | None) -> list[Call]:
     """The engine calls behind one LM call (one for each of `n` answers), with the cache keys they would have."""
     prompt = prepared.prompt if prepared.request is None else prepared.request
-    token = SCOPE.set(lm._scope(prompt, prepared.messages, prepared.kwargs, extras))
+    token = SCOPE.set(scope_of(lm, prompt, prepared.messages, prepared.kwargs, extras))
     try:
         return [lm._engine_spec._call(request, False) for _ in range(prepared.n)]
     finally:

@@ -120,11 +120,13 @@ def test_an_impossible_limit_is_refused(limit: Any, ledger: Ledger) -> None:
 )
 def test_records_are_found_by_every_field(field: str, store: Store, ledger: Ledger) -> None:
     """Each filter compares its own field, and several must all match."""
-    put(store, "mine", **{field: "x"})
-    put(store, "other", **{field: "y"})
-    assert ids(ledger.records(**{field: "x"})) == ["mine"]  # type: ignore[arg-type]
-    assert ledger.records(**{field: "x"}, since=NOON + HOUR) == []  # type: ignore[arg-type]
-    assert ledger.records(**{field: "z"}) == []  # type: ignore[arg-type]
+    mine: dict[str, Any] = {field: "x"}
+    other: dict[str, Any] = {field: "y"}
+    put(store, "mine", **mine)
+    put(store, "other", **other)
+    assert ids(ledger.records(**mine)) == ["mine"]
+    assert ledger.records(**mine, since=NOON + HOUR) == []
+    assert ledger.records(**{**mine, field: "z"}) == []
 
 
 def test_a_call_that_returned_is_in_the_ledger(store: Store, clock: FakeClock) -> None:
@@ -147,8 +149,9 @@ def test_a_call_that_returned_is_in_the_ledger(store: Store, clock: FakeClock) -
 def timed_out(store: Store, clock: FakeClock) -> dspy_prod.LM:
     """An LM whose only call ended with an unknown outcome, charged at its bound."""
     lm = dspy_prod.LM(
-        "unit/model", engine=ScriptedEngine(LMTimeoutError("late")), store=store, clock=clock, retry=False, max_tokens=100,
-        prices={"unit/model": Price(input=1000, output=1000)}, budget=Budget(usd=0.3, per="day"), breaker=False,
+        "unit/model", engine=ScriptedEngine(LMTimeoutError("late")), store=store, clock=clock, retry=False,
+        max_tokens=100, prices={"unit/model": Price(input=1000, output=1000)}, budget=Budget(usd=0.3, per="day"),
+        breaker=False,
     )  # fmt: skip
     with pytest.raises(LMError):
         lm("q")

@@ -8,9 +8,9 @@ import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import cloudpickle
+import cloudpickle  # type: ignore[import-untyped]
 import dspy
 import pytest
 from dspy.lm15 import Request, Response
@@ -39,7 +39,7 @@ PRICES = {"unit/model": Price(input=1000, output=1000)}
 class PicklableEngine:
     """An engine object that can be pickled. What it was asked is kept with the class."""
 
-    requests: list[Request] = []
+    requests: ClassVar[list[Request]] = []
 
     def complete(self, request: Request) -> Response:
         self.requests.append(request)
@@ -66,7 +66,6 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "copy(cache=Cache)": lambda lm: lm.copy(cache=Cache(ttl=5)),
     "wrap": lambda lm: dspy_prod.wrap(lm),
     "program.deepcopy": lambda lm: _program(lm).deepcopy().lm,
-    "state": lambda lm: type(lm).load_state({**lm.dump_state(), "store": lm.pipeline.store}),
 }
 
 
@@ -90,7 +89,7 @@ def store() -> MemoryStore:
     return MemoryStore("copies")
 
 
-@pytest.fixture(params=[name for name in COPIES if name not in ("state",)])
+@pytest.fixture(params=COPIES)
 def copied(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
     return COPIES[request.param]
 
@@ -102,7 +101,7 @@ def test_a_copy_shares_store_breaker_limits_and_budget_rules(copied: Any, store:
     """They are the very same objects, not equal ones."""
     lm = make(store, engine=PicklableEngine())
     twin = copied(lm)
-    assert twin is not lm or copied is COPIES["wrap"]
+    assert twin is not lm
     assert twin.pipeline.store is store
     assert twin.pipeline.primary.state is lm.pipeline.primary.state
     assert twin.pipeline.primary.limit_key == lm.pipeline.primary.limit_key
@@ -131,10 +130,7 @@ def test_a_copy_spends_the_same_money(copied: Any, store: MemoryStore) -> None:
 
 def test_a_copy_meets_the_same_circuit(copied: Any, store: MemoryStore) -> None:
     """Failures of original and copy add up, and both find the circuit open then."""
-
-    lm = make(store, engine=ScriptedEngine(LMServerError("down", status=500)))
-    if "pickle" in str(copied) or copied in (COPIES["pickle"], COPIES["cloudpickle"], COPIES["pickled twice"]):
-        lm = make(store, engine=FailingEngine())
+    lm = make(store, engine=FailingEngine())
     twin = copied(lm)
     for each in (lm, twin):
         with pytest.raises(LMServerError):
@@ -410,7 +406,7 @@ class Overrides(dspy.LM):  # type: ignore[misc]
 
 def test_wrap_refuses_what_it_would_bypass() -> None:
     """A `forward` of its own, or no LM at all, is refused with the remedy."""
-    with pytest.raises(ConfigError, match="Overrides overrides forward.*implement an engine"):
+    with pytest.raises(ConfigError, match=r"Overrides overrides forward.*implement an engine"):
         dspy_prod.wrap(Overrides(MODEL))
-    with pytest.raises(ConfigError, match="takes a dspy.LM, got str"):
+    with pytest.raises(ConfigError, match=r"takes a dspy\.LM, got str"):
         dspy_prod.wrap(MODEL)

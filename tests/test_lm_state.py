@@ -43,7 +43,7 @@ class SavedEngine:
 class AsyncSavedEngine(SavedEngine):
     """Its asynchronous twin."""
 
-    async def complete(self, request: Request) -> Response:  # type: ignore[override]
+    async def complete(self, request: Request) -> Response:
         return ScriptedEngine(self.greeting).complete(request)
 
 
@@ -71,7 +71,12 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "breaker": {"breaker": CircuitBreaker(failure_threshold=2, failure_rate=None, slow_call_duration=3)},
     "no breaker": {"breaker": False},
     "limit": {"limit": RateLimit(rpm=100, tpm=5000, concurrency=3, burst=2, fair_by="tenant")},
-    "budgets": {"budget": [Budget(usd=5, per="day"), Budget(usd=1, scope="tag:team", soft=0.5, degrade_to="openai/gpt-4.1-nano")]},
+    "budgets": {
+        "budget": [
+            Budget(usd=5, per="day"),
+            Budget(usd=1, scope="tag:team", soft=0.5, degrade_to="openai/gpt-4.1-nano"),
+        ]
+    },
     "prices": {"prices": {MODEL: Price(input=1, output=2, cached_input=0.5)}},
     "connection": {"api_base": "https://gateway.example/v1", "timeout": 9.5, "organization": "acme"},
     "litellm": {"engine": "litellm", "aws_region_name": "eu-central-1", "num_ctx": 4096, "extra_body": {"a": [1]}},
@@ -258,9 +263,9 @@ def test_what_is_left_out_is_said_once(caplog: pytest.LogCaptureFixture) -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["api_key", "api-key", "apikey", "x-api-key", "Authorization", "aws_secret_access_key", "aws_session_token", "hf_token",
-     "azure_ad_token", "azure_ad_token_provider", "vertex_credentials", "client_secret", "password", "passwd", "token",
-     "Cookie", "private_key", "headers", "extra_headers", "aws_access_key_id", "OPENAI_API_KEY", "key"],
+    ["api_key", "api-key", "apikey", "x-api-key", "Authorization", "aws_secret_access_key", "aws_session_token",
+     "hf_token", "azure_ad_token", "azure_ad_token_provider", "vertex_credentials", "client_secret", "password",
+     "passwd", "token", "Cookie", "private_key", "headers", "extra_headers", "aws_access_key_id", "OPENAI_API_KEY", "key"],
 )  # fmt: skip
 def test_secret_names_are_known(name: str) -> None:
     """By the words providers and LiteLLM use."""
@@ -269,8 +274,8 @@ def test_secret_names_are_known(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["max_tokens", "max_completion_tokens", "prompt_cache_key", "top_k", "tokenizer", "input_tokens", "api_base", "monkey",
-     "keyword", "author", "model", "namespace", "tpm", "budget_tokens", "key_terms"],
+    ["max_tokens", "max_completion_tokens", "prompt_cache_key", "top_k", "tokenizer", "input_tokens", "api_base",
+     "monkey", "keyword", "author", "model", "namespace", "tpm", "budget_tokens", "key_terms"],
 )  # fmt: skip
 def test_ordinary_names_are_not_secret(name: str) -> None:
     """A setting must not get lost for a resemblance."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
+import cloudpickle  # type: ignore[import-untyped]
 import dspy
 import pytest
 
@@ -49,7 +49,10 @@ def lm(provider: Provider, tmp_path: Path) -> Iterator[dspy_prod.LM]:
         MODEL,
         api_key="sk-live-KEY",
         api_base=provider.url,
-        fallbacks=[dspy.LM("openai/gpt-4.1-nano", api_key="sk-live-FALLBACK", api_base=provider.url), "openai/gpt-4.1-mini"],
+        fallbacks=[
+            dspy.LM("openai/gpt-4.1-nano", api_key="sk-live-FALLBACK", api_base=provider.url),
+            "openai/gpt-4.1-mini",
+        ],
         budget=Budget(usd=5),
         limit=RateLimit(rpm=6000, burst=100),
         store=f"sqlite:///{tmp_path}/state.db",
@@ -64,8 +67,9 @@ def lm(provider: Provider, tmp_path: Path) -> Iterator[dspy_prod.LM]:
 def loaded_with_secrets() -> dspy_prod.LM:
     """An LM that never calls, with the secrets that only LiteLLM and gateways take."""
     return dspy_prod.LM(
-        "bedrock/anthropic.claude", store="memory://secrets", aws_secret_access_key="sk-live-AWS", aws_region_name="eu-1",
-        extra_body={"auth": {"token": "sk-live-NESTED"}, "keep": 1}, extra_headers={"Authorization": "sk-live-HEADER"},
+        "bedrock/anthropic.claude", store="memory://secrets", aws_secret_access_key="sk-live-AWS",
+        aws_region_name="eu-1", extra_body={"auth": {"token": "sk-live-NESTED"}, "keep": 1},
+        extra_headers={"Authorization": "sk-live-HEADER"},
         api_base="https://me:hunter2@gateway.example/v1", api_key=lambda: "sk-live-CALLABLE",
     )  # fmt: skip
 
@@ -103,12 +107,11 @@ def test_no_view_of_an_lm_shows_a_secret(view: str, which: str, request: pytest.
 def test_no_pickle_holds_a_secret(dumps: Any, which: str, request: pytest.FixtureRequest) -> None:
     """Fallback LMs, headers, callables, cloud credentials and nested fields included."""
     lm = request.getfixturevalue(which)
-    if which == "loaded_with_secrets":
-        lm = lm.copy(api_key="sk-live-STRING")  # a lambda could not be pickled
-    program = dspy.Predict("question -> answer")
-    program.lm = lm
-    for thing in (lm, [lm.copy(temperature=0.5)], program, {"deep": lm.__getstate__()}):
-        assert hides(dumps(thing))
+    assert hides(dumps([lm, lm.copy(temperature=0.5), lm.__getstate__()]))
+    if dumps is cloudpickle.dumps:  # plain pickle cannot write DSPy's signatures
+        program = dspy.Predict("question -> answer")
+        program.lm = lm
+        assert hides(dumps(program))
 
 
 def test_the_same_process_finds_the_secrets_of_a_pickle_again(lm: dspy_prod.LM, provider: Provider) -> None:
@@ -150,7 +153,12 @@ def test_another_process_takes_its_key_from_the_environment(
     """The pickle has address, budget and store, and not the key."""
     path = tmp_path / "lm.pkl"
     path.write_bytes(pickle.dumps(lm))
-    env = {**os.environ, "OPENAI_API_KEY": "sk-of-the-child", "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": os.getcwd()}
+    env = {
+        **os.environ,
+        "OPENAI_API_KEY": "sk-of-the-child",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "PYTHONPATH": os.getcwd(),
+    }
     done = subprocess.run([sys.executable, "-c", CHILD, str(path)], env=env, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
     assert provider.calls[-1].headers["authorization"] == "Bearer sk-of-the-child"
@@ -191,7 +199,7 @@ def test_no_error_log_or_event_shows_a_secret(
     provider.down(status)
     remove = dspy_prod.add_listener(events.append)
     try:
-        with caplog.at_level(logging.DEBUG), pytest.raises(Exception) as caught:  # noqa: PT011, B017
+        with caplog.at_level(logging.DEBUG), pytest.raises(Exception) as caught:
             lm.copy(retry=False)("question")
         with caplog.at_level(logging.DEBUG):
             lm.health()
@@ -204,7 +212,7 @@ def test_no_error_log_or_event_shows_a_secret(
     error = caught.value
     assert hides("".join(traceback.format_exception(error)))
     assert hides(repr(vars(error)))
-    assert hides(pickle.dumps(error)) if isinstance(error, dspy_prod.RejectedError) else True
+    assert hides(repr(error.args))
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,15 @@ def test_an_open_circuit_degrades(store: MemoryStore, clock: FakeClock) -> None:
 def test_a_budget_above_ninety_percent_warns(store: MemoryStore) -> None:
     """The warning begins above 90 % and names the budget and both sums."""
     engine = ScriptedEngine("hi", input_tokens=9, output_tokens=0)
-    lm = make(store, engine, "unit/model", prices=PRICES, budget=Budget(usd=1, name="small", max_wait=0), max_tokens=1, cache=False)
+    lm = make(
+        store,
+        engine,
+        "unit/model",
+        prices=PRICES,
+        budget=Budget(usd=1, name="small", max_wait=0),
+        max_tokens=1,
+        cache=False,
+    )
     lm.pipeline.primary.bounds = lambda request: (10, 0)  # type: ignore[method-assign]
     for _ in range(100):
         lm("q")
@@ -210,21 +218,26 @@ def test_a_store_that_dropped_something_degrades(problems: Any, store: MemorySto
 def test_health_of_everything_counts_each_store_and_route_once(clock: FakeClock) -> None:
     """Copies and LMs that share an identity are one; another store and another model are not."""
     gc.collect()
-    shared, other = MemoryStore("one", clock=clock), MemoryStore("two", clock=clock)
-    budget = Budget(usd=5)
-    first = make(shared, model="unit/a", budget=budget, prices={"unit/a": Price(input=1, output=1)})
-    second = make(shared, model="unit/b", budget=budget, prices={"unit/b": Price(input=1, output=1)})
-    third = make(other, model="unit/a", limit=RateLimit(rpm=60))
-    copies = [first.copy(temperature=1.0), first.copy(cache=False), dspy.Predict("a -> b").deepcopy(), first.copy(limit=None)]
+    shared, other = MemoryStore("once-1", clock=clock), MemoryStore("once-2", clock=clock)
+    budget = Budget(usd=4.25)
+    first = make(shared, model="once/a", budget=budget, prices={"once/a": Price(input=1, output=1)})
+    second = make(shared, model="once/b", budget=budget, prices={"once/b": Price(input=1, output=1)})
+    third = make(other, model="once/a", limit=RateLimit(rpm=60))
+    copies = [
+        first.copy(temperature=1.0),
+        first.copy(cache=False),
+        dspy.Predict("a -> b").deepcopy(),
+        first.copy(limit=None),
+    ]
     first("q")
     third("q")
     health = dspy_prod.health()
-    ours = [b for b in health.breakers if b.model.startswith("unit/")]
-    assert sorted(b.model for b in ours) == ["unit/a", "unit/a", "unit/b"]
-    assert sorted(s.namespace for s in health.stores if s.namespace in ("one", "two")) == ["one", "two"]
-    assert len([x for x in health.limiters if x.model == "unit/a"]) == 1
+    ours = [b for b in health.breakers if b.model.startswith("once/")]
+    assert sorted(b.model for b in ours) == ["once/a", "once/a", "once/b"]
+    assert sorted(s.namespace for s in health.stores if s.namespace in ("once-1", "once-2")) == ["once-1", "once-2"]
+    assert len([x for x in health.limiters if x.model == "once/a"]) == 1
     assert health.costs is not None
-    assert [b.title for b in health.costs.budgets if b.limit_usd == 5] == ["total"]
+    assert [b.title for b in health.costs.budgets if b.limit_usd == 4.25] == ["total"]
     del copies, second
 
 
@@ -233,7 +246,13 @@ def test_health_without_any_lm_is_empty_and_healthy() -> None:
     from dspy_prod.status import health
 
     nothing = health([])
-    assert (nothing.status, nothing.breakers, nothing.costs, nothing.cache, nothing.store) == ("healthy", [], None, None, None)
+    assert (nothing.status, nothing.breakers, nothing.costs, nothing.cache, nothing.store) == (
+        "healthy",
+        [],
+        None,
+        None,
+        None,
+    )
 
 
 def test_reports_are_frozen_and_survive_json(store: MemoryStore) -> None:
@@ -354,7 +373,10 @@ def test_costs_by_sums_every_dimension_and_orders_by_cost(store: MemoryStore) ->
     record(store, ago(0), 0.0, model="a", cached=True, outcome="cached")
     lm = make(store)
     rows = lm.costs(by="model")
-    assert [(row.value, row.usd, row.unconfirmed_usd, row.unknown_cost) for row in rows] == [("b", 3.0, 0, 0), ("a", 1.5, 0.5, 1)]
+    assert [(row.value, row.usd, row.unconfirmed_usd, row.unknown_cost) for row in rows] == [
+        ("b", 3.0, 0, 0),
+        ("a", 1.5, 0.5, 1),
+    ]
     assert (rows[1].attempts, rows[1].cached, rows[1].failed) == (3, 1, 1)
     assert (rows[1].input_tokens, rows[1].output_tokens) == (10, 2)
     assert [(row.value, row.usd) for row in lm.costs(by="day")] == [(str(ago(1)), 1.0), (str(ago(0)), 3.5)]
@@ -368,7 +390,7 @@ def test_costs_by_sums_every_dimension_and_orders_by_cost(store: MemoryStore) ->
 @pytest.mark.parametrize("by", ["", "users", "all", "tag:", "tag"])
 def test_an_unknown_dimension_is_refused_by_name(by: str, store: MemoryStore) -> None:
     """The message lists what there is."""
-    with pytest.raises(ValueError, match="'model'.*'tag:<key>'"):
+    with pytest.raises(ValueError, match=r"'model'.*'tag:<key>'"):
         costs_by(store, by)
 
 
@@ -500,7 +522,9 @@ def test_a_preview_of_an_open_circuit_tells_when_it_may_be_tried(store: MemorySt
     with pytest.raises(CircuitOpenError):
         lm("q")
     backup = dspy.LM("openai/gpt-4.1-nano", engine=ScriptedEngine("hi"))
-    rescued = make(store, failing, breaker=breaker, budget=Budget(usd=5), fallbacks=[backup], retry=Retry(attempts=1)).preview("q")
+    rescued = make(
+        store, failing, breaker=breaker, budget=Budget(usd=5), fallbacks=[backup], retry=Retry(attempts=1)
+    ).preview("q")
     assert (rescued.model, rescued.reason, rescued.wait) == ("openai/gpt-4.1-nano", None, 0.0)
 
 
@@ -515,7 +539,8 @@ def test_a_preview_of_a_full_limiter_tells_the_wait(store: MemoryStore, clock: F
     assert 59 <= preview.wait <= 63
     clock.advance(preview.wait - 10)
     soon = lm.preview("c")
-    assert (soon.reason, soon.wait) == (None, pytest.approx(10, abs=0.01))
+    assert soon.reason is None
+    assert soon.wait == pytest.approx(10, abs=0.01)
     with call_context(deadline=5, clock=clock):
         assert lm.preview("c").reason == "deadline_exceeded"
     clock.advance(10.01)
@@ -614,7 +639,7 @@ def test_a_preview_knows_whether_the_cache_would_answer(arguments: Any, store: M
 
 
 def test_a_preview_respects_cache_modes_tenants_and_expiry(store: MemoryStore, clock: FakeClock) -> None:
-    """Another tenant, a bypass, a refresh, an expired answer, other arguments: none would be answered from the cache."""
+    """Another tenant, a bypass, a refresh, other arguments and an expired answer are not answered by the cache."""
     lm = make(store, cache=Cache(ttl=60, ttl_jitter=0))
     with call_context(tenant="a"):
         lm("q")

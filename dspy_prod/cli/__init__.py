@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(getattr(reports, arguments.command)(arguments))
     except (RejectedError, ConfigError, ValueError) as error:
-        print(f"dspy-prod {arguments.command}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"dspy-prod {arguments.command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()

@@ -118,7 +118,7 @@ def demo(*, model: str | None = None, simulate: bool = False, as_json: bool = Fa
             finally:
                 remove()
         lm.close()
-        records = [record for record in lm.ledger.records(since=began)]
+        records = lm.ledger.records(since=began)
         verdict = compare(records, providers)
         (show_json if as_json else show)(console, run, records, verdict, lm.health())
     finally:

@@ -63,14 +63,16 @@ class SortMessage(dspy.Signature):
 class Triage(dspy.Module):
     """Sorts a message, with the most similar of 32 answered examples as demos.
 
-    A model of 135 million parameters cannot tell the categories apart without them. The similarity is a plain overlap
-    of words, so a call needs no second model. Demos that an optimizer found are used in place of these.
+    A model of 135 million parameters guesses without them. The similarity is an overlap of words, so a call needs no
+    second model. Most of the answer is in the example: on `messages()`, with SmolLM2 and one example, 47 of 60
+    categories are right, and 46 of 60 if the example's own category is taken and no model asked. Demos that an
+    optimizer found replace these.
 
     Args:
-        examples: how many demos a call carries. Each costs about 50 input tokens.
+        examples: how many demos a call carries. Each costs about 60 input tokens; two did no better than one.
     """
 
-    def __init__(self, examples: int = 2) -> None:
+    def __init__(self, examples: int = 1) -> None:
         super().__init__()
         self.examples = examples
         self.sort = dspy.Predict(SortMessage)
@@ -96,7 +98,12 @@ def similar_examples(message: str, count: int) -> list[Any]:
         return []
     words = _words(message)
     index, weights = _index()
-    ranked = sorted(index, key=lambda entry: sum(weights[word] for word in words & entry[0]) / math.sqrt(len(entry[0])))
+
+    def similarity(entry: tuple[frozenset[str], Any]) -> float:
+        # fsum: the order of a set differs between processes, the demos (and so the cache's key) must not.
+        return math.fsum(weights[word] for word in words & entry[0]) / math.sqrt(len(entry[0]))
+
+    ranked = sorted(index, key=similarity)
     return [example for _, example in ranked[-count:]]
 
 

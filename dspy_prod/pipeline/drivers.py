@@ -18,13 +18,14 @@ from dspy._vendor.lm15.result import StreamAccumulator
 from dspy._vendor.lm15.types import StreamEvent
 from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
 from dspy.clients.errors import wrap_error
-from dspy.lm15 import Response, TransportError, response_to_events
+from dspy.lm15 import Response, TransportError
 
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, bounded, bounded_stream
 from dspy_prod.pipeline.echoes import without_secrets_of
 from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Wait
 from dspy_prod.pipeline.flow import Flow
+from dspy_prod.pipeline.replay import replay
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout_at
@@ -86,7 +87,7 @@ def run_stream(steps: Flow, call: Call) -> Generator[StreamEvent, None, None]:
     if end is not None:
         yield end
     else:
-        yield from response_to_events(response)  # the cache answered
+        yield from replay(response)  # the cache answered
 
 
 async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, None]:
@@ -113,7 +114,7 @@ async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, No
     if ended:
         yield ended[1]
         return
-    for event in response_to_events(response):
+    for event in replay(response):
         yield event
 
 

@@ -94,14 +94,12 @@ def judge(error: BaseException) -> Verdict:
     if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
         return CANCELLED
     verdict = next((verdict for kind, verdict in _RULES if isinstance(error, kind)), _UNKNOWN)
-    if isinstance(error, (LMTransportError, LMServerError)):
-        told = _told_by_http(error)
-        if not told and _never_connected(error):
+    if isinstance(error, (LMTransportError, LMServerError)) and not _told_by_http(error):
+        causes = list(_causes(error))
+        if _never_connected(causes):
             return _UNSENT
-        if not told and any(isinstance(cause, JSONDecodeError) for cause in _causes(error)):
-            return _UNKNOWN  # a broken answer
-        if isinstance(error, LMServerError) and not told:
-            return verdict
+        broken_answer = any(isinstance(cause, JSONDecodeError) for cause in causes)
+        return _UNKNOWN if broken_answer else verdict
     status = getattr(error, "status", None)
     if isinstance(status, int) and verdict.owed and _refused_unbilled(status):
         return verdict._replace(owed=False)
@@ -127,12 +125,11 @@ def _told_by_http(error: BaseException) -> bool:
     return not translated and isinstance(getattr(error, "status", None), int)
 
 
-def _never_connected(error: BaseException) -> bool:
+def _never_connected(causes: list[BaseException]) -> bool:
     """Whether the chain of causes says that no connection was made, so that nothing was sent.
 
     LiteLLM's asynchronous transport also says `ConnectError` for a connection that was reset after sending.
     """
-    causes = list(_causes(error))
     if any(isinstance(cause, _BROKEN) or type(cause).__name__ == "ClientOSError" for cause in causes):
         return False
     return any(type(cause).__name__ in _CONNECT_ERRORS or isinstance(cause, ConnectionRefusedError) for cause in causes)

@@ -158,10 +158,9 @@ def _ask(
         )  # fmt: skip
 
     fair = "" if limit.fair_by is None else (getattr(context, limit.fair_by) or "")
-    if not limited:
-        return Ask(id, None, None, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease, stub)
+    key, settings = (route.limit_key, limit) if limited else (None, None)
     return Ask(
-        id, route.limit_key, limit, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,
+        id, key, settings, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,
         stub if accounts else None,
     )  # fmt: skip
 

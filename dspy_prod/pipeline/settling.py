@@ -188,7 +188,10 @@ def _ended_late(
             call.remember(record)
             return
     if isinstance(failure, Exception):
-        end = judge(wrap_error(failure, model=route.model, provider=route.upstream.provider))
+        error = wrap_error(failure, model=route.model, provider=route.upstream.provider)
+        if error is not failure:
+            error.__cause__ = failure  # what it means depends on its causes
+        end = judge(error)
         verdict = verdict._replace(owed=end.owed, sent=end.sent)
     _settle_failure(call, plan, ticket, latency, verdict, AttemptTimeoutError())
 

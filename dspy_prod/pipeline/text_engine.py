@@ -20,6 +20,8 @@ class _TextConfig:
         if any(not isinstance(content, str) for content in contents):
             raise UnsupportedFeatureError("text-completion models take text only", feature="messages")
         data["prompt"] = "\n\n".join([*contents, "BEGIN RESPONSE:"])  # DSPy's own layout for text models
+        if "max_completion_tokens" in data:  # the chat API's newer name, unknown to text completions
+            data["max_tokens"] = data.pop("max_completion_tokens")
         options = {key: value for key, value in self._options.items() if value is not None}
         provider, _, name = request.model.rpartition("/")
         data["model"] = f"text-completion-openai/{name}" if provider in ("", "openai") else request.model

@@ -7,17 +7,12 @@ budgets are strict across processes.
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
-import threading
-import time
 import uuid
-import weakref
 from collections.abc import Callable
 from math import inf
-from queue import Empty
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.errors import StoreUnavailableError
@@ -36,20 +31,17 @@ from dspy_prod.stores.base import (
     Settlement,
     Ticket,
 )
+from dspy_prod.stores.core import shared
 from dspy_prod.stores.sqlite_cache import TOUCH_AFTER, read_answer, read_size
-from dspy_prod.stores.sqlite_ledger import read_records, read_totals
+from dspy_prod.stores.sqlite_ledger import read_account, read_records, read_totals
 from dspy_prod.stores.sqlite_local import is_local, merged
-from dspy_prod.stores.sqlite_process import STORES, start
+from dspy_prod.stores.sqlite_mailbox import READ_TIMEOUT, Listeners, Mailbox
+from dspy_prod.stores.sqlite_process import STORES
 from dspy_prod.stores.sqlite_reader import Reader
 from dspy_prod.stores.sqlite_schema import unavailable
 from dspy_prod.stores.sqlite_tables import Tables
-from dspy_prod.stores.sqlite_transactions import Operation, Request, Transactions
+from dspy_prod.stores.sqlite_transactions import Transactions
 from dspy_prod.stores.sqlite_writer import Writer
-
-_log = logging.getLogger("dspy_prod")
-
-READ_TIMEOUT: Final = 5.0
-"""Seconds a read waits for what was posted before it."""
 
 OnProblem = Callable[[str, dict[str, Any]], None]
 T = TypeVar("T")
@@ -89,8 +81,7 @@ class SqliteStore:
         self._synchronous = synchronous
         self._max_records = max_records
         self.now: Callable[[], float] = clock.time
-        self._listeners = _Listeners(on_problem)
-        self._closed = False
+        self._listeners = Listeners(on_problem)
         self._start()
         try:
             self._writer.tables.open()
@@ -109,8 +100,7 @@ class SqliteStore:
         )
         self._writer = Writer(tables, self._clock, self._lease, self._listeners)
         self._local = self._writer.local
-        self._thread: threading.Thread | None = None
-        self._starting = threading.Lock()
+        self._mailbox = Mailbox(self._writer)
         self._answers: dict[bytes, CachedAnswer] = {}
         self._ledger_reader = Reader(self._path, self._namespace)
         self._cache_reader = Reader(self._path, self._namespace)
@@ -130,7 +120,7 @@ class SqliteStore:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._closed
+        return self._mailbox.closed
 
     def __repr__(self) -> str:
         return f"SqliteStore({self._path!r}, namespace={self._namespace!r})"
@@ -141,13 +131,13 @@ class SqliteStore:
 
     # -- admission ---------------------------------------------------------------------------------------------------
     def admit(self, ask: Ask) -> Ticket:
-        if is_local(ask) and self._alive():
+        if is_local(ask) and self._mailbox.alive():
             ticket = self._local.admit(ask)
             if ticket.state == PENDING:
-                self._post((Transactions.nudge, None, None))
+                self._mailbox.post((Transactions.nudge, None, None))
             return ticket
         ticket = Ticket(ask)
-        if not self._post((Transactions.admit, ticket, None)):
+        if not self._mailbox.post((Transactions.admit, ticket, None)):
             ticket.refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
             ticket.state = REFUSED
         return ticket
@@ -159,16 +149,16 @@ class SqliteStore:
             if ticket.state != PENDING:
                 return ticket.state != GRANTED
             ticket.state = WITHDRAWN
-        self._post((Transactions.withdraw, ticket, None))
+        self._mailbox.post((Transactions.withdraw, ticket, None))
         return True
 
     def settle(self, ticket: Ticket, settlement: Settlement) -> None:
         if is_local(ticket.ask):
             self._local.settle(settlement)
-            if not self._alive():
-                self._refuse_stragglers()
+            if not self._mailbox.alive():
+                self._mailbox.refuse_stragglers()
         else:
-            self._post((Transactions.settle, settlement, None))
+            self._mailbox.post((Transactions.settle, settlement, None))
 
     def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
         # A SimpleQueue may be filled from within a finaliser, and from within itself.
@@ -176,21 +166,23 @@ class SqliteStore:
         self._writer.inbox.put((kind, settlement, None))
 
     def append(self, record: CallRecord) -> None:
-        self._post((Transactions.append, record, True))
+        self._mailbox.post((Transactions.append, record, True))
 
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
-        self._local.throttled(limit_key, limit, retry_after)
-        self._post((Transactions.throttled, (limit_key, limit), retry_after))
+        if not shared(limit):
+            self._local.throttled(limit_key, limit, retry_after)
+        self._mailbox.post((Transactions.throttled, (limit_key, limit), retry_after))
 
     def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
-        self._local.resync(limit_key, limit, remaining)
-        self._post((Transactions.resync, (limit_key, limit), remaining))
+        if not shared(limit):
+            self._local.resync(limit_key, limit, remaining)
+        self._mailbox.post((Transactions.resync, (limit_key, limit), remaining))
 
     def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
         if is_local(ask):
             return self._local.preview(ask)
         try:
-            found: tuple[float, Refusal | None] = self._question(lambda core, _, now: core.preview(ask, now))
+            found: tuple[float, Refusal | None] = self._mailbox.question(lambda core, _, now: core.preview(ask, now))
             return found
         except StoreUnavailableError as error:
             return inf, Refusal("store_unavailable", detail=str(error))
@@ -198,23 +190,13 @@ class SqliteStore:
     # -- reading -----------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything posted before is applied; False at once while the file cannot be written."""
-        writer, thread = self._writer, self._thread
-        if thread is None or thread is threading.current_thread():
-            return writer.inbox.empty()
-        done = threading.Event()
-        if not self._post((Transactions.flush, done, None)):
-            return True
-        deadline = inf if timeout is None else time.monotonic() + timeout
-        while not done.wait(min(max(deadline - time.monotonic(), 0.0), 0.1)):
-            if writer.failing is not None or time.monotonic() >= deadline or not thread.is_alive():
-                return done.is_set()
-        return True
+        return self._mailbox.flush(timeout)
 
     def account(self, key: str) -> AccountState:
-        return self._read(lambda connection, ns: _account(connection, ns, key))
+        return self._read(lambda connection, ns: read_account(connection, ns, key))
 
     def limiter(self, key: str) -> LimiterSnapshot | None:
-        stored: LimiterSnapshot | None = self._question(lambda core, _, now: core.limiter(key, now))
+        stored: LimiterSnapshot | None = self._mailbox.question(lambda core, _, now: core.limiter(key, now))
         return merged(self._local.limiter(key), stored)
 
     def holds(self) -> int:
@@ -222,7 +204,7 @@ class SqliteStore:
         return int(stored) + self._local.holds()
 
     def waiting(self) -> int:
-        stored: int = self._question(lambda core, _, now: core.waiting())
+        stored: int = self._mailbox.question(lambda core, _, now: core.waiting())
         return stored + self._local.waiting()
 
     def records(
@@ -244,7 +226,7 @@ class SqliteStore:
             core.replaced.append(core.correct(record, cost, now))
             return True
 
-        return bool(self._question(run))
+        return bool(self._mailbox.question(run))
 
     # -- response cache ----------------------------------------------------------------------------------------------
     def cache_get(self, key: bytes) -> CachedAnswer | None:
@@ -260,7 +242,7 @@ class SqliteStore:
         answer, used_at = found
         now = self.now()
         if now - used_at > TOUCH_AFTER:
-            self._post((Transactions.touch_answer, key, None))
+            self._mailbox.post((Transactions.touch_answer, key, None))
         return answer
 
     def cache_put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
@@ -271,12 +253,12 @@ class SqliteStore:
                 answers.pop(key, None)
 
         answers[key] = answer
-        if not self._post((Transactions.put_answer, key, (answer, max_entries, max_bytes, written))):
+        if not self._mailbox.post((Transactions.put_answer, key, (answer, max_entries, max_bytes, written))):
             written()
 
     def cache_clear(self) -> None:
         self._answers.clear()
-        self._post((Transactions.clear_answers, None, None))
+        self._mailbox.post((Transactions.clear_answers, None, None))
         self.flush(READ_TIMEOUT)
 
     def cache_size(self) -> tuple[int, int]:
@@ -285,90 +267,12 @@ class SqliteStore:
     # -- ending ------------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Write what is posted, end the writer, close the file. Reading goes on to work."""
-        self._close(None)
-
-    def _close(self, timeout: float | None) -> None:
-        with self._starting:
-            already, self._closed = self._closed, True
-            thread = self._thread
-        writer = self._writer
-        if thread is None:
-            if not already:
-                writer.tables.close()
-        elif thread is not threading.current_thread():
-            if not already:
-                writer.inbox.put((Transactions.stop, None, None))
-            thread.join(timeout)
-        self._refuse_stragglers()
+        self._mailbox.close()
         self._ledger_reader.close()
         self._cache_reader.close()
 
-    # -- the writer thread -------------------------------------------------------------------------------------------
-    def _post(self, operation: Operation) -> bool:
-        """Hand an operation to the writer; False when the store is closed."""
-        if not self._alive():
-            return False
-        writer = self._writer
-        writer.inbox.put(operation)
-        if writer.ended:  # just now
-            self._refuse_stragglers()
-        return True
-
-    def _alive(self) -> bool:
-        """Whether operations are accepted; starts the writer when it is needed first."""
-        if self._thread is None:
-            self._ensure_thread()
-        return not (self._closed or self._writer.ended)
-
-    def _ensure_thread(self) -> None:
-        with self._starting:
-            if self._thread is not None or self._closed:
-                return
-            writer = self._writer
-            try:
-                self._thread = start(writer)
-            except RuntimeError:  # the interpreter is going down
-                writer.ended = True
-                return
-            weakref.finalize(self, writer.inbox.put, (Transactions.stop, None, None)).atexit = False
-
-    def _refuse_stragglers(self) -> None:
-        """Refuse what was posted while the store was being closed."""
-        if self._thread is not None and self._thread.is_alive():
-            return
-        refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
-        while True:
-            try:
-                kind, subject, _ = self._writer.inbox.get_nowait()
-            except Empty:
-                return
-            if kind is Transactions.admit and subject.state == PENDING:
-                subject.refusal = refusal
-                subject.state = REFUSED
-                if subject.wake is not None:
-                    subject.wake()
-            elif kind is Transactions.answer:
-                subject.error = OSError(refusal.detail)
-                subject.done.set()
-            elif kind is Transactions.flush:
-                subject.set()
-            elif kind in (Transactions.settle, Transactions.append):
-                _log.warning("%s: a %s came after close and was not written", self._path, kind.__name__)
-
-    def _question(self, ask: Callable[..., Any]) -> Any:
-        if threading.current_thread() is self._thread:
-            raise StoreUnavailableError("A listener or callback of the store may not wait for the store")
-        request = Request(ask)
-        if not self._post((Transactions.answer, request, None)):
-            raise StoreUnavailableError(f"The store {self._path} is closed")
-        if not request.done.wait(READ_TIMEOUT):
-            raise StoreUnavailableError(f"The store {self._path} did not answer within {READ_TIMEOUT:g} s")
-        if request.error is not None:
-            raise StoreUnavailableError(str(request.error)) from request.error
-        return request.result
-
     def _read(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
-        self._alive()  # whoever only reads must also see the holds of dead processes charged
+        self._mailbox.alive()  # whoever only reads must also see the holds of dead processes charged
         self.flush(READ_TIMEOUT)
         try:
             return self._ledger_reader.read(read)
@@ -377,51 +281,23 @@ class SqliteStore:
 
     # -- fork --------------------------------------------------------------------------------------------------------
     def before_fork(self) -> None:
-        """SQLite's locks do not survive a fork, and its bookkeeping of them does: close everything first."""
-        self._starting.acquire()
-        self._fork_guard = self._writer.io.acquire(timeout=READ_TIMEOUT)
-        if self._fork_guard:
-            self._writer.tables.close()
+        """Close every connection, see `sqlite_process`."""
+        self._mailbox.before_fork()
         self._ledger_reader.before_fork()
         self._cache_reader.before_fork()
 
     def after_fork_in_parent(self) -> None:
+        """Go on."""
         self._cache_reader.after_fork()
         self._ledger_reader.after_fork()
-        if self._fork_guard:
-            self._writer.io.release()
-        self._starting.release()
+        self._mailbox.after_fork()
 
     def after_fork_in_child(self) -> None:
         """The parent's holds stay the parent's. Who waited in a thread of the parent is not here any more."""
-        old = self._writer
-        refusal = Refusal("store_unavailable", detail="the process was forked while this call waited")
-        old.abort(refusal)
+        old, closed = self._writer, self.closed
+        old.abort(Refusal("store_unavailable", detail="the process was forked while this call waited"))
         old.tables.lose()
         self._ledger_reader.lose()
         self._cache_reader.lose()
         self._start()
-
-
-class _Listeners:
-    """Tells everybody who asked; their own errors are logged."""
-
-    def __init__(self, first: OnProblem | None) -> None:
-        self._listeners = [] if first is None else [first]
-
-    def add(self, listener: OnProblem) -> None:
-        if listener not in self._listeners:
-            self._listeners = [*self._listeners, listener]
-
-    def __call__(self, name: str, details: dict[str, Any]) -> None:
-        for listener in self._listeners:
-            try:
-                listener(name, details)
-            except Exception:
-                _log.exception("A listener failed on %r of the store", name)
-
-
-def _account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
-    find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
-    row = connection.execute(find, (ns, key)).fetchone()
-    return AccountState() if row is None else AccountState(*row)
+        self._mailbox.closed = closed

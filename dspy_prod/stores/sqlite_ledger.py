@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from dspy_prod.records import CallRecord, Totals, rollup_keys
+from dspy_prod.stores.base import AccountState
 from dspy_prod.stores.rollup import MAX_VALUES_PER_DAY, check_fields, day_of
 from dspy_prod.stores.sqlite_rows import RECORD_COLUMNS, record_of, record_row
 from dspy_prod.stores.sqlite_schema import TOTALS
@@ -128,6 +129,13 @@ class LedgerTables:
             "WHERE ns = ?1 ORDER BY started_at DESC LIMIT 1 OFFSET ?2)",
             (self._ns, self._max),
         )
+
+
+def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
+    """What one account holds."""
+    find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
+    row = connection.execute(find, (ns, key)).fetchone()
+    return AccountState() if row is None else AccountState(*row)
 
 
 def read_records(

@@ -584,11 +584,12 @@ class WatchedLock:
         (given, lambda breaker: breaker.disable(), 1),
         (given, lambda breaker: breaker.reset(), 1),
         (given, lambda breaker: breaker.snapshot(), 1),
+        (given, lambda breaker: [breaker.disable(), breaker.check(), breaker.permit()], 1),
         (given_half_open, lambda breaker: breaker.check(), 1),
         (given_half_open, lambda breaker: breaker.permit(), 1),
     ],
 )
-def test_asking_a_closed_circuit_takes_no_lock_and_all_else_takes_it_once(
+def test_asking_a_closed_or_disabled_circuit_takes_no_lock_and_all_else_takes_it_once(
     given_state: Callable[[], Circuit], use: Callable[[Breaker], Any], taken: int
 ) -> None:
     """No test of threads can promise what a missing lock would break: most of these are atomic by luck, under a GIL."""

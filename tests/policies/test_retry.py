@@ -283,18 +283,33 @@ def test_every_pause_is_finite_not_negative_and_shorter_than_what_remains(
 # -- threads and fork --------------------------------------------------------------------------------------------------
 
 
-class Hesitant(float):
-    """A number that lets other threads in whenever it is read, as free-threaded Python may anywhere."""
+class WatchedLock:
+    """Counts how often it is taken."""
 
-    def __le__(self, other: float) -> bool:
-        return float(self) <= other
+    def __init__(self) -> None:
+        self.taken = 0
 
-    def __sub__(self, other: float) -> Hesitant:
-        return Hesitant(float(self) - other)
+    def __enter__(self) -> None:
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_a_budget_changes_under_its_lock() -> None:
+    """Without one, threads would lose tokens; under a GIL too seldom for the test below to notice every time."""
+    budget, lock = RetryBudget(Retry()), WatchedLock()
+    watched: Any = lock
+    budget._lock = watched
+
+    budget.allow()
+    assert lock.taken == 1
+    budget.success()
+    assert lock.taken == 2
 
 
 def test_threads_that_share_a_budget_get_exactly_its_retries() -> None:
-    threads, budget = 8, RetryBudget(Retry.model_construct(budget=Hesitant(2000)))
+    threads, budget = 8, RetryBudget(Retry(budget=2000))
     start, granted = threading.Barrier(threads), []
     interval = sys.getswitchinterval()
     sys.setswitchinterval(5e-6)

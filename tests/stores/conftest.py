@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,24 @@ def still(make_store: MakeStore, clock: FakeClock) -> Store:
 def path(tmp_path: Path) -> str:
     """Where a SQLite store may be made."""
     return str(tmp_path / "state" / "state.db")
+
+
+@pytest.fixture
+def open_sqlite(path: str) -> Iterator[Callable[..., SqliteStore]]:
+    """Make SQLite stores on one file; all are closed at the end."""
+    made: list[SqliteStore] = []
+
+    def make(**options: Any) -> SqliteStore:
+        store = SqliteStore(path, **options)
+        made.append(store)
+        return store
+
+    yield make
+    for store in made:
+        store.close()
+
+
+@pytest.fixture
+def sqlite_store(open_sqlite: Callable[..., SqliteStore]) -> SqliteStore:
+    """A SQLite store on the system's clocks."""
+    return open_sqlite()

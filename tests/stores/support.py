@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.base import GRANTED, Account, Ask, Refusal, Settlement, Store, Ticket
+from dspy_prod.stores.base import GRANTED, Account, Ask, CachedAnswer, Refusal, Settlement, Store, Ticket
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite import SqliteStore
 
@@ -150,6 +151,17 @@ def check_books(store: Store, accounts: tuple[str, ...] = ("day",)) -> None:
     assert sum(sums.cost_nano for _, _, sums in store.totals()) == total
 
 
+class Problems(list[tuple[str, dict[str, Any]]]):
+    """Collects what a store reports."""
+
+    def __call__(self, name: str, details: dict[str, Any]) -> None:
+        self.append((name, details))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self]
+
+
 # -- bodies of child processes ---------------------------------------------------------------------------------------
 def spend_all(path: str, barrier: Any, results: Any) -> None:
     """Spend a dollar in cents together with others, until refused."""
@@ -245,3 +257,32 @@ def wait_for_money(path: str, ready: Any, results: Any) -> None:
     results.put(ticket.state)
     store.settle(ticket, settlement(ticket, DOLLAR))
     store.close()
+
+
+def churn(path: str) -> None:
+    """Calls of all kinds until killed: waiting, refused, late, corrected, cached."""
+    store = SqliteStore(path, lease=0.5)
+    chance = random.Random(os.getpid())
+
+    def work() -> None:
+        while True:
+            limit = chance.choice([None, RateLimit(concurrency=8), RateLimit(rpm=1_000_000, burst=1000)])
+            accounts = chance.choice([("day",), ("day", "other")])
+            wanted = ask(chance.randrange(1, 30 * DOLLAR), budget=1000 * DOLLAR, accounts=accounts, limit=limit)
+            wanted.limit_key = wanted.limit_key and f"{limit}"
+            ticket = store.admit(wanted)
+            if chance.random() < 0.1 and store.withdraw(ticket):
+                continue
+            if decided(ticket, 60).state != GRANTED:
+                time.sleep(0.01)
+                continue
+            time.sleep(chance.random() * 0.01)
+            cost = chance.randrange(min(wanted.amount, CENT) + 1)
+            store.settle(ticket, settlement(ticket, cost, estimated=chance.random() < 0.2))
+            if chance.random() < 0.05:
+                store.correct(wanted.id, cost // 2)
+            store.cache_put(wanted.id.encode(), CachedAnswer(b"x" * 50, inf, inf), max_entries=50, max_bytes=2_000)
+
+    for _ in range(6):
+        threading.Thread(target=work, daemon=True).start()
+    time.sleep(600)

@@ -357,6 +357,17 @@ def test_a_resync_wakes_who_may_go_now(still: Store) -> None:
     assert waiting.state == GRANTED
 
 
+def test_a_429_leaves_the_limits_in_the_snapshot_as_they_are(still: Store) -> None:
+    limit = RateLimit(rpm=100, adaptive=False)
+    granted(still, ask(budget=None, limit=limit))
+    still.throttled("provider", limit, 7.0)
+    still.resync("provider", limit, {"requests": (50.0, 20.0)})
+    snapshot = still.limiter("provider")
+    assert snapshot is not None
+    assert (snapshot.requests_max, snapshot.requests_available, snapshot.in_flight) == (100, 50, 1)
+    assert snapshot.paused_for == pytest.approx(7.0)
+
+
 def test_a_limiter_that_was_never_used_is_unknown(store: Store) -> None:
     assert store.limiter("nobody") is None
 

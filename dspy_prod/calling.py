@@ -1,0 +1,108 @@
+"""What happens to a public call before DSPy prepares it: arguments are sorted, and a cached answer is given at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from dspy.clients.call_result import CallResult
+from dspy.clients.execution import PreparedCall
+from dspy.dsp.utils.settings import settings as dspy_settings
+from dspy.lm15 import Request
+
+from dspy_prod.context import current
+from dspy_prod.copying import check_timeout
+from dspy_prod.options import Cache
+from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.scope import Scope, raw_key
+from dspy_prod.settings import split
+
+if TYPE_CHECKING:
+    from dspy_prod.lm import LM
+
+_ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
+_PLAIN_CALL_KEYS: Final = frozenset(
+    {
+        "temperature",
+        "max_tokens",
+        "max_completion_tokens",
+        "top_p",
+        "n",
+        "rollout_id",
+        "response_format",
+        "tools",
+        "tool_choice",
+        "stop",
+        "seed",
+        "logprobs",
+        "reasoning_effort",
+    }
+)
+
+
+def per_call(lm: LM, kwargs: dict[str, Any]) -> tuple[LM, dict[str, Any], dict[str, Any] | None]:
+    """(the LM to use, its canonical arguments, extras beside them) for one call's arguments."""
+    if not kwargs:
+        return lm, kwargs, None
+    plain = True
+    for key in kwargs:
+        if key not in _PLAIN_CALL_KEYS:
+            plain = False
+            break
+    if plain:
+        return lm, kwargs, None
+    cache = kwargs.get("cache")
+    request = {"request": kwargs.pop("request")} if "request" in (kwargs := dict(kwargs)) else {}
+    if isinstance(cache, (Cache, Mapping)):
+        return per_call(lm.copy(cache=cache), {**kwargs, **request, "cache": True})
+    kwargs.pop("cache", None)
+    canonical, clients, extras = split(kwargs)
+    if cache is not None:
+        canonical["cache"] = cache
+    canonical.update(request)
+    if not clients:
+        return lm, canonical, extras or None
+    if "timeout" in clients:
+        check_timeout(clients["timeout"])
+    return lm.copy(**clients), canonical, extras or None
+
+
+def scope_of(lm: LM, prompt: Any, messages: Any, kwargs: dict[str, Any], extras: dict[str, Any] | None) -> Scope:
+    """What the engine beneath must know of this call, and its exact cache key if the arguments are plain JSON."""
+    context = current()
+    merged = {**lm.kwargs, **kwargs} if kwargs else lm.kwargs
+    rollout = merged.get("rollout_id")
+    uses_cache = merged.pop("cache", lm.cache) if kwargs else lm.cache
+    base = None
+    use_cache = bool(uses_cache) and context.cache != "bypass" and lm.pipeline.cache is not None
+    if use_cache and not isinstance(prompt, Request) and "request" not in merged:
+        tenant = None if lm.settings.cache.shared else context.tenant
+        base = raw_key(lm.identity, prompt, messages, {**merged, **extras} if extras else merged, tenant)
+    return Scope(context, base, extras, rollout, use_cache)
+
+
+def hit(
+    lm: LM, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]
+) -> tuple[PreparedCall, CallResult] | None:
+    """A fresh answer from memory, before any of DSPy's work; None when the engine has to look."""
+    base = scope.base
+    if base is None or scope.context.cache != "use":
+        return None
+    cache = lm.pipeline.cache
+    assert cache is not None
+    entry = cache.fresh(base)
+    if entry is None:
+        scope.missed = True
+        return None
+    if lm.model_type == "responses":
+        return None
+    text = entry.text
+    if text is None or kwargs.get("n", 1) not in (1, None) or lm.kwargs.get("n", 1) not in (1, None):
+        return None
+    if dspy_settings.send_stream is not None:
+        return None  # a listener wants events: the engine replays the answer for it
+    response = entry.response
+    Call(lm.pipeline, _ANY_REQUEST, scope.context, base, None, False, scope.records).record_cached()
+    usage: dict[str, Any] = {}
+    result = CallResult((response,), [text], usage, 0.0, response, response.model, True)
+    return PreparedCall(prompt, messages, kwargs, usage, None, True, 1, True), result

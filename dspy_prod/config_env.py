@@ -1,0 +1,80 @@
+"""Environment variables over a configuration: `DSPY_PROD__LIMIT__RPM=500` is `rpm = 500` in the table `[limit]`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from dspy_prod.errors import ConfigError
+
+PREFIX: Final = "DSPY_PROD__"
+
+
+class Sources:
+    """Where each key came from, for messages."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self.variables: dict[tuple[str, ...], str] = {}
+
+    def of(self, *keys: str) -> str:
+        """The place of a key: an environment variable, else the file."""
+        for length in range(len(keys), 0, -1):
+            if keys[:length] in self.variables:
+                return f"${self.variables[keys[:length]]}"
+        within = [name for place, name in self.variables.items() if place[: len(keys)] == keys]
+        return self._path or (f"${within[0]}" if within else "the environment")
+
+
+def override(values: dict[str, Any], env: Mapping[str, str], sources: Sources, *, texts: Collection[str]) -> None:
+    """Put the variables in their places, whole arguments before single options; empty ones count as not set.
+
+    Args:
+        values: the configuration to change.
+        env: the environment.
+        sources: learns which key came from which variable.
+        texts: keys whose values are text even where they read as JSON, such as an API key of digits.
+    """
+    for name, text in sorted(env.items(), key=lambda item: (item[0].count("__"), item[0])):
+        if name.upper().startswith(PREFIX) and text != "":
+            _override(values, name, text, sources, texts)
+
+
+def _override(values: dict[str, Any], name: str, text: str, sources: Sources, texts: Collection[str]) -> None:
+    """Put one environment variable in its place."""
+    keys = name[len(PREFIX) :].lower().split("__")
+    if not all(keys):
+        raise ConfigError(f"${name}: write {PREFIX}KEY or {PREFIX}TABLE__KEY")
+    value: Any = text
+    if keys[-1] not in texts:
+        try:
+            value = json.loads(text)
+        except ValueError:
+            pass
+    sources.variables[tuple(keys)] = name
+    place = values
+    if keys[0] == "budget" and len(keys) > 1:
+        place, keys = _budget(values, keys, name)
+    for key in keys[:-1]:
+        inner = place.get(key)
+        if not isinstance(inner, dict):
+            inner = place[key] = {}
+        place = inner
+    place[keys[-1]] = value
+
+
+def _budget(values: dict[str, Any], keys: list[str], name: str) -> tuple[dict[str, Any], list[str]]:
+    """The table and the keys within it for `budget__usd` (the only budget) or `budget__0__usd` (one of several)."""
+    found = values.get("budget")
+    budgets = found if isinstance(found, list) and found else [found if isinstance(found, dict) else {}]
+    number, rest = (int(keys[1]), keys[2:]) if keys[1].isdigit() else (0, keys[1:])
+    if len(budgets) > 1 and not keys[1].isdigit():
+        raise ConfigError(f"${name}: there are {len(budgets)} budgets; say which: {PREFIX}BUDGET__0__{keys[1].upper()}")
+    if number >= len(budgets) or not rest:
+        last = len(budgets) - 1
+        raise ConfigError(f"${name}: write {PREFIX}BUDGET__0__USD; the number of a budget goes from 0 to {last}")
+    if not isinstance(budgets[number], dict):
+        budgets[number] = {}
+    values["budget"] = budgets
+    return budgets[number], rest

@@ -1,0 +1,73 @@
+"""What `LM.copy` changes: new settings from old ones and some arguments."""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import replace
+from typing import Any, Final
+
+from dspy.clients.backend_selection import CLIENT_KEYS
+from dspy.clients.lm import _check_engines, _refuse_client_settings
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.options import Cache, CircuitBreaker, RateLimit
+from dspy_prod.settings import Settings, budget_options, option, price_options, retry_option
+from dspy_prod.stores.base import Store
+
+POLICIES: Final = frozenset(
+    {"retry", "breaker", "limit", "budget", "fallbacks", "prices", "store", "namespace", "clock", "num_retries"}
+)
+REBUILDS: Final = POLICIES | {"model", "model_type", "engine", "async_engine"} | CLIENT_KEYS
+"""Arguments of `LM.copy` that put a new pipeline beneath the copy."""
+
+
+def pinned(settings: Settings, store: Store) -> Settings:
+    """The settings with the store they found, so that copies find the same one from another directory too."""
+    if settings.opened is store or (settings.store is None and not store.durable):  # memory, for want of a file
+        return settings
+    return replace(settings, opened=store)
+
+
+def changed(settings: Settings, policies: dict[str, Any], extras: dict[str, Any]) -> Settings:
+    """The settings with some policies, client settings and extras replaced; None removes a client setting or extra."""
+    changes: dict[str, Any] = {}
+    if "retry" in policies or "num_retries" in policies:
+        changes["retry"] = retry_option(policies.get("retry"), policies.get("num_retries"))
+    if "breaker" in policies:
+        changes["breaker"] = option(CircuitBreaker, policies["breaker"], "breaker", default=CircuitBreaker())
+    if "limit" in policies:
+        changes["limit"] = option(RateLimit, policies["limit"], "limit", default=None)
+    if "cache" in policies:
+        changes["cache"] = option(Cache, policies["cache"], "cache", default=Cache())
+    if "budget" in policies:
+        changes["budgets"] = budget_options(policies["budget"])
+    if "prices" in policies:
+        changes["prices"] = price_options(policies["prices"])
+    if "fallbacks" in policies:
+        changes["fallbacks"] = tuple(policies["fallbacks"])
+    for name in ("store", "namespace", "clock", "engine", "async_engine"):
+        if name in policies:
+            changes[name] = policies[name]
+    if "engine" in policies and "async_engine" not in policies:
+        changes["async_engine"] = None
+    clients = {key: value for key, value in policies.items() if key in CLIENT_KEYS}
+    if clients:
+        merged = {**settings.clients, **clients}
+        changes["clients"] = {key: value for key, value in merged.items() if value is not None}
+    if extras:
+        changes["extras"] = {k: v for k, v in {**settings.extras, **extras}.items() if v is not None}
+    if not changes.keys().isdisjoint(("store", "namespace", "clock")):
+        changes["opened"] = None
+    result = replace(settings, **changes)
+    _check_engines(result.engine, result.async_engine)
+    connection = {key: value for key, value in result.clients.items() if key != "timeout"}
+    _refuse_client_settings(result.engine, connection, where="LM.copy")
+    return result
+
+
+def check_timeout(timeout: Any) -> None:
+    """Refuse a `timeout=` that is not a positive number of seconds (DSPy's own objects pass)."""
+    if isinstance(timeout, dt.timedelta):
+        raise ConfigError("timeout= takes seconds, as in dspy.LM; pass timeout=delta.total_seconds()")
+    if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and not 0 < timeout < float("inf"):
+        raise ConfigError(f"timeout={timeout!r} must be a positive number of seconds")

@@ -1,0 +1,64 @@
+"""What an operator does with an LM: look at costs, health and ledger, preview a call, clear and close."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from dspy.clients.execution import prepare
+
+from dspy_prod.calling import per_call
+from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.pipeline.reaper import REAPER
+
+if TYPE_CHECKING:
+    from dspy_prod.ledger import Ledger
+    from dspy_prod.status import Health, Preview
+
+
+class Operations:
+    """The operating half of `dspy_prod.LM`."""
+
+    pipeline: Pipeline
+
+    @property
+    def ledger(self) -> Ledger:
+        """The records of every attempt, in this LM's store and namespace."""
+        from dspy_prod.ledger import Ledger
+
+        return Ledger(self.pipeline.store, self.pipeline.clock)
+
+    def costs(self, by: str | None = None) -> Any:
+        """What was spent: a `CostSummary`, or sums by `"day"`, `"model"`, `"user"`, `"tenant"`, `"tag:<key>"`, ..."""
+        from dspy_prod.status import costs, costs_by
+
+        return costs(self.pipeline) if by is None else costs_by(self.pipeline.store, by)
+
+    def health(self) -> Health:
+        """State of breaker, limiter, cache and costs, and one overall status."""
+        from dspy_prod.status import health
+
+        return health([self.pipeline])
+
+    def preview(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Preview:
+        """What a call would cost at most, whether it is affordable, and how long it would wait; sends nothing."""
+        from dspy_prod.status import preview
+
+        lm, kwargs, extras = per_call(self, kwargs)  # type: ignore[arg-type]  # mixed into LM
+        return preview(lm.pipeline, lm, prepare(lm, prompt, messages, kwargs), extras)
+
+    def cache_clear(self) -> None:
+        """Forget every cached answer of this store and namespace."""
+        if self.pipeline.cache is not None:
+            self.pipeline.cache.clear()
+
+    def close(self) -> None:
+        """Flush the ledger and close pooled connections. The LM stays usable."""
+        REAPER.flush()
+        self.pipeline.store.flush(5.0)
+        self.pipeline.close()
+
+    async def aclose(self) -> None:
+        """Asynchronous `close`, for this event loop's connections too."""
+        await self.pipeline.aclose()
+        await asyncio.to_thread(self.close)

@@ -1,0 +1,112 @@
+"""The SQLite store in a forked process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+
+from dspy_prod.stores.base import REFUSED, AccountState, CachedAnswer
+from dspy_prod.stores.sqlite import SqliteStore
+from tests.stores.support import (
+    CENT,
+    ask,
+    check_books,
+    decided,
+    granted,
+    settlement,
+    until,
+)
+
+
+def test_a_child_of_a_fork_has_a_store_of_its_own(path: str) -> None:
+    store = SqliteStore(path)
+    mine = granted(store, ask(30 * CENT))
+    waiting = store.admit(ask(90 * CENT))
+    store.flush(10)
+    store.cache_put(b"k", CachedAnswer(b"{}", 1e18, 1e18), max_entries=10, max_bytes=1000)
+    store.flush(10)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            assert waiting.state == REFUSED  # nobody would ever decide it here
+            assert store.account("day") == AccountState(0, 30 * CENT, 0)
+            assert store.cache_get(b"k") is not None
+            ticket = granted(store, ask(20 * CENT))
+            store.settle(ticket, settlement(ticket, 20 * CENT))
+            store.settle(mine, settlement(mine, 30 * CENT))  # the parent's: not ours to settle
+            assert store.account("day") == AccountState(20 * CENT, 30 * CENT, 0)
+            store.close()
+            code = 0
+        except BaseException:
+            logging.getLogger("dspy_prod").exception("in the child")
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert store.account("day") == AccountState(20 * CENT, 30 * CENT, 0)
+    store.settle(mine, settlement(mine, 0))
+    assert store.account("day") == AccountState(20 * CENT, 0, 0)
+    assert decided(waiting).state == REFUSED  # 20 + 90 cents are more than a dollar
+    check_books(store)
+    store.close()
+
+
+def test_the_parent_of_a_fork_may_end_first(path: str) -> None:
+    """SQLite's own bookkeeping is inherited and its locks are not: what the child writes must not get lost."""
+    store = SqliteStore(path)
+    granted(store, ask(CENT))
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            ticket = granted(store, ask(20 * CENT))
+            store.flush(10)
+            os.read(read, 1)  # the parent has closed everything
+            store.settle(ticket, settlement(ticket, 20 * CENT))
+            store.close()
+            code = 0
+        finally:
+            os._exit(code)
+    until(lambda: store.account("day").held == 21 * CENT)
+    store.close()
+    os.write(write, b".")
+    assert os.waitpid(pid, 0)[1] == 0
+    with contextlib.closing(SqliteStore(path)) as again:
+        assert again.account("day").spent == 20 * CENT
+
+
+def test_forking_while_threads_write(path: str) -> None:
+    store = SqliteStore(path)
+    stop = threading.Event()
+    written = [0]
+
+    def work() -> None:
+        while not stop.is_set():
+            ticket = decided(store.admit(ask(1, budget=10**12)))
+            store.settle(ticket, settlement(ticket, 1))
+            written[0] += 1
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    children = []
+    for _ in range(5):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                ticket = granted(store, ask(1, budget=10**12))
+                store.settle(ticket, settlement(ticket, 1))
+                store.close()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(pid)
+    stop.set()
+    thread.join(30)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 5
+    assert store.account("day") == AccountState(written[0] + 5, 0, 0)
+    check_books(store)
+    store.close()
