@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 FLUSH_TIMEOUT: Final = 2.0
 """Seconds a store gets to write what was posted before it counts as unavailable."""
 
-BUDGET_WARNING: Final = 89.0
+BUDGET_WARNING: Final = 90.0
 """Percent of a budget above which health warns."""
 
 LIMITER_WARNING: Final = 0.1

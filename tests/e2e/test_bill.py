@@ -23,7 +23,6 @@ from tests.e2e.support import (
     records,
     request,
     together,
-    until,
     upstream,
 )
 
@@ -125,28 +124,6 @@ def test_an_answer_from_the_cache_costs_nothing(serve: MakeProvider, connect: Ma
     assert [record.cost_nano for record in records(lm)] == [provider.bill.nano, 0, 0]
     assert [entry["cost"] for entry in lm.history] == [provider.bill.usd, 0.0, 0.0]
     assert account(lm) == (provider.bill.nano, 0, 0)
-
-
-def test_identical_calls_at_once_are_paid_once(serve: MakeProvider, connect: MakeLM, store_url: str) -> None:
-    """Of 64 callers who ask the same at the same time, one pays."""
-    provider = serve(usage=each_different)
-    lm = connect(provider, cache=True, store=store_url)
-    provider.hold()
-    prompt = "the same for all"
-    calls = [lambda: lm(prompt)] * 64
-    import threading
-
-    threads = [threading.Thread(target=call) for call in calls]
-    for thread in threads:
-        thread.start()
-    provider.wait_until(lambda p: p.in_flight == 1)
-    until(lambda: sum(len(q or ()) for q in lm.pipeline.flights._flights.values()) == 63)
-    provider.release()
-    for thread in threads:
-        thread.join(10)
-    assert len(provider.calls) == 1
-    assert sum(record.cached for record in records(lm)) == 63
-    assert_equals_bill(lm, provider)
 
 
 @pytest.mark.parametrize("crowd", ["threads", "tasks"])
