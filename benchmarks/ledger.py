@@ -52,7 +52,7 @@ def settle(store: SqliteStore, ticket: Ticket) -> None:
     """A known cost, as after an answer with its usage."""
     assert ticket.state == GRANTED, ticket.refusal
     stub = ticket.ask.stub
-    assert stub is not None
+    assert isinstance(stub, CallRecord)
     record = stub._replace(cost_nano=1_234, input_tokens=500, output_tokens=120, latency=0.8)
     store.settle(ticket, Settlement(ticket.ask.id, 1_234, 620, True, False, record))
 

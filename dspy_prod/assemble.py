@@ -75,7 +75,7 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
         fallbacks,
         store=store,
         budgets=rules,
-        cache=settings.cache,
+        cache=None if disabled() else settings.cache,
         route_maker=named,
         clock=settings.clock,
         bus=BUS,

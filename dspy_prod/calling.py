@@ -70,15 +70,17 @@ def per_call(lm: LM, kwargs: dict[str, Any]) -> tuple[LM, dict[str, Any], dict[s
 def scope_of(lm: LM, prompt: Any, messages: Any, kwargs: dict[str, Any], extras: dict[str, Any] | None) -> Scope:
     """What the engine beneath must know of this call, and its exact cache key if the arguments are plain JSON."""
     context = current()
-    merged = {**lm.kwargs, **kwargs} if kwargs else lm.kwargs
-    rollout = merged.get("rollout_id")
-    uses_cache = merged.pop("cache", lm.cache) if kwargs else lm.cache
+    merged = lm.kwargs
+    uses_cache = lm.cache
+    if kwargs:
+        merged = {**merged, **kwargs}
+        uses_cache = merged.pop("cache", uses_cache)
     base = None
     use_cache = bool(uses_cache) and context.cache != "bypass" and lm.pipeline.cache is not None
-    if use_cache and not isinstance(prompt, Request) and "request" not in merged:
+    if use_cache and not isinstance(prompt, Request) and "request" not in kwargs:
         tenant = None if lm.settings.cache.shared else context.tenant
         base = raw_key(lm.identity, prompt, messages, {**merged, **extras} if extras else merged, tenant)
-    return Scope(context, base, extras, rollout, use_cache)
+    return Scope(context, base, extras, merged.get("rollout_id"), use_cache)
 
 
 def hit(

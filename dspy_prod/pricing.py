@@ -283,8 +283,16 @@ class PriceBook:
         As in DSPy, the model that really served is priced when the metadata knows it, and the tier the provider
         reports wins over the one asked for; generated media and hosted tools are billed apart from tokens: None.
         """
-        if rates is None or any(part.type in MEDIA for part in response.message.parts):
+        if rates is None:
             return None
+        parts = response.message.parts
+        if len(parts) != 1 or parts[0].type != "text":
+            if any(part.type in MEDIA for part in parts):
+                return None
+        elif response.provider_data is None and request is not None and response.model == rates.model:
+            config = request.config
+            if not (request.tools or config.extensions or config.service_tier or config.cache):
+                return rates.cost(response.usage)  # the plain case, in a microsecond
         tier, long_cache = None, False
         if request is not None:
             config = request.config

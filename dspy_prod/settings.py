@@ -11,6 +11,8 @@ import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,8 +59,26 @@ def split(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
         elif key in CANONICAL_KEYS:
             canonical[key] = value
         else:
+            _refuse_slip(key, value)
             extras[key] = value
     return canonical, clients, extras
+
+
+_POLICY_NAMES: Final = ("retry", "breaker", "limit", "budget", "fallbacks", "prices", "namespace", "num_retries")
+
+
+@lru_cache(maxsize=256)
+def _meant(name: str) -> str | None:
+    return next(iter(get_close_matches(name, _POLICY_NAMES, n=1, cutoff=0.8)), None)
+
+
+def _refuse_slip(name: str, value: Any) -> None:
+    """Refuse a misspelt policy: it would travel on to LiteLLM, and nobody would notice that it is not in force."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    kinds = {Retry: "retry", CircuitBreaker: "breaker", RateLimit: "limit", Budget: "budget", Cache: "cache"}
+    meant = kinds.get(type(first)) or _meant(name)
+    if meant is not None:
+        raise ConfigError(f"LM has no argument {name!r}; did you mean {meant}=...?")
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,9 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
     breakers = [look.breaker(route) for _, route in routes if route.breaker is not None]
     limiters = look.limiters(routes)
     cache = look.cache(found)
-    spent = look.costs(places, found)
     holds = sum(look.read(place.store, place.store.holds, 0) for place in places)
     waiting = sum(look.read(place.store, place.store.waiting, 0) for place in places)
+    spent = look.costs(places, found)  # last, of the stores that have answered everything else
     status: Status = "degraded" if look.failures else "warning" if look.warnings else "healthy"
     return Health(
         status=status,
@@ -216,6 +216,7 @@ class _Look:
 
     def costs(self, places: list[Place], pipelines: list[Pipeline]) -> CostSummary | None:
         """All stores' costs together."""
+        places = [place for place in places if id(place.store) not in self._unusable]
         if not places:
             return None
         usable = {id(place.store) for place in places}

@@ -143,7 +143,7 @@ def _admission(call: Call, planned: Plan, count: int) -> _Outlook:
     """What limiter and budget would say to an ask that is not made."""
     pipeline, route, ask = call.pipeline, planned.route, planned.ask
     assert ask is not None
-    pass
+    ask.amount *= count
     wait, refusal = pipeline.store.preview(ask)
     if refusal is not None:
         smaller = shrunk(call, planned, refusal) if count == 1 else None

@@ -265,7 +265,8 @@ def test_what_is_left_out_is_said_once(caplog: pytest.LogCaptureFixture) -> None
     "name",
     ["api_key", "api-key", "apikey", "x-api-key", "Authorization", "aws_secret_access_key", "aws_session_token",
      "hf_token", "azure_ad_token", "azure_ad_token_provider", "vertex_credentials", "client_secret", "password",
-     "passwd", "token", "Cookie", "private_key", "headers", "extra_headers", "aws_access_key_id", "OPENAI_API_KEY", "key"],
+     "passwd", "token", "Cookie", "private_key", "headers", "extra_headers", "aws_access_key_id", "OPENAI_API_KEY",
+     "key"],
 )  # fmt: skip
 def test_secret_names_are_known(name: str) -> None:
     """By the words providers and LiteLLM use."""

@@ -15,7 +15,7 @@ from dspy.utils.exceptions import LMError, LMRateLimitError, LMServerError
 from pydantic import ValidationError
 
 import dspy_prod
-from dspy_prod import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry, call_context
+from dspy_prod import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry, call_context, status
 from dspy_prod.errors import CircuitOpenError, RejectedError, StoreUnavailableError
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status import CostSummary, Health, costs_by
@@ -197,6 +197,10 @@ def test_an_unavailable_store_degrades_instead_of_raising(clock: FakeClock) -> N
     assert health.status == "degraded"
     assert (health.costs, health.stores[0].available) == (None, False)
     assert "memory://" in health.reasons[0]
+    healthy = MemoryStore("healthy", clock=clock)
+    both = status.health([lm.pipeline, make(healthy).pipeline])
+    assert (both.status, [seen.available for seen in both.stores]) == ("degraded", [False, True])
+    assert both.costs is not None
     late = make(LyingStore(clock=clock)).health()
     assert (late.status, late.costs, late.stores[0].available) == ("degraded", None, False)
     assert "free some space" in late.reasons[0]
@@ -243,9 +247,7 @@ def test_health_of_everything_counts_each_store_and_route_once(clock: FakeClock)
 
 def test_health_without_any_lm_is_empty_and_healthy() -> None:
     """Nothing to look at is nothing wrong."""
-    from dspy_prod.status import health
-
-    nothing = health([])
+    nothing = status.health([])
     assert (nothing.status, nothing.breakers, nothing.costs, nothing.cache, nothing.store) == (
         "healthy",
         [],
@@ -528,6 +530,17 @@ def test_a_preview_of_an_open_circuit_tells_when_it_may_be_tried(store: MemorySt
     assert (rescued.model, rescued.reason, rescued.wait) == ("openai/gpt-4.1-nano", None, 0.0)
 
 
+def test_a_preview_that_no_route_takes_shows_the_first_refusal(store: MemoryStore) -> None:
+    """As the call itself raises it."""
+    lm = make(store, fallbacks=[dspy.LM("openai/gpt-4.1-nano", engine=ScriptedEngine("hi"))])
+    for route in lm.pipeline.routes:
+        assert route.breaker is not None
+        route.breaker.force_open(f"maintenance of {route.model}")
+    preview = lm.preview("q")
+    assert (preview.model, preview.reason, preview.wait) == (MODEL, "circuit_open", None)
+    assert f"maintenance of {MODEL}" in preview.detail
+
+
 def test_a_preview_of_a_full_limiter_tells_the_wait(store: MemoryStore, clock: FakeClock) -> None:
     """The wait is exact; beyond `max_wait` or the deadline it is a refusal."""
     lm = make(store, limit=RateLimit(rpm=2, burst=2, max_wait=30), cache=False)
@@ -614,7 +627,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "two answers": (("hi",), {"n": 2, "temperature": 0.7}),
     "request": ((REQUEST,), {}),
     "request by name": ((), {"request": REQUEST}),
-    "schema": (("hi",), {"response_format": dspy_prod.status.BudgetStatus}),  # not JSON: found by its request
+    "schema": (("hi",), {"response_format": status.BudgetStatus}),  # not JSON: found by its request
     "stop": (("hi",), {"stop": ["x"]}),
 }
 
@@ -640,7 +653,7 @@ def test_a_preview_knows_whether_the_cache_would_answer(arguments: Any, store: M
 
 def test_a_preview_respects_cache_modes_tenants_and_expiry(store: MemoryStore, clock: FakeClock) -> None:
     """Another tenant, a bypass, a refresh, other arguments and an expired answer are not answered by the cache."""
-    lm = make(store, cache=Cache(ttl=60, ttl_jitter=0))
+    lm = make(store, cache=Cache(ttl=60, ttl_jitter=0, stale_if_error=600))
     with call_context(tenant="a"):
         lm("q")
         assert lm.preview("q").cached

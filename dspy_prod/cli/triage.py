@@ -65,7 +65,7 @@ class Triage(dspy.Module):
 
     A model of 135 million parameters guesses without them. The similarity is an overlap of words, so a call needs no
     second model. Most of the answer is in the example: on `messages()`, with SmolLM2 and one example, 47 of 60
-    categories are right, and 46 of 60 if the example's own category is taken and no model asked. Demos that an
+    categories are right, and 47 of 60 if the example's own category is taken and no model asked. Demos that an
     optimizer found replace these.
 
     Args:

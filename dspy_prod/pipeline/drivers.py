@@ -308,4 +308,4 @@ def _public(error: Exception, effect: Attempt) -> Exception:
     if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
         return AttemptTimeoutError()
     wrapped: Exception = wrap_error(error, model=effect.route.model, provider=effect.route.upstream.provider)
-    return without_secrets_of(effect.route.upstream, wrapped)
+    return without_secrets_of(effect.route.upstream, wrapped, error)

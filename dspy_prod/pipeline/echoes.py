@@ -19,15 +19,23 @@ _SHORTEST: Final = 6
 """Characters below which a value is left alone: hiding it would garble texts that merely contain it."""
 
 
-def without_secrets_of(upstream: Upstream, error: Exception) -> Exception:
-    """The same error, with the upstream's keys blotted out of its texts and those of its causes."""
+def without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:
+    """The same error, with the upstream's keys blotted out of its texts and those of its causes.
+
+    Args:
+        upstream: whose keys they are.
+        error: what the caller will see.
+        cause: what it will be raised from.
+    """
     secrets = sorted(set(_secrets(upstream)), key=len, reverse=True)
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        _blot(found, secrets)
-        found = found.__cause__ or found.__context__
+    found: list[BaseException | None] = [error, cause]
+    while found:
+        each = found.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            _blot(each, secrets)
+            found += (each.__cause__, each.__context__)
     return error
 
 

@@ -166,7 +166,8 @@ def _send(call: Call) -> Flow:
                     raise
                 failure = error
                 break
-            _keep(call, route, response)
+            if call.key is not None:
+                _keep(call, route, response)
             return response
     cache = pipeline.cache
     if call.key is not None and cache is not None and cache.options.stale_if_error > 0 and call.context.cache == "use":

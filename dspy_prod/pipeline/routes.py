@@ -91,6 +91,7 @@ class Route:
         self.limit = limit if limit is not None else _NO_LIMIT
         self.limited = any(value is not None for value in (self.limit.rpm, self.limit.tpm, self.limit.concurrency))
         self._tpm = int(self.limit.tpm or 0)
+        self.learning = self.limit.estimate == "learned"  # the size of real answers says what to reserve
         self.prices = prices
         self.defaults = defaults or {}
         self.limit_key = f"{address_of(upstream.clients, self.model)}|{fingerprint(upstream.clients)}|{self.model}"
@@ -114,15 +115,11 @@ class Route:
             self._priced = True
         return self._rates
 
-    def learns(self, request: Request) -> bool:
-        """Whether the size of real answers matters to what is reserved."""
-        return self.limit.tpm is not None and (self.limit.estimate == "learned" or request.config.max_tokens is None)
-
     def rates_for(self, request: Request, extras: dict[str, Any] | None) -> Rates | None:
         """The prices for what the engine that carried `request` reports: LiteLLM counts usage in OpenAI's way."""
         if self.upstream.fell_back and not self.upstream.is_native(request, extras):
             return self.prices.rates(self.model, "litellm")
-        return self._rates if self._priced else self.rates()
+        return self.rates()
 
     def bounds(self, request: Request) -> tuple[int | None, int | None]:
         """Upper bounds of (input, output) tokens, None where none is known."""

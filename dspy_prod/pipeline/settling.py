@@ -37,7 +37,7 @@ def succeeded(
     usage = response.usage
     latency = clock.monotonic() - started
     request = plan.request
-    rates = route.rates_for(request, call.extras)
+    rates = route.rates_for(request, call.extras) if route.upstream.fell_back else route.rates()
     cost = None if rates is None else route.prices.price_response(rates, response, request)
     estimated = False
     if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
@@ -53,7 +53,7 @@ def succeeded(
         ask = ticket.ask
         record = call.record(
             route, ask.id, plan.number, "ok", cost, started_at, estimated=estimated, usage=usage, latency=latency,
-            accounts=_keys(ticket),
+            accounts=_keys(ticket) if ask.accounts else (),
         )  # fmt: skip
         pipeline.store.settle(ticket, Settlement(ask.id, cost, _used(usage), True, estimated, record))
         if cost is not None and plan.bound is not None and cost > plan.bound:
@@ -63,7 +63,7 @@ def succeeded(
         state.breaker.success(permit, latency)
     if state.retry_budget.drawn:
         state.retry_budget.success()
-    if route.learns(plan.request) and usage.output_tokens is not None:
+    if usage.output_tokens is not None and (route.learning or request.config.max_tokens is None):
         state.learn(usage.output_tokens)
     call.remember(record)
     if pipeline.bus.wants_content:

@@ -14,7 +14,6 @@ from math import ceil
 from typing import Any, Final
 
 from dspy.clients.backend_selection import NATIVE_CLIENT_KEYS, select_backend
-from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine
 from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine, timeouts_for
 from dspy.lm15 import Request, Response, RouterConfig, UnsupportedFeatureError, registered_providers
 from dspy.utils.exceptions import LMUnsupportedFeatureError
@@ -22,6 +21,7 @@ from dspy.utils.exceptions import LMUnsupportedFeatureError
 from dspy_prod.forking import reset_after_fork
 from dspy_prod.pipeline.capabilities import StandIn
 from dspy_prod.pipeline.deadline import MAX_CONNECTIONS, BoundedTransport
+from dspy_prod.pipeline.litellm_engines import AsyncExtendedLiteLLMEngine, ExtendedLiteLLMEngine
 from dspy_prod.pipeline.text_engine import AsyncLiteLLMTextEngine, LiteLLMTextEngine
 
 _PLANNED: Final = 2048
@@ -250,12 +250,9 @@ class Upstream:
         if self.model_type == "text":
             text_class = AsyncLiteLLMTextEngine if asynchronous else LiteLLMTextEngine
             return text_class({**options, **self.extras, **(extras or {})})
-        engine_class = AsyncLiteLLMEngine if asynchronous else LiteLLMEngine
+        engine_class = AsyncExtendedLiteLLMEngine if asynchronous else ExtendedLiteLLMEngine
         engine = engine_class(model_type=self.model_type, wire_model=wire_model, **options)
-        # DSPy's engine refuses what it does not list; the rest is LiteLLM's own vocabulary and is passed on.
-        engine.client_options.update(self.extras)
-        engine.client_options.update(extras or {})
-        return engine
+        return engine.extended({**self.extras, **(extras or {})})
 
 
 def _transport_timeouts(timeouts: Any) -> dict[str, Any]:

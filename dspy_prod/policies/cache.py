@@ -209,7 +209,10 @@ def cacheable(response: Response) -> bool:
     """Whether an answer may be kept: complete, and not a refusal."""
     if response.finish_reason not in ("stop", "tool_call"):
         return False
-    return all(part.type != "refusal" for part in response.message.parts)
+    parts = response.message.parts
+    if len(parts) == 1:
+        return bool(parts[0].type != "refusal")
+    return all(part.type != "refusal" for part in parts)
 
 
 def _without_usage(response: Response) -> Response:

@@ -177,7 +177,8 @@ class LimiterState:
             tokens: tokens to reserve.
             lease: seconds for which the call counts as in flight unless it is given back or renewed.
         """
-        now = self._touch(now)
+        if now != self._now:  # else `ready_at` has just looked
+            now = self._touch(now)
         self._seq = seq = self._seq + 1
         slot = self._window.add(now, tokens)
         self._leases.add(seq, now + lease)
@@ -230,8 +231,10 @@ class LimiterState:
         now = self._touch(now)
         limit, feedback = self._limit, self._feedback
         if feedback.throttled(now, retry_after) and limit.adaptive:
-            unlimited = limit.rpm is None and limit.tpm is None
-            feedback.lower(now, limit.floor, self._window.rate(now) if unlimited else None)
+            measured = self._window.rate(now) if limit.rpm is None and limit.tpm is None else None
+            if measured == 0:
+                return  # calls without any limit were not counted so far: pause, and measure from here on
+            feedback.lower(now, limit.floor, measured)
             self._tune()
 
     def resync(self, now: float, remaining: Mapping[str, tuple[float, float]]) -> None:

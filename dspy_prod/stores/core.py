@@ -82,7 +82,7 @@ class AdmissionCore:
             self._decide(ticket, GRANTED, None)
             return ticket
         line = self._lines.get(ask.limit_key) if ask.limit_key is not None else None
-        if not line and not self._must_park(ticket):
+        if not line and not (self._parked and self._must_park(ticket)):
             blocked = self._attempt(ticket, now)
             if blocked is None:
                 return ticket
@@ -158,8 +158,9 @@ class AdmissionCore:
         if done.record is not None:
             self.appended.append(done.record)
         self._release(hold, done.tokens, done.sent, now)
-        for key in hold.accounts:
-            self._serve_account(key, now)
+        if self._parked:
+            for key in hold.accounts:
+                self._serve_account(key, now)
 
     def correct(self, record: CallRecord, cost: int, now: float) -> CallRecord:
         """The record with its true cost; the accounts it charged are mended."""
@@ -190,6 +191,11 @@ class AdmissionCore:
                 self.abandon(hold, now)
             self._next_lease = min((hold.lease_until for hold in self.holds.values()), default=inf)
             self.accounts.prune(now, self._parked)
+
+    @property
+    def timed(self) -> bool:
+        """Whether somebody waits for a moment, not for a release."""
+        return bool(self._timers)
 
     def next_due(self) -> float:
         """Store time of the next `tick` that can change something; `inf` when none can."""
@@ -305,8 +311,9 @@ class AdmissionCore:
         """Grant or refuse (None), or say what blocks: an account's key, or "" for the limiter."""
         ask = ticket.ask
         amount = ask.amount
+        entries = self.accounts.entries
         for account in ask.accounts:
-            state = self.accounts.get(account.key)
+            state = entries.get(account.key) or self.accounts.get(account.key)
             if state.ends_at == inf:
                 state.ends_at = now + account.ends_in
             if state.spent + state.held + amount > account.limit:
@@ -341,7 +348,11 @@ class AdmissionCore:
             self._next_lease = until
         if self.changes is not None:
             self.changes.added[ask.id] = hold
-        self._decide(ticket, GRANTED, None)
+            self._decide(ticket, GRANTED, None)
+        else:
+            ticket.state = GRANTED
+            if ticket.wake is not None:
+                self.decided.append(ticket)
         return None
 
     def _decide(self, ticket: Ticket, state: int, refusal: Refusal | None) -> None:
@@ -446,11 +457,12 @@ class AdmissionCore:
         key = hold.limit_key
         if key is None or hold.debit is None:
             return
-        limiter = self.limiter_state(key) or self._visit_limiter(key, now)
+        limiter = self._limiters.get(key) or self.limiter_state(key) or self._visit_limiter(key, now)
         if limiter is None:
             return
         limiter.give_back(hold.debit, now=now, used=tokens, sent=sent)
-        self._touch_limiter(key, now)
+        if self.changes is not None or key in self._lines:
+            self._touch_limiter(key, now)
 
     def _touch_limiter(self, key: str, now: float) -> None:
         if self.changes is not None:

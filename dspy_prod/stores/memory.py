@@ -82,9 +82,10 @@ class MemoryStore:
     # -- admission ---------------------------------------------------------------------------------------------------
     def admit(self, ask: Ask) -> Ticket:
         core = self._core
+        ticket = Ticket(ask)
         with self._lock:
-            ticket = core.admit(ask, self.now())
-            decided = core.take_decided()
+            core.enter(ticket, self.now())
+            decided = core.take_decided() if core.decided else None
         if decided:
             wake(decided)
         if ticket.state == PENDING or self._janitor is None:
@@ -104,10 +105,13 @@ class MemoryStore:
         core = self._core
         with self._lock:
             core.settle(settlement, self.now())
-            if core.appended or core.replaced:
+            for record in core.appended:
+                self._ledger.append(record)
+            core.appended.clear()
+            if core.replaced:
                 self._write()
-            decided = core.take_decided()
-            due = core.next_due()
+            decided = core.take_decided() if core.decided else None
+            due = core.next_due() if core.timed else inf
         if decided:
             wake(decided)
         if due < self._planned:

@@ -11,12 +11,12 @@ import dspy
 import pytest
 from dspy.lm15 import Config, Message, Request, Response, TextPart
 from dspy.utils.callback import BaseCallback
-from dspy.utils.exceptions import LMUnsupportedFeatureError
+from dspy.utils.exceptions import LMServerError, LMUnsupportedFeatureError
 
 import dspy_prod
-from dspy_prod.testing import ScriptedEngine
+from dspy_prod.testing import ScriptedEngine, Status
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.support import MODEL, fresh_memory, records
+from tests.e2e.support import CHEAP, MODEL, fresh_memory, records
 
 
 def plain(url: str, **options: Any) -> dspy.LM:
@@ -90,6 +90,18 @@ def test_parts_that_no_request_can_say_are_refused_by_name(serve: MakeProvider, 
         with pytest.raises(LMUnsupportedFeatureError, match="cache_control"):
             lm(messages=[{"role": "user", "content": [part]}])
     assert provider.calls == []
+
+
+def test_a_plain_lm_to_fall_back_to_runs_without_its_cache_and_retries(serve: MakeProvider, connect: MakeLM) -> None:
+    """A `dspy.LM` as a fallback lends its engine and its settings; attempts are made and kept in one layer, ours."""
+    dead, alive = serve(faults=Status(500)), serve(faults=[Status(500)])
+    lm = connect(dead, fallbacks=[dspy.LM(CHEAP, api_key="own", api_base=alive.url, cache=True, temperature=0.7)])
+    with pytest.raises(LMServerError):
+        lm("q")
+    assert lm("q") == lm("q") == ["ok"]
+    assert (len(dead.calls), len(alive.calls)) == (3, 3)
+    assert {call.headers["authorization"] for call in alive.calls} == {"Bearer own"}
+    assert {(call.body["temperature"], call.max_tokens) for call in alive.calls} == {(0.7, 100)}
 
 
 # -- what is told of a call ------------------------------------------------------------------------------------------

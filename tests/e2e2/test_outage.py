@@ -38,9 +38,16 @@ def healthy(provider: Provider) -> dspy.LM:
     return dspy.LM(CHEAP, api_base=provider.url, api_key="test", max_tokens=100, cache=False)
 
 
-@pytest.mark.parametrize("line", [None, 8], ids=["no-limit", "in-line"])
-@pytest.mark.parametrize("how", [500, "hang"])
-@pytest.mark.parametrize("crowd", ["threads", "tasks"])
+@pytest.mark.parametrize(
+    ("crowd", "how", "line"),
+    [
+        ("threads", 500, 8),
+        ("threads", "hang", 8),
+        ("threads", "hang", None),
+        ("tasks", 500, None),
+        ("tasks", "hang", 8),
+    ],
+)
 def test_a_dead_upstream_is_left_alone(
     serve: MakeProvider,
     connect: MakeLM,
@@ -53,9 +60,9 @@ def test_a_dead_upstream_is_left_alone(
     dead, alive = serve(answer="primary", latency=0.02), serve(answer="spare", latency=0.02)
     lm = connect(
         dead,
-        timeout=0.5,
+        timeout=0.4,
         breaker=CircuitBreaker(
-            failure_threshold=THRESHOLD, failure_rate=None, recovery_timeout=0.4, max_recovery_timeout=0.4, jitter=0
+            failure_threshold=THRESHOLD, failure_rate=None, recovery_timeout=0.3, max_recovery_timeout=0.3, jitter=0
         ),
         limit=None if line is None else RateLimit(concurrency=line),
         fallbacks=[healthy(alive)],
@@ -81,7 +88,7 @@ def test_a_dead_upstream_is_left_alone(
         until(lambda: len(outcomes) > 2 * WORKERS)
         before = len(dead.calls)
         dead.down(how if how == "hang" else Status(500, delay=0.1))
-        until(lambda: len([event for event in heard if event.name == "breaker_half_open"]) >= 3, timeout=20)
+        until(lambda: len([event for event in heard if event.name == "breaker_half_open"]) >= 2, timeout=20)
         stop.set()
         for worker in workers:
             worker.outcome()

@@ -97,7 +97,7 @@ def settlement(
 ) -> Settlement:
     """What really happened, with its record."""
     asked = asked.ask if isinstance(asked, Ticket) else asked
-    assert asked.stub is not None
+    assert isinstance(asked.stub, CallRecord)
     told = asked.stub._replace(cost_nano=cost, estimated=estimated, input_tokens=tokens)
     return Settlement(asked.id, cost, tokens, sent, estimated, told)
 

@@ -10,7 +10,7 @@ from math import inf
 import pytest
 
 from dspy_prod.options import RateLimit
-from dspy_prod.records import Totals
+from dspy_prod.records import CallRecord, Totals
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, AccountState, Settlement, Store, Ticket
 from tests.stores.support import (
     CENT,
@@ -212,6 +212,18 @@ def test_a_hold_whose_lease_ends_is_charged_in_full_and_a_late_settlement_replac
     assert still.account("day").spent == 2 * CENT
 
 
+def test_the_stub_of_a_hold_may_be_made_when_it_is_needed(still: Store, clock: FakeClock) -> None:
+    wanted = ask(5 * CENT, lease=30.0)
+    stub = wanted.stub
+    assert isinstance(stub, CallRecord)
+    wanted.stub = lambda: stub
+    granted(still, wanted)
+    clock.advance(31.0)
+    turn(still)
+    until(lambda: still.holds() == 0)
+    assert still.records() == [stub._replace(outcome="abandoned", estimated=True)]
+
+
 def test_a_late_settlement_without_a_record_mends_the_abandoned_one(still: Store, clock: FakeClock) -> None:
     ticket = granted(still, ask(5 * CENT, lease=30.0))
     clock.advance(31.0)
@@ -241,7 +253,7 @@ def test_no_window_of_a_minute_holds_more_requests_than_allowed(still: Store, cl
     turn(still)
     for _ in range(300):
         for ticket in tickets:
-            if ticket.state == GRANTED and ticket.ask.id not in sent:
+            if ticket.state == GRANTED:
                 sent.append(clock.time())
                 still.settle(ticket, settlement(ticket, 0))
         tickets = [ticket for ticket in tickets if ticket.state == PENDING]
@@ -460,8 +472,8 @@ def test_totals_are_per_day_and_value(store: Store) -> None:
     day = 86_400.0
     for number in range(4):
         at, cost = DAY + number // 2 * day, CENT * (number + 1)
-        known = {"input_tokens": 10, "output_tokens": 2, "tags": (("team", "a"),)}
-        store.append(record(started_at=at, user=f"u{number % 2}", cost_nano=cost, **known))
+        made = record(started_at=at, user=f"u{number % 2}", cost_nano=cost, tags=(("team", "a"),))
+        store.append(made._replace(input_tokens=10, output_tokens=2))
     store.append(record(started_at=DAY + day, cost_nano=None, outcome="error"))
     rows = store.totals()
     assert [(day, value) for day, value, _ in rows] == [("2025-11-23", ""), ("2025-11-24", "")]

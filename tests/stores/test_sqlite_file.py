@@ -295,7 +295,11 @@ def test_tasks_of_an_event_loop_wait_without_blocking_it(sqlite_store: SqliteSto
     async def call() -> None:
         ticket = sqlite_store.admit(ask(CENT))
         loop, done = asyncio.get_running_loop(), asyncio.Event()
-        if ticket.attach(lambda: loop.call_soon_threadsafe(done.set)):
+
+        def woken() -> None:
+            loop.call_soon_threadsafe(done.set)
+
+        if ticket.attach(woken):
             await done.wait()
         assert ticket.state == GRANTED, ticket.refusal
         await asyncio.sleep(0)
