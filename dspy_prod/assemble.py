@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import dspy
 from dspy.clients.base_lm import BaseLM
+from dspy.utils.dummies import DummyLM
 
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.events import BUS
@@ -98,7 +99,8 @@ def _foreign_route(fallback: Any, settings: Settings, prices: PriceBook, store: 
             prices=PriceBook({**settings.prices, **fallback.settings.prices}), store=store, clock=settings.clock,
             bus=BUS, defaults=_defaults(fallback),
         )  # fmt: skip
-    if isinstance(fallback, dspy.LM):
+    if isinstance(fallback, (dspy.LM, DummyLM)):
+        refuse_own_forward(fallback)
         return Route(
             fallback.model, upstream_of(fallback), retry=settings.retry, breaker=settings.breaker, limit=None,
             prices=prices, store=store, clock=settings.clock, bus=BUS, defaults=_defaults(fallback),
@@ -106,6 +108,20 @@ def _foreign_route(fallback: Any, settings: Settings, prices: PriceBook, store: 
     kind = type(fallback).__name__
     hint = "; implement an engine and use dspy.LM(..., engine=...)" if isinstance(fallback, BaseLM) else ""
     raise ConfigError(f"fallbacks= takes model names and dspy.LM or dspy_prod.LM objects, not {kind}{hint}")
+
+
+def refuse_own_forward(lm: BaseLM) -> None:
+    """Refuse an LM class whose own `forward` would be bypassed: only its engine is used.
+
+    Raises:
+        ConfigError: naming the class and the remedy.
+    """
+    base = DummyLM if isinstance(lm, DummyLM) else dspy.LM
+    if any(getattr(lm, name).__func__ is not getattr(base, name) for name in ("forward", "aforward")):
+        raise ConfigError(
+            f"{type(lm).__name__} overrides forward or aforward, which no engine reaches; implement an engine and use "
+            "dspy_prod.LM(..., engine=...)"
+        )
 
 
 def _defaults(lm: dspy.LM) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dspy.clients.lm import _check_engines, _refuse_client_settings
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.options import Cache, CircuitBreaker, RateLimit
-from dspy_prod.settings import Settings, budget_options, option, price_options, retry_option
+from dspy_prod.settings import Settings, budget_options, fallback_list, option, price_options, retry_option
 from dspy_prod.stores.base import Store
 
 POLICIES: Final = frozenset(
@@ -44,13 +44,14 @@ def changed(settings: Settings, policies: dict[str, Any], extras: dict[str, Any]
     if "prices" in policies:
         changes["prices"] = price_options(policies["prices"])
     if "fallbacks" in policies:
-        changes["fallbacks"] = tuple(policies["fallbacks"])
+        changes["fallbacks"] = fallback_list(policies["fallbacks"])
     for name in ("store", "namespace", "clock", "engine", "async_engine"):
         if name in policies:
             changes[name] = policies[name]
     if "engine" in policies and "async_engine" not in policies:
         changes["async_engine"] = None
     clients = {key: value for key, value in policies.items() if key in CLIENT_KEYS}
+    check_timeout(clients.get("timeout"))
     if clients:
         merged = {**settings.clients, **clients}
         changes["clients"] = {key: value for key, value in merged.items() if value is not None}

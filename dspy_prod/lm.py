@@ -20,7 +20,7 @@ from dspy.utils.callback import BaseCallback, with_callbacks
 from dspy.utils.dummies import DummyLM
 
 from dspy_prod.advice import warn_coarse_budgets, warn_messages
-from dspy_prod.assemble import assemble
+from dspy_prod.assemble import assemble, refuse_own_forward
 from dspy_prod.calling import hit, per_call, scope_of
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.copying import REBUILDS, changed, check_timeout, pinned
@@ -36,6 +36,7 @@ from dspy_prod.settings import (
     Settings,
     budget_options,
     default_namespace,
+    fallback_list,
     option,
     price_options,
     recall,
@@ -100,8 +101,6 @@ class LM(Operations, dspy.LM):
         clock: Clock = SYSTEM_CLOCK,
         **kwargs: Any,
     ) -> None:
-        if isinstance(fallbacks, (str, dspy.LM)):
-            raise ConfigError("fallbacks= takes a list, e.g. fallbacks=['anthropic/claude-haiku-4-5']")
         _check_engines(engine, async_engine)
         canonical, clients, extras = split(kwargs)
         _refuse_client_settings(engine, {key: value for key, value in clients.items() if key != "timeout"})
@@ -120,7 +119,7 @@ class LM(Operations, dspy.LM):
             limit=option(RateLimit, limit, "limit", default=None),
             cache=option(Cache, cache, "cache", default=Cache()) or Cache(),
             budgets=budget_options(budget),
-            fallbacks=tuple(fallbacks),
+            fallbacks=fallback_list(fallbacks),
             prices=price_options(prices),
             store=store,
             namespace=namespace or default_namespace(),
@@ -149,7 +148,11 @@ class LM(Operations, dspy.LM):
         self.pipeline = assemble(self.model, self.model_type, settings) if pipeline is None else pipeline
         self.settings = settings = pinned(settings, self.pipeline.store)
         self.identity = orjson.dumps(
-            [self.model, self.model_type, address_of(dict(settings.clients), self.model), repr(dict(settings.extras))]
+            [
+                *(self.model, self.model_type, self.use_developer_role),
+                address_of(dict(settings.clients), self.model),
+                repr(dict(settings.extras)),
+            ]
         )
         self._engine_spec = ProdEngine(self.pipeline, self.identity)
         self._async_engine_spec = AsyncProdEngine(self.pipeline, self.identity)
@@ -298,14 +301,9 @@ def wrap(lm: dspy.LM, **policies: Any) -> LM:
     """
     if isinstance(lm, LM):
         return lm.copy(**policies)
-    base = next((known for known in (dspy.LM, DummyLM) if isinstance(lm, known)), None)
-    if base is None:
+    if not isinstance(lm, (dspy.LM, DummyLM)):
         raise ConfigError(f"wrap takes a dspy.LM, got {type(lm).__name__}; for a custom model implement an engine")
-    if any(getattr(lm, name).__func__ is not getattr(base, name) for name in ("forward", "aforward")):
-        raise ConfigError(
-            f"{type(lm).__name__} overrides forward or aforward, which no engine reaches; implement an engine and use "
-            "dspy_prod.LM(..., engine=...)"
-        )
+    refuse_own_forward(lm)
     arguments = dict(lm.kwargs)
     tokens = arguments.pop("max_tokens", None)
     arguments["max_tokens"] = arguments.pop("max_completion_tokens", None) if tokens is None else tokens

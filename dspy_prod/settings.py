@@ -75,7 +75,9 @@ def _meant(name: str) -> str | None:
 def _refuse_slip(name: str, value: Any) -> None:
     """Refuse a misspelt policy: it would travel on to LiteLLM, and nobody would notice that it is not in force."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
-    kinds = {Retry: "retry", CircuitBreaker: "breaker", RateLimit: "limit", Budget: "budget", Cache: "cache"}
+    kinds: dict[type[Any], str] = {
+        Retry: "retry", CircuitBreaker: "breaker", RateLimit: "limit", Budget: "budget", Cache: "cache",
+    }  # fmt: skip
     meant = kinds.get(type(first)) or _meant(name)
     if meant is not None:
         raise ConfigError(f"LM has no argument {name!r}; did you mean {meant}=...?")
@@ -195,6 +197,13 @@ def price_options(prices: Any) -> dict[str, Price]:
             'prices= takes a mapping such as {"openai/my-model": dspy_prod.Price(input=0.15, output=0.6)}'
         )
     return {str(name): option(Price, price, f"prices[{name!r}]", default=None) for name, price in prices.items()}
+
+
+def fallback_list(fallbacks: Any) -> tuple[Any, ...]:
+    """`fallbacks=`: model names and LMs, in order."""
+    if isinstance(fallbacks, (str, dspy.LM)):
+        raise ConfigError("fallbacks= takes a list, e.g. fallbacks=['anthropic/claude-haiku-4-5']")
+    return tuple(fallbacks)
 
 
 def default_namespace() -> str:

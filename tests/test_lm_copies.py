@@ -397,7 +397,7 @@ def test_wrap_lets_policies_win_over_the_lms_arguments(store: MemoryStore) -> No
     assert dspy_prod.wrap(plain, store=store, num_retries=1).settings.retry.attempts == 2
 
 
-class Overrides(dspy.LM):  # type: ignore[misc]
+class Overrides(dspy.LM):
     """A legacy subclass."""
 
     def forward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
@@ -246,3 +247,18 @@ def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float) -> Iter
             yield item
     finally:
         gone.set()
+
+
+def within(source: Any, until: float) -> Iterator[Any]:
+    """The items of a stream that reads `ATTEMPT_UNTIL` itself, each awaited no longer than `until`."""
+    with closing(source) as items:
+        iterator = iter(items)
+        while True:
+            token = ATTEMPT_UNTIL.set(until)
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                ATTEMPT_UNTIL.reset(token)
+            yield item

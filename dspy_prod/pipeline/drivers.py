@@ -9,7 +9,7 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
 from math import inf
 from typing import Any
@@ -17,14 +17,13 @@ from typing import Any
 from dspy._vendor.lm15.result import StreamAccumulator
 from dspy._vendor.lm15.types import StreamEvent
 from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
-from dspy.clients.errors import wrap_error
-from dspy.lm15 import Response, TransportError
+from dspy.lm15 import Response
 
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, bounded, bounded_stream
-from dspy_prod.pipeline.echoes import without_secrets_of
+from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, bounded, bounded_stream, within
 from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Wait
 from dspy_prod.pipeline.flow import Flow
+from dspy_prod.pipeline.public_errors import consumer_left, public_error
 from dspy_prod.pipeline.replay import replay
 
 if sys.version_info >= (3, 11):
@@ -168,7 +167,7 @@ def _attempt(effect: Attempt) -> Response:
         finally:
             ATTEMPT_UNTIL.reset(token)
     except Exception as error:
-        raise _public(error, effect) from error
+        raise public_error(error, effect) from error
 
 
 async def _aattempt(effect: Attempt) -> Response:
@@ -183,9 +182,9 @@ async def _aattempt(effect: Attempt) -> Response:
     except (TimeoutError, asyncio.TimeoutError) as error:
         if limit is not None and _expired(limit):
             raise AttemptTimeoutError from None
-        raise _public(error, effect) from error
+        raise public_error(error, effect) from error
     except Exception as error:
-        raise _public(error, effect) from error
+        raise public_error(error, effect) from error
 
 
 def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[Response, StreamEvent | None]]:
@@ -199,7 +198,7 @@ def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[R
         if until == inf:
             source = engine.stream(effect.request)
         elif bounds_itself:
-            source = _within(engine.stream(effect.request), until)
+            source = within(engine.stream(effect.request), until)
         else:
             source = bounded_stream(lambda: engine.stream(effect.request), until)
         with closing(checked_stream(source, provider=effect.route.upstream.provider)) as events:
@@ -218,25 +217,12 @@ def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[R
                 yield event
         response = accumulator.response()
     except Exception as error:
-        raise _public(error, effect) from error
+        if consumer_left(error):
+            raise GeneratorExit from None
+        raise public_error(error, effect) from error
     if start is not None:
         yield start
     return response, end
-
-
-def _within(source: Any, until: float) -> Iterator[StreamEvent]:
-    """The events of a native stream, each awaited no longer than `until`."""
-    with closing(source) as events:
-        iterator = iter(events)
-        while True:
-            token = ATTEMPT_UNTIL.set(until)
-            try:
-                event = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                ATTEMPT_UNTIL.reset(token)
-            yield event
 
 
 async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenerator[StreamEvent, None]:
@@ -275,9 +261,11 @@ async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenera
     except (TimeoutError, asyncio.TimeoutError) as error:
         if limit is not None and _expired(limit):
             raise AttemptTimeoutError from None
-        raise _public(error, effect) from error
+        raise public_error(error, effect) from error
     except Exception as error:
-        raise _public(error, effect) from error
+        if consumer_left(error):
+            raise GeneratorExit from None
+        raise public_error(error, effect) from error
     if start is not None:
         yield start
     ended.extend((response, end))
@@ -298,14 +286,3 @@ def _checked(response: Any) -> Response:
         return response
     kind = type(response)
     raise TypeError(f"Engine.complete must return dspy.lm15.Response, got {kind.__module__}.{kind.__qualname__}")
-
-
-def _public(error: Exception, effect: Attempt) -> Exception:
-    """The error as DSPy shows it; our own time limit stays recognisable."""
-    if isinstance(error, AttemptTimeoutError):
-        return error
-    until = effect.until
-    if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
-        return AttemptTimeoutError()
-    wrapped: Exception = wrap_error(error, model=effect.route.model, provider=effect.route.upstream.provider)
-    return without_secrets_of(effect.route.upstream, wrapped, error)

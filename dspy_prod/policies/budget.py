@@ -34,9 +34,8 @@ class BudgetRule:
         self.limit = options.limit_nano
         self._zone = ZoneInfo(options.timezone)
         self._lock = threading.Lock()
-        self._window = ""
-        self._ends_at = -inf
-        self._accounts: dict[str, Account] = {}
+        # (window id, its end, accounts by scope value), replaced as one: a call sees one window or the other
+        self._current: tuple[str, float, dict[str, Account]] = ("", -inf, {})
         self._soft = None if options.soft is None else int(self.limit * options.soft)
         self._softened: set[str] = set()
 
@@ -52,18 +51,19 @@ class BudgetRule:
             BudgetExceededError: the scope's value is missing and the budget requires it.
         """
         options = self.options
-        if wall >= self._ends_at:
-            self._turn(wall)
+        window, ends_at, accounts = self._current
+        if wall >= ends_at:
+            window, ends_at, accounts = self._turn(wall)
         value = self._scope_value(context, model)
         if options.per == "run":
             value = f"{context.run or PROCESS_RUN}|{value}"
-        account = self._accounts.get(value)
+        account = accounts.get(value)
         if account is None:
             title = options.title if options.scope == "global" else f"{options.title}={value}"
-            account = Account(f"{options.title}|{value}|{self._window}", self.limit, title, self._ends_at - wall)
-            if len(self._accounts) >= _MAX_CACHED_ACCOUNTS:
-                self._accounts.clear()
-            self._accounts[value] = account
+            account = Account(f"{options.title}|{value}|{window}", self.limit, title, ends_at - wall)
+            if len(accounts) >= _MAX_CACHED_ACCOUNTS:
+                accounts.clear()
+            accounts[value] = account
         return account
 
     def soft_passed(self, account: str, spent: int) -> bool:
@@ -95,11 +95,12 @@ class BudgetRule:
         first = midnight.replace(day=1)
         return local.strftime("%Y-%m"), _next_day(first, 32).replace(day=1).timestamp()
 
-    def _turn(self, wall: float) -> None:
+    def _turn(self, wall: float) -> tuple[str, float, dict[str, Account]]:
         with self._lock:
-            self._accounts = {}
-            self._softened = set()
-            self._window, self._ends_at = self.window(wall)
+            if wall >= self._current[1]:
+                self._softened = set()
+                self._current = (*self.window(wall), {})
+            return self._current
 
     def _scope_value(self, context: CallContext, model: str) -> str:
         scope = self.options.scope

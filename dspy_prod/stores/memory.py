@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import weakref
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable
 from math import inf
 from queue import Empty, SimpleQueue
@@ -56,9 +57,8 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._core = AdmissionCore()
         self._ledger = MemoryLedger(max_records)
-        self._answers: OrderedDict[bytes, CachedAnswer] = OrderedDict()
-        self._answer_bytes = 0
-        self._posted: SimpleQueue[tuple[Ticket, Settlement] | None] = SimpleQueue()
+        self._late: deque[Settlement] = deque()
+        self._nudges: SimpleQueue[None] = SimpleQueue()
         self._janitor: threading.Thread | None = None
         self._planned = inf  # store time at which the janitor will look again
         self._closed = False
@@ -119,7 +119,8 @@ class MemoryStore:
 
     def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
         """`settle` for a finaliser: it may run inside any lock, so another thread does the work."""
-        self._posted.put((ticket, settlement))
+        self._late.append(settlement)
+        self._nudges.put(None)
 
     def append(self, record: CallRecord) -> None:
         with self._lock:
@@ -145,7 +146,8 @@ class MemoryStore:
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = None) -> bool:
-        self._drain()
+        if self._late:
+            self._apply_late()
         return True
 
     def account(self, key: str) -> AccountState:
@@ -209,8 +211,8 @@ class MemoryStore:
         self.flush()
         self._closed = True
         janitor, self._janitor = self._janitor, None
-        if janitor is not None and janitor.is_alive():
-            self._posted.put(None)
+        if janitor is not None and janitor is not threading.current_thread():
+            self._nudges.put(None)
             janitor.join(timeout=5)
         self._closed = False
 
@@ -221,26 +223,24 @@ class MemoryStore:
             with self._lock:
                 if self._janitor is None and not self._closed:
                     thread = threading.Thread(
-                        target=_tend, args=(weakref.ref(self), self._posted), name="dspy_prod-memory-store", daemon=True
+                        target=_tend, args=(weakref.ref(self), self._nudges), name="dspy_prod-memory-store", daemon=True
                     )
+                    try:
+                        thread.start()
+                    except RuntimeError:  # the interpreter is going down
+                        return
                     self._janitor = thread
-                    thread.start()
                     return
-        self._posted.put(None)
+        self._nudges.put(None)
 
-    def _drain(self) -> None:
-        nudged = False
-        while True:
-            try:
-                item = self._posted.get_nowait()
-            except Empty:
-                break
-            if item is None:
-                nudged = True
-            else:
-                self.settle(*item)
-        if nudged:  # it was meant for the janitor
-            self._posted.put(None)
+    def _apply_late(self) -> None:
+        """Settle what finalisers posted; under the lock, so that a reader finds it done or does it."""
+        with self._lock:
+            while self._late:
+                self._core.settle(self._late.popleft(), self.now())
+            self._write()
+            decided = self._core.take_decided()
+        wake(decided)
 
     def _tick(self) -> float:
         """Serve what is due; seconds until the next due moment (`inf` if none)."""
@@ -265,27 +265,27 @@ class MemoryStore:
     def _after_fork(self) -> None:
         """The child has its own copy of the state; threads and their tickets stayed with the parent."""
         self._lock = threading.Lock()
-        self._posted = SimpleQueue()
+        self._nudges = SimpleQueue()
         self._janitor = None
         core = self._core
         core.fail_waiting(Refusal("store_unavailable", detail="the process was forked while waiting"))
         core.take_decided()
 
 
-def _tend(ref: weakref.ref[MemoryStore], posted: SimpleQueue[tuple[Ticket, Settlement] | None]) -> None:
+def _tend(ref: weakref.ref[MemoryStore], nudges: SimpleQueue[None]) -> None:
     """Body of the janitor thread; ends when the store is closed or collected."""
     wait = 0.0
     while True:
-        try:
-            item = posted.get(timeout=min(max(wait, 0.0), 5.0)) if wait > 0 else posted.get_nowait()
-        except Empty:
-            item = None
+        if wait > 0:
+            with contextlib.suppress(Empty):
+                nudges.get(timeout=min(wait, 5.0))
+                while True:  # one look answers them all
+                    nudges.get_nowait()
         store = ref()
-        if store is None or store._closed or store._posted is not posted:
+        if store is None or store._closed or store._nudges is not nudges:
             return
         try:
-            if item is not None:
-                store.settle(*item)
+            store.flush()
             wait = min(store._tick(), inf)
         except Exception:
             _log.exception("The memory store's janitor met an error; it goes on")

@@ -125,7 +125,7 @@ class LedgerTables:
         assert self._connection is not None
         self._since_trim = 0
         self._connection.execute(
-            "DELETE FROM records WHERE ns = ?1 AND started_at <= (SELECT started_at FROM records "
+            "DELETE FROM records WHERE ns = ?1 AND started_at < (SELECT started_at FROM records "
             "WHERE ns = ?1 ORDER BY started_at DESC LIMIT 1 OFFSET ?2)",
             (self._ns, self._max),
         )

@@ -99,10 +99,6 @@ def create(path: str) -> None:
         StoreUnavailableError, sqlite3.Error, OSError
     """
     _make_directory(Path(path).parent)
-    if not os.path.exists(path):
-        for suffix in ("-wal", "-shm"):  # of a database that was deleted: SQLite would replay them into the new one
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path + suffix)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = connect(path)
     try:

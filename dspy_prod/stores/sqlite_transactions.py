@@ -22,6 +22,8 @@ BUSY_LIMIT: Final = 5.0
 """Seconds to wait for another process's transaction before the store counts as unavailable."""
 REAP_BATCH: Final = 1000
 SWEEP_EVERY: Final = 3600.0
+MAX_ACCOUNTS: Final = 50_000
+"""Accounts kept in memory; beyond that they are read from the file again."""
 
 Report = Callable[[str, dict[str, Any]], None]
 Operation = tuple[Callable[["Transactions", Any, Any, float], None], Any, Any]
@@ -197,6 +199,8 @@ class Transactions:
         if renewed:
             self._leased_until = now + self._lease
         self.core.written()
+        if len(self.core.accounts.entries) > MAX_ACCOUNTS:
+            self.core.forget()
         for record in unwritable:
             self.tell_later("operation_dropped", kind="append", error=f"the record {record.id!r} cannot be written")
 

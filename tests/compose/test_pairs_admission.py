@@ -30,6 +30,7 @@ from tests.compose.support import (
     spare,
     until,
 )
+from tests.e2e.support import account
 
 
 # -- limiter and budget ----------------------------------------------------------------------------------------------
@@ -55,17 +56,10 @@ def test_limit_and_budget_who_waits_for_a_seat_holds_no_money() -> None:
     second = Caller(lambda: lm("waits"))
     until(lambda: lm.pipeline.store.waiting() == 1)
 
-    (rule,) = lm.pipeline.budgets
-    held = sum(account_held(lm, account.key) for account in rule._accounts.values())
-
-    assert held == CENT, "only the call in flight holds its bound"
+    assert account(lm).held == CENT, "only the call in flight holds its bound"
     gate.open()
     assert [first.outcome(), second.outcome()] == [["ok"], ["ok"]]
     assert idle(lm)
-
-
-def account_held(lm: object, key: str) -> int:
-    return lm.pipeline.store.account(key).held  # type: ignore[attr-defined, no-any-return]
 
 
 def test_limit_and_budget_who_waits_for_money_takes_no_seat() -> None:

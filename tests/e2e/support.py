@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
-import dspy_prod
 from dspy.lm15 import Config, Message, Request
+
+import dspy_prod
 from dspy_prod import CallRecord, Price
 from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.stores.base import Store
@@ -32,7 +33,9 @@ Crowd = Literal["threads", "tasks"]
 _numbers = itertools.count()
 
 
-def make_lm(url: str, *, model: str = MODEL, prices: dict[str, tuple[float, float]] | None = None, **options: Any) -> Any:
+def make_lm(
+    url: str, *, model: str = MODEL, prices: dict[str, tuple[float, float]] | None = None, **options: Any
+) -> Any:
     """A `dspy_prod.LM` in front of the provider at `url`: no cache, no retries, a store of its own."""
     table = PRICES if prices is None else prices
     defaults: dict[str, Any] = {

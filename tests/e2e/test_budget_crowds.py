@@ -73,7 +73,7 @@ def test_a_bound_just_above_the_cost_leaves_less_than_one_bound_unspent(
 def test_callers_wait_for_money_that_is_only_held(
     serve: MakeProvider, connect: MakeLM, store_url: str, crowd: Crowd, callers: int
 ) -> None:
-    """With `max_tokens` ten times the real answer at most ten are in flight, and the others wait for what comes back."""
+    """With `max_tokens` ten times the real answer at most ten are in flight, and the others wait for what returns."""
     provider = serve(prices=A_CENT, usage=(20, 100), latency=(0.0, 0.03))
     with pytest.warns(UserWarning, match=r"more than 5 % .* Lower max_tokens"):
         lm = connect(provider, prices=A_CENT, max_tokens=1000, budget=DOLLAR, store=store_url)

@@ -97,9 +97,7 @@ def test_a_closed_and_reopened_store_goes_on_counting(serve: MakeProvider, sqlit
         assert id(open_store(sqlite_url, "e2e")) != before or spent == 100
 
 
-def test_four_processes_spend_one_dollar(
-    serve: MakeProvider, connect: MakeLM, start: Start, sqlite_url: str
-) -> None:
+def test_four_processes_spend_one_dollar(serve: MakeProvider, connect: MakeLM, start: Start, sqlite_url: str) -> None:
     """Four processes with sixteen threads each share one SQLite file, and together one dollar."""
     provider = serve(prices=A_CENT, usage=(20, 100), latency=(0.0, 0.05))
     ended = spend_in_children(start, provider, sqlite_url, 4, 16, 3)

@@ -9,6 +9,7 @@ import dspy
 import pytest
 
 from dspy_prod import RateLimit
+from dspy_prod.testing import FaultPlan, Status
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import assert_equals_bill, assert_nothing_held
 
@@ -41,12 +42,13 @@ def evaluate(lm: Any, examples: int, threads: int) -> tuple[Any, float]:
     ],
 )
 def test_an_evaluation_runs_at_the_speed_of_its_upstream(
-    serve: MakeProvider, connect: MakeLM, store_url: str, examples: int, longest: float
+    serve: MakeProvider, connect: MakeLM, sqlite_url: str, examples: int, longest: float
 ) -> None:
     """32 threads share the limit without a single 429, and every example is scored by a real answer."""
     provider = serve(per_second=PER_SECOND, latency=(0.05, 0.3))
-    lm = connect(provider, limit=LIMIT, max_tokens=None, store=store_url)
+    lm = connect(provider, limit=LIMIT, max_tokens=None, store=sqlite_url)
     result, took = evaluate(lm, examples, 32)
+    print(f"{examples} examples took {took:.2f} s, ideal {examples / PER_SECOND:.2f} s")
     assert [call.status for call in provider.calls] == [200] * examples
     assert result.score == 100.0
     assert len(result.results) == examples
@@ -59,8 +61,6 @@ def test_examples_survive_an_upstream_that_fails_now_and_then(
     serve: MakeProvider, connect: MakeLM, store_url: str
 ) -> None:
     """A tenth of the requests fail at first; no example is lost, and each is paid once."""
-    from dspy_prod.testing import FaultPlan, Status
-
     provider = serve(faults=FaultPlan.mix({Status(500): 0.1}, seed=3))
     lm = connect(provider, retry={"attempts": 5, "backoff": 0.01}, store=store_url)
     result, _ = evaluate(lm, 60, 16)

@@ -20,6 +20,7 @@ from tests.e2e.children import send
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import Crowd, answers, assert_nothing_held, errors, fresh_memory, gaps, together
 
+
 @pytest.fixture(params=["threads, memory", "tasks, sqlite"])
 def setting(request: pytest.FixtureRequest, sqlite_url: str) -> tuple[Crowd, str]:
     """Each kind of crowd with a kind of store, for tests that take seconds whatever the store."""
@@ -34,18 +35,18 @@ def test_a_paced_crowd_never_sends_more_than_a_second_holds(
     provider = serve(latency=(0.0, 0.2))
     lm = connect(provider, limit=RateLimit(rpm=1800, burst=1), store=store)
     begin = time.monotonic()
-    outcomes = together(crowd, lm, 30, calls=3)
+    outcomes = together(crowd, lm, 20, calls=3)
     took = time.monotonic() - begin
-    assert len(answers(outcomes)) == 90
+    assert len(answers(outcomes)) == 60
     assert provider.requests_in_window(1.0) <= 30
-    assert took <= 90 / 30 * 1.25 + 0.2, f"90 calls at 30 a second took {took:.1f} s"
+    assert took <= 60 / 30 * 1.25 + 0.2, f"60 calls at 30 a second took {took:.1f} s"
     assert_nothing_held(lm.pipeline.store)
 
 
-def test_an_idle_limit_saves_nothing_up(serve: MakeProvider, connect: MakeLM, store_url: str) -> None:
+def test_an_idle_limit_saves_nothing_up(serve: MakeProvider, connect: MakeLM, sqlite_url: str) -> None:
     """After an idle second a crowd is paced as if there had been none."""
     provider = serve(latency=lambda call: 1.0 if call.index == 0 else 0.0)
-    lm = connect(provider, limit=RateLimit(rpm=1800, burst=1), store=store_url)
+    lm = connect(provider, limit=RateLimit(rpm=1800, burst=1), store=sqlite_url)
     lm("a call of one second, in which nothing else is sent")
     together("threads", lm, 30, calls=1)
     arrivals = [call.received_at for call in provider.calls[1:]]
@@ -54,10 +55,10 @@ def test_an_idle_limit_saves_nothing_up(serve: MakeProvider, connect: MakeLM, st
     assert sorted(gaps(arrivals))[len(arrivals) // 2] >= 0.8 / 30
 
 
-def test_a_burst_is_a_slice_of_the_minute(serve: MakeProvider, connect: MakeLM, store_url: str) -> None:
+def test_a_burst_is_a_slice_of_the_minute(serve: MakeProvider, connect: MakeLM) -> None:
     """With `burst=10` at ten a second, ten go at once and the next ten a second later."""
     provider = serve()
-    lm = connect(provider, limit=RateLimit(rpm=600, burst=10), store=store_url)
+    lm = connect(provider, limit=RateLimit(rpm=600, burst=10))
     together("threads", lm, 25)
     arrivals = sorted(call.received_at for call in provider.calls)
     assert len(arrivals) == 25
@@ -89,8 +90,8 @@ def test_no_minute_holds_more_tokens_than_the_limit(
 ) -> None:
     """Estimates four times too high are corrected as answers come, so the minute's tokens are used, and no more."""
     crowd, store = setting
-    provider = serve(usage=(50, 950), latency=(0.0, 0.6))
-    limit = RateLimit(rpm=6000, burst=6000, tpm=40_000, max_wait=5.0)
+    provider = serve(usage=(50, 950), latency=(0.0, 0.4))
+    limit = RateLimit(rpm=6000, burst=6000, tpm=40_000, max_wait=3.5)
     lm = connect(provider, limit=limit, max_tokens=3800, store=store)
     outcomes = together(crowd, lm, 64)
     errors(outcomes, RateLimitedError)
@@ -106,8 +107,7 @@ def test_concurrency_is_never_exceeded_and_always_used(
     """Of sixty callers seven are in flight at a time, and nobody is lost."""
     provider = serve(latency=(0.0, 0.08), concurrency=7)
     lm = connect(provider, limit=RateLimit(concurrency=7), store=store_url)
-    outcomes = together(crowd, lm, 60, calls=2)
-    assert len(answers(outcomes)) == 120
+    assert len(answers(together(crowd, lm, 60))) == 60
     assert provider.max_in_flight == 7
     assert_nothing_held(lm.pipeline.store)
 
@@ -143,12 +143,12 @@ def send_from_two() -> Any:
 def test_two_processes_are_paced_as_one(serve: MakeProvider, sqlite_url: str, send_from_two: Send) -> None:
     """Two processes on one SQLite file keep a limit of twenty a second together, and lose nobody."""
     provider = serve(latency=(0.0, 0.1))
-    ended = send_from_two(provider, sqlite_url, {"rpm": 1200, "burst": 1}, 8, 4)
-    assert ended == {"answer": 64}
+    ended = send_from_two(provider, sqlite_url, {"rpm": 1200, "burst": 1}, 8, 3)
+    assert ended == {"answer": 48}
     assert provider.requests_in_window(1.0) <= 20
-    assert len(provider.calls) == 64
+    assert len(provider.calls) == 48
     arrivals = [call.received_at for call in provider.calls]
-    assert max(arrivals) - min(arrivals) < 64 / 20 * 1.5, "the limit was not used"
+    assert max(arrivals) - min(arrivals) < 48 / 20 * 1.5, "the limit was not used"
 
 
 def test_two_processes_share_a_minute(serve: MakeProvider, sqlite_url: str, send_from_two: Send) -> None:

@@ -60,8 +60,8 @@ class Task:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call: Coroutine[Any, Any, Any]) -> None:
         self._loop = loop
-        self._future = asyncio.run_coroutine_threadsafe(self._guarded(call), loop)
         self._task: asyncio.Task[Any] | None = None
+        self._future = asyncio.run_coroutine_threadsafe(self._guarded(call), loop)
 
     async def _guarded(self, call: Coroutine[Any, Any, Any]) -> Any:
         self._task = asyncio.ensure_future(call)

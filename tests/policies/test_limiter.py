@@ -521,6 +521,7 @@ def test_without_a_configured_rate_the_measured_one_is_lowered() -> None:
     assert len(sent) == 3000
     assert not state._feedback.slowed
     state = LimiterState(limit, NOW)
+    state.give_back(state.take(NOW, 0), now=NOW, used=1, sent=True)
     state.throttled(NOW, 1)
     state.give_back(state.take(NOW + 2, 0), now=NOW + 2, used=1, sent=True)
     assert state.ready_at(NOW + 2, 0) == pytest.approx(NOW + 2 + 1.04 / 0.7, abs=0.01)  # at least one a second
@@ -528,6 +529,21 @@ def test_without_a_configured_rate_the_measured_one_is_lowered() -> None:
     assert state.idle(NOW + 64)
     state.take(NOW + 64, 0)
     assert state.snapshot(NOW + 64, "key", 0).rate_factor == 1.0
+
+
+def test_without_any_measured_rate_a_throttle_only_pauses() -> None:
+    """Calls without a limit are not counted before their first 429, so that there is no rate to lower yet."""
+    state = LimiterState(RateLimit(), NOW)
+    state.throttled(NOW, 1)
+    assert state.ready_at(NOW, 0) == NOW + 1
+    assert state.snapshot(NOW + 1, "key", 0).rate_factor == 1.0
+    for step in range(100):
+        at = NOW + 1 + step / 100
+        assert state.ready_at(at, 0) <= at
+        state.take(at, 0)
+    state.throttled(NOW + 2, 1)
+    assert state.ready_at(NOW + 3, 0) <= NOW + 3
+    assert state.snapshot(NOW + 3, "key", 0).rate_factor == pytest.approx(0.7)
 
 
 def test_a_measured_rate_never_falls_to_nothing() -> None:

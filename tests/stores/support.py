@@ -249,7 +249,7 @@ def settle_and_return(path: str) -> None:
 
 def wait_for_money(path: str, ready: Any, results: Any) -> None:
     """Ask for money that another process holds, and tell when it came."""
-    store = SqliteStore(path)
+    store = SqliteStore(path, lease=3_000.0)  # its timer does not help: it has to look for changes
     ticket = store.admit(ask(DOLLAR))
     until(lambda: store.waiting() == 1)
     ready.put("waiting")

@@ -114,6 +114,23 @@ def test_a_deleted_file_is_made_again_with_what_is_known(path: str) -> None:
         assert again.account("day").spent == 35 * CENT
 
 
+def test_a_file_that_is_deleted_without_its_log_does_not_get_the_old_log(path: str) -> None:
+    store = SqliteStore(path)
+    ticket = granted(store, ask(30 * CENT))
+    store.settle(ticket, settlement(ticket, 30 * CENT))
+    store.append(record("old"))
+    store.flush(10)
+    os.unlink(path)
+    granted(store, ask(20 * CENT))
+    assert store.account("day") == AccountState(30 * CENT, 20 * CENT, 0)
+    assert store.records() == []
+    store.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    with contextlib.closing(SqliteStore(path)) as again:
+        assert again.account("day").spent == 30 * CENT
+
+
 def test_a_deleted_directory_that_cannot_be_made_again_refuses(path: str) -> None:
     store = SqliteStore(path)
     ticket = granted(store, ask())

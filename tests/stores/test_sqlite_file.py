@@ -21,9 +21,10 @@ import pytest
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.base import GRANTED, REFUSED, AccountState, Settlement
+from dspy_prod.stores.base import GRANTED, REFUSED, WITHDRAWN, AccountState, Settlement
 from dspy_prod.stores.core import AdmissionCore
 from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite_transactions import Transactions
 from tests.stores import support
 from tests.stores.support import (
     CENT,
@@ -72,6 +73,26 @@ def test_a_home_directory_is_expanded(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     SqliteStore("~/sub/state.db").close()
     assert (tmp_path / "sub" / "state.db").exists()
+
+
+def test_a_path_may_hold_any_character(tmp_path: Path) -> None:
+    path = str(tmp_path / "a b?c#d%20e" / "state.db")
+    with contextlib.closing(SqliteStore(path)) as store:
+        granted(store, ask())
+        assert store.holds() == 1
+    assert os.path.exists(path)
+
+
+def test_more_accounts_than_fit_in_memory_are_read_again(
+    sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dspy_prod.stores.sqlite_transactions.MAX_ACCOUNTS", 3)
+    for _ in range(2):
+        for name in "abcdef":
+            ticket = granted(sqlite_store, ask(CENT, accounts=(name,)))
+            sqlite_store.settle(ticket, settlement(ticket, CENT))
+    assert {sqlite_store.account(name).spent for name in "abcdef"} == {2 * CENT}
+    assert len(sqlite_store._writer._core.accounts.entries) <= 3
 
 
 def test_state_survives_a_restart(open_sqlite: Callable[..., SqliteStore]) -> None:
@@ -311,6 +332,24 @@ def test_tasks_of_an_event_loop_wait_without_blocking_it(sqlite_store: SqliteSto
     asyncio.run(main())
     assert sqlite_store.account("day") == AccountState(190 * CENT // 2, 0, 0)
     check_books(sqlite_store)
+
+
+@pytest.mark.parametrize("posted", [True, False], ids=["open", "closing"])
+def test_a_withdrawal_between_commit_and_telling_gives_everything_back(path: str, posted: bool) -> None:
+    """The grant is on disk, the caller does not know it yet and leaves."""
+    store = SqliteStore(path)
+    store.flush(10)
+    with contextlib.closing(sqlite3.connect(path)) as watch:
+        with store._writer.publishing:
+            ticket = store.admit(ask())
+            until(lambda: watch.execute("SELECT count(*) FROM holds").fetchone() == (1,))
+            ticket.state = WITHDRAWN
+        if posted:
+            store._mailbox.post((Transactions.withdraw, ticket, None))
+        until(lambda: store.holds() == 0)
+    assert store.account("day") == AccountState()
+    assert store.records() == []
+    store.close()
 
 
 def test_an_operation_that_cannot_be_done_harms_no_other(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

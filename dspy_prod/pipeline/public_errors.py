@@ -1,25 +1,49 @@
-"""Providers like to echo the key they refuse; an error that leaves this library does not contain it.
+"""An attempt's error as the caller sees it: DSPy's class, and no key in its text.
 
-The whole chain of causes is mended, because a traceback prints all of it.
+Providers like to echo the key they refuse. The whole chain of causes is mended, because a traceback prints all of it.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from math import inf
+from typing import Any, Final
 
+from dspy.clients.errors import wrap_error
+from dspy.lm15 import TransportError
+
+from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError
+from dspy_prod.pipeline.upstream import Upstream
 from dspy_prod.redaction import is_secret
-
-if TYPE_CHECKING:
-    from dspy_prod.pipeline.upstream import Upstream
 
 _HIDDEN: Final = "***"
 _SHORTEST: Final = 6
 """Characters below which a value is left alone: hiding it would garble texts that merely contain it."""
 
 
-def without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:
+def public_error(error: Exception, effect: Attempt) -> Exception:
+    """The error as DSPy shows it; our own time limit stays recognisable."""
+    if isinstance(error, AttemptTimeoutError):
+        return error
+    until = effect.until
+    if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
+        return AttemptTimeoutError()
+    upstream = effect.route.upstream
+    wrapped: Exception = wrap_error(error, model=effect.route.model, provider=upstream.provider)
+    return _without_secrets_of(upstream, wrapped, error)
+
+
+def consumer_left(error: BaseException) -> bool:
+    """Whether an error arose while a stream was closed that nobody listens to any more: then it says nothing."""
+    context = error.__context__
+    while context is not None and not isinstance(context, GeneratorExit):
+        context = context.__context__
+    return context is not None
+
+
+def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:
     """The same error, with the upstream's keys blotted out of its texts and those of its causes.
 
     Args:
@@ -72,4 +96,4 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-__all__ = ["without_secrets_of"]
+__all__ = ["consumer_left", "public_error"]
