@@ -214,19 +214,24 @@ def read_times(rows: int) -> dict[str, float]:
     return {name: round(value, 1) for name, value in result.items()}
 
 
+def measure(pairs: int = 20_000) -> dict[str, float]:
+    """Pairs per second by how the callers work."""
+    return {
+        "one process, 256 in flight": round(rate(pipelined, pairs)),
+        "one process, 16 threads": round(rate(threads, pairs)),
+        "one process, one thread, one by one": round(rate(one_by_one, pairs // 4)),
+        "four processes, 256 in flight each": round(processes_rate(4, pairs)[0]),
+    }
+
+
 def run(pairs: int = 20_000, rows: int = 1_000_000) -> dict[str, Any]:
     """All figures."""
-    four, unevenness = processes_rate(4, pairs)
     return {
         "pairs": pairs,
         "cpus": os.cpu_count(),
-        "pairs_per_second": {
-            "one process, 256 in flight": round(rate(pipelined, pairs)),
-            "one process, 16 threads": round(rate(threads, pairs)),
-            "one process, one thread, one by one": round(rate(one_by_one, pairs // 4)),
-            "four processes, 256 in flight each": round(four),
-        },
-        "four_processes_slowest_by_fastest": round(unevenness, 2),
+        "load": os.getloadavg()[0],
+        "pairs_per_second": measure(pairs),
+        "four_processes_slowest_by_fastest": round(processes_rate(4, pairs)[1], 2),
         "reads": {f"{count:,} rows": read_times(count) for count in sorted({1_000, rows})},
     }
 
@@ -240,6 +245,7 @@ def main() -> None:
     arguments = parser.parse_args()
     figures = run(arguments.pairs, arguments.rows)
     print(f"SQLite store: durable reserve+settle pairs per second ({figures['pairs']} pairs, {figures['cpus']} CPUs)")
+    print(f"  {'load of the machine when this began':<42}{figures['load']:>10.1f}")
     for name, value in figures["pairs_per_second"].items():
         print(f"  {name:<42}{value:>10,}")
     print(f"  {'four processes: slowest by fastest':<42}{figures['four_processes_slowest_by_fastest']:>10}")

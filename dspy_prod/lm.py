@@ -13,9 +13,9 @@ from typing import Any, Literal
 import dspy
 import orjson
 from dspy.clients.base_lm import BaseLM
-from dspy.clients.execution import aexecute, execute, finalize, prepare
+from dspy.clients.execution import finalize, prepare
 from dspy.clients.lm import _check_engines, _refuse_client_settings
-from dspy.lm15 import CacheConfig
+from dspy.lm15 import CacheConfig, Request
 from dspy.utils.callback import BaseCallback, with_callbacks
 from dspy.utils.dummies import DummyLM
 
@@ -25,6 +25,7 @@ from dspy_prod.calling import hit, per_call, scope_of
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.copying import REBUILDS, changed, check_timeout, pinned
 from dspy_prod.errors import ConfigError
+from dspy_prod.executing import arun_call, run_call
 from dspy_prod.operations import Operations
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
@@ -176,7 +177,7 @@ class LM(Operations, dspy.LM):
         token = SCOPE.set(scope)
         try:
             call = prepare(lm, prompt, messages, kwargs)
-            return finalize(self, call, execute(lm, call))
+            return finalize(self, call, run_call(lm, call))
         finally:
             SCOPE.reset(token)
 
@@ -192,8 +193,11 @@ class LM(Operations, dspy.LM):
             warn_messages(self, messages)
         token = SCOPE.set(scope)
         try:
-            call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True)
-            return finalize(self, call, await aexecute(lm, call))
+            if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
+                call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True)
+            else:
+                call = prepare(lm, prompt, messages, kwargs, asynchronous=True)
+            return finalize(self, call, await arun_call(lm, call))
         finally:
             SCOPE.reset(token)
 

@@ -157,10 +157,16 @@ class AdmissionCore:
         self.accounts.charge(hold.accounts, hold.amount, done.cost or 0, done.estimated)
         if done.record is not None:
             self.appended.append(done.record)
-        self._release(hold, done.tokens, done.sent, now)
+        key = hold.limit_key
+        if key is not None and hold.debit is not None:
+            limiter = self._limiters.get(key) or self.limiter_state(key) or self._visit_limiter(key, now)
+            if limiter is not None:
+                limiter.give_back(hold.debit, now=now, used=done.tokens, sent=done.sent)
+                if self.changes is not None or key in self._lines:
+                    self._touch_limiter(key, now)
         if self._parked:
-            for key in hold.accounts:
-                self._serve_account(key, now)
+            for name in hold.accounts:
+                self._serve_account(name, now)
 
     def correct(self, record: CallRecord, cost: int, now: float) -> CallRecord:
         """The record with its true cost; the accounts it charged are mended."""
@@ -199,7 +205,7 @@ class AdmissionCore:
 
     def next_due(self) -> float:
         """Store time of the next `tick` that can change something; `inf` when none can."""
-        return min(self._next_lease, min(self._timers.values(), default=inf))
+        return min(self._next_lease, *self._timers.values()) if self._timers else self._next_lease
 
     def abandon(self, hold: Hold, now: float) -> None:
         """Charge a hold whose worker is gone in full, as unconfirmed. A late settle replaces the charge."""
@@ -452,17 +458,6 @@ class AdmissionCore:
             del self._parked[key]
         for limit_key in moved:
             self._serve_limiter(limit_key, now)
-
-    def _release(self, hold: Hold, tokens: int | None, sent: bool, now: float) -> None:
-        key = hold.limit_key
-        if key is None or hold.debit is None:
-            return
-        limiter = self._limiters.get(key) or self.limiter_state(key) or self._visit_limiter(key, now)
-        if limiter is None:
-            return
-        limiter.give_back(hold.debit, now=now, used=tokens, sent=sent)
-        if self.changes is not None or key in self._lines:
-            self._touch_limiter(key, now)
 
     def _touch_limiter(self, key: str, now: float) -> None:
         if self.changes is not None:

@@ -68,8 +68,7 @@ def test_a_bound_just_above_the_cost_leaves_less_than_one_bound_unspent(
     assert_equals_bill(lm, provider)
 
 
-@pytest.mark.parametrize("crowd", ["threads", "tasks"])
-@pytest.mark.parametrize("callers", [64, 1000])
+@pytest.mark.parametrize(("crowd", "callers"), [("threads", 64), ("tasks", 64), ("threads", 1000)])
 def test_callers_wait_for_money_that_is_only_held(
     serve: MakeProvider, connect: MakeLM, store_url: str, crowd: Crowd, callers: int
 ) -> None:

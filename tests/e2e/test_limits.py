@@ -90,8 +90,8 @@ def test_no_minute_holds_more_tokens_than_the_limit(
 ) -> None:
     """Estimates four times too high are corrected as answers come, so the minute's tokens are used, and no more."""
     crowd, store = setting
-    provider = serve(usage=(50, 950), latency=(0.0, 0.4))
-    limit = RateLimit(rpm=6000, burst=6000, tpm=40_000, max_wait=3.5)
+    provider = serve(usage=(50, 950), latency=(0.0, 0.25))
+    limit = RateLimit(rpm=6000, burst=6000, tpm=40_000, max_wait=2.5)
     lm = connect(provider, limit=limit, max_tokens=3800, store=store)
     outcomes = together(crowd, lm, 64)
     errors(outcomes, RateLimitedError)
