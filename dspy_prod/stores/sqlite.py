@@ -31,7 +31,7 @@ from dspy_prod.stores.base import (
     Settlement,
     Ticket,
 )
-from dspy_prod.stores.core import shared
+from dspy_prod.stores.granting import shared
 from dspy_prod.stores.sqlite_cache import TOUCH_AFTER, read_answer, read_size
 from dspy_prod.stores.sqlite_ledger import read_account, read_records, read_totals
 from dspy_prod.stores.sqlite_local import is_local, merged

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.base import Ask, LimiterSnapshot, Refusal, Settlement, Ticket
-from dspy_prod.stores.core import AdmissionCore, shared
+from dspy_prod.stores.core import AdmissionCore
+from dspy_prod.stores.granting import shared
 from dspy_prod.stores.line import wake
 
 

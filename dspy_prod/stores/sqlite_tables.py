@@ -13,7 +13,8 @@ from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.accounts import PRUNE_AFTER
 from dspy_prod.stores.base import AccountState
-from dspy_prod.stores.core import AdmissionCore, shared
+from dspy_prod.stores.core import AdmissionCore
+from dspy_prod.stores.granting import shared
 from dspy_prod.stores.holds import Hold
 from dspy_prod.stores.sqlite_cache import CacheTable
 from dspy_prod.stores.sqlite_ledger import LedgerTables

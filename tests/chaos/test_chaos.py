@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import threading
@@ -14,12 +15,12 @@ from typing import Any
 import psutil
 import pytest
 from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine, timeouts_for
-from dspy.lm15 import RouterConfig
+from dspy.lm15 import Config, Message, Request, RouterConfig
 
 from dspy_prod import Budget, Cache, CircuitBreaker, RateLimit, Retry
 from dspy_prod.testing import Provider
 from tests.chaos.workload import FAULTS, Workload, faulty, settle_down
-from tests.e2e.support import CHEAP, PRICES, fresh_memory, make_lm, until
+from tests.e2e.support import CHEAP, MODEL, PRICES, fresh_memory, make_lm, until
 
 POLICIES: dict[str, Any] = {
     "retry": Retry(attempts=3, backoff=0.01, max_backoff=0.05),
@@ -97,6 +98,32 @@ def test_chaos_leaves_nothing_behind(
     assert work.outcomes["abandoned"] > 0
     assert_paid_for(lm, sum(provider.bill.nano for provider in providers))
     lm.close()
+
+
+@pytest.mark.parametrize("end", ["collected", "shut down"])
+def test_streams_that_nobody_closes_speak_against_nobody(end: str) -> None:
+    """Streams that the garbage collector or the end of their loop closes are cancelled; the breaker counts none."""
+    left: list[Any] = []
+
+    async def abandon(lm: Any) -> None:
+        for number in range(30):
+            request = Request(MODEL, (Message.user(f"question {number}"),), config=Config(max_tokens=10))
+            events = lm._async_engine_spec.stream(request)
+            async for _ in events:
+                break
+            never_closed = [events]
+            never_closed.append(never_closed)
+            if end == "shut down":
+                left.append(events)
+        gc.collect()
+
+    with Provider(prices=PRICES, answer="one two three four five six", chunk_delay=0.005) as provider:
+        lm = make_lm(provider.url, breaker=CircuitBreaker(failure_threshold=1))
+        asyncio.run(abandon(lm))
+        left.clear()
+        settle_down(lm, [provider])
+        assert [record.outcome for record in lm.ledger.records()] == ["cancelled"] * 30
+        assert lm.pipeline.primary.breaker.snapshot().total_failures == 0
 
 
 @pytest.mark.soak
