@@ -40,7 +40,7 @@ def main() -> int:
         figures[name] = steps[name]()
     text = json.dumps(figures, indent=2)
     if arguments.json == "-":
-        print(text)  # noqa: T201
+        print(text)
         return 0
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
@@ -62,7 +62,9 @@ def table(figures: dict[str, Any]) -> Table:
         f"bare DSPy: {overhead['bare_us']:.1f} µs",
     )
     shown.add_row(
-        "cache hit, LM call", f"{hit['guarded_us']:.1f} µs ({hit['ratio']:.2f} ×)", f"DSPy's own hit: {hit['dspy_us']:.1f} µs"
+        "cache hit, LM call",
+        f"{hit['guarded_us']:.1f} µs ({hit['ratio']:.2f} ×)",
+        f"DSPy's own hit: {hit['dspy_us']:.1f} µs",
     )
     shown.add_row("cache hit, Predict", f"{predict['ratio']:.2f} ×", f"DSPy's own: {predict['dspy_us']:.1f} µs")
     shown.add_row(

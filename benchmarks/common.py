@@ -78,7 +78,11 @@ def call(lm: dspy.LM, prompt: list[dict[str, str]]) -> Any:
 
 
 def interleaved(
-    subjects: Mapping[str, Callable[[int], None]], *, rounds: int, count: int, clock: Callable[[], float] = time.process_time
+    subjects: Mapping[str, Callable[[int], None]],
+    *,
+    rounds: int,
+    count: int,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
     """Seconds per call of each subject in each round; subjects take turns, so that drift hits all alike.
 

@@ -28,27 +28,34 @@ class LocalProviders:
     has_bill = True
 
     def __init__(self, simulate: bool) -> None:
-        reason = "asked for" if simulate else LocalModel.available()
-        self.real = reason is None
-        self.description = (
-            "SmolLM2-135M on this machine, behind a relay that injects faults"
-            if reason is None
-            else f"the simulated provider ({reason})"
-        )
         self._closing = ExitStack()
         prices = {model.split("/", 1)[1]: price for model, price in PRICES.items()}
+        reason = "asked for" if simulate else LocalModel.available()
         try:
+            model = None
             if reason is None:
-                model = LocalModel()
+                try:
+                    model = LocalModel()
+                except RuntimeError as error:  # the packages are here, but the server does not start
+                    reason = str(error)
+            self.primary: Provider
+            self.fallback: Provider
+            if model is not None:
                 self._closing.callback(model.close)
-                self.primary: Provider = self._closing.enter_context(Relay(model.url, prices=prices))
-                self.fallback: Provider = self._closing.enter_context(Relay(model.url, prices=prices))
+                self.primary = self._closing.enter_context(Relay(model.url, prices=prices))
+                self.fallback = self._closing.enter_context(Relay(model.url, prices=prices))
             else:
                 self.primary = self._closing.enter_context(Provider(latency=(0.05, 0.2), prices=prices))
                 self.fallback = self._closing.enter_context(Provider(latency=(0.05, 0.2), prices=prices))
         except BaseException:
             self._closing.close()
             raise
+        self.real = model is not None
+        self.description = (
+            "SmolLM2-135M on this machine, behind a relay that injects faults"
+            if self.real
+            else f"the simulated provider ({reason})"
+        )
 
     def lm(self, **policies: Any) -> dspy_prod.LM:
         """The production LM in front of both."""
