@@ -7,17 +7,21 @@ every other call still goes through it. The asynchronous form also spares two ho
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dspy.clients.call_result import CallResult
 from dspy.clients.errors import wrap_error
 from dspy.clients.execution import PreparedCall, _canonical, _hint_responses_api, _result, aexecute, execute
 from dspy.dsp.utils.settings import settings
-from dspy.lm15 import LM15Error, Request
+from dspy.lm15 import Config, LM15Error, Message, Request, TextPart
 from dspy.utils.exceptions import LMError
 
 if TYPE_CHECKING:
     from dspy_prod.lm import LM
+
+_MAX_CONFIGS: Final = 512
+_CONFIGS: dict[tuple[Any, ...], Config] = {}
+"""Generation settings by the arguments they were converted from, where nothing but the texts adds to the request."""
 
 
 def run_call(lm: LM, call: PreparedCall) -> CallResult:
@@ -43,8 +47,48 @@ async def arun_call(lm: LM, call: PreparedCall) -> CallResult:
 
 
 def _request(lm: LM, call: PreparedCall) -> Request:
+    """The canonical request of a call; DSPy's conversion, remembered where only texts change from call to call."""
     if call.request is not None:
         return call.request
+    legacy = call.legacy
+    try:
+        shape = tuple([(name, type(value), value) for name, value in legacy.items() if name != "messages"])
+        config = _CONFIGS.get(shape)
+    except TypeError:  # tools, schemas, ...: not hashable
+        return _convert(lm, call)
+    texts = _texts(legacy["messages"])
+    if texts is None:
+        return _convert(lm, call)
+    system, messages = texts
+    if config is None:
+        request = _convert(lm, call)
+        plain = Request(model=request.model, messages=messages, system=system, config=request.config)
+        if plain == request and len(_CONFIGS) < _MAX_CONFIGS:
+            _CONFIGS[shape] = request.config
+        return request
+    return Request(model=lm.model, messages=messages, system=system, config=config)
+
+
+def _texts(rows: list[Any]) -> tuple[str | None, tuple[Message, ...]] | None:
+    """(system, messages) when every message is plain text from user or assistant after at most one system text."""
+    system: str | None = None
+    messages = []
+    for row in rows:
+        if len(row) != 2:
+            return None
+        role, text = row.get("role"), row.get("content")
+        if type(text) is not str or not text:
+            return None
+        if role == "user" or role == "assistant":
+            messages.append(Message(role=role, parts=(TextPart(text),)))
+        elif role == "system" and row is rows[0]:
+            system = text
+        else:
+            return None
+    return (system, tuple(messages)) if messages else None
+
+
+def _convert(lm: LM, call: PreparedCall) -> Request:
     try:
         return _canonical(call)
     except LM15Error as error:

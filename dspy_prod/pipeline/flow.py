@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from math import inf
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from dspy.lm15 import Response
 from dspy.utils.exceptions import LMError
@@ -27,7 +27,7 @@ from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Attempt, Wait
 from dspy_prod.pipeline.outcome import Verdict
-from dspy_prod.pipeline.plan import Plan, plan, shrunk, wait_until
+from dspy_prod.pipeline.plan import Plan, longest_wait, plan, shrunk, wait_until
 from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.pipeline.refusals import refused, too_late, waited_too_long
 from dspy_prod.pipeline.routes import Route
@@ -37,6 +37,11 @@ from dspy_prod.policies.retry import Attempts
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
 from dspy_prod.records import NANO
 from dspy_prod.stores.base import GRANTED, PENDING, Ticket
+
+STORE_PATIENCE: Final = 5.0
+"""Seconds a store gets to look at an ask, whatever `max_wait` says about the wait after that."""
+
+_LOOK: Final = 0.01
 
 Flow: TypeAlias = Generator["Attempt | Wait", Any, Response]
 
@@ -154,7 +159,9 @@ def _send(call: Call) -> Flow:
                 pause = None
                 if not _opened(route):  # else the next attempt would wait for nothing
                     pause = attempts.again(
-                        verdict.retry and not call.visible, getattr(error, "retry_after", None), call.deadline - now
+                        verdict.retry and not call.visible,
+                        getattr(error, "retry_after", None),
+                        longest_wait(call, route, now) - now,
                     )
                 if pause is not None:
                     failure = error  # should the next attempt be refused, this is the upstream's last word
@@ -205,6 +212,8 @@ def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> 
                     breaker.check()
             if pipeline.watches_spending:
                 _note_spending(call, intent, ticket)
+        if call.deadline != inf and call.late():
+            raise too_late(call, "before the request was sent")
         if breaker is not None:
             permit = breaker.permit()
         started = monotonic()
@@ -236,8 +245,12 @@ def _admission(call: Call, intent: Plan, ticket: Ticket) -> Generator[Attempt | 
             if ticket.state == PENDING:
                 call.emit("waiting", model=intent.route.model, blocked_on=ticket.blocked_on)
             while ticket.state == PENDING:
-                yield Wait(ticket, until)
-                if ticket.state == PENDING and monotonic() >= until and store.withdraw(ticket):
+                now = monotonic()
+                if now < until:
+                    yield Wait(ticket, until)
+                elif not ticket.blocked_on and now < min(call.deadline, began + STORE_PATIENCE):
+                    yield Wait(ticket, now + _LOOK)  # no max_wait is up before the store has looked at the ask
+                elif store.withdraw(ticket):
                     raise waited_too_long(call, intent, ticket)
         except BaseException as error:
             give_back(call, ticket, error)

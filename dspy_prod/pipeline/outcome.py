@@ -95,7 +95,7 @@ def judge(error: BaseException) -> Verdict:
         return CANCELLED
     verdict = next((verdict for kind, verdict in _RULES if isinstance(error, kind)), _UNKNOWN)
     if isinstance(error, (LMTransportError, LMServerError)) and not _told_by_http(error):
-        causes = list(_causes(error))
+        causes = list(causes_of(error))
         if _never_connected(causes):
             return _UNSENT
         broken_answer = any(isinstance(cause, JSONDecodeError) for cause in causes)
@@ -117,7 +117,7 @@ def _told_by_http(error: BaseException) -> bool:
     among the causes, not made up by LiteLLM, shows that there was one.
     """
     translated = False
-    for cause in _causes(error):
+    for cause in causes_of(error):
         if type(cause).__module__.partition(".")[0] == "litellm":
             translated = True
         elif isinstance(getattr(getattr(cause, "response", None), "status_code", None), int):
@@ -135,7 +135,8 @@ def _never_connected(causes: list[BaseException]) -> bool:
     return any(type(cause).__name__ in _CONNECT_ERRORS or isinstance(cause, ConnectionRefusedError) for cause in causes)
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """An error and, in turn, what it was raised from."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:

@@ -98,6 +98,11 @@ def wait_until(call: Call, plan: Plan, now: float) -> float:
     return _wait_until(call, plan.route, plan.rules, now)
 
 
+def longest_wait(call: Call, route: Route, now: float) -> float:
+    """Monotonic time up to which a call may pause before it tries this route again (Retry-After included)."""
+    return _wait_until(call, route, (), now)
+
+
 def shrunk(call: Call, plan: Plan, refusal: Refusal) -> Plan | None:
     """The same plan with `max_tokens` clamped to what its budget has left, when the budget wants that."""
     if refusal.reason != "budget_exceeded" or not any(rule.options.shrink_last for rule in plan.rules):

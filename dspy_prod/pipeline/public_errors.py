@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from math import inf
 from typing import Any, Final
 
+from dspy.clients._http import retry_after_seconds
 from dspy.clients.errors import wrap_error
 from dspy.lm15 import TransportError
 
 from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError
+from dspy_prod.pipeline.outcome import causes_of
 from dspy_prod.pipeline.upstream import Upstream
 from dspy_prod.redaction import is_secret
 
@@ -32,7 +34,20 @@ def public_error(error: Exception, effect: Attempt) -> Exception:
         return AttemptTimeoutError()
     upstream = effect.route.upstream
     wrapped: Exception = wrap_error(error, model=effect.route.model, provider=upstream.provider)
+    if getattr(wrapped, "retry_after", 0) is None:
+        wrapped.retry_after = _retry_after(error)  # type: ignore[attr-defined]
     return _without_secrets_of(upstream, wrapped, error)
+
+
+def _retry_after(error: Exception) -> float | None:
+    """The provider's Retry-After in seconds; LiteLLM leaves it behind in the error it translates."""
+    for cause in causes_of(error):
+        headers = getattr(getattr(cause, "response", None), "headers", None)
+        value = headers.get("retry-after") if isinstance(headers, Mapping) else None
+        if value is not None:
+            seconds: float | None = retry_after_seconds(value)
+            return seconds
+    return None
 
 
 def consumer_left(error: BaseException) -> bool:

@@ -34,6 +34,8 @@ def waited_too_long(call: Call, plan: Plan, ticket: Ticket) -> RejectedError:
     """The error for a wait that ended without a grant."""
     if call.late():
         return too_late(call, f"while waiting for {ticket.blocked_on or 'admission'}")
+    if not ticket.blocked_on:
+        return refused(call, plan, Refusal("store_unavailable", detail="it did not answer in time"))
     for account in plan.ask.accounts if plan.ask is not None else ():
         if account.title == ticket.blocked_on:
             state = call.pipeline.store.account(account.key)

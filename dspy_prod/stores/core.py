@@ -58,6 +58,7 @@ class AdmissionCore(Granting):
         if parked_at is not None:
             if self._refuse_for_money(ticket):
                 return ticket
+            ticket.blocked_on = next(account.title for account in ask.accounts if account.key == parked_at)
             self._park(ticket, parked_at)
             self._serve_account(parked_at, now)
             return ticket
@@ -67,6 +68,7 @@ class AdmissionCore(Granting):
             ticket.blocked_on = head.blocked_on  # whoever stands behind waits for the same
         if self._refuse_for_money(ticket) or self._refuse_for_time(ticket, now):
             return ticket
+        ticket.blocked_on = "requests"
         self._line(ask.limit_key).push(ticket)
         if line is not None and line.head() is ticket:
             self._serve_limiter(ask.limit_key, now)

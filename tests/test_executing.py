@@ -1,0 +1,67 @@
+"""A plain call is converted as DSPy converts it, also from the second time on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from dspy.clients.execution import _canonical, prepare
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dspy_prod
+from dspy_prod import executing
+from dspy_prod.testing import ScriptedEngine
+
+LM = dspy_prod.LM(
+    "openai/gpt-4o-mini", engine=ScriptedEngine(), store="memory://executing", namespace="executing", max_tokens=50
+)
+
+roles = st.sampled_from(["system", "developer", "user", "assistant"])
+contents = st.one_of(st.text(max_size=20), st.just([{"type": "text", "text": "a part"}]), st.none())
+rows = st.fixed_dictionaries({"role": roles, "content": contents}, optional={"name": st.none()})
+arguments = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([None, 0, 0.0, 1, 0.7]),
+        "max_tokens": st.sampled_from([None, 1, 64]),
+        "stop": st.sampled_from([None, "END", ["a", "b"]]),
+        "seed": st.sampled_from([None, 0, 7]),
+        "reasoning_effort": st.sampled_from([None, "low"]),
+        "user": st.sampled_from([None, "u1"]),
+        "logprobs": st.sampled_from([None, False, True]),
+        "response_format": st.sampled_from([None, {"type": "json_object"}]),
+    },
+)
+
+
+def outcome(convert: Any) -> Any:
+    """What a conversion gives or raises."""
+    try:
+        return convert()
+    except Exception as error:
+        return type(error).__name__
+
+
+@given(messages=st.lists(rows, min_size=1, max_size=4), kwargs=arguments)
+def test_the_short_conversion_equals_dspy_s(messages: list[dict[str, Any]], kwargs: dict[str, Any]) -> None:
+    """Whatever the messages and arguments, both conversions give equal requests, or both refuse."""
+    prepared = outcome(lambda: prepare(LM, None, messages, kwargs))
+    if isinstance(prepared, str):
+        return
+    slow = outcome(lambda: _canonical(prepared))
+    for _ in range(2):  # the second time from memory
+        quick = outcome(lambda: executing._request(LM, prepared))
+        if isinstance(slow, str):
+            assert isinstance(quick, str)
+        else:
+            assert quick == slow
+            assert repr(quick) == repr(slow)
+
+
+def test_settings_of_different_types_are_not_confused() -> None:
+    """`max_tokens=True` is refused even after `max_tokens=1` was converted."""
+    messages = [{"role": "user", "content": "hi"}]
+    executing._request(LM, prepare(LM, None, messages, {"max_tokens": 1}))
+    with pytest.raises(TypeError):
+        executing._request(LM, prepare(LM, None, messages, {"max_tokens": True}))
