@@ -16,6 +16,7 @@ from dspy.utils.exceptions import LMTimeoutError
 from dspy_prod.errors import RejectedError
 from dspy_prod.pipeline.call import IDS, Call
 from dspy_prod.pipeline.effects import AttemptTimeoutError
+from dspy_prod.pipeline.headers import remaining
 from dspy_prod.pipeline.outcome import OWN_DEADLINE, Verdict, judge
 from dspy_prod.pipeline.plan import Plan, bound_or_none
 from dspy_prod.pipeline.reaper import REAPER
@@ -202,6 +203,9 @@ def _throttled(call: Call, plan: Plan, error: BaseException) -> None:
     if route.limit.adaptive:
         route.state.throttled = True
         call.pipeline.store.throttled(route.limit_key, route.limit, retry_after)
+        told = remaining(getattr(error, "rate_limit_headers", None), call.pipeline.clock.time())
+        if told:
+            call.pipeline.store.resync(route.limit_key, route.limit, told)
     call.emit("throttled", model=route.model, route=route.name, retry_after=retry_after)
 
 
