@@ -40,19 +40,24 @@ def warn_coarse_budgets(lm: LM) -> None:
     """Warn when one call's bound is a large part of a budget: the last part of it could not be spent."""
     if disabled() or not lm.settings.budgets:
         return
-    tokens = lm.kwargs.get("max_tokens") or lm.kwargs.get("max_completion_tokens")
-    if tokens is None or not isinstance(lm.settings.engine, str):
+    if not isinstance(lm.settings.engine, str):
         return
     rates = lm.pipeline.primary.rates()
     if rates is None:
         return
+    given = lm.kwargs.get("max_tokens") or lm.kwargs.get("max_completion_tokens")
+    tokens = given or rates.max_output_tokens
+    if tokens is None:
+        return
+    size = f"max_tokens={given}" if given else f"The model's own limit of {tokens} output tokens"
+    remedy = "Lower max_tokens" if given else "Set max_tokens"
     bound = rates.bound(0, int(tokens))
     for budget in lm.settings.budgets:
         if bound > 0.05 * budget.limit_nano:
             warnings.warn(
-                f"max_tokens={tokens} lets one call of {lm.model} reserve {usd(bound):.6f} USD, more than 5 % of the "
+                f"{size} lets one call of {lm.model} reserve {usd(bound):.6f} USD, more than 5 % of the "
                 f"budget {budget.title!r} ({budget.usd:g} USD); up to one such reservation may stay unspent. "
-                "Lower max_tokens, or set shrink_last=True",
+                f"{remedy}, or set shrink_last=True",
                 UserWarning,
                 stacklevel=4,
             )

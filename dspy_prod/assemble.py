@@ -98,6 +98,7 @@ def _foreign_route(fallback: Any, settings: Settings, prices: PriceBook, store: 
             own.model, own.upstream, retry=own.retry, breaker=fallback.settings.breaker, limit=fallback.settings.limit,
             prices=PriceBook({**settings.prices, **fallback.settings.prices}), store=store, clock=settings.clock,
             bus=BUS, defaults=_defaults(fallback),
+            rules=tuple(shared_rule(store, budget) for budget in fallback.settings.budgets),
         )  # fmt: skip
     if isinstance(fallback, (dspy.LM, DummyLM)):
         refuse_own_forward(fallback)

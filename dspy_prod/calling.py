@@ -11,7 +11,7 @@ from dspy.dsp.utils.settings import settings as dspy_settings
 from dspy.lm15 import Request
 
 from dspy_prod.context import current
-from dspy_prod.copying import check_timeout
+from dspy_prod.copying import variant
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.scope import Scope, raw_key
@@ -51,20 +51,18 @@ def per_call(lm: LM, kwargs: dict[str, Any]) -> tuple[LM, dict[str, Any], dict[s
             break
     if plain:
         return lm, kwargs, None
-    cache = kwargs.get("cache")
-    request = {"request": kwargs.pop("request")} if "request" in (kwargs := dict(kwargs)) else {}
+    kwargs = dict(kwargs)
+    cache = kwargs.pop("cache", None)
+    policies = {name: value for name in ("retry", "num_retries") if (value := kwargs.pop(name, None)) is not None}
+    request = {"request": kwargs.pop("request")} if "request" in kwargs else {}
     if isinstance(cache, (Cache, Mapping)):
-        return per_call(lm.copy(cache=cache), {**kwargs, **request, "cache": True})
-    kwargs.pop("cache", None)
+        policies["cache"], cache = cache, True
     canonical, clients, extras = split(kwargs)
     if cache is not None:
         canonical["cache"] = cache
     canonical.update(request)
-    if not clients:
-        return lm, canonical, extras or None
-    if "timeout" in clients:
-        check_timeout(clients["timeout"])
-    return lm.copy(**clients), canonical, extras or None
+    policies.update(clients)
+    return variant(lm, policies) if policies else lm, canonical, extras or None
 
 
 def scope_of(lm: LM, prompt: Any, messages: Any, kwargs: dict[str, Any], extras: dict[str, Any] | None) -> Scope:
@@ -90,19 +88,20 @@ def hit(
     base = scope.base
     if base is None or scope.context.cache != "use":
         return None
+    if lm.model_type == "responses":
+        return None
     cache = lm.pipeline.cache
     assert cache is not None
-    entry = cache.fresh(base)
+    entry = cache.peek(base)
     if entry is None:
         scope.missed = True
-        return None
-    if lm.model_type == "responses":
         return None
     text = entry.text
     if text is None or kwargs.get("n", 1) not in (1, None) or lm.kwargs.get("n", 1) not in (1, None):
         return None
     if dspy_settings.send_stream is not None:
         return None  # a listener wants events: the engine replays the answer for it
+    cache.used(base)
     response = entry.response
     Call(lm.pipeline, _ANY_REQUEST, scope.context, base, None, False, scope.records).record_cached()
     usage: dict[str, Any] = {}

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import datetime as dt
+import threading
+from collections import OrderedDict
 from dataclasses import replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dspy.clients.backend_selection import CLIENT_KEYS
 from dspy.clients.lm import _check_engines, _refuse_client_settings
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.forking import reset_after_fork
 from dspy_prod.options import Cache, CircuitBreaker, RateLimit
 from dspy_prod.settings import Settings, budget_options, fallback_list, option, price_options, retry_option
 from dspy_prod.stores.base import Store
+
+if TYPE_CHECKING:
+    from dspy_prod.lm import LM
 
 POLICIES: Final = frozenset(
     {"retry", "breaker", "limit", "budget", "fallbacks", "prices", "store", "namespace", "clock", "num_retries"}
 )
 REBUILDS: Final = POLICIES | {"model", "model_type", "engine", "async_engine"} | CLIENT_KEYS
 """Arguments of `LM.copy` that put a new pipeline beneath the copy."""
+
+INSTALLED: Final = ("pipeline", "settings", "identity", "_engine_spec", "_async_engine_spec", "_variants")
+"""Attributes that `LM._install` sets."""
+
+MAX_VARIANTS: Final = 16
 
 
 def pinned(settings: Settings, store: Store) -> Settings:
@@ -64,6 +75,59 @@ def changed(settings: Settings, policies: dict[str, Any], extras: dict[str, Any]
     connection = {key: value for key, value in result.clients.items() if key != "timeout"}
     _refuse_client_settings(result.engine, connection, where="LM.copy")
     return result
+
+
+class Variants:
+    """LMs with per-call settings, kept so that their cache, connections and pipeline serve the next such call too."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, LM] = OrderedDict()
+        self._lock = threading.Lock()
+        reset_after_fork(self)
+
+    def find(self, key: str) -> LM | None:
+        """The LM for these settings, if it is kept."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+            return found
+
+    def keep(self, key: str, lm: LM) -> LM:
+        """Keep an LM unless another thread was faster; which one it is."""
+        with self._lock:
+            kept = self._kept.setdefault(key, lm)
+            while len(self._kept) > MAX_VARIANTS:
+                self._kept.popitem(last=False)
+            return kept
+
+    def all(self) -> list[LM]:
+        """Every LM kept."""
+        with self._lock:
+            return list(self._kept.values())
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+
+def variant(lm: LM, policies: dict[str, Any]) -> LM:
+    """The LM with some policies or client settings replaced for one call."""
+    key = repr(sorted(policies.items()))  # what has its `id` in its repr is kept alive by the settings
+    kept = lm._variants.find(key)
+    if kept is None:
+        made = _twin(lm)
+        made._install(changed(lm.settings, policies, {}))
+        kept = lm._variants.keep(key, made)
+    twin = _twin(lm)  # model arguments and history are those of now
+    for name in INSTALLED:
+        setattr(twin, name, getattr(kept, name))
+    return twin
+
+
+def _twin(lm: LM) -> LM:
+    twin: LM = object.__new__(type(lm))
+    twin.__dict__.update(lm.__dict__)
+    return twin
 
 
 def check_timeout(timeout: Any) -> None:

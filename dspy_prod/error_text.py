@@ -9,11 +9,10 @@ from typing import Any, Final
 
 from dspy.utils.exceptions import AdapterParseError, LMError
 
-from dspy_prod.redaction import is_secret
+from dspy_prod.redaction import SHORTEST, is_secret, secrets_in
 
 _LENGTH: Final = 200
 _HIDDEN: Final = "***"
-_SHORTEST_SECRET: Final = 6
 
 _TOKENS: Final = re.compile(
     r"(?P<keep>://)[^/?#\s@]*@"  # user and password in a URL
@@ -58,6 +57,7 @@ def scrubbed(text: str) -> str:
 
 def _known_secrets() -> Iterator[str]:
     """The secrets in the environment and in the settings of the LMs alive."""
+    yield from secrets_in(os.environ)
     for name, value in os.environ.items():
         if is_secret(name) or name.upper().endswith(("_TOKEN", "_KEY")):
             yield from _texts(value)
@@ -69,6 +69,7 @@ def _known_secrets() -> Iterator[str]:
         lms = []
     for lm in lms:
         for arguments in (lm.settings.clients, lm.settings.extras):
+            yield from secrets_in(arguments)
             for name, value in arguments.items():
                 if is_secret(str(name)):
                     yield from _texts(value)
@@ -76,7 +77,7 @@ def _known_secrets() -> Iterator[str]:
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        if len(value) >= _SHORTEST_SECRET:
+        if len(value) >= SHORTEST:
             yield value
             if value.lower().startswith("bearer "):
                 yield value[7:]

@@ -7,6 +7,7 @@ pooled connection is one socket for two processes.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Any, Protocol
 
@@ -23,6 +24,23 @@ _LIVING: weakref.WeakSet[Any] = weakref.WeakSet()
 def reset_after_fork(item: Forked) -> None:
     """Have `item._after_fork()` called in every child forked from now on, for as long as the item lives."""
     _LIVING.add(item)
+
+
+class RegistryLock:
+    """The lock of a module's registry; free in a forked child, whoever held it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        reset_after_fork(self)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def _in_child() -> None:

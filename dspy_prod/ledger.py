@@ -11,8 +11,9 @@ import math
 from typing import Final
 
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.records import NANO, CallRecord, Totals
-from dspy_prod.status_costs import check_dimension, cost_row
+from dspy_prod.status_costs import FLUSH_TIMEOUT, check_dimension, cost_row
 from dspy_prod.status_models import CostRow
 from dspy_prod.stores.base import Store
 
@@ -70,7 +71,7 @@ class Ledger:
         }  # fmt: skip
         equals = {name: value for name, value in fields.items() if value is not None}
         begin, end = self._epoch("since", since), self._epoch("until", until)
-        records = self._store.records(since=begin, until=end, limit=limit, **equals)
+        records = self._read().records(since=begin, until=end, limit=limit, **equals)
         return sorted(records, key=lambda record: -record.started_at)  # a store may have them as they ended
 
     def unconfirmed(self, *, since: Moment | None = None) -> list[CallRecord]:
@@ -80,12 +81,12 @@ class Ledger:
         """
         begin = self._epoch("since", since)
         first = None if begin is None else _day(begin)
-        days = [day for day, _, sums in self._store.totals(since_day=first) if sums.unconfirmed_nano > 0]
+        days = [day for day, _, sums in self._read().totals(since_day=first) if sums.unconfirmed_nano > 0]
         found: list[CallRecord] = []
         for day in days:
             midnight = dt.datetime.fromisoformat(f"{day}T00:00:00+00:00")
             start, end = midnight.timestamp(), (midnight + _DAY).timestamp()
-            records = self._store.records(since=start if begin is None else max(start, begin), until=end)
+            records = self._read().records(since=start if begin is None else max(start, begin), until=end)
             found += [record for record in records if record.estimated]
         return sorted(found, key=lambda record: -record.started_at)
 
@@ -112,7 +113,7 @@ class Ledger:
                 f"The record {id!r} is not unconfirmed: its cost of {record.cost_usd:.9f} USD is known. "
                 "Pass overwrite=True to replace it"
             )
-        if not self._store.correct(id, round(usd * NANO)):
+        if not self._read().correct(id, round(usd * NANO)):
             raise _unknown(id)
         return self._find(id)
 
@@ -133,7 +134,7 @@ class Ledger:
         check_dimension(by)
         if (by == "day") is not (value is None):
             raise ValueError("total() takes by= and value= together, e.g. total(by='user', value='u1')")
-        rows = self._store.totals(
+        rows = self._read().totals(
             dimension="all" if by == "day" else by,
             since_day=None if since is None else _date("since", since),
             until_day=None if until is None else _date("until", until),
@@ -144,8 +145,13 @@ class Ledger:
                 totals = totals.plus(sums)
         return cost_row(value or "", totals)
 
+    def _read(self) -> Store:
+        """The store, once abandoned streams that were closed before are settled in it."""
+        REAPER.flush(FLUSH_TIMEOUT)
+        return self._store
+
     def _find(self, id: str) -> CallRecord:
-        records = self._store.records(id=id, limit=1)
+        records = self._read().records(id=id, limit=1)
         if not records:
             raise _unknown(id)
         return records[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import copy as copying_module
 import weakref
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dspy
-import orjson
 from dspy.clients.base_lm import BaseLM
 from dspy.clients.execution import finalize, prepare
 from dspy.clients.lm import _check_engines, _refuse_client_settings
@@ -23,14 +23,15 @@ from dspy_prod.advice import warn_coarse_budgets, warn_messages
 from dspy_prod.assemble import assemble, refuse_own_forward
 from dspy_prod.calling import hit, per_call, scope_of
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
-from dspy_prod.copying import REBUILDS, changed, check_timeout, pinned
+from dspy_prod.copying import REBUILDS, Variants, changed, check_timeout, pinned
 from dspy_prod.errors import ConfigError
 from dspy_prod.executing import arun_call, run_call
 from dspy_prod.operations import Operations
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
 from dspy_prod.pipeline.pipeline import Pipeline
-from dspy_prod.pipeline.scope import SCOPE
+from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream import address_of
 from dspy_prod.records import usd
 from dspy_prod.settings import (
@@ -46,6 +47,7 @@ from dspy_prod.settings import (
     split,
 )
 from dspy_prod.stores.base import Store
+from dspy_prod.warmup import WARMUP
 
 
 class LM(Operations, dspy.LM):
@@ -143,20 +145,24 @@ class LM(Operations, dspy.LM):
             **canonical,
         )
         self._install(settings)
+        if isinstance(engine, str):  # else no call may need DSPy's prices
+            WARMUP.start()
 
     def _install(self, settings: Settings, pipeline: Pipeline | None = None) -> None:
         """Put a pipeline beneath this LM."""
         self.pipeline = assemble(self.model, self.model_type, settings) if pipeline is None else pipeline
         self.settings = settings = pinned(settings, self.pipeline.store)
-        self.identity = orjson.dumps(
+        self._variants = Variants()
+        self.identity = identity_of(
             [
                 *(self.model, self.model_type, self.use_developer_role),
                 address_of(dict(settings.clients), self.model),
                 repr(dict(settings.extras)),
-            ]
+            ],
+            settings.engine,
         )
-        self._engine_spec = ProdEngine(self.pipeline, self.identity)
-        self._async_engine_spec = AsyncProdEngine(self.pipeline, self.identity)
+        self._engine_spec = ProdEngine(self.pipeline, self.identity, self.cache)
+        self._async_engine_spec = AsyncProdEngine(self.pipeline, self.identity, self.cache)
         warn_coarse_budgets(self)
         LIVE.add(self)
 
@@ -199,7 +205,10 @@ class LM(Operations, dspy.LM):
                 call = prepare(lm, prompt, messages, kwargs, asynchronous=True)
             return finalize(self, call, await arun_call(lm, call))
         finally:
-            SCOPE.reset(token)
+            try:
+                SCOPE.reset(token)
+            except ValueError:  # a call that was never finished is collected in somebody else's context
+                pass
 
     def update_history(self, entry: dict[str, Any]) -> None:
         """Record a call in DSPy's history, with its real cost and whether the cache answered."""
@@ -235,6 +244,7 @@ class LM(Operations, dspy.LM):
         if policies or extras:
             copied._install(changed(self.settings, policies, extras))
         else:
+            copied._engine_spec.caches = copied._async_engine_spec.caches = copied.cache
             LIVE.add(copied)
         return copied
 
@@ -250,7 +260,7 @@ class LM(Operations, dspy.LM):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("_engine_spec", "_async_engine_spec", "pipeline", "identity"):
+        for name in ("_engine_spec", "_async_engine_spec", "_variants", "pipeline", "identity"):
             state.pop(name, None)
         state["settings"] = replace(self.settings.sealed(), store=self.pipeline.store.url)
         state["_token"] = remember(self.settings)
@@ -325,3 +335,6 @@ def wrap(lm: dspy.LM, **policies: Any) -> LM:
 
 LIVE: weakref.WeakSet[LM] = weakref.WeakSet()
 """The LMs alive in this process, for `dspy_prod.health()`."""
+
+# Registered after the stores' own ending, which `assemble` imports, and hence done before it.
+atexit.register(REAPER.flush, 2.0)

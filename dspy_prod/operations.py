@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from dspy.clients.execution import prepare
 
 from dspy_prod.calling import per_call
-from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.copying import Variants
+from dspy_prod.pipeline.pipeline import Pipeline, clear_answers
 from dspy_prod.pipeline.reaper import REAPER
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class Operations:
     """The operating half of `dspy_prod.LM`."""
 
     pipeline: Pipeline
+    _variants: Variants
 
     @property
     def ledger(self) -> Ledger:
@@ -43,22 +45,27 @@ class Operations:
     def preview(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Preview:
         """What a call would cost at most, whether it is affordable, and how long it would wait; sends nothing."""
         from dspy_prod.status import preview
+        from dspy_prod.status_costs import FLUSH_TIMEOUT
 
+        REAPER.flush(FLUSH_TIMEOUT)
         lm, kwargs, extras = per_call(self, kwargs)  # type: ignore[arg-type]  # mixed into LM
         return preview(lm.pipeline, lm, prepare(lm, prompt, messages, kwargs), extras)
 
     def cache_clear(self) -> None:
         """Forget every cached answer of this store and namespace."""
-        if self.pipeline.cache is not None:
-            self.pipeline.cache.clear()
+        clear_answers(self.pipeline.store)
 
     def close(self) -> None:
         """Flush the ledger and close pooled connections. The LM stays usable."""
         REAPER.flush()
         self.pipeline.store.flush(5.0)
         self.pipeline.close()
+        for variant in self._variants.all():
+            variant.pipeline.close()
 
     async def aclose(self) -> None:
         """Asynchronous `close`, for this event loop's connections too."""
         await self.pipeline.aclose()
+        for variant in self._variants.all():
+            await variant.pipeline.aclose()
         await asyncio.to_thread(self.close)

@@ -137,6 +137,16 @@ class Rates:
         self.flat = (text, output, self._fee) if not self._thresholds and text == media else None
         self._input, self._output = (rate or 0 for rate in self._rows["", False][0][:2])
 
+    def tokens(self, usage: Usage) -> int | None:
+        """All tokens of a call, which a rate limit counts, each once; None when they are not known."""
+        inputs: int | None = usage.input_tokens
+        outputs: int | None = usage.output_tokens
+        if inputs is None or outputs is None:
+            return None
+        if self._disjoint_cache:
+            inputs += (usage.cache_read_tokens or 0) + (usage.cache_write_tokens or 0)
+        return inputs + outputs + ((usage.reasoning_tokens or 0) if self._separate_reasoning else 0)
+
     def cost(self, usage: Usage, tier: str | None = None, long_cache: bool = False) -> int | None:
         """The exact cost in nano-USD, rounded up; None when it cannot be known.
 

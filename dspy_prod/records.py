@@ -129,10 +129,6 @@ class Totals(NamedTuple):
         """The sum of both."""
         return Totals(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def minus(self, other: Totals) -> Totals:
-        """The difference, used when a record is corrected."""
-        return Totals(*(a - b for a, b in zip(self, other, strict=True)))
-
 
 ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "variant", "prompt")
 

@@ -5,13 +5,17 @@ A secret never reaches a repr, log, exception, trace, state file, cache row or p
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
 
 SECRET_KEYS: Final = frozenset({"api_key", "azure_ad_token_provider", "headers", "extra_headers"})
 """Client settings that may hold a secret, whatever their value looks like."""
+
+SHORTEST: Final = 6
+"""Characters below which a secret is not blotted out of texts: hiding it would garble those that merely contain it."""
 
 _SECRET_NAME: Final = re.compile(
     r"api[-_]?key|secret|passw(or)?d|credential|authorization|access[-_]?key|private[-_]?key"
@@ -50,6 +54,48 @@ def bare_url(url: str) -> str:
     if len(kept) == len(pairs):
         return url
     return f"{place}?{urlencode(kept)}" if kept else place
+
+
+def address(url: str) -> str:
+    """Where a URL leads, fit to be written; a digest of what is secret in it keeps different users apart."""
+    hidden = _hidden_in(url)
+    bare = bare_url(url if "://" in url else f"//{url}").split("//", 1)[-1].rstrip("/")
+    if not hidden:
+        return bare
+    digest = hashlib.sha256("\0".join(["dspy_prod:url", *hidden]).encode("utf-8", "replace")).hexdigest()
+    return f"{bare}#{digest[:12]}"
+
+
+def secrets_in(clients: Mapping[str, Any]) -> set[str]:
+    """What is secret in the URLs of client settings: user names with passwords, and values of query options.
+
+    As they stand and unquoted; what is too short to be told from ordinary words is left out.
+    """
+    found: set[str] = set()
+    for value in clients.values():
+        if isinstance(value, Mapping):
+            found |= secrets_in(value)
+        elif isinstance(value, str) and "://" in value:
+            for text in _hidden_in(value):
+                found.update((text, unquote(text), unquote_plus(text)))
+    return {text for text in found if len(text) >= SHORTEST}
+
+
+def _hidden_in(url: str) -> list[str]:
+    """The secrets of a URL as they stand in it."""
+    hidden: list[str] = []
+    userinfo = _USERINFO.search(url if "://" in url else f"//{url}")
+    if userinfo is not None:
+        pair = userinfo[0][2:-1]
+        hidden.append(pair if len(pair) >= SHORTEST else f"{pair}@")
+        password = pair.partition(":")[2]
+        if password:
+            hidden.append(password)
+    for option in url.partition("?")[2].partition("#")[0].split("&"):
+        name, _, value = option.partition("=")
+        if value and is_secret(unquote_plus(name)):
+            hidden.append(value)
+    return hidden
 
 
 def public(arguments: Mapping[str, Any]) -> dict[str, Any]:

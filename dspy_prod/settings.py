@@ -79,6 +79,8 @@ def _refuse_slip(name: str, value: Any) -> None:
         Retry: "retry", CircuitBreaker: "breaker", RateLimit: "limit", Budget: "budget", Cache: "cache",
     }  # fmt: skip
     meant = kinds.get(type(first)) or _meant(name)
+    if meant == name:
+        raise ConfigError(f"{name}= is said to the LM, not to one call; use lm.copy({name}=...)")
     if meant is not None:
         raise ConfigError(f"LM has no argument {name!r}; did you mean {meant}=...?")
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.pipeline.routes import Route
-from dspy_prod.status_costs import Place, costs, costs_by, summary
+from dspy_prod.status_costs import FLUSH_TIMEOUT, Place, costs, costs_by, summary
 from dspy_prod.status_models import (
     BreakerHealth,
     BudgetStatus,
@@ -30,9 +31,6 @@ from dspy_prod.stores.base import LimiterSnapshot, Store
 if TYPE_CHECKING:
     from dspy_prod.lm import LM
 
-FLUSH_TIMEOUT: Final = 2.0
-"""Seconds a store gets to write what was posted before it counts as unavailable."""
-
 BUDGET_WARNING: Final = 90.0
 """Percent of a budget above which health warns."""
 
@@ -47,6 +45,7 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
 
     Never raises for an unusable store: that is what it reports.
     """
+    REAPER.flush(FLUSH_TIMEOUT)
     found = list(dict.fromkeys(_live() if pipelines is None else pipelines))
     look = _Look()
     places = look.stores(found)
@@ -249,10 +248,10 @@ def _live() -> list[Pipeline]:
 
 def _routes(pipelines: list[Pipeline]) -> list[tuple[Store, Route]]:
     """(store, route) of every route, each identity once."""
-    found: dict[int, tuple[Store, Route]] = {}
+    found: dict[tuple[int, int], tuple[Store, Route]] = {}
     for pipeline in pipelines:
         for route in pipeline.every_route():
-            found.setdefault(id(route.state), (pipeline.store, route))
+            found.setdefault((id(route.state.identity), id(route.breaker)), (pipeline.store, route))
     return list(found.values())
 
 

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from dspy_prod.clock import Clock
 from dspy_prod.context import current
 from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.records import NANO, ROLLUP_DIMENSIONS, Totals
 from dspy_prod.status_models import BudgetStatus, CostRow, CostSummary
@@ -22,6 +23,10 @@ from dspy_prod.stores.base import Account, Store
 
 HISTORY_DAYS: Final = 31
 AVERAGE_DAYS: Final = 7
+
+FLUSH_TIMEOUT: Final = 2.0
+"""Seconds a store gets to write what was posted before it counts as unavailable."""
+
 _SEARCH_DAYS: Final = 366
 """How far back the first record is looked for; an older one, with nothing since, begins a new ledger."""
 
@@ -37,6 +42,7 @@ class Place(NamedTuple):
 
 def costs(pipeline: Pipeline) -> CostSummary:
     """What the pipeline's store and namespace has spent, and what is left of the pipeline's global budgets."""
+    REAPER.flush(FLUSH_TIMEOUT)
     return summary([Place(pipeline.store, pipeline.clock)], [pipeline])
 
 
@@ -120,6 +126,7 @@ def costs_by(store: Store, by: str) -> list[CostRow]:
         ValueError: an unknown dimension.
     """
     check_dimension(by)
+    REAPER.flush(FLUSH_TIMEOUT)
     sums: dict[str, Totals] = {}
     for day, value, totals in store.totals(dimension="all" if by == "day" else by):
         key = day if by == "day" else value

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -102,17 +103,28 @@ def calls(arguments: argparse.Namespace) -> int:
         records = store.records(limit=arguments.limit, **wanted)
     if arguments.json:
         return _json([record.to_dict() for record in records])
-    table = Table(title=f"Newest calls in {store.namespace!r}", title_justify="left")
-    for name in ("when", "model", "route", "try", "outcome", "USD", "in", "out", "latency", "waited", "user", "id"):
-        table.add_column(name, no_wrap=name in ("when", "id"), overflow="fold")
+    table = Table(
+        title=f"Newest calls in {store.namespace!r}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("when, user", overflow="fold")
+    table.add_column("model and id", overflow="fold", min_width=25)
+    table.add_column("outcome", overflow="fold")
+    for name in ("USD", "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for record in records:
+        route = "" if record.route == "primary" else ", fallback"
+        again = f", try {record.attempt}" if record.attempt > 1 else ""
+        tokens = (
+            "" if record.input_tokens is None else f"\n[dim]{record.input_tokens}+{_number(record.output_tokens)}[/]"
+        )
+        waited = f"\n[dim]+{record.waited:.2f} wait[/]" if record.waited >= 0.005 else ""
         table.add_row(
-            dt.datetime.fromtimestamp(record.started_at).strftime("%m-%d %H:%M:%S"),
-            record.model, record.route, str(record.attempt or "-"),
-            record.outcome if record.error is None else f"{record.outcome}: {record.error}",
-            _money(record), _number(record.input_tokens), _number(record.output_tokens),
-            f"{record.latency:.2f} s", f"{record.waited:.2f} s", record.user or "-", record.id,
-        )  # fmt: skip
+            f"{_when(record.started_at)}\n[dim]{record.user or ''}[/]",
+            f"{record.model}{route}{again}\n[dim]{record.id}[/]",
+            record.outcome if record.error is None else f"{record.outcome}\n[dim]{record.error}[/]",
+            _money(record) + tokens,
+            f"{record.latency:.2f}{waited}",
+        )
     Console().print(table if records else f"No calls are recorded in namespace {store.namespace!r}.")
     return 0
 
@@ -135,6 +147,11 @@ def _money(record: CallRecord) -> str:
     if record.cost_usd is None:
         return "unknown"
     return f"{record.cost_usd:.6f}" + ("?" if record.estimated else "")
+
+
+def _when(at: float) -> str:
+    moment = dt.datetime.fromtimestamp(at)
+    return moment.strftime("%H:%M:%S" if moment.date() == dt.datetime.now().date() else "%m-%d %H:%M")
 
 
 def _number(value: int | None) -> str:

@@ -54,6 +54,7 @@ class Call:
     """See the module's docstring.
 
     Attributes:
+        alone: follows no identical call: it holds up the event loop on which that one's answer may depend.
         id: shared by the records of all attempts.
         key: the cache key, or None when the cache does not apply.
         missed: the memory tier was asked for `key` a moment ago, in vain.
@@ -62,11 +63,13 @@ class Call:
         deadline: monotonic time by which the call must end, `inf` without one.
         visible: a stream event has reached the consumer, so nothing may be tried again.
         degraded: a budget past its soft threshold chose a cheaper model.
+        paused: seconds a stream lay in its consumer's hands.
         waited: seconds spent waiting for admission or for an identical call.
         records: what the attempts were.
     """
 
     __slots__ = (
+        "alone",
         "context",
         "deadline",
         "degraded",
@@ -74,6 +77,7 @@ class Call:
         "id",
         "key",
         "missed",
+        "paused",
         "pipeline",
         "records",
         "request",
@@ -104,6 +108,8 @@ class Call:
         self.visible = False
         self.degraded = False
         self.waited = 0.0
+        self.paused = 0.0
+        self.alone = False
         self.records = records
         self.id = IDS.make()
 
@@ -116,7 +122,8 @@ class Call:
                 model = rule.degraded(rule.account(self.context, pipeline.primary.model, wall).key)
                 if model is not None and model != pipeline.primary.model:
                     self.degraded = True
-                    return (pipeline.route_to(model), *pipeline.fallbacks)
+                    cheaper = pipeline.route_to(model)
+                    return (cheaper, *[route for route in pipeline.fallbacks if route is not cheaper])
         return pipeline.routes
 
     def attempt_until(self, route: Route, now: float) -> float:

@@ -210,17 +210,23 @@ def bounded(function: Callable[[], T], until: float) -> T:
 _END: Final = object()
 
 
-def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float) -> Iterator[T]:
+class StalledError(AttemptTimeoutError):
+    """A stream showed no event for as long as `timeout` allows."""
+
+
+def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float, pause: float | None = None) -> Iterator[T]:
     """The items of a stream that runs in a worker; raises `AttemptTimeoutError` at `until`.
 
-    The worker closes the stream when the consumer has gone.
+    The worker closes the stream when the consumer has gone. Waiting longer than `pause` seconds for one item raises
+    `StalledError`.
     """
     items: SimpleQueue[Any] = SimpleQueue()
     gone = threading.Event()
 
     def pump() -> None:
-        stream = open_stream()
+        stream: Any = None
         try:
+            stream = open_stream()
             for item in stream:
                 if gone.is_set():
                     return
@@ -236,10 +242,13 @@ def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float) -> Iter
     job = WORKERS.submit(pump)
     try:
         while True:
+            left = inf if until == inf else max(0.0, until - time.monotonic())
+            stalls = pause is not None and pause < left
+            wait = pause if stalls else left
             try:
-                item, error = items.get(timeout=None if until == inf else max(0.0, until - time.monotonic()))
+                item, error = items.get(timeout=None if wait == inf else wait)
             except Empty:
-                raise AttemptTimeoutError(job) from None
+                raise StalledError(job) if stalls else AttemptTimeoutError(job) from None
             if error is not None:
                 raise error
             if item is _END:

@@ -20,10 +20,10 @@ from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
 from dspy.lm15 import Response
 
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, bounded, bounded_stream, within
+from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, StalledError, bounded, bounded_stream, within
 from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Wait
 from dspy_prod.pipeline.flow import Flow
-from dspy_prod.pipeline.public_errors import consumer_left, public_error
+from dspy_prod.pipeline.public_errors import public_error
 from dspy_prod.pipeline.replay import replay
 
 if sys.version_info >= (3, 11):
@@ -156,7 +156,7 @@ async def _await(effect: Wait) -> Any:
 def _attempt(effect: Attempt) -> Response:
     route, until = effect.route, effect.until
     try:
-        engine, bounds_itself = route.upstream.sync_engine(effect.request, effect.extras)
+        engine, bounds_itself = route.upstream.sync_engine(effect.request, effect.extras, until)
         if until == inf:
             return _checked(engine.complete(effect.request))
         if not bounds_itself:
@@ -174,7 +174,7 @@ async def _aattempt(effect: Attempt) -> Response:
     route, until = effect.route, effect.until
     limit: Any = None
     try:
-        engine = route.upstream.async_engine(effect.request, effect.extras)
+        engine = route.upstream.async_engine(effect.request, effect.extras, until)
         if until == inf:
             return _checked(await engine.complete(effect.request))
         async with _limit(until) as limit:
@@ -189,19 +189,21 @@ async def _aattempt(effect: Attempt) -> Response:
 
 def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[Response, StreamEvent | None]]:
     """Yield a stream's events, the start held back until the first delta; return (response, end event)."""
-    until = effect.until
+    route, until = effect.route, effect.until
     accumulator = StreamAccumulator(effect.request)
     start: StreamEvent | None = None
     end: StreamEvent | None = None
+    consumer = _Consumer(call)
     try:
-        engine, bounds_itself = effect.route.upstream.sync_engine(effect.request, effect.extras)
-        if until == inf:
+        engine, bounds_itself = route.upstream.sync_engine(effect.request, effect.extras, until)
+        if bounds_itself:  # and its reads are bounded by `timeout`
+            source = engine.stream(effect.request) if until == inf else within(engine.stream(effect.request), until)
+        elif until == inf and (route.timeout is None or isinstance(route.upstream.spec, str)):
+            # Nothing to bound, or LiteLLM, which bounds its reads by `timeout` too.
             source = engine.stream(effect.request)
-        elif bounds_itself:
-            source = within(engine.stream(effect.request), until)
         else:
-            source = bounded_stream(lambda: engine.stream(effect.request), until)
-        with closing(checked_stream(source, provider=effect.route.upstream.provider)) as events:
+            source = bounded_stream(lambda: engine.stream(effect.request), until, route.timeout)
+        with closing(checked_stream(source, provider=route.upstream.provider)) as events:
             for event in events:
                 accumulator.push(event)
                 if event.type == "start":
@@ -211,37 +213,43 @@ def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[R
                     end = event
                     continue
                 call.visible = True
-                if start is not None:
-                    yield start
-                    start = None
-                yield event
+                with consumer:
+                    if start is not None:
+                        yield start
+                        start = None
+                    yield event
         response = accumulator.response()
     except Exception as error:
-        if consumer_left(error):
+        if consumer.left:  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
         raise public_error(error, effect) from error
     if start is not None:
-        yield start
+        with consumer:
+            yield start
     return response, end
 
 
 async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenerator[StreamEvent, None]:
     """As `_events`; puts (response, end event) into `ended`."""
     ended.clear()
-    until = effect.until
+    route, until = effect.route, effect.until
     accumulator = StreamAccumulator(effect.request)
     start: StreamEvent | None = None
     end: StreamEvent | None = None
     limit: Any = None
+    limited = until
+    consumer = _Consumer(call)
     try:
-        source = effect.route.upstream.async_engine(effect.request, effect.extras).stream(effect.request)
-        async with aclosing(achecked_stream(source, provider=effect.route.upstream.provider)) as events:
+        source = route.upstream.async_engine(effect.request, effect.extras, until).stream(effect.request)
+        async with aclosing(achecked_stream(source, provider=route.upstream.provider)) as events:
             while True:
+                if route.timeout is not None:
+                    limited = min(until, time.monotonic() + route.timeout)
                 try:
-                    if until == inf:
+                    if limited == inf:
                         event = await anext(events)
                     else:
-                        async with _limit(until) as limit:
+                        async with _limit(limited) as limit:
                             event = await anext(events)
                 except StopAsyncIteration:
                     break
@@ -253,22 +261,40 @@ async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenera
                     end = event
                     continue
                 call.visible = True
-                if start is not None:
-                    yield start
-                    start = None
-                yield event
+                with consumer:
+                    if start is not None:
+                        yield start
+                        start = None
+                    yield event
         response = accumulator.response()
-    except (TimeoutError, asyncio.TimeoutError) as error:
-        if limit is not None and _expired(limit):
-            raise AttemptTimeoutError from None
-        raise public_error(error, effect) from error
     except Exception as error:
-        if consumer_left(error):
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and limit is not None and _expired(limit):
+            raise (AttemptTimeoutError if limited == until else StalledError) from None
+        if consumer.left:  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
         raise public_error(error, effect) from error
     if start is not None:
-        yield start
+        with consumer:
+            yield start
     ended.extend((response, end))
+
+
+class _Consumer:
+    """The hands a stream's events are given into: how long they keep it, and whether they let it fall."""
+
+    __slots__ = ("_call", "_since", "left")
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._since = 0.0
+        self.left = False
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._call.paused += time.monotonic() - self._since
+        self.left = kind is GeneratorExit
 
 
 # -- details ---------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The contract is `dspy/clients/engines/base.py`.
 
 from __future__ import annotations
 
+from asyncio import _get_running_loop
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
 
@@ -25,12 +26,14 @@ class _Guarded:
 
     Args:
         pipeline: what calls run through.
-        identity: bytes that keep the cache keys of different models and addresses apart.
+        identity: bytes that keep the cache keys of different models, addresses and engines apart.
+        caches: whether calls that do not come through an LM use the cache.
     """
 
-    def __init__(self, pipeline: Pipeline, identity: bytes) -> None:
+    def __init__(self, pipeline: Pipeline, identity: bytes, caches: bool = True) -> None:
         self.pipeline = pipeline
         self.identity = identity
+        self.caches = caches
 
     @property
     def supports_function_calling(self) -> bool:
@@ -61,7 +64,7 @@ class _Guarded:
         if scope is None:  # the engine is used without its LM
             context = current()
             key = None
-            if pipeline.cache is not None and context.cache != "bypass":
+            if self.caches and pipeline.cache is not None and context.cache != "bypass":
                 key = request_key(self.identity, request, None, None, self._tenant(context.tenant))
             return Call(pipeline, request, context, key, None, streaming, [])
         context = scope.context
@@ -93,7 +96,9 @@ class ProdEngine(_Guarded):
             RejectedError: refused by a policy of this library.
             LMError: the upstream's error, once retries and fallbacks are exhausted.
         """
-        return run(flow(self._call(request, False)))
+        call = self._call(request, False)
+        call.alone = _get_running_loop() is not None
+        return run(flow(call))
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """Answer one request event by event; raises as `complete` does."""

@@ -27,7 +27,7 @@ from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Attempt, Wait
 from dspy_prod.pipeline.outcome import Verdict
-from dspy_prod.pipeline.plan import Plan, longest_wait, plan, shrunk, wait_until
+from dspy_prod.pipeline.plan import Plan, longest_wait, only_here, plan, renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.pipeline.refusals import refused, too_late, waited_too_long
 from dspy_prod.pipeline.routes import Route
@@ -59,7 +59,7 @@ def flow(call: Call) -> Flow:
         entry = cache.load(key) if call.missed else cache.get(key)
         if entry is not None:
             return call.hit(entry)
-    if call.streaming or mode != "use" or not cache.options.single_flight:
+    if call.streaming or call.alone or mode != "use" or not cache.options.single_flight:
         return (yield from _send(call))
     flights = pipeline.flights
     follower = flights.join(key)
@@ -150,6 +150,9 @@ def _send(call: Call) -> Flow:
                 break
             except RejectedError as error:
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
+                if only_here(call, route, routes[0], error):
+                    refusal = refusal or error
+                    break
                 if failure is not None and error.__cause__ is None:
                     raise error from failure
                 raise
@@ -238,16 +241,26 @@ def _admission(call: Call, intent: Plan, ticket: Ticket) -> Generator[Attempt | 
     pipeline = call.pipeline
     store = pipeline.store
     monotonic = pipeline.clock.monotonic
+    until = wait_until(call, intent, monotonic())
     while True:
         began = monotonic()
-        until = wait_until(call, intent, began)
+        turn = turns_at(call, intent, began)
+        again: Plan | None = None
         try:
             if ticket.state == PENDING:
                 call.emit("waiting", model=intent.route.model, blocked_on=ticket.blocked_on)
             while ticket.state == PENDING:
                 now = monotonic()
-                if now < until:
-                    yield Wait(ticket, until)
+                if now < min(until, turn):
+                    yield Wait(ticket, min(until, turn))
+                    continue
+                turn = inf
+                if any(account.title == ticket.blocked_on for account in ticket.ask.accounts):
+                    again = renewed(call, intent)
+                if again is not None:
+                    store.withdraw(ticket)  # should it be granted meanwhile, so much the better
+                elif now < until:
+                    continue
                 elif not ticket.blocked_on and now < min(call.deadline, began + STORE_PATIENCE):
                     yield Wait(ticket, now + _LOOK)  # no max_wait is up before the store has looked at the ask
                 elif store.withdraw(ticket):
@@ -260,12 +273,13 @@ def _admission(call: Call, intent: Plan, ticket: Ticket) -> Generator[Attempt | 
         if ticket.state == GRANTED:
             return intent, ticket
         refusal = ticket.refusal
-        assert refusal is not None
-        smaller = shrunk(call, intent, refusal)
-        if smaller is None or smaller.ask is None:
+        if again is None and refusal is not None and refusal.reason == "budget_exceeded":
+            again = renewed(call, intent) or shrunk(call, intent, refusal)
+        if again is None or again.ask is None:
+            assert refusal is not None
             raise refused(call, intent, refusal)
-        intent = smaller
-        ticket = store.admit(smaller.ask)
+        intent = again
+        ticket = store.admit(again.ask)
 
 
 def _note_spending(call: Call, intent: Plan, ticket: Ticket) -> None:

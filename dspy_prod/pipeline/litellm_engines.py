@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
-from typing import Any
+from math import ceil, inf
+from typing import Any, Final
 
 from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine
 from dspy.clients.lm import _is_openai_reasoning_model
 from dspy.lm15 import Request, Response, Usage
+
+_TIMEOUTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Time-outs given to LiteLLM for an attempt's remaining time: few, as each distinct one opens a new connection."""
+
+
+def wire_timeout(timeout: Any, until: float) -> Any:
+    """LiteLLM's time-out: not less than the attempt has left, as the driver bounds it exactly.
+
+    Without it a worker thread, and the hold of an attempt that was given up, would last as long as the upstream hangs.
+
+    Args:
+        timeout: the LM's own `timeout`, also as an `httpx.Timeout`.
+        until: monotonic time at which the attempt is given up.
+    """
+    if timeout is not None and not isinstance(timeout, (int, float)):
+        return timeout
+    own = None if timeout is None else float(ceil(timeout))
+    if until == inf:
+        return own
+    left = until - time.monotonic()
+    rung = next((rung for rung in _TIMEOUTS if rung >= left), None)
+    if rung is None or own is None:
+        return own if rung is None else rung
+    return min(own, rung)
 
 
 class _Extended:

@@ -57,8 +57,10 @@ class Verdict(NamedTuple):
 
 OK: Final = Verdict("ok")
 CANCELLED: Final = Verdict("cancelled")
-OWN_DEADLINE: Final = Verdict("timeout", failure=True)
-"""Our own deadline ended the attempt: slow or hung upstream, so the breaker learns of it; not retryable by nature."""
+_SLOW: Final = Verdict("timeout", failure=True)
+_HASTY: Final = Verdict("timeout")
+_FAIR_SHARE: Final = 1.0
+"""Seconds any upstream should answer in, for routes without `timeout`."""
 
 _UNSENT: Final = Verdict("error", failure=True, retry=True, fallback=True, sent=False, owed=False)
 
@@ -104,6 +106,18 @@ def judge(error: BaseException) -> Verdict:
     if isinstance(status, int) and verdict.owed and _refused_unbilled(status):
         return verdict._replace(owed=False)
     return verdict
+
+
+def own_deadline(worked: float, timeout: float | None) -> Verdict:
+    """The verdict on an attempt that the call's own deadline ended; it is not retryable by nature.
+
+    The breaker learns of it only if the upstream had a fair time: a caller in a hurry says nothing about others.
+
+    Args:
+        worked: seconds the upstream had.
+        timeout: the route's `timeout`.
+    """
+    return _SLOW if worked >= (_FAIR_SHARE if timeout is None else timeout) else _HASTY
 
 
 def _refused_unbilled(status: int) -> bool:

@@ -12,7 +12,7 @@ from dspy.lm15 import Response
 
 from dspy_prod.clock import Clock
 from dspy_prod.events import EventBus
-from dspy_prod.forking import reset_after_fork
+from dspy_prod.forking import RegistryLock, reset_after_fork
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.capabilities import capabilities_of
 from dspy_prod.pipeline.reaper import REAPER
@@ -28,7 +28,7 @@ class Pipeline:
 
     Attributes:
         routes: the primary and then the fallbacks.
-        budgets: the rules every call is checked against.
+        budgets: the rules every call is checked against; a route may have further ones of its own.
         degradable: whether a budget may switch to a cheaper model.
         watches_spending: whether a budget has a soft threshold.
         budget_waits: whether a budget has a `max_wait` of its own.
@@ -53,11 +53,12 @@ class Pipeline:
         self.store = store
         self.budgets = budgets
         self.degradable = any(rule.options.degrade_to for rule in budgets)
-        self.budget_waits = any(rule.options.max_wait is not None for rule in budgets)
-        self.watches_spending = any(rule.options.soft for rule in budgets)
+        every = (*budgets, *(rule for route in fallbacks for rule in route.rules))
+        self.budget_waits = any(rule.options.max_wait is not None for rule in every)
+        self.watches_spending = any(rule.options.soft for rule in every)
         shared = None if cache is None else _shared_cache(store, cache)
         self.cache: ResponseCache | None = None if shared is None else shared.cache
-        self.flights: Flights = Flights() if shared is None else shared.flights
+        self.flights: Flights = Flights() if shared is None else shared.flights(self.routes)
         self._shared = shared
         self.clock = clock
         self.bus = bus
@@ -78,7 +79,7 @@ class Pipeline:
 
     def every_route(self) -> tuple[Route, ...]:
         """All routes, with those that budgets degraded to so far."""
-        return (*self.routes, *self._made.values())
+        return (*self.routes, *(route for route in self._made.values() if route not in self.fallbacks))
 
     @property
     def capabilities(self) -> Any:
@@ -108,16 +109,42 @@ class SharedCache:
 
     def __init__(self, options: Cache, store: Store) -> None:
         self.cache = ResponseCache(options, store)
-        self.flights = Flights()
+        self._flights: weakref.WeakValueDictionary[Any, Flights] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
         reset_after_fork(self)
 
+    def flights(self, routes: tuple[Route, ...]) -> Flights:
+        """The flights of calls that would be sent the same ways, so that one's error is the other's too."""
+        key = tuple([(route.limit_key, _sender(route.upstream.spec)) for route in routes])
+        with self._lock:
+            found = self._flights.get(key)
+            if found is None:
+                found = self._flights[key] = Flights()
+            return found
+
     def _after_fork(self) -> None:
+        self._lock = threading.Lock()
         self.cache._after_fork()
-        self.flights._after_fork()
+        for flights in list(self._flights.values()):
+            flights._after_fork()
+
+
+def _sender(spec: Any) -> Any:
+    # An `id` will do: the pipeline that flies keeps its engine alive.
+    return spec if isinstance(spec, str) else (type(spec).__qualname__, id(spec))
+
+
+def clear_answers(store: Store) -> None:
+    """Forget every cached answer of a store and namespace: in the file, and in memory under any cache options."""
+    with _CACHES_LOCK:
+        found = [shared for (owner, _), shared in _CACHES.items() if owner == id(store)]
+    for shared in found:
+        shared.cache.clear()
+    store.cache_clear()
 
 
 _CACHES: weakref.WeakValueDictionary[tuple[int, Any], SharedCache] = weakref.WeakValueDictionary()
-_CACHES_LOCK = threading.Lock()
+_CACHES_LOCK = RegistryLock()
 
 
 def _shared_cache(store: Store, options: Cache) -> SharedCache:

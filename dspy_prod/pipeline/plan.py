@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy.lm15 import Request
 
 from dspy_prod.bounds import hosted_fees
-from dspy_prod.errors import RateLimitedError, UnpricedModelError
+from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, UnpricedModelError
 from dspy_prod.pipeline.call import IDS, Call
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.records import CallRecord
@@ -23,6 +23,7 @@ DEFAULT_MAX_WAIT: Final = 60.0
 
 _LEASE_GRACE: Final = 30.0
 _UNBOUNDED_LEASE: Final = 900.0
+_STREAM_LEASE: Final = 3600.0  # a stream may outlast any timeout
 _MIN_SHRUNK_TOKENS: Final = 16
 
 
@@ -68,8 +69,8 @@ def plan(call: Call, route: Route, number: int) -> Plan:
         request = replace(request, model=route.model)
     if route.defaults:
         request = _with_defaults(request, route.defaults)
-    rules = pipeline.budgets
-    limited = route.limited or route.state.throttled
+    rules = _rules(pipeline.budgets, route) if route.rules else pipeline.budgets
+    limited = route.limited or route.state.identity.throttled
     if not rules and not limited:
         return Plan(route, request, number, None, None, ())
     tokens = 0
@@ -90,7 +91,38 @@ def plan(call: Call, route: Route, number: int) -> Plan:
                 accounts = (rules[0].account(context, route.model, wall),)
             else:
                 accounts = tuple([rule.account(context, route.model, wall) for rule in rules])
-    return Plan(route, request, number, _ask(call, route, tokens, accounts, bound, limited, number), bound, rules)
+    ask = _ask(call, route, tokens, accounts, bound, limited, number, rules)
+    return Plan(route, request, number, ask, bound, rules)
+
+
+def renewed(call: Call, old: Plan) -> Plan | None:
+    """The same attempt on the accounts of now, when the window of a budget has ended since; else None."""
+    ask = old.ask
+    if ask is None or call.late():
+        return None
+    wall = call.pipeline.clock.time()
+    accounts = [rule.account(call.context, old.route.model, wall).key for rule in old.rules]
+    if accounts == [account.key for account in ask.accounts]:
+        return None
+    return plan(call, old.route, old.number)
+
+
+def turns_at(call: Call, plan: Plan, now: float) -> float:
+    """Monotonic time at which the next window of a budget begins, `inf` when none will."""
+    ends_at = min((rule.ends_at for rule in plan.rules), default=inf)
+    return inf if ends_at == inf else now + ends_at - call.pipeline.clock.time()
+
+
+def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> bool:
+    """Whether a refusal concerns this route alone, so that the next one is worth a try."""
+    if isinstance(error, UnpricedModelError):
+        return route is not first  # a fallback that no budget can bound must not hide why it was needed
+    if not isinstance(error, BudgetExceededError):
+        return False
+    shared = call.pipeline.budgets
+    rules = _rules(shared, route)
+    own = [rule.options.title for rule in rules if rule.options.scope == "model" or rule not in shared]
+    return any(error.budget == title or error.budget.startswith(f"{title}=") for title in own)
 
 
 def wait_until(call: Call, plan: Plan, now: float) -> float:
@@ -105,12 +137,17 @@ def longest_wait(call: Call, route: Route, now: float) -> float:
 
 def shrunk(call: Call, plan: Plan, refusal: Refusal) -> Plan | None:
     """The same plan with `max_tokens` clamped to what its budget has left, when the budget wants that."""
-    if refusal.reason != "budget_exceeded" or not any(rule.options.shrink_last for rule in plan.rules):
-        return None
     route, ask = plan.route, plan.ask
+    if refusal.reason != "budget_exceeded" or ask is None:
+        return None
+    refusing = [
+        rule for rule, account in zip(plan.rules, ask.accounts, strict=True) if account.title == refusal.dimension
+    ]
+    if not any(rule.options.shrink_last for rule in refusing):
+        return None
     rates = route.rates()
     inputs, outputs = route.bounds(plan.request)
-    if rates is None or ask is None or inputs is None or outputs is None:
+    if rates is None or inputs is None or outputs is None:
         return None
     left = refusal.limit - refusal.spent - refusal.held
     config = plan.request.config
@@ -120,7 +157,8 @@ def shrunk(call: Call, plan: Plan, refusal: Refusal) -> Plan | None:
     request = replace(plan.request, config=replace(config, max_tokens=fits))
     bound = route.most(request, inputs, fits)
     tokens = min(ask.tokens, inputs + fits)
-    again = _ask(call, route, tokens, tuple(ask.accounts), bound, ask.limit_key is not None, plan.number)
+    limited = ask.limit_key is not None
+    again = _ask(call, route, tokens, tuple(ask.accounts), bound, limited, plan.number, plan.rules)
     return Plan(route, request, plan.number, again, bound, plan.rules)
 
 
@@ -140,20 +178,22 @@ def _ask(
     bound: int | None,
     limited: bool,
     number: int,
+    rules: tuple[BudgetRule, ...],
 ) -> Ask:
     pipeline = call.pipeline
     context = call.context
     store = pipeline.store
     limit = route.limit
-    lease = _UNBOUNDED_LEASE
+    lease = _STREAM_LEASE if call.streaming else _UNBOUNDED_LEASE
     horizon = store.now() + DEFAULT_MAX_WAIT
     if call.deadline != inf or route.timeout is not None or limit.max_wait is not None or pipeline.budget_waits:
         now = pipeline.clock.monotonic()
-        horizon = store.now() + (_wait_until(call, route, pipeline.budgets if accounts else (), now) - now)
+        horizon = store.now() + (_wait_until(call, route, rules, now) - now)
         until = call.attempt_until(route, now)
         if until != inf:
             # The hold outlives the longest wait plus the longest attempt.
-            lease = max(0.0, horizon - store.now()) + (route.timeout or max(0.0, until - now)) + _LEASE_GRACE
+            longest = max(0.0, until - now) if call.streaming or not route.timeout else route.timeout
+            lease = max(0.0, horizon - store.now()) + longest + _LEASE_GRACE
     id = IDS.make()
 
     def stub() -> CallRecord:
@@ -178,6 +218,12 @@ def _wait_until(call: Call, route: Route, rules: tuple[BudgetRule, ...], now: fl
     if longest == inf:
         return call.deadline if call.deadline != inf else now + DEFAULT_MAX_WAIT
     return min(call.deadline, now + longest)
+
+
+def _rules(budgets: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
+    """The budgets of the pipeline and the route's own, each account once."""
+    titles = {rule.options.title for rule in budgets}
+    return (*budgets, *[rule for rule in route.rules if rule.options.title not in titles])
 
 
 def _bound(route: Route, request: Request, inputs: int | None, outputs: int | None) -> int:
@@ -218,5 +264,5 @@ def _never_fits(route: Route, explicit: int, tpm: float) -> RateLimitedError:
 def _with_defaults(request: Request, defaults: dict[str, Any]) -> Request:
     """Fill generation settings that the call leaves open with the fallback LM's own."""
     config = request.config
-    missing = {name: value for name, value in defaults.items() if not getattr(config, name, value)}
+    missing = {name: value for name, value in defaults.items() if getattr(config, name, value) in (None, ())}
     return replace(request, config=replace(config, **missing)) if missing else request

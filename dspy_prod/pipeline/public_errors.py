@@ -18,7 +18,7 @@ from dspy.lm15 import TransportError
 from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError
 from dspy_prod.pipeline.outcome import causes_of
 from dspy_prod.pipeline.upstream import Upstream
-from dspy_prod.redaction import is_secret
+from dspy_prod.redaction import is_secret, secrets_in
 
 _HIDDEN: Final = "***"
 _SHORTEST: Final = 6
@@ -48,14 +48,6 @@ def _retry_after(error: Exception) -> float | None:
             seconds: float | None = retry_after_seconds(value)
             return seconds
     return None
-
-
-def consumer_left(error: BaseException) -> bool:
-    """Whether an error arose while a stream was closed that nobody listens to any more: then it says nothing."""
-    context = error.__context__
-    while context is not None and not isinstance(context, GeneratorExit):
-        context = context.__context__
-    return context is not None
 
 
 def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:
@@ -96,6 +88,7 @@ def _clean(value: Any, secrets: list[str]) -> Any:
 
 def _secrets(upstream: Upstream) -> Iterator[str]:
     for arguments in (upstream.clients, upstream.extras, os.environ):
+        yield from secrets_in(arguments)
         for name, value in arguments.items():
             if is_secret(str(name)):
                 yield from _texts(value)
@@ -111,4 +104,4 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-__all__ = ["consumer_left", "public_error"]
+__all__ = ["public_error"]

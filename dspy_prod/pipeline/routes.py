@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
 import weakref
 from bisect import insort
@@ -14,13 +15,16 @@ from dspy.lm15 import Request
 from dspy_prod.bounds import has_media, input_bound, output_bound
 from dspy_prod.clock import Clock
 from dspy_prod.events import EventBus
-from dspy_prod.forking import reset_after_fork
+from dspy_prod.forking import RegistryLock, reset_after_fork
 from dspy_prod.options import CircuitBreaker, RateLimit, Retry
 from dspy_prod.pipeline.upstream import Upstream, address_of
 from dspy_prod.policies.breaker import Breaker
+from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.retry import RetryBudget
 from dspy_prod.pricing import ATTO_PER_NANO, PriceBook, Rates
 from dspy_prod.stores.base import Store
+
+_log = logging.getLogger("dspy_prod")
 
 PRIMARY = "primary"
 
@@ -28,13 +32,14 @@ _UNKNOWN_OUTPUT = 4096
 """Output tokens reserved at the limiter while nothing is known about a model's answers."""
 
 
-class RouteState:
-    """What all routes of one identity share in this process."""
+class Identity:
+    """What all routes of one limiter key share in this process; breaker and retry budget by their settings."""
 
-    def __init__(self, breaker: Breaker | None, retry_budget: RetryBudget) -> None:
-        self.breaker = breaker
-        self.retry_budget = retry_budget
+    def __init__(self) -> None:
         self.throttled = False  # a 429 came: from now on the limiter is asked even when nothing is configured
+        self.breakers: dict[CircuitBreaker, Breaker] = {}
+        self.retry_budgets: dict[Retry, RetryBudget] = {}
+        self.states: weakref.WeakValueDictionary[tuple[Any, ...], RouteState] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
         self._outputs: deque[int] = deque(maxlen=200)
         self._sorted: list[int] = []
@@ -42,9 +47,10 @@ class RouteState:
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
-        self.retry_budget._after_fork()
-        if self.breaker is not None:
-            self.breaker._after_fork()
+        for budget in self.retry_budgets.values():
+            budget._after_fork()
+        for breaker in self.breakers.values():
+            breaker._after_fork()
 
     def learn(self, output_tokens: int) -> None:
         """Remember the size of a real answer."""
@@ -62,12 +68,34 @@ class RouteState:
             return ordered[min(len(ordered) - 1, int(len(ordered) * 0.9))] if ordered else None
 
 
+class RouteState:
+    """What all routes of one identity with the same settings share: the identity, and which of its parts they use."""
+
+    __slots__ = ("__weakref__", "breaker", "identity", "learn", "retry_budget", "typical_output")
+
+    def __init__(self, identity: Identity, breaker: Breaker | None, retry_budget: RetryBudget) -> None:
+        self.identity = identity
+        self.breaker = breaker
+        self.retry_budget = retry_budget
+        self.learn = identity.learn
+        self.typical_output = identity.typical_output
+
+    @property
+    def throttled(self) -> bool:
+        return self.identity.throttled
+
+    @throttled.setter
+    def throttled(self, throttled: bool) -> None:
+        self.identity.throttled = throttled
+
+
 class Route:
     """See the module's docstring.
 
     Attributes:
         name: `"primary"`, or the model of a fallback.
         limit_key: identity of the limiter: provider address, key fingerprint and model.
+        rules: budgets of this route alone, next to those of the pipeline.
     """
 
     def __init__(
@@ -83,6 +111,7 @@ class Route:
         clock: Clock,
         bus: EventBus,
         defaults: dict[str, Any] | None = None,
+        rules: tuple[BudgetRule, ...] = (),
     ) -> None:
         self.name = name
         self.model = upstream.model
@@ -94,10 +123,13 @@ class Route:
         self.learning = self.limit.estimate == "learned"  # the size of real answers says what to reserve
         self.prices = prices
         self.defaults = defaults or {}
+        self.rules = rules
         self.limit_key = f"{address_of(upstream.clients, self.model)}|{fingerprint(upstream.clients)}|{self.model}"
         timeout = upstream.clients.get("timeout")
         self.timeout: float | None = float(timeout) if isinstance(timeout, (int, float)) else None
         self.state = _shared_state(store, self, retry, breaker, clock, bus)
+        self._clock = clock
+        self._bus = bus
         self._rates: Rates | None = None
         self._priced = False
 
@@ -113,7 +145,23 @@ class Route:
         if not self._priced:
             self._rates = self.prices.rates(self.model, self.upstream.provider)
             self._priced = True
+            if self._rates is None:
+                self._warn_unpriced()
         return self._rates
+
+    def _warn_unpriced(self) -> None:
+        """Tell once per model that its cost is not known: an unknown price would else go unnoticed without a budget."""
+        with _LOCK:
+            if self.model in _UNPRICED or len(_UNPRICED) >= _MAX_UNPRICED:
+                return
+            _UNPRICED.add(self.model)
+        _log.warning(
+            "No price is known for %r, so its calls are recorded without a cost; pass "
+            "prices={%r: dspy_prod.Price(input=..., output=...)} (USD per million tokens)",
+            self.model,
+            self.model,
+        )
+        self._bus.emit("unpriced_model", self._clock.time(), model=self.model)
 
     def rates_for(self, request: Request, extras: dict[str, Any] | None) -> Rates | None:
         """The prices for what the engine that carried `request` reports: LiteLLM counts usage in OpenAI's way."""
@@ -165,18 +213,29 @@ def fingerprint(clients: dict[str, Any]) -> str:
     return hashlib.sha256(b"dspy_prod:key:" + text.encode("utf-8", "replace")).hexdigest()[:12]
 
 
-_STATES: weakref.WeakValueDictionary[tuple[str, ...], RouteState] = weakref.WeakValueDictionary()
-_STATES_LOCK = threading.Lock()
+_IDENTITIES: weakref.WeakValueDictionary[tuple[int, str], Identity] = weakref.WeakValueDictionary()
+_UNPRICED: set[str] = set()
+_MAX_UNPRICED = 1_000
+_LOCK = RegistryLock()
 
 
 def _shared_state(
     store: Store, route: Route, retry: Retry, breaker: CircuitBreaker | None, clock: Clock, bus: EventBus
 ) -> RouteState:
-    # Settings are part of the key: a copy with other breaker settings has a breaker of its own.
-    key = (str(id(store)), route.limit_key, repr(breaker), repr(retry))
-    with _STATES_LOCK:
-        state = _STATES.get(key)
-        if state is None:
-            guard = None if breaker is None else Breaker(breaker, name=route.model, clock=clock, bus=bus)
-            state = _STATES[key] = RouteState(guard, RetryBudget(retry))
+    # A copy with other breaker settings has a breaker of its own, but the same limiter.
+    key = (id(store), route.limit_key)
+    with _LOCK:
+        identity = _IDENTITIES.get(key)
+        if identity is None:
+            identity = _IDENTITIES[key] = Identity()
+        state = identity.states.get((breaker, retry))
+        if state is not None:
+            return state
+        guard = None if breaker is None else identity.breakers.get(breaker)
+        if breaker is not None and guard is None:
+            guard = identity.breakers[breaker] = Breaker(breaker, name=route.model, clock=clock, bus=bus)
+        budget = identity.retry_budgets.get(retry)
+        if budget is None:
+            budget = identity.retry_budgets[retry] = RetryBudget(retry)
+        state = identity.states[breaker, retry] = RouteState(identity, guard, budget)
         return state

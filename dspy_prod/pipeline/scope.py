@@ -6,13 +6,17 @@ A `ContextVar` is right here: between `LM.__call__` and the engine everything ha
 from __future__ import annotations
 
 import contextvars
-from typing import Any
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any, Final
 
 import orjson
 from dspy._vendor.lm15.serde import request_to_dict
 from dspy.lm15 import Request
 
 from dspy_prod.context import CallContext
+from dspy_prod.policies.cache import LOCAL
 from dspy_prod.records import CallRecord
 
 
@@ -42,6 +46,57 @@ class Scope:
 
 
 SCOPE: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("dspy_prod_scope", default=None)
+
+
+def engine_identity(engine: Any) -> tuple[Any, bool]:
+    """(what tells an engine's answers from another engine's, whether that holds in other processes too).
+
+    An engine object is known elsewhere by its class and a `cache_key`, a `name` or a `dump_state()`; without one, it
+    is equal to itself only.
+    """
+    if isinstance(engine, str):
+        return None, True
+    path = f"{type(engine).__module__}.{type(engine).__qualname__}"
+    names = [getattr(engine, name, None) for name in ("cache_key", "name")]
+    given = [name for name in names if isinstance(name, str) and name]
+    if given:
+        return [path, *given], True
+    dump = getattr(engine, "dump_state", None)
+    if callable(dump):
+        try:
+            return [path, orjson.dumps(dump(), option=orjson.OPT_SORT_KEYS).decode()], True
+        except Exception:  # whatever a foreign engine raises: then it is known in this process only
+            return [path, _serial(engine)], False
+    return [path, _serial(engine)], False
+
+
+def identity_of(parts: list[Any], engine: Any) -> bytes:
+    """The beginning of every cache key of an LM with this engine."""
+    known, everywhere = engine_identity(engine)
+    identity: bytes = orjson.dumps([*parts, known])
+    return identity if everywhere else LOCAL + identity
+
+
+_COUNT: Final = itertools.count(1)
+_SERIALS: Final[dict[int, tuple[Callable[[], Any], int]]] = {}
+
+
+def _serial(engine: Any) -> int:
+    """A number of this very object; unlike `id`, none is given twice."""
+    known = _SERIALS.get(id(engine))
+    if known is not None and known[0]() is engine:
+        return known[1]
+    number = next(_COUNT)
+    try:
+        find: Callable[[], Any] = weakref.ref(engine)
+        weakref.finalize(engine, _SERIALS.pop, id(engine), None).atexit = False
+    except TypeError:  # such an object lives on: its `id` must not become another one's
+
+        def find() -> Any:
+            return engine
+
+    _SERIALS[id(engine)] = (find, number)
+    return number
 
 
 def raw_key(identity: bytes, prompt: Any, messages: Any, kwargs: dict[str, Any], tenant: str | None) -> bytes | None:

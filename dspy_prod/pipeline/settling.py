@@ -6,7 +6,6 @@ to the reaper.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from dspy.clients.errors import wrap_error
@@ -15,14 +14,16 @@ from dspy.utils.exceptions import LMTimeoutError
 
 from dspy_prod.errors import RejectedError
 from dspy_prod.pipeline.call import IDS, Call
+from dspy_prod.pipeline.deadline import StalledError
 from dspy_prod.pipeline.effects import AttemptTimeoutError
 from dspy_prod.pipeline.headers import remaining
-from dspy_prod.pipeline.outcome import OWN_DEADLINE, Verdict, judge
+from dspy_prod.pipeline.outcome import CANCELLED, Verdict, judge, own_deadline
 from dspy_prod.pipeline.plan import Plan, bound_or_none
 from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.policies.breaker import Permit
 from dspy_prod.policies.cache import EMPTY_USAGE
+from dspy_prod.pricing import Rates
 from dspy_prod.records import usd
 from dspy_prod.stores.base import Settlement, Ticket
 
@@ -56,12 +57,12 @@ def succeeded(
             route, ask.id, plan.number, "ok", cost, started_at, estimated=estimated, usage=usage, latency=latency,
             accounts=_keys(ticket) if ask.accounts else (),
         )  # fmt: skip
-        pipeline.store.settle(ticket, Settlement(ask.id, cost, _used(usage), True, estimated, record))
+        pipeline.store.settle(ticket, Settlement(ask.id, cost, _used(rates, usage), True, estimated, record))
         if cost is not None and plan.bound is not None and cost > plan.bound:
             call.emit("budget_overrun", model=route.model, cost_usd=usd(cost), bound_usd=usd(plan.bound))
     if permit is not None:
         assert state.breaker is not None
-        state.breaker.success(permit, latency)
+        state.breaker.success(permit, latency - call.paused)
     if state.retry_budget.drawn:
         state.retry_budget.success()
     if usage.output_tokens is not None and (route.learning or request.config.max_tokens is None):
@@ -83,17 +84,43 @@ def failed(
 ) -> tuple[BaseException, Verdict]:
     """Settle an attempt that raised; which error that is for the caller, and what it means.
 
+    When the consumer left, perhaps inside the garbage collector, all of it is the reaper's work: listeners and the
+    breaker take locks too.
+
     Args:
         until: monotonic time at which the driver was told to end it.
         attempted: the attempt was handed to the driver, so the provider may have seen it.
     """
-    route = plan.route
     latency = call.pipeline.clock.monotonic() - started
+    if isinstance(raised, GeneratorExit):
+
+        def settle() -> None:
+            _failed(call, plan, ticket, permit, started, latency, until, raised, attempted)
+
+        REAPER.post(settle)
+        return raised, CANCELLED
+    return _failed(call, plan, ticket, permit, started, latency, until, raised, attempted)
+
+
+def _failed(
+    call: Call,
+    plan: Plan,
+    ticket: Ticket | None,
+    permit: Permit | None,
+    started: float,
+    latency: float,
+    until: float,
+    raised: BaseException,
+    attempted: bool,
+) -> tuple[BaseException, Verdict]:
+    route = plan.route
+    worked = latency - call.paused
     error, late = raised, None
     if isinstance(raised, AttemptTimeoutError):
         late = raised.late
-        if until >= call.deadline:
-            error, verdict = too_late(call, "while the upstream was working"), OWN_DEADLINE
+        if until >= call.deadline and not isinstance(raised, StalledError):
+            error = too_late(call, "while the upstream was working")
+            verdict = own_deadline(worked, route.timeout)
         else:
             error = LMTimeoutError(
                 f"no answer within timeout={route.timeout:g} s", model=route.model, provider=route.upstream.provider
@@ -107,7 +134,7 @@ def failed(
         breaker = route.state.breaker
         assert breaker is not None
         if verdict.failure:
-            breaker.failure(permit, latency, cause_of(error), getattr(error, "retry_after", None))
+            breaker.failure(permit, worked, cause_of(error), getattr(error, "retry_after", None))
         else:
             breaker.release(permit)
     if verdict.throttled:
@@ -127,7 +154,10 @@ def give_back(call: Call, ticket: Ticket, error: BaseException) -> None:
         if not store.withdraw(ticket):
             store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
 
-    _do(work, error)
+    if isinstance(error, GeneratorExit):
+        REAPER.post(work)  # perhaps inside the garbage collector
+    else:
+        work()
 
 
 def cause_of(error: BaseException) -> str:
@@ -154,10 +184,9 @@ def _settle_failure(
         call.remember(record)
     if ticket is not None:
         tokens = None if verdict.owed else 0
-        done = Settlement(ticket.ask.id, cost, tokens, verdict.sent, verdict.owed, record)
-        _do(lambda: store.settle(ticket, done), error)
+        store.settle(ticket, Settlement(ticket.ask.id, cost, tokens, verdict.sent, verdict.owed, record))
     elif record is not None:
-        _do(lambda: store.append(record), error)
+        store.append(record)
 
 
 def _ended_late(
@@ -185,7 +214,7 @@ def _ended_late(
             if ticket is None:
                 store.append(record)
             else:
-                store.settle(ticket, Settlement(id, cost, _used(response.usage), True, False, record))
+                store.settle(ticket, Settlement(id, cost, _used(rates, response.usage), True, False, record))
             call.remember(record)
             return
     if isinstance(failure, Exception):
@@ -209,20 +238,15 @@ def _throttled(call: Call, plan: Plan, error: BaseException) -> None:
     call.emit("throttled", model=route.model, route=route.name, retry_after=retry_after)
 
 
-def _do(work: Callable[[], None], error: BaseException) -> None:
-    if isinstance(error, GeneratorExit):
-        REAPER.post(work)  # perhaps inside the garbage collector
-    else:
-        work()
-
-
 def _keys(ticket: Ticket | None) -> tuple[str, ...]:
     if ticket is None or not ticket.ask.accounts:
         return ()
     return tuple([account.key for account in ticket.ask.accounts])
 
 
-def _used(usage: Usage) -> int | None:
+def _used(rates: Rates | None, usage: Usage) -> int | None:
+    if rates is not None:
+        return rates.tokens(usage)
     inputs: int | None = usage.input_tokens
     outputs: int | None = usage.output_tokens
     if inputs is None or outputs is None:

@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 import weakref
-from math import ceil
+from math import inf
 from typing import Any, Final
 
 from dspy.clients.backend_selection import NATIVE_CLIENT_KEYS, select_backend
@@ -21,8 +21,9 @@ from dspy.utils.exceptions import LMUnsupportedFeatureError
 from dspy_prod.forking import reset_after_fork
 from dspy_prod.pipeline.capabilities import StandIn
 from dspy_prod.pipeline.deadline import MAX_CONNECTIONS, BoundedTransport
-from dspy_prod.pipeline.litellm_engines import AsyncExtendedLiteLLMEngine, ExtendedLiteLLMEngine
+from dspy_prod.pipeline.litellm_engines import AsyncExtendedLiteLLMEngine, ExtendedLiteLLMEngine, wire_timeout
 from dspy_prod.pipeline.text_engine import AsyncLiteLLMTextEngine, LiteLLMTextEngine
+from dspy_prod.redaction import address
 
 _PLANNED: Final = 2048
 """Request shapes whose route is remembered."""
@@ -87,18 +88,21 @@ class Upstream:
         selection = self._select()
         return str(selection.resolution.provider) if selection.native else "litellm"
 
-    def sync_engine(self, request: Request, extras: dict[str, Any] | None) -> tuple[Any, bool]:
-        """(engine, bounded): the engine for one synchronous attempt, and whether it bounds itself in time."""
+    def sync_engine(self, request: Request, extras: dict[str, Any] | None, until: float = inf) -> tuple[Any, bool]:
+        """(engine, bounded): the engine for one synchronous attempt, and whether it bounds itself in time.
+
+        `until` is when nobody waits for the attempt any more (monotonic).
+        """
         if not isinstance(self.spec, str):
             if extras:
                 raise self._cannot_carry(extras)
             return self.spec, False
         if self.is_native(request, extras):
             return self._native_engine(), True
-        return self._litellm(False, extras), False
+        return self._litellm(False, extras, until), False
 
-    def async_engine(self, request: Request, extras: dict[str, Any] | None) -> Any:
-        """The engine for one asynchronous attempt."""
+    def async_engine(self, request: Request, extras: dict[str, Any] | None, until: float = inf) -> Any:
+        """The engine for one asynchronous attempt; `until` as in `sync_engine`."""
         if not isinstance(self.spec, str):
             if extras:
                 raise self._cannot_carry(extras)
@@ -109,7 +113,7 @@ class Upstream:
             return self.async_spec
         if self.is_native(request, extras):
             return self._native_async_engine()
-        return self._litellm(True, extras)
+        return self._litellm(True, extras, until)
 
     def close(self) -> None:
         """Close the pooled connections of the synchronous engine; engine objects are borrowed and stay open."""
@@ -233,7 +237,7 @@ class Upstream:
             **connection,
         )
 
-    def _litellm(self, asynchronous: bool, extras: dict[str, Any] | None) -> Any:
+    def _litellm(self, asynchronous: bool, extras: dict[str, Any] | None, until: float) -> Any:
         selection = self._select()
         options = dict(selection.clients)
         wire_model = None
@@ -243,10 +247,9 @@ class Upstream:
 
             binding = _binding_for(self._providers, selection.resolution.provider)
             wire_model, options = _declared_fallback(self, binding, selection.resolution, options)
-        timeout = self.clients.get("timeout")
+        timeout = wire_timeout(self.clients.get("timeout"), until)
         if timeout is not None:
-            # Each distinct LiteLLM time-out opens a new connection, and the driver bounds the attempt exactly.
-            options["timeout"] = float(ceil(timeout)) if isinstance(timeout, (int, float)) else timeout
+            options["timeout"] = timeout
         if self.model_type == "text":
             text_class = AsyncLiteLLMTextEngine if asynchronous else LiteLLMTextEngine
             return text_class({**options, **self.extras, **(extras or {})})
@@ -278,9 +281,9 @@ def address_of(clients: dict[str, Any], model: str) -> str:
     """The provider's address as part of a route's identity: the configured one, or the provider's name."""
     url = clients.get("api_base") or clients.get("base_url")
     if url:
-        return str(url).split("://", 1)[-1].rsplit("@", 1)[-1].rstrip("/")
+        return address(str(url))
     prefix = model.split("/", 1)[0] if "/" in model else "openai"
-    return os.environ.get(f"{prefix.upper()}_API_BASE", prefix).split("://", 1)[-1].rsplit("@", 1)[-1]
+    return address(os.environ.get(f"{prefix.upper()}_API_BASE", prefix))
 
 
 __all__ = ["NATIVE_CLIENT_KEYS", "Response", "Upstream", "address_of"]

@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 
 from dspy_prod.context import PROCESS_RUN, CallContext
 from dspy_prod.errors import BudgetExceededError, ConfigError
+from dspy_prod.forking import RegistryLock, reset_after_fork
 from dspy_prod.options import Budget
 from dspy_prod.stores.base import Account, Store
 
@@ -38,6 +39,10 @@ class BudgetRule:
         self._current: tuple[str, float, dict[str, Account]] = ("", -inf, {})
         self._soft = None if options.soft is None else int(self.limit * options.soft)
         self._softened: set[str] = set()
+        reset_after_fork(self)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
 
     def account(self, context: CallContext, model: str, wall: float) -> Account:
         """The account a call draws on.
@@ -66,8 +71,13 @@ class BudgetRule:
             accounts[value] = account
         return account
 
+    @property
+    def ends_at(self) -> float:
+        """When the window of the latest account ends, in seconds since the epoch."""
+        return self._current[1]
+
     def soft_passed(self, account: str, spent: int) -> bool:
-        """Note what an account has spent; True the first time it is past the soft threshold."""
+        """Note what an account has spent, not what it holds; True the first time it is at the soft threshold."""
         if self._soft is None or spent < self._soft or account in self._softened:
             return False
         with self._lock:
@@ -134,7 +144,7 @@ def _next_day(midnight: dt.datetime, days: int) -> dt.datetime:
 
 
 _RULES: weakref.WeakValueDictionary[tuple[str, str, str], BudgetRule] = weakref.WeakValueDictionary()
-_RULES_LOCK = threading.Lock()
+_RULES_LOCK = RegistryLock()
 
 
 def shared_rule(store: Store, options: Budget) -> BudgetRule:

@@ -7,11 +7,13 @@ the store are JSON; a row that cannot be read is a miss.
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from math import inf
 from typing import Any, Final, NamedTuple
 
@@ -27,6 +29,9 @@ _log = logging.getLogger("dspy_prod")
 KEY_VERSION: Final = b"dspy_prod:1:"
 """Part of every key; raised when the meaning of a key or value changes."""
 
+LOCAL: Final = b"local:"
+"""Keys that begin so mean something in this process only; their answers are not written to the store."""
+
 _OVERHEAD: Final = 512
 """Bytes added to each entry's size for the objects around its text."""
 
@@ -41,10 +46,11 @@ class Entry:
         size: bytes it counts for.
     """
 
-    __slots__ = ("_answer", "_emptied", "expires_at", "size", "stale_until")
+    __slots__ = ("_answer", "_emptied", "_mutable", "expires_at", "size", "stale_until")
 
     def __init__(self, answer: Response, expires_at: float, stale_until: float, size: int) -> None:
-        self._answer = answer
+        self._mutable = any(part.type in _MUTABLE for part in answer.message.parts)
+        self._answer = _own(answer) if self._mutable else answer
         self._emptied = False
         self.expires_at = expires_at
         self.stale_until = stale_until
@@ -52,11 +58,11 @@ class Entry:
 
     @property
     def response(self) -> Response:
-        """The answer with empty usage, because serving it used nothing; built at the first hit."""
+        """The answer with empty usage, because serving it used nothing; whoever gets it may change what is in it."""
         if not self._emptied:
             self._answer = _without_usage(self._answer)
             self._emptied = True
-        return self._answer
+        return _own(self._answer) if self._mutable else self._answer
 
     @property
     def text(self) -> str | None:
@@ -102,16 +108,22 @@ class ResponseCache:
 
     def fresh(self, key: bytes) -> Entry | None:
         """The fresh answer in memory, or None. No I/O; safe on an event loop."""
+        entry = self.peek(key)
+        if entry is not None:
+            self.used(key)
+        return entry
+
+    def peek(self, key: bytes) -> Entry | None:
+        """`fresh` for a caller who may not use the answer: it counts as nothing until `used`."""
         entry = self._entries.get(key)
-        if entry is None:
-            return None
-        if entry.expires_at <= self._now():
-            return None
+        return None if entry is None or entry.expires_at <= self._now() else entry
+
+    def used(self, key: bytes) -> None:
+        """Count a hit in memory."""
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
             self.hits += 1
-        return entry
 
     def get(self, key: bytes) -> Entry | None:
         """The fresh answer in memory or, if answers are persistent, in the store."""
@@ -120,7 +132,7 @@ class ResponseCache:
 
     def load(self, key: bytes) -> Entry | None:
         """The fresh answer in the store, for a caller who has asked the memory already."""
-        if self._durable:
+        if self._writes(key):
             entry = self._load(key)
             if entry is not None and entry.expires_at > self._now():
                 with self._lock:
@@ -131,7 +143,7 @@ class ResponseCache:
 
     def stale(self, key: bytes) -> Entry | None:
         """An expired answer that may still be served because every route failed, or None."""
-        entry = self._entries.get(key) or (self._load(key) if self._durable else None)
+        entry = self._entries.get(key) or (self._load(key) if self._writes(key) else None)
         return entry if entry is not None and entry.stale_until > self._now() else None
 
     def put(self, key: bytes, response: Response, ttl: float | None) -> None:
@@ -146,7 +158,7 @@ class ResponseCache:
         if entry.size > options.max_bytes:
             return
         self._insert(key, entry)
-        if self._durable:
+        if self._writes(key):
             value = _dump(entry.response)
             if value is not None:
                 self._store.cache_put(
@@ -157,11 +169,10 @@ class ResponseCache:
                 )
 
     def clear(self) -> None:
-        """Forget every answer, in memory and in the store."""
+        """Forget every answer in memory; the store forgets its own by `Store.cache_clear`."""
         with self._lock:
             self._entries.clear()
             self._bytes = 0
-        self._store.cache_clear()
 
     def stats(self) -> CacheStats:
         """Size and use."""
@@ -174,6 +185,9 @@ class ResponseCache:
                 self.hits,
                 self.misses,
             )
+
+    def _writes(self, key: bytes) -> bool:
+        return self._durable and not key.startswith(LOCAL)
 
     def _insert(self, key: bytes, entry: Entry) -> None:
         entries, options = self._entries, self.options
@@ -213,6 +227,16 @@ def cacheable(response: Response) -> bool:
     if len(parts) == 1:
         return bool(parts[0].type != "refusal")
     return all(part.type != "refusal" for part in parts)
+
+
+_MUTABLE: Final = frozenset({"tool_call", "tool_result", "data"})
+"""Kinds of parts that may hold a dict or list."""
+
+
+def _own(response: Response) -> Response:
+    """The answer with dicts and lists of its own."""
+    message = response.message
+    return replace(response, message=replace(message, parts=copy.deepcopy(message.parts)))
 
 
 def _without_usage(response: Response) -> Response:

@@ -23,7 +23,7 @@ Debit = tuple[int, int, float, float, int]
 """What a call took: slot, reserved tokens, nominal send time, seconds of token pacing, lease id. JSON-serialisable."""
 
 _USED: Final = 0.8  # share of a minute's limit from which a lowered rate counts as used
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 
 class LimiterState:

@@ -86,11 +86,13 @@ class RequestPacer:
                 return max(now - LATENESS, last + span) + rounds * span
         raise AssertionError("the log holds fewer calls than it counts")
 
-    def push(self, now: float) -> float:
-        """Record a call sent now; returns its nominal time, which `refund` wants back."""
+    def push(self, now: float, paced: bool = True) -> float:
+        """Record a call sent now, `paced` by this bound or not; returns its nominal time, which `refund` wants back."""
         log, burst = self._log, self.burst
         if self._count >= burst:
-            self._passed = self._pop() + self.span
+            oldest = self._pop()
+            if paced:  # else calls that did not wait would put the bound further and further off
+                self._passed = oldest + self.span
         nominal = now - LATENESS
         if nominal < self._passed:
             nominal = self._passed
@@ -178,14 +180,18 @@ class TokenPacer:
 
 
 class Pacing:
-    """Requests and tokens paced as a `RateLimit` and a rate factor ask for."""
+    """Requests and tokens paced as a `RateLimit` and a rate factor ask for.
 
-    __slots__ = ("_requests", "_slice", "_tokens")
+    LMs with different settings may share a key, so a pacer that the settings of one do not ask for goes on counting.
+    """
+
+    __slots__ = ("_paces_requests", "_paces_tokens", "_requests", "_slice", "_tokens")
 
     def __init__(self) -> None:
         self._slice = 1, 0.0  # burst and span at the full rate
         self._requests: RequestPacer | None = None
         self._tokens: TokenPacer | None = None
+        self._paces_requests = self._paces_tokens = False
 
     def tune(self, limit: RateLimit, factor: float, measured: float | None, now: float) -> None:
         """Follow new settings, keeping what was sent.
@@ -195,9 +201,9 @@ class Pacing:
             measured: requests per second that stand in for `rpm`.
         """
         rate = measured if limit.rpm is None else limit.rpm / MINUTE
-        if rate is None:
-            self._requests, seconds = None, 1.0
-        else:
+        seconds = 1.0
+        self._paces_requests, self._paces_tokens = rate is not None, limit.tpm is not None
+        if rate is not None:
             burst = limit.burst or max(1, floor(rate if limit.rpm is not None else rate * _MEASURED_SLICE))
             seconds = burst / rate
             self._slice = burst, seconds * (1 + PACE_GUARD)
@@ -207,17 +213,15 @@ class Pacing:
                 self._requests = RequestPacer(burst, span, now)
             else:
                 self._requests.reshape(burst, span)
-        if limit.tpm is None:
-            self._tokens = None
-        else:
+        if limit.tpm is not None:
             if self._tokens is None:
                 self._tokens = TokenPacer(now)
             self._tokens.per_token, self._tokens.slack = MINUTE / (limit.tpm * factor), seconds
 
     def ready_at(self, tokens: int) -> float:
         """When a call that reserves `tokens` may go; possibly in the past."""
-        at = -inf if self._requests is None else self._requests.ready_at()
-        if self._tokens is not None:
+        at = self._requests.ready_at() if self._paces_requests and self._requests is not None else -inf
+        if self._paces_tokens and self._tokens is not None:
             then = self._tokens.ready_at(tokens)
             if then > at:
                 return then
@@ -225,11 +229,13 @@ class Pacing:
 
     def earliest(self, now: float, ahead: int) -> float:
         """When a call behind `ahead` others may go at best, should the full rate return. Tokens do not bind."""
-        return now if self._requests is None else self._requests.earliest(now, ahead, *self._slice)
+        if self._requests is None or not self._paces_requests:
+            return now
+        return self._requests.earliest(now, ahead, *self._slice)
 
     def push(self, now: float, tokens: int) -> tuple[float, float]:
         """Record a call sent now; returns its nominal time and its charge, which `give_back` wants."""
-        nominal = 0.0 if self._requests is None else self._requests.push(now)
+        nominal = 0.0 if self._requests is None else self._requests.push(now, self._paces_requests)
         return nominal, 0.0 if self._tokens is None else self._tokens.push(now, tokens)
 
     def give_back(self, now: float, nominal: float, charge: float, reserved: int, used: int | None, sent: bool) -> None:
@@ -247,12 +253,22 @@ class Pacing:
 
     def dump(self) -> list[object]:
         """Everything but the settings, as JSON values."""
-        tokens = None if self._tokens is None else [self._tokens.due, self._tokens.share]
-        return [None if self._requests is None else self._requests.dump(), tokens]
+        requests, tokens = self._requests, self._tokens
+        return [
+            None if requests is None else [*requests.dump(), requests.burst, requests.span],
+            None if tokens is None else [tokens.due, tokens.share, tokens.per_token],
+        ]
 
     def restore(self, requests: list[Any] | None, tokens: list[float] | None) -> None:
-        """Take over what another dumped, in so far as the settings, which `tune` gave, still ask for it."""
-        if requests is not None and self._requests is not None:
-            self._requests.restore(*requests)
-        if tokens is not None and self._tokens is not None:
-            self._tokens.due, self._tokens.share = tokens
+        """Take over what another dumped, under the settings that `tune` gave."""
+        if requests is not None:
+            *sent, burst, span = requests
+            if self._requests is None:
+                self._requests = RequestPacer(burst, span, 0.0)
+            self._requests.restore(*sent)
+        if tokens is not None:
+            due, share, per_token = tokens
+            if self._tokens is None:
+                self._tokens = TokenPacer(due)
+                self._tokens.per_token = per_token
+            self._tokens.due, self._tokens.share = due, share

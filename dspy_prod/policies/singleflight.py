@@ -11,6 +11,7 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any, Final
 
 WAITING: Final = 0
@@ -69,7 +70,8 @@ class Flights:
             follower.state = LEFT
             followers = self._flights.get(key)
             if followers:
-                followers.remove(follower)
+                with suppress(ValueError):  # its own flight has ended, these follow a later one
+                    followers.remove(follower)
             return True
 
     def answer(self, key: Hashable, value: Any) -> None:
@@ -78,42 +80,51 @@ class Flights:
         if followers:
             for follower in followers:
                 follower.value = value
-                _decide(follower, ANSWERED)
+                self._decide(follower, ANSWERED)
 
     def fail(self, key: Hashable, error: BaseException) -> None:
         """Share the upstream's verdict and end the flight. Each follower gets a copy: tracebacks are per raise."""
         followers = self._end(key)
         for follower in followers or ():
             follower.error = _copied(error)
-            _decide(follower, FAILED)
+            self._decide(follower, FAILED)
 
     def hand_over(self, key: Hashable) -> None:
         """Pass the lead to the next follower, or end the flight when nobody follows."""
         with self._lock:
             followers = self._flights.get(key)
-            if not followers:
-                self._flights.pop(key, None)
-                return
-            follower = followers.popleft()
-            follower.state = LEADS
-        if follower.wake is not None:
-            follower.wake()
+            while followers:
+                follower = followers.popleft()
+                follower.state = LEADS
+                if _woken(follower):
+                    return
+                follower.state = LEFT  # under the same lock, so that it cannot pass the lead on as well
+            self._flights.pop(key, None)
 
     def _end(self, key: Hashable) -> deque[Follower] | None:
         with self._lock:
             return self._flights.pop(key, None)
+
+    def _decide(self, follower: Follower, state: int) -> None:
+        with self._lock:
+            if follower.state != WAITING:
+                return
+            follower.state = state
+        _woken(follower)
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
         self._flights.clear()
 
 
-def _decide(follower: Follower, state: int) -> None:
-    if follower.state != WAITING:
-        return
-    follower.state = state
+def _woken(follower: Follower) -> bool:
+    """Wake a decided follower; False when it can never go on, because its event loop is closed."""
     if follower.wake is not None:
-        follower.wake()
+        try:
+            follower.wake()
+        except Exception:
+            return False
+    return True
 
 
 def _copied(error: BaseException) -> BaseException:

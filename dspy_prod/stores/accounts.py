@@ -55,15 +55,15 @@ class AccountBook:
         return stored or AccountState()
 
     def hold(self, keys: tuple[str, ...], amount: int) -> tuple[int, ...]:
-        """Reserve on each account; what each has then spent and held."""
-        after = []
+        """Reserve on each account; what each has spent so far, without what is held."""
+        spent = []
         for key in keys:
             entry = self.entries[key]
             entry.held += amount
-            after.append(entry.spent + entry.held)
+            spent.append(entry.spent)
         if self._load is not None:
             self.dirty.update(keys)
-        return tuple(after)
+        return tuple(spent)
 
     def charge(self, keys: tuple[str, ...], held: int, cost: int, estimated: bool) -> None:
         """Turn a reservation of `held` into a charge of `cost`."""

@@ -143,7 +143,7 @@ class Ticket:
         self.state = PENDING
         self.refusal: Refusal | None = None
         self.debit: Any = None  # the limiter's debit, private to the store
-        self.spent: tuple[int, ...] = ()  # per account: nano-USD spent and held, this grant included
+        self.spent: tuple[int, ...] = ()  # per account: nano-USD spent at the grant, without what is held
         self.blocked_on = ""  # what the ticket waits for, as in Refusal.dimension
         self.seq = 0
         self.wake: Callable[[], None] | None = None
@@ -229,10 +229,6 @@ class Store(Protocol):
 
     def settle(self, ticket: Ticket, settlement: Settlement) -> None:
         """Replace the hold by what happened and append the record. Posted: never waits, blocks or raises."""
-        ...
-
-    def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
-        """`settle` from a finaliser, which may run inside any lock: hands over to another thread."""
         ...
 
     def append(self, record: CallRecord) -> None:

@@ -43,6 +43,7 @@ class Granting:
         self.changes: Changes | None = None if backing is None else Changes()
         self.accounts = AccountBook(None if backing is None else backing.load_account)
         self._limiters: dict[str, LimiterState] = {}
+        self._configured: dict[str, RateLimit] = {}  # the latest settings of each key that limit anything
         self._guests: dict[str, LimiterState] = {}  # loaded to give something back, without an ask of this process
         self._lines: dict[str, WaitingLine] = {}
         self._parked: dict[str, WaitingLine] = {}
@@ -61,6 +62,7 @@ class Granting:
         ask = ticket.ask
         amount = ask.amount
         entries = self.accounts.entries
+        held: Account | None = None
         for account in ask.accounts:
             state = entries.get(account.key) or self.accounts.get(account.key)
             if state.ends_at == inf:
@@ -69,8 +71,10 @@ class Granting:
                 if state.spent + amount > account.limit:
                     self._decide(ticket, REFUSED, no_money(account, state, amount))
                     return None
-                ticket.blocked_on = account.title
-                return account.key
+                held = held or account
+        if held is not None:  # and no account refuses: waiting may help
+            ticket.blocked_on = held.title
+            return held.key
         key = ask.limit_key
         if key is not None:
             assert ask.limit is not None
@@ -84,7 +88,7 @@ class Granting:
                     self._timers[key] = ready
                 return ""
             ticket.debit = limiter.take(now, ask.tokens, ask.lease)
-            if self.changes is not None and shared(ask.limit):
+            if self.changes is not None and shared(limiter.limit):
                 self.changes.limiters.add(key)
         accounts: tuple[str, ...] = ()
         if ask.accounts:
@@ -217,6 +221,12 @@ class Granting:
 
     def _limiter(self, key: str, limit: RateLimit, now: float) -> LimiterState:
         state = self._limiters.get(key)
+        if state is not None and state.limit is limit:
+            return state
+        if shared(limit):
+            self._configured[key] = limit
+        else:  # a route that only reacts to 429s does not lift the limit that another route of this key asked for
+            limit = self._configured.get(key, limit)
         if state is None:
             state = self._guests.pop(key, None)
             if state is not None:
@@ -224,8 +234,15 @@ class Granting:
             else:
                 state = self._load_limiter(key, limit) or LimiterState(limit, now)
             self._limiters[key] = state
-        elif state.limit is not limit and state.limit != limit:  # a copy with other settings: each is held to its own
-            state.reconfigure(limit, now)
+        elif state.limit != limit:  # a copy with other settings: each is held to its own
+            stored = None if shared(state.limit) else self._load_limiter(key, limit)
+            if stored is None:
+                state.reconfigure(limit, now)
+            else:  # what all processes counted replaces what this one reacted to, but for a pause
+                paused_for = state.snapshot(now, key, 0).paused_for
+                state = self._limiters[key] = stored
+                if paused_for > 0:
+                    state.throttled(now, paused_for)
         return state
 
     def _visit_limiter(self, key: str, now: float) -> LimiterState | None:

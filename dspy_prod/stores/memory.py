@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
 from math import inf
 from queue import Empty, SimpleQueue
@@ -57,7 +56,6 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._core = AdmissionCore()
         self._ledger = MemoryLedger(max_records)
-        self._late: deque[Settlement] = deque()
         self._nudges: SimpleQueue[None] = SimpleQueue()
         self._janitor: threading.Thread | None = None
         self._planned = inf  # store time at which the janitor will look again
@@ -117,11 +115,6 @@ class MemoryStore:
         if due < self._planned:
             self._rearm()
 
-    def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
-        """`settle` for a finaliser: it may run inside any lock, so another thread does the work."""
-        self._late.append(settlement)
-        self._nudges.put(None)
-
     def append(self, record: CallRecord) -> None:
         with self._lock:
             self._ledger.append(record)
@@ -146,12 +139,9 @@ class MemoryStore:
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = None) -> bool:
-        if self._late:
-            self._apply_late()
         return True
 
     def account(self, key: str) -> AccountState:
-        self.flush()
         with self._lock:
             return self._core.account(key)
 
@@ -160,7 +150,6 @@ class MemoryStore:
             return self._core.limiter(key, self.now())
 
     def holds(self) -> int:
-        self.flush()
         with self._lock:
             return len(self._core.holds)
 
@@ -171,19 +160,16 @@ class MemoryStore:
     def records(
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
     ) -> list[CallRecord]:
-        self.flush()
         with self._lock:
             return self._ledger.records(since, until, limit, equals)
 
     def totals(
         self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
     ) -> list[tuple[str, str, Totals]]:
-        self.flush()
         with self._lock:
             return self._ledger.totals(dimension, since_day, until_day)
 
     def correct(self, record_id: str, cost: int) -> bool:
-        self.flush()
         with self._lock:
             record = self._ledger.find(record_id)
             if record is None:
@@ -207,8 +193,7 @@ class MemoryStore:
         return 0, 0
 
     def close(self) -> None:
-        """Apply what is posted and end the janitor. The store stays readable."""
-        self.flush()
+        """End the janitor. The store stays usable."""
         self._closed = True
         janitor, self._janitor = self._janitor, None
         if janitor is not None and janitor is not threading.current_thread():
@@ -216,7 +201,7 @@ class MemoryStore:
             janitor.join(timeout=5)
         self._closed = False
 
-    # -- the janitor: timers, leases, and settlements posted by finalisers ---------------------------------------------
+    # -- the janitor: timers and leases --------------------------------------------------------------------------------
     def _rearm(self) -> None:
         """Let the janitor look at its timers again, starting it when needed."""
         if self._janitor is None:
@@ -232,15 +217,6 @@ class MemoryStore:
                     self._janitor = thread
                     return
         self._nudges.put(None)
-
-    def _apply_late(self) -> None:
-        """Settle what finalisers posted; under the lock, so that a reader finds it done or does it."""
-        with self._lock:
-            while self._late:
-                self._core.settle(self._late.popleft(), self.now())
-            self._write()
-            decided = self._core.take_decided()
-        wake(decided)
 
     def _tick(self) -> float:
         """Serve what is due; seconds until the next due moment (`inf` if none)."""
@@ -263,12 +239,13 @@ class MemoryStore:
         core.replaced.clear()
 
     def _after_fork(self) -> None:
-        """The child has its own copy of the state; threads and their tickets stayed with the parent."""
+        """The child has its own copy of the state; threads, their tickets and their calls stayed with the parent."""
         self._lock = threading.Lock()
         self._nudges = SimpleQueue()
         self._janitor = None
         core = self._core
         core.fail_waiting(Refusal("store_unavailable", detail="the process was forked while waiting"))
+        core.drop_holds(self.now())
         core.take_decided()
 
 
@@ -285,7 +262,6 @@ def _tend(ref: weakref.ref[MemoryStore], nudges: SimpleQueue[None]) -> None:
         if store is None or store._closed or store._nudges is not nudges:
             return
         try:
-            store.flush()
             wait = min(store._tick(), inf)
         except Exception:
             _log.exception("The memory store's janitor met an error; it goes on")

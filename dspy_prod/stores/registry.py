@@ -40,7 +40,6 @@ def open_store(
     namespace: str,
     *,
     clock: Clock = SYSTEM_CLOCK,
-    need_durable: bool = False,
     on_problem: OnProblem | None = None,
 ) -> Store:
     """The store behind a URL. Equal URLs and namespaces give the same object for as long as anybody uses it.
@@ -50,11 +49,10 @@ def open_store(
             `?synchronous=FULL`, `&lease=10` (seconds) and `&max_records=1000000`; or a store object, used as it is.
         namespace: keeps programs that share a store apart.
         clock: the time of a store that is made now.
-        need_durable: refuse a store that forgets with the process.
         on_problem: told of problems in the store's background work.
 
     Raises:
-        ConfigError: the URL cannot be understood, or is not durable although that is needed.
+        ConfigError: the URL cannot be understood.
         StoreUnavailableError: the file cannot be used; the message names it and what to do.
     """
     if not isinstance(url, str):
@@ -71,8 +69,6 @@ def open_store(
             )
         else:
             raise ConfigError(f"store={without_password(url)!r} is no store URL; use one of {_FORMS}")
-    if need_durable and not store.durable:
-        raise ConfigError(f"store={store.url!r} forgets with the process; use 'sqlite:///path/state.db'")
     if on_problem is not None and isinstance(store, SqliteStore):
         store.on_problem(on_problem)
     return store

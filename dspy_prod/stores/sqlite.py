@@ -7,6 +7,7 @@ budgets are strict across processes.
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import uuid
@@ -42,6 +43,8 @@ from dspy_prod.stores.sqlite_schema import unavailable
 from dspy_prod.stores.sqlite_tables import Tables
 from dspy_prod.stores.sqlite_transactions import Transactions
 from dspy_prod.stores.sqlite_writer import Writer
+
+_log = logging.getLogger("dspy_prod")
 
 OnProblem = Callable[[str, dict[str, Any]], None]
 T = TypeVar("T")
@@ -157,16 +160,12 @@ class SqliteStore:
             self._local.settle(settlement)
             if not self._mailbox.alive():
                 self._mailbox.refuse_stragglers()
-        else:
-            self._mailbox.post((Transactions.settle, settlement, None))
-
-    def post_settle(self, ticket: Ticket, settlement: Settlement) -> None:
-        # A SimpleQueue may be filled from within a finaliser, and from within itself.
-        kind = Transactions.settle_local if is_local(ticket.ask) else Transactions.settle
-        self._writer.inbox.put((kind, settlement, None))
+        elif not self._mailbox.post((Transactions.settle, settlement, None)):
+            self._lost(settlement.record)
 
     def append(self, record: CallRecord) -> None:
-        self._mailbox.post((Transactions.append, record, True))
+        if not self._mailbox.post((Transactions.append, record, True)):
+            self._lost(record)
 
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
         if not shared(limit):
@@ -270,6 +269,10 @@ class SqliteStore:
         self._mailbox.close()
         self._ledger_reader.close()
         self._cache_reader.close()
+
+    def _lost(self, record: CallRecord | None) -> None:
+        if record is not None:
+            _log.warning("The store %s is closed: the record of a call to %s is lost", self._path, record.model)
 
     def _read(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
         self._mailbox.alive()  # whoever only reads must also see the holds of dead processes charged

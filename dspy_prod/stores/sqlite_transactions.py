@@ -14,7 +14,6 @@ from dspy_prod.clock import Clock
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.base import PENDING, Settlement, Ticket
 from dspy_prod.stores.core import AdmissionCore
-from dspy_prod.stores.sqlite_local import LocalLane
 from dspy_prod.stores.sqlite_schema import is_environment, is_locked
 from dspy_prod.stores.sqlite_tables import Tables
 
@@ -58,10 +57,9 @@ class Transactions:
         stopping: `stop` was posted.
     """
 
-    def __init__(self, tables: Tables, clock: Clock, lease: float, local: LocalLane, report: Report) -> None:
+    def __init__(self, tables: Tables, clock: Clock, lease: float, report: Report) -> None:
         self.tables = tables
         self.core = AdmissionCore(tables)
-        self.local = local
         self.report = report
         self.after: list[Callable[[], None]] = []
         self.stopping = False
@@ -116,9 +114,6 @@ class Transactions:
     # Those that need no transaction:
     def flush(self, done: threading.Event, _: Any, now: float) -> None:
         self.after.append(done.set)
-
-    def settle_local(self, done: Settlement, _: Any, now: float) -> None:
-        self.local.settle(done)
 
     def nudge(self, _: Any, __: Any, now: float) -> None:
         """Look at the timers again."""

@@ -33,7 +33,7 @@ POLL: Final = 0.025
 """Seconds between looks for changes by other processes while tickets wait."""
 _IDLE: Final = 5.0
 _BACK_OFF: Final = (0.05, 1.0)
-_QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop, Transactions.settle_local)
+_QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
 """Operations that need no transaction."""
 
 
@@ -55,7 +55,7 @@ class Writer:
         self.failing: Refusal | None = None
         self.ended = False
         self.tables = tables
-        self._transactions = Transactions(tables, clock, lease, self.local, report)
+        self._transactions = Transactions(tables, clock, lease, report)
         self._core = self._transactions.core
         self._now = clock.time
         self._report = report
@@ -192,7 +192,7 @@ class Writer:
                 subject.done.set()
             elif kind is Transactions.put_answer:
                 detail[3]()
-            elif kind in (Transactions.settle_local, Transactions.stop):
+            elif kind is Transactions.stop:
                 kind(self._transactions, subject, detail, 0.0)
             elif kind in (Transactions.nudge, Transactions.touch_answer):
                 pass

@@ -93,12 +93,6 @@ def test_a_password_is_never_shown() -> None:
     assert without_password("redis://u:p@ss@h/0") == "redis://***@h/0"
 
 
-def test_what_must_last_cannot_be_kept_in_memory(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="forgets"):
-        open_store("memory://", "n", need_durable=True)
-    open_store(f"sqlite:///{tmp_path}/state.db", "n", need_durable=True).close()
-
-
 def test_a_file_that_cannot_be_opened_is_an_error_each_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for _ in range(2):
