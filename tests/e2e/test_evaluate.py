@@ -55,7 +55,7 @@ def test_an_evaluation_runs_at_the_speed_of_its_upstream(
     print(f"{examples} examples took {took:.2f} s, ideal {examples / PER_SECOND:.2f} s, {refused} refused")
     assert len(provider.bill.rows) == examples
     assert refused <= (0 if stalls.longest < HARMLESS else 2), f"the machine stalled for {stalls.longest:.3f} s"
-    assert took <= longest * (1.5 if refused else 1.0), f"{examples} examples took {took:.2f} s, {refused} refused"
+    assert took <= longest * (2.0 if refused else 1.0), f"{examples} examples took {took:.2f} s, {refused} refused"
     assert result.score == 100.0
     assert len(result.results) == examples
     assert_equals_bill(lm, provider)

@@ -15,7 +15,7 @@ from dspy_prod import DeadlineExceededError, Retry, call_context
 from dspy_prod.testing import Provider, Status
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import until, upstream
-from tests.e2e2.support import Caller, Loop, Task, following, quiet
+from tests.integration.support import Caller, Loop, Task, following, quiet
 
 CROWD = 64
 

@@ -1,4 +1,4 @@
-"""What a review found in the flow of calls: followers on dead loops, streams that are left, deadlines, time-outs."""
+"""Edges of a call's flow: followers on dead loops, streams that are left, deadlines, time-outs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.compose.support import Gate, caught, down, over
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import request as asked
 from tests.e2e.support import until
-from tests.e2e2.support import Caller, breaker, following, quiet
+from tests.integration.support import Caller, breaker, following, quiet
 
 TOUCHY = CircuitBreaker(failure_threshold=1, jitter=0)
 

@@ -1,4 +1,4 @@
-"""Money and limits where routes, copies and windows meet: what each of these tests asserts was once wrong."""
+"""Money and limits where routes, copies and windows meet."""
 
 from __future__ import annotations
 

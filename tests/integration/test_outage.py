@@ -17,7 +17,7 @@ from dspy_prod import Cache, CircuitBreaker, CircuitOpenError, RateLimit
 from dspy_prod.testing import FakeClock, Provider, Status
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import CHEAP, errors, join, outcome, records, until
-from tests.e2e2.support import Caller, Loop, Task, breaker, quiet
+from tests.integration.support import Caller, Loop, Task, breaker, quiet
 
 WORKERS = 32
 THRESHOLD = 5
