@@ -54,8 +54,10 @@ def test_an_evaluation_runs_at_the_speed_of_its_upstream(
     refused = sum(call.status == 429 for call in provider.calls)
     print(f"{examples} examples took {took:.2f} s, ideal {examples / PER_SECOND:.2f} s, {refused} refused")
     assert len(provider.bill.rows) == examples
-    assert refused <= (0 if stalls.longest < HARMLESS else 2), f"the machine stalled for {stalls.longest:.3f} s"
-    assert took <= longest * (2.0 if refused else 1.0), f"{examples} examples took {took:.2f} s, {refused} refused"
+    # The long form is the acceptance run and allows none; the short one runs in CI, on machines that stall.
+    allowed = 2 if examples < 200 and stalls.longest >= HARMLESS else 0
+    assert refused <= allowed, f"{refused} refused; the machine stalled for {stalls.longest:.3f} s"
+    assert took <= longest * (1.5 if refused else 1.0), f"{examples} examples took {took:.2f} s, {refused} refused"
     assert result.score == 100.0
     assert len(result.results) == examples
     assert_equals_bill(lm, provider)
