@@ -18,7 +18,7 @@ from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
-from dspy._vendor.lm15.transports import StdlibTransport
+from dspy._vendor.lm15.transports import StdlibAsyncTransport, StdlibTransport
 from dspy._vendor.lm15.transports._types import TransportRequest, TransportResponse
 
 from dspy_prod.pipeline.effects import AttemptTimeoutError
@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 ATTEMPT_UNTIL: contextvars.ContextVar[float] = contextvars.ContextVar("dspy_prod_attempt_until", default=inf)
 """Monotonic time at which the attempt running here must end."""
+
+LEAVING: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("dspy_prod_leaving", default=None)
+"""What wants to hear when the attempt running here puts its request on the wire."""
 
 MAX_CONNECTIONS: Final = 4096
 """Connections per upstream; concurrency is limited by `RateLimit`, not by the pool."""
@@ -50,6 +53,7 @@ class _BoundedSocket:
 
     def sendall(self, data: bytes) -> None:
         self._bound()
+        _leave()
         self._sock.sendall(data)
 
     def fileno(self) -> int:
@@ -85,6 +89,20 @@ class BoundedTransport(StdlibTransport):
         connection = super()._open(*args, **kwargs)
         connection.sock = _BoundedSocket(connection.sock)
         return connection
+
+
+class PacedAsyncTransport(StdlibAsyncTransport):
+    """lm15's asynchronous transport; it tells `LEAVING`."""
+
+    async def _send_request(self, *args: Any, **kwargs: Any) -> None:
+        _leave()
+        await super()._send_request(*args, **kwargs)
+
+
+def _leave() -> None:
+    leaving = LEAVING.get()
+    if leaving is not None:
+        leaving()
 
 
 # -- workers: for synchronous engines that cannot be bounded from inside ---------------------------------------------

@@ -6,8 +6,6 @@ All I/O and all waiting of the library's call path is here. A driver adds no rul
 from __future__ import annotations
 
 import asyncio
-import sys
-import threading
 import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing
@@ -16,20 +14,17 @@ from typing import Any
 
 from dspy._vendor.lm15.result import StreamAccumulator
 from dspy._vendor.lm15.types import StreamEvent
+from dspy.clients.engines.lm15_engine import AsyncLM15Engine
 from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
 from dspy.lm15 import Response
 
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, StalledError, bounded, bounded_stream, within
-from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Wait
+from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, LEAVING, StalledError, bounded, bounded_stream, within
+from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError
 from dspy_prod.pipeline.flow import Flow
+from dspy_prod.pipeline.preparing import aprepare, limit_until, prepare
 from dspy_prod.pipeline.public_errors import public_error
 from dspy_prod.pipeline.replay import replay
-
-if sys.version_info >= (3, 11):
-    from asyncio import timeout_at
-else:
-    from async_timeout import timeout_at
 
 
 # -- whole answers ---------------------------------------------------------------------------------------------------
@@ -39,7 +34,7 @@ def run(steps: Flow) -> Response:
         effect = next(steps)
         while True:
             try:
-                result = _attempt(effect) if isinstance(effect, Attempt) else _wait(effect)
+                result = _attempt(effect) if isinstance(effect, Attempt) else prepare(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -55,7 +50,7 @@ async def arun(steps: Flow) -> Response:
         effect = next(steps)
         while True:
             try:
-                result = await _aattempt(effect) if isinstance(effect, Attempt) else await _await(effect)
+                result = await _aattempt(effect) if isinstance(effect, Attempt) else await aprepare(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -76,7 +71,7 @@ def run_stream(steps: Flow, call: Call) -> Generator[StreamEvent, None, None]:
                 if isinstance(effect, Attempt):
                     result, end = yield from _events(effect, call)
                 else:
-                    result = _wait(effect)
+                    result = prepare(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -103,7 +98,7 @@ async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, No
                             yield event
                     result = ended[0]
                 else:
-                    result = await _await(effect)
+                    result = await aprepare(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -118,67 +113,44 @@ async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, No
 
 
 # -- effects ---------------------------------------------------------------------------------------------------------
-def _wait(effect: Wait) -> Any:
-    left = inf if effect.until == inf else effect.until - time.monotonic()
-    if effect.what is None:
-        time.sleep(max(0.0, left))
-        return
-    decided = threading.Event()
-    if effect.what.attach(decided.set):
-        decided.wait(None if left == inf else max(0.0, left))
-
-
-async def _await(effect: Wait) -> Any:
-    left = inf if effect.until == inf else max(0.0, effect.until - time.monotonic())
-    if effect.what is None:
-        await asyncio.sleep(left)
-        return
-    loop = asyncio.get_running_loop()
-    decided: asyncio.Future[None] = loop.create_future()
-
-    def finish() -> None:
-        if not decided.done():
-            decided.set_result(None)
-
-    def wake() -> None:
-        loop.call_soon_threadsafe(finish)
-
-    if not effect.what.attach(wake):
-        return
-    timer = None if left == inf else loop.call_later(left, finish)
-    try:
-        await decided
-    finally:
-        if timer is not None:
-            timer.cancel()
-
-
 def _attempt(effect: Attempt) -> Response:
-    route, until = effect.route, effect.until
+    request, until, leaving = effect.request, effect.until, effect.leaving
     try:
-        engine, bounds_itself = route.upstream.sync_engine(effect.request, effect.extras, until)
+        engine, native = effect.route.upstream.sync_engine(request, effect.extras, until)
+        if native:  # its transport ends in time by itself, and tells when the request goes out
+            if until == inf and leaving is None:
+                return _checked(engine.complete(request))
+            ends, leaves = ATTEMPT_UNTIL.set(until), LEAVING.set(leaving)
+            try:
+                return _checked(engine.complete(request))
+            finally:
+                ATTEMPT_UNTIL.reset(ends)
+                LEAVING.reset(leaves)
+        if leaving is not None:
+            leaving()
         if until == inf:
-            return _checked(engine.complete(effect.request))
-        if not bounds_itself:
-            return _checked(bounded(lambda: engine.complete(effect.request), until))
-        token = ATTEMPT_UNTIL.set(until)
-        try:
-            return _checked(engine.complete(effect.request))
-        finally:
-            ATTEMPT_UNTIL.reset(token)
+            return _checked(engine.complete(request))
+        return _checked(bounded(lambda: engine.complete(request), until))
     except Exception as error:
         raise public_error(error, effect) from error
 
 
 async def _aattempt(effect: Attempt) -> Response:
-    route, until = effect.route, effect.until
+    request, until, leaving = effect.request, effect.until, effect.leaving
     limit: Any = None
     try:
-        engine = route.upstream.async_engine(effect.request, effect.extras, until)
-        if until == inf:
-            return _checked(await engine.complete(effect.request))
-        async with _limit(until) as limit:
-            return _checked(await engine.complete(effect.request))
+        engine = effect.route.upstream.async_engine(request, effect.extras, until)
+        if leaving is not None and not isinstance(engine, AsyncLM15Engine):
+            leaving()
+            leaving = None
+        if until == inf and leaving is None:
+            return _checked(await engine.complete(request))
+        leaves = LEAVING.set(leaving)
+        try:
+            async with limit_until(until) as limit:
+                return _checked(await engine.complete(request))
+        finally:
+            LEAVING.reset(leaves)
     except (TimeoutError, asyncio.TimeoutError) as error:
         if limit is not None and _expired(limit):
             raise AttemptTimeoutError from None
@@ -195,8 +167,10 @@ def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[R
     end: StreamEvent | None = None
     consumer = _Consumer(call)
     try:
-        engine, bounds_itself = route.upstream.sync_engine(effect.request, effect.extras, until)
-        if bounds_itself:  # and its reads are bounded by `timeout`
+        engine, native = route.upstream.sync_engine(effect.request, effect.extras, until)
+        if effect.leaving is not None:
+            effect.leaving()
+        if native:  # its transport ends in time by itself, and its reads are bounded by `timeout`
             source = engine.stream(effect.request) if until == inf else within(engine.stream(effect.request), until)
         elif until == inf and (route.timeout is None or isinstance(route.upstream.spec, str)):
             # Nothing to bound, or LiteLLM, which bounds its reads by `timeout` too.
@@ -240,7 +214,10 @@ async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenera
     limited = until
     consumer = _Consumer(call)
     try:
-        source = route.upstream.async_engine(effect.request, effect.extras, until).stream(effect.request)
+        engine = route.upstream.async_engine(effect.request, effect.extras, until)
+        if effect.leaving is not None:
+            effect.leaving()
+        source = engine.stream(effect.request)
         async with aclosing(achecked_stream(source, provider=route.upstream.provider)) as events:
             while True:
                 if route.timeout is not None:
@@ -249,7 +226,7 @@ async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenera
                     if limited == inf:
                         event = await anext(events)
                     else:
-                        async with _limit(limited) as limit:
+                        async with limit_until(limited) as limit:
                             event = await anext(events)
                 except StopAsyncIteration:
                     break
@@ -298,10 +275,6 @@ class _Consumer:
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
-def _limit(until: float) -> Any:
-    return timeout_at(asyncio.get_running_loop().time() + (until - time.monotonic()))
-
-
 def _expired(limit: Any) -> bool:
     expired = limit.expired
     return bool(expired() if callable(expired) else expired)

@@ -22,7 +22,31 @@ class Decidable(Protocol):
 class Attempt:
     """Send `request` on `route` once. Answered with the `Response`, or by raising the upstream's error.
 
-    `until` bounds the attempt on the monotonic clock (`inf`: not at all).
+    `until` bounds the attempt on the monotonic clock (`inf`: not at all). `leaving`, if any, wants to be called when
+    the request goes out, as late as the driver can tell.
+    """
+
+    __slots__ = ("extras", "leaving", "request", "route", "until")
+
+    def __init__(
+        self,
+        route: Route,
+        request: Request,
+        extras: dict[str, Any] | None,
+        until: float,
+        leaving: Callable[[], None] | None = None,
+    ) -> None:
+        self.route = route
+        self.request = request
+        self.extras = extras
+        self.until = until
+        self.leaving = leaving
+
+
+class Warm:
+    """Build the engine that an attempt on `route` will use, so that nothing delays it once it is admitted.
+
+    Answered with nothing, by `until` at the latest, or by raising why there is no such engine.
     """
 
     __slots__ = ("extras", "request", "route", "until")

@@ -1,7 +1,7 @@
 """The one flow of a call, written once for sync, async and streaming.
 
-It is a generator that *yields* effects (`Attempt`, `Wait`) and receives their results, as httpx's `auth_flow` does; two
-small drivers perform them. It never sleeps and does no I/O of its own. The order is the library's contract:
+It is a generator that *yields* effects (`Warm`, `Wait`, `Attempt`) and receives their results, as httpx's `auth_flow`
+does; two small drivers perform them. It never sleeps and does no I/O of its own. The order is the library's contract:
 
     cache lookup, single-flight
       └ fallback: for each route (primary, then fallbacks)
@@ -16,7 +16,7 @@ An open circuit is noticed before any waiting; the permit is taken last, so nobo
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from math import inf
 from typing import Any, Final, TypeAlias
 
@@ -25,7 +25,7 @@ from dspy.utils.exceptions import LMError
 
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.effects import Attempt, Wait
+from dspy_prod.pipeline.effects import Attempt, Wait, Warm
 from dspy_prod.pipeline.outcome import Verdict
 from dspy_prod.pipeline.plan import Plan, longest_wait, only_here, plan, renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.reaper import REAPER
@@ -36,14 +36,18 @@ from dspy_prod.policies.cache import cacheable
 from dspy_prod.policies.retry import Attempts
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
 from dspy_prod.records import NANO
-from dspy_prod.stores.base import GRANTED, PENDING, Ticket
+from dspy_prod.stores.base import GRANTED, PENDING, Store, Ticket
 
 STORE_PATIENCE: Final = 5.0
 """Seconds a store gets to look at an ask, whatever `max_wait` says about the wait after that."""
 
+LATE: Final = 0.01
+"""Seconds after its admission from which a call's limiter is told when it really left."""
+
 _LOOK: Final = 0.01
 
-Flow: TypeAlias = Generator["Attempt | Wait", Any, Response]
+Effect: TypeAlias = "Attempt | Wait | Warm"
+Flow: TypeAlias = Generator[Effect, Any, Response]
 
 
 def flow(call: Call) -> Flow:
@@ -93,7 +97,7 @@ def flow(call: Call) -> Flow:
             flights.hand_over(key)
 
 
-def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Attempt | Wait, Any, Response | None]:
+def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any, Response | None]:
     """Wait for the leader; None means that this call leads now."""
     pipeline = call.pipeline
     flights = pipeline.flights
@@ -206,6 +210,8 @@ def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> 
     started = monotonic()
     until = inf
     try:
+        if not route.upstream.ready:
+            yield Warm(route, intent.request, call.extras, call.deadline)
         if intent.ask is not None:
             ticket = pipeline.store.admit(intent.ask)
             if ticket.state != GRANTED:
@@ -219,10 +225,11 @@ def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> 
             raise too_late(call, "before the request was sent")
         if breaker is not None:
             permit = breaker.permit()
+        leaving = _leaving(pipeline.store, ticket) if route.paced and ticket is not None else None
         started = monotonic()
         until = call.deadline if route.timeout is None else call.attempt_until(route, started)
         attempted = True
-        response = yield Attempt(route, intent.request, call.extras, until)
+        response = yield Attempt(route, intent.request, call.extras, until, leaving)
         succeeded(call, intent, ticket, permit, started, response)
         settled = True
         return response
@@ -236,7 +243,7 @@ def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> 
         raise error from (raised.__cause__ or raised)
 
 
-def _admission(call: Call, intent: Plan, ticket: Ticket) -> Generator[Attempt | Wait, Any, tuple[Plan, Ticket]]:
+def _admission(call: Call, intent: Plan, ticket: Ticket) -> Generator[Effect, Any, tuple[Plan, Ticket]]:
     """Wait in line for limiter and budget, holding nothing."""
     pipeline = call.pipeline
     store = pipeline.store
@@ -290,6 +297,20 @@ def _note_spending(call: Call, intent: Plan, ticket: Ticket) -> None:
                 "budget_soft", budget=account.title, spent_usd=spent / NANO, limit_usd=account.limit / NANO,
                 degrade_to=rule.options.degrade_to,
             )  # fmt: skip
+
+
+def _leaving(store: Store, ticket: Ticket) -> Callable[[], None]:
+    """To be called when a call leaves: its limiter hears of it when that is well after the grant.
+
+    A busy machine, or connections that take long to open, would else bunch calls up.
+    """
+
+    def leaving() -> None:
+        now = store.now()
+        if now - ticket.granted_at > LATE:
+            store.sent_late(ticket, now)
+
+    return leaving
 
 
 def _keep(call: Call, route: Route, response: Response) -> None:

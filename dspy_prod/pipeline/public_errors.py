@@ -15,7 +15,7 @@ from dspy.clients._http import retry_after_seconds
 from dspy.clients.errors import wrap_error
 from dspy.lm15 import TransportError
 
-from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError
+from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Warm
 from dspy_prod.pipeline.outcome import causes_of
 from dspy_prod.pipeline.upstream import Upstream
 from dspy_prod.redaction import is_secret, secrets_in
@@ -25,7 +25,7 @@ _SHORTEST: Final = 6
 """Characters below which a value is left alone: hiding it would garble texts that merely contain it."""
 
 
-def public_error(error: Exception, effect: Attempt) -> Exception:
+def public_error(error: Exception, effect: Attempt | Warm) -> Exception:
     """The error as DSPy shows it; our own time limit stays recognisable."""
     if isinstance(error, AttemptTimeoutError):
         return error

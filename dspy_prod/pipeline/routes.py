@@ -119,6 +119,7 @@ class Route:
         self.retry = retry
         self.limit = limit if limit is not None else _NO_LIMIT
         self.limited = any(value is not None for value in (self.limit.rpm, self.limit.tpm, self.limit.concurrency))
+        self.paced = self.limit.rpm is not None or self.limit.tpm is not None
         self._tpm = int(self.limit.tpm or 0)
         self.learning = self.limit.estimate == "learned"  # the size of real answers says what to reserve
         self.prices = prices

@@ -20,7 +20,7 @@ from dspy.utils.exceptions import LMUnsupportedFeatureError
 
 from dspy_prod.forking import reset_after_fork
 from dspy_prod.pipeline.capabilities import StandIn
-from dspy_prod.pipeline.deadline import MAX_CONNECTIONS, BoundedTransport
+from dspy_prod.pipeline.deadline import MAX_CONNECTIONS, BoundedTransport, PacedAsyncTransport
 from dspy_prod.pipeline.litellm_engines import AsyncExtendedLiteLLMEngine, ExtendedLiteLLMEngine, wire_timeout
 from dspy_prod.pipeline.text_engine import AsyncLiteLLMTextEngine, LiteLLMTextEngine
 from dspy_prod.redaction import address
@@ -64,6 +64,7 @@ class Upstream:
         )
         self._carried: dict[Any, bool] = {}
         self.fell_back = False  # some request of a native route went through LiteLLM
+        self.ready = not isinstance(spec, str)  # what an attempt needs has been imported and built
         reset_after_fork(self)
 
     def _after_fork(self) -> None:
@@ -115,6 +116,16 @@ class Upstream:
             return self._native_async_engine()
         return self._litellm(True, extras, until)
 
+    def warm(self, request: Request, extras: dict[str, Any] | None) -> None:
+        """Import and build what an attempt needs. It may take seconds, and comes before an attempt is admitted."""
+        if self.is_native(request, extras):
+            self._native_engine().plan(request)
+        else:
+            from dspy.clients._litellm import get_litellm
+
+            get_litellm(feature="LiteLLM engine")
+        self.ready = True
+
     def close(self) -> None:
         """Close the pooled connections of the synchronous engine; engine objects are borrowed and stay open."""
         with self._lock:
@@ -132,6 +143,7 @@ class Upstream:
             engine = self._native_async.pop(asyncio.get_running_loop(), None)
         if engine is not None:
             await engine.aclose()
+            await engine.config.transport.aclose()
         self.close()
 
     # -- selection ---------------------------------------------------------------------------------------------------
@@ -200,12 +212,7 @@ class Upstream:
         if engine is None:
             with self._lock:
                 if self._native is None:
-                    timeouts = timeouts_for(self.clients.get("timeout"))
-                    transport = BoundedTransport(
-                        max_connections=MAX_CONNECTIONS,
-                        user_agent="dspy-prod",
-                        **({} if timeouts is None else _transport_timeouts(timeouts)),
-                    )
+                    transport = BoundedTransport(**self._connections())
                     self._native = LM15Engine(self._config(transport=transport), model_type=self.model_type)
                 engine = self._native
         return engine
@@ -217,12 +224,15 @@ class Upstream:
             with self._lock:
                 for dead in [other for other in self._native_async if other.is_closed()]:
                     self._native_async.pop(dead, None)
-                engine = AsyncLM15Engine(
-                    self._config(timeouts=timeouts_for(self.clients.get("timeout")), max_connections=MAX_CONNECTIONS),
-                    model_type=self.model_type,
-                )
+                transport = PacedAsyncTransport(**self._connections())
+                engine = AsyncLM15Engine(self._config(transport=transport), model_type=self.model_type)
                 self._native_async[loop] = engine
         return engine
+
+    def _connections(self) -> dict[str, Any]:
+        timeouts = timeouts_for(self.clients.get("timeout"))
+        known = {} if timeouts is None else _transport_timeouts(timeouts)
+        return {"max_connections": MAX_CONNECTIONS, "user_agent": "dspy-prod", **known}
 
     def _config(self, **connection: Any) -> RouterConfig:
         from dspy.lm15 import _definitions

@@ -23,7 +23,7 @@ Debit = tuple[int, int, float, float, int]
 """What a call took: slot, reserved tokens, nominal send time, seconds of token pacing, lease id. JSON-serialisable."""
 
 _USED: Final = 0.8  # share of a minute's limit from which a lowered rate counts as used
-_VERSION: Final = 2
+_VERSION: Final = 3
 
 
 class LimiterState:
@@ -192,6 +192,14 @@ class LimiterState:
             feedback.recover(now, used)
             self._tune()
         return slot, tokens, nominal, charge, seq
+
+    def sent_late(self, debit: Debit, now: float) -> Debit:
+        """Date a call from `now`: that long after `take` it left. Returns its debit from here on."""
+        now = self._touch(now)
+        slot, tokens, nominal, charge, seq = debit
+        if seq not in self._leases.live:
+            return debit
+        return self._window.move(slot, now, tokens), tokens, self._pacing.move(nominal, now), charge, seq
 
     def renew(self, debit: Debit, now: float, lease: float) -> None:
         """Extend a call's lease to `lease` seconds from now; nothing if it has ended or run out."""

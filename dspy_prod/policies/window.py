@@ -74,6 +74,13 @@ class Window:
         self.held += tokens
         return slot
 
+    def move(self, slot: int, now: float, tokens: int) -> int:
+        """Date a request and its reservation from now instead of from `slot`; returns the new slot."""
+        if slot == floor(now / SLOT):
+            return slot
+        self.settle(slot, -1, tokens, 0)
+        return self.add(now, tokens)
+
     def settle(self, slot: int, requests: int, reserved: int, tokens: int) -> None:
         """Replace a reservation by what happened, in its own slot; nothing if that slot is forgotten.
 

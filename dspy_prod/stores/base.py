@@ -136,13 +136,14 @@ class Ticket:
     decided; it must be idempotent. `state` is the truth.
     """
 
-    __slots__ = ("ask", "blocked_on", "debit", "refusal", "seq", "spent", "state", "wake")
+    __slots__ = ("ask", "blocked_on", "debit", "granted_at", "refusal", "seq", "spent", "state", "wake")
 
     def __init__(self, ask: Ask) -> None:
         self.ask = ask
         self.state = PENDING
         self.refusal: Refusal | None = None
         self.debit: Any = None  # the limiter's debit, private to the store
+        self.granted_at = 0.0  # store time
         self.spent: tuple[int, ...] = ()  # per account: nano-USD spent at the grant, without what is held
         self.blocked_on = ""  # what the ticket waits for, as in Refusal.dimension
         self.seq = 0
@@ -225,6 +226,10 @@ class Store(Protocol):
 
     def withdraw(self, ticket: Ticket) -> bool:
         """Stop waiting. True: nothing is held. False: it was granted meanwhile and the caller must settle."""
+        ...
+
+    def sent_late(self, ticket: Ticket, at: float) -> None:
+        """A granted call left only at store time `at`: its limiter counts it from then on. Posted."""
         ...
 
     def settle(self, ticket: Ticket, settlement: Settlement) -> None:

@@ -110,6 +110,16 @@ class AdmissionCore(Granting):
                 self._serve_account(account.key, now)
                 return
 
+    def sent_late(self, ticket: Ticket, at: float) -> None:
+        """A granted call left only at `at`."""
+        ask = ticket.ask
+        hold = self.holds.get(ask.id)
+        if hold is None or hold.debit is None or ask.limit_key is None or ask.limit is None:
+            return
+        hold.debit = self._limiter(ask.limit_key, ask.limit, at).sent_late(hold.debit, at)
+        if self.changes is not None:
+            self.changes.limiters.add(ask.limit_key)
+
     # -- settling ----------------------------------------------------------------------------------------------------
     def settle(self, done: Settlement, now: float) -> None:
         """Replace the hold by what happened. Idempotent by id; a hold charged as abandoned is corrected."""

@@ -88,6 +88,7 @@ class Granting:
                     self._timers[key] = ready
                 return ""
             ticket.debit = limiter.take(now, ask.tokens, ask.lease)
+            ticket.granted_at = now
             if self.changes is not None and shared(limiter.limit):
                 self.changes.limiters.add(key)
         accounts: tuple[str, ...] = ()

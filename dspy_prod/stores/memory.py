@@ -99,6 +99,10 @@ class MemoryStore:
             self._rearm()
         return free
 
+    def sent_late(self, ticket: Ticket, at: float) -> None:
+        with self._lock:
+            self._core.sent_late(ticket, at)
+
     def settle(self, ticket: Ticket, settlement: Settlement) -> None:
         core = self._core
         with self._lock:

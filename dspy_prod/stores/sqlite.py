@@ -155,6 +155,10 @@ class SqliteStore:
         self._mailbox.post((Transactions.withdraw, ticket, None))
         return True
 
+    def sent_late(self, ticket: Ticket, at: float) -> None:
+        if not is_local(ticket.ask):  # what only reacts to 429s is not paced
+            self._mailbox.post((Transactions.sent_late, ticket, at))
+
     def settle(self, ticket: Ticket, settlement: Settlement) -> None:
         if is_local(ticket.ask):
             self._local.settle(settlement)

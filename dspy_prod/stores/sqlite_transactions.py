@@ -76,6 +76,9 @@ class Transactions:
         if ticket.state == PENDING:
             self.core.enter(ticket, now)
 
+    def sent_late(self, ticket: Ticket, at: float, now: float) -> None:
+        self.core.sent_late(ticket, at)
+
     def settle(self, done: Settlement, _: Any, now: float) -> None:
         self.core.settle(done, now)
 

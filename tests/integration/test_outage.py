@@ -33,6 +33,45 @@ def heard() -> Iterator[list[dspy_prod.Event]]:
     remove()
 
 
+class Flights:
+    """How many calls are in flight past a breaker, counted beside it: permits taken and not yet given back."""
+
+    def __init__(self, breaker: Any) -> None:
+        self.now = 0
+        self.at_the_trip: int | None = None
+        self._lock = threading.Lock()
+        permit = breaker.permit
+
+        def taken() -> Any:
+            with self._lock:
+                self.now += 1
+            try:
+                return permit()
+            except BaseException:
+                with self._lock:
+                    self.now -= 1
+                raise
+
+        breaker.permit = taken
+        for name in ("success", "failure", "release"):
+            self._watch(breaker, name)
+
+    def _watch(self, breaker: Any, name: str) -> None:
+        settle = getattr(breaker, name)
+
+        def settled(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                self.now -= 1
+            return settle(*args, **kwargs)
+
+        setattr(breaker, name, settled)
+
+    def __call__(self, event: dspy_prod.Event) -> None:
+        if event.name == "breaker_opened" and self.at_the_trip is None:
+            with self._lock:
+                self.at_the_trip = self.now
+
+
 def healthy(provider: Provider) -> dspy.LM:
     """A plain LM to fall back to."""
     return dspy.LM(CHEAP, api_base=provider.url, api_key="test", max_tokens=100, cache=False)
@@ -67,6 +106,8 @@ def test_a_dead_upstream_is_left_alone(
         limit=None if line is None else RateLimit(concurrency=line),
         fallbacks=[healthy(alive)],
     )
+    flights = Flights(lm.pipeline.primary.breaker)
+    remove = dspy_prod.add_listener(flights)
     stop = threading.Event()
     outcomes: list[Any] = []
 
@@ -92,12 +133,14 @@ def test_a_dead_upstream_is_left_alone(
         stop.set()
         for worker in workers:
             worker.outcome()
+    remove()
     assert errors(outcomes, Exception) == []
     assert {answer[0] for answer in outcomes} == {"primary", "spare"}
     probes = len([event for event in heard if event.name == "breaker_half_open"])
-    in_flight_at_the_trip = line or WORKERS
+    assert flights.at_the_trip is not None
+    assert flights.at_the_trip <= (line or WORKERS) - 1
     reached = len([call for call in dead.calls[before:] if call.status != 200])
-    assert THRESHOLD <= reached <= THRESHOLD + in_flight_at_the_trip + probes
+    assert THRESHOLD <= reached <= THRESHOLD + flights.at_the_trip + probes
     assert len(alive.calls) > reached
     assert quiet(lm)
 

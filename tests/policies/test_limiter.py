@@ -14,7 +14,7 @@ import pytest
 
 from dspy_prod.options import RateLimit
 from dspy_prod.policies.limiter import Debit, LimiterState
-from dspy_prod.policies.pacing import LATENESS, RequestPacer
+from dspy_prod.policies.slices import LATENESS, RequestPacer
 
 START = 1000.3
 NOW = 5000.25
@@ -150,6 +150,24 @@ def test_uses_any_rate(rpm: int) -> None:
     assert len(steady) >= 0.95 * rpm * 156 / 60
 
 
+@pytest.mark.parametrize("takes", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("real", [500, 2000])
+def test_uses_what_estimates_four_times_too_high_leave(real: int, takes: float) -> None:
+    """At least 97 % of what evenly spaced calls can use while the bound is held.
+
+    With calls of 2 % of a minute, 0.95 / (1 + 3 D/60) of the limit is out of reach: of the call being sent, too, three
+    times its use is reserved in vain, and the guard makes a minute 61 s long.
+    """
+    limit, seconds = RateLimit(tpm=100_000), 600.0
+    sent = saturate(limit, real=lambda _: real, over=4.0, takes=takes, seconds=seconds)
+    worst(sent, limit)
+    possible = (1 - 3 * real / 100_000) * 60 / (60 + limit.guard + 3 * takes)
+    used = sum(call.real for call in sent if call.at >= START + 120) / (100_000 * (seconds - 120) / 60)
+    assert used >= 0.97 * possible
+    if real == 500:
+        assert used >= 0.95 / (1 + 3 * takes / 60)
+
+
 def test_uses_the_limit_with_calls_of_two_percent() -> None:
     """Calls of 2 % of the minute, estimated 4 % too high, still use 95 % of it."""
     limit = RateLimit(tpm=100_000)
@@ -187,6 +205,41 @@ def test_seconds_are_kept_and_lateness_does_not_add_up(burst: int | None) -> Non
     assert sent[-1].at - START <= 11.0
     for _ in range(20):
         assert most_in(arrivals(sent, jitter=0.030), 1.0)[0] <= 20
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("burst", [1, 4, None])
+def test_a_call_that_leaves_late_is_counted_from_then(burst: int | None, told: bool) -> None:
+    """One call is held up for 0.2 s after its grant; when the limiter hears of it, no second sees more than 20."""
+    state = LimiterState(RateLimit(rpm=1200, burst=burst), START)
+    left: list[float] = []
+    now, late = START, (math.inf, None)
+    for number in range(100):
+        now = max(now, state.ready_at(now, 0))
+        if now >= late[0]:
+            assert late[1] is not None
+            state.sent_late(late[1], late[0])
+            late = (math.inf, None)
+            now = max(now, state.ready_at(now, 0))
+        debit = state.take(now, 0)
+        held_up = 0.2 if number == 30 else 0.0
+        if held_up and told:
+            late = (now + held_up, debit)
+        left.append(now + held_up)
+    assert now - START <= 5.5
+    assert (most_in([(at, 0) for at in sorted(left)], 1.0)[0] <= 20) is told
+
+
+def test_a_late_call_moves_within_a_large_log() -> None:
+    """The log of a large burst counts a moved call once, at its new place, and stays in order."""
+    pacer, rng = RequestPacer(600, 60.0, NOW), random.Random(9)
+    nominal = [pacer.push(NOW + step * 0.1) for step in range(600)]
+    for _ in range(300):
+        at = rng.randrange(600)
+        nominal[at] = pacer.move(nominal[at], nominal[at] + rng.random() * 3)
+    assert sum(int(group[0]) for group in pacer._log) == 600
+    assert [group[2] for group in pacer._log] == sorted(group[2] for group in pacer._log)
+    assert pacer.ready_at() >= min(nominal) + 60
 
 
 @pytest.mark.parametrize(("rpm", "burst"), [(60, 1), (60, 60), (1200, 20), (6000, 100), (6000, 97), (76_740, 1279)])

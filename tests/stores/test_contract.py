@@ -513,6 +513,19 @@ def test_appending_a_known_id_replaces_the_record(store: Store) -> None:
     check_books(store, ())
 
 
+def test_a_call_that_left_late_is_counted_from_then(still: Store, clock: FakeClock) -> None:
+    store = still
+    limit = RateLimit(rpm=60, burst=1)
+    ticket = granted(store, ask(limit=limit, budget=None))
+    clock.advance(0.5)
+    assert store.preview(ask(limit=limit, budget=None))[0] == pytest.approx(0.54, abs=0.02)
+    store.sent_late(ticket, store.now())
+    assert store.preview(ask(limit=limit, budget=None))[0] == pytest.approx(1.04, abs=0.02)
+    store.settle(ticket, settlement(ticket, None))
+    store.sent_late(ticket, store.now())  # it has ended
+    assert store.holds() == 0
+
+
 # -- ending ------------------------------------------------------------------------------------------------------------
 def test_closing_twice_is_harmless_and_reading_goes_on(store: Store) -> None:
     ticket = granted(store, ask())

@@ -1,0 +1,97 @@
+"""What the drivers do before an attempt: wait for something, and build the engine that will send it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from math import inf
+from typing import Any
+
+from dspy_prod.pipeline.deadline import bounded
+from dspy_prod.pipeline.effects import AttemptTimeoutError, Wait, Warm
+from dspy_prod.pipeline.public_errors import public_error
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout_at
+else:
+    from async_timeout import timeout_at
+
+
+def prepare(effect: Wait | Warm) -> Any:
+    """Perform an effect that sends nothing, on this thread."""
+    if isinstance(effect, Wait):
+        _wait(effect)
+        return
+    upstream = effect.route.upstream
+    try:
+        if effect.until == inf or upstream.is_native(effect.request, effect.extras):
+            upstream.warm(effect.request, effect.extras)
+        else:  # importing LiteLLM takes longer than some callers have
+            bounded(lambda: upstream.warm(effect.request, effect.extras), effect.until)
+    except AttemptTimeoutError:
+        return  # the flow sees that the call is late
+    except Exception as error:
+        raise public_error(error, effect) from error
+
+
+async def aprepare(effect: Wait | Warm) -> Any:
+    """Perform an effect that sends nothing, in this task."""
+    if isinstance(effect, Wait):
+        await _await(effect)
+        return
+    upstream = effect.route.upstream
+    try:
+        if upstream.is_native(effect.request, effect.extras):
+            upstream.warm(effect.request, effect.extras)
+            upstream.async_engine(effect.request, effect.extras)
+        else:
+            async with limit_until(effect.until):
+                await asyncio.to_thread(upstream.warm, effect.request, effect.extras)
+    except (TimeoutError, asyncio.TimeoutError):
+        return  # the flow sees that the call is late
+    except Exception as error:
+        raise public_error(error, effect) from error
+
+
+def _wait(effect: Wait) -> None:
+    left = inf if effect.until == inf else effect.until - time.monotonic()
+    if effect.what is None:
+        time.sleep(max(0.0, left))
+        return
+    decided = threading.Event()
+    if effect.what.attach(decided.set):
+        decided.wait(None if left == inf else max(0.0, left))
+
+
+async def _await(effect: Wait) -> None:
+    left = inf if effect.until == inf else max(0.0, effect.until - time.monotonic())
+    if effect.what is None:
+        await asyncio.sleep(left)
+        return
+    loop = asyncio.get_running_loop()
+    decided: asyncio.Future[None] = loop.create_future()
+
+    def finish() -> None:
+        if not decided.done():
+            decided.set_result(None)
+
+    def wake() -> None:
+        loop.call_soon_threadsafe(finish)
+
+    if not effect.what.attach(wake):
+        return
+    timer = None if left == inf else loop.call_later(left, finish)
+    try:
+        await decided
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+def limit_until(until: float) -> Any:
+    """An asynchronous context that ends with `TimeoutError` at monotonic time `until`."""
+    if until == inf:
+        return timeout_at(None)
+    return timeout_at(asyncio.get_running_loop().time() + (until - time.monotonic()))
