@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Iterator
 from math import ceil, inf
 from typing import Any, Final
 
-from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine
+from dspy._vendor.lm15.types import StreamEvent
+from dspy.clients._litellm import get_litellm
+from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
+from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine, _ChatStream
+from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.clients.lm import _is_openai_reasoning_model
-from dspy.lm15 import Request, Response, Usage
+from dspy.lm15 import Request, Response
+
+from dspy_prod.pipeline.litellm_usage import told, told_end
 
 _TIMEOUTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Time-outs given to LiteLLM for an attempt's remaining time: few, as each distinct one opens a new connection."""
@@ -55,23 +61,53 @@ class _Extended:
 
     def _response(self, raw: Any, request: Request) -> Response:
         response: Response = super()._response(raw, request)  # type: ignore[misc]
-        return told(response)
-
-
-def told(response: Response) -> Response:
-    """The response, with unknown usage instead of the zeros by which LiteLLM replaces what the provider did not tell.
-
-    No request has an empty prompt, so a usage without any input was not told.
-    """
-    usage = response.usage
-    if usage.input_tokens or usage.output_tokens or usage.cache_read_tokens or usage.cache_write_tokens:
-        return response
-    return replace(response, usage=Usage())
+        return told(response, raw)
 
 
 class ExtendedLiteLLMEngine(_Extended, LiteLLMEngine):
     """The synchronous engine."""
 
+    def stream(self, request: Request) -> Iterator[StreamEvent]:
+        """DSPy's stream, which cannot be asked for its source, ending with the usage that the provider told.
+
+        Raises:
+            lm15 errors, translated from LiteLLM's.
+        """
+        data = self._arguments(request, streaming=True)
+        litellm = get_litellm(feature="LiteLLM engine streaming")
+        with litellm_errors(model=request.model):
+            source = litellm.completion(**data)
+        codec = _ChatStream(request)
+        with closing_stream(source):
+            chunks = iter(source)
+            while True:
+                with litellm_errors(model=request.model):
+                    try:
+                        chunk = next(chunks)
+                    except StopIteration:
+                        break
+                yield from codec.feed(chunk)
+            yield told_end(codec.finish(litellm), source)
+
 
 class AsyncExtendedLiteLLMEngine(_Extended, AsyncLiteLLMEngine):
     """The asynchronous engine."""
+
+    async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
+        """The same in a task, see `ExtendedLiteLLMEngine.stream`."""
+        data = self._arguments(request, streaming=True)
+        litellm = get_litellm(feature="LiteLLM engine streaming")
+        with litellm_errors(model=request.model):
+            source = await litellm.acompletion(**data)
+        codec = _ChatStream(request)
+        async with aclosing_stream(source):
+            chunks = aiter(source)
+            while True:
+                with litellm_errors(model=request.model):
+                    try:
+                        chunk = await anext(chunks)
+                    except StopAsyncIteration:
+                        break
+                for event in codec.feed(chunk):
+                    yield event
+            yield told_end(codec.finish(litellm), source)

@@ -9,7 +9,7 @@ from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.clients.lm15_boundary import request_kwargs, response_value
 from dspy.lm15 import Request, Response, UnsupportedFeatureError
 
-from dspy_prod.pipeline.litellm_engines import told
+from dspy_prod.pipeline.litellm_usage import told
 
 
 class _TextConfig:
@@ -43,7 +43,7 @@ class LiteLLMTextEngine(_TextConfig):
         """
         with litellm_errors(model=request.model):
             raw = get_litellm(feature="text completion").text_completion(**self._arguments(request))
-        return told(response_value(raw, "text", request))
+        return told(response_value(raw, "text", request), raw)
 
 
 class AsyncLiteLLMTextEngine(_TextConfig):
@@ -53,4 +53,4 @@ class AsyncLiteLLMTextEngine(_TextConfig):
         """Send one request, see `LiteLLMTextEngine.complete`."""
         with litellm_errors(model=request.model):
             raw = await get_litellm(feature="text completion").atext_completion(**self._arguments(request))
-        return told(response_value(raw, "text", request))
+        return told(response_value(raw, "text", request), raw)

@@ -1,0 +1,74 @@
+"""Which usage in LiteLLM's answers the provider told, and which LiteLLM made up.
+
+Where a provider tells no usage, LiteLLM puts zeros (in a whole answer) or counts the tokens itself (of a stream), and
+does not say that it did. An invented usage may be below the provider's bill, so only what is shown to be the provider's
+own is believed; anything else becomes unknown, and the attempt is charged its bound as an estimate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Final
+
+from dspy.lm15 import Response, StreamEndEvent, Usage
+
+_COUNTED: Final = frozenset({"a2a", "petals", "predibase", "replicate", "sagemaker"})
+"""Providers that never tell a usage, for whose whole answers LiteLLM counts the tokens itself."""
+
+_ANSWER: Final = ("content", "reasoning_content", "tool_calls")
+"""Fields of a chunk's delta in which LiteLLM passes a part of the answer."""
+
+
+def told(response: Response, raw: Any) -> Response:
+    """The response, with unknown usage unless the provider told both counts.
+
+    LiteLLM replaces by zero what was not told. No prompt is empty, and an answer with anything in it took tokens.
+
+    Args:
+        response: the canonical response.
+        raw: LiteLLM's, which names the provider.
+    """
+    usage = response.usage
+    asked = usage.input_tokens or usage.cache_read_tokens or usage.cache_write_tokens
+    empty = all(part.type == "text" and not part.text for part in response.message.parts)
+    hidden = getattr(raw, "_hidden_params", None) or {}
+    if asked and (usage.output_tokens or empty) and hidden.get("custom_llm_provider") not in _COUNTED:
+        return response
+    return replace(response, usage=Usage())
+
+
+def told_end(end: StreamEndEvent, source: Any) -> StreamEndEvent:
+    """The end of a stream, with unknown usage unless the provider's chunks tell it.
+
+    Args:
+        end: the last event, with the usage that LiteLLM states.
+        source: LiteLLM's stream after its end. It keeps in `chunks` what the provider sent, so a usage that is found
+            there was told; without `chunks` none is believed.
+    """
+    if _told_in(getattr(source, "chunks", None) or (), end.usage):
+        return end
+    return replace(end, usage=Usage())
+
+
+def _told_in(chunks: Iterable[Any], usage: Usage) -> bool:
+    """Whether the chunks tell both counts, and the output's not before the answer was complete.
+
+    Anthropic tells the input first, with a placeholder for the output, and the output at the end. Others tell both in
+    the last chunk, in one after it, or a running count in each.
+    """
+    inputs: int | None = None
+    outputs: int | None = 0
+    for chunk in chunks:
+        told = getattr(chunk, "usage", None)
+        inputs = getattr(told, "prompt_tokens", None) or inputs
+        if count := getattr(told, "completion_tokens", None):
+            outputs = count
+        elif _answers(chunk):
+            outputs = None
+    return (inputs, outputs) == (usage.input_tokens, usage.output_tokens)
+
+
+def _answers(chunk: Any) -> bool:
+    deltas = [getattr(choice, "delta", None) for choice in getattr(chunk, "choices", None) or ()]
+    return any(getattr(delta, field, None) for delta in deltas for field in _ANSWER)
