@@ -48,6 +48,7 @@ class CallContext(NamedTuple):
     prompt_version: str | None = None
     trace_id: str | None = None
     records: list[CallRecord] | None = None  # collects what the calls inside did, for `call_report`
+    node: Any = None  # the open piece of a trace (`tap.Node`) that the calls inside belong to
 
 
 EMPTY = CallContext()

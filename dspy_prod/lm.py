@@ -47,6 +47,7 @@ from dspy_prod.settings import (
     split,
 )
 from dspy_prod.stores.base import Store
+from dspy_prod.tap import TAP
 from dspy_prod.warmup import WARMUP
 
 
@@ -173,6 +174,16 @@ class LM(Operations, dspy.LM):
     @with_callbacks  # type: ignore[untyped-decorator]
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer a prompt, messages or a typed `Request`, exactly as `dspy.LM` does."""
+        tap = TAP.active
+        if tap is None:
+            return self._answer(prompt, messages, kwargs)
+        with tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
+            outputs = self._answer(prompt, messages, kwargs)
+            if node is not None:
+                node.answered(outputs)
+            return outputs
+
+    def _answer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
         lm, kwargs, extras = per_call(self, kwargs)
         scope = scope_of(lm, prompt, messages, kwargs, extras)
         known = hit(lm, scope, prompt, messages, kwargs)
@@ -190,6 +201,16 @@ class LM(Operations, dspy.LM):
     @with_callbacks  # type: ignore[untyped-decorator]
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Asynchronous `__call__`."""
+        tap = TAP.active
+        if tap is None:
+            return await self._aanswer(prompt, messages, kwargs)
+        with tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
+            outputs = await self._aanswer(prompt, messages, kwargs)
+            if node is not None:
+                node.answered(outputs)
+            return outputs
+
+    async def _aanswer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
         lm, kwargs, extras = per_call(self, kwargs)
         scope = scope_of(lm, prompt, messages, kwargs, extras)
         known = hit(lm, scope, prompt, messages, kwargs)

@@ -18,8 +18,9 @@ from dspy_prod.error_text import error_text
 from dspy_prod.errors import ConfigError, RejectedError
 from dspy_prod.events import BUS
 from dspy_prod.fallback import REASONS, Answer, Fallback, Outputs
-from dspy_prod.report import CallReport, Reason, TokenUsage, Watch, call_report
+from dspy_prod.report import CallReport, Reason, TokenUsage, Watch, call_report, report_of
 from dspy_prod.scoring import is_raising, raising
+from dspy_prod.tap import TAP, Node
 
 _log = logging.getLogger("dspy_prod")
 
@@ -102,6 +103,13 @@ class Production(dspy.Module):
     # -- calling -----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program, else answer with the fallback; called through `prod(...)`."""
+        tap = TAP.active
+        if tap is None:
+            return self._run(args, kwargs)
+        with tap.program_call(self.name, _inputs(args, kwargs)) as node:
+            return _noted(node, self._run(args, kwargs))
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         watch = self._conditions.watch()
         try:
             with watch.program():
@@ -124,6 +132,13 @@ class Production(dspy.Module):
             raise TypeError(
                 f"{type(self.program).__name__} has no aforward: write one, or call `await dspy.asyncify(prod)(...)`"
             )
+        tap = TAP.active
+        if tap is None:
+            return await self._arun(args, kwargs)
+        with tap.program_call(self.name, _inputs(args, kwargs)) as node:
+            return _noted(node, await self._arun(args, kwargs))
+
+    async def _arun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         watch = self._conditions.watch()
         try:
             with watch.program():
@@ -216,6 +231,19 @@ class Production(dspy.Module):
 
     def __repr__(self) -> str:
         return f"Production({self.name!r}, {self.program!r})"
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"args": list(args), **kwargs} if args else kwargs
+
+
+def _noted(node: Node | None, result: Any) -> Any:
+    """The result, noted in its trace."""
+    if node is not None:
+        report = report_of(result)
+        told = {} if report is None else {"status": report.status, "reason": report.reason, "error": report.error}
+        node.answered(result, **told)
+    return result
 
 
 def reason_of(error: BaseException) -> Reason:

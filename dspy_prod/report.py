@@ -91,13 +91,19 @@ def call_report(prediction: Any) -> CallReport:
     Raises:
         ValueError: the prediction did not come from a `Production`, or was copied since.
     """
-    report = getattr(prediction, "__dict__", {}).get(_ATTRIBUTE)
-    if not isinstance(report, CallReport):
+    report = report_of(prediction)
+    if report is None:
         raise ValueError(
             "call_report takes the Prediction that a dspy_prod.Production returned, itself and not a copy; "
             f"this {type(prediction).__name__} has no report. Wrap the program: prod = dspy_prod.Production(program)"
         )
     return report
+
+
+def report_of(prediction: Any) -> CallReport | None:
+    """The report that a prediction carries, None without one."""
+    report = getattr(prediction, "__dict__", {}).get(_ATTRIBUTE)
+    return report if isinstance(report, CallReport) else None
 
 
 class Records(list[CallRecord]):

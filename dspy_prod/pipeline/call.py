@@ -19,6 +19,7 @@ from dspy.lm15 import Request, Response, Usage
 from dspy_prod.context import CallContext
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
 from dspy_prod.records import CallRecord
+from dspy_prod.tap import attempted
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.pipeline import Pipeline
@@ -148,7 +149,7 @@ class Call:
             pipeline.primary, IDS.make(), 0, outcome, 0, pipeline.clock.time(), usage=EMPTY_USAGE, cached=True
         )
         pipeline.store.append(record)
-        self.remember(record)
+        self.remember(record, pipeline.primary)
 
     def record(
         self,
@@ -169,7 +170,7 @@ class Call:
         """The ledger's row for one attempt of this call."""
         (
             user, tenant, session, priority, _deadline, tags, _cache, _ttl, _run, program, experiment, variant,
-            prompt_version, trace_id, _records,
+            prompt_version, trace_id, _records, _node,
         ) = self.context  # fmt: skip
         # As a tuple: the generated constructor of a 29-field NamedTuple costs a microsecond.
         return _new_record(CallRecord, (
@@ -181,9 +182,11 @@ class Call:
             prompt_version, tags, trace_id, accounts,
         ))  # fmt: skip
 
-    def remember(self, record: CallRecord) -> None:
-        """Keep the record with the call and with whoever collects, and tell the listeners."""
+    def remember(self, record: CallRecord, route: Route, response: Response | None = None) -> None:
+        """Keep the record with the call and with whoever collects, and tell the tap and the listeners."""
         self.records.append(record)
+        if self.context.node is not None:
+            attempted(self.context, record, route, self.request, response)
         collected = self.context.records
         if collected is not None:
             collected.append(record)

@@ -67,7 +67,7 @@ def succeeded(
         state.retry_budget.success()
     if usage.output_tokens is not None and (route.learning or request.config.max_tokens is None):
         state.learn(usage.output_tokens)
-    call.remember(record)
+    call.remember(record, route, response)
     if pipeline.bus.wants_content:
         call.emit_content(plan.request, response)
 
@@ -181,7 +181,7 @@ def _settle_failure(
             call.pipeline.clock.time() - latency, estimated=verdict.owed and cost is not None, latency=latency,
             error=error, accounts=_keys(ticket),
         )  # fmt: skip
-        call.remember(record)
+        call.remember(record, plan.route)
     if ticket is not None:
         tokens = None if verdict.owed else 0
         store.settle(ticket, Settlement(ticket.ask.id, cost, tokens, verdict.sent, verdict.owed, record))
@@ -215,7 +215,7 @@ def _ended_late(
                 store.append(record)
             else:
                 store.settle(ticket, Settlement(id, cost, _used(rates, response.usage), True, False, record))
-            call.remember(record)
+            call.remember(record, route, response)
             return
     if isinstance(failure, Exception):
         error = wrap_error(failure, model=route.model, provider=route.upstream.provider)

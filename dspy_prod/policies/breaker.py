@@ -75,6 +75,11 @@ class Breaker:
     def __repr__(self) -> str:
         return f"Breaker({self.name!r}, {self._state.name})"
 
+    @property
+    def state(self) -> str:
+        """Name of the state now, without taking the lock."""
+        return self._state.name
+
     # -- asking ---------------------------------------------------------------------------------------------------
 
     def check(self) -> None:

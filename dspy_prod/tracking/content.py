@@ -1,0 +1,128 @@
+"""What of prompts and answers may leave the process: all, redacted, or nothing.
+
+Runs on the courier's thread, never on a caller's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import orjson
+
+from dspy_prod.privacy import Redactor
+from dspy_prod.tracking.spans import INPUTS, OUTPUTS, dumped
+
+Mode = Literal["full", "redacted", "off"]
+
+LONGEST: Final = 64_000
+"""Characters of one text that are kept; a trace is for reading."""
+
+_DEPTH: Final = 12
+_DATA_URL: Final = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,[A-Za-z0-9+/=\s]{64,}")
+_CONTENT: Final = (INPUTS, OUTPUTS)
+_HEADLINES: Final = ("mlflow.traceInputs", "mlflow.traceOutputs")
+_STRUCTURAL: Final = ("mlflow.traceRequestId", "mlflow.spanType", "mlflow.llm.", "mlflow.chat.tokenUsage")
+
+
+class Content:
+    """How content is shown.
+
+    Args:
+        mode: `"full"`: as it is; `"redacted"`: without secrets and personal data; `"off"`: not at all.
+        redactor: what redacts.
+    """
+
+    def __init__(self, mode: Mode, redactor: Redactor) -> None:
+        self.mode = mode
+        self._redactor = redactor
+
+    def shown(self, value: Any) -> Any:
+        """A prompt, answer or input as JSON-like data fit to leave the process; None for nothing."""
+        if self.mode == "off" or value is None:
+            return None
+        return self._clean(plain(value))
+
+    def text(self, text: str | None) -> str | None:
+        """A line that may quote content, such as an error's."""
+        return text if text is None or self.mode == "full" else self._redactor.text(text)
+
+    def attributes(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """Attributes of one of our own spans: names, tags and the like."""
+        if self.mode == "full":
+            return dict(attributes)
+        return {
+            key: self._redactor.text(value) if isinstance(value, str) else value for key, value in attributes.items()
+        }
+
+    def foreign(self, span: dict[str, Any]) -> dict[str, Any]:
+        """A span that somebody else made, such as MLflow's autologging."""
+        if self.mode == "full":
+            return span
+        attributes: dict[str, Any] = {}
+        for key, coded in span.get("attributes", {}).items():
+            if key in _CONTENT and self.mode == "off":
+                continue
+            attributes[key] = coded if key.startswith(_STRUCTURAL) else self._recoded(coded)
+        status = dict(span.get("status") or {})
+        if status.get("message"):
+            status["message"] = self._redactor.text(str(status["message"])) if self.mode == "redacted" else ""
+        events = [] if self.mode == "off" else [self._clean(event) for event in span.get("events") or ()]
+        return {**span, "attributes": attributes, "status": status, "events": events}
+
+    def foreign_info(self, info: dict[str, Any]) -> dict[str, Any]:
+        """The headline of a trace that somebody else made."""
+        if self.mode == "full":
+            return info
+        kept = dict(info)
+        for name in ("request_preview", "response_preview"):
+            kept[name] = None if self.mode == "off" else self.text(info.get(name))
+        metadata = {key: self._recoded(value) for key, value in (info.get("trace_metadata") or {}).items()}
+        if self.mode == "off":
+            metadata = {key: value for key, value in metadata.items() if key not in _HEADLINES}
+        kept["trace_metadata"] = metadata
+        kept["tags"] = {key: self._recoded(value) for key, value in (info.get("tags") or {}).items()}
+        return kept
+
+    def _recoded(self, coded: Any) -> Any:
+        """JSON text with its strings redacted one by one, so that it stays JSON."""
+        if not isinstance(coded, str):
+            return self._clean(coded)
+        try:
+            value = orjson.loads(coded)
+        except ValueError:
+            return self._redactor.text(coded)
+        cleaned = self._clean(value)
+        return coded if cleaned == value else dumped(cleaned)
+
+    def _clean(self, value: Any) -> Any:
+        return value if self.mode == "full" else self._redactor.value(value)
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """Any value as JSON-like data: media by their kind alone, long texts cut, unknown objects as text."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, str):
+        text = _DATA_URL.sub("[media]", value) if "base64," in value else value
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}… [{len(text) - LONGEST} more characters]"
+    if isinstance(value, (bytes, bytearray)):
+        return f"[{len(value)} bytes]"
+    if depth >= _DEPTH:
+        return "…"
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(item, depth + 1) for item in value]
+    for name in ("toDict", "model_dump"):
+        dump = getattr(value, name, None)
+        if callable(dump):
+            try:
+                return plain(dump(), depth + 1)
+            except Exception:  # a user's own type: its text will do
+                break
+    parts = getattr(value, "parts", None)
+    if parts is not None:
+        return plain([getattr(part, "text", None) or f"[{getattr(part, 'type', 'part')}]" for part in parts], depth + 1)
+    return plain(str(value), depth)

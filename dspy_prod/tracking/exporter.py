@@ -1,0 +1,212 @@
+"""The exporter process: reads batches from its input, writes them to MLflow, and says what became of them.
+
+`python -m dspy_prod.tracking.exporter`, started by `process.Exporter`. The only place that imports MLflow to write
+traces. One JSON object a line: first the configuration, then batches, perhaps `{"hurry": true}`; it answers
+`{"batch": n, "lost": k}` for each, and `{"failing": why}` while MLflow cannot be reached. It ends with its input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from queue import Empty, Queue
+from typing import IO, Any, Final
+
+BACK_OFF: Final = (0.5, 30.0)
+"""Shortest and longest pause in seconds before MLflow is tried again."""
+TOGETHER: Final = 3
+"""Batches written in one go when they are there anyway."""
+
+
+class Sink:
+    """Writes to one experiment.
+
+    Args:
+        uri: MLflow's tracking URI. experiment: its name, made when there is none.
+    """
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self._uri = uri
+        self._name = experiment
+        self._experiment: str | None = None
+        self._client: Any = None
+
+    def open(self) -> str:
+        """Connect; the experiment's id."""
+        if self._experiment is None:
+            with _alone(self._uri):
+                from mlflow import MlflowClient
+                from mlflow.tracing.client import TracingClient
+
+                client = MlflowClient(self._uri)
+                found = client.get_experiment_by_name(self._name)
+                self._experiment = client.create_experiment(self._name) if found is None else found.experiment_id
+                self._client = TracingClient(self._uri)
+        return self._experiment
+
+    def write(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]]) -> None:
+        """Write spans, and the headlines of traces that MLflow recorded."""
+        from mlflow.entities import Span, TraceInfo
+
+        experiment = self.open()
+        if spans:
+            self._client.log_spans(experiment, [Span.from_dict(one) for one in spans])
+        for info in infos:
+            place = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": experiment}}
+            self._client.start_trace(TraceInfo.from_dict({**info, "trace_location": place}))
+
+
+class Loop:
+    """Takes batches from `lines` until they end."""
+
+    def __init__(self, sink: Sink, answers: IO[str]) -> None:
+        self._sink = sink
+        self._answers = answers
+        self._hurried = threading.Event()
+        self._lines: Queue[dict[str, Any] | None] = Queue(maxsize=64)
+
+    def read(self, source: IO[str]) -> None:
+        """Body of the reading thread."""
+        for line in source:
+            try:
+                message = json.loads(line)
+            except ValueError:
+                continue  # cut off: the program was killed while it wrote
+            if message.get("hurry"):
+                self._hurried.set()
+            else:
+                self._lines.put(message)
+        self._hurried.set()
+        self._lines.put(None)
+
+    def run(self) -> None:
+        """Write until the input ends."""
+        while (first := self._lines.get()) is not None:
+            batches = [first]
+            with contextlib.suppress(Empty):
+                while len(batches) < TOGETHER:
+                    more = self._lines.get_nowait()
+                    if more is None:
+                        self._lines.put(None)
+                        break
+                    batches.append(more)
+            self._deliver(batches)
+
+    def _deliver(self, batches: list[dict[str, Any]]) -> None:
+        pause = BACK_OFF[0]
+        while True:
+            try:
+                self._write(batches)
+            except Exception as error:
+                if _is_final(error):
+                    self._singly(batches)
+                    return
+                self._say(failing=_told(error))
+                if self._hurried.is_set():
+                    for batch in batches:
+                        self._say(batch=batch["batch"], lost=batch["traces"], failing=_told(error))
+                    return
+                self._hurried.wait(pause)
+                pause = min(pause * 2, BACK_OFF[1])
+            else:
+                for batch in batches:
+                    self._say(batch=batch["batch"])
+                return
+
+    def _write(self, batches: list[dict[str, Any]]) -> None:
+        self._sink.write(
+            [one for batch in batches for one in batch["spans"]], [one for batch in batches for one in batch["infos"]]
+        )
+
+    def _singly(self, batches: list[dict[str, Any]]) -> None:
+        """MLflow refuses something in these: find out which traces, and write the rest."""
+        for batch in batches:
+            by_trace: dict[str, list[dict[str, Any]]] = {}
+            for one in batch["spans"]:
+                by_trace.setdefault(one["trace_id"], []).append(one)
+            lost = 0
+            for spans in by_trace.values():
+                lost += not self._try(spans, [])
+            for info in batch["infos"]:
+                self._try([], [info])
+            self._say(batch=batch["batch"], lost=min(lost, batch["traces"]))
+
+    def _try(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]]) -> bool:
+        try:
+            self._sink.write(spans, infos)
+        except Exception as error:
+            self._say(failing=_told(error))
+            return False
+        return True
+
+    def _say(self, **words: Any) -> None:
+        self._answers.write(json.dumps(words) + "\n")
+        self._answers.flush()
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again is of no use: MLflow was reached and refuses the content."""
+    status = getattr(error, "get_http_status_code", None)
+    code = status() if callable(status) else None
+    return code is not None and 400 <= code < 500 and code not in (401, 403, 404, 408, 429)
+
+
+def _told(error: Exception) -> str:
+    """The beginning of an error's text, without a password that a URL in it may hold."""
+    from dspy_prod.redaction import bare_url
+
+    text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time makes the schema of a SQLite file; two at once would fail."""
+    path = uri.partition("sqlite:///")[2].partition("?")[0]
+    if not path or os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    with open(f"{path}.dspy_prod-lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _watch(parent: int) -> None:
+    """End when the program is gone, also when somebody else still holds the other end of the input."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    time.sleep(BACK_OFF[1])
+    os._exit(0)
+
+
+def main() -> None:
+    """Body of the process. Reads `{"uri": ..., "experiment": ...}`, then batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints must not look like an answer
+    logging.disable(logging.CRITICAL)
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+    first = sys.stdin.readline()
+    if not first:
+        return
+    config = json.loads(first)
+    loop = Loop(Sink(config["uri"], config["experiment"]), answers)
+    threading.Thread(target=loop.read, args=(sys.stdin,), daemon=True).start()
+    with contextlib.suppress(BrokenPipeError):
+        loop.run()
+
+
+if __name__ == "__main__":
+    main()

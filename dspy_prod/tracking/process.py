@@ -1,0 +1,127 @@
+"""The exporter process, seen from the process that makes the calls.
+
+Writing a trace costs MLflow milliseconds of CPU, and seconds when its server is slow. In a process of its own that
+delays nobody, has time-outs of its own, and can be ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Final
+
+import orjson
+
+import dspy_prod
+from dspy_prod.tracking.traces import Batch
+
+_log = logging.getLogger("dspy_prod")
+
+_STOP_PATIENCE: Final = 1.0
+
+
+class Exporter:
+    """A running exporter process.
+
+    Args:
+        config: its first line: where to write, see `exporter.main`.
+        heard: told what it says, see `Courier._heard`.
+        environment: variables on top of this process's own.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], heard: Callable[..., None], environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._heard = heard
+        self._lines: SimpleQueue[bytes | None] = SimpleQueue()
+        self.alive = True
+        self._forgotten = False
+        root = str(Path(dspy_prod.__file__).parent.parent)
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dspy_prod.tracking.exporter"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=None if os.environ.get("DSPY_PROD_TRACKING_DEBUG") else subprocess.DEVNULL,
+                env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for the program; what it did is still to be written
+            )
+        except OSError as error:
+            self._process = None
+            self.alive = False
+            heard(failing=f"the exporter process cannot be started: {error}", died=True)
+            return
+        self._lines.put(orjson.dumps(dict(config)) + b"\n")
+        for body, name in ((self._write, "writer"), (self._read, "reader")):
+            threading.Thread(target=body, name=f"dspy_prod-tracking-{name}", daemon=True).start()
+
+    def send(self, batch: Batch) -> None:
+        """Hand a batch over. Does not wait."""
+        message = {"batch": batch.number, "traces": batch.traces, "spans": batch.spans, "infos": batch.infos}
+        self._lines.put(orjson.dumps(message, default=str) + b"\n")
+
+    def hurry(self) -> None:
+        """Tell it that the program is ending: what cannot be delivered now is not tried for long."""
+        self._lines.put(b'{"hurry":true}\n')
+
+    def stop(self) -> None:
+        """End it now."""
+        self._lines.put(None)
+        process = self._process
+        if process is None or self._forgotten:
+            return
+        self.alive = False
+        try:
+            process.terminate()
+            process.wait(_STOP_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(_STOP_PATIENCE)
+        except OSError:
+            pass  # it is gone
+
+    def forget(self) -> None:
+        """In a forked child: let go of the parent's exporter."""
+        self._forgotten = True
+        self.alive = False
+        process = self._process
+        if process is not None:
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    try:
+                        os.close(pipe.fileno())
+                    except (OSError, ValueError):
+                        pass
+            process.returncode = 0  # not our child: nobody waits for it here
+
+    def _write(self) -> None:
+        pipe = self._process.stdin if self._process is not None else None
+        assert pipe is not None
+        try:
+            while (line := self._lines.get()) is not None:
+                pipe.write(line)
+                pipe.flush()
+            pipe.close()
+        except (OSError, ValueError):
+            pass  # it is gone; the reader notices
+
+    def _read(self) -> None:
+        pipe = self._process.stdout if self._process is not None else None
+        assert pipe is not None
+        try:
+            for line in pipe:
+                said = orjson.loads(line)
+                self._heard(said.get("batch"), said.get("lost", 0), said.get("failing"))
+        except (OSError, ValueError):
+            pass
+        if self.alive:
+            self.alive = False
+            self._heard(failing="the exporter process ended", died=True)
+        self._lines.put(None)

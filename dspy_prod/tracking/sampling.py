@@ -1,0 +1,44 @@
+"""Which traces are kept. The choice is made when a trace has ended, so that what is worth a look is always kept."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from typing import Final
+
+_REMEMBERED: Final = 500
+_ENOUGH: Final = 20
+_DEAREST: Final = 0.99
+
+
+class Sampler:
+    """Keeps a share of the traces by their id, and all that erred, fell back, or are among the most expensive.
+
+    Args:
+        share: 0 to 1, of the ordinary traces. The same id always falls the same way, in every process.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._below = round(share * 2**32)
+        self._costs: deque[int] = deque()
+        self._ordered: list[int] = []
+
+    def keeps(self, trace_id: str, remarkable: bool, cost_nano: int) -> bool:
+        """Whether to keep a trace.
+
+        Args:
+            trace_id: hex digits. remarkable: it erred or fell back. cost_nano: nano-USD.
+        """
+        dear = self._is_dear(cost_nano)
+        return remarkable or dear or int(trace_id[-8:], 16) < self._below
+
+    def _is_dear(self, cost_nano: int) -> bool:
+        """Whether a cost is above 99 % of the recent ones. Remembers it."""
+        ordered = self._ordered
+        place = int(len(ordered) * _DEAREST)
+        dear = len(ordered) >= _ENOUGH and cost_nano > ordered[min(place, len(ordered) - 1)]
+        if len(self._costs) >= _REMEMBERED:
+            del ordered[bisect_left(ordered, self._costs.popleft())]
+        self._costs.append(cost_nano)
+        insort(ordered, cost_nano)
+        return dear

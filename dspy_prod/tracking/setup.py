@@ -1,0 +1,254 @@
+"""Turning tracking on and off, and asking how it goes."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.privacy import Redactor
+from dspy_prod.privacy import install as install_redactor
+from dspy_prod.redaction import bare_url
+from dspy_prod.tap import TAP
+from dspy_prod.tracking.bridge import install as install_bridge
+from dspy_prod.tracking.bridge import mlflow_is_there
+from dspy_prod.tracking.content import Content
+from dspy_prod.tracking.courier import Courier
+from dspy_prod.tracking.nodes import Recorder
+from dspy_prod.tracking.process import Exporter
+from dspy_prod.tracking.sampling import Sampler
+from dspy_prod.tracking.traces import Traces
+
+DEFAULT_URI: Final = "sqlite:///mlflow.db"
+REQUEST_TIMEOUT: Final = 5
+"""Seconds the exporter process waits for MLflow's server, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise."""
+
+_SCHEMES: Final = ("sqlite://", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")
+_lock = threading.Lock()
+
+
+class TrackingStatus(BaseModel):
+    """How tracking goes.
+
+    Attributes:
+        uri: where traces go, without a password. experiment: name of the MLflow experiment.
+        exported: traces in MLflow. waiting: not there yet, those of running calls included.
+        sampled_out: left out by `sample`. lost: turned away because too many waited, refused by MLflow, or given up.
+        failing: why nothing can be delivered at the moment, None when it can.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    uri: str
+    experiment: str
+    exported: int
+    waiting: int
+    sampled_out: int
+    lost: int
+    failing: str | None
+
+
+class _Tracking:
+    """What is on."""
+
+    def __init__(self, uri: str, experiment: str, courier: Courier, exit_timeout: float) -> None:
+        self.uri = uri
+        self.experiment = experiment
+        self.courier = courier
+        self.exit_timeout = exit_timeout
+        self.undo: list[Callable[[], None]] = []
+
+
+_active: _Tracking | None = None
+
+
+def enable(
+    experiment_name: str | None = None,
+    tracking_uri: str | None = None,
+    sample: float = 1.0,
+    content: Literal["full", "redacted", "off"] = "redacted",
+    *,
+    redact: Mapping[str, Any] | Redactor | None = None,
+    autolog: bool = False,
+    queue_size: int = 20_000,
+    exit_timeout: float = 30.0,
+) -> Callable[[], None]:
+    """Write a trace with the cost of every attempt to MLflow, for every call of `dspy_prod.LM` and `Production`.
+
+    Nothing on a call's path waits for MLflow: calls post what they did to a queue, a thread renders and redacts it, and
+    a process of its own writes it. MLflow need not be imported here. With `mlflow.dspy.autolog()`, before or by
+    `autolog=True`, attempts and costs appear inside the traces that MLflow records. Calling it again replaces the
+    settings.
+
+    Args:
+        experiment_name: MLflow experiment, made when there is none; default: `$MLFLOW_EXPERIMENT_NAME`, else "Default".
+        tracking_uri: `"sqlite:///mlflow.db"`, `"http://host:5000"`, ...; default: `$MLFLOW_TRACKING_URI`, else
+            `sqlite:///mlflow.db` in the working directory.
+        sample: share of the traces that are kept, 0 to 1. Those with an error, a retry or a fallback, and those dearer
+            than 99 % of the recent ones, are always kept.
+        content: `"redacted"`: prompts and answers without secrets and personal data; `"full"`; `"off"`: none. Unless
+            it is `"full"`, users, tenants, sessions and tags that are personal data become pseudonyms everywhere, in
+            the ledger and logs too.
+        redact: further patterns `{"name": regex}`, or a `Redactor` in place of the built-in one.
+        autolog: also call `mlflow.dspy.autolog()`, which records the modules around each LM call.
+        queue_size: traces that may wait for MLflow; more are turned away and counted as lost.
+        exit_timeout: seconds the end of the program may wait for what is left; it gives up sooner when nothing moves.
+
+    Returns:
+        A function that turns tracking off again, as `disable`.
+
+    Raises:
+        ConfigError: an impossible argument; the message names it and the remedy. An MLflow that cannot be reached is
+            no error: see `status()`.
+    """
+    global _active
+    if not isinstance(sample, (int, float)) or isinstance(sample, bool) or not 0 <= sample <= 1:
+        raise ConfigError(f"tracking.enable(sample={sample!r}): a share from 0 to 1")
+    if content not in ("full", "redacted", "off"):
+        raise ConfigError(f"tracking.enable(content={content!r}): use 'full', 'redacted' or 'off'")
+    for name, number in (("queue_size", queue_size), ("exit_timeout", exit_timeout)):
+        if not isinstance(number, (int, float)) or isinstance(number, bool) or number <= 0:
+            raise ConfigError(f"tracking.enable({name}={number!r}): a positive number")
+    if redact is not None and content == "full":
+        raise ConfigError("tracking.enable(redact=...): has no effect with content='full'; use content='redacted'")
+    uri = _checked(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI)
+    experiment = experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
+    redactor = redact if isinstance(redact, Redactor) else Redactor(patterns=dict(redact or {}))
+    with _lock:
+        _disable()
+        if autolog:
+            import mlflow.dspy
+
+            mlflow.dspy.autolog()
+        traces = Traces(Content(content, redactor), Sampler(sample), bridged=False)
+        courier = Courier(traces, _starter(uri, experiment), int(queue_size))
+        tracking = _Tracking(uri, experiment, courier, float(exit_timeout))
+        if mlflow_is_there():
+            remove = install_bridge(courier)
+            if remove is not None:
+                traces.bridged = True
+                tracking.undo.append(remove)
+        if content != "full":
+            tracking.undo.append(install_redactor(redactor))
+        TAP.active = Recorder(courier)
+        _active = tracking
+    return lambda: _disable_this(tracking)
+
+
+def disable() -> None:
+    """Turn tracking off, once what has ended is delivered, within the exit timeout."""
+    with _lock:
+        _disable()
+
+
+def flush(timeout: float = 30.0) -> bool:
+    """Wait until every trace that has ended is in MLflow, or known to be lost.
+
+    Args:
+        timeout: seconds.
+
+    Returns:
+        False when that took longer, or tracking is off.
+    """
+    tracking = _active
+    if tracking is None:
+        return False
+    REAPER.flush(timeout)
+    return tracking.courier.flush(timeout)
+
+
+def status() -> TrackingStatus | None:
+    """How it goes, None when tracking is off. Never waits."""
+    tracking = _active
+    if tracking is None:
+        return None
+    counts = tracking.courier.counts()
+    return TrackingStatus(
+        uri=bare_url(tracking.uri),
+        experiment=tracking.experiment,
+        exported=counts.exported,
+        waiting=counts.waiting,
+        sampled_out=counts.sampled_out,
+        lost=counts.lost,
+        failing=tracking.courier.failing,
+    )
+
+
+def _disable() -> None:
+    global _active
+    tracking, _active = _active, None
+    if tracking is None:
+        return
+    TAP.active = None
+    REAPER.flush(2.0)
+    for undo in reversed(tracking.undo):
+        undo()
+    lost = tracking.courier.close(tracking.exit_timeout)
+    if lost:
+        import logging
+
+        logging.getLogger("dspy_prod").warning(
+            "%d traces did not reach MLflow at %s (%s). The ledger has their costs",
+            lost, bare_url(tracking.uri), tracking.courier.failing or "not in time",
+        )  # fmt: skip
+
+
+def _disable_this(tracking: _Tracking) -> None:
+    with _lock:
+        if _active is tracking:
+            _disable()
+
+
+def _checked(uri: str) -> str:
+    """The URI, absolute where it names a file.
+
+    Raises:
+        ConfigError: a folder, which MLflow no longer writes to, or an unknown scheme.
+    """
+    if not uri.startswith(_SCHEMES):
+        raise ConfigError(
+            f"tracking_uri={bare_url(uri)!r}: MLflow writes traces to a database or a server, no longer to a folder; "
+            "use 'sqlite:///mlflow.db', or 'http://host:5000'"
+        )
+    place = uri.partition("sqlite:///")[2]
+    if uri.startswith("sqlite:///") and place and not place.startswith(("/", ":memory:")):
+        return f"sqlite:///{Path.cwd() / place}"
+    return uri
+
+
+def _starter(uri: str, experiment: str) -> Callable[[Callable[..., None]], Exporter]:
+    """What starts an exporter process."""
+
+    def start(heard: Callable[..., None]) -> Exporter:
+        own = {
+            "MLFLOW_TRACKING_URI": uri,
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT)),
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the exporter tries again by itself
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "GIT_PYTHON_REFRESH": "quiet",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # MLflow may import it; offline, fetching prices can hang
+        }
+        return Exporter({"uri": uri, "experiment": experiment}, heard, own)
+
+    return start
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    if _active is not None:
+        _active.courier.after_fork()
+
+
+atexit.register(disable)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+__all__ = ["TrackingStatus", "disable", "enable", "flush", "status"]

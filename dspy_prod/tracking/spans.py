@@ -1,0 +1,171 @@
+"""Spans as MLflow stores them, made from what a call did. Pure: no MLflow, no clock, no I/O.
+
+A trace is a tree: a program's call (if it is a `Production`), the LM calls in it, and beneath each LM call one span per
+upstream attempt. Cost, model and tokens stand on attempts alone, so that sums over spans are right
+(`mlflow.llm.cost`, `mlflow.llm.model`, `mlflow.llm.provider`, `mlflow.chat.tokenUsage`).
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Mapping
+from typing import Any, Final
+
+import orjson
+
+from dspy_prod.context import CallContext
+from dspy_prod.records import CallRecord, usd
+
+REQUEST_ID: Final = "mlflow.traceRequestId"
+TYPE: Final = "mlflow.spanType"
+INPUTS: Final = "mlflow.spanInputs"
+OUTPUTS: Final = "mlflow.spanOutputs"
+COST: Final = "mlflow.llm.cost"
+MODEL: Final = "mlflow.llm.model"
+PROVIDER: Final = "mlflow.llm.provider"
+USAGE: Final = "mlflow.chat.tokenUsage"
+MESSAGES: Final = "mlflow.message.format"
+TAG: Final = "mlflow.traceTag."
+"""Prefix of root-span attributes that MLflow turns into tags of the trace."""
+
+Span = dict[str, Any]
+
+
+def span(
+    trace_id: str,
+    span_id: str,
+    parent_id: str | None,
+    name: str,
+    started_ns: int,
+    ended_ns: int,
+    attributes: Mapping[str, Any],
+    error: str | None = None,
+) -> Span:
+    """One span in the form `mlflow.entities.Span.from_dict` reads.
+
+    Args:
+        trace_id: 32 hex digits. span_id, parent_id: 16 hex digits each.
+        started_ns, ended_ns: nanoseconds since the epoch.
+        attributes: JSON-friendly values; None ones are left out.
+        error: what went wrong, None when nothing did.
+    """
+    coded = {key: dumped(value) for key, value in attributes.items() if value is not None}
+    coded[REQUEST_ID] = dumped(f"tr-{trace_id}")
+    return {
+        "trace_id": _base64(trace_id),
+        "span_id": _base64(span_id),
+        "parent_span_id": None if parent_id is None else _base64(parent_id),
+        "name": name,
+        "start_time_unix_nano": started_ns,
+        "end_time_unix_nano": max(started_ns, ended_ns),
+        "status": {"code": "STATUS_CODE_OK" if error is None else "STATUS_CODE_ERROR", "message": error or ""},
+        "attributes": coded,
+    }
+
+
+def dumped(value: Any) -> str:
+    """A value as MLflow keeps attributes: JSON text."""
+    return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def attempt_name(record: CallRecord) -> str:
+    """What to call an attempt in the tree."""
+    if record.cached:
+        return "stale answer" if record.outcome == "stale" else "cache"
+    route = "" if record.route == "primary" else f" ({record.route})"
+    return f"attempt {record.attempt}{route}"
+
+
+def attempt_error(record: CallRecord) -> str | None:
+    """Why an attempt gave no answer, None if it did."""
+    if record.outcome in ("ok", "cached", "stale"):
+        return None
+    status = "" if record.status is None else f" {record.status}"
+    return f"{record.outcome}: {record.error}{status}" if record.error else record.outcome
+
+
+def attempt_attributes(record: CallRecord, breaker: str | None, input_nano: int | None) -> dict[str, Any]:
+    """What is told of an attempt.
+
+    Args:
+        breaker: the circuit's state when it ended, None without a breaker.
+        input_nano: the part of the cost that the prompt caused, None when only the sum is known.
+    """
+    provider, slash, _ = record.model.partition("/")
+    attributes: dict[str, Any] = {
+        TYPE: "LLM",
+        MODEL: record.model,
+        PROVIDER: provider if slash else None,
+        COST: cost(record, input_nano),
+        USAGE: usage(record),
+        "dspy_prod.record_id": record.id,
+        "dspy_prod.call_id": record.call_id,
+        "dspy_prod.route": record.route,
+        "dspy_prod.attempt": record.attempt,
+        "dspy_prod.outcome": record.outcome,
+        "dspy_prod.cache_hit": record.cached,
+        "dspy_prod.unconfirmed": record.estimated,
+        "dspy_prod.cost_usd": record.cost_usd,
+        "dspy_prod.queue_wait_seconds": round(record.waited, 6),
+        "dspy_prod.latency_seconds": round(record.latency, 6),
+        "dspy_prod.breaker": breaker,
+        "dspy_prod.error": record.error,
+        "dspy_prod.status": record.status,
+    }
+    attributes.update(whose(record))
+    return attributes
+
+
+def whose(source: CallRecord | CallContext) -> dict[str, Any]:
+    """On whose behalf and for which variant, as attributes."""
+    found = {
+        "user": source.user,
+        "tenant": source.tenant,
+        "session": source.session,
+        "priority": source.priority,
+        "program": source.program,
+        "experiment": source.experiment,
+        "variant": source.variant,
+        "prompt_version": source.prompt_version,
+    }
+    attributes: dict[str, Any] = {f"dspy_prod.{name}": value for name, value in found.items() if value is not None}
+    attributes.update({f"dspy_prod.tag.{name}": value for name, value in source.tags})
+    return attributes
+
+
+def trace_attributes(context: CallContext, name: str) -> dict[str, Any]:
+    """Attributes of a root span that MLflow turns into the trace's user, session, name and tags."""
+    attributes: dict[str, Any] = {
+        f"{TAG}mlflow.traceName": name,
+        "user.id": context.user,
+        "session.id": context.session,
+    }
+    for key, value in whose(context).items():
+        if key not in ("dspy_prod.user", "dspy_prod.session", "dspy_prod.priority"):
+            attributes[TAG + key] = str(value)
+    return attributes
+
+
+def cost(record: CallRecord, input_nano: int | None) -> dict[str, float] | None:
+    """USD of one attempt, as MLflow's cost attribute; None when the cost is not known, which is never zero."""
+    if record.cost_nano is None:
+        return None
+    if input_nano is None or not 0 <= input_nano <= record.cost_nano:
+        return {"total_cost": record.cost_nano / 1e9}
+    parts = {"input_cost": usd(input_nano) or 0.0, "output_cost": usd(record.cost_nano - input_nano) or 0.0}
+    return {**parts, "total_cost": record.cost_nano / 1e9}
+
+
+def usage(record: CallRecord) -> dict[str, int] | None:
+    """Tokens of one attempt as the provider told them; None for a cached answer, or when it did not."""
+    inputs, outputs = record.input_tokens, record.output_tokens
+    if record.cached or inputs is None or outputs is None or record.cost_nano is None:
+        return None  # without a price of ours, MLflow would put one of its own to the tokens
+    tokens = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
+    if record.cached_tokens:
+        tokens["cache_read_input_tokens"] = record.cached_tokens
+    return tokens
+
+
+def _base64(hexadecimal: str) -> str:
+    return b64encode(bytes.fromhex(hexadecimal)).decode()

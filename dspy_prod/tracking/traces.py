@@ -1,0 +1,287 @@
+"""Traces in the making: spans by trace until the root has ended, then batches. Pure but for the clock passed in."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from dspy_prod.error_text import error_text
+from dspy_prod.tracking.content import Content
+from dspy_prod.tracking.sampling import Sampler
+from dspy_prod.tracking.spans import (
+    INPUTS,
+    MESSAGES,
+    OUTPUTS,
+    TYPE,
+    Span,
+    attempt_attributes,
+    attempt_error,
+    attempt_name,
+    dumped,
+    span,
+    trace_attributes,
+    whose,
+)
+
+if TYPE_CHECKING:
+    from dspy_prod.tracking.courier import Attempted
+    from dspy_prod.tracking.nodes import LeanNode
+
+BATCH: Final = 100
+"""Traces in one batch."""
+LINGER: Final = 0.2
+"""Seconds for which ended traces wait for company."""
+PATIENCE: Final = 900.0
+"""Seconds after which a trace is shipped although its root has not ended."""
+_REMEMBERED: Final = 5_000
+_COST: Final = "mlflow.trace.cost"
+_USAGE: Final = "mlflow.trace.tokenUsage"
+
+
+class Batch:
+    """What is written at once.
+
+    Attributes:
+        number: of the batch. traces: how many are in it for the first time.
+        spans: in the form MLflow reads. infos: headlines of traces that MLflow itself recorded.
+    """
+
+    __slots__ = ("infos", "number", "spans", "traces")
+
+    def __init__(self, number: int, traces: int, spans: list[Span], infos: list[dict[str, Any]]) -> None:
+        self.number = number
+        self.traces = traces
+        self.spans = spans
+        self.infos = infos
+
+
+class _Trace:
+    """One trace in the making."""
+
+    __slots__ = ("begun", "cost", "counted", "info", "remarkable", "spans", "tags", "unknown", "usage")
+
+    def __init__(self, now: float) -> None:
+        self.begun = now
+        self.counted = True
+        self.spans: list[Span] = []
+        self.cost = 0
+        self.unknown = False
+        self.usage = [0, 0]
+        self.remarkable = False
+        self.info: dict[str, Any] | None = None
+        self.tags: dict[str, str] = {}
+
+
+class Traces:
+    """See the module's docstring.
+
+    Args:
+        content: how prompts and answers are shown.
+        sampler: which traces are kept.
+        bridged: whether MLflow hands its own traces over, so that attempts in them wait for it.
+
+    Attributes:
+        sampled_out: traces that were left out so far.
+    """
+
+    def __init__(self, content: Content, sampler: Sampler, bridged: bool = False) -> None:
+        self.content = content
+        self.bridged = bridged
+        self.sampled_out = 0
+        self._sampler = sampler
+        self._numbers = itertools.count(1)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._open: OrderedDict[str, _Trace] = OrderedDict()
+        self._shipped: OrderedDict[str, _Trace | None] = OrderedDict()  # None: left out
+        self._ended: list[_Trace] = []
+        self._since = 0.0
+
+    @property
+    def pending(self) -> bool:
+        """Whether something will have to be shipped without anything new coming."""
+        return bool(self._ended or self._open)
+
+    def add(self, item: Any) -> None:
+        """Take in what was posted."""
+        from dspy_prod.tracking.courier import Attempted, Ended, Foreign
+
+        if isinstance(item, Attempted):
+            self._attempted(item)
+        elif isinstance(item, Ended):
+            self._ended_node(item.node)
+        elif isinstance(item, Foreign):
+            self._foreign(item.trace)
+
+    def ready(self, now: float, at_once: bool = False, unfinished: bool = False) -> list[Batch]:
+        """The batches to be written now.
+
+        Args:
+            at_once: do not wait for company. unfinished: also what has not ended.
+        """
+        while self._open:
+            trace_id, trace = next(iter(self._open.items()))
+            if not unfinished and now - trace.begun < PATIENCE:
+                break
+            self._close(trace_id, trace)
+        if not self._ended or not (at_once or len(self._ended) >= BATCH or now - self._since >= LINGER):
+            return []
+        ended, self._ended = self._ended, []
+        batches = []
+        for start in range(0, len(ended), BATCH):
+            some = ended[start : start + BATCH]
+            spans = [one for trace in some for one in trace.spans]
+            infos = [trace.info for trace in some if trace.info is not None]
+            batches.append(Batch(next(self._numbers), sum(trace.counted for trace in some), spans, infos))
+            for trace in some:
+                trace.spans = []
+        return batches
+
+    # -- what happens ------------------------------------------------------------------------------------------------
+    def _attempted(self, item: Attempted) -> None:
+        node, record = item.node, item.record
+        started = int(record.started_at * 1e9)
+        attributes = attempt_attributes(record, item.breaker, _input_nano(item))
+        made = span(
+            node.trace_id, record_span_id(record.id), node.span_id, attempt_name(record), started,
+            started + int(record.latency * 1e9), self.content.attributes(attributes), attempt_error(record),
+        )  # fmt: skip
+        trace = self._trace(node.trace_id)
+        if trace is None:
+            return
+        trace.spans.append(made)
+        trace.cost += record.cost_nano or 0
+        trace.unknown |= record.cost_nano is None
+        trace.usage[0] += record.input_tokens or 0
+        trace.usage[1] += record.output_tokens or 0
+        trace.remarkable |= record.outcome not in ("ok", "cached") or record.route != "primary"
+        if node.live:
+            trace.tags.update({key: str(value) for key, value in whose(record).items()})
+            if record.user is not None:
+                trace.tags["mlflow.trace.user"] = record.user
+            if record.session is not None:
+                trace.tags["mlflow.trace.session"] = record.session
+        if node.trace_id in self._shipped:  # it had ended before
+            if trace.info is not None:
+                self._total(trace)
+            self._queue(trace)
+
+    def _ended_node(self, node: LeanNode) -> None:
+        if node.live:
+            if not self.bridged:  # MLflow ships the trace by itself; the attempts follow
+                trace = self._open.get(node.trace_id)
+                if trace is not None:
+                    trace.counted = False
+                    self._close(node.trace_id, trace)
+            return
+        trace = self._trace(node.trace_id)
+        if trace is None:
+            return
+        error = None if node.error is None else self.content.text(error_text(node.error))
+        attributes: dict[str, Any] = (
+            {TYPE: node.kind, MESSAGES: "dspy"} if node.kind == "CHAT_MODEL" else {TYPE: node.kind}
+        )
+        attributes.update({f"dspy_prod.{name}": value for name, value in node.attributes.items()})
+        if node.parent_id is None:
+            attributes.update(trace_attributes(node.context, node.name))
+        attributes = self.content.attributes(attributes)
+        inputs = node.inputs
+        if isinstance(inputs, dict):
+            inputs = {name: value for name, value in inputs.items() if value is not None}
+        attributes[INPUTS] = self.content.shown(inputs)
+        attributes[OUTPUTS] = self.content.shown(node.outputs)
+        trace.spans.append(
+            span(
+                node.trace_id,
+                node.span_id,
+                node.parent_id,
+                node.name,
+                node.started_ns,
+                node.ended_ns,
+                attributes,
+                error,
+            )  # fmt: skip
+        )
+        trace.remarkable |= error is not None or node.attributes.get("status") == "fallback"
+        if node.parent_id is None:
+            self._close(node.trace_id, trace)
+
+    def _foreign(self, handed: Any) -> None:
+        info = handed.info.to_dict()
+        trace_id = str(handed.info.trace_id).removeprefix("tr-")
+        trace = self._trace(trace_id)
+        if trace is None:
+            return
+        trace.spans += [self.content.foreign(one.to_dict()) for one in handed.data.spans]
+        trace.info = self.content.foreign_info(info)
+        trace.remarkable |= str(info.get("state", "")).endswith("ERROR")
+        self._total(trace)
+        self._close(trace_id, trace)
+
+    # -- closing -----------------------------------------------------------------------------------------------------
+    def _trace(self, trace_id: str) -> _Trace | None:
+        """The trace, in the making or shipped before; None when it was left out."""
+        trace = self._open.get(trace_id)
+        if trace is None:
+            if trace_id in self._shipped:
+                return self._shipped[trace_id]
+            trace = self._open[trace_id] = _Trace(time.monotonic())
+        return trace
+
+    def _close(self, trace_id: str, trace: _Trace) -> None:
+        self._open.pop(trace_id, None)
+        kept = self._sampler.keeps(trace_id, trace.remarkable, trace.cost)
+        self._shipped[trace_id] = trace if kept else None
+        if len(self._shipped) > _REMEMBERED:
+            self._shipped.popitem(last=False)
+        if kept:
+            self._queue(trace)
+        elif trace.counted:
+            self.sampled_out += 1
+
+    def _queue(self, trace: _Trace) -> None:
+        if not self._ended:
+            self._since = time.monotonic()
+        if trace not in self._ended:
+            self._ended.append(trace)
+
+    def _total(self, trace: _Trace) -> None:
+        """Write the sums of the attempts into a headline of MLflow's."""
+        info = trace.info
+        assert info is not None
+        metadata = info.setdefault("trace_metadata", {})
+        if not (trace.unknown and not trace.cost):
+            metadata[_COST] = dumped({"total_cost": trace.cost / 1e9})
+        if any(trace.usage) and _USAGE not in metadata:
+            inputs, outputs = trace.usage
+            tokens = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
+            metadata[_USAGE] = dumped(tokens)
+        for key, value in trace.tags.items():
+            (metadata if key.startswith("mlflow.") else info.setdefault("tags", {}))[key] = value
+
+
+def record_span_id(record_id: str) -> str:
+    """The span of a ledger record: the same for the same record, so that it is written once."""
+    from hashlib import blake2b
+
+    return blake2b(record_id.encode(), digest_size=8).hexdigest()
+
+
+def _input_nano(item: Attempted) -> int | None:
+    """What the prompt cost, None when only the sum is known."""
+    record, response = item.record, item.response
+    rates = item.route.rates()
+    if record.cost_nano is None or record.estimated or rates is None or response is None or record.cached:
+        return None
+    try:
+        usage = replace(
+            response.usage, output_tokens=0, reasoning_tokens=0 if response.usage.reasoning_tokens else None
+        )
+        return rates.cost(usage)
+    except (TypeError, ValueError, AttributeError):
+        return None
