@@ -195,18 +195,10 @@ class Traces:
             inputs = {name: value for name, value in inputs.items() if value is not None}
         attributes[INPUTS] = self.content.shown(inputs)
         attributes[OUTPUTS] = self.content.shown(node.outputs)
-        trace.spans.append(
-            span(
-                node.trace_id,
-                node.span_id,
-                node.parent_id,
-                node.name,
-                node.started_ns,
-                node.ended_ns,
-                attributes,
-                error,
-            )  # fmt: skip
-        )
+        made = span(
+            node.trace_id, node.span_id, node.parent_id, node.name, node.started_ns, node.ended_ns, attributes, error
+        )  # fmt: skip
+        trace.spans.append(made)
         trace.remarkable |= error is not None or node.attributes.get("status") == "fallback"
         if node.parent_id is None:
             self._close(node.trace_id, trace)
