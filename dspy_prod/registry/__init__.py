@@ -18,13 +18,26 @@ if TYPE_CHECKING:
         SignatureMismatchError,
         UnknownVersionError,
     )
+    from dspy_prod.registry.gates import Check, Gate, GateReport
+    from dspy_prod.registry.journal import AuditEntry
+    from dspy_prod.registry.listing import programs, versions
     from dspy_prod.registry.loading import load
     from dspy_prod.registry.manifest import ProgramVersion
+    from dspy_prod.registry.promotion import history, promote, rollback
     from dspy_prod.registry.publishing import publish
 
 _HOME = {
     "publish": "publishing",
     "load": "loading",
+    "promote": "promotion",
+    "rollback": "promotion",
+    "history": "promotion",
+    "programs": "listing",
+    "versions": "listing",
+    "AuditEntry": "journal",
+    "Check": "gates",
+    "Gate": "gates",
+    "GateReport": "gates",
     "ProgramVersion": "manifest",
     "PromotionConflictError": "errors",
     "PromotionRefusedError": "errors",
@@ -35,6 +48,10 @@ _HOME = {
 }
 
 __all__ = [
+    "AuditEntry",
+    "Check",
+    "Gate",
+    "GateReport",
     "ProgramVersion",
     "PromotionConflictError",
     "PromotionRefusedError",
@@ -42,8 +59,13 @@ __all__ = [
     "RegistryUnavailableError",
     "SignatureMismatchError",
     "UnknownVersionError",
+    "history",
     "load",
+    "programs",
+    "promote",
     "publish",
+    "rollback",
+    "versions",
 ]
 
 
