@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dspy_prod.registry.difference import PredictorDiff, VersionDiff, diff
     from dspy_prod.registry.errors import (
         PromotionConflictError,
         PromotionRefusedError,
@@ -32,6 +33,9 @@ _HOME = {
     "promote": "promotion",
     "rollback": "promotion",
     "history": "promotion",
+    "diff": "difference",
+    "PredictorDiff": "difference",
+    "VersionDiff": "difference",
     "programs": "listing",
     "versions": "listing",
     "AuditEntry": "journal",
@@ -52,6 +56,7 @@ __all__ = [
     "Check",
     "Gate",
     "GateReport",
+    "PredictorDiff",
     "ProgramVersion",
     "PromotionConflictError",
     "PromotionRefusedError",
@@ -59,6 +64,8 @@ __all__ = [
     "RegistryUnavailableError",
     "SignatureMismatchError",
     "UnknownVersionError",
+    "VersionDiff",
+    "diff",
     "history",
     "load",
     "programs",
