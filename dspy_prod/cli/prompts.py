@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from rich import box
@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dspy_prod import registry
-from dspy_prod.registry import AuditEntry, ProgramVersion, RegistryError
+
+if TYPE_CHECKING:
+    from dspy_prod.registry import AuditEntry, ProgramVersion
 
 
 def add_parsers(commands: Any) -> None:
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run one of them; returns the exit code."""
     try:
         return int({"prompts": prompts, "promote": promote, "rollback": rollback}[arguments.command](arguments))
-    except RegistryError as error:
+    except registry.RegistryError as error:
         print(f"dspy-prod {arguments.command}: {error}", file=sys.stderr)
         return 2
 

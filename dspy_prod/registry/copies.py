@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from dspy_prod.registry.manifest import Manifest, sha256
 
 DIRECTORY: Final = Path(".dspy_prod") / "registry"
 MOST_IN_MEMORY: Final = 64
+SAVED_EVERY: Final = 600.0
+"""Seconds after which a copy that was confirmed again and again is written again, so that its age is known."""
 
 _log = logging.getLogger("dspy_prod")
 
@@ -126,6 +129,14 @@ def save(key: tuple[str, str], copy: Copy, directory: Path | None) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def is_old(key: tuple[str, str], directory: Path | None) -> bool:
+    """Whether the file is missing, or was confirmed too long ago to tell the copy's age well."""
+    try:
+        return time.time() - file_of(key, directory).stat().st_mtime > SAVED_EVERY
+    except OSError:
+        return True
 
 
 def saved(key: tuple[str, str], directory: Path | None) -> Copy | None:

@@ -93,7 +93,7 @@ def obtain(server: Server, reference: Reference, max_age: float, directory: Path
     try:
         if copy is not None and 0 <= now - _failed_at.get(server.uri, 0.0) < min(AGAIN_AFTER, max_age):
             raise RegistryUnavailableError(f"MLflow at {server.place} did not answer a moment ago")
-        release = fetch(server, reference)
+        return renewed(server, reference, directory)
     except RegistryUnavailableError as error:
         _failed_at[server.uri] = now
         copy = copy or copies.saved(key, directory)
@@ -106,16 +106,27 @@ def obtain(server: Server, reference: Reference, max_age: float, directory: Path
         _log.warning("%s is served from a copy %.0f s old: %s", reference, age, error)
         BUS.emit("registry_stale", now, reference=str(reference), version=str(copy.release), age=age, error=str(error))
         return copy.release
+
+
+def renewed(server: Server, reference: Reference, directory: Path | None = None) -> Release:
+    """The version a reference means, from MLflow; a copy is kept in memory and on disk.
+
+    Raises:
+        UnknownVersionError, RegistryUnavailableError, RegistryError: as `fetch`.
+    """
+    key = (server.uri, str(reference))
+    copy = MEMORY.get(key)
+    release = fetch(server, reference, None if copy is None else copy.release)
     _failed_at.pop(server.uri, None)
-    fresh = Copy(release, now)
-    if copy is None or copy.release != release or now - copy.confirmed_at > AGAIN_AFTER:
+    fresh = Copy(release, time.time())
+    if copy is None or copy.release is not release or copies.is_old(key, directory):
         copies.save(key, fresh, directory)
     MEMORY.put(key, fresh)
     return release
 
 
-def fetch(server: Server, reference: Reference) -> Release:
-    """The version a reference means, from MLflow.
+def fetch(server: Server, reference: Reference, known: Release | None = None) -> Release:
+    """The version a reference means, from MLflow; `known` itself, if it is still that one.
 
     Raises:
         UnknownVersionError, RegistryUnavailableError: as `load`.
@@ -129,6 +140,8 @@ def fetch(server: Server, reference: Reference) -> Release:
     if prompt is None or not is_program(prompt):
         raise RegistryError(f"{reference} is an MLflow prompt, but no program that dspy_prod published")
     manifest = Manifest.of(prompt.tags[MANIFEST])
+    if known is not None and (known.version, known.manifest) == (int(prompt.version), manifest):
+        return known
     states = {}
     for entry in manifest.predictors:
         holder, where = prompt, f"{name}/{prompt.version}"
