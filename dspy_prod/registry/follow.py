@@ -94,6 +94,7 @@ class Follower:
                 self._thread = threading.Thread(
                     target=_run, args=(weakref.ref(self), self._stop), name="dspy_prod-follow", daemon=True
                 )
+                weakref.finalize(self, self._stop.set)  # when it is forgotten, and when the interpreter ends
                 self._thread.start()
 
     @contextmanager

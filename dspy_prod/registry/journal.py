@@ -25,7 +25,6 @@ from dspy_prod.registry.server import Server
 
 ENTRY: Final = "dspy_prod_entry"
 PROJECTED: Final = "dspy_prod_projected"
-TRIES: Final = 8
 
 Action = Literal["promote", "rollback", "moved", "refused"]
 Outcome = Literal["applied", "unchanged", "conflict", "refused"]
@@ -214,14 +213,7 @@ class Journal:
         shown = f"{request.action} {request.alias} of {self._name}: {request.version}"
         sentence = escaped(f"{shown}, by {request.by}{f': {request.reason}' if request.reason else ''}")
         tags = {KIND: JOURNAL, ENTRY: text}
-        for attempt in range(TRIES):
-            try:
-                self._server.write(lambda client: client.create_prompt_version(self._prompt, sentence, None, tags))
-                break
-            except RegistryUnavailableError as error:  # MLflow gives up after a few collisions; the id tells twins
-                collided = any(word in str(error) for word in ("creation error", "locked", "UNIQUE"))
-                if not collided or attempt == TRIES - 1:
-                    raise
+        self._server.write(lambda client: client.create_prompt_version(self._prompt, sentence, None, tags))
         replay = self.read()
         entry = replay.entry(request.id)
         if entry is None:

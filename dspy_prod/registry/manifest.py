@@ -27,6 +27,9 @@ PROGRAM, PREDICTOR, JOURNAL = "program", "predictor", "promotions"
 MANIFEST: Final = "dspy_prod_manifest"
 METRICS: Final = "dspy_prod_metrics"
 DIGEST: Final = "dspy_prod_digest"
+EXPERIMENTS: Final = "_mlflow_experiment_ids"
+"""MLflow's own tag, `,1,2,`: the experiments whose pages list a prompt."""
+
 STATE: Final = "dspy_prod_state_"
 CHUNK: Final = 60_000
 MOST_CHUNKS: Final = 100
@@ -181,8 +184,14 @@ def version_of(prompt: Any, aliases: tuple[str, ...] | None = None) -> ProgramVe
     )
 
 
-def ensure_prompt(server: Server, prompt: str, kind: str) -> None:
+def ensure_prompt(server: Server, prompt: str, kind: str, experiment: str | None = None) -> None:
     """Make an MLflow prompt of a kind unless it exists.
+
+    Args:
+        server: where.
+        prompt: its name.
+        kind: what it is for us.
+        experiment: id of the experiment on whose page MLflow lists it too.
 
     Raises:
         ConfigError: the name is taken by something else.
@@ -190,7 +199,8 @@ def ensure_prompt(server: Server, prompt: str, kind: str) -> None:
     found = server.read(lambda client: client.get_prompt(prompt))
     if found is None:
         try:
-            server.write(lambda client: client.create_prompt(prompt, None, {KIND: kind}))
+            listed = {EXPERIMENTS: f",{experiment},"} if experiment else {}
+            server.write(lambda client: client.create_prompt(prompt, None, {KIND: kind, **listed}))
             return
         except AlreadyExistsError:  # somebody was faster, or it is a registered model
             found = server.read(lambda client: client.get_prompt(prompt))

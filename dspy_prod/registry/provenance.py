@@ -31,6 +31,18 @@ def dataset_name(dataset: str | Sequence[Any] | None) -> str | None:
     return f"sha256:{sha256(to_text(rows))[:16]} ({len(rows)} examples)"
 
 
+def active_experiment() -> str | None:
+    """The MLflow experiment that was chosen in this process; None when none was."""
+    if "mlflow" not in sys.modules:
+        return None
+    import mlflow
+    from mlflow.tracking import fluent
+
+    run = mlflow.active_run()
+    chosen = getattr(fluent, "_active_experiment_id", None) if run is None else run.info.experiment_id
+    return None if chosen is None else str(chosen)
+
+
 def _row(example: Any) -> dict[str, Any]:
     return {key: serialize_for_json(value) for key, value in example.items()}
 

@@ -101,7 +101,8 @@ def publish(
     measured = _finite(metrics or {})
     parts = _parts(program)
     server = server_at(tracking_uri)
-    ensure_prompt(server, name, PROGRAM)
+    experiment = provenance.active_experiment() if tracking_uri is None else None
+    ensure_prompt(server, name, PROGRAM, experiment)
     digest = sha256(to_text([part.digest for part in parts]))
     newest: int | None = None
     for prompt in server.versions(name):
@@ -111,7 +112,7 @@ def publish(
     inline = len(parts) == 1 and len(parts[0].state) <= CHUNK
     manifest = Manifest(
         digest=digest,
-        predictors=tuple(_entry(server, name, part, inline) for part in parts),
+        predictors=tuple(_entry(server, name, part, inline, experiment) for part in parts),
         model=_common([part.settings.model for part in parts]),
         adapter=type(current_adapter()).__name__,
         settings={part.name: part.settings.config for part in parts},
@@ -168,12 +169,12 @@ def _part(name: str, predictor: Any) -> _Part:
     )
 
 
-def _entry(server: Server, program: str, part: _Part, inline: bool) -> PredictorEntry:
+def _entry(server: Server, program: str, part: _Part, inline: bool, experiment: str | None) -> PredictorEntry:
     """The predictor's prompt version: a new one, or the newest one if nothing changed."""
     if inline:
         return PredictorEntry(part.name, None, None, part.sha256, part.fields)
     prompt = predictor_prompt(program, part.name)
-    ensure_prompt(server, prompt, PREDICTOR)
+    ensure_prompt(server, prompt, PREDICTOR, experiment)
     newest = next(server.versions(prompt), None)
     if newest is None or newest.tags.get(DIGEST) != part.digest:
         tags = {

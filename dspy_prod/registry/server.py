@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
+import random
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -33,7 +35,13 @@ CONNECT_TIMEOUT: Final = 2.0
 MOST_WAITING: Final = 8
 """Questions under way at once, those that nobody waits for any more included."""
 
+TRIES: Final = 8
+COLLISION_PAUSE: Final = 0.02
+"""Seconds of the longest first pause after a collision; it doubles."""
+
 PAGE: Final = 200
+
+_COLLISIONS: Final = ("Model Version creation error", "Prompt creation error", "IntegrityError", "database is locked")
 
 _log = logging.getLogger("dspy_prod")
 T = TypeVar("T")
@@ -41,6 +49,10 @@ T = TypeVar("T")
 
 class AlreadyExistsError(RegistryError):
     """The prompt was made by somebody else meanwhile."""
+
+
+class _CollisionError(RegistryUnavailableError):
+    """Two wrote at once and the database let one of them win."""
 
 
 class Server:
@@ -69,8 +81,15 @@ class Server:
         return self._ask(question, READ_TIMEOUT if self._remote else WRITE_TIMEOUT)
 
     def write(self, question: Callable[[Any], T]) -> T:
-        """As `read`, with more time."""
-        return self._ask(question, WRITE_TIMEOUT)
+        """As `read`, with more time; asked again when MLflow collided with another writer and wrote nothing."""
+        for attempt in range(TRIES):
+            try:
+                return self._ask(question, WRITE_TIMEOUT)
+            except _CollisionError:
+                if attempt == TRIES - 1:
+                    raise
+                time.sleep(random.uniform(0, COLLISION_PAUSE * 2**attempt))
+        raise AssertionError("unreachable")
 
     def versions(self, prompt: str) -> Iterator[Any]:
         """The versions of a prompt, newest first; none when there is no such prompt."""
@@ -104,6 +123,8 @@ class Server:
 
     def _meaning(self, error: Any) -> RegistryError:
         code, text = error.error_code, str(error.message if hasattr(error, "message") else error)
+        if any(word in text for word in _COLLISIONS):
+            return _CollisionError(f"MLflow at {self.place} is written to by too many at once: {text}")
         if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND") or (
             code == "INVALID_PARAMETER_VALUE" and "alias" in text and "not found" in text
         ):

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +127,9 @@ def test_a_version_says_where_it_comes_from(store: str, tmp_path: Path) -> None:
     assert (version.model, version.adapter, version.message) == ("openai/gpt-4o-mini", "ChatAdapter", "why")
     assert (version.run_id, version.parent) == (run.info.run_id, None)
     assert version.author is not None
+    linked = MlflowClient().get_run(run.info.run_id).data.tags["mlflow.linkedPrompts"]
+    assert json.loads(linked) == [{"name": "it", "version": "1"}]
+    assert [prompt.name for prompt in MlflowClient().search_prompts("experiment_id = '0'")] == ["it"]
     config = MlflowClient().get_prompt_version("it", 1).model_config
     assert config == {
         "provider": "openai", "model_name": "gpt-4o-mini", "temperature": 0.3, "max_tokens": 50,
@@ -343,3 +351,55 @@ def test_a_metric_is_a_finite_number(store: str) -> None:
     """NaN is no measurement."""
     with pytest.raises(ConfigError, match="finite"):
         registry.publish(qa(), "it", metrics={"accuracy": float("nan")})
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_the_code_is_recorded(store: str, tmp_path: Path) -> None:
+    """With a mark when files had changed since; outside a repository there is none."""
+    assert registry.publish(qa(), "it").commit is None
+
+    def git(*arguments: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.com")
+        done = subprocess.run(("git", *identity, *arguments), cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    (tmp_path / "code.py").write_text("1")
+    git("init")
+    git("add", "code.py")
+    git("commit", "-m", "first")
+    assert registry.publish(qa(), "it", force=True).commit == git("rev-parse", "HEAD")
+    (tmp_path / "code.py").write_text("2")
+    assert registry.publish(qa(), "it", force=True).commit == f"{git('rev-parse', 'HEAD')}-dirty"
+
+
+def test_importing_the_registry_imports_no_mlflow() -> None:
+    """MLflow takes seconds to import; it is needed only when a store is asked."""
+    code = (
+        "import sys, dspy_prod; from dspy_prod.registry import publish, load, promote, Gate, diff, versions;"
+        "import dspy_prod.registry.follow; print([name for name in ('mlflow', 'litellm') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_wrapped_program_is_published_as_itself(store: str) -> None:
+    """A `Production` is transparent: what is published from it loads into the bare program, and the other way round."""
+    program = dspy_prod.Production(nested(), name="any")
+    version = registry.publish(program, "it")
+    assert registry.publish(nested(), "it").version == version.version
+    assert sent(registry.load("it/1", Nested())) == sent(registry.load("it/1", dspy_prod.Production(Nested())))
+
+
+def test_decision_settings_and_field_descriptions_come_back(store: str) -> None:
+    """All that an optimizer may change about a predictor is restored."""
+    program = dspy.Predict("question -> sure: bool")
+    program.signature = program.signature.with_updated_fields("sure", desc="{{certain}}?", prefix="Sure:")
+    program.fields = {"sure": {"threshold": 0.7}}
+    registry.publish(program, "it")
+    loaded = registry.load("it/1", dspy.Predict("question -> sure: bool"))
+    assert loaded.fields == {"sure": {"threshold": 0.7}}
+    assert loaded.signature.fields["sure"].json_schema_extra["desc"] == "{{certain}}?"
+    assert loaded.dump_state() == program.dump_state()
