@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 from dspy_prod.registry.errors import UnknownVersionError
@@ -24,7 +25,7 @@ def programs(*, tracking_uri: str | None = None) -> list[str]:
     names: list[str] = []
     token: str | None = None
     while True:
-        page: Any = server.read(lambda client, at=token: client.search_prompts(_FILTER, PAGE, None, at))  # type: ignore[misc]
+        page = server.read(partial(_page, token))
         names += [prompt.name for prompt in page]
         token = page.token
         if not token:
@@ -48,3 +49,7 @@ def versions(name: str, *, tracking_uri: str | None = None) -> list[ProgramVersi
         if version is not None:
             pointing.setdefault(version, []).append(alias)
     return [version_of(prompt, tuple(pointing.get(int(prompt.version), ()))) for prompt in found]
+
+
+def _page(token: str | None, client: Any) -> Any:
+    return client.search_prompts(_FILTER, PAGE, None, token)

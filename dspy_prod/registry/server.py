@@ -107,6 +107,7 @@ class Server:
     def _ask(self, question: Callable[[Any], T], seconds: float) -> T:
         if self._remote:
             self._knock()
+            _client(self.uri, os.getpid())  # imports much at first, which is not the server's time
         return _bounded(lambda: self._translated(question), seconds, self.place)
 
     def _translated(self, question: Callable[[Any], T]) -> T:
