@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dspy_prod import registry
     from dspy_prod.context import call_context
     from dspy_prod.errors import (
         BudgetExceededError,
@@ -59,6 +60,8 @@ _HOME = {
     "StoreUnavailableError": "errors",
 }
 
+_SUBMODULES = frozenset({"registry"})
+
 __version__ = "0.1.0"
 __all__ = [
     "LM",
@@ -88,11 +91,14 @@ __all__ = [
     "call_report",
     "enable_logging",
     "health",
+    "registry",
     "wrap",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"dspy_prod.{name}")
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'dspy_prod' has no attribute {name!r}")
