@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dspy_prod.logs import enable_logging
     from dspy_prod.module import CallReport, Production, call_report
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.privacy import Redactor
     from dspy_prod.records import CallRecord
     from dspy_prod.status import CostSummary, Health, Preview, health
 
@@ -45,6 +46,7 @@ _HOME = {
     "Event": "events",
     "add_listener": "events",
     "enable_logging": "logs",
+    "Redactor": "privacy",
     "health": "status",
     "Health": "status",
     "CostSummary": "status",
@@ -79,6 +81,7 @@ __all__ = [
     "Production",
     "RateLimit",
     "RateLimitedError",
+    "Redactor",
     "RejectedError",
     "Retry",
     "StoreUnavailableError",

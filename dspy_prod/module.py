@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import logging
 from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any, Literal
@@ -13,15 +12,13 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, LMError
 
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
-from dspy_prod.context import CallContext, call_context, current
-from dspy_prod.error_text import error_text
+from dspy_prod.context import CallContext, call_context, current, merged_tags
+from dspy_prod.error_text import error_text, log_error
 from dspy_prod.errors import ConfigError, RejectedError
 from dspy_prod.events import BUS
 from dspy_prod.fallback import REASONS, Answer, Fallback, Outputs
 from dspy_prod.report import CallReport, Reason, TokenUsage, Watch, call_report
 from dspy_prod.scoring import is_raising, raising
-
-_log = logging.getLogger("dspy_prod")
 
 
 class Production(dspy.Module):
@@ -147,7 +144,7 @@ class Production(dspy.Module):
         if reason == "unexpected_error":
             if self.catch != "all":
                 return reason, None
-            _log.error("%s failed with an unexpected error; its fallback answers", self.name, exc_info=error)
+            log_error(error, f"{self.name} failed with an unexpected error; its fallback answers")
         return reason, self._fallback.answer(reason)
 
     def _answered(self, value: Any, reason: Reason, error: Exception, watch: Watch) -> Any:
@@ -267,7 +264,7 @@ class _Conditions:
             program=self.name,
             deadline=min(outer.deadline, until),
             priority=outer.priority if self.priority is None else self.priority,
-            tags=tuple(sorted({**dict(outer.tags), **self.tags}.items())) if self.tags else outer.tags,
+            tags=merged_tags(outer.tags, self.tags) if self.tags else outer.tags,
         )
         return Watch(self.name, outer, inner, self.clock)
 
