@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dspy_prod.logs import enable_logging
     from dspy_prod.module import CallReport, Production, call_report
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.privacy import Redactor
     from dspy_prod.records import CallRecord
     from dspy_prod.status import CostSummary, Health, Preview, health
 
@@ -46,6 +47,7 @@ _HOME = {
     "Event": "events",
     "add_listener": "events",
     "enable_logging": "logs",
+    "Redactor": "privacy",
     "health": "status",
     "Health": "status",
     "CostSummary": "status",
@@ -82,6 +84,7 @@ __all__ = [
     "Production",
     "RateLimit",
     "RateLimitedError",
+    "Redactor",
     "RejectedError",
     "Retry",
     "StoreUnavailableError",
