@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dspy_prod import registry
     from dspy_prod.context import call_context
     from dspy_prod.errors import (
         BudgetExceededError,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from dspy_prod.logs import enable_logging
     from dspy_prod.module import CallReport, Production, call_report
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.privacy import Redactor
     from dspy_prod.records import CallRecord
     from dspy_prod.status import CostSummary, Health, Preview, health
 
@@ -45,6 +47,7 @@ _HOME = {
     "Event": "events",
     "add_listener": "events",
     "enable_logging": "logs",
+    "Redactor": "privacy",
     "health": "status",
     "Health": "status",
     "CostSummary": "status",
@@ -58,6 +61,8 @@ _HOME = {
     "UnpricedModelError": "errors",
     "StoreUnavailableError": "errors",
 }
+
+_SUBMODULES = frozenset({"registry"})
 
 __version__ = "0.1.0"
 __all__ = [
@@ -79,6 +84,7 @@ __all__ = [
     "Production",
     "RateLimit",
     "RateLimitedError",
+    "Redactor",
     "RejectedError",
     "Retry",
     "StoreUnavailableError",
@@ -88,11 +94,14 @@ __all__ = [
     "call_report",
     "enable_logging",
     "health",
+    "registry",
     "wrap",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"dspy_prod.{name}")
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'dspy_prod' has no attribute {name!r}")

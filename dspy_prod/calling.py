@@ -16,6 +16,7 @@ from dspy_prod.options import Cache
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.scope import Scope, raw_key
 from dspy_prod.settings import split
+from dspy_prod.versions import stamped
 
 if TYPE_CHECKING:
     from dspy_prod.lm import LM
@@ -67,7 +68,7 @@ def per_call(lm: LM, kwargs: dict[str, Any]) -> tuple[LM, dict[str, Any], dict[s
 
 def scope_of(lm: LM, prompt: Any, messages: Any, kwargs: dict[str, Any], extras: dict[str, Any] | None) -> Scope:
     """What the engine beneath must know of this call, and its exact cache key if the arguments are plain JSON."""
-    context = current()
+    context = stamped(current())
     merged = lm.kwargs
     uses_cache = lm.cache
     if kwargs:

@@ -21,7 +21,8 @@ class Event:
     Attributes:
         name: what, in snake case: `call_finished`, `attempt_failed`, `retry`, `fallback`, `breaker_opened`,
             `breaker_half_open`, `breaker_closed`, `throttled`, `waiting`, `rejected`, `fallback_response`,
-            `budget_soft`, `budget_overrun`, `hold_abandoned`, `store_degraded`, `unpriced_model`, ...
+            `budget_soft`, `budget_overrun`, `hold_abandoned`, `store_degraded`, `unpriced_model`,
+            `promotion`, `program_changed`, `registry_stale`, `signature_refused`, `follow_failed`, ...
         at: seconds since the epoch.
         data: the details; values are JSON-friendly and never contain a secret. Prompts and answers are part of
             `call_content` alone, which only listeners added with `content=True` receive.

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import datetime as dt
-import logging
 from collections.abc import Callable, Mapping
-from math import inf
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, LMError
 
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
-from dspy_prod.context import CallContext, call_context, current
-from dspy_prod.error_text import error_text
+from dspy_prod.conditions import Conditions
+from dspy_prod.context import current
+from dspy_prod.error_text import error_text, log_error
 from dspy_prod.errors import ConfigError, RejectedError
 from dspy_prod.events import BUS
 from dspy_prod.fallback import REASONS, Answer, Fallback, Outputs
 from dspy_prod.report import CallReport, Reason, TokenUsage, Watch, call_report, report_of
 from dspy_prod.scoring import is_raising, raising
 from dspy_prod.tap import TAP, Node
+from dspy_prod.versions import mark_of
 
-_log = logging.getLogger("dspy_prod")
+if TYPE_CHECKING:
+    from dspy_prod.registry.follow import Follower
 
 
 class Production(dspy.Module):
@@ -64,11 +65,15 @@ class Production(dspy.Module):
         catch: `"unavailable"`, or `"all"` for every `Exception`.
         deadline: seconds for one call of the program; an earlier one of the caller holds.
         priority, tags: as in `call_context`; a priority given here wins over the caller's, tags are merged.
+        follow: a program version in MLflow to run, such as `"triage@production"`. A promotion is picked up within
+            `refresh` seconds, between two calls; a call runs on one version from begin to end. See
+            `dspy_prod.registry.follow`.
+        refresh: seconds between two looks at MLflow, in the background; no call waits for it.
         callbacks: DSPy callbacks of this module.
         clock: for tests.
 
     Attributes:
-        program: the wrapped program.
+        program: the wrapped program; with `follow`, a copy of it with the published state.
 
     Raises:
         ConfigError: an impossible argument; the message names it and the remedy.
@@ -84,6 +89,8 @@ class Production(dspy.Module):
         deadline: float | dt.timedelta | None = None,
         priority: Literal["high", "normal", "low"] | None = None,
         tags: Mapping[str, str] | None = None,
+        follow: str | None = None,
+        refresh: float | dt.timedelta = 60.0,
         callbacks: list[BaseCallback] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -95,25 +102,36 @@ class Production(dspy.Module):
         self.program = program
         self.name = type(program).__name__ if name is None else name
         self.catch = catch
-        self._conditions = _Conditions(self.name, deadline, priority, tags, clock)
+        self._conditions = Conditions(self.name, deadline, priority, tags, clock)
         self._fallback = None
         if fallback_response is not None:
             self._fallback = Fallback(fallback_response, self.name, Outputs.of(program))
+        self._follower: Follower | None = None
+        if follow is not None:
+            from dspy_prod.registry.follow import Follower
+
+            self._follower = Follower(self, follow, refresh)
+
+    def close(self) -> None:
+        """Stop following; the program stays what it is."""
+        if self._follower is not None:
+            self._follower.close()
 
     # -- calling -----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program, else answer with the fallback; called through `prod(...)`."""
+        program = self._snapshot()
         tap = TAP.active
         if tap is None:
-            return self._run(args, kwargs)
+            return self._run(program, args, kwargs)
         with tap.program_call(self.name, _inputs(args, kwargs)) as node:
-            return _noted(node, self._run(args, kwargs))
+            return _noted(node, self._run(program, args, kwargs))
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        watch = self._conditions.watch()
+    def _run(self, program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        watch = self._conditions.watch(mark_of(program))
         try:
             with watch.program():
-                result = self.program(*args, **kwargs)
+                result = program(*args, **kwargs)
         except Exception as error:
             reason, answer = self._answer_to(error, watch)
             if answer is None:
@@ -128,21 +146,22 @@ class Production(dspy.Module):
 
     async def aforward(self, *args: Any, **kwargs: Any) -> Any:
         """Asynchronous `forward`; called through `await prod.acall(...)`."""
-        if not hasattr(self.program, "aforward"):
+        program = self._snapshot()
+        if not hasattr(program, "aforward"):
             raise TypeError(
-                f"{type(self.program).__name__} has no aforward: write one, or call `await dspy.asyncify(prod)(...)`"
+                f"{type(program).__name__} has no aforward: write one, or call `await dspy.asyncify(prod)(...)`"
             )
         tap = TAP.active
         if tap is None:
-            return await self._arun(args, kwargs)
+            return await self._arun(program, args, kwargs)
         with tap.program_call(self.name, _inputs(args, kwargs)) as node:
-            return _noted(node, await self._arun(args, kwargs))
+            return _noted(node, await self._arun(program, args, kwargs))
 
-    async def _arun(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        watch = self._conditions.watch()
+    async def _arun(self, program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        watch = self._conditions.watch(mark_of(program))
         try:
             with watch.program():
-                result = await self.program.acall(*args, **kwargs)
+                result = await program.acall(*args, **kwargs)
         except Exception as error:
             reason, answer = self._answer_to(error, watch)
             if answer is None:
@@ -155,6 +174,12 @@ class Production(dspy.Module):
             return self._answered(value, reason, error, watch)
         return watch.finish(result)
 
+    def _snapshot(self) -> Any:
+        """The program of one call, however often it is replaced meanwhile."""
+        if self._follower is not None:
+            self._follower.keep_going()
+        return self.program
+
     def _answer_to(self, error: Exception, watch: Watch) -> tuple[Reason, Answer | None]:
         reason = reason_of(error)
         if self._fallback is None or is_raising() or watch.visible:
@@ -162,7 +187,7 @@ class Production(dspy.Module):
         if reason == "unexpected_error":
             if self.catch != "all":
                 return reason, None
-            _log.error("%s failed with an unexpected error; its fallback answers", self.name, exc_info=error)
+            log_error(error, f"{self.name} failed with an unexpected error; its fallback answers")
         return reason, self._fallback.answer(reason)
 
     def _answered(self, value: Any, reason: Reason, error: Exception, watch: Watch) -> Any:
@@ -260,44 +285,6 @@ def reason_of(error: BaseException) -> Reason:
         if "unexpected_error" not in reasons:
             return reasons[0]
     return "unexpected_error"
-
-
-class _Conditions:
-    """Under which conditions a `Production` runs its program. Immutable, and shared by copies."""
-
-    def __init__(
-        self,
-        name: str,
-        deadline: float | dt.timedelta | None,
-        priority: Any,
-        tags: Mapping[str, str] | None,
-        clock: Clock,
-    ) -> None:
-        try:
-            with call_context(program=name, priority=priority, deadline=deadline, tags=tags):
-                pass
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ConfigError(f"Production: {error}") from None
-        self.name = name
-        self.deadline = deadline.total_seconds() if isinstance(deadline, dt.timedelta) else deadline
-        self.priority: str | None = priority
-        self.tags = {} if tags is None else {key: str(value) for key, value in tags.items()}
-        self.clock = clock
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Conditions:
-        return self
-
-    def watch(self) -> Watch:
-        """Begin one call, inside the context that is in force."""
-        outer = current()
-        until = inf if self.deadline is None else self.clock.monotonic() + self.deadline
-        inner: CallContext = outer._replace(
-            program=self.name,
-            deadline=min(outer.deadline, until),
-            priority=outer.priority if self.priority is None else self.priority,
-            tags=tuple(sorted({**dict(outer.tags), **self.tags}.items())) if self.tags else outer.tags,
-        )
-        return Watch(self.name, outer, inner, self.clock)
 
 
 __all__ = ["CallReport", "Production", "TokenUsage", "call_report", "raising", "reason_of"]

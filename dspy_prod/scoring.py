@@ -9,7 +9,7 @@ replacing a method. It sets a DSPy setting, because settings (unlike a `ContextV
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Final
 
 import dspy
@@ -35,14 +35,24 @@ def raising() -> Iterator[None]:
         yield
 
 
+def _followers(inputs: dict[str, Any]) -> list[Any]:
+    """What keeps a `Production` among the arguments, or inside one, at a published version."""
+    programs = [value for value in inputs.values() if isinstance(value, dspy.Module)]
+    modules = [module for program in programs for _, module in program.named_sub_modules()]
+    return [follower for module in modules if (follower := getattr(module, "_follower", None)) is not None]
+
+
 class _Raising(BaseCallback):
-    """Keeps `raising()` in force while an evaluation or a compile runs."""
+    """Keeps `raising()` in force while an evaluation or a compile runs, and what follows a version at that version."""
 
     def __init__(self) -> None:
-        self._open: dict[str, AbstractContextManager[None]] = {}
+        self._open: dict[str, AbstractContextManager[Any]] = {}
 
     def _start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-        scope = self._open[call_id] = raising()
+        scope = self._open[call_id] = ExitStack()
+        scope.enter_context(raising())
+        for follower in _followers(inputs):
+            scope.enter_context(follower.held())
         scope.__enter__()  # ended by the matching end, which DSPy promises, in the same thread and task
 
     def _end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:

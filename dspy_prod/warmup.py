@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import Final
 
+from dspy_prod.forking import IMPORTING
 from dspy_prod.pricing import preload
 
 _log = logging.getLogger("dspy_prod")
-_PATIENCE: Final = 2.0
 
 
 class Warmup:
@@ -29,12 +28,6 @@ class Warmup:
         except RuntimeError:  # the interpreter is going down
             return
 
-    def _before_fork(self) -> None:
-        """Let the thread finish, within reason: a child whose parent was importing elsewhere waits for ever."""
-        thread = self._thread
-        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
-            thread.join(_PATIENCE)
-
     def _after_fork(self) -> None:
         running, self._thread = self._thread, None
         if running is None:
@@ -48,11 +41,12 @@ class Warmup:
 
 def _load() -> None:
     try:
-        preload()
+        with IMPORTING:
+            preload()
     except Exception:
         _log.debug("Model metadata could not be loaded ahead; the first call tries again", exc_info=True)
 
 
 WARMUP = Warmup()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=WARMUP._before_fork, after_in_child=WARMUP._after_fork)
+    os.register_at_fork(after_in_child=WARMUP._after_fork)

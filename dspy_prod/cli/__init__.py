@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dspy_prod.cli import reports
 
     try:
-        return int(getattr(reports, arguments.command)(arguments))
+        run = getattr(arguments, "run", None) or getattr(reports, arguments.command)
+        return int(run(arguments))
     except (RejectedError, ConfigError, ValueError) as error:
         print(f"dspy-prod {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from dspy_prod.cli.prompts import add_parsers as add_prompts
+
     parser = argparse.ArgumentParser(prog="dspy-prod", description="Production safety for DSPy programs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="a support-triage program through load, outage, recovery and a budget")
@@ -60,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("user", "tenant", "model", "outcome"):
         calls.add_argument(f"--{name}", help=f"only this {name}")
     calls.add_argument("--unconfirmed", action="store_true", help="only costs that the provider did not confirm")
+    add_prompts(commands)
     return parser
 
 

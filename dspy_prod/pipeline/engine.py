@@ -19,6 +19,7 @@ from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.scope import SCOPE, candidate_key, request_key
+from dspy_prod.versions import stamped
 
 
 class _Guarded:
@@ -62,7 +63,7 @@ class _Guarded:
         scope = SCOPE.get()
         pipeline = self.pipeline
         if scope is None:  # the engine is used without its LM
-            context = current()
+            context = stamped(current())
             key = None
             if self.caches and pipeline.cache is not None and context.cache != "bypass":
                 key = request_key(self.identity, request, None, None, self._tenant(context.tenant))

@@ -26,9 +26,9 @@ def prepare(effect: Wait | Warm) -> Any:
         return
     upstream = effect.route.upstream
     try:
-        if effect.until == inf or upstream.is_native(effect.request, effect.extras):
+        if effect.until == inf:
             upstream.warm(effect.request, effect.extras)
-        else:  # importing LiteLLM takes longer than some callers have
+        else:  # importing takes longer than some callers have
             bounded(lambda: upstream.warm(effect.request, effect.extras), effect.until)
     except AttemptTimeoutError:
         return  # the flow sees that the call is late
@@ -43,12 +43,9 @@ async def aprepare(effect: Wait | Warm) -> Any:
         return
     upstream = effect.route.upstream
     try:
-        if upstream.is_native(effect.request, effect.extras):
-            upstream.warm(effect.request, effect.extras)
-            upstream.async_engine(effect.request, effect.extras)
-        else:
-            async with limit_until(effect.until):
-                await asyncio.to_thread(upstream.warm, effect.request, effect.extras)
+        async with limit_until(effect.until):
+            await asyncio.to_thread(upstream.warm, effect.request, effect.extras)
+        upstream.async_engine(effect.request, effect.extras)
     except (TimeoutError, asyncio.TimeoutError):
         return  # the flow sees that the call is late
     except Exception as error:

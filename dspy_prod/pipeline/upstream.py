@@ -18,7 +18,7 @@ from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine, timeou
 from dspy.lm15 import Request, Response, RouterConfig, UnsupportedFeatureError, registered_providers
 from dspy.utils.exceptions import LMUnsupportedFeatureError
 
-from dspy_prod.forking import reset_after_fork
+from dspy_prod.forking import IMPORTING, reset_after_fork
 from dspy_prod.pipeline.capabilities import StandIn
 from dspy_prod.pipeline.deadline import MAX_CONNECTIONS, BoundedTransport, PacedAsyncTransport
 from dspy_prod.pipeline.litellm_engines import AsyncExtendedLiteLLMEngine, ExtendedLiteLLMEngine, wire_timeout
@@ -118,13 +118,16 @@ class Upstream:
 
     def warm(self, request: Request, extras: dict[str, Any] | None) -> None:
         """Import and build what an attempt needs. It may take seconds, and comes before an attempt is admitted."""
-        if self.is_native(request, extras):
-            self._native_engine().plan(request)
-        else:
-            from dspy.clients._litellm import get_litellm
+        with IMPORTING:
+            if self.ready:
+                return
+            if self.is_native(request, extras):
+                self._native_engine().plan(request)
+            else:
+                from dspy.clients._litellm import get_litellm
 
-            get_litellm(feature="LiteLLM engine")
-        self.ready = True
+                get_litellm(feature="LiteLLM engine")
+            self.ready = True
 
     def close(self) -> None:
         """Close the pooled connections of the synchronous engine; engine objects are borrowed and stay open."""

@@ -43,16 +43,24 @@ def install(courier: Courier) -> Callable[[], None] | None:
     if before is None:  # where it really goes is the exporter process's business; this only keeps MLflow from asking
         mlflow.tracing.set_destination(MlflowExperimentLocation("0"))
     else:
-        mlflow.tracing.reset()
+        _reset()
         mlflow.tracing.set_destination(before)
 
     def remove() -> None:
         provider._get_mlflow_span_processor = make
-        mlflow.tracing.reset()
+        _reset()
         if before is not None:
             mlflow.tracing.set_destination(before)
 
     return remove
+
+
+def _reset() -> None:
+    """Have MLflow make its processors anew."""
+    import mlflow.tracing
+
+    reset: Callable[[], None] = mlflow.tracing.reset
+    reset()
 
 
 def mlflow_is_there() -> bool:
@@ -66,13 +74,15 @@ def _exporter(courier: Courier) -> Any:
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+    traces: Callable[[], Any] = InMemoryTraceManager.get_instance
+
     class Exporter(SpanExporter):
         def __init__(self) -> None:
             self._roots: dict[int, None] = {}  # ended, while spans of other threads beneath them have not
             self._lock = threading.Lock()
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-            manager = InMemoryTraceManager.get_instance()
+            manager: Any = traces()
             with self._lock:
                 for span in spans:
                     if span.parent is None and span.context is not None:

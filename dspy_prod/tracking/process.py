@@ -44,6 +44,7 @@ class Exporter:
         self._forgotten = False
         root = str(Path(dspy_prod.__file__).parent.parent)
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "dspy_prod.tracking.exporter"],
@@ -54,7 +55,6 @@ class Exporter:
                 start_new_session=True,  # Ctrl-C is for the program; what it did is still to be written
             )
         except OSError as error:
-            self._process = None
             self.alive = False
             heard(failing=f"the exporter process cannot be started: {error}", died=True)
             return

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from dspy_prod.errors import ConfigError
 from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.privacy import Redactor
 from dspy_prod.privacy import install as install_redactor
 from dspy_prod.redaction import bare_url
+from dspy_prod.status_models import TrackingHealth
 from dspy_prod.tap import TAP
 from dspy_prod.tracking.bridge import install as install_bridge
 from dspy_prod.tracking.bridge import mlflow_is_there
@@ -32,27 +31,6 @@ REQUEST_TIMEOUT: Final = 5
 
 _SCHEMES: Final = ("sqlite://", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")
 _lock = threading.Lock()
-
-
-class TrackingStatus(BaseModel):
-    """How tracking goes.
-
-    Attributes:
-        uri: where traces go, without a password. experiment: name of the MLflow experiment.
-        exported: traces in MLflow. waiting: not there yet, those of running calls included.
-        sampled_out: left out by `sample`. lost: turned away because too many waited, refused by MLflow, or given up.
-        failing: why nothing can be delivered at the moment, None when it can.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    uri: str
-    experiment: str
-    exported: int
-    waiting: int
-    sampled_out: int
-    lost: int
-    failing: str | None
 
 
 class _Tracking:
@@ -164,13 +142,13 @@ def flush(timeout: float = 30.0) -> bool:
     return tracking.courier.flush(timeout)
 
 
-def status() -> TrackingStatus | None:
+def status() -> TrackingHealth | None:
     """How it goes, None when tracking is off. Never waits."""
     tracking = _active
     if tracking is None:
         return None
     counts = tracking.courier.counts()
-    return TrackingStatus(
+    return TrackingHealth(
         uri=bare_url(tracking.uri),
         experiment=tracking.experiment,
         exported=counts.exported,
@@ -251,4 +229,4 @@ atexit.register(disable)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
-__all__ = ["TrackingStatus", "disable", "enable", "flush", "status"]
+__all__ = ["TrackingHealth", "disable", "enable", "flush", "status"]

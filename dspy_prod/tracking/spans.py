@@ -28,6 +28,10 @@ MESSAGES: Final = "mlflow.message.format"
 TAG: Final = "mlflow.traceTag."
 """Prefix of root-span attributes that MLflow turns into tags of the trace."""
 
+HEADLINES: Final = {"dspy_prod.user": "mlflow.trace.user", "dspy_prod.session": "mlflow.trace.session"}
+"""What MLflow has a place of its own for in a trace."""
+UNTAGGED: Final = frozenset({*HEADLINES, "dspy_prod.priority"})
+
 Span = dict[str, Any]
 
 
@@ -133,16 +137,14 @@ def whose(source: CallRecord | CallContext) -> dict[str, Any]:
     return attributes
 
 
-def trace_attributes(context: CallContext, name: str) -> dict[str, Any]:
+def trace_attributes(whose: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Attributes of a root span that MLflow turns into the trace's user, session, name and tags."""
     attributes: dict[str, Any] = {
         f"{TAG}mlflow.traceName": name,
-        "user.id": context.user,
-        "session.id": context.session,
+        "user.id": whose.get("dspy_prod.user"),
+        "session.id": whose.get("dspy_prod.session"),
     }
-    for key, value in whose(context).items():
-        if key not in ("dspy_prod.user", "dspy_prod.session", "dspy_prod.priority"):
-            attributes[TAG + key] = str(value)
+    attributes.update({TAG + key: str(value) for key, value in whose.items() if key not in UNTAGGED})
     return attributes
 
 

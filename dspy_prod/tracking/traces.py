@@ -12,10 +12,12 @@ from dspy_prod.error_text import error_text
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.spans import (
+    HEADLINES,
     INPUTS,
     MESSAGES,
     OUTPUTS,
     TYPE,
+    UNTAGGED,
     Span,
     attempt_attributes,
     attempt_error,
@@ -61,7 +63,7 @@ class Batch:
 class _Trace:
     """One trace in the making."""
 
-    __slots__ = ("begun", "cost", "counted", "info", "remarkable", "spans", "tags", "unknown", "usage")
+    __slots__ = ("begun", "cost", "counted", "info", "remarkable", "spans", "unknown", "usage", "whose")
 
     def __init__(self, now: float) -> None:
         self.begun = now
@@ -72,7 +74,7 @@ class _Trace:
         self.usage = [0, 0]
         self.remarkable = False
         self.info: dict[str, Any] | None = None
-        self.tags: dict[str, str] = {}
+        self.whose: dict[str, Any] = {}  # of its attempts
 
 
 class Traces:
@@ -160,12 +162,7 @@ class Traces:
         trace.usage[0] += record.input_tokens or 0
         trace.usage[1] += record.output_tokens or 0
         trace.remarkable |= record.outcome not in ("ok", "cached") or record.route != "primary"
-        if node.live:
-            trace.tags.update({key: str(value) for key, value in whose(record).items()})
-            if record.user is not None:
-                trace.tags["mlflow.trace.user"] = record.user
-            if record.session is not None:
-                trace.tags["mlflow.trace.session"] = record.session
+        trace.whose.update(whose(record))
         if node.trace_id in self._shipped:  # it had ended before
             if trace.info is not None:
                 self._total(trace)
@@ -188,25 +185,17 @@ class Traces:
         )
         attributes.update({f"dspy_prod.{name}": value for name, value in node.attributes.items()})
         if node.parent_id is None:
-            attributes.update(trace_attributes(node.context, node.name))
+            attributes.update(trace_attributes({**trace.whose, **whose(node.context)}, node.name))
         attributes = self.content.attributes(attributes)
         inputs = node.inputs
         if isinstance(inputs, dict):
             inputs = {name: value for name, value in inputs.items() if value is not None}
         attributes[INPUTS] = self.content.shown(inputs)
         attributes[OUTPUTS] = self.content.shown(node.outputs)
-        trace.spans.append(
-            span(
-                node.trace_id,
-                node.span_id,
-                node.parent_id,
-                node.name,
-                node.started_ns,
-                node.ended_ns,
-                attributes,
-                error,
-            )  # fmt: skip
-        )
+        made = span(
+            node.trace_id, node.span_id, node.parent_id, node.name, node.started_ns, node.ended_ns, attributes, error
+        )  # fmt: skip
+        trace.spans.append(made)
         trace.remarkable |= error is not None or node.attributes.get("status") == "fallback"
         if node.parent_id is None:
             self._close(node.trace_id, trace)
@@ -261,8 +250,12 @@ class Traces:
             inputs, outputs = trace.usage
             tokens = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
             metadata[_USAGE] = dumped(tokens)
-        for key, value in trace.tags.items():
-            (metadata if key.startswith("mlflow.") else info.setdefault("tags", {}))[key] = value
+        tags = info.setdefault("tags", {})
+        for key, value in trace.whose.items():
+            if key in HEADLINES:
+                metadata[HEADLINES[key]] = str(value)
+            elif key not in UNTAGGED:
+                tags[key] = str(value)
 
 
 def record_span_id(record_id: str) -> str:

@@ -1,0 +1,117 @@
+"""`dspy-prod prompts`, `promote` and `rollback`: the program versions in MLflow."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dspy_prod import registry
+
+if TYPE_CHECKING:
+    from dspy_prod.registry import AuditEntry, ProgramVersion
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the three commands to those of `dspy-prod`."""
+    prompts = commands.add_parser("prompts", help="published programs, or the versions of one")
+    prompts.add_argument("name", nargs="?", help="the program; default: all programs, each with its newest version")
+    prompts.add_argument("--history", action="store_true", help="the moves of its aliases instead of its versions")
+    promote = commands.add_parser("promote", help="point an alias to a version of a program")
+    promote.add_argument("name", help="the program")
+    promote.add_argument("version", help="a version number, or name@alias")
+    promote.add_argument("--expected", type=int, help="move only if the alias has this version now (0: none)")
+    rollback = commands.add_parser("rollback", help="take the last promotion of an alias back")
+    rollback.add_argument("name", help="the program")
+    rollback.add_argument("--to", type=int, help="the version to go back to; default: the one before")
+    for parser in (promote, rollback):
+        parser.add_argument("--alias", default="production", help="default: production")
+        parser.add_argument("--reason", help="why, for the audit log")
+    for parser in (prompts, promote, rollback):
+        parser.add_argument("--tracking-uri", help="the MLflow store; default: MLflow's own ($MLFLOW_TRACKING_URI)")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run one of them; returns the exit code."""
+    try:
+        return int({"prompts": prompts, "promote": promote, "rollback": rollback}[arguments.command](arguments))
+    except registry.RegistryError as error:
+        print(f"dspy-prod {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def prompts(arguments: argparse.Namespace) -> int:
+    """Print programs, versions or moves."""
+    uri, name = arguments.tracking_uri, arguments.name
+    if arguments.history:
+        if name is None:
+            raise ValueError("--history needs the name of a program")
+        return _moves(arguments, registry.history(name, tracking_uri=uri))
+    if name is not None:
+        return _versions(arguments, f"Versions of {name}", registry.versions(name, tracking_uri=uri))
+    newest = [registry.versions(each, tracking_uri=uri)[0] for each in registry.programs(tracking_uri=uri)]
+    return _versions(arguments, "Published programs, newest versions", newest)
+
+
+def promote(arguments: argparse.Namespace) -> int:
+    """Move an alias forward."""
+    entry = registry.promote(
+        arguments.name, arguments.version, alias=arguments.alias, expected=arguments.expected,
+        reason=arguments.reason, tracking_uri=arguments.tracking_uri,
+    )  # fmt: skip
+    return _moved(arguments, entry)
+
+
+def rollback(arguments: argparse.Namespace) -> int:
+    """Move an alias back."""
+    entry = registry.rollback(
+        arguments.name, alias=arguments.alias, to=arguments.to, reason=arguments.reason,
+        tracking_uri=arguments.tracking_uri,
+    )  # fmt: skip
+    return _moved(arguments, entry)
+
+
+def _versions(arguments: argparse.Namespace, title: str, found: list[ProgramVersion]) -> int:
+    if arguments.json:
+        return _json([version.to_dict() for version in found])
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("version", "aliases", "metrics", "model", "published", "message"):
+        table.add_column(column, overflow="fold")
+    for version in found:
+        table.add_row(
+            str(version), ", ".join(version.aliases),
+            ", ".join(f"{name} {value:g}" for name, value in version.metrics.items()), version.model or "",
+            f"{version.created_at.astimezone():%Y-%m-%d %H:%M}", version.message or "",
+        )  # fmt: skip
+    Console().print(table if found else "Nothing is published in this MLflow store.")
+    return 0
+
+
+def _moves(arguments: argparse.Namespace, found: list[AuditEntry]) -> int:
+    if arguments.json:
+        return _json([entry.to_dict() for entry in found])
+    for entry in found:
+        Console().print(f"{entry.at.astimezone():%Y-%m-%d %H:%M}  {entry}", markup=False, highlight=False)
+    if not found:
+        Console().print(f"No alias of {arguments.name} was moved yet.", markup=False)
+    return 0
+
+
+def _moved(arguments: argparse.Namespace, entry: AuditEntry) -> int:
+    if arguments.json:
+        return _json(entry.to_dict())
+    Console().print(f"{arguments.name}: {entry}", markup=False, highlight=False)
+    return 0
+
+
+def _json(value: Any) -> int:
+    text = orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()
+    Console(soft_wrap=True).print(text, markup=False, highlight=False)
+    return 0

@@ -1,0 +1,89 @@
+"""Program versions in MLflow's prompt registry: publish, load, promote, roll back, and follow.
+
+A version is immutable and numbered; aliases (`staging`, `canary`, `production`, `previous`) point to versions and move.
+Importing this module does not import MLflow.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspy_prod.registry.difference import PredictorDiff, VersionDiff, diff
+    from dspy_prod.registry.errors import (
+        PromotionConflictError,
+        PromotionRefusedError,
+        RegistryError,
+        RegistryUnavailableError,
+        SignatureMismatchError,
+        UnknownVersionError,
+    )
+    from dspy_prod.registry.gates import Check, Gate, GateReport
+    from dspy_prod.registry.journal import AuditEntry
+    from dspy_prod.registry.listing import programs, versions
+    from dspy_prod.registry.loading import load
+    from dspy_prod.registry.manifest import ProgramVersion
+    from dspy_prod.registry.promotion import history, promote, rollback
+    from dspy_prod.registry.publishing import publish
+
+_HOME = {
+    "publish": "publishing",
+    "load": "loading",
+    "promote": "promotion",
+    "rollback": "promotion",
+    "history": "promotion",
+    "diff": "difference",
+    "PredictorDiff": "difference",
+    "VersionDiff": "difference",
+    "programs": "listing",
+    "versions": "listing",
+    "AuditEntry": "journal",
+    "Check": "gates",
+    "Gate": "gates",
+    "GateReport": "gates",
+    "ProgramVersion": "manifest",
+    "PromotionConflictError": "errors",
+    "PromotionRefusedError": "errors",
+    "RegistryError": "errors",
+    "RegistryUnavailableError": "errors",
+    "SignatureMismatchError": "errors",
+    "UnknownVersionError": "errors",
+}
+
+__all__ = [
+    "AuditEntry",
+    "Check",
+    "Gate",
+    "GateReport",
+    "PredictorDiff",
+    "ProgramVersion",
+    "PromotionConflictError",
+    "PromotionRefusedError",
+    "RegistryError",
+    "RegistryUnavailableError",
+    "SignatureMismatchError",
+    "UnknownVersionError",
+    "VersionDiff",
+    "diff",
+    "history",
+    "load",
+    "programs",
+    "promote",
+    "publish",
+    "rollback",
+    "versions",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'dspy_prod.registry' has no attribute {name!r}")
+    value = getattr(import_module(f"dspy_prod.registry.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,64 @@
+"""What the registry refuses or cannot do. Each error carries data, and a sentence that names the remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dspy_prod.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dspy_prod.registry.gates import GateReport
+
+
+class RegistryError(Exception):
+    """The base of all errors of the registry."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """The MLflow store did not answer in time, or failed; nothing is known about the outcome of a write."""
+
+
+class UnknownVersionError(RegistryError, LookupError):
+    """There is no such program, version or alias in this MLflow store."""
+
+
+class SignatureMismatchError(RegistryError, ConfigError):
+    """The program in the code is not the one that was published; nothing of it was changed.
+
+    Attributes:
+        predictor: name of the first predictor that differs, as in `named_predictors()`.
+        field: name of the field that differs, or None when the predictor itself is missing or new.
+    """
+
+    def __init__(self, message: str, *, predictor: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.predictor = predictor
+        self.field = field
+
+
+class PromotionConflictError(RegistryError):
+    """Somebody else moved the alias first; nothing was moved. Look at `history`, then decide again.
+
+    Attributes:
+        alias: the alias.
+        expected: the version it should have had.
+        actual: the version it has, None for none.
+    """
+
+    def __init__(self, message: str, *, alias: str, expected: int | None, actual: int | None) -> None:
+        super().__init__(message)
+        self.alias = alias
+        self.expected = expected
+        self.actual = actual
+
+
+class PromotionRefusedError(RegistryError):
+    """The gate did not pass, so the alias was not moved; the attempt is in the history.
+
+    Attributes:
+        report: what the gate found.
+    """
+
+    def __init__(self, message: str, report: GateReport) -> None:
+        super().__init__(message)
+        self.report = report

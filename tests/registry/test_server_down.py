@@ -1,0 +1,141 @@
+"""MLflow may be slow, down or gone: a program is loaded from the last good copy within seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+
+import dspy_prod
+from dspy_prod import registry
+from tests.registry.conftest import MlflowServer, forget
+from tests.registry.programs import Nested, nested, qa
+from tests.registry.test_publish_and_load import sent
+
+
+def bare() -> dspy.Predict:
+    return dspy.Predict("question, context: list[str] -> answer")
+
+
+def names(events: list[dspy_prod.Event]) -> list[str]:
+    return [event.name for event in events]
+
+
+def test_a_real_server_and_then_none(
+    server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[dspy_prod.Event]
+) -> None:
+    """Published and loaded over HTTP; with the server killed or mute, served from memory, then from disk."""
+    monkeypatch.chdir(tmp_path)
+    program = nested()
+    version = registry.publish(program, "it", tracking_uri=server.uri)
+    assert str(version) == "it/1"
+
+    def load(**more: Any) -> tuple[Any, float]:
+        began = time.monotonic()
+        return registry.load("it/1", Nested(), tracking_uri=server.uri, **more), time.monotonic() - began
+
+    assert sent(load()[0]) == sent(program)
+    forget()
+    server.freeze()
+    loaded, took = load()
+    assert sent(loaded) == sent(program)
+    assert took < 8
+    server.kill()
+    forget()
+    loaded, took = load()
+    assert sent(loaded) == sent(program)
+    assert took < 3
+    assert names(events) == ["registry_stale"] * 2
+    assert events[-1].data["version"] == "it/1"
+    assert events[-1].data["age"] >= 0
+    with pytest.raises(registry.RegistryUnavailableError, match="no copy of it/2"):
+        registry.load("it/2", Nested(), tracking_uri=server.uri)
+
+
+def nowhere() -> str:
+    """The address of a server that is not there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def with_copy(store: str, tmp_path: Path) -> tuple[str, Path]:
+    """A dead address, and the copy that an earlier process left for it."""
+    registry.publish(qa(), "it")
+    registry.load("it/1", bare())
+    (path,) = (tmp_path / ".dspy_prod" / "registry").glob("*.json")
+    uri = nowhere()
+    key = registry.loading.copies.file_of((uri, "it/1"), None)
+    os.rename(path, key)
+    forget()
+    return uri, tmp_path / key
+
+
+def test_a_new_process_starts_from_the_copy_on_disk(store: str, tmp_path: Path) -> None:
+    """A process that never saw the server alive gets its program, within seconds."""
+    uri, _ = with_copy(store, tmp_path)
+    code = (
+        "import sys, dspy, dspy_prod\n"
+        "program = dspy_prod.registry.load('it/1', dspy.Predict('question, context: list[str] -> answer'),"
+        " tracking_uri=sys.argv[1])\n"
+        "print(len(program.demos))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, uri], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.stdout.strip() == "3", done.stderr
+    assert "served from a copy" in done.stderr
+
+
+def test_a_copy_is_for_its_owner_only_and_whole(store: str, tmp_path: Path) -> None:
+    """Nobody else reads it, and no temporary file is left."""
+    _, path = with_copy(store, tmp_path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) & 0o077 == 0
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("damage", ["", "{", "{}", "changed"])
+def test_a_damaged_copy_is_not_believed(store: str, tmp_path: Path, damage: str) -> None:
+    """A copy whose digest is wrong is as good as none."""
+    uri, path = with_copy(store, tmp_path)
+    content = json.loads(path.read_text())
+    content["release"] = content["release"].replace("Use the context", "Use no context")
+    path.write_text(json.dumps(content) if damage == "changed" else damage)
+    with pytest.raises(registry.RegistryUnavailableError, match="holds no copy"):
+        registry.load("it/1", bare(), tracking_uri=uri)
+
+
+def test_a_copy_in_memory_is_used_for_a_bounded_time(store: str, tmp_path: Path, database: Path) -> None:
+    """Within `max_age` MLflow is not asked again; then it is, and what it says holds."""
+    program = qa()
+    registry.publish(program, "it")
+    registry.promote("it", 1)
+    registry.load("it@production", bare())
+    program.demos = []
+    registry.publish(program, "it")
+    registry.promote("it", 2)
+    assert len(registry.load("it@production", bare()).demos) == 3
+    assert len(registry.load("it@production", bare(), max_age=0).demos) == 0
+    with pytest.raises(dspy_prod.ConfigError, match="max_age"):
+        registry.load("it@production", bare(), max_age=-1)
+
+
+def test_a_disk_that_cannot_be_written_does_not_stop_a_load(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The copy is a precaution, no condition."""
+    registry.publish(qa(), "it")
+    (tmp_path / ".dspy_prod").write_text("not a directory")
+    assert len(registry.load("it/1", bare()).demos) == 3
+    assert "cannot be written" in caplog.text
