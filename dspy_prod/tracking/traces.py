@@ -16,6 +16,7 @@ from dspy_prod.tracking.spans import (
     INPUTS,
     MESSAGES,
     OUTPUTS,
+    TAG,
     TYPE,
     UNTAGGED,
     Span,
@@ -152,6 +153,7 @@ class Traces:
         made = span(
             node.trace_id, record_span_id(record.id), node.span_id, attempt_name(record), started,
             started + int(record.latency * 1e9), self.content.attributes(attributes), attempt_error(record),
+            record.error,
         )  # fmt: skip
         trace = self._trace(node.trace_id)
         if trace is None:
@@ -186,14 +188,15 @@ class Traces:
         attributes.update({f"dspy_prod.{name}": value for name, value in node.attributes.items()})
         if node.parent_id is None:
             attributes.update(trace_attributes({**trace.whose, **whose(node.context)}, node.name))
+            if "status" in node.attributes:
+                attributes[f"{TAG}dspy_prod.status"] = node.attributes["status"]
         attributes = self.content.attributes(attributes)
-        inputs = node.inputs
-        if isinstance(inputs, dict):
-            inputs = {name: value for name, value in inputs.items() if value is not None}
-        attributes[INPUTS] = self.content.shown(inputs)
-        attributes[OUTPUTS] = self.content.shown(node.outputs)
+        attributes[INPUTS] = _filled(self.content.shown(node.inputs))
+        outputs = self.content.shown(node.outputs)
+        attributes[OUTPUTS] = _filled(outputs) if node.attributes.get("status") == "fallback" else outputs
         made = span(
-            node.trace_id, node.span_id, node.parent_id, node.name, node.started_ns, node.ended_ns, attributes, error
+            node.trace_id, node.span_id, node.parent_id, node.name, node.started_ns, node.ended_ns, attributes, error,
+            None if node.error is None else type(node.error).__name__,
         )  # fmt: skip
         trace.spans.append(made)
         trace.remarkable |= error is not None or node.attributes.get("status") == "fallback"
@@ -256,6 +259,11 @@ class Traces:
                 metadata[HEADLINES[key]] = str(value)
             elif key not in UNTAGGED:
                 tags[key] = str(value)
+
+
+def _filled(shown: Any) -> Any:
+    """Without the fields that have no value: a fallback's text fills one of several."""
+    return {name: value for name, value in shown.items() if value is not None} if isinstance(shown, dict) else shown
 
 
 def record_span_id(record_id: str) -> str:
