@@ -85,7 +85,8 @@ def attempt_name(record: CallRecord) -> str:
     """What to call an attempt in the tree."""
     if record.cached:
         return "stale answer" if record.outcome == "stale" else "cache"
-    route = "" if record.route == "primary" else f" ({record.route})"
+    # The tree is narrow: a fallback's provider is told by the span's model.
+    route = "" if record.route == "primary" else f" ({record.route.rpartition('/')[2]})"
     return f"attempt {record.attempt}{route}"
 
 
