@@ -81,6 +81,17 @@ def dumped(value: Any) -> str:
     return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
+def chat(inputs: Any, outputs: Any) -> tuple[Any, Any]:
+    """What went into and came out of an LM that was called by itself, in the form from which MLflow's list of traces
+    takes the question and the answer. (Beneath a program, MLflow's page of a trace shows DSPy's own form better.)
+    """
+    if isinstance(inputs, Mapping) and isinstance(inputs.get("prompt"), str) and not inputs.get("messages"):
+        inputs = {"messages": [{"role": "user", "content": inputs["prompt"]}]}
+    if isinstance(outputs, list) and outputs and all(isinstance(text, str) for text in outputs):
+        outputs = {"choices": [{"message": {"role": "assistant", "content": text}} for text in outputs]}
+    return inputs, outputs
+
+
 def attempt_name(record: CallRecord) -> str:
     """What to call an attempt in the tree."""
     if record.cached:

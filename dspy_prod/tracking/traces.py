@@ -23,6 +23,7 @@ from dspy_prod.tracking.spans import (
     attempt_attributes,
     attempt_error,
     attempt_name,
+    chat,
     dumped,
     span,
     trace_attributes,
@@ -191,9 +192,12 @@ class Traces:
             if "status" in node.attributes:
                 attributes[f"{TAG}dspy_prod.status"] = node.attributes["status"]
         attributes = self.content.attributes(attributes)
-        attributes[INPUTS] = _filled(self.content.shown(node.inputs))
-        outputs = self.content.shown(node.outputs)
-        attributes[OUTPUTS] = _filled(outputs) if node.attributes.get("status") == "fallback" else outputs
+        inputs, outputs = _filled(self.content.shown(node.inputs)), self.content.shown(node.outputs)
+        if node.attributes.get("status") == "fallback":
+            outputs = _filled(outputs)
+        if node.parent_id is None and node.kind == "CHAT_MODEL":
+            inputs, outputs = chat(inputs, outputs)
+        attributes[INPUTS], attributes[OUTPUTS] = inputs, outputs
         made = span(
             node.trace_id, node.span_id, node.parent_id, node.name, node.started_ns, node.ended_ns, attributes, error,
             None if node.error is None else type(node.error).__name__,
