@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -16,6 +18,9 @@ from dspy_prod.records import NANO, CallRecord
 EXPERIMENT: Final = "triage-demo"
 PATIENCE: Final = 120.0
 """Seconds for which the end of the demo waits for MLflow; making a new database takes some."""
+PATIENCE_FAILING: Final = 20.0
+"""The same while MLflow cannot be written to."""
+_STEP: Final = 2.0
 TOLERANCE: Final = 1e-9
 """USD by which the sums may differ: MLflow keeps floats."""
 _PAGE: Final = 500
@@ -94,9 +99,14 @@ def written(console: Console, records: Sequence[CallRecord], since: float) -> Wr
     from dspy_prod import tracking
 
     console.print("Writing the traces to MLflow ...")
-    tracking.flush(PATIENCE)
-    status = tracking.status()
-    assert status is not None, "tracking was turned on by begin()"
+    began = time.monotonic()
+    while True:
+        arrived = tracking.flush(_STEP)
+        status = tracking.status()
+        assert status is not None, "tracking was turned on by begin()"
+        waited = time.monotonic() - began
+        if arrived or waited > PATIENCE or (status.failing and waited > PATIENCE_FAILING):
+            break
     experiment, found, dollars, failing = None, 0, None, status.failing
     if status.exported:
         try:
@@ -154,17 +164,22 @@ def table(result: Written) -> Table:
 def invitation(result: Written) -> str:
     """How to look at them, in rich's markup."""
     if result.uri.startswith(("http://", "https://")):
-        base, start = result.uri.rstrip("/"), f"Open {result.uri}."
+        base, start = result.uri.rstrip("/"), "Open:"
     else:
-        default = result.uri.endswith("/mlflow.db")
-        command = "make ui" if default else f"mlflow ui --backend-store-uri {result.uri}"
-        base, start = "http://127.0.0.1:5000", f"Start [bold]{command}[/], then open:"
+        here = result.uri == f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+        command = f"mlflow ui --backend-store-uri {'sqlite:///mlflow.db' if here else result.uri}"
+        base = "http://127.0.0.1:5000"
+        start = (
+            f"Start [bold]make ui[/] (or {command}), then open:" if here else f"Start [bold]{command}[/], then open:"
+        )
     where = f"{base}/#/experiments/{quote(result.experiment or '')}"
+    columns = "choose Cost, User and dspy_prod.status at Display > Columns"
     return "\n".join(
         [
-            f"\nSee it in MLflow, experiment {EXPERIMENT!r}: {start}",
-            f"  {where}/overview/usage  cost over time and by model",
-            f"  {where}/traces          what each call cost; open one to see its attempts",
-            f"  {where}/chat-sessions   the same by conversation",
+            f"\nSee it in MLflow, experiment {EXPERIMENT!r}. {start}",
+            f"  {where}/overview/usage?startTimeLabel=LAST_HOUR",
+            "    cost over time and by model",
+            f"  {where}/traces",
+            f"    what each call cost and who made it ({columns}); open one to see its attempts",
         ]
     )
