@@ -110,7 +110,7 @@ def demo(
     if not console.is_terminal:
         console.width = 110
     console.print("[bold]dspy_prod demo[/]: support triage under load, outage and an empty budget")
-    tracked = demo_mlflow.begin(console, tracking_uri)
+    tracked = tracking_uri if demo_mlflow.begin(console, tracking_uri) else None
     console.print("Starting the model ...")
     providers = RealProvider(model) if model else LocalProviders(simulate)
     store = default_store_url()
@@ -135,7 +135,7 @@ def demo(
         lm.close()
         records = lm.ledger.records(since=run.began)
         verdict = compare(records, providers)
-        written = demo_mlflow.written(console, records, run.began) if tracked else None
+        written = demo_mlflow.written(console, tracked, records, run.began) if tracked else None
         (show_json if as_json else show)(console, run, records, verdict, lm.health(), written)
     finally:
         if tracked:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
+from dspy_prod.error_text import error_text
 from dspy_prod.records import NANO, CallRecord
 
 EXPERIMENT: Final = "triage-demo"
@@ -90,11 +91,11 @@ def end() -> None:
     tracking.disable()
 
 
-def written(console: Console, records: Sequence[CallRecord], since: float) -> Written:
+def written(console: Console, uri: str, records: Sequence[CallRecord], since: float) -> Written:
     """Wait, within a bound, until the traces are in MLflow, and add up what it says they cost.
 
     Args:
-        records: the ledger's, of this demo. since: seconds since the epoch when it began.
+        uri: as for `begin`. records: the ledger's, of this demo. since: seconds since the epoch when it began.
     """
     from dspy_prod import tracking
 
@@ -110,9 +111,9 @@ def written(console: Console, records: Sequence[CallRecord], since: float) -> Wr
     experiment, found, dollars, failing = None, 0, None, status.failing
     if status.exported:
         try:
-            experiment, found, dollars = _read(status.uri, since)
+            experiment, found, dollars = _read(uri, since)
         except Exception as error:  # MLflow's own trouble must not end the demo
-            failing = f"{type(error).__name__}: {error}".splitlines()[0]
+            failing = error_text(error)
     ledger = sum(record.cost_nano or 0 for record in records) / NANO
     return Written(
         status.uri, experiment, status.exported, status.waiting, status.lost, found, dollars, ledger, failing

@@ -54,11 +54,12 @@ def test_left_off_it_says_nothing(console: Console) -> None:
 def test_an_unreachable_mlflow_does_not_hold_the_demo_up(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     """The waiting has a bound, the trouble is named, and nothing is claimed about the sums."""
     monkeypatch.setattr(demo_mlflow, "PATIENCE", 5.0)
-    assert begin(console, "http://127.0.0.1:9") is True
+    nowhere = "http://127.0.0.1:9"
+    assert begin(console, nowhere) is True
     lm = dspy_prod.LM("openai/gpt-4o-mini", engine=ScriptedEngine("yes"), store="memory://demo-mlflow")
     began = time.time()
     lm("hello")
-    result = written(console, lm.ledger.records(), began)
+    result = written(console, nowhere, lm.ledger.records(), began)
     assert time.time() - began < 60
     assert (result.exported, result.waiting, result.usd) == (0, 1, None)
     assert result.complete is False

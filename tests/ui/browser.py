@@ -26,7 +26,7 @@ _PLUMBING: Final = (
 _FLAGS: Final = (
     *("--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-quic"),
     *("--disable-dev-shm-usage", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--no-first-run", "--no-default-browser-check", "--hide-scrollbars", "--force-device-scale-factor=1"),
+    *("--no-first-run", "--no-default-browser-check", "--hide-scrollbars"),
 )
 _STEP: Final = 0.1
 
@@ -97,9 +97,10 @@ class Browser:
     ) -> None:
         self.close()
 
-    def resize(self, width: int, height: int) -> None:
-        """Set the size of the page in pixels."""
-        self._send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+    def resize(self, width: int, height: int, scale: float = 1.0) -> None:
+        """Set the size of the page in pixels, and by how much pictures of it are larger or smaller."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
+        self._send("Emulation.setDeviceMetricsOverride", **metrics)
 
     def open(self, url: str) -> None:
         """Load a page afresh."""
