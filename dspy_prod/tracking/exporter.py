@@ -2,7 +2,8 @@
 
 `python -m dspy_prod.tracking.exporter`, started by `process.Exporter`. The only place that imports MLflow to write
 traces. One JSON object a line: first the configuration, then batches, perhaps `{"hurry": true}`; it answers
-`{"batch": n, "lost": k}` for each, and `{"failing": why}` while MLflow cannot be reached. It ends with its input.
+`{"ready": true}` when it has reached MLflow, `{"batch": n, "lost": k}` for each batch, and `{"failing": why}` while
+MLflow cannot be reached. It ends with its input.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Loop:
 
     def run(self) -> None:
         """Write until the input ends."""
+        self._connect()
         while (first := self._lines.get()) is not None:
             batches = [first]
             with contextlib.suppress(Empty):
@@ -98,6 +100,15 @@ class Loop:
                         break
                     batches.append(more)
             self._deliver(batches)
+
+    def _connect(self) -> None:
+        """Reach MLflow, so that the first batch finds it ready; else the first batch tries again."""
+        try:
+            self._sink.open()
+        except Exception as error:
+            self._say(failing=_told(error))
+        else:
+            self._say(ready=True)
 
     def _deliver(self, batches: list[dict[str, Any]]) -> None:
         pause = BACK_OFF[0]
@@ -162,7 +173,7 @@ def _told(error: Exception) -> str:
     """The beginning of an error's text, without a password that a URL in it may hold."""
     from dspy_prod.redaction import bare_url
 
-    text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))
 
 

@@ -58,6 +58,9 @@ class Exporter:
             self.alive = False
             heard(failing=f"the exporter process cannot be started: {error}", died=True)
             return
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._pipes = (self._process.stdin.fileno(), self._process.stdout.fileno())
         self._lines.put(orjson.dumps(dict(config)) + b"\n")
         for body, name in ((self._write, "writer"), (self._read, "reader")):
             threading.Thread(target=body, name=f"dspy_prod-tracking-{name}", daemon=True).start()
@@ -88,18 +91,16 @@ class Exporter:
             pass  # it is gone
 
     def forget(self) -> None:
-        """In a forked child: let go of the parent's exporter."""
+        """In a forked child: let go of the parent's exporter, and touch nothing that a thread of the parent held."""
         self._forgotten = True
         self.alive = False
-        process = self._process
-        if process is not None:
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    try:
-                        os.close(pipe.fileno())
-                    except (OSError, ValueError):
-                        pass
-            process.returncode = 0  # not our child: nobody waits for it here
+        if self._process is None:
+            return
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in self._pipes:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+        self._process.returncode = 0  # the parent's to wait for
 
     def _write(self) -> None:
         pipe = self._process.stdin if self._process is not None else None
@@ -118,7 +119,7 @@ class Exporter:
         try:
             for line in pipe:
                 said = orjson.loads(line)
-                self._heard(said.get("batch"), said.get("lost", 0), said.get("failing"))
+                self._heard(said.get("batch"), said.get("lost", 0), said.get("failing"), ready=said.get("ready", False))
         except (OSError, ValueError):
             pass
         if self.alive:

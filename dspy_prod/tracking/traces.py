@@ -87,6 +87,7 @@ class Traces:
 
     Attributes:
         sampled_out: traces that were left out so far.
+        last_batch: number of the newest batch.
     """
 
     def __init__(self, content: Content, sampler: Sampler, bridged: bool = False) -> None:
@@ -94,6 +95,7 @@ class Traces:
         self.bridged = bridged
         self.sampled_out = 0
         self._sampler = sampler
+        self.last_batch = 0
         self._numbers = itertools.count(1)
         self.clear()
 
@@ -139,9 +141,10 @@ class Traces:
             some = ended[start : start + BATCH]
             spans = [one for trace in some for one in trace.spans]
             infos = [trace.info for trace in some if trace.info is not None]
-            batches.append(Batch(next(self._numbers), sum(trace.counted for trace in some), spans, infos))
+            self.last_batch = next(self._numbers)
+            batches.append(Batch(self.last_batch, sum(trace.counted for trace in some), spans, infos))
             for trace in some:
-                trace.spans = []
+                trace.spans, trace.counted = [], False
         return batches
 
     # -- what happens ------------------------------------------------------------------------------------------------
@@ -197,7 +200,9 @@ class Traces:
         )  # fmt: skip
         trace.spans.append(made)
         trace.remarkable |= error is not None or node.attributes.get("status") == "fallback"
-        if node.parent_id is None:
+        if node.trace_id in self._shipped:
+            self._queue(trace)
+        elif node.parent_id is None:
             self._close(node.trace_id, trace)
 
     def _foreign(self, handed: Any) -> None:
