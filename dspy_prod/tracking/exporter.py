@@ -16,9 +16,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from queue import Empty, Queue
 from typing import IO, Any, Final
+
+from dspy_prod.tracking.schema import prepare
 
 BACK_OFF: Final = (0.5, 30.0)
 """Shortest and longest pause in seconds before MLflow is tried again."""
@@ -42,14 +43,14 @@ class Sink:
     def open(self) -> str:
         """Connect; the experiment's id."""
         if self._experiment is None:
-            with _alone(self._uri):
-                from mlflow import MlflowClient
-                from mlflow.tracing.client import TracingClient
+            from mlflow import MlflowClient
+            from mlflow.tracing.client import TracingClient
 
-                client = MlflowClient(self._uri)
-                found = client.get_experiment_by_name(self._name)
-                self._experiment = client.create_experiment(self._name) if found is None else found.experiment_id
-                self._client = TracingClient(self._uri)
+            prepare(self._uri)
+            client = MlflowClient(self._uri)
+            found = client.get_experiment_by_name(self._name)
+            self._experiment = client.create_experiment(self._name) if found is None else found.experiment_id
+            self._client = TracingClient(self._uri)
         return self._experiment
 
     def write(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]]) -> None:
@@ -175,23 +176,6 @@ def _told(error: Exception) -> str:
 
     text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))
-
-
-@contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """One process at a time makes the schema of a SQLite file; two at once would fail."""
-    path = uri.partition("sqlite:///")[2].partition("?")[0]
-    if not path or os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    with open(f"{path}.dspy_prod-lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _watch(parent: int) -> None:

@@ -85,7 +85,7 @@ async def abandoned(lm: Any) -> None:
 def test_every_trace_costs_what_the_ledger_and_the_bill_say(
     serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str, autolog: bool
 ) -> None:
-    """Retried, fallen back, cached, in Parallel, async, streamed or given up: no trace is missing or has another sum."""
+    """Retried, fallen back, cached, parallel, async, streamed or given up: no trace is missing or costs another sum."""
 
     def answer(call: Any) -> str:
         return ANSWER.format(len(call.last_message))
