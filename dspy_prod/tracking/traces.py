@@ -17,13 +17,13 @@ from dspy_prod.tracking.spans import (
     MESSAGES,
     OUTPUTS,
     TYPE,
-    UNTAGGED,
     Span,
     attempt_attributes,
     attempt_error,
     attempt_name,
     dumped,
     span,
+    tags_of,
     trace_attributes,
     whose,
 )
@@ -255,12 +255,8 @@ class Traces:
             inputs, outputs = trace.usage
             tokens = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
             metadata[_USAGE] = dumped(tokens)
-        tags = info.setdefault("tags", {})
-        for key, value in trace.whose.items():
-            if key in HEADLINES:
-                metadata[HEADLINES[key]] = str(value)
-            elif key not in UNTAGGED:
-                tags[key] = str(value)
+        info.setdefault("tags", {}).update(tags_of(trace.whose))
+        metadata.update({HEADLINES[key]: str(value) for key, value in trace.whose.items() if key in HEADLINES})
 
 
 def record_span_id(record_id: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -166,6 +167,7 @@ def test_a_trace_tells_who_asked_and_a_record_finds_its_trace(
             "tenant": "acme", "experiment": "cot", "variant": "b", "prompt_version": "asked/3",
         }  # fmt: skip
         assert tags["dspy_prod.tag.k"] == "v"
+        assert json.loads(tags["mlflow.linkedPrompts"]) == [{"name": "asked", "version": "3"}]
         assert tags["mlflow.traceName"] == "asked"
         assert "q" in trace.info.request_preview
         assert "yes" in trace.info.response_preview
