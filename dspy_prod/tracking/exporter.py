@@ -1,6 +1,6 @@
 """The exporter process: reads batches from its input, writes them to MLflow, and says what became of them.
 
-`python -m dspy_prod.tracking.exporter`, started by `process.Exporter`. The only place that imports MLflow to write
+Started by `process.Exporter`. The only place that imports MLflow to write
 traces. One JSON object a line: first the configuration, then batches, perhaps `{"hurry": true}`; it answers
 `{"ready": true}` when it has reached MLflow, `{"batch": n, "lost": k}` for each batch, and `{"failing": why}` while
 MLflow cannot be reached. It ends with its input.
@@ -201,7 +201,3 @@ def main() -> None:
     threading.Thread(target=loop.read, args=(sys.stdin,), daemon=True).start()
     with contextlib.suppress(BrokenPipeError):
         loop.run()
-
-
-if __name__ == "__main__":
-    main()

@@ -24,6 +24,11 @@ from dspy_prod.tracking.traces import Batch
 _log = logging.getLogger("dspy_prod")
 
 _STOP_PATIENCE: Final = 1.0
+_BODY: Final = (
+    "import sys; sys.path[:] = [place for place in sys.path if place]; root = sys.argv[1]; "
+    "root in sys.path or sys.path.append(root); from dspy_prod.tracking.exporter import main; main()"
+)
+"""Neither the working directory nor this package's folder may shadow a module."""
 
 
 class Exporter:
@@ -42,16 +47,14 @@ class Exporter:
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
         self.alive = True
         self._forgotten = False
-        root = str(Path(dspy_prod.__file__).parent.parent)
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dspy_prod.tracking.exporter"],
+                [_python(), "-c", _BODY, str(Path(dspy_prod.__file__).parent.parent)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if os.environ.get("DSPY_PROD_TRACKING_DEBUG") else subprocess.DEVNULL,
-                env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+                env={**os.environ, **(environment or {})},
                 start_new_session=True,  # Ctrl-C is for the program; what it did is still to be written
             )
         except OSError as error:
@@ -126,3 +129,12 @@ class Exporter:
             self.alive = False
             self._heard(failing="the exporter process ended", died=True)
         self._lines.put(None)
+
+
+def _python() -> str:
+    """The interpreter; a server that embeds Python calls itself `sys.executable`."""
+    if "python" in os.path.basename(sys.executable or "").lower():
+        return sys.executable
+    names = ("bin/python3", "bin/python", "python.exe", "Scripts/python.exe")
+    found = (Path(prefix, name) for prefix in (sys.prefix, sys.base_prefix) for name in names)
+    return next((str(path) for path in found if path.exists()), sys.executable)
