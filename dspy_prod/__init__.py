@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspy_prod import registry
+    from dspy_prod import registry, tracking
     from dspy_prod.context import call_context
     from dspy_prod.errors import (
         BudgetExceededError,
@@ -62,7 +62,7 @@ _HOME = {
     "StoreUnavailableError": "errors",
 }
 
-_SUBMODULES = frozenset({"registry"})
+_SUBMODULES = frozenset({"registry", "tracking"})
 
 __version__ = "0.1.0"
 __all__ = [
@@ -95,6 +95,7 @@ __all__ = [
     "enable_logging",
     "health",
     "registry",
+    "tracking",
     "wrap",
 ]
 

@@ -6,6 +6,7 @@ import atexit
 import os
 import threading
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -94,6 +95,8 @@ def enable(
     for name, number in (("queue_size", queue_size), ("exit_timeout", exit_timeout)):
         if not isinstance(number, (int, float)) or isinstance(number, bool) or number <= 0:
             raise ConfigError(f"tracking.enable({name}={number!r}): a positive number")
+    if find_spec("mlflow") is None:
+        raise ConfigError("tracking.enable() needs MLflow: pip install 'dspy-prod[mlflow]'")
     if redact is not None and content == "full":
         raise ConfigError("tracking.enable(redact=...): has no effect with content='full'; use content='redacted'")
     uri = _checked(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI)
@@ -115,6 +118,7 @@ def enable(
                 tracking.undo.append(remove)
         if content != "full":
             tracking.undo.append(install_redactor(redactor))
+        courier.begin()
         TAP.active = Recorder(courier)
         _active = tracking
     return lambda: _disable_this(tracking)

@@ -165,8 +165,17 @@ def trace_attributes(whose: Mapping[str, Any], name: str) -> dict[str, Any]:
         "user.id": whose.get("dspy_prod.user"),
         "session.id": whose.get("dspy_prod.session"),
     }
-    attributes.update({TAG + key: str(value) for key, value in whose.items() if key not in UNTAGGED})
+    attributes.update({TAG + key: value for key, value in tags_of(whose).items()})
     return attributes
+
+
+def tags_of(whose: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of a trace; the prompt version that answered is linked in MLflow's pages."""
+    tags = {key: str(value) for key, value in whose.items() if key not in UNTAGGED}
+    name, _, version = str(whose.get("dspy_prod.prompt_version") or "").rpartition("/")
+    if name and version.isdigit():
+        tags["mlflow.linkedPrompts"] = dumped([{"name": name, "version": version}])
+    return tags
 
 
 def cost(record: CallRecord, input_nano: int | None) -> dict[str, float] | None:

@@ -18,7 +18,6 @@ from dspy_prod.tracking.spans import (
     OUTPUTS,
     TAG,
     TYPE,
-    UNTAGGED,
     Span,
     attempt_attributes,
     attempt_error,
@@ -26,6 +25,7 @@ from dspy_prod.tracking.spans import (
     chat,
     dumped,
     span,
+    tags_of,
     trace_attributes,
     whose,
 )
@@ -89,6 +89,7 @@ class Traces:
 
     Attributes:
         sampled_out: traces that were left out so far.
+        last_batch: number of the newest batch.
     """
 
     def __init__(self, content: Content, sampler: Sampler, bridged: bool = False) -> None:
@@ -96,6 +97,7 @@ class Traces:
         self.bridged = bridged
         self.sampled_out = 0
         self._sampler = sampler
+        self.last_batch = 0
         self._numbers = itertools.count(1)
         self.clear()
 
@@ -141,9 +143,10 @@ class Traces:
             some = ended[start : start + BATCH]
             spans = [one for trace in some for one in trace.spans]
             infos = [trace.info for trace in some if trace.info is not None]
-            batches.append(Batch(next(self._numbers), sum(trace.counted for trace in some), spans, infos))
+            self.last_batch = next(self._numbers)
+            batches.append(Batch(self.last_batch, sum(trace.counted for trace in some), spans, infos))
             for trace in some:
-                trace.spans = []
+                trace.spans, trace.counted = [], False
         return batches
 
     # -- what happens ------------------------------------------------------------------------------------------------
@@ -204,7 +207,9 @@ class Traces:
         )  # fmt: skip
         trace.spans.append(made)
         trace.remarkable |= error is not None or node.attributes.get("status") == "fallback"
-        if node.parent_id is None:
+        if node.trace_id in self._shipped:
+            self._queue(trace)
+        elif node.parent_id is None:
             self._close(node.trace_id, trace)
 
     def _foreign(self, handed: Any) -> None:
@@ -257,12 +262,8 @@ class Traces:
             inputs, outputs = trace.usage
             tokens = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
             metadata[_USAGE] = dumped(tokens)
-        tags = info.setdefault("tags", {})
-        for key, value in trace.whose.items():
-            if key in HEADLINES:
-                metadata[HEADLINES[key]] = str(value)
-            elif key not in UNTAGGED:
-                tags[key] = str(value)
+        info.setdefault("tags", {}).update(tags_of(trace.whose))
+        metadata.update({HEADLINES[key]: str(value) for key, value in trace.whose.items() if key in HEADLINES})
 
 
 def _filled(shown: Any) -> Any:
