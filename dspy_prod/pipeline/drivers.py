@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Generator
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from math import inf
 from typing import Any
 
@@ -143,14 +143,18 @@ async def _aattempt(effect: Attempt) -> Response:
         if leaving is not None and not isinstance(engine, AsyncLM15Engine):
             leaving()
             leaving = None
-        if until == inf and leaving is None:
-            return _checked(await engine.complete(request))
+        if leaving is None:
+            if until == inf:
+                return _checked(await engine.complete(request))
+            async with limit_until(until) as limit:
+                return _checked(await engine.complete(request))
         leaves = LEAVING.set(leaving)
         try:
             async with limit_until(until) as limit:
                 return _checked(await engine.complete(request))
         finally:
-            LEAVING.reset(leaves)
+            with suppress(ValueError):  # a call that was never finished is collected in somebody else's context
+                LEAVING.reset(leaves)
     except (TimeoutError, asyncio.TimeoutError) as error:
         if limit is not None and _expired(limit):
             raise AttemptTimeoutError from None

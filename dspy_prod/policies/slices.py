@@ -134,7 +134,10 @@ class RequestPacer:
         at = len(log)
         while at and log[at - 1][2] >= later:
             at -= 1
-        if at < len(log) and self.burst > _GROUPS:  # among the calls of a group, which is dated by its last
+        if at == len(log) and len(log) >= 2 * _GROUPS:
+            log[-1][0] += 1
+            log[-1][2] = later
+        elif at < len(log) and self.burst > _GROUPS:  # among the calls of a group, which is dated by its last
             log[at][0] += 1
             log[at][1] = min(log[at][1], later)
         else:

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import orjson
 
 from dspy_prod.privacy import Redactor
-from dspy_prod.tracking.spans import INPUTS, OUTPUTS, dumped
+from dspy_prod.tracking.spans import COST, MESSAGES, MODEL, PROVIDER, REQUEST_ID, TYPE, USAGE, dumped, valid
 
 Mode = Literal["full", "redacted", "off"]
 
@@ -21,9 +21,10 @@ LONGEST: Final = 64_000
 
 _DEPTH: Final = 12
 _DATA_URL: Final = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,[A-Za-z0-9+/=\s]{64,}")
-_CONTENT: Final = (INPUTS, OUTPUTS)
 _HEADLINES: Final = ("mlflow.traceInputs", "mlflow.traceOutputs")
-_STRUCTURAL: Final = ("mlflow.traceRequestId", "mlflow.spanType", "mlflow.llm.", "mlflow.chat.tokenUsage")
+_STRUCTURAL: Final = frozenset(
+    {REQUEST_ID, TYPE, MODEL, PROVIDER, COST, USAGE, MESSAGES, "mlflow.spanFunctionName", "mlflow.spanStartTimeNs"}
+)
 
 
 class Content:
@@ -45,44 +46,62 @@ class Content:
         return self._clean(plain(value))
 
     def text(self, text: str | None) -> str | None:
-        """A line that may quote content, such as an error's."""
-        return text if text is None or self.mode == "full" else self._redactor.text(text)
+        """A line that may quote content."""
+        return text if text is None or self.mode == "full" else self._redactor.text(valid(text))
+
+    def name(self, name: str) -> str:
+        """What a span, a tag or an attribute is called."""
+        return name if self.mode == "full" else self._redactor.text(valid(name))
+
+    def error(self, kind: str, text: str) -> str:
+        """An error, whose text may quote content: without content, its kind alone."""
+        return kind if self.mode == "off" else self.text(text) or kind
 
     def attributes(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
         """Attributes of one of our own spans: names, tags and the like."""
         if self.mode == "full":
             return dict(attributes)
-        return {
-            key: self._redactor.text(value) if isinstance(value, str) else value for key, value in attributes.items()
-        }
+        named = {key if key in _STRUCTURAL else self.name(key): value for key, value in attributes.items()}
+        return {key: self.text(value) if isinstance(value, str) else value for key, value in named.items()}
 
     def foreign(self, span: dict[str, Any]) -> dict[str, Any]:
-        """A span that somebody else made, such as MLflow's autologging."""
+        """A span that somebody else made, such as MLflow's autologging; without content, its structure alone."""
         if self.mode == "full":
             return span
         attributes: dict[str, Any] = {}
         for key, coded in span.get("attributes", {}).items():
-            if key in _CONTENT and self.mode == "off":
-                continue
-            attributes[key] = coded if key.startswith(_STRUCTURAL) else self._recoded(coded)
+            if key in _STRUCTURAL:
+                attributes[key] = coded
+            elif self.mode == "redacted":
+                attributes[self.name(key)] = self._recoded(coded)
         status = dict(span.get("status") or {})
         if status.get("message"):
-            status["message"] = self._redactor.text(str(status["message"])) if self.mode == "redacted" else ""
-        events = [] if self.mode == "off" else [self._clean(event) for event in span.get("events") or ()]
-        return {**span, "attributes": attributes, "status": status, "events": events}
+            status["message"] = self.text(str(status["message"])) if self.mode == "redacted" else ""
+        rest = {key: [] if self.mode == "off" else self._clean(span.get(key) or []) for key in ("events", "links")}
+        return {
+            **span,
+            "name": self.name(str(span.get("name", ""))),
+            "attributes": attributes,
+            "status": status,
+            **rest,
+        }
 
     def foreign_info(self, info: dict[str, Any]) -> dict[str, Any]:
         """The headline of a trace that somebody else made."""
         if self.mode == "full":
             return info
         kept = dict(info)
-        for name in ("request_preview", "response_preview"):
+        for name in ("request_preview", "response_preview", "client_request_id"):
             kept[name] = None if self.mode == "off" else self.text(info.get(name))
-        metadata = {key: self._recoded(value) for key, value in (info.get("trace_metadata") or {}).items()}
+        metadata = {self.name(key): self._recoded(value) for key, value in (info.get("trace_metadata") or {}).items()}
+        kept["assessments"] = self._clean(info.get("assessments") or [])
         if self.mode == "off":
-            metadata = {key: value for key, value in metadata.items() if key not in _HEADLINES}
+            kept["assessments"] = []
+            metadata = {
+                key: value for key, value in metadata.items() if key.startswith("mlflow.") and key not in _HEADLINES
+            }
         kept["trace_metadata"] = metadata
-        kept["tags"] = {key: self._recoded(value) for key, value in (info.get("tags") or {}).items()}
+        kept["tags"] = {self.name(key): self._recoded(value) for key, value in (info.get("tags") or {}).items()}
         return kept
 
     def _recoded(self, coded: Any) -> Any:
@@ -102,9 +121,12 @@ class Content:
 
 def plain(value: Any, depth: int = 0) -> Any:
     """Any value as JSON-like data: media by their kind alone, long texts cut, unknown objects as text."""
-    if value is None or isinstance(value, (bool, int, float)):
+    if value is None or isinstance(value, (bool, float)):
         return value
+    if isinstance(value, int):
+        return value if -(2**63) <= value < 2**64 else str(value)
     if isinstance(value, str):
+        value = valid(value)
         text = _DATA_URL.sub("[media]", value) if "base64," in value else value
         return text if len(text) <= LONGEST else f"{text[:LONGEST]}… [{len(text) - LONGEST} more characters]"
     if isinstance(value, (bytes, bytearray)):
@@ -112,7 +134,7 @@ def plain(value: Any, depth: int = 0) -> Any:
     if depth >= _DEPTH:
         return "…"
     if isinstance(value, Mapping):
-        return {str(key): plain(item, depth + 1) for key, item in value.items()}
+        return {str(key): plain(item, depth + 1) for key, item in list(value.items())}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(item, depth + 1) for item in value]
     for name in ("toDict", "model_dump"):
@@ -125,4 +147,7 @@ def plain(value: Any, depth: int = 0) -> Any:
     parts = getattr(value, "parts", None)
     if parts is not None:
         return plain([getattr(part, "text", None) or f"[{getattr(part, 'type', 'part')}]" for part in parts], depth + 1)
-    return plain(str(value), depth)
+    try:
+        return plain(str(value), depth)
+    except Exception:  # likewise
+        return f"[{type(value).__name__}]"

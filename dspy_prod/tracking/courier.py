@@ -34,6 +34,8 @@ STALLED: Final = 5.0
 RESTART: Final = (1.0, 60.0)
 """Shortest and longest pause in seconds before an exporter process that died is started again."""
 _CLOSING_STEP: Final = 0.05
+_ITEMS: Final = 4  # posted for a trace, roughly
+_TRIES: Final = 3  # exporter processes that may die of a batch
 
 
 class Attempted(NamedTuple):
@@ -56,6 +58,18 @@ class Foreign(NamedTuple):
     """A whole trace that MLflow itself recorded."""
 
     trace: Any
+
+
+class Refused(NamedTuple):
+    """A trace that MLflow recorded was turned away: its attempts are not kept either."""
+
+    trace_id: str
+
+
+class Delegated(NamedTuple):
+    """A trace that MLflow ships by itself."""
+
+    trace_id: str
 
 
 class _Flush:
@@ -117,6 +131,7 @@ class Courier:
         self._closing = False
         self._restart_at = 0.0
         self._restart_pause = RESTART[0]
+        self.live: dict[str, None] = {}  # traces of MLflow's own that calls of ours belong to
         self._acked = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -146,7 +161,9 @@ class Courier:
 
     def start(self) -> None:
         """Make sure the thread runs."""
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return  # it is being started, perhaps by this very thread below a finaliser; what was posted will be read
+        try:
             if self._thread is not None or self._stopping:
                 return
             thread = threading.Thread(target=self._run, name="dspy_prod-tracking", daemon=True)
@@ -155,6 +172,14 @@ class Courier:
             except RuntimeError:  # the interpreter is going down
                 return
             self._thread = thread
+        finally:
+            self._lock.release()
+
+    def has_room(self) -> bool:
+        """Whether more may be posted for a trace that MLflow records; it is counted when it is handed over."""
+        return (
+            not self._ended and self._inbox.qsize() <= _ITEMS * self._queue_size and self._waiting() <= self._queue_size
+        )
 
     def _waiting(self) -> int:
         return self._opened - self._refused - self._exported - self._lost - self._traces.sampled_out
@@ -183,7 +208,8 @@ class Courier:
         until = time.monotonic() + timeout
         self._progressed = time.monotonic()
         self._closing = True
-        if self._thread is not None and (self._waiting() or not self._inbox.empty()):
+        busy = self._waiting() or not self._inbox.empty() or self._traces.pending or self._outbox or self._unacked
+        if self._thread is not None and busy:
             exporter = self._exporter
             if exporter is not None:
                 exporter.hurry()
@@ -251,7 +277,13 @@ class Courier:
             if self._closing:
                 exporter.hurry()
             for batch in list(self._unacked.values()):  # the last one died; spans are written by their ids
-                exporter.send(batch)
+                batch.tries += 1
+                if batch.tries > _TRIES:
+                    self._heard(
+                        batch.number, batch.traces, "a batch of traces ended the exporter process again and again"
+                    )
+                else:
+                    exporter.send(batch)
         while self._outbox and len(self._unacked) < WINDOW:
             batch = self._outbox.pop(0)
             self._unacked[batch.number] = batch

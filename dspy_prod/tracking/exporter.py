@@ -23,6 +23,9 @@ from dspy_prod.tracking.schema import prepare
 
 BACK_OFF: Final = (0.5, 30.0)
 """Shortest and longest pause in seconds before MLflow is tried again."""
+PATIENCE: Final = 3
+"""Failures after which, if MLflow answers otherwise, the traces themselves are to blame."""
+_UNREADABLE: Final = (ValueError, TypeError, KeyError, OverflowError)
 TOGETHER: Final = 3
 """Batches written in one go when they are there anyway."""
 
@@ -52,6 +55,16 @@ class Sink:
             self._experiment = client.create_experiment(self._name) if found is None else found.experiment_id
             self._client = TracingClient(self._uri)
         return self._experiment
+
+    def answers(self) -> bool:
+        """Whether MLflow is there."""
+        from mlflow import MlflowClient
+
+        try:
+            MlflowClient(self._uri).get_experiment(self.open())
+        except Exception:  # whatever it is: it cannot be told from being away
+            return False
+        return True
 
     def write(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]]) -> None:
         """Write spans, and the headlines of traces that MLflow recorded."""
@@ -112,16 +125,19 @@ class Loop:
             self._say(ready=True)
 
     def _deliver(self, batches: list[dict[str, Any]]) -> None:
-        pause = BACK_OFF[0]
+        pause, failures = BACK_OFF[0], 0
         while True:
             try:
                 self._write(batches)
             except Exception as error:
-                if _is_final(error):
+                failures += 1
+                hurried = self._hurried.is_set()
+                suspicious = hurried or failures >= PATIENCE or isinstance(error, _UNREADABLE)
+                if _is_final(error) or (suspicious and self._sink.answers()):
                     self._singly(batches)
                     return
                 self._say(failing=_told(error))
-                if self._hurried.is_set():
+                if hurried:
                     for batch in batches:
                         self._say(batch=batch["batch"], lost=batch["traces"], failing=_told(error))
                     return

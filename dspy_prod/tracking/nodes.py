@@ -5,6 +5,7 @@ Nodes only hold references; they are rendered, redacted and shipped by the couri
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ from dspy_prod.context import SETTING, CallContext, current
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.records import CallRecord
 from dspy_prod.tracking.courier import Attempted, Courier, Ended
+
+_log = logging.getLogger("dspy_prod")
 
 PROGRAM: Final = "CHAIN"
 LM: Final = "CHAT_MODEL"
@@ -87,20 +90,52 @@ class Recorder:
         """See `tap.Tap`."""
         return _Scope(self, name, LM, inputs)
 
-    def open(self, name: str, kind: str, inputs: dict[str, Any]) -> LeanNode | None:
-        """A node for a call that begins here; None when too many wait to be shipped already."""
+    def open(self, name: str, kind: str, inputs: dict[str, Any]) -> LeanNode | Nothing:
+        """A node for a call that begins here; `NOTHING` when too many wait to be shipped already."""
         context = current()
+        outer = context.node
+        if isinstance(outer, Nothing):  # the trace was turned away as a whole
+            return outer
         live = active_span()
         if live is not None:
-            ids = live.trace_id.removeprefix("tr-"), live.span_id, live.parent_id
-            return LeanNode(self.courier, name, kind, None, context, ids, live=True)
-        outer = context.node
+            if not self.courier.has_room():
+                return NOTHING
+            self.courier.live[live.trace_id] = None
+            its: tuple[str, str, str | None] = live.trace_id.removeprefix("tr-"), live.span_id, live.parent_id
+            return LeanNode(self.courier, name, kind, None, context, its, live=True)
         digits = os.urandom(24).hex()
-        if isinstance(outer, LeanNode) and outer.courier is self.courier:
-            return LeanNode(self.courier, name, kind, inputs, context, (outer.trace_id, digits[32:], outer.span_id))
-        if not self.courier.admits():
-            return None
-        return LeanNode(self.courier, name, kind, inputs, context, (digits[:32], digits[32:], None))
+        ids: tuple[str, str, str | None]
+        if isinstance(outer, LeanNode) and not outer.live and outer.courier is self.courier:
+            ids = outer.trace_id, digits[32:], outer.span_id
+        elif self.courier.admits():
+            ids = digits[:32], digits[32:], None
+        else:
+            return NOTHING
+        return LeanNode(self.courier, name, kind, _kept(inputs), context, ids)
+
+
+class Nothing:
+    """In the place of a node when its trace was turned away."""
+
+    def answered(self, outputs: Any, **attributes: Any) -> None:
+        """See `tap.Node`."""
+
+    def attempt(self, record: CallRecord, route: Route, request: Any, response: Any) -> None:
+        """See `tap.Node`."""
+
+
+NOTHING: Final = Nothing()
+
+
+def _kept(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs as they are now: the history of a chat grows in the caller's own list."""
+    return {name: _copied(value) for name, value in inputs.items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [dict(item) if type(item) is dict else item for item in value]
+    return dict(value) if type(value) is dict else value
 
 
 class _Scope:
@@ -114,10 +149,19 @@ class _Scope:
         self._kind = kind
         self._inputs = inputs
 
-    def __enter__(self) -> LeanNode | None:
-        node = self._node = self._recorder.open(self._name, self._kind, self._inputs)
+    def __enter__(self) -> LeanNode | Nothing:
         context = current()
-        trace_id = context.trace_id if node is None else context.trace_id or f"tr-{node.trace_id}"
+        try:
+            node = self._recorder.open(self._name, self._kind, self._inputs)
+        except Exception:  # whatever it is: a call is never failed by its tracking
+            _log.debug("A trace could not be begun", exc_info=True)
+            node = NOTHING
+        self._node = node
+        trace_id, outer = context.trace_id, context.node
+        if isinstance(node, LeanNode) and (
+            trace_id is None or (isinstance(outer, LeanNode) and trace_id == f"tr-{outer.trace_id}")
+        ):
+            trace_id = f"tr-{node.trace_id}"  # else the caller has named the trace
         self._inner = dspy.context(**{SETTING: context._replace(node=node, trace_id=trace_id)})
         self._inner.__enter__()
         return node
@@ -128,7 +172,7 @@ class _Scope:
         except ValueError:  # a coroutine that was never finished is collected in somebody else's context
             pass
         node = self._node
-        if node is not None:
+        if isinstance(node, LeanNode):
             node.ended_ns = time.time_ns()
             node.error = error
             node.courier.post(Ended(node))
@@ -136,11 +180,10 @@ class _Scope:
 
 def active_span() -> Any:
     """The span of MLflow's that is being recorded here, None without one. Does not import MLflow."""
-    provider = sys.modules.get("mlflow.tracing.provider")
-    fluent = sys.modules.get("mlflow.tracing.fluent")
-    if provider is None or fluent is None:
+    find = getattr(sys.modules.get("mlflow.tracing.fluent"), "get_current_active_span", None)
+    if find is None:  # or it is being imported by another thread
         return None
-    span = fluent.get_current_active_span()
+    span = find()
     if span is None or not str(getattr(span, "trace_id", "")).startswith("tr-"):
         return None
     return span

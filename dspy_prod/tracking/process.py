@@ -19,6 +19,7 @@ from typing import Any, Final
 import orjson
 
 import dspy_prod
+from dspy_prod.tracking.spans import dumped
 from dspy_prod.tracking.traces import Batch
 
 _log = logging.getLogger("dspy_prod")
@@ -63,7 +64,9 @@ class Exporter:
             return
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._pipes = (self._process.stdin.fileno(), self._process.stdout.fileno())
+        self._pipes = {
+            pipe.fileno(): os.fstat(pipe.fileno())[:3] for pipe in (self._process.stdin, self._process.stdout)
+        }
         self._lines.put(orjson.dumps(dict(config)) + b"\n")
         for body, name in ((self._write, "writer"), (self._read, "reader")):
             threading.Thread(target=body, name=f"dspy_prod-tracking-{name}", daemon=True).start()
@@ -71,7 +74,7 @@ class Exporter:
     def send(self, batch: Batch) -> None:
         """Hand a batch over. Does not wait."""
         message = {"batch": batch.number, "traces": batch.traces, "spans": batch.spans, "infos": batch.infos}
-        self._lines.put(orjson.dumps(message, default=str) + b"\n")
+        self._lines.put(dumped(message).encode() + b"\n")
 
     def hurry(self) -> None:
         """Tell it that the program is ending: what cannot be delivered now is not tried for long."""
@@ -100,8 +103,12 @@ class Exporter:
         if self._process is None:
             return
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for number in self._pipes:
-            os.dup2(nowhere, number)
+        for number, identity in self._pipes.items():
+            try:
+                if os.fstat(number)[:3] == identity:  # else it was closed, and the number is somebody else's now
+                    os.dup2(nowhere, number)
+            except OSError:
+                pass
         os.close(nowhere)
         self._process.returncode = 0  # the parent's to wait for
 

@@ -12,16 +12,22 @@ _DEAREST: Final = 0.99
 
 
 class Sampler:
-    """Keeps a share of the traces by their id, and all that erred, fell back, or are among the most expensive.
+    """Keeps a share of the traces by their id, and all that erred, fell back, or are among the most expensive: as dear
+    as 99 % of the recent ones or dearer, and dearer than most.
 
     Args:
         share: 0 to 1, of the ordinary traces. The same id always falls the same way, in every process.
     """
 
     def __init__(self, share: float) -> None:
+        self._share = share
         self._below = round(share * 2**32)
         self._costs: deque[int] = deque()
         self._ordered: list[int] = []
+
+    def fresh(self) -> Sampler:
+        """The same one before it has seen anything."""
+        return Sampler(self._share)
 
     def keeps(self, trace_id: str, remarkable: bool, cost_nano: int) -> bool:
         """Whether to keep a trace.
@@ -33,10 +39,10 @@ class Sampler:
         return remarkable or dear or int(trace_id[-8:], 16) < self._below
 
     def _is_dear(self, cost_nano: int) -> bool:
-        """Whether a cost is above 99 % of the recent ones. Remembers it."""
+        """Whether a cost is among the most expensive. Remembers it."""
         ordered = self._ordered
-        place = int(len(ordered) * _DEAREST)
-        dear = len(ordered) >= _ENOUGH and cost_nano > ordered[min(place, len(ordered) - 1)]
+        enough = len(ordered) >= _ENOUGH
+        dear = enough and cost_nano >= ordered[int(len(ordered) * _DEAREST)] and cost_nano > ordered[len(ordered) // 2]
         if len(self._costs) >= _REMEMBERED:
             del ordered[bisect_left(ordered, self._costs.popleft())]
         self._costs.append(cost_nano)

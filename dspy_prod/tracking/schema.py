@@ -60,8 +60,13 @@ def _place(path: str) -> None:
     try:
         MlflowClient(f"sqlite:///{beside}").search_experiments(max_results=1)
         os.chmod(beside, 0o600)
-        with contextlib.suppress(FileExistsError):
+        try:
             os.link(beside, path)
+        except FileExistsError:
+            pass
+        except OSError:  # no links on this file system
+            if not os.path.exists(path):
+                os.rename(beside, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(beside)

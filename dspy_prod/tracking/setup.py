@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -227,6 +228,11 @@ def _after_fork() -> None:
     _lock = threading.Lock()
     if _active is not None:
         _active.courier.after_fork()
+        process = sys.modules.get("multiprocessing.process")
+        if process is not None and process.parent_process() is not None:
+            from multiprocessing.util import Finalize
+
+            Finalize(None, disable, exitpriority=10)  # such a worker leaves without `atexit`
 
 
 atexit.register(disable)

@@ -7,6 +7,7 @@ upstream attempt. Cost, model and tokens stand on attempts alone, so that sums o
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
 from collections.abc import Mapping
 from typing import Any, Final
@@ -31,6 +32,9 @@ TAG: Final = "mlflow.traceTag."
 HEADLINES: Final = {"dspy_prod.user": "mlflow.trace.user", "dspy_prod.session": "mlflow.trace.session"}
 """What MLflow has a place of its own for in a trace."""
 UNTAGGED: Final = frozenset({*HEADLINES, "dspy_prod.priority"})
+
+LONGEST_NAME: Final = 250
+"""Characters of a name that MLflow's tables hold."""
 
 Span = dict[str, Any]
 
@@ -61,10 +65,10 @@ def span(
         "trace_id": _base64(trace_id),
         "span_id": _base64(span_id),
         "parent_span_id": None if parent_id is None else _base64(parent_id),
-        "name": name,
+        "name": valid(name)[:LONGEST_NAME],
         "start_time_unix_nano": started_ns,
         "end_time_unix_nano": ended_ns,
-        "status": {"code": "STATUS_CODE_OK" if error is None else "STATUS_CODE_ERROR", "message": error or ""},
+        "status": {"code": "STATUS_CODE_OK" if error is None else "STATUS_CODE_ERROR", "message": valid(error or "")},
         "attributes": coded,
         "events": [] if error is None else [_exception(error, raised, ended_ns)],
     }
@@ -77,8 +81,16 @@ def _exception(error: str, raised: str | None, when_ns: int) -> dict[str, Any]:
 
 
 def dumped(value: Any) -> str:
-    """A value as MLflow keeps attributes: JSON text."""
-    return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    """A value as MLflow keeps attributes: JSON text. What is not valid Unicode becomes a question mark."""
+    try:
+        return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:  # lone surrogates, or integers beyond 64 bits
+        return valid(json.dumps(value, default=str, ensure_ascii=False))
+
+
+def valid(text: str) -> str:
+    """The text with what is not valid Unicode replaced."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def chat(inputs: Any, outputs: Any) -> tuple[Any, Any]:
@@ -161,12 +173,16 @@ def whose(source: CallRecord | CallContext) -> dict[str, Any]:
 def trace_attributes(whose: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Attributes of a root span that MLflow turns into the trace's user, session, name and tags."""
     attributes: dict[str, Any] = {
-        f"{TAG}mlflow.traceName": name,
-        "user.id": whose.get("dspy_prod.user"),
-        "session.id": whose.get("dspy_prod.session"),
+        f"{TAG}mlflow.traceName": name[:LONGEST_NAME],
+        "user.id": _short(whose.get("dspy_prod.user")),
+        "session.id": _short(whose.get("dspy_prod.session")),
     }
     attributes.update({TAG + key: value for key, value in tags_of(whose).items()})
     return attributes
+
+
+def _short(name: Any) -> str | None:
+    return None if name is None else str(name)[:LONGEST_NAME]
 
 
 def tags_of(whose: Mapping[str, Any]) -> dict[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from dspy_prod.tracking.courier import Attempted
     from dspy_prod.tracking.nodes import LeanNode
 
+_log = logging.getLogger("dspy_prod")
+
 BATCH: Final = 100
 """Traces in one batch."""
 LINGER: Final = 0.2
@@ -53,11 +57,12 @@ class Batch:
         spans: in the form MLflow reads. infos: headlines of traces that MLflow itself recorded.
     """
 
-    __slots__ = ("infos", "number", "spans", "traces")
+    __slots__ = ("infos", "number", "spans", "traces", "tries")
 
     def __init__(self, number: int, traces: int, spans: list[Span], infos: list[dict[str, Any]]) -> None:
         self.number = number
         self.traces = traces
+        self.tries = 1
         self.spans = spans
         self.infos = infos
 
@@ -95,7 +100,6 @@ class Traces:
     def __init__(self, content: Content, sampler: Sampler, bridged: bool = False) -> None:
         self.content = content
         self.bridged = bridged
-        self.sampled_out = 0
         self._sampler = sampler
         self.last_batch = 0
         self._numbers = itertools.count(1)
@@ -103,6 +107,8 @@ class Traces:
 
     def clear(self) -> None:
         """Forget everything."""
+        self.sampled_out = 0
+        self._sampler = self._sampler.fresh()
         self._open: OrderedDict[str, _Trace] = OrderedDict()
         self._shipped: OrderedDict[str, _Trace | None] = OrderedDict()  # None: left out
         self._ended: list[_Trace] = []
@@ -115,7 +121,7 @@ class Traces:
 
     def add(self, item: Any) -> None:
         """Take in what was posted."""
-        from dspy_prod.tracking.courier import Attempted, Ended, Foreign
+        from dspy_prod.tracking.courier import Attempted, Delegated, Ended, Foreign, Refused
 
         if isinstance(item, Attempted):
             self._attempted(item)
@@ -123,6 +129,10 @@ class Traces:
             self._ended_node(item.node)
         elif isinstance(item, Foreign):
             self._foreign(item.trace)
+        elif isinstance(item, Refused):
+            self._open.pop(item.trace_id, None)
+        elif isinstance(item, Delegated):
+            self._delegated(item.trace_id)
 
     def ready(self, now: float, at_once: bool = False, unfinished: bool = False) -> list[Batch]:
         """The batches to be written now.
@@ -176,37 +186,38 @@ class Traces:
 
     def _ended_node(self, node: LeanNode) -> None:
         if node.live:
-            if not self.bridged:  # MLflow ships the trace by itself; the attempts follow
-                trace = self._open.get(node.trace_id)
-                if trace is not None:
-                    trace.counted = False
-                    self._close(node.trace_id, trace)
+            if not self.bridged:
+                self._delegated(node.trace_id)
             return
         trace = self._trace(node.trace_id)
         if trace is None:
             return
-        error = None if node.error is None else self.content.text(error_text(node.error))
-        attributes: dict[str, Any] = (
-            {TYPE: node.kind, MESSAGES: "dspy"} if node.kind == "CHAT_MODEL" else {TYPE: node.kind}
-        )
-        attributes.update({f"dspy_prod.{name}": value for name, value in node.attributes.items()})
+        failure, kind = node.error, type(node.error).__name__
+        error = None if failure is None else self._rendered(lambda: self.content.error(kind, error_text(failure)), kind)
+        attributes: dict[str, Any] = {TYPE: node.kind, MESSAGES: "dspy" if node.kind == "CHAT_MODEL" else None}
+        told = node.attributes
+        attributes.update({f"dspy_prod.{name}": value for name, value in told.items() if name != "error"})
+        if told.get("error"):
+            attributes["dspy_prod.error"] = self.content.error(str(told["error"]).partition(":")[0], str(told["error"]))
         if node.parent_id is None:
             attributes.update(trace_attributes({**trace.whose, **whose(node.context)}, node.name))
-            if "status" in node.attributes:
-                attributes[f"{TAG}dspy_prod.status"] = node.attributes["status"]
+            if "status" in told:
+                attributes[f"{TAG}dspy_prod.status"] = told["status"]
         attributes = self.content.attributes(attributes)
-        inputs, outputs = _filled(self.content.shown(node.inputs)), self.content.shown(node.outputs)
-        if node.attributes.get("status") == "fallback":
+        inputs = self._rendered(lambda: _filled(self.content.shown(node.inputs)))
+        outputs = self._rendered(lambda: self.content.shown(node.outputs))
+        node.inputs = node.outputs = node.error = None  # an error's traceback would keep the prompt for long
+        if told.get("status") == "fallback":
             outputs = _filled(outputs)
         if node.parent_id is None and node.kind == "CHAT_MODEL":
             inputs, outputs = chat(inputs, outputs)
         attributes[INPUTS], attributes[OUTPUTS] = inputs, outputs
         made = span(
-            node.trace_id, node.span_id, node.parent_id, node.name, node.started_ns, node.ended_ns, attributes, error,
-            None if node.error is None else type(node.error).__name__,
+            node.trace_id, node.span_id, node.parent_id, self.content.name(node.name), node.started_ns, node.ended_ns,
+            attributes, error, None if failure is None else kind,
         )  # fmt: skip
         trace.spans.append(made)
-        trace.remarkable |= error is not None or node.attributes.get("status") == "fallback"
+        trace.remarkable |= error is not None or told.get("status") == "fallback"
         if node.trace_id in self._shipped:
             self._queue(trace)
         elif node.parent_id is None:
@@ -218,11 +229,29 @@ class Traces:
         trace = self._trace(trace_id)
         if trace is None:
             return
-        trace.spans += [self.content.foreign(one.to_dict()) for one in handed.data.spans]
+        for one in handed.data.spans:
+            shown = self._rendered(lambda: self.content.foreign(one.to_dict()))  # noqa: B023  (called at once)
+            if isinstance(shown, dict):
+                trace.spans.append(shown)
         trace.info = self.content.foreign_info(info)
         trace.remarkable |= str(info.get("state", "")).endswith("ERROR")
         self._total(trace)
         self._close(trace_id, trace)
+
+    def _rendered(self, render: Callable[[], Any], instead: str = "[could not be shown]") -> Any:
+        """What is shown of a caller's objects, whose own methods may fail: the span itself must not be lost."""
+        try:
+            return render()
+        except Exception:
+            _log.debug("A part of a trace could not be shown", exc_info=True)
+            return instead
+
+    def _delegated(self, trace_id: str) -> None:
+        """MLflow ships the trace by itself; the attempts follow, whatever sampling says."""
+        trace = self._open.get(trace_id)
+        if trace is not None:
+            trace.counted, trace.remarkable = False, True
+            self._close(trace_id, trace)
 
     # -- closing -----------------------------------------------------------------------------------------------------
     def _trace(self, trace_id: str) -> _Trace | None:

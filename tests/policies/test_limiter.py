@@ -238,6 +238,7 @@ def test_a_late_call_moves_within_a_large_log() -> None:
         at = rng.randrange(600)
         nominal[at] = pacer.move(nominal[at], nominal[at] + rng.random() * 3)
     assert sum(int(group[0]) for group in pacer._log) == 600
+    assert len(pacer._log) <= 128
     assert [group[2] for group in pacer._log] == sorted(group[2] for group in pacer._log)
     assert pacer.ready_at() >= min(nominal) + 60
 

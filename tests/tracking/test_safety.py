@@ -124,7 +124,7 @@ def test_calls_go_on_while_the_server_is_away_and_their_traces_follow(
             lm(f"meanwhile {number}")
         until(lambda: dspy_prod.health().tracking.failing is not None, 30, "the failure")
         health = dspy_prod.health()
-        assert health.status == "warning"
+        assert health.status != "healthy"
         assert any("MLflow" in reason for reason in health.reasons)
         server.start()
         assert tracking.flush(90)
