@@ -1,11 +1,16 @@
-"""Real MLflow stores: a SQLite file per test (copied, since making the tables takes seconds), and a server to kill."""
+"""Real MLflow stores: a SQLite file, a server to kill, and other processes to race with.
+
+Each takes seconds to make and is made once. Every test finds the stores empty.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,10 +21,21 @@ from typing import Any
 
 import mlflow
 import pytest
+import sqlalchemy
 from mlflow import MlflowClient
 
 import dspy_prod
 from dspy_prod.registry import copies, loading
+
+ROOT = Path(__file__).parents[2]
+END = "---"
+"""The line after which another process waits for more."""
+
+
+@sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
+def quickly(connection: Any, _record: Any) -> None:
+    """No test cuts the power, so nobody need wait for the disk."""
+    connection.execute("PRAGMA synchronous=OFF")
 
 
 @pytest.fixture(scope="session")
@@ -30,10 +46,23 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the stores lie."""
+    return tmp_path_factory.mktemp("stores")
+
+
+def emptied(schema: Path, path: Path) -> Path:
+    """A store without content. It stays the same file, so that MLflow's connections and compiled queries are kept."""
+    with contextlib.closing(sqlite3.connect(schema)) as empty, contextlib.closing(sqlite3.connect(path)) as used:
+        empty.backup(used)
+    return path
+
+
 @pytest.fixture
-def database(schema: Path, tmp_path: Path) -> Path:
+def database(schema: Path, places: Path) -> Path:
     """The file of a fresh MLflow store."""
-    return Path(shutil.copy(schema, tmp_path / "mlflow.db"))
+    return emptied(schema, places / "mlflow.db")
 
 
 @pytest.fixture
@@ -87,9 +116,10 @@ class MlflowServer:
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
+        self.frozen = False
 
-    def start(self) -> None:
-        """Start it and wait until it answers."""
+    def launch(self) -> None:
+        """Start it, and do not wait until it answers."""
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.database}"]
         # Off line, LiteLLM's price fetch and MLflow's import hooks can deadlock each other while the server starts.
         quick = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -98,6 +128,12 @@ class MlflowServer:
             env={**os.environ, **quick}, cwd=self.database.parent, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
+
+    def start(self) -> None:
+        """Start it unless it runs, and wait until it answers."""
+        if self.process is None:
+            self.launch()
+        assert self.process is not None
         deadline = time.monotonic() + 60
         while True:
             try:
@@ -117,21 +153,89 @@ class MlflowServer:
             except ProcessLookupError:
                 pass
             self.process.wait(timeout=20)
-            self.process = None
+            self.process, self.frozen = None, False
 
     def freeze(self) -> None:
         """Let it accept connections and never answer."""
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGSTOP)
+        self.frozen = True
+
+
+@pytest.fixture(scope="session")
+def only_server(schema: Path, places: Path) -> Iterator[MlflowServer]:
+    """The server of all tests; it may still be starting."""
+    only = MlflowServer(emptied(schema, places / "served.db"))
+    only.launch()
+    yield only
+    only.kill()
 
 
 @pytest.fixture
-def server(database: Path) -> Iterator[MlflowServer]:
+def server(schema: Path, only_server: MlflowServer) -> Iterator[MlflowServer]:
     """A running server on a fresh store."""
-    running = MlflowServer(database)
-    running.start()
-    yield running
-    running.kill()
+    only_server.start()
+    emptied(schema, only_server.database)
+    yield only_server
+    if only_server.frozen:
+        only_server.kill()
+
+
+class Other:
+    """Another process, in which `run` executes code. It remembers nothing between two runs but its imports."""
+
+    def __init__(self) -> None:
+        code = "from tests.registry.conftest import obey; obey()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+        )
+
+    def begin(self, code: str, *arguments: str) -> None:
+        """Let it execute code, which finds its arguments in `sys.argv[1:]`."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([code, *arguments]) + "\n")
+        self.process.stdin.flush()
+
+    def said(self) -> list[str]:
+        """What the code printed, once it has ended."""
+        assert self.process.stdout is not None
+        lines = list(iter(lambda: self.process.stdout.readline().rstrip("\n"), END))  # type: ignore[union-attr]
+        assert self.process.poll() is None, lines
+        return lines
+
+    def run(self, code: str, *arguments: str) -> list[str]:
+        """What the code prints."""
+        self.begin(code, *arguments)
+        return self.said()
+
+
+def obey() -> None:
+    """Execute what `Other` sends, in the other process."""
+    for line in sys.stdin:
+        code, *arguments = json.loads(line)
+        sys.argv = ["-c", *arguments]
+        forget()
+        exec(code, {})
+        print(END, flush=True)
+
+
+@pytest.fixture(scope="session")
+def others() -> Iterator[tuple[Other, Other]]:
+    """Two other processes, which share nothing with this one but the stores."""
+    pair = Other(), Other()
+    yield pair
+    for other in pair:
+        other.process.kill()
+        other.process.wait(20)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request: pytest.FixtureRequest) -> None:
+    """Start what some test will need, so that it is ready by then."""
+    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    for mine, slow in (("server", "only_server"), ("others", "others")):
+        if mine in wanted:
+            request.getfixturevalue(slow)
 
 
 def wait_until(condition: Any, seconds: float = 20.0) -> Any:

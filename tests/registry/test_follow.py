@@ -420,6 +420,7 @@ def test_no_call_waits_for_a_server_that_is_down(
     import mlflow
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dspy_prod.registry.server.READ_TIMEOUT", 1.5)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(server.uri)
     made: list[Production] = []

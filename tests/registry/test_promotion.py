@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
-from pathlib import Path
+import time
 from typing import Any
 
 import dspy
@@ -17,10 +15,8 @@ import dspy_prod
 from dspy_prod import ConfigError, registry
 from dspy_prod.registry import journal, projection
 from dspy_prod.registry.server import server_at
-from tests.registry.conftest import MlflowServer, wait_until
+from tests.registry.conftest import MlflowServer, Other, wait_until
 from tests.registry.programs import qa
-
-ROOT = Path(__file__).parents[2]
 
 
 def publish(count: int, name: str = "it", tracking_uri: str | None = None) -> None:
@@ -129,23 +125,23 @@ def test_a_rollback_without_anything_to_go_back_to_says_what_to_do(store: str) -
         registry.rollback("it")
 
 
-def test_a_fresh_process_rolls_back(store: str, tmp_path: Path, client: MlflowClient) -> None:
+def test_a_fresh_process_rolls_back(store: str, others: tuple[Other, Other], client: MlflowClient) -> None:
     """What the alias had before is on the server."""
     publish(2)
     registry.promote("it", 1)
     registry.promote("it", 2)
     code = "import sys, dspy_prod; print(dspy_prod.registry.rollback('it', tracking_uri=sys.argv[1]).to_version)"
-    assert run(code, store).wait(60) == 0
+    assert others[0].run(code, store) == ["1"]
     assert aliases(client) == {"production": 1}
 
 
 RACE = """
-import sys, dspy_prod
+import sys, time, dspy_prod
 from dspy_prod.registry import PromotionConflictError, promote
-uri, version, gate = sys.argv[1:]
+uri, version, start = sys.argv[1:]
 dspy_prod.registry.versions("it", tracking_uri=uri)
-print("ready", flush=True)
-sys.stdin.readline()
+while time.time() < float(start):
+    pass
 for round in range(1, 6):
     try:
         promote("it", int(version), alias=f"r{round}", expected=0, tracking_uri=uri)
@@ -155,14 +151,10 @@ for round in range(1, 6):
 """
 
 
-def run(code: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
-    )
-
-
 @pytest.mark.parametrize("over", ["sqlite", "http"])
-def test_of_two_racing_processes_exactly_one_wins(over: str, request: pytest.FixtureRequest) -> None:
+def test_of_two_racing_processes_exactly_one_wins(
+    over: str, others: tuple[Other, Other], request: pytest.FixtureRequest
+) -> None:
     """Both expect the same version and promote different ones: one wins, the other is told who did."""
     if over == "http":
         running: MlflowServer = request.getfixturevalue("server")
@@ -171,15 +163,11 @@ def test_of_two_racing_processes_exactly_one_wins(over: str, request: pytest.Fix
         uri = request.getfixturevalue("store")
         database = request.getfixturevalue("database")
     publish(2, tracking_uri=uri)
-    racers = [run(RACE, uri, str(version), "") for version in (1, 2)]
-    for racer in racers:
-        assert racer.stdout is not None
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        assert racer.stdin is not None
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    said = [racer.communicate(timeout=110)[0].splitlines() for racer in racers]
+    for other in others:
+        assert other.run("import dspy_prod.registry.promotion, dspy, mlflow") == []
+    for version, other in enumerate(others, 1):
+        other.begin(RACE, uri, str(version), str(time.time() + 0.5))
+    said = [other.said() for other in others]
     assert [len(lines) for lines in said] == [5, 5]
     has = aliases(MlflowClient(tracking_uri=f"sqlite:///{database}", registry_uri=f"sqlite:///{database}"))
     for number in range(5):
