@@ -158,7 +158,7 @@ def _part(name: str, predictor: Any) -> _Part:
         state = dumped(name, predictor, typed_demos=typed)
         twin = type("Twin", (), {})()
         twin.__dict__.update(prepared(predictor, state))
-        if messages(twin, adapter, slots) == sent:
+        if _rendered(twin, adapter, slots) == sent:
             return _Part(
                 name, state, chat_prompt(predictor, adapter), fields_of(predictor.signature),
                 LMSettings.of(predictor, adapter),
@@ -167,6 +167,14 @@ def _part(name: str, predictor: Any) -> _Part:
         f"the demos of predictor {name!r} hold values that {type(adapter).__name__} would render differently once "
         "they went through JSON; replace them by texts, numbers, lists, dicts, pydantic models or dspy types"
     )
+
+
+def _rendered(twin: Any, adapter: Any, slots: Slots) -> Messages | None:
+    """What a restored predictor would send; None when the adapter cannot even render it."""
+    try:
+        return messages(twin, adapter, slots)
+    except Exception:  # a list of numbers where a tuple was, say
+        return None
 
 
 def _entry(server: Server, program: str, part: _Part, inline: bool, experiment: str | None) -> PredictorEntry:
