@@ -17,7 +17,7 @@ import dspy
 from dspy_prod.error_text import error_text
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import UnknownVersionError
-from dspy_prod.registry.loading import obtain, put_into
+from dspy_prod.registry.loading import obtain, put_into, renewed
 from dspy_prod.registry.manifest import ProgramVersion
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.server import Server
@@ -131,7 +131,7 @@ class Gate:
         try:
             metrics, examples = self._measured(server, Reference(version.name, version.version), program)
             baseline, unknown = self._baseline(server, program)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit(0) in an evaluation would look like success to a shell
             _log.exception("The gate of %s raised", version)
             return GateReport("error", seconds=time.monotonic() - began, error=error_text(error))
         checks = (*self._checks(metrics, baseline, unknown), *self._count(examples))
@@ -141,7 +141,7 @@ class Gate:
 
     def _measured(self, server: Server, reference: Reference, program: Any) -> tuple[dict[str, float], int | None]:
         copy = program.deepcopy()
-        put_into(copy, obtain(server, reference, 0.0))
+        put_into(copy, obtain(server, reference, 0.0) if reference.alias is None else renewed(server, reference))
         with raising():
             return _metrics(self.evaluate(copy))
 
@@ -218,8 +218,10 @@ def _metrics(found: Any) -> tuple[dict[str, float], int | None]:
         count = metrics.pop(EXAMPLES, None)
         if count is None and not metrics:
             count = 0
-        return metrics, None if count is None or not math.isfinite(count) else int(count)
-    if isinstance(found, Sequence) and not isinstance(found, str):
+        if count is not None:
+            return metrics, max(0, int(count)) if math.isfinite(count) else 0
+        return metrics, None
+    if isinstance(found, Sequence) and not isinstance(found, (str, bytes, bytearray)):
         scores = [float(score) for score in found]
         return ({SCORE: math.fsum(scores) / len(scores)} if scores else {}), len(scores)
     raise TypeError(f"Gate(evaluate=...) gave a {type(found).__name__}; give a dict of metrics or a list of scores")
