@@ -53,7 +53,7 @@ def promote(
         version: its number, a `ProgramVersion`, or a reference such as `"triage@staging"`.
         alias: `production`, `canary`, `staging`, or one of your own.
         expected: the version the alias must have, else nothing is moved; 0: it must not exist yet. None: whatever it
-            has is replaced.
+            has is replaced; with a gate, what it had when the evaluation began.
         gate: what the version has to pass first; its report becomes evidence of the move.
         program: the program from the code, on a copy of which the gate is evaluated; needed with `gate`.
         force: move although the gate is inconclusive; needs a `reason`. A gate that fails cannot be overruled.
@@ -96,6 +96,7 @@ def promote(
         if report.result != "pass" and not forced:
             journal.append(Request("refused", alias, chosen.version, None, who, reason, evidence=evidence))
             raise _refused(name, alias, chosen, report)
+        wanted = before or 0  # the verdict is about what the alias had then; an evaluation may take hours
     request = Request("promote", alias, chosen.version, wanted, who, reason, forced, evidence)
     return _carry_out(server, name, journal, request)
 

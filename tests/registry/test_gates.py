@@ -100,6 +100,20 @@ def test_a_dspy_evaluation_is_understood_and_scores_no_canned_answer(store: str)
     assert program.demos == []
 
 
+def test_a_verdict_is_no_verdict_on_what_was_promoted_meanwhile(store: str, client: Any) -> None:
+    """An alias that somebody moved during the evaluation is not moved back, also when nothing was expected of it."""
+    publish(3)
+    registry.promote("it", 1)
+
+    def evaluate(program: Any) -> dict[str, float]:
+        registry.promote("it", 3)
+        return {"score": 1.0}
+
+    with pytest.raises(registry.PromotionConflictError, match="has version 3"):
+        registry.promote("it", 2, gate=Gate(evaluate, {"score": 1}), program=bare())
+    assert aliases(client) == {"production": 3, "previous": 1}
+
+
 def test_an_evaluation_that_ends_the_process_is_an_error(store: str) -> None:
     """`sys.exit()` in it must not look like success to whoever started the process."""
     publish(1)
