@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from dspy_prod.cli.deploy import add_parser as add_deploy
     from dspy_prod.cli.prompts import add_parsers as add_prompts
 
     parser = argparse.ArgumentParser(prog="dspy-prod", description="Production safety for DSPy programs.")
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         calls.add_argument(f"--{name}", help=f"only this {name}")
     calls.add_argument("--unconfirmed", action="store_true", help="only costs that the provider did not confirm")
     add_prompts(commands)
+    add_deploy(commands)
     return parser
 
 

@@ -103,7 +103,7 @@ def publish(
     server = server_at(tracking_uri)
     experiment = provenance.active_experiment() if tracking_uri is None else None
     ensure_prompt(server, name, PROGRAM, experiment)
-    digest = sha256(to_text([part.digest for part in parts]))
+    digest = _digest(parts)
     newest: int | None = None
     for prompt in server.versions(name):
         newest = newest or int(prompt.version)
@@ -138,6 +138,20 @@ def publish(
     if manifest.run_id:
         _link(server, manifest.run_id, made)
     return version_of(made)
+
+
+def published(server: Server, program: dspy.Module, name: str) -> ProgramVersion | None:
+    """The version that has a program's content already, None when there is none.
+
+    Raises:
+        ConfigError, RegistryUnavailableError: as `publish`.
+    """
+    digest = _digest(_parts(program))
+    return next((version_of(found) for found in server.versions(name) if found.tags.get(DIGEST) == digest), None)
+
+
+def _digest(parts: list[_Part]) -> str:
+    return sha256(to_text([part.digest for part in parts]))
 
 
 def _parts(program: Any) -> list[_Part]:

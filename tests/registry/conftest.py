@@ -229,11 +229,56 @@ def others() -> Iterator[tuple[Other, Other]]:
         other.process.wait(20)
 
 
+LONELY = """
+import os, sys
+pid = os.fork()
+if pid == 0:
+    code = 99
+    try:
+        for stream in (1, 2):
+            os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        from dspy_prod.cli import main
+        code = main(sys.argv[2:])
+    finally:
+        os._exit(code)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """Gives birth to processes that run the command line, and may be killed: quick, since all imports are made."""
+
+    def __init__(self) -> None:
+        self._other = Other()
+        self._other.begin("import dspy, mlflow, dspy_prod.registry.deployment, dspy_prod.cli.eval_file, sqlalchemy")
+        self._ready = False
+
+    def main(self, folder: Path, *arguments: str) -> int:
+        """The exit code of a command in a folder; -9 when it was killed. What it prints is in the file `output`."""
+        if not self._ready:
+            self._ready = self._other.said() == []
+        (status,) = self._other.run(f"import os, sys; os.chdir(sys.argv[1]){LONELY}", str(folder), *arguments)
+        return int(status)
+
+    def close(self) -> None:
+        """End it."""
+        self._other.process.kill()
+        self._other.process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Where processes come from."""
+    one = Nursery()
+    yield one
+    one.close()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ahead(request: pytest.FixtureRequest) -> None:
     """Start what some test will need, so that it is ready by then."""
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    for mine, slow in (("server", "only_server"), ("others", "others")):
+    for mine, slow in (("server", "only_server"), ("others", "others"), ("nursery", "nursery")):
         if mine in wanted:
             request.getfixturevalue(slow)
 

@@ -121,9 +121,7 @@ def test_an_evaluation_that_ends_the_process_is_an_error(store: str) -> None:
     assert (report.result, report.error) == ("error", "SystemExit: 0")
 
 
-def test_a_gate_compares_with_no_outdated_copy(
-    store: str, monkeypatch: pytest.MonkeyPatch, client: Any
-) -> None:
+def test_a_gate_compares_with_no_outdated_copy(store: str, monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
     """A baseline that MLflow does not tell is an error, though a copy of an earlier load is at hand."""
     publish(2)
     registry.promote("it", 1)

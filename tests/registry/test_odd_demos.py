@@ -42,7 +42,7 @@ def test_an_odd_value_is_rendered_as_before(store: str, demo: Any) -> None:
 @pytest.mark.parametrize("value", [(1, 2), frozenset([1])])
 def test_a_value_that_would_be_rendered_differently_is_refused(store: str, value: Any) -> None:
     """DSPy renders a tuple in a text field, but fails on the list that JSON makes of it: the error names the demos."""
-    with pytest.raises(ConfigError, match="demos of predictor 'self'.*replace them"):
+    with pytest.raises(ConfigError, match=r"demos of predictor 'self'.*replace them"):
         registry.publish(having({"a": value, "b": "x"}), "it")
     assert registry.programs() == []
 
