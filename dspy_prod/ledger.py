@@ -52,6 +52,7 @@ class Ledger:
         program: str | None = None,
         experiment: str | None = None,
         variant: str | None = None,
+        prompt_version: str | None = None,
         outcome: str | None = None,
         call_id: str | None = None,
         trace_id: str | None = None,
@@ -67,7 +68,8 @@ class Ledger:
             raise ValueError(f"limit={limit!r} must be a non-negative integer")
         fields = {
             "user": user, "tenant": tenant, "session": session, "model": model, "program": program,
-            "experiment": experiment, "variant": variant, "outcome": outcome, "call_id": call_id, "trace_id": trace_id,
+            "experiment": experiment, "variant": variant, "prompt_version": prompt_version, "outcome": outcome,
+            "call_id": call_id, "trace_id": trace_id,
         }  # fmt: skip
         equals = {name: value for name, value in fields.items() if value is not None}
         begin, end = self._epoch("since", since), self._epoch("until", until)
