@@ -13,6 +13,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -161,6 +162,12 @@ class MlflowServer:
         os.killpg(self.process.pid, signal.SIGSTOP)
         self.frozen = True
 
+    def thaw(self) -> None:
+        """Let it answer again."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
+        self.frozen = False
+
 
 @pytest.fixture(scope="session")
 def only_server(schema: Path, places: Path) -> Iterator[MlflowServer]:
@@ -179,6 +186,52 @@ def server(schema: Path, only_server: MlflowServer) -> Iterator[MlflowServer]:
     yield only_server
     if only_server.frozen:
         only_server.kill()
+
+
+class Door:
+    """A way to a server that can be shut: connections are refused then and open ones end, as when it is gone."""
+
+    def __init__(self, target: int) -> None:
+        self._target, self.port = target, 0
+        self._open: list[socket.socket] = []
+        self.open()
+
+    @property
+    def uri(self) -> str:
+        """The server's address through this door."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def open(self) -> None:
+        """Let connections through."""
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        """Refuse connections, and end those there are."""
+        for one in [self._listener, *self._open]:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._open.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", self._target))
+            except OSError:
+                return
+            self._open += [near, far]
+            for one, other in ((near, far), (far, near)):
+                threading.Thread(target=_pass_on, args=(one, other), daemon=True).start()
+
+
+def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)
 
 
 class Other:
@@ -248,9 +301,13 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 class Nursery:
     """Gives birth to processes that run the command line, and may be killed: quick, since all imports are made."""
 
-    def __init__(self) -> None:
+    def __init__(self, uri: str) -> None:
         self._other = Other()
-        self._other.begin("import dspy, mlflow, dspy_prod.registry.deployment, dspy_prod.cli.eval_file, sqlalchemy")
+        code = (
+            "import sys, dspy, dspy_prod, dspy_prod.registry.deployment, dspy_prod.cli.eval_file\n"
+            "dspy_prod.registry.programs(tracking_uri=sys.argv[1])"
+        )
+        self._other.begin(code, uri)
         self._ready = False
 
     def main(self, folder: Path, *arguments: str) -> int:
@@ -267,9 +324,9 @@ class Nursery:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def nursery(schema: Path, places: Path) -> Iterator[Nursery]:
     """Where processes come from."""
-    one = Nursery()
+    one = Nursery(f"sqlite:///{emptied(schema, places / 'nursery.db')}")
     yield one
     one.close()
 
