@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import dspy
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.registry.loading import obtain, put_into
+from dspy_prod.registry.loading import exact, put_into
 from dspy_prod.registry.manifest import ProgramVersion
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.promotion import find_version
@@ -65,7 +65,7 @@ def resolve(
         given = f"{name}@{given}"
     assert isinstance(given, (int, str, ProgramVersion))
     version = find_version(server, name, given)
-    put_into(bare.deepcopy(), obtain(server, Reference(name, version.version), 0.0))
+    put_into(bare.deepcopy(), exact(server, Reference(name, version.version)))
     return Candidate(str(given), bare, version)
 
 

@@ -17,7 +17,7 @@ import dspy
 from dspy_prod.error_text import error_text
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import UnknownVersionError
-from dspy_prod.registry.loading import obtain, put_into, renewed
+from dspy_prod.registry.loading import exact, put_into
 from dspy_prod.registry.manifest import ProgramVersion
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.server import Server
@@ -162,8 +162,7 @@ class Gate:
             candidate = Reference(candidate.name, candidate.version)
         if isinstance(candidate, Reference):
             copy = program.deepcopy()
-            known = candidate.alias is None  # versions do not change, aliases do
-            put_into(copy, obtain(server, candidate, 0.0) if known else renewed(server, candidate))
+            put_into(copy, exact(server, candidate))
         else:
             copy = candidate.deepcopy()
         with raising():
