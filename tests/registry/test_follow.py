@@ -22,7 +22,7 @@ import dspy_prod
 from dspy_prod import ConfigError, Production, registry
 from dspy_prod.registry import follow
 from dspy_prod.testing import ScriptedEngine
-from tests.registry.conftest import Door, MlflowServer, forget, wait_until
+from tests.registry.processes import Door, MlflowServer, forget, wait_until
 
 _stores = itertools.count()
 

@@ -15,7 +15,7 @@ import dspy_prod
 from dspy_prod import ConfigError, registry
 from dspy_prod.registry import journal, projection
 from dspy_prod.registry.server import server_at
-from tests.registry.conftest import MlflowServer, Other, wait_until
+from tests.registry.processes import MlflowServer, Other, wait_until
 from tests.registry.programs import qa
 
 

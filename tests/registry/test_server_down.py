@@ -15,7 +15,7 @@ import pytest
 
 import dspy_prod
 from dspy_prod import registry
-from tests.registry.conftest import MlflowServer, Other, forget
+from tests.registry.processes import MlflowServer, Other, forget
 from tests.registry.programs import Nested, nested, qa
 from tests.registry.test_publish_and_load import sent
 
