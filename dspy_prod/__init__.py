@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspy_prod import registry
+    from dspy_prod import registry, tracking
     from dspy_prod.context import call_context
     from dspy_prod.errors import (
         BudgetExceededError,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dspy_prod.logs import enable_logging
     from dspy_prod.module import CallReport, Production, call_report
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.privacy import Redactor
     from dspy_prod.records import CallRecord
     from dspy_prod.status import CostSummary, Health, Preview, health
 
@@ -46,6 +47,7 @@ _HOME = {
     "Event": "events",
     "add_listener": "events",
     "enable_logging": "logs",
+    "Redactor": "privacy",
     "health": "status",
     "Health": "status",
     "CostSummary": "status",
@@ -60,7 +62,7 @@ _HOME = {
     "StoreUnavailableError": "errors",
 }
 
-_SUBMODULES = frozenset({"registry"})
+_SUBMODULES = frozenset({"registry", "tracking"})
 
 __version__ = "0.1.0"
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "Production",
     "RateLimit",
     "RateLimitedError",
+    "Redactor",
     "RejectedError",
     "Retry",
     "StoreUnavailableError",
@@ -92,6 +95,7 @@ __all__ = [
     "enable_logging",
     "health",
     "registry",
+    "tracking",
     "wrap",
 ]
 

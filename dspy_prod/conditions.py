@@ -8,7 +8,7 @@ from math import inf
 from typing import Any
 
 from dspy_prod.clock import Clock
-from dspy_prod.context import CallContext, call_context, current
+from dspy_prod.context import CallContext, call_context, current, merged_tags
 from dspy_prod.errors import ConfigError
 from dspy_prod.report import Watch
 from dspy_prod.versions import Mark
@@ -48,7 +48,7 @@ class Conditions:
             program=self.name,
             deadline=min(outer.deadline, until),
             priority=outer.priority if self.priority is None else self.priority,
-            tags=tuple(sorted({**dict(outer.tags), **self.tags}.items())) if self.tags else outer.tags,
+            tags=merged_tags(outer.tags, self.tags) if self.tags else outer.tags,
             prompt_version=version if version is not None and (said is None or type(said) is Mark) else said,
         )
         return Watch(self.name, outer, inner, self.clock)

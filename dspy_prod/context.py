@@ -12,17 +12,21 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import dspy
 from dspy.dsp.utils.settings import thread_local_overrides
 
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.privacy import known_as
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.base import PRIORITIES
 
 SETTING = "dspy_prod"
 """Name of the DSPy setting that carries the context."""
+
+_PERSONAL: Final = frozenset({"user", "tenant", "session"})
+"""What says who is calling."""
 
 CacheMode = Literal["use", "bypass", "refresh"]
 
@@ -91,7 +95,9 @@ def call_context(
     Contexts nest: what is not given is inherited, tags are merged, and of two deadlines the earlier holds.
 
     Args:
-        user, tenant, session: who the call is for; budgets, limits, cache and ledger use them.
+        user, tenant, session: who the call is for; budgets, limits, cache and ledger use them. While a
+            `dspy_prod.Redactor` is installed, names that hold personal data become pseudonyms here, and so do the
+            values of tags.
         priority: `"high"` calls are admitted before `"normal"` and `"low"` ones, never above a limit.
         deadline: seconds from now for everything inside; a call that cannot finish by then raises
             `DeadlineExceededError`.
@@ -122,7 +128,7 @@ def call_context(
         if value is not None:
             if not isinstance(value, str) or not value:
                 raise TypeError(f"call_context({name}=...) takes a non-empty string, got {value!r}")
-            changed[name] = value
+            changed[name] = known_as(value) if name in _PERSONAL else value
     if priority is not None:
         if priority not in PRIORITIES:
             raise ValueError(f"call_context(priority={priority!r}): use one of {', '.join(map(repr, PRIORITIES))}")
@@ -130,12 +136,7 @@ def call_context(
     if deadline is not None:
         changed["deadline"] = min(outer.deadline, clock.monotonic() + _positive("deadline", deadline))
     if tags is not None:
-        merged = dict(outer.tags)
-        for key, value in tags.items():
-            if not isinstance(key, str) or not key:
-                raise TypeError(f"call_context(tags=...): a tag's name is a non-empty string, got {key!r}")
-            merged[key] = str(value)
-        changed["tags"] = tuple(sorted(merged.items()))
+        changed["tags"] = merged_tags(outer.tags, tags)
     if cache is not None:
         if cache not in ("use", "bypass", "refresh"):
             raise ValueError(f"call_context(cache={cache!r}): use 'use', 'bypass' or 'refresh'")
@@ -144,6 +145,16 @@ def call_context(
         changed["ttl"] = _positive("ttl", ttl)
     with use(outer._replace(**changed)) as context:
         yield context
+
+
+def merged_tags(outer: tuple[tuple[str, str], ...], tags: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The tags of a context with more of them, in order; a value with personal data as its pseudonym."""
+    merged = dict(outer)
+    for key, value in tags.items():
+        if not isinstance(key, str) or not key:
+            raise TypeError(f"call_context(tags=...): a tag's name is a non-empty string, got {key!r}")
+        merged[key] = known_as(str(value))
+    return tuple(sorted(merged.items()))
 
 
 def _positive(name: str, value: float | dt.timedelta) -> float:

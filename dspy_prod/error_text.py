@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from dspy.utils.exceptions import AdapterParseError, LMError
 
+from dspy_prod import privacy
 from dspy_prod.redaction import SHORTEST, is_secret, secrets_in
+
+_log = logging.getLogger("dspy_prod")
 
 _LENGTH: Final = 200
 _HIDDEN: Final = "***"
@@ -46,13 +51,25 @@ def error_text(error: BaseException) -> str:
 
 
 def scrubbed(text: str) -> str:
-    """One line without known secrets and without what looks like one."""
+    """One line without known secrets, without what looks like one, and redacted while a redactor is in force."""
     for secret in sorted(set(_known_secrets()), key=len, reverse=True):
         text = text.replace(secret, _HIDDEN)
     text = _TOKENS.sub(lambda match: f"{match['keep']}{_HIDDEN}@" if match["keep"] else _HIDDEN, text)
     text = _NAMED.sub(rf"\g<name>{_HIDDEN}", text)
+    redactor = privacy.active()
+    if redactor is not None:
+        text = redactor.text(text)
     line = " ".join(text.split())
     return line if len(line) <= _LENGTH else line[: _LENGTH - 1] + "…"
+
+
+def log_error(error: BaseException, text: str) -> None:
+    """Log an error of the user's own code with its traceback, redacted while a redactor is in force."""
+    redactor = privacy.active()
+    if redactor is None:
+        _log.error("%s", text, exc_info=error)
+    else:
+        _log.error("%s\n%s", text, redactor.text("".join(traceback.format_exception(error))))
 
 
 def _known_secrets() -> Iterator[str]:

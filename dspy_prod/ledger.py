@@ -12,6 +12,7 @@ from typing import Final
 
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.privacy import known_as
 from dspy_prod.records import NANO, CallRecord, Totals
 from dspy_prod.status_costs import FLUSH_TIMEOUT, check_dimension, cost_row
 from dspy_prod.status_models import CostRow
@@ -62,14 +63,15 @@ class Ledger:
         Args:
             since, until: the first moment, and the first moment after.
             limit: at most this many.
-            user, tenant, ...: fields of `CallRecord` to compare.
+            user, tenant, ...: fields of `CallRecord` to compare. While a `dspy_prod.Redactor` is installed, the real
+                name of a user, tenant or session finds the records of its pseudonym.
         """
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
             raise ValueError(f"limit={limit!r} must be a non-negative integer")
         fields = {
-            "user": user, "tenant": tenant, "session": session, "model": model, "program": program,
-            "experiment": experiment, "variant": variant, "prompt_version": prompt_version, "outcome": outcome,
-            "call_id": call_id, "trace_id": trace_id,
+            "user": known_as(user), "tenant": known_as(tenant), "session": known_as(session), "model": model,
+            "program": program, "experiment": experiment, "variant": variant, "prompt_version": prompt_version,
+            "outcome": outcome, "call_id": call_id, "trace_id": trace_id,
         }  # fmt: skip
         equals = {name: value for name, value in fields.items() if value is not None}
         begin, end = self._epoch("since", since), self._epoch("until", until)
@@ -131,11 +133,14 @@ class Ledger:
 
         Args:
             since, until: the first and the last day.
-            by, value: a dimension as in `LM.costs(by=...)` and the value to sum, e.g. `by="user", value="u1"`.
+            by, value: a dimension as in `LM.costs(by=...)` and the value to sum, e.g. `by="user", value="u1"`;
+                as in `records`, a real name finds its pseudonym.
         """
         check_dimension(by)
         if (by == "day") is not (value is None):
             raise ValueError("total() takes by= and value= together, e.g. total(by='user', value='u1')")
+        if by in ("user", "tenant") or by.startswith("tag:"):
+            value = known_as(value)
         rows = self._read().totals(
             dimension="all" if by == "day" else by,
             since_day=None if since is None else _date("since", since),

@@ -8,12 +8,15 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import orjson
 
+from dspy_prod import privacy
 from dspy_prod.errors import ConfigError
 from dspy_prod.events import BUS, Event
+from dspy_prod.privacy import Redactor
 
 LEVELS: Final[Mapping[str, int]] = {
     "call_content": logging.INFO,
@@ -36,6 +39,8 @@ LEVELS: Final[Mapping[str, int]] = {
 
 _SUBJECTS: Final = ("program", "model", "route", "budget", "store", "path")
 _HIDDEN: Final = frozenset({"call_id", "record_id", "generation", "estimated"})
+_IDS: Final = frozenset({"call_id", "record_id", "trace_id"})
+_PERSONAL: Final = frozenset({"user", "tenant", "session"})
 _HUMAN_FORMAT: Final = "%(asctime)s %(levelname)-7s %(message)s"
 
 _lock = threading.Lock()
@@ -47,13 +52,14 @@ def enable_logging(
     format: Literal["human", "json"] = "human",
     prompts: bool = False,
     logger: str = "dspy_prod",
+    redact: bool | Redactor = True,
 ) -> Callable[[], None]:
     """Log every event as one line, through the standard `logging`.
 
     Levels: finished calls are DEBUG; retries, model fallbacks, waits, throttling, failed attempts and a breaker that
     recovers are INFO; an opened breaker, a refusal, an answer by `fallback_response` and a budget past its soft
     threshold are WARNING; a budget overrun is ERROR. No line holds a key; prompts and answers are logged only with
-    `prompts=True`.
+    `prompts=True`, and everything is redacted.
 
     Lines go to the handlers your application has set up. Where it has none, they go to stderr. Calling it again for the
     same logger replaces what was set up before.
@@ -64,23 +70,27 @@ def enable_logging(
             details. Give your handler the format `"%(message)s"` to keep the lines pure JSON.
         prompts: also log the prompt and answer of each upstream call (INFO). They are your users' data.
         logger: name of the logger.
+        redact: replace secrets and personal data in every line: by the given `Redactor`, or with True by the installed
+            one, else by one with the built-in rules. False logs texts as they are.
 
     Returns:
         A function that ends it and restores the logger's level.
 
     Raises:
-        ConfigError: an unknown level or format.
+        ConfigError: an unknown level or format, or a `redact` that is neither a bool nor a `Redactor`.
     """
     if format not in ("human", "json"):
         raise ConfigError(f"enable_logging(format={format!r}): use 'human' or 'json'")
     number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
     if not isinstance(number, int) or isinstance(level, bool):
         raise ConfigError(f"enable_logging(level={level!r}): use a level of the logging module, such as 'INFO'")
+    if not isinstance(redact, (bool, Redactor)):
+        raise ConfigError(f"enable_logging(redact={redact!r}): use True, False or a dspy_prod.Redactor")
     with _lock:
         previous = _active.get(logger)
         if previous is not None:
             previous()
-        stop = _start(logging.getLogger(logger), number, format == "json", prompts)
+        stop = _start(logging.getLogger(logger), number, format == "json", prompts, redact)
         _active[logger] = stop
 
     def disable() -> None:
@@ -92,7 +102,9 @@ def enable_logging(
     return disable
 
 
-def _start(logger: logging.Logger, level: int, as_json: bool, prompts: bool) -> Callable[[], None]:
+def _start(
+    logger: logging.Logger, level: int, as_json: bool, prompts: bool, redact: bool | Redactor
+) -> Callable[[], None]:
     before = logger.level
     logger.setLevel(level)
     handler: logging.Handler | None = None
@@ -105,6 +117,8 @@ def _start(logger: logging.Logger, level: int, as_json: bool, prompts: bool) -> 
     def listen(event: Event) -> None:
         number = LEVELS.get(event.name, logging.WARNING)
         if logger.isEnabledFor(number):
+            if redact is not False:
+                event = redacted(event, (privacy.active() or privacy.default()) if redact is True else redact)
             logger.log(number, "%s", json_line(event) if as_json else human_line(event))
 
     remove = BUS.add(listen, content=prompts)
@@ -116,6 +130,17 @@ def _start(logger: logging.Logger, level: int, as_json: bool, prompts: bool) -> 
             logger.removeHandler(handler)
 
     return stop
+
+
+def redacted(event: Event, redactor: Redactor) -> Event:
+    """The event without secrets and personal data; users and tenants stay distinct as pseudonyms."""
+    clean: dict[str, Any] = {}
+    for name, value in event.data.items():
+        if name in _PERSONAL and isinstance(value, str):
+            clean[name] = redactor.identity(value)
+        else:
+            clean[name] = value if name in _IDS else redactor.value(value)
+    return Event(event.name, event.at, MappingProxyType(clean))
 
 
 def json_line(event: Event) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,7 @@ from dspy.utils.exceptions import AdapterParseError, LMError
 from dspy_prod.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.conditions import Conditions
 from dspy_prod.context import current
-from dspy_prod.error_text import error_text
+from dspy_prod.error_text import error_text, log_error
 from dspy_prod.errors import ConfigError, RejectedError
 from dspy_prod.events import BUS
 from dspy_prod.fallback import REASONS, Answer, Fallback, Outputs
@@ -25,8 +24,6 @@ from dspy_prod.versions import mark_of
 
 if TYPE_CHECKING:
     from dspy_prod.registry.follow import Follower
-
-_log = logging.getLogger("dspy_prod")
 
 
 class Production(dspy.Module):
@@ -190,7 +187,7 @@ class Production(dspy.Module):
         if reason == "unexpected_error":
             if self.catch != "all":
                 return reason, None
-            _log.error("%s failed with an unexpected error; its fallback answers", self.name, exc_info=error)
+            log_error(error, f"{self.name} failed with an unexpected error; its fallback answers")
         return reason, self._fallback.answer(reason)
 
     def _answered(self, value: Any, reason: Reason, error: Exception, watch: Watch) -> Any:

@@ -24,9 +24,11 @@ from dspy_prod.status_models import (
     Preview,
     Status,
     StoreHealth,
+    TrackingHealth,
 )
 from dspy_prod.status_preview import preview
 from dspy_prod.stores.base import LimiterSnapshot, Store
+from dspy_prod.tap import TAP
 
 if TYPE_CHECKING:
     from dspy_prod.lm import LM
@@ -55,6 +57,7 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
     cache = look.cache(found)
     holds = sum(look.read(place.store, place.store.holds, 0) for place in places)
     waiting = sum(look.read(place.store, place.store.waiting, 0) for place in places)
+    tracking = look.tracking()
     spent = look.costs(places, found)  # last, of the stores that have answered everything else
     status: Status = "degraded" if look.failures else "warning" if look.warnings else "healthy"
     return Health(
@@ -67,6 +70,7 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
         holds=holds,
         waiting=waiting,
         stores=look.seen,
+        tracking=tracking,
     )
 
 
@@ -191,6 +195,21 @@ class _Look:
             paused_for=now.paused_for,
             rate_factor=now.rate_factor,
         )
+
+    def tracking(self) -> TrackingHealth | None:
+        """How the tracking in MLflow goes, None when it is off."""
+        if TAP.active is None:
+            return None
+        from dspy_prod.tracking import status
+
+        found: TrackingHealth | None = status()
+        if found is not None and found.failing is not None:
+            self.warnings.append(
+                f"MLflow at {found.uri} cannot be reached, {found.waiting} traces wait: {found.failing}"
+            )
+        elif found is not None and found.lost:
+            self.warnings.append(f"{found.lost} traces did not reach MLflow at {found.uri}")
+        return found
 
     def cache(self, pipelines: list[Pipeline]) -> CacheHealth | None:
         """All caches together."""

@@ -204,19 +204,39 @@ class StoreHealth(Frozen):
     problems: dict[str, int | float | str | bool | None] = Field(default_factory=dict)
 
 
+class TrackingHealth(Frozen):
+    """How the tracking in MLflow goes.
+
+    Attributes:
+        uri: where traces go, without a password. experiment: name of the MLflow experiment.
+        exported: traces in MLflow. waiting: not there yet, those of running calls included.
+        sampled_out: left out by `sample`. lost: turned away because too many waited, refused by MLflow, or given up.
+        failing: why nothing can be delivered at the moment, None when it can.
+    """
+
+    uri: str
+    experiment: str
+    exported: int
+    waiting: int
+    sampled_out: int
+    lost: int
+    failing: str | None
+
+
 class Health(Frozen):
     """The state of one LM, or of all of them.
 
     Attributes:
         status: `degraded` when a circuit is open, half-open or forced open, or a store is unavailable or has dropped
             something; `warning` when a budget is used above 90 %, a limiter has less than 10 % of its tokens or
-            requests left, or a provider asked to pause; else `healthy`.
+            requests left, a provider asked to pause, or MLflow does not take the traces; else `healthy`.
         reasons: why it is not healthy, in plain words.
         breakers, limiters: one for each route.
         cache: None when no cache is on.
         costs: None when no store could be read.
         holds: reservations not yet settled. waiting: calls of this process in line.
         stores: one for each store and namespace.
+        tracking: None when `dspy_prod.tracking` is off.
     """
 
     status: Status
@@ -228,6 +248,7 @@ class Health(Frozen):
     holds: int
     waiting: int
     stores: list[StoreHealth]
+    tracking: TrackingHealth | None = None
 
     @property
     def store(self) -> StoreHealth | None:

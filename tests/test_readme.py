@@ -44,6 +44,7 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
         assert len(provider.calls) >= 3
     assert "ok openai/gpt-4o-mini" in run.stdout
     assert "healthy" in run.stdout
+    assert "exported=1 waiting=0 sampled_out=0 lost=0 failing=None" in run.stdout
 
 
 def test_the_toml_block_configures_an_lm(tmp_path: Path) -> None:
@@ -59,7 +60,14 @@ def test_the_toml_block_configures_an_lm(tmp_path: Path) -> None:
     assert lm.settings.budgets[0].scope == "tenant"
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|\$ )make ([a-z]+)", README))))
+@pytest.mark.parametrize("picture", re.findall(r"!\[[^]]+\]\(([^)]+)\)", README))
+def test_every_picture_is_there_and_small(picture: str) -> None:
+    """The README's pictures exist and are quick to load."""
+    size = (ROOT / picture).stat().st_size
+    assert 5_000 < size < 200_000
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|\$ )make ([a-z-]+)", README))))
 def test_every_make_target_exists(target: str) -> None:
     """Each `make` command in the README is a target of the Makefile."""
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), target

@@ -12,12 +12,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     arguments = _parser().parse_args(argv)
+    from dspy_prod.errors import ConfigError, RejectedError
+
     if arguments.command == "demo":
         from dspy_prod.cli.demo import demo
 
-        return demo(model=arguments.model, simulate=arguments.simulate, as_json=arguments.json)
+        where = None if arguments.no_mlflow else arguments.tracking_uri
+        try:
+            return demo(model=arguments.model, simulate=arguments.simulate, as_json=arguments.json, tracking_uri=where)
+        except ConfigError as error:
+            print(f"dspy-prod demo: {error}", file=sys.stderr)
+            return 2
     from dspy_prod.cli import reports
-    from dspy_prod.errors import ConfigError, RejectedError
 
     try:
         run = getattr(arguments, "run", None) or getattr(reports, arguments.command)
@@ -40,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", help="run against this real model, e.g. openai/gpt-4o-mini (costs money)")
     demo.add_argument("--simulate", action="store_true", help="use the simulated provider, not the local model")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    demo.add_argument(
+        "--tracking-uri", default="sqlite:///mlflow.db", help="MLflow to write traces to (default: %(default)s)"
+    )
+    demo.add_argument("--no-mlflow", action="store_true", help="write no traces")
 
     health = commands.add_parser("health", help="is the store all right, and what happened lately")
     _where(health)

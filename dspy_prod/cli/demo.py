@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final
 
 import dspy
@@ -47,6 +48,7 @@ class Run:
     lm: dspy_prod.LM
     program: dspy_prod.Production
     progress: Any
+    began: float = field(default_factory=time.time)
     outcomes: list[Outcome] = field(default_factory=list)
     transitions: list[str] = field(default_factory=list)
 
@@ -55,7 +57,13 @@ class Run:
         began = time.monotonic()
         with (
             dspy.context(lm=lm or self.lm, adapter=dspy.JSONAdapter()),
-            dspy_prod.call_context(user=message.user, tenant=message.tenant, priority=priority, tags={"act": act}),  # type: ignore[arg-type]
+            dspy_prod.call_context(
+                user=message.user,
+                tenant=message.tenant,
+                session=f"{message.user}-{datetime.fromtimestamp(self.began):%Y%m%d-%H%M%S}",
+                priority=priority,  # type: ignore[arg-type]
+                tags={"act": act},
+            ),
         ):
             answer = self.program(message=message.message)
         report = dspy_prod.call_report(answer)
@@ -76,17 +84,25 @@ class Run:
                 done.result()
 
 
-def demo(*, model: str | None = None, simulate: bool = False, as_json: bool = False) -> int:
+def demo(
+    *, model: str | None = None, simulate: bool = False, as_json: bool = False, tracking_uri: str | None = None
+) -> int:
     """Run the demo.
 
     Args:
         model: a real model to run against instead of the local one.
         simulate: use the simulated provider.
         as_json: print the result as JSON instead of tables.
+        tracking_uri: write traces to this MLflow, None for no traces.
 
     Returns:
-        0 when the ledger agrees with the providers' bill (beyond what is marked unconfirmed), else 1.
+        0 when the ledger agrees with the providers' bill (beyond what is marked unconfirmed) and with MLflow (if every
+        trace arrived there), else 1.
+
+    Raises:
+        ConfigError: a tracking URI that MLflow cannot write traces to.
     """
+    from dspy_prod.cli import demo_mlflow
     from dspy_prod.cli.demo_report import compare, show, show_json
     from dspy_prod.stores.registry import default_store_url
 
@@ -94,6 +110,7 @@ def demo(*, model: str | None = None, simulate: bool = False, as_json: bool = Fa
     if not console.is_terminal:
         console.width = 110
     console.print("[bold]dspy_prod demo[/]: support triage under load, outage and an empty budget")
+    tracked = tracking_uri if demo_mlflow.begin(console, tracking_uri) else None
     console.print("Starting the model ...")
     providers = RealProvider(model) if model else LocalProviders(simulate)
     store = default_store_url()
@@ -108,25 +125,33 @@ def demo(*, model: str | None = None, simulate: bool = False, as_json: bool = Fa
             budget=dspy_prod.Budget(usd=1.00, per="day"),
         )
         lm.cache_clear()  # an earlier demo's answers would make this one short
-        began = time.time()
-        program = dspy_prod.Production(Triage(), name="triage", fallback_response=STATIC_REPLY)
         with tqdm(total=_TOTAL, unit="request", file=sys.stderr, leave=False) as progress:
-            run = Run(providers, lm, program, progress)
+            run = Run(providers, lm, _program(), progress)
             remove = dspy_prod.add_listener(_notice(run))
             try:
                 _scenario(run)
             finally:
                 remove()
         lm.close()
-        records = lm.ledger.records(since=began)
+        records = lm.ledger.records(since=run.began)
         verdict = compare(records, providers)
-        (show_json if as_json else show)(console, run, records, verdict, lm.health())
+        written = demo_mlflow.written(console, tracked, records, run.began) if tracked else None
+        (show_json if as_json else show)(console, run, records, verdict, lm.health(), written)
     finally:
+        if tracked:
+            demo_mlflow.end()
         providers.close()
     if not as_json:
         where = f"--namespace {NAMESPACE}"
         console.print(f"\nLook around: [bold]dspy-prod costs {where} --by user[/], [bold]dspy-prod calls {where}[/]")
-    return 0 if verdict.agrees else 1
+        if written is not None:
+            console.print(demo_mlflow.invitation(written), soft_wrap=True)
+    return 0 if verdict.agrees and (written is None or written.agrees) else 1
+
+
+def _program() -> dspy_prod.Production:
+    """The program as users meet it."""
+    return dspy_prod.Production(Triage(), name="triage", fallback_response=STATIC_REPLY)
 
 
 _TOTAL: Final = 10 + 3 + 5 + 6 + 2 + 4 + 5

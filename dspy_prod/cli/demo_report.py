@@ -11,6 +11,7 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
+from dspy_prod.cli.demo_mlflow import Written, table
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status import Health
 
@@ -42,7 +43,14 @@ def compare(records: Sequence[CallRecord], providers: LocalProviders | RealProvi
     return Verdict(ledger, unconfirmed, providers.bill_nano() if providers.has_bill else None)
 
 
-def show(console: Console, run: Run, records: Sequence[CallRecord], verdict: Verdict, health: Health) -> None:
+def show(
+    console: Console,
+    run: Run,
+    records: Sequence[CallRecord],
+    verdict: Verdict,
+    health: Health,
+    written: Written | None = None,
+) -> None:
     """Print everything as tables."""
     console.print(_requests(run))
     console.print(_acts(run))
@@ -50,10 +58,19 @@ def show(console: Console, run: Run, records: Sequence[CallRecord], verdict: Ver
     console.print(_money("Cost by user", records, lambda record: record.user or "anonymous"))
     console.print(_answers(run))
     console.print(_bill(verdict))
+    if written is not None:
+        console.print(table(written))
     console.print(_health(run, health))
 
 
-def show_json(console: Console, run: Run, records: Sequence[CallRecord], verdict: Verdict, health: Health) -> None:
+def show_json(
+    console: Console,
+    run: Run,
+    records: Sequence[CallRecord],
+    verdict: Verdict,
+    health: Health,
+    written: Written | None = None,
+) -> None:
     """Print everything as one JSON object on standard output."""
     result: dict[str, Any] = {
         "provider": run.providers.description,
@@ -65,6 +82,7 @@ def show_json(console: Console, run: Run, records: Sequence[CallRecord], verdict
         "unconfirmed_usd": verdict.unconfirmed / NANO,
         "bill_usd": None if verdict.bill is None else verdict.bill / NANO,
         "agrees": verdict.agrees,
+        "mlflow": None if written is None else written.to_dict(),
         "breaker": run.transitions,
         "health": health.model_dump(mode="json"),
     }

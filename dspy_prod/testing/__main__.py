@@ -13,10 +13,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a provider until interrupted. Prints its URL as the first line; GET /_bill and /_calls show what it saw."""
     parser = argparse.ArgumentParser(prog="python -m dspy_prod.testing", description=main.__doc__)
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds before an answer")
+    parser.add_argument("--latency", type=_latency, default=0.0, help="seconds before an answer, or a range: 0.05-0.3")
     parser.add_argument("--answer", default=None, help="text of every answer")
     parser.add_argument("--rpm", type=int, default=None, help="requests in any 60 s")
     parser.add_argument("--tpm", type=int, default=None, help="tokens in any 60 s")
+    parser.add_argument("--per-second", type=int, default=None, help="requests in any 1 s")
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after this long")
     given = vars(parser.parse_args(arguments))
     seconds = given.pop("seconds")
@@ -26,6 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             threading.Event().wait(seconds)
         except KeyboardInterrupt:
             pass
+
+
+def _latency(text: str) -> float | tuple[float, float]:
+    low, dash, high = text.partition("-")
+    return (float(low), float(high)) if dash else float(low)
 
 
 if __name__ == "__main__":

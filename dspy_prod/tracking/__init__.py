@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspy_prod.tracking.setup import TrackingStatus, disable, enable, flush, status
+    from dspy_prod.tracking.setup import TrackingHealth, disable, enable, flush, status
 
-__all__ = ["TrackingStatus", "disable", "enable", "flush", "status"]
+__all__ = ["TrackingHealth", "disable", "enable", "flush", "status"]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,8 @@ WINDOW: Final = 16
 """Batches that the exporter may have before it has said what became of them."""
 STALLED: Final = 5.0
 """Seconds without any progress after which a closing courier gives up."""
+RESTART: Final = (1.0, 60.0)
+"""Shortest and longest pause in seconds before an exporter process that died is started again."""
 _CLOSING_STEP: Final = 0.05
 
 
@@ -56,9 +58,17 @@ class Foreign(NamedTuple):
     trace: Any
 
 
-class _Flush(NamedTuple):
-    done: threading.Event
-    everything: bool
+class _Flush:
+    """Wants to know when everything that has ended by now is delivered; `everything`: also what has not ended."""
+
+    def __init__(self, everything: bool) -> None:
+        self.done = threading.Event()
+        self.everything = everything
+        self.upto = 0  # number of the last batch it waits for
+
+
+class _Begin:
+    """Start the exporter process, before there is anything to write: it takes seconds to be ready."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +113,16 @@ class Courier:
         self._outbox: list[Batch] = []
         self._flushes: list[_Flush] = []
         self._progressed = time.monotonic()
+        self._ready = False
+        self._closing = False
+        self._restart_at = 0.0
+        self._restart_pause = RESTART[0]
         self._acked = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._exporter: Exporter | None = None
         self._stopping = False
         self._ended = False
-        self._complained = False
         self.failing: str | None = None
 
     # -- callers -----------------------------------------------------------------------------------------------------
@@ -126,6 +139,10 @@ class Courier:
         self._inbox.put(item)
         if self._thread is None and not self._stopping:
             self.start()
+
+    def begin(self) -> None:
+        """Start the exporter process now."""
+        self.post(_Begin())
 
     def start(self) -> None:
         """Make sure the thread runs."""
@@ -156,24 +173,26 @@ class Courier:
         """
         if self._thread is None and self._inbox.empty():
             return True
-        done = threading.Event()
-        self.post(_Flush(done, everything))
-        return done.wait(timeout)
+        flush = _Flush(everything)
+        self.post(flush)
+        return flush.done.wait(timeout)
 
     def close(self, timeout: float) -> int:
         """Ship what there is, within `timeout` seconds, sooner when nothing moves; how many traces are lost by that."""
         before = self._lost
         until = time.monotonic() + timeout
         self._progressed = time.monotonic()
-        done = threading.Event()
-        if self._thread is not None:
+        self._closing = True
+        if self._thread is not None and (self._waiting() or not self._inbox.empty()):
             exporter = self._exporter
             if exporter is not None:
                 exporter.hurry()
-            self.post(_Flush(done, True))
-            while not done.wait(_CLOSING_STEP):
+            flush = _Flush(True)
+            self.post(flush)
+            while not flush.done.wait(_CLOSING_STEP):
                 now = time.monotonic()
-                if now > until or now - self._progressed > STALLED or not self._thread.is_alive():
+                stalled = self._ready and now - self._progressed > STALLED
+                if now > until or stalled or not self._thread.is_alive():
                     break
         self._stopping = self._ended = True
         self._inbox.put(None)
@@ -194,20 +213,17 @@ class Courier:
             if item is None and self._stopping:
                 return
             try:
-                if isinstance(item, _Flush):
-                    self._flushes.append(item)
-                elif item is not None:
-                    traces.add(item)
                 now = time.monotonic()
-                if self._flushes and self._inbox.empty():
-                    self._outbox += traces.ready(now, at_once=True, unfinished=any(f.everything for f in self._flushes))
-                else:
-                    self._outbox += traces.ready(now)
-                self._send()
-                if self._flushes and not (self._outbox or self._unacked) and self._inbox.empty():
-                    for flush in self._flushes:
-                        flush.done.set()
-                    self._flushes.clear()
+                if isinstance(item, _Flush):
+                    self._outbox += traces.ready(now, at_once=True, unfinished=item.everything)
+                    item.upto = traces.last_batch
+                    self._flushes.append(item)
+                elif item is not None and not isinstance(item, _Begin):
+                    traces.add(item)
+                self._outbox += traces.ready(now)
+                self._send(now, isinstance(item, _Begin))
+                if self._flushes:
+                    self._flushed()
             except Exception:
                 _log.exception("Tracking met an error; it goes on")
 
@@ -218,48 +234,72 @@ class Courier:
             self._acked.clear()
             return None
         try:
-            return self._inbox.get(timeout=LINGER if self._traces.pending or self._flushes else None)
+            quiet = not (self._traces.pending or self._outbox or self._unacked)
+            return self._inbox.get(timeout=None if quiet else LINGER)
         except Empty:
             return None
 
-    def _send(self) -> None:
+    def _send(self, now: float, begin: bool = False) -> None:
+        exporter = self._exporter
+        if exporter is None or not exporter.alive:
+            if not (begin or self._outbox or self._unacked) or now < self._restart_at:
+                return
+            self._restart_at = now + self._restart_pause
+            self._restart_pause = min(2 * self._restart_pause, RESTART[1])
+            self._ready = False
+            exporter = self._exporter = self._make_exporter(self._heard)
+            if self._closing:
+                exporter.hurry()
+            for batch in list(self._unacked.values()):  # the last one died; spans are written by their ids
+                exporter.send(batch)
         while self._outbox and len(self._unacked) < WINDOW:
-            exporter = self._exporter
-            if exporter is None or not exporter.alive:
-                exporter = self._exporter = self._make_exporter(self._heard)
-                for batch in self._unacked.values():  # the last one died; spans are written by their ids
-                    exporter.send(batch)
             batch = self._outbox.pop(0)
             self._unacked[batch.number] = batch
             exporter.send(batch)
 
+    def _flushed(self) -> None:
+        """Tell those who wait for batches that are all delivered."""
+        open_numbers = [*self._unacked, *(batch.number for batch in self._outbox)]
+        oldest = min(open_numbers, default=None)
+        for flush in [flush for flush in self._flushes if oldest is None or oldest > flush.upto]:
+            self._flushes.remove(flush)
+            flush.done.set()
+
     # -- the exporter's words ----------------------------------------------------------------------------------------
-    def _heard(self, number: int | None = None, lost: int = 0, failing: str | None = None, died: bool = False) -> None:
-        """What became of a batch; on the exporter's reader thread.
+    def _heard(
+        self,
+        number: int | None = None,
+        lost: int = 0,
+        failing: str | None = None,
+        *,
+        ready: bool = False,
+        died: bool = False,
+    ) -> None:
+        """What the exporter says; on its reader thread.
 
         Args:
-            number: of the batch that is done. lost: how many of its traces MLflow refused.
+            number: of a batch that is done. lost: how many of its traces MLflow refused.
             failing: why nothing can be delivered at the moment.
+            ready: it has reached MLflow for the first time.
             died: the process is gone.
         """
+        if ready:
+            self._ready = True
+            self._progressed = time.monotonic()
+            self._restart_pause = RESTART[0]
         if number is not None:
             batch = self._unacked.pop(number, None)
             if batch is not None:
                 self._progressed = time.monotonic()
                 self._lost += min(lost, batch.traces)
                 self._exported += max(0, batch.traces - lost)
-        if failing is not None and self.failing is None and not self._stopping:
+        if failing is not None and self.failing is None and not self._closing:
             _log.warning("MLflow cannot be reached: %s. Calls go on; their traces wait, and are tried again", failing)
-        elif number is not None and self.failing is not None and failing is None:
+        elif failing is None and self.failing is not None and not self._closing:
             _log.info("MLflow can be reached again")
-        if not died:
-            self.failing = failing
-        elif not self._stopping:
-            self.failing = failing or "the exporter process ended"
-            if not self._complained:
-                self._complained = True
-                _log.warning("The process that writes to MLflow ended and is started again: %s", self.failing)
-            self._outbox[:0] = []  # nothing is lost: what was not confirmed is sent again
+        self.failing = failing
+        if died:
+            self._ready = False
         self._acked.set()
         self._inbox.put(None)
 

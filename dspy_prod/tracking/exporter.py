@@ -1,8 +1,9 @@
 """The exporter process: reads batches from its input, writes them to MLflow, and says what became of them.
 
-`python -m dspy_prod.tracking.exporter`, started by `process.Exporter`. The only place that imports MLflow to write
+Started by `process.Exporter`. The only place that imports MLflow to write
 traces. One JSON object a line: first the configuration, then batches, perhaps `{"hurry": true}`; it answers
-`{"batch": n, "lost": k}` for each, and `{"failing": why}` while MLflow cannot be reached. It ends with its input.
+`{"ready": true}` when it has reached MLflow, `{"batch": n, "lost": k}` for each batch, and `{"failing": why}` while
+MLflow cannot be reached. It ends with its input.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from queue import Empty, Queue
 from typing import IO, Any, Final
+
+from dspy_prod.tracking.schema import prepare
 
 BACK_OFF: Final = (0.5, 30.0)
 """Shortest and longest pause in seconds before MLflow is tried again."""
@@ -41,14 +43,14 @@ class Sink:
     def open(self) -> str:
         """Connect; the experiment's id."""
         if self._experiment is None:
-            with _alone(self._uri):
-                from mlflow import MlflowClient
-                from mlflow.tracing.client import TracingClient
+            from mlflow import MlflowClient
+            from mlflow.tracing.client import TracingClient
 
-                client = MlflowClient(self._uri)
-                found = client.get_experiment_by_name(self._name)
-                self._experiment = client.create_experiment(self._name) if found is None else found.experiment_id
-                self._client = TracingClient(self._uri)
+            prepare(self._uri)
+            client = MlflowClient(self._uri)
+            found = client.get_experiment_by_name(self._name)
+            self._experiment = client.create_experiment(self._name) if found is None else found.experiment_id
+            self._client = TracingClient(self._uri)
         return self._experiment
 
     def write(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]]) -> None:
@@ -88,6 +90,7 @@ class Loop:
 
     def run(self) -> None:
         """Write until the input ends."""
+        self._connect()
         while (first := self._lines.get()) is not None:
             batches = [first]
             with contextlib.suppress(Empty):
@@ -98,6 +101,15 @@ class Loop:
                         break
                     batches.append(more)
             self._deliver(batches)
+
+    def _connect(self) -> None:
+        """Reach MLflow, so that the first batch finds it ready; else the first batch tries again."""
+        try:
+            self._sink.open()
+        except Exception as error:
+            self._say(failing=_told(error))
+        else:
+            self._say(ready=True)
 
     def _deliver(self, batches: list[dict[str, Any]]) -> None:
         pause = BACK_OFF[0]
@@ -162,25 +174,8 @@ def _told(error: Exception) -> str:
     """The beginning of an error's text, without a password that a URL in it may hold."""
     from dspy_prod.redaction import bare_url
 
-    text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))
-
-
-@contextlib.contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """One process at a time makes the schema of a SQLite file; two at once would fail."""
-    path = uri.partition("sqlite:///")[2].partition("?")[0]
-    if not path or os.name == "nt":
-        yield
-        return
-    import fcntl
-
-    with open(f"{path}.dspy_prod-lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 def _watch(parent: int) -> None:
@@ -206,7 +201,3 @@ def main() -> None:
     threading.Thread(target=loop.read, args=(sys.stdin,), daemon=True).start()
     with contextlib.suppress(BrokenPipeError):
         loop.run()
-
-
-if __name__ == "__main__":
-    main()

@@ -24,6 +24,11 @@ from dspy_prod.tracking.traces import Batch
 _log = logging.getLogger("dspy_prod")
 
 _STOP_PATIENCE: Final = 1.0
+_BODY: Final = (
+    "import sys; sys.path[:] = [place for place in sys.path if place]; root = sys.argv[1]; "
+    "root in sys.path or sys.path.append(root); from dspy_prod.tracking.exporter import main; main()"
+)
+"""Neither the working directory nor this package's folder may shadow a module."""
 
 
 class Exporter:
@@ -42,22 +47,23 @@ class Exporter:
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
         self.alive = True
         self._forgotten = False
-        root = str(Path(dspy_prod.__file__).parent.parent)
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "dspy_prod.tracking.exporter"],
+                [_python(), "-c", _BODY, str(Path(dspy_prod.__file__).parent.parent)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if os.environ.get("DSPY_PROD_TRACKING_DEBUG") else subprocess.DEVNULL,
-                env={**os.environ, **(environment or {}), "PYTHONPATH": path},
+                env={**os.environ, **(environment or {})},
                 start_new_session=True,  # Ctrl-C is for the program; what it did is still to be written
             )
         except OSError as error:
             self.alive = False
             heard(failing=f"the exporter process cannot be started: {error}", died=True)
             return
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._pipes = (self._process.stdin.fileno(), self._process.stdout.fileno())
         self._lines.put(orjson.dumps(dict(config)) + b"\n")
         for body, name in ((self._write, "writer"), (self._read, "reader")):
             threading.Thread(target=body, name=f"dspy_prod-tracking-{name}", daemon=True).start()
@@ -88,18 +94,16 @@ class Exporter:
             pass  # it is gone
 
     def forget(self) -> None:
-        """In a forked child: let go of the parent's exporter."""
+        """In a forked child: let go of the parent's exporter, and touch nothing that a thread of the parent held."""
         self._forgotten = True
         self.alive = False
-        process = self._process
-        if process is not None:
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    try:
-                        os.close(pipe.fileno())
-                    except (OSError, ValueError):
-                        pass
-            process.returncode = 0  # not our child: nobody waits for it here
+        if self._process is None:
+            return
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for number in self._pipes:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+        self._process.returncode = 0  # the parent's to wait for
 
     def _write(self) -> None:
         pipe = self._process.stdin if self._process is not None else None
@@ -118,10 +122,19 @@ class Exporter:
         try:
             for line in pipe:
                 said = orjson.loads(line)
-                self._heard(said.get("batch"), said.get("lost", 0), said.get("failing"))
+                self._heard(said.get("batch"), said.get("lost", 0), said.get("failing"), ready=said.get("ready", False))
         except (OSError, ValueError):
             pass
         if self.alive:
             self.alive = False
             self._heard(failing="the exporter process ended", died=True)
         self._lines.put(None)
+
+
+def _python() -> str:
+    """The interpreter; a server that embeds Python calls itself `sys.executable`."""
+    if "python" in os.path.basename(sys.executable or "").lower():
+        return sys.executable
+    names = ("bin/python3", "bin/python", "python.exe", "Scripts/python.exe")
+    found = (Path(prefix, name) for prefix in (sys.prefix, sys.base_prefix) for name in names)
+    return next((str(path) for path in found if path.exists()), sys.executable)

@@ -6,16 +6,16 @@ import atexit
 import os
 import threading
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
-
-from pydantic import BaseModel, ConfigDict
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.privacy import Redactor
 from dspy_prod.privacy import install as install_redactor
 from dspy_prod.redaction import bare_url
+from dspy_prod.status_models import TrackingHealth
 from dspy_prod.tap import TAP
 from dspy_prod.tracking.bridge import install as install_bridge
 from dspy_prod.tracking.bridge import mlflow_is_there
@@ -32,27 +32,6 @@ REQUEST_TIMEOUT: Final = 5
 
 _SCHEMES: Final = ("sqlite://", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")
 _lock = threading.Lock()
-
-
-class TrackingStatus(BaseModel):
-    """How tracking goes.
-
-    Attributes:
-        uri: where traces go, without a password. experiment: name of the MLflow experiment.
-        exported: traces in MLflow. waiting: not there yet, those of running calls included.
-        sampled_out: left out by `sample`. lost: turned away because too many waited, refused by MLflow, or given up.
-        failing: why nothing can be delivered at the moment, None when it can.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    uri: str
-    experiment: str
-    exported: int
-    waiting: int
-    sampled_out: int
-    lost: int
-    failing: str | None
 
 
 class _Tracking:
@@ -116,6 +95,8 @@ def enable(
     for name, number in (("queue_size", queue_size), ("exit_timeout", exit_timeout)):
         if not isinstance(number, (int, float)) or isinstance(number, bool) or number <= 0:
             raise ConfigError(f"tracking.enable({name}={number!r}): a positive number")
+    if find_spec("mlflow") is None:
+        raise ConfigError("tracking.enable() needs MLflow: pip install 'dspy-prod[mlflow]'")
     if redact is not None and content == "full":
         raise ConfigError("tracking.enable(redact=...): has no effect with content='full'; use content='redacted'")
     uri = _checked(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI)
@@ -137,6 +118,7 @@ def enable(
                 tracking.undo.append(remove)
         if content != "full":
             tracking.undo.append(install_redactor(redactor))
+        courier.begin()
         TAP.active = Recorder(courier)
         _active = tracking
     return lambda: _disable_this(tracking)
@@ -164,13 +146,13 @@ def flush(timeout: float = 30.0) -> bool:
     return tracking.courier.flush(timeout)
 
 
-def status() -> TrackingStatus | None:
+def status() -> TrackingHealth | None:
     """How it goes, None when tracking is off. Never waits."""
     tracking = _active
     if tracking is None:
         return None
     counts = tracking.courier.counts()
-    return TrackingStatus(
+    return TrackingHealth(
         uri=bare_url(tracking.uri),
         experiment=tracking.experiment,
         exported=counts.exported,
@@ -251,4 +233,4 @@ atexit.register(disable)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
-__all__ = ["TrackingStatus", "disable", "enable", "flush", "status"]
+__all__ = ["TrackingHealth", "disable", "enable", "flush", "status"]

@@ -44,6 +44,7 @@ def span(
     ended_ns: int,
     attributes: Mapping[str, Any],
     error: str | None = None,
+    raised: str | None = None,
 ) -> Span:
     """One span in the form `mlflow.entities.Span.from_dict` reads.
 
@@ -51,8 +52,9 @@ def span(
         trace_id: 32 hex digits. span_id, parent_id: 16 hex digits each.
         started_ns, ended_ns: nanoseconds since the epoch.
         attributes: JSON-friendly values; None ones are left out.
-        error: what went wrong, None when nothing did.
+        error: what went wrong, None when nothing did. raised: its class, when there is one.
     """
+    ended_ns = max(started_ns, ended_ns)
     coded = {key: dumped(value) for key, value in attributes.items() if value is not None}
     coded[REQUEST_ID] = dumped(f"tr-{trace_id}")
     return {
@@ -61,10 +63,17 @@ def span(
         "parent_span_id": None if parent_id is None else _base64(parent_id),
         "name": name,
         "start_time_unix_nano": started_ns,
-        "end_time_unix_nano": max(started_ns, ended_ns),
+        "end_time_unix_nano": ended_ns,
         "status": {"code": "STATUS_CODE_OK" if error is None else "STATUS_CODE_ERROR", "message": error or ""},
         "attributes": coded,
+        "events": [] if error is None else [_exception(error, raised, ended_ns)],
     }
+
+
+def _exception(error: str, raised: str | None, when_ns: int) -> dict[str, Any]:
+    """The event by which MLflow's pages know a span that failed; they do not look at its status."""
+    told = {"exception.type": raised or "error", "exception.message": error}
+    return {"name": "exception", "time_unix_nano": when_ns, "attributes": told}
 
 
 def dumped(value: Any) -> str:
@@ -72,11 +81,23 @@ def dumped(value: Any) -> str:
     return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
+def chat(inputs: Any, outputs: Any) -> tuple[Any, Any]:
+    """What went into and came out of an LM that was called by itself, in the form from which MLflow's list of traces
+    takes the question and the answer. (Beneath a program, MLflow's page of a trace shows DSPy's own form better.)
+    """
+    if isinstance(inputs, Mapping) and isinstance(inputs.get("prompt"), str) and not inputs.get("messages"):
+        inputs = {"messages": [{"role": "user", "content": inputs["prompt"]}]}
+    if isinstance(outputs, list) and outputs and all(isinstance(text, str) for text in outputs):
+        outputs = {"choices": [{"message": {"role": "assistant", "content": text}} for text in outputs]}
+    return inputs, outputs
+
+
 def attempt_name(record: CallRecord) -> str:
     """What to call an attempt in the tree."""
     if record.cached:
         return "stale answer" if record.outcome == "stale" else "cache"
-    route = "" if record.route == "primary" else f" ({record.route})"
+    # The tree is narrow: a fallback's provider is told by the span's model.
+    route = "" if record.route == "primary" else f" ({record.route.rpartition('/')[2]})"
     return f"attempt {record.attempt}{route}"
 
 
@@ -96,25 +117,25 @@ def attempt_attributes(record: CallRecord, breaker: str | None, input_nano: int 
         input_nano: the part of the cost that the prompt caused, None when only the sum is known.
     """
     provider, slash, _ = record.model.partition("/")
-    attributes: dict[str, Any] = {
+    attributes: dict[str, Any] = {  # in the order in which MLflow shows them: what one looks for first
         TYPE: "LLM",
         MODEL: record.model,
         PROVIDER: provider if slash else None,
         COST: cost(record, input_nano),
         USAGE: usage(record),
-        "dspy_prod.record_id": record.id,
-        "dspy_prod.call_id": record.call_id,
-        "dspy_prod.route": record.route,
-        "dspy_prod.attempt": record.attempt,
         "dspy_prod.outcome": record.outcome,
-        "dspy_prod.cache_hit": record.cached,
-        "dspy_prod.unconfirmed": record.estimated,
-        "dspy_prod.cost_usd": record.cost_usd,
-        "dspy_prod.queue_wait_seconds": round(record.waited, 6),
-        "dspy_prod.latency_seconds": round(record.latency, 6),
-        "dspy_prod.breaker": breaker,
         "dspy_prod.error": record.error,
         "dspy_prod.status": record.status,
+        "dspy_prod.cost_usd": record.cost_usd,
+        "dspy_prod.unconfirmed": record.estimated,
+        "dspy_prod.cache_hit": record.cached,
+        "dspy_prod.route": record.route,
+        "dspy_prod.attempt": record.attempt,
+        "dspy_prod.breaker": breaker,
+        "dspy_prod.latency_seconds": round(record.latency, 6),
+        "dspy_prod.queue_wait_seconds": round(record.waited, 6),
+        "dspy_prod.record_id": record.id,
+        "dspy_prod.call_id": record.call_id,
     }
     attributes.update(whose(record))
     return attributes
@@ -144,8 +165,17 @@ def trace_attributes(whose: Mapping[str, Any], name: str) -> dict[str, Any]:
         "user.id": whose.get("dspy_prod.user"),
         "session.id": whose.get("dspy_prod.session"),
     }
-    attributes.update({TAG + key: str(value) for key, value in whose.items() if key not in UNTAGGED})
+    attributes.update({TAG + key: value for key, value in tags_of(whose).items()})
     return attributes
+
+
+def tags_of(whose: Mapping[str, Any]) -> dict[str, str]:
+    """Tags of a trace; the prompt version that answered is linked in MLflow's pages."""
+    tags = {key: str(value) for key, value in whose.items() if key not in UNTAGGED}
+    name, _, version = str(whose.get("dspy_prod.prompt_version") or "").rpartition("/")
+    if name and version.isdigit():
+        tags["mlflow.linkedPrompts"] = dumped([{"name": name, "version": version}])
+    return tags
 
 
 def cost(record: CallRecord, input_nano: int | None) -> dict[str, float] | None:

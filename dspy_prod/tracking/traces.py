@@ -16,14 +16,16 @@ from dspy_prod.tracking.spans import (
     INPUTS,
     MESSAGES,
     OUTPUTS,
+    TAG,
     TYPE,
-    UNTAGGED,
     Span,
     attempt_attributes,
     attempt_error,
     attempt_name,
+    chat,
     dumped,
     span,
+    tags_of,
     trace_attributes,
     whose,
 )
@@ -87,6 +89,7 @@ class Traces:
 
     Attributes:
         sampled_out: traces that were left out so far.
+        last_batch: number of the newest batch.
     """
 
     def __init__(self, content: Content, sampler: Sampler, bridged: bool = False) -> None:
@@ -94,6 +97,7 @@ class Traces:
         self.bridged = bridged
         self.sampled_out = 0
         self._sampler = sampler
+        self.last_batch = 0
         self._numbers = itertools.count(1)
         self.clear()
 
@@ -139,9 +143,10 @@ class Traces:
             some = ended[start : start + BATCH]
             spans = [one for trace in some for one in trace.spans]
             infos = [trace.info for trace in some if trace.info is not None]
-            batches.append(Batch(next(self._numbers), sum(trace.counted for trace in some), spans, infos))
+            self.last_batch = next(self._numbers)
+            batches.append(Batch(self.last_batch, sum(trace.counted for trace in some), spans, infos))
             for trace in some:
-                trace.spans = []
+                trace.spans, trace.counted = [], False
         return batches
 
     # -- what happens ------------------------------------------------------------------------------------------------
@@ -152,6 +157,7 @@ class Traces:
         made = span(
             node.trace_id, record_span_id(record.id), node.span_id, attempt_name(record), started,
             started + int(record.latency * 1e9), self.content.attributes(attributes), attempt_error(record),
+            record.error,
         )  # fmt: skip
         trace = self._trace(node.trace_id)
         if trace is None:
@@ -186,18 +192,24 @@ class Traces:
         attributes.update({f"dspy_prod.{name}": value for name, value in node.attributes.items()})
         if node.parent_id is None:
             attributes.update(trace_attributes({**trace.whose, **whose(node.context)}, node.name))
+            if "status" in node.attributes:
+                attributes[f"{TAG}dspy_prod.status"] = node.attributes["status"]
         attributes = self.content.attributes(attributes)
-        inputs = node.inputs
-        if isinstance(inputs, dict):
-            inputs = {name: value for name, value in inputs.items() if value is not None}
-        attributes[INPUTS] = self.content.shown(inputs)
-        attributes[OUTPUTS] = self.content.shown(node.outputs)
+        inputs, outputs = _filled(self.content.shown(node.inputs)), self.content.shown(node.outputs)
+        if node.attributes.get("status") == "fallback":
+            outputs = _filled(outputs)
+        if node.parent_id is None and node.kind == "CHAT_MODEL":
+            inputs, outputs = chat(inputs, outputs)
+        attributes[INPUTS], attributes[OUTPUTS] = inputs, outputs
         made = span(
-            node.trace_id, node.span_id, node.parent_id, node.name, node.started_ns, node.ended_ns, attributes, error
+            node.trace_id, node.span_id, node.parent_id, node.name, node.started_ns, node.ended_ns, attributes, error,
+            None if node.error is None else type(node.error).__name__,
         )  # fmt: skip
         trace.spans.append(made)
         trace.remarkable |= error is not None or node.attributes.get("status") == "fallback"
-        if node.parent_id is None:
+        if node.trace_id in self._shipped:
+            self._queue(trace)
+        elif node.parent_id is None:
             self._close(node.trace_id, trace)
 
     def _foreign(self, handed: Any) -> None:
@@ -250,12 +262,13 @@ class Traces:
             inputs, outputs = trace.usage
             tokens = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
             metadata[_USAGE] = dumped(tokens)
-        tags = info.setdefault("tags", {})
-        for key, value in trace.whose.items():
-            if key in HEADLINES:
-                metadata[HEADLINES[key]] = str(value)
-            elif key not in UNTAGGED:
-                tags[key] = str(value)
+        info.setdefault("tags", {}).update(tags_of(trace.whose))
+        metadata.update({HEADLINES[key]: str(value) for key, value in trace.whose.items() if key in HEADLINES})
+
+
+def _filled(shown: Any) -> Any:
+    """Without the fields that have no value: a fallback's text fills one of several."""
+    return {name: value for name, value in shown.items() if value is not None} if isinstance(shown, dict) else shown
 
 
 def record_span_id(record_id: str) -> str:

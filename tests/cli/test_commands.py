@@ -9,6 +9,8 @@ import pytest
 
 from dspy_prod.cli import main
 
+pytestmark = pytest.mark.timeout(240)  # the first test of a module waits for the demo
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -17,13 +19,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def demo(store: str) -> dict[str, object]:
-    """What `dspy-prod demo --simulate --json` prints."""
+def demo(store: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What `dspy-prod demo --simulate --json` prints, run where nothing is yet."""
     import subprocess
     import sys
 
     run = subprocess.run(
         [sys.executable, "-m", "dspy_prod.cli", "demo", "--simulate", "--json"],
+        cwd=tmp_path_factory.mktemp("demo"),
         env={
             "PATH": "",
             "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -32,7 +35,7 @@ def demo(store: str) -> dict[str, object]:
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
     )
     assert run.returncode == 0, run.stderr
     result: dict[str, object] = json.loads(run.stdout)
@@ -52,6 +55,17 @@ def test_the_demo_tells_its_story(demo: dict[str, object]) -> None:
     assert demo["breaker"][0].endswith(": opened")  # type: ignore[index]
     assert demo["breaker"][-1].endswith(": closed")  # type: ignore[index]
     assert demo["health"]["status"] == "healthy"  # type: ignore[index]
+
+
+def test_the_demo_is_in_mlflow_to_the_last_cent(demo: dict[str, object]) -> None:
+    """Every request is a trace in `mlflow.db` where the demo ran, and their costs are the ledger's."""
+    mlflow = demo["mlflow"]
+    assert isinstance(mlflow, dict)
+    assert mlflow["uri"].endswith("/mlflow.db")
+    assert (mlflow["exported"], mlflow["found"], mlflow["waiting"], mlflow["lost"]) == (35, 35, 0, 0)
+    assert mlflow["usd"] == pytest.approx(demo["ledger_usd"], abs=1e-12)
+    assert mlflow["complete"] is True
+    assert mlflow["agrees"] is True
 
 
 @pytest.mark.usefixtures("demo")
@@ -88,6 +102,7 @@ def test_calls_are_filtered_newest_first(store: str, capsys: pytest.CaptureFixtu
     [
         (["costs", "--by", "nonsense"], "use one of"),
         (["calls", "--limit", "0"], "at least 1"),
+        (["demo", "--tracking-uri", "./mlruns"], "no longer to a folder"),
         (["health", "--store", "sqlite:///missing.db"], "no store at"),
         (["health", "--store", "memory://"], "sqlite:///"),
         (["health", "--store", "redis://:secret@localhost/0"], "sqlite"),
@@ -98,7 +113,7 @@ def test_mistakes_end_with_a_remedy(
     store: str, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A wrong argument prints one line that names the remedy, no traceback and no password, and exits with 2."""
-    if "--store" not in arguments:
+    if "--store" not in arguments and arguments[0] != "demo":
         arguments = [*arguments, "--store", store]
     assert main(arguments) == 2
     said = capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""The courier against an exporter that is slow, failing, dying or refusing: what is kept, what is lost, who waits."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dspy_prod import Redactor
+from dspy_prod.tracking import courier as module
+from dspy_prod.tracking.content import Content
+from dspy_prod.tracking.courier import STALLED, Courier, Ended
+from dspy_prod.tracking.nodes import LeanNode
+from dspy_prod.tracking.sampling import Sampler
+from dspy_prod.tracking.traces import Batch, Traces
+from tests.e2e.support import until
+from tests.tracking.test_traces import node
+
+
+class Fake:
+    """An exporter in this process, driven by the test."""
+
+    made: list[Fake]
+
+    def __init__(self, heard: Callable[..., None]) -> None:
+        self.heard = heard
+        self.alive = True
+        self.batches: list[Batch] = []
+        self.hurried = threading.Event()
+        self.prompt = True  # confirms at once
+        self.refuses = 0
+
+    def send(self, batch: Batch) -> None:
+        self.batches.append(batch)
+        if self.prompt:
+            self.heard(batch.number, self.refuses)
+
+    def hurry(self) -> None:
+        self.hurried.set()
+
+    def stop(self) -> None:
+        self.alive = False
+
+    def forget(self) -> None:
+        self.alive = False
+
+    def die(self) -> None:
+        self.alive = False
+        self.heard(failing="it died", died=True)
+
+
+class Scene:
+    """A courier whose exporters are fakes."""
+
+    def __init__(self, queue_size: int = 1000, prompt: bool = True) -> None:
+        self.fakes: list[Fake] = []
+
+        def make(heard: Callable[..., None]) -> Any:
+            fake = Fake(heard)
+            fake.prompt = prompt
+            self.fakes.append(fake)
+            heard(ready=True)
+            return fake
+
+        traces = Traces(Content("full", Redactor()), Sampler(1.0))
+        self.courier = Courier(traces, make, queue_size)
+
+    def trace(self) -> bool:
+        """One whole trace; whether it was admitted."""
+        if not self.courier.admits():
+            return False
+        root: LeanNode = node(self.courier)
+        root.answered("a")
+        self.courier.post(Ended(root))
+        return True
+
+    @property
+    def sent(self) -> int:
+        return sum(batch.traces for batch in self.fakes[-1].batches) if self.fakes else 0
+
+
+def test_everything_that_ended_is_there_after_a_flush() -> None:
+    """A flush waits for what was posted before it, and only for that."""
+    scene = Scene()
+    assert scene.courier.flush(1.0)
+    for _ in range(250):
+        scene.trace()
+    assert scene.courier.flush(5.0)
+    counts = scene.courier.counts()
+    assert (counts.opened, counts.exported, counts.waiting, counts.lost) == (250, 250, 0, 0)
+    assert scene.courier.close(1.0) == 0
+
+
+def test_a_flush_ends_although_calls_go_on() -> None:
+    """It does not wait for what comes after it."""
+    scene, stop = Scene(), threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            scene.trace()
+            time.sleep(0)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert all(scene.courier.flush(5.0) for _ in range(5))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_stuck_exporter_fills_the_queue_and_then_traces_are_turned_away() -> None:
+    """Callers never wait; what is turned away is counted, and nothing admitted is."""
+    scene = Scene(queue_size=300, prompt=False)
+    admitted = sum(scene.trace() for _ in range(1000))
+    assert 300 <= admitted <= 302
+    counts = scene.courier.counts()
+    assert counts.lost == 1000 - admitted
+    assert counts.waiting == admitted
+    assert not scene.courier.flush(0.2)
+    fake = scene.fakes[0]
+    fake.prompt = True
+    for batch in list(fake.batches):
+        fake.heard(batch.number)
+    assert scene.courier.flush(5.0)
+    assert scene.courier.counts().exported == admitted
+    assert scene.trace()
+
+
+def test_what_a_dead_exporter_had_not_confirmed_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new process is started, and gets it before anything new; nothing is counted twice."""
+    monkeypatch.setattr(module, "RESTART", (0.01, 0.01))
+    scene = Scene(prompt=False)
+    scene.trace()
+    until(lambda: scene.sent == 1)
+    scene.fakes[0].die()
+    assert scene.courier.failing == "it died"
+    scene.trace()
+    until(lambda: len(scene.fakes) == 2)
+    until(lambda: scene.sent == 2)
+    second = scene.fakes[1]
+    assert second.batches[0] is scene.fakes[0].batches[0]
+    for batch in second.batches:
+        second.heard(batch.number)
+        second.heard(batch.number)
+    assert scene.courier.counts().exported == 2
+    assert scene.courier.failing is None
+
+
+def test_what_mlflow_refuses_is_counted_as_lost() -> None:
+    """The rest of the batch is not."""
+    scene = Scene(prompt=False)
+    for _ in range(3):
+        scene.trace()
+    until(lambda: scene.sent == 3)
+    fake = scene.fakes[0]
+    for batch in fake.batches:
+        fake.heard(batch.number, 1)
+    counts = scene.courier.counts()
+    assert counts.lost == len(fake.batches)
+    assert counts.exported == 3 - len(fake.batches)
+
+
+def test_a_failure_is_told_once_and_so_is_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    """One warning however often it is tried, one line when it works again."""
+    scene = Scene(prompt=False)
+    scene.trace()
+    until(lambda: scene.sent == 1)
+    fake = scene.fakes[0]
+    with caplog.at_level(logging.INFO, "dspy_prod"):
+        for _ in range(5):
+            fake.heard(failing="connection refused")
+        fake.heard(fake.batches[0].number)
+    assert [line.levelname for line in caplog.records] == ["WARNING", "INFO"]
+    assert "connection refused" in caplog.text
+
+
+def test_the_end_waits_for_an_exporter_that_moves_and_not_for_one_that_does_not() -> None:
+    """What is left is counted; the exporter is told to hurry."""
+    moving = Scene(prompt=False)
+    for _ in range(5):
+        moving.trace()
+    until(lambda: moving.sent == 5)
+    fake = moving.fakes[0]
+
+    def confirm() -> None:
+        assert fake.hurried.wait(5)
+        for batch in list(fake.batches):
+            fake.heard(batch.number)
+
+    helper = threading.Thread(target=confirm)
+    helper.start()
+    assert moving.courier.close(20.0) == 0
+    helper.join()
+    stuck = Scene(prompt=False)
+    for _ in range(5):
+        stuck.trace()
+    until(lambda: stuck.sent == 5)
+    began = time.monotonic()
+    assert stuck.courier.close(60.0) == 5
+    assert time.monotonic() - began < STALLED + 5
+    assert stuck.courier.counts().lost == 5
+    assert not stuck.trace()
+
+
+def test_a_courier_that_had_nothing_to_do_ends_at_once() -> None:
+    """Also when its exporter was started ahead."""
+    scene = Scene()
+    scene.courier.begin()
+    until(lambda: scene.fakes)
+    began = time.monotonic()
+    assert scene.courier.close(30.0) == 0
+    assert time.monotonic() - began < 2
+    assert not scene.fakes[0].alive
