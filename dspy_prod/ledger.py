@@ -53,6 +53,7 @@ class Ledger:
         program: str | None = None,
         experiment: str | None = None,
         variant: str | None = None,
+        prompt_version: str | None = None,
         outcome: str | None = None,
         call_id: str | None = None,
         trace_id: str | None = None,
@@ -69,8 +70,8 @@ class Ledger:
             raise ValueError(f"limit={limit!r} must be a non-negative integer")
         fields = {
             "user": known_as(user), "tenant": known_as(tenant), "session": known_as(session), "model": model,
-            "program": program, "experiment": experiment, "variant": variant, "outcome": outcome, "call_id": call_id,
-            "trace_id": trace_id,
+            "program": program, "experiment": experiment, "variant": variant, "prompt_version": prompt_version,
+            "outcome": outcome, "call_id": call_id, "trace_id": trace_id,
         }  # fmt: skip
         equals = {name: value for name, value in fields.items() if value is not None}
         begin, end = self._epoch("since", since), self._epoch("until", until)

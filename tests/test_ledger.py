@@ -116,7 +116,19 @@ def test_an_impossible_limit_is_refused(limit: Any, ledger: Ledger) -> None:
 
 @pytest.mark.parametrize(
     "field",
-    ["user", "tenant", "session", "model", "program", "experiment", "variant", "outcome", "call_id", "trace_id"],
+    [
+        "user",
+        "tenant",
+        "session",
+        "model",
+        "program",
+        "experiment",
+        "variant",
+        "prompt_version",
+        "outcome",
+        "call_id",
+        "trace_id",
+    ],
 )
 def test_records_are_found_by_every_field(field: str, store: Store, ledger: Ledger) -> None:
     """Each filter compares its own field, and several must all match."""

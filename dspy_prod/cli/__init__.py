@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from dspy_prod.cli.deploy import add_parser as add_deploy
     from dspy_prod.cli.prompts import add_parsers as add_prompts
 
     parser = argparse.ArgumentParser(prog="dspy-prod", description="Production safety for DSPy programs.")
@@ -59,11 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     calls = commands.add_parser("calls", help="the newest records of the ledger")
     _where(calls)
-    calls.add_argument("--limit", type=int, default=20, help="how many (default 20)")
-    for name in ("user", "tenant", "model", "outcome"):
+    calls.add_argument("--limit", type=int, help="how many (default 20; with --trace all)")
+    for name in ("user", "tenant", "model", "outcome", "program", "variant"):
         calls.add_argument(f"--{name}", help=f"only this {name}")
+    calls.add_argument("--trace", metavar="TRACE_ID", help="only what belongs to this MLflow trace")
+    calls.add_argument("--prompt", metavar="VERSION", help="only this program version, e.g. triage/7")
     calls.add_argument("--unconfirmed", action="store_true", help="only costs that the provider did not confirm")
     add_prompts(commands)
+    add_deploy(commands)
     return parser
 
 

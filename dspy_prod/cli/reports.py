@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import orjson
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dspy_prod.clock import SYSTEM_CLOCK
@@ -23,6 +25,7 @@ from dspy_prod.status_costs import Place, costs_by, summary
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.registry import default_store_url, open_store
 
+DEFAULT_LIMIT = 20
 RECENT = 3600.0
 """Seconds that `health` looks back."""
 
@@ -50,7 +53,7 @@ def health(arguments: argparse.Namespace) -> int:
     table.add_row("reservations in flight", str(report["holds"]))
     table.add_row("spent today", f"{costs.today_usd:.6f} USD ({costs.unconfirmed_usd:.6f} USD unconfirmed)")
     for model, outcomes in report["last_hour"].items():
-        table.add_row(f"last hour, {model}", ", ".join(f"{count} {name}" for name, count in outcomes.items()))
+        table.add_row(f"last hour, {escape(model)}", ", ".join(f"{count} {name}" for name, count in outcomes.items()))
     if not recent:
         table.add_row("last hour", "no calls")
     Console().print(table)
@@ -83,7 +86,7 @@ def costs(arguments: argparse.Namespace) -> int:
         table.add_column(name, justify="left" if name == arguments.by else "right")
     for row in rows:
         table.add_row(
-            row.value, f"{row.usd:.6f}", f"{row.unconfirmed_usd:.6f}", str(row.attempts), str(row.failed),
+            escape(row.value), f"{row.usd:.6f}", f"{row.unconfirmed_usd:.6f}", str(row.attempts), str(row.failed),
             str(row.cached), str(row.input_tokens), str(row.output_tokens),
         )  # fmt: skip
     Console().print(table if rows else f"No calls are recorded in namespace {store.namespace!r}.")
@@ -93,21 +96,27 @@ def costs(arguments: argparse.Namespace) -> int:
 def calls(arguments: argparse.Namespace) -> int:
     """Print the newest records."""
     store = _open(arguments)
-    if arguments.limit < 1:
-        raise ValueError(f"--limit {arguments.limit} must be at least 1")
-    wanted = {name: getattr(arguments, name) for name in ("user", "tenant", "model", "outcome")}
+    limit = arguments.limit
+    if limit is None and arguments.trace is None:
+        limit = DEFAULT_LIMIT
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit {limit} must be at least 1")
+    wanted = {name: getattr(arguments, name) for name in ("user", "tenant", "model", "outcome", "program", "variant")}
+    wanted["prompt_version"] = arguments.prompt
+    wanted["trace_id"] = _trace(arguments.trace)
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if arguments.unconfirmed:
-        records = [record for record in Ledger(store).unconfirmed() if _matches(record, wanted)][: arguments.limit]
+        records = [record for record in Ledger(store).unconfirmed() if _matches(record, wanted)][:limit]
     else:
-        records = store.records(limit=arguments.limit, **wanted)
+        records = Ledger(store).records(limit=limit, **wanted)
     if arguments.json:
         return _json([record.to_dict() for record in records])
     table = Table(
         title=f"Newest calls in {store.namespace!r}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
     table.add_column("when, user", overflow="fold")
-    table.add_column("model and id", overflow="fold", min_width=25)
+    wide = any(record.trace_id for record in records)
+    table.add_column("model and id", overflow="fold", min_width=35 if wide else 25)
     table.add_column("outcome", overflow="fold")
     for name in ("USD", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -119,13 +128,14 @@ def calls(arguments: argparse.Namespace) -> int:
         )
         waited = f"\n[dim]+{record.waited:.2f} wait[/]" if record.waited >= 0.005 else ""
         table.add_row(
-            f"{_when(record.started_at)}\n[dim]{record.user or ''}[/]",
-            f"{record.model}{route}{again}\n[dim]{record.id}[/]",
+            f"{_when(record.started_at)}\n[dim]{escape(record.user or '')}[/]",
+            f"{escape(record.model)}{route}{again}\n[dim]{escape(_marks(record))}[/]",
             record.outcome if record.error is None else f"{record.outcome}\n[dim]{record.error}[/]",
             _money(record) + tokens,
             f"{record.latency:.2f}{waited}",
         )
-    Console().print(table if records else f"No calls are recorded in namespace {store.namespace!r}.")
+    that = " that match" if wanted or arguments.unconfirmed else ""
+    Console().print(table if records else f"No calls{that} are recorded in namespace {store.namespace!r}.")
     return 0
 
 
@@ -141,6 +151,17 @@ def _open(arguments: argparse.Namespace) -> Store:
 
 def _matches(record: CallRecord, wanted: dict[str, str]) -> bool:
     return all(getattr(record, name) == value for name, value in wanted.items())
+
+
+def _trace(given: str | None) -> str | None:
+    """A trace's id as MLflow writes it; OpenTelemetry's form lacks the `tr-`."""
+    return f"tr-{given.lower()}" if given is not None and re.fullmatch("[0-9a-fA-F]{32}", given) else given
+
+
+def _marks(record: CallRecord) -> str:
+    """By what a record is found in MLflow and here, a line each."""
+    prompt = None if record.prompt_version is None else f"prompt {record.prompt_version}"
+    return "\n".join(mark for mark in (record.id, prompt, record.trace_id) if mark is not None)
 
 
 def _money(record: CallRecord) -> str:

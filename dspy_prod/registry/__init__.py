@@ -1,4 +1,4 @@
-"""Program versions in MLflow's prompt registry: publish, load, promote, roll back, and follow.
+"""Program versions in MLflow's prompt registry: publish, load, promote, deploy, roll back, and follow.
 
 A version is immutable and numbered; aliases (`staging`, `canary`, `production`, `previous`) point to versions and move.
 Importing this module does not import MLflow.
@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dspy_prod.registry.deployment import deploy
+    from dspy_prod.registry.deployment_report import Deployment, Step
     from dspy_prod.registry.difference import PredictorDiff, VersionDiff, diff
     from dspy_prod.registry.errors import (
         PromotionConflictError,
@@ -33,6 +35,9 @@ _HOME = {
     "promote": "promotion",
     "rollback": "promotion",
     "history": "promotion",
+    "deploy": "deployment",
+    "Deployment": "deployment_report",
+    "Step": "deployment_report",
     "diff": "difference",
     "PredictorDiff": "difference",
     "VersionDiff": "difference",
@@ -54,6 +59,7 @@ _HOME = {
 __all__ = [
     "AuditEntry",
     "Check",
+    "Deployment",
     "Gate",
     "GateReport",
     "PredictorDiff",
@@ -63,8 +69,10 @@ __all__ = [
     "RegistryError",
     "RegistryUnavailableError",
     "SignatureMismatchError",
+    "Step",
     "UnknownVersionError",
     "VersionDiff",
+    "deploy",
     "diff",
     "history",
     "load",

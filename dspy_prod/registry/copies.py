@@ -5,11 +5,8 @@ A file is JSON, readable by its owner only, replaced atomically, and believed on
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -19,6 +16,7 @@ from typing import Any, Final
 
 from dspy_prod.forking import reset_after_fork
 from dspy_prod.redaction import address
+from dspy_prod.registry.files import write
 from dspy_prod.registry.manifest import Manifest, sha256
 
 DIRECTORY: Final = Path(".dspy_prod") / "registry"
@@ -115,20 +113,10 @@ def save(key: tuple[str, str], copy: Copy, directory: Path | None) -> None:
     """Write a copy to disk; a disk that cannot be written is no reason to fail."""
     path, text = file_of(key, directory), copy.release.to_text()
     content = {"confirmed_at": copy.confirmed_at, "sha256": sha256(text), "release": text}
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=".json")  # owner-only
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write(path, json.dumps(content))
     except OSError as error:
         _log.warning("No copy of %s for the case that MLflow is down: %s cannot be written (%s)", key[1], path, error)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def is_old(key: tuple[str, str], directory: Path | None) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.registry.copies import Release
-from dspy_prod.registry.loading import obtain
+from dspy_prod.registry.loading import exact
 from dspy_prod.registry.manifest import ProgramVersion
 from dspy_prod.registry.names import Reference, checked_name
 from dspy_prod.registry.server import server_at
@@ -103,7 +103,7 @@ def diff(
     """
     checked_name(name)
     server = server_at(tracking_uri)
-    before, after = (obtain(server, _reference(name, version), 0.0) for version in (old, new))
+    before, after = (exact(server, _reference(name, version)) for version in (old, new))
     was, now = _described(before), _described(after)
     predictors = [
         _compared(key, f"{before}", f"{after}", was.get(key), now.get(key)) for key in dict.fromkeys([*was, *now])

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING
 from dspy_prod.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dspy_prod.registry.deployment_report import Deployment
     from dspy_prod.registry.gates import GateReport
 
 
 class RegistryError(Exception):
-    """The base of all errors of the registry."""
+    """The base of all errors of the registry.
+
+    Attributes:
+        deployment: what had been done by then, when `deploy` raised it; else None.
+    """
+
+    deployment: Deployment | None = None
 
 
 class RegistryUnavailableError(RegistryError):

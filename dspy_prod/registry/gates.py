@@ -17,7 +17,7 @@ import dspy
 from dspy_prod.error_text import error_text
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import UnknownVersionError
-from dspy_prod.registry.loading import obtain, put_into
+from dspy_prod.registry.loading import exact, put_into
 from dspy_prod.registry.manifest import ProgramVersion
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.server import Server
@@ -83,6 +83,14 @@ class GateReport:
         plain: dict[str, Any] = _without_nan(asdict(self))
         return plain
 
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> GateReport:
+        """Read back what `to_dict` gave."""
+        numbers = {
+            part: {name: float(value) for name, value in found[part].items()} for part in ("metrics", "baseline")
+        }
+        return cls(**{**found, **numbers, "checks": tuple(Check(**check) for check in found["checks"])})
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -125,23 +133,38 @@ class Gate:
         if not _is_finite(self.margin) or self.margin < 0:
             raise ConfigError(f"margin={self.margin!r} is a number, 0 or more")
 
-    def check(self, server: Server, version: ProgramVersion, program: Any) -> GateReport:
-        """Evaluate a version on a copy of the program. Never raises an `Exception`: that is the result `error`."""
+    def check(self, server: Server, candidate: ProgramVersion | dspy.Module, program: Any) -> GateReport:
+        """Evaluate a candidate. Never raises an `Exception`: that is the result `error`.
+
+        Args:
+            server: where the candidate and the baseline are.
+            candidate: a version, which is put into a copy of `program`, or a program as it is.
+            program: the program from the code.
+        """
         began = time.monotonic()
         try:
-            metrics, examples = self._measured(server, Reference(version.name, version.version), program)
+            metrics, examples = self._measured(server, candidate, program)
             baseline, unknown = self._baseline(server, program)
-        except Exception as error:
-            _log.exception("The gate of %s raised", version)
+        except (Exception, SystemExit) as error:  # sys.exit(0) in an evaluation would look like success to a shell
+            _log.exception(
+                "The gate of %s raised", candidate if isinstance(candidate, ProgramVersion) else "the program"
+            )
             return GateReport("error", seconds=time.monotonic() - began, error=error_text(error))
         checks = (*self._checks(metrics, baseline, unknown), *self._count(examples))
         results = {check.result for check in checks}
         result: Result = "fail" if "fail" in results else "inconclusive" if "inconclusive" in results else "pass"
         return GateReport(result, checks, metrics, baseline, examples, time.monotonic() - began)
 
-    def _measured(self, server: Server, reference: Reference, program: Any) -> tuple[dict[str, float], int | None]:
-        copy = program.deepcopy()
-        put_into(copy, obtain(server, reference, 0.0))
+    def _measured(
+        self, server: Server, candidate: ProgramVersion | Reference | dspy.Module, program: Any
+    ) -> tuple[dict[str, float], int | None]:
+        if isinstance(candidate, ProgramVersion):
+            candidate = Reference(candidate.name, candidate.version)
+        if isinstance(candidate, Reference):
+            copy = program.deepcopy()
+            put_into(copy, exact(server, candidate))
+        else:
+            copy = candidate.deepcopy()
         with raising():
             return _metrics(self.evaluate(copy))
 
@@ -218,8 +241,10 @@ def _metrics(found: Any) -> tuple[dict[str, float], int | None]:
         count = metrics.pop(EXAMPLES, None)
         if count is None and not metrics:
             count = 0
-        return metrics, None if count is None or not math.isfinite(count) else int(count)
-    if isinstance(found, Sequence) and not isinstance(found, str):
+        if count is not None:
+            return metrics, max(0, int(count)) if math.isfinite(count) else 0
+        return metrics, None
+    if isinstance(found, Sequence) and not isinstance(found, (str, bytes, bytearray)):
         scores = [float(score) for score in found]
         return ({SCORE: math.fsum(scores) / len(scores)} if scores else {}), len(scores)
     raise TypeError(f"Gate(evaluate=...) gave a {type(found).__name__}; give a dict of metrics or a list of scores")

@@ -26,6 +26,9 @@ from dspy_prod.registry.server import Server
 ENTRY: Final = "dspy_prod_entry"
 PROJECTED: Final = "dspy_prod_projected"
 
+SHORT: Final = 8_000
+"""Characters of a piece of evidence that is kept, even if all of it together would be too long."""
+
 Action = Literal["promote", "rollback", "moved", "refused"]
 Outcome = Literal["applied", "unchanged", "conflict", "refused"]
 
@@ -208,7 +211,9 @@ class Journal:
         ensure_prompt(self._server, self._prompt, JOURNAL)
         text = request.to_text()
         if len(text) > LARGEST:
-            request = replace(request, evidence={"note": f"evidence of {len(text)} characters was too long to keep"})
+            note = {"note": f"evidence of {len(text)} characters was too long to keep"}
+            short = {key: value for key, value in request.evidence.items() if len(json.dumps(value)) <= SHORT}
+            request = replace(request, evidence={**short, **note})
             text = request.to_text()
         shown = f"{request.action} {request.alias} of {self._name}: {request.version}"
         sentence = escaped(f"{shown}, by {request.by}{f': {request.reason}' if request.reason else ''}")

@@ -108,6 +108,15 @@ def obtain(server: Server, reference: Reference, max_age: float, directory: Path
         return copy.release
 
 
+def exact(server: Server, reference: Reference) -> Release:
+    """The very version a reference means: a version does not change, an alias is never answered from an old copy.
+
+    Raises:
+        UnknownVersionError, RegistryUnavailableError, RegistryError: as `fetch`.
+    """
+    return obtain(server, reference, 0.0) if reference.alias is None else renewed(server, reference)
+
+
 def renewed(server: Server, reference: Reference, directory: Path | None = None) -> Release:
     """The version a reference means, from MLflow; a copy is kept in memory and on disk.
 

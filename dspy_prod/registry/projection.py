@@ -61,10 +61,10 @@ def settled(server: Server, name: str, alias: str, journal: Journal) -> Replay:
     while True:
         shown = alias_version(server, name, alias)
         replay = journal.read()
-        if shown == replay.version(alias):
-            return replay
-        if not replay.is_projected(alias):
+        if not replay.is_projected(alias):  # also when it has its version, for `previous` may not have followed yet
             project(server, name, alias, journal, replay)
+        elif shown == replay.version(alias):
+            return replay
         elif drift == (shown, replay.last(alias)):
             request = Request(
                 "moved", alias, shown, replay.version(alias) or 0, "unknown", "moved in MLflow, not by dspy_prod"

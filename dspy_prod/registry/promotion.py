@@ -53,7 +53,7 @@ def promote(
         version: its number, a `ProgramVersion`, or a reference such as `"triage@staging"`.
         alias: `production`, `canary`, `staging`, or one of your own.
         expected: the version the alias must have, else nothing is moved; 0: it must not exist yet. None: whatever it
-            has is replaced.
+            has is replaced; with a gate, what it had when the evaluation began.
         gate: what the version has to pass first; its report becomes evidence of the move.
         program: the program from the code, on a copy of which the gate is evaluated; needed with `gate`.
         force: move although the gate is inconclusive; needs a `reason`. A gate that fails cannot be overruled.
@@ -71,19 +71,19 @@ def promote(
         RegistryUnavailableError: MLflow did not answer; promote again to be sure.
         ConfigError: an impossible argument; the message names it.
     """
-    _check(name, alias)
+    check_alias(name, alias)
     if force and not reason:
         raise ConfigError("promote(force=True) needs a reason=, which is kept in the audit log")
     if gate is not None and program is None:
         raise ConfigError("promote(gate=...) needs program=, the program from your code to evaluate the version with")
     server = server_at(tracking_uri)
-    chosen = _version(server, name, version)
+    chosen = find_version(server, name, version)
     wanted = _number(expected)
     journal = Journal(server, name)
     replay = settled(server, name, alias, journal)
     before = replay.version(alias)
     if wanted is not None and wanted != (before or 0):
-        raise _conflict(name, alias, wanted, before)
+        raise conflict_error(name, alias, wanted, before)
     who = by or provenance.author()
     if before == chosen.version:
         return _nothing_to_do("promote", alias, chosen.version, who, reason)
@@ -95,9 +95,10 @@ def promote(
         forced = report.result == "inconclusive" and force
         if report.result != "pass" and not forced:
             journal.append(Request("refused", alias, chosen.version, None, who, reason, evidence=evidence))
-            raise _refused(name, alias, chosen, report)
+            raise refused_error(alias, chosen, report)
+        wanted = before or 0  # the verdict is about what the alias had then; an evaluation may take hours
     request = Request("promote", alias, chosen.version, wanted, who, reason, forced, evidence)
-    return _carry_out(server, name, journal, request)
+    return carry_out(server, name, journal, request)
 
 
 def rollback(
@@ -132,7 +133,7 @@ def rollback(
         PromotionConflictError: somebody promoted another version meanwhile; nothing was moved.
         UnknownVersionError, RegistryUnavailableError, ConfigError: as in `promote`.
     """
-    _check(name, alias)
+    check_alias(name, alias)
     server = server_at(tracking_uri)
     journal = Journal(server, name)
     replay = settled(server, name, alias, journal)
@@ -142,7 +143,7 @@ def rollback(
     wanted = _number(expected)
     rolled_back = last.action == "rollback"
     if wanted is not None and wanted != now and not (rolled_back and last.from_version == wanted):
-        raise _conflict(name, alias, wanted, now)
+        raise conflict_error(name, alias, wanted, now)
     target = _number(to) if to is not None else replay.previous(alias)
     if (to is None and rolled_back) or target == now:
         return _nothing_to_do("rollback", alias, now, who, reason)
@@ -151,9 +152,9 @@ def rollback(
             f"{name}@{alias} has had no other version than {now}; publish a repaired version and promote it, or name "
             "one with rollback(to=...)"
         )
-    _version(server, name, target)
+    find_version(server, name, target)
     try:
-        return _carry_out(server, name, journal, Request("rollback", alias, target, now or 0, who, reason))
+        return carry_out(server, name, journal, Request("rollback", alias, target, now or 0, who, reason))
     except PromotionConflictError as error:
         if error.actual == target:  # somebody else rolled back at the same moment
             return _nothing_to_do("rollback", alias, target, who, reason)
@@ -178,11 +179,16 @@ def history(name: str, *, alias: str | None = None, tracking_uri: str | None = N
     return [entry for entry in reversed(entries) if alias is None or entry.alias == alias]
 
 
-def _carry_out(server: Server, name: str, journal: Journal, request: Request) -> AuditEntry:
+def carry_out(server: Server, name: str, journal: Journal, request: Request) -> AuditEntry:
+    """Write a request into the journal, and let MLflow's alias follow if it won.
+
+    Raises:
+        PromotionConflictError, RegistryUnavailableError: as `promote`.
+    """
     entry, replay = journal.append(request)
     if entry.outcome == "conflict":
         assert request.expected is not None
-        raise _conflict(name, entry.alias, request.expected, entry.from_version)
+        raise conflict_error(name, entry.alias, request.expected, entry.from_version)
     project(server, name, entry.alias, journal, replay)
     if entry.moved and BUS.active:
         BUS.emit(
@@ -192,7 +198,12 @@ def _carry_out(server: Server, name: str, journal: Journal, request: Request) ->
     return entry
 
 
-def _check(name: str, alias: str) -> None:
+def check_alias(name: str, alias: str) -> None:
+    """Refuse names of programs and aliases that MLflow does not take.
+
+    Raises:
+        ConfigError: names the alternative.
+    """
     checked_name(name)
     if not isinstance(alias, str) or _ALIAS.fullmatch(alias) is None or re.fullmatch(r"latest|v\d+", alias):
         raise ConfigError(f"alias={alias!r}: use 'production', 'canary', 'staging', or letters, digits, '-' and '_'")
@@ -205,7 +216,12 @@ def _exists(server: Server, name: str) -> None:
         raise UnknownVersionError(f"there is no program {name!r} in MLflow at {server.place}; publish it first")
 
 
-def _version(server: Server, name: str, version: int | str | ProgramVersion) -> ProgramVersion:
+def find_version(server: Server, name: str, version: int | str | ProgramVersion) -> ProgramVersion:
+    """The version of a program that a number or a reference means.
+
+    Raises:
+        UnknownVersionError, RegistryUnavailableError, ConfigError: as `promote`.
+    """
     if isinstance(version, ProgramVersion):
         reference = Reference(version.name, version.version)
     elif isinstance(version, str) and not version.isdigit():
@@ -232,7 +248,8 @@ def _nothing_to_do(action: Any, alias: str, version: int | None, by: str, reason
     return AuditEntry(action, "unchanged", alias, version, version, by, now, reason)
 
 
-def _conflict(name: str, alias: str, expected: int, actual: int | None) -> PromotionConflictError:
+def conflict_error(name: str, alias: str, expected: int, actual: int | None) -> PromotionConflictError:
+    """The alias was moved by somebody else."""
     has = "does not exist" if actual is None else f"has version {actual}"
     return PromotionConflictError(
         f"{name}@{alias} was expected to have {f'version {expected}' if expected else 'no version'}, but {has}; "
@@ -241,6 +258,7 @@ def _conflict(name: str, alias: str, expected: int, actual: int | None) -> Promo
     )  # fmt: skip
 
 
-def _refused(name: str, alias: str, version: ProgramVersion, report: GateReport) -> PromotionRefusedError:
+def refused_error(alias: str, version: object, report: GateReport) -> PromotionRefusedError:
+    """The gate did not pass."""
     remedy = "; a person may overrule it with force=True and a reason" if report.result == "inconclusive" else ""
     return PromotionRefusedError(f"{version} was not promoted to {alias}: {report}{remedy}", report)

@@ -103,7 +103,7 @@ def publish(
     server = server_at(tracking_uri)
     experiment = provenance.active_experiment() if tracking_uri is None else None
     ensure_prompt(server, name, PROGRAM, experiment)
-    digest = sha256(to_text([part.digest for part in parts]))
+    digest = _digest(parts)
     newest: int | None = None
     for prompt in server.versions(name):
         newest = newest or int(prompt.version)
@@ -140,6 +140,20 @@ def publish(
     return version_of(made)
 
 
+def published(server: Server, program: dspy.Module, name: str) -> ProgramVersion | None:
+    """The version that has a program's content already, None when there is none.
+
+    Raises:
+        ConfigError, RegistryUnavailableError: as `publish`.
+    """
+    digest = _digest(_parts(program))
+    return next((version_of(found) for found in server.versions(name) if found.tags.get(DIGEST) == digest), None)
+
+
+def _digest(parts: list[_Part]) -> str:
+    return sha256(to_text([part.digest for part in parts]))
+
+
 def _parts(program: Any) -> list[_Part]:
     predictors = program.named_predictors() if isinstance(program, dspy.Module) else []
     if not predictors:
@@ -158,7 +172,7 @@ def _part(name: str, predictor: Any) -> _Part:
         state = dumped(name, predictor, typed_demos=typed)
         twin = type("Twin", (), {})()
         twin.__dict__.update(prepared(predictor, state))
-        if messages(twin, adapter, slots) == sent:
+        if _rendered(twin, adapter, slots) == sent:
             return _Part(
                 name, state, chat_prompt(predictor, adapter), fields_of(predictor.signature),
                 LMSettings.of(predictor, adapter),
@@ -167,6 +181,14 @@ def _part(name: str, predictor: Any) -> _Part:
         f"the demos of predictor {name!r} hold values that {type(adapter).__name__} would render differently once "
         "they went through JSON; replace them by texts, numbers, lists, dicts, pydantic models or dspy types"
     )
+
+
+def _rendered(twin: Any, adapter: Any, slots: Slots) -> Messages | None:
+    """What a restored predictor would send; None when the adapter cannot even render it."""
+    try:
+        return messages(twin, adapter, slots)
+    except Exception:  # a list of numbers where a tuple was, say
+        return None
 
 
 def _entry(server: Server, program: str, part: _Part, inline: bool, experiment: str | None) -> PredictorEntry:

@@ -6,29 +6,25 @@ Each takes seconds to make and is made once. Every test finds the stores empty.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+import sqlalchemy
 from mlflow import MlflowClient
 
 import dspy_prod
-from dspy_prod.registry import copies, loading
+from tests.registry.deploying import Bench
+from tests.registry.processes import MlflowServer, Nursery, Other, forget
 
-ROOT = Path(__file__).parents[2]
-END = "---"
-"""The line after which another process waits for more."""
+
+@sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")
+def quickly(connection: Any, _record: Any) -> None:
+    """No test cuts the power, so nobody need wait for the disk."""
+    connection.execute("PRAGMA synchronous=OFF")
 
 
 @pytest.fixture(scope="session")
@@ -84,12 +80,6 @@ def fresh_memory() -> Iterator[None]:
     forget()
 
 
-def forget() -> None:
-    """What a new process knows: nothing."""
-    copies.MEMORY.clear()
-    loading._failed_at.clear()
-
-
 @pytest.fixture
 def events() -> Iterator[list[dspy_prod.Event]]:
     """What happened."""
@@ -99,60 +89,11 @@ def events() -> Iterator[list[dspy_prod.Event]]:
     remove()
 
 
-class MlflowServer:
-    """An `mlflow server` on loopback."""
-
-    def __init__(self, database: Path) -> None:
-        self.database = database
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-        self.frozen = False
-
-    def start(self) -> None:
-        """Start it and wait until it answers."""
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.database}"]
-        # Off line, LiteLLM's price fetch and MLflow's import hooks can deadlock each other while the server starts.
-        quick = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        self.process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1", "--no-serve-artifacts"],
-            env={**os.environ, **quick}, cwd=self.database.parent, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                if time.monotonic() > deadline or self.process.poll() is not None:
-                    self.kill()
-                    raise
-                time.sleep(0.1)
-
-    def kill(self) -> None:
-        """End it and its workers at once."""
-        if self.process is not None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self.process.wait(timeout=20)
-            self.process, self.frozen = None, False
-
-    def freeze(self) -> None:
-        """Let it accept connections and never answer."""
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGSTOP)
-        self.frozen = True
-
-
 @pytest.fixture(scope="session")
-def only_server(places: Path) -> Iterator[MlflowServer]:
-    """The server of all tests; not started yet."""
-    only = MlflowServer(places / "served.db")
+def only_server(schema: Path, places: Path) -> Iterator[MlflowServer]:
+    """The server of all tests; it may still be starting."""
+    only = MlflowServer(emptied(schema, places / "served.db"))
+    only.launch()
     yield only
     only.kill()
 
@@ -160,50 +101,11 @@ def only_server(places: Path) -> Iterator[MlflowServer]:
 @pytest.fixture
 def server(schema: Path, only_server: MlflowServer) -> Iterator[MlflowServer]:
     """A running server on a fresh store."""
+    only_server.start()
     emptied(schema, only_server.database)
-    if only_server.process is None:
-        only_server.start()
     yield only_server
     if only_server.frozen:
         only_server.kill()
-
-
-class Other:
-    """Another process, in which `run` executes code. It remembers nothing between two runs but its imports."""
-
-    def __init__(self) -> None:
-        code = "from tests.registry.conftest import obey; obey()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
-        )
-
-    def begin(self, code: str, *arguments: str) -> None:
-        """Let it execute code, which finds its arguments in `sys.argv[1:]`."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([code, *arguments]) + "\n")
-        self.process.stdin.flush()
-
-    def said(self) -> list[str]:
-        """What the code printed, once it has ended."""
-        assert self.process.stdout is not None
-        lines = list(iter(lambda: self.process.stdout.readline().rstrip("\n"), END))  # type: ignore[union-attr]
-        assert self.process.poll() is None, lines
-        return lines
-
-    def run(self, code: str, *arguments: str) -> list[str]:
-        """What the code prints."""
-        self.begin(code, *arguments)
-        return self.said()
-
-
-def obey() -> None:
-    """Execute what `Other` sends, in the other process."""
-    for line in sys.stdin:
-        code, *arguments = json.loads(line)
-        sys.argv = ["-c", *arguments]
-        forget()
-        exec(code, {})
-        print(END, flush=True)
 
 
 @pytest.fixture(scope="session")
@@ -216,10 +118,24 @@ def others() -> Iterator[tuple[Other, Other]]:
         other.process.wait(20)
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> Any:
-    """What the condition gives once it is true; fails after some seconds."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
-    return found
+@pytest.fixture(scope="session")
+def nursery(schema: Path, places: Path) -> Iterator[Nursery]:
+    """Where processes come from."""
+    one = Nursery(f"sqlite:///{emptied(schema, places / 'nursery.db')}")
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def bench(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """A place to deploy from."""
+    return Bench(tmp_path, store, capsys)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request: pytest.FixtureRequest) -> None:
+    """Start what some test will need, so that it is ready by then."""
+    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    for mine, slow in (("server", "only_server"), ("others", "others"), ("nursery", "nursery")):
+        if mine in wanted:
+            request.getfixturevalue(slow)

@@ -6,6 +6,7 @@ import io
 
 import dspy
 import pytest
+from mlflow import MlflowClient
 from rich.console import Console
 
 from dspy_prod import registry
@@ -71,3 +72,17 @@ def test_it_is_rendered_in_colour(store: str) -> None:
     Console(file=out, force_terminal=True, width=120, color_system="standard").print(registry.diff("it", 1, 2))
     assert "[red]not markup[/red]" in out.getvalue()
     assert "\x1b[32m" in out.getvalue()
+
+
+def test_an_alias_is_not_compared_by_an_outdated_copy(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of an earlier load is for calls that must go on, not for those who decide."""
+    registry.publish(nested(), "it")
+    registry.promote("it", 1)
+    registry.load("it@production", Nested())
+
+    def down(self: object, name: str, alias: str) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(MlflowClient, "get_prompt_version_by_alias", down)
+    with pytest.raises(registry.RegistryUnavailableError, match="no route"):
+        registry.diff("it", 1, "production")

@@ -22,7 +22,7 @@ import dspy_prod
 from dspy_prod import ConfigError, Production, registry
 from dspy_prod.registry import follow
 from dspy_prod.testing import ScriptedEngine
-from tests.registry.conftest import MlflowServer, forget, wait_until
+from tests.registry.processes import Door, MlflowServer, forget, wait_until
 
 _stores = itertools.count()
 
@@ -420,8 +420,10 @@ def test_no_call_waits_for_a_server_that_is_down(
     import mlflow
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dspy_prod.registry.server.READ_TIMEOUT", 1.5)
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(server.uri)
+    door = Door(server.port)
+    mlflow.set_tracking_uri(door.uri)
     made: list[Production] = []
     try:
         publish(1)
@@ -432,20 +434,22 @@ def test_no_call_waits_for_a_server_that_is_down(
                 began = time.monotonic()
                 assert made[0](question="q").answer == "1"
                 assert time.monotonic() - began < 0.5
-        server.kill()
+        door.shut()
+        server.thaw()
         wait_until(lambda: [event for event in events if event.name == "registry_stale"], 30)
         forget()
         began = time.monotonic()
         made.append(Production(Pair(), name="pair", follow="pair@production"))
         assert time.monotonic() - began < 5
         assert runs(made[1]) == "11"
-        server.start()
+        door.open()
         registry.promote("pair", registry.publish(versioned(2), "pair"))
         wait_until(lambda: runs(made[0]) == "22", 30)
     finally:
         mlflow.set_tracking_uri(before)
         for prod in made:
             prod.close()
+        door.shut()
 
 
 @pytest.mark.parametrize(

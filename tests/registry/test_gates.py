@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,8 @@ def judged(gate: Gate) -> registry.GateReport:
         ({"accuracy": 0.9, "usd": 0.0, "examples": 9}, {"min_examples": 10}, "inconclusive"),
         ({"accuracy": 0.9, "usd": 0.0, "examples": 10}, {"min_examples": 10}, "pass"),
         ({"accuracy": 0.9, "usd": 0.0, "examples": 0}, {}, "inconclusive"),
+        ({"accuracy": 0.9, "usd": 0.0, "examples": math.nan}, {}, "inconclusive"),
+        ({"accuracy": 0.9, "usd": 0.0, "examples": -1}, {}, "inconclusive"),
         ({"accuracy": 0.9, "usd": 0.0}, {"min_examples": 10}, "inconclusive"),
         ({"accuracy": 0.9, "usd": 0.0}, {"baseline": {"accuracy": 0.91, "usd": 0.0}}, "fail"),
         ({"accuracy": 0.9, "usd": 0.0}, {"baseline": {"accuracy": 0.91, "usd": 0.0}, "margin": 0.02}, "pass"),
@@ -60,6 +63,7 @@ def judged(gate: Gate) -> registry.GateReport:
         ({"accuracy": "good"}, {}, "error"),
         (None, {}, "error"),
         ("0.9", {}, "error"),
+        (b"0.9", {}, "error"),
     ],
 )
 def test_the_verdict(store: str, found: Any, more: dict[str, Any], result: str) -> None:
@@ -94,6 +98,45 @@ def test_a_dspy_evaluation_is_understood_and_scores_no_canned_answer(store: str)
     registry.promote("it", 2, gate=Gate(evaluate, {"score": 85}, min_examples=10), program=program)
     assert seen == [(False, 1, True)]
     assert program.demos == []
+
+
+def test_a_verdict_is_no_verdict_on_what_was_promoted_meanwhile(store: str, client: Any) -> None:
+    """An alias that somebody moved during the evaluation is not moved back, also when nothing was expected of it."""
+    publish(3)
+    registry.promote("it", 1)
+
+    def evaluate(program: Any) -> dict[str, float]:
+        registry.promote("it", 3)
+        return {"score": 1.0}
+
+    with pytest.raises(registry.PromotionConflictError, match="has version 3"):
+        registry.promote("it", 2, gate=Gate(evaluate, {"score": 1}), program=bare())
+    assert aliases(client) == {"production": 3, "previous": 1}
+
+
+def test_an_evaluation_that_ends_the_process_is_an_error(store: str) -> None:
+    """`sys.exit()` in it must not look like success to whoever started the process."""
+    publish(1)
+    report = judged(Gate(lambda program: sys.exit(0), {"score": 1}))
+    assert (report.result, report.error) == ("error", "SystemExit: 0")
+
+
+def test_a_gate_compares_with_no_outdated_copy(store: str, monkeypatch: pytest.MonkeyPatch, client: Any) -> None:
+    """A baseline that MLflow does not tell is an error, though a copy of an earlier load is at hand."""
+    publish(2)
+    registry.promote("it", 1)
+    registry.load("it@production", bare())
+    asked = type(client).get_prompt_version_by_alias
+
+    def down(self: Any, name: str, alias: str) -> Any:
+        if sys._getframe(1).f_code.co_filename.endswith("loading.py"):
+            raise OSError("no route to host")
+        return asked(self, name, alias)
+
+    monkeypatch.setattr(type(client), "get_prompt_version_by_alias", down)
+    gate = Gate(says({"accuracy": 1.0}), {"accuracy": 0.5}, baseline="it@production")
+    with pytest.raises(registry.PromotionRefusedError, match="no route to host"):
+        registry.promote("it", 2, gate=gate, program=bare())
 
 
 def test_an_exception_is_an_error_and_nothing_moves(store: str, client: Any) -> None:

@@ -15,7 +15,7 @@ import dspy_prod
 from dspy_prod import ConfigError, registry
 from dspy_prod.registry import journal, projection
 from dspy_prod.registry.server import server_at
-from tests.registry.conftest import MlflowServer, Other, wait_until
+from tests.registry.processes import MlflowServer, Other, wait_until
 from tests.registry.programs import qa
 
 
@@ -219,6 +219,32 @@ def test_a_promotion_that_was_broken_off_is_finished_by_the_next(
     with pytest.raises(registry.PromotionConflictError, match="has version 2"):
         registry.promote("it", 3, expected=1, tracking_uri=store)
     assert aliases(client) == {"production": 2, "previous": 1}
+
+
+def test_a_promotion_that_was_broken_off_at_the_very_end_is_finished_too(
+    store: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`production` has moved and `previous` has not: the next one moves it, and respects a later move by hand."""
+    publish(3)
+    registry.promote("it", 1)
+    registry.promote("it", 2)
+    point = projection._point
+
+    def die_at_previous(server: Any, name: str, alias: str, version: int | None) -> None:
+        if alias == "previous":
+            raise KeyboardInterrupt
+        point(server, name, alias, version)
+
+    monkeypatch.setattr(projection, "_point", die_at_previous)
+    with pytest.raises(KeyboardInterrupt):
+        registry.promote("it", 3)
+    monkeypatch.undo()
+    assert aliases(client) == {"production": 3, "previous": 1}
+    assert registry.promote("it", 3, tracking_uri=store).outcome == "unchanged"
+    assert aliases(client) == {"production": 3, "previous": 2}
+    client.set_prompt_alias("it", "production", 1)
+    assert registry.promote("it", 1, tracking_uri=store).outcome == "unchanged"
+    assert aliases(client)["production"] == 1
 
 
 def test_a_move_in_mlflow_itself_is_respected_and_noted(store: str, client: MlflowClient) -> None:

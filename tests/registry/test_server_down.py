@@ -6,8 +6,6 @@ import json
 import os
 import socket
 import stat
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 
 import dspy_prod
 from dspy_prod import registry
-from tests.registry.conftest import MlflowServer, forget
+from tests.registry.processes import MlflowServer, Other, forget
 from tests.registry.programs import Nested, nested, qa
 from tests.registry.test_publish_and_load import sent
 
@@ -80,21 +78,19 @@ def with_copy(store: str, tmp_path: Path) -> tuple[str, Path]:
     return uri, tmp_path / key
 
 
-def test_a_new_process_starts_from_the_copy_on_disk(store: str, tmp_path: Path) -> None:
+def test_a_new_process_starts_from_the_copy_on_disk(store: str, tmp_path: Path, others: tuple[Other, Other]) -> None:
     """A process that never saw the server alive gets its program, within seconds."""
     uri, _ = with_copy(store, tmp_path)
     code = (
-        "import sys, dspy, dspy_prod\n"
+        "import os, sys, dspy, dspy_prod\n"
+        "os.chdir(sys.argv[2])\n"
+        "remove = dspy_prod.add_listener(lambda event: print(event.name))\n"
         "program = dspy_prod.registry.load('it/1', dspy.Predict('question, context: list[str] -> answer'),"
         " tracking_uri=sys.argv[1])\n"
+        "remove()\n"
         "print(len(program.demos))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, uri], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
-    assert done.stdout.strip() == "3", done.stderr
-    assert "served from a copy" in done.stderr
+    assert others[0].run(code, uri, str(tmp_path)) == ["registry_stale", "3"]
 
 
 def test_a_copy_is_for_its_owner_only_and_whole(store: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.tracking import setup
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import until
-from tests.registry.conftest import MlflowServer
+from tests.registry.processes import MlflowServer
 from tests.tracking.conftest import EXPERIMENT, assert_same_costs, traces_in
 
 PROGRAM = """

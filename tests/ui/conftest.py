@@ -15,7 +15,7 @@ import dspy_prod
 from dspy_prod import tracking
 from dspy_prod.records import NANO
 from dspy_prod.testing import FaultPlan, Provider, Status
-from tests.registry.conftest import MlflowServer
+from tests.registry.processes import MlflowServer
 
 LARGE, SMALL = "openai/triage-large", "openai/triage-small"
 PRICES = {LARGE: (2.50, 10.00), SMALL: (0.15, 0.60)}
