@@ -102,7 +102,7 @@ def demo(
     Raises:
         ConfigError: a tracking URI that MLflow cannot write traces to.
     """
-    from dspy_prod.cli import demo_mlflow
+    from dspy_prod.cli import demo_mlflow, demo_prompts
     from dspy_prod.cli.demo_report import compare, show, show_json
     from dspy_prod.stores.registry import default_store_url
 
@@ -111,6 +111,7 @@ def demo(
         console.width = 110
     console.print("[bold]dspy_prod demo[/]: support triage under load, outage and an empty budget")
     tracked = tracking_uri if demo_mlflow.begin(console, tracking_uri) else None
+    program, prompt = demo_prompts.published(console, tracked) if tracked else (Triage(), None)
     console.print("Starting the model ...")
     providers = RealProvider(model) if model else LocalProviders(simulate)
     store = default_store_url()
@@ -126,7 +127,7 @@ def demo(
         )
         lm.cache_clear()  # an earlier demo's answers would make this one short
         with tqdm(total=_TOTAL, unit="request", file=sys.stderr, leave=False) as progress:
-            run = Run(providers, lm, _program(), progress)
+            run = Run(providers, lm, _served(program), progress)
             remove = dspy_prod.add_listener(_notice(run))
             try:
                 _scenario(run)
@@ -145,13 +146,13 @@ def demo(
         where = f"--namespace {NAMESPACE}"
         console.print(f"\nLook around: [bold]dspy-prod costs {where} --by user[/], [bold]dspy-prod calls {where}[/]")
         if written is not None:
-            console.print(demo_mlflow.invitation(written), soft_wrap=True)
+            console.print(demo_mlflow.invitation(written, prompt), soft_wrap=True)
     return 0 if verdict.agrees and (written is None or written.agrees) else 1
 
 
-def _program() -> dspy_prod.Production:
+def _served(program: Triage) -> dspy_prod.Production:
     """The program as users meet it."""
-    return dspy_prod.Production(Triage(), name="triage", fallback_response=STATIC_REPLY)
+    return dspy_prod.Production(program, name="triage", fallback_response=STATIC_REPLY)
 
 
 _TOTAL: Final = 10 + 3 + 5 + 6 + 2 + 4 + 5

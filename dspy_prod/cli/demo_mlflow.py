@@ -162,8 +162,12 @@ def table(result: Written) -> Table:
     return shown
 
 
-def invitation(result: Written) -> str:
-    """How to look at them, in rich's markup."""
+def invitation(result: Written, prompt: str | None = None) -> str:
+    """How to look at them, in rich's markup.
+
+    Args:
+        result: what was written. prompt: the version that ran, such as `"triage/2"`, None when none was published.
+    """
     if result.uri.startswith(("http://", "https://")):
         base, start = result.uri.rstrip("/"), "Open:"
     else:
@@ -174,6 +178,13 @@ def invitation(result: Written) -> str:
             f"Start [bold]make ui[/] (or {command}), then open:" if here else f"Start [bold]{command}[/], then open:"
         )
     where = f"{base}/#/experiments/{quote(result.experiment or '')}"
+    prompts = []
+    if prompt is not None:
+        name, _, version = prompt.rpartition("/")
+        prompts = [
+            f"  {where}/prompts/{quote(name)}",
+            f"    the prompts: version {version} ran (alias production); Compare > Text shows what it changed",
+        ]
     columns = "choose Cost, User and dspy_prod.status at Display > Columns"
     return "\n".join(
         [
@@ -182,5 +193,6 @@ def invitation(result: Written) -> str:
             "    cost over time and by model",
             f"  {where}/traces",
             f"    what each call cost and who made it ({columns}); open one to see its attempts",
+            *prompts,
         ]
     )

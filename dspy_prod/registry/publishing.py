@@ -124,12 +124,12 @@ def publish(
         author=provenance.author(),
         dspy=dspy.__version__,
     )
-    tags = {
+    tags = {  # MLflow's page shows the first ones, and the others on demand
+        **{f"dspy_prod_{key}": str(value) for key, value in _shown(manifest).items()},
+        METRICS: json.dumps(measured, sort_keys=True),
         KIND: PROGRAM,
         DIGEST: digest,
         MANIFEST: manifest.to_text(),
-        METRICS: json.dumps(measured, sort_keys=True),
-        **{f"dspy_prod_{key}": str(value) for key, value in _shown(manifest).items()},
         **(state_tags(parts[0].name, parts[0].state) if inline else {}),
     }
     template: Any = parts[0].chat if inline else _contents(name, manifest)
@@ -200,7 +200,8 @@ def _entry(server: Server, program: str, part: _Part, inline: bool, experiment: 
     newest = next(server.versions(prompt), None)
     if newest is None or newest.tags.get(DIGEST) != part.digest:
         tags = {
-            KIND: PREDICTOR, DIGEST: part.digest, "dspy_prod_predictor": part.name, **state_tags(part.name, part.state)
+            "dspy_prod_predictor": part.name, "dspy_prod_adapter": part.settings.adapter, KIND: PREDICTOR,
+            DIGEST: part.digest, **state_tags(part.name, part.state),
         }  # fmt: skip
         config = part.settings.model_config()
         newest = server.write(
@@ -238,7 +239,10 @@ def _common(models: list[str | None]) -> str | None:
 
 
 def _shown(manifest: Manifest) -> dict[str, Any]:
-    shown = {"model": manifest.model, "dataset": manifest.dataset, "commit": manifest.commit, "parent": manifest.parent}
+    shown = {
+        "parent": manifest.parent, "adapter": manifest.adapter, "model": manifest.model, "dataset": manifest.dataset,
+        "commit": manifest.commit,
+    }  # fmt: skip
     return {key: value for key, value in shown.items() if value is not None}
 
 

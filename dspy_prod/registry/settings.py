@@ -41,8 +41,13 @@ class LMSettings:
         config["lm"] = lm_state(lm)
         return cls(str(getattr(lm, "model", type(lm).__name__)), config)
 
+    @property
+    def adapter(self) -> str:
+        """The adapter's class."""
+        return str(self.config["adapter"]["class"])
+
     def model_config(self) -> dict[str, Any]:
-        """As MLflow's `model_config`."""
+        """As MLflow's `model_config`. Its page shows what it does not know without a name: no adapter here."""
         found: dict[str, Any] = {}
         if self.model is not None:
             provider, _, model = self.model.rpartition("/")
@@ -52,5 +57,4 @@ class LMSettings:
             value = arguments.get(name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= (name in _POSITIVE):
                 found[name] = value
-        found["adapter"] = self.config["adapter"]["class"]
         return found

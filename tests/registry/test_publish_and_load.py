@@ -130,11 +130,11 @@ def test_a_version_says_where_it_comes_from(store: str, tmp_path: Path) -> None:
     linked = MlflowClient().get_run(run.info.run_id).data.tags["mlflow.linkedPrompts"]
     assert json.loads(linked) == [{"name": "it", "version": "1"}]
     assert [prompt.name for prompt in MlflowClient().search_prompts("experiment_id = '0'")] == ["it"]
-    config = MlflowClient().get_prompt_version("it", 1).model_config
-    assert config == {
-        "provider": "openai", "model_name": "gpt-4o-mini", "temperature": 0.3, "max_tokens": 50,
-        "adapter": "ChatAdapter",
+    shown = MlflowClient().get_prompt_version("it", 1)
+    assert shown.model_config == {
+        "provider": "openai", "model_name": "gpt-4o-mini", "temperature": 0.3, "max_tokens": 50
     }  # fmt: skip
+    assert shown.tags["dspy_prod_adapter"] == "ChatAdapter"
     changed = registry.publish(qa(), "it", dataset="dev-set")
     assert (changed.version, changed.dataset, changed.parent, changed.run_id) == (2, "dev-set", 1, None)
 

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 import dspy_prod
-from dspy_prod import tracking
+from dspy_prod import registry, tracking
 from dspy_prod.records import NANO
 from dspy_prod.testing import FaultPlan, Provider, Status
 from tests.registry.processes import MlflowServer
@@ -20,6 +20,11 @@ from tests.registry.processes import MlflowServer
 LARGE, SMALL = "openai/triage-large", "openai/triage-small"
 PRICES = {LARGE: (2.50, 10.00), SMALL: (0.15, 0.60)}
 EXPERIMENT = "support"
+DRAFT = "Sort the customer's message, and reply."
+FINAL = "Sort the customer's message, and reply in one friendly sentence."
+"""The instructions of the two versions."""
+EXAMPLE = {"message": "My parcel never came.", "category": "shipping", "reply": "Sorry, we are looking for it."}
+"""The demo that the second version has."""
 ANSWER = '{"category": "billing", "reply": "Thank you, we look into it."}'
 
 
@@ -61,6 +66,18 @@ class Filled:
         }
 
 
+def published(uri: str, folder: Path) -> dspy.Module:
+    """The second of two published versions, which is `production`, as a service loads it."""
+    first, second = (dspy.Predict(dspy.Signature("message -> category, reply", told)) for told in (DRAFT, FINAL))
+    second.demos = [dspy.Example(**EXAMPLE).with_inputs("message")]
+    with dspy.context(lm=dspy.LM(LARGE, temperature=0.2), adapter=dspy.JSONAdapter()):
+        for program, message in ((first, "as written"), (second, "refined, with an example")):
+            version = registry.publish(program, "triage", message=message, tracking_uri=uri)
+            registry.promote("triage", version, tracking_uri=uri)
+    program = dspy.Predict("message -> category, reply")
+    return registry.load("triage@production", program, tracking_uri=uri, cache_dir=folder)
+
+
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     """Two users, two models; a retry, a fallback, a cached answer, an outage, and a call without a program."""
@@ -69,14 +86,14 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
     down = Status(500)
     script = [None, down, None, down, down, None, down, down, down, down, None]
     billed = {model.split("/")[1]: price for model, price in PRICES.items()}
-    tracking.enable(EXPERIMENT, tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    triage = published(uri, folder)
+    tracking.enable(EXPERIMENT, tracking_uri=uri)
     with Provider(prices=billed, answer=ANSWER, faults=FaultPlan.script(script)) as provider:
         common: dict[str, Any] = {"api_base": provider.url, "api_key": "test", "max_tokens": 50, "prices": prices}
         common.update(store="memory://ui", retry=dspy_prod.Retry(attempts=2, backoff=0.01), breaker=False)
         lm = dspy_prod.LM(LARGE, fallbacks=[dspy_prod.LM(SMALL, **common)], **common)
-        program = dspy_prod.Production(
-            dspy.Predict("message -> category, reply"), name="triage", fallback_response="A colleague will answer you."
-        )
+        program = dspy_prod.Production(triage, name="triage", fallback_response="A colleague will answer you.")
 
         def ask(user: str, message: str) -> str:
             with (

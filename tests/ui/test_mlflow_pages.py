@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.ui.browser import Browser, chromium
-from tests.ui.conftest import LARGE, SMALL, Filled
+from tests.ui.conftest import DRAFT, FINAL, LARGE, SMALL, Filled
 
 _FOUND = chromium()
 pytestmark = [
@@ -67,8 +67,9 @@ def test_the_overview_shows_the_cost_over_time_and_by_model(
     """Overview > Usage has the ledger's total in both charts, the share of each model, and the number of traces."""
     browser.resize(1600, 1700)
     browser.open(f"{base}/overview/usage?startTimeLabel=LAST_HOUR")
-    said = browser.wait_for("Cost Breakdown", "Cost Over Time", f"{SMALL}")
+    browser.wait_for("Cost Breakdown", "Cost Over Time", SMALL)
     browser.picture(pictures / "overview.png")
+    said = browser.text()
     browser.resize(1600, 1000)
     for chart in ("Cost Breakdown", "Cost Over Time"):
         [total] = re.findall(rf"{chart} \$([\d.]+) Total Cost", said)
@@ -135,3 +136,57 @@ def test_a_call_without_a_program_reads_as_a_conversation_too(
     said = browser.wait_for("attempt 1", "User", "Assistant", "Thank you, we look into it.")
     browser.picture(pictures / "bare.png")
     assert "$" in said
+
+
+def test_a_prompt_has_its_versions_and_aliases(browser: Browser, pages: str, pictures: Path) -> None:
+    """The prompt's page lists both versions with aliases, and shows the newest one by role, its demo included."""
+    browser.open(f"{pages}/#/prompts/triage")
+    said = browser.wait_for("Viewing version 2", "See more")
+    browser.picture(pictures / "prompt.png")
+    assert re.search(r"Version 2 @ production .* Version 1 @ previous", said)
+    for words in ("refined, with an example", "Model: triage-large", "Temperature: 0.2", "dspy_prod_adapter"):
+        assert words in said
+    conversation = r"System .* User .* My parcel never came\. Assistant .*shipping.* User .*\{\{message\}\}"
+    assert re.search(conversation, said)
+    browser.click("See more")
+    browser.wait_for(FINAL)
+
+
+def test_two_versions_can_be_compared(browser: Browser, pages: str, pictures: Path) -> None:
+    """The comparison marks the words and the demo that the newer version has, and nothing else."""
+    browser.resize(1600, 1100, 0.8)
+    browser.open(f"{pages}/#/prompts/triage")
+    browser.click("Compare")
+    browser.click("Text")
+    browser.click('[data-component-id="mlflow.prompts.details.switch_sides"]')
+    said = browser.wait_for("Comparing version 1 with version 2", "@ previous", "@ production", DRAFT, FINAL)
+    browser.picture(pictures / "comparison.png")
+    browser.resize(1600, 1000)
+    assert "as written" in said
+    marked = browser.run(
+        "[...document.querySelectorAll('span')].filter(e => e.style.backgroundColor || "
+        "!['rgba(0, 0, 0, 0)', 'rgb(255, 255, 255)'].includes(getComputedStyle(e).backgroundColor))"
+        ".map(e => e.innerText).join('')"
+    )
+    added = " ".join(marked.split())
+    assert "in one friendly sentence" in added
+    assert "My parcel never came." in added
+    assert "Sort the" not in added
+    assert "{{message}}" not in added
+
+
+def test_a_trace_leads_to_the_prompt_that_made_it(browser: Browser, base: str, filled: Filled, pictures: Path) -> None:
+    """A trace names the linked prompt and its version; the link leads to it, and from there back to its traces."""
+    browser.open(f"{base}/traces/{filled.retried}")
+    browser.click("1 linked prompt")
+    browser.wait_for("Linked prompts triage Version 2")
+    browser.picture(pictures / "linked.png")
+    address = browser.run(
+        "[...document.querySelectorAll('a')].map(a => a.href).find(a => a.includes('prompts/triage'))"
+    )
+    assert address.partition("?")[0] == f"{base}/prompts/triage"
+    browser.open(address)
+    browser.wait_for("Viewing version 2", "@ production", "@ previous")
+    browser.click("Traces")
+    browser.wait_for("I was charged twice.", "Where is my parcel?")
+    browser.picture(pictures / "prompt-traces.png")

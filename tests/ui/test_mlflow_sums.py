@@ -8,8 +8,9 @@ import urllib.request
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
-from tests.ui.conftest import Filled
+from tests.ui.conftest import DRAFT, EXAMPLE, FINAL, Filled
 
 CLOSE = 1e-12
 """USD; MLflow adds floats up."""
@@ -113,3 +114,25 @@ def test_attempts_are_spans_with_their_own_costs(pages: str, filled: Filled) -> 
         ("attempt 1 (triage-small)", False, True),
     ]
     assert attempts(filled.cached) == [("cache", False, False)]
+
+
+def test_the_prompts_have_versions_aliases_and_traces(pages: str, filled: Filled) -> None:
+    """Two versions have an alias each, and every trace of the program is linked to the one that answered."""
+    client = MlflowClient(pages, pages)
+    first, second = (client.get_prompt_version("triage", number) for number in (1, 2))
+    assert (first.aliases, second.aliases) == (["previous"], ["production"])
+    assert (first.commit_message, second.commit_message) == ("as written", "refined, with an example")
+    assert [message["role"] for message in first.template] == ["system", "user"]
+    assert [message["role"] for message in second.template] == ["system", "user", "assistant", "user"]
+    for version, told in ((first, DRAFT), (second, FINAL)):
+        assert told in version.template[0]["content"]
+        assert "{{message}}" in version.template[-1]["content"]
+    assert EXAMPLE["message"] in second.template[1]["content"]
+    for trace_id in filled.usd_by_trace():
+        tags = ask(pages, f"ajax-api/2.0/mlflow/traces/{trace_id}/info")["trace_info"]["tags"]
+        told = {tag["key"]: tag["value"] for tag in tags}
+        if trace_id == filled.bare:
+            assert "mlflow.linkedPrompts" not in told
+            continue
+        assert told["dspy_prod.prompt_version"] == "triage/2"
+        assert json.loads(told["mlflow.linkedPrompts"]) == [{"name": "triage", "version": "2"}]
