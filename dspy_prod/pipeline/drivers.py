@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from asyncio import _get_running_loop
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing, suppress
 from math import inf
@@ -160,6 +161,10 @@ async def _aattempt(effect: Attempt) -> Response:
             raise AttemptTimeoutError from None
         raise public_error(error, effect) from error
     except Exception as error:
+        if (
+            _get_running_loop() is None
+        ):  # collected: what fails while a coroutine is closed that no loop runs says nothing
+            raise GeneratorExit from None
         raise public_error(error, effect) from error
 
 
@@ -251,7 +256,9 @@ async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenera
     except Exception as error:
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and limit is not None and _expired(limit):
             raise (AttemptTimeoutError if limited == until else StalledError) from None
-        if consumer.left:  # what fails while a stream is closed that nobody listens to says nothing
+        if (
+            consumer.left or _get_running_loop() is None
+        ):  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
         raise public_error(error, effect) from error
     if start is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from dspy_prod import RateLimit
 from dspy_prod.pipeline.deadline import BoundedTransport, PacedAsyncTransport
 from dspy_prod.testing import FakeClock
 from tests.e2e.conftest import MakeLM, MakeProvider
+from tests.e2e.support import records
 
 LIMIT = RateLimit(rpm=60, burst=1)
 
@@ -69,3 +71,30 @@ def test_the_engine_is_built_before_the_call_is_admitted(
     assert not upstream.ready
     call(lm, way)
     assert ready == [True]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("options", [{}, {"timeout": 100}, {"limit": LIMIT}, {"limit": LIMIT, "timeout": 100}])
+def test_a_call_that_is_only_collected_is_settled_as_cancelled(
+    serve: MakeProvider, connect: MakeLM, options: dict[str, Any]
+) -> None:
+    """Its coroutine ends in somebody else's context, perhaps under the store's own lock; it must not go on there."""
+    provider = serve(latency=20.0)
+    lm = connect(provider, **options)
+
+    async def scene() -> None:
+        asyncio.ensure_future(lm.acall("q"))  # noqa: RUF006  (nobody keeps it)
+        await asyncio.to_thread(provider.wait_until, lambda each: each.in_flight == 1)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(scene())
+    loop.close()
+    store, upstream = lm.pipeline.store, lm.pipeline.primary.upstream
+    with store._lock:  # any allocation under it may run the collector
+        del loop
+        upstream._native_async.clear()  # its connections keep the loop
+        gc.collect()
+    (record,) = records(lm)
+    assert (record.outcome, record.error) == ("cancelled", "GeneratorExit")
+    assert len(provider.calls) == 1
+    assert store.holds() == 0

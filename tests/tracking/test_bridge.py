@@ -1,0 +1,135 @@
+"""Beside MLflow's own tracing: what belongs to our calls is ours, everything else stays MLflow's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dspy
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+import dspy_prod
+from dspy_prod import Production, tracking
+from tests.e2e.conftest import MakeLM, MakeProvider
+from tests.tracking.conftest import EXPERIMENT, assert_same_costs, traces_in
+
+ANSWER = "[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]]"
+
+
+@pytest.fixture
+def elsewhere(schema: Path, tmp_path: Path) -> Iterator[str]:
+    """A second MLflow store, which is the program's own current one."""
+    uri = f"sqlite:///{shutil.copy(schema, tmp_path / 'other.db')}"
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    yield uri
+    mlflow.set_tracking_uri(before)
+
+
+def test_traces_of_other_code_stay_where_the_program_sends_them(
+    serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str, elsewhere: str
+) -> None:
+    """Neither sampling nor our address touches them, and they can be read at once."""
+    track(autolog=True, sample=0.0)
+    with mlflow.start_span("other work"):
+        pass
+    assert mlflow.get_trace(mlflow.get_last_active_trace_id(), flush=True) is not None
+    lm = connect(serve(answer=ANSWER))
+    with dspy.context(lm=lm):
+        Production(dspy.Predict("question -> answer"), name="asked")(question="q")
+    assert tracking.flush(60)
+    theirs = MlflowClient(elsewhere).search_traces(locations=["0"])
+    assert [trace.data.spans[0].name for trace in theirs] == ["other work"]
+    assert traces_in(uri) == []
+
+
+def test_a_record_names_the_trace_that_its_span_is_in(
+    serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str
+) -> None:
+    """Also where a call inside another one begins a trace of its own, as MLflow does in worker threads."""
+    track(autolog=True)
+    lm = connect(serve(answer=ANSWER))
+
+    class Fan(dspy.Module):
+        def forward(self, question: str) -> dspy.Prediction:
+            ask = dspy.Predict("question -> answer")
+            pairs = [(ask, {"question": f"{question} {number}"}) for number in range(3)]
+            return dspy.Parallel(num_threads=3, disable_progress_bar=True)(pairs)[0]
+
+    with dspy.context(lm=lm):
+        Production(Fan(), name="fan")(question="q")
+    assert tracking.flush(60)
+    records = lm.ledger.records()
+    assert len({record.trace_id for record in records}) == 3
+    spans = {
+        span.attributes.get("dspy_prod.record_id"): trace.info.trace_id
+        for trace in traces_in(uri)
+        for span in trace.data.spans
+    }
+    assert {record.id: record.trace_id for record in records} == {record.id: spans[record.id] for record in records}
+    assert_same_costs(uri, records)
+
+
+def test_mlflow_evaluates_as_without_us_and_shows_the_costs(
+    serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mlflow.genai.evaluate` needs its traces at once; it gets them, and the attempts follow."""
+    from mlflow.genai.scorers import scorer
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment(EXPERIMENT)
+    try:
+        track(autolog=True)
+        lm = connect(serve(answer="yes"))
+
+        @scorer
+        def spans(trace: mlflow.entities.Trace) -> int:
+            return len(trace.data.spans)
+
+        found = mlflow.genai.evaluate(
+            data=[{"inputs": {"q": "a"}}, {"inputs": {"q": "b"}}], predict_fn=lambda q: lm(q)[0], scorers=[spans]
+        )
+        assert found.result_df is not None
+        assert len(found.result_df) == 2
+        assert found.metrics["spans/mean"] >= 1
+        assert tracking.flush(60)
+        asked = lm.ledger.records()
+        assert len(asked) >= 2
+        assert_same_costs(uri, asked)
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def test_odd_texts_and_objects_hold_nothing_up(
+    serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str
+) -> None:
+    """What cannot be shown is replaced; its trace and those beside it arrive."""
+
+    class Odd:
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    class Echo(dspy.Module):
+        def forward(self, value: object) -> dspy.Prediction:
+            if value == "raise":
+                raise ValueError("bad \ud800 text")
+            return dspy.Prediction(answer="ok")
+
+    track()
+    prod = Production(Echo(), name="echo")
+    for value in ("lone \ud800 surrogate", 2**70, Odd(), "raise", float("nan"), "fine"):
+        try:
+            prod(value=value)
+        except ValueError:
+            assert value == "raise"
+    with dspy_prod.call_context(session="s" * 5000, user="u" * 5000):
+        Production(Echo(), name="n" * 5000)(value=1)
+    assert tracking.flush(60)
+    health = dspy_prod.health().tracking
+    assert health is not None
+    assert (health.exported, health.lost, health.waiting) == (7, 0, 0)
+    assert len(traces_in(uri)) == 7
