@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 import dspy_prod
-from dspy_prod import tracking
-from dspy_prod.cli import demo_mlflow
+from dspy_prod import registry, tracking
+from dspy_prod.cli import demo_mlflow, demo_prompts
 from dspy_prod.cli.demo_mlflow import Written, begin, end, invitation, table, written
+from dspy_prod.cli.triage import SortMessage, Triage
 from dspy_prod.testing import ScriptedEngine
 
 WRITTEN = Written("sqlite:////somewhere/mlflow.db", "1", 35, 0, 0, 35, 0.006046, 0.006046, None)
@@ -99,6 +100,49 @@ def test_it_tells_how_to_look(uri: str, start: str, address: str) -> None:
     assert start in said
     assert address in said
     assert "dspy_prod.status" in said
+
+
+def test_the_prompts_are_published_once(console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two versions with their aliases; a second demo adds and moves nothing, and what runs is the program as ever."""
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for _ in range(2):
+        program, version = demo_prompts.published(console, uri)
+        assert version == "triage/2"
+        assert program.sort.signature.instructions == SortMessage.instructions
+        assert program.sort.demos == []
+    found = registry.versions("triage", tracking_uri=uri)
+    assert [(one.version, one.aliases) for one in found] == [(2, ("production",)), (1, ("previous",))]
+    assert len(registry.history("triage", tracking_uri=uri)) == 2
+    assert demo_prompts.DRAFT in str(registry.diff("triage", 1, 2, tracking_uri=uri))
+    assert console.export_text() == ""
+
+
+def test_a_program_of_the_users_own_is_left_alone(
+    console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that happens to be called triage gets no version and no alias from the demo."""
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    registry.publish(Triage(), "triage", message="mine", tracking_uri=uri)
+    assert demo_prompts.published(console, uri)[1] is None
+    assert [(one.version, one.aliases) for one in registry.versions("triage", tracking_uri=uri)] == [(1, ())]
+    assert "not the demo's" in console.export_text()
+
+
+def test_prompts_that_cannot_be_published_do_not_hold_the_demo_up(console: Console) -> None:
+    """Without MLflow the program runs all the same, and a line says what is missing."""
+    program, version = demo_prompts.published(console, "http://127.0.0.1:9")
+    assert version is None
+    assert program.sort.signature.instructions == SortMessage.instructions
+    assert "cannot be reached" in console.export_text()
+
+
+def test_it_tells_where_the_prompts_are() -> None:
+    """The address of the prompt's page is named when a version ran, and only then."""
+    assert "/#/experiments/1/prompts/triage" in invitation(WRITTEN, "triage/2")
+    assert "version 2 ran" in invitation(WRITTEN, "triage/2")
+    assert "prompts" not in invitation(WRITTEN)
 
 
 def _said(shown: Any) -> str:
