@@ -27,10 +27,12 @@ _log = logging.getLogger("dspy_prod")
 
 LINGER: Final = 0.2
 """Seconds for which ended traces wait for company: MLflow takes many at once for little more than one."""
-WINDOW: Final = 16
+WINDOW: Final = 32
 """Batches that the exporter may have before it has said what became of them."""
 STALLED: Final = 5.0
 """Seconds without any progress after which a closing courier gives up."""
+BREATH: Final = 0.0001
+"""Seconds of rest after each item. A busy thread keeps the interpreter's lock for 5 ms at a time from those that call."""
 RESTART: Final = (1.0, 60.0)
 """Shortest and longest pause in seconds before an exporter process that died is started again."""
 _CLOSING_STEP: Final = 0.05
@@ -246,6 +248,8 @@ class Courier:
                     self._flushes.append(item)
                 elif item is not None and not isinstance(item, _Begin):
                     traces.add(item)
+                    if not self._closing:
+                        time.sleep(BREATH)
                 self._outbox += traces.ready(now)
                 self._send(now, isinstance(item, _Begin))
                 if self._flushes:

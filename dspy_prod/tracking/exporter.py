@@ -26,7 +26,7 @@ BACK_OFF: Final = (0.5, 30.0)
 PATIENCE: Final = 3
 """Failures after which, if MLflow answers otherwise, the traces themselves are to blame."""
 _UNREADABLE: Final = (ValueError, TypeError, KeyError, OverflowError)
-TOGETHER: Final = 3
+TOGETHER: Final = 6
 """Batches written in one go when they are there anyway."""
 
 

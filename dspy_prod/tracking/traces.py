@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("dspy_prod")
 
-BATCH: Final = 100
+BATCH: Final = 50
 """Traces in one batch."""
 LINGER: Final = 0.2
 """Seconds for which ended traces wait for company."""

@@ -128,11 +128,11 @@ def test_a_trace_whose_end_never_comes_is_shipped_all_the_same() -> None:
 
 
 def test_ended_traces_wait_a_moment_for_company() -> None:
-    """Several are written at once, a hundred at most."""
+    """Several are written at once, fifty at most."""
     made = traces()
     for _ in range(150):
         end(made, node(Posted()))
-    assert [batch.traces for batch in made.ready(1e9)] == [100, 50]
+    assert [batch.traces for batch in made.ready(1e9)] == [50, 50, 50]
 
 
 def test_sampling_leaves_out_whole_traces_and_what_follows_them() -> None:
