@@ -32,7 +32,7 @@ WINDOW: Final = 32
 STALLED: Final = 5.0
 """Seconds without any progress after which a closing courier gives up."""
 BREATH: Final = 0.0001
-"""Seconds of rest after each item. A busy thread keeps the interpreter's lock for 5 ms at a time from those that call."""
+"""Seconds of rest after each item: a busy thread would keep the interpreter's lock from callers, 5 ms at a time."""
 RESTART: Final = (1.0, 60.0)
 """Shortest and longest pause in seconds before an exporter process that died is started again."""
 _CLOSING_STEP: Final = 0.05
