@@ -177,6 +177,11 @@ class Courier:
         finally:
             self._lock.release()
 
+    def expect(self, trace_id: str) -> None:
+        """A call belongs to this trace of MLflow's. Without a bridge nobody would ever take it out again."""
+        if self._traces.bridged:
+            self.live[trace_id] = None
+
     def has_room(self) -> bool:
         """Whether more may be posted for a trace that MLflow records; it is counted when it is handed over."""
         return (

@@ -100,7 +100,7 @@ class Recorder:
         if live is not None:
             if not self.courier.has_room():
                 return NOTHING
-            self.courier.live[live.trace_id] = None
+            self.courier.expect(live.trace_id)
             its: tuple[str, str, str | None] = live.trace_id.removeprefix("tr-"), live.span_id, live.parent_id
             return LeanNode(self.courier, name, kind, None, context, its, live=True)
         digits = os.urandom(24).hex()
