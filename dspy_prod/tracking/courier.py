@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dspy_prod.records import CallRecord
-from dspy_prod.tracking.traces import Batch, Traces
+from dspy_prod.tracking.traces import LINGER, Batch, Traces
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("dspy_prod")
 
-LINGER: Final = 0.2
-"""Seconds for which ended traces wait for company: MLflow takes many at once for little more than one."""
 WINDOW: Final = 32
 """Batches that the exporter may have before it has said what became of them."""
 STALLED: Final = 5.0

@@ -41,7 +41,7 @@ _log = logging.getLogger("dspy_prod")
 BATCH: Final = 50
 """Traces in one batch."""
 LINGER: Final = 0.2
-"""Seconds for which ended traces wait for company."""
+"""Seconds for which ended traces wait for company: MLflow takes many at once for little more than one."""
 PATIENCE: Final = 900.0
 """Seconds after which a trace is shipped although its root has not ended."""
 _REMEMBERED: Final = 5_000
