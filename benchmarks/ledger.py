@@ -24,7 +24,7 @@ from typing import Any
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.stores.base import GRANTED, Account, Ask, Settlement, Ticket
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 
 LIMIT = RateLimit(rpm=60_000_000, tpm=6e12)
 BUDGET = 10**15

@@ -20,7 +20,7 @@ import dspy
 
 from benchmarks.common import guarded, interleaved, paired
 from dspy_prod import tracking
-from dspy_prod.tap import TAP
+from dspy_prod.telemetry.tap import TAP
 
 ANSWERED = """
 import sys

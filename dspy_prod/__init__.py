@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspy_prod import registry, tracking
-    from dspy_prod.context import call_context
+    from dspy_prod.context.current import call_context
     from dspy_prod.errors import (
         BudgetExceededError,
         CircuitOpenError,
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
         StoreUnavailableError,
         UnpricedModelError,
     )
-    from dspy_prod.events import Event, add_listener
-    from dspy_prod.lm import LM, wrap
-    from dspy_prod.logs import enable_logging
-    from dspy_prod.module import CallReport, Production, call_report
+    from dspy_prod.lm.lm import LM, wrap
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
-    from dspy_prod.privacy import Redactor
+    from dspy_prod.privacy.redactor import Redactor
+    from dspy_prod.production.module import CallReport, Production, call_report
     from dspy_prod.records import CallRecord
-    from dspy_prod.status import CostSummary, Health, Preview, health
+    from dspy_prod.status.health import CostSummary, Health, Preview, health
+    from dspy_prod.telemetry.events import Event, add_listener
+    from dspy_prod.telemetry.logs import enable_logging
 
 _HOME = {
     "LM": "lm",

@@ -33,8 +33,8 @@ from dspy.lm15 import BuiltinTool, Config, FunctionTool, LMRouter, Message, Requ
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dspy_prod import bounds
-from dspy_prod.bounds import has_media, hosted_fees, input_bound, output_bound
+from dspy_prod.pricing import bounds
+from dspy_prod.pricing.bounds import has_media, hosted_fees, input_bound, output_bound
 
 Counter = Callable[[str], int]
 

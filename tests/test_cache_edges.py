@@ -17,16 +17,16 @@ from dspy.utils.exceptions import LMAuthError, LMError, LMServerError
 
 import dspy_prod
 from dspy_prod import Budget, Cache, Price, RateLimit, Retry
-from dspy_prod.copying import MAX_VARIANTS
-from dspy_prod.error_text import scrubbed
 from dspy_prod.errors import ConfigError
-from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.lm.copying import MAX_VARIANTS
 from dspy_prod.pipeline.scope import engine_identity
-from dspy_prod.pipeline.upstream import address_of
-from dspy_prod.redaction import address, secrets_in
+from dspy_prod.pipeline.upstream.upstream import address_of
+from dspy_prod.pricing.warmup import WARMUP
+from dspy_prod.privacy.error_text import scrubbed
+from dspy_prod.privacy.names import address, secrets_in
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import ScriptedEngine
-from dspy_prod.warmup import WARMUP
 
 PRICES = {"openai/m": Price(input=1, output=1, max_output_tokens=1000)}
 SECRET_URL = "http://user:hunter2222@127.0.0.1:9/v1?api-key=SUPERSECRET99&v=1"
@@ -365,7 +365,7 @@ def test_a_warmup_that_fails_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr("dspy_prod.warmup.preload", fail)
+    monkeypatch.setattr("dspy_prod.pricing.warmup.preload", fail)
     monkeypatch.setattr(WARMUP, "_thread", None)
     WARMUP.start()
     thread = WARMUP._thread

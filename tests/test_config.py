@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import dspy_prod
-from dspy_prod import Budget, Cache, CircuitBreaker, ConfigError, Price, RateLimit, Retry, config
-from dspy_prod.config import load_config
+from dspy_prod import Budget, Cache, CircuitBreaker, ConfigError, Price, RateLimit, Retry
+from dspy_prod.lm import config
+from dspy_prod.lm.config import load_config
 
 FULL = """
 model = "openai/gpt-4o-mini"

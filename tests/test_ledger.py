@@ -13,11 +13,11 @@ from dspy.utils.exceptions import LMError, LMTimeoutError
 
 import dspy_prod
 from dspy_prod import Budget, Price, call_context
-from dspy_prod.ledger import Ledger
 from dspy_prod.records import NANO, CallRecord
+from dspy_prod.status.ledger import Ledger
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
 
 UTC = dt.timezone.utc

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 import dspy_prod
 from dspy_prod import Budget, Cache, CircuitBreaker, ConfigError, Price, RateLimit, Retry
-from dspy_prod.redaction import bare_url, is_secret, public, without_secrets
+from dspy_prod.privacy.names import bare_url, is_secret, public, without_secrets
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import ScriptedEngine
 
@@ -215,7 +215,7 @@ def test_a_store_password_is_taken_from_the_environment(monkeypatch: pytest.Monk
         opened.append(url)
         return MemoryStore(namespace)
 
-    monkeypatch.setattr("dspy_prod.assemble.open_store", open_store)
+    monkeypatch.setattr("dspy_prod.lm.assembling.open_store", open_store)
     lm = make(store="redis://:hunter2@db.example/0")
     state = lm.dump_state()
     assert state["store"] == "redis://db.example/0"

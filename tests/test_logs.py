@@ -15,8 +15,8 @@ from dspy.utils.exceptions import LMServerError
 
 import dspy_prod
 from dspy_prod import CircuitBreaker, CircuitOpenError, ConfigError, Event, Price, Retry, call_context, enable_logging
-from dspy_prod.events import BUS, EventBus
-from dspy_prod.logs import LEVELS, human_line, json_line
+from dspy_prod.telemetry.events import BUS, EventBus
+from dspy_prod.telemetry.logs import LEVELS, human_line, json_line
 from dspy_prod.testing import Provider, ScriptedEngine, Status
 
 MODEL = "openai/test-model"

@@ -26,7 +26,7 @@ from dspy_prod.errors import (
     StoreUnavailableError,
     UnpricedModelError,
 )
-from dspy_prod.module import raising, reason_of
+from dspy_prod.production.module import raising, reason_of
 from dspy_prod.testing import ErrorInStream, Hang, Provider, ScriptedEngine, Status
 
 MODEL = "openai/test-model"

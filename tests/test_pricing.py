@@ -23,9 +23,9 @@ from dspy.lm15 import BuiltinTool, CacheConfig, Config, FunctionTool, ImagePart,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspy_prod import pricing
 from dspy_prod.options import Price
-from dspy_prod.pricing import PriceBook, Rates
+from dspy_prod.pricing import rates as pricing
+from dspy_prod.pricing.rates import PriceBook, Rates
 
 BOOK = PriceBook()
 NANO = 10**9

@@ -13,7 +13,7 @@ from dspy.utils.exceptions import LMServerError
 
 import dspy_prod
 from dspy_prod import ConfigError, Redactor, call_context, enable_logging, privacy
-from dspy_prod.error_text import error_text
+from dspy_prod.privacy.error_text import error_text
 from tests.privacy_support import EMAIL, MODEL, Ask, installed, make_lm
 
 __all__ = ["installed"]

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dspy_prod import Redactor
-from dspy_prod.privacy_numbers import luhn
+from dspy_prod.privacy.numbers import luhn
 from tests.privacy_cases import FOUND, KEPT
 
 REDACTOR = Redactor()

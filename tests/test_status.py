@@ -15,10 +15,11 @@ from dspy.utils.exceptions import LMError, LMRateLimitError, LMServerError
 from pydantic import ValidationError
 
 import dspy_prod
-from dspy_prod import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry, call_context, status
+from dspy_prod import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry, call_context
 from dspy_prod.errors import CircuitOpenError, RejectedError, StoreUnavailableError
 from dspy_prod.records import NANO, CallRecord
-from dspy_prod.status import CostSummary, Health, costs_by
+from dspy_prod.status import health as status
+from dspy_prod.status.health import CostSummary, Health, costs_by
 from dspy_prod.stores.base import Ask
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine

@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dspy_prod.errors import ConfigError, RejectedError
 
     if arguments.command == "demo":
-        from dspy_prod.cli.demo import demo
+        from dspy_prod.cli.demo.demo import demo
 
         where = None if arguments.no_mlflow else arguments.tracking_uri
         try:

@@ -12,7 +12,7 @@ import orjson
 from rich.console import Console
 
 from dspy_prod import registry
-from dspy_prod.registry.deployment_report import DIRECTORY
+from dspy_prod.registry.deployment.report import DIRECTORY
 
 DEPLOYED, FAILED, INCONCLUSIVE, CONFLICT = 0, 1, 3, 4
 OTHER: Final = 2

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import dspy
 
-from dspy_prod.error_text import error_text
 from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.error_text import error_text
 
 EXAMPLE: Final = """\
 import dspy

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dspy_prod.clock import SYSTEM_CLOCK
 from dspy_prod.errors import ConfigError
-from dspy_prod.ledger import Ledger
+from dspy_prod.lm.settings import default_namespace
 from dspy_prod.records import CallRecord
-from dspy_prod.settings import default_namespace
-from dspy_prod.status_costs import Place, costs_by, summary
+from dspy_prod.runtime.clock import SYSTEM_CLOCK
+from dspy_prod.status.costs import Place, costs_by, summary
+from dspy_prod.status.ledger import Ledger
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.registry import default_store_url, open_store
+from dspy_prod.stores.opening import default_store_url, open_store
 
 DEFAULT_LIMIT = 20
 RECENT = 3600.0

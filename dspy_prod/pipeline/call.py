@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from dspy.lm15 import Request, Response, Usage
 
-from dspy_prod.context import CallContext
+from dspy_prod.context.current import CallContext
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
 from dspy_prod.records import CallRecord
-from dspy_prod.tap import attempted
+from dspy_prod.telemetry.tap import attempted
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.pipeline import Pipeline

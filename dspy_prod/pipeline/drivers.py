@@ -20,12 +20,19 @@ from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
 from dspy.lm15 import Response
 
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.deadline import ATTEMPT_UNTIL, LEAVING, StalledError, bounded, bounded_stream, within
 from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError
 from dspy_prod.pipeline.flow import Flow
 from dspy_prod.pipeline.preparing import aprepare, limit_until, prepare
-from dspy_prod.pipeline.public_errors import public_error
-from dspy_prod.pipeline.replay import replay
+from dspy_prod.pipeline.upstream.deadline import (
+    ATTEMPT_UNTIL,
+    LEAVING,
+    StalledError,
+    bounded,
+    bounded_stream,
+    within,
+)
+from dspy_prod.pipeline.upstream.errors import public_error
+from dspy_prod.pipeline.upstream.replay import replay
 
 
 # -- whole answers ---------------------------------------------------------------------------------------------------

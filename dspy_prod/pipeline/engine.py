@@ -13,13 +13,13 @@ from contextlib import aclosing, closing
 from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 
-from dspy_prod.context import current
+from dspy_prod.context.current import current
+from dspy_prod.context.marks import stamped
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.scope import SCOPE, candidate_key, request_key
-from dspy_prod.versions import stamped
 
 
 class _Guarded:

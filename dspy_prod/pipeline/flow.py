@@ -28,7 +28,6 @@ from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Attempt, Wait, Warm
 from dspy_prod.pipeline.outcome import Verdict
 from dspy_prod.pipeline.plan import Plan, longest_wait, only_here, plan, renewed, shrunk, turns_at, wait_until
-from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.pipeline.refusals import refused, too_late, waited_too_long
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.pipeline.settling import failed, give_back, succeeded
@@ -36,6 +35,7 @@ from dspy_prod.policies.cache import cacheable
 from dspy_prod.policies.retry import Attempts
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
 from dspy_prod.records import NANO
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import GRANTED, PENDING, Store, Ticket
 
 STORE_PATIENCE: Final = 5.0

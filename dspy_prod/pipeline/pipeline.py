@@ -10,17 +10,17 @@ from typing import Any
 
 from dspy.lm15 import Response
 
-from dspy_prod.clock import Clock
-from dspy_prod.events import EventBus
-from dspy_prod.forking import RegistryLock, reset_after_fork
 from dspy_prod.options import Cache
-from dspy_prod.pipeline.capabilities import capabilities_of
-from dspy_prod.pipeline.reaper import REAPER
 from dspy_prod.pipeline.routes import Route
+from dspy_prod.pipeline.upstream.capabilities import capabilities_of
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.cache import Entry, ResponseCache
 from dspy_prod.policies.singleflight import Flights
+from dspy_prod.runtime.clock import Clock
+from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import Store
+from dspy_prod.telemetry.events import EventBus
 
 
 class Pipeline:

@@ -9,9 +9,9 @@ import time
 from math import inf
 from typing import Any
 
-from dspy_prod.pipeline.deadline import bounded
 from dspy_prod.pipeline.effects import AttemptTimeoutError, Wait, Warm
-from dspy_prod.pipeline.public_errors import public_error
+from dspy_prod.pipeline.upstream.deadline import bounded
+from dspy_prod.pipeline.upstream.errors import public_error
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout_at

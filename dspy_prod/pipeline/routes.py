@@ -12,17 +12,17 @@ from typing import Any
 
 from dspy.lm15 import Request
 
-from dspy_prod.bounds import has_media, input_bound, output_bound
-from dspy_prod.clock import Clock
-from dspy_prod.events import EventBus
-from dspy_prod.forking import RegistryLock, reset_after_fork
 from dspy_prod.options import CircuitBreaker, RateLimit, Retry
-from dspy_prod.pipeline.upstream import Upstream, address_of
-from dspy_prod.policies.breaker import Breaker
+from dspy_prod.pipeline.upstream.upstream import Upstream, address_of
+from dspy_prod.policies.breaker.breaker import Breaker
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.retry import RetryBudget
-from dspy_prod.pricing import ATTO_PER_NANO, PriceBook, Rates
+from dspy_prod.pricing.bounds import has_media, input_bound, output_bound
+from dspy_prod.pricing.rates import ATTO_PER_NANO, PriceBook, Rates
+from dspy_prod.runtime.clock import Clock
+from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
 from dspy_prod.stores.base import Store
+from dspy_prod.telemetry.events import EventBus
 
 _log = logging.getLogger("dspy_prod")
 

@@ -15,7 +15,7 @@ import orjson
 from dspy._vendor.lm15.serde import request_to_dict
 from dspy.lm15 import Request
 
-from dspy_prod.context import CallContext
+from dspy_prod.context.current import CallContext
 from dspy_prod.policies.cache import LOCAL
 from dspy_prod.records import CallRecord
 

@@ -12,10 +12,10 @@ from math import inf
 from typing import Final
 from zoneinfo import ZoneInfo
 
-from dspy_prod.context import PROCESS_RUN, CallContext
+from dspy_prod.context.current import PROCESS_RUN, CallContext
 from dspy_prod.errors import BudgetExceededError, ConfigError
-from dspy_prod.forking import RegistryLock, reset_after_fork
 from dspy_prod.options import Budget
+from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
 from dspy_prod.stores.base import Account, Store
 
 ANONYMOUS: Final = "anonymous"

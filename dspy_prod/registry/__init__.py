@@ -10,9 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspy_prod.registry.deployment import deploy
-    from dspy_prod.registry.deployment_report import Deployment, Step
-    from dspy_prod.registry.difference import PredictorDiff, VersionDiff, diff
+    from dspy_prod.registry.aliases.gates import Check, Gate, GateReport
+    from dspy_prod.registry.aliases.journal import AuditEntry
+    from dspy_prod.registry.aliases.listing import programs, versions
+    from dspy_prod.registry.aliases.promotion import history, promote, rollback
+    from dspy_prod.registry.deployment.deploy import deploy
+    from dspy_prod.registry.deployment.report import Deployment, Step
     from dspy_prod.registry.errors import (
         PromotionConflictError,
         PromotionRefusedError,
@@ -21,13 +24,10 @@ if TYPE_CHECKING:
         SignatureMismatchError,
         UnknownVersionError,
     )
-    from dspy_prod.registry.gates import Check, Gate, GateReport
-    from dspy_prod.registry.journal import AuditEntry
-    from dspy_prod.registry.listing import programs, versions
-    from dspy_prod.registry.loading import load
-    from dspy_prod.registry.manifest import ProgramVersion
-    from dspy_prod.registry.promotion import history, promote, rollback
-    from dspy_prod.registry.publishing import publish
+    from dspy_prod.registry.published.difference import PredictorDiff, VersionDiff, diff
+    from dspy_prod.registry.published.loading import load
+    from dspy_prod.registry.published.manifest import ProgramVersion
+    from dspy_prod.registry.published.publishing import publish
 
 _HOME = {
     "publish": "publishing",

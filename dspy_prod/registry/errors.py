@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from dspy_prod.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dspy_prod.registry.deployment_report import Deployment
-    from dspy_prod.registry.gates import GateReport
+    from dspy_prod.registry.aliases.gates import GateReport
+    from dspy_prod.registry.deployment.report import Deployment
 
 
 class RegistryError(Exception):

@@ -23,9 +23,9 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.forking import reset_after_fork
-from dspy_prod.redaction import bare_url
+from dspy_prod.privacy.names import bare_url
 from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError, UnknownVersionError
+from dspy_prod.runtime.forking import reset_after_fork
 
 READ_TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of a server; a database of this machine, which may first make its tables, gets more."""

@@ -12,9 +12,11 @@ from math import inf
 from queue import Empty, SimpleQueue
 from typing import Final
 
-from dspy_prod.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.stores.admission.core import AdmissionCore
+from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import (
     PENDING,
     AccountState,
@@ -25,9 +27,7 @@ from dspy_prod.stores.base import (
     Settlement,
     Ticket,
 )
-from dspy_prod.stores.core import AdmissionCore
-from dspy_prod.stores.line import wake
-from dspy_prod.stores.rollup import MemoryLedger
+from dspy_prod.stores.memory_ledger import MemoryLedger
 
 _log = logging.getLogger("dspy_prod")
 

@@ -6,7 +6,7 @@ import threading
 
 
 class FakeClock:
-    """Both clocks of `dspy_prod.clock.Clock`, moved by hand.
+    """Both clocks of `dspy_prod.runtime.clock.Clock`, moved by hand.
 
     Args:
         start: seconds since the epoch at which it begins; the monotonic clock begins at 1,000.

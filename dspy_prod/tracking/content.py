@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from dspy_prod.privacy import Redactor
+from dspy_prod.privacy.redactor import Redactor
 from dspy_prod.tracking.spans import COST, MESSAGES, MODEL, PROVIDER, REQUEST_ID, TYPE, USAGE, dumped, valid
 
 Mode = Literal["full", "redacted", "off"]

@@ -188,7 +188,7 @@ def _is_final(error: Exception) -> bool:
 
 def _told(error: Exception) -> str:
     """The beginning of an error's text, without a password that a URL in it may hold."""
-    from dspy_prod.redaction import bare_url
+    from dspy_prod.privacy.names import bare_url
 
     text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import dspy
 
-from dspy_prod.context import SETTING, CallContext, current
+from dspy_prod.context.current import SETTING, CallContext, current
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.records import CallRecord
 from dspy_prod.tracking.courier import Attempted, Courier, Ended

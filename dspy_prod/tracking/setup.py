@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.pipeline.reaper import REAPER
-from dspy_prod.privacy import Redactor
-from dspy_prod.privacy import install as install_redactor
-from dspy_prod.redaction import bare_url
-from dspy_prod.status_models import TrackingHealth
-from dspy_prod.tap import TAP
+from dspy_prod.privacy.names import bare_url
+from dspy_prod.privacy.redactor import Redactor
+from dspy_prod.privacy.redactor import install as install_redactor
+from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.status.models import TrackingHealth
+from dspy_prod.telemetry.tap import TAP
 from dspy_prod.tracking.bridge import install as install_bridge
 from dspy_prod.tracking.bridge import mlflow_is_there
 from dspy_prod.tracking.content import Content

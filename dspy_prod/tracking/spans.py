@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import orjson
 
-from dspy_prod.context import CallContext
+from dspy_prod.context.current import CallContext
 from dspy_prod.records import CallRecord, usd
 
 REQUEST_ID: Final = "mlflow.traceRequestId"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from dspy_prod.error_text import error_text
+from dspy_prod.privacy.error_text import error_text
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.spans import (

@@ -16,7 +16,7 @@ from dspy.lm15 import Config, Message, Request
 from dspy.utils.exceptions import LMError
 
 from dspy_prod import call_context
-from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.testing import (
     EmptyChoices,
     ErrorInStream,

@@ -10,7 +10,7 @@ from typing import Any
 import dspy
 import pytest
 
-from dspy_prod.cli.triage import CATEGORIES, URGENCIES, Triage, messages, similar_examples
+from dspy_prod.cli.demo.triage import CATEGORIES, URGENCIES, Triage, messages, similar_examples
 from dspy_prod.testing import ScriptedEngine
 
 ANSWER = '{"category": "shipping", "urgency": "high", "reply": "We will ask the courier."}'

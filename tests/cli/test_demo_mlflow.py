@@ -14,9 +14,10 @@ from rich.console import Console
 
 import dspy_prod
 from dspy_prod import registry, tracking
-from dspy_prod.cli import demo_mlflow, demo_prompts
-from dspy_prod.cli.demo_mlflow import Written, begin, end, invitation, table, written
-from dspy_prod.cli.triage import SortMessage, Triage
+from dspy_prod.cli.demo import prompts as demo_prompts
+from dspy_prod.cli.demo import traces as demo_mlflow
+from dspy_prod.cli.demo.traces import Written, begin, end, invitation, table, written
+from dspy_prod.cli.demo.triage import SortMessage, Triage
 from dspy_prod.testing import ScriptedEngine
 
 WRITTEN = Written("sqlite:////somewhere/mlflow.db", "1", 35, 0, 0, 35, 0.006046, 0.006046, None)

@@ -13,7 +13,7 @@ import pytest
 import dspy_prod
 from dspy_prod.cli import main
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.testing import ScriptedEngine
 
 TRACE = "0123456789abcdef0123456789abcdef"

@@ -13,9 +13,9 @@ import dspy
 import psutil
 import pytest
 
-from dspy_prod.cli import local_model
-from dspy_prod.cli.local_model import LocalModel
-from dspy_prod.cli.triage import CATEGORIES, URGENCIES, Triage, messages
+from dspy_prod.cli.demo import local_model
+from dspy_prod.cli.demo.local_model import LocalModel
+from dspy_prod.cli.demo.triage import CATEGORIES, URGENCIES, Triage, messages
 
 _REASON = LocalModel.available()
 needs_model = pytest.mark.skipif(_REASON is not None, reason=f"no local model: {_REASON}")
@@ -119,7 +119,7 @@ def test_the_server_dies_with_a_parent_that_is_killed() -> None:
 @needs_model
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT to a child is POSIX")
 def test_run_by_hand_it_prints_its_url_and_ends_with_ctrl_c() -> None:
-    command = [sys.executable, "-m", "dspy_prod.cli.local_model"]
+    command = [sys.executable, "-m", "dspy_prod.cli.demo.local_model"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout is not None
         url = server.stdout.readline().strip()

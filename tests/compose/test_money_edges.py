@@ -14,16 +14,16 @@ from dspy.utils.exceptions import LMRateLimitError, LMServerError
 
 import dspy_prod
 from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, Price, RateLimit, call_context
-from dspy_prod.context import current
-from dspy_prod.forking import RegistryLock
+from dspy_prod.context.current import current
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.plan import Plan, plan
-from dspy_prod.policies.limiter import LimiterState
-from dspy_prod.pricing import PriceBook
+from dspy_prod.pricing.rates import PriceBook
+from dspy_prod.runtime.forking import RegistryLock
+from dspy_prod.stores.admission.core import AdmissionCore
+from dspy_prod.stores.admission.limiter import LimiterState
 from dspy_prod.stores.base import GRANTED, REFUSED, Account, Ask, Settlement
-from dspy_prod.stores.core import AdmissionCore
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
 from tests.compose.support import CENT, MODEL, SPARE, Caller, Gate, caught, down, over, spare

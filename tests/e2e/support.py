@@ -17,7 +17,7 @@ from dspy.lm15 import Config, Message, Request
 
 import dspy_prod
 from dspy_prod import CallRecord, Price
-from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import Store
 from dspy_prod.testing import Provider
 

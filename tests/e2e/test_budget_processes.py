@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dspy_prod import Budget, BudgetExceededError
-from dspy_prod.stores.registry import open_store
+from dspy_prod.stores.opening import open_store
 from dspy_prod.testing import Provider
 from tests.e2e.children import A_CENT, call_until_killed, spend
 from tests.e2e.conftest import MakeLM, MakeProvider

@@ -13,7 +13,7 @@ import dspy
 import pytest
 
 from dspy_prod import Budget, DeadlineExceededError, RateLimit, RateLimitedError, call_context
-from dspy_prod.context import current, use
+from dspy_prod.context.current import current, use
 from dspy_prod.testing import Provider
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import (

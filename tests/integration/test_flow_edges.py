@@ -14,9 +14,9 @@ from dspy.utils.exceptions import LMServerError, LMTimeoutError
 
 import dspy_prod
 from dspy_prod import CircuitBreaker, DeadlineExceededError, RateLimit, call_context
-from dspy_prod.pipeline.litellm_engines import wire_timeout
-from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.pipeline.upstream.litellm_engines import wire_timeout
 from dspy_prod.policies.singleflight import ANSWERED, LEADS, LEFT, Flights, Follower
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.testing import Hang, ScriptedEngine
 from tests.compose.support import Gate, caught, down, over
 from tests.e2e.conftest import MakeLM, MakeProvider

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dspy_prod import RateLimit
-from dspy_prod.pipeline.deadline import BoundedTransport, PacedAsyncTransport
+from dspy_prod.pipeline.upstream.deadline import BoundedTransport, PacedAsyncTransport
 from dspy_prod.testing import FakeClock
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import records

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 import pytest
 from dspy.lm15 import StreamEndEvent, Usage
 
-from dspy_prod.pipeline.litellm_engines import AsyncExtendedLiteLLMEngine, ExtendedLiteLLMEngine
-from dspy_prod.pipeline.litellm_usage import told_end
+from dspy_prod.pipeline.upstream.litellm_engines import AsyncExtendedLiteLLMEngine, ExtendedLiteLLMEngine
+from dspy_prod.pipeline.upstream.litellm_usage import told_end
 from dspy_prod.testing.server import LoopbackServer
 from dspy_prod.testing.wire import Connection, HttpRequest, head
 from tests.e2e.support import request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dspy_prod.pipeline.headers import remaining
+from dspy_prod.pipeline.upstream.headers import remaining
 
 
 @pytest.mark.parametrize(

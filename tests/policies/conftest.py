@@ -6,7 +6,7 @@ import pytest
 
 
 class FakeClock:
-    """Both clocks of `dspy_prod.clock.Clock`; they move together, and only by `advance`."""
+    """Both clocks of `dspy_prod.runtime.clock.Clock`; they move together, and only by `advance`."""
 
     def __init__(self, monotonic: float = 1000.0, time: float = 1_700_000_000.0) -> None:
         self._monotonic = monotonic

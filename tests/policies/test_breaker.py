@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from dspy_prod.errors import CircuitOpenError
-from dspy_prod.events import Event, EventBus
 from dspy_prod.options import CircuitBreaker
-from dspy_prod.policies.breaker import Breaker, Permit
+from dspy_prod.policies.breaker.breaker import Breaker, Permit
+from dspy_prod.telemetry.events import Event, EventBus
 
 from .conftest import FakeClock
 

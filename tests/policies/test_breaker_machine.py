@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from dspy_prod.errors import CircuitOpenError
-from dspy_prod.events import Event, EventBus
 from dspy_prod.options import CircuitBreaker
-from dspy_prod.policies.breaker import Breaker, Permit
-from dspy_prod.policies.breaker_window import FAILED, SLOW, CountWindow, TimeWindow
+from dspy_prod.policies.breaker.breaker import Breaker, Permit
+from dspy_prod.policies.breaker.window import FAILED, SLOW, CountWindow, TimeWindow
+from dspy_prod.telemetry.events import Event, EventBus
 
 from .conftest import FakeClock
 from .test_breaker import Circuit, given, given_half_open, given_open

@@ -13,8 +13,8 @@ import orjson
 import pytest
 
 from dspy_prod.options import RateLimit
-from dspy_prod.policies.limiter import Debit, LimiterState
-from dspy_prod.policies.slices import LATENESS, RequestPacer
+from dspy_prod.stores.admission.limiter import Debit, LimiterState
+from dspy_prod.stores.admission.slices import LATENESS, RequestPacer
 
 START = 1000.3
 NOW = 5000.25

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dspy_prod.options import RateLimit
-from dspy_prod.policies.limiter import LimiterState
-from dspy_prod.policies.slices import LATENESS
+from dspy_prod.stores.admission.limiter import LimiterState
+from dspy_prod.stores.admission.slices import LATENESS
 
 SHORT = st.integers(0, 3_000).map(lambda ms: ms / 1000)
 LONG = st.sampled_from([10.0, 30.0, 59.0, 60.0, 60.999, 61.0, 61.5, 62.0, 1e4])

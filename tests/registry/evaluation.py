@@ -13,7 +13,8 @@ from typing import Any
 
 import dspy
 
-from dspy_prod.registry import deploying, promotion
+from dspy_prod.registry.aliases import promotion
+from dspy_prod.registry.deployment import run as deploying
 
 CASE: dict[str, Any] = json.loads(Path("case.json").read_text())
 THRESHOLDS: dict[str, float] = CASE.get("thresholds", {"score": 0.5})

@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from dspy_prod.registry import copies, loading
+from dspy_prod.registry.published import copies, loading
 
 ROOT = Path(__file__).parents[2]
 END = "---"

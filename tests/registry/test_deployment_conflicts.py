@@ -9,7 +9,7 @@ import pytest
 from mlflow import MlflowClient
 
 from dspy_prod import registry
-from dspy_prod.registry import deploying
+from dspy_prod.registry.deployment import run as deploying
 from tests.registry.deploying import STAGES, Bench, everywhere
 from tests.registry.processes import Nursery, Other
 from tests.registry.test_promotion import aliases, publish

@@ -20,7 +20,7 @@ from dspy.utils.callback import BaseCallback
 
 import dspy_prod
 from dspy_prod import ConfigError, Production, registry
-from dspy_prod.registry import follow
+from dspy_prod.registry.published import follow
 from dspy_prod.testing import ScriptedEngine
 from tests.registry.processes import Door, MlflowServer, forget, wait_until
 

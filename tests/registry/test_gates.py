@@ -11,8 +11,8 @@ import dspy
 import pytest
 
 from dspy_prod import ConfigError, registry
+from dspy_prod.context.scoring import is_raising
 from dspy_prod.registry import Gate
-from dspy_prod.scoring import is_raising
 from tests.registry.programs import qa
 from tests.registry.test_promotion import aliases, moves, publish
 

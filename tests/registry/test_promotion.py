@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 import dspy_prod
 from dspy_prod import ConfigError, registry
-from dspy_prod.registry import journal, projection
+from dspy_prod.registry.aliases import journal, projection
 from dspy_prod.registry.server import server_at
 from tests.registry.processes import MlflowServer, Other, wait_until
 from tests.registry.programs import qa
@@ -211,7 +211,7 @@ def test_a_promotion_that_was_broken_off_is_finished_by_the_next(
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dspy_prod.registry.promotion.project", die)
+    monkeypatch.setattr("dspy_prod.registry.aliases.promotion.project", die)
     with pytest.raises(KeyboardInterrupt):
         registry.promote("it", 2)
     monkeypatch.undo()

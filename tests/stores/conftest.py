@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from dspy_prod.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import FakeClock
 
 MakeStore = Callable[..., Store]

@@ -15,7 +15,7 @@ from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.base import GRANTED, Account, Ask, CachedAnswer, Refusal, Settlement, Store, Ticket
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 
 CENT = 10_000_000
 DOLLAR = 100 * CENT
@@ -26,7 +26,7 @@ _ids = itertools.count()
 
 
 class FakeClock:
-    """Both clocks of `dspy_prod.clock.Clock`; they move together, and only by `advance`."""
+    """Both clocks of `dspy_prod.runtime.clock.Clock`; they move together, and only by `advance`."""
 
     def __init__(self) -> None:
         self._passed = 0.0

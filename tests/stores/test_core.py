@@ -11,9 +11,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
+from dspy_prod.stores.admission.core import AdmissionCore
+from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, WITHDRAWN, AccountState, Settlement, Ticket
-from dspy_prod.stores.core import AdmissionCore
-from dspy_prod.stores.holds import Hold
 from tests.stores.support import ask, settlement
 
 LIMIT = 100

@@ -7,8 +7,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspy_prod.stores.admission.line import MAX_BYPASSES, WaitingLine
 from dspy_prod.stores.base import Ticket
-from dspy_prod.stores.line import MAX_BYPASSES, WaitingLine
 from tests.stores.support import ask
 
 _seq = itertools.count(1)

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable
 
 from dspy_prod.stores.base import CachedAnswer
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import (
     CENT,
     DAY,

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores import support
 from tests.stores.support import DOLLAR, check_books, until
 

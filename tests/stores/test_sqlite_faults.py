@@ -11,7 +11,7 @@ import pytest
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.base import GRANTED, REFUSED, AccountState
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import (
     CENT,
     DOLLAR,
@@ -66,7 +66,7 @@ def test_what_waits_is_refused_when_the_disk_breaks(path: str) -> None:
     store.flush(10)
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
-    from dspy_prod.stores import sqlite_transactions
+    from dspy_prod.stores.sqlite import transactions as sqlite_transactions
 
     limit, sqlite_transactions.BUSY_LIMIT = sqlite_transactions.BUSY_LIMIT, 0.1  # type: ignore[misc]
     try:

@@ -21,10 +21,10 @@ import pytest
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
+from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import GRANTED, REFUSED, WITHDRAWN, AccountState, Settlement
-from dspy_prod.stores.core import AdmissionCore
-from dspy_prod.stores.sqlite import SqliteStore
-from dspy_prod.stores.sqlite_transactions import Transactions
+from dspy_prod.stores.sqlite.store import SqliteStore
+from dspy_prod.stores.sqlite.transactions import Transactions
 from tests.stores import support
 from tests.stores.support import (
     CENT,
@@ -86,7 +86,7 @@ def test_a_path_may_hold_any_character(tmp_path: Path) -> None:
 def test_more_accounts_than_fit_in_memory_are_read_again(
     sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dspy_prod.stores.sqlite_transactions.MAX_ACCOUNTS", 3)
+    monkeypatch.setattr("dspy_prod.stores.sqlite.transactions.MAX_ACCOUNTS", 3)
     for _ in range(2):
         for name in "abcdef":
             ticket = granted(sqlite_store, ask(CENT, accounts=(name,)))
@@ -200,7 +200,7 @@ def test_old_records_go_and_their_sums_stay(open_sqlite: Callable[..., SqliteSto
 def test_endless_values_of_a_tag_are_summed_as_other(
     sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dspy_prod.stores import sqlite_ledger
+    from dspy_prod.stores.sqlite import ledger as sqlite_ledger
 
     monkeypatch.setattr(sqlite_ledger, "MAX_VALUES_PER_DAY", 10)
     for number in range(50):

@@ -8,7 +8,7 @@ import os
 import threading
 
 from dspy_prod.stores.base import REFUSED, AccountState, CachedAnswer
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import (
     CENT,
     ask,

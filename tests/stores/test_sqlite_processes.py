@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dspy_prod.stores.base import GRANTED, AccountState
-from dspy_prod.stores.sqlite import SqliteStore
+from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores import support
 from tests.stores.support import (
     CENT,

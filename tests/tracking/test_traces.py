@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from dspy_prod import Redactor
-from dspy_prod.context import CallContext
+from dspy_prod.context.current import CallContext
 from dspy_prod.records import CallRecord
 from dspy_prod.tracking.content import LONGEST, Content, plain
 from dspy_prod.tracking.courier import Attempted, Ended

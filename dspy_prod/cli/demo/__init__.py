@@ -1,0 +1,3 @@
+"""`dspy-prod demo`."""
+
+from __future__ import annotations

@@ -1,0 +1,213 @@
+"""`dspy-prod demo`: a support-triage program meets load, repetition, an outage, recovery and an empty purse."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+import dspy
+from rich.console import Console
+from tqdm.auto import tqdm
+
+import dspy_prod
+from dspy_prod.cli.demo.providers import LocalProviders, RealProvider
+from dspy_prod.cli.demo.triage import Message, Triage, messages, similar_examples
+
+NAMESPACE: Final = "demo"
+RECOVERY: Final = 5.0
+STATIC_REPLY: Final = "Thank you for your message. A colleague will answer you shortly."
+
+
+@dataclass
+class Outcome:
+    """One request of the demo as its caller saw it."""
+
+    act: str
+    message: Message
+    priority: str
+    status: str
+    reason: str | None
+    route: str | None
+    attempts: int
+    latency: float
+    category: str | None
+    reply: str | None
+
+
+@dataclass
+class Run:
+    """The demo's state."""
+
+    providers: LocalProviders | RealProvider
+    lm: dspy_prod.LM
+    program: dspy_prod.Production
+    progress: Any
+    began: float = field(default_factory=time.time)
+    outcomes: list[Outcome] = field(default_factory=list)
+    transitions: list[str] = field(default_factory=list)
+
+    def ask(self, act: str, message: Message, priority: str = "normal", lm: dspy_prod.LM | None = None) -> Outcome:
+        """Send one message through the program."""
+        began = time.monotonic()
+        with (
+            dspy.context(lm=lm or self.lm, adapter=dspy.JSONAdapter()),
+            dspy_prod.call_context(
+                user=message.user,
+                tenant=message.tenant,
+                session=f"{message.user}-{datetime.fromtimestamp(self.began):%Y%m%d-%H%M%S}",
+                priority=priority,  # type: ignore[arg-type]
+                tags={"act": act},
+            ),
+        ):
+            answer = self.program(message=message.message)
+        report = dspy_prod.call_report(answer)
+        outcome = Outcome(
+            act, message, priority, report.status, report.reason, report.route, report.attempts,
+            time.monotonic() - began, getattr(answer, "category", None), getattr(answer, "reply", None),
+        )  # fmt: skip
+        self.outcomes.append(outcome)
+        self.progress.set_postfix_str(act)
+        self.progress.update()
+        return outcome
+
+    def ask_all(self, act: str, requests: Sequence[tuple[Message, str]], lm: dspy_prod.LM | None = None) -> None:
+        """Send several messages at the same time."""
+        with ThreadPoolExecutor(len(requests)) as pool:
+            sent = [pool.submit(self.ask, act, message, priority, lm) for message, priority in requests]
+            for done in as_completed(sent):
+                done.result()
+
+
+def demo(
+    *, model: str | None = None, simulate: bool = False, as_json: bool = False, tracking_uri: str | None = None
+) -> int:
+    """Run the demo.
+
+    Args:
+        model: a real model to run against instead of the local one.
+        simulate: use the simulated provider.
+        as_json: print the result as JSON instead of tables.
+        tracking_uri: write traces to this MLflow, None for no traces.
+
+    Returns:
+        0 when the ledger agrees with the providers' bill (beyond what is marked unconfirmed) and with MLflow (if every
+        trace arrived there), else 1.
+
+    Raises:
+        ConfigError: a tracking URI that MLflow cannot write traces to.
+    """
+    from dspy_prod.cli.demo import prompts as demo_prompts
+    from dspy_prod.cli.demo import traces as demo_mlflow
+    from dspy_prod.cli.demo.report import compare, show, show_json
+    from dspy_prod.stores.opening import default_store_url
+
+    console = Console(stderr=as_json)
+    if not console.is_terminal:
+        console.width = 110
+    console.print("[bold]dspy_prod demo[/]: support triage under load, outage and an empty budget")
+    tracked = tracking_uri if demo_mlflow.begin(console, tracking_uri) else None
+    program, prompt = demo_prompts.published(console, tracked) if tracked else (Triage(), None)
+    console.print("Starting the model ...")
+    providers = RealProvider(model) if model else LocalProviders(simulate)
+    store = default_store_url()
+    try:
+        console.print(f"Answers come from {providers.description}. State: {store}, namespace {NAMESPACE!r}.\n")
+        lm = providers.lm(
+            store=store,
+            namespace=NAMESPACE,
+            retry=dspy_prod.Retry(attempts=2, backoff=0.2),
+            breaker=dspy_prod.CircuitBreaker(failure_threshold=3, recovery_timeout=RECOVERY, success_threshold=2),
+            limit=dspy_prod.RateLimit(rpm=600, concurrency=2, max_wait=600),
+            budget=dspy_prod.Budget(usd=1.00, per="day"),
+        )
+        lm.cache_clear()  # an earlier demo's answers would make this one short
+        with tqdm(total=_TOTAL, unit="request", file=sys.stderr, leave=False) as progress:
+            run = Run(providers, lm, _served(program), progress)
+            remove = dspy_prod.add_listener(_notice(run))
+            try:
+                _scenario(run)
+            finally:
+                remove()
+        lm.close()
+        records = lm.ledger.records(since=run.began)
+        verdict = compare(records, providers)
+        written = demo_mlflow.written(console, tracked, records, run.began) if tracked else None
+        (show_json if as_json else show)(console, run, records, verdict, lm.health(), written)
+    finally:
+        if tracked:
+            demo_mlflow.end()
+        providers.close()
+    if not as_json:
+        where = f"--namespace {NAMESPACE}"
+        console.print(f"\nLook around: [bold]dspy-prod costs {where} --by user[/], [bold]dspy-prod calls {where}[/]")
+        if written is not None:
+            console.print(demo_mlflow.invitation(written, prompt), soft_wrap=True)
+    return 0 if verdict.agrees and (written is None or written.agrees) else 1
+
+
+def _served(program: Triage) -> dspy_prod.Production:
+    """The program as users meet it."""
+    return dspy_prod.Production(program, name="triage", fallback_response=STATIC_REPLY)
+
+
+_TOTAL: Final = 10 + 3 + 5 + 6 + 2 + 4 + 5
+
+
+def _scenario(run: Run) -> None:
+    texts = messages()
+    normal, urgent, outage, rest = texts[:10], texts[10:13], texts[13:19], texts[19:]
+    mixed = [(message, "normal") for message in normal] + [(message, "high") for message in urgent]
+    run.ask_all("load", mixed)
+    run.ask_all("repeats", [(message, "normal") for message in normal[:5]])
+
+    run.providers.outage()
+    for message in outage:
+        run.ask("outage", message)
+    run.providers.outage(total=True)
+    for message in rest[:2]:
+        run.ask("total outage", message)
+
+    run.providers.recover()
+    _wait_for_recovery(run.lm)
+    for message in rest[2:6]:
+        run.ask("recovery", message)
+
+    capped = _capped(run.lm, rest[6])
+    for message in rest[6:11]:
+        run.ask("budget", message, lm=capped)
+
+
+def _wait_for_recovery(lm: dspy_prod.LM) -> None:
+    deadline = time.monotonic() + 4 * RECOVERY
+    while time.monotonic() < deadline:
+        waits = [breaker.retry_after or 0.0 for breaker in lm.health().breakers]
+        if not any(waits):
+            return
+        time.sleep(min(max(waits), 0.5))
+
+
+def _capped(lm: dspy_prod.LM, message: Message) -> dspy_prod.LM:
+    """The same LM with a budget that covers a few calls: a call reserves its bound and uses about a third of it."""
+    sort = Triage().sort
+    examples = similar_examples(message.message, 2)
+    prompt = dspy.JSONAdapter().format(sort.signature, examples, {"message": message.message})
+    bound = lm.preview("\n".join(str(part["content"]) for part in prompt)).bound_usd or 1e-4
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the budget is coarse is the point here
+        return lm.copy(budget=dspy_prod.Budget(usd=round(2.2 * bound, 9), per="run", name="demo-purse"))
+
+
+def _notice(run: Run) -> Callable[[dspy_prod.Event], None]:
+    def listener(event: dspy_prod.Event) -> None:
+        if event.name.startswith("breaker_"):
+            run.transitions.append(
+                f"{event.data.get('route')}: {event.name.removeprefix('breaker_').replace('_', '-')}"
+            )
+
+    return listener

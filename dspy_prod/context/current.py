@@ -1,0 +1,166 @@
+"""Who is calling and under which conditions: `call_context`, and the context each LM call finds.
+
+The context travels in DSPy's own settings (`dspy.context`), because those follow a program into threads,
+`dspy.Parallel`, `dspy.Evaluate`, `acall`, `asyncify` and `streamify`; a plain `ContextVar` does not reach the worker
+threads of Evaluate and Parallel.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import inf
+from typing import Any, Final, Literal, NamedTuple
+
+import dspy
+from dspy.dsp.utils.settings import thread_local_overrides
+
+from dspy_prod.privacy.redactor import known_as
+from dspy_prod.records import CallRecord
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.stores.base import PRIORITIES
+
+SETTING = "dspy_prod"
+"""Name of the DSPy setting that carries the context."""
+
+_PERSONAL: Final = frozenset({"user", "tenant", "session"})
+"""What says who is calling."""
+
+CacheMode = Literal["use", "bypass", "refresh"]
+
+PROCESS_RUN = uuid.uuid4().hex
+"""The run that `Budget(per="run")` counts when the context names none: this process."""
+
+
+class CallContext(NamedTuple):
+    """The conditions of the calls made inside a `call_context`. Immutable; nested contexts build on the outer one."""
+
+    user: str | None = None
+    tenant: str | None = None
+    session: str | None = None
+    priority: str = "normal"
+    deadline: float = inf  # on the context's monotonic clock
+    tags: tuple[tuple[str, str], ...] = ()
+    cache: CacheMode = "use"
+    ttl: float | None = None
+    run: str | None = None
+    program: str | None = None
+    experiment: str | None = None
+    variant: str | None = None
+    prompt_version: str | None = None
+    trace_id: str | None = None
+    records: list[CallRecord] | None = None  # collects what the calls inside did, for `call_report`
+    node: Any = None  # the open piece of a trace (`tap.Node`) that the calls inside belong to
+
+
+EMPTY = CallContext()
+
+
+def current() -> CallContext:
+    """The context in force here."""
+    context: CallContext = thread_local_overrides.get().get(SETTING, EMPTY)
+    return context
+
+
+@contextmanager
+def use(context: CallContext) -> Iterator[CallContext]:
+    """Put a ready-made context in force."""
+    with dspy.context(**{SETTING: context}):
+        yield context
+
+
+@contextmanager
+def call_context(
+    *,
+    user: str | None = None,
+    tenant: str | None = None,
+    session: str | None = None,
+    priority: Literal["high", "normal", "low"] | None = None,
+    deadline: float | dt.timedelta | None = None,
+    tags: Mapping[str, str] | None = None,
+    cache: CacheMode | None = None,
+    ttl: float | dt.timedelta | None = None,
+    run: str | None = None,
+    program: str | None = None,
+    experiment: str | None = None,
+    variant: str | None = None,
+    prompt_version: str | None = None,
+    trace_id: str | None = None,
+    clock: Clock = SYSTEM_CLOCK,
+) -> Iterator[CallContext]:
+    """Say on whose behalf, how urgently and until when the calls inside are made.
+
+    Contexts nest: what is not given is inherited, tags are merged, and of two deadlines the earlier holds.
+
+    Args:
+        user, tenant, session: who the call is for; budgets, limits, cache and ledger use them. While a
+            `dspy_prod.Redactor` is installed, names that hold personal data become pseudonyms here, and so do the
+            values of tags.
+        priority: `"high"` calls are admitted before `"normal"` and `"low"` ones, never above a limit.
+        deadline: seconds from now for everything inside; a call that cannot finish by then raises
+            `DeadlineExceededError`.
+        tags: free labels recorded with each call; budgets with `scope="tag:<key>"` count by them.
+        cache: `"bypass"` neither reads nor writes the response cache, `"refresh"` writes without reading.
+        ttl: seconds for which answers cached inside stay fresh.
+        run: name of the run that `Budget(per="run")` counts.
+        program, experiment, variant, prompt_version, trace_id: recorded with each call.
+        clock: for tests.
+
+    Raises:
+        ValueError, TypeError: an impossible value; the message names the field.
+    """
+    outer = current()
+    changed: dict[str, Any] = {}
+    texts = {
+        "user": user,
+        "tenant": tenant,
+        "session": session,
+        "run": run,
+        "program": program,
+        "experiment": experiment,
+        "variant": variant,
+        "prompt_version": prompt_version,
+        "trace_id": trace_id,
+    }
+    for name, value in texts.items():
+        if value is not None:
+            if not isinstance(value, str) or not value:
+                raise TypeError(f"call_context({name}=...) takes a non-empty string, got {value!r}")
+            changed[name] = known_as(value) if name in _PERSONAL else value
+    if priority is not None:
+        if priority not in PRIORITIES:
+            raise ValueError(f"call_context(priority={priority!r}): use one of {', '.join(map(repr, PRIORITIES))}")
+        changed["priority"] = priority
+    if deadline is not None:
+        changed["deadline"] = min(outer.deadline, clock.monotonic() + _positive("deadline", deadline))
+    if tags is not None:
+        changed["tags"] = merged_tags(outer.tags, tags)
+    if cache is not None:
+        if cache not in ("use", "bypass", "refresh"):
+            raise ValueError(f"call_context(cache={cache!r}): use 'use', 'bypass' or 'refresh'")
+        changed["cache"] = cache
+    if ttl is not None:
+        changed["ttl"] = _positive("ttl", ttl)
+    with use(outer._replace(**changed)) as context:
+        yield context
+
+
+def merged_tags(outer: tuple[tuple[str, str], ...], tags: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The tags of a context with more of them, in order; a value with personal data as its pseudonym."""
+    merged = dict(outer)
+    for key, value in tags.items():
+        if not isinstance(key, str) or not key:
+            raise TypeError(f"call_context(tags=...): a tag's name is a non-empty string, got {key!r}")
+        merged[key] = known_as(str(value))
+    return tuple(sorted(merged.items()))
+
+
+def _positive(name: str, value: float | dt.timedelta) -> float:
+    seconds = value.total_seconds() if isinstance(value, dt.timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"call_context({name}=...) takes seconds or a timedelta, got {value!r}")
+    if not 0 < seconds < inf:
+        raise ValueError(f"call_context({name}={seconds!r}) must be a positive number of seconds")
+    return float(seconds)

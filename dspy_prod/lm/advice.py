@@ -1,0 +1,63 @@
+"""Warnings that an LM gives its user: DSPy's deprecation of `messages=`, and budgets that one call nearly fills."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from dspy.clients._deprecation import _adapter_call
+
+from dspy_prod.lm.assembling import disabled
+from dspy_prod.records import usd
+
+if TYPE_CHECKING:
+    from dspy_prod.lm.lm import LM
+
+
+def warn_messages(lm: LM, messages: Any) -> None:
+    """DSPy's own deprecation of `messages=`, attributed to the caller instead of to this library."""
+    origin = _adapter_call.get()
+    if origin is not None and origin[0] is lm and origin[1] is messages:
+        return
+    level = 1
+    frame = inspect.currentframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.split(".", 1)[0] not in ("dspy", "dspy_prod"):
+            break
+        level += 1
+        frame = frame.f_back
+    warnings.warn(
+        "Passing OpenAI-style messages= to an LM is deprecated in DSPy and goes away in DSPy 3.5; "
+        "pass a dspy.lm15.Request, or a plain prompt",
+        DeprecationWarning,
+        stacklevel=level,
+    )
+
+
+def warn_coarse_budgets(lm: LM) -> None:
+    """Warn when one call's bound is a large part of a budget: the last part of it could not be spent."""
+    if disabled() or not lm.settings.budgets:
+        return
+    if not isinstance(lm.settings.engine, str):
+        return
+    rates = lm.pipeline.primary.rates()
+    if rates is None:
+        return
+    given = lm.kwargs.get("max_tokens") or lm.kwargs.get("max_completion_tokens")
+    tokens = given or rates.max_output_tokens
+    if tokens is None:
+        return
+    size = f"max_tokens={given}" if given else f"The model's own limit of {tokens} output tokens"
+    remedy = "Lower max_tokens" if given else "Set max_tokens"
+    bound = rates.bound(0, int(tokens))
+    for budget in lm.settings.budgets:
+        if bound > 0.05 * budget.limit_nano:
+            warnings.warn(
+                f"{size} lets one call of {lm.model} reserve {usd(bound):.6f} USD, more than 5 % of the "
+                f"budget {budget.title!r} ({budget.usd:g} USD); up to one such reservation may stay unspent. "
+                f"{remedy}, or set shrink_last=True",
+                UserWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,110 @@
+"""What happens to a public call before DSPy prepares it: arguments are sorted, and a cached answer is given at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from dspy.clients.call_result import CallResult
+from dspy.clients.execution import PreparedCall
+from dspy.dsp.utils.settings import settings as dspy_settings
+from dspy.lm15 import Request
+
+from dspy_prod.context.current import current
+from dspy_prod.context.marks import stamped
+from dspy_prod.lm.copying import variant
+from dspy_prod.lm.settings import split
+from dspy_prod.options import Cache
+from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.scope import Scope, raw_key
+
+if TYPE_CHECKING:
+    from dspy_prod.lm.lm import LM
+
+_ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
+_PLAIN_CALL_KEYS: Final = frozenset(
+    {
+        "temperature",
+        "max_tokens",
+        "max_completion_tokens",
+        "top_p",
+        "n",
+        "rollout_id",
+        "response_format",
+        "tools",
+        "tool_choice",
+        "stop",
+        "seed",
+        "logprobs",
+        "reasoning_effort",
+    }
+)
+
+
+def per_call(lm: LM, kwargs: dict[str, Any]) -> tuple[LM, dict[str, Any], dict[str, Any] | None]:
+    """(the LM to use, its canonical arguments, extras beside them) for one call's arguments."""
+    if not kwargs:
+        return lm, kwargs, None
+    plain = True
+    for key in kwargs:
+        if key not in _PLAIN_CALL_KEYS:
+            plain = False
+            break
+    if plain:
+        return lm, kwargs, None
+    kwargs = dict(kwargs)
+    cache = kwargs.pop("cache", None)
+    policies = {name: value for name in ("retry", "num_retries") if (value := kwargs.pop(name, None)) is not None}
+    request = {"request": kwargs.pop("request")} if "request" in kwargs else {}
+    if isinstance(cache, (Cache, Mapping)):
+        policies["cache"], cache = cache, True
+    canonical, clients, extras = split(kwargs)
+    if cache is not None:
+        canonical["cache"] = cache
+    canonical.update(request)
+    policies.update(clients)
+    return variant(lm, policies) if policies else lm, canonical, extras or None
+
+
+def scope_of(lm: LM, prompt: Any, messages: Any, kwargs: dict[str, Any], extras: dict[str, Any] | None) -> Scope:
+    """What the engine beneath must know of this call, and its exact cache key if the arguments are plain JSON."""
+    context = stamped(current())
+    merged = lm.kwargs
+    uses_cache = lm.cache
+    if kwargs:
+        merged = {**merged, **kwargs}
+        uses_cache = merged.pop("cache", uses_cache)
+    base = None
+    use_cache = bool(uses_cache) and context.cache != "bypass" and lm.pipeline.cache is not None
+    if use_cache and not isinstance(prompt, Request) and "request" not in kwargs:
+        tenant = None if lm.settings.cache.shared else context.tenant
+        base = raw_key(lm.identity, prompt, messages, {**merged, **extras} if extras else merged, tenant)
+    return Scope(context, base, extras, merged.get("rollout_id"), use_cache)
+
+
+def hit(
+    lm: LM, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]
+) -> tuple[PreparedCall, CallResult] | None:
+    """A fresh answer from memory, before any of DSPy's work; None when the engine has to look."""
+    base = scope.base
+    if base is None or scope.context.cache != "use":
+        return None
+    if lm.model_type == "responses":
+        return None
+    cache = lm.pipeline.cache
+    assert cache is not None
+    entry = cache.peek(base)
+    if entry is None:
+        scope.missed = True
+        return None
+    text = entry.text
+    if text is None or kwargs.get("n", 1) not in (1, None) or lm.kwargs.get("n", 1) not in (1, None):
+        return None
+    if dspy_settings.send_stream is not None:
+        return None  # a listener wants events: the engine replays the answer for it
+    cache.used(base)
+    response = entry.response
+    Call(lm.pipeline, _ANY_REQUEST, scope.context, base, None, False, scope.records).record_cached()
+    usage: dict[str, Any] = {}
+    result = CallResult((response,), [text], usage, 0.0, response, response.model, True)
+    return PreparedCall(prompt, messages, kwargs, usage, None, True, 1, True), result

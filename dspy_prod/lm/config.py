@@ -1,0 +1,282 @@
+"""LM arguments from a TOML file and from environment variables, for `dspy_prod.LM.from_config("prod.toml")`.
+
+Top-level keys are the arguments of `dspy_prod.LM`; policies are tables of their options. Durations are seconds.
+
+    model = "openai/gpt-4o-mini"
+    temperature = 0.0
+    max_tokens = 500
+    timeout = 20
+    api_key_env = "TEAM_OPENAI_KEY"          # the NAME of an environment variable; keys themselves stay out of files
+    fallbacks = ["anthropic/claude-haiku-4-5"]
+    store = "sqlite:////var/lib/triage/state.db"
+    namespace = "triage"
+
+    [retry]
+    attempts = 3
+
+    [breaker]                                # or: breaker = false
+    recovery_timeout = 60
+
+    [limit]
+    rpm = 500
+    tpm = 200_000
+
+    [cache]                                  # or: cache = false
+    ttl = 300
+
+    [[budget]]                               # one such table for each budget
+    usd = 50
+    per = "day"
+
+    [prices."openai/my-model"]
+    input = 0.15                             # USD per million tokens
+    output = 0.60
+
+    [litellm]                                # arguments that only LiteLLM understands
+    aws_region_name = "eu-central-1"
+
+Environment variables win over the file: `DSPY_PROD__MODEL=openai/gpt-4o`, `DSPY_PROD__LIMIT__RPM=500`,
+`DSPY_PROD__BUDGET__USD=5` (with several budgets `DSPY_PROD__BUDGET__0__USD`), `DSPY_PROD__BREAKER=false`. Values are
+JSON, or text where they are not; an empty one counts as not set.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from dspy.clients.backend_selection import CLIENT_KEYS
+from pydantic import ValidationError
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.lm.environment import PREFIX, Sources, override
+from dspy_prod.lm.settings import CANONICAL_KEYS
+from dspy_prod.options import Budget, Cache, CircuitBreaker, Options, Price, RateLimit, Retry
+from dspy_prod.privacy.names import bare_url, is_secret
+
+_TABLES: Final[Mapping[str, type[Options]]] = {
+    "retry": Retry,
+    "breaker": CircuitBreaker,
+    "limit": RateLimit,
+    "cache": Cache,
+    "budget": Budget,
+}
+_OBJECTS: Final = ("callbacks", "provider", "async_engine", "prompt_cache", "clock", "self", "kwargs")
+"""Arguments of `LM.__init__` that no file can hold."""
+
+_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
+    "model": (str,),
+    "model_type": (str,),
+    "temperature": (int, float),
+    "max_tokens": (int,),
+    "num_retries": (int,),
+    "timeout": (int, float),
+    "engine": (str,),
+    "store": (str,),
+    "namespace": (str,),
+    "api_key_env": (str,),
+    "api_base": (str,),
+    "base_url": (str,),
+    "finetuning_model": (str,),
+    "use_developer_role": (bool,),
+    "fallbacks": (list,),
+    "litellm": (dict,),
+    "prices": (dict,),
+    "headers": (dict,),
+    "extra_headers": (dict,),
+}
+_TEXTS: Final = frozenset(
+    {*(name for name, kinds in _TYPES.items() if kinds == (str,)), "api_key", "api_version", "organization", "project",
+     "custom_llm_provider", "name", "scope", "timezone", "degrade_to"}
+)  # fmt: skip
+"""Keys whose environment variables are text even where that reads as JSON, such as a key of digits."""
+
+_WORDS: Final = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+}
+
+
+def load_config(path: str | Path | None, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Arguments for `dspy_prod.LM`.
+
+    Args:
+        path: the TOML file; None for environment variables alone.
+        env: the environment.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown or impossible; the message names the place and what to
+            do.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read(Path(path))
+        _refuse_secrets(values, str(path))
+    sources = Sources("" if path is None else str(path))
+    override(values, env, sources, texts=_TEXTS)
+    return _arguments(values, env, sources)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    try:
+        values: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file (looked from {Path.cwd()})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check that it is a file you may read") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+    except toml.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}") from None
+    return values
+
+
+def _refuse_secrets(values: Mapping[str, Any], where: str, *above: str) -> None:
+    """Secrets do not belong in a file that is kept with the code."""
+    for key, value in values.items():
+        place = ".".join((*above, key))
+        if isinstance(value, Mapping) and key != "prices":
+            _refuse_secrets(value, where, *above, key)
+        elif is_secret(key) and key != "api_key_env":
+            if not above and key == "api_key":
+                raise ConfigError(
+                    f"{where}: api_key: a key does not belong in a file; set an environment variable and name it here: "
+                    'api_key_env = "MY_KEY"'
+                )
+            variable = PREFIX + "__".join((*above, key)).upper()
+            hint = f"set ${PREFIX}{above[0].upper()} to a JSON table" if above else f"set ${variable}"
+            raise ConfigError(f"{where}: {place}: a secret does not belong in a file; {hint} instead")
+        elif isinstance(value, str) and "://" in value and bare_url(value) != value:
+            variable = PREFIX + "__".join((*above, key)).upper()
+            raise ConfigError(
+                f"{where}: {place}: a password does not belong in a file; set ${variable} to the whole URL"
+            )
+
+
+def _arguments(values: dict[str, Any], env: Mapping[str, str], sources: Sources) -> dict[str, Any]:
+    known = _known()
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        where = sources.of(key)
+        if key in _OBJECTS:
+            raise ConfigError(f"{where}: {key}: is an object, not text; pass it to LM.from_config(..., {key}=...)")
+        if key not in known:
+            raise ConfigError(f"{where}: {key}: is no argument of dspy_prod.LM{_closest(key, known)}")
+        if value is None:
+            continue
+        _check_type(key, value, where)
+        if key in _TABLES:
+            arguments[key] = _policy(key, value, sources)
+        elif key == "prices":
+            arguments[key] = {
+                str(model): _options(Price, price, f'prices."{model}"', sources.of(key, model))
+                for model, price in value.items()
+            }
+        elif key == "fallbacks":
+            if not all(isinstance(item, str) and item for item in value):
+                raise ConfigError(f'{where}: fallbacks: takes model names, e.g. ["anthropic/claude-haiku-4-5"]')
+            arguments[key] = list(value)
+        elif key == "api_key_env":
+            arguments["api_key"] = _from_environment(value, env, where)
+        elif key == "litellm":
+            arguments.update(_litellm(value, known, where))
+        else:
+            arguments[key] = value
+    if "api_key_env" in values and "api_key" in values:
+        arguments["api_key"] = values["api_key"]  # it can only come from the environment, which wins
+    return arguments
+
+
+def _known() -> frozenset[str]:
+    from dspy_prod.lm.lm import LM
+
+    own = set(inspect.signature(LM.__init__).parameters) - set(_OBJECTS)
+    return frozenset(
+        {*own, *CLIENT_KEYS, *CANONICAL_KEYS, "api_key_env", "litellm"} - {"messages", "stream", "prompt_cache"}
+    )
+
+
+def _check_type(key: str, value: Any, where: str) -> None:
+    kinds = _TYPES.get(key)
+    if kinds is None:
+        return
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+        got = f"a {type(value).__name__}" if is_secret(key) else repr(value)
+        raise ConfigError(f"{where}: {key}: takes {_WORDS[kinds[-1]]}, got {got}")
+
+
+def _policy(key: str, value: Any, sources: Sources) -> Any:
+    where, kind = sources.of(key), _TABLES[key]
+    if key == "budget":
+        given = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, Mapping) for item in given):
+            raise ConfigError(f"{where}: budget: takes tables, e.g. [[budget]] with usd = 50")
+        return [_options(Budget, item, "budget", where, sources) for item in given]
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key}: takes a table [{key}], or {key} = false to switch it off; got {value!r}")
+    return _options(kind, value, key, where, sources)
+
+
+def _options(kind: type[Options], table: Any, name: str, where: str, sources: Sources | None = None) -> Options:
+    """A policy's options from its table; the first thing that is wrong is named."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{where}: {name}: takes a table of {', '.join(kind.model_fields)}; got {table!r}")
+    try:
+        made = kind(**table)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"]))
+        if sources is not None and field:
+            where = sources.of(name, field)
+        place = f"[{name}] {field}" if field else f"[{name}]"
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"{where}: {place}: is no option of {kind.__name__}{_closest(field, kind.model_fields)}"
+            ) from None
+        if first["type"] == "missing":
+            raise ConfigError(f"{where}: {place}: is missing; add it, e.g. {field} = ...") from None
+        message = first["msg"].removeprefix("Value error, ")
+        got = f", got {first['input']!r}" if field else ""
+        raise ConfigError(f"{where}: {place}: {message[:1].lower()}{message[1:]}{got}") from None
+    for field, value in table.items():
+        if isinstance(value, (str, bool)) and type(getattr(made, field)) is not type(value):  # pydantic was lenient
+            where = sources.of(name, field) if sources is not None else where
+            raise ConfigError(f"{where}: [{name}] {field}: takes a number, got {value!r}")
+    return made
+
+
+def _from_environment(name: str, env: Mapping[str, str], where: str) -> str:
+    key = env.get(name)
+    if not key:
+        raise ConfigError(f"{where}: api_key_env: the environment variable ${name} is not set; set it to the API key")
+    return key
+
+
+def _litellm(table: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
+    for key in table:
+        if key in known:
+            raise ConfigError(f"{where}: litellm.{key}: is an argument of dspy_prod.LM; move it to the top of the file")
+    return dict(table)
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=2, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    if len(choices) > 20:
+        return "; an argument that only LiteLLM understands goes into the table [litellm]"
+    return f"; it has {', '.join(choices)}"

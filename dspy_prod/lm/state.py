@@ -1,0 +1,157 @@
+"""An LM as JSON and back: what `program.save("x.json")` writes for a predictor's own LM.
+
+The state holds every constructor argument that differs from its default, under the argument's own name, and no secret:
+keys come from the environment when it is loaded, and headers are given again with `copy(extra_headers=...)`. Loading
+with DSPy takes `program.load("x.json", allow_unsafe_lm_state=True)`, as for every LM class that is not DSPy's own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import dspy
+from dspy._vendor.lm15.serde import cache_config_from_dict, cache_config_to_dict
+from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
+from dspy.clients.lm import _dump_engine, _load_engine
+from dspy.lm15 import CacheConfig
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.options import Cache, CircuitBreaker, Options, Retry
+from dspy_prod.privacy.names import bare_url, public
+from dspy_prod.stores.opening import default_store_url
+
+if TYPE_CHECKING:
+    from dspy_prod.lm.lm import LM
+    from dspy_prod.lm.settings import Settings
+
+_log = logging.getLogger("dspy_prod")
+
+_EXPECTED: Final = frozenset({"api_key", "azure_ad_token_provider"})
+"""Secrets that are found again without being told: no word about them."""
+
+
+def dump(lm: LM, base: Mapping[str, Any]) -> dict[str, Any]:
+    """What `load` rebuilds the LM from.
+
+    Args:
+        lm: the LM.
+        base: DSPy's own part of the state: class, model and generation arguments.
+
+    Raises:
+        TypeError: an argument is not JSON, or an engine object cannot be saved; the message names it.
+    """
+    settings = lm.settings
+    state = {name: value for name, value in base.items() if name != "num_retries"}  # said by `retry`
+    if isinstance(state.get("prompt_cache"), CacheConfig):
+        state["prompt_cache"] = cache_config_to_dict(state["prompt_cache"])
+    if "max_completion_tokens" in state:  # reasoning models: DSPy's constructor takes the other name
+        state["max_tokens"] = state.pop("max_completion_tokens")
+    for name in ("finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role"):
+        if getattr(lm, name):
+            state[name] = getattr(lm, name)
+    if lm.cache and settings.cache != Cache():
+        state["cache"] = _options(settings.cache)
+    state.update(_policies(settings))
+    state.update(_engines(settings))
+    given = {**settings.clients, **settings.extras}
+    written = public(given)
+    lost = sorted(given.keys() - written.keys() - _EXPECTED)
+    if lost:
+        _log.warning("%r: %s may hold secrets and are not saved; set them again after loading", lm, ", ".join(lost))
+    state.update(written)
+    _check_json(state)
+    return state
+
+
+def load(cls: type[LM], state: Mapping[str, Any], allow: bool) -> LM:
+    """The LM that `dump` described.
+
+    Args:
+        cls: the class to make.
+        state: what `dump` gave, after JSON.
+        allow: whether classes that the state names may be imported (engines, other LM classes).
+
+    Raises:
+        ValueError: the state names a class and `allow` is False.
+        ConfigError: the state contradicts itself, or another LM's budgets.
+    """
+    arguments = dict(state)
+    arguments.pop(LM_CLASS_STATE_KEY, None)
+    arguments.pop("num_retries", None) if "retry" in arguments else None
+    if isinstance(arguments.get("prompt_cache"), Mapping):
+        arguments["prompt_cache"] = cache_config_from_dict(arguments["prompt_cache"])
+    for name in ("engine", "async_engine"):
+        if arguments.get(name) is not None and not isinstance(arguments[name], str):
+            arguments[name] = _load_engine(arguments[name], name, allow_custom_lm_class=allow)
+    if "fallbacks" in arguments:
+        arguments["fallbacks"] = [_load_fallback(item, allow) for item in arguments["fallbacks"]]
+    url = arguments.get("store")
+    if isinstance(url, str) and bare_url(default_store_url()) == url:
+        arguments["store"] = default_store_url()  # the environment knows its password
+    return cls(**arguments)
+
+
+def _policies(settings: Settings) -> dict[str, Any]:
+    """The policy arguments that differ from their defaults."""
+    found: dict[str, Any] = {"namespace": settings.namespace}
+    if settings.retry != Retry():
+        found["retry"] = _options(settings.retry)
+    if settings.breaker is None:
+        found["breaker"] = False
+    elif settings.breaker != CircuitBreaker():
+        found["breaker"] = _options(settings.breaker)
+    if settings.limit is not None:
+        found["limit"] = _options(settings.limit)
+    if settings.budgets:
+        found["budget"] = [_options(budget) for budget in settings.budgets]
+    if settings.prices:
+        found["prices"] = {model: _options(price) for model, price in settings.prices.items()}
+    if settings.fallbacks:
+        found["fallbacks"] = [_dump_fallback(fallback) for fallback in settings.fallbacks]
+    if settings.store is not None:
+        found["store"] = bare_url(settings.store if isinstance(settings.store, str) else settings.store.url)
+    return found
+
+
+def _engines(settings: Settings) -> dict[str, Any]:
+    if isinstance(settings.engine, str):
+        return {} if settings.engine == "auto" else {"engine": settings.engine}
+    engines = {"engine": _dump_engine(settings.engine, "engine")}
+    if settings.async_engine is not None:
+        engines["async_engine"] = _dump_engine(settings.async_engine, "async_engine")
+    return engines
+
+
+def _options(options: Options) -> dict[str, Any]:
+    return options.model_dump(mode="json", exclude_defaults=True)
+
+
+def _dump_fallback(fallback: str | dspy.LM) -> Any:
+    return fallback if isinstance(fallback, str) else public(fallback.dump_state())
+
+
+def _load_fallback(state: Any, allow: bool) -> str | dspy.LM:
+    from dspy_prod.lm.lm import LM
+
+    if isinstance(state, str):
+        return state
+    if not isinstance(state, Mapping):
+        raise ConfigError(f"a saved fallback is a model name or an LM's state, not {type(state).__name__}")
+    if state.get(LM_CLASS_STATE_KEY) == f"{LM.__module__}.{LM.__qualname__}":
+        return LM.load_state(dict(state), allow_custom_lm_class=allow)
+    loaded: dspy.LM = BaseLM.load_state(dict(state), allow_custom_lm_class=allow)
+    return loaded
+
+
+def _check_json(state: Mapping[str, Any]) -> None:
+    for name, value in state.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name}= of this LM ({type(value).__name__}) cannot be saved as JSON: {error}. Pass it with each call "
+                "instead, or set the LM again after loading"
+            ) from None

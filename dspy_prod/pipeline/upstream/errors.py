@@ -1,0 +1,107 @@
+"""An attempt's error as the caller sees it: DSPy's class, and no key in its text.
+
+Providers like to echo the key they refuse. The whole chain of causes is mended, because a traceback prints all of it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from math import inf
+from typing import Any, Final
+
+from dspy.clients._http import retry_after_seconds
+from dspy.clients.errors import wrap_error
+from dspy.lm15 import TransportError
+
+from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Warm
+from dspy_prod.pipeline.outcome import causes_of
+from dspy_prod.pipeline.upstream.upstream import Upstream
+from dspy_prod.privacy.names import is_secret, secrets_in
+
+_HIDDEN: Final = "***"
+_SHORTEST: Final = 6
+"""Characters below which a value is left alone: hiding it would garble texts that merely contain it."""
+
+
+def public_error(error: Exception, effect: Attempt | Warm) -> Exception:
+    """The error as DSPy shows it; our own time limit stays recognisable."""
+    if isinstance(error, AttemptTimeoutError):
+        return error
+    until = effect.until
+    if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
+        return AttemptTimeoutError()
+    upstream = effect.route.upstream
+    wrapped: Exception = wrap_error(error, model=effect.route.model, provider=upstream.provider)
+    if getattr(wrapped, "retry_after", 0) is None:
+        wrapped.retry_after = _retry_after(error)  # type: ignore[attr-defined]
+    return _without_secrets_of(upstream, wrapped, error)
+
+
+def _retry_after(error: Exception) -> float | None:
+    """The provider's Retry-After in seconds; LiteLLM leaves it behind in the error it translates."""
+    for cause in causes_of(error):
+        headers = getattr(getattr(cause, "response", None), "headers", None)
+        value = headers.get("retry-after") if isinstance(headers, Mapping) else None
+        if value is not None:
+            seconds: float | None = retry_after_seconds(value)
+            return seconds
+    return None
+
+
+def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:
+    """The same error, with the upstream's keys blotted out of its texts and those of its causes.
+
+    Args:
+        upstream: whose keys they are.
+        error: what the caller will see.
+        cause: what it will be raised from.
+    """
+    secrets = sorted(set(_secrets(upstream)), key=len, reverse=True)
+    seen: set[int] = set()
+    found: list[BaseException | None] = [error, cause]
+    while found:
+        each = found.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            _blot(each, secrets)
+            found += (each.__cause__, each.__context__)
+    return error
+
+
+def _blot(error: BaseException, secrets: list[str]) -> None:
+    args = tuple([_clean(item, secrets) for item in error.args])
+    if args != error.args:
+        error.args = args
+    for name, value in list(vars(error).items()):
+        if isinstance(value, str) and (clean := _clean(value, secrets)) != value:
+            setattr(error, name, clean)
+
+
+def _clean(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, _HIDDEN)
+    return value
+
+
+def _secrets(upstream: Upstream) -> Iterator[str]:
+    for arguments in (upstream.clients, upstream.extras, os.environ):
+        yield from secrets_in(arguments)
+        for name, value in arguments.items():
+            if is_secret(str(name)):
+                yield from _texts(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        for text in (value, value.removeprefix("Bearer ")):
+            if len(text) >= _SHORTEST:
+                yield text
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+
+
+__all__ = ["public_error"]

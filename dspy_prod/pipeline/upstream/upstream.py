@@ -1,0 +1,306 @@
+"""One route's way to the model: which engine carries a request, decided before any I/O.
+
+`auto` means DSPy's own rule: the native engine when it can carry the request, else LiteLLM. Arguments that the
+canonical request cannot say (Bedrock region, `num_ctx`, `extra_body`, ...) select LiteLLM and travel beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from math import inf
+from typing import Any, Final
+
+from dspy.clients.backend_selection import NATIVE_CLIENT_KEYS, select_backend
+from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine, timeouts_for
+from dspy.lm15 import Request, Response, RouterConfig, UnsupportedFeatureError, registered_providers
+from dspy.utils.exceptions import LMUnsupportedFeatureError
+
+from dspy_prod.pipeline.upstream.capabilities import StandIn
+from dspy_prod.pipeline.upstream.deadline import MAX_CONNECTIONS, BoundedTransport, PacedAsyncTransport
+from dspy_prod.pipeline.upstream.litellm_engines import (
+    AsyncExtendedLiteLLMEngine,
+    ExtendedLiteLLMEngine,
+    wire_timeout,
+)
+from dspy_prod.pipeline.upstream.text_engine import AsyncLiteLLMTextEngine, LiteLLMTextEngine
+from dspy_prod.privacy.names import address
+from dspy_prod.runtime.forking import IMPORTING, reset_after_fork
+
+_PLANNED: Final = 2048
+"""Request shapes whose route is remembered."""
+
+
+class Upstream:
+    """The engines behind one route.
+
+    Args:
+        model: model string.
+        model_type: `chat`, `responses` or `text`.
+        spec: `"auto"`, `"lm15"`, `"litellm"`, or an engine object (then `async_spec` is its async counterpart).
+        clients: DSPy's client settings: `api_key`, `api_base`, `timeout`, headers, ...
+        extras: constant arguments outside the canonical request, for LiteLLM.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        model_type: str,
+        spec: Any,
+        async_spec: Any,
+        clients: dict[str, Any],
+        extras: dict[str, Any],
+    ) -> None:
+        self.model = model
+        self.model_type = model_type
+        self.spec = spec
+        self.async_spec = async_spec
+        self.clients = clients
+        self.extras = extras
+        self._providers = registered_providers()
+        self._lock = threading.Lock()
+        self._selection: Any = None
+        self._native: LM15Engine | None = None
+        self._native_async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncLM15Engine] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._carried: dict[Any, bool] = {}
+        self.fell_back = False  # some request of a native route went through LiteLLM
+        self.ready = not isinstance(spec, str)  # what an attempt needs has been imported and built
+        reset_after_fork(self)
+
+    def _after_fork(self) -> None:
+        # The pooled connections are the parent's: two processes on one socket would read each other's answers.
+        self._lock = threading.Lock()
+        self._native = None
+        self._native_async = weakref.WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        return f"Upstream({self.model!r}, {self.engine_name})"  # never the clients: they hold the key
+
+    @property
+    def engine_name(self) -> str:
+        """What was asked for: `auto`, `lm15`, `litellm`, or the class of the engine object."""
+        return self.spec if isinstance(self.spec, str) else type(self.spec).__name__
+
+    @property
+    def provider(self) -> str | None:
+        """Whose usage counters the answers carry, for prices: DSPy's name of the provider, or `"litellm"`."""
+        if not isinstance(self.spec, str):
+            return self._guess_provider()
+        selection = self._select()
+        return str(selection.resolution.provider) if selection.native else "litellm"
+
+    def sync_engine(self, request: Request, extras: dict[str, Any] | None, until: float = inf) -> tuple[Any, bool]:
+        """(engine, bounded): the engine for one synchronous attempt, and whether it bounds itself in time.
+
+        `until` is when nobody waits for the attempt any more (monotonic).
+        """
+        if not isinstance(self.spec, str):
+            if extras:
+                raise self._cannot_carry(extras)
+            return self.spec, False
+        if self.is_native(request, extras):
+            return self._native_engine(), True
+        return self._litellm(False, extras, until), False
+
+    def async_engine(self, request: Request, extras: dict[str, Any] | None, until: float = inf) -> Any:
+        """The engine for one asynchronous attempt; `until` as in `sync_engine`."""
+        if not isinstance(self.spec, str):
+            if extras:
+                raise self._cannot_carry(extras)
+            if self.async_spec is None:
+                raise LMUnsupportedFeatureError(
+                    "this custom engine has no async counterpart; pass async_engine= to dspy_prod.LM", model=self.model
+                )
+            return self.async_spec
+        if self.is_native(request, extras):
+            return self._native_async_engine()
+        return self._litellm(True, extras, until)
+
+    def warm(self, request: Request, extras: dict[str, Any] | None) -> None:
+        """Import and build what an attempt needs. It may take seconds, and comes before an attempt is admitted."""
+        with IMPORTING:
+            if self.ready:
+                return
+            if self.is_native(request, extras):
+                self._native_engine().plan(request)
+            else:
+                from dspy.clients._litellm import get_litellm
+
+                get_litellm(feature="LiteLLM engine")
+            self.ready = True
+
+    def close(self) -> None:
+        """Close the pooled connections of the synchronous engine; engine objects are borrowed and stay open."""
+        with self._lock:
+            native, self._native = self._native, None
+            loops = [loop for loop in self._native_async if loop.is_closed()]
+            for loop in loops:
+                self._native_async.pop(loop, None)
+        if native is not None:
+            native.close()
+            native.config.transport.close()
+
+    async def aclose(self) -> None:
+        """Close this event loop's connections and the synchronous ones."""
+        with self._lock:
+            engine = self._native_async.pop(asyncio.get_running_loop(), None)
+        if engine is not None:
+            await engine.aclose()
+            await engine.config.transport.aclose()
+        self.close()
+
+    # -- selection ---------------------------------------------------------------------------------------------------
+    @property
+    def _engine_spec(self) -> Any:  # what `select_backend` reads off a dspy.LM
+        return self.spec
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The client settings, as `select_backend` reads them off a `dspy.LM`."""
+        return self.clients
+
+    def _select(self) -> Any:
+        selection = self._selection
+        if selection is None:
+            clients = {key: value for key, value in self.clients.items() if key != "timeout"}
+            selection = self._selection = select_backend(StandIn(self, clients), {})
+        return selection
+
+    def is_native(self, request: Request, extras: dict[str, Any] | None) -> bool:
+        """Whether the native engine carries this request; else LiteLLM does."""
+        selection = self._select()
+        if not selection.native:
+            return False
+        if self.extras or extras:
+            if self.spec == "lm15":
+                raise self._cannot_carry({**self.extras, **(extras or {})})
+            self.fell_back = True
+            return False
+        if self.spec != "auto" or request.config.cache is not None:
+            return True
+        shape = _shape(request)
+        carried = self._carried.get(shape) if shape is not None else None
+        if carried is None:
+            try:
+                self._native_engine().plan(request)
+                carried = True
+            except UnsupportedFeatureError:
+                if selection.resolution.declared:
+                    raise  # the declaration is the authority on what that server can do
+                carried = False
+                self.fell_back = True
+            if shape is not None and len(self._carried) < _PLANNED:
+                self._carried[shape] = carried
+        return carried
+
+    def _cannot_carry(self, extras: dict[str, Any]) -> LMUnsupportedFeatureError:
+        names = ", ".join(sorted(extras))
+        return LMUnsupportedFeatureError(
+            f"engine={self.engine_name} cannot carry {names}; use engine='auto' or 'litellm', or drop the argument",
+            model=self.model,
+            features=sorted(extras),
+        )
+
+    def _guess_provider(self) -> str | None:
+        try:
+            model_type = "chat" if self.model_type == "text" else self.model_type
+            engine = LM15Engine(RouterConfig(env={}), model_type=model_type)
+            return str(engine.resolve(self.model).provider)
+        except Exception:  # not a model string the native registry knows: the price book falls back to its prefix
+            return self.model.split("/", 1)[0] if "/" in self.model else None
+
+    # -- engines -----------------------------------------------------------------------------------------------------
+    def _native_engine(self) -> LM15Engine:
+        engine = self._native
+        if engine is None:
+            with self._lock:
+                if self._native is None:
+                    transport = BoundedTransport(**self._connections())
+                    self._native = LM15Engine(self._config(transport=transport), model_type=self.model_type)
+                engine = self._native
+        return engine
+
+    def _native_async_engine(self) -> AsyncLM15Engine:
+        loop = asyncio.get_running_loop()
+        engine = self._native_async.get(loop)
+        if engine is None:
+            with self._lock:
+                for dead in [other for other in self._native_async if other.is_closed()]:
+                    self._native_async.pop(dead, None)
+                transport = PacedAsyncTransport(**self._connections())
+                engine = AsyncLM15Engine(self._config(transport=transport), model_type=self.model_type)
+                self._native_async[loop] = engine
+        return engine
+
+    def _connections(self) -> dict[str, Any]:
+        timeouts = timeouts_for(self.clients.get("timeout"))
+        known = {} if timeouts is None else _transport_timeouts(timeouts)
+        return {"max_connections": MAX_CONNECTIONS, "user_agent": "dspy-prod", **known}
+
+    def _config(self, **connection: Any) -> RouterConfig:
+        from dspy.lm15 import _definitions
+
+        selection = self._select()
+        provider, clients = selection.resolution.provider, selection.clients
+        url = clients.get("api_base") or clients.get("base_url")
+        return RouterConfig(
+            api_keys={provider: clients["api_key"]} if clients.get("api_key") is not None else None,
+            base_urls={provider: url} if url else None,
+            providers=_definitions(self._providers),
+            **connection,
+        )
+
+    def _litellm(self, asynchronous: bool, extras: dict[str, Any] | None, until: float) -> Any:
+        selection = self._select()
+        options = dict(selection.clients)
+        wire_model = None
+        if selection.resolution is not None and selection.resolution.declared:
+            from dspy.clients.execution import _declared_fallback
+            from dspy.lm15 import _binding_for
+
+            binding = _binding_for(self._providers, selection.resolution.provider)
+            wire_model, options = _declared_fallback(self, binding, selection.resolution, options)
+        timeout = wire_timeout(self.clients.get("timeout"), until)
+        if timeout is not None:
+            options["timeout"] = timeout
+        if self.model_type == "text":
+            text_class = AsyncLiteLLMTextEngine if asynchronous else LiteLLMTextEngine
+            return text_class({**options, **self.extras, **(extras or {})})
+        engine_class = AsyncExtendedLiteLLMEngine if asynchronous else ExtendedLiteLLMEngine
+        engine = engine_class(model_type=self.model_type, wire_model=wire_model, **options)
+        return engine.extended({**self.extras, **(extras or {})})
+
+
+def _transport_timeouts(timeouts: Any) -> dict[str, Any]:
+    return {
+        "connect_timeout": timeouts.connect,
+        "read_timeout": timeouts.read,
+        "write_timeout": timeouts.write,
+        "pool_timeout": timeouts.pool,
+    }
+
+
+def _shape(request: Request) -> Any:
+    """What of a request decides whether the native route can carry it, or None when that takes its content."""
+    if any(part.type != "text" for message in request.messages for part in message.parts):
+        return None
+    try:
+        return hash((request.config, request.tools, isinstance(request.system, str), len(request.messages) > 1))
+    except TypeError:
+        return None
+
+
+def address_of(clients: dict[str, Any], model: str) -> str:
+    """The provider's address as part of a route's identity: the configured one, or the provider's name."""
+    url = clients.get("api_base") or clients.get("base_url")
+    if url:
+        return address(str(url))
+    prefix = model.split("/", 1)[0] if "/" in model else "openai"
+    return address(os.environ.get(f"{prefix.upper()}_API_BASE", prefix))
+
+
+__all__ = ["NATIVE_CLIENT_KEYS", "Response", "Upstream", "address_of"]

@@ -1,0 +1,3 @@
+"""The circuit breaker."""
+
+from __future__ import annotations

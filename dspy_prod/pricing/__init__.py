@@ -1,0 +1,3 @@
+"""What a call costs, and at most."""
+
+from __future__ import annotations

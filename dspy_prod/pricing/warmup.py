@@ -1,0 +1,52 @@
+"""Model metadata, loaded beside the program: the first look at a price would else wait for the network."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+from dspy_prod.pricing.rates import preload
+from dspy_prod.runtime.forking import IMPORTING
+
+_log = logging.getLogger("dspy_prod")
+
+
+class Warmup:
+    """Loads once a process, on a daemon thread."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin, unless that was done; never waits, never raises."""
+        if self._thread is not None:
+            return
+        self._thread = threading.Thread(target=_load, name="dspy_prod-warmup", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # the interpreter is going down
+            return
+
+    def _after_fork(self) -> None:
+        running, self._thread = self._thread, None
+        if running is None:
+            return
+        from dspy.clients import model_metadata
+
+        # The parent's thread may have held it, and nobody would release it here.
+        if hasattr(model_metadata, "_lock"):
+            model_metadata._lock = threading.RLock()
+
+
+def _load() -> None:
+    try:
+        with IMPORTING:
+            preload()
+    except Exception:
+        _log.debug("Model metadata could not be loaded ahead; the first call tries again", exc_info=True)
+
+
+WARMUP = Warmup()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=WARMUP._after_fork)

@@ -1,0 +1,103 @@
+"""What may be shown of an error: its class and a short text, without keys, prompts and answers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from dspy.utils.exceptions import AdapterParseError, LMError
+
+from dspy_prod import privacy
+from dspy_prod.privacy.names import SHORTEST, is_secret, secrets_in
+
+_log = logging.getLogger("dspy_prod")
+
+_LENGTH: Final = 200
+_HIDDEN: Final = "***"
+
+_TOKENS: Final = re.compile(
+    r"(?P<keep>://)[^/?#\s@]*@"  # user and password in a URL
+    r"|\bbearer\s+\S+"
+    r"|\b(?:sk|pk|rk|gsk|xai|hf|ghp|pplx|nvapi|key)[-_][\w*-]{6,}"  # the shapes of well-known providers' keys
+    r"|\bA(?:Iza|KIA)[\w-]{12,}"
+    r"|\b(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{24,}\b",  # anything that looks random
+    re.IGNORECASE,
+)
+_NAMED: Final = re.compile(
+    r"(?P<name>\b(?:api[-_ ]?key|secret|password|authorization|access[-_ ]?token)\b[\"']?\s*(?:[:=]|provided:)\s*)"
+    r"[\"']?[^\s\"',;&]+",
+    re.IGNORECASE,
+)
+
+
+def error_text(error: BaseException) -> str:
+    """`"LMServerError 500: the server had an error"`: one line of at most about 200 characters.
+
+    A parse error's text contains the model's answer, so only the names of its fields are told. Texts of a provider may
+    echo a key: known keys and whatever looks like one are replaced.
+    """
+    name = type(error).__name__
+    if isinstance(error, AdapterParseError):
+        expected = ", ".join(error.signature.output_fields) if error.signature is not None else ""
+        return f"{name}: {error.adapter_name} did not find the fields [{expected}] in the answer"
+    status = getattr(error, "status", None)
+    head = name if status is None else f"{name} {status}"
+    text = scrubbed(error.message if isinstance(error, LMError) else str(error))
+    return f"{head}: {text}" if text else head
+
+
+def scrubbed(text: str) -> str:
+    """One line without known secrets, without what looks like one, and redacted while a redactor is in force."""
+    for secret in sorted(set(_known_secrets()), key=len, reverse=True):
+        text = text.replace(secret, _HIDDEN)
+    text = _TOKENS.sub(lambda match: f"{match['keep']}{_HIDDEN}@" if match["keep"] else _HIDDEN, text)
+    text = _NAMED.sub(rf"\g<name>{_HIDDEN}", text)
+    redactor = privacy.active()
+    if redactor is not None:
+        text = redactor.text(text)
+    line = " ".join(text.split())
+    return line if len(line) <= _LENGTH else line[: _LENGTH - 1] + "…"
+
+
+def log_error(error: BaseException, text: str) -> None:
+    """Log an error of the user's own code with its traceback, redacted while a redactor is in force."""
+    redactor = privacy.active()
+    if redactor is None:
+        _log.error("%s", text, exc_info=error)
+    else:
+        _log.error("%s\n%s", text, redactor.text("".join(traceback.format_exception(error))))
+
+
+def _known_secrets() -> Iterator[str]:
+    """The secrets in the environment and in the settings of the LMs alive."""
+    yield from secrets_in(os.environ)
+    for name, value in os.environ.items():
+        if is_secret(name) or name.upper().endswith(("_TOKEN", "_KEY")):
+            yield from _texts(value)
+    from dspy_prod.lm.lm import LIVE
+
+    try:
+        lms = list(LIVE)
+    except RuntimeError:  # another thread made an LM meanwhile; the patterns remain
+        lms = []
+    for lm in lms:
+        for arguments in (lm.settings.clients, lm.settings.extras):
+            yield from secrets_in(arguments)
+            for name, value in arguments.items():
+                if is_secret(str(name)):
+                    yield from _texts(value)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        if len(value) >= SHORTEST:
+            yield value
+            if value.lower().startswith("bearer "):
+                yield value[7:]
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)

@@ -1,0 +1,3 @@
+"""`Production`: a program that keeps answering."""
+
+from __future__ import annotations

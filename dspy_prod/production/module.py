@@ -1,0 +1,290 @@
+"""`Production`: a DSPy program that keeps answering when its model does not, and says what each call did."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import dspy
+from dspy.utils.callback import BaseCallback
+from dspy.utils.exceptions import AdapterParseError, LMError
+
+from dspy_prod.context.current import current
+from dspy_prod.context.marks import mark_of
+from dspy_prod.context.scoring import is_raising, raising
+from dspy_prod.errors import ConfigError, RejectedError
+from dspy_prod.privacy.error_text import error_text, log_error
+from dspy_prod.production.conditions import Conditions
+from dspy_prod.production.fallback import REASONS, Answer, Fallback, Outputs
+from dspy_prod.production.report import CallReport, Reason, TokenUsage, Watch, call_report, report_of
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.telemetry.events import BUS
+from dspy_prod.telemetry.tap import TAP, Node
+
+if TYPE_CHECKING:
+    from dspy_prod.registry.published.follow import Follower
+
+
+class Production(dspy.Module):
+    """A program with a last fallback, a name in the ledger, and a report of every call.
+
+    It is a `dspy.Module` around another one: call it, `await prod.acall(...)`, `dspy.streamify(prod)`, run it in
+    `dspy.Parallel` or `batch`. Predictors, state and LMs are those of the program: `save` writes a file that the bare
+    program loads and the other way round, and optimizers compile it as they compile the program.
+
+    What the fallback answers for (`call_report(pred).reason`):
+
+    - `circuit_open`, `rate_limited`, `budget_exceeded`, `deadline_exceeded`, `unpriced_model`, `store_unavailable`:
+      refused by this library (`RejectedError`).
+    - `upstream_error`: any other `LMError`, once retries and model fallbacks are exhausted. A revoked key, a missing
+      setting or an overlong prompt count too: the user in front of the program can mend none of them. Watch the
+      `fallback_response` event (`dspy_prod.enable_logging()`) to notice.
+    - `parse_error`: the model answered, but not in the signature's form (`AdapterParseError`).
+    - `unexpected_error`: any other `Exception`, with `catch="all"` only; it is logged with its traceback, for it is
+      probably a defect. Otherwise a mistake in the program or its inputs raises, as without `Production`.
+
+    `KeyboardInterrupt`, cancellation and other `BaseException`s always pass. Errors also pass, instead of being
+    answered, when there is no fallback for the reason; inside `dspy.Evaluate`, an optimizer's `compile` and
+    `dspy_prod.module.raising()`, where a canned answer must not be scored; and once a part of a streamed answer was
+    sent, since a second answer would contradict it.
+
+    Args:
+        program: the `dspy.Module` to run.
+        name: recorded as the program of each call; default: the program's class name.
+        fallback_response: what to answer instead of raising; None: nothing, the error is raised. One of
+
+            - a string: fills the program's only, else its last, text output; the other outputs are None;
+            - a dict of outputs; those it does not name are None. A `dspy.Prediction` is taken as it is;
+            - a function of the inputs that returns one of these, or None to let the error pass. It may be async, for
+              `acall`;
+            - a `dspy.Module`, run with the same inputs, under the caller's deadline but not under `deadline`. When it
+              fails too, its error is raised from the first one;
+            - a table of these by reason, with the program's name and `"default"` for the rest. A table that has a
+              `"default"` may name other programs too, so several can share it.
+        catch: `"unavailable"`, or `"all"` for every `Exception`.
+        deadline: seconds for one call of the program; an earlier one of the caller holds.
+        priority, tags: as in `call_context`; a priority given here wins over the caller's, tags are merged.
+        follow: a program version in MLflow to run, such as `"triage@production"`. A promotion is picked up within
+            `refresh` seconds, between two calls; a call runs on one version from begin to end. See
+            `dspy_prod.registry.published.follow`.
+        refresh: seconds between two looks at MLflow, in the background; no call waits for it.
+        callbacks: DSPy callbacks of this module.
+        clock: for tests.
+
+    Attributes:
+        program: the wrapped program; with `follow`, a copy of it with the published state.
+
+    Raises:
+        ConfigError: an impossible argument; the message names it and the remedy.
+    """
+
+    def __init__(
+        self,
+        program: dspy.Module,
+        name: str | None = None,
+        fallback_response: Any = None,
+        catch: Literal["unavailable", "all"] = "unavailable",
+        *,
+        deadline: float | dt.timedelta | None = None,
+        priority: Literal["high", "normal", "low"] | None = None,
+        tags: Mapping[str, str] | None = None,
+        follow: str | None = None,
+        refresh: float | dt.timedelta = 60.0,
+        callbacks: list[BaseCallback] | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        super().__init__(callbacks=callbacks)
+        if not isinstance(program, dspy.Module):
+            raise ConfigError(f"Production takes a dspy.Module, got {type(program).__name__}")
+        if catch not in ("unavailable", "all"):
+            raise ConfigError(f"catch={catch!r}: use 'unavailable' or 'all'")
+        self.program = program
+        self.name = type(program).__name__ if name is None else name
+        self.catch = catch
+        self._conditions = Conditions(self.name, deadline, priority, tags, clock)
+        self._fallback = None
+        if fallback_response is not None:
+            self._fallback = Fallback(fallback_response, self.name, Outputs.of(program))
+        self._follower: Follower | None = None
+        if follow is not None:
+            from dspy_prod.registry.published.follow import Follower
+
+            self._follower = Follower(self, follow, refresh)
+
+    def close(self) -> None:
+        """Stop following; the program stays what it is."""
+        if self._follower is not None:
+            self._follower.close()
+
+    # -- calling -----------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program, else answer with the fallback; called through `prod(...)`."""
+        program = self._snapshot()
+        tap = TAP.active
+        if tap is None:
+            return self._run(program, args, kwargs)
+        with tap.program_call(self.name, _inputs(args, kwargs)) as node:
+            return _noted(node, self._run(program, args, kwargs))
+
+    def _run(self, program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        watch = self._conditions.watch(mark_of(program))
+        try:
+            with watch.program():
+                result = program(*args, **kwargs)
+        except Exception as error:
+            reason, answer = self._answer_to(error, watch)
+            if answer is None:
+                raise
+            with watch.fallback():
+                try:
+                    value = answer.give(args, kwargs)
+                except Exception as second:
+                    raise second from error
+            return self._answered(value, reason, error, watch)
+        return watch.finish(result)
+
+    async def aforward(self, *args: Any, **kwargs: Any) -> Any:
+        """Asynchronous `forward`; called through `await prod.acall(...)`."""
+        program = self._snapshot()
+        if not hasattr(program, "aforward"):
+            raise TypeError(
+                f"{type(program).__name__} has no aforward: write one, or call `await dspy.asyncify(prod)(...)`"
+            )
+        tap = TAP.active
+        if tap is None:
+            return await self._arun(program, args, kwargs)
+        with tap.program_call(self.name, _inputs(args, kwargs)) as node:
+            return _noted(node, await self._arun(program, args, kwargs))
+
+    async def _arun(self, program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        watch = self._conditions.watch(mark_of(program))
+        try:
+            with watch.program():
+                result = await program.acall(*args, **kwargs)
+        except Exception as error:
+            reason, answer = self._answer_to(error, watch)
+            if answer is None:
+                raise
+            with watch.fallback():
+                try:
+                    value = await answer.agive(args, kwargs)
+                except Exception as second:
+                    raise second from error
+            return self._answered(value, reason, error, watch)
+        return watch.finish(result)
+
+    def _snapshot(self) -> Any:
+        """The program of one call, however often it is replaced meanwhile."""
+        if self._follower is not None:
+            self._follower.keep_going()
+        return self.program
+
+    def _answer_to(self, error: Exception, watch: Watch) -> tuple[Reason, Answer | None]:
+        reason = reason_of(error)
+        if self._fallback is None or is_raising() or watch.visible:
+            return reason, None
+        if reason == "unexpected_error":
+            if self.catch != "all":
+                return reason, None
+            log_error(error, f"{self.name} failed with an unexpected error; its fallback answers")
+        return reason, self._fallback.answer(reason)
+
+    def _answered(self, value: Any, reason: Reason, error: Exception, watch: Watch) -> Any:
+        assert self._fallback is not None
+        try:
+            prediction = self._fallback.outputs.prediction(value)
+        except TypeError as wrong:
+            raise wrong from error
+        if prediction is None:
+            raise error
+        text = error_text(error)
+        watch.finish(prediction, reason, text)
+        if BUS.active:
+            context = current()
+            BUS.emit(
+                "fallback_response", self._conditions.clock.time(), program=self.name, reason=reason, error=text,
+                user=context.user, tenant=context.tenant,
+            )  # fmt: skip
+        return prediction
+
+    # -- the program's own -------------------------------------------------------------------------------------------
+    @property
+    def _compiled(self) -> bool:
+        # DSPy freezes compiled modules; the wrapper is compiled when its program is, and says so for it.
+        program = self.__dict__.get("program")
+        return bool(getattr(program, "_compiled", False))
+
+    @_compiled.setter
+    def _compiled(self, value: bool) -> None:
+        program = self.__dict__.get("program")
+        if program is not None:
+            program._compiled = value
+
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        """The program's, under its own names."""
+        return list(self.program.named_parameters())
+
+    def named_predictors(self) -> list[tuple[str, Any]]:
+        """The program's, under its own names."""
+        return list(self.program.named_predictors())
+
+    def map_named_predictors(self, func: Callable[[Any], Any]) -> Production:
+        """Replace each predictor of the program by what the function makes of it."""
+        if isinstance(self.program, dspy.Predict):
+            self.program = func(self.program)
+        else:
+            self.program.map_named_predictors(func)
+        return self
+
+    def set_lm(self, lm: Any) -> None:
+        """Set the LM of the program's predictors."""
+        self.program.set_lm(lm)
+
+    def get_lm(self) -> Any:
+        """The LM that all predictors of the program use."""
+        return self.program.get_lm()
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        """The program's state."""
+        state: dict[str, Any] = self.program.dump_state(json_mode=json_mode)
+        return state
+
+    def load_state(self, state: dict[str, Any], *, allow_unsafe_lm_state: bool = False) -> Any:
+        """Load the program's state."""
+        return self.program.load_state(state, allow_unsafe_lm_state=allow_unsafe_lm_state)
+
+    def __repr__(self) -> str:
+        return f"Production({self.name!r}, {self.program!r})"
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"args": list(args), **kwargs} if args else kwargs
+
+
+def _noted(node: Node | None, result: Any) -> Any:
+    """The result, noted in its trace."""
+    if node is not None:
+        report = report_of(result)
+        told = {} if report is None else {"status": report.status, "reason": report.reason, "error": report.error}
+        node.answered(result, **told)
+    return result
+
+
+def reason_of(error: BaseException) -> Reason:
+    """The word in reports for an error. A group of errors has the word of the first, when all of them are LM errors."""
+    if isinstance(error, RejectedError):
+        return error.reason if error.reason in REASONS else "upstream_error"  # type: ignore[return-value]
+    if isinstance(error, AdapterParseError):
+        return "parse_error"
+    if isinstance(error, LMError):
+        return "upstream_error"
+    members = getattr(error, "exceptions", None)  # an ExceptionGroup, of Python 3.11 or of its backport
+    if isinstance(members, tuple) and members:
+        reasons = [reason_of(member) for member in members]
+        if "unexpected_error" not in reasons:
+            return reasons[0]
+    return "unexpected_error"
+
+
+__all__ = ["CallReport", "Production", "TokenUsage", "call_report", "raising", "reason_of"]

@@ -1,0 +1,273 @@
+"""What one call of a `Production` did: `CallReport`, and how it is gathered and found again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, Literal
+
+import dspy
+from dspy.dsp.utils.settings import settings as dspy_settings
+from dspy.streaming.messages import StatusMessage
+from pydantic import BaseModel, ConfigDict
+
+from dspy_prod.context.current import SETTING, CallContext
+from dspy_prod.records import NANO, CallRecord, usd
+from dspy_prod.runtime.clock import Clock
+
+Status = Literal["ok", "cached", "fallback"]
+Reason = Literal[
+    "circuit_open",
+    "rate_limited",
+    "budget_exceeded",
+    "deadline_exceeded",
+    "unpriced_model",
+    "store_unavailable",
+    "upstream_error",
+    "parse_error",
+    "unexpected_error",
+]
+
+_ATTRIBUTE: Final = "_dspy_prod_report"  # Prediction keeps names with an underscore out of its fields
+
+
+class TokenUsage(BaseModel):
+    """Tokens as told by the providers, summed over all attempts; None when none of them told."""
+
+    model_config = ConfigDict(frozen=True)
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+class CallReport(BaseModel):
+    """What one call of a `Production` did. Immutable.
+
+    Attributes:
+        status: `ok`: the program answered; `cached`: so it did, and every LM call was answered from a cache;
+            `fallback`: the `fallback_response` answered.
+        reason: why the fallback answered, None otherwise.
+        error: the error behind it, as class name and short text, without keys, prompts and answers.
+        cost_usd: cost of all LM calls, those of a fallback module included; None when any of it is unknown.
+        usage: tokens, as far as the providers told.
+        attempts: requests that were sent upstream, retries and model fallbacks included.
+        model: the model that gave the last answer; None when no model answered.
+        route: its route, `"primary"` or the fallback model's name; None for a model outside this library.
+        latency: seconds from call to answer.
+        waited: seconds of it spent waiting for limits, budgets or an identical call.
+        program: the `Production`'s name.
+        variant: the experiment's variant that was in force.
+        trace_id: id of the trace the call belongs to, when one was active.
+        call_ids: ids of the LM calls, as in the ledger.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    status: Status
+    reason: Reason | None = None
+    error: str | None = None
+    cost_usd: float | None = None
+    usage: TokenUsage = TokenUsage()
+    attempts: int = 0
+    model: str | None = None
+    route: str | None = None
+    latency: float = 0.0
+    waited: float = 0.0
+    program: str | None = None
+    variant: str | None = None
+    trace_id: str | None = None
+    call_ids: tuple[str, ...] = ()
+
+
+def call_report(prediction: Any) -> CallReport:
+    """What the call did that gave this prediction.
+
+    It sees the calls of `dspy_prod.LM`, and those of a plain `dspy.LM` as far as DSPy's history tells, when that is
+    on. An attempt that was abandoned at its deadline and still runs upstream is in the ledger once it ends.
+
+    Args:
+        prediction: as returned (or streamed last) by a `Production`.
+
+    Raises:
+        ValueError: the prediction did not come from a `Production`, or was copied since.
+    """
+    report = report_of(prediction)
+    if report is None:
+        raise ValueError(
+            "call_report takes the Prediction that a dspy_prod.Production returned, itself and not a copy; "
+            f"this {type(prediction).__name__} has no report. Wrap the program: prod = dspy_prod.Production(program)"
+        )
+    return report
+
+
+def report_of(prediction: Any) -> CallReport | None:
+    """The report that a prediction carries, None without one."""
+    report = getattr(prediction, "__dict__", {}).get(_ATTRIBUTE)
+    return report if isinstance(report, CallReport) else None
+
+
+class Records(list[CallRecord]):
+    """Collects records, and passes them on to the collector of an enclosing call."""
+
+    def __init__(self, outer: list[CallRecord] | None) -> None:
+        super().__init__()
+        self._outer = outer
+
+    def append(self, record: CallRecord) -> None:
+        """Add a record here and outside."""
+        super().append(record)
+        if self._outer is not None:
+            self._outer.append(record)
+
+
+class _Stream:
+    """A stream that knows whether something of an answer was sent through it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.visible = False
+
+    async def send(self, item: Any) -> None:
+        """Send an item."""
+        if not isinstance(item, StatusMessage):
+            self.visible = True
+        await self._stream.send(item)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Calls:
+    """Stands among DSPy's calling modules, so that the history of every LM call reaches it."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, Any]] = []
+
+    def foreign(self) -> list[dict[str, Any]]:
+        """The calls of LMs that are not ours, which leave no record."""
+        return [entry for entry in self.history if "cached" not in entry]
+
+
+class Watch:
+    """Watches one call of a `Production`: puts its context in force, and reports in the end.
+
+    Attributes:
+        visible: something of a streamed answer was sent.
+    """
+
+    def __init__(self, name: str, outer: CallContext, inner: CallContext, clock: Clock) -> None:
+        self.name = name
+        self.records = Records(outer.records)
+        self._outer = outer._replace(program=name, records=self.records)
+        self._inner = inner._replace(records=self.records)
+        self._calls = _Calls()
+        self._clock = clock
+        self._started = clock.monotonic()
+        self._stream: _Stream | None = None
+        self._before_fallback = (0, 0)
+
+    @property
+    def visible(self) -> bool:
+        return self._stream is not None and self._stream.visible
+
+    @contextmanager
+    def program(self) -> Iterator[None]:
+        """The scope in which the program runs."""
+        changed: dict[str, Any] = {
+            SETTING: self._inner,
+            "caller_modules": [*(dspy_settings.caller_modules or []), self._calls],
+        }
+        stream = dspy_settings.send_stream
+        if stream is not None:
+            changed["send_stream"] = self._stream = _Stream(stream)
+        with dspy.context(**changed):
+            yield
+
+    @contextmanager
+    def fallback(self) -> Iterator[None]:
+        """The scope in which a fallback runs: under the caller's deadline, not the `Production`'s own."""
+        self._before_fallback = (len(self.records), len(self._calls.foreign()))
+        with dspy.context(
+            **{SETTING: self._outer, "caller_modules": [*(dspy_settings.caller_modules or []), self._calls]}
+        ):
+            yield
+
+    def finish(self, result: Any, reason: Reason | None = None, error: str | None = None) -> Any:
+        """Attach the report to a prediction; anything else a program returns cannot carry one."""
+        if isinstance(result, dspy.Prediction):
+            object.__setattr__(result, _ATTRIBUTE, self._report(reason, error))
+        return result
+
+    def _report(self, reason: Reason | None, error: str | None) -> CallReport:
+        records = tuple(self.records)
+        foreign = self._calls.foreign()
+        own_answers = records[self._before_fallback[0] :]
+        model, route = _answered_by(own_answers, foreign[self._before_fallback[1] :])
+        status: Status = "ok"
+        if reason is not None:
+            status = "fallback"
+        elif (records or foreign) and all(r.cached for r in records) and all(_was_cached(e) for e in foreign):
+            status = "cached"
+        waited: dict[str, float] = {}
+        for record in records:
+            waited[record.call_id] = max(waited.get(record.call_id, 0.0), record.waited)
+        last = records[-1] if records else None
+        return CallReport(
+            status=status,
+            reason=reason,
+            error=error,
+            cost_usd=_cost(records, foreign),
+            usage=TokenUsage(
+                input_tokens=_sum([r.input_tokens for r in records] + [_told(e, "prompt_tokens") for e in foreign]),
+                output_tokens=_sum(
+                    [r.output_tokens for r in records] + [_told(e, "completion_tokens") for e in foreign]
+                ),
+            ),
+            attempts=sum(not r.cached for r in records) + sum(not _was_cached(e) for e in foreign),
+            model=model,
+            route=route,
+            latency=self._clock.monotonic() - self._started,
+            waited=sum(waited.values()),
+            program=self.name,
+            variant=(last.variant if last is not None else None) or self._outer.variant,
+            trace_id=(last.trace_id if last is not None else None) or self._outer.trace_id,
+            call_ids=tuple(waited),
+        )
+
+
+def _answered_by(records: Sequence[CallRecord], foreign: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:
+    for record in reversed(records):
+        if record.outcome in ("ok", "cached", "stale"):
+            return record.model, record.route
+    return (str(foreign[-1].get("model")), None) if foreign else (None, None)
+
+
+def _cost(records: Sequence[CallRecord], foreign: Sequence[dict[str, Any]]) -> float | None:
+    nano = 0
+    for record in records:
+        if record.cost_nano is None:
+            return None
+        nano += record.cost_nano
+    for entry in foreign:
+        if _was_cached(entry):
+            continue
+        cost = entry.get("cost")
+        if cost is None:
+            return None
+        nano += round(cost * NANO)
+    return usd(nano)
+
+
+def _was_cached(entry: dict[str, Any]) -> bool:
+    # DSPy empties the usage of a cached answer and repeats its cost; an answer without usage has no cost either.
+    return entry.get("cache_hit") is True or (not entry.get("usage") and entry.get("cost") is not None)
+
+
+def _told(entry: dict[str, Any], name: str) -> int | None:
+    value = (entry.get("usage") or {}).get(name)
+    return value if isinstance(value, int) else None
+
+
+def _sum(numbers: Sequence[int | None]) -> int | None:
+    told = [number for number in numbers if number is not None]
+    return sum(told) if told else None

@@ -1,0 +1,3 @@
+"""Aliases move by compare-and-set."""
+
+from __future__ import annotations

@@ -1,0 +1,249 @@
+"""What a deployment did, for people (Markdown, a table) and programs (JSON)."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from dspy_prod.registry.files import write
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from dspy_prod.registry.aliases.gates import GateReport
+
+DIRECTORY: Final = Path(".dspy_prod") / "deployments"
+LONGEST_DIFF: Final = 20_000
+"""Characters of the difference that the Markdown shows; JSON has all of it."""
+
+Outcome = Literal["deployed", "unchanged", "failed", "error", "inconclusive", "conflict", "interrupted"]
+StepResult = Literal["done", "before", "reused", "skipped", "stopped"]
+_STYLES: Final = {"deployed": "green", "unchanged": "green", "inconclusive": "yellow"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a deployment.
+
+    Attributes:
+        name: `load`, `gate`, `publish`, or the alias that was moved.
+        result: `done` now; done `before`, by an earlier run; `reused`: the verdict of an earlier run; `skipped`:
+            there was nothing to do; `stopped`: the deployment ended here.
+        detail: what happened, in words.
+        at: when it ended, in UTC; for what an earlier run did, when that was.
+        seconds: how long it took now.
+    """
+
+    name: str
+    result: StepResult
+    detail: str
+    at: dt.datetime
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a deployment did.
+
+    Attributes:
+        name: the program.
+        version: the candidate; None while it is a file that was not published.
+        candidate: the candidate as it was named.
+        id: the same for every run that continues this deployment; None when there was nothing to deploy.
+        outcome: `deployed`; `unchanged`: every alias had the version already; `failed`, `error`, `inconclusive`: the
+            gate's verdict, and no alias was moved; `conflict`: somebody else moved an alias; `interrupted`.
+        stages: the aliases, in the order of their moves.
+        resumed: an earlier run had begun it.
+        forced: an inconclusive gate was overruled.
+        reason: why, as given.
+        by: who.
+        started_at, seconds: this run.
+        steps: what was done, in order.
+        gate: the gate's report; None when there was no need for one.
+        before, after: the versions of the aliases at the deployment's begin and now.
+        previous: the version that `production` had before, None for none.
+        difference: unified diff from `previous` to the candidate; a sentence where there is none to show.
+        changes: the status of each predictor in that difference (`changed`, `equal`, ...).
+        error: what ended it, None when nothing did.
+        advice: how to go on, or back.
+        files: where this report is.
+    """
+
+    name: str
+    version: int | None
+    candidate: str
+    id: str | None
+    outcome: Outcome
+    stages: tuple[str, ...]
+    resumed: bool
+    forced: bool
+    reason: str | None
+    by: str
+    started_at: dt.datetime
+    seconds: float
+    steps: tuple[Step, ...]
+    gate: GateReport | None
+    before: Mapping[str, int | None]
+    after: Mapping[str, int | None]
+    previous: int | None
+    difference: str = ""
+    changes: Mapping[str, str] = field(default_factory=dict)
+    error: str | None = None
+    advice: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The candidate: `triage/7`, or the file's name while it is not published."""
+        return f"{self.name} ({self.candidate})" if self.version is None else f"{self.name}/{self.version}"
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.outcome}" + (f": {self.error}" if self.error else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            **self.__dict__,
+            "stages": list(self.stages),
+            "started_at": self.started_at.isoformat(),
+            "steps": [{**step.__dict__, "at": step.at.isoformat()} for step in self.steps],
+            "gate": None if self.gate is None else self.gate.to_dict(),
+            "before": dict(self.before),
+            "after": dict(self.after),
+            "changes": dict(self.changes),
+            "advice": list(self.advice),
+            "files": list(self.files),
+        }
+
+    def to_markdown(self) -> str:
+        """For people."""
+        return "\n".join(_markdown(self)) + "\n"
+
+    def __rich__(self) -> RenderableType:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("step", "result", "when", "what"):
+            table.add_column(column, overflow="fold")
+        for step in self.steps:
+            when = f"{step.at.astimezone():%Y-%m-%d %H:%M:%S}"
+            table.add_row(Text(step.name), step.result, when, Text(step.detail))
+        title = Text(f"Deployment of {self.title}: ")
+        title.append(self.outcome, style=f"bold {_STYLES.get(self.outcome, 'red')}")
+        return Group(title, table, *(Text(line) for line in self.advice))
+
+
+def path_of(directory: Path, name: str, version: int | None) -> Path:
+    """Where the JSON report lies; the Markdown is beside it."""
+    return directory / f"deployment-{name}-{'unpublished' if version is None else version}.json"
+
+
+def save(deployment: Deployment, path: Path) -> None:
+    """Write JSON and Markdown.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    write(path, json.dumps(deployment.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    write(path.with_suffix(".md"), deployment.to_markdown())
+
+
+def _markdown(found: Deployment) -> Iterator[str]:
+    yield f"# Deployment of {found.title}: {found.outcome}"
+    yield ""
+    yield f"{found.started_at:%Y-%m-%d %H:%M:%S} UTC, {found.seconds:.1f} s, by {_cell(found.by)}."
+    if found.resumed:
+        yield "An earlier run had begun it; this one went on where that had stopped."
+    if found.reason:
+        yield f"Reason: {_cell(found.reason)}" + (" (an inconclusive gate was overruled)" if found.forced else "")
+    if found.error:
+        yield ""
+        yield f"**{_cell(found.error)}**"
+    yield ""
+    yield from _table("Steps", ("step", "result", "at (UTC)", "seconds", "what"), [
+        (step.name, step.result, f"{step.at:%Y-%m-%d %H:%M:%S}", f"{step.seconds:.2f}", step.detail)
+        for step in found.steps
+    ])  # fmt: skip
+    yield from _table("Aliases", ("alias", "before", "after"), [
+        (alias, _version(found.before.get(alias)), _version(found.after.get(alias))) for alias in found.before
+    ])  # fmt: skip
+    yield from _gate(found.gate)
+    yield "## Changes against what production had"
+    yield ""
+    if found.previous is not None and found.changes:
+        yield f"Version {found.previous} -> {_version(found.version)}."
+        yield ""
+        for predictor, status in found.changes.items():
+            yield f"- `{predictor}`: {status}"
+        yield ""
+    if found.difference and found.changes:
+        yield from _fenced(found.difference)
+    else:
+        yield found.difference or "No predictor differs."
+    if found.advice:
+        yield ""
+        yield "## How to go on"
+        yield ""
+        for line in found.advice:
+            yield f"- {line}"
+
+
+def _gate(gate: GateReport | None) -> Iterator[str]:
+    if gate is None:
+        return
+    yield "## Gate"
+    yield ""
+    examples = "" if gate.examples is None else f", {gate.examples} examples"
+    yield f"It says **{gate.result}**{examples}, {gate.seconds:.1f} s." + (
+        f" {_cell(gate.error)}" if gate.error else ""
+    )
+    yield ""
+    yield from _table(None, ("check", "result", "why"), [(one.name, one.result, one.reason) for one in gate.checks])
+    names = [*gate.metrics, *(name for name in gate.baseline if name not in gate.metrics)]
+    yield from _table("Metrics", ("metric", "candidate", "baseline", "difference"), [
+        (name, _number(gate.metrics.get(name)), _number(gate.baseline.get(name)),
+         _number(gate.metrics[name] - gate.baseline[name] if {name} <= {*gate.metrics} & {*gate.baseline} else None))
+        for name in names
+    ])  # fmt: skip
+
+
+def _table(title: str | None, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    if not rows:
+        return
+    if title is not None:
+        yield f"## {title}"
+        yield ""
+    yield f"| {' | '.join(columns)} |"
+    yield f"|{'---|' * len(columns)}"
+    for row in rows:
+        yield f"| {' | '.join(map(_cell, row))} |"
+    yield ""
+
+
+def _fenced(text: str) -> Iterator[str]:
+    shown = text if len(text) <= LONGEST_DIFF else f"{text[:LONGEST_DIFF]}\n... ({len(text)} characters)"
+    fence = "```"
+    while fence in shown:
+        fence += "`"
+    yield f"{fence}diff"
+    yield shown.rstrip("\n")
+    yield fence
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _version(version: int | None) -> str:
+    return "-" if version is None else str(version)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"

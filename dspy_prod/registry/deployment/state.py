@@ -1,0 +1,143 @@
+"""How far a deployment is: read from the journal, so that any machine can continue what another one began.
+
+Each move of a deployment bears its id, its stages, what the aliases had at its begin, and the conditions and the
+verdict of its gate. Nothing else is kept anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dspy_prod.registry.aliases.gates import Gate, GateReport
+from dspy_prod.registry.aliases.journal import AuditEntry, Replay
+from dspy_prod.registry.aliases.projection import alias_version
+from dspy_prod.registry.names import Reference
+from dspy_prod.registry.server import Server
+
+EVIDENCE: Final = "deployment"
+
+
+@dataclass(frozen=True)
+class Begin:
+    """The begin of a deployment.
+
+    Attributes:
+        id: of the deployment.
+        stages: its aliases, in order.
+        before: what they had.
+        first: its first move; None when none was made yet.
+    """
+
+    id: str
+    stages: tuple[str, ...]
+    before: Mapping[str, int | None]
+    first: AuditEntry | None = None
+
+    @classmethod
+    def now(cls, replay: Replay, stages: tuple[str, ...]) -> Begin:
+        """A deployment that begins here."""
+        return cls(uuid.uuid4().hex, stages, {alias: replay.version(alias) for alias in stages})
+
+    @classmethod
+    def found(cls, replay: Replay, stages: tuple[str, ...], version: int) -> Begin | None:
+        """The newest deployment of a version through these stages that made a move."""
+        first: AuditEntry | None = None
+        for entry in replay.entries:
+            said = entry.evidence.get(EVIDENCE)
+            if said is None or not entry.moved or entry.to_version != version or tuple(said["stages"]) != stages:
+                continue
+            if first is None or said["id"] != first.evidence[EVIDENCE]["id"]:
+                first = entry
+        if first is None:
+            return None
+        said = first.evidence[EVIDENCE]
+        return cls(said["id"], stages, said["before"], first)
+
+    def move(self, replay: Replay, alias: str, version: int) -> AuditEntry | None:
+        """The entry that gave an alias the version, since this deployment began."""
+        since = 0 if self.first is None else self.first.number or 0
+        return next(
+            (
+                entry
+                for entry in reversed(replay.entries)
+                if entry.alias == alias and entry.moved and entry.to_version == version and (entry.number or 0) >= since
+            ),
+            None,
+        )
+
+    def has_passed(self, replay: Replay, alias: str, version: int) -> bool:
+        """Whether the alias has been given the version."""
+        if self.first is None:
+            return replay.version(alias) == version
+        return self.before[alias] == version or self.move(replay, alias, version) is not None
+
+    def evidence(self, conditions: Mapping[str, Any] | None, report: GateReport | None) -> dict[str, Any]:
+        """What a move has to say about the deployment it belongs to."""
+        verdict = None if report is None else report.result
+        said = {"id": self.id, "stages": list(self.stages), "before": dict(self.before)}
+        return {**said, "conditions": conditions, "verdict": verdict}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate said earlier.
+
+    Attributes:
+        report: its report; without checks and metrics where those were too long to keep.
+        entry: where it is on record.
+    """
+
+    report: GateReport
+    entry: AuditEntry
+
+
+def verdict(replay: Replay, version: int, conditions: Mapping[str, Any]) -> Verdict | None:
+    """The newest verdict on a version under the very same conditions."""
+    for entry in reversed(replay.entries):
+        said = entry.evidence.get(EVIDENCE)
+        if said is not None and entry.to_version == version and said["verdict"] and said["conditions"] == conditions:
+            full = next(
+                (
+                    other.evidence["gate"]
+                    for other in reversed(replay.entries)
+                    if "gate" in other.evidence and other.evidence.get(EVIDENCE) == said
+                ),
+                None,
+            )
+            return Verdict(GateReport(said["verdict"]) if full is None else GateReport.of(full), entry)
+    return None
+
+
+def pinned(gate: Gate, server: Server, name: str, before: Mapping[str, int | None]) -> Gate:
+    """The gate, with the version that its baseline means at the deployment's begin.
+
+    Later, when an alias has moved on to the candidate, it would compare the candidate with itself.
+    """
+    if not isinstance(gate.baseline, str):
+        return gate
+    reference = Reference.of(gate.baseline)
+    if reference.alias is None:
+        return gate
+    known = reference.name == name and reference.alias in before
+    version = before[reference.alias] if known else alias_version(server, reference.name, reference.alias)
+    if version is None:
+        return gate
+    return Gate(gate.evaluate, gate.thresholds, f"{reference.name}/{version}", gate.margin, gate.min_examples)
+
+
+def conditions_of(gate: Gate) -> dict[str, Any]:
+    """What the verdict of a gate depends on, apart from the evaluation itself, as JSON gives it back."""
+    plain = {
+        "thresholds": {
+            name: list(bound) if isinstance(bound, tuple) else bound for name, bound in gate.thresholds.items()
+        },
+        "baseline": gate.baseline if isinstance(gate.baseline, str | None) else dict(gate.baseline),
+        "margin": gate.margin,
+        "min_examples": gate.min_examples,
+    }
+    found: dict[str, Any] = json.loads(json.dumps(plain))
+    return found

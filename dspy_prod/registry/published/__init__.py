@@ -1,0 +1,3 @@
+"""Publishing and loading versions."""
+
+from __future__ import annotations

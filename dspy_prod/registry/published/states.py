@@ -1,0 +1,138 @@
+"""A predictor's state as JSON and back, such that the restored predictor sends the same prompts.
+
+The state is DSPy's own (`Predict.dump_state`), without traces and training examples, which are no part of a prompt.
+Demos are kept as what they are: a plain dict or a `dspy.Example` with its input keys. A value that is no JSON (a model,
+an image, a date) is kept in the form in which DSPy's adapters render it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+import dspy
+import pydantic
+from dspy.adapters.utils import serialize_for_json
+from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.names import public
+
+_UNSAFE: Final = ("api_base", "base_url", "model_list")
+_OWN: Final = ("traces", "train", "demos", "lm", "typed_demos")
+_PER_OBJECT: Final = ("history", "callbacks", "traces", "train", "lm")
+_log = logging.getLogger("dspy_prod")
+
+
+def to_text(value: Any) -> str:
+    """Compact JSON in ASCII. The order of keys is kept, for it shows in prompts."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def dumped(name: str, predictor: Any, *, typed_demos: bool = False) -> str:
+    """The state of a predictor as JSON text.
+
+    Args:
+        name: the predictor's name, for messages.
+        predictor: a `dspy.Predict`.
+        typed_demos: make values of demos objects of their field's type again when the state is applied.
+
+    Raises:
+        ConfigError: something in it cannot be written as JSON.
+    """
+    bare = copy.copy(predictor)
+    bare.demos, bare.traces, bare.train, bare.lm = [], [], [], None
+    state = {key: value for key, value in bare.dump_state().items() if key not in _OWN}
+    state["demos"] = [_demo(demo) for demo in predictor.demos]
+    state["typed_demos"] = typed_demos
+    state["lm"] = None if predictor.lm is None else lm_state(predictor.lm)
+    try:
+        return to_text(state)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the state of predictor {name!r} cannot be published as JSON: {error}. Keep in demos and signature only "
+            "texts, numbers, lists, dicts, pydantic models and dspy types"
+        ) from None
+
+
+def prepared(predictor: Any, text: str) -> dict[str, Any]:
+    """The attributes that give a predictor the state of a text; the predictor itself is left as it is."""
+    state = json.loads(text)
+    typed, demos = state.pop("typed_demos"), state.pop("demos")
+    clone = copy.copy(predictor)
+    clone.load_state({**state, "lm": None, "demos": []})
+    clone.demos = [_restored(demo, clone.signature if typed else None) for demo in demos]
+    return {key: value for key, value in clone.__dict__.items() if key not in _PER_OBJECT}
+
+
+def own_lm(text: str) -> dict[str, Any] | None:
+    """The state of the LM that a predictor had of its own, from the predictor's state."""
+    state: dict[str, Any] | None = json.loads(text)["lm"]
+    return state
+
+
+def lm_state(lm: Any) -> dict[str, Any]:
+    """What rebuilds an LM, without its keys. What cannot be written as JSON is left out."""
+    try:
+        state = public(lm.dump_state())
+    except Exception as error:  # an engine object without a state of its own, or whatever a foreign LM raises
+        _log.warning("The settings of %s are published by its model name only: %s", type(lm).__name__, error)
+        state = {"model": str(getattr(lm, "model", type(lm).__name__))}
+    return {key: value for key, value in state.items() if is_json(value)}
+
+
+def restored_lm(name: str, state: Mapping[str, Any] | None, allow_unsafe: bool) -> Any:
+    """The LM that a predictor had, or None when it had none or may not get it back.
+
+    Args:
+        name: the predictor's name, for messages.
+        state: what `lm_state` gave.
+        allow_unsafe: as `allow_unsafe_lm_state` of `dspy.Module.load`: whether a class that the state names may be
+            imported and an address in it be called.
+    """
+    if not state or LM_CLASS_STATE_KEY not in state:
+        return None
+    if not allow_unsafe:
+        if state[LM_CLASS_STATE_KEY] != "dspy.clients.lm.LM" or "engine" in state:
+            _log.warning(
+                "Predictor %r was published with an LM of its own (%s), which is not rebuilt: use set_lm, or "
+                "load(..., allow_unsafe_lm_state=True) if you trust whoever may write to the registry",
+                name, state.get("model"),
+            )  # fmt: skip
+            return None
+        state = {key: value for key, value in state.items() if key not in _UNSAFE}
+    return BaseLM.load_state(dict(state), allow_custom_lm_class=allow_unsafe)
+
+
+def _demo(demo: Any) -> dict[str, Any]:
+    is_example = isinstance(demo, dspy.Example)
+    values = {key: value if is_json(value) else serialize_for_json(value) for key, value in demo.items()}
+    inputs = getattr(demo, "_input_keys", None) if is_example else None
+    return {"values": values, "example": is_example, "inputs": None if inputs is None else sorted(inputs)}
+
+
+def _restored(demo: Mapping[str, Any], signature: Any) -> Any:
+    values = dict(demo["values"])
+    if signature is not None:
+        for key, info in signature.fields.items():
+            if key in values:
+                try:
+                    values[key] = pydantic.TypeAdapter(info.annotation).validate_python(values[key])
+                except Exception:  # an incomplete or older demo: it stays as it is written
+                    continue
+    if not demo["example"]:
+        return values
+    example = dspy.Example(**values)
+    return example if demo["inputs"] is None else example.with_inputs(*demo["inputs"])
+
+
+def is_json(value: Any) -> bool:
+    """Whether JSON gives the very value back."""
+    if value is None or type(value) in (str, bool, int, float):
+        return True
+    if type(value) is list:
+        return all(is_json(item) for item in value)
+    return type(value) is dict and all(type(key) is str and is_json(item) for key, item in value.items())

@@ -1,0 +1,3 @@
+"""Reading: health, costs, the ledger, previews."""
+
+from __future__ import annotations

@@ -1,0 +1,172 @@
+"""What was spent and what is left: reads of the ledger's daily sums, never of its records.
+
+However old the ledger is, a `CostSummary` reads at most 31 days of one sum each (and, when the last month begins
+with a gap, a year more).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from calendar import monthrange
+from collections.abc import Iterable, Sequence
+from math import inf
+from typing import Final, NamedTuple
+
+from dspy_prod.context.current import current
+from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.policies.budget import BudgetRule
+from dspy_prod.records import NANO, ROLLUP_DIMENSIONS, Totals
+from dspy_prod.runtime.clock import Clock
+from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.status.models import BudgetStatus, CostRow, CostSummary
+from dspy_prod.stores.base import Account, Store
+
+HISTORY_DAYS: Final = 31
+AVERAGE_DAYS: Final = 7
+
+FLUSH_TIMEOUT: Final = 2.0
+"""Seconds a store gets to write what was posted before it counts as unavailable."""
+
+_SEARCH_DAYS: Final = 366
+"""How far back the first record is looked for; an older one, with nothing since, begins a new ledger."""
+
+_DAY: Final = dt.timedelta(days=1)
+
+
+class Place(NamedTuple):
+    """A store, and the clock whose days it is read by."""
+
+    store: Store
+    clock: Clock
+
+
+def costs(pipeline: Pipeline) -> CostSummary:
+    """What the pipeline's store and namespace has spent, and what is left of the pipeline's global budgets."""
+    REAPER.flush(FLUSH_TIMEOUT)
+    return summary([Place(pipeline.store, pipeline.clock)], [pipeline])
+
+
+def summary(places: Sequence[Place], pipelines: Iterable[Pipeline]) -> CostSummary:
+    """The costs of several stores (at least one) together."""
+    days: dict[dt.date, int] = {}
+    now = Totals()
+    firsts: list[dt.date] = []
+    today = max(_today(clock) for _, clock in places)
+    for store, _ in places:
+        begin = today - (HISTORY_DAYS - 1) * _DAY
+        rows = store.totals(since_day=str(begin), until_day=str(today))
+        for day, _, totals in rows:
+            date = dt.date.fromisoformat(day)
+            days[date] = days.get(date, 0) + totals.cost_nano
+            if date == today:
+                now = now.plus(totals)
+        if not rows or rows[0][0] != str(begin):  # the first record may lie before a gap
+            rows = store.totals(since_day=str(today - _SEARCH_DAYS * _DAY), until_day=str(begin - _DAY)) or rows
+        firsts += [dt.date.fromisoformat(day) for day, _, _ in rows[:1]]
+    first = min(firsts, default=today + _DAY)
+    average = _mean([days.get(day, 0) for day in _span(max(first, today - (AVERAGE_DAYS - 1) * _DAY), today)])
+    budgets = global_budgets(pipelines)
+    tightest = max(budgets, key=lambda budget: (budget.used_percent, -budget.remaining_usd), default=None)
+    return CostSummary(
+        today_usd=now.cost_nano / NANO,
+        budget_usd=None if tightest is None else tightest.limit_usd,
+        used_percent=None if tightest is None else tightest.used_percent,
+        remaining_usd=None if tightest is None else tightest.remaining_usd,
+        held_usd=0.0 if tightest is None else tightest.held_usd,
+        unconfirmed_usd=now.unconfirmed_nano / NANO,
+        average_daily_7d_usd=average,
+        projected_monthly_usd=average * monthrange(today.year, today.month)[1],
+        history={day: days.get(day, 0) / NANO for day in _span(max(first, today - (HISTORY_DAYS - 1) * _DAY), today)},
+        unknown_cost_calls=now.unknown_cost,
+        budgets=budgets,
+    )
+
+
+def global_budgets(pipelines: Iterable[Pipeline]) -> list[BudgetStatus]:
+    """The global budgets of some pipelines, each once; a run's budget is that of the run in force here."""
+    found: dict[tuple[int, str], BudgetStatus] = {}
+    for pipeline in pipelines:
+        wall = pipeline.clock.time()
+        for rule in pipeline.budgets:
+            key = (id(pipeline.store), rule.options.title)
+            if rule.options.scope == "global" and key not in found:
+                account = rule.account(current(), pipeline.primary.model, wall)
+                found[key] = budget_status(pipeline.store, rule, account, wall)
+    return list(found.values())
+
+
+def budget_status(store: Store, rule: BudgetRule, account: Account, wall: float) -> BudgetStatus:
+    """One account of a budget, now."""
+    state = store.account(account.key)
+    window, ends_at = rule.window(wall)
+    return BudgetStatus(
+        title=account.title,
+        per=rule.options.per,
+        scope=rule.options.scope,
+        limit_usd=account.limit / NANO,
+        spent_usd=state.spent / NANO,
+        held_usd=state.held / NANO,
+        unconfirmed_usd=state.unconfirmed / NANO,
+        remaining_usd=max(0, account.limit - state.spent - state.held) / NANO,
+        used_percent=100.0 * state.spent / account.limit if account.limit else 100.0,
+        window=window,
+        ends_at=None if ends_at == inf else dt.datetime.fromtimestamp(ends_at, dt.timezone.utc),
+    )
+
+
+def costs_by(store: Store, by: str) -> list[CostRow]:
+    """Sums since the ledger began, for each value of a dimension: the dearest first, days in order.
+
+    Args:
+        store: the store (and namespace) to read.
+        by: `"day"`, `"model"`, `"user"`, `"tenant"`, `"program"`, `"variant"`, `"prompt"` or `"tag:<key>"`. Records
+            that have no value for it are in no row.
+
+    Raises:
+        ValueError: an unknown dimension.
+    """
+    check_dimension(by)
+    REAPER.flush(FLUSH_TIMEOUT)
+    sums: dict[str, Totals] = {}
+    for day, value, totals in store.totals(dimension="all" if by == "day" else by):
+        key = day if by == "day" else value
+        sums[key] = sums.get(key, Totals()).plus(totals)
+    rows = [cost_row(value, totals) for value, totals in sums.items()]
+    return (
+        sorted(rows, key=lambda row: row.value) if by == "day" else sorted(rows, key=lambda row: (-row.usd, row.value))
+    )
+
+
+def check_dimension(by: str) -> None:
+    """Refuse an unknown dimension by name."""
+    if by == "day" or by in ROLLUP_DIMENSIONS or (isinstance(by, str) and by.startswith("tag:") and len(by) > 4):
+        return
+    choices = ", ".join(map(repr, ("day", *ROLLUP_DIMENSIONS, "tag:<key>")))
+    raise ValueError(f"costs(by={by!r}): use one of {choices}")
+
+
+def cost_row(value: str, totals: Totals) -> CostRow:
+    """Sums at the edge, in USD."""
+    return CostRow(
+        value=value,
+        usd=totals.cost_nano / NANO,
+        unconfirmed_usd=totals.unconfirmed_nano / NANO,
+        unknown_cost=totals.unknown_cost,
+        attempts=totals.attempts,
+        cached=totals.cached,
+        failed=totals.failed,
+        input_tokens=totals.input_tokens,
+        output_tokens=totals.output_tokens,
+    )
+
+
+def _today(clock: Clock) -> dt.date:
+    return dt.datetime.fromtimestamp(clock.time(), dt.timezone.utc).date()
+
+
+def _span(first: dt.date, last: dt.date) -> list[dt.date]:
+    return [first + n * _DAY for n in range((last - first).days + 1)]
+
+
+def _mean(nanos: list[int]) -> float:
+    return sum(nanos) / len(nanos) / NANO if nanos else 0.0

@@ -1,0 +1,311 @@
+"""Health: one answer to "is it all right?" for an LM, or for all of them; and the home of costs and previews.
+
+Reading health asks the stores, so it may block for some milliseconds (and never much longer than `FLUSH_TIMEOUT` for
+each store); on an event loop call it through `asyncio.to_thread`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.pipeline.routes import Route
+from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.status.costs import FLUSH_TIMEOUT, Place, costs, costs_by, summary
+from dspy_prod.status.models import (
+    BreakerHealth,
+    BudgetStatus,
+    CacheHealth,
+    CostRow,
+    CostSummary,
+    Health,
+    LimiterHealth,
+    Preview,
+    Status,
+    StoreHealth,
+    TrackingHealth,
+)
+from dspy_prod.status.preview import preview
+from dspy_prod.stores.base import LimiterSnapshot, Store
+from dspy_prod.telemetry.tap import TAP
+
+if TYPE_CHECKING:
+    from dspy_prod.lm.lm import LM
+
+BUDGET_WARNING: Final = 90.0
+"""Percent of a budget above which health warns."""
+
+LIMITER_WARNING: Final = 0.1
+"""Share of a minute's tokens or requests below which health warns."""
+
+T = TypeVar("T")
+
+
+def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
+    """The state of some pipelines, or of every LM alive in this process; each store and route is counted once.
+
+    Never raises for an unusable store: that is what it reports.
+    """
+    REAPER.flush(FLUSH_TIMEOUT)
+    found = list(dict.fromkeys(_live() if pipelines is None else pipelines))
+    look = _Look()
+    places = look.stores(found)
+    routes = _routes(found)
+    breakers = [look.breaker(route) for _, route in routes if route.breaker is not None]
+    limiters = look.limiters(routes)
+    cache = look.cache(found)
+    holds = sum(look.read(place.store, place.store.holds, 0) for place in places)
+    waiting = sum(look.read(place.store, place.store.waiting, 0) for place in places)
+    tracking = look.tracking()
+    spent = look.costs(places, found)  # last, of the stores that have answered everything else
+    status: Status = "degraded" if look.failures else "warning" if look.warnings else "healthy"
+    return Health(
+        status=status,
+        reasons=[*look.failures, *look.warnings],
+        breakers=breakers,
+        limiters=limiters,
+        cache=cache,
+        costs=spent,
+        holds=holds,
+        waiting=waiting,
+        stores=look.seen,
+        tracking=tracking,
+    )
+
+
+class _Look:
+    """One look at everything. Collects what is wrong."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+        self.warnings: list[str] = []
+        self.seen: list[StoreHealth] = []
+        self._unusable: set[int] = set()
+
+    def stores(self, pipelines: list[Pipeline]) -> list[Place]:
+        """The usable stores behind the pipelines, each once."""
+        places: dict[Any, Place] = {}
+        for pipeline in pipelines:
+            store = pipeline.store
+            key = (store.url, store.namespace) if store.durable else id(store)
+            if key not in places:
+                places[key] = Place(store, pipeline.clock)
+        for place in places.values():
+            self._store(place.store)
+        return [place for place in places.values() if id(place.store) not in self._unusable]
+
+    def _store(self, store: Store) -> None:
+        fault = ""
+        try:
+            if not store.flush(FLUSH_TIMEOUT):
+                fault = "it does not take writes; check its disk and permissions"
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+        if fault:
+            self._unusable.add(id(store))
+            self.failures.append(f"The store {store.url} is unavailable: {fault}")
+        problems = _problems(store)
+        self.seen.append(
+            StoreHealth(
+                url=store.url, namespace=store.namespace, durable=store.durable, available=not fault, problems=problems
+            )
+        )
+        dropped = sum(
+            int(value) for name, value in problems.items() if "dropped" in name and isinstance(value, (int, float))
+        )
+        if dropped:
+            self.failures.append(f"The store {store.url} has dropped {dropped} operations; its ledger is not complete")
+
+    def read(self, store: Store, ask: Callable[[], T], default: T) -> T:
+        """What a usable store answers; it may still break between two questions."""
+        if id(store) in self._unusable:
+            return default
+        try:
+            return ask()
+        except Exception as error:
+            self._unusable.add(id(store))
+            self.failures.append(f"The store {store.url} is unavailable: {type(error).__name__}: {error}")
+            self.seen = [
+                seen.model_copy(update={"available": False})
+                if (seen.url, seen.namespace) == (store.url, store.namespace)
+                else seen
+                for seen in self.seen
+            ]
+            return default
+
+    def breaker(self, route: Route) -> BreakerHealth:
+        """One circuit."""
+        assert route.breaker is not None
+        now = route.breaker.snapshot()
+        if now.state in ("open", "half_open", "forced_open"):
+            state = now.state.replace("_", "-" if now.state == "half_open" else " ")
+            later = f"; it may be tried in {now.retry_after:.0f} s" if now.retry_after else ""
+            cause = f" ({now.cause})" if now.cause else ""
+            self.failures.append(f"The circuit of {route.model} is {state}{cause}{later}")
+        return BreakerHealth(
+            route=route.name,
+            model=route.model,
+            state=now.state,
+            failures=now.failures,
+            successes=now.successes,
+            consecutive_failures=now.consecutive_failures,
+            failure_rate=now.failure_rate,
+            retry_after=now.retry_after,
+            cause=now.cause,
+            opened_count=now.opened_count,
+            total_failures=now.total_failures,
+            total_successes=now.total_successes,
+        )
+
+    def limiters(self, routes: list[tuple[Store, Route]]) -> list[LimiterHealth]:
+        """The limiters of all routes that have one, each once."""
+        found: dict[tuple[int, str], LimiterHealth] = {}
+        for store, route in routes:
+            key = (id(store), route.limit_key)
+            if key not in found and (route.limited or route.state.throttled):
+                found[key] = self._limiter(store, route)
+        return list(found.values())
+
+    def _limiter(self, store: Store, route: Route) -> LimiterHealth:
+        limit = route.limit
+        unused = LimiterSnapshot(
+            route.limit_key, limit.rpm, limit.rpm, limit.tpm, limit.tpm, 0, limit.concurrency, 0, 0.0, 1.0
+        )
+        now = self.read(store, lambda: store.limiter(route.limit_key), None) or unused
+        requests = _used(now.requests_available, now.requests_max)
+        tokens = _used(now.tokens_available, now.tokens_max)
+        for what, used in (("requests", requests), ("tokens", tokens)):
+            if used is not None and 1.0 - used < LIMITER_WARNING:
+                self.warnings.append(f"The rate limit of {route.model} has {100 * (1 - used):.0f} % of its {what} left")
+        if now.paused_for > 0:
+            self.warnings.append(f"The provider of {route.model} asked to pause for {now.paused_for:.0f} s (429)")
+        return LimiterHealth(
+            route=route.name,
+            model=route.model,
+            requests_available=now.requests_available,
+            requests_max=now.requests_max,
+            requests_utilisation=requests,
+            tokens_available=now.tokens_available,
+            tokens_max=now.tokens_max,
+            tokens_utilisation=tokens,
+            in_flight=now.in_flight,
+            concurrency_max=now.concurrency_max,
+            waiting=now.waiting,
+            paused_for=now.paused_for,
+            rate_factor=now.rate_factor,
+        )
+
+    def tracking(self) -> TrackingHealth | None:
+        """How the tracking in MLflow goes, None when it is off."""
+        if TAP.active is None:
+            return None
+        from dspy_prod.tracking import status
+
+        found: TrackingHealth | None = status()
+        if found is not None and found.failing is not None:
+            self.warnings.append(
+                f"MLflow at {found.uri} cannot be reached, {found.waiting} traces wait: {found.failing}"
+            )
+        elif found is not None and found.lost:
+            self.warnings.append(f"{found.lost} traces did not reach MLflow at {found.uri}")
+        return found
+
+    def cache(self, pipelines: list[Pipeline]) -> CacheHealth | None:
+        """All caches together."""
+        caches = {id(pipeline.cache): pipeline for pipeline in pipelines if pipeline.cache is not None}
+        if not caches:
+            return None
+        stats = [pipeline.cache.stats() for pipeline in caches.values() if pipeline.cache is not None]
+        kept = {id(pipeline.store): pipeline.store for pipeline in caches.values()}
+        size, maximum = sum(one.entries for one in stats), sum(one.max_entries for one in stats)
+        hits, misses = sum(one.hits for one in stats), sum(one.misses for one in stats)
+        return CacheHealth(
+            size=size,
+            maximum=maximum,
+            utilisation=size / maximum,
+            bytes=sum(one.bytes for one in stats),
+            max_bytes=sum(one.max_bytes for one in stats),
+            hits=hits,
+            misses=misses,
+            hit_rate=hits / (hits + misses) if hits + misses else None,
+            stored=sum(self.read(store, store.cache_size, (0, 0))[0] for store in kept.values()),
+        )
+
+    def costs(self, places: list[Place], pipelines: list[Pipeline]) -> CostSummary | None:
+        """All stores' costs together."""
+        places = [place for place in places if id(place.store) not in self._unusable]
+        if not places:
+            return None
+        usable = {id(place.store) for place in places}
+        used = [pipeline for pipeline in pipelines if id(pipeline.store) in usable]
+        spent = self.read(places[0].store, lambda: summary(places, used), None)
+        for budget in spent.budgets if spent is not None else ():
+            if budget.used_percent > BUDGET_WARNING:
+                self.warnings.append(
+                    f"The budget {budget.title!r} is used to {budget.used_percent:.0f} % "
+                    f"({budget.spent_usd:.2f} of {budget.limit_usd:.2f} USD)"
+                )
+        return spent
+
+
+def _live() -> list[Pipeline]:
+    """The pipelines of all LMs alive, in a stable order."""
+    from dspy_prod.lm.lm import LIVE
+
+    while True:
+        try:
+            lms: list[LM] = list(LIVE)
+            break
+        except RuntimeError:  # another thread made an LM meanwhile
+            continue
+    pipelines = [lm.pipeline for lm in lms]
+    return sorted(
+        pipelines, key=lambda one: (one.store.url, one.store.namespace, one.primary.model, one.primary.limit_key)
+    )
+
+
+def _routes(pipelines: list[Pipeline]) -> list[tuple[Store, Route]]:
+    """(store, route) of every route, each identity once."""
+    found: dict[tuple[int, int], tuple[Store, Route]] = {}
+    for pipeline in pipelines:
+        for route in pipeline.every_route():
+            found.setdefault((id(route.state.identity), id(route.breaker)), (pipeline.store, route))
+    return list(found.values())
+
+
+def _used(available: float | None, most: float | None) -> float | None:
+    return None if available is None or not most else min(1.0, max(0.0, 1.0 - available / most))
+
+
+def _problems(store: Any) -> dict[str, int | float | str | bool | None]:
+    """The store's own words about its background work, if it has any: `problems`, a mapping or a list."""
+    told = getattr(store, "problems", None)
+    if callable(told):
+        told = told()
+    if isinstance(told, Mapping):
+        return {str(name): value if _plain(value) else str(value) for name, value in told.items()}
+    if isinstance(told, (list, tuple)):
+        return {str(number): str(text) for number, text in enumerate(told, 1)}
+    return {} if not told else {"problems": told if _plain(told) else str(told)}
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+__all__ = [
+    "BreakerHealth",
+    "BudgetStatus",
+    "CacheHealth",
+    "CostRow",
+    "CostSummary",
+    "Health",
+    "LimiterHealth",
+    "Preview",
+    "StoreHealth",
+    "costs",
+    "costs_by",
+    "health",
+    "preview",
+]

@@ -1,0 +1,195 @@
+"""The ledger, for people: its records, sums, and the unconfirmed ones to settle by hand.
+
+The ledger is append-only and the truth about money; MLflow and logs are views of it. Reading flushes what was posted
+first, so a call that has returned is in it.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from typing import Final
+
+from dspy_prod.privacy.redactor import known_as
+from dspy_prod.records import NANO, CallRecord, Totals
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.status.costs import FLUSH_TIMEOUT, check_dimension, cost_row
+from dspy_prod.status.models import CostRow
+from dspy_prod.stores.base import Store
+
+Moment = float | dt.datetime | dt.date | dt.timedelta
+"""Seconds since the epoch; a datetime (a naive one is local time, as everywhere in Python); a date, which begins at
+midnight UTC; or a timedelta: so long ago."""
+
+_DAY: Final = dt.timedelta(days=1)
+
+
+class Ledger:
+    """The records of one store and namespace.
+
+    Args:
+        store: where they are.
+        clock: what "ago" and "today" refer to.
+    """
+
+    def __init__(self, store: Store, clock: Clock = SYSTEM_CLOCK) -> None:
+        self._store = store
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"Ledger({self._store.url!r}, namespace={self._store.namespace!r})"
+
+    def records(
+        self,
+        *,
+        since: Moment | None = None,
+        until: Moment | None = None,
+        limit: int | None = None,
+        user: str | None = None,
+        tenant: str | None = None,
+        session: str | None = None,
+        model: str | None = None,
+        program: str | None = None,
+        experiment: str | None = None,
+        variant: str | None = None,
+        prompt_version: str | None = None,
+        outcome: str | None = None,
+        call_id: str | None = None,
+        trace_id: str | None = None,
+    ) -> list[CallRecord]:
+        """The records that match everything given, newest first.
+
+        Args:
+            since, until: the first moment, and the first moment after.
+            limit: at most this many.
+            user, tenant, ...: fields of `CallRecord` to compare. While a `dspy_prod.Redactor` is installed, the real
+                name of a user, tenant or session finds the records of its pseudonym.
+        """
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise ValueError(f"limit={limit!r} must be a non-negative integer")
+        fields = {
+            "user": known_as(user), "tenant": known_as(tenant), "session": known_as(session), "model": model,
+            "program": program, "experiment": experiment, "variant": variant, "prompt_version": prompt_version,
+            "outcome": outcome, "call_id": call_id, "trace_id": trace_id,
+        }  # fmt: skip
+        equals = {name: value for name, value in fields.items() if value is not None}
+        begin, end = self._epoch("since", since), self._epoch("until", until)
+        records = self._read().records(since=begin, until=end, limit=limit, **equals)
+        return sorted(records, key=lambda record: -record.started_at)  # a store may have them as they ended
+
+    def unconfirmed(self, *, since: Moment | None = None) -> list[CallRecord]:
+        """The records whose cost is an upper bound because the provider did not tell, newest first.
+
+        `resolve` settles one by the provider's bill. Only days with unconfirmed cost are read.
+        """
+        begin = self._epoch("since", since)
+        first = None if begin is None else _day(begin)
+        days = [day for day, _, sums in self._read().totals(since_day=first) if sums.unconfirmed_nano > 0]
+        found: list[CallRecord] = []
+        for day in days:
+            midnight = dt.datetime.fromisoformat(f"{day}T00:00:00+00:00")
+            start, end = midnight.timestamp(), (midnight + _DAY).timestamp()
+            records = self._read().records(since=start if begin is None else max(start, begin), until=end)
+            found += [record for record in records if record.estimated]
+        return sorted(found, key=lambda record: -record.started_at)
+
+    def resolve(self, id: str, usd: float, *, overwrite: bool = False) -> CallRecord:
+        """Set the true cost of an unconfirmed record, and mend the budgets and sums it went into.
+
+        Args:
+            id: the record's `id`.
+            usd: what the provider billed for it, in USD.
+            overwrite: also replace a cost the provider told.
+
+        Returns:
+            The record as it is now.
+
+        Raises:
+            LookupError: there is no such record.
+            ValueError: an impossible cost, or a record that needs no resolving.
+        """
+        if isinstance(usd, bool) or not isinstance(usd, (int, float)) or not math.isfinite(usd) or usd < 0:
+            raise ValueError(f"usd={usd!r} must be a cost in USD, 0 or more")
+        record = self._find(id)
+        if not record.estimated and record.cost_usd is not None and not overwrite:
+            raise ValueError(
+                f"The record {id!r} is not unconfirmed: its cost of {record.cost_usd:.9f} USD is known. "
+                "Pass overwrite=True to replace it"
+            )
+        if not self._read().correct(id, round(usd * NANO)):
+            raise _unknown(id)
+        return self._find(id)
+
+    def total(
+        self,
+        *,
+        since: dt.date | None = None,
+        until: dt.date | None = None,
+        by: str = "day",
+        value: str | None = None,
+    ) -> CostRow:
+        """The sums of whole days (UTC), also where old records are no longer kept.
+
+        Args:
+            since, until: the first and the last day.
+            by, value: a dimension as in `LM.costs(by=...)` and the value to sum, e.g. `by="user", value="u1"`;
+                as in `records`, a real name finds its pseudonym.
+        """
+        check_dimension(by)
+        if (by == "day") is not (value is None):
+            raise ValueError("total() takes by= and value= together, e.g. total(by='user', value='u1')")
+        if by in ("user", "tenant") or by.startswith("tag:"):
+            value = known_as(value)
+        rows = self._read().totals(
+            dimension="all" if by == "day" else by,
+            since_day=None if since is None else _date("since", since),
+            until_day=None if until is None else _date("until", until),
+        )
+        totals = Totals()
+        for _, name, sums in rows:
+            if value is None or name == value:
+                totals = totals.plus(sums)
+        return cost_row(value or "", totals)
+
+    def _read(self) -> Store:
+        """The store, once abandoned streams that were closed before are settled in it."""
+        REAPER.flush(FLUSH_TIMEOUT)
+        return self._store
+
+    def _find(self, id: str) -> CallRecord:
+        records = self._read().records(id=id, limit=1)
+        if not records:
+            raise _unknown(id)
+        return records[0]
+
+    def _epoch(self, name: str, moment: Moment | None) -> float | None:
+        if moment is None:
+            return None
+        if isinstance(moment, dt.timedelta):
+            return self._clock.time() - moment.total_seconds()
+        if isinstance(moment, dt.datetime):
+            return moment.timestamp()
+        if isinstance(moment, dt.date):
+            return dt.datetime(moment.year, moment.month, moment.day, tzinfo=dt.timezone.utc).timestamp()
+        if isinstance(moment, (int, float)) and not isinstance(moment, bool) and math.isfinite(moment):
+            return float(moment)
+        raise TypeError(f"{name}={moment!r}: pass seconds since the epoch, a datetime, a date, or a timedelta (ago)")
+
+
+def _unknown(id: str) -> LookupError:
+    return LookupError(
+        f"The ledger has no record {id!r}; take the id of a CallRecord from ledger.unconfirmed() or ledger.records()"
+    )
+
+
+def _day(epoch: float) -> str:
+    return dt.datetime.fromtimestamp(epoch, dt.timezone.utc).strftime("%Y-%m-%d")
+
+
+def _date(name: str, day: dt.date) -> str:
+    if isinstance(day, dt.datetime):
+        raise TypeError(f"{name}={day!r}: sums are kept by whole days; pass a date")
+    if not isinstance(day, dt.date):
+        raise TypeError(f"{name}={day!r}: pass a datetime.date")
+    return day.isoformat()

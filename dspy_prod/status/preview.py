@@ -1,0 +1,225 @@
+"""What a call would cost at most, and whether and when it would be sent: the flow's own steps, without their effects.
+
+The order is that of `pipeline/flow.py`: cache, then for each route breaker, bounds, limiter and budget. Nothing is sent
+or reserved, no record is written, and no lookup is counted.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dspy.clients.execution import PreparedCall, _canonical
+from dspy.lm15 import Request
+
+from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError, StoreUnavailableError
+from dspy_prod.lm.calling import scope_of
+from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.pipeline.plan import Plan, plan, shrunk, wait_until
+from dspy_prod.pipeline.refusals import refused, too_late
+from dspy_prod.pipeline.routes import Route
+from dspy_prod.pipeline.scope import SCOPE
+from dspy_prod.pricing.bounds import hosted_fees
+from dspy_prod.records import NANO
+from dspy_prod.status.costs import budget_status
+from dspy_prod.status.models import BudgetStatus, Preview
+from dspy_prod.stores.base import Ask
+
+if TYPE_CHECKING:
+    from dspy_prod.lm.lm import LM
+
+
+class _Outlook(NamedTuple):
+    """What one route would do: `wait` seconds, None when it depends on other calls, and why not."""
+
+    route: Route
+    plan: Plan | None
+    wait: float | None
+    refusal: RejectedError | None
+    detail: str = ""
+
+
+def preview(pipeline: Pipeline, lm: LM, prepared: PreparedCall, extras: dict[str, Any] | None) -> Preview:
+    """Look ahead at one call of an LM.
+
+    Args:
+        pipeline: what the call would run through.
+        lm: the LM that would be called.
+        prepared: the call, as DSPy prepares it.
+        extras: arguments outside the canonical request.
+    """
+    request = _canonical(prepared)
+    calls = _calls(lm, prepared, request, extras)
+    call = calls[0]
+    first = call.routes()[0]
+    if all(map(_cached, calls)):
+        inputs, outputs = first.bounds(call.request)
+        return Preview(
+            model=first.model,
+            bound_usd=0.0,
+            input_tokens_bound=_times(inputs, len(calls)),
+            output_tokens_bound=_times(outputs, len(calls)),
+            affordable=True,
+            wait=0.0,
+            reason=None,
+            detail="The cache would answer",
+            cached=True,
+            budgets=[],
+        )
+    outlook = _first_that_answers(call, len(calls))
+    route, planned = outlook.route, outlook.plan
+    sent = call.request if planned is None else planned.request
+    inputs, outputs = route.bounds(sent)
+    bound = _times(_bound(route, sent), len(calls))
+    budgets = [] if planned is None else _budgets(pipeline, planned)
+    return Preview(
+        model=route.model,
+        bound_usd=None if bound is None else bound / NANO,
+        input_tokens_bound=_times(inputs, len(calls)),
+        output_tokens_bound=_times(outputs, len(calls)),
+        affordable=_affordable(pipeline, outlook, bound),
+        wait=outlook.wait,
+        reason=None if outlook.refusal is None else outlook.refusal.reason,  # type: ignore[arg-type]  # one of its words
+        detail=outlook.detail,
+        cached=False,
+        budgets=budgets,
+    )
+
+
+def _calls(lm: LM, prepared: PreparedCall, request: Request, extras: dict[str, Any] | None) -> list[Call]:
+    """The engine calls behind one LM call (one for each of `n` answers), with the cache keys they would have."""
+    prompt = prepared.prompt if prepared.request is None else prepared.request
+    token = SCOPE.set(scope_of(lm, prompt, prepared.messages, prepared.kwargs, extras))
+    try:
+        return [lm._engine_spec._call(request, False) for _ in range(prepared.n)]
+    finally:
+        SCOPE.reset(token)
+
+
+def _cached(call: Call) -> bool:
+    cache = call.pipeline.cache
+    if call.key is None or cache is None or call.context.cache != "use":
+        return False
+    entry = cache.stale(call.key)  # looks without counting a hit or a miss
+    return entry is not None and entry.expires_at > call.pipeline.store.now()
+
+
+def _first_that_answers(call: Call, count: int) -> _Outlook:
+    """The first route that would take the call; else the first one's refusal, as the flow raises it."""
+    refused_by: _Outlook | None = None
+    for route in call.routes():
+        outlook = _try(call, route, count)
+        if outlook.refusal is None or not isinstance(outlook.refusal, (CircuitOpenError, RateLimitedError)):
+            return outlook
+        refused_by = refused_by or outlook
+    assert refused_by is not None
+    return refused_by
+
+
+def _try(call: Call, route: Route, count: int) -> _Outlook:
+    planned: Plan | None = None
+    impossible: RejectedError | None = None
+    try:
+        planned = plan(call, route, 1)  # known even when the circuit is open: it tells what the call would cost
+    except RejectedError as error:
+        impossible = error
+    try:
+        if route.breaker is not None:
+            route.breaker.check()
+        if call.late():
+            raise too_late(call, "before the request was sent")
+        if impossible is not None:
+            raise impossible
+        assert planned is not None
+        if planned.ask is None:
+            return _Outlook(route, planned, 0.0, None)
+        return _admission(call, planned, count)
+    except RejectedError as error:
+        return _Outlook(route, planned, error.retry_after, error, error.message)
+
+
+def _admission(call: Call, planned: Plan, count: int) -> _Outlook:
+    """What limiter and budget would say to an ask that is not made."""
+    pipeline, route, ask = call.pipeline, planned.route, planned.ask
+    assert ask is not None
+    ask.amount *= count
+    wait, refusal = pipeline.store.preview(ask)
+    if refusal is not None:
+        smaller = shrunk(call, planned, refusal) if count == 1 else None
+        if smaller is None:
+            raise refused(call, planned, refusal)
+        return _admission(call, smaller, count)
+    held = _held_by_others(pipeline, ask)
+    if held:
+        return _Outlook(route, planned, None, None, f"Waits until calls in flight free money of the budget {held!r}")
+    if wait > 0 and _all_seats_taken(pipeline, ask):
+        return _Outlook(route, planned, None, None, f"Waits until one of the calls in flight to {route.model} ends")
+    if wait == inf:
+        return _Outlook(route, planned, None, None, f"Waits until calls in flight to {route.model} end")
+    now = pipeline.clock.monotonic()
+    until = wait_until(call, planned, now)
+    if now + wait > until:
+        if until >= call.deadline:
+            raise too_late(call, "while waiting for the rate limit")
+        raise RateLimitedError(
+            f"The rate limit of {route.model} could admit this call in {wait:.1f} s, which is longer than it may wait. "
+            "Raise max_wait or the limit",
+            model=route.model,
+            route=route.name,
+            retry_after=wait,
+        )
+    return _Outlook(route, planned, wait, None, f"Waits for the rate limit of {route.model}" if wait > 0 else "")
+
+
+def _held_by_others(pipeline: Pipeline, ask: Ask) -> str:
+    """The budget whose money is not spent but held by calls in flight, or ""."""
+    for account in ask.accounts:
+        state = pipeline.store.account(account.key)
+        if state.spent + state.held + ask.amount > account.limit:
+            return account.title
+    return ""
+
+
+def _all_seats_taken(pipeline: Pipeline, ask: Ask) -> bool:
+    """Whether concurrency is what blocks; how long is then known to nobody."""
+    if ask.limit is None or ask.limit.concurrency is None or ask.limit_key is None:
+        return False
+    limiter = pipeline.store.limiter(ask.limit_key)
+    return limiter is not None and limiter.in_flight >= ask.limit.concurrency
+
+
+def _affordable(pipeline: Pipeline, outlook: _Outlook, bound: int | None) -> bool | None:
+    if not pipeline.budgets:
+        return True
+    if outlook.refusal is not None and outlook.refusal.reason == "budget_exceeded":
+        return False
+    asked = outlook.plan.ask if outlook.plan is not None else None
+    if asked is None or bound is None:
+        return None
+    try:
+        return all(pipeline.store.account(account.key).spent + bound <= account.limit for account in asked.accounts)
+    except StoreUnavailableError:
+        return None
+
+
+def _budgets(pipeline: Pipeline, planned: Plan) -> list[BudgetStatus]:
+    if planned.ask is None:
+        return []
+    wall = pipeline.clock.time()
+    pairs = zip(planned.rules, planned.ask.accounts, strict=True)
+    try:
+        return [budget_status(pipeline.store, rule, account, wall) for rule, account in pairs]
+    except StoreUnavailableError:
+        return []
+
+
+def _bound(route: Route, request: Request) -> int | None:
+    inputs, outputs = route.bounds(request)
+    if route.rates() is None or inputs is None or outputs is None or hosted_fees(request):
+        return None
+    return route.most(request, inputs, outputs)
+
+
+def _times(number: int | None, count: int) -> int | None:
+    return None if number is None else number * count

@@ -1,0 +1,317 @@
+"""The admission core: limiter capacity and money, granted together or not at all.
+
+Pure state transitions: no lock, no clock, no I/O. A store serialises the calls, passes its time as `now`, wakes the
+decided tickets outside its lock, and (when durable) writes back what the core marked dirty. Memory and SQLite run
+this same code; it is the reference for any other store. How an ask is granted or waits is in `granting.py`.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Final
+
+from dspy_prod.options import RateLimit
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.admission.granting import Granting, no_money, shared
+from dspy_prod.stores.admission.holds import Hold
+from dspy_prod.stores.base import (
+    GRANTED,
+    PENDING,
+    REFUSED,
+    WITHDRAWN,
+    AccountState,
+    Ask,
+    LimiterSnapshot,
+    Refusal,
+    Settlement,
+    Ticket,
+)
+
+MAX_ABANDONED: Final = 10_000
+"""Abandoned holds the core remembers for a late settlement; a durable store keeps them on disk instead."""
+
+
+class AdmissionCore(Granting):
+    """See the module's docstring."""
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+    def admit(self, ask: Ask, now: float) -> Ticket:
+        """Grant, refuse, or put into line."""
+        return self.enter(Ticket(ask), now)
+
+    def enter(self, ticket: Ticket, now: float) -> Ticket:
+        """`admit` for a ticket that exists already."""
+        ask = ticket.ask
+        self._seq += 1
+        ticket.seq = self._seq
+        if ask.id in self.holds:  # reserved already: once is enough
+            self._decide(ticket, GRANTED, None)
+            return ticket
+        line = self._lines.get(ask.limit_key) if ask.limit_key is not None else None
+        if not line and not (self._parked and self._must_park(ticket)):
+            blocked = self._attempt(ticket, now)
+            if blocked is None:
+                return ticket
+            self._queue(ticket, blocked, now)
+            return ticket
+        parked_at = self._must_park(ticket)
+        if parked_at is not None:
+            if self._refuse_for_money(ticket):
+                return ticket
+            ticket.blocked_on = next(account.title for account in ask.accounts if account.key == parked_at)
+            self._park(ticket, parked_at)
+            self._serve_account(parked_at, now)
+            return ticket
+        assert ask.limit_key is not None
+        head = line.head() if line is not None else None
+        if head is not None:
+            ticket.blocked_on = head.blocked_on  # whoever stands behind waits for the same
+        if self._refuse_for_money(ticket) or self._refuse_for_time(ticket, now):
+            return ticket
+        ticket.blocked_on = ticket.blocked_on or "requests"
+        self._line(ask.limit_key).push(ticket)
+        if line is not None and line.head() is ticket:
+            self._serve_limiter(ask.limit_key, now)
+        return ticket
+
+    def preview(self, ask: Ask, now: float) -> tuple[float, Refusal | None]:
+        """(seconds until a grant, refusal) for an ask that is not made; changes nothing."""
+        for account in ask.accounts:
+            state = self.accounts.state(account.key)
+            if state.spent + ask.amount > account.limit:
+                return inf, no_money(account, state, ask.amount)
+        if ask.limit_key is None or ask.limit is None:
+            return 0.0, None
+        limiter = self._limiter(ask.limit_key, ask.limit, now)
+        line = self._lines.get(ask.limit_key)
+        if not line:
+            return max(0.0, limiter.ready_at(now, ask.tokens) - now), None
+        return max(0.0, limiter.earliest(now, ask.tokens, len(line), 0) - now), None
+
+    def withdraw(self, ticket: Ticket, now: float) -> bool:
+        """Take a waiting ticket out of line; False when it was granted meanwhile."""
+        if ticket.state != PENDING:
+            return ticket.state != GRANTED
+        ticket.state = WITHDRAWN
+        self.remove(ticket, now)
+        return True
+
+    def remove(self, ticket: Ticket, now: float) -> None:
+        """Take a ticket out of whatever line it stands in, and serve those behind it."""
+        key = ticket.ask.limit_key
+        line = self._lines.get(key) if key is not None else None
+        if line is not None and line.remove(ticket):
+            assert key is not None
+            self._serve_limiter(key, now)
+            return
+        for account in ticket.ask.accounts:
+            parked = self._parked.get(account.key)
+            if parked is not None and parked.remove(ticket):
+                self._serve_account(account.key, now)
+                return
+
+    def sent_late(self, ticket: Ticket, at: float) -> None:
+        """A granted call left only at `at`."""
+        ask = ticket.ask
+        hold = self.holds.get(ask.id)
+        if hold is None or hold.debit is None or ask.limit_key is None or ask.limit is None:
+            return
+        hold.debit = self._limiter(ask.limit_key, ask.limit, at).sent_late(hold.debit, at)
+        if self.changes is not None:
+            self.changes.limiters.add(ask.limit_key)
+
+    # -- settling ----------------------------------------------------------------------------------------------------
+    def settle(self, done: Settlement, now: float) -> None:
+        """Replace the hold by what happened. Idempotent by id; a hold charged as abandoned is corrected."""
+        hold = self.holds.pop(done.id, None)
+        if hold is None:
+            self._settle_late(done, now)
+            return
+        if self.changes is not None:
+            self.changes.end(hold)
+        self._finish(hold, done, now)
+
+    def _finish(self, hold: Hold, done: Settlement, now: float) -> None:
+        self.accounts.charge(hold.accounts, hold.amount, done.cost or 0, done.estimated)
+        if done.record is not None:
+            self.appended.append(done.record)
+        key = hold.limit_key
+        if key is not None and hold.debit is not None:
+            limiter = self._limiters.get(key) or self.limiter_state(key) or self._visit_limiter(key, now)
+            if limiter is not None:
+                limiter.give_back(hold.debit, now=now, used=done.tokens, sent=done.sent)
+                if self.changes is not None or key in self._lines:
+                    self._touch_limiter(key, now)
+        if self._parked:
+            for name in hold.accounts:
+                self._serve_account(name, now)
+
+    def correct(self, record: CallRecord, cost: int, now: float) -> CallRecord:
+        """The record with its true cost; the accounts it charged are mended."""
+        mended = record._replace(cost_nano=cost, estimated=False)
+        self._take_abandoned(record.id)  # a settlement that still comes does not overrule the correction
+        self.accounts.mend(record.accounts, record.cost_nano or 0, record.estimated, cost, False)
+        for key in record.accounts:
+            self._serve_account(key, now)
+        return mended
+
+    def throttled(self, key: str, limit: RateLimit, retry_after: float | None, now: float) -> None:
+        """The provider answered 429."""
+        self._limiter(key, limit, now).throttled(now, retry_after)
+        self._touch_limiter(key, now)
+
+    def resync(self, key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]], now: float) -> None:
+        """The provider told what is left of its limits."""
+        self._limiter(key, limit, now).resync(now, remaining)
+        self._touch_limiter(key, now)
+
+    # -- time --------------------------------------------------------------------------------------------------------
+    def tick(self, now: float) -> None:
+        """Serve lines whose moment has come and charge holds whose lease ended."""
+        for key in [key for key, at in self._timers.items() if at <= now]:
+            self._serve_limiter(key, now)
+        if now >= self._next_lease:
+            for hold in [hold for hold in self.holds.values() if hold.lease_until <= now]:
+                self.abandon(hold, now)
+            self._next_lease = min((hold.lease_until for hold in self.holds.values()), default=inf)
+            self.accounts.prune(now, self._parked)
+
+    @property
+    def timed(self) -> bool:
+        """Whether somebody waits for a moment, not for a release."""
+        return bool(self._timers)
+
+    def next_due(self) -> float:
+        """Store time of the next `tick` that can change something; `inf` when none can."""
+        return min(self._next_lease, *self._timers.values()) if self._timers else self._next_lease
+
+    def abandon(self, hold: Hold, now: float) -> None:
+        """Charge a hold whose worker is gone in full, as unconfirmed. A late settle replaces the charge."""
+        own = self.holds.pop(hold.id, None)
+        if self.changes is not None:
+            if own is None:
+                self.changes.reaped.append(hold.id)
+            else:
+                self.changes.end(hold)
+            self.changes.abandoned[hold.id] = hold
+        else:
+            while len(self._abandoned) >= MAX_ABANDONED:
+                del self._abandoned[next(iter(self._abandoned))]
+            self._abandoned[hold.id] = hold
+        stub = hold.stub
+        record = None if stub is None else stub._replace(outcome="abandoned", cost_nano=hold.amount, estimated=True)
+        self._finish(hold, Settlement(hold.id, hold.amount, None, True, True, record), now)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    def account(self, key: str) -> AccountState:
+        """What an account holds."""
+        return self.accounts.state(key)
+
+    def limiter(self, key: str, now: float) -> LimiterSnapshot | None:
+        """State of one limiter, None when it was never used."""
+        state = self.limiter_state(key) or self._visit_limiter(key, now)
+        line = self._lines.get(key)
+        return None if state is None else state.snapshot(now, key, len(line) if line is not None else 0)
+
+    def waiting(self) -> int:
+        """Tickets in any line."""
+        return sum(map(len, self._lines.values())) + sum(map(len, self._parked.values()))
+
+    def take_decided(self) -> list[Ticket]:
+        """The tickets decided since the last call, to be woken outside the lock."""
+        decided = self.decided
+        if decided:
+            self.decided = []
+        return decided
+
+    # -- for durable stores ------------------------------------------------------------------------------------------
+    def forget(self) -> None:
+        """Drop what another process may have changed: accounts and limiters are loaded again when needed."""
+        self.accounts.forget()
+        self._guests.clear()
+        self._limiters = {key: state for key, state in self._limiters.items() if not shared(state.limit)}
+
+    def carry_over(self) -> None:
+        """The file was deleted or replaced while in use: bring along what this process knows of it."""
+        changes, book, backing = self.changes, self.accounts, self._backing
+        assert changes is not None
+        assert backing is not None
+        own: dict[str, int] = {}
+        for hold in self.holds.values():
+            for key in hold.accounts:
+                own[key] = own.get(key, 0) + hold.amount
+        for key in {*book.entries, *own}:
+            stored = backing.load_account(key) or AccountState()
+            entry = book.get(key)
+            entry.spent = max(entry.spent, stored.spent)
+            entry.unconfirmed = max(entry.unconfirmed, stored.unconfirmed)
+            entry.held = stored.held + own.get(key, 0)
+            book.dirty.add(key)
+        changes.added.update(self.holds)
+        changes.limiters.update(key for key, state in self._limiters.items() if shared(state.limit))
+
+    def serve(self, now: float) -> None:
+        """Serve every line: another process may have freed something."""
+        for key in list(self._lines):
+            self._serve_limiter(key, now)
+        for key in list(self._parked):
+            self._serve_account(key, now)
+
+    def written(self) -> None:
+        """Everything but the verdicts and what they concern is durable, see `Changes`."""
+        self.appended.clear()
+        self.replaced.clear()
+        self.accounts.dirty.clear()
+
+    def undo(self) -> list[Ticket]:
+        """Return to what was last committed, because this batch could not be; the tickets it had decided."""
+        changes = self.changes
+        assert changes is not None
+        for id in changes.added:
+            self.holds.pop(id, None)
+        self.holds.update(changes.removed)
+        tickets = [ticket for ticket, _, _ in changes.verdicts]
+        changes.clear()
+        self.appended.clear()
+        self.replaced.clear()
+        self.forget()
+        return tickets
+
+    def fail_waiting(self, refusal: Refusal) -> None:
+        """Refuse everybody in line (the store broke)."""
+        for line in [*self._lines.values(), *self._parked.values()]:
+            while (ticket := line.head()) is not None:
+                line.pop()
+                self._decide(ticket, REFUSED, refusal)
+        self._parked.clear()
+        self._timers.clear()
+
+    def _settle_late(self, done: Settlement, now: float) -> None:
+        hold = self._take_abandoned(done.id)
+        if hold is None:
+            return
+        self.accounts.mend(hold.accounts, hold.amount, True, done.cost or 0, done.estimated)
+        record = done.record
+        if record is None and hold.stub is not None:
+            record = hold.stub._replace(outcome="abandoned", cost_nano=done.cost, estimated=done.estimated)
+        if record is not None:
+            self.replaced.append(record)
+        for key in hold.accounts:
+            self._serve_account(key, now)
+
+    def _take_abandoned(self, id: str) -> Hold | None:
+        """The abandoned hold with this id, which then is no longer one."""
+        if self.changes is None:
+            return self._abandoned.pop(id, None)
+        assert self._backing is not None
+        hold = self.changes.abandoned.pop(id, None)
+        if hold is None and id not in self.changes.forgiven:
+            hold = self._backing.load_abandoned(id)
+            if hold is not None:
+                self.changes.forgiven.add(id)
+        return hold
+
+    def drop_holds(self, now: float) -> None:
+        """Free what every hold reserves, at no charge: a forked child does not make its parent's calls."""
+        for id in list(self.holds):
+            self.settle(Settlement(id, 0, None, True, False, None), now)

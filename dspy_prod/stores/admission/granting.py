@@ -1,0 +1,269 @@
+"""One attempt to grant, and the lines of those who could not be granted yet. The lower half of the admission core.
+
+An ask is blocked either by its limiter, and then stands in that limiter's line, or by money that other calls hold,
+and then is parked with that account. Money is looked at first, so a caller who waits for money never stands in the
+way of callers who only need the limiter. Whoever changes state serves the line; nobody books ahead.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from dspy_prod.options import RateLimit
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.admission.accounts import AccountBook, AccountEntry
+from dspy_prod.stores.admission.holds import Backing, Changes, Hold
+from dspy_prod.stores.admission.limiter import LimiterState
+from dspy_prod.stores.admission.line import WaitingLine
+from dspy_prod.stores.base import (
+    GRANTED,
+    REFUSED,
+    Account,
+    AccountState,
+    Refusal,
+    Ticket,
+)
+
+
+def shared(limit: RateLimit) -> bool:
+    """Whether a limit is kept for all processes. One that only reacts to 429s is each core's own: every core slows
+    down its own share of the traffic, and nothing needs to outlive it."""
+    return limit.rpm is not None or limit.tpm is not None or limit.concurrency is not None
+
+
+class Granting:
+    """State of limiters, accounts, holds and lines, and the steps in which asks are decided.
+
+    `appended` and `replaced` collect ledger records for the store to write; `decided` collects tickets to wake. With a
+    backing, verdicts and everything else that has to be written first are collected in `changes` instead.
+    """
+
+    def __init__(self, backing: Backing | None = None) -> None:
+        self._backing = backing
+        self.changes: Changes | None = None if backing is None else Changes()
+        self.accounts = AccountBook(None if backing is None else backing.load_account)
+        self._limiters: dict[str, LimiterState] = {}
+        self._configured: dict[str, RateLimit] = {}  # the latest settings of each key that limit anything
+        self._guests: dict[str, LimiterState] = {}  # loaded to give something back, without an ask of this process
+        self._lines: dict[str, WaitingLine] = {}
+        self._parked: dict[str, WaitingLine] = {}
+        self._timers: dict[str, float] = {}
+        self._next_lease = inf
+        self._seq = 0
+        self.holds: dict[str, Hold] = {}
+        self.decided: list[Ticket] = []
+        self.appended: list[CallRecord] = []
+        self.replaced: list[CallRecord] = []
+        self._abandoned: dict[str, Hold] = {}
+
+    # -- one attempt to grant ----------------------------------------------------------------------------------------
+    def _attempt(self, ticket: Ticket, now: float) -> str | None:
+        """Grant or refuse (None), or say what blocks: an account's key, or "" for the limiter."""
+        ask = ticket.ask
+        amount = ask.amount
+        entries = self.accounts.entries
+        held: Account | None = None
+        for account in ask.accounts:
+            state = entries.get(account.key) or self.accounts.get(account.key)
+            if state.ends_at == inf:
+                state.ends_at = now + account.ends_in
+            if state.spent + state.held + amount > account.limit:
+                if state.spent + amount > account.limit:
+                    self._decide(ticket, REFUSED, no_money(account, state, amount))
+                    return None
+                held = held or account
+        if held is not None:  # and no account refuses: waiting may help
+            ticket.blocked_on = held.title
+            return held.key
+        key = ask.limit_key
+        if key is not None:
+            assert ask.limit is not None
+            limiter = self._limiter(key, ask.limit, now)
+            ready = limiter.ready_at(now, ask.tokens)
+            if ready > now:
+                ticket.blocked_on = limiter.blocked_on
+                if ready == inf:
+                    self._timers.pop(key, None)
+                else:
+                    self._timers[key] = ready
+                return ""
+            ticket.debit = limiter.take(now, ask.tokens, ask.lease)
+            ticket.granted_at = now
+            if self.changes is not None and shared(limiter.limit):
+                self.changes.limiters.add(key)
+        accounts: tuple[str, ...] = ()
+        if ask.accounts:
+            accounts = tuple([account.key for account in ask.accounts])
+            ticket.spent = self.accounts.hold(accounts, amount)
+        until = now + ask.lease
+        hold = Hold(ask.id, accounts, amount, key, ticket.debit, until, ask.stub)
+        self.holds[ask.id] = hold
+        if until < self._next_lease:
+            self._next_lease = until
+        if self.changes is not None:
+            self.changes.added[ask.id] = hold
+            self._decide(ticket, GRANTED, None)
+        else:
+            ticket.state = GRANTED
+            if ticket.wake is not None:
+                self.decided.append(ticket)
+        return None
+
+    def _decide(self, ticket: Ticket, state: int, refusal: Refusal | None) -> None:
+        if self.changes is not None:
+            self.changes.verdicts.append((ticket, state, refusal))
+            return
+        ticket.refusal = refusal
+        ticket.state = state
+        if ticket.wake is not None:  # else its owner has not begun to wait, and `attach` will tell it
+            self.decided.append(ticket)
+
+    def _queue(self, ticket: Ticket, blocked: str, now: float) -> None:
+        if blocked:
+            self._park(ticket, blocked)
+        elif not self._refuse_for_time(ticket, now):
+            assert ticket.ask.limit_key is not None
+            self._line(ticket.ask.limit_key).push(ticket)
+
+    def _refuse_for_money(self, ticket: Ticket) -> bool:
+        for account in ticket.ask.accounts:
+            state = self.accounts.get(account.key)
+            if state.spent + ticket.ask.amount > account.limit:
+                self._decide(ticket, REFUSED, no_money(account, state, ticket.ask.amount))
+                return True
+        return False
+
+    def _refuse_for_time(self, ticket: Ticket, now: float) -> bool:
+        ask = ticket.ask
+        assert ask.limit_key is not None
+        assert ask.limit is not None
+        limiter = self._limiter(ask.limit_key, ask.limit, now)
+        line = self._lines.get(ask.limit_key)
+        ahead = line.ahead_of(ticket) if line is not None and not ask.fair else 0
+        earliest = limiter.earliest(now, ask.tokens, ahead, 0)
+        if earliest <= ask.horizon:
+            return False
+        self._decide(ticket, REFUSED, Refusal("rate_limited", max(0.0, earliest - now), ticket.blocked_on))
+        return True
+
+    # -- lines -------------------------------------------------------------------------------------------------------
+    def _line(self, key: str) -> WaitingLine:
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = WaitingLine()
+        return line
+
+    def _must_park(self, ticket: Ticket) -> str | None:
+        """The first of the ticket's accounts at which others already wait."""
+        if self._parked:
+            for account in ticket.ask.accounts:
+                if account.key in self._parked:
+                    return account.key
+        return None
+
+    def _park(self, ticket: Ticket, key: str) -> None:
+        line = self._parked.get(key)
+        if line is None:
+            line = self._parked[key] = WaitingLine()
+        line.push(ticket)
+
+    def _serve_limiter(self, key: str, now: float) -> None:
+        line = self._lines.get(key)
+        while line:
+            ticket = line.head()
+            assert ticket is not None
+            blocked = self._attempt(ticket, now)
+            if blocked == "":
+                return  # the timer is set, or a release will come
+            line.pop()
+            if blocked is not None:
+                self._park(ticket, blocked)
+        self._timers.pop(key, None)
+
+    def _serve_account(self, key: str, now: float) -> None:
+        line = self._parked.get(key)
+        if line is None:
+            return
+        moved: set[str] = set()
+        while (ticket := line.head()) is not None:
+            limit_key = ticket.ask.limit_key
+            if limit_key is not None and self._lines.get(limit_key):
+                # Others wait for this limiter; take the old place among them instead of overtaking.
+                line.pop()
+                self._line(limit_key).push(ticket)
+                moved.add(limit_key)
+                continue
+            blocked = self._attempt(ticket, now)
+            if blocked == key:
+                break
+            line.pop()
+            if blocked == "":
+                assert limit_key is not None
+                self._line(limit_key).push(ticket)
+            elif blocked is not None:
+                self._park(ticket, blocked)
+        if not line:
+            del self._parked[key]
+        for limit_key in moved:
+            self._serve_limiter(limit_key, now)
+
+    def _touch_limiter(self, key: str, now: float) -> None:
+        if self.changes is not None:
+            state = self.limiter_state(key)
+            if state is not None and shared(state.limit):
+                self.changes.limiters.add(key)
+        if self._lines.get(key):
+            self._serve_limiter(key, now)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+    def limiter_state(self, key: str) -> LimiterState | None:
+        """The limiter itself, for a durable store to write back."""
+        return self._limiters.get(key) or self._guests.get(key)
+
+    def _limiter(self, key: str, limit: RateLimit, now: float) -> LimiterState:
+        state = self._limiters.get(key)
+        if state is not None and state.limit is limit:
+            return state
+        if shared(limit):
+            self._configured[key] = limit
+        else:  # a route that only reacts to 429s does not lift the limit that another route of this key asked for
+            limit = self._configured.get(key, limit)
+        if state is None:
+            state = self._guests.pop(key, None)
+            if state is not None:
+                state.reconfigure(limit, now)
+            else:
+                state = self._load_limiter(key, limit) or LimiterState(limit, now)
+            self._limiters[key] = state
+        elif state.limit != limit:  # a copy with other settings: each is held to its own
+            stored = None if shared(state.limit) else self._load_limiter(key, limit)
+            if stored is None:
+                state.reconfigure(limit, now)
+            else:  # what all processes counted replaces what this one reacted to, but for a pause
+                paused_for = state.snapshot(now, key, 0).paused_for
+                state = self._limiters[key] = stored
+                if paused_for > 0:
+                    state.throttled(now, paused_for)
+        return state
+
+    def _visit_limiter(self, key: str, now: float) -> LimiterState | None:
+        """A limiter that no ask of this process has used yet, with the settings it was last used with."""
+        state = self._load_limiter(key, None)
+        if state is not None:
+            self._guests[key] = state
+        return state
+
+    def _load_limiter(self, key: str, limit: RateLimit | None) -> LimiterState | None:
+        if self._backing is None or (limit is not None and not shared(limit)):
+            return None
+        stored = self._backing.load_limiter(key)
+        if stored is None:
+            return None
+        try:
+            return LimiterState.load(stored[0], limit or stored[1])
+        except ValueError:  # written by another version: start afresh, for it describes one minute only
+            return None
+
+
+def no_money(account: Account, state: AccountEntry | AccountState, amount: int) -> Refusal:
+    return Refusal("budget_exceeded", None, account.title, account.limit, state.spent, state.held, amount)

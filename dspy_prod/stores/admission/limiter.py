@@ -1,0 +1,310 @@
+"""The state of one rate limiter: what may be sent now, and when the next call may.
+
+Pure and single-threaded: no clock, lock, I/O or sleep. A store keeps one `LimiterState` per provider key and model,
+calls it under its own lock and passes its own time. Rules: SEMANTICS, "Rate limiter". The parts: `window` (what was
+sent in a minute, what is in flight), `pacing` (how fast), `feedback` (what the provider says).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import floor, inf
+from typing import Any, Final
+
+import orjson
+
+from dspy_prod.options import RateLimit
+from dspy_prod.stores.admission.feedback import Feedback
+from dspy_prod.stores.admission.pacing import Pacing
+from dspy_prod.stores.admission.window import MINUTE, Leases, Window
+from dspy_prod.stores.base import LimiterSnapshot
+
+Debit = tuple[int, int, float, float, int]
+"""What a call took: slot, reserved tokens, nominal send time, seconds of token pacing, lease id. JSON-serialisable."""
+
+_USED: Final = 0.8  # share of a minute's limit from which a lowered rate counts as used
+_VERSION: Final = 3
+
+
+class LimiterState:
+    """What one limiter key has sent, holds and was told by its provider.
+
+    Every method takes `now` in seconds; a `now` before the latest one seen counts as the latest. The order of use is
+    `ready_at`, then `take` when that is not after now, then `give_back`, exactly once per debit. `blocked_on` is the
+    dimension that is ready last after `ready_at` said later: `requests`, `tokens`, `concurrency`, `paused`, `pacing`.
+    """
+
+    __slots__ = (
+        "_feedback",
+        "_leases",
+        "_limit",
+        "_now",
+        "_pacing",
+        "_requests_max",
+        "_seats",
+        "_seq",
+        "_tokens_max",
+        "_window",
+        "blocked_on",
+    )
+
+    def __init__(self, limit: RateLimit, now: float) -> None:
+        self._now = now
+        self._seq = int(now * 1e6)  # never the id of a call that outlived a limiter forgotten before
+        self._window = Window(limit.guard, now)
+        self._leases = Leases()
+        self._feedback = Feedback(now)
+        self._pacing = Pacing()
+        self.blocked_on = ""
+        self._limit = limit
+        self._tune()
+
+    # -- settings ----------------------------------------------------------------------------------------------------
+    @property
+    def limit(self) -> RateLimit:
+        """The settings. Assigning new ones keeps the counts."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: RateLimit) -> None:
+        self.reconfigure(limit, self._now)
+
+    def reconfigure(self, limit: RateLimit, now: float) -> None:
+        """Use other settings from now on and keep what was counted."""
+        now = self._touch(now)
+        if limit.guard != self._limit.guard:
+            old, self._window = self._window, Window(limit.guard, now)
+            self._window.restore(*old.dump())
+        if not limit.adaptive or (self._feedback.measured is not None and (limit.rpm or limit.tpm)):
+            self._feedback.restore_rate()
+        self._limit = limit
+        self._tune()
+
+    def _tune(self) -> None:
+        """Derive the effective limits from the settings and the rate factor."""
+        limit, factor = self._limit, self._feedback.factor
+        self._seats = inf if limit.concurrency is None else limit.concurrency
+        self._requests_max = inf if limit.rpm is None else max(1, floor(limit.rpm * factor + 1e-6))
+        self._tokens_max = inf if limit.tpm is None else limit.tpm * factor
+        self._pacing.tune(limit, factor, self._feedback.measured, self._now)
+
+    def weight(self, tokens: int) -> int:
+        """An implicit weight, capped so that a minute can hold it."""
+        return tokens if self._limit.tpm is None else min(tokens, floor(self._limit.tpm))
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+    def _touch(self, now: float) -> float:
+        if now > self._now:
+            self._now = now
+        else:
+            now = self._now
+        if now >= self._window.drop_at:
+            self._window.advance(now)
+        if now >= self._leases.next_at:
+            self._leases.expire(now)
+        return now
+
+    def ready_at(self, now: float, tokens: int) -> float:
+        """The earliest time a call of `tokens` could go if nothing else changes; not after `now` means now.
+
+        Leases that run out count as a change that time brings. `inf`: only a release can help, or, for more tokens
+        than a minute may hold, nothing can.
+        """
+        now = self._touch(now)
+        window = self._window
+        at, on = now, ""
+        then = self._pacing.ready_at(tokens)
+        if then > at:
+            at, on = then, "pacing"
+        if window.requests >= self._requests_max:
+            then = window.requests_freed_at(window.requests + 1 - self._requests_max)
+            if then > at:
+                at, on = then, "requests"
+        if window.tokens + tokens > self._tokens_max:
+            # A call above the lowered limit but within the configured one goes alone, else it would never go.
+            over = window.tokens + tokens - max(self._tokens_max, min(tokens, self._limit.tpm or inf))
+            if over > 0:
+                then = inf if over > window.tokens else window.tokens_freed_at(over)
+                if then > at:
+                    at, on = then, "tokens"
+        feedback = self._feedback
+        if at > now and feedback.slowed:
+            feedback.delay(now)
+        if feedback.paused > at:
+            at, on = feedback.paused, "paused"
+        if feedback.told:
+            then, dimension = feedback.left_at(now, tokens)
+            if then > at:
+                at, on = then, dimension
+        if len(self._leases.live) >= self._seats:
+            self._leases.expire(now)
+            if self._leases.next_at > at:
+                at, on = self._leases.next_at, "concurrency"
+        self.blocked_on = on
+        return at
+
+    def earliest(self, now: float, tokens: int, ahead_requests: int, ahead_tokens: int) -> float:
+        """A sound lower bound of when a call behind others could go: before it, it provably cannot.
+
+        Assumes that everything in flight was sent and ends at once with its tokens refunded in full, that a lowered
+        rate returns at once, and that the calls ahead go; `ahead_tokens` may be refunded too and so do not count.
+        """
+        now = self._touch(now)
+        limit, window, feedback = self._limit, self._window, self._feedback
+        at = start = max(now, feedback.paused)
+        if limit.rpm is not None:
+            most = max(1, floor(limit.rpm + 1e-6))
+            minutes, place = divmod(ahead_requests, most)
+            need = window.requests + place + 1 - most
+            if need > 0:
+                at = max(at, window.requests_freed_at(need))
+            at += minutes * (MINUTE + limit.guard)
+            at = max(at, self._pacing.earliest(start, ahead_requests))
+        if limit.tpm is not None:
+            if tokens > limit.tpm:
+                return inf
+            over = window.tokens - window.held + tokens - limit.tpm
+            if over > 0:
+                at = max(at, window.settled_freed_at(over))
+        if feedback.told and not self._leases.live:  # with calls in flight, their headers may bring better news
+            at = max(at, feedback.left_at(now, tokens)[0])
+        return at
+
+    def take(self, now: float, tokens: int, lease: float = inf) -> Debit:
+        """Count a call as sent now, whether `ready_at` allowed it or not.
+
+        Args:
+            tokens: tokens to reserve.
+            lease: seconds for which the call counts as in flight unless it is given back or renewed.
+        """
+        if now != self._now:  # else `ready_at` has just looked
+            now = self._touch(now)
+        self._seq = seq = self._seq + 1
+        slot = self._window.add(now, tokens)
+        self._leases.add(seq, now + lease)
+        nominal, charge = self._pacing.push(now, tokens)
+        feedback = self._feedback
+        if feedback.told:
+            feedback.spend(tokens)
+        if feedback.slowed:
+            counted = self._window
+            used = counted.requests >= _USED * self._requests_max or counted.tokens >= _USED * self._tokens_max
+            feedback.recover(now, used)
+            self._tune()
+        return slot, tokens, nominal, charge, seq
+
+    def sent_late(self, debit: Debit, now: float) -> Debit:
+        """Date a call from `now`: that long after `take` it left. Returns its debit from here on."""
+        now = self._touch(now)
+        slot, tokens, nominal, charge, seq = debit
+        if seq not in self._leases.live:
+            return debit
+        return self._window.move(slot, now, tokens), tokens, self._pacing.move(nominal, now), charge, seq
+
+    def renew(self, debit: Debit, now: float, lease: float) -> None:
+        """Extend a call's lease to `lease` seconds from now; nothing if it has ended or run out."""
+        now = self._touch(now)
+        if debit[4] in self._leases.live:
+            self._leases.add(debit[4], now + lease)
+
+    def give_back(self, debit: Debit, *, now: float, used: int | None, sent: bool) -> None:
+        """Settle a debit: free its concurrency and correct its tokens in the slot it was taken from.
+
+        Args:
+            used: tokens really used, possibly more than reserved; None keeps the reservation counted.
+            sent: False when nothing reached the provider: request, tokens and pacing are given back.
+        """
+        now = self._touch(now)
+        slot, reserved, nominal, charge, seq = debit
+        self._leases.live.pop(seq, None)
+        feedback = self._feedback
+        if not sent:
+            used = 0
+        elif used:
+            feedback.succeeded()
+        self._pacing.give_back(now, nominal, charge, reserved, used, sent)
+        if used is None:
+            used = reserved
+        self._window.settle(slot, 0 if sent else -1, reserved, used)
+        if feedback.told:
+            feedback.refund(seq, 0 if sent else 1, reserved - used)
+
+    # -- what the provider says --------------------------------------------------------------------------------------
+    def throttled(self, now: float, retry_after: float | None) -> None:
+        """The provider answered 429: pause, and lower the rate once per round of throttles (AIMD).
+
+        Args:
+            retry_after: seconds to pause; None: 1 s, doubling with every round that follows without a success.
+        """
+        now = self._touch(now)
+        limit, feedback = self._limit, self._feedback
+        if feedback.throttled(now, retry_after) and limit.adaptive:
+            measured = self._window.rate(now) if limit.rpm is None and limit.tpm is None else None
+            if measured == 0:
+                return  # calls without any limit were not counted so far: pause, and measure from here on
+            feedback.lower(now, limit.floor, measured)
+            self._tune()
+
+    def resync(self, now: float, remaining: Mapping[str, tuple[float, float]]) -> None:
+        """Believe the provider's headers until their reset where they leave less than we believe.
+
+        Args:
+            remaining: `{"requests" | "tokens": (remaining, seconds until reset)}`; the latest headers count.
+        """
+        now = self._touch(now)
+        limit, window = self._limit, self._window
+        own = {"requests": (limit.rpm or inf) - window.requests, "tokens": (limit.tpm or inf) - window.tokens}
+        for dimension, (left, reset) in remaining.items():
+            if dimension in own:
+                self._feedback.resync(now, dimension, left, reset, own[dimension], self._seq)
+
+    # -- reading and keeping -----------------------------------------------------------------------------------------
+    def snapshot(self, now: float, key: str, waiting: int) -> LimiterSnapshot:
+        """What is left in the current minute."""
+        now = self._touch(now)
+        limit, window, feedback = self._limit, self._window, self._feedback
+        told = {dimension: left for dimension, (left, until, _) in feedback.told.items() if until > now}
+        requests = min(self._requests_max - window.requests, told.get("requests", inf))
+        tokens = min(self._tokens_max - window.tokens, told.get("tokens", inf))
+        return LimiterSnapshot(
+            key,
+            *(None if limit.rpm is None else max(0.0, requests), limit.rpm),
+            *(None if limit.tpm is None else max(0.0, tokens), limit.tpm),
+            *(len(self._leases.live), limit.concurrency),
+            waiting,
+            paused_for=max(0.0, feedback.paused - now),
+            rate_factor=min(1.0, feedback.factor),
+        )
+
+    def idle(self, now: float) -> bool:
+        """Nothing is in flight, counted, paused or slowed down: the state may be forgotten."""
+        now = self._touch(now)
+        return (
+            not (self._leases.live or self._window.requests or self._window.tokens)
+            and self._feedback.idle(now)
+            and self._pacing.idle(now)
+        )
+
+    def dump(self) -> bytes:
+        """Everything as JSON, for a row that processes share."""
+        parts = [self._window.dump(), self._leases.dump(), self._feedback.dump(), self._pacing.dump()]
+        return orjson.dumps([_VERSION, self._now, self._seq, *parts])
+
+    @classmethod
+    def load(cls, data: bytes, limit: RateLimit) -> LimiterState:
+        """The state that was dumped, under `limit`.
+
+        Raises:
+            ValueError: the data is not a dump of this version.
+        """
+        row: Any = orjson.loads(data)
+        if not isinstance(row, list) or not row or row[0] != _VERSION:
+            raise ValueError("not a limiter state of this version")
+        state = cls(limit, row[1])
+        _, _, state._seq, slots, leases, feedback, pacing = row
+        state._window.restore(*slots)
+        state._leases.restore(leases)
+        state._feedback.restore(*feedback)
+        state._tune()
+        state._pacing.restore(*pacing)
+        return state

@@ -1,0 +1,130 @@
+"""From a store URL to the one store object this process has for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.stores.base import Store
+from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.sqlite.store import SqliteStore
+
+DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
+"""Where state is kept when nothing is said: a file below the current directory."""
+
+URL_VARIABLE: Final = "DSPY_PROD_STORE"
+
+OnProblem = Callable[[str, dict[str, Any]], None]
+_SQLITE_OPTIONS: Final = ("synchronous", "lease", "max_records")
+_FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'memory://'"
+
+_STORES: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
+_LOCK: Final = threading.Lock()
+
+
+def default_store_url() -> str:
+    """The store to use when none is named: the environment's `DSPY_PROD_STORE`, else a file below the directory."""
+    return os.environ.get(URL_VARIABLE) or DEFAULT_URL
+
+
+def open_store(
+    url: str | Store,
+    namespace: str,
+    *,
+    clock: Clock = SYSTEM_CLOCK,
+    on_problem: OnProblem | None = None,
+) -> Store:
+    """The store behind a URL. Equal URLs and namespaces give the same object for as long as anybody uses it.
+
+    Args:
+        url: `memory://` or `memory://name`, `sqlite:///relative.db`, `sqlite:////absolute.db` with the options
+            `?synchronous=FULL`, `&lease=10` (seconds) and `&max_records=1000000`; or a store object, used as it is.
+        namespace: keeps programs that share a store apart.
+        clock: the time of a store that is made now.
+        on_problem: told of problems in the store's background work.
+
+    Raises:
+        ConfigError: the URL cannot be understood.
+        StoreUnavailableError: the file cannot be used; the message names it and what to do.
+    """
+    if not isinstance(url, str):
+        store: Store = url
+    else:
+        scheme, separator, rest = url.partition("://")
+        if scheme == "memory" and separator:
+            store = _memory(rest, namespace, clock)
+        elif scheme == "sqlite" and separator:
+            store = _sqlite(url, rest, namespace, clock, on_problem)
+        elif scheme in ("redis", "rediss", "valkey", "unix"):
+            raise ConfigError(
+                f"store={without_password(url)!r}: a Redis store comes later; until then use one of {_FORMS}"
+            )
+        else:
+            raise ConfigError(f"store={without_password(url)!r} is no store URL; use one of {_FORMS}")
+    if on_problem is not None and isinstance(store, SqliteStore):
+        store.on_problem(on_problem)
+    return store
+
+
+def without_password(url: str) -> str:
+    """A URL that may be shown: user names and passwords, and the values of its options, are left out."""
+    url = re.sub(r"//[^/?#]*@", "//***@", url)
+    return re.sub(r"([?&][^=&]*)=[^&]*", r"\1=***", url)
+
+
+def _memory(name: str, namespace: str, clock: Clock) -> Store:
+    if not re.fullmatch(r"[\w.-]*", name):
+        raise ConfigError(
+            f"store={without_password('memory://' + name)!r}: a name has letters, digits, '_', '-' and '.'"
+        )
+    key = ("memory", name, namespace, clock)
+    with _LOCK:
+        store: MemoryStore | None = _STORES.get(key)
+        if store is None:
+            store = _STORES[key] = MemoryStore(namespace, clock=clock, url=f"memory://{name}")
+        return store
+
+
+def _sqlite(url: str, rest: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
+    place, _, query = rest.partition("?")
+    if not place.startswith("/") or place == "/":
+        raise ConfigError(f"store={without_password(url)!r} names no file; use one of {_FORMS}")
+    path = unquote(place[1:])
+    if path.startswith(":memory:"):
+        raise ConfigError("store='sqlite:///:memory:' cannot be shared by threads; use store='memory://'")
+    options = _options(url, query)
+    real = os.path.realpath(Path(path).expanduser())
+    key = ("sqlite", real, namespace, clock)
+    with _LOCK:
+        store: SqliteStore | None = _STORES.get(key)
+        if store is None or store.closed:
+            store = _STORES[key] = SqliteStore(real, namespace, clock=clock, on_problem=on_problem, **options)
+        return store
+
+
+def _options(url: str, query: str) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for name, value in parse_qsl(query, keep_blank_values=True):
+        try:
+            if name == "synchronous" and value.upper() in ("NORMAL", "FULL"):
+                options[name] = value.upper()
+            elif name == "lease" and 0.1 <= float(value) <= 86_400:
+                options[name] = float(value)
+            elif name == "max_records" and int(value) > 0:
+                options[name] = int(value)
+            else:
+                raise ValueError
+        except ValueError:
+            raise ConfigError(
+                f"store={without_password(url)!r}: {name!r} is no option of it, or its value is not possible; "
+                "options are synchronous=NORMAL|FULL, lease=<seconds, at least 0.1>, max_records=<number>"
+            ) from None
+    return options

@@ -1,0 +1,3 @@
+"""The SQLite store."""
+
+from __future__ import annotations

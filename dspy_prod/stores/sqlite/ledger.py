@@ -1,0 +1,187 @@
+"""The ledger's tables: records, and sums per day that make reading O(1) in the ledger's age."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from dspy_prod.records import CallRecord, Totals, rollup_keys
+from dspy_prod.stores.base import AccountState
+from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, record_of, record_row
+from dspy_prod.stores.sqlite.schema import TOTALS
+
+_MARKS: Final = ", ".join("?" * (1 + len(CallRecord._fields)))
+INSERT: Final = f"INSERT INTO records (ns, {RECORD_COLUMNS}) VALUES ({_MARKS})"
+REPLACE: Final = f"{INSERT} ON CONFLICT (ns, id) DO UPDATE SET " + ", ".join(
+    f'"{name}" = excluded."{name}"' for name in CallRecord._fields if name != "id"
+)
+ADD_SUMS: Final = (
+    f"INSERT INTO rollups (ns, day, dimension, value, {TOTALS}) "
+    f"VALUES ({', '.join('?' * (4 + len(Totals._fields)))}) ON CONFLICT (ns, day, dimension, value) DO UPDATE SET "
+    + ", ".join(f"{name} = {name} + excluded.{name}" for name in Totals._fields)
+)
+FIND: Final = f"SELECT {RECORD_COLUMNS} FROM records WHERE ns = ? AND id = ?"
+
+_DAYS_KNOWN: Final = 3
+
+Key = tuple[str, str, str]
+
+
+class LedgerTables:
+    """Appends and corrects records and keeps their sums, inside the writer's transactions."""
+
+    def __init__(self, max_records: int | None) -> None:
+        self._max = max_records
+        self._since_trim = 0
+        self._connection: sqlite3.Connection | None = None
+        self._ns = 0
+        self._sums: dict[Key, list[int]] = {}
+        self._known: dict[str, set[tuple[str, str]]] = {}
+
+    def attach(self, connection: sqlite3.Connection, ns: int) -> None:
+        """Use this connection from now on."""
+        self._connection = connection
+        self._ns = ns
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what a rolled back transaction may have left."""
+        self._sums.clear()
+        self._known.clear()
+
+    def find(self, id: str) -> CallRecord | None:
+        """The record with this id."""
+        assert self._connection is not None
+        row = self._connection.execute(FIND, (self._ns, id)).fetchone()
+        return None if row is None else record_of(row)
+
+    def write(self, appended: Sequence[CallRecord], replaced: Sequence[CallRecord]) -> None:
+        """Append and replace records, then write the sums they change.
+
+        Raises:
+            sqlite3.IntegrityError: an appended record is there already; `put` settles that.
+        """
+        assert self._connection is not None
+        ns = self._ns
+        if appended:
+            self._connection.executemany(INSERT, [record_row(ns, record) for record in appended])
+            self._sum(appended, 1)
+        for record in replaced:
+            self.put(record)
+        if self._sums:
+            sums = [(ns, *key, *values) for key, values in self._sums.items()]
+            self._connection.executemany(ADD_SUMS, sums)
+            self._sums.clear()
+        self._since_trim += len(appended)
+        if self._max is not None and self._since_trim > 100 + self._max // 100:
+            self._trim()
+
+    def put(self, record: CallRecord) -> None:
+        """Append a record, or put it in place of the one with its id; its sums are written by the next `write`."""
+        assert self._connection is not None
+        old = self.find(record.id)
+        self._connection.execute(REPLACE, record_row(self._ns, record))
+        if old is not None:
+            self._sum((old,), -1)
+        self._sum((record,), 1)
+
+    def _sum(self, records: Iterable[CallRecord], sign: int) -> None:
+        groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[CallRecord]] = {}
+        for record in records:
+            groups.setdefault((day_of(record.started_at), tuple(rollup_keys(record))), []).append(record)
+        for (day, pairs), alike in groups.items():
+            self._sum_alike(day, pairs, alike, sign)
+
+    def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], records: list[CallRecord], sign: int) -> None:
+        contribution = [(index, sum(values)) for index, values in enumerate(zip(*map(Totals.of, records), strict=True))]
+        known = self._known.get(day)
+        if known is None:
+            known = self._load_day(day)
+        for pair in pairs:
+            if pair not in known:
+                if len(known) >= MAX_VALUES_PER_DAY:
+                    pair = (pair[0], "(other)")
+                known.add(pair)
+            key = (day, *pair)
+            sums = self._sums.get(key)
+            if sums is None:
+                sums = self._sums[key] = [0] * len(Totals._fields)
+            for index, value in contribution:
+                sums[index] += sign * value
+
+    def _load_day(self, day: str) -> set[tuple[str, str]]:
+        assert self._connection is not None
+        while len(self._known) >= _DAYS_KNOWN:
+            del self._known[next(iter(self._known))]
+        rows = self._connection.execute(
+            "SELECT dimension, value FROM rollups WHERE ns = ? AND day = ?", (self._ns, day)
+        ).fetchall()
+        known = self._known[day] = set(rows)
+        return known
+
+    def _trim(self) -> None:
+        assert self._connection is not None
+        self._since_trim = 0
+        self._connection.execute(
+            "DELETE FROM records WHERE ns = ?1 AND started_at < (SELECT started_at FROM records "
+            "WHERE ns = ?1 ORDER BY started_at DESC LIMIT 1 OFFSET ?2)",
+            (self._ns, self._max),
+        )
+
+
+def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
+    """What one account holds."""
+    find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
+    row = connection.execute(find, (ns, key)).fetchone()
+    return AccountState() if row is None else AccountState(*row)
+
+
+def read_records(
+    connection: sqlite3.Connection,
+    ns: int,
+    since: float | None,
+    until: float | None,
+    limit: int | None,
+    equals: Mapping[str, str],
+) -> list[CallRecord]:
+    """Matching records, newest first."""
+    check_fields(equals)
+    where: list[str] = ["ns = ?"]
+    values: list[object] = [ns]
+    if since is not None:
+        where.append("started_at >= ?")
+        values.append(since)
+    if until is not None:
+        where.append("started_at < ?")
+        values.append(until)
+    for name, value in equals.items():
+        where.append(f'"{name}" = ?')
+        values.append(value)
+    values.append(-1 if limit is None else limit)
+    rows = connection.execute(
+        f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(where)} ORDER BY started_at DESC, seq DESC LIMIT ?",
+        values,
+    )
+    return [record_of(row) for row in rows]
+
+
+def read_totals(
+    connection: sqlite3.Connection, ns: int, dimension: str, since_day: str | None, until_day: str | None
+) -> list[tuple[str, str, Totals]]:
+    """(day, value, sums) of one dimension. Steps from day to day, so other dimensions' rows are never read."""
+    rows = connection.execute(
+        f"""
+        WITH RECURSIVE days (day) AS (
+            SELECT min(day) FROM rollups WHERE ns = ?1 AND day >= ?2 AND day <= ?3
+            UNION ALL
+            SELECT (SELECT min(day) FROM rollups WHERE ns = ?1 AND day > days.day AND day <= ?3)
+            FROM days WHERE days.day IS NOT NULL)
+        SELECT rollups.day, value, {TOTALS} FROM days CROSS JOIN rollups
+        WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4
+        ORDER BY rollups.day, value
+        """,
+        (ns, since_day or "", until_day or "~", dimension),
+    )
+    return [(row[0], row[1], Totals(*row[2:])) for row in rows]

@@ -1,0 +1,167 @@
+"""How callers reach the writer thread of a SQLite store: posting, asking, waiting, closing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from math import inf
+from queue import Empty
+from typing import Any, Final
+
+from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.stores.admission.line import wake
+from dspy_prod.stores.base import PENDING, REFUSED, Refusal
+from dspy_prod.stores.sqlite.process import start
+from dspy_prod.stores.sqlite.transactions import Operation, Report, Request, Transactions
+from dspy_prod.stores.sqlite.writer import Writer
+
+_log = logging.getLogger("dspy_prod")
+
+READ_TIMEOUT: Final = 5.0
+"""Seconds a read waits for what was posted before it."""
+
+_STEP: Final = 0.1
+
+
+class Mailbox:
+    """Posts to a writer whose thread starts with the first operation, and ends when the mailbox is not used any more.
+
+    Attributes:
+        closed: `close` was called.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.closed = False
+        self._path = writer.tables.path
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def post(self, operation: Operation) -> bool:
+        """Hand an operation to the writer; False when that is too late."""
+        if not self.alive():
+            return False
+        self.writer.inbox.put(operation)
+        if self.writer.ended:  # just now
+            self.refuse_stragglers()
+        return True
+
+    def alive(self) -> bool:
+        """Whether operations are accepted; starts the writer when it is needed first."""
+        if self._thread is None:
+            self._start()
+        return not (self.closed or self.writer.ended)
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is not None or self.closed:
+                return
+            try:
+                self._thread = start(self.writer)
+            except RuntimeError:  # the process is ending
+                self.writer.ended = True
+                return
+            weakref.finalize(self, self.writer.inbox.put, (Transactions.stop, None, None)).atexit = False
+
+    def flush(self, timeout: float | None) -> bool:
+        """Wait until everything posted before is applied; False, early, while the file cannot be written."""
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return self.writer.inbox.empty()
+        done = threading.Event()
+        if not self.post((Transactions.flush, done, None)):
+            return True
+        deadline = inf if timeout is None else time.monotonic() + timeout
+        while not done.wait(min(max(deadline - time.monotonic(), 0.0), _STEP)):
+            if self.writer.failing is not None or time.monotonic() >= deadline or not thread.is_alive():
+                return done.is_set()
+        return True
+
+    def question(self, ask: Callable[..., Any]) -> Any:
+        """What `ask(core, tables, now)` finds inside a transaction, after everything posted before.
+
+        Raises:
+            StoreUnavailableError: no answer.
+        """
+        if threading.current_thread() is self._thread:
+            raise StoreUnavailableError("A listener or callback of the store may not wait for the store")
+        request = Request(ask)
+        if not self.post((Transactions.answer, request, None)):
+            raise StoreUnavailableError(f"The store {self._path} is closed")
+        if not request.done.wait(READ_TIMEOUT):
+            raise StoreUnavailableError(f"The store {self._path} did not answer within {READ_TIMEOUT:g} s")
+        if request.error is not None:
+            raise StoreUnavailableError(str(request.error)) from request.error
+        return request.result
+
+    def close(self) -> None:
+        """Have everything written that was posted, and the thread and its connection ended."""
+        with self._starting:
+            already, self.closed = self.closed, True
+            thread = self._thread
+        if thread is None:
+            if not already:
+                self.writer.tables.close()
+        elif thread is not threading.current_thread():
+            if not already:
+                self.writer.inbox.put((Transactions.stop, None, None))
+            thread.join()
+        self.refuse_stragglers()
+
+    def refuse_stragglers(self) -> None:
+        """Refuse what was posted while the writer ended."""
+        if self._thread is not None and self._thread.is_alive() and not self.writer.ended:
+            return
+        refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
+        while True:
+            try:
+                kind, subject, _ = self.writer.inbox.get_nowait()
+            except Empty:
+                return
+            if kind is Transactions.admit:
+                with self.writer.publishing:
+                    if subject.state == PENDING:
+                        subject.refusal, subject.state = refusal, REFUSED
+                wake([subject])
+            elif kind is Transactions.answer:
+                subject.error = OSError(refusal.detail)
+                subject.done.set()
+            elif kind is Transactions.flush:
+                subject.set()
+            elif kind in (Transactions.settle, Transactions.append):
+                _log.warning("%s: a %s came after close and was not written", self._path, kind.__name__)
+
+    # -- fork --------------------------------------------------------------------------------------------------------
+    def before_fork(self) -> None:
+        """Close the writer's connection and keep it closed until `after_fork`."""
+        self._starting.acquire()
+        self._guarded = self.writer.io.acquire(timeout=READ_TIMEOUT)
+        if self._guarded:
+            self.writer.tables.close()
+
+    def after_fork(self) -> None:
+        """In the parent."""
+        if self._guarded:
+            self.writer.io.release()
+        self._starting.release()
+
+
+class Listeners:
+    """Tells everybody who asked; their own errors are logged."""
+
+    def __init__(self, first: Report | None) -> None:
+        self._listeners = [] if first is None else [first]
+
+    def add(self, listener: Report) -> None:
+        if listener not in self._listeners:
+            self._listeners = [*self._listeners, listener]
+
+    def __call__(self, name: str, details: dict[str, Any]) -> None:
+        for listener in self._listeners:
+            try:
+                listener(name, details)
+            except Exception:
+                _log.exception("A listener failed on %r of the store", name)

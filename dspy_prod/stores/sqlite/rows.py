@@ -1,0 +1,108 @@
+"""Between the core's objects and SQLite's rows."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.admission.holds import Hold
+
+Row = tuple[Any, ...]
+
+RECORD_COLUMNS: Final = ", ".join(f'"{name}"' for name in CallRecord._fields)
+
+_TAGS: Final = CallRecord._fields.index("tags")
+_ACCOUNTS: Final = CallRecord._fields.index("accounts")
+_FLAGS: Final = tuple(CallRecord._fields.index(name) for name in ("estimated", "cached"))
+_MOST: Final = 2**53
+
+
+def record_row(ns: int, record: CallRecord) -> Row:
+    """A record as a row of `records`, after the namespace."""
+    row: list[Any] = [ns, *record]
+    row[1 + _TAGS] = orjson.dumps(dict(record.tags)).decode() if record.tags else None
+    row[1 + _ACCOUNTS] = _names(record.accounts)
+    return tuple(row)
+
+
+def record_of(row: Row) -> CallRecord:
+    """The record in a row of `RECORD_COLUMNS`."""
+    values = list(row)
+    tags, accounts = values[_TAGS], values[_ACCOUNTS]
+    values[_TAGS] = tuple(orjson.loads(tags).items()) if tags else ()
+    values[_ACCOUNTS] = tuple(orjson.loads(accounts)) if accounts else ()
+    for index in _FLAGS:
+        values[index] = bool(values[index])
+    return CallRecord(*values)
+
+
+def hold_row(ns: int, owner: str, hold: Hold) -> Row:
+    """A hold as a row of `holds`."""
+    debit = None if hold.debit is None else orjson.dumps(hold.debit)
+    accounts, stub = _names(hold.accounts), stub_json(hold.stub)
+    return ns, hold.id, owner, hold.lease_until, hold.amount, accounts, hold.limit_key, debit, stub
+
+
+def hold_of(row: Row) -> Hold:
+    """The hold in (id, ends_at, amount, accounts, limit_key, debit, stub)."""
+    id, ends_at, amount, accounts, limit_key, debit, stub = row
+    names = tuple(orjson.loads(accounts)) if accounts else ()
+    taken = None if debit is None else orjson.loads(debit)
+    record = None if stub is None else CallRecord.from_dict({"cost_nano": None, **orjson.loads(stub)})
+    return Hold(id, names, amount, limit_key, taken, ends_at, record)
+
+
+def stub_json(stub: CallRecord | None) -> bytes | None:
+    """A stub record as JSON, by field name because the hold may be read by another version."""
+    if stub is None:
+        return None
+    return orjson.dumps({name: value for name, value in zip(_NAMES, stub, strict=True) if value is not None})
+
+
+_NAMES: Final = CallRecord._fields
+_joined: dict[tuple[str, ...], str] = {}
+
+
+def _names(names: tuple[str, ...]) -> str | None:
+    if not names:
+        return None
+    text = _joined.get(names)
+    if text is None:
+        if len(_joined) > 1000:
+            _joined.clear()
+        text = _joined[names] = orjson.dumps(names).decode()
+    return text
+
+
+def clean_text(text: str) -> str:
+    """Text that UTF-8 can carry: a lone surrogate becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def clean(value: Any) -> Any:
+    """A value that SQLite and JSON can carry, as near to the original as possible."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, int):
+        return min(max(int(value), -_MOST), _MOST)
+    if value is None or isinstance(value, float | bytes):
+        return value
+    if isinstance(value, dict):
+        return {clean_text(str(key)): clean(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(clean(item) for item in value)
+    return clean_text(str(value))
+
+
+def clean_record(record: CallRecord) -> CallRecord:
+    """`clean` for every field of a record."""
+    return CallRecord(*(clean(value) for value in record))
+
+
+def clean_hold(hold: Hold) -> Hold:
+    """`clean` for every field of a hold."""
+    stub = None if hold.stub is None else clean_record(hold.stub)
+    debit, key = clean(hold.debit), clean(hold.limit_key)
+    return Hold(clean(hold.id), clean(hold.accounts), clean(hold.amount), key, debit, hold.lease_until, stub)

@@ -1,0 +1,310 @@
+"""The SQLite store: durable state in one file, shared by the processes of one machine.
+
+Decisions are made by one writer thread per store (`sqlite_writer.py`) on the same core as the memory store's, in
+group commits; readers have connections of their own and never block it. The waiting order is per process; limits and
+budgets are strict across processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import uuid
+from collections.abc import Callable
+from math import inf
+from typing import Any, TypeVar
+
+from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.options import RateLimit
+from dspy_prod.records import CallRecord, Totals
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.stores.admission.granting import shared
+from dspy_prod.stores.base import (
+    GRANTED,
+    PENDING,
+    REFUSED,
+    WITHDRAWN,
+    AccountState,
+    Ask,
+    CachedAnswer,
+    LimiterSnapshot,
+    Refusal,
+    Settlement,
+    Ticket,
+)
+from dspy_prod.stores.lane import is_local, merged
+from dspy_prod.stores.sqlite.answers import TOUCH_AFTER, read_answer, read_size
+from dspy_prod.stores.sqlite.ledger import read_account, read_records, read_totals
+from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, Listeners, Mailbox
+from dspy_prod.stores.sqlite.process import STORES
+from dspy_prod.stores.sqlite.reader import Reader
+from dspy_prod.stores.sqlite.schema import unavailable
+from dspy_prod.stores.sqlite.tables import Tables
+from dspy_prod.stores.sqlite.transactions import Transactions
+from dspy_prod.stores.sqlite.writer import Writer
+
+_log = logging.getLogger("dspy_prod")
+
+OnProblem = Callable[[str, dict[str, Any]], None]
+T = TypeVar("T")
+
+
+class SqliteStore:
+    """State in a SQLite file, for all processes of this machine that use the same path and namespace.
+
+    Args:
+        path: the file; made, with its directory, when missing, and readable by its owner only.
+        namespace: keeps programs that share a file apart.
+        clock: store time is `clock.time()`, the wall clock that processes have in common.
+        lease: seconds after which the holds of a process that died are charged; a live one renews its lease.
+        synchronous: SQLite's setting. `"NORMAL"` survives the death of a process, `"FULL"` also that of the machine.
+        max_records: the ledger keeps about this many newest records, None all of them; sums are kept for all.
+        on_problem: called with a name and details when something went wrong in the background.
+
+    Raises:
+        StoreUnavailableError: the file cannot be opened or is no store of this version.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        namespace: str = "default",
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        lease: float = 30.0,
+        synchronous: str = "NORMAL",
+        max_records: int | None = None,
+        on_problem: OnProblem | None = None,
+    ) -> None:
+        self._path = os.path.abspath(os.path.expanduser(path))
+        self._namespace = namespace
+        self._clock = clock
+        self._lease = lease
+        self._synchronous = synchronous
+        self._max_records = max_records
+        self.now: Callable[[], float] = clock.time
+        self._listeners = Listeners(on_problem)
+        self._start()
+        try:
+            self._writer.tables.open()
+        except Exception as error:
+            raise unavailable(self._path, error) from error
+        STORES.add(self)
+
+    def _start(self) -> None:
+        """A fresh writer and reader: at construction, and in a forked child."""
+        tables = Tables(
+            self._path,
+            self._namespace,
+            uuid.uuid4().hex,
+            synchronous=self._synchronous,
+            max_records=self._max_records,
+        )
+        self._writer = Writer(tables, self._clock, self._lease, self._listeners)
+        self._local = self._writer.local
+        self._mailbox = Mailbox(self._writer)
+        self._answers: dict[bytes, CachedAnswer] = {}
+        self._ledger_reader = Reader(self._path, self._namespace)
+        self._cache_reader = Reader(self._path, self._namespace)
+
+    @property
+    def url(self) -> str:
+        return f"sqlite:///{self._path}"
+
+    @property
+    def namespace(self) -> str:
+        return self._namespace
+
+    @property
+    def durable(self) -> bool:
+        return True
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._mailbox.closed
+
+    def __repr__(self) -> str:
+        return f"SqliteStore({self._path!r}, namespace={self._namespace!r})"
+
+    def on_problem(self, listener: OnProblem) -> None:
+        """Also tell `listener` of problems in the background."""
+        self._listeners.add(listener)
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+    def admit(self, ask: Ask) -> Ticket:
+        if is_local(ask) and self._mailbox.alive():
+            ticket = self._local.admit(ask)
+            if ticket.state == PENDING:
+                self._mailbox.post((Transactions.nudge, None, None))
+            return ticket
+        ticket = Ticket(ask)
+        if not self._mailbox.post((Transactions.admit, ticket, None)):
+            ticket.refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
+            ticket.state = REFUSED
+        return ticket
+
+    def withdraw(self, ticket: Ticket) -> bool:
+        if is_local(ticket.ask):
+            return self._local.withdraw(ticket)
+        with self._writer.publishing:
+            if ticket.state != PENDING:
+                return ticket.state != GRANTED
+            ticket.state = WITHDRAWN
+        self._mailbox.post((Transactions.withdraw, ticket, None))
+        return True
+
+    def sent_late(self, ticket: Ticket, at: float) -> None:
+        if not is_local(ticket.ask):  # what only reacts to 429s is not paced
+            self._mailbox.post((Transactions.sent_late, ticket, at))
+
+    def settle(self, ticket: Ticket, settlement: Settlement) -> None:
+        if is_local(ticket.ask):
+            self._local.settle(settlement)
+            if not self._mailbox.alive():
+                self._mailbox.refuse_stragglers()
+        elif not self._mailbox.post((Transactions.settle, settlement, None)):
+            self._lost(settlement.record)
+
+    def append(self, record: CallRecord) -> None:
+        if not self._mailbox.post((Transactions.append, record, True)):
+            self._lost(record)
+
+    def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
+        if not shared(limit):
+            self._local.throttled(limit_key, limit, retry_after)
+        self._mailbox.post((Transactions.throttled, (limit_key, limit), retry_after))
+
+    def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
+        if not shared(limit):
+            self._local.resync(limit_key, limit, remaining)
+        self._mailbox.post((Transactions.resync, (limit_key, limit), remaining))
+
+    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
+        if is_local(ask):
+            return self._local.preview(ask)
+        try:
+            found: tuple[float, Refusal | None] = self._mailbox.question(lambda core, _, now: core.preview(ask, now))
+            return found
+        except StoreUnavailableError as error:
+            return inf, Refusal("store_unavailable", detail=str(error))
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything posted before is applied; False at once while the file cannot be written."""
+        return self._mailbox.flush(timeout)
+
+    def account(self, key: str) -> AccountState:
+        return self._read(lambda connection, ns: read_account(connection, ns, key))
+
+    def limiter(self, key: str) -> LimiterSnapshot | None:
+        stored: LimiterSnapshot | None = self._mailbox.question(lambda core, _, now: core.limiter(key, now))
+        return merged(self._local.limiter(key), stored)
+
+    def holds(self) -> int:
+        stored = self._read(lambda c, ns: c.execute("SELECT count(*) FROM holds WHERE ns = ?", (ns,)).fetchone()[0])
+        return int(stored) + self._local.holds()
+
+    def waiting(self) -> int:
+        stored: int = self._mailbox.question(lambda core, _, now: core.waiting())
+        return stored + self._local.waiting()
+
+    def records(
+        self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
+    ) -> list[CallRecord]:
+        return self._read(lambda connection, ns: read_records(connection, ns, since, until, limit, equals))
+
+    def totals(
+        self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
+    ) -> list[tuple[str, str, Totals]]:
+        return self._read(lambda connection, ns: read_totals(connection, ns, dimension, since_day, until_day))
+
+    def correct(self, record_id: str, cost: int) -> bool:
+        def run(core: Any, tables: Tables, now: float) -> bool:
+            fresh = (record for record in (*core.replaced[::-1], *core.appended[::-1]) if record.id == record_id)
+            record = next(fresh, None) or tables.ledger.find(record_id)
+            if record is None:
+                return False
+            core.replaced.append(core.correct(record, cost, now))
+            return True
+
+        return bool(self._mailbox.question(run))
+
+    # -- response cache ----------------------------------------------------------------------------------------------
+    def cache_get(self, key: bytes) -> CachedAnswer | None:
+        posted = self._answers.get(key)
+        if posted is not None:
+            return posted
+        try:
+            found = self._cache_reader.read(lambda connection, ns: read_answer(connection, ns, key))
+        except (sqlite3.Error, OSError, StoreUnavailableError):
+            return None
+        if found is None:
+            return None
+        answer, used_at = found
+        now = self.now()
+        if now - used_at > TOUCH_AFTER:
+            self._mailbox.post((Transactions.touch_answer, key, None))
+        return answer
+
+    def cache_put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
+        answers = self._answers
+
+        def written() -> None:
+            if answers.get(key) is answer:
+                answers.pop(key, None)
+
+        answers[key] = answer
+        if not self._mailbox.post((Transactions.put_answer, key, (answer, max_entries, max_bytes, written))):
+            written()
+
+    def cache_clear(self) -> None:
+        self._answers.clear()
+        self._mailbox.post((Transactions.clear_answers, None, None))
+        self.flush(READ_TIMEOUT)
+
+    def cache_size(self) -> tuple[int, int]:
+        return self._read(read_size)
+
+    # -- ending ------------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Write what is posted, end the writer, close the file. Reading goes on to work."""
+        self._mailbox.close()
+        self._ledger_reader.close()
+        self._cache_reader.close()
+
+    def _lost(self, record: CallRecord | None) -> None:
+        if record is not None:
+            _log.warning("The store %s is closed: the record of a call to %s is lost", self._path, record.model)
+
+    def _read(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
+        self._mailbox.alive()  # whoever only reads must also see the holds of dead processes charged
+        self.flush(READ_TIMEOUT)
+        try:
+            return self._ledger_reader.read(read)
+        except (sqlite3.Error, OSError) as error:
+            raise unavailable(self._path, error) from error
+
+    # -- fork --------------------------------------------------------------------------------------------------------
+    def before_fork(self) -> None:
+        """Close every connection, see `sqlite_process`."""
+        self._mailbox.before_fork()
+        self._ledger_reader.before_fork()
+        self._cache_reader.before_fork()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._cache_reader.after_fork()
+        self._ledger_reader.after_fork()
+        self._mailbox.after_fork()
+
+    def after_fork_in_child(self) -> None:
+        """The parent's holds stay the parent's. Who waited in a thread of the parent is not here any more."""
+        old, closed = self._writer, self.closed
+        old.abort(Refusal("store_unavailable", detail="the process was forked while this call waited"))
+        old.tables.lose()
+        self._ledger_reader.lose()
+        self._cache_reader.lose()
+        self._start()
+        self._mailbox.closed = closed

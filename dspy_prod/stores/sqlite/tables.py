@@ -1,0 +1,286 @@
+"""What the writer reads from and writes to the SQLite file inside its transactions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable, Iterable
+from math import isinf
+from typing import Final
+
+from dspy_prod.options import RateLimit
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.admission.accounts import PRUNE_AFTER
+from dspy_prod.stores.admission.core import AdmissionCore
+from dspy_prod.stores.admission.granting import shared
+from dspy_prod.stores.admission.holds import Hold
+from dspy_prod.stores.base import AccountState
+from dspy_prod.stores.sqlite.answers import CacheTable
+from dspy_prod.stores.sqlite.ledger import LedgerTables
+from dspy_prod.stores.sqlite.rows import Row, clean, clean_hold, clean_record, clean_text, hold_of, hold_row
+from dspy_prod.stores.sqlite.schema import connect, create, is_environment, leave_open, namespace_id
+
+PUT_ACCOUNT: Final = (
+    "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "
+    "spent = excluded.spent, held = excluded.held, unconfirmed = excluded.unconfirmed"
+)
+PUT_LIMITER: Final = (
+    "INSERT INTO limiters VALUES (?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "
+    "state = excluded.state, settings = excluded.settings"
+)
+PUT_OWNER: Final = "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)"
+PUT_HOLD: Final = "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+PUT_ABANDONED: Final = "INSERT OR REPLACE INTO abandoned VALUES (?, ?, ?, ?, ?, ?)"
+HOLD_COLUMNS: Final = "id, ends_at, amount, accounts, limit_key, debit, stub"
+
+KEEP_ABANDONED: Final = 7 * 86_400.0
+"""Seconds for which a late settlement still replaces the charge of an abandoned hold."""
+
+
+class Tables:
+    """One namespace's tables through one connection; the core's `Backing`.
+
+    Every method may raise `sqlite3.Error`, `OSError` or `StoreUnavailableError`. Not thread-safe.
+    """
+
+    def __init__(self, path: str, namespace: str, owner: str, *, synchronous: str, max_records: int | None) -> None:
+        self.path = path
+        self.owner = owner
+        self._namespace = namespace
+        self._synchronous = synchronous
+        self.connection: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+        self._version = -1
+        self._settings: dict[str, tuple[RateLimit, str]] = {}
+        self._limits: dict[str, RateLimit] = {}
+        self.ns = 0
+        self.ledger = LedgerTables(max_records)
+        self.cache = CacheTable()
+
+    # -- the file ----------------------------------------------------------------------------------------------------
+    def open(self) -> sqlite3.Connection:
+        """The connection, opened when needed."""
+        if self.connection is None:
+            create(self.path)
+            connection = connect(self.path, synchronous=self._synchronous)
+            try:
+                connection.execute("PRAGMA busy_timeout=0")  # the writer waits in its own, finer steps
+                self.ns = namespace_id(connection, clean_text(self._namespace))
+                self._identity = identity(self.path)
+            except BaseException:
+                connection.close()
+                raise
+            self.connection = connection
+            self._version = -1
+            self.ledger.attach(connection, self.ns)
+            self.cache.attach(connection, self.ns)
+        return self.connection
+
+    def close(self) -> None:
+        """Close the connection; `open` makes a new one."""
+        connection, self.connection = self.connection, None
+        if connection is None:
+            return
+        if self.replaced():
+            leave_open(connection)
+        else:
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+
+    def replaced(self) -> bool:
+        """Whether the path no longer leads to the file that was opened."""
+        return self._identity is not None and identity(self.path) != self._identity
+
+    def lose(self) -> None:
+        """Give up a connection to a file that was deleted, or that the parent process uses."""
+        connection, self.connection, self._identity = self.connection, None, None
+        if connection is not None:
+            leave_open(connection)
+
+    def changed(self) -> bool:
+        """Whether another connection has committed since the last call."""
+        assert self.connection is not None
+        version = self.connection.execute("PRAGMA data_version").fetchone()[0]
+        if version == self._version:
+            return False
+        self._version = version
+        self.cache.forget()
+        return True
+
+    def stale(self) -> bool:
+        """`changed`, only looking."""
+        if self.connection is None:
+            return True
+        version: int = self.connection.execute("PRAGMA data_version").fetchone()[0]
+        return version != self._version
+
+    def rollback(self) -> None:
+        """Undo the transaction, if there is one."""
+        self._version = -1
+        self.ledger.forget()
+        self.cache.forget()
+        if self.connection is not None and self.connection.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.execute("ROLLBACK")
+
+    def _one(self, sql: str, key: str) -> Row | None:
+        assert self.connection is not None
+        try:
+            row: Row | None = self.connection.execute(sql, (self.ns, key)).fetchone()
+        except UnicodeEncodeError:
+            row = self.connection.execute(sql, (self.ns, clean_text(key))).fetchone()
+        return row
+
+    # -- what the core asks for ----------------------------------------------------------------------------------------
+    def load_account(self, key: str) -> AccountState | None:
+        row = self._one("SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?", key)
+        return None if row is None else AccountState(*row)
+
+    def load_limiter(self, key: str) -> tuple[bytes, RateLimit] | None:
+        row = self._one("SELECT state, settings FROM limiters WHERE ns = ? AND key = ?", key)
+        if row is None:
+            return None
+        state, settings = row
+        limit = self._limits.get(settings)
+        if limit is None:
+            if len(self._limits) > 1000:
+                self._limits.clear()
+            try:
+                limit = RateLimit.model_validate_json(settings)
+            except ValueError:  # options of another version
+                limit = RateLimit()
+            self._limits[settings] = limit
+        return state, limit
+
+    def load_abandoned(self, id: str) -> Hold | None:
+        row = self._one("SELECT id, 0.0, amount, accounts, NULL, NULL, stub FROM abandoned WHERE ns = ? AND id = ?", id)
+        return None if row is None else hold_of(row)
+
+    # -- leases --------------------------------------------------------------------------------------------------------
+    def owned(self) -> bool:
+        """Whether this process's lease is still there: whoever reaps it deletes it."""
+        return self._one("SELECT 1 FROM owners WHERE ns = ? AND owner = ?", self.owner) is not None
+
+    def renew(self, until: float) -> None:
+        """Extend this process's lease on all its holds."""
+        self._run(PUT_OWNER, [(self.ns, self.owner, until, os.getpid())])
+
+    def resign(self) -> None:
+        """This process holds nothing any more."""
+        self._run("DELETE FROM owners WHERE ns = ? AND owner = ?", [(self.ns, self.owner)])
+
+    def expired(self, now: float, most: int) -> list[Hold]:
+        """Holds of processes whose lease ran out; an owner without holds is deleted."""
+        assert self.connection is not None
+        found: list[Hold] = []
+        owners = self.connection.execute(
+            "SELECT owner FROM owners WHERE ns = ? AND lease_until < ? AND owner <> ?", (self.ns, now, self.owner)
+        ).fetchall()
+        for (owner,) in owners:
+            rows = self.connection.execute(
+                f"SELECT {HOLD_COLUMNS} FROM holds WHERE ns = ? AND owner = ? LIMIT ?",
+                (self.ns, owner, most - len(found) + 1),
+            ).fetchall()
+            found.extend(map(hold_of, rows))
+            if len(found) > most:
+                return found[:most]
+            self._run("DELETE FROM owners WHERE ns = ? AND owner = ?", [(self.ns, owner)])
+        return found
+
+    def sweep(self, now: float) -> None:
+        """Delete what nothing can refer to any more."""
+        self._run("DELETE FROM accounts WHERE ns = ? AND ends_at < ? AND held = 0", [(self.ns, now - PRUNE_AFTER)])
+        self._run("DELETE FROM abandoned WHERE ns = ? AND at < ?", [(self.ns, now - KEEP_ABANDONED)])
+        self.cache.purge(now)
+
+    # -- writing back --------------------------------------------------------------------------------------------------
+    def write(self, core: AdmissionCore, now: float) -> list[CallRecord]:
+        """Write what the core changed; the records that could not be written whatever was tried."""
+        assert self.connection is not None
+        self.connection.execute("SAVEPOINT written")
+        try:
+            self._write(core, now)
+            return []
+        except Exception as error:
+            if is_environment(error):
+                raise
+        # Some value fits neither SQLite nor JSON, or a record is there already: the slow way, value by value.
+        self.connection.execute("ROLLBACK TO written")
+        self.ledger.forget()
+        return self._write_carefully(core, now)
+
+    def _write(self, core: AdmissionCore, now: float) -> None:
+        changes = core.changes
+        assert changes is not None
+        self._write_accounts(core, str)
+        self._write_limiters(core, str)
+        ns, owner = self.ns, self.owner
+        gone = [(ns, id) for id in (*changes.removed, *changes.reaped)]
+        self._run("DELETE FROM holds WHERE ns = ? AND id = ?", gone)
+        self._run(PUT_HOLD, [hold_row(ns, owner, hold) for hold in changes.added.values()])
+        if changes.abandoned or changes.forgiven:
+            self._run("DELETE FROM abandoned WHERE ns = ? AND id = ?", [(ns, id) for id in changes.forgiven])
+            self._run(PUT_ABANDONED, [self._abandoned_row(hold, now) for hold in changes.abandoned.values()])
+        self.ledger.write(core.appended, core.replaced)
+
+    def _write_carefully(self, core: AdmissionCore, now: float) -> list[CallRecord]:
+        changes = core.changes
+        assert changes is not None
+        self._write_accounts(core, clean_text)
+        self._write_limiters(core, clean_text)
+        ns, owner = self.ns, self.owner
+        gone = [(ns, clean(id)) for id in (*changes.removed, *changes.reaped)]
+        self._run("DELETE FROM holds WHERE ns = ? AND id = ?", gone)
+        self._run(PUT_HOLD, [hold_row(ns, owner, clean_hold(hold)) for hold in changes.added.values()])
+        self._run("DELETE FROM abandoned WHERE ns = ? AND id = ?", [(ns, clean(id)) for id in changes.forgiven])
+        held = [self._abandoned_row(clean_hold(hold), now) for hold in changes.abandoned.values()]
+        self._run(PUT_ABANDONED, held)
+        lost = []
+        for record in (*core.appended, *core.replaced):
+            try:
+                self.ledger.put(clean_record(record))
+            except Exception as error:
+                if is_environment(error):
+                    raise
+                lost.append(record)
+        self.ledger.write((), ())
+        return lost
+
+    def _write_accounts(self, core: AdmissionCore, text: Callable[[str], str]) -> None:
+        book = core.accounts
+        rows = []
+        for key in book.dirty:
+            entry = book.entries[key]
+            ends_at = None if isinf(entry.ends_at) else entry.ends_at
+            rows.append((self.ns, text(key), entry.spent, entry.held, entry.unconfirmed, ends_at))
+        self._run(PUT_ACCOUNT, rows)
+
+    def _write_limiters(self, core: AdmissionCore, text: Callable[[str], str]) -> None:
+        assert core.changes is not None
+        rows = []
+        for key in core.changes.limiters:
+            state = core.limiter_state(key)
+            if state is not None and shared(state.limit):
+                settings = self._settings.get(key)
+                if settings is None or settings[0] is not state.limit:
+                    settings = self._settings[key] = (state.limit, state.limit.model_dump_json())
+                rows.append((self.ns, text(key), state.dump(), settings[1]))
+        self._run(PUT_LIMITER, rows)
+
+    def _abandoned_row(self, hold: Hold, now: float) -> Row:
+        _, id, _, _, amount, accounts, _, _, stub = hold_row(self.ns, self.owner, hold)
+        return self.ns, id, now, amount, accounts, stub
+
+    def _run(self, sql: str, rows: Iterable[Row]) -> None:
+        assert self.connection is not None
+        if rows:
+            self.connection.executemany(sql, rows)
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

@@ -1,0 +1,257 @@
+"""One batch of operations on the admission core, as one transaction of a SQLite file."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from math import inf
+from typing import Any, Final
+
+from dspy_prod.records import CallRecord
+from dspy_prod.runtime.clock import Clock
+from dspy_prod.stores.admission.core import AdmissionCore
+from dspy_prod.stores.base import PENDING, Settlement, Ticket
+from dspy_prod.stores.sqlite.schema import is_environment, is_locked
+from dspy_prod.stores.sqlite.tables import Tables
+
+BUSY_LIMIT: Final = 5.0
+"""Seconds to wait for another process's transaction before the store counts as unavailable."""
+REAP_BATCH: Final = 1000
+SWEEP_EVERY: Final = 3600.0
+MAX_ACCOUNTS: Final = 50_000
+"""Accounts kept in memory; beyond that they are read from the file again."""
+
+Report = Callable[[str, dict[str, Any]], None]
+Operation = tuple[Callable[["Transactions", Any, Any, float], None], Any, Any]
+"""What to do (one of the operations of `Transactions`), and its two arguments; the third is the store's time."""
+
+
+class Request:
+    """A question that the writer answers inside a transaction."""
+
+    __slots__ = ("ask", "done", "error", "result")
+
+    def __init__(self, ask: Callable[[AdmissionCore, Tables, float], Any]) -> None:
+        self.ask = ask
+        self.done = threading.Event()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+
+class UnfitError(Exception):
+    """An operation fails whatever the file's state. `index` tells which one, or is -1 while that is not known."""
+
+    def __init__(self, index: int, cause: BaseException) -> None:
+        super().__init__(repr(cause))
+        self.index = index
+
+
+class Transactions:
+    """The core, its tables, and this process's lease. Used by the writer thread only.
+
+    Attributes:
+        after: what to do once the current transaction is durable.
+        stopping: `stop` was posted.
+    """
+
+    def __init__(self, tables: Tables, clock: Clock, lease: float, report: Report) -> None:
+        self.tables = tables
+        self.core = AdmissionCore(tables)
+        self.report = report
+        self.after: list[Callable[[], None]] = []
+        self.stopping = False
+        self._now = clock.time
+        self._lease = lease
+        self._leased_until = -inf
+        self._reap_at = -inf
+        self._sweep_at = time.monotonic() + SWEEP_EVERY
+        self._begun = False
+        self._lost = False
+
+    # -- operations ----------------------------------------------------------------------------------------------------
+    def admit(self, ticket: Ticket, _: Any, now: float) -> None:
+        if ticket.state == PENDING:
+            self.core.enter(ticket, now)
+
+    def sent_late(self, ticket: Ticket, at: float, now: float) -> None:
+        self.core.sent_late(ticket, at)
+
+    def settle(self, done: Settlement, _: Any, now: float) -> None:
+        self.core.settle(done, now)
+
+    def withdraw(self, ticket: Ticket, _: Any, now: float) -> None:
+        if ticket.ask.id in self.core.holds:  # granted before the withdrawal was known here
+            self.core.settle(Settlement(ticket.ask.id, 0, 0, False, False, None), now)
+        else:
+            self.core.remove(ticket, now)
+
+    def append(self, record: CallRecord, is_new: bool, now: float) -> None:
+        (self.core.appended if is_new else self.core.replaced).append(record)
+
+    def throttled(self, limiter: Any, retry_after: float | None, now: float) -> None:
+        key, limit = limiter
+        self.core.throttled(key, limit, retry_after, now)
+
+    def resync(self, limiter: Any, remaining: dict[str, tuple[float, float]], now: float) -> None:
+        key, limit = limiter
+        self.core.resync(key, limit, remaining, now)
+
+    def put_answer(self, key: bytes, put: Any, now: float) -> None:
+        answer, max_entries, max_bytes, written = put
+        self.tables.cache.put(key, answer, max_entries, max_bytes, now)
+        self.after.append(written)
+
+    def touch_answer(self, key: bytes, _: Any, now: float) -> None:
+        self.tables.cache.touch(key, now)
+
+    def clear_answers(self, _: Any, __: Any, now: float) -> None:
+        self.tables.cache.clear()
+
+    def answer(self, request: Request, _: Any, now: float) -> None:
+        request.result = request.ask(self.core, self.tables, now)
+        self.after.append(request.done.set)
+
+    # Those that need no transaction:
+    def flush(self, done: threading.Event, _: Any, now: float) -> None:
+        self.after.append(done.set)
+
+    def nudge(self, _: Any, __: Any, now: float) -> None:
+        """Look at the timers again."""
+
+    def stop(self, _: Any, __: Any, now: float) -> None:
+        self.stopping = True
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+    def due_in(self) -> float:
+        """Seconds until a transaction has to be made even if nothing is posted."""
+        now = self._now()
+        wait = min(self.core.next_due() - now, self._reap_at - time.monotonic())
+        if self.core.holds:
+            wait = min(wait, self._leased_until - self._lease * 2 / 3 - now)
+        return wait
+
+    def _lease_due(self, now: float) -> bool:
+        return bool(self.core.holds) and now >= self._leased_until - self._lease * 2 / 3
+
+    # -- one transaction -----------------------------------------------------------------------------------------------
+    def run(self, operations: list[Operation], take_more: Callable[[list[Operation]], None]) -> None:
+        """Do everything and commit, or raise; then `undo` must follow.
+
+        Args:
+            take_more: called when the file is ours, to add what was posted while waiting for it.
+
+        Raises:
+            UnfitError: one operation cannot be done whatever the file's state.
+            sqlite3.Error, OSError, StoreUnavailableError: the file cannot be used.
+        """
+        tables, core = self.tables, self.core
+        if tables.connection is not None and tables.replaced():
+            tables.lose()
+            self._lost = True
+        connection = tables.open()
+        if self._lost:
+            self._carry_over(connection)
+        _begin(connection)
+        take_more(operations)
+        self._begun = True
+        index = -1
+        try:
+            now = self._now()
+            if tables.changed():
+                core.forget()
+                if self._leased_until > 0 and not tables.owned():
+                    core.holds.clear()  # another process thought this one dead, and charged them
+                    self._leased_until = -inf
+                core.serve(now)
+            core.tick(now)
+            if self._reap_at <= time.monotonic():
+                self._reap(now)
+            for index, (operation, one, other) in enumerate(operations):  # noqa: B007  (read when one fails)
+                operation(self, one, other, now)
+            index = -1
+            self._write(connection, now)
+        except Exception as error:
+            if is_environment(error):
+                raise
+            raise UnfitError(index, error) from error
+
+    def undo(self) -> list[Ticket]:
+        """Return to what was last committed; the tickets that the lost transaction had decided."""
+        self.after.clear()
+        self.tables.rollback()
+        if not self._begun:
+            return []
+        self._begun = False
+        return self.core.undo()
+
+    def _write(self, connection: sqlite3.Connection, now: float) -> None:
+        renewed = self._lease_due(now)
+        if renewed:
+            self.tables.renew(now + self._lease)
+        unwritable = self.tables.write(self.core, now)
+        connection.execute("COMMIT")
+        self._begun = False
+        if renewed:
+            self._leased_until = now + self._lease
+        self.core.written()
+        if len(self.core.accounts.entries) > MAX_ACCOUNTS:
+            self.core.forget()
+        for record in unwritable:
+            self.tell_later("operation_dropped", kind="append", error=f"the record {record.id!r} cannot be written")
+
+    def _carry_over(self, connection: sqlite3.Connection) -> None:
+        """The file was deleted or replaced: write what this process knows, before anything else happens."""
+        _begin(connection)
+        self._leased_until = -inf
+        self.tables.changed()
+        self.core.carry_over()
+        self._write(connection, self._now())
+        self._lost = False
+        self.tell_later("store_degraded", error="the file was deleted or replaced; what is known here was kept")
+
+    def _reap(self, now: float) -> None:
+        """Charge the holds of processes that are gone."""
+        tick = time.monotonic()
+        self._reap_at = tick + self._lease / 3
+        if self.core.holds and self._leased_until < now:
+            self._reap_at = tick + self._lease  # this machine slept: let the others renew their leases first
+            return
+        found = self.tables.expired(now, REAP_BATCH)
+        for hold in found:
+            self.core.abandon(hold, now)
+        if len(found) >= REAP_BATCH:
+            self._reap_at = tick
+        if tick >= self._sweep_at:
+            self._sweep_at = tick + SWEEP_EVERY
+            self.tables.sweep(now)
+
+    def resign(self) -> None:
+        """Give the lease back when nothing is held, and close the file."""
+        try:
+            if self.tables.connection is not None and not self.core.holds:
+                self.tables.resign()
+        except sqlite3.Error:
+            pass  # then the lease runs out
+        self.tables.close()
+
+    def tell_later(self, name: str, **details: Any) -> None:
+        """Report something once the current transaction is durable."""
+        self.after.append(lambda: self.report(name, {"path": self.tables.path, **details}))
+
+
+def _begin(connection: sqlite3.Connection) -> None:
+    """Take the write lock, in short steps so that several processes share it fairly."""
+    deadline = time.monotonic() + BUSY_LIMIT
+    pause = 0.0002
+    while True:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            return
+        except sqlite3.OperationalError as error:
+            if not is_locked(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(pause * (0.5 + random.random()))
+        pause = min(pause * 1.5, 0.002)

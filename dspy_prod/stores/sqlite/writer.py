@@ -1,0 +1,264 @@
+"""The one thread that writes a SQLite store: it decides, commits in groups, and only then tells.
+
+Callers post operations to `inbox` and never wait for the disk. The writer takes everything that is there, runs it on
+the admission core inside one transaction, writes what changed, commits, and wakes the tickets it decided. It is also
+the timer: for lines whose moment has come, for leases, and for changes made by other processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from dspy_prod.records import CallRecord
+from dspy_prod.runtime.clock import Clock
+from dspy_prod.stores.admission.line import wake
+from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Ticket
+from dspy_prod.stores.lane import LocalLane
+from dspy_prod.stores.sqlite.schema import is_locked, unavailable
+from dspy_prod.stores.sqlite.tables import Tables
+from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions, UnfitError
+
+_log = logging.getLogger("dspy_prod")
+
+MAX_BATCH: Final = 512
+"""Operations per transaction, so that other processes get their turn."""
+MAX_KEPT: Final = 100_000
+"""Operations kept while the file cannot be written; more are dropped, and said to be."""
+POLL: Final = 0.025
+"""Seconds between looks for changes by other processes while tickets wait."""
+_IDLE: Final = 5.0
+_BACK_OFF: Final = (0.05, 1.0)
+_QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
+"""Operations that need no transaction."""
+
+
+class Writer:
+    """State and body of the writer thread. Other threads use `inbox`, `local` and the attributes below.
+
+    Attributes:
+        publishing: held while a ticket's state changes, so that a withdrawal and a grant cannot both win.
+        io: held while the file is in use; `fork` waits for it.
+        failing: why nothing can be written at the moment, or None.
+        ended: nothing that is posted now will be done.
+    """
+
+    def __init__(self, tables: Tables, clock: Clock, lease: float, report: Report) -> None:
+        self.inbox: SimpleQueue[Operation] = SimpleQueue()
+        self.local = LocalLane(clock.time, self._keep_record)
+        self.publishing = threading.Lock()
+        self.io = threading.Lock()
+        self.failing: Refusal | None = None
+        self.ended = False
+        self.tables = tables
+        self._transactions = Transactions(tables, clock, lease, report)
+        self._core = self._transactions.core
+        self._now = clock.time
+        self._report = report
+        self._kept: deque[Operation] = deque()
+        self._retry_at = 0.0
+        self._back_off = 0.0
+        self._dropped = 0
+        self._alone = 0  # how many operations to run one by one
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Body of the thread; returns when stopped, with everything written that can be."""
+        while not self._transactions.stopping or not self.inbox.empty():
+            try:
+                self._cycle(self._collect())
+            except Exception:
+                _log.exception("The writer of %s met an error; it goes on", self.tables.path)
+                time.sleep(0.05)
+        self._finish()
+
+    def _collect(self) -> list[Operation]:
+        operations: list[Operation] = []
+        wait = self._wait()
+        try:
+            operations.append(self.inbox.get(timeout=wait) if wait > 0 else self.inbox.get_nowait())
+        except Empty:
+            return operations
+        self._take_more(operations)
+        return operations
+
+    def _take_more(self, operations: list[Operation]) -> None:
+        if not self._kept and not self._alone:
+            for _ in range(min(self.inbox.qsize(), MAX_BATCH - len(operations))):
+                operations.append(self.inbox.get_nowait())
+
+    def _wait(self) -> float:
+        wait = min(self._transactions.due_in(), self.local.tick() - self._now(), _IDLE)
+        retry_in = self._retry_at - time.monotonic()
+        if self._kept:
+            wait = min(wait, retry_in)
+        elif self._core.waiting():
+            wait = min(wait, POLL)
+        return max(wait, retry_in) if retry_in > 0 else wait
+
+    def _cycle(self, operations: list[Operation]) -> None:
+        if self._retry_at > time.monotonic():
+            self._refuse_or_keep(operations)
+            return
+        if self._kept:
+            operations = [*self._kept, *operations]
+            self._kept.clear()
+            most = 1 if self._alone else MAX_BATCH
+            self._kept.extend(operations[most:])
+            del operations[most:]
+            self._alone = max(0, self._alone - 1)
+        try:
+            with self.io:
+                if self._anything_due():
+                    self._transactions.run(operations, self._take_more)
+                elif self.failing is None and all(operation[0] in _QUIET for operation in operations):
+                    for operation, one, other in operations:
+                        operation(self._transactions, one, other, 0.0)
+                elif operations:
+                    self._transactions.run(operations, self._take_more)
+        except Exception as error:
+            self._failed(operations, error)
+        else:
+            self._publish()
+            if self.failing is not None and operations:
+                self.failing, self._back_off = None, 0.0
+                self._report("store_recovered", {"path": self.tables.path})
+
+    def _anything_due(self) -> bool:
+        return self._transactions.due_in() <= 0 or (self._core.waiting() > 0 and self.tables.stale())
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+    def _publish(self) -> None:
+        """Tell what is durable now: tickets, flushes, answers."""
+        changes = self._core.changes
+        assert changes is not None
+        told = []
+        if changes.verdicts:
+            with self.publishing:
+                for ticket, state, refusal in changes.verdicts:
+                    if ticket.state == PENDING:
+                        ticket.refusal = refusal
+                        ticket.state = state
+                        told.append(ticket)
+                    elif state == GRANTED and ticket.ask.id in self._core.holds:
+                        self._kept.append((Transactions.withdraw, ticket, None))
+        abandoned = [hold.amount for hold in changes.abandoned.values()]
+        changes.clear()
+        wake(told)
+        if abandoned:
+            details = {"path": self.tables.path, "holds": len(abandoned), "cost_nano": sum(abandoned)}
+            self._report("hold_abandoned", details)
+        after, self._transactions.after = self._transactions.after, []
+        for callback in after:
+            callback()
+
+    # -- when the file cannot be written -------------------------------------------------------------------------------
+    def _failed(self, operations: list[Operation], error: Exception) -> None:
+        with self.io:
+            undecided = self._transactions.undo()
+            if not isinstance(error, UnfitError) and not is_locked(error) and "full" not in str(error):
+                self.tables.close()
+        text = str(unavailable(self.tables.path, error))
+        if isinstance(error, UnfitError):
+            _log.error("An operation failed in %s", self.tables.path, exc_info=error)
+            self._isolate(operations, error)
+        if not isinstance(error, UnfitError) or not operations:
+            first, most = _BACK_OFF
+            self._back_off = min(max(first, self._back_off * 2), most)
+            self._retry_at = time.monotonic() + self._back_off
+        refusal = Refusal("store_unavailable", self._back_off or None, detail=text)
+        self._core.fail_waiting(refusal)
+        self._refuse(undecided, refusal)
+        known, self.failing = self.failing is not None, refusal
+        self._refuse_or_keep(operations)
+        if not known:
+            _log.warning("%s. Settlements are kept and written later.", text)
+            self._report("store_degraded", {"path": self.tables.path, "error": text})
+
+    def _refuse_or_keep(self, operations: list[Operation]) -> None:
+        """While nothing can be written: questions get an error, admissions a refusal; the rest waits, in order."""
+        refusal = self.failing
+        assert refusal is not None
+        for operation in operations:
+            kind, subject, detail = operation
+            if kind is Transactions.admit:
+                self._refuse([subject], refusal)
+            elif kind is Transactions.answer:
+                subject.error = OSError(refusal.detail)
+                subject.done.set()
+            elif kind is Transactions.put_answer:
+                detail[3]()
+            elif kind is Transactions.stop:
+                kind(self._transactions, subject, detail, 0.0)
+            elif kind in (Transactions.nudge, Transactions.touch_answer):
+                pass
+            elif len(self._kept) < MAX_KEPT:
+                self._kept.append(operation)
+            else:
+                self._dropping(kind.__name__, "too many settlements and records wait to be written")
+        self._publish()
+
+    def _refuse(self, tickets: list[Ticket], refusal: Refusal) -> None:
+        assert self._core.changes is not None
+        self._core.changes.verdicts.extend((ticket, REFUSED, refusal) for ticket in tickets)
+
+    def _isolate(self, operations: list[Operation], error: UnfitError) -> None:
+        """One of these can never be done: drop it, or find it by doing each alone. A settlement's money is kept."""
+        if error.index < 0 and len(operations) > 1:
+            self._alone = len(operations)
+        elif operations:
+            kind, subject, _ = operations.pop(error.index)
+            self._dropping(kind.__name__, str(error))
+            if kind is Transactions.admit:
+                self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
+            elif kind is Transactions.answer:
+                subject.error = error
+                subject.done.set()
+            elif kind is Transactions.settle and subject.record is not None:
+                self._kept.append((Transactions.settle, subject._replace(record=None), None))
+
+    def _dropping(self, kind: str, error: str, count: int = 1) -> None:
+        self._dropped += count
+        details = {"path": self.tables.path, "kind": kind, "error": error, "dropped": self._dropped}
+        self._report("operation_dropped", details)
+
+    def _keep_record(self, record: CallRecord, is_new: bool) -> None:
+        self.inbox.put((Transactions.append, record, is_new))
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+    def _finish(self) -> None:
+        """Last try for what is kept, then refuse who still waits and close."""
+        while self._kept:
+            self._retry_at = 0.0
+            self._cycle([])
+            if self.failing is not None:
+                break
+        refusal = Refusal("store_unavailable", detail=f"The store {self.tables.path} was closed")
+        self._core.fail_waiting(refusal)
+        self._publish()
+        self.local.fail(refusal)
+        lost = sum(1 for operation in self._kept if operation[0] in (Transactions.settle, Transactions.append))
+        if lost:
+            _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
+            self._dropping("close", "the store was closed while its file could not be written", lost)
+        with self.io:
+            self._transactions.resign()
+        self.ended = True
+
+    def abort(self, refusal: Refusal) -> None:
+        """In a forked child, where this writer's thread does not exist: refuse everybody, without waking."""
+        changes = self._core.changes
+        assert changes is not None
+        self._core.fail_waiting(refusal)
+        while self.inbox.qsize():
+            kind, subject, _ = self.inbox.get_nowait()
+            if kind is Transactions.admit:
+                self._refuse([subject], refusal)
+        for ticket, _, _ in changes.verdicts:
+            if ticket.state == PENDING:
+                ticket.refusal = refusal
+                ticket.state = REFUSED

@@ -1,0 +1,252 @@
+"""Events as log lines: `enable_logging`."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+import orjson
+
+from dspy_prod import privacy
+from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.redactor import Redactor
+from dspy_prod.telemetry.events import BUS, Event
+
+LEVELS: Final[Mapping[str, int]] = {
+    "call_content": logging.INFO,
+    "call_finished": logging.DEBUG,
+    "retry": logging.INFO,
+    "fallback": logging.INFO,
+    "waiting": logging.INFO,
+    "throttled": logging.INFO,
+    "attempt_failed": logging.INFO,
+    "breaker_half_open": logging.INFO,
+    "breaker_closed": logging.INFO,
+    "store_recovered": logging.INFO,
+    "breaker_opened": logging.WARNING,
+    "rejected": logging.WARNING,
+    "fallback_response": logging.WARNING,
+    "budget_soft": logging.WARNING,
+    "budget_overrun": logging.ERROR,
+}
+"""The level of each event; events not named here are problems of the library's own and logged as warnings."""
+
+_SUBJECTS: Final = ("program", "model", "route", "budget", "store", "path")
+_HIDDEN: Final = frozenset({"call_id", "record_id", "generation", "estimated"})
+_IDS: Final = frozenset({"call_id", "record_id", "trace_id"})
+_PERSONAL: Final = frozenset({"user", "tenant", "session"})
+_HUMAN_FORMAT: Final = "%(asctime)s %(levelname)-7s %(message)s"
+
+_lock = threading.Lock()
+_active: dict[str, Callable[[], None]] = {}
+
+
+def enable_logging(
+    level: int | str = "INFO",
+    format: Literal["human", "json"] = "human",
+    prompts: bool = False,
+    logger: str = "dspy_prod",
+    redact: bool | Redactor = True,
+) -> Callable[[], None]:
+    """Log every event as one line, through the standard `logging`.
+
+    Levels: finished calls are DEBUG; retries, model fallbacks, waits, throttling, failed attempts and a breaker that
+    recovers are INFO; an opened breaker, a refusal, an answer by `fallback_response` and a budget past its soft
+    threshold are WARNING; a budget overrun is ERROR. No line holds a key; prompts and answers are logged only with
+    `prompts=True`, and everything is redacted.
+
+    Lines go to the handlers your application has set up. Where it has none, they go to stderr. Calling it again for the
+    same logger replaces what was set up before.
+
+    Args:
+        level: of the logger; events below it are skipped.
+        format: `"human"`, or `"json"`: one object a line with `event`, `at` (ISO 8601, UTC), `level` and the event's
+            details. Give your handler the format `"%(message)s"` to keep the lines pure JSON.
+        prompts: also log the prompt and answer of each upstream call (INFO). They are your users' data.
+        logger: name of the logger.
+        redact: replace secrets and personal data in every line: by the given `Redactor`, or with True by the installed
+            one, else by one with the built-in rules. False logs texts as they are.
+
+    Returns:
+        A function that ends it and restores the logger's level.
+
+    Raises:
+        ConfigError: an unknown level or format, or a `redact` that is neither a bool nor a `Redactor`.
+    """
+    if format not in ("human", "json"):
+        raise ConfigError(f"enable_logging(format={format!r}): use 'human' or 'json'")
+    number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
+    if not isinstance(number, int) or isinstance(level, bool):
+        raise ConfigError(f"enable_logging(level={level!r}): use a level of the logging module, such as 'INFO'")
+    if not isinstance(redact, (bool, Redactor)):
+        raise ConfigError(f"enable_logging(redact={redact!r}): use True, False or a dspy_prod.Redactor")
+    with _lock:
+        previous = _active.get(logger)
+        if previous is not None:
+            previous()
+        stop = _start(logging.getLogger(logger), number, format == "json", prompts, redact)
+        _active[logger] = stop
+
+    def disable() -> None:
+        with _lock:
+            if _active.get(logger) is stop:
+                del _active[logger]
+                stop()
+
+    return disable
+
+
+def _start(
+    logger: logging.Logger, level: int, as_json: bool, prompts: bool, redact: bool | Redactor
+) -> Callable[[], None]:
+    before = logger.level
+    logger.setLevel(level)
+    handler: logging.Handler | None = None
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stderr)
+        handler.addFilter(lambda record: logger.parent is None or not logger.parent.hasHandlers())  # set up since
+        handler.setFormatter(logging.Formatter("%(message)s" if as_json else _HUMAN_FORMAT))
+        logger.addHandler(handler)
+
+    def listen(event: Event) -> None:
+        number = LEVELS.get(event.name, logging.WARNING)
+        if logger.isEnabledFor(number):
+            if redact is not False:
+                event = redacted(event, (privacy.active() or privacy.default()) if redact is True else redact)
+            logger.log(number, "%s", json_line(event) if as_json else human_line(event))
+
+    remove = BUS.add(listen, content=prompts)
+
+    def stop() -> None:
+        remove()
+        logger.setLevel(before)
+        if handler is not None:
+            logger.removeHandler(handler)
+
+    return stop
+
+
+def redacted(event: Event, redactor: Redactor) -> Event:
+    """The event without secrets and personal data; users and tenants stay distinct as pseudonyms."""
+    clean: dict[str, Any] = {}
+    for name, value in event.data.items():
+        if name in _PERSONAL and isinstance(value, str):
+            clean[name] = redactor.identity(value)
+        else:
+            clean[name] = value if name in _IDS else redactor.value(value)
+    return Event(event.name, event.at, MappingProxyType(clean))
+
+
+def json_line(event: Event) -> str:
+    """An event as one JSON object."""
+    at = dt.datetime.fromtimestamp(event.at, dt.timezone.utc).isoformat(timespec="milliseconds")
+    level = logging.getLevelName(LEVELS.get(event.name, logging.WARNING))
+    row = {**event.data, "event": event.name, "at": at, "level": level}
+    ordered = {name: row.pop(name) for name in ("event", "at", "level")} | row
+    try:
+        return orjson.dumps(ordered, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+    except TypeError:  # text that is not valid Unicode
+        return json.dumps(ordered, default=str)
+
+
+def human_line(event: Event) -> str:
+    """An event as a short line: `breaker opened  openai/gpt-4o-mini  LMServerError 500, retry in 60.0 s`."""
+    data = dict(event.data)
+    subject = next((data.pop(name) for name in _SUBJECTS if data.get(name) is not None), "")
+    details = _DETAILS.get(event.name, _details)(data)
+    return "  ".join(_one_line(part) for part in (event.name.replace("_", " "), str(subject), details) if part)
+
+
+def _breaker(data: dict[str, Any]) -> str:
+    retry_after = data.get("retry_after")
+    return _joined(data.get("cause"), None if retry_after is None else f"retry in {retry_after:.1f} s")
+
+
+def _finished(data: dict[str, Any]) -> str:
+    cost = data.get("cost_usd")
+    paid = "cost unknown" if cost is None else f"{cost:.6f} USD{' (unconfirmed)' if data.get('estimated') else ''}"
+    outcome = data.get("outcome")
+    return _joined(outcome, None if data.get("cached") else f"{data.get('latency', 0.0):.2f} s, {paid}", _whose(data))
+
+
+def _failed(data: dict[str, Any]) -> str:
+    status = data.get("status")
+    error = data.get("error") if status is None else f"{data.get('error')} {status}"
+    return _joined(error, f"attempt {data.get('attempt')}", f"{data.get('latency', 0.0):.2f} s", _whose(data))
+
+
+def _retry(data: dict[str, Any]) -> str:
+    return f"attempt {data.get('attempt')} in {data.get('pause', 0.0):.1f} s, after {data.get('error')}"
+
+
+def _fallback(data: dict[str, Any]) -> str:
+    return _joined(f"to {data.get('to')}", data.get("reason"))
+
+
+def _waiting(data: dict[str, Any]) -> str:
+    return f"for {data.get('blocked_on') or 'admission'}"
+
+
+def _rejected(data: dict[str, Any]) -> str:
+    return _joined(data.get("reason"), _whose(data))
+
+
+def _fallback_response(data: dict[str, Any]) -> str:
+    return _joined(data.get("reason"), data.get("error"), _whose(data))
+
+
+def _budget(data: dict[str, Any]) -> str:
+    degrade_to = data.get("degrade_to")
+    spent = f"{data.get('spent_usd', 0.0):.6f} of {data.get('limit_usd', 0.0):.6f} USD spent"
+    return _joined(spent, None if degrade_to is None else f"now using {degrade_to}")
+
+
+def _overrun(data: dict[str, Any]) -> str:
+    return f"billed {data.get('cost_usd', 0.0):.6f} USD, reserved {data.get('bound_usd', 0.0):.6f} USD"
+
+
+def _content(data: dict[str, Any]) -> str:
+    said = [f"{message['role']}: {message['text']}" for message in data.get("prompt") or ()]
+    return " | ".join([*said, f"answer: {data.get('answer')}"])
+
+
+def _details(data: dict[str, Any]) -> str:
+    return _joined(*(f"{name}={value}" for name, value in data.items() if value is not None and name not in _HIDDEN))
+
+
+_DETAILS: Final[Mapping[str, Callable[[dict[str, Any]], str]]] = {
+    "breaker_opened": _breaker,
+    "breaker_half_open": _breaker,
+    "breaker_closed": _breaker,
+    "call_finished": _finished,
+    "attempt_failed": _failed,
+    "retry": _retry,
+    "fallback": _fallback,
+    "waiting": _waiting,
+    "rejected": _rejected,
+    "fallback_response": _fallback_response,
+    "budget_soft": _budget,
+    "budget_overrun": _overrun,
+    "call_content": _content,
+}
+
+
+def _whose(data: dict[str, Any]) -> str | None:
+    return _joined(*(f"{name}={data[name]}" for name in ("tenant", "user") if data.get(name) is not None)) or None
+
+
+def _joined(*parts: str | None) -> str:
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _one_line(text: str) -> str:
+    """Control characters escaped: what a user typed must not look like a line of its own."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

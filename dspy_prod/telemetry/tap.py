@@ -1,0 +1,62 @@
+"""Where tracking looks into a call. Nothing is imported and nothing costs more than one read while nobody looks.
+
+The pipeline tells a `Tap` of program calls, LM calls and attempts; `dspy_prod.tracking` is the one that ships. A tap
+never waits and never raises: what it cannot do, it counts.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from dspy.lm15 import Request, Response
+
+    from dspy_prod.context.current import CallContext
+    from dspy_prod.pipeline.routes import Route
+    from dspy_prod.records import CallRecord
+
+
+class Node(Protocol):
+    """An open piece of a trace: one call of a program or of an LM."""
+
+    def answered(self, outputs: Any, **attributes: Any) -> None:
+        """Note what it gives back, and attributes of its span."""
+        ...
+
+    def attempt(self, record: CallRecord, route: Route, request: Request | None, response: Response | None) -> None:
+        """Add an upstream attempt, or an answer from the cache, perhaps after the node has ended."""
+        ...
+
+
+class Tap(Protocol):
+    """Sees every call."""
+
+    def program_call(self, name: str, inputs: dict[str, Any]) -> AbstractContextManager[Node | None]:
+        """The scope of one call of a `Production`; it puts a context with `trace_id` and `node` in force."""
+        ...
+
+    def lm_call(self, name: str, inputs: dict[str, Any]) -> AbstractContextManager[Node | None]:
+        """The scope of one call of an LM, likewise."""
+        ...
+
+
+class _Slot:
+    """Holds the one active tap."""
+
+    __slots__ = ("active",)
+
+    def __init__(self) -> None:
+        self.active: Tap | None = None
+
+
+TAP = _Slot()
+
+
+def attempted(
+    context: CallContext, record: CallRecord, route: Route, request: Request | None, response: Response | None
+) -> None:
+    """Tell the node of a call, if it has one."""
+    node = context.node
+    if node is not None:
+        node.attempt(record, route, request, response)
