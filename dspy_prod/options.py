@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -272,3 +272,7 @@ class Price(Options):
     per_request: Usd = 0.0
     max_output_tokens: Count | None = None
     max_input_tokens: Count | None = None
+
+
+PRIORITIES: Final = {"high": 0, "normal": 1, "low": 2}
+"""Order of service; smaller goes first."""

@@ -314,7 +314,7 @@ def test_who_reads_sees_what_a_finaliser_left_to_the_reaper(read: str) -> None:
 AT_EXIT = """
 import sys, threading
 import dspy_prod
-from dspy_prod.pipeline.reaper import REAPER
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.testing import ScriptedEngine
 
 lm = dspy_prod.LM("openai/m", engine=ScriptedEngine("x"), store=sys.argv[1], namespace="end", cache=False)

@@ -17,10 +17,10 @@ from typing import Any, Final, Literal, NamedTuple
 import dspy
 from dspy.dsp.utils.settings import thread_local_overrides
 
+from dspy_prod.options import PRIORITIES
 from dspy_prod.privacy.redactor import known_as
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
-from dspy_prod.stores.base import PRIORITIES
 
 SETTING = "dspy_prod"
 """Name of the DSPy setting that carries the context."""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dspy.clients._deprecation import _adapter_call
 
 from dspy_prod.lm.assembling import disabled
+from dspy_prod.lm.beneath import Beneath
 from dspy_prod.records import usd
 
-if TYPE_CHECKING:
-    from dspy_prod.lm.lm import LM
 
-
-def warn_messages(lm: LM, messages: Any) -> None:
+def warn_messages(lm: Beneath, messages: Any) -> None:
     """DSPy's own deprecation of `messages=`, attributed to the caller instead of to this library."""
     origin = _adapter_call.get()
     if origin is not None and origin[0] is lm and origin[1] is messages:
@@ -36,7 +34,7 @@ def warn_messages(lm: LM, messages: Any) -> None:
     )
 
 
-def warn_coarse_budgets(lm: LM) -> None:
+def warn_coarse_budgets(lm: Beneath) -> None:
     """Warn when one call's bound is a large part of a budget: the last part of it could not be spent."""
     if disabled() or not lm.settings.budgets:
         return

@@ -90,9 +90,7 @@ def upstream_of(lm: dspy.LM) -> Upstream:
 
 
 def _foreign_route(fallback: Any, settings: Settings, prices: PriceBook, store: Store) -> Route:
-    from dspy_prod.lm.lm import LM
-
-    if isinstance(fallback, LM):
+    if isinstance(getattr(fallback, "settings", None), Settings):  # one of ours
         own = fallback.pipeline.primary
         return Route(
             own.model, own.upstream, retry=own.retry, breaker=fallback.settings.breaker, limit=fallback.settings.limit,

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dspy.clients.call_result import CallResult
-from dspy.clients.execution import PreparedCall
+from dspy.clients.execution import PreparedCall, _canonical
 from dspy.dsp.utils.settings import settings as dspy_settings
 from dspy.lm15 import Request
 
 from dspy_prod.context.current import current
 from dspy_prod.context.marks import stamped
+from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.copying import variant
 from dspy_prod.lm.settings import split
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.scope import Scope, raw_key
-
-if TYPE_CHECKING:
-    from dspy_prod.lm.lm import LM
+from dspy_prod.pipeline.scope import SCOPE, Scope, raw_key
 
 _ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
 _PLAIN_CALL_KEYS: Final = frozenset(
@@ -41,7 +39,7 @@ _PLAIN_CALL_KEYS: Final = frozenset(
 )
 
 
-def per_call(lm: LM, kwargs: dict[str, Any]) -> tuple[LM, dict[str, Any], dict[str, Any] | None]:
+def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, Any], dict[str, Any] | None]:
     """(the LM to use, its canonical arguments, extras beside them) for one call's arguments."""
     if not kwargs:
         return lm, kwargs, None
@@ -66,7 +64,7 @@ def per_call(lm: LM, kwargs: dict[str, Any]) -> tuple[LM, dict[str, Any], dict[s
     return variant(lm, policies) if policies else lm, canonical, extras or None
 
 
-def scope_of(lm: LM, prompt: Any, messages: Any, kwargs: dict[str, Any], extras: dict[str, Any] | None) -> Scope:
+def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], extras: dict[str, Any] | None) -> Scope:
     """What the engine beneath must know of this call, and its exact cache key if the arguments are plain JSON."""
     context = stamped(current())
     merged = lm.kwargs
@@ -83,7 +81,7 @@ def scope_of(lm: LM, prompt: Any, messages: Any, kwargs: dict[str, Any], extras:
 
 
 def hit(
-    lm: LM, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]
+    lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]
 ) -> tuple[PreparedCall, CallResult] | None:
     """A fresh answer from memory, before any of DSPy's work; None when the engine has to look."""
     base = scope.base
@@ -108,3 +106,14 @@ def hit(
     usage: dict[str, Any] = {}
     result = CallResult((response,), [text], usage, 0.0, response, response.model, True)
     return PreparedCall(prompt, messages, kwargs, usage, None, True, 1, True), result
+
+
+def calls_of(lm: Beneath, prepared: PreparedCall, extras: dict[str, Any] | None) -> list[Call]:
+    """The engine calls behind one LM call (one for each of `n` answers), with the cache keys they would have."""
+    request = _canonical(prepared)
+    prompt = prepared.prompt if prepared.request is None else prepared.request
+    token = SCOPE.set(scope_of(lm, prompt, prepared.messages, prepared.kwargs, extras))
+    try:
+        return [lm._engine_spec._call(request, False) for _ in range(prepared.n)]
+    finally:
+        SCOPE.reset(token)

@@ -43,7 +43,6 @@ JSON, or text where they are not; an empty one counts as not set.
 from __future__ import annotations
 
 import difflib
-import inspect
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -67,7 +66,11 @@ _TABLES: Final[Mapping[str, type[Options]]] = {
     "cache": Cache,
     "budget": Budget,
 }
-_OBJECTS: Final = ("callbacks", "provider", "async_engine", "prompt_cache", "clock", "self", "kwargs")
+ARGUMENTS: Final = frozenset(
+    "model model_type temperature max_tokens cache callbacks num_retries provider finetuning_model launch_kwargs train_kwargs use_developer_role "
+    "engine async_engine prompt_cache retry breaker limit budget fallbacks prices store namespace clock".split()
+)
+_OBJECTS: Final = ("callbacks", "provider", "async_engine", "prompt_cache", "clock")
 """Arguments of `LM.__init__` that no file can hold."""
 
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
@@ -199,9 +202,7 @@ def _arguments(values: dict[str, Any], env: Mapping[str, str], sources: Sources)
 
 
 def _known() -> frozenset[str]:
-    from dspy_prod.lm.lm import LM
-
-    own = set(inspect.signature(LM.__init__).parameters) - set(_OBJECTS)
+    own = ARGUMENTS - set(_OBJECTS)
     return frozenset(
         {*own, *CLIENT_KEYS, *CANONICAL_KEYS, "api_key_env", "litellm"} - {"messages", "stream", "prompt_cache"}
     )

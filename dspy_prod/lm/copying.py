@@ -6,19 +6,17 @@ import datetime as dt
 import threading
 from collections import OrderedDict
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dspy.clients.backend_selection import CLIENT_KEYS
 from dspy.clients.lm import _check_engines, _refuse_client_settings
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.settings import Settings, budget_options, fallback_list, option, price_options, retry_option
 from dspy_prod.options import Cache, CircuitBreaker, RateLimit
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.base import Store
-
-if TYPE_CHECKING:
-    from dspy_prod.lm.lm import LM
 
 POLICIES: Final = frozenset(
     {"retry", "breaker", "limit", "budget", "fallbacks", "prices", "store", "namespace", "clock", "num_retries"}
@@ -81,11 +79,11 @@ class Variants:
     """LMs with per-call settings, kept so that their cache, connections and pipeline serve the next such call too."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, LM] = OrderedDict()
+        self._kept: OrderedDict[str, Beneath] = OrderedDict()
         self._lock = threading.Lock()
         reset_after_fork(self)
 
-    def find(self, key: str) -> LM | None:
+    def find(self, key: str) -> Beneath | None:
         """The LM for these settings, if it is kept."""
         with self._lock:
             found = self._kept.get(key)
@@ -93,7 +91,7 @@ class Variants:
                 self._kept.move_to_end(key)
             return found
 
-    def keep(self, key: str, lm: LM) -> LM:
+    def keep(self, key: str, lm: Beneath) -> Beneath:
         """Keep an LM unless another thread was faster; which one it is."""
         with self._lock:
             kept = self._kept.setdefault(key, lm)
@@ -101,7 +99,7 @@ class Variants:
                 self._kept.popitem(last=False)
             return kept
 
-    def all(self) -> list[LM]:
+    def all(self) -> list[Beneath]:
         """Every LM kept."""
         with self._lock:
             return list(self._kept.values())
@@ -110,7 +108,7 @@ class Variants:
         self._lock = threading.Lock()
 
 
-def variant(lm: LM, policies: dict[str, Any]) -> LM:
+def variant(lm: Beneath, policies: dict[str, Any]) -> Beneath:
     """The LM with some policies or client settings replaced for one call."""
     key = repr(sorted(policies.items()))  # what has its `id` in its repr is kept alive by the settings
     kept = lm._variants.find(key)
@@ -124,8 +122,8 @@ def variant(lm: LM, policies: dict[str, Any]) -> LM:
     return twin
 
 
-def _twin(lm: LM) -> LM:
-    twin: LM = object.__new__(type(lm))
+def _twin(lm: Beneath) -> Beneath:
+    twin: Beneath = object.__new__(type(lm))
     twin.__dict__.update(lm.__dict__)
     return twin
 

@@ -7,7 +7,7 @@ every other call still goes through it. The asynchronous form also spares two ho
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dspy.clients.call_result import CallResult
 from dspy.clients.errors import wrap_error
@@ -16,15 +16,14 @@ from dspy.dsp.utils.settings import settings
 from dspy.lm15 import Config, LM15Error, Message, Request, TextPart
 from dspy.utils.exceptions import LMError
 
-if TYPE_CHECKING:
-    from dspy_prod.lm.lm import LM
+from dspy_prod.lm.beneath import Beneath
 
 _MAX_CONFIGS: Final = 512
 _CONFIGS: dict[tuple[Any, ...], Config] = {}
 """Generation settings by the arguments they were converted from, where nothing but the texts adds to the request."""
 
 
-def run_call(lm: LM, call: PreparedCall) -> CallResult:
+def run_call(lm: Beneath, call: PreparedCall) -> CallResult:
     """Answer a prepared call on this thread."""
     if call.n != 1 or settings.send_stream is not None:
         return execute(lm, call)
@@ -35,7 +34,7 @@ def run_call(lm: LM, call: PreparedCall) -> CallResult:
         raise _shown(lm, error) from _cause(error)
 
 
-async def arun_call(lm: LM, call: PreparedCall) -> CallResult:
+async def arun_call(lm: Beneath, call: PreparedCall) -> CallResult:
     """Answer a prepared call in this task."""
     if call.n != 1 or settings.send_stream is not None:
         return await aexecute(lm, call)
@@ -46,7 +45,7 @@ async def arun_call(lm: LM, call: PreparedCall) -> CallResult:
         raise _shown(lm, error) from _cause(error)
 
 
-def _request(lm: LM, call: PreparedCall) -> Request:
+def _request(lm: Beneath, call: PreparedCall) -> Request:
     """The canonical request of a call; DSPy's conversion, remembered where only texts change from call to call."""
     if call.request is not None:
         return call.request
@@ -88,14 +87,14 @@ def _texts(rows: list[Any]) -> tuple[str | None, tuple[Message, ...]] | None:
     return (system, tuple(messages)) if messages else None
 
 
-def _convert(lm: LM, call: PreparedCall) -> Request:
+def _convert(lm: Beneath, call: PreparedCall) -> Request:
     try:
         return _canonical(call)
     except LM15Error as error:
         raise wrap_error(error, model=lm.model) from error
 
 
-def _shown(lm: LM, error: Exception) -> Exception:
+def _shown(lm: Beneath, error: Exception) -> Exception:
     if not isinstance(error, LMError):
         error = wrap_error(error, model=lm.model)
     _hint_responses_api(lm, error)

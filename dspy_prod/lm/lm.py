@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import copy as copying_module
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +45,7 @@ from dspy_prod.pipeline.upstream.upstream import address_of
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.records import usd
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.living import LIVE
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.tap import TAP
@@ -303,7 +303,8 @@ class LM(Operations, dspy.LM):
         """The LM that `dump_state` described; keys come from the environment."""
         from dspy_prod.lm.state import load
 
-        return load(cls, state, allow_custom_lm_class)
+        loaded: LM = load(cls, state, allow_custom_lm_class)
+        return loaded
 
     @classmethod
     def from_config(cls, path: str | Path | None = None, **overrides: Any) -> LM:
@@ -322,6 +323,9 @@ class LM(Operations, dspy.LM):
         if "model" not in arguments:
             raise ConfigError(f'{path or "environment"}: model: is missing; add model = "openai/gpt-4o-mini"')
         return cls(**arguments)
+
+
+LM.__module__ = "dspy_prod.lm"  # the name in saved states and pickles
 
 
 def wrap(lm: dspy.LM, **policies: Any) -> LM:
@@ -353,9 +357,6 @@ def wrap(lm: dspy.LM, **policies: Any) -> LM:
         arguments["engine"], arguments["async_engine"] = lm._engine_spec, lm._async_engine_spec
     return LM(lm.model, lm.model_type, **{**arguments, **policies})
 
-
-LIVE: weakref.WeakSet[LM] = weakref.WeakSet()
-"""The LMs alive in this process, for `dspy_prod.health()`."""
 
 # Registered after the stores' own ending, which `assemble` imports, and hence done before it.
 atexit.register(REAPER.flush, 2.0)

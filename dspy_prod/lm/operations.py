@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy.clients.execution import prepare
 
-from dspy_prod.lm.calling import per_call
+from dspy_prod.lm.calling import calls_of, per_call
 from dspy_prod.lm.copying import Variants
 from dspy_prod.pipeline.pipeline import Pipeline, clear_answers
 from dspy_prod.runtime.reaper import REAPER
@@ -49,7 +49,7 @@ class Operations:
 
         REAPER.flush(FLUSH_TIMEOUT)
         lm, kwargs, extras = per_call(self, kwargs)  # type: ignore[arg-type]  # mixed into LM
-        return preview(lm.pipeline, lm, prepare(lm, prompt, messages, kwargs), extras)
+        return preview(lm.pipeline, calls_of(lm, prepare(lm, prompt, messages, kwargs), extras))
 
     def cache_clear(self) -> None:
         """Forget every cached answer of this store and namespace."""

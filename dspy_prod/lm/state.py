@@ -24,7 +24,6 @@ from dspy_prod.privacy.names import bare_url, public
 from dspy_prod.stores.opening import default_store_url
 
 if TYPE_CHECKING:
-    from dspy_prod.lm.lm import LM
     from dspy_prod.lm.settings import Settings
 
 _log = logging.getLogger("dspy_prod")
@@ -33,7 +32,7 @@ _EXPECTED: Final = frozenset({"api_key", "azure_ad_token_provider"})
 """Secrets that are found again without being told: no word about them."""
 
 
-def dump(lm: LM, base: Mapping[str, Any]) -> dict[str, Any]:
+def dump(lm: Any, base: Mapping[str, Any]) -> dict[str, Any]:
     """What `load` rebuilds the LM from.
 
     Args:
@@ -66,7 +65,7 @@ def dump(lm: LM, base: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def load(cls: type[LM], state: Mapping[str, Any], allow: bool) -> LM:
+def load(cls: type[Any], state: Mapping[str, Any], allow: bool) -> Any:
     """The LM that `dump` described.
 
     Args:
@@ -87,7 +86,7 @@ def load(cls: type[LM], state: Mapping[str, Any], allow: bool) -> LM:
         if arguments.get(name) is not None and not isinstance(arguments[name], str):
             arguments[name] = _load_engine(arguments[name], name, allow_custom_lm_class=allow)
     if "fallbacks" in arguments:
-        arguments["fallbacks"] = [_load_fallback(item, allow) for item in arguments["fallbacks"]]
+        arguments["fallbacks"] = [_load_fallback(cls, item, allow) for item in arguments["fallbacks"]]
     url = arguments.get("store")
     if isinstance(url, str) and bare_url(default_store_url()) == url:
         arguments["store"] = default_store_url()  # the environment knows its password
@@ -133,15 +132,13 @@ def _dump_fallback(fallback: str | dspy.LM) -> Any:
     return fallback if isinstance(fallback, str) else public(fallback.dump_state())
 
 
-def _load_fallback(state: Any, allow: bool) -> str | dspy.LM:
-    from dspy_prod.lm.lm import LM
-
+def _load_fallback(cls: type[Any], state: Any, allow: bool) -> str | dspy.LM:
     if isinstance(state, str):
         return state
     if not isinstance(state, Mapping):
         raise ConfigError(f"a saved fallback is a model name or an LM's state, not {type(state).__name__}")
-    if state.get(LM_CLASS_STATE_KEY) == f"{LM.__module__}.{LM.__qualname__}":
-        return LM.load_state(dict(state), allow_custom_lm_class=allow)
+    if state.get(LM_CLASS_STATE_KEY) == f"{cls.__module__}.{cls.__qualname__}":
+        return cls.load_state(dict(state), allow_custom_lm_class=allow)
     loaded: dspy.LM = BaseLM.load_state(dict(state), allow_custom_lm_class=allow)
     return loaded
 

@@ -19,7 +19,6 @@ from dspy.lm15 import Request, Response, Usage
 from dspy_prod.context.current import CallContext
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
 from dspy_prod.records import CallRecord
-from dspy_prod.telemetry.tap import attempted
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.pipeline import Pipeline
@@ -186,7 +185,9 @@ class Call:
         """Keep the record with the call and with whoever collects, and tell the tap and the listeners."""
         self.records.append(record)
         if self.context.node is not None:
-            attempted(self.context, record, route, self.request, response)
+            node = self.context.node
+            if node is not None:
+                node.attempt(record, route, self.request, response)
         collected = self.context.records
         if collected is not None:
             collected.append(record)

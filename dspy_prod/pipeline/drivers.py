@@ -20,7 +20,7 @@ from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
 from dspy.lm15 import Response
 
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError
+from dspy_prod.pipeline.effects import Attempt
 from dspy_prod.pipeline.flow import Flow
 from dspy_prod.pipeline.preparing import aprepare, limit_until, prepare
 from dspy_prod.pipeline.upstream.deadline import (
@@ -31,6 +31,7 @@ from dspy_prod.pipeline.upstream.deadline import (
     bounded_stream,
     within,
 )
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.errors import public_error
 from dspy_prod.pipeline.upstream.replay import replay
 
@@ -140,7 +141,7 @@ def _attempt(effect: Attempt) -> Response:
             return _checked(engine.complete(request))
         return _checked(bounded(lambda: engine.complete(request), until))
     except Exception as error:
-        raise public_error(error, effect) from error
+        raise public_error(error, effect.route.upstream, effect.until) from error
 
 
 async def _aattempt(effect: Attempt) -> Response:
@@ -166,13 +167,13 @@ async def _aattempt(effect: Attempt) -> Response:
     except (TimeoutError, asyncio.TimeoutError) as error:
         if limit is not None and _expired(limit):
             raise AttemptTimeoutError from None
-        raise public_error(error, effect) from error
+        raise public_error(error, effect.route.upstream, effect.until) from error
     except Exception as error:
         if (
             _get_running_loop() is None
         ):  # collected: what fails while a coroutine is closed that no loop runs says nothing
             raise GeneratorExit from None
-        raise public_error(error, effect) from error
+        raise public_error(error, effect.route.upstream, effect.until) from error
 
 
 def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[Response, StreamEvent | None]]:
@@ -212,7 +213,7 @@ def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[R
     except Exception as error:
         if consumer.left:  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
-        raise public_error(error, effect) from error
+        raise public_error(error, effect.route.upstream, effect.until) from error
     if start is not None:
         with consumer:
             yield start
@@ -267,7 +268,7 @@ async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenera
             consumer.left or _get_running_loop() is None
         ):  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
-        raise public_error(error, effect) from error
+        raise public_error(error, effect.route.upstream, effect.until) from error
     if start is not None:
         with consumer:
             yield start

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dspy.lm15 import Request, Response
+from dspy.lm15 import Request
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
@@ -66,23 +66,3 @@ class Wait:
     def __init__(self, what: Decidable | None, until: float) -> None:
         self.what = what
         self.until = until
-
-
-class AttemptTimeoutError(Exception):
-    """The driver ended an attempt at its `until`.
-
-    Attributes:
-        late: set when the attempt still runs in a worker thread and will report there.
-    """
-
-    def __init__(self, late: LateResult | None = None) -> None:
-        super().__init__("the attempt was ended at its time limit")
-        self.late = late
-
-
-class LateResult(Protocol):
-    """An abandoned attempt that goes on in a worker thread."""
-
-    def on_end(self, report: Callable[[Response | None, BaseException | None], None]) -> None:
-        """Call `report(response, error)` when the attempt has ended, at once if it has."""
-        ...

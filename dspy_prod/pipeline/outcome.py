@@ -7,7 +7,6 @@ is owed unless the provider certainly did not work: never sent, or refused with 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from json import JSONDecodeError
 from typing import Final, NamedTuple
 
@@ -31,6 +30,7 @@ from dspy.utils.exceptions import (
 )
 
 from dspy_prod.errors import RejectedError
+from dspy_prod.pipeline.upstream.ends import causes_of
 
 
 class Verdict(NamedTuple):
@@ -147,13 +147,3 @@ def _never_connected(causes: list[BaseException]) -> bool:
     if any(isinstance(cause, _BROKEN) or type(cause).__name__ == "ClientOSError" for cause in causes):
         return False
     return any(type(cause).__name__ in _CONNECT_ERRORS or isinstance(cause, ConnectionRefusedError) for cause in causes)
-
-
-def causes_of(error: BaseException) -> Iterator[BaseException]:
-    """An error and, in turn, what it was raised from."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy.lm15 import Request
 
 from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, UnpricedModelError
+from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.call import IDS, Call
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.base import PRIORITIES, Account, Ask, Refusal
+from dspy_prod.stores.base import Account, Ask, Refusal
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route

@@ -9,8 +9,9 @@ import time
 from math import inf
 from typing import Any
 
-from dspy_prod.pipeline.effects import AttemptTimeoutError, Wait, Warm
+from dspy_prod.pipeline.effects import Wait, Warm
 from dspy_prod.pipeline.upstream.deadline import bounded
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.errors import public_error
 
 if sys.version_info >= (3, 11):
@@ -33,7 +34,7 @@ def prepare(effect: Wait | Warm) -> Any:
     except AttemptTimeoutError:
         return  # the flow sees that the call is late
     except Exception as error:
-        raise public_error(error, effect) from error
+        raise public_error(error, effect.route.upstream, effect.until) from error
 
 
 async def aprepare(effect: Wait | Warm) -> Any:
@@ -49,7 +50,7 @@ async def aprepare(effect: Wait | Warm) -> Any:
     except (TimeoutError, asyncio.TimeoutError):
         return  # the flow sees that the call is late
     except Exception as error:
-        raise public_error(error, effect) from error
+        raise public_error(error, effect.route.upstream, effect.until) from error
 
 
 def _wait(effect: Wait) -> None:

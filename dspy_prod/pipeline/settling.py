@@ -14,11 +14,11 @@ from dspy.utils.exceptions import LMTimeoutError
 
 from dspy_prod.errors import RejectedError
 from dspy_prod.pipeline.call import IDS, Call
-from dspy_prod.pipeline.effects import AttemptTimeoutError
 from dspy_prod.pipeline.outcome import CANCELLED, Verdict, judge, own_deadline
 from dspy_prod.pipeline.plan import Plan, bound_or_none
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.upstream.deadline import StalledError
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import remaining
 from dspy_prod.policies.breaker.breaker import Permit
 from dspy_prod.policies.cache import EMPTY_USAGE

@@ -13,6 +13,7 @@ from dspy.utils.exceptions import AdapterParseError, LMError
 
 from dspy_prod import privacy
 from dspy_prod.privacy.names import SHORTEST, is_secret, secrets_in
+from dspy_prod.runtime.living import living
 
 _log = logging.getLogger("dspy_prod")
 
@@ -78,13 +79,7 @@ def _known_secrets() -> Iterator[str]:
     for name, value in os.environ.items():
         if is_secret(name) or name.upper().endswith(("_TOKEN", "_KEY")):
             yield from _texts(value)
-    from dspy_prod.lm.lm import LIVE
-
-    try:
-        lms = list(LIVE)
-    except RuntimeError:  # another thread made an LM meanwhile; the patterns remain
-        lms = []
-    for lm in lms:
+    for lm in living():
         for arguments in (lm.settings.clients, lm.settings.extras):
             yield from secrets_in(arguments)
             for name, value in arguments.items():

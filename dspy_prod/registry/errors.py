@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dspy_prod.errors import ConfigError
-
-if TYPE_CHECKING:
-    from dspy_prod.registry.aliases.gates import GateReport
-    from dspy_prod.registry.deployment.report import Deployment
 
 
 class RegistryError(Exception):
@@ -18,7 +14,7 @@ class RegistryError(Exception):
         deployment: what had been done by then, when `deploy` raised it; else None.
     """
 
-    deployment: Deployment | None = None
+    deployment: Any = None
 
 
 class RegistryUnavailableError(RegistryError):
@@ -66,6 +62,6 @@ class PromotionRefusedError(RegistryError):
         report: what the gate found.
     """
 
-    def __init__(self, message: str, report: GateReport) -> None:
+    def __init__(self, message: str, report: Any) -> None:
         super().__init__(message)
         self.report = report

@@ -7,10 +7,11 @@ each store); on an event loop call it through `asyncio.to_thread`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.routes import Route
+from dspy_prod.runtime.living import living
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.status.costs import FLUSH_TIMEOUT, Place, costs, costs_by, summary
 from dspy_prod.status.models import (
@@ -24,14 +25,11 @@ from dspy_prod.status.models import (
     Preview,
     Status,
     StoreHealth,
-    TrackingHealth,
 )
 from dspy_prod.status.preview import preview
 from dspy_prod.stores.base import LimiterSnapshot, Store
+from dspy_prod.telemetry.answers import TrackingHealth
 from dspy_prod.telemetry.tap import TAP
-
-if TYPE_CHECKING:
-    from dspy_prod.lm.lm import LM
 
 BUDGET_WARNING: Final = 90.0
 """Percent of a budget above which health warns."""
@@ -251,15 +249,7 @@ class _Look:
 
 def _live() -> list[Pipeline]:
     """The pipelines of all LMs alive, in a stable order."""
-    from dspy_prod.lm.lm import LIVE
-
-    while True:
-        try:
-            lms: list[LM] = list(LIVE)
-            break
-        except RuntimeError:  # another thread made an LM meanwhile
-            continue
-    pipelines = [lm.pipeline for lm in lms]
+    pipelines = [lm.pipeline for lm in living()]
     return sorted(
         pipelines, key=lambda one: (one.store.url, one.store.namespace, one.primary.model, one.primary.limit_key)
     )

@@ -8,7 +8,9 @@ from __future__ import annotations
 import datetime as dt
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from dspy_prod.telemetry.answers import Frozen, TrackingHealth
 
 Status = Literal["healthy", "warning", "degraded"]
 """`degraded`: a circuit is not closed, or the store is not usable; `warning`: something runs out soon."""
@@ -17,12 +19,6 @@ Reason = Literal[
     "circuit_open", "rate_limited", "budget_exceeded", "deadline_exceeded", "unpriced_model", "store_unavailable"
 ]
 """The words of `RejectedError.reason`."""
-
-
-class Frozen(BaseModel):
-    """Base of all answers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class BudgetStatus(Frozen):
@@ -202,25 +198,6 @@ class StoreHealth(Frozen):
     durable: bool
     available: bool
     problems: dict[str, int | float | str | bool | None] = Field(default_factory=dict)
-
-
-class TrackingHealth(Frozen):
-    """How the tracking in MLflow goes.
-
-    Attributes:
-        uri: where traces go, without a password. experiment: name of the MLflow experiment.
-        exported: traces in MLflow. waiting: not there yet, those of running calls included.
-        sampled_out: left out by `sample`. lost: turned away because too many waited, refused by MLflow, or given up.
-        failing: why nothing can be delivered at the moment, None when it can.
-    """
-
-    uri: str
-    experiment: str
-    exported: int
-    waiting: int
-    sampled_out: int
-    lost: int
-    failing: str | None
 
 
 class Health(Frozen):

@@ -7,27 +7,21 @@ or reserved, no record is written, and no lookup is counted.
 from __future__ import annotations
 
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-from dspy.clients.execution import PreparedCall, _canonical
 from dspy.lm15 import Request
 
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError, StoreUnavailableError
-from dspy_prod.lm.calling import scope_of
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.plan import Plan, plan, shrunk, wait_until
 from dspy_prod.pipeline.refusals import refused, too_late
 from dspy_prod.pipeline.routes import Route
-from dspy_prod.pipeline.scope import SCOPE
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import NANO
 from dspy_prod.status.costs import budget_status
 from dspy_prod.status.models import BudgetStatus, Preview
 from dspy_prod.stores.base import Ask
-
-if TYPE_CHECKING:
-    from dspy_prod.lm.lm import LM
 
 
 class _Outlook(NamedTuple):
@@ -40,17 +34,13 @@ class _Outlook(NamedTuple):
     detail: str = ""
 
 
-def preview(pipeline: Pipeline, lm: LM, prepared: PreparedCall, extras: dict[str, Any] | None) -> Preview:
+def preview(pipeline: Pipeline, calls: list[Call]) -> Preview:
     """Look ahead at one call of an LM.
 
     Args:
         pipeline: what the call would run through.
-        lm: the LM that would be called.
-        prepared: the call, as DSPy prepares it.
-        extras: arguments outside the canonical request.
+        calls: the engine calls behind the LM call, one for each of `n` answers.
     """
-    request = _canonical(prepared)
-    calls = _calls(lm, prepared, request, extras)
     call = calls[0]
     first = call.routes()[0]
     if all(map(_cached, calls)):
@@ -85,16 +75,6 @@ def preview(pipeline: Pipeline, lm: LM, prepared: PreparedCall, extras: dict[str
         cached=False,
         budgets=budgets,
     )
-
-
-def _calls(lm: LM, prepared: PreparedCall, request: Request, extras: dict[str, Any] | None) -> list[Call]:
-    """The engine calls behind one LM call (one for each of `n` answers), with the cache keys they would have."""
-    prompt = prepared.prompt if prepared.request is None else prepared.request
-    token = SCOPE.set(scope_of(lm, prompt, prepared.messages, prepared.kwargs, extras))
-    try:
-        return [lm._engine_spec._call(request, False) for _ in range(prepared.n)]
-    finally:
-        SCOPE.reset(token)
 
 
 def _cached(call: Call) -> bool:

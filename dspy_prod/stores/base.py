@@ -14,9 +14,6 @@ from typing import Any, Final, NamedTuple, Protocol
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord, Totals
 
-PRIORITIES: Final = {"high": 0, "normal": 1, "low": 2}
-"""Order of service; smaller goes first."""
-
 
 class Account(NamedTuple):
     """One budget account an admission draws on: a budget, a scope value and a window.

@@ -12,9 +12,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response
 
-    from dspy_prod.context.current import CallContext
-    from dspy_prod.pipeline.routes import Route
     from dspy_prod.records import CallRecord
+
+
+class Way(Protocol):
+    """What is told of the route an attempt took."""
+
+    @property
+    def breaker(self) -> Any:
+        """Its breaker, or None."""
+        ...
+
+    def rates(self) -> Any:
+        """Its model's prices, None when unknown."""
+        ...
 
 
 class Node(Protocol):
@@ -24,7 +35,7 @@ class Node(Protocol):
         """Note what it gives back, and attributes of its span."""
         ...
 
-    def attempt(self, record: CallRecord, route: Route, request: Request | None, response: Response | None) -> None:
+    def attempt(self, record: CallRecord, route: Way, request: Request | None, response: Response | None) -> None:
         """Add an upstream attempt, or an answer from the cache, perhaps after the node has ended."""
         ...
 
@@ -51,12 +62,3 @@ class _Slot:
 
 
 TAP = _Slot()
-
-
-def attempted(
-    context: CallContext, record: CallRecord, route: Route, request: Request | None, response: Response | None
-) -> None:
-    """Tell the node of a call, if it has one."""
-    node = context.node
-    if node is not None:
-        node.attempt(record, route, request, response)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .answers import Reply, distort
 from .calls import Call
@@ -28,9 +28,6 @@ from .faults import (
 )
 from .wire import LAST_CHUNK, Connection, chunk, head, response
 
-if TYPE_CHECKING:
-    from .provider import Provider
-
 SETTLE_PAUSE = 0.01
 """Seconds between the last bytes and a RST, so that the client has received them before."""
 
@@ -45,7 +42,7 @@ class Exchange:
         fault: what the call meets, or None.
     """
 
-    def __init__(self, provider: Provider, connection: Connection, call: Call, fault: Fault | None) -> None:
+    def __init__(self, provider: Any, connection: Connection, call: Call, fault: Fault | None) -> None:
         self.provider = provider
         self.connection = connection
         self.call = call

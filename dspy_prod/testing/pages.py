@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .faults import Reset, Status
 from .wire import Connection, response
 
-if TYPE_CHECKING:
-    from .provider import Provider
 
-
-async def serve_page(provider: Provider, connection: Connection, method: str, path: str) -> None:
+async def serve_page(provider: Any, connection: Connection, method: str, path: str) -> None:
     """Answer a request that is no call. ``/_bill`` and ``/_calls`` are readable even while the provider is down."""
     down = provider.down_fault
     if path == "/_bill":

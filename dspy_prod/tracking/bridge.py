@@ -14,7 +14,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from dspy_prod.tracking.courier import Courier, Delegated, Foreign, Refused
+from dspy_prod.tracking.courier import Courier
+from dspy_prod.tracking.messages import Delegated, Foreign, Refused
 
 _log = logging.getLogger("dspy_prod")
 _FLUSH_TIMEOUT: Final = 30.0

@@ -13,14 +13,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
-from dspy_prod.records import CallRecord
 from dspy_prod.tracking.traces import LINGER, Batch, Traces
 
 if TYPE_CHECKING:
-    from dspy_prod.pipeline.routes import Route
-    from dspy_prod.tracking.nodes import LeanNode
     from dspy_prod.tracking.process import Exporter
 
 _log = logging.getLogger("dspy_prod")
@@ -36,40 +33,6 @@ RESTART: Final = (1.0, 60.0)
 _CLOSING_STEP: Final = 0.05
 _ITEMS: Final = 4  # posted for a trace, roughly
 _TRIES: Final = 3  # exporter processes that may die of a batch
-
-
-class Attempted(NamedTuple):
-    """An attempt, to be put into its trace."""
-
-    node: LeanNode
-    record: CallRecord
-    route: Route
-    response: Any
-    breaker: str | None
-
-
-class Ended(NamedTuple):
-    """A node has ended."""
-
-    node: LeanNode
-
-
-class Foreign(NamedTuple):
-    """A whole trace that MLflow itself recorded."""
-
-    trace: Any
-
-
-class Refused(NamedTuple):
-    """A trace that MLflow recorded was turned away: its attempts are not kept either."""
-
-    trace_id: str
-
-
-class Delegated(NamedTuple):
-    """A trace that MLflow ships by itself."""
-
-    trace_id: str
 
 
 class _Flush:

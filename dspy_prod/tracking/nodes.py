@@ -13,63 +13,16 @@ from typing import Any, Final
 
 import dspy
 
-from dspy_prod.context.current import SETTING, CallContext, current
-from dspy_prod.pipeline.routes import Route
+from dspy_prod.context.current import SETTING, current
 from dspy_prod.records import CallRecord
-from dspy_prod.tracking.courier import Attempted, Courier, Ended
+from dspy_prod.telemetry.tap import Way
+from dspy_prod.tracking.courier import Courier
+from dspy_prod.tracking.messages import Ended, LeanNode
 
 _log = logging.getLogger("dspy_prod")
 
 PROGRAM: Final = "CHAIN"
 LM: Final = "CHAT_MODEL"
-
-
-class LeanNode:
-    """One open call of a program or an LM.
-
-    Attributes:
-        trace_id: 32 hex digits. span_id, parent_id: 16 each; a root has no parent.
-        live: a span of MLflow's own stands here; only attempts are added beneath it.
-    """
-
-    __slots__ = (
-        *("attributes", "context", "courier", "ended_ns", "error", "inputs", "kind", "live", "name", "outputs"),
-        *("parent_id", "span_id", "started_ns", "trace_id"),
-    )
-
-    def __init__(
-        self,
-        courier: Courier,
-        name: str,
-        kind: str,
-        inputs: Any,
-        context: CallContext,
-        ids: tuple[str, str, str | None],
-        live: bool = False,
-    ) -> None:
-        self.courier = courier
-        self.name = name
-        self.kind = kind
-        self.inputs = inputs
-        self.outputs: Any = None
-        self.attributes: dict[str, Any] = {}
-        self.context = context
-        self.error: BaseException | None = None
-        self.trace_id, self.span_id, self.parent_id = ids
-        self.live = live
-        self.started_ns = time.time_ns()
-        self.ended_ns = 0
-
-    def answered(self, outputs: Any, **attributes: Any) -> None:
-        """See `tap.Node`."""
-        self.outputs = outputs
-        if attributes:
-            self.attributes = attributes
-
-    def attempt(self, record: CallRecord, route: Route, request: Any, response: Any) -> None:
-        """See `tap.Node`."""
-        breaker = route.breaker
-        self.courier.post(Attempted(self, record, route, response, None if breaker is None else breaker.state))
 
 
 class Recorder:
@@ -120,7 +73,7 @@ class Nothing:
     def answered(self, outputs: Any, **attributes: Any) -> None:
         """See `tap.Node`."""
 
-    def attempt(self, record: CallRecord, route: Route, request: Any, response: Any) -> None:
+    def attempt(self, record: CallRecord, route: Way, request: Any, response: Any) -> None:
         """See `tap.Node`."""
 
 

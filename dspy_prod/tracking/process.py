@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import orjson
 
-import dspy_prod
 from dspy_prod.tracking.spans import dumped
 from dspy_prod.tracking.traces import Batch
 
@@ -51,7 +50,7 @@ class Exporter:
         self._process: subprocess.Popen[bytes] | None = None
         try:
             self._process = subprocess.Popen(
-                [_python(), "-c", _BODY, str(Path(dspy_prod.__file__).parent.parent)],
+                [_python(), "-c", _BODY, str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if os.environ.get("DSPY_PROD_TRACKING_DEBUG") else subprocess.DEVNULL,

@@ -16,7 +16,7 @@ from dspy_prod.privacy.names import bare_url
 from dspy_prod.privacy.redactor import Redactor
 from dspy_prod.privacy.redactor import install as install_redactor
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.status.models import TrackingHealth
+from dspy_prod.telemetry.answers import TrackingHealth
 from dspy_prod.telemetry.tap import TAP
 from dspy_prod.tracking.bridge import install as install_bridge
 from dspy_prod.tracking.bridge import mlflow_is_there

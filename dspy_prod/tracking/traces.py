@@ -8,10 +8,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.tracking.content import Content
+from dspy_prod.tracking.messages import Attempted, Delegated, Ended, Foreign, LeanNode, Refused
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.spans import (
     HEADLINES,
@@ -31,10 +32,6 @@ from dspy_prod.tracking.spans import (
     trace_attributes,
     whose,
 )
-
-if TYPE_CHECKING:
-    from dspy_prod.tracking.courier import Attempted
-    from dspy_prod.tracking.nodes import LeanNode
 
 _log = logging.getLogger("dspy_prod")
 
@@ -121,8 +118,6 @@ class Traces:
 
     def add(self, item: Any) -> None:
         """Take in what was posted."""
-        from dspy_prod.tracking.courier import Attempted, Delegated, Ended, Foreign, Refused
-
         if isinstance(item, Attempted):
             self._attempted(item)
         elif isinstance(item, Ended):
@@ -317,6 +312,7 @@ def _input_nano(item: Attempted) -> int | None:
         usage = replace(
             response.usage, output_tokens=0, reasoning_tokens=0 if response.usage.reasoning_tokens else None
         )
-        return rates.cost(usage)
+        cost: int | None = rates.cost(usage)
+        return cost
     except (TypeError, ValueError, AttributeError):
         return None

@@ -102,7 +102,7 @@ def test_closing_twice_ends_the_server_once() -> None:
 @needs_model
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_the_server_dies_with_a_parent_that_is_killed() -> None:
-    script = "from dspy_prod.cli.local_model import LocalModel; LocalModel(); print('up', flush=True); input()"
+    script = "from dspy_prod.cli.demo.local_model import LocalModel; LocalModel(); print('up', flush=True); input()"
     parent = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )  # fmt: skip

@@ -222,7 +222,9 @@ def account(lm: Any) -> Any:
     """State of the LM's only budget account."""
     (rule,) = lm.pipeline.budgets
     pipeline = lm.pipeline
-    return pipeline.store.account(rule.account(dspy_prod.context.EMPTY, pipeline.primary.model, time.time()).key)
+    return pipeline.store.account(
+        rule.account(dspy_prod.context.current.EMPTY, pipeline.primary.model, time.time()).key
+    )
 
 
 def gaps(times: list[float]) -> Iterator[float]:

@@ -383,7 +383,7 @@ def test_a_forked_child_follows_by_itself(
     import mlflow
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry.loading, "AGAIN_AFTER", 0.0)
+    monkeypatch.setattr(registry.published.loading, "AGAIN_AFTER", 0.0)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(server.uri)
     prod = None
@@ -480,6 +480,6 @@ def test_an_unforeseen_error_does_not_end_the_thread(
 
     monkeypatch.setattr(follow, "renewed", broken)
     assert failed.wait(20)
-    monkeypatch.setattr(follow, "renewed", registry.loading.renewed)
+    monkeypatch.setattr(follow, "renewed", registry.published.loading.renewed)
     publish(2)
     wait_until(lambda: runs(prod) == "22")

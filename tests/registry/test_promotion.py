@@ -164,7 +164,7 @@ def test_of_two_racing_processes_exactly_one_wins(
         database = request.getfixturevalue("database")
     publish(2, tracking_uri=uri)
     for other in others:
-        assert other.run("import dspy_prod.registry.promotion, dspy, mlflow") == []
+        assert other.run("import dspy_prod.registry.aliases.promotion, dspy, mlflow") == []
     for version, other in enumerate(others, 1):
         other.begin(RACE, uri, str(version), str(time.time() + 0.5))
     said = [other.said() for other in others]

@@ -72,7 +72,7 @@ def with_copy(store: str, tmp_path: Path) -> tuple[str, Path]:
     registry.load("it/1", bare())
     (path,) = (tmp_path / ".dspy_prod" / "registry").glob("*.json")
     uri = nowhere()
-    key = registry.loading.copies.file_of((uri, "it/1"), None)
+    key = registry.published.loading.copies.file_of((uri, "it/1"), None)
     os.rename(path, key)
     forget()
     return uri, tmp_path / key

@@ -63,7 +63,7 @@ def test_a_directory_that_exists_keeps_its_mode(tmp_path: Path) -> None:
 
 
 def test_importing_creates_nothing(tmp_path: Path) -> None:
-    code = "import dspy_prod.stores.sqlite, dspy_prod.stores.registry"
+    code = "import dspy_prod.stores.sqlite, dspy_prod.stores.opening"
     root = Path(support.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, check=True)
     assert list(tmp_path.iterdir()) == []

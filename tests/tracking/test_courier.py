@@ -13,8 +13,8 @@ import pytest
 from dspy_prod import Redactor
 from dspy_prod.tracking import courier as module
 from dspy_prod.tracking.content import Content
-from dspy_prod.tracking.courier import STALLED, Courier, Ended
-from dspy_prod.tracking.nodes import LeanNode
+from dspy_prod.tracking.courier import STALLED, Courier
+from dspy_prod.tracking.messages import Ended, LeanNode
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.traces import Batch, Traces
 from tests.e2e.support import until

@@ -13,8 +13,8 @@ from dspy_prod import Redactor
 from dspy_prod.context.current import CallContext
 from dspy_prod.records import CallRecord
 from dspy_prod.tracking.content import LONGEST, Content, plain
-from dspy_prod.tracking.courier import Attempted, Ended
-from dspy_prod.tracking.nodes import LM, PROGRAM, LeanNode
+from dspy_prod.tracking.messages import Attempted, Ended, LeanNode
+from dspy_prod.tracking.nodes import LM, PROGRAM
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.traces import PATIENCE, Batch, Traces
 

@@ -16,8 +16,8 @@ from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status.health import Health
 
 if TYPE_CHECKING:
-    from dspy_prod.cli.demo.demo import Run
     from dspy_prod.cli.demo.providers import LocalProviders, RealProvider
+    from dspy_prod.cli.demo.running import Run
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,15 @@ say of the model, so that JSONAdapter keeps sending schemas and tools go on work
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dspy.clients.capabilities import _capabilities
-
-if TYPE_CHECKING:
-    from dspy_prod.pipeline.upstream.upstream import Upstream
 
 
 class StandIn:
     """What DSPy's own look-ups need to know of an LM: which backend carries it, and what it can do."""
 
-    def __init__(self, upstream: Upstream, clients: dict[str, Any]) -> None:
+    def __init__(self, upstream: Any, clients: dict[str, Any]) -> None:
         self.model = upstream.model
         self.model_type = upstream.model_type
         self.kwargs = clients
@@ -29,7 +26,7 @@ class StandIn:
         return self.model.split("/", 1)[0] if "/" in self.model else "openai"
 
 
-def capabilities_of(upstream: Upstream) -> Any:
+def capabilities_of(upstream: Any) -> Any:
     """DSPy's `Capabilities` of the model behind an upstream; an engine object says for itself.
 
     The first question about a model that only LiteLLM knows imports LiteLLM, which takes seconds.

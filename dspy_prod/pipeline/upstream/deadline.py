@@ -21,7 +21,7 @@ from typing import Any, Final, Generic, TypeVar
 from dspy._vendor.lm15.transports import StdlibAsyncTransport, StdlibTransport
 from dspy._vendor.lm15.transports._types import TransportRequest, TransportResponse
 
-from dspy_prod.pipeline.effects import AttemptTimeoutError
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 
 T = TypeVar("T")
 

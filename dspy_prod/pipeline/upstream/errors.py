@@ -15,8 +15,7 @@ from dspy.clients._http import retry_after_seconds
 from dspy.clients.errors import wrap_error
 from dspy.lm15 import TransportError
 
-from dspy_prod.pipeline.effects import Attempt, AttemptTimeoutError, Warm
-from dspy_prod.pipeline.outcome import causes_of
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.privacy.names import is_secret, secrets_in
 
@@ -25,15 +24,13 @@ _SHORTEST: Final = 6
 """Characters below which a value is left alone: hiding it would garble texts that merely contain it."""
 
 
-def public_error(error: Exception, effect: Attempt | Warm) -> Exception:
+def public_error(error: Exception, upstream: Upstream, until: float) -> Exception:
     """The error as DSPy shows it; our own time limit stays recognisable."""
     if isinstance(error, AttemptTimeoutError):
         return error
-    until = effect.until
     if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
         return AttemptTimeoutError()
-    upstream = effect.route.upstream
-    wrapped: Exception = wrap_error(error, model=effect.route.model, provider=upstream.provider)
+    wrapped: Exception = wrap_error(error, model=upstream.model, provider=upstream.provider)
     if getattr(wrapped, "retry_after", 0) is None:
         wrapped.retry_after = _retry_after(error)  # type: ignore[attr-defined]
     return _without_secrets_of(upstream, wrapped, error)

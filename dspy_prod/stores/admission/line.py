@@ -7,7 +7,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from dspy_prod.stores.base import PRIORITIES, Ticket
+from dspy_prod.options import PRIORITIES
+from dspy_prod.stores.base import Ticket
 
 _log = logging.getLogger("dspy_prod")
 
