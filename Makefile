@@ -46,10 +46,11 @@ test: $(DEV) ## the test suite, without slow, ui, chaos and soak
 ui-test: $(DEV) ## MLflow's pages in a headless Chromium; skipped where there is none
 	$(PYTEST) -m ui
 
-lint: $(DEV) ## ruff check, ruff format --check, mypy (strict, as in pyproject.toml)
+lint: $(DEV) ## ruff check, ruff format --check, mypy (strict), and the order of the rooms
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(DEV) ## the benchmarks; needs the folder benchmarks/
 	@test -d benchmarks || { echo "There are no benchmarks yet: this target runs 'python -m benchmarks'."; exit 1; }

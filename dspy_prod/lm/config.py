@@ -67,9 +67,10 @@ _TABLES: Final[Mapping[str, type[Options]]] = {
     "budget": Budget,
 }
 ARGUMENTS: Final = frozenset(
-    "model model_type temperature max_tokens cache callbacks num_retries provider finetuning_model launch_kwargs train_kwargs use_developer_role "
-    "engine async_engine prompt_cache retry breaker limit budget fallbacks prices store namespace clock".split()
-)
+    {"model", "model_type", "temperature", "max_tokens", "cache", "callbacks", "num_retries", "provider",
+     "finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role", "engine", "async_engine",
+     "prompt_cache", "retry", "breaker", "limit", "budget", "fallbacks", "prices", "store", "namespace", "clock"}
+)  # fmt: skip
 _OBJECTS: Final = ("callbacks", "provider", "async_engine", "prompt_cache", "clock")
 """Arguments of `LM.__init__` that no file can hold."""
 

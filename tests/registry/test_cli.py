@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dspy_prod.cli import main
-from tests.registry.test_promotion import publish
+from tests.registry.aliases.test_promotion import publish
 
 
 def test_versions_promotion_and_rollback(store: str, capsys: pytest.CaptureFixture[str]) -> None:

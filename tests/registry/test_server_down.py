@@ -17,7 +17,7 @@ import dspy_prod
 from dspy_prod import registry
 from tests.registry.processes import MlflowServer, Other, forget
 from tests.registry.programs import Nested, nested, qa
-from tests.registry.test_publish_and_load import sent
+from tests.registry.published.test_publish_and_load import sent
 
 
 def bare() -> dspy.Predict:

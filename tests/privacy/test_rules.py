@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dspy_prod import Redactor
 from dspy_prod.privacy.numbers import luhn
-from tests.privacy_cases import FOUND, KEPT
+from tests.privacy.cases import FOUND, KEPT
 
 REDACTOR = Redactor()
 CASES = [(kind, text) for kind, texts in FOUND.items() for text in texts]

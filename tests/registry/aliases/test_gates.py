@@ -13,8 +13,8 @@ import pytest
 from dspy_prod import ConfigError, registry
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.registry import Gate
+from tests.registry.aliases.test_promotion import aliases, moves, publish
 from tests.registry.programs import qa
-from tests.registry.test_promotion import aliases, moves, publish
 
 
 def bare() -> dspy.Predict:

@@ -14,8 +14,7 @@ from dspy_prod.errors import CircuitOpenError
 from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker.breaker import Breaker, Permit
 from dspy_prod.telemetry.events import Event, EventBus
-
-from .conftest import FakeClock
+from tests.policies.conftest import FakeClock
 
 
 class Circuit:

@@ -8,10 +8,10 @@ import pytest
 from mlflow import MlflowClient
 
 from dspy_prod import registry
+from tests.registry.aliases.test_promotion import aliases, moves, publish
 from tests.registry.deploying import STAGES, Bench, everywhere
 from tests.registry.processes import Nursery
 from tests.registry.programs import qa
-from tests.registry.test_promotion import aliases, moves, publish
 
 
 def test_a_candidate_goes_through_the_gate_and_up_to_production(bench: Bench, client: MlflowClient) -> None:

@@ -10,9 +10,9 @@ from mlflow import MlflowClient
 
 from dspy_prod import registry
 from dspy_prod.registry.deployment import run as deploying
+from tests.registry.aliases.test_promotion import aliases, publish
 from tests.registry.deploying import STAGES, Bench, everywhere
 from tests.registry.processes import Nursery, Other
-from tests.registry.test_promotion import aliases, publish
 
 
 @pytest.mark.parametrize("candidates", [(1, 2), (2, 2)], ids=["different", "the same"])

@@ -16,7 +16,7 @@ import pytest
 
 import dspy_prod
 from dspy_prod import Budget, BudgetExceededError, ConfigError, Redactor, call_context, privacy
-from tests.privacy_support import EMAIL, Ask, installed, make_lm
+from tests.privacy.support import EMAIL, Ask, installed, make_lm
 
 __all__ = ["installed"]
 

@@ -13,9 +13,9 @@ from mlflow import MlflowClient
 from dspy_prod import ConfigError, registry
 from dspy_prod.cli import main
 from dspy_prod.registry import Deployment, deploy
+from tests.registry.aliases.test_promotion import aliases, publish
 from tests.registry.deploying import STAGES, Bench, everywhere
 from tests.registry.programs import nested, qa
-from tests.registry.test_promotion import aliases, publish
 
 
 def bare() -> dspy.Predict:

@@ -10,7 +10,7 @@ import dspy
 import pytest
 
 from dspy_prod import ConfigError, registry
-from tests.registry.test_publish_and_load import sent
+from tests.registry.published.test_publish_and_load import sent
 
 
 def having(*demos: Any, signature: str = "a -> b") -> dspy.Predict:

@@ -14,7 +14,7 @@ from dspy.utils.exceptions import LMServerError
 import dspy_prod
 from dspy_prod import ConfigError, Redactor, call_context, enable_logging, privacy
 from dspy_prod.privacy.error_text import error_text
-from tests.privacy_support import EMAIL, MODEL, Ask, installed, make_lm
+from tests.privacy.support import EMAIL, MODEL, Ask, installed, make_lm
 
 __all__ = ["installed"]
 KEY = "sk-proj-Zq7Zq7Zq7Zq7Zq7Zq7"

@@ -376,11 +376,12 @@ def test_importing_the_registry_imports_no_mlflow() -> None:
     """MLflow takes seconds to import; it is needed only when a store is asked."""
     code = (
         "import sys, dspy_prod; from dspy_prod.registry import publish, load, promote, Gate, diff, versions;"
-        "import dspy_prod.registry.published.follow; print([name for name in ('mlflow', 'litellm') if name in sys.modules])"
+        "import dspy_prod.registry.published.follow;"
+        "print([name for name in ('mlflow', 'litellm') if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
 

@@ -31,8 +31,8 @@ from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker.breaker import Breaker, Permit
 from dspy_prod.policies.breaker.window import FAILED, SLOW, CountWindow, TimeWindow
 from dspy_prod.telemetry.events import Event, EventBus
+from tests.policies.conftest import FakeClock
 
-from .conftest import FakeClock
 from .test_breaker import Circuit, given, given_half_open, given_open
 
 T = TypeVar("T")
