@@ -14,12 +14,12 @@ from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.line import wake
-from dspy_prod.stores.base import Ask, LimiterSnapshot, Refusal, Settlement, Ticket
+from dspy_prod.stores.base import LimiterSnapshot, Refusal, Reservation, Settlement
 
 
-def is_local(ask: Ask) -> bool:
-    """Whether an ask can be decided without the other processes."""
-    return not ask.accounts and (ask.limit is None or not shared(ask.limit))
+def is_local(reservation: Reservation) -> bool:
+    """Whether a reservation can be decided without the other processes."""
+    return not reservation.accounts and (reservation.limit is None or not shared(reservation.limit))
 
 
 class LocalLane:
@@ -31,15 +31,15 @@ class LocalLane:
         self._lock = threading.Lock()
         self._core = AdmissionCore()
 
-    def admit(self, ask: Ask) -> Ticket:
+    def admit(self, reservation: Reservation) -> Reservation:
         """See `Store.admit`."""
         with self._lock:
-            return self._core.admit(ask, self._now())
+            return self._core.admit(reservation, self._now())
 
-    def withdraw(self, ticket: Ticket) -> bool:
+    def withdraw(self, reservation: Reservation) -> bool:
         """See `Store.withdraw`."""
         with self._lock:
-            free = self._core.withdraw(ticket, self._now())
+            free = self._core.withdraw(reservation, self._now())
             decided = self._core.take_decided()
         wake(decided)
         return free
@@ -64,10 +64,10 @@ class LocalLane:
             decided = self._core.take_decided()
         wake(decided)
 
-    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
+    def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
         """See `Store.preview`."""
         with self._lock:
-            return self._core.preview(ask, self._now())
+            return self._core.preview(reservation, self._now())
 
     def limiter(self, key: str) -> LimiterSnapshot | None:
         """See `Store.limiter`."""
@@ -80,7 +80,7 @@ class LocalLane:
             return len(self._core.holds)
 
     def waiting(self) -> int:
-        """Tickets in line."""
+        """Reservations in line."""
         with self._lock:
             return self._core.waiting()
 
@@ -113,7 +113,7 @@ class LocalLane:
         core.replaced.clear()
         return records
 
-    def _publish(self, records: list[tuple[CallRecord, bool]], decided: list[Ticket]) -> None:
+    def _publish(self, records: list[tuple[CallRecord, bool]], decided: list[Reservation]) -> None:
         for record, is_new in records:
             self._keep(record, is_new)
         if decided:

@@ -20,12 +20,11 @@ from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import (
     PENDING,
     AccountState,
-    Ask,
     CachedAnswer,
     LimiterSnapshot,
     Refusal,
+    Reservation,
     Settlement,
-    Ticket,
 )
 from dspy_prod.stores.memory_ledger import MemoryLedger
 
@@ -78,32 +77,31 @@ class MemoryStore:
         return f"MemoryStore(namespace={self._namespace!r})"
 
     # -- admission ---------------------------------------------------------------------------------------------------
-    def admit(self, ask: Ask) -> Ticket:
+    def admit(self, reservation: Reservation) -> Reservation:
         core = self._core
-        ticket = Ticket(ask)
         with self._lock:
-            core.enter(ticket, self.now())
+            core.admit(reservation, self.now())
             decided = core.take_decided() if core.decided else None
         if decided:
             wake(decided)
-        if ticket.state == PENDING or self._janitor is None:
+        if reservation.state == PENDING or self._janitor is None:
             self._rearm()
-        return ticket
+        return reservation
 
-    def withdraw(self, ticket: Ticket) -> bool:
+    def withdraw(self, reservation: Reservation) -> bool:
         with self._lock:
-            free = self._core.withdraw(ticket, self.now())
+            free = self._core.withdraw(reservation, self.now())
             decided, due = self._core.take_decided(), self._core.next_due()
         wake(decided)
         if due < self._planned:
             self._rearm()
         return free
 
-    def sent_late(self, ticket: Ticket, at: float) -> None:
+    def sent_late(self, reservation: Reservation, at: float) -> None:
         with self._lock:
-            self._core.sent_late(ticket, at)
+            self._core.sent_late(reservation, at)
 
-    def settle(self, ticket: Ticket, settlement: Settlement) -> None:
+    def settle(self, reservation: Reservation, settlement: Settlement) -> None:
         core = self._core
         with self._lock:
             core.settle(settlement, self.now())
@@ -137,9 +135,9 @@ class MemoryStore:
         wake(decided)
         self._rearm()
 
-    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
+    def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
         with self._lock:
-            return self._core.preview(ask, self.now())
+            return self._core.preview(reservation, self.now())
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = None) -> bool:
@@ -243,7 +241,7 @@ class MemoryStore:
         core.replaced.clear()
 
     def _after_fork(self) -> None:
-        """The child has its own copy of the state; threads, their tickets and their calls stayed with the parent."""
+        """The child has its own copy of the state; threads and their calls stayed with the parent."""
         self._lock = threading.Lock()
         self._nudges = SimpleQueue()
         self._janitor = None

@@ -23,7 +23,7 @@ from dspy_prod.pricing.rates import PriceBook
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.limiter import LimiterState
-from dspy_prod.stores.base import GRANTED, REFUSED, Account, Ask, Settlement
+from dspy_prod.stores.base import GRANTED, REFUSED, Account, Reservation, Settlement
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
 from tests.compose.support import CENT, MODEL, SPARE, Caller, Gate, caught, down, over, spare
@@ -39,9 +39,9 @@ def call_of(lm: dspy_prod.LM, streaming: bool = False) -> Call:
     return Call(lm.pipeline, request_for(lm), current(), None, None, streaming, [])
 
 
-def ask(amount: int = 0, accounts: tuple[Account, ...] = (), limit: RateLimit | None = None) -> Ask:
+def ask(amount: int = 0, accounts: tuple[Account, ...] = (), limit: RateLimit | None = None) -> Reservation:
     key = None if limit is None else "key"
-    return Ask(f"money-{next(_ids)}", key, limit, 0, accounts, amount, 1, "", 1e9, 900.0, None)
+    return Reservation(f"money-{next(_ids)}", key, limit, 0, accounts, amount, 1, "", 1e9, 900.0, None)
 
 
 # -- budgets of routes -----------------------------------------------------------------------------------------------
@@ -215,10 +215,10 @@ def test_an_ask_that_a_later_budget_cannot_cover_does_not_wait_for_an_earlier() 
     core = AdmissionCore()
     day, tiny = Account("day", 10, "day"), Account("tiny", 5, "tiny")
     assert core.admit(ask(6, (day,)), 1.0).state == GRANTED
-    ticket = core.admit(ask(6, (day, tiny)), 1.0)
-    assert ticket.state == REFUSED
-    assert ticket.refusal is not None
-    assert ticket.refusal.dimension == "tiny"
+    reservation = core.admit(ask(6, (day, tiny)), 1.0)
+    assert reservation.state == REFUSED
+    assert reservation.refusal is not None
+    assert reservation.refusal.dimension == "tiny"
 
 
 def test_a_call_that_waits_for_money_goes_when_the_next_window_begins() -> None:
@@ -228,7 +228,7 @@ def test_a_call_that_waits_for_money_goes_when_the_next_window_begins() -> None:
     lm = over(
         ScriptedEngine("ok"), store=store, clock=clock, budget=Budget(usd=0.01, per="day", name="day", max_wait=60)
     )
-    held = store.admit(_ask_of(plan(call_of(lm), lm.pipeline.primary, 1)))
+    held = store.admit(_reservation_of(plan(call_of(lm), lm.pipeline.primary, 1)))
     assert held.state == GRANTED
     steps = flow(call_of(lm))
     wait = next(steps)
@@ -248,20 +248,20 @@ def test_a_refusal_for_money_of_yesterday_is_asked_again_today() -> None:
     clock = FakeClock(start=1_800_000_000.0 - 1_800_000_000.0 % 86_400 + 86_390.0)
     store = MemoryStore(clock=clock)
     lm = over(ScriptedEngine("ok"), store=store, clock=clock, budget=Budget(usd=0.01, per="day", name="day"))
-    held = store.admit(_ask_of(plan(call_of(lm), lm.pipeline.primary, 1)))
+    held = store.admit(_reservation_of(plan(call_of(lm), lm.pipeline.primary, 1)))
     steps = flow(call_of(lm))
     assert isinstance(next(steps), Wait)
 
     clock.advance(11)
-    store.settle(held, Settlement(held.ask.id, CENT, 0, True, False, None))
+    store.settle(held, Settlement(held.id, CENT, 0, True, False, None))
 
     assert not isinstance(steps.send(None), Wait)
     steps.close()
 
 
-def _ask_of(planned: Plan) -> Ask:
-    assert planned.ask is not None
-    return planned.ask
+def _reservation_of(planned: Plan) -> Reservation:
+    assert planned.reservation is not None
+    return planned.reservation
 
 
 # -- tokens, leases, defaults ----------------------------------------------------------------------------------------
@@ -283,9 +283,9 @@ def test_the_hold_of_a_stream_lasts_as_long_as_the_stream_may() -> None:
     """Given a timeout, which a stream may outlast, when it is planned, then its lease is that of the deadline."""
     lm = over(ScriptedEngine("ok"), timeout=5, limit=RateLimit(concurrency=1, max_wait=1))
     with call_context(deadline=300):
-        assert _ask_of(plan(call_of(lm, True), lm.pipeline.primary, 1)).lease >= 300
-        assert _ask_of(plan(call_of(lm, False), lm.pipeline.primary, 1)).lease < 60
-    assert _ask_of(plan(call_of(lm, True), lm.pipeline.primary, 1)).lease >= 3600
+        assert _reservation_of(plan(call_of(lm, True), lm.pipeline.primary, 1)).lease >= 300
+        assert _reservation_of(plan(call_of(lm, False), lm.pipeline.primary, 1)).lease < 60
+    assert _reservation_of(plan(call_of(lm, True), lm.pipeline.primary, 1)).lease >= 3600
 
 
 def test_a_temperature_of_zero_is_kept_on_a_fallback() -> None:

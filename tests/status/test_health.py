@@ -20,7 +20,7 @@ from dspy_prod.errors import CircuitOpenError, RejectedError, StoreUnavailableEr
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status import health as status
 from dspy_prod.status.health import CostSummary, Health, costs_by
-from dspy_prod.stores.base import Ask
+from dspy_prod.stores.base import Reservation
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
 
@@ -436,9 +436,9 @@ class WatchingStore(MemoryStore):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.asks: list[Ask] = []
+        self.asks: list[Reservation] = []
 
-    def admit(self, ask: Ask) -> Any:
+    def admit(self, ask: Reservation) -> Any:
         self.asks.append(ask)
         return super().admit(ask)
 
