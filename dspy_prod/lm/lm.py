@@ -8,7 +8,7 @@ import copy as copying_module
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import dspy
 from dspy.clients.base_lm import BaseLM
@@ -42,6 +42,7 @@ from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.upstream import address_of
+from dspy_prod.policies.breaker.transitions import OperatorMove
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.records import usd
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
@@ -323,6 +324,34 @@ class LM(Operations, dspy.LM):
         if "model" not in arguments:
             raise ConfigError(f'{path or "environment"}: model: is missing; add model = "openai/gpt-4o-mini"')
         return cls(**arguments)
+
+    def breaker(self, move: OperatorMove, route: str | None = None) -> None:
+        """Move circuit breakers by hand.
+
+        Breakers live in memory: this reaches those of this process, for every LM in it that shares them, and no
+        other worker's; so give the service itself a way to call it. `health()` shows the state, and listeners hear
+        `breaker_opened` or `breaker_closed` with the operator as its cause.
+
+        Args:
+            move: `"force_open"` refuses every call, and `"disable"` admits every call and counts none, until
+                `"reset"` closes the circuit and forgets what was counted.
+            route: `"primary"`, or the model of a route; default: all routes of this LM.
+
+        Raises:
+            ConfigError: an unknown move, or no such route with a breaker.
+        """
+        if move not in get_args(OperatorMove):
+            raise ConfigError(f"breaker({move!r}): use one of {', '.join(map(repr, get_args(OperatorMove)))}")
+        pipelines = (self.pipeline, *(variant.pipeline for variant in self._variants.all()))
+        guarded = [each for pipeline in pipelines for each in pipeline.every_route() if each.breaker is not None]
+        found = {each.breaker for each in guarded if route in (None, each.name, each.model)}
+        if not found:
+            known = ", ".join(sorted({repr(name) for each in guarded for name in (each.name, each.model)}))
+            raise ConfigError(
+                f"breaker({move!r}, {route!r}): there is no such circuit breaker; known: {known or 'none'}"
+            )
+        for breaker in found:
+            getattr(breaker, move)()
 
 
 LM.__module__ = "dspy_prod.lm"  # the name in saved states and pickles
