@@ -5,8 +5,9 @@ Importing this package writes nothing, opens nothing, and imports neither MLflow
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dspy_prod.runtime.doors import door
 
 if TYPE_CHECKING:
     from dspy_prod import registry, tracking
@@ -30,39 +31,24 @@ if TYPE_CHECKING:
     from dspy_prod.telemetry.events import Event, add_listener
     from dspy_prod.telemetry.logs import enable_logging
 
-_HOME = {
-    "LM": "lm",
-    "wrap": "lm",
-    "call_context": "context.current",
-    "Retry": "options",
-    "CircuitBreaker": "options",
-    "RateLimit": "options",
-    "Cache": "options",
-    "Budget": "options",
-    "Price": "options",
-    "Production": "production.module",
-    "CallReport": "production.report",
-    "call_report": "production.report",
-    "CallRecord": "records",
-    "Event": "telemetry.events",
-    "add_listener": "telemetry.events",
-    "enable_logging": "telemetry.logs",
-    "Redactor": "privacy",
-    "health": "status.health",
-    "Health": "status.health",
-    "CostSummary": "status.health",
-    "Preview": "status.health",
-    "ConfigError": "errors",
-    "RejectedError": "errors",
-    "CircuitOpenError": "errors",
-    "RateLimitedError": "errors",
-    "BudgetExceededError": "errors",
-    "DeadlineExceededError": "errors",
-    "UnpricedModelError": "errors",
-    "StoreUnavailableError": "errors",
-}
-
-_SUBMODULES = frozenset({"registry", "tracking"})
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "context.current": "call_context",
+        "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError RateLimitedError "
+        "RejectedError StoreUnavailableError UnpricedModelError",
+        "lm": "LM wrap",
+        "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
+        "privacy": "Redactor",
+        "production.module": "CallReport Production call_report",
+        "records": "CallRecord",
+        "registry": "registry",
+        "status.health": "CostSummary Health Preview health",
+        "telemetry.events": "Event add_listener",
+        "telemetry.logs": "enable_logging",
+        "tracking": "tracking",
+    },
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -98,18 +84,3 @@ __all__ = [
     "tracking",
     "wrap",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return import_module(f"dspy_prod.{name}")
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'dspy_prod' has no attribute {name!r}")
-    value = getattr(import_module(f"dspy_prod.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])

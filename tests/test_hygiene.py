@@ -74,6 +74,15 @@ def test_the_import_is_light_and_leaves_no_trace(tmp_path: Path) -> None:
     assert min(each["took"] for each in seen) < 0.1
 
 
+@pytest.mark.parametrize("package", [dspy_prod, dspy_prod.registry, dspy_prod.tracking])
+def test_every_public_name_is_there_and_shown(package: Any) -> None:
+    """What `__all__` promises is given, and offered by completion in a shell; a typo is told by its name."""
+    assert {name for name in package.__all__ if getattr(package, name) is None} == set()
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'publsh'"):
+        _ = package.publsh
+
+
 # -- tenants ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
 def test_a_tenant_s_answer_is_served_to_that_tenant_only(tmp_path: Path, store: str) -> None:

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-import orjson
 from rich.console import Console
 
 from dspy_prod import registry
+from dspy_prod.cli.printing import print_json
 from dspy_prod.registry.deployment.report import DIRECTORY
 
 DEPLOYED, FAILED, INCONCLUSIVE, CONFLICT = 0, 1, 3, 4
@@ -85,8 +85,7 @@ def _code(error: registry.RegistryError) -> int:
 
 def _show(arguments: argparse.Namespace, deployment: registry.Deployment) -> None:
     if arguments.json:
-        text = orjson.dumps(deployment.to_dict(), option=orjson.OPT_INDENT_2).decode()
-        Console(soft_wrap=True).print(text, markup=False, highlight=False)
+        print_json(deployment.to_dict())
         return
     console = Console()
     console.print(deployment)

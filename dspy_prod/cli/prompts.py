@@ -6,12 +6,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from dspy_prod import registry
+from dspy_prod.cli.printing import print_json
 
 if TYPE_CHECKING:
     from dspy_prod.registry import AuditEntry, ProgramVersion
@@ -80,7 +80,7 @@ def rollback(arguments: argparse.Namespace) -> int:
 
 def _versions(arguments: argparse.Namespace, title: str, found: list[ProgramVersion]) -> int:
     if arguments.json:
-        return _json([version.to_dict() for version in found])
+        return print_json([version.to_dict() for version in found])
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("version", "aliases", "metrics", "model", "published", "message"):
         table.add_column(column, overflow="fold")
@@ -96,7 +96,7 @@ def _versions(arguments: argparse.Namespace, title: str, found: list[ProgramVers
 
 def _moves(arguments: argparse.Namespace, found: list[AuditEntry]) -> int:
     if arguments.json:
-        return _json([entry.to_dict() for entry in found])
+        return print_json([entry.to_dict() for entry in found])
     for entry in found:
         Console().print(f"{entry.at.astimezone():%Y-%m-%d %H:%M}  {entry}", markup=False, highlight=False)
     if not found:
@@ -106,12 +106,6 @@ def _moves(arguments: argparse.Namespace, found: list[AuditEntry]) -> int:
 
 def _moved(arguments: argparse.Namespace, entry: AuditEntry) -> int:
     if arguments.json:
-        return _json(entry.to_dict())
+        return print_json(entry.to_dict())
     Console().print(f"{arguments.name}: {entry}", markup=False, highlight=False)
-    return 0
-
-
-def _json(value: Any) -> int:
-    text = orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()
-    Console(soft_wrap=True).print(text, markup=False, highlight=False)
     return 0

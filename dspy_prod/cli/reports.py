@@ -10,12 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import orjson
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dspy_prod.cli.printing import numbers, print_json
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.settings import default_namespace
 from dspy_prod.records import CallRecord
@@ -47,7 +47,7 @@ def health(arguments: argparse.Namespace) -> int:
         },
     }
     if arguments.json:
-        return _json(report)
+        return print_json(report)
     table = Table(title=f"{store.url}, namespace {store.namespace!r}", title_justify="left", show_header=False)
     table.add_row("store", "[green]usable[/]")
     table.add_row("reservations in flight", str(report["holds"]))
@@ -67,7 +67,7 @@ def costs(arguments: argparse.Namespace) -> int:
     if arguments.by is None:
         found = summary([Place(store, SYSTEM_CLOCK)], [])
         if arguments.json:
-            return _json(found.model_dump(mode="json"))
+            return print_json(found.model_dump(mode="json"))
         table = Table(title=f"Costs in {store.namespace!r}", title_justify="left", show_header=False)
         table.add_row("today", f"{found.today_usd:.6f} USD")
         table.add_row("  of it unconfirmed", f"{found.unconfirmed_usd:.6f} USD")
@@ -80,10 +80,11 @@ def costs(arguments: argparse.Namespace) -> int:
         return 0
     rows = costs_by(store, arguments.by)
     if arguments.json:
-        return _json([row.model_dump(mode="json") for row in rows])
-    table = Table(title=f"Costs in {store.namespace!r} by {arguments.by}", title_justify="left")
-    for name in (arguments.by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out"):
-        table.add_column(name, justify="left" if name == arguments.by else "right")
+        return print_json([row.model_dump(mode="json") for row in rows])
+    table = numbers(
+        f"Costs in {store.namespace!r} by {arguments.by}",
+        *(arguments.by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out"),
+    )
     for row in rows:
         table.add_row(
             escape(row.value), f"{row.usd:.6f}", f"{row.unconfirmed_usd:.6f}", str(row.attempts), str(row.failed),
@@ -110,7 +111,7 @@ def calls(arguments: argparse.Namespace) -> int:
     else:
         records = Ledger(store).records(limit=limit, **wanted)
     if arguments.json:
-        return _json([record.to_dict() for record in records])
+        return print_json([record.to_dict() for record in records])
     table = Table(
         title=f"Newest calls in {store.namespace!r}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
@@ -177,10 +178,3 @@ def _when(at: float) -> str:
 
 def _number(value: int | None) -> str:
     return "-" if value is None else str(value)
-
-
-def _json(value: Any) -> int:
-    Console(soft_wrap=True).print(
-        orjson.dumps(value, option=orjson.OPT_INDENT_2).decode(), markup=False, highlight=False
-    )
-    return 0

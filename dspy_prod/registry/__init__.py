@@ -6,8 +6,9 @@ Importing this module does not import MLflow.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dspy_prod.runtime.doors import door
 
 if TYPE_CHECKING:
     from dspy_prod.registry.aliases.gates import Check, Gate, GateReport
@@ -29,32 +30,23 @@ if TYPE_CHECKING:
     from dspy_prod.registry.published.manifest import ProgramVersion
     from dspy_prod.registry.published.publishing import publish
 
-_HOME = {
-    "publish": "published.publishing",
-    "load": "published.loading",
-    "promote": "aliases.promotion",
-    "rollback": "aliases.promotion",
-    "history": "aliases.promotion",
-    "deploy": "deployment.deploy",
-    "Deployment": "deployment.report",
-    "Step": "deployment.report",
-    "diff": "published.difference",
-    "PredictorDiff": "published.difference",
-    "VersionDiff": "published.difference",
-    "programs": "aliases.listing",
-    "versions": "aliases.listing",
-    "AuditEntry": "aliases.journal",
-    "Check": "aliases.gates",
-    "Gate": "aliases.gates",
-    "GateReport": "aliases.gates",
-    "ProgramVersion": "published.manifest",
-    "PromotionConflictError": "errors",
-    "PromotionRefusedError": "errors",
-    "RegistryError": "errors",
-    "RegistryUnavailableError": "errors",
-    "SignatureMismatchError": "errors",
-    "UnknownVersionError": "errors",
-}
+__getattr__, __dir__ = door(
+    __name__,
+    {
+        "aliases.gates": "Check Gate GateReport",
+        "aliases.journal": "AuditEntry",
+        "aliases.listing": "programs versions",
+        "aliases.promotion": "history promote rollback",
+        "deployment.deploy": "deploy",
+        "deployment.report": "Deployment Step",
+        "errors": "PromotionConflictError PromotionRefusedError RegistryError RegistryUnavailableError "
+        "SignatureMismatchError UnknownVersionError",
+        "published.difference": "PredictorDiff VersionDiff diff",
+        "published.loading": "load",
+        "published.manifest": "ProgramVersion",
+        "published.publishing": "publish",
+    },
+)
 
 __all__ = [
     "AuditEntry",
@@ -82,16 +74,3 @@ __all__ = [
     "rollback",
     "versions",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
-        raise AttributeError(f"module 'dspy_prod.registry' has no attribute {name!r}")
-    value = getattr(import_module(f"dspy_prod.registry.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])

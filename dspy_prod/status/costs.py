@@ -18,7 +18,7 @@ from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.records import NANO, ROLLUP_DIMENSIONS, Totals
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.status.models import BudgetStatus, CostRow, CostSummary
+from dspy_prod.status.models import BudgetStatus, CostRow, CostSummary, filled
 from dspy_prod.stores.base import Account, Store
 
 HISTORY_DAYS: Final = 31
@@ -147,17 +147,8 @@ def check_dimension(by: str) -> None:
 
 def cost_row(value: str, totals: Totals) -> CostRow:
     """Sums at the edge, in USD."""
-    return CostRow(
-        value=value,
-        usd=totals.cost_nano / NANO,
-        unconfirmed_usd=totals.unconfirmed_nano / NANO,
-        unknown_cost=totals.unknown_cost,
-        attempts=totals.attempts,
-        cached=totals.cached,
-        failed=totals.failed,
-        input_tokens=totals.input_tokens,
-        output_tokens=totals.output_tokens,
-    )
+    usd, unconfirmed = totals.cost_nano / NANO, totals.unconfirmed_nano / NANO
+    return filled(CostRow, totals, value=value, usd=usd, unconfirmed_usd=unconfirmed)
 
 
 def _today(clock: Clock) -> dt.date:

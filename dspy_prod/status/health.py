@@ -11,20 +11,20 @@ from typing import Any, Final, TypeVar
 
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.routes import Route
+from dspy_prod.policies.cache import CacheStats
 from dspy_prod.runtime.living import living
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.status.costs import FLUSH_TIMEOUT, Place, costs, costs_by, summary
 from dspy_prod.status.models import (
     BreakerHealth,
-    BudgetStatus,
     CacheHealth,
-    CostRow,
     CostSummary,
     Health,
     LimiterHealth,
     Preview,
     Status,
     StoreHealth,
+    filled,
 )
 from dspy_prod.status.preview import preview
 from dspy_prod.stores.base import LimiterSnapshot, Store
@@ -141,20 +141,7 @@ class _Look:
             later = f"; it may be tried in {now.retry_after:.0f} s" if now.retry_after else ""
             cause = f" ({now.cause})" if now.cause else ""
             self.failures.append(f"The circuit of {route.model} is {state}{cause}{later}")
-        return BreakerHealth(
-            route=route.name,
-            model=route.model,
-            state=now.state,
-            failures=now.failures,
-            successes=now.successes,
-            consecutive_failures=now.consecutive_failures,
-            failure_rate=now.failure_rate,
-            retry_after=now.retry_after,
-            cause=now.cause,
-            opened_count=now.opened_count,
-            total_failures=now.total_failures,
-            total_successes=now.total_successes,
-        )
+        return filled(BreakerHealth, now, route=route.name, model=route.model)
 
     def limiters(self, routes: list[tuple[Store, Route]]) -> list[LimiterHealth]:
         """The limiters of all routes that have one, each once."""
@@ -178,21 +165,10 @@ class _Look:
                 self.warnings.append(f"The rate limit of {route.model} has {100 * (1 - used):.0f} % of its {what} left")
         if now.paused_for > 0:
             self.warnings.append(f"The provider of {route.model} asked to pause for {now.paused_for:.0f} s (429)")
-        return LimiterHealth(
-            route=route.name,
-            model=route.model,
-            requests_available=now.requests_available,
-            requests_max=now.requests_max,
-            requests_utilisation=requests,
-            tokens_available=now.tokens_available,
-            tokens_max=now.tokens_max,
-            tokens_utilisation=tokens,
-            in_flight=now.in_flight,
-            concurrency_max=now.concurrency_max,
-            waiting=now.waiting,
-            paused_for=now.paused_for,
-            rate_factor=now.rate_factor,
-        )
+        return filled(
+            LimiterHealth, now, route=route.name, model=route.model,
+            requests_utilisation=requests, tokens_utilisation=tokens,
+        )  # fmt: skip
 
     def tracking(self) -> TrackingHealth | None:
         """How the tracking in MLflow goes, None when it is off."""
@@ -215,18 +191,16 @@ class _Look:
         if not caches:
             return None
         stats = [pipeline.cache.stats() for pipeline in caches.values() if pipeline.cache is not None]
+        sums = CacheStats(*map(sum, zip(*stats, strict=True)))
         kept = {id(pipeline.store): pipeline.store for pipeline in caches.values()}
-        size, maximum = sum(one.entries for one in stats), sum(one.max_entries for one in stats)
-        hits, misses = sum(one.hits for one in stats), sum(one.misses for one in stats)
-        return CacheHealth(
-            size=size,
-            maximum=maximum,
-            utilisation=size / maximum,
-            bytes=sum(one.bytes for one in stats),
-            max_bytes=sum(one.max_bytes for one in stats),
-            hits=hits,
-            misses=misses,
-            hit_rate=hits / (hits + misses) if hits + misses else None,
+        lookups = sums.hits + sums.misses
+        return filled(
+            CacheHealth,
+            sums,
+            size=sums.entries,
+            maximum=sums.max_entries,
+            utilisation=sums.entries / sums.max_entries,
+            hit_rate=sums.hits / lookups if lookups else None,
             stored=sum(self.read(store, store.cache_size, (0, 0))[0] for store in kept.values()),
         )
 
@@ -284,18 +258,4 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-__all__ = [
-    "BreakerHealth",
-    "BudgetStatus",
-    "CacheHealth",
-    "CostRow",
-    "CostSummary",
-    "Health",
-    "LimiterHealth",
-    "Preview",
-    "StoreHealth",
-    "costs",
-    "costs_by",
-    "health",
-    "preview",
-]
+__all__ = ["CostSummary", "Health", "Preview", "costs", "costs_by", "health", "preview"]

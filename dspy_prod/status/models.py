@@ -6,11 +6,13 @@ Money is in USD, durations in seconds, days are UTC. Nothing here holds a secret
 from __future__ import annotations
 
 import datetime as dt
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
 from dspy_prod.telemetry.answers import Frozen, TrackingHealth
+
+F = TypeVar("F", bound=Frozen)
 
 Status = Literal["healthy", "warning", "degraded"]
 """`degraded`: a circuit is not closed, or the store is not usable; `warning`: something runs out soon."""
@@ -259,3 +261,9 @@ class Preview(Frozen):
     detail: str
     cached: bool
     budgets: list[BudgetStatus]
+
+
+def filled(answer: type[F], source: NamedTuple, **more: Any) -> F:
+    """An answer with the fields that its source has by the same names, and some more."""
+    told = {name: value for name, value in source._asdict().items() if name in answer.model_fields}
+    return answer(**told, **more)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dspy_prod.runtime.doors import door
 
 if TYPE_CHECKING:
     from dspy_prod.tracking.setup import TrackingHealth, disable, enable, flush, status
 
+__getattr__, __dir__ = door(__name__, {"setup": "TrackingHealth disable enable flush status"})
+
 __all__ = ["TrackingHealth", "disable", "enable", "flush", "status"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'dspy_prod.tracking' has no attribute {name!r}")
-    value = getattr(import_module("dspy_prod.tracking.setup"), name)
-    globals()[name] = value
-    return value

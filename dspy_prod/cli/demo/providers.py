@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Final
 
 from dspy.lm15 import Request, Response, ServerError
@@ -25,37 +27,21 @@ class LocalProviders:
         simulate: answer with made-up text instead of the local model.
     """
 
-    has_bill = True
-
     def __init__(self, simulate: bool) -> None:
-        self._closing = ExitStack()
         prices = {model.split("/", 1)[1]: price for model, price in PRICES.items()}
+        make: Callable[[], Provider] = partial(Provider, latency=(0.05, 0.2), prices=prices)
         reason = "asked for" if simulate else LocalModel.available()
-        try:
-            model = None
+        self.description = "SmolLM2-135M on this machine, behind a relay that injects faults"
+        with ExitStack() as opened:
             if reason is None:
                 try:
-                    model = LocalModel()
+                    make = partial(Relay, opened.enter_context(LocalModel()).url, prices=prices)
                 except RuntimeError as error:  # the packages are here, but the server does not start
                     reason = str(error)
-            self.primary: Provider
-            self.fallback: Provider
-            if model is not None:
-                self._closing.callback(model.close)
-                self.primary = self._closing.enter_context(Relay(model.url, prices=prices))
-                self.fallback = self._closing.enter_context(Relay(model.url, prices=prices))
-            else:
-                self.primary = self._closing.enter_context(Provider(latency=(0.05, 0.2), prices=prices))
-                self.fallback = self._closing.enter_context(Provider(latency=(0.05, 0.2), prices=prices))
-        except BaseException:
-            self._closing.close()
-            raise
-        self.real = model is not None
-        self.description = (
-            "SmolLM2-135M on this machine, behind a relay that injects faults"
-            if self.real
-            else f"the simulated provider ({reason})"
-        )
+            if reason is not None:
+                self.description = f"the simulated provider ({reason})"
+            self.primary, self.fallback = opened.enter_context(make()), opened.enter_context(make())
+            self._closing = opened.pop_all()
 
     def lm(self, **policies: Any) -> dspy_prod.LM:
         """The production LM in front of both."""
@@ -113,9 +99,6 @@ class _Switch:
 class RealProvider:
     """A real model; its outage is injected in front of it, and its bill is the provider's own."""
 
-    has_bill = False
-    real = True
-
     def __init__(self, model: str) -> None:
         self.model = model
         self.description = f"{model} (a real provider: this costs money)"
@@ -138,13 +121,13 @@ class RealProvider:
         """Both work again."""
         self._primary.down = self._fallback.down = False
 
-    def bill_nano(self) -> int:
+    def bill_nano(self) -> int | None:
         """Unknown here: see the provider's dashboard."""
-        return 0
+        return None
 
-    def requests(self) -> int:
+    def requests(self) -> int | None:
         """Not counted."""
-        return 0
+        return None
 
     def close(self) -> None:
         """Nothing to end."""

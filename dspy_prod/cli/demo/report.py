@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dspy_prod.cli.demo.traces import Written, table
+from dspy_prod.cli.printing import numbers
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status.health import Health
 
 if TYPE_CHECKING:
-    from dspy_prod.cli.demo.providers import LocalProviders, RealProvider
     from dspy_prod.cli.demo.running import Run
 
 
@@ -36,47 +36,45 @@ class Verdict:
         return self.ledger - self.unconfirmed <= self.bill <= self.ledger
 
 
-def compare(records: Sequence[CallRecord], providers: LocalProviders | RealProvider) -> Verdict:
-    """Hold the ledger against the bill."""
-    ledger = sum(record.cost_nano or 0 for record in records)
-    unconfirmed = sum(record.cost_nano or 0 for record in records if record.estimated)
-    return Verdict(ledger, unconfirmed, providers.bill_nano() if providers.has_bill else None)
+@dataclass(frozen=True)
+class Report:
+    """What the demo ends with. `written` is None without traces."""
+
+    run: Run
+    records: Sequence[CallRecord]
+    health: Health
+    written: Written | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The ledger held against the bill."""
+        ledger = _sum(record.cost_nano for record in self.records)
+        unconfirmed = _sum(record.cost_nano for record in self.records if record.estimated)
+        return Verdict(ledger, unconfirmed, self.run.providers.bill_nano())
 
 
-def show(
-    console: Console,
-    run: Run,
-    records: Sequence[CallRecord],
-    verdict: Verdict,
-    health: Health,
-    written: Written | None = None,
-) -> None:
+def show(console: Console, report: Report) -> None:
     """Print everything as tables."""
+    run, records = report.run, report.records
     console.print(_requests(run))
     console.print(_acts(run))
     console.print(_money("Cost by model", records, lambda record: record.model))
     console.print(_money("Cost by user", records, lambda record: record.user or "anonymous"))
     console.print(_answers(run))
-    console.print(_bill(verdict))
-    if written is not None:
-        console.print(table(written))
-    console.print(_health(run, health))
+    console.print(_bill(report.verdict))
+    if report.written is not None:
+        console.print(table(report.written))
+    console.print(_health(run, report.health))
 
 
-def show_json(
-    console: Console,
-    run: Run,
-    records: Sequence[CallRecord],
-    verdict: Verdict,
-    health: Health,
-    written: Written | None = None,
-) -> None:
+def show_json(report: Report) -> None:
     """Print everything as one JSON object on standard output."""
+    run, verdict, written = report.run, report.verdict, report.written
     result: dict[str, Any] = {
         "provider": run.providers.description,
         "requests": summary(run),
-        "fallbacks": dict(Counter(o.reason for o in run.outcomes if o.status == "fallback")),
-        "attempts": _attempts(records),
+        "fallbacks": dict(_fallbacks(run)),
+        "attempts": dict(Counter(record.outcome for record in report.records)),
         "accuracy": accuracy(run),
         "ledger_usd": verdict.ledger / NANO,
         "unconfirmed_usd": verdict.unconfirmed / NANO,
@@ -84,7 +82,7 @@ def show_json(
         "agrees": verdict.agrees,
         "mlflow": None if written is None else written.to_dict(),
         "breaker": run.transitions,
-        "health": health.model_dump(mode="json"),
+        "health": report.health.model_dump(mode="json"),
     }
     Console().print_json(orjson.dumps(result).decode())
 
@@ -107,48 +105,42 @@ def accuracy(run: Run) -> float | None:
     return sum(o.category == o.message.category for o in answered) / len(answered) if answered else None
 
 
-def _attempts(records: Sequence[CallRecord]) -> dict[str, int]:
-    return dict(Counter(record.outcome for record in records))
+def _fallbacks(run: Run) -> Counter[str | None]:
+    return Counter(o.reason for o in run.outcomes if o.status == "fallback")
 
 
 def _requests(run: Run) -> Table:
-    table = Table(title="Requests", title_justify="left")
-    table.add_column("")
-    table.add_column("count", justify="right")
+    table = numbers("Requests", "", "count")
     for name, count in summary(run).items():
         table.add_row(name, str(count))
-    for reason, count in Counter(o.reason for o in run.outcomes if o.status == "fallback").items():
+    for reason, count in _fallbacks(run).items():
         table.add_row(f"  fallback: {reason}", str(count))
-    table.add_row("upstream HTTP requests", str(run.providers.requests()) if run.providers.has_bill else "n/a")
+    requests = run.providers.requests()
+    table.add_row("upstream HTTP requests", "n/a" if requests is None else str(requests))
     return table
 
 
 def _acts(run: Run) -> Table:
-    table = Table(title="Act by act", title_justify="left")
-    for name in ("act", "requests", "ok", "cached", "fallback", "attempts", "median latency"):
-        table.add_column(name, justify="left" if name == "act" else "right")
+    table = numbers("Act by act", "act", "requests", "ok", "cached", "fallback", "attempts", "median latency")
     for act in dict.fromkeys(o.act for o in run.outcomes):
         for priority in ("high", "normal"):
             found = [o for o in run.outcomes if o.act == act and o.priority == priority]
             if not found:
                 continue
             latencies = sorted(o.latency for o in found)
+            ends = Counter(o.status for o in found)
             table.add_row(
                 act if priority == "normal" else f"{act}, high priority",
                 str(len(found)),
-                str(sum(o.status == "ok" for o in found)),
-                str(sum(o.status == "cached" for o in found)),
-                str(sum(o.status == "fallback" for o in found)),
+                *(str(ends[status]) for status in ("ok", "cached", "fallback")),
                 str(sum(o.attempts for o in found)),
                 f"{latencies[len(latencies) // 2]:.2f} s",
             )
     return table
 
 
-def _money(title: str, records: Sequence[CallRecord], key: Any) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in ("", "attempts", "failed", "cached", "tokens in", "tokens out", "USD"):
-        table.add_column(name, justify="left" if not name else "right", overflow="fold", no_wrap=name == "USD")
+def _money(title: str, records: Sequence[CallRecord], key: Callable[[CallRecord], str]) -> Table:
+    table = numbers(title, "", "attempts", "failed", "cached", "tokens in", "tokens out", "USD")
     for value in sorted({key(record) for record in records}):
         found = [record for record in records if key(record) == value]
         table.add_row(
@@ -184,9 +176,7 @@ def _answers(run: Run) -> Table:
 
 
 def _bill(verdict: Verdict) -> Table:
-    table = Table(title="Ledger against the providers' bill", title_justify="left")
-    table.add_column("")
-    table.add_column("USD", justify="right")
+    table = numbers("Ledger against the providers' bill", "", "USD")
     table.add_row("ledger", f"{verdict.ledger / NANO:.9f}")
     table.add_row("  of it unconfirmed", f"{verdict.unconfirmed / NANO:.9f}")
     table.add_row("bill", "see the provider" if verdict.bill is None else f"{verdict.bill / NANO:.9f}")

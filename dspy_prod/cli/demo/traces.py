@@ -13,6 +13,7 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
+from dspy_prod.cli.printing import numbers
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.records import NANO, CallRecord
 
@@ -146,9 +147,7 @@ def _read(uri: str, since: float) -> tuple[str | None, int, float]:
 
 def table(result: Written) -> Table:
     """What became of the traces, as a table."""
-    shown = Table(title="Ledger against MLflow", title_justify="left")
-    shown.add_column("")
-    shown.add_column("", justify="right")
+    shown = numbers("Ledger against MLflow", "", "")
     shown.add_row("traces written", str(result.exported))
     for name, count in (("still waiting", result.waiting), ("lost", result.lost)):
         if count:
