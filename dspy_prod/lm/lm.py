@@ -13,17 +13,24 @@ from typing import Any, Literal, get_args
 import dspy
 from dspy.clients.base_lm import BaseLM
 from dspy.clients.execution import finalize, prepare
-from dspy.clients.lm import _check_engines, _refuse_client_settings
 from dspy.lm15 import CacheConfig, Request
 from dspy.utils.callback import BaseCallback, with_callbacks
 from dspy.utils.dummies import DummyLM
 
+from dspy_prod.compat.dspy import (
+    OwnCache,
+    caches_responses,
+    check_engines,
+    engines_of,
+    refuse_client_settings,
+    set_engines,
+)
+from dspy_prod.compat.executing import arun_call, run_call
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_messages
 from dspy_prod.lm.assembling import assemble, refuse_own_forward
 from dspy_prod.lm.calling import hit, per_call, scope_of
-from dspy_prod.lm.copying import REBUILDS, Variants, changed, check_timeout, pinned
-from dspy_prod.lm.executing import arun_call, run_call
+from dspy_prod.lm.copying import INSTALLED, REBUILDS, Variants, changed, check_timeout, pinned
 from dspy_prod.lm.operations import Operations
 from dspy_prod.lm.settings import (
     Settings,
@@ -52,7 +59,7 @@ from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.tap import TAP
 
 
-class LM(Operations, dspy.LM):
+class LM(Operations, OwnCache, dspy.LM):
     """A `dspy.LM` with a circuit breaker, rate limiter, response cache, budget, retries and fallbacks beneath it.
 
     Takes every argument of `dspy.LM` and, besides:
@@ -74,8 +81,6 @@ class LM(Operations, dspy.LM):
 
     Calling raises what `dspy.LM` raises, and `RejectedError` subclasses for what a policy refuses.
     """
-
-    _cache_responses = False  # DSPy's own cache stays off; ours is beneath
 
     def __init__(
         self,
@@ -106,9 +111,9 @@ class LM(Operations, dspy.LM):
         clock: Clock = SYSTEM_CLOCK,
         **kwargs: Any,
     ) -> None:
-        _check_engines(engine, async_engine)
+        check_engines(engine, async_engine)
         canonical, clients, extras = split(kwargs)
-        _refuse_client_settings(engine, {key: value for key, value in clients.items() if key != "timeout"})
+        refuse_client_settings(engine, {key: value for key, value in clients.items() if key != "timeout"})
         if extras and not isinstance(engine, str):
             raise ConfigError(
                 f"an engine object carries canonical arguments only; it cannot be given {', '.join(sorted(extras))}"
@@ -163,8 +168,8 @@ class LM(Operations, dspy.LM):
             ],
             settings.engine,
         )
-        self._engine_spec = ProdEngine(self.pipeline, self.identity, self.cache)
-        self._async_engine_spec = AsyncProdEngine(self.pipeline, self.identity, self.cache)
+        beneath = self.pipeline, self.identity, self.cache
+        set_engines(self, ProdEngine(*beneath), AsyncProdEngine(*beneath))
         warn_coarse_budgets(self)
         LIVE.add(self)
 
@@ -266,7 +271,8 @@ class LM(Operations, dspy.LM):
         if policies or extras:
             copied._install(changed(self.settings, policies, extras))
         else:
-            copied._engine_spec.caches = copied._async_engine_spec.caches = copied.cache
+            for engine in engines_of(copied):
+                engine.caches = copied.cache
             LIVE.add(copied)
         return copied
 
@@ -282,7 +288,7 @@ class LM(Operations, dspy.LM):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("_engine_spec", "_async_engine_spec", "_variants", "pipeline", "identity"):
+        for name in INSTALLED:
             state.pop(name, None)
         state["settings"] = replace(self.settings.sealed(), store=self.pipeline.store.url)
         state["_token"] = remember(self.settings)
@@ -380,10 +386,10 @@ def wrap(lm: dspy.LM, **policies: Any) -> LM:
     for name in ("provider", "finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role"):
         if hasattr(lm, name):
             arguments[name] = getattr(lm, name)
-    arguments["cache"] = lm.cache and getattr(lm, "_cache_responses", True)
+    arguments["cache"] = caches_responses(lm)
     arguments["callbacks"] = list(lm.callbacks)
     if "engine" not in policies:
-        arguments["engine"], arguments["async_engine"] = lm._engine_spec, lm._async_engine_spec
+        arguments["engine"], arguments["async_engine"] = engines_of(lm)
     return LM(lm.model, lm.model_type, **{**arguments, **policies})
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
-from dspy.clients._http import retry_after_seconds
 from dspy.clients.errors import wrap_error
 from dspy.lm15 import TransportError
 
+from dspy_prod.compat.dspy import retry_after_seconds
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.privacy.known import blotted, in_environment
@@ -38,8 +38,7 @@ def _retry_after(error: Exception) -> float | None:
         headers = getattr(getattr(cause, "response", None), "headers", None)
         value = headers.get("retry-after") if isinstance(headers, Mapping) else None
         if value is not None:
-            seconds: float | None = retry_after_seconds(value)
-            return seconds
+            return retry_after_seconds(value)
     return None
 
 
