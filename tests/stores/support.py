@@ -132,7 +132,7 @@ def refused(store: Store, wanted: Reservation) -> Refusal:
 def turn(store: Store) -> None:
     """Let the store notice that a fake clock moved."""
     if isinstance(store, MemoryStore):
-        store._tick()
+        store.tick()
     store.flush(10)
 
 

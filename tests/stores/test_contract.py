@@ -324,6 +324,21 @@ def test_higher_priority_goes_first(store: Store) -> None:
     assert low.state == PENDING
 
 
+def test_an_admission_wakes_those_whom_it_lets_through(still: Store, clock: FakeClock) -> None:
+    """A pause has ended when somebody more urgent comes: those in line were granted with it, but slept on."""
+    limit = RateLimit()
+    still.throttled("provider", limit, 5.0)
+    woken: list[str] = []
+    waiting = [still.admit(ask(budget=None, limit=limit, id=name)) for name in ("first", "second")]
+    for each in waiting:
+        assert each.attach(lambda name=each.id: woken.append(name))  # type: ignore[misc]
+    still.flush(10)
+    clock.advance(6.0)
+    urgent = still.admit(ask(budget=None, limit=limit, priority=0))
+    assert [each.state for each in (urgent, *waiting)] == [GRANTED] * 3
+    until(lambda: woken == ["first", "second"], 2.0, "waking both")
+
+
 @pytest.mark.parametrize("budget", [None, DOLLAR], ids=["no budget", "budget"])
 def test_a_429_pauses_a_limiter_that_has_no_limits_of_its_own(
     still: Store, clock: FakeClock, budget: int | None

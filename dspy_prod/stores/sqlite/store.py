@@ -134,10 +134,8 @@ class SqliteStore:
     # -- admission ---------------------------------------------------------------------------------------------------
     def admit(self, reservation: Reservation) -> Reservation:
         if is_local(reservation) and self._mailbox.alive():
-            self._local.admit(reservation)
-            if reservation.state == PENDING:
-                self._mailbox.post((Transactions.nudge, None, None))
-        elif not self._mailbox.post((Transactions.admit, reservation, None)):
+            return self._local.admit(reservation)
+        if not self._mailbox.post((Transactions.admit, reservation, None)):
             reservation.refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
             reservation.state = REFUSED
         return reservation
@@ -158,7 +156,7 @@ class SqliteStore:
 
     def settle(self, reservation: Reservation, settlement: Settlement) -> None:
         if is_local(reservation):
-            self._local.settle(settlement)
+            self._local.settle(reservation, settlement)
             if not self._mailbox.alive():
                 self._mailbox.refuse_stragglers()
         elif not self._mailbox.post((Transactions.settle, settlement, None)):

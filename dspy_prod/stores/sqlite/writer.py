@@ -18,7 +18,7 @@ from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation
-from dspy_prod.stores.lane import LocalLane
+from dspy_prod.stores.lane import Lane
 from dspy_prod.stores.sqlite.schema import is_locked, unavailable
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions, UnfitError
@@ -49,7 +49,7 @@ class Writer:
 
     def __init__(self, tables: Tables, clock: Clock, lease: float, report: Report) -> None:
         self.inbox: SimpleQueue[Operation] = SimpleQueue()
-        self.local = LocalLane(clock.time, self._keep_record)
+        self.local = Lane(clock.time, self._keep_record, self._nudge)
         self.publishing = threading.Lock()
         self.io = threading.Lock()
         self.failing: Refusal | None = None
@@ -229,6 +229,9 @@ class Writer:
     def _keep_record(self, record: CallRecord, is_new: bool) -> None:
         self.inbox.put((Transactions.append, record, is_new))
 
+    def _nudge(self) -> None:
+        self.inbox.put((Transactions.nudge, None, None))
+
     # -- the end -------------------------------------------------------------------------------------------------------
     def _finish(self) -> None:
         """Last try for what is kept, then refuse who still waits and close."""
@@ -240,7 +243,7 @@ class Writer:
         refusal = Refusal("store_unavailable", detail=f"The store {self.tables.path} was closed")
         self._core.fail_waiting(refusal)
         self._publish()
-        self.local.fail(refusal)
+        self.local.fail_waiting(refusal)
         lost = sum(1 for operation in self._kept if operation[0] in (Transactions.settle, Transactions.append))
         if lost:
             _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
