@@ -8,7 +8,6 @@ As there, regional uplifts and off-peak discounts are not modelled (the peak rat
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import logging
 import math
@@ -61,11 +60,6 @@ _NAMESPACES: dict[str, tuple[str, ...]] = {
 def preload() -> None:
     """Load DSPy's model metadata: up to 5 s of network, once a process, here so that no request pays for it."""
     importlib.import_module("dspy.clients.model_metadata").source_info()
-
-
-async def apreload() -> None:
-    """`preload` without blocking the event loop."""
-    await asyncio.to_thread(preload)
 
 
 def _atto(value: object) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import gzip
 import json
@@ -299,9 +298,8 @@ def test_unreadable_metadata_makes_a_price_unknown_but_spares_an_override(monkey
 
 
 def test_preload_reads_the_metadata_ahead_of_the_first_request() -> None:
-    """In either colour; afterwards DSPy's map is in memory."""
+    """Afterwards DSPy's map is in memory."""
     pricing.preload()
-    asyncio.run(pricing.apreload())
     assert model_metadata._data is not None
 
 

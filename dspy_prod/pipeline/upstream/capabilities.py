@@ -32,6 +32,3 @@ def capabilities_of(upstream: Any) -> Any:
     The first question about a model that only LiteLLM knows imports LiteLLM, which takes seconds.
     """
     return _capabilities(StandIn(upstream, upstream.clients))
-
-
-__all__ = ["StandIn", "capabilities_of"]
