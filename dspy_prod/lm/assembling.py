@@ -152,6 +152,3 @@ def _on_problem(name: str, data: dict[str, Any]) -> None:
     from dspy_prod.runtime.clock import SYSTEM_CLOCK
 
     BUS.emit(name, SYSTEM_CLOCK.time(), **data)
-
-
-__all__ = ["assemble", "disabled", "upstream_of"]

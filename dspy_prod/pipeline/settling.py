@@ -21,7 +21,6 @@ from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import remaining
 from dspy_prod.policies.breaker.breaker import Permit
-from dspy_prod.policies.cache import EMPTY_USAGE
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.records import usd
 from dspy_prod.runtime.reaper import REAPER
@@ -253,6 +252,3 @@ def _used(rates: Rates | None, usage: Usage) -> int | None:
     if inputs is None or outputs is None:
         return None
     return inputs + outputs
-
-
-__all__ = ["EMPTY_USAGE", "cause_of", "failed", "give_back", "succeeded"]

@@ -9,11 +9,12 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.clients import model_metadata
 from dspy.lm15 import Config, Message, Request, Usage
 from dspy.utils.exceptions import LMRateLimitError, LMServerError
 
 import dspy_prod
-from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, Price, RateLimit, call_context
+from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, Price, RateLimit, UnpricedModelError, call_context
 from dspy_prod.context.current import current
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
@@ -350,3 +351,26 @@ def test_what_all_processes_sent_counts_after_a_route_without_a_limit_was_first(
     core.admit(ask(limit=RateLimit()), 101.0)
     core.admit(ask(limit=limit), 101.0)
     assert [state for _, state, _ in core.changes.verdicts] == [GRANTED]
+
+
+def test_a_price_that_could_not_be_read_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given metadata that fails a while, when it is read again, then calls are priced and admitted again.
+
+    The budget refused every call for the life of the process.
+    """
+    whole, broken = model_metadata.model_info, [True]
+
+    def model_info(*args: Any, **kwargs: Any) -> Any:
+        if broken:
+            raise OSError("too many open files")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(model_metadata, "model_info", model_info)
+    lm = dspy_prod.LM(
+        "openai/gpt-4o-mini", engine=ScriptedEngine("ok"), store=MemoryStore(), budget=Budget(usd=1), max_tokens=100
+    )
+    assert isinstance(caught(lambda: lm("q")), UnpricedModelError)
+    broken.clear()
+
+    assert lm("q") == ["ok"]
+    assert lm.costs().today_usd > 0

@@ -13,9 +13,9 @@ import weakref
 from math import inf
 from typing import Any, Final
 
-from dspy.clients.backend_selection import NATIVE_CLIENT_KEYS, select_backend
+from dspy.clients.backend_selection import select_backend
 from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine, timeouts_for
-from dspy.lm15 import Request, Response, RouterConfig, UnsupportedFeatureError, registered_providers
+from dspy.lm15 import Request, RouterConfig, UnsupportedFeatureError, registered_providers
 from dspy.utils.exceptions import LMUnsupportedFeatureError
 
 from dspy_prod.compat.dspy import StandIn, capabilities, declared_door, definitions
@@ -297,6 +297,3 @@ def address_of(clients: dict[str, Any], model: str) -> str:
         return address(str(url))
     prefix = model.split("/", 1)[0] if "/" in model else "openai"
     return address(os.environ.get(f"{prefix.upper()}_API_BASE", prefix))
-
-
-__all__ = ["NATIVE_CLIENT_KEYS", "Response", "Upstream", "address_of"]

@@ -19,9 +19,9 @@ from mlflow import MlflowClient
 
 import dspy_prod
 from dspy_prod import ConfigError, registry
-from dspy_prod.registry.published.rendering import unescaped
 from dspy_prod.testing import ScriptedEngine
 from tests.registry.programs import Looking, Nested, Sort, Ticket, agent, looking, nested, qa, search, thinking
+from tests.registry.reading import unescaped
 
 INPUT = "what the user says {{x}}"
 
