@@ -21,7 +21,6 @@ JOURNAL: Final = "audit-log"
 
 _PROGRAM: Final = re.compile(r"[A-Za-z0-9_.-]+")
 _KEPT: Final = re.compile(r"[^A-Za-z0-9_.]")
-_ESCAPED: Final = re.compile(r"-([0-9a-f]+)-")
 _REFERENCE: Final = re.compile(r"(?:prompts:/+)?(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<version>\d+))")
 
 
@@ -47,11 +46,6 @@ def checked_name(name: str) -> str:
 def encoded(predictor: str) -> str:
     """A predictor's name in MLflow's alphabet."""
     return _KEPT.sub(lambda match: f"-{ord(match[0]):x}-", predictor)
-
-
-def decoded(text: str) -> str:
-    """The predictor's name that `encoded` made this of."""
-    return _ESCAPED.sub(lambda match: chr(int(match[1], 16)), text)
 
 
 def predictor_prompt(program: str, predictor: str) -> str:

@@ -2,7 +2,7 @@
 
 MLflow takes every `{{word}}` in a prompt for a variable and `{% ... %}` for Jinja. Braces that are part of the text
 (an instruction about templates, say) are therefore parted by U+2060 WORD JOINER, which has no width: the text looks as
-it is, MLflow sees the inputs only, and `unescaped` gives the text back.
+it is, MLflow sees the inputs only, and the text can be read back.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ LARGEST: Final = 60_000
 
 _JOINER: Final = "\u2060"
 _OPEN: Final = re.compile(rf"\{{{_JOINER}*(?=[{{%])")
-_PARTED: Final = re.compile(rf"\{{{_JOINER}(?={_JOINER}*[{{%])")
 
 Messages = list[dict[str, Any]]
 
@@ -27,11 +26,6 @@ Messages = list[dict[str, Any]]
 def escaped(text: str) -> str:
     """Text in which MLflow sees no variable."""
     return _OPEN.sub(lambda match: match[0] + _JOINER, text)
-
-
-def unescaped(text: str) -> str:
-    """The text that `escaped` made this of."""
-    return _PARTED.sub("{", text)
 
 
 def current_adapter() -> Any:

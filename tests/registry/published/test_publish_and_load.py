@@ -19,8 +19,8 @@ from mlflow import MlflowClient
 
 import dspy_prod
 from dspy_prod import ConfigError, registry
-from dspy_prod.registry.published.rendering import unescaped
 from dspy_prod.testing import ScriptedEngine
+from tests.registry.inverses import unescaped
 from tests.registry.programs import Looking, Nested, Sort, Ticket, agent, looking, nested, qa, search, thinking
 
 INPUT = "what the user says {{x}}"
