@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import bare_url
 from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError, UnknownVersionError
+from dspy_prod.registry.names import Reference
 from dspy_prod.runtime.forking import reset_after_fork
 
 READ_TIMEOUT: Final = 5.0
@@ -91,15 +92,27 @@ class Server:
                 time.sleep(random.uniform(0, COLLISION_PAUSE * 2**attempt))
         raise AssertionError("unreachable")
 
+    def prompt(self, reference: Reference) -> Any:
+        """The MLflow prompt version that a reference means; raises as `read`."""
+        name, alias, version = reference.name, reference.alias, reference.version
+        if alias is not None:
+            return self.read(lambda client: client.get_prompt_version_by_alias(name, alias))
+        return self.read(lambda client: client.get_prompt_version(name, version))
+
     def versions(self, prompt: str) -> Iterator[Any]:
         """The versions of a prompt, newest first; none when there is no such prompt."""
+        try:
+            for page in self.pages(lambda token, client: client.search_prompt_versions(prompt, PAGE, token)):
+                yield from sorted(page, key=lambda version: -int(version.version))
+        except UnknownVersionError:
+            return
+
+    def pages(self, question: Callable[[str | None, Any], T]) -> Iterator[T]:
+        """The answers of `question(token, client)` until one has no token for the next; raises as `read`."""
         token: str | None = None
         while True:
-            try:
-                page = self.read(partial(_page, prompt, token))
-            except UnknownVersionError:
-                return
-            yield from sorted(page, key=lambda version: -int(version.version))
+            page: Any = self.read(partial(question, token))
+            yield page
             token = page.token
             if not token:
                 return
@@ -168,10 +181,6 @@ def server_at(tracking_uri: str | None = None) -> Server:
             "mlflow.set_tracking_uri('sqlite:///mlflow.db'), or the address of an MLflow server"
         )
     return Server(uri)
-
-
-def _page(prompt: str, token: str | None, client: Any) -> Any:
-    return client.search_prompt_versions(prompt, PAGE, token)
 
 
 @lru_cache(maxsize=16)

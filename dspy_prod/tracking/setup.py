@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -35,15 +36,15 @@ _SCHEMES: Final = ("sqlite://", "http://", "https://", "postgresql", "mysql", "m
 _lock = threading.Lock()
 
 
+@dataclass(frozen=True)
 class _Tracking:
     """What is on."""
 
-    def __init__(self, uri: str, experiment: str, courier: Courier, exit_timeout: float) -> None:
-        self.uri = uri
-        self.experiment = experiment
-        self.courier = courier
-        self.exit_timeout = exit_timeout
-        self.undo: list[Callable[[], None]] = []
+    uri: str
+    experiment: str
+    courier: Courier
+    exit_timeout: float
+    undo: list[Callable[[], None]] = field(default_factory=list)
 
 
 _active: _Tracking | None = None

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from dspy_prod.privacy.error_text import error_text
@@ -46,39 +46,36 @@ _COST: Final = "mlflow.trace.cost"
 _USAGE: Final = "mlflow.trace.tokenUsage"
 
 
+@dataclass(slots=True, eq=False)
 class Batch:
     """What is written at once.
 
     Attributes:
         number: of the batch. traces: how many are in it for the first time.
         spans: in the form MLflow reads. infos: headlines of traces that MLflow itself recorded.
+        tries: exporter processes that were given it.
     """
 
-    __slots__ = ("infos", "number", "spans", "traces", "tries")
-
-    def __init__(self, number: int, traces: int, spans: list[Span], infos: list[dict[str, Any]]) -> None:
-        self.number = number
-        self.traces = traces
-        self.tries = 1
-        self.spans = spans
-        self.infos = infos
+    number: int
+    traces: int
+    spans: list[Span]
+    infos: list[dict[str, Any]]
+    tries: int = 1
 
 
+@dataclass(slots=True, eq=False)
 class _Trace:
     """One trace in the making."""
 
-    __slots__ = ("begun", "cost", "counted", "info", "remarkable", "spans", "unknown", "usage", "whose")
-
-    def __init__(self, now: float) -> None:
-        self.begun = now
-        self.counted = True
-        self.spans: list[Span] = []
-        self.cost = 0
-        self.unknown = False
-        self.usage = [0, 0]
-        self.remarkable = False
-        self.info: dict[str, Any] | None = None
-        self.whose: dict[str, Any] = {}  # of its attempts
+    begun: float
+    counted: bool = True
+    spans: list[Span] = field(default_factory=list)
+    cost: int = 0
+    unknown: bool = False
+    usage: list[int] = field(default_factory=lambda: [0, 0])
+    remarkable: bool = False
+    info: dict[str, Any] | None = None
+    whose: dict[str, Any] = field(default_factory=dict)  # of its attempts
 
 
 class Traces:

@@ -12,7 +12,7 @@ from mlflow.prompt.constants import PROMPT_NAME_RULE
 
 from dspy_prod.registry.names import JOURNAL, Reference, encoded
 from dspy_prod.registry.published.rendering import Slots, escaped
-from tests.registry.reading import decoded, unescaped
+from tests.registry.inverses import decoded, unescaped
 
 NAMES = st.text(st.sampled_from("ab1_.-[]'\"ü 5d"), min_size=1, max_size=12) | st.text(min_size=1, max_size=12)
 TEXTS = st.text(st.sampled_from("{}%x \n\u2060_.1"), max_size=30) | st.text(max_size=30)

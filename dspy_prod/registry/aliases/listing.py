@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from dspy_prod.registry.aliases.journal import Journal
 from dspy_prod.registry.aliases.projection import USUAL, alias_version
@@ -21,15 +20,8 @@ def programs(*, tracking_uri: str | None = None) -> list[str]:
     Raises:
         RegistryUnavailableError: MLflow did not answer.
     """
-    server = server_at(tracking_uri)
-    names: list[str] = []
-    token: str | None = None
-    while True:
-        page = server.read(partial(_page, token))
-        names += [prompt.name for prompt in page]
-        token = page.token
-        if not token:
-            return sorted(names)
+    pages = server_at(tracking_uri).pages(lambda token, client: client.search_prompts(_FILTER, PAGE, None, token))
+    return sorted(prompt.name for page in pages for prompt in page)
 
 
 def versions(name: str, *, tracking_uri: str | None = None) -> list[ProgramVersion]:
@@ -49,7 +41,3 @@ def versions(name: str, *, tracking_uri: str | None = None) -> list[ProgramVersi
         if version is not None:
             pointing.setdefault(version, []).append(alias)
     return [version_of(prompt, tuple(pointing.get(int(prompt.version), ()))) for prompt in found]
-
-
-def _page(token: str | None, client: Any) -> Any:
-    return client.search_prompts(_FILTER, PAGE, None, token)

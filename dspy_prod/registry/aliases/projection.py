@@ -7,6 +7,7 @@ from typing import Final
 
 from dspy_prod.registry.aliases.journal import AuditEntry, Journal, Replay, Request
 from dspy_prod.registry.errors import UnknownVersionError
+from dspy_prod.registry.names import Reference
 from dspy_prod.registry.server import Server
 
 PRODUCTION: Final = "production"
@@ -21,7 +22,7 @@ SETTLING: Final = 0.2
 def alias_version(server: Server, name: str, alias: str) -> int | None:
     """What an alias of MLflow's has, None when there is no such alias."""
     try:
-        return int(server.read(lambda client: client.get_prompt_version_by_alias(name, alias)).version)
+        return int(server.prompt(Reference(name, alias=alias)).version)
     except UnknownVersionError:
         return None
 

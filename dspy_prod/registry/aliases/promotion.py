@@ -173,8 +173,10 @@ def history(name: str, *, alias: str | None = None, tracking_uri: str | None = N
         UnknownVersionError: there is no such program.
         RegistryUnavailableError: MLflow did not answer.
     """
+    checked_name(name)
     server = server_at(tracking_uri)
-    _exists(server, checked_name(name))
+    if server.read(lambda client: client.get_prompt(name)) is None:
+        raise UnknownVersionError(f"there is no program {name!r} in MLflow at {server.place}; publish it first")
     entries = Journal(server, name).read().entries
     return [entry for entry in reversed(entries) if alias is None or entry.alias == alias]
 
@@ -211,11 +213,6 @@ def check_alias(name: str, alias: str) -> None:
         raise ConfigError("the alias 'previous' follows 'production' by itself; promote or roll back 'production'")
 
 
-def _exists(server: Server, name: str) -> None:
-    if server.read(lambda client: client.get_prompt(name)) is None:
-        raise UnknownVersionError(f"there is no program {name!r} in MLflow at {server.place}; publish it first")
-
-
 def find_version(server: Server, name: str, version: int | str | ProgramVersion) -> ProgramVersion:
     """The version of a program that a number or a reference means.
 
@@ -230,13 +227,7 @@ def find_version(server: Server, name: str, version: int | str | ProgramVersion)
         reference = Reference(name, int(version))
     if reference.name != name:
         raise ConfigError(f"{reference} is a version of {reference.name!r}, not of {name!r}")
-    found = reference.version
-    if reference.alias is not None:
-        wanted = reference.alias
-        prompt = server.read(lambda client: client.get_prompt_version_by_alias(name, wanted))
-    else:
-        prompt = server.read(lambda client: client.get_prompt_version(name, found))
-    return version_of(prompt)
+    return version_of(server.prompt(reference))
 
 
 def _number(version: int | ProgramVersion | None) -> int | None:

@@ -30,20 +30,20 @@ class Steps:
     def step(self, name: str) -> Iterator[Callable[..., None]]:
         """Make a step; what it gives is to be called with what was done in words, and the result unless `done`."""
         began = time.monotonic()
-        told: list[tuple[str, StepResult]] = [("", "done")]
+        told: tuple[StepResult, str] = ("done", "")
 
         def said(detail: str, result: StepResult = "done") -> None:
-            told.append((detail, result))
+            nonlocal told
+            told = result, detail
 
         self._begins(name)
         try:
             yield said
         except BaseException as error:
-            detail = str(error) or type(error).__name__
-            self.made.append(Step(name, "stopped", detail, now(), time.monotonic() - began))
+            said(str(error) or type(error).__name__, "stopped")
             raise
-        detail, result = told[-1]
-        self.made.append(Step(name, result, detail, now(), time.monotonic() - began))
+        finally:
+            self.made.append(Step(name, *told, now(), time.monotonic() - began))
         self._ends()
 
     def earlier(self, alias: str, version: int, entry: AuditEntry | None) -> None:

@@ -17,7 +17,7 @@ from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.published import copies
 from dspy_prod.registry.published.copies import MEMORY, Copy, Release
-from dspy_prod.registry.published.manifest import MANIFEST, Manifest, PredictorEntry, is_program, state_in
+from dspy_prod.registry.published.manifest import MANIFEST, Manifest, is_program, state_in
 from dspy_prod.registry.published.signatures import check_fields, fields_of
 from dspy_prod.registry.published.states import own_lm, prepared, restored_lm
 from dspy_prod.registry.server import Server, server_at
@@ -141,11 +141,7 @@ def fetch(server: Server, reference: Reference, known: Release | None = None) ->
         UnknownVersionError, RegistryUnavailableError: as `load`.
         RegistryError: the version is no program, or was tampered with.
     """
-    name, alias, version = reference.name, reference.alias, reference.version
-    if alias is not None:
-        prompt = server.read(lambda client: client.get_prompt_version_by_alias(name, alias))
-    else:
-        prompt = server.read(lambda client: client.get_prompt_version(name, version))
+    prompt = server.prompt(reference)
     if prompt is None or not is_program(prompt):
         raise RegistryError(f"{reference} is an MLflow prompt, but no program that dspy_prod published")
     manifest = Manifest.of(prompt.tags[MANIFEST])
@@ -153,15 +149,12 @@ def fetch(server: Server, reference: Reference, known: Release | None = None) ->
         return known
     states = {}
     for entry in manifest.predictors:
-        holder, where = prompt, f"{name}/{prompt.version}"
+        holder, where = prompt, Reference(reference.name, prompt.version)
         if entry.prompt is not None:
-            holder, where = _predictor(server, entry), f"{entry.prompt}/{entry.version}"
-        states[entry.name] = state_in(holder.tags, entry.sha256, where)
-    return Release(name, int(prompt.version), manifest, states)
-
-
-def _predictor(server: Server, entry: PredictorEntry) -> Any:
-    return server.read(lambda client: client.get_prompt_version(entry.prompt, entry.version))
+            where = Reference(entry.prompt, entry.version)
+            holder = server.prompt(where)
+        states[entry.name] = state_in(holder.tags, entry.sha256, str(where))
+    return Release(reference.name, int(prompt.version), manifest, states)
 
 
 def put_into(program: Any, release: Release, *, allow_unsafe_lm_state: bool = False) -> None:

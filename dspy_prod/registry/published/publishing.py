@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import dspy
 
@@ -15,7 +15,7 @@ from dspy_prod.compat.dspy import is_compiled
 from dspy_prod.context.marks import mark_of
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import RegistryError
-from dspy_prod.registry.names import checked_name, predictor_prompt
+from dspy_prod.registry.names import Reference, checked_name, predictor_prompt
 from dspy_prod.registry.published import provenance
 from dspy_prod.registry.published.manifest import (
     CHUNK,
@@ -33,19 +33,13 @@ from dspy_prod.registry.published.manifest import (
     state_tags,
     version_of,
 )
-from dspy_prod.registry.published.rendering import (
-    Messages,
-    Slots,
-    chat_prompt,
-    current_adapter,
-    escaped,
-    messages,
-)
+from dspy_prod.registry.published.rendering import Messages, Slots, chat_prompt, current_adapter, escaped, messages
 from dspy_prod.registry.published.settings import LMSettings
 from dspy_prod.registry.published.signatures import Field, fields_of
 from dspy_prod.registry.published.states import dumped, prepared, to_text
 from dspy_prod.registry.server import Server, server_at
 
+_SHOWN: Final = ("parent", "adapter", "model", "dataset", "commit")
 _log = logging.getLogger("dspy_prod")
 
 
@@ -133,7 +127,7 @@ def publish(
         dspy=dspy.__version__,
     )
     tags = {  # MLflow's page shows the first ones, and the others on demand
-        **{f"dspy_prod_{key}": str(value) for key, value in _shown(manifest).items()},
+        **{f"dspy_prod_{key}": str(value) for key in _SHOWN if (value := getattr(manifest, key)) is not None},
         METRICS: json.dumps(measured, sort_keys=True),
         KIND: PROGRAM,
         DIGEST: digest,
@@ -219,11 +213,11 @@ def _entry(server: Server, program: str, part: _Part, inline: bool, experiment: 
 
 
 def _measured_again(server: Server, name: str, version: int, metrics: dict[str, float]) -> ProgramVersion:
-    found = server.read(lambda client: client.get_prompt_version(name, version))
+    found = server.prompt(Reference(name, version))
     if metrics:
         merged = json.dumps({**json.loads(found.tags.get(METRICS, "{}")), **metrics}, sort_keys=True)
         server.write(lambda client: client.set_prompt_version_tag(name, version, METRICS, merged))
-        found = server.read(lambda client: client.get_prompt_version(name, version))
+        found = server.prompt(Reference(name, version))
     return version_of(found)
 
 
@@ -244,14 +238,6 @@ def _parent(given: int | ProgramVersion | None, program: Any, name: str, newest:
 def _common(models: list[str | None]) -> str | None:
     named = list(dict.fromkeys(model for model in models if model))
     return ", ".join(named) or None
-
-
-def _shown(manifest: Manifest) -> dict[str, Any]:
-    shown = {
-        "parent": manifest.parent, "adapter": manifest.adapter, "model": manifest.model, "dataset": manifest.dataset,
-        "commit": manifest.commit,
-    }  # fmt: skip
-    return {key: value for key, value in shown.items() if value is not None}
 
 
 def _contents(name: str, manifest: Manifest) -> str:

@@ -2,7 +2,7 @@
 
 MLflow takes every `{{word}}` in a prompt for a variable and `{% ... %}` for Jinja. Braces that are part of the text
 (an instruction about templates, say) are therefore parted by U+2060 WORD JOINER, which has no width: the text looks as
-it is, and MLflow sees the inputs only.
+it is, MLflow sees the inputs only, and the text can be read back.
 """
 
 from __future__ import annotations

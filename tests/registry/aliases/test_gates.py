@@ -126,15 +126,15 @@ def test_a_gate_compares_with_no_outdated_copy(store: str, monkeypatch: pytest.M
     publish(2)
     registry.promote("it", 1)
     registry.load("it@production", bare())
-    asked = type(client).get_prompt_version_by_alias
 
     def down(self: Any, name: str, alias: str) -> Any:
-        if sys._getframe(1).f_code.co_filename.endswith("loading.py"):
-            raise OSError("no route to host")
-        return asked(self, name, alias)
+        raise OSError("no route to host")
 
-    monkeypatch.setattr(type(client), "get_prompt_version_by_alias", down)
-    gate = Gate(says({"accuracy": 1.0}), {"accuracy": 0.5}, baseline="it@production")
+    def evaluate(program: Any) -> dict[str, float]:  # the candidate; the baseline is asked for after it
+        monkeypatch.setattr(type(client), "get_prompt_version_by_alias", down)
+        return {"accuracy": 1.0}
+
+    gate = Gate(evaluate, {"accuracy": 0.5}, baseline="it@production")
     with pytest.raises(registry.PromotionRefusedError, match="no route to host"):
         registry.promote("it", 2, gate=gate, program=bare())
 

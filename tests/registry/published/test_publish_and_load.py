@@ -20,8 +20,8 @@ from mlflow import MlflowClient
 import dspy_prod
 from dspy_prod import ConfigError, registry
 from dspy_prod.testing import ScriptedEngine
+from tests.registry.inverses import unescaped
 from tests.registry.programs import Looking, Nested, Sort, Ticket, agent, looking, nested, qa, search, thinking
-from tests.registry.reading import unescaped
 
 INPUT = "what the user says {{x}}"
 
