@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dspy_prod.registry.aliases.gates import Check, Gate, GateReport
+    from dspy_prod.registry.aliases.gates import Check, Gate, GateReport, PromotionRefusedError
     from dspy_prod.registry.aliases.journal import AuditEntry
     from dspy_prod.registry.aliases.listing import programs, versions
     from dspy_prod.registry.aliases.promotion import history, promote, rollback
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dspy_prod.registry.deployment.report import Deployment, Step
     from dspy_prod.registry.errors import (
         PromotionConflictError,
-        PromotionRefusedError,
         RegistryError,
         RegistryUnavailableError,
         SignatureMismatchError,
@@ -49,7 +48,7 @@ _HOME = {
     "GateReport": "aliases.gates",
     "ProgramVersion": "published.manifest",
     "PromotionConflictError": "errors",
-    "PromotionRefusedError": "errors",
+    "PromotionRefusedError": "aliases.gates",
     "RegistryError": "errors",
     "RegistryUnavailableError": "errors",
     "SignatureMismatchError": "errors",
