@@ -16,9 +16,7 @@ from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.status.costs import FLUSH_TIMEOUT, Place, costs, costs_by, summary
 from dspy_prod.status.models import (
     BreakerHealth,
-    BudgetStatus,
     CacheHealth,
-    CostRow,
     CostSummary,
     Health,
     LimiterHealth,
@@ -284,18 +282,4 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-__all__ = [
-    "BreakerHealth",
-    "BudgetStatus",
-    "CacheHealth",
-    "CostRow",
-    "CostSummary",
-    "Health",
-    "LimiterHealth",
-    "Preview",
-    "StoreHealth",
-    "costs",
-    "costs_by",
-    "health",
-    "preview",
-]
+__all__ = ["CostSummary", "Health", "Preview", "costs", "costs_by", "health", "preview"]
