@@ -30,7 +30,7 @@ class BillRow:
     """One billed call."""
 
     call_id: str
-    """The ``id`` in the answer the client saw; also ``Call.call_id``."""
+    """The `id` in the answer the client saw; also `Call.call_id`."""
     model: str
     input_tokens: int
     output_tokens: int
@@ -39,7 +39,7 @@ class BillRow:
     nano: int
     """Cost in nano-USD, rounded up."""
     at: float
-    """When it was billed, in seconds of ``time.monotonic()``."""
+    """When it was billed, in seconds of `time.monotonic()`."""
     told: bool
     """Whether this usage was sent to the client in full."""
     status: int | None
@@ -52,7 +52,7 @@ class BillRow:
 
 
 class Rate(NamedTuple):
-    """A model's price in integers: ``tokens * numerator / denominator`` is nano-USD."""
+    """A model's price in integers: `tokens * numerator / denominator` is nano-USD."""
 
     input: int
     output: int
@@ -76,7 +76,7 @@ class Rate(NamedTuple):
         return cls(inputs, outputs, cached, denominator)
 
     def nano(self, usage: Usage) -> int:
-        """Cost of ``usage`` in nano-USD, rounded up."""
+        """Cost of `usage` in nano-USD, rounded up."""
         fresh = usage.input_tokens - usage.cached_tokens
         total = fresh * self.input + usage.cached_tokens * self.cached + usage.output_tokens * self.output
         return -(-total // self.denominator)
@@ -87,7 +87,7 @@ class Bill:
 
     Args:
         prices: model name (with or without "openai/") → (input, output[, cached input]) in USD per million tokens.
-        price: the same for models not in ``prices``.
+        price: the same for models not in `prices`.
     """
 
     def __init__(self, prices: Mapping[str, Sequence[float]], price: Sequence[float]) -> None:
@@ -124,7 +124,7 @@ class Bill:
         return {model: amount / NANO_PER_USD for model, amount in nano.items()}
 
     def cost(self, model: str, usage: Usage) -> int:
-        """What ``usage`` of ``model`` costs in nano-USD, without billing it."""
+        """What `usage` of `model` costs in nano-USD, without billing it."""
         return self._rates.get(model, self._default).nano(usage)
 
     def add(self, call_id: str, model: str, usage: Usage, *, at: float, told: bool, status: int | None) -> BillRow:
@@ -150,7 +150,7 @@ class Bill:
             self._nano = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """The bill as JSON-ready data, as served under ``GET /_bill``."""
+        """The bill as JSON-ready data, as served under `GET /_bill`."""
         rows = self.rows
         nano = sum(row.nano for row in rows)
         return {"usd": nano / NANO_PER_USD, "nano": nano, "rows": [{**asdict(row), "usd": row.usd} for row in rows]}

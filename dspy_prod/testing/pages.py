@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from .faults import Reset, Status
-from .wire import Connection, response
+from dspy_prod.testing.faults import Reset, Status
+from dspy_prod.testing.wire import Connection, response
 
 
 async def serve_page(provider: Any, connection: Connection, method: str, path: str) -> None:
-    """Answer a request that is no call. ``/_bill`` and ``/_calls`` are readable even while the provider is down."""
+    """Answer a request that is no call. `/_bill` and `/_calls` are readable even while the provider is down."""
     down = provider.down_fault
     if path == "/_bill":
         connection.write(response(200, provider.bill.as_dict()))
