@@ -23,7 +23,7 @@ from typing import Any
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord, Totals
-from dspy_prod.stores.base import GRANTED, Account, Ask, Settlement, Ticket
+from dspy_prod.stores.base import GRANTED, Account, Reservation, Settlement
 from dspy_prod.stores.sqlite.store import SqliteStore
 
 LIMIT = RateLimit(rpm=60_000_000, tpm=6e12)
@@ -33,7 +33,7 @@ IN_FLIGHT = 256
 _numbers = itertools.count()
 
 
-def make_ask(at: float) -> Ask:
+def reserve(at: float) -> Reservation:
     """An admission as the pipeline makes it: a limiter, one account, a stub for the case of death."""
     number = next(_numbers)
     id = f"{time.time_ns():016x}{os.getpid() & 0xFFFF:04x}{number & 0xFFFFFFFF:08x}"
@@ -41,49 +41,49 @@ def make_ask(at: float) -> Ask:
         id, id, at, "openai/gpt-4o-mini", "primary", 1, "ok", 2_000, user=f"u{number % 100}", tenant=f"t{number % 10}",
         accounts=("day|-|2026-11-23",),
     )  # fmt: skip
-    return Ask(
+    return Reservation(
         id, limit_key="openai|key|gpt-4o-mini", limit=LIMIT, tokens=800,
         accounts=(Account("day|-|2026-11-23", BUDGET, "day", 86_400.0),), amount=2_000, priority=1, fair="",
         horizon=at + 60.0, lease=600.0, stub=stub,
     )  # fmt: skip
 
 
-def settle(store: SqliteStore, ticket: Ticket) -> None:
+def settle(store: SqliteStore, reservation: Reservation) -> None:
     """A known cost, as after an answer with its usage."""
-    assert ticket.state == GRANTED, ticket.refusal
-    stub = ticket.ask.stub
+    assert reservation.state == GRANTED, reservation.refusal
+    stub = reservation.stub
     assert isinstance(stub, CallRecord)
     record = stub._replace(cost_nano=1_234, input_tokens=500, output_tokens=120, latency=0.8)
-    store.settle(ticket, Settlement(ticket.ask.id, 1_234, 620, True, False, record))
+    store.settle(reservation, Settlement(reservation.id, 1_234, 620, True, False, record))
 
 
 def one_by_one(store: SqliteStore, pairs: int) -> None:
     """A caller that waits for each admission, as a thread of a web server does."""
     for _ in range(pairs):
         granted = threading.Event()
-        ticket = store.admit(make_ask(store.now()))
-        if ticket.attach(granted.set):
+        reservation = store.admit(reserve(store.now()))
+        if reservation.attach(granted.set):
             granted.wait()
-        settle(store, ticket)
+        settle(store, reservation)
 
 
 def pipelined(store: SqliteStore, pairs: int) -> None:
     """Many calls in flight at once, as on an event loop."""
-    waiting: deque[Ticket] = deque()
+    waiting: deque[Reservation] = deque()
     for _ in range(pairs):
-        waiting.append(store.admit(make_ask(store.now())))
+        waiting.append(store.admit(reserve(store.now())))
         if len(waiting) >= IN_FLIGHT:
             _settle_oldest(store, waiting)
     while waiting:
         _settle_oldest(store, waiting)
 
 
-def _settle_oldest(store: SqliteStore, waiting: deque[Ticket]) -> None:
+def _settle_oldest(store: SqliteStore, waiting: deque[Reservation]) -> None:
     granted = threading.Event()
-    ticket = waiting.popleft()
-    if ticket.attach(granted.set):
+    reservation = waiting.popleft()
+    if reservation.attach(granted.set):
         granted.wait()
-    settle(store, ticket)
+    settle(store, reservation)
 
 
 def threads(store: SqliteStore, pairs: int, count: int = 16) -> None:

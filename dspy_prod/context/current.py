@@ -15,8 +15,8 @@ from math import inf
 from typing import Any, Final, Literal, NamedTuple
 
 import dspy
-from dspy.dsp.utils.settings import thread_local_overrides
 
+from dspy_prod.compat.dspy import thread_local_overrides
 from dspy_prod.options import PRIORITIES
 from dspy_prod.privacy.redactor import known_as
 from dspy_prod.records import CallRecord

@@ -8,8 +8,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from dspy.dsp.utils.settings import thread_local_overrides
-
+from dspy_prod.compat.dspy import thread_local_overrides
 from dspy_prod.context.current import CallContext
 
 

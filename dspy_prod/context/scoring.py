@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Final
 
 import dspy
-from dspy.dsp.utils.settings import thread_local_overrides
 from dspy.utils.callback import BaseCallback
+
+from dspy_prod.compat.dspy import thread_local_overrides
 
 _SETTING: Final = "dspy_prod_raising"
 

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+from dspy_prod.lm import sealing, settings
 from dspy_prod.lm.lm import LM, wrap
+from dspy_prod.runtime import clock
 
 __all__ = ["LM", "wrap"]
+
+# Pickled LMs of 0.1.0 name what they hold by the modules of then.
+for _module in (settings, sealing, clock):
+    sys.modules.setdefault(f"dspy_prod.{_module.__name__.rpartition('.')[2]}", _module)

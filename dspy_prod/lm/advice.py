@@ -6,8 +6,7 @@ import inspect
 import warnings
 from typing import Any
 
-from dspy.clients._deprecation import _adapter_call
-
+from dspy_prod.compat.dspy import warns_of_messages
 from dspy_prod.lm.assembling import disabled
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.records import usd
@@ -15,8 +14,7 @@ from dspy_prod.records import usd
 
 def warn_messages(lm: Beneath, messages: Any) -> None:
     """DSPy's own deprecation of `messages=`, attributed to the caller instead of to this library."""
-    origin = _adapter_call.get()
-    if origin is not None and origin[0] is lm and origin[1] is messages:
+    if not warns_of_messages(lm, messages):
         return
     level = 1
     frame = inspect.currentframe()

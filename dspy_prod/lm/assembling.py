@@ -11,6 +11,7 @@ import dspy
 from dspy.clients.base_lm import BaseLM
 from dspy.utils.dummies import DummyLM
 
+from dspy_prod.compat.dspy import engines_of
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.lm.settings import Settings, split
 from dspy_prod.options import RateLimit, Retry
@@ -86,7 +87,7 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
 def upstream_of(lm: dspy.LM) -> Upstream:
     """The bare engine behind a `dspy.LM`, without its cache, retries and history."""
     _, clients, extras = split(lm.kwargs)
-    return Upstream(lm.model, lm.model_type, lm._engine_spec, lm._async_engine_spec, clients, extras)
+    return Upstream(lm.model, lm.model_type, *engines_of(lm), clients, extras)
 
 
 def _foreign_route(fallback: Any, settings: Settings, prices: PriceBook, store: Store) -> Route:
@@ -151,6 +152,3 @@ def _on_problem(name: str, data: dict[str, Any]) -> None:
     from dspy_prod.runtime.clock import SYSTEM_CLOCK
 
     BUS.emit(name, SYSTEM_CLOCK.time(), **data)
-
-
-__all__ = ["assemble", "disabled", "upstream_of"]

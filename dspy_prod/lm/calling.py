@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from dspy.clients.call_result import CallResult
-from dspy.clients.execution import PreparedCall, _canonical
 from dspy.dsp.utils.settings import settings as dspy_settings
 from dspy.lm15 import Request
 
+from dspy_prod.compat.dspy import engines_of
+from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, answered, request_of
 from dspy_prod.context.current import current
 from dspy_prod.context.marks import stamped
 from dspy_prod.lm.beneath import Beneath
@@ -85,7 +85,7 @@ def hit(
 ) -> tuple[PreparedCall, CallResult] | None:
     """A fresh answer from memory, before any of DSPy's work; None when the engine has to look."""
     base = scope.base
-    if base is None or scope.context.cache != "use":
+    if base is None or scope.context.cache != "use" or not SHORT:
         return None
     if lm.model_type == "responses":
         return None
@@ -103,17 +103,16 @@ def hit(
     cache.used(base)
     response = entry.response
     Call(lm.pipeline, _ANY_REQUEST, scope.context, base, None, False, scope.records).record_cached()
-    usage: dict[str, Any] = {}
-    result = CallResult((response,), [text], usage, 0.0, response, response.model, True)
-    return PreparedCall(prompt, messages, kwargs, usage, None, True, 1, True), result
+    return answered(prompt, messages, kwargs, text, response)
 
 
 def calls_of(lm: Beneath, prepared: PreparedCall, extras: dict[str, Any] | None) -> list[Call]:
     """The engine calls behind one LM call (one for each of `n` answers), with the cache keys they would have."""
-    request = _canonical(prepared)
+    request = request_of(prepared)
     prompt = prepared.prompt if prepared.request is None else prepared.request
+    engine, _ = engines_of(lm)
     token = SCOPE.set(scope_of(lm, prompt, prepared.messages, prepared.kwargs, extras))
     try:
-        return [lm._engine_spec._call(request, False) for _ in range(prepared.n)]
+        return [engine.call(request, False) for _ in range(prepared.n)]
     finally:
         SCOPE.reset(token)

@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any, Final
 
 from dspy.clients.backend_selection import CLIENT_KEYS
-from dspy.clients.lm import _check_engines, _refuse_client_settings
 
+from dspy_prod.compat.dspy import ENGINES, check_engines, refuse_client_settings
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.settings import Settings, budget_options, fallback_list, option, price_options, retry_option
@@ -24,7 +24,7 @@ POLICIES: Final = frozenset(
 REBUILDS: Final = POLICIES | {"model", "model_type", "engine", "async_engine"} | CLIENT_KEYS
 """Arguments of `LM.copy` that put a new pipeline beneath the copy."""
 
-INSTALLED: Final = ("pipeline", "settings", "identity", "_engine_spec", "_async_engine_spec", "_variants")
+INSTALLED: Final = ("pipeline", "settings", "identity", "_variants", *ENGINES)
 """Attributes that `LM._install` sets."""
 
 MAX_VARIANTS: Final = 16
@@ -69,9 +69,9 @@ def changed(settings: Settings, policies: dict[str, Any], extras: dict[str, Any]
     if not changes.keys().isdisjoint(("store", "namespace", "clock")):
         changes["opened"] = None
     result = replace(settings, **changes)
-    _check_engines(result.engine, result.async_engine)
+    check_engines(result.engine, result.async_engine)
     connection = {key: value for key, value in result.clients.items() if key != "timeout"}
-    _refuse_client_settings(result.engine, connection, where="LM.copy")
+    refuse_client_settings(result.engine, connection, where="LM.copy")
     return result
 
 

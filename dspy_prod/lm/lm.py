@@ -8,22 +8,29 @@ import copy as copying_module
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import dspy
 from dspy.clients.base_lm import BaseLM
 from dspy.clients.execution import finalize, prepare
-from dspy.clients.lm import _check_engines, _refuse_client_settings
 from dspy.lm15 import CacheConfig, Request
 from dspy.utils.callback import BaseCallback, with_callbacks
 from dspy.utils.dummies import DummyLM
 
+from dspy_prod.compat.dspy import (
+    OwnCache,
+    caches_responses,
+    check_engines,
+    engines_of,
+    refuse_client_settings,
+    set_engines,
+)
+from dspy_prod.compat.executing import arun_call, run_call
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_messages
 from dspy_prod.lm.assembling import assemble, refuse_own_forward
 from dspy_prod.lm.calling import hit, per_call, scope_of
-from dspy_prod.lm.copying import REBUILDS, Variants, changed, check_timeout, pinned
-from dspy_prod.lm.executing import arun_call, run_call
+from dspy_prod.lm.copying import INSTALLED, REBUILDS, Variants, changed, check_timeout, pinned
 from dspy_prod.lm.operations import Operations
 from dspy_prod.lm.settings import (
     Settings,
@@ -42,6 +49,7 @@ from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.upstream import address_of
+from dspy_prod.policies.breaker.transitions import OperatorMove
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.records import usd
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
@@ -51,7 +59,7 @@ from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.tap import TAP
 
 
-class LM(Operations, dspy.LM):
+class LM(Operations, OwnCache, dspy.LM):
     """A `dspy.LM` with a circuit breaker, rate limiter, response cache, budget, retries and fallbacks beneath it.
 
     Takes every argument of `dspy.LM` and, besides:
@@ -73,8 +81,6 @@ class LM(Operations, dspy.LM):
 
     Calling raises what `dspy.LM` raises, and `RejectedError` subclasses for what a policy refuses.
     """
-
-    _cache_responses = False  # DSPy's own cache stays off; ours is beneath
 
     def __init__(
         self,
@@ -105,9 +111,9 @@ class LM(Operations, dspy.LM):
         clock: Clock = SYSTEM_CLOCK,
         **kwargs: Any,
     ) -> None:
-        _check_engines(engine, async_engine)
+        check_engines(engine, async_engine)
         canonical, clients, extras = split(kwargs)
-        _refuse_client_settings(engine, {key: value for key, value in clients.items() if key != "timeout"})
+        refuse_client_settings(engine, {key: value for key, value in clients.items() if key != "timeout"})
         if extras and not isinstance(engine, str):
             raise ConfigError(
                 f"an engine object carries canonical arguments only; it cannot be given {', '.join(sorted(extras))}"
@@ -162,8 +168,8 @@ class LM(Operations, dspy.LM):
             ],
             settings.engine,
         )
-        self._engine_spec = ProdEngine(self.pipeline, self.identity, self.cache)
-        self._async_engine_spec = AsyncProdEngine(self.pipeline, self.identity, self.cache)
+        beneath = self.pipeline, self.identity, self.cache
+        set_engines(self, ProdEngine(*beneath), AsyncProdEngine(*beneath))
         warn_coarse_budgets(self)
         LIVE.add(self)
 
@@ -265,7 +271,8 @@ class LM(Operations, dspy.LM):
         if policies or extras:
             copied._install(changed(self.settings, policies, extras))
         else:
-            copied._engine_spec.caches = copied._async_engine_spec.caches = copied.cache
+            for engine in engines_of(copied):
+                engine.caches = copied.cache
             LIVE.add(copied)
         return copied
 
@@ -281,7 +288,7 @@ class LM(Operations, dspy.LM):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        for name in ("_engine_spec", "_async_engine_spec", "_variants", "pipeline", "identity"):
+        for name in INSTALLED:
             state.pop(name, None)
         state["settings"] = replace(self.settings.sealed(), store=self.pipeline.store.url)
         state["_token"] = remember(self.settings)
@@ -324,6 +331,34 @@ class LM(Operations, dspy.LM):
             raise ConfigError(f'{path or "environment"}: model: is missing; add model = "openai/gpt-4o-mini"')
         return cls(**arguments)
 
+    def breaker(self, move: OperatorMove, route: str | None = None) -> None:
+        """Move circuit breakers by hand.
+
+        Breakers live in memory: this reaches those of this process, for every LM in it that shares them, and no
+        other worker's; so give the service itself a way to call it. `health()` shows the state, and listeners hear
+        `breaker_opened` or `breaker_closed` with the operator as its cause.
+
+        Args:
+            move: `"force_open"` refuses every call, and `"disable"` admits every call and counts none, until
+                `"reset"` closes the circuit and forgets what was counted.
+            route: `"primary"`, or the model of a route; default: all routes of this LM.
+
+        Raises:
+            ConfigError: an unknown move, or no such route with a breaker.
+        """
+        if move not in get_args(OperatorMove):
+            raise ConfigError(f"breaker({move!r}): use one of {', '.join(map(repr, get_args(OperatorMove)))}")
+        pipelines = (self.pipeline, *(variant.pipeline for variant in self._variants.all()))
+        guarded = [each for pipeline in pipelines for each in pipeline.every_route() if each.breaker is not None]
+        found = {each.breaker for each in guarded if route in (None, each.name, each.model)}
+        if not found:
+            known = ", ".join(sorted({repr(name) for each in guarded for name in (each.name, each.model)}))
+            raise ConfigError(
+                f"breaker({move!r}, {route!r}): there is no such circuit breaker; known: {known or 'none'}"
+            )
+        for breaker in found:
+            getattr(breaker, move)()
+
 
 LM.__module__ = "dspy_prod.lm"  # the name in saved states and pickles
 
@@ -351,10 +386,10 @@ def wrap(lm: dspy.LM, **policies: Any) -> LM:
     for name in ("provider", "finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role"):
         if hasattr(lm, name):
             arguments[name] = getattr(lm, name)
-    arguments["cache"] = lm.cache and getattr(lm, "_cache_responses", True)
+    arguments["cache"] = caches_responses(lm)
     arguments["callbacks"] = list(lm.callbacks)
     if "engine" not in policies:
-        arguments["engine"], arguments["async_engine"] = lm._engine_spec, lm._async_engine_spec
+        arguments["engine"], arguments["async_engine"] = engines_of(lm)
     return LM(lm.model, lm.model_type, **{**arguments, **policies})
 
 

@@ -19,32 +19,14 @@ from typing import Any, Final
 import dspy
 from dspy.clients.backend_selection import CLIENT_KEYS
 
+from dspy_prod.compat.lm15 import canonical_arguments
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.sealing import SealedLM, seal, unseal
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Options, Price, RateLimit, Retry
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 
 _OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
-_CANONICAL_FALLBACK: Final = """
-    model messages tools tool_choice parallel_tool_calls functions function_call max_completion_tokens max_tokens
-    temperature top_p top_k stop seed frequency_penalty presence_penalty logprobs top_logprobs response_format
-    service_tier store user safety_identifier user_id reasoning reasoning_effort verbosity metadata logit_bias
-    prediction stream stream_options
-"""
-
-
-def _canonical_keys() -> frozenset[str]:
-    try:
-        from dspy._vendor.lm15.providers import openai_chat as dialect
-
-        return frozenset(
-            {*dialect._INGEST_CONFIG_KEYS, *dialect._INGEST_EXTENSIONS_KEYS, *dialect._INGEST_CALL_MODE_KEYS}
-        )
-    except (ImportError, AttributeError):  # lm15's table moved; the list as of DSPy 3.4.1 still holds
-        return frozenset(_CANONICAL_FALLBACK.split())
-
-
-CANONICAL_KEYS: Final = _canonical_keys() | _OWN_KEYS
+CANONICAL_KEYS: Final = canonical_arguments() | _OWN_KEYS
 
 
 def split(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import dspy
-from dspy._vendor.lm15.serde import cache_config_from_dict, cache_config_to_dict
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
-from dspy.clients.lm import _dump_engine, _load_engine
 from dspy.lm15 import CacheConfig
 
+from dspy_prod.compat.dspy import dump_engine, load_engine
+from dspy_prod.compat.lm15 import cache_config_from_dict, cache_config_to_dict
 from dspy_prod.errors import ConfigError
 from dspy_prod.options import Cache, CircuitBreaker, Options, Retry
 from dspy_prod.privacy.names import bare_url, public
@@ -84,7 +84,7 @@ def load(cls: type[Any], state: Mapping[str, Any], allow: bool) -> Any:
         arguments["prompt_cache"] = cache_config_from_dict(arguments["prompt_cache"])
     for name in ("engine", "async_engine"):
         if arguments.get(name) is not None and not isinstance(arguments[name], str):
-            arguments[name] = _load_engine(arguments[name], name, allow_custom_lm_class=allow)
+            arguments[name] = load_engine(arguments[name], name, allow_custom_lm_class=allow)
     if "fallbacks" in arguments:
         arguments["fallbacks"] = [_load_fallback(cls, item, allow) for item in arguments["fallbacks"]]
     url = arguments.get("store")
@@ -118,9 +118,9 @@ def _policies(settings: Settings) -> dict[str, Any]:
 def _engines(settings: Settings) -> dict[str, Any]:
     if isinstance(settings.engine, str):
         return {} if settings.engine == "auto" else {"engine": settings.engine}
-    engines = {"engine": _dump_engine(settings.engine, "engine")}
+    engines = {"engine": dump_engine(settings.engine, "engine")}
     if settings.async_engine is not None:
-        engines["async_engine"] = _dump_engine(settings.async_engine, "async_engine")
+        engines["async_engine"] = dump_engine(settings.async_engine, "async_engine")
     return engines
 
 

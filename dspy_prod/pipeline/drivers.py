@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from asyncio import _get_running_loop
 from collections.abc import AsyncGenerator, Generator
 from contextlib import aclosing, closing, suppress
 from math import inf
 from typing import Any
 
-from dspy._vendor.lm15.result import StreamAccumulator
-from dspy._vendor.lm15.types import StreamEvent
 from dspy.clients.engines.lm15_engine import AsyncLM15Engine
 from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
 from dspy.lm15 import Response
 
+from dspy_prod.compat.lm15 import StreamAccumulator, StreamEvent
+from dspy_prod.compat.running import running_loop
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Attempt
 from dspy_prod.pipeline.flow import Flow
@@ -169,9 +168,7 @@ async def _aattempt(effect: Attempt) -> Response:
             raise AttemptTimeoutError from None
         raise public_error(error, effect.route.upstream, effect.until) from error
     except Exception as error:
-        if (
-            _get_running_loop() is None
-        ):  # collected: what fails while a coroutine is closed that no loop runs says nothing
+        if running_loop() is None:  # collected: what fails while a coroutine is closed that no loop runs says nothing
             raise GeneratorExit from None
         raise public_error(error, effect.route.upstream, effect.until) from error
 
@@ -265,7 +262,7 @@ async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenera
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and limit is not None and _expired(limit):
             raise (AttemptTimeoutError if limited == until else StalledError) from None
         if (
-            consumer.left or _get_running_loop() is None
+            consumer.left or running_loop() is None
         ):  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
         raise public_error(error, effect.route.upstream, effect.until) from error

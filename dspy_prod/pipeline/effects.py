@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Decidable(Protocol):
-    """Something that another thread decides: a ticket in line, a follower of a flight."""
+    """Something that another thread decides: a reservation in line, a follower of a flight."""
 
     def attach(self, wake: Callable[[], None]) -> bool:
         """Register an idempotent callback; False when it is decided already."""

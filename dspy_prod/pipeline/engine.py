@@ -6,13 +6,13 @@ The contract is `dspy/clients/engines/base.py`.
 
 from __future__ import annotations
 
-from asyncio import _get_running_loop
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
 
-from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Request, Response
 
+from dspy_prod.compat.lm15 import StreamEvent
+from dspy_prod.compat.running import running_loop
 from dspy_prod.context.current import current
 from dspy_prod.context.marks import stamped
 from dspy_prod.pipeline.call import Call
@@ -59,7 +59,8 @@ class _Guarded:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.pipeline.primary.model!r})"
 
-    def _call(self, request: Request, streaming: bool) -> Call:
+    def call(self, request: Request, streaming: bool) -> Call:
+        """What one request sets out with: the scope it is in, its cache key, where its records go."""
         scope = SCOPE.get()
         pipeline = self.pipeline
         if scope is None:  # the engine is used without its LM
@@ -97,13 +98,13 @@ class ProdEngine(_Guarded):
             RejectedError: refused by a policy of this library.
             LMError: the upstream's error, once retries and fallbacks are exhausted.
         """
-        call = self._call(request, False)
-        call.alone = _get_running_loop() is not None
+        call = self.call(request, False)
+        call.alone = running_loop() is not None
         return run(flow(call))
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """Answer one request event by event; raises as `complete` does."""
-        call = self._call(request, True)
+        call = self.call(request, True)
         with closing(run_stream(flow(call), call)) as events:
             yield from events
 
@@ -116,11 +117,11 @@ class AsyncProdEngine(_Guarded):
 
     async def complete(self, request: Request) -> Response:
         """See `ProdEngine.complete`."""
-        return await arun(flow(self._call(request, False)))
+        return await arun(flow(self.call(request, False)))
 
     async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
         """See `ProdEngine.stream`."""
-        call = self._call(request, True)
+        call = self.call(request, True)
         async with aclosing(arun_stream(flow(call), call)) as events:
             async for event in events:
                 yield event

@@ -36,10 +36,10 @@ from dspy_prod.policies.retry import Attempts
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
 from dspy_prod.records import NANO
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.stores.base import GRANTED, PENDING, Store, Ticket
+from dspy_prod.stores.base import GRANTED, PENDING, Reservation, Store
 
 STORE_PATIENCE: Final = 5.0
-"""Seconds a store gets to look at an ask, whatever `max_wait` says about the wait after that."""
+"""Seconds a store gets to look at a reservation, whatever `max_wait` says about the wait after that."""
 
 LATE: Final = 0.01
 """Seconds after its admission from which a call's limiter is told when it really left."""
@@ -204,7 +204,7 @@ def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> 
     if call.deadline != inf and call.late():
         raise too_late(call, "before the request was sent")
     intent = plan(call, route, number)
-    ticket: Ticket | None = None
+    reservation: Reservation | None = None
     permit = None
     attempted = settled = False
     started = monotonic()
@@ -212,38 +212,38 @@ def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> 
     try:
         if not route.upstream.ready:
             yield Warm(route, intent.request, call.extras, call.deadline)
-        if intent.ask is not None:
-            ticket = pipeline.store.admit(intent.ask)
-            if ticket.state != GRANTED:
-                waiting, ticket = ticket, None
-                intent, ticket = yield from _admission(call, intent, waiting)
+        if intent.reservation is not None:
+            reservation = pipeline.store.admit(intent.reservation)
+            if reservation.state != GRANTED:
+                waiting, reservation = reservation, None
+                intent, reservation = yield from _admission(call, intent, waiting)
                 if breaker is not None:
                     breaker.check()
             if pipeline.watches_spending:
-                _note_spending(call, intent, ticket)
+                _note_spending(call, intent, reservation)
         if call.deadline != inf and call.late():
             raise too_late(call, "before the request was sent")
         if breaker is not None:
             permit = breaker.permit()
-        leaving = _leaving(pipeline.store, ticket) if route.paced and ticket is not None else None
+        leaving = _leaving(pipeline.store, reservation) if route.paced and reservation is not None else None
         started = monotonic()
         until = call.deadline if route.timeout is None else call.attempt_until(route, started)
         attempted = True
         response = yield Attempt(route, intent.request, call.extras, until, leaving)
-        succeeded(call, intent, ticket, permit, started, response)
+        succeeded(call, intent, reservation, permit, started, response)
         settled = True
         return response
     except BaseException as raised:
-        if settled or (ticket is None and not attempted and isinstance(raised, RejectedError)):
+        if settled or (reservation is None and not attempted and isinstance(raised, RejectedError)):
             raise
-        error, verdict = failed(call, intent, ticket, permit, started, until, raised, attempted)
+        error, verdict = failed(call, intent, reservation, permit, started, until, raised, attempted)
         verdicts.append(verdict)
         if error is raised:
             raise
         raise error from (raised.__cause__ or raised)
 
 
-def _admission(call: Call, intent: Plan, ticket: Ticket) -> Generator[Effect, Any, tuple[Plan, Ticket]]:
+def _admission(call: Call, intent: Plan, reservation: Reservation) -> Generator[Effect, Any, tuple[Plan, Reservation]]:
     """Wait in line for limiter and budget, holding nothing."""
     pipeline = call.pipeline
     store = pipeline.store
@@ -254,44 +254,44 @@ def _admission(call: Call, intent: Plan, ticket: Ticket) -> Generator[Effect, An
         turn = turns_at(call, intent, began)
         again: Plan | None = None
         try:
-            if ticket.state == PENDING:
-                call.emit("waiting", model=intent.route.model, blocked_on=ticket.blocked_on)
-            while ticket.state == PENDING:
+            if reservation.state == PENDING:
+                call.emit("waiting", model=intent.route.model, blocked_on=reservation.blocked_on)
+            while reservation.state == PENDING:
                 now = monotonic()
                 if now < min(until, turn):
-                    yield Wait(ticket, min(until, turn))
+                    yield Wait(reservation, min(until, turn))
                     continue
                 turn = inf
-                if any(account.title == ticket.blocked_on for account in ticket.ask.accounts):
+                if any(account.title == reservation.blocked_on for account in reservation.accounts):
                     again = renewed(call, intent)
                 if again is not None:
-                    store.withdraw(ticket)  # should it be granted meanwhile, so much the better
+                    store.withdraw(reservation)  # should it be granted meanwhile, so much the better
                 elif now < until:
                     continue
-                elif not ticket.blocked_on and now < min(call.deadline, began + STORE_PATIENCE):
-                    yield Wait(ticket, now + _LOOK)  # no max_wait is up before the store has looked at the ask
-                elif store.withdraw(ticket):
-                    raise waited_too_long(call, intent, ticket)
+                elif not reservation.blocked_on and now < min(call.deadline, began + STORE_PATIENCE):
+                    yield Wait(reservation, now + _LOOK)  # no max_wait is up before the store has looked
+                elif store.withdraw(reservation):
+                    raise waited_too_long(call, intent, reservation)
         except BaseException as error:
-            give_back(call, ticket, error)
+            give_back(call, reservation, error)
             raise
         finally:
             call.waited += monotonic() - began
-        if ticket.state == GRANTED:
-            return intent, ticket
-        refusal = ticket.refusal
+        if reservation.state == GRANTED:
+            return intent, reservation
+        refusal = reservation.refusal
         if again is None and refusal is not None and refusal.reason == "budget_exceeded":
             again = renewed(call, intent) or shrunk(call, intent, refusal)
-        if again is None or again.ask is None:
+        if again is None or again.reservation is None:
             assert refusal is not None
             raise refused(call, intent, refusal)
         intent = again
-        ticket = store.admit(again.ask)
+        reservation = store.admit(again.reservation)
 
 
-def _note_spending(call: Call, intent: Plan, ticket: Ticket) -> None:
+def _note_spending(call: Call, intent: Plan, reservation: Reservation) -> None:
     """Notice budgets that pass their soft threshold with this grant."""
-    for rule, account, spent in zip(intent.rules, ticket.ask.accounts, ticket.spent, strict=False):
+    for rule, account, spent in zip(intent.rules, reservation.accounts, reservation.spent, strict=False):
         if rule.soft_passed(account.key, spent):
             call.emit(
                 "budget_soft", budget=account.title, spent_usd=spent / NANO, limit_usd=account.limit / NANO,
@@ -299,7 +299,7 @@ def _note_spending(call: Call, intent: Plan, ticket: Ticket) -> None:
             )  # fmt: skip
 
 
-def _leaving(store: Store, ticket: Ticket) -> Callable[[], None]:
+def _leaving(store: Store, reservation: Reservation) -> Callable[[], None]:
     """To be called when a call leaves: its limiter hears of it when that is well after the grant.
 
     A busy machine, or connections that take long to open, would else bunch calls up.
@@ -307,8 +307,8 @@ def _leaving(store: Store, ticket: Ticket) -> Callable[[], None]:
 
     def leaving() -> None:
         now = store.now()
-        if now - ticket.granted_at > LATE:
-            store.sent_late(ticket, now)
+        if now - reservation.granted_at > LATE:
+            store.sent_late(reservation, now)
 
     return leaving
 

@@ -55,7 +55,6 @@ class Verdict(NamedTuple):
     owed: bool = True
 
 
-OK: Final = Verdict("ok")
 CANCELLED: Final = Verdict("cancelled")
 _SLOW: Final = Verdict("timeout", failure=True)
 _HASTY: Final = Verdict("timeout")

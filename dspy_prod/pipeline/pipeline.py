@@ -12,7 +12,6 @@ from dspy.lm15 import Response
 
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.routes import Route
-from dspy_prod.pipeline.upstream.capabilities import capabilities_of
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.cache import Entry, ResponseCache
 from dspy_prod.policies.singleflight import Flights
@@ -86,7 +85,7 @@ class Pipeline:
         """What the primary model can do, as DSPy knows it (`dspy.clients.capabilities.Capabilities`). Asked once."""
         known = self._capabilities
         if known is None:
-            known = self._capabilities = capabilities_of(self.primary.upstream)
+            known = self._capabilities = self.primary.upstream.capabilities()
         return known
 
     def without_usage(self, response: Response) -> Response:

@@ -14,7 +14,7 @@ from dspy_prod.pipeline.call import IDS, Call
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.base import Account, Ask, Refusal
+from dspy_prod.stores.base import Account, Refusal, Reservation
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
@@ -32,26 +32,26 @@ class Plan:
     """One attempt before it is made.
 
     Attributes:
-        ask: the reservation, None when nothing has to be reserved.
+        reservation: None when nothing has to be reserved.
         bound: the most the attempt can cost in nano-USD, None when no budget needed to know.
-        rules: the budgets behind `ask.accounts`, in the same order.
+        rules: the budgets behind `reservation.accounts`, in the same order.
     """
 
-    __slots__ = ("ask", "bound", "number", "request", "route", "rules")
+    __slots__ = ("bound", "number", "request", "reservation", "route", "rules")
 
     def __init__(
         self,
         route: Route,
         request: Request,
         number: int,
-        ask: Ask | None,
+        reservation: Reservation | None,
         bound: int | None,
         rules: tuple[BudgetRule, ...],
     ) -> None:
         self.route = route
         self.request = request
         self.number = number
-        self.ask = ask
+        self.reservation = reservation
         self.bound = bound
         self.rules = rules
 
@@ -92,18 +92,18 @@ def plan(call: Call, route: Route, number: int) -> Plan:
                 accounts = (rules[0].account(context, route.model, wall),)
             else:
                 accounts = tuple([rule.account(context, route.model, wall) for rule in rules])
-    ask = _ask(call, route, tokens, accounts, bound, limited, number, rules)
-    return Plan(route, request, number, ask, bound, rules)
+    reservation = _reservation(call, route, tokens, accounts, bound, limited, number, rules)
+    return Plan(route, request, number, reservation, bound, rules)
 
 
 def renewed(call: Call, old: Plan) -> Plan | None:
     """The same attempt on the accounts of now, when the window of a budget has ended since; else None."""
-    ask = old.ask
-    if ask is None or call.late():
+    reservation = old.reservation
+    if reservation is None or call.late():
         return None
     wall = call.pipeline.clock.time()
     accounts = [rule.account(call.context, old.route.model, wall).key for rule in old.rules]
-    if accounts == [account.key for account in ask.accounts]:
+    if accounts == [account.key for account in reservation.accounts]:
         return None
     return plan(call, old.route, old.number)
 
@@ -138,11 +138,11 @@ def longest_wait(call: Call, route: Route, now: float) -> float:
 
 def shrunk(call: Call, plan: Plan, refusal: Refusal) -> Plan | None:
     """The same plan with `max_tokens` clamped to what its budget has left, when the budget wants that."""
-    route, ask = plan.route, plan.ask
-    if refusal.reason != "budget_exceeded" or ask is None:
+    route, old = plan.route, plan.reservation
+    if refusal.reason != "budget_exceeded" or old is None:
         return None
     refusing = [
-        rule for rule, account in zip(plan.rules, ask.accounts, strict=True) if account.title == refusal.dimension
+        rule for rule, account in zip(plan.rules, old.accounts, strict=True) if account.title == refusal.dimension
     ]
     if not any(rule.options.shrink_last for rule in refusing):
         return None
@@ -157,9 +157,9 @@ def shrunk(call: Call, plan: Plan, refusal: Refusal) -> Plan | None:
         return None
     request = replace(plan.request, config=replace(config, max_tokens=fits))
     bound = route.most(request, inputs, fits)
-    tokens = min(ask.tokens, inputs + fits)
-    limited = ask.limit_key is not None
-    again = _ask(call, route, tokens, tuple(ask.accounts), bound, limited, plan.number, plan.rules)
+    tokens = min(old.tokens, inputs + fits)
+    limited = old.limit_key is not None
+    again = _reservation(call, route, tokens, tuple(old.accounts), bound, limited, plan.number, plan.rules)
     return Plan(route, request, plan.number, again, bound, plan.rules)
 
 
@@ -171,7 +171,7 @@ def bound_or_none(route: Route, request: Request) -> int | None:
     return None if inputs is None or outputs is None else route.most(request, inputs, outputs)
 
 
-def _ask(
+def _reservation(
     call: Call,
     route: Route,
     tokens: int,
@@ -180,7 +180,7 @@ def _ask(
     limited: bool,
     number: int,
     rules: tuple[BudgetRule, ...],
-) -> Ask:
+) -> Reservation:
     pipeline = call.pipeline
     context = call.context
     store = pipeline.store
@@ -205,7 +205,7 @@ def _ask(
 
     fair = "" if limit.fair_by is None else (getattr(context, limit.fair_by) or "")
     key, settings = (route.limit_key, limit) if limited else (None, None)
-    return Ask(
+    return Reservation(
         id, key, settings, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,
         stub if accounts else None,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from dspy_prod.errors import (
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.plan import Plan
 from dspy_prod.records import NANO
-from dspy_prod.stores.base import Refusal, Ticket
+from dspy_prod.stores.base import Refusal, Reservation
 
 
 def refused(call: Call, plan: Plan, refusal: Refusal) -> RejectedError:
@@ -30,20 +30,20 @@ def refused(call: Call, plan: Plan, refusal: Refusal) -> RejectedError:
     return _limited(plan, refusal.dimension, refusal.retry_after)
 
 
-def waited_too_long(call: Call, plan: Plan, ticket: Ticket) -> RejectedError:
+def waited_too_long(call: Call, plan: Plan, reservation: Reservation) -> RejectedError:
     """The error for a wait that ended without a grant."""
     if call.late():
-        return too_late(call, f"while waiting for {ticket.blocked_on or 'admission'}")
-    if not ticket.blocked_on:
+        return too_late(call, f"while waiting for {reservation.blocked_on or 'admission'}")
+    if not reservation.blocked_on:
         return refused(call, plan, Refusal("store_unavailable", detail="it did not answer in time"))
-    for account in plan.ask.accounts if plan.ask is not None else ():
-        if account.title == ticket.blocked_on:
+    for account in plan.reservation.accounts if plan.reservation is not None else ():
+        if account.title == reservation.blocked_on:
             state = call.pipeline.store.account(account.key)
             refusal = Refusal(
                 "budget_exceeded", None, account.title, account.limit, state.spent, state.held, plan.bound or 0
             )
             return _no_money(plan, refusal, "is spent or held by calls in flight", " or raise max_wait")
-    return _limited(plan, ticket.blocked_on, None)
+    return _limited(plan, reservation.blocked_on, None)
 
 
 def too_late(call: Call, when: str) -> DeadlineExceededError:

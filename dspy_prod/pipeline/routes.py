@@ -142,11 +142,11 @@ class Route:
         return self.state.breaker
 
     def rates(self) -> Rates | None:
-        """The model's prices, None when unknown. Looked up once."""
+        """The model's prices, None when unknown. Looked up until the answer holds for good."""
         if not self._priced:
             self._rates = self.prices.rates(self.model, self.upstream.provider)
-            self._priced = True
-            if self._rates is None:
+            self._priced = self.prices.settled(self.model, self.upstream.provider)
+            if self._priced and self._rates is None:
                 self._warn_unpriced()
         return self._rates
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import orjson
-from dspy._vendor.lm15.serde import request_to_dict
 from dspy.lm15 import Request
 
+from dspy_prod.compat.lm15 import request_to_dict
 from dspy_prod.context.current import CallContext
 from dspy_prod.policies.cache import LOCAL
 from dspy_prod.records import CallRecord

@@ -21,15 +21,14 @@ from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import remaining
 from dspy_prod.policies.breaker.breaker import Permit
-from dspy_prod.policies.cache import EMPTY_USAGE
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.records import usd
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.stores.base import Settlement, Ticket
+from dspy_prod.stores.base import Reservation, Settlement
 
 
 def succeeded(
-    call: Call, plan: Plan, ticket: Ticket | None, permit: Permit | None, started: float, response: Response
+    call: Call, plan: Plan, reservation: Reservation | None, permit: Permit | None, started: float, response: Response
 ) -> None:
     """Settle an attempt that was answered."""
     pipeline = call.pipeline
@@ -46,18 +45,19 @@ def succeeded(
         cost = plan.bound if plan.bound is not None else bound_or_none(route, plan.request)
         estimated = cost is not None
     started_at = clock.time() - latency
-    if ticket is None:
+    if reservation is None:
         record = call.record(
             route, IDS.make(), plan.number, "ok", cost, started_at, estimated=estimated, usage=usage, latency=latency
         )
         pipeline.store.append(record)
     else:
-        ask = ticket.ask
         record = call.record(
-            route, ask.id, plan.number, "ok", cost, started_at, estimated=estimated, usage=usage, latency=latency,
-            accounts=_keys(ticket) if ask.accounts else (),
+            route, reservation.id, plan.number, "ok", cost, started_at, estimated=estimated, usage=usage,
+            latency=latency, accounts=_keys(reservation) if reservation.accounts else (),
         )  # fmt: skip
-        pipeline.store.settle(ticket, Settlement(ask.id, cost, _used(rates, usage), True, estimated, record))
+        pipeline.store.settle(
+            reservation, Settlement(reservation.id, cost, _used(rates, usage), True, estimated, record)
+        )
         if cost is not None and plan.bound is not None and cost > plan.bound:
             call.emit("budget_overrun", model=route.model, cost_usd=usd(cost), bound_usd=usd(plan.bound))
     if permit is not None:
@@ -75,7 +75,7 @@ def succeeded(
 def failed(
     call: Call,
     plan: Plan,
-    ticket: Ticket | None,
+    reservation: Reservation | None,
     permit: Permit | None,
     started: float,
     until: float,
@@ -95,17 +95,17 @@ def failed(
     if isinstance(raised, GeneratorExit):
 
         def settle() -> None:
-            _failed(call, plan, ticket, permit, started, latency, until, raised, attempted)
+            _failed(call, plan, reservation, permit, started, latency, until, raised, attempted)
 
         REAPER.post(settle)
         return raised, CANCELLED
-    return _failed(call, plan, ticket, permit, started, latency, until, raised, attempted)
+    return _failed(call, plan, reservation, permit, started, latency, until, raised, attempted)
 
 
 def _failed(
     call: Call,
     plan: Plan,
-    ticket: Ticket | None,
+    reservation: Reservation | None,
     permit: Permit | None,
     started: float,
     latency: float,
@@ -140,19 +140,19 @@ def _failed(
     if verdict.throttled:
         _throttled(call, plan, error)
     if late is None:
-        _settle_failure(call, plan, ticket, latency, verdict, error)
+        _settle_failure(call, plan, reservation, latency, verdict, error)
     else:
-        late.on_end(lambda response, failure: _ended_late(call, plan, ticket, started, verdict, response, failure))
+        late.on_end(lambda response, failure: _ended_late(call, plan, reservation, started, verdict, response, failure))
     return error, verdict
 
 
-def give_back(call: Call, ticket: Ticket, error: BaseException) -> None:
+def give_back(call: Call, reservation: Reservation, error: BaseException) -> None:
     """Return a reservation that is not used; it may still be waiting, or be granted meanwhile."""
     store = call.pipeline.store
 
     def work() -> None:
-        if not store.withdraw(ticket):
-            store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+        if not store.withdraw(reservation):
+            store.settle(reservation, Settlement(reservation.id, 0, 0, False, False, None))
 
     if isinstance(error, GeneratorExit):
         REAPER.post(work)  # perhaps inside the garbage collector
@@ -168,7 +168,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def _settle_failure(
-    call: Call, plan: Plan, ticket: Ticket | None, latency: float, verdict: Verdict, error: BaseException
+    call: Call, plan: Plan, reservation: Reservation | None, latency: float, verdict: Verdict, error: BaseException
 ) -> None:
     cost: int | None = 0
     if verdict.owed:
@@ -177,14 +177,14 @@ def _settle_failure(
     record = None
     if verdict.sent or (isinstance(error, Exception) and not isinstance(error, RejectedError)):
         record = call.record(
-            plan.route, IDS.make() if ticket is None else ticket.ask.id, plan.number, verdict.outcome, cost,
+            plan.route, IDS.make() if reservation is None else reservation.id, plan.number, verdict.outcome, cost,
             call.pipeline.clock.time() - latency, estimated=verdict.owed and cost is not None, latency=latency,
-            error=error, accounts=_keys(ticket),
+            error=error, accounts=_keys(reservation),
         )  # fmt: skip
         call.remember(record, plan.route)
-    if ticket is not None:
+    if reservation is not None:
         tokens = None if verdict.owed else 0
-        store.settle(ticket, Settlement(ticket.ask.id, cost, tokens, verdict.sent, verdict.owed, record))
+        store.settle(reservation, Settlement(reservation.id, cost, tokens, verdict.sent, verdict.owed, record))
     elif record is not None:
         store.append(record)
 
@@ -192,7 +192,7 @@ def _settle_failure(
 def _ended_late(
     call: Call,
     plan: Plan,
-    ticket: Ticket | None,
+    reservation: Reservation | None,
     started: float,
     verdict: Verdict,
     response: Any,
@@ -205,16 +205,16 @@ def _ended_late(
     if isinstance(response, Response):
         cost = None if rates is None else route.prices.price_response(rates, response, plan.request)
         if cost is not None or rates is None:
-            id = IDS.make() if ticket is None else ticket.ask.id
+            id = IDS.make() if reservation is None else reservation.id
             record = call.record(
                 route, id, plan.number, verdict.outcome, cost, call.pipeline.clock.time() - latency,
-                usage=response.usage, latency=latency, accounts=_keys(ticket),
+                usage=response.usage, latency=latency, accounts=_keys(reservation),
             )  # fmt: skip
             store = call.pipeline.store
-            if ticket is None:
+            if reservation is None:
                 store.append(record)
             else:
-                store.settle(ticket, Settlement(id, cost, _used(rates, response.usage), True, False, record))
+                store.settle(reservation, Settlement(id, cost, _used(rates, response.usage), True, False, record))
             call.remember(record, route, response)
             return
     if isinstance(failure, Exception):
@@ -223,7 +223,7 @@ def _ended_late(
             error.__cause__ = failure  # what it means depends on its causes
         end = judge(error)
         verdict = verdict._replace(owed=end.owed, sent=end.sent)
-    _settle_failure(call, plan, ticket, latency, verdict, AttemptTimeoutError())
+    _settle_failure(call, plan, reservation, latency, verdict, AttemptTimeoutError())
 
 
 def _throttled(call: Call, plan: Plan, error: BaseException) -> None:
@@ -238,10 +238,10 @@ def _throttled(call: Call, plan: Plan, error: BaseException) -> None:
     call.emit("throttled", model=route.model, route=route.name, retry_after=retry_after)
 
 
-def _keys(ticket: Ticket | None) -> tuple[str, ...]:
-    if ticket is None or not ticket.ask.accounts:
+def _keys(reservation: Reservation | None) -> tuple[str, ...]:
+    if reservation is None or not reservation.accounts:
         return ()
-    return tuple([account.key for account in ticket.ask.accounts])
+    return tuple([account.key for account in reservation.accounts])
 
 
 def _used(rates: Rates | None, usage: Usage) -> int | None:
@@ -252,6 +252,3 @@ def _used(rates: Rates | None, usage: Usage) -> int | None:
     if inputs is None or outputs is None:
         return None
     return inputs + outputs
-
-
-__all__ = ["EMPTY_USAGE", "cause_of", "failed", "give_back", "succeeded"]

@@ -18,9 +18,9 @@ from math import inf
 from typing import Any, Final, NamedTuple
 
 import orjson
-from dspy._vendor.lm15.serde import response_from_dict, response_to_dict
 from dspy.lm15 import Response, Usage
 
+from dspy_prod.compat.lm15 import response_from_dict, response_to_dict
 from dspy_prod.options import Cache
 from dspy_prod.stores.base import CachedAnswer, Store
 

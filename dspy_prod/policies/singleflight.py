@@ -22,7 +22,7 @@ LEFT: Final = 4
 
 
 class Follower:
-    """One caller waiting for a leader. `attach(wake)` as in `stores.base.Ticket`."""
+    """One caller waiting for a leader. `attach(wake)` as in `stores.base.Reservation`."""
 
     __slots__ = ("error", "state", "value", "wake")
 

@@ -8,7 +8,6 @@ As there, regional uplifts and off-peak discounts are not modelled (the peak rat
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import logging
 import math
@@ -49,6 +48,8 @@ _DIMENSIONS = (
 _Row = tuple[int | None, ...]  # atto-USD per token by dimension; None where no rate is known
 _Band = tuple[int, int, int]  # the dearest of those: for text input, input with media, output
 
+_MOST = 4096  # models remembered: providers choose the names of served ones, so bound what they can fill
+
 # Metadata namespaces of LiteLLM prefixes, where they differ from the prefix itself.
 _NAMESPACES: dict[str, tuple[str, ...]] = {
     "bedrock": ("bedrock", "bedrock_converse"),
@@ -61,11 +62,6 @@ _NAMESPACES: dict[str, tuple[str, ...]] = {
 def preload() -> None:
     """Load DSPy's model metadata: up to 5 s of network, once a process, here so that no request pays for it."""
     importlib.import_module("dspy.clients.model_metadata").source_info()
-
-
-async def apreload() -> None:
-    """`preload` without blocking the event loop."""
-    await asyncio.to_thread(preload)
 
 
 def _atto(value: object) -> int | None:
@@ -255,6 +251,7 @@ class PriceBook:
     def __init__(self, overrides: Mapping[str, Price] | None = None) -> None:
         self._overrides = dict(overrides or {})
         self._rates: dict[tuple[str, str | None], Rates | None] = {}
+        self._unread: set[str] = set()
 
     def rates(self, model: str, provider: str | None = None) -> Rates | None:
         """The rates of a model; None when its price is unknown.
@@ -268,24 +265,34 @@ class PriceBook:
             return self._rates[model, provider]
         except KeyError:
             pass
-        found = self._compile(model, provider)
-        if len(self._rates) >= 4096:  # providers choose the names of served models: bound what they can fill
+        found, certain = self._compile(model, provider)
+        if not certain:  # metadata that cannot be read now may be readable at the next call
+            return found
+        if len(self._rates) >= _MOST:
             self._rates.clear()
         self._rates[model, provider] = found
         return found
 
-    def _compile(self, model: str, provider: str | None) -> Rates | None:
+    def settled(self, model: str, provider: str | None = None) -> bool:
+        """Whether what `rates` said last of this model holds for good."""
+        return (model, provider) in self._rates
+
+    def _compile(self, model: str, provider: str | None) -> tuple[Rates | None, bool]:
+        """The rates, and whether the metadata could be read."""
         native, wire = _resolve(model)
         provider = provider or native
-        known = None
+        known, certain = None, True
         try:
             known = _metadata(model, provider, native, wire)
         except Exception:
-            logger.warning("the metadata of %r cannot be read; its price counts as unknown", model, exc_info=True)
+            certain = False
+            if model not in self._unread and len(self._unread) < _MOST:  # each call tries again: tell it once
+                self._unread.add(model)
+                logger.warning("the metadata of %r cannot be read; its price counts as unknown", model, exc_info=True)
         for name in (model, model.partition("/")[2], wire):
             if name in self._overrides:
-                return Rates(name, provider, "override", "", _priced(self._overrides[name], known))
-        return known
+                return Rates(name, provider, "override", "", _priced(self._overrides[name], known)), certain
+        return known, certain
 
     def price_response(self, rates: Rates | None, response: Response, request: Request | None) -> int | None:
         """What a completed response cost in nano-USD, rounded up; None when it cannot be known.

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 
+from dspy_prod.compat.dspy import renew_metadata_lock
 from dspy_prod.pricing.rates import preload
 from dspy_prod.runtime.forking import IMPORTING
 
@@ -30,13 +31,8 @@ class Warmup:
 
     def _after_fork(self) -> None:
         running, self._thread = self._thread, None
-        if running is None:
-            return
-        from dspy.clients import model_metadata
-
-        # The parent's thread may have held it, and nobody would release it here.
-        if hasattr(model_metadata, "_lock"):
-            model_metadata._lock = threading.RLock()
+        if running is not None:
+            renew_metadata_lock()
 
 
 def _load() -> None:

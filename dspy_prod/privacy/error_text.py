@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import traceback
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Final
 
 from dspy.utils.exceptions import AdapterParseError, LMError
 
 from dspy_prod import privacy
-from dspy_prod.privacy.names import SHORTEST, is_secret, secrets_in
-from dspy_prod.runtime.living import living
+from dspy_prod.privacy.known import HIDDEN, blotted, known
 
 _log = logging.getLogger("dspy_prod")
 
 _LENGTH: Final = 200
-_HIDDEN: Final = "***"
 
 _TOKENS: Final = re.compile(
     r"(?P<keep>://)[^/?#\s@]*@"  # user and password in a URL
@@ -53,10 +49,9 @@ def error_text(error: BaseException) -> str:
 
 def scrubbed(text: str) -> str:
     """One line without known secrets, without what looks like one, and redacted while a redactor is in force."""
-    for secret in sorted(set(_known_secrets()), key=len, reverse=True):
-        text = text.replace(secret, _HIDDEN)
-    text = _TOKENS.sub(lambda match: f"{match['keep']}{_HIDDEN}@" if match["keep"] else _HIDDEN, text)
-    text = _NAMED.sub(rf"\g<name>{_HIDDEN}", text)
+    text = blotted(text, known())
+    text = _TOKENS.sub(lambda match: f"{match['keep']}{HIDDEN}@" if match["keep"] else HIDDEN, text)
+    text = _NAMED.sub(rf"\g<name>{HIDDEN}", text)
     redactor = privacy.active()
     if redactor is not None:
         text = redactor.text(text)
@@ -71,28 +66,3 @@ def log_error(error: BaseException, text: str) -> None:
         _log.error("%s", text, exc_info=error)
     else:
         _log.error("%s\n%s", text, redactor.text("".join(traceback.format_exception(error))))
-
-
-def _known_secrets() -> Iterator[str]:
-    """The secrets in the environment and in the settings of the LMs alive."""
-    yield from secrets_in(os.environ)
-    for name, value in os.environ.items():
-        if is_secret(name) or name.upper().endswith(("_TOKEN", "_KEY")):
-            yield from _texts(value)
-    for lm in living():
-        for arguments in (lm.settings.clients, lm.settings.extras):
-            yield from secrets_in(arguments)
-            for name, value in arguments.items():
-                if is_secret(str(name)):
-                    yield from _texts(value)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        if len(value) >= SHORTEST:
-            yield value
-            if value.lower().startswith("bearer "):
-                yield value[7:]
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
 
@@ -56,6 +56,11 @@ def bare_url(url: str) -> str:
     return f"{place}?{urlencode(kept)}" if kept else place
 
 
+def without_password(url: str) -> str:
+    """A URL that may be shown: user names and passwords, and the values of its options, are left out."""
+    return re.sub(r"([?&][^=&]*)=[^&]*", r"\1=***", _USERINFO.sub("//***@", url))
+
+
 def address(url: str) -> str:
     """Where a URL leads, fit to be written; a digest of what is secret in it keeps different users apart."""
     hidden = _hidden_in(url)
@@ -66,19 +71,32 @@ def address(url: str) -> str:
     return f"{bare}#{digest[:12]}"
 
 
-def secrets_in(clients: Mapping[str, Any]) -> set[str]:
-    """What is secret in the URLs of client settings: user names with passwords, and values of query options.
+def secrets_in(settings: Mapping[str, Any]) -> set[str]:
+    """The secrets in client settings, headers or environment variables: what a name says to be one, and parts of URLs.
 
-    As they stand and unquoted; what is too short to be told from ordinary words is left out.
+    User names with passwords and query options of a URL as they stand and unquoted; a bearer token also by itself. What
+    is too short to be told from ordinary words is left out.
     """
     found: set[str] = set()
-    for value in clients.values():
+    for name, value in settings.items():
+        if is_secret(str(name)):
+            found.update(_texts(value))
         if isinstance(value, Mapping):
             found |= secrets_in(value)
         elif isinstance(value, str) and "://" in value:
             for text in _hidden_in(value):
                 found.update((text, unquote(text), unquote_plus(text)))
     return {text for text in found if len(text) >= SHORTEST}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+        if value.lower().startswith("bearer "):
+            yield value[7:]
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
 
 
 def _hidden_in(url: str) -> list[str]:

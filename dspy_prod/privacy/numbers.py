@@ -8,15 +8,15 @@ from typing import Final
 
 from dspy_prod.privacy.spans import Span
 
-_SPACE: Final = " \\t\u00a0\u2007\u2009\u202f"
-_DASH: Final = "\\-\u2010-\u2015\u2212"
+SPACE: Final = " \\t\u00a0\u2007\u2009\u202f"
+DASH: Final = "\\-\u2010-\u2015\u2212"
 
 # -- payment cards ---------------------------------------------------------------------------------------------------
-_RUN: Final = re.compile(rf"\d(?=(?:[{_SPACE}{_DASH}]{{0,3}}\d){{12}})\d*(?:[{_SPACE}{_DASH}]{{1,3}}\d+)*")
+_RUN: Final = re.compile(rf"\d(?=(?:[{SPACE}{DASH}]{{0,3}}\d){{12}})\d*(?:[{SPACE}{DASH}]{{1,3}}\d+)*")
 """Thirteen digits or more, with what may stand between them."""
 
-_GROUP: Final = re.compile(r"\d+")
-_DATE: Final = re.compile(rf"(?:19|20)\d\d[{_DASH}](?:0[1-9]|1[0-2])[{_DASH}](?:0[1-9]|[12]\d|3[01])(?!\d)")
+GROUP: Final = re.compile(r"\d+")
+_DATE: Final = re.compile(rf"(?:19|20)\d\d[{DASH}](?:0[1-9]|1[0-2])[{DASH}](?:0[1-9]|[12]\d|3[01])(?!\d)")
 _YEAR: Final = re.compile(r"(?:19|20)\d\d")
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}(?![0-9a-zA-Z])")
 _PRINTED: Final = ((4, 4, 4, 4, 3), (4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (8, 8))
@@ -37,7 +37,7 @@ def cards(text: str) -> list[Span]:
 
 
 def _cards_in(text: str, begin: int, end: int) -> Iterator[Span]:
-    groups = [match.span() for match in _GROUP.finditer(text, begin, end)]
+    groups = [match.span() for match in GROUP.finditer(text, begin, end)]
     sizes = [stop - start for start, stop in groups]
     if sum(sizes) <= 19 and not _DATE.search(text, begin, end) and _is_card(text, groups):
         yield begin, end
@@ -108,7 +108,7 @@ def in_uuid(text: str, begin: int) -> bool:
 _IBAN_DIGITS: Final = re.compile(r"[0-9]{2}(?<=[A-Za-z][A-Za-z][0-9][0-9])(?<![A-Za-z0-9][A-Za-z][A-Za-z][0-9][0-9])")
 """The check digits: searching for digits first is much faster than searching for letters."""
 
-_IBAN: Final = re.compile(rf"[A-Za-z]{{2}}[0-9]{{2}}(?:[{_SPACE}{_DASH}]?[A-Za-z0-9]){{11,30}}")
+_IBAN: Final = re.compile(rf"[A-Za-z]{{2}}[0-9]{{2}}(?:[{SPACE}{DASH}]?[A-Za-z0-9]){{11,30}}")
 _IBAN_LENGTHS: Final = {
     country: int(length)
     for country, length in re.findall(

@@ -6,27 +6,24 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from dspy_prod.privacy.numbers import in_uuid
+from dspy_prod.privacy.numbers import DASH, GROUP, SPACE, in_uuid
 from dspy_prod.privacy.spans import Span, lower
 
-_SPACE: Final = " \\t\u00a0\u2007\u2009\u202f"
-_DASH: Final = "\\-\u2010-\u2015\u2212"
-_GROUP: Final = re.compile(r"\d+")
-_TERRITORY: Final = re.compile(rf"\d(?=(?:[{_SPACE}{_DASH}./()]{{0,3}}\d){{6}})\d*(?:[{_SPACE}{_DASH}./()]{{1,3}}\d+)*")
+_TERRITORY: Final = re.compile(rf"\d(?=(?:[{SPACE}{DASH}./()]{{0,3}}\d){{6}})\d*(?:[{SPACE}{DASH}./()]{{1,3}}\d+)*")
 """Where there are digits enough for a phone number; nothing else is looked at."""
 
 _BEGIN: Final = re.compile(r"[+\uff0b(]|\d+")
 _GAP: Final = (
-    rf"(?:\.|[{_SPACE}]{{1,2}}|[{_SPACE}]?[{_DASH}/][{_SPACE}]?"
-    rf"|[{_SPACE}]?\([{_SPACE}]?|\)[{_SPACE}]?[{_DASH}/]?[{_SPACE}]?\(?)"
+    rf"(?:\.|[{SPACE}]{{1,2}}|[{SPACE}]?[{DASH}/][{SPACE}]?"
+    rf"|[{SPACE}]?\([{SPACE}]?|\)[{SPACE}]?[{DASH}/]?[{SPACE}]?\(?)"
 )
-_NO_DATE: Final = rf"(?!(?:19|20)\d\d[{_DASH}./]\d\d?[{_DASH}./]\d)"
+_NO_DATE: Final = rf"(?!(?:19|20)\d\d[{DASH}./]\d\d?[{DASH}./]\d)"
 _DAY_MONTH: Final = r"(?:0?[1-9]|[12]\d|3[01])"
 _DATES: Final = re.compile(
-    rf"{_DAY_MONTH}(?P<dot>[{_DASH}./ ]){_DAY_MONTH}(?P=dot)(?:(?:19|20)\d\d|\d\d(?!(?P=dot)\d\d(?!\d)))(?!\d)"
-    rf"|(?:19|20)\d\d(?P<dash>[{_DASH}./ ])\d\d?(?P=dash)\d\d?(?!\d)"
+    rf"{_DAY_MONTH}(?P<dot>[{DASH}./ ]){_DAY_MONTH}(?P=dot)(?:(?:19|20)\d\d|\d\d(?!(?P=dot)\d\d(?!\d)))(?!\d)"
+    rf"|(?:19|20)\d\d(?P<dash>[{DASH}./ ])\d\d?(?P=dash)\d\d?(?!\d)"
 )
-_NOT_PHONES: Final = re.compile(rf"\d{{1,3}}(?:\.\d{{1,3}}){{3}}(?![\d.])|\d\d\.\d\d[ ]?[{_DASH}][ ]?\d\d\.\d\d(?!\d)")
+_NOT_PHONES: Final = re.compile(rf"\d{{1,3}}(?:\.\d{{1,3}}){{3}}(?![\d.])|\d\d\.\d\d[ ]?[{DASH}][ ]?\d\d\.\d\d(?!\d)")
 """IPv4 addresses and opening hours."""
 
 _INTERNATIONAL: Final = re.compile(
@@ -34,18 +31,18 @@ _INTERNATIONAL: Final = re.compile(
 )
 _NATIONAL: Final = re.compile(
     rf"""
-    (?<![\w\#$€£]) (?<!\w[{_DASH}]) (?<!\d[.,:/+])
+    (?<![\w\#$€£]) (?<!\w[{DASH}]) (?<!\d[.,:/+])
     (?:
         (?P<trunk>(?!(?<=\d{{4}}[ ])\d{{4}}[ ])0\d{{1,5}}(?:{_GAP}{_NO_DATE}\d{{2,9}}){{1,6}})     # 030 1234567
-      | \((?!(?:19|20)\d\d\))0?\d{{2,4}}\)[ ]?\d{{3,5}}(?:[{_DASH}.\ ]\d{{2,5}}){{1,3}}  # (415) 555-2671
-      | \(0\d{{1,5}}\)[ ]?[/{_DASH}]?[ ]?\d{{3,9}}(?:[{_DASH}.\ ]\d{{2,5}}){{0,3}}   # (030) 1234567
-      | (?:1[{_DASH}.\ ])?[2-9]\d\d(?P<us>[{_DASH}.\ ])\d{{3}}(?P=us)\d{{4}}      # 415-555-2671
-      | 1[{_DASH}.\ ]\([2-9]\d\d\)[ ]?\d{{3}}[{_DASH}.\ ]\d{{4}}               # 1 (415) 555-2671
-      | 1[3-9]\d(?P<cn>[{_DASH}\ ])\d{{4}}(?P=cn)\d{{4}}                         # 138-0013-8000
-      | [6-9]\d{{4}}[{_DASH}\ ]\d{{5}}                                           # 98765 43210
+      | \((?!(?:19|20)\d\d\))0?\d{{2,4}}\)[ ]?\d{{3,5}}(?:[{DASH}.\ ]\d{{2,5}}){{1,3}}  # (415) 555-2671
+      | \(0\d{{1,5}}\)[ ]?[/{DASH}]?[ ]?\d{{3,9}}(?:[{DASH}.\ ]\d{{2,5}}){{0,3}}   # (030) 1234567
+      | (?:1[{DASH}.\ ])?[2-9]\d\d(?P<us>[{DASH}.\ ])\d{{3}}(?P=us)\d{{4}}      # 415-555-2671
+      | 1[{DASH}.\ ]\([2-9]\d\d\)[ ]?\d{{3}}[{DASH}.\ ]\d{{4}}               # 1 (415) 555-2671
+      | 1[3-9]\d(?P<cn>[{DASH}\ ])\d{{4}}(?P=cn)\d{{4}}                         # 138-0013-8000
+      | [6-9]\d{{4}}[{DASH}\ ]\d{{5}}                                           # 98765 43210
       | [6-9]\d\d[ ]\d\d[ ]\d\d[ ]\d\d                                         # 612 34 56 78
     )
-    (?![{_DASH}]?\w|[./]\d)
+    (?![{DASH}]?\w|[./]\d)
     """,
     re.VERBOSE,
 )
@@ -90,7 +87,7 @@ def _enough(text: str, begin: int, end: int, fewest: int, most: int) -> int | No
     """Where the number ends, without further numbers behind it; None when it is too short or too long."""
     digits = 0
     stop = begin
-    for match in _GROUP.finditer(text, begin, end):
+    for match in GROUP.finditer(text, begin, end):
         digits += match.end() - match.start()
         if digits > most:
             if not any(map(str.isspace, text[stop : match.start()])):
@@ -104,7 +101,7 @@ def _enough(text: str, begin: int, end: int, fewest: int, most: int) -> int | No
 _SAID_NUMBER: Final = (
     r"(?:[ _-]?(?:number|nummer|no|nr|num))?\.?(?: (?:is|was|at|ist|lautet))?"
     r"[\"'\\]{0,4}[ ]?[:=#-]{0,2}[ ]?[\"'\\]{0,4}"
-    rf"(?P<number>\(?\d{{2,15}}\)?(?:[{_SPACE}{_DASH}./]{_NO_DATE}\d{{2,9}}){{0,5}})(?!\w|[.,:]\d)"
+    rf"(?P<number>\(?\d{{2,15}}\)?(?:[{SPACE}{DASH}./]{_NO_DATE}\d{{2,9}}){{0,5}})(?!\w|[.,:]\d)"
 )
 _SAID: Final = {
     needle: re.compile(rf"{guard}{needle}{ending}{_SAID_NUMBER}")

@@ -10,6 +10,7 @@ import dspy
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, LMError
 
+from dspy_prod.compat.dspy import CompiledAsProgram
 from dspy_prod.context.current import current
 from dspy_prod.context.marks import mark_of
 from dspy_prod.context.scoring import is_raising, raising
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from dspy_prod.registry.published.follow import Follower
 
 
-class Production(dspy.Module):
+class Production(CompiledAsProgram, dspy.Module):
     """A program with a last fallback, a name in the ledger, and a report of every call.
 
     It is a `dspy.Module` around another one: call it, `await prod.acall(...)`, `dspy.streamify(prod)`, run it in
@@ -209,18 +210,6 @@ class Production(dspy.Module):
         return prediction
 
     # -- the program's own -------------------------------------------------------------------------------------------
-    @property
-    def _compiled(self) -> bool:
-        # DSPy freezes compiled modules; the wrapper is compiled when its program is, and says so for it.
-        program = self.__dict__.get("program")
-        return bool(getattr(program, "_compiled", False))
-
-    @_compiled.setter
-    def _compiled(self, value: bool) -> None:
-        program = self.__dict__.get("program")
-        if program is not None:
-            program._compiled = value
-
     def named_parameters(self) -> list[tuple[str, Any]]:
         """The program's, under its own names."""
         return list(self.program.named_parameters())

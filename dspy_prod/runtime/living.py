@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
-
-LIVE: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Each has a `pipeline` and `settings`."""
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 
-def living() -> list[Any]:
+class Given(Protocol):
+    """What was given to an LM, as far as it may hold a secret."""
+
+    @property
+    def clients(self) -> Mapping[str, Any]: ...
+
+    @property
+    def extras(self) -> Mapping[str, Any]: ...
+
+
+class Living(Protocol):
+    """An LM, as this lowest of rooms knows it."""
+
+    @property
+    def settings(self) -> Given: ...
+
+    @property
+    def pipeline(self) -> object: ...
+
+
+LIVE: weakref.WeakSet[Living] = weakref.WeakSet()
+
+
+def living() -> list[Living]:
     """A copy, taken while other threads may be making LMs."""
     while True:
         try:

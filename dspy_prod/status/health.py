@@ -223,7 +223,7 @@ class _Look:
 
 def _live() -> list[Pipeline]:
     """The pipelines of all LMs alive, in a stable order."""
-    pipelines = [lm.pipeline for lm in living()]
+    pipelines = [lm.pipeline for lm in living() if isinstance(lm.pipeline, Pipeline)]
     return sorted(
         pipelines, key=lambda one: (one.store.url, one.store.namespace, one.primary.model, one.primary.limit_key)
     )

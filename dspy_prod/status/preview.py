@@ -21,7 +21,7 @@ from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import NANO
 from dspy_prod.status.costs import budget_status
 from dspy_prod.status.models import BudgetStatus, Preview
-from dspy_prod.stores.base import Ask
+from dspy_prod.stores.base import Reservation
 
 
 class _Outlook(NamedTuple):
@@ -112,7 +112,7 @@ def _try(call: Call, route: Route, count: int) -> _Outlook:
         if impossible is not None:
             raise impossible
         assert planned is not None
-        if planned.ask is None:
+        if planned.reservation is None:
             return _Outlook(route, planned, 0.0, None)
         return _admission(call, planned, count)
     except RejectedError as error:
@@ -120,20 +120,20 @@ def _try(call: Call, route: Route, count: int) -> _Outlook:
 
 
 def _admission(call: Call, planned: Plan, count: int) -> _Outlook:
-    """What limiter and budget would say to an ask that is not made."""
-    pipeline, route, ask = call.pipeline, planned.route, planned.ask
-    assert ask is not None
-    ask.amount *= count
-    wait, refusal = pipeline.store.preview(ask)
+    """What limiter and budget would say to a reservation that is not made."""
+    pipeline, route, reservation = call.pipeline, planned.route, planned.reservation
+    assert reservation is not None
+    reservation.amount *= count
+    wait, refusal = pipeline.store.preview(reservation)
     if refusal is not None:
         smaller = shrunk(call, planned, refusal) if count == 1 else None
         if smaller is None:
             raise refused(call, planned, refusal)
         return _admission(call, smaller, count)
-    held = _held_by_others(pipeline, ask)
+    held = _held_by_others(pipeline, reservation)
     if held:
         return _Outlook(route, planned, None, None, f"Waits until calls in flight free money of the budget {held!r}")
-    if wait > 0 and _all_seats_taken(pipeline, ask):
+    if wait > 0 and _all_seats_taken(pipeline, reservation):
         return _Outlook(route, planned, None, None, f"Waits until one of the calls in flight to {route.model} ends")
     if wait == inf:
         return _Outlook(route, planned, None, None, f"Waits until calls in flight to {route.model} end")
@@ -152,21 +152,21 @@ def _admission(call: Call, planned: Plan, count: int) -> _Outlook:
     return _Outlook(route, planned, wait, None, f"Waits for the rate limit of {route.model}" if wait > 0 else "")
 
 
-def _held_by_others(pipeline: Pipeline, ask: Ask) -> str:
+def _held_by_others(pipeline: Pipeline, reservation: Reservation) -> str:
     """The budget whose money is not spent but held by calls in flight, or ""."""
-    for account in ask.accounts:
+    for account in reservation.accounts:
         state = pipeline.store.account(account.key)
-        if state.spent + state.held + ask.amount > account.limit:
+        if state.spent + state.held + reservation.amount > account.limit:
             return account.title
     return ""
 
 
-def _all_seats_taken(pipeline: Pipeline, ask: Ask) -> bool:
+def _all_seats_taken(pipeline: Pipeline, reservation: Reservation) -> bool:
     """Whether concurrency is what blocks; how long is then known to nobody."""
-    if ask.limit is None or ask.limit.concurrency is None or ask.limit_key is None:
+    if reservation.limit is None or reservation.limit.concurrency is None or reservation.limit_key is None:
         return False
-    limiter = pipeline.store.limiter(ask.limit_key)
-    return limiter is not None and limiter.in_flight >= ask.limit.concurrency
+    limiter = pipeline.store.limiter(reservation.limit_key)
+    return limiter is not None and limiter.in_flight >= reservation.limit.concurrency
 
 
 def _affordable(pipeline: Pipeline, outlook: _Outlook, bound: int | None) -> bool | None:
@@ -174,7 +174,7 @@ def _affordable(pipeline: Pipeline, outlook: _Outlook, bound: int | None) -> boo
         return True
     if outlook.refusal is not None and outlook.refusal.reason == "budget_exceeded":
         return False
-    asked = outlook.plan.ask if outlook.plan is not None else None
+    asked = outlook.plan.reservation if outlook.plan is not None else None
     if asked is None or bound is None:
         return None
     try:
@@ -184,10 +184,10 @@ def _affordable(pipeline: Pipeline, outlook: _Outlook, bound: int | None) -> boo
 
 
 def _budgets(pipeline: Pipeline, planned: Plan) -> list[BudgetStatus]:
-    if planned.ask is None:
+    if planned.reservation is None:
         return []
     wall = pipeline.clock.time()
-    pairs = zip(planned.rules, planned.ask.accounts, strict=True)
+    pairs = zip(planned.rules, planned.reservation.accounts, strict=True)
     try:
         return [budget_status(pipeline.store, rule, account, wall) for rule, account in pairs]
     except StoreUnavailableError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord, Totals
@@ -39,11 +39,41 @@ class AccountState(NamedTuple):
     unconfirmed: int = 0
 
 
-class Ask:
-    """What one attempt needs before it may be sent.
+class Refusal(NamedTuple):
+    """Why a reservation was refused: `reason` is `rate_limited`, `budget_exceeded` or `store_unavailable`.
 
     Attributes:
-        id: reservation id, unique; settling is idempotent by it.
+        retry_after: seconds after which it may work, or None.
+        dimension: the binding limiter dimension (`requests`, `tokens`, `concurrency`, `paused`), or the title of the
+            binding budget.
+        limit, spent, held, amount: the budget arithmetic in nano-USD.
+        detail: what went wrong in the store, without secrets.
+    """
+
+    reason: str
+    retry_after: float | None = None
+    dimension: str = ""
+    limit: int = 0
+    spent: int = 0
+    held: int = 0
+    amount: int = 0
+    detail: str = ""
+
+
+PENDING: Final = 0
+GRANTED: Final = 1
+REFUSED: Final = 2
+WITHDRAWN: Final = 3
+
+
+class Reservation:
+    """What one attempt needs before it may be sent, and what a store said to that; each is admitted once.
+
+    `state` is the truth. `attach(wake)` registers a callback that runs (at least once, on any thread, outside every
+    lock) when the reservation is decided; it must be idempotent.
+
+    Attributes:
+        id: unique; settling is idempotent by it.
         limit_key: identity of the limiter, or None when nothing limits this route.
         limit: the limiter's settings.
         tokens: tokens to reserve (an upper bound).
@@ -56,20 +86,33 @@ class Ask:
         lease: seconds for which the hold is valid without renewal.
         stub: the record to write, fully charged and marked estimated, if the holder dies; or a function that makes
             it, called when a durable store writes the hold, else when the lease ends.
+        state: `PENDING` until the store has decided.
+        refusal: why it was refused, or None.
+        blocked_on: what it waits for, as in `Refusal.dimension`; "" until the store has looked at it.
+        granted_at: store time of the grant.
+        spent: per account, nano-USD spent at the grant, without what is held.
+        seq: its place among those that wait, given by the store.
     """
 
     __slots__ = (
         "accounts",
         "amount",
+        "blocked_on",
         "fair",
+        "granted_at",
         "horizon",
         "id",
         "lease",
         "limit",
         "limit_key",
         "priority",
+        "refusal",
+        "seq",
+        "spent",
+        "state",
         "stub",
         "tokens",
+        "wake",
     )
 
     def __init__(
@@ -97,57 +140,16 @@ class Ask:
         self.horizon = horizon
         self.lease = lease
         self.stub = stub
-
-
-class Refusal(NamedTuple):
-    """Why an ask was refused: `reason` is `rate_limited`, `budget_exceeded` or `store_unavailable`.
-
-    Attributes:
-        retry_after: seconds after which it may work, or None.
-        dimension: the binding limiter dimension (`requests`, `tokens`, `concurrency`, `paused`), or the title of the
-            binding budget.
-        limit, spent, held, amount: the budget arithmetic in nano-USD.
-        detail: what went wrong in the store, without secrets.
-    """
-
-    reason: str
-    retry_after: float | None = None
-    dimension: str = ""
-    limit: int = 0
-    spent: int = 0
-    held: int = 0
-    amount: int = 0
-    detail: str = ""
-
-
-PENDING: Final = 0
-GRANTED: Final = 1
-REFUSED: Final = 2
-WITHDRAWN: Final = 3
-
-
-class Ticket:
-    """The answer to an ask, perhaps not yet there.
-
-    `attach(wake)` registers a callback that runs (at least once, on any thread, outside every lock) when the ticket is
-    decided; it must be idempotent. `state` is the truth.
-    """
-
-    __slots__ = ("ask", "blocked_on", "debit", "granted_at", "refusal", "seq", "spent", "state", "wake")
-
-    def __init__(self, ask: Ask) -> None:
-        self.ask = ask
         self.state = PENDING
         self.refusal: Refusal | None = None
-        self.debit: Any = None  # the limiter's debit, private to the store
-        self.granted_at = 0.0  # store time
-        self.spent: tuple[int, ...] = ()  # per account: nano-USD spent at the grant, without what is held
-        self.blocked_on = ""  # what the ticket waits for, as in Refusal.dimension
+        self.blocked_on = ""
+        self.granted_at = 0.0
+        self.spent: tuple[int, ...] = ()
         self.seq = 0
         self.wake: Callable[[], None] | None = None
 
     def attach(self, wake: Callable[[], None]) -> bool:
-        """Register the callback; False when the ticket is decided already (the callback may then never run)."""
+        """Register the callback; False when the reservation is decided already (the callback may then never run)."""
         self.wake = wake
         return self.state == PENDING
 
@@ -213,23 +215,24 @@ class Store(Protocol):
         ...
 
     def now(self) -> float:
-        """The store's time in seconds; asks and snapshots are expressed in it."""
+        """The store's time in seconds; reservations and snapshots are expressed in it."""
         ...
 
     # -- admission ---------------------------------------------------------------------------------------------------
-    def admit(self, ask: Ask) -> Ticket:
-        """Reserve limiter capacity and money together or not at all, or queue, or refuse. Returns at once."""
+    def admit(self, reservation: Reservation) -> Reservation:
+        """Reserve limiter capacity and money together or not at all, or queue, or refuse. Returns at once, with the
+        reservation itself."""
         ...
 
-    def withdraw(self, ticket: Ticket) -> bool:
+    def withdraw(self, reservation: Reservation) -> bool:
         """Stop waiting. True: nothing is held. False: it was granted meanwhile and the caller must settle."""
         ...
 
-    def sent_late(self, ticket: Ticket, at: float) -> None:
+    def sent_late(self, reservation: Reservation, at: float) -> None:
         """A granted call left only at store time `at`: its limiter counts it from then on. Posted."""
         ...
 
-    def settle(self, ticket: Ticket, settlement: Settlement) -> None:
+    def settle(self, reservation: Reservation, settlement: Settlement) -> None:
         """Replace the hold by what happened and append the record. Posted: never waits, blocks or raises."""
         ...
 
@@ -245,8 +248,8 @@ class Store(Protocol):
         """The provider told `{"requests"|"tokens": (remaining, seconds_until_reset)}`. Posted."""
         ...
 
-    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
-        """(seconds until this ask could be granted, refusal or None), changing nothing."""
+    def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
+        """(seconds until this reservation could be granted, refusal or None), changing nothing."""
         ...
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ class Store(Protocol):
         ...
 
     def waiting(self) -> int:
-        """Tickets of this process still waiting."""
+        """Reservations of this process still waiting."""
         ...
 
     def records(

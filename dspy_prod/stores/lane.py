@@ -1,123 +1,194 @@
-"""What a durable store keeps to itself: admissions that draw on no account and no shared limit.
+"""Admissions decided at once, in memory, on the caller's thread: a core behind a lock, and the thread of its timers.
 
-They wait for nothing but a pause after a 429, so nothing of them has to be durable except their records. They are
-decided at once, in memory, on the caller's thread.
+The memory store is one with a ledger. A durable store keeps one beside its file for admissions that draw on no account
+and no shared limit: they wait for nothing but a pause after a 429, so nothing of them has to be durable except their
+records.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
+import weakref
 from collections.abc import Callable
+from math import inf
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.line import wake
-from dspy_prod.stores.base import Ask, LimiterSnapshot, Refusal, Settlement, Ticket
+from dspy_prod.stores.base import LimiterSnapshot, Refusal, Reservation, Settlement
+
+_log = logging.getLogger("dspy_prod")
+
+T = TypeVar("T")
 
 
-def is_local(ask: Ask) -> bool:
-    """Whether an ask can be decided without the other processes."""
-    return not ask.accounts and (ask.limit is None or not shared(ask.limit))
+class Lane:
+    """The admissions of a `Store`. Every transition wakes those whom it decided, once the lock is free.
 
+    Args:
+        now: the store's time.
+        keep: takes (record, whether it is new) of the ledger, under the lock.
+        rearm: called when something becomes due before the moment that `tick` told last.
+    """
 
-class LocalLane:
-    """An admission core behind a lock. `keep(record, is_new)` takes the records."""
-
-    def __init__(self, now: Callable[[], float], keep: Callable[[CallRecord, bool], None]) -> None:
-        self._now = now
+    def __init__(
+        self, now: Callable[[], float], keep: Callable[[CallRecord, bool], None], rearm: Callable[[], None]
+    ) -> None:
+        self.now = now
         self._keep = keep
-        self._lock = threading.Lock()
+        self._rearm = rearm
         self._core = AdmissionCore()
+        self._lock = threading.Lock()
+        self._planned = inf  # store time of the next `tick`
 
-    def admit(self, ask: Ask) -> Ticket:
-        """See `Store.admit`."""
+    def admit(self, reservation: Reservation) -> Reservation:
+        core = self._core
         with self._lock:
-            return self._core.admit(ask, self._now())
+            core.admit(reservation, self.now())
+            news = core.decided or core.next_due() < self._planned
+        if news:
+            self._tell()
+        return reservation
 
-    def withdraw(self, ticket: Ticket) -> bool:
-        """See `Store.withdraw`."""
-        with self._lock:
-            free = self._core.withdraw(ticket, self._now())
-            decided = self._core.take_decided()
-        wake(decided)
-        return free
+    def withdraw(self, reservation: Reservation) -> bool:
+        return self._step(lambda core, now: core.withdraw(reservation, now))
 
-    def settle(self, done: Settlement) -> None:
-        """See `Store.settle`."""
+    def sent_late(self, reservation: Reservation, at: float) -> None:
         with self._lock:
-            self._core.settle(done, self._now())
-            records = self._take_records()
-            decided = self._core.take_decided()
-        self._publish(records, decided)
+            self._core.sent_late(reservation, at)
 
-    def throttled(self, key: str, limit: RateLimit, retry_after: float | None) -> None:
-        """See `Store.throttled`."""
+    def settle(self, reservation: Reservation, settlement: Settlement) -> None:
+        core = self._core
         with self._lock:
-            self._core.throttled(key, limit, retry_after, self._now())
+            core.settle(settlement, self.now())
+            if core.appended or core.replaced:
+                self._write()
+            news = core.decided or core.next_due() < self._planned
+        if news:
+            self._tell()
 
-    def resync(self, key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
-        """See `Store.resync`."""
-        with self._lock:
-            self._core.resync(key, limit, remaining, self._now())
-            decided = self._core.take_decided()
-        wake(decided)
+    def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
+        self._step(lambda core, now: core.throttled(limit_key, limit, retry_after, now))
 
-    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
-        """See `Store.preview`."""
-        with self._lock:
-            return self._core.preview(ask, self._now())
+    def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
+        self._step(lambda core, now: core.resync(limit_key, limit, remaining, now))
+
+    def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
+        return self._step(lambda core, now: core.preview(reservation, now))
 
     def limiter(self, key: str) -> LimiterSnapshot | None:
-        """See `Store.limiter`."""
-        with self._lock:
-            return self._core.limiter(key, self._now())
+        return self._step(lambda core, now: core.limiter(key, now))
 
     def holds(self) -> int:
-        """Reservations not yet settled."""
         with self._lock:
             return len(self._core.holds)
 
     def waiting(self) -> int:
-        """Tickets in line."""
         with self._lock:
             return self._core.waiting()
 
     def tick(self) -> float:
-        """Serve what is due; the store time of the next due moment."""
+        """Serve what is due; the store time of the next due moment, `inf` when there is none."""
+        self._planned = -inf  # whoever calls this need not be told of what comes up meanwhile
+        self._step(lambda core, now: core.tick(now))
         with self._lock:
-            now = self._now()
-            if self._core.next_due() > now:
-                return self._core.next_due()
-            self._core.tick(now)
-            records = self._take_records()
-            decided = self._core.take_decided()
-            due = self._core.next_due()
-        self._publish(records, decided)
-        return due
+            self._planned = self._core.next_due()
+            return self._planned
 
-    def fail(self, refusal: Refusal) -> None:
+    def fail_waiting(self, refusal: Refusal) -> None:
         """Refuse everybody in line."""
+        self._step(lambda core, _: core.fail_waiting(refusal))
+
+    def _step(self, transition: Callable[[AdmissionCore, float], T]) -> T:
+        """One transition; `admit` and `settle` are on the path of every call and do the same themselves."""
         with self._lock:
-            self._core.fail_waiting(refusal)
-            decided = self._core.take_decided()
-        wake(decided)
+            result = transition(self._core, self.now())
+            self._write()
+        self._tell()
+        return result
 
-    def _take_records(self) -> list[tuple[CallRecord, bool]]:
+    def _write(self) -> None:
         core = self._core
-        if not core.appended and not core.replaced:
-            return []
-        records = [(record, True) for record in core.appended] + [(record, False) for record in core.replaced]
+        for record in core.appended:
+            self._keep(record, True)
         core.appended.clear()
+        for record in core.replaced:
+            self._keep(record, False)
         core.replaced.clear()
-        return records
 
-    def _publish(self, records: list[tuple[CallRecord, bool]], decided: list[Ticket]) -> None:
-        for record, is_new in records:
-            self._keep(record, is_new)
-        if decided:
-            wake(decided)
+    def _tell(self) -> None:
+        with self._lock:
+            decided = self._core.take_decided()
+            sooner = self._core.next_due() < self._planned
+        wake(decided)
+        if sooner:
+            self._rearm()
+
+
+class Janitor:
+    """The thread of a lane's timers: begins when it is first needed, ends with its lane or with `close`."""
+
+    def __init__(self, lane: Lane, name: str) -> None:
+        self._lane = weakref.ref(lane)
+        self._name = name
+        self.reset()
+
+    def reset(self) -> None:
+        """In a forked child: the thread stayed with the parent."""
+        self._nudges: SimpleQueue[None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+
+    def rearm(self) -> None:
+        """Have the timers looked at again."""
+        if self._thread is None:
+            self._start()
+        self._nudges.put(None)
+
+    def close(self) -> None:
+        """End the thread; the next `rearm` begins a new one."""
+        with self._starting:
+            nudges, self._nudges = self._nudges, SimpleQueue()
+            thread, self._thread = self._thread, None
+        nudges.put(None)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=5)
+
+    def _start(self) -> None:
+        with self._starting, contextlib.suppress(RuntimeError):  # the interpreter is going down
+            if self._thread is None:
+                thread = threading.Thread(target=self._tend, args=(self._nudges,), name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def _tend(self, nudges: SimpleQueue[None]) -> None:
+        wait = 0.0
+        while True:
+            if wait > 0:
+                with contextlib.suppress(Empty):
+                    nudges.get(timeout=min(wait, 5.0))
+                    while True:  # one look answers them all
+                        nudges.get_nowait()
+            lane = self._lane()
+            if lane is None or self._nudges is not nudges:
+                return
+            try:
+                wait = lane.tick() - lane.now()
+            except Exception:
+                _log.exception("%s met an error; it goes on", self._name)
+                wait = 1.0
+            del lane
+
+
+def is_local(reservation: Reservation) -> bool:
+    """Whether a reservation can be decided without the other processes."""
+    return not reservation.accounts and (reservation.limit is None or not shared(reservation.limit))
 
 
 def merged(one: LimiterSnapshot | None, other: LimiterSnapshot | None) -> LimiterSnapshot | None:

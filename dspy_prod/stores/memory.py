@@ -1,38 +1,22 @@
-"""The memory store: the core behind one lock, for tests, notebooks and single-process services."""
+"""The memory store: a lane with a ledger, for tests, notebooks and single-process services."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from math import inf
-from queue import Empty, SimpleQueue
 from typing import Final
 
-from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.stores.admission.core import AdmissionCore
-from dspy_prod.stores.admission.line import wake
-from dspy_prod.stores.base import (
-    PENDING,
-    AccountState,
-    Ask,
-    CachedAnswer,
-    LimiterSnapshot,
-    Refusal,
-    Settlement,
-    Ticket,
-)
+from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal
+from dspy_prod.stores.lane import Janitor, Lane
 from dspy_prod.stores.memory_ledger import MemoryLedger
 
-_log = logging.getLogger("dspy_prod")
 
-
-class MemoryStore:
+class MemoryStore(Lane):
     """State of this process only; gone when it ends.
 
     Args:
@@ -52,14 +36,9 @@ class MemoryStore:
         self._url = url
         self._namespace = namespace
         self._clock = clock
-        self.now: Callable[[], float] = clock.monotonic
-        self._lock = threading.Lock()
-        self._core = AdmissionCore()
         self._ledger = MemoryLedger(max_records)
-        self._nudges: SimpleQueue[None] = SimpleQueue()
-        self._janitor: threading.Thread | None = None
-        self._planned = inf  # store time at which the janitor will look again
-        self._closed = False
+        self._janitor = Janitor(self, "dspy_prod-memory-store")
+        super().__init__(clock.monotonic, self._ledger.append, self._janitor.rearm)
         _STORES.add(self)
 
     @property
@@ -77,69 +56,9 @@ class MemoryStore:
     def __repr__(self) -> str:
         return f"MemoryStore(namespace={self._namespace!r})"
 
-    # -- admission ---------------------------------------------------------------------------------------------------
-    def admit(self, ask: Ask) -> Ticket:
-        core = self._core
-        ticket = Ticket(ask)
-        with self._lock:
-            core.enter(ticket, self.now())
-            decided = core.take_decided() if core.decided else None
-        if decided:
-            wake(decided)
-        if ticket.state == PENDING or self._janitor is None:
-            self._rearm()
-        return ticket
-
-    def withdraw(self, ticket: Ticket) -> bool:
-        with self._lock:
-            free = self._core.withdraw(ticket, self.now())
-            decided, due = self._core.take_decided(), self._core.next_due()
-        wake(decided)
-        if due < self._planned:
-            self._rearm()
-        return free
-
-    def sent_late(self, ticket: Ticket, at: float) -> None:
-        with self._lock:
-            self._core.sent_late(ticket, at)
-
-    def settle(self, ticket: Ticket, settlement: Settlement) -> None:
-        core = self._core
-        with self._lock:
-            core.settle(settlement, self.now())
-            for record in core.appended:
-                self._ledger.append(record)
-            core.appended.clear()
-            if core.replaced:
-                self._write()
-            decided = core.take_decided() if core.decided else None
-            due = core.next_due() if core.timed else inf
-        if decided:
-            wake(decided)
-        if due < self._planned:
-            self._rearm()
-
     def append(self, record: CallRecord) -> None:
         with self._lock:
             self._ledger.append(record)
-
-    def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
-        with self._lock:
-            self._core.throttled(limit_key, limit, retry_after, self.now())
-            decided = self._core.take_decided()
-        wake(decided)
-        self._rearm()
-
-    def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
-        with self._lock:
-            self._core.resync(limit_key, limit, remaining, self.now())
-            decided = self._core.take_decided()
-        wake(decided)
-        self._rearm()
-
-    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
-        with self._lock:
-            return self._core.preview(ask, self.now())
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = None) -> bool:
@@ -148,18 +67,6 @@ class MemoryStore:
     def account(self, key: str) -> AccountState:
         with self._lock:
             return self._core.account(key)
-
-    def limiter(self, key: str) -> LimiterSnapshot | None:
-        with self._lock:
-            return self._core.limiter(key, self.now())
-
-    def holds(self) -> int:
-        with self._lock:
-            return len(self._core.holds)
-
-    def waiting(self) -> int:
-        with self._lock:
-            return self._core.waiting()
 
     def records(
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
@@ -174,14 +81,13 @@ class MemoryStore:
             return self._ledger.totals(dimension, since_day, until_day)
 
     def correct(self, record_id: str, cost: int) -> bool:
-        with self._lock:
+        def mend(core: AdmissionCore, now: float) -> bool:
             record = self._ledger.find(record_id)
-            if record is None:
-                return False
-            self._ledger.replace(self._core.correct(record, cost, self.now()))
-            decided = self._core.take_decided()
-        wake(decided)
-        return True
+            if record is not None:
+                core.replaced.append(core.correct(record, cost, now))
+            return record is not None
+
+        return self._step(mend)
 
     # -- response cache ----------------------------------------------------------------------------------------------
     def cache_get(self, key: bytes) -> CachedAnswer | None:
@@ -197,80 +103,28 @@ class MemoryStore:
         return 0, 0
 
     def close(self) -> None:
-        """End the janitor. The store stays usable."""
-        self._closed = True
-        janitor, self._janitor = self._janitor, None
-        if janitor is not None and janitor is not threading.current_thread():
-            self._nudges.put(None)
-            janitor.join(timeout=5)
-        self._closed = False
+        """End the thread of the timers. The store stays usable."""
+        self._janitor.close()
+        self._planned = inf
 
-    # -- the janitor: timers and leases --------------------------------------------------------------------------------
-    def _rearm(self) -> None:
-        """Let the janitor look at its timers again, starting it when needed."""
-        if self._janitor is None:
-            with self._lock:
-                if self._janitor is None and not self._closed:
-                    thread = threading.Thread(
-                        target=_tend, args=(weakref.ref(self), self._nudges), name="dspy_prod-memory-store", daemon=True
-                    )
-                    try:
-                        thread.start()
-                    except RuntimeError:  # the interpreter is going down
-                        return
-                    self._janitor = thread
-                    return
-        self._nudges.put(None)
+    # -- fork --------------------------------------------------------------------------------------------------------
+    def before_fork(self) -> None:
+        """No store may be in the middle of a transition."""
+        self._lock.acquire()
 
-    def _tick(self) -> float:
-        """Serve what is due; seconds until the next due moment (`inf` if none)."""
-        with self._lock:
-            now = self.now()
-            self._core.tick(now)
-            self._write()
-            decided = self._core.take_decided()
-            due = self._planned = self._core.next_due()
-        wake(decided)
-        return due - now
-
-    def _write(self) -> None:
-        core = self._core
-        for record in core.appended:
-            self._ledger.append(record)
-        core.appended.clear()
-        for record in core.replaced:
-            self._ledger.replace(record)
-        core.replaced.clear()
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        self._lock.release()
 
     def _after_fork(self) -> None:
-        """The child has its own copy of the state; threads, their tickets and their calls stayed with the parent."""
+        """The child has its own copy of the state; threads and their calls stayed with the parent."""
         self._lock = threading.Lock()
-        self._nudges = SimpleQueue()
-        self._janitor = None
+        self._janitor.reset()
+        self._planned = inf
         core = self._core
         core.fail_waiting(Refusal("store_unavailable", detail="the process was forked while waiting"))
         core.drop_holds(self.now())
         core.take_decided()
-
-
-def _tend(ref: weakref.ref[MemoryStore], nudges: SimpleQueue[None]) -> None:
-    """Body of the janitor thread; ends when the store is closed or collected."""
-    wait = 0.0
-    while True:
-        if wait > 0:
-            with contextlib.suppress(Empty):
-                nudges.get(timeout=min(wait, 5.0))
-                while True:  # one look answers them all
-                    nudges.get_nowait()
-        store = ref()
-        if store is None or store._closed or store._nudges is not nudges:
-            return
-        try:
-            wait = min(store._tick(), inf)
-        except Exception:
-            _log.exception("The memory store's janitor met an error; it goes on")
-            wait = 1.0
-        del store
 
 
 _STORES: weakref.WeakSet[MemoryStore] = weakref.WeakSet()
@@ -281,16 +135,15 @@ _FORK_LOCK = threading.Lock()
 
 
 def _before_fork() -> None:
-    """No store may be in the middle of a transition."""
     _FORK_LOCK.acquire()
     _FORKING.extend(_STORES)
     for store in _FORKING:
-        store._lock.acquire()
+        store.before_fork()
 
 
 def _after_fork_in_parent() -> None:
     while _FORKING:
-        _FORKING.pop()._lock.release()
+        _FORKING.pop().after_fork_in_parent()
     _FORK_LOCK.release()
 
 

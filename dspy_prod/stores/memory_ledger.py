@@ -55,16 +55,11 @@ class MemoryLedger:
         self._new: list[CallRecord] = []
         self._days: dict[str, dict[tuple[str, str], list[int]]] = {}
 
-    def append(self, record: CallRecord) -> None:
-        """Add a record. One with a known id replaces it (settling is idempotent)."""
+    def append(self, record: CallRecord, is_new: bool = True) -> None:
+        """Add a record. One with a known id replaces it (settling is idempotent, and costs are corrected)."""
         self._new.append(record)
-        if len(self._new) >= _BATCH:
+        if not is_new or len(self._new) >= _BATCH:
             self._fold()
-
-    def replace(self, record: CallRecord) -> None:
-        """Put a corrected record in place of the one with its id; appended when that is gone."""
-        self._new.append(record)
-        self._fold()
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""

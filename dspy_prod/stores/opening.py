@@ -12,6 +12,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, unquote
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.names import without_password
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
@@ -23,7 +24,6 @@ DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
 URL_VARIABLE: Final = "DSPY_PROD_STORE"
 
 OnProblem = Callable[[str, dict[str, Any]], None]
-_SQLITE_OPTIONS: Final = ("synchronous", "lease", "max_records")
 _FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'memory://'"
 
 _STORES: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
@@ -72,12 +72,6 @@ def open_store(
     if on_problem is not None and isinstance(store, SqliteStore):
         store.on_problem(on_problem)
     return store
-
-
-def without_password(url: str) -> str:
-    """A URL that may be shown: user names and passwords, and the values of its options, are left out."""
-    url = re.sub(r"//[^/?#]*@", "//***@", url)
-    return re.sub(r"([?&][^=&]*)=[^&]*", r"\1=***", url)
 
 
 def _memory(name: str, namespace: str, clock: Clock) -> Store:

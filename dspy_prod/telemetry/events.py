@@ -6,12 +6,66 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from logging import DEBUG, ERROR, INFO, WARNING
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 _log = logging.getLogger("dspy_prod")
 
 Listener = Callable[["Event"], None]
+
+
+class Kind(NamedTuple):
+    """What is known of all events of one name.
+
+    Attributes:
+        level: how loud `enable_logging` tells it, as a level of the `logging` module.
+        fields: every detail that one may carry.
+        meaning: when it happens, and what to do about what needs a person.
+    """
+
+    level: int
+    fields: frozenset[str]
+    meaning: str
+
+
+def _kind(level: int, fields: str, meaning: str) -> Kind:
+    return Kind(level, frozenset(fields.split()), meaning)
+
+
+_WHOSE: Final = "call_id user tenant"
+_CALL: Final = f"{_WHOSE} model"
+_ATTEMPT: Final = f"{_CALL} route attempt outcome cost_usd estimated cached latency error status record_id"
+_BREAKER: Final = "route cause retry_after generation"
+_FOLLOW: Final = "program reference version error"
+
+EVENTS: Final[Mapping[str, Kind]] = {
+    "call_finished": _kind(DEBUG, _ATTEMPT, "An answer came, from upstream or the cache."),
+    "call_content": _kind(INFO, "call_id model prompt answer", "The prompt and the answer of an upstream call."),
+    "attempt_failed": _kind(INFO, _ATTEMPT, "An upstream attempt ended without an answer."),
+    "retry": _kind(INFO, f"{_CALL} attempt pause error", "The next attempt follows after `pause` seconds."),
+    "fallback": _kind(INFO, f"{_WHOSE} to reason", "The call goes on with another model."),
+    "waiting": _kind(INFO, f"{_CALL} blocked_on", "The call waits for a limit or a budget."),
+    "rejected": _kind(WARNING, f"{_CALL} route reason", "A policy refused the call on this route."),
+    "throttled": _kind(INFO, f"{_CALL} route retry_after", "The provider said 429: its limiter slows down."),
+    "fallback_response": _kind(WARNING, "program reason error user tenant", "`Production` gave its own answer."),
+    "breaker_opened": _kind(WARNING, _BREAKER, "Calls are refused. Look at the upstream; `lm.breaker` overrules it."),
+    "breaker_half_open": _kind(INFO, _BREAKER, "Single probes try the upstream again."),
+    "breaker_closed": _kind(INFO, _BREAKER, "Calls pass again, or an operator disabled the breaker."),
+    "budget_soft": _kind(WARNING, f"{_WHOSE} budget spent_usd limit_usd degrade_to", "Its soft threshold is passed."),
+    "budget_overrun": _kind(ERROR, f"{_CALL} cost_usd bound_usd", "More was billed than reserved. Check `prices=`."),
+    "unpriced_model": _kind(WARNING, "model", "Calls of this model are recorded without a cost. Pass `prices=`."),
+    "hold_abandoned": _kind(WARNING, "path holds cost_nano", "Calls of dead processes were charged in full."),
+    "store_degraded": _kind(WARNING, "path error", "The file cannot be written; what is settled is kept. Mend it."),
+    "store_recovered": _kind(INFO, "path", "The store's file can be written again."),
+    "operation_dropped": _kind(WARNING, "path kind error dropped", "The ledger lacks a record. See `error`."),
+    "promotion": _kind(INFO, "program action alias from_version to_version by", "An alias was moved."),
+    "program_changed": _kind(INFO, "program reference version previous", "A program runs another version from now on."),
+    "registry_stale": _kind(WARNING, f"{_FOLLOW} age", "MLflow is down; the last good copy serves."),
+    "signature_refused": _kind(WARNING, f"{_FOLLOW} predictor field", "A version does not fit the code. Roll back."),
+    "follow_failed": _kind(WARNING, _FOLLOW, "A promoted version cannot be taken; the one before runs. See `error`."),
+}
+"""Every event by name."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +73,7 @@ class Event:
     """Something that happened.
 
     Attributes:
-        name: what, in snake case: `call_finished`, `attempt_failed`, `retry`, `fallback`, `breaker_opened`,
-            `breaker_half_open`, `breaker_closed`, `throttled`, `waiting`, `rejected`, `fallback_response`,
-            `budget_soft`, `budget_overrun`, `hold_abandoned`, `store_degraded`, `unpriced_model`,
-            `promotion`, `program_changed`, `registry_stale`, `signature_refused`, `follow_failed`, ...
+        name: what, in snake case; `dspy_prod.telemetry.events.EVENTS` lists all of them with their details.
         at: seconds since the epoch.
         data: the details; values are JSON-friendly and never contain a secret. Prompts and answers are part of
             `call_content` alone, which only listeners added with `content=True` receive.

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
@@ -16,26 +16,10 @@ import orjson
 from dspy_prod import privacy
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.redactor import Redactor
-from dspy_prod.telemetry.events import BUS, Event
+from dspy_prod.telemetry.events import BUS, EVENTS, Event
 
-LEVELS: Final[Mapping[str, int]] = {
-    "call_content": logging.INFO,
-    "call_finished": logging.DEBUG,
-    "retry": logging.INFO,
-    "fallback": logging.INFO,
-    "waiting": logging.INFO,
-    "throttled": logging.INFO,
-    "attempt_failed": logging.INFO,
-    "breaker_half_open": logging.INFO,
-    "breaker_closed": logging.INFO,
-    "store_recovered": logging.INFO,
-    "breaker_opened": logging.WARNING,
-    "rejected": logging.WARNING,
-    "fallback_response": logging.WARNING,
-    "budget_soft": logging.WARNING,
-    "budget_overrun": logging.ERROR,
-}
-"""The level of each event; events not named here are problems of the library's own and logged as warnings."""
+LEVELS: Final[Mapping[str, int]] = {name: kind.level for name, kind in EVENTS.items()}
+"""The level of each event; a name of somebody's own is a warning."""
 
 _SUBJECTS: Final = ("program", "model", "route", "budget", "store", "path")
 _HIDDEN: Final = frozenset({"call_id", "record_id", "generation", "estimated"})
@@ -56,9 +40,9 @@ def enable_logging(
 ) -> Callable[[], None]:
     """Log every event as one line, through the standard `logging`.
 
-    Levels: finished calls are DEBUG; retries, model fallbacks, waits, throttling, failed attempts and a breaker that
-    recovers are INFO; an opened breaker, a refusal, an answer by `fallback_response` and a budget past its soft
-    threshold are WARNING; a budget overrun is ERROR. No line holds a key; prompts and answers are logged only with
+    Levels: finished calls are DEBUG; retries, model fallbacks, waits, throttling, failed attempts, promotions and a
+    breaker that recovers are INFO; an opened breaker, a refusal, an answer by `fallback_response` and a budget past its
+    soft threshold are WARNING; a budget overrun is ERROR. No line holds a key; prompts and answers are logged only with
     `prompts=True`, and everything is redacted.
 
     Lines go to the handlers your application has set up. Where it has none, they go to stderr. Calling it again for the
@@ -157,92 +141,61 @@ def json_line(event: Event) -> str:
 
 def human_line(event: Event) -> str:
     """An event as a short line: `breaker opened  openai/gpt-4o-mini  LMServerError 500, retry in 60.0 s`."""
-    data = dict(event.data)
-    subject = next((data.pop(name) for name in _SUBJECTS if data.get(name) is not None), "")
-    details = _DETAILS.get(event.name, _details)(data)
+    data = {name: value for name, value in event.data.items() if value is not None and value != ""}
+    subject = next((data.pop(name) for name in _SUBJECTS if name in data), "")
+    parts = _DETAILS.get(event.name, _others)
+    details = ", ".join(filter(None, parts(data) if callable(parts) else (_told(part, data) for part in parts)))
     return "  ".join(_one_line(part) for part in (event.name.replace("_", " "), str(subject), details) if part)
 
 
-def _breaker(data: dict[str, Any]) -> str:
-    retry_after = data.get("retry_after")
-    return _joined(data.get("cause"), None if retry_after is None else f"retry in {retry_after:.1f} s")
+def _told(part: Part, data: dict[str, Any]) -> str | None:
+    """The first of these texts whose details are all known."""
+    for text in (part,) if isinstance(part, str) else part:
+        try:
+            return text.format_map(data)
+        except KeyError:
+            continue
+    return None
 
 
-def _finished(data: dict[str, Any]) -> str:
+def _finished(data: dict[str, Any]) -> Iterable[str | None]:
     cost = data.get("cost_usd")
     paid = "cost unknown" if cost is None else f"{cost:.6f} USD{' (unconfirmed)' if data.get('estimated') else ''}"
-    outcome = data.get("outcome")
-    return _joined(outcome, None if data.get("cached") else f"{data.get('latency', 0.0):.2f} s, {paid}", _whose(data))
+    yield data.get("outcome")
+    if not data.get("cached"):
+        yield f"{data.get('latency', 0.0):.2f} s, {paid}"
+    yield from (_told(part, data) for part in _WHOSE)
 
 
-def _failed(data: dict[str, Any]) -> str:
-    status = data.get("status")
-    error = data.get("error") if status is None else f"{data.get('error')} {status}"
-    return _joined(error, f"attempt {data.get('attempt')}", f"{data.get('latency', 0.0):.2f} s", _whose(data))
-
-
-def _retry(data: dict[str, Any]) -> str:
-    return f"attempt {data.get('attempt')} in {data.get('pause', 0.0):.1f} s, after {data.get('error')}"
-
-
-def _fallback(data: dict[str, Any]) -> str:
-    return _joined(f"to {data.get('to')}", data.get("reason"))
-
-
-def _waiting(data: dict[str, Any]) -> str:
-    return f"for {data.get('blocked_on') or 'admission'}"
-
-
-def _rejected(data: dict[str, Any]) -> str:
-    return _joined(data.get("reason"), _whose(data))
-
-
-def _fallback_response(data: dict[str, Any]) -> str:
-    return _joined(data.get("reason"), data.get("error"), _whose(data))
-
-
-def _budget(data: dict[str, Any]) -> str:
-    degrade_to = data.get("degrade_to")
-    spent = f"{data.get('spent_usd', 0.0):.6f} of {data.get('limit_usd', 0.0):.6f} USD spent"
-    return _joined(spent, None if degrade_to is None else f"now using {degrade_to}")
-
-
-def _overrun(data: dict[str, Any]) -> str:
-    return f"billed {data.get('cost_usd', 0.0):.6f} USD, reserved {data.get('bound_usd', 0.0):.6f} USD"
-
-
-def _content(data: dict[str, Any]) -> str:
+def _content(data: dict[str, Any]) -> Iterable[str]:
     said = [f"{message['role']}: {message['text']}" for message in data.get("prompt") or ()]
-    return " | ".join([*said, f"answer: {data.get('answer')}"])
+    return [" | ".join([*said, f"answer: {data.get('answer', '')}"])]
 
 
-def _details(data: dict[str, Any]) -> str:
-    return _joined(*(f"{name}={value}" for name, value in data.items() if value is not None and name not in _HIDDEN))
+def _others(data: dict[str, Any]) -> Iterable[str]:
+    return (f"{name}={value}" for name, value in data.items() if name not in _HIDDEN)
 
 
-_DETAILS: Final[Mapping[str, Callable[[dict[str, Any]], str]]] = {
-    "breaker_opened": _breaker,
-    "breaker_half_open": _breaker,
-    "breaker_closed": _breaker,
+Part = str | tuple[str, ...]
+"""A text about an event's details, or several of which the first is taken that can be told; else it is left out."""
+
+_WHOSE: Final = ("tenant={tenant}", "user={user}")
+_BREAKER: Final = ("{cause}", "retry in {retry_after:.1f} s")
+_DETAILS: Final[Mapping[str, tuple[Part, ...] | Callable[[dict[str, Any]], Iterable[str | None]]]] = {
+    "breaker_opened": _BREAKER,
+    "breaker_half_open": _BREAKER,
+    "breaker_closed": _BREAKER,
     "call_finished": _finished,
-    "attempt_failed": _failed,
-    "retry": _retry,
-    "fallback": _fallback,
-    "waiting": _waiting,
-    "rejected": _rejected,
-    "fallback_response": _fallback_response,
-    "budget_soft": _budget,
-    "budget_overrun": _overrun,
+    "attempt_failed": (("{error} {status}", "{error}"), "attempt {attempt}", "{latency:.2f} s", *_WHOSE),
+    "retry": ("attempt {attempt} in {pause:.1f} s, after {error}",),
+    "fallback": ("to {to}", "{reason}"),
+    "waiting": (("for {blocked_on}", "for admission"),),
+    "rejected": ("{reason}", *_WHOSE),
+    "fallback_response": ("{reason}", "{error}", *_WHOSE),
+    "budget_soft": ("{spent_usd:.6f} of {limit_usd:.6f} USD spent", "now using {degrade_to}"),
+    "budget_overrun": ("billed {cost_usd:.6f} USD, reserved {bound_usd:.6f} USD",),
     "call_content": _content,
 }
-
-
-def _whose(data: dict[str, Any]) -> str | None:
-    return _joined(*(f"{name}={data[name]}" for name in ("tenant", "user") if data.get(name) is not None)) or None
-
-
-def _joined(*parts: str | None) -> str:
-    return ", ".join(str(part) for part in parts if part)
 
 
 def _one_line(text: str) -> str:

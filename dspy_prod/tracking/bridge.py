@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from dspy_prod.compat.mlflow import evaluation_asks, flush_queue, put_exporter, traces_in_memory
 from dspy_prod.tracking.courier import Courier
 from dspy_prod.tracking.messages import Delegated, Foreign, Refused
 
@@ -27,24 +28,14 @@ def install(courier: Courier) -> Callable[[], None] | None:
     Other traces, and those of `mlflow.genai.evaluate`, which needs them at once, are MLflow's own business. None if
     this MLflow is built otherwise. MLflow must be imported.
     """
-    from mlflow.tracing import provider
-
-    make = getattr(provider, "_get_mlflow_span_processor", None)
-    if make is None:
-        _log.warning("This version of MLflow cannot be bridged; its autologging exports by itself, costs follow")
+    try:
+        traces, asks = traces_in_memory(), evaluation_asks()
+        return put_exporter(lambda own: _exporter(courier, own, traces, asks))
+    except ImportError as error:
+        _log.warning(
+            "This version of MLflow cannot be bridged (%s); its autologging exports by itself, costs follow", error
+        )
         return None
-
-    def bridged(tracking_uri: str) -> Any:
-        return _processor(_exporter(courier, make(tracking_uri).span_exporter))
-
-    provider._get_mlflow_span_processor = bridged
-    _reset()
-
-    def remove() -> None:
-        provider._get_mlflow_span_processor = make
-        _reset()
-
-    return remove
 
 
 def mlflow_is_there() -> bool:
@@ -52,59 +43,22 @@ def mlflow_is_there() -> bool:
     return "mlflow" in sys.modules
 
 
-def _reset() -> None:
-    """Have MLflow make its processors anew, for the destination that was set."""
-    import mlflow.tracing
-    from mlflow.tracing import provider
-
-    destination = provider._MLFLOW_TRACE_USER_DESTINATION.get()
-    reset: Callable[[], None] = mlflow.tracing.reset
-    reset()
-    if destination is not None:
-        mlflow.tracing.set_destination(destination)
-
-
-def _processor(exporter: Any) -> Any:
-    """MLflow's span processor, which does not ask the server for an experiment that nobody has set."""
-    from mlflow.tracing import provider
-    from mlflow.tracing.constant import SpanAttributeKey
-    from mlflow.tracing.processor.mlflow_v3 import MlflowV3SpanProcessor
-    from mlflow.tracking import fluent
-
-    class Processor(MlflowV3SpanProcessor):
-        def _start_trace(self, root_span: Any) -> Any:
-            run: Callable[[], Any] = fluent._get_latest_active_run
-            known = (
-                getattr(fluent, "_active_experiment_id", None),
-                provider._MLFLOW_TRACE_USER_DESTINATION.get(),
-                run(),
-            )
-            if not any(known) and SpanAttributeKey.EXPERIMENT_ID not in (root_span.attributes or {}):
-                root_span.set_attribute(SpanAttributeKey.EXPERIMENT_ID, '"0"')
-            return super()._start_trace(root_span)
-
-    return Processor(span_exporter=exporter, export_metrics=False)
-
-
-def _exporter(courier: Courier, own: Any) -> Any:
+def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], asks: Callable[[], bool]) -> Any:
     """An OpenTelemetry span exporter: it posts our traces once all their spans have ended; the rest is MLflow's.
 
     Args:
         own: MLflow's exporter.
+        traces: gives MLflow's traces in memory.
+        asks: whether an evaluation waits for the trace that ends here.
     """
-    from mlflow.tracing.trace_manager import InMemoryTraceManager
-    from mlflow.tracing.utils import maybe_get_request_id
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-
-    traces: Callable[[], Any] = InMemoryTraceManager.get_instance
 
     class Exporter(SpanExporter):
         def __init__(self) -> None:
             self._spans: dict[int, list[ReadableSpan]] = {}  # ended, of traces that have not
             self._roots: set[int] = set()
             self._lock = threading.Lock()
-            self._async_queue = self  # what MLflow flushes
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             manager: Any = traces()
@@ -124,7 +78,7 @@ def _exporter(courier: Courier, own: Any) -> Any:
         def _hand_over(self, manager: Any, number: int, spans: list[ReadableSpan]) -> None:
             trace_id = manager.get_mlflow_trace_id_from_otel_id(number)
             ours = trace_id is not None and courier.live.pop(trace_id, 0) is None
-            if not ours or maybe_get_request_id(is_evaluate=True):
+            if not ours or asks():
                 own.export(spans)
                 if ours:
                     courier.post(Delegated(trace_id.removeprefix("tr-")))
@@ -140,9 +94,7 @@ def _exporter(courier: Courier, own: Any) -> Any:
         def flush(self, terminate: bool = False) -> None:
             """Wait for what is on its way, as MLflow's own queue does."""
             courier.flush(_FLUSH_TIMEOUT)
-            queue = getattr(own, "_async_queue", None)
-            if queue is not None:
-                queue.flush(terminate=terminate)
+            flush_queue(own, terminate)
 
         def shutdown(self) -> None:
             own.shutdown()

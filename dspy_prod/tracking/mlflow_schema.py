@@ -11,8 +11,10 @@ import contextlib
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
+
+from dspy_prod.compat.mlflow import newest_schema
 
 PATIENCE: Final = 60.0
 """Seconds for which another process's migration is waited for."""
@@ -25,11 +27,8 @@ def prepare(uri: str) -> None:
     path = uri.partition("sqlite:///")[2].partition("?")[0]
     if not uri.startswith("sqlite:///") or not path or path == ":memory:":
         return
-    from mlflow.store.db import utils
-
-    newest: Callable[[], str] = utils._get_latest_schema_revision
-    head = newest()
-    if revision(path) == head:
+    head = newest_schema()
+    if head is None or revision(path) == head:
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with _alone(path):

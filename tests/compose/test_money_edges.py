@@ -9,11 +9,12 @@ from typing import Any
 
 import dspy
 import pytest
+from dspy.clients import model_metadata
 from dspy.lm15 import Config, Message, Request, Usage
 from dspy.utils.exceptions import LMRateLimitError, LMServerError
 
 import dspy_prod
-from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, Price, RateLimit, call_context
+from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, Price, RateLimit, UnpricedModelError, call_context
 from dspy_prod.context.current import current
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
@@ -23,7 +24,7 @@ from dspy_prod.pricing.rates import PriceBook
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.limiter import LimiterState
-from dspy_prod.stores.base import GRANTED, REFUSED, Account, Ask, Settlement
+from dspy_prod.stores.base import GRANTED, REFUSED, Account, Reservation, Settlement
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
 from tests.compose.support import CENT, MODEL, SPARE, Caller, Gate, caught, down, over, spare
@@ -39,9 +40,9 @@ def call_of(lm: dspy_prod.LM, streaming: bool = False) -> Call:
     return Call(lm.pipeline, request_for(lm), current(), None, None, streaming, [])
 
 
-def ask(amount: int = 0, accounts: tuple[Account, ...] = (), limit: RateLimit | None = None) -> Ask:
+def ask(amount: int = 0, accounts: tuple[Account, ...] = (), limit: RateLimit | None = None) -> Reservation:
     key = None if limit is None else "key"
-    return Ask(f"money-{next(_ids)}", key, limit, 0, accounts, amount, 1, "", 1e9, 900.0, None)
+    return Reservation(f"money-{next(_ids)}", key, limit, 0, accounts, amount, 1, "", 1e9, 900.0, None)
 
 
 # -- budgets of routes -----------------------------------------------------------------------------------------------
@@ -215,10 +216,10 @@ def test_an_ask_that_a_later_budget_cannot_cover_does_not_wait_for_an_earlier() 
     core = AdmissionCore()
     day, tiny = Account("day", 10, "day"), Account("tiny", 5, "tiny")
     assert core.admit(ask(6, (day,)), 1.0).state == GRANTED
-    ticket = core.admit(ask(6, (day, tiny)), 1.0)
-    assert ticket.state == REFUSED
-    assert ticket.refusal is not None
-    assert ticket.refusal.dimension == "tiny"
+    reservation = core.admit(ask(6, (day, tiny)), 1.0)
+    assert reservation.state == REFUSED
+    assert reservation.refusal is not None
+    assert reservation.refusal.dimension == "tiny"
 
 
 def test_a_call_that_waits_for_money_goes_when_the_next_window_begins() -> None:
@@ -228,7 +229,7 @@ def test_a_call_that_waits_for_money_goes_when_the_next_window_begins() -> None:
     lm = over(
         ScriptedEngine("ok"), store=store, clock=clock, budget=Budget(usd=0.01, per="day", name="day", max_wait=60)
     )
-    held = store.admit(_ask_of(plan(call_of(lm), lm.pipeline.primary, 1)))
+    held = store.admit(_reservation_of(plan(call_of(lm), lm.pipeline.primary, 1)))
     assert held.state == GRANTED
     steps = flow(call_of(lm))
     wait = next(steps)
@@ -248,20 +249,20 @@ def test_a_refusal_for_money_of_yesterday_is_asked_again_today() -> None:
     clock = FakeClock(start=1_800_000_000.0 - 1_800_000_000.0 % 86_400 + 86_390.0)
     store = MemoryStore(clock=clock)
     lm = over(ScriptedEngine("ok"), store=store, clock=clock, budget=Budget(usd=0.01, per="day", name="day"))
-    held = store.admit(_ask_of(plan(call_of(lm), lm.pipeline.primary, 1)))
+    held = store.admit(_reservation_of(plan(call_of(lm), lm.pipeline.primary, 1)))
     steps = flow(call_of(lm))
     assert isinstance(next(steps), Wait)
 
     clock.advance(11)
-    store.settle(held, Settlement(held.ask.id, CENT, 0, True, False, None))
+    store.settle(held, Settlement(held.id, CENT, 0, True, False, None))
 
     assert not isinstance(steps.send(None), Wait)
     steps.close()
 
 
-def _ask_of(planned: Plan) -> Ask:
-    assert planned.ask is not None
-    return planned.ask
+def _reservation_of(planned: Plan) -> Reservation:
+    assert planned.reservation is not None
+    return planned.reservation
 
 
 # -- tokens, leases, defaults ----------------------------------------------------------------------------------------
@@ -283,9 +284,9 @@ def test_the_hold_of_a_stream_lasts_as_long_as_the_stream_may() -> None:
     """Given a timeout, which a stream may outlast, when it is planned, then its lease is that of the deadline."""
     lm = over(ScriptedEngine("ok"), timeout=5, limit=RateLimit(concurrency=1, max_wait=1))
     with call_context(deadline=300):
-        assert _ask_of(plan(call_of(lm, True), lm.pipeline.primary, 1)).lease >= 300
-        assert _ask_of(plan(call_of(lm, False), lm.pipeline.primary, 1)).lease < 60
-    assert _ask_of(plan(call_of(lm, True), lm.pipeline.primary, 1)).lease >= 3600
+        assert _reservation_of(plan(call_of(lm, True), lm.pipeline.primary, 1)).lease >= 300
+        assert _reservation_of(plan(call_of(lm, False), lm.pipeline.primary, 1)).lease < 60
+    assert _reservation_of(plan(call_of(lm, True), lm.pipeline.primary, 1)).lease >= 3600
 
 
 def test_a_temperature_of_zero_is_kept_on_a_fallback() -> None:
@@ -350,3 +351,26 @@ def test_what_all_processes_sent_counts_after_a_route_without_a_limit_was_first(
     core.admit(ask(limit=RateLimit()), 101.0)
     core.admit(ask(limit=limit), 101.0)
     assert [state for _, state, _ in core.changes.verdicts] == [GRANTED]
+
+
+def test_a_price_that_could_not_be_read_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given metadata that fails a while, when it is read again, then calls are priced and admitted again.
+
+    The budget refused every call for the life of the process.
+    """
+    whole, broken = model_metadata.model_info, [True]
+
+    def model_info(*args: Any, **kwargs: Any) -> Any:
+        if broken:
+            raise OSError("too many open files")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(model_metadata, "model_info", model_info)
+    lm = dspy_prod.LM(
+        "openai/gpt-4o-mini", engine=ScriptedEngine("ok"), store=MemoryStore(), budget=Budget(usd=1), max_tokens=100
+    )
+    assert isinstance(caught(lambda: lm("q")), UnpricedModelError)
+    broken.clear()
+
+    assert lm("q") == ["ok"]
+    assert lm.costs().today_usd > 0

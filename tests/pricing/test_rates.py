@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import gzip
+import itertools
 import json
 import math
 import subprocess
@@ -298,10 +298,30 @@ def test_unreadable_metadata_makes_a_price_unknown_but_spares_an_override(monkey
     assert _rates("openai/mine", None, book).cost(Usage(input_tokens=1, output_tokens=1)) == 3000
 
 
+def test_metadata_that_could_not_be_read_once_is_read_at_the_next_look(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One failed read made the price unknown for the life of the process; what failed is told once."""
+    tries, whole = itertools.count(), model_metadata.model_info
+
+    def broken_twice(*args: Any, **kwargs: Any) -> Any:
+        if next(tries) < 2:
+            raise OSError("too many open files")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(model_metadata, "model_info", broken_twice)
+    book = PriceBook()
+    for _ in range(2):
+        assert book.rates("openai/gpt-4o-mini") is None
+        assert not book.settled("openai/gpt-4o-mini")
+    assert len(caplog.records) == 1
+    assert book.rates("openai/gpt-4o-mini") is not None
+    assert book.settled("openai/gpt-4o-mini")
+
+
 def test_preload_reads_the_metadata_ahead_of_the_first_request() -> None:
-    """In either colour; afterwards DSPy's map is in memory."""
+    """Afterwards DSPy's map is in memory."""
     pricing.preload()
-    asyncio.run(pricing.apreload())
     assert model_metadata._data is not None
 
 

@@ -21,7 +21,7 @@ from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status import health as status
 from dspy_prod.status.health import CostSummary, Health, costs_by
 from dspy_prod.status.models import BudgetStatus
-from dspy_prod.stores.base import Ask
+from dspy_prod.stores.base import Reservation
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
 
@@ -437,9 +437,9 @@ class WatchingStore(MemoryStore):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.asks: list[Ask] = []
+        self.asks: list[Reservation] = []
 
-    def admit(self, ask: Ask) -> Any:
+    def admit(self, ask: Reservation) -> Any:
         self.asks.append(ask)
         return super().admit(ask)
 

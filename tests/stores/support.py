@@ -13,7 +13,7 @@ from typing import Any
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.base import GRANTED, Account, Ask, CachedAnswer, Refusal, Settlement, Store, Ticket
+from dspy_prod.stores.base import GRANTED, Account, CachedAnswer, Refusal, Reservation, Settlement, Store
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite.store import SqliteStore
 
@@ -73,11 +73,11 @@ def ask(
     lease: float = 600.0,
     id: str | None = None,
     **fields: Any,
-) -> Ask:
-    """An ask on `accounts`, each limited to `budget` nano-USD (None: no accounts)."""
+) -> Reservation:
+    """A reservation on `accounts`, each limited to `budget` nano-USD (None: no accounts)."""
     id = id or new_id()
     drawn = () if budget is None else tuple(Account(name, budget, f"budget {name}") for name in accounts)
-    return Ask(
+    return Reservation(
         id,
         limit_key=None if limit is None else key,
         limit=limit,
@@ -93,10 +93,9 @@ def ask(
 
 
 def settlement(
-    asked: Ask | Ticket, cost: int | None, *, tokens: int | None = 10, sent: bool = True, estimated: bool = False
+    asked: Reservation, cost: int | None, *, tokens: int | None = 10, sent: bool = True, estimated: bool = False
 ) -> Settlement:
     """What really happened, with its record."""
-    asked = asked.ask if isinstance(asked, Ticket) else asked
     assert isinstance(asked.stub, CallRecord)
     told = asked.stub._replace(cost_nano=cost, estimated=estimated, input_tokens=tokens)
     return Settlement(asked.id, cost, tokens, sent, estimated, told)
@@ -110,30 +109,30 @@ def until(condition: Callable[[], bool], timeout: float = 10.0, what: str = "the
         time.sleep(0.002)
 
 
-def decided(ticket: Ticket, timeout: float = 10.0) -> Ticket:
-    """Wait until a ticket is decided, as a caller does."""
+def decided(reservation: Reservation, timeout: float = 10.0) -> Reservation:
+    """Wait until a reservation is decided, as a caller does."""
     done = threading.Event()
-    if ticket.attach(done.set):
-        assert done.wait(timeout), f"undecided after {timeout} s, blocked on {ticket.blocked_on!r}"
-    return ticket
+    if reservation.attach(done.set):
+        assert done.wait(timeout), f"undecided after {timeout} s, blocked on {reservation.blocked_on!r}"
+    return reservation
 
 
-def granted(store: Store, wanted: Ask) -> Ticket:
-    ticket = decided(store.admit(wanted))
-    assert ticket.state == GRANTED, ticket.refusal
-    return ticket
+def granted(store: Store, wanted: Reservation) -> Reservation:
+    reservation = decided(store.admit(wanted))
+    assert reservation.state == GRANTED, reservation.refusal
+    return reservation
 
 
-def refused(store: Store, wanted: Ask) -> Refusal:
-    ticket = decided(store.admit(wanted))
-    assert ticket.refusal is not None, ticket.state
-    return ticket.refusal
+def refused(store: Store, wanted: Reservation) -> Refusal:
+    reservation = decided(store.admit(wanted))
+    assert reservation.refusal is not None, reservation.state
+    return reservation.refusal
 
 
 def turn(store: Store) -> None:
     """Let the store notice that a fake clock moved."""
     if isinstance(store, MemoryStore):
-        store._tick()
+        store.tick()
     store.flush(10)
 
 
@@ -169,12 +168,12 @@ def spend_all(path: str, barrier: Any, results: Any) -> None:
     barrier.wait(30)
     spent = 0
     while True:
-        ticket = decided(store.admit(ask(CENT)), 30)
-        if ticket.state != GRANTED:
+        reservation = decided(store.admit(ask(CENT)), 30)
+        if reservation.state != GRANTED:
             break
         spent += CENT
-        store.settle(ticket, settlement(ticket, CENT))
-    results.put((spent, ticket.refusal.reason if ticket.refusal else "granted"))
+        store.settle(reservation, settlement(reservation, CENT))
+    results.put((spent, reservation.refusal.reason if reservation.refusal else "granted"))
     store.close()
 
 
@@ -186,11 +185,11 @@ def spend_less(path: str, barrier: Any, results: Any) -> None:
 
     def work(index: int) -> None:
         while True:
-            ticket = decided(store.admit(ask(CENT)), 30)
-            if ticket.state != GRANTED:
+            reservation = decided(store.admit(ask(CENT)), 30)
+            if reservation.state != GRANTED:
                 return
             total[index] += CENT // 3
-            store.settle(ticket, settlement(ticket, CENT // 3))
+            store.settle(reservation, settlement(reservation, CENT // 3))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
     for thread in threads:
@@ -210,11 +209,11 @@ def send_all(path: str, rpm: int, barrier: Any, results: Any) -> None:
     sent = []
     for _ in range(rpm):
         now = store.now()
-        ticket = decided(store.admit(ask(budget=None, limit=limit, horizon=now + 2.0)), 30)
-        if ticket.state != GRANTED:
+        reservation = decided(store.admit(ask(budget=None, limit=limit, horizon=now + 2.0)), 30)
+        if reservation.state != GRANTED:
             break
         sent.append(now)
-        store.settle(ticket, settlement(ticket, 0))
+        store.settle(reservation, settlement(reservation, 0))
     store.close()
     results.put(sent)
 
@@ -222,8 +221,8 @@ def send_all(path: str, rpm: int, barrier: Any, results: Any) -> None:
 def hold_and_hang(path: str, lease: float, amount: int, ready: Any) -> None:
     """Reserve, tell the id, and never settle."""
     store = SqliteStore(path, lease=lease)
-    ticket = granted(store, ask(amount, user="dead"))
-    ready.put(ticket.ask.id)
+    reservation = granted(store, ask(amount, user="dead"))
+    ready.put(reservation.id)
     time.sleep(600)
 
 
@@ -231,31 +230,31 @@ def storm(path: str, ready: Any) -> None:
     """Reserve and settle without end; tell what is known to be durable."""
     store = SqliteStore(path, lease=0.5)
     for number in itertools.count():
-        tickets = [granted(store, ask(10, budget=10**15)) for _ in range(5)]
-        for ticket in tickets[:4]:
-            store.settle(ticket, settlement(ticket, 7))
+        reservations = [granted(store, ask(10, budget=10**15)) for _ in range(5)]
+        for reservation in reservations[:4]:
+            store.settle(reservation, settlement(reservation, 7))
         if number % 5 == 4:
             store.flush(10)
-            ready.put([ticket.ask.id for ticket in tickets[:4]])
+            ready.put([reservation.id for reservation in reservations[:4]])
 
 
 def settle_and_return(path: str) -> None:
     """End without closing: what is posted must be written all the same."""
     store = SqliteStore(path)
     for _ in range(20):
-        ticket = granted(store, ask())
-        store.settle(ticket, settlement(ticket, CENT))
+        reservation = granted(store, ask())
+        store.settle(reservation, settlement(reservation, CENT))
 
 
 def wait_for_money(path: str, ready: Any, results: Any) -> None:
     """Ask for money that another process holds, and tell when it came."""
     store = SqliteStore(path, lease=3_000.0)  # its timer does not help: it has to look for changes
-    ticket = store.admit(ask(DOLLAR))
+    reservation = store.admit(ask(DOLLAR))
     until(lambda: store.waiting() == 1)
     ready.put("waiting")
-    decided(ticket, 20)
-    results.put(ticket.state)
-    store.settle(ticket, settlement(ticket, DOLLAR))
+    decided(reservation, 20)
+    results.put(reservation.state)
+    store.settle(reservation, settlement(reservation, DOLLAR))
     store.close()
 
 
@@ -270,15 +269,15 @@ def churn(path: str) -> None:
             accounts = chance.choice([("day",), ("day", "other")])
             wanted = ask(chance.randrange(1, 30 * DOLLAR), budget=1000 * DOLLAR, accounts=accounts, limit=limit)
             wanted.limit_key = wanted.limit_key and f"{limit}"
-            ticket = store.admit(wanted)
-            if chance.random() < 0.1 and store.withdraw(ticket):
+            reservation = store.admit(wanted)
+            if chance.random() < 0.1 and store.withdraw(reservation):
                 continue
-            if decided(ticket, 60).state != GRANTED:
+            if decided(reservation, 60).state != GRANTED:
                 time.sleep(0.01)
                 continue
             time.sleep(chance.random() * 0.01)
             cost = chance.randrange(min(wanted.amount, CENT) + 1)
-            store.settle(ticket, settlement(ticket, cost, estimated=chance.random() < 0.2))
+            store.settle(reservation, settlement(reservation, cost, estimated=chance.random() < 0.2))
             if chance.random() < 0.05:
                 store.correct(wanted.id, cost // 2)
             store.cache_put(wanted.id.encode(), CachedAnswer(b"x" * 50, inf, inf), max_entries=50, max_bytes=2_000)

@@ -10,7 +10,7 @@ import pytest
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord, Totals
-from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, AccountState, Settlement, Store, Ticket
+from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, AccountState, Reservation, Settlement, Store
 from tests.stores.support import (
     CENT,
     DAY,
@@ -30,13 +30,13 @@ from tests.stores.support import (
 
 # -- money -------------------------------------------------------------------------------------------------------------
 def test_a_grant_holds_its_bound_and_a_settlement_charges_what_it_cost(store: Store) -> None:
-    ticket = granted(store, ask(5 * CENT))
+    reservation = granted(store, ask(5 * CENT))
     assert store.account("day") == AccountState(0, 5 * CENT, 0)
     assert store.holds() == 1
-    store.settle(ticket, settlement(ticket, 2 * CENT))
+    store.settle(reservation, settlement(reservation, 2 * CENT))
     assert store.account("day") == AccountState(2 * CENT, 0, 0)
     assert store.holds() == 0
-    assert [row.id for row in store.records()] == [ticket.ask.id]
+    assert [row.id for row in store.records()] == [reservation.id]
     check_books(store)
 
 
@@ -47,15 +47,15 @@ def test_a_ticket_tells_what_its_accounts_have_spent_without_what_is_held(store:
 
 
 def test_what_was_never_sent_costs_nothing(store: Store) -> None:
-    ticket = granted(store, ask(5 * CENT))
-    store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+    reservation = granted(store, ask(5 * CENT))
+    store.settle(reservation, Settlement(reservation.id, 0, 0, False, False, None))
     assert store.account("day") == AccountState()
     assert store.records() == []
 
 
 def test_an_unknown_outcome_is_charged_in_full_and_shown_as_unconfirmed(store: Store) -> None:
-    ticket = granted(store, ask(5 * CENT))
-    store.settle(ticket, settlement(ticket, 5 * CENT, estimated=True))
+    reservation = granted(store, ask(5 * CENT))
+    store.settle(reservation, settlement(reservation, 5 * CENT, estimated=True))
     assert store.account("day") == AccountState(5 * CENT, 0, 5 * CENT)
     check_books(store)
 
@@ -69,9 +69,9 @@ def test_reserving_twice_under_one_id_holds_once(store: Store) -> None:
 
 
 def test_settling_twice_charges_once(store: Store) -> None:
-    ticket = granted(store, ask())
-    store.settle(ticket, settlement(ticket, CENT))
-    store.settle(ticket, settlement(ticket, CENT))
+    reservation = granted(store, ask())
+    store.settle(reservation, settlement(reservation, CENT))
+    store.settle(reservation, settlement(reservation, CENT))
     assert store.account("day").spent == CENT
     assert len(store.records()) == 1
     check_books(store)
@@ -117,9 +117,9 @@ def test_waiting_for_money_is_first_in_first_out(store: Store) -> None:
     third = granted(store, ask(90 * CENT))
     behind = [store.admit(ask(50 * CENT)), store.admit(ask(CENT))]
     store.flush(10)
-    assert [ticket.state for ticket in behind] == [PENDING, PENDING]  # the small one does not overtake
+    assert [reservation.state for reservation in behind] == [PENDING, PENDING]  # the small one does not overtake
     store.settle(third, settlement(third, 0))
-    assert [decided(ticket).state for ticket in behind] == [GRANTED, GRANTED]
+    assert [decided(reservation).state for reservation in behind] == [GRANTED, GRANTED]
 
 
 def test_all_accounts_are_drawn_on_together_or_none_is(store: Store) -> None:
@@ -139,32 +139,32 @@ def test_withdrawing_while_waiting_leaves_nothing_behind(store: Store) -> None:
     store.flush(10)
     assert store.withdraw(second)
     assert decided(third).state == GRANTED  # it stood behind the one that left
-    for ticket in (first, third):
-        store.settle(ticket, settlement(ticket, CENT))
+    for reservation in (first, third):
+        store.settle(reservation, settlement(reservation, CENT))
     assert store.account("day") == AccountState(2 * CENT, 0, 0)
     assert store.holds() == 0
 
 
 def test_withdrawing_after_the_grant_says_that_it_must_be_settled(store: Store) -> None:
-    ticket = granted(store, ask())
-    assert not store.withdraw(ticket)
-    store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+    reservation = granted(store, ask())
+    assert not store.withdraw(reservation)
+    store.settle(reservation, Settlement(reservation.id, 0, 0, False, False, None))
     assert store.holds() == 0
 
 
 def test_withdrawing_a_refused_ticket_changes_nothing(store: Store) -> None:
-    ticket = decided(store.admit(ask(2 * DOLLAR)))
-    assert ticket.state == REFUSED
-    assert store.withdraw(ticket)
+    reservation = decided(store.admit(ask(2 * DOLLAR)))
+    assert reservation.state == REFUSED
+    assert store.withdraw(reservation)
     assert store.account("day") == AccountState()
 
 
 def test_an_undecided_ticket_can_be_withdrawn_at_any_moment(store: Store) -> None:
     """A withdrawal and a grant race; whoever wins, nothing stays held."""
     for _ in range(200):
-        ticket = store.admit(ask())
-        if not store.withdraw(ticket):
-            store.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+        reservation = store.admit(ask())
+        if not store.withdraw(reservation):
+            store.settle(reservation, Settlement(reservation.id, 0, 0, False, False, None))
     until(lambda: store.holds() == 0)
     assert store.account("day") == AccountState()
 
@@ -174,11 +174,11 @@ def test_threads_never_exceed_a_hard_budget_and_spend_all_of_it(store: Store) ->
 
     def work() -> None:
         while True:
-            ticket = decided(store.admit(ask(CENT)))
-            if ticket.state != GRANTED:
+            reservation = decided(store.admit(ask(CENT)))
+            if reservation.state != GRANTED:
                 return
             granted_sum.append(CENT)
-            store.settle(ticket, settlement(ticket, CENT))
+            store.settle(reservation, settlement(reservation, CENT))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
@@ -194,7 +194,7 @@ def test_threads_never_exceed_a_hard_budget_and_spend_all_of_it(store: Store) ->
 def test_a_hold_whose_lease_ends_is_charged_in_full_and_a_late_settlement_replaces_that(
     still: Store, clock: FakeClock
 ) -> None:
-    ticket = granted(still, ask(5 * CENT, lease=30.0, user="u"))
+    reservation = granted(still, ask(5 * CENT, lease=30.0, user="u"))
     clock.advance(31.0)
     turn(still)
     until(lambda: still.holds() == 0)
@@ -202,12 +202,12 @@ def test_a_hold_whose_lease_ends_is_charged_in_full_and_a_late_settlement_replac
     (row,) = still.records()
     assert (row.outcome, row.estimated, row.cost_nano, row.user) == ("abandoned", True, 5 * CENT, "u")
     check_books(still)
-    still.settle(ticket, settlement(ticket, 2 * CENT))
+    still.settle(reservation, settlement(reservation, 2 * CENT))
     assert still.account("day") == AccountState(2 * CENT, 0, 0)
     (row,) = still.records()
     assert (row.outcome, row.estimated, row.cost_nano) == ("ok", False, 2 * CENT)
     check_books(still)
-    still.settle(ticket, settlement(ticket, 3 * CENT))
+    still.settle(reservation, settlement(reservation, 3 * CENT))
     assert still.account("day").spent == 2 * CENT
 
 
@@ -224,22 +224,22 @@ def test_the_stub_of_a_hold_may_be_made_when_it_is_needed(still: Store, clock: F
 
 
 def test_a_late_settlement_without_a_record_mends_the_abandoned_one(still: Store, clock: FakeClock) -> None:
-    ticket = granted(still, ask(5 * CENT, lease=30.0))
+    reservation = granted(still, ask(5 * CENT, lease=30.0))
     clock.advance(31.0)
     turn(still)
     until(lambda: still.holds() == 0)
-    still.settle(ticket, Settlement(ticket.ask.id, 0, 0, False, False, None))
+    still.settle(reservation, Settlement(reservation.id, 0, 0, False, False, None))
     assert still.account("day") == AccountState()
     check_books(still)
 
 
 def test_a_correction_by_hand_is_not_overruled_by_a_late_settlement(still: Store, clock: FakeClock) -> None:
-    ticket = granted(still, ask(5 * CENT, lease=30.0))
+    reservation = granted(still, ask(5 * CENT, lease=30.0))
     clock.advance(31.0)
     turn(still)
     until(lambda: still.holds() == 0)
-    assert still.correct(ticket.ask.id, CENT)
-    still.settle(ticket, settlement(ticket, 4 * CENT))
+    assert still.correct(reservation.id, CENT)
+    still.settle(reservation, settlement(reservation, 4 * CENT))
     assert still.account("day") == AccountState(CENT, 0, 0)
     check_books(still)
 
@@ -248,15 +248,15 @@ def test_a_correction_by_hand_is_not_overruled_by_a_late_settlement(still: Store
 def test_no_window_of_a_minute_holds_more_requests_than_allowed(still: Store, clock: FakeClock) -> None:
     limit = RateLimit(rpm=5, burst=5)
     sent: list[float] = []
-    tickets: list[Ticket] = [still.admit(ask(budget=None, limit=limit)) for _ in range(12)]
+    reservations: list[Reservation] = [still.admit(ask(budget=None, limit=limit)) for _ in range(12)]
     turn(still)
     for _ in range(300):
-        for ticket in tickets:
-            if ticket.state == GRANTED:
+        for reservation in reservations:
+            if reservation.state == GRANTED:
                 sent.append(clock.time())
-                still.settle(ticket, settlement(ticket, 0))
-        tickets = [ticket for ticket in tickets if ticket.state == PENDING]
-        if not tickets:
+                still.settle(reservation, settlement(reservation, 0))
+        reservations = [reservation for reservation in reservations if reservation.state == PENDING]
+        if not reservations:
             break
         clock.advance(1.0)
         turn(still)
@@ -282,12 +282,12 @@ def test_concurrency_waits_for_a_release(store: Store) -> None:
     running = [granted(store, ask(budget=None, limit=limit)) for _ in range(2)]
     waiting = [store.admit(ask(budget=None, limit=limit)) for _ in range(3)]
     store.flush(10)
-    assert {ticket.state for ticket in waiting} == {PENDING}
+    assert {reservation.state for reservation in waiting} == {PENDING}
     assert waiting[0].blocked_on == "concurrency"
     store.settle(running[0], settlement(running[0], 0))
     assert decided(waiting[0]).state == GRANTED
     store.flush(10)
-    assert [ticket.state for ticket in waiting[1:]] == [PENDING, PENDING]
+    assert [reservation.state for reservation in waiting[1:]] == [PENDING, PENDING]
     snapshot = store.limiter("provider")
     assert snapshot is not None
     assert (snapshot.in_flight, snapshot.concurrency_max, snapshot.waiting) == (2, 2, 2)
@@ -322,6 +322,21 @@ def test_higher_priority_goes_first(store: Store) -> None:
     assert decided(high).state == GRANTED
     store.flush(10)
     assert low.state == PENDING
+
+
+def test_an_admission_wakes_those_whom_it_lets_through(still: Store, clock: FakeClock) -> None:
+    """A pause has ended when somebody more urgent comes: those in line were granted with it, but slept on."""
+    limit = RateLimit()
+    still.throttled("provider", limit, 5.0)
+    woken: list[str] = []
+    waiting = [still.admit(ask(budget=None, limit=limit, id=name)) for name in ("first", "second")]
+    for each in waiting:
+        assert each.attach(lambda name=each.id: woken.append(name))  # type: ignore[misc]
+    still.flush(10)
+    clock.advance(6.0)
+    urgent = still.admit(ask(budget=None, limit=limit, priority=0))
+    assert [each.state for each in (urgent, *waiting)] == [GRANTED] * 3
+    until(lambda: woken == ["first", "second"], 2.0, "waking both")
 
 
 @pytest.mark.parametrize("budget", [None, DOLLAR], ids=["no budget", "budget"])
@@ -400,8 +415,8 @@ def test_preview_changes_nothing(store: Store) -> None:
 
 # -- waking ------------------------------------------------------------------------------------------------------------
 def test_attach_after_the_decision_says_so(store: Store) -> None:
-    ticket = granted(store, ask())
-    assert not ticket.attach(lambda: None)
+    reservation = granted(store, ask())
+    assert not reservation.attach(lambda: None)
 
 
 def test_a_callback_that_fails_harms_nobody(store: Store) -> None:
@@ -478,9 +493,9 @@ def test_totals_are_per_day_and_value(store: Store) -> None:
 
 
 def test_a_correction_mends_record_accounts_and_totals(store: Store) -> None:
-    ticket = granted(store, ask(5 * CENT, user="u"))
-    store.settle(ticket, settlement(ticket, 5 * CENT, estimated=True))
-    assert store.correct(ticket.ask.id, 2 * CENT)
+    reservation = granted(store, ask(5 * CENT, user="u"))
+    store.settle(reservation, settlement(reservation, 5 * CENT, estimated=True))
+    assert store.correct(reservation.id, 2 * CENT)
     (row,) = store.records()
     assert (row.cost_nano, row.estimated) == (2 * CENT, False)
     assert store.account("day") == AccountState(2 * CENT, 0, 0)
@@ -496,7 +511,7 @@ def test_a_correction_lets_a_waiting_call_go(store: Store) -> None:
     waiting = store.admit(ask(20 * CENT))
     store.flush(10)
     assert waiting.state == PENDING
-    assert store.correct(first.ask.id, 10 * CENT)
+    assert store.correct(first.id, 10 * CENT)
     assert decided(waiting).state == GRANTED
     assert held.state == GRANTED
 
@@ -516,20 +531,20 @@ def test_appending_a_known_id_replaces_the_record(store: Store) -> None:
 def test_a_call_that_left_late_is_counted_from_then(still: Store, clock: FakeClock) -> None:
     store = still
     limit = RateLimit(rpm=60, burst=1)
-    ticket = granted(store, ask(limit=limit, budget=None))
+    reservation = granted(store, ask(limit=limit, budget=None))
     clock.advance(0.5)
     assert store.preview(ask(limit=limit, budget=None))[0] == pytest.approx(0.54, abs=0.02)
-    store.sent_late(ticket, store.now())
+    store.sent_late(reservation, store.now())
     assert store.preview(ask(limit=limit, budget=None))[0] == pytest.approx(1.04, abs=0.02)
-    store.settle(ticket, settlement(ticket, None))
-    store.sent_late(ticket, store.now())  # it has ended
+    store.settle(reservation, settlement(reservation, None))
+    store.sent_late(reservation, store.now())  # it has ended
     assert store.holds() == 0
 
 
 # -- ending ------------------------------------------------------------------------------------------------------------
 def test_closing_twice_is_harmless_and_reading_goes_on(store: Store) -> None:
-    ticket = granted(store, ask())
-    store.settle(ticket, settlement(ticket, CENT))
+    reservation = granted(store, ask())
+    store.settle(reservation, settlement(reservation, CENT))
     store.close()
     store.close()
     assert store.account("day").spent == CENT
@@ -539,12 +554,12 @@ def test_closing_twice_is_harmless_and_reading_goes_on(store: Store) -> None:
 def test_namespaces_do_not_mix(make_store: Callable[..., Store]) -> None:
     one, other = make_store("one"), make_store("other")
     limit = RateLimit(rpm=1)
-    ticket = granted(one, ask(limit=limit, id="same"))
+    reservation = granted(one, ask(limit=limit, id="same"))
     granted(other, ask(limit=limit, id="same"))
-    one.settle(ticket, settlement(ticket, CENT))
+    one.settle(reservation, settlement(reservation, CENT))
     assert one.account("day") == AccountState(CENT, 0, 0)
     assert other.account("day") == AccountState(0, CENT, 0)
     assert (len(one.records()), len(other.records())) == (1, 0)
     assert other.totals() == []
     assert (one.holds(), other.holds()) == (0, 1)
-    assert not other.correct(ticket.ask.id, 0)
+    assert not other.correct(reservation.id, 0)

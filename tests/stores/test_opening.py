@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from dspy_prod.errors import ConfigError, StoreUnavailableError
+from dspy_prod.privacy.names import without_password
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.stores.opening import DEFAULT_URL, default_store_url, open_store, without_password
+from dspy_prod.stores.opening import DEFAULT_URL, default_store_url, open_store
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import FakeClock, ask, granted
 

@@ -18,9 +18,7 @@ from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
-from dspy._vendor.lm15.transports import StdlibAsyncTransport, StdlibTransport
-from dspy._vendor.lm15.transports._types import TransportRequest, TransportResponse
-
+from dspy_prod.compat.lm15 import HookedAsyncTransport, HookedTransport
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 
 T = TypeVar("T")
@@ -73,30 +71,27 @@ class _BoundedSocket:
         self._sock.settimeout(timeout)
 
 
-class BoundedTransport(StdlibTransport):
+class BoundedTransport(HookedTransport):
     """lm15's transport with sockets that respect `ATTEMPT_UNTIL`."""
 
-    def stream(self, request: TransportRequest) -> TransportResponse:
+    def time_left(self) -> float | None:
         until = ATTEMPT_UNTIL.get()
-        if until != inf:
-            left = until - time.monotonic()
-            if left <= 0:
-                raise AttemptTimeoutError
-            request.connect_timeout = min(request.connect_timeout or self._connect_timeout, left)
-        return super().stream(request)
+        if until == inf:
+            return None
+        left = until - time.monotonic()
+        if left <= 0:
+            raise AttemptTimeoutError
+        return left
 
-    def _open(self, *args: Any, **kwargs: Any) -> Any:
-        connection = super()._open(*args, **kwargs)
-        connection.sock = _BoundedSocket(connection.sock)
-        return connection
+    def wrapped(self, connected: socket.socket) -> _BoundedSocket:
+        return _BoundedSocket(connected)
 
 
-class PacedAsyncTransport(StdlibAsyncTransport):
+class PacedAsyncTransport(HookedAsyncTransport):
     """lm15's asynchronous transport; it tells `LEAVING`."""
 
-    async def _send_request(self, *args: Any, **kwargs: Any) -> None:
+    def leaves(self) -> None:
         _leave()
-        await super()._send_request(*args, **kwargs)
 
 
 def _leave() -> None:

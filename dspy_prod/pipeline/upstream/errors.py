@@ -5,23 +5,19 @@ Providers like to echo the key they refuse. The whole chain of causes is mended,
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from math import inf
-from typing import Any, Final
+from typing import Any
 
-from dspy.clients._http import retry_after_seconds
 from dspy.clients.errors import wrap_error
 from dspy.lm15 import TransportError
 
+from dspy_prod.compat.dspy import retry_after_seconds
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
 from dspy_prod.pipeline.upstream.upstream import Upstream
-from dspy_prod.privacy.names import is_secret, secrets_in
-
-_HIDDEN: Final = "***"
-_SHORTEST: Final = 6
-"""Characters below which a value is left alone: hiding it would garble texts that merely contain it."""
+from dspy_prod.privacy.known import blotted, in_environment
+from dspy_prod.privacy.names import secrets_in
 
 
 def public_error(error: Exception, upstream: Upstream, until: float) -> Exception:
@@ -42,8 +38,7 @@ def _retry_after(error: Exception) -> float | None:
         headers = getattr(getattr(cause, "response", None), "headers", None)
         value = headers.get("retry-after") if isinstance(headers, Mapping) else None
         if value is not None:
-            seconds: float | None = retry_after_seconds(value)
-            return seconds
+            return retry_after_seconds(value)
     return None
 
 
@@ -55,7 +50,7 @@ def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) 
         error: what the caller will see.
         cause: what it will be raised from.
     """
-    secrets = sorted(set(_secrets(upstream)), key=len, reverse=True)
+    secrets = secrets_in(upstream.clients) | secrets_in(upstream.extras) | in_environment()
     seen: set[int] = set()
     found: list[BaseException | None] = [error, cause]
     while found:
@@ -67,7 +62,7 @@ def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) 
     return error
 
 
-def _blot(error: BaseException, secrets: list[str]) -> None:
+def _blot(error: BaseException, secrets: set[str]) -> None:
     args = tuple([_clean(item, secrets) for item in error.args])
     if args != error.args:
         error.args = args
@@ -76,29 +71,5 @@ def _blot(error: BaseException, secrets: list[str]) -> None:
             setattr(error, name, clean)
 
 
-def _clean(value: Any, secrets: list[str]) -> Any:
-    if isinstance(value, str):
-        for secret in secrets:
-            value = value.replace(secret, _HIDDEN)
-    return value
-
-
-def _secrets(upstream: Upstream) -> Iterator[str]:
-    for arguments in (upstream.clients, upstream.extras, os.environ):
-        yield from secrets_in(arguments)
-        for name, value in arguments.items():
-            if is_secret(str(name)):
-                yield from _texts(value)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        for text in (value, value.removeprefix("Bearer ")):
-            if len(text) >= _SHORTEST:
-                yield text
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-
-
-__all__ = ["public_error"]
+def _clean(value: Any, secrets: set[str]) -> Any:
+    return blotted(value, secrets) if isinstance(value, str) else value

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator
 from math import ceil, inf
 from typing import Any, Final
 
-from dspy._vendor.lm15.types import StreamEvent
-from dspy.clients._litellm import get_litellm
-from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
-from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine, _ChatStream
-from dspy.clients.engines.litellm_errors import litellm_errors
-from dspy.clients.lm import _is_openai_reasoning_model
-from dspy.lm15 import Request, Response
+from dspy.lm15 import Request, Response, StreamEndEvent
 
+from dspy_prod.compat.dspy import is_openai_reasoning_model
+from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine
 from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
 
 _TIMEOUTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -52,62 +47,22 @@ class _Extended:
         self.client_options.update(extras)
         return self
 
-    def _arguments(self, request: Request, *, streaming: bool = False) -> dict[str, Any]:
-        data: dict[str, Any] = super()._arguments(request, streaming=streaming)  # type: ignore[misc]
+    def sent(self, data: dict[str, Any], request: Request) -> dict[str, Any]:
         # DSPy's conversion says max_completion_tokens, which watsonx, replicate, zai and others do not take.
-        if "max_completion_tokens" in data and not _is_openai_reasoning_model(request.model):
+        if "max_completion_tokens" in data and not is_openai_reasoning_model(request.model):
             data["max_tokens"] = data.pop("max_completion_tokens")
         return data
 
-    def _response(self, raw: Any, request: Request) -> Response:
-        response: Response = super()._response(raw, request)  # type: ignore[misc]
+    def received(self, response: Response, raw: Any) -> Response:
         return told(response, raw)
 
-
-class ExtendedLiteLLMEngine(_Extended, LiteLLMEngine):
-    """The synchronous engine."""
-
-    def stream(self, request: Request) -> Iterator[StreamEvent]:
-        """DSPy's stream, which cannot be asked for its source, ending with the usage that the provider told.
-
-        Raises:
-            lm15 errors, translated from LiteLLM's.
-        """
-        data = self._arguments(request, streaming=True)
-        litellm = get_litellm(feature="LiteLLM engine streaming")
-        with litellm_errors(model=request.model):
-            source = litellm.completion(**data)
-        codec = _ChatStream(request)
-        with closing_stream(source):
-            chunks = iter(source)
-            while True:
-                with litellm_errors(model=request.model):
-                    try:
-                        chunk = next(chunks)
-                    except StopIteration:
-                        break
-                yield from codec.feed(chunk)
-            yield told_end(codec.finish(litellm), source)
+    def ended(self, end: StreamEndEvent, source: Any) -> StreamEndEvent:
+        return told_end(end, source)
 
 
-class AsyncExtendedLiteLLMEngine(_Extended, AsyncLiteLLMEngine):
-    """The asynchronous engine."""
+class ExtendedLiteLLMEngine(_Extended, HookedLiteLLMEngine):
+    """The synchronous engine; answers and streams end with the usage that the provider told."""
 
-    async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
-        """The same in a task, see `ExtendedLiteLLMEngine.stream`."""
-        data = self._arguments(request, streaming=True)
-        litellm = get_litellm(feature="LiteLLM engine streaming")
-        with litellm_errors(model=request.model):
-            source = await litellm.acompletion(**data)
-        codec = _ChatStream(request)
-        async with aclosing_stream(source):
-            chunks = aiter(source)
-            while True:
-                with litellm_errors(model=request.model):
-                    try:
-                        chunk = await anext(chunks)
-                    except StopAsyncIteration:
-                        break
-                for event in codec.feed(chunk):
-                    yield event
-            yield told_end(codec.finish(litellm), source)
+
+class AsyncExtendedLiteLLMEngine(_Extended, HookedAsyncLiteLLMEngine):
+    """The asynchronous engine, see `ExtendedLiteLLMEngine`."""

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from dspy.lm15 import Response, StreamEndEvent, Usage
 
+from dspy_prod.compat.litellm import answered_by, chunks_of
+
 _COUNTED: Final = frozenset({"a2a", "petals", "predibase", "replicate", "sagemaker"})
 """Providers that never tell a usage, for whose whole answers LiteLLM counts the tokens itself."""
 
@@ -32,8 +34,7 @@ def told(response: Response, raw: Any) -> Response:
     usage = response.usage
     asked = usage.input_tokens or usage.cache_read_tokens or usage.cache_write_tokens
     empty = all(part.type == "text" and not part.text for part in response.message.parts)
-    hidden = getattr(raw, "_hidden_params", None) or {}
-    if asked and (usage.output_tokens or empty) and hidden.get("custom_llm_provider") not in _COUNTED:
+    if asked and (usage.output_tokens or empty) and answered_by(raw) not in _COUNTED:
         return response
     return replace(response, usage=Usage())
 
@@ -43,10 +44,10 @@ def told_end(end: StreamEndEvent, source: Any) -> StreamEndEvent:
 
     Args:
         end: the last event, with the usage that LiteLLM states.
-        source: LiteLLM's stream after its end. It keeps in `chunks` what the provider sent, so a usage that is found
-            there was told; without `chunks` none is believed.
+        source: LiteLLM's stream after its end. It keeps the chunks that the provider sent, so a usage that is found
+            there was told; without chunks none is believed.
     """
-    if _told_in(getattr(source, "chunks", None) or (), end.usage):
+    if _told_in(chunks_of(source), end.usage):
         return end
     return replace(end, usage=Usage())
 

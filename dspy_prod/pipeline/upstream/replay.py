@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Final
 
-from dspy._vendor.lm15.types import StreamEvent
 from dspy.lm15 import Response, response_to_events
+
+from dspy_prod.compat.lm15 import StreamEvent
 
 _PIECE: Final = re.compile(r"\s*\S{1,24}|\s+")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dspy.clients._litellm import get_litellm
 from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.clients.lm15_boundary import request_kwargs, response_value
 from dspy.lm15 import Request, Response, UnsupportedFeatureError
 
+from dspy_prod.compat.litellm import get_litellm
 from dspy_prod.pipeline.upstream.litellm_usage import told
 
 
@@ -16,7 +16,7 @@ class _TextConfig:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
 
-    def _arguments(self, request: Request) -> dict[str, Any]:
+    def _sent(self, request: Request) -> dict[str, Any]:
         data: dict[str, Any] = request_kwargs(request, "text")
         contents = [message["content"] for message in data.pop("messages")]
         if any(not isinstance(content, str) for content in contents):
@@ -42,7 +42,7 @@ class LiteLLMTextEngine(_TextConfig):
             lm15 errors, translated from LiteLLM's.
         """
         with litellm_errors(model=request.model):
-            raw = get_litellm(feature="text completion").text_completion(**self._arguments(request))
+            raw = get_litellm(feature="text completion").text_completion(**self._sent(request))
         return told(response_value(raw, "text", request), raw)
 
 
@@ -52,5 +52,5 @@ class AsyncLiteLLMTextEngine(_TextConfig):
     async def complete(self, request: Request) -> Response:
         """Send one request, see `LiteLLMTextEngine.complete`."""
         with litellm_errors(model=request.model):
-            raw = await get_litellm(feature="text completion").atext_completion(**self._arguments(request))
+            raw = await get_litellm(feature="text completion").atext_completion(**self._sent(request))
         return told(response_value(raw, "text", request), raw)

@@ -13,12 +13,13 @@ import weakref
 from math import inf
 from typing import Any, Final
 
-from dspy.clients.backend_selection import NATIVE_CLIENT_KEYS, select_backend
+from dspy.clients.backend_selection import select_backend
 from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine, timeouts_for
-from dspy.lm15 import Request, Response, RouterConfig, UnsupportedFeatureError, registered_providers
+from dspy.lm15 import Request, RouterConfig, UnsupportedFeatureError, registered_providers
 from dspy.utils.exceptions import LMUnsupportedFeatureError
 
-from dspy_prod.pipeline.upstream.capabilities import StandIn
+from dspy_prod.compat.dspy import StandIn, capabilities, declared_door, definitions
+from dspy_prod.compat.litellm import get_litellm
 from dspy_prod.pipeline.upstream.deadline import MAX_CONNECTIONS, BoundedTransport, PacedAsyncTransport
 from dspy_prod.pipeline.upstream.litellm_engines import (
     AsyncExtendedLiteLLMEngine,
@@ -128,8 +129,6 @@ class Upstream:
             if self.is_native(request, extras):
                 self._native_engine().plan(request)
             else:
-                from dspy.clients._litellm import get_litellm
-
                 get_litellm(feature="LiteLLM engine")
             self.ready = True
 
@@ -154,20 +153,23 @@ class Upstream:
         self.close()
 
     # -- selection ---------------------------------------------------------------------------------------------------
-    @property
-    def _engine_spec(self) -> Any:  # what `select_backend` reads off a dspy.LM
-        return self.spec
+    def capabilities(self) -> Any:
+        """What the model can do, as DSPy's adapters ask an engine object; such an object says for itself.
 
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """The client settings, as `select_backend` reads them off a `dspy.LM`."""
-        return self.clients
+        DSPy takes a capability that an engine lacks for False: ours passes on what DSPy itself would say of the model,
+        so that JSONAdapter keeps sending schemas and tools go on working. The first question about a model that only
+        LiteLLM knows imports LiteLLM, which takes seconds.
+        """
+        return capabilities(self._stand_in(self.clients))
+
+    def _stand_in(self, clients: dict[str, Any]) -> StandIn:
+        return StandIn(self.model, self.model_type, self.spec, clients, self._providers)
 
     def _select(self) -> Any:
         selection = self._selection
         if selection is None:
             clients = {key: value for key, value in self.clients.items() if key != "timeout"}
-            selection = self._selection = select_backend(StandIn(self, clients), {})
+            selection = self._selection = select_backend(self._stand_in(clients), {})
         return selection
 
     def is_native(self, request: Request, extras: dict[str, Any] | None) -> bool:
@@ -242,15 +244,13 @@ class Upstream:
         return {"max_connections": MAX_CONNECTIONS, "user_agent": "dspy-prod", **known}
 
     def _config(self, **connection: Any) -> RouterConfig:
-        from dspy.lm15 import _definitions
-
         selection = self._select()
         provider, clients = selection.resolution.provider, selection.clients
         url = clients.get("api_base") or clients.get("base_url")
         return RouterConfig(
             api_keys={provider: clients["api_key"]} if clients.get("api_key") is not None else None,
             base_urls={provider: url} if url else None,
-            providers=_definitions(self._providers),
+            providers=definitions(self._providers),
             **connection,
         )
 
@@ -259,11 +259,7 @@ class Upstream:
         options = dict(selection.clients)
         wire_model = None
         if selection.resolution is not None and selection.resolution.declared:
-            from dspy.clients.execution import _declared_fallback
-            from dspy.lm15 import _binding_for
-
-            binding = _binding_for(self._providers, selection.resolution.provider)
-            wire_model, options = _declared_fallback(self, binding, selection.resolution, options)
+            wire_model, options = declared_door(self._stand_in(options), selection.resolution, options)
         timeout = wire_timeout(self.clients.get("timeout"), until)
         if timeout is not None:
             options["timeout"] = timeout
@@ -301,6 +297,3 @@ def address_of(clients: dict[str, Any], model: str) -> str:
         return address(str(url))
     prefix = model.split("/", 1)[0] if "/" in model else "openai"
     return address(os.environ.get(f"{prefix.upper()}_API_BASE", prefix))
-
-
-__all__ = ["NATIVE_CLIENT_KEYS", "Response", "Upstream", "address_of"]

@@ -15,16 +15,8 @@ from typing import NamedTuple
 
 from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker.permit import BreakerSnapshot, Permit
-from dspy_prod.policies.breaker.states import (
-    Change,
-    Closed,
-    Disabled,
-    ForcedOpen,
-    HalfOpen,
-    Open,
-    Refusal,
-    State,
-)
+from dspy_prod.policies.breaker.states import Change, Closed, Disabled, ForcedOpen, HalfOpen, Open, Refusal, State
+from dspy_prod.policies.breaker.transitions import EVENTS, OperatorMove, Trigger, following
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.telemetry.events import EventBus
 
@@ -123,9 +115,8 @@ class Breaker:
             answer = state.refusal()
             if answer is None:
                 if isinstance(state, Open):
-                    state, notice = self._half_open(state)
-                    notices.append(notice)
-                answer = self._grant(state)
+                    notices.append(self._move("interval_over", state.cause))
+                answer = self._grant(self._state)
         self._tell(*notices)
         if isinstance(answer, Refusal):
             raise answer.error(self.name)
@@ -194,25 +185,21 @@ class Breaker:
 
     def force_open(self, reason: str = "forced open by an operator") -> None:
         """Refuse every call until `reset` or `disable`. `reason` is shown to callers."""
-        with self._lock:
-            before, cause = self._state, _short(reason)
-            since = before.since if isinstance(before, ForcedOpen) else self._now()
-            notice = self._enter(ForcedOpen(before.generation + 1, cause, since), "breaker_opened", cause)
-        self._tell(notice)
+        self._operated("force_open", reason)
 
     def disable(self) -> None:
         """Admit every call and count none, until `reset` or `force_open`."""
-        with self._lock:
-            state = Disabled(self._state.generation + 1)
-            notice = self._enter(state, "breaker_closed", "disabled by an operator")
-        self._tell(notice)
+        self._operated("disable", "disabled by an operator")
 
     force_closed = disable
 
     def reset(self) -> None:
         """Close the circuit and forget what was counted: empty window, first open interval. Totals stay."""
+        self._operated("reset", "reset by an operator")
+
+    def _operated(self, move: OperatorMove, cause: str) -> None:
         with self._lock:
-            notice = self._close("reset by an operator")
+            notice = self._move(move, cause)
         self._tell(notice)
 
     def snapshot(self) -> BreakerSnapshot:
@@ -256,11 +243,29 @@ class Breaker:
 
     def _apply(self, change: Change) -> _Notice | None:
         self._total_failures += change.written_off
-        if change.to == "closed":
-            return self._close(change.cause)
-        cause, interval = _short(change.cause), self._next_interval(change.retry_after)
-        state = Open(self._state.generation + 1, self._now, cause, interval)
-        return self._enter(state, "breaker_opened", cause, interval)
+        return self._move(change.trigger, change.cause, change.retry_after)
+
+    def _move(self, trigger: Trigger, cause: str, retry_after: float | None = None) -> _Notice | None:
+        """Enter the state that the table names; what is to be told of it, if it is another state."""
+        before, now, generation = self._state, self._now, self._state.generation + 1
+        name, cause, interval = following(before.name, trigger), _short(cause), None
+        if name == "closed":
+            self._interval = self.options.recovery_timeout
+            self._state = self._last_closed = Closed(generation, self.options, now)
+        elif name == "open":
+            interval = self._next_interval(retry_after)
+            self._state = Open(generation, now, cause, interval)
+        elif name == "half_open":
+            assert isinstance(before, Open)
+            self._state = HalfOpen(generation, self.options, now, cause, before.since)
+        elif name == "forced_open":
+            self._state = ForcedOpen(generation, cause, before.since if isinstance(before, ForcedOpen) else now())
+        else:
+            self._state = Disabled(generation)
+        if name == before.name:  # an operator said it again, or reset a closed circuit
+            return None
+        self._opened_count += EVENTS[name] == "breaker_opened"
+        return _Notice(EVENTS[name], cause, interval, generation)
 
     def _next_interval(self, retry_after: float | None) -> float:
         """Seconds to stay open: doubled with every trip in a row, lengthened by jitter so that processes spread."""
@@ -270,22 +275,6 @@ class Breaker:
         if retry_after is not None and 0 < retry_after < math.inf:
             interval = min(retry_after, longest)
         return interval * (1 + self.options.jitter * self._random())
-
-    def _half_open(self, state: Open) -> tuple[HalfOpen, _Notice | None]:
-        probing = HalfOpen(state.generation + 1, self.options, self._now, state.cause, state.since)
-        return probing, self._enter(probing, "breaker_half_open", state.cause)
-
-    def _close(self, cause: str) -> _Notice | None:
-        self._interval = self.options.recovery_timeout
-        self._last_closed = Closed(self._state.generation + 1, self.options, self._now)
-        return self._enter(self._last_closed, "breaker_closed", cause)
-
-    def _enter(self, state: State, event: str, cause: str, retry_after: float | None = None) -> _Notice | None:
-        before, self._state = self._state, state
-        if state.name == before.name:  # an operator said it again, or reset a closed circuit
-            return None
-        self._opened_count += event == "breaker_opened"
-        return _Notice(event, cause, retry_after, state.generation)
 
     # -- outside the lock -----------------------------------------------------------------------------------------
 

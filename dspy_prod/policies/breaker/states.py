@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from dspy_prod.errors import CircuitOpenError
 from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker.permit import StateName
+from dspy_prod.policies.breaker.transitions import Trigger
 from dspy_prod.policies.breaker.window import FAILED, SLOW, window_of
 
 _TICK = 1e-6
@@ -23,13 +24,13 @@ class Change(NamedTuple):
     """A transition a state asks for.
 
     Attributes:
-        to: the next state.
-        cause: why, as short text.
+        trigger: what happened; `TRANSITIONS` says where it leads.
+        cause: the same as short text.
         retry_after: the provider's Retry-After in seconds, if it came with the failure.
         written_off: probes that count as failed because their lease ran out.
     """
 
-    to: Literal["open", "closed"]
+    trigger: Trigger
     cause: str
     retry_after: float | None = None
     written_off: int = 0
@@ -128,17 +129,19 @@ class Closed(State):
         self.window.add(FAILED | SLOW if duration > self._slow_above else FAILED)
         threshold = self._options.failure_threshold
         if threshold is not None and self.consecutive_failures >= threshold:
-            return Change("open", f"{self.consecutive_failures} failures in a row, last: {cause}", retry_after)
+            return Change("failures", f"{self.consecutive_failures} failures in a row, last: {cause}", retry_after)
         return self._judge_rates(retry_after) if self.window.calls >= self._minimum else None
 
     def _judge_rates(self, retry_after: float | None) -> Change | None:
         options, window = self._options, self.window
         calls = window.calls
         if options.failure_rate is not None and window.failures / calls >= options.failure_rate:
-            return Change("open", f"{window.failures} of {calls} calls failed, last: {self._last_cause}", retry_after)
+            return Change(
+                "failures", f"{window.failures} of {calls} calls failed, last: {self._last_cause}", retry_after
+            )
         if options.slow_call_duration is not None and window.slow / calls >= options.slow_call_rate:
             slow = f"{window.slow} of {calls} calls took over {options.slow_call_duration:g} s"
-            return Change("open", slow, retry_after)
+            return Change("failures", slow, retry_after)
         return None
 
 
@@ -228,7 +231,7 @@ class HalfOpen(State):
         if not hung:
             return None
         cause = f"a probe did not report within {self._options.probe_lease:g} s"
-        return Change("open", cause, written_off=hung)
+        return Change("probe_failed", cause, written_off=hung)
 
     def refusal(self) -> Refusal | None:
         """Refuse while all probes are out, at the longest until the first lease ends."""
@@ -254,12 +257,12 @@ class HalfOpen(State):
             return None
         if self._slow and self._slow / self._successes >= options.slow_call_rate:
             slow = f"{self._slow} of {self._successes} probes took over {options.slow_call_duration:g} s"
-            return Change("open", slow)
-        return Change("closed", f"{self._successes} probes succeeded")
+            return Change("probe_failed", slow)
+        return Change("probes_succeeded", f"{self._successes} probes succeeded")
 
     def failure(self, permit_id: int, duration: float, cause: str, retry_after: float | None) -> Change | None:
         """One failed probe re-opens."""
-        return self.release(permit_id) or Change("open", f"a probe failed: {cause}", retry_after)
+        return self.release(permit_id) or Change("probe_failed", f"a probe failed: {cause}", retry_after)
 
     def release(self, permit_id: int) -> Change | None:
         """Free the probe. Leases are looked at first: a result after the end of the lease is none."""

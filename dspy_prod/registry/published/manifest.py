@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
+from dspy_prod.compat.mlflow import EXPERIMENTS
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import RegistryError
 from dspy_prod.registry.published.signatures import Field
@@ -27,9 +28,6 @@ PROGRAM, PREDICTOR, JOURNAL = "program", "predictor", "promotions"
 MANIFEST: Final = "dspy_prod_manifest"
 METRICS: Final = "dspy_prod_metrics"
 DIGEST: Final = "dspy_prod_digest"
-EXPERIMENTS: Final = "_mlflow_experiment_ids"
-"""MLflow's own tag, `,1,2,`: the experiments whose pages list a prompt."""
-
 STATE: Final = "dspy_prod_state_"
 CHUNK: Final = 60_000
 MOST_CHUNKS: Final = 100

@@ -11,6 +11,7 @@ from typing import Any
 
 from dspy.adapters.utils import serialize_for_json
 
+from dspy_prod.compat.mlflow import chosen_experiment
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.published.manifest import sha256
 from dspy_prod.registry.published.states import to_text
@@ -36,10 +37,9 @@ def active_experiment() -> str | None:
     if "mlflow" not in sys.modules:
         return None
     import mlflow
-    from mlflow.tracking import fluent
 
     run = mlflow.active_run()
-    chosen = getattr(fluent, "_active_experiment_id", None) if run is None else run.info.experiment_id
+    chosen = chosen_experiment() if run is None else run.info.experiment_id
     return None if chosen is None else str(chosen)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import dspy
 
+from dspy_prod.compat.dspy import is_compiled
 from dspy_prod.context.marks import mark_of
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import RegistryError
@@ -160,7 +161,7 @@ def _parts(program: Any) -> list[_Part]:
     if not predictors:
         raise ConfigError(f"{type(program).__name__} has no predictors to publish; give a dspy.Module that has some")
     for name, module in program.named_sub_modules(skip_compiled=True):
-        if module is not program and getattr(module, "_compiled", False) and not isinstance(module, dspy.Predict):
+        if module is not program and is_compiled(module) and not isinstance(module, dspy.Predict):
             _log.warning("%s is frozen (_compiled): DSPy saves no state of it, and it is not published either", name)
     return [_part(name, predictor) for name, predictor in predictors]
 

@@ -18,6 +18,7 @@ import pydantic
 from dspy.adapters.utils import serialize_for_json
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
 
+from dspy_prod.compat.dspy import input_keys
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import public
 
@@ -110,7 +111,7 @@ def restored_lm(name: str, state: Mapping[str, Any] | None, allow_unsafe: bool) 
 def _demo(demo: Any) -> dict[str, Any]:
     is_example = isinstance(demo, dspy.Example)
     values = {key: value if is_json(value) else serialize_for_json(value) for key, value in demo.items()}
-    inputs = getattr(demo, "_input_keys", None) if is_example else None
+    inputs = input_keys(demo) if is_example else None
     return {"values": values, "example": is_example, "inputs": None if inputs is None else sorted(inputs)}
 
 

@@ -1,8 +1,8 @@
 """The admission core: limiter capacity and money, granted together or not at all.
 
 Pure state transitions: no lock, no clock, no I/O. A store serialises the calls, passes its time as `now`, wakes the
-decided tickets outside its lock, and (when durable) writes back what the core marked dirty. Memory and SQLite run
-this same code; it is the reference for any other store. How an ask is granted or waits is in `granting.py`.
+decided reservations outside its lock, and (when durable) writes back what the core marked dirty. Memory and SQLite run
+this same code; it is the reference for any other store. How a reservation is granted or waits is in `granting.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from dspy_prod.stores.base import (
     REFUSED,
     WITHDRAWN,
     AccountState,
-    Ask,
     LimiterSnapshot,
     Refusal,
+    Reservation,
     Settlement,
-    Ticket,
 )
 
 MAX_ABANDONED: Final = 10_000
@@ -34,91 +33,85 @@ MAX_ABANDONED: Final = 10_000
 class AdmissionCore(Granting):
     """See the module's docstring."""
 
-    # -- asking ------------------------------------------------------------------------------------------------------
-    def admit(self, ask: Ask, now: float) -> Ticket:
+    # -- reserving ---------------------------------------------------------------------------------------------------
+    def admit(self, reservation: Reservation, now: float) -> Reservation:
         """Grant, refuse, or put into line."""
-        return self.enter(Ticket(ask), now)
-
-    def enter(self, ticket: Ticket, now: float) -> Ticket:
-        """`admit` for a ticket that exists already."""
-        ask = ticket.ask
         self._seq += 1
-        ticket.seq = self._seq
-        if ask.id in self.holds:  # reserved already: once is enough
-            self._decide(ticket, GRANTED, None)
-            return ticket
-        line = self._lines.get(ask.limit_key) if ask.limit_key is not None else None
-        if not line and not (self._parked and self._must_park(ticket)):
-            blocked = self._attempt(ticket, now)
+        reservation.seq = self._seq
+        if reservation.id in self.holds:  # reserved already: once is enough
+            self._decide(reservation, GRANTED, None)
+            return reservation
+        line = self._lines.get(reservation.limit_key) if reservation.limit_key is not None else None
+        if not line and not (self._parked and self._must_park(reservation)):
+            blocked = self._attempt(reservation, now)
             if blocked is None:
-                return ticket
-            self._queue(ticket, blocked, now)
-            return ticket
-        parked_at = self._must_park(ticket)
+                return reservation
+            self._queue(reservation, blocked, now)
+            return reservation
+        parked_at = self._must_park(reservation)
         if parked_at is not None:
-            if self._refuse_for_money(ticket):
-                return ticket
-            ticket.blocked_on = next(account.title for account in ask.accounts if account.key == parked_at)
-            self._park(ticket, parked_at)
+            if self._refuse_for_money(reservation):
+                return reservation
+            reservation.blocked_on = next(account.title for account in reservation.accounts if account.key == parked_at)
+            self._park(reservation, parked_at)
             self._serve_account(parked_at, now)
-            return ticket
-        assert ask.limit_key is not None
+            return reservation
+        assert reservation.limit_key is not None
         head = line.head() if line is not None else None
         if head is not None:
-            ticket.blocked_on = head.blocked_on  # whoever stands behind waits for the same
-        if self._refuse_for_money(ticket) or self._refuse_for_time(ticket, now):
-            return ticket
-        ticket.blocked_on = ticket.blocked_on or "requests"
-        self._line(ask.limit_key).push(ticket)
-        if line is not None and line.head() is ticket:
-            self._serve_limiter(ask.limit_key, now)
-        return ticket
+            reservation.blocked_on = head.blocked_on  # whoever stands behind waits for the same
+        if self._refuse_for_money(reservation) or self._refuse_for_time(reservation, now):
+            return reservation
+        reservation.blocked_on = reservation.blocked_on or "requests"
+        self._line(reservation.limit_key).push(reservation)
+        if line is not None and line.head() is reservation:
+            self._serve_limiter(reservation.limit_key, now)
+        return reservation
 
-    def preview(self, ask: Ask, now: float) -> tuple[float, Refusal | None]:
-        """(seconds until a grant, refusal) for an ask that is not made; changes nothing."""
-        for account in ask.accounts:
+    def preview(self, reservation: Reservation, now: float) -> tuple[float, Refusal | None]:
+        """(seconds until a grant, refusal) for a reservation that is not made; changes nothing."""
+        for account in reservation.accounts:
             state = self.accounts.state(account.key)
-            if state.spent + ask.amount > account.limit:
-                return inf, no_money(account, state, ask.amount)
-        if ask.limit_key is None or ask.limit is None:
+            if state.spent + reservation.amount > account.limit:
+                return inf, no_money(account, state, reservation.amount)
+        if reservation.limit_key is None or reservation.limit is None:
             return 0.0, None
-        limiter = self._limiter(ask.limit_key, ask.limit, now)
-        line = self._lines.get(ask.limit_key)
+        limiter = self._limiter(reservation.limit_key, reservation.limit, now)
+        line = self._lines.get(reservation.limit_key)
         if not line:
-            return max(0.0, limiter.ready_at(now, ask.tokens) - now), None
-        return max(0.0, limiter.earliest(now, ask.tokens, len(line), 0) - now), None
+            return max(0.0, limiter.ready_at(now, reservation.tokens) - now), None
+        return max(0.0, limiter.earliest(now, reservation.tokens, len(line), 0) - now), None
 
-    def withdraw(self, ticket: Ticket, now: float) -> bool:
-        """Take a waiting ticket out of line; False when it was granted meanwhile."""
-        if ticket.state != PENDING:
-            return ticket.state != GRANTED
-        ticket.state = WITHDRAWN
-        self.remove(ticket, now)
+    def withdraw(self, reservation: Reservation, now: float) -> bool:
+        """Take a waiting reservation out of line; False when it was granted meanwhile."""
+        if reservation.state != PENDING:
+            return reservation.state != GRANTED
+        reservation.state = WITHDRAWN
+        self.remove(reservation, now)
         return True
 
-    def remove(self, ticket: Ticket, now: float) -> None:
-        """Take a ticket out of whatever line it stands in, and serve those behind it."""
-        key = ticket.ask.limit_key
+    def remove(self, reservation: Reservation, now: float) -> None:
+        """Take a reservation out of whatever line it stands in, and serve those behind it."""
+        key = reservation.limit_key
         line = self._lines.get(key) if key is not None else None
-        if line is not None and line.remove(ticket):
+        if line is not None and line.remove(reservation):
             assert key is not None
             self._serve_limiter(key, now)
             return
-        for account in ticket.ask.accounts:
+        for account in reservation.accounts:
             parked = self._parked.get(account.key)
-            if parked is not None and parked.remove(ticket):
+            if parked is not None and parked.remove(reservation):
                 self._serve_account(account.key, now)
                 return
 
-    def sent_late(self, ticket: Ticket, at: float) -> None:
+    def sent_late(self, reservation: Reservation, at: float) -> None:
         """A granted call left only at `at`."""
-        ask = ticket.ask
-        hold = self.holds.get(ask.id)
-        if hold is None or hold.debit is None or ask.limit_key is None or ask.limit is None:
+        hold = self.holds.get(reservation.id)
+        if hold is None or hold.debit is None or reservation.limit_key is None or reservation.limit is None:
             return
-        hold.debit = self._limiter(ask.limit_key, ask.limit, at).sent_late(hold.debit, at)
+        hold.debit = self._limiter(reservation.limit_key, reservation.limit, at).sent_late(hold.debit, at)
         if self.changes is not None:
-            self.changes.limiters.add(ask.limit_key)
+            self.changes.limiters.add(reservation.limit_key)
 
     # -- settling ----------------------------------------------------------------------------------------------------
     def settle(self, done: Settlement, now: float) -> None:
@@ -214,11 +207,11 @@ class AdmissionCore(Granting):
         return None if state is None else state.snapshot(now, key, len(line) if line is not None else 0)
 
     def waiting(self) -> int:
-        """Tickets in any line."""
+        """Reservations in any line."""
         return sum(map(len, self._lines.values())) + sum(map(len, self._parked.values()))
 
-    def take_decided(self) -> list[Ticket]:
-        """The tickets decided since the last call, to be woken outside the lock."""
+    def take_decided(self) -> list[Reservation]:
+        """The reservations decided since the last call, to be woken outside the lock."""
         decided = self.decided
         if decided:
             self.decided = []
@@ -263,26 +256,26 @@ class AdmissionCore(Granting):
         self.replaced.clear()
         self.accounts.dirty.clear()
 
-    def undo(self) -> list[Ticket]:
-        """Return to what was last committed, because this batch could not be; the tickets it had decided."""
+    def undo(self) -> list[Reservation]:
+        """Return to what was last committed, because this batch could not be; the reservations it had decided."""
         changes = self.changes
         assert changes is not None
         for id in changes.added:
             self.holds.pop(id, None)
         self.holds.update(changes.removed)
-        tickets = [ticket for ticket, _, _ in changes.verdicts]
+        reservations = [reservation for reservation, _, _ in changes.verdicts]
         changes.clear()
         self.appended.clear()
         self.replaced.clear()
         self.forget()
-        return tickets
+        return reservations
 
     def fail_waiting(self, refusal: Refusal) -> None:
         """Refuse everybody in line (the store broke)."""
         for line in [*self._lines.values(), *self._parked.values()]:
-            while (ticket := line.head()) is not None:
+            while (reservation := line.head()) is not None:
                 line.pop()
-                self._decide(ticket, REFUSED, refusal)
+                self._decide(reservation, REFUSED, refusal)
         self._parked.clear()
         self._timers.clear()
 

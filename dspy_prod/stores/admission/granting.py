@@ -1,8 +1,8 @@
 """One attempt to grant, and the lines of those who could not be granted yet. The lower half of the admission core.
 
-An ask is blocked either by its limiter, and then stands in that limiter's line, or by money that other calls hold,
-and then is parked with that account. Money is looked at first, so a caller who waits for money never stands in the
-way of callers who only need the limiter. Whoever changes state serves the line; nobody books ahead.
+A reservation is blocked either by its limiter, and then stands in that limiter's line, or by money that other calls
+hold, and then is parked with that account. Money is looked at first, so a caller who waits for money never stands in
+the way of callers who only need the limiter. Whoever changes state serves the line; nobody books ahead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.accounts import AccountBook, AccountEntry
 from dspy_prod.stores.admission.holds import Backing, Changes, Hold
-from dspy_prod.stores.admission.limiter import LimiterState
+from dspy_prod.stores.admission.limiter import Debit, LimiterState
 from dspy_prod.stores.admission.line import WaitingLine
 from dspy_prod.stores.base import (
     GRANTED,
@@ -21,7 +21,7 @@ from dspy_prod.stores.base import (
     Account,
     AccountState,
     Refusal,
-    Ticket,
+    Reservation,
 )
 
 
@@ -32,10 +32,10 @@ def shared(limit: RateLimit) -> bool:
 
 
 class Granting:
-    """State of limiters, accounts, holds and lines, and the steps in which asks are decided.
+    """State of limiters, accounts, holds and lines, and the steps in which reservations are decided.
 
-    `appended` and `replaced` collect ledger records for the store to write; `decided` collects tickets to wake. With a
-    backing, verdicts and everything else that has to be written first are collected in `changes` instead.
+    `appended` and `replaced` collect ledger records for the store to write; `decided` collects reservations to wake.
+    With a backing, verdicts and everything else that has to be written first are collected in `changes` instead.
     """
 
     def __init__(self, backing: Backing | None = None) -> None:
@@ -44,106 +44,105 @@ class Granting:
         self.accounts = AccountBook(None if backing is None else backing.load_account)
         self._limiters: dict[str, LimiterState] = {}
         self._configured: dict[str, RateLimit] = {}  # the latest settings of each key that limit anything
-        self._guests: dict[str, LimiterState] = {}  # loaded to give something back, without an ask of this process
+        self._guests: dict[str, LimiterState] = {}  # loaded to give back to, unused by this process
         self._lines: dict[str, WaitingLine] = {}
         self._parked: dict[str, WaitingLine] = {}
         self._timers: dict[str, float] = {}
         self._next_lease = inf
         self._seq = 0
         self.holds: dict[str, Hold] = {}
-        self.decided: list[Ticket] = []
+        self.decided: list[Reservation] = []
         self.appended: list[CallRecord] = []
         self.replaced: list[CallRecord] = []
         self._abandoned: dict[str, Hold] = {}
 
     # -- one attempt to grant ----------------------------------------------------------------------------------------
-    def _attempt(self, ticket: Ticket, now: float) -> str | None:
+    def _attempt(self, reservation: Reservation, now: float) -> str | None:
         """Grant or refuse (None), or say what blocks: an account's key, or "" for the limiter."""
-        ask = ticket.ask
-        amount = ask.amount
+        amount = reservation.amount
         entries = self.accounts.entries
         held: Account | None = None
-        for account in ask.accounts:
+        for account in reservation.accounts:
             state = entries.get(account.key) or self.accounts.get(account.key)
             if state.ends_at == inf:
                 state.ends_at = now + account.ends_in
             if state.spent + state.held + amount > account.limit:
                 if state.spent + amount > account.limit:
-                    self._decide(ticket, REFUSED, no_money(account, state, amount))
+                    self._decide(reservation, REFUSED, no_money(account, state, amount))
                     return None
                 held = held or account
         if held is not None:  # and no account refuses: waiting may help
-            ticket.blocked_on = held.title
+            reservation.blocked_on = held.title
             return held.key
-        key = ask.limit_key
+        key = reservation.limit_key
+        debit: Debit | None = None
         if key is not None:
-            assert ask.limit is not None
-            limiter = self._limiter(key, ask.limit, now)
-            ready = limiter.ready_at(now, ask.tokens)
+            assert reservation.limit is not None
+            limiter = self._limiter(key, reservation.limit, now)
+            ready = limiter.ready_at(now, reservation.tokens)
             if ready > now:
-                ticket.blocked_on = limiter.blocked_on
+                reservation.blocked_on = limiter.blocked_on
                 if ready == inf:
                     self._timers.pop(key, None)
                 else:
                     self._timers[key] = ready
                 return ""
-            ticket.debit = limiter.take(now, ask.tokens, ask.lease)
-            ticket.granted_at = now
+            debit = limiter.take(now, reservation.tokens, reservation.lease)
+            reservation.granted_at = now
             if self.changes is not None and shared(limiter.limit):
                 self.changes.limiters.add(key)
         accounts: tuple[str, ...] = ()
-        if ask.accounts:
-            accounts = tuple([account.key for account in ask.accounts])
-            ticket.spent = self.accounts.hold(accounts, amount)
-        until = now + ask.lease
-        hold = Hold(ask.id, accounts, amount, key, ticket.debit, until, ask.stub)
-        self.holds[ask.id] = hold
+        if reservation.accounts:
+            accounts = tuple([account.key for account in reservation.accounts])
+            reservation.spent = self.accounts.hold(accounts, amount)
+        until = now + reservation.lease
+        hold = Hold(reservation.id, accounts, amount, key, debit, until, reservation.stub)
+        self.holds[reservation.id] = hold
         if until < self._next_lease:
             self._next_lease = until
         if self.changes is not None:
-            self.changes.added[ask.id] = hold
-            self._decide(ticket, GRANTED, None)
+            self.changes.added[reservation.id] = hold
+            self._decide(reservation, GRANTED, None)
         else:
-            ticket.state = GRANTED
-            if ticket.wake is not None:
-                self.decided.append(ticket)
+            reservation.state = GRANTED
+            if reservation.wake is not None:
+                self.decided.append(reservation)
         return None
 
-    def _decide(self, ticket: Ticket, state: int, refusal: Refusal | None) -> None:
+    def _decide(self, reservation: Reservation, state: int, refusal: Refusal | None) -> None:
         if self.changes is not None:
-            self.changes.verdicts.append((ticket, state, refusal))
+            self.changes.verdicts.append((reservation, state, refusal))
             return
-        ticket.refusal = refusal
-        ticket.state = state
-        if ticket.wake is not None:  # else its owner has not begun to wait, and `attach` will tell it
-            self.decided.append(ticket)
+        reservation.refusal = refusal
+        reservation.state = state
+        if reservation.wake is not None:  # else its owner has not begun to wait, and `attach` will tell it
+            self.decided.append(reservation)
 
-    def _queue(self, ticket: Ticket, blocked: str, now: float) -> None:
+    def _queue(self, reservation: Reservation, blocked: str, now: float) -> None:
         if blocked:
-            self._park(ticket, blocked)
-        elif not self._refuse_for_time(ticket, now):
-            assert ticket.ask.limit_key is not None
-            self._line(ticket.ask.limit_key).push(ticket)
+            self._park(reservation, blocked)
+        elif not self._refuse_for_time(reservation, now):
+            assert reservation.limit_key is not None
+            self._line(reservation.limit_key).push(reservation)
 
-    def _refuse_for_money(self, ticket: Ticket) -> bool:
-        for account in ticket.ask.accounts:
+    def _refuse_for_money(self, reservation: Reservation) -> bool:
+        for account in reservation.accounts:
             state = self.accounts.get(account.key)
-            if state.spent + ticket.ask.amount > account.limit:
-                self._decide(ticket, REFUSED, no_money(account, state, ticket.ask.amount))
+            if state.spent + reservation.amount > account.limit:
+                self._decide(reservation, REFUSED, no_money(account, state, reservation.amount))
                 return True
         return False
 
-    def _refuse_for_time(self, ticket: Ticket, now: float) -> bool:
-        ask = ticket.ask
-        assert ask.limit_key is not None
-        assert ask.limit is not None
-        limiter = self._limiter(ask.limit_key, ask.limit, now)
-        line = self._lines.get(ask.limit_key)
-        ahead = line.ahead_of(ticket) if line is not None and not ask.fair else 0
-        earliest = limiter.earliest(now, ask.tokens, ahead, 0)
-        if earliest <= ask.horizon:
+    def _refuse_for_time(self, reservation: Reservation, now: float) -> bool:
+        assert reservation.limit_key is not None
+        assert reservation.limit is not None
+        limiter = self._limiter(reservation.limit_key, reservation.limit, now)
+        line = self._lines.get(reservation.limit_key)
+        ahead = line.ahead_of(reservation) if line is not None and not reservation.fair else 0
+        earliest = limiter.earliest(now, reservation.tokens, ahead, 0)
+        if earliest <= reservation.horizon:
             return False
-        self._decide(ticket, REFUSED, Refusal("rate_limited", max(0.0, earliest - now), ticket.blocked_on))
+        self._decide(reservation, REFUSED, Refusal("rate_limited", max(0.0, earliest - now), reservation.blocked_on))
         return True
 
     # -- lines -------------------------------------------------------------------------------------------------------
@@ -153,31 +152,31 @@ class Granting:
             line = self._lines[key] = WaitingLine()
         return line
 
-    def _must_park(self, ticket: Ticket) -> str | None:
-        """The first of the ticket's accounts at which others already wait."""
+    def _must_park(self, reservation: Reservation) -> str | None:
+        """The first of the reservation's accounts at which others already wait."""
         if self._parked:
-            for account in ticket.ask.accounts:
+            for account in reservation.accounts:
                 if account.key in self._parked:
                     return account.key
         return None
 
-    def _park(self, ticket: Ticket, key: str) -> None:
+    def _park(self, reservation: Reservation, key: str) -> None:
         line = self._parked.get(key)
         if line is None:
             line = self._parked[key] = WaitingLine()
-        line.push(ticket)
+        line.push(reservation)
 
     def _serve_limiter(self, key: str, now: float) -> None:
         line = self._lines.get(key)
         while line:
-            ticket = line.head()
-            assert ticket is not None
-            blocked = self._attempt(ticket, now)
+            reservation = line.head()
+            assert reservation is not None
+            blocked = self._attempt(reservation, now)
             if blocked == "":
                 return  # the timer is set, or a release will come
             line.pop()
             if blocked is not None:
-                self._park(ticket, blocked)
+                self._park(reservation, blocked)
         self._timers.pop(key, None)
 
     def _serve_account(self, key: str, now: float) -> None:
@@ -185,23 +184,23 @@ class Granting:
         if line is None:
             return
         moved: set[str] = set()
-        while (ticket := line.head()) is not None:
-            limit_key = ticket.ask.limit_key
+        while (reservation := line.head()) is not None:
+            limit_key = reservation.limit_key
             if limit_key is not None and self._lines.get(limit_key):
                 # Others wait for this limiter; take the old place among them instead of overtaking.
                 line.pop()
-                self._line(limit_key).push(ticket)
+                self._line(limit_key).push(reservation)
                 moved.add(limit_key)
                 continue
-            blocked = self._attempt(ticket, now)
+            blocked = self._attempt(reservation, now)
             if blocked == key:
                 break
             line.pop()
             if blocked == "":
                 assert limit_key is not None
-                self._line(limit_key).push(ticket)
+                self._line(limit_key).push(reservation)
             elif blocked is not None:
-                self._park(ticket, blocked)
+                self._park(reservation, blocked)
         if not line:
             del self._parked[key]
         for limit_key in moved:
@@ -247,7 +246,7 @@ class Granting:
         return state
 
     def _visit_limiter(self, key: str, now: float) -> LimiterState | None:
-        """A limiter that no ask of this process has used yet, with the settings it was last used with."""
+        """A limiter that no reservation of this process has used yet, with the settings it was last used with."""
         state = self._load_limiter(key, None)
         if state is not None:
             self._guests[key] = state

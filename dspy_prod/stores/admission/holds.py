@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.base import AccountState, Refusal, Ticket
+from dspy_prod.stores.admission.limiter import Debit
+from dspy_prod.stores.base import AccountState, Refusal, Reservation
 
 
 class Hold:
     """Capacity and money reserved for one attempt until it is settled or its lease ends.
 
-    `lease_until` is the store time at which its own worker gives it up (`Ask.lease`).
+    `lease_until` is the store time at which its own worker gives it up (`Reservation.lease`).
     """
 
     __slots__ = ("_stub", "accounts", "amount", "debit", "id", "lease_until", "limit_key")
@@ -24,7 +25,7 @@ class Hold:
         accounts: tuple[str, ...],
         amount: int,
         limit_key: str | None,
-        debit: Any,
+        debit: Debit | None,
         lease_until: float,
         stub: CallRecord | Callable[[], CallRecord] | None,
     ) -> None:
@@ -61,7 +62,7 @@ class Changes:
     """What the core did since the last commit of a durable store.
 
     Attributes:
-        verdicts: tickets decided; their `state` is set only after the commit, for a grant must be durable first.
+        verdicts: reservations decided; their `state` is set only after the commit, for a grant must be durable first.
         limiters: keys of limiters to write back.
         added, removed: holds made and ended; one that was both never touches the disk.
         reaped: ids of other processes' holds that ended here.
@@ -72,7 +73,7 @@ class Changes:
     __slots__ = ("abandoned", "added", "forgiven", "limiters", "reaped", "removed", "verdicts")
 
     def __init__(self) -> None:
-        self.verdicts: list[tuple[Ticket, int, Refusal | None]] = []
+        self.verdicts: list[tuple[Reservation, int, Refusal | None]] = []
         self.limiters: set[str] = set()
         self.added: dict[str, Hold] = {}
         self.removed: dict[str, Hold] = {}

@@ -26,12 +26,11 @@ from dspy_prod.stores.base import (
     REFUSED,
     WITHDRAWN,
     AccountState,
-    Ask,
     CachedAnswer,
     LimiterSnapshot,
     Refusal,
+    Reservation,
     Settlement,
-    Ticket,
 )
 from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import TOUCH_AFTER, read_answer, read_size
@@ -133,35 +132,31 @@ class SqliteStore:
         self._listeners.add(listener)
 
     # -- admission ---------------------------------------------------------------------------------------------------
-    def admit(self, ask: Ask) -> Ticket:
-        if is_local(ask) and self._mailbox.alive():
-            ticket = self._local.admit(ask)
-            if ticket.state == PENDING:
-                self._mailbox.post((Transactions.nudge, None, None))
-            return ticket
-        ticket = Ticket(ask)
-        if not self._mailbox.post((Transactions.admit, ticket, None)):
-            ticket.refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
-            ticket.state = REFUSED
-        return ticket
+    def admit(self, reservation: Reservation) -> Reservation:
+        if is_local(reservation) and self._mailbox.alive():
+            return self._local.admit(reservation)
+        if not self._mailbox.post((Transactions.admit, reservation, None)):
+            reservation.refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
+            reservation.state = REFUSED
+        return reservation
 
-    def withdraw(self, ticket: Ticket) -> bool:
-        if is_local(ticket.ask):
-            return self._local.withdraw(ticket)
+    def withdraw(self, reservation: Reservation) -> bool:
+        if is_local(reservation):
+            return self._local.withdraw(reservation)
         with self._writer.publishing:
-            if ticket.state != PENDING:
-                return ticket.state != GRANTED
-            ticket.state = WITHDRAWN
-        self._mailbox.post((Transactions.withdraw, ticket, None))
+            if reservation.state != PENDING:
+                return reservation.state != GRANTED
+            reservation.state = WITHDRAWN
+        self._mailbox.post((Transactions.withdraw, reservation, None))
         return True
 
-    def sent_late(self, ticket: Ticket, at: float) -> None:
-        if not is_local(ticket.ask):  # what only reacts to 429s is not paced
-            self._mailbox.post((Transactions.sent_late, ticket, at))
+    def sent_late(self, reservation: Reservation, at: float) -> None:
+        if not is_local(reservation):  # what only reacts to 429s is not paced
+            self._mailbox.post((Transactions.sent_late, reservation, at))
 
-    def settle(self, ticket: Ticket, settlement: Settlement) -> None:
-        if is_local(ticket.ask):
-            self._local.settle(settlement)
+    def settle(self, reservation: Reservation, settlement: Settlement) -> None:
+        if is_local(reservation):
+            self._local.settle(reservation, settlement)
             if not self._mailbox.alive():
                 self._mailbox.refuse_stragglers()
         elif not self._mailbox.post((Transactions.settle, settlement, None)):
@@ -181,11 +176,13 @@ class SqliteStore:
             self._local.resync(limit_key, limit, remaining)
         self._mailbox.post((Transactions.resync, (limit_key, limit), remaining))
 
-    def preview(self, ask: Ask) -> tuple[float, Refusal | None]:
-        if is_local(ask):
-            return self._local.preview(ask)
+    def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
+        if is_local(reservation):
+            return self._local.preview(reservation)
         try:
-            found: tuple[float, Refusal | None] = self._mailbox.question(lambda core, _, now: core.preview(ask, now))
+            found: tuple[float, Refusal | None] = self._mailbox.question(
+                lambda core, _, now: core.preview(reservation, now)
+            )
             return found
         except StoreUnavailableError as error:
             return inf, Refusal("store_unavailable", detail=str(error))

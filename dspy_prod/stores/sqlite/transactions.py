@@ -13,7 +13,7 @@ from typing import Any, Final
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.core import AdmissionCore
-from dspy_prod.stores.base import PENDING, Settlement, Ticket
+from dspy_prod.stores.base import PENDING, Reservation, Settlement
 from dspy_prod.stores.sqlite.schema import is_environment, is_locked
 from dspy_prod.stores.sqlite.tables import Tables
 
@@ -72,21 +72,21 @@ class Transactions:
         self._lost = False
 
     # -- operations ----------------------------------------------------------------------------------------------------
-    def admit(self, ticket: Ticket, _: Any, now: float) -> None:
-        if ticket.state == PENDING:
-            self.core.enter(ticket, now)
+    def admit(self, reservation: Reservation, _: Any, now: float) -> None:
+        if reservation.state == PENDING:
+            self.core.admit(reservation, now)
 
-    def sent_late(self, ticket: Ticket, at: float, now: float) -> None:
-        self.core.sent_late(ticket, at)
+    def sent_late(self, reservation: Reservation, at: float, now: float) -> None:
+        self.core.sent_late(reservation, at)
 
     def settle(self, done: Settlement, _: Any, now: float) -> None:
         self.core.settle(done, now)
 
-    def withdraw(self, ticket: Ticket, _: Any, now: float) -> None:
-        if ticket.ask.id in self.core.holds:  # granted before the withdrawal was known here
-            self.core.settle(Settlement(ticket.ask.id, 0, 0, False, False, None), now)
+    def withdraw(self, reservation: Reservation, _: Any, now: float) -> None:
+        if reservation.id in self.core.holds:  # granted before the withdrawal was known here
+            self.core.settle(Settlement(reservation.id, 0, 0, False, False, None), now)
         else:
-            self.core.remove(ticket, now)
+            self.core.remove(reservation, now)
 
     def append(self, record: CallRecord, is_new: bool, now: float) -> None:
         (self.core.appended if is_new else self.core.replaced).append(record)
@@ -178,8 +178,8 @@ class Transactions:
                 raise
             raise UnfitError(index, error) from error
 
-    def undo(self) -> list[Ticket]:
-        """Return to what was last committed; the tickets that the lost transaction had decided."""
+    def undo(self) -> list[Reservation]:
+        """Return to what was last committed; the reservations that the lost transaction had decided."""
         self.after.clear()
         self.tables.rollback()
         if not self._begun:

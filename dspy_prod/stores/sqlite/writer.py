@@ -1,8 +1,8 @@
 """The one thread that writes a SQLite store: it decides, commits in groups, and only then tells.
 
 Callers post operations to `inbox` and never wait for the disk. The writer takes everything that is there, runs it on
-the admission core inside one transaction, writes what changed, commits, and wakes the tickets it decided. It is also
-the timer: for lines whose moment has come, for leases, and for changes made by other processes.
+the admission core inside one transaction, writes what changed, commits, and wakes the reservations it decided. It is
+also the timer: for lines whose moment has come, for leases, and for changes made by other processes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Final
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.line import wake
-from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Ticket
-from dspy_prod.stores.lane import LocalLane
+from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation
+from dspy_prod.stores.lane import Lane
 from dspy_prod.stores.sqlite.schema import is_locked, unavailable
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions, UnfitError
@@ -30,7 +30,7 @@ MAX_BATCH: Final = 512
 MAX_KEPT: Final = 100_000
 """Operations kept while the file cannot be written; more are dropped, and said to be."""
 POLL: Final = 0.025
-"""Seconds between looks for changes by other processes while tickets wait."""
+"""Seconds between looks for changes by other processes while reservations wait."""
 _IDLE: Final = 5.0
 _BACK_OFF: Final = (0.05, 1.0)
 _QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
@@ -41,7 +41,7 @@ class Writer:
     """State and body of the writer thread. Other threads use `inbox`, `local` and the attributes below.
 
     Attributes:
-        publishing: held while a ticket's state changes, so that a withdrawal and a grant cannot both win.
+        publishing: held while a reservation's state changes, so that a withdrawal and a grant cannot both win.
         io: held while the file is in use; `fork` waits for it.
         failing: why nothing can be written at the moment, or None.
         ended: nothing that is posted now will be done.
@@ -49,7 +49,7 @@ class Writer:
 
     def __init__(self, tables: Tables, clock: Clock, lease: float, report: Report) -> None:
         self.inbox: SimpleQueue[Operation] = SimpleQueue()
-        self.local = LocalLane(clock.time, self._keep_record)
+        self.local = Lane(clock.time, self._keep_record, self._nudge)
         self.publishing = threading.Lock()
         self.io = threading.Lock()
         self.failing: Refusal | None = None
@@ -133,19 +133,19 @@ class Writer:
 
     # -- telling -------------------------------------------------------------------------------------------------------
     def _publish(self) -> None:
-        """Tell what is durable now: tickets, flushes, answers."""
+        """Tell what is durable now: reservations, flushes, answers."""
         changes = self._core.changes
         assert changes is not None
         told = []
         if changes.verdicts:
             with self.publishing:
-                for ticket, state, refusal in changes.verdicts:
-                    if ticket.state == PENDING:
-                        ticket.refusal = refusal
-                        ticket.state = state
-                        told.append(ticket)
-                    elif state == GRANTED and ticket.ask.id in self._core.holds:
-                        self._kept.append((Transactions.withdraw, ticket, None))
+                for reservation, state, refusal in changes.verdicts:
+                    if reservation.state == PENDING:
+                        reservation.refusal = refusal
+                        reservation.state = state
+                        told.append(reservation)
+                    elif state == GRANTED and reservation.id in self._core.holds:
+                        self._kept.append((Transactions.withdraw, reservation, None))
         abandoned = [hold.amount for hold in changes.abandoned.values()]
         changes.clear()
         wake(told)
@@ -202,9 +202,9 @@ class Writer:
                 self._dropping(kind.__name__, "too many settlements and records wait to be written")
         self._publish()
 
-    def _refuse(self, tickets: list[Ticket], refusal: Refusal) -> None:
+    def _refuse(self, reservations: list[Reservation], refusal: Refusal) -> None:
         assert self._core.changes is not None
-        self._core.changes.verdicts.extend((ticket, REFUSED, refusal) for ticket in tickets)
+        self._core.changes.verdicts.extend((reservation, REFUSED, refusal) for reservation in reservations)
 
     def _isolate(self, operations: list[Operation], error: UnfitError) -> None:
         """One of these can never be done: drop it, or find it by doing each alone. A settlement's money is kept."""
@@ -229,6 +229,9 @@ class Writer:
     def _keep_record(self, record: CallRecord, is_new: bool) -> None:
         self.inbox.put((Transactions.append, record, is_new))
 
+    def _nudge(self) -> None:
+        self.inbox.put((Transactions.nudge, None, None))
+
     # -- the end -------------------------------------------------------------------------------------------------------
     def _finish(self) -> None:
         """Last try for what is kept, then refuse who still waits and close."""
@@ -240,7 +243,7 @@ class Writer:
         refusal = Refusal("store_unavailable", detail=f"The store {self.tables.path} was closed")
         self._core.fail_waiting(refusal)
         self._publish()
-        self.local.fail(refusal)
+        self.local.fail_waiting(refusal)
         lost = sum(1 for operation in self._kept if operation[0] in (Transactions.settle, Transactions.append))
         if lost:
             _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
@@ -258,7 +261,7 @@ class Writer:
             kind, subject, _ = self.inbox.get_nowait()
             if kind is Transactions.admit:
                 self._refuse([subject], refusal)
-        for ticket, _, _ in changes.verdicts:
-            if ticket.state == PENDING:
-                ticket.refusal = refusal
-                ticket.state = REFUSED
+        for reservation, _, _ in changes.verdicts:
+            if reservation.state == PENDING:
+                reservation.refusal = refusal
+                reservation.state = REFUSED

@@ -13,7 +13,7 @@ from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.holds import Hold
-from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, WITHDRAWN, AccountState, Settlement, Ticket
+from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, WITHDRAWN, AccountState, Reservation, Settlement
 from tests.stores.support import ask, settlement
 
 LIMIT = 100
@@ -62,9 +62,9 @@ class Disk:
         self.abandoned.update(changes.abandoned)
         for row in (*core.appended, *core.replaced):
             ledger[row.id] = row
-        for ticket, state_, refusal in changes.verdicts:
-            if ticket.state == PENDING:
-                ticket.refusal, ticket.state = refusal, state_
+        for reservation, state_, refusal in changes.verdicts:
+            if reservation.state == PENDING:
+                reservation.refusal, reservation.state = refusal, state_
         core.appended.clear()
         core.replaced.clear()
         core.accounts.dirty.clear()
@@ -74,13 +74,13 @@ class Disk:
 class Books(RuleBasedStateMachine):
     """Reserve, settle, release, withdraw, die, come back late, correct: the books always balance."""
 
-    tickets: Bundle[Ticket] = Bundle("tickets")
+    reservations: Bundle[Reservation] = Bundle("reservations")
 
     @initialize(is_durable=st.booleans())
     def begin(self, is_durable: bool) -> None:
         self.now = 0.0
         self.ledger: dict[str, CallRecord] = {}
-        self.all: list[Ticket] = []
+        self.all: list[Reservation] = []
         self.disk: Disk | None = None
         if is_durable:
             self.core, self.disk = durable()
@@ -100,52 +100,52 @@ class Books(RuleBasedStateMachine):
         self.core.take_decided()
 
     @rule(
-        target=tickets,
+        target=reservations,
         amount=st.integers(0, 120),
         accounts=st.sets(st.sampled_from(ACCOUNTS)),
         seats=st.sampled_from([None, 1, 2]),
         priority=st.integers(0, 2),
     )
-    def admit(self, amount: int, accounts: set[str], seats: int | None, priority: int) -> Ticket:
+    def admit(self, amount: int, accounts: set[str], seats: int | None, priority: int) -> Reservation:
         limit = None if seats is None else RateLimit(concurrency=seats)
         wanted = ask(
             amount, budget=LIMIT, accounts=tuple(sorted(accounts)), limit=limit, key=f"seats-{seats}",
             priority=priority, lease=LEASE,
         )  # fmt: skip
-        ticket = self.core.enter(Ticket(wanted), self.now)
-        self.all.append(ticket)
+        reservation = self.core.admit(wanted, self.now)
+        self.all.append(reservation)
         self.write()
-        return ticket
+        return reservation
 
-    @rule(ticket=tickets, share=st.integers(0, 100), estimated=st.booleans(), told=st.booleans())
-    def settle(self, ticket: Ticket, share: int, estimated: bool, told: bool) -> None:
-        """Also of tickets that are not granted, already settled, or abandoned meanwhile."""
-        if ticket.state != GRANTED:
+    @rule(reservation=reservations, share=st.integers(0, 100), estimated=st.booleans(), told=st.booleans())
+    def settle(self, reservation: Reservation, share: int, estimated: bool, told: bool) -> None:
+        """Also of reservations that are not granted, already settled, or abandoned meanwhile."""
+        if reservation.state != GRANTED:
             return
-        cost = ticket.ask.amount * share // 100
-        done = settlement(ticket, cost, estimated=estimated)
-        first = ticket.ask.id not in self.finished
-        self.finished.add(ticket.ask.id)
+        cost = reservation.amount * share // 100
+        done = settlement(reservation, cost, estimated=estimated)
+        first = reservation.id not in self.finished
+        self.finished.add(reservation.id)
         self.core.settle(done if told or cost or not first else done._replace(record=None), self.now)
         self.write()
 
-    @rule(ticket=tickets)
-    def release(self, ticket: Ticket) -> None:
-        if ticket.state == GRANTED:
-            self.finished.add(ticket.ask.id)
-            self.core.settle(Settlement(ticket.ask.id, 0, 0, False, False, None), self.now)
+    @rule(reservation=reservations)
+    def release(self, reservation: Reservation) -> None:
+        if reservation.state == GRANTED:
+            self.finished.add(reservation.id)
+            self.core.settle(Settlement(reservation.id, 0, 0, False, False, None), self.now)
             self.write()
 
-    @rule(ticket=tickets)
-    def withdraw(self, ticket: Ticket) -> None:
-        if ticket.state == PENDING:
-            assert self.core.withdraw(ticket, self.now)
-            assert ticket.state == WITHDRAWN
+    @rule(reservation=reservations)
+    def withdraw(self, reservation: Reservation) -> None:
+        if reservation.state == PENDING:
+            assert self.core.withdraw(reservation, self.now)
+            assert reservation.state == WITHDRAWN
             self.write()
 
-    @rule(ticket=tickets, cost=st.integers(0, 100))
-    def correct(self, ticket: Ticket, cost: int) -> None:
-        row = self.ledger.get(ticket.ask.id)
+    @rule(reservation=reservations, cost=st.integers(0, 100))
+    def correct(self, reservation: Reservation, cost: int) -> None:
+        row = self.ledger.get(reservation.id)
         if row is not None and row.estimated:
             assert row.cost_nano is not None
             self.core.replaced.append(self.core.correct(row, min(cost, row.cost_nano), self.now))
@@ -166,14 +166,14 @@ class Books(RuleBasedStateMachine):
             self.core.serve(self.now)
             self.write()
 
-    @rule(ticket=tickets, amount=st.integers(1, 50))
-    def a_batch_fails(self, ticket: Ticket, amount: int) -> None:
+    @rule(reservation=reservations, amount=st.integers(1, 50))
+    def a_batch_fails(self, reservation: Reservation, amount: int) -> None:
         """The disk refuses a batch: nothing of it has happened."""
         if self.disk is None:
             return
-        new = self.core.enter(Ticket(ask(amount, budget=LIMIT, accounts=ACCOUNTS, lease=LEASE)), self.now)
-        if ticket.state == GRANTED:
-            self.core.settle(settlement(ticket, ticket.ask.amount), self.now)
+        new = self.core.admit(ask(amount, budget=LIMIT, accounts=ACCOUNTS, lease=LEASE), self.now)
+        if reservation.state == GRANTED:
+            self.core.settle(settlement(reservation, reservation.amount), self.now)
         undone = self.core.undo()
         self.core.remove(new, self.now)
         for lost in undone:
@@ -201,11 +201,11 @@ class Books(RuleBasedStateMachine):
 
     @invariant()
     def every_ticket_is_in_exactly_one_state(self) -> None:
-        pending = [ticket for ticket in self.all if ticket.state == PENDING]
+        pending = [reservation for reservation in self.all if reservation.state == PENDING]
         assert self.core.waiting() == len(pending)
-        for ticket in self.all:
-            if ticket.ask.id in self.core.holds:
-                assert ticket.state == GRANTED
+        for reservation in self.all:
+            if reservation.id in self.core.holds:
+                assert reservation.state == GRANTED
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
@@ -233,16 +233,16 @@ TestBooks = Books.TestCase
 # -- the durable core, step by step ------------------------------------------------------------------------------------
 def test_a_verdict_is_not_told_before_the_commit() -> None:
     core, disk = durable()
-    ticket = core.admit(ask(10, budget=LIMIT), 0.0)
-    assert ticket.state == PENDING
+    reservation = core.admit(ask(10, budget=LIMIT), 0.0)
+    assert reservation.state == PENDING
     disk.commit(core, {})
-    assert ticket.state == GRANTED
+    assert reservation.state == GRANTED
 
 
 def test_a_hold_that_ends_in_the_batch_in_which_it_began_never_touches_the_disk() -> None:
     core, _ = durable()
-    ticket = core.admit(ask(10, budget=LIMIT), 0.0)
-    core.settle(settlement(ticket, 5), 0.0)
+    reservation = core.admit(ask(10, budget=LIMIT), 0.0)
+    core.settle(settlement(reservation, 5), 0.0)
     changes = core.changes
     assert changes is not None
     assert (changes.added, changes.removed) == ({}, {})
@@ -252,12 +252,12 @@ def test_a_hold_that_ends_in_the_batch_in_which_it_began_never_touches_the_disk(
 def test_an_undone_settlement_leaves_the_hold_as_it_was() -> None:
     core, disk = durable()
     ledger: dict[str, CallRecord] = {}
-    ticket = core.admit(ask(10, budget=LIMIT), 0.0)
+    reservation = core.admit(ask(10, budget=LIMIT), 0.0)
     disk.commit(core, ledger)
-    core.settle(settlement(ticket, 5), 1.0)
+    core.settle(settlement(reservation, 5), 1.0)
     core.undo()
     assert core.account("day") == AccountState(0, 10, 0)
-    core.settle(settlement(ticket, 5), 2.0)
+    core.settle(settlement(reservation, 5), 2.0)
     disk.commit(core, ledger)
     assert core.account("day") == AccountState(5, 0, 0)
     assert disk.holds == {}
@@ -266,7 +266,7 @@ def test_an_undone_settlement_leaves_the_hold_as_it_was() -> None:
 def test_a_hold_of_another_process_is_abandoned_once() -> None:
     core, disk = durable()
     ledger: dict[str, CallRecord] = {}
-    ticket = core.admit(ask(10, budget=LIMIT), 0.0)
+    reservation = core.admit(ask(10, budget=LIMIT), 0.0)
     disk.commit(core, ledger)
     other = AdmissionCore(disk)
     (hold,) = disk.holds.values()
@@ -277,7 +277,7 @@ def test_a_hold_of_another_process_is_abandoned_once() -> None:
     assert other.holds == {}
     core.forget()
     core.holds.clear()  # as a store does when its lease is gone
-    core.settle(settlement(ticket, 4), 101.0)
+    core.settle(settlement(reservation, 4), 101.0)
     disk.commit(core, ledger)
     assert disk.accounts["day"] == AccountState(4, 0, 0)
     assert disk.abandoned == {}
@@ -310,18 +310,18 @@ def test_a_reaper_that_knows_no_settings_uses_the_stored_ones() -> None:
     snapshot = reaper.limiter("provider", 5.0)
     assert snapshot is not None
     assert (snapshot.requests_max, snapshot.requests_available, snapshot.in_flight) == (2, 1, 0)
-    ticket = reaper.admit(ask(budget=None, limit=limit), 6.0)
+    reservation = reaper.admit(ask(budget=None, limit=limit), 6.0)
     disk.commit(reaper, {})
-    assert ticket.state == GRANTED
+    assert reservation.state == GRANTED
 
 
 def test_a_limiter_written_by_another_version_starts_afresh() -> None:
     core, disk = durable()
     limit = RateLimit(rpm=2)
     disk.limiters["provider"] = (b'{"version": 99}', limit)
-    ticket = core.admit(ask(budget=None, limit=limit), 0.0)
+    reservation = core.admit(ask(budget=None, limit=limit), 0.0)
     disk.commit(core, {})
-    assert ticket.state == GRANTED
+    assert reservation.state == GRANTED
 
 
 def test_a_limit_that_only_reacts_is_not_written_and_not_forgotten() -> None:
@@ -330,18 +330,18 @@ def test_a_limit_that_only_reacts_is_not_written_and_not_forgotten() -> None:
     core.throttled("provider", limit, 30.0, 0.0)
     disk.commit(core, {})
     core.forget()
-    ticket = core.admit(ask(budget=LIMIT, amount=1, limit=limit), 1.0)
+    reservation = core.admit(ask(budget=LIMIT, amount=1, limit=limit), 1.0)
     disk.commit(core, {})
     assert disk.limiters == {}
-    assert (ticket.state, ticket.blocked_on) == (PENDING, "paused")
+    assert (reservation.state, reservation.blocked_on) == (PENDING, "paused")
 
 
 def test_accounts_of_past_windows_are_forgotten_but_not_before_they_are_written() -> None:
     core = AdmissionCore()
     wanted = ask(10, budget=LIMIT, lease=10.0)
     wanted.accounts = (wanted.accounts[0]._replace(ends_in=5.0),)
-    ticket = core.admit(wanted, 0.0)
-    core.settle(settlement(ticket, 10), 1.0)
+    reservation = core.admit(wanted, 0.0)
+    core.settle(settlement(reservation, 10), 1.0)
     core.admit(ask(1, budget=LIMIT, accounts=("other",), lease=10_000.0), 2.0)
     core.tick(10_002.0)
     assert core.accounts.entries.keys() == {"other"}
@@ -369,11 +369,11 @@ def test_a_carried_over_state_meets_what_another_process_carried_over_before() -
             if rest is not each:
                 rest.accounts.dirty.clear()
     assert disk.accounts["day"] == AccountState(30, 30, 0)
-    assert disk.holds.keys() == {mine.ask.id, theirs.ask.id}
+    assert disk.holds.keys() == {mine.id, theirs.id}
 
 
 def test_money_waits_do_not_end_up_in_two_lines() -> None:
-    """A ticket that moves between limiter line and account is never lost or doubled."""
+    """A reservation that moves between limiter line and account is never lost or doubled."""
     core = AdmissionCore()
     seat = RateLimit(concurrency=1)
     holder = core.admit(ask(90, budget=LIMIT), 0.0)
@@ -405,13 +405,13 @@ def test_a_ticket_that_waited_for_money_takes_its_old_place_at_the_limiter() -> 
 def test_the_next_due_moment_is_a_lease_or_a_lines_turn() -> None:
     core = AdmissionCore()
     assert core.next_due() == inf
-    ticket = core.admit(ask(10, budget=LIMIT, lease=30.0), 0.0)
+    reservation = core.admit(ask(10, budget=LIMIT, lease=30.0), 0.0)
     assert core.next_due() == 30.0
     limit = RateLimit(rpm=60, burst=1)
     core.admit(ask(budget=None, limit=limit, lease=600.0), 0.0)
     core.admit(ask(budget=None, limit=limit, lease=600.0), 0.0)
     assert 0.0 < core.next_due() < 2.0
-    assert ticket.state == GRANTED
+    assert reservation.state == GRANTED
 
 
 def test_everybody_in_line_is_refused_when_the_store_breaks() -> None:
@@ -421,9 +421,9 @@ def test_everybody_in_line_is_refused_when_the_store_breaks() -> None:
     waiting = [core.admit(ask(5, budget=LIMIT), 0.0), core.admit(ask(5, budget=None, limit=seat), 0.0)]
     refusal: Any = settlement  # any object: the core only passes it on
     core.fail_waiting(refusal)
-    assert [ticket.state for ticket in waiting] == [REFUSED, REFUSED]
+    assert [reservation.state for reservation in waiting] == [REFUSED, REFUSED]
     assert core.waiting() == 0
-    assert {ticket.refusal for ticket in waiting} == {refusal}
+    assert {reservation.refusal for reservation in waiting} == {refusal}
 
 
 def test_who_stood_behind_a_withdrawn_head_may_go() -> None:

@@ -8,26 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_prod.stores.admission.line import MAX_BYPASSES, WaitingLine
-from dspy_prod.stores.base import Ticket
+from dspy_prod.stores.base import Reservation
 from tests.stores.support import ask
 
 _seq = itertools.count(1)
 
 
-def ticket(priority: int = 1, fair: str = "", seq: int | None = None) -> Ticket:
-    made = Ticket(ask(priority=priority, fair=fair))
+def reservation(priority: int = 1, fair: str = "", seq: int | None = None) -> Reservation:
+    made = ask(priority=priority, fair=fair)
     made.seq = next(_seq) if seq is None else seq
     return made
 
 
-def line_of(*tickets: Ticket) -> WaitingLine:
+def line_of(*reservations: Reservation) -> WaitingLine:
     line = WaitingLine()
-    for each in tickets:
+    for each in reservations:
         line.push(each)
     return line
 
 
-def drain(line: WaitingLine) -> list[Ticket]:
+def drain(line: WaitingLine) -> list[Reservation]:
     served = []
     while line:
         head = line.head()
@@ -38,17 +38,17 @@ def drain(line: WaitingLine) -> list[Ticket]:
 
 
 def test_first_in_first_out() -> None:
-    tickets = [ticket() for _ in range(5)]
-    assert drain(line_of(*tickets)) == tickets
+    reservations = [reservation() for _ in range(5)]
+    assert drain(line_of(*reservations)) == reservations
 
 
 def test_higher_priority_goes_first() -> None:
-    low, normal, high = ticket(2), ticket(1), ticket(0)
+    low, normal, high = reservation(2), reservation(1), reservation(0)
     assert drain(line_of(low, normal, high)) == [high, normal, low]
 
 
 def test_a_ticket_that_comes_back_gets_its_old_place() -> None:
-    first, second, third = ticket(), ticket(), ticket()
+    first, second, third = reservation(), reservation(), reservation()
     line = line_of(first, second, third)
     assert line.pop() is first
     line.push(first)
@@ -59,62 +59,62 @@ def test_a_ticket_that_comes_back_gets_its_old_place() -> None:
 
 
 def test_groups_take_turns() -> None:
-    crowd = [ticket(fair="crowd") for _ in range(5)]
-    single = ticket(fair="single")
+    crowd = [reservation(fair="crowd") for _ in range(5)]
+    single = reservation(fair="single")
     assert drain(line_of(*crowd, single)) == [crowd[0], single, *crowd[1:]]
 
 
 def test_the_head_stays_until_something_happens() -> None:
-    a, b = ticket(fair="a"), ticket(fair="b")
+    a, b = reservation(fair="a"), reservation(fair="b")
     line = line_of(a, b)
     assert [line.head() for _ in range(3)] == [a, a, a]
 
 
 def test_removing_from_anywhere() -> None:
-    tickets = [ticket(priority, fair) for priority in (0, 1, 2) for fair in ("a", "b")]
-    line = line_of(*tickets)
-    assert line.remove(tickets[3])
-    assert not line.remove(tickets[3])
-    assert not line.remove(ticket(fair="nobody"))
+    reservations = [reservation(priority, fair) for priority in (0, 1, 2) for fair in ("a", "b")]
+    line = line_of(*reservations)
+    assert line.remove(reservations[3])
+    assert not line.remove(reservations[3])
+    assert not line.remove(reservation(fair="nobody"))
     assert len(line) == 5
-    assert tickets[3] not in list(line)
-    assert drain(line) == tickets[:3] + tickets[4:]
+    assert reservations[3] not in list(line)
+    assert drain(line) == reservations[:3] + reservations[4:]
 
 
 def test_low_priority_is_served_after_so_many_overtakings() -> None:
-    low = ticket(2)
+    low = reservation(2)
     line = line_of(low)
     served = []
     while low not in served:
-        line.push(ticket(0))
+        line.push(reservation(0))
         served.append(line.pop())
     assert len(served) == MAX_BYPASSES + 1
 
 
 def test_no_priority_starves_while_another_one_waits_below_it() -> None:
     """The turn of the overtaken goes to the one who waits longest, not always to the lowest priority."""
-    normal = ticket(1)
+    normal = reservation(1)
     line = line_of(normal)
     served = []
     for _ in range(5 * MAX_BYPASSES):
-        line.push(ticket(0))
-        line.push(ticket(2))
+        line.push(reservation(0))
+        line.push(reservation(2))
         served.append(line.pop())
     assert normal in served
 
 
 def test_ahead_of_counts_who_is_certainly_served_before() -> None:
-    line = line_of(ticket(1), ticket(1), ticket(0), ticket(1, "other"))
-    assert line.ahead_of(ticket(1)) == 2
-    assert line.ahead_of(ticket(1, seq=0)) == 0
-    assert line.ahead_of(ticket(2)) == 0
+    line = line_of(reservation(1), reservation(1), reservation(0), reservation(1, "other"))
+    assert line.ahead_of(reservation(1)) == 2
+    assert line.ahead_of(reservation(1, seq=0)) == 0
+    assert line.ahead_of(reservation(2)) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.booleans()), max_size=60))
 def test_nobody_is_lost_and_groups_stay_in_order(steps: list[tuple[int, str, bool]]) -> None:
     line = WaitingLine()
-    waiting: list[Ticket] = []
-    served: list[Ticket] = []
+    waiting: list[Reservation] = []
+    served: list[Reservation] = []
     pushed = 0
     for priority, fair, pop in steps:
         if pop and waiting:
@@ -122,7 +122,7 @@ def test_nobody_is_lost_and_groups_stay_in_order(steps: list[tuple[int, str, boo
             waiting.remove(taken)
             served.append(taken)
         else:
-            made = ticket(priority, fair)
+            made = reservation(priority, fair)
             waiting.append(made)
             line.push(made)
             pushed += 1
@@ -131,5 +131,5 @@ def test_nobody_is_lost_and_groups_stay_in_order(steps: list[tuple[int, str, boo
     assert len(served) == len({id(each) for each in served}) == pushed
     for priority in range(3):
         for fair in "abc":
-            group = [t.seq for t in served if (t.ask.priority, t.ask.fair) == (priority, fair)]
+            group = [t.seq for t in served if (t.priority, t.fair) == (priority, fair)]
             assert group == sorted(group)

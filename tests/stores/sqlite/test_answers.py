@@ -110,8 +110,8 @@ def test_what_can_never_be_served_again_is_swept(path: str) -> None:
     put(store, "new", answer())
     wanted = ask()
     wanted.accounts = (wanted.accounts[0]._replace(ends_in=10.0),)
-    ticket = granted(store, wanted)
-    store.settle(ticket, settlement(ticket, CENT))
+    reservation = granted(store, wanted)
+    store.settle(reservation, settlement(reservation, CENT))
     store.flush(10)
     clock.advance(8_000.0)
     transactions = store._writer._transactions

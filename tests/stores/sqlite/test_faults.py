@@ -30,7 +30,7 @@ from tests.stores.support import (
 def test_a_full_disk_refuses_admissions_and_loses_no_settlement(path: str) -> None:
     problems = Problems()
     store = SqliteStore(path, on_problem=problems)
-    tickets = [granted(store, ask(CENT)) for _ in range(20)]
+    reservations = [granted(store, ask(CENT)) for _ in range(20)]
     store.flush(10)
     connection = store._writer.tables.connection
     assert connection is not None
@@ -45,8 +45,8 @@ def test_a_full_disk_refuses_admissions_and_loses_no_settlement(path: str) -> No
     refusal = refused(store, ask(CENT))
     assert refusal.reason == "store_unavailable"
     assert "full" in refusal.detail
-    for ticket in tickets:
-        store.settle(ticket, settlement(ticket, CENT))
+    for reservation in reservations:
+        store.settle(reservation, settlement(reservation, CENT))
     assert not store.flush(0.2)
     assert refused(store, ask(CENT)).reason == "store_unavailable"
     with store._writer.io:
@@ -87,19 +87,19 @@ def test_a_short_lock_of_another_program_is_waited_out(path: str) -> None:
     store.flush(10)
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
-    ticket = store.admit(ask())
+    reservation = store.admit(ask())
     store.flush(0.1)
     blocker.execute("ROLLBACK")
     blocker.close()
-    assert decided(ticket).state == GRANTED
+    assert decided(reservation).state == GRANTED
     store.close()
 
 
 def test_a_deleted_file_is_made_again_with_what_is_known(path: str) -> None:
     problems = Problems()
     store = SqliteStore(path, on_problem=problems)
-    ticket = granted(store, ask(30 * CENT))
-    store.settle(ticket, settlement(ticket, 30 * CENT))
+    reservation = granted(store, ask(30 * CENT))
+    store.settle(reservation, settlement(reservation, 30 * CENT))
     held = granted(store, ask(20 * CENT))
     store.flush(10)
     for suffix in ("", "-wal", "-shm"):
@@ -116,8 +116,8 @@ def test_a_deleted_file_is_made_again_with_what_is_known(path: str) -> None:
 
 def test_a_file_that_is_deleted_without_its_log_does_not_get_the_old_log(path: str) -> None:
     store = SqliteStore(path)
-    ticket = granted(store, ask(30 * CENT))
-    store.settle(ticket, settlement(ticket, 30 * CENT))
+    reservation = granted(store, ask(30 * CENT))
+    store.settle(reservation, settlement(reservation, 30 * CENT))
     store.append(record("old"))
     store.flush(10)
     os.unlink(path)
@@ -133,7 +133,7 @@ def test_a_file_that_is_deleted_without_its_log_does_not_get_the_old_log(path: s
 
 def test_a_deleted_directory_that_cannot_be_made_again_refuses(path: str) -> None:
     store = SqliteStore(path)
-    ticket = granted(store, ask())
+    reservation = granted(store, ask())
     directory = Path(path).parent
     for file in directory.iterdir():
         file.unlink()
@@ -142,7 +142,7 @@ def test_a_deleted_directory_that_cannot_be_made_again_refuses(path: str) -> Non
     refusal = refused(store, ask())
     assert refusal.reason == "store_unavailable"
     assert path in refusal.detail
-    store.settle(ticket, settlement(ticket, CENT))
+    store.settle(reservation, settlement(reservation, CENT))
     with pytest.raises(StoreUnavailableError):
         store.account("day")
     directory.unlink()
@@ -154,7 +154,7 @@ def test_a_deleted_directory_that_cannot_be_made_again_refuses(path: str) -> Non
 def test_a_file_that_gets_corrupt_refuses_and_does_not_raise(path: str) -> None:
     problems = Problems()
     store = SqliteStore(path, on_problem=problems)
-    ticket = granted(store, ask())
+    reservation = granted(store, ask())
     store.flush(10)
     with store._writer.io:
         store._writer.tables.close()
@@ -164,7 +164,7 @@ def test_a_file_that_gets_corrupt_refuses_and_does_not_raise(path: str) -> None:
         with open(path, "r+b") as file:
             file.write(b"this is not a database" * 100)
     assert refused(store, ask()).reason == "store_unavailable"
-    store.settle(ticket, settlement(ticket, CENT))
+    store.settle(reservation, settlement(reservation, CENT))
     until(lambda: "store_degraded" in problems.names)
     assert store.cache_get(b"k") is None
     store.close()

@@ -34,8 +34,8 @@ def test_a_child_of_a_fork_has_a_store_of_its_own(path: str) -> None:
             assert waiting.state == REFUSED  # nobody would ever decide it here
             assert store.account("day") == AccountState(0, 30 * CENT, 0)
             assert store.cache_get(b"k") is not None
-            ticket = granted(store, ask(20 * CENT))
-            store.settle(ticket, settlement(ticket, 20 * CENT))
+            reservation = granted(store, ask(20 * CENT))
+            store.settle(reservation, settlement(reservation, 20 * CENT))
             store.settle(mine, settlement(mine, 30 * CENT))  # the parent's: not ours to settle
             assert store.account("day") == AccountState(20 * CENT, 30 * CENT, 0)
             store.close()
@@ -62,10 +62,10 @@ def test_the_parent_of_a_fork_may_end_first(path: str) -> None:
     if pid == 0:
         code = 1
         try:
-            ticket = granted(store, ask(20 * CENT))
+            reservation = granted(store, ask(20 * CENT))
             store.flush(10)
             os.read(read, 1)  # the parent has closed everything
-            store.settle(ticket, settlement(ticket, 20 * CENT))
+            store.settle(reservation, settlement(reservation, 20 * CENT))
             store.close()
             code = 0
         finally:
@@ -85,8 +85,8 @@ def test_forking_while_threads_write(path: str) -> None:
 
     def work() -> None:
         while not stop.is_set():
-            ticket = decided(store.admit(ask(1, budget=10**12)))
-            store.settle(ticket, settlement(ticket, 1))
+            reservation = decided(store.admit(ask(1, budget=10**12)))
+            store.settle(reservation, settlement(reservation, 1))
             written[0] += 1
 
     thread = threading.Thread(target=work)
@@ -97,8 +97,8 @@ def test_forking_while_threads_write(path: str) -> None:
         if pid == 0:
             code = 1
             try:
-                ticket = granted(store, ask(1, budget=10**12))
-                store.settle(ticket, settlement(ticket, 1))
+                reservation = granted(store, ask(1, budget=10**12))
+                store.settle(reservation, settlement(reservation, 1))
                 store.close()
                 code = 0
             finally:

@@ -75,12 +75,12 @@ def test_processes_share_a_limit_of_requests_per_minute(path: str) -> None:
 
 def test_money_freed_by_another_process_is_noticed(open_sqlite: Callable[..., SqliteStore], path: str) -> None:
     store = open_sqlite()
-    ticket = granted(store, ask(CENT))
+    reservation = granted(store, ask(CENT))
     ready, results = SERVER.Queue(), SERVER.Queue()
     worker = SERVER.Process(target=support.wait_for_money, args=(path, ready, results))
     worker.start()
     assert ready.get(timeout=30) == "waiting"
-    store.settle(ticket, settlement(ticket, 0))
+    store.settle(reservation, settlement(reservation, 0))
     assert results.get(timeout=10) == GRANTED
     worker.join(30)
     assert store.account("day").spent == DOLLAR
@@ -112,8 +112,8 @@ def test_the_holds_of_a_killed_process_are_charged_in_full_exactly_once(path: st
     assert problems.names == ["hold_abandoned"]
     # The answer comes all the same, say through another process: it replaces the charge.
     late = ask(40 * CENT, id=id)
-    ticket = stores[1].admit(ask(0))
-    stores[1].settle(ticket, settlement(late, 10 * CENT))
+    reservation = stores[1].admit(ask(0))
+    stores[1].settle(reservation, settlement(late, 10 * CENT))
     assert stores[2].flush(10)
     assert stores[1].account("day") == AccountState(10 * CENT, 0, 0)
     assert stores[1].records(id=id)[0].outcome == "ok"
@@ -126,7 +126,7 @@ def test_a_process_that_was_thought_dead_settles_late_and_charges_once(path: str
     """Suspended beyond its lease: another process charged its hold; its own settlement then replaces that."""
     clock = FakeClock()
     first = SqliteStore(path, lease=10.0, clock=clock)
-    ticket = granted(first, ask(40 * CENT))
+    reservation = granted(first, ask(40 * CENT))
     later = FakeClock()
     later.advance(60.0)
     second = SqliteStore(path, lease=10.0, clock=later)
@@ -134,7 +134,7 @@ def test_a_process_that_was_thought_dead_settles_late_and_charges_once(path: str
     until(lambda: second.account("day").held == 0)
     assert second.account("day") == AccountState(40 * CENT, 0, 40 * CENT)
     clock.advance(60.0)
-    first.settle(ticket, settlement(ticket, 15 * CENT))
+    first.settle(reservation, settlement(reservation, 15 * CENT))
     assert first.account("day") == AccountState(15 * CENT, 0, 0)
     granted(first, ask(CENT))
     assert first.holds() == 1

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dspy_prod
-from dspy_prod.lm import executing
+from dspy_prod.compat import executing
 from dspy_prod.testing import ScriptedEngine
 
 LM = dspy_prod.LM(

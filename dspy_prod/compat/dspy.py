@@ -1,0 +1,133 @@
+"""DSPy's own: engines and flags of an LM, which backend carries it, what an adapter or a module says of itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Final, Protocol
+
+from dspy.clients import model_metadata
+
+from dspy_prod.compat.foreign import names
+
+thread_local_overrides: ContextVar[dict[str, Any]]
+"""The settings in force here, as `dspy.context` changes them; reading `dspy.settings` takes ten times as long."""
+[thread_local_overrides] = names("dspy.dsp.utils.settings", "thread_local_overrides")
+
+[check_engines, refuse_client_settings, dump_engine, load_engine, is_openai_reasoning_model] = names(
+    "dspy.clients.lm",
+    "_check_engines",
+    "_refuse_client_settings",
+    "_dump_engine",
+    "_load_engine",
+    "_is_openai_reasoning_model",
+)
+[capabilities] = names("dspy.clients.capabilities", "_capabilities")
+[definitions, _binding_for] = names("dspy.lm15", "_definitions", "_binding_for")
+[_declared_fallback] = names("dspy.clients.execution", "_declared_fallback")
+
+retry_after_seconds: Callable[[Any], float | None]
+[retry_after_seconds] = names("dspy.clients._http", "retry_after_seconds")
+
+
+# -- an LM -----------------------------------------------------------------------------------------------------------
+ENGINES: Final = ("_engine_spec", "_async_engine_spec")
+"""Attributes of an LM that hold what it sends its requests to."""
+
+
+class OwnCache:
+    """An LM whose answers DSPy's cache does not keep."""
+
+    _cache_responses = False
+
+
+class Engined(Protocol):
+    """An LM, as far as its engines."""
+
+    model: str
+    _engine_spec: Any
+    _async_engine_spec: Any
+
+
+def engines_of(lm: Any) -> tuple[Any, Any]:
+    """(engine or its name, asynchronous engine) of an LM."""
+    return lm._engine_spec, lm._async_engine_spec
+
+
+def set_engines(lm: Any, engine: Any, async_engine: Any) -> None:
+    """Put engines beneath an LM, unchecked."""
+    lm._engine_spec, lm._async_engine_spec = engine, async_engine
+
+
+def caches_responses(lm: Any) -> bool:
+    """Whether DSPy's cache keeps the answers of an LM."""
+    return bool(lm.cache and getattr(lm, "_cache_responses", True))
+
+
+class StandIn:
+    """What `capabilities`, `declared_door` and DSPy's `select_backend` read off an LM."""
+
+    def __init__(
+        self, model: str, model_type: str, engine: Any, clients: dict[str, Any], providers: tuple[Any, ...]
+    ) -> None:
+        self.model = model
+        self.model_type = model_type
+        self.kwargs = clients
+        self.engine = self._engine_spec = engine
+        self._providers = providers
+        self._provider_name = model.split("/", 1)[0] if "/" in model else "openai"
+
+
+def declared_door(lm: StandIn, resolution: Any, clients: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(model, client settings) by which LiteLLM reaches a provider that the user has declared."""
+    binding = _binding_for(lm._providers, resolution.provider)
+    wire_model, options = _declared_fallback(lm, binding, resolution, clients)
+    return wire_model, options
+
+
+# -- adapters, modules, examples -------------------------------------------------------------------------------------
+try:
+    _adapter_call: ContextVar[Any] | None
+    [_adapter_call] = names("dspy.clients._deprecation", "_adapter_call")
+except ImportError:  # goes with `messages=`, in DSPy 3.5
+    _adapter_call = None
+
+
+def warns_of_messages(lm: Any, messages: Any) -> bool:
+    """Whether DSPy would call `messages=` deprecated: its own adapters may pass them."""
+    if _adapter_call is None:
+        return False
+    origin = _adapter_call.get()
+    return origin is None or origin[0] is not lm or origin[1] is not messages
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether an optimizer has frozen a module."""
+    return bool(getattr(module, "_compiled", False))
+
+
+class CompiledAsProgram:
+    """A module around a `program` that is frozen when the program is, and says so for it."""
+
+    @property
+    def _compiled(self) -> bool:
+        return is_compiled(self.__dict__.get("program"))
+
+    @_compiled.setter
+    def _compiled(self, value: bool) -> None:
+        program = self.__dict__.get("program")
+        if program is not None:
+            program._compiled = value
+
+
+def input_keys(example: Any) -> set[str] | None:
+    """Which keys of a `dspy.Example` are inputs, as far as anybody has said."""
+    keys: set[str] | None = getattr(example, "_input_keys", None)
+    return keys
+
+
+def renew_metadata_lock() -> None:
+    """In a forked child: nobody would release the lock if a thread of the parent held it."""
+    if hasattr(model_metadata, "_lock"):
+        model_metadata._lock = threading.RLock()

@@ -1,0 +1,178 @@
+"""One public call of one answer, without the detours of DSPy's general executor.
+
+`dspy.clients.execution.execute` serves legacy plugins, compatibility engines, `n > 1`, retries and streams. What it
+does for one canonical request on an engine object is written here again, in the same order and with the same errors;
+every other call still goes through it, and all do if a version of DSPy has other steps than the known ones. The
+asynchronous form also spares two hops to worker threads.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from inspect import signature
+from typing import Any, Final, TypeAlias
+
+from dspy.clients import execution
+from dspy.clients.errors import wrap_error
+from dspy.clients.execution import aexecute, execute
+from dspy.dsp.utils.settings import settings
+from dspy.lm15 import Config, LM15Error, Message, Request, Response, TextPart
+from dspy.utils.exceptions import LMError
+
+from dspy_prod.compat.dspy import Engined
+from dspy_prod.compat.foreign import names, version_of
+
+PreparedCall: TypeAlias = Any
+"""DSPy's class of that name, as `dspy.clients.execution.prepare` makes it."""
+CallResult: TypeAlias = Any
+"""DSPy's class of that name."""
+
+STEPS: Final = {
+    "PreparedCall": "prompt messages kwargs legacy request cache n managed",
+    "CallResult": "responses outputs usage cost raw response_model cache_hit cost_details",
+    "_canonical": "call compat",
+    "_result": "lm response call provider request estimate",
+    "_hint_responses_api": "lm exc",
+}
+"""What the short way is made of: names in DSPy's executor, and their parameters."""
+
+
+def _known() -> bool:
+    """Whether this DSPy has exactly these steps."""
+    try:
+        return all(
+            " ".join(signature(getattr(execution, name)).parameters) == parameters for name, parameters in STEPS.items()
+        )
+    except (AttributeError, TypeError, ValueError):
+        return False
+
+
+SHORT: Final = _known()
+"""Whether calls go the short way."""
+
+if SHORT:
+    _PreparedCall, _CallResult, _canonical, _result, _hint = names("dspy.clients.execution", *STEPS)
+else:
+    logging.getLogger("dspy_prod").warning(
+        "DSPy %s executes calls in other steps than dspy_prod knows; its own, slower executor is used",
+        version_of("dspy"),
+    )
+
+
+def _run(lm: Engined, call: PreparedCall) -> CallResult:
+    """Answer a prepared call on this thread."""
+    if call.n != 1 or settings.send_stream is not None:
+        return execute(lm, call)
+    request = _request(lm, call)
+    try:
+        return _result(lm, lm._engine_spec.complete(request), call, None, request, estimate=False)
+    except Exception as error:
+        raise _shown(lm, error) from _cause(error)
+
+
+async def _arun(lm: Engined, call: PreparedCall) -> CallResult:
+    """Answer a prepared call in this task."""
+    if call.n != 1 or settings.send_stream is not None:
+        return await aexecute(lm, call)
+    request = _request(lm, call)
+    try:
+        return _result(lm, await lm._async_engine_spec.complete(request), call, None, request, estimate=False)
+    except Exception as error:
+        raise _shown(lm, error) from _cause(error)
+
+
+run_call = _run if SHORT else execute
+arun_call = _arun if SHORT else aexecute
+
+
+def answered(
+    prompt: Any, messages: Any, kwargs: dict[str, Any], text: str, response: Response
+) -> tuple[PreparedCall, CallResult]:
+    """A call that an answer from memory ends before it was prepared. Only where calls go the short way."""
+    call = _PreparedCall(
+        prompt=prompt, messages=messages, kwargs=kwargs, legacy={}, request=None, cache=True, n=1, managed=True
+    )
+    return call, _CallResult(
+        responses=(response,), outputs=[text], usage={}, cost=0.0, raw=response, response_model=response.model,
+        cache_hit=True,
+    )  # fmt: skip
+
+
+def request_of(call: PreparedCall) -> Request:
+    """The canonical request of a call, by DSPy's own conversion."""
+    [canonical] = names("dspy.clients.execution", "_canonical")
+    request: Request = canonical(call)
+    return request
+
+
+@lru_cache(maxsize=512)
+def _config(shape: tuple[Any, ...]) -> list[Config]:
+    """Where the settings are kept that were converted from these arguments; empty until they were, and for good where
+    the arguments add more than settings to a request. `lru_cache` alone is safe between threads and quick."""
+    return []
+
+
+def _request(lm: Engined, call: PreparedCall) -> Request:
+    """The canonical request of a call; DSPy's conversion, remembered where only texts change from call to call."""
+    if call.request is not None:
+        return call.request
+    legacy = call.legacy
+    try:
+        kept = _config(
+            tuple([(name, type(value), value) for name, value in legacy.items() if name not in _NOT_SETTINGS])
+        )
+    except TypeError:  # tools, schemas, ...: not hashable
+        return _convert(lm, call)
+    texts = _texts(legacy["messages"])
+    if texts is None:
+        return _convert(lm, call)
+    system, messages = texts
+    if not kept:
+        request = _convert(lm, call)
+        plain = Request(model=request.model, messages=messages, system=system, config=request.config)
+        if plain == request:
+            kept.append(request.config)
+        return request
+    return Request(model=lm.model, messages=messages, system=system, config=kept[0])
+
+
+_NOT_SETTINGS: Final = frozenset({"messages", "rollout_id"})
+
+
+def _texts(rows: list[Any]) -> tuple[str | None, tuple[Message, ...]] | None:
+    """(system, messages) when every message is plain text from user or assistant after at most one system text."""
+    system: str | None = None
+    messages = []
+    for row in rows:
+        if len(row) != 2:
+            return None
+        role, text = row.get("role"), row.get("content")
+        if type(text) is not str or not text:
+            return None
+        if role == "user" or role == "assistant":
+            messages.append(Message(role=role, parts=(TextPart(text),)))
+        elif role == "system" and row is rows[0]:
+            system = text
+        else:
+            return None
+    return (system, tuple(messages)) if messages else None
+
+
+def _convert(lm: Engined, call: PreparedCall) -> Request:
+    try:
+        request: Request = _canonical(call)
+    except LM15Error as error:
+        raise wrap_error(error, model=lm.model) from error
+    return request
+
+
+def _shown(lm: Engined, error: Exception) -> Exception:
+    if not isinstance(error, LMError):
+        error = wrap_error(error, model=lm.model)
+    _hint(lm, error)
+    return error
+
+
+def _cause(error: Exception) -> Any:
+    return error.__cause__ if isinstance(error, LMError) else error

@@ -1,0 +1,98 @@
+"""LiteLLM, and DSPy's engines on it, with a say in what is sent and what is made of the answer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from typing import Any
+
+from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
+from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine
+from dspy.clients.engines.litellm_errors import litellm_errors
+from dspy.lm15 import Request, Response, StreamEndEvent
+
+from dspy_prod.compat.foreign import names
+from dspy_prod.compat.lm15 import StreamEvent
+
+[get_litellm] = names("dspy.clients._litellm", "get_litellm")
+[_ChatStream] = names("dspy.clients.engines.litellm_engine", "_ChatStream")
+
+
+def answered_by(raw: Any) -> str | None:
+    """LiteLLM's name of the provider behind one of its answers."""
+    hidden = getattr(raw, "_hidden_params", None) or {}
+    provider: str | None = hidden.get("custom_llm_provider")
+    return provider
+
+
+def chunks_of(stream: Any) -> Iterable[Any]:
+    """What the provider has sent of a stream of LiteLLM's; nothing where it is not kept."""
+    return getattr(stream, "chunks", None) or ()
+
+
+class _Hooked:
+    def sent(self, data: dict[str, Any], request: Request) -> dict[str, Any]:
+        """The arguments LiteLLM is called with."""
+        return data
+
+    def received(self, response: Response, raw: Any) -> Response:
+        """The canonical answer; `raw` is LiteLLM's."""
+        return response
+
+    def ended(self, end: StreamEndEvent, source: Any) -> StreamEndEvent:
+        """The last event of a stream; `source` is LiteLLM's stream after its end."""
+        return end
+
+    def _arguments(self, request: Request, *, streaming: bool = False) -> dict[str, Any]:
+        return self.sent(super()._arguments(request, streaming=streaming), request)  # type: ignore[misc]
+
+    def _response(self, raw: Any, request: Request) -> Response:
+        return self.received(super()._response(raw, request), raw)  # type: ignore[misc]
+
+
+class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
+    """The synchronous engine."""
+
+    def stream(self, request: Request) -> Iterator[StreamEvent]:
+        """DSPy's stream, written here again because it cannot be asked for its source.
+
+        Raises:
+            lm15 errors, translated from LiteLLM's.
+        """
+        data = self._arguments(request, streaming=True)
+        litellm = get_litellm(feature="LiteLLM engine streaming")
+        with litellm_errors(model=request.model):
+            source = litellm.completion(**data)
+        codec = _ChatStream(request)
+        with closing_stream(source):
+            chunks = iter(source)
+            while True:
+                with litellm_errors(model=request.model):
+                    try:
+                        chunk = next(chunks)
+                    except StopIteration:
+                        break
+                yield from codec.feed(chunk)
+            yield self.ended(codec.finish(litellm), source)
+
+
+class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
+    """The asynchronous engine."""
+
+    async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
+        """The same in a task, see `HookedLiteLLMEngine.stream`."""
+        data = self._arguments(request, streaming=True)
+        litellm = get_litellm(feature="LiteLLM engine streaming")
+        with litellm_errors(model=request.model):
+            source = await litellm.acompletion(**data)
+        codec = _ChatStream(request)
+        async with aclosing_stream(source):
+            chunks = aiter(source)
+            while True:
+                with litellm_errors(model=request.model):
+                    try:
+                        chunk = await anext(chunks)
+                    except StopAsyncIteration:
+                        break
+                for event in codec.feed(chunk):
+                    yield event
+            yield self.ended(codec.finish(litellm), source)

@@ -1,0 +1,101 @@
+"""lm15, the client library inside DSPy: stream events, JSON forms, and transports that can be hooked."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+from dspy.lm15 import (
+    CacheConfig,
+    Request,
+    Response,
+    StreamDeltaEvent,
+    StreamEndEvent,
+    StreamErrorEvent,
+    StreamStartEvent,
+)
+
+from dspy_prod.compat.foreign import names
+
+StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
+
+[StreamAccumulator] = names("dspy._vendor.lm15.result", "StreamAccumulator")
+
+request_to_dict: Callable[[Request], dict[str, Any]]
+response_to_dict: Callable[..., dict[str, Any]]
+response_from_dict: Callable[[dict[str, Any]], Response]
+cache_config_to_dict: Callable[[CacheConfig], dict[str, Any]]
+cache_config_from_dict: Callable[..., CacheConfig]
+[request_to_dict, response_to_dict, response_from_dict, cache_config_to_dict, cache_config_from_dict] = names(
+    "dspy._vendor.lm15.serde",
+    "request_to_dict",
+    "response_to_dict",
+    "response_from_dict",
+    "cache_config_to_dict",
+    "cache_config_from_dict",
+)
+
+_ARGUMENTS: Final = """
+    model messages tools tool_choice parallel_tool_calls functions function_call max_completion_tokens max_tokens
+    temperature top_p top_k stop seed frequency_penalty presence_penalty logprobs top_logprobs response_format
+    service_tier store user safety_identifier user_id reasoning reasoning_effort verbosity metadata logit_bias
+    prediction stream stream_options
+"""
+
+
+def canonical_arguments() -> frozenset[str]:
+    """The arguments of the chat API that a canonical request can say."""
+    try:
+        tables = names(
+            "dspy._vendor.lm15.providers.openai_chat",
+            "_INGEST_CONFIG_KEYS",
+            "_INGEST_EXTENSIONS_KEYS",
+            "_INGEST_CALL_MODE_KEYS",
+        )
+    except ImportError:  # the tables moved; the list as of DSPy 3.4.1 still holds
+        return frozenset(_ARGUMENTS.split())
+    return frozenset().union(*tables)
+
+
+# -- transports ------------------------------------------------------------------------------------------------------
+_StdlibTransport: Any
+_StdlibAsyncTransport: Any
+[_StdlibTransport, _StdlibAsyncTransport] = names(
+    "dspy._vendor.lm15.transports", "StdlibTransport", "StdlibAsyncTransport"
+)
+
+
+class HookedTransport(_StdlibTransport):
+    """The synchronous transport; a subclass may bound each request and wrap each socket."""
+
+    def time_left(self) -> float | None:
+        """Seconds that a request which begins now may take to connect; None: as the transport was told."""
+        return None
+
+    def wrapped(self, connected: socket.socket) -> Any:
+        """What is used in place of a new connection's socket."""
+        return connected
+
+    def stream(self, request: Any) -> Any:
+        """Send a request; its answer is read by the caller."""
+        left = self.time_left()
+        if left is not None:
+            request.connect_timeout = min(request.connect_timeout or self._connect_timeout, left)
+        return super().stream(request)
+
+    def _open(self, *args: Any, **kwargs: Any) -> Any:
+        connection = super()._open(*args, **kwargs)
+        connection.sock = self.wrapped(connection.sock)
+        return connection
+
+
+class HookedAsyncTransport(_StdlibAsyncTransport):
+    """The asynchronous transport; a subclass hears when a request goes out."""
+
+    def leaves(self) -> None:
+        """A request goes out now."""
+
+    async def _send_request(self, *args: Any, **kwargs: Any) -> None:
+        self.leaves()
+        await super()._send_request(*args, **kwargs)
