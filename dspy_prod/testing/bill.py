@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from math import ceil
 from typing import Any, NamedTuple
 
 NANO_PER_USD = 1_000_000_000
@@ -52,34 +53,26 @@ class BillRow:
 
 
 class Rate(NamedTuple):
-    """A model's price in integers: `tokens * numerator / denominator` is nano-USD."""
+    """A model's price, in exact nano-USD per token."""
 
-    input: int
-    output: int
-    cached: int
-    denominator: int
+    input: Fraction
+    output: Fraction
+    cached: Fraction
 
     @classmethod
     def of(cls, price: Sequence[float]) -> Rate:
         """From (input, output[, cached input]) in USD per million tokens; decimals are taken as written."""
         if len(price) not in (2, 3):
             raise ValueError(f"a price is (input, output) or (input, output, cached_input), not {price!r}")
-        parts = [Fraction(str(p)) * 1000 for p in price]
-        if any(part < 0 for part in parts):
+        parts = [Fraction(str(p)) * 1000 for p in (*price, price[0])]
+        if min(parts) < 0:
             raise ValueError(f"a price cannot be negative: {price!r}")
-        if len(parts) == 2:
-            parts.append(parts[0])
-        denominator = 1
-        for part in parts:
-            denominator *= part.denominator
-        inputs, outputs, cached = (int(part * denominator) for part in parts)
-        return cls(inputs, outputs, cached, denominator)
+        return cls(*parts[:3])
 
     def nano(self, usage: Usage) -> int:
         """Cost of `usage` in nano-USD, rounded up."""
         fresh = usage.input_tokens - usage.cached_tokens
-        total = fresh * self.input + usage.cached_tokens * self.cached + usage.output_tokens * self.output
-        return -(-total // self.denominator)
+        return ceil(fresh * self.input + usage.cached_tokens * self.cached + usage.output_tokens * self.output)
 
 
 class Bill:

@@ -191,19 +191,18 @@ class EmptyChoices(Fault):
 Chooser = Callable[["CallView"], "Fault | None"]
 
 
+@dataclass(frozen=True)
 class FaultPlan:
     """Says which call meets which fault.
 
     A plan counts calls from 0, beginning when it is given to the provider (or at `Provider.reset`). It keeps no
     state of its own, so one plan can serve several providers.
+
+    Attributes:
+        pick: gives the fault of call number `position` (from 0) since the plan began, or None for a healthy one.
     """
 
-    def __init__(self, pick: Callable[[int, CallView], Fault | None]) -> None:
-        self._pick = pick
-
-    def pick(self, position: int, call: CallView) -> Fault | None:
-        """The fault of call number `position` (from 0) since the plan began, or None for a healthy one."""
-        return self._pick(position, call)
+    pick: Callable[[int, CallView], Fault | None]
 
     @classmethod
     def script(cls, faults: Sequence[Fault | None]) -> FaultPlan:

@@ -232,13 +232,9 @@ class Provider:
 
     # -- for Exchange, on the server's thread
 
-    def compose(self, call: Call) -> Reply:
-        """The reply to a call."""
-        return compose(call, self.answer, self.usage, call_tools=self.call_tools, created=self._created)
-
     async def generate(self, call: Call) -> Reply:
         """The reply to a call, however long it takes to make."""
-        return self.compose(call)
+        return compose(call, self.answer, self.usage, call_tools=self.call_tools, created=self._created)
 
     def draw_latency(self, call: Call) -> float:
         """Seconds that this call takes."""
