@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .bill import Bill, BillRow, Usage
-from .calls import Call, CallView
-from .clock import FakeClock
-from .faults import (
+from dspy_prod.testing.bill import Bill, BillRow, Usage
+from dspy_prod.testing.calls import Call, CallView
+from dspy_prod.testing.clock import FakeClock
+from dspy_prod.testing.faults import (
     EmptyChoices,
     ErrorInStream,
     Fault,
@@ -21,11 +21,11 @@ from .faults import (
     TruncatedStream,
     WrongUsage,
 )
-from .provider import Provider
-from .relay import Relay
+from dspy_prod.testing.provider import Provider
+from dspy_prod.testing.relay import Relay
 
 if TYPE_CHECKING:
-    from .engine import ScriptedEngine
+    from dspy_prod.testing.engine import ScriptedEngine
 
 __all__ = [
     "Bill",
@@ -54,7 +54,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "ScriptedEngine":  # imports DSPy, which the provider on its own does not need
-        from .engine import ScriptedEngine
+        from dspy_prod.testing.engine import ScriptedEngine
 
         return ScriptedEngine
     raise AttributeError(f"module 'dspy_prod.testing' has no attribute {name!r}")

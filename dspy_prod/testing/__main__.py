@@ -1,4 +1,4 @@
-"""``python -m dspy_prod.testing``: a provider in a process of its own."""
+"""`python -m dspy_prod.testing`: a provider in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import threading
 from collections.abc import Sequence
 
-from .provider import Provider
+from dspy_prod.testing.provider import Provider
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,10 +10,10 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from .bill import Usage
-from .calls import CallView
-from .faults import WrongUsage
-from .schema import sample
+from dspy_prod.testing.bill import Usage
+from dspy_prod.testing.calls import CallView
+from dspy_prod.testing.faults import WrongUsage
+from dspy_prod.testing.schema import sample
 
 CHARS_PER_TOKEN = 4
 
@@ -31,7 +31,7 @@ _PYTHON_VALUES: dict[str, Any] = {"int": 1, "float": 1.0, "bool": True}
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A function the model wants called; ``arguments`` is a JSON text."""
+    """A function the model wants called; `arguments` is a JSON text."""
 
     id: str
     name: str
@@ -64,7 +64,7 @@ class Reply:
     created: int
 
     def usage_at(self, share: float) -> Usage:
-        """The usage when only ``share`` (0 to 1) of the output had been generated: all input, output rounded up."""
+        """The usage when only `share` (0 to 1) of the output had been generated: all input, output rounded up."""
         if share >= 1:
             return self.usage
         output = ceil(self.usage.output_tokens * share)
@@ -72,7 +72,7 @@ class Reply:
 
 
 def compose(call: CallView, answer: AnswerSource, usage: UsageSource, *, call_tools: bool, created: int) -> Reply:
-    """The reply to ``call``: the configured answer or a fitting default, cut at ``max_tokens``, with its usage."""
+    """The reply to `call`: the configured answer or a fitting default, cut at `max_tokens`, with its usage."""
     given = answer(call) if callable(answer) else answer
     several = isinstance(given, Sequence) and not isinstance(given, str)
     choices = []
@@ -89,7 +89,7 @@ def compose(call: CallView, answer: AnswerSource, usage: UsageSource, *, call_to
 
 
 def distort(usage: Usage, fault: WrongUsage) -> Usage:
-    """``usage`` as a provider with ``fault`` counts it."""
+    """`usage` as a provider with `fault` counts it."""
     factor = Fraction(str(fault.factor))
     inputs = ceil(usage.input_tokens * factor) if fault.input_tokens is None else fault.input_tokens
     outputs = ceil(usage.output_tokens * factor) if fault.output_tokens is None else fault.output_tokens
@@ -99,8 +99,8 @@ def distort(usage: Usage, fault: WrongUsage) -> Usage:
 def as_choice(given: Any, call: CallView, position: int) -> Choice:
     """A choice from a test's answer.
 
-    A string is the text. A mapping with any of ``content``, ``tool_calls``, ``reasoning`` or ``finish_reason`` is a
-    message (a tool call is ``{"name": ..., "arguments": dict or JSON text}``); any other mapping is sent as JSON.
+    A string is the text. A mapping with any of `content`, `tool_calls`, `reasoning` or `finish_reason` is a
+    message (a tool call is `{"name": ..., "arguments": dict or JSON text}`); any other mapping is sent as JSON.
     """
     if isinstance(given, str):
         return Choice(given)
@@ -160,7 +160,7 @@ def _tool_to_call(call: CallView, call_tools: bool) -> dict[str, Any] | None:
 
 
 def _fields(pattern: re.Pattern[str], asked: str, call: CallView, suffix: str) -> dict[str, Any]:
-    """A value for each output field named in ``asked``, of the type that the adapter's notes or the message give."""
+    """A value for each output field named in `asked`, of the type that the adapter's notes or the message give."""
     notes = {name: note.strip() for name, note in _NOTE.findall(call.prompt)}
     return {name: _value(name, kind, notes.get(name), suffix) for name, kind in pattern.findall(asked)}
 

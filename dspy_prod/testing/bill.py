@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from math import ceil
 from typing import Any, NamedTuple
 
 NANO_PER_USD = 1_000_000_000
@@ -30,7 +31,7 @@ class BillRow:
     """One billed call."""
 
     call_id: str
-    """The ``id`` in the answer the client saw; also ``Call.call_id``."""
+    """The `id` in the answer the client saw; also `Call.call_id`."""
     model: str
     input_tokens: int
     output_tokens: int
@@ -39,7 +40,7 @@ class BillRow:
     nano: int
     """Cost in nano-USD, rounded up."""
     at: float
-    """When it was billed, in seconds of ``time.monotonic()``."""
+    """When it was billed, in seconds of `time.monotonic()`."""
     told: bool
     """Whether this usage was sent to the client in full."""
     status: int | None
@@ -52,34 +53,26 @@ class BillRow:
 
 
 class Rate(NamedTuple):
-    """A model's price in integers: ``tokens * numerator / denominator`` is nano-USD."""
+    """A model's price, in exact nano-USD per token."""
 
-    input: int
-    output: int
-    cached: int
-    denominator: int
+    input: Fraction
+    output: Fraction
+    cached: Fraction
 
     @classmethod
     def of(cls, price: Sequence[float]) -> Rate:
         """From (input, output[, cached input]) in USD per million tokens; decimals are taken as written."""
         if len(price) not in (2, 3):
             raise ValueError(f"a price is (input, output) or (input, output, cached_input), not {price!r}")
-        parts = [Fraction(str(p)) * 1000 for p in price]
-        if any(part < 0 for part in parts):
+        parts = [Fraction(str(p)) * 1000 for p in (*price, price[0])]
+        if min(parts) < 0:
             raise ValueError(f"a price cannot be negative: {price!r}")
-        if len(parts) == 2:
-            parts.append(parts[0])
-        denominator = 1
-        for part in parts:
-            denominator *= part.denominator
-        inputs, outputs, cached = (int(part * denominator) for part in parts)
-        return cls(inputs, outputs, cached, denominator)
+        return cls(*parts[:3])
 
     def nano(self, usage: Usage) -> int:
-        """Cost of ``usage`` in nano-USD, rounded up."""
+        """Cost of `usage` in nano-USD, rounded up."""
         fresh = usage.input_tokens - usage.cached_tokens
-        total = fresh * self.input + usage.cached_tokens * self.cached + usage.output_tokens * self.output
-        return -(-total // self.denominator)
+        return ceil(fresh * self.input + usage.cached_tokens * self.cached + usage.output_tokens * self.output)
 
 
 class Bill:
@@ -87,7 +80,7 @@ class Bill:
 
     Args:
         prices: model name (with or without "openai/") → (input, output[, cached input]) in USD per million tokens.
-        price: the same for models not in ``prices``.
+        price: the same for models not in `prices`.
     """
 
     def __init__(self, prices: Mapping[str, Sequence[float]], price: Sequence[float]) -> None:
@@ -124,7 +117,7 @@ class Bill:
         return {model: amount / NANO_PER_USD for model, amount in nano.items()}
 
     def cost(self, model: str, usage: Usage) -> int:
-        """What ``usage`` of ``model`` costs in nano-USD, without billing it."""
+        """What `usage` of `model` costs in nano-USD, without billing it."""
         return self._rates.get(model, self._default).nano(usage)
 
     def add(self, call_id: str, model: str, usage: Usage, *, at: float, told: bool, status: int | None) -> BillRow:
@@ -150,7 +143,7 @@ class Bill:
             self._nano = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """The bill as JSON-ready data, as served under ``GET /_bill``."""
+        """The bill as JSON-ready data, as served under `GET /_bill`."""
         rows = self.rows
         nano = sum(row.nano for row in rows)
         return {"usd": nano / NANO_PER_USD, "nano": nano, "rows": [{**asdict(row), "usd": row.usd} for row in rows]}

@@ -31,12 +31,12 @@ def parse_object(body: bytes) -> dict[str, Any] | None:
 
 @dataclass(slots=True, eq=False)
 class CallView:
-    """The request as it arrived; what ``answer``, ``usage``, ``latency`` and ``faults`` callables are given."""
+    """The request as it arrived; what `answer`, `usage`, `latency` and `faults` callables are given."""
 
     index: int
     """Number of the call, from 0, in order of arrival."""
     call_id: str
-    """The ``id`` of its answer and of its bill row."""
+    """The `id` of its answer and of its bill row."""
     api: Api
     path: str
     model: str
@@ -45,7 +45,7 @@ class CallView:
     body: dict[str, Any] = field(repr=False)
     stream: bool
     received_at: float
-    """When the request had fully arrived, in seconds of ``time.monotonic()``."""
+    """When the request had fully arrived, in seconds of `time.monotonic()`."""
     in_flight: int
     """Calls in flight at that moment, this one included."""
 
@@ -96,13 +96,13 @@ class CallView:
 
     @property
     def tools(self) -> list[dict[str, Any]]:
-        """The offered functions, each with ``name`` and ``parameters``."""
+        """The offered functions, each with `name` and `parameters`."""
         tools = [tool for tool in self.body.get("tools") or [] if tool.get("type") == "function"]
         return [tool.get("function", tool) for tool in tools]
 
     @property
     def response_format(self) -> dict[str, Any]:
-        """``{"type": "text" | "json_object" | "json_schema", "schema": ... or None}``."""
+        """`{"type": "text" | "json_object" | "json_schema", "schema": ... or None}`."""
         if self.api == "responses":
             given = (self.body.get("text") or {}).get("format") or {}
         else:
@@ -131,7 +131,7 @@ class CallView:
 
 @dataclass(slots=True, eq=False)
 class Call(CallView):
-    """A call and what became of it. The provider goes on filling it in until ``finished_at`` is set."""
+    """A call and what became of it. The provider goes on filling it in until `finished_at` is set."""
 
     status: int | None = None
     """The HTTP status sent, or None while there is none."""
@@ -149,7 +149,7 @@ class Call(CallView):
     """Tokens the provider counts for it, whether billed or not; 0 if it was refused before counting."""
     output_tokens: int = 0
     error: str | None = None
-    """What a callable of the test (``answer``, ``usage``…) raised; the client got a 500."""
+    """What a callable of the test (`answer`, `usage`…) raised; the client got a 500."""
 
     def weight(self, weights: Literal["billed", "bound"]) -> int:
         """Tokens of this call: "billed" is input + output, "bound" is input + n * max_tokens where that is larger."""
@@ -158,7 +158,7 @@ class Call(CallView):
         return self.input_tokens + self.output_tokens
 
     def as_dict(self) -> dict[str, Any]:
-        """The call as JSON-ready data, as served under ``GET /_calls``; the authorization header is masked."""
+        """The call as JSON-ready data, as served under `GET /_calls`; the authorization header is masked."""
         names = [*CallView.__slots__, *Call.__slots__]
         data = {name: getattr(self, name) for name in names}
         data["headers"] = {k: "***" if k in ("authorization", "api-key") else v for k, v in self.headers.items()}
@@ -166,7 +166,7 @@ class Call(CallView):
 
 
 def busiest_window(events: Iterable[tuple[float, int]], seconds: float) -> int:
-    """The largest sum of weights in any window ``[t, t + seconds)``, for events of (time in seconds, weight)."""
+    """The largest sum of weights in any window `[t, t + seconds)`, for events of (time in seconds, weight)."""
     ordered = sorted(events)
     start = total = best = 0
     for at, weight in ordered:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .answers import Choice, Reply
-from .bill import Usage
-from .calls import Api
+from dspy_prod.testing.answers import Choice, Reply
+from dspy_prod.testing.bill import Usage
+from dspy_prod.testing.calls import Api
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,10 @@ class Dialect(Protocol):
     """One endpoint's way to write a reply."""
 
     def body(self, reply: Reply, usage: Usage | None) -> dict[str, Any]:
-        """The body of a plain answer; ``usage`` None leaves it out."""
+        """The body of a plain answer; `usage` None leaves it out."""
 
     def stream(self, reply: Reply, usage: Usage | None, chunks: int) -> Iterator[Piece]:
-        """The events of a stream, each text in up to ``chunks`` pieces."""
+        """The events of a stream, each text in up to `chunks` pieces."""
 
 
 def dumps(data: Any) -> bytes:
@@ -47,7 +47,7 @@ def sse(data: Any, event: str | None = None) -> bytes:
 
 
 def split(text: str, chunks: int) -> list[str]:
-    """``text`` in at most ``chunks`` pieces of about equal length."""
+    """`text` in at most `chunks` pieces of about equal length."""
     size = max(1, -(-len(text) // chunks))
     return [text[start : start + size] for start in range(0, len(text), size)]
 

@@ -1,6 +1,6 @@
 """One call at the provider, from the request's arrival to the last byte of its answer, and onto the bill.
 
-The bill row is written and the call leaves ``in_flight`` *before* the last bytes are sent, so that a client who has
+The bill row is written and the call leaves `in_flight` *before* the last bytes are sent, so that a client who has
 its answer finds both settled.
 """
 
@@ -10,11 +10,11 @@ import asyncio
 import time
 from typing import Protocol
 
-from .answers import Reply, distort
-from .bill import Bill
-from .calls import Call
-from .dialects import DIALECTS, Piece, dumps, sse
-from .faults import (
+from dspy_prod.testing.answers import Reply, distort
+from dspy_prod.testing.bill import Bill
+from dspy_prod.testing.calls import Call
+from dspy_prod.testing.dialects import DIALECTS, Piece, dumps, sse
+from dspy_prod.testing.faults import (
     EmptyChoices,
     ErrorInStream,
     Fault,
@@ -27,8 +27,8 @@ from .faults import (
     TruncatedStream,
     WrongUsage,
 )
-from .quota import Quota
-from .wire import LAST_CHUNK, Connection, chunk, head, response
+from dspy_prod.testing.quota import Quota
+from dspy_prod.testing.wire import LAST_CHUNK, Connection, chunk, head, response
 
 SETTLE_PAUSE = 0.01
 """Seconds between the last bytes and a RST, so that the client has received them before."""
@@ -133,7 +133,7 @@ class Exchange:
     # -- money and records
 
     def _settle(self, share: float, *, told: bool, billed: bool = True) -> None:
-        """Bill the call, once: all input and ``share`` (0 to 1) of the output."""
+        """Bill the call, once: all input and `share` (0 to 1) of the output."""
         if self.billed or self.reply is None:
             return
         self.billed = True
@@ -276,7 +276,7 @@ def _error(fault: ErrorInStream) -> dict[str, object]:
 
 
 def _faulted(pieces: list[Piece], fault: Fault | None) -> list[Piece]:
-    """The events of a stream as ``fault`` leaves them."""
+    """The events of a stream as `fault` leaves them."""
     deltas = [position for position, piece in enumerate(pieces) if piece.delta]
     if isinstance(fault, Reset):
         return [] if fault.when == "after_headers" else pieces[: len(pieces) // 2]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from .calls import CallView
+    from dspy_prod.testing.calls import CallView
 
 _MESSAGES = {
     400: "Invalid request.",
@@ -39,7 +39,7 @@ class Fault:
 
     @property
     def name(self) -> str:
-        """How ``Call.fault`` names it: the class name, with the code for ``Status``."""
+        """How `Call.fault` names it: the class name, with the code for `Status`."""
         return type(self).__name__
 
 
@@ -52,7 +52,7 @@ class Status(Fault):
         message: the error's text; None is a usual text for the code.
         retry_after: seconds (or an HTTP date) for the Retry-After header; None sends none.
         headers: further headers.
-        error_code: the error object's ``code``, e.g. "context_length_exceeded"; None is the usual one for ``code``.
+        error_code: the error object's `code`, e.g. "context_length_exceeded"; None is the usual one for `code`.
         delay: seconds before the refusal is sent.
     """
 
@@ -101,7 +101,7 @@ class Hang(Fault):
 
 @dataclass(frozen=True)
 class Trickle(Fault):
-    """A valid answer sent drip by drip, at ``bytes_per_second``. Billed, and told once the last byte is sent."""
+    """A valid answer sent drip by drip, at `bytes_per_second`. Billed, and told once the last byte is sent."""
 
     bytes_per_second: float = 100.0
 
@@ -124,7 +124,7 @@ class Reset(Fault):
 
     @property
     def is_billed(self) -> bool:
-        """``billed``, or its default for ``when``."""
+        """`billed`, or its default for `when`."""
         return self.when != "before" if self.billed is None else self.billed
 
 
@@ -132,7 +132,7 @@ class Reset(Fault):
 class TruncatedStream(Fault):
     """The stream stops without usage or [DONE] and the connection is closed. The whole answer is billed, not told.
 
-    Without ``stream`` the body ends before its announced length.
+    Without `stream` the body ends before its announced length.
 
     Args:
         after: how many text chunks are sent; None is half of them.
@@ -145,12 +145,12 @@ class TruncatedStream(Fault):
 class ErrorInStream(Fault):
     """An error event takes the place of the rest of a stream. Billed up to the chunks sent, not told.
 
-    Without ``stream``: status 200 with an error object as its body, billed in full (some gateways do this).
+    Without `stream`: status 200 with an error object as its body, billed in full (some gateways do this).
 
     Args:
         after: how many text chunks are sent before it.
         message: the error's text.
-        code: the error object's ``code``.
+        code: the error object's `code`.
     """
 
     after: int = 1
@@ -165,7 +165,7 @@ class MalformedJson(Fault):
 
 @dataclass(frozen=True)
 class WrongUsage(Fault):
-    """The usage told, *and billed*, is not what the texts' lengths say; it may exceed ``max_tokens``.
+    """The usage told, *and billed*, is not what the texts' lengths say; it may exceed `max_tokens`.
 
     Args:
         factor: multiplies input and output.
@@ -191,19 +191,18 @@ class EmptyChoices(Fault):
 Chooser = Callable[["CallView"], "Fault | None"]
 
 
+@dataclass(frozen=True)
 class FaultPlan:
     """Says which call meets which fault.
 
-    A plan counts calls from 0, beginning when it is given to the provider (or at ``Provider.reset``). It keeps no
+    A plan counts calls from 0, beginning when it is given to the provider (or at `Provider.reset`). It keeps no
     state of its own, so one plan can serve several providers.
+
+    Attributes:
+        pick: gives the fault of call number `position` (from 0) since the plan began, or None for a healthy one.
     """
 
-    def __init__(self, pick: Callable[[int, CallView], Fault | None]) -> None:
-        self._pick = pick
-
-    def pick(self, position: int, call: CallView) -> Fault | None:
-        """The fault of call number ``position`` (from 0) since the plan began, or None for a healthy one."""
-        return self._pick(position, call)
+    pick: Callable[[int, CallView], Fault | None]
 
     @classmethod
     def script(cls, faults: Sequence[Fault | None]) -> FaultPlan:
@@ -230,7 +229,7 @@ class FaultPlan:
 
     @classmethod
     def window(cls, fault: Fault, start_index: int, count: int) -> FaultPlan:
-        """``count`` calls from ``start_index`` on (from 0) meet the fault: an outage."""
+        """`count` calls from `start_index` on (from 0) meet the fault: an outage."""
         return cls(lambda position, call: fault if start_index <= position < start_index + count else None)
 
     @classmethod
@@ -240,7 +239,7 @@ class FaultPlan:
 
     @classmethod
     def of(cls, faults: FaultPlan | Fault | Iterable[Fault | None] | Chooser | None) -> FaultPlan:
-        """From what ``Provider(faults=...)`` takes: a plan, a fault (always), a list (script), a callable or None."""
+        """From what `Provider(faults=...)` takes: a plan, a fault (always), a list (script), a callable or None."""
         if faults is None:
             return cls(lambda position, call: None)
         if isinstance(faults, FaultPlan):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from .bill import Bill
-from .calls import Call
-from .faults import Fault, Reset, Status
-from .wire import Connection, response
+from dspy_prod.testing.bill import Bill
+from dspy_prod.testing.calls import Call
+from dspy_prod.testing.faults import Fault, Reset, Status
+from dspy_prod.testing.wire import Connection, response
 
 
 async def serve_page(
     connection: Connection, method: str, path: str, *, bill: Bill, calls: Sequence[Call], down: Fault | None
 ) -> None:
-    """Answer a request that is no call. ``/_bill`` and ``/_calls`` are readable even while the provider is down."""
+    """Answer a request that is no call. `/_bill` and `/_calls` are readable even while the provider is down."""
     if path == "/_bill":
         connection.write(response(200, bill.as_dict()))
     elif path == "/_calls":

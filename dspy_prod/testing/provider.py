@@ -1,7 +1,7 @@
 """An OpenAI-compatible provider on loopback, with latency, faults, rate limits, streaming and a bill.
 
 It is the truth that tests compare a cost ledger, a limiter or a breaker with: what arrived when, what was refused,
-what was generated, and what that cost to the nano-USD. ``python -m dspy_prod.testing`` runs one in a process of its
+what was generated, and what that cost to the nano-USD. `python -m dspy_prod.testing` runs one in a process of its
 own.
 """
 
@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .answers import AnswerSource, Reply, UsageSource, compose
-from .bill import Bill
-from .calls import Api, Call, CallView, busiest_window, parse_object
-from .dialects import ID_PREFIXES
-from .exchange import Exchange
-from .faults import Chooser, Fault, FaultPlan, Hang, Reset, Status
-from .pages import serve_page
-from .quota import Quota
-from .server import LoopbackServer
-from .wire import Connection, HttpRequest, response
+from dspy_prod.testing.answers import AnswerSource, Reply, UsageSource, compose
+from dspy_prod.testing.bill import Bill
+from dspy_prod.testing.calls import Api, Call, CallView, busiest_window, parse_object
+from dspy_prod.testing.dialects import ID_PREFIXES
+from dspy_prod.testing.exchange import Exchange
+from dspy_prod.testing.faults import Chooser, Fault, FaultPlan, Hang, Reset, Status
+from dspy_prod.testing.pages import serve_page
+from dspy_prod.testing.quota import Quota
+from dspy_prod.testing.server import LoopbackServer
+from dspy_prod.testing.wire import Connection, HttpRequest, response
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,24 +52,24 @@ class Provider:
 
     Args:
         latency: seconds before an answer (a stream's first byte), a (low, high) to draw from, or a callable of a call.
-        answer: the text; or a mapping (a message with ``content``/``tool_calls``, else sent as JSON); or a list of
+        answer: the text; or a mapping (a message with `content`/`tool_calls`, else sent as JSON); or a list of
             those, one per choice; or a callable of the call that returns any of them. None suits the request: fields
             that a DSPy adapter asks for, JSON that satisfies a schema, else "ok".
         prices: model (with or without "openai/") → (input, output[, cached input]) in USD per million tokens.
-        price: the same for models not in ``prices``.
+        price: the same for models not in `prices`.
         usage: (input, output[, cached, reasoning]) tokens, or a callable of the call. None counts a token per 4
-            characters, at least 1. Output never exceeds ``n * max_tokens``.
+            characters, at least 1. Output never exceeds `n * max_tokens`.
         faults: a FaultPlan, a fault for every call, a list (an entry a call, then healthy), or a callable of the call.
-        rpm: requests accepted in any 60 s; more are answered 429 with Retry-After. The limits are in ``quota``, where
+        rpm: requests accepted in any 60 s; more are answered 429 with Retry-After. The limits are in `quota`, where
             they can be changed while it runs. A refused request takes nothing.
         tpm: likewise for tokens: real usage, counted at arrival.
         per_second: likewise for requests in any 1 s.
         concurrency: likewise for requests in flight.
-        ratelimit_headers: send ``x-ratelimit-*`` headers.
+        ratelimit_headers: send `x-ratelimit-*` headers.
         chunks: a stream sends each text in at most this many chunks.
         chunk_delay: seconds before each of them.
-        call_tools: call the first offered tool (unless the last message is a tool's result) when ``answer`` is None.
-        bill_abandoned: whether a call whose client leaves during ``latency`` is billed: a plain one in full, a stream
+        call_tools: call the first offered tool (unless the last message is a tool's result) when `answer` is None.
+        bill_abandoned: whether a call whose client leaves during `latency` is billed: a plain one in full, a stream
             for its input.
         port: 0 takes a free one.
         seed: of the latency draw.
@@ -117,7 +117,7 @@ class Provider:
         self._mark = uuid.uuid4().hex[:8]
         self._created = int(time.time())
         self.down_fault: Fault | None = None
-        """What ``down`` set."""
+        """What `down` set."""
         self._port = port
         self._held: asyncio.Event | None = None
         self._server: LoopbackServer | None = None
@@ -153,7 +153,7 @@ class Provider:
 
     @property
     def url(self) -> str:
-        """The base URL, e.g. "http://127.0.0.1:40123/v1": ``api_base`` of an LM."""
+        """The base URL, e.g. "http://127.0.0.1:40123/v1": `api_base` of an LM."""
         if not self._port:
             raise RuntimeError("the provider is not started; use `with Provider() as p:`")
         return f"http://127.0.0.1:{self._port}/v1"
@@ -183,7 +183,7 @@ class Provider:
         return self._server
 
     def wait_until(self, condition: Callable[[Provider], object], timeout: float = 5.0) -> None:
-        """Wait until ``condition(provider)`` is true; TimeoutError after ``timeout`` seconds."""
+        """Wait until `condition(provider)` is true; TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not condition(self):
             if time.monotonic() > deadline:
@@ -207,7 +207,7 @@ class Provider:
         self._running.run(self._forget())
 
     def down(self, how: int | Literal["hang", "refuse", "reset"] | Fault = 500) -> None:
-        """Until ``up``: every request gets this status, hangs, is reset, or connections are refused."""
+        """Until `up`: every request gets this status, hangs, is reset, or connections are refused."""
         if how == "refuse":
             self._running.run(self._running.refuse())
             return
@@ -218,12 +218,12 @@ class Provider:
         self.down_fault = fault
 
     def up(self) -> None:
-        """End ``down``. Requests that hang go on hanging."""
+        """End `down`. Requests that hang go on hanging."""
         self.down_fault = None
         self._running.run(self._running.listen())
 
     def hold(self) -> None:
-        """Let calls arrive and be accepted, and keep their answers back until ``release``."""
+        """Let calls arrive and be accepted, and keep their answers back until `release`."""
         self._running.run(self._hold())
 
     def release(self) -> None:
@@ -232,13 +232,9 @@ class Provider:
 
     # -- for Exchange, on the server's thread
 
-    def compose(self, call: Call) -> Reply:
-        """The reply to a call."""
-        return compose(call, self.answer, self.usage, call_tools=self.call_tools, created=self._created)
-
     async def generate(self, call: Call) -> Reply:
         """The reply to a call, however long it takes to make."""
-        return self.compose(call)
+        return compose(call, self.answer, self.usage, call_tools=self.call_tools, created=self._created)
 
     def draw_latency(self, call: Call) -> float:
         """Seconds that this call takes."""

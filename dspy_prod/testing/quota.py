@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from .faults import Status
+from dspy_prod.testing.faults import Status
 
 MINUTE = 60.0
 
@@ -30,7 +30,7 @@ class Quota:
         self._second: deque[float] = deque()
 
     def admit(self, now: float, tokens: int, in_flight: int) -> Status | None:
-        """Take ``tokens`` at ``now`` (monotonic seconds), or return the 429; ``in_flight`` counts the others."""
+        """Take `tokens` at `now` (monotonic seconds), or return the 429; `in_flight` counts the others."""
         self._forget(now)
         if self.concurrency is not None and in_flight >= self.concurrency:
             return _refusal(f"{self.concurrency} concurrent requests", 1.0)
@@ -48,7 +48,7 @@ class Quota:
         return None
 
     def headers(self, now: float) -> dict[str, str]:
-        """OpenAI's ``x-ratelimit-*`` headers for the limits that are set."""
+        """OpenAI's `x-ratelimit-*` headers for the limits that are set."""
         self._forget(now)
         headers: dict[str, str] = {}
         reset = max(0.0, self._minute[-1][0] + MINUTE - now) if self._minute else 0.0

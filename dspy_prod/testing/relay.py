@@ -9,10 +9,10 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from .answers import Choice, Reply, as_choice
-from .bill import Usage
-from .calls import Call
-from .provider import Provider
+from dspy_prod.testing.answers import Choice, Reply, as_choice
+from dspy_prod.testing.bill import Usage
+from dspy_prod.testing.calls import Call
+from dspy_prod.testing.provider import Provider
 
 
 class Relay(Provider):

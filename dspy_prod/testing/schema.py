@@ -19,10 +19,10 @@ _FORMATS = {
 
 
 def sample(schema: Any, name: str = "value", suffix: str = "") -> Any:
-    """A value that satisfies ``schema``.
+    """A value that satisfies `schema`.
 
     Enums and Literals give their first value, numbers 1 moved into their bounds, booleans True, strings a short text
-    that carries ``name`` (of the property) and ``suffix``. ``pattern`` is not followed.
+    that carries `name` (of the property) and `suffix`. `pattern` is not followed.
     """
     return _sample(schema, schema if isinstance(schema, dict) else {}, name, suffix, 0)
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from .wire import Connection, Serve
+from dspy_prod.testing.wire import Connection, Serve
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ JOIN_TIMEOUT = 10.0
 
 
 class LoopbackServer:
-    """Serves HTTP on 127.0.0.1 until ``stop``. Listens as soon as it is made.
+    """Serves HTTP on 127.0.0.1 until `stop`. Listens as soon as it is made.
 
     Args:
         serve: answers one request.

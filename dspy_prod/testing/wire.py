@@ -36,7 +36,7 @@ _REASONS = {
 
 
 class BadRequest(Exception):
-    """The bytes received are not a request this server reads; ``status`` says why."""
+    """The bytes received are not a request this server reads; `status` says why."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -77,7 +77,7 @@ class Connection(asyncio.Protocol):
     # -- what a server does with it
 
     def write(self, data: bytes) -> None:
-        """Send bytes; see ``drain``."""
+        """Send bytes; see `drain`."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
@@ -87,7 +87,7 @@ class Connection(asyncio.Protocol):
             await self._writable
 
     async def drip(self, data: bytes, bytes_per_second: float) -> None:
-        """Send ``data`` at a rate, a few bytes at a time."""
+        """Send `data` at a rate, a few bytes at a time."""
         size = max(1, int(bytes_per_second * DRIP_INTERVAL))
         for start in range(0, len(data), size):
             part = data[start : start + size]
@@ -221,7 +221,7 @@ def parse_head(head: bytes) -> HttpRequest:
 
 
 def unchunk(buffer: bytearray) -> tuple[bytes, int] | None:
-    """Decode a chunked body at the start of ``buffer``: (body, bytes used), or None while it is not whole."""
+    """Decode a chunked body at the start of `buffer`: (body, bytes used), or None while it is not whole."""
     body = bytearray()
     position = 0
     while True:
@@ -255,7 +255,7 @@ def _length(text: str, base: int = 10) -> int:
 
 
 def head(status: int, headers: Mapping[str, str], *, length: int | None) -> bytes:
-    """A status line and headers; ``length`` None announces a chunked body of server-sent events."""
+    """A status line and headers; `length` None announces a chunked body of server-sent events."""
     lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Status')}"]
     given = {name.lower() for name in headers}
     if "content-type" not in given:
