@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 from typing import Any, Final
 
 import dspy
@@ -13,7 +12,7 @@ from dspy.utils.dummies import DummyLM
 
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.lm.settings import Settings, split
-from dspy_prod.options import RateLimit, Retry
+from dspy_prod.options import RateLimit
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.routes import PRIMARY, Route
 from dspy_prod.pipeline.upstream.upstream import Upstream
@@ -41,7 +40,7 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
         StoreUnavailableError: the store cannot be opened.
     """
     if disabled():
-        settings = replace(settings, retry=Retry(attempts=1), breaker=None, limit=None, budgets=(), fallbacks=())
+        settings = settings.off()
     store = _store(settings)
     prices = PriceBook(settings.prices)
 
@@ -132,7 +131,7 @@ def _defaults(lm: dspy.LM) -> dict[str, Any]:
 
 def _store(settings: Settings) -> Store:
     if settings.opened is not None and not getattr(settings.opened, "closed", False):
-        return settings.opened  # type: ignore[no-any-return]  # typed Any: a Settings holds what was given to an LM
+        return settings.opened
     if settings.store is not None:
         return open_store(settings.store, settings.namespace, clock=settings.clock, on_problem=_on_problem)
     url = default_store_url()

@@ -19,7 +19,8 @@ from dspy_prod.pipeline.refusals import refused, too_late
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import NANO
-from dspy_prod.status.costs import budget_status
+from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.status.costs import FLUSH_TIMEOUT, budget_status
 from dspy_prod.status.models import BudgetStatus, Preview
 from dspy_prod.stores.base import Ask
 
@@ -41,6 +42,7 @@ def preview(pipeline: Pipeline, calls: list[Call]) -> Preview:
         pipeline: what the call would run through.
         calls: the engine calls behind the LM call, one for each of `n` answers.
     """
+    REAPER.flush(FLUSH_TIMEOUT)
     call = calls[0]
     first = call.routes()[0]
     if all(map(_cached, calls)):
