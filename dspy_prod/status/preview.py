@@ -6,6 +6,7 @@ or reserved, no record is written, and no lookup is counted.
 
 from __future__ import annotations
 
+from copy import copy
 from math import inf
 from typing import NamedTuple
 
@@ -123,8 +124,8 @@ def _try(call: Call, route: Route, count: int) -> _Outlook:
 
 def _admission(call: Call, planned: Plan, count: int) -> _Outlook:
     """What limiter and budget would say to an ask that is not made."""
-    pipeline, route, ask = call.pipeline, planned.route, planned.ask
-    assert ask is not None
+    assert planned.ask is not None
+    pipeline, route, ask = call.pipeline, planned.route, copy(planned.ask)
     ask.amount *= count
     wait, refusal = pipeline.store.preview(ask)
     if refusal is not None:
