@@ -18,7 +18,7 @@ from dspy.utils.callback import BaseCallback, with_callbacks
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_messages
 from dspy_prod.lm.assembling import assemble
-from dspy_prod.lm.beneath import INSTALLED, Variants
+from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath
 from dspy_prod.lm.calling import calls_of, hit, per_call, scope_of
 from dspy_prod.lm.copying import checked, copied, pinned
 from dspy_prod.lm.executing import arun_call, run_call
@@ -33,6 +33,7 @@ from dspy_prod.records import usd
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.living import LIVE
 from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.runtime.recent import Recent
 from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.tap import TAP
 
@@ -113,7 +114,7 @@ class LM(dspy.LM):
         """Put a pipeline beneath this LM."""
         self.pipeline = assemble(self.model, self.model_type, settings)
         self.settings = settings = pinned(settings, self.pipeline.store)
-        self._variants = Variants()
+        self._variants: Recent[Beneath] = Recent(MAX_VARIANTS)
         self.identity = identity_of(
             [
                 *(self.model, self.model_type, self.use_developer_role),
