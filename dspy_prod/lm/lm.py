@@ -147,13 +147,13 @@ class LM(dspy.LM):
     def _answer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
         lm, kwargs, extras = per_call(self, kwargs)
         scope = scope_of(lm, prompt, messages, kwargs, extras)
-        known = hit(lm, scope, prompt, messages, kwargs)
-        if known is not None:
-            return finalize(self, *known)
-        if messages is not None:
-            warn_messages(self, messages)
         token = SCOPE.set(scope)
         try:
+            known = hit(lm, scope, prompt, messages, kwargs)
+            if known is not None:
+                return finalize(self, *known)
+            if messages is not None:
+                warn_messages(self, messages)
             call = prepare(lm, prompt, messages, kwargs)
             return finalize(self, call, run_call(lm, call))
         finally:
@@ -174,13 +174,13 @@ class LM(dspy.LM):
     async def _aanswer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
         lm, kwargs, extras = per_call(self, kwargs)
         scope = scope_of(lm, prompt, messages, kwargs, extras)
-        known = hit(lm, scope, prompt, messages, kwargs)
-        if known is not None:
-            return finalize(self, *known)
-        if messages is not None:
-            warn_messages(self, messages)
         token = SCOPE.set(scope)
         try:
+            known = hit(lm, scope, prompt, messages, kwargs)
+            if known is not None:
+                return finalize(self, *known)
+            if messages is not None:
+                warn_messages(self, messages)
             if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
                 call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True)
             else:
@@ -195,9 +195,7 @@ class LM(dspy.LM):
     def update_history(self, entry: dict[str, Any]) -> None:
         """Record a call in DSPy's history, with its real cost and whether the cache answered."""
         scope = SCOPE.get()
-        if scope is None:
-            entry["cached"] = True
-        else:
+        if scope is not None:
             records = scope.records
             if len(records) == 1:
                 record = records[0]
