@@ -130,21 +130,20 @@ def _refuse_secrets(values: Mapping[str, Any], where: str, *above: str) -> None:
     """Secrets do not belong in a file that is kept with the code."""
     for key, value in values.items():
         place = ".".join((*above, key))
+        variable = f"${PREFIX}{'__'.join((*above, key)).upper()}"
         if isinstance(value, Mapping) and key != "prices":
             _refuse_secrets(value, where, *above, key)
+        elif place == "api_key":
+            raise ConfigError(
+                f"{where}: api_key: a key does not belong in a file; set an environment variable and name it here: "
+                'api_key_env = "MY_KEY"'
+            )
         elif is_secret(key) and key != "api_key_env":
-            if not above and key == "api_key":
-                raise ConfigError(
-                    f"{where}: api_key: a key does not belong in a file; set an environment variable and name it here: "
-                    'api_key_env = "MY_KEY"'
-                )
-            variable = PREFIX + "__".join((*above, key)).upper()
-            hint = f"set ${PREFIX}{above[0].upper()} to a JSON table" if above else f"set ${variable}"
+            hint = f"set ${PREFIX}{above[0].upper()} to a JSON table" if above else f"set {variable}"
             raise ConfigError(f"{where}: {place}: a secret does not belong in a file; {hint} instead")
         elif isinstance(value, str) and "://" in value and bare_url(value) != value:
-            variable = PREFIX + "__".join((*above, key)).upper()
             raise ConfigError(
-                f"{where}: {place}: a password does not belong in a file; set ${variable} to the whole URL"
+                f"{where}: {place}: a password does not belong in a file; set {variable} to the whole URL"
             )
 
 
@@ -178,51 +177,47 @@ def _made(key: str, value: Any, sources: Sources) -> Any:
         if isinstance(value, bool):
             return value
         if isinstance(value, Mapping):
-            return _options(options, value, key, where, sources)
+            return _options(options, value, sources, key)
         raise ConfigError(f"{where}: {key}: takes a table [{key}], or {key} = false to switch it off; got {value!r}")
     if kind is list and options is not None:
         given = value if isinstance(value, list) else [value]
         if not all(isinstance(item, Mapping) for item in given):
             raise ConfigError(f"{where}: {key}: takes tables, e.g. [[{key}]] with usd = 50")
-        return [_options(options, item, key, where, sources) for item in given]
+        return [_options(options, item, sources, key) for item in given]
     types = (int, float) if kind is float else kind
     if kind in _WORDS and (not isinstance(value, types) or (isinstance(value, bool) and kind is not bool)):
         got = f"a {type(value).__name__}" if is_secret(key) else repr(value)
         raise ConfigError(f"{where}: {key}: takes {_WORDS[kind]}, got {got}")
     if options is not None:
-        return {
-            str(name): _options(options, item, f'{key}."{name}"', sources.of(key, name)) for name, item in value.items()
-        }
+        return {str(name): _options(options, item, sources, key, name) for name, item in value.items()}
     if kind is list and not all(isinstance(item, str) and item for item in value):
         raise ConfigError(f'{where}: {key}: takes model names, e.g. ["anthropic/claude-haiku-4-5"]')
     return value
 
 
-def _options(kind: type[Options], table: Any, name: str, where: str, sources: Sources | None = None) -> Options:
-    """A policy's options from its table; the first thing that is wrong is named."""
+def _options(kind: type[Options], table: Any, sources: Sources, *keys: str) -> Options:
+    """A policy's options from its table, which stands under `keys`; the first thing that is wrong is named."""
+    name = keys[0] + "".join(f'."{key}"' for key in keys[1:])
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: {name}: takes a table of {', '.join(kind.model_fields)}; got {table!r}")
+        raise ConfigError(
+            f"{sources.of(*keys)}: {name}: takes a table of {', '.join(kind.model_fields)}; got {table!r}"
+        )
     try:
         made = kind(**table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        if sources is not None and field:
-            where = sources.of(name, field)
-        place = f"[{name}] {field}" if field else f"[{name}]"
+        place = f"{sources.of(*keys, field)}: [{name}] {field}" if field else f"{sources.of(*keys)}: [{name}]"
         if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"{where}: {place}: is no option of {kind.__name__}{_closest(field, kind.model_fields)}"
-            ) from None
+            raise ConfigError(f"{place}: is no option of {kind.__name__}{_closest(field, kind.model_fields)}") from None
         if first["type"] == "missing":
-            raise ConfigError(f"{where}: {place}: is missing; add it, e.g. {field} = ...") from None
+            raise ConfigError(f"{place}: is missing; add it, e.g. {field} = ...") from None
         message = first["msg"].removeprefix("Value error, ")
         got = f", got {first['input']!r}" if field else ""
-        raise ConfigError(f"{where}: {place}: {message[:1].lower()}{message[1:]}{got}") from None
+        raise ConfigError(f"{place}: {message[:1].lower()}{message[1:]}{got}") from None
     for field, value in table.items():
         if isinstance(value, (str, bool)) and type(getattr(made, field)) is not type(value):  # pydantic was lenient
-            where = sources.of(name, field) if sources is not None else where
-            raise ConfigError(f"{where}: [{name}] {field}: takes a number, got {value!r}")
+            raise ConfigError(f"{sources.of(*keys, field)}: [{name}] {field}: takes a number, got {value!r}")
     return made
 
 

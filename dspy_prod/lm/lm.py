@@ -115,14 +115,9 @@ class LM(dspy.LM):
         self.pipeline = assemble(self.model, self.model_type, settings)
         self.settings = settings = pinned(settings, self.pipeline.store)
         self._variants: Recent[Beneath] = Recent(MAX_VARIANTS)
-        self.identity = identity_of(
-            [
-                *(self.model, self.model_type, self.use_developer_role),
-                address_of(dict(settings.clients), self.model),
-                repr(dict(settings.extras)),
-            ],
-            settings.engine,
-        )
+        place = address_of(dict(settings.clients), self.model)
+        parts = [self.model, self.model_type, self.use_developer_role, place, repr(dict(settings.extras))]
+        self.identity = identity_of(parts, settings.engine)
         self._engine_spec = ProdEngine(self.pipeline, self.identity, self.cache)
         self._async_engine_spec = AsyncProdEngine(self.pipeline, self.identity, self.cache)
         warn_coarse_budgets(self)

@@ -74,6 +74,10 @@ class Settings:
     opened: Store | None = field(default=None, repr=False)
     """The store object in use, once there is one: copies share it, wherever the process has changed to since."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A release with fewer arguments may have pickled it.
+        self.__dict__.update({name: row.default for name, row in ROWS.items()}, **state)
+
     def off(self) -> Settings:
         """The same with every policy switched off."""
         return replace(self, **{name: row.off for name, row in ROWS.items() if row.off is not ALWAYS})
