@@ -499,7 +499,7 @@ def test_a_preview_leaves_the_plan_as_it_was(store: MemoryStore, monkeypatch: py
     single, triple = lm.preview("q"), lm.preview("q", n=3)
     assert single.bound_usd is not None
     assert triple.bound_usd == pytest.approx(3 * single.bound_usd)
-    assert [planned.ask.amount / NANO for planned in plans] == [single.bound_usd] * 2
+    assert [planned.reservation.amount / NANO for planned in plans] == [single.bound_usd] * 2
 
 
 def test_a_preview_without_budget_or_price(store: MemoryStore) -> None:
