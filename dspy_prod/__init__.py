@@ -22,7 +22,8 @@ if TYPE_CHECKING:
         StoreUnavailableError,
         UnpricedModelError,
     )
-    from dspy_prod.lm.lm import LM, wrap
+    from dspy_prod.lm.lm import LM
+    from dspy_prod.lm.wrapping import wrap
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
     from dspy_prod.privacy.redactor import Redactor
     from dspy_prod.production.module import CallReport, Production, call_report

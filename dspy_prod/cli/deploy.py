@@ -13,6 +13,7 @@ from rich.console import Console
 from dspy_prod import registry
 from dspy_prod.cli.printing import print_json
 from dspy_prod.registry.deployment.report import DIRECTORY
+from dspy_prod.registry.errors import Broken
 
 DEPLOYED, FAILED, INCONCLUSIVE, CONFLICT = 0, 1, 3, 4
 OTHER: Final = 2
@@ -80,7 +81,7 @@ def _code(error: registry.RegistryError) -> int:
     return CONFLICT if isinstance(error, registry.PromotionConflictError) else OTHER
 
 
-def _show(arguments: argparse.Namespace, deployment: registry.Deployment) -> None:
+def _show(arguments: argparse.Namespace, deployment: Broken) -> None:
     if arguments.json:
         print_json(deployment.to_dict())
         return

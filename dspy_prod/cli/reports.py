@@ -17,7 +17,7 @@ from rich.table import Table
 
 from dspy_prod.cli.printing import numbers, print_json
 from dspy_prod.errors import ConfigError
-from dspy_prod.lm.settings import default_namespace
+from dspy_prod.lm.arguments import default_namespace
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.status.costs import Place, costs_by, summary

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 
 from dspy_prod.lm import sealing, settings
-from dspy_prod.lm.lm import LM, wrap
+from dspy_prod.lm.lm import LM
+from dspy_prod.lm.wrapping import wrap
 from dspy_prod.runtime import clock
 
 __all__ = ["LM", "wrap"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import replace
 from typing import Any, Final
 
 import dspy
@@ -14,12 +13,13 @@ from dspy.utils.dummies import DummyLM
 from dspy_prod.compat.dspy import engines_of
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.lm.settings import Settings, split
-from dspy_prod.options import RateLimit, Retry
+from dspy_prod.options import RateLimit
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.routes import PRIMARY, Route
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.policies.budget import shared_rule
 from dspy_prod.pricing.rates import PriceBook
+from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_store_url, open_store
 from dspy_prod.telemetry.events import BUS
@@ -42,41 +42,48 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
         StoreUnavailableError: the store cannot be opened.
     """
     if disabled():
-        settings = replace(settings, retry=Retry(attempts=1), breaker=None, limit=None, budgets=(), fallbacks=())
+        settings = settings.off()
     store = _store(settings)
     prices = PriceBook(settings.prices)
 
-    def route(name: str, upstream: Upstream, limit: RateLimit | None, defaults: dict[str, Any] | None = None) -> Route:
+    def route(
+        upstream: Upstream, limit: RateLimit | None = None, *, name: str = "", like: Settings = settings, **more: Any
+    ) -> Route:
         if disabled():
             limit = RateLimit(adaptive=False)
         return Route(
-            name, upstream, retry=settings.retry, breaker=settings.breaker, limit=limit, prices=prices, store=store,
-            clock=settings.clock, bus=BUS, defaults=defaults,
+            name or upstream.model, upstream, retry=like.retry, breaker=like.breaker, limit=limit, store=store,
+            clock=settings.clock, bus=BUS, **{"prices": prices, **more},
         )  # fmt: skip
 
     def named(fallback: str) -> Route:
         same = fallback.split("/", 1)[0] == model.split("/", 1)[0] and isinstance(settings.engine, str)
         clients = dict(settings.clients) if same else {k: v for k, v in settings.clients.items() if k == "timeout"}
         engine = settings.engine if isinstance(settings.engine, str) else "auto"
-        upstream = Upstream(fallback, model_type, engine, None, clients, dict(settings.extras) if same else {})
-        return route(fallback, upstream, None)
+        return route(Upstream(fallback, model_type, engine, None, clients, dict(settings.extras) if same else {}))
+
+    def given(fallback: Any) -> Route:
+        if isinstance(fallback, str):
+            return named(fallback)
+        own = getattr(fallback, "settings", None)
+        if not isinstance(own, Settings):
+            return route(_foreign(fallback), defaults=_defaults(fallback))
+        return route(
+            fallback.pipeline.primary.upstream,
+            own.limit,
+            like=own,
+            prices=PriceBook({**settings.prices, **own.prices}),
+            defaults=_defaults(fallback),
+            rules=tuple(shared_rule(store, budget) for budget in own.budgets),
+        )
 
     clients, extras = dict(settings.clients), dict(settings.extras)
-    primary = route(
-        PRIMARY,
-        Upstream(model, model_type, settings.engine, settings.async_engine, clients, extras),
-        settings.limit,
-    )
-    fallbacks = tuple(
-        named(item) if isinstance(item, str) else _foreign_route(item, settings, prices, store)
-        for item in settings.fallbacks
-    )
-    rules = tuple(shared_rule(store, budget) for budget in settings.budgets)
+    primary = Upstream(model, model_type, settings.engine, settings.async_engine, clients, extras)
     return Pipeline(
-        primary,
-        fallbacks,
+        route(primary, settings.limit, name=PRIMARY),
+        tuple(given(fallback) for fallback in settings.fallbacks),
         store=store,
-        budgets=rules,
+        budgets=tuple(shared_rule(store, budget) for budget in settings.budgets),
         cache=None if disabled() else settings.cache,
         route_maker=named,
         clock=settings.clock,
@@ -84,30 +91,16 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
     )
 
 
-def upstream_of(lm: dspy.LM) -> Upstream:
-    """The bare engine behind a `dspy.LM`, without its cache, retries and history."""
+def _foreign(lm: Any) -> Upstream:
+    """The bare engine behind somebody else's LM, without its cache, retries and history."""
+    if not isinstance(lm, (dspy.LM, DummyLM)):
+        hint = "; implement an engine and use dspy.LM(..., engine=...)" if isinstance(lm, BaseLM) else ""
+        raise ConfigError(
+            f"fallbacks= takes model names and dspy.LM or dspy_prod.LM objects, not {type(lm).__name__}{hint}"
+        )
+    refuse_own_forward(lm)
     _, clients, extras = split(lm.kwargs)
     return Upstream(lm.model, lm.model_type, *engines_of(lm), clients, extras)
-
-
-def _foreign_route(fallback: Any, settings: Settings, prices: PriceBook, store: Store) -> Route:
-    if isinstance(getattr(fallback, "settings", None), Settings):  # one of ours
-        own = fallback.pipeline.primary
-        return Route(
-            own.model, own.upstream, retry=own.retry, breaker=fallback.settings.breaker, limit=fallback.settings.limit,
-            prices=PriceBook({**settings.prices, **fallback.settings.prices}), store=store, clock=settings.clock,
-            bus=BUS, defaults=_defaults(fallback),
-            rules=tuple(shared_rule(store, budget) for budget in fallback.settings.budgets),
-        )  # fmt: skip
-    if isinstance(fallback, (dspy.LM, DummyLM)):
-        refuse_own_forward(fallback)
-        return Route(
-            fallback.model, upstream_of(fallback), retry=settings.retry, breaker=settings.breaker, limit=None,
-            prices=prices, store=store, clock=settings.clock, bus=BUS, defaults=_defaults(fallback),
-        )  # fmt: skip
-    kind = type(fallback).__name__
-    hint = "; implement an engine and use dspy.LM(..., engine=...)" if isinstance(fallback, BaseLM) else ""
-    raise ConfigError(f"fallbacks= takes model names and dspy.LM or dspy_prod.LM objects, not {kind}{hint}")
 
 
 def refuse_own_forward(lm: BaseLM) -> None:
@@ -133,22 +126,23 @@ def _defaults(lm: dspy.LM) -> dict[str, Any]:
 
 def _store(settings: Settings) -> Store:
     if settings.opened is not None and not getattr(settings.opened, "closed", False):
-        return settings.opened  # type: ignore[no-any-return]  # typed Any: a Settings holds what was given to an LM
+        return settings.opened
+
+    def opened(place: str | Store) -> Store:
+        return open_store(place, settings.namespace, clock=settings.clock, on_problem=_on_problem)
+
     if settings.store is not None:
-        return open_store(settings.store, settings.namespace, clock=settings.clock, on_problem=_on_problem)
-    url = default_store_url()
+        return opened(settings.store)
     try:
-        return open_store(url, settings.namespace, clock=settings.clock, on_problem=_on_problem)
+        return opened(default_store_url())
     except StoreUnavailableError as error:
         if settings.budgets:
             raise
         _log.warning(
             "%s Continuing with store='memory://': limits, cache and ledger are kept in this process only.", error
         )
-        return open_store("memory://", settings.namespace, clock=settings.clock, on_problem=_on_problem)
+        return opened("memory://")
 
 
 def _on_problem(name: str, data: dict[str, Any]) -> None:
-    from dspy_prod.runtime.clock import SYSTEM_CLOCK
-
     BUS.emit(name, SYSTEM_CLOCK.time(), **data)

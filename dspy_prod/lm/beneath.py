@@ -1,23 +1,30 @@
-"""What the helpers of an LM need of it: its arguments and what runs beneath."""
+"""What stands beneath an LM, seen from the rooms that it uses."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
-from dspy_prod.compat.dspy import Engined
+from dspy_prod.compat.dspy import ENGINES, Engined
 from dspy_prod.lm.settings import Settings
 from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.runtime.recent import Recent
+
+MAX_VARIANTS: Final = 16
+"""LMs with per-call settings that an LM keeps, so that connections and cache serve the next such call too."""
+
+INSTALLED: Final = ("pipeline", "settings", "identity", "_variants", *ENGINES)
+"""Attributes that `LM._install` sets."""
 
 
 class Beneath(Engined, Protocol):
-    """An LM, seen from the rooms that it uses."""
+    """What the rooms beneath need of an LM: its arguments, and what was installed for them."""
 
-    model_type: Any
+    model_type: str
     cache: bool
     kwargs: dict[str, Any]
     settings: Settings
     pipeline: Pipeline
-    identity: Any
-    _variants: Any
+    identity: bytes
+    _variants: Recent[Beneath]
 
-    def _install(self, settings: Settings, pipeline: Pipeline | None = None) -> None: ...
+    def _install(self, settings: Settings) -> None: ...

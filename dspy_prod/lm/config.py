@@ -48,60 +48,40 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_origin
 
 from dspy.clients.backend_selection import CLIENT_KEYS
 from pydantic import ValidationError
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.environment import PREFIX, Sources, override
-from dspy_prod.lm.settings import CANONICAL_KEYS
-from dspy_prod.options import Budget, Cache, CircuitBreaker, Options, Price, RateLimit, Retry
+from dspy_prod.lm.settings import ARGUMENTS, CANONICAL_KEYS, OPTIONS
+from dspy_prod.options import Options
 from dspy_prod.privacy.names import bare_url, is_secret
 
-_TABLES: Final[Mapping[str, type[Options]]] = {
-    "retry": Retry,
-    "breaker": CircuitBreaker,
-    "limit": RateLimit,
-    "cache": Cache,
-    "budget": Budget,
+_KINDS: Final[Mapping[str, Any]] = {
+    **dict.fromkeys(CANONICAL_KEYS - {"messages", "stream"} | CLIENT_KEYS, object),
+    **ARGUMENTS,
+    "api_base": str,
+    "base_url": str,
+    "timeout": float,
+    "headers": dict,
+    "extra_headers": dict,
+    "api_key_env": str,
+    "litellm": dict,
 }
-ARGUMENTS: Final = frozenset(
-    {"model", "model_type", "temperature", "max_tokens", "cache", "callbacks", "num_retries", "provider",
-     "finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role", "engine", "async_engine",
-     "prompt_cache", "retry", "breaker", "limit", "budget", "fallbacks", "prices", "store", "namespace", "clock"}
-)  # fmt: skip
-_OBJECTS: Final = ("callbacks", "provider", "async_engine", "prompt_cache", "clock")
-"""Arguments of `LM.__init__` that no file can hold."""
+"""What each key of a file holds; `object`: whatever DSPy or the provider makes of it."""
 
-_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
-    "model": (str,),
-    "model_type": (str,),
-    "temperature": (int, float),
-    "max_tokens": (int,),
-    "num_retries": (int,),
-    "timeout": (int, float),
-    "engine": (str,),
-    "store": (str,),
-    "namespace": (str,),
-    "api_key_env": (str,),
-    "api_base": (str,),
-    "base_url": (str,),
-    "finetuning_model": (str,),
-    "use_developer_role": (bool,),
-    "fallbacks": (list,),
-    "litellm": (dict,),
-    "prices": (dict,),
-    "headers": (dict,),
-    "extra_headers": (dict,),
-}
+_KNOWN: Final = frozenset(name for name, kind in _KINDS.items() if kind is not None)
+_FIELDS: Final = [item for options in OPTIONS.values() for item in options.model_fields.items()]
 _TEXTS: Final = frozenset(
-    {*(name for name, kinds in _TYPES.items() if kinds == (str,)), "api_key", "api_version", "organization", "project",
-     "custom_llm_provider", "name", "scope", "timezone", "degrade_to"}
-)  # fmt: skip
+    {"api_key", "api_version", "organization", "project", "custom_llm_provider"}
+    | {name for name, kind in _KINDS.items() if kind is str}
+    | {name for name, option in _FIELDS if option.annotation in (str, str | None)}
+)
 """Keys whose environment variables are text even where that reads as JSON, such as a key of digits."""
 
-_WORDS: Final = {
+_WORDS: Final[Mapping[Any, str]] = {
     str: "text",
     int: "a whole number",
     float: "a number",
@@ -150,113 +130,94 @@ def _refuse_secrets(values: Mapping[str, Any], where: str, *above: str) -> None:
     """Secrets do not belong in a file that is kept with the code."""
     for key, value in values.items():
         place = ".".join((*above, key))
+        variable = f"${PREFIX}{'__'.join((*above, key)).upper()}"
         if isinstance(value, Mapping) and key != "prices":
             _refuse_secrets(value, where, *above, key)
+        elif place == "api_key":
+            raise ConfigError(
+                f"{where}: api_key: a key does not belong in a file; set an environment variable and name it here: "
+                'api_key_env = "MY_KEY"'
+            )
         elif is_secret(key) and key != "api_key_env":
-            if not above and key == "api_key":
-                raise ConfigError(
-                    f"{where}: api_key: a key does not belong in a file; set an environment variable and name it here: "
-                    'api_key_env = "MY_KEY"'
-                )
-            variable = PREFIX + "__".join((*above, key)).upper()
-            hint = f"set ${PREFIX}{above[0].upper()} to a JSON table" if above else f"set ${variable}"
+            hint = f"set ${PREFIX}{above[0].upper()} to a JSON table" if above else f"set {variable}"
             raise ConfigError(f"{where}: {place}: a secret does not belong in a file; {hint} instead")
         elif isinstance(value, str) and "://" in value and bare_url(value) != value:
-            variable = PREFIX + "__".join((*above, key)).upper()
             raise ConfigError(
-                f"{where}: {place}: a password does not belong in a file; set ${variable} to the whole URL"
+                f"{where}: {place}: a password does not belong in a file; set {variable} to the whole URL"
             )
 
 
 def _arguments(values: dict[str, Any], env: Mapping[str, str], sources: Sources) -> dict[str, Any]:
-    known = _known()
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         where = sources.of(key)
-        if key in _OBJECTS:
+        if key not in _KINDS:
+            raise ConfigError(f"{where}: {key}: is no argument of dspy_prod.LM{_closest(key, _KNOWN)}")
+        if key not in _KNOWN:
             raise ConfigError(f"{where}: {key}: is an object, not text; pass it to LM.from_config(..., {key}=...)")
-        if key not in known:
-            raise ConfigError(f"{where}: {key}: is no argument of dspy_prod.LM{_closest(key, known)}")
         if value is None:
             continue
-        _check_type(key, value, where)
-        if key in _TABLES:
-            arguments[key] = _policy(key, value, sources)
-        elif key == "prices":
-            arguments[key] = {
-                str(model): _options(Price, price, f'prices."{model}"', sources.of(key, model))
-                for model, price in value.items()
-            }
-        elif key == "fallbacks":
-            if not all(isinstance(item, str) and item for item in value):
-                raise ConfigError(f'{where}: fallbacks: takes model names, e.g. ["anthropic/claude-haiku-4-5"]')
-            arguments[key] = list(value)
-        elif key == "api_key_env":
-            arguments["api_key"] = _from_environment(value, env, where)
+        made = _made(key, value, sources)
+        if key == "api_key_env":
+            arguments["api_key"] = _from_environment(made, env, where)
         elif key == "litellm":
-            arguments.update(_litellm(value, known, where))
+            arguments.update(_litellm(made, where))
         else:
-            arguments[key] = value
+            arguments[key] = made
     if "api_key_env" in values and "api_key" in values:
         arguments["api_key"] = values["api_key"]  # it can only come from the environment, which wins
     return arguments
 
 
-def _known() -> frozenset[str]:
-    own = ARGUMENTS - set(_OBJECTS)
-    return frozenset(
-        {*own, *CLIENT_KEYS, *CANONICAL_KEYS, "api_key_env", "litellm"} - {"messages", "stream", "prompt_cache"}
-    )
-
-
-def _check_type(key: str, value: Any, where: str) -> None:
-    kinds = _TYPES.get(key)
-    if kinds is None:
-        return
-    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
-        got = f"a {type(value).__name__}" if is_secret(key) else repr(value)
-        raise ConfigError(f"{where}: {key}: takes {_WORDS[kinds[-1]]}, got {got}")
-
-
-def _policy(key: str, value: Any, sources: Sources) -> Any:
-    where, kind = sources.of(key), _TABLES[key]
-    if key == "budget":
+def _made(key: str, value: Any, sources: Sources) -> Any:
+    """An argument of what is written for it."""
+    where, options = sources.of(key), OPTIONS.get(key)
+    kind = get_origin(_KINDS[key]) or _KINDS[key]
+    if options is not None and kind is options:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, Mapping):
+            return _options(options, value, sources, key)
+        raise ConfigError(f"{where}: {key}: takes a table [{key}], or {key} = false to switch it off; got {value!r}")
+    if kind is list and options is not None:
         given = value if isinstance(value, list) else [value]
         if not all(isinstance(item, Mapping) for item in given):
-            raise ConfigError(f"{where}: budget: takes tables, e.g. [[budget]] with usd = 50")
-        return [_options(Budget, item, "budget", where, sources) for item in given]
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: {key}: takes a table [{key}], or {key} = false to switch it off; got {value!r}")
-    return _options(kind, value, key, where, sources)
+            raise ConfigError(f"{where}: {key}: takes tables, e.g. [[{key}]] with usd = 50")
+        return [_options(options, item, sources, key) for item in given]
+    types = (int, float) if kind is float else kind
+    if kind in _WORDS and (not isinstance(value, types) or (isinstance(value, bool) and kind is not bool)):
+        got = f"a {type(value).__name__}" if is_secret(key) else repr(value)
+        raise ConfigError(f"{where}: {key}: takes {_WORDS[kind]}, got {got}")
+    if options is not None:
+        return {str(name): _options(options, item, sources, key, name) for name, item in value.items()}
+    if kind is list and not all(isinstance(item, str) and item for item in value):
+        raise ConfigError(f'{where}: {key}: takes model names, e.g. ["anthropic/claude-haiku-4-5"]')
+    return value
 
 
-def _options(kind: type[Options], table: Any, name: str, where: str, sources: Sources | None = None) -> Options:
-    """A policy's options from its table; the first thing that is wrong is named."""
+def _options(kind: type[Options], table: Any, sources: Sources, *keys: str) -> Options:
+    """A policy's options from its table, which stands under `keys`; the first thing that is wrong is named."""
+    name = keys[0] + "".join(f'."{key}"' for key in keys[1:])
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{where}: {name}: takes a table of {', '.join(kind.model_fields)}; got {table!r}")
+        raise ConfigError(
+            f"{sources.of(*keys)}: {name}: takes a table of {', '.join(kind.model_fields)}; got {table!r}"
+        )
     try:
         made = kind(**table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"]))
-        if sources is not None and field:
-            where = sources.of(name, field)
-        place = f"[{name}] {field}" if field else f"[{name}]"
+        place = f"{sources.of(*keys, field)}: [{name}] {field}" if field else f"{sources.of(*keys)}: [{name}]"
         if first["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"{where}: {place}: is no option of {kind.__name__}{_closest(field, kind.model_fields)}"
-            ) from None
+            raise ConfigError(f"{place}: is no option of {kind.__name__}{_closest(field, kind.model_fields)}") from None
         if first["type"] == "missing":
-            raise ConfigError(f"{where}: {place}: is missing; add it, e.g. {field} = ...") from None
+            raise ConfigError(f"{place}: is missing; add it, e.g. {field} = ...") from None
         message = first["msg"].removeprefix("Value error, ")
         got = f", got {first['input']!r}" if field else ""
-        raise ConfigError(f"{where}: {place}: {message[:1].lower()}{message[1:]}{got}") from None
+        raise ConfigError(f"{place}: {message[:1].lower()}{message[1:]}{got}") from None
     for field, value in table.items():
         if isinstance(value, (str, bool)) and type(getattr(made, field)) is not type(value):  # pydantic was lenient
-            where = sources.of(name, field) if sources is not None else where
-            raise ConfigError(f"{where}: [{name}] {field}: takes a number, got {value!r}")
+            raise ConfigError(f"{sources.of(*keys, field)}: [{name}] {field}: takes a number, got {value!r}")
     return made
 
 
@@ -267,9 +228,9 @@ def _from_environment(name: str, env: Mapping[str, str], where: str) -> str:
     return key
 
 
-def _litellm(table: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
+def _litellm(table: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in table:
-        if key in known:
+        if key in _KINDS:
             raise ConfigError(f"{where}: litellm.{key}: is an argument of dspy_prod.LM; move it to the top of the file")
     return dict(table)
 

@@ -1,4 +1,4 @@
-"""`dspy_prod.LM`: the drop-in for `dspy.LM`, and `wrap` for an LM that somebody else built."""
+"""`dspy_prod.LM`: the drop-in for `dspy.LM`."""
 
 from __future__ import annotations
 
@@ -6,47 +6,27 @@ import asyncio
 import atexit
 import copy as copying_module
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import dspy
 from dspy.clients.base_lm import BaseLM
 from dspy.clients.execution import finalize, prepare
 from dspy.lm15 import CacheConfig, Request
 from dspy.utils.callback import BaseCallback, with_callbacks
-from dspy.utils.dummies import DummyLM
 
-from dspy_prod.compat.dspy import (
-    OwnCache,
-    caches_responses,
-    check_engines,
-    engines_of,
-    refuse_client_settings,
-    set_engines,
-)
+from dspy_prod.compat.dspy import OwnCache, engines_of, set_engines
 from dspy_prod.compat.executing import arun_call, run_call
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_messages
-from dspy_prod.lm.assembling import assemble, refuse_own_forward
-from dspy_prod.lm.calling import hit, per_call, scope_of
-from dspy_prod.lm.copying import INSTALLED, REBUILDS, Variants, changed, check_timeout, pinned
-from dspy_prod.lm.operations import Operations
-from dspy_prod.lm.settings import (
-    Settings,
-    budget_options,
-    default_namespace,
-    fallback_list,
-    option,
-    price_options,
-    recall,
-    remember,
-    retry_option,
-    split,
-)
+from dspy_prod.lm.assembling import assemble
+from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath
+from dspy_prod.lm.calling import calls_of, hit, per_call, scope_of
+from dspy_prod.lm.copying import checked, copied, pinned
+from dspy_prod.lm.settings import DSPY, Settings, recall, remember, settings_of, split
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
-from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.pipeline.pipeline import clear_answers
 from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.upstream import address_of
 from dspy_prod.policies.breaker.transitions import OperatorMove
@@ -55,11 +35,16 @@ from dspy_prod.records import usd
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.living import LIVE
 from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.runtime.recent import Recent
 from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.tap import TAP
 
+if TYPE_CHECKING:
+    from dspy_prod.status.health import Health, Preview
+    from dspy_prod.status.ledger import Ledger
 
-class LM(Operations, OwnCache, dspy.LM):
+
+class LM(OwnCache, dspy.LM):
     """A `dspy.LM` with a circuit breaker, rate limiter, response cache, budget, retries and fallbacks beneath it.
 
     Takes every argument of `dspy.LM` and, besides:
@@ -111,63 +96,28 @@ class LM(Operations, OwnCache, dspy.LM):
         clock: Clock = SYSTEM_CLOCK,
         **kwargs: Any,
     ) -> None:
-        check_engines(engine, async_engine)
+        given = locals()  # every argument by its name: the table in `settings.py` says what becomes of it
         canonical, clients, extras = split(kwargs)
-        refuse_client_settings(engine, {key: value for key, value in clients.items() if key != "timeout"})
         if extras and not isinstance(engine, str):
             raise ConfigError(
                 f"an engine object carries canonical arguments only; it cannot be given {', '.join(sorted(extras))}"
             )
-        check_timeout(clients.get("timeout"))
-        settings = Settings(
-            engine=engine,
-            async_engine=async_engine,
-            clients=clients,
-            extras=extras,
-            retry=retry_option(retry, num_retries),
-            breaker=option(CircuitBreaker, breaker, "breaker", default=CircuitBreaker()),
-            limit=option(RateLimit, limit, "limit", default=None),
-            cache=option(Cache, cache, "cache", default=Cache()) or Cache(),
-            budgets=budget_options(budget),
-            fallbacks=fallback_list(fallbacks),
-            prices=price_options(prices),
-            store=store,
-            namespace=namespace or default_namespace(),
-            clock=clock,
-        )
-        super().__init__(
-            model,
-            model_type,
-            temperature,
-            max_tokens,
-            cache is not False,
-            callbacks,
-            0,  # retries live in exactly one layer: ours
-            provider,
-            finetuning_model,
-            launch_kwargs,
-            train_kwargs,
-            use_developer_role,
-            prompt_cache=prompt_cache,
-            **canonical,
-        )
+        settings = checked(Settings(**settings_of(given), clients=clients, extras=extras), "dspy.LM")
+        own = {name: given[name] for name in DSPY}
+        own["num_retries"] = 0  # retries live in exactly one layer: ours
+        super().__init__(**own, cache=cache is not False, **canonical)
         self._install(settings)
         if isinstance(engine, str):  # else no call may need DSPy's prices
             WARMUP.start()
 
-    def _install(self, settings: Settings, pipeline: Pipeline | None = None) -> None:
+    def _install(self, settings: Settings) -> None:
         """Put a pipeline beneath this LM."""
-        self.pipeline = assemble(self.model, self.model_type, settings) if pipeline is None else pipeline
+        self.pipeline = assemble(self.model, self.model_type, settings)
         self.settings = settings = pinned(settings, self.pipeline.store)
-        self._variants = Variants()
-        self.identity = identity_of(
-            [
-                *(self.model, self.model_type, self.use_developer_role),
-                address_of(dict(settings.clients), self.model),
-                repr(dict(settings.extras)),
-            ],
-            settings.engine,
-        )
+        self._variants: Recent[Beneath] = Recent(MAX_VARIANTS)
+        place = address_of(dict(settings.clients), self.model)
+        parts = [self.model, self.model_type, self.use_developer_role, place, repr(dict(settings.extras))]
+        self.identity = identity_of(parts, settings.engine)
         beneath = self.pipeline, self.identity, self.cache
         set_engines(self, ProdEngine(*beneath), AsyncProdEngine(*beneath))
         warn_coarse_budgets(self)
@@ -192,13 +142,13 @@ class LM(Operations, OwnCache, dspy.LM):
     def _answer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
         lm, kwargs, extras = per_call(self, kwargs)
         scope = scope_of(lm, prompt, messages, kwargs, extras)
-        known = hit(lm, scope, prompt, messages, kwargs)
-        if known is not None:
-            return finalize(self, *known)
-        if messages is not None:
-            warn_messages(self, messages)
         token = SCOPE.set(scope)
         try:
+            known = hit(lm, scope, prompt, messages, kwargs)
+            if known is not None:
+                return finalize(self, *known)
+            if messages is not None:
+                warn_messages(self, messages)
             call = prepare(lm, prompt, messages, kwargs)
             return finalize(self, call, run_call(lm, call))
         finally:
@@ -219,13 +169,13 @@ class LM(Operations, OwnCache, dspy.LM):
     async def _aanswer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
         lm, kwargs, extras = per_call(self, kwargs)
         scope = scope_of(lm, prompt, messages, kwargs, extras)
-        known = hit(lm, scope, prompt, messages, kwargs)
-        if known is not None:
-            return finalize(self, *known)
-        if messages is not None:
-            warn_messages(self, messages)
         token = SCOPE.set(scope)
         try:
+            known = hit(lm, scope, prompt, messages, kwargs)
+            if known is not None:
+                return finalize(self, *known)
+            if messages is not None:
+                warn_messages(self, messages)
             if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
                 call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True)
             else:
@@ -240,9 +190,7 @@ class LM(Operations, OwnCache, dspy.LM):
     def update_history(self, entry: dict[str, Any]) -> None:
         """Record a call in DSPy's history, with its real cost and whether the cache answered."""
         scope = SCOPE.get()
-        if scope is None:
-            entry["cached"] = True
-        else:
+        if scope is not None:
             records = scope.records
             if len(records) == 1:
                 record = records[0]
@@ -257,24 +205,14 @@ class LM(Operations, OwnCache, dspy.LM):
     # -- copies ------------------------------------------------------------------------------------------------------
     def copy(self, **kwargs: Any) -> LM:
         """A copy that shares breaker, limits, budgets, cache and ledger, with some arguments changed."""
-        policies = {key: kwargs.pop(key) for key in list(kwargs) if key in REBUILDS}
-        if isinstance(kwargs.get("cache"), (Cache, Mapping)):
-            policies["cache"] = kwargs.pop("cache")
-            kwargs["cache"] = True
-        canonical, _, extras = split({key: value for key, value in kwargs.items() if not hasattr(self, key)})
-        attributes = {key: value for key, value in kwargs.items() if hasattr(self, key)}
-        copied: LM = BaseLM.copy(self, **attributes, **canonical)
-        for name in ("model", "model_type"):
-            if name in policies:
-                setattr(copied, name, policies.pop(name))
-                policies["_rebuild"] = True
-        if policies or extras:
-            copied._install(changed(self.settings, policies, extras))
+        twin, settings = copied(self, kwargs)
+        if settings is not None:
+            twin._install(settings)
         else:
-            for engine in engines_of(copied):
-                engine.caches = copied.cache
-            LIVE.add(copied)
-        return copied
+            for engine in engines_of(twin):
+                engine.caches = twin.cache
+            LIVE.add(twin)
+        return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LM:
         # Optimizers deep-copy programs; a budget that were copied with them would no longer be one budget.
@@ -290,7 +228,7 @@ class LM(Operations, OwnCache, dspy.LM):
         state: dict[str, Any] = super().__getstate__()
         for name in INSTALLED:
             state.pop(name, None)
-        state["settings"] = replace(self.settings.sealed(), store=self.pipeline.store.url)
+        state["settings"] = self.settings.sealed(self.pipeline.store.url)
         state["_token"] = remember(self.settings)
         return state
 
@@ -310,8 +248,7 @@ class LM(Operations, OwnCache, dspy.LM):
         """The LM that `dump_state` described; keys come from the environment."""
         from dspy_prod.lm.state import load
 
-        loaded: LM = load(cls, state, allow_custom_lm_class)
-        return loaded
+        return load(cls, state, allow_custom_lm_class)
 
     @classmethod
     def from_config(cls, path: str | Path | None = None, **overrides: Any) -> LM:
@@ -330,6 +267,50 @@ class LM(Operations, OwnCache, dspy.LM):
         if "model" not in arguments:
             raise ConfigError(f'{path or "environment"}: model: is missing; add model = "openai/gpt-4o-mini"')
         return cls(**arguments)
+
+    # -- operating ---------------------------------------------------------------------------------------------------
+    @property
+    def ledger(self) -> Ledger:
+        """The records of every attempt, in this LM's store and namespace."""
+        from dspy_prod.status.ledger import Ledger
+
+        return Ledger(self.pipeline.store, self.pipeline.clock)
+
+    def costs(self, by: str | None = None) -> Any:
+        """What was spent: a `CostSummary`, or sums by `"day"`, `"model"`, `"user"`, `"tenant"`, `"tag:<key>"`, ..."""
+        from dspy_prod.status.health import costs, costs_by
+
+        return costs(self.pipeline) if by is None else costs_by(self.pipeline.store, by)
+
+    def health(self) -> Health:
+        """State of breaker, limiter, cache and costs, and one overall status."""
+        from dspy_prod.status.health import health
+
+        return health([self.pipeline])
+
+    def preview(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Preview:
+        """What a call would cost at most, whether it is affordable, and how long it would wait; sends nothing."""
+        from dspy_prod.status.health import preview
+
+        lm, kwargs, extras = per_call(self, kwargs)
+        return preview(lm.pipeline, calls_of(lm, prepare(lm, prompt, messages, kwargs), extras))
+
+    def cache_clear(self) -> None:
+        """Forget every cached answer of this store and namespace."""
+        clear_answers(self.pipeline.store)
+
+    def close(self) -> None:
+        """Flush the ledger and close pooled connections. The LM stays usable."""
+        REAPER.flush()
+        self.pipeline.store.flush(5.0)
+        for lm in (self, *self._variants.all()):
+            lm.pipeline.close()
+
+    async def aclose(self) -> None:
+        """Asynchronous `close`, for this event loop's connections too."""
+        for lm in (self, *self._variants.all()):
+            await lm.pipeline.aclose()
+        await asyncio.to_thread(self.close)
 
     def breaker(self, move: OperatorMove, route: str | None = None) -> None:
         """Move circuit breakers by hand.
@@ -361,37 +342,6 @@ class LM(Operations, OwnCache, dspy.LM):
 
 
 LM.__module__ = "dspy_prod.lm"  # the name in saved states and pickles
-
-
-def wrap(lm: dspy.LM, **policies: Any) -> LM:
-    """The same LM with policies beneath it.
-
-    Args:
-        lm: a `dspy.LM` somebody else built, or DSPy's `DummyLM`; its cache and retries are replaced by ours.
-        policies: policy arguments of `dspy_prod.LM`.
-
-    Raises:
-        ConfigError: another kind of LM, or one with a `forward` of its own, which would be bypassed.
-    """
-    if isinstance(lm, LM):
-        return lm.copy(**policies)
-    if not isinstance(lm, (dspy.LM, DummyLM)):
-        raise ConfigError(f"wrap takes a dspy.LM, got {type(lm).__name__}; for a custom model implement an engine")
-    refuse_own_forward(lm)
-    arguments = dict(lm.kwargs)
-    tokens = arguments.pop("max_tokens", None)
-    arguments["max_tokens"] = arguments.pop("max_completion_tokens", None) if tokens is None else tokens
-    if "retry" not in policies:
-        arguments["num_retries"] = lm.num_retries
-    for name in ("provider", "finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role"):
-        if hasattr(lm, name):
-            arguments[name] = getattr(lm, name)
-    arguments["cache"] = caches_responses(lm)
-    arguments["callbacks"] = list(lm.callbacks)
-    if "engine" not in policies:
-        arguments["engine"], arguments["async_engine"] = engines_of(lm)
-    return LM(lm.model, lm.model_type, **{**arguments, **policies})
-
 
 # Registered after the stores' own ending, which `assemble` imports, and hence done before it.
 atexit.register(REAPER.flush, 2.0)

@@ -13,10 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from dspy_prod.privacy.names import public
+from dspy_prod.runtime.recent import Recent
 
 _MARK: Final = "_secrets"
 _PROCESS_KEY: Final = secrets.token_bytes(16)
-_VAULT: dict[str, dict[str, Any]] = {}
+
+MAX_SECRETS: Final = 1024
+"""Sets of secrets kept for pickles whose LM is gone; a living LM is found again with its own."""
+
+_VAULT: Final[Recent[dict[str, Any]]] = Recent(MAX_SECRETS)
 
 
 def seal(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +31,7 @@ def seal(arguments: Mapping[str, Any]) -> dict[str, Any]:
     if hidden:
         text = repr(sorted(hidden.items(), key=lambda item: item[0])).encode("utf-8", "replace")
         mark = hmac.new(_PROCESS_KEY, text, hashlib.sha256).hexdigest()
-        _VAULT[mark] = hidden
+        _VAULT.keep(mark, hidden)
         kept[_MARK] = mark
     return kept
 
@@ -34,7 +39,7 @@ def seal(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def unseal(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as they were, as far as this process remembers."""
     kept = {name: value for name, value in arguments.items() if name != _MARK}
-    kept.update(_VAULT.get(arguments.get(_MARK, ""), {}))
+    kept.update(_VAULT.find(arguments.get(_MARK, "")) or {})
     return kept
 
 

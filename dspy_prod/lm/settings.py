@@ -1,4 +1,4 @@
-"""What an LM was built with: policies, client settings and everything outside DSPy's canonical arguments.
+"""What an LM was built with, and the table of its arguments.
 
 `Settings` is immutable and shared by copies. Secrets live in it while the process lives; they are never written: a
 pickle carries a mark by which the same process finds them again. Another process takes keys from its environment.
@@ -6,24 +6,125 @@ pickle carries a mark by which the same process finds them again. Another proces
 
 from __future__ import annotations
 
-import os
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, get_type_hints
 
 import dspy
 from dspy.clients.backend_selection import CLIENT_KEYS
 
 from dspy_prod.compat.lm15 import canonical_arguments
 from dspy_prod.errors import ConfigError
+from dspy_prod.lm.arguments import (
+    ALWAYS,
+    Argument,
+    budget_options,
+    default_namespace,
+    fallback_list,
+    options_in,
+    price_options,
+    retry_option,
+)
 from dspy_prod.lm.sealing import SealedLM, seal, unseal
-from dspy_prod.options import Budget, Cache, CircuitBreaker, Options, Price, RateLimit, Retry
+from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.stores.base import Store
+
+DSPY: Final[Mapping[str, type | None]] = {
+    "model": str,
+    "model_type": str,
+    "temperature": float,
+    "max_tokens": int,
+    "callbacks": None,
+    "num_retries": int,  # another word for `retry`
+    "provider": None,
+    "finetuning_model": str,
+    "launch_kwargs": object,
+    "train_kwargs": object,
+    "use_developer_role": bool,
+    "prompt_cache": None,
+}
+"""Arguments that go on to `dspy.LM`, and the kind of each in a config file."""
+
+ATTRIBUTES: Final = ("provider", "finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role")
+"""Those that `dspy.LM` keeps beside its `kwargs`, and leaves out of its state."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an LM was built with. Each field with an `Argument` is that argument of `LM.__init__`."""
+
+    engine: Annotated[Any, Argument(str, "auto")]
+    async_engine: Annotated[Any, Argument(None)]
+    retry: Annotated[Retry, Argument(Retry, Retry(), off=Retry(attempts=1))]
+    breaker: Annotated[CircuitBreaker | None, Argument(CircuitBreaker, CircuitBreaker(), off=None)]
+    limit: Annotated[RateLimit | None, Argument(RateLimit, off=None)]
+    cache: Annotated[Cache, Argument(Cache, Cache(), off=Cache(), rebuilds="nothing")]  # whether at all: `LM.cache`
+    budgets: Annotated[tuple[Budget, ...], Argument(list[Budget], (), off=(), parse=budget_options, name="budget")]
+    fallbacks: Annotated[tuple[str | dspy.LM | SealedLM, ...], Argument(list[str], (), off=(), parse=fallback_list)]
+    prices: Annotated[Mapping[str, Price], Argument(dict[str, Price], {}, parse=price_options)]
+    store: Annotated[str | Store | None, Argument(str, rebuilds="store")] = field(repr=False)
+    namespace: Annotated[str, Argument(str, parse=default_namespace, rebuilds="store")]
+    clock: Annotated[Clock, Argument(None, SYSTEM_CLOCK, rebuilds="store", saved=False)] = field(repr=False)
+    clients: Mapping[str, Any] = field(repr=False)
+    extras: Mapping[str, Any] = field(repr=False)
+    opened: Store | None = field(default=None, repr=False)
+    """The store object in use, once there is one: copies share it, wherever the process has changed to since."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A release with fewer arguments may have pickled it.
+        self.__dict__.update({name: row.default for name, row in ROWS.items()}, **state)
+
+    def off(self) -> Settings:
+        """The same with every policy switched off."""
+        return replace(self, **{name: row.off for name, row in ROWS.items() if row.off is not ALWAYS})
+
+    def sealed(self, store: str | None = None) -> Settings:
+        """The same settings, fit to be written: no secret in them, and a URL in place of the store."""
+        fallbacks = tuple(SealedLM.of(item) if _writes_its_key(item) else item for item in self.fallbacks)
+        return replace(
+            self, clients=seal(self.clients), extras=seal(self.extras), fallbacks=fallbacks, store=store,
+            clock=SYSTEM_CLOCK, opened=None,
+        )  # fmt: skip
+
+    def unsealed(self) -> Settings:
+        """The settings with the secrets this process remembers for them."""
+        fallbacks = tuple(item.opened() if isinstance(item, SealedLM) else item for item in self.fallbacks)
+        return replace(self, clients=unseal(self.clients), extras=unseal(self.extras), fallbacks=fallbacks)
+
+
+def _writes_its_key(item: Any) -> bool:
+    return isinstance(item, dspy.LM) and not isinstance(getattr(item, "settings", None), Settings)
+
+
+ROWS: Final[Mapping[str, Argument]] = {
+    setting: replace(row, name=row.name or setting)
+    for setting, hint in get_type_hints(Settings, include_extras=True).items()
+    for row in getattr(hint, "__metadata__", ())
+}
+"""Our arguments, by the name of the setting."""
+
+ARGUMENTS: Final[Mapping[str, Any]] = {**DSPY, **{row.name: row.kind for row in ROWS.values()}}
+"""Every argument of `LM.__init__`, and its kind in a config file."""
+
+OPTIONS: Final = {name: kind for name, given in ARGUMENTS.items() if (kind := options_in(given)) is not None}
+"""The classes of options, by argument."""
+
+
+def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Settings` from arguments of `LM`, as far as they are given.
+
+    Raises:
+        ConfigError: an argument is impossible; the message names it.
+    """
+    if "num_retries" in given:
+        given = {**given, "retry": retry_option(given.get("retry"), given["num_retries"])}
+    return {name: row.setting(given[row.name]) for name, row in ROWS.items() if row.name in given}
+
 
 _OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
 CANONICAL_KEYS: Final = canonical_arguments() | _OWN_KEYS
@@ -46,65 +147,26 @@ def split(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any],
     return canonical, clients, extras
 
 
-_POLICY_NAMES: Final = ("retry", "breaker", "limit", "budget", "fallbacks", "prices", "namespace", "num_retries")
+_POLICIES: Final = {
+    "num_retries",
+    *(row.name for row in ROWS.values() if row.name not in ("engine", "async_engine", "cache", "store", "clock")),
+}
+"""Names that are ours alone: what resembles one of the others may be an argument for LiteLLM."""
 
 
 @lru_cache(maxsize=256)
 def _meant(name: str) -> str | None:
-    return next(iter(get_close_matches(name, _POLICY_NAMES, n=1, cutoff=0.8)), None)
+    return next(iter(get_close_matches(name, _POLICIES, n=1, cutoff=0.8)), None)
 
 
 def _refuse_slip(name: str, value: Any) -> None:
     """Refuse a misspelt policy: it would travel on to LiteLLM, and nobody would notice that it is not in force."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
-    kinds: dict[type[Any], str] = {
-        Retry: "retry", CircuitBreaker: "breaker", RateLimit: "limit", Budget: "budget", Cache: "cache",
-    }  # fmt: skip
-    meant = kinds.get(type(first)) or _meant(name)
+    meant = next((argument for argument, kind in OPTIONS.items() if type(first) is kind), None) or _meant(name)
     if meant == name:
         raise ConfigError(f"{name}= is said to the LM, not to one call; use lm.copy({name}=...)")
     if meant is not None:
         raise ConfigError(f"LM has no argument {name!r}; did you mean {meant}=...?")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """See the module's docstring. Fields are those of `dspy_prod.LM`."""
-
-    engine: Any = "auto"
-    async_engine: Any = None
-    clients: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    extras: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    retry: Retry = field(default_factory=Retry)
-    breaker: CircuitBreaker | None = field(default_factory=CircuitBreaker)
-    limit: RateLimit | None = None
-    cache: Cache = field(default_factory=Cache)
-    budgets: tuple[Budget, ...] = ()
-    fallbacks: tuple[Any, ...] = ()
-    prices: Mapping[str, Price] = field(default_factory=dict)
-    store: Any = field(default=None, repr=False)
-    namespace: str = ""
-    clock: Clock = field(default=SYSTEM_CLOCK, repr=False)
-    opened: Any = field(default=None, repr=False)
-    """The store object in use, once there is one: copies share it, wherever the process has changed to since."""
-
-    def sealed(self) -> Settings:
-        """The same settings, fit to be written: no secret in them, and a URL in place of the store."""
-        fallbacks = tuple(SealedLM.of(item) if _writes_its_key(item) else item for item in self.fallbacks)
-        url = None if self.opened is None else self.opened.url
-        return replace(
-            self, clients=seal(self.clients), extras=seal(self.extras), fallbacks=fallbacks, store=url,
-            clock=SYSTEM_CLOCK, opened=None,
-        )  # fmt: skip
-
-    def unsealed(self) -> Settings:
-        """The settings with the secrets this process remembers for them."""
-        fallbacks = tuple(item.opened() if isinstance(item, SealedLM) else item for item in self.fallbacks)
-        return replace(self, clients=unseal(self.clients), extras=unseal(self.extras), fallbacks=fallbacks)
-
-
-def _writes_its_key(item: Any) -> bool:
-    return isinstance(item, dspy.LM) and not isinstance(getattr(item, "settings", None), Settings)
 
 
 _LIVING: weakref.WeakValueDictionary[str, Settings] = weakref.WeakValueDictionary()
@@ -123,73 +185,3 @@ def remember(settings: Settings) -> str:
 def recall(token: str) -> Settings | None:
     """The settings behind a token; None in another process, or when nobody uses them any more."""
     return _LIVING.get(token)
-
-
-def option(kind: type[Options], value: Any, name: str, *, default: Options | None) -> Any:
-    """A policy option as given: an instance, a table of its fields, None for the default, False for off."""
-    if value is None:
-        return default
-    if value is False:
-        return None
-    if value is True:
-        return default if default is not None else kind()
-    if isinstance(value, kind):
-        return value
-    if isinstance(value, Mapping):
-        return kind(**value)
-    raise ConfigError(
-        f"{name}= takes a dspy_prod.{kind.__name__}, a mapping of its fields, or False to switch it off; "
-        f"got {type(value).__name__}"
-    )
-
-
-def retry_option(retry: Any, num_retries: int | None) -> Retry:
-    """`retry=` and DSPy's `num_retries=` as one policy."""
-    if num_retries is not None:
-        if retry is not None:
-            raise ConfigError(
-                "retry= and num_retries= both say how often to try; give one (num_retries=n means Retry(attempts=n+1))"
-            )
-        if isinstance(num_retries, bool) or not isinstance(num_retries, int) or num_retries < 0:
-            raise ConfigError(f"num_retries={num_retries!r} must be a non-negative integer")
-        return Retry(attempts=num_retries + 1)
-    chosen = option(Retry, retry, "retry", default=Retry())
-    return chosen if chosen is not None else Retry(attempts=1)
-
-
-def budget_options(budget: Any) -> tuple[Budget, ...]:
-    """`budget=`: none, one or several."""
-    if budget is None or budget is False:
-        return ()
-    given: Sequence[Any] = budget if isinstance(budget, (list, tuple)) else (budget,)
-    budgets = tuple(option(Budget, item, "budget", default=None) for item in given)
-    if any(item is None for item in budgets):
-        raise ConfigError("budget= takes dspy_prod.Budget objects; drop the empty entry")
-    titles = [item.title for item in budgets]
-    for title in titles:
-        if titles.count(title) > 1:
-            raise ConfigError(f"two budgets are called {title!r}; give one of them its own name=...")
-    return budgets
-
-
-def price_options(prices: Any) -> dict[str, Price]:
-    """`prices=`: model string to `Price`."""
-    if prices is None:
-        return {}
-    if not isinstance(prices, Mapping):
-        raise ConfigError(
-            'prices= takes a mapping such as {"openai/my-model": dspy_prod.Price(input=0.15, output=0.6)}'
-        )
-    return {str(name): option(Price, price, f"prices[{name!r}]", default=None) for name, price in prices.items()}
-
-
-def fallback_list(fallbacks: Any) -> tuple[Any, ...]:
-    """`fallbacks=`: model names and LMs, in order."""
-    if isinstance(fallbacks, (str, dspy.LM)):
-        raise ConfigError("fallbacks= takes a list, e.g. fallbacks=['anthropic/claude-haiku-4-5']")
-    return tuple(fallbacks)
-
-
-def default_namespace() -> str:
-    """The project directory's name."""
-    return os.environ.get("DSPY_PROD_NAMESPACE") or Path.cwd().name or "default"

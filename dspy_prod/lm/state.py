@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, TypeVar
 
 import dspy
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
@@ -19,12 +19,13 @@ from dspy.lm15 import CacheConfig
 from dspy_prod.compat.dspy import dump_engine, load_engine
 from dspy_prod.compat.lm15 import cache_config_from_dict, cache_config_to_dict
 from dspy_prod.errors import ConfigError
-from dspy_prod.options import Cache, CircuitBreaker, Options, Retry
+from dspy_prod.lm.beneath import Beneath
+from dspy_prod.lm.settings import ATTRIBUTES, DSPY, ROWS
+from dspy_prod.options import Options
 from dspy_prod.privacy.names import bare_url, public
 from dspy_prod.stores.opening import default_store_url
 
-if TYPE_CHECKING:
-    from dspy_prod.lm.settings import Settings
+Loaded = TypeVar("Loaded", bound=dspy.LM)
 
 _log = logging.getLogger("dspy_prod")
 
@@ -32,7 +33,7 @@ _EXPECTED: Final = frozenset({"api_key", "azure_ad_token_provider"})
 """Secrets that are found again without being told: no word about them."""
 
 
-def dump(lm: Any, base: Mapping[str, Any]) -> dict[str, Any]:
+def dump(lm: Beneath, base: Mapping[str, Any]) -> dict[str, Any]:
     """What `load` rebuilds the LM from.
 
     Args:
@@ -48,13 +49,11 @@ def dump(lm: Any, base: Mapping[str, Any]) -> dict[str, Any]:
         state["prompt_cache"] = cache_config_to_dict(state["prompt_cache"])
     if "max_completion_tokens" in state:  # reasoning models: DSPy's constructor takes the other name
         state["max_tokens"] = state.pop("max_completion_tokens")
-    for name in ("finetuning_model", "launch_kwargs", "train_kwargs", "use_developer_role"):
-        if getattr(lm, name):
-            state[name] = getattr(lm, name)
-    if lm.cache and settings.cache != Cache():
-        state["cache"] = _options(settings.cache)
-    state.update(_policies(settings))
-    state.update(_engines(settings))
+    state.update({name: value for name in ATTRIBUTES if DSPY[name] is not None and (value := getattr(lm, name))})
+    for field, row in ROWS.items():
+        value = getattr(settings, field)
+        if row.saved and value != row.default and (lm.cache or field != "cache"):
+            state[row.name] = _saved(row.name, value)
     given = {**settings.clients, **settings.extras}
     written = public(given)
     lost = sorted(given.keys() - written.keys() - _EXPECTED)
@@ -65,7 +64,7 @@ def dump(lm: Any, base: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def load(cls: type[Any], state: Mapping[str, Any], allow: bool) -> Any:
+def load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
     """The LM that `dump` described.
 
     Args:
@@ -90,56 +89,34 @@ def load(cls: type[Any], state: Mapping[str, Any], allow: bool) -> Any:
     url = arguments.get("store")
     if isinstance(url, str) and bare_url(default_store_url()) == url:
         arguments["store"] = default_store_url()  # the environment knows its password
-    return cls(**arguments)
+    loaded: Loaded = cls(**arguments)
+    return loaded
 
 
-def _policies(settings: Settings) -> dict[str, Any]:
-    """The policy arguments that differ from their defaults."""
-    found: dict[str, Any] = {"namespace": settings.namespace}
-    if settings.retry != Retry():
-        found["retry"] = _options(settings.retry)
-    if settings.breaker is None:
-        found["breaker"] = False
-    elif settings.breaker != CircuitBreaker():
-        found["breaker"] = _options(settings.breaker)
-    if settings.limit is not None:
-        found["limit"] = _options(settings.limit)
-    if settings.budgets:
-        found["budget"] = [_options(budget) for budget in settings.budgets]
-    if settings.prices:
-        found["prices"] = {model: _options(price) for model, price in settings.prices.items()}
-    if settings.fallbacks:
-        found["fallbacks"] = [_dump_fallback(fallback) for fallback in settings.fallbacks]
-    if settings.store is not None:
-        found["store"] = bare_url(settings.store if isinstance(settings.store, str) else settings.store.url)
-    return found
+def _saved(name: str, value: Any) -> Any:
+    """A setting as JSON, under the name of its argument."""
+    if value is None:
+        return False  # switched off
+    if isinstance(value, str):
+        return bare_url(value)
+    if isinstance(value, Options):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, tuple):
+        return [_saved(name, item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _saved(name, item) for key, item in value.items()}
+    if isinstance(value, BaseLM):
+        return public(value.dump_state())
+    return bare_url(value.url) if name == "store" else dump_engine(value, name)
 
 
-def _engines(settings: Settings) -> dict[str, Any]:
-    if isinstance(settings.engine, str):
-        return {} if settings.engine == "auto" else {"engine": settings.engine}
-    engines = {"engine": dump_engine(settings.engine, "engine")}
-    if settings.async_engine is not None:
-        engines["async_engine"] = dump_engine(settings.async_engine, "async_engine")
-    return engines
-
-
-def _options(options: Options) -> dict[str, Any]:
-    return options.model_dump(mode="json", exclude_defaults=True)
-
-
-def _dump_fallback(fallback: str | dspy.LM) -> Any:
-    return fallback if isinstance(fallback, str) else public(fallback.dump_state())
-
-
-def _load_fallback(cls: type[Any], state: Any, allow: bool) -> str | dspy.LM:
+def _load_fallback(cls: type[dspy.LM], state: Any, allow: bool) -> str | dspy.LM:
     if isinstance(state, str):
         return state
     if not isinstance(state, Mapping):
         raise ConfigError(f"a saved fallback is a model name or an LM's state, not {type(state).__name__}")
-    if state.get(LM_CLASS_STATE_KEY) == f"{cls.__module__}.{cls.__qualname__}":
-        return cls.load_state(dict(state), allow_custom_lm_class=allow)
-    loaded: dspy.LM = BaseLM.load_state(dict(state), allow_custom_lm_class=allow)
+    own = state.get(LM_CLASS_STATE_KEY) == f"{cls.__module__}.{cls.__qualname__}"
+    loaded: dspy.LM = (cls if own else BaseLM).load_state(dict(state), allow_custom_lm_class=allow)
     return loaded
 
 

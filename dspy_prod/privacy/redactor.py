@@ -107,8 +107,7 @@ class Redactor:
 
         A text without any comes back as the same object. Never raises.
         """
-        found = self._found(text)
-        return found[0]
+        return self._found(text)[0]
 
     def identity(self, name: str) -> str:
         """A name by which a user, tenant or session can be told apart, without telling who it is.

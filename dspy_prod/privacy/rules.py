@@ -56,24 +56,16 @@ def _local(text: str, begin: int, end: int) -> int:
     return start if marks is None or marks.end() == end else marks.end()
 
 
-def _cards(text: str) -> list[Span]:
-    return cards(text) if _DIGIT.search(text) else []
-
-
-def _ibans(text: str) -> list[Span]:
-    return ibans(text) if _DIGIT.search(text) else []
-
-
-def _phones(text: str) -> list[Span]:
-    return phones(text) if _DIGIT.search(text) else []
+def _of_digits(find: Finder) -> Finder:
+    return lambda text: find(text) if _DIGIT.search(text) else []
 
 
 BUILT_IN: Final[Mapping[str, Finder]] = {
     "secret": secrets,
     "email": emails,
-    "iban": _ibans,
-    "card": _cards,
-    "phone": _phones,
+    "iban": _of_digits(ibans),
+    "card": _of_digits(cards),
+    "phone": _of_digits(phones),
 }
 """In the order in which they are applied: a password may contain an address, and a card number looks like a phone's."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dspy_prod.runtime.doors import door
 
 if TYPE_CHECKING:
-    from dspy_prod.registry.aliases.gates import Check, Gate, GateReport
+    from dspy_prod.registry.aliases.gates import Check, Gate, GateReport, PromotionRefusedError
     from dspy_prod.registry.aliases.journal import AuditEntry
     from dspy_prod.registry.aliases.listing import programs, versions
     from dspy_prod.registry.aliases.promotion import history, promote, rollback
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from dspy_prod.registry.deployment.report import Deployment, Step
     from dspy_prod.registry.errors import (
         PromotionConflictError,
-        PromotionRefusedError,
         RegistryError,
         RegistryUnavailableError,
         SignatureMismatchError,
@@ -33,13 +32,13 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
-        "aliases.gates": "Check Gate GateReport",
+        "aliases.gates": "Check Gate GateReport PromotionRefusedError",
         "aliases.journal": "AuditEntry",
         "aliases.listing": "programs versions",
         "aliases.promotion": "history promote rollback",
         "deployment.deploy": "deploy",
         "deployment.report": "Deployment Step",
-        "errors": "PromotionConflictError PromotionRefusedError RegistryError RegistryUnavailableError "
+        "errors": "PromotionConflictError RegistryError RegistryUnavailableError "
         "SignatureMismatchError UnknownVersionError",
         "published.difference": "PredictorDiff VersionDiff diff",
         "published.loading": "load",

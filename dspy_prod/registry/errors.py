@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from dspy_prod.errors import ConfigError
+
+
+class Broken(Protocol):
+    """A `Deployment` that ended early, as its error shows it."""
+
+    @property
+    def outcome(self) -> str: ...
+
+    @property
+    def advice(self) -> tuple[str, ...]: ...
+
+    @property
+    def files(self) -> tuple[str, ...]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class RegistryError(Exception):
     """The base of all errors of the registry.
 
     Attributes:
-        deployment: what had been done by then, when `deploy` raised it; else None.
+        deployment: what had been done by then, when `deploy` raised it (a `Deployment`); else None.
     """
 
-    deployment: Any = None
+    deployment: Broken | None = None
 
 
 class RegistryUnavailableError(RegistryError):
@@ -53,15 +68,3 @@ class PromotionConflictError(RegistryError):
         self.alias = alias
         self.expected = expected
         self.actual = actual
-
-
-class PromotionRefusedError(RegistryError):
-    """The gate did not pass, so the alias was not moved; the attempt is in the history.
-
-    Attributes:
-        report: what the gate found.
-    """
-
-    def __init__(self, message: str, report: Any) -> None:
-        super().__init__(message)
-        self.report = report

@@ -6,6 +6,7 @@ or reserved, no record is written, and no lookup is counted.
 
 from __future__ import annotations
 
+from copy import copy
 from math import inf
 from typing import NamedTuple
 
@@ -19,7 +20,8 @@ from dspy_prod.pipeline.refusals import refused, too_late
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import NANO
-from dspy_prod.status.costs import budget_status
+from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.status.costs import FLUSH_TIMEOUT, budget_status
 from dspy_prod.status.models import BudgetStatus, Preview
 from dspy_prod.stores.base import Reservation
 
@@ -41,6 +43,7 @@ def preview(pipeline: Pipeline, calls: list[Call]) -> Preview:
         pipeline: what the call would run through.
         calls: the engine calls behind the LM call, one for each of `n` answers.
     """
+    REAPER.flush(FLUSH_TIMEOUT)
     call = calls[0]
     first = call.routes()[0]
     if all(map(_cached, calls)):
@@ -121,8 +124,8 @@ def _try(call: Call, route: Route, count: int) -> _Outlook:
 
 def _admission(call: Call, planned: Plan, count: int) -> _Outlook:
     """What limiter and budget would say to a reservation that is not made."""
-    pipeline, route, reservation = call.pipeline, planned.route, planned.reservation
-    assert reservation is not None
+    assert planned.reservation is not None
+    pipeline, route, reservation = call.pipeline, planned.route, copy(planned.reservation)
     reservation.amount *= count
     wait, refusal = pipeline.store.preview(reservation)
     if refusal is not None:

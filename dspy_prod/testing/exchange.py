@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import Protocol
 
 from dspy_prod.testing.answers import Reply, distort
+from dspy_prod.testing.bill import Bill
 from dspy_prod.testing.calls import Call
 from dspy_prod.testing.dialects import DIALECTS, Piece, dumps, sse
 from dspy_prod.testing.faults import (
@@ -26,10 +27,31 @@ from dspy_prod.testing.faults import (
     TruncatedStream,
     WrongUsage,
 )
+from dspy_prod.testing.quota import Quota
 from dspy_prod.testing.wire import LAST_CHUNK, Connection, chunk, head, response
 
 SETTLE_PAUSE = 0.01
 """Seconds between the last bytes and a RST, so that the client has received them before."""
+
+
+class Serving(Protocol):
+    """The provider, as an exchange needs it."""
+
+    bill: Bill
+    bill_abandoned: bool
+    chunk_delay: float
+    chunks: int
+    in_flight: int
+    quota: Quota
+    ratelimit_headers: bool
+    stopping: bool
+
+    async def generate(self, call: Call) -> Reply: ...
+    async def released(self) -> None: ...
+    def blame(self, call: Call, error: Exception) -> Status: ...
+    def draw_latency(self, call: Call) -> float: ...
+    def enter(self) -> None: ...
+    def leave(self) -> None: ...
 
 
 class Exchange:
@@ -42,7 +64,7 @@ class Exchange:
         fault: what the call meets, or None.
     """
 
-    def __init__(self, provider: Any, connection: Connection, call: Call, fault: Fault | None) -> None:
+    def __init__(self, provider: Serving, connection: Connection, call: Call, fault: Fault | None) -> None:
         self.provider = provider
         self.connection = connection
         self.call = call

@@ -269,7 +269,7 @@ class Provider:
         path = request.path.removeprefix("/v1")
         api = _ENDPOINTS.get(path) if request.method == "POST" else None
         if api is None:
-            await serve_page(self, connection, request.method, path)
+            await serve_page(connection, request.method, path, bill=self.bill, calls=self._calls, down=self.down_fault)
             return
         received_at = time.monotonic()
         body = parse_object(request.body)

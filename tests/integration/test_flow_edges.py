@@ -205,8 +205,8 @@ def test_an_error_of_closing_a_left_stream_says_nothing() -> None:
 def test_listeners_of_a_left_stream_run_on_the_reaper(how: str) -> None:
     """A stream may be closed by the garbage collector: no listener runs on the thread that it interrupted."""
     lm = over(ScriptedEngine("some words"), breaker=TOUCHY)
-    heard: list[str] = []
-    remove = dspy_prod.add_listener(lambda event: heard.append(threading.current_thread().name))
+    heard: list[tuple[dspy_prod.Event, str]] = []
+    remove = dspy_prod.add_listener(lambda event: heard.append((event, threading.current_thread().name)))
     try:
         events: Any
         if how == "thread":
@@ -224,8 +224,10 @@ def test_listeners_of_a_left_stream_run_on_the_reaper(how: str) -> None:
         assert REAPER.flush()
     finally:
         remove()
-    assert set(heard) == {"dspy_prod-reaper"}
-    assert [record.outcome for record in lm.ledger.records()] == ["cancelled"]
+    (record,) = lm.ledger.records()
+    assert record.outcome == "cancelled"
+    (call,) = {event.data["call_id"] for event, _ in heard if event.data.get("record_id") == record.id}
+    assert {thread for event, thread in heard if event.data.get("call_id") == call} == {"dspy_prod-reaper"}
     assert quiet(lm)
 
 

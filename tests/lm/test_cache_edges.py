@@ -18,7 +18,7 @@ from dspy.utils.exceptions import LMAuthError, LMError, LMServerError
 import dspy_prod
 from dspy_prod import Budget, Cache, Price, RateLimit, Retry
 from dspy_prod.errors import ConfigError
-from dspy_prod.lm.copying import MAX_VARIANTS
+from dspy_prod.lm.beneath import MAX_VARIANTS
 from dspy_prod.pipeline.scope import engine_identity
 from dspy_prod.pipeline.upstream.upstream import address_of
 from dspy_prod.pricing.warmup import WARMUP

@@ -410,3 +410,11 @@ def test_wrap_refuses_what_it_would_bypass() -> None:
         dspy_prod.wrap(Overrides(MODEL))
     with pytest.raises(ConfigError, match=r"takes a dspy\.LM, got str"):
         dspy_prod.wrap(MODEL)
+
+
+def test_a_coarse_budget_is_told_where_the_copy_is_made() -> None:
+    """The warning names the user's line, not one of ours."""
+    lm = dspy_prod.LM(MODEL, store="memory://coarse", max_tokens=16_000)
+    with pytest.warns(UserWarning, match="more than 5 %") as caught:
+        lm.copy(budget=Budget(usd=0.01))
+    assert [warning.filename for warning in caught] == [__file__]

@@ -64,3 +64,13 @@ def test_it_is_saved_again_as_the_same_state(load: Callable[[], dspy_prod.LM]) -
     """Nothing is lost or added on the way through another release."""
     state = json.loads((DATA / "lm_0.1.0.json").read_text(encoding="utf-8"))
     assert load().dump_state() == state
+
+
+def test_an_argument_that_came_later_has_its_default() -> None:
+    """An upgrade that adds a policy does not break pickles from before it."""
+    lm = from_pickle()
+    state = lm.__getstate__()
+    del state["settings"].__dict__["breaker"]
+    settings = pickle.loads(pickle.dumps(state))["settings"]
+    assert settings.breaker == CircuitBreaker()
+    assert settings.retry == Retry(attempts=7, backoff=0.1)

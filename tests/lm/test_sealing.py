@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 
 import dspy_prod
 from dspy_prod import Budget, RateLimit
+from dspy_prod.lm import sealing
 from dspy_prod.testing import Provider, Status
 
 MODEL = "openai/gpt-4o-mini"
@@ -243,3 +245,25 @@ def test_the_provider_cannot_echo_a_key_into_the_ledger(lm: dspy_prod.LM, provid
     assert records
     assert hides(repr(records))
     assert hides(lm.health().model_dump_json())
+
+
+def test_rotated_tokens_are_forgotten_and_living_lms_are_not() -> None:
+    """A token that changes every minute, and a pickle of each copy: memory grew for the life of the process."""
+    lm = dspy_prod.LM(MODEL, api_key="sk-live-KEY", store="memory://rotated")
+    first = pickle.dumps(lm)
+    settings = lm.settings
+    for number in range(10_000):
+        sealed = replace(settings, clients={"api_key": f"sk-live-{number}"}).sealed()
+    assert len(sealing._VAULT.all()) == sealing.MAX_SECRETS
+    assert sealed.unsealed().clients == {"api_key": "sk-live-9999"}
+    assert pickle.loads(first).settings.clients == {"api_key": "sk-live-KEY"}, "the LM is alive"
+
+
+def test_what_is_sealed_again_is_kept_longer() -> None:
+    """The least recently pickled secrets go first."""
+    kept = sealing.seal({"api_key": "sk-live-KEPT"})
+    for number in range(sealing.MAX_SECRETS - 1):
+        sealing.seal({"api_key": f"sk-live-{number}"})
+    sealing.seal({"api_key": "sk-live-KEPT"})
+    sealing.seal({"api_key": "sk-live-ONE-MORE"})
+    assert sealing.unseal(kept) == {"api_key": "sk-live-KEPT"}

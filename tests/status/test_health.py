@@ -17,6 +17,7 @@ from pydantic import ValidationError
 import dspy_prod
 from dspy_prod import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry, call_context
 from dspy_prod.errors import CircuitOpenError, RejectedError, StoreUnavailableError
+from dspy_prod.pipeline.plan import plan
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status import health as status
 from dspy_prod.status.health import CostSummary, Health, costs_by
@@ -488,6 +489,17 @@ def test_a_preview_covers_all_answers_of_one_call(store: MemoryStore) -> None:
     assert triple.bound_usd == pytest.approx(3 * single.bound_usd)
     assert triple.output_tokens_bound == 150
     assert (single.affordable, triple.affordable, triple.reason) == (True, False, "budget_exceeded")
+
+
+def test_a_preview_leaves_the_plan_as_it_was(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for `n` answers is not written into the plan of one."""
+    plans: list[Any] = []
+    monkeypatch.setattr("dspy_prod.status.preview.plan", lambda *given: plans.append(plan(*given)) or plans[-1])
+    lm = make(store, ScriptedEngine("hi"), "unit/model", prices=PRICES, budget=Budget(usd=5), max_tokens=50)
+    single, triple = lm.preview("q"), lm.preview("q", n=3)
+    assert single.bound_usd is not None
+    assert triple.bound_usd == pytest.approx(3 * single.bound_usd)
+    assert [planned.ask.amount / NANO for planned in plans] == [single.bound_usd] * 2
 
 
 def test_a_preview_without_budget_or_price(store: MemoryStore) -> None:

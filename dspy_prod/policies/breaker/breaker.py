@@ -116,17 +116,14 @@ class Breaker:
             if answer is None:
                 if isinstance(state, Open):
                     notices.append(self._move("interval_over", state.cause))
-                answer = self._grant(self._state)
+                state = self._state
+                answer = Permit(state.generation, isinstance(state, HalfOpen), next(self._ids), self._now())
+                if isinstance(state, HalfOpen):
+                    state.admit(answer.id)
         self._tell(*notices)
         if isinstance(answer, Refusal):
             raise answer.error(self.name)
         return answer
-
-    def _grant(self, state: State) -> Permit:
-        permit = Permit(state.generation, isinstance(state, HalfOpen), next(self._ids), self._now())
-        if isinstance(state, HalfOpen):
-            state.admit(permit.id)
-        return permit
 
     # -- settling: never raises, never waits for anything but the short lock ---------------------------------------
 

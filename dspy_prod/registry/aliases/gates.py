@@ -17,7 +17,7 @@ import dspy
 from dspy_prod.context.scoring import raising
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.error_text import error_text
-from dspy_prod.registry.errors import UnknownVersionError
+from dspy_prod.registry.errors import RegistryError, UnknownVersionError
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.published.loading import exact, put_into
 from dspy_prod.registry.published.manifest import ProgramVersion
@@ -90,6 +90,24 @@ class GateReport:
             part: {name: float(value) for name, value in found[part].items()} for part in ("metrics", "baseline")
         }
         return cls(**{**found, **numbers, "checks": tuple(Check(**check) for check in found["checks"])})
+
+
+class PromotionRefusedError(RegistryError):
+    """The gate did not pass, so the alias was not moved; the attempt is in the history.
+
+    Attributes:
+        report: what the gate found.
+    """
+
+    def __init__(self, message: str, report: GateReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def refused_error(alias: str, version: object, report: GateReport) -> PromotionRefusedError:
+    """The gate did not pass."""
+    remedy = "; a person may overrule it with force=True and a reason" if report.result == "inconclusive" else ""
+    return PromotionRefusedError(f"{version} was not promoted to {alias}: {report}{remedy}", report)
 
 
 @dataclass(frozen=True)

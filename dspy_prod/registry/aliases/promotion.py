@@ -5,27 +5,20 @@ from __future__ import annotations
 import datetime as dt
 import re
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import dspy
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.registry.aliases.gates import Gate, refused_error
 from dspy_prod.registry.aliases.journal import AuditEntry, Journal, Request
 from dspy_prod.registry.aliases.projection import PREVIOUS, PRODUCTION, project, settled
-from dspy_prod.registry.errors import (
-    PromotionConflictError,
-    PromotionRefusedError,
-    RegistryError,
-    UnknownVersionError,
-)
+from dspy_prod.registry.errors import PromotionConflictError, RegistryError, UnknownVersionError
 from dspy_prod.registry.names import Reference, checked_name
 from dspy_prod.registry.published import provenance
 from dspy_prod.registry.published.manifest import ProgramVersion, version_of
 from dspy_prod.registry.server import Server, server_at
 from dspy_prod.telemetry.events import BUS
-
-if TYPE_CHECKING:
-    from dspy_prod.registry.aliases.gates import Gate, GateReport
 
 _ALIAS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,99}")
 
@@ -247,9 +240,3 @@ def conflict_error(name: str, alias: str, expected: int, actual: int | None) -> 
         f"look at dspy_prod.registry.history({name!r}) and decide again",
         alias=alias, expected=expected, actual=actual,
     )  # fmt: skip
-
-
-def refused_error(alias: str, version: object, report: GateReport) -> PromotionRefusedError:
-    """The gate did not pass."""
-    remedy = "; a person may overrule it with force=True and a reason" if report.result == "inconclusive" else ""
-    return PromotionRefusedError(f"{version} was not promoted to {alias}: {report}{remedy}", report)

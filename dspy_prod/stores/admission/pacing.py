@@ -159,7 +159,7 @@ class Pacing:
     def restore(self, requests: list[Any] | None, second: list[Any] | None, tokens: list[float] | None) -> None:
         """Take over what another dumped, under the settings that `tune` gave."""
         self._requests = restored(self._requests, requests)
-        if self._second is not None:  # else these settings do not ask for it
+        if self._second is not None or not self._paces_requests:  # else these settings pace without it
             self._second = restored(self._second, second)
         if tokens is not None:
             due, share, per_token = tokens

@@ -732,3 +732,12 @@ def test_new_settings_keep_the_counts() -> None:
     state.throttled(NOW, 1)
     state.limit = RateLimit(rpm=600)
     assert state.snapshot(NOW, "key", 0).rate_factor == 1.0
+
+
+def test_settings_without_a_rate_keep_what_others_on_the_key_are_paced_by() -> None:
+    """An LM without `rpm` on the same key and file forgot the last second of one that has it: too many went at once."""
+    paced = RateLimit(rpm=600, burst=1)
+    state = LimiterState(paced, NOW)
+    state.take(NOW, 0)
+    other = LimiterState.load(state.dump(), RateLimit())
+    assert LimiterState.load(other.dump(), paced).dump() == state.dump()

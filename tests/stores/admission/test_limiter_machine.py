@@ -51,6 +51,7 @@ class LimiterMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.calls: list[Sent] = []
         self.told: list[float] | None = None  # requests left, until
+        self.before = 0  # calls sent before that was told
         self.throttled = False
 
     @initialize(limit=LIMITS, now=st.sampled_from([0.0, 7.25, 1_700_000_000.123]))
@@ -131,7 +132,7 @@ class LimiterMachine(RuleBasedStateMachine):
         if call is not None:
             call.settled = call.unsent = True
             call.counts = 0
-            if self.told is not None:
+            if self.told is not None and any(call is late for late in self.calls[self.before :]):
                 self.told[0] += 1
             self.state.give_back(call.debit, now=self.now, used=None, sent=False)
 
@@ -153,8 +154,11 @@ class LimiterMachine(RuleBasedStateMachine):
 
     @rule(left=st.integers(0, 70), reset=st.sampled_from([0.0, 1.0, 30.0, 90.0]))
     def the_provider_tells(self, left: int, reset: float) -> None:
-        self.told = [left, self.now + reset]
+        """Headers bind where they leave less than the minute does when they come; the latest ones count."""
+        own = (self.limit.rpm or math.inf) - self.state._window.requests
+        self.told, self.before = [left, self.now + reset] if left < own else None, len(self.calls)
         self.state.resync(self.now, {"requests": (left, reset), "tokens": (1e9, 1.0)})
+        assert ("requests" in self.state._feedback.told) == (self.told is not None and reset > 0)
 
     @precondition(lambda self: self.calls)
     @rule()
