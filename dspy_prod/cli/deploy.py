@@ -59,11 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     apart = contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext()
     try:
         with apart:
-            found = read(arguments.eval)
             deployment = registry.deploy(
-                arguments.name, arguments.candidate, evaluate=found.evaluate, program=found.program,
-                thresholds=found.thresholds, baseline=found.baseline, margin=found.margin,
-                min_examples=found.min_examples,
+                arguments.name, arguments.candidate, **vars(read(arguments.eval)),
                 stages=[stage.strip() for stage in arguments.stages.split(",") if stage.strip()],
                 recheck=arguments.recheck, force=arguments.force, reason=arguments.reason,
                 report_dir=arguments.report, display_progress=sys.stderr.isatty(),

@@ -35,7 +35,7 @@ class EvalFile:
 
     Attributes:
         evaluate, thresholds, baseline, margin, min_examples: as in `dspy_prod.registry.Gate`.
-        program: the program from the code, or what makes it.
+        program: the program from the code, or what makes it. All of them are arguments of `deploy`.
     """
 
     evaluate: Callable[[Any], Any]

@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, Union, get_args, get_origin
+from typing import Any, Final, Union, get_args, get_origin
 
 import dspy
 
@@ -72,18 +72,20 @@ class Outputs:
         )
 
 
-class Answer(Protocol):
+class Answer:
     """One way to answer without the program."""
 
     def give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A text, a mapping of outputs, a prediction, or None for no answer."""
+        raise NotImplementedError
 
     async def agive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Asynchronous `give`."""
+        return self.give(args, kwargs)
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(Answer):
     """An answer known in advance; each call gets its own copy."""
 
     value: Any
@@ -91,12 +93,9 @@ class Given:
     def give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return copy.deepcopy(self.value)
 
-    async def agive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return copy.deepcopy(self.value)
-
 
 @dataclass(frozen=True)
-class Computed:
+class Computed(Answer):
     """A function of the inputs."""
 
     function: Callable[..., Any]
@@ -115,7 +114,7 @@ class Computed:
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(Answer):
     """Another module, run with the same inputs."""
 
     module: Any

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final, Literal
 
 import dspy
@@ -14,19 +14,10 @@ from pydantic import BaseModel, ConfigDict
 from dspy_prod.context.current import SETTING, CallContext
 from dspy_prod.records import NANO, CallRecord, usd
 from dspy_prod.runtime.clock import Clock
+from dspy_prod.status.models import Reason as Refusal
 
 Status = Literal["ok", "cached", "fallback"]
-Reason = Literal[
-    "circuit_open",
-    "rate_limited",
-    "budget_exceeded",
-    "deadline_exceeded",
-    "unpriced_model",
-    "store_unavailable",
-    "upstream_error",
-    "parse_error",
-    "unexpected_error",
-]
+Reason = Literal[Refusal, "upstream_error", "parse_error", "unexpected_error"]
 
 _ATTRIBUTE: Final = "_dspy_prod_report"  # Prediction keeps names with an underscore out of its fields
 
@@ -170,27 +161,23 @@ class Watch:
     def visible(self) -> bool:
         return self._stream is not None and self._stream.visible
 
-    @contextmanager
-    def program(self) -> Iterator[None]:
+    def program(self) -> AbstractContextManager[None]:
         """The scope in which the program runs."""
-        changed: dict[str, Any] = {
-            SETTING: self._inner,
-            "caller_modules": [*(dspy_settings.caller_modules or []), self._calls],
-        }
         stream = dspy_settings.send_stream
-        if stream is not None:
-            changed["send_stream"] = self._stream = _Stream(stream)
-        with dspy.context(**changed):
-            yield
+        if stream is None:
+            return self._under(self._inner)
+        self._stream = _Stream(stream)
+        return self._under(self._inner, send_stream=self._stream)
 
-    @contextmanager
-    def fallback(self) -> Iterator[None]:
+    def fallback(self) -> AbstractContextManager[None]:
         """The scope in which a fallback runs: under the caller's deadline, not the `Production`'s own."""
         self._before_fallback = (len(self.records), len(self._calls.foreign()))
-        with dspy.context(
-            **{SETTING: self._outer, "caller_modules": [*(dspy_settings.caller_modules or []), self._calls]}
-        ):
-            yield
+        return self._under(self._outer)
+
+    def _under(self, context: CallContext, **more: Any) -> AbstractContextManager[None]:
+        callers = [*(dspy_settings.caller_modules or []), self._calls]
+        found: AbstractContextManager[None] = dspy.context(**{SETTING: context, "caller_modules": callers}, **more)
+        return found
 
     def finish(self, result: Any, reason: Reason | None = None, error: str | None = None) -> Any:
         """Attach the report to a prediction; anything else a program returns cannot carry one."""

@@ -37,6 +37,7 @@ BUDGET_WARNING: Final = 90.0
 LIMITER_WARNING: Final = 0.1
 """Share of a minute's tokens or requests below which health warns."""
 
+_PLAIN: Final = (bool, int, float, str, type(None))
 T = TypeVar("T")
 
 
@@ -243,19 +244,12 @@ def _used(available: float | None, most: float | None) -> float | None:
 
 
 def _problems(store: Any) -> dict[str, int | float | str | bool | None]:
-    """The store's own words about its background work, if it has any: `problems`, a mapping or a list."""
+    """The store's own words about its background work, if it has any: `problems`, a mapping or what gives one."""
     told = getattr(store, "problems", None)
-    if callable(told):
-        told = told()
-    if isinstance(told, Mapping):
-        return {str(name): value if _plain(value) else str(value) for name, value in told.items()}
-    if isinstance(told, (list, tuple)):
-        return {str(number): str(text) for number, text in enumerate(told, 1)}
-    return {} if not told else {"problems": told if _plain(told) else str(told)}
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
+    words = told() if callable(told) else told
+    if not isinstance(words, Mapping):
+        return {}
+    return {str(name): value if isinstance(value, _PLAIN) else str(value) for name, value in words.items()}
 
 
 __all__ = ["CostSummary", "Health", "Preview", "costs", "costs_by", "health", "preview"]

@@ -177,21 +177,18 @@ def invitation(result: Written, prompt: str | None = None) -> str:
             f"Start [bold]make ui[/] (or {command}), then open:" if here else f"Start [bold]{command}[/], then open:"
         )
     where = f"{base}/#/experiments/{quote(result.experiment or '')}"
-    prompts = []
+    columns = "choose Cost, User and dspy_prod.status at Display > Columns"
+    lines = [
+        f"\nSee it in MLflow, experiment {EXPERIMENT!r}. {start}",
+        f"  {where}/overview/usage?startTimeLabel=LAST_HOUR",
+        "    cost over time and by model",
+        f"  {where}/traces",
+        f"    what each call cost and who made it ({columns}); open one to see its attempts",
+    ]
     if prompt is not None:
         name, _, version = prompt.rpartition("/")
-        prompts = [
+        lines += [
             f"  {where}/prompts/{quote(name)}",
             f"    the prompts: version {version} ran (alias production); Compare > Text shows what it changed",
         ]
-    columns = "choose Cost, User and dspy_prod.status at Display > Columns"
-    return "\n".join(
-        [
-            f"\nSee it in MLflow, experiment {EXPERIMENT!r}. {start}",
-            f"  {where}/overview/usage?startTimeLabel=LAST_HOUR",
-            "    cost over time and by model",
-            f"  {where}/traces",
-            f"    what each call cost and who made it ({columns}); open one to see its attempts",
-            *prompts,
-        ]
-    )
+    return "\n".join(lines)

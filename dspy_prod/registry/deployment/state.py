@@ -60,14 +60,8 @@ class Begin:
     def move(self, replay: Replay, alias: str, version: int) -> AuditEntry | None:
         """The entry that gave an alias the version, since this deployment began."""
         since = 0 if self.first is None else self.first.number or 0
-        return next(
-            (
-                entry
-                for entry in reversed(replay.entries)
-                if entry.alias == alias and entry.moved and entry.to_version == version and (entry.number or 0) >= since
-            ),
-            None,
-        )
+        moves = (each for each in reversed(replay.entries) if each.alias == alias and each.moved)
+        return next((each for each in moves if each.to_version == version and (each.number or 0) >= since), None)
 
     def has_passed(self, replay: Replay, alias: str, version: int) -> bool:
         """Whether the alias has been given the version."""
@@ -100,14 +94,8 @@ def verdict(replay: Replay, version: int, conditions: Mapping[str, Any]) -> Verd
     for entry in reversed(replay.entries):
         said = entry.evidence.get(EVIDENCE)
         if said is not None and entry.to_version == version and said["verdict"] and said["conditions"] == conditions:
-            full = next(
-                (
-                    other.evidence["gate"]
-                    for other in reversed(replay.entries)
-                    if "gate" in other.evidence and other.evidence.get(EVIDENCE) == said
-                ),
-                None,
-            )
+            own = (each.evidence for each in reversed(replay.entries) if each.evidence.get(EVIDENCE) == said)
+            full = next((evidence["gate"] for evidence in own if "gate" in evidence), None)
             return Verdict(GateReport(said["verdict"]) if full is None else GateReport.of(full), entry)
     return None
 

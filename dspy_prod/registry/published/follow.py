@@ -92,7 +92,10 @@ class Follower:
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(
-                    target=_run, args=(weakref.ref(self), self._stop), name="dspy_prod-follow", daemon=True
+                    target=_run,
+                    args=(weakref.ref(self), self._stop, self._refresh),
+                    name="dspy_prod-follow",
+                    daemon=True,
                 )
                 weakref.finalize(self, self._stop.set)  # when it is forgotten, and when the interpreter ends
                 self._thread.start()
@@ -115,10 +118,6 @@ class Follower:
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(CLOSING)
-
-    def pause(self) -> float:
-        """Seconds until the next look."""
-        return self._refresh * random.uniform(1 - JITTER, 1.0)
 
     def look(self) -> None:
         """Look at MLflow once, and take over what is new there. Never raises an `Exception`."""
@@ -187,16 +186,9 @@ def _modules(program: Any) -> list[tuple[str, Any]]:
     return [(path, module) for path, module in program.named_sub_modules() if hasattr(module, "callbacks")]
 
 
-def _run(follower: weakref.ref[Follower], stop: threading.Event) -> None:
+def _run(follower: weakref.ref[Follower], stop: threading.Event, refresh: float) -> None:
     """The thread. It keeps the follower alive only while it looks."""
-    while True:
-        one = follower()
-        if one is None:
-            return
-        pause = one.pause()
-        del one
-        if stop.wait(pause):
-            return
+    while not stop.wait(refresh * random.uniform(1 - JITTER, 1.0)):
         one = follower()
         if one is None:
             return
