@@ -98,6 +98,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _texts(item)
-
-
-__all__ = ["public_error"]
