@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from typing import Any
 
 from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
@@ -30,17 +30,12 @@ def chunks_of(stream: Any) -> Iterable[Any]:
 
 
 class _Hooked:
-    def sent(self, data: dict[str, Any], request: Request) -> dict[str, Any]:
-        """The arguments LiteLLM is called with."""
-        return data
-
-    def received(self, response: Response, raw: Any) -> Response:
-        """The canonical answer; `raw` is LiteLLM's."""
-        return response
-
-    def ended(self, end: StreamEndEvent, source: Any) -> StreamEndEvent:
-        """The last event of a stream; `source` is LiteLLM's stream after its end."""
-        return end
+    sent: Callable[[dict[str, Any], Request], dict[str, Any]]
+    """Gives the arguments LiteLLM is called with, from those DSPy has made of a request."""
+    received: Callable[[Response, Any], Response]
+    """Gives the canonical answer, from DSPy's and LiteLLM's."""
+    ended: Callable[[StreamEndEvent, Any], StreamEndEvent]
+    """Gives the last event of a stream, from DSPy's and LiteLLM's stream after its end."""
 
     def _arguments(self, request: Request, *, streaming: bool = False) -> dict[str, Any]:
         return self.sent(super()._arguments(request, streaming=streaming), request)  # type: ignore[misc]

@@ -67,18 +67,13 @@ _StdlibAsyncTransport: Any
 
 
 class HookedTransport(_StdlibTransport):
-    """The synchronous transport; a subclass may bound each request and wrap each socket."""
+    """The synchronous transport, each request bounded and each socket wrapped by what a subclass names."""
 
-    def time_left(self) -> float | None:
-        """Seconds that a request which begins now may take to connect; None: as the transport was told."""
-        return None
-
-    def wrapped(self, connected: socket.socket) -> Any:
-        """What is used in place of a new connection's socket."""
-        return connected
+    time_left: Callable[[], float | None]
+    """Seconds that a request which begins now may take to connect; None: as the transport was told."""
+    wrapped: Callable[[socket.socket], Any]
 
     def stream(self, request: Any) -> Any:
-        """Send a request; its answer is read by the caller."""
         left = self.time_left()
         if left is not None:
             request.connect_timeout = min(request.connect_timeout or self._connect_timeout, left)
@@ -91,10 +86,9 @@ class HookedTransport(_StdlibTransport):
 
 
 class HookedAsyncTransport(_StdlibAsyncTransport):
-    """The asynchronous transport; a subclass hears when a request goes out."""
+    """The asynchronous transport, which calls what a subclass names when a request goes out."""
 
-    def leaves(self) -> None:
-        """A request goes out now."""
+    leaves: Callable[[], None]
 
     async def _send_request(self, *args: Any, **kwargs: Any) -> None:
         self.leaves()

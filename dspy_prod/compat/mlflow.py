@@ -31,26 +31,6 @@ def chosen_experiment() -> Any:
     return getattr(fluent, "_active_experiment_id", None)
 
 
-# -- traces ----------------------------------------------------------------------------------------------------------
-def traces_in_memory() -> Callable[[], Any]:
-    """What gives the keeper of traces whose spans have not all ended.
-
-    Raises:
-        ImportError: this MLflow is built otherwise.
-    """
-    [keeper] = names("mlflow.tracing.trace_manager", "InMemoryTraceManager")
-    give: Callable[[], Any] = keeper.get_instance
-    if all(hasattr(keeper, name) for name in ("has_open_spans", "pop_trace", "get_mlflow_trace_id_from_otel_id")):
-        return give
-    raise ImportError("mlflow.tracing.trace_manager")
-
-
-def evaluation_asks() -> Callable[[], bool]:
-    """What tells whether `mlflow.genai.evaluate` waits for the trace that ends here; raises as `traces_in_memory`."""
-    [request_id] = names("mlflow.tracing.utils", "maybe_get_request_id")
-    return lambda: bool(request_id(is_evaluate=True))
-
-
 def flush_queue(exporter: Any, terminate: bool) -> None:
     """Wait for what an exporter of MLflow's sends in the background."""
     queue = getattr(exporter, "_async_queue", None)
@@ -58,13 +38,14 @@ def flush_queue(exporter: Any, terminate: bool) -> None:
         queue.flush(terminate=terminate)
 
 
-def put_exporter(around: Callable[[Any], Any]) -> Callable[[], None]:
+def put_exporter(around: Callable[[Any, Any, Callable[..., Any]], Any]) -> Callable[[], None]:
     """Have MLflow's spans exported by another OpenTelemetry exporter; returns a function that undoes it.
 
     The processor before it does not ask the server for an experiment that nobody has set.
 
     Args:
-        around: gives the exporter, when it is given MLflow's own; it has `flush(terminate)` besides.
+        around: gives the exporter, which has `flush(terminate)` besides, when it is given MLflow's own, the keeper of
+            traces whose spans have not all ended, and what tells whether `mlflow.genai.evaluate` waits for a trace.
 
     Raises:
         ImportError: this MLflow is built otherwise.
@@ -72,6 +53,8 @@ def put_exporter(around: Callable[[Any], Any]) -> Callable[[], None]:
     provider = import_module("mlflow.tracing.provider")
     make, destination = names(provider.__name__, "_get_mlflow_span_processor", "_MLFLOW_TRACE_USER_DESTINATION")
     reset, set_destination = names("mlflow.tracing", "reset", "set_destination")
+    [keeper] = names("mlflow.tracing.trace_manager", "InMemoryTraceManager")
+    [request_id] = names("mlflow.tracing.utils", "maybe_get_request_id")
     processor = _processor(destination)
 
     def put(maker: Any) -> None:
@@ -82,7 +65,7 @@ def put_exporter(around: Callable[[Any], Any]) -> Callable[[], None]:
             set_destination(chosen)
 
     def bridged(tracking_uri: str) -> Any:
-        exporter = around(make(tracking_uri).span_exporter)
+        exporter = around(make(tracking_uri).span_exporter, keeper.get_instance, request_id)
         exporter._async_queue = exporter  # what MLflow flushes
         return processor(span_exporter=exporter, export_metrics=False)
 

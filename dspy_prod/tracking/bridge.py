@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from dspy_prod.compat.mlflow import evaluation_asks, flush_queue, put_exporter, traces_in_memory
+from dspy_prod.compat.mlflow import flush_queue, put_exporter
 from dspy_prod.tracking.courier import Courier
 from dspy_prod.tracking.messages import Delegated, Foreign, Refused
 
@@ -29,8 +29,7 @@ def install(courier: Courier) -> Callable[[], None] | None:
     this MLflow is built otherwise. MLflow must be imported.
     """
     try:
-        traces, asks = traces_in_memory(), evaluation_asks()
-        return put_exporter(lambda own: _exporter(courier, own, traces, asks))
+        return put_exporter(lambda *of_mlflow: _exporter(courier, *of_mlflow))
     except ImportError as error:
         _log.warning(
             "This version of MLflow cannot be bridged (%s); its autologging exports by itself, costs follow", error
@@ -43,13 +42,13 @@ def mlflow_is_there() -> bool:
     return "mlflow" in sys.modules
 
 
-def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], asks: Callable[[], bool]) -> Any:
+def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], request_id: Callable[..., Any]) -> Any:
     """An OpenTelemetry span exporter: it posts our traces once all their spans have ended; the rest is MLflow's.
 
     Args:
         own: MLflow's exporter.
         traces: gives MLflow's traces in memory.
-        asks: whether an evaluation waits for the trace that ends here.
+        request_id: what an evaluation, if asked with `is_evaluate`, waits for here.
     """
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
@@ -78,7 +77,7 @@ def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], asks: Calla
         def _hand_over(self, manager: Any, number: int, spans: list[ReadableSpan]) -> None:
             trace_id = manager.get_mlflow_trace_id_from_otel_id(number)
             ours = trace_id is not None and courier.live.pop(trace_id, 0) is None
-            if not ours or asks():
+            if not ours or request_id(is_evaluate=True):
                 own.export(spans)
                 if ours:
                     courier.post(Delegated(trace_id.removeprefix("tr-")))

@@ -65,3 +65,23 @@ def test_settings_of_different_types_are_not_confused() -> None:
     executing._request(LM, prepare(LM, None, messages, {"max_tokens": 1}))
     with pytest.raises(TypeError):
         executing._request(LM, prepare(LM, None, messages, {"max_tokens": True}))
+
+
+def test_new_settings_are_remembered_whatever_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 512 rollouts every call with new settings was converted anew, for the rest of the process's life."""
+    converted: list[Any] = []
+
+    def counted(call: Any) -> Any:
+        converted.append(call)
+        return _canonical(call)
+
+    def ask(**kwargs: Any) -> int:
+        before = len(converted)
+        executing._request(LM, prepare(LM, "hi", None, kwargs))
+        return len(converted) - before
+
+    monkeypatch.setattr(executing, "_canonical", counted)
+    executing._config.cache_clear()
+    assert sum(ask(temperature=0.5, rollout_id=number) for number in range(600)) == 1
+    assert sum(ask(seed=number) for number in range(600)) == 600
+    assert [ask(top_p=0.25), ask(top_p=0.25), ask(seed=599), ask(seed=0)] == [1, 0, 0, 1]

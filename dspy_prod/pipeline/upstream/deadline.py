@@ -71,33 +71,33 @@ class _BoundedSocket:
         self._sock.settimeout(timeout)
 
 
+def _leave() -> None:
+    leaving = LEAVING.get()
+    if leaving is not None:
+        leaving()
+
+
+def _time_left() -> float | None:
+    until = ATTEMPT_UNTIL.get()
+    if until == inf:
+        return None
+    left = until - time.monotonic()
+    if left <= 0:
+        raise AttemptTimeoutError
+    return left
+
+
 class BoundedTransport(HookedTransport):
     """lm15's transport with sockets that respect `ATTEMPT_UNTIL`."""
 
-    def time_left(self) -> float | None:
-        until = ATTEMPT_UNTIL.get()
-        if until == inf:
-            return None
-        left = until - time.monotonic()
-        if left <= 0:
-            raise AttemptTimeoutError
-        return left
-
-    def wrapped(self, connected: socket.socket) -> _BoundedSocket:
-        return _BoundedSocket(connected)
+    time_left = staticmethod(_time_left)
+    wrapped = _BoundedSocket
 
 
 class PacedAsyncTransport(HookedAsyncTransport):
     """lm15's asynchronous transport; it tells `LEAVING`."""
 
-    def leaves(self) -> None:
-        _leave()
-
-
-def _leave() -> None:
-    leaving = LEAVING.get()
-    if leaving is not None:
-        leaving()
+    leaves = staticmethod(_leave)
 
 
 # -- workers: for synchronous engines that cannot be bounded from inside ---------------------------------------------

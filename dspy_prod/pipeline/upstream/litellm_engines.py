@@ -6,7 +6,7 @@ import time
 from math import ceil, inf
 from typing import Any, Final
 
-from dspy.lm15 import Request, Response, StreamEndEvent
+from dspy.lm15 import Request
 
 from dspy_prod.compat.dspy import is_openai_reasoning_model
 from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine
@@ -37,32 +37,31 @@ def wire_timeout(timeout: Any, until: float) -> Any:
     return min(own, rung)
 
 
+def _sent(data: dict[str, Any], request: Request) -> dict[str, Any]:
+    # DSPy's conversion says max_completion_tokens, which watsonx, replicate, zai and others do not take.
+    if "max_completion_tokens" in data and not is_openai_reasoning_model(request.model):
+        data["max_tokens"] = data.pop("max_completion_tokens")
+    return data
+
+
 class _Extended:
-    """Adds arguments outside the canonical request, and the name under which every provider knows `max_tokens`."""
+    """Adds arguments outside the canonical request, says `max_tokens` as every provider knows it, and believes only a
+    usage that the provider told."""
 
     client_options: dict[str, Any]
+    sent = staticmethod(_sent)
+    received = staticmethod(told)
+    ended = staticmethod(told_end)
 
     def extended(self, extras: dict[str, Any]) -> Any:
         """The engine with arguments of LiteLLM's own vocabulary, which DSPy's engine refuses at construction."""
         self.client_options.update(extras)
         return self
 
-    def sent(self, data: dict[str, Any], request: Request) -> dict[str, Any]:
-        # DSPy's conversion says max_completion_tokens, which watsonx, replicate, zai and others do not take.
-        if "max_completion_tokens" in data and not is_openai_reasoning_model(request.model):
-            data["max_tokens"] = data.pop("max_completion_tokens")
-        return data
-
-    def received(self, response: Response, raw: Any) -> Response:
-        return told(response, raw)
-
-    def ended(self, end: StreamEndEvent, source: Any) -> StreamEndEvent:
-        return told_end(end, source)
-
 
 class ExtendedLiteLLMEngine(_Extended, HookedLiteLLMEngine):
-    """The synchronous engine; answers and streams end with the usage that the provider told."""
+    """The synchronous engine."""
 
 
 class AsyncExtendedLiteLLMEngine(_Extended, HookedAsyncLiteLLMEngine):
-    """The asynchronous engine, see `ExtendedLiteLLMEngine`."""
+    """The asynchronous engine."""

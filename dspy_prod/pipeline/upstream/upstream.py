@@ -10,6 +10,8 @@ import asyncio
 import os
 import threading
 import weakref
+from collections.abc import Callable
+from functools import lru_cache
 from math import inf
 from typing import Any, Final
 
@@ -30,8 +32,8 @@ from dspy_prod.pipeline.upstream.text_engine import AsyncLiteLLMTextEngine, Lite
 from dspy_prod.privacy.names import address
 from dspy_prod.runtime.forking import IMPORTING, reset_after_fork
 
-_PLANNED: Final = 2048
-"""Request shapes whose route is remembered."""
+_PLANNED: Final = 512
+"""Request shapes whose route is remembered, those used last."""
 
 
 class Upstream:
@@ -67,7 +69,7 @@ class Upstream:
         self._native_async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncLM15Engine] = (
             weakref.WeakKeyDictionary()
         )
-        self._carried: dict[Any, bool] = {}
+        self._carried: Callable[[tuple[Any, ...]], list[bool]] = lru_cache(_PLANNED)(lambda shape: [])
         self.fell_back = False  # some request of a native route went through LiteLLM
         self.ready = not isinstance(spec, str)  # what an attempt needs has been imported and built
         reset_after_fork(self)
@@ -184,20 +186,28 @@ class Upstream:
             return False
         if self.spec != "auto" or request.config.cache is not None:
             return True
-        shape = _shape(request)
-        carried = self._carried.get(shape) if shape is not None else None
-        if carried is None:
+        known = self._planned(request)
+        if not known:
             try:
                 self._native_engine().plan(request)
-                carried = True
+                known.append(True)
             except UnsupportedFeatureError:
                 if selection.resolution.declared:
                     raise  # the declaration is the authority on what that server can do
-                carried = False
+                known.append(False)
                 self.fell_back = True
-            if shape is not None and len(self._carried) < _PLANNED:
-                self._carried[shape] = carried
-        return carried
+        return known[0]
+
+    def _planned(self, request: Request) -> list[bool]:
+        """Whether requests of this shape are carried, to be added while empty; forgotten if that takes the content."""
+        if any(part.type != "text" for message in request.messages for part in message.parts):
+            return []
+        try:
+            return self._carried(
+                (request.config, request.tools, isinstance(request.system, str), len(request.messages) > 1)
+            )
+        except TypeError:  # tools, schemas, ...: not hashable
+            return []
 
     def _cannot_carry(self, extras: dict[str, Any]) -> LMUnsupportedFeatureError:
         names = ", ".join(sorted(extras))
@@ -278,16 +288,6 @@ def _transport_timeouts(timeouts: Any) -> dict[str, Any]:
         "write_timeout": timeouts.write,
         "pool_timeout": timeouts.pool,
     }
-
-
-def _shape(request: Request) -> Any:
-    """What of a request decides whether the native route can carry it, or None when that takes its content."""
-    if any(part.type != "text" for message in request.messages for part in message.parts):
-        return None
-    try:
-        return hash((request.config, request.tools, isinstance(request.system, str), len(request.messages) > 1))
-    except TypeError:
-        return None
 
 
 def address_of(clients: dict[str, Any], model: str) -> str:
