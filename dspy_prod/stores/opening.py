@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from urllib.parse import parse_qsl, unquote
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite.store import SqliteStore
@@ -23,11 +23,10 @@ DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
 URL_VARIABLE: Final = "DSPY_PROD_STORE"
 
 OnProblem = Callable[[str, dict[str, Any]], None]
-_SQLITE_OPTIONS: Final = ("synchronous", "lease", "max_records")
 _FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'memory://'"
 
 _STORES: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
-_LOCK: Final = threading.Lock()
+_LOCK: Final = RegistryLock()
 
 
 def default_store_url() -> str:
