@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import time
 import uuid
 from math import inf
@@ -19,6 +18,7 @@ from dspy.lm15 import Request, Response, Usage
 from dspy_prod.context.current import CallContext
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
 from dspy_prod.records import CallRecord
+from dspy_prod.runtime.forking import reset_after_fork
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.pipeline import Pipeline
@@ -35,9 +35,9 @@ class _Ids:
     """
 
     def __init__(self) -> None:
-        self.renew()
+        self._after_fork()
 
-    def renew(self) -> None:
+    def _after_fork(self) -> None:
         self._prefix = f"{int(time.time()):08x}{uuid.uuid4().hex[:8]}-%08x"
         self._next = itertools.count(1).__next__
 
@@ -46,8 +46,7 @@ class _Ids:
 
 
 IDS = _Ids()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=IDS.renew)
+reset_after_fork(IDS)
 
 
 class Call:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 
 from dspy_prod.compat.dspy import renew_metadata_lock
 from dspy_prod.pricing.rates import preload
-from dspy_prod.runtime.forking import IMPORTING
+from dspy_prod.runtime.forking import IMPORTING, reset_after_fork
 
 _log = logging.getLogger("dspy_prod")
 
@@ -44,5 +43,4 @@ def _load() -> None:
 
 
 WARMUP = Warmup()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=WARMUP._after_fork)
+reset_after_fork(WARMUP)

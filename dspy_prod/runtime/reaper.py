@@ -7,10 +7,11 @@ one of our locks. Such a path only puts its work here (`SimpleQueue.put` is reen
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+
+from dspy_prod.runtime.forking import Stage, reset_after_fork
 
 _log = logging.getLogger("dspy_prod")
 
@@ -58,5 +59,4 @@ class Reaper:
 
 
 REAPER = Reaper()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=REAPER._after_fork)
+reset_after_fork(REAPER, Stage.THREADS)

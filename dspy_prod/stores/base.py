@@ -8,7 +8,7 @@ contract suite (`tests/stores/`) runs against every implementation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from dspy_prod.options import RateLimit
@@ -306,11 +306,3 @@ class Store(Protocol):
     def close(self) -> None:
         """Flush and release. Idempotent."""
         ...
-
-
-def sum_totals(rows: Iterable[tuple[str, str, Totals]]) -> Totals:
-    """The sum of rollup rows."""
-    total = Totals()
-    for _, _, row in rows:
-        total = total.plus(row)
-    return total

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from math import inf
-from typing import Final
 
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal
 from dspy_prod.stores.lane import Janitor, Lane
@@ -39,7 +37,7 @@ class MemoryStore(Lane):
         self._ledger = MemoryLedger(max_records)
         self._janitor = Janitor(self, "dspy_prod-memory-store")
         super().__init__(clock.monotonic, self._ledger.append, self._janitor.rearm)
-        _STORES.add(self)
+        hold_while_forking(self, Stage.STATE)
 
     @property
     def url(self) -> str:
@@ -125,34 +123,3 @@ class MemoryStore(Lane):
         core.fail_waiting(Refusal("store_unavailable", detail="the process was forked while waiting"))
         core.drop_holds(self.now())
         core.take_decided()
-
-
-_STORES: weakref.WeakSet[MemoryStore] = weakref.WeakSet()
-
-
-_FORKING: Final[list[MemoryStore]] = []
-_FORK_LOCK = threading.Lock()
-
-
-def _before_fork() -> None:
-    _FORK_LOCK.acquire()
-    _FORKING.extend(_STORES)
-    for store in _FORKING:
-        store.before_fork()
-
-
-def _after_fork_in_parent() -> None:
-    while _FORKING:
-        _FORKING.pop().after_fork_in_parent()
-    _FORK_LOCK.release()
-
-
-def _after_fork_in_child() -> None:
-    global _FORK_LOCK
-    _FORK_LOCK = threading.Lock()
-    while _FORKING:
-        _FORKING.pop()._after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

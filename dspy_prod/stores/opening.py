@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from urllib.parse import parse_qsl, unquote
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import without_password
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite.store import SqliteStore
@@ -27,7 +27,7 @@ OnProblem = Callable[[str, dict[str, Any]], None]
 _FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'memory://'"
 
 _STORES: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
-_LOCK: Final = threading.Lock()
+_LOCK: Final = RegistryLock()
 
 
 def default_store_url() -> str:

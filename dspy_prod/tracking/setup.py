@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import bare_url
 from dspy_prod.privacy.redactor import Redactor
 from dspy_prod.privacy.redactor import install as install_redactor
+from dspy_prod.runtime.forking import RegistryLock, Stage, reset_after_fork
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.telemetry.answers import TrackingHealth
 from dspy_prod.telemetry.tap import TAP
@@ -33,10 +33,10 @@ REQUEST_TIMEOUT: Final = 5
 """Seconds the exporter process waits for MLflow's server, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise."""
 
 _SCHEMES: Final = ("sqlite://", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")
-_lock = threading.Lock()
+_lock: Final = RegistryLock()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Tracking:
     """What is on."""
 
@@ -45,6 +45,17 @@ class _Tracking:
     courier: Courier
     exit_timeout: float
     undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        reset_after_fork(self, Stage.THREADS)
+
+    def _after_fork(self) -> None:
+        self.courier.after_fork()
+        process = sys.modules.get("multiprocessing.process")
+        if process is not None and process.parent_process() is not None:
+            from multiprocessing.util import Finalize
+
+            Finalize(None, disable, exitpriority=10)  # such a worker leaves without `atexit`
 
 
 _active: _Tracking | None = None
@@ -224,20 +235,6 @@ def _starter(uri: str, experiment: str) -> Callable[[Callable[..., None]], Expor
     return start
 
 
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()
-    if _active is not None:
-        _active.courier.after_fork()
-        process = sys.modules.get("multiprocessing.process")
-        if process is not None and process.parent_process() is not None:
-            from multiprocessing.util import Finalize
-
-            Finalize(None, disable, exitpriority=10)  # such a worker leaves without `atexit`
-
-
 atexit.register(disable)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 __all__ = ["TrackingHealth", "disable", "enable", "flush", "status"]

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from math import inf
+from math import floor, inf
 from typing import Any
 
 from dspy_prod.options import RateLimit
@@ -90,6 +90,11 @@ def ask(
         lease=lease,
         stub=record(id, cost_nano=amount, accounts=tuple(account.key for account in drawn), **fields),
     )
+
+
+def fitting(limit: RateLimit, tokens: int) -> int:
+    """As many tokens as a minute of the limit can hold."""
+    return tokens if limit.tpm is None else min(tokens, floor(limit.tpm))
 
 
 def settlement(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import threading
 import weakref
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.privacy.names import without_password
+from dspy_prod.stores import opening
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.opening import DEFAULT_URL, default_store_url, open_store
 from dspy_prod.stores.sqlite.store import SqliteStore
@@ -118,3 +121,28 @@ def test_the_default_can_be_set_by_the_environment(monkeypatch: pytest.MonkeyPat
     assert default_store_url() == DEFAULT_URL == "sqlite:///.dspy_prod/state.db"
     monkeypatch.setenv("DSPY_PROD_STORE", "memory://")
     assert default_store_url() == "memory://"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_forked_while_a_store_is_opened_can_open_one() -> None:
+    """A worker forked while another thread opened its store hung at the first store that it opened itself."""
+    taken, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with opening._LOCK:
+            taken.set()
+            over.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert taken.wait(10)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(5)
+        open_store("memory://forked", "n")
+        os._exit(0)
+    code = os.waitpid(pid, 0)[1]
+    over.set()
+    thread.join()
+    assert code == 0

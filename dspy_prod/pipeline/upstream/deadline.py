@@ -8,7 +8,6 @@ until it ends. Asynchronous engines are cancelled by `timeout_at`.
 from __future__ import annotations
 
 import contextvars
-import os
 import socket
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from dspy_prod.compat.lm15 import HookedAsyncTransport, HookedTransport
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+from dspy_prod.runtime.forking import reset_after_fork
 
 T = TypeVar("T")
 
@@ -206,8 +206,7 @@ class Workers:
 
 
 WORKERS = Workers()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=WORKERS._after_fork)
+reset_after_fork(WORKERS)
 
 
 def bounded(function: Callable[[], T], until: float) -> T:

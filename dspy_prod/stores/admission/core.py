@@ -80,7 +80,7 @@ class AdmissionCore(Granting):
         line = self._lines.get(reservation.limit_key)
         if not line:
             return max(0.0, limiter.ready_at(now, reservation.tokens) - now), None
-        return max(0.0, limiter.earliest(now, reservation.tokens, len(line), 0) - now), None
+        return max(0.0, limiter.earliest(now, reservation.tokens, len(line)) - now), None
 
     def withdraw(self, reservation: Reservation, now: float) -> bool:
         """Take a waiting reservation out of line; False when it was granted meanwhile."""

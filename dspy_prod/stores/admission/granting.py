@@ -139,7 +139,7 @@ class Granting:
         limiter = self._limiter(reservation.limit_key, reservation.limit, now)
         line = self._lines.get(reservation.limit_key)
         ahead = line.ahead_of(reservation) if line is not None and not reservation.fair else 0
-        earliest = limiter.earliest(now, reservation.tokens, ahead, 0)
+        earliest = limiter.earliest(now, reservation.tokens, ahead)
         if earliest <= reservation.horizon:
             return False
         self._decide(reservation, REFUSED, Refusal("rate_limited", max(0.0, earliest - now), reservation.blocked_on))

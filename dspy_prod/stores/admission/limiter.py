@@ -37,7 +37,6 @@ class LimiterState:
     __slots__ = (
         "_feedback",
         "_leases",
-        "_limit",
         "_now",
         "_pacing",
         "_requests_max",
@@ -46,6 +45,7 @@ class LimiterState:
         "_tokens_max",
         "_window",
         "blocked_on",
+        "limit",
     )
 
     def __init__(self, limit: RateLimit, now: float) -> None:
@@ -56,41 +56,28 @@ class LimiterState:
         self._feedback = Feedback(now)
         self._pacing = Pacing()
         self.blocked_on = ""
-        self._limit = limit
+        self.limit = limit
         self._tune()
 
     # -- settings ----------------------------------------------------------------------------------------------------
-    @property
-    def limit(self) -> RateLimit:
-        """The settings. Assigning new ones keeps the counts."""
-        return self._limit
-
-    @limit.setter
-    def limit(self, limit: RateLimit) -> None:
-        self.reconfigure(limit, self._now)
-
     def reconfigure(self, limit: RateLimit, now: float) -> None:
         """Use other settings from now on and keep what was counted."""
         now = self._touch(now)
-        if limit.guard != self._limit.guard:
+        if limit.guard != self.limit.guard:
             old, self._window = self._window, Window(limit.guard, now)
             self._window.restore(*old.dump())
         if not limit.adaptive or (self._feedback.measured is not None and (limit.rpm or limit.tpm)):
             self._feedback.restore_rate()
-        self._limit = limit
+        self.limit = limit
         self._tune()
 
     def _tune(self) -> None:
         """Derive the effective limits from the settings and the rate factor."""
-        limit, factor = self._limit, self._feedback.factor
+        limit, factor = self.limit, self._feedback.factor
         self._seats = inf if limit.concurrency is None else limit.concurrency
         self._requests_max = inf if limit.rpm is None else max(1, floor(limit.rpm * factor + 1e-6))
         self._tokens_max = inf if limit.tpm is None else limit.tpm * factor
         self._pacing.tune(limit, factor, self._feedback.measured, self._now)
-
-    def weight(self, tokens: int) -> int:
-        """An implicit weight, capped so that a minute can hold it."""
-        return tokens if self._limit.tpm is None else min(tokens, floor(self._limit.tpm))
 
     # -- admission ---------------------------------------------------------------------------------------------------
     def _touch(self, now: float) -> float:
@@ -122,7 +109,7 @@ class LimiterState:
                 at, on = then, "requests"
         if window.tokens + tokens > self._tokens_max:
             # A call above the lowered limit but within the configured one goes alone, else it would never go.
-            over = window.tokens + tokens - max(self._tokens_max, min(tokens, self._limit.tpm or inf))
+            over = window.tokens + tokens - max(self._tokens_max, min(tokens, self.limit.tpm or inf))
             if over > 0:
                 then = inf if over > window.tokens else window.tokens_freed_at(over)
                 if then > at:
@@ -143,23 +130,26 @@ class LimiterState:
         self.blocked_on = on
         return at
 
-    def earliest(self, now: float, tokens: int, ahead_requests: int, ahead_tokens: int) -> float:
+    def earliest(self, now: float, tokens: int, ahead: int) -> float:
         """A sound lower bound of when a call behind others could go: before it, it provably cannot.
 
         Assumes that everything in flight was sent and ends at once with its tokens refunded in full, that a lowered
-        rate returns at once, and that the calls ahead go; `ahead_tokens` may be refunded too and so do not count.
+        rate returns at once, and that the calls ahead go; their tokens may be refunded too and so do not count.
+
+        Args:
+            ahead: how many calls go before it.
         """
         now = self._touch(now)
-        limit, window, feedback = self._limit, self._window, self._feedback
+        limit, window, feedback = self.limit, self._window, self._feedback
         at = start = max(now, feedback.paused)
         if limit.rpm is not None:
             most = max(1, floor(limit.rpm + 1e-6))
-            minutes, place = divmod(ahead_requests, most)
+            minutes, place = divmod(ahead, most)
             need = window.requests + place + 1 - most
             if need > 0:
                 at = max(at, window.requests_freed_at(need))
             at += minutes * (MINUTE + limit.guard)
-            at = max(at, self._pacing.earliest(start, ahead_requests))
+            at = max(at, self._pacing.earliest(start, ahead))
         if limit.tpm is not None:
             if tokens > limit.tpm:
                 return inf
@@ -237,7 +227,7 @@ class LimiterState:
             retry_after: seconds to pause; None: 1 s, doubling with every round that follows without a success.
         """
         now = self._touch(now)
-        limit, feedback = self._limit, self._feedback
+        limit, feedback = self.limit, self._feedback
         if feedback.throttled(now, retry_after) and limit.adaptive:
             measured = self._window.rate(now) if limit.rpm is None and limit.tpm is None else None
             if measured == 0:
@@ -252,7 +242,7 @@ class LimiterState:
             remaining: `{"requests" | "tokens": (remaining, seconds until reset)}`; the latest headers count.
         """
         now = self._touch(now)
-        limit, window = self._limit, self._window
+        limit, window = self.limit, self._window
         own = {"requests": (limit.rpm or inf) - window.requests, "tokens": (limit.tpm or inf) - window.tokens}
         for dimension, (left, reset) in remaining.items():
             if dimension in own:
@@ -262,7 +252,7 @@ class LimiterState:
     def snapshot(self, now: float, key: str, waiting: int) -> LimiterSnapshot:
         """What is left in the current minute."""
         now = self._touch(now)
-        limit, window, feedback = self._limit, self._window, self._feedback
+        limit, window, feedback = self.limit, self._window, self._feedback
         told = {dimension: left for dimension, (left, until, _) in feedback.told.items() if until > now}
         requests = min(self._requests_max - window.requests, told.get("requests", inf))
         tokens = min(self._tokens_max - window.tokens, told.get("tokens", inf))

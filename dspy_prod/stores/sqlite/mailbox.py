@@ -14,7 +14,7 @@ from typing import Any, Final
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal
-from dspy_prod.stores.sqlite.process import start
+from dspy_prod.stores.sqlite.process import THREADS
 from dspy_prod.stores.sqlite.transactions import Operation, Report, Request, Transactions
 from dspy_prod.stores.sqlite.writer import Writer
 
@@ -60,7 +60,7 @@ class Mailbox:
             if self._thread is not None or self.closed:
                 return
             try:
-                self._thread = start(self.writer)
+                self._thread = THREADS.start(self.writer)
             except RuntimeError:  # the process is ending
                 self.writer.ended = True
                 return

@@ -68,7 +68,7 @@ CREATE TABLE cache_sizes (ns INTEGER PRIMARY KEY, entries INTEGER NOT NULL, byte
 """
 
 
-def connect(path: str, *, synchronous: str = "NORMAL", read_only: bool = False) -> sqlite3.Connection:
+def connect(path: str, *, synchronous: str = "NORMAL") -> sqlite3.Connection:
     """A connection to an existing file, in autocommit mode, for one thread at a time."""
     uri = Path(path).as_uri() + "?mode=rw"  # never creates: a deleted file must be noticed
     connection = sqlite3.connect(
@@ -79,11 +79,8 @@ def connect(path: str, *, synchronous: str = "NORMAL", read_only: bool = False) 
         connection.execute(f"PRAGMA synchronous={synchronous}")
         connection.execute("PRAGMA temp_store=MEMORY")
         connection.execute("PRAGMA cache_size=-16000")
-        if read_only:
-            connection.execute("PRAGMA query_only=1")
-        else:
-            connection.execute("PRAGMA wal_autocheckpoint=2000")
-            connection.execute("PRAGMA journal_size_limit=67108864")
+        connection.execute("PRAGMA wal_autocheckpoint=2000")
+        connection.execute("PRAGMA journal_size_limit=67108864")
     except BaseException:
         connection.close()
         raise

@@ -1,6 +1,6 @@
 """The SQLite store: durable state in one file, shared by the processes of one machine.
 
-Decisions are made by one writer thread per store (`sqlite_writer.py`) on the same core as the memory store's, in
+Decisions are made by one writer thread per store (`writer.py`) on the same core as the memory store's, in
 group commits; readers have connections of their own and never block it. The waiting order is per process; limits and
 budgets are strict across processes.
 """
@@ -19,6 +19,7 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.base import (
     GRANTED,
@@ -36,7 +37,6 @@ from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import TOUCH_AFTER, read_answer, read_size
 from dspy_prod.stores.sqlite.ledger import read_account, read_records, read_totals
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, Listeners, Mailbox
-from dspy_prod.stores.sqlite.process import STORES
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables
@@ -89,7 +89,7 @@ class SqliteStore:
             self._writer.tables.open()
         except Exception as error:
             raise unavailable(self._path, error) from error
-        STORES.add(self)
+        hold_while_forking(self, Stage.FILES)
 
     def _start(self) -> None:
         """A fresh writer and reader: at construction, and in a forked child."""
@@ -285,7 +285,7 @@ class SqliteStore:
 
     # -- fork --------------------------------------------------------------------------------------------------------
     def before_fork(self) -> None:
-        """Close every connection, see `sqlite_process`."""
+        """Close every connection, see `process.py`."""
         self._mailbox.before_fork()
         self._ledger_reader.before_fork()
         self._cache_reader.before_fork()
@@ -296,7 +296,7 @@ class SqliteStore:
         self._ledger_reader.after_fork()
         self._mailbox.after_fork()
 
-    def after_fork_in_child(self) -> None:
+    def _after_fork(self) -> None:
         """The parent's holds stay the parent's. Who waited in a thread of the parent is not here any more."""
         old, closed = self._writer, self.closed
         old.abort(Refusal("store_unavailable", detail="the process was forked while this call waited"))

@@ -15,6 +15,7 @@ import pytest
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.limiter import Debit, LimiterState
 from dspy_prod.stores.admission.slices import LATENESS, RequestPacer
+from tests.stores.support import fitting
 
 START = 1000.3
 NOW = 5000.25
@@ -60,7 +61,7 @@ def saturate(
         elif now != timer:
             continue  # only the newest timer of the head counts
         while len(sent) < calls:
-            tokens, number = state.weight(int(used * over)), number + 1
+            tokens, number = fitting(state.limit, int(used * over)), number + 1
             at = state.ready_at(now, tokens)
             if at > now:
                 timer = at + rng.random() * late
@@ -282,7 +283,7 @@ def test_a_slice_remembers_what_a_smaller_burst_had_no_place_for() -> None:
         state = LimiterState.load(state.dump(), steps[0])
         state.give_back(debits[-1], now=NOW + 1, used=None, sent=False)
         for limit in steps[1:]:
-            state.limit = limit
+            state.reconfigure(limit, NOW + 1)
         assert state.ready_at(NOW + 1, 0) <= NOW + 1  # the one that was not sent
         state.take(NOW + 1, 0)
         assert state.ready_at(NOW + 1, 0) >= NOW + 20
@@ -339,7 +340,6 @@ def test_nothing_limits_without_settings() -> None:
     for _ in range(1000):
         assert state.ready_at(NOW, 10**6) <= NOW
         state.take(NOW, 10**6)
-    assert state.weight(10**6) == 10**6
     snapshot = state.snapshot(NOW, "key", 3)
     assert snapshot == ("key", None, None, None, None, 1000, None, 3, 0.0, 1.0)
 
@@ -391,12 +391,11 @@ def test_unknown_usage_keeps_the_reservation() -> None:
 
 
 def test_more_than_a_minute_holds() -> None:
-    """An implicit weight is capped at tpm; an explicit one above it can never go."""
+    """A call above tpm can never go."""
     state = LimiterState(RateLimit(tpm=1000.5), NOW)
-    assert state.weight(5000) == 1000
     assert state.ready_at(NOW, 1001) == math.inf
     assert state.blocked_on == "tokens"
-    assert state.earliest(NOW, 1001, 0, 0) == math.inf
+    assert state.earliest(NOW, 1001, 0) == math.inf
     assert state.ready_at(NOW, 1000) <= NOW
 
 
@@ -474,7 +473,7 @@ def test_a_throttle_pauses() -> None:
     state.throttled(NOW, 7.5)
     assert state.ready_at(NOW, 0) == NOW + 7.5
     assert state.blocked_on == "paused"
-    assert state.earliest(NOW, 0, 0, 0) == NOW + 7.5
+    assert state.earliest(NOW, 0, 0) == NOW + 7.5
     state = LimiterState(RateLimit(adaptive=False), NOW)
     now, pauses = NOW, []
     for _ in range(8):
@@ -644,9 +643,9 @@ def test_headers_count_without_settings() -> None:
     state.resync(NOW, {"requests": (1, 5.0)})
     debit = state.take(NOW, 10)
     assert state.ready_at(NOW, 10) == NOW + 5
-    assert state.earliest(NOW, 10, 0, 0) == NOW  # the call in flight may bring better news
+    assert state.earliest(NOW, 10, 0) == NOW  # the call in flight may bring better news
     state.give_back(debit, now=NOW, used=10, sent=True)
-    assert state.earliest(NOW, 10, 0, 0) == NOW + 5
+    assert state.earliest(NOW, 10, 0) == NOW + 5
 
 
 # -- refusing at once --------------------------------------------------------------------------------------------------
@@ -660,7 +659,7 @@ def test_earliest_is_a_lower_bound() -> None:
             now += rng.random() * 0.3
             while rng.random() < 0.5 and len(waiting) < 80:
                 tokens = rng.randrange(1, 60)
-                waiting.append((state.earliest(now, tokens, len(waiting), sum(row[1] for row in waiting)), tokens))
+                waiting.append((state.earliest(now, tokens, len(waiting)), tokens))
             while open_calls and rng.random() < 0.5:
                 used = rng.choice([0, 5, 60])
                 state.give_back(open_calls.pop(rng.randrange(len(open_calls))), now=now, used=used, sent=True)
@@ -673,20 +672,20 @@ def test_earliest_is_a_lower_bound() -> None:
                 assert now >= bound - 1e-6
         assert number > 90
     state = LimiterState(RateLimit(rpm=60), NOW)
-    assert state.earliest(NOW, 0, 59, 0) >= NOW + 59
-    assert state.earliest(NOW, 0, 150, 0) >= NOW + 150
+    assert state.earliest(NOW, 0, 59) >= NOW + 59
+    assert state.earliest(NOW, 0, 150) >= NOW + 150
     state.throttled(NOW, 30)
-    assert state.earliest(NOW, 0, 59, 0) >= NOW + 30 + 59
+    assert state.earliest(NOW, 0, 59) >= NOW + 30 + 59
     state = LimiterState(RateLimit(rpm=60, guard=10), NOW)
     for step in range(60):
         state.take(NOW + step * 1.04, 0)
-    assert NOW + 70 <= state.earliest(NOW + 63, 0, 0, 0) <= NOW + 70.5
-    assert NOW + 75 <= state.earliest(NOW + 63, 0, 5, 0) <= NOW + 76
+    assert NOW + 70 <= state.earliest(NOW + 63, 0, 0) <= NOW + 70.5
+    assert NOW + 75 <= state.earliest(NOW + 63, 0, 5) <= NOW + 76
     state = LimiterState(RateLimit(tpm=1000), NOW)
     debit = state.take(NOW, 1000)
-    assert state.earliest(NOW, 500, 0, 0) <= NOW  # may be refunded
+    assert state.earliest(NOW, 500, 0) <= NOW  # may be refunded
     state.give_back(debit, now=NOW + 1, used=900, sent=True)
-    assert NOW + 61 <= state.earliest(NOW + 1, 500, 0, 0) <= NOW + 61.5
+    assert NOW + 61 <= state.earliest(NOW + 1, 500, 0) <= NOW + 61.5
 
 
 # -- keeping -----------------------------------------------------------------------------------------------------------
@@ -715,7 +714,7 @@ def test_new_settings_keep_the_counts() -> None:
     state = LimiterState(RateLimit(rpm=60, burst=60, tpm=1000), NOW)
     for _ in range(40):
         state.take(NOW, 10)
-    state.limit = RateLimit(rpm=100, burst=100, tpm=2000, guard=5.0, concurrency=40)
+    state.reconfigure(RateLimit(rpm=100, burst=100, tpm=2000, guard=5.0, concurrency=40), NOW)
     assert state.snapshot(NOW, "key", 0)[1:7] == (60, 100, 1600, 2000, 40, 40)
     assert state.ready_at(NOW, 1) == math.inf
     state.reconfigure(RateLimit(rpm=50, burst=10, guard=0.0), NOW + 1)
@@ -730,7 +729,7 @@ def test_new_settings_keep_the_counts() -> None:
     assert state.snapshot(NOW + 2, "key", 0).rate_factor == 1.0
     state = LimiterState(RateLimit(), NOW)
     state.throttled(NOW, 1)
-    state.limit = RateLimit(rpm=600)
+    state.reconfigure(RateLimit(rpm=600), NOW)
     assert state.snapshot(NOW, "key", 0).rate_factor == 1.0
 
 

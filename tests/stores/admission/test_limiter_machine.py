@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.limiter import LimiterState
 from dspy_prod.stores.admission.slices import LATENESS
+from tests.stores.support import fitting
 
 SHORT = st.integers(0, 3_000).map(lambda ms: ms / 1000)
 LONG = st.sampled_from([10.0, 30.0, 59.0, 60.0, 60.999, 61.0, 61.5, 62.0, 1e4])
@@ -66,15 +67,15 @@ class LimiterMachine(RuleBasedStateMachine):
 
     @rule(back=SHORT, tokens=TOKENS)
     def a_clock_steps_back(self, back: float, tokens: int) -> None:
-        tokens = self.state.weight(tokens)
+        tokens = fitting(self.limit, tokens)
         assert self.state.ready_at(self.now, tokens) == self.state.ready_at(self.now - back, tokens)
 
     @rule(tokens=TOKENS, count=st.integers(1, 40), lease=st.sampled_from([math.inf, 2.0, 90.0]), wait=st.booleans())
     def calls_ask(self, tokens: int, count: int, lease: float, wait: bool) -> None:
-        tokens = self.state.weight(tokens)
+        tokens = fitting(self.limit, tokens)
         for _ in range(count):
             at = self.state.ready_at(self.now, tokens)
-            assert self.state.earliest(self.now, tokens, 0, 0) <= max(at, self.now)
+            assert self.state.earliest(self.now, tokens, 0) <= max(at, self.now)
             if at > self.now:
                 assert self.state.blocked_on in {"requests", "tokens", "concurrency", "paused", "pacing"}
                 self.is_honest(at, tokens)
@@ -195,7 +196,7 @@ class LimiterMachine(RuleBasedStateMachine):
         lowered = self.throttled and self.limit.adaptive and (self.limit.rpm or self.limit.tpm)
         assert self.state.idle(self.now) or lowered
         assert (window.requests, window.tokens, window.held) == (0, 0, 0)
-        assert self.state.ready_at(self.now, self.state.weight(400)) <= self.now
+        assert self.state.ready_at(self.now, fitting(self.limit, 400)) <= self.now
 
 
 LimiterMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
