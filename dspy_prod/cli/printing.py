@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import orjson
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.table import Table
 
 
@@ -16,9 +16,9 @@ def print_json(value: Any) -> int:
     return 0
 
 
-def numbers(title: str, *columns: str) -> Table:
+def numbers(title: str, *columns: str, overflow: OverflowMethod = "ellipsis") -> Table:
     """An empty table: a column of names, and columns of numbers."""
     table = Table(title=title, title_justify="left")
     for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left", overflow="fold", no_wrap=name == "USD")
+        table.add_column(name, justify="right" if place else "left", overflow=overflow, no_wrap=name == "USD")
     return table

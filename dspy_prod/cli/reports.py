@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dspy_prod.cli.printing import numbers, print_json
+from dspy_prod.cli.printing import print_json
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.arguments import default_namespace
 from dspy_prod.records import CallRecord
@@ -81,10 +81,9 @@ def costs(arguments: argparse.Namespace) -> int:
     rows = costs_by(store, arguments.by)
     if arguments.json:
         return print_json([row.model_dump(mode="json") for row in rows])
-    table = numbers(
-        f"Costs in {store.namespace!r} by {arguments.by}",
-        *(arguments.by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out"),
-    )
+    table = Table(title=f"Costs in {store.namespace!r} by {arguments.by}", title_justify="left")
+    for name in (arguments.by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out"):
+        table.add_column(name, justify="left" if name == arguments.by else "right")
     for row in rows:
         table.add_row(
             escape(row.value), f"{row.usd:.6f}", f"{row.unconfirmed_usd:.6f}", str(row.attempts), str(row.failed),

@@ -140,7 +140,7 @@ def _acts(run: Run) -> Table:
 
 
 def _money(title: str, records: Sequence[CallRecord], key: Callable[[CallRecord], str]) -> Table:
-    table = numbers(title, "", "attempts", "failed", "cached", "tokens in", "tokens out", "USD")
+    table = numbers(title, "", "attempts", "failed", "cached", "tokens in", "tokens out", "USD", overflow="fold")
     for value in sorted({key(record) for record in records}):
         found = [record for record in records if key(record) == value]
         table.add_row(
