@@ -1,10 +1,63 @@
-"""What every test shares: no network, and none of the developer's own credentials or endpoints."""
+"""What every test shares: no network, none of the developer's own credentials or endpoints, and nothing left behind."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 
 # At import, before any test module imports dspy or litellm: both read these variables once.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 for _name in [name for name in os.environ if name.upper().endswith(("_API_KEY", "_API_BASE", "_BASE_URL"))]:
     del os.environ[_name]
+
+
+@pytest.fixture(autouse=True)
+def _as_found() -> Iterator[None]:
+    """The next test finds the whole process's settings as this one did: tests run in any order."""
+    environment, dspy, mlflow = _environment(), _dspy(), _mlflow()
+    yield
+    if _mlflow() != mlflow:
+        _restore_mlflow(*mlflow)
+    for name in _environment().keys() | environment.keys():
+        if name in environment:
+            os.environ[name] = environment[name]
+        else:
+            os.environ.pop(name)
+    if _dspy() != dspy:
+        from dspy.dsp.utils.settings import main_thread_config
+
+        main_thread_config.update(dspy)
+
+
+def _environment() -> dict[str, str]:
+    """The variables that MLflow sets by itself, and ours."""
+    return {name: os.environ[name] for name in os.environ if name.startswith(("MLFLOW_", "DSPY_PROD"))}
+
+
+def _dspy() -> dict[str, Any]:
+    """What `dspy.configure` and MLflow's autologging set."""
+    from dspy.dsp.utils.settings import main_thread_config
+
+    return {**main_thread_config, "trace": list(main_thread_config["trace"])}
+
+
+def _mlflow() -> tuple[str | None, str | None, str | None]:
+    """MLflow's current experiment, store and registry; they have no public name that does not also make them."""
+    if "mlflow" not in sys.modules:
+        return None, None, None
+    from mlflow.tracking import _model_registry, _tracking_service, fluent
+
+    return fluent._active_experiment_id, _tracking_service.utils._tracking_uri, _model_registry.utils._registry_uri
+
+
+def _restore_mlflow(experiment: str | None, store: str | None, registry: str | None) -> None:
+    import mlflow
+    from mlflow.tracking import _model_registry, fluent
+
+    fluent._active_experiment_id = experiment
+    mlflow.set_tracking_uri(store)
+    _model_registry.utils._registry_uri = registry

@@ -152,37 +152,6 @@ class Pool:
         self._executor.shutdown(wait=True)
 
 
-class Stalls:
-    """Measures, while it is entered, for how long this machine kept a thread from running that was due.
-
-    Requests are sent and received by threads, so by so much they may be closer together than the limiter let them go.
-    The limiter's own guard absorbs a few hundredths of a second; two busy cores sometimes stall for longer.
-
-    Attributes:
-        longest: seconds.
-    """
-
-    def __init__(self) -> None:
-        self.longest = 0.0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def _watch(self) -> None:
-        due = time.monotonic() + 0.002
-        while not self._ended.wait(max(0.0, due - time.monotonic())):
-            now = time.monotonic()
-            self.longest = max(self.longest, now - due)
-            due = now + 0.002
-
-    def __enter__(self) -> Stalls:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-
 # -- books -----------------------------------------------------------------------------------------------------------
 def records(lm: Any) -> list[CallRecord]:
     """The ledger's records, oldest first, with everything settled that finalisers posted."""

@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from dspy_prod import RateLimit
 from dspy_prod.testing import FaultPlan, Status
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import assert_equals_bill, assert_nothing_held, make_lm, records
+from tests.stopwatch import Stopwatch
 
 PER_SECOND = 20
 ANSWER = "[[ ## answer ## ]]\nok\n\n[[ ## completed ## ]]"
@@ -26,7 +26,7 @@ LIMIT = RateLimit(rpm=60 * PER_SECOND, burst=1)
 
 
 def evaluate(lm: Any, examples: int, threads: int) -> tuple[Any, float]:
-    """(Evaluate's result, seconds)."""
+    """(Evaluate's result, seconds on a machine that has nothing else to do)."""
     devset = [
         dspy.Example(question=f"question {number}", answer="ok").with_inputs("question") for number in range(examples)
     ]
@@ -35,10 +35,9 @@ def evaluate(lm: Any, examples: int, threads: int) -> tuple[Any, float]:
         return float(bool(prediction.answer))
 
     check = dspy.Evaluate(devset=devset, metric=answered, num_threads=threads, display_progress=False, max_errors=1)
-    begin = time.monotonic()
-    with dspy.context(lm=lm):
+    with Stopwatch() as took, dspy.context(lm=lm):
         result = check(dspy.Predict("question -> answer"))
-    return result, time.monotonic() - begin
+    return result, took.seconds
 
 
 class Elsewhere:

@@ -55,15 +55,13 @@ def database(schema: Path, places: Path) -> Path:
 
 
 @pytest.fixture
-def store(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def store(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A fresh MLflow store, which is MLflow's current one; copies are kept below the test's directory."""
     uri = f"sqlite:///{database}"
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
-    yield uri
-    mlflow.set_tracking_uri(before)
+    return uri
 
 
 @pytest.fixture

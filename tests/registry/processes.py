@@ -77,7 +77,7 @@ class MlflowServer:
                 time.sleep(0.1)
 
     def kill(self) -> None:
-        """End it and its workers at once."""
+        """End it and its workers at once; then nobody listens at its port."""
         if self.process is not None:
             try:
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -85,6 +85,11 @@ class MlflowServer:
                 pass
             self.process.wait(timeout=20)
             self.process, self.frozen = None, False
+            wait_until(self._refuses)  # its workers may die a little later
+
+    def _refuses(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) != 0
 
     def freeze(self) -> None:
         """Let it accept connections and never answer."""

@@ -6,7 +6,6 @@ import json
 import os
 import socket
 import stat
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from dspy_prod import registry
 from tests.registry.processes import MlflowServer, Other, forget
 from tests.registry.programs import Nested, nested, qa
 from tests.registry.published.test_publish_and_load import sent
+from tests.stopwatch import Stopwatch
 
 
 def bare() -> dspy.Predict:
@@ -38,8 +38,9 @@ def test_a_real_server_and_then_none(
     assert str(version) == "it/1"
 
     def load(**more: Any) -> tuple[Any, float]:
-        began = time.monotonic()
-        return registry.load("it/1", Nested(), tracking_uri=server.uri, **more), time.monotonic() - began
+        with Stopwatch() as took:
+            loaded = registry.load("it/1", Nested(), tracking_uri=server.uri, **more)
+        return loaded, took.seconds
 
     assert sent(load()[0]) == sent(program)
     forget()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import dspy
@@ -20,13 +20,11 @@ ANSWER = "[[ ## answer ## ]]\nyes\n\n[[ ## completed ## ]]"
 
 
 @pytest.fixture
-def elsewhere(schema: Path, tmp_path: Path) -> Iterator[str]:
+def elsewhere(schema: Path, tmp_path: Path) -> str:
     """A second MLflow store, which is the program's own current one."""
     uri = f"sqlite:///{shutil.copy(schema, tmp_path / 'other.db')}"
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
-    yield uri
-    mlflow.set_tracking_uri(before)
+    return uri
 
 
 def test_traces_of_other_code_stay_where_the_program_sends_them(
@@ -74,34 +72,30 @@ def test_a_record_names_the_trace_that_its_span_is_in(
 
 
 def test_mlflow_evaluates_as_without_us_and_shows_the_costs(
-    serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str, monkeypatch: pytest.MonkeyPatch
+    serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str
 ) -> None:
     """`mlflow.genai.evaluate` needs its traces at once; it gets them, and the attempts follow."""
     from mlflow.genai.scorers import scorer
 
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment(EXPERIMENT)
-    try:
-        track(autolog=True)
-        lm = connect(serve(answer="yes"))
+    track(autolog=True)
+    lm = connect(serve(answer="yes"))
 
-        @scorer
-        def spans(trace: mlflow.entities.Trace) -> int:
-            return len(trace.data.spans)
+    @scorer
+    def spans(trace: mlflow.entities.Trace) -> int:
+        return len(trace.data.spans)
 
-        found = mlflow.genai.evaluate(
-            data=[{"inputs": {"q": "a"}}, {"inputs": {"q": "b"}}], predict_fn=lambda q: lm(q)[0], scorers=[spans]
-        )
-        assert found.result_df is not None
-        assert len(found.result_df) == 2
-        assert found.metrics["spans/mean"] >= 1
-        assert tracking.flush(60)
-        asked = lm.ledger.records()
-        assert len(asked) >= 2
-        assert_same_costs(uri, asked)
-    finally:
-        mlflow.set_tracking_uri(before)
+    found = mlflow.genai.evaluate(
+        data=[{"inputs": {"q": "a"}}, {"inputs": {"q": "b"}}], predict_fn=lambda q: lm(q)[0], scorers=[spans]
+    )
+    assert found.result_df is not None
+    assert len(found.result_df) == 2
+    assert found.metrics["spans/mean"] >= 1
+    assert tracking.flush(60)
+    asked = lm.ledger.records()
+    assert len(asked) >= 2
+    assert_same_costs(uri, asked)
 
 
 def test_odd_texts_and_objects_hold_nothing_up(
