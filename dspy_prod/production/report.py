@@ -184,13 +184,16 @@ class Watch:
             yield
 
     @contextmanager
-    def fallback(self) -> Iterator[None]:
-        """The scope in which a fallback runs: under the caller's deadline, not the `Production`'s own."""
+    def fallback(self, error: Exception) -> Iterator[None]:
+        """The scope in which a fallback answers for an error: under the caller's deadline, not the `Production`'s."""
         self._before_fallback = (len(self.records), len(self._calls.foreign()))
         with dspy.context(
             **{SETTING: self._outer, "caller_modules": [*(dspy_settings.caller_modules or []), self._calls]}
         ):
-            yield
+            try:
+                yield
+            except Exception as second:
+                raise second from error
 
     def finish(self, result: Any, reason: Reason | None = None, error: str | None = None) -> Any:
         """Attach the report to a prediction; anything else a program returns cannot carry one."""
