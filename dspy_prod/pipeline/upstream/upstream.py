@@ -288,10 +288,12 @@ def _shape(request: Request) -> Any:
     """What of a request decides whether the native route can carry it, or None when that takes its content."""
     if any(part.type != "text" for message in request.messages for part in message.parts):
         return None
+    shape = (request.config, request.tools, isinstance(request.system, str), len(request.messages) > 1)
     try:
-        return hash((request.config, request.tools, isinstance(request.system, str), len(request.messages) > 1))
+        hash(shape)
     except TypeError:
         return None
+    return shape
 
 
 def address_of(clients: dict[str, Any], model: str) -> str:
