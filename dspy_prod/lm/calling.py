@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from dspy.dsp.utils.settings import settings as dspy_settings
 from dspy.lm15 import Request
@@ -12,12 +12,13 @@ from dspy_prod.compat.dspy import engines_of
 from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, answered, request_of
 from dspy_prod.context.current import current
 from dspy_prod.context.marks import stamped
+from dspy_prod.lm.advice import warn_messages
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.copying import variant
 from dspy_prod.lm.settings import split
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.scope import SCOPE, Scope, raw_key
+from dspy_prod.pipeline.scope import Scope, raw_key
 
 _ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
 _PLAIN_CALL_KEYS: Final = frozenset(
@@ -37,6 +38,22 @@ _PLAIN_CALL_KEYS: Final = frozenset(
         "reasoning_effort",
     }
 )
+
+
+Known: TypeAlias = tuple[PreparedCall, CallResult]
+"""What DSPy finishes a call from."""
+
+
+def begin(
+    lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any]
+) -> tuple[Beneath, dict[str, Any], Scope, Known | None]:
+    """(the LM to use, its canonical arguments, what the engine must know, a cached answer) of a public call."""
+    asked, kwargs, extras = per_call(lm, kwargs)
+    scope = scope_of(asked, prompt, messages, kwargs, extras)
+    known = hit(asked, scope, prompt, messages, kwargs)
+    if known is None and messages is not None:
+        warn_messages(lm, messages)
+    return asked, kwargs, scope, known
 
 
 def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, Any], dict[str, Any] | None]:
@@ -80,9 +97,7 @@ def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], ex
     return Scope(context, base, extras, merged.get("rollout_id"), use_cache)
 
 
-def hit(
-    lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]
-) -> tuple[PreparedCall, CallResult] | None:
+def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known | None:
     """A fresh answer from memory, before any of DSPy's work; None when the engine has to look."""
     base = scope.base
     if base is None or scope.context.cache != "use" or not SHORT:
@@ -111,8 +126,5 @@ def calls_of(lm: Beneath, prepared: PreparedCall, extras: dict[str, Any] | None)
     request = request_of(prepared)
     prompt = prepared.prompt if prepared.request is None else prepared.request
     engine, _ = engines_of(lm)
-    token = SCOPE.set(scope_of(lm, prompt, prepared.messages, prepared.kwargs, extras))
-    try:
+    with scope_of(lm, prompt, prepared.messages, prepared.kwargs, extras):
         return [engine.call(request, False) for _ in range(prepared.n)]
-    finally:
-        SCOPE.reset(token)

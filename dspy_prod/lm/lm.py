@@ -18,10 +18,10 @@ from dspy.utils.callback import BaseCallback, with_callbacks
 from dspy_prod.compat.dspy import OwnCache, engines_of, set_engines
 from dspy_prod.compat.executing import arun_call, run_call
 from dspy_prod.errors import ConfigError
-from dspy_prod.lm.advice import warn_coarse_budgets, warn_messages
+from dspy_prod.lm.advice import warn_coarse_budgets
 from dspy_prod.lm.assembling import assemble
 from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath
-from dspy_prod.lm.calling import calls_of, hit, per_call, scope_of
+from dspy_prod.lm.calling import begin, calls_of, per_call
 from dspy_prod.lm.copying import checked, copied, pinned
 from dspy_prod.lm.settings import DSPY, Settings, recall, remember, settings_of, split
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
@@ -37,7 +37,7 @@ from dspy_prod.runtime.living import LIVE
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.recent import Recent
 from dspy_prod.stores.base import Store
-from dspy_prod.telemetry.tap import TAP
+from dspy_prod.telemetry.tap import NOTHING, TAP
 
 if TYPE_CHECKING:
     from dspy_prod.status.health import Health, Preview
@@ -131,61 +131,32 @@ class LM(OwnCache, dspy.LM):
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer a prompt, messages or a typed `Request`, exactly as `dspy.LM` does."""
         tap = TAP.active
-        if tap is None:
-            return self._answer(prompt, messages, kwargs)
-        with tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
-            outputs = self._answer(prompt, messages, kwargs)
-            if node is not None:
-                node.answered(outputs)
+        with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
+            lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
+            with scope:
+                if known is None:
+                    call = prepare(lm, prompt, messages, kwargs)
+                    known = call, run_call(lm, call)
+                outputs = finalize(self, *known)
+            node.answered(outputs)
             return outputs
-
-    def _answer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
-        lm, kwargs, extras = per_call(self, kwargs)
-        scope = scope_of(lm, prompt, messages, kwargs, extras)
-        token = SCOPE.set(scope)
-        try:
-            known = hit(lm, scope, prompt, messages, kwargs)
-            if known is not None:
-                return finalize(self, *known)
-            if messages is not None:
-                warn_messages(self, messages)
-            call = prepare(lm, prompt, messages, kwargs)
-            return finalize(self, call, run_call(lm, call))
-        finally:
-            SCOPE.reset(token)
 
     @with_callbacks  # type: ignore[untyped-decorator]
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Asynchronous `__call__`."""
         tap = TAP.active
-        if tap is None:
-            return await self._aanswer(prompt, messages, kwargs)
-        with tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
-            outputs = await self._aanswer(prompt, messages, kwargs)
-            if node is not None:
-                node.answered(outputs)
+        with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
+            lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
+            with scope:
+                if known is None:
+                    if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
+                        call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True)
+                    else:
+                        call = prepare(lm, prompt, messages, kwargs, asynchronous=True)
+                    known = call, await arun_call(lm, call)
+                outputs = finalize(self, *known)
+            node.answered(outputs)
             return outputs
-
-    async def _aanswer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
-        lm, kwargs, extras = per_call(self, kwargs)
-        scope = scope_of(lm, prompt, messages, kwargs, extras)
-        token = SCOPE.set(scope)
-        try:
-            known = hit(lm, scope, prompt, messages, kwargs)
-            if known is not None:
-                return finalize(self, *known)
-            if messages is not None:
-                warn_messages(self, messages)
-            if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
-                call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True)
-            else:
-                call = prepare(lm, prompt, messages, kwargs, asynchronous=True)
-            return finalize(self, call, await arun_call(lm, call))
-        finally:
-            try:
-                SCOPE.reset(token)
-            except ValueError:  # a call that was never finished is collected in somebody else's context
-                pass
 
     def update_history(self, entry: dict[str, Any]) -> None:
         """Record a call in DSPy's history, with its real cost and whether the cache answered."""

@@ -21,7 +21,7 @@ from dspy_prod.records import CallRecord
 
 
 class Scope:
-    """One public call; `n > 1` makes several engine calls within it.
+    """One public call; `n > 1` makes several engine calls within it. Entering it tells the engine beneath.
 
     Attributes:
         base: exact JSON of prompt, messages and arguments as the caller gave them, or None when they are not JSON.
@@ -30,7 +30,7 @@ class Scope:
         records: everything the call did.
     """
 
-    __slots__ = ("base", "context", "extras", "index", "missed", "records", "rollout_id", "use_cache")
+    __slots__ = ("_token", "base", "context", "extras", "index", "missed", "records", "rollout_id", "use_cache")
 
     def __init__(
         self, context: CallContext, base: bytes | None, extras: dict[str, Any] | None, rollout_id: Any, use_cache: bool
@@ -43,6 +43,15 @@ class Scope:
         self.index = 0
         self.missed = False
         self.records: list[CallRecord] = []
+
+    def __enter__(self) -> None:
+        self._token = SCOPE.set(self)
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        try:
+            SCOPE.reset(self._token)
+        except ValueError:  # a call that was never finished is collected in somebody else's context
+            pass
 
 
 SCOPE: contextvars.ContextVar[Scope | None] = contextvars.ContextVar("dspy_prod_scope", default=None)

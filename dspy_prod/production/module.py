@@ -21,7 +21,7 @@ from dspy_prod.production.fallback import REASONS, Answer, Fallback, Outputs
 from dspy_prod.production.report import CallReport, Reason, TokenUsage, Watch, call_report, report_of
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.telemetry.events import BUS
-from dspy_prod.telemetry.tap import TAP, Node
+from dspy_prod.telemetry.tap import NOTHING, TAP, Node
 
 if TYPE_CHECKING:
     from dspy_prod.registry.published.follow import Follower
@@ -123,27 +123,21 @@ class Production(CompiledAsProgram, dspy.Module):
         """Run the program, else answer with the fallback; called through `prod(...)`."""
         program = self._snapshot()
         tap = TAP.active
-        if tap is None:
-            return self._run(program, args, kwargs)
-        with tap.program_call(self.name, _inputs(args, kwargs)) as node:
-            return _noted(node, self._run(program, args, kwargs))
-
-    def _run(self, program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        watch = self._conditions.watch(mark_of(program))
-        try:
-            with watch.program():
-                result = program(*args, **kwargs)
-        except Exception as error:
-            reason, answer = self._answer_to(error, watch)
-            if answer is None:
-                raise
-            with watch.fallback():
-                try:
+        with NOTHING if tap is None else tap.program_call(self.name, _inputs(args, kwargs)) as node:
+            watch = self._conditions.watch(mark_of(program))
+            try:
+                with watch.program():
+                    result = program(*args, **kwargs)
+            except Exception as error:
+                answer = self._answer_to(error, watch)
+                if answer is None:
+                    raise
+                with watch.fallback(error):
                     value = answer.give(args, kwargs)
-                except Exception as second:
-                    raise second from error
-            return self._answered(value, reason, error, watch)
-        return watch.finish(result)
+                result = self._answered(value, error, watch)
+            else:
+                watch.finish(result)
+            return _noted(node, result)
 
     async def aforward(self, *args: Any, **kwargs: Any) -> Any:
         """Asynchronous `forward`; called through `await prod.acall(...)`."""
@@ -153,27 +147,21 @@ class Production(CompiledAsProgram, dspy.Module):
                 f"{type(program).__name__} has no aforward: write one, or call `await dspy.asyncify(prod)(...)`"
             )
         tap = TAP.active
-        if tap is None:
-            return await self._arun(program, args, kwargs)
-        with tap.program_call(self.name, _inputs(args, kwargs)) as node:
-            return _noted(node, await self._arun(program, args, kwargs))
-
-    async def _arun(self, program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        watch = self._conditions.watch(mark_of(program))
-        try:
-            with watch.program():
-                result = await program.acall(*args, **kwargs)
-        except Exception as error:
-            reason, answer = self._answer_to(error, watch)
-            if answer is None:
-                raise
-            with watch.fallback():
-                try:
+        with NOTHING if tap is None else tap.program_call(self.name, _inputs(args, kwargs)) as node:
+            watch = self._conditions.watch(mark_of(program))
+            try:
+                with watch.program():
+                    result = await program.acall(*args, **kwargs)
+            except Exception as error:
+                answer = self._answer_to(error, watch)
+                if answer is None:
+                    raise
+                with watch.fallback(error):
                     value = await answer.agive(args, kwargs)
-                except Exception as second:
-                    raise second from error
-            return self._answered(value, reason, error, watch)
-        return watch.finish(result)
+                result = self._answered(value, error, watch)
+            else:
+                watch.finish(result)
+            return _noted(node, result)
 
     def _snapshot(self) -> Any:
         """The program of one call, however often it is replaced meanwhile."""
@@ -181,17 +169,17 @@ class Production(CompiledAsProgram, dspy.Module):
             self._follower.keep_going()
         return self.program
 
-    def _answer_to(self, error: Exception, watch: Watch) -> tuple[Reason, Answer | None]:
-        reason = reason_of(error)
+    def _answer_to(self, error: Exception, watch: Watch) -> Answer | None:
         if self._fallback is None or is_raising() or watch.visible:
-            return reason, None
+            return None
+        reason = reason_of(error)
         if reason == "unexpected_error":
             if self.catch != "all":
-                return reason, None
+                return None
             log_error(error, f"{self.name} failed with an unexpected error; its fallback answers")
-        return reason, self._fallback.answer(reason)
+        return self._fallback.answer(reason)
 
-    def _answered(self, value: Any, reason: Reason, error: Exception, watch: Watch) -> Any:
+    def _answered(self, value: Any, error: Exception, watch: Watch) -> Any:
         assert self._fallback is not None
         try:
             prediction = self._fallback.outputs.prediction(value)
@@ -199,7 +187,7 @@ class Production(CompiledAsProgram, dspy.Module):
             raise wrong from error
         if prediction is None:
             raise error
-        text = error_text(error)
+        reason, text = reason_of(error), error_text(error)
         watch.finish(prediction, reason, text)
         if BUS.active:
             context = current()
@@ -251,9 +239,9 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"args": list(args), **kwargs} if args else kwargs
 
 
-def _noted(node: Node | None, result: Any) -> Any:
+def _noted(node: Node, result: Any) -> Any:
     """The result, noted in its trace."""
-    if node is not None:
+    if node is not NOTHING:
         report = report_of(result)
         told = {} if report is None else {"status": report.status, "reason": report.reason, "error": report.error}
         node.answered(result, **told)

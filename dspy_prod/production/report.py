@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final, Literal
 
 import dspy
@@ -169,10 +169,15 @@ class Watch:
         self._stream = _Stream(stream)
         return self._under(self._inner, send_stream=self._stream)
 
-    def fallback(self) -> AbstractContextManager[None]:
-        """The scope in which a fallback runs: under the caller's deadline, not the `Production`'s own."""
+    @contextmanager
+    def fallback(self, error: Exception) -> Iterator[None]:
+        """The scope in which a fallback answers for an error: under the caller's deadline, not the `Production`'s."""
         self._before_fallback = (len(self.records), len(self._calls.foreign()))
-        return self._under(self._outer)
+        with self._under(self._outer):
+            try:
+                yield
+            except Exception as second:
+                raise second from error
 
     def _under(self, context: CallContext, **more: Any) -> AbstractContextManager[None]:
         callers = [*(dspy_settings.caller_modules or []), self._calls]

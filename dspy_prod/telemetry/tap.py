@@ -1,4 +1,4 @@
-"""Where tracking looks into a call. Nothing is imported and nothing costs more than one read while nobody looks.
+"""Where tracking looks into a call. Nothing is imported and next to nothing is done while nobody looks.
 
 The pipeline tells a `Tap` of program calls, LM calls and attempts; `dspy_prod.tracking` is the one that ships. A tap
 never waits and never raises: what it cannot do, it counts.
@@ -7,23 +7,40 @@ never waits and never raises: what it cannot do, it counts.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 if TYPE_CHECKING:
-    from dspy.lm15 import Request, Response
+    from dspy.lm15 import Request, Response, Usage
 
     from dspy_prod.records import CallRecord
+
+
+class Guard(Protocol):
+    """What is told of a circuit breaker."""
+
+    @property
+    def state(self) -> str:
+        """`closed`, `open`, `half_open`, or a state that an operator forced."""
+        ...
+
+
+class Tariff(Protocol):
+    """What is told of a model's prices."""
+
+    def cost(self, usage: Usage) -> int | None:
+        """What this usage costs in nano-USD, None when that is not known."""
+        ...
 
 
 class Way(Protocol):
     """What is told of the route an attempt took."""
 
     @property
-    def breaker(self) -> Any:
-        """Its breaker, or None."""
+    def breaker(self) -> Guard | None:
+        """Its breaker, if it has one."""
         ...
 
-    def rates(self) -> Any:
+    def rates(self) -> Tariff | None:
         """Its model's prices, None when unknown."""
         ...
 
@@ -40,14 +57,35 @@ class Node(Protocol):
         ...
 
 
+class Nothing:
+    """In the place of a node when nobody looks, or when its trace was turned away; it is its own scope."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Nothing:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """Nothing was put in force."""
+
+    def answered(self, outputs: Any, **attributes: Any) -> None:
+        """See `Node`."""
+
+    def attempt(self, record: CallRecord, route: Way, request: Request | None, response: Response | None) -> None:
+        """See `Node`."""
+
+
+NOTHING: Final = Nothing()
+
+
 class Tap(Protocol):
     """Sees every call."""
 
-    def program_call(self, name: str, inputs: dict[str, Any]) -> AbstractContextManager[Node | None]:
+    def program_call(self, name: str, inputs: dict[str, Any]) -> AbstractContextManager[Node]:
         """The scope of one call of a `Production`; it puts a context with `trace_id` and `node` in force."""
         ...
 
-    def lm_call(self, name: str, inputs: dict[str, Any]) -> AbstractContextManager[Node | None]:
+    def lm_call(self, name: str, inputs: dict[str, Any]) -> AbstractContextManager[Node]:
         """The scope of one call of an LM, likewise."""
         ...
 

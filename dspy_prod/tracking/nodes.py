@@ -14,8 +14,7 @@ from typing import Any, Final
 import dspy
 
 from dspy_prod.context.current import SETTING, current
-from dspy_prod.records import CallRecord
-from dspy_prod.telemetry.tap import Way
+from dspy_prod.telemetry.tap import NOTHING, Nothing
 from dspy_prod.tracking.courier import Courier
 from dspy_prod.tracking.messages import Ended, LeanNode
 
@@ -65,19 +64,6 @@ class Recorder:
         else:
             return NOTHING
         return LeanNode(self.courier, name, kind, _kept(inputs), context, ids)
-
-
-class Nothing:
-    """In the place of a node when its trace was turned away."""
-
-    def answered(self, outputs: Any, **attributes: Any) -> None:
-        """See `tap.Node`."""
-
-    def attempt(self, record: CallRecord, route: Way, request: Any, response: Any) -> None:
-        """See `tap.Node`."""
-
-
-NOTHING: Final = Nothing()
 
 
 def _kept(inputs: dict[str, Any]) -> dict[str, Any]:
