@@ -331,8 +331,8 @@ def test_without_its_newest_schema_mlflow_makes_its_tables_itself(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Slower, and as before for whoever uses MLflow alone."""
-    from dspy_prod.tracking import schema
+    from dspy_prod.tracking import mlflow_schema
 
     monkeypatch.delattr("mlflow.store.db.utils._get_latest_schema_revision")
-    schema.prepare(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    mlflow_schema.prepare(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert list(tmp_path.iterdir()) == []
