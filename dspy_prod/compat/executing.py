@@ -11,22 +11,17 @@ from __future__ import annotations
 import logging
 from functools import lru_cache
 from inspect import signature
-from typing import Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from dspy.clients import execution
 from dspy.clients.errors import wrap_error
 from dspy.clients.execution import aexecute, execute
 from dspy.dsp.utils.settings import settings
-from dspy.lm15 import Config, LM15Error, Message, Request, Response, TextPart
+from dspy.lm15 import Config, LM15Error, Message, Request, TextPart
 from dspy.utils.exceptions import LMError
 
 from dspy_prod.compat.dspy import Engined
 from dspy_prod.compat.foreign import names, version_of
-
-PreparedCall: TypeAlias = Any
-"""DSPy's class of that name, as `dspy.clients.execution.prepare` makes it."""
-CallResult: TypeAlias = Any
-"""DSPy's class of that name."""
 
 STEPS: Final = {
     "PreparedCall": "prompt messages kwargs legacy request cache n managed",
@@ -49,11 +44,18 @@ def _known() -> bool:
 
 
 SHORT: Final = _known()
-"""Whether calls go the short way."""
+"""Whether calls go the short way. Only then the names below are there."""
 
-if SHORT:
-    _PreparedCall, _CallResult, _canonical, _result, _hint = names("dspy.clients.execution", *STEPS)
+if TYPE_CHECKING:
+    PreparedCall: TypeAlias = Any
+    CallResult: TypeAlias = Any
+    _canonical: Any
+    _result: Any
+    _hint: Any
+elif SHORT:
+    PreparedCall, CallResult, _canonical, _result, _hint = names("dspy.clients.execution", *STEPS)
 else:
+    PreparedCall = CallResult = None
     logging.getLogger("dspy_prod").warning(
         "DSPy %s executes calls in other steps than dspy_prod knows; its own, slower executor is used",
         version_of("dspy"),
@@ -84,19 +86,6 @@ async def _arun(lm: Engined, call: PreparedCall) -> CallResult:
 
 run_call = _run if SHORT else execute
 arun_call = _arun if SHORT else aexecute
-
-
-def answered(
-    prompt: Any, messages: Any, kwargs: dict[str, Any], text: str, response: Response
-) -> tuple[PreparedCall, CallResult]:
-    """A call that an answer from memory ends before it was prepared. Only where calls go the short way."""
-    call = _PreparedCall(
-        prompt=prompt, messages=messages, kwargs=kwargs, legacy={}, request=None, cache=True, n=1, managed=True
-    )
-    return call, _CallResult(
-        responses=(response,), outputs=[text], usage={}, cost=0.0, raw=response, response_model=response.model,
-        cache_hit=True,
-    )  # fmt: skip
 
 
 def request_of(call: PreparedCall) -> Request:

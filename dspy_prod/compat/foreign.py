@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from typing import Any, Final
 
 CLAIMED: Final = {"dspy": ">=3.4.1,<3.5", "litellm": ">=1.106", "mlflow": ">=3.17,<4"}
@@ -11,7 +12,7 @@ CLAIMED: Final = {"dspy": ">=3.4.1,<3.5", "litellm": ">=1.106", "mlflow": ">=3.1
 
 
 def names(module: str, *wanted: str) -> list[Any]:
-    """The objects that a module has under these names.
+    """The objects that a module has under these names, which may be dotted: a method that is overridden must be there.
 
     No import statement: a type checker would follow it into the one typed package inside the untyped DSPy, and would
     then believe of `dspy` itself, in a user's own file too, that it has no attributes.
@@ -21,7 +22,7 @@ def names(module: str, *wanted: str) -> list[Any]:
     """
     try:
         found = import_module(module)
-        return [getattr(found, name) for name in wanted]
+        return [attrgetter(name)(found) for name in wanted]
     except (ImportError, AttributeError) as error:
         raise ImportError(_unfit(module.partition(".")[0], error)) from error
 

@@ -14,7 +14,9 @@ from dspy_prod.compat.foreign import names
 from dspy_prod.compat.lm15 import StreamEvent
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
-[_ChatStream] = names("dspy.clients.engines.litellm_engine", "_ChatStream")
+[_ChatStream, *_] = names(
+    "dspy.clients.engines.litellm_engine", "_ChatStream", "LiteLLMEngine._arguments", "LiteLLMEngine._response"
+)
 
 
 def answered_by(raw: Any) -> str | None:

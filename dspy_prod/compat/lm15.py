@@ -61,8 +61,12 @@ def canonical_arguments() -> frozenset[str]:
 # -- transports ------------------------------------------------------------------------------------------------------
 _StdlibTransport: Any
 _StdlibAsyncTransport: Any
-[_StdlibTransport, _StdlibAsyncTransport] = names(
-    "dspy._vendor.lm15.transports", "StdlibTransport", "StdlibAsyncTransport"
+[_StdlibTransport, _StdlibAsyncTransport, *_] = names(
+    "dspy._vendor.lm15.transports",
+    "StdlibTransport",
+    "StdlibAsyncTransport",
+    "StdlibTransport._open",
+    "StdlibAsyncTransport._send_request",
 )
 
 

@@ -53,7 +53,13 @@ def put_exporter(around: Callable[[Any, Any, Callable[..., Any]], Any]) -> Calla
     provider = import_module("mlflow.tracing.provider")
     make, destination = names(provider.__name__, "_get_mlflow_span_processor", "_MLFLOW_TRACE_USER_DESTINATION")
     reset, set_destination = names("mlflow.tracing", "reset", "set_destination")
-    [keeper] = names("mlflow.tracing.trace_manager", "InMemoryTraceManager")
+    [keeper, *_] = names(
+        "mlflow.tracing.trace_manager",
+        "InMemoryTraceManager",
+        "InMemoryTraceManager.has_open_spans",
+        "InMemoryTraceManager.pop_trace",
+        "InMemoryTraceManager.get_mlflow_trace_id_from_otel_id",
+    )
     [request_id] = names("mlflow.tracing.utils", "maybe_get_request_id")
     processor = _processor(destination)
 

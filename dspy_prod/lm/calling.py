@@ -9,7 +9,7 @@ from dspy.dsp.utils.settings import settings as dspy_settings
 from dspy.lm15 import Request
 
 from dspy_prod.compat.dspy import engines_of
-from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, answered, request_of
+from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, request_of
 from dspy_prod.context.current import current
 from dspy_prod.context.marks import stamped
 from dspy_prod.lm.advice import warn_messages
@@ -118,7 +118,13 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
     cache.used(base)
     response = entry.response
     Call(lm.pipeline, _ANY_REQUEST, scope.context, base, None, False, scope.records).record_cached()
-    return answered(prompt, messages, kwargs, text, response)
+    call = PreparedCall(
+        prompt=prompt, messages=messages, kwargs=kwargs, legacy={}, request=None, cache=True, n=1, managed=True
+    )
+    return call, CallResult(
+        responses=(response,), outputs=[text], usage={}, cost=0.0, raw=response, response_model=response.model,
+        cache_hit=True,
+    )  # fmt: skip
 
 
 def calls_of(lm: Beneath, prepared: PreparedCall, extras: dict[str, Any] | None) -> list[Call]:

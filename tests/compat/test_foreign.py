@@ -28,6 +28,7 @@ import dspy_prod
 from dspy_prod.compat import dspy as own_dspy
 from dspy_prod.compat import executing, lm15, mlflow
 from dspy_prod.compat.foreign import CLAIMED
+from dspy_prod.lm import calling
 from dspy_prod.pipeline.scope import request_key
 from dspy_prod.pipeline.upstream.deadline import ATTEMPT_UNTIL, LEAVING
 from dspy_prod.pipeline.upstream.upstream import Upstream
@@ -215,11 +216,16 @@ def test_the_short_way_is_dspy_s_way(answer: Any, kwargs: dict[str, Any]) -> Non
 
 def test_an_answer_from_memory_is_a_finished_call() -> None:
     """Every field that DSPy's bookkeeping reads is the one that is meant."""
-    response = ScriptedEngine("yes").complete(Request(model="m", messages=(Message.user("hi"),)))
-    call, result = executing.answered("hi", None, {"n": 1}, "yes", response)
-    assert (call.prompt, call.kwargs, call.legacy, call.request, call.n) == ("hi", {"n": 1}, {}, None, 1)
+    engine = ScriptedEngine("yes")
+    lm = dspy_prod.LM("openai/gpt-4o-mini", engine=engine, store="memory://answered", namespace="answered")
+    scope = calling.scope_of(lm, "hi", None, {}, None)
+    lm("hi")
+    known = calling.hit(lm, scope, "hi", None, {})
+    assert known is not None
+    call, result = known
+    assert (call.prompt, call.messages, call.kwargs, call.legacy, call.request, call.n) == ("hi", None, {}, {}, None, 1)
     assert (result.outputs, result.usage, result.cost, result.cache_hit) == (["yes"], {}, 0.0, True)
-    assert (result.responses, result.raw, result.response_model) == ((response,), response, "m")
+    assert (result.responses, result.response_model) == ((result.raw,), "openai/gpt-4o-mini")
 
 
 # -- lm15 ------------------------------------------------------------------------------------------------------------
@@ -312,7 +318,7 @@ async def _aask(upstream: Upstream) -> None:
     ("module", "name"),
     [
         ("mlflow.tracing.provider", "_get_mlflow_span_processor"),
-        ("mlflow.tracing.trace_manager", "InMemoryTraceManager"),
+        ("mlflow.tracing.trace_manager", "InMemoryTraceManager.pop_trace"),
         ("mlflow.tracking.fluent", "_get_latest_active_run"),
     ],
 )
@@ -320,11 +326,15 @@ def test_an_mlflow_built_otherwise_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, module: str, name: str
 ) -> None:
     """One warning, and MLflow goes on exporting by itself."""
-    monkeypatch.delattr(import_module(module), name)
+    import_module(module)
+    monkeypatch.delattr(f"{module}.{name}")
     courier: Any = object()
     with caplog.at_level(logging.WARNING, "dspy_prod"):
-        assert bridge.install(courier) is None
-    assert [name in record.getMessage() for record in caplog.records] == [True]
+        remove = bridge.install(courier)
+    if remove is not None:  # else the tests after this one fail too
+        remove()
+    assert remove is None
+    assert [name.rpartition(".")[2] in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_without_its_newest_schema_mlflow_makes_its_tables_itself(

@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -60,12 +62,18 @@ sys.modules[name] = kept
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_cannot_be_done_without_is_named_with_the_versions_that_have_it(tmp_path: Path) -> None:
-    """A user learns what to install, and not that something internal has no attribute."""
-    done = run("from dspy.clients import lm; del lm._check_engines; import dspy_prod.lm", tmp_path)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("dspy.clients.lm", "_check_engines"), ("dspy._vendor.lm15.transports", "StdlibTransport._open")],
+)
+def test_what_cannot_be_done_without_is_named_with_the_versions_that_have_it(
+    tmp_path: Path, module: str, name: str
+) -> None:
+    """A user learns what to install; without a hook in the transport, deadlines would be silently forgotten."""
+    done = run(f"import {module} as module; del module.{name}; import dspy_prod.lm", tmp_path)
     last = done.stderr.strip().splitlines()[-1]
-    assert last == (
-        f"ImportError: dspy_prod needs something that dspy {version('dspy')} does not have: module 'dspy.clients.lm' "
-        "has no attribute '_check_engines'. It is made for dspy>=3.4.1,<3.5; install such a version: pip install "
-        "'dspy>=3.4.1,<3.5'"
+    assert last.startswith(f"ImportError: dspy_prod needs something that dspy {version('dspy')} does not have: ")
+    assert last.endswith(
+        f"has no attribute '{name.rpartition('.')[2]}'. It is made for dspy>=3.4.1,<3.5; install such a version: "
+        "pip install 'dspy>=3.4.1,<3.5'"
     )
