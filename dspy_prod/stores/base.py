@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from dspy_prod.options import RateLimit
@@ -66,6 +67,7 @@ REFUSED: Final = 2
 WITHDRAWN: Final = 3
 
 
+@dataclass(slots=True, eq=False)
 class Reservation:
     """What one attempt needs before it may be sent, and what a store said to that; each is admitted once.
 
@@ -94,59 +96,24 @@ class Reservation:
         seq: its place among those that wait, given by the store.
     """
 
-    __slots__ = (
-        "accounts",
-        "amount",
-        "blocked_on",
-        "fair",
-        "granted_at",
-        "horizon",
-        "id",
-        "lease",
-        "limit",
-        "limit_key",
-        "priority",
-        "refusal",
-        "seq",
-        "spent",
-        "state",
-        "stub",
-        "tokens",
-        "wake",
-    )
-
-    def __init__(
-        self,
-        id: str,
-        limit_key: str | None,
-        limit: RateLimit | None,
-        tokens: int,
-        accounts: Sequence[Account],
-        amount: int,
-        priority: int,
-        fair: str,
-        horizon: float,
-        lease: float,
-        stub: CallRecord | Callable[[], CallRecord] | None,
-    ) -> None:
-        self.id = id
-        self.limit_key = limit_key
-        self.limit = limit
-        self.tokens = tokens
-        self.accounts = accounts
-        self.amount = amount
-        self.priority = priority
-        self.fair = fair
-        self.horizon = horizon
-        self.lease = lease
-        self.stub = stub
-        self.state = PENDING
-        self.refusal: Refusal | None = None
-        self.blocked_on = ""
-        self.granted_at = 0.0
-        self.spent: tuple[int, ...] = ()
-        self.seq = 0
-        self.wake: Callable[[], None] | None = None
+    id: str
+    limit_key: str | None
+    limit: RateLimit | None
+    tokens: int
+    accounts: Sequence[Account]
+    amount: int
+    priority: int
+    fair: str
+    horizon: float
+    lease: float
+    stub: CallRecord | Callable[[], CallRecord] | None
+    state: int = PENDING
+    refusal: Refusal | None = None
+    blocked_on: str = ""
+    granted_at: float = 0.0
+    spent: tuple[int, ...] = ()
+    seq: int = 0
+    wake: Callable[[], None] | None = None
 
     def attach(self, wake: Callable[[], None]) -> bool:
         """Register the callback; False when the reservation is decided already (the callback may then never run)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from dspy_prod.context.current import CallContext
@@ -18,6 +19,7 @@ class Post(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
 class LeanNode:
     """One open call of a program or an LM.
 
@@ -26,33 +28,20 @@ class LeanNode:
         live: a span of MLflow's own stands here; only attempts are added beneath it.
     """
 
-    __slots__ = (
-        *("attributes", "context", "courier", "ended_ns", "error", "inputs", "kind", "live", "name", "outputs"),
-        *("parent_id", "span_id", "started_ns", "trace_id"),
-    )
-
-    def __init__(
-        self,
-        courier: Post,
-        name: str,
-        kind: str,
-        inputs: Any,
-        context: CallContext,
-        ids: tuple[str, str, str | None],
-        live: bool = False,
-    ) -> None:
-        self.courier = courier
-        self.name = name
-        self.kind = kind
-        self.inputs = inputs
-        self.outputs: Any = None
-        self.attributes: dict[str, Any] = {}
-        self.context = context
-        self.error: BaseException | None = None
-        self.trace_id, self.span_id, self.parent_id = ids
-        self.live = live
-        self.started_ns = time.time_ns()
-        self.ended_ns = 0
+    courier: Post
+    name: str
+    kind: str
+    inputs: Any
+    context: CallContext
+    trace_id: str
+    span_id: str
+    parent_id: str | None
+    live: bool = False
+    outputs: Any = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    error: BaseException | None = None
+    started_ns: int = field(default_factory=time.time_ns)
+    ended_ns: int = 0
 
     def answered(self, outputs: Any, **attributes: Any) -> None:
         """See `tap.Node`."""

@@ -54,7 +54,7 @@ class Recorder:
                 return NOTHING
             self.courier.expect(live.trace_id)
             its: tuple[str, str, str | None] = live.trace_id.removeprefix("tr-"), live.span_id, live.parent_id
-            return LeanNode(self.courier, name, kind, None, context, its, live=True)
+            return LeanNode(self.courier, name, kind, None, context, *its, live=True)
         digits = os.urandom(24).hex()
         ids: tuple[str, str, str | None]
         if isinstance(outer, LeanNode) and not outer.live and outer.courier is self.courier:
@@ -63,7 +63,7 @@ class Recorder:
             ids = digits[:32], digits[32:], None
         else:
             return NOTHING
-        return LeanNode(self.courier, name, kind, _kept(inputs), context, ids)
+        return LeanNode(self.courier, name, kind, _kept(inputs), context, *ids)
 
 
 def _kept(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def node(
     ids = f"{number:032x}", f"{number >> 64:016x}", None
     if parent is not None:
         ids = parent.trace_id, f"{number >> 64:016x}", parent.span_id
-    return LeanNode(courier, name, kind, {"prompt": "q"}, CallContext(**context), ids, live)
+    return LeanNode(courier, name, kind, {"prompt": "q"}, CallContext(**context), *ids, live)
 
 
 def record(id: str, cost: int | None = 5_000, **fields: Any) -> CallRecord:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 StateName = Literal["closed", "open", "half_open", "forced_open", "disabled"]
 
 
+@dataclass(slots=True, eq=False)
 class Permit:
     """Leave to send one call. Settle it exactly once: `success`, `failure` or `release` of the breaker.
 
@@ -17,13 +19,10 @@ class Permit:
         started: when it was granted, on the breaker's monotonic clock.
     """
 
-    __slots__ = ("generation", "id", "probe", "started")
-
-    def __init__(self, generation: int, probe: bool, id: int, started: float) -> None:
-        self.generation = generation
-        self.probe = probe
-        self.id = id
-        self.started = started
+    generation: int
+    probe: bool
+    id: int
+    started: float
 
     def __repr__(self) -> str:
         return f"Permit(generation={self.generation}, probe={self.probe}, id={self.id}, started={self.started:.3f})"

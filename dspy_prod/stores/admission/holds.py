@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from dspy_prod.options import RateLimit
@@ -11,31 +12,20 @@ from dspy_prod.stores.admission.limiter import Debit
 from dspy_prod.stores.base import AccountState, Refusal, Reservation
 
 
+@dataclass(slots=True, eq=False)
 class Hold:
     """Capacity and money reserved for one attempt until it is settled or its lease ends.
 
     `lease_until` is the store time at which its own worker gives it up (`Reservation.lease`).
     """
 
-    __slots__ = ("_stub", "accounts", "amount", "debit", "id", "lease_until", "limit_key")
-
-    def __init__(
-        self,
-        id: str,
-        accounts: tuple[str, ...],
-        amount: int,
-        limit_key: str | None,
-        debit: Debit | None,
-        lease_until: float,
-        stub: CallRecord | Callable[[], CallRecord] | None,
-    ) -> None:
-        self.id = id
-        self.accounts = accounts
-        self.amount = amount
-        self.limit_key = limit_key
-        self.debit = debit
-        self.lease_until = lease_until
-        self._stub = stub
+    id: str
+    accounts: tuple[str, ...]
+    amount: int
+    limit_key: str | None
+    debit: Debit | None
+    lease_until: float
+    _stub: CallRecord | Callable[[], CallRecord] | None
 
     @property
     def stub(self) -> CallRecord | None:
