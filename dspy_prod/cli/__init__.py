@@ -1,4 +1,7 @@
-"""The `dspy-prod` command."""
+"""The `dspy-prod` command: what operators do from a shell, on top of everything else.
+
+Arguments in, tables or `--json` out. What a command finds or does belongs in the room it calls.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
-"""Under which conditions a call is made."""
+"""Under which conditions a call is made: user, tenant, deadline, priority, program version, and whether it is scored.
 
-from __future__ import annotations
+Context variables and what may be read from them. What a condition does belongs in the room that obeys it.
+"""

@@ -1,3 +1,4 @@
-"""What a call costs, and at most."""
+"""What a call costs, and at most: prices of models, and bounds on tokens before they are known.
 
-from __future__ import annotations
+Integers of nano-USD throughout. Where money is held and charged is `stores`, what may be spent `policies/budget.py`.
+"""

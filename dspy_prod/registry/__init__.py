@@ -1,7 +1,8 @@
 """Program versions in MLflow's prompt registry: publish, load, promote, deploy, roll back, and follow.
 
 A version is immutable and numbered; aliases (`staging`, `canary`, `production`, `previous`) point to versions and move.
-Importing this module does not import MLflow.
+Importing this module does not import MLflow. Versions themselves are in `published`, moves in `aliases`, whole
+deployments in `deployment`; here stands what they share: MLflow's server within bounded time, names, files, errors.
 """
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
-"""Clocks, forks and work that a finaliser may not do."""
+"""What a library in other people's processes has to mind: clocks, forks, the end, work for no finaliser.
 
-from __future__ import annotations
+Nothing here knows what a call is. What must survive a fork is registered in `forking.py`, with its place in the order.
+"""

@@ -1,3 +1,5 @@
-"""Reading: health, costs, the ledger, previews."""
+"""Looking without touching: health, costs, previews, and the ledger for people.
 
-from __future__ import annotations
+Answers are frozen models (`models.py`), made from what stores, pipelines and tracking know. A new figure belongs here;
+what it is counted from, in the room that counts. Nothing here sends, reserves or settles a call.
+"""

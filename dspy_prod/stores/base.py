@@ -164,28 +164,9 @@ class CachedAnswer(NamedTuple):
     stale_until: float
 
 
-class Store(Protocol):
-    """State shared by everything that has the same URL and namespace. All methods are thread-safe.
+class Admission(Protocol):
+    """Limits and money: what may be sent, and what became of it."""
 
-    Keys are given without the namespace; the store keeps namespaces apart. `url` never contains a password.
-    """
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def namespace(self) -> str: ...
-
-    @property
-    def durable(self) -> bool:
-        """Whether state outlives this process."""
-        ...
-
-    def now(self) -> float:
-        """The store's time in seconds; reservations and snapshots are expressed in it."""
-        ...
-
-    # -- admission ---------------------------------------------------------------------------------------------------
     def admit(self, reservation: Reservation) -> Reservation:
         """Reserve limiter capacity and money together or not at all, or queue, or refuse. Returns at once, with the
         reservation itself."""
@@ -203,10 +184,6 @@ class Store(Protocol):
         """Replace the hold by what happened and append the record. Posted: never waits, blocks or raises."""
         ...
 
-    def append(self, record: CallRecord) -> None:
-        """Append a record that held nothing (a cached answer, a call without limits). Posted."""
-        ...
-
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
         """The provider answered 429: pause the key and lower its rate. Posted."""
         ...
@@ -219,11 +196,6 @@ class Store(Protocol):
         """(seconds until this reservation could be granted, refusal or None), changing nothing."""
         ...
 
-    # -- reading -----------------------------------------------------------------------------------------------------
-    def flush(self, timeout: float | None = None) -> bool:
-        """Wait until everything posted before is applied; False when that took longer than `timeout`."""
-        ...
-
     def account(self, key: str) -> AccountState: ...
 
     def limiter(self, key: str) -> LimiterSnapshot | None: ...
@@ -234,6 +206,14 @@ class Store(Protocol):
 
     def waiting(self) -> int:
         """Reservations of this process still waiting."""
+        ...
+
+
+class Ledger(Protocol):
+    """Records of what was sent, and sums of them."""
+
+    def append(self, record: CallRecord) -> None:
+        """Append a record that held nothing (a cached answer, a call without limits). Posted."""
         ...
 
     def records(
@@ -257,7 +237,10 @@ class Store(Protocol):
         """Set an estimated record's true cost in nano-USD and mend its accounts and rollups; False if unknown."""
         ...
 
-    # -- response cache ----------------------------------------------------------------------------------------------
+
+class Answers(Protocol):
+    """The response cache that outlives a process."""
+
     def cache_get(self, key: bytes) -> CachedAnswer | None: ...
 
     def cache_put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
@@ -268,6 +251,32 @@ class Store(Protocol):
 
     def cache_size(self) -> tuple[int, int]:
         """(entries, bytes)."""
+        ...
+
+
+class Store(Admission, Ledger, Answers, Protocol):
+    """State shared by everything that has the same URL and namespace. All methods are thread-safe.
+
+    Keys are given without the namespace; the store keeps namespaces apart. `url` never contains a password.
+    """
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def namespace(self) -> str: ...
+
+    @property
+    def durable(self) -> bool:
+        """Whether state outlives this process."""
+        ...
+
+    def now(self) -> float:
+        """The store's time in seconds; reservations and snapshots are expressed in it."""
+        ...
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until everything posted before is applied; False when that took longer than `timeout`."""
         ...
 
     def close(self) -> None:

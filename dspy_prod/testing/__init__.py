@@ -1,4 +1,8 @@
-"""What tests of LM programs need: a provider on loopback that keeps a bill."""
+"""What tests of LM programs need: a provider on loopback that keeps a bill.
+
+Public, and used by this library's own tests. It imports nothing else of the library: what it says of a call is seen
+on the wire. A new endpoint belongs in `dialects`, a new way to fail in `faults`.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
-"""`dspy-prod demo`."""
+"""`dspy-prod demo`: a support-triage program meets load, an outage and an empty purse, on a real small model.
 
-from __future__ import annotations
+Everything of the demo is here, and nothing else needs it. What it shows off belongs in the library.
+"""

@@ -1,3 +1,5 @@
-"""One route's way to the model."""
+"""One route's way to the model: which engine sends a request, in what time, and how its errors read.
 
-from __future__ import annotations
+What depends on a provider, a transport, lm15 or LiteLLM belongs here: engines, deadlines of one attempt, rate-limit
+headers, usage. It knows nothing of budgets, retries or the flow; `routes.py` and the drivers use it.
+"""

@@ -1,3 +1,5 @@
-"""Publishing and loading versions."""
+"""Versions: a program becomes one, is loaded from one, compared with another, and followed.
 
-from __future__ import annotations
+What a version contains and what makes two of them different belongs here. It knows nothing of promotion; `follow.py`
+only reads where an alias points.
+"""

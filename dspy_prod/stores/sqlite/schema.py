@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import sqlite3
 import time
 from pathlib import Path
@@ -16,6 +17,9 @@ SCHEMA_VERSION: Final = 1
 
 OPEN_TIMEOUT: Final = 5.0
 """Seconds that opening waits for another process which is creating or recovering the file."""
+
+BUSY_LIMIT: Final = 5.0
+"""Seconds to wait for another process's transaction before the store counts as unavailable."""
 
 _INTEGERS: Final = {
     *("attempt", "cost_nano", "estimated", "status", "cached"),
@@ -150,6 +154,21 @@ def namespace_id(connection: sqlite3.Connection, namespace: str) -> int:
 def is_locked(error: BaseException) -> bool:
     """Another connection has the write lock: worth another try."""
     return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+def begin(connection: sqlite3.Connection) -> None:
+    """Take the write lock, in short steps so that several processes share it fairly."""
+    deadline = time.monotonic() + BUSY_LIMIT
+    pause = 0.0002
+    while True:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            return
+        except sqlite3.OperationalError as error:
+            if not is_locked(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(pause * (0.5 + random.random()))
+        pause = min(pause * 1.5, 0.002)
 
 
 def is_environment(error: BaseException) -> bool:

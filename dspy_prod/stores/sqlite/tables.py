@@ -19,7 +19,7 @@ from dspy_prod.stores.base import AccountState
 from dspy_prod.stores.sqlite.answers import CacheTable
 from dspy_prod.stores.sqlite.ledger import LedgerTables
 from dspy_prod.stores.sqlite.rows import Row, clean, clean_hold, clean_record, clean_text, hold_of, hold_row
-from dspy_prod.stores.sqlite.schema import connect, create, is_environment, leave_open, namespace_id
+from dspy_prod.stores.sqlite.schema import begin, connect, create, is_environment, leave_open, namespace_id
 
 PUT_ACCOUNT: Final = (
     "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "
@@ -98,6 +98,22 @@ class Tables:
         if connection is not None:
             leave_open(connection)
 
+    def lost(self) -> bool:
+        """Whether the file was deleted or replaced while in use; then its connection is given up."""
+        gone = self.connection is not None and self.replaced()
+        if gone:
+            self.lose()
+        return gone
+
+    def begin(self) -> None:
+        """Open the file when needed, and take its write lock."""
+        begin(self.open())
+
+    def commit(self) -> None:
+        """Make what was written durable."""
+        assert self.connection is not None
+        self.connection.execute("COMMIT")
+
     def changed(self) -> bool:
         """Whether another connection has committed since the last call."""
         assert self.connection is not None
@@ -167,8 +183,10 @@ class Tables:
         self._run(PUT_OWNER, [(self.ns, self.owner, until, os.getpid())])
 
     def resign(self) -> None:
-        """This process holds nothing any more."""
-        self._run("DELETE FROM owners WHERE ns = ? AND owner = ?", [(self.ns, self.owner)])
+        """This process holds nothing any more. Where that cannot be written, the lease runs out."""
+        if self.connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._run("DELETE FROM owners WHERE ns = ? AND owner = ?", [(self.ns, self.owner)])
 
     def expired(self, now: float, most: int) -> list[Hold]:
         """Holds of processes whose lease ran out; an owner without holds is deleted."""

@@ -1,9 +1,7 @@
-"""One batch of operations on the admission core, as one transaction of a SQLite file."""
+"""One batch of operations on the admission core, as one transaction of the tables."""
 
 from __future__ import annotations
 
-import random
-import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -14,11 +12,9 @@ from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import PENDING, Reservation, Settlement
-from dspy_prod.stores.sqlite.schema import is_environment, is_locked
+from dspy_prod.stores.sqlite.schema import is_environment
 from dspy_prod.stores.sqlite.tables import Tables
 
-BUSY_LIMIT: Final = 5.0
-"""Seconds to wait for another process's transaction before the store counts as unavailable."""
 REAP_BATCH: Final = 1000
 SWEEP_EVERY: Final = 3600.0
 MAX_ACCOUNTS: Final = 50_000
@@ -145,16 +141,13 @@ class Transactions:
 
         Raises:
             UnfitError: one operation cannot be done whatever the file's state.
-            sqlite3.Error, OSError, StoreUnavailableError: the file cannot be used.
+            Exception: the file cannot be used.
         """
         tables, core = self.tables, self.core
-        if tables.connection is not None and tables.replaced():
-            tables.lose()
-            self._lost = True
-        connection = tables.open()
+        self._lost = tables.lost() or self._lost
         if self._lost:
-            self._carry_over(connection)
-        _begin(connection)
+            self._carry_over()
+        tables.begin()
         take_more(operations)
         self._begun = True
         index = -1
@@ -172,7 +165,7 @@ class Transactions:
             for index, (operation, one, other) in enumerate(operations):  # noqa: B007  (read when one fails)
                 operation(self, one, other, now)
             index = -1
-            self._write(connection, now)
+            self._write(now)
         except Exception as error:
             if is_environment(error):
                 raise
@@ -187,12 +180,12 @@ class Transactions:
         self._begun = False
         return self.core.undo()
 
-    def _write(self, connection: sqlite3.Connection, now: float) -> None:
+    def _write(self, now: float) -> None:
         renewed = self._lease_due(now)
         if renewed:
             self.tables.renew(now + self._lease)
         unwritable = self.tables.write(self.core, now)
-        connection.execute("COMMIT")
+        self.tables.commit()
         self._begun = False
         if renewed:
             self._leased_until = now + self._lease
@@ -202,13 +195,13 @@ class Transactions:
         for record in unwritable:
             self.tell_later("operation_dropped", kind="append", error=f"the record {record.id!r} cannot be written")
 
-    def _carry_over(self, connection: sqlite3.Connection) -> None:
+    def _carry_over(self) -> None:
         """The file was deleted or replaced: write what this process knows, before anything else happens."""
-        _begin(connection)
+        self.tables.begin()
         self._leased_until = -inf
         self.tables.changed()
         self.core.carry_over()
-        self._write(connection, self._now())
+        self._write(self._now())
         self._lost = False
         self.tell_later("store_degraded", error="the file was deleted or replaced; what is known here was kept")
 
@@ -230,28 +223,10 @@ class Transactions:
 
     def resign(self) -> None:
         """Give the lease back when nothing is held, and close the file."""
-        try:
-            if self.tables.connection is not None and not self.core.holds:
-                self.tables.resign()
-        except sqlite3.Error:
-            pass  # then the lease runs out
+        if not self.core.holds:
+            self.tables.resign()
         self.tables.close()
 
     def tell_later(self, name: str, **details: Any) -> None:
         """Report something once the current transaction is durable."""
         self.after.append(lambda: self.report(name, {"path": self.tables.path, **details}))
-
-
-def _begin(connection: sqlite3.Connection) -> None:
-    """Take the write lock, in short steps so that several processes share it fairly."""
-    deadline = time.monotonic() + BUSY_LIMIT
-    pause = 0.0002
-    while True:
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            return
-        except sqlite3.OperationalError as error:
-            if not is_locked(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(pause * (0.5 + random.random()))
-        pause = min(pause * 1.5, 0.002)

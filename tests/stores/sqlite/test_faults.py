@@ -66,13 +66,13 @@ def test_what_waits_is_refused_when_the_disk_breaks(path: str) -> None:
     store.flush(10)
     blocker = sqlite3.connect(path, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
-    from dspy_prod.stores.sqlite import transactions as sqlite_transactions
+    from dspy_prod.stores.sqlite import schema
 
-    limit, sqlite_transactions.BUSY_LIMIT = sqlite_transactions.BUSY_LIMIT, 0.1  # type: ignore[misc]
+    limit, schema.BUSY_LIMIT = schema.BUSY_LIMIT, 0.1  # type: ignore[misc]
     try:
         refusal = refused(store, ask(CENT, accounts=("other",)))
     finally:
-        sqlite_transactions.BUSY_LIMIT = limit  # type: ignore[misc]
+        schema.BUSY_LIMIT = limit  # type: ignore[misc]
     assert "locked" in refusal.detail
     assert decided(waiting).state == REFUSED
     blocker.execute("ROLLBACK")
