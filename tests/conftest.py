@@ -9,10 +9,28 @@ from typing import Any
 
 import pytest
 
+from tests.examples import by_default
+
 # At import, before any test module imports dspy or litellm: both read these variables once.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 for _name in [name for name in os.environ if name.upper().endswith(("_API_KEY", "_API_BASE", "_BASE_URL"))]:
     del os.environ[_name]
+by_default()
+
+SHARING = ("registry", "tracking", "cli", "ui")
+"""Rooms whose tests share what is dear to make: a server, a run of the demo, MLflow itself. One process takes each."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a worker of pytest-xdist: what takes long begins first, so that no worker is left with it at the end."""
+    if not hasattr(config, "workerinput"):
+        return
+    for item in items:
+        room = item.path.relative_to(config.rootpath / "tests").parts[0]
+        if room in SHARING:
+            item.add_marker(pytest.mark.xdist_group(room))
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -63,6 +63,7 @@ def run_python(code: str, cwd: Path, **environment: str) -> Any:
 
 
 # -- import ----------------------------------------------------------------------------------------------------------
+@pytest.mark.long
 def test_the_import_is_light_and_leaves_no_trace(tmp_path: Path) -> None:
     """Importing writes nothing, opens nothing where it runs, brings no heavy package, and computes under 100 ms."""
     seen = [run_python(IMPORTING, tmp_path) for _ in range(2)]

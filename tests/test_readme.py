@@ -20,6 +20,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(240)
 def test_every_python_block_runs(tmp_path: Path) -> None:
     """The README's Python, from top to bottom in one fresh process, runs against a provider."""
     script = tmp_path / "readme.py"
@@ -38,7 +40,7 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
             },
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=200,
         )
         assert run.returncode == 0, run.stderr
         assert len(provider.calls) >= 3

@@ -78,8 +78,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.mark.parametrize(
     ("make", "store", "loops", "calls"),
-    [(native, "sqlite", 2, 600), (native, "memory", 2, 300), (borrowed, "memory", 1, 150)],
-    ids=["native-sqlite", "native-memory", "borrowed-memory"],
+    [
+        pytest.param(native, "sqlite", 2, 200, marks=pytest.mark.long, id="native-sqlite"),
+        pytest.param(native, "memory", 2, 100, id="native-memory"),
+        pytest.param(borrowed, "memory", 1, 60, id="borrowed-memory"),
+        pytest.param(native, "sqlite", 2, 600, marks=pytest.mark.slow, id="native-sqlite-longer"),
+        pytest.param(native, "memory", 2, 300, marks=pytest.mark.slow, id="native-memory-longer"),
+        pytest.param(borrowed, "memory", 1, 150, marks=pytest.mark.slow, id="borrowed-memory-longer"),
+    ],
 )
 def test_chaos_leaves_nothing_behind(
     tmp_path: Path, providers: list[Provider], make: Any, store: str, loops: int, calls: int
@@ -90,7 +96,7 @@ def test_chaos_leaves_nothing_behind(
     settle_down(lm, providers)
     before = threading.active_count()
     work = Workload(lm, calls, seed=3, loops=loops)
-    work.run(60)
+    work.run(90)
     settle_down(lm, providers)
     until(lambda: threading.active_count() <= before, timeout=10, what="ending the threads")
     assert work.outcomes["answer"] + work.outcomes["stream"] > calls / 3

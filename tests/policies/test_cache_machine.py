@@ -6,7 +6,6 @@ from math import inf
 
 import pytest
 from dspy.lm15 import Message, Response, TextPart, Usage
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -14,6 +13,7 @@ from dspy_prod.options import Cache
 from dspy_prod.policies.cache import ResponseCache
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock
+from tests.examples import examples
 
 KEYS = st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f"])
 
@@ -130,7 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestCacheMachine.settings = examples(120, stateful_step_count=40)
 
 
 def test_a_jittered_lifetime_is_shorter_never_longer() -> None:

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import pytest
 from hypothesis import given as for_all
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, MultipleResults, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
@@ -31,6 +30,7 @@ from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker.breaker import Breaker, Permit
 from dspy_prod.policies.breaker.window import FAILED, SLOW, CountWindow, TimeWindow
 from dspy_prod.telemetry.events import Event, EventBus
+from tests.examples import examples
 from tests.policies.conftest import FakeClock
 
 from .test_breaker import Circuit, given, given_half_open, given_open
@@ -334,7 +334,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
 
 TestBreakerMachine = BreakerMachine.TestCase
-TestBreakerMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBreakerMachine.settings = examples(150, stateful_step_count=40)
 
 
 # -- windows against brute force ---------------------------------------------------------------------------------------

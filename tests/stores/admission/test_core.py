@@ -6,7 +6,6 @@ from math import inf
 from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from dspy_prod.options import RateLimit
@@ -14,6 +13,7 @@ from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, WITHDRAWN, AccountState, Reservation, Settlement
+from tests.examples import examples
 from tests.stores.support import ask, settlement
 
 LIMIT = 100
@@ -224,9 +224,7 @@ class Books(RuleBasedStateMachine):
             assert sum(1 for hold in self.core.holds.values() if hold.limit_key == f"seats-{seats}") <= seats
 
 
-Books.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+Books.TestCase.settings = examples(150, stateful_step_count=40)
 TestBooks = Books.TestCase
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.limiter import LimiterState
 from dspy_prod.stores.admission.slices import LATENESS
+from tests.examples import examples
 from tests.stores.support import fitting
 
 SHORT = st.integers(0, 3_000).map(lambda ms: ms / 1000)
@@ -199,5 +199,5 @@ class LimiterMachine(RuleBasedStateMachine):
         assert self.state.ready_at(self.now, fitting(self.limit, 400)) <= self.now
 
 
-LimiterMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+LimiterMachine.TestCase.settings = examples(60, stateful_step_count=40)
 TestLimiterMachine = LimiterMachine.TestCase
