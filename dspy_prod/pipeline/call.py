@@ -183,11 +183,9 @@ class Call:
     def remember(self, record: CallRecord, route: Route, response: Response | None = None) -> None:
         """Keep the record with the call and with whoever collects, and tell the tap and the listeners."""
         self.records.append(record)
-        if self.context.node is not None:
-            node = self.context.node
-            if node is not None:
-                node.attempt(record, route, self.request, response)
-        collected = self.context.records
+        node, collected = self.context.node, self.context.records
+        if node is not None:
+            node.attempt(record, route, self.request, response)
         if collected is not None:
             collected.append(record)
         if self.pipeline.bus.active:

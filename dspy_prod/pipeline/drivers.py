@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import aclosing, closing, suppress
 from math import inf
 from typing import Any
@@ -19,7 +19,7 @@ from dspy.lm15 import Response
 from dspy_prod.compat.lm15 import StreamAccumulator, StreamEvent
 from dspy_prod.compat.running import running_loop
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.effects import Attempt
+from dspy_prod.pipeline.effects import Send
 from dspy_prod.pipeline.flow import Flow
 from dspy_prod.pipeline.preparing import aprepare, limit_until, prepare
 from dspy_prod.pipeline.upstream.deadline import (
@@ -42,7 +42,7 @@ def run(steps: Flow) -> Response:
         effect = next(steps)
         while True:
             try:
-                result = _attempt(effect) if isinstance(effect, Attempt) else prepare(effect)
+                result = _send(effect) if isinstance(effect, Send) else prepare(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -58,7 +58,7 @@ async def arun(steps: Flow) -> Response:
         effect = next(steps)
         while True:
             try:
-                result = await _aattempt(effect) if isinstance(effect, Attempt) else await aprepare(effect)
+                result = await _asend(effect) if isinstance(effect, Send) else await aprepare(effect)
             except BaseException as error:
                 effect = steps.throw(error)
             else:
@@ -71,13 +71,15 @@ async def arun(steps: Flow) -> Response:
 # -- streams ---------------------------------------------------------------------------------------------------------
 def run_stream(steps: Flow, call: Call) -> Generator[StreamEvent, None, None]:
     """Perform a flow on this thread and yield the answer's events."""
-    end: StreamEvent | None = None
+    answer: _Answer | None = None
     try:
         effect = next(steps)
         while True:
             try:
-                if isinstance(effect, Attempt):
-                    result, end = yield from _events(effect, call)
+                if isinstance(effect, Send):
+                    answer = _Answer(effect, call)
+                    yield from _events(effect, answer)
+                    result = answer.response
                 else:
                     result = prepare(effect)
             except BaseException as error:
@@ -86,25 +88,22 @@ def run_stream(steps: Flow, call: Call) -> Generator[StreamEvent, None, None]:
                 effect = steps.send(result)
     except StopIteration as stop:
         response = stop.value
-    if end is not None:
-        yield end
-    else:
-        yield from replay(response)  # the cache answered
+    yield from _ending(answer, response)
 
 
 async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, None]:
     """Perform a flow in this task and yield the answer's events."""
-    ended: list[Any] = []
+    answer: _Answer | None = None
     try:
         effect = next(steps)
         while True:
             try:
-                if isinstance(effect, Attempt):
-                    result = None
-                    async with aclosing(_aevents(effect, call, ended)) as events:
+                if isinstance(effect, Send):
+                    answer = _Answer(effect, call)
+                    async with aclosing(_aevents(effect, answer)) as events:
                         async for event in events:
                             yield event
-                    result = ended[0]
+                    result = answer.response
                 else:
                     result = await aprepare(effect)
             except BaseException as error:
@@ -113,15 +112,12 @@ async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, No
                 effect = steps.send(result)
     except StopIteration as stop:
         response = stop.value
-    if ended:
-        yield ended[1]
-        return
-    for event in replay(response):
+    for event in _ending(answer, response):
         yield event
 
 
 # -- effects ---------------------------------------------------------------------------------------------------------
-def _attempt(effect: Attempt) -> Response:
+def _send(effect: Send) -> Response:
     request, until, leaving = effect.request, effect.until, effect.leaving
     try:
         engine, native = effect.route.upstream.sync_engine(request, effect.extras, until)
@@ -143,7 +139,7 @@ def _attempt(effect: Attempt) -> Response:
         raise public_error(error, effect.route.upstream, effect.until) from error
 
 
-async def _aattempt(effect: Attempt) -> Response:
+async def _asend(effect: Send) -> Response:
     request, until, leaving = effect.request, effect.until, effect.leaving
     limit: Any = None
     try:
@@ -173,13 +169,9 @@ async def _aattempt(effect: Attempt) -> Response:
         raise public_error(error, effect.route.upstream, effect.until) from error
 
 
-def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[Response, StreamEvent | None]]:
-    """Yield a stream's events, the start held back until the first delta; return (response, end event)."""
+def _events(effect: Send, answer: _Answer) -> Generator[StreamEvent, None, None]:
+    """Yield a stream's events but the last one, which waits in the answer until it is settled."""
     route, until = effect.route, effect.until
-    accumulator = StreamAccumulator(effect.request)
-    start: StreamEvent | None = None
-    end: StreamEvent | None = None
-    consumer = _Consumer(call)
     try:
         engine, native = route.upstream.sync_engine(effect.request, effect.extras, until)
         if effect.leaving is not None:
@@ -193,40 +185,24 @@ def _events(effect: Attempt, call: Call) -> Generator[StreamEvent, None, tuple[R
             source = bounded_stream(lambda: engine.stream(effect.request), until, route.timeout)
         with closing(checked_stream(source, provider=route.upstream.provider)) as events:
             for event in events:
-                accumulator.push(event)
-                if event.type == "start":
-                    start = event
-                    continue
-                if event.type == "end":
-                    end = event
-                    continue
-                call.visible = True
-                with consumer:
-                    if start is not None:
-                        yield start
-                        start = None
-                    yield event
-        response = accumulator.response()
+                for shown in answer.take(event):
+                    with answer:
+                        yield shown
+        rest = answer.finish()
     except Exception as error:
-        if consumer.left:  # what fails while a stream is closed that nobody listens to says nothing
+        if answer.left:  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
-        raise public_error(error, effect.route.upstream, effect.until) from error
-    if start is not None:
-        with consumer:
-            yield start
-    return response, end
+        raise public_error(error, route.upstream, until) from error
+    for shown in rest:
+        with answer:
+            yield shown
 
 
-async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenerator[StreamEvent, None]:
-    """As `_events`; puts (response, end event) into `ended`."""
-    ended.clear()
+async def _aevents(effect: Send, answer: _Answer) -> AsyncGenerator[StreamEvent, None]:
+    """As `_events`."""
     route, until = effect.route, effect.until
-    accumulator = StreamAccumulator(effect.request)
-    start: StreamEvent | None = None
-    end: StreamEvent | None = None
     limit: Any = None
     limited = until
-    consumer = _Consumer(call)
     try:
         engine = route.upstream.async_engine(effect.request, effect.extras, until)
         if effect.leaving is not None:
@@ -244,43 +220,60 @@ async def _aevents(effect: Attempt, call: Call, ended: list[Any]) -> AsyncGenera
                             event = await anext(events)
                 except StopAsyncIteration:
                     break
-                accumulator.push(event)
-                if event.type == "start":
-                    start = event
-                    continue
-                if event.type == "end":
-                    end = event
-                    continue
-                call.visible = True
-                with consumer:
-                    if start is not None:
-                        yield start
-                        start = None
-                    yield event
-        response = accumulator.response()
+                for shown in answer.take(event):
+                    with answer:
+                        yield shown
+        rest = answer.finish()
     except Exception as error:
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and limit is not None and _expired(limit):
             raise (AttemptTimeoutError if limited == until else StalledError) from None
         if (
-            consumer.left or running_loop() is None
+            answer.left or running_loop() is None
         ):  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
-        raise public_error(error, effect.route.upstream, effect.until) from error
-    if start is not None:
-        with consumer:
-            yield start
-    ended.extend((response, end))
+        raise public_error(error, route.upstream, until) from error
+    for shown in rest:
+        with answer:
+            yield shown
 
 
-class _Consumer:
-    """The hands a stream's events are given into: how long they keep it, and whether they let it fall."""
+class _Answer:
+    """One stream's answer as it grows, and the hands it is given into: how long they keep it, whether they let it fall.
 
-    __slots__ = ("_call", "_since", "left")
+    Attributes:
+        response: the whole answer, once it has ended.
+        end: its last event.
+        left: the consumer left while it had an event in its hands.
+    """
 
-    def __init__(self, call: Call) -> None:
+    __slots__ = ("_accumulator", "_call", "_since", "_start", "end", "left", "response")
+
+    def __init__(self, effect: Send, call: Call) -> None:
+        self._accumulator = StreamAccumulator(effect.request)
         self._call = call
         self._since = 0.0
+        self._start: tuple[StreamEvent, ...] = ()
+        self.end: StreamEvent | None = None
         self.left = False
+        self.response: Response | None = None
+
+    def take(self, event: StreamEvent) -> tuple[StreamEvent, ...]:
+        """Add an event; those to show now. The start waits for the first delta: until then all may be tried again."""
+        self._accumulator.push(event)
+        if event.type == "start":
+            self._start = (event,)
+            return ()
+        if event.type == "end":
+            self.end = event
+            return ()
+        self._call.visible = True
+        start, self._start = self._start, ()
+        return (*start, event)
+
+    def finish(self) -> tuple[StreamEvent, ...]:
+        """Put the answer together; the events to show that waited in vain."""
+        self.response = self._accumulator.response()
+        return self._start
 
     def __enter__(self) -> None:
         self._since = time.monotonic()
@@ -288,6 +281,13 @@ class _Consumer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._call.paused += time.monotonic() - self._since
         self.left = kind is GeneratorExit
+
+
+def _ending(answer: _Answer | None, response: Response) -> Iterable[StreamEvent]:
+    """What a stream ends with: its last event, or the whole of an answer that came from the cache."""
+    if answer is None or answer.end is None or answer.response is not response:
+        return replay(response)
+    return (answer.end,)
 
 
 # -- details ---------------------------------------------------------------------------------------------------------

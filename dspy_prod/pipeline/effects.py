@@ -19,7 +19,7 @@ class Decidable(Protocol):
         ...
 
 
-class Attempt:
+class Send:
     """Send `request` on `route` once. Answered with the `Response`, or by raising the upstream's error.
 
     `until` bounds the attempt on the monotonic clock (`inf`: not at all). `leaving`, if any, wants to be called when

@@ -1,6 +1,6 @@
 """The one flow of a call, written once for sync, async and streaming.
 
-It is a generator that *yields* effects (`Warm`, `Wait`, `Attempt`) and receives their results, as httpx's `auth_flow`
+It is a generator that *yields* effects (`Warm`, `Wait`, `Send`) and receives their results, as httpx's `auth_flow`
 does; two small drivers perform them. It never sleeps and does no I/O of its own. The order is the library's contract:
 
     cache lookup, single-flight
@@ -25,9 +25,9 @@ from dspy.utils.exceptions import LMError
 
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.effects import Attempt, Wait, Warm
-from dspy_prod.pipeline.outcome import Verdict
-from dspy_prod.pipeline.plan import Plan, longest_wait, only_here, plan, renewed, shrunk, turns_at, wait_until
+from dspy_prod.pipeline.effects import Send, Wait, Warm
+from dspy_prod.pipeline.outcome import judge
+from dspy_prod.pipeline.plan import Attempt, longest_wait, only_here, plan, renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.refusals import refused, too_late, waited_too_long
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.pipeline.settling import failed, give_back, succeeded
@@ -46,7 +46,7 @@ LATE: Final = 0.01
 
 _LOOK: Final = 0.01
 
-Effect: TypeAlias = "Attempt | Wait | Warm"
+Effect: TypeAlias = "Send | Wait | Warm"
 Flow: TypeAlias = Generator[Effect, Any, Response]
 
 
@@ -144,9 +144,8 @@ def _send(call: Call) -> Flow:
         if failure is not None or refusal is not None:
             call.emit("fallback", to=route.model, reason=_reason(failure or refusal))
         while True:
-            verdicts: list[Verdict] = []
             try:
-                response = yield from _attempt(call, route, attempts.number, verdicts)
+                response = yield from _attempt(call, route, attempts.number)
             except (CircuitOpenError, RateLimitedError) as error:
                 error.model, error.route = route.model, route.name  # a breaker does not know whose route it guards
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
@@ -161,7 +160,7 @@ def _send(call: Call) -> Flow:
                     raise error from failure
                 raise
             except LMError as error:
-                verdict = verdicts[0]
+                verdict = judge(error)
                 now = pipeline.clock.monotonic()
                 pause = None
                 if not _opened(route):  # else the next attempt would wait for nothing
@@ -194,68 +193,63 @@ def _send(call: Call) -> Flow:
     raise refusal
 
 
-def _attempt(call: Call, route: Route, number: int, verdicts: list[Verdict]) -> Flow:
-    """One attempt on one route: check, reserve, take the permit, send, settle. The verdict of a failure is added."""
+def _attempt(call: Call, route: Route, number: int) -> Flow:
+    """One attempt on one route: check, reserve, take the permit, send, settle."""
     pipeline = call.pipeline
-    monotonic = pipeline.clock.monotonic
     breaker = route.state.breaker
     if breaker is not None:
         breaker.check()
     if call.deadline != inf and call.late():
         raise too_late(call, "before the request was sent")
-    intent = plan(call, route, number)
-    reservation: Reservation | None = None
-    permit = None
-    attempted = settled = False
-    started = monotonic()
-    until = inf
+    attempt = plan(call, route, number)
+    settled = False
     try:
         if not route.upstream.ready:
-            yield Warm(route, intent.request, call.extras, call.deadline)
-        if intent.reservation is not None:
-            reservation = pipeline.store.admit(intent.reservation)
-            if reservation.state != GRANTED:
-                waiting, reservation = reservation, None
-                intent, reservation = yield from _admission(call, intent, waiting)
+            yield Warm(route, attempt.request, call.extras, call.deadline)
+        if attempt.reservation is not None:
+            if pipeline.store.admit(attempt.reservation).state != GRANTED:
+                attempt = yield from _admission(attempt)
                 if breaker is not None:
                     breaker.check()
             if pipeline.watches_spending:
-                _note_spending(call, intent, reservation)
+                _note_spending(attempt)
         if call.deadline != inf and call.late():
             raise too_late(call, "before the request was sent")
         if breaker is not None:
-            permit = breaker.permit()
-        leaving = _leaving(pipeline.store, reservation) if route.paced and reservation is not None else None
-        started = monotonic()
-        until = call.deadline if route.timeout is None else call.attempt_until(route, started)
-        attempted = True
-        response = yield Attempt(route, intent.request, call.extras, until, leaving)
-        succeeded(call, intent, reservation, permit, started, response)
+            attempt.permit = breaker.permit()
+        leaving = None
+        if route.paced and attempt.reservation is not None:
+            leaving = _leaving(pipeline.store, attempt.reservation)
+        attempt.started = now = pipeline.clock.monotonic()
+        attempt.until = until = call.deadline if route.timeout is None else call.attempt_until(route, now)
+        attempt.sent = True
+        response = yield Send(route, attempt.request, call.extras, until, leaving)
+        succeeded(attempt, response)
         settled = True
         return response
     except BaseException as raised:
-        if settled or (reservation is None and not attempted and isinstance(raised, RejectedError)):
+        if settled or (isinstance(raised, RejectedError) and not attempt.sent and attempt.held is None):
             raise
-        error, verdict = failed(call, intent, reservation, permit, started, until, raised, attempted)
-        verdicts.append(verdict)
+        error = failed(attempt, raised)
         if error is raised:
             raise
         raise error from (raised.__cause__ or raised)
 
 
-def _admission(call: Call, intent: Plan, reservation: Reservation) -> Generator[Effect, Any, tuple[Plan, Reservation]]:
-    """Wait in line for limiter and budget, holding nothing."""
-    pipeline = call.pipeline
-    store = pipeline.store
-    monotonic = pipeline.clock.monotonic
-    until = wait_until(call, intent, monotonic())
+def _admission(attempt: Attempt) -> Generator[Effect, Any, Attempt]:
+    """Wait in line for limiter and budget, holding nothing; gives the attempt as it was granted in the end."""
+    call = attempt.call
+    store, monotonic = call.pipeline.store, call.pipeline.clock.monotonic
+    until = wait_until(attempt, monotonic())
     while True:
+        reservation = attempt.reservation
+        assert reservation is not None
         began = monotonic()
-        turn = turns_at(call, intent, began)
-        again: Plan | None = None
+        turn = turns_at(attempt, began)
+        again: Attempt | None = None
         try:
             if reservation.state == PENDING:
-                call.emit("waiting", model=intent.route.model, blocked_on=reservation.blocked_on)
+                call.emit("waiting", model=attempt.route.model, blocked_on=reservation.blocked_on)
             while reservation.state == PENDING:
                 now = monotonic()
                 if now < min(until, turn):
@@ -263,7 +257,7 @@ def _admission(call: Call, intent: Plan, reservation: Reservation) -> Generator[
                     continue
                 turn = inf
                 if any(account.title == reservation.blocked_on for account in reservation.accounts):
-                    again = renewed(call, intent)
+                    again = renewed(attempt)
                 if again is not None:
                     store.withdraw(reservation)  # should it be granted meanwhile, so much the better
                 elif now < until:
@@ -271,29 +265,31 @@ def _admission(call: Call, intent: Plan, reservation: Reservation) -> Generator[
                 elif not reservation.blocked_on and now < min(call.deadline, began + STORE_PATIENCE):
                     yield Wait(reservation, now + _LOOK)  # no max_wait is up before the store has looked
                 elif store.withdraw(reservation):
-                    raise waited_too_long(call, intent, reservation)
+                    raise waited_too_long(attempt)
         except BaseException as error:
-            give_back(call, reservation, error)
+            give_back(attempt, error)
             raise
         finally:
             call.waited += monotonic() - began
         if reservation.state == GRANTED:
-            return intent, reservation
+            return attempt
         refusal = reservation.refusal
         if again is None and refusal is not None and refusal.reason == "budget_exceeded":
-            again = renewed(call, intent) or shrunk(call, intent, refusal)
+            again = renewed(attempt) or shrunk(attempt, refusal)
         if again is None or again.reservation is None:
             assert refusal is not None
-            raise refused(call, intent, refusal)
-        intent = again
-        reservation = store.admit(again.reservation)
+            raise refused(attempt, refusal)
+        attempt = again
+        store.admit(again.reservation)
 
 
-def _note_spending(call: Call, intent: Plan, reservation: Reservation) -> None:
+def _note_spending(attempt: Attempt) -> None:
     """Notice budgets that pass their soft threshold with this grant."""
-    for rule, account, spent in zip(intent.rules, reservation.accounts, reservation.spent, strict=False):
+    reservation = attempt.reservation
+    assert reservation is not None
+    for rule, account, spent in zip(attempt.rules, reservation.accounts, reservation.spent, strict=False):
         if rule.soft_passed(account.key, spent):
-            call.emit(
+            attempt.call.emit(
                 "budget_soft", budget=account.title, spent_usd=spent / NANO, limit_usd=account.limit / NANO,
                 degrade_to=rule.options.degrade_to,
             )  # fmt: skip

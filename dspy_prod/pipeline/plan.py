@@ -11,10 +11,11 @@ from dspy.lm15 import Request
 from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, UnpricedModelError
 from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.call import IDS, Call
+from dspy_prod.policies.breaker.breaker import Permit
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.base import Account, Refusal, Reservation
+from dspy_prod.stores.base import GRANTED, Account, Refusal, Reservation
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
@@ -28,35 +29,49 @@ _STREAM_LEASE: Final = 3600.0  # a stream may outlast any timeout
 _MIN_SHRUNK_TOKENS: Final = 16
 
 
-class Plan:
-    """One attempt before it is made.
+class Attempt:
+    """One attempt of a call on one route: what it needs, and then how far it has come.
 
     Attributes:
-        reservation: None when nothing has to be reserved.
+        request: the call's request, as this route sends it.
+        number: 1 for the first attempt on its route.
+        reservation: None when nothing has to be reserved, or what was has been given back.
         bound: the most the attempt can cost in nano-USD, None when no budget needed to know.
         rules: the budgets behind `reservation.accounts`, in the same order.
+        permit: the breaker's, once it was taken.
+        started: monotonic time at which it was planned, and then at which it was sent.
+        until: monotonic time at which the driver has to end it.
+        sent: it was handed to the driver, so the provider may have seen it.
     """
 
-    __slots__ = ("bound", "number", "request", "reservation", "route", "rules")
+    __slots__ = (
+        *("bound", "call", "number", "permit", "request", "reservation", "route", "rules"),
+        *("sent", "started", "until"),
+    )
 
     def __init__(
-        self,
-        route: Route,
-        request: Request,
-        number: int,
-        reservation: Reservation | None,
-        bound: int | None,
-        rules: tuple[BudgetRule, ...],
+        self, call: Call, route: Route, request: Request, number: int, bound: int | None, rules: tuple[BudgetRule, ...]
     ) -> None:
+        self.call = call
         self.route = route
         self.request = request
         self.number = number
-        self.reservation = reservation
         self.bound = bound
         self.rules = rules
+        self.reservation: Reservation | None = None
+        self.permit: Permit | None = None
+        self.started = call.pipeline.clock.monotonic()
+        self.until = inf
+        self.sent = False
+
+    @property
+    def held(self) -> Reservation | None:
+        """The reservation, if the store has granted it."""
+        reservation = self.reservation
+        return None if reservation is None or reservation.state != GRANTED else reservation
 
 
-def plan(call: Call, route: Route, number: int) -> Plan:
+def plan(call: Call, route: Route, number: int) -> Attempt:
     """What attempt `number` on this route needs.
 
     Raises:
@@ -72,10 +87,10 @@ def plan(call: Call, route: Route, number: int) -> Plan:
         request = _with_defaults(request, route.defaults)
     rules = _rules(pipeline.budgets, route) if route.rules else pipeline.budgets
     limited = route.limited or route.state.identity.throttled
+    attempt = Attempt(call, route, request, number, None, rules)
     if not rules and not limited:
-        return Plan(route, request, number, None, None, ())
+        return attempt
     tokens = 0
-    bound: int | None = None
     accounts: tuple[Account, ...] = ()
     tpm = route.limit.tpm if limited else None
     if rules or tpm is not None:
@@ -85,20 +100,20 @@ def plan(call: Call, route: Route, number: int) -> Plan:
                 raise _never_fits(route, request.config.max_tokens, tpm)
             tokens = route.limiter_tokens(inputs, outputs)
         if rules:
-            bound = _bound(route, request, inputs, outputs)
+            attempt.bound = _bound(route, request, inputs, outputs)
             wall = pipeline.clock.time()
             context = call.context
             if len(rules) == 1:
                 accounts = (rules[0].account(context, route.model, wall),)
             else:
                 accounts = tuple([rule.account(context, route.model, wall) for rule in rules])
-    reservation = _reservation(call, route, tokens, accounts, bound, limited, number, rules)
-    return Plan(route, request, number, reservation, bound, rules)
+    attempt.reservation = _reservation(attempt, tokens, accounts, limited)
+    return attempt
 
 
-def renewed(call: Call, old: Plan) -> Plan | None:
+def renewed(old: Attempt) -> Attempt | None:
     """The same attempt on the accounts of now, when the window of a budget has ended since; else None."""
-    reservation = old.reservation
+    call, reservation = old.call, old.reservation
     if reservation is None or call.late():
         return None
     wall = call.pipeline.clock.time()
@@ -108,10 +123,10 @@ def renewed(call: Call, old: Plan) -> Plan | None:
     return plan(call, old.route, old.number)
 
 
-def turns_at(call: Call, plan: Plan, now: float) -> float:
+def turns_at(attempt: Attempt, now: float) -> float:
     """Monotonic time at which the next window of a budget begins, `inf` when none will."""
-    ends_at = min((rule.ends_at for rule in plan.rules), default=inf)
-    return inf if ends_at == inf else now + ends_at - call.pipeline.clock.time()
+    ends_at = min((rule.ends_at for rule in attempt.rules), default=inf)
+    return inf if ends_at == inf else now + ends_at - attempt.call.pipeline.clock.time()
 
 
 def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> bool:
@@ -126,9 +141,9 @@ def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> b
     return any(error.budget == title or error.budget.startswith(f"{title}=") for title in own)
 
 
-def wait_until(call: Call, plan: Plan, now: float) -> float:
+def wait_until(attempt: Attempt, now: float) -> float:
     """Monotonic time up to which admission may take."""
-    return _wait_until(call, plan.route, plan.rules, now)
+    return _wait_until(attempt.call, attempt.route, attempt.rules, now)
 
 
 def longest_wait(call: Call, route: Route, now: float) -> float:
@@ -136,51 +151,41 @@ def longest_wait(call: Call, route: Route, now: float) -> float:
     return _wait_until(call, route, (), now)
 
 
-def shrunk(call: Call, plan: Plan, refusal: Refusal) -> Plan | None:
-    """The same plan with `max_tokens` clamped to what its budget has left, when the budget wants that."""
-    route, old = plan.route, plan.reservation
-    if refusal.reason != "budget_exceeded" or old is None:
+def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
+    """The same attempt with `max_tokens` clamped to what its budget has left, when the budget wants that."""
+    route, reservation = old.route, old.reservation
+    if refusal.reason != "budget_exceeded" or reservation is None:
         return None
-    refusing = [
-        rule for rule, account in zip(plan.rules, old.accounts, strict=True) if account.title == refusal.dimension
-    ]
-    if not any(rule.options.shrink_last for rule in refusing):
+    pairs = zip(old.rules, reservation.accounts, strict=True)
+    if not any(rule.options.shrink_last for rule, account in pairs if account.title == refusal.dimension):
         return None
     rates = route.rates()
-    inputs, outputs = route.bounds(plan.request)
+    inputs, outputs = route.bounds(old.request)
     if rates is None or inputs is None or outputs is None:
         return None
     left = refusal.limit - refusal.spent - refusal.held
-    config = plan.request.config
+    config = old.request.config
     fits = min(outputs, rates.max_output_for(left, inputs, tier=config.service_tier))
     if fits < _MIN_SHRUNK_TOKENS or (config.max_tokens is not None and fits >= config.max_tokens):
         return None
-    request = replace(plan.request, config=replace(config, max_tokens=fits))
-    bound = route.most(request, inputs, fits)
-    tokens = min(old.tokens, inputs + fits)
-    limited = old.limit_key is not None
-    again = _reservation(call, route, tokens, tuple(old.accounts), bound, limited, plan.number, plan.rules)
-    return Plan(route, request, plan.number, again, bound, plan.rules)
+    request = replace(old.request, config=replace(config, max_tokens=fits))
+    again = Attempt(old.call, route, request, old.number, route.most(request, inputs, fits), old.rules)
+    tokens, limited = min(reservation.tokens, inputs + fits), reservation.limit_key is not None
+    again.reservation = _reservation(again, tokens, tuple(reservation.accounts), limited)
+    return again
 
 
-def bound_or_none(route: Route, request: Request) -> int | None:
-    """The most a request can cost in nano-USD, None when that is not known."""
-    if route.rates() is None:
-        return None
-    inputs, outputs = route.bounds(request)
-    return None if inputs is None or outputs is None else route.most(request, inputs, outputs)
+def worst(attempt: Attempt) -> int | None:
+    """The most an attempt can cost in nano-USD, None when that is not known."""
+    route = attempt.route
+    if attempt.bound is not None or route.rates() is None:
+        return attempt.bound
+    inputs, outputs = route.bounds(attempt.request)
+    return None if inputs is None or outputs is None else route.most(attempt.request, inputs, outputs)
 
 
-def _reservation(
-    call: Call,
-    route: Route,
-    tokens: int,
-    accounts: tuple[Account, ...],
-    bound: int | None,
-    limited: bool,
-    number: int,
-    rules: tuple[BudgetRule, ...],
-) -> Reservation:
+def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], limited: bool) -> Reservation:
+    call, route, bound = attempt.call, attempt.route, attempt.bound
     pipeline = call.pipeline
     context = call.context
     store = pipeline.store
@@ -189,7 +194,7 @@ def _reservation(
     horizon = store.now() + DEFAULT_MAX_WAIT
     if call.deadline != inf or route.timeout is not None or limit.max_wait is not None or pipeline.budget_waits:
         now = pipeline.clock.monotonic()
-        horizon = store.now() + (_wait_until(call, route, rules, now) - now)
+        horizon = store.now() + (_wait_until(call, route, attempt.rules, now) - now)
         until = call.attempt_until(route, now)
         if until != inf:
             # The hold outlives the longest wait plus the longest attempt.
@@ -199,7 +204,7 @@ def _reservation(
 
     def stub() -> CallRecord:
         return call.record(
-            route, id, number, "abandoned", bound, pipeline.clock.time(), estimated=True,
+            route, id, attempt.number, "abandoned", bound, pipeline.clock.time(), estimated=True,
             accounts=tuple([account.key for account in accounts]),
         )  # fmt: skip
 

@@ -10,40 +10,44 @@ from dspy_prod.errors import (
     StoreUnavailableError,
 )
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.plan import Plan
+from dspy_prod.pipeline.plan import Attempt
+from dspy_prod.pipeline.routes import Route
 from dspy_prod.records import NANO
-from dspy_prod.stores.base import Refusal, Reservation
+from dspy_prod.stores.base import Refusal
 
 
-def refused(call: Call, plan: Plan, refusal: Refusal) -> RejectedError:
+def refused(attempt: Attempt, refusal: Refusal) -> RejectedError:
     """The error for a store's refusal."""
-    route = plan.route
+    route = attempt.route
     if refusal.reason == "budget_exceeded":
-        return _no_money(plan, refusal, "is spent", "")
+        return _no_money(route, refusal, "is spent", "")
     if refusal.reason == "store_unavailable":
+        store = attempt.call.pipeline.store
         return StoreUnavailableError(
-            f"The state store {call.pipeline.store.url} cannot record this call ({refusal.detail}), so it was not "
-            "sent. Check its disk and permissions, or use store='memory://'",
+            f"The state store {store.url} cannot record this call ({refusal.detail}), so it was not sent. Check "
+            "its disk and permissions, or use store='memory://'",
             model=route.model,
             route=route.name,
         )
-    return _limited(plan, refusal.dimension, refusal.retry_after)
+    return _limited(route, refusal.dimension, refusal.retry_after)
 
 
-def waited_too_long(call: Call, plan: Plan, reservation: Reservation) -> RejectedError:
+def waited_too_long(attempt: Attempt) -> RejectedError:
     """The error for a wait that ended without a grant."""
+    call, route, reservation = attempt.call, attempt.route, attempt.reservation
+    assert reservation is not None
     if call.late():
         return too_late(call, f"while waiting for {reservation.blocked_on or 'admission'}")
     if not reservation.blocked_on:
-        return refused(call, plan, Refusal("store_unavailable", detail="it did not answer in time"))
-    for account in plan.reservation.accounts if plan.reservation is not None else ():
+        return refused(attempt, Refusal("store_unavailable", detail="it did not answer in time"))
+    for account in reservation.accounts:
         if account.title == reservation.blocked_on:
             state = call.pipeline.store.account(account.key)
             refusal = Refusal(
-                "budget_exceeded", None, account.title, account.limit, state.spent, state.held, plan.bound or 0
+                "budget_exceeded", None, account.title, account.limit, state.spent, state.held, attempt.bound or 0
             )
-            return _no_money(plan, refusal, "is spent or held by calls in flight", " or raise max_wait")
-    return _limited(plan, reservation.blocked_on, None)
+            return _no_money(route, refusal, "is spent or held by calls in flight", " or raise max_wait")
+    return _limited(route, reservation.blocked_on, None)
 
 
 def too_late(call: Call, when: str) -> DeadlineExceededError:
@@ -53,8 +57,7 @@ def too_late(call: Call, when: str) -> DeadlineExceededError:
     )
 
 
-def _no_money(plan: Plan, refusal: Refusal, state: str, more: str) -> BudgetExceededError:
-    route = plan.route
+def _no_money(route: Route, refusal: Refusal, state: str, more: str) -> BudgetExceededError:
     used = refusal.spent + (refusal.held if more else 0)
     return BudgetExceededError(
         f"Budget {refusal.dimension!r} cannot cover this call: {used / NANO:.6f} of {refusal.limit / NANO:.6f} USD "
@@ -70,8 +73,7 @@ def _no_money(plan: Plan, refusal: Refusal, state: str, more: str) -> BudgetExce
     )
 
 
-def _limited(plan: Plan, dimension: str, retry_after: float | None) -> RateLimitedError:
-    route = plan.route
+def _limited(route: Route, dimension: str, retry_after: float | None) -> RateLimitedError:
     later = "" if retry_after is None else f"; it could be admitted in {retry_after:.1f} s"
     return RateLimitedError(
         f"The rate limit ({dimension or 'requests'}) of {route.model} cannot admit this call within its longest "

@@ -13,112 +13,72 @@ from dspy.lm15 import Response, Usage
 from dspy.utils.exceptions import LMTimeoutError
 
 from dspy_prod.errors import RejectedError
-from dspy_prod.pipeline.call import IDS, Call
-from dspy_prod.pipeline.outcome import CANCELLED, Verdict, judge, own_deadline
-from dspy_prod.pipeline.plan import Plan, bound_or_none
+from dspy_prod.pipeline.call import IDS
+from dspy_prod.pipeline.outcome import Verdict, judge, own_deadline
+from dspy_prod.pipeline.plan import Attempt, worst
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import remaining
-from dspy_prod.policies.breaker.breaker import Permit
 from dspy_prod.pricing.rates import Rates
-from dspy_prod.records import usd
+from dspy_prod.records import CallRecord, usd
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.stores.base import Reservation, Settlement
+from dspy_prod.stores.base import Settlement
 
 
-def succeeded(
-    call: Call, plan: Plan, reservation: Reservation | None, permit: Permit | None, started: float, response: Response
-) -> None:
+def succeeded(attempt: Attempt, response: Response) -> None:
     """Settle an attempt that was answered."""
-    pipeline = call.pipeline
-    route = plan.route
-    state = route.state
-    clock = pipeline.clock
+    call, route, request = attempt.call, attempt.route, attempt.request
+    pipeline, state = call.pipeline, route.state
     usage = response.usage
-    latency = clock.monotonic() - started
-    request = plan.request
+    latency = pipeline.clock.monotonic() - attempt.started
     rates = route.rates_for(request, call.extras) if route.upstream.fell_back else route.rates()
     cost = None if rates is None else route.prices.price_response(rates, response, request)
     estimated = False
     if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
-        cost = plan.bound if plan.bound is not None else bound_or_none(route, plan.request)
+        cost = worst(attempt)
         estimated = cost is not None
-    started_at = clock.time() - latency
-    if reservation is None:
-        record = call.record(
-            route, IDS.make(), plan.number, "ok", cost, started_at, estimated=estimated, usage=usage, latency=latency
-        )
-        pipeline.store.append(record)
-    else:
-        record = call.record(
-            route, reservation.id, plan.number, "ok", cost, started_at, estimated=estimated, usage=usage,
-            latency=latency, accounts=_keys(reservation) if reservation.accounts else (),
-        )  # fmt: skip
-        pipeline.store.settle(
-            reservation, Settlement(reservation.id, cost, _used(rates, usage), True, estimated, record)
-        )
-        if cost is not None and plan.bound is not None and cost > plan.bound:
-            call.emit("budget_overrun", model=route.model, cost_usd=usd(cost), bound_usd=usd(plan.bound))
-    if permit is not None:
+    record = _record(attempt, "ok", cost, latency, estimated, usage)
+    tokens = None if attempt.reservation is None else _used(rates, usage)
+    _book(attempt, record, cost, tokens, True, estimated)
+    if cost is not None and attempt.bound is not None and cost > attempt.bound:
+        call.emit("budget_overrun", model=route.model, cost_usd=usd(cost), bound_usd=usd(attempt.bound))
+    if attempt.permit is not None:
         assert state.breaker is not None
-        state.breaker.success(permit, latency - call.paused)
+        state.breaker.success(attempt.permit, latency - call.paused)
     if state.retry_budget.drawn:
         state.retry_budget.success()
     if usage.output_tokens is not None and (route.learning or request.config.max_tokens is None):
         state.learn(usage.output_tokens)
     call.remember(record, route, response)
     if pipeline.bus.wants_content:
-        call.emit_content(plan.request, response)
+        call.emit_content(request, response)
 
 
-def failed(
-    call: Call,
-    plan: Plan,
-    reservation: Reservation | None,
-    permit: Permit | None,
-    started: float,
-    until: float,
-    raised: BaseException,
-    attempted: bool,
-) -> tuple[BaseException, Verdict]:
-    """Settle an attempt that raised; which error that is for the caller, and what it means.
+def failed(attempt: Attempt, raised: BaseException) -> BaseException:
+    """Settle an attempt that raised; which error that is for the caller.
 
     When the consumer left, perhaps inside the garbage collector, all of it is the reaper's work: listeners and the
     breaker take locks too.
-
-    Args:
-        until: monotonic time at which the driver was told to end it.
-        attempted: the attempt was handed to the driver, so the provider may have seen it.
     """
-    latency = call.pipeline.clock.monotonic() - started
+    latency = attempt.call.pipeline.clock.monotonic() - attempt.started
     if isinstance(raised, GeneratorExit):
 
         def settle() -> None:
-            _failed(call, plan, reservation, permit, started, latency, until, raised, attempted)
+            _failed(attempt, raised, latency)
 
         REAPER.post(settle)
-        return raised, CANCELLED
-    return _failed(call, plan, reservation, permit, started, latency, until, raised, attempted)
+        return raised
+    return _failed(attempt, raised, latency)
 
 
-def _failed(
-    call: Call,
-    plan: Plan,
-    reservation: Reservation | None,
-    permit: Permit | None,
-    started: float,
-    latency: float,
-    until: float,
-    raised: BaseException,
-    attempted: bool,
-) -> tuple[BaseException, Verdict]:
-    route = plan.route
+def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseException:
+    call, route = attempt.call, attempt.route
     worked = latency - call.paused
     error, late = raised, None
     if isinstance(raised, AttemptTimeoutError):
         late = raised.late
-        if until >= call.deadline and not isinstance(raised, StalledError):
+        if attempt.until >= call.deadline and not isinstance(raised, StalledError):
             error = too_late(call, "while the upstream was working")
             verdict = own_deadline(worked, route.timeout)
         else:
@@ -128,27 +88,29 @@ def _failed(
             verdict = judge(error)
     else:
         verdict = judge(error)
-    if not attempted:
+    if not attempt.sent:
         verdict = verdict._replace(sent=False, owed=False)
-    if permit is not None:
+    if attempt.permit is not None:
         breaker = route.state.breaker
         assert breaker is not None
         if verdict.failure:
-            breaker.failure(permit, worked, cause_of(error), getattr(error, "retry_after", None))
+            breaker.failure(attempt.permit, worked, _cause_of(error), getattr(error, "retry_after", None))
         else:
-            breaker.release(permit)
+            breaker.release(attempt.permit)
     if verdict.throttled:
-        _throttled(call, plan, error)
+        _throttled(attempt, error)
     if late is None:
-        _settle_failure(call, plan, reservation, latency, verdict, error)
+        _settle_failure(attempt, verdict, error, latency)
     else:
-        late.on_end(lambda response, failure: _ended_late(call, plan, reservation, started, verdict, response, failure))
-    return error, verdict
+        late.on_end(lambda response, failure: _ended_late(attempt, verdict, response, failure))
+    return error
 
 
-def give_back(call: Call, reservation: Reservation, error: BaseException) -> None:
+def give_back(attempt: Attempt, error: BaseException) -> None:
     """Return a reservation that is not used; it may still be waiting, or be granted meanwhile."""
-    store = call.pipeline.store
+    store, reservation = attempt.call.pipeline.store, attempt.reservation
+    assert reservation is not None
+    attempt.reservation = None
 
     def work() -> None:
         if not store.withdraw(reservation):
@@ -160,61 +122,33 @@ def give_back(call: Call, reservation: Reservation, error: BaseException) -> Non
         work()
 
 
-def cause_of(error: BaseException) -> str:
+def _cause_of(error: BaseException) -> str:
     """Class and status of an error: what may be shown of it without showing a secret."""
     status = getattr(error, "status", None)
     name = type(error).__name__
     return f"{name} {status}" if status is not None else name
 
 
-def _settle_failure(
-    call: Call, plan: Plan, reservation: Reservation | None, latency: float, verdict: Verdict, error: BaseException
-) -> None:
-    cost: int | None = 0
-    if verdict.owed:
-        cost = plan.bound if plan.bound is not None else bound_or_none(plan.route, plan.request)
-    store = call.pipeline.store
+def _settle_failure(attempt: Attempt, verdict: Verdict, error: BaseException, latency: float) -> None:
+    cost = worst(attempt) if verdict.owed else 0
     record = None
     if verdict.sent or (isinstance(error, Exception) and not isinstance(error, RejectedError)):
-        record = call.record(
-            plan.route, IDS.make() if reservation is None else reservation.id, plan.number, verdict.outcome, cost,
-            call.pipeline.clock.time() - latency, estimated=verdict.owed and cost is not None, latency=latency,
-            error=error, accounts=_keys(reservation),
-        )  # fmt: skip
-        call.remember(record, plan.route)
-    if reservation is not None:
-        tokens = None if verdict.owed else 0
-        store.settle(reservation, Settlement(reservation.id, cost, tokens, verdict.sent, verdict.owed, record))
-    elif record is not None:
-        store.append(record)
+        estimated = verdict.owed and cost is not None
+        record = _record(attempt, verdict.outcome, cost, latency, estimated, error=error)
+        attempt.call.remember(record, attempt.route)
+    _book(attempt, record, cost, None if verdict.owed else 0, verdict.sent, verdict.owed)
 
 
-def _ended_late(
-    call: Call,
-    plan: Plan,
-    reservation: Reservation | None,
-    started: float,
-    verdict: Verdict,
-    response: Any,
-    failure: BaseException | None,
-) -> None:
+def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: BaseException | None) -> None:
     """An abandoned attempt has ended in its worker: perhaps its usage is known after all."""
-    route = plan.route
-    latency = call.pipeline.clock.monotonic() - started
-    rates = route.rates_for(plan.request, call.extras)
+    call, route = attempt.call, attempt.route
+    latency = call.pipeline.clock.monotonic() - attempt.started
+    rates = route.rates_for(attempt.request, call.extras)
     if isinstance(response, Response):
-        cost = None if rates is None else route.prices.price_response(rates, response, plan.request)
+        cost = None if rates is None else route.prices.price_response(rates, response, attempt.request)
         if cost is not None or rates is None:
-            id = IDS.make() if reservation is None else reservation.id
-            record = call.record(
-                route, id, plan.number, verdict.outcome, cost, call.pipeline.clock.time() - latency,
-                usage=response.usage, latency=latency, accounts=_keys(reservation),
-            )  # fmt: skip
-            store = call.pipeline.store
-            if reservation is None:
-                store.append(record)
-            else:
-                store.settle(reservation, Settlement(id, cost, _used(rates, response.usage), True, False, record))
+            record = _record(attempt, verdict.outcome, cost, latency, usage=response.usage)
+            _book(attempt, record, cost, _used(rates, response.usage), True, False)
             call.remember(record, route, response)
             return
     if isinstance(failure, Exception):
@@ -223,25 +157,49 @@ def _ended_late(
             error.__cause__ = failure  # what it means depends on its causes
         end = judge(error)
         verdict = verdict._replace(owed=end.owed, sent=end.sent)
-    _settle_failure(call, plan, reservation, latency, verdict, AttemptTimeoutError())
+    _settle_failure(attempt, verdict, AttemptTimeoutError(), latency)
 
 
-def _throttled(call: Call, plan: Plan, error: BaseException) -> None:
-    route = plan.route
+def _record(
+    attempt: Attempt,
+    outcome: str,
+    cost: int | None,
+    latency: float,
+    estimated: bool = False,
+    usage: Usage = EMPTY_USAGE,
+    error: BaseException | None = None,
+) -> CallRecord:
+    """The ledger's row, under the id of what was held."""
+    call, held = attempt.call, attempt.held
+    return call.record(
+        attempt.route, IDS.make() if held is None else held.id, attempt.number, outcome, cost,
+        call.pipeline.clock.time() - latency, estimated=estimated, usage=usage, latency=latency, error=error,
+        accounts=() if held is None or not held.accounts else tuple([account.key for account in held.accounts]),
+    )  # fmt: skip
+
+
+def _book(
+    attempt: Attempt, record: CallRecord | None, cost: int | None, tokens: int | None, sent: bool, estimated: bool
+) -> None:
+    """Put what an attempt came to in the place of what was held for it."""
+    held, store = attempt.held, attempt.call.pipeline.store
+    if held is not None:
+        store.settle(held, Settlement(held.id, cost, tokens, sent, estimated, record))
+    elif record is not None:
+        store.append(record)
+
+
+def _throttled(attempt: Attempt, error: BaseException) -> None:
+    call, route = attempt.call, attempt.route
     retry_after = getattr(error, "retry_after", None)
     if route.limit.adaptive:
+        store = call.pipeline.store
         route.state.throttled = True
-        call.pipeline.store.throttled(route.limit_key, route.limit, retry_after)
+        store.throttled(route.limit_key, route.limit, retry_after)
         told = remaining(getattr(error, "rate_limit_headers", None), call.pipeline.clock.time())
         if told:
-            call.pipeline.store.resync(route.limit_key, route.limit, told)
+            store.resync(route.limit_key, route.limit, told)
     call.emit("throttled", model=route.model, route=route.name, retry_after=retry_after)
-
-
-def _keys(reservation: Reservation | None) -> tuple[str, ...]:
-    if reservation is None or not reservation.accounts:
-        return ()
-    return tuple([account.key for account in reservation.accounts])
 
 
 def _used(rates: Rates | None, usage: Usage) -> int | None:

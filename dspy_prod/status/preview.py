@@ -15,7 +15,7 @@ from dspy.lm15 import Request
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError, StoreUnavailableError
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.pipeline import Pipeline
-from dspy_prod.pipeline.plan import Plan, plan, shrunk, wait_until
+from dspy_prod.pipeline.plan import Attempt, plan, shrunk, wait_until
 from dspy_prod.pipeline.refusals import refused, too_late
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.pricing.bounds import hosted_fees
@@ -30,7 +30,7 @@ class _Outlook(NamedTuple):
     """What one route would do: `wait` seconds, None when it depends on other calls, and why not."""
 
     route: Route
-    plan: Plan | None
+    plan: Attempt | None
     wait: float | None
     refusal: RejectedError | None
     detail: str = ""
@@ -101,7 +101,7 @@ def _first_that_answers(call: Call, count: int) -> _Outlook:
 
 
 def _try(call: Call, route: Route, count: int) -> _Outlook:
-    planned: Plan | None = None
+    planned: Attempt | None = None
     impossible: RejectedError | None = None
     try:
         planned = plan(call, route, 1)  # known even when the circuit is open: it tells what the call would cost
@@ -122,16 +122,16 @@ def _try(call: Call, route: Route, count: int) -> _Outlook:
         return _Outlook(route, planned, error.retry_after, error, error.message)
 
 
-def _admission(call: Call, planned: Plan, count: int) -> _Outlook:
+def _admission(call: Call, planned: Attempt, count: int) -> _Outlook:
     """What limiter and budget would say to a reservation that is not made."""
     assert planned.reservation is not None
     pipeline, route, reservation = call.pipeline, planned.route, copy(planned.reservation)
     reservation.amount *= count
     wait, refusal = pipeline.store.preview(reservation)
     if refusal is not None:
-        smaller = shrunk(call, planned, refusal) if count == 1 else None
+        smaller = shrunk(planned, refusal) if count == 1 else None
         if smaller is None:
-            raise refused(call, planned, refusal)
+            raise refused(planned, refusal)
         return _admission(call, smaller, count)
     held = _held_by_others(pipeline, reservation)
     if held:
@@ -141,7 +141,7 @@ def _admission(call: Call, planned: Plan, count: int) -> _Outlook:
     if wait == inf:
         return _Outlook(route, planned, None, None, f"Waits until calls in flight to {route.model} end")
     now = pipeline.clock.monotonic()
-    until = wait_until(call, planned, now)
+    until = wait_until(planned, now)
     if now + wait > until:
         if until >= call.deadline:
             raise too_late(call, "while waiting for the rate limit")
@@ -186,7 +186,7 @@ def _affordable(pipeline: Pipeline, outlook: _Outlook, bound: int | None) -> boo
         return None
 
 
-def _budgets(pipeline: Pipeline, planned: Plan) -> list[BudgetStatus]:
+def _budgets(pipeline: Pipeline, planned: Attempt) -> list[BudgetStatus]:
     if planned.reservation is None:
         return []
     wall = pipeline.clock.time()

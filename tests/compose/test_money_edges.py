@@ -19,7 +19,7 @@ from dspy_prod.context.current import current
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.flow import flow
-from dspy_prod.pipeline.plan import Plan, plan
+from dspy_prod.pipeline.plan import Attempt, plan
 from dspy_prod.pricing.rates import PriceBook
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.admission.core import AdmissionCore
@@ -260,7 +260,7 @@ def test_a_refusal_for_money_of_yesterday_is_asked_again_today() -> None:
     steps.close()
 
 
-def _reservation_of(planned: Plan) -> Reservation:
+def _reservation_of(planned: Attempt) -> Reservation:
     assert planned.reservation is not None
     return planned.reservation
 
