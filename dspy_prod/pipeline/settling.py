@@ -20,6 +20,7 @@ from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import remaining
+from dspy_prod.policies.cache import EMPTY_USAGE
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.records import CallRecord, usd
 from dspy_prod.runtime.reaper import REAPER
