@@ -10,6 +10,7 @@ import itertools
 import logging
 import time
 import uuid
+from dataclasses import dataclass, field
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,7 @@ IDS = _Ids()
 reset_after_fork(IDS)
 
 
+@dataclass(slots=True, eq=False)
 class Call:
     """See the module's docstring.
 
@@ -67,49 +69,24 @@ class Call:
         records: what the attempts were.
     """
 
-    __slots__ = (
-        "alone",
-        "context",
-        "deadline",
-        "degraded",
-        "extras",
-        "id",
-        "key",
-        "missed",
-        "paused",
-        "pipeline",
-        "records",
-        "request",
-        "streaming",
-        "visible",
-        "waited",
-    )
+    pipeline: Pipeline
+    request: Request
+    context: CallContext
+    key: bytes | None
+    extras: dict[str, Any] | None
+    streaming: bool
+    records: list[CallRecord]
+    missed: bool = False
+    alone: bool = False
+    visible: bool = False
+    degraded: bool = False
+    paused: float = 0.0
+    waited: float = 0.0
+    deadline: float = field(init=False)
+    id: str = field(init=False)
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        request: Request,
-        context: CallContext,
-        key: bytes | None,
-        extras: dict[str, Any] | None,
-        streaming: bool,
-        records: list[CallRecord],
-        missed: bool = False,
-    ) -> None:
-        self.pipeline = pipeline
-        self.request = request
-        self.context = context
-        self.key = key
-        self.missed = missed
-        self.extras = extras
-        self.streaming = streaming
-        self.deadline = context.deadline
-        self.visible = False
-        self.degraded = False
-        self.waited = 0.0
-        self.paused = 0.0
-        self.alone = False
-        self.records = records
+    def __post_init__(self) -> None:
+        self.deadline = self.context.deadline
         self.id = IDS.make()
 
     def routes(self) -> tuple[Route, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy.lm15 import Request
@@ -19,6 +20,7 @@ class Decidable(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
 class Send:
     """Send `request` on `route` once. Answered with the `Response`, or by raising the upstream's error.
 
@@ -26,43 +28,29 @@ class Send:
     the request goes out, as late as the driver can tell.
     """
 
-    __slots__ = ("extras", "leaving", "request", "route", "until")
-
-    def __init__(
-        self,
-        route: Route,
-        request: Request,
-        extras: dict[str, Any] | None,
-        until: float,
-        leaving: Callable[[], None] | None = None,
-    ) -> None:
-        self.route = route
-        self.request = request
-        self.extras = extras
-        self.until = until
-        self.leaving = leaving
+    route: Route
+    request: Request
+    extras: dict[str, Any] | None
+    until: float
+    leaving: Callable[[], None] | None = None
 
 
+@dataclass(slots=True, eq=False)
 class Warm:
     """Build the engine that an attempt on `route` will use, so that nothing delays it once it is admitted.
 
     Answered with nothing, by `until` at the latest, or by raising why there is no such engine.
     """
 
-    __slots__ = ("extras", "request", "route", "until")
-
-    def __init__(self, route: Route, request: Request, extras: dict[str, Any] | None, until: float) -> None:
-        self.route = route
-        self.request = request
-        self.extras = extras
-        self.until = until
+    route: Route
+    request: Request
+    extras: dict[str, Any] | None
+    until: float
 
 
+@dataclass(slots=True, eq=False)
 class Wait:
     """Wait until `what` is decided or the monotonic clock shows `until`. Answered with nothing."""
 
-    __slots__ = ("until", "what")
-
-    def __init__(self, what: Decidable | None, until: float) -> None:
-        self.what = what
-        self.until = until
+    what: Decidable | None
+    until: float

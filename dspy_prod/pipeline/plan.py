@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,6 +29,7 @@ _STREAM_LEASE: Final = 3600.0  # a stream may outlast any timeout
 _MIN_SHRUNK_TOKENS: Final = 16
 
 
+@dataclass(slots=True, eq=False)
 class Attempt:
     """One attempt of a call on one route: what it needs, and then how far it has come.
 
@@ -44,25 +45,17 @@ class Attempt:
         sent: it was handed to the driver, so the provider may have seen it.
     """
 
-    __slots__ = (
-        *("bound", "call", "number", "permit", "request", "reservation", "route", "rules"),
-        *("sent", "started", "until"),
-    )
-
-    def __init__(
-        self, call: Call, route: Route, request: Request, number: int, bound: int | None, rules: tuple[BudgetRule, ...]
-    ) -> None:
-        self.call = call
-        self.route = route
-        self.request = request
-        self.number = number
-        self.bound = bound
-        self.rules = rules
-        self.reservation: Reservation | None = None
-        self.permit: Permit | None = None
-        self.started = call.pipeline.clock.monotonic()
-        self.until = inf
-        self.sent = False
+    call: Call
+    route: Route
+    request: Request
+    number: int
+    bound: int | None
+    rules: tuple[BudgetRule, ...]
+    started: float
+    reservation: Reservation | None = None
+    permit: Permit | None = None
+    until: float = inf
+    sent: bool = False
 
     @property
     def held(self) -> Reservation | None:
@@ -87,7 +80,7 @@ def plan(call: Call, route: Route, number: int) -> Attempt:
         request = _with_defaults(request, route.defaults)
     rules = _rules(pipeline.budgets, route) if route.rules else pipeline.budgets
     limited = route.limited or route.state.identity.throttled
-    attempt = Attempt(call, route, request, number, None, rules)
+    attempt = Attempt(call, route, request, number, None, rules, pipeline.clock.monotonic())
     if not rules and not limited:
         return attempt
     tokens = 0
@@ -169,7 +162,8 @@ def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
     if fits < _MIN_SHRUNK_TOKENS or (config.max_tokens is not None and fits >= config.max_tokens):
         return None
     request = replace(old.request, config=replace(config, max_tokens=fits))
-    again = Attempt(old.call, route, request, old.number, route.most(request, inputs, fits), old.rules)
+    bound, now = route.most(request, inputs, fits), old.call.pipeline.clock.monotonic()
+    again = Attempt(old.call, route, request, old.number, bound, old.rules, now)
     tokens, limited = min(reservation.tokens, inputs + fits), reservation.limit_key is not None
     again.reservation = _reservation(again, tokens, tuple(reservation.accounts), limited)
     return again

@@ -9,6 +9,7 @@ import contextvars
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import orjson
@@ -20,6 +21,7 @@ from dspy_prod.policies.cache import LOCAL
 from dspy_prod.records import CallRecord
 
 
+@dataclass(slots=True, eq=False)
 class Scope:
     """One public call; `n > 1` makes several engine calls within it. Entering it tells the engine beneath.
 
@@ -30,19 +32,15 @@ class Scope:
         records: everything the call did.
     """
 
-    __slots__ = ("_token", "base", "context", "extras", "index", "missed", "records", "rollout_id", "use_cache")
-
-    def __init__(
-        self, context: CallContext, base: bytes | None, extras: dict[str, Any] | None, rollout_id: Any, use_cache: bool
-    ) -> None:
-        self.context = context
-        self.base = base
-        self.extras = extras
-        self.rollout_id = rollout_id
-        self.use_cache = use_cache
-        self.index = 0
-        self.missed = False
-        self.records: list[CallRecord] = []
+    context: CallContext
+    base: bytes | None
+    extras: dict[str, Any] | None
+    rollout_id: Any
+    use_cache: bool
+    index: int = 0
+    missed: bool = False
+    records: list[CallRecord] = field(default_factory=list)
+    _token: Any = None
 
     def __enter__(self) -> None:
         self._token = SCOPE.set(self)
