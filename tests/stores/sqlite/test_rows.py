@@ -1,0 +1,63 @@
+"""Rows are written and read by position; each column must hold what its name says."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+
+import pytest
+
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.admission.holds import Hold
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, hold_of, hold_row, record_of, record_row, stub_json
+from dspy_prod.stores.sqlite.schema import _TABLES
+from dspy_prod.stores.sqlite.tables import HOLD_COLUMNS, PUT_HOLD
+from tests.test_records import FACTS
+
+RECORD = CallRecord(**FACTS)  # type: ignore[arg-type]
+TAKEN = [1, 10, 0]
+
+
+@pytest.fixture
+def database() -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(_TABLES)
+    yield connection
+    connection.close()
+
+
+def test_a_record_is_kept_under_the_names_of_its_fields(database: sqlite3.Connection) -> None:
+    """A new field must not move the others into their neighbours' columns."""
+    marks = ", ".join("?" * (1 + len(RECORD)))
+    database.execute(f"INSERT INTO records (ns, {RECORD_COLUMNS}) VALUES ({marks})", record_row(9, RECORD))
+    database.row_factory = sqlite3.Row
+    (row,) = database.execute("SELECT * FROM records")
+    kept = {name: row[name] for name in row.keys() if name != "seq"}  # noqa: SIM118  (a Row iterates over its values)
+    assert kept == {
+        **RECORD._asdict(), "ns": 9, "tags": '{"a":"b"}', "accounts": '["acc"]', "estimated": 1, "cached": 0,
+    }  # fmt: skip
+    database.row_factory = None
+    assert record_of(database.execute(f"SELECT {RECORD_COLUMNS} FROM records").fetchone()) == RECORD
+
+
+def test_a_hold_is_kept_under_the_names_of_its_columns(database: sqlite3.Connection) -> None:
+    """The heirs of a process that died read what it held: whose money, how much, until when."""
+    hold = Hold("the id", ("one", "two"), 5, "the key", TAKEN, 7.5, RECORD)  # type: ignore[arg-type]
+    database.execute(PUT_HOLD, hold_row(9, "the owner", hold))
+    (row,) = database.execute("SELECT ns, id, owner, ends_at, amount, accounts, limit_key, debit, stub FROM holds")
+    assert row == (
+        *(9, "the id", "the owner", 7.5, 5, '["one","two"]', "the key", b"[1,10,0]"),
+        stub_json(RECORD),
+    )
+    found = hold_of(database.execute(f"SELECT {HOLD_COLUMNS} FROM holds").fetchone())
+    assert {
+        name: getattr(found, name) for name in ("id", "accounts", "amount", "limit_key", "lease_until", "stub")
+    } == {
+        "id": "the id",
+        "accounts": ("one", "two"),
+        "amount": 5,
+        "limit_key": "the key",
+        "lease_until": 7.5,
+        "stub": RECORD,
+    }
+    assert found.debit == TAKEN

@@ -1,0 +1,63 @@
+"""Records and their sums, which are built and stored by position: each number under its own name."""
+
+from __future__ import annotations
+
+import pytest
+
+from dspy_prod.records import CallRecord, Totals, rollup_keys
+
+FACTS = {
+    "id": "i", "call_id": "c", "started_at": 1.5, "model": "m", "route": "r", "attempt": 2, "outcome": "error",
+    "cost_nano": 3, "estimated": True, "error": "E", "status": 418, "input_tokens": 4, "output_tokens": 5,
+    "cached_tokens": 6, "reasoning_tokens": 7, "cached": False, "latency": 8.5, "waited": 9.5, "user": "u",
+    "tenant": "t", "session": "s", "priority": "high", "program": "p", "experiment": "x", "variant": "v",
+    "prompt_version": "pv", "tags": (("a", "b"),), "trace_id": "tr", "accounts": ("acc",),
+}  # fmt: skip
+
+
+def test_a_record_survives_its_dictionary() -> None:
+    """Every field goes out and comes back under its name."""
+    record = CallRecord(**FACTS)  # type: ignore[arg-type]
+    row = record.to_dict()
+    assert (row["tags"], row["accounts"], row["cost_usd"]) == ({"a": "b"}, ["acc"], 3e-9)
+    assert CallRecord.from_dict({**row, "unknown": 1}) == record
+    assert set(FACTS) == set(CallRecord._fields)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sums"),
+    [
+        (
+            {},
+            {"cost_nano": 3, "unconfirmed_nano": 3, "unknown_cost": 0, "attempts": 1, "cached": 0, "failed": 1},
+        ),
+        (
+            {"outcome": "ok", "estimated": False},
+            {"cost_nano": 3, "unconfirmed_nano": 0, "unknown_cost": 0, "attempts": 1, "cached": 0, "failed": 0},
+        ),
+        (
+            {"outcome": "cached", "cached": True, "estimated": False, "cost_nano": None},
+            {"cost_nano": 0, "unconfirmed_nano": 0, "unknown_cost": 1, "attempts": 0, "cached": 1, "failed": 0},
+        ),
+    ],
+)
+def test_a_records_share_in_the_sums(changed: dict[str, object], sums: dict[str, int]) -> None:
+    """An attempt that failed, one that was answered, one that the cache spared."""
+    record = CallRecord(**{**FACTS, **changed})  # type: ignore[arg-type]
+    assert Totals.of(record)._asdict() == {**sums, "input_tokens": 4, "output_tokens": 5}
+
+
+def test_sums_add_up_field_by_field() -> None:
+    """Neighbours must not mix."""
+    one = Totals(*range(1, 9))
+    assert one.plus(Totals(*range(10, 90, 10))) == Totals(*(n + 10 * n for n in range(1, 9)))
+
+
+def test_a_record_is_summed_under_each_of_its_values() -> None:
+    """`("all", "")` comes first; what the context did not say is not summed."""
+    keys = rollup_keys(CallRecord(**FACTS))  # type: ignore[arg-type]
+    assert keys == [
+        *(("all", ""), ("model", "m"), ("user", "u"), ("tenant", "t"), ("program", "p"), ("variant", "v")),
+        *(("prompt", "pv"), ("tag:a", "b")),
+    ]
+    assert rollup_keys(CallRecord("i", "c", 0.0, "m", "r", 1, "ok", 0)) == [("all", ""), ("model", "m")]
