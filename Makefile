@@ -17,7 +17,7 @@ SOURCES := dspy_prod tests $(wildcard benchmarks)
 PORT ?= 5000
 # Tests side by side: most of their time they wait. The order is random; SEED=... repeats that of a run that printed it.
 WORKERS ?= 6
-SPREAD = -n $(WORKERS) --dist loadgroup $(if $(SEED),-p "randomly" --randomly-seed=$(SEED))
+SPREAD = -n $(WORKERS) $(if $(SEED),-p "randomly" --randomly-seed=$(SEED))
 
 # One stamp per set of packages; a change of the pins installs again.
 BASE := $(VENV)/.stamp-base

@@ -18,19 +18,26 @@ for _name in [name for name in os.environ if name.upper().endswith(("_API_KEY", 
 by_default()
 
 SHARING = ("registry", "tracking", "cli", "ui")
-"""Rooms whose tests share what is dear to make: a server, a run of the demo, MLflow itself. One process takes each."""
+"""Rooms whose tests share what is dear to make: a server, a run of the demo, MLflow itself. One worker takes each."""
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What one worker of pytest-xdist takes at a time: a room that shares, or a single test."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            room = nodeid.split("/")[1]
+            return room if room in SHARING else nodeid
+
+    return Rooms(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In a worker of pytest-xdist: what takes long begins first, so that no worker is left with it at the end."""
-    if not hasattr(config, "workerinput"):
-        return
-    for item in items:
-        room = item.path.relative_to(config.rootpath / "tests").parts[0]
-        if room in SHARING:
-            item.add_marker(pytest.mark.xdist_group(room))
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    """In a worker: what takes long begins first, so that nobody is left with it at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,6 @@ import pytest
 
 from dspy_prod.cli import main
 
-pytestmark = pytest.mark.timeout(240)  # the first test of a module waits for the demo
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -35,7 +33,7 @@ def demo(store: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, obje
         },
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=280,
     )
     assert run.returncode == 0, run.stderr
     result: dict[str, object] = json.loads(run.stdout)

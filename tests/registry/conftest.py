@@ -107,13 +107,20 @@ def server(schema: Path, only_server: MlflowServer) -> Iterator[MlflowServer]:
 
 
 @pytest.fixture(scope="session")
-def others() -> Iterator[tuple[Other, Other]]:
-    """Two other processes, which share nothing with this one but the stores."""
+def only_others() -> Iterator[tuple[Other, Other]]:
+    """The other processes of all tests."""
     pair = Other(), Other()
     yield pair
     for other in pair:
-        other.process.kill()
-        other.process.wait(20)
+        other.end()
+
+
+@pytest.fixture
+def others(only_others: tuple[Other, Other]) -> Iterator[tuple[Other, Other]]:
+    """Two other processes, which share nothing with this one but the stores."""
+    yield only_others
+    for other in only_others:
+        other.rest()
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +141,6 @@ def bench(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Ben
 def ahead(request: pytest.FixtureRequest) -> None:
     """Start what some test will need, so that it is ready by then."""
     wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    for mine, slow in (("server", "only_server"), ("others", "others"), ("nursery", "nursery")):
+    for mine, slow in (("server", "only_server"), ("others", "only_others"), ("nursery", "nursery")):
         if mine in wanted:
             request.getfixturevalue(slow)

@@ -154,6 +154,10 @@ class Other:
     """Another process, in which `run` executes code. It remembers nothing between two runs but its imports."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._busy = False
         code = "from tests.registry.processes import obey; obey()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
@@ -162,6 +166,7 @@ class Other:
     def begin(self, code: str, *arguments: str) -> None:
         """Let it execute code, which finds its arguments in `sys.argv[1:]`."""
         assert self.process.stdin is not None
+        self._busy = True
         self.process.stdin.write(json.dumps([code, *arguments]) + "\n")
         self.process.stdin.flush()
 
@@ -170,12 +175,24 @@ class Other:
         assert self.process.stdout is not None
         lines = list(iter(lambda: self.process.stdout.readline().rstrip("\n"), END))  # type: ignore[union-attr]
         assert self.process.poll() is None, lines
+        self._busy = False
         return lines
 
     def run(self, code: str, *arguments: str) -> list[str]:
         """What the code prints."""
         self.begin(code, *arguments)
         return self.said()
+
+    def rest(self) -> None:
+        """After a test that was broken off: what it began must not go on beside the next one."""
+        if self._busy:
+            self.end()
+            self._start()
+
+    def end(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.wait(20)
 
 
 def obey() -> None:
@@ -225,5 +242,4 @@ class Nursery:
 
     def close(self) -> None:
         """End it."""
-        self._other.process.kill()
-        self._other.process.wait(20)
+        self._other.end()
