@@ -29,7 +29,7 @@ PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ui test test-slow ui-test lint bench notebooks chaos soak mutants clean local-model
+.PHONY: help demo ui test test-slow ui-test lint bench notebooks chaos soak mutants versions clean local-model
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -82,6 +82,9 @@ mutants: $(MUTANTS) ## change policies and admission in small ways: do their tes
 	DSPY_PROD_EXAMPLES=0.1 nice -n 10 $(BIN)/mutmut run --max-children 2 $(if $(ONLY),"dspy_prod.$(subst /,.,$(ONLY)).*")
 	@$(BIN)/mutmut results
 	@echo "'$(BIN)/mutmut show NAME' shows a mutant; '$(BIN)/mutmut browse' all of them."
+
+versions: ## the tests that know other packages, with the oldest and newest versions of them (needs 2 GB and minutes)
+	.ci/versions oldest newest
 
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis mutants
