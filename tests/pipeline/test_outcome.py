@@ -1,0 +1,154 @@
+"""The table of verdicts: what each end of an attempt means for breaker, retries, fallbacks, limiter and bill."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from dspy.utils import exceptions as dspy_errors
+from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
+
+from dspy_prod.errors import BudgetExceededError
+from dspy_prod.pipeline.outcome import Verdict, judge, own_deadline
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+
+
+def from_cause(error: BaseException, cause: BaseException) -> Any:
+    error.__cause__ = cause
+    return error
+
+
+def foreign(name: str, module: str = "httpx", **attributes: Any) -> BaseException:
+    """An error of another library, known by its name alone."""
+    kind: Any = type(name, (Exception,), {"__module__": module, **attributes})
+    error: BaseException = kind("foreign")
+    return error
+
+
+def marks(verdict: Verdict) -> str:
+    """A verdict in a word: F(ailure), R(etry), f(allback), T(hrottled), S(ent), O(wed)."""
+    letters = zip("FRfTSO", verdict[1:], strict=True)
+    return "".join(letter if said else "." for letter, said in letters)
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome", "told"),
+    [
+        ("ContextWindowExceededError", "error", "..f.S."),
+        ("LMAuthError", "error", "..f.S."),
+        ("LMBillingError", "error", "..f.S."),
+        ("LMRateLimitError", "error", ".RfTS."),
+        ("LMUnsupportedModelError", "error", "..f.S."),
+        ("LMInvalidRequestError", "error", "....S."),
+        ("LMTimeoutError", "timeout", "FRf.SO"),
+        ("LMServerError", "error", "FRf.SO"),
+        ("LMLockTimeoutError", "error", ".R...."),
+        ("LMTransportError", "error", "FRf.SO"),
+        ("LMUnsupportedFeatureError", "error", "..f..."),
+        ("LMConfigurationError", "error", "..f..."),
+        ("LMNotConfiguredError", "error", "..f..."),
+        ("LMStreamAssemblyError", "error", "F.f.SO"),
+        ("LMProviderError", "error", "F.f.SO"),
+        ("LMUnexpectedError", "error", "F.f.SO"),
+        ("LMCollectionLimitError", "error", "F.f.SO"),
+        ("LMError", "error", "F.f.SO"),
+    ],
+)
+def test_every_class_of_dspys_has_its_verdict(kind: str, outcome: str, told: str) -> None:
+    """The rows of the table; a class that is placed behind its base would get the base's verdict."""
+    verdict = judge(getattr(dspy_errors, kind)(message="said the upstream"))
+    assert (verdict.outcome, marks(verdict)) == (outcome, told)
+
+
+def test_no_class_of_dspys_is_forgotten() -> None:
+    """A new class of DSPy's falls under its base; whoever adds one decides here whether that is right."""
+    every = {name for name, kind in vars(dspy_errors).items() if isinstance(kind, type) and issubclass(kind, LMError)}
+    (rows,) = [mark for mark in test_every_class_of_dspys_has_its_verdict.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
+    assert every == {kind for kind, _, _ in rows.args[1]}
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "told"),
+    [
+        (BudgetExceededError("our own"), "error", "......"),
+        (ValueError("not an LM's"), "error", "F.f.SO"),
+        (asyncio.CancelledError(), "cancelled", "....SO"),
+        (KeyboardInterrupt(), "cancelled", "....SO"),
+        (GeneratorExit(), "cancelled", "....SO"),
+    ],
+)
+def test_ends_that_are_not_the_upstreams(error: BaseException, outcome: str, told: str) -> None:
+    """Who was refused owes nothing; who left may owe; neither is held against the upstream."""
+    verdict = judge(error)
+    assert (verdict.outcome, marks(verdict)) == (outcome, told)
+
+
+@pytest.mark.parametrize(
+    ("status", "owed"),
+    [(None, True), (400, False), (404, False), (408, True), (499, False), (500, False), (501, True), (502, True),
+     (503, False), (504, True), (529, False)],
+)  # fmt: skip
+def test_the_status_says_whether_it_was_billed(status: int | None, owed: bool) -> None:
+    """Money is owed unless the provider certainly did not work."""
+    assert judge(dspy_errors.LMProviderError("no", status=status)).owed is owed
+
+
+@pytest.mark.parametrize(
+    ("cause", "sent"),
+    [
+        (foreign("ConnectError"), False),
+        (foreign("ConnectTimeout"), False),
+        (foreign("PoolTimeout"), False),
+        (foreign("ClientConnectorError", "aiohttp"), False),
+        (ConnectionRefusedError(), False),
+        (foreign("ReadError"), True),
+        (ConnectionResetError(), True),
+        (from_cause(foreign("ConnectError"), ConnectionResetError()), True),
+        (from_cause(foreign("ConnectError"), foreign("ClientOSError", "aiohttp")), True),
+    ],
+)
+@pytest.mark.parametrize("kind", [LMTransportError, LMServerError])
+def test_a_call_that_never_got_through_was_not_sent(kind: type[LMError], cause: BaseException, sent: bool) -> None:
+    """No connection, no bill; but LiteLLM also says `ConnectError` for one that broke after sending."""
+    verdict = judge(from_cause(kind("lost"), cause))
+    assert (verdict.sent, verdict.owed, verdict.retry) == (sent, sent, True)
+
+
+def test_a_body_that_is_no_json_is_not_paid_twice() -> None:
+    """The answer was made, and is owed: the same route would only be paid again."""
+    broken = from_cause(LMServerError("what?"), json.JSONDecodeError("no", "", 0))
+    assert marks(judge(broken)) == "F.f.SO"
+
+
+def test_a_status_that_litellm_made_up_decides_nothing() -> None:
+    """It says 500 for a connection that broke; 500 of the provider is not billed, this one may be."""
+    told = SimpleNamespace(status_code=500)
+    made_up = from_cause(LMServerError("?", status=500), foreign("InternalServerError", "litellm.exceptions"))
+    assert judge(made_up).owed
+    real = from_cause(
+        LMServerError("!", status=500),
+        from_cause(foreign("InternalServerError", "litellm.exceptions"), foreign("HTTPStatusError", response=told)),
+    )
+    assert not judge(real).owed
+    assert not judge(LMServerError("!", status=500)).owed, "our own engine's word"
+
+
+@pytest.mark.parametrize(
+    ("worked", "timeout", "failure"), [(0.9, None, False), (1.0, None, True), (4.9, 5.0, False), (5.0, 5.0, True)]
+)
+def test_a_deadline_counts_against_the_upstream_only_after_a_fair_time(
+    worked: float, timeout: float | None, failure: bool
+) -> None:
+    """A caller in a hurry says nothing about others; the call may have been billed either way."""
+    verdict = own_deadline(worked, timeout)
+    assert (verdict.outcome, verdict.failure, verdict.retry, verdict.owed) == ("timeout", failure, False, True)
+
+
+def test_an_error_that_is_raised_again_has_the_same_verdict() -> None:
+    """The flow judges what settling raised, settling what the driver did: a cause that is added must not matter."""
+    late = dspy_errors.LMTimeoutError("no answer within timeout=5 s")
+    before = judge(late)
+    assert judge(from_cause(late, AttemptTimeoutError())) == before
