@@ -1,0 +1,184 @@
+"""Who leads, who follows, who hears of what, and who leads when the leader has gone."""
+
+from __future__ import annotations
+
+import pytest
+
+from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, LEFT, WAITING, Flights, Follower
+
+
+class Verdict(Exception):
+    """An upstream's error."""
+
+
+def following(flights: Flights, key: str = "k") -> tuple[Follower, list[int]]:
+    """One more follower, and the states it was woken in."""
+    follower = flights.join(key)
+    assert follower is not None
+    states: list[int] = []
+    assert follower.attach(lambda: states.append(follower.state))
+    return follower, states
+
+
+def flying(followers: int = 0, key: str = "k") -> tuple[Flights, list[tuple[Follower, list[int]]]]:
+    """A flight that somebody leads, and so many who follow."""
+    flights = Flights()
+    assert flights.join(key) is None
+    return flights, [following(flights, key) for _ in range(followers)]
+
+
+def closed() -> None:
+    """Wakes a task of an event loop that is closed."""
+    raise RuntimeError("Event loop is closed")
+
+
+# -- the leader ends -------------------------------------------------------------------------------------------------
+def test_the_first_of_a_key_leads_and_the_others_follow() -> None:
+    flights, [(follower, states)] = flying(1)
+    assert flights.join("another key") is None
+    assert len(flights) == 2
+    assert (follower.state, follower.value, follower.error, states) == (WAITING, None, None, [])
+
+
+def test_an_answer_is_everybody_s_and_ends_the_flight() -> None:
+    flights, crowd = flying(3)
+    flights.join("another key")
+    flights.answer("k", "the answer")
+    assert [(follower.state, follower.value, states) for follower, states in crowd] == [
+        (ANSWERED, "the answer", [ANSWERED])
+    ] * 3
+    assert len(flights) == 1
+    assert flights.join("k") is None, "the next one leads a flight of its own"
+
+
+def test_an_error_is_everybody_s_each_as_an_object_of_its_own() -> None:
+    """A traceback belongs to one raise; what caused the error stays with each copy."""
+    flights, crowd = flying(2)
+    error = Verdict("down", 503)
+    error.__cause__ = cause = ValueError("why")
+    flights.fail("k", error)
+    heard = [follower.error for follower, _ in crowd]
+    assert [(type(each), each.args, each.__cause__) for each in heard if each] == [(Verdict, ("down", 503), cause)] * 2
+    assert len({id(each) for each in [error, *heard]}) == 3
+    assert [(follower.state, states) for follower, states in crowd] == [(FAILED, [FAILED])] * 2
+    assert len(flights) == 0
+
+
+@pytest.mark.parametrize("end", ["answer", "fail", "hand_over"])
+def test_a_flight_that_nobody_follows_just_ends(end: str) -> None:
+    flights, _ = flying()
+    getattr(flights, end)("k", *([Verdict()] if end == "fail" else ["the answer"] if end == "answer" else []))
+    assert len(flights) == 0
+    getattr(flights, end)("k", *([Verdict()] if end == "fail" else ["the answer"] if end == "answer" else []))
+    assert len(flights) == 0
+
+
+class Unique(Exception):
+    """Cannot be copied."""
+
+    def __copy__(self) -> Unique:
+        raise TypeError("there is only one")
+
+
+class Turning(Exception):
+    """Becomes something else when it is copied."""
+
+    def __copy__(self) -> ValueError:
+        return ValueError("not what it was")
+
+
+@pytest.mark.parametrize("kind", [Unique, Turning])
+def test_an_error_that_cannot_be_copied_is_shared_as_it_is(kind: type[Exception]) -> None:
+    flights, [(follower, _)] = flying(1)
+    error = kind()
+    flights.fail("k", error)
+    assert follower.error is error
+
+
+# -- the lead is handed over -----------------------------------------------------------------------------------------
+def test_the_lead_goes_to_who_has_waited_longest_and_the_others_follow_on() -> None:
+    flights, [(first, woken), (second, asleep)] = flying(2)
+    flights.hand_over("k")
+    assert (first.state, woken, second.state, asleep) == (LEADS, [LEADS], WAITING, [])
+    third, _ = following(flights)
+    flights.answer("k", "the answer")
+    assert (first.state, second.state, third.state) == (LEADS, ANSWERED, ANSWERED)
+    assert woken == [LEADS]
+
+
+def test_the_lead_passes_over_who_can_never_go_on() -> None:
+    """A task whose event loop was closed takes no lead: else everybody behind it waited for ever."""
+    flights, [(gone, _), (able, states)] = flying(2)
+    gone.attach(closed)
+    flights.hand_over("k")
+    assert (gone.state, able.state, states) == (LEFT, LEADS, [LEADS])
+    assert len(flights) == 1
+    flights.hand_over("k")
+    assert len(flights) == 0
+
+
+def test_a_follower_that_nobody_can_wake_yet_takes_the_lead_all_the_same() -> None:
+    """It looks at its state before it waits."""
+    flights, _ = flying()
+    follower = flights.join("k")
+    assert follower is not None
+    flights.hand_over("k")
+    assert follower.state == LEADS
+    assert len(flights) == 1
+    assert not follower.attach(closed), "there is nothing to wait for any more"
+    assert follower.wake is closed
+
+
+def test_an_answer_reaches_those_behind_one_who_cannot_be_woken() -> None:
+    flights, [(gone, _), (able, states)] = flying(2)
+    gone.attach(closed)
+    flights.answer("k", "the answer")
+    assert (gone.state, able.value, states) == (ANSWERED, "the answer", [ANSWERED])
+
+
+# -- a follower leaves -----------------------------------------------------------------------------------------------
+def test_who_leaves_is_neither_woken_nor_handed_the_lead() -> None:
+    flights, [(first, woken), (second, _)] = flying(2)
+    assert flights.leave("k", first)
+    assert first.state == LEFT
+    flights.hand_over("k")
+    assert (first.state, woken, second.state) == (LEFT, [], LEADS)
+
+
+@pytest.mark.parametrize(("end", "state"), [("answer", ANSWERED), ("hand_over", LEADS)])
+def test_who_was_decided_meanwhile_cannot_leave(end: str, state: int) -> None:
+    """Whoever leads by then must end the flight, and so has to know."""
+    flights, [(follower, _)] = flying(1)
+    getattr(flights, end)("k", *["the answer"] * (end == "answer"))
+    assert not flights.leave("k", follower)
+    assert follower.state == state
+
+
+def test_a_verdict_that_is_under_way_does_not_reach_who_has_left() -> None:
+    flights, [(first, woken), (second, _)] = flying(2)
+    followers = flights._end("k")
+    assert followers is not None
+    assert flights.leave("k", first)
+    for follower in followers:
+        flights._decide(follower, ANSWERED)
+    assert (first.state, woken, second.state) == (LEFT, [], ANSWERED)
+
+
+def test_leaving_after_one_s_own_flight_disturbs_no_later_one() -> None:
+    flights, [(late, _)] = flying(1)
+    flights._end("k")
+    assert flights.join("k") is None
+    other, states = following(flights)
+    assert flights.leave("k", late)
+    flights.answer("k", "the answer")
+    assert (late.state, other.state, states) == (LEFT, ANSWERED, [ANSWERED])
+
+
+# -- forks -----------------------------------------------------------------------------------------------------------
+def test_a_forked_child_has_no_flights_and_a_lock_that_nobody_holds() -> None:
+    """The threads that lead and follow are its parent's."""
+    flights, _ = flying(1)
+    with flights._lock:
+        flights._after_fork()
+        assert flights.join("k") is None
+    assert len(flights) == 1
