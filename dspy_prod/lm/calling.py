@@ -58,14 +58,7 @@ def begin(
 
 def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, Any], dict[str, Any] | None]:
     """(the LM to use, its canonical arguments, extras beside them) for one call's arguments."""
-    if not kwargs:
-        return lm, kwargs, None
-    plain = True
-    for key in kwargs:
-        if key not in _PLAIN_CALL_KEYS:
-            plain = False
-            break
-    if plain:
+    if not kwargs or _PLAIN_CALL_KEYS.issuperset(kwargs):
         return lm, kwargs, None
     kwargs = dict(kwargs)
     cache = kwargs.pop("cache", None)

@@ -19,7 +19,7 @@ from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.pipeline import Pipeline
-from dspy_prod.pipeline.scope import SCOPE, candidate_key, request_key
+from dspy_prod.pipeline.scope import SCOPE, Scope, candidate_key, request_key
 
 
 class _Guarded:
@@ -65,12 +65,9 @@ class _Guarded:
         pipeline = self.pipeline
         if scope is None:  # the engine is used without its LM
             context = stamped(current())
-            key = None
-            if self.caches and pipeline.cache is not None and context.cache != "bypass":
-                key = request_key(self.identity, request, None, None, self._tenant(context.tenant))
-            return Call(pipeline, request, context, key, None, streaming, [])
-        context = scope.context
-        index = scope.index
+            uses_cache = self.caches and pipeline.cache is not None and context.cache != "bypass"
+            scope = Scope(context, None, None, None, uses_cache)
+        context, index = scope.context, scope.index
         scope.index = index + 1
         key = None
         missed = False
