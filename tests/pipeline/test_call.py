@@ -90,5 +90,5 @@ def test_ids_are_unique_ordered_and_new_in_a_child() -> None:
     """A database's index stays dense, and a fork never repeats its parent's ids."""
     before = [IDS.make() for _ in range(3)]
     assert before == sorted(set(before))
-    IDS.renew()
+    IDS._after_fork()
     assert IDS.make().partition("-")[0] != before[0].partition("-")[0]

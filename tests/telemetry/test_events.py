@@ -63,7 +63,7 @@ def emitted() -> dict[str, set[str]]:
                 if how not in TELLS:
                     continue
                 fields = {word.arg for word in node.keywords if word.arg} - OWN | ADDED.get(how, set())
-                if how == "emit" and owner in ("call", "self"):
+                if how == "emit" and owner.rpartition(".")[2] in ("call", "self"):
                     fields |= CALL_FIELDS
                 if how == "emit_content":
                     fields -= CALL_FIELDS - {"call_id"}
