@@ -60,7 +60,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         with litellm_errors(model=request.model):
             source = litellm.completion(**data)
         codec = _ChatStream(request)
-        with closing_stream(source):
+        with closing_stream(_Closing(source)):
             chunks = iter(source)
             while True:
                 with litellm_errors(model=request.model):
@@ -70,6 +70,24 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
                         break
                 yield from codec.feed(chunk)
             yield self.ended(codec.finish(litellm), source)
+
+
+class _Closing:
+    """Closes LiteLLM's synchronous stream, which cannot itself be closed: what it reads from can.
+
+    Else the provider goes on, and bills, until the garbage collector comes by; which may then wait for ever for the
+    lock of the connection pool, if it interrupts whoever holds that.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def close(self) -> None:
+        part = self._source
+        while part is not None and not hasattr(part, "close"):
+            part = getattr(part, "completion_stream", None) or getattr(part, "streaming_response", None)
+        if part is not None:
+            part.close()
 
 
 class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
