@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import gc
+import time
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def rule(usd: float = 1.0, **options: Any) -> BudgetRule:
         ("day", "Europe/Berlin", "2026-10-25T00:30:00+02:00", "2026-10-25", "2026-10-26T00:00:00+01:00"),  # 25 hours
         ("day", "Europe/Berlin", "2026-10-25T02:30:00+01:00", "2026-10-25", "2026-10-26T00:00:00+01:00"),
         ("day", "America/Havana", "2026-11-01T00:30:00-05:00", "2026-11-01", "2026-11-02T00:00:00-05:00"),  # 0:30 twice
+        ("day", "America/Havana", "2026-10-31T12:00:00-04:00", "2026-10-31", "2026-11-01T00:00:00-04:00"),  # the first
         ("month", "UTC", "2026-11-28T12:00:00+00:00", "2026-11", "2026-12-01T00:00:00+00:00"),
         ("month", "UTC", "2026-12-31T23:59:59+00:00", "2026-12", "2027-01-01T00:00:00+00:00"),
         ("month", "UTC", "2027-01-31T00:00:00+00:00", "2027-01", "2027-02-01T00:00:00+00:00"),
@@ -60,6 +62,18 @@ def test_the_window_of_a_moment(per: str, zone: str, moment: str, window: str, e
     """It is named by where it begins, in the budget's own zone, and ends where the next one begins."""
     found = rule(per=per, timezone=zone).window(at(moment))
     assert found == (window, inf if end is None else at(end))
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="needs time.tzset")
+def test_hours_are_utc_s_wherever_the_program_runs() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "Asia/Kolkata")
+        time.tzset()
+        try:
+            assert rule(per="hour").window(NOON) == ("2026-11-28T12Z", NOON + HOUR)
+        finally:
+            patch.undo()
+            time.tzset()
 
 
 def test_an_account_is_one_window_s() -> None:

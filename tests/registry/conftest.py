@@ -28,14 +28,6 @@ def quickly(connection: Any, _record: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with tables and nothing else."""
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}", registry_uri=f"sqlite:///{path}").search_prompts()
-    return path
-
-
-@pytest.fixture(scope="session")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the stores lie."""
     return tmp_path_factory.mktemp("stores")

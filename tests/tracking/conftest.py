@@ -20,14 +20,6 @@ __all__ = ["connect", "serve", "sqlite_url", "store_url"]
 EXPERIMENT = "tracked"
 
 
-@pytest.fixture(scope="session")
-def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with tables and nothing else: making them takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def database(schema: Path, tmp_path: Path) -> Path:
     """The file of a fresh MLflow store."""

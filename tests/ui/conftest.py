@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,14 +80,14 @@ def published(uri: str, folder: Path) -> dspy.Module:
 
 
 @pytest.fixture(scope="session")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Filled:
+def filled(schema: Path, tmp_path_factory: pytest.TempPathFactory) -> Filled:
     """Two users, two models; a retry, a fallback, a cached answer, an outage, and a call without a program."""
     folder = tmp_path_factory.mktemp("mlflow-ui")
     prices = {model: dspy_prod.Price(input=price[0], output=price[1]) for model, price in PRICES.items()}
     down = Status(500)
     script = [None, down, None, down, down, None, down, down, down, down, None]
     billed = {model.split("/")[1]: price for model, price in PRICES.items()}
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    uri = f"sqlite:///{shutil.copy(schema, folder / 'mlflow.db')}"
     triage = published(uri, folder)
     tracking.enable(EXPERIMENT, tracking_uri=uri)
     with Provider(prices=billed, answer=ANSWER, faults=FaultPlan.script(script)) as provider:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -103,10 +104,12 @@ def test_it_tells_how_to_look(uri: str, start: str, address: str) -> None:
     assert "dspy_prod.status" in said
 
 
-def test_the_prompts_are_published_once(console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prompts_are_published_once(
+    console: Console, schema: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two versions with their aliases; a second demo adds and moves nothing, and what runs is the program as ever."""
     monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = f"sqlite:///{shutil.copy(schema, tmp_path / 'mlflow.db')}"
     for _ in range(2):
         program, version = demo_prompts.published(console, uri)
         assert version == "triage/2"
@@ -120,11 +123,11 @@ def test_the_prompts_are_published_once(console: Console, tmp_path: Path, monkey
 
 
 def test_a_program_of_the_users_own_is_left_alone(
-    console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    console: Console, schema: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program that happens to be called triage gets no version and no alias from the demo."""
     monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = f"sqlite:///{shutil.copy(schema, tmp_path / 'mlflow.db')}"
     registry.publish(Triage(), "triage", message="mine", tracking_uri=uri)
     assert demo_prompts.published(console, uri)[1] is None
     assert [(one.version, one.aliases) for one in registry.versions("triage", tracking_uri=uri)] == [(1, ())]
