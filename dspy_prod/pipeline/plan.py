@@ -179,7 +179,7 @@ def worst(attempt: Attempt) -> int | None:
 
 
 def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], limited: bool) -> Reservation:
-    call, route, bound = attempt.call, attempt.route, attempt.bound
+    call, route, number, bound = attempt.call, attempt.route, attempt.number, attempt.bound
     pipeline = call.pipeline
     context = call.context
     store = pipeline.store
@@ -198,7 +198,7 @@ def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], l
 
     def stub() -> CallRecord:
         return call.record(
-            route, id, attempt.number, "abandoned", bound, pipeline.clock.time(), estimated=True,
+            route, id, number, "abandoned", bound, pipeline.clock.time(), estimated=True,
             accounts=tuple([account.key for account in accounts]),
         )  # fmt: skip
 
