@@ -102,7 +102,7 @@ def settlement(
     return Settlement(asked.id, cost, tokens, sent, estimated, told)
 
 
-def until(condition: Callable[[], bool], timeout: float = 10.0, what: str = "the condition") -> None:
+def until(condition: Callable[[], bool], timeout: float = 30.0, what: str = "the condition") -> None:
     """Wait for a condition, with a deadline."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -110,7 +110,7 @@ def until(condition: Callable[[], bool], timeout: float = 10.0, what: str = "the
         time.sleep(0.002)
 
 
-def decided(ticket: Ticket, timeout: float = 10.0) -> Ticket:
+def decided(ticket: Ticket, timeout: float = 30.0) -> Ticket:
     """Wait until a ticket is decided, as a caller does."""
     done = threading.Event()
     if ticket.attach(done.set):
