@@ -34,6 +34,10 @@ class Stopwatch:
         """What it would have taken if others had left the machine alone."""
         return self.wall - self.lost
 
+    def surely(self, seconds: float) -> float:
+        """The part of a window of so many seconds in which what was sent in the window must have arrived."""
+        return max(0.001, seconds - self.longest)
+
     def _watch(self) -> None:
         now, used = time.monotonic(), time.process_time()
         ended = False

@@ -210,7 +210,7 @@ def left_over(lm: Any, providers: list[Provider]) -> dict[str, Any]:
     }
 
 
-def settle_down(lm: Any, providers: list[Provider], timeout: float = 15.0) -> None:
+def settle_down(lm: Any, providers: list[Provider], timeout: float = 30.0) -> None:
     """Wait until nothing is left over."""
     deadline = time.monotonic() + timeout
     while any((left := left_over(lm, providers)).values()):

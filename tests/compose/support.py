@@ -67,7 +67,7 @@ class Gate:
 
     def __call__(self, request: Request) -> Any:
         self.arrived.set()
-        assert self._opened.wait(10), "nobody opened the gate"
+        assert self._opened.wait(30), "nobody opened the gate"
         return self._answer
 
     def open(self) -> None:
@@ -90,14 +90,14 @@ class Caller(threading.Thread):
         except BaseException as error:
             self.error = error
 
-    def outcome(self, timeout: float = 10.0) -> Any:
+    def outcome(self, timeout: float = 30.0) -> Any:
         """The answer, or the error itself."""
         self.join(timeout)
         assert not self.is_alive(), f"the call did not end within {timeout} s"
         return self.answer if self.error is None else self.error
 
 
-def until(condition: Callable[[], object], timeout: float = 10.0) -> None:
+def until(condition: Callable[[], object], timeout: float = 30.0) -> None:
     """Wait for a condition, with a deadline."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -112,7 +112,7 @@ def test_held_money_does_not_pass_a_soft_threshold() -> None:
         budget=Budget(usd=0.021, soft=0.5, degrade_to=SPARE, name="soft"),
     )
     first = Caller(lambda: lm("holds a cent"))
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
     lm("holds another")
     gate.open()
     assert first.outcome() == ["ok"]

@@ -51,7 +51,7 @@ def test_limit_and_budget_who_waits_for_a_seat_holds_no_money() -> None:
     engine = ScriptedEngine([gate, "ok"])
     lm = over(engine, limit=RateLimit(concurrency=1), budget=Budget(usd=1))
     first = Caller(lambda: lm("has the seat"))
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
     second = Caller(lambda: lm("waits"))
     until(lambda: lm.pipeline.store.waiting() == 1)
 
@@ -73,7 +73,7 @@ def test_limit_and_budget_who_waits_for_money_takes_no_seat() -> None:
             return answer
 
     first = Caller(lambda: ask("poor"))
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
     second = Caller(lambda: ask("poor"))
     until(lambda: lm.pipeline.store.waiting() == 1)
     third = Caller(lambda: ask("rich"))
@@ -93,7 +93,7 @@ def test_limit_and_cache_a_hit_takes_no_place() -> None:
     lm = over(ScriptedEngine(["known", gate]), cache=True, limit=RateLimit(rpm=600, burst=600, concurrency=1))
     lm("known")
     in_flight = Caller(lambda: lm("slow"))
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
 
     assert [lm("known") for _ in range(20)] == [["known"]] * 20
 
@@ -192,7 +192,7 @@ def test_deadline_and_budget_a_wait_for_money_ends_with_the_deadline() -> None:
     gate = Gate()
     lm = over(ScriptedEngine([gate, "ok"]), budget=Budget(usd=0.01))
     in_flight = Caller(lambda: lm("holds all"))
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
 
     with Stopwatch() as took, call_context(deadline=0.2):
         error = caught(lambda: lm("waits"))

@@ -27,7 +27,7 @@ def test_breaker_and_limit_an_open_circuit_is_noticed_before_the_line() -> None:
     engine = ScriptedEngine([gate, "never"])
     lm = over(engine, breaker=TRIPS_AT_ONCE, limit=RateLimit(concurrency=1))
     in_flight = Caller(lambda: lm("first"))
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
     lm.pipeline.primary.breaker.force_open()
 
     with Stopwatch() as took:
@@ -45,7 +45,7 @@ def test_breaker_and_limit_those_in_line_when_it_trips_are_not_sent() -> None:
     engine = ScriptedEngine([gate, "never"])
     lm = over(engine, breaker=TRIPS_AT_ONCE, limit=RateLimit(rpm=600, burst=600, concurrency=1))
     first = Caller(lambda: lm("first"))
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
     line = [Caller(lambda: lm("in line")) for _ in range(5)]
     until(lambda: lm.pipeline.store.waiting() == 5)
 
@@ -112,7 +112,7 @@ def test_breaker_and_budget_an_open_circuit_reserves_no_money() -> None:
     gate = Gate()
     lm = over(ScriptedEngine([gate, "never"]), breaker=TRIPS_AT_ONCE, budget=Budget(usd=0.01))
     in_flight = Caller(lambda: lm("holds all"))
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
     lm.pipeline.primary.breaker.force_open()
 
     assert isinstance(caught(lambda: lm("second")), CircuitOpenError)

@@ -43,7 +43,7 @@ def crowd(lm: dspy_prod.LM, gate: Gate, size: int = 8, **context: Any) -> list[C
             return lm("q")
 
     leader = Caller(ask)
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
     before = following(lm)
     followers = [Caller(ask) for _ in range(size - 1)]
     until(lambda: following(lm) == before + size - 1)
@@ -119,7 +119,7 @@ def test_single_flight_and_budget_a_leader_without_money_passes_the_lead() -> No
             return lm(question)
 
     spender = Caller(lambda: ask("poor", "another question"))
-    assert holds_all.arrived.wait(10)
+    assert holds_all.arrived.wait(30)
     leader = Caller(lambda: ask("poor", "q"))
     until(lambda: lm.pipeline.store.waiting() == 1)
     follower = Caller(lambda: ask("rich", "q"))
@@ -176,7 +176,7 @@ def test_single_flight_and_deadline_a_leader_out_of_time_passes_the_lead() -> No
             return lm("q")
 
     leader = Caller(hurried)
-    assert hangs.arrived.wait(10)
+    assert hangs.arrived.wait(30)
     followers = [Caller(lambda: lm("q")) for _ in range(6)]
     until(lambda: following(lm) == 6)
 

@@ -128,7 +128,7 @@ def errors(outcomes: list[Any], kind: type[BaseException]) -> list[Any]:
     return found
 
 
-def until(condition: Callable[[], object], timeout: float = 10.0, what: str = "the condition") -> None:
+def until(condition: Callable[[], object], timeout: float = 30.0, what: str = "the condition") -> None:
     """Wait for a condition, with a deadline."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -150,6 +150,10 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         self._executor.shutdown(wait=True)
+
+    def abandon(self) -> None:
+        """Wait for nobody: calls of a test that failed may hang until their provider stops."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 # -- books -----------------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_a_stream_closed_early_is_charged(serve: MakeProvider, connect: MakeLM, 
     assert next(events).type == "start"
     assert next(events).type == "delta"
     events.close()
-    provider.wait_until(lambda p: p.calls[0].finished_at is not None)
+    provider.wait_until(lambda p: p.calls[0].finished_at is not None, timeout=30)
     assert_unconfirmed(lm, provider, "cancelled")
 
 
@@ -154,7 +154,7 @@ def test_an_asynchronous_stream_closed_early_is_charged(
         await lm.pipeline.aclose()
 
     asyncio.run(scene())
-    provider.wait_until(lambda p: p.calls[0].finished_at is not None)
+    provider.wait_until(lambda p: p.calls[0].finished_at is not None, timeout=30)
     assert_unconfirmed(lm, provider, "cancelled")
 
 
@@ -170,7 +170,7 @@ def test_a_stream_left_to_the_garbage_collector_is_charged(
     cycle.append(cycle)
     del events, cycle
     gc.collect()
-    provider.wait_until(lambda p: p.calls[0].finished_at is not None)
+    provider.wait_until(lambda p: p.calls[0].finished_at is not None, timeout=30)
     assert_unconfirmed(lm, provider, "cancelled")
 
 
@@ -187,7 +187,7 @@ def test_an_asynchronous_stream_left_to_the_garbage_collector_is_charged(
 
     asyncio.run(scene())
     gc.collect()
-    provider.wait_until(lambda p: p.calls[0].finished_at is not None)
+    provider.wait_until(lambda p: p.calls[0].finished_at is not None, timeout=30)
     until(lambda: lm.pipeline.store.holds() == 0, 5, "the settlement")
     assert_unconfirmed(lm, provider, "cancelled")
 
@@ -216,7 +216,7 @@ def test_a_cancelled_task_is_charged(
         await lm.pipeline.aclose()
 
     asyncio.run(scene())
-    provider.wait_until(lambda p: p.calls[0].finished_at is not None)
+    provider.wait_until(lambda p: p.calls[0].finished_at is not None, timeout=30)
     assert_unconfirmed(lm, provider, "cancelled")
 
 
@@ -226,7 +226,7 @@ def test_a_timed_out_attempt_is_charged(serve: MakeProvider, connect: MakeLM, st
     provider = serve(latency=5.0)
     lm = connect(provider, timeout=0.2, budget=Budget(usd=1.0), store=store_url)
     assert isinstance(run(lm, way), LMTimeoutError)
-    provider.wait_until(lambda p: p.calls[0].finished_at is not None)
+    provider.wait_until(lambda p: p.calls[0].finished_at is not None, timeout=30)
     assert_unconfirmed(lm, provider, "timeout")
 
 

@@ -148,7 +148,7 @@ def test_a_crowd_waits_together_after_a_429(serve: MakeProvider, connect: MakeLM
     provider.faults = [Status(429, retry_after=1)]
     first = threading.Thread(target=lm, args=("refused at first",))
     first.start()
-    provider.wait_until(lambda p: len(p.calls) == 1 and p.calls[0].status == 429)
+    provider.wait_until(lambda p: len(p.calls) == 1 and p.calls[0].status == 429, timeout=30)
     until(lambda: lm.pipeline.primary.state.throttled)
     assert len(answers(together("threads", lm, 8, calls=2))) == 16
     first.join(10)

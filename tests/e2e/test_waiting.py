@@ -60,8 +60,9 @@ class Loop:
 
 @pytest.fixture
 def pool() -> Iterator[Pool]:
-    with Pool() as pool:
-        yield pool
+    pool = Pool()
+    yield pool
+    pool.abandon()
 
 
 def prompts(provider: Provider) -> list[str]:
@@ -73,7 +74,7 @@ def occupy(provider: Provider, lm: Any, pool: Pool) -> Future[Any]:
     """Fill the only place with a call that the provider does not answer until `release`."""
     provider.hold()
     first: Future[Any] = pool.submit(lm, "first")
-    provider.wait_until(lambda p: p.in_flight == 1)
+    provider.wait_until(lambda p: p.in_flight == 1, timeout=30)
     return first
 
 

@@ -113,7 +113,7 @@ def test_calls_are_answered_beside_a_follower_on_a_closed_loop() -> None:
     gate = Gate("the answer")
     lm = over(ScriptedEngine(gate), cache=True)
     leader = Caller(lambda: lm._engine_spec.complete(request()).text)
-    assert gate.arrived.wait(10)
+    assert gate.arrived.wait(30)
     loop = asyncio.new_event_loop()
 
     async def start() -> Any:

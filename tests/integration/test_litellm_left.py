@@ -50,6 +50,6 @@ def test_the_provider_notices_at_once_that_its_stream_is_left(script: Script) ->
         next(iter(events))
         assert not left.is_set()
         events.close()  # type: ignore[attr-defined]
-        assert left.wait(10)
+        assert left.wait(30)
     finally:
         server.stop()

@@ -144,7 +144,7 @@ def test_a_follower_never_gets_the_error_of_another_engine() -> None:
 
     leader = threading.Thread(target=lead)
     leader.start()
-    assert entered.wait(5)
+    assert entered.wait(30)
     assert make(ScriptedEngine("good"), store=store)("q") == ["good"]
     gate.set()
     leader.join(5)
@@ -297,11 +297,11 @@ def test_who_reads_sees_what_a_finaliser_left_to_the_reaper(read: str) -> None:
 
     def work() -> None:
         entered.set()
-        gate.wait(5)
+        gate.wait(30)
         done.append(1)
 
     REAPER.post(work)
-    entered.wait(5)
+    entered.wait(30)
     threading.Timer(0.02, gate.set).start()
     reads: dict[str, Any] = {
         "records": lambda: lm.ledger.records(), "total": lambda: lm.ledger.total(), "costs": lm.costs,
@@ -388,7 +388,7 @@ def test_a_forked_child_is_not_held_up_by_its_parents_calls() -> None:
     lm = make(ScriptedEngine(held), cache=False, limit=RateLimit(concurrency=1, max_wait=1), budget=Budget(usd=1))
     caller = threading.Thread(target=lambda: lm("a"))
     caller.start()
-    assert entered.wait(5)
+    assert entered.wait(30)
     store = lm.pipeline.store
     key = lm.pipeline.primary.limit_key
     child = os.fork()

@@ -106,7 +106,7 @@ def settlement(
     return Settlement(asked.id, cost, tokens, sent, estimated, told)
 
 
-def until(condition: Callable[[], bool], timeout: float = 10.0, what: str = "the condition") -> None:
+def until(condition: Callable[[], bool], timeout: float = 30.0, what: str = "the condition") -> None:
     """Wait for a condition, with a deadline."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -114,7 +114,7 @@ def until(condition: Callable[[], bool], timeout: float = 10.0, what: str = "the
         time.sleep(0.002)
 
 
-def decided(reservation: Reservation, timeout: float = 10.0) -> Reservation:
+def decided(reservation: Reservation, timeout: float = 30.0) -> Reservation:
     """Wait until a reservation is decided, as a caller does."""
     done = threading.Event()
     if reservation.attach(done.set):

@@ -379,7 +379,7 @@ def test_a_resync_wakes_who_may_go_now(still: Store) -> None:
     turn(still)
     assert waiting.state == PENDING
     still.resync("provider", limit, {"requests": (500.0, 20.0)})
-    assert woken.wait(10)
+    assert woken.wait(30)
     assert waiting.state == GRANTED
 
 

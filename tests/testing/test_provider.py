@@ -431,7 +431,7 @@ def test_a_concurrency_limit_and_held_answers(provider: Provider) -> None:
     provider.hold()
 
     def release() -> None:
-        provider.wait_until(lambda p: len(p.calls) == 20)
+        provider.wait_until(lambda p: len(p.calls) == 20, timeout=30)
         assert provider.in_flight == 8
         provider.release()
 
@@ -453,7 +453,7 @@ def test_a_thousand_connections_at_once(provider: Provider) -> None:
     try:
         for sock in sockets:
             sock.sendall(ask)
-        provider.wait_until(lambda p: p.in_flight == 1000, timeout=10)
+        provider.wait_until(lambda p: p.in_flight == 1000, timeout=30)
         provider.release()
         assert all(sock.recv(65536).startswith(b"HTTP/1.1 200 OK\r\n") for sock in sockets)
     finally:
@@ -491,11 +491,11 @@ def leave_early(p: Provider, *, stream: bool = False, wait: Callable[[Provider],
         sock.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
         )
-        p.wait_until(wait)
+        p.wait_until(wait, timeout=30)
         received = b""
         while stream and received.count(b'"content":"one') < 1:
             received += sock.recv(65536)
-    p.wait_until(lambda p: p.calls[-1].finished_at is not None)
+    p.wait_until(lambda p: p.calls[-1].finished_at is not None, timeout=30)
     return p.calls[-1]
 
 
@@ -526,7 +526,7 @@ def test_an_abandoned_stream_is_billed_for_what_was_generated() -> None:
 def test_a_large_answer_that_nobody_reads_is_not_told() -> None:
     with Provider(answer="x" * 30_000_000) as p:
         call = leave_early(p, wait=lambda p: p.calls and p.calls[-1].sent_at)
-        p.wait_until(lambda p: call.aborted)
+        p.wait_until(lambda p: call.aborted, timeout=30)
         assert [row.told for row in p.bill.rows] == [False]
 
 
@@ -558,7 +558,7 @@ def test_a_hang_lasts_until_the_client_leaves(client: httpx.Client, billed: bool
     with Provider(faults=[Hang(billed=billed)]) as p:
         with pytest.raises(httpx.ReadTimeout):
             client.post(p.url + "/chat/completions", json=HELLO, timeout=0.05)
-        p.wait_until(lambda p: p.in_flight == 0)
+        p.wait_until(lambda p: p.in_flight == 0, timeout=30)
         assert p.calls[0].aborted
         assert p.calls[0].status is None
         assert [row.told for row in p.bill.rows] == ([False] if billed else [])
@@ -583,7 +583,7 @@ def test_a_trickle_is_slow_valid_and_billed(client: httpx.Client, streamed: bool
         p.faults = Trickle(bytes_per_second=1)
         with client.stream("POST", p.url + "/chat/completions", json={**HELLO, "stream": streamed}) as begun:
             assert begun.status_code == 200
-        p.wait_until(lambda p: p.in_flight == 0)
+        p.wait_until(lambda p: p.in_flight == 0, timeout=30)
         assert p.calls[-1].aborted
         assert not p.bill.rows[-1].told
 
@@ -812,7 +812,7 @@ def test_stop_ends_hanging_calls_threads_and_sockets() -> None:
 
     asking = threading.Thread(target=ask)
     asking.start()
-    p.wait_until(lambda p: p.in_flight == 1)
+    p.wait_until(lambda p: p.in_flight == 1, timeout=30)
     p.stop()
     p.stop()
     asking.join(5)

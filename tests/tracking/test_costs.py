@@ -100,7 +100,7 @@ def test_every_trace_costs_what_the_ledger_and_the_bill_say(
     slow = serve(answer=answer, latency=0.4)
     impatient = connect(slow, retry=False, breaker=False)
     aborted(impatient)
-    slow.wait_until(lambda each: each.in_flight == 0, timeout=10)
+    slow.wait_until(lambda each: each.in_flight == 0, timeout=30)
     assert tracking.flush(90)
     records = lm.ledger.records(), impatient.ledger.records()
     assert len({record.call_id for rows in records for record in rows}) >= 300 - 44

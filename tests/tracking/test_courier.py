@@ -189,7 +189,7 @@ def test_the_end_waits_for_an_exporter_that_moves_and_not_for_one_that_does_not(
     fake = moving.fakes[0]
 
     def confirm() -> None:
-        assert fake.hurried.wait(5)
+        assert fake.hurried.wait(30)
         for batch in list(fake.batches):
             fake.heard(batch.number)
 
