@@ -1,6 +1,6 @@
 """This tree against an earlier revision of it, in one interleaved run.
 
-    python -m benchmarks.versus REVISION [--rounds N] [--json FILE]
+    python -m benchmarks.versus REVISION [--rounds N] [--only BLOCK] [--json FILE]
 
 Each side is a process of its own that imports its own `dspy_prod` and its own `benchmarks`; they take turns, block by
 block, so that whatever else the machine does hits both alike. A ratio below 1 means that this tree takes less time.
@@ -53,7 +53,7 @@ class Side:
         self._process.wait(timeout=30)
 
 
-def compare(revision: str, rounds: int) -> dict[str, dict[str, float]]:
+def compare(revision: str, rounds: int, only: list[str]) -> dict[str, dict[str, float]]:
     """Median ratio of this tree's time to the revision's, with its quartiles, and both medians in microseconds."""
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(
@@ -64,6 +64,8 @@ def compare(revision: str, rounds: int) -> dict[str, dict[str, float]]:
         now, then = Side(ROOT), Side(Path(folder))
         result = {}
         for name, count in BLOCKS.items():
+            if only and name not in only:
+                continue
             for side in (now, then):
                 side.run(name, count)
             turns = [(now.run(name, count), then.run(name, count)) for _ in range(rounds)]
@@ -148,9 +150,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.versus", description=__doc__)
     parser.add_argument("revision", help="a git revision of this repository")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only", action="append", default=[], choices=list(BLOCKS), help="this block; may be repeated")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     arguments = parser.parse_args()
-    figures = compare(arguments.revision, arguments.rounds)
+    figures = compare(arguments.revision, arguments.rounds, arguments.only)
     table = Table("per call", "now, µs", f"{arguments.revision}, µs", "ratio", "quartiles")
     for name, row in figures.items():
         quartiles = f"{row['low']:.2f} to {row['high']:.2f}"
