@@ -111,13 +111,9 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
     cache.used(base)
     response = entry.response
     Call(lm.pipeline, _ANY_REQUEST, scope.context, base, None, False, scope.records).record_cached()
-    call = PreparedCall(
-        prompt=prompt, messages=messages, kwargs=kwargs, legacy={}, request=None, cache=True, n=1, managed=True
-    )
-    return call, CallResult(
-        responses=(response,), outputs=[text], usage={}, cost=0.0, raw=response, response_model=response.model,
-        cache_hit=True,
-    )  # fmt: skip
+    # By position, which takes half the time: `SHORT` says that the fields stand in this order.
+    result = CallResult((response,), [text], {}, 0.0, response, response.model, True)
+    return PreparedCall(prompt, messages, kwargs, {}, None, True, 1, True), result
 
 
 def calls_of(lm: Beneath, prepared: PreparedCall, extras: dict[str, Any] | None) -> list[Call]:
