@@ -20,7 +20,7 @@ def text_of(content: Any) -> str:
     return "" if content is None else str(content)
 
 
-def parse_object(body: bytes) -> dict[str, Any] | None:
+def parse_object(body: bytes | bytearray) -> dict[str, Any] | None:
     """A request body that is a JSON object, or None."""
     try:
         data = json.loads(body)

@@ -10,37 +10,15 @@ import json
 import socket
 import struct
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http.client import responses as REASONS
 from typing import Any, cast
+
+import h11
 
 MAX_HEAD = 256 * 1024
 MAX_BODY = 64 * 1024 * 1024
 DRIP_INTERVAL = 0.02
-
-_REASONS = {
-    200: "OK",
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    413: "Content Too Large",
-    429: "Too Many Requests",
-    500: "Internal Server Error",
-    502: "Bad Gateway",
-    503: "Service Unavailable",
-    504: "Gateway Timeout",
-    529: "Overloaded",
-}
-
-
-class BadRequest(Exception):
-    """The bytes received are not a request this server reads; `status` says why."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(slots=True)
@@ -50,7 +28,7 @@ class HttpRequest:
     method: str
     path: str
     headers: dict[str, str]
-    body: bytes = b""
+    body: bytearray = field(default_factory=bytearray)
 
 
 Serve = Callable[["Connection", HttpRequest], Coroutine[Any, Any, None]]
@@ -68,8 +46,8 @@ class Connection(asyncio.Protocol):
         self._serve = serve
         self._peers = peers
         self._transport: asyncio.Transport | None = None
-        self._buffer = bytearray()
-        self._pending: tuple[HttpRequest, int] | None = None
+        self._reader = h11.Connection(h11.SERVER, MAX_HEAD)
+        self._arriving: HttpRequest | None = None
         self._task: asyncio.Task[None] | None = None
         self._writable: asyncio.Future[None] | None = None
         self._keep_alive = True
@@ -134,7 +112,7 @@ class Connection(asyncio.Protocol):
         self._writable = None
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
+        self._reader.receive_data(data)
         if self._task is None:
             self._next()
 
@@ -145,8 +123,9 @@ class Connection(asyncio.Protocol):
             return
         try:
             request = self._take()
-        except BadRequest as error:
-            self.write(response(error.status, {"error": {"message": str(error)}}, {"connection": "close"}))
+        except h11.RemoteProtocolError as error:
+            refusal = {"error": {"message": str(error)}}
+            self.write(response(error.error_status_hint, refusal, {"connection": "close"}))
             self.close()
             return
         if request is None:
@@ -165,98 +144,46 @@ class Connection(asyncio.Protocol):
             raise error
         if not self._keep_alive:
             self.close()
-        elif self._buffer:
+        else:
             self._next()
 
     def _take(self) -> HttpRequest | None:
-        """The next whole request in the buffer, or None until more has arrived."""
-        if self._pending is None:
-            end = self._buffer.find(b"\r\n\r\n")
-            if end < 0:
-                if len(self._buffer) > MAX_HEAD:
-                    raise BadRequest(413, "request head too large")
+        """The next whole request, or None until more has arrived."""
+        while True:
+            event = self._reader.next_event()
+            if isinstance(event, h11.Request):
+                headers = {name.decode(): value.decode("latin-1") for name, value in event.headers}
+                if event.http_version == b"1.0":
+                    headers.setdefault("connection", "close")
+                path = event.target.decode().partition("?")[0]
+                self._arriving = HttpRequest(event.method.decode(), path, headers)
+                _check_size(int(headers.get("content-length", 0)))
+                if self._reader.they_are_waiting_for_100_continue:
+                    self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                continue
+            request = self._arriving
+            if request is not None and isinstance(event, h11.Data):
+                request.body += event.data
+                _check_size(len(request.body))
+                continue
+            if request is None or not isinstance(event, h11.EndOfMessage):
                 return None
-            request = parse_head(bytes(self._buffer[:end]))
-            del self._buffer[: end + 4]
-            if "chunked" in request.headers.get("transfer-encoding", "").lower():
-                length = -1
-            else:
-                length = _length(request.headers.get("content-length", "0"))
-            if length > MAX_BODY:
-                raise BadRequest(413, f"request body over {MAX_BODY} bytes")
-            if length and request.headers.get("expect", "").lower() == "100-continue":
-                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._pending = request, length
-        request, length = self._pending
-        if length >= 0:
-            if len(self._buffer) < length:
-                return None
-            request.body = bytes(self._buffer[:length])
-            del self._buffer[:length]
-        else:
-            found = unchunk(self._buffer)
-            if found is None:
-                return None
-            request.body, used = found
-            del self._buffer[:used]
-        self._pending = None
-        return request
+            # Answers are written past h11, faults and all, so each request has a reader of its own.
+            left, _ = self._reader.trailing_data
+            self._reader, self._arriving = h11.Connection(h11.SERVER, MAX_HEAD), None
+            if left:
+                self._reader.receive_data(left)
+            return request
 
 
-def parse_head(head: bytes) -> HttpRequest:
-    """Request line and headers."""
-    first, *lines = head.decode("latin-1").split("\r\n")
-    parts = first.split(" ")
-    if len(parts) != 3 or not parts[2].startswith("HTTP/1."):
-        raise BadRequest(400, "not an HTTP/1.1 request")
-    headers = {}
-    for line in lines:
-        name, colon, value = line.partition(":")
-        if not colon:
-            raise BadRequest(400, "a header without a colon")
-        headers[name.strip().lower()] = value.strip()
-    if parts[2] == "HTTP/1.0":
-        headers.setdefault("connection", "close")
-    return HttpRequest(parts[0], parts[1].partition("?")[0], headers)
-
-
-def unchunk(buffer: bytearray) -> tuple[bytes, int] | None:
-    """Decode a chunked body at the start of `buffer`: (body, bytes used), or None while it is not whole."""
-    body = bytearray()
-    position = 0
-    while True:
-        line = buffer.find(b"\r\n", position)
-        if line < 0:
-            return None
-        size = _length(bytes(buffer[position:line]).split(b";")[0].decode("latin-1"), 16)
-        start = line + 2
-        if size == 0:
-            end = buffer.find(b"\r\n", start)
-            while 0 <= end != start:  # trailers, up to an empty line
-                start = end + 2
-                end = buffer.find(b"\r\n", start)
-            return None if end < 0 else (bytes(body), end + 2)
-        if len(body) + size > MAX_BODY:
-            raise BadRequest(413, f"request body over {MAX_BODY} bytes")
-        if len(buffer) < start + size + 2:
-            return None
-        body += buffer[start : start + size]
-        position = start + size + 2
-
-
-def _length(text: str, base: int = 10) -> int:
-    try:
-        length = int(text, base)
-    except ValueError:
-        length = -1
-    if length < 0:
-        raise BadRequest(400, f"bad length {text!r}")
-    return length
+def _check_size(body: int) -> None:
+    if body > MAX_BODY:
+        raise h11.RemoteProtocolError(f"request body over {MAX_BODY} bytes", error_status_hint=413)
 
 
 def head(status: int, headers: Mapping[str, str], *, length: int | None) -> bytes:
     """A status line and headers; `length` None announces a chunked body of server-sent events."""
-    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Status')}"]
+    lines = [f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}"]
     given = {name.lower() for name in headers}
     if "content-type" not in given:
         lines.append(f"content-type: {'text/event-stream' if length is None else 'application/json'}")
