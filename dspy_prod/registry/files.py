@@ -1,19 +1,20 @@
-"""Files that are there entirely or not at all."""
+"""Files that are there entirely or not at all, and values as the JSON in them has it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime as dt
+import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file that only its owner reads, in place of one that may be there; its folder is made.
-
-    Raises:
-        OSError: it cannot be written; what was there before still is.
-    """
+    """Write a file that only its owner reads, its folder too; after an OSError what was there before still is."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)  # owner-only
     try:
@@ -26,3 +27,16 @@ def write(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def plain(value: Any) -> Any:
+    """A value for JSON: dataclasses are dicts, times text, and so are NaN and infinity, which JSON does not know."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dt.datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -25,11 +25,7 @@ _REFERENCE: Final = re.compile(r"(?:prompts:/+)?(?P<name>[^@/]+)(?:@(?P<alias>[^
 
 
 def checked_name(name: str) -> str:
-    """The name of a program, if MLflow takes it.
-
-    Raises:
-        ConfigError: it does not; the message proposes one that fits.
-    """
+    """The name of a program, if MLflow takes it; else a ConfigError that proposes one that fits."""
     if not isinstance(name, str) or not name:
         raise ConfigError(f"a program's name is a non-empty string, got {name!r}")
     if _PROGRAM.fullmatch(name) is None:
@@ -49,11 +45,7 @@ def encoded(predictor: str) -> str:
 
 
 def predictor_prompt(program: str, predictor: str) -> str:
-    """The MLflow prompt of one predictor of a program.
-
-    Raises:
-        ConfigError: the name would be too long for MLflow.
-    """
+    """The MLflow prompt of one predictor of a program; a ConfigError when its name is too long for MLflow."""
     name = f"{program}.{encoded(predictor)}"
     if len(name) > LONGEST:
         raise ConfigError(

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 import dspy
@@ -18,6 +18,7 @@ from dspy_prod.context.scoring import raising
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.registry.errors import RegistryError, UnknownVersionError
+from dspy_prod.registry.files import plain
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.published.loading import exact, put_into
 from dspy_prod.registry.published.manifest import ProgramVersion
@@ -80,8 +81,7 @@ class GateReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows neither NaN nor infinity: those become text."""
-        plain: dict[str, Any] = _without_nan(asdict(self))
-        return plain
+        return dict(plain(self))
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> GateReport:
@@ -105,7 +105,6 @@ class PromotionRefusedError(RegistryError):
 
 
 def refused_error(alias: str, version: object, report: GateReport) -> PromotionRefusedError:
-    """The gate did not pass."""
     remedy = "; a person may overrule it with force=True and a reason" if report.result == "inconclusive" else ""
     return PromotionRefusedError(f"{version} was not promoted to {alias}: {report}{remedy}", report)
 
@@ -270,11 +269,3 @@ def _metrics(found: Any) -> tuple[dict[str, float], int | None]:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return [_without_nan(item) for item in value] if isinstance(value, (list, tuple)) else value

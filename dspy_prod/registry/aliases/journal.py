@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from dspy_prod.registry.errors import RegistryUnavailableError
+from dspy_prod.registry.files import plain
 from dspy_prod.registry.names import journal_prompt
 from dspy_prod.registry.published.manifest import JOURNAL, KIND, ensure_prompt
 from dspy_prod.registry.published.rendering import LARGEST, escaped
@@ -86,7 +87,7 @@ class AuditEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**self.__dict__, "at": self.at.isoformat(), "evidence": dict(self.evidence)}
+        return dict(plain(self))
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,8 @@ class Request:
     evidence: Mapping[str, Any] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def to_text(self) -> str:
-        """As JSON."""
-        return json.dumps({**self.__dict__, "evidence": dict(self.evidence)}, sort_keys=True)
+    def __str__(self) -> str:
+        return json.dumps(plain(self), sort_keys=True)
 
 
 class Replay:
@@ -209,12 +209,12 @@ class Journal:
                 the same move is safe.
         """
         ensure_prompt(self._server, self._prompt, JOURNAL)
-        text = request.to_text()
+        text = str(request)
         if len(text) > LARGEST:
             note = {"note": f"evidence of {len(text)} characters was too long to keep"}
             short = {key: value for key, value in request.evidence.items() if len(json.dumps(value)) <= SHORT}
             request = replace(request, evidence={**short, **note})
-            text = request.to_text()
+            text = str(request)
         shown = f"{request.action} {request.alias} of {self._name}: {request.version}"
         sentence = escaped(f"{shown}, by {request.by}{f': {request.reason}' if request.reason else ''}")
         tags = {KIND: JOURNAL, ENTRY: text}

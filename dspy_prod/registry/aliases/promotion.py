@@ -175,11 +175,7 @@ def history(name: str, *, alias: str | None = None, tracking_uri: str | None = N
 
 
 def carry_out(server: Server, name: str, journal: Journal, request: Request) -> AuditEntry:
-    """Write a request into the journal, and let MLflow's alias follow if it won.
-
-    Raises:
-        PromotionConflictError, RegistryUnavailableError: as `promote`.
-    """
+    """Write a request into the journal, and let MLflow's alias follow if it won; raises as `promote`."""
     entry, replay = journal.append(request)
     if entry.outcome == "conflict":
         assert request.expected is not None
@@ -194,11 +190,7 @@ def carry_out(server: Server, name: str, journal: Journal, request: Request) -> 
 
 
 def check_alias(name: str, alias: str) -> None:
-    """Refuse names of programs and aliases that MLflow does not take.
-
-    Raises:
-        ConfigError: names the alternative.
-    """
+    """Refuse names of programs and aliases that MLflow does not take: a ConfigError that names the alternative."""
     checked_name(name)
     if not isinstance(alias, str) or _ALIAS.fullmatch(alias) is None or re.fullmatch(r"latest|v\d+", alias):
         raise ConfigError(f"alias={alias!r}: use 'production', 'canary', 'staging', or letters, digits, '-' and '_'")
@@ -207,11 +199,7 @@ def check_alias(name: str, alias: str) -> None:
 
 
 def find_version(server: Server, name: str, version: int | str | ProgramVersion) -> ProgramVersion:
-    """The version of a program that a number or a reference means.
-
-    Raises:
-        UnknownVersionError, RegistryUnavailableError, ConfigError: as `promote`.
-    """
+    """The version of a program that a number or a reference means; raises as `promote`."""
     if isinstance(version, ProgramVersion):
         reference = Reference(version.name, version.version)
     elif isinstance(version, str) and not version.isdigit():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from dspy_prod.registry.files import write
+from dspy_prod.registry.files import plain, write
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -106,18 +106,7 @@ class Deployment:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            **self.__dict__,
-            "stages": list(self.stages),
-            "started_at": self.started_at.isoformat(),
-            "steps": [{**step.__dict__, "at": step.at.isoformat()} for step in self.steps],
-            "gate": None if self.gate is None else self.gate.to_dict(),
-            "before": dict(self.before),
-            "after": dict(self.after),
-            "changes": dict(self.changes),
-            "advice": list(self.advice),
-            "files": list(self.files),
-        }
+        return dict(plain(self))
 
     def to_markdown(self) -> str:
         """For people."""
@@ -146,11 +135,7 @@ def path_of(directory: Path, name: str, version: int | None) -> Path:
 
 
 def save(deployment: Deployment, path: Path) -> None:
-    """Write JSON and Markdown.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Write JSON and Markdown; raises as `write`."""
     write(path, json.dumps(deployment.to_dict(), indent=2, ensure_ascii=False) + "\n")
     write(path.with_suffix(".md"), deployment.to_markdown())
 

@@ -79,11 +79,7 @@ class Run:
         self._error: str | None = None
 
     def go(self) -> None:
-        """Do what is left to do.
-
-        Raises:
-            PromotionRefusedError, PromotionConflictError, RegistryUnavailableError: as `deploy`.
-        """
+        """Do what is left to do; raises as `deploy`."""
         version, pending = self._version, list(self._order.stages)
         if version is not None:
             pending = [each for each in pending if not self._begin.has_passed(self._replay, each, version.version)]

@@ -6,7 +6,6 @@ verdict of its gate. Nothing else is kept anywhere.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, Final
 from dspy_prod.registry.aliases.gates import Gate, GateReport
 from dspy_prod.registry.aliases.journal import AuditEntry, Replay
 from dspy_prod.registry.aliases.projection import alias_version
+from dspy_prod.registry.files import plain
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.server import Server
 
@@ -119,13 +119,6 @@ def pinned(gate: Gate, server: Server, name: str, before: Mapping[str, int | Non
 
 def conditions_of(gate: Gate) -> dict[str, Any]:
     """What the verdict of a gate depends on, apart from the evaluation itself, as JSON gives it back."""
-    plain = {
-        "thresholds": {
-            name: list(bound) if isinstance(bound, tuple) else bound for name, bound in gate.thresholds.items()
-        },
-        "baseline": gate.baseline if isinstance(gate.baseline, str | None) else dict(gate.baseline),
-        "margin": gate.margin,
-        "min_examples": gate.min_examples,
-    }
-    found: dict[str, Any] = json.loads(json.dumps(plain))
+    found: dict[str, Any] = plain(gate)
+    del found["evaluate"]
     return found

@@ -80,11 +80,7 @@ def load(
 
 
 def obtain(server: Server, reference: Reference, max_age: float, directory: Path | None = None) -> Release:
-    """The version a reference means: fresh enough from memory, else from MLflow, else from the last good copy.
-
-    Raises:
-        UnknownVersionError, RegistryUnavailableError: as `load`.
-    """
+    """A reference's version: from memory if fresh, else from MLflow, else from the last good copy; raises as `load`."""
     key = (server.uri, str(reference))
     copy = MEMORY.get(key)
     now = time.time()
@@ -109,20 +105,12 @@ def obtain(server: Server, reference: Reference, max_age: float, directory: Path
 
 
 def exact(server: Server, reference: Reference) -> Release:
-    """The very version a reference means: a version does not change, an alias is never answered from an old copy.
-
-    Raises:
-        UnknownVersionError, RegistryUnavailableError, RegistryError: as `fetch`.
-    """
+    """As `fetch`: a version does not change, and an alias is never answered from an old copy."""
     return obtain(server, reference, 0.0) if reference.alias is None else renewed(server, reference)
 
 
 def renewed(server: Server, reference: Reference, directory: Path | None = None) -> Release:
-    """The version a reference means, from MLflow; a copy is kept in memory and on disk.
-
-    Raises:
-        UnknownVersionError, RegistryUnavailableError, RegistryError: as `fetch`.
-    """
+    """As `fetch`; a copy is kept in memory and on disk."""
     key = (server.uri, str(reference))
     copy = MEMORY.get(key)
     release = fetch(server, reference, None if copy is None else copy.release)
@@ -158,11 +146,7 @@ def fetch(server: Server, reference: Reference, known: Release | None = None) ->
 
 
 def put_into(program: Any, release: Release, *, allow_unsafe_lm_state: bool = False) -> None:
-    """Make a program the published one. It is changed only once everything fits.
-
-    Raises:
-        SignatureMismatchError: it does not fit.
-    """
+    """Make a program the published one, once everything fits: else a SignatureMismatchError, and it is as it was."""
     predictors = dict(program.named_predictors())
     check_fields(
         str(release),

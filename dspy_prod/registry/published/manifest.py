@@ -12,13 +12,14 @@ import datetime as dt
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
 from dspy_prod.compat.mlflow import EXPERIMENTS
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import RegistryError
+from dspy_prod.registry.files import plain
 from dspy_prod.registry.published.signatures import Field
 from dspy_prod.registry.server import AlreadyExistsError, Server
 
@@ -70,15 +71,11 @@ class Manifest:
 
     def to_text(self) -> str:
         """As JSON."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        return json.dumps({"format": FORMAT, **plain(self)}, sort_keys=True)
 
     @classmethod
     def of(cls, text: str) -> Manifest:
-        """Read it back.
-
-        Raises:
-            RegistryError: a later version of this library wrote it.
-        """
+        """Read it back; a RegistryError when a later version of this library wrote it."""
         found = json.loads(text)
         if found.pop("format") != FORMAT:
             raise RegistryError("a newer dspy_prod published this version; upgrade dspy_prod to load it")
@@ -134,13 +131,7 @@ class ProgramVersion:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            **{key: value for key, value in self.__dict__.items() if key not in ("metrics", "predictors")},
-            "aliases": list(self.aliases),
-            "metrics": dict(self.metrics),
-            "predictors": dict(self.predictors),
-            "created_at": self.created_at.isoformat(),
-        }
+        return dict(plain(self))
 
 
 def is_program(prompt: Any) -> bool:
@@ -149,11 +140,7 @@ def is_program(prompt: Any) -> bool:
 
 
 def version_of(prompt: Any, aliases: tuple[str, ...] | None = None) -> ProgramVersion:
-    """The program version that an MLflow prompt version is.
-
-    Raises:
-        RegistryError: it is none.
-    """
+    """The program version that an MLflow prompt version is; a RegistryError when it is none."""
     if not is_program(prompt):
         raise RegistryError(
             f"{prompt.name}/{prompt.version} is an MLflow prompt, but no program that dspy_prod published"
@@ -213,11 +200,7 @@ def sha256(text: str) -> str:
 
 
 def state_tags(name: str, text: str) -> dict[str, str]:
-    """A state as tags of a prompt version: one, or several when it is large.
-
-    Raises:
-        ConfigError: it is larger than a prompt version should be.
-    """
+    """A state as tags of a prompt version: one, or several when it is large, within a bound (ConfigError)."""
     if len(text) > CHUNK * MOST_CHUNKS:
         raise ConfigError(
             f"the state of predictor {name!r} has {len(text)} characters, the registry holds {CHUNK * MOST_CHUNKS}; "
@@ -228,11 +211,7 @@ def state_tags(name: str, text: str) -> dict[str, str]:
 
 
 def state_in(tags: Mapping[str, str], expected: str, where: str) -> str:
-    """The state that `state_tags` wrote.
-
-    Raises:
-        RegistryError: it is not the published one: somebody changed or deleted tags.
-    """
+    """The state that `state_tags` wrote; a RegistryError when somebody changed or deleted tags."""
     parts: list[str] = []
     while (chunk := tags.get(f"{STATE}{len(parts)}")) is not None:
         parts.append(chunk)

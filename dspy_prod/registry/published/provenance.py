@@ -18,33 +18,27 @@ from dspy_prod.registry.published.states import to_text
 
 
 def dataset_name(dataset: str | Sequence[Any] | None) -> str | None:
-    """A dataset's name as given, or digest and size of its examples, in their order.
-
-    Raises:
-        ConfigError: it is neither a name nor examples.
-    """
+    """A dataset's name as given, or digest and size of its examples in their order; else a ConfigError."""
     if dataset is None or isinstance(dataset, str):
         return dataset
     try:
-        rows = [_row(example) for example in dataset]
+        rows = [{key: serialize_for_json(value) for key, value in example.items()} for example in dataset]
     except (TypeError, AttributeError):
         raise ConfigError(f"dataset= takes a name or a list of dspy.Example, got {type(dataset).__name__}") from None
     return f"sha256:{sha256(to_text(rows))[:16]} ({len(rows)} examples)"
 
 
-def active_experiment() -> str | None:
-    """The MLflow experiment that was chosen in this process; None when none was."""
+def active() -> tuple[str | None, str | None]:
+    """The MLflow run that is active in this thread, and the experiment that was chosen in this process."""
     if "mlflow" not in sys.modules:
-        return None
+        return None, None
     import mlflow
 
     run = mlflow.active_run()
-    chosen = chosen_experiment() if run is None else run.info.experiment_id
-    return None if chosen is None else str(chosen)
-
-
-def _row(example: Any) -> dict[str, Any]:
-    return {key: serialize_for_json(value) for key, value in example.items()}
+    if run is not None:
+        return str(run.info.run_id), str(run.info.experiment_id)
+    chosen = chosen_experiment()
+    return None, None if chosen is None else str(chosen)
 
 
 def git_commit() -> str | None:
@@ -62,16 +56,6 @@ def author() -> str:
     except Exception:  # a container without a user database
         user = "unknown"
     return f"{user}@{platform.node() or 'localhost'}"
-
-
-def active_run() -> str | None:
-    """The MLflow run that is active in this thread."""
-    if "mlflow" not in sys.modules:
-        return None
-    import mlflow
-
-    run = mlflow.active_run()
-    return None if run is None else str(run.info.run_id)
 
 
 def _git(*arguments: str) -> str | None:

@@ -103,7 +103,9 @@ def publish(
     measured = _finite(metrics or {})
     parts = _parts(program)
     server = server_at(tracking_uri)
-    experiment = provenance.active_experiment() if tracking_uri is None else None
+    active_run, experiment = provenance.active()
+    if tracking_uri is not None:
+        experiment = None  # it is another store's
     ensure_prompt(server, name, PROGRAM, experiment)
     digest = _digest(parts)
     newest: int | None = None
@@ -121,7 +123,7 @@ def publish(
         parent=_parent(parent, program, name, newest),
         commit=provenance.git_commit(),
         dataset=provenance.dataset_name(dataset),
-        run_id=run_id or provenance.active_run(),
+        run_id=run_id or active_run,
         message=message,
         author=provenance.author(),
         dspy=dspy.__version__,
@@ -143,11 +145,7 @@ def publish(
 
 
 def published(server: Server, program: dspy.Module, name: str) -> ProgramVersion | None:
-    """The version that has a program's content already, None when there is none.
-
-    Raises:
-        ConfigError, RegistryUnavailableError: as `publish`.
-    """
+    """The version that has a program's content already, None when there is none; raises as `publish`."""
     digest = _digest(_parts(program))
     return next((version_of(found) for found in server.versions(name) if found.tags.get(DIGEST) == digest), None)
 
