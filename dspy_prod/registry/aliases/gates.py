@@ -255,12 +255,8 @@ def _metrics(found: Any) -> tuple[dict[str, float], int | None]:
         return {SCORE: float(found.score)}, None if results is None else len(results)
     if isinstance(found, Mapping):
         metrics = {str(name): float(value) for name, value in found.items()}
-        count = metrics.pop(EXAMPLES, None)
-        if count is None and not metrics:
-            count = 0
-        if count is not None:
-            return metrics, max(0, int(count)) if math.isfinite(count) else 0
-        return metrics, None
+        count = metrics.pop(EXAMPLES, None if metrics else 0)
+        return metrics, count if count is None else max(0, int(count)) if math.isfinite(count) else 0
     if isinstance(found, Sequence) and not isinstance(found, (str, bytes, bytearray)):
         scores = [float(score) for score in found]
         return ({SCORE: math.fsum(scores) / len(scores)} if scores else {}), len(scores)

@@ -1,4 +1,4 @@
-"""What a deployment did, for people (Markdown, a table) and programs (JSON)."""
+"""What a deployment did, for people (Markdown, a table) and programs (JSON), and how to go on."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Deployment:
 
     def to_markdown(self) -> str:
         """For people."""
-        return "\n".join(_markdown(self)) + "\n"
+        return "\n\n".join(_markdown(self)) + "\n"
 
     def __rich__(self) -> RenderableType:
         from rich import box
@@ -129,6 +129,48 @@ class Deployment:
         return Group(title, table, *(Text(line) for line in self.advice))
 
 
+def advice(found: Deployment) -> tuple[str, ...]:
+    """What a person may do next, a sentence each."""
+    moved = [alias for alias in found.stages if found.version is not None and found.after.get(alias) == found.version]
+    back = _back(found, moved)
+    if found.outcome == "deployed":
+        return back
+    if found.outcome == "unchanged":
+        return (f"There was nothing to do: {', '.join(moved)} {_has(moved)} version {found.version}.",)
+    if found.outcome == "inconclusive":
+        return (
+            "No alias was moved. Look at the checks of the gate. If you take responsibility, run the same command with "
+            '--force --reason "..." (in Python: force=True, reason="..."); else measure more and run it again.',
+        )
+    if found.outcome == "failed":
+        return ("No alias was moved. A gate that fails cannot be overruled: deploy a better candidate.",)
+    if found.outcome == "error":
+        return ("No alias was moved. Mend the evaluation and run the same command again.",)
+    stand = (f"{', '.join(moved)} {_has(moved)} version {found.version}; that stays.",) if moved else ()
+    if found.outcome == "conflict":
+        again = (
+            f"See who moved it: dspy-prod prompts {found.name} --history. To deploy all the same, from what the "
+            "aliases have now and with a new evaluation, run the same command with --recheck (in Python: "
+            "recheck=True).",
+        )
+        return (*stand, *again, *back)
+    return (*stand, "To continue where it stopped, run the same command again.", *back)
+
+
+def _back(found: Deployment, moved: list[str]) -> tuple[str, ...]:
+    names = [alias for alias in moved if found.before.get(alias) not in (None, found.version)]
+    if not names:
+        return ()
+    commands = "; ".join(
+        f"dspy-prod rollback {found.name}" + ("" if alias == "production" else f" --alias {alias}") for alias in names
+    )
+    return (f"To take it back: {commands}",)
+
+
+def _has(names: list[str]) -> str:
+    return "has" if len(names) == 1 else "have"
+
+
 def path_of(directory: Path, name: str, version: int | None) -> Path:
     """Where the JSON report lies; the Markdown is beside it."""
     return directory / f"deployment-{name}-{'unpublished' if version is None else version}.json"
@@ -142,93 +184,67 @@ def save(deployment: Deployment, path: Path) -> None:
 
 def _markdown(found: Deployment) -> Iterator[str]:
     yield f"# Deployment of {found.title}: {found.outcome}"
-    yield ""
-    yield f"{found.started_at:%Y-%m-%d %H:%M:%S} UTC, {found.seconds:.1f} s, by {_cell(found.by)}."
+    about = [f"{found.started_at:%Y-%m-%d %H:%M:%S} UTC, {found.seconds:.1f} s, by {_cell(found.by)}."]
     if found.resumed:
-        yield "An earlier run had begun it; this one went on where that had stopped."
+        about.append("An earlier run had begun it; this one went on where that had stopped.")
     if found.reason:
-        yield f"Reason: {_cell(found.reason)}" + (" (an inconclusive gate was overruled)" if found.forced else "")
+        overruled = " (an inconclusive gate was overruled)" if found.forced else ""
+        about.append(f"Reason: {_cell(found.reason)}{overruled}")
+    yield "\n".join(about)
     if found.error:
-        yield ""
         yield f"**{_cell(found.error)}**"
-    yield ""
     yield from _table("Steps", ("step", "result", "at (UTC)", "seconds", "what"), [
         (step.name, step.result, f"{step.at:%Y-%m-%d %H:%M:%S}", f"{step.seconds:.2f}", step.detail)
         for step in found.steps
     ])  # fmt: skip
     yield from _table("Aliases", ("alias", "before", "after"), [
-        (alias, _version(found.before.get(alias)), _version(found.after.get(alias))) for alias in found.before
+        (alias, _or_dash(found.before.get(alias)), _or_dash(found.after.get(alias))) for alias in found.before
     ])  # fmt: skip
-    yield from _gate(found.gate)
+    if found.gate is not None:
+        yield from _gate(found.gate)
     yield "## Changes against what production had"
-    yield ""
     if found.previous is not None and found.changes:
-        yield f"Version {found.previous} -> {_version(found.version)}."
-        yield ""
-        for predictor, status in found.changes.items():
-            yield f"- `{predictor}`: {status}"
-        yield ""
-    if found.difference and found.changes:
-        yield from _fenced(found.difference)
-    else:
-        yield found.difference or "No predictor differs."
+        yield f"Version {found.previous} -> {_or_dash(found.version)}."
+        yield "\n".join(f"- `{predictor}`: {status}" for predictor, status in found.changes.items())
+    fenced = found.difference and found.changes
+    yield _fenced(found.difference) if fenced else found.difference or "No predictor differs."
     if found.advice:
-        yield ""
         yield "## How to go on"
-        yield ""
-        for line in found.advice:
-            yield f"- {line}"
+        yield "\n".join(f"- {line}" for line in found.advice)
 
 
-def _gate(gate: GateReport | None) -> Iterator[str]:
-    if gate is None:
-        return
+def _gate(gate: GateReport) -> Iterator[str]:
     yield "## Gate"
-    yield ""
     examples = "" if gate.examples is None else f", {gate.examples} examples"
-    yield f"It says **{gate.result}**{examples}, {gate.seconds:.1f} s." + (
-        f" {_cell(gate.error)}" if gate.error else ""
-    )
-    yield ""
+    error = f" {_cell(gate.error)}" if gate.error else ""
+    yield f"It says **{gate.result}**{examples}, {gate.seconds:.1f} s.{error}"
     yield from _table(None, ("check", "result", "why"), [(one.name, one.result, one.reason) for one in gate.checks])
-    names = [*gate.metrics, *(name for name in gate.baseline if name not in gate.metrics)]
     yield from _table("Metrics", ("metric", "candidate", "baseline", "difference"), [
-        (name, _number(gate.metrics.get(name)), _number(gate.baseline.get(name)),
-         _number(gate.metrics[name] - gate.baseline[name] if {name} <= {*gate.metrics} & {*gate.baseline} else None))
-        for name in names
+        (name, *(_or_dash(value) for value in (new, old, None if new is None or old is None else new - old)))
+        for name in {**gate.metrics, **gate.baseline}
+        for new, old in [(gate.metrics.get(name), gate.baseline.get(name))]
     ])  # fmt: skip
 
 
 def _table(title: str | None, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    if not rows:
-        return
-    if title is not None:
-        yield f"## {title}"
-        yield ""
-    yield f"| {' | '.join(columns)} |"
-    yield f"|{'---|' * len(columns)}"
-    for row in rows:
-        yield f"| {' | '.join(map(_cell, row))} |"
-    yield ""
+    if rows:
+        if title is not None:
+            yield f"## {title}"
+        shown = [f"| {' | '.join(map(_cell, line))} |" for line in (columns, *rows)]
+        yield "\n".join([shown[0], f"|{'---|' * len(columns)}", *shown[1:]])
 
 
-def _fenced(text: str) -> Iterator[str]:
+def _fenced(text: str) -> str:
     shown = text if len(text) <= LONGEST_DIFF else f"{text[:LONGEST_DIFF]}\n... ({len(text)} characters)"
     fence = "```"
     while fence in shown:
         fence += "`"
-    yield f"{fence}diff"
-    yield shown.rstrip("\n")
-    yield fence
+    return f"{fence}diff\n{shown.rstrip(chr(10))}\n{fence}"
 
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _version(version: int | None) -> str:
-    return "-" if version is None else str(version)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}"
+def _or_dash(number: float | None) -> str:
+    return "-" if number is None else f"{number:g}" if isinstance(number, float) else str(number)

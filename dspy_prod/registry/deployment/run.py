@@ -16,9 +16,8 @@ from dspy_prod.registry.aliases.gates import Gate, GateReport, PromotionRefusedE
 from dspy_prod.registry.aliases.journal import Journal, Replay, Request
 from dspy_prod.registry.aliases.projection import PRODUCTION, alias_version, settled
 from dspy_prod.registry.aliases.promotion import carry_out, conflict_error
-from dspy_prod.registry.deployment.advice import advice
 from dspy_prod.registry.deployment.candidates import Candidate
-from dspy_prod.registry.deployment.report import Deployment, Outcome, path_of, save
+from dspy_prod.registry.deployment.report import Deployment, Outcome, advice, path_of, save
 from dspy_prod.registry.deployment.state import EVIDENCE, Begin, Verdict, conditions_of, pinned, verdict
 from dspy_prod.registry.deployment.steps import Steps, now
 from dspy_prod.registry.errors import PromotionConflictError

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +15,7 @@ from typing import Any, Final
 from dspy_prod.privacy.names import address
 from dspy_prod.registry.files import write
 from dspy_prod.registry.published.manifest import Manifest, sha256
-from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.recent import Recent
 
 DIRECTORY: Final = Path(".dspy_prod") / "registry"
 MOST_IN_MEMORY: Final = 64
@@ -66,40 +64,8 @@ class Copy:
     confirmed_at: float
 
 
-class Memory:
-    """The newest copies of this process, by store and reference."""
-
-    def __init__(self) -> None:
-        self._copies: OrderedDict[tuple[str, str], Copy] = OrderedDict()
-        self._lock = threading.Lock()
-        reset_after_fork(self)
-
-    def _after_fork(self) -> None:
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[str, str]) -> Copy | None:
-        """The copy, if there is one."""
-        with self._lock:
-            found = self._copies.get(key)
-            if found is not None:
-                self._copies.move_to_end(key)
-            return found
-
-    def put(self, key: tuple[str, str], copy: Copy) -> None:
-        """Keep a copy; the least recently used one may go."""
-        with self._lock:
-            self._copies[key] = copy
-            self._copies.move_to_end(key)
-            while len(self._copies) > MOST_IN_MEMORY:
-                self._copies.popitem(last=False)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._copies.clear()
-
-
-MEMORY: Final = Memory()
+MEMORY: Final = Recent[Copy](MOST_IN_MEMORY)
+"""The newest copies of this process, by store and reference."""
 
 
 def file_of(key: tuple[str, str], directory: Path | None) -> Path:

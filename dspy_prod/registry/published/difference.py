@@ -12,7 +12,6 @@ from dspy_prod.registry.names import Reference, checked_name
 from dspy_prod.registry.published.copies import Release
 from dspy_prod.registry.published.loading import exact
 from dspy_prod.registry.published.manifest import ProgramVersion
-from dspy_prod.registry.published.signatures import Field
 from dspy_prod.registry.server import server_at
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def diff(
     before, after = (exact(server, _reference(name, version)) for version in (old, new))
     was, now = _described(before), _described(after)
     predictors = [
-        _compared(key, f"{before}", f"{after}", was.get(key), now.get(key)) for key in dict.fromkeys([*was, *now])
+        _compared(key, f"{before} {key}", f"{after} {key}", was.get(key), now.get(key)) for key in {**was, **now}
     ]
     return VersionDiff(name, before.version, after.version, tuple(predictors))
 
@@ -127,15 +126,14 @@ def _described(release: Release) -> dict[str, dict[str, list[str]]]:
         signature = state["signature"]
         found[entry.name] = {
             "instructions": signature["instructions"].splitlines(),
-            "fields": [_field(field, told) for field, told in zip(entry.fields, signature["fields"], strict=True)],
+            "fields": [
+                f"{field.kind} {field.name}: {field.type}, described as {told['description']!r}"
+                for field, told in zip(entry.fields, signature["fields"], strict=True)
+            ],
             "demos": [line for number, demo in enumerate(state["demos"], 1) for line in _demo(number, demo)],
             "settings": _settings(release.manifest.settings.get(entry.name, {}), state),
         }
     return found
-
-
-def _field(field: Field, told: dict[str, Any]) -> str:
-    return f"{field.kind} {field.name}: {field.type}, described as {told['description']!r}"
 
 
 def _demo(number: int, demo: dict[str, Any]) -> Iterator[str]:
@@ -159,10 +157,8 @@ def _compared(
 ) -> PredictorDiff:
     parts = {}
     for part in PARTS:
-        lines = difflib.unified_diff(
-            (was or {}).get(part, []), (now or {}).get(part, []), f"{old} {name} {part}", f"{new} {name} {part}",
-            lineterm="",
-        )  # fmt: skip
+        had, has = (each[part] if each else [] for each in (was, now))
+        lines = difflib.unified_diff(had, has, f"{old} {part}", f"{new} {part}", lineterm="")
         parts[part] = "".join(f"{line}\n" for line in lines)
     if was is None or now is None:
         return PredictorDiff(name, "added" if was is None else "removed", **parts)

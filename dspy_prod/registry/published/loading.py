@@ -13,11 +13,11 @@ import dspy
 
 from dspy_prod.context.marks import mark
 from dspy_prod.errors import ConfigError
-from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError
+from dspy_prod.registry.errors import RegistryUnavailableError
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.published import copies
 from dspy_prod.registry.published.copies import MEMORY, Copy, Release
-from dspy_prod.registry.published.manifest import MANIFEST, Manifest, is_program, state_in
+from dspy_prod.registry.published.manifest import manifest_in, state_in
 from dspy_prod.registry.published.signatures import check_fields, fields_of
 from dspy_prod.registry.published.states import own_lm, prepared, restored_lm
 from dspy_prod.registry.server import Server, server_at
@@ -82,7 +82,7 @@ def load(
 def obtain(server: Server, reference: Reference, max_age: float, directory: Path | None = None) -> Release:
     """A reference's version: from memory if fresh, else from MLflow, else from the last good copy; raises as `load`."""
     key = (server.uri, str(reference))
-    copy = MEMORY.get(key)
+    copy = MEMORY.find(key)
     now = time.time()
     if copy is not None and (reference.version is not None or 0 <= now - copy.confirmed_at < max_age):
         return copy.release
@@ -97,7 +97,7 @@ def obtain(server: Server, reference: Reference, max_age: float, directory: Path
             raise RegistryUnavailableError(
                 f"{error}; and {copies.file_of(key, directory)} holds no copy of {reference} from an earlier load"
             ) from error
-        MEMORY.put(key, copy)
+        MEMORY.keep(key, copy, anew=True)
         age = max(0.0, now - copy.confirmed_at)
         _log.warning("%s is served from a copy %.0f s old: %s", reference, age, error)
         BUS.emit("registry_stale", now, reference=str(reference), version=str(copy.release), age=age, error=str(error))
@@ -112,13 +112,13 @@ def exact(server: Server, reference: Reference) -> Release:
 def renewed(server: Server, reference: Reference, directory: Path | None = None) -> Release:
     """As `fetch`; a copy is kept in memory and on disk."""
     key = (server.uri, str(reference))
-    copy = MEMORY.get(key)
+    copy = MEMORY.find(key)
     release = fetch(server, reference, None if copy is None else copy.release)
     _failed_at.pop(server.uri, None)
     fresh = Copy(release, time.time())
     if copy is None or copy.release is not release or copies.is_old(key, directory):
         copies.save(key, fresh, directory)
-    MEMORY.put(key, fresh)
+    MEMORY.keep(key, fresh, anew=True)
     return release
 
 
@@ -130,9 +130,7 @@ def fetch(server: Server, reference: Reference, known: Release | None = None) ->
         RegistryError: the version is no program, or was tampered with.
     """
     prompt = server.prompt(reference)
-    if prompt is None or not is_program(prompt):
-        raise RegistryError(f"{reference} is an MLflow prompt, but no program that dspy_prod published")
-    manifest = Manifest.of(prompt.tags[MANIFEST])
+    manifest = manifest_in(prompt, reference)
     if known is not None and (known.version, known.manifest) == (int(prompt.version), manifest):
         return known
     states = {}

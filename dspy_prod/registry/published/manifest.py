@@ -32,6 +32,7 @@ DIGEST: Final = "dspy_prod_digest"
 STATE: Final = "dspy_prod_state_"
 CHUNK: Final = 60_000
 MOST_CHUNKS: Final = 100
+_SHARED: Final = ("parent", "commit", "dataset", "run_id", "model", "adapter", "message", "author", "digest")
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,16 @@ def is_program(prompt: Any) -> bool:
     return bool(prompt.tags.get(KIND) == PROGRAM)
 
 
+def manifest_in(prompt: Any, where: object) -> Manifest:
+    """The manifest in an MLflow prompt version; a RegistryError when it is no program version."""
+    if prompt is None or not is_program(prompt):
+        raise RegistryError(f"{where} is an MLflow prompt, but no program that dspy_prod published")
+    return Manifest.of(prompt.tags[MANIFEST])
+
+
 def version_of(prompt: Any, aliases: tuple[str, ...] | None = None) -> ProgramVersion:
     """The program version that an MLflow prompt version is; a RegistryError when it is none."""
-    if not is_program(prompt):
-        raise RegistryError(
-            f"{prompt.name}/{prompt.version} is an MLflow prompt, but no program that dspy_prod published"
-        )
-    manifest = Manifest.of(prompt.tags[MANIFEST])
+    manifest = manifest_in(prompt, f"{prompt.name}/{prompt.version}")
     own = f"prompts:/{prompt.name}/{prompt.version}"
     return ProgramVersion(
         name=prompt.name,
@@ -153,19 +157,11 @@ def version_of(prompt: Any, aliases: tuple[str, ...] | None = None) -> ProgramVe
         uri=own,
         aliases=tuple(sorted(prompt.aliases or ())) if aliases is None else aliases,
         metrics=MappingProxyType(json.loads(prompt.tags.get(METRICS, "{}"))),
-        parent=manifest.parent,
         created_at=dt.datetime.fromtimestamp(prompt.creation_timestamp / 1000, dt.timezone.utc),
         predictors=MappingProxyType(
             {e.name: own if e.prompt is None else f"prompts:/{e.prompt}/{e.version}" for e in manifest.predictors}
         ),
-        commit=manifest.commit,
-        dataset=manifest.dataset,
-        run_id=manifest.run_id,
-        model=manifest.model,
-        adapter=manifest.adapter,
-        message=manifest.message,
-        author=manifest.author,
-        digest=manifest.digest,
+        **{name: getattr(manifest, name) for name in _SHARED},
     )
 
 

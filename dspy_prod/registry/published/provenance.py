@@ -22,7 +22,7 @@ def dataset_name(dataset: str | Sequence[Any] | None) -> str | None:
     if dataset is None or isinstance(dataset, str):
         return dataset
     try:
-        rows = [{key: serialize_for_json(value) for key, value in example.items()} for example in dataset]
+        rows = [{key: serialize_for_json(value) for key, value in example.items()} for example in list[Any](dataset)]
     except (TypeError, AttributeError):
         raise ConfigError(f"dataset= takes a name or a list of dspy.Example, got {type(dataset).__name__}") from None
     return f"sha256:{sha256(to_text(rows))[:16]} ({len(rows)} examples)"

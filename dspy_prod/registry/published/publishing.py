@@ -117,7 +117,7 @@ def publish(
     manifest = Manifest(
         digest=digest,
         predictors=tuple(_entry(server, name, part, inline, experiment) for part in parts),
-        model=_common([part.settings.model for part in parts]),
+        model=", ".join(dict.fromkeys(part.settings.model for part in parts if part.settings.model)) or None,
         adapter=type(current_adapter()).__name__,
         settings={part.name: part.settings.config for part in parts},
         parent=_parent(parent, program, name, newest),
@@ -233,19 +233,14 @@ def _parent(given: int | ProgramVersion | None, program: Any, name: str, newest:
     return int(version) if origin == name else newest
 
 
-def _common(models: list[str | None]) -> str | None:
-    named = list(dict.fromkeys(model for model in models if model))
-    return ", ".join(named) or None
-
-
 def _contents(name: str, manifest: Manifest) -> str:
     """What MLflow shows for a program of several predictors."""
     lines = [f"The program {name} consists of {len(manifest.predictors)} predictors:", ""]
     for entry in manifest.predictors:
-        inputs = ", ".join(field.name for field in entry.fields if field.kind == "input")
-        outputs = ", ".join(field.name for field in entry.fields if field.kind == "output")
-        lines.append(f"- {entry.name}: {inputs} -> {outputs}")
-        lines.append(f"  prompts:/{entry.prompt}/{entry.version}")
+        inputs, outputs = (
+            ", ".join(field.name for field in entry.fields if field.kind == kind) for kind in ("input", "output")
+        )
+        lines += [f"- {entry.name}: {inputs} -> {outputs}", f"  prompts:/{entry.prompt}/{entry.version}"]
     return escaped("\n".join(lines))
 
 

@@ -54,17 +54,16 @@ def described(annotation: Any, seen: tuple[Any, ...] = ()) -> str:
     name = annotation.__name__
     if annotation in seen:
         return name
-    seen = (*seen, annotation)
     if issubclass(annotation, enum.Enum):
         return f"{name}{{{', '.join(f'{member.name}={member.value!r}' for member in annotation)}}}"
     if issubclass(annotation, pydantic.BaseModel) and not issubclass(annotation, (dspy.Type, dspy.History)):
-        parts = ((key, info.annotation) for key, info in annotation.model_fields.items())
-        return f"{name}{{{', '.join(f'{key}: {described(item, seen)}' for key, item in parts)}}}"
-    if dataclasses.is_dataclass(annotation):
+        parts = {key: info.annotation for key, info in annotation.model_fields.items()}
+    elif dataclasses.is_dataclass(annotation):
         hints = get_type_hints(annotation)
-        names = (field.name for field in dataclasses.fields(annotation))
-        return f"{name}{{{', '.join(f'{key}: {described(hints[key], seen)}' for key in names)}}}"
-    return name
+        parts = {field.name: hints[field.name] for field in dataclasses.fields(annotation)}
+    else:
+        return name
+    return f"{name}{{{', '.join(f'{key}: {described(item, (*seen, annotation))}' for key, item in parts.items())}}}"
 
 
 def check_fields(where: str, published: dict[str, tuple[Field, ...]], given: dict[str, tuple[Field, ...]]) -> None:
