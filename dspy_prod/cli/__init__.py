@@ -15,28 +15,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     arguments = _parser().parse_args(argv)
-    from dspy_prod.errors import ConfigError, RejectedError
-
-    if arguments.command == "demo":
-        from dspy_prod.cli.demo.demo import demo
-
-        where = None if arguments.no_mlflow else arguments.tracking_uri
-        try:
-            return demo(model=arguments.model, simulate=arguments.simulate, as_json=arguments.json, tracking_uri=where)
-        except ConfigError as error:
-            print(f"dspy-prod demo: {error}", file=sys.stderr)
-            return 2
     from dspy_prod.cli import reports
+    from dspy_prod.errors import ConfigError, RejectedError
+    from dspy_prod.registry import RegistryError
 
     try:
         run = getattr(arguments, "run", None) or getattr(reports, arguments.command)
         return int(run(arguments))
-    except (RejectedError, ConfigError, ValueError) as error:
+    except (RejectedError, ConfigError, RegistryError, ValueError) as error:
         print(f"dspy-prod {arguments.command}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()
         return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from dspy_prod.cli.demo.demo import demo
+
+    where = None if arguments.no_mlflow else arguments.tracking_uri
+    return demo(model=arguments.model, simulate=arguments.simulate, as_json=arguments.json, tracking_uri=where)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tracking-uri", default="sqlite:///mlflow.db", help="MLflow to write traces to (default: %(default)s)"
     )
     demo.add_argument("--no-mlflow", action="store_true", help="write no traces")
+    demo.set_defaults(run=_demo)
 
     health = commands.add_parser("health", help="is the store all right, and what happened lately")
     _where(health)

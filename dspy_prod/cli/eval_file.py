@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
-
-import dspy
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.error_text import error_text
@@ -29,25 +26,12 @@ def evaluate(program):
 """
 
 
-@dataclass(frozen=True)
-class EvalFile:
-    """What an evaluation file defines.
-
-    Attributes:
-        evaluate, thresholds, baseline, margin, min_examples: as in `dspy_prod.registry.Gate`.
-        program: the program from the code, or what makes it. All of them are arguments of `deploy`.
-    """
-
-    evaluate: Callable[[Any], Any]
-    program: dspy.Module | Callable[[], dspy.Module]
-    thresholds: Mapping[str, Any]
-    baseline: Mapping[str, float] | str | None
-    margin: float
-    min_examples: int | None
-
-
-def read(path: Path) -> EvalFile:
+def read(path: Path) -> SimpleNamespace:
     """Execute an evaluation file. Its folder and the working directory can be imported from.
+
+    Returns:
+        What it defines, as arguments of `deploy`: `evaluate`, `program`, `thresholds`, `baseline`, `margin` and
+        `min_examples`.
 
     Raises:
         ConfigError: it is missing, fails, or lacks something; the message shows a file that does not.
@@ -67,11 +51,9 @@ def read(path: Path) -> EvalFile:
         lacks.append("THRESHOLDS (or BASELINE)")
     if lacks:
         raise ConfigError(f"{path} does not define {'; nor '.join(lacks)}. It should look like\n\n{EXAMPLE}")
-    assert callable(evaluate)
-    assert callable(program)
-    return EvalFile(
-        evaluate, program, thresholds or {}, baseline, getattr(module, "MARGIN", 0.0),
-        getattr(module, "MIN_EXAMPLES", None),
+    return SimpleNamespace(
+        evaluate=evaluate, program=program, thresholds=thresholds or {}, baseline=baseline,
+        margin=getattr(module, "MARGIN", 0.0), min_examples=getattr(module, "MIN_EXAMPLES", None),
     )  # fmt: skip
 
 

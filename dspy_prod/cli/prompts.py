@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from dspy_prod import registry
-from dspy_prod.cli.printing import print_json
+from dspy_prod.cli.printing import print_json, show, table
 
 if TYPE_CHECKING:
     from dspy_prod.registry import AuditEntry, ProgramVersion
@@ -32,22 +27,13 @@ def add_parsers(commands: Any) -> None:
     for parser in (promote, rollback):
         parser.add_argument("--alias", default="production", help="default: production")
         parser.add_argument("--reason", help="why, for the audit log")
-    for parser in (prompts, promote, rollback):
+    for parser, run in ((prompts, print_prompts), (promote, move_forward), (rollback, move_back)):
         parser.add_argument("--tracking-uri", help="the MLflow store; default: MLflow's own ($MLFLOW_TRACKING_URI)")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run one of them; returns the exit code."""
-    try:
-        return int({"prompts": prompts, "promote": promote, "rollback": rollback}[arguments.command](arguments))
-    except registry.RegistryError as error:
-        print(f"dspy-prod {arguments.command}: {error}", file=sys.stderr)
-        return 2
-
-
-def prompts(arguments: argparse.Namespace) -> int:
+def print_prompts(arguments: argparse.Namespace) -> int:
     """Print programs, versions or moves."""
     uri, name = arguments.tracking_uri, arguments.name
     if arguments.history:
@@ -60,7 +46,7 @@ def prompts(arguments: argparse.Namespace) -> int:
     return _versions(arguments, "Published programs, newest versions", newest)
 
 
-def promote(arguments: argparse.Namespace) -> int:
+def move_forward(arguments: argparse.Namespace) -> int:
     """Move an alias forward."""
     entry = registry.promote(
         arguments.name, arguments.version, alias=arguments.alias, expected=arguments.expected,
@@ -69,7 +55,7 @@ def promote(arguments: argparse.Namespace) -> int:
     return _moved(arguments, entry)
 
 
-def rollback(arguments: argparse.Namespace) -> int:
+def move_back(arguments: argparse.Namespace) -> int:
     """Move an alias back."""
     entry = registry.rollback(
         arguments.name, alias=arguments.alias, to=arguments.to, reason=arguments.reason,
@@ -81,31 +67,25 @@ def rollback(arguments: argparse.Namespace) -> int:
 def _versions(arguments: argparse.Namespace, title: str, found: list[ProgramVersion]) -> int:
     if arguments.json:
         return print_json([version.to_dict() for version in found])
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("version", "aliases", "metrics", "model", "published", "message"):
-        table.add_column(column, overflow="fold")
-    for version in found:
-        table.add_row(
-            str(version), ", ".join(version.aliases),
-            ", ".join(f"{name} {value:g}" for name, value in version.metrics.items()), version.model or "",
-            f"{version.created_at.astimezone():%Y-%m-%d %H:%M}", version.message or "",
-        )  # fmt: skip
-    Console().print(table if found else "Nothing is published in this MLflow store.")
-    return 0
+    if not found:
+        return show("Nothing is published in this MLflow store.")
+    columns = ("version", "aliases", "metrics", "model", "published", "message")
+    return show(table(title, columns, [
+        (str(version), ", ".join(version.aliases),
+         ", ".join(f"{name} {value:g}" for name, value in version.metrics.items()), version.model or "",
+         f"{version.created_at.astimezone():%Y-%m-%d %H:%M}", version.message or "")
+        for version in found
+    ]))  # fmt: skip
 
 
 def _moves(arguments: argparse.Namespace, found: list[AuditEntry]) -> int:
     if arguments.json:
         return print_json([entry.to_dict() for entry in found])
-    for entry in found:
-        Console().print(f"{entry.at.astimezone():%Y-%m-%d %H:%M}  {entry}", markup=False, highlight=False)
-    if not found:
-        Console().print(f"No alias of {arguments.name} was moved yet.", markup=False)
-    return 0
+    lines = [f"{entry.at.astimezone():%Y-%m-%d %H:%M}  {entry}" for entry in found]
+    return show(*lines or [f"No alias of {arguments.name} was moved yet."])
 
 
 def _moved(arguments: argparse.Namespace, entry: AuditEntry) -> int:
     if arguments.json:
         return print_json(entry.to_dict())
-    Console().print(f"{arguments.name}: {entry}", markup=False, highlight=False)
-    return 0
+    return show(f"{arguments.name}: {entry}")

@@ -14,8 +14,7 @@ from dspy_prod.runtime.doors import door
 if TYPE_CHECKING:
     from dspy_prod.registry.aliases.gates import Check, Gate, GateReport, PromotionRefusedError
     from dspy_prod.registry.aliases.journal import AuditEntry
-    from dspy_prod.registry.aliases.listing import programs, versions
-    from dspy_prod.registry.aliases.promotion import history, promote, rollback
+    from dspy_prod.registry.aliases.promotion import history, programs, promote, rollback, versions
     from dspy_prod.registry.deployment.deploy import deploy
     from dspy_prod.registry.deployment.report import Deployment, Step
     from dspy_prod.registry.errors import (
@@ -35,8 +34,7 @@ __getattr__, __dir__ = door(
     {
         "aliases.gates": "Check Gate GateReport PromotionRefusedError",
         "aliases.journal": "AuditEntry",
-        "aliases.listing": "programs versions",
-        "aliases.promotion": "history promote rollback",
+        "aliases.promotion": "history programs promote rollback versions",
         "deployment.deploy": "deploy",
         "deployment.report": "Deployment Step",
         "errors": "PromotionConflictError RegistryError RegistryUnavailableError "

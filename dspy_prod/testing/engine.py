@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
 from dspy.lm15 import Message, Request, Response, TextPart, Usage, response_to_events
@@ -58,13 +59,10 @@ class ScriptedEngine:
 
     def complete(self, request: Request) -> Response:
         """Answer one request."""
-        answer = self._begin(request)
-        try:
+        with self._answering(request) as answer:
             if self._latency:
                 time.sleep(self._latency)
             return self._answer(answer, request)
-        finally:
-            self._finish()
 
     def stream(self, request: Request) -> Iterator[Any]:
         """Answer one request event by event."""
@@ -73,17 +71,18 @@ class ScriptedEngine:
     def close(self) -> None:
         """Nothing to close."""
 
-    def _begin(self, request: Request) -> Any:
+    @contextmanager
+    def _answering(self, request: Request) -> Iterator[Any]:
         with self._lock:
             answer = self._answers[min(len(self.requests), len(self._answers) - 1)]
             self.requests.append(request)
             self.in_flight += 1
             self.max_in_flight = max(self.max_in_flight, self.in_flight)
-            return answer
-
-    def _finish(self) -> None:
-        with self._lock:
-            self.in_flight -= 1
+        try:
+            yield answer
+        finally:
+            with self._lock:
+                self.in_flight -= 1
 
     def _answer(self, answer: Any, request: Request) -> Response:
         if not isinstance(answer, (str, Response, BaseException)):
@@ -111,13 +110,10 @@ class _AsyncScript:
 
     async def complete(self, request: Request) -> Response:
         script = self._script
-        answer = script._begin(request)
-        try:
+        with script._answering(request) as answer:
             if script._latency:
                 await asyncio.sleep(script._latency)
             return script._answer(answer, request)
-        finally:
-            script._finish()
 
     async def stream(self, request: Request) -> AsyncIterator[Any]:
         for event in response_to_events(await self.complete(request)):

@@ -199,7 +199,7 @@ class Exchange:
         if isinstance(fault, MalformedJson):
             body = body[: len(body) * 2 // 3]
         elif isinstance(fault, ErrorInStream):
-            body = dumps(_error(fault))
+            body = dumps(fault.error())
         first = head(200, self._headers(), length=len(body))
         self._started(200)
         if isinstance(fault, (Reset, TruncatedStream)):
@@ -271,10 +271,6 @@ class Exchange:
             self.connection.close()
 
 
-def _error(fault: ErrorInStream) -> dict[str, object]:
-    return {"error": {"message": fault.message, "type": "server_error", "param": None, "code": fault.code}}
-
-
 def _faulted(pieces: list[Piece], fault: Fault | None) -> list[Piece]:
     """The events of a stream as `fault` leaves them."""
     deltas = [position for position, piece in enumerate(pieces) if piece.delta]
@@ -284,19 +280,15 @@ def _faulted(pieces: list[Piece], fault: Fault | None) -> list[Piece]:
         return pieces[-2:] if len(pieces) > 1 and pieces[-2].usage else pieces[-1:]
     if isinstance(fault, (TruncatedStream, ErrorInStream)):
         kept = len(deltas) // 2 if fault.after is None else fault.after
-        end = deltas[kept] if kept < len(deltas) else _after(deltas)
+        # All its text sent, a stream is cut just behind the last of it.
+        end = deltas[kept] if kept < len(deltas) else deltas[-1] + 1 if deltas else 1
         head = pieces[:end]
         if isinstance(fault, TruncatedStream):
             return head
-        return [*head, Piece(sse(_error(fault), None), head[-1].share if head else 0.0)]
+        return [*head, Piece(sse(fault.error()), head[-1].share if head else 0.0)]
     if isinstance(fault, MalformedJson):
         broken = deltas[len(deltas) // 2] if deltas else 0
         data = pieces[broken].data
         ruined = Piece(data[: len(data) * 2 // 3].rstrip() + b"\n\n", pieces[broken].share, delta=True)
         return [*pieces[:broken], ruined, *(piece for piece in pieces[broken + 1 :] if not piece.usage)]
     return pieces
-
-
-def _after(deltas: list[int]) -> int:
-    """Where a stream is cut when all its text is to be sent: just behind the last text."""
-    return deltas[-1] + 1 if deltas else 1

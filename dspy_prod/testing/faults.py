@@ -157,6 +157,10 @@ class ErrorInStream(Fault):
     message: str = "The server had an error while processing your request."
     code: str | int | None = "server_error"
 
+    def error(self) -> dict[str, object]:
+        """The error object that is sent."""
+        return {"error": {"message": self.message, "type": "server_error", "param": None, "code": self.code}}
+
 
 @dataclass(frozen=True)
 class MalformedJson(Fault):
@@ -240,8 +244,6 @@ class FaultPlan:
     @classmethod
     def of(cls, faults: FaultPlan | Fault | Iterable[Fault | None] | Chooser | None) -> FaultPlan:
         """From what `Provider(faults=...)` takes: a plan, a fault (always), a list (script), a callable or None."""
-        if faults is None:
-            return cls(lambda position, call: None)
         if isinstance(faults, FaultPlan):
             return faults
         if isinstance(faults, Fault):
@@ -249,4 +251,4 @@ class FaultPlan:
         if callable(faults):
             chooser = faults
             return cls(lambda position, call: chooser(call))
-        return cls.script(list(faults))
+        return cls.script(list(faults or ()))

@@ -12,7 +12,6 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from dspy_prod.testing.answers import AnswerSource, Reply, UsageSource, compose
@@ -32,11 +31,7 @@ if TYPE_CHECKING:
 Latency = float | tuple[float, float] | Callable[[CallView], float]
 FaultSource = FaultPlan | Fault | Iterable[Fault | None] | Chooser | None
 
-_ENDPOINTS: dict[str, Api] = {
-    "/chat/completions": "chat",
-    "/responses": "responses",
-    "/completions": "completions",
-}
+_ENDPOINTS: dict[str, Api] = {"/chat/completions": "chat", "/responses": "responses", "/completions": "completions"}
 
 
 class Provider:
@@ -143,9 +138,7 @@ class Provider:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def __repr__(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import dspy
@@ -68,7 +68,7 @@ def demo(
         with tqdm(total=_TOTAL, unit="request", file=sys.stderr, leave=False) as progress:
             served = dspy_prod.Production(program, name="triage", fallback_response=STATIC_REPLY)
             run = Run(providers, lm, served, progress)
-            remove = dspy_prod.add_listener(_notice(run))
+            remove = dspy_prod.add_listener(partial(_notice, run))
             try:
                 _scenario(run)
             finally:
@@ -137,11 +137,6 @@ def _capped(lm: dspy_prod.LM, message: Message) -> dspy_prod.LM:
         return lm.copy(budget=dspy_prod.Budget(usd=round(2.2 * bound, 9), per="run", name="demo-purse"))
 
 
-def _notice(run: Run) -> Callable[[dspy_prod.Event], None]:
-    def listener(event: dspy_prod.Event) -> None:
-        if event.name.startswith("breaker_"):
-            run.transitions.append(
-                f"{event.data.get('route')}: {event.name.removeprefix('breaker_').replace('_', '-')}"
-            )
-
-    return listener
+def _notice(run: Run, event: dspy_prod.Event) -> None:
+    if event.name.startswith("breaker_"):
+        run.transitions.append(f"{event.data.get('route')}: {event.name.removeprefix('breaker_').replace('_', '-')}")

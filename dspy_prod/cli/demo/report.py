@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from statistics import median_high
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from dspy_prod.cli.demo.traces import Written, table
-from dspy_prod.cli.printing import numbers
+from dspy_prod.cli.demo import traces
+from dspy_prod.cli.demo.traces import Written
+from dspy_prod.cli.printing import print_json, table
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status.health import Health
 
@@ -56,15 +61,12 @@ class Report:
 def show(console: Console, report: Report) -> None:
     """Print everything as tables."""
     run, records = report.run, report.records
-    console.print(_requests(run))
-    console.print(_acts(run))
-    console.print(_money("Cost by model", records, lambda record: record.model))
-    console.print(_money("Cost by user", records, lambda record: record.user or "anonymous"))
-    console.print(_answers(run))
-    console.print(_bill(report.verdict))
-    if report.written is not None:
-        console.print(table(report.written))
-    console.print(_health(run, report.health))
+    by_model = _money("Cost by model", records, lambda record: record.model)
+    by_user = _money("Cost by user", records, lambda record: record.user or "anonymous")
+    mlflow = [] if report.written is None else [traces.table(report.written)]
+    parts = (_requests(run), _acts(run), by_model, by_user, _answers(run), _bill(report.verdict), *mlflow)
+    for part in (*parts, _health(run, report.health)):
+        console.print(part, crop=False)
 
 
 def show_json(report: Report) -> None:
@@ -84,7 +86,7 @@ def show_json(report: Report) -> None:
         "breaker": run.transitions,
         "health": report.health.model_dump(mode="json"),
     }
-    Console().print_json(orjson.dumps(result).decode())
+    print_json(result)
 
 
 def summary(run: Run) -> dict[str, int]:
@@ -110,102 +112,82 @@ def _fallbacks(run: Run) -> Counter[str | None]:
 
 
 def _requests(run: Run) -> Table:
-    table = numbers("Requests", "", "count")
-    for name, count in summary(run).items():
-        table.add_row(name, str(count))
-    for reason, count in _fallbacks(run).items():
-        table.add_row(f"  fallback: {reason}", str(count))
+    fallbacks = {f"  fallback: {reason}": count for reason, count in _fallbacks(run).items()}
     requests = run.providers.requests()
-    table.add_row("upstream HTTP requests", "n/a" if requests is None else str(requests))
-    return table
+    upstream = {"upstream HTTP requests": "n/a" if requests is None else requests}
+    counts = {**summary(run), **fallbacks, **upstream}
+    return table("Requests", ("", "count"), [(name, str(count)) for name, count in counts.items()], numbers=1)
 
 
 def _acts(run: Run) -> Table:
-    table = numbers("Act by act", "act", "requests", "ok", "cached", "fallback", "attempts", "median latency")
-    for act in dict.fromkeys(o.act for o in run.outcomes):
-        for priority in ("high", "normal"):
-            found = [o for o in run.outcomes if o.act == act and o.priority == priority]
-            if not found:
-                continue
-            latencies = sorted(o.latency for o in found)
+    rows = []
+    for act, priority in product(dict.fromkeys(o.act for o in run.outcomes), ("high", "normal")):
+        found = [o for o in run.outcomes if o.act == act and o.priority == priority]
+        if found:
             ends = Counter(o.status for o in found)
-            table.add_row(
-                act if priority == "normal" else f"{act}, high priority",
-                str(len(found)),
-                *(str(ends[status]) for status in ("ok", "cached", "fallback")),
-                str(sum(o.attempts for o in found)),
-                f"{latencies[len(latencies) // 2]:.2f} s",
-            )
-    return table
+            counts = (len(found), ends["ok"], ends["cached"], ends["fallback"], sum(o.attempts for o in found))
+            name = act if priority == "normal" else f"{act}, high priority"
+            rows.append((name, *map(str, counts), f"{median_high(o.latency for o in found):.2f} s"))
+    columns = ("act", "requests", "ok", "cached", "fallback", "attempts", "median latency")
+    return table("Act by act", columns, rows, numbers=6)
 
 
 def _money(title: str, records: Sequence[CallRecord], key: Callable[[CallRecord], str]) -> Table:
-    table = numbers(title, "", "attempts", "failed", "cached", "tokens in", "tokens out", "USD", overflow="fold")
+    rows = []
     for value in sorted({key(record) for record in records}):
         found = [record for record in records if key(record) == value]
-        table.add_row(
-            value,
-            str(sum(not record.cached for record in found)),
-            str(sum(record.outcome not in ("ok", "cached", "stale") for record in found)),
-            str(sum(record.cached for record in found)),
-            str(_sum(record.input_tokens for record in found)),
-            str(_sum(record.output_tokens for record in found)),
-            f"{_sum(record.cost_nano for record in found) / NANO:.9f}",
+        counts = (
+            sum(not record.cached for record in found),
+            sum(record.outcome not in ("ok", "cached", "stale") for record in found),
+            sum(record.cached for record in found),
+            _sum(record.input_tokens for record in found),
+            _sum(record.output_tokens for record in found),
         )
-    return table
+        rows.append((value, *map(str, counts), _usd(_sum(record.cost_nano for record in found))))
+    columns = ("", "attempts", "failed", "cached", "tokens in", "tokens out", "USD")
+    return table(title, columns, rows, numbers=6)
 
 
 def _answers(run: Run) -> Table:
     share = accuracy(run)
     note = "" if share is None else f" (category right in {share:.0%} of model answers)"
-    table = Table(title=f"Some answers{note}", title_justify="left")
-    table.add_column("message", ratio=3)
-    table.add_column("category", no_wrap=True)
-    table.add_column("labelled", no_wrap=True)
-    table.add_column("reply", ratio=2)
-    table.add_column("by", overflow="fold")
-    for outcome in [run.outcomes[index] for index in (0, 5, 13, 18, 24, -1) if index < len(run.outcomes)]:
-        table.add_row(
-            _short(outcome.message.message, 90),
-            outcome.category or "-",
-            outcome.message.category,
-            _short(outcome.reply or "-", 60),
-            outcome.status if outcome.reason is None else f"{outcome.status}: {outcome.reason}",
-        )
-    return table
+    short = partial(shorten, placeholder="…")
+    chosen = [run.outcomes[index] for index in (0, 5, 13, 18, 24, -1) if index < len(run.outcomes)]
+    return table(f"Some answers{note}", ("message", "category", "labelled", "reply", "by"), [
+        (short(o.message.message, 90), o.category or "-", o.message.category, short(o.reply or "-", 60),
+         o.status if o.reason is None else f"{o.status}: {o.reason}")
+        for o in chosen
+    ])  # fmt: skip
 
 
 def _bill(verdict: Verdict) -> Table:
-    table = numbers("Ledger against the providers' bill", "", "USD")
-    table.add_row("ledger", f"{verdict.ledger / NANO:.9f}")
-    table.add_row("  of it unconfirmed", f"{verdict.unconfirmed / NANO:.9f}")
-    table.add_row("bill", "see the provider" if verdict.bill is None else f"{verdict.bill / NANO:.9f}")
-    table.add_row("agree", "n/a" if verdict.bill is None else "[green]yes[/]" if verdict.agrees else "[red]NO[/]")
-    return table
+    unknown = verdict.bill is None
+    agree = Text("yes", "green") if verdict.agrees else Text("NO", "red")
+    return table("Ledger against the providers' bill", ("", "USD"), [
+        ("ledger", _usd(verdict.ledger)),
+        ("  of it unconfirmed", _usd(verdict.unconfirmed)),
+        ("bill", "see the provider" if verdict.bill is None else _usd(verdict.bill)),
+        ("agree", "n/a" if unknown else agree),
+    ], numbers=1)  # fmt: skip
 
 
 def _health(run: Run, health: Health) -> Table:
     colour = {"healthy": "green", "warning": "yellow", "degraded": "red"}[health.status]
-    table = Table(title=f"Health: [{colour}]{health.status}[/]", title_justify="left")
-    table.add_column("part")
-    table.add_column("state")
-    for breaker in health.breakers:
-        table.add_row(f"breaker {breaker.route}", f"{breaker.state}, opened {breaker.opened_count} time(s)")
-    table.add_row("circuit changes", " → ".join(run.transitions) or "none")
-    for limiter in health.limiters:
-        table.add_row(f"limiter {limiter.route}", f"{limiter.in_flight} in flight, {limiter.waiting} waiting")
-    for reason in health.reasons:
-        table.add_row("note", reason)
+    rows = [(f"breaker {each.route}", f"{each.state}, opened {each.opened_count} time(s)") for each in health.breakers]
+    rows.append(("circuit changes", " → ".join(run.transitions) or "none"))
+    rows += [
+        (f"limiter {each.route}", f"{each.in_flight} in flight, {each.waiting} waiting") for each in health.limiters
+    ]
+    rows += [("note", reason) for reason in health.reasons]
     costs = health.costs
     if costs is not None:
         projected = f"projected for the month {costs.projected_monthly_usd:.4f} USD"
-        table.add_row("today", f"{costs.today_usd:.6f} USD; {projected}")
-    return table
+        rows.append(("today", f"{costs.today_usd:.6f} USD; {projected}"))
+    return table(Text.assemble("Health: ", (health.status, colour)), ("part", "state"), rows)
 
 
-def _short(text: str, length: int) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _usd(nano: int) -> str:
+    return f"{nano / NANO:.9f}"
 
 
 def _sum(values: Iterable[int | None]) -> int:

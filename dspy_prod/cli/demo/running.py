@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -71,6 +71,4 @@ class Run:
     def ask_all(self, act: str, requests: Sequence[tuple[Message, str]], lm: dspy_prod.LM | None = None) -> None:
         """Send several messages at the same time."""
         with ThreadPoolExecutor(len(requests)) as pool:
-            sent = [pool.submit(self.ask, act, message, priority, lm) for message, priority in requests]
-            for done in as_completed(sent):
-                done.result()
+            list(pool.map(lambda request: self.ask(act, request[0], request[1], lm), requests))

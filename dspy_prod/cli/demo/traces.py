@@ -12,8 +12,9 @@ from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from dspy_prod.cli.printing import numbers
+from dspy_prod.cli import printing
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.records import NANO, CallRecord
 
@@ -147,18 +148,18 @@ def _read(uri: str, since: float) -> tuple[str | None, int, float]:
 
 def table(result: Written) -> Table:
     """What became of the traces, as a table."""
-    shown = numbers("Ledger against MLflow", "", "")
-    shown.add_row("traces written", str(result.exported))
-    for name, count in (("still waiting", result.waiting), ("lost", result.lost)):
-        if count:
-            shown.add_row(f"  {name}", f"[yellow]{count}[/]")
-    if result.failing:
-        shown.add_row("trouble", result.failing)
-    shown.add_row("ledger, USD", f"{result.ledger_usd:.9f}")
-    shown.add_row("sum of the traces' costs, USD", "unknown" if result.usd is None else f"{result.usd:.9f}")
-    agree = "[green]yes[/]" if result.agrees else "[red]NO[/]"
-    shown.add_row("agree", agree if result.complete else "n/a: not every trace arrived")
-    return shown
+    agree = Text("yes", "green") if result.agrees else Text("NO", "red")
+    missing = [(name, Text(str(count), "yellow")) for name, count in (
+        ("  still waiting", result.waiting), ("  lost", result.lost)
+    ) if count]  # fmt: skip
+    return printing.table("Ledger against MLflow", ("", ""), [
+        ("traces written", str(result.exported)),
+        *missing,
+        *([("trouble", result.failing)] if result.failing else []),
+        ("ledger, USD", f"{result.ledger_usd:.9f}"),
+        ("sum of the traces' costs, USD", "unknown" if result.usd is None else f"{result.usd:.9f}"),
+        ("agree", agree if result.complete else "n/a: not every trace arrived"),
+    ])  # fmt: skip
 
 
 def invitation(result: Written, prompt: str | None = None) -> str:

@@ -158,10 +158,6 @@ class Replay:
         """Whether MLflow's alias was seen to follow that move."""
         return alias not in self._last or self._last[alias][1]
 
-    def entry(self, identity: str) -> AuditEntry | None:
-        """The entry of a request."""
-        return next((entry for entry in reversed(self.entries) if entry.id == identity), None)
-
     @property
     def aliases(self) -> list[str]:
         """Every alias that was ever moved."""
@@ -220,7 +216,7 @@ class Journal:
         tags = {KIND: JOURNAL, ENTRY: text}
         self._server.write(lambda client: client.create_prompt_version(self._prompt, sentence, None, tags))
         replay = self.read()
-        entry = replay.entry(request.id)
+        entry = next((each for each in reversed(replay.entries) if each.id == request.id), None)
         if entry is None:
             raise RegistryUnavailableError(f"MLflow at {self._server.place} lost an entry of {self._prompt}; try again")
         return entry, replay

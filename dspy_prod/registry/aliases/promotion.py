@@ -1,4 +1,7 @@
-"""`promote`, `rollback` and `history`: aliases move by compare-and-set, and every move is on record."""
+"""`promote` and `rollback`: aliases move by compare-and-set, and every move is on record.
+
+`history`, `programs` and `versions` show what there is.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,15 @@ import dspy
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.aliases.gates import Gate, refused_error
 from dspy_prod.registry.aliases.journal import AuditEntry, Journal, Request
-from dspy_prod.registry.aliases.projection import PREVIOUS, PRODUCTION, project, settled
+from dspy_prod.registry.aliases.projection import PREVIOUS, PRODUCTION, USUAL, alias_version, project, settled
 from dspy_prod.registry.errors import PromotionConflictError, RegistryError, UnknownVersionError
-from dspy_prod.registry.names import Reference, checked_name
+from dspy_prod.registry.names import checked_name
 from dspy_prod.registry.published import provenance
-from dspy_prod.registry.published.manifest import ProgramVersion, version_of
-from dspy_prod.registry.server import Server, server_at
+from dspy_prod.registry.published.manifest import KIND, PROGRAM, ProgramVersion, is_program, reference_to, version_of
+from dspy_prod.registry.server import PAGE, Server, server_at
 from dspy_prod.telemetry.events import BUS
 
+_FILTER: Final = f"tags.`{KIND}` = '{PROGRAM}'"
 _ALIAS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,99}")
 
 
@@ -169,9 +173,38 @@ def history(name: str, *, alias: str | None = None, tracking_uri: str | None = N
     checked_name(name)
     server = server_at(tracking_uri)
     if server.read(lambda client: client.get_prompt(name)) is None:
-        raise UnknownVersionError(f"there is no program {name!r} in MLflow at {server.place}; publish it first")
+        raise _unpublished_error(name, server)
     entries = Journal(server, name).read().entries
     return [entry for entry in reversed(entries) if alias is None or entry.alias == alias]
+
+
+def programs(*, tracking_uri: str | None = None) -> list[str]:
+    """The names of all published programs.
+
+    Raises:
+        RegistryUnavailableError: MLflow did not answer.
+    """
+    pages = server_at(tracking_uri).pages(lambda token, client: client.search_prompts(_FILTER, PAGE, None, token))
+    return sorted(prompt.name for page in pages for prompt in page)
+
+
+def versions(name: str, *, tracking_uri: str | None = None) -> list[ProgramVersion]:
+    """The versions of a program with their aliases, newest first.
+
+    Raises:
+        UnknownVersionError: there is no such program.
+        RegistryUnavailableError: MLflow did not answer.
+    """
+    server = server_at(tracking_uri)
+    found = [prompt for prompt in server.versions(checked_name(name)) if is_program(prompt)]
+    if not found:
+        raise _unpublished_error(name, server)
+    pointing: dict[int, list[str]] = {}
+    for alias in sorted({*USUAL, *Journal(server, name).read().aliases}):
+        version = alias_version(server, name, alias)
+        if version is not None:
+            pointing.setdefault(version, []).append(alias)
+    return [version_of(prompt, tuple(pointing.get(int(prompt.version), ()))) for prompt in found]
 
 
 def carry_out(server: Server, name: str, journal: Journal, request: Request) -> AuditEntry:
@@ -200,12 +233,7 @@ def check_alias(name: str, alias: str) -> None:
 
 def find_version(server: Server, name: str, version: int | str | ProgramVersion) -> ProgramVersion:
     """The version of a program that a number or a reference means; raises as `promote`."""
-    if isinstance(version, ProgramVersion):
-        reference = Reference(version.name, version.version)
-    elif isinstance(version, str) and not version.isdigit():
-        reference = Reference.of(version)
-    else:
-        reference = Reference(name, int(version))
+    reference = reference_to(name, version)
     if reference.name != name:
         raise ConfigError(f"{reference} is a version of {reference.name!r}, not of {name!r}")
     return version_of(server.prompt(reference))
@@ -218,6 +246,10 @@ def _number(version: int | ProgramVersion | None) -> int | None:
 def _nothing_to_do(action: Any, alias: str, version: int | None, by: str, reason: str | None) -> AuditEntry:
     now = dt.datetime.now(dt.timezone.utc)
     return AuditEntry(action, "unchanged", alias, version, version, by, now, reason)
+
+
+def _unpublished_error(name: str, server: Server) -> UnknownVersionError:
+    return UnknownVersionError(f"there is no program {name!r} in MLflow at {server.place}; publish it first")
 
 
 def conflict_error(name: str, alias: str, expected: int, actual: int | None) -> PromotionConflictError:

@@ -14,7 +14,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.registry.aliases.promotion import find_version
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.published.loading import exact, put_into
-from dspy_prod.registry.published.manifest import ProgramVersion
+from dspy_prod.registry.published.manifest import ProgramVersion, named
 from dspy_prod.registry.published.publishing import published
 from dspy_prod.registry.server import Server
 
@@ -61,10 +61,8 @@ def resolve(
     if path is not None:
         loaded = _from_file(bare.deepcopy(), path)
         return Candidate(str(path), bare, published(server, loaded, name), loaded)
-    if isinstance(given, str) and not given.isdigit() and "@" not in given and "/" not in given:
-        given = f"{name}@{given}"
     assert isinstance(given, (int, str, ProgramVersion))
-    version = find_version(server, name, given)
+    version = find_version(server, name, named(name, given))
     put_into(bare.deepcopy(), exact(server, Reference(name, version.version)))
     return Candidate(str(given), bare, version)
 

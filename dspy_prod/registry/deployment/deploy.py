@@ -1,7 +1,7 @@
 """`deploy`: a candidate goes through its gate, and from alias to alias up to `production`.
 
 Every move is a compare-and-set on what the alias had when the deployment began. How far it is stands in the journal
-(`deployment_state`), so a deployment that was killed continues wherever it is started again.
+(`state`), so a deployment that was killed continues wherever it is started again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from dspy_prod.registry.aliases.projection import PRODUCTION
 from dspy_prod.registry.aliases.promotion import check_alias
 from dspy_prod.registry.deployment.candidates import Given, resolve
 from dspy_prod.registry.deployment.report import DIRECTORY, Deployment
-from dspy_prod.registry.deployment.run import Order, Run
-from dspy_prod.registry.deployment.steps import Steps
+from dspy_prod.registry.deployment.run import Order, Run, Steps
 from dspy_prod.registry.errors import RegistryError
 from dspy_prod.registry.published import provenance
 from dspy_prod.registry.server import server_at

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -13,13 +15,12 @@ from typing import Any, Final
 import dspy
 
 from dspy_prod.registry.aliases.gates import Gate, GateReport, PromotionRefusedError, refused_error
-from dspy_prod.registry.aliases.journal import Journal, Replay, Request
+from dspy_prod.registry.aliases.journal import AuditEntry, Journal, Replay, Request
 from dspy_prod.registry.aliases.projection import PRODUCTION, alias_version, settled
 from dspy_prod.registry.aliases.promotion import carry_out, conflict_error
 from dspy_prod.registry.deployment.candidates import Candidate
-from dspy_prod.registry.deployment.report import Deployment, Outcome, advice, path_of, save
-from dspy_prod.registry.deployment.state import EVIDENCE, Begin, Verdict, conditions_of, pinned, verdict
-from dspy_prod.registry.deployment.steps import Steps, now
+from dspy_prod.registry.deployment.report import Deployment, Outcome, Step, StepResult, advice, path_of, save
+from dspy_prod.registry.deployment.state import EVIDENCE, Begin, conditions_of, pinned, verdict
 from dspy_prod.registry.errors import PromotionConflictError
 from dspy_prod.registry.published.difference import diff
 from dspy_prod.registry.published.manifest import ProgramVersion
@@ -44,18 +45,55 @@ class Order:
     uri: str | None
 
 
-class Run:
-    """One run of a deployment.
+class Steps:
+    """Notes each step with its time and how it ended.
 
     Args:
-        order: what was asked for.
-        server: where the program's versions are.
-        candidate: what is to be deployed.
-        steps: where its steps are noted.
+        begins: is told the name of each step that begins.
+        ends: is called when one has ended well.
 
-    Raises:
-        RegistryUnavailableError: MLflow did not answer.
+    Attributes:
+        made: the steps so far.
     """
+
+    def __init__(self, begins: Callable[[str], object], ends: Callable[[], object]) -> None:
+        self.made: list[Step] = []
+        self._begins, self._ends = begins, ends
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Callable[..., None]]:
+        """Make a step; what it gives is to be called with what was done in words, and the result unless `done`."""
+        began = time.monotonic()
+        told: tuple[StepResult, str] = ("done", "")
+
+        def said(detail: str, result: StepResult = "done") -> None:
+            nonlocal told
+            told = result, detail
+
+        self._begins(name)
+        try:
+            yield said
+        except BaseException as error:
+            said(str(error) or type(error).__name__, "stopped")
+            raise
+        finally:
+            self.made.append(Step(name, *told, now(), time.monotonic() - began))
+        self._ends()
+
+    def earlier(self, alias: str, version: int, entry: AuditEntry | None) -> None:
+        """Note that an alias has the version already, by a move of an earlier run or from before the deployment."""
+        nothing = Step(alias, "skipped", f"has version {version} already", now())
+        self.made.append(nothing if entry is None else Step(alias, "before", str(entry), entry.at))
+        self._ends()
+
+
+def now() -> dt.datetime:
+    """This moment, in UTC."""
+    return dt.datetime.now(dt.timezone.utc)
+
+
+class Run:
+    """One run of a deployment, which notes its steps in `steps`; raises as `deploy`."""
 
     def __init__(self, order: Order, server: Server, candidate: Candidate, steps: Steps) -> None:
         self._order, self._server, self._candidate, self._steps = order, server, candidate, steps
@@ -89,7 +127,7 @@ class Run:
         self._refuse_foreign_moves(pending)
         earlier = None if version is None else verdict(self._replay, version.version, self._conditions)
         if not pending and not self._order.recheck:
-            self._report = None if earlier is None else earlier.report
+            self._report = None if earlier is None else earlier[0]
             self._outcome = "unchanged"
             return
         report, evaluated = self._judged(None if self._order.recheck else earlier)
@@ -158,14 +196,15 @@ class Run:
                 error.args = (f"{self._order.name}@{alias} had got version {wanted}, and was moved since: {last}",)
             raise error
 
-    def _judged(self, earlier: Verdict | None) -> tuple[GateReport, bool]:
+    def _judged(self, earlier: tuple[GateReport, AuditEntry] | None) -> tuple[GateReport, bool]:
         """(the gate's report, which lets the candidate pass; whether it was evaluated now)."""
         order, candidate = self._order, self._candidate
         with self._steps.step("gate") as said:
-            if earlier is not None and self._holds(earlier):
-                self._report, self._forced = earlier.report, earlier.report.result != "pass"
-                said(f"{earlier.report}, on {earlier.entry.at:%Y-%m-%d %H:%M} UTC", "reused")
-                return earlier.report, False
+            if earlier is not None and self._holds(*earlier):
+                report, entry = earlier
+                self._report, self._forced = report, report.result != "pass"
+                said(f"{report}, on {entry.at:%Y-%m-%d %H:%M} UTC", "reused")
+                return report, False
             judged: ProgramVersion | dspy.Module | None = self._version or candidate.loaded
             assert judged is not None
             report = self._report = self._gate.check(self._server, judged, candidate.program)
@@ -179,11 +218,10 @@ class Run:
                 self._journal.append(Request("refused", alias, number, None, order.by, order.reason, evidence=evidence))
             raise refused_error(order.stages[0], self._version or candidate.said, report)
 
-    def _holds(self, earlier: Verdict) -> bool:
+    def _holds(self, report: GateReport, entry: AuditEntry) -> bool:
         """Whether an earlier verdict lets the candidate pass."""
-        result, entry = earlier.report.result, earlier.entry
         ours = entry.forced and entry.evidence[EVIDENCE]["id"] == self._begin.id
-        return result == "pass" or (result == "inconclusive" and (self._order.force or ours))
+        return report.result == "pass" or (report.result == "inconclusive" and (self._order.force or ours))
 
     def _published(self, report: GateReport) -> ProgramVersion:
         with self._steps.step("publish") as said:

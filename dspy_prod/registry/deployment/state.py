@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from dspy_prod.registry.aliases.gates import Gate, GateReport
@@ -76,27 +76,17 @@ class Begin:
         return {**said, "conditions": conditions, "verdict": verdict}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a gate said earlier.
+def verdict(replay: Replay, version: int, conditions: Mapping[str, Any]) -> tuple[GateReport, AuditEntry] | None:
+    """The newest verdict on a version under the very same conditions, and where it is on record.
 
-    Attributes:
-        report: its report; without checks and metrics where those were too long to keep.
-        entry: where it is on record.
+    The report is without checks and metrics where those were too long to keep.
     """
-
-    report: GateReport
-    entry: AuditEntry
-
-
-def verdict(replay: Replay, version: int, conditions: Mapping[str, Any]) -> Verdict | None:
-    """The newest verdict on a version under the very same conditions."""
     for entry in reversed(replay.entries):
         said = entry.evidence.get(EVIDENCE)
         if said is not None and entry.to_version == version and said["verdict"] and said["conditions"] == conditions:
             own = (each.evidence for each in reversed(replay.entries) if each.evidence.get(EVIDENCE) == said)
             full = next((evidence["gate"] for evidence in own if "gate" in evidence), None)
-            return Verdict(GateReport(said["verdict"]) if full is None else GateReport.of(full), entry)
+            return GateReport(said["verdict"]) if full is None else GateReport.of(full), entry
     return None
 
 
@@ -114,7 +104,7 @@ def pinned(gate: Gate, server: Server, name: str, before: Mapping[str, int | Non
     version = before[reference.alias] if known else alias_version(server, reference.name, reference.alias)
     if version is None:
         return gate
-    return Gate(gate.evaluate, gate.thresholds, f"{reference.name}/{version}", gate.margin, gate.min_examples)
+    return replace(gate, baseline=f"{reference.name}/{version}")
 
 
 def conditions_of(gate: Gate) -> dict[str, Any]:

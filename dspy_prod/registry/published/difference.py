@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from dspy_prod.registry.names import Reference, checked_name
+from dspy_prod.registry.names import checked_name
 from dspy_prod.registry.published.copies import Release
 from dspy_prod.registry.published.loading import exact
-from dspy_prod.registry.published.manifest import ProgramVersion
+from dspy_prod.registry.published.manifest import ProgramVersion, named, reference_to
 from dspy_prod.registry.server import server_at
 
 if TYPE_CHECKING:
@@ -102,20 +102,12 @@ def diff(
     """
     checked_name(name)
     server = server_at(tracking_uri)
-    before, after = (exact(server, _reference(name, version)) for version in (old, new))
+    before, after = (exact(server, reference_to(name, named(name, version))) for version in (old, new))
     was, now = _described(before), _described(after)
     predictors = [
         _compared(key, f"{before} {key}", f"{after} {key}", was.get(key), now.get(key)) for key in {**was, **now}
     ]
     return VersionDiff(name, before.version, after.version, tuple(predictors))
-
-
-def _reference(name: str, version: int | str | ProgramVersion) -> Reference:
-    if isinstance(version, ProgramVersion):
-        return Reference(version.name, version.version)
-    if isinstance(version, int) or version.isdigit():
-        return Reference(name, int(version))
-    return Reference.of(version if "@" in version or "/" in version else f"{name}@{version}")
 
 
 def _described(release: Release) -> dict[str, dict[str, list[str]]]:

@@ -91,12 +91,8 @@ class Follower:
             return
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(
-                    target=_run,
-                    args=(weakref.ref(self), self._stop, self._refresh),
-                    name="dspy_prod-follow",
-                    daemon=True,
-                )
+                given = (weakref.ref(self), self._stop, self._refresh)
+                self._thread = threading.Thread(target=_run, args=given, name="dspy_prod-follow", daemon=True)
                 weakref.finalize(self, self._stop.set)  # when it is forgotten, and when the interpreter ends
                 self._thread.start()
 

@@ -20,6 +20,7 @@ from dspy_prod.compat.mlflow import EXPERIMENTS
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import RegistryError
 from dspy_prod.registry.files import plain
+from dspy_prod.registry.names import Reference
 from dspy_prod.registry.published.signatures import Field
 from dspy_prod.registry.server import AlreadyExistsError, Server
 
@@ -135,6 +136,21 @@ class ProgramVersion:
         return dict(plain(self))
 
 
+def reference_to(name: str, version: int | str | ProgramVersion) -> Reference:
+    """What a number, a reference, or a version itself means among the versions of a program."""
+    if isinstance(version, ProgramVersion):
+        return Reference(version.name, version.version)
+    if isinstance(version, str) and not version.isdigit():
+        return Reference.of(version)
+    return Reference(name, int(version))
+
+
+def named(name: str, version: int | str | ProgramVersion) -> int | str | ProgramVersion:
+    """The same, once an alias may stand for itself: `production` for `triage@production`."""
+    bare = isinstance(version, str) and not version.isdigit() and "@" not in version and "/" not in version
+    return f"{name}@{version}" if bare else version
+
+
 def is_program(prompt: Any) -> bool:
     """Whether an MLflow prompt version is a program version."""
     return bool(prompt.tags.get(KIND) == PROGRAM)
@@ -166,16 +182,9 @@ def version_of(prompt: Any, aliases: tuple[str, ...] | None = None) -> ProgramVe
 
 
 def ensure_prompt(server: Server, prompt: str, kind: str, experiment: str | None = None) -> None:
-    """Make an MLflow prompt of a kind unless it exists.
+    """Make an MLflow prompt of a kind unless it exists; a ConfigError when something else has its name.
 
-    Args:
-        server: where.
-        prompt: its name.
-        kind: what it is for us.
-        experiment: id of the experiment on whose page MLflow lists it too.
-
-    Raises:
-        ConfigError: the name is taken by something else.
+    With the id of an experiment, MLflow lists it on that one's page too.
     """
     found = server.read(lambda client: client.get_prompt(prompt))
     if found is None:

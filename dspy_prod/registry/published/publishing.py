@@ -34,9 +34,8 @@ from dspy_prod.registry.published.manifest import (
     version_of,
 )
 from dspy_prod.registry.published.rendering import Messages, Slots, chat_prompt, current_adapter, escaped, messages
-from dspy_prod.registry.published.settings import LMSettings
 from dspy_prod.registry.published.signatures import Field, fields_of
-from dspy_prod.registry.published.states import dumped, prepared, to_text
+from dspy_prod.registry.published.states import LMSettings, dumped, prepared, to_text
 from dspy_prod.registry.server import Server, server_at
 
 _SHOWN: Final = ("parent", "adapter", "model", "dataset", "commit")

@@ -67,15 +67,7 @@ def described(annotation: Any, seen: tuple[Any, ...] = ()) -> str:
 
 
 def check_fields(where: str, published: dict[str, tuple[Field, ...]], given: dict[str, tuple[Field, ...]]) -> None:
-    """Refuse a program whose predictors or fields are not the published ones.
-
-    Args:
-        where: the version, as in `"triage/3"`.
-        published, given: the fields of each predictor, by its name.
-
-    Raises:
-        SignatureMismatchError: they differ.
-    """
+    """Raise SignatureMismatchError unless a program's predictors, by name, have the fields published in `where`."""
     for predictor in [*published, *given]:
         if predictor not in given:
             raise _mismatch(where, predictor, None, "is missing in this program")

@@ -2,7 +2,7 @@
 
 The state is DSPy's own (`Predict.dump_state`), without traces and training examples, which are no part of a prompt.
 Demos are kept as what they are: a plain dict or a `dspy.Example` with its input keys. A value that is no JSON (a model,
-an image, a date) is kept in the form in which DSPy's adapters render it.
+an image, a date) is kept in the form in which DSPy's adapters render it. Beside the state stand the model settings.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import dspy
@@ -25,6 +26,8 @@ from dspy_prod.privacy.names import public
 _UNSAFE: Final = ("api_base", "base_url", "model_list")
 _OWN: Final = ("traces", "train", "demos", "lm", "typed_demos")
 _PER_OBJECT: Final = ("history", "callbacks", "traces", "train", "lm")
+_SHOWN: Final = ("temperature", "max_tokens", "top_p", "top_k", "frequency_penalty", "presence_penalty")
+_POSITIVE: Final = ("max_tokens", "top_k")
 _log = logging.getLogger("dspy_prod")
 
 
@@ -34,15 +37,9 @@ def to_text(value: Any) -> str:
 
 
 def dumped(name: str, predictor: Any, *, typed_demos: bool = False) -> str:
-    """The state of a predictor as JSON text.
+    """The state of a predictor as JSON text; a ConfigError when something in it cannot be written as such.
 
-    Args:
-        name: the predictor's name, for messages.
-        predictor: a `dspy.Predict`.
-        typed_demos: make values of demos objects of their field's type again when the state is applied.
-
-    Raises:
-        ConfigError: something in it cannot be written as JSON.
+    With `typed_demos`, values of demos become objects of their field's type again when the state is applied.
     """
     bare = copy.copy(predictor)
     bare.demos, bare.traces, bare.train, bare.lm = [], [], [], None
@@ -106,6 +103,51 @@ def restored_lm(name: str, state: Mapping[str, Any] | None, allow_unsafe: bool) 
             return None
         state = {key: value for key, value in state.items() if key not in _UNSAFE}
     return BaseLM.load_state(dict(state), allow_custom_lm_class=allow_unsafe)
+
+
+@dataclass(frozen=True)
+class LMSettings:
+    """Which model a predictor runs on, how it is called, and through which adapter. Holds no secret.
+
+    Attributes:
+        model: the model's name, None when no LM is configured.
+        config: LM state, the predictor's own arguments, and adapter settings, as JSON values.
+    """
+
+    model: str | None
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, predictor: Any, adapter: Any) -> LMSettings:
+        """The settings in force here."""
+        lm = predictor.lm or dspy.settings.lm
+        plain = {key: value for key, value in public(vars(adapter)).items() if is_json(value) and key != "callbacks"}
+        config: dict[str, Any] = {"adapter": {"class": type(adapter).__name__, **plain}}
+        own = {key: value for key, value in public(predictor.config).items() if is_json(value)}
+        if own:
+            config["config"] = own
+        if lm is None:
+            return cls(None, config)
+        config["lm"] = lm_state(lm)
+        return cls(str(getattr(lm, "model", type(lm).__name__)), config)
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's class."""
+        return str(self.config["adapter"]["class"])
+
+    def model_config(self) -> dict[str, Any]:
+        """As MLflow's `model_config`. Its page shows what it does not know without a name: no adapter here."""
+        found: dict[str, Any] = {}
+        if self.model is not None:
+            provider, _, model = self.model.rpartition("/")
+            found.update({"model_name": model, **({"provider": provider} if provider else {})})
+        arguments = {**self.config.get("lm", {}), **self.config.get("config", {})}
+        for name in _SHOWN:
+            value = arguments.get(name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= (name in _POSITIVE):
+                found[name] = value
+        return found
 
 
 def _demo(demo: Any) -> dict[str, Any]:
