@@ -58,10 +58,9 @@ def stub_json(stub: CallRecord | None) -> bytes | None:
     """A stub record as JSON, by field name because the hold may be read by another version."""
     if stub is None:
         return None
-    return orjson.dumps({name: value for name, value in zip(_NAMES, stub, strict=True) if value is not None})
+    return orjson.dumps({name: value for name, value in stub._asdict().items() if value is not None})
 
 
-_NAMES: Final = CallRecord._fields
 _joined: dict[tuple[str, ...], str] = {}
 
 
