@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from math import isinf
 from typing import Final
 
@@ -49,7 +50,6 @@ class Tables(File):
         self.owner = owner
         self._version = -1
         self._settings: dict[str, tuple[RateLimit, str]] = {}
-        self._limits: dict[str, RateLimit] = {}
         self.ledger = LedgerTables(max_records)
         self.cache = CacheTable()
 
@@ -118,17 +118,7 @@ class Tables(File):
         row = self._one("SELECT state, settings FROM limiters WHERE ns = ? AND key = ?", key)
         if row is None:
             return None
-        state, settings = row
-        limit = self._limits.get(settings)
-        if limit is None:
-            if len(self._limits) > 1000:
-                self._limits.clear()
-            try:
-                limit = RateLimit.model_validate_json(settings)
-            except ValueError:  # options of another version
-                limit = RateLimit()
-            self._limits[settings] = limit
-        return state, limit
+        return row[0], _limit(row[1])
 
     def load_abandoned(self, id: str) -> Hold | None:
         row = self._one("SELECT id, 0.0, amount, accounts, NULL, NULL, stub FROM abandoned WHERE ns = ? AND id = ?", id)
@@ -243,3 +233,11 @@ class Tables(File):
         assert self.connection is not None
         if rows:
             self.connection.executemany(sql, rows)
+
+
+@lru_cache(maxsize=1024)
+def _limit(settings: str) -> RateLimit:
+    try:
+        return RateLimit.model_validate_json(settings)
+    except ValueError:  # options of another version
+        return RateLimit()
