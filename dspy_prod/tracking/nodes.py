@@ -16,7 +16,7 @@ import dspy
 from dspy_prod.context.current import SETTING, current
 from dspy_prod.telemetry.tap import NOTHING, Nothing
 from dspy_prod.tracking.courier import Courier
-from dspy_prod.tracking.messages import Ended, LeanNode
+from dspy_prod.tracking.traces import LeanNode
 
 _log = logging.getLogger("dspy_prod")
 
@@ -114,7 +114,7 @@ class _Scope:
         if isinstance(node, LeanNode):
             node.ended_ns = time.time_ns()
             node.error = error
-            node.courier.post(Ended(node))
+            node.courier.post(node.courier.traces.ended, node)
 
 
 def active_span() -> Any:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import blake2b
 from typing import Any, Final
 
 import orjson
 
 from dspy_prod.context.current import CallContext
 from dspy_prod.records import CallRecord, usd
+from dspy_prod.telemetry.tap import Tariff
 
 REQUEST_ID: Final = "mlflow.traceRequestId"
 TYPE: Final = "mlflow.spanType"
@@ -213,6 +216,24 @@ def usage(record: CallRecord) -> dict[str, int] | None:
     if record.cached_tokens:
         tokens["cache_read_input_tokens"] = record.cached_tokens
     return tokens
+
+
+def record_span_id(record_id: str) -> str:
+    """The span of a ledger record: the same for the same record, so that it is written once."""
+    return blake2b(record_id.encode(), digest_size=8).hexdigest()
+
+
+def input_nano(record: CallRecord, rates: Tariff | None, response: Any) -> int | None:
+    """What the prompt cost, None when only the sum is known."""
+    if record.cost_nano is None or record.estimated or rates is None or response is None or record.cached:
+        return None
+    try:
+        usage = replace(
+            response.usage, output_tokens=0, reasoning_tokens=0 if response.usage.reasoning_tokens else None
+        )
+        return rates.cost(usage)
+    except (TypeError, ValueError, AttributeError):
+        return None
 
 
 def _base64(hexadecimal: str) -> str:
