@@ -22,6 +22,9 @@ _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}
 _PRINTED: Final = ((4, 4, 4, 4, 3), (4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (8, 8))
 """How cards are written in groups; a card between other numbers is found only in one of these forms."""
 
+_SCHEMES: Final = {13: ("4",), 14: ("30", "36", "38", "39"), 15: ("34", "37"), 16: ("",)}
+"""The beginnings with which a card scheme uses a length; a longer card begins as most do."""
+
 _HEX: Final = frozenset("0123456789abcdefABCDEF")
 _DIGEST: Final = 32
 """Characters from which a word of hexadecimal digits counts as a digest."""
@@ -59,7 +62,8 @@ def _is_card(text: str, groups: list[Span]) -> bool:
     if not 13 <= length <= 19:
         return False
     digits = [int(char) for start, stop in groups for char in text[start:stop]]
-    if not _scheme(digits) or not luhn(digits):
+    beginnings = _SCHEMES.get(length, ("4", "5", "6"))
+    if not f"{digits[0]}{digits[1]}".startswith(beginnings) or not luhn(digits):
         return False
     begin, end = groups[0][0], groups[-1][1]
     if begin >= 2 and text[begin - 1] == "." and text[begin - 2].isdecimal():
@@ -73,20 +77,6 @@ def luhn(digits: list[int]) -> bool:
     """Whether the last digit is the check digit of the others."""
     odd, even = digits[-1::-2], digits[-2::-2]
     return (sum(odd) + sum(2 * digit - 9 * (digit > 4) for digit in even)) % 10 == 0
-
-
-def _scheme(digits: list[int]) -> bool:
-    """Whether a card scheme uses this length with this beginning."""
-    length, first = len(digits), digits[0]
-    if length == 16:
-        return True
-    if length == 13:
-        return first == 4
-    if length == 14:
-        return first == 3 and digits[1] in (0, 6, 8, 9)
-    if length == 15:
-        return first == 3 and digits[1] in (4, 7)
-    return first in (4, 5, 6)
 
 
 def _in_digest(text: str, begin: int, end: int) -> bool:

@@ -134,7 +134,13 @@ def enable(
         courier.begin()
         TAP.active = Recorder(courier)
         _active = tracking
-    return lambda: _disable_this(tracking)
+
+    def disable_this() -> None:
+        with _lock:
+            if _active is tracking:
+                _disable()
+
+    return disable_this
 
 
 def disable() -> None:
@@ -184,12 +190,6 @@ def _disable() -> None:
             "%d traces did not reach MLflow at %s (%s). The ledger has their costs",
             lost, bare_url(tracking.uri), tracking.courier.failing or "not in time",
         )  # fmt: skip
-
-
-def _disable_this(tracking: _Tracking) -> None:
-    with _lock:
-        if _active is tracking:
-            _disable()
 
 
 def _checked(uri: str) -> str:

@@ -143,21 +143,13 @@ def read_records(
 ) -> list[CallRecord]:
     """Matching records, newest first."""
     check_fields(equals)
-    where: list[str] = ["ns = ?"]
-    values: list[object] = [ns]
-    if since is not None:
-        where.append("started_at >= ?")
-        values.append(since)
-    if until is not None:
-        where.append("started_at < ?")
-        values.append(until)
-    for name, value in equals.items():
-        where.append(f'"{name}" = ?')
-        values.append(value)
-    values.append(-1 if limit is None else limit)
+    bounds: list[tuple[str, object]] = [("started_at >= ?", since), ("started_at < ?", until)]
+    where = [("ns = ?", ns), *(bound for bound in bounds if bound[1] is not None)]
+    where += [(f'"{name}" = ?', value) for name, value in equals.items()]
     rows = connection.execute(
-        f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(where)} ORDER BY started_at DESC, seq DESC LIMIT ?",
-        values,
+        f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(condition for condition, _ in where)} "
+        "ORDER BY started_at DESC, seq DESC LIMIT ?",
+        (*(value for _, value in where), -1 if limit is None else limit),
     )
     return [record_of(row) for row in rows]
 

@@ -177,24 +177,23 @@ def is_environment(error: BaseException) -> bool:
     )
 
 
+_REMEDIES: Final = {
+    "not a database": "it is not a SQLite database: move it away, or give another file with store=...",
+    "malformed": "it is damaged: move it away, or repair it with the sqlite3 tool's .recover",
+    "full": "free some disk space",
+    "locked": "another program keeps it locked: end that program",
+    "": "check that its directory exists and is writable, give another file with store='sqlite:////path/state.db', "
+    "or use store='memory://'",
+}
+"""By what SQLite's message says."""
+
+
 def unavailable(path: str, error: BaseException) -> StoreUnavailableError:
     """What a person should read when the file cannot be used."""
     if isinstance(error, StoreUnavailableError):
         return error
     text = str(error)
-    if "not a database" in text:
-        remedy = "it is not a SQLite database: move it away, or give another file with store=..."
-    elif "malformed" in text:
-        remedy = "it is damaged: move it away, or repair it with the sqlite3 tool's .recover"
-    elif "full" in text:
-        remedy = "free some disk space"
-    elif "locked" in text:
-        remedy = "another program keeps it locked: end that program"
-    else:
-        remedy = (
-            "check that its directory exists and is writable, give another file with store='sqlite:////path/state.db', "
-            "or use store='memory://'"
-        )
+    remedy = next(remedy for sign, remedy in _REMEDIES.items() if sign in text)
     return StoreUnavailableError(f"The store file {path} cannot be used ({text or type(error).__name__}): {remedy}")
 
 
