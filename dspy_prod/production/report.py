@@ -197,6 +197,7 @@ class Watch:
         answered = [one for one in records[before:] if one.outcome in ("ok", "cached", "stale")]
         answer = next(iter([*reversed(answered), *reversed(foreign[foreign_before:])]), None)
         all_calls = [*records, *foreign]
+        costs = [one.cost_nano for one in all_calls]
         status: Status = "ok"
         if reason is not None:
             status = "fallback"
@@ -210,7 +211,7 @@ class Watch:
             status=status,
             reason=reason,
             error=error,
-            cost_usd=usd(_sum([one.cost_nano for one in all_calls], every=True)),
+            cost_usd=None if None in costs else usd(_sum([0, *costs])),
             usage=TokenUsage(
                 input_tokens=_sum([one.input_tokens for one in all_calls]),
                 output_tokens=_sum([one.output_tokens for one in all_calls]),
@@ -233,18 +234,15 @@ def _record(entry: dict[str, Any]) -> CallRecord:
     # DSPy empties the usage of a cached answer and repeats its cost; an answer without usage has no cost either.
     cached = entry.get("cache_hit") is True or (not usage and cost is not None)
     nano = 0 if cached else None if cost is None else round(cost * NANO)
-    told = [
-        tokens if isinstance(tokens := usage.get(f"{name}_tokens"), int) else None for name in ("prompt", "completion")
-    ]
+    counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    inputs, outputs = (count if isinstance(count, int) else None for count in counts)
     return CallRecord(
         "", "", 0.0, str(entry.get("model")), "", 1, "cached" if cached else "ok", nano,
-        input_tokens=told[0], output_tokens=told[1], cached=cached,
+        input_tokens=inputs, output_tokens=outputs, cached=cached,
     )  # fmt: skip
 
 
-def _sum(numbers: Sequence[int | None], every: bool = False) -> int | None:
-    """The sum of what is known; None when nothing is (`every`: when anything is not)."""
+def _sum(numbers: Sequence[int | None]) -> int | None:
+    """The sum of what is known; None when nothing is."""
     told = [number for number in numbers if number is not None]
-    if every:
-        return sum(told) if len(told) == len(numbers) else None
     return sum(told) if told else None

@@ -185,8 +185,6 @@ def _unknown(id: str) -> LookupError:
 
 
 def _date(name: str, day: dt.date) -> str:
-    if isinstance(day, dt.datetime):
-        raise TypeError(f"{name}={day!r}: sums are kept by whole days; pass a date")
-    if not isinstance(day, dt.date):
-        raise TypeError(f"{name}={day!r}: pass a datetime.date")
+    if isinstance(day, dt.datetime) or not isinstance(day, dt.date):
+        raise TypeError(f"{name}={day!r}: sums are kept by whole days; pass a datetime.date")
     return day.isoformat()

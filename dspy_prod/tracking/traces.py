@@ -33,6 +33,7 @@ from dspy_prod.tracking.spans import (
     record_span_id,
     span,
     tags_of,
+    tokens,
     trace_attributes,
     whose,
 )
@@ -88,13 +89,11 @@ class LeanNode:
     ended_ns: int = 0
 
     def answered(self, outputs: Any, **attributes: Any) -> None:
-        """See `tap.Node`."""
         self.outputs = outputs
         if attributes:
             self.attributes = attributes
 
     def attempt(self, record: CallRecord, route: Way, request: Any, response: Any) -> None:
-        """See `tap.Node`."""
         breaker = route.breaker
         state = None if breaker is None else breaker.state
         self.courier.post(self.courier.traces.attempted, self, record, route, response, state)
@@ -156,7 +155,7 @@ class Traces:
     def clear(self) -> None:
         """Forget everything."""
         self.sampled_out = 0
-        self._sampler = self._sampler.fresh()
+        self._sampler = Sampler(self._sampler.share)
         self._open: OrderedDict[str, _Trace] = OrderedDict()
         self._shipped: OrderedDict[str, _Trace | None] = OrderedDict()  # None: left out
         self._ended: list[_Trace] = []
@@ -213,8 +212,7 @@ class Traces:
         trace.remarkable |= record.outcome not in ("ok", "cached") or record.route != "primary"
         trace.whose.update(whose(record))
         if node.trace_id in self._shipped:  # it had ended before
-            if trace.info is not None:
-                self._total(trace)
+            self._total(trace)
             self._queue(trace)
 
     def ended(self, node: LeanNode) -> None:
@@ -320,16 +318,15 @@ class Traces:
             self._ended.append(trace)
 
     def _total(self, trace: _Trace) -> None:
-        """Write the sums of the attempts into a headline of MLflow's."""
+        """Write the sums of the attempts into a headline of MLflow's, where there is one."""
         info = trace.info
-        assert info is not None
+        if info is None:
+            return
         metadata = info.setdefault("trace_metadata", {})
         if not (trace.unknown and not trace.cost):
             metadata[_COST] = dumped({"total_cost": trace.cost / 1e9})
         if any(trace.usage) and _USAGE not in metadata:
-            inputs, outputs = trace.usage
-            tokens = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
-            metadata[_USAGE] = dumped(tokens)
+            metadata[_USAGE] = dumped(tokens(*trace.usage))
         info.setdefault("tags", {}).update(tags_of(trace.whose))
         metadata.update({HEADLINES[key]: str(value) for key, value in trace.whose.items() if key in HEADLINES})
 

@@ -77,20 +77,19 @@ class Tables(File):
 
     def changed(self) -> bool:
         """Whether another connection has committed since the last call."""
-        assert self.connection is not None
-        version = self.connection.execute("PRAGMA data_version").fetchone()[0]
-        if version == self._version:
+        before, self._version = self._version, self._data_version()
+        if self._version == before:
             return False
-        self._version = version
         self.cache.forget()
         return True
 
     def stale(self) -> bool:
         """`changed`, only looking."""
-        if self.connection is None:
-            return True
-        version: int = self.connection.execute("PRAGMA data_version").fetchone()[0]
-        return version != self._version
+        return self.connection is None or self._data_version() != self._version
+
+    def _data_version(self) -> int:
+        assert self.connection is not None
+        return int(self.connection.execute("PRAGMA data_version").fetchone()[0])
 
     def rollback(self) -> None:
         """Undo the transaction, if there is one."""
