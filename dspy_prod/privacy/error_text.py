@@ -1,18 +1,28 @@
-"""What may be shown of an error: its class and a short text, without keys, prompts and answers."""
+"""What may be shown of an error: its class and a short text, without keys, prompts and answers.
+
+The secrets that this process holds are known by their value: those in its environment and in the settings of its LMs.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import traceback
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 from dspy.utils.exceptions import AdapterParseError, LMError
 
 from dspy_prod import privacy
-from dspy_prod.privacy.known import HIDDEN, blotted, known
+from dspy_prod.privacy.names import SHORTEST, secrets_in
+from dspy_prod.runtime.living import living
 
 _log = logging.getLogger("dspy_prod")
+
+HIDDEN: Final = "***"
+"""Stands for a secret in the text of an error."""
 
 _LENGTH: Final = 200
 
@@ -66,3 +76,33 @@ def log_error(error: BaseException, text: str) -> None:
         _log.error("%s", text, exc_info=error)
     else:
         _log.error("%s\n%s", text, redactor.text("".join(traceback.format_exception(error))))
+
+
+def in_environment() -> frozenset[str]:
+    """The secrets in environment variables."""
+    while True:
+        try:
+            return _secrets_of(frozenset(os.environ.items()))
+        except KeyError:  # another thread has just deleted one
+            continue
+
+
+@lru_cache(maxsize=1)  # each error asks, and hardly ever has one of them changed
+def _secrets_of(variables: frozenset[tuple[str, str]]) -> frozenset[str]:
+    keys = {value for name, value in variables if name.upper().endswith("_KEY") and len(value) >= SHORTEST}
+    return frozenset(secrets_in(dict(variables)) | keys)
+
+
+def known() -> set[str]:
+    """Every secret in the environment and in the settings of the LMs alive."""
+    found = set(in_environment())
+    for lm in living():
+        found |= secrets_in(lm.settings.clients) | secrets_in(lm.settings.extras)
+    return found
+
+
+def blotted(text: str, secrets: Iterable[str]) -> str:
+    """The text with `***` in place of each secret; the longest first, for it may contain another."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text

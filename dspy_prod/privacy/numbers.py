@@ -1,4 +1,4 @@
-"""Where payment cards and IBANs are in a text."""
+"""Where payment cards, IBANs and phone numbers are in a text."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from dspy_prod.privacy.spans import Span
+from dspy_prod.privacy.spans import Span, lower
 
-SPACE: Final = " \\t\u00a0\u2007\u2009\u202f"
-DASH: Final = "\\-\u2010-\u2015\u2212"
+_SPACE: Final = " \\t\u00a0\u2007\u2009\u202f"
+_DASH: Final = "\\-\u2010-\u2015\u2212"
 
 # -- payment cards ---------------------------------------------------------------------------------------------------
-_RUN: Final = re.compile(rf"\d(?=(?:[{SPACE}{DASH}]{{0,3}}\d){{12}})\d*(?:[{SPACE}{DASH}]{{1,3}}\d+)*")
+_RUN: Final = re.compile(rf"\d(?=(?:[{_SPACE}{_DASH}]{{0,3}}\d){{12}})\d*(?:[{_SPACE}{_DASH}]{{1,3}}\d+)*")
 """Thirteen digits or more, with what may stand between them."""
 
-GROUP: Final = re.compile(r"\d+")
-_DATE: Final = re.compile(rf"(?:19|20)\d\d[{DASH}](?:0[1-9]|1[0-2])[{DASH}](?:0[1-9]|[12]\d|3[01])(?!\d)")
+_GROUP: Final = re.compile(r"\d+")
+_DATE: Final = re.compile(rf"(?:19|20)\d\d[{_DASH}](?:0[1-9]|1[0-2])[{_DASH}](?:0[1-9]|[12]\d|3[01])(?!\d)")
 _YEAR: Final = re.compile(r"(?:19|20)\d\d")
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}(?![0-9a-zA-Z])")
 _PRINTED: Final = ((4, 4, 4, 4, 3), (4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (8, 8))
 """How cards are written in groups; a card between other numbers is found only in one of these forms."""
+
+_SCHEMES: Final = {13: ("4",), 14: ("30", "36", "38", "39"), 15: ("34", "37"), 16: ("",)}
+"""The beginnings with which a card scheme uses a length; a longer card begins as most do."""
 
 _HEX: Final = frozenset("0123456789abcdefABCDEF")
 _DIGEST: Final = 32
@@ -37,7 +40,7 @@ def cards(text: str) -> list[Span]:
 
 
 def _cards_in(text: str, begin: int, end: int) -> Iterator[Span]:
-    groups = [match.span() for match in GROUP.finditer(text, begin, end)]
+    groups = [match.span() for match in _GROUP.finditer(text, begin, end)]
     sizes = [stop - start for start, stop in groups]
     if sum(sizes) <= 19 and not _DATE.search(text, begin, end) and _is_card(text, groups):
         yield begin, end
@@ -59,34 +62,21 @@ def _is_card(text: str, groups: list[Span]) -> bool:
     if not 13 <= length <= 19:
         return False
     digits = [int(char) for start, stop in groups for char in text[start:stop]]
-    if not _scheme(digits) or not luhn(digits):
+    beginnings = _SCHEMES.get(length, ("4", "5", "6"))
+    if not f"{digits[0]}{digits[1]}".startswith(beginnings) or not luhn(digits):
         return False
     begin, end = groups[0][0], groups[-1][1]
     if begin >= 2 and text[begin - 1] == "." and text[begin - 2].isdecimal():
         return False  # the digits after a decimal point
     if len(groups) == 4 and all(_YEAR.fullmatch(text, *group) for group in groups):
         return False
-    return not (len(groups) == 1 and _in_digest(text, begin, end)) and not in_uuid(text, begin)
+    return not (len(groups) == 1 and _in_digest(text, begin, end)) and not _in_uuid(text, begin)
 
 
 def luhn(digits: list[int]) -> bool:
     """Whether the last digit is the check digit of the others."""
     odd, even = digits[-1::-2], digits[-2::-2]
     return (sum(odd) + sum(2 * digit - 9 * (digit > 4) for digit in even)) % 10 == 0
-
-
-def _scheme(digits: list[int]) -> bool:
-    """Whether a card scheme uses this length with this beginning."""
-    length, first = len(digits), digits[0]
-    if length == 16:
-        return True
-    if length == 13:
-        return first == 4
-    if length == 14:
-        return first == 3 and digits[1] in (0, 6, 8, 9)
-    if length == 15:
-        return first == 3 and digits[1] in (4, 7)
-    return first in (4, 5, 6)
 
 
 def _in_digest(text: str, begin: int, end: int) -> bool:
@@ -99,7 +89,7 @@ def _in_digest(text: str, begin: int, end: int) -> bool:
     return high - low >= _DIGEST
 
 
-def in_uuid(text: str, begin: int) -> bool:
+def _in_uuid(text: str, begin: int) -> bool:
     """Whether one of a UUID's groups begins here."""
     return any(_UUID.match(text, max(0, begin - back)) for back in (0, 9, 14, 19, 24))
 
@@ -108,7 +98,7 @@ def in_uuid(text: str, begin: int) -> bool:
 _IBAN_DIGITS: Final = re.compile(r"[0-9]{2}(?<=[A-Za-z][A-Za-z][0-9][0-9])(?<![A-Za-z0-9][A-Za-z][A-Za-z][0-9][0-9])")
 """The check digits: searching for digits first is much faster than searching for letters."""
 
-_IBAN: Final = re.compile(rf"[A-Za-z]{{2}}[0-9]{{2}}(?:[{SPACE}{DASH}]?[A-Za-z0-9]){{11,30}}")
+_IBAN: Final = re.compile(rf"[A-Za-z]{{2}}[0-9]{{2}}(?:[{_SPACE}{_DASH}]?[A-Za-z0-9]){{11,30}}")
 _IBAN_LENGTHS: Final = {
     country: int(length)
     for country, length in re.findall(
@@ -152,3 +142,138 @@ def _iban_end(candidate: str) -> int | None:
     bare = "".join(filter(str.isalnum, candidate[:end])).upper()
     number = "".join(str(int(char, 36)) for char in bare[4:] + bare[:4])
     return end if int(number) % 97 == 1 else None
+
+
+# -- phone numbers ---------------------------------------------------------------------------------------------------
+_TERRITORY: Final = re.compile(rf"\d(?=(?:[{_SPACE}{_DASH}./()]{{0,3}}\d){{6}})\d*(?:[{_SPACE}{_DASH}./()]{{1,3}}\d+)*")
+"""Where there are digits enough for a phone number; nothing else is looked at."""
+
+_BEGIN: Final = re.compile(r"[+\uff0b(]|\d+")
+_GAP: Final = (
+    rf"(?:\.|[{_SPACE}]{{1,2}}|[{_SPACE}]?[{_DASH}/][{_SPACE}]?"
+    rf"|[{_SPACE}]?\([{_SPACE}]?|\)[{_SPACE}]?[{_DASH}/]?[{_SPACE}]?\(?)"
+)
+_NO_DATE: Final = rf"(?!(?:19|20)\d\d[{_DASH}./]\d\d?[{_DASH}./]\d)"
+_DAY_MONTH: Final = r"(?:0?[1-9]|[12]\d|3[01])"
+_DATES: Final = re.compile(
+    rf"{_DAY_MONTH}(?P<dot>[{_DASH}./ ]){_DAY_MONTH}(?P=dot)(?:(?:19|20)\d\d|\d\d(?!(?P=dot)\d\d(?!\d)))(?!\d)"
+    rf"|(?:19|20)\d\d(?P<dash>[{_DASH}./ ])\d\d?(?P=dash)\d\d?(?!\d)"
+)
+_NOT_PHONES: Final = re.compile(rf"\d{{1,3}}(?:\.\d{{1,3}}){{3}}(?![\d.])|\d\d\.\d\d[ ]?[{_DASH}][ ]?\d\d\.\d\d(?!\d)")
+"""IPv4 addresses and opening hours."""
+
+_INTERNATIONAL: Final = re.compile(
+    rf"(?<![\w+\uff0b])[+\uff0b][ ]?\(?[1-9]\d{{0,14}}(?:{_GAP}\d(?=\D))?(?:{_GAP}{_NO_DATE}\d{{2,12}}){{0,6}}(?!\w)"
+)
+_NATIONAL: Final = re.compile(
+    rf"""
+    (?<![\w\#$€£]) (?<!\w[{_DASH}]) (?<!\d[.,:/+])
+    (?:
+        (?P<trunk>(?!(?<=\d{{4}}[ ])\d{{4}}[ ])0\d{{1,5}}(?:{_GAP}{_NO_DATE}\d{{2,9}}){{1,6}})     # 030 1234567
+      | \((?!(?:19|20)\d\d\))0?\d{{2,4}}\)[ ]?\d{{3,5}}(?:[{_DASH}.\ ]\d{{2,5}}){{1,3}}  # (415) 555-2671
+      | \(0\d{{1,5}}\)[ ]?[/{_DASH}]?[ ]?\d{{3,9}}(?:[{_DASH}.\ ]\d{{2,5}}){{0,3}}   # (030) 1234567
+      | (?:1[{_DASH}.\ ])?[2-9]\d\d(?P<us>[{_DASH}.\ ])\d{{3}}(?P=us)\d{{4}}      # 415-555-2671
+      | 1[{_DASH}.\ ]\([2-9]\d\d\)[ ]?\d{{3}}[{_DASH}.\ ]\d{{4}}               # 1 (415) 555-2671
+      | 1[3-9]\d(?P<cn>[{_DASH}\ ])\d{{4}}(?P=cn)\d{{4}}                         # 138-0013-8000
+      | [6-9]\d{{4}}[{_DASH}\ ]\d{{5}}                                           # 98765 43210
+      | [6-9]\d\d[ ]\d\d[ ]\d\d[ ]\d\d                                         # 612 34 56 78
+    )
+    (?![{_DASH}]?\w|[./]\d)
+    """,
+    re.VERBOSE,
+)
+
+
+def phones(text: str) -> list[Span]:
+    """Phone numbers: international ones (`+49 30 1234567`), and national ones as they are commonly written.
+
+    A bare run of digits is a phone number only next to a word that says so (`tel`, `phone`, ...): it may as well be
+    an order number.
+    """
+    spans: list[Span] = []
+    for territory in _TERRITORY.finditer(text):
+        begin, end = territory.span()
+        while begin > 0 and territory.start() - begin < 3 and text[begin - 1] in "+\uff0b( ":
+            begin -= 1
+        spans += _phones_in(text, begin, end)
+    return spans + _said(text, spans)
+
+
+def _phones_in(text: str, at: int, end: int) -> Iterator[Span]:
+    while (start := _BEGIN.search(text, at, end)) is not None:
+        begin, at = start.span()
+        match = _INTERNATIONAL.match(text, begin)
+        most, fewest = 15, 8
+        if match is None:
+            none = _DATES.match(text, begin) or _NOT_PHONES.match(text, begin)
+            if none is not None:
+                at = none.end()
+                continue
+            match = _NATIONAL.match(text, begin)
+            if match is None:
+                continue
+            most, fewest = 13, 9 if match["trunk"] else 8
+        stop = _enough(text, begin, match.end(), fewest, most)
+        if stop is not None and not _in_uuid(text, begin):
+            yield begin, stop
+            at = stop
+
+
+def _enough(text: str, begin: int, end: int, fewest: int, most: int) -> int | None:
+    """Where the number ends, without further numbers behind it; None when it is too short or too long."""
+    digits = 0
+    stop = begin
+    for match in _GROUP.finditer(text, begin, end):
+        digits += match.end() - match.start()
+        if digits > most:
+            if not any(map(str.isspace, text[stop : match.start()])):
+                return None
+            digits -= match.end() - match.start()
+            break
+        stop = match.end()
+    return stop if digits >= fewest else None
+
+
+_SAID_NUMBER: Final = (
+    r"(?:[ _-]?(?:number|nummer|no|nr|num))?\.?(?: (?:is|was|at|ist|lautet))?"
+    r"[\"'\\]{0,4}[ ]?[:=#-]{0,2}[ ]?[\"'\\]{0,4}"
+    rf"(?P<number>\(?\d{{2,15}}\)?(?:[{_SPACE}{_DASH}./]{_NO_DATE}\d{{2,9}}){{0,5}})(?!\w|[.,:]\d)"
+)
+_SAID: Final = {
+    needle: re.compile(rf"{guard}{needle}{ending}{_SAID_NUMBER}")
+    for needle, guard, ending in (
+        ("phone", "", "s?"),
+        ("telef", "", "[oó]n[eo]?"),
+        ("tel", "(?<![^\\W_])", ""),
+        ("mobil", "", "[eo]?(?:[ _-]?phone)?"),
+        ("m\u00f3vil", "", ""),
+        ("cell", "(?<![^\\W_])", "(?:[ _-]?phone)?"),
+        ("fax", "(?<![^\\W_])", ""),
+        ("whatsapp", "", ""),
+        ("handy", "(?<![^\\W_])", ""),
+        ("rufnummer", "", ""),
+    )
+}
+"""Words that say that a phone number follows, as literals to search for with what may stand around them."""
+
+
+def _said(text: str, found: list[Span]) -> list[Span]:
+    """Numbers that the text itself calls a phone number, seven digits or more."""
+    lowered = lower(text)
+    spans: list[Span] = []
+    for needle, pattern in _SAID.items():
+        at = lowered.find(needle)
+        while at >= 0:
+            match = pattern.match(lowered, at)
+            at = lowered.find(needle, at + 1)
+            if match is None:
+                continue
+            begin, end = match.span("number")
+            stop = (
+                None
+                if _DATES.match(text, begin) or _NOT_PHONES.match(text, begin)
+                else _enough(text, begin, end, 7, 15)
+            )
+            if stop is not None:
+                spans.append((begin, stop))
+    return spans

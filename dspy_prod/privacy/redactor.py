@@ -19,15 +19,18 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, overload
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.names import Walk
 from dspy_prod.privacy.spans import replaced, widened
 
 if TYPE_CHECKING:
     from dspy_prod.privacy.rules import Rule
 
 _log = logging.getLogger("dspy_prod")
+
+N = TypeVar("N", str, None, "str | None")
 
 DEFAULT: Final = ("secret", "email", "iban", "card", "phone")
 """The built-in rules."""
@@ -137,8 +140,6 @@ class Redactor:
         whatever it is. What is no JSON is taken as its `str()`. Never raises; cycles end as `<cycle>`, and what lies
         deeper than 64 levels as `<too deep>`.
         """
-        from dspy_prod.privacy.values import Walk
-
         return Walk(self.text).value(value)
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -238,13 +239,7 @@ def install(redactor: Redactor | None) -> Callable[[], None]:
     return restore
 
 
-@overload
-def known_as(name: str) -> str: ...
-@overload
-def known_as(name: None) -> None: ...
-@overload
-def known_as(name: str | None) -> str | None: ...
-def known_as(name: str | None) -> str | None:
+def known_as(name: N) -> N:
     """The name under which somebody is recorded: the redactor's `identity` while one is in force."""
     redactor = _active
     return name if redactor is None or not isinstance(name, str) else redactor.identity(name)

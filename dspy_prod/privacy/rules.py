@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.privacy.numbers import cards, ibans
-from dspy_prod.privacy.phones import phones
+from dspy_prod.privacy.numbers import cards, ibans, phones
 from dspy_prod.privacy.secrets import secrets
 from dspy_prod.privacy.spans import Finder, Span, merged
 

@@ -8,7 +8,7 @@ import enum
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Union, get_args, get_origin
 
@@ -72,36 +72,15 @@ class Outputs:
         )
 
 
+@dataclass(frozen=True)
 class Answer:
-    """One way to answer without the program."""
+    """One way to answer without the program: known in advance, a function of the inputs, or another module."""
+
+    source: Any
 
     def give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A text, a mapping of outputs, a prediction, or None for no answer."""
-        raise NotImplementedError
-
-    async def agive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Asynchronous `give`."""
-        return self.give(args, kwargs)
-
-
-@dataclass(frozen=True)
-class Given(Answer):
-    """An answer known in advance; each call gets its own copy."""
-
-    value: Any
-
-    def give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return copy.deepcopy(self.value)
-
-
-@dataclass(frozen=True)
-class Computed(Answer):
-    """A function of the inputs."""
-
-    function: Callable[..., Any]
-
-    def give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = self.function(*args, **kwargs)
+        value = self._ask(args, kwargs)
         if inspect.isawaitable(value):
             if inspect.iscoroutine(value):
                 value.close()
@@ -109,23 +88,17 @@ class Computed(Answer):
         return value
 
     async def agive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = self.function(*args, **kwargs)
+        """Asynchronous `give`."""
+        if isinstance(self.source, dspy.Module):
+            acall = self.source.acall if hasattr(self.source, "aforward") else dspy.asyncify(self.source)
+            return await acall(*args, **kwargs)
+        value = self._ask(args, kwargs)
         return await value if inspect.isawaitable(value) else value
 
-
-@dataclass(frozen=True)
-class Program(Answer):
-    """Another module, run with the same inputs."""
-
-    module: Any
-
-    def give(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.module(*args, **kwargs)
-
-    async def agive(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if hasattr(self.module, "aforward"):
-            return await self.module.acall(*args, **kwargs)
-        return await dspy.asyncify(self.module)(*args, **kwargs)
+    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.source, (str, Mapping, dspy.Prediction)):
+            return copy.deepcopy(self.source)  # each call gets its own
+        return self.source(*args, **kwargs)
 
 
 class Fallback:
@@ -162,7 +135,7 @@ class Fallback:
 
 def _answer(value: Any, outputs: Outputs) -> Answer:
     if isinstance(value, dspy.Prediction):
-        return Given(value)
+        return Answer(value)
     if isinstance(value, str):
         if outputs.text is None:
             fields = ", ".join(outputs.fields)
@@ -170,16 +143,14 @@ def _answer(value: Any, outputs: Outputs) -> Answer:
                 f"fallback_response is a string, but the program has no text output to put it in"
                 f"{f' (its outputs: {fields})' if fields else ''}; give a dict of outputs"
             )
-        return Given(value)
+        return Answer(value)
     if isinstance(value, Mapping):
         unknown = [key for key in value if key not in outputs.known]
         if not value or (unknown and outputs.known):
             raise ConfigError(_unknown_outputs([str(key) for key in unknown], outputs))
-        return Given(dict(value))
-    if isinstance(value, dspy.Module):
-        return Program(value)
+        return Answer(dict(value))
     if callable(value):
-        return Computed(value)
+        return Answer(value)
     raise ConfigError(f"fallback_response takes {_FORMS}; got {type(value).__name__}")
 
 

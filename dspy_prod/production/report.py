@@ -134,9 +134,9 @@ class _Calls:
     def __init__(self) -> None:
         self.history: list[dict[str, Any]] = []
 
-    def foreign(self) -> list[dict[str, Any]]:
-        """The calls of LMs that are not ours, which leave no record."""
-        return [entry for entry in self.history if "cached" not in entry]
+    def foreign(self) -> list[CallRecord]:
+        """The calls of LMs that are not ours, which leave no record of their own."""
+        return [_record(entry) for entry in self.history if "cached" not in entry]
 
 
 class Watch:
@@ -193,12 +193,15 @@ class Watch:
     def _report(self, reason: Reason | None, error: str | None) -> CallReport:
         records = tuple(self.records)
         foreign = self._calls.foreign()
-        own_answers = records[self._before_fallback[0] :]
-        model, route = _answered_by(own_answers, foreign[self._before_fallback[1] :])
+        before, foreign_before = self._before_fallback
+        answered = [one for one in records[before:] if one.outcome in ("ok", "cached", "stale")]
+        answer = next(iter([*reversed(answered), *reversed(foreign[foreign_before:])]), None)
+        all_calls = [*records, *foreign]
+        costs = [one.cost_nano for one in all_calls]
         status: Status = "ok"
         if reason is not None:
             status = "fallback"
-        elif (records or foreign) and all(r.cached for r in records) and all(_was_cached(e) for e in foreign):
+        elif all_calls and all(one.cached for one in all_calls):
             status = "cached"
         waited: dict[str, float] = {}
         for record in records:
@@ -208,16 +211,14 @@ class Watch:
             status=status,
             reason=reason,
             error=error,
-            cost_usd=_cost(records, foreign),
+            cost_usd=None if None in costs else usd(_sum([0, *costs])),
             usage=TokenUsage(
-                input_tokens=_sum([r.input_tokens for r in records] + [_told(e, "prompt_tokens") for e in foreign]),
-                output_tokens=_sum(
-                    [r.output_tokens for r in records] + [_told(e, "completion_tokens") for e in foreign]
-                ),
+                input_tokens=_sum([one.input_tokens for one in all_calls]),
+                output_tokens=_sum([one.output_tokens for one in all_calls]),
             ),
-            attempts=sum(not r.cached for r in records) + sum(not _was_cached(e) for e in foreign),
-            model=model,
-            route=route,
+            attempts=sum(not one.cached for one in all_calls),
+            model=answer.model if answer is not None else None,
+            route=(answer.route or None) if answer is not None else None,
             latency=self._clock.monotonic() - self._started,
             waited=sum(waited.values()),
             program=self.name,
@@ -227,39 +228,21 @@ class Watch:
         )
 
 
-def _answered_by(records: Sequence[CallRecord], foreign: Sequence[dict[str, Any]]) -> tuple[str | None, str | None]:
-    for record in reversed(records):
-        if record.outcome in ("ok", "cached", "stale"):
-            return record.model, record.route
-    return (str(foreign[-1].get("model")), None) if foreign else (None, None)
-
-
-def _cost(records: Sequence[CallRecord], foreign: Sequence[dict[str, Any]]) -> float | None:
-    nano = 0
-    for record in records:
-        if record.cost_nano is None:
-            return None
-        nano += record.cost_nano
-    for entry in foreign:
-        if _was_cached(entry):
-            continue
-        cost = entry.get("cost")
-        if cost is None:
-            return None
-        nano += round(cost * NANO)
-    return usd(nano)
-
-
-def _was_cached(entry: dict[str, Any]) -> bool:
+def _record(entry: dict[str, Any]) -> CallRecord:
+    """What DSPy's history tells of the call of an LM that is not ours."""
+    cost, usage = entry.get("cost"), entry.get("usage") or {}
     # DSPy empties the usage of a cached answer and repeats its cost; an answer without usage has no cost either.
-    return entry.get("cache_hit") is True or (not entry.get("usage") and entry.get("cost") is not None)
-
-
-def _told(entry: dict[str, Any], name: str) -> int | None:
-    value = (entry.get("usage") or {}).get(name)
-    return value if isinstance(value, int) else None
+    cached = entry.get("cache_hit") is True or (not usage and cost is not None)
+    nano = 0 if cached else None if cost is None else round(cost * NANO)
+    counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    inputs, outputs = (count if isinstance(count, int) else None for count in counts)
+    return CallRecord(
+        "", "", 0.0, str(entry.get("model")), "", 1, "cached" if cached else "ok", nano,
+        input_tokens=inputs, output_tokens=outputs, cached=cached,
+    )  # fmt: skip
 
 
 def _sum(numbers: Sequence[int | None]) -> int | None:
+    """The sum of what is known; None when nothing is."""
     told = [number for number in numbers if number is not None]
     return sum(told) if told else None

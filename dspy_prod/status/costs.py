@@ -20,6 +20,7 @@ from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.status.models import BudgetStatus, CostRow, CostSummary, filled
 from dspy_prod.stores.base import Account, Store
+from dspy_prod.stores.memory_ledger import day_of
 
 HISTORY_DAYS: Final = 31
 AVERAGE_DAYS: Final = 7
@@ -51,7 +52,7 @@ def summary(places: Sequence[Place], pipelines: Iterable[Pipeline]) -> CostSumma
     days: dict[dt.date, int] = {}
     now = Totals()
     firsts: list[dt.date] = []
-    today = max(_today(clock) for _, clock in places)
+    today = dt.date.fromisoformat(max(day_of(clock.time()) for _, clock in places))
     for store, _ in places:
         begin = today - (HISTORY_DAYS - 1) * _DAY
         rows = store.totals(since_day=str(begin), until_day=str(today))
@@ -149,10 +150,6 @@ def cost_row(value: str, totals: Totals) -> CostRow:
     """Sums at the edge, in USD."""
     usd, unconfirmed = totals.cost_nano / NANO, totals.unconfirmed_nano / NANO
     return filled(CostRow, totals, value=value, usd=usd, unconfirmed_usd=unconfirmed)
-
-
-def _today(clock: Clock) -> dt.date:
-    return dt.datetime.fromtimestamp(clock.time(), dt.timezone.utc).date()
 
 
 def _span(first: dt.date, last: dt.date) -> list[dt.date]:

@@ -68,7 +68,7 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
         costs=spent,
         holds=holds,
         waiting=waiting,
-        stores=look.seen,
+        stores=look.seen(),
         tracking=tracking,
     )
 
@@ -79,7 +79,7 @@ class _Look:
     def __init__(self) -> None:
         self.failures: list[str] = []
         self.warnings: list[str] = []
-        self.seen: list[StoreHealth] = []
+        self._looked_at: list[tuple[Store, dict[str, int | float | str | bool | None]]] = []
         self._unusable: set[int] = set()
 
     def stores(self, pipelines: list[Pipeline]) -> list[Place]:
@@ -102,14 +102,9 @@ class _Look:
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
         if fault:
-            self._unusable.add(id(store))
-            self.failures.append(f"The store {store.url} is unavailable: {fault}")
+            self._give_up(store, fault)
         problems = _problems(store)
-        self.seen.append(
-            StoreHealth(
-                url=store.url, namespace=store.namespace, durable=store.durable, available=not fault, problems=problems
-            )
-        )
+        self._looked_at.append((store, problems))
         dropped = sum(
             int(value) for name, value in problems.items() if "dropped" in name and isinstance(value, (int, float))
         )
@@ -123,15 +118,22 @@ class _Look:
         try:
             return ask()
         except Exception as error:
-            self._unusable.add(id(store))
-            self.failures.append(f"The store {store.url} is unavailable: {type(error).__name__}: {error}")
-            self.seen = [
-                seen.model_copy(update={"available": False})
-                if (seen.url, seen.namespace) == (store.url, store.namespace)
-                else seen
-                for seen in self.seen
-            ]
+            self._give_up(store, f"{type(error).__name__}: {error}")
             return default
+
+    def _give_up(self, store: Store, fault: str) -> None:
+        self._unusable.add(id(store))
+        self.failures.append(f"The store {store.url} is unavailable: {fault}")
+
+    def seen(self) -> list[StoreHealth]:
+        """The stores, and whether they have answered every question."""
+        return [
+            StoreHealth(
+                url=store.url, namespace=store.namespace, durable=store.durable,
+                available=id(store) not in self._unusable, problems=problems,
+            )
+            for store, problems in self._looked_at
+        ]  # fmt: skip
 
     def breaker(self, route: Route) -> BreakerHealth:
         """One circuit."""

@@ -17,6 +17,7 @@ from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.status.costs import FLUSH_TIMEOUT, check_dimension, cost_row
 from dspy_prod.status.models import CostRow
 from dspy_prod.stores.base import Store
+from dspy_prod.stores.memory_ledger import day_of
 
 Moment = float | dt.datetime | dt.date | dt.timedelta
 """Seconds since the epoch; a datetime (a naive one is local time, as everywhere in Python); a date, which begins at
@@ -84,7 +85,7 @@ class Ledger:
         `resolve` settles one by the provider's bill. Only days with unconfirmed cost are read.
         """
         begin = self._epoch("since", since)
-        first = None if begin is None else _day(begin)
+        first = None if begin is None else day_of(begin)
         days = [day for day, _, sums in self._read().totals(since_day=first) if sums.unconfirmed_nano > 0]
         found: list[CallRecord] = []
         for day in days:
@@ -183,13 +184,7 @@ def _unknown(id: str) -> LookupError:
     )
 
 
-def _day(epoch: float) -> str:
-    return dt.datetime.fromtimestamp(epoch, dt.timezone.utc).strftime("%Y-%m-%d")
-
-
 def _date(name: str, day: dt.date) -> str:
-    if isinstance(day, dt.datetime):
-        raise TypeError(f"{name}={day!r}: sums are kept by whole days; pass a date")
-    if not isinstance(day, dt.date):
-        raise TypeError(f"{name}={day!r}: pass a datetime.date")
+    if isinstance(day, dt.datetime) or not isinstance(day, dt.date):
+        raise TypeError(f"{name}={day!r}: sums are kept by whole days; pass a datetime.date")
     return day.isoformat()

@@ -45,38 +45,27 @@ def preview(pipeline: Pipeline, calls: list[Call]) -> Preview:
     """
     REAPER.flush(FLUSH_TIMEOUT)
     call = calls[0]
-    first = call.routes()[0]
-    if all(map(_cached, calls)):
-        inputs, outputs = first.bounds(call.request)
-        return Preview(
-            model=first.model,
-            bound_usd=0.0,
-            input_tokens_bound=_times(inputs, len(calls)),
-            output_tokens_bound=_times(outputs, len(calls)),
-            affordable=True,
-            wait=0.0,
-            reason=None,
-            detail="The cache would answer",
-            cached=True,
-            budgets=[],
-        )
-    outlook = _first_that_answers(call, len(calls))
+    cached = all(map(_cached, calls))
+    outlook = (
+        _Outlook(call.routes()[0], None, 0.0, None, "The cache would answer")
+        if cached
+        else _first_that_answers(call, len(calls))
+    )
     route, planned = outlook.route, outlook.plan
     sent = call.request if planned is None else planned.request
     inputs, outputs = route.bounds(sent)
-    bound = _times(_bound(route, sent), len(calls))
-    budgets = [] if planned is None else _budgets(pipeline, planned)
+    bound = 0 if cached else _times(_bound(route, sent), len(calls))
     return Preview(
         model=route.model,
         bound_usd=None if bound is None else bound / NANO,
         input_tokens_bound=_times(inputs, len(calls)),
         output_tokens_bound=_times(outputs, len(calls)),
-        affordable=_affordable(pipeline, outlook, bound),
+        affordable=cached or _affordable(pipeline, outlook, bound),
         wait=outlook.wait,
         reason=None if outlook.refusal is None else outlook.refusal.reason,  # type: ignore[arg-type]  # one of its words
         detail=outlook.detail,
-        cached=False,
-        budgets=budgets,
+        cached=cached,
+        budgets=[] if planned is None else _budgets(pipeline, planned),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from itertools import islice
 from typing import Any, Final
 
@@ -19,16 +20,12 @@ _BATCH: Final = 512
 
 def day_of(at: float) -> str:
     """The UTC day of an epoch time as `YYYY-MM-DD`."""
-    number = int(at // _DAY)
-    day = _days.get(number)
-    if day is None:
-        if len(_days) > 1000:
-            _days.clear()
-        day = _days[number] = dt.datetime.fromtimestamp(number * _DAY, dt.timezone.utc).strftime("%Y-%m-%d")
-    return day
+    return _day(int(at // _DAY))
 
 
-_days: dict[int, str] = {}
+@lru_cache(maxsize=1024)
+def _day(number: int) -> str:
+    return dt.datetime.fromtimestamp(number * _DAY, dt.timezone.utc).strftime("%Y-%m-%d")
 
 
 def check_fields(names: Iterable[str]) -> None:

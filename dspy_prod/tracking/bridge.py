@@ -9,14 +9,12 @@ spans; the courier adds them, with their cost, when the trace is complete.
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from dspy_prod.compat.mlflow import flush_queue, put_exporter
 from dspy_prod.tracking.courier import Courier
-from dspy_prod.tracking.messages import Delegated, Foreign, Refused
 
 _log = logging.getLogger("dspy_prod")
 _FLUSH_TIMEOUT: Final = 30.0
@@ -35,11 +33,6 @@ def install(courier: Courier) -> Callable[[], None] | None:
             "This version of MLflow cannot be bridged (%s); its autologging exports by itself, costs follow", error
         )
         return None
-
-
-def mlflow_is_there() -> bool:
-    """Whether the program has imported MLflow."""
-    return "mlflow" in sys.modules
 
 
 def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], request_id: Callable[..., Any]) -> Any:
@@ -80,15 +73,15 @@ def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], request_id:
             if not ours or request_id(is_evaluate=True):
                 own.export(spans)
                 if ours:
-                    courier.post(Delegated(trace_id.removeprefix("tr-")))
+                    courier.post(courier.traces.delegated, trace_id.removeprefix("tr-"))
                 return
             found = manager.pop_trace(number)
             if found is None:
                 return
             if courier.admits():
-                courier.post(Foreign(found.trace))
+                courier.post(courier.traces.foreign, found.trace)
             else:
-                courier.post(Refused(trace_id.removeprefix("tr-")))
+                courier.post(courier.traces.refused, trace_id.removeprefix("tr-"))
 
         def flush(self, terminate: bool = False) -> None:
             """Wait for what is on its way, as MLflow's own queue does."""

@@ -11,10 +11,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
+from dspy_prod.telemetry.answers import TrackingHealth
 from dspy_prod.tracking.traces import LINGER, Batch, Traces
 
 if TYPE_CHECKING:
@@ -44,27 +44,6 @@ class _Flush:
         self.upto = 0  # number of the last batch it waits for
 
 
-class _Begin:
-    """Start the exporter process, before there is anything to write: it takes seconds to be ready."""
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What became of the traces so far.
-
-    Attributes:
-        opened: begun, those turned away included.
-        exported: in MLflow. sampled_out: left out by sampling. lost: turned away, refused by MLflow, or given up.
-        waiting: not yet in MLflow, those of running calls included.
-    """
-
-    opened: int
-    exported: int
-    sampled_out: int
-    lost: int
-    waiting: int
-
-
 class Courier:
     """See the module's docstring.
 
@@ -75,7 +54,7 @@ class Courier:
     """
 
     def __init__(self, traces: Traces, exporter: Callable[[Callable[..., None]], Exporter], queue_size: int) -> None:
-        self._traces = traces
+        self.traces = traces
         self._make_exporter = exporter
         self._queue_size = queue_size
         self._reset()
@@ -112,15 +91,15 @@ class Courier:
         self._refused = next(self._turned_away)
         return False
 
-    def post(self, item: Any) -> None:
-        """Hand something over. Never waits, never raises."""
-        self._inbox.put(item)
+    def post(self, tell: Callable[..., None], *told: Any) -> None:
+        """Have `tell(*told)` called on the courier's thread. Never waits, never raises."""
+        self._inbox.put((tell, told))
         if self._thread is None and not self._stopping:
             self.start()
 
     def begin(self) -> None:
-        """Start the exporter process now."""
-        self.post(_Begin())
+        """Start the exporter process before there is anything to write: it takes seconds to be ready."""
+        self.post(self._send, True)
 
     def start(self) -> None:
         """Make sure the thread runs."""
@@ -140,7 +119,7 @@ class Courier:
 
     def expect(self, trace_id: str) -> None:
         """A call belongs to this trace of MLflow's. Without a bridge nobody would ever take it out again."""
-        if self._traces.bridged:
+        if self.traces.bridged:
             self.live[trace_id] = None
 
     def has_room(self) -> bool:
@@ -150,12 +129,18 @@ class Courier:
         )
 
     def _waiting(self) -> int:
-        return self._opened - self._refused - self._exported - self._lost - self._traces.sampled_out
+        return self._opened - self._refused - self._exported - self._lost - self.traces.sampled_out
 
-    def counts(self) -> Counts:
+    def health(self, uri: str, experiment: str) -> TrackingHealth:
         """What became of the traces so far."""
-        return Counts(
-            self._opened, self._exported, self._traces.sampled_out, self._lost + self._refused, max(0, self._waiting())
+        return TrackingHealth(
+            uri=uri,
+            experiment=experiment,
+            exported=self._exported,
+            waiting=max(0, self._waiting()),
+            sampled_out=self.traces.sampled_out,
+            lost=self._lost + self._refused,
+            failing=self.failing,
         )
 
     def flush(self, timeout: float, everything: bool = False) -> bool:
@@ -167,7 +152,7 @@ class Courier:
         if self._thread is None and self._inbox.empty():
             return True
         flush = _Flush(everything)
-        self.post(flush)
+        self.post(self._gather, flush)
         return flush.done.wait(timeout)
 
     def close(self, timeout: float) -> int:
@@ -176,13 +161,13 @@ class Courier:
         until = time.monotonic() + timeout
         self._progressed = time.monotonic()
         self._closing = True
-        busy = self._waiting() or not self._inbox.empty() or self._traces.pending or self._outbox or self._unacked
+        busy = self._waiting() or not self._inbox.empty() or self.traces.pending or self._outbox or self._unacked
         if self._thread is not None and busy:
             exporter = self._exporter
             if exporter is not None:
                 exporter.hurry()
             flush = _Flush(True)
-            self.post(flush)
+            self.post(self._gather, flush)
             while not flush.done.wait(_CLOSING_STEP):
                 now = time.monotonic()
                 stalled = self._ready and now - self._progressed > STALLED
@@ -201,23 +186,18 @@ class Courier:
 
     # -- the thread --------------------------------------------------------------------------------------------------
     def _run(self) -> None:
-        traces = self._traces
         while True:
             item = self._next()
             if item is None and self._stopping:
                 return
             try:
-                now = time.monotonic()
-                if isinstance(item, _Flush):
-                    self._outbox += traces.ready(now, at_once=True, unfinished=item.everything)
-                    item.upto = traces.last_batch
-                    self._flushes.append(item)
-                elif item is not None and not isinstance(item, _Begin):
-                    traces.add(item)
+                if item is not None:
+                    tell, told = item
+                    tell(*told)
                     if not self._closing:
                         time.sleep(BREATH)
-                self._outbox += traces.ready(now)
-                self._send(now, isinstance(item, _Begin))
+                self._outbox += self.traces.ready(time.monotonic())
+                self._send()
                 if self._flushes:
                     self._flushed()
             except Exception:
@@ -230,13 +210,18 @@ class Courier:
             self._acked.clear()
             return None
         try:
-            quiet = not (self._traces.pending or self._outbox or self._unacked)
+            quiet = not (self.traces.pending or self._outbox or self._unacked)
             return self._inbox.get(timeout=None if quiet else LINGER)
         except Empty:
             return None
 
-    def _send(self, now: float, begin: bool = False) -> None:
-        exporter = self._exporter
+    def _gather(self, flush: _Flush) -> None:
+        self._outbox += self.traces.ready(time.monotonic(), at_once=True, unfinished=flush.everything)
+        flush.upto = self.traces.last_batch
+        self._flushes.append(flush)
+
+    def _send(self, begin: bool = False) -> None:
+        exporter, now = self._exporter, time.monotonic()
         if exporter is None or not exporter.alive:
             if not (begin or self._outbox or self._unacked) or now < self._restart_at:
                 return
@@ -307,7 +292,7 @@ class Courier:
 
     def after_fork(self) -> None:
         """In a child: nothing of the parent's is ours to ship."""
-        self._traces.clear()
+        self.traces.clear()
         if self._exporter is not None:
             self._exporter.forget()
         self._reset()

@@ -102,8 +102,13 @@ class Loop:
         self._lines.put(None)
 
     def run(self) -> None:
-        """Write until the input ends."""
-        self._connect()
+        """Reach MLflow, so that the first batch finds it ready (else that tries again); write until the input ends."""
+        try:
+            self._sink.open()
+        except Exception as error:
+            self._say(failing=_told(error))
+        else:
+            self._say(ready=True)
         while (first := self._lines.get()) is not None:
             batches = [first]
             with contextlib.suppress(Empty):
@@ -114,15 +119,6 @@ class Loop:
                         break
                     batches.append(more)
             self._deliver(batches)
-
-    def _connect(self) -> None:
-        """Reach MLflow, so that the first batch finds it ready; else the first batch tries again."""
-        try:
-            self._sink.open()
-        except Exception as error:
-            self._say(failing=_told(error))
-        else:
-            self._say(ready=True)
 
     def _deliver(self, batches: list[dict[str, Any]]) -> None:
         pause, failures = BACK_OFF[0], 0

@@ -16,7 +16,7 @@ import dspy
 from dspy_prod.context.current import SETTING, current
 from dspy_prod.telemetry.tap import NOTHING, Nothing
 from dspy_prod.tracking.courier import Courier
-from dspy_prod.tracking.messages import Ended, LeanNode
+from dspy_prod.tracking.traces import LeanNode
 
 _log = logging.getLogger("dspy_prod")
 
@@ -35,11 +35,9 @@ class Recorder:
         self.courier = courier
 
     def program_call(self, name: str, inputs: dict[str, Any]) -> _Scope:
-        """See `tap.Tap`."""
         return _Scope(self, name, PROGRAM, inputs)
 
     def lm_call(self, name: str, inputs: dict[str, Any]) -> _Scope:
-        """See `tap.Tap`."""
         return _Scope(self, name, LM, inputs)
 
     def open(self, name: str, kind: str, inputs: dict[str, Any]) -> LeanNode | Nothing:
@@ -53,25 +51,20 @@ class Recorder:
             if not self.courier.has_room():
                 return NOTHING
             self.courier.expect(live.trace_id)
-            its: tuple[str, str, str | None] = live.trace_id.removeprefix("tr-"), live.span_id, live.parent_id
-            return LeanNode(self.courier, name, kind, None, context, *its, live=True)
+            trace_id, its = live.trace_id.removeprefix("tr-"), live.span_id
+            return LeanNode(self.courier, name, kind, None, context, trace_id, its, live.parent_id, live=True)
         digits = os.urandom(24).hex()
-        ids: tuple[str, str, str | None]
+        trace_id, parent_id = digits[:32], None
         if isinstance(outer, LeanNode) and not outer.live and outer.courier is self.courier:
-            ids = outer.trace_id, digits[32:], outer.span_id
-        elif self.courier.admits():
-            ids = digits[:32], digits[32:], None
-        else:
+            trace_id, parent_id = outer.trace_id, outer.span_id
+        elif not self.courier.admits():
             return NOTHING
-        return LeanNode(self.courier, name, kind, _kept(inputs), context, *ids)
-
-
-def _kept(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs as they are now: the history of a chat grows in the caller's own list."""
-    return {name: _copied(value) for name, value in inputs.items()}
+        kept = {given: _copied(value) for given, value in inputs.items()}
+        return LeanNode(self.courier, name, kind, kept, context, trace_id, digits[32:], parent_id)
 
 
 def _copied(value: Any) -> Any:
+    """An input as it is now: the history of a chat grows in the caller's own list."""
     if isinstance(value, list):
         return [dict(item) if type(item) is dict else item for item in value]
     return dict(value) if type(value) is dict else value
@@ -114,7 +107,7 @@ class _Scope:
         if isinstance(node, LeanNode):
             node.ended_ns = time.time_ns()
             node.error = error
-            node.courier.post(Ended(node))
+            node.courier.post(node.courier.traces.ended, node)
 
 
 def active_span() -> Any:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import orjson
 
@@ -61,14 +61,11 @@ class Exporter:
             self.alive = False
             heard(failing=f"the exporter process cannot be started: {error}", died=True)
             return
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._pipes = {
-            pipe.fileno(): os.fstat(pipe.fileno())[:3] for pipe in (self._process.stdin, self._process.stdout)
-        }
+        pipes: list[Any] = [self._process.stdin, self._process.stdout]
+        self._pipes = {pipe.fileno(): os.fstat(pipe.fileno())[:3] for pipe in pipes}
         self._lines.put(orjson.dumps(dict(config)) + b"\n")
-        for body, name in ((self._write, "writer"), (self._read, "reader")):
-            threading.Thread(target=body, name=f"dspy_prod-tracking-{name}", daemon=True).start()
+        for pipe, body, name in zip(pipes, (self._write, self._read), ("writer", "reader"), strict=True):
+            threading.Thread(target=body, args=(pipe,), name=f"dspy_prod-tracking-{name}", daemon=True).start()
 
     def send(self, batch: Batch) -> None:
         """Hand a batch over. Does not wait."""
@@ -111,9 +108,7 @@ class Exporter:
         os.close(nowhere)
         self._process.returncode = 0  # the parent's to wait for
 
-    def _write(self) -> None:
-        pipe = self._process.stdin if self._process is not None else None
-        assert pipe is not None
+    def _write(self, pipe: IO[bytes]) -> None:
         try:
             while (line := self._lines.get()) is not None:
                 pipe.write(line)
@@ -122,9 +117,7 @@ class Exporter:
         except (OSError, ValueError):
             pass  # it is gone; the reader notices
 
-    def _read(self) -> None:
-        pipe = self._process.stdout if self._process is not None else None
-        assert pipe is not None
+    def _read(self, pipe: IO[bytes]) -> None:
         try:
             for line in pipe:
                 said = orjson.loads(line)

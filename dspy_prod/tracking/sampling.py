@@ -20,14 +20,10 @@ class Sampler:
     """
 
     def __init__(self, share: float) -> None:
-        self._share = share
+        self.share = share
         self._below = round(share * 2**32)
         self._costs: deque[int] = deque()
         self._ordered: list[int] = []
-
-    def fresh(self) -> Sampler:
-        """The same one before it has seen anything."""
-        return Sampler(self._share)
 
     def keeps(self, trace_id: str, remarkable: bool, cost_nano: int) -> bool:
         """Whether to keep a trace.

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,7 +21,6 @@ from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.telemetry.answers import TrackingHealth
 from dspy_prod.telemetry.tap import TAP
 from dspy_prod.tracking.bridge import install as install_bridge
-from dspy_prod.tracking.bridge import mlflow_is_there
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.courier import Courier
 from dspy_prod.tracking.nodes import Recorder
@@ -122,9 +122,9 @@ def enable(
 
             mlflow.dspy.autolog()
         traces = Traces(Content(content, redactor), Sampler(sample), bridged=False)
-        courier = Courier(traces, _starter(uri, experiment), int(queue_size))
+        courier = Courier(traces, partial(_exporter, uri, experiment), int(queue_size))
         tracking = _Tracking(uri, experiment, courier, float(exit_timeout))
-        if mlflow_is_there():
+        if "mlflow" in sys.modules:  # the program has imported it
             remove = install_bridge(courier)
             if remove is not None:
                 traces.bridged = True
@@ -134,7 +134,13 @@ def enable(
         courier.begin()
         TAP.active = Recorder(courier)
         _active = tracking
-    return lambda: _disable_this(tracking)
+
+    def disable_this() -> None:
+        with _lock:
+            if _active is tracking:
+                _disable()
+
+    return disable_this
 
 
 def disable() -> None:
@@ -164,16 +170,7 @@ def status() -> TrackingHealth | None:
     tracking = _active
     if tracking is None:
         return None
-    counts = tracking.courier.counts()
-    return TrackingHealth(
-        uri=bare_url(tracking.uri),
-        experiment=tracking.experiment,
-        exported=counts.exported,
-        waiting=counts.waiting,
-        sampled_out=counts.sampled_out,
-        lost=counts.lost,
-        failing=tracking.courier.failing,
-    )
+    return tracking.courier.health(bare_url(tracking.uri), tracking.experiment)
 
 
 def _disable() -> None:
@@ -195,12 +192,6 @@ def _disable() -> None:
         )  # fmt: skip
 
 
-def _disable_this(tracking: _Tracking) -> None:
-    with _lock:
-        if _active is tracking:
-            _disable()
-
-
 def _checked(uri: str) -> str:
     """The URI, absolute where it names a file.
 
@@ -218,21 +209,17 @@ def _checked(uri: str) -> str:
     return uri
 
 
-def _starter(uri: str, experiment: str) -> Callable[[Callable[..., None]], Exporter]:
-    """What starts an exporter process."""
-
-    def start(heard: Callable[..., None]) -> Exporter:
-        own = {
-            "MLFLOW_TRACKING_URI": uri,
-            "MLFLOW_HTTP_REQUEST_TIMEOUT": os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT)),
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the exporter tries again by itself
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "GIT_PYTHON_REFRESH": "quiet",
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # MLflow may import it; offline, fetching prices can hang
-        }
-        return Exporter({"uri": uri, "experiment": experiment}, heard, own)
-
-    return start
+def _exporter(uri: str, experiment: str, heard: Callable[..., None]) -> Exporter:
+    """Start an exporter process."""
+    own = {
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT)),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the exporter tries again by itself
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # MLflow may import it; offline, fetching prices can hang
+    }
+    return Exporter({"uri": uri, "experiment": experiment}, heard, own)
 
 
 atexit.register(disable)

@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 from base64 import b64encode
 from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import blake2b
 from typing import Any, Final
 
 import orjson
 
 from dspy_prod.context.current import CallContext
-from dspy_prod.records import CallRecord, usd
+from dspy_prod.records import NANO, CallRecord
+from dspy_prod.telemetry.tap import Tariff
 
 REQUEST_ID: Final = "mlflow.traceRequestId"
 TYPE: Final = "mlflow.spanType"
@@ -32,6 +35,8 @@ TAG: Final = "mlflow.traceTag."
 HEADLINES: Final = {"dspy_prod.user": "mlflow.trace.user", "dspy_prod.session": "mlflow.trace.session"}
 """What MLflow has a place of its own for in a trace."""
 UNTAGGED: Final = frozenset({*HEADLINES, "dspy_prod.priority"})
+
+_WHOSE: Final = ("user", "tenant", "session", "priority", "program", "experiment", "variant", "prompt_version")
 
 LONGEST_NAME: Final = 250
 """Characters of a name that MLflow's tables hold."""
@@ -61,6 +66,10 @@ def span(
     ended_ns = max(started_ns, ended_ns)
     coded = {key: dumped(value) for key, value in attributes.items() if value is not None}
     coded[REQUEST_ID] = dumped(f"tr-{trace_id}")
+    events = []
+    if error is not None:  # by this event MLflow's pages know a span that failed; they do not look at its status
+        told = {"exception.type": raised or "error", "exception.message": error}
+        events = [{"name": "exception", "time_unix_nano": ended_ns, "attributes": told}]
     return {
         "trace_id": _base64(trace_id),
         "span_id": _base64(span_id),
@@ -70,14 +79,8 @@ def span(
         "end_time_unix_nano": ended_ns,
         "status": {"code": "STATUS_CODE_OK" if error is None else "STATUS_CODE_ERROR", "message": valid(error or "")},
         "attributes": coded,
-        "events": [] if error is None else [_exception(error, raised, ended_ns)],
+        "events": events,
     }
-
-
-def _exception(error: str, raised: str | None, when_ns: int) -> dict[str, Any]:
-    """The event by which MLflow's pages know a span that failed; they do not look at its status."""
-    told = {"exception.type": raised or "error", "exception.message": error}
-    return {"name": "exception", "time_unix_nano": when_ns, "attributes": told}
 
 
 def dumped(value: Any) -> str:
@@ -155,17 +158,8 @@ def attempt_attributes(record: CallRecord, breaker: str | None, input_nano: int 
 
 def whose(source: CallRecord | CallContext) -> dict[str, Any]:
     """On whose behalf and for which variant, as attributes."""
-    found = {
-        "user": source.user,
-        "tenant": source.tenant,
-        "session": source.session,
-        "priority": source.priority,
-        "program": source.program,
-        "experiment": source.experiment,
-        "variant": source.variant,
-        "prompt_version": source.prompt_version,
-    }
-    attributes: dict[str, Any] = {f"dspy_prod.{name}": value for name, value in found.items() if value is not None}
+    found = ((name, getattr(source, name)) for name in _WHOSE)
+    attributes: dict[str, Any] = {f"dspy_prod.{name}": value for name, value in found if value is not None}
     attributes.update({f"dspy_prod.tag.{name}": value for name, value in source.tags})
     return attributes
 
@@ -196,12 +190,13 @@ def tags_of(whose: Mapping[str, Any]) -> dict[str, str]:
 
 def cost(record: CallRecord, input_nano: int | None) -> dict[str, float] | None:
     """USD of one attempt, as MLflow's cost attribute; None when the cost is not known, which is never zero."""
-    if record.cost_nano is None:
+    total = record.cost_nano
+    if total is None:
         return None
-    if input_nano is None or not 0 <= input_nano <= record.cost_nano:
-        return {"total_cost": record.cost_nano / 1e9}
-    parts = {"input_cost": usd(input_nano) or 0.0, "output_cost": usd(record.cost_nano - input_nano) or 0.0}
-    return {**parts, "total_cost": record.cost_nano / 1e9}
+    parts = {}
+    if input_nano is not None and 0 <= input_nano <= total:
+        parts = {"input_cost": input_nano / NANO, "output_cost": (total - input_nano) / NANO}
+    return {**parts, "total_cost": total / NANO}
 
 
 def usage(record: CallRecord) -> dict[str, int] | None:
@@ -209,10 +204,31 @@ def usage(record: CallRecord) -> dict[str, int] | None:
     inputs, outputs = record.input_tokens, record.output_tokens
     if record.cached or inputs is None or outputs is None or record.cost_nano is None:
         return None  # without a price of ours, MLflow would put one of its own to the tokens
-    tokens = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
-    if record.cached_tokens:
-        tokens["cache_read_input_tokens"] = record.cached_tokens
-    return tokens
+    cached = {"cache_read_input_tokens": record.cached_tokens} if record.cached_tokens else {}
+    return {**tokens(inputs, outputs), **cached}
+
+
+def tokens(inputs: int, outputs: int) -> dict[str, int]:
+    """Numbers of tokens in MLflow's words."""
+    return {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
+
+
+def record_span_id(record_id: str) -> str:
+    """The span of a ledger record: the same for the same record, so that it is written once."""
+    return blake2b(record_id.encode(), digest_size=8).hexdigest()
+
+
+def input_nano(record: CallRecord, rates: Tariff | None, response: Any) -> int | None:
+    """What the prompt cost, None when only the sum is known."""
+    if record.cost_nano is None or record.estimated or rates is None or response is None or record.cached:
+        return None
+    try:
+        usage = replace(
+            response.usage, output_tokens=0, reasoning_tokens=0 if response.usage.reasoning_tokens else None
+        )
+        return rates.cost(usage)
+    except (TypeError, ValueError, AttributeError):
+        return None
 
 
 def _base64(hexadecimal: str) -> str:

@@ -7,12 +7,14 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
+from dspy_prod.context.current import CallContext
 from dspy_prod.privacy.error_text import error_text
+from dspy_prod.records import CallRecord
+from dspy_prod.telemetry.tap import Way
 from dspy_prod.tracking.content import Content
-from dspy_prod.tracking.messages import Attempted, Delegated, Ended, Foreign, LeanNode, Refused
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.spans import (
     HEADLINES,
@@ -27,8 +29,11 @@ from dspy_prod.tracking.spans import (
     attempt_name,
     chat,
     dumped,
+    input_nano,
+    record_span_id,
     span,
     tags_of,
+    tokens,
     trace_attributes,
     whose,
 )
@@ -44,6 +49,54 @@ PATIENCE: Final = 900.0
 _REMEMBERED: Final = 5_000
 _COST: Final = "mlflow.trace.cost"
 _USAGE: Final = "mlflow.trace.tokenUsage"
+
+
+class Shipper(Protocol):
+    """Gathers and ships; see `Courier`."""
+
+    @property
+    def traces(self) -> Traces:
+        """What gathers; used on the shipper's own thread."""
+        ...
+
+    def post(self, tell: Callable[..., None], *told: Any) -> None:
+        """Have `tell(*told)` called on that thread. Never waits, never raises."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class LeanNode:
+    """One open call of a program or an LM.
+
+    Attributes:
+        trace_id: 32 hex digits. span_id, parent_id: 16 each; a root has no parent.
+        live: a span of MLflow's own stands here; only attempts are added beneath it.
+    """
+
+    courier: Shipper
+    name: str
+    kind: str
+    inputs: Any
+    context: CallContext
+    trace_id: str
+    span_id: str
+    parent_id: str | None
+    live: bool = False
+    outputs: Any = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+    error: BaseException | None = None
+    started_ns: int = field(default_factory=time.time_ns)
+    ended_ns: int = 0
+
+    def answered(self, outputs: Any, **attributes: Any) -> None:
+        self.outputs = outputs
+        if attributes:
+            self.attributes = attributes
+
+    def attempt(self, record: CallRecord, route: Way, request: Any, response: Any) -> None:
+        breaker = route.breaker
+        state = None if breaker is None else breaker.state
+        self.courier.post(self.courier.traces.attempted, self, record, route, response, state)
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +155,7 @@ class Traces:
     def clear(self) -> None:
         """Forget everything."""
         self.sampled_out = 0
-        self._sampler = self._sampler.fresh()
+        self._sampler = Sampler(self._sampler.share)
         self._open: OrderedDict[str, _Trace] = OrderedDict()
         self._shipped: OrderedDict[str, _Trace | None] = OrderedDict()  # None: left out
         self._ended: list[_Trace] = []
@@ -112,19 +165,6 @@ class Traces:
     def pending(self) -> bool:
         """Whether something will have to be shipped without anything new coming."""
         return bool(self._ended or self._open)
-
-    def add(self, item: Any) -> None:
-        """Take in what was posted."""
-        if isinstance(item, Attempted):
-            self._attempted(item)
-        elif isinstance(item, Ended):
-            self._ended_node(item.node)
-        elif isinstance(item, Foreign):
-            self._foreign(item.trace)
-        elif isinstance(item, Refused):
-            self._open.pop(item.trace_id, None)
-        elif isinstance(item, Delegated):
-            self._delegated(item.trace_id)
 
     def ready(self, now: float, at_once: bool = False, unfinished: bool = False) -> list[Batch]:
         """The batches to be written now.
@@ -151,11 +191,11 @@ class Traces:
                 trace.spans, trace.counted = [], False
         return batches
 
-    # -- what happens ------------------------------------------------------------------------------------------------
-    def _attempted(self, item: Attempted) -> None:
-        node, record = item.node, item.record
+    # -- what is posted ----------------------------------------------------------------------------------------------
+    def attempted(self, node: LeanNode, record: CallRecord, route: Way, response: Any, breaker: str | None) -> None:
+        """An attempt, to be put into its trace."""
         started = int(record.started_at * 1e9)
-        attributes = attempt_attributes(record, item.breaker, _input_nano(item))
+        attributes = attempt_attributes(record, breaker, input_nano(record, route.rates(), response))
         made = span(
             node.trace_id, record_span_id(record.id), node.span_id, attempt_name(record), started,
             started + int(record.latency * 1e9), self.content.attributes(attributes), attempt_error(record),
@@ -172,14 +212,14 @@ class Traces:
         trace.remarkable |= record.outcome not in ("ok", "cached") or record.route != "primary"
         trace.whose.update(whose(record))
         if node.trace_id in self._shipped:  # it had ended before
-            if trace.info is not None:
-                self._total(trace)
+            self._total(trace)
             self._queue(trace)
 
-    def _ended_node(self, node: LeanNode) -> None:
+    def ended(self, node: LeanNode) -> None:
+        """A node has ended."""
         if node.live:
             if not self.bridged:
-                self._delegated(node.trace_id)
+                self.delegated(node.trace_id)
             return
         trace = self._trace(node.trace_id)
         if trace is None:
@@ -215,7 +255,8 @@ class Traces:
         elif node.parent_id is None:
             self._close(node.trace_id, trace)
 
-    def _foreign(self, handed: Any) -> None:
+    def foreign(self, handed: Any) -> None:
+        """A whole trace that MLflow itself recorded."""
         info = handed.info.to_dict()
         trace_id = str(handed.info.trace_id).removeprefix("tr-")
         trace = self._trace(trace_id)
@@ -238,7 +279,11 @@ class Traces:
             _log.debug("A part of a trace could not be shown", exc_info=True)
             return instead
 
-    def _delegated(self, trace_id: str) -> None:
+    def refused(self, trace_id: str) -> None:
+        """A trace that MLflow recorded was turned away: its attempts are not kept either."""
+        self._open.pop(trace_id, None)
+
+    def delegated(self, trace_id: str) -> None:
         """MLflow ships the trace by itself; the attempts follow, whatever sampling says."""
         trace = self._open.get(trace_id)
         if trace is not None:
@@ -273,16 +318,15 @@ class Traces:
             self._ended.append(trace)
 
     def _total(self, trace: _Trace) -> None:
-        """Write the sums of the attempts into a headline of MLflow's."""
+        """Write the sums of the attempts into a headline of MLflow's, where there is one."""
         info = trace.info
-        assert info is not None
+        if info is None:
+            return
         metadata = info.setdefault("trace_metadata", {})
         if not (trace.unknown and not trace.cost):
             metadata[_COST] = dumped({"total_cost": trace.cost / 1e9})
         if any(trace.usage) and _USAGE not in metadata:
-            inputs, outputs = trace.usage
-            tokens = {"input_tokens": inputs, "output_tokens": outputs, "total_tokens": inputs + outputs}
-            metadata[_USAGE] = dumped(tokens)
+            metadata[_USAGE] = dumped(tokens(*trace.usage))
         info.setdefault("tags", {}).update(tags_of(trace.whose))
         metadata.update({HEADLINES[key]: str(value) for key, value in trace.whose.items() if key in HEADLINES})
 
@@ -290,26 +334,3 @@ class Traces:
 def _filled(shown: Any) -> Any:
     """Without the fields that have no value: a fallback's text fills one of several."""
     return {name: value for name, value in shown.items() if value is not None} if isinstance(shown, dict) else shown
-
-
-def record_span_id(record_id: str) -> str:
-    """The span of a ledger record: the same for the same record, so that it is written once."""
-    from hashlib import blake2b
-
-    return blake2b(record_id.encode(), digest_size=8).hexdigest()
-
-
-def _input_nano(item: Attempted) -> int | None:
-    """What the prompt cost, None when only the sum is known."""
-    record, response = item.record, item.response
-    rates = item.route.rates()
-    if record.cost_nano is None or record.estimated or rates is None or response is None or record.cached:
-        return None
-    try:
-        usage = replace(
-            response.usage, output_tokens=0, reasoning_tokens=0 if response.usage.reasoning_tokens else None
-        )
-        cost: int | None = rates.cost(usage)
-        return cost
-    except (TypeError, ValueError, AttributeError):
-        return None

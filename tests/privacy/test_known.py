@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import dspy_prod
-from dspy_prod.privacy import known
+from dspy_prod.privacy import error_text as known
 from dspy_prod.privacy.error_text import error_text, scrubbed
 from dspy_prod.privacy.names import secrets_in
 from dspy_prod.runtime import living

@@ -14,9 +14,8 @@ from dspy_prod import Redactor
 from dspy_prod.tracking import courier as module
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.courier import STALLED, Courier
-from dspy_prod.tracking.messages import Ended, LeanNode
 from dspy_prod.tracking.sampling import Sampler
-from dspy_prod.tracking.traces import Batch, Traces
+from dspy_prod.tracking.traces import Batch, LeanNode, Traces
 from tests.e2e.support import until
 from tests.stopwatch import Stopwatch
 from tests.tracking.test_traces import node
@@ -76,7 +75,7 @@ class Scene:
             return False
         root: LeanNode = node(self.courier)
         root.answered("a")
-        self.courier.post(Ended(root))
+        self.courier.post(self.courier.traces.ended, root)
         return True
 
     @property
@@ -91,8 +90,8 @@ def test_everything_that_ended_is_there_after_a_flush() -> None:
     for _ in range(250):
         scene.trace()
     assert scene.courier.flush(5.0)
-    counts = scene.courier.counts()
-    assert (counts.opened, counts.exported, counts.waiting, counts.lost) == (250, 250, 0, 0)
+    counts = scene.courier.health("uri", "experiment")
+    assert (scene.courier._opened, counts.exported, counts.waiting, counts.lost) == (250, 250, 0, 0)
     assert scene.courier.close(1.0) == 0
 
 
@@ -119,7 +118,7 @@ def test_a_stuck_exporter_fills_the_queue_and_then_traces_are_turned_away() -> N
     scene = Scene(queue_size=300, prompt=False)
     admitted = sum(scene.trace() for _ in range(1000))
     assert 300 <= admitted <= 302
-    counts = scene.courier.counts()
+    counts = scene.courier.health("uri", "experiment")
     assert counts.lost == 1000 - admitted
     assert counts.waiting == admitted
     assert not scene.courier.flush(0.2)
@@ -128,7 +127,7 @@ def test_a_stuck_exporter_fills_the_queue_and_then_traces_are_turned_away() -> N
     for batch in list(fake.batches):
         fake.heard(batch.number)
     assert scene.courier.flush(5.0)
-    assert scene.courier.counts().exported == admitted
+    assert scene.courier.health("uri", "experiment").exported == admitted
     assert scene.trace()
 
 
@@ -148,7 +147,7 @@ def test_what_a_dead_exporter_had_not_confirmed_is_sent_again(monkeypatch: pytes
     for batch in second.batches:
         second.heard(batch.number)
         second.heard(batch.number)
-    assert scene.courier.counts().exported == 2
+    assert scene.courier.health("uri", "experiment").exported == 2
     assert scene.courier.failing is None
 
 
@@ -161,7 +160,7 @@ def test_what_mlflow_refuses_is_counted_as_lost() -> None:
     fake = scene.fakes[0]
     for batch in fake.batches:
         fake.heard(batch.number, 1)
-    counts = scene.courier.counts()
+    counts = scene.courier.health("uri", "experiment")
     assert counts.lost == len(fake.batches)
     assert counts.exported == 3 - len(fake.batches)
 
@@ -204,7 +203,7 @@ def test_the_end_waits_for_an_exporter_that_moves_and_not_for_one_that_does_not(
     with Stopwatch() as took:
         assert stuck.courier.close(60.0) == 5
     assert took.seconds < STALLED + 5
-    assert stuck.courier.counts().lost == 5
+    assert stuck.courier.health("uri", "experiment").lost == 5
     assert not stuck.trace()
 
 

@@ -13,10 +13,9 @@ from dspy_prod import Redactor
 from dspy_prod.context.current import CallContext
 from dspy_prod.records import CallRecord
 from dspy_prod.tracking.content import LONGEST, Content, plain
-from dspy_prod.tracking.messages import Attempted, Ended, LeanNode
 from dspy_prod.tracking.nodes import LM, PROGRAM
 from dspy_prod.tracking.sampling import Sampler
-from dspy_prod.tracking.traces import PATIENCE, Batch, Traces
+from dspy_prod.tracking.traces import PATIENCE, Batch, LeanNode, Traces
 
 
 class Route:
@@ -67,14 +66,14 @@ def traces(content: str = "full", share: float = 1.0, bridged: bool = False) -> 
 
 
 def attempt(made: Traces, on: LeanNode, row: CallRecord) -> None:
-    made.add(Attempted(on, row, Route(), None, None))  # type: ignore[arg-type]
+    made.attempted(on, row, Route(), None, None)  # type: ignore[arg-type]
 
 
 def end(made: Traces, on: LeanNode, outputs: Any = "a", error: BaseException | None = None, **told: Any) -> None:
     on.answered(outputs, **told)
     on.error = error
     on.ended_ns = on.started_ns + 1000
-    made.add(Ended(on))
+    made.ended(on)
 
 
 def only(batches: list[Batch]) -> Batch:

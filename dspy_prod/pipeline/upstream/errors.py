@@ -16,7 +16,7 @@ from dspy.lm15 import TransportError
 from dspy_prod.compat.dspy import retry_after_seconds
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
 from dspy_prod.pipeline.upstream.upstream import Upstream
-from dspy_prod.privacy.known import blotted, in_environment
+from dspy_prod.privacy.error_text import blotted, in_environment
 from dspy_prod.privacy.names import secrets_in
 
 

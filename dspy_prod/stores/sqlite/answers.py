@@ -24,8 +24,8 @@ class CacheTable:
     """Writes the cache inside the writer's transactions."""
 
     def __init__(self) -> None:
-        self._connection: sqlite3.Connection | None = None
-        self._ns = 0
+        self._connection: sqlite3.Connection  # and the namespace's number, from `attach` on
+        self._ns: int
         self._size: tuple[int, int] | None = None
 
     def attach(self, connection: sqlite3.Connection, ns: int) -> None:
@@ -40,7 +40,6 @@ class CacheTable:
 
     def put(self, key: bytes, answer: CachedAnswer, max_entries: int, max_bytes: int, now: float) -> None:
         """Keep an answer, and evict what was not used for longest until the bounds hold."""
-        assert self._connection is not None
         entries, size = self._sizes()
         old = self._connection.execute("SELECT size FROM cache WHERE ns = ? AND key = ?", (self._ns, key)).fetchone()
         if old is not None:
@@ -67,18 +66,15 @@ class CacheTable:
 
     def touch(self, key: bytes, now: float) -> None:
         """Mark an entry as used."""
-        assert self._connection is not None
         self._connection.execute("UPDATE cache SET used_at = ? WHERE ns = ? AND key = ?", (now, self._ns, key))
 
     def clear(self) -> None:
         """Delete everything."""
-        assert self._connection is not None
         self._connection.execute("DELETE FROM cache WHERE ns = ?", (self._ns,))
         self._keep_sizes(0, 0)
 
     def purge(self, now: float) -> None:
         """Delete what can neither be served fresh nor stale."""
-        assert self._connection is not None
         dead = (self._ns, now)
         where = "ns = ? AND max(expires_at, stale_until) < ?"
         count, size = self._connection.execute(
@@ -91,12 +87,10 @@ class CacheTable:
 
     def _sizes(self) -> tuple[int, int]:
         if self._size is None:
-            assert self._connection is not None
             self._size = read_size(self._connection, self._ns)
         return self._size
 
     def _keep_sizes(self, entries: int, size: int) -> None:
-        assert self._connection is not None
         self._size = (entries, size)
         self._connection.execute("INSERT OR REPLACE INTO cache_sizes VALUES (?, ?, ?)", (self._ns, entries, size))
 

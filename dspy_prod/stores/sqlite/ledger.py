@@ -35,8 +35,8 @@ class LedgerTables:
     def __init__(self, max_records: int | None) -> None:
         self._max = max_records
         self._since_trim = 0
-        self._connection: sqlite3.Connection | None = None
-        self._ns = 0
+        self._connection: sqlite3.Connection  # and the namespace's number, from `attach` on
+        self._ns: int
         self._sums: dict[Key, list[int]] = {}
         self._known: dict[str, set[tuple[str, str]]] = {}
 
@@ -53,7 +53,6 @@ class LedgerTables:
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
-        assert self._connection is not None
         row = self._connection.execute(FIND, (self._ns, id)).fetchone()
         return None if row is None else record_of(row)
 
@@ -63,7 +62,6 @@ class LedgerTables:
         Raises:
             sqlite3.IntegrityError: an appended record is there already; `put` settles that.
         """
-        assert self._connection is not None
         ns = self._ns
         if appended:
             self._connection.executemany(INSERT, [record_row(ns, record) for record in appended])
@@ -80,7 +78,6 @@ class LedgerTables:
 
     def put(self, record: CallRecord) -> None:
         """Append a record, or put it in place of the one with its id; its sums are written by the next `write`."""
-        assert self._connection is not None
         old = self.find(record.id)
         self._connection.execute(REPLACE, record_row(self._ns, record))
         if old is not None:
@@ -112,7 +109,6 @@ class LedgerTables:
                 sums[index] += sign * value
 
     def _load_day(self, day: str) -> set[tuple[str, str]]:
-        assert self._connection is not None
         while len(self._known) >= _DAYS_KNOWN:
             del self._known[next(iter(self._known))]
         rows = self._connection.execute(
@@ -122,7 +118,6 @@ class LedgerTables:
         return known
 
     def _trim(self) -> None:
-        assert self._connection is not None
         self._since_trim = 0
         self._connection.execute(
             "DELETE FROM records WHERE ns = ?1 AND started_at < (SELECT started_at FROM records "
@@ -148,21 +143,13 @@ def read_records(
 ) -> list[CallRecord]:
     """Matching records, newest first."""
     check_fields(equals)
-    where: list[str] = ["ns = ?"]
-    values: list[object] = [ns]
-    if since is not None:
-        where.append("started_at >= ?")
-        values.append(since)
-    if until is not None:
-        where.append("started_at < ?")
-        values.append(until)
-    for name, value in equals.items():
-        where.append(f'"{name}" = ?')
-        values.append(value)
-    values.append(-1 if limit is None else limit)
+    bounds: list[tuple[str, object]] = [("started_at >= ?", since), ("started_at < ?", until)]
+    where = [("ns = ?", ns), *(bound for bound in bounds if bound[1] is not None)]
+    where += [(f'"{name}" = ?', value) for name, value in equals.items()]
     rows = connection.execute(
-        f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(where)} ORDER BY started_at DESC, seq DESC LIMIT ?",
-        values,
+        f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(condition for condition, _ in where)} "
+        "ORDER BY started_at DESC, seq DESC LIMIT ?",
+        (*(value for _, value in where), -1 if limit is None else limit),
     )
     return [record_of(row) for row in rows]
 

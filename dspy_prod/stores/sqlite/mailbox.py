@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future, TimeoutError
 from math import inf
 from queue import Empty
 from typing import Any, Final
@@ -15,7 +16,7 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal
 from dspy_prod.stores.sqlite.process import THREADS
-from dspy_prod.stores.sqlite.transactions import Operation, Report, Request, Transactions
+from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions
 from dspy_prod.stores.sqlite.writer import Writer
 
 _log = logging.getLogger("dspy_prod")
@@ -88,14 +89,15 @@ class Mailbox:
         """
         if threading.current_thread() is self._thread:
             raise StoreUnavailableError("A listener or callback of the store may not wait for the store")
-        request = Request(ask)
-        if not self.post((Transactions.answer, request, None)):
+        told: Future[Any] = Future()
+        if not self.post((Transactions.answer, told, ask)):
             raise StoreUnavailableError(f"The store {self._path} is closed")
-        if not request.done.wait(READ_TIMEOUT):
-            raise StoreUnavailableError(f"The store {self._path} did not answer within {READ_TIMEOUT:g} s")
-        if request.error is not None:
-            raise StoreUnavailableError(str(request.error)) from request.error
-        return request.result
+        try:
+            return told.result(READ_TIMEOUT)
+        except TimeoutError:
+            raise StoreUnavailableError(f"The store {self._path} did not answer within {READ_TIMEOUT:g} s") from None
+        except Exception as error:
+            raise StoreUnavailableError(str(error)) from error
 
     def close(self) -> None:
         """Have everything written that was posted, and the thread and its connection ended."""
@@ -127,8 +129,7 @@ class Mailbox:
                         subject.refusal, subject.state = refusal, REFUSED
                 wake([subject])
             elif kind is Transactions.answer:
-                subject.error = OSError(refusal.detail)
-                subject.done.set()
+                subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.flush:
                 subject.set()
             elif kind in (Transactions.settle, Transactions.append):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final
 
 import orjson
@@ -58,22 +59,12 @@ def stub_json(stub: CallRecord | None) -> bytes | None:
     """A stub record as JSON, by field name because the hold may be read by another version."""
     if stub is None:
         return None
-    return orjson.dumps({name: value for name, value in zip(_NAMES, stub, strict=True) if value is not None})
+    return orjson.dumps({name: value for name, value in stub._asdict().items() if value is not None})
 
 
-_NAMES: Final = CallRecord._fields
-_joined: dict[tuple[str, ...], str] = {}
-
-
+@lru_cache(maxsize=1024)
 def _names(names: tuple[str, ...]) -> str | None:
-    if not names:
-        return None
-    text = _joined.get(names)
-    if text is None:
-        if len(_joined) > 1000:
-            _joined.clear()
-        text = _joined[names] = orjson.dumps(names).decode()
-    return text
+    return orjson.dumps(names).decode() if names else None
 
 
 def clean_text(text: str) -> str:

@@ -12,14 +12,12 @@ from typing import Final
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.sqlite.rows import clean_text
 
 SCHEMA_VERSION: Final = 1
 
-OPEN_TIMEOUT: Final = 5.0
-"""Seconds that opening waits for another process which is creating or recovering the file."""
-
 BUSY_LIMIT: Final = 5.0
-"""Seconds to wait for another process's transaction before the store counts as unavailable."""
+"""Seconds to wait for another process, which creates, recovers or writes the file, before the store is unavailable."""
 
 _INTEGERS: Final = {
     *("attempt", "cost_nano", "estimated", "status", "cached"),
@@ -76,10 +74,10 @@ def connect(path: str, *, synchronous: str = "NORMAL") -> sqlite3.Connection:
     """A connection to an existing file, in autocommit mode, for one thread at a time."""
     uri = Path(path).as_uri() + "?mode=rw"  # never creates: a deleted file must be noticed
     connection = sqlite3.connect(
-        uri, uri=True, timeout=OPEN_TIMEOUT, isolation_level=None, check_same_thread=False, cached_statements=256
+        uri, uri=True, timeout=BUSY_LIMIT, isolation_level=None, check_same_thread=False, cached_statements=256
     )
     try:
-        _retrying(connection, "PRAGMA journal_mode=WAL")
+        patiently(connection, "PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={synchronous}")
         connection.execute("PRAGMA temp_store=MEMORY")
         connection.execute("PRAGMA cache_size=-16000")
@@ -103,7 +101,7 @@ def create(path: str) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = connect(path)
     try:
-        _retrying(connection, "BEGIN IMMEDIATE")
+        patiently(connection, "BEGIN IMMEDIATE")
         try:
             _migrate(connection, path)
             connection.execute("COMMIT")
@@ -143,7 +141,7 @@ def namespace_id(connection: sqlite3.Connection, namespace: str) -> int:
     find = "SELECT id FROM namespaces WHERE name = ?"
     row = connection.execute(find, (namespace,)).fetchone()
     if row is None:
-        _retrying(connection, "BEGIN IMMEDIATE")
+        patiently(connection, "BEGIN IMMEDIATE")
         connection.execute("INSERT OR IGNORE INTO namespaces (name) VALUES (?)", (namespace,))
         connection.execute("COMMIT")
         row = connection.execute(find, (namespace,)).fetchone()
@@ -156,13 +154,13 @@ def is_locked(error: BaseException) -> bool:
     return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
 
-def begin(connection: sqlite3.Connection) -> None:
-    """Take the write lock, in short steps so that several processes share it fairly."""
+def patiently(connection: sqlite3.Connection, statement: str) -> None:
+    """Execute what needs a lock that SQLite's busy handler does not wait for, or not fairly: in short steps."""
     deadline = time.monotonic() + BUSY_LIMIT
     pause = 0.0002
     while True:
         try:
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(statement).fetchall()
             return
         except sqlite3.OperationalError as error:
             if not is_locked(error) or time.monotonic() > deadline:
@@ -179,24 +177,23 @@ def is_environment(error: BaseException) -> bool:
     )
 
 
+_REMEDIES: Final = {
+    "not a database": "it is not a SQLite database: move it away, or give another file with store=...",
+    "malformed": "it is damaged: move it away, or repair it with the sqlite3 tool's .recover",
+    "full": "free some disk space",
+    "locked": "another program keeps it locked: end that program",
+    "": "check that its directory exists and is writable, give another file with store='sqlite:////path/state.db', "
+    "or use store='memory://'",
+}
+"""By what SQLite's message says."""
+
+
 def unavailable(path: str, error: BaseException) -> StoreUnavailableError:
     """What a person should read when the file cannot be used."""
     if isinstance(error, StoreUnavailableError):
         return error
     text = str(error)
-    if "not a database" in text:
-        remedy = "it is not a SQLite database: move it away, or give another file with store=..."
-    elif "malformed" in text:
-        remedy = "it is damaged: move it away, or repair it with the sqlite3 tool's .recover"
-    elif "full" in text:
-        remedy = "free some disk space"
-    elif "locked" in text:
-        remedy = "another program keeps it locked: end that program"
-    else:
-        remedy = (
-            "check that its directory exists and is writable, give another file with store='sqlite:////path/state.db', "
-            "or use store='memory://'"
-        )
+    remedy = next(remedy for sign, remedy in _REMEDIES.items() if sign in text)
     return StoreUnavailableError(f"The store file {path} cannot be used ({text or type(error).__name__}): {remedy}")
 
 
@@ -216,16 +213,63 @@ def leave_open(connection: sqlite3.Connection) -> None:
 _LEFT_OPEN: list[sqlite3.Connection] = []
 
 
-def _retrying(connection: sqlite3.Connection, statement: str) -> None:
-    deadline = time.monotonic() + OPEN_TIMEOUT
-    while True:
-        try:
-            connection.execute(statement).fetchall()
-            return
-        except sqlite3.OperationalError as error:  # the busy handler does not cover these statements
-            if not is_locked(error) or time.monotonic() > deadline:
+class File:
+    """One namespace of one file, through a connection that is opened when first used. Not thread-safe.
+
+    Attributes:
+        connection: None while it is closed.
+        ns: the namespace's number.
+    """
+
+    def __init__(self, path: str, namespace: str, *, synchronous: str = "NORMAL") -> None:
+        self.path = path
+        self.connection: sqlite3.Connection | None = None
+        self.ns = 0
+        self._namespace = clean_text(namespace)
+        self._synchronous = synchronous
+        self._identity: tuple[int, int] | None = None
+
+    def open(self) -> sqlite3.Connection:
+        """The connection, opened when needed."""
+        if self.connection is None:
+            self._identity = identity(self.path)
+            connection = connect(self.path, synchronous=self._synchronous)
+            try:
+                self.ns = namespace_id(connection, self._namespace)
+            except BaseException:
+                connection.close()
                 raise
-        time.sleep(0.005)
+            self.connection = connection
+        return self.connection
+
+    def lost(self) -> bool:
+        """Whether the file was deleted or replaced while in use; then its connection is given up."""
+        gone = self.connection is not None and identity(self.path) != self._identity
+        if gone:
+            self.lose()
+        return gone
+
+    def lose(self) -> None:
+        """Give up a connection to a file that was deleted, or that the parent process uses."""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            leave_open(connection)
+
+    def close(self) -> None:
+        """Close the connection; `open` makes a new one."""
+        if not self.lost() and self.connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.close()
+            self.connection = None
+
+
+def identity(path: str) -> tuple[int, int] | None:
+    """What tells a file from another one at the same place; None while there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _make_directory(directory: Path) -> None:

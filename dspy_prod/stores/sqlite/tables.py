@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from math import isinf
 from typing import Final
 
@@ -18,8 +19,8 @@ from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import AccountState
 from dspy_prod.stores.sqlite.answers import CacheTable
 from dspy_prod.stores.sqlite.ledger import LedgerTables
-from dspy_prod.stores.sqlite.rows import Row, clean, clean_hold, clean_record, clean_text, hold_of, hold_row
-from dspy_prod.stores.sqlite.schema import begin, connect, create, is_environment, leave_open, namespace_id
+from dspy_prod.stores.sqlite.rows import Row, clean_hold, clean_record, clean_text, hold_of, hold_row
+from dspy_prod.stores.sqlite.schema import File, create, is_environment, patiently
 
 PUT_ACCOUNT: Final = (
     "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "
@@ -38,76 +39,36 @@ KEEP_ABANDONED: Final = 7 * 86_400.0
 """Seconds for which a late settlement still replaces the charge of an abandoned hold."""
 
 
-class Tables:
+class Tables(File):
     """One namespace's tables through one connection; the core's `Backing`.
 
     Every method may raise `sqlite3.Error`, `OSError` or `StoreUnavailableError`. Not thread-safe.
     """
 
     def __init__(self, path: str, namespace: str, owner: str, *, synchronous: str, max_records: int | None) -> None:
-        self.path = path
+        super().__init__(path, namespace, synchronous=synchronous)
         self.owner = owner
-        self._namespace = namespace
-        self._synchronous = synchronous
-        self.connection: sqlite3.Connection | None = None
-        self._identity: tuple[int, int] | None = None
         self._version = -1
         self._settings: dict[str, tuple[RateLimit, str]] = {}
-        self._limits: dict[str, RateLimit] = {}
-        self.ns = 0
         self.ledger = LedgerTables(max_records)
         self.cache = CacheTable()
 
     # -- the file ----------------------------------------------------------------------------------------------------
     def open(self) -> sqlite3.Connection:
-        """The connection, opened when needed."""
+        """The connection, opened when needed; the file is made when there is none."""
         if self.connection is None:
             create(self.path)
-            connection = connect(self.path, synchronous=self._synchronous)
-            try:
-                connection.execute("PRAGMA busy_timeout=0")  # the writer waits in its own, finer steps
-                self.ns = namespace_id(connection, clean_text(self._namespace))
-                self._identity = identity(self.path)
-            except BaseException:
-                connection.close()
-                raise
-            self.connection = connection
+            connection = super().open()
+            connection.execute("PRAGMA busy_timeout=0")  # the writer waits in its own, finer steps
             self._version = -1
             self.ledger.attach(connection, self.ns)
             self.cache.attach(connection, self.ns)
+            return connection
         return self.connection
-
-    def close(self) -> None:
-        """Close the connection; `open` makes a new one."""
-        connection, self.connection = self.connection, None
-        if connection is None:
-            return
-        if self.replaced():
-            leave_open(connection)
-        else:
-            with contextlib.suppress(sqlite3.Error):
-                connection.close()
-
-    def replaced(self) -> bool:
-        """Whether the path no longer leads to the file that was opened."""
-        return self._identity is not None and identity(self.path) != self._identity
-
-    def lose(self) -> None:
-        """Give up a connection to a file that was deleted, or that the parent process uses."""
-        connection, self.connection, self._identity = self.connection, None, None
-        if connection is not None:
-            leave_open(connection)
-
-    def lost(self) -> bool:
-        """Whether the file was deleted or replaced while in use; then its connection is given up."""
-        gone = self.connection is not None and self.replaced()
-        if gone:
-            self.lose()
-        return gone
 
     def begin(self) -> None:
         """Open the file when needed, and take its write lock."""
-        begin(self.open())
+        patiently(self.open(), "BEGIN IMMEDIATE")
 
     def commit(self) -> None:
         """Make what was written durable."""
@@ -116,20 +77,19 @@ class Tables:
 
     def changed(self) -> bool:
         """Whether another connection has committed since the last call."""
-        assert self.connection is not None
-        version = self.connection.execute("PRAGMA data_version").fetchone()[0]
-        if version == self._version:
+        before, self._version = self._version, self._data_version()
+        if self._version == before:
             return False
-        self._version = version
         self.cache.forget()
         return True
 
     def stale(self) -> bool:
         """`changed`, only looking."""
-        if self.connection is None:
-            return True
-        version: int = self.connection.execute("PRAGMA data_version").fetchone()[0]
-        return version != self._version
+        return self.connection is None or self._data_version() != self._version
+
+    def _data_version(self) -> int:
+        assert self.connection is not None
+        return int(self.connection.execute("PRAGMA data_version").fetchone()[0])
 
     def rollback(self) -> None:
         """Undo the transaction, if there is one."""
@@ -157,17 +117,7 @@ class Tables:
         row = self._one("SELECT state, settings FROM limiters WHERE ns = ? AND key = ?", key)
         if row is None:
             return None
-        state, settings = row
-        limit = self._limits.get(settings)
-        if limit is None:
-            if len(self._limits) > 1000:
-                self._limits.clear()
-            try:
-                limit = RateLimit.model_validate_json(settings)
-            except ValueError:  # options of another version
-                limit = RateLimit()
-            self._limits[settings] = limit
-        return state, limit
+        return row[0], _limit(row[1])
 
     def load_abandoned(self, id: str) -> Hold | None:
         row = self._one("SELECT id, 0.0, amount, accounts, NULL, NULL, stub FROM abandoned WHERE ns = ? AND id = ?", id)
@@ -218,7 +168,8 @@ class Tables:
         assert self.connection is not None
         self.connection.execute("SAVEPOINT written")
         try:
-            self._write(core, now)
+            self._write_state(core, now, str, lambda hold: hold)
+            self.ledger.write(core.appended, core.replaced)
             return []
         except Exception as error:
             if is_environment(error):
@@ -226,34 +177,7 @@ class Tables:
         # Some value fits neither SQLite nor JSON, or a record is there already: the slow way, value by value.
         self.connection.execute("ROLLBACK TO written")
         self.ledger.forget()
-        return self._write_carefully(core, now)
-
-    def _write(self, core: AdmissionCore, now: float) -> None:
-        changes = core.changes
-        assert changes is not None
-        self._write_accounts(core, str)
-        self._write_limiters(core, str)
-        ns, owner = self.ns, self.owner
-        gone = [(ns, id) for id in (*changes.removed, *changes.reaped)]
-        self._run("DELETE FROM holds WHERE ns = ? AND id = ?", gone)
-        self._run(PUT_HOLD, [hold_row(ns, owner, hold) for hold in changes.added.values()])
-        if changes.abandoned or changes.forgiven:
-            self._run("DELETE FROM abandoned WHERE ns = ? AND id = ?", [(ns, id) for id in changes.forgiven])
-            self._run(PUT_ABANDONED, [self._abandoned_row(hold, now) for hold in changes.abandoned.values()])
-        self.ledger.write(core.appended, core.replaced)
-
-    def _write_carefully(self, core: AdmissionCore, now: float) -> list[CallRecord]:
-        changes = core.changes
-        assert changes is not None
-        self._write_accounts(core, clean_text)
-        self._write_limiters(core, clean_text)
-        ns, owner = self.ns, self.owner
-        gone = [(ns, clean(id)) for id in (*changes.removed, *changes.reaped)]
-        self._run("DELETE FROM holds WHERE ns = ? AND id = ?", gone)
-        self._run(PUT_HOLD, [hold_row(ns, owner, clean_hold(hold)) for hold in changes.added.values()])
-        self._run("DELETE FROM abandoned WHERE ns = ? AND id = ?", [(ns, clean(id)) for id in changes.forgiven])
-        held = [self._abandoned_row(clean_hold(hold), now) for hold in changes.abandoned.values()]
-        self._run(PUT_ABANDONED, held)
+        self._write_state(core, now, clean_text, clean_hold)
         lost = []
         for record in (*core.appended, *core.replaced):
             try:
@@ -264,6 +188,20 @@ class Tables:
                 lost.append(record)
         self.ledger.write((), ())
         return lost
+
+    def _write_state(
+        self, core: AdmissionCore, now: float, text: Callable[[str], str], fit: Callable[[Hold], Hold]
+    ) -> None:
+        """Write accounts, limiters and holds; `text` and `fit` make what SQLite can carry."""
+        changes, ns, owner = core.changes, self.ns, self.owner
+        assert changes is not None
+        self._write_accounts(core, text)
+        self._write_limiters(core, text)
+        gone = [(ns, text(id)) for id in (*changes.removed, *changes.reaped)]
+        self._run("DELETE FROM holds WHERE ns = ? AND id = ?", gone)
+        self._run(PUT_HOLD, [hold_row(ns, owner, fit(hold)) for hold in changes.added.values()])
+        self._run("DELETE FROM abandoned WHERE ns = ? AND id = ?", [(ns, text(id)) for id in changes.forgiven])
+        self._run(PUT_ABANDONED, [self._abandoned_row(fit(hold), now) for hold in changes.abandoned.values()])
 
     def _write_accounts(self, core: AdmissionCore, text: Callable[[str], str]) -> None:
         book = core.accounts
@@ -296,9 +234,9 @@ class Tables:
             self.connection.executemany(sql, rows)
 
 
-def identity(path: str) -> tuple[int, int] | None:
+@lru_cache(maxsize=1024)
+def _limit(settings: str) -> RateLimit:
     try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+        return RateLimit.model_validate_json(settings)
+    except ValueError:  # options of another version
+        return RateLimit()

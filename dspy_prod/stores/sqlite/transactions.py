@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from math import inf
 from typing import Any, Final
 
@@ -23,18 +24,6 @@ MAX_ACCOUNTS: Final = 50_000
 Report = Callable[[str, dict[str, Any]], None]
 Operation = tuple[Callable[["Transactions", Any, Any, float], None], Any, Any]
 """What to do (one of the operations of `Transactions`), and its two arguments; the third is the store's time."""
-
-
-class Request:
-    """A question that the writer answers inside a transaction."""
-
-    __slots__ = ("ask", "done", "error", "result")
-
-    def __init__(self, ask: Callable[[AdmissionCore, Tables, float], Any]) -> None:
-        self.ask = ask
-        self.done = threading.Event()
-        self.result: Any = None
-        self.error: BaseException | None = None
 
 
 class UnfitError(Exception):
@@ -106,9 +95,9 @@ class Transactions:
     def clear_answers(self, _: Any, __: Any, now: float) -> None:
         self.tables.cache.clear()
 
-    def answer(self, request: Request, _: Any, now: float) -> None:
-        request.result = request.ask(self.core, self.tables, now)
-        self.after.append(request.done.set)
+    def answer(self, told: Future[Any], ask: Callable[[AdmissionCore, Tables, float], Any], now: float) -> None:
+        found = ask(self.core, self.tables, now)
+        self.after.append(lambda: told.set_result(found))
 
     # Those that need no transaction:
     def flush(self, done: threading.Event, _: Any, now: float) -> None:

@@ -188,8 +188,7 @@ class Writer:
             if kind is Transactions.admit:
                 self._refuse([subject], refusal)
             elif kind is Transactions.answer:
-                subject.error = OSError(refusal.detail)
-                subject.done.set()
+                subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.put_answer:
                 detail[3]()
             elif kind is Transactions.stop:
@@ -216,8 +215,7 @@ class Writer:
             if kind is Transactions.admit:
                 self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
             elif kind is Transactions.answer:
-                subject.error = error
-                subject.done.set()
+                subject.set_exception(error)
             elif kind is Transactions.settle and subject.record is not None:
                 self._kept.append((Transactions.settle, subject._replace(record=None), None))
 
