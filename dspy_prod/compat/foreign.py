@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
@@ -9,6 +10,8 @@ from typing import Any, Final
 
 CLAIMED: Final = {"dspy": ">=3.4.1,<3.5", "litellm": ">=1.106", "mlflow": ">=3.17,<4"}
 """The versions this library is made for, as in `pyproject.toml`."""
+
+running_loop: Final = asyncio._get_running_loop  # without an exception where there is none
 
 
 def names(module: str, *wanted: str) -> list[Any]:

@@ -10,8 +10,7 @@ from dspy.lm15 import Request
 
 from dspy_prod.compat.dspy import engines_of
 from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, request_of
-from dspy_prod.context.current import current
-from dspy_prod.context.marks import stamped
+from dspy_prod.context.current import current, stamped
 from dspy_prod.lm.advice import warn_messages
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.copying import variant

@@ -16,8 +16,8 @@ from dspy.clients.engines.lm15_engine import AsyncLM15Engine
 from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
 from dspy.lm15 import Response
 
+from dspy_prod.compat.foreign import running_loop
 from dspy_prod.compat.lm15 import StreamAccumulator, StreamEvent
-from dspy_prod.compat.running import running_loop
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send
 from dspy_prod.pipeline.flow import Flow

@@ -11,10 +11,9 @@ from contextlib import aclosing, closing
 
 from dspy.lm15 import Request, Response
 
+from dspy_prod.compat.foreign import running_loop
 from dspy_prod.compat.lm15 import StreamEvent
-from dspy_prod.compat.running import running_loop
-from dspy_prod.context.current import current
-from dspy_prod.context.marks import stamped
+from dspy_prod.context.current import current, stamped
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
 from dspy_prod.pipeline.flow import flow

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
-from dspy_prod.context.current import CallContext, call_context, current, merged_tags
-from dspy_prod.context.marks import Mark
+from dspy_prod.context.current import CallContext, Mark, call_context, current, merged_tags
 from dspy_prod.errors import ConfigError
 from dspy_prod.production.report import Watch
 from dspy_prod.runtime.clock import Clock

@@ -11,8 +11,7 @@ from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import AdapterParseError, LMError
 
 from dspy_prod.compat.dspy import CompiledAsProgram
-from dspy_prod.context.current import current
-from dspy_prod.context.marks import mark_of
+from dspy_prod.context.current import current, mark_of
 from dspy_prod.context.scoring import is_raising, raising
 from dspy_prod.errors import ConfigError, RejectedError
 from dspy_prod.privacy.error_text import error_text, log_error

@@ -28,8 +28,7 @@ from dspy_prod.status.models import (
 )
 from dspy_prod.status.preview import preview
 from dspy_prod.stores.base import LimiterSnapshot, Store
-from dspy_prod.telemetry.answers import TrackingHealth
-from dspy_prod.telemetry.tap import TAP
+from dspy_prod.telemetry.tap import TAP, TrackingHealth
 
 BUDGET_WARNING: Final = 90.0
 """Percent of a budget above which health warns."""

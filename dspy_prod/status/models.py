@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
-from dspy_prod.telemetry.answers import Frozen, TrackingHealth
+from dspy_prod.telemetry.tap import Frozen, TrackingHealth
 
 F = TypeVar("F", bound=Frozen)
 

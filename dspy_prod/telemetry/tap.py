@@ -1,13 +1,15 @@
 """Where tracking looks into a call. Nothing is imported and next to nothing is done while nobody looks.
 
 The pipeline tells a `Tap` of program calls, LM calls and attempts; `dspy_prod.tracking` is the one that ships. A tap
-never waits and never raises: what it cannot do, it counts.
+never waits and never raises: what it cannot do, it counts, for who asks how tracking goes.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response, Usage
@@ -100,3 +102,28 @@ class _Slot:
 
 
 TAP = _Slot()
+
+
+class Frozen(BaseModel):
+    """Base of what can be asked: of health, costs, and of tracking here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrackingHealth(Frozen):
+    """How the tracking in MLflow goes.
+
+    Attributes:
+        uri: where traces go, without a password. experiment: name of the MLflow experiment.
+        exported: traces in MLflow. waiting: not there yet, those of running calls included.
+        sampled_out: left out by `sample`. lost: turned away because too many waited, refused by MLflow, or given up.
+        failing: why nothing can be delivered at the moment, None when it can.
+    """
+
+    uri: str
+    experiment: str
+    exported: int
+    waiting: int
+    sampled_out: int
+    lost: int
+    failing: str | None

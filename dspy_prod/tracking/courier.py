@@ -14,7 +14,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
-from dspy_prod.telemetry.answers import TrackingHealth
+from dspy_prod.telemetry.tap import TrackingHealth
 from dspy_prod.tracking.traces import LINGER, Batch, Traces
 
 if TYPE_CHECKING:

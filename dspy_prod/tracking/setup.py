@@ -18,8 +18,7 @@ from dspy_prod.privacy.redactor import Redactor
 from dspy_prod.privacy.redactor import install as install_redactor
 from dspy_prod.runtime.forking import RegistryLock, Stage, reset_after_fork
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.telemetry.answers import TrackingHealth
-from dspy_prod.telemetry.tap import TAP
+from dspy_prod.telemetry.tap import TAP, TrackingHealth
 from dspy_prod.tracking.bridge import install as install_bridge
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.courier import Courier

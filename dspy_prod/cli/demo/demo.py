@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 import dspy_prod
 from dspy_prod.cli.demo.providers import LocalProviders, RealProvider
 from dspy_prod.cli.demo.running import Run
-from dspy_prod.cli.demo.triage import Message, Triage, messages, similar_examples
+from dspy_prod.cli.demo.triage import Message, Triage, messages, published, similar_examples
 
 NAMESPACE: Final = "demo"
 RECOVERY: Final = 5.0
@@ -40,7 +40,6 @@ def demo(
     Raises:
         ConfigError: a tracking URI that MLflow cannot write traces to.
     """
-    from dspy_prod.cli.demo import prompts as demo_prompts
     from dspy_prod.cli.demo import traces as demo_mlflow
     from dspy_prod.cli.demo.report import Report, show, show_json
     from dspy_prod.stores.opening import default_store_url
@@ -50,7 +49,7 @@ def demo(
         console.width = 110
     console.print("[bold]dspy_prod demo[/]: support triage under load, outage and an empty budget")
     tracked = tracking_uri if demo_mlflow.begin(console, tracking_uri) else None
-    program, prompt = demo_prompts.published(console, tracked) if tracked else (Triage(), None)
+    program, prompt = published(console, tracked) if tracked else (Triage(), None)
     console.print("Starting the model ...")
     providers = RealProvider(model) if model else LocalProviders(simulate)
     store = default_store_url()

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 
 import dspy
 
-from dspy_prod.context.marks import mark
+from dspy_prod.context.current import mark
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import RegistryUnavailableError
 from dspy_prod.registry.names import Reference

@@ -12,7 +12,7 @@ from typing import Any, Final
 import dspy
 
 from dspy_prod.compat.dspy import is_compiled
-from dspy_prod.context.marks import mark_of
+from dspy_prod.context.current import mark_of
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import RegistryError
 from dspy_prod.registry.names import Reference, checked_name, predictor_prompt

@@ -15,8 +15,8 @@ from rich.console import Console
 
 import dspy_prod
 from dspy_prod import registry, tracking
-from dspy_prod.cli.demo import prompts as demo_prompts
 from dspy_prod.cli.demo import traces as demo_mlflow
+from dspy_prod.cli.demo import triage as demo_prompts
 from dspy_prod.cli.demo.traces import Written, begin, end, invitation, table, written
 from dspy_prod.cli.demo.triage import SortMessage, Triage
 from dspy_prod.testing import ScriptedEngine
