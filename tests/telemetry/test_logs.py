@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,11 @@ def lines() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
+def timeless(line: str) -> str:
+    """A line without how long it took, which nobody knows on a busy machine."""
+    return re.sub(r", \d+\.\d\d s", ", N s", line)
+
+
 def test_a_run_reads_as_a_short_story(lines: list[str]) -> None:
     """Failure, retry, opened breaker and refusal are one short line each."""
     lm = make_lm(
@@ -70,7 +76,7 @@ def test_a_run_reads_as_a_short_story(lines: list[str]) -> None:
         with pytest.raises(CircuitOpenError):
             lm("hello again")
     stop()
-    told = [line.split("  ") for line in lines]
+    told = [timeless(line).split("  ") for line in lines]
     assert [parts[0] for parts in told] == [
         "INFO attempt failed",
         "INFO retry",
@@ -78,7 +84,7 @@ def test_a_run_reads_as_a_short_story(lines: list[str]) -> None:
         "INFO attempt failed",
         "WARNING rejected",
     ]
-    assert told[0][1:] == [MODEL, "LMServerError 500, attempt 1, 0.00 s, user=u1"]
+    assert told[0][1:] == [MODEL, "LMServerError 500, attempt 1, N s, user=u1"]
     assert told[1][1:] == [MODEL, "attempt 2 in 0.0 s, after LMServerError"]
     assert told[2][1:] == [MODEL, "2 failures in a row, last: LMServerError 500, retry in 60.0 s"]
     assert told[4][1:] == [MODEL, "circuit_open, user=u1"]
@@ -95,7 +101,7 @@ def test_a_finished_call_is_a_debug_line_with_its_cost(lines: list[str]) -> None
     with call_context(tenant="acme"):
         lm("hello")
     stop()
-    assert lines == [f"DEBUG call finished  {MODEL}  ok, 0.00 s, 0.000020 USD, tenant=acme"]
+    assert list(map(timeless, lines)) == [f"DEBUG call finished  {MODEL}  ok, N s, 0.000020 USD, tenant=acme"]
 
 
 def test_json_lines_are_one_object_each(lines: list[str]) -> None:
