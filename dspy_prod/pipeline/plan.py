@@ -152,13 +152,12 @@ def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
     pairs = zip(old.rules, reservation.accounts, strict=True)
     if not any(rule.options.shrink_last for rule, account in pairs if account.title == refusal.dimension):
         return None
-    rates = route.rates()
     inputs, outputs = route.bounds(old.request)
-    if rates is None or inputs is None or outputs is None:
+    if route.rates() is None or inputs is None or outputs is None:
         return None
     left = refusal.limit - refusal.spent - refusal.held
     config = old.request.config
-    fits = min(outputs, rates.max_output_for(left, inputs, tier=config.service_tier))
+    fits = min(outputs, route.affords(old.request, left, inputs))
     if fits < _MIN_SHRUNK_TOKENS or (config.max_tokens is not None and fits >= config.max_tokens):
         return None
     request = replace(old.request, config=replace(config, max_tokens=fits))
