@@ -267,7 +267,7 @@ class Price(Options):
         reasoning: reasoning tokens; default: `output`.
         per_request: a fee per request, in USD.
         max_output_tokens: the model's own output limit, used to bound a call without `max_tokens`.
-        max_input_tokens: the model's context limit, used to bound media parts.
+        max_input_tokens: the model's context limit, used to bound media whose length nobody tells.
     """
 
     input: Usd

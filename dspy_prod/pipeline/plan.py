@@ -237,7 +237,8 @@ def _bound(route: Route, request: Request, inputs: int | None, outputs: int | No
         problem = "the request uses a tool that the provider runs and bills apart; call it without a budget"
     elif inputs is None:
         problem = (
-            "the request has media parts, or context that the server keeps, and the model's input limit is unknown; "
+            "the request has media of unknown length, or context that the server keeps, and the model's input limit is "
+            "unknown; "
             f"pass prices={{{route.model!r}: dspy_prod.Price(..., max_input_tokens=...)}}"
         )
     else:

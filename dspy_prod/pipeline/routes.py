@@ -176,8 +176,9 @@ class Route:
         LiteLLM counts usage in OpenAI's way, whatever the engine that was tried before it does. Where no price is known
         of the model that was asked, an Azure deployment for one, that of the model that answered holds.
         """
-        rates, provider = self.rates(), self.upstream.provider
-        if self.upstream.fell_back and not self.upstream.is_native(request, extras):
+        upstream = self.upstream
+        rates, provider = self._rates if self._priced else self.rates(), upstream.provider
+        if upstream.fell_back and not upstream.is_native(request, extras):
             provider = "litellm"
             rates = self.prices.rates(self.model, provider)
         if rates is None:

@@ -10,7 +10,6 @@ dearest of all rules. A rule is an upper bound on what is billed, so it also cov
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
@@ -208,22 +207,18 @@ NOTHING: Final = Census(0, False)
 def census(request: Request) -> Census:
     """Count the media of a request: in messages, tool results and the system prompt."""
     images, others = 0, False
-    for part in _each(request):
-        kind = part.type
-        if kind == "image" or kind == "document":
-            images += 1
-        elif kind in MEDIA:
-            others = True
-    return Census(images, others) if images or others else NOTHING
-
-
-def _each(request: Request) -> Iterator[Any]:
-    groups = [message.parts for message in request.messages]
+    groups: list[Any] = [message.parts for message in request.messages]
     if request.system is not None and type(request.system) is not str:
         groups.append(request.system)
     for parts in groups:
         for part in parts:
-            if part.type == "tool_result":
-                yield from part.content
-            else:
-                yield part
+            kind = part.type
+            if kind == "text":
+                continue
+            if kind == "image" or kind == "document":
+                images += 1
+            elif kind in MEDIA:
+                others = True
+            elif kind == "tool_result":
+                groups.append(part.content)
+    return Census(images, others) if images or others else NOTHING

@@ -132,9 +132,10 @@ class Rates:
 
     def _applicable(self, input_tokens: int, tier: str | None, media: bool, images: int) -> tuple[int, int, int]:
         name = "standard" if tier in _SURELY_STANDARD else "known" if tier in _TIERS else "every"
-        band = self._bands[name][bisect_left(self._thresholds, input_tokens)]
-        rate = band.media if media else band.image if images else band.text
-        return rate, band.output, self._fee + images * self._fee_per_image
+        text, image, with_media, output = self._bands[name][bisect_left(self._thresholds, input_tokens)]
+        if not media and not images:
+            return text, output, self._fee
+        return (with_media if media else image), output, self._fee + images * self._fee_per_image
 
     def bound(
         self, input_tokens: int, output_tokens: int, *, tier: str | None = None, media: bool = False, images: int = 0
