@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import warnings
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -251,8 +252,13 @@ class Budget(Options):
         return self.name or (self.per if self.scope == "global" else f"{self.per}/{self.scope}")
 
 
+_LEAST_USD_PER_MILLION: Final = 0.001  # the cheapest model costs ten times as much, the dearest token less
+
+
 class Price(Options):
     """What a model costs, in USD per million tokens (`per_request` in USD per request).
+
+    A price below $0.001 per million warns: it is the price of one token, most likely (`1.5e-07` where `0.15` is meant).
 
     Attributes:
         input, output: plain input and output tokens.
@@ -261,7 +267,7 @@ class Price(Options):
         reasoning: reasoning tokens; default: `output`.
         per_request: a fee per request, in USD.
         max_output_tokens: the model's own output limit, used to bound a call without `max_tokens`.
-        max_input_tokens: the model's context limit, used to bound media parts.
+        max_input_tokens: the model's context limit, used to bound media whose length nobody tells.
     """
 
     input: Usd
@@ -272,6 +278,20 @@ class Price(Options):
     per_request: Usd = 0.0
     max_output_tokens: Count | None = None
     max_input_tokens: Count | None = None
+
+    @model_validator(mode="after")
+    def _per_million(self) -> Price:
+        rates = {name: getattr(self, name) for name in ("input", "output", "cached_input", "cache_write", "reasoning")}
+        tiny = {name: usd for name, usd in rates.items() if usd and usd < _LEAST_USD_PER_MILLION}
+        if tiny:
+            given = ", ".join(f"{name}={usd!r}" for name, usd in tiny.items())
+            meant = ", ".join(f"{name}={float(f'{usd * 1e6:.12g}')!r}" for name, usd in tiny.items())
+            warnings.warn(
+                f"Price({given}): per million? A Price is in USD per million tokens, and no model is that cheap; "
+                f"if this is the price of one token, say Price({meant}). As it stands, a budget spends far too much",
+                stacklevel=4,
+            )
+        return self
 
 
 PRIORITIES: Final = {"high": 0, "normal": 1, "low": 2}

@@ -9,9 +9,18 @@ NANO = 1_000_000_000
 """Nano-USD per USD. Money is integer nano-USD inside and float only at the edge."""
 
 
+MOST_TOKENS = 2**31 - 1
+"""No call takes more: a counter beyond it is a provider's mistake, and counts as not told."""
+
+
 def usd(nano: int | None) -> float | None:
     """Nano-USD as USD; None stays None (unknown is never zero)."""
     return None if nano is None else nano / NANO
+
+
+def told(counts: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """Usage counters, None in the place of each that cannot be true."""
+    return tuple([count if count is None or count <= MOST_TOKENS else None for count in counts])
 
 
 class CallRecord(NamedTuple):

@@ -152,13 +152,12 @@ def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
     pairs = zip(old.rules, reservation.accounts, strict=True)
     if not any(rule.options.shrink_last for rule, account in pairs if account.title == refusal.dimension):
         return None
-    rates = route.rates()
     inputs, outputs = route.bounds(old.request)
-    if rates is None or inputs is None or outputs is None:
+    if route.rates() is None or inputs is None or outputs is None:
         return None
     left = refusal.limit - refusal.spent - refusal.held
     config = old.request.config
-    fits = min(outputs, rates.max_output_for(left, inputs, tier=config.service_tier))
+    fits = min(outputs, route.affords(old.request, left, inputs))
     if fits < _MIN_SHRUNK_TOKENS or (config.max_tokens is not None and fits >= config.max_tokens):
         return None
     request = replace(old.request, config=replace(config, max_tokens=fits))
@@ -238,7 +237,8 @@ def _bound(route: Route, request: Request, inputs: int | None, outputs: int | No
         problem = "the request uses a tool that the provider runs and bills apart; call it without a budget"
     elif inputs is None:
         problem = (
-            "the request has media parts, or context that the server keeps, and the model's input limit is unknown; "
+            "the request has media of unknown length, or context that the server keeps, and the model's input limit is "
+            "unknown; "
             f"pass prices={{{route.model!r}: dspy_prod.Price(..., max_input_tokens=...)}}"
         )
     else:

@@ -10,15 +10,17 @@ from bisect import insort
 from collections import deque
 from typing import Any
 
-from dspy.lm15 import Request
+from dspy.lm15 import Request, Response
 
 from dspy_prod.options import CircuitBreaker, RateLimit, Retry
 from dspy_prod.pipeline.upstream.upstream import Upstream, address_of
 from dspy_prod.policies.breaker.breaker import Breaker
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.retry import RetryBudget
-from dspy_prod.pricing.bounds import has_media, input_bound, output_bound
+from dspy_prod.pricing.bounds import input_bound, output_bound
+from dspy_prod.pricing.media import census
 from dspy_prod.pricing.rates import ATTO_PER_NANO, PriceBook, Rates
+from dspy_prod.pricing.regions import region_of
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
 from dspy_prod.stores.base import Store
@@ -95,6 +97,7 @@ class Route:
     Attributes:
         name: `"primary"`, or the model of a fallback.
         limit_key: identity of the limiter: provider address, key fingerprint and model.
+        region: where the provider serves it, as far as its price depends on that (`Rates.uplifts`).
         rules: budgets of this route alone, next to those of the pipeline.
     """
 
@@ -128,6 +131,7 @@ class Route:
         self.limit_key = f"{address_of(upstream.clients, self.model)}|{fingerprint(upstream.clients)}|{self.model}"
         timeout = upstream.clients.get("timeout")
         self.timeout: float | None = float(timeout) if isinstance(timeout, (int, float)) else None
+        self.region = region_of(upstream.clients, self.model)
         self.state = _shared_state(store, self, retry, breaker, clock, bus)
         self._clock = clock
         self._bus = bus
@@ -157,18 +161,31 @@ class Route:
                 return
             _UNPRICED.add(self.model)
         _log.warning(
-            "No price is known for %r, so its calls are recorded without a cost; pass "
-            "prices={%r: dspy_prod.Price(input=..., output=...)} (USD per million tokens)",
+            "No price is known for %r, so its calls are recorded without a cost, unless their answers name a model "
+            "that is known; pass prices={%r: dspy_prod.Price(input=..., output=...)} (USD per million tokens)",
             self.model,
             self.model,
         )
         self._bus.emit("unpriced_model", self._clock.time(), model=self.model)
 
-    def rates_for(self, request: Request, extras: dict[str, Any] | None) -> Rates | None:
-        """The prices for what the engine that carried `request` reports: LiteLLM counts usage in OpenAI's way."""
-        if self.upstream.fell_back and not self.upstream.is_native(request, extras):
-            return self.prices.rates(self.model, "litellm")
-        return self.rates()
+    def price(
+        self, request: Request, extras: dict[str, Any] | None, response: Response
+    ) -> tuple[Rates | None, int | None]:
+        """The prices by which an answer counts and what it cost in nano-USD, None where that is not known.
+
+        LiteLLM counts usage in OpenAI's way, whatever the engine that was tried before it does. Where no price is known
+        of the model that was asked, an Azure deployment for one, that of the model that answered holds.
+        """
+        upstream = self.upstream
+        rates, provider = self._rates if self._priced else self.rates(), upstream.provider
+        if upstream.fell_back and not upstream.is_native(request, extras):
+            provider = "litellm"
+            rates = self.prices.rates(self.model, provider)
+        if rates is None:
+            rates = self.prices.served(self.model, provider, response.model)
+            if rates is None:
+                return None, None
+        return rates, self.prices.price_response(rates, response, request, self.region)
 
     def bounds(self, request: Request) -> tuple[int | None, int | None]:
         """Upper bounds of (input, output) tokens, None where none is known."""
@@ -187,7 +204,15 @@ class Route:
         if rates.flat is not None and request.config.service_tier is None:
             input_rate, output_rate, fee = rates.flat
             return -(-(inputs * input_rate + outputs * output_rate + fee) // ATTO_PER_NANO)
-        return rates.bound(inputs, outputs, tier=request.config.service_tier, media=has_media(request))
+        images, others = census(request)
+        return rates.bound(inputs, outputs, tier=request.config.service_tier, media=others, images=images)
+
+    def affords(self, request: Request, nano: int, inputs: int) -> int:
+        """The most output tokens of this request that `nano` nano-USD pay for; prices must be known."""
+        rates = self._rates if self._priced else self.rates()
+        assert rates is not None
+        images, others = census(request)
+        return rates.max_output_for(nano, inputs, tier=request.config.service_tier, media=others, images=images)
 
     def limiter_tokens(self, inputs: int | None, outputs: int | None) -> int:
         """Tokens to reserve at the limiter for these bounds: all of them, or the learned size; at most `tpm`."""

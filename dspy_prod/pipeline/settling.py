@@ -22,7 +22,7 @@ from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import remaining
 from dspy_prod.policies.cache import EMPTY_USAGE
 from dspy_prod.pricing.rates import Rates
-from dspy_prod.records import CallRecord, usd
+from dspy_prod.records import MOST_TOKENS, CallRecord, usd
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import Settlement
 
@@ -33,8 +33,7 @@ def succeeded(attempt: Attempt, response: Response) -> None:
     pipeline, state = call.pipeline, route.state
     usage = response.usage
     latency = pipeline.clock.monotonic() - attempt.started
-    rates = route.rates_for(request, call.extras) if route.upstream.fell_back else route.rates()
-    cost = None if rates is None else route.prices.price_response(rates, response, request)
+    rates, cost = route.price(request, call.extras, response)
     estimated = False
     if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
         cost = worst(attempt)
@@ -49,8 +48,8 @@ def succeeded(attempt: Attempt, response: Response) -> None:
         state.breaker.success(attempt.permit, latency - call.paused)
     if state.retry_budget.drawn:
         state.retry_budget.success()
-    if usage.output_tokens is not None and (route.learning or request.config.max_tokens is None):
-        state.learn(usage.output_tokens)
+    if record.output_tokens is not None and (route.learning or request.config.max_tokens is None):
+        state.learn(record.output_tokens)
     call.remember(record, route, response)
     if pipeline.bus.wants_content:
         call.emit_content(request, response)
@@ -144,9 +143,8 @@ def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: Base
     """An abandoned attempt has ended in its worker: perhaps its usage is known after all."""
     call, route = attempt.call, attempt.route
     latency = call.pipeline.clock.monotonic() - attempt.started
-    rates = route.rates_for(attempt.request, call.extras)
     if isinstance(response, Response):
-        cost = None if rates is None else route.prices.price_response(rates, response, attempt.request)
+        rates, cost = route.price(attempt.request, call.extras, response)
         if cost is not None or rates is None:
             record = _record(attempt, verdict.outcome, cost, latency, usage=response.usage)
             _book(attempt, record, cost, _used(rates, response.usage), True, False)
@@ -208,6 +206,6 @@ def _used(rates: Rates | None, usage: Usage) -> int | None:
         return rates.tokens(usage)
     inputs: int | None = usage.input_tokens
     outputs: int | None = usage.output_tokens
-    if inputs is None or outputs is None:
+    if inputs is None or outputs is None or inputs + outputs > MOST_TOKENS:
         return None
     return inputs + outputs

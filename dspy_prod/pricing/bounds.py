@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from dspy_prod.pricing.media import media_tokens
+
 if TYPE_CHECKING:
     from dspy.lm15 import Request
-
-MEDIA = frozenset(("image", "audio", "video", "document", "binary"))
 
 PER_REQUEST = 128
 """Tokens around a whole prompt: start and generation marks, and a template's default system prompt (Llama 3.1 about
@@ -30,6 +30,8 @@ PER_MESSAGE = 8
 """Tokens of a message's role and separators (OpenAI 3 to 4, Llama 5)."""
 PER_PART = 4
 """Tokens where two texts of a message meet (a separator, SentencePiece's leading space)."""
+PER_MEDIA = 64
+"""Tokens around a picture, a recording or a file: marks, its name, time stamps."""
 PER_NAME = 64
 """Tokens of a tool's name, at most, where Gemini repeats it with the result and the request does not."""
 PER_TOOL = 32
@@ -90,8 +92,8 @@ def hosted_fees(request: Request) -> bool:
     return extensions is not None and not (_FEES.isdisjoint(extensions) and _MODELS.isdisjoint(extensions))
 
 
-def _parts(parts: Iterable[Any]) -> int | None:
-    """Bytes and overhead of the parts of a message; None when one is media."""
+def _parts(parts: Iterable[Any], model: str) -> int | None:
+    """Bytes and overhead of the parts of a message; None when one holds media that no rule bounds."""
     total = 0
     for part in parts:
         kind = part.type
@@ -106,7 +108,7 @@ def _parts(parts: Iterable[Any]) -> int | None:
             escapes = arguments.count('"') + arguments.count("\\")
             total += PER_MESSAGE + _quoted(part.id) + _quoted(part.name) + _json(part.input) + escapes
         elif kind == "tool_result":
-            content = _parts(part.content)
+            content = _parts(part.content, model)
             if content is None:
                 return None
             texts = (each.text for each in part.content if each.type == "text")
@@ -118,19 +120,22 @@ def _parts(parts: Iterable[Any]) -> int | None:
         elif kind == "citation":
             total += sum(_bytes(text) for text in (part.url, part.title, part.text) if text)
         else:
-            return None
+            media = media_tokens(part, model)
+            if media is None:
+                return None
+            total += PER_MEDIA + media
     return total
 
 
 def _shown(request: Request) -> int | None:
-    """Bound of everything the request shows; None when it holds media or input that only the server knows."""
+    """Bound of everything the request shows; None when it holds input that no rule bounds or only the server knows."""
     config = request.config
     total = PER_REQUEST
     system = request.system
     if type(system) is str:
         total += PER_MESSAGE + (len(system) if system.isascii() else _bytes(system))
     elif system is not None:
-        size = _parts(system)
+        size = _parts(system, request.model)
         if size is None:
             return None
         total += PER_MESSAGE + size
@@ -141,7 +146,7 @@ def _shown(request: Request) -> int | None:
         if len(parts) == 1 and part.type == "text" and part.text.isascii() and not part.continuation:
             total += PER_PART + len(part.text)
         else:
-            size = _parts(parts)
+            size = _parts(parts, request.model)
             if size is None:
                 return None
             total += size
@@ -170,7 +175,7 @@ def input_bound(request: Request, *, max_input_tokens: int | None) -> int | None
     Args:
         request: the canonical request.
         max_input_tokens: the model's context limit. It caps the bound (a provider refuses what is longer), and
-            stands for what cannot be measured: media parts and context that the server keeps.
+            stands for what cannot be measured: context that the server keeps, and media whose length nobody tells.
 
     None means that a budget has to refuse the request: `max_input_tokens` is needed and unknown, or no number of
     tokens tells the bill (`hosted_fees`, and `Config.probabilities`, which sends the prompt many times, lm15 MAP-14).
@@ -216,16 +221,3 @@ def _extended(limit: int | None, extensions: Mapping[str, Any]) -> tuple[int | N
         limit = None
     copies = [value for name in _COPIES if isinstance(value := settings.get(name), int)]
     return max([limit or 0, *limits]) or None, max([1, *copies])
-
-
-def has_media(request: Request) -> bool:
-    """Whether any message, tool result or system prompt holds an image, audio, video, document or other file."""
-    groups = [message.parts for message in request.messages]
-    if request.system is not None and type(request.system) is not str:
-        groups.append(request.system)
-    for parts in groups:
-        for part in parts:
-            kind = part.type
-            if kind in MEDIA or (kind == "tool_result" and any(inner.type in MEDIA for inner in part.content)):
-                return True
-    return False

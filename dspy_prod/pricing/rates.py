@@ -1,98 +1,39 @@
 """Prices: exact integer arithmetic over DSPy's model metadata, or over a `Price` the user gives.
 
-A model's rates are compiled once into integers (atto-USD, `1e-18` USD, per token: fine enough for every published
-price); pricing an attempt is then a few multiplications, rounded UP to a whole nano-USD. What a usage counter means
-at a provider, and which rate applies to it, follows `dspy/clients/costs.py`. An unknown price is None, never zero.
-As there, regional uplifts and off-peak discounts are not modelled (the peak rate is charged).
+A model's rates are compiled once into integers (see `tables`); pricing an attempt is then a few multiplications,
+rounded UP to a whole nano-USD. What a usage counter means at a provider, and which rate applies to it, follows
+`dspy/clients/costs.py`; an unknown price is None, never zero. Beyond it, what a region costs more is charged where the
+region is known and held where it is not. As there, off-peak discounts are not modelled (the peak rate is charged).
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-import math
-import re
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from dspy_prod.options import Price
-from dspy_prod.pricing.bounds import MEDIA, hosted_fees
+from dspy_prod.pricing import lookup, tables
+from dspy_prod.pricing.bounds import hosted_fees
+from dspy_prod.pricing.media import MEDIA
+from dspy_prod.records import MOST_TOKENS
 
 if TYPE_CHECKING:
     from dspy.lm15 import Request, Response, Usage
 
 logger = logging.getLogger(__name__)
 
-_ATTO, ATTO_PER_NANO, _UNLIMITED = 10**18, 10**9, 2**31 - 1
+ATTO_PER_NANO = 10**9
+_UNLIMITED = 2**31 - 1
 
 _SEPARATE_REASONING = frozenset(("gemini", "vertex", "vertex-express", "xai"))
-_SUBSCRIPTIONS = frozenset(("claude-code", "openai-codex", "chatgpt", "github_copilot"))
-# Models that stand for another one, chosen per call; the metadata lists them at a price of zero.
-_ROUTERS = frozenset(("openrouter/auto", "openrouter/bodybuilder"))
 _SURELY_STANDARD = frozenset(("default", "standard", "on_demand"))
 _TIERS: dict[str | None, str] = {None: "", "auto": "", "priority": "_priority", "flex": "_flex"}
 _TIERS.update(dict.fromkeys(_SURELY_STANDARD, ""))
 
-# Metadata key of each dimension, and the key whose rate stands in when it has none of its own.
-_DIMENSIONS = (
-    ("input_cost_per_token", None),
-    ("output_cost_per_token", None),
-    ("output_cost_per_reasoning_token", "output_cost_per_token"),
-    ("cache_read_input_token_cost", "input_cost_per_token"),
-    ("cache_creation_input_token_cost", "input_cost_per_token"),
-    ("input_cost_per_audio_token", "input_cost_per_token"),
-    ("output_cost_per_audio_token", "output_cost_per_token"),
-)
-_Row = tuple[int | None, ...]  # atto-USD per token by dimension; None where no rate is known
-_Band = tuple[int, int, int]  # the dearest of those: for text input, input with media, output
-
 _MOST = 4096  # models remembered: providers choose the names of served ones, so bound what they can fill
-
-# Metadata namespaces of LiteLLM prefixes, where they differ from the prefix itself.
-_NAMESPACES: dict[str, tuple[str, ...]] = {
-    "bedrock": ("bedrock", "bedrock_converse"),
-    "cohere": ("cohere", "cohere_chat"),
-    "ollama_chat": ("ollama",),
-    "vertex_ai": ("vertex_ai", "vertex_ai-language-models"),
-}
-
-
-def preload() -> None:
-    """Load DSPy's model metadata: up to 5 s of network, once a process, here so that no request pays for it."""
-    importlib.import_module("dspy.clients.model_metadata").source_info()
-
-
-def _atto(value: object) -> int | None:
-    """A price in atto-USD; None for anything that is not a price."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)) or not math.isfinite(value) or value < 0:
-        return None
-    return round(Decimal(str(value)) * _ATTO)
-
-
-def _limit(info: Mapping[str, Any], *names: str) -> int | None:
-    return next((limit for name in names if (limit := (_atto(info.get(name)) or 0) // _ATTO)), None)
-
-
-def _row(info: Mapping[str, Any], band: str, tier: str, long_write: bool) -> _Row:
-    found = [(_atto(info.get(key + band + tier)), stand_in) for key, stand_in in _DIMENSIONS]
-    row = [_atto(info.get(stand_in + band + tier)) if rate is None and stand_in else rate for rate, stand_in in found]
-    if long_write:
-        row[4] = _atto(info.get(f"cache_creation_input_token_cost_above_1hr{band}{tier}"))
-    return tuple(row)
-
-
-def _dearest(info: Mapping[str, Any], bands: list[str], tiers: Iterable[str]) -> list[_Band]:
-    """Per long-context band, the dearest rates of that band and those below it."""
-    result, text, media, output = [], 0, 0, 0
-    for band in bands:
-        for row in (_row(info, band, tier, long) for tier in tiers for long in (False, True)):
-            text = max(text, row[0] or 0, row[3] or 0, row[4] or 0)
-            media = max(media, text, row[5] or 0)
-            output = max(output, row[1] or 0, row[2] or 0, row[6] or 0)
-        result.append((text, media, output))
-    return result
 
 
 class Rates:
@@ -104,33 +45,46 @@ class Rates:
         source: `"override"` (a `Price`) or `"dspy"` (metadata).
         max_output_tokens, max_input_tokens: the model's own limits, None when unknown.
         flat: the dearest (input, output, fee) in atto-USD when they depend on nothing but the tier, else None.
+        uplifts: by how much the regions that have a price of their own are dearer, in thousandths; mostly empty.
     """
 
     __slots__ = (
-        *("model", "prefix", "provider", "source", "max_output_tokens", "max_input_tokens", "flat"),
-        *("_bands", "_disjoint_cache", "_fee", "_input", "_output", "_rows", "_separate_reasoning", "_thresholds"),
+        *("model", "prefix", "provider", "source", "max_output_tokens", "max_input_tokens", "flat", "uplifts"),
+        *("_bands", "_disjoint_cache", "_fee", "_fee_per_image", "_input", "_output", "_rows", "_separate_reasoning"),
+        "_thresholds",
     )
 
     def __init__(self, model: str, provider: str | None, source: str, prefix: str, info: Mapping[str, Any]) -> None:
         """Compile `info`, an entry of the metadata that has the plain input and output rates."""
         self.model, self.prefix, self.provider, self.source = model, prefix, provider, source
         # The legacy `max_tokens` is the output limit or something larger.
-        self.max_output_tokens = _limit(info, "max_output_tokens", "max_tokens")
-        self.max_input_tokens = _limit(info, "max_input_tokens")
+        self.max_output_tokens = tables.limit(info, "max_output_tokens", "max_tokens")
+        self.max_input_tokens = tables.limit(info, "max_input_tokens")
         # Anthropic's cache counters are disjoint from its input tokens; the reasoning of Gemini and xAI is separate
         # from their output tokens; everywhere else both are included (`dspy/clients/costs.py`).
         self._disjoint_cache = provider is not None and provider.endswith("anthropic")
         self._separate_reasoning = provider in _SEPARATE_REASONING
-        self._thresholds = sorted({int(k) * 1000 for key in info for k in re.findall(r"_above_(\d+)k_tokens", key)})
-        bands = ["", *(f"_above_{threshold // 1000}k_tokens" for threshold in self._thresholds)]
+        found = tables.thresholds(info)
+        # Whose prompt is exactly as long as xAI's threshold pays for a longer one.
+        inclusive = 1 if provider == "xai" or prefix == "xai/" or "grok" in model.lower() else 0
+        self._thresholds = [tokens - inclusive for tokens, _ in found]
+        bands = ["", *(suffix for _, suffix in found)]
         known = {"", "_priority", "_flex"}
-        self._rows = {(t, long): [_row(info, b, t, long) for b in bands] for t in known for long in (False, True)}
-        suffixes = (re.fullmatch(r"(?:in|out)put_cost_per_token(?:_above_\d+k_tokens)?(_[a-z]+)", key) for key in info)
-        tiers = {"standard": {""}, "known": known, "every": {"", *(match.group(1) for match in suffixes if match)}}
-        self._bands = {name: _dearest(info, bands, which) for name, which in tiers.items()}
-        self._fee = _atto(info.get("input_cost_per_request")) or 0
-        text, media, output = self._bands["known"][0]
-        self.flat = (text, output, self._fee) if not self._thresholds and text == media else None
+        self._rows = {(t, long): [tables.row(info, b, t, long) for b in bands] for t in known for long in (False, True)}
+        if not self._disjoint_cache:  # whose cache entries last longer at no charge, unless it lists one
+            for tier in known:
+                pairs = zip(self._rows[tier, False], self._rows[tier, True], strict=True)
+                self._rows[tier, True] = [brief if long[4] is None else long for brief, long in pairs]
+        # Anthropic bills the tokens of a cache entry that lasts an hour twice, wherever the model is sold.
+        write = 200 if source == "dspy" and (self._disjoint_cache or "claude" in model.lower()) else 0
+        kinds = {"standard": {""}, "known": known, "every": tables.tiers(info) | known}
+        self._bands = {name: tables.dearest(info, bands, which, write) for name, which in kinds.items()}
+        self._fee = tables.atto(info.get("input_cost_per_request")) or 0
+        self._fee_per_image = tables.atto(info.get("input_cost_per_image")) or 0
+        self.uplifts = tables.uplifts(info)
+        most = self._bands["known"][0]
+        flat = not self._thresholds and most.text == most.media and not self._fee_per_image
+        self.flat = (most.text, most.output, self._fee) if flat else None
         self._input, self._output = (rate or 0 for rate in self._rows["", False][0][:2])
 
     def tokens(self, usage: Usage) -> int | None:
@@ -141,7 +95,8 @@ class Rates:
             return None
         if self._disjoint_cache:
             inputs += (usage.cache_read_tokens or 0) + (usage.cache_write_tokens or 0)
-        return inputs + outputs + ((usage.reasoning_tokens or 0) if self._separate_reasoning else 0)
+        total = inputs + outputs + ((usage.reasoning_tokens or 0) if self._separate_reasoning else 0)
+        return total if total <= MOST_TOKENS else None
 
     def cost(self, usage: Usage, tier: str | None = None, long_cache: bool = False) -> int | None:
         """The exact cost in nano-USD, rounded up; None when it cannot be known.
@@ -151,7 +106,7 @@ class Rates:
         """
         inputs: int | None = usage.input_tokens
         outputs: int | None = usage.output_tokens
-        if inputs is None or outputs is None:
+        if inputs is None or outputs is None or inputs + outputs > MOST_TOKENS:
             return None
         cached, written = usage.cache_read_tokens or 0, usage.cache_write_tokens or 0
         audio_in, audio_out = usage.input_audio_tokens or 0, usage.output_audio_tokens or 0
@@ -164,8 +119,8 @@ class Rates:
         outputs -= audio_out if self._separate_reasoning else audio_out + reasoning
         if self.source == "override":  # a Price is what the user pays, at whatever tier and retention
             tier, long_cache = None, False
-        rows = self._rows.get((_TIERS.get(tier, "unknown"), long_cache and self._disjoint_cache))
-        if inputs < 0 or outputs < 0 or rows is None:
+        rows = self._rows.get((_TIERS.get(tier, "unknown"), long_cache))
+        if inputs < 0 or outputs < 0 or rows is None or total_input + reasoning > MOST_TOKENS:
             return None
         row = rows[bisect_left(self._thresholds, total_input)]
         total = self._fee
@@ -175,26 +130,33 @@ class Rates:
             total += count * (rate or 0)
         return -(-total // ATTO_PER_NANO)
 
-    def _applicable(self, input_tokens: int, tier: str | None, media: bool) -> tuple[int, int]:
+    def _applicable(self, input_tokens: int, tier: str | None, media: bool, images: int) -> tuple[int, int, int]:
         name = "standard" if tier in _SURELY_STANDARD else "known" if tier in _TIERS else "every"
-        text, with_media, output = self._bands[name][bisect_left(self._thresholds, input_tokens)]
-        return (with_media if media else text), output
+        text, image, with_media, output = self._bands[name][bisect_left(self._thresholds, input_tokens)]
+        if not media and not images:
+            return text, output, self._fee
+        return (with_media if media else image), output, self._fee + images * self._fee_per_image
 
-    def bound(self, input_tokens: int, output_tokens: int, *, tier: str | None = None, media: bool = False) -> int:
-        """The most these tokens can cost in nano-USD: each at the dearest rate that may apply, plus the fee.
+    def bound(
+        self, input_tokens: int, output_tokens: int, *, tier: str | None = None, media: bool = False, images: int = 0
+    ) -> int:
+        """The most these tokens can cost in nano-USD: each at the dearest rate that may apply, plus fees.
 
         Input at the dearest of plain, cache read and cache write (the one-hour rate included), output at the dearest
-        of plain, reasoning and audio, both over every long-context band that `input_tokens` can reach. `tier` is
-        `Config.service_tier`: unset and "auto" cover priority and flex too (OpenAI then follows the project's setting),
-        "default" only the standard tier. `media` admits the rate of audio input.
+        of plain, reasoning and audio, both over every long-context band that `input_tokens` can reach and every region
+        that may serve. `tier` is `Config.service_tier`: unset and "auto" cover priority and flex too (OpenAI then
+        follows the project's setting), "default" only the standard tier. `images` pictures admit the rate and the fee
+        of pictures, `media` those of sound and film too.
         """
-        input_rate, output_rate = self._applicable(input_tokens, tier, media)
-        return -(-(input_tokens * input_rate + output_tokens * output_rate + self._fee) // ATTO_PER_NANO)
+        input_rate, output_rate, fee = self._applicable(input_tokens, tier, media, images)
+        return -(-(input_tokens * input_rate + output_tokens * output_rate + fee) // ATTO_PER_NANO)
 
-    def max_output_for(self, nano: int, input_tokens: int, *, tier: str | None = None, media: bool = False) -> int:
+    def max_output_for(
+        self, nano: int, input_tokens: int, *, tier: str | None = None, media: bool = False, images: int = 0
+    ) -> int:
         """The largest `output_tokens` whose `bound` is at most `nano` nano-USD; 0 when not even the input fits."""
-        input_rate, output_rate = self._applicable(input_tokens, tier, media)
-        left = nano * ATTO_PER_NANO - input_tokens * input_rate - self._fee
+        input_rate, output_rate, fee = self._applicable(input_tokens, tier, media, images)
+        left = nano * ATTO_PER_NANO - input_tokens * input_rate - fee
         return 0 if left < 0 else min(left // output_rate, _UNLIMITED) if output_rate else _UNLIMITED
 
 
@@ -202,43 +164,11 @@ def _priced(price: Price, known: Rates | None) -> dict[str, Any]:
     """A `Price` as a metadata entry; the limits it leaves open are the metadata's."""
     per_million = (price.input, price.output, price.reasoning, price.cached_input, price.cache_write)
     return {
-        **{key: Decimal(repr(usd)) / 10**6 for (key, _), usd in zip(_DIMENSIONS, per_million) if usd is not None},  # noqa: B905
+        **{key: Decimal(repr(usd)) / 10**6 for (key, _), usd in zip(tables.DIMENSIONS, per_million) if usd is not None},  # noqa: B905
         "input_cost_per_request": price.per_request,
         "max_output_tokens": price.max_output_tokens or (known and known.max_output_tokens),
         "max_input_tokens": price.max_input_tokens or (known and known.max_input_tokens),
     }
-
-
-def _resolve(model: str) -> tuple[str | None, str]:
-    """DSPy's own provider and wire name for a model string; (None, model) when DSPy leaves it to LiteLLM."""
-    try:
-        from dspy.clients.engines.lm15_engine import LM15Engine
-        from dspy.lm15 import RouterConfig
-
-        route = LM15Engine(RouterConfig(env={})).resolve(model)
-    except Exception:
-        return None, model
-    return route.provider, route.model
-
-
-def _metadata(model: str, provider: str | None, native: str | None, wire: str) -> Rates | None:
-    """The first priced metadata entry in DSPy's order of look-up, then, for the same provider, in LiteLLM's."""
-    from dspy.clients.model_metadata import model_info
-
-    head, slash, rest = model.partition("/")
-    through_litellm = provider in (None, "litellm") or (native is None and provider == head)
-    owner = native if through_litellm else provider
-    places: list[tuple[str, str, tuple[str, ...] | None]] = [(owner, name, None) for name in (wire, model) if owner]
-    if rest and (through_litellm or provider == native):
-        places.append((head, rest, _NAMESPACES.get(head, (head,))))
-    for where, name, namespaces in places:
-        info = model_info(where, name, namespaces=namespaces)
-        # Perplexity bills every request a search fee that no usage tells.
-        searches = where == "perplexity" and "search_context_cost_per_query" in info
-        priced = all(_atto(info.get(f"{side}put_cost_per_token")) is not None for side in ("in", "out"))
-        if priced and not searches and where not in _SUBSCRIPTIONS and _ROUTERS.isdisjoint((name, wire)):
-            return Rates(name, provider, "dspy", head + slash if through_litellm and rest else "", info)
-    return None
 
 
 class PriceBook:
@@ -251,6 +181,7 @@ class PriceBook:
     def __init__(self, overrides: Mapping[str, Price] | None = None) -> None:
         self._overrides = dict(overrides or {})
         self._rates: dict[tuple[str, str | None], Rates | None] = {}
+        self._served: dict[tuple[str, str | None, str], tuple[str, str | None]] = {}
         self._unread: set[str] = set()
 
     def rates(self, model: str, provider: str | None = None) -> Rates | None:
@@ -279,11 +210,12 @@ class PriceBook:
 
     def _compile(self, model: str, provider: str | None) -> tuple[Rates | None, bool]:
         """The rates, and whether the metadata could be read."""
-        native, wire = _resolve(model)
+        native, wire = lookup.resolve(model)
         provider = provider or native
         known, certain = None, True
         try:
-            known = _metadata(model, provider, native, wire)
+            found = lookup.find(model, provider, native, wire)
+            known = found and Rates(found.name, provider, "dspy", found.prefix, found.info)
         except Exception:
             certain = False
             if model not in self._unread and len(self._unread) < _MOST:  # each call tries again: tell it once
@@ -294,11 +226,30 @@ class PriceBook:
                 return Rates(name, provider, "override", "", _priced(self._overrides[name], known)), certain
         return known, certain
 
-    def price_response(self, rates: Rates | None, response: Response, request: Request | None) -> int | None:
+    def served(self, model: str, provider: str | None, name: str) -> Rates | None:
+        """The rates of the model that answered, `name`, for one whose own price is unknown: an Azure deployment."""
+        if name == model:
+            return None
+        try:
+            return self._rates[self._served[model, provider, name]]
+        except KeyError:
+            pass
+        native, _ = lookup.resolve(model)
+        head, slash, rest = model.partition("/")
+        full = head + slash + name if lookup.through_litellm(model, provider, native) and rest else name
+        if len(self._served) >= _MOST:
+            self._served.clear()
+        self._served[model, provider, name] = full, provider or native
+        return self.rates(full, provider or native)
+
+    def price_response(
+        self, rates: Rates | None, response: Response, request: Request | None, region: str | None = None
+    ) -> int | None:
         """What a completed response cost in nano-USD, rounded up; None when it cannot be known.
 
         As in DSPy, the model that really served is priced when the metadata knows it, and the tier the provider
         reports wins over the one asked for; generated media and hosted tools are billed apart from tokens: None.
+        `region` is where it was served, as in `Rates.uplifts`; what Anthropic tells of it wins.
         """
         if rates is None:
             return None
@@ -308,7 +259,7 @@ class PriceBook:
                 return None
         elif response.provider_data is None and request is not None and response.model == rates.model:
             config = request.config
-            if not (request.tools or config.extensions or config.service_tier or config.cache):
+            if not (request.tools or config.extensions or config.service_tier or config.cache or rates.uplifts):
                 return rates.cost(response.usage)  # the plain case, in a microsecond
         tier, long_cache = None, False
         if request is not None:
@@ -323,4 +274,9 @@ class PriceBook:
         tier = raw.get("service_tier") or (google.get("serviceTier") if isinstance(google, dict) else None) or tier
         if tier is not None:
             tier = tier.lower() if isinstance(tier, str) else "unknown"
-        return rates.cost(response.usage, tier if _TIERS.get(tier) != "" else None, long_cache)
+        cost = rates.cost(response.usage, tier if _TIERS.get(tier) != "" else None, long_cache)
+        if cost is None or not rates.uplifts:
+            return cost
+        usage = raw.get("usage")
+        told = usage.get("inference_geo") if isinstance(usage, dict) else None
+        return -(-cost * rates.uplifts.get(told.lower() if isinstance(told, str) else region or "", 1000) // 1000)

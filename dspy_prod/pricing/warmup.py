@@ -6,7 +6,7 @@ import logging
 import threading
 
 from dspy_prod.compat.dspy import renew_metadata_lock
-from dspy_prod.pricing.rates import preload
+from dspy_prod.pricing.lookup import preload
 from dspy_prod.runtime.forking import IMPORTING, reset_after_fork
 
 _log = logging.getLogger("dspy_prod")

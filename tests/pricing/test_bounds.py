@@ -16,12 +16,12 @@ from dspy._vendor.lm15.providers.anthropic import _max_tokens_for_anthropic, _re
 from dspy._vendor.lm15.providers.common import EFFORT_THINKING_BUDGETS
 from dspy._vendor.lm15.types import (
     AudioPart,
+    BinaryPart,
     CacheConfig,
     CitationPart,
     ContinuationState,
     DataPart,
     DocumentPart,
-    ImagePart,
     Reasoning,
     RefusalPart,
     TextPart,
@@ -34,7 +34,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dspy_prod.pricing import bounds
-from dspy_prod.pricing.bounds import has_media, hosted_fees, input_bound, output_bound
+from dspy_prod.pricing.bounds import hosted_fees, input_bound, output_bound
+from dspy_prod.pricing.media import census
 
 Counter = Callable[[str], int]
 
@@ -299,24 +300,21 @@ def test_the_context_limit_caps_the_bound() -> None:
     assert input_bound(request, max_input_tokens=1_000_000) == 128 + 8 + 4 + 10_000
 
 
-IMAGE = ImagePart(data="aGk=")
-
-
 @pytest.mark.parametrize(
     "request_",
     [
-        _request(Message.user([TextPart("look"), IMAGE])),
-        _request(Message.user([AudioPart(data="aGk=")])),
+        _request(Message.user([AudioPart(url="https://x/y.mp3")])),
         _request(Message.user([VideoPart(url="https://x/y")])),
         _request(Message.user([DocumentPart(data="aGk=")])),
-        _request("go", Message.tool({"id": [TextPart("see"), IMAGE]})),
-        _request(system=(TextPart("see"), IMAGE)),
+        _request(Message.user([BinaryPart(data="aGk=")])),
+        _request("go", Message.tool({"id": [TextPart("see"), DocumentPart(url="https://x/y.pdf")]})),
+        _request(system=(TextPart("see"), AudioPart(file_id="f"))),
     ],
-    ids=["image", "audio", "video", "document", "in a tool result", "in the system prompt"],
+    ids=["audio", "video", "document", "binary", "in a tool result", "in the system prompt"],
 )
-def test_media_stand_for_the_whole_context(request_: Request) -> None:
-    """Their tokens cannot be told from their bytes; without a known context limit there is no bound."""
-    assert has_media(request_)
+def test_media_of_unknown_length_stand_for_the_whole_context(request_: Request) -> None:
+    """Nothing tells how long they are; without a known context limit there is no bound."""
+    assert census(request_) != (0, False)
     assert input_bound(request_, max_input_tokens=128_000) == 128_000
     assert input_bound(request_, max_input_tokens=None) is None
 
@@ -333,7 +331,7 @@ def test_media_stand_for_the_whole_context(request_: Request) -> None:
 def test_context_kept_by_the_server_stands_for_the_whole_context(config: Config) -> None:
     """The request names it but does not show it."""
     request = _request(config=config)
-    assert not has_media(request)
+    assert census(request) == (0, False)
     assert input_bound(request, max_input_tokens=128_000) == 128_000
     assert input_bound(request, max_input_tokens=None) is None
 
@@ -362,7 +360,7 @@ def test_plain_requests_have_neither_fees_nor_media() -> None:
         "go", Message.tool("id", "r"), system="s", tools=(FunctionTool("t"),), config=Config(extensions={"seed": 1})
     )
     assert not hosted_fees(request)
-    assert not has_media(request)
+    assert census(request) == (0, False)
 
 
 def test_measured_probabilities_have_no_bound() -> None:

@@ -24,8 +24,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dspy_prod.options import Price
-from dspy_prod.pricing import rates as pricing
+from dspy_prod.pricing import lookup
 from dspy_prod.pricing.rates import PriceBook, Rates
+from dspy_prod.pricing.regions import region_of
 
 BOOK = PriceBook()
 NANO = 10**9
@@ -60,6 +61,41 @@ def _response(
 def test_plain_usage_costs_what_the_price_list_says() -> None:
     """gpt-4o-mini: $0.15 and $0.60 per million, so 1000 in and 300 out are 330,000 nano-USD."""
     assert _rates("openai/gpt-4o-mini").cost(Usage(input_tokens=1000, output_tokens=300)) == 330_000
+
+
+def test_sound_costs_as_much_more_than_text_at_every_tier() -> None:
+    """gemini-2.5-flash lists no flex rate of sound: 600 tokens of it were billed as 600 of text, 275,000 in all.
+
+    400 of text at 150, 600 of sound at 500, which is to 150 as 1000 is to 300, and 100 of output at 1250.
+    """
+    usage = Usage(input_tokens=1000, output_tokens=100, input_audio_tokens=600)
+    assert _rates("gemini/gemini-2.5-flash").cost(usage, "flex") == 400 * 150 + 600 * 500 + 100 * 1250 == 485_000
+
+
+def test_cache_writes_cost_more_than_input_in_a_band_that_does_not_list_them() -> None:
+    """A rate that only the first band has grows with the plain one, instead of becoming it."""
+    info = {
+        "input_cost_per_token": 1e-6,
+        "output_cost_per_token": 2e-6,
+        "cache_creation_input_token_cost": 1.25e-6,
+        "input_cost_per_token_above_200k_tokens": 2e-6,
+        "output_cost_per_token_above_200k_tokens": 3e-6,
+    }
+    usage = Usage(input_tokens=200_001, output_tokens=0, cache_write_tokens=200_001)
+    assert Rates("m", "openai", "dspy", "", info).cost(usage) == 200_001 * 2500
+
+
+@pytest.mark.parametrize("model", ["xai/grok-4.20-0309-reasoning", "xai/grok-4.3"])
+@pytest.mark.parametrize("provider", ["xai", "litellm"])
+def test_xais_threshold_is_inclusive(model: str, provider: str) -> None:
+    """At exactly the threshold a call was booked at half of what xAI bills."""
+    rates = _rates(model, provider)
+    threshold = rates._thresholds[0] + 1
+    just, below = (rates.cost(Usage(input_tokens=n, output_tokens=10)) or 0 for n in (threshold, threshold - 1))
+    assert just > below * 1.9
+    assert rates.bound(threshold, 10) >= just
+    if threshold == 200_000:
+        assert _rates("xai/grok-4.20-0309-reasoning").cost(Usage(input_tokens=200_000, output_tokens=10)) == 500_050_000
 
 
 def test_openai_counts_cached_and_reasoning_tokens_within_its_totals() -> None:
@@ -148,9 +184,25 @@ def _models(provider: str) -> Iterator[str]:
             yield key
 
 
+def _stands_in(entry: dict[str, Any], usage: Usage, config: dict[str, Any]) -> bool:
+    """Whether DSPy bills sound or cache writes, listed apart, as plain input because this tier or band lacks them."""
+    tier = {"priority": "_priority", "flex": "_flex"}.get(config.get("service_tier", ""), "")
+    counts = {
+        "input_cost_per_audio_token": usage.input_audio_tokens,
+        "output_cost_per_audio_token": usage.output_audio_tokens,
+        "cache_creation_input_token_cost": usage.cache_write_tokens,
+        "output_cost_per_reasoning_token": usage.reasoning_tokens,
+    }
+    return any(count and key in entry and (tier or "_above_" in "".join(entry)) for key, count in counts.items())
+
+
 @pytest.mark.parametrize("provider", sorted(PROVIDERS))
 def test_every_model_of_dspys_metadata_costs_what_dspy_says(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the nano-USD, rounded up, over usages, tiers and cache retention; and never above its bound."""
+    """To the nano-USD, rounded up, over usages, tiers and cache retention; and never above its bound.
+
+    Except that a dimension with a rate of its own is never billed below it where DSPy takes the plain rate of the tier
+    or band for it: sound at Gemini's flex tier.
+    """
     monkeypatch.setattr(costs, "model_info", functools.cache(model_metadata.model_info))
     seen: Counter[str] = Counter()
     disjoint, separate = provider.endswith("anthropic"), provider in ("gemini", "vertex", "vertex-express", "xai")
@@ -167,7 +219,11 @@ def test_every_model_of_dspys_metadata_costs_what_dspy_says(provider: str, monke
                     entry = model_metadata.model_info(provider, model)
                     assert not {"input_cost_per_token", "output_cost_per_token"} <= set(entry), (model, usage, config)
                 else:
-                    assert -1e-3 <= ours - theirs * NANO < 1 + 1e-3, (model, usage, config)
+                    lifted = _stands_in(model_metadata.model_info(provider, model), usage, config)
+                    seen["lifted"] += lifted
+                    above = ours - theirs * NANO
+                    assert above >= -1e-3, (model, usage, config)
+                    assert above < 1 + 1e-3 or lifted, (model, usage, config)
                     assert rates is not None
                     cached = (usage.cache_read_tokens or 0) + (usage.cache_write_tokens or 0)
                     inputs = (usage.input_tokens or 0) + (cached if disjoint else 0)
@@ -184,6 +240,61 @@ def test_dspys_list_of_providers_with_disjoint_caches_is_those_named_anthropic()
     for name, definition in PROVIDERS.items():
         if name != "claude-code":
             assert name.endswith("anthropic") == (definition.dialect == "anthropic")
+
+
+# -- regions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "region", "thousandths"),
+    [
+        ("openai/gpt-5.4", "eu", 1100),
+        ("openai/gpt-5.4", "us", 1100),
+        ("openai/gpt-5.4", None, 1000),
+        ("openai/gpt-4o-mini", "eu", 1000),
+        ("vertex_ai/claude-haiku-4-5", "regional", 1100),
+        ("vertex_ai/claude-haiku-4-5", None, 1000),
+    ],
+)
+def test_a_dearer_region_is_charged_and_always_held(model: str, region: str | None, thousandths: int) -> None:
+    """eu.api.openai.com and Vertex outside "global" cost a tenth more; the bound holds it wherever the call goes."""
+    rates, usage = _rates(model), Usage(input_tokens=1000, output_tokens=100)
+    plain, asked = rates.cost(usage) or 0, _request()
+    cost = BOOK.price_response(rates, _response(usage, rates.model), asked, region)
+    assert cost == -(-plain * thousandths // 1000)
+    assert rates.bound(1000, 100) >= -(-plain * max([1000, *rates.uplifts.values()]) // 1000)
+
+
+def test_the_geography_that_anthropic_reports_is_charged() -> None:
+    """A workspace may be set to US-only inference, a tenth dearer, which only the answer tells."""
+    rates, usage = _rates("anthropic/claude-opus-4-6"), Usage(input_tokens=1000, output_tokens=0)
+    for told, nano in (("us", 5_500_000), ("global", 5_000_000), (None, 5_000_000), ("not_available", 5_000_000)):
+        response = _response(usage, "claude-opus-4-6", {"usage": {"inference_geo": told}})
+        assert BOOK.price_response(rates, response, None) == nano
+    assert rates.bound(1000, 0, tier="default") >= 5_500_000
+
+
+@pytest.mark.parametrize(
+    ("model", "clients", "region"),
+    [
+        ("openai/gpt-5.4", {"api_base": "https://eu.api.openai.com/v1"}, "eu"),
+        ("openai/gpt-5.4", {"base_url": "https://US.api.openai.com/v1"}, "us"),
+        ("openai/gpt-5.4", {}, None),
+        ("openai/gpt-5.4", {"api_base": "https://eu.api.openai.com.evil.example"}, None),
+        ("openai/gpt-5.4", {"api_base": "https://[broken"}, None),
+        ("vertex_ai/claude-haiku-4-5", {}, "regional"),
+        ("vertex_ai/claude-haiku-4-5", {"vertex_location": "europe-west1"}, "regional"),
+        ("vertex_ai/claude-haiku-4-5", {"vertex_location": "global"}, None),
+        ("vertex:gemini-3.5-flash", {"location": "global"}, None),
+    ],
+)
+def test_the_region_is_told_by_the_address(
+    model: str, clients: dict[str, Any], region: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenAI's regions by their host; Vertex is regional unless it is said to be global."""
+    for name in ("OPENAI_BASE_URL", "VERTEXAI_LOCATION", "VERTEX_LOCATION", "GOOGLE_CLOUD_LOCATION"):
+        monkeypatch.delenv(name, raising=False)
+    assert region_of(clients, model) == region
 
 
 # -- looking up ---------------------------------------------------------------------------------------------------
@@ -224,7 +335,6 @@ def test_prices_are_found_as_dspy_and_litellm_find_them(model: str, provider: st
         ("github_copilot/claude-haiku-4.5", None),
         ("openrouter/openrouter/auto", None),  # listed at zero, but stands for whatever model it picks
         ("perplexity/sonar", None),  # bills a search fee per request that no usage tells
-        ("dashscope/qwen-flash", None),  # priced in bands that DSPy does not read
         ("openai/openai/gpt-oss-120b", "vllm"),
         ("sample_spec", None),
         ("", None),
@@ -321,7 +431,7 @@ def test_metadata_that_could_not_be_read_once_is_read_at_the_next_look(
 
 def test_preload_reads_the_metadata_ahead_of_the_first_request() -> None:
     """Afterwards DSPy's map is in memory."""
-    pricing.preload()
+    lookup.preload()
     assert model_metadata._data is not None
 
 
@@ -382,7 +492,9 @@ def test_an_override_leaves_open_limits_to_the_metadata() -> None:
 
 def test_fractions_of_a_nano_are_kept_until_the_total_and_then_rounded_up() -> None:
     """$0.0375 per million is 37.5 pico-USD a token: a million tokens cost exactly 37,500,000 nano-USD, one costs 38."""
-    rates = _rates("lm_studio/x", None, PriceBook({"x": Price(input=0.0375, output=0.000001)}))
+    with pytest.warns(UserWarning, match="per million"):
+        price = Price(input=0.0375, output=0.000001)
+    rates = _rates("lm_studio/x", None, PriceBook({"x": price}))
     assert rates.cost(Usage(input_tokens=1_000_000, output_tokens=0)) == 37_500_000
     assert rates.cost(Usage(input_tokens=1, output_tokens=0)) == 38
     assert rates.cost(Usage(input_tokens=0, output_tokens=1)) == 1
@@ -416,6 +528,15 @@ def test_a_bound_covers_the_tiers_that_the_request_leaves_open() -> None:
         assert rates.bound(1000, 100, tier=tier) == 1000 * 250 + 100 * 1000
 
 
+def test_a_bound_covers_the_fee_per_picture() -> None:
+    """Some gateways list a price per picture beside the one per token."""
+    info = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "input_cost_per_image": 0.0004}
+    rates = Rates("m", None, "dspy", "", {**info, "input_cost_per_image_token": 3e-6})
+    assert rates.bound(100, 0) == 100 * 1000
+    assert rates.bound(100, 0, images=2) == 100 * 3000 + 2 * 400_000
+    assert rates.max_output_for(100 * 3000 + 2 * 400_000 + 2000, 100, images=2) == 1
+
+
 def test_a_bound_covers_a_tier_that_only_the_metadata_names() -> None:
     """A tier without a formula in DSPy costs None afterwards, yet what it can cost is known before."""
     info = {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "input_cost_per_token_ultrafast": 9e-6}
@@ -441,8 +562,9 @@ def test_a_bound_never_falls_with_the_length_of_the_prompt() -> None:
 
 
 def test_a_bound_takes_the_audio_rate_only_with_media() -> None:
-    """gemini-2.5-flash bills audio input dearer than text."""
+    """gemini-2.5-flash bills audio input dearer than text, and pictures as text."""
     rates = _rates("gemini/gemini-2.5-flash")
+    assert rates.bound(1000, 0, images=1) == rates.bound(1000, 0)
     text, media = rates.bound(1000, 0, tier="default"), rates.bound(1000, 0, tier="default", media=True)
     assert text < media
     assert media >= (rates.cost(Usage(input_tokens=1000, output_tokens=0, input_audio_tokens=1000)) or 0)
