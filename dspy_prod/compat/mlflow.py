@@ -44,8 +44,9 @@ def put_exporter(around: Callable[[Any, Any, Callable[..., Any]], Any]) -> Calla
     The processor before it does not ask the server for an experiment that nobody has set.
 
     Args:
-        around: gives the exporter, which has `flush(terminate)` besides, when it is given MLflow's own, the keeper of
-            traces whose spans have not all ended, and what tells whether `mlflow.genai.evaluate` waits for a trace.
+        around: gives the exporter, which has `flush(terminate)` besides, when it is given what makes MLflow's own
+            (and opens the store of the tracking URI in force, or creates or migrates it), the keeper of traces whose
+            spans have not all ended, and what tells whether `mlflow.genai.evaluate` waits for a trace.
 
     Raises:
         ImportError: this MLflow is built otherwise.
@@ -71,7 +72,7 @@ def put_exporter(around: Callable[[Any, Any, Callable[..., Any]], Any]) -> Calla
             set_destination(chosen)
 
     def bridged(tracking_uri: str) -> Any:
-        exporter = around(make(tracking_uri).span_exporter, keeper.get_instance, request_id)
+        exporter = around(lambda: make(tracking_uri).span_exporter, keeper.get_instance, request_id)
         exporter._async_queue = exporter  # what MLflow flushes
         return processor(span_exporter=exporter, export_metrics=False)
 

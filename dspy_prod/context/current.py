@@ -55,6 +55,14 @@ class CallContext(NamedTuple):
     records: list[CallRecord] | None = None  # collects what the calls inside did, for `call_report`
     node: Any = None  # the open piece of a trace (`tap.Node`) that the calls inside belong to
 
+    def told(self) -> dict[str, Any]:
+        """For whom and for what a call is, in the words of the ledger, as events tell it."""
+        return {
+            "user": self.user, "tenant": self.tenant, "session": self.session, "tags": dict(self.tags),
+            "program": self.program, "experiment": self.experiment, "variant": self.variant,
+            "prompt_version": self.prompt_version, "trace_id": self.trace_id,
+        }  # fmt: skip
+
 
 EMPTY = CallContext()
 

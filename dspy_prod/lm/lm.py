@@ -271,9 +271,15 @@ class LM(OwnCache, dspy.LM):
         clear_answers(self.pipeline.store)
 
     def close(self) -> None:
-        """Flush the ledger and close pooled connections. The LM stays usable."""
+        """Flush the ledger and the traces, and close pooled connections. The LM stays usable.
+
+        While tracking is on, it waits at most `tracking.enable(exit_timeout=...)` seconds for MLflow.
+        """
         REAPER.flush()
         self.pipeline.store.flush(5.0)
+        tap = TAP.active
+        if tap is not None:
+            tap.flush()
         for lm in (self, *self._variants.all()):
             lm.pipeline.close()
 

@@ -173,17 +173,16 @@ class Call:
                 "call_finished" if record.outcome in ("ok", "cached", "stale") else "attempt_failed",
                 model=record.model, route=record.route, attempt=record.attempt, outcome=record.outcome,
                 cost_usd=record.cost_usd, estimated=record.estimated, cached=record.cached, latency=record.latency,
-                error=record.error, status=record.status, record_id=record.id,
+                error=record.error, status=record.status, record_id=record.id, input_tokens=record.input_tokens,
+                output_tokens=record.output_tokens, cached_tokens=record.cached_tokens,
+                reasoning_tokens=record.reasoning_tokens,
             )  # fmt: skip
 
     def emit(self, name: str, **data: Any) -> None:
         """Tell the listeners."""
         pipeline = self.pipeline
         if pipeline.bus.active:
-            context = self.context
-            pipeline.bus.emit(
-                name, pipeline.clock.time(), call_id=self.id, user=context.user, tenant=context.tenant, **data
-            )
+            pipeline.bus.emit(name, pipeline.clock.time(), call_id=self.id, **self.context.told(), **data)
 
     def emit_content(self, request: Request, response: Response) -> None:
         """Tell the listeners that asked for it what was sent upstream and what came back. Never raises."""
@@ -193,8 +192,8 @@ class Call:
             _log.exception("The prompt or answer of a call could not be rendered for listeners; the call goes on")
             return
         self.pipeline.bus.emit_content(
-            "call_content", self.pipeline.clock.time(), call_id=self.id, model=request.model, prompt=prompt,
-            answer=answer,
+            "call_content", self.pipeline.clock.time(), call_id=self.id, **self.context.told(), model=request.model,
+            prompt=prompt, answer=answer,
         )  # fmt: skip
 
 

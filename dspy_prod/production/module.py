@@ -189,11 +189,8 @@ class Production(CompiledAsProgram, dspy.Module):
         reason, text = reason_of(error), error_text(error)
         watch.finish(prediction, reason, text)
         if BUS.active:
-            context = current()
-            BUS.emit(
-                "fallback_response", self._conditions.clock.time(), program=self.name, reason=reason, error=text,
-                user=context.user, tenant=context.tenant,
-            )  # fmt: skip
+            context = current()._replace(program=self.name)
+            BUS.emit("fallback_response", self._conditions.clock.time(), reason=reason, error=text, **context.told())
         return prediction
 
     # -- the program's own -------------------------------------------------------------------------------------------

@@ -33,22 +33,26 @@ def _kind(level: int, fields: str, meaning: str) -> Kind:
     return Kind(level, frozenset(fields.split()), meaning)
 
 
-_WHOSE: Final = "call_id user tenant"
+_TOLD: Final = "user tenant session tags program experiment variant prompt_version trace_id"
+"""As `CallContext.told` tells it."""
+
+_WHOSE: Final = f"call_id {_TOLD}"
 _CALL: Final = f"{_WHOSE} model"
-_ATTEMPT: Final = f"{_CALL} route attempt outcome cost_usd estimated cached latency error status record_id"
+_TOKENS: Final = "input_tokens output_tokens cached_tokens reasoning_tokens"
+_ATTEMPT: Final = f"{_CALL} route attempt outcome cost_usd estimated cached latency error status record_id {_TOKENS}"
 _BREAKER: Final = "route cause retry_after generation"
 _FOLLOW: Final = "program reference version error"
 
 EVENTS: Final[Mapping[str, Kind]] = {
     "call_finished": _kind(DEBUG, _ATTEMPT, "An answer came, from upstream or the cache."),
-    "call_content": _kind(INFO, "call_id model prompt answer", "The prompt and the answer of an upstream call."),
+    "call_content": _kind(INFO, f"{_CALL} prompt answer", "The prompt and the answer of an upstream call."),
     "attempt_failed": _kind(INFO, _ATTEMPT, "An upstream attempt ended without an answer."),
     "retry": _kind(INFO, f"{_CALL} attempt pause error", "The next attempt follows after `pause` seconds."),
     "fallback": _kind(INFO, f"{_WHOSE} to reason", "The call goes on with another model."),
     "waiting": _kind(INFO, f"{_CALL} blocked_on", "The call waits for a limit or a budget."),
     "rejected": _kind(WARNING, f"{_CALL} route reason", "A policy refused the call on this route."),
     "throttled": _kind(INFO, f"{_CALL} route retry_after", "The provider said 429: its limiter slows down."),
-    "fallback_response": _kind(WARNING, "program reason error user tenant", "`Production` gave its own answer."),
+    "fallback_response": _kind(WARNING, f"{_TOLD} reason error", "`Production` gave its own answer."),
     "breaker_opened": _kind(WARNING, _BREAKER, "Calls are refused. Look at the upstream; `lm.breaker` overrules it."),
     "breaker_half_open": _kind(INFO, _BREAKER, "Single probes try the upstream again."),
     "breaker_closed": _kind(INFO, _BREAKER, "Calls pass again, or an operator disabled the breaker."),

@@ -22,7 +22,12 @@ LEVELS: Final[Mapping[str, int]] = {name: kind.level for name, kind in EVENTS.it
 """The level of each event; a name of somebody's own is a warning."""
 
 _SUBJECTS: Final = ("program", "model", "route", "budget", "store", "path")
-_HIDDEN: Final = frozenset({"call_id", "record_id", "generation", "estimated"})
+_HIDDEN: Final = frozenset({
+    *("call_id", "record_id", "generation", "estimated", "session", "tags"),
+    *("experiment", "variant", "prompt_version", "trace_id"),
+})  # fmt: skip
+"""Details that a short line leaves out."""
+
 _IDS: Final = frozenset({"call_id", "record_id", "trace_id"})
 _PERSONAL: Final = frozenset({"user", "tenant", "session"})
 _HUMAN_FORMAT: Final = "%(asctime)s %(levelname)-7s %(message)s"
@@ -51,7 +56,9 @@ def enable_logging(
     Args:
         level: of the logger; events below it are skipped.
         format: `"human"`, or `"json"`: one object a line with `event`, `at` (ISO 8601, UTC), `level` and the event's
-            details. Give your handler the format `"%(message)s"` to keep the lines pure JSON.
+            details: those of a call carry `call_id`, `user`, `tenant`, `session`, `tags`, `program`, `experiment`,
+            `variant`, `prompt_version` and `trace_id` as the ledger has them, and its tokens. Give your handler the
+            format `"%(message)s"` to keep the lines pure JSON.
         prompts: also log the prompt and answer of each upstream call (INFO). They are your users' data.
         logger: name of the logger.
         redact: replace secrets and personal data in every line: by the given `Redactor`, or with True by the installed
@@ -122,6 +129,8 @@ def redacted(event: Event, redactor: Redactor) -> Event:
     for name, value in event.data.items():
         if name in _PERSONAL and isinstance(value, str):
             clean[name] = redactor.identity(value)
+        elif name == "tags" and isinstance(value, Mapping):
+            clean[name] = {redactor.text(key): redactor.identity(tag) for key, tag in value.items()}
         else:
             clean[name] = value if name in _IDS else redactor.value(value)
     return Event(event.name, event.at, MappingProxyType(clean))
@@ -142,6 +151,8 @@ def json_line(event: Event) -> str:
 def human_line(event: Event) -> str:
     """An event as a short line: `breaker opened  openai/gpt-4o-mini  LMServerError 500, retry in 60.0 s`."""
     data = {name: value for name, value in event.data.items() if value is not None and value != ""}
+    if "model" in data or "call_id" in data:
+        data.pop("program", None)  # a call's line begins with what was called
     subject = next((data.pop(name) for name in _SUBJECTS if name in data), "")
     parts = _DETAILS.get(event.name, _others)
     details = ", ".join(filter(None, parts(data) if callable(parts) else (_told(part, data) for part in parts)))

@@ -91,6 +91,10 @@ class Tap(Protocol):
         """The scope of one call of an LM, likewise."""
         ...
 
+    def flush(self) -> bool:
+        """Wait until what has ended is shipped, no longer than something moves; False when it is not."""
+        ...
+
 
 class _Slot:
     """Holds the one active tap."""

@@ -35,11 +35,13 @@ def install(courier: Courier) -> Callable[[], None] | None:
         return None
 
 
-def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], request_id: Callable[..., Any]) -> Any:
+def _exporter(
+    courier: Courier, own: Callable[[], Any], traces: Callable[[], Any], request_id: Callable[..., Any]
+) -> Any:
     """An OpenTelemetry span exporter: it posts our traces once all their spans have ended; the rest is MLflow's.
 
     Args:
-        own: MLflow's exporter.
+        own: makes MLflow's exporter. Not before there is something for it: its store may be none of ours to open.
         traces: gives MLflow's traces in memory.
         request_id: what an evaluation, if asked with `is_evaluate`, waits for here.
     """
@@ -51,6 +53,7 @@ def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], request_id:
             self._spans: dict[int, list[ReadableSpan]] = {}  # ended, of traces that have not
             self._roots: set[int] = set()
             self._lock = threading.Lock()
+            self._own: Any = None
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             manager: Any = traces()
@@ -71,7 +74,9 @@ def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], request_id:
             trace_id = manager.get_mlflow_trace_id_from_otel_id(number)
             ours = trace_id is not None and courier.live.pop(trace_id, 0) is None
             if not ours or request_id(is_evaluate=True):
-                own.export(spans)
+                with self._lock:
+                    self._own = self._own or own()
+                self._own.export(spans)
                 if ours:
                     courier.post(courier.traces.delegated, trace_id.removeprefix("tr-"))
                 return
@@ -86,10 +91,11 @@ def _exporter(courier: Courier, own: Any, traces: Callable[[], Any], request_id:
         def flush(self, terminate: bool = False) -> None:
             """Wait for what is on its way, as MLflow's own queue does."""
             courier.flush(_FLUSH_TIMEOUT)
-            flush_queue(own, terminate)
+            flush_queue(self._own, terminate)
 
         def shutdown(self) -> None:
-            own.shutdown()
+            if self._own is not None:
+                self._own.shutdown()
 
         def force_flush(self, timeout_millis: int = 30_000) -> bool:
             return courier.flush(timeout_millis / 1000)

@@ -6,7 +6,6 @@ are turned away and counted. Nothing here runs on a caller's thread but `post` a
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -15,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.telemetry.tap import TrackingHealth
+from dspy_prod.tracking.tally import ADMITTED, LEFT_OUT, SETTLED, Tally
 from dspy_prod.tracking.traces import LINGER, Batch, Traces
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ _log = logging.getLogger("dspy_prod")
 WINDOW: Final = 32
 """Batches that the exporter may have before it has said what became of them."""
 STALLED: Final = 5.0
-"""Seconds without any progress after which a closing courier gives up."""
+"""Seconds without any progress after which whoever closes something waits no longer."""
 BREATH: Final = 0.0001
 """Seconds of rest after each item: a busy thread would keep the interpreter's lock from callers, 5 ms at a time."""
 RESTART: Final = (1.0, 60.0)
 """Shortest and longest pause in seconds before an exporter process that died is started again."""
-_CLOSING_STEP: Final = 0.05
+_STEP: Final = 0.05
 _ITEMS: Final = 4  # posted for a trace, roughly
 _TRIES: Final = 3  # exporter processes that may die of a batch
 
@@ -51,20 +51,22 @@ class Courier:
         traces: what gathers.
         exporter: makes an exporter process; told where to send what it says.
         queue_size: traces that may wait. Each holds its prompts and answers.
+        tally: where they are counted.
     """
 
-    def __init__(self, traces: Traces, exporter: Callable[[Callable[..., None]], Exporter], queue_size: int) -> None:
+    def __init__(
+        self, traces: Traces, exporter: Callable[[Callable[..., None]], Exporter], queue_size: int, tally: Tally
+    ) -> None:
         self.traces = traces
+        self.tally = tally
         self._make_exporter = exporter
         self._queue_size = queue_size
         self._reset()
 
     def _reset(self) -> None:
         self._inbox: SimpleQueue[Any] = SimpleQueue()
-        self._admitted = itertools.count(1)
-        self._turned_away = itertools.count(1)
-        self._opened = self._refused = 0
-        self._exported = self._lost = 0
+        self._exported = self._lost = self._refused = 0
+        self._counting = threading.RLock()  # a finaliser may end a trace of MLflow's in the middle of it
         self._unacked: dict[int, Batch] = {}
         self._outbox: list[Batch] = []
         self._flushes: list[_Flush] = []
@@ -85,11 +87,12 @@ class Courier:
     # -- callers -----------------------------------------------------------------------------------------------------
     def admits(self) -> bool:
         """Whether one more trace may begin; counts it either way."""
-        self._opened = next(self._admitted)
-        if self._waiting() <= self._queue_size and not self._ended:
-            return True
-        self._refused = next(self._turned_away)
-        return False
+        with self._counting:
+            if self._waiting() < self._queue_size and not self._ended:
+                self.tally.numbers[ADMITTED] += 1
+                return True
+            self._refused += 1
+            return False
 
     def post(self, tell: Callable[..., None], *told: Any) -> None:
         """Have `tell(*told)` called on the courier's thread. Never waits, never raises."""
@@ -129,7 +132,7 @@ class Courier:
         )
 
     def _waiting(self) -> int:
-        return self._opened - self._refused - self._exported - self._lost - self.traces.sampled_out
+        return self.tally.numbers[ADMITTED] - self._exported - self._lost - self.traces.sampled_out
 
     def health(self, uri: str, experiment: str) -> TrackingHealth:
         """What became of the traces so far."""
@@ -143,36 +146,37 @@ class Courier:
             failing=self.failing,
         )
 
-    def flush(self, timeout: float, everything: bool = False) -> bool:
+    def flush(self, timeout: float, everything: bool = False, patiently: bool = True) -> bool:
         """Wait until what has ended before is in MLflow (or known to be lost); False when that took longer.
 
         Args:
-            everything: also what has not ended.
+            everything: also what has not ended. patiently: also while nothing moves.
         """
         if self._thread is None and self._inbox.empty():
             return True
         flush = _Flush(everything)
         self.post(self._gather, flush)
-        return flush.done.wait(timeout)
+        if patiently:
+            return flush.done.wait(timeout)
+        self._progressed = time.monotonic()
+        until = self._progressed + timeout
+        while not flush.done.wait(_STEP):
+            now = time.monotonic()
+            stalled = (self._ready or self.failing is not None) and now - self._progressed > STALLED
+            if now > until or stalled or self._thread is None or not self._thread.is_alive():
+                return False
+        return True
 
     def close(self, timeout: float) -> int:
         """Ship what there is, within `timeout` seconds, sooner when nothing moves; how many traces are lost by that."""
         before = self._lost
-        until = time.monotonic() + timeout
-        self._progressed = time.monotonic()
         self._closing = True
         busy = self._waiting() or not self._inbox.empty() or self.traces.pending or self._outbox or self._unacked
         if self._thread is not None and busy:
             exporter = self._exporter
             if exporter is not None:
                 exporter.hurry()
-            flush = _Flush(True)
-            self.post(self._gather, flush)
-            while not flush.done.wait(_CLOSING_STEP):
-                now = time.monotonic()
-                stalled = self._ready and now - self._progressed > STALLED
-                if now > until or stalled or not self._thread.is_alive():
-                    break
+            self.flush(timeout, everything=True, patiently=False)
         self._stopping = self._ended = True
         self._inbox.put(None)
         self._acked.set()
@@ -180,6 +184,7 @@ class Courier:
             self._exporter.stop()
         if self._thread is not None:
             self._thread.join(1.0)
+        self.tally.close()
         left = max(0, self._waiting())
         self._lost += left
         return self._lost - before
@@ -196,6 +201,7 @@ class Courier:
                     tell(*told)
                     if not self._closing:
                         time.sleep(BREATH)
+                self.tally.numbers[LEFT_OUT] = self.traces.sampled_out
                 self._outbox += self.traces.ready(time.monotonic())
                 self._send()
                 if self._flushes:
@@ -228,6 +234,7 @@ class Courier:
             self._restart_at = now + self._restart_pause
             self._restart_pause = min(2 * self._restart_pause, RESTART[1])
             self._ready = False
+            self.tally.numbers[SETTLED] = self._exported + self._lost
             exporter = self._exporter = self._make_exporter(self._heard)
             if self._closing:
                 exporter.hurry()
@@ -293,6 +300,7 @@ class Courier:
     def after_fork(self) -> None:
         """In a child: nothing of the parent's is ours to ship."""
         self.traces.clear()
+        self.tally.renew()
         if self._exporter is not None:
             self._exporter.forget()
         self._reset()

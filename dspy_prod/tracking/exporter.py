@@ -3,7 +3,8 @@
 Started by `process.Exporter`. The only place that imports MLflow to write
 traces. One JSON object a line: first the configuration, then batches, perhaps `{"hurry": true}`; it answers
 `{"ready": true}` when it has reached MLflow, `{"batch": n, "lost": k}` for each batch, and `{"failing": why}` while
-MLflow cannot be reached. It ends with its input.
+MLflow cannot be reached. It ends with its input: the program is gone then, whatever ended it, and its exporter has
+still to write what it was handed. What is missing after that it tells the program's `stderr`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from queue import Empty, Queue
 from typing import IO, Any, Final
 
+from dspy_prod.privacy.names import bare_url
 from dspy_prod.tracking.mlflow_schema import prepare
+from dspy_prod.tracking.tally import due
 
 BACK_OFF: Final = (0.5, 30.0)
 """Shortest and longest pause in seconds before MLflow is tried again."""
@@ -84,6 +88,8 @@ class Loop:
     def __init__(self, sink: Sink, answers: IO[str]) -> None:
         self._sink = sink
         self._answers = answers
+        self._failing: str | None = None
+        self._delivered = 0
         self._hurried = threading.Event()
         self._lines: Queue[dict[str, Any] | None] = Queue(maxsize=64)
 
@@ -135,13 +141,13 @@ class Loop:
                 self._say(failing=_told(error))
                 if hurried:
                     for batch in batches:
-                        self._say(batch=batch["batch"], lost=batch["traces"], failing=_told(error))
+                        self._settled(batch, batch["traces"], failing=_told(error))
                     return
                 self._hurried.wait(pause)
                 pause = min(pause * 2, BACK_OFF[1])
             else:
                 for batch in batches:
-                    self._say(batch=batch["batch"])
+                    self._settled(batch, 0)
                 return
 
     def _write(self, batches: list[dict[str, Any]]) -> None:
@@ -160,7 +166,7 @@ class Loop:
                 lost += not self._try(spans, [])
             for info in batch["infos"]:
                 self._try([], [info])
-            self._say(batch=batch["batch"], lost=min(lost, batch["traces"]))
+            self._settled(batch, min(lost, batch["traces"]))
 
     def _try(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]]) -> bool:
         try:
@@ -170,9 +176,27 @@ class Loop:
             return False
         return True
 
+    def _settled(self, batch: dict[str, Any], lost: int, **words: Any) -> None:
+        self._delivered += batch["traces"] - lost
+        self._say(batch=batch["batch"], lost=lost, **words)
+
     def _say(self, **words: Any) -> None:
-        self._answers.write(json.dumps(words) + "\n")
-        self._answers.flush()
+        self._failing = words.get("failing")
+        with contextlib.suppress(OSError):  # the program is gone; what it handed over is still to be written
+            self._answers.write(json.dumps(words) + "\n")
+            self._answers.flush()
+
+    def last_word(self, file: int | None, place: str) -> str:
+        """What a person has to know once the program is gone; empty when every trace is in MLflow.
+
+        Args:
+            file: descriptor of the `Tally`'s memory. place: where MLflow is.
+        """
+        missing = (due(file) or 0) - self._delivered
+        if missing <= 0:
+            return ""
+        why = self._failing or "the program was ended before they were handed over"
+        return f"{missing} traces did not reach MLflow at {place} ({why}). The ledger has their costs"
 
 
 def _is_final(error: Exception) -> bool:
@@ -184,32 +208,41 @@ def _is_final(error: Exception) -> bool:
 
 def _told(error: Exception) -> str:
     """The beginning of an error's text, without a password that a URL in it may hold."""
-    from dspy_prod.privacy.names import bare_url
-
     text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))
 
 
-def _watch(parent: int) -> None:
-    """End when the program is gone, also when somebody else still holds the other end of the input."""
+def _watch(parent: int, patience: float, end: Callable[[], None]) -> None:
+    """End in time when the program is gone, also when somebody else still holds the other end of the input."""
     while os.getppid() == parent:
         time.sleep(1.0)
-    time.sleep(BACK_OFF[1])
+    time.sleep(patience)
+    end()
     os._exit(0)
 
 
 def main() -> None:
-    """Body of the process. Reads `{"uri": ..., "experiment": ...}`, then batches."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Body of the process. Reads `{"uri": ..., "experiment": ..., ...}`, then batches."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # sent to a whole group or container, these are for the program
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not look like an answer
     logging.disable(logging.CRITICAL)
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     first = sys.stdin.readline()
     if not first:
         return
     config = json.loads(first)
     loop = Loop(Sink(config["uri"], config["experiment"]), answers)
+
+    def end() -> None:
+        word = loop.last_word(config["tally"], bare_url(config["uri"]))
+        if word and config["aloud"] is not None:
+            with contextlib.suppress(OSError):
+                os.write(config["aloud"], f"dspy_prod: {word}\n".encode("utf-8", "replace"))
+
+    watching = threading.Thread(target=_watch, args=(config["parent"], config["patience"], end), daemon=True)
+    watching.start()
     threading.Thread(target=loop.read, args=(sys.stdin,), daemon=True).start()
-    with contextlib.suppress(BrokenPipeError):
-        loop.run()
+    loop.run()
+    end()

@@ -29,10 +29,15 @@ class Recorder:
 
     Args:
         courier: what ships.
+        timeout: seconds a flush may take.
     """
 
-    def __init__(self, courier: Courier) -> None:
+    def __init__(self, courier: Courier, timeout: float) -> None:
         self.courier = courier
+        self._timeout = timeout
+
+    def flush(self) -> bool:
+        return self.courier.flush(self._timeout, patiently=False)
 
     def program_call(self, name: str, inputs: dict[str, Any]) -> _Scope:
         return _Scope(self, name, PROGRAM, inputs)

@@ -6,6 +6,7 @@ delays nobody, has time-outs of its own, and can be ended.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -24,6 +25,7 @@ from dspy_prod.tracking.traces import Batch
 _log = logging.getLogger("dspy_prod")
 
 _STOP_PATIENCE: Final = 1.0
+_PIPE: Final = 1 << 20
 _BODY: Final = (
     "import sys; sys.path[:] = [place for place in sys.path if place]; root = sys.argv[1]; "
     "root in sys.path or sys.path.append(root); from dspy_prod.tracking.exporter import main; main()"
@@ -36,18 +38,24 @@ class Exporter:
 
     Args:
         config: its first line: where to write, see `exporter.main`.
+        tally: descriptor of the `Tally`'s memory.
         heard: told what it says, see `Courier._heard`.
         environment: variables on top of this process's own.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], heard: Callable[..., None], environment: Mapping[str, str] | None = None
+        self,
+        config: Mapping[str, Any],
+        heard: Callable[..., None],
+        environment: Mapping[str, str] | None = None,
+        tally: int | None = None,
     ) -> None:
         self._heard = heard
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
         self.alive = True
         self._forgotten = False
         self._process: subprocess.Popen[bytes] | None = None
+        aloud = _stderr()
         try:
             self._process = subprocess.Popen(
                 [_python(), "-c", _BODY, str(Path(__file__).parents[2])],
@@ -56,14 +64,19 @@ class Exporter:
                 stderr=None if os.environ.get("DSPY_PROD_TRACKING_DEBUG") else subprocess.DEVNULL,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,  # Ctrl-C is for the program; what it did is still to be written
+                pass_fds=[file for file in (tally, aloud) if file is not None],
             )
         except OSError as error:
             self.alive = False
             heard(failing=f"the exporter process cannot be started: {error}", died=True)
             return
+        finally:
+            if aloud is not None:
+                os.close(aloud)
         pipes: list[Any] = [self._process.stdin, self._process.stdout]
         self._pipes = {pipe.fileno(): os.fstat(pipe.fileno())[:3] for pipe in pipes}
-        self._lines.put(orjson.dumps(dict(config)) + b"\n")
+        _widen(pipes[0])
+        self._lines.put(orjson.dumps({**config, "parent": os.getpid(), "tally": tally, "aloud": aloud}) + b"\n")
         for pipe, body, name in zip(pipes, (self._write, self._read), ("writer", "reader"), strict=True):
             threading.Thread(target=body, args=(pipe,), name=f"dspy_prod-tracking-{name}", daemon=True).start()
 
@@ -77,20 +90,14 @@ class Exporter:
         self._lines.put(b'{"hurry":true}\n')
 
     def stop(self) -> None:
-        """End it now."""
-        self._lines.put(None)
+        """End it now, before it can take the end of its input for the end of the program."""
         process = self._process
-        if process is None or self._forgotten:
-            return
-        self.alive = False
-        try:
-            process.terminate()
-            process.wait(_STOP_PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(_STOP_PATIENCE)
-        except OSError:
-            pass  # it is gone
+        if process is not None and not self._forgotten:
+            self.alive = False
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                process.kill()
+                process.wait(_STOP_PATIENCE)
+        self._lines.put(None)
 
     def forget(self) -> None:
         """In a forked child: let go of the parent's exporter, and touch nothing that a thread of the parent held."""
@@ -128,6 +135,26 @@ class Exporter:
             self.alive = False
             self._heard(failing="the exporter process ended", died=True)
         self._lines.put(None)
+
+
+def _stderr() -> int | None:
+    """Where the program's errors are read, to be inherited; the exporter's own `stderr` is full of others' words."""
+    if os.name != "posix":
+        return None
+    try:
+        return os.dup(2)
+    except OSError:  # closed, as a daemon's may be
+        return None
+
+
+def _widen(pipe: IO[bytes]) -> None:
+    """Let the pipe hold more than 64 kB, as far as the system allows: what is in it outlives this process."""
+    try:
+        import fcntl
+
+        fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, _PIPE)  # type: ignore[attr-defined,unused-ignore]
+    except (ImportError, AttributeError, OSError):
+        pass
 
 
 def _python() -> str:

@@ -25,6 +25,7 @@ from dspy_prod.tracking.courier import Courier
 from dspy_prod.tracking.nodes import Recorder
 from dspy_prod.tracking.process import Exporter
 from dspy_prod.tracking.sampling import Sampler
+from dspy_prod.tracking.tally import Tally
 from dspy_prod.tracking.traces import Traces
 
 DEFAULT_URI: Final = "sqlite:///mlflow.db"
@@ -90,7 +91,9 @@ def enable(
         redact: further patterns `{"name": regex}`, or a `Redactor` in place of the built-in one.
         autolog: also call `mlflow.dspy.autolog()`, which records the modules around each LM call.
         queue_size: traces that may wait for MLflow; more are turned away and counted as lost.
-        exit_timeout: seconds the end of the program may wait for what is left; it gives up sooner when nothing moves.
+        exit_timeout: seconds the end of the program, or `LM.close`, may wait for what is left; it gives up sooner when
+            nothing moves. A program that is killed waits for nothing: what it has handed over is still written, and
+            how many traces are missing is told to its `stderr`.
 
     Returns:
         A function that turns tracking off again, as `disable`.
@@ -121,7 +124,8 @@ def enable(
 
             mlflow.dspy.autolog()
         traces = Traces(Content(content, redactor), Sampler(sample), bridged=False)
-        courier = Courier(traces, partial(_exporter, uri, experiment), int(queue_size))
+        tally = Tally()
+        courier = Courier(traces, partial(_exporter, uri, experiment, exit_timeout, tally), int(queue_size), tally)
         tracking = _Tracking(uri, experiment, courier, float(exit_timeout))
         if "mlflow" in sys.modules:  # the program has imported it
             remove = install_bridge(courier)
@@ -131,7 +135,7 @@ def enable(
         if content != "full":
             tracking.undo.append(install_redactor(redactor))
         courier.begin()
-        TAP.active = Recorder(courier)
+        TAP.active = Recorder(courier, float(exit_timeout))
         _active = tracking
 
     def disable_this() -> None:
@@ -208,7 +212,7 @@ def _checked(uri: str) -> str:
     return uri
 
 
-def _exporter(uri: str, experiment: str, heard: Callable[..., None]) -> Exporter:
+def _exporter(uri: str, experiment: str, patience: float, tally: Tally, heard: Callable[..., None]) -> Exporter:
     """Start an exporter process."""
     own = {
         "MLFLOW_TRACKING_URI": uri,
@@ -218,7 +222,7 @@ def _exporter(uri: str, experiment: str, heard: Callable[..., None]) -> Exporter
         "GIT_PYTHON_REFRESH": "quiet",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # MLflow may import it; offline, fetching prices can hang
     }
-    return Exporter({"uri": uri, "experiment": experiment}, heard, own)
+    return Exporter({"uri": uri, "experiment": experiment, "patience": patience}, heard, own, tally.file)
 
 
 atexit.register(disable)

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 import dspy_prod
+from dspy_prod.context.current import CallContext
 from dspy_prod.pipeline.call import Call
 from dspy_prod.policies.breaker.transitions import EVENTS as OF_STATES
 from dspy_prod.telemetry.events import EVENTS, Event
 from dspy_prod.telemetry.logs import _DETAILS, LEVELS
 
-CALL_FIELDS = {"call_id", "user", "tenant"}
+CALL_FIELDS = {"call_id", *CallContext().told()}
 """What `Call.emit` adds to each event of a call."""
 
 TELLS = {"emit": 0, "emit_content": 0, "_report": 0, "tell_later": 0, "_troubled": 0}
@@ -65,8 +66,8 @@ def emitted() -> dict[str, set[str]]:
                 fields = {word.arg for word in node.keywords if word.arg} - OWN | ADDED.get(how, set())
                 if how == "emit" and owner.rpartition(".")[2] in ("call", "self"):
                     fields |= CALL_FIELDS
-                if how == "emit_content":
-                    fields -= CALL_FIELDS - {"call_id"}
+                if any(word.arg is None and ast.unparse(word.value).endswith(".told()") for word in node.keywords):
+                    fields |= set(CallContext().told())
                 for details in node.args[1:]:
                     details = dicts.get(details.id, details) if isinstance(details, ast.Name) else details
                     if isinstance(details, ast.Dict):
@@ -92,7 +93,8 @@ def test_the_catalogue_knows_each_detail_of_an_event(name: str) -> None:
 def test_what_a_call_adds_to_its_events_is_as_this_test_assumes() -> None:
     """Else the scan of the source would not see all details."""
     source = inspect.getsource(Call.emit)
-    assert all(f"{field}=" in source for field in CALL_FIELDS)
+    assert "call_id=" in source
+    assert "**self.context.told()" in source
 
 
 def test_the_short_forms_use_known_events_and_details_alone() -> None:

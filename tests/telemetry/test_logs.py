@@ -297,3 +297,38 @@ def test_the_events_of_the_library_have_a_level_each() -> None:
     """What needs a person is a warning at least, what is routine is not."""
     assert all(LEVELS[name] >= logging.WARNING for name in ("breaker_opened", "rejected", "fallback_response"))
     assert LEVELS["call_finished"] == logging.DEBUG
+
+
+def test_a_json_line_says_whose_call_it_was_and_what_it_used(lines: list[str]) -> None:
+    """Who searches the logs for a version, a session, a tag or a trace found no line; tokens were in none either."""
+    lm = make_lm("hello", down())
+    enable = enable_logging("DEBUG", format="json", logger="app.llm")
+    who = {"user": "u1", "tenant": "acme", "session": "s1", "program": "triage", "prompt_version": "triage/3"}
+    with call_context(**who, tags={"team": "blue"}, trace_id="tr-1"):
+        lm("hi")
+        with pytest.raises(LMServerError):
+            lm("hi again")
+    enable()
+    told = [json.loads(line.partition(" ")[2]) for line in lines]
+    assert [row["event"] for row in told] == ["call_finished", "attempt_failed"]
+    for row in told:
+        assert {name: row[name] for name in who} == who
+        assert (row["tags"], row["trace_id"]) == ({"team": "blue"}, "tr-1")
+    finished, failed = told
+    record = lm.ledger.records(limit=1, outcome="ok")[0]
+    assert (finished["input_tokens"], finished["output_tokens"]) == (record.input_tokens, record.output_tokens)
+    assert finished["output_tokens"] is not None
+    assert failed["output_tokens"] is None
+
+
+def test_personal_tags_are_pseudonyms_in_a_line(lines: list[str]) -> None:
+    """A tag may hold an address: two customers stay two."""
+    lm = make_lm("hello", "hello")
+    stop = enable_logging("DEBUG", format="json", logger="app.llm")
+    for customer in ("a@example.org", "b@example.org"):
+        with call_context(tags={"customer": customer}):
+            lm("hi")
+    stop()
+    one, other = (json.loads(line.partition(" ")[2])["tags"]["customer"] for line in lines)
+    assert one.startswith("email-")
+    assert one != other

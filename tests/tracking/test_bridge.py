@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,3 +132,41 @@ def test_odd_texts_and_objects_hold_nothing_up(
     assert health is not None
     assert (health.exported, health.lost, health.waiting) == (7, 0, 0)
     assert len(traces_in(uri)) == 7
+
+
+TRACKED = """
+import sys
+import dspy, dspy_prod
+from dspy_prod import tracking
+from dspy_prod.testing import ScriptedEngine
+
+tracking.enable("tracked", tracking_uri=sys.argv[1], autolog=True, content="full")
+lm = dspy_prod.LM("openai/gpt-4o-mini", engine=ScriptedEngine(sys.argv[2]), store="memory://", cache=False)
+with dspy.context(lm=lm):
+    dspy.Predict("question -> answer")(question="q")
+assert tracking.flush(60)
+"""
+
+
+def test_the_default_store_of_mlflow_is_not_touched(uri: str, tmp_path: Path) -> None:
+    """An old `mlflow.db` in the working directory was migrated on a caller's thread, and the spans of modules lost."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    old = folder / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(old)) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num VARCHAR)")
+        connection.execute("INSERT INTO alembic_version VALUES ('0a8213491aaa')")
+        connection.commit()
+    before = old.read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKED, uri, ANSWER], cwd=folder, capture_output=True, text=True, timeout=120,
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")},
+            "PYTHONPATH": str(Path(dspy_prod.__file__).parent.parent),
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in folder.iterdir() if "mlflow" in path.name] == ["mlflow.db"]
+    assert old.read_bytes() == before
+    [trace] = traces_in(uri)
+    assert "Predict.forward" in {span.name for span in trace.data.spans}

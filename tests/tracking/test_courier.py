@@ -15,6 +15,7 @@ from dspy_prod.tracking import courier as module
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.courier import STALLED, Courier
 from dspy_prod.tracking.sampling import Sampler
+from dspy_prod.tracking.tally import ADMITTED, Tally
 from dspy_prod.tracking.traces import Batch, LeanNode, Traces
 from tests.e2e.support import until
 from tests.stopwatch import Stopwatch
@@ -67,7 +68,7 @@ class Scene:
             return fake
 
         traces = Traces(Content("full", Redactor()), Sampler(1.0))
-        self.courier = Courier(traces, make, queue_size)
+        self.courier = Courier(traces, make, queue_size, Tally())
 
     def trace(self) -> bool:
         """One whole trace; whether it was admitted."""
@@ -91,7 +92,7 @@ def test_everything_that_ended_is_there_after_a_flush() -> None:
         scene.trace()
     assert scene.courier.flush(5.0)
     counts = scene.courier.health("uri", "experiment")
-    assert (scene.courier._opened, counts.exported, counts.waiting, counts.lost) == (250, 250, 0, 0)
+    assert (scene.courier.tally.numbers[ADMITTED], counts.exported, counts.waiting, counts.lost) == (250, 250, 0, 0)
     assert scene.courier.close(1.0) == 0
 
 
