@@ -6,6 +6,7 @@ Arguments in, tables or `--json` out. What a command finds or does belongs in th
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what its encoding lacks is escaped, and never an error
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = _parser().parse_args(argv)
     from dspy_prod.cli import reports
     from dspy_prod.errors import ConfigError, RejectedError
@@ -38,10 +41,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from dspy_prod import __version__
     from dspy_prod.cli.deploy import add_parser as add_deploy
     from dspy_prod.cli.prompts import add_parsers as add_prompts
 
     parser = argparse.ArgumentParser(prog="dspy-prod", description="Production safety for DSPy programs.")
+    parser.add_argument("--version", action="version", version=f"dspy-prod {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="a support-triage program through load, outage, recovery and a budget")
     demo.add_argument("--model", help="run against this real model, e.g. openai/gpt-4o-mini (costs money)")
@@ -60,11 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     costs.add_argument(
         "--by", default=None, help="day, model, user, tenant, program, variant, prompt or tag:<key>; default: a summary"
     )
+    costs.add_argument(
+        "--since", metavar="WHEN", help="7d, 2w, today or a date; whole days (UTC), by day unless --by says otherwise"
+    )
     calls = commands.add_parser("calls", help="the newest records of the ledger")
     _where(calls)
     calls.add_argument("--limit", type=int, help="how many (default 20; with --trace all)")
     for name in ("user", "tenant", "model", "outcome", "program", "variant"):
         calls.add_argument(f"--{name}", help=f"only this {name}")
+    calls.add_argument("--since", metavar="WHEN", help="30m, 12h, 7d, 2w, today, or a date (UTC) or time")
     calls.add_argument("--trace", metavar="TRACE_ID", help="only what belongs to this MLflow trace")
     calls.add_argument("--prompt", metavar="VERSION", help="only this program version, e.g. triage/7")
     calls.add_argument("--unconfirmed", action="store_true", help="only costs that the provider did not confirm")

@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
-
 from dspy_prod import registry
-from dspy_prod.cli.printing import print_json
+from dspy_prod.cli.printing import print_json, show
 from dspy_prod.registry.deployment.report import DIRECTORY
-from dspy_prod.registry.errors import Broken
 
 DEPLOYED, FAILED, INCONCLUSIVE, CONFLICT = 0, 1, 3, 4
 OTHER: Final = 2
@@ -81,11 +78,8 @@ def _code(error: registry.RegistryError) -> int:
     return CONFLICT if isinstance(error, registry.PromotionConflictError) else OTHER
 
 
-def _show(arguments: argparse.Namespace, deployment: Broken) -> None:
+def _show(arguments: argparse.Namespace, deployment: Any) -> None:
     if arguments.json:
         print_json(deployment.to_dict())
         return
-    console = Console()
-    console.print(deployment)
-    if deployment.files:
-        console.print(f"Report: {', '.join(deployment.files)}", markup=False, highlight=False, soft_wrap=True)
+    show(deployment, *([f"Report: {', '.join(deployment.files)}"] if deployment.files else []))

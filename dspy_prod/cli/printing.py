@@ -11,10 +11,11 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -37,27 +38,50 @@ def as_text(given: Cell) -> Text:
     return given if isinstance(given, Text) else Text(_CONTROL.sub(lambda match: repr(match[0])[1:-1], given))
 
 
-def show(*given: Cell | Table) -> int:
-    """Print lines and tables; returns the exit code 0."""
+def show(*given: RenderableType) -> int:
+    """Print lines, tables and reports; returns the exit code 0."""
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 10_000
     for one in given:
-        console.print(one if isinstance(one, Table) else as_text(one), crop=False, soft_wrap=not isinstance(one, Table))
+        line = isinstance(one, (str, Text))
+        console.print(as_text(one) if isinstance(one, str) else one, crop=False, soft_wrap=line)
     return 0
 
 
-def table(title: Cell, columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, numbers: int = 0) -> Table:
-    """A table; its last `numbers` columns hold numbers. Without names of columns it has no head."""
-    head = any(columns)
-    made = Table(title=as_text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=head)
-    cells = [[as_text(cell) for cell in row] for row in rows]
+@dataclass
+class Listing:
+    """A table below its title. Where it is wider than the terminal although its names wrap, the terminal wraps it."""
+
+    title: Text
+    grid: Table
+    least: int
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.title
+        yield from console.render(self.grid, options.update(max_width=max(options.max_width, self.least)))
+
+
+def table(
+    title: Cell, columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, numbers: int = 0,
+    last: Sequence[Sequence[Cell]] = (),
+) -> Listing:  # fmt: skip
+    """A table whose last columns, so many, hold numbers, with `last` rows apart; without names it has no head."""
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_header=any(columns))
+    cells = [[as_text(cell) for cell in row] for row in (*rows, *last)]
+    least = 0
     for place, name in enumerate(columns):
         lines = [line.cell_len for row in cells for line in row[place].split()]
         if place < len(columns) - numbers:
-            made.add_column(Text(name), overflow="fold", min_width=min(NARROWEST, max(lines, default=0)))
-        else:
-            made.add_column(Text(name), justify="right", width=max([0, *map(len, name.split()), *lines]))
-    for row in cells:
-        made.add_row(*row)
-    return made
+            narrow = min(NARROWEST, max([len(name), *lines]))
+            grid.add_column(Text(name), overflow="fold", min_width=narrow)
+        else:  # as wide as its widest number; rich takes a `width` for a wish
+            narrow = max([0, *map(len, name.split()), *lines])
+            head = Text(name if len(name) <= narrow else "\n".join(name.split()))
+            grid.add_column(head, justify="right", no_wrap=True, min_width=narrow, max_width=narrow)
+        least += narrow + len("  ")
+    for place, row in enumerate(cells, 1):
+        grid.add_row(*row, end_section=place == len(cells) - len(last))
+    heading = as_text(title)
+    heading.stylize("table.title")
+    return Listing(heading, grid, least)

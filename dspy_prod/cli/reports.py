@@ -7,7 +7,8 @@ import datetime as dt
 import re
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
+from math import fsum
 from typing import Any
 
 from rich.text import Text
@@ -17,14 +18,18 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.lm.arguments import default_namespace
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
-from dspy_prod.status.costs import Place, costs_by, summary
+from dspy_prod.status.costs import Place, check_dimension, costs_by, summary
 from dspy_prod.status.ledger import Ledger
+from dspy_prod.status.models import CostRow
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import default_store_url, open_store
+from dspy_prod.stores.opening import default_store_url, file_of, open_store
+from dspy_prod.stores.sqlite.rows import clean_text
+from dspy_prod.stores.sqlite.schema import namespaces
 
 DEFAULT_LIMIT = 20
 RECENT = 3600.0
 """Seconds that `health` looks back."""
+_UNITS = {"m": dt.timedelta(minutes=1), "h": dt.timedelta(hours=1), "d": dt.timedelta(days=1), "w": dt.timedelta(7)}
 
 
 def health(arguments: argparse.Namespace) -> int:
@@ -63,8 +68,13 @@ def health(arguments: argparse.Namespace) -> int:
 
 def costs(arguments: argparse.Namespace) -> int:
     """Print the cost summary, or sums by a dimension."""
+    since, by = _since(arguments.since), arguments.by
+    if since is not None and by is None:
+        by = "day"
+    if by is not None:
+        check_dimension(by)
     store = _open(arguments)
-    if arguments.by is None:
+    if by is None:
         found = summary([Place(store, SYSTEM_CLOCK)], [])
         if arguments.json:
             return print_json(found.model_dump(mode="json"))
@@ -75,56 +85,87 @@ def costs(arguments: argparse.Namespace) -> int:
             ("projected for the month", f"{found.projected_monthly_usd:.4f} USD"),
             ("calls of unknown cost today", str(found.unknown_cost_calls)),
             *((str(day), f"{spent:.6f} USD") for day, spent in found.history.items()),
+            ("total", f"{fsum(found.history.values()):.6f} USD"),
         ]
         return show(table(f"Costs in {store.namespace!r}", ("", ""), sums))
-    rows = costs_by(store, arguments.by)
+    rows = costs_by(store, by, None if since is None else since.astimezone(dt.timezone.utc).date())
     if arguments.json:
         return print_json([row.model_dump(mode="json") for row in rows])
-    columns = (arguments.by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out")
-    shown = [
-        (row.value, f"{row.usd:.6f}", f"{row.unconfirmed_usd:.6f}",
-         *map(str, (row.attempts, row.failed, row.cached, row.input_tokens, row.output_tokens)))
-        for row in rows
-    ]  # fmt: skip
+    columns = (by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out")
     if not rows:
-        return show(f"No calls are recorded in namespace {store.namespace!r}.")
-    return show(table(f"Costs in {store.namespace!r} by {arguments.by}", columns, shown, numbers=7))
+        return show(f"No calls are recorded in namespace {store.namespace!r}{_from(arguments)}.")
+    shown, total = [_sums(row.value, [row]) for row in rows], [_sums("total", rows)]
+    return show(table(f"Costs in {store.namespace!r} by {by}{_from(arguments)}", columns, shown, numbers=7, last=total))
 
 
 def calls(arguments: argparse.Namespace) -> int:
     """Print the newest records."""
-    store = _open(arguments)
-    limit = arguments.limit
+    since, limit = _since(arguments.since), arguments.limit
     if limit is None and arguments.trace is None:
         limit = DEFAULT_LIMIT
     if limit is not None and limit < 1:
         raise ValueError(f"--limit {limit} must be at least 1")
+    store = _open(arguments)
     wanted = {name: getattr(arguments, name) for name in ("user", "tenant", "model", "outcome", "program", "variant")}
     wanted["prompt_version"] = arguments.prompt
     wanted["trace_id"] = _trace(arguments.trace)
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if arguments.unconfirmed:
-        found = Ledger(store).unconfirmed()
+        found = Ledger(store).unconfirmed(since=since)
         records = [each for each in found if wanted.items() <= each.to_dict().items()][:limit]
     else:
-        records = Ledger(store).records(limit=limit, **wanted)
+        records = Ledger(store).records(since=since, limit=limit, **wanted)
     if arguments.json:
         return print_json([record.to_dict() for record in records])
     if not records:
         that = " that match" if wanted or arguments.unconfirmed else ""
-        return show(f"No calls{that} are recorded in namespace {store.namespace!r}.")
+        return show(f"No calls{that} are recorded in namespace {store.namespace!r}{_from(arguments)}.")
     columns = ("when, user", "model and id", "outcome", "USD", "seconds")
-    return show(table(f"Newest calls in {store.namespace!r}", columns, map(_row, records), numbers=2))
+    return show(table(f"Newest calls in {store.namespace!r}{_from(arguments)}", columns, map(_row, records), numbers=2))
 
 
 def _open(arguments: argparse.Namespace) -> Store:
     url = arguments.store or default_store_url()
     if url.startswith("memory:"):
         raise ConfigError("a memory store ends with its process; pass --store sqlite:///path or set DSPY_PROD_STORE")
-    path = Path(url.split("?", 1)[0].removeprefix("sqlite:///")).expanduser()
-    if url.startswith("sqlite:") and not path.exists():
-        raise ConfigError(f"there is no store at {path}; run a program with dspy_prod.LM here, or pass --store")
-    return open_store(url, arguments.namespace or default_namespace())
+    namespace = arguments.namespace or default_namespace()
+    if url.startswith("sqlite:"):
+        path = file_of(url)
+        if not path.exists():
+            raise ConfigError(f"there is no store at {path}; run a program with dspy_prod.LM here, or pass --store")
+        there = namespaces(path)
+        if there is not None and clean_text(namespace) not in there:
+            known = ", ".join(map(repr, there)) or "none yet"
+            raise ConfigError(f"there is no namespace {namespace!r} in {path}, only {known}; pass --namespace")
+    return open_store(url, namespace)
+
+
+def _since(given: str | None) -> dt.datetime | None:
+    """The moment that `7d`, `12h`, `today` or a date means. A date begins in UTC, as the ledger's days do."""
+    if given is None:
+        return None
+    now = dt.datetime.now(dt.timezone.utc)
+    ago = re.fullmatch(r"(\d{1,4}) ?([mhdw])", given)
+    if ago:
+        return now - int(ago[1]) * _UNITS[ago[2]]
+    if given in ("today", "yesterday"):
+        given = str(now.date() - (given == "yesterday") * _UNITS["d"])
+    try:
+        at = dt.datetime.fromisoformat(given)
+    except ValueError:
+        raise ValueError(f"--since {given!r}: use 7d, 12h, 30m, 2w, today, or a date such as {now.date()}") from None
+    return at.replace(tzinfo=dt.timezone.utc) if len(given) <= len("2026-01-31") else at
+
+
+def _from(arguments: argparse.Namespace) -> str:
+    return "" if arguments.since is None else f" since {arguments.since}"
+
+
+def _sums(name: str, rows: Sequence[CostRow]) -> tuple[str, ...]:
+    """What some rows come to: a row of the table."""
+    usd = [f"{fsum(spent):.6f}" for spent in zip(*((row.usd, row.unconfirmed_usd) for row in rows), strict=True)]
+    counts = ((row.attempts, row.failed, row.cached, row.input_tokens, row.output_tokens) for row in rows)
+    return name, *usd, *(str(sum(column)) for column in zip(*counts, strict=True))
 
 
 def _trace(given: str | None) -> str | None:

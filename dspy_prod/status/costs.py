@@ -115,13 +115,14 @@ def budget_status(store: Store, rule: BudgetRule, account: Account, wall: float)
     )
 
 
-def costs_by(store: Store, by: str) -> list[CostRow]:
+def costs_by(store: Store, by: str, since: dt.date | None = None) -> list[CostRow]:
     """Sums since the ledger began, for each value of a dimension: the dearest first, days in order.
 
     Args:
         store: the store (and namespace) to read.
         by: `"day"`, `"model"`, `"user"`, `"tenant"`, `"program"`, `"variant"`, `"prompt"` or `"tag:<key>"`. Records
             that have no value for it are in no row.
+        since: the first day (UTC); default: all.
 
     Raises:
         ValueError: an unknown dimension.
@@ -129,7 +130,8 @@ def costs_by(store: Store, by: str) -> list[CostRow]:
     check_dimension(by)
     REAPER.flush(FLUSH_TIMEOUT)
     sums: dict[str, Totals] = {}
-    for day, value, totals in store.totals(dimension="all" if by == "day" else by):
+    first = None if since is None else str(since)
+    for day, value, totals in store.totals(dimension="all" if by == "day" else by, since_day=first):
         key = day if by == "day" else value
         sums[key] = sums.get(key, Totals()).plus(totals)
     rows = [cost_row(value, totals) for value, totals in sums.items()]

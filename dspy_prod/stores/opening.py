@@ -62,7 +62,7 @@ def open_store(
         if scheme == "memory" and separator:
             store = _memory(rest, namespace, clock)
         elif scheme == "sqlite" and separator:
-            store = _sqlite(url, rest, namespace, clock, on_problem)
+            store = _sqlite(url, namespace, clock, on_problem)
         elif scheme in ("redis", "rediss", "valkey", "unix"):
             raise ConfigError(
                 f"store={without_password(url)!r}: a Redis store comes later; until then use one of {_FORMS}"
@@ -87,15 +87,20 @@ def _memory(name: str, namespace: str, clock: Clock) -> Store:
         return store
 
 
-def _sqlite(url: str, rest: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
-    place, _, query = rest.partition("?")
+def file_of(url: str) -> Path:
+    """The file of a `sqlite:///` URL; a ConfigError when it names none."""
+    place = url.partition("://")[2].partition("?")[0]
     if not place.startswith("/") or place == "/":
         raise ConfigError(f"store={without_password(url)!r} names no file; use one of {_FORMS}")
     path = unquote(place[1:])
     if path.startswith(":memory:"):
         raise ConfigError("store='sqlite:///:memory:' cannot be shared by threads; use store='memory://'")
-    options = _options(url, query)
-    real = os.path.realpath(Path(path).expanduser())
+    return Path(path).expanduser()
+
+
+def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
+    real = os.path.realpath(file_of(url))
+    options = _options(url, url.partition("?")[2])
     key = ("sqlite", real, namespace, clock)
     with _LOCK:
         store: SqliteStore | None = _STORES.get(key)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import sys
+from pathlib import Path
 
+import dspy
 import pytest
 
+from dspy_prod import registry
 from dspy_prod.cli import main
 from tests.registry.aliases.test_promotion import publish
+from tests.registry.programs import qa
 
 
 def test_versions_promotion_and_rollback(store: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,3 +86,29 @@ def test_an_empty_store_says_so(store: str, capsys: pytest.CaptureFixture[str]) 
     """No table without rows."""
     assert main(["prompts"]) == 0
     assert "Nothing is published" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+def test_what_people_write_is_shown_as_it_is(store: str, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reasons and messages became emojis or markup, and one that cp1252 lacks ended the command."""
+    odd = "[x] [/dim] :bug: 日本 ∑ \U0001f600"
+    shown_as = odd.encode(encoding, "backslashreplace").decode(encoding)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    shutil.copy(Path(__file__).with_name("evaluation.py"), "evals.py")
+    Path("case.json").write_text(json.dumps({"metrics": {"score": 0.9}}))
+    for number in range(2):
+        registry.publish(dspy.Predict(f"q{number} -> a"), "it", message=odd)
+    registry.publish(qa(), "other", message=odd)
+    for command in (
+        ["promote", "it", "1", "--reason", odd], ["promote", "it", "2", "--reason", odd],
+        ["rollback", "it", "--reason", odd], ["prompts"], ["prompts", "it"], ["prompts", "it", "--history"],
+        ["deploy", "other", "--candidate", "1", "--eval", "evals.py", "--reason", odd],
+    ):  # fmt: skip
+        for more in ([], ["--json"]):
+            said = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "stdout", said)
+                assert main([*command, *more]) == 0
+            text = said.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+            found = json.loads(text) if more else text
+            assert (odd if more else shown_as) in (str(found) if more else found), command

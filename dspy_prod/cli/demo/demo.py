@@ -44,7 +44,7 @@ def demo(
     from dspy_prod.cli.demo.report import Report, show, show_json
     from dspy_prod.stores.opening import default_store_url
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, emoji=False)
     if not console.is_terminal:
         console.width = 110
     console.print("[bold]dspy_prod demo[/]: support triage under load, outage and an empty budget")
@@ -54,7 +54,8 @@ def demo(
     providers = RealProvider(model) if model else LocalProviders(simulate)
     store = default_store_url()
     try:
-        console.print(f"Answers come from {providers.description}. State: {store}, namespace {NAMESPACE!r}.\n")
+        about = f"Answers come from {providers.description}. State: {store}, namespace {NAMESPACE!r}.\n"
+        console.print(about, markup=False)
         lm = providers.lm(
             store=store,
             namespace=NAMESPACE,

@@ -12,12 +12,11 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dspy_prod.cli.demo import traces
 from dspy_prod.cli.demo.traces import Written
-from dspy_prod.cli.printing import print_json, table
+from dspy_prod.cli.printing import Listing, print_json, table
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status.health import Health
 
@@ -111,7 +110,7 @@ def _fallbacks(run: Run) -> Counter[str | None]:
     return Counter(o.reason for o in run.outcomes if o.status == "fallback")
 
 
-def _requests(run: Run) -> Table:
+def _requests(run: Run) -> Listing:
     fallbacks = {f"  fallback: {reason}": count for reason, count in _fallbacks(run).items()}
     requests = run.providers.requests()
     upstream = {"upstream HTTP requests": "n/a" if requests is None else requests}
@@ -119,7 +118,7 @@ def _requests(run: Run) -> Table:
     return table("Requests", ("", "count"), [(name, str(count)) for name, count in counts.items()], numbers=1)
 
 
-def _acts(run: Run) -> Table:
+def _acts(run: Run) -> Listing:
     rows = []
     for act, priority in product(dict.fromkeys(o.act for o in run.outcomes), ("high", "normal")):
         found = [o for o in run.outcomes if o.act == act and o.priority == priority]
@@ -132,7 +131,7 @@ def _acts(run: Run) -> Table:
     return table("Act by act", columns, rows, numbers=6)
 
 
-def _money(title: str, records: Sequence[CallRecord], key: Callable[[CallRecord], str]) -> Table:
+def _money(title: str, records: Sequence[CallRecord], key: Callable[[CallRecord], str]) -> Listing:
     rows = []
     for value in sorted({key(record) for record in records}):
         found = [record for record in records if key(record) == value]
@@ -148,7 +147,7 @@ def _money(title: str, records: Sequence[CallRecord], key: Callable[[CallRecord]
     return table(title, columns, rows, numbers=6)
 
 
-def _answers(run: Run) -> Table:
+def _answers(run: Run) -> Listing:
     share = accuracy(run)
     note = "" if share is None else f" (category right in {share:.0%} of model answers)"
     short = partial(shorten, placeholder="…")
@@ -160,7 +159,7 @@ def _answers(run: Run) -> Table:
     ])  # fmt: skip
 
 
-def _bill(verdict: Verdict) -> Table:
+def _bill(verdict: Verdict) -> Listing:
     unknown = verdict.bill is None
     agree = Text("yes", "green") if verdict.agrees else Text("NO", "red")
     return table("Ledger against the providers' bill", ("", "USD"), [
@@ -171,7 +170,7 @@ def _bill(verdict: Verdict) -> Table:
     ], numbers=1)  # fmt: skip
 
 
-def _health(run: Run, health: Health) -> Table:
+def _health(run: Run, health: Health) -> Listing:
     colour = {"healthy": "green", "warning": "yellow", "degraded": "red"}[health.status]
     rows = [(f"breaker {each.route}", f"{each.state}, opened {each.opened_count} time(s)") for each in health.breakers]
     rows.append(("circuit changes", " → ".join(run.transitions) or "none"))

@@ -11,7 +11,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 from rich.text import Text
 
 from dspy_prod.cli import printing
@@ -146,7 +146,7 @@ def _read(uri: str, since: float) -> tuple[str | None, int, float]:
             return str(experiment.experiment_id), found, nano / NANO
 
 
-def table(result: Written) -> Table:
+def table(result: Written) -> printing.Listing:
     """What became of the traces, as a table."""
     agree = Text("yes", "green") if result.agrees else Text("NO", "red")
     missing = [(name, Text(str(count), "yellow")) for name, count in (
@@ -168,11 +168,12 @@ def invitation(result: Written, prompt: str | None = None) -> str:
     Args:
         result: what was written. prompt: the version that ran, such as `"triage/2"`, None when none was published.
     """
-    if result.uri.startswith(("http://", "https://")):
-        base, start = result.uri.rstrip("/"), "Open:"
+    uri = escape(result.uri)
+    if uri.startswith(("http://", "https://")):
+        base, start = uri.rstrip("/"), "Open:"
     else:
         here = result.uri == f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-        command = f"mlflow ui --backend-store-uri {'sqlite:///mlflow.db' if here else result.uri}"
+        command = f"mlflow ui --backend-store-uri {'sqlite:///mlflow.db' if here else uri}"
         base = "http://127.0.0.1:5000"
         start = (
             f"Start [bold]make ui[/] (or {command}), then open:" if here else f"Start [bold]{command}[/], then open:"

@@ -8,6 +8,8 @@ from typing import Final
 from dspy_prod.registry.aliases.journal import AuditEntry, Journal, Replay, Request
 from dspy_prod.registry.errors import UnknownVersionError
 from dspy_prod.registry.names import Reference
+from dspy_prod.registry.published.copies import MOVES
+from dspy_prod.registry.published.follow import look_at
 from dspy_prod.registry.server import Server
 
 PRODUCTION: Final = "production"
@@ -47,10 +49,15 @@ def project(server: Server, name: str, alias: str, journal: Journal, replay: Rep
 
 
 def _point(server: Server, name: str, alias: str, version: int | None) -> None:
-    if version is not None:
-        server.write(lambda client: client.set_prompt_alias(name, alias, version))
-    elif alias_version(server, name, alias) is not None:
-        server.write(lambda client: client.delete_prompt_alias(name, alias))
+    reference = f"{name}@{alias}"
+    try:
+        if version is not None:
+            server.write(lambda client: client.set_prompt_alias(name, alias, version))
+        elif alias_version(server, name, alias) is not None:
+            server.write(lambda client: client.delete_prompt_alias(name, alias))
+    finally:  # also when it is unknown whether it was moved
+        MOVES[reference] = object()
+    look_at(reference)
 
 
 def settled(server: Server, name: str, alias: str, journal: Journal) -> Replay:

@@ -58,14 +58,24 @@ class Release:
 
 @dataclass(frozen=True)
 class Copy:
-    """A release and when the server last confirmed it, in seconds since the epoch."""
+    """A release and when the server last confirmed it, in seconds since the epoch.
+
+    `after` is the last move of its alias that this process had made when it asked (see `moved`).
+    """
 
     release: Release
     confirmed_at: float
+    after: object = None
 
 
 MEMORY: Final = Recent[Copy](MOST_IN_MEMORY)
 """The newest copies of this process, by store and reference."""
+
+MOVES: Final[dict[str, object]] = {}
+"""The last move that this process made of an alias, by reference, in whatever store: a URI can be written in many ways.
+
+A copy that was asked for before that move is not fresh, whatever its age.
+"""
 
 
 def file_of(key: tuple[str, str], directory: Path | None) -> Path:

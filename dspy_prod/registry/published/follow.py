@@ -1,6 +1,7 @@
 """Following an alias: a `Production` runs what `triage@production` points to, and picks up a promotion by itself.
 
-A thread in the background looks at MLflow every `refresh` seconds. When the alias has moved, it makes a fresh copy of
+A thread in the background looks at MLflow every `refresh` seconds, and at once when this very process moves the alias
+(`look_at`). When the alias has moved, it makes a fresh copy of
 the program, puts the published state into it, and replaces the `Production`'s program by it in one assignment. A call
 takes the program once, so it runs on one version from begin to end, and calls in flight finish on theirs. No call
 waits for MLflow; only the constructor does, for some seconds at most.
@@ -43,6 +44,7 @@ CLOSING: Final = 1.0
 """Seconds that `close` waits for a look that is under way."""
 
 _log = logging.getLogger("dspy_prod")
+_FOLLOWERS: Final[dict[weakref.ref[Follower], None]] = {}
 
 
 class Follower:
@@ -73,10 +75,13 @@ class Follower:
         self._held = 0
         self._closed = False
         self._lock = threading.Lock()
+        self._looking = threading.RLock()  # one after the other, so that what was seen last is what runs
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         reset_after_fork(self)
-        self._look(first=True)
+        _FOLLOWERS[weakref.ref(self, lambda gone: _FOLLOWERS.pop(gone, None))] = None
+        with self._looking:
+            self._look(first=True)
         self.keep_going()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -118,8 +123,9 @@ class Follower:
     def look(self) -> None:
         """Look at MLflow once, and take over what is new there. Never raises an `Exception`."""
         try:
-            if not self._held:
-                self._look()
+            with self._looking:
+                if not self._held and not self._closed:
+                    self._look()
         except Exception:
             _log.exception("Following %s failed; the program stays as it is", self.reference)
 
@@ -173,9 +179,18 @@ class Follower:
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
+        self._looking = threading.RLock()
         self._stop = threading.Event()
         self._thread = None
         self._held = 0
+
+
+def look_at(reference: str) -> None:
+    """Have whoever follows an alias look now: this process has just moved it."""
+    for known in list(_FOLLOWERS):
+        follower = known()
+        if follower is not None and str(follower.reference) == reference:
+            follower.look()
 
 
 def _modules(program: Any) -> list[tuple[str, Any]]:

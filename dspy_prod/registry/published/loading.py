@@ -53,7 +53,8 @@ def load(
     Args:
         reference: `"triage@production"`, `"triage/3"`, or a `prompts:/` URI of either.
         program: the program from the code, with the predictors and fields that were published.
-        max_age: seconds for which a copy in memory is used without asking again; 0 always asks.
+        max_age: seconds for which a copy in memory is used without asking again; 0 always asks. An alias that this
+            process has moved meanwhile is asked for again all the same.
         cache_dir: where copies are kept on disk; default: `.dspy_prod/registry` in the working directory.
         allow_unsafe_lm_state: as in `dspy.Module.load`: rebuild LMs that were published with a class or an address of
             their own. Plain `dspy.LM`s are always rebuilt, without their key.
@@ -84,7 +85,7 @@ def obtain(server: Server, reference: Reference, max_age: float, directory: Path
     key = (server.uri, str(reference))
     copy = MEMORY.find(key)
     now = time.time()
-    if copy is not None and (reference.version is not None or 0 <= now - copy.confirmed_at < max_age):
+    if copy is not None and (reference.version is not None or _is_fresh(copy, key, now, max_age)):
         return copy.release
     try:
         if copy is not None and 0 <= now - _failed_at.get(server.uri, 0.0) < min(AGAIN_AFTER, max_age):
@@ -104,6 +105,10 @@ def obtain(server: Server, reference: Reference, max_age: float, directory: Path
         return copy.release
 
 
+def _is_fresh(copy: Copy, key: tuple[str, str], now: float, max_age: float) -> bool:
+    return 0 <= now - copy.confirmed_at < max_age and copy.after is copies.MOVES.get(key[1])
+
+
 def exact(server: Server, reference: Reference) -> Release:
     """As `fetch`: a version does not change, and an alias is never answered from an old copy."""
     return obtain(server, reference, 0.0) if reference.alias is None else renewed(server, reference)
@@ -112,10 +117,10 @@ def exact(server: Server, reference: Reference) -> Release:
 def renewed(server: Server, reference: Reference, directory: Path | None = None) -> Release:
     """As `fetch`; a copy is kept in memory and on disk."""
     key = (server.uri, str(reference))
-    copy = MEMORY.find(key)
+    copy, after = MEMORY.find(key), copies.MOVES.get(key[1])
     release = fetch(server, reference, None if copy is None else copy.release)
     _failed_at.pop(server.uri, None)
-    fresh = Copy(release, time.time())
+    fresh = Copy(release, time.time(), after)
     if copy is None or copy.release is not release or copies.is_old(key, directory):
         copies.save(key, fresh, directory)
     MEMORY.keep(key, fresh, anew=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -157,10 +157,29 @@ def _parts(program: Any) -> list[_Part]:
     predictors = program.named_predictors() if isinstance(program, dspy.Module) else []
     if not predictors:
         raise ConfigError(f"{type(program).__name__} has no predictors to publish; give a dspy.Module that has some")
-    for name, module in program.named_sub_modules(skip_compiled=True):
-        if module is not program and is_compiled(module) and not isinstance(module, dspy.Predict):
-            _log.warning("%s is frozen (_compiled): DSPy saves no state of it, and it is not published either", name)
+    for name in _frozen(program):
+        _log.warning("%s is frozen (_compiled): DSPy saves no state of it, and it is not published either", name)
     return [_part(name, predictor) for name, predictor in predictors]
+
+
+def _frozen(program: Any, within: str = "self") -> Iterator[str]:
+    """The modules in which DSPy would find predictors, were they not frozen.
+
+    It looks into attributes, and lists and dicts there, but no deeper: what an optimizer leaves on its result, such as
+    all programs that it tried (`candidate_programs`), is no part of the program.
+    """
+    for name, value in vars(program).items():
+        held = {f".{name}": value}
+        if isinstance(value, (list, tuple)):
+            held = {f".{name}[{number}]": item for number, item in enumerate(value)}
+        elif isinstance(value, dict):
+            held = {f".{name}[{key!r}]": item for key, item in value.items()}
+        for path, item in held.items():
+            if isinstance(item, dspy.Module) and not isinstance(item, dspy.Predict):
+                if not is_compiled(item):
+                    yield from _frozen(item, within + path)
+                elif item.predictors():
+                    yield within + path
 
 
 def _part(name: str, predictor: Any) -> _Part:

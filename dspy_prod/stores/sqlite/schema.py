@@ -149,6 +149,18 @@ def namespace_id(connection: sqlite3.Connection, namespace: str) -> int:
     return number
 
 
+def namespaces(path: str | Path) -> list[str] | None:
+    """The names in a file, which is left as it is; None when it cannot be read, or is no store."""
+    try:
+        connection = sqlite3.connect(Path(path).absolute().as_uri() + "?mode=ro", uri=True, timeout=OPEN_TIMEOUT)
+        try:
+            return [name for (name,) in connection.execute("SELECT name FROM namespaces ORDER BY name")]
+        finally:
+            connection.close()
+    except sqlite3.Error:
+        return None
+
+
 def is_locked(error: BaseException) -> bool:
     """Another connection has the write lock: worth another try."""
     return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)

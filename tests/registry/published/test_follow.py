@@ -480,3 +480,17 @@ def test_an_unforeseen_error_does_not_end_the_thread(
     monkeypatch.setattr(follow, "renewed", registry.published.loading.renewed)
     publish(2)
     wait_until(lambda: runs(prod) == "22")
+
+
+def test_what_this_process_moves_it_runs_at_once(following: Callable[..., Production]) -> None:
+    """A rollback was followed up to `refresh` seconds later, also where it had been called."""
+    publish(1)
+    prod = following(refresh=3600)
+    assert runs(prod) == "11"
+    publish(2)
+    assert runs(prod) == "22"
+    registry.rollback("pair")
+    assert runs(prod) == "11"
+    with prod._follower.held():
+        registry.promote("pair", 2)
+        assert runs(prod) == "11"

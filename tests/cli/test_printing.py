@@ -1,0 +1,187 @@
+"""What the commands print: numbers whole, names as they are, on any width and in any encoding."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspy_prod.cli import main
+from dspy_prod.cli.printing import show, table
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.sqlite.store import SqliteStore
+
+MODELS = ("lm_studio/a-rather-long-name-of-a-model-large", "lm_studio/a-rather-long-name-of-a-model-small")
+ODD = ("[x]", "[/dim]", "[bold]b[/bold]", ":bug:", "日本", "naïve → ∑", "\U0001f600")
+STEERING = "\x1b[31mred"
+COMMANDS = (
+    ["health"], ["costs"], ["costs", "--by", "model"], ["costs", "--by", "user"], ["calls", "--limit", "100"],
+    ["costs", "--since", "7d"], ["calls", "--since", "today", "--user", "[x]"],
+)  # fmt: skip
+
+
+@pytest.fixture
+def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments for a store whose models have long names, and whose users odd ones."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    namespace = "[name] :bug: 日本"
+    store = SqliteStore(str(tmp_path / "[db].db"), namespace)
+    made = {"route": "primary", "attempt": 1, "outcome": "ok", "started_at": time.time(), "cost_nano": 123_456_789_000}
+    for number, user in enumerate((*ODD, STEERING, "a " * 100)):
+        told = {"input_tokens": 123_456_789, "output_tokens": 98_765_432, "program": user, "model": MODELS[number % 2]}
+        store.append(CallRecord(id=f"r{number}", call_id="c", user=user, **told, **made))
+    store.close()
+    return ["--store", f"sqlite:///{tmp_path}/[db].db", "--namespace", namespace]
+
+
+class Pipe(io.TextIOWrapper):
+    """A pipe in an encoding."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, write_through=True)
+
+    def said(self) -> str:
+        """What was written into it."""
+        found: bytes = self.buffer.getvalue()  # type: ignore[attr-defined]
+        return found.decode(self.encoding)
+
+
+def said(monkeypatch: pytest.MonkeyPatch, arguments: list[str], encoding: str = "utf-8") -> str:
+    """What a command writes into a pipe."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe := Pipe(encoding))
+        assert main(arguments) == 0
+    return pipe.said()
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_numbers_are_whole_on_any_width(where: list[str], columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 columns showed "0.0055…" as a sum, and the same "lm_stu…" for two models."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = said(monkeypatch, ["costs", "--by", "model", *where])
+    assert "…" not in shown
+    for number in ("617.283945", "493.827156", "1111.111101", "617283945", "493827160", "1111111101", "888888888"):
+        assert re.search(rf"(?<!\d){re.escape(number)}(?!\d)", shown), number
+    names = "".join(line.split()[0] for line in shown.splitlines() if line.strip())
+    for model in MODELS:
+        assert model in names
+    assert "123.456789" in said(monkeypatch, ["calls", *where])
+
+
+def test_a_pipe_gets_everything_on_one_line(where: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dspy-prod costs --by model | grep large` finds the line with its numbers."""
+    (line,) = [line for line in said(monkeypatch, ["costs", "--by", "model", *where]).splitlines() if MODELS[0] in line]
+    assert line.split() == [MODELS[0], "617.283945", "0.000000", "5", "0", "0", "617283945", "493827160"]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii", "utf-16"])
+def test_names_are_shown_as_they_are(
+    where: list[str], command: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name with `[x]` was a MarkupError, and one that cp1252 lacks a UnicodeEncodeError."""
+    shown = said(monkeypatch, [*command, *where], encoding)
+    assert "[name] :bug: " in shown
+    assert "\x1b" not in shown
+    if "user" in command and "--by" in command:
+        for name in ODD:
+            assert name.encode(encoding, "backslashreplace").decode(encoding) in shown
+        assert r"\x1b[31mred" in shown
+    found = json.loads(said(monkeypatch, [*command, *where, "--json"], encoding))
+    if "calls" in command and "--limit" in command:
+        assert {record["user"] for record in found} >= {*ODD, STEERING}
+
+
+def test_the_last_row_is_the_sum(where: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the rows come to, to the last digit, in a table and not in JSON."""
+    for by in ("user", "model", "day"):
+        *_, last = said(monkeypatch, ["costs", "--by", by, *where]).rstrip().splitlines()
+        assert last.split() == ["total", "1111.111101", "0.000000", "9", "0", "0", "1111111101", "888888888"]
+        assert "total" not in said(monkeypatch, ["costs", "--by", by, *where, "--json"])
+
+
+def test_a_table_says_nothing_of_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """Titles, heads and cells alike."""
+    show(table("[red]t[/]", ("[a]", "n"), [("[/b]", "1")], numbers=1, last=[(":bug:", "22")]), "[/line] :bug:")
+    shown = capsys.readouterr().out
+    for words in ("[red]t[/]", "[a]", "[/b]", ":bug:", "[/line] :bug:"):
+        assert words in shown
+
+
+def row(store: SqliteStore, id: str, days: float, **more: Any) -> None:
+    """A call that was made so many days ago."""
+    at = time.time() - days * 86_400
+    made = {"route": "primary", "attempt": 1, "outcome": "ok", "cost_nano": 1_000_000, "model": "any/m"}
+    store.append(CallRecord(id=id, call_id="c", started_at=at, **made, **more))
+
+
+@pytest.mark.parametrize(
+    ("since", "costs", "calls"),
+    [
+        ("30m", {"now"}, {"now"}), ("7d", {"now", "week"}, {"now", "week"}), ("2w", {"now", "week", "old"}, None),
+        ("today", {"now"}, {"now"}), ("2000-01-01", {"now", "week", "old"}, None), ("2999-01-01", set(), set()),
+        ("2000-01-01T10:30:00+02:00", {"now", "week", "old"}, None), ("9999w", {"now", "week", "old"}, None),
+    ],
+)  # fmt: skip
+def test_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, since: str, costs: set[str], calls: set[str] | None
+) -> None:
+    """A span or a date bounds sums and calls; sums are of whole days."""
+    store = SqliteStore(str(tmp_path / "s.db"), "n")
+    for name, days in (("now", 0.0), ("week", 6.5), ("old", 13.5)):
+        row(store, name, days, user=name, estimated=True)
+    store.close()
+    where = ["--store", f"sqlite:///{tmp_path}/s.db", "--namespace", "n", "--since", since]
+    rows = json.loads(said(monkeypatch, ["costs", "--by", "user", "--json", *where]))
+    assert {each["value"] for each in rows} == costs
+    for more in ([], ["--unconfirmed"]):
+        records = json.loads(said(monkeypatch, ["calls", "--json", *more, *where]))
+        assert {each["id"] for each in records} == (costs if calls is None else calls)
+    by_day = json.loads(said(monkeypatch, ["costs", "--json", *where]))
+    assert len(by_day) == len(costs)
+    shown = said(monkeypatch, ["costs", *where])
+    assert f"since {since}" in shown
+
+
+@pytest.mark.parametrize("since", ["", "7", "d", "-7d", "7 days", "tomorrow", "2026-13-01", "12345w", "[x]"])
+@pytest.mark.parametrize("command", ["costs", "calls"])
+def test_a_since_that_means_nothing_is_refused(
+    command: str, since: str, where: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message shows what it can be."""
+    assert main([command, f"--since={since}", *where]) == 2
+    assert f"--since {since!r}: use 7d" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["health"], ["costs"], ["costs", "--by", "day"], ["calls"], ["calls", "--json"]])
+def test_a_namespace_that_is_not_there_is_said(
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt one showed zeros with exit code 0, and was there from then on."""
+    path = tmp_path / "a b%25[x].db"
+    url = f"sqlite:///{tmp_path}/a b%2525[x].db"
+    SqliteStore(str(path), "alpha").close()
+    SqliteStore(str(path), "[beta]").close()
+    for _ in range(2):
+        assert main([*command, "--store", url, "--namespace", "alhpa"]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert "no namespace 'alhpa'" in told.err
+        assert "only '[beta]', 'alpha'; pass --namespace" in told.err
+    assert main([*command, "--store", url, "--namespace", "alpha"]) == 0
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """`dspy-prod --version`."""
+    import dspy_prod
+
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"dspy-prod {dspy_prod.__version__}\n"
