@@ -32,6 +32,20 @@ def warn_messages(lm: Beneath, messages: Any) -> None:
     )
 
 
+def warn_steered_budgets(lm: Beneath) -> None:
+    """Warn when other settings are in force than those an LM is built with: what `set_budget` said outlasts it."""
+    if disabled():
+        return
+    for built, rule in zip(lm.settings.budgets, lm.pipeline.budgets, strict=True):
+        if built != rule.options:
+            warnings.warn(
+                f"The budget {built.title!r} keeps the settings that are in force, {rule.options!r}; {built!r} is what "
+                "LMs were built with before those were said. Call lm.set_budget(...) to change them",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
 def warn_coarse_budgets(lm: Beneath) -> None:
     """Warn when one call's bound is a large part of a budget: the last part of it could not be spent."""
     if disabled() or not lm.settings.budgets:

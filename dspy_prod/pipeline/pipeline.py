@@ -51,10 +51,9 @@ class Pipeline:
         self.routes = (primary, *fallbacks)
         self.store = store
         self.budgets = budgets
-        self.degradable = any(rule.options.degrade_to for rule in budgets)
-        every = (*budgets, *(rule for route in fallbacks for rule in route.rules))
-        self.budget_waits = any(rule.options.max_wait is not None for rule in every)
-        self.watches_spending = any(rule.options.soft for rule in every)
+        self.budgets_changed()
+        for rule in self.every_budget():
+            rule.followers.add(self)
         shared = None if cache is None else _shared_cache(store, cache)
         self.cache: ResponseCache | None = None if shared is None else shared.cache
         self.flights: Flights = Flights() if shared is None else shared.flights(self.routes)
@@ -66,6 +65,17 @@ class Pipeline:
         self._made: dict[str, Route] = {}
         self._capabilities: Any = None
         REAPER.start()
+
+    def every_budget(self) -> tuple[BudgetRule, ...]:
+        """The budgets of all calls, and those of single routes."""
+        return (*self.budgets, *(rule for route in self.fallbacks for rule in route.rules))
+
+    def budgets_changed(self) -> None:
+        """The options of a budget are others than before."""
+        every = self.every_budget()
+        self.degradable = any(rule.options.degrade_to for rule in self.budgets)
+        self.budget_waits = any(rule.options.max_wait is not None for rule in every)
+        self.watches_spending = any(rule.options.soft for rule in every)
 
     def route_to(self, model: str) -> Route:
         """A route to another model, made once."""
