@@ -194,7 +194,8 @@ class Budget(Options):
     Attributes:
         usd: the limit in USD.
         per: the window: `"hour"`, `"day"`, `"month"`, `"total"`, or `"run"` (`call_context(run=...)`, else this
-            process).
+            process). `"call"` caps every single call with all its attempts, fallbacks and `n` answers: what could
+            cost more is refused before it is sent, and retries end when the rest would not suffice.
         scope: `"global"`, `"tenant"`, `"user"`, `"model"` or `"tag:<key>"`: each value has a limit of its own.
         name: the budget's identity in its store and namespace; defaults to window and scope.
         timezone: IANA name of the zone in which days and months begin.
@@ -206,7 +207,7 @@ class Budget(Options):
     """
 
     usd: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_nan=False, le=1e9)]
-    per: Literal["hour", "day", "month", "total", "run"] = "total"
+    per: Literal["call", "hour", "day", "month", "total", "run"] = "total"
     scope: str = "global"
     name: str | None = None
     timezone: str = "UTC"
@@ -236,6 +237,12 @@ class Budget(Options):
 
     @model_validator(mode="after")
     def _possible(self) -> Budget:
+        if self.per == "call":
+            for name in ("scope", "require", "soft", "degrade_to", "max_wait", "shrink_last"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"per='call' caps every single call, for which {name} has no meaning; leave it out"
+                    )
         if self.degrade_to is not None and self.soft is None:
             raise ValueError("degrade_to needs soft=, the share of the budget after which it applies")
         return self

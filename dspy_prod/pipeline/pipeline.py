@@ -27,7 +27,10 @@ class Pipeline:
 
     Attributes:
         routes: the primary and then the fallbacks.
-        budgets: the rules every call is checked against; a route may have further ones of its own.
+        rules: the budgets of all calls; a route may have further ones of its own.
+        budgets: those of them that have accounts.
+        caps: those of them that cap single calls.
+        capped: whether anything caps single calls, on whatever route.
         degradable: whether a budget may switch to a cheaper model.
         watches_spending: whether a budget has a soft threshold.
         budget_waits: whether a budget has a `max_wait` of its own.
@@ -50,7 +53,7 @@ class Pipeline:
         self.fallbacks = fallbacks
         self.routes = (primary, *fallbacks)
         self.store = store
-        self.budgets = budgets
+        self.rules = budgets
         self.budgets_changed()
         for rule in self.every_budget():
             rule.followers.add(self)
@@ -68,11 +71,14 @@ class Pipeline:
 
     def every_budget(self) -> tuple[BudgetRule, ...]:
         """The budgets of all calls, and those of single routes."""
-        return (*self.budgets, *(rule for route in self.fallbacks for rule in route.rules))
+        return (*self.rules, *(rule for route in self.fallbacks for rule in route.rules))
 
     def budgets_changed(self) -> None:
         """The options of a budget are others than before."""
         every = self.every_budget()
+        self.budgets = tuple([rule for rule in self.rules if not rule.caps])
+        self.caps = tuple([rule for rule in self.rules if rule.caps])
+        self.capped = any(rule.caps for rule in every)
         self.degradable = any(rule.options.degrade_to for rule in self.budgets)
         self.budget_waits = any(rule.options.max_wait is not None for rule in every)
         self.watches_spending = any(rule.options.soft for rule in every)

@@ -19,6 +19,7 @@ from zoneinfo import ZoneInfo
 from dspy_prod.context.current import PROCESS_RUN, CallContext
 from dspy_prod.errors import BudgetExceededError, ConfigError
 from dspy_prod.options import Budget
+from dspy_prod.records import NANO
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
 from dspy_prod.stores.base import Account, Store, Terms
@@ -47,6 +48,7 @@ class BudgetRule:
     Attributes:
         options: the settings in force, as far as this process has heard.
         limit: their limit in nano-USD.
+        caps: they cap single calls, which have a `Purse` and no account.
         followers: pipelines that have to know when the options change.
     """
 
@@ -60,6 +62,7 @@ class BudgetRule:
     def _take(self, options: Budget) -> None:
         self.options = options
         self.limit = options.limit_nano
+        self.caps = options.per == "call"
         self._zone = ZoneInfo(options.timezone)
         # (window id, its end, accounts by scope value), replaced as one: a call sees one window or the other
         self._current: tuple[str, float, dict[str, Account]] = ("", -inf, {})
@@ -135,7 +138,7 @@ class BudgetRule:
     def window(self, wall: float) -> tuple[str, float]:
         """(id, end in seconds since the epoch) of the window that holds `wall`."""
         per = self.options.per
-        if per in ("total", "run"):
+        if per in ("total", "run", "call"):
             return per, inf
         if per == "hour":
             start = int(wall // 3600) * 3600
@@ -177,6 +180,62 @@ class BudgetRule:
                 limit_usd=self.options.usd,
             )
         return ANONYMOUS
+
+
+class Purse:
+    """What one call has spent, with all its attempts on all routes and its `n` answers.
+
+    Attributes:
+        answers: how many answers were asked for.
+    """
+
+    __slots__ = ("_costs", "answers")
+
+    def __init__(self, answers: int = 1) -> None:
+        self.answers = answers
+        self._costs: list[int] = []
+
+    @property
+    def spent(self) -> int:
+        """Nano-USD; an attempt that was left and has not ended counts with its bound."""
+        return sum(self._costs)
+
+    def charge(self, cost: int, place: int | None) -> int:
+        """Note what an attempt came to, in the place of what was said of it before; the place it has."""
+        if place is None:
+            self._costs.append(cost)
+            return len(self._costs) - 1
+        self._costs[place] = cost
+        return place
+
+    def check(self, rule: BudgetRule, bound: int, answers: int, *, model: str, route: str) -> None:
+        """Refuse an attempt that could take its call beyond a cap.
+
+        Args:
+            rule: the cap.
+            bound: the most that the attempt can cost, in nano-USD.
+            answers: how many answers are still to be paid for, this one included.
+            model, route: where it would be sent.
+
+        Raises:
+            BudgetExceededError: what was spent and the bounds of all answers to come are more than the limit.
+        """
+        needed = bound * answers
+        spent = self.spent
+        if spent + needed <= rule.limit:
+            return
+        each = f" for its {answers} answers" if answers > 1 else ""
+        before = f"{spent / NANO:.6f} USD are spent by its earlier attempts, and " if spent else ""
+        raise BudgetExceededError(
+            f"Budget {rule.options.title!r} allows {rule.limit / NANO:.6f} USD for one call; {before}this one may cost "
+            f"up to {needed / NANO:.6f} USD{each}. Raise the budget, lower max_tokens, or shorten the prompt",
+            model=model,
+            route=route,
+            budget=rule.options.title,
+            limit_usd=rule.limit / NANO,
+            spent_usd=spent / NANO,
+            bound_usd=needed / NANO,
+        )
 
 
 def _next_day(midnight: dt.datetime, days: int) -> dt.datetime:
