@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import re
+from difflib import get_close_matches
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dspy_prod.errors import ConfigError, OptionError
 
 
 def _seconds(value: Any) -> Any:
@@ -35,7 +39,11 @@ Share = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1, allow_inf
 
 
 class Options(BaseModel):
-    """Base of all options: frozen, hashable, and strict about names."""
+    """Base of all options: frozen, hashable, and strict about names.
+
+    Raises:
+        ConfigError: an option is unknown or impossible; the message names it, and what is allowed.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -43,7 +51,40 @@ class Options(BaseModel):
         if args:
             name, fields = type(self).__name__, ", ".join(type(self).model_fields)
             raise TypeError(f"{name} takes keyword arguments only: {name}({fields})")
-        super().__init__(**data)
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _explained(type(self), error.errors(include_url=False)[0]) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = type(self).__name__
+        raise ConfigError(f"{kind} does not change; make another: options.model_copy(update={{{name!r}: ...}})")
+
+
+def _explained(kind: type[Options], first: Any) -> OptionError:
+    """What pydantic found first, in words that name the option, what was given and what is allowed."""
+    field, given = str(first["loc"][0]) if first["loc"] else "", first["input"]
+    expected = list(kind.model_fields)
+    if first["type"] == "extra_forbidden":
+        hidden = any(word in field.lower() for word in ("key", "token", "secret", "password"))
+        got = "" if hidden else f", got {given!r}"
+        problem = f"is no option of {kind.__name__}{got}{_meant(field, expected)}; it has {', '.join(expected)}"
+    elif first["type"] == "missing":
+        problem = f"is missing; add it, e.g. {field} = ..."
+    else:
+        problem = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        problem = problem[:1].lower() + problem[1:]
+        if field:
+            problem += f", got {given!r}"
+        if first["type"] == "literal_error" and isinstance(given, str):
+            problem += _meant(given, re.findall("'([^']*)'", first["ctx"]["expected"]))
+    name = f"{kind.__name__}: {field}: " if field else f"{kind.__name__}: "
+    return OptionError(name + problem, field=field, problem=problem)
+
+
+def _meant(given: str, choices: list[str]) -> str:
+    near = get_close_matches(given, choices, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Retry(Options):
