@@ -18,6 +18,20 @@ class ConfigError(ValueError):
     """An option is impossible, unknown or contradictory; the message names the field and the remedy."""
 
 
+class OptionError(ConfigError):
+    """An option of a policy is impossible or unknown.
+
+    Attributes:
+        field: its name; empty when several options contradict each other.
+        problem: what is wrong with it, and what is allowed.
+    """
+
+    def __init__(self, message: str, *, field: str = "", problem: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+        self.problem = problem
+
+
 def _rebuild(cls: type[RejectedError], message: str, state: dict[str, Any]) -> RejectedError:
     error = cls(message)
     error.__dict__.update(state)
@@ -95,10 +109,15 @@ class BudgetExceededError(RejectedError):
 
 
 class DeadlineExceededError(RejectedError):
-    """The call's own deadline passed while it waited, retried, or while the upstream was working."""
+    """The call's own deadline passed while it waited, retried, or while the upstream was working.
+
+    Attributes:
+        working: the upstream was working; the ledger has (or will have) a record of that attempt.
+    """
 
     reason = "deadline_exceeded"
     default_code = "deadline_exceeded"
+    working: bool = False
 
 
 class UnpricedModelError(RejectedError):

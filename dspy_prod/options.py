@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import re
 import warnings
+from difflib import get_close_matches
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dspy_prod.errors import ConfigError, OptionError
 
 
 def _seconds(value: Any) -> Any:
@@ -36,7 +40,11 @@ Share = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1, allow_inf
 
 
 class Options(BaseModel):
-    """Base of all options: frozen, hashable, and strict about names."""
+    """Base of all options: frozen, hashable, and strict about names.
+
+    Raises:
+        ConfigError: an option is unknown or impossible; the message names it, and what is allowed.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -44,7 +52,40 @@ class Options(BaseModel):
         if args:
             name, fields = type(self).__name__, ", ".join(type(self).model_fields)
             raise TypeError(f"{name} takes keyword arguments only: {name}({fields})")
-        super().__init__(**data)
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise _explained(type(self), error.errors(include_url=False)[0]) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        kind = type(self).__name__
+        raise ConfigError(f"{kind} does not change; make another: options.model_copy(update={{{name!r}: ...}})")
+
+
+def _explained(kind: type[Options], first: Any) -> OptionError:
+    """What pydantic found first, in words that name the option, what was given and what is allowed."""
+    field, given = str(first["loc"][0]) if first["loc"] else "", first["input"]
+    expected = list(kind.model_fields)
+    if first["type"] == "extra_forbidden":
+        hidden = any(word in field.lower() for word in ("key", "token", "secret", "password"))
+        got = "" if hidden else f", got {given!r}"
+        problem = f"is no option of {kind.__name__}{got}{_meant(field, expected)}; it has {', '.join(expected)}"
+    elif first["type"] == "missing":
+        problem = f"is missing; add it, e.g. {field} = ..."
+    else:
+        problem = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        problem = problem[:1].lower() + problem[1:]
+        if field:
+            problem += f", got {given!r}"
+        if first["type"] == "literal_error" and isinstance(given, str):
+            problem += _meant(given, re.findall("'([^']*)'", first["ctx"]["expected"]))
+    name = f"{kind.__name__}: {field}: " if field else f"{kind.__name__}: "
+    return OptionError(name + problem, field=field, problem=problem)
+
+
+def _meant(given: str, choices: list[str]) -> str:
+    near = get_close_matches(given, choices, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Retry(Options):
@@ -195,7 +236,8 @@ class Budget(Options):
     Attributes:
         usd: the limit in USD.
         per: the window: `"hour"`, `"day"`, `"month"`, `"total"`, or `"run"` (`call_context(run=...)`, else this
-            process).
+            process). `"call"` caps every single call with all its attempts, fallbacks and `n` answers: what could
+            cost more is refused before it is sent, and retries end when the rest would not suffice.
         scope: `"global"`, `"tenant"`, `"user"`, `"model"` or `"tag:<key>"`: each value has a limit of its own.
         name: the budget's identity in its store and namespace; defaults to window and scope.
         timezone: IANA name of the zone in which days and months begin.
@@ -207,7 +249,7 @@ class Budget(Options):
     """
 
     usd: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, allow_inf_nan=False, le=1e9)]
-    per: Literal["hour", "day", "month", "total", "run"] = "total"
+    per: Literal["call", "hour", "day", "month", "total", "run"] = "total"
     scope: str = "global"
     name: str | None = None
     timezone: str = "UTC"
@@ -237,6 +279,12 @@ class Budget(Options):
 
     @model_validator(mode="after")
     def _possible(self) -> Budget:
+        if self.per == "call":
+            for name in ("scope", "require", "soft", "degrade_to", "max_wait", "shrink_last"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"per='call' caps every single call, for which {name} has no meaning; leave it out"
+                    )
         if self.degrade_to is not None and self.soft is None:
             raise ValueError("degrade_to needs soft=, the share of the budget after which it applies")
         return self

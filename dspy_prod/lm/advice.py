@@ -32,6 +32,20 @@ def warn_messages(lm: Beneath, messages: Any) -> None:
     )
 
 
+def warn_steered_budgets(lm: Beneath) -> None:
+    """Warn when other settings are in force than those an LM is built with: what `set_budget` said outlasts it."""
+    if disabled():
+        return
+    for built, rule in zip(lm.settings.budgets, lm.pipeline.rules, strict=True):
+        if built != rule.options:
+            warnings.warn(
+                f"The budget {built.title!r} keeps the settings that are in force, {rule.options!r}; {built!r} is what "
+                "LMs were built with before those were said. Call lm.set_budget(...) to change them",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
 def warn_coarse_budgets(lm: Beneath) -> None:
     """Warn when one call's bound is a large part of a budget: the last part of it could not be spent."""
     if disabled() or not lm.settings.budgets:
@@ -49,7 +63,15 @@ def warn_coarse_budgets(lm: Beneath) -> None:
     remedy = "Lower max_tokens" if given else "Set max_tokens"
     bound = rates.bound(0, int(tokens))
     for budget in lm.settings.budgets:
-        if bound > 0.05 * budget.limit_nano:
+        if budget.per == "call":
+            if bound > budget.limit_nano:
+                warnings.warn(
+                    f"{size} lets one call of {lm.model} cost {usd(bound):.6f} USD, more than the budget "
+                    f"{budget.title!r} allows for one ({budget.usd:g} USD), so that every call is refused. {remedy}",
+                    UserWarning,
+                    stacklevel=4,
+                )
+        elif bound > 0.05 * budget.limit_nano:
             warnings.warn(
                 f"{size} lets one call of {lm.model} reserve {usd(bound):.6f} USD, more than 5 % of the "
                 f"budget {budget.title!r} ({budget.usd:g} USD); up to one such reservation may stay unspent. "

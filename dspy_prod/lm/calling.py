@@ -18,6 +18,7 @@ from dspy_prod.lm.settings import split
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.scope import Scope, raw_key
+from dspy_prod.policies.budget import Purse
 
 _ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
 _PLAIN_CALL_KEYS: Final = frozenset(
@@ -86,7 +87,11 @@ def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], ex
     if use_cache and not isinstance(prompt, Request) and "request" not in kwargs:
         tenant = None if lm.settings.cache.shared else context.tenant
         base = raw_key(lm.identity, prompt, messages, {**merged, **extras} if extras else merged, tenant)
-    return Scope(context, base, extras, merged.get("rollout_id"), use_cache)
+    scope = Scope(context, base, extras, merged.get("rollout_id"), use_cache)
+    if lm.pipeline.capped:
+        answers = merged.get("n")
+        scope.purse = Purse(answers if isinstance(answers, int) else 1)
+    return scope
 
 
 def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known | None:

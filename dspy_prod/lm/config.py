@@ -51,10 +51,9 @@ from pathlib import Path
 from typing import Any, Final, get_origin
 
 from dspy.clients.backend_selection import CLIENT_KEYS
-from pydantic import ValidationError
 
-from dspy_prod.errors import ConfigError
-from dspy_prod.lm.environment import PREFIX, Sources, override
+from dspy_prod.errors import ConfigError, OptionError
+from dspy_prod.lm.environment import PREFIX, Sources, lines_of, override
 from dspy_prod.lm.settings import ARGUMENTS, CANONICAL_KEYS, OPTIONS
 from dspy_prod.options import Options
 from dspy_prod.privacy.names import bare_url, is_secret
@@ -103,18 +102,20 @@ def load_config(path: str | Path | None, env: Mapping[str, str] = os.environ) ->
             do.
     """
     values: dict[str, Any] = {}
+    sources = Sources("")
     if path is not None:
-        values = _read(Path(path))
-        _refuse_secrets(values, str(path))
-    sources = Sources("" if path is None else str(path))
+        values, text = _read(Path(path))
+        sources = Sources(str(path), lines_of(text))
+        _refuse_secrets(values, sources)
     override(values, env, sources, texts=_TEXTS)
     return _arguments(values, env, sources)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any], str]:
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        values: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values: dict[str, Any] = toml.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file (looked from {Path.cwd()})") from None
     except OSError as error:
@@ -123,22 +124,30 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except toml.TOMLDecodeError as error:
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
-    return values
+    return values, text
 
 
-def _refuse_secrets(values: Mapping[str, Any], where: str, *above: str) -> None:
+def _is_slip(key: str, above: tuple[str, ...]) -> bool:
+    """Whether a name that sounds like a secret's is a misspelt option, such as `max_token`; that is told later."""
+    options = OPTIONS.get(above[0]) if len(above) == 1 else None
+    known = _KNOWN if not above else () if options is None else options.model_fields
+    return bool(difflib.get_close_matches(key, known, n=1, cutoff=0.85))
+
+
+def _refuse_secrets(values: Mapping[str, Any], sources: Sources, *above: str) -> None:
     """Secrets do not belong in a file that is kept with the code."""
     for key, value in values.items():
+        where = sources.of(*above, key)
         place = ".".join((*above, key))
         variable = f"${PREFIX}{'__'.join((*above, key)).upper()}"
         if isinstance(value, Mapping) and key != "prices":
-            _refuse_secrets(value, where, *above, key)
+            _refuse_secrets(value, sources, *above, key)
         elif place == "api_key":
             raise ConfigError(
                 f"{where}: api_key: a key does not belong in a file; set an environment variable and name it here: "
                 'api_key_env = "MY_KEY"'
             )
-        elif is_secret(key) and key != "api_key_env":
+        elif is_secret(key) and key != "api_key_env" and not _is_slip(key, above):
             hint = f"set ${PREFIX}{above[0].upper()} to a JSON table" if above else f"set {variable}"
             raise ConfigError(f"{where}: {place}: a secret does not belong in a file; {hint} instead")
         elif isinstance(value, str) and "://" in value and bare_url(value) != value:
@@ -204,17 +213,10 @@ def _options(kind: type[Options], table: Any, sources: Sources, *keys: str) -> O
         )
     try:
         made = kind(**table)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(map(str, first["loc"]))
+    except OptionError as error:
+        field = error.field
         place = f"{sources.of(*keys, field)}: [{name}] {field}" if field else f"{sources.of(*keys)}: [{name}]"
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{place}: is no option of {kind.__name__}{_closest(field, kind.model_fields)}") from None
-        if first["type"] == "missing":
-            raise ConfigError(f"{place}: is missing; add it, e.g. {field} = ...") from None
-        message = first["msg"].removeprefix("Value error, ")
-        got = f", got {first['input']!r}" if field else ""
-        raise ConfigError(f"{place}: {message[:1].lower()}{message[1:]}{got}") from None
+        raise ConfigError(f"{place}: {error.problem}") from None
     for field, value in table.items():
         if isinstance(value, (str, bool)) and type(getattr(made, field)) is not type(value):  # pydantic was lenient
             raise ConfigError(f"{sources.of(*keys, field)}: [{name}] {field}: takes a number, got {value!r}")

@@ -15,6 +15,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.lm.beneath import INSTALLED, Beneath
 from dspy_prod.lm.settings import ROWS, Settings, settings_of, split
 from dspy_prod.options import Cache
+from dspy_prod.policies.budget import quoted
 from dspy_prod.stores.base import Store
 
 Copied = TypeVar("Copied", bound=Beneath)
@@ -83,7 +84,8 @@ def variant(lm: Beneath, policies: dict[str, Any]) -> Beneath:
     kept = lm._variants.find(key)
     if kept is None:
         made = _twin(lm)
-        made._install(changed(lm.settings, policies, {}))
+        with quoted():
+            made._install(changed(lm.settings, policies, {}))
         kept = lm._variants.keep(key, made)
     twin = _twin(lm)  # model arguments and history are those of now
     for name in INSTALLED:

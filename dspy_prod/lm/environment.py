@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
@@ -14,17 +15,43 @@ PREFIX: Final = "DSPY_PROD__"
 class Sources:
     """Where each key came from, for messages."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, lines: Mapping[tuple[str, ...], int | None] | None = None) -> None:
         self._path = path
+        self._lines = lines or {}
         self.variables: dict[tuple[str, ...], str] = {}
 
     def of(self, *keys: str) -> str:
-        """The place of a key: an environment variable, else the file."""
+        """The place of a key: an environment variable, else the file and the line."""
         for length in range(len(keys), 0, -1):
             if keys[:length] in self.variables:
                 return f"${self.variables[keys[:length]]}"
+        for length in range(len(keys), 0, -1):
+            if keys[:length] in self._lines:
+                line = self._lines[keys[:length]]
+                return self._path if line is None else f"{self._path}:{line}"
         within = [name for place, name in self.variables.items() if place[: len(keys)] == keys]
-        return self._path or (f"${within[0]}" if within else "the environment")
+        return f"${within[0]}" if within else self._path or "the environment"
+
+
+_HEADER: Final = re.compile(r"\s*\[\[?([^\[\]]+)\]\]?\s*(?:#.*)?$")
+_KEY: Final = re.compile(r"\s*(?:\"([^\"]+)\"|'([^']+)'|([\w-]+))\s*=")
+_PART: Final = re.compile(r"\"([^\"]+)\"|'([^']+)'|([\w-]+)")
+
+
+def lines_of(text: str) -> dict[tuple[str, ...], int | None]:
+    """Where the keys of a valid TOML text stand; None for a key that stands in several places."""
+    found: dict[tuple[str, ...], int | None] = {}
+    table: tuple[str, ...] = ()
+    for number, line in enumerate(text.splitlines(), 1):
+        header, key = _HEADER.match(line), _KEY.match(line)
+        if header is not None:
+            table = place = tuple([next(filter(None, part)) for part in _PART.findall(header[1])])
+        elif key is not None:
+            place = (*table, next(filter(None, key.groups())))
+        else:
+            continue
+        found[place] = None if place in found else number
+    return found
 
 
 def override(values: dict[str, Any], env: Mapping[str, str], sources: Sources, *, texts: Collection[str]) -> None:

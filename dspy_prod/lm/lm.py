@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import copy as copying_module
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,8 +19,9 @@ from dspy.utils.callback import BaseCallback, with_callbacks
 from dspy_prod.compat.dspy import OwnCache, engines_of, set_engines
 from dspy_prod.compat.executing import arun_call, run_call
 from dspy_prod.errors import ConfigError
-from dspy_prod.lm.advice import warn_coarse_budgets
-from dspy_prod.lm.assembling import assemble
+from dspy_prod.lm.advice import warn_coarse_budgets, warn_steered_budgets
+from dspy_prod.lm.arguments import budget_options
+from dspy_prod.lm.assembling import assemble, disabled
 from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath
 from dspy_prod.lm.calling import begin, calls_of, per_call
 from dspy_prod.lm.copying import checked, copied, pinned
@@ -30,6 +32,7 @@ from dspy_prod.pipeline.pipeline import clear_answers
 from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.upstream import address_of
 from dspy_prod.policies.breaker.transitions import OperatorMove
+from dspy_prod.policies.budget import quoted, steer
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.records import usd
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
@@ -107,6 +110,7 @@ class LM(OwnCache, dspy.LM):
         own["num_retries"] = 0  # retries live in exactly one layer: ours
         super().__init__(**own, cache=cache is not False, **canonical)
         self._install(settings)
+        warn_steered_budgets(self)
         if isinstance(engine, str):  # else no call may need DSPy's prices
             WARMUP.start()
 
@@ -176,9 +180,11 @@ class LM(OwnCache, dspy.LM):
     # -- copies ------------------------------------------------------------------------------------------------------
     def copy(self, **kwargs: Any) -> LM:
         """A copy that shares breaker, limits, budgets, cache and ledger, with some arguments changed."""
+        budgets = nullcontext() if "budget" in kwargs else quoted()
         twin, settings = copied(self, kwargs)
         if settings is not None:
-            twin._install(settings)
+            with budgets:
+                twin._install(settings)
         else:
             for engine in engines_of(twin):
                 engine.caches = twin.cache
@@ -206,7 +212,8 @@ class LM(OwnCache, dspy.LM):
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = recall(state.pop("_token", ""))  # in the same process: the same store, keys and clock
         super().__setstate__(state)
-        self._install(self.settings.unsealed() if known is None else known)
+        with quoted():
+            self._install(self.settings.unsealed() if known is None else known)
 
     def dump_state(self) -> dict[str, Any]:
         """What `load_state` rebuilds this LM from: JSON, without keys."""
@@ -288,6 +295,26 @@ class LM(OwnCache, dspy.LM):
         for lm in (self, *self._variants.all()):
             await lm.pipeline.aclose()
         await asyncio.to_thread(self.close)
+
+    def set_budget(self, budget: Budget | Sequence[Budget] | Mapping[str, Any]) -> None:
+        """Change the settings of this LM's budgets while they are in use.
+
+        They hold at once for every LM of this process that shares the budget, and for other processes that share the
+        store from their next admission on. What is spent stays spent; who waits for money is served if the limit was
+        raised, and refused if it can no longer cover the call. They stay in force, also for LMs built later with the
+        settings of before, until other settings are said. Listeners hear `budget_changed`.
+
+            lm.set_budget(dspy_prod.Budget(usd=20, per="day"))
+
+        Args:
+            budget: new settings, for the budgets of the same names; those not named stay as they are.
+
+        Raises:
+            ConfigError: this LM has no budget of that name.
+            StoreUnavailableError: the store cannot keep the settings; they are as before.
+        """
+        if not disabled():
+            steer(self.pipeline.store, self.pipeline.every_budget(), budget_options(budget))
 
     def breaker(self, move: OperatorMove, route: str | None = None) -> None:
         """Move circuit breakers by hand.

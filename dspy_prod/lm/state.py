@@ -22,6 +22,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.settings import ATTRIBUTES, DSPY, ROWS
 from dspy_prod.options import Options
+from dspy_prod.policies.budget import quoted
 from dspy_prod.privacy.names import bare_url, public
 from dspy_prod.stores.opening import default_store_url
 
@@ -74,7 +75,7 @@ def load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
 
     Raises:
         ValueError: the state names a class and `allow` is False.
-        ConfigError: the state contradicts itself, or another LM's budgets.
+        ConfigError: the state contradicts itself.
     """
     arguments = dict(state)
     arguments.pop(LM_CLASS_STATE_KEY, None)
@@ -89,7 +90,8 @@ def load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
     url = arguments.get("store")
     if isinstance(url, str) and bare_url(default_store_url()) == url:
         arguments["store"] = default_store_url()  # the environment knows its password
-    loaded: Loaded = cls(**arguments)
+    with quoted():  # loading must not change what a budget allows
+        loaded: Loaded = cls(**arguments)
     return loaded
 
 

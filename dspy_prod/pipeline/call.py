@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dspy.lm15 import Request, Response, Usage
 
 from dspy_prod.context.current import CallContext
+from dspy_prod.policies.budget import Purse
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
 from dspy_prod.records import MOST_TOKENS, CallRecord, told
 from dspy_prod.runtime.forking import reset_after_fork
@@ -67,6 +68,8 @@ class Call:
         paused: seconds a stream lay in its consumer's hands.
         waited: seconds spent waiting for admission or for an identical call.
         records: what the attempts were.
+        purse: what the public call behind it has spent; None where nothing caps single calls.
+        to_pay: how many of that call's answers are still to be paid for, this one included.
     """
 
     pipeline: Pipeline
@@ -82,6 +85,8 @@ class Call:
     degraded: bool = False
     paused: float = 0.0
     waited: float = 0.0
+    purse: Purse | None = None
+    to_pay: int = 1
     deadline: float = field(init=False)
     id: str = field(init=False)
 

@@ -19,6 +19,7 @@ from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.scope import SCOPE, Scope, candidate_key, request_key
+from dspy_prod.policies.budget import Purse
 
 
 class _Guarded:
@@ -77,7 +78,11 @@ class _Guarded:
                 key = request_key(self.identity, request, scope.extras, scope.rollout_id, self._tenant(context.tenant))
             if key is not None and index:
                 key = candidate_key(key, index)
-        return Call(pipeline, request, context, key, scope.extras, streaming, scope.records, missed)
+        call = Call(pipeline, request, context, key, scope.extras, streaming, scope.records, missed)
+        if pipeline.capped:
+            call.purse = scope.purse = scope.purse or Purse()
+            call.to_pay = max(1, call.purse.answers - index)
+        return call
 
     def _tenant(self, tenant: str | None) -> str | None:
         cache = self.pipeline.cache

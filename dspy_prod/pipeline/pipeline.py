@@ -27,7 +27,10 @@ class Pipeline:
 
     Attributes:
         routes: the primary and then the fallbacks.
-        budgets: the rules every call is checked against; a route may have further ones of its own.
+        rules: the budgets of all calls; a route may have further ones of its own.
+        budgets: those of them that have accounts.
+        caps: those of them that cap single calls.
+        capped: whether anything caps single calls, on whatever route.
         degradable: whether a budget may switch to a cheaper model.
         watches_spending: whether a budget has a soft threshold.
         budget_waits: whether a budget has a `max_wait` of its own.
@@ -50,11 +53,10 @@ class Pipeline:
         self.fallbacks = fallbacks
         self.routes = (primary, *fallbacks)
         self.store = store
-        self.budgets = budgets
-        self.degradable = any(rule.options.degrade_to for rule in budgets)
-        every = (*budgets, *(rule for route in fallbacks for rule in route.rules))
-        self.budget_waits = any(rule.options.max_wait is not None for rule in every)
-        self.watches_spending = any(rule.options.soft for rule in every)
+        self.rules = budgets
+        self.budgets_changed()
+        for rule in self.every_budget():
+            rule.followers.add(self)
         shared = None if cache is None else _shared_cache(store, cache)
         self.cache: ResponseCache | None = None if shared is None else shared.cache
         self.flights: Flights = Flights() if shared is None else shared.flights(self.routes)
@@ -66,6 +68,20 @@ class Pipeline:
         self._made: dict[str, Route] = {}
         self._capabilities: Any = None
         REAPER.start()
+
+    def every_budget(self) -> tuple[BudgetRule, ...]:
+        """The budgets of all calls, and those of single routes."""
+        return (*self.rules, *(rule for route in self.fallbacks for rule in route.rules))
+
+    def budgets_changed(self) -> None:
+        """The options of a budget are others than before."""
+        every = self.every_budget()
+        self.budgets = tuple([rule for rule in self.rules if not rule.caps])
+        self.caps = tuple([rule for rule in self.rules if rule.caps])
+        self.capped = any(rule.caps for rule in every)
+        self.degradable = any(rule.options.degrade_to for rule in self.budgets)
+        self.budget_waits = any(rule.options.max_wait is not None for rule in every)
+        self.watches_spending = any(rule.options.soft for rule in every)
 
     def route_to(self, model: str) -> Route:
         """A route to another model, made once."""

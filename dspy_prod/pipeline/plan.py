@@ -43,6 +43,7 @@ class Attempt:
         started: monotonic time at which it was planned, and then at which it was sent.
         until: monotonic time at which the driver has to end it.
         sent: it was handed to the driver, so the provider may have seen it.
+        paid: its place in the call's purse, once its cost was noted there.
     """
 
     call: Call
@@ -56,6 +57,7 @@ class Attempt:
     permit: Permit | None = None
     until: float = inf
     sent: bool = False
+    paid: int | None = None
 
     @property
     def held(self) -> Reservation | None:
@@ -69,7 +71,7 @@ def plan(call: Call, route: Route, number: int) -> Attempt:
 
     Raises:
         UnpricedModelError: a budget applies and the cost cannot be bounded.
-        BudgetExceededError: a budget requires a scope that the context does not name.
+        BudgetExceededError: a budget requires a scope that the context does not name, or caps a call below its cost.
         RateLimitedError: `max_tokens` alone is above the limit.
     """
     pipeline = call.pipeline
@@ -80,27 +82,33 @@ def plan(call: Call, route: Route, number: int) -> Attempt:
         request = _with_defaults(request, route.defaults)
     rules = _rules(pipeline.budgets, route) if route.rules else pipeline.budgets
     limited = route.limited or route.state.identity.throttled
+    caps = _caps(pipeline.caps, route) if pipeline.capped else ()
     attempt = Attempt(call, route, request, number, None, rules, pipeline.clock.monotonic())
-    if not rules and not limited:
+    if not rules and not limited and not caps:
         return attempt
     tokens = 0
     accounts: tuple[Account, ...] = ()
     tpm = route.limit.tpm if limited else None
-    if rules or tpm is not None:
+    if rules or caps or tpm is not None:
         inputs, outputs = route.bounds(request)
         if tpm is not None:
             if request.config.max_tokens is not None and request.config.max_tokens > tpm:
                 raise _never_fits(route, request.config.max_tokens, tpm)
             tokens = route.limiter_tokens(inputs, outputs)
-        if rules:
+        if rules or caps:
             attempt.bound = _bound(route, request, inputs, outputs)
+            for cap in caps:
+                assert call.purse is not None
+                call.purse.check(cap, attempt.bound, call.to_pay, model=route.model, route=route.name)
+        if rules:
             wall = pipeline.clock.time()
             context = call.context
             if len(rules) == 1:
                 accounts = (rules[0].account(context, route.model, wall),)
             else:
                 accounts = tuple([rule.account(context, route.model, wall) for rule in rules])
-    attempt.reservation = _reservation(attempt, tokens, accounts, limited)
+    if rules or limited:
+        attempt.reservation = _reservation(attempt, tokens, accounts, limited)
     return attempt
 
 
@@ -131,6 +139,7 @@ def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> b
     shared = call.pipeline.budgets
     rules = _rules(shared, route)
     own = [rule.options.title for rule in rules if rule.options.scope == "model" or rule not in shared]
+    own += [rule.options.title for rule in _caps(call.pipeline.caps, route)]  # another model may be cheaper
     return any(error.budget == title or error.budget.startswith(f"{title}=") for title in own)
 
 
@@ -222,7 +231,12 @@ def _wait_until(call: Call, route: Route, rules: tuple[BudgetRule, ...], now: fl
 def _rules(budgets: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
     """The budgets of the pipeline and the route's own, each account once."""
     titles = {rule.options.title for rule in budgets}
-    return (*budgets, *[rule for rule in route.rules if rule.options.title not in titles])
+    return (*budgets, *[rule for rule in route.rules if not rule.caps and rule.options.title not in titles])
+
+
+def _caps(caps: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
+    """What caps a call on this route: for all routes, and for this one alone."""
+    return (*caps, *[rule for rule in route.rules if rule.caps and rule not in caps])
 
 
 def _bound(route: Route, request: Request, inputs: int | None, outputs: int | None) -> int:

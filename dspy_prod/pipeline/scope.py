@@ -17,6 +17,7 @@ from dspy.lm15 import Request
 
 from dspy_prod.compat.lm15 import request_to_dict
 from dspy_prod.context.current import CallContext
+from dspy_prod.policies.budget import Purse
 from dspy_prod.policies.cache import LOCAL
 from dspy_prod.records import CallRecord
 
@@ -30,6 +31,7 @@ class Scope:
         index: candidates already asked for.
         missed: the memory tier of the cache was asked for `base` already, in vain.
         records: everything the call did.
+        purse: what it has spent, where a budget caps single calls.
     """
 
     context: CallContext
@@ -40,6 +42,7 @@ class Scope:
     index: int = 0
     missed: bool = False
     records: list[CallRecord] = field(default_factory=list)
+    purse: Purse | None = None
     _token: Any = None
 
     def __enter__(self) -> None:

@@ -102,6 +102,8 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     if late is None:
         _settle_failure(attempt, verdict, error, latency)
     else:
+        if call.purse is not None:
+            _pay(attempt, worst(attempt) or 0)  # until it has ended
         late.on_end(lambda response, failure: _ended_late(attempt, verdict, response, failure))
     return error
 
@@ -181,11 +183,19 @@ def _book(
     attempt: Attempt, record: CallRecord | None, cost: int | None, tokens: int | None, sent: bool, estimated: bool
 ) -> None:
     """Put what an attempt came to in the place of what was held for it."""
+    if attempt.call.purse is not None:
+        _pay(attempt, cost or 0)
     held, store = attempt.held, attempt.call.pipeline.store
     if held is not None:
         store.settle(held, Settlement(held.id, cost, tokens, sent, estimated, record))
     elif record is not None:
         store.append(record)
+
+
+def _pay(attempt: Attempt, cost: int) -> None:
+    """Charge the purse of a call, where a budget caps single calls."""
+    assert attempt.call.purse is not None
+    attempt.paid = attempt.call.purse.charge(cost, attempt.paid)
 
 
 def _throttled(attempt: Attempt, error: BaseException) -> None:

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from dspy_prod.context.current import current
 from dspy_prod.pipeline.pipeline import Pipeline
-from dspy_prod.policies.budget import BudgetRule
+from dspy_prod.policies.budget import BudgetRule, refresh
 from dspy_prod.records import NANO, ROLLUP_DIMENSIONS, Totals
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
@@ -86,6 +86,9 @@ def summary(places: Sequence[Place], pipelines: Iterable[Pipeline]) -> CostSumma
 def global_budgets(pipelines: Iterable[Pipeline]) -> list[BudgetStatus]:
     """The global budgets of some pipelines, each once; a run's budget is that of the run in force here."""
     found: dict[tuple[int, str], BudgetStatus] = {}
+    pipelines = list(pipelines)
+    for store in {id(pipeline.store): pipeline.store for pipeline in pipelines if pipeline.budgets}.values():
+        refresh(store)
     for pipeline in pipelines:
         wall = pipeline.clock.time()
         for rule in pipeline.budgets:

@@ -162,10 +162,10 @@ def _all_seats_taken(pipeline: Pipeline, reservation: Reservation) -> bool:
 
 
 def _affordable(pipeline: Pipeline, outlook: _Outlook, bound: int | None) -> bool | None:
-    if not pipeline.budgets:
-        return True
     if outlook.refusal is not None and outlook.refusal.reason == "budget_exceeded":
         return False
+    if not pipeline.budgets:
+        return True
     asked = outlook.plan.reservation if outlook.plan is not None else None
     if asked is None or bound is None:
         return None

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
-from dspy_prod.options import RateLimit
+from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
 
 
@@ -24,12 +24,28 @@ class Account(NamedTuple):
         limit: nano-USD.
         title: what to call it in an error, e.g. `"day/tenant=acme"`.
         ends_in: seconds until the window ends (`inf` when it never does); for housekeeping only.
+        budget: the title of the budget; the limit that its terms say wins over `limit`.
     """
 
     key: str
     limit: int
     title: str
     ends_in: float = math.inf
+    budget: str = ""
+
+
+class Terms(NamedTuple):
+    """The settings of a budget, the same for all who share it.
+
+    Attributes:
+        built: those that an LM was built with last.
+        in_force: those that hold: `built`, or what was said since while calls were made.
+        revision: grows with every change.
+    """
+
+    built: Budget
+    in_force: Budget
+    revision: int
 
 
 class AccountState(NamedTuple):
@@ -194,6 +210,31 @@ class Admission(Protocol):
 
     def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
         """(seconds until this reservation could be granted, refusal or None), changing nothing."""
+        ...
+
+    def declare(self, budget: Budget, anew: bool = True) -> None:
+        """An LM is built with this budget; its settings hold for all who share it if they are new, or if nobody has
+        said any yet and `anew` is False. Admissions that come after are held to them. Posted."""
+        ...
+
+    def steer(self, budget: Budget) -> None:
+        """These settings hold for all who share the budget from now on; what is spent stays, who waits is served.
+
+        Raises:
+            StoreUnavailableError: they cannot be kept.
+        """
+        ...
+
+    def terms(self) -> list[Terms]:
+        """The terms of every budget that was declared here."""
+        ...
+
+    def known_terms(self, title: str) -> Terms | None:
+        """The terms of one budget, as this process heard of them last; no I/O."""
+        ...
+
+    def on_terms(self, listener: Callable[[Terms], None]) -> None:
+        """Tell `listener` of terms that changed, wherever that was; it takes the place of the one before."""
         ...
 
     def account(self, key: str) -> AccountState: ...

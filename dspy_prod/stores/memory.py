@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from math import inf
 
+from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.core import AdmissionCore
-from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal
+from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
 from dspy_prod.stores.memory_ledger import MemoryLedger
 
@@ -36,6 +38,7 @@ class MemoryStore(Lane):
         self._clock = clock
         self._ledger = MemoryLedger(max_records)
         self._janitor = Janitor(self, "dspy_prod-memory-store")
+        self._on_terms: Callable[[Terms], None] | None = None
         super().__init__(clock.monotonic, self._ledger.append, self._janitor.rearm)
         hold_while_forking(self, Stage.STATE)
 
@@ -57,6 +60,33 @@ class MemoryStore(Lane):
     def append(self, record: CallRecord) -> None:
         with self._lock:
             self._ledger.append(record)
+
+    # -- the terms of budgets ----------------------------------------------------------------------------------------
+    def declare(self, budget: Budget, anew: bool = True) -> None:
+        self._step(lambda core, now: core.declare(budget, anew, now))
+        self._tell_terms()
+
+    def steer(self, budget: Budget) -> None:
+        self._step(lambda core, now: core.steer(budget, now))
+        self._tell_terms()
+
+    def terms(self) -> list[Terms]:
+        with self._lock:
+            return self._core.terms.all()
+
+    def known_terms(self, title: str) -> Terms | None:
+        with self._lock:
+            return self._core.terms.find(title)
+
+    def on_terms(self, listener: Callable[[Terms], None]) -> None:
+        self._on_terms = listener
+
+    def _tell_terms(self) -> None:
+        with self._lock:
+            news = self._core.terms.take_news()
+        for terms in news:
+            if self._on_terms is not None:
+                self._on_terms(terms)
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = None) -> bool:

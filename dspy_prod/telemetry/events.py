@@ -57,6 +57,7 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "breaker_half_open": _kind(INFO, _BREAKER, "Single probes try the upstream again."),
     "breaker_closed": _kind(INFO, _BREAKER, "Calls pass again, or an operator disabled the breaker."),
     "budget_soft": _kind(WARNING, f"{_WHOSE} budget spent_usd limit_usd degrade_to", "Its soft threshold is passed."),
+    "budget_changed": _kind(INFO, "budget limit_usd before_usd changed", "Other settings hold for all who share it."),
     "budget_overrun": _kind(ERROR, f"{_CALL} cost_usd bound_usd", "More was billed than reserved. Check `prices=`."),
     "unpriced_model": _kind(WARNING, "model", "Calls of this model are recorded without a cost. Pass `prices=`."),
     "hold_abandoned": _kind(WARNING, "path holds cost_nano", "Calls of dead processes were charged in full."),

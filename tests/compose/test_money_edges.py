@@ -334,6 +334,9 @@ class _Disk:
     def load_account(self, key: str) -> None:
         return None
 
+    def load_terms(self, title: str) -> None:
+        return None
+
     def load_limiter(self, key: str) -> tuple[bytes, RateLimit]:
         return self._stored
 

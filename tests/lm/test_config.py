@@ -184,6 +184,32 @@ def test_a_mistake_is_named_with_file_key_and_remedy(text: str, words: list[str]
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model = 'a/b'\nmax_token = 5", [":2: max_token", "did you mean 'max_tokens'"]),
+        ("\n\n[limit]\nrpm = 5\ntpn = 5", [":5: [limit] tpn", "'tpm'"]),
+        ("[[budget]]\nusd = 5\n[[budget]]\nusd = -5", ["[budget] usd", "greater than 0"]),
+        ("[retry]\nattempts = 2\n[prices.'a/b']\ninput = -1\noutput = 1", [":4: [prices"]),
+    ],
+)
+def test_a_slip_is_told_with_its_line(text: str, words: list[str], write: Any) -> None:
+    """`max_token = 5` was "a secret does not belong in a file"."""
+    message = refusal(write(text))
+    for word in words:
+        assert word in message
+
+
+def test_a_misspelt_variable_is_blamed_and_not_the_file(write: Any) -> None:
+    """The file was fine: somebody had set the wrong variable in the deployment."""
+    path = write('model = "openai/gpt-4o"')
+    for name, meant in (("DSPY_PROD__LIMT__RPM", "'limit'"), ("DSPY_PROD__MAX_TOKEN", "'max_tokens'")):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, {name: "5"})
+        assert str(caught.value).startswith(f"${name}")
+        assert meant in str(caught.value)
+
+
 def test_a_missing_or_unreadable_file_is_named(tmp_path: Path) -> None:
     """With the directory it was looked for in."""
     assert f"there is no such file (looked from {Path.cwd()})" in refusal(tmp_path / "nope.toml")

@@ -250,7 +250,6 @@ def test_copy_sends_the_new_key_and_address() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ({"budget": Budget(usd=2, name="b")}, "already in use with other settings"),
         ({"retry": Retry(), "num_retries": 1}, "give one"),
         ({"limit": "fast"}, "RateLimit"),
         ({"engine": "fastest"}, "engine"),

@@ -112,12 +112,11 @@ def test_an_lm_that_cannot_work_is_refused_at_construction(arguments: dict[str, 
 
 
 def test_one_budget_cannot_mean_two_things() -> None:
-    """Two LMs that give one budget's name different limits are told so."""
+    """Of two LMs that give one budget's name different limits, the later one says what holds for both."""
     store = fresh_memory()
     first = dspy_prod.LM(MODEL, store=store, budget=Budget(usd=1, name="team"))
-    with pytest.raises(ConfigError, match=r"'team'.*other settings.*its own name="):
-        dspy_prod.LM(MODEL, store=store, budget=Budget(usd=2, name="team"))
-    assert first.settings.budgets[0].usd == 1
+    second = dspy_prod.LM(MODEL, store=store, budget=Budget(usd=2, name="team"))
+    assert [rule.options.usd for lm in (first, second) for rule in lm.pipeline.budgets] == [2, 2]
 
 
 def test_a_model_without_a_price_is_refused_under_a_budget() -> None:

@@ -15,7 +15,7 @@ from dspy_prod.context.current import EMPTY, PROCESS_RUN, CallContext
 from dspy_prod.errors import BudgetExceededError, ConfigError
 from dspy_prod.options import Budget
 from dspy_prod.policies import budget as module
-from dspy_prod.policies.budget import BudgetRule, shared_rule
+from dspy_prod.policies.budget import BudgetRule, quoted, shared_rule, steer
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite.store import SqliteStore
 
@@ -80,7 +80,7 @@ def test_an_account_is_one_window_s() -> None:
     """Within the window it is the same object; from its end on another one."""
     days = rule(per="day")
     first = days.account(EMPTY, "m", NOON)
-    assert first == ("day|-|2026-11-28", 1_000_000_000, "day", DAY / 2)
+    assert first == ("day|-|2026-11-28", 1_000_000_000, "day", DAY / 2, "day")
     assert days.ends_at == NOON + DAY / 2
     assert days.account(EMPTY, "m", NOON + DAY / 2 - 1) is first
     assert days.account(EMPTY, "m", NOON + DAY / 2).key == "day|-|2026-11-29"
@@ -223,16 +223,35 @@ def test_a_durable_budget_is_shared_by_all_objects_for_one_file_and_namespace(tm
             store.close()
 
 
-def test_two_budgets_of_one_name_with_different_settings_are_refused() -> None:
-    """Naming what is in use already, and what to do about it."""
+def test_other_settings_of_a_budget_in_use_hold_for_all_who_share_it() -> None:
+    """A notebook cell that was run again with another budget said "already in use", and its remedies forgot the sum."""
     store = MemoryStore("one")
-    kept = shared_rule(store, Budget(usd=1, per="day"))
-    with pytest.raises(ConfigError) as refusal:
-        shared_rule(store, Budget(usd=2, per="day"))
-    assert str(refusal.value) == (
-        f"The budget 'day' is already in use with other settings ({kept.options!r}). "
-        "Give one of them its own name=..., use the same settings, or separate them with namespace=..."
-    )
+    kept = shared_rule(store, Budget(usd=1, per="day", soft=0.5))
+    kept.soft_passed("day|-|w", 500_000_000)
+    assert shared_rule(store, Budget(usd=2, per="day", soft=0.9)) is kept
+    assert (kept.limit, kept.options.soft) == (2_000_000_000, 0.9)
+    assert kept.account(EMPTY, "m", NOON).limit == 2_000_000_000
+    assert not kept.soft_passed("day|-|w", 500_000_000), "what was 50 % is 25 % now"
+
+
+def test_settings_that_were_said_live_outlast_lms_built_with_those_of_before() -> None:
+    """An LM is built for each request, and workers are replaced: neither takes back what an operator said."""
+    store = MemoryStore("one")
+    rule = shared_rule(store, Budget(usd=1))
+    steer(store, [rule], [Budget(usd=3)])
+    assert shared_rule(store, Budget(usd=1)).options.usd == 3
+    with quoted():
+        assert shared_rule(store, Budget(usd=7)).options.usd == 3, "a copy's settings are no news"
+    assert shared_rule(store, Budget(usd=2)).options.usd == 2, "another configuration is"
+
+
+def test_steering_a_budget_that_is_not_there_names_those_that_are() -> None:
+    """And changes none of the others that were given with it."""
+    store = MemoryStore("one")
+    rules = [shared_rule(store, Budget(usd=1, per=per)) for per in ("day", "hour")]
+    with pytest.raises(ConfigError, match=r"no budget called 'month'; it has 'day', 'hour'"):
+        steer(store, rules, [Budget(usd=5, per="day"), Budget(usd=5, per="month")])
+    assert rules[0].options.usd == 1
 
 
 def test_a_budget_that_nobody_uses_any_more_may_come_back_with_other_settings() -> None:

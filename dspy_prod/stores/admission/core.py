@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import inf
 from typing import Final
 
-from dspy_prod.options import RateLimit
+from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.granting import Granting, no_money, shared
 from dspy_prod.stores.admission.holds import Hold
@@ -71,9 +71,9 @@ class AdmissionCore(Granting):
     def preview(self, reservation: Reservation, now: float) -> tuple[float, Refusal | None]:
         """(seconds until a grant, refusal) for a reservation that is not made; changes nothing."""
         for account in reservation.accounts:
-            state = self.accounts.state(account.key)
-            if state.spent + reservation.amount > account.limit:
-                return inf, no_money(account, state, reservation.amount)
+            state, limit = self.accounts.state(account.key), self.terms.limit(account)
+            if state.spent + reservation.amount > limit:
+                return inf, no_money(account, limit, state, reservation.amount)
         if reservation.limit_key is None or reservation.limit is None:
             return 0.0, None
         limiter = self._limiter(reservation.limit_key, reservation.limit, now)
@@ -158,6 +158,17 @@ class AdmissionCore(Granting):
         self._limiter(key, limit, now).resync(now, remaining)
         self._touch_limiter(key, now)
 
+    # -- terms -------------------------------------------------------------------------------------------------------
+    def declare(self, budget: Budget, anew: bool, now: float) -> None:
+        """An LM is built with a budget."""
+        self.terms.declare(budget, anew)
+        self._serve_terms(now)
+
+    def steer(self, budget: Budget, now: float) -> None:
+        """The settings of a budget change while it is in use."""
+        self.terms.steer(budget)
+        self._serve_terms(now)
+
     # -- time --------------------------------------------------------------------------------------------------------
     def tick(self, now: float) -> None:
         """Serve lines whose moment has come and charge holds whose lease ended."""
@@ -221,6 +232,7 @@ class AdmissionCore(Granting):
     def forget(self) -> None:
         """Drop what another process may have changed: accounts and limiters are loaded again when needed."""
         self.accounts.forget()
+        self.terms.forget()
         self._guests.clear()
         self._limiters = {key: state for key, state in self._limiters.items() if not shared(state.limit)}
 
@@ -240,6 +252,7 @@ class AdmissionCore(Granting):
             entry.unconfirmed = max(entry.unconfirmed, stored.unconfirmed)
             entry.held = stored.held + own.get(key, 0)
             book.dirty.add(key)
+        self.terms.carry_over()
         changes.added.update(self.holds)
         changes.limiters.update(key for key, state in self._limiters.items() if shared(state.limit))
 
@@ -255,6 +268,7 @@ class AdmissionCore(Granting):
         self.appended.clear()
         self.replaced.clear()
         self.accounts.dirty.clear()
+        self.terms.dirty.clear()
 
     def undo(self) -> list[Reservation]:
         """Return to what was last committed, because this batch could not be; the reservations it had decided."""

@@ -15,6 +15,7 @@ from dspy_prod.stores.admission.accounts import AccountBook, AccountEntry
 from dspy_prod.stores.admission.holds import Backing, Changes, Hold
 from dspy_prod.stores.admission.limiter import Debit, LimiterState
 from dspy_prod.stores.admission.line import WaitingLine
+from dspy_prod.stores.admission.terms import TermsBook
 from dspy_prod.stores.base import (
     GRANTED,
     REFUSED,
@@ -42,6 +43,7 @@ class Granting:
         self._backing = backing
         self.changes: Changes | None = None if backing is None else Changes()
         self.accounts = AccountBook(None if backing is None else backing.load_account)
+        self.terms = TermsBook(None if backing is None else backing.load_terms)
         self._limiters: dict[str, LimiterState] = {}
         self._configured: dict[str, RateLimit] = {}  # the latest settings of each key that limit anything
         self._guests: dict[str, LimiterState] = {}  # loaded to give back to, unused by this process
@@ -60,15 +62,18 @@ class Granting:
     def _attempt(self, reservation: Reservation, now: float) -> str | None:
         """Grant or refuse (None), or say what blocks: an account's key, or "" for the limiter."""
         amount = reservation.amount
-        entries = self.accounts.entries
+        entries, limits = self.accounts.entries, self.terms.limits
         held: Account | None = None
         for account in reservation.accounts:
             state = entries.get(account.key) or self.accounts.get(account.key)
             if state.ends_at == inf:
                 state.ends_at = now + account.ends_in
-            if state.spent + state.held + amount > account.limit:
-                if state.spent + amount > account.limit:
-                    self._decide(reservation, REFUSED, no_money(account, state, amount))
+            limit = limits.get(account.budget)
+            if limit is None:
+                limit = self.terms.limit(account)
+            if state.spent + state.held + amount > limit:
+                if state.spent + amount > limit:
+                    self._decide(reservation, REFUSED, no_money(account, limit, state, amount))
                     return None
                 held = held or account
         if held is not None:  # and no account refuses: waiting may help
@@ -127,9 +132,9 @@ class Granting:
 
     def _refuse_for_money(self, reservation: Reservation) -> bool:
         for account in reservation.accounts:
-            state = self.accounts.get(account.key)
-            if state.spent + reservation.amount > account.limit:
-                self._decide(reservation, REFUSED, no_money(account, state, reservation.amount))
+            state, limit = self.accounts.get(account.key), self.terms.limit(account)
+            if state.spent + reservation.amount > limit:
+                self._decide(reservation, REFUSED, no_money(account, limit, state, reservation.amount))
                 return True
         return False
 
@@ -206,6 +211,14 @@ class Granting:
         for limit_key in moved:
             self._serve_limiter(limit_key, now)
 
+    def _serve_terms(self, now: float) -> None:
+        """A limit changed: refuse whom it can no longer cover, wherever they wait, and serve the others."""
+        for key, line in list(self._parked.items()):
+            for reservation in list(line):
+                if self._refuse_for_money(reservation):
+                    line.remove(reservation)
+            self._serve_account(key, now)
+
     def _touch_limiter(self, key: str, now: float) -> None:
         if self.changes is not None:
             state = self.limiter_state(key)
@@ -264,5 +277,5 @@ class Granting:
             return None
 
 
-def no_money(account: Account, state: AccountEntry | AccountState, amount: int) -> Refusal:
-    return Refusal("budget_exceeded", None, account.title, account.limit, state.spent, state.held, amount)
+def no_money(account: Account, limit: int, state: AccountEntry | AccountState, amount: int) -> Refusal:
+    return Refusal("budget_exceeded", None, account.title, limit, state.spent, state.held, amount)

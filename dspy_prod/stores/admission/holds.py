@@ -9,7 +9,7 @@ from typing import Protocol
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.limiter import Debit
-from dspy_prod.stores.base import AccountState, Refusal, Reservation
+from dspy_prod.stores.base import AccountState, Refusal, Reservation, Terms
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +38,8 @@ class Backing(Protocol):
     """Where a durable store's core finds state that it does not have in memory."""
 
     def load_account(self, key: str) -> AccountState | None: ...
+
+    def load_terms(self, title: str) -> Terms | None: ...
 
     def load_limiter(self, key: str) -> tuple[bytes, RateLimit] | None:
         """The dumped state, and the settings it was used with."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from dspy_prod.records import CallRecord, Totals, rollup_keys
-from dspy_prod.stores.base import AccountState
+from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
-from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, record_of, record_row
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
 _MARKS: Final = ", ".join("?" * (1 + len(CallRecord._fields)))
@@ -131,6 +131,12 @@ def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountSt
     find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
     row = connection.execute(find, (ns, key)).fetchone()
     return AccountState() if row is None else AccountState(*row)
+
+
+def read_terms(connection: sqlite3.Connection, ns: int) -> list[Terms]:
+    """The terms of every budget."""
+    rows = connection.execute(f"SELECT {TERMS} FROM budgets WHERE ns = ? ORDER BY name", (ns,))
+    return [terms_of(row) for row in rows]
 
 
 def read_records(

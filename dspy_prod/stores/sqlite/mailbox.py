@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.admission.line import wake
-from dspy_prod.stores.base import PENDING, REFUSED, Refusal
+from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Terms
 from dspy_prod.stores.sqlite.process import THREADS
 from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions
 from dspy_prod.stores.sqlite.writer import Writer
@@ -166,3 +166,23 @@ class Listeners:
                 listener(name, details)
             except Exception:
                 _log.exception("A listener failed on %r of the store", name)
+
+
+class KnownTerms:
+    """The terms of budgets as this process heard of them last, and who else wants to hear."""
+
+    def __init__(self) -> None:
+        self.listener: Callable[[Terms], None] | None = None
+        self._known: dict[str, Terms] = {}
+
+    def find(self, title: str) -> Terms | None:
+        """The terms of a budget, None when nobody in this process has used it."""
+        return self._known.get(title)
+
+    def __call__(self, terms: Terms) -> None:
+        self._known[terms.in_force.title] = terms
+        if self.listener is not None:
+            try:
+                self.listener(terms)
+            except Exception:
+                _log.exception("What a budget's settings are now could not be told")

@@ -7,8 +7,10 @@ from typing import Any, Final
 
 import orjson
 
+from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.holds import Hold
+from dspy_prod.stores.base import Terms
 
 Row = tuple[Any, ...]
 
@@ -53,6 +55,26 @@ def hold_of(row: Row) -> Hold:
     taken = None if debit is None else orjson.loads(debit)
     record = None if stub is None else CallRecord.from_dict({"cost_nano": None, **orjson.loads(stub)})
     return Hold(id, names, amount, limit_key, taken, ends_at, record)
+
+
+TERMS: Final = "built, in_force, revision"
+
+
+def terms_row(ns: int, terms: Terms) -> Row:
+    """The terms of a budget as a row of `budgets`."""
+    built, in_force, revision = terms
+    return ns, clean_text(in_force.title), built.model_dump_json(), in_force.model_dump_json(), revision
+
+
+def terms_of(row: Row) -> Terms:
+    """The terms in a row of `TERMS`, by name because another version may have written them."""
+    built, in_force, revision = row
+    return Terms(_budget(built), _budget(in_force), revision)
+
+
+@lru_cache(maxsize=1000)
+def _budget(text: str) -> Budget:
+    return Budget(**{name: value for name, value in orjson.loads(text).items() if name in Budget.model_fields})
 
 
 def stub_json(stub: CallRecord | None) -> bytes | None:

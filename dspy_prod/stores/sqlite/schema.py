@@ -32,6 +32,11 @@ def _column(name: str) -> str:
     return f'"{name}" {"INTEGER" if name in _INTEGERS else "REAL" if name in _REALS else "TEXT"}'
 
 
+_BUDGETS: Final = """
+CREATE TABLE IF NOT EXISTS budgets (
+    ns INTEGER, name TEXT, built TEXT NOT NULL, in_force TEXT NOT NULL, revision INTEGER NOT NULL,
+    PRIMARY KEY (ns, name)) WITHOUT ROWID
+"""
 _TABLES: Final = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE namespaces (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
@@ -115,7 +120,7 @@ def create(path: str) -> None:
 def _migrate(connection: sqlite3.Connection, path: str) -> None:
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if not tables:
-        for statement in _TABLES.split(";"):
+        for statement in (*_TABLES.split(";"), _BUDGETS):
             connection.execute(statement)
         connection.execute("INSERT INTO meta VALUES ('format', 'dspy_prod'), ('schema', ?)", (SCHEMA_VERSION,))
         return
@@ -130,6 +135,7 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
             f"The store file {path} has schema version {version}, this dspy_prod knows {SCHEMA_VERSION}; "
             "upgrade dspy_prod, or give another file: store=..."
         )
+    connection.execute(_BUDGETS)  # files of the first release have none
     known = {row[1] for row in connection.execute("PRAGMA table_info(records)")}
     for name in CallRecord._fields:  # a field added since the file was made
         if name not in known:

@@ -13,10 +13,10 @@ import sqlite3
 import uuid
 from collections.abc import Callable
 from math import inf
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from dspy_prod.errors import StoreUnavailableError
-from dspy_prod.options import RateLimit
+from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
@@ -32,11 +32,12 @@ from dspy_prod.stores.base import (
     Refusal,
     Reservation,
     Settlement,
+    Terms,
 )
 from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import TOUCH_AFTER, read_answer, read_size
-from dspy_prod.stores.sqlite.ledger import read_account, read_records, read_totals
-from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, Listeners, Mailbox
+from dspy_prod.stores.sqlite.ledger import read_account, read_records, read_terms, read_totals
+from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables
@@ -44,6 +45,9 @@ from dspy_prod.stores.sqlite.transactions import Transactions
 from dspy_prod.stores.sqlite.writer import Writer
 
 _log = logging.getLogger("dspy_prod")
+
+DECLARE_TIMEOUT: Final = 1.0
+"""Seconds that building an LM waits for the settings its budgets have in the file."""
 
 OnProblem = Callable[[str, dict[str, Any]], None]
 T = TypeVar("T")
@@ -84,6 +88,7 @@ class SqliteStore:
         self._max_records = max_records
         self.now: Callable[[], float] = clock.time
         self._listeners = Listeners(on_problem)
+        self._terms = KnownTerms()
         self._start()
         try:
             self._writer.tables.open()
@@ -100,7 +105,7 @@ class SqliteStore:
             synchronous=self._synchronous,
             max_records=self._max_records,
         )
-        self._writer = Writer(tables, self._clock, self._lease, self._listeners)
+        self._writer = Writer(tables, self._clock, self._lease, self._listeners, self._terms)
         self._local = self._writer.local
         self._mailbox = Mailbox(self._writer)
         self._answers: dict[bytes, CachedAnswer] = {}
@@ -186,6 +191,26 @@ class SqliteStore:
             return found
         except StoreUnavailableError as error:
             return inf, Refusal("store_unavailable", detail=str(error))
+
+    # -- the terms of budgets ----------------------------------------------------------------------------------------
+    def declare(self, budget: Budget, anew: bool = True) -> None:
+        known = self._terms.find(budget.title)
+        if known is not None and (known.built == budget or not anew):
+            return  # an LM is built for every request
+        self._mailbox.post((Transactions.declare, budget, anew))
+        self.flush(DECLARE_TIMEOUT)  # another process may have said otherwise
+
+    def steer(self, budget: Budget) -> None:
+        self._mailbox.question(lambda core, _, now: core.steer(budget, now))
+
+    def terms(self) -> list[Terms]:
+        return self._read(read_terms)
+
+    def known_terms(self, title: str) -> Terms | None:
+        return self._terms.find(title)
+
+    def on_terms(self, listener: Callable[[Terms], None]) -> None:
+        self._terms.listener = listener
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = None) -> bool:

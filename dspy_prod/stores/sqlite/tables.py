@@ -16,10 +16,20 @@ from dspy_prod.stores.admission.accounts import PRUNE_AFTER
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.holds import Hold
-from dspy_prod.stores.base import AccountState
+from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.sqlite.answers import CacheTable
 from dspy_prod.stores.sqlite.ledger import LedgerTables
-from dspy_prod.stores.sqlite.rows import Row, clean_hold, clean_record, clean_text, hold_of, hold_row
+from dspy_prod.stores.sqlite.rows import (
+    TERMS,
+    Row,
+    clean_hold,
+    clean_record,
+    clean_text,
+    hold_of,
+    hold_row,
+    terms_of,
+    terms_row,
+)
 from dspy_prod.stores.sqlite.schema import File, create, is_environment, patiently
 
 PUT_ACCOUNT: Final = (
@@ -30,6 +40,7 @@ PUT_LIMITER: Final = (
     "INSERT INTO limiters VALUES (?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "
     "state = excluded.state, settings = excluded.settings"
 )
+PUT_TERMS: Final = f"INSERT OR REPLACE INTO budgets (ns, name, {TERMS}) VALUES (?, ?, ?, ?, ?)"
 PUT_OWNER: Final = "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)"
 PUT_HOLD: Final = "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 PUT_ABANDONED: Final = "INSERT OR REPLACE INTO abandoned VALUES (?, ?, ?, ?, ?, ?)"
@@ -112,6 +123,10 @@ class Tables(File):
     def load_account(self, key: str) -> AccountState | None:
         row = self._one("SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?", key)
         return None if row is None else AccountState(*row)
+
+    def load_terms(self, title: str) -> Terms | None:
+        row = self._one(f"SELECT {TERMS} FROM budgets WHERE ns = ? AND name = ?", title)
+        return None if row is None else terms_of(row)
 
     def load_limiter(self, key: str) -> tuple[bytes, RateLimit] | None:
         row = self._one("SELECT state, settings FROM limiters WHERE ns = ? AND key = ?", key)
@@ -197,6 +212,7 @@ class Tables(File):
         assert changes is not None
         self._write_accounts(core, text)
         self._write_limiters(core, text)
+        self._write_terms(core)
         gone = [(ns, text(id)) for id in (*changes.removed, *changes.reaped)]
         self._run("DELETE FROM holds WHERE ns = ? AND id = ?", gone)
         self._run(PUT_HOLD, [hold_row(ns, owner, fit(hold)) for hold in changes.added.values()])
@@ -223,6 +239,10 @@ class Tables(File):
                     settings = self._settings[key] = (state.limit, state.limit.model_dump_json())
                 rows.append((self.ns, text(key), state.dump(), settings[1]))
         self._run(PUT_LIMITER, rows)
+
+    def _write_terms(self, core: AdmissionCore) -> None:
+        terms = [core.terms.find(title) for title in core.terms.dirty]
+        self._run(PUT_TERMS, [terms_row(self.ns, each) for each in terms if each is not None])
 
     def _abandoned_row(self, hold: Hold, now: float) -> Row:
         _, id, _, _, amount, accounts, _, _, stub = hold_row(self.ns, self.owner, hold)

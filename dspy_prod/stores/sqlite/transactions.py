@@ -6,13 +6,15 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from math import inf
 from typing import Any, Final
 
+from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.core import AdmissionCore
-from dspy_prod.stores.base import PENDING, Reservation, Settlement
+from dspy_prod.stores.base import PENDING, Reservation, Settlement, Terms
 from dspy_prod.stores.sqlite.schema import is_environment
 from dspy_prod.stores.sqlite.tables import Tables
 
@@ -40,14 +42,18 @@ class Transactions:
     Attributes:
         after: what to do once the current transaction is durable.
         stopping: `stop` was posted.
+        on_terms: is told the terms of budgets that changed, here or in another process.
     """
 
-    def __init__(self, tables: Tables, clock: Clock, lease: float, report: Report) -> None:
+    def __init__(
+        self, tables: Tables, clock: Clock, lease: float, report: Report, on_terms: Callable[[Terms], None]
+    ) -> None:
         self.tables = tables
         self.core = AdmissionCore(tables)
         self.report = report
         self.after: list[Callable[[], None]] = []
         self.stopping = False
+        self.on_terms = on_terms
         self._now = clock.time
         self._lease = lease
         self._leased_until = -inf
@@ -66,6 +72,9 @@ class Transactions:
 
     def settle(self, done: Settlement, _: Any, now: float) -> None:
         self.core.settle(done, now)
+
+    def declare(self, budget: Budget, anew: bool, now: float) -> None:
+        self.core.declare(budget, anew, now)
 
     def withdraw(self, reservation: Reservation, _: Any, now: float) -> None:
         if reservation.id in self.core.holds:  # granted before the withdrawal was known here
@@ -181,6 +190,8 @@ class Transactions:
         self.core.written()
         if len(self.core.accounts.entries) > MAX_ACCOUNTS:
             self.core.forget()
+        for terms in self.core.terms.take_news():
+            self.after.append(partial(self.on_terms, terms))
         for record in unwritable:
             self.tell_later("operation_dropped", kind="append", error=f"the record {record.id!r} cannot be written")
 

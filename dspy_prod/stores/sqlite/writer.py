@@ -11,13 +11,14 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final
 
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.line import wake
-from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation
+from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Terms
 from dspy_prod.stores.lane import Lane
 from dspy_prod.stores.sqlite.schema import is_locked, unavailable
 from dspy_prod.stores.sqlite.tables import Tables
@@ -47,7 +48,9 @@ class Writer:
         ended: nothing that is posted now will be done.
     """
 
-    def __init__(self, tables: Tables, clock: Clock, lease: float, report: Report) -> None:
+    def __init__(
+        self, tables: Tables, clock: Clock, lease: float, report: Report, on_terms: Callable[[Terms], None]
+    ) -> None:
         self.inbox: SimpleQueue[Operation] = SimpleQueue()
         self.local = Lane(clock.time, self._keep_record, self._nudge)
         self.publishing = threading.Lock()
@@ -55,7 +58,7 @@ class Writer:
         self.failing: Refusal | None = None
         self.ended = False
         self.tables = tables
-        self._transactions = Transactions(tables, clock, lease, report)
+        self._transactions = Transactions(tables, clock, lease, report, on_terms)
         self._core = self._transactions.core
         self._now = clock.time
         self._report = report

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from dspy_prod import registry
-from dspy_prod.context.marks import mark_of
+from dspy_prod.context.current import mark_of
 from tests.registry.aliases.test_promotion import publish
 from tests.registry.programs import qa
 

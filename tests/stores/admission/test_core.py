@@ -12,7 +12,7 @@ from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.holds import Hold
-from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, WITHDRAWN, AccountState, Reservation, Settlement
+from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, WITHDRAWN, AccountState, Reservation, Settlement, Terms
 from tests.examples import examples
 from tests.stores.support import ask, settlement
 
@@ -37,6 +37,9 @@ class Disk:
 
     def load_account(self, key: str) -> AccountState | None:
         return self.accounts.get(key)
+
+    def load_terms(self, title: str) -> Terms | None:
+        return None
 
     def load_limiter(self, key: str) -> tuple[bytes, RateLimit] | None:
         return self.limiters.get(key)

@@ -1,0 +1,104 @@
+"""The settings of budgets, as all who share one keep them. Part of the admission core.
+
+A reservation is held to the limit in force when it is decided, not to the one that its caller knew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dspy_prod.options import Budget
+from dspy_prod.stores.base import Account, Terms
+
+
+class TermsBook:
+    """The terms a core knows; `load` finds those that a durable store has on disk.
+
+    Attributes:
+        limits: the limits in force in nano-USD, by the budget's title, as far as they were asked for.
+        dirty: titles a durable store has to write back.
+        news: terms that are others than those told last.
+    """
+
+    def __init__(self, load: Callable[[str], Terms | None] | None) -> None:
+        self._load = load
+        self._known: dict[str, Terms] = {}
+        self._told: dict[str, Terms] = {}
+        self.limits: dict[str, int] = {}
+        self.dirty: set[str] = set()
+        self.news: list[Terms] = []
+
+    def limit(self, account: Account) -> int:
+        """The limit in force for an account, in nano-USD; its own where nobody declared its budget."""
+        limit = self.limits.get(account.budget)
+        if limit is None:
+            terms = self.find(account.budget)
+            limit = account.limit if terms is None else terms.in_force.limit_nano
+        return limit
+
+    def find(self, title: str) -> Terms | None:
+        """The terms of a budget, None while nobody declared it."""
+        terms = self._known.get(title)
+        if terms is None and self._load is not None:
+            terms = self._load(title)
+            if terms is not None:
+                self._learn(terms)
+        return terms
+
+    def declare(self, budget: Budget, anew: bool) -> Terms:
+        """An LM is built with a budget. What differs from what the last one was built with is in force from now on;
+        the same again leaves in force what `steer` said meanwhile.
+
+        Args:
+            budget: the settings.
+            anew: somebody says so now; else they are a copy's, and hold only while nobody else has said anything.
+        """
+        terms = self.find(budget.title)
+        if terms is None or (anew and terms.built != budget):
+            terms = self._put(Terms(budget, budget, 1 if terms is None else terms.revision + 1))
+        return terms
+
+    def steer(self, budget: Budget) -> Terms:
+        """These settings are in force from now on, whatever LMs were built with."""
+        terms = self.find(budget.title)
+        if terms is None:
+            return self._put(Terms(budget, budget, 1))
+        if terms.in_force != budget:
+            terms = self._put(Terms(terms.built, budget, terms.revision + 1))
+        return terms
+
+    def all(self) -> list[Terms]:
+        """The terms known here."""
+        return list(self._told.values())
+
+    def take_news(self) -> list[Terms]:
+        """What is to be told."""
+        news = self.news
+        if news:
+            self.news = []
+        return news
+
+    def forget(self) -> None:
+        """Drop everything: a durable store's terms are loaded again when needed."""
+        self._known.clear()
+        self.limits.clear()
+        self.dirty.clear()
+
+    def carry_over(self) -> None:
+        """The file is gone: everything known has to be written again."""
+        self._known.update(self._told)
+        self.dirty.update(self._told)
+
+    def _put(self, terms: Terms) -> Terms:
+        if self._load is not None:
+            self.dirty.add(terms.in_force.title)
+        self._learn(terms)
+        return terms
+
+    def _learn(self, terms: Terms) -> None:
+        title = terms.in_force.title
+        self._known[title] = terms
+        self.limits[title] = terms.in_force.limit_nano
+        if self._told.get(title) != terms:
+            self._told[title] = terms
+            self.news.append(terms)

@@ -1,0 +1,53 @@
+"""A slip in a policy's options is told in words: which option, what was given, what is allowed, what was meant."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from dspy_prod import Budget, Cache, CircuitBreaker, ConfigError, Price, RateLimit, Retry
+from dspy_prod.options import Options
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        (Budget, {"usd": 1, "period": "day"}, ["Budget: period:", "'day'", "did you mean 'per'?", "usd, per, scope"]),
+        (Budget, {"usd": 1, "per": "dya"}, ["Budget: per:", "'dya'", "'hour'", "did you mean 'day'?"]),
+        (Budget, {"usd": -1}, ["Budget: usd:", "must be greater than 0", "-1"]),
+        (Budget, {"per": "day"}, ["Budget: usd:", "is missing"]),
+        (Budget, {"usd": 1, "scope": "tenants"}, ["Budget: scope:", "'tenants'", "'tenant'"]),
+        (Budget, {"usd": 1, "timezone": "Mars"}, ["Budget: timezone:", "IANA"]),
+        (Budget, {"usd": 1, "degrade_to": "m"}, ["Budget:", "degrade_to needs soft="]),
+        (RateLimit, {"rmp": 5}, ["RateLimit: rmp:", "did you mean 'rpm'?"]),
+        (RateLimit, {"rpm": "fast"}, ["RateLimit: rpm:", "valid number", "'fast'"]),
+        (RateLimit, {"estimate": "learn"}, ["RateLimit: estimate:", "did you mean 'learned'?"]),
+        (Retry, {"attemps": 3}, ["Retry: attemps:", "did you mean 'attempts'?"]),
+        (Cache, {"ttl": -1}, ["Cache: ttl:", "greater than 0"]),
+        (CircuitBreaker, {"window_type": "week"}, ["CircuitBreaker: window_type:", "'count' or 'time'"]),
+        (Price, {"input": 1, "outputs": 2}, ["Price: "]),
+    ],
+)
+def test_a_slip_is_told_in_words(kind: type[Options], given: dict[str, Any], words: list[str]) -> None:
+    """It was pydantic's raw text, with a link to pydantic's documentation."""
+    with pytest.raises(ConfigError) as caught:
+        kind(**given)
+    assert isinstance(caught.value, ValueError)
+    for word in words:
+        assert word in str(caught.value)
+    assert "pydantic" not in str(caught.value)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_what_may_be_a_secret_is_not_repeated() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Retry(api_key="sk-live")  # type: ignore[call-arg]
+    assert "sk-live" not in str(caught.value)
+
+
+def test_options_do_not_change() -> None:
+    budget = Budget(usd=1)
+    with pytest.raises(ConfigError, match=r"model_copy\(update=\{'usd'"):
+        budget.usd = 2
