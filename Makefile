@@ -29,7 +29,7 @@ PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ui test test-slow ui-test lint bench notebooks chaos soak mutants versions clean local-model
+.PHONY: help demo ui test test-slow dspy-suite ui-test lint bench notebooks chaos soak mutants versions clean local-model
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ test: $(DEV) ## the test suite, side by side in random order, without slow, ui, 
 
 test-slow: $(DEV) ## the tests marked slow: whole minutes, long forms, a real model
 	$(PYTEST) -m slow $(SPREAD)
+
+dspy-suite: $(DEV) ## what DSPy documents, asked of our LM; and the same calls through both LMs, compared
+	$(PYTEST) -m "slow or not slow" tests/dspy_suite tests/differential -n $(WORKERS)
 
 ui-test: $(DEV) ## MLflow's pages in a headless Chromium; skipped where there is none
 	$(PYTEST) -m ui

@@ -18,6 +18,7 @@ from dspy_prod.privacy.error_text import error_text, log_error
 from dspy_prod.production.conditions import Conditions
 from dspy_prod.production.fallback import REASONS, Answer, Fallback, Outputs
 from dspy_prod.production.report import CallReport, Reason, TokenUsage, Watch, call_report, report_of
+from dspy_prod.production.unguarded import Guard, Unguarded
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.telemetry.events import BUS
 from dspy_prod.telemetry.tap import NOTHING, TAP, Node
@@ -69,6 +70,9 @@ class Production(CompiledAsProgram, dspy.Module):
             `refresh` seconds, between two calls; a call runs on one version from begin to end. See
             `dspy_prod.registry.published.follow`.
         refresh: seconds between two looks at MLflow, in the background; no call waits for it.
+        unguarded: what to do when a predictor uses an LM that is not a `dspy_prod.LM`, whose calls pass budget, limits
+            and ledger: `"warn"` once, naming the predictor; `"refuse"` with a `ConfigError`, here and at each call; or
+            `"allow"`.
         callbacks: DSPy callbacks of this module.
         clock: for tests.
 
@@ -91,6 +95,7 @@ class Production(CompiledAsProgram, dspy.Module):
         tags: Mapping[str, str] | None = None,
         follow: str | None = None,
         refresh: float | dt.timedelta = 60.0,
+        unguarded: Unguarded = "warn",
         callbacks: list[BaseCallback] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -106,6 +111,8 @@ class Production(CompiledAsProgram, dspy.Module):
         self._fallback = None
         if fallback_response is not None:
             self._fallback = Fallback(fallback_response, self.name, Outputs.of(program))
+        self._guard = Guard(self.name, unguarded)
+        self._guard.look(program)
         self._follower: Follower | None = None
         if follow is not None:
             from dspy_prod.registry.published.follow import Follower
@@ -166,7 +173,9 @@ class Production(CompiledAsProgram, dspy.Module):
         """The program of one call, however often it is replaced meanwhile."""
         if self._follower is not None:
             self._follower.keep_going()
-        return self.program
+        program = self.program
+        self._guard.look(program)
+        return program
 
     def _answer_to(self, error: Exception, watch: Watch) -> Answer | None:
         if self._fallback is None or is_raising() or watch.visible:
@@ -208,6 +217,7 @@ class Production(CompiledAsProgram, dspy.Module):
             self.program = func(self.program)
         else:
             self.program.map_named_predictors(func)
+        self._guard.again()
         return self
 
     def set_lm(self, lm: Any) -> None:

@@ -158,7 +158,7 @@ def namespace_id(connection: sqlite3.Connection, namespace: str) -> int:
 def namespaces(path: str | Path) -> list[str] | None:
     """The names in a file, which is left as it is; None when it cannot be read, or is no store."""
     try:
-        connection = sqlite3.connect(Path(path).absolute().as_uri() + "?mode=ro", uri=True, timeout=OPEN_TIMEOUT)
+        connection = sqlite3.connect(Path(path).absolute().as_uri() + "?mode=ro", uri=True, timeout=BUSY_LIMIT)
         try:
             return [name for (name,) in connection.execute("SELECT name FROM namespaces ORDER BY name")]
         finally:

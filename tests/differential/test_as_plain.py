@@ -1,0 +1,194 @@
+"""The same call through `dspy.LM` and `dspy_prod.LM`: what arrives at the provider, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final, NamedTuple
+
+import dspy
+import pytest
+from pydantic import BaseModel
+
+import dspy_prod
+from dspy_prod.stores.memory import MemoryStore
+from tests.differential.mirror import Arrived, Mirror
+from tests.differential.programs import ADAPTERS, PROGRAMS
+from tests.differential.shapes import FAMILIES, SHAPES, Family, Shape
+
+SHORT: Final = 7
+"""One case in so many is in the quick suite; `make dspy-suite` runs all."""
+
+
+class Meant(NamedTuple):
+    """A difference that is meant.
+
+    Attributes:
+        why: the reason, for people.
+        where: in what arrived, came back, or stands in the history.
+        explains_it: whether a case, with what plain DSPy does and what ours does, is of this kind.
+    """
+
+    why: str
+    where: str
+    explains_it: Callable[[tuple[str, ...], Any, Any], bool]
+
+    def explains(self, where: str, case: tuple[str, ...], theirs: Any, mine: Any) -> bool:
+        return where == self.where and self.explains_it(case, theirs, mine)
+
+
+MEANT: Final[list[Meant]] = []
+
+
+@pytest.fixture(scope="module")
+def mirror() -> Iterator[Mirror]:
+    mirror = Mirror()
+    yield mirror
+    mirror.stop()
+
+
+class Seen(NamedTuple):
+    """What was seen of one call."""
+
+    arrived: list[Arrived]
+    came_back: Any
+    history: dict[str, Any] | None
+
+
+_HISTORY: Final = ("prompt", "messages", "kwargs", "outputs", "usage", "model", "model_type", "response_model", "cost")
+
+
+def plain(family: Family, shape: Shape, url: str) -> dspy.LM:
+    return dspy.LM(
+        family.model, family.model_type, **{"cache": False, "num_retries": 0, **family.connect(url), **shape.init}
+    )
+
+
+def ours(family: Family, shape: Shape, url: str) -> dspy.LM:
+    policies: dict[str, Any] = {"retry": False} if "num_retries" not in shape.init else {}
+    given = {"cache": False, "breaker": False, **policies, **family.connect(url), **shape.init}
+    return dspy_prod.LM(family.model, family.model_type, store=STORE, namespace="as-plain", **given)
+
+
+STORE: Final = MemoryStore()
+
+
+def see(make: Any, family: Family, shape: Shape, mirror: Mirror, way: str) -> Seen:
+    mirror.take()
+    lm = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lm = make(family, shape, mirror.url)
+            came_back = asyncio.run(lm.acall(**shape.call)) if way == "async" else lm(**shape.call)
+    except Exception as error:
+        came_back = innermost(error)
+    return Seen(mirror.take(), came_back, remembered(lm))
+
+
+def remembered(lm: Any) -> dict[str, Any] | None:
+    """What DSPy's history tells of the last call."""
+    if lm is None or not lm.history:
+        return None
+    entry = lm.history[-1]
+    history = {name: entry.get(name) for name in _HISTORY}
+    history["kwargs"] = {name: by_content(value) for name, value in entry["kwargs"].items()}
+    history["cost"] = None if history["cost"] is None else round(history["cost"], 12)
+    history["keys"] = sorted(set(entry) - {"cached", "route", "response"})
+    return history
+
+
+def see_streamed(make: Any, family: Family, shape: Shape, mirror: Mirror) -> Seen:
+    """As `see`, of a program whose answer is streamed to its user."""
+    mirror.take()
+    said: list[str] = []
+    lm: Any = None
+
+    async def listen() -> Any:
+        program = dspy.Predict("question -> answer")
+        listener = dspy.streaming.StreamListener("answer")
+        streamed = dspy.streamify(program, stream_listeners=[listener])
+        came_back: Any = None
+        config = {name: value for name, value in shape.call.items() if name != "prompt"}
+        async for each in streamed(question="What is the colour?", config=config):
+            if isinstance(each, dspy.Prediction):
+                came_back = each.toDict()
+            else:
+                said.append(getattr(each, "chunk", repr(each)))
+        return came_back
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lm = make(family, shape, mirror.url)
+            with dspy.context(lm=lm):
+                came_back = asyncio.run(listen())
+    except BaseException as error:
+        came_back = innermost(error)
+    return Seen(mirror.take(), ("".join(said), came_back), remembered(lm))
+
+
+def see_program(make: Any, family: Family, program: str, adapter: str, mirror: Mirror) -> Seen:
+    """As `see`, of a program under one of DSPy's adapters."""
+    mirror.take()
+    lm: Any = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lm = make(family, Shape(), mirror.url)
+            with dspy.context(lm=lm), dspy.context(adapter=ADAPTERS[adapter]()):
+                came_back = PROGRAMS[program]().toDict()
+    except Exception as error:
+        came_back = innermost(error)
+    return Seen(mirror.take(), repr(came_back), remembered(lm))
+
+
+def by_content(value: Any) -> Any:
+    """A schema's class as what it says: DSPy makes a new class for each call."""
+    return value.model_json_schema() if isinstance(value, type) and issubclass(value, BaseModel) else value
+
+
+def innermost(error: BaseException) -> tuple[Any, ...]:
+    """What went wrong, out of the groups that tasks raise."""
+    while getattr(error, "exceptions", None):
+        error = error.exceptions[0]  # type: ignore[attr-defined]
+    return (type(error).__name__, getattr(error, "status", None))
+
+
+def spread(*axes: Iterable[str]) -> list[Any]:
+    """Every combination; all but a few, which meet each name and each family now and then, are slow."""
+    combinations = list(itertools.product(*axes))
+    return [
+        pytest.param(*each, id=" | ".join(each), marks=() if number % SHORT == 0 else pytest.mark.slow)
+        for number, each in enumerate(combinations)
+    ]
+
+
+def same(seen: Seen, expected: Seen, *case: str) -> None:
+    """Fail for any difference that no rule explains."""
+    for where in Seen._fields:
+        theirs, mine = getattr(expected, where), getattr(seen, where)
+        if theirs != mine and not any(rule.explains(where, case, theirs, mine) for rule in MEANT):
+            assert mine == theirs, f"{where} of {' | '.join(case)}"
+
+
+@pytest.mark.parametrize(("family", "shape", "way"), spread(FAMILIES, SHAPES, ["sync", "async"]))
+def test_a_call_is_as_plain(mirror: Mirror, family: str, shape: str, way: str) -> None:
+    expected = see(plain, FAMILIES[family], SHAPES[shape], mirror, way)
+    same(see(ours, FAMILIES[family], SHAPES[shape], mirror, way), expected, family, shape, way)
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"), spread(FAMILIES, [name for name, shape in SHAPES.items() if "prompt" in shape.call])
+)
+def test_a_stream_is_as_plain(mirror: Mirror, family: str, shape: str) -> None:
+    expected = see_streamed(plain, FAMILIES[family], SHAPES[shape], mirror)
+    same(see_streamed(ours, FAMILIES[family], SHAPES[shape], mirror), expected, family, shape, "stream")
+
+
+@pytest.mark.parametrize(("family", "program", "adapter"), spread(FAMILIES, PROGRAMS, ADAPTERS))
+def test_a_program_is_as_plain(mirror: Mirror, family: str, program: str, adapter: str) -> None:
+    expected = see_program(plain, FAMILIES[family], program, adapter, mirror)
+    same(see_program(ours, FAMILIES[family], program, adapter, mirror), expected, family, program, adapter)
