@@ -29,7 +29,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 def print_json(value: Any) -> int:
     """Print a value as JSON, in whatever the output can take; returns the exit code 0."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(json.dumps(value, indent=2, ensure_ascii=not unicode))
+    print(json.dumps(value, indent=2, ensure_ascii=not unicode), flush=True)  # a closed pipe is met here, not at exit
     return 0
 
 

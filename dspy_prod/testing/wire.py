@@ -1,6 +1,7 @@
 """HTTP/1.1 on an asyncio transport: reads requests one after another from a connection, writes raw bytes back.
 
-Only what the provider needs, and cheap. A connection serves one request at a time; what a client pipelines waits.
+h11 reads what clients send; answers are raw bytes, so that they can be as wrong as a fault asks for. A connection
+serves one request at a time; what a client pipelines waits.
 """
 
 from __future__ import annotations
