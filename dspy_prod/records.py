@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+REFUSED = "refused"
+"""The outcome of a call that a policy of this library did not send."""
+
 NANO = 1_000_000_000
 """Nano-USD per USD. Money is integer nano-USD inside and float only at the edge."""
 
@@ -33,7 +36,8 @@ class CallRecord(NamedTuple):
         model: the model string that was asked, e.g. `"openai/gpt-4o-mini"`.
         route: name of the route, `"primary"` or the fallback's model.
         attempt: 1 for the first attempt on its route.
-        outcome: `ok`, `cached`, `stale`, `error`, `timeout`, `cancelled`, `abandoned`.
+        outcome: `ok`, `cached`, `stale`, `error`, `timeout`, `cancelled`, `abandoned`; `refused` for a call that a
+            policy of this library did not send: it costs nothing and is counted in no sum.
         cost_nano: cost in nano-USD; None when the price is unknown.
         estimated: the provider did not tell the usage; `cost_nano` is the reserved upper bound ("unconfirmed").
         error: class name of the error, without its text.
@@ -45,6 +49,9 @@ class CallRecord(NamedTuple):
         user, tenant, session, priority, program, experiment, variant, prompt_version, tags: from the call's context.
         trace_id: id of the trace the call belongs to, when one was active.
         accounts: keys of the budget accounts that were charged.
+        reason: of a refused call, the word of `RejectedError.reason` and what said no, e.g.
+            `"budget_exceeded: day/tenant=acme"`. Of refusals that follow fast on each other one in a while is
+            recorded, and tells how many it stands for: `"... (and 137 more)"`.
     """
 
     id: str
@@ -76,6 +83,7 @@ class CallRecord(NamedTuple):
     tags: tuple[tuple[str, str], ...] = ()
     trace_id: str | None = None
     accounts: tuple[str, ...] = ()
+    reason: str | None = None
 
     @property
     def cost_usd(self) -> float | None:
@@ -143,7 +151,12 @@ ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "variant", "prompt")
 
 
 def rollup_keys(record: CallRecord) -> list[tuple[str, str]]:
-    """The (dimension, value) pairs under which a record is summed per day; `("all", "")` is always first."""
+    """The (dimension, value) pairs under which a record is summed per day; `("all", "")` is always first.
+
+    None for a refused call: nothing was sent, and strangers who are refused must not fill the table.
+    """
+    if record.outcome == REFUSED:
+        return []
     keys = [("all", ""), ("model", record.model)]
     if record.user is not None:
         keys.append(("user", record.user))

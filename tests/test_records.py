@@ -12,6 +12,7 @@ FACTS = {
     "cached_tokens": 6, "reasoning_tokens": 7, "cached": False, "latency": 8.5, "waited": 9.5, "user": "u",
     "tenant": "t", "session": "s", "priority": "high", "program": "p", "experiment": "x", "variant": "v",
     "prompt_version": "pv", "tags": (("a", "b"),), "trace_id": "tr", "accounts": ("acc",),
+    "reason": "r",
 }  # fmt: skip
 
 

@@ -111,3 +111,13 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
                 for event in codec.feed(chunk):
                     yield event
             yield self.ended(codec.finish(litellm), source)
+
+
+def missing_keys(model: str) -> list[str] | None:
+    """The environment variables that LiteLLM misses for a model; None when it does not know."""
+    litellm = get_litellm(feature="dspy-prod check")
+    try:
+        told = litellm.validate_environment(model)
+    except Exception:  # it raises what it likes for models it does not know
+        return None
+    return [] if told.get("keys_in_environment") else list(told.get("missing_keys") or ()) or None

@@ -8,10 +8,11 @@ threads of Evaluate and Parallel.
 from __future__ import annotations
 
 import datetime as dt
+import sys
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 from typing import Any, Final, Literal, NamedTuple
 
@@ -75,9 +76,27 @@ def current() -> CallContext:
 
 @contextmanager
 def use(context: CallContext) -> Iterator[CallContext]:
-    """Put a ready-made context in force."""
-    with dspy.context(**{SETTING: context}):
+    """Put a ready-made context in force.
+
+    Raises:
+        RuntimeError: it ends elsewhere than it began, so that it was in force for nothing in between.
+    """
+    scope = dspy.context(**{SETTING: context})
+    scope.__enter__()
+    try:
         yield context
+    except BaseException:
+        with suppress(ValueError):
+            scope.__exit__(*sys.exc_info())
+        raise
+    try:
+        scope.__exit__(None, None, None)
+    except ValueError:
+        raise RuntimeError(
+            "call_context began in one thread or task and ends in another, so the calls in between were made without "
+            "it. A `def` dependency of FastAPI does that: make it an `async def` dependency, or put the `with "
+            "call_context(...)` into the endpoint itself"
+        ) from None
 
 
 @contextmanager

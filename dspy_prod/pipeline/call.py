@@ -155,14 +155,14 @@ class Call:
         counts = usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.reasoning_tokens
         if sum(filter(None, counts)) > MOST_TOKENS:
             counts = told(counts)  # type: ignore[assignment]  # as many
-        # As a tuple: the generated constructor of a 29-field NamedTuple costs a microsecond.
+        # As a tuple: the generated constructor of a 30-field NamedTuple costs a microsecond.
         return _new_record(CallRecord, (
             id, self.id, started_at, route.model, route.name, number, outcome, cost, estimated,
             None if error is None else type(error).__name__,
             None if error is None else getattr(error, "status", None),
             *counts,
             cached, latency, self.waited, user, tenant, session, priority, program, experiment, variant,
-            prompt_version, tags, trace_id, accounts,
+            prompt_version, tags, trace_id, accounts, None,
         ))  # fmt: skip
 
     def remember(self, record: CallRecord, route: Route, response: Response | None = None) -> None:

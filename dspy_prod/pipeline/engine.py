@@ -14,10 +14,12 @@ from dspy.lm15 import Request, Response
 from dspy_prod.compat.foreign import running_loop
 from dspy_prod.compat.lm15 import StreamEvent
 from dspy_prod.context.current import current, stamped
+from dspy_prod.errors import RejectedError
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.pipeline.refusing import note
 from dspy_prod.pipeline.scope import SCOPE, Scope, candidate_key, request_key
 from dspy_prod.policies.budget import Purse
 
@@ -101,13 +103,21 @@ class ProdEngine(_Guarded):
         """
         call = self.call(request, False)
         call.alone = running_loop() is not None
-        return run(flow(call))
+        try:
+            return run(flow(call))
+        except RejectedError as error:
+            note(call, error)
+            raise
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """Answer one request event by event; raises as `complete` does."""
         call = self.call(request, True)
-        with closing(run_stream(flow(call), call)) as events:
-            yield from events
+        try:
+            with closing(run_stream(flow(call), call)) as events:
+                yield from events
+        except RejectedError as error:
+            note(call, error)
+            raise
 
     def close(self) -> None:
         """Engines are shared by copies of an LM; `LM.close` closes what they own."""
@@ -118,14 +128,23 @@ class AsyncProdEngine(_Guarded):
 
     async def complete(self, request: Request) -> Response:
         """See `ProdEngine.complete`."""
-        return await arun(flow(self.call(request, False)))
+        call = self.call(request, False)
+        try:
+            return await arun(flow(call))
+        except RejectedError as error:
+            note(call, error)
+            raise
 
     async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
         """See `ProdEngine.stream`."""
         call = self.call(request, True)
-        async with aclosing(arun_stream(flow(call), call)) as events:
-            async for event in events:
-                yield event
+        try:
+            async with aclosing(arun_stream(flow(call), call)) as events:
+                async for event in events:
+                    yield event
+        except RejectedError as error:
+            note(call, error)
+            raise
 
     async def aclose(self) -> None:
         """See `ProdEngine.close`."""

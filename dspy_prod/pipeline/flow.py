@@ -44,6 +44,9 @@ STORE_PATIENCE: Final = 5.0
 LATE: Final = 0.01
 """Seconds after its admission from which a call's limiter is told when it really left."""
 
+NOTICE: Final = 0.05
+"""Seconds after which it is looked whether a store that decides elsewhere has put a call into line."""
+
 _LOOK: Final = 0.01
 
 Effect: TypeAlias = "Send | Wait | Warm"
@@ -248,12 +251,14 @@ def _admission(attempt: Attempt) -> Generator[Effect, Any, Attempt]:
         turn = turns_at(attempt, began)
         again: Attempt | None = None
         try:
-            if reservation.state == PENDING:
-                call.emit("waiting", model=attempt.route.model, blocked_on=reservation.blocked_on)
+            told = False
             while reservation.state == PENDING:
                 now = monotonic()
+                if not told and reservation.blocked_on:  # a durable store decides in a moment, which is no wait
+                    told = True
+                    call.emit("waiting", model=attempt.route.model, blocked_on=reservation.blocked_on)
                 if now < min(until, turn):
-                    yield Wait(reservation, min(until, turn))
+                    yield Wait(reservation, min(until, turn) if told else min(until, turn, now + NOTICE))
                     continue
                 turn = inf
                 if any(account.title == reservation.blocked_on for account in reservation.accounts):

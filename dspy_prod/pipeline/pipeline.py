@@ -160,6 +160,8 @@ def clear_answers(store: Store) -> None:
 
 _CACHES: weakref.WeakValueDictionary[tuple[int, Any], SharedCache] = weakref.WeakValueDictionary()
 _CACHES_LOCK = RegistryLock()
+_MAX_KEPT = 16
+"""Caches with different options that a memory store keeps."""
 
 
 def _shared_cache(store: Store, options: Cache) -> SharedCache:
@@ -168,4 +170,9 @@ def _shared_cache(store: Store, options: Cache) -> SharedCache:
         shared = _CACHES.get(key)
         if shared is None:
             shared = _CACHES[key] = SharedCache(options, store)
+            companions = getattr(store, "companions", None)
+            if companions is not None:  # no file keeps the answers for the next LM
+                while len(companions) >= _MAX_KEPT:
+                    del companions[next(iter(companions))]
+                companions[options] = shared
         return shared

@@ -80,6 +80,7 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
         late = raised.late
         if attempt.until >= call.deadline and not isinstance(raised, StalledError):
             error = too_late(call, "while the upstream was working")
+            error.working = True
             verdict = own_deadline(worked, route.timeout)
         else:
             error = LMTimeoutError(

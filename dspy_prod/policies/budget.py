@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from math import inf
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
+from urllib.parse import unquote
 from zoneinfo import ZoneInfo
 
 from dspy_prod.context.current import PROCESS_RUN, CallContext
@@ -26,7 +27,7 @@ from dspy_prod.stores.base import Account, Store, Terms
 from dspy_prod.telemetry.events import BUS
 
 ANONYMOUS: Final = "anonymous"
-"""The scope value of calls that do not say theirs; one bucket for all of them."""
+"""What the one bucket is called of all calls that do not say whose they are."""
 
 _MAX_CACHED_ACCOUNTS: Final = 10_000
 
@@ -65,7 +66,7 @@ class BudgetRule:
         self.caps = options.per == "call"
         self._zone = ZoneInfo(options.timezone)
         # (window id, its end, accounts by scope value), replaced as one: a call sees one window or the other
-        self._current: tuple[str, float, dict[str, Account]] = ("", -inf, {})
+        self._current: tuple[str, float, dict[Any, Account]] = ("", -inf, {})
         self._soft = None if options.soft is None else int(self.limit * options.soft)
         self._softened: set[str] = set()
 
@@ -104,17 +105,41 @@ class BudgetRule:
         if wall >= ends_at:
             window, ends_at, accounts = self._turn(wall)
         value = self._scope_value(context, model)
-        if options.per == "run":
-            value = f"{context.run or PROCESS_RUN}|{value}"
-        account = accounts.get(value)
+        place: Any = (context.run or PROCESS_RUN, value) if options.per == "run" else value
+        account = accounts.get(place)
         if account is None:
-            title = options.title if options.scope == "global" else f"{options.title}={value}"
-            key = f"{options.title}|{value}|{window}"
-            account = Account(key, self.limit, title, ends_at - wall, options.title)
+            account = self._account(place if isinstance(place, tuple) else (place,), window, ends_at - wall)
             if len(accounts) >= _MAX_CACHED_ACCOUNTS:
                 accounts.clear()
-            accounts[value] = account
+            accounts[place] = account
         return account
+
+    def _account(self, place: tuple[str | None, ...], window: str, ends_in: float) -> Account:
+        options = self.options
+        shown = "|".join([ANONYMOUS if part is None else part for part in place])
+        title = options.title if options.scope == "global" else f"{options.title}={shown}"
+        key = f"{self.prefix}{'|'.join(map(_written, place))}|{window}"
+        return Account(key, self.limit, title, ends_in, options.title)
+
+    @property
+    def prefix(self) -> str:
+        """How the keys of all accounts of this budget begin."""
+        return f"{_written(self.options.title)}|"
+
+    def found(self, key: str, window: str, ends_in: float) -> Account:
+        """The account behind a key that a store has."""
+        return self._account(self._place(key, window), window, ends_in)
+
+    def who(self, key: str, window: str) -> str | None:
+        """Whose account it is: the run if there is one, and the scope's value; None for that of all."""
+        place = self._place(key, window)
+        if self.options.scope == "global":
+            place = place[:-1]
+        return "|".join([ANONYMOUS if part is None else part for part in place]) or None
+
+    def _place(self, key: str, window: str) -> tuple[str | None, ...]:
+        written = key[len(self.prefix) : -len(window) - 1].split("|")
+        return tuple([None if part == ANONYMOUS else unquote(part) for part in written])
 
     @property
     def ends_at(self) -> float:
@@ -150,14 +175,14 @@ class BudgetRule:
         first = midnight.replace(day=1)
         return local.strftime("%Y-%m"), _next_day(first, 32).replace(day=1).timestamp()
 
-    def _turn(self, wall: float) -> tuple[str, float, dict[str, Account]]:
+    def _turn(self, wall: float) -> tuple[str, float, dict[Any, Account]]:
         with self._lock:
             if wall >= self._current[1]:
                 self._softened = set()
                 self._current = (*self.window(wall), {})
             return self._current
 
-    def _scope_value(self, context: CallContext, model: str) -> str:
+    def _scope_value(self, context: CallContext, model: str) -> str | None:
         scope = self.options.scope
         if scope == "global":
             return "-"
@@ -179,7 +204,16 @@ class BudgetRule:
                 budget=self.options.title,
                 limit_usd=self.options.usd,
             )
+        return None
+
+
+def _written(part: str | None) -> str:
+    """A part of a key, so that no two accounts have one key, and somebody called "anonymous" is not nobody."""
+    if part is None:
         return ANONYMOUS
+    if part == ANONYMOUS:
+        return "%61" + part[1:]
+    return part.replace("%", "%25").replace("|", "%7C") if "%" in part or "|" in part else part
 
 
 class Purse:

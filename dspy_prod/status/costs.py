@@ -9,21 +9,25 @@ from __future__ import annotations
 import datetime as dt
 from calendar import monthrange
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from math import inf
 from typing import Final, NamedTuple
 
-from dspy_prod.context.current import current
+from dspy_prod.context.current import EMPTY, current
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.policies.budget import BudgetRule, refresh
 from dspy_prod.records import NANO, ROLLUP_DIMENSIONS, Totals
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.status.models import BudgetStatus, CostRow, CostSummary, filled
-from dspy_prod.stores.base import Account, Store
+from dspy_prod.stores.base import Account, AccountState, Store
 from dspy_prod.stores.memory_ledger import day_of
 
 HISTORY_DAYS: Final = 31
 AVERAGE_DAYS: Final = 7
+
+WORST: Final = 10
+"""Accounts that are shown of each budget with a scope, however many tenants or users there are."""
 
 FLUSH_TIMEOUT: Final = 2.0
 """Seconds a store gets to write what was posted before it counts as unavailable."""
@@ -42,7 +46,7 @@ class Place(NamedTuple):
 
 
 def costs(pipeline: Pipeline) -> CostSummary:
-    """What the pipeline's store and namespace has spent, and what is left of the pipeline's global budgets."""
+    """What the pipeline's store and namespace has spent, and what is left of the pipeline's budgets."""
     REAPER.flush(FLUSH_TIMEOUT)
     return summary([Place(pipeline.store, pipeline.clock)], [pipeline])
 
@@ -66,7 +70,7 @@ def summary(places: Sequence[Place], pipelines: Iterable[Pipeline]) -> CostSumma
         firsts += [dt.date.fromisoformat(day) for day, _, _ in rows[:1]]
     first = min(firsts, default=today + _DAY)
     average = _mean([days.get(day, 0) for day in _span(max(first, today - (AVERAGE_DAYS - 1) * _DAY), today)])
-    budgets = global_budgets(pipelines)
+    budgets, scoped = budgets_of(pipelines)
     tightest = max(budgets, key=lambda budget: (budget.used_percent, -budget.remaining_usd), default=None)
     return CostSummary(
         today_usd=now.cost_nano / NANO,
@@ -79,32 +83,74 @@ def summary(places: Sequence[Place], pipelines: Iterable[Pipeline]) -> CostSumma
         projected_monthly_usd=average * monthrange(today.year, today.month)[1],
         history={day: days.get(day, 0) / NANO for day in _span(max(first, today - (HISTORY_DAYS - 1) * _DAY), today)},
         unknown_cost_calls=now.unknown_cost,
-        budgets=budgets,
+        budgets=[*budgets, *scoped],
     )
 
 
-def global_budgets(pipelines: Iterable[Pipeline]) -> list[BudgetStatus]:
-    """The global budgets of some pipelines, each once; a run's budget is that of the run in force here."""
-    found: dict[tuple[int, str], BudgetStatus] = {}
+def budgets_of(pipelines: Iterable[Pipeline]) -> tuple[list[BudgetStatus], list[BudgetStatus]]:
+    """(the global budgets of some pipelines, the accounts of the scoped ones that are used most), each once.
+
+    A run's global budget is that of the run in force here.
+    """
+    whole: dict[tuple[int, str], BudgetStatus] = {}
+    scoped: dict[tuple[int, str], list[BudgetStatus]] = {}
     pipelines = list(pipelines)
-    for store in {id(pipeline.store): pipeline.store for pipeline in pipelines if pipeline.budgets}.values():
+    for store in {id(pipeline.store): pipeline.store for pipeline in pipelines if pipeline.rules}.values():
         refresh(store)
     for pipeline in pipelines:
         wall = pipeline.clock.time()
-        for rule in pipeline.budgets:
+        for rule in pipeline.every_budget():
             key = (id(pipeline.store), rule.options.title)
-            if rule.options.scope == "global" and key not in found:
+            if rule.caps or key in whole or key in scoped:
+                continue
+            if rule.options.scope == "global":
                 account = rule.account(current(), pipeline.primary.model, wall)
-                found[key] = budget_status(pipeline.store, rule, account, wall)
-    return list(found.values())
+                whole[key] = budget_status(pipeline.store, rule, account, wall)
+            else:
+                scoped[key] = worst(pipeline.store, rule, wall, WORST)
+    return list(whole.values()), sorted(chain(*scoped.values()), key=lambda each: -each.used_percent)
+
+
+def worst(store: Store, rule: BudgetRule, wall: float, most: int) -> list[BudgetStatus]:
+    """The accounts of a budget in the window of now, those that are used most first."""
+    window, ends_at = rule.window(wall)
+    found = store.accounts(rule.prefix, f"|{window}", most)
+    return [_status(rule, rule.found(key, window, ends_at - wall), state, wall) for key, state in found]
+
+
+def stored_budgets(store: Store, clock: Clock, most: int) -> list[BudgetStatus]:
+    """Every budget that a store knows, by name, each with the accounts that are used most.
+
+    Args:
+        store: where the budgets are kept.
+        clock: by whose time their windows are those of now.
+        most: accounts of each budget.
+    """
+    wall, found = clock.time(), []
+    for terms in store.terms():
+        rule = BudgetRule(terms.in_force)
+        accounts = [] if rule.caps else worst(store, rule, wall, most)
+        if not accounts and rule.options.scope == "global":  # nobody has spent anything
+            account = rule.account(EMPTY, "", wall)
+            accounts = [_status(rule, account._replace(key=f"{rule.prefix}-|{rule.window(wall)[0]}"), _UNUSED, wall)]
+        found += accounts
+    return found
+
+
+_UNUSED: Final = AccountState()
 
 
 def budget_status(store: Store, rule: BudgetRule, account: Account, wall: float) -> BudgetStatus:
     """One account of a budget, now."""
-    state = store.account(account.key)
+    return _status(rule, account, store.account(account.key), wall)
+
+
+def _status(rule: BudgetRule, account: Account, state: AccountState, wall: float) -> BudgetStatus:
     window, ends_at = rule.window(wall)
     return BudgetStatus(
         title=account.title,
+        name=rule.options.title,
+        who=rule.who(account.key, window),
         per=rule.options.per,
         scope=rule.options.scope,
         limit_usd=account.limit / NANO,

@@ -97,7 +97,8 @@ class _Look:
         fault = ""
         try:
             if not store.flush(FLUSH_TIMEOUT):
-                fault = "it does not take writes; check its disk and permissions"
+                failing = _problems(store).get("failing")
+                fault = str(failing or "it does not take writes; check its disk and permissions")
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
         if fault:

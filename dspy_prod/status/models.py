@@ -28,6 +28,8 @@ class BudgetStatus(Frozen):
 
     Attributes:
         title: the budget's name, with the scope's value when it has one, e.g. `"day/tenant=acme"`.
+        name: the budget's name alone. who: the scope's value alone, after that of the run for a
+            run's budget; None for the one account of a global budget.
         per, scope: as in `Budget`.
         limit_usd: what may be spent in the window.
         spent_usd: what was charged, unconfirmed charges included.
@@ -40,6 +42,8 @@ class BudgetStatus(Frozen):
     """
 
     title: str
+    name: str
+    who: str | None
     per: str
     scope: str
     limit_usd: float
@@ -67,7 +71,8 @@ class CostSummary(Frozen):
         projected_monthly_usd: `average_daily_7d_usd` times the days of the current month.
         history: day → USD, oldest first, of the last 31 days with today; empty days count from the first record on.
         unknown_cost_calls: today's attempts whose cost is not known, because their model has no known price.
-        budgets: every global budget of the LM.
+        budgets: every global budget of the LM, then of each budget with a scope the accounts (at most 10) that are used
+            most, the worst first.
     """
 
     today_usd: float

@@ -239,6 +239,10 @@ class Admission(Protocol):
 
     def account(self, key: str) -> AccountState: ...
 
+    def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
+        """(key, state) of accounts whose keys begin and end so: those that spent most, at most `most` of them."""
+        ...
+
     def limiter(self, key: str) -> LimiterSnapshot | None: ...
 
     def holds(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from math import inf
+from typing import Any
 
 from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord, Totals
@@ -23,6 +24,9 @@ class MemoryStore(Lane):
         namespace: keeps programs that share a process apart.
         clock: durations come from `clock.monotonic()`.
         max_records: the ledger keeps this many newest records; sums (rollups) are kept for all.
+
+    Attributes:
+        companions: what others keep in memory beside the store, and must live as long as it.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class MemoryStore(Lane):
         self._clock = clock
         self._ledger = MemoryLedger(max_records)
         self._janitor = Janitor(self, "dspy_prod-memory-store")
+        self.companions: dict[Any, Any] = {}
         self._on_terms: Callable[[Terms], None] | None = None
         super().__init__(clock.monotonic, self._ledger.append, self._janitor.rearm)
         hold_while_forking(self, Stage.STATE)
@@ -95,6 +100,10 @@ class MemoryStore(Lane):
     def account(self, key: str) -> AccountState:
         with self._lock:
             return self._core.account(key)
+
+    def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
+        with self._lock:
+            return self._core.accounts.worst(prefix, suffix, most)
 
     def records(
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, Final
 
-from dspy_prod.records import CallRecord, Totals, rollup_keys
+from dspy_prod.records import REFUSED, CallRecord, Totals, rollup_keys
 
 MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `"(other)"`."""
@@ -104,6 +104,8 @@ class MemoryLedger:
             if old is not None:
                 self._sum([CallRecord._make(old)], -1)
             rows[record.id] = tuple(record)
+            if record.outcome == REFUSED:
+                continue
             group = (
                 int(record.started_at // _DAY), record.model, record.user, record.tenant, record.program,
                 record.variant, record.prompt_version, record.tags,

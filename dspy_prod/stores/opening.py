@@ -27,6 +27,9 @@ OnProblem = Callable[[str, dict[str, Any]], None]
 _FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'memory://'"
 
 _STORES: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
+_KEPT: Final[list[MemoryStore]] = []
+"""Memory stores live as long as the process: an LM built for each request finds what the one before has spent."""
+
 _LOCK: Final = RegistryLock()
 
 
@@ -84,6 +87,8 @@ def _memory(name: str, namespace: str, clock: Clock) -> Store:
         store: MemoryStore | None = _STORES.get(key)
         if store is None:
             store = _STORES[key] = MemoryStore(namespace, clock=clock, url=f"memory://{name}")
+            if clock is SYSTEM_CLOCK:
+                _KEPT.append(store)
         return store
 
 

@@ -165,8 +165,8 @@ def records(lm: Any) -> list[CallRecord]:
 
 
 def upstream(lm: Any) -> list[CallRecord]:
-    """The records of upstream attempts, without answers from the cache."""
-    return [record for record in records(lm) if not record.cached]
+    """The records of upstream attempts, without answers from the cache and refusals."""
+    return [record for record in records(lm) if not record.cached and record.outcome != "refused"]
 
 
 def charged(lm: Any) -> int:

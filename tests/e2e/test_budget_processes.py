@@ -25,7 +25,6 @@ from tests.e2e.support import (
     errors,
     make_lm,
     outcome,
-    records,
     together,
     until,
     upstream,
@@ -88,7 +87,7 @@ def test_a_closed_and_reopened_store_goes_on_counting(serve: MakeProvider, sqlit
         outcomes = together("threads", lm, 10, calls=4)
         errors(outcomes, BudgetExceededError)
         assert account(lm).spent == provider.bill.nano == spent * CENT
-        assert len(records(lm)) == spent
+        assert len(upstream(lm)) == spent
         before = id(lm.pipeline.store)
         lm.close()
         lm.pipeline.store.close()

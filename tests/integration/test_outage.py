@@ -241,7 +241,8 @@ def test_without_a_fallback_the_caller_hears_why_and_when(serve: MakeProvider, c
         assert "503" in refusal.cause_text
         assert "40" in str(refusal)
     assert len(dead.calls) == 1
-    assert [record.outcome for record in records(lm)] == ["error"], "what was not sent is no attempt"
+    assert [record.outcome for record in records(lm)] == ["error", "refused"], "the second is like the first"
+    assert lm.costs(by="model")[0].attempts == 1, "what was not sent is no attempt"
 
 
 async def _aoutcome(lm: Any) -> Any:
@@ -264,7 +265,7 @@ def test_a_stale_answer_bridges_the_outage(serve: MakeProvider, connect: MakeLM)
     assert [lm("known") for _ in range(10)] == [["the answer"]] * 10
     assert len(dead.calls) == 2
     assert isinstance(outcome(lambda: lm("unknown")), CircuitOpenError)
-    assert [record.outcome for record in records(lm)] == ["ok", "error", *["stale"] * 11]
+    assert [record.outcome for record in records(lm)] == ["ok", "error", *["stale"] * 11, "refused"]
     assert lm.history[-1]["cost"] == 0.0
     assert lm.history[-1]["cached"] is True
     dead.up()

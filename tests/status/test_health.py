@@ -327,7 +327,7 @@ def test_unconfirmed_and_unknown_costs_stand_apart(store: MemoryStore) -> None:
 
 
 def test_the_budget_fields_are_those_of_the_tightest_global_budget(store: MemoryStore) -> None:
-    """Of a day's and a total budget the fuller one is shown; both are listed, a tenant's is not."""
+    """Of a day's and a total budget the fuller one is shown; both are listed, then the tenants' accounts."""
     engine = ScriptedEngine("hi", input_tokens=100, output_tokens=0)
     budgets = [Budget(usd=10, per="day"), Budget(usd=2), Budget(usd=1, scope="tenant")]
     lm = make(store, engine, "unit/model", prices=PRICES, budget=budgets, max_tokens=1, cache=False)
@@ -335,8 +335,12 @@ def test_the_budget_fields_are_those_of_the_tightest_global_budget(store: Memory
     costs = lm.costs()
     assert (costs.budget_usd, costs.used_percent) == (2.0, pytest.approx(5.0))
     assert costs.remaining_usd == pytest.approx(1.9)
-    assert [(b.title, b.spent_usd) for b in costs.budgets] == [("day", 0.1), ("total", 0.1)]
-    day, total = costs.budgets
+    assert [(b.title, b.spent_usd) for b in costs.budgets] == [
+        ("day", 0.1),
+        ("total", 0.1),
+        ("total/tenant=anonymous", 0.1),
+    ]
+    day, total, _ = costs.budgets
     assert (day.window, day.ends_at) == ("2026-11-23", dt.datetime(2026, 11, 24, tzinfo=dt.timezone.utc))
     assert (total.window, total.ends_at) == ("total", None)
 

@@ -17,7 +17,7 @@ from dspy_prod.stores import opening
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.opening import DEFAULT_URL, default_store_url, open_store
 from dspy_prod.stores.sqlite.store import SqliteStore
-from tests.stores.support import FakeClock, ask, granted
+from tests.stores.support import CENT, FakeClock, ask, granted
 
 
 def test_one_url_and_namespace_are_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,10 +46,17 @@ def test_memory_stores_are_shared_by_name() -> None:
     assert (first.url, first.namespace, first.durable) == ("memory://", "n", False)
 
 
-def test_a_store_that_nobody_uses_is_let_go() -> None:
-    reference = weakref.ref(open_store("memory://gone", "n"))
+def test_a_file_s_store_that_nobody_uses_is_let_go(tmp_path: Path) -> None:
+    reference = weakref.ref(open_store(f"sqlite:///{tmp_path}/gone.db", "n"))
     gc.collect()
     assert reference() is None
+
+
+def test_a_memory_store_is_kept_for_the_process() -> None:
+    """An LM that was built for each request forgot budget, limit and ledger each time."""
+    granted(open_store("memory://kept", "n"), ask(CENT))
+    gc.collect()
+    assert open_store("memory://kept", "n").account("day").held == CENT
 
 
 def test_a_store_object_is_used_as_it_is() -> None:

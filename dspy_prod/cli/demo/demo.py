@@ -16,6 +16,7 @@ import dspy_prod
 from dspy_prod.cli.demo.providers import LocalProviders, RealProvider
 from dspy_prod.cli.demo.running import Run
 from dspy_prod.cli.demo.triage import Message, Triage, messages, published, similar_examples
+from dspy_prod.records import REFUSED
 
 NAMESPACE: Final = "demo"
 RECOVERY: Final = 5.0
@@ -74,7 +75,7 @@ def demo(
             finally:
                 remove()
         lm.close()
-        records = lm.ledger.records(since=run.began)
+        records = [record for record in lm.ledger.records(since=run.began) if record.outcome != REFUSED]
         written = demo_mlflow.written(console, tracked, records, run.began) if tracked else None
         report = Report(run, records, lm.health(), written)
         show_json(report) if as_json else show(console, report)

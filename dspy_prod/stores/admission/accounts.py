@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from heapq import nlargest
 from math import inf
 from typing import Final
 
@@ -53,6 +54,12 @@ class AccountBook:
             return AccountState(entry.spent, entry.held, entry.unconfirmed)
         stored = self._load(key) if self._load is not None else None
         return stored or AccountState()
+
+    def worst(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
+        """The accounts in memory whose keys begin and end so, those that spent most first."""
+        found = [item for item in self.entries.items() if item[0].startswith(prefix) and item[0].endswith(suffix)]
+        worst = nlargest(most, found, key=lambda item: item[1].spent)
+        return [(key, AccountState(entry.spent, entry.held, entry.unconfirmed)) for key, entry in worst]
 
     def hold(self, keys: tuple[str, ...], amount: int) -> tuple[int, ...]:
         """Reserve on each account; what each has spent so far, without what is held."""

@@ -6,10 +6,10 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from dspy_prod.records import CallRecord, Totals, rollup_keys
+from dspy_prod.records import REFUSED, CallRecord, Totals, rollup_keys
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
-from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, record_of, record_row, terms_of
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, clean_text, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
 _MARKS: Final = ", ".join("?" * (1 + len(CallRecord._fields)))
@@ -87,6 +87,8 @@ class LedgerTables:
     def _sum(self, records: Iterable[CallRecord], sign: int) -> None:
         groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[CallRecord]] = {}
         for record in records:
+            if record.outcome == REFUSED:
+                continue
             groups.setdefault((day_of(record.started_at), tuple(rollup_keys(record))), []).append(record)
         for (day, pairs), alike in groups.items():
             self._sum_alike(day, pairs, alike, sign)
@@ -131,6 +133,18 @@ def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountSt
     find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
     row = connection.execute(find, (ns, key)).fetchone()
     return AccountState() if row is None else AccountState(*row)
+
+
+def read_accounts(
+    connection: sqlite3.Connection, ns: int, prefix: str, suffix: str, most: int
+) -> list[tuple[str, AccountState]]:
+    """The accounts whose keys begin and end so, those that spent most first."""
+    rows = connection.execute(
+        "SELECT key, spent, held, unconfirmed FROM accounts WHERE ns = ?1 AND key >= ?2 AND key < ?2 || char(1114111) "
+        "AND substr(key, -length(?3)) = ?3 ORDER BY spent DESC, key LIMIT ?4",
+        (ns, clean_text(prefix), suffix, most),
+    )
+    return [(row[0], AccountState(*row[1:])) for row in rows]
 
 
 def read_terms(connection: sqlite3.Connection, ns: int) -> list[Terms]:

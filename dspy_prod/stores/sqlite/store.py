@@ -36,7 +36,7 @@ from dspy_prod.stores.base import (
 )
 from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import TOUCH_AFTER, read_answer, read_size
-from dspy_prod.stores.sqlite.ledger import read_account, read_records, read_terms, read_totals
+from dspy_prod.stores.sqlite.ledger import read_account, read_accounts, read_records, read_terms, read_totals
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
@@ -129,6 +129,11 @@ class SqliteStore:
         """Whether `close` was called."""
         return self._mailbox.closed
 
+    @property
+    def problems(self) -> dict[str, Any]:
+        """What goes wrong in the background: why nothing can be written at the moment, and what was dropped."""
+        return self._writer.problems()
+
     def __repr__(self) -> str:
         return f"SqliteStore({self._path!r}, namespace={self._namespace!r})"
 
@@ -219,6 +224,9 @@ class SqliteStore:
 
     def account(self, key: str) -> AccountState:
         return self._read(lambda connection, ns: read_account(connection, ns, key))
+
+    def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
+        return self._read(lambda connection, ns: read_accounts(connection, ns, prefix, suffix, most))
 
     def limiter(self, key: str) -> LimiterSnapshot | None:
         stored: LimiterSnapshot | None = self._mailbox.question(lambda core, _, now: core.limiter(key, now))

@@ -46,6 +46,9 @@ PUT_HOLD: Final = "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?, 
 PUT_ABANDONED: Final = "INSERT OR REPLACE INTO abandoned VALUES (?, ?, ?, ?, ?, ?)"
 HOLD_COLUMNS: Final = "id, ends_at, amount, accounts, limit_key, debit, stub"
 
+PROBE: Final = 16_384
+"""Bytes that a file which could not be written has to take before it counts as writable again."""
+
 KEEP_ABANDONED: Final = 7 * 86_400.0
 """Seconds for which a late settlement still replaces the charge of an abandoned hold."""
 
@@ -137,6 +140,11 @@ class Tables(File):
     def load_abandoned(self, id: str) -> Hold | None:
         row = self._one("SELECT id, 0.0, amount, accounts, NULL, NULL, stub FROM abandoned WHERE ns = ? AND id = ?", id)
         return None if row is None else hold_of(row)
+
+    def probe(self, now: float) -> None:
+        """Write something that needs room in the file, and leave only a note of when that worked."""
+        self._run("INSERT OR REPLACE INTO meta VALUES ('recovered_at', zeroblob(?))", [(PROBE,)])
+        self._run("UPDATE meta SET value = ? WHERE key = 'recovered_at'", [(now,)])
 
     # -- leases --------------------------------------------------------------------------------------------------------
     def owned(self) -> bool:

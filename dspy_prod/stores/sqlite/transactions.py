@@ -131,11 +131,14 @@ class Transactions:
         return bool(self.core.holds) and now >= self._leased_until - self._lease * 2 / 3
 
     # -- one transaction -----------------------------------------------------------------------------------------------
-    def run(self, operations: list[Operation], take_more: Callable[[list[Operation]], None]) -> None:
+    def run(
+        self, operations: list[Operation], take_more: Callable[[list[Operation]], None], *, probing: bool = False
+    ) -> None:
         """Do everything and commit, or raise; then `undo` must follow.
 
         Args:
             take_more: called when the file is ours, to add what was posted while waiting for it.
+            probing: write something in any case, to know whether the file takes it.
 
         Raises:
             UnfitError: one operation cannot be done whatever the file's state.
@@ -163,6 +166,8 @@ class Transactions:
             for index, (operation, one, other) in enumerate(operations):  # noqa: B007  (read when one fails)
                 operation(self, one, other, now)
             index = -1
+            if probing:
+                tables.probe(now)
             self._write(now)
         except Exception as error:
             if is_environment(error):

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Final
+from typing import Any, Final
 
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
@@ -68,6 +68,12 @@ class Writer:
         self._dropped = 0
         self._alone = 0  # how many operations to run one by one
 
+    def problems(self) -> dict[str, Any]:
+        """Why nothing can be written, how much waits for it, and how much was given up."""
+        failing = self.failing
+        found = {} if failing is None else {"failing": failing.detail, "kept": len(self._kept)}
+        return {**found, "dropped": self._dropped} if self._dropped else found
+
     # -- the loop ------------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Body of the thread; returns when stopped, with everything written that can be."""
@@ -117,12 +123,13 @@ class Writer:
         try:
             with self.io:
                 if self._anything_due():
-                    self._transactions.run(operations, self._take_more)
+                    self._transactions.run(operations, self._take_more, probing=self.failing is not None)
                 elif self.failing is None and all(operation[0] in _QUIET for operation in operations):
                     for operation, one, other in operations:
                         operation(self._transactions, one, other, 0.0)
                 elif operations:
-                    self._transactions.run(operations, self._take_more)
+                    # Beginning and ending a transaction succeeds on a full disk: what failed has to write again.
+                    self._transactions.run(operations, self._take_more, probing=self.failing is not None)
         except Exception as error:
             self._failed(operations, error)
         else:

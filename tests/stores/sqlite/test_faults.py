@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,33 @@ def test_a_full_disk_refuses_admissions_and_loses_no_settlement(path: str) -> No
     assert problems.names == ["store_degraded", "store_recovered"]
     assert len(store.records(user=big)) > 0
     check_books(store)
+    store.close()
+
+
+def test_a_store_that_cannot_write_says_so_until_a_write_succeeds(path: str) -> None:
+    """Every call was refused and health was "healthy": looking at it began and ended an empty transaction, which a full
+    disk allows, and took that for a recovery."""
+    problems = Problems()
+    store = SqliteStore(path, on_problem=problems)
+    store.flush(10)
+    assert store.problems == {}
+    granted(store, ask(CENT))
+    connection = store._writer.tables.connection
+    assert connection is not None
+    with store._writer.io:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count={pages}")
+    while not problems:
+        decided(store.admit(ask(1, id="x" * 3_000 + str(os.urandom(8)))))
+    for _ in range(3):
+        until(lambda: store._writer._retry_at < time.monotonic())
+        assert not store.flush(1)
+        assert "full" in store.problems["failing"]
+    with store._writer.io:
+        connection.execute("PRAGMA max_page_count=1000000")
+    until(lambda: store.flush(1))
+    assert store.problems == {}
+    assert problems.names == ["store_degraded", "store_recovered"]
     store.close()
 
 

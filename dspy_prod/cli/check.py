@@ -1,0 +1,56 @@
+"""`dspy-prod check prod.toml`: would keys, addresses, prices, limits, budgets and the store do? Without spending."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dspy_prod.cli.printing import print_json
+
+_COLOURS: Final = {"ok": "green", "unsure": "yellow", "not tried": "dim", "fails": "red"}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to those of `dspy-prod`."""
+    parser = commands.add_parser(
+        "check", help="try an LM's configuration without spending; exit code 1 if it would fail"
+    )
+    parser.add_argument("path", nargs="?", type=Path, help="the TOML file; default: DSPY_PROD__... variables alone")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print what was found; 1 when something would fail."""
+    from dspy_prod.errors import ConfigError, StoreUnavailableError
+    from dspy_prod.lm import LM
+    from dspy_prod.lm.checking import Finding, check
+    from dspy_prod.policies.budget import quoted
+
+    try:
+        with quoted(), warnings.catch_warnings():  # looking at a file must not change what a budget allows
+            warnings.simplefilter("ignore")
+            lm = LM.from_config(arguments.path)
+        found = check(lm)
+    except (ConfigError, StoreUnavailableError) as error:
+        what = "store" if isinstance(error, StoreUnavailableError) else "configuration"
+        found = [Finding(route=str(arguments.path or "environment"), what=what, outcome="fails", detail=str(error))]
+    fails = any(finding.outcome == "fails" for finding in found)
+    if arguments.json:
+        print_json([finding.model_dump(mode="json") for finding in found])
+        return int(fails)
+    table = Table()
+    for name in ("route", "what", "outcome", "found"):
+        table.add_column(name, overflow="fold")
+    for finding in found:
+        colour = _COLOURS[finding.outcome]
+        outcome = f"[{colour}]{finding.outcome}[/]"
+        table.add_row(escape(finding.route), finding.what, outcome, escape(finding.detail))
+    Console().print(table)
+    return int(fails)
