@@ -21,13 +21,12 @@ class Answer:
         left: the consumer left while it had an event in its hands.
     """
 
-    __slots__ = ("_accumulator", "_call", "_partial", "_since", "_start", "_strict", "end", "left", "response")
+    __slots__ = ("_accumulator", "_call", "_since", "_start", "_strict", "end", "left", "response")
 
     def __init__(self, effect: Send, call: Call) -> None:
         self._accumulator = StreamAccumulator(effect.request)
         self._call = call
         self._strict = isinstance(effect.route.upstream.spec, str)
-        self._partial: Response | None = None
         self._since = 0.0
         self._start: tuple[StreamEvent, ...] = ()
         self.end: StreamEvent | None = None
@@ -60,15 +59,8 @@ class Answer:
     def broke(self, effect: Send) -> None:
         """The stream failed: leave with the effect what came of it."""
         with suppress(Exception):  # a part may be beyond repair, such as a tool call without a name
-            self._partial = effect.partial = self._accumulator.response()
+            effect.partial = self._accumulator.response()
         effect.ended = effect.partial is not None and self.end is not None
-
-    def around(self, error: Exception) -> Exception:
-        """The error, which shows what came of the answer."""
-        if self._partial is not None and getattr(error, "partial", None) is None:
-            with suppress(AttributeError):
-                error.partial = self._partial  # type: ignore[attr-defined]
-        return error
 
     @property
     def unseen(self) -> tuple[StreamEvent, ...]:

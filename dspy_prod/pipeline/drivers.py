@@ -194,7 +194,7 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
         answer.broke(effect)
         if answer.left:  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
-        raise answer.around(public_error(error, route.upstream, until)) from error
+        raise public_error(error, route.upstream, until) from error
 
 
 async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, None]:
@@ -231,7 +231,7 @@ async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, 
             answer.left or running_loop() is None
         ):  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
-        raise answer.around(public_error(error, route.upstream, until)) from error
+        raise public_error(error, route.upstream, until) from error
 
 
 def _ending(answer: Answer | None, response: Response) -> Iterable[StreamEvent]:

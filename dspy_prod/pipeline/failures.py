@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from dspy.lm15 import Response
+from dspy.utils.exceptions import LMError
 
 from dspy_prod.errors import RejectedError, UnusableAnswerError
 
@@ -29,6 +30,12 @@ def unusable(route: Route, flaw: str, response: Response) -> UnusableAnswerError
     return error
 
 
+def shows_partial(error: BaseException, partial: Response) -> None:
+    """Let an error show what came of a stream before it, unless the engine has said so itself."""
+    if isinstance(error, LMError) and getattr(error, "partial", None) is None:
+        error.partial = partial
+
+
 class Failures:
     """What the routes of one call said, in order.
 
@@ -41,7 +48,7 @@ class Failures:
 
     def __init__(self) -> None:
         self._first: Exception | None = None
-        self._said: dict[str, Exception] | None = None
+        self._said: dict[Route, Exception] | None = None
         self.last: Exception | None = None
         self.upstream: Exception | None = None
 
@@ -54,9 +61,9 @@ class Failures:
         self.last = error
         if not isinstance(error, RejectedError):
             self.upstream = error
-            self._said[route.name] = error
+            self._said[route] = error
         else:
-            self._said.setdefault(route.name, error)
+            self._said.setdefault(route, error)
 
     def told(self) -> Exception:
         """The error to raise when every route has failed: the last upstream's, else the first refusal.
@@ -69,7 +76,7 @@ class Failures:
         error = self.upstream or first
         if len(said) > 1:
             first = next(iter(said.values()))
-            _add(error, "; ".join(f"{name}: {_brief(each)}" for name, each in said.items()))
+            _add(error, "; ".join(f"{route.name}: {_brief(each)}" for route, each in said.items()))
             if error is not first:
                 error.__cause__ = first
         return error

@@ -28,7 +28,7 @@ from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.admission import admission, leaves, note_spending
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send, Wait, Warm
-from dspy_prod.pipeline.failures import Failures, unusable
+from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
 from dspy_prod.pipeline.outcome import flaw_of, judge
 from dspy_prod.pipeline.plan import only_here, pause_until, plan
 from dspy_prod.pipeline.refusals import too_late
@@ -263,6 +263,8 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
         if send is not None and send.ended:
             attempt.answer = send.partial
         error = failed(attempt, raised)
+        if send is not None and send.partial is not None and (call.visible or send.ended):
+            shows_partial(error, send.partial)
         if error is raised:
             raise
         raise error from (raised.__cause__ or raised)

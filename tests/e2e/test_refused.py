@@ -136,6 +136,14 @@ def test_when_all_routes_fail_the_error_names_what_each_said(serve: MakeProvider
     assert getattr(error.__cause__, "status", None) == 500
 
 
+def test_routes_of_one_model_are_told_apart(serve: MakeProvider, connect: MakeLM) -> None:
+    """Two keys of the same model are two routes, and both have said something."""
+    provider = serve(faults=Status(401))
+    spares = [connect(provider, model=CHEAP, api_key=key) for key in ("one", "two")]
+    error = call(connect(provider, fallbacks=spares))
+    assert str(error).count(f"{CHEAP}: LMAuthError 401") == 2
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("model", "options"),
