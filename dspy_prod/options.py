@@ -63,7 +63,8 @@ class Retry(Options):
     Attributes:
         attempts: attempts per route, the first included; 1 means no retry.
         patience: seconds a call waits for a route in all (its limit, Retry-After, backoff) while another route is
-            left; then that one is asked, and this one again should it fail.
+            left; then that one is asked, and this one again should it fail. A `max_wait` of the route's own limit
+            holds instead of it for the first admission.
         backoff: upper bound of the first pause, seconds; doubles with each retry.
         max_backoff: upper bound of any pause, seconds.
         budget: capacity of the retry budget in tokens, per route; None means no retry budget.

@@ -150,14 +150,16 @@ def _send(call: Call) -> Flow:
             if attempts.due is not None and not (yield from _resume(call, attempts)):
                 continue
         while True:
-            waited = call.waited
+            waited, patience = call.waited, inf
+            if hurries and (route.limit.max_wait is None or attempts.number > 1):
+                patience = attempts.patience
             try:
-                response = yield from _attempt(call, route, attempts.number, attempts.patience if hurries else inf)
+                response = yield from _attempt(call, route, attempts.number, patience)
             except (CircuitOpenError, RateLimitedError) as error:
                 error.model, error.route = route.model, route.name  # a breaker does not know whose route it guards
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
                 failures.add(route, error)
-                if hurries and isinstance(error, RateLimitedError):
+                if patience != inf and isinstance(error, RateLimitedError):
                     early.append((route, attempts))
                 break
             except RejectedError as error:

@@ -82,6 +82,15 @@ def test_a_full_limit_of_our_own_is_not_waited_for(serve: MakeProvider, connect:
     assert [asked.model for asked in provider.calls] == ["e2e", "e2e-cheap"]
 
 
+def test_a_max_wait_of_ones_own_is_kept_to(serve: MakeProvider, connect: MakeLM) -> None:
+    """Who says how long a call may wait for a slow local model means it, whatever else could answer."""
+    provider = serve()
+    limit = RateLimit(rpm=60, burst=1, max_wait=30)
+    lm = connect(provider, retry=Retry(patience=0.0), limit=limit, fallbacks=[CHEAP])
+    assert [lm(f"question {number}") for number in range(2)] == [["ok"]] * 2
+    assert [asked.model for asked in provider.calls] == ["e2e", "e2e"]
+
+
 def test_a_route_that_was_left_early_is_tried_again_when_the_others_fail(serve: MakeProvider, connect: MakeLM) -> None:
     """Impatience must not cost an answer: the fallback is dead, and the first route would have answered."""
     provider = serve(
