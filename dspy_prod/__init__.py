@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RejectedError,
         StoreUnavailableError,
         UnpricedModelError,
+        UnusableAnswerError,
     )
     from dspy_prod.lm.lm import LM
     from dspy_prod.lm.wrapping import wrap
@@ -37,7 +38,7 @@ __getattr__, __dir__ = door(
     {
         "context.current": "call_context",
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError RateLimitedError "
-        "RejectedError StoreUnavailableError UnpricedModelError",
+        "RejectedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
         "lm": "LM wrap",
         "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
         "privacy": "Redactor",
@@ -76,6 +77,7 @@ __all__ = [
     "Retry",
     "StoreUnavailableError",
     "UnpricedModelError",
+    "UnusableAnswerError",
     "add_listener",
     "call_context",
     "call_report",

@@ -3,6 +3,7 @@
 Upstream failures keep DSPy's own classes (`LMTimeoutError`, `LMServerError`, ...). The classes here mean that *we*
 said no, before or instead of sending a request. Each carries data (`reason`, `retry_after`, ...) and a sentence that
 names the remedy. None derives from the classes that DSPy retries, so a refusal is final for DSPy.
+`UnusableAnswerError` alone is an upstream failure: DSPy has no class for an answer with nothing in it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from dspy.utils.exceptions import LMError
+from dspy.utils.exceptions import LMError, LMServerError
 
 
 class ConfigError(ValueError):
@@ -132,3 +133,17 @@ class StoreUnavailableError(RejectedError):
 
     reason = "store_unavailable"
     default_code = "store_unavailable"
+
+
+class UnusableAnswerError(LMServerError):
+    """The upstream answered, and nobody can use the answer. It was retried, and fell back, like any failure of its own.
+
+    Attributes:
+        flaw: `empty` (no choices, or nothing in them), `error` (it ended with one), `no_end` (it never said why it
+            ended) or `filtered` (a content filter left nothing).
+        partial: the answer as it came.
+    """
+
+    default_code = "unusable_answer"
+    flaw: str = "empty"
+    partial: Any = None

@@ -61,6 +61,12 @@ class Options(BaseModel):
         kind = type(self).__name__
         raise ConfigError(f"{kind} does not change; make another: options.model_copy(update={{{name!r}: ...}})")
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """What an earlier version pickled has the defaults of the options that came later."""
+        super().__setstate__(state)
+        for name, field in type(self).model_fields.items():
+            self.__dict__.setdefault(name, field.default)
+
 
 def _explained(kind: type[Options], first: Any) -> OptionError:
     """What pydantic found first, in words that name the option, what was given and what is allowed."""
@@ -92,12 +98,15 @@ class Retry(Options):
     """Retries of transient upstream failures, in exactly one layer: ours.
 
     Exponential backoff with full jitter (AWS Architecture Blog, "Exponential Backoff and Jitter"); a provider's
-    Retry-After wins over it. `budget` is a retry budget in gRPC's style ("Retry throttling", gRFC A6): every retry
-    costs one token, every success returns `budget_refill`; while fewer than half the tokens are left, failures are
-    not retried, so an outage is not multiplied.
+    Retry-After that asks for more wins over it. `budget` is a retry budget in gRPC's style ("Retry throttling", gRFC
+    A6): every retry costs one token, every success returns `budget_refill`; while fewer than half the tokens are left,
+    failures are not retried, so an outage is not multiplied.
 
     Attributes:
         attempts: attempts per route, the first included; 1 means no retry.
+        patience: seconds a call waits for a route in all (its limit, Retry-After, backoff) while another route is
+            left; then that one is asked, and this one again should it fail. A `max_wait` of the route's own limit
+            holds instead of it for the first admission.
         backoff: upper bound of the first pause, seconds; doubles with each retry.
         max_backoff: upper bound of any pause, seconds.
         budget: capacity of the retry budget in tokens, per route; None means no retry budget.
@@ -107,6 +116,7 @@ class Retry(Options):
     attempts: Count = 3
     backoff: Seconds = 0.5
     max_backoff: Seconds = 20.0
+    patience: SecondsOrZero = 2.0
     budget: Annotated[float, Field(gt=0)] | None = 100.0
     budget_refill: Annotated[float, Field(gt=0)] = 1.0
 

@@ -21,11 +21,6 @@ def usd(nano: int | None) -> float | None:
     return None if nano is None else nano / NANO
 
 
-def told(counts: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """Usage counters, None in the place of each that cannot be true."""
-    return tuple([count if count is None or count <= MOST_TOKENS else None for count in counts])
-
-
 class CallRecord(NamedTuple):
     """One upstream attempt, or one answer from the cache. Immutable; money is kept as integer nano-USD.
 

@@ -31,6 +31,13 @@ def chunks_of(stream: Any) -> Iterable[Any]:
     return getattr(stream, "chunks", None) or ()
 
 
+def reason_told(stream: Any) -> str | None:
+    """Why the provider said that a stream of LiteLLM's ended; "" when it did not; None when that is not known."""
+    if not hasattr(stream, "received_finish_reason"):
+        return None
+    return str(stream.received_finish_reason or getattr(stream, "intermittent_finish_reason", None) or "").lower()
+
+
 class _Hooked:
     sent: Callable[[dict[str, Any], Request], dict[str, Any]]
     """Gives the arguments LiteLLM is called with, from those DSPy has made of a request."""

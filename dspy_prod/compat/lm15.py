@@ -67,6 +67,7 @@ _StdlibAsyncTransport: Any
     "StdlibAsyncTransport",
     "StdlibTransport._open",
     "StdlibAsyncTransport._send_request",
+    "StdlibAsyncTransport._do_stream",
 )
 
 
@@ -76,12 +77,17 @@ class HookedTransport(_StdlibTransport):
     time_left: Callable[[], float | None]
     """Seconds that a request which begins now may take to connect; None: as the transport was told."""
     wrapped: Callable[[socket.socket], Any]
+    refused: Callable[[list[tuple[str, str]]], None]
+    """Hears the headers of an HTTP error."""
 
     def stream(self, request: Any) -> Any:
         left = self.time_left()
         if left is not None:
             request.connect_timeout = min(request.connect_timeout or self._connect_timeout, left)
-        return super().stream(request)
+        response = super().stream(request)
+        if response.status >= 400:
+            self.refused(response.headers)
+        return response
 
     def _open(self, *args: Any, **kwargs: Any) -> Any:
         connection = super()._open(*args, **kwargs)
@@ -90,10 +96,17 @@ class HookedTransport(_StdlibTransport):
 
 
 class HookedAsyncTransport(_StdlibAsyncTransport):
-    """The asynchronous transport, which calls what a subclass names when a request goes out."""
+    """The asynchronous transport, which calls what a subclass names when a request goes out and when it is refused."""
 
     leaves: Callable[[], None]
+    refused: Callable[[list[tuple[str, str]]], None]
 
     async def _send_request(self, *args: Any, **kwargs: Any) -> None:
         self.leaves()
         await super()._send_request(*args, **kwargs)
+
+    async def _do_stream(self, request: Any) -> Any:
+        response = await super()._do_stream(request)
+        if response.status >= 400:
+            self.refused(response.headers)
+        return response

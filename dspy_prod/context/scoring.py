@@ -1,9 +1,12 @@
 """Where a canned answer must never be given: inside `dspy.Evaluate` and an optimizer's `compile`.
 
-There a `Production` raises instead of answering with its fallback. DSPy tells its callbacks when an evaluation or a
-compile begins and ends, and runs callbacks that stand on the component itself beside the configured ones. One callback
-on the two base classes therefore sees every evaluation and every optimizer, also those defined later, without
-replacing a method. It sets a DSPy setting, because settings (unlike a `ContextVar`) follow DSPy into worker threads.
+There a `Production` raises instead of answering with its fallback, admission waits as long as it takes, and a refusal
+of this library ends the evaluation as itself: a score is never about who was busy or out of money.
+
+DSPy tells its callbacks when an evaluation or a compile begins and ends, and runs callbacks that stand on the component
+itself beside the configured ones. One callback on the two base classes therefore sees every evaluation and every
+optimizer, also those defined later, without replacing a method. It sets a DSPy setting, because settings (unlike a
+`ContextVar`) follow DSPy into worker threads.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any, Final
 import dspy
 from dspy.utils.callback import BaseCallback
 
-from dspy_prod.compat.dspy import thread_local_overrides
+from dspy_prod.compat.dspy import end_parallel_work_with, thread_local_overrides
+from dspy_prod.errors import DeadlineExceededError, RejectedError
 
 _SETTING: Final = "dspy_prod_raising"
 
@@ -34,6 +38,11 @@ def raising() -> Iterator[None]:
     """
     with dspy.context(**{_SETTING: True}):
         yield
+
+
+def _ends_scoring(error: Exception) -> bool:
+    """Whether an error says nothing about the program that is scored. How long it may take does."""
+    return isinstance(error, RejectedError) and not isinstance(error, DeadlineExceededError) and is_raising()
 
 
 def _followers(inputs: dict[str, Any]) -> list[Any]:
@@ -72,6 +81,7 @@ def _install() -> None:
         callbacks = list(getattr(component, "callbacks", []))
         if not any(type(callback).__qualname__ == _Raising.__qualname__ for callback in callbacks):
             component.callbacks = [*callbacks, _Raising()]
+    end_parallel_work_with(_ends_scoring)
 
 
 _install()

@@ -1,4 +1,5 @@
-"""Warnings that an LM gives its user: DSPy's deprecation of `messages=`, and budgets that one call nearly fills."""
+"""Warnings that an LM gives its user: DSPy's deprecation of `messages=`, budgets that one call nearly fills, and
+fallbacks that could not help."""
 
 from __future__ import annotations
 
@@ -6,9 +7,12 @@ import inspect
 import warnings
 from typing import Any
 
+from dspy.lm15 import Message, NotConfiguredError, Request
+
 from dspy_prod.compat.dspy import warns_of_messages
 from dspy_prod.lm.assembling import disabled
 from dspy_prod.lm.beneath import Beneath
+from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.records import usd
 
 
@@ -44,6 +48,41 @@ def warn_steered_budgets(lm: Beneath) -> None:
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def warn_idle_fallbacks(lm: Beneath) -> None:
+    """Warn of fallbacks that could answer nothing: without a key, or, under a budget, without a price.
+
+    Nobody would notice before the outage they are there for.
+    """
+    for route in lm.pipeline.fallbacks:
+        missing = _missing_key(route.upstream)
+        if missing is not None:
+            warnings.warn(f"The fallback {route.model} cannot be used: {missing}", UserWarning, stacklevel=4)
+        elif (lm.pipeline.budgets or route.rules) and route.rates() is None:
+            warnings.warn(
+                f"The fallback {route.model} cannot be used under a budget, because no price is known for it; pass "
+                f"prices={{{route.model!r}: dspy_prod.Price(input=..., output=...)}} (USD per million tokens)",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _missing_key(upstream: Upstream) -> str | None:
+    """What the native engine says of a key that is nowhere; LiteLLM only says it when it is called."""
+    if not isinstance(upstream.spec, str):
+        return None
+    request = Request(model=upstream.model, messages=(Message.user("?"),))
+    try:
+        engine, native = upstream.sync_engine(request, None)
+        if native:
+            found = engine.resolve(upstream.model)
+            engine.router.lm(f"{found.provider}:{found.model}")
+    except NotConfiguredError as error:
+        return " ".join(error.message.split())
+    except Exception:  # whatever else is wrong, the first call tells
+        return None
+    return None
 
 
 def warn_coarse_budgets(lm: Beneath) -> None:

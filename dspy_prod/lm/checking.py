@@ -16,7 +16,7 @@ from dspy_prod.pipeline.routes import Route
 from dspy_prod.privacy.names import bare_url
 from dspy_prod.records import usd
 from dspy_prod.stores.base import CachedAnswer, Store
-from dspy_prod.telemetry.answers import Frozen
+from dspy_prod.telemetry.tap import Frozen
 
 PATIENCE: Final = 5.0
 """Seconds an address gets to answer, and a store to write."""

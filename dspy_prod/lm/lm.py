@@ -19,7 +19,7 @@ from dspy.utils.callback import BaseCallback, with_callbacks
 from dspy_prod.compat.dspy import OwnCache, engines_of, set_engines
 from dspy_prod.compat.executing import arun_call, run_call
 from dspy_prod.errors import ConfigError
-from dspy_prod.lm.advice import warn_coarse_budgets, warn_steered_budgets
+from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
 from dspy_prod.lm.arguments import budget_options
 from dspy_prod.lm.assembling import assemble, disabled
 from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath
@@ -125,6 +125,7 @@ class LM(OwnCache, dspy.LM):
         beneath = self.pipeline, self.identity, self.cache
         set_engines(self, ProdEngine(*beneath), AsyncProdEngine(*beneath))
         warn_coarse_budgets(self)
+        warn_idle_fallbacks(self)
         LIVE.add(self)
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ from dspy.lm15 import Request, Response, Usage
 from dspy_prod.context.current import CallContext
 from dspy_prod.policies.budget import Purse
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
-from dspy_prod.records import MOST_TOKENS, CallRecord, told
+from dspy_prod.records import CallRecord
 from dspy_prod.runtime.forking import reset_after_fork
 
 if TYPE_CHECKING:
@@ -152,15 +152,12 @@ class Call:
             user, tenant, session, priority, _deadline, tags, _cache, _ttl, _run, program, experiment, variant,
             prompt_version, trace_id, _records, _node,
         ) = self.context  # fmt: skip
-        counts = usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.reasoning_tokens
-        if sum(filter(None, counts)) > MOST_TOKENS:
-            counts = told(counts)  # type: ignore[assignment]  # as many
         # As a tuple: the generated constructor of a 30-field NamedTuple costs a microsecond.
         return _new_record(CallRecord, (
             id, self.id, started_at, route.model, route.name, number, outcome, cost, estimated,
             None if error is None else type(error).__name__,
             None if error is None else getattr(error, "status", None),
-            *counts,
+            usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.reasoning_tokens,
             cached, latency, self.waited, user, tenant, session, priority, program, experiment, variant,
             prompt_version, tags, trace_id, accounts, None,
         ))  # fmt: skip

@@ -17,7 +17,8 @@ from dspy.clients.engines.stream_guard import achecked_stream, checked_stream
 from dspy.lm15 import Response
 
 from dspy_prod.compat.foreign import running_loop
-from dspy_prod.compat.lm15 import StreamAccumulator, StreamEvent
+from dspy_prod.compat.lm15 import StreamEvent
+from dspy_prod.pipeline.answer import Answer
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send
 from dspy_prod.pipeline.flow import Flow
@@ -71,13 +72,13 @@ async def arun(steps: Flow) -> Response:
 # -- streams ---------------------------------------------------------------------------------------------------------
 def run_stream(steps: Flow, call: Call) -> Generator[StreamEvent, None, None]:
     """Perform a flow on this thread and yield the answer's events."""
-    answer: _Answer | None = None
+    answer: Answer | None = None
     try:
         effect = next(steps)
         while True:
             try:
                 if isinstance(effect, Send):
-                    answer = _Answer(effect, call)
+                    answer = Answer(effect, call)
                     yield from _events(effect, answer)
                     result = answer.response
                 else:
@@ -93,13 +94,13 @@ def run_stream(steps: Flow, call: Call) -> Generator[StreamEvent, None, None]:
 
 async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, None]:
     """Perform a flow in this task and yield the answer's events."""
-    answer: _Answer | None = None
+    answer: Answer | None = None
     try:
         effect = next(steps)
         while True:
             try:
                 if isinstance(effect, Send):
-                    answer = _Answer(effect, call)
+                    answer = Answer(effect, call)
                     async with aclosing(_aevents(effect, answer)) as events:
                         async for event in events:
                             yield event
@@ -169,7 +170,7 @@ async def _asend(effect: Send) -> Response:
         raise public_error(error, effect.route.upstream, effect.until) from error
 
 
-def _events(effect: Send, answer: _Answer) -> Generator[StreamEvent, None, None]:
+def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
     """Yield a stream's events but the last one, which waits in the answer until it is settled."""
     route, until = effect.route, effect.until
     try:
@@ -188,17 +189,15 @@ def _events(effect: Send, answer: _Answer) -> Generator[StreamEvent, None, None]
                 for shown in answer.take(event):
                     with answer:
                         yield shown
-        rest = answer.finish()
+        answer.finish()
     except Exception as error:
+        answer.broke(effect)
         if answer.left:  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
         raise public_error(error, route.upstream, until) from error
-    for shown in rest:
-        with answer:
-            yield shown
 
 
-async def _aevents(effect: Send, answer: _Answer) -> AsyncGenerator[StreamEvent, None]:
+async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, None]:
     """As `_events`."""
     route, until = effect.route, effect.until
     limit: Any = None
@@ -223,8 +222,9 @@ async def _aevents(effect: Send, answer: _Answer) -> AsyncGenerator[StreamEvent,
                 for shown in answer.take(event):
                     with answer:
                         yield shown
-        rest = answer.finish()
+        answer.finish()
     except Exception as error:
+        answer.broke(effect)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and limit is not None and _expired(limit):
             raise (AttemptTimeoutError if limited == until else StalledError) from None
         if (
@@ -232,62 +232,13 @@ async def _aevents(effect: Send, answer: _Answer) -> AsyncGenerator[StreamEvent,
         ):  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
         raise public_error(error, route.upstream, until) from error
-    for shown in rest:
-        with answer:
-            yield shown
 
 
-class _Answer:
-    """One stream's answer as it grows, and the hands it is given into: how long they keep it, whether they let it fall.
-
-    Attributes:
-        response: the whole answer, once it has ended.
-        end: its last event.
-        left: the consumer left while it had an event in its hands.
-    """
-
-    __slots__ = ("_accumulator", "_call", "_since", "_start", "end", "left", "response")
-
-    def __init__(self, effect: Send, call: Call) -> None:
-        self._accumulator = StreamAccumulator(effect.request)
-        self._call = call
-        self._since = 0.0
-        self._start: tuple[StreamEvent, ...] = ()
-        self.end: StreamEvent | None = None
-        self.left = False
-        self.response: Response | None = None
-
-    def take(self, event: StreamEvent) -> tuple[StreamEvent, ...]:
-        """Add an event; those to show now. The start waits for the first delta: until then all may be tried again."""
-        self._accumulator.push(event)
-        if event.type == "start":
-            self._start = (event,)
-            return ()
-        if event.type == "end":
-            self.end = event
-            return ()
-        self._call.visible = True
-        start, self._start = self._start, ()
-        return (*start, event)
-
-    def finish(self) -> tuple[StreamEvent, ...]:
-        """Put the answer together; the events to show that waited in vain."""
-        self.response = self._accumulator.response()
-        return self._start
-
-    def __enter__(self) -> None:
-        self._since = time.monotonic()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._call.paused += time.monotonic() - self._since
-        self.left = kind is GeneratorExit
-
-
-def _ending(answer: _Answer | None, response: Response) -> Iterable[StreamEvent]:
+def _ending(answer: Answer | None, response: Response) -> Iterable[StreamEvent]:
     """What a stream ends with: its last event, or the whole of an answer that came from the cache."""
     if answer is None or answer.end is None or answer.response is not response:
         return replay(response)
-    return (answer.end,)
+    return answer.unseen
 
 
 # -- details ---------------------------------------------------------------------------------------------------------

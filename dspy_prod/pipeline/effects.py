@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dspy.lm15 import Request
+from dspy.lm15 import Request, Response
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
@@ -26,6 +26,10 @@ class Send:
 
     `until` bounds the attempt on the monotonic clock (`inf`: not at all). `leaving`, if any, wants to be called when
     the request goes out, as late as the driver can tell.
+
+    Attributes:
+        partial: a stream's answer as far as it came, left here when the stream broke.
+        ended: its end event had come, and with it what the provider told of its usage.
     """
 
     route: Route
@@ -33,6 +37,8 @@ class Send:
     extras: dict[str, Any] | None
     until: float
     leaving: Callable[[], None] | None = None
+    partial: Response | None = None
+    ended: bool = False
 
 
 @dataclass(slots=True, eq=False)

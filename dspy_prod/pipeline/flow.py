@@ -5,7 +5,7 @@ does; two small drivers perform them. It never sleeps and does no I/O of its own
 
     cache lookup, single-flight
       └ fallback: for each route (primary, then fallbacks)
-          └ retry: attempts under one deadline and one retry budget
+          └ retry: attempts under one deadline and one retry budget, and little patience while a route is left
               └ breaker check ─ wait for limiter and budget together (holding nothing) ─ breaker permit
                   └ one upstream attempt
               ◄─ settle permit, tokens and money with what really happened; append the record; emit events
@@ -16,38 +16,28 @@ An open circuit is noticed before any waiting; the permit is taken last, so nobo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from math import inf
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from dspy.lm15 import Response
 from dspy.utils.exceptions import LMError
 
+from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
+from dspy_prod.pipeline.admission import admission, leaves, note_spending
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send, Wait, Warm
-from dspy_prod.pipeline.outcome import judge
-from dspy_prod.pipeline.plan import Attempt, longest_wait, only_here, plan, renewed, shrunk, turns_at, wait_until
-from dspy_prod.pipeline.refusals import refused, too_late, waited_too_long
+from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
+from dspy_prod.pipeline.outcome import flaw_of, judge
+from dspy_prod.pipeline.plan import only_here, pause_until, plan
+from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.routes import Route
-from dspy_prod.pipeline.settling import failed, give_back, succeeded
-from dspy_prod.policies.cache import cacheable
+from dspy_prod.pipeline.settling import failed, succeeded
 from dspy_prod.policies.retry import Attempts
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
-from dspy_prod.records import NANO
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.stores.base import GRANTED, PENDING, Reservation, Store
-
-STORE_PATIENCE: Final = 5.0
-"""Seconds a store gets to look at a reservation, whatever `max_wait` says about the wait after that."""
-
-LATE: Final = 0.01
-"""Seconds after its admission from which a call's limiter is told when it really left."""
-
-NOTICE: Final = 0.05
-"""Seconds after which it is looked whether a store that decides elsewhere has put a call into line."""
-
-_LOOK: Final = 0.01
+from dspy_prod.stores.base import GRANTED
 
 Effect: TypeAlias = "Send | Wait | Warm"
 Flow: TypeAlias = Generator[Effect, Any, Response]
@@ -137,50 +127,73 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any
 
 
 def _send(call: Call) -> Flow:
-    """Try the routes in order, and keep the answer."""
+    """Try the routes in order, and keep the answer.
+
+    While another route is left, one that would have to be waited for is left early, see `Retry.patience`; it has its
+    turn again when the others have failed.
+    """
     pipeline = call.pipeline
-    failure: LMError | None = None
-    refusal: RejectedError | None = None
     routes = call.routes() if pipeline.degradable else pipeline.routes
-    for route in routes:
-        attempts = Attempts(route.retry, route.state.retry_budget, pipeline.rand)
-        if failure is not None or refusal is not None:
-            call.emit("fallback", to=route.model, reason=_reason(failure or refusal))
+    failures = Failures()
+    early: list[tuple[Route, Attempts]] = []  # routes that were left early
+    turn, count = 0, len(routes)
+    while turn < count + len(early):
+        if turn < count:
+            route = routes[turn]
+            attempts = Attempts(route.retry, route.state.retry_budget, pipeline.rand)
+        else:
+            route, attempts = early[turn - count]
+        turn += 1
+        hurries = turn < count and not is_raising()
+        if failures.last is not None:
+            call.emit("fallback", to=route.model, reason=_reason(failures.last))
+            if attempts.due is not None and not (yield from _resume(call, attempts)):
+                continue
         while True:
+            waited, patience = call.waited, inf
+            if hurries and (route.limit.max_wait is None or attempts.number > 1):
+                patience = attempts.patience
             try:
-                response = yield from _attempt(call, route, attempts.number)
+                response = yield from _attempt(call, route, attempts.number, patience)
             except (CircuitOpenError, RateLimitedError) as error:
                 error.model, error.route = route.model, route.name  # a breaker does not know whose route it guards
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
-                refusal = refusal or error
+                failures.add(route, error)
+                if patience != inf and isinstance(error, RateLimitedError):
+                    early.append((route, attempts))
                 break
             except RejectedError as error:
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
                 if only_here(call, route, routes[0], error):
-                    refusal = refusal or error
+                    failures.add(route, error)
                     break
-                if failure is not None and error.__cause__ is None:
-                    raise error from failure
+                if failures.upstream is not None and error.__cause__ is None:
+                    raise error from failures.upstream
                 raise
-            except LMError as error:
+            except (LMError, ImportError) as error:
+                failures.add(route, error)
                 verdict = judge(error)
-                now = pipeline.clock.monotonic()
                 pause = None
+                attempts.waited += call.waited - waited
                 if not _opened(route):  # else the next attempt would wait for nothing
+                    now = pipeline.clock.monotonic()
                     pause = attempts.again(
                         verdict.retry and not call.visible,
                         getattr(error, "retry_after", None),
-                        longest_wait(call, route, now) - now,
+                        pause_until(call, now) - now,
+                        attempts.patience if hurries else inf,
                     )
+                    if attempts.why_not == "patience":
+                        attempts.due = now + attempts.pause
+                        early.append((route, attempts))
                 if pause is not None:
-                    failure = error  # should the next attempt be refused, this is the upstream's last word
                     call.emit("retry", model=route.model, attempt=attempts.number, pause=pause, error=_reason(error))
                     if pause > 0:
+                        attempts.waited += pause
                         yield Wait(None, now + pause)
                     continue
-                if call.visible or not verdict.fallback:
+                if call.visible or not (verdict.fallback or route is not routes[0]):
                     raise
-                failure = error
                 break
             if call.key is not None:
                 _keep(call, route, response)
@@ -190,13 +203,23 @@ def _send(call: Call) -> Flow:
         entry = cache.stale(call.key)
         if entry is not None:
             return call.hit(entry, "stale")
-    if failure is not None:
-        raise failure
-    assert refusal is not None
-    raise refusal
+    raise failures.told()
 
 
-def _attempt(call: Call, route: Route, number: int) -> Flow:
+def _resume(call: Call, attempts: Attempts) -> Generator[Effect, Any, bool]:
+    """Wait until a route that was left early may be tried again; False when the call has no time or retry for it."""
+    assert attempts.due is not None
+    now = call.pipeline.clock.monotonic()
+    pause = attempts.again(True, None, pause_until(call, now) - now, least=attempts.due - now)
+    attempts.due = None
+    if pause is None:
+        return False
+    if pause > 0:
+        yield Wait(None, now + pause)
+    return True
+
+
+def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
     """One attempt on one route: check, reserve, take the permit, send, settle."""
     pipeline = call.pipeline
     breaker = route.state.breaker
@@ -204,114 +227,49 @@ def _attempt(call: Call, route: Route, number: int) -> Flow:
         breaker.check()
     if call.deadline != inf and call.late():
         raise too_late(call, "before the request was sent")
-    attempt = plan(call, route, number)
+    attempt = plan(call, route, number, patience)
+    send: Send | None = None
     settled = False
     try:
         if not route.upstream.ready:
             yield Warm(route, attempt.request, call.extras, call.deadline)
         if attempt.reservation is not None:
             if pipeline.store.admit(attempt.reservation).state != GRANTED:
-                attempt = yield from _admission(attempt)
+                attempt = yield from admission(attempt)
                 if breaker is not None:
                     breaker.check()
             if pipeline.watches_spending:
-                _note_spending(attempt)
+                note_spending(attempt)
         if call.deadline != inf and call.late():
             raise too_late(call, "before the request was sent")
         if breaker is not None:
             attempt.permit = breaker.permit()
         leaving = None
         if route.paced and attempt.reservation is not None:
-            leaving = _leaving(pipeline.store, attempt.reservation)
+            leaving = leaves(pipeline.store, attempt.reservation)
         attempt.started = now = pipeline.clock.monotonic()
         attempt.until = until = call.deadline if route.timeout is None else call.attempt_until(route, now)
         attempt.sent = True
-        response = yield Send(route, attempt.request, call.extras, until, leaving)
+        send = Send(route, attempt.request, call.extras, until, leaving)
+        response = yield send
+        flaw = flaw_of(response)
+        if flaw is not None:
+            attempt.answer = response
+            raise unusable(route, flaw, response)
         succeeded(attempt, response)
         settled = True
         return response
     except BaseException as raised:
         if settled or (isinstance(raised, RejectedError) and not attempt.sent and attempt.held is None):
             raise
+        if send is not None and send.ended:
+            attempt.answer = send.partial
         error = failed(attempt, raised)
+        if send is not None and send.partial is not None and (call.visible or send.ended):
+            shows_partial(error, send.partial)
         if error is raised:
             raise
         raise error from (raised.__cause__ or raised)
-
-
-def _admission(attempt: Attempt) -> Generator[Effect, Any, Attempt]:
-    """Wait in line for limiter and budget, holding nothing; gives the attempt as it was granted in the end."""
-    call = attempt.call
-    store, monotonic = call.pipeline.store, call.pipeline.clock.monotonic
-    until = wait_until(attempt, monotonic())
-    while True:
-        reservation = attempt.reservation
-        assert reservation is not None
-        began = monotonic()
-        turn = turns_at(attempt, began)
-        again: Attempt | None = None
-        try:
-            told = False
-            while reservation.state == PENDING:
-                now = monotonic()
-                if not told and reservation.blocked_on:  # a durable store decides in a moment, which is no wait
-                    told = True
-                    call.emit("waiting", model=attempt.route.model, blocked_on=reservation.blocked_on)
-                if now < min(until, turn):
-                    yield Wait(reservation, min(until, turn) if told else min(until, turn, now + NOTICE))
-                    continue
-                turn = inf
-                if any(account.title == reservation.blocked_on for account in reservation.accounts):
-                    again = renewed(attempt)
-                if again is not None:
-                    store.withdraw(reservation)  # should it be granted meanwhile, so much the better
-                elif now < until:
-                    continue
-                elif not reservation.blocked_on and now < min(call.deadline, began + STORE_PATIENCE):
-                    yield Wait(reservation, now + _LOOK)  # no max_wait is up before the store has looked
-                elif store.withdraw(reservation):
-                    raise waited_too_long(attempt)
-        except BaseException as error:
-            give_back(attempt, error)
-            raise
-        finally:
-            call.waited += monotonic() - began
-        if reservation.state == GRANTED:
-            return attempt
-        refusal = reservation.refusal
-        if again is None and refusal is not None and refusal.reason == "budget_exceeded":
-            again = renewed(attempt) or shrunk(attempt, refusal)
-        if again is None or again.reservation is None:
-            assert refusal is not None
-            raise refused(attempt, refusal)
-        attempt = again
-        store.admit(again.reservation)
-
-
-def _note_spending(attempt: Attempt) -> None:
-    """Notice budgets that pass their soft threshold with this grant."""
-    reservation = attempt.reservation
-    assert reservation is not None
-    for rule, account, spent in zip(attempt.rules, reservation.accounts, reservation.spent, strict=False):
-        if rule.soft_passed(account.key, spent):
-            attempt.call.emit(
-                "budget_soft", budget=account.title, spent_usd=spent / NANO, limit_usd=account.limit / NANO,
-                degrade_to=rule.options.degrade_to,
-            )  # fmt: skip
-
-
-def _leaving(store: Store, reservation: Reservation) -> Callable[[], None]:
-    """To be called when a call leaves: its limiter hears of it when that is well after the grant.
-
-    A busy machine, or connections that take long to open, would else bunch calls up.
-    """
-
-    def leaving() -> None:
-        now = store.now()
-        if now - reservation.granted_at > LATE:
-            store.sent_late(reservation, now)
-
-    return leaving
 
 
 def _keep(call: Call, route: Route, response: Response) -> None:
@@ -319,7 +277,7 @@ def _keep(call: Call, route: Route, response: Response) -> None:
     cache = call.pipeline.cache
     if call.key is None or cache is None:
         return
-    if route is call.pipeline.primary and not call.degraded and cacheable(response):
+    if route is call.pipeline.primary and not call.degraded:
         cache.put(call.key, response, call.context.ttl)
 
 
@@ -334,7 +292,7 @@ def _opened(route: Route) -> bool:
     return False
 
 
-def _reason(error: LMError | None) -> str:
+def _reason(error: BaseException | None) -> str:
     if isinstance(error, RejectedError):
         return error.reason
     return type(error).__name__

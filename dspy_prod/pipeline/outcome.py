@@ -1,15 +1,17 @@
-"""What an attempt's end means: for the breaker, for retries, for fallbacks, for the limiter and for the bill.
+"""What an attempt's end means: for retries, fallbacks, the breaker, the limiter and the bill.
 
-One table, `_RULES`, decides; nothing else in the library looks at error classes. Billing follows the rule that money
-is owed unless the provider certainly did not work: never sent, or refused with 4xx (not 408), 500, 503 or 529.
+One table, `TABLE`, decides, for every engine alike; `README.md` shows it. Which row an end belongs to is decided by the
+HTTP status, then by the provider's code and text, and only where no status was told by the kind of the error. Nothing
+else in the library looks at error classes. Money is owed unless the provider certainly did not work.
 """
 
 from __future__ import annotations
 
 import asyncio
-from json import JSONDecodeError
-from typing import Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
 
+from dspy.lm15 import Response
 from dspy.utils.exceptions import (
     ContextWindowExceededError,
     LMAuthError,
@@ -18,19 +20,19 @@ from dspy.utils.exceptions import (
     LMError,
     LMInvalidRequestError,
     LMLockTimeoutError,
-    LMProviderError,
     LMRateLimitError,
     LMServerError,
     LMStreamAssemblyError,
     LMTimeoutError,
     LMTransportError,
-    LMUnexpectedError,
     LMUnsupportedFeatureError,
     LMUnsupportedModelError,
 )
 
-from dspy_prod.errors import RejectedError
-from dspy_prod.pipeline.upstream.ends import causes_of
+from dspy_prod.errors import RejectedError, UnusableAnswerError
+from dspy_prod.pipeline.upstream.heard import Heard, heard
+from dspy_prod.pipeline.upstream.vocabulary import meant_by, status_meant_by
+from dspy_prod.policies.cache import has_substance
 
 
 class Verdict(NamedTuple):
@@ -55,56 +57,192 @@ class Verdict(NamedTuple):
     owed: bool = True
 
 
-CANCELLED: Final = Verdict("cancelled")
-_SLOW: Final = Verdict("timeout", failure=True)
-_HASTY: Final = Verdict("timeout")
+class Row(NamedTuple):
+    """One line of the table: what tells this end, in words, and what it means."""
+
+    told_by: str
+    verdict: Verdict
+
+
+TABLE: Final[dict[str, Row]] = {
+    "refused": Row(
+        "this library refused; from an open circuit or a full limit the next route is asked",
+        Verdict("error", sent=False, owed=False),
+    ),
+    "unsent": Row(
+        "nothing sent: a package or credentials missing, an argument no engine or no JSON can carry",
+        Verdict("error", fallback=True, sent=False, owed=False),
+    ),
+    "locked": Row("nothing sent: a credential file is locked", Verdict("error", retry=True, sent=False, owed=False)),
+    "unreached": Row(
+        "no connection was made", Verdict("error", failure=True, retry=True, fallback=True, sent=False, owed=False)
+    ),
+    "lost": Row("the connection broke after sending", Verdict("error", failure=True, retry=True, fallback=True)),
+    "slow": Row("408, 504, 522, 524; `timeout` passed", Verdict("timeout", failure=True, retry=True, fallback=True)),
+    "down": Row("500, 503, 529", Verdict("error", failure=True, retry=True, fallback=True, owed=False)),
+    "failing": Row("any other 5xx", Verdict("error", failure=True, retry=True, fallback=True)),
+    "unusable": Row(
+        "200 with nothing in it: no choices, no content, `finish_reason` error or none; a stream without its end",
+        Verdict("error", failure=True, retry=True, fallback=True),
+    ),
+    # The generation was completed and is owed, so the same route is not paid twice for it.
+    "garbled": Row("200 with what cannot be read", Verdict("error", failure=True, fallback=True)),
+    "throttled": Row("429", Verdict("error", retry=True, fallback=True, throttled=True, owed=False)),
+    "busy": Row("409, 423, 424, 425, 499", Verdict("error", retry=True, fallback=True, owed=False)),
+    "account": Row(
+        "401, 402, 403; key refused or credit used up, whatever the status", Verdict("error", fallback=True, owed=False)
+    ),
+    "model": Row("404, 410; the model is unknown or retired", Verdict("error", fallback=True, owed=False)),
+    "filtered": Row("a content filter; 451", Verdict("error", fallback=True, owed=False)),
+    "unfit": Row(
+        "any other 3xx or 4xx; too long for this model, `max_tokens` above its limit, a setting it does not take",
+        Verdict("error", fallback=True, owed=False),
+    ),
+    "mistake": Row("400 for any other reason", Verdict("error", owed=False)),
+    "cancelled": Row("the caller left", Verdict("cancelled")),
+}
+"""Rows by name. What an answer that had begun cost is owed under every row but those where nothing was sent."""
+
+_STATUS: Final = {
+    **dict.fromkeys((408, 504, 522, 524), "slow"),
+    **dict.fromkeys((500, 503, 529), "down"),
+    **dict.fromkeys((409, 423, 424, 425, 499), "busy"),
+    **dict.fromkeys((401, 402, 403), "account"),
+    **dict.fromkeys((404, 410), "model"),
+    429: "throttled",
+    451: "filtered",
+    400: "mistake",
+}
+
+_KINDS: Final[tuple[tuple[type[LMError], str], ...]] = (
+    (RejectedError, "refused"),
+    (ContextWindowExceededError, "unfit"),
+    (LMAuthError, "account"),
+    (LMBillingError, "account"),
+    (LMRateLimitError, "throttled"),
+    (LMUnsupportedModelError, "model"),
+    (LMInvalidRequestError, "mistake"),
+    (LMTimeoutError, "slow"),
+    (LMServerError, "failing"),
+    (LMLockTimeoutError, "locked"),
+    (LMTransportError, "lost"),
+    (LMUnsupportedFeatureError, "unsent"),
+    (LMConfigurationError, "unsent"),
+    (LMStreamAssemblyError, "unusable"),
+)
+"""Rows for errors without a status, most specific first; any other is `garbled`."""
+
+_CANONICAL: Final = {
+    ContextWindowExceededError.default_code: "unfit",
+    LMAuthError.default_code: "account",
+    LMBillingError.default_code: "account",
+    LMUnsupportedModelError.default_code: "model",
+    LMUnsupportedFeatureError.default_code: "unfit",
+}
+"""Rows by DSPy's own code: an engine may know more of a 400 or a 429 than its text says."""
+
+CANCELLED: Final = TABLE["cancelled"].verdict
+_SLOW: Final = TABLE["slow"].verdict
+_HASTY: Final = _SLOW._replace(failure=False, retry=False, fallback=False)
 _FAIR_SHARE: Final = 1.0
 """Seconds any upstream should answer in, for routes without `timeout`."""
-
-_UNSENT: Final = Verdict("error", failure=True, retry=True, fallback=True, sent=False, owed=False)
-
-# Most specific first. `owed` here is the answer when no HTTP status decides.
-_RULES: Final[tuple[tuple[type[LMError], Verdict], ...]] = (
-    (RejectedError, Verdict("error", sent=False, owed=False)),
-    (ContextWindowExceededError, Verdict("error", fallback=True, owed=False)),
-    (LMAuthError, Verdict("error", fallback=True, owed=False)),
-    (LMBillingError, Verdict("error", fallback=True, owed=False)),
-    (LMRateLimitError, Verdict("error", retry=True, fallback=True, throttled=True, owed=False)),
-    (LMUnsupportedModelError, Verdict("error", fallback=True, owed=False)),
-    (LMInvalidRequestError, Verdict("error", owed=False)),
-    (LMTimeoutError, Verdict("timeout", failure=True, retry=True, fallback=True)),
-    (LMServerError, Verdict("error", failure=True, retry=True, fallback=True)),
-    (LMLockTimeoutError, Verdict("error", retry=True, sent=False, owed=False)),
-    (LMTransportError, Verdict("error", failure=True, retry=True, fallback=True)),
-    (LMUnsupportedFeatureError, Verdict("error", fallback=True, sent=False, owed=False)),
-    (LMConfigurationError, Verdict("error", fallback=True, sent=False, owed=False)),
-    # A broken answer: the generation was completed and is owed, so the same route is not paid twice for it.
-    (LMStreamAssemblyError, Verdict("error", failure=True, fallback=True)),
-    (LMProviderError, Verdict("error", failure=True, fallback=True)),
-    (LMUnexpectedError, Verdict("error", failure=True, fallback=True)),
-)
-_UNKNOWN: Final = Verdict("error", failure=True, fallback=True)
-
-_UNBILLED_STATUS: Final = frozenset({500, 503, 529})
-_CONNECT_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError"})
-_BROKEN: Final = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
 
 
 def judge(error: BaseException) -> Verdict:
     """The verdict on an attempt that raised `error`."""
     if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
         return CANCELLED
-    verdict = next((verdict for kind, verdict in _RULES if isinstance(error, kind)), _UNKNOWN)
-    if isinstance(error, (LMTransportError, LMServerError)) and not _told_by_http(error):
-        causes = list(causes_of(error))
-        if _never_connected(causes):
-            return _UNSENT
-        broken_answer = any(isinstance(cause, JSONDecodeError) for cause in causes)
-        return _UNKNOWN if broken_answer else verdict
-    status = getattr(error, "status", None)
-    if isinstance(status, int) and verdict.owed and _refused_unbilled(status):
-        return verdict._replace(owed=False)
+    if isinstance(error, RejectedError):
+        return TABLE["refused"].verdict
+    said = heard(error)
+    verdict = TABLE[_row(error, said)].verdict
+    if not verdict.sent:
+        return verdict
+    if said.begun or isinstance(error, UnusableAnswerError):
+        verdict = verdict._replace(owed=True)
+    if said.should_retry is not None:
+        verdict = verdict._replace(retry=said.should_retry)
     return verdict
+
+
+def _row(error: Exception, said: Heard) -> str:
+    if isinstance(error, UnusableAnswerError):
+        return "filtered" if error.flaw == "filtered" else "unusable"
+    if said.local:
+        return "unsent"
+    if said.unreached and said.status is None:
+        return "unreached"
+    if said.status is not None:
+        return _by_status(error, said, said.status)
+    if said.shape is not None:
+        return said.shape
+    if said.begun or said.hearsay is not None:
+        status = status_meant_by(said.code) or said.hearsay
+        if status is not None:
+            return _by_status(error, said, status)
+        meant = meant_by(said.code, said.text, throttled=False)
+        if meant is not None:
+            return meant
+    return next((row for kind, row in _KINDS if isinstance(error, kind)), "garbled")
+
+
+def _by_status(error: Exception, said: Heard, status: int) -> str:
+    row = _STATUS.get(status)
+    if row in ("mistake", "throttled"):  # providers say many things with these
+        meant = meant_by(said.code, said.text, throttled=row == "throttled")
+        known = _CANONICAL.get(getattr(error, "code", None))
+        return meant or (known if known is not None and (row == "mistake" or known == "account") else row)
+    if row is not None:
+        return row
+    if status < 300:
+        return "garbled"
+    return "unfit" if status < 500 else "failing"
+
+
+def flaw_of(response: Response) -> str | None:
+    """Why nobody can use an answer: `empty`, `error`, `no_end` or `filtered`; None when somebody can.
+
+    An answer that was cut at `max_tokens` is the caller's to judge, even if nothing of it is left.
+    """
+    finish = response.finish_reason
+    if finish == "length":
+        return None
+    told = None if response.provider_data is None else _finish_told(response.provider_data)
+    if finish == "error" or told == "error":
+        return "error"
+    if not has_substance(response) and not _refusal_told(response):
+        return "filtered" if finish == "content_filter" else "empty"
+    if finish == "stop" and told == "":
+        return "no_end"
+    return None
+
+
+def _finish_told(data: Mapping[str, Any]) -> str | None:
+    """What the provider's own words say of its end: `error`, `told`, "" for nothing; None when they are not known."""
+    choices = data.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        status = data.get("status")
+        if data.get("object") == "response":
+            return "error" if status in ("failed", "cancelled") else "" if status in ("in_progress", "queued") else None
+        if data.get("type") == "message":  # Anthropic's
+            return "told" if data.get("stop_reason") else ""
+        return None
+    choice = choices[0]
+    if "delta" in choice:  # the last of many events: an earlier one may have told another reason
+        return "error" if choice.get("finish_reason") == "error" else None
+    reason = choice.get("finish_reason")
+    native = choice.get("provider_specific_fields")
+    if native and isinstance(native, dict):
+        reason = native.get("native_finish_reason") or reason
+    return "" if not reason else "error" if reason in ("error", "ERROR") else "told"
+
+
+def _refusal_told(response: Response) -> bool:
+    """Whether the model refused in words that LiteLLM passes beside the message."""
+    choices = (response.provider_data or {}).get("choices")
+    message = choices[0].get("message") if isinstance(choices, list) and choices and choices[0] else None
+    beside = message.get("provider_specific_fields") if isinstance(message, dict) else None
+    return isinstance(beside, dict) and bool(beside.get("refusal"))
 
 
 def own_deadline(worked: float, timeout: float | None) -> Verdict:
@@ -116,33 +254,16 @@ def own_deadline(worked: float, timeout: float | None) -> Verdict:
         worked: seconds the upstream had.
         timeout: the route's `timeout`.
     """
-    return _SLOW if worked >= (_FAIR_SHARE if timeout is None else timeout) else _HASTY
+    return _HASTY._replace(failure=worked >= (_FAIR_SHARE if timeout is None else timeout))
 
 
-def _refused_unbilled(status: int) -> bool:
-    return (400 <= status < 500 and status != 408) or status in _UNBILLED_STATUS
-
-
-def _told_by_http(error: BaseException) -> bool:
-    """Whether a status is the provider's own word.
-
-    LiteLLM says 500 for whatever it cannot explain: a connection that broke, a body that is not JSON. Only a response
-    among the causes, not made up by LiteLLM, shows that there was one.
-    """
-    translated = False
-    for cause in causes_of(error):
-        if type(cause).__module__.partition(".")[0] == "litellm":
-            translated = True
-        elif isinstance(getattr(getattr(cause, "response", None), "status_code", None), int):
-            return True
-    return not translated and isinstance(getattr(error, "status", None), int)
-
-
-def _never_connected(causes: list[BaseException]) -> bool:
-    """Whether the chain of causes says that no connection was made, so that nothing was sent.
-
-    LiteLLM's asynchronous transport also says `ConnectError` for a connection that was reset after sending.
-    """
-    if any(isinstance(cause, _BROKEN) or type(cause).__name__ == "ClientOSError" for cause in causes):
-        return False
-    return any(type(cause).__name__ in _CONNECT_ERRORS or isinstance(cause, ConnectionRefusedError) for cause in causes)
+def markdown() -> str:
+    """The table as `README.md` shows it."""
+    lines = ["| what ended the attempt | retried | next route | breaker | billed |", "|---|---|---|---|---|"]
+    for row in TABLE.values():
+        verdict = row.verdict
+        billed = "usage, else its bound" if verdict.owed else "no"
+        breaker = "failure" if verdict.failure else "pauses the limiter" if verdict.throttled else "–"
+        yes = ["yes" if said else "–" for said in (verdict.retry, verdict.fallback)]
+        lines.append(f"| {row.told_by} | {yes[0]} | {yes[1]} | {breaker} | {billed} |")
+    return "\n".join(lines)

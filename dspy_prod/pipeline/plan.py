@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
-from dspy.lm15 import Request
+from dspy.lm15 import Request, Response
 
+from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, UnpricedModelError
 from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.call import IDS, Call
@@ -44,6 +45,8 @@ class Attempt:
         until: monotonic time at which the driver has to end it.
         sent: it was handed to the driver, so the provider may have seen it.
         paid: its place in the call's purse, once its cost was noted there.
+        patience: seconds it may wait for its limiter, because another route is left.
+        answer: what came although it failed: an answer nobody can use, or one that broke after its end.
     """
 
     call: Call
@@ -58,6 +61,8 @@ class Attempt:
     until: float = inf
     sent: bool = False
     paid: int | None = None
+    patience: float = inf
+    answer: Response | None = None
 
     @property
     def held(self) -> Reservation | None:
@@ -66,8 +71,11 @@ class Attempt:
         return None if reservation is None or reservation.state != GRANTED else reservation
 
 
-def plan(call: Call, route: Route, number: int) -> Attempt:
+def plan(call: Call, route: Route, number: int, patience: float = inf) -> Attempt:
     """What attempt `number` on this route needs.
+
+    Args:
+        patience: seconds it may wait for its limiter.
 
     Raises:
         UnpricedModelError: a budget applies and the cost cannot be bounded.
@@ -84,6 +92,7 @@ def plan(call: Call, route: Route, number: int) -> Attempt:
     limited = route.limited or route.state.identity.throttled
     caps = _caps(pipeline.caps, route) if pipeline.capped else ()
     attempt = Attempt(call, route, request, number, None, rules, pipeline.clock.monotonic())
+    attempt.patience = patience
     if not rules and not limited and not caps:
         return attempt
     tokens = 0
@@ -121,7 +130,7 @@ def renewed(old: Attempt) -> Attempt | None:
     accounts = [rule.account(call.context, old.route.model, wall).key for rule in old.rules]
     if accounts == [account.key for account in reservation.accounts]:
         return None
-    return plan(call, old.route, old.number)
+    return plan(call, old.route, old.number, old.patience)
 
 
 def turns_at(attempt: Attempt, now: float) -> float:
@@ -145,12 +154,12 @@ def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> b
 
 def wait_until(attempt: Attempt, now: float) -> float:
     """Monotonic time up to which admission may take."""
-    return _wait_until(attempt.call, attempt.route, attempt.rules, now)
+    return _wait_until(attempt, now)
 
 
-def longest_wait(call: Call, route: Route, now: float) -> float:
-    """Monotonic time up to which a call may pause before it tries this route again (Retry-After included)."""
-    return _wait_until(call, route, (), now)
+def pause_until(call: Call, now: float) -> float:
+    """Monotonic time up to which a call may pause before it tries a route again (Retry-After included)."""
+    return call.deadline if call.deadline != inf else now + DEFAULT_MAX_WAIT
 
 
 def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
@@ -171,7 +180,7 @@ def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
         return None
     request = replace(old.request, config=replace(config, max_tokens=fits))
     bound, now = route.most(request, inputs, fits), old.call.pipeline.clock.monotonic()
-    again = Attempt(old.call, route, request, old.number, bound, old.rules, now)
+    again = Attempt(old.call, route, request, old.number, bound, old.rules, now, patience=old.patience)
     tokens, limited = min(reservation.tokens, inputs + fits), reservation.limit_key is not None
     again.reservation = _reservation(again, tokens, tuple(reservation.accounts), limited)
     return again
@@ -194,14 +203,22 @@ def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], l
     limit = route.limit
     lease = _STREAM_LEASE if call.streaming else _UNBOUNDED_LEASE
     horizon = store.now() + DEFAULT_MAX_WAIT
-    if call.deadline != inf or route.timeout is not None or limit.max_wait is not None or pipeline.budget_waits:
+    if (
+        call.deadline != inf
+        or route.timeout is not None
+        or limit.max_wait is not None
+        or pipeline.budget_waits
+        or is_raising()
+    ):
         now = pipeline.clock.monotonic()
-        horizon = store.now() + (_wait_until(call, route, attempt.rules, now) - now)
+        horizon = store.now() + (_wait_until(attempt, now) - now)
         until = call.attempt_until(route, now)
         if until != inf:
             # The hold outlives the longest wait plus the longest attempt.
             longest = max(0.0, until - now) if call.streaming or not route.timeout else route.timeout
-            lease = max(0.0, horizon - store.now()) + longest + _LEASE_GRACE
+            lease = (0.0 if horizon == inf else max(0.0, horizon - store.now())) + longest + _LEASE_GRACE
+    if attempt.patience != inf:
+        horizon = min(horizon, store.now() + attempt.patience)
     id = IDS.make()
 
     def stub() -> CallRecord:
@@ -218,9 +235,16 @@ def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], l
     )  # fmt: skip
 
 
-def _wait_until(call: Call, route: Route, rules: tuple[BudgetRule, ...], now: float) -> float:
-    longest = inf if route.limit.max_wait is None else route.limit.max_wait
-    for rule in rules:
+def _wait_until(attempt: Attempt, now: float) -> float:
+    """A retry waits for its limiter as long as it may pause: `max_wait` is about calls that have not been sent.
+
+    What is scored waits as long as it takes: a score must not depend on who else was busy.
+    """
+    if is_raising():
+        return attempt.call.deadline
+    call, limit = attempt.call, attempt.route.limit
+    longest = inf if limit.max_wait is None or attempt.number > 1 else limit.max_wait
+    for rule in attempt.rules:
         if rule.options.max_wait is not None:
             longest = min(longest, rule.options.max_wait)
     if longest == inf:

@@ -20,6 +20,7 @@ from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import remaining
+from dspy_prod.pipeline.upstream.usage import believed
 from dspy_prod.policies.cache import EMPTY_USAGE
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.records import MOST_TOKENS, CallRecord, usd
@@ -31,9 +32,9 @@ def succeeded(attempt: Attempt, response: Response) -> None:
     """Settle an attempt that was answered."""
     call, route, request = attempt.call, attempt.route, attempt.request
     pipeline, state = call.pipeline, route.state
-    usage = response.usage
+    usage = believed(response)
     latency = pipeline.clock.monotonic() - attempt.started
-    rates, cost = route.price(request, call.extras, response)
+    rates, cost = _price(attempt, response, usage)
     estimated = False
     if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
         cost = worst(attempt)
@@ -101,7 +102,9 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     if verdict.throttled:
         _throttled(attempt, error)
     if late is None:
-        _settle_failure(attempt, verdict, error, latency)
+        answer = attempt.answer if verdict.owed else None
+        if answer is None or not _settle_told(attempt, verdict, answer, latency, error):
+            _settle_failure(attempt, verdict, error, latency)
     else:
         if call.purse is not None:
             _pay(attempt, worst(attempt) or 0)  # until it has ended
@@ -146,13 +149,8 @@ def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: Base
     """An abandoned attempt has ended in its worker: perhaps its usage is known after all."""
     call, route = attempt.call, attempt.route
     latency = call.pipeline.clock.monotonic() - attempt.started
-    if isinstance(response, Response):
-        rates, cost = route.price(attempt.request, call.extras, response)
-        if cost is not None or rates is None:
-            record = _record(attempt, verdict.outcome, cost, latency, usage=response.usage)
-            _book(attempt, record, cost, _used(rates, response.usage), True, False)
-            call.remember(record, route, response)
-            return
+    if isinstance(response, Response) and _settle_told(attempt, verdict, response, latency, None):
+        return
     if isinstance(failure, Exception):
         error = wrap_error(failure, model=route.model, provider=route.upstream.provider)
         if error is not failure:
@@ -160,6 +158,27 @@ def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: Base
         end = judge(error)
         verdict = verdict._replace(owed=end.owed, sent=end.sent)
     _settle_failure(attempt, verdict, AttemptTimeoutError(), latency)
+
+
+def _settle_told(
+    attempt: Attempt, verdict: Verdict, response: Response, latency: float, error: BaseException | None
+) -> bool:
+    """Settle a failed attempt by the usage that came with its answer; False when none is to be believed."""
+    call, route = attempt.call, attempt.route
+    usage = believed(response)
+    rates, cost = _price(attempt, response, usage)
+    if cost is None and rates is not None:
+        return False
+    record = _record(attempt, verdict.outcome, cost, latency, usage=usage, error=error)
+    _book(attempt, record, cost, _used(rates, usage), True, False)
+    call.remember(record, route, response)
+    return True
+
+
+def _price(attempt: Attempt, response: Response, usage: Usage) -> tuple[Rates | None, int | None]:
+    """The prices of an answer and its nano-USD, None when its usage was not told, or told in a way that cannot be."""
+    rates, cost = attempt.route.price(attempt.request, attempt.call.extras, response)
+    return rates, None if usage is EMPTY_USAGE else cost
 
 
 def _record(

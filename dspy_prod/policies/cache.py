@@ -147,7 +147,9 @@ class ResponseCache:
         return entry if entry is not None and entry.stale_until > self._now() else None
 
     def put(self, key: bytes, response: Response, ttl: float | None) -> None:
-        """Keep an answer. `ttl` overrides the option, in seconds."""
+        """Keep an answer, if it is one to be kept (`cacheable`). `ttl` overrides the option, in seconds."""
+        if not cacheable(response):
+            return
         options = self.options
         lifetime = options.ttl if ttl is None else ttl
         expires_at = stale_until = inf
@@ -210,6 +212,8 @@ class ResponseCache:
         except Exception as error:  # whatever a damaged row makes the decoder raise, it is a miss
             _log.warning("A cached answer could not be read (%s); treated as a miss", type(error).__name__)
             return None
+        if not cacheable(response):  # kept by an earlier version
+            return None
         entry = Entry(response, row.expires_at, row.stale_until, _size(key, response))
         if entry.expires_at > self._now():
             self._insert(key, entry)
@@ -220,13 +224,23 @@ class ResponseCache:
 
 
 def cacheable(response: Response) -> bool:
-    """Whether an answer may be kept: complete, and not a refusal."""
+    """Whether an answer may be kept: complete, with something in it, and not a refusal."""
     if response.finish_reason not in ("stop", "tool_call"):
         return False
-    parts = response.message.parts
-    if len(parts) == 1:
-        return bool(parts[0].type != "refusal")
-    return all(part.type != "refusal" for part in parts)
+    return has_substance(response) and not any(part.type == "refusal" for part in response.message.parts)
+
+
+def has_substance(response: Response) -> bool:
+    """Whether there is anything in an answer but white space and the model's own thoughts."""
+    for part in response.message.parts:
+        kind = part.type
+        if kind == "text":
+            text = part.text
+            if text and not text.isspace():
+                return True
+        elif kind != "thinking":
+            return True
+    return False
 
 
 _MUTABLE: Final = frozenset({"tool_call", "tool_result", "data"})

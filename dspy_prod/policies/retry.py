@@ -15,7 +15,7 @@ from dspy_prod.options import Retry
 
 __all__ = ["Attempts", "RetryBudget", "WhyNot"]
 
-WhyNot = Literal["attempts", "not_retryable", "retry_budget", "deadline"]
+WhyNot = Literal["attempts", "not_retryable", "retry_budget", "deadline", "patience"]
 
 
 class RetryBudget:
@@ -73,10 +73,14 @@ class Attempts:
     Attributes:
         number: the current attempt, from 1.
         why_not: why the last `again` said None: `"not_retryable"`, `"attempts"` (all used), `"deadline"` (the pause
-            does not fit) or `"retry_budget"` (the route cannot afford it); None while there is another attempt.
+            does not fit), `"patience"` (it is longer than one cares to wait) or `"retry_budget"` (the route cannot
+            afford it); None while there is another attempt.
+        pause: seconds that the last `again` wanted to pause.
+        waited: seconds the call has waited for this route so far; kept by the flow.
+        due: when a route that was left early may be tried again; kept by the flow.
     """
 
-    __slots__ = ("_budget", "_options", "_random", "number", "why_not")
+    __slots__ = ("_budget", "_options", "_random", "due", "number", "pause", "waited", "why_not")
 
     def __init__(self, options: Retry, budget: RetryBudget, random: Callable[[], float] = _random.random) -> None:
         self._options = options
@@ -84,39 +88,59 @@ class Attempts:
         self._random = random
         self.number = 1
         self.why_not: WhyNot | None = None
+        self.pause = 0.0
+        self.waited = 0.0
+        self.due: float | None = None
 
-    def again(self, error_retryable: bool, retry_after: float | None, remaining: float) -> float | None:
+    @property
+    def patience(self) -> float:
+        """Seconds the call still waits for this route while another is left."""
+        return max(0.0, self._options.patience - self.waited)
+
+    def again(
+        self,
+        error_retryable: bool,
+        retry_after: float | None,
+        remaining: float,
+        patience: float = math.inf,
+        *,
+        least: float | None = None,
+    ) -> float | None:
         """Decide after a failed attempt; if there is another one, `number` is its number.
 
         Args:
             error_retryable: the error is transient and nothing of the answer has been shown yet.
-            retry_after: the provider's Retry-After in seconds, which wins over the backoff however long it is.
+            retry_after: the provider's Retry-After in seconds, which wins over a backoff that is shorter; none, or
+                none that is a positive number, is no hint.
             remaining: seconds left until the call's deadline; `math.inf` without one.
+            patience: longest pause, because another route is left.
+            least: seconds of a pause that was put off, instead of a new one.
 
         Returns:
             Seconds to pause before the next attempt, less than `remaining`; None when there is none (`why_not`).
         """
-        pause = self._pause(retry_after)
-        self.why_not = self._objection(error_retryable, pause, remaining)
+        self.pause = pause = self._pause(retry_after) if least is None else max(0.0, least)
+        self.why_not = self._objection(error_retryable, pause, remaining, patience)
         if self.why_not is not None:
             return None
         self.number += 1
         return pause
 
-    def _objection(self, error_retryable: bool, pause: float, remaining: float) -> WhyNot | None:
+    def _objection(self, error_retryable: bool, pause: float, remaining: float, patience: float) -> WhyNot | None:
         if not error_retryable:
             return "not_retryable"
         if self.number >= self._options.attempts:
             return "attempts"
         if not pause < remaining:  # also when either is not a number
             return "deadline"
+        if pause > patience:
+            return "patience"
         if not self._budget.allow():  # last, because it takes a token
             return "retry_budget"
         return None
 
     def _pause(self, retry_after: float | None) -> float:
-        if retry_after is not None and retry_after >= 0:
-            return retry_after
         doublings = min(self.number - 1, 1000)  # 2.0 ** 1024 would overflow
         longest = min(self._options.max_backoff, self._options.backoff * math.ldexp(1.0, doublings))
-        return longest * self._random()
+        backoff = longest * self._random()
+        return retry_after if retry_after is not None and retry_after > backoff else backoff

@@ -23,6 +23,7 @@ from dspy_prod.testing.faults import (
     Status,
     Trickle,
     TruncatedStream,
+    Verbatim,
     WrongUsage,
 )
 from dspy_prod.testing.provider import Provider
@@ -52,6 +53,7 @@ __all__ = [
     "Trickle",
     "TruncatedStream",
     "Usage",
+    "Verbatim",
     "WrongUsage",
 ]
 

@@ -25,6 +25,7 @@ from dspy_prod.testing.faults import (
     Status,
     Trickle,
     TruncatedStream,
+    Verbatim,
     WrongUsage,
 )
 from dspy_prod.testing.quota import Quota
@@ -101,6 +102,9 @@ class Exchange:
                 await asyncio.sleep(fault.delay)
             self._refuse(fault)
             return
+        if isinstance(fault, Verbatim) and fault.status >= 400:
+            await self._send_verbatim(fault)
+            return
         reply = await self.provider.generate(call)
         if isinstance(fault, WrongUsage):
             reply = Reply(call, reply.choices, distort(reply.usage, fault), reply.created)
@@ -125,6 +129,8 @@ class Exchange:
             self._settle(1.0, told=False, billed=fault.is_billed)
             self._finish()
             self.connection.reset()
+        elif isinstance(fault, Verbatim):
+            await self._send_verbatim(fault)
         elif call.stream:
             await self._send_stream(reply)
         else:
@@ -214,6 +220,12 @@ class Exchange:
             await connection.drip(body[:-1], fault.bytes_per_second)
             body = body[-1:]
         await self._last(first + body, told=told)
+
+    async def _send_verbatim(self, fault: Verbatim) -> None:
+        data = fault.data()
+        self._started(fault.status)
+        first = head(fault.status, {**self._headers(), **fault.http_headers()}, length=len(data))
+        await self._last(first + data, told=b"usage" in data)
 
     async def _send_stream(self, reply: Reply) -> None:
         fault, connection = self.fault, self.connection

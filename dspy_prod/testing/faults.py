@@ -6,6 +6,7 @@ was generated is billed even if it never arrived whole.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -190,6 +191,37 @@ class MissingUsage(Fault):
 @dataclass(frozen=True)
 class EmptyChoices(Fault):
     """Status 200 with an empty list of choices (outputs). Billed, told."""
+
+
+@dataclass(frozen=True)
+class Verbatim(Fault):
+    """Send exactly this body, whatever was asked: what a gateway or a foreign server may say.
+
+    An HTTP error is not billed; anything else is, in full, and counts as told when its text tells a usage.
+
+    Args:
+        body: bytes, text, or a value that is sent as JSON.
+        status: HTTP status.
+        content_type: of the body; None is `application/json`, or `text/event-stream` for a body that begins as one.
+        headers: further headers.
+    """
+
+    body: object = b""
+    status: int = 200
+    content_type: str | None = None
+    headers: Mapping[str, str] | None = field(default=None, hash=False)
+
+    def data(self) -> bytes:
+        """The body as it is sent."""
+        if isinstance(self.body, bytes):
+            return self.body
+        return (self.body if isinstance(self.body, str) else json.dumps(self.body)).encode()
+
+    def http_headers(self) -> dict[str, str]:
+        """The content type and further headers."""
+        events = self.data().lstrip().startswith((b"data:", b"event:"))
+        kind = self.content_type or ("text/event-stream" if events else "application/json")
+        return {"content-type": kind, **(self.headers or {})}
 
 
 Chooser = Callable[["CallView"], "Fault | None"]

@@ -15,7 +15,7 @@ import pytest
 from dspy.lm15 import Message, Request, Response, response_to_events
 from dspy.utils.exceptions import LMServerError, LMUnexpectedError
 
-from dspy_prod.pipeline import drivers
+from dspy_prod.pipeline import answer as answers
 from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
 from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.upstream.deadline import StalledError
@@ -529,7 +529,7 @@ def test_a_consumer_that_leaves_closes_the_flow(way: str) -> None:
 def test_the_time_in_the_consumers_hands_is_counted(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is taken off the upstream's time: a slow reader says nothing about it."""
     now = [100.0]
-    monkeypatch.setattr(drivers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(answers, "time", SimpleNamespace(monotonic=lambda: now[0]))
     call: Any = Call()
 
     def engine(_: Request) -> Response:

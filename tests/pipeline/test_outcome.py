@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,9 @@ from dspy.utils import exceptions as dspy_errors
 from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
 
 from dspy_prod.errors import BudgetExceededError
-from dspy_prod.pipeline.outcome import Verdict, judge, own_deadline
+from dspy_prod.pipeline.outcome import Verdict, flaw_of, judge, own_deadline
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+from tests.pipeline.support import answer
 
 
 def from_cause(error: BaseException, cause: BaseException) -> Any:
@@ -50,7 +52,7 @@ def marks(verdict: Verdict) -> str:
         ("LMUnsupportedFeatureError", "error", "..f..."),
         ("LMConfigurationError", "error", "..f..."),
         ("LMNotConfiguredError", "error", "..f..."),
-        ("LMStreamAssemblyError", "error", "F.f.SO"),
+        ("LMStreamAssemblyError", "error", "FRf.SO"),
         ("LMProviderError", "error", "F.f.SO"),
         ("LMUnexpectedError", "error", "F.f.SO"),
         ("LMCollectionLimitError", "error", "F.f.SO"),
@@ -152,3 +154,80 @@ def test_an_error_that_is_raised_again_has_the_same_verdict() -> None:
     late = dspy_errors.LMTimeoutError("no answer within timeout=5 s")
     before = judge(late)
     assert judge(from_cause(late, AttemptTimeoutError())) == before
+
+
+def told_so(**data: Any) -> Any:
+    """An answer beside the provider's own words."""
+    return replace(answer(), provider_data=data)
+
+
+def chat(**choice: Any) -> Any:
+    return told_so(object="chat.completion", choices=[{"index": 0, **choice}])
+
+
+@pytest.mark.parametrize(
+    ("response", "flaw"),
+    [
+        (answer(), None),
+        (answer(text=""), "empty"),
+        (answer(text=" \n"), "empty"),
+        (replace(answer(text=""), finish_reason="length"), None),
+        (replace(answer(text=""), finish_reason="content_filter"), "filtered"),
+        (replace(answer(), finish_reason="content_filter"), None),
+        (replace(answer(), finish_reason="error"), "error"),
+        (chat(finish_reason="stop"), None),
+        (chat(finish_reason="error"), "error"),
+        (chat(finish_reason=None), "no_end"),
+        (chat(), "no_end"),
+        (chat(finish_reason="stop", provider_specific_fields={"native_finish_reason": "error"}), "error"),
+        (chat(delta={}, finish_reason=None), None),
+        (told_so(object="response", status="completed"), None),
+        (told_so(object="response", status="failed"), "error"),
+        (told_so(object="response", status="in_progress"), "no_end"),
+        (told_so(type="message", stop_reason="end_turn"), None),
+        (told_so(type="message", stop_reason=None), "no_end"),
+    ],
+)
+def test_an_answer_that_nobody_can_use_is_known_by_its_end_or_its_emptiness(response: Any, flaw: str | None) -> None:
+    """What is cut at `max_tokens` is the caller's to judge; where the provider's words are unknown, DSPy's hold."""
+    assert flaw_of(response) == flaw
+
+
+def from_litellm(error: Any, inner: BaseException, *, status: int = 500) -> Any:
+    """An error as LiteLLM translates it."""
+    return from_cause(error, from_cause(foreign("APIError", "litellm.exceptions", status_code=status), inner))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (dspy_errors.LMServerError("x", status=404), "..f.S."),
+        (dspy_errors.LMProviderError("x", status=302), "..f.S."),
+        (dspy_errors.LMProviderError("x", status=200), "F.f.SO"),
+        (dspy_errors.LMInvalidRequestError("x", status=500), "FRf.S."),
+        (dspy_errors.LMInvalidRequestError("x", status=400), "....S."),
+        (dspy_errors.ContextWindowExceededError(message="x", status=400), "..f.S."),
+        (dspy_errors.LMAuthError("x", status=400), "..f.S."),
+        (dspy_errors.LMBillingError("x", status=429), "..f.S."),
+        (dspy_errors.LMRateLimitError("Insufficient balance", status=429), "..f.S."),
+        (dspy_errors.LMRateLimitError("You exceeded your current quota, check your plan", status=429), ".RfTS."),
+        (ImportError("No module named 'boto3'"), "..f..."),
+        (from_litellm(LMServerError("x", status=500), TypeError("a set is not JSON serializable")), "..f..."),
+        (from_litellm(LMServerError("x", status=500), foreign("ReadError")), "FRf.SO"),
+        (from_litellm(LMServerError("x", status=500), ValueError("Missing Gemini API key")), "..f..."),
+    ],
+)
+def test_a_status_decides_and_not_the_class(error: Any, told: str) -> None:
+    """Engines put the same refusal into different classes."""
+    assert marks(judge(error)) == told
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [("rate_limit_exceeded", ".RfTSO"), ("502", "FRf.SO"), ("insufficient_quota", "..f.SO"), ("SAFETY", "..f.SO")],
+)
+def test_an_error_inside_an_answer_is_owed_whatever_it_says(code: str, told: str) -> None:
+    """The provider had begun to work."""
+    error: Any = LMServerError("inside", provider_code=code)
+    error.begun = True
+    assert marks(judge(error)) == told

@@ -10,7 +10,7 @@ import pytest
 import dspy_prod
 from dspy_prod import Budget, Price, RateLimit, call_context
 from dspy_prod.errors import BudgetExceededError, CircuitOpenError, RateLimitedError, RejectedError, UnpricedModelError
-from dspy_prod.pipeline.plan import Attempt, longest_wait, only_here, plan, renewed, shrunk, turns_at, wait_until, worst
+from dspy_prod.pipeline.plan import Attempt, only_here, pause_until, plan, renewed, shrunk, turns_at, wait_until, worst
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, WITHDRAWN, Refusal, Reservation
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
@@ -116,17 +116,30 @@ def test_the_shortest_wait_holds(
     lm = lm_of(limit=RateLimit(rpm=1, max_wait=limit), budget=Budget(usd=1, max_wait=budget))
     clock: Any = lm.pipeline.clock
     with call_context(deadline=deadline, clock=clock):
-        attempt = planned(lm)
+        attempt = plan(call_of(lm), lm.pipeline.primary, 1)
     now = clock.monotonic()
     assert wait_until(attempt, now) - now == pytest.approx(wait)
     assert reserved(attempt).horizon - lm.pipeline.store.now() == pytest.approx(wait)
 
 
-def test_a_retry_waits_for_its_route_not_for_budgets() -> None:
-    """Its pause is the route's; money is asked for afterwards."""
-    lm = lm_of(limit=RateLimit(rpm=1, max_wait=5), budget=Budget(usd=1, max_wait=1))
-    call = call_of(lm)
-    assert longest_wait(call, lm.pipeline.primary, 10.0) == 15.0
+def test_a_pause_before_a_retry_is_bounded_by_the_deadline_alone() -> None:
+    """With `RateLimit(max_wait=0)` a 503 was never tried again: `max_wait` is about calls that have not been sent."""
+    lm = lm_of(limit=RateLimit(rpm=1, max_wait=0), budget=Budget(usd=1, max_wait=1))
+    clock: Any = lm.pipeline.clock
+    assert pause_until(call_of(lm), 10.0) == 70.0
+    with call_context(deadline=5, clock=clock):
+        call = call_of(lm)
+    assert pause_until(call, 10.0) == call.deadline
+    now = clock.monotonic()
+    retry = plan(call_of(lm), lm.pipeline.primary, 2)
+    assert wait_until(retry, now) - now == 1.0, "the budget's own max_wait holds for every attempt"
+
+
+def test_impatience_shortens_the_wait_for_a_limit() -> None:
+    """While another route is left, what provably takes longer is refused at once."""
+    lm = lm_of(limit=RateLimit(rpm=1))
+    attempt = plan(call_of(lm), lm.pipeline.primary, 1, 2.0)
+    assert reserved(attempt).horizon - lm.pipeline.store.now() == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(("per", "left"), [("day", 86_300.0), ("hour", 3_500.0), ("total", inf)])

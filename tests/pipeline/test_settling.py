@@ -150,8 +150,8 @@ def test_the_time_in_a_consumers_hands_is_not_the_upstreams() -> None:
     ("raised", "sent", "outcome", "cost", "failures"),
     [
         (LMServerError("down", status=500), True, "error", 0, 1),
-        (LMServerError("late", status=504), True, "error", CENT, 1),
-        (LMServerError("down", status=504), False, "error", 0, 1),
+        (LMServerError("late", status=504), True, "timeout", CENT, 1),
+        (LMServerError("down", status=504), False, "timeout", 0, 1),
         (LMRateLimitError("slow down", status=429), True, "error", 0, 0),
         (KeyboardInterrupt(), True, "cancelled", CENT, 0),
         (asyncio.CancelledError(), True, "cancelled", CENT, 0),

@@ -56,7 +56,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.luck = luck
         self.cache = ResponseCache(self.options, MemoryStore(clock=self.clock), rand=lambda: luck)
 
-    @rule(key=KEYS, size=st.integers(0, 700), ttl=st.sampled_from([None, 0.5, 20.0]))
+    @rule(key=KEYS, size=st.integers(1, 700), ttl=st.sampled_from([None, 0.5, 20.0]))
     def put(self, key: bytes, size: int, ttl: float | None) -> None:
         """Keep an answer; what does not fit goes, oldest first, and what can never fit is not kept."""
         text = "x" * size

@@ -117,7 +117,7 @@ def test_an_open_circuit_degrades(store: MemoryStore, clock: FakeClock) -> None:
 
 def test_a_budget_above_ninety_percent_warns(store: MemoryStore) -> None:
     """The warning begins above 90 % and names the budget and both sums."""
-    engine = ScriptedEngine("hi", input_tokens=9, output_tokens=0)
+    engine = ScriptedEngine("hi", input_tokens=8, output_tokens=1)
     lm = make(
         store,
         engine,
@@ -328,7 +328,7 @@ def test_unconfirmed_and_unknown_costs_stand_apart(store: MemoryStore) -> None:
 
 def test_the_budget_fields_are_those_of_the_tightest_global_budget(store: MemoryStore) -> None:
     """Of a day's and a total budget the fuller one is shown; both are listed, then the tenants' accounts."""
-    engine = ScriptedEngine("hi", input_tokens=100, output_tokens=0)
+    engine = ScriptedEngine("hi", input_tokens=99, output_tokens=1)
     budgets = [Budget(usd=10, per="day"), Budget(usd=2), Budget(usd=1, scope="tenant")]
     lm = make(store, engine, "unit/model", prices=PRICES, budget=budgets, max_tokens=1, cache=False)
     lm("q")

@@ -40,6 +40,7 @@ from dspy_prod.testing import (
     Trickle,
     TruncatedStream,
     Usage,
+    Verbatim,
     WrongUsage,
 )
 from dspy_prod.testing.calls import busiest_window
@@ -676,6 +677,18 @@ def test_empty_choices_are_billed_and_told(client: httpx.Client) -> None:
         got = events(stream(client, p, **USAGE))
         assert [e if e == "[DONE]" else e["choices"] for e in got] == [[], "[DONE]"]
         assert [row.told for row in p.bill.rows] == [True, True]
+
+
+def test_any_body_can_be_sent_as_it_is(client: httpx.Client) -> None:
+    """What is not an HTTP error is billed, and told when its text tells a usage."""
+    bodies = [Verbatim({"usage": 1}), Verbatim("data: x\n\n"), Verbatim(b"<html>", 413, "text/html", {"x-a": "b"})]
+    with Provider(faults=bodies) as p:
+        plain, streamed, refused = post(client, p), post(client, p), post(client, p)
+        assert (plain.json(), plain.headers["content-type"]) == ({"usage": 1}, "application/json")
+        assert (streamed.text, streamed.headers["content-type"]) == ("data: x\n\n", "text/event-stream")
+        assert (refused.status_code, refused.text, refused.headers["content-type"]) == (413, "<html>", "text/html")
+        assert refused.headers["x-a"] == "b"
+        assert [row.told for row in p.bill.rows] == [True, False]
 
 
 def test_plans_pick_by_script_window_and_mix(client: httpx.Client, provider: Provider) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from dspy_prod.compat.lm15 import HookedAsyncTransport, HookedTransport
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+from dspy_prod.pipeline.upstream.headers import note_refusal
 from dspy_prod.runtime.forking import reset_after_fork
 
 T = TypeVar("T")
@@ -92,12 +93,14 @@ class BoundedTransport(HookedTransport):
 
     time_left = staticmethod(_time_left)
     wrapped = _BoundedSocket
+    refused = staticmethod(note_refusal)
 
 
 class PacedAsyncTransport(HookedAsyncTransport):
     """lm15's asynchronous transport; it tells `LEAVING`."""
 
     leaves = staticmethod(_leave)
+    refused = staticmethod(note_refusal)
 
 
 # -- workers: for synchronous engines that cannot be bounded from inside ---------------------------------------------

@@ -6,15 +6,15 @@ Providers like to echo the key they refuse. The whole chain of causes is mended,
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from math import inf
 from typing import Any
 
 from dspy.clients.errors import wrap_error
 from dspy.lm15 import TransportError
+from dspy.utils.exceptions import LMError, LMProviderError
 
-from dspy_prod.compat.dspy import retry_after_seconds
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+from dspy_prod.pipeline.upstream.headers import headers_of, hint_in, should_retry_in
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.privacy.error_text import blotted, in_environment
 from dspy_prod.privacy.names import secrets_in
@@ -22,24 +22,20 @@ from dspy_prod.privacy.names import secrets_in
 
 def public_error(error: Exception, upstream: Upstream, until: float) -> Exception:
     """The error as DSPy shows it; our own time limit stays recognisable."""
+    headers = headers_of(error)
     if isinstance(error, AttemptTimeoutError):
         return error
     if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
         return AttemptTimeoutError()
-    wrapped: Exception = wrap_error(error, model=upstream.model, provider=upstream.provider)
-    if getattr(wrapped, "retry_after", 0) is None:
-        wrapped.retry_after = _retry_after(error)  # type: ignore[attr-defined]
+    wrapped: Any = wrap_error(error, model=upstream.model, provider=upstream.provider)
+    if isinstance(wrapped, LMError):
+        wrapped.retry_after = hint_in(headers, wrapped.retry_after)
+        wrapped.should_retry = should_retry_in(headers)
+        # The native engine tells a status with every HTTP error: one without came inside an answer.
+        wrapped.begun = isinstance(upstream.spec, str) and isinstance(wrapped, LMProviderError)
+        if headers and not getattr(wrapped, "rate_limit_headers", None):
+            wrapped.rate_limit_headers = {name: (value,) for name, value in headers.items() if "ratelimit" in name}
     return _without_secrets_of(upstream, wrapped, error)
-
-
-def _retry_after(error: Exception) -> float | None:
-    """The provider's Retry-After in seconds; LiteLLM leaves it behind in the error it translates."""
-    for cause in causes_of(error):
-        headers = getattr(getattr(cause, "response", None), "headers", None)
-        value = headers.get("retry-after") if isinstance(headers, Mapping) else None
-        if value is not None:
-            return retry_after_seconds(value)
-    return None
 
 
 def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:

@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
 
-from dspy.lm15 import Response, StreamEndEvent, Usage
+from dspy.lm15 import Response, StreamAssemblyError, StreamEndEvent, Usage
 
-from dspy_prod.compat.litellm import answered_by, chunks_of
+from dspy_prod.compat.litellm import answered_by, chunks_of, reason_told
+from dspy_prod.pipeline.upstream.usage import believed
 
 _COUNTED: Final = frozenset({"a2a", "petals", "predibase", "replicate", "sagemaker"})
 """Providers that never tell a usage, for whose whole answers LiteLLM counts the tokens itself."""
@@ -25,16 +26,13 @@ _ANSWER: Final = ("content", "reasoning_content", "tool_calls")
 def told(response: Response, raw: Any) -> Response:
     """The response, with unknown usage unless the provider told both counts.
 
-    LiteLLM replaces by zero what was not told. No prompt is empty, and an answer with anything in it took tokens.
+    LiteLLM replaces by zero what was not told.
 
     Args:
         response: the canonical response.
         raw: LiteLLM's, which names the provider.
     """
-    usage = response.usage
-    asked = usage.input_tokens or usage.cache_read_tokens or usage.cache_write_tokens
-    empty = all(part.type == "text" and not part.text for part in response.message.parts)
-    if asked and (usage.output_tokens or empty) and answered_by(raw) not in _COUNTED:
+    if believed(response) is response.usage and answered_by(raw) not in _COUNTED:
         return response
     return replace(response, usage=Usage())
 
@@ -46,7 +44,15 @@ def told_end(end: StreamEndEvent, source: Any) -> StreamEndEvent:
         end: the last event, with the usage that LiteLLM states.
         source: LiteLLM's stream after its end. It keeps the chunks that the provider sent, so a usage that is found
             there was told; without chunks none is believed.
+
+    Raises:
+        StreamAssemblyError: the provider never said why it ended; LiteLLM says "stop" for it.
     """
+    reason = reason_told(source)
+    if reason == "":
+        raise StreamAssemblyError("The provider's stream ended without saying why")
+    if reason == "error":
+        end = replace(end, finish_reason="error")
     if _told_in(chunks_of(source), end.usage):
         return end
     return replace(end, usage=Usage())

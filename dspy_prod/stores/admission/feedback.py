@@ -15,8 +15,8 @@ INCREASE: Final = 0.05
 """Share of the configured rate by which a limit in use grows back per second."""
 ROUND: Final = 1.0
 """Seconds for which further throttles belong to the same burst of calls, at least."""
-LONGEST: Final = 3600.0
-"""Longest pause in seconds that a provider is believed to mean; after it, it is asked again."""
+LONGEST: Final = 300.0
+"""Longest pause in seconds that one answer of a provider can bring about; after it, it is asked again."""
 _LONGEST_GUESS: Final = 60.0
 _QUIET: Final = 60.0
 _DOUBLE: Final = 2.0
@@ -65,7 +65,7 @@ class Feedback:
         fresh = now >= self._round
         if fresh:
             self._strikes = min(self._strikes + 1, 7)
-        if retry_after is not None and retry_after >= 0:
+        if retry_after is not None and retry_after > 0:
             self.paused = max(self.paused, now + min(retry_after, LONGEST))
         elif fresh:
             self.paused = max(self.paused, now + min(2.0 ** (self._strikes - 1), _LONGEST_GUESS))
@@ -111,8 +111,9 @@ class Feedback:
 
     # -- headers -----------------------------------------------------------------------------------------------------
     def resync(self, now: float, dimension: str, left: float, reset: float, own: float, lease: int) -> None:
-        """Believe `left` for `reset` seconds if it is less than our `own` belief; the latest headers count."""
-        if isfinite(left) and left < max(own, 0.0) and reset > 0:
+        """Believe `left` for `reset` seconds if it is less than our `own` belief, or if nothing is left; the latest
+        headers count. Our own window may have room again before the provider's has."""
+        if isfinite(left) and (left < max(own, 0.0) or left < 1) and reset > 0:
             self.told[dimension] = [max(left, 0.0), now + min(reset, LONGEST), lease]
         else:
             self.told.pop(dimension, None)

@@ -13,6 +13,7 @@ import orjson
 import pytest
 
 from dspy_prod.options import RateLimit
+from dspy_prod.stores.admission.feedback import LONGEST
 from dspy_prod.stores.admission.limiter import Debit, LimiterState
 from dspy_prod.stores.admission.slices import LATENESS, RequestPacer
 from tests.stores.support import fitting
@@ -635,6 +636,26 @@ def test_headers_that_leave_less_are_believed_until_their_reset() -> None:
     for nonsense in (math.nan, math.inf):
         state.resync(NOW + 41, {"requests": (nonsense, 30.0), "tokens": (0, -1.0)})
         assert state.ready_at(NOW + 41, 10) <= NOW + 41
+
+
+def test_the_later_of_our_own_window_and_the_headers_holds() -> None:
+    """With nothing left until 90 s from now and our own minute full, a call was sent after 62 s."""
+    state = LimiterState(RateLimit(rpm=2, burst=2), NOW)
+    for _ in range(2):
+        state.take(NOW, 0)
+    state.resync(NOW, {"requests": (0, 90.0)})
+    assert state.ready_at(NOW, 0) == NOW + 90
+    assert state.ready_at(NOW + 62, 0) == NOW + 90
+    assert state.blocked_on == "requests"
+    assert state.ready_at(NOW + 90, 0) <= NOW + 90
+
+
+@pytest.mark.parametrize(("retry_after", "paused"), [(0.0, 1.0), (-3.0, 1.0), (1e9, LONGEST), (2.5, 2.5)])
+def test_a_hint_of_zero_is_none_and_no_answer_pauses_a_key_for_an_hour(retry_after: float, paused: float) -> None:
+    """A Retry-After of a thousand years stopped everybody who shared the key."""
+    state = LimiterState(RateLimit(rpm=600), NOW)
+    state.throttled(NOW, retry_after)
+    assert state.snapshot(NOW, "key", 0).paused_for == pytest.approx(paused)
 
 
 def test_headers_count_without_settings() -> None:

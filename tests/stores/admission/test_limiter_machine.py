@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dspy_prod.options import RateLimit
+from dspy_prod.stores.admission.feedback import LONGEST
 from dspy_prod.stores.admission.limiter import LimiterState
 from dspy_prod.stores.admission.slices import LATENESS
 from tests.examples import examples
@@ -149,7 +150,7 @@ class LimiterMachine(RuleBasedStateMachine):
         self.throttled = True
         self.state.throttled(self.now, retry_after)
         paused = self.state.snapshot(self.now, "key", 0).paused_for
-        assert paused >= min(0.0 if retry_after is None else retry_after, 3600.0) - 1e-6
+        assert paused >= min(0.0 if retry_after is None else retry_after, LONGEST) - 1e-6
         if paused > 0:
             assert self.state.ready_at(self.now, 0) >= self.now + paused - 1e-6
 
@@ -157,7 +158,7 @@ class LimiterMachine(RuleBasedStateMachine):
     def the_provider_tells(self, left: int, reset: float) -> None:
         """Headers bind where they leave less than the minute does when they come; the latest ones count."""
         own = (self.limit.rpm or math.inf) - self.state._window.requests
-        self.told, self.before = [left, self.now + reset] if left < own else None, len(self.calls)
+        self.told, self.before = [left, self.now + reset] if left < max(own, 1) else None, len(self.calls)
         self.state.resync(self.now, {"requests": (left, reset), "tokens": (1e9, 1.0)})
         assert ("requests" in self.state._feedback.told) == (self.told is not None and reset > 0)
 

@@ -1,0 +1,107 @@
+"""Between a plan and its admission: waiting in line for limiter and budget, and what is told when a call leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from math import inf
+from typing import Any, Final
+
+from dspy_prod.pipeline.effects import Wait
+from dspy_prod.pipeline.plan import Attempt, renewed, shrunk, turns_at, wait_until
+from dspy_prod.pipeline.refusals import refused, waited_too_long
+from dspy_prod.pipeline.settling import give_back
+from dspy_prod.records import NANO
+from dspy_prod.stores.base import GRANTED, PENDING, Reservation, Store
+
+STORE_PATIENCE: Final = 5.0
+"""Seconds a store gets to look at a reservation, whatever `max_wait` says about the wait after that."""
+
+LATE: Final = 0.01
+"""Seconds after its admission from which a call's limiter is told when it really left."""
+
+NOTICE: Final = 0.05
+"""Seconds after which it is looked whether a store that decides elsewhere has put a call into line."""
+
+_LOOK: Final = 0.01
+
+
+def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
+    """Wait in line for limiter and budget, holding nothing; gives the attempt as it was granted in the end."""
+    call = attempt.call
+    store, monotonic = call.pipeline.store, call.pipeline.clock.monotonic
+    longest = wait_until(attempt, monotonic())
+    while True:
+        reservation = attempt.reservation
+        assert reservation is not None
+        began = monotonic()
+        turn = turns_at(attempt, began)
+        again: Attempt | None = None
+        try:
+            told = False
+            while reservation.state == PENDING:
+                now = monotonic()
+                if not told and reservation.blocked_on:  # a durable store decides in a moment, which is no wait
+                    told = True
+                    call.emit("waiting", model=attempt.route.model, blocked_on=reservation.blocked_on)
+                until = longest
+                if attempt.patience != inf and not _waits_for_money(reservation):
+                    until = min(longest, began + attempt.patience)
+                if now < min(until, turn):
+                    yield Wait(reservation, min(until, turn) if told else min(until, turn, now + NOTICE))
+                    continue
+                turn = inf
+                if _waits_for_money(reservation):
+                    again = renewed(attempt)
+                if again is not None:
+                    store.withdraw(reservation)  # should it be granted meanwhile, so much the better
+                elif now < until:
+                    continue
+                elif not reservation.blocked_on and now < min(call.deadline, began + STORE_PATIENCE):
+                    yield Wait(reservation, now + _LOOK)  # no max_wait is up before the store has looked
+                elif store.withdraw(reservation):
+                    raise waited_too_long(attempt)
+        except BaseException as error:
+            give_back(attempt, error)
+            raise
+        finally:
+            call.waited += monotonic() - began
+        if reservation.state == GRANTED:
+            return attempt
+        refusal = reservation.refusal
+        if again is None and refusal is not None and refusal.reason == "budget_exceeded":
+            again = renewed(attempt) or shrunk(attempt, refusal)
+        if again is None or again.reservation is None:
+            assert refusal is not None
+            raise refused(attempt, refusal)
+        attempt = again
+        store.admit(again.reservation)
+
+
+def _waits_for_money(reservation: Reservation) -> bool:
+    return any(account.title == reservation.blocked_on for account in reservation.accounts)
+
+
+def note_spending(attempt: Attempt) -> None:
+    """Notice budgets that pass their soft threshold with this grant."""
+    reservation = attempt.reservation
+    assert reservation is not None
+    for rule, account, spent in zip(attempt.rules, reservation.accounts, reservation.spent, strict=False):
+        if rule.soft_passed(account.key, spent):
+            attempt.call.emit(
+                "budget_soft", budget=account.title, spent_usd=spent / NANO, limit_usd=account.limit / NANO,
+                degrade_to=rule.options.degrade_to,
+            )  # fmt: skip
+
+
+def leaves(store: Store, reservation: Reservation) -> Callable[[], None]:
+    """To be called when a call leaves: its limiter hears of it when that is well after the grant.
+
+    A busy machine, or connections that take long to open, would else bunch calls up.
+    """
+
+    def leaving() -> None:
+        now = store.now()
+        if now - reservation.granted_at > LATE:
+            store.sent_late(reservation, now)
+
+    return leaving

@@ -1,0 +1,96 @@
+"""How failures read: an answer that nobody can use, and what every route said when none of them answered."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from dspy.lm15 import Response
+from dspy.utils.exceptions import LMError
+
+from dspy_prod.errors import RejectedError, UnusableAnswerError
+
+if TYPE_CHECKING:
+    from dspy_prod.pipeline.routes import Route
+
+_FLAWS: Final = {
+    "empty": "an answer with nothing in it",
+    "error": "an answer that ended with an error",
+    "no_end": "an answer that does not say why it ended",
+    "filtered": "an answer of which its content filter left nothing",
+}
+_LONGEST: Final = 200
+
+
+def unusable(route: Route, flaw: str, response: Response) -> UnusableAnswerError:
+    """The error for an answer that nobody can use."""
+    error = UnusableAnswerError(
+        f"{route.model} gave {_FLAWS[flaw]}", model=route.model, provider=route.upstream.provider
+    )
+    error.flaw, error.partial = flaw, response
+    return error
+
+
+def shows_partial(error: BaseException, partial: Response) -> None:
+    """Let an error show what came of a stream before it, unless the engine has said so itself."""
+    if isinstance(error, LMError) and getattr(error, "partial", None) is None:
+        error.partial = partial
+
+
+class Failures:
+    """What the routes of one call said, in order.
+
+    Attributes:
+        last: the latest error.
+        upstream: the latest that an upstream told.
+    """
+
+    __slots__ = ("_first", "_said", "last", "upstream")
+
+    def __init__(self) -> None:
+        self._first: Exception | None = None
+        self._said: dict[Route, Exception] | None = None
+        self.last: Exception | None = None
+        self.upstream: Exception | None = None
+
+    def add(self, route: Route, error: Exception) -> None:
+        """Remember how an attempt on a route ended."""
+        if self._said is None:
+            self._said = {}
+        if self._first is None:
+            self._first = error
+        self.last = error
+        if not isinstance(error, RejectedError):
+            self.upstream = error
+            self._said[route] = error
+        else:
+            self._said.setdefault(route, error)
+
+    def told(self) -> Exception:
+        """The error to raise when every route has failed: the last upstream's, else the first refusal.
+
+        If there were several routes it names what each of them said, and is raised from what the first said.
+        """
+        said, first = self._said, self._first
+        assert said is not None
+        assert first is not None
+        error = self.upstream or first
+        if len(said) > 1:
+            first = next(iter(said.values()))
+            _add(error, "; ".join(f"{route.name}: {_brief(each)}" for route, each in said.items()))
+            if error is not first:
+                error.__cause__ = first
+        return error
+
+
+def _brief(error: Exception) -> str:
+    status = getattr(error, "status", None)
+    name = type(error).__name__ if status is None else f"{type(error).__name__} {status}"
+    text = " ".join(str(getattr(error, "message", None) or error).partition("\n\n")[0].split())
+    return f"{name} ({text[:_LONGEST]})" if text else name
+
+
+def _add(error: Exception, routes: str) -> None:
+    note = f"\n\nNo route answered. {routes}"
+    if isinstance(getattr(error, "message", None), str):
+        error.message += note  # type: ignore[attr-defined]
+    error.args = (f"{error.args[0] if error.args else ''}{note}", *error.args[1:])

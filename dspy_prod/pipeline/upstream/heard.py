@@ -1,0 +1,158 @@
+"""What is certain about an error: what the provider said by HTTP, and whether it was asked at all.
+
+LiteLLM says 500 for whatever it cannot explain, and makes up responses to go with it. Its own errors are hearsay; what
+stands behind them, from the library that spoke to the provider, is evidence.
+"""
+
+from __future__ import annotations
+
+import re
+from json import JSONDecodeError
+from typing import Any, Final, NamedTuple
+
+from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
+
+from dspy_prod.pipeline.upstream.ends import causes_of
+from dspy_prod.pipeline.upstream.vocabulary import status_meant_by
+
+
+class Heard(NamedTuple):
+    """See the module's docstring.
+
+    Attributes:
+        status: HTTP status that the provider certainly sent; None when it sent none.
+        hearsay: status that LiteLLM names without a response to show; None when it names none or 500.
+        code: the provider's error code.
+        text: the provider's error text.
+        begun: the error came inside an answer that had begun.
+        local: nothing was sent, for a reason that lies here.
+        unreached: no connection was made.
+        shape: `garbled` or `unusable`: what was wrong with a complete answer.
+        should_retry: what the header `x-should-retry` asks for.
+    """
+
+    status: int | None
+    hearsay: int | None
+    code: str | None
+    text: str
+    begun: bool
+    local: bool
+    unreached: bool
+    shape: str | None
+    should_retry: bool | None
+
+
+_CONNECT_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError"})
+_BROKEN: Final = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
+_NO_CREDENTIALS: Final = frozenset({
+    "NoCredentialsError", "PartialCredentialsError", "NoRegionError", "ProfileNotFound", "DefaultCredentialsError",
+    "CredentialUnavailableError", "NoAuthTokenError",
+})  # fmt: skip
+_LOCAL: Final = re.compile(
+    r"not JSON serializable|missing credentials|missing .{0,40}api[ _]key|no key is set|unable to locate credentials|"
+    r"default credentials were not found|no module named|LLM provider not provided|environment variable|"
+    r"_id not set|api_key client option must be set|pip install",
+    re.IGNORECASE,
+)
+_GARBLED: Final = re.compile(r"invalid response object|empty or invalid response from LLM endpoint", re.IGNORECASE)
+_UNUSABLE: Final = re.compile(r"provider returned 'choices' that is not a list", re.IGNORECASE)
+
+
+def heard(error: Exception) -> Heard:
+    """What is certain about an error that an attempt raised."""
+    causes = list(causes_of(error))
+    litellm = [cause for cause in causes if _of_litellm(cause)]
+    status = _status_of(error, causes, bool(litellm))
+    text = "\n".join(dict.fromkeys(str(getattr(cause, "message", None) or cause) for cause in causes))
+    code = getattr(error, "provider_code", None)
+    if code is None:  # LiteLLM leaves that of an error inside a stream behind
+        code = next((cause.code for cause in causes if _package(cause) == "openai" and hasattr(cause, "code")), None)
+    in_body = next((cause for cause in causes if type(cause) is Exception and hasattr(cause, "status_code")), None)
+    begun = status is None and (
+        (bool(getattr(error, "begun", False)) and not litellm)
+        or in_body is not None
+        or any(type(cause).__name__ == "APIError" and _package(cause) == "openai" for cause in causes)
+    )
+    hearsay = _hearsay(error, litellm) if in_body is None else _in_body(in_body)
+    shape = None
+    if status is None or status < 300:
+        if any(isinstance(cause, JSONDecodeError) for cause in causes) or (litellm and _GARBLED.search(text)):
+            shape = "garbled"
+        elif litellm and _UNUSABLE.search(text):
+            shape = "unusable"
+    return Heard(
+        status,
+        hearsay,
+        None if code is None else str(code),
+        text,
+        begun,
+        status is None and not begun and _never_left(causes, text, bool(litellm)),
+        isinstance(error, (LMTransportError, LMServerError)) and _never_connected(causes),
+        shape,
+        getattr(error, "should_retry", None),
+    )
+
+
+def _status_of(error: Exception, causes: list[BaseException], hearsay: bool) -> int | None:
+    for cause in causes:
+        if not _of_litellm(cause) and not isinstance(cause, LMError) and not _of_dspy(cause):
+            found = _int(getattr(cause, "response", None), "status_code")
+            if found is not None:
+                return found
+    return None if hearsay else _int(error, "status")
+
+
+def _hearsay(error: Exception, litellm: list[BaseException]) -> int | None:
+    status = _int(error, "status") if litellm else None
+    return None if status is None or status == 500 else status
+
+
+def _in_body(error: BaseException) -> int:
+    """The status that LiteLLM makes of an error object in a 200; it says 422 when the object has no code."""
+    told: Any = getattr(error, "status_code", None)
+    return status_meant_by(None if told == 422 else str(told)) or 500
+
+
+def _int(value: Any, name: str) -> int | None:
+    found = getattr(value, name, None)
+    return found if type(found) is int and 100 <= found < 600 else None
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
+def _of_litellm(error: BaseException) -> bool:
+    return _package(error) == "litellm"
+
+
+def _of_dspy(error: BaseException) -> bool:
+    return _package(error) == "dspy"
+
+
+def _never_left(causes: list[BaseException], text: str, litellm: bool) -> bool:
+    """Whether the errors show that the request was never made; a sign of traffic refutes it."""
+    if any(_package(cause) in ("httpx", "httpcore", "aiohttp", "requests", "urllib3") for cause in causes):
+        return False
+    if any(isinstance(cause, OSError) for cause in causes):
+        return False
+    if any(isinstance(cause, ImportError) for cause in causes):
+        return True
+    if any(isinstance(cause, TypeError) and "not JSON serializable" in str(cause) for cause in causes):
+        return True
+    named = {type(cause).__name__ for cause in causes}
+    return litellm and (
+        bool(named & _NO_CREDENTIALS)
+        or any(type(cause).__name__ == "OpenAIError" and _package(cause) == "openai" for cause in causes)
+        or _LOCAL.search(text) is not None
+    )
+
+
+def _never_connected(causes: list[BaseException]) -> bool:
+    """Whether the chain of causes says that no connection was made, so that nothing was sent.
+
+    LiteLLM's asynchronous transport also says `ConnectError` for a connection that was reset after sending.
+    """
+    if any(isinstance(cause, _BROKEN) or type(cause).__name__ == "ClientOSError" for cause in causes):
+        return False
+    return any(type(cause).__name__ in _CONNECT_ERRORS or isinstance(cause, ConnectionRefusedError) for cause in causes)

@@ -1,0 +1,95 @@
+"""Evaluation on a budget or behind a limit: the score is about the program, or there is none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+import pytest
+
+from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, CircuitOpenError, RateLimit, call_context
+from dspy_prod.context.scoring import raising
+from dspy_prod.pipeline.plan import plan, wait_until
+from dspy_prod.testing import Status
+from tests.e2e.conftest import MakeLM, MakeProvider
+from tests.e2e.support import CHEAP, outcome, records
+from tests.pipeline.support import call_of
+
+ANSWER = "[[ ## answer ## ]]\nok\n\n[[ ## completed ## ]]"
+
+
+def devset(examples: int) -> list[Any]:
+    return [dspy.Example(question=f"question {number}").with_inputs("question") for number in range(examples)]
+
+
+def score(lm: Any, examples: int = 12, threads: int = 4, **options: Any) -> Any:
+    check = dspy.Evaluate(
+        devset=devset(examples), metric=lambda *_: 1.0, num_threads=threads, display_progress=False, **options
+    )
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        return check(dspy.Predict("question -> answer"))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("max_errors", [1, 1000])
+def test_an_empty_budget_ends_an_evaluation_as_itself(
+    serve: MakeProvider, connect: MakeLM, threads: int, max_errors: int
+) -> None:
+    """It was a score of 50.0, or "Execution cancelled due to errors"."""
+    provider = serve(answer=ANSWER, usage=(1_000, 100))
+    lm = connect(provider, budget=Budget(usd=0.0008))
+    error = outcome(lambda: score(lm, threads=threads, max_errors=max_errors))
+    assert isinstance(error, BudgetExceededError)
+    assert error.limit_usd == pytest.approx(0.0008)
+    assert 0 < sum(record.outcome == "ok" for record in records(lm)) < 12
+
+
+def test_an_open_circuit_ends_an_evaluation_as_itself(serve: MakeProvider, connect: MakeLM) -> None:
+    """An outage says nothing about the program."""
+    lm = connect(serve(faults=Status(500)), breaker=CircuitBreaker(failure_threshold=1))
+    assert isinstance(outcome(lambda: score(lm, max_errors=1000)), CircuitOpenError)
+
+
+def test_what_the_program_does_wrong_is_still_a_score(serve: MakeProvider, connect: MakeLM) -> None:
+    """Its own errors, and its own time limit, count as ever."""
+
+    class Hasty(dspy.Module):
+        def forward(self, question: str) -> Any:
+            with call_context(deadline=1e-6):
+                return dspy.Predict("question -> answer")(question=question)
+
+    lm = connect(serve(answer=ANSWER))
+    check = dspy.Evaluate(devset=devset(2), metric=lambda *_: 1.0, num_threads=2, max_errors=1000)
+    with dspy.context(lm=lm):
+        assert check(Hasty()).score == 0.0
+
+
+def test_an_evaluation_after_one_that_was_ended_works(serve: MakeProvider, connect: MakeLM) -> None:
+    """Nothing of the first is left."""
+    provider = serve(answer=ANSWER, usage=(1_000, 100))
+    poor = connect(provider, budget=Budget(usd=0.0008))
+    assert isinstance(outcome(lambda: score(poor)), BudgetExceededError)
+    assert score(connect(provider)).score == 100.0
+
+
+def test_admission_waits_as_long_as_it_takes(serve: MakeProvider, connect: MakeLM) -> None:
+    """With six requests a minute and sixteen threads it was "cancelled" after a third of a second."""
+    lm = connect(serve(), limit=RateLimit(rpm=6, max_wait=1), budget=Budget(usd=1, max_wait=1))
+    with raising():
+        attempt = plan(call_of(lm), lm.pipeline.primary, 1)
+        assert wait_until(attempt, 0.0) == float("inf")
+        with call_context(deadline=5):
+            call = call_of(lm)
+            assert wait_until(plan(call, lm.pipeline.primary, 1), 0.0) == call.deadline
+    assert attempt.reservation is not None
+    assert attempt.reservation.horizon == float("inf")
+    assert attempt.reservation.lease < 10_000
+
+
+def test_a_limited_evaluation_is_served_whole(serve: MakeProvider, connect: MakeLM, store_url: str) -> None:
+    """Every example waits for its turn, and none of them goes to another model."""
+    provider = serve(answer=ANSWER)
+    limit = RateLimit(rpm=120, burst=1, max_wait=0)
+    lm = connect(provider, limit=limit, fallbacks=[CHEAP], store=store_url)
+    assert score(lm, examples=6, threads=6, max_errors=1).score == 100.0
+    assert {asked.model for asked in provider.calls} == {"e2e"}
