@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, get_type_hints
 import dspy
 from dspy.clients.backend_selection import CLIENT_KEYS
 
-from dspy_prod.compat.lm15 import canonical_arguments
+from dspy_prod.compat.lm15 import CANONICAL
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.arguments import (
     ALWAYS,
@@ -126,8 +126,8 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row.setting(given[row.name]) for name, row in ROWS.items() if row.name in given}
 
 
-_OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
-CANONICAL_KEYS: Final = canonical_arguments() | _OWN_KEYS
+OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
+CANONICAL_KEYS: Final = CANONICAL | OWN_KEYS
 
 
 def split(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

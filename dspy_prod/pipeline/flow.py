@@ -205,7 +205,7 @@ def _attempt(call: Call, route: Route, number: int) -> Flow:
     settled = False
     try:
         if not route.upstream.ready:
-            yield Warm(route, attempt.request, call.extras, call.deadline)
+            yield Warm(route, attempt.request, call.scope, call.deadline)
         if attempt.reservation is not None:
             if pipeline.store.admit(attempt.reservation).state != GRANTED:
                 attempt = yield from _admission(attempt)
@@ -223,7 +223,7 @@ def _attempt(call: Call, route: Route, number: int) -> Flow:
         attempt.started = now = pipeline.clock.monotonic()
         attempt.until = until = call.deadline if route.timeout is None else call.attempt_until(route, now)
         attempt.sent = True
-        response = yield Send(route, attempt.request, call.extras, until, leaving)
+        response = yield Send(route, attempt.request, call.scope, until, leaving)
         succeeded(attempt, response)
         settled = True
         return response

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import weakref
@@ -13,7 +12,9 @@ from typing import Any
 from dspy.lm15 import Request
 
 from dspy_prod.options import CircuitBreaker, RateLimit, Retry
-from dspy_prod.pipeline.upstream.upstream import Upstream, address_of
+from dspy_prod.pipeline.upstream.destination import destination, fingerprint
+from dspy_prod.pipeline.upstream.ordinary import Beside
+from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.policies.breaker.breaker import Breaker
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.retry import RetryBudget
@@ -94,7 +95,7 @@ class Route:
 
     Attributes:
         name: `"primary"`, or the model of a fallback.
-        limit_key: identity of the limiter: provider address, key fingerprint and model.
+        limit_key: identity of limiter and breaker: destination, key fingerprint and model.
         rules: budgets of this route alone, next to those of the pipeline.
     """
 
@@ -125,7 +126,8 @@ class Route:
         self.prices = prices
         self.defaults = defaults or {}
         self.rules = rules
-        self.limit_key = f"{address_of(upstream.clients, self.model)}|{fingerprint(upstream.clients)}|{self.model}"
+        clients, extras = upstream.clients, upstream.extras
+        self.limit_key = f"{destination(clients, self.model, extras)}|{fingerprint(clients, extras)}|{self.model}"
         timeout = upstream.clients.get("timeout")
         self.timeout: float | None = float(timeout) if isinstance(timeout, (int, float)) else None
         self.state = _shared_state(store, self, retry, breaker, clock, bus)
@@ -164,9 +166,9 @@ class Route:
         )
         self._bus.emit("unpriced_model", self._clock.time(), model=self.model)
 
-    def rates_for(self, request: Request, extras: dict[str, Any] | None) -> Rates | None:
+    def rates_for(self, request: Request, beside: Beside | None) -> Rates | None:
         """The prices for what the engine that carried `request` reports: LiteLLM counts usage in OpenAI's way."""
-        if self.upstream.fell_back and not self.upstream.is_native(request, extras):
+        if self.upstream.fell_back and not self.upstream.is_native(request, beside):
             return self.prices.rates(self.model, "litellm")
         return self.rates()
 
@@ -203,15 +205,6 @@ class Route:
 
 
 _NO_LIMIT = RateLimit()
-
-
-def fingerprint(clients: dict[str, Any]) -> str:
-    """A short digest that tells keys apart without revealing them."""
-    key = clients.get("api_key")
-    if key is None:
-        return "env"
-    text = key if isinstance(key, str) else f"callable:{getattr(key, '__qualname__', type(key).__name__)}"
-    return hashlib.sha256(b"dspy_prod:key:" + text.encode("utf-8", "replace")).hexdigest()[:12]
 
 
 _IDENTITIES: weakref.WeakValueDictionary[tuple[int, str], Identity] = weakref.WeakValueDictionary()

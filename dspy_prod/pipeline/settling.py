@@ -33,7 +33,7 @@ def succeeded(attempt: Attempt, response: Response) -> None:
     pipeline, state = call.pipeline, route.state
     usage = response.usage
     latency = pipeline.clock.monotonic() - attempt.started
-    rates = route.rates_for(request, call.extras) if route.upstream.fell_back else route.rates()
+    rates = route.rates_for(request, call.scope) if route.upstream.fell_back else route.rates()
     cost = None if rates is None else route.prices.price_response(rates, response, request)
     estimated = False
     if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
@@ -144,7 +144,7 @@ def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: Base
     """An abandoned attempt has ended in its worker: perhaps its usage is known after all."""
     call, route = attempt.call, attempt.route
     latency = call.pipeline.clock.monotonic() - attempt.started
-    rates = route.rates_for(attempt.request, call.extras)
+    rates = route.rates_for(attempt.request, call.scope)
     if isinstance(response, Response):
         cost = None if rates is None else route.prices.price_response(rates, response, attempt.request)
         if cost is not None or rates is None:
