@@ -7,7 +7,8 @@ import threading
 import weakref
 from bisect import insort
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 from dspy.lm15 import Request
 
@@ -20,7 +21,7 @@ from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.retry import RetryBudget
 from dspy_prod.pricing.bounds import has_media, input_bound, output_bound
 from dspy_prod.pricing.rates import ATTO_PER_NANO, PriceBook, Rates
-from dspy_prod.runtime.clock import Clock
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
 from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.events import EventBus
@@ -29,6 +30,7 @@ _log = logging.getLogger("dspy_prod")
 
 PRIMARY = "primary"
 
+_LONGEST_PAUSE: Final = 3600.0
 _UNKNOWN_OUTPUT = 4096
 """Output tokens reserved at the limiter while nothing is known about a model's answers."""
 
@@ -36,7 +38,9 @@ _UNKNOWN_OUTPUT = 4096
 class Identity:
     """What all routes of one limiter key share in this process; breaker and retry budget by their settings."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Any = None) -> None:
+        self.store: Callable[[], Any] = _reference(store)
+        self.throttled_at: float | None = None
         self.throttled = False  # a 429 came: from now on the limiter is asked even when nothing is configured
         self.breakers: dict[CircuitBreaker, Breaker] = {}
         self.retry_budgets: dict[Retry, RetryBudget] = {}
@@ -52,6 +56,13 @@ class Identity:
             budget._after_fork()
         for breaker in self.breakers.values():
             breaker._after_fork()
+
+    def tells(self) -> bool:
+        """Whether a call that comes later has to know of it: a circuit that is not quite sound, or a pause."""
+        if self.throttled_at is not None and SYSTEM_CLOCK.monotonic() < self.throttled_at + _LONGEST_PAUSE:
+            return True
+        looks = [breaker.snapshot() for breaker in self.breakers.values()]
+        return any(look.state != "closed" or look.failures or look.slow for look in looks)
 
     def learn(self, output_tokens: int) -> None:
         """Remember the size of a real answer."""
@@ -88,6 +99,7 @@ class RouteState:
     @throttled.setter
     def throttled(self, throttled: bool) -> None:
         self.identity.throttled = throttled
+        self.identity.throttled_at = SYSTEM_CLOCK.monotonic() if throttled else None
 
 
 class Route:
@@ -208,6 +220,35 @@ _NO_LIMIT = RateLimit()
 
 
 _IDENTITIES: weakref.WeakValueDictionary[tuple[int, str], Identity] = weakref.WeakValueDictionary()
+_REMEMBERED: dict[tuple[int, str], Identity] = {}
+"""Those that are kept though no route uses them: a key that is seldom used finds its open circuit again."""
+
+
+class _Sweep:
+    """Forget what has nothing to tell, each time when there are twice as many as were left."""
+
+    fewest: Final = 256
+
+    def __init__(self) -> None:
+        self.at = self.fewest
+
+    def __call__(self) -> None:
+        for key, identity in list(_REMEMBERED.items()):
+            if identity.store() is None or not identity.tells():
+                del _REMEMBERED[key]
+        self.at = max(self.fewest, 2 * len(_REMEMBERED))
+
+
+_sweep = _Sweep()
+
+
+def _reference(store: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(store)
+    except TypeError:  # None, or a store of somebody else's that cannot be referred to so
+        return lambda: store
+
+
 _UNPRICED: set[str] = set()
 _MAX_UNPRICED = 1_000
 _LOCK = RegistryLock()
@@ -220,8 +261,10 @@ def _shared_state(
     key = (id(store), route.limit_key)
     with _LOCK:
         identity = _IDENTITIES.get(key)
-        if identity is None:
-            identity = _IDENTITIES[key] = Identity()
+        if identity is None or identity.store() is not store:  # an `id` may be another object's by now
+            identity = _IDENTITIES[key] = _REMEMBERED[key] = Identity(store)
+            if len(_REMEMBERED) >= _sweep.at:
+                _sweep()
         state = identity.states.get((breaker, retry))
         if state is not None:
             return state
