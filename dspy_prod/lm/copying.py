@@ -73,6 +73,8 @@ def checked(settings: Settings, where: str) -> Settings:
     timeout = settings.clients.get("timeout")
     if isinstance(timeout, dt.timedelta):
         raise ConfigError("timeout= takes seconds, as in dspy.LM; pass timeout=delta.total_seconds()")
+    if isinstance(timeout, (str, bool)):
+        raise ConfigError(f"timeout={timeout!r} must be a number of seconds, such as timeout=10")
     if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and not 0 < timeout < float("inf"):
         raise ConfigError(f"timeout={timeout!r} must be a positive number of seconds")
     connection = {key: value for key, value in settings.clients.items() if key != "timeout"}

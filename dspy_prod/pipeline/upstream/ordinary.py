@@ -51,8 +51,13 @@ def body_of(beside: Beside | None, request: Request, extras: Mapping[str, Any]) 
     for name in _CHANGEABLE if asked is not None and asked is not config else ():
         value = getattr(config, name)
         if value != getattr(asked, name):
+            if name == "logprobs":
+                body.pop("top_logprobs", None)
             key = "max_completion_tokens" if name == "max_tokens" and body.get("max_completion_tokens") else name
-            body[key] = list(value) if name == "stop" else value
+            body[key] = (list(value) or None) if name == "stop" else value
+    if asked is not None and config.reasoning is None and asked.reasoning is not None:
+        for name in ("reasoning_effort", "reasoning"):
+            body.pop(name, None)
     return {**body, **extras, **(beside.extras or {})}
 
 
