@@ -86,11 +86,11 @@ async def _arun(lm: Engined, call: PreparedCall, request: Request) -> CallResult
 
 
 def _general(lm: Engined, call: PreparedCall, request: Request) -> CallResult:
-    return execute(lm, replace(call, request=request))
+    return execute(lm, replace(call, request=request, cache=False))  # ours is beneath
 
 
 async def _ageneral(lm: Engined, call: PreparedCall, request: Request) -> CallResult:
-    return await aexecute(lm, replace(call, request=request))
+    return await aexecute(lm, replace(call, request=request, cache=False))
 
 
 run_call = _run if SHORT else _general

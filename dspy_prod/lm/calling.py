@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 from dspy.dsp.utils.settings import settings as dspy_settings
 from dspy.lm15 import LM15Error, Request
 
-from dspy_prod.compat.dspy import engines_of
+from dspy_prod.compat.dspy import caches_anything, engines_of
 from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, request_of
 from dspy_prod.context.current import current
 from dspy_prod.context.marks import stamped
@@ -96,7 +96,7 @@ def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], ex
         merged = {**merged, **kwargs}
         uses_cache = merged.pop("cache", uses_cache)
     base = None
-    use_cache = bool(uses_cache) and context.cache != "bypass" and lm.pipeline.cache is not None
+    use_cache = bool(uses_cache) and caches_anything() and context.cache != "bypass" and lm.pipeline.cache is not None
     if use_cache and not isinstance(prompt, Request) and "request" not in kwargs:
         tenant = None if lm.settings.cache.shared else context.tenant
         base = raw_key(lm.identity, prompt, messages, {**merged, **extras} if extras else merged, tenant)

@@ -115,3 +115,28 @@ def test_forward_is_a_call_too(serve: MakeProvider) -> None:
     assert first.choices[0]["message"]["content"] == lm.forward(prompt="q").choices[0].message.content == "ok"
     assert asyncio.run(lm.aforward(prompt="q")).choices[0].message.content == "ok"
     assert [call.body["a"] for call in provider.calls] == [1]
+
+
+def test_dspy_s_switch_of_all_caches_holds_here_too(serve: MakeProvider) -> None:
+    """After `dspy.configure_cache(False, False)` nothing was asked anew."""
+    provider = serve()
+    lm = make_lm(provider.url, cache=True)
+    before = dspy.cache
+    try:
+        dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
+        assert lm("q") == lm("q") == ["ok"]
+    finally:
+        dspy.cache = before
+    assert len(provider.calls) == 2
+    assert lm("q") == lm("q")
+    assert len(provider.calls) == 3
+
+
+def test_an_optimizer_that_asks_for_a_cache_is_told_of_ours() -> None:
+    """`dspy.teleprompt.reanchor` refused, as no cache kept the answers."""
+    from dspy.teleprompt.reanchor.calibrate import caches
+
+    predict = dspy.Predict("question -> answer")
+    for cached in (True, False):
+        predict.lm = dspy_prod.LM("openai/a", store=fresh_memory(), cache=cached)
+        assert caches(predict) is cached
