@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any, Final, Protocol
 
+import dspy
 from dspy.clients import model_metadata
 
 from dspy_prod.compat.foreign import names
@@ -38,9 +39,15 @@ ENGINES: Final = ("_engine_spec", "_async_engine_spec")
 
 
 class OwnCache:
-    """An LM whose answers DSPy's cache does not keep."""
+    """An LM whose answers are kept by a cache of its own. DSPy's optimizers ask whether any cache keeps them."""
 
-    _cache_responses = False
+    _cache_responses = True
+
+
+def caches_anything() -> bool:
+    """Whether DSPy's cache is on: `dspy.configure_cache` switches it off for the whole process."""
+    cache = dspy.cache
+    return bool(cache.enable_memory_cache or cache.enable_disk_cache)
 
 
 class Engined(Protocol):

@@ -9,19 +9,22 @@ asynchronous form also spares two hops to worker threads.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import lru_cache
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from dspy.clients import execution
+from dspy.clients.backend_selection import CLIENT_KEYS
 from dspy.clients.errors import wrap_error
 from dspy.clients.execution import aexecute, execute
 from dspy.dsp.utils.settings import settings
-from dspy.lm15 import Config, LM15Error, Message, Request, TextPart
+from dspy.lm15 import Config, Message, Request, TextPart
 from dspy.utils.exceptions import LMError
 
 from dspy_prod.compat.dspy import Engined
 from dspy_prod.compat.foreign import names, version_of
+from dspy_prod.compat.lm15 import CANONICAL
 
 STEPS: Final = {
     "PreparedCall": "prompt messages kwargs legacy request cache n managed",
@@ -62,37 +65,36 @@ else:
     )
 
 
-def _run(lm: Engined, call: PreparedCall) -> CallResult:
+def _run(lm: Engined, call: PreparedCall, request: Request) -> CallResult:
     """Answer a prepared call on this thread."""
     if call.n != 1 or settings.send_stream is not None:
-        return execute(lm, call)
-    request = _request(lm, call)
+        return _general(lm, call, request)
     try:
         return _result(lm, lm._engine_spec.complete(request), call, None, request, estimate=False)
     except Exception as error:
         raise _shown(lm, error) from _cause(error)
 
 
-async def _arun(lm: Engined, call: PreparedCall) -> CallResult:
+async def _arun(lm: Engined, call: PreparedCall, request: Request) -> CallResult:
     """Answer a prepared call in this task."""
     if call.n != 1 or settings.send_stream is not None:
-        return await aexecute(lm, call)
-    request = _request(lm, call)
+        return await _ageneral(lm, call, request)
     try:
         return _result(lm, await lm._async_engine_spec.complete(request), call, None, request, estimate=False)
     except Exception as error:
         raise _shown(lm, error) from _cause(error)
 
 
-run_call = _run if SHORT else execute
-arun_call = _arun if SHORT else aexecute
+def _general(lm: Engined, call: PreparedCall, request: Request) -> CallResult:
+    return execute(lm, replace(call, request=request, cache=False))  # ours is beneath
 
 
-def request_of(call: PreparedCall) -> Request:
-    """The canonical request of a call, by DSPy's own conversion."""
-    [canonical] = names("dspy.clients.execution", "_canonical")
-    request: Request = canonical(call)
-    return request
+async def _ageneral(lm: Engined, call: PreparedCall, request: Request) -> CallResult:
+    return await aexecute(lm, replace(call, request=request, cache=False))
+
+
+run_call = _run if SHORT else _general
+arun_call = _arun if SHORT else _ageneral
 
 
 @lru_cache(maxsize=512)
@@ -102,23 +104,30 @@ def _config(shape: tuple[Any, ...]) -> list[Config]:
     return []
 
 
-def _request(lm: Engined, call: PreparedCall) -> Request:
-    """The canonical request of a call; DSPy's conversion, remembered where only texts change from call to call."""
+def request_of(lm: Engined, call: PreparedCall) -> Request:
+    """The canonical request of a call; DSPy's conversion, remembered where only texts change from call to call.
+
+    Client settings and arguments that only LiteLLM understands are not in it.
+
+    Raises:
+        LM15Error, TypeError, ValueError: no canonical request can say it.
+    """
     if call.request is not None:
-        return call.request
+        request: Request = call.request
+        return request
     legacy = call.legacy
     try:
         kept = _config(
             tuple([(name, type(value), value) for name, value in legacy.items() if name not in _NOT_SETTINGS])
         )
     except TypeError:  # tools, schemas, ...: not hashable
-        return _convert(lm, call)
+        return _convert(call)
     texts = _texts(legacy["messages"])
     if texts is None:
-        return _convert(lm, call)
+        return _convert(call)
     system, messages = texts
     if not kept:
-        request = _convert(lm, call)
+        request = _convert(call)
         plain = Request(model=request.model, messages=messages, system=system, config=request.config)
         if plain == request:
             kept.append(request.config)
@@ -126,7 +135,8 @@ def _request(lm: Engined, call: PreparedCall) -> Request:
     return Request(model=lm.model, messages=messages, system=system, config=kept[0])
 
 
-_NOT_SETTINGS: Final = frozenset({"messages", "rollout_id"})
+_NOT_SETTINGS: Final = frozenset({"messages", "rollout_id"}) | CLIENT_KEYS
+_SAID: Final = CANONICAL | {"n", "rollout_id", "num_generations", "prompt_cache"}
 
 
 def _texts(rows: list[Any]) -> tuple[str | None, tuple[Message, ...]] | None:
@@ -148,11 +158,10 @@ def _texts(rows: list[Any]) -> tuple[str | None, tuple[Message, ...]] | None:
     return (system, tuple(messages)) if messages else None
 
 
-def _convert(lm: Engined, call: PreparedCall) -> Request:
-    try:
-        request: Request = _canonical(call)
-    except LM15Error as error:
-        raise wrap_error(error, model=lm.model) from error
+def _convert(call: PreparedCall) -> Request:
+    [canonical] = (_canonical,) if SHORT else names("dspy.clients.execution", "_canonical")
+    said = {name: value for name, value in call.legacy.items() if name in _SAID}
+    request: Request = canonical(call if len(said) == len(call.legacy) else replace(call, legacy=said))
     return request
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
 from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine
 from dspy.clients.engines.litellm_errors import litellm_errors
-from dspy.lm15 import Request, Response, StreamEndEvent
+from dspy.lm15 import Request, Response, StreamEndEvent, response_to_events
 
 from dspy_prod.compat.foreign import names
 from dspy_prod.compat.lm15 import StreamEvent
@@ -46,7 +46,13 @@ class _Hooked:
     ended: Callable[[StreamEndEvent, Any], StreamEndEvent]
     """Gives the last event of a stream, from DSPy's and LiteLLM's stream after its end."""
 
+    ordinary: Callable[[Request], dict[str, Any] | None]
+    """Gives the arguments of an ordinary call, None for a typed request, whose arguments DSPy makes."""
+
     def _arguments(self, request: Request, *, streaming: bool = False) -> dict[str, Any]:
+        ordinary = self.ordinary(request)
+        if ordinary is not None:
+            return {**ordinary, "stream": True, "stream_options": {"include_usage": True}} if streaming else ordinary
         return self.sent(super()._arguments(request, streaming=streaming), request)  # type: ignore[misc]
 
     def _response(self, raw: Any, request: Request) -> Response:
@@ -62,6 +68,9 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         Raises:
             lm15 errors, translated from LiteLLM's.
         """
+        if self.model_type != "chat":  # such an answer comes whole, as it does for a plain `dspy.LM`
+            yield from response_to_events(self.complete(request))
+            return
         data = self._arguments(request, streaming=True)
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model):
@@ -102,6 +111,10 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The same in a task, see `HookedLiteLLMEngine.stream`."""
+        if self.model_type != "chat":
+            for event in response_to_events(await self.complete(request)):
+                yield event
+            return
         data = self._arguments(request, streaming=True)
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model):

@@ -58,6 +58,9 @@ def canonical_arguments() -> frozenset[str]:
     return frozenset().union(*tables)
 
 
+CANONICAL: Final = canonical_arguments()
+
+
 # -- transports ------------------------------------------------------------------------------------------------------
 _StdlibTransport: Any
 _StdlibAsyncTransport: Any

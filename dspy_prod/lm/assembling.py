@@ -77,6 +77,9 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
             rules=quoted_rules(store, own.budgets),
         )
 
+    for other in (*settings.fallbacks, *[budget.degrade_to for budget in settings.budgets]):
+        if isinstance(other, str) and not other.rpartition("/")[2].strip():
+            raise ConfigError(f"fallbacks= and degrade_to= name models, such as 'openai/gpt-4o-mini'; got {other!r}")
     clients, extras = dict(settings.clients), dict(settings.extras)
     primary = Upstream(model, model_type, settings.engine, settings.async_engine, clients, extras)
     return Pipeline(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 from dspy_prod.compat.dspy import ENGINES, Engined
@@ -12,8 +13,14 @@ from dspy_prod.runtime.recent import Recent
 MAX_VARIANTS: Final = 16
 """LMs with per-call settings that an LM keeps, so that connections and cache serve the next such call too."""
 
-INSTALLED: Final = ("pipeline", "settings", "identity", "_variants", *ENGINES)
+INSTALLED: Final = ("pipeline", "settings", "identity", "watched", "_variants", *ENGINES)
 """Attributes that `LM._install` sets."""
+
+
+class Watching(Protocol):
+    """See `watching.Watched`."""
+
+    def holds(self, model: str, kwargs: Mapping[str, Any]) -> bool: ...
 
 
 class Beneath(Engined, Protocol):
@@ -25,6 +32,7 @@ class Beneath(Engined, Protocol):
     settings: Settings
     pipeline: Pipeline
     identity: bytes
+    watched: Watching
     _variants: Recent[Beneath]
 
     def _install(self, settings: Settings) -> None: ...

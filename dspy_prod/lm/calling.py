@@ -6,18 +6,22 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
 from dspy.dsp.utils.settings import settings as dspy_settings
-from dspy.lm15 import Request
+from dspy.lm15 import LM15Error, Request
 
-from dspy_prod.compat.dspy import engines_of
+from dspy_prod.compat.dspy import caches_anything, engines_of
 from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, request_of
 from dspy_prod.context.current import current, stamped
 from dspy_prod.lm.advice import warn_messages
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.copying import variant
-from dspy_prod.lm.settings import split
+from dspy_prod.lm.history import shown
+from dspy_prod.lm.settings import CANONICAL_KEYS, OWN_KEYS, split
+from dspy_prod.lm.watching import settled
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.scope import Scope, raw_key
+from dspy_prod.pipeline.standing import standing_for
+from dspy_prod.pipeline.upstream.destination import places
 from dspy_prod.policies.budget import Purse
 
 _ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
@@ -48,8 +52,11 @@ def begin(
     lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any]
 ) -> tuple[Beneath, dict[str, Any], Scope, Known | None]:
     """(the LM to use, its canonical arguments, what the engine must know, a cached answer) of a public call."""
-    asked, kwargs, extras = per_call(lm, kwargs)
+    given = kwargs
+    asked, kwargs, extras = per_call(settled(lm), given)
     scope = scope_of(asked, prompt, messages, kwargs, extras)
+    if kwargs is not given and not isinstance(prompt, Request) and "request" not in given:
+        scope.shown = shown(given)
     known = hit(asked, scope, prompt, messages, kwargs)
     if known is None and messages is not None:
         warn_messages(lm, messages)
@@ -71,6 +78,10 @@ def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, An
         canonical["cache"] = cache
     canonical.update(request)
     policies.update(clients)
+    elsewhere = places(extras)
+    if elsewhere:
+        policies["elsewhere"] = elsewhere
+        extras = {name: value for name, value in extras.items() if name not in elsewhere}
     return variant(lm, policies) if policies else lm, canonical, extras or None
 
 
@@ -78,12 +89,14 @@ def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], ex
     """What the engine beneath must know of this call, and its exact cache key if the arguments are plain JSON."""
     context = stamped(current())
     merged = lm.kwargs
+    if lm.settings.clients or lm.settings.extras:  # they are in the identity
+        merged = {name: value for name, value in merged.items() if name in CANONICAL_KEYS}
     uses_cache = lm.cache
     if kwargs:
         merged = {**merged, **kwargs}
         uses_cache = merged.pop("cache", uses_cache)
     base = None
-    use_cache = bool(uses_cache) and context.cache != "bypass" and lm.pipeline.cache is not None
+    use_cache = bool(uses_cache) and caches_anything() and context.cache != "bypass" and lm.pipeline.cache is not None
     if use_cache and not isinstance(prompt, Request) and "request" not in kwargs:
         tenant = None if lm.settings.cache.shared else context.tenant
         base = raw_key(lm.identity, prompt, messages, {**merged, **extras} if extras else merged, tenant)
@@ -114,16 +127,29 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
         return None  # a listener wants events: the engine replays the answer for it
     cache.used(base)
     response = entry.response
-    Call(lm.pipeline, _ANY_REQUEST, scope.context, base, None, False, scope.records).record_cached()
+    Call(lm.pipeline, _ANY_REQUEST, scope.context, base, scope, False, scope.records).record_cached()
     # By position, which takes half the time: `SHORT` says that the fields stand in this order.
     result = CallResult((response,), [text], {}, 0.0, response, response.model, True)
     return PreparedCall(prompt, messages, kwargs, {}, None, True, 1, True), result
 
 
+def asked(lm: Beneath, scope: Scope, prepared: PreparedCall) -> Request:
+    """The canonical request of a prepared call, or one that stands for it; the scope learns what it cannot say."""
+    if prepared.request is None:
+        scope.body = prepared.legacy
+    try:
+        return request_of(lm, prepared)
+    except (LM15Error, TypeError, ValueError) as refusal:
+        scope.refusal = refusal
+        said = CANONICAL_KEYS - OWN_KEYS
+        return standing_for(lm.model, {name: value for name, value in prepared.legacy.items() if name in said})
+
+
 def calls_of(lm: Beneath, prepared: PreparedCall, extras: dict[str, Any] | None) -> list[Call]:
     """The engine calls behind one LM call (one for each of `n` answers), with the cache keys they would have."""
-    request = request_of(prepared)
     prompt = prepared.prompt if prepared.request is None else prepared.request
     engine, _ = engines_of(lm)
-    with scope_of(lm, prompt, prepared.messages, prepared.kwargs, extras):
+    scope = scope_of(lm, prompt, prepared.messages, prepared.kwargs, extras)
+    request = asked(lm, scope, prepared)
+    with scope:
         return [engine.call(request, False) for _ in range(prepared.n)]

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 from dspy.clients.backend_selection import CLIENT_KEYS
 from dspy.clients.base_lm import BaseLM
+from dspy.lm15 import CacheConfig
 
 from dspy_prod.compat.dspy import check_engines, refuse_client_settings
 from dspy_prod.errors import ConfigError
@@ -30,6 +31,8 @@ REBUILDS: Final = (
 
 def copied(lm: Copied, arguments: dict[str, Any]) -> tuple[Copied, Settings | None]:
     """A copy with some arguments changed, and the settings to install beneath it; None: what is there serves it too."""
+    if arguments.get("prompt_cache") is not None and not isinstance(arguments["prompt_cache"], CacheConfig):
+        raise TypeError("prompt_cache must be a dspy.lm15.CacheConfig or None")
     policies = {name: arguments.pop(name) for name in list(arguments) if name in REBUILDS}
     if isinstance(arguments.get("cache"), (Cache, Mapping)):
         policies["cache"] = arguments["cache"]
@@ -71,6 +74,8 @@ def checked(settings: Settings, where: str) -> Settings:
     timeout = settings.clients.get("timeout")
     if isinstance(timeout, dt.timedelta):
         raise ConfigError("timeout= takes seconds, as in dspy.LM; pass timeout=delta.total_seconds()")
+    if isinstance(timeout, (str, bool)):
+        raise ConfigError(f"timeout={timeout!r} must be a number of seconds, such as timeout=10")
     if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and not 0 < timeout < float("inf"):
         raise ConfigError(f"timeout={timeout!r} must be a positive number of seconds")
     connection = {key: value for key, value in settings.clients.items() if key != "timeout"}
@@ -79,21 +84,23 @@ def checked(settings: Settings, where: str) -> Settings:
 
 
 def variant(lm: Beneath, policies: dict[str, Any]) -> Beneath:
-    """The LM with some policies or client settings replaced for one call."""
+    """The LM with some policies, client settings or, in `elsewhere`, extras replaced for one call."""
     key = repr(sorted(policies.items()))  # what has its `id` in its repr is kept alive by the settings
     kept = lm._variants.find(key)
     if kept is None:
-        made = _twin(lm)
+        made = twin_of(lm)
+        elsewhere = policies.pop("elsewhere", {})
         with quoted():
-            made._install(changed(lm.settings, policies, {}))
+            made._install(changed(lm.settings, policies, elsewhere))
         kept = lm._variants.keep(key, made)
-    twin = _twin(lm)  # model arguments and history are those of now
+    twin = twin_of(lm)  # model arguments and history are those of now
     for name in INSTALLED:
         setattr(twin, name, getattr(kept, name))
     return twin
 
 
-def _twin(lm: Beneath) -> Beneath:
+def twin_of(lm: Beneath) -> Beneath:
+    """The same LM once more, to install something else beneath it; its `kwargs` are the very same."""
     twin: Beneath = object.__new__(type(lm))
     twin.__dict__.update(lm.__dict__)
     return twin

@@ -16,21 +16,24 @@ from dspy.clients.execution import finalize, prepare
 from dspy.lm15 import CacheConfig, Request
 from dspy.utils.callback import BaseCallback, with_callbacks
 
-from dspy_prod.compat.dspy import OwnCache, engines_of, set_engines
+from dspy_prod.compat.dspy import engines_of, set_engines
 from dspy_prod.compat.executing import arun_call, run_call
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
 from dspy_prod.lm.arguments import budget_options
 from dspy_prod.lm.assembling import assemble, disabled
-from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath
-from dspy_prod.lm.calling import begin, calls_of, per_call
+from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath, Watching
+from dspy_prod.lm.calling import asked, begin, calls_of, per_call
 from dspy_prod.lm.copying import checked, copied, pinned
-from dspy_prod.lm.settings import DSPY, Settings, recall, remember, settings_of, split
+from dspy_prod.lm.history import Arguments, cost_details
+from dspy_prod.lm.plain import AsPlain
+from dspy_prod.lm.settings import CANONICAL_KEYS, DSPY, Settings, recall, remember, settings_of, split
+from dspy_prod.lm.watching import Watched, arguments_of, settled
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
 from dspy_prod.pipeline.pipeline import clear_answers
 from dspy_prod.pipeline.scope import SCOPE, identity_of
-from dspy_prod.pipeline.upstream.upstream import address_of
+from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
 from dspy_prod.policies.breaker.transitions import OperatorMove
 from dspy_prod.policies.budget import quoted, steer
 from dspy_prod.pricing.warmup import WARMUP
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
     from dspy_prod.status.ledger import Ledger
 
 
-class LM(OwnCache, dspy.LM):
+class LM(AsPlain, dspy.LM):
     """A `dspy.LM` with a circuit breaker, rate limiter, response cache, budget, retries and fallbacks beneath it.
 
     Takes every argument of `dspy.LM` and, besides:
@@ -69,6 +72,8 @@ class LM(OwnCache, dspy.LM):
 
     Calling raises what `dspy.LM` raises, and `RejectedError` subclasses for what a policy refuses.
     """
+
+    kwargs: dict[str, Any]
 
     def __init__(
         self,
@@ -109,19 +114,24 @@ class LM(OwnCache, dspy.LM):
         own = {name: given[name] for name in DSPY}
         own["num_retries"] = 0  # retries live in exactly one layer: ours
         super().__init__(**own, cache=cache is not False, **canonical)
+        self.kwargs.update({name: value for name, value in kwargs.items() if name not in canonical})
         self._install(settings)
         warn_steered_budgets(self)
         if isinstance(engine, str):  # else no call may need DSPy's prices
             WARMUP.start()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, Arguments(value) if name == "kwargs" and type(value) is dict else value)
 
     def _install(self, settings: Settings) -> None:
         """Put a pipeline beneath this LM."""
         self.pipeline = assemble(self.model, self.model_type, settings)
         self.settings = settings = pinned(settings, self.pipeline.store)
         self._variants: Recent[Beneath] = Recent(MAX_VARIANTS)
-        place = address_of(dict(settings.clients), self.model)
-        parts = [self.model, self.model_type, self.use_developer_role, place, repr(dict(settings.extras))]
-        self.identity = identity_of(parts, settings.engine)
+        self.watched: Watching = Watched(self.model, self.kwargs)
+        clients, extras = settings.clients, settings.extras
+        parts = [self.model, self.model_type, self.use_developer_role, destination(clients, self.model, extras)]
+        self.identity = identity_of([*parts, digest(without_credentials(extras))], settings.engine)
         beneath = self.pipeline, self.identity, self.cache
         set_engines(self, ProdEngine(*beneath), AsyncProdEngine(*beneath))
         warn_coarse_budgets(self)
@@ -140,8 +150,10 @@ class LM(OwnCache, dspy.LM):
             lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
             with scope:
                 if known is None:
-                    call = prepare(lm, prompt, messages, kwargs)
-                    known = call, run_call(lm, call)
+                    call = prepare(lm, prompt, messages, kwargs, direct=True)
+                    known = call, run_call(lm, call, asked(lm, scope, call))
+                if scope.shown is not None:
+                    known[0].kwargs = scope.shown
                 outputs = finalize(self, *known)
             node.answered(outputs)
             return outputs
@@ -155,10 +167,14 @@ class LM(OwnCache, dspy.LM):
             with scope:
                 if known is None:
                     if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
-                        call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True)
+                        call = await asyncio.to_thread(
+                            prepare, lm, prompt, messages, kwargs, asynchronous=True, direct=True
+                        )
                     else:
-                        call = prepare(lm, prompt, messages, kwargs, asynchronous=True)
-                    known = call, await arun_call(lm, call)
+                        call = prepare(lm, prompt, messages, kwargs, asynchronous=True, direct=True)
+                    known = call, await arun_call(lm, call, asked(lm, scope, call))
+                if scope.shown is not None:
+                    known[0].kwargs = scope.shown
                 outputs = finalize(self, *known)
             node.answered(outputs)
             return outputs
@@ -171,19 +187,22 @@ class LM(OwnCache, dspy.LM):
             if len(records) == 1:
                 record = records[0]
                 entry["cost"], entry["cached"], entry["route"] = record.cost_usd, record.cached, record.route
+                entry["cost_details"] = cost_details(record)
             else:
                 costs = [record.cost_nano for record in records]
                 entry["cost"] = None if None in costs else usd(sum(cost for cost in costs if cost is not None))
                 entry["cached"] = bool(records) and all(record.cached for record in records)
                 entry["route"] = records[-1].route if records else None
+                entry["cost_details"] = {"candidates": [cost_details(record) for record in records]}
         super().update_history(entry)
 
     # -- copies ------------------------------------------------------------------------------------------------------
     def copy(self, **kwargs: Any) -> LM:
         """A copy that shares breaker, limits, budgets, cache and ledger, with some arguments changed."""
         budgets = nullcontext() if "budget" in kwargs else quoted()
-        twin, settings = copied(self, kwargs)
+        twin, settings = copied(settled(self), kwargs)
         if settings is not None:
+            twin.kwargs = arguments_of(twin.kwargs, settings)
             with budgets:
                 twin._install(settings)
         else:
@@ -196,14 +215,17 @@ class LM(OwnCache, dspy.LM):
         # Optimizers deep-copy programs; a budget that were copied with them would no longer be one budget.
         twin: LM = copying_module.copy(self)
         memo[id(self)] = twin
-        twin.kwargs = copying_module.deepcopy(self.kwargs, memo)
+        own = {name: value for name, value in self.kwargs.items() if name in CANONICAL_KEYS}
+        twin.kwargs = {**self.kwargs, **copying_module.deepcopy(own, memo)}
         twin.history = list(self.history)
         twin.callbacks = list(self.callbacks)
         LIVE.add(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
+        settled(self)
         state: dict[str, Any] = super().__getstate__()
+        state["kwargs"] = {name: value for name, value in self.kwargs.items() if name in CANONICAL_KEYS}
         for name in INSTALLED:
             state.pop(name, None)
         state["settings"] = self.settings.sealed(self.pipeline.store.url)
@@ -213,14 +235,16 @@ class LM(OwnCache, dspy.LM):
     def __setstate__(self, state: dict[str, Any]) -> None:
         known = recall(state.pop("_token", ""))  # in the same process: the same store, keys and clock
         super().__setstate__(state)
+        settings = self.settings.unsealed() if known is None else known
+        self.kwargs = arguments_of(self.kwargs, settings)
         with quoted():
-            self._install(self.settings.unsealed() if known is None else known)
+            self._install(settings)
 
     def dump_state(self) -> dict[str, Any]:
         """What `load_state` rebuilds this LM from: JSON, without keys."""
         from dspy_prod.lm.state import dump
 
-        return dump(self, BaseLM.dump_state(self))
+        return dump(settled(self), BaseLM.dump_state(self))
 
     @classmethod
     def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> LM:
@@ -271,7 +295,7 @@ class LM(OwnCache, dspy.LM):
         """What a call would cost at most, whether it is affordable, and how long it would wait; sends nothing."""
         from dspy_prod.status.health import preview
 
-        lm, kwargs, extras = per_call(self, kwargs)
+        lm, kwargs, extras = per_call(settled(self), kwargs)
         return preview(lm.pipeline, calls_of(lm, prepare(lm, prompt, messages, kwargs), extras))
 
     def cache_clear(self) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, get_type_hints
 import dspy
 from dspy.clients.backend_selection import CLIENT_KEYS
 
-from dspy_prod.compat.lm15 import canonical_arguments
+from dspy_prod.compat.lm15 import CANONICAL
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.arguments import (
     ALWAYS,
@@ -126,8 +126,8 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: row.setting(given[row.name]) for name, row in ROWS.items() if row.name in given}
 
 
-_OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
-CANONICAL_KEYS: Final = canonical_arguments() | _OWN_KEYS
+OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
+CANONICAL_KEYS: Final = CANONICAL | OWN_KEYS
 
 
 def split(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -154,19 +154,49 @@ _POLICIES: Final = {
 """Names that are ours alone: what resembles one of the others may be an argument for LiteLLM."""
 
 
+_ELSEWHERE: Final = frozenset(
+    {"budget", "cached_input", "floor", "guard", "input", "jitter", "max_input_tokens", "max_output_tokens", "name",
+     "output", "per", "per_request", "reasoning", "require", "scope", "shared", "soft", "window"}
+)  # fmt: skip
+"""Fields of options that may well be an argument of some provider."""
+
+_SAID_OF_POLICIES: Final[Mapping[str, str]] = {
+    **{
+        field: f"{name}={kind.__name__}({field}=...)"
+        for name, kind in OPTIONS.items()
+        for field in kind.model_fields
+        if field not in _ELSEWHERE
+    },
+    "fallback_models": "fallbacks=[...]",
+    "fallback_model": "fallbacks=[...]",
+    "retries": "retry=Retry(attempts=...)",
+    "rate_limit": "limit=RateLimit(...)",
+    "circuit_breaker": "breaker=CircuitBreaker(...)",
+}
+"""Fields of options that were given to the LM itself, and other words for policies: what was meant."""
+
+_PLAIN: Final = sorted({*ARGUMENTS, *CANONICAL_KEYS, *CLIENT_KEYS} - _POLICIES)
+"""Names that DSPy knows. LiteLLM knows others, so that only a slip of the pen counts as one."""
+
+
 @lru_cache(maxsize=256)
 def _meant(name: str) -> str | None:
-    return next(iter(get_close_matches(name, _POLICIES, n=1, cutoff=0.8)), None)
+    if name in _SAID_OF_POLICIES:
+        return _SAID_OF_POLICIES[name]
+    if name == "models":  # OpenRouter's
+        return None
+    near = get_close_matches(name, _POLICIES, n=1, cutoff=0.8) or get_close_matches(name, _PLAIN, n=1, cutoff=0.9)
+    return next((f"{match}=..." for match in near), None)
 
 
 def _refuse_slip(name: str, value: Any) -> None:
     """Refuse a misspelt policy: it would travel on to LiteLLM, and nobody would notice that it is not in force."""
     first = value[0] if isinstance(value, (list, tuple)) and value else value
-    meant = next((argument for argument, kind in OPTIONS.items() if type(first) is kind), None) or _meant(name)
-    if meant == name:
+    meant = next((f"{argument}=..." for argument, kind in OPTIONS.items() if type(first) is kind), None) or _meant(name)
+    if name in _POLICIES:
         raise ConfigError(f"{name}= is said to the LM, not to one call; use lm.copy({name}=...)")
     if meant is not None:
-        raise ConfigError(f"LM has no argument {name!r}; did you mean {meant}=...?")
+        raise ConfigError(f"LM has no argument {name!r}; did you mean {meant}?")
 
 
 _LIVING: weakref.WeakValueDictionary[str, Settings] = weakref.WeakValueDictionary()

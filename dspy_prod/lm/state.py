@@ -45,7 +45,8 @@ def dump(lm: Beneath, base: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: an argument is not JSON, or an engine object cannot be saved; the message names it.
     """
     settings = lm.settings
-    state = {name: value for name, value in base.items() if name != "num_retries"}  # said by `retry`
+    dropped = {"num_retries", *settings.clients, *settings.extras}  # said by `retry`, and by the settings
+    state = {name: value for name, value in base.items() if name not in dropped}
     if isinstance(state.get("prompt_cache"), CacheConfig):
         state["prompt_cache"] = cache_config_to_dict(state["prompt_cache"])
     if "max_completion_tokens" in state:  # reasoning models: DSPy's constructor takes the other name

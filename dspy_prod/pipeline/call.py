@@ -25,6 +25,7 @@ from dspy_prod.runtime.forking import reset_after_fork
 if TYPE_CHECKING:
     from dspy_prod.pipeline.pipeline import Pipeline
     from dspy_prod.pipeline.routes import Route
+    from dspy_prod.pipeline.upstream.ordinary import Beside
 
 _log = logging.getLogger("dspy_prod")
 _new_record = tuple.__new__
@@ -60,7 +61,7 @@ class Call:
         id: shared by the records of all attempts.
         key: the cache key, or None when the cache does not apply.
         missed: the memory tier was asked for `key` a moment ago, in vain.
-        extras: arguments outside the canonical request, for LiteLLM.
+        scope: what it says beside the canonical request, for LiteLLM.
         streaming: the answer is delivered event by event.
         deadline: monotonic time by which the call must end, `inf` without one.
         visible: a stream event has reached the consumer, so nothing may be tried again.
@@ -76,7 +77,7 @@ class Call:
     request: Request
     context: CallContext
     key: bytes | None
-    extras: dict[str, Any] | None
+    scope: Beside
     streaming: bool
     records: list[CallRecord]
     missed: bool = False

@@ -121,7 +121,7 @@ async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, No
 def _send(effect: Send) -> Response:
     request, until, leaving = effect.request, effect.until, effect.leaving
     try:
-        engine, native = effect.route.upstream.sync_engine(request, effect.extras, until)
+        engine, native = effect.route.upstream.sync_engine(request, effect.beside, until)
         if native:  # its transport ends in time by itself, and tells when the request goes out
             if until == inf and leaving is None:
                 return _checked(engine.complete(request))
@@ -144,7 +144,7 @@ async def _asend(effect: Send) -> Response:
     request, until, leaving = effect.request, effect.until, effect.leaving
     limit: Any = None
     try:
-        engine = effect.route.upstream.async_engine(request, effect.extras, until)
+        engine = effect.route.upstream.async_engine(request, effect.beside, until)
         if leaving is not None and not isinstance(engine, AsyncLM15Engine):
             leaving()
             leaving = None
@@ -174,7 +174,7 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
     """Yield a stream's events but the last one, which waits in the answer until it is settled."""
     route, until = effect.route, effect.until
     try:
-        engine, native = route.upstream.sync_engine(effect.request, effect.extras, until)
+        engine, native = route.upstream.sync_engine(effect.request, effect.beside, until)
         if effect.leaving is not None:
             effect.leaving()
         if native:  # its transport ends in time by itself, and its reads are bounded by `timeout`
@@ -203,7 +203,7 @@ async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, 
     limit: Any = None
     limited = until
     try:
-        engine = route.upstream.async_engine(effect.request, effect.extras, until)
+        engine = route.upstream.async_engine(effect.request, effect.beside, until)
         if effect.leaving is not None:
             effect.leaving()
         source = engine.stream(effect.request)

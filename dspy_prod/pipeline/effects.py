@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dspy.lm15 import Request, Response
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
+    from dspy_prod.pipeline.upstream.ordinary import Beside
 
 
 class Decidable(Protocol):
@@ -34,7 +35,7 @@ class Send:
 
     route: Route
     request: Request
-    extras: dict[str, Any] | None
+    beside: Beside | None
     until: float
     leaving: Callable[[], None] | None = None
     partial: Response | None = None
@@ -50,7 +51,7 @@ class Warm:
 
     route: Route
     request: Request
-    extras: dict[str, Any] | None
+    beside: Beside | None
     until: float
 
 

@@ -70,17 +70,18 @@ class _Guarded:
             uses_cache = self.caches and pipeline.cache is not None and context.cache != "bypass"
             scope = Scope(context, None, None, None, uses_cache)
         context, index = scope.context, scope.index
+        scope.asked = request
         scope.index = index + 1
         key = None
         missed = False
         if scope.use_cache:
             key = scope.base
             missed = scope.missed and not index
-            if key is None:
-                key = request_key(self.identity, request, scope.extras, scope.rollout_id, self._tenant(context.tenant))
+            if key is None or not key.startswith(self.identity):  # `lm.kwargs` was changed just now
+                key = request_key(self.identity, request, scope, self._tenant(context.tenant))
             if key is not None and index:
                 key = candidate_key(key, index)
-        call = Call(pipeline, request, context, key, scope.extras, streaming, scope.records, missed)
+        call = Call(pipeline, request, context, key, scope, streaming, scope.records, missed)
         if pipeline.capped:
             call.purse = scope.purse = scope.purse or Purse()
             call.to_pay = max(1, call.purse.answers - index)

@@ -232,7 +232,7 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
     settled = False
     try:
         if not route.upstream.ready:
-            yield Warm(route, attempt.request, call.extras, call.deadline)
+            yield Warm(route, attempt.request, call.scope, call.deadline)
         if attempt.reservation is not None:
             if pipeline.store.admit(attempt.reservation).state != GRANTED:
                 attempt = yield from admission(attempt)
@@ -250,7 +250,7 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
         attempt.started = now = pipeline.clock.monotonic()
         attempt.until = until = call.deadline if route.timeout is None else call.attempt_until(route, now)
         attempt.sent = True
-        send = Send(route, attempt.request, call.extras, until, leaving)
+        send = Send(route, attempt.request, call.scope, until, leaving)
         response = yield send
         flaw = flaw_of(response)
         if flaw is not None:

@@ -28,9 +28,9 @@ def prepare(effect: Wait | Warm) -> Any:
     upstream = effect.route.upstream
     try:
         if effect.until == inf:
-            upstream.warm(effect.request, effect.extras)
+            upstream.warm(effect.request, effect.beside)
         else:  # importing takes longer than some callers have
-            bounded(lambda: upstream.warm(effect.request, effect.extras), effect.until)
+            bounded(lambda: upstream.warm(effect.request, effect.beside), effect.until)
     except AttemptTimeoutError:
         return  # the flow sees that the call is late
     except Exception as error:
@@ -45,8 +45,8 @@ async def aprepare(effect: Wait | Warm) -> Any:
     upstream = effect.route.upstream
     try:
         async with limit_until(effect.until):
-            await asyncio.to_thread(upstream.warm, effect.request, effect.extras)
-        upstream.async_engine(effect.request, effect.extras)
+            await asyncio.to_thread(upstream.warm, effect.request, effect.beside)
+        upstream.async_engine(effect.request, effect.beside)
     except (TimeoutError, asyncio.TimeoutError):
         return  # the flow sees that the call is late
     except Exception as error:

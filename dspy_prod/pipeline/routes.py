@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import weakref
 from bisect import insort
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 from dspy.lm15 import Request, Response
 
 from dspy_prod.options import CircuitBreaker, RateLimit, Retry
-from dspy_prod.pipeline.upstream.upstream import Upstream, address_of
+from dspy_prod.pipeline.fitting import refused_by
+from dspy_prod.pipeline.upstream.destination import destination, fingerprint
+from dspy_prod.pipeline.upstream.ordinary import Beside
+from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.policies.breaker.breaker import Breaker
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.retry import RetryBudget
@@ -21,7 +24,7 @@ from dspy_prod.pricing.bounds import input_bound, output_bound
 from dspy_prod.pricing.media import census
 from dspy_prod.pricing.rates import ATTO_PER_NANO, PriceBook, Rates
 from dspy_prod.pricing.regions import region_of
-from dspy_prod.runtime.clock import Clock
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
 from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.events import EventBus
@@ -30,6 +33,7 @@ _log = logging.getLogger("dspy_prod")
 
 PRIMARY = "primary"
 
+_LONGEST_PAUSE: Final = 3600.0
 _UNKNOWN_OUTPUT = 4096
 """Output tokens reserved at the limiter while nothing is known about a model's answers."""
 
@@ -37,7 +41,9 @@ _UNKNOWN_OUTPUT = 4096
 class Identity:
     """What all routes of one limiter key share in this process; breaker and retry budget by their settings."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Any = None) -> None:
+        self.store: Callable[[], Any] = _reference(store)
+        self.throttled_at: float | None = None
         self.throttled = False  # a 429 came: from now on the limiter is asked even when nothing is configured
         self.breakers: dict[CircuitBreaker, Breaker] = {}
         self.retry_budgets: dict[Retry, RetryBudget] = {}
@@ -53,6 +59,13 @@ class Identity:
             budget._after_fork()
         for breaker in self.breakers.values():
             breaker._after_fork()
+
+    def tells(self) -> bool:
+        """Whether a call that comes later has to know of it: a circuit that is not quite sound, or a pause."""
+        if self.throttled_at is not None and SYSTEM_CLOCK.monotonic() < self.throttled_at + _LONGEST_PAUSE:
+            return True
+        looks = [breaker.snapshot() for breaker in self.breakers.values()]
+        return any(look.state != "closed" or look.failures or look.slow for look in looks)
 
     def learn(self, output_tokens: int) -> None:
         """Remember the size of a real answer."""
@@ -89,6 +102,7 @@ class RouteState:
     @throttled.setter
     def throttled(self, throttled: bool) -> None:
         self.identity.throttled = throttled
+        self.identity.throttled_at = SYSTEM_CLOCK.monotonic() if throttled else None
 
 
 class Route:
@@ -96,7 +110,8 @@ class Route:
 
     Attributes:
         name: `"primary"`, or the model of a fallback.
-        limit_key: identity of the limiter: provider address, key fingerprint and model.
+        limit_key: identity of limiter and breaker: destination, key fingerprint and model.
+        refuses: settings that the model of a fallback refuses, see `fitting`.
         region: where the provider serves it, as far as its price depends on that (`Rates.uplifts`).
         rules: budgets of this route alone, next to those of the pipeline.
     """
@@ -128,7 +143,9 @@ class Route:
         self.prices = prices
         self.defaults = defaults or {}
         self.rules = rules
-        self.limit_key = f"{address_of(upstream.clients, self.model)}|{fingerprint(upstream.clients)}|{self.model}"
+        self.refuses = refused_by(self.model) if name != PRIMARY else {}
+        clients, extras = upstream.clients, upstream.extras
+        self.limit_key = f"{destination(clients, self.model, extras)}|{fingerprint(clients, extras)}|{self.model}"
         timeout = upstream.clients.get("timeout")
         self.timeout: float | None = float(timeout) if isinstance(timeout, (int, float)) else None
         self.region = region_of(upstream.clients, self.model)
@@ -168,9 +185,7 @@ class Route:
         )
         self._bus.emit("unpriced_model", self._clock.time(), model=self.model)
 
-    def price(
-        self, request: Request, extras: dict[str, Any] | None, response: Response
-    ) -> tuple[Rates | None, int | None]:
+    def price(self, request: Request, beside: Beside | None, response: Response) -> tuple[Rates | None, int | None]:
         """The prices by which an answer counts and what it cost in nano-USD, None where that is not known.
 
         LiteLLM counts usage in OpenAI's way, whatever the engine that was tried before it does. Where no price is known
@@ -178,7 +193,7 @@ class Route:
         """
         upstream = self.upstream
         rates, provider = self._rates if self._priced else self.rates(), upstream.provider
-        if upstream.fell_back and not upstream.is_native(request, extras):
+        if upstream.fell_back and not upstream.is_native(request, beside):
             provider = "litellm"
             rates = self.prices.rates(self.model, provider)
         if rates is None:
@@ -230,16 +245,36 @@ class Route:
 _NO_LIMIT = RateLimit()
 
 
-def fingerprint(clients: dict[str, Any]) -> str:
-    """A short digest that tells keys apart without revealing them."""
-    key = clients.get("api_key")
-    if key is None:
-        return "env"
-    text = key if isinstance(key, str) else f"callable:{getattr(key, '__qualname__', type(key).__name__)}"
-    return hashlib.sha256(b"dspy_prod:key:" + text.encode("utf-8", "replace")).hexdigest()[:12]
-
-
 _IDENTITIES: weakref.WeakValueDictionary[tuple[int, str], Identity] = weakref.WeakValueDictionary()
+_REMEMBERED: dict[tuple[int, str], Identity] = {}
+"""Those that are kept though no route uses them: a key that is seldom used finds its open circuit again."""
+
+
+class _Sweep:
+    """Forget what has nothing to tell, each time when there are twice as many as were left."""
+
+    fewest: Final = 256
+
+    def __init__(self) -> None:
+        self.at = self.fewest
+
+    def __call__(self) -> None:
+        for key, identity in list(_REMEMBERED.items()):
+            if identity.store() is None or not identity.tells():
+                del _REMEMBERED[key]
+        self.at = max(self.fewest, 2 * len(_REMEMBERED))
+
+
+_sweep = _Sweep()
+
+
+def _reference(store: Any) -> Callable[[], Any]:
+    try:
+        return weakref.ref(store)
+    except TypeError:  # None, or a store of somebody else's that cannot be referred to so
+        return lambda: store
+
+
 _UNPRICED: set[str] = set()
 _MAX_UNPRICED = 1_000
 _LOCK = RegistryLock()
@@ -252,8 +287,10 @@ def _shared_state(
     key = (id(store), route.limit_key)
     with _LOCK:
         identity = _IDENTITIES.get(key)
-        if identity is None:
-            identity = _IDENTITIES[key] = Identity()
+        if identity is None or identity.store() is not store:  # an `id` may be another object's by now
+            identity = _IDENTITIES[key] = _REMEMBERED[key] = Identity(store)
+            if len(_REMEMBERED) >= _sweep.at:
+                _sweep()
         state = identity.states.get((breaker, retry))
         if state is not None:
             return state

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 import orjson
 from dspy.lm15 import Request
+from pydantic import BaseModel
 
-from dspy_prod.compat.lm15 import request_to_dict
+from dspy_prod.compat.lm15 import CANONICAL, request_to_dict
 from dspy_prod.context.current import CallContext
 from dspy_prod.policies.budget import Purse
 from dspy_prod.policies.cache import LOCAL
@@ -28,6 +29,8 @@ class Scope:
 
     Attributes:
         base: exact JSON of prompt, messages and arguments as the caller gave them, or None when they are not JSON.
+        extras, body, refusal, asked: see `upstream.ordinary.Beside`.
+        shown: the call's arguments as DSPy's history tells them, where they are others than the engine's.
         index: candidates already asked for.
         missed: the memory tier of the cache was asked for `base` already, in vain.
         records: everything the call did.
@@ -39,6 +42,10 @@ class Scope:
     extras: dict[str, Any] | None
     rollout_id: Any
     use_cache: bool
+    body: dict[str, Any] | None = None
+    refusal: Exception | None = None
+    asked: Request | None = None
+    shown: dict[str, Any] | None = None
     index: int = 0
     missed: bool = False
     records: list[CallRecord] = field(default_factory=list)
@@ -117,17 +124,28 @@ def raw_key(identity: bytes, prompt: Any, messages: Any, kwargs: dict[str, Any],
         return None
 
 
-def request_key(
-    identity: bytes, request: Request, extras: dict[str, Any] | None, rollout_id: Any, tenant: str | None
-) -> bytes | None:
-    """The key of a canonical request and everything beside it, or None when it cannot be written as JSON."""
+def request_key(identity: bytes, request: Request, scope: Scope, tenant: str | None) -> bytes | None:
+    """The key of a canonical request and everything beside it, or None when it cannot be written as JSON.
+
+    Where the request only stands for what it cannot say, the messages and arguments themselves are in the key.
+    """
+    whole = None
+    if scope.refusal is not None and scope.body is not None:
+        whole = {name: value for name, value in scope.body.items() if name in CANONICAL}
     try:
         return identity + orjson.dumps(
-            ["request", tenant, request_to_dict(request), extras, rollout_id],
+            ["request", tenant, request_to_dict(request), scope.extras, scope.rollout_id, *([whole] if whole else ())],
+            default=_schema,
             option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS,
         )
     except TypeError:
         return None
+
+
+def _schema(value: Any) -> Any:
+    if isinstance(value, type) and issubclass(value, BaseModel):
+        return [value.__name__, value.model_json_schema()]
+    raise TypeError
 
 
 def candidate_key(key: bytes, index: int) -> bytes:

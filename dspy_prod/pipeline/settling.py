@@ -177,7 +177,7 @@ def _settle_told(
 
 def _price(attempt: Attempt, response: Response, usage: Usage) -> tuple[Rates | None, int | None]:
     """The prices of an answer and its nano-USD, None when its usage was not told, or told in a way that cannot be."""
-    rates, cost = attempt.route.price(attempt.request, attempt.call.extras, response)
+    rates, cost = attempt.route.price(attempt.request, attempt.call.scope, response)
     return rates, None if usage is EMPTY_USAGE else cost
 
 

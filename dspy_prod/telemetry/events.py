@@ -49,6 +49,7 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "attempt_failed": _kind(INFO, _ATTEMPT, "An upstream attempt ended without an answer."),
     "retry": _kind(INFO, f"{_CALL} attempt pause error", "The next attempt follows after `pause` seconds."),
     "fallback": _kind(INFO, f"{_WHOSE} to reason", "The call goes on with another model."),
+    "arguments_left_out": _kind(INFO, f"{_CALL} route arguments", "The other model refuses these, so it is not told."),
     "waiting": _kind(INFO, f"{_CALL} blocked_on", "The call waits for a limit or a budget."),
     "rejected": _kind(WARNING, f"{_CALL} route reason", "A policy refused the call on this route."),
     "throttled": _kind(INFO, f"{_CALL} route retry_after", "The provider said 429: its limiter slows down."),

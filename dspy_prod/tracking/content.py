@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 
 import orjson
 
+from dspy_prod.privacy.names import is_secret
 from dspy_prod.privacy.redactor import Redactor
 from dspy_prod.tracking.spans import COST, MESSAGES, MODEL, PROVIDER, REQUEST_ID, TYPE, USAGE, dumped, valid
 
@@ -25,6 +26,9 @@ _HEADLINES: Final = ("mlflow.traceInputs", "mlflow.traceOutputs")
 _STRUCTURAL: Final = frozenset(
     {REQUEST_ID, TYPE, MODEL, PROVIDER, COST, USAGE, MESSAGES, "mlflow.spanFunctionName", "mlflow.spanStartTimeNs"}
 )
+
+_ADDRESSES: Final = frozenset({"api_base", "base_url"})
+"""Attributes that may hold a user name and a password."""
 
 
 class Content:
@@ -65,7 +69,14 @@ class Content:
         return {key: self.text(value) if isinstance(value, str) else value for key, value in named.items()}
 
     def foreign(self, span: dict[str, Any]) -> dict[str, Any]:
-        """A span that somebody else made, such as MLflow's autologging; without content, its structure alone."""
+        """A span that somebody else made, such as MLflow's autologging; without content, its structure alone.
+
+        MLflow writes an LM's `kwargs` as attributes: never those that hold a secret.
+        """
+        given = span.get("attributes", {})
+        told = {key: value for key, value in given.items() if not is_secret(key) and key not in _ADDRESSES}
+        if len(told) != len(given):
+            span = {**span, "attributes": told}
         if self.mode == "full":
             return span
         attributes: dict[str, Any] = {}

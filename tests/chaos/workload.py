@@ -157,7 +157,7 @@ class Workload:
         if dice.random() < 0.7:
             assert isinstance(self._lm(question)[0], str)
             return "answer"
-        events = self._lm.engine.stream(self._request(question))
+        events = self._lm._engine_spec.stream(self._request(question))
         leave_after = dice.choice([None, None, 1, 3])
         for position, _ in enumerate(events, 1):
             if position == leave_after:

@@ -51,7 +51,7 @@ def test_the_short_conversion_equals_dspy_s(messages: list[dict[str, Any]], kwar
         return
     slow = outcome(lambda: _canonical(prepared))
     for _ in range(2):  # the second time from memory
-        quick = outcome(lambda: executing._request(LM, prepared))
+        quick = outcome(lambda: executing.request_of(LM, prepared))
         if isinstance(slow, str):
             assert isinstance(quick, str)
         else:
@@ -62,9 +62,9 @@ def test_the_short_conversion_equals_dspy_s(messages: list[dict[str, Any]], kwar
 def test_settings_of_different_types_are_not_confused() -> None:
     """`max_tokens=True` is refused even after `max_tokens=1` was converted."""
     messages = [{"role": "user", "content": "hi"}]
-    executing._request(LM, prepare(LM, None, messages, {"max_tokens": 1}))
+    executing.request_of(LM, prepare(LM, None, messages, {"max_tokens": 1}))
     with pytest.raises(TypeError):
-        executing._request(LM, prepare(LM, None, messages, {"max_tokens": True}))
+        executing.request_of(LM, prepare(LM, None, messages, {"max_tokens": True}))
 
 
 def test_new_settings_are_remembered_whatever_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_new_settings_are_remembered_whatever_came_before(monkeypatch: pytest.Mo
 
     def ask(**kwargs: Any) -> int:
         before = len(converted)
-        executing._request(LM, prepare(LM, "hi", None, kwargs))
+        executing.request_of(LM, prepare(LM, "hi", None, kwargs))
         return len(converted) - before
 
     monkeypatch.setattr(executing, "_canonical", counted)

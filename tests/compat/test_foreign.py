@@ -28,8 +28,9 @@ import dspy_prod
 from dspy_prod.compat import dspy as own_dspy
 from dspy_prod.compat import executing, lm15, mlflow
 from dspy_prod.compat.foreign import CLAIMED
+from dspy_prod.context.current import CallContext
 from dspy_prod.lm import calling
-from dspy_prod.pipeline.scope import request_key
+from dspy_prod.pipeline.scope import Scope, request_key
 from dspy_prod.pipeline.upstream.deadline import ATTEMPT_UNTIL, LEAVING
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.testing import ScriptedEngine
@@ -211,7 +212,14 @@ def test_the_short_way_is_dspy_s_way(answer: Any, kwargs: dict[str, Any]) -> Non
     """Requests, results and errors are equal to those of DSPy's own executor."""
     assert executing.SHORT
     expected = ask(execute, aexecute, answer, **kwargs)
-    assert ask(executing.run_call, executing.arun_call, answer, **kwargs) == expected
+
+    def run(lm: Any, call: Any) -> Any:
+        return executing.run_call(lm, call, executing.request_of(lm, call))
+
+    def arun(lm: Any, call: Any) -> Any:
+        return executing.arun_call(lm, call, executing.request_of(lm, call))
+
+    assert ask(run, arun, answer, **kwargs) == expected
 
 
 def test_an_answer_from_memory_is_a_finished_call() -> None:
@@ -237,7 +245,7 @@ def test_a_request_has_the_key_it_always_had() -> None:
         messages=(Message.user("What is 1 + 1?"), Message.assistant([TextPart("2")]), Message.user("And 2 + 2?")),
         config=Config(max_tokens=64, temperature=0.5, stop=("END",), seed=7, cache=CacheConfig(mode="auto")),
     )
-    key = request_key(b"[]", request, {"num_ctx": 1}, 3, "acme")
+    key = request_key(b"[]", request, Scope(CallContext(), None, {"num_ctx": 1}, 3, True), "acme")
     assert key is not None
     assert hashlib.sha256(key).hexdigest() == "e613a14a28a0a6da0303685bcc2a76335892b376dbff06494c641c9bbe3062ce"
 

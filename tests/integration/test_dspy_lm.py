@@ -81,10 +81,12 @@ def test_candidates_and_rollouts_are_kept_apart(serve: MakeProvider, connect: Ma
     assert all("rollout_id" not in call.body for call in provider.calls)
 
 
-def test_parts_that_no_request_can_say_are_refused_by_name(serve: MakeProvider, connect: MakeLM) -> None:
-    """A part with `cache_control` is refused as on DSPy's own engine path, and nothing is sent."""
+def test_parts_that_no_request_can_say_are_refused_by_name_where_liteLLM_is_not_allowed(
+    serve: MakeProvider, connect: MakeLM
+) -> None:
+    """With `engine="lm15"` a part with `cache_control` is refused as by a plain LM, and nothing is sent."""
     provider = serve()
-    lm = connect(provider)
+    lm = connect(provider, engine="lm15")
     part = {"type": "text", "text": "long document", "cache_control": {"type": "ephemeral"}}
     with pytest.warns(DeprecationWarning, match="messages="):
         with pytest.raises(LMUnsupportedFeatureError, match="cache_control"):
@@ -216,7 +218,7 @@ def test_nothing_of_ours_is_deprecated(serve: MakeProvider, connect: MakeLM) -> 
             asyncio.run(program.acall(question="a"))
             program.deepcopy()(question="b")
         lm.copy(temperature=0.1)("c")
-        list(lm.engine.stream(Request(MODEL, (Message.user("d"),))))
+        list(lm._engine_spec.stream(Request(MODEL, (Message.user("d"),))))
         lm.dump_state()
     ours = [w for w in caught if w.filename.startswith(home)]
     assert [str(warning.message) for warning in ours if issubclass(warning.category, DeprecationWarning)] == []

@@ -247,7 +247,7 @@ def test_an_abandoned_stream_does_not_fill_the_cache(serve: MakeProvider, connec
     provider = serve(answer="one two three four five", chunk_delay=0.01)
     lm = connect(provider, cache=True)
     request = dspy.lm15.Request(lm.model, (dspy.lm15.Message.user("why?"),))
-    events = lm.engine.stream(request)
+    events = lm._engine_spec.stream(request)
     next(events)
     next(events)
     events.close()

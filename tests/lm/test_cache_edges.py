@@ -20,7 +20,7 @@ from dspy_prod import Budget, Cache, Price, RateLimit, Retry
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.beneath import MAX_VARIANTS
 from dspy_prod.pipeline.scope import engine_identity
-from dspy_prod.pipeline.upstream.upstream import address_of
+from dspy_prod.pipeline.upstream.destination import destination
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.privacy.error_text import scrubbed
 from dspy_prod.privacy.names import address, secrets_in
@@ -254,7 +254,7 @@ def test_an_address_names_no_secret_but_tells_users_apart() -> None:
     found = address(SECRET_URL)
     assert found.startswith("127.0.0.1:9/v1?v=1#")
     assert not any(word in found for word in ("hunter2222", "SUPERSECRET99", "user"))
-    assert found == address_of({"api_base": SECRET_URL}, "openai/m")
+    assert found == destination({"api_base": SECRET_URL}, "openai/m")
     assert found != address(SECRET_URL.replace("hunter", "hunted"))
     assert address("https://host/v1/") == "host/v1"
     assert address("openai") == "openai"

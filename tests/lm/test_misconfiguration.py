@@ -129,3 +129,30 @@ def test_a_model_without_a_price_is_refused_under_a_budget() -> None:
     with pytest.raises(UnpricedModelError, match=r"max_tokens=.*max_output_tokens="):
         boundless("q")
     assert engine.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("slip", "remedy"),
+    [
+        ({"rpm": 5}, r"limit=RateLimit\(rpm"), ({"ttl": 5}, r"cache=Cache\(ttl"), ({"usd": 5}, r"budget=Budget\(usd"),
+        ({"fallback_models": ["openai/m"]}, r"fallbacks=\["), ({"chache": False}, "cache="),
+        ({"max_token": 10}, "max_tokens="), ({"tempature": 0.1}, "temperature="), ({"timeout": "10"}, "timeout=10"),
+        ({"extra_header": {}}, "extra_headers="), ({"timeout": True}, "number of seconds"),
+        ({"namespace": 5}, "namespace='5'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_slip_is_refused_where_it_is_made(slip: dict[str, Any], remedy: str) -> None:
+    """Each of these was accepted, travelled on to the provider, and was in force nowhere."""
+    with pytest.raises(ConfigError, match=remedy):
+        dspy_prod.LM("openai/m", store=fresh_memory(), **slip)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["num_ctx", "top_a", "min_p", "max_new_tokens", "max_output_tokens", "models", "stop_sequences", "project_id",
+     "region_name", "caching", "best_of", "suffix", "input_cost_per_token", "web_search_options"],
+)  # fmt: skip
+def test_what_some_provider_knows_is_let_through(name: str) -> None:
+    """Only near misses of our own and DSPy's names are slips."""
+    assert dspy_prod.LM("openai/m", store=fresh_memory(), **{name: 1}).settings.extras == {name: 1}

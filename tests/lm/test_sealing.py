@@ -82,7 +82,7 @@ VIEWS: dict[str, Callable[[dspy_prod.LM], Any]] = {
     "settings": lambda lm: repr(lm.settings),
     "pipeline": lambda lm: repr((lm.pipeline, lm.pipeline.routes, lm.pipeline.store, lm.pipeline.budgets)),
     "upstream": lambda lm: repr(lm.pipeline.primary.upstream),
-    "engine": lambda lm: repr((lm.engine, lm._async_engine_spec)),
+    "engine": lambda lm: repr((lm._engine_spec, lm._async_engine_spec)),
     "limit key": lambda lm: lm.pipeline.primary.limit_key,
     "health": lambda lm: lm.health().model_dump_json() + repr(lm.health()),
     "health of all": lambda lm: dspy_prod.health().model_dump_json(),

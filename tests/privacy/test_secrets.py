@@ -37,7 +37,7 @@ def task(lm: Any) -> Any:
 
 def stream(lm: Any) -> Any:
     request = dspy.lm15.Request(MODEL, (dspy.lm15.Message.user("q"),))
-    return list(lm.engine.stream(request))
+    return list(lm._engine_spec.stream(request))
 
 
 def astream(lm: Any) -> Any:
@@ -130,7 +130,7 @@ def test_the_key_is_in_nothing_that_is_shown_or_written(tmp_path: Path) -> None:
             program.lm = lm
             texts = {
                 "lm": repr(lm) + str(lm),
-                "engine": repr(lm.engine) + repr(lm._async_engine_spec) + repr(vars(lm)),
+                "engine": repr(lm._engine_spec) + repr(lm._async_engine_spec) + repr(vars(lm)),
                 "settings": repr(lm.settings) + str(lm.settings),
                 "pipeline": repr(lm.pipeline) + repr([vars(route) for route in lm.pipeline.every_route()]),
                 "upstream": repr(lm.pipeline.primary.upstream),

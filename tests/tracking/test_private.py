@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dspy
 import pytest
 
 import dspy_prod
 from dspy_prod import Production, tracking
+from dspy_prod.privacy.redactor import Redactor
 from dspy_prod.testing import FaultPlan, Status
+from dspy_prod.tracking.content import Content
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import outcome
 from tests.tracking.conftest import traces_in
@@ -70,3 +73,15 @@ def test_no_secret_and_no_personal_data_is_written(
     if content == "redacted":
         assert b"<email>" in written
         assert b"<ticket>" in written
+
+
+@pytest.mark.parametrize("mode", ["full", "redacted", "off"])
+def test_a_span_of_mlflow_s_own_shows_no_header_of_an_lm(mode: Any) -> None:
+    """MLflow's autologging writes an LM's `kwargs` as attributes, its headers and addresses among them."""
+    attributes = {
+        "extra_headers": '{"x-gateway": "hidden-1"}', "aws_secret_access_key": '"hidden-2"', "temperature": "0.5",
+        "base_url": '"https://user:hidden-3@host"',
+    }  # fmt: skip
+    shown = Content(mode, Redactor()).foreign({"name": "LM.__call__", "attributes": attributes})
+    assert "hidden" not in str(shown)
+    assert ("temperature" in shown["attributes"]) is (mode != "off")

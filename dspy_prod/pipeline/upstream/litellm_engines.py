@@ -11,6 +11,7 @@ from dspy.lm15 import Request
 from dspy_prod.compat.dspy import is_openai_reasoning_model
 from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine
 from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
+from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
 
 _TIMEOUTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Time-outs given to LiteLLM for an attempt's remaining time: few, as each distinct one opens a new connection."""
@@ -49,6 +50,9 @@ class _Extended:
     usage that the provider told."""
 
     client_options: dict[str, Any]
+    model_type: str
+    wire_model: str | None
+    body: dict[str, Any] | None = None
     sent = staticmethod(_sent)
     received = staticmethod(told)
     ended = staticmethod(told_end)
@@ -57,6 +61,19 @@ class _Extended:
         """The engine with arguments of LiteLLM's own vocabulary, which DSPy's engine refuses at construction."""
         self.client_options.update(extras)
         return self
+
+    def saying(self, body: dict[str, Any]) -> Any:
+        """The engine for one ordinary call, which is sent as it stands."""
+        self.body = body
+        return self
+
+    def ordinary(self, request: Request) -> dict[str, Any] | None:
+        """The arguments of an ordinary call."""
+        if self.body is None:
+            return None
+        data = {**as_sent(self.body, self.model_type), **self.client_options}
+        data["model"] = self.wire_model or request.model
+        return signed(data)
 
 
 class ExtendedLiteLLMEngine(_Extended, HookedLiteLLMEngine):

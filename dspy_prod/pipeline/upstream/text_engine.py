@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.clients.lm15_boundary import request_kwargs, response_value
-from dspy.lm15 import Request, Response, UnsupportedFeatureError
+from dspy.lm15 import Request, Response, response_to_events
 
 from dspy_prod.compat.litellm import get_litellm
+from dspy_prod.compat.lm15 import StreamEvent
 from dspy_prod.pipeline.upstream.litellm_usage import told
+from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
 
 
 class _TextConfig:
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], extras: dict[str, Any], body: dict[str, Any] | None) -> None:
         self._options = options
+        self._extras = extras
+        self._body = body
 
     def _sent(self, request: Request) -> dict[str, Any]:
-        data: dict[str, Any] = request_kwargs(request, "text")
-        contents = [message["content"] for message in data.pop("messages")]
-        if any(not isinstance(content, str) for content in contents):
-            raise UnsupportedFeatureError("text-completion models take text only", feature="messages")
-        data["prompt"] = "\n\n".join([*contents, "BEGIN RESPONSE:"])  # DSPy's own layout for text models
+        body = {**request_kwargs(request, "text"), **self._extras} if self._body is None else self._body
+        data = as_sent(body, "text")
         if "max_completion_tokens" in data:  # the chat API's newer name, unknown to text completions
             data["max_tokens"] = data.pop("max_completion_tokens")
-        options = {key: value for key, value in self._options.items() if value is not None}
         provider, _, name = request.model.rpartition("/")
         data["model"] = f"text-completion-openai/{name}" if provider in ("", "openai") else request.model
-        data.update(options)
-        data.update(num_retries=0, cache={"no-cache": True, "no-store": True})
-        return data
+        data.update({key: value for key, value in self._options.items() if value is not None})
+        return signed(data)
 
 
 class LiteLLMTextEngine(_TextConfig):
@@ -45,6 +45,10 @@ class LiteLLMTextEngine(_TextConfig):
             raw = get_litellm(feature="text completion").text_completion(**self._sent(request))
         return told(response_value(raw, "text", request), raw)
 
+    def stream(self, request: Request) -> Iterator[StreamEvent]:
+        """The events of a completion, which comes whole."""
+        yield from response_to_events(self.complete(request))
+
 
 class AsyncLiteLLMTextEngine(_TextConfig):
     """One asynchronous text completion."""
@@ -54,3 +58,8 @@ class AsyncLiteLLMTextEngine(_TextConfig):
         with litellm_errors(model=request.model):
             raw = await get_litellm(feature="text completion").atext_completion(**self._sent(request))
         return told(response_value(raw, "text", request), raw)
+
+    async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
+        """The events of a completion, which comes whole."""
+        for event in response_to_events(await self.complete(request)):
+            yield event

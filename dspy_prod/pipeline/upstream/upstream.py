@@ -7,7 +7,6 @@ canonical request cannot say (Bedrock region, `num_ctx`, `extra_body`, ...) sele
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -28,8 +27,8 @@ from dspy_prod.pipeline.upstream.litellm_engines import (
     ExtendedLiteLLMEngine,
     wire_timeout,
 )
+from dspy_prod.pipeline.upstream.ordinary import Beside, body_of
 from dspy_prod.pipeline.upstream.text_engine import AsyncLiteLLMTextEngine, LiteLLMTextEngine
-from dspy_prod.privacy.names import address
 from dspy_prod.runtime.forking import IMPORTING, reset_after_fork
 
 _PLANNED: Final = 512
@@ -96,39 +95,37 @@ class Upstream:
         selection = self._select()
         return str(selection.resolution.provider) if selection.native else "litellm"
 
-    def sync_engine(self, request: Request, extras: dict[str, Any] | None, until: float = inf) -> tuple[Any, bool]:
+    def sync_engine(self, request: Request, beside: Beside | None, until: float = inf) -> tuple[Any, bool]:
         """(engine, bounded): the engine for one synchronous attempt, and whether it bounds itself in time.
 
         `until` is when nobody waits for the attempt any more (monotonic).
         """
         if not isinstance(self.spec, str):
-            if extras:
-                raise self._cannot_carry(extras)
+            self._check_own(beside)
             return self.spec, False
-        if self.is_native(request, extras):
+        if self.is_native(request, beside):
             return self._native_engine(), True
-        return self._litellm(False, extras, until), False
+        return self._litellm(False, request, beside, until), False
 
-    def async_engine(self, request: Request, extras: dict[str, Any] | None, until: float = inf) -> Any:
+    def async_engine(self, request: Request, beside: Beside | None, until: float = inf) -> Any:
         """The engine for one asynchronous attempt; `until` as in `sync_engine`."""
         if not isinstance(self.spec, str):
-            if extras:
-                raise self._cannot_carry(extras)
+            self._check_own(beside)
             if self.async_spec is None:
                 raise LMUnsupportedFeatureError(
                     "this custom engine has no async counterpart; pass async_engine= to dspy_prod.LM", model=self.model
                 )
             return self.async_spec
-        if self.is_native(request, extras):
+        if self.is_native(request, beside):
             return self._native_async_engine()
-        return self._litellm(True, extras, until)
+        return self._litellm(True, request, beside, until)
 
-    def warm(self, request: Request, extras: dict[str, Any] | None) -> None:
+    def warm(self, request: Request, beside: Beside | None) -> None:
         """Import and build what an attempt needs. It may take seconds, and comes before an attempt is admitted."""
         with IMPORTING:
             if self.ready:
                 return
-            if self.is_native(request, extras):
+            if self.is_native(request, beside):
                 self._native_engine().plan(request)
             else:
                 get_litellm(feature="LiteLLM engine")
@@ -174,12 +171,16 @@ class Upstream:
             selection = self._selection = select_backend(self._stand_in(clients), {})
         return selection
 
-    def is_native(self, request: Request, extras: dict[str, Any] | None) -> bool:
+    def is_native(self, request: Request, beside: Beside | None) -> bool:
         """Whether the native engine carries this request; else LiteLLM does."""
         selection = self._select()
+        extras = None if beside is None else beside.extras
+        refusal = None if beside is None else beside.refusal
+        if refusal is not None and (self.spec == "lm15" or (selection.resolution and selection.resolution.declared)):
+            raise self._unsaid(refusal)  # a declaration is the authority on what that server can do
         if not selection.native:
             return False
-        if self.extras or extras:
+        if self.extras or extras or refusal is not None:
             if self.spec == "lm15":
                 raise self._cannot_carry({**self.extras, **(extras or {})})
             self.fell_back = True
@@ -208,6 +209,18 @@ class Upstream:
             )
         except TypeError:  # tools, schemas, ...: not hashable
             return []
+
+    def _check_own(self, beside: Beside | None) -> None:
+        """An engine object carries what a canonical request says, and nothing else."""
+        if beside is not None and beside.extras:
+            raise self._cannot_carry(beside.extras)
+        if beside is not None and beside.refusal is not None:
+            raise self._unsaid(beside.refusal)
+
+    def _unsaid(self, refusal: Exception) -> LMUnsupportedFeatureError:
+        return LMUnsupportedFeatureError(
+            f"engine={self.engine_name} cannot carry this call: {refusal}", model=self.model
+        )
 
     def _cannot_carry(self, extras: dict[str, Any]) -> LMUnsupportedFeatureError:
         names = ", ".join(sorted(extras))
@@ -264,7 +277,7 @@ class Upstream:
             **connection,
         )
 
-    def _litellm(self, asynchronous: bool, extras: dict[str, Any] | None, until: float) -> Any:
+    def _litellm(self, asynchronous: bool, request: Request, beside: Beside | None, until: float) -> Any:
         selection = self._select()
         options = dict(selection.clients)
         wire_model = None
@@ -273,12 +286,21 @@ class Upstream:
         timeout = wire_timeout(self.clients.get("timeout"), until)
         if timeout is not None:
             options["timeout"] = timeout
+        body = body_of(beside, request, self.extras)
+        if beside is not None and beside.body is not None and beside.body.get("prompt_cache") is not None:
+            raise LMUnsupportedFeatureError(
+                f"prompt_cache= of {self.model} needs the native engine, and this call goes through LiteLLM, which has "
+                "no such bridge; use settings and inputs that the native engine carries, or leave prompt_cache out",
+                model=self.model,
+                features=["prompt_cache"],
+            )
+        extras = self.extras if beside is None else {**self.extras, **(beside.extras or {})}
         if self.model_type == "text":
             text_class = AsyncLiteLLMTextEngine if asynchronous else LiteLLMTextEngine
-            return text_class({**options, **self.extras, **(extras or {})})
+            return text_class(options, extras, body)
         engine_class = AsyncExtendedLiteLLMEngine if asynchronous else ExtendedLiteLLMEngine
         engine = engine_class(model_type=self.model_type, wire_model=wire_model, **options)
-        return engine.extended({**self.extras, **(extras or {})})
+        return engine.extended(extras) if body is None else engine.saying(body)
 
 
 def _transport_timeouts(timeouts: Any) -> dict[str, Any]:
@@ -288,12 +310,3 @@ def _transport_timeouts(timeouts: Any) -> dict[str, Any]:
         "write_timeout": timeouts.write,
         "pool_timeout": timeouts.pool,
     }
-
-
-def address_of(clients: dict[str, Any], model: str) -> str:
-    """The provider's address as part of a route's identity: the configured one, or the provider's name."""
-    url = clients.get("api_base") or clients.get("base_url")
-    if url:
-        return address(str(url))
-    prefix = model.split("/", 1)[0] if "/" in model else "openai"
-    return address(os.environ.get(f"{prefix.upper()}_API_BASE", prefix))

@@ -1,0 +1,96 @@
+"""Who is being called: one name for a route's destination, for the cache, breakers, limiters and flights alike.
+
+Whatever changes what is sent, or who answers, is part of it: the address, headers, organization, project, API version,
+query, provider and region, given or from the environment. Keys and time-outs are not. The key has a fingerprint of its
+own (an answer is the same whoever pays for it, a rate limit is not).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import orjson
+
+from dspy_prod.privacy.names import address, is_secret
+
+_KEYS: Final = frozenset({"api_key", "azure_ad_token_provider"})
+_ELSEWHERE: Final = _KEYS | {"timeout", "api_base", "base_url"}
+"""Client settings that say nothing of the destination, or are told by the address."""
+
+_BASES: Final = ("{}_API_BASE", "{}_BASE_URL")
+_OTHERS: Final = ("{}_API_VERSION", "{}_ORGANIZATION", "{}_ORG_ID", "{}_PROJECT", "{}_PROJECT_ID")
+_CLOUDS: Final[Mapping[str, tuple[str, ...]]] = {
+    "bedrock": ("AWS_REGION", "AWS_REGION_NAME", "AWS_DEFAULT_REGION", "AWS_BEDROCK_RUNTIME_ENDPOINT"),
+    "sagemaker": ("AWS_REGION", "AWS_REGION_NAME", "AWS_DEFAULT_REGION"),
+    "vertex_ai": ("VERTEXAI_PROJECT", "VERTEXAI_LOCATION", "VERTEX_PROJECT", "VERTEX_LOCATION"),
+    "watsonx": ("WATSONX_URL", "WATSONX_API_BASE", "WATSONX_PROJECT_ID", "WATSONX_DEPLOYMENT_SPACE_ID"),
+}
+_PLACE: Final = re.compile(r"region|project|location|endpoint|api_base|base_url|deployment|tenant|space_id|profile")
+
+
+def places(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of LiteLLM's own arguments that say where a call goes, such as `aws_region_name`."""
+    return {name: value for name, value in arguments.items() if _PLACE.search(name) and not is_secret(name)}
+
+
+def credentials(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of LiteLLM's own arguments that say who pays, such as `aws_access_key_id`."""
+    return {name: value for name, value in arguments.items() if is_secret(name)}
+
+
+def without_credentials(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The others: those that may change what is sent or who answers."""
+    return {name: value for name, value in arguments.items() if not is_secret(name)}
+
+
+def bases(model: str) -> tuple[str, ...]:
+    """The environment variables that can put another server in a provider's place."""
+    return tuple([name.format(_prefix(model).upper()) for name in _BASES])
+
+
+def destination(clients: Mapping[str, Any], model: str, extras: Mapping[str, Any] | None = None) -> str:
+    """The destination of a route, fit to be written: values that may be secret are there as a digest.
+
+    Args:
+        clients: the client settings of its LM.
+        model: model string, whose prefix names the provider.
+        extras: further arguments that LiteLLM gets with each call.
+    """
+    prefix = _prefix(model)
+    url = clients.get("api_base") or clients.get("base_url")
+    variables = _OTHERS if url else _BASES + _OTHERS
+    names = [name.format(prefix.upper()) for name in variables] + list(_CLOUDS.get(prefix, ()))
+    around = {name: value for name in names if (value := os.environ.get(name))}
+    base = [address(around.pop(name)) for name in bases(model) if name in around] if not url else [address(str(url))]
+    others = {name: value for name, value in clients.items() if name not in _ELSEWHERE and value is not None}
+    others.update(around, **places(extras or {}))
+    place = "&".join(base) or prefix
+    return f"{place};{digest(others)}" if others else place
+
+
+def fingerprint(clients: Mapping[str, Any], extras: Mapping[str, Any] | None = None) -> str:
+    """A short digest that tells keys apart without revealing them."""
+    key = clients.get("api_key") or clients.get("azure_ad_token_provider")
+    if key is None:
+        others = credentials(extras or {})
+        return f"x{digest(others)}" if others else "env"
+    text = key if isinstance(key, str) else f"callable:{getattr(key, '__qualname__', type(key).__name__)}"
+    return hashlib.sha256(b"dspy_prod:key:" + text.encode("utf-8", "replace")).hexdigest()[:12]
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """A short digest of settings, equal in every process if they are JSON."""
+    text = orjson.dumps(values, default=_told, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    return hashlib.sha256(b"dspy_prod:settings:" + text).hexdigest()[:16]
+
+
+def _told(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else [type(value).__qualname__, repr(value)]
+
+
+def _prefix(model: str) -> str:
+    return model.split("/", 1)[0] if "/" in model else "openai"
