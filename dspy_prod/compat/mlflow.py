@@ -5,6 +5,7 @@ MLflow is optional: it is imported when one of these is asked for.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final
@@ -13,6 +14,30 @@ from dspy_prod.compat.foreign import names
 
 EXPERIMENTS: Final = "_mlflow_experiment_ids"
 """The tag by which MLflow's pages list a prompt under its experiments: `,1,2,`."""
+
+
+_PLACED: Final = "_dspy_prod_placed"
+
+
+def place_of(info: Any, uri: str) -> str | None:
+    """The experiment into which the code around a trace has put it, in the store at `uri`: by the destination of the
+    trace or an active run. None when only the defaults say where."""
+    from mlflow import get_tracking_uri
+
+    return str(info.experiment_id) if getattr(info, _PLACED, False) and get_tracking_uri() == uri else None
+
+
+def place_here(uri: str) -> tuple[str | None, str | None]:
+    """(experiment, run) into which MLflow would put a trace that begins here, as `place_of`. Does not import MLflow."""
+    fluent = sys.modules.get("mlflow.tracking.fluent")
+    provider = sys.modules.get("mlflow.tracing.provider")
+    latest_run = getattr(fluent, "_get_latest_active_run", None)
+    destination = getattr(provider, "_MLFLOW_TRACE_USER_DESTINATION", None)
+    run: Any = None if latest_run is None else latest_run()
+    chosen = None if destination is None else getattr(destination.get(), "experiment_id", None)
+    if (run is None and chosen is None) or sys.modules["mlflow"].get_tracking_uri() != uri:
+        return None, None
+    return (chosen, None) if run is None else (chosen or run.info.experiment_id, run.info.run_id)
 
 
 def newest_schema() -> str | None:
@@ -88,9 +113,11 @@ def _processor(destination: Any) -> Any:
 
     class Processor(base):
         def _start_trace(self, root_span: Any) -> Any:
-            known = chosen_experiment(), destination.get(), latest_run()
-            if not any(known) and keys.EXPERIMENT_ID not in (root_span.attributes or {}):
+            placed = keys.EXPERIMENT_ID in (root_span.attributes or {}) or destination.get() or latest_run()
+            if not placed and not chosen_experiment():
                 root_span.set_attribute(keys.EXPERIMENT_ID, '"0"')
-            return super()._start_trace(root_span)
+            info = super()._start_trace(root_span)
+            setattr(info, _PLACED, bool(placed))
+            return info
 
     return Processor

@@ -2,8 +2,7 @@
 
 Here is what the constructor's arguments are and how they are copied, pickled, saved and read from a file (`settings`,
 `copying`, `state`, `config`), how they become a pipeline (`assembling`), and the drop-in behaviour of a call
-(`calling`, `executing`). What happens to a request after that belongs in `pipeline`. Only
-`cli` stands above.
+(`calling`). What happens to a request after that belongs in `pipeline`. Only `cli` stands above.
 """
 
 from __future__ import annotations

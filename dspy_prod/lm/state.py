@@ -118,8 +118,9 @@ def _load_fallback(cls: type[dspy.LM], state: Any, allow: bool) -> str | dspy.LM
         return state
     if not isinstance(state, Mapping):
         raise ConfigError(f"a saved fallback is a model name or an LM's state, not {type(state).__name__}")
-    own = state.get(LM_CLASS_STATE_KEY) == f"{cls.__module__}.{cls.__qualname__}"
-    loaded: dspy.LM = (cls if own else BaseLM).load_state(dict(state), allow_custom_lm_class=allow)
+    named = state.get(LM_CLASS_STATE_KEY)  # this class, or one of ours that it is derived from: nothing to import
+    own: Any = next((each for each in cls.__mro__ if f"{each.__module__}.{each.__qualname__}" == named), BaseLM)
+    loaded: dspy.LM = own.load_state(dict(state), allow_custom_lm_class=allow)
     return loaded
 
 

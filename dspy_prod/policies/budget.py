@@ -1,6 +1,6 @@
 """Which budget accounts a call draws on: windows, scopes, and the soft threshold.
 
-The arithmetic (reserve, settle, refuse) is one atomic step of the store, see `stores/core.py`.
+The arithmetic (reserve, settle, refuse) is one atomic step of the store, see `stores/admission/core.py`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,14 @@ and `secrets` for keys, `error_text` for what may be shown of an error. Every ro
 
 from __future__ import annotations
 
-from dspy_prod.privacy.redactor import DEFAULT, FAILED, KEY_VARIABLE, Redactor, active, default, install, known_as
+from typing import TYPE_CHECKING
+
+from dspy_prod.runtime.doors import door
+
+if TYPE_CHECKING:
+    from dspy_prod.privacy.redactor import DEFAULT, FAILED, KEY_VARIABLE, Redactor, active, default, install, known_as
 
 __all__ = ["DEFAULT", "FAILED", "KEY_VARIABLE", "Redactor", "active", "default", "install", "known_as"]
+
+# The exporter of traces is a process that needs the names and not all of DSPy.
+__getattr__, __dir__ = door(__name__, {"redactor": " ".join(__all__)})

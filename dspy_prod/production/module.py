@@ -47,8 +47,8 @@ class Production(CompiledAsProgram, dspy.Module):
 
     `KeyboardInterrupt`, cancellation and other `BaseException`s always pass. Errors also pass, instead of being
     answered, when there is no fallback for the reason; inside `dspy.Evaluate`, an optimizer's `compile` and
-    `dspy_prod.module.raising()`, where a canned answer must not be scored; and once a part of a streamed answer was
-    sent, since a second answer would contradict it.
+    `dspy_prod.context.scoring.raising()`, where a canned answer must not be scored; and once a part of a streamed
+    answer was sent, since a second answer would contradict it.
 
     Args:
         program: the `dspy.Module` to run.

@@ -31,8 +31,8 @@ def write(path: Path, text: str) -> None:
 
 def plain(value: Any) -> Any:
     """A value for JSON: dataclasses are dicts, times text, and so are NaN and infinity, which JSON does not know."""
-    if dataclasses.is_dataclass(value):
-        value = vars(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

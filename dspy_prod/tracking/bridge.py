@@ -13,21 +13,21 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from dspy_prod.compat.mlflow import flush_queue, put_exporter
+from dspy_prod.compat.mlflow import flush_queue, place_of, put_exporter
 from dspy_prod.tracking.courier import Courier
 
 _log = logging.getLogger("dspy_prod")
 _FLUSH_TIMEOUT: Final = 30.0
 
 
-def install(courier: Courier) -> Callable[[], None] | None:
+def install(courier: Courier, uri: str) -> Callable[[], None] | None:
     """Take over the traces of MLflow's that calls of ours belong to; returns a function that gives them back.
 
     Other traces, and those of `mlflow.genai.evaluate`, which needs them at once, are MLflow's own business. None if
     this MLflow is built otherwise. MLflow must be imported.
     """
     try:
-        return put_exporter(lambda *of_mlflow: _exporter(courier, *of_mlflow))
+        return put_exporter(lambda *of_mlflow: _exporter(courier, uri, *of_mlflow))
     except ImportError as error:
         _log.warning(
             "This version of MLflow cannot be bridged (%s); its autologging exports by itself, costs follow", error
@@ -36,11 +36,12 @@ def install(courier: Courier) -> Callable[[], None] | None:
 
 
 def _exporter(
-    courier: Courier, own: Callable[[], Any], traces: Callable[[], Any], request_id: Callable[..., Any]
+    courier: Courier, uri: str, own: Callable[[], Any], traces: Callable[[], Any], request_id: Callable[..., Any]
 ) -> Any:
     """An OpenTelemetry span exporter: it posts our traces once all their spans have ended; the rest is MLflow's.
 
     Args:
+        uri: where ours are written.
         own: makes MLflow's exporter. Not before there is something for it: its store may be none of ours to open.
         traces: gives MLflow's traces in memory.
         request_id: what an evaluation, if asked with `is_evaluate`, waits for here.
@@ -84,7 +85,7 @@ def _exporter(
             if found is None:
                 return
             if courier.admits():
-                courier.post(courier.traces.foreign, found.trace)
+                courier.post(courier.traces.foreign, found.trace, place_of(found.trace.info, uri))
             else:
                 courier.post(courier.traces.refused, trace_id.removeprefix("tr-"))
 

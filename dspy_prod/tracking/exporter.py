@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from queue import Empty, Queue
 from typing import IO, Any, Final
 
@@ -70,16 +70,30 @@ class Sink:
             return False
         return True
 
-    def write(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]]) -> None:
-        """Write spans, and the headlines of traces that MLflow recorded."""
+    def write(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]], places: Mapping[str, str]) -> None:
+        """Write spans, and the headlines of traces that MLflow recorded; `places`: see `traces.Batch`."""
         from mlflow.entities import Span, TraceInfo
 
         experiment = self.open()
-        if spans:
-            self._client.log_spans(experiment, [Span.from_dict(one) for one in spans])
+        by_place: dict[str, list[Any]] = {}
+        for one in spans:
+            by_place.setdefault(places.get(one["trace_id"], experiment), []).append(Span.from_dict(one))
+        for place, some in by_place.items():
+            self._client.log_spans(place, some)
+        usual = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": experiment}}
         for info in infos:
-            place = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": experiment}}
-            self._client.start_trace(TraceInfo.from_dict({**info, "trace_location": place}))
+            self._client.start_trace(TraceInfo.from_dict({"trace_location": usual, **info}))
+
+    def link(self, runs: Mapping[str, str]) -> None:
+        """Put traces, by their ids, onto runs. One that is gone meanwhile has none."""
+        from mlflow import MlflowClient
+
+        for run in dict.fromkeys(runs.values()):
+            try:
+                MlflowClient(self._uri).link_traces_to_run([trace for trace, its in runs.items() if its == run], run)
+            except Exception as error:
+                if getattr(error, "get_http_status_code", lambda: None)() != 404:
+                    raise
 
 
 class Loop:
@@ -151,9 +165,10 @@ class Loop:
                 return
 
     def _write(self, batches: list[dict[str, Any]]) -> None:
-        self._sink.write(
-            [one for batch in batches for one in batch["spans"]], [one for batch in batches for one in batch["infos"]]
-        )
+        spans, infos = ([one for batch in batches for one in batch[name]] for name in ("spans", "infos"))
+        self._sink.write(spans, infos, {key: place for batch in batches for key, place in batch["places"].items()})
+        for batch in batches:
+            self._sink.link(batch["runs"])
 
     def _singly(self, batches: list[dict[str, Any]]) -> None:
         """MLflow refuses something in these: find out which traces, and write the rest."""
@@ -163,14 +178,14 @@ class Loop:
                 by_trace.setdefault(one["trace_id"], []).append(one)
             lost = 0
             for spans in by_trace.values():
-                lost += not self._try(spans, [])
+                lost += not self._try(spans, [], batch["places"])
             for info in batch["infos"]:
-                self._try([], [info])
+                self._try([], [info], {})
             self._settled(batch, min(lost, batch["traces"]))
 
-    def _try(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]]) -> bool:
+    def _try(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]], places: Mapping[str, str]) -> bool:
         try:
-            self._sink.write(spans, infos)
+            self._sink.write(spans, infos, places)
         except Exception as error:
             self._say(failing=_told(error))
             return False

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import dspy
 
+from dspy_prod.compat.mlflow import place_here
 from dspy_prod.context.current import SETTING, current
 from dspy_prod.telemetry.tap import NOTHING, Nothing
 from dspy_prod.tracking.courier import Courier
@@ -30,9 +31,11 @@ class Recorder:
     Args:
         courier: what ships.
         timeout: seconds a flush may take.
+        uri: where MLflow is.
     """
 
-    def __init__(self, courier: Courier, timeout: float) -> None:
+    def __init__(self, courier: Courier, timeout: float, uri: str) -> None:
+        self._uri = uri
         self.courier = courier
         self._timeout = timeout
 
@@ -60,12 +63,15 @@ class Recorder:
             return LeanNode(self.courier, name, kind, None, context, trace_id, its, live.parent_id, live=True)
         digits = os.urandom(24).hex()
         trace_id, parent_id = digits[:32], None
+        place: tuple[str | None, str | None] = (None, None)
         if isinstance(outer, LeanNode) and not outer.live and outer.courier is self.courier:
             trace_id, parent_id = outer.trace_id, outer.span_id
         elif not self.courier.admits():
             return NOTHING
+        elif "mlflow" in sys.modules:
+            place = place_here(self._uri)
         kept = {given: _copied(value) for given, value in inputs.items()}
-        return LeanNode(self.courier, name, kind, kept, context, trace_id, digits[32:], parent_id)
+        return LeanNode(self.courier, name, kind, kept, context, trace_id, digits[32:], parent_id, place=place)
 
 
 def _copied(value: Any) -> Any:

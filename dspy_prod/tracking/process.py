@@ -83,6 +83,7 @@ class Exporter:
     def send(self, batch: Batch) -> None:
         """Hand a batch over. Does not wait."""
         message = {"batch": batch.number, "traces": batch.traces, "spans": batch.spans, "infos": batch.infos}
+        message.update(places=batch.places, runs=batch.runs)
         self._lines.put(dumped(message).encode() + b"\n")
 
     def hurry(self) -> None:

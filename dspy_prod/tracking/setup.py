@@ -50,6 +50,8 @@ class _Tracking:
         reset_after_fork(self, Stage.THREADS)
 
     def _after_fork(self) -> None:
+        if _active is not self:
+            return  # switched off: somebody still has its `undo`, and nothing of it may start again
         self.courier.after_fork()
         process = sys.modules.get("multiprocessing.process")
         if process is not None and process.parent_process() is not None:
@@ -128,14 +130,14 @@ def enable(
         courier = Courier(traces, partial(_exporter, uri, experiment, exit_timeout, tally), int(queue_size), tally)
         tracking = _Tracking(uri, experiment, courier, float(exit_timeout))
         if "mlflow" in sys.modules:  # the program has imported it
-            remove = install_bridge(courier)
+            remove = install_bridge(courier, uri)
             if remove is not None:
                 traces.bridged = True
                 tracking.undo.append(remove)
         if content != "full":
             tracking.undo.append(install_redactor(redactor))
         courier.begin()
-        TAP.active = Recorder(courier, float(exit_timeout))
+        TAP.active = Recorder(courier, float(exit_timeout), uri)
         _active = tracking
 
     def disable_this() -> None:

@@ -71,6 +71,7 @@ class LeanNode:
     Attributes:
         trace_id: 32 hex digits. span_id, parent_id: 16 each; a root has no parent.
         live: a span of MLflow's own stands here; only attempts are added beneath it.
+        place: of a root, the experiment and the run of MLflow's into which the code around it puts traces.
     """
 
     courier: Shipper
@@ -82,6 +83,7 @@ class LeanNode:
     span_id: str
     parent_id: str | None
     live: bool = False
+    place: tuple[str | None, str | None] = (None, None)
     outputs: Any = None
     attributes: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None
@@ -106,6 +108,8 @@ class Batch:
     Attributes:
         number: of the batch. traces: how many are in it for the first time.
         spans: in the form MLflow reads. infos: headlines of traces that MLflow itself recorded.
+        places: experiments of traces that do not go into the usual one, by the spans' `trace_id`.
+        runs: the runs that traces belong to, by `tr-...`.
         tries: exporter processes that were given it.
     """
 
@@ -113,6 +117,8 @@ class Batch:
     traces: int
     spans: list[Span]
     infos: list[dict[str, Any]]
+    places: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)
     tries: int = 1
 
 
@@ -129,6 +135,8 @@ class _Trace:
     remarkable: bool = False
     info: dict[str, Any] | None = None
     whose: dict[str, Any] = field(default_factory=dict)  # of its attempts
+    place: str | None = None
+    run: tuple[str, str] | None = None  # its trace's id, and the run's
 
 
 class Traces:
@@ -186,7 +194,10 @@ class Traces:
             spans = [one for trace in some for one in trace.spans]
             infos = [trace.info for trace in some if trace.info is not None]
             self.last_batch = next(self._numbers)
-            batches.append(Batch(self.last_batch, sum(trace.counted for trace in some), spans, infos))
+            places = {one["trace_id"]: trace.place for trace in some if trace.place for one in trace.spans}
+            runs = dict(trace.run for trace in some if trace.run is not None)
+            counted = sum(trace.counted for trace in some)
+            batches.append(Batch(self.last_batch, counted, spans, infos, places, runs))
             for trace in some:
                 trace.spans, trace.counted = [], False
         return batches
@@ -232,6 +243,8 @@ class Traces:
         if told.get("error"):
             attributes["dspy_prod.error"] = self.content.error(str(told["error"]).partition(":")[0], str(told["error"]))
         if node.parent_id is None:
+            trace.place, run = node.place
+            trace.run = None if run is None else (f"tr-{node.trace_id}", run)
             attributes.update(trace_attributes({**trace.whose, **whose(node.context)}, node.name))
             if "status" in told:
                 attributes[f"{TAG}dspy_prod.status"] = told["status"]
@@ -255,8 +268,8 @@ class Traces:
         elif node.parent_id is None:
             self._close(node.trace_id, trace)
 
-    def foreign(self, handed: Any) -> None:
-        """A whole trace that MLflow itself recorded."""
+    def foreign(self, handed: Any, place: str | None = None) -> None:
+        """A whole trace that MLflow itself recorded; `place`: the experiment it goes to, if not the usual one."""
         info = handed.info.to_dict()
         trace_id = str(handed.info.trace_id).removeprefix("tr-")
         trace = self._trace(trace_id)
@@ -266,6 +279,9 @@ class Traces:
             shown = self._rendered(lambda: self.content.foreign(one.to_dict()))  # noqa: B023  (called at once)
             if isinstance(shown, dict):
                 trace.spans.append(shown)
+        trace.place = place
+        if place is None:
+            info.pop("trace_location", None)
         trace.info = self.content.foreign_info(info)
         trace.remarkable |= str(info.get("state", "")).endswith("ERROR")
         self._total(trace)

@@ -338,7 +338,7 @@ def test_an_mlflow_built_otherwise_is_left_alone(
     monkeypatch.delattr(f"{module}.{name}")
     courier: Any = object()
     with caplog.at_level(logging.WARNING, "dspy_prod"):
-        remove = bridge.install(courier)
+        remove = bridge.install(courier, "sqlite:///mlflow.db")
     if remove is not None:  # else the tests after this one fail too
         remove()
     assert remove is None

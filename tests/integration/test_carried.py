@@ -163,7 +163,7 @@ def test_a_recording_for_a_model_of_unknown_limit_is_refused_under_a_budget(serv
     """Nothing bounds what it may cost; the message says what to do."""
     lm = make_lm(serve().url, budget=Budget(usd=1))
     with pytest.raises(UnpricedModelError, match="max_input_tokens"):
-        lm(**CASES["audio"])
+        lm(messages=user([{"type": "input_audio", "input_audio": {"data": "ZkxhQw==", "format": "flac"}}]))
 
 
 def test_a_hosted_tool_is_refused_under_a_budget(serve: MakeProvider) -> None:

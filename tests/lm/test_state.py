@@ -307,3 +307,15 @@ def test_nested_secrets_are_taken_out_and_the_rest_is_kept() -> None:
 def test_a_bare_url_has_no_password(url: str, bare: str) -> None:
     """User name, password and secret options go; everything else stays as it was."""
     assert bare_url(url) == bare
+
+
+class Derived(dspy_prod.LM):  # type: ignore[misc]
+    """A user's own."""
+
+
+def test_a_derived_class_loads_a_fallback_of_its_base() -> None:
+    """An LM derived from ours, with an ordinary one to fall back to, refused its own saved state."""
+    lm = Derived(MODEL, fallbacks=[dspy_prod.LM("openai/other", store="memory://derived")], store="memory://derived")
+    loaded = Derived.load_state(lm.dump_state())
+    assert type(loaded) is Derived
+    assert [route.model for route in loaded.pipeline.fallbacks] == ["openai/other"]

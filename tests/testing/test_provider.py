@@ -870,10 +870,12 @@ def test_in_a_process_of_its_own_the_bill_is_read_over_http(client: httpx.Client
 
 
 @pytest.fixture(scope="module")
-def dspy() -> Any:
+def dspy() -> Iterator[Any]:
     dspy = pytest.importorskip("dspy")
+    before = dspy.cache
     dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=False)
-    return dspy
+    yield dspy
+    dspy.cache = before
 
 
 @pytest.mark.parametrize("engine", ["lm15", "litellm"])

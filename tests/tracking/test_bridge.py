@@ -15,6 +15,7 @@ import dspy
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities.trace_location import MlflowExperimentLocation
 
 import dspy_prod
 from dspy_prod import Production, tracking
@@ -132,6 +133,54 @@ def test_odd_texts_and_objects_hold_nothing_up(
     assert health is not None
     assert (health.exported, health.lost, health.waiting) == (7, 0, 0)
     assert len(traces_in(uri)) == 7
+
+
+@pytest.mark.parametrize("autolog", [True, False])
+def test_traces_go_onto_the_run_around_the_calls(
+    serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str, autolog: bool
+) -> None:
+    """A run of another experiment had no traces: they were in the experiment that tracking was given."""
+    mlflow.set_tracking_uri(uri)
+    track(autolog=autolog)
+    lm = connect(serve(answer=ANSWER))
+    client = MlflowClient(uri)
+    other = client.create_experiment("of the run")
+    with dspy.context(lm=lm):
+        with mlflow.start_run(experiment_id=other) as run:
+            dspy.Predict("question -> answer")(question="on the run")
+        dspy.Predict("question -> answer")(question="after it")
+    assert tracking.flush(60)
+    [trace] = client.search_traces(locations=[other])
+    assert [one.info.trace_id for one in client.search_traces(locations=[other], run_id=run.info.run_id)] == [
+        trace.info.trace_id
+    ]
+    assert "on the run" in str(trace.data.spans[0].inputs)
+    assert len(traces_in(uri)) == 1
+    on_it, after = sorted(lm.ledger.records(), key=lambda record: record.started_at)
+    assert on_it.trace_id == trace.info.trace_id
+    assert trace.info.cost["total_cost"] == pytest.approx(on_it.cost_usd)
+    assert traces_in(uri)[0].info.trace_id == after.trace_id
+
+
+def test_a_trace_goes_to_the_destination_it_was_given(
+    serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str
+) -> None:
+    """`@mlflow.trace(trace_destination=...)` around a call was not heard."""
+    mlflow.set_tracking_uri(uri)
+    track(autolog=True)
+    lm = connect(serve())
+    client = MlflowClient(uri)
+    other = client.create_experiment("the destination")
+
+    @mlflow.trace(trace_destination=MlflowExperimentLocation(other))
+    def asked() -> None:
+        lm("q")
+
+    asked()
+    assert tracking.flush(60)
+    [trace] = client.search_traces(locations=[other])
+    assert {"asked", "attempt 1"} <= {span.name for span in trace.data.spans}
+    assert traces_in(uri) == []
 
 
 TRACKED = """

@@ -116,7 +116,7 @@ class Gate:
     Args:
         evaluate: takes a program, gives its metrics: a dict of numbers (`{"accuracy": 0.9, "usd": 0.002}`, with
             `"examples"` for their number), a list of scores (their mean is the metric `"score"`), or what
-            `dspy.Evaluate` returns. It runs under `dspy_prod.module.raising()`, so no canned answer is scored.
+            `dspy.Evaluate` returns. It runs under `dspy_prod.context.scoring.raising()`, so no canned answer is scored.
         thresholds: by metric, the minimum as a number, or `("<=", x)` for costs and latencies.
         baseline: metrics to be no worse than, or a reference such as `"triage@production"` to evaluate beside it.
         margin: by how much a metric may be worse than the baseline's.

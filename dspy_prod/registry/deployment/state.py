@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from dspy_prod.registry.aliases.gates import Gate, GateReport
@@ -109,6 +109,5 @@ def pinned(gate: Gate, server: Server, name: str, before: Mapping[str, int | Non
 
 def conditions_of(gate: Gate) -> dict[str, Any]:
     """What the verdict of a gate depends on, apart from the evaluation itself, as JSON gives it back."""
-    found: dict[str, Any] = plain(gate)
-    del found["evaluate"]
-    return found
+    named = (each.name for each in fields(gate) if each.name != "evaluate")  # which is the user's, and may be anything
+    return {name: plain(getattr(gate, name)) for name in named}
