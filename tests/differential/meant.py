@@ -60,16 +60,22 @@ def _told(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., t
 _REFUSED: Final = ("LMUnsupportedFeatureError", 400)
 
 
+def _once(arrived: list[Arrived]) -> list[Arrived]:
+    """Without a request that follows its like."""
+    return [each for each, before in zip(arrived, [None, *arrived], strict=False) if each != before]
+
+
 def _many(case: tuple[str, ...], theirs: Seen, ours: Seen) -> tuple[Seen, Seen]:
     if case[1] not in ("n", "made: n", "many"):
         return theirs, ours
-    once = [each for each, before in zip(ours.arrived, [None, *ours.arrived], strict=False) if each != before]
-    assert len(once) < len(ours.arrived)
-    assert all(each.body.get("n", 1) == 1 for each in once)
+    assert all(each.body.get("n", 1) == 1 for each in ours.arrived)
+    assert len(ours.arrived) > len(theirs.arrived) or len(_once(ours.arrived)) < len(ours.arrived)
     if theirs.came_back in (_REFUSED, ("", _REFUSED)):
         return ours, ours  # not by every provider
     levelled = _told(lambda history: {**history, "usage": None, "cost": None, "outputs": None})
-    theirs, ours = levelled(case, theirs, ours._replace(arrived=once))
+    theirs, ours = levelled(
+        case, theirs._replace(arrived=_once(theirs.arrived)), ours._replace(arrived=_once(ours.arrived))
+    )
     return _sent(theirs, _without("n")), _sent(ours, _without("n"))
 
 
