@@ -251,7 +251,7 @@ _REMEMBERED: dict[tuple[int, str], Identity] = {}
 
 
 class _Sweep:
-    """Forget what has nothing to tell, each time when there are twice as many as were left."""
+    """Forget what is not in use and has nothing to tell, each time when there are twice as many as were left."""
 
     fewest: Final = 256
 
@@ -260,7 +260,7 @@ class _Sweep:
 
     def __call__(self) -> None:
         for key, identity in list(_REMEMBERED.items()):
-            if identity.store() is None or not identity.tells():
+            if identity.store() is None or not (identity.states or identity.tells()):
                 del _REMEMBERED[key]
         self.at = max(self.fewest, 2 * len(_REMEMBERED))
 
@@ -288,9 +288,9 @@ def _shared_state(
     with _LOCK:
         identity = _IDENTITIES.get(key)
         if identity is None or identity.store() is not store:  # an `id` may be another object's by now
-            identity = _IDENTITIES[key] = _REMEMBERED[key] = Identity(store)
             if len(_REMEMBERED) >= _sweep.at:
                 _sweep()
+            identity = _IDENTITIES[key] = _REMEMBERED[key] = Identity(store)
         state = identity.states.get((breaker, retry))
         if state is not None:
             return state

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from dspy.utils.exceptions import LMRateLimitError, LMServerError
 
 from dspy_prod import CircuitBreaker, CircuitOpenError, RateLimitedError
 from dspy_prod.lm.beneath import MAX_VARIANTS
+from dspy_prod.pipeline import routes
 from dspy_prod.testing import Status
 from tests.e2e.conftest import MakeProvider
 from tests.e2e.support import make_lm
@@ -40,3 +43,22 @@ def test_a_key_that_was_told_to_wait_waits(serve: MakeProvider) -> None:
             lm.copy(limit={"max_wait": 0})("q", api_key=key)
     assert lm("q", api_key="fresh") == ["ok"]
     assert len(provider.calls) == len(KEYS) + 1
+
+
+def test_what_is_in_use_is_not_forgotten_while_it_is_quiet(
+    serve: MakeProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process with many models and keys, a pause that came later was lost with the LM that had met it."""
+    monkeypatch.setattr(routes._sweep, "at", 0)
+    monkeypatch.setattr(type(routes._sweep), "fewest", 0)
+    provider = serve(faults=[Status(429, retry_after=30)])
+    lm = make_lm(provider.url)
+    make_lm(provider.url, model="openai/another")  # each new identity looks for what can be forgotten
+    with pytest.raises(LMRateLimitError):
+        lm("q")
+    store = lm.pipeline.store
+    del lm
+    gc.collect()
+    with pytest.raises(RateLimitedError):
+        make_lm(provider.url, limit={"max_wait": 0}, store=store)("q")
+    assert len(provider.calls) == 1
