@@ -17,7 +17,7 @@ _NAMESPACES: Final[dict[str, tuple[str, ...]]] = {
     "bedrock": ("bedrock", "bedrock_converse"),
     "cohere": ("cohere", "cohere_chat"),
     "ollama_chat": ("ollama",),
-    "vertex_ai": ("vertex_ai", "vertex_ai-language-models"),
+    "vertex_ai": ("vertex_ai", "vertex_ai-language-models", "vertex_ai-text-models"),
 }
 
 # How a Bedrock model may be called (LiteLLM's routes), and the area that a cross-region profile serves.

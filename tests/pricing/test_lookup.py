@@ -59,6 +59,11 @@ def test_a_model_costs_the_same_however_it_is_spelled(spelled: str, plain: str) 
     assert rates.max_output_tokens
 
 
+def test_vertex_lists_its_older_models_apart() -> None:
+    """Under a namespace of their own, without the prefix."""
+    assert _nano("vertex_ai/text-unicorn") == 1000 * 10_000 + 100 * 28_000
+
+
 def test_a_fireworks_model_that_is_not_listed_costs_what_its_size_does() -> None:
     """Fireworks prices by parameters; where nothing tells them, nothing is known (LiteLLM: free)."""
     assert _nano("fireworks_ai/acme-3b") == _nano("fireworks_ai/fireworks-ai-up-to-4b")
