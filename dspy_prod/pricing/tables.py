@@ -95,6 +95,8 @@ def row(info: Mapping[str, Any], band: str, tier: str, long_write: bool) -> Row:
 
 def _rate(info: Mapping[str, Any], key: str, stand_in: str | None, band: str, tier: str) -> int | None:
     own = atto(info.get(key + band + tier))
+    if own is None and band and _INPUT + band not in info and _OUTPUT + band not in info:
+        return _rate(info, key, stand_in, "", tier)  # a band of sound alone changes nothing else
     if own is not None or stand_in is None:
         return own
     plain = atto(info.get(stand_in + band + tier))

@@ -151,7 +151,7 @@ RULES = {
     "Perplexity's list": Rule(
         "LiteLLM's formula for Perplexity reads no bands, cached rates, sound or request fees of the list it is given",
         lambda case: case.provider == "perplexity" and (case.above or bool(case.shape.usage.cache_read_tokens)),
-        "perplexity/openai/gpt-5-mini",
+        "perplexity/openai/gpt-5.4",
     ),
     "off-peak": Rule(
         "discounts by the time of day are not modelled: the peak rate is charged, as in DSPy",
