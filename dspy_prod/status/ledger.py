@@ -59,7 +59,11 @@ class Ledger:
         call_id: str | None = None,
         trace_id: str | None = None,
     ) -> list[CallRecord]:
-        """The records that match everything given, newest first.
+        """The records that match everything given, newest first: of every attempt that has ended, refusals included.
+
+        An attempt ends when its answer is there, or when whoever left it lets go of it: DSPy closes the stream behind
+        an abandoned `streamify` a moment after its reader has gone, and what is cut off on LiteLLM's route goes on in
+        a thread until its own time limit. Until then it is held (`costs().held_usd`), not recorded.
 
         Args:
             since, until: the first moment, and the first moment after.
