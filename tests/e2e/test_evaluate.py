@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import dspy
@@ -17,6 +12,7 @@ import pytest
 from dspy_prod import RateLimit
 from dspy_prod.testing import FaultPlan, Status
 from tests.e2e.conftest import MakeLM, MakeProvider
+from tests.e2e.elsewhere import Elsewhere
 from tests.e2e.support import assert_equals_bill, assert_nothing_held, make_lm, records
 from tests.stopwatch import Stopwatch
 
@@ -40,30 +36,11 @@ def evaluate(lm: Any, examples: int, threads: int) -> tuple[Any, float]:
     return result, took.seconds
 
 
-class Elsewhere:
-    """A provider in a process of its own, so that this one's threads do not delay what it measures."""
-
-    def __init__(self) -> None:
-        options = ["--per-second", str(PER_SECOND), "--latency", "0.05-0.3", "--answer", ANSWER, "--seconds", "120"]
-        command = [sys.executable, "-m", "dspy_prod.testing", *options]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-        assert self._process.stdout is not None
-        self.url = self._process.stdout.readline().strip()
-
-    def told(self, page: str) -> Any:
-        """`calls` or `bill`, as the provider has them."""
-        with urllib.request.urlopen(f"{self.url.removesuffix('/v1')}/_{page}", timeout=10) as answer:
-            return json.load(answer)
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.wait(10)
-
-
 @pytest.fixture
 def elsewhere() -> Iterator[Elsewhere]:
     """A provider that allows twenty requests a second."""
-    provider = Elsewhere()
+    options = ["--per-second", str(PER_SECOND), "--latency", "0.05-0.3", "--answer", ANSWER, "--seconds", "120"]
+    provider = Elsewhere(*options)
     yield provider
     provider.stop()
 
