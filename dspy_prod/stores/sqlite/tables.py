@@ -73,10 +73,14 @@ class Tables(File):
         if self.connection is None:
             create(self.path)
             connection = super().open()
-            connection.execute("PRAGMA busy_timeout=0")  # the writer waits in its own, finer steps
-            self._version = -1
-            self.ledger.attach(connection, self.ns)
-            self.cache.attach(connection, self.ns)
+            try:
+                connection.execute("PRAGMA busy_timeout=0")  # the writer waits in its own, finer steps
+                self._version = -1
+                self.ledger.attach(connection, self.ns)
+                self.cache.attach(connection, self.ns)
+            except BaseException:
+                self.close()  # else the next use would find it half attached
+                raise
             return connection
         return self.connection
 

@@ -24,6 +24,7 @@ from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import GRANTED, REFUSED, WITHDRAWN, AccountState, Settlement
 from dspy_prod.stores.sqlite.store import SqliteStore
+from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.transactions import Transactions
 from tests.stores import support
 from tests.stores.support import (
@@ -60,6 +61,20 @@ def test_a_directory_that_exists_keeps_its_mode(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     SqliteStore(str(tmp_path / "state.db")).close()
     assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+
+
+def test_a_connection_that_cannot_be_made_ready_is_not_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next use found it half attached, and failed at whatever was missing."""
+    tables = Tables(path, "ns", "owner")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            tables.cache, "attach", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error"))
+        )
+        with pytest.raises(sqlite3.OperationalError):
+            tables.open()
+    assert tables.connection is None
+    assert tables.open() is tables.connection
+    tables.close()
 
 
 def test_importing_creates_nothing(tmp_path: Path) -> None:
