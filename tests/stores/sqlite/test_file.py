@@ -65,11 +65,13 @@ def test_a_directory_that_exists_keeps_its_mode(tmp_path: Path) -> None:
 
 def test_a_connection_that_cannot_be_made_ready_is_not_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next use found it half attached, and failed at whatever was missing."""
-    tables = Tables(path, "ns", "owner")
+    tables = Tables(path, "ns", "owner", synchronous="NORMAL", max_records=None)
+
+    def attach(connection: sqlite3.Connection, ns: int) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            tables.cache, "attach", lambda *_: (_ for _ in ()).throw(sqlite3.OperationalError("disk I/O error"))
-        )
+        patch.setattr(tables.cache, "attach", attach)
         with pytest.raises(sqlite3.OperationalError):
             tables.open()
     assert tables.connection is None
