@@ -45,9 +45,13 @@ class OwnCache:
 
 
 def caches_anything() -> bool:
-    """Whether DSPy's cache is on: `dspy.configure_cache` switches it off for the whole process."""
-    cache = dspy.cache
-    return bool(cache.enable_memory_cache or cache.enable_disk_cache)
+    """Whether DSPy's cache is on: `dspy.configure_cache` switches it off for the whole process.
+
+    DSPy makes it when it is first asked for, under a lock and on disk. It is not asked for here: until somebody has, it
+    is on, and a child forked meanwhile would wait for that lock for ever.
+    """
+    cache = vars(dspy).get("cache")
+    return cache is None or bool(cache.enable_memory_cache or cache.enable_disk_cache)
 
 
 class Engined(Protocol):

@@ -6,6 +6,8 @@ import asyncio
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import dspy
@@ -140,3 +142,13 @@ def test_an_optimizer_that_asks_for_a_cache_is_told_of_ours() -> None:
     for cached in (True, False):
         predict.lm = dspy_prod.LM("openai/a", store=fresh_memory(), cache=cached)
         assert caches(predict) is cached
+
+
+def test_dspy_s_own_cache_is_not_made_for_being_looked_at() -> None:
+    """It is made under a lock and on disk: a child forked meanwhile by a busy parent waited for that lock for ever."""
+    script = (
+        "import dspy, dspy_prod; from dspy_prod.testing import ScriptedEngine; "
+        "lm = dspy_prod.LM('openai/m', engine=ScriptedEngine('ok'), store='memory://'); lm('q'); lm('q'); "
+        "assert 'cache' not in vars(dspy)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
