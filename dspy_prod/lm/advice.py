@@ -58,13 +58,13 @@ def warn_idle_fallbacks(lm: Beneath) -> None:
     for route in lm.pipeline.fallbacks:
         missing = _missing_key(route.upstream)
         if missing is not None:
-            warnings.warn(f"The fallback {route.model} cannot be used: {missing}", UserWarning, stacklevel=4)
+            warnings.warn(f"The fallback {route.model} cannot be used: {missing}", UserWarning, stacklevel=3)
         elif (lm.pipeline.budgets or route.rules) and route.rates() is None:
             warnings.warn(
                 f"The fallback {route.model} cannot be used under a budget, because no price is known for it; pass "
                 f"prices={{{route.model!r}: dspy_prod.Price(input=..., output=...)}} (USD per million tokens)",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
 

@@ -117,6 +117,7 @@ class LM(AsPlain, dspy.LM):
         self.kwargs.update({name: value for name, value in kwargs.items() if name not in canonical})
         self._install(settings)
         warn_steered_budgets(self)
+        warn_idle_fallbacks(self)
         if isinstance(engine, str):  # else no call may need DSPy's prices
             WARMUP.start()
 
@@ -135,7 +136,6 @@ class LM(AsPlain, dspy.LM):
         beneath = self.pipeline, self.identity, self.cache
         set_engines(self, ProdEngine(*beneath), AsyncProdEngine(*beneath))
         warn_coarse_budgets(self)
-        warn_idle_fallbacks(self)
         LIVE.add(self)
 
     def __repr__(self) -> str:
