@@ -116,6 +116,18 @@ def outcome(call: Callable[[], Any]) -> Any:
         return error
 
 
+def ask(lm: Any, way: str = "sync") -> Any:
+    """One call, `sync` or `async`; its answer or what it raised."""
+
+    async def in_task() -> Any:
+        try:
+            return await lm.acall("a question")
+        finally:
+            await lm.pipeline.aclose()
+
+    return outcome(lambda: lm("a question")) if way == "sync" else outcome(lambda: asyncio.run(in_task()))
+
+
 def answers(outcomes: list[Any]) -> list[Any]:
     return [each for each in outcomes if not isinstance(each, BaseException)]
 

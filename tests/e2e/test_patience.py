@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import dspy_prod
 from dspy_prod import RateLimit, RateLimitedError, Retry, call_context
 from dspy_prod.testing import Status
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.support import CHEAP, outcome, records, request
+from tests.e2e.support import CHEAP, ask, outcome, records, request
 
 ENGINES = ["lm15", "litellm"]
 WAYS = ["sync", "async", "stream"]
@@ -20,15 +19,9 @@ DEFAULTS = Retry()
 
 
 def call(lm: Any, way: str) -> Any:
-    async def in_task() -> Any:
-        try:
-            return await lm.acall("a question")
-        finally:
-            await lm.pipeline.aclose()
-
     if way == "stream":
         return outcome(lambda: ["".join(e.delta.text for e in lm._engine_spec.stream(request()) if e.type == "delta")])
-    return outcome(lambda: lm("a question")) if way == "sync" else outcome(lambda: asyncio.run(in_task()))
+    return ask(lm, way)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from dspy_prod import Budget, CircuitBreaker, Retry
 from dspy_prod.pipeline.outcome import markdown
 from dspy_prod.testing import ScriptedEngine, Status, Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.support import CHEAP, MODEL, PRICES, make_lm, outcome, records
+from tests.e2e.support import CHEAP, MODEL, PRICES, ask, make_lm, records
 
 ENGINES = ["lm15", "litellm"]
 WAYS = ["sync", "async"]
@@ -46,16 +45,6 @@ CASES: dict[str, tuple[Verbatim, int, bool, bool]] = {
 }
 
 
-def call(lm: Any, way: str = "sync") -> Any:
-    async def in_task() -> Any:
-        try:
-            return await lm.acall("a question")
-        finally:
-            await lm.pipeline.aclose()
-
-    return outcome(lambda: lm("a question")) if way == "sync" else outcome(lambda: asyncio.run(in_task()))
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", CASES)
@@ -66,7 +55,7 @@ def test_a_refusal_means_the_same_on_both_engines(
     fault, attempts, falls_back, opens = CASES[name]
     provider = serve(faults=lambda asked: fault if asked.model == "e2e" else None)
     lm = connect(provider, engine=engine, retry=TWICE, breaker=TENDER, fallbacks=[CHEAP])
-    answer = call(lm, way)
+    answer = ask(lm, way)
     if falls_back:
         assert answer == ["ok"]
     else:
@@ -86,7 +75,7 @@ def test_a_mistake_that_a_fallback_finds_does_not_keep_the_next_from_being_asked
     faults = {"e2e": Status(500), "e2e-cheap": said("I do not take that.")}
     provider = serve(faults=lambda asked: faults.get(asked.model), prices=THREE)
     lm = connect(provider, engine=engine, fallbacks=[CHEAP, SECOND], prices=THREE)
-    assert call(lm) == ["ok"]
+    assert ask(lm) == ["ok"]
     assert [asked.model for asked in provider.calls] == ["e2e", "e2e-cheap", "e2e-second"]
 
 
@@ -99,7 +88,7 @@ def test_the_provider_says_whether_to_try_again(
     """`x-should-retry` was not read."""
     provider = serve(faults=[Status(status, headers={"x-should-retry": header})] * 2)
     lm = connect(provider, engine=engine, retry=TWICE)
-    call(lm, way)
+    ask(lm, way)
     assert len(provider.calls) == attempts
 
 
@@ -109,7 +98,7 @@ def test_a_hint_in_milliseconds_is_read(serve: MakeProvider, connect: MakeLM, en
     """LiteLLM's route did not know `retry-after-ms`."""
     provider = serve(faults=[Status(503, headers={"retry-after-ms": "300"})])
     lm = connect(provider, engine=engine, retry=TWICE)
-    assert call(lm, way) == ["ok"]
+    assert ask(lm, way) == ["ok"]
     first, second = (asked.received_at for asked in provider.calls)
     assert 0.3 <= second - first < 1.3
 
@@ -119,7 +108,7 @@ def test_a_hint_in_milliseconds_is_read(serve: MakeProvider, connect: MakeLM, en
 def test_a_hint_that_says_nothing_is_none(serve: MakeProvider, connect: MakeLM, engine: str, hint: Any) -> None:
     """Three attempts within four milliseconds."""
     lm = connect(serve(faults=Status(503, retry_after=hint)), engine=engine)
-    error = call(lm)
+    error = ask(lm)
     assert isinstance(error, LMError)
     assert error.retry_after is None
 
@@ -129,7 +118,7 @@ def test_when_all_routes_fail_the_error_names_what_each_said(serve: MakeProvider
     """Only the fallback's word was seen, and why it was asked was not."""
     faults = {"e2e": Status(500, "the primary is down"), "e2e-cheap": Status(401, "no such key")}
     lm = connect(serve(faults=lambda asked: faults[asked.model]), engine=engine, fallbacks=[CHEAP])
-    error = call(lm)
+    error = ask(lm)
     assert error.status == 401
     assert re.search(r"primary: \w+ 500 \(.*the primary is down", str(error))
     assert re.search(rf"{CHEAP}: LMAuthError 401 \(.*no such key", str(error))
@@ -140,7 +129,7 @@ def test_routes_of_one_model_are_told_apart(serve: MakeProvider, connect: MakeLM
     """Two keys of the same model are two routes, and both have said something."""
     provider = serve(faults=Status(401))
     spares = [connect(provider, model=CHEAP, api_key=key) for key in ("one", "two")]
-    error = call(connect(provider, fallbacks=spares))
+    error = ask(connect(provider, fallbacks=spares))
     assert str(error).count(f"{CHEAP}: LMAuthError 401") == 2
 
 
@@ -166,7 +155,7 @@ def test_litellm_s_route_failing_before_anything_is_sent_costs_nothing(
     url = provider.url
     given = {"api_key": None, "api_base": url if model == MODEL else None, "engine": "litellm", **options}
     lm = make_lm(url, model=model, retry=TWICE, breaker=TENDER, **given)
-    error = call(lm, way)
+    error = ask(lm, way)
     assert isinstance(error, Exception)
     assert [(record.cost_nano, record.estimated) for record in records(lm)] == [(0, False)]
     assert lm.pipeline.primary.breaker.snapshot().failures == 0
@@ -202,7 +191,7 @@ def test_a_package_that_is_missing_costs_nothing(serve: MakeProvider, way: str) 
         "http://unused", engine=engine, async_engine=engine.asynchronous, retry=TWICE, breaker=TENDER,
         api_key=None, api_base=None, fallbacks=[spare],
     )  # fmt: skip
-    assert call(lm, way) == ["ok"]
+    assert ask(lm, way) == ["ok"]
     assert engine.calls == 1
     assert next((record.route, record.cost_nano) for record in records(lm)) == ("primary", 0)
     assert lm.pipeline.primary.breaker.snapshot().failures == 0

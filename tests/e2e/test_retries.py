@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from dspy.utils.exceptions import (
 from dspy_prod import Retry, call_context
 from dspy_prod.testing import MalformedJson, Provider, Reset, Status
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.support import CHEAP, answers, assert_equals_bill, charged, outcome, records, together, until
+from tests.e2e.support import CHEAP, answers, ask, assert_equals_bill, charged, records, together, until
 from tests.stopwatch import Stopwatch
 
 Way = Literal["sync", "async"]
@@ -27,18 +26,6 @@ WAYS: list[Way] = ["sync", "async"]
 ENGINES = ["lm15", "litellm"]
 QUICK = Retry(attempts=3, backoff=0.01)
 TOO_LONG = Status(400, error_code="context_length_exceeded")
-
-
-def run(lm: Any, way: Way) -> Any:
-    """One call; its answer or what it raised."""
-
-    async def in_task() -> Any:
-        try:
-            return await lm.acall("a question")
-        finally:
-            await lm.pipeline.aclose()
-
-    return outcome(lambda: lm("a question")) if way == "sync" else outcome(lambda: asyncio.run(in_task()))
 
 
 def models(provider: Provider) -> list[str]:
@@ -54,7 +41,7 @@ def test_a_transient_failure_is_tried_again(
     """Two failures are survived by three attempts; the caller notices nothing."""
     provider = serve(faults=[fault, fault])
     lm = connect(provider, engine=engine, retry=QUICK)
-    assert run(lm, way) == ["ok"]
+    assert ask(lm, way) == ["ok"]
     assert [(record.attempt, record.outcome) for record in records(lm)] == [(1, "error"), (2, "error"), (3, "ok")]
     assert charged(lm) >= provider.bill.nano
 
@@ -64,7 +51,7 @@ def test_when_all_attempts_fail_the_last_error_is_raised(serve: MakeProvider, co
     """Upstream errors keep DSPy's own classes and the provider's status."""
     provider = serve(faults=[Status(503), Reset("before"), Status(500)])
     lm = connect(provider, retry=QUICK)
-    error = run(lm, way)
+    error = ask(lm, way)
     assert isinstance(error, LMServerError)
     assert error.status == 500
     assert len(provider.calls) == 3
@@ -79,7 +66,7 @@ def test_a_caller_s_mistake_is_not_tried_again(
     """A wrong key or request stays wrong: one attempt, no charge."""
     provider = serve(faults=Status(status))
     lm = connect(provider, engine=engine, retry=QUICK)
-    assert isinstance(run(lm, way), kind)
+    assert isinstance(ask(lm, way), kind)
     assert len(provider.calls) == 1
     assert charged(lm) == 0
 
@@ -89,7 +76,7 @@ def test_an_invalid_request_does_not_fall_back(serve: MakeProvider, connect: Mak
     """Another model would refuse it too, and the caller has to know."""
     provider = serve(faults=Status(400))
     lm = connect(provider, retry=QUICK, fallbacks=[CHEAP])
-    assert isinstance(run(lm, way), LMInvalidRequestError)
+    assert isinstance(ask(lm, way), LMInvalidRequestError)
     assert models(provider) == ["e2e"]
 
 
@@ -101,7 +88,7 @@ def test_a_prompt_too_long_for_one_model_goes_to_the_next(
     """Context length is not retried, but a fallback may have room."""
     provider = serve(faults=lambda call: TOO_LONG if call.model == "e2e" else None)
     lm = connect(provider, engine=engine, retry=QUICK, fallbacks=[CHEAP])
-    assert run(lm, way) == ["ok"]
+    assert ask(lm, way) == ["ok"]
     assert models(provider) == ["e2e", "e2e-cheap"]
     assert [(record.route, record.error) for record in records(lm)] == [
         ("primary", "ContextWindowExceededError"),
@@ -124,7 +111,7 @@ def test_a_broken_answer_is_not_paid_twice(serve: MakeProvider, connect: MakeLM,
     """What was generated and then garbled is owed; the same model is not asked again, another one is."""
     provider = serve(faults=[MalformedJson()])
     lm = connect(provider, engine=engine, retry=QUICK, fallbacks=[CHEAP])
-    assert run(lm, "sync") == ["ok"]
+    assert ask(lm, "sync") == ["ok"]
     assert models(provider) == ["e2e", "e2e-cheap"]
     assert charged(lm) >= provider.bill.nano
 
@@ -136,7 +123,7 @@ def test_retry_after_is_honoured(serve: MakeProvider, connect: MakeLM, engine: s
     """The provider's Retry-After wins over the backoff, and is not exceeded by much."""
     provider = serve(faults=[Status(status, retry_after=1)])
     lm = connect(provider, engine=engine, retry=QUICK)
-    assert run(lm, way) == ["ok"]
+    assert ask(lm, way) == ["ok"]
     first, second = (call.received_at for call in provider.calls)
     assert 1.0 <= second - first < 1.5
 
@@ -196,6 +183,6 @@ def test_a_dead_address_is_tried_again_and_costs_nothing(connect: MakeLM, way: W
     provider = Provider()
     with provider:
         lm = connect(provider, retry=QUICK)
-    assert isinstance(run(lm, way), LMTransportError)
+    assert isinstance(ask(lm, way), LMTransportError)
     assert charged(lm) == 0
     assert [record.attempt for record in records(lm)] == [1, 2, 3]

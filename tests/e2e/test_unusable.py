@@ -16,7 +16,7 @@ from dspy_prod.policies.cache import _dump, _store_key
 from dspy_prod.stores.base import CachedAnswer
 from dspy_prod.testing import ScriptedEngine, Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.support import CHEAP, MODEL, make_lm, outcome, records, request
+from tests.e2e.support import CHEAP, MODEL, ask, make_lm, outcome, records, request
 from tests.pipeline.support import answer
 
 ENGINES = ["lm15", "litellm"]
@@ -78,16 +78,6 @@ USABLE = {
 }
 
 
-def call(lm: Any, way: str) -> Any:
-    async def in_task() -> Any:
-        try:
-            return await lm.acall("a question")
-        finally:
-            await lm.pipeline.aclose()
-
-    return outcome(lambda: lm("a question")) if way == "sync" else outcome(lambda: asyncio.run(in_task()))
-
-
 def stream(lm: Any, way: str) -> tuple[list[str], Any]:
     """The kinds of the events that were seen, and the error that ended them."""
     seen: list[str] = []
@@ -114,12 +104,12 @@ def test_an_answer_with_nothing_in_it_is_a_failure(
     """It was "ok": not retried, no fallback, a success for the breaker, and `""` was kept for that input for ever."""
     provider = serve(faults=[Verbatim(UNUSABLE[name])] * 2)
     lm = connect(provider, engine=engine, retry=QUICK, cache=Cache())
-    assert call(lm, way) == ["ok"]
+    assert ask(lm, way) == ["ok"]
     assert lm.pipeline.primary.breaker.snapshot().failures == 2
     assert [record.outcome for record in records(lm)] == ["error", "error", "ok"]
     fallen = connect(provider, engine=engine, retry=QUICK, fallbacks=[CHEAP], cache=Cache())
     provider.faults = lambda asked: Verbatim(UNUSABLE[name]) if asked.model == "e2e" else None
-    assert call(fallen, way) == ["ok"]
+    assert ask(fallen, way) == ["ok"]
     assert [record.model for record in records(fallen)] == [MODEL] * 3 + [CHEAP]
 
 
@@ -127,7 +117,7 @@ def test_an_answer_with_nothing_in_it_is_a_failure(
 def test_an_unusable_answer_is_charged_by_its_usage(serve: MakeProvider, connect: MakeLM, engine: str) -> None:
     """The provider worked, and told what for."""
     lm = connect(serve(faults=Verbatim(told(content=""))), engine=engine, retry=QUICK)
-    error = call(lm, "sync")
+    error = ask(lm, "sync")
     assert isinstance(error, UnusableAnswerError)
     assert error.flaw == "empty"
     assert error.partial.usage.input_tokens == 11
@@ -145,7 +135,7 @@ def test_an_answer_of_which_a_filter_left_nothing_is_not_asked_for_again(
         faults=lambda asked: Verbatim(finished("content_filter", content="")) if asked.model == "e2e" else None
     )
     lm = connect(provider, engine=engine, retry=QUICK, fallbacks=[CHEAP])
-    assert call(lm, "sync") == ["ok"]
+    assert ask(lm, "sync") == ["ok"]
     assert next((record.model, record.cost_nano or 0) for record in records(lm)) == (MODEL, TOLD)
     assert len(provider.calls) == 2
     assert lm.pipeline.primary.breaker.snapshot().failures == 0
@@ -157,15 +147,15 @@ def test_what_somebody_can_use_is_an_answer(serve: MakeProvider, connect: MakeLM
     """Tools without a text, refusals, and what `max_tokens` or a filter left are answers; only tools are kept."""
     provider = serve(faults=Verbatim(USABLE[name]))
     lm = connect(provider, engine=engine, retry=QUICK, cache=Cache())
-    assert not isinstance(call(lm, "sync"), Exception)
-    call(lm, "sync")
+    assert not isinstance(ask(lm, "sync"), Exception)
+    ask(lm, "sync")
     assert len(provider.calls) == (1 if name == "tool" else 2)
 
 
 def test_an_answer_that_does_not_say_why_it_ended_is_a_failure(serve: MakeProvider, connect: MakeLM) -> None:
     """A text without its end may be half of one."""
     lm = connect(serve(faults=[Verbatim(finished(None))]), retry=QUICK)
-    assert call(lm, "sync") == ["ok"]
+    assert ask(lm, "sync") == ["ok"]
     assert records(lm)[0].error == "UnusableAnswerError"
 
 
@@ -175,7 +165,7 @@ def test_a_response_without_output_is_a_failure(serve: MakeProvider, connect: Ma
     usage = {"input_tokens": 11, "output_tokens": 7, "total_tokens": 18}
     whole = {"id": "r", "object": "response", "created_at": 1, "status": "completed", "model": "e2e", "usage": usage}
     lm = connect(serve(faults=[Verbatim({**whole, **fault})]), retry=QUICK, model_type="responses")
-    assert call(lm, "sync")
+    assert ask(lm, "sync")
     assert next((record.outcome, record.cost_nano) for record in records(lm)) == ("error", TOLD)
 
 
