@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
-from dspy.dsp.utils.settings import settings as dspy_settings
 from dspy.lm15 import LM15Error, Request
 
-from dspy_prod.compat.dspy import caches_anything, engines_of
+from dspy_prod.compat.dspy import caches_anything, engines_of, is_streaming
 from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, request_of
 from dspy_prod.context.current import current, stamped
 from dspy_prod.lm.advice import warn_messages
@@ -53,7 +52,9 @@ def begin(
 ) -> tuple[Beneath, dict[str, Any], Scope, Known | None]:
     """(the LM to use, its canonical arguments, what the engine must know, a cached answer) of a public call."""
     given = kwargs
-    asked, kwargs, extras = per_call(settled(lm), given)
+    if not lm.watched.holds(lm.model, lm.kwargs):
+        settled(lm)
+    asked, kwargs, extras = per_call(lm, given)
     scope = scope_of(asked, prompt, messages, kwargs, extras)
     if kwargs is not given and not isinstance(prompt, Request) and "request" not in given:
         scope.shown = shown(given)
@@ -89,7 +90,7 @@ def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], ex
     """What the engine beneath must know of this call, and its exact cache key if the arguments are plain JSON."""
     context = stamped(current())
     merged = lm.kwargs
-    if lm.settings.clients or lm.settings.extras:  # they are in the identity
+    if lm.watched.elsewhere:
         merged = {name: value for name, value in merged.items() if name in CANONICAL_KEYS}
     uses_cache = lm.cache
     if kwargs:
@@ -123,7 +124,7 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
     text = entry.text
     if text is None or kwargs.get("n", 1) not in (1, None) or lm.kwargs.get("n", 1) not in (1, None):
         return None
-    if dspy_settings.send_stream is not None:
+    if is_streaming():
         return None  # a listener wants events: the engine replays the answer for it
     cache.used(base)
     response = entry.response
