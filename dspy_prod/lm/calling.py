@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
+from dspy.clients.execution import prepare
 from dspy.lm15 import LM15Error, Request
 
 from dspy_prod.compat.dspy import caches_anything, engines_of, is_streaming
-from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, request_of
+from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, arun_call, request_of, run_call
 from dspy_prod.context.current import current, stamped
 from dspy_prod.lm.advice import warn_messages
 from dspy_prod.lm.beneath import Beneath
@@ -59,9 +61,33 @@ def begin(
     if kwargs is not given and not isinstance(prompt, Request) and "request" not in given:
         scope.shown = shown(given)
     known = hit(asked, scope, prompt, messages, kwargs)
-    if known is None and messages is not None:
-        warn_messages(lm, messages)
+    if known is None:
+        if messages is not None:
+            warn_messages(lm, messages)
+    elif scope.shown is not None:
+        known[0].kwargs = scope.shown
     return asked, kwargs, scope, known
+
+
+def ask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
+    """An answer from the engine beneath, within the scope of `begin`."""
+    call = prepare(lm, prompt, messages, kwargs, direct=True)
+    result = run_call(lm, call, asked(lm, scope, call))
+    if scope.shown is not None:
+        call.kwargs = scope.shown
+    return call, result
+
+
+async def aask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
+    """Asynchronous `ask`."""
+    if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
+        call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True, direct=True)
+    else:
+        call = prepare(lm, prompt, messages, kwargs, asynchronous=True, direct=True)
+    result = await arun_call(lm, call, asked(lm, scope, call))
+    if scope.shown is not None:
+        call.kwargs = scope.shown
+    return call, result
 
 
 def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, Any], dict[str, Any] | None]:
