@@ -27,6 +27,9 @@ NOTEBOOKS := $(VENV)/.stamp-notebooks
 MUTANTS := $(VENV)/.stamp-mutants
 PINS := pyproject.toml constraints.txt
 
+# The tests start hundreds of processes. Sources are compiled once for all of them, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo ui test test-slow dspy-suite ui-test lint bench notebooks chaos soak mutants versions clean local-model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -19,20 +19,24 @@ for _name in [name for name in os.environ if name.upper().endswith(("_API_KEY", 
 by_default()
 
 SHARING = ("registry", "tracking", "cli", "ui")
-"""Rooms whose tests share what is dear to make: a server, a run of the demo, MLflow itself. One worker takes each."""
+"""Rooms whose tests share what is dear to make: a server, a run of the demo, MLflow itself. One worker takes a file of
+them; of the registry, whose stores are made once, a folder."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """What one worker of pytest-xdist takes at a time: a room that shares, or a single test."""
+    """What one worker of pytest-xdist takes at a time: tests that share, or a single one."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class Rooms(LoadScopeScheduling):
+    class Sharing(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            room = nodeid.split("/")[1]
-            return room if room in SHARING else nodeid
+            path = PurePosixPath(nodeid.split("::")[0])
+            room = path.parts[1]
+            if room not in SHARING:
+                return nodeid
+            return str(path.parent if room == "registry" else path)
 
-    return Rooms(config, log)
+    return Sharing(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
