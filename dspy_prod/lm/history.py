@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from dspy_prod.privacy.names import is_secret, public
-from dspy_prod.records import CallRecord
+from dspy_prod.records import CallRecord, usd
 
 _CACHED: Final = {"kind": "cached", "currency": "USD"}
 _UNKNOWN: Final = {"kind": "unknown", "reason": "no price is known for this model"}
@@ -22,6 +22,20 @@ def cost_details(record: CallRecord) -> dict[str, Any]:
     if record.cost_nano is None:
         return dict(_UNKNOWN)
     return {"kind": "bound" if record.estimated else "estimate", "currency": "USD", "model": record.model}
+
+
+def tell(entry: dict[str, Any], records: Sequence[CallRecord]) -> None:
+    """Write into an entry what its call cost, whether the cache answered, and which route did."""
+    if len(records) == 1:
+        record = records[0]
+        entry["cost"], entry["cached"], entry["route"] = usd(record.cost_nano), record.cached, record.route
+        entry["cost_details"] = cost_details(record)
+    else:
+        costs = [record.cost_nano for record in records]
+        entry["cost"] = None if None in costs else usd(sum(cost for cost in costs if cost is not None))
+        entry["cached"] = bool(records) and all(record.cached for record in records)
+        entry["route"] = records[-1].route if records else None
+        entry["cost_details"] = {"candidates": [cost_details(record) for record in records]}
 
 
 class Arguments(dict[str, Any]):

@@ -24,7 +24,7 @@ from dspy_prod.lm.assembling import assemble, disabled
 from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath, Watching
 from dspy_prod.lm.calling import aask, ask, begin, calls_of, per_call
 from dspy_prod.lm.copying import checked, copied, pinned
-from dspy_prod.lm.history import Arguments, cost_details
+from dspy_prod.lm.history import Arguments, tell
 from dspy_prod.lm.plain import AsPlain
 from dspy_prod.lm.settings import CANONICAL_KEYS, DSPY, Settings, recall, remember, settings_of, split
 from dspy_prod.lm.watching import Watched, arguments_of, settled
@@ -36,7 +36,6 @@ from dspy_prod.pipeline.upstream.destination import destination, digest, without
 from dspy_prod.policies.breaker.transitions import OperatorMove
 from dspy_prod.policies.budget import quoted, steer
 from dspy_prod.pricing.warmup import WARMUP
-from dspy_prod.records import usd
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.living import LIVE
 from dspy_prod.runtime.reaper import REAPER
@@ -167,17 +166,7 @@ class LM(AsPlain, dspy.LM):
         """Record a call in DSPy's history, with its real cost and whether the cache answered."""
         scope = SCOPE.get()
         if scope is not None:
-            records = scope.records
-            if len(records) == 1:
-                record = records[0]
-                entry["cost"], entry["cached"], entry["route"] = record.cost_usd, record.cached, record.route
-                entry["cost_details"] = cost_details(record)
-            else:
-                costs = [record.cost_nano for record in records]
-                entry["cost"] = None if None in costs else usd(sum(cost for cost in costs if cost is not None))
-                entry["cached"] = bool(records) and all(record.cached for record in records)
-                entry["route"] = records[-1].route if records else None
-                entry["cost_details"] = {"candidates": [cost_details(record) for record in records]}
+            tell(entry, scope.records)
         super().update_history(entry)
 
     # -- copies ------------------------------------------------------------------------------------------------------
