@@ -356,3 +356,38 @@ def test_after_a_fork_the_budgets_lock_is_free() -> None:
 
     assert not alive
     assert budget.tokens == 9
+
+
+# -- patience ----------------------------------------------------------------------------------------------------------
+
+
+def test_patience_is_what_waiting_has_left_of_it() -> None:
+    attempts = given(patience=2.0)
+    assert attempts.patience == 2.0
+    attempts.waited += 1.5
+    assert attempts.patience == 0.5
+    attempts.waited += 1.5
+    assert attempts.patience == 0.0
+
+
+def test_a_pause_longer_than_patience_is_told_and_costs_no_token() -> None:
+    """The flow asks another route first, and comes back when the pause is over."""
+    attempts = given(budget=(budget := RetryBudget(Retry())), backoff=0.5)
+    full = budget.tokens
+    assert attempts.again(True, 30.0, NO_DEADLINE, 2.0) is None
+    assert (attempts.why_not, attempts.pause, attempts.number) == ("patience", 30.0, 1)
+    assert budget.tokens == full
+    assert attempts.again(True, 2.0, NO_DEADLINE, 2.0) == 2.0
+
+
+@pytest.mark.parametrize(("least", "pause"), [(0.7, 0.7), (0.0, 0.0), (-3.0, 0.0)])
+def test_a_pause_that_was_put_off_is_made_up_instead_of_a_new_one(least: float, pause: float) -> None:
+    """A route that was left early has its turn when its pause is over, or at once if that is past."""
+    attempts = given(backoff=8.0)
+    assert attempts.again(True, 60.0, NO_DEADLINE, least=least) == pause
+    assert (attempts.pause, attempts.number, attempts.why_not) == (pause, 2, None)
+
+
+def test_a_call_sets_out_without_waits_and_without_reasons() -> None:
+    attempts = given()
+    assert (attempts.number, attempts.why_not, attempts.pause, attempts.waited, attempts.due) == (1, None, 0, 0, None)

@@ -448,3 +448,54 @@ def test_who_comes_back_from_waiting_for_money_may_go_at_once() -> None:
     assert (small.state, large.state) == (PENDING, PENDING)
     core.settle(settlement(holder, 0), 40.0)
     assert (small.state, large.state) == (GRANTED, PENDING)
+
+
+# -- looking ahead -----------------------------------------------------------------------------------------------------
+
+
+def test_a_preview_is_what_admission_would_say_and_changes_nothing() -> None:
+    """Money first, then the limiter, then the line: seconds until a grant, or why there will be none."""
+    core, now = AdmissionCore(), 1_000.0
+    seats = RateLimit(concurrency=1)
+    assert core.preview(ask(60, budget=LIMIT), now) == (0.0, None)
+    core.settle(settlement(core.admit(ask(60, budget=LIMIT), now), 60), now)
+    wait, refusal = core.preview(ask(60, budget=LIMIT), now)
+    assert wait == inf
+    assert refusal is not None
+    assert (refusal.reason, refusal.limit, refusal.spent, refusal.amount) == ("budget_exceeded", LIMIT, 60, 60)
+    assert core.preview(ask(40, budget=LIMIT), now) == (0.0, None)
+    one = ask(0, limit=seats, key="k", lease=LEASE)
+    assert core.preview(one, now) == (0.0, None)
+    core.admit(one, now)
+    wait, refusal = core.preview(ask(0, limit=seats, key="k"), now)
+    assert (wait, refusal) == (LEASE, None)
+    assert (len(core.holds), core.waiting()) == (1, 0)
+
+
+def test_a_preview_behind_a_line_counts_those_ahead() -> None:
+    """Three a minute: whoever comes when two of them wait goes a minute after them."""
+    core, now = AdmissionCore(), 1_000.0
+    slow = RateLimit(rpm=1, burst=1, max_wait=1_000)
+    for _ in range(3):
+        core.admit(ask(0, limit=slow, key="k", horizon=inf), now)
+    assert core.waiting() == 2
+    wait, refusal = core.preview(ask(0, limit=slow, key="k"), now)
+    assert refusal is None
+    assert 120 <= wait <= 200
+
+
+def test_a_grant_that_leaves_late_moves_what_it_counts_for() -> None:
+    """And only that of a call that is still out, under a limit."""
+    core, now = AdmissionCore(), 1_000.0
+    paced = RateLimit(rpm=60, burst=1)
+    reservation = core.admit(ask(0, limit=paced, key="k"), now)
+    core.sent_late(reservation, now + 10)
+    follower = ask(0, limit=paced, key="k", horizon=inf)
+    core.admit(follower, now + 10)
+    assert follower.state == PENDING  # the second of the first call has only begun
+    free = core.admit(ask(5, budget=LIMIT), now)
+    core.sent_late(free, now + 10)
+    core.settle(settlement(reservation, 0), now + 11)
+    core.sent_late(reservation, now + 50)
+    core.tick(now + 12)
+    assert follower.state == GRANTED
