@@ -17,7 +17,7 @@ from dspy_prod.options import RateLimit
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.routes import PRIMARY, Route
 from dspy_prod.pipeline.upstream.upstream import Upstream
-from dspy_prod.policies.budget import quoted_rules, shared_rule
+from dspy_prod.policies.sharing import quoted_rules, shared_rule
 from dspy_prod.pricing.rates import PriceBook
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.stores.base import Store

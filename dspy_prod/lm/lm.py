@@ -35,7 +35,7 @@ from dspy_prod.pipeline.pipeline import clear_answers
 from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
 from dspy_prod.policies.breaker.transitions import OperatorMove
-from dspy_prod.policies.budget import quoted, steer
+from dspy_prod.policies.sharing import quoted, steer
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.records import usd
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock

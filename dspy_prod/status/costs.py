@@ -15,7 +15,8 @@ from typing import Final, NamedTuple
 
 from dspy_prod.context.current import EMPTY, current
 from dspy_prod.pipeline.pipeline import Pipeline
-from dspy_prod.policies.budget import BudgetRule, refresh
+from dspy_prod.policies.budget import BudgetRule
+from dspy_prod.policies.sharing import refresh
 from dspy_prod.records import NANO, ROLLUP_DIMENSIONS, Totals
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
