@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from dspy_prod.errors import ConfigError, StoreUnavailableError
     from dspy_prod.lm import LM
     from dspy_prod.lm.checking import Finding, check
-    from dspy_prod.policies.budget import quoted
+    from dspy_prod.policies.sharing import quoted
 
     try:
         with quoted(), warnings.catch_warnings():  # looking at a file must not change what a budget allows

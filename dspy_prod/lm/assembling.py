@@ -17,8 +17,8 @@ from dspy_prod.options import RateLimit
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.routes import PRIMARY, Route
 from dspy_prod.pipeline.upstream.upstream import Upstream
-from dspy_prod.policies.budget import quoted_rules, shared_rule
-from dspy_prod.pricing.rates import PriceBook
+from dspy_prod.policies.sharing import quoted_rules, shared_rule
+from dspy_prod.pricing.book import PriceBook
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_store_url, open_store
@@ -44,7 +44,7 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
     if disabled():
         settings = settings.off()
     store = _store(settings)
-    prices = PriceBook(settings.prices)
+    prices = PriceBook(settings.prices, settings.clock)
 
     def route(
         upstream: Upstream, limit: RateLimit | None = None, *, name: str = "", like: Settings = settings, **more: Any
@@ -72,7 +72,7 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
             fallback.pipeline.primary.upstream,
             own.limit,
             like=own,
-            prices=PriceBook({**settings.prices, **own.prices}),
+            prices=PriceBook({**settings.prices, **own.prices}, settings.clock),
             defaults=_defaults(fallback),
             rules=quoted_rules(store, own.budgets),
         )

@@ -23,7 +23,7 @@ from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.scope import Scope, raw_key
 from dspy_prod.pipeline.standing import standing_for
 from dspy_prod.pipeline.upstream.destination import places
-from dspy_prod.policies.budget import Purse
+from dspy_prod.policies.purse import Purse
 
 _ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
 _PLAIN_CALL_KEYS: Final = frozenset(

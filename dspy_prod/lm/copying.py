@@ -16,7 +16,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.lm.beneath import INSTALLED, Beneath
 from dspy_prod.lm.settings import ROWS, Settings, settings_of, split
 from dspy_prod.options import Cache
-from dspy_prod.policies.budget import quoted
+from dspy_prod.policies.sharing import quoted
 from dspy_prod.stores.base import Store
 
 Copied = TypeVar("Copied", bound=Beneath)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import copy as copying_module
+import datetime as dt
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,7 +35,7 @@ from dspy_prod.pipeline.pipeline import clear_answers
 from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
 from dspy_prod.policies.breaker.transitions import OperatorMove
-from dspy_prod.policies.budget import quoted, steer
+from dspy_prod.policies.sharing import quoted, steer
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.living import LIVE
@@ -252,11 +253,20 @@ class LM(AsPlain, dspy.LM):
 
         return Ledger(self.pipeline.store, self.pipeline.clock)
 
-    def costs(self, by: str | None = None) -> Any:
-        """What was spent: a `CostSummary`, or sums by `"day"`, `"model"`, `"user"`, `"tenant"`, `"tag:<key>"`, ..."""
-        from dspy_prod.status.health import costs, costs_by
+    def costs(self, by: str | None = None, *, since: dt.date | dt.timedelta | None = None) -> Any:
+        """What was spent: a `CostSummary`, or sums by `"day"`, `"model"`, `"user"`, `"tenant"`, `"tag:<key>"`, ...
 
-        return costs(self.pipeline) if by is None else costs_by(self.pipeline.store, by)
+        Args:
+            by: what to sum by.
+            since: the first day (UTC) of the sums, or so long ago, e.g. `timedelta(days=7)`; default: all. Alone, it
+                sums day by day. Sums are kept by whole days, so more calls take no longer to read.
+
+        Raises:
+            ValueError: an unknown `by`. TypeError: a `since` that tells no day.
+        """
+        from dspy_prod.status.costs import costs_since
+
+        return costs_since(self.pipeline, by, since)
 
     def health(self) -> Health:
         """State of breaker, limiter, cache and costs, and one overall status."""

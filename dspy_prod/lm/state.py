@@ -22,7 +22,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.settings import ATTRIBUTES, DSPY, ROWS
 from dspy_prod.options import Options
-from dspy_prod.policies.budget import quoted
+from dspy_prod.policies.sharing import quoted
 from dspy_prod.privacy.names import bare_url, public
 from dspy_prod.stores.opening import default_store_url
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from dspy.lm15 import Request, Response, Usage
 
 from dspy_prod.context.current import CallContext
-from dspy_prod.policies.budget import Purse
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
+from dspy_prod.policies.purse import Purse
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.forking import reset_after_fork
 

@@ -21,7 +21,7 @@ from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.refusing import note
 from dspy_prod.pipeline.scope import SCOPE, Scope, candidate_key, request_key
-from dspy_prod.policies.budget import Purse
+from dspy_prod.policies.purse import Purse
 
 
 class _Guarded:

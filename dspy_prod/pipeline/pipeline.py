@@ -54,9 +54,9 @@ class Pipeline:
         self.routes = (primary, *fallbacks)
         self.store = store
         self.rules = budgets
-        self.budgets_changed()
         for rule in self.every_budget():
-            rule.followers.add(self)
+            rule.follow(self)  # before it is looked at, so that no change goes by between the two
+        self.budgets_changed()
         shared = None if cache is None else _shared_cache(store, cache)
         self.cache: ResponseCache | None = None if shared is None else shared.cache
         self.flights: Flights = Flights() if shared is None else shared.flights(self.routes)

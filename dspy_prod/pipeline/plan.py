@@ -15,6 +15,7 @@ from dspy_prod.pipeline.call import IDS, Call
 from dspy_prod.pipeline.fitting import fitted
 from dspy_prod.policies.breaker.breaker import Permit
 from dspy_prod.policies.budget import BudgetRule
+from dspy_prod.pricing.book import remedy
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.base import GRANTED, Account, Refusal, Reservation
@@ -272,10 +273,7 @@ def _bound(route: Route, request: Request, inputs: int | None, outputs: int | No
     if inputs is not None and outputs is not None and route.rates() is not None:
         return route.most(request, inputs, outputs)
     if route.rates() is None:
-        problem = (
-            f"no price is known for {route.model!r}; pass "
-            f"prices={{{route.model!r}: dspy_prod.Price(input=..., output=...)}} (USD per million tokens)"
-        )
+        problem = f"no price is known for {route.model!r}; {remedy(route.model)}"
     elif inputs is None and hosted_fees(request):
         problem = "the request uses a tool that the provider runs and bills apart; call it without a budget"
     elif inputs is None:

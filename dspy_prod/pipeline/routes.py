@@ -21,9 +21,11 @@ from dspy_prod.policies.breaker.breaker import Breaker
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.cache import EMPTY_USAGE
 from dspy_prod.policies.retry import RetryBudget
+from dspy_prod.pricing.book import PriceBook, remedy
 from dspy_prod.pricing.bounds import input_bound, output_bound
+from dspy_prod.pricing.lookup import base_of
 from dspy_prod.pricing.media import census
-from dspy_prod.pricing.rates import ATTO_PER_NANO, PriceBook, Rates
+from dspy_prod.pricing.rates import ATTO_PER_NANO, Rates
 from dspy_prod.pricing.regions import region_of
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
@@ -151,6 +153,7 @@ class Route:
         self.timeout: float | None = float(timeout) if isinstance(timeout, (int, float)) else None
         self.region = region_of(upstream.clients, self.model)
         self.state = _shared_state(store, self, retry, breaker, clock, bus)
+        self._base = base_of(extras)
         self._clock = clock
         self._bus = bus
         self._rates: Rates | None = None
@@ -166,8 +169,8 @@ class Route:
     def rates(self) -> Rates | None:
         """The model's prices, None when unknown. Looked up until the answer holds for good."""
         if not self._priced:
-            self._rates = self.prices.rates(self.model, self.upstream.provider)
-            self._priced = self.prices.settled(self.model, self.upstream.provider)
+            self._rates = self.prices.rates(self.model, self.upstream.provider, self._base)
+            self._priced = self.prices.settled(self.model, self.upstream.provider, self._base)
             if self._priced and self._rates is None:
                 self._warn_unpriced()
         return self._rates
@@ -180,9 +183,9 @@ class Route:
             _UNPRICED.add(self.model)
         _log.warning(
             "No price is known for %r, so its calls are recorded without a cost, unless their answers name a model "
-            "that is known; pass prices={%r: dspy_prod.Price(input=..., output=...)} (USD per million tokens)",
+            "that is known; %s",
             self.model,
-            self.model,
+            remedy(self.model),
         )
         self._bus.emit("unpriced_model", self._clock.time(), model=self.model)
 
@@ -197,7 +200,10 @@ class Route:
         """
         upstream = self.upstream
         away = upstream.fell_back and not upstream.is_native(request, beside)
-        rates = self.prices.rates(self.model, "litellm") if away else self._rates if self._priced else self.rates()
+        if away:
+            rates = self.prices.rates(self.model, "litellm", self._base)
+        else:
+            rates = self._rates if self._priced else self.rates()
         if rates is None:
             rates = self.prices.served(self.model, "litellm" if away else upstream.provider, response.model)
             if rates is None:

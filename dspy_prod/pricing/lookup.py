@@ -56,6 +56,22 @@ def resolve(model: str) -> tuple[str | None, str]:
     return route.provider, route.model
 
 
+def base_of(extras: Mapping[str, Any]) -> str | None:
+    """The model behind a deployment, as LiteLLM takes it: `base_model=`, or `model_info={"base_model": ...}`."""
+    info = extras.get("model_info")
+    base = extras.get("base_model") or (info.get("base_model") if isinstance(info, Mapping) else None)
+    return base if isinstance(base, str) else None
+
+
+def names_of(base: str | None, model: str) -> Iterator[str]:
+    """How a base model may be listed: at the provider of the deployment, then as it was given."""
+    if base:
+        head, slash, _ = model.partition("/")
+        if slash and not base.startswith(head + slash):
+            yield head + slash + base
+        yield base
+
+
 def through_litellm(model: str, provider: str | None, native: str | None) -> bool:
     """Whether a call to this provider goes through LiteLLM, by whose names its models are then found."""
     return provider in (None, "litellm") or (native is None and provider == model.partition("/")[0])

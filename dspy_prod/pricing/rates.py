@@ -1,4 +1,4 @@
-"""Prices: exact integer arithmetic over DSPy's model metadata, or over a `Price` the user gives.
+"""What one model costs: exact integer arithmetic over DSPy's model metadata, or over a `Price` the user gives.
 
 A model's rates are compiled once into integers (see `tables`); pricing an attempt is then a few multiplications,
 rounded UP to a whole nano-USD. What a usage counter means at a provider, and which rate applies to it, follows
@@ -8,32 +8,23 @@ region is known and held where it is not. As there, off-peak discounts are not m
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from dspy_prod.options import Price
-from dspy_prod.pricing import lookup, tables
-from dspy_prod.pricing.bounds import hosted_fees
-from dspy_prod.pricing.media import MEDIA
+from dspy_prod.pricing import tables
 from dspy_prod.records import MOST_TOKENS
 
 if TYPE_CHECKING:
-    from dspy.lm15 import Request, Response, Usage
-
-logger = logging.getLogger(__name__)
+    from dspy.lm15 import Usage
 
 ATTO_PER_NANO = 10**9
 _UNLIMITED = 2**31 - 1
 
 _SEPARATE_REASONING = frozenset(("gemini", "vertex", "vertex-express", "xai"))
 _SURELY_STANDARD = frozenset(("default", "standard", "on_demand"))
-_TIERS: dict[str | None, str] = {None: "", "auto": "", "priority": "_priority", "flex": "_flex"}
-_TIERS.update(dict.fromkeys(_SURELY_STANDARD, ""))
-
-_MOST = 4096  # models remembered: providers choose the names of served ones, so bound what they can fill
+TIERS: dict[str | None, str] = {None: "", "auto": "", "priority": "_priority", "flex": "_flex"}
+TIERS.update(dict.fromkeys(_SURELY_STANDARD, ""))
 
 
 class Rates:
@@ -119,7 +110,7 @@ class Rates:
         outputs -= audio_out if self._separate_reasoning else audio_out + reasoning
         if self.source == "override":  # a Price is what the user pays, at whatever tier and retention
             tier, long_cache = None, False
-        rows = self._rows.get((_TIERS.get(tier, "unknown"), long_cache))
+        rows = self._rows.get((TIERS.get(tier, "unknown"), long_cache))
         if inputs < 0 or outputs < 0 or rows is None or total_input + reasoning > MOST_TOKENS:
             return None
         row = rows[bisect_left(self._thresholds, total_input)]
@@ -131,7 +122,7 @@ class Rates:
         return -(-total // ATTO_PER_NANO)
 
     def _applicable(self, input_tokens: int, tier: str | None, media: bool, images: int) -> tuple[int, int, int]:
-        name = "standard" if tier in _SURELY_STANDARD else "known" if tier in _TIERS else "every"
+        name = "standard" if tier in _SURELY_STANDARD else "known" if tier in TIERS else "every"
         text, image, with_media, output = self._bands[name][bisect_left(self._thresholds, input_tokens)]
         if not media and not images:
             return text, output, self._fee
@@ -158,125 +149,3 @@ class Rates:
         input_rate, output_rate, fee = self._applicable(input_tokens, tier, media, images)
         left = nano * ATTO_PER_NANO - input_tokens * input_rate - fee
         return 0 if left < 0 else min(left // output_rate, _UNLIMITED) if output_rate else _UNLIMITED
-
-
-def _priced(price: Price, known: Rates | None) -> dict[str, Any]:
-    """A `Price` as a metadata entry; the limits it leaves open are the metadata's."""
-    per_million = (price.input, price.output, price.reasoning, price.cached_input, price.cache_write)
-    return {
-        **{key: Decimal(repr(usd)) / 10**6 for (key, _), usd in zip(tables.DIMENSIONS, per_million) if usd is not None},  # noqa: B905
-        "input_cost_per_request": price.per_request,
-        "max_output_tokens": price.max_output_tokens or (known and known.max_output_tokens),
-        "max_input_tokens": price.max_input_tokens or (known and known.max_input_tokens),
-    }
-
-
-class PriceBook:
-    """Rates by model, each compiled once. Safe to share between threads; no method raises.
-
-    `overrides` maps a model string as given to the LM (`"openai/gpt-4o-mini"`), or the name without its provider
-    prefix, to a `Price`, which wins over the metadata.
-    """
-
-    def __init__(self, overrides: Mapping[str, Price] | None = None) -> None:
-        self._overrides = dict(overrides or {})
-        self._rates: dict[tuple[str, str | None], Rates | None] = {}
-        self._served: dict[tuple[str, str | None, str], tuple[str, str | None]] = {}
-        self._unread: set[str] = set()
-
-    def rates(self, model: str, provider: str | None = None) -> Rates | None:
-        """The rates of a model; None when its price is unknown.
-
-        `model` is the string given to the LM. `provider` is DSPy's name of the provider that serves it
-        (`dspy.clients.capabilities.resolve(lm).provider`), or `"litellm"` when the call goes through LiteLLM, which
-        reports any usage in OpenAI's way; None resolves it as DSPy's `engine="auto"` does. For a provider that only
-        LiteLLM has, its prefix and None mean the same.
-        """
-        try:
-            return self._rates[model, provider]
-        except KeyError:
-            pass
-        found, certain = self._compile(model, provider)
-        if not certain:  # metadata that cannot be read now may be readable at the next call
-            return found
-        if len(self._rates) >= _MOST:
-            self._rates.clear()
-        self._rates[model, provider] = found
-        return found
-
-    def settled(self, model: str, provider: str | None = None) -> bool:
-        """Whether what `rates` said last of this model holds for good."""
-        return (model, provider) in self._rates
-
-    def _compile(self, model: str, provider: str | None) -> tuple[Rates | None, bool]:
-        """The rates, and whether the metadata could be read."""
-        native, wire = lookup.resolve(model)
-        provider = provider or native
-        known, certain = None, True
-        try:
-            found = lookup.find(model, provider, native, wire)
-            known = found and Rates(found.name, provider, "dspy", found.prefix, found.info)
-        except Exception:
-            certain = False
-            if model not in self._unread and len(self._unread) < _MOST:  # each call tries again: tell it once
-                self._unread.add(model)
-                logger.warning("the metadata of %r cannot be read; its price counts as unknown", model, exc_info=True)
-        for name in (model, model.partition("/")[2], wire):
-            if name in self._overrides:
-                return Rates(name, provider, "override", "", _priced(self._overrides[name], known)), certain
-        return known, certain
-
-    def served(self, model: str, provider: str | None, name: str) -> Rates | None:
-        """The rates of the model that answered, `name`, for one whose own price is unknown: an Azure deployment."""
-        if name == model:
-            return None
-        try:
-            return self._rates[self._served[model, provider, name]]
-        except KeyError:
-            pass
-        native, _ = lookup.resolve(model)
-        head, slash, rest = model.partition("/")
-        full = head + slash + name if lookup.through_litellm(model, provider, native) and rest else name
-        if len(self._served) >= _MOST:
-            self._served.clear()
-        self._served[model, provider, name] = full, provider or native
-        return self.rates(full, provider or native)
-
-    def price_response(
-        self, rates: Rates | None, response: Response, request: Request | None, region: str | None = None
-    ) -> int | None:
-        """What a completed response cost in nano-USD, rounded up; None when it cannot be known.
-
-        As in DSPy, the model that really served is priced when the metadata knows it, and the tier the provider
-        reports wins over the one asked for; generated media and hosted tools are billed apart from tokens: None.
-        `region` is where it was served, as in `Rates.uplifts`; what Anthropic tells of it wins.
-        """
-        if rates is None:
-            return None
-        parts = response.message.parts
-        if len(parts) != 1 or parts[0].type != "text":
-            if any(part.type in MEDIA for part in parts):
-                return None
-        elif response.provider_data is None and request is not None and response.model == rates.model:
-            config = request.config
-            if not (request.tools or config.extensions or config.service_tier or config.cache or rates.uplifts):
-                return rates.cost(response.usage)  # the plain case, in a microsecond
-        tier, long_cache = None, False
-        if request is not None:
-            config = request.config
-            if (request.tools or config.extensions) and hosted_fees(request):
-                return None
-            tier, long_cache = config.service_tier, config.cache is not None and config.cache.retention == "long"
-        if response.model != rates.model and rates.source == "dspy":
-            rates = self.rates(rates.prefix + response.model, rates.provider) or rates
-        raw = response.provider_data or {}
-        google = raw.get("usageMetadata")
-        tier = raw.get("service_tier") or (google.get("serviceTier") if isinstance(google, dict) else None) or tier
-        if tier is not None:
-            tier = tier.lower() if isinstance(tier, str) else "unknown"
-        cost = rates.cost(response.usage, tier if _TIERS.get(tier) != "" else None, long_cache)
-        if cost is None or not rates.uplifts:
-            return cost
-        usage = raw.get("usage")
-        told = usage.get("inference_geo") if isinstance(usage, dict) else None
-        return -(-cost * rates.uplifts.get(told.lower() if isinstance(told, str) else region or "", 1000) // 1000)

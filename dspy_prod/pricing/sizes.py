@@ -17,7 +17,7 @@ _Found = TypeVar("_Found")
 _MOST_STEPS = 10_000  # segments or boxes followed, so that a crafted file cannot keep us busy
 _NO_FRAME = frozenset((0xC4, 0xC8, 0xCC))  # markers among JPEG's frame headers that are none
 _PAGE = re.compile(rb"/Type\s*/Page(?![A-Za-z])")
-_STREAM = re.compile(rb"obj\b(.{0,2000}?)\bstream\r?\n", re.DOTALL)
+_STREAM = re.compile(rb"\bstream\r?\n")
 _LENGTH = re.compile(rb"/Length\s+(\d+)(?!\s+\d+\s+R)")
 _NO_TEXT = (b"/Image", b"/Length1", b"/FontFile", b"/Type1C", b"/CIDFontType0C", b"/ICCBased", b"/XRef")
 
@@ -165,9 +165,13 @@ def pdf_pages(data: str) -> tuple[int, int] | None:
 def _pdf(raw: bytes) -> tuple[int, int] | None:
     if b"%PDF-" not in raw[:1024] or b"/ObjStm" in raw or b"/Encrypt" in raw:
         return None
-    pages, text = len(_PAGE.findall(raw)), len(raw)
-    for stream in _STREAM.finditer(raw):
-        length = _LENGTH.search(stream[1])
-        if length is not None and any(mark in stream[1] for mark in _NO_TEXT):
-            text -= min(int(length[1]), len(raw) - stream.end())
-    return (pages, max(text, 0)) if pages else None
+    pages, text, place = len(_PAGE.findall(raw)), len(raw), 0
+    while (stream := _STREAM.search(raw, place)) is not None:
+        head = raw[max(raw.rfind(b"obj", place, stream.start()), place) : stream.start()]
+        place = stream.end()
+        length = _LENGTH.search(head)
+        if length is not None and any(mark in head for mark in _NO_TEXT):
+            end = place + int(length[1][:12])
+            if b"endstream" in raw[end : end + 12]:  # else its length is not to be believed
+                text, place = text - (end - place), end
+    return (pages, text) if pages else None

@@ -13,9 +13,10 @@ from itertools import chain
 from math import inf
 from typing import Final, NamedTuple
 
-from dspy_prod.context.current import EMPTY, current
+from dspy_prod.context.current import current
 from dspy_prod.pipeline.pipeline import Pipeline
-from dspy_prod.policies.budget import BudgetRule, refresh
+from dspy_prod.policies.budget import BudgetRule
+from dspy_prod.policies.sharing import refresh
 from dspy_prod.records import NANO, ROLLUP_DIMENSIONS, Totals
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
@@ -87,6 +88,25 @@ def summary(places: Sequence[Place], pipelines: Iterable[Pipeline]) -> CostSumma
     )
 
 
+def costs_since(
+    pipeline: Pipeline, by: str | None, since: dt.date | dt.timedelta | None
+) -> CostSummary | list[CostRow]:
+    """What `LM.costs` tells: the summary, or sums by a dimension since a day; with a day alone, day by day.
+
+    Raises:
+        ValueError: an unknown dimension. TypeError: a `since` that tells no day.
+    """
+    if by is None and since is None:
+        return costs(pipeline)
+    if isinstance(since, dt.timedelta):
+        since = dt.datetime.fromtimestamp(pipeline.clock.time() - since.total_seconds(), dt.timezone.utc)
+    if isinstance(since, dt.datetime):
+        since = since.astimezone(dt.timezone.utc).date()
+    elif since is not None and not isinstance(since, dt.date):
+        raise TypeError(f"since={since!r}: sums are kept by whole days; pass a datetime.date, or a timedelta (ago)")
+    return costs_by(pipeline.store, "day" if by is None else by, since)
+
+
 def budgets_of(pipelines: Iterable[Pipeline]) -> tuple[list[BudgetStatus], list[BudgetStatus]]:
     """(the global budgets of some pipelines, the accounts of the scoped ones that are used most), each once.
 
@@ -115,7 +135,10 @@ def worst(store: Store, rule: BudgetRule, wall: float, most: int) -> list[Budget
     """The accounts of a budget in the window of now, those that are used most first."""
     window, ends_at = rule.window(wall)
     found = store.accounts(rule.prefix, f"|{window}", most)
-    return [_status(rule, rule.found(key, window, ends_at - wall), state, wall) for key, state in found]
+    return [
+        _status(rule, rule.found(key, window, ends_at - wall), state, wall, rule.who(key, window))
+        for key, state in found
+    ]
 
 
 def stored_budgets(store: Store, clock: Clock, most: int) -> list[BudgetStatus]:
@@ -130,27 +153,27 @@ def stored_budgets(store: Store, clock: Clock, most: int) -> list[BudgetStatus]:
     for terms in store.terms():
         rule = BudgetRule(terms.in_force)
         accounts = [] if rule.caps else worst(store, rule, wall, most)
-        if not accounts and rule.options.scope == "global":  # nobody has spent anything
-            account = rule.account(EMPTY, "", wall)
-            accounts = [_status(rule, account._replace(key=f"{rule.prefix}-|{rule.window(wall)[0]}"), _UNUSED, wall)]
-        found += accounts
+        found += accounts or [_unused(rule, wall)]
     return found
 
 
-_UNUSED: Final = AccountState()
+def _unused(rule: BudgetRule, wall: float) -> BudgetStatus:
+    """A budget of which nobody has spent anything."""
+    account = Account("", rule.limit, rule.options.title)
+    return _status(rule, account, AccountState(), wall, who=None)
 
 
 def budget_status(store: Store, rule: BudgetRule, account: Account, wall: float) -> BudgetStatus:
     """One account of a budget, now."""
-    return _status(rule, account, store.account(account.key), wall)
+    return _status(rule, account, store.account(account.key), wall, rule.who(account.key, rule.window(wall)[0]))
 
 
-def _status(rule: BudgetRule, account: Account, state: AccountState, wall: float) -> BudgetStatus:
+def _status(rule: BudgetRule, account: Account, state: AccountState, wall: float, who: str | None) -> BudgetStatus:
     window, ends_at = rule.window(wall)
     return BudgetStatus(
         title=account.title,
         name=rule.options.title,
-        who=rule.who(account.key, window),
+        who=who,
         per=rule.options.per,
         scope=rule.options.scope,
         limit_usd=account.limit / NANO,

@@ -48,6 +48,7 @@ class Lane:
         self._planned = inf  # store time of the next `tick`
 
     def admit(self, reservation: Reservation) -> Reservation:
+        """Grant, refuse, or put into line, see `Admission.admit`."""
         core = self._core
         with self._lock:
             core.admit(reservation, self.now())
@@ -57,13 +58,16 @@ class Lane:
         return reservation
 
     def withdraw(self, reservation: Reservation) -> bool:
+        """Take a waiting reservation out of line; False when it was granted meanwhile, and the caller must settle."""
         return self._step(lambda core, now: core.withdraw(reservation, now))
 
     def sent_late(self, reservation: Reservation, at: float) -> None:
+        """A granted call left only at `at`: its limiter counts it from then on."""
         with self._lock:
             self._core.sent_late(reservation, at)
 
     def settle(self, reservation: Reservation, settlement: Settlement) -> None:
+        """Replace the hold by what happened, keep the record, and serve who waited for what that frees."""
         core = self._core
         with self._lock:
             core.settle(settlement, self.now())
@@ -74,22 +78,28 @@ class Lane:
             self._tell()
 
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
+        """The provider answered 429: pause the key and lower its rate."""
         self._step(lambda core, now: core.throttled(limit_key, limit, retry_after, now))
 
     def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
+        """The provider told what is left of its limits, and for how many seconds."""
         self._step(lambda core, now: core.resync(limit_key, limit, remaining, now))
 
     def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
+        """(seconds until this reservation could be granted, refusal or None), changing nothing."""
         return self._step(lambda core, now: core.preview(reservation, now))
 
     def limiter(self, key: str) -> LimiterSnapshot | None:
+        """The state of one limiter, None when it was never used here."""
         return self._step(lambda core, now: core.limiter(key, now))
 
     def holds(self) -> int:
+        """Reservations not yet settled."""
         with self._lock:
             return len(self._core.holds)
 
     def waiting(self) -> int:
+        """Reservations in any line."""
         with self._lock:
             return self._core.waiting()
 

@@ -20,7 +20,7 @@ from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.plan import Attempt, plan
-from dspy_prod.pricing.rates import PriceBook
+from dspy_prod.pricing.book import PriceBook
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.limiter import LimiterState
@@ -369,11 +369,14 @@ def test_a_price_that_could_not_be_read_is_looked_up_again(monkeypatch: pytest.M
         return whole(*args, **kwargs)
 
     monkeypatch.setattr(model_metadata, "model_info", model_info)
+    clock = FakeClock()
     lm = dspy_prod.LM(
-        "openai/gpt-4o-mini", engine=ScriptedEngine("ok"), store=MemoryStore(), budget=Budget(usd=1), max_tokens=100
-    )
+        "openai/gpt-4o-mini", engine=ScriptedEngine("ok"), store=MemoryStore(clock=clock), clock=clock,
+        budget=Budget(usd=1), max_tokens=100,
+    )  # fmt: skip
     assert isinstance(caught(lambda: lm("q")), UnpricedModelError)
     broken.clear()
+    clock.advance(1)
 
     assert lm("q") == ["ok"]
     assert lm.costs().today_usd > 0

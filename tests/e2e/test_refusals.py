@@ -153,6 +153,21 @@ def test_the_command_lists_accounts_of_every_budget(
         assert word in text
 
 
+def test_the_command_lists_a_budget_of_which_nobody_has_spent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One with a scope was in no row: "No budget is known", although every call was held to it."""
+    store = f"sqlite:///{tmp_path}/state.db"
+    budgets = [Budget(usd=1, per="day", scope="tenant", require=True), Budget(usd=2, name="run", per="run")]
+    make_lm("http://127.0.0.1:1", store=store, budget=budgets).close()
+    assert main(["budgets", "--store", store, "--namespace", "e2e", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["title"], row["who"], row["limit_usd"], row["spent_usd"]) for row in rows] == [
+        ("day/tenant", None, 1, 0),
+        ("run", None, 2, 0),
+    ]
+
+
 def test_the_command_says_where_there_is_no_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dspy_prod.LM(MODEL, store=f"sqlite:///{tmp_path}/state.db", namespace="e2e", api_key="x").close()
     assert main(["budgets", "--store", f"sqlite:///{tmp_path}/state.db", "--namespace", "e2e"]) == 0

@@ -51,3 +51,24 @@ def test_options_do_not_change() -> None:
     budget = Budget(usd=1)
     with pytest.raises(ConfigError, match=r"model_copy\(update=\{'usd'"):
         budget.usd = 2
+
+
+def test_a_copy_is_checked_as_what_it_is_a_copy_of() -> None:
+    """The message above says how to change an option; a slip in it was no error, and the budget stayed as it was."""
+    budget = Budget(usd=1, name="b")
+    assert budget.model_copy(update={"usd": 2}) == Budget(usd=2, name="b")
+    assert budget.model_copy(deep=True) == budget
+    with pytest.raises(ConfigError, match="did you mean 'usd'"):
+        budget.model_copy(update={"usdd": 2})
+    with pytest.raises(ConfigError, match="greater than 0"):
+        budget.model_copy(update={"usd": -2})
+
+
+@pytest.mark.parametrize(
+    "option", [Budget(usd=1), Cache(), CircuitBreaker(), Price(input=1, output=1), RateLimit(), Retry()]
+)
+def test_pickles_name_the_room_and_not_the_file(option: Options) -> None:
+    """Those of other releases load here, and ours there."""
+    data = pickle.dumps(option)
+    assert b"dspy_prod.options\x94" in data
+    assert pickle.loads(data) == option

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import gc
+import sys
+import threading
 import time
 from math import inf
 from pathlib import Path
@@ -15,7 +17,9 @@ from dspy_prod.context.current import EMPTY, PROCESS_RUN, CallContext
 from dspy_prod.errors import BudgetExceededError, ConfigError
 from dspy_prod.options import Budget
 from dspy_prod.policies import budget as module
-from dspy_prod.policies.budget import BudgetRule, quoted, shared_rule, steer
+from dspy_prod.policies.budget import BudgetRule
+from dspy_prod.policies.sharing import quoted, shared_rule, steer
+from dspy_prod.stores.base import Terms
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite.store import SqliteStore
 
@@ -32,6 +36,11 @@ NOON = at("2026-11-28T12:00:00+00:00")
 
 def rule(usd: float = 1.0, **options: Any) -> BudgetRule:
     return BudgetRule(Budget(usd=usd, **options))
+
+
+def terms(revision: int, **options: Any) -> Terms:
+    said = Budget(**{"usd": 1, "name": "b", **options})
+    return Terms(said, said, revision)
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
@@ -259,3 +268,73 @@ def test_a_budget_that_nobody_uses_any_more_may_come_back_with_other_settings() 
     assert shared_rule(store, Budget(usd=1, per="day")).limit == 1_000_000_000
     gc.collect()
     assert shared_rule(store, Budget(usd=2, per="day")).limit == 2_000_000_000
+
+
+# -- settings that change ----------------------------------------------------------------------------------------------
+def test_a_call_sees_the_settings_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They changed while it looked for its account: half of the key was of before, half of now, and nobody's."""
+    days = rule(name="b", per="day", scope="tenant")
+    turn = days._turn
+
+    def turn_and_hear(wall: float) -> Any:
+        seen = turn(wall)
+        days.hear(terms(2, per="run", scope="user"))
+        return seen
+
+    monkeypatch.setattr(days, "_turn", turn_and_hear)
+    assert days.account(SOMEBODY, "m", NOON).key == "b|acme|2026-11-28"
+    monkeypatch.undo()
+    assert days.account(SOMEBODY, "m", NOON).key == f"b|{PROCESS_RUN}|ann|run"
+
+
+def test_what_is_heard_late_of_earlier_settings_changes_nothing() -> None:
+    """Raised and lowered again: the word of the first came after that of the second, and was believed."""
+    total = rule(name="b")
+    total.hear(terms(3))
+    total.hear(terms(2, usd=5))
+    assert total.options.usd == 1
+
+
+class Pipe:
+    """Counts how often it was told."""
+
+    def __init__(self) -> None:
+        self.told = 0
+
+    def budgets_changed(self) -> None:
+        self.told += 1
+
+
+def test_who_follows_is_told_and_who_is_gone_is_not() -> None:
+    total, pipe = rule(name="b"), Pipe()
+    total.follow(pipe)
+    total.follow(Pipe())
+    total.hear(terms(1, usd=2))
+    assert pipe.told == 1
+
+
+def test_pipelines_may_be_made_while_settings_change() -> None:
+    """An LM is built for every request: now and then none of them heard of a change that came meanwhile."""
+    total, first, ended = rule(name="b"), Pipe(), threading.Event()
+    total.follow(first)
+
+    def build() -> None:
+        kept: list[Pipe] = []
+        while not ended.is_set():
+            kept.append(Pipe())
+            total.follow(kept[-1])
+            if len(kept) > 2_000:
+                kept.clear()
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=build)
+    try:
+        thread.start()
+        for revision in range(1, 1_001):
+            total.hear(terms(revision, usd=1 + revision))
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(usual)
+    assert first.told == 1_000

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
+import dspy
 import pytest
 from dspy.lm15 import Message, Response, Usage
 
 import dspy_prod
-from dspy_prod import Budget, UnpricedModelError
+from dspy_prod import Budget, Price, UnpricedModelError
+from dspy_prod.pricing.book import PriceBook
 from dspy_prod.pricing.lookup import resolve
-from dspy_prod.pricing.rates import PriceBook
-from dspy_prod.testing import ScriptedEngine
+from dspy_prod.testing import Provider, ScriptedEngine
 
 BOOK = PriceBook()
 USAGE = Usage(input_tokens=1000, output_tokens=100)
@@ -132,14 +134,58 @@ def test_calls_of_a_deployment_are_recorded_with_the_price_of_its_model() -> Non
     assert lm("q") == ["x"]
     assert [record.cost_nano for record in lm.ledger.records()] == [210_000]
     lm = lm.copy(budget=Budget(usd=1, name="deployment"))
-    with pytest.raises(UnpricedModelError, match="pass prices="):
+    with pytest.raises(UnpricedModelError, match=r"pass prices=.*base_model='azure/gpt-4o-mini'"):
         lm("q")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"base_model": "azure/gpt-4o-mini"},
+        {"base_model": "gpt-4o-mini"},
+        {"model_info": {"base_model": "azure/gpt-4o-mini"}},
+    ],
+)
+def test_a_deployment_may_say_which_model_it_is(said: dict[str, Any]) -> None:
+    """As LiteLLM takes it: then its calls are bounded before they are sent, and a budget admits them."""
+    lm = dspy_prod.LM(
+        "azure/my-deployment", api_key="k", api_base="http://127.0.0.1:1", max_tokens=100, cache=False,
+        store="memory://said", budget=Budget(usd=1), **said,
+    )  # fmt: skip
+    seen = lm.preview("q")
+    assert (seen.reason, seen.affordable) == (None, True)
+    like = dspy_prod.LM("azure/gpt-4o-mini", max_tokens=100, cache=False, store="memory://said")
+    assert seen.bound_usd == like.preview("q").bound_usd
+
+
+def test_a_call_costs_what_the_model_it_is_said_to_be_costs() -> None:
+    """In the ledger, and in plain DSPy's history."""
+    with Provider() as provider:
+        given: dict[str, Any] = {"api_base": provider.url, "api_key": "k", "max_tokens": 100, "cache": False}
+        given["base_model"] = "openai/gpt-4o-mini"
+        plain = dspy.LM("openai/my-own-model", **given)
+        lm = dspy_prod.LM("openai/my-own-model", **given, store="memory://really", budget=Budget(usd=1))
+        assert plain("q") == lm("q")
+        cost = plain.history[-1]["cost"]
+        assert cost
+        assert [record.cost_usd for record in lm.ledger.records()] == [lm.history[-1]["cost"]] == [cost]
+
+
+def test_what_a_deployment_is_said_to_be_yields_to_a_price_and_to_a_name_that_is_known() -> None:
+    book = PriceBook({"azure/mine": Price(input=1, output=2)})
+    mine = book.rates("azure/mine", None, "azure/gpt-4o-mini")
+    assert mine is not None
+    assert mine.cost(Usage(input_tokens=1, output_tokens=1)) == 3_000
+    assert mine.max_output_tokens == 16_384
+    known = book.rates("azure/gpt-4o-mini", None, "azure/no-such-model")
+    assert known is not None
+    assert known.cost(USAGE) == _nano("azure/gpt-4o-mini")
 
 
 def test_looking_up_imports_no_litellm() -> None:
     """LiteLLM's names are read by their form; importing it takes seconds."""
     code = (
-        "import sys\nfrom dspy_prod.pricing.rates import PriceBook\n"
+        "import sys\nfrom dspy_prod.pricing.book import PriceBook\n"
         "assert PriceBook().rates('bedrock/converse/us.anthropic.claude-sonnet-4-5-20250929-v1:0')\n"
         "assert 'litellm' not in sys.modules\n"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import time
 import wave
 import zlib
 from base64 import b64encode
@@ -96,6 +97,7 @@ def pdf(pages: int, text: bytes = b"BT (hello) Tj ET", picture: int = 0) -> byte
         parts.append(b"3 0 obj\n<< /Length %d >>\nstream\n" % len(packed) + packed + b"\nendstream\nendobj\n")
     if picture:
         parts.append(b"4 0 obj\n<< /Subtype /Image /Length %d >>\nstream\n" % picture + bytes(picture))
+        parts.append(b"\nendstream\nendobj\n")
     return b"".join(parts)
 
 
@@ -292,3 +294,26 @@ def test_a_document_whose_pages_are_hidden_has_no_bound(raw: bytes) -> None:
 def test_a_text_file_has_no_more_tokens_than_bytes() -> None:
     """As any other text."""
     assert media_tokens(DocumentPart(data=_text(b"x" * 999), media_type="text/plain"), "openai/gpt-4o") == 999
+
+
+def test_what_a_crafted_pdf_says_of_its_streams_hides_no_text() -> None:
+    """A picture's length that reached to the end of the file took all the text behind it out of the bound."""
+    head = b"%PDF-1.4\n1 0 obj\n<< /Type /Page >>\nendobj\n2 0 obj\n<< /Subtype /Image /Length "
+    text = b"3 0 obj\n<< /Length 90000 >>\nstream\n" + b"x" * 90_000 + b"\nendstream\nendobj\n"
+    picture = b" >>\nstream\n" + bytes(1_000) + b"\nendstream\nendobj\n"
+    honest = head + b"1000" + picture + text
+    assert pdf_pages(_text(honest)) == (1, len(honest) - 1_000)
+    for lie in (b"999999999", b"90000", b"9" * 5_000):
+        crafted = head + lie + picture + text
+        assert pdf_pages(_text(crafted)) == (1, len(crafted))
+
+
+@pytest.mark.parametrize(
+    "piece", [b"obj ", b"stream\n", b"obj stream\n", b"obj /Image /Length 5 stream\n", b"/Length 1 "]
+)
+def test_a_crafted_pdf_is_looked_through_once(piece: bytes) -> None:
+    """Two megabytes of "obj" held the whole process for a quarter of a minute: two thousand bytes after each."""
+    data = _text(b"%PDF-1.4 /Type /Page " + piece * (2_000_000 // len(piece)) + b" stream\n")
+    began = time.process_time()
+    assert pdf_pages(data) is not None
+    assert time.process_time() - began < 5

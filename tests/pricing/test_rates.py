@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import itertools
 import json
 import math
 import subprocess
@@ -25,8 +24,10 @@ from hypothesis import strategies as st
 
 from dspy_prod.options import Price
 from dspy_prod.pricing import lookup
-from dspy_prod.pricing.rates import PriceBook, Rates
+from dspy_prod.pricing.book import PriceBook
+from dspy_prod.pricing.rates import Rates
 from dspy_prod.pricing.regions import region_of
+from tests.stores.support import FakeClock
 
 BOOK = PriceBook()
 NANO = 10**9
@@ -408,25 +409,42 @@ def test_unreadable_metadata_makes_a_price_unknown_but_spares_an_override(monkey
     assert _rates("openai/mine", None, book).cost(Usage(input_tokens=1, output_tokens=1)) == 3000
 
 
-def test_metadata_that_could_not_be_read_once_is_read_at_the_next_look(
+def test_metadata_that_could_not_be_read_is_read_again_after_a_pause(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One failed read made the price unknown for the life of the process; what failed is told once."""
-    tries, whole = itertools.count(), model_metadata.model_info
+    """One failed read made the price unknown for the life of the process; later each call paid for another try.
 
-    def broken_twice(*args: Any, **kwargs: Any) -> Any:
-        if next(tries) < 2:
+    What the user stated holds at once; what failed is told once.
+    """
+    broken, tries, whole, clock = True, 0, model_metadata.model_info, FakeClock()
+
+    def reading(*args: Any, **kwargs: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if broken:
             raise OSError("too many open files")
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(model_metadata, "model_info", broken_twice)
-    book = PriceBook()
-    for _ in range(2):
+    monkeypatch.setattr(model_metadata, "model_info", reading)
+    book = PriceBook({"openai/mine": Price(input=1, output=2)}, clock)
+    for pause in (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0):
+        before = tries
+        for _ in range(3):
+            assert book.rates("openai/gpt-4o-mini") is None
+            assert _rates("openai/mine", None, book).cost(Usage(input_tokens=1, output_tokens=1)) == 3000
+            assert not book.settled("openai/gpt-4o-mini")
+        assert tries == before + 2, "each model once"
+        clock.advance(pause - 0.01)
         assert book.rates("openai/gpt-4o-mini") is None
-        assert not book.settled("openai/gpt-4o-mini")
-    assert len(caplog.records) == 1
+        assert tries == before + 2
+        clock.advance(0.01)
+    assert len(caplog.records) == 2
+    broken = False
     assert book.rates("openai/gpt-4o-mini") is not None
     assert book.settled("openai/gpt-4o-mini")
+    assert not book.settled("openai/mine")
+    assert book.rates("openai/mine") is not None
+    assert book.settled("openai/mine")
 
 
 def test_preload_reads_the_metadata_ahead_of_the_first_request() -> None:

@@ -19,7 +19,8 @@ import pytest
 from dspy.clients import model_metadata
 from dspy.lm15 import Message, Response, Usage
 
-from dspy_prod.pricing.rates import PriceBook, Rates
+from dspy_prod.pricing.book import PriceBook
+from dspy_prod.pricing.rates import Rates
 
 NANO = 10**9
 MODES = ("chat", "responses", "completion", None)

@@ -403,6 +403,22 @@ def test_an_unknown_dimension_is_refused_by_name(by: str, store: MemoryStore) ->
         costs_by(store, by)
 
 
+def test_sums_may_begin_at_a_day(clock: FakeClock) -> None:
+    """The command could, the method could not: with a year of users there is no sum of last week by hand."""
+    store = CountingStore(clock=clock)
+    for days in range(40):
+        record(store, ago(days), 1.0, user="ann" if days % 2 else "bob")
+    lm = make(store)
+    rows = lm.costs(by="user", since=ago(6))
+    assert [(row.value, row.usd) for row in rows] == [("bob", 4.0), ("ann", 3.0)]
+    assert store.asked == [(str(ago(6)), None)], "no day before it is read"
+    assert lm.costs(by="user", since=dt.timedelta(days=6)) == rows
+    assert lm.costs("user", since=dt.datetime.combine(ago(6), dt.time(23), dt.timezone.utc)) == rows
+    assert [row.value for row in lm.costs(since=ago(1))] == [str(ago(1)), str(ago(0))]
+    with pytest.raises(TypeError, match=r"datetime\.date"):
+        lm.costs("user", since="7d")
+
+
 class CountingStore(MemoryStore):
     """Remembers which days were asked for."""
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
-from dspy_prod.options import Budget
+from dspy_prod.options import Budget, RateLimit
 from dspy_prod.stores.base import GRANTED, PENDING, Account, Reservation, Store, Terms
 from dspy_prod.stores.sqlite.store import SqliteStore
-from tests.stores.support import CENT, DOLLAR, ask, decided, granted, refused, settlement, until
+from dspy_prod.stores.sqlite.tables import Tables
+from dspy_prod.stores.sqlite.transactions import Transactions
+from tests.stores.support import CENT, DOLLAR, FakeClock, ask, decided, granted, refused, settlement, until
 
 ONE = Budget(usd=1, name="b")
 
@@ -63,6 +69,22 @@ def test_a_limit_below_what_is_spent_refuses_new_calls_and_breaks_nothing(store:
     assert refused(store, drawing(CENT)).limit == 30 * CENT
     store.settle(flying, settlement(flying, 40 * CENT))
     assert store.account("b|-|total") == (90 * CENT, 0, 0)
+
+
+def test_who_waits_for_a_limiter_is_told_at_once_too(store: Store) -> None:
+    """He stood in line for a minute, to hear then that the money was taken away long ago."""
+    store.declare(ONE)
+    seat = RateLimit(concurrency=1)
+    flying = granted(store, drawing(10 * CENT, limit=seat))
+    hopeless, free = store.admit(drawing(80 * CENT, limit=seat)), store.admit(drawing(CENT, limit=seat))
+    until(lambda: store.waiting() == 2)
+    store.steer(Budget(usd=0.5, name="b"))
+    refusal = decided(hopeless).refusal
+    assert refusal is not None
+    assert (refusal.reason, refusal.limit) == ("budget_exceeded", 50 * CENT)
+    assert free.state == PENDING
+    store.settle(flying, settlement(flying, 10 * CENT))
+    assert decided(free).state == GRANTED
 
 
 def test_every_admission_is_held_to_the_limit_of_its_moment(store: Store) -> None:
@@ -178,6 +200,8 @@ def test_terms_that_cannot_be_kept_are_not_in_force(
     from dspy_prod.errors import StoreUnavailableError
 
     store = open_sqlite()
+    heard: list[Terms] = []
+    store.on_terms(heard.append)
     store.declare(ONE)
 
     def full(*_: Any) -> None:
@@ -189,3 +213,41 @@ def test_terms_that_cannot_be_kept_are_not_in_force(
             store.steer(Budget(usd=5, name="b"))
     until(lambda: store.flush(1))
     assert refused(store, drawing(2 * DOLLAR)).limit == DOLLAR
+    known = store.known_terms("b")
+    assert known is not None
+    assert known.in_force.usd == 1
+    assert [terms.in_force.usd for terms in heard] == [1]
+
+
+def test_who_said_the_terms_finds_them_in_force_when_he_is_answered() -> None:
+    """A call right after `lm.set_budget` went by the settings of before, now and then."""
+    heard: list[bool] = []
+    told: Future[Any] = Future()
+    with TemporaryDirectory() as directory:
+        tables = Tables(f"{directory}/state.db", "test", "owner", synchronous="NORMAL", max_records=None)
+        transactions = Transactions(tables, FakeClock(), 30.0, lambda *_: None, lambda _: heard.append(told.done()))
+        steer = (Transactions.answer, told, lambda core, _, now: core.steer(ONE, now))
+        transactions.run([steer], lambda _: None)
+        for callback in transactions.after:
+            callback()
+        tables.close()
+    assert told.done()
+    assert heard == [False]
+
+
+@pytest.mark.parametrize("damaged", ["{", '{"usd": 5, "per": "week"}', "[]"])
+def test_terms_that_cannot_be_read_stop_nobody(
+    open_sqlite: Callable[..., SqliteStore], path: str, damaged: str
+) -> None:
+    """A row of another version, or a damaged one: every call of that budget was refused, and health raised."""
+    store = open_sqlite()
+    store.declare(ONE)
+    store.flush()
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("UPDATE budgets SET in_force = ?", (damaged,))
+    other = open_sqlite()
+    assert other.terms() == []
+    granted(other, drawing(90 * CENT))
+    assert refused(other, drawing(2 * DOLLAR)).limit == DOLLAR
+    other.declare(ONE)
+    assert [terms.in_force.usd for terms in other.terms()] == [1]

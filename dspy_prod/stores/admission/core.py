@@ -161,13 +161,13 @@ class AdmissionCore(Granting):
     # -- terms -------------------------------------------------------------------------------------------------------
     def declare(self, budget: Budget, anew: bool, now: float) -> None:
         """An LM is built with a budget."""
-        self.terms.declare(budget, anew)
-        self._serve_terms(now)
+        if self.terms.declare(budget, anew):
+            self._serve_terms(now)
 
     def steer(self, budget: Budget, now: float) -> None:
         """The settings of a budget change while it is in use."""
-        self.terms.steer(budget)
-        self._serve_terms(now)
+        if self.terms.steer(budget):
+            self._serve_terms(now)
 
     # -- time --------------------------------------------------------------------------------------------------------
     def tick(self, now: float) -> None:

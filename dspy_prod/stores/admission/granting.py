@@ -213,11 +213,12 @@ class Granting:
 
     def _serve_terms(self, now: float) -> None:
         """A limit changed: refuse whom it can no longer cover, wherever they wait, and serve the others."""
-        for key, line in list(self._parked.items()):
-            for reservation in list(line):
-                if self._refuse_for_money(reservation):
-                    line.remove(reservation)
-            self._serve_account(key, now)
+        for lines, serve in ((self._parked, self._serve_account), (self._lines, self._serve_limiter)):
+            for key, line in list(lines.items()):
+                for reservation in list(line):
+                    if self._refuse_for_money(reservation):
+                        line.remove(reservation)
+                serve(key, now)
 
     def _touch_limiter(self, key: str, now: float) -> None:
         if self.changes is not None:

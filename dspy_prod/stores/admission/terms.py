@@ -17,16 +17,15 @@ class TermsBook:
     Attributes:
         limits: the limits in force in nano-USD, by the budget's title, as far as they were asked for.
         dirty: titles a durable store has to write back.
-        news: terms that are others than those told last.
     """
 
     def __init__(self, load: Callable[[str], Terms | None] | None) -> None:
         self._load = load
         self._known: dict[str, Terms] = {}
         self._told: dict[str, Terms] = {}
+        self._learned: dict[str, Terms] = {}  # and not told yet, because it may still be rolled back
         self.limits: dict[str, int] = {}
         self.dirty: set[str] = set()
-        self.news: list[Terms] = []
 
     def limit(self, account: Account) -> int:
         """The limit in force for an account, in nano-USD; its own where nobody declared its budget."""
@@ -45,42 +44,48 @@ class TermsBook:
                 self._learn(terms)
         return terms
 
-    def declare(self, budget: Budget, anew: bool) -> Terms:
+    def declare(self, budget: Budget, anew: bool) -> bool:
         """An LM is built with a budget. What differs from what the last one was built with is in force from now on;
         the same again leaves in force what `steer` said meanwhile.
 
         Args:
             budget: the settings.
             anew: somebody says so now; else they are a copy's, and hold only while nobody else has said anything.
+
+        Returns:
+            Whether other terms are in force than before.
         """
         terms = self.find(budget.title)
-        if terms is None or (anew and terms.built != budget):
-            terms = self._put(Terms(budget, budget, 1 if terms is None else terms.revision + 1))
-        return terms
+        if terms is not None and (terms.built == budget or not anew):
+            return False
+        self._put(Terms(budget, budget, 1 if terms is None else terms.revision + 1))
+        return True
 
-    def steer(self, budget: Budget) -> Terms:
-        """These settings are in force from now on, whatever LMs were built with."""
+    def steer(self, budget: Budget) -> bool:
+        """These settings are in force from now on, whatever LMs were built with; False when they are already."""
         terms = self.find(budget.title)
-        if terms is None:
-            return self._put(Terms(budget, budget, 1))
-        if terms.in_force != budget:
-            terms = self._put(Terms(terms.built, budget, terms.revision + 1))
-        return terms
+        if terms is not None and terms.in_force == budget:
+            return False
+        self._put(Terms(budget, budget, 1) if terms is None else Terms(terms.built, budget, terms.revision + 1))
+        return True
 
     def all(self) -> list[Terms]:
         """The terms known here."""
-        return list(self._told.values())
+        return list(self._known.values())
 
     def take_news(self) -> list[Terms]:
-        """What is to be told."""
-        news = self.news
-        if news:
-            self.news = []
+        """Terms that are others than those told last; called once they are durable."""
+        if not self._learned:
+            return []
+        news = [terms for title, terms in self._learned.items() if self._told.get(title) != terms]
+        self._told.update(self._learned)
+        self._learned = {}
         return news
 
     def forget(self) -> None:
-        """Drop everything: a durable store's terms are loaded again when needed."""
+        """Drop everything that was not told: a durable store's terms are loaded again when needed."""
         self._known.clear()
+        self._learned.clear()
         self.limits.clear()
         self.dirty.clear()
 
@@ -89,16 +94,13 @@ class TermsBook:
         self._known.update(self._told)
         self.dirty.update(self._told)
 
-    def _put(self, terms: Terms) -> Terms:
+    def _put(self, terms: Terms) -> None:
         if self._load is not None:
             self.dirty.add(terms.in_force.title)
         self._learn(terms)
-        return terms
 
     def _learn(self, terms: Terms) -> None:
         title = terms.in_force.title
         self._known[title] = terms
+        self._learned[title] = terms
         self.limits[title] = terms.in_force.limit_nano
-        if self._told.get(title) != terms:
-            self._told[title] = terms
-            self.news.append(terms)

@@ -150,7 +150,7 @@ def read_accounts(
 def read_terms(connection: sqlite3.Connection, ns: int) -> list[Terms]:
     """The terms of every budget."""
     rows = connection.execute(f"SELECT {TERMS} FROM budgets WHERE ns = ? ORDER BY name", (ns,))
-    return [terms_of(row) for row in rows]
+    return [terms for row in rows if (terms := terms_of(row)) is not None]
 
 
 def read_records(

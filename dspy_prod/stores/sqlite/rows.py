@@ -66,10 +66,16 @@ def terms_row(ns: int, terms: Terms) -> Row:
     return ns, clean_text(in_force.title), built.model_dump_json(), in_force.model_dump_json(), revision
 
 
-def terms_of(row: Row) -> Terms:
-    """The terms in a row of `TERMS`, by name because another version may have written them."""
+def terms_of(row: Row) -> Terms | None:
+    """The terms in a row of `TERMS`, by name because another version may have written them.
+
+    None where that wrote what this one does not understand: an account is then held to its caller's own limit.
+    """
     built, in_force, revision = row
-    return Terms(_budget(built), _budget(in_force), revision)
+    try:
+        return Terms(_budget(built), _budget(in_force), revision)
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 @lru_cache(maxsize=1000)

@@ -193,10 +193,10 @@ class Transactions:
         if renewed:
             self._leased_until = now + self._lease
         self.core.written()
+        # Before whoever said them is answered: his next call goes by them.
+        self.after[:0] = [partial(self.on_terms, terms) for terms in self.core.terms.take_news()]
         if len(self.core.accounts.entries) > MAX_ACCOUNTS:
             self.core.forget()
-        for terms in self.core.terms.take_news():
-            self.after.append(partial(self.on_terms, terms))
         for record in unwritable:
             self.tell_later("operation_dropped", kind="append", error=f"the record {record.id!r} cannot be written")
 
