@@ -23,13 +23,17 @@ Cell = str | Text
 NARROWEST: Final = 12
 """Characters to which a column of names is narrowed at most; on a terminal that has no room for it, lines wrap."""
 
-_CONTROL: Final = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+_STEERING: Final = r"\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069"  # C1, and what turns the direction of writing
+_CONTROL: Final = re.compile(rf"[\x00-\x09\x0b-\x1f{_STEERING}]")
+_BARE_IN_JSON: Final = re.compile(f"[{_STEERING}]")
 
 
 def print_json(value: Any) -> int:
     """Print a value as JSON, in whatever the output can take; returns the exit code 0."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(json.dumps(value, indent=2, ensure_ascii=not unicode), flush=True)  # a closed pipe is met here, not at exit
+    text = json.dumps(value, indent=2, ensure_ascii=not unicode)
+    text = _BARE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    print(text, flush=True)  # a closed pipe is met here, not at exit
     return 0
 
 
