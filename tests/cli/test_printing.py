@@ -178,6 +178,7 @@ def test_what_a_check_finds_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytes
 
 def test_what_would_turn_the_text_round_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In tables and JSON alike: `user\\u202e` made the rest of a line read backwards."""
+    monkeypatch.delenv("COLUMNS", raising=False)
     store = SqliteStore(str(tmp_path / "s.db"), "n")
     row(store, "r", 0.0, user=TURNING)
     store.close()
