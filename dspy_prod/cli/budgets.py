@@ -6,13 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from dspy_prod.cli.printing import print_json
+from dspy_prod.cli.printing import print_json, show, table
+from dspy_prod.cli.reports import opened
+from dspy_prod.errors import ConfigError
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.status.costs import stored_budgets
+from dspy_prod.status.models import BudgetStatus
 
 DEFAULT_LIMIT = 10
 
@@ -27,29 +26,22 @@ def add_parser(commands: Any, where: Callable[[argparse.ArgumentParser], None]) 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the budgets; returns the exit code."""
-    from dspy_prod.cli.reports import _open
-
     if arguments.limit < 1:
-        raise ValueError(f"--limit {arguments.limit} must be at least 1")
-    store = _open(arguments)
+        raise ConfigError(f"--limit {arguments.limit} must be at least 1")
+    store = opened(arguments)
     found = stored_budgets(store, SYSTEM_CLOCK, arguments.limit)
     if arguments.json:
         return print_json([budget.model_dump(mode="json") for budget in found])
-    console = Console()
     if not found:
-        console.print(f"No budget is known in namespace {store.namespace!r}.", markup=False)
-        return 0
-    table = Table(title=escape(f"Budgets in {store.namespace!r}, USD"), title_justify="left")
-    for name in ("name", "scope", "who", "window"):
-        table.add_column(name, overflow="fold")
-    for name in ("limit", "spent", "held", "left", "used"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for budget in found:
-        texts = (budget.name, budget.scope, budget.who or "", budget.window)
-        sums = (budget.limit_usd, budget.spent_usd, budget.held_usd, budget.remaining_usd)
-        table.add_row(*map(escape, texts), *[_usd(each) for each in sums], f"{budget.used_percent:.0f} %")
-    console.print(table)
-    return 0
+        return show(f"No budget is known in namespace {store.namespace!r}.")
+    columns = ("name", "scope", "who", "window", "limit", "spent", "held", "left", "used %")
+    return show(table(f"Budgets in {store.namespace!r}, USD", columns, map(_row, found), numbers=5))
+
+
+def _row(budget: BudgetStatus) -> tuple[str, ...]:
+    sums = (budget.limit_usd, budget.spent_usd, budget.held_usd, budget.remaining_usd)
+    names = (budget.name, budget.scope, budget.who or "", budget.window)
+    return (*names, *map(_usd, sums), f"{budget.used_percent:.0f}")
 
 
 def _usd(value: float) -> str:

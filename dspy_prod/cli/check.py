@@ -7,11 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
-from dspy_prod.cli.printing import print_json
+from dspy_prod.cli.printing import print_json, show, table
 
 _COLOURS: Final = {"ok": "green", "unsure": "yellow", "not tried": "dim", "fails": "red"}
 
@@ -45,12 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([finding.model_dump(mode="json") for finding in found])
         return int(fails)
-    table = Table()
-    for name in ("route", "what", "outcome", "found"):
-        table.add_column(name, overflow="fold")
-    for finding in found:
-        colour = _COLOURS[finding.outcome]
-        outcome = f"[{colour}]{finding.outcome}[/]"
-        table.add_row(escape(finding.route), finding.what, outcome, escape(finding.detail))
-    Console().print(table)
+    rows = ((one.route, one.what, Text(one.outcome, _COLOURS[one.outcome]), one.detail) for one in found)
+    show(table(str(arguments.path or "environment"), ("route", "what", "outcome", "found"), rows))
     return int(fails)

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dspy_prod import registry
 from dspy_prod.cli.printing import print_json, show
+from dspy_prod.privacy.visible import visible
 from dspy_prod.registry.deployment.report import DIRECTORY
 
 DEPLOYED, FAILED, INCONCLUSIVE, CONFLICT = 0, 1, 3, 4
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
                 tracking_uri=arguments.tracking_uri,
             )  # fmt: skip
     except registry.RegistryError as error:
-        print(f"dspy-prod deploy: {error}", file=sys.stderr)
+        print(visible(f"dspy-prod deploy: {error}"), file=sys.stderr)
         if error.deployment is not None:
             _show(arguments, error.deployment)
         return _code(error)
@@ -78,7 +79,7 @@ def _code(error: registry.RegistryError) -> int:
     return CONFLICT if isinstance(error, registry.PromotionConflictError) else OTHER
 
 
-def _show(arguments: argparse.Namespace, deployment: Any) -> None:
+def _show(arguments: argparse.Namespace, deployment: registry.Deployment) -> None:
     if arguments.json:
         print_json(deployment.to_dict())
         return

@@ -19,23 +19,27 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from dspy_prod.privacy.visible import UNSEEN, visible
+
 Cell = str | Text
 NARROWEST: Final = 12
 """Characters to which a column of names is narrowed at most; on a terminal that has no room for it, lines wrap."""
 
-_CONTROL: Final = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+_BARE_IN_JSON: Final = re.compile(f"[{UNSEEN}]")
 
 
 def print_json(value: Any) -> int:
     """Print a value as JSON, in whatever the output can take; returns the exit code 0."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(json.dumps(value, indent=2, ensure_ascii=not unicode), flush=True)  # a closed pipe is met here, not at exit
+    text = json.dumps(value, indent=2, ensure_ascii=not unicode)
+    text = _BARE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    print(text, flush=True)  # a closed pipe is met here, not at exit
     return 0
 
 
 def as_text(given: Cell) -> Text:
     """A text as it is; what would steer the terminal is shown as Python writes it."""
-    return given if isinstance(given, Text) else Text(_CONTROL.sub(lambda match: repr(match[0])[1:-1], given))
+    return given if isinstance(given, Text) else Text(visible(given))
 
 
 def show(*given: RenderableType) -> int:
@@ -74,10 +78,10 @@ def table(
         lines = [line.cell_len for row in cells for line in row[place].split()]
         if place < len(columns) - numbers:
             narrow = min(NARROWEST, max([len(name), *lines]))
-            grid.add_column(Text(name), overflow="fold", min_width=narrow)
+            grid.add_column(as_text(name), overflow="fold", min_width=narrow)
         else:  # as wide as its widest number; rich takes a `width` for a wish
             narrow = max([0, *map(len, name.split()), *lines])
-            head = Text(name if len(name) <= narrow else "\n".join(name.split()))
+            head = as_text(name if len(name) <= narrow else "\n".join(name.split()))
             grid.add_column(head, justify="right", no_wrap=True, min_width=narrow, max_width=narrow)
         least += narrow + len("  ")
     for place, row in enumerate(cells, 1):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_prod import registry
 from dspy_prod.cli.printing import print_json, show, table
+from dspy_prod.errors import ConfigError
 
 if TYPE_CHECKING:
     from dspy_prod.registry import AuditEntry, ProgramVersion
@@ -38,7 +39,7 @@ def print_prompts(arguments: argparse.Namespace) -> int:
     uri, name = arguments.tracking_uri, arguments.name
     if arguments.history:
         if name is None:
-            raise ValueError("--history needs the name of a program")
+            raise ConfigError("--history needs the name of a program")
         return _moves(arguments, registry.history(name, tracking_uri=uri))
     if name is not None:
         return _versions(arguments, f"Versions of {name}", registry.versions(name, tracking_uri=uri))

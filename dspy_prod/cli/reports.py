@@ -34,7 +34,7 @@ _UNITS = {"m": dt.timedelta(minutes=1), "h": dt.timedelta(hours=1), "d": dt.time
 
 def health(arguments: argparse.Namespace) -> int:
     """Print whether the store is usable, what is in flight and how recent calls ended."""
-    store = _open(arguments)
+    store = opened(arguments)
     recent = store.records(since=time.time() - RECENT, limit=10_000)
     costs = summary([Place(store, SYSTEM_CLOCK)], [])
     report: dict[str, Any] = {
@@ -73,7 +73,7 @@ def costs(arguments: argparse.Namespace) -> int:
         by = "day"
     if by is not None:
         check_dimension(by)
-    store = _open(arguments)
+    store = opened(arguments)
     if by is None:
         found = summary([Place(store, SYSTEM_CLOCK)], [])
         if arguments.json:
@@ -85,10 +85,10 @@ def costs(arguments: argparse.Namespace) -> int:
             ("projected for the month", f"{found.projected_monthly_usd:.4f} USD"),
             ("calls of unknown cost today", str(found.unknown_cost_calls)),
             *((str(day), f"{spent:.6f} USD") for day, spent in found.history.items()),
-            ("total", f"{fsum(found.history.values()):.6f} USD"),
+            ("total of these days", f"{fsum(found.history.values()):.6f} USD"),
         ]
         return show(table(f"Costs in {store.namespace!r}", ("", ""), sums))
-    rows = costs_by(store, by, None if since is None else since.astimezone(dt.timezone.utc).date())
+    rows = costs_by(store, by, None if since is None else since.date())
     if arguments.json:
         return print_json([row.model_dump(mode="json") for row in rows])
     columns = (by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out")
@@ -104,8 +104,8 @@ def calls(arguments: argparse.Namespace) -> int:
     if limit is None and arguments.trace is None:
         limit = DEFAULT_LIMIT
     if limit is not None and limit < 1:
-        raise ValueError(f"--limit {limit} must be at least 1")
-    store = _open(arguments)
+        raise ConfigError(f"--limit {limit} must be at least 1")
+    store = opened(arguments)
     wanted = {name: getattr(arguments, name) for name in ("user", "tenant", "model", "outcome", "program", "variant")}
     wanted["prompt_version"] = arguments.prompt
     wanted["trace_id"] = _trace(arguments.trace)
@@ -124,7 +124,8 @@ def calls(arguments: argparse.Namespace) -> int:
     return show(table(f"Newest calls in {store.namespace!r}{_from(arguments)}", columns, map(_row, records), numbers=2))
 
 
-def _open(arguments: argparse.Namespace) -> Store:
+def opened(arguments: argparse.Namespace) -> Store:
+    """The store that the arguments name, which must be there: looking at one must not make it."""
     url = arguments.store or default_store_url()
     if url.startswith("memory:"):
         raise ConfigError("a memory store ends with its process; pass --store sqlite:///path or set DSPY_PROD_STORE")
@@ -152,9 +153,11 @@ def _since(given: str | None) -> dt.datetime | None:
         given = str(now.date() - (given == "yesterday") * _UNITS["d"])
     try:
         at = dt.datetime.fromisoformat(given)
-    except ValueError:
-        raise ValueError(f"--since {given!r}: use 7d, 12h, 30m, 2w, today, or a date such as {now.date()}") from None
-    return at.replace(tzinfo=dt.timezone.utc) if len(given) <= len("2026-01-31") else at
+        if len(given) <= len("2026-01-31"):
+            at = at.replace(tzinfo=dt.timezone.utc)
+        return at.astimezone(dt.timezone.utc)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"--since {given!r}: use 7d, 12h, 30m, 2w, today, or a date such as {now.date()}") from None
 
 
 def _from(arguments: argparse.Namespace) -> str:

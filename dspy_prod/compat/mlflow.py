@@ -5,6 +5,7 @@ MLflow is optional: it is imported when one of these is asked for.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -19,12 +20,30 @@ EXPERIMENTS: Final = "_mlflow_experiment_ids"
 _PLACED: Final = "_dspy_prod_placed"
 
 
-def place_of(info: Any, uri: str) -> str | None:
-    """The experiment into which the code around a trace has put it, in the store at `uri`: by the destination of the
-    trace or an active run. None when only the defaults say where."""
-    from mlflow import get_tracking_uri
+def absolute(uri: str) -> str:
+    """A tracking URI in the form that can be compared: a file by its whole path, a server without a slash at its end.
 
-    return str(info.experiment_id) if getattr(info, _PLACED, False) and get_tracking_uri() == uri else None
+    MLflow keeps the URI as `set_tracking_uri` was given it.
+    """
+    if uri.startswith(("http://", "https://")):
+        return uri.rstrip("/")
+    scheme, _, place = uri.partition("sqlite:///")
+    path, mark, query = place.partition("?")
+    if scheme or not path or path.startswith(":memory:"):
+        return uri
+    return f"sqlite:///{os.path.abspath(path)}{mark}{query}"
+
+
+def _is_current(uri: str) -> bool:
+    """Whether MLflow, which is imported, writes to the store at this `absolute` URI."""
+    current: str = sys.modules["mlflow"].get_tracking_uri()
+    return current == uri or absolute(current) == uri
+
+
+def place_of(info: Any, uri: str) -> str | None:
+    """The experiment into which the code around a trace has put it, in the store at an `absolute` URI: by the
+    destination of the trace or an active run. None when only the defaults say where."""
+    return str(info.experiment_id) if getattr(info, _PLACED, False) and _is_current(uri) else None
 
 
 def place_here(uri: str) -> tuple[str | None, str | None]:
@@ -35,7 +54,7 @@ def place_here(uri: str) -> tuple[str | None, str | None]:
     destination = getattr(provider, "_MLFLOW_TRACE_USER_DESTINATION", None)
     run: Any = None if latest_run is None else latest_run()
     chosen = None if destination is None else getattr(destination.get(), "experiment_id", None)
-    if (run is None and chosen is None) or sys.modules["mlflow"].get_tracking_uri() != uri:
+    if (run is None and chosen is None) or not _is_current(uri):
         return None, None
     return (chosen, None) if run is None else (chosen or run.info.experiment_id, run.info.run_id)
 
@@ -107,7 +126,7 @@ def put_exporter(around: Callable[[Any, Any, Callable[..., Any]], Any]) -> Calla
 
 def _processor(destination: Any) -> Any:
     base: Any
-    [base] = names("mlflow.tracing.processor.mlflow_v3", "MlflowV3SpanProcessor")
+    base, _ = names("mlflow.tracing.processor.mlflow_v3", "MlflowV3SpanProcessor", "MlflowV3SpanProcessor._start_trace")
     [keys] = names("mlflow.tracing.constant", "SpanAttributeKey")
     [latest_run] = names("mlflow.tracking.fluent", "_get_latest_active_run")
 

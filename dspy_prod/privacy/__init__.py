@@ -1,7 +1,8 @@
 """Secrets and personal data, kept out of everything that is written: errors, logs, traces, ledger, files.
 
 What is looked for and what stands in its place belongs here: `rules` and what finds their places in a text, `names`
-and `secrets` for keys, `error_text` for what may be shown of an error. Every room above asks here before it writes.
+and `secrets` for keys, `error_text` for what may be shown of an error, `visible` for what would steer a screen. Every
+room above asks here before it writes.
 """
 
 from __future__ import annotations

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from dspy_prod.errors import ConfigError
 
-
-class Broken(Protocol):
-    """A `Deployment` that ended early, as its error shows it."""
-
-    @property
-    def outcome(self) -> str: ...
-
-    @property
-    def advice(self) -> tuple[str, ...]: ...
-
-    @property
-    def files(self) -> tuple[str, ...]: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
+if TYPE_CHECKING:
+    from dspy_prod.registry.deployment.report import Deployment
 
 
 class RegistryError(Exception):
     """The base of all errors of the registry.
 
     Attributes:
-        deployment: what had been done by then, when `deploy` raised it (a `Deployment`); else None.
+        deployment: what had been done by then, when `deploy` raised it; else None.
     """
 
-    deployment: Broken | None = None
+    deployment: Deployment | None = None
 
 
 class RegistryUnavailableError(RegistryError):

@@ -14,11 +14,14 @@ from typing import Any
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file that only its owner reads, its folder too; after an OSError what was there before still is."""
+    """Write a file that only its owner reads, its folder too; after an OSError what was there before still is.
+
+    Half a character, which UTF-8 cannot say, becomes an escape, as JSON has it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)  # owner-only
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -13,7 +13,8 @@ from itertools import chain
 from math import inf
 from typing import Final, NamedTuple
 
-from dspy_prod.context.current import current
+from dspy_prod.context.current import EMPTY, current
+from dspy_prod.errors import ConfigError
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.sharing import refresh
@@ -197,7 +198,7 @@ def costs_by(store: Store, by: str, since: dt.date | None = None) -> list[CostRo
         since: the first day (UTC); default: all.
 
     Raises:
-        ValueError: an unknown dimension.
+        ConfigError: an unknown dimension.
     """
     check_dimension(by)
     REAPER.flush(FLUSH_TIMEOUT)
@@ -217,7 +218,7 @@ def check_dimension(by: str) -> None:
     if by == "day" or by in ROLLUP_DIMENSIONS or (isinstance(by, str) and by.startswith("tag:") and len(by) > 4):
         return
     choices = ", ".join(map(repr, ("day", *ROLLUP_DIMENSIONS, "tag:<key>")))
-    raise ValueError(f"costs(by={by!r}): use one of {choices}")
+    raise ConfigError(f"costs(by={by!r}): use one of {choices}")
 
 
 def cost_row(value: str, totals: Totals) -> CostRow:

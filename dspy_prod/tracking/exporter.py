@@ -85,14 +85,14 @@ class Sink:
             self._client.start_trace(TraceInfo.from_dict({"trace_location": usual, **info}))
 
     def link(self, runs: Mapping[str, str]) -> None:
-        """Put traces, by their ids, onto runs. One that is gone meanwhile has none."""
+        """Put traces, by their ids, onto runs. One that is gone meanwhile, or takes none, has none."""
         from mlflow import MlflowClient
 
         for run in dict.fromkeys(runs.values()):
             try:
                 MlflowClient(self._uri).link_traces_to_run([trace for trace, its in runs.items() if its == run], run)
             except Exception as error:
-                if getattr(error, "get_http_status_code", lambda: None)() != 404:
+                if not _is_final(error) and _status(error) != 404:
                     raise
 
 
@@ -103,7 +103,8 @@ class Loop:
         self._sink = sink
         self._answers = answers
         self._failing: str | None = None
-        self._delivered = 0
+        self._delivered = self._refused = 0
+        self._refusal = ""
         self._hurried = threading.Event()
         self._lines: Queue[dict[str, Any] | None] = Queue(maxsize=64)
 
@@ -181,13 +182,18 @@ class Loop:
                 lost += not self._try(spans, [], batch["places"])
             for info in batch["infos"]:
                 self._try([], [info], {})
-            self._settled(batch, min(lost, batch["traces"]))
+            with contextlib.suppress(Exception):  # MLflow was there a moment ago, and the traces are
+                self._sink.link(batch["runs"])
+            lost = min(lost, batch["traces"])
+            self._refused += lost
+            self._settled(batch, lost)
 
     def _try(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]], places: Mapping[str, str]) -> bool:
         try:
             self._sink.write(spans, infos, places)
         except Exception as error:
-            self._say(failing=_told(error))
+            self._refusal = _told(error)
+            self._say(failing=self._refusal)
             return False
         return True
 
@@ -210,15 +216,22 @@ class Loop:
         missing = (due(file) or 0) - self._delivered
         if missing <= 0:
             return ""
-        why = self._failing or "the program was ended before they were handed over"
-        return f"{missing} traces did not reach MLflow at {place} ({why}). The ledger has their costs"
+        why = [f"MLflow refused {self._refused}: {self._refusal}"] if self._refused else []
+        if missing > self._refused:
+            why.append(self._failing or "the program was ended before they were handed over")
+        return f"{missing} traces did not reach MLflow at {place} ({'; '.join(why)}). The ledger has their costs"
 
 
 def _is_final(error: Exception) -> bool:
     """Whether trying again is of no use: MLflow was reached and refuses the content."""
-    status = getattr(error, "get_http_status_code", None)
-    code = status() if callable(status) else None
+    code = _status(error)
     return code is not None and 400 <= code < 500 and code not in (401, 403, 404, 408, 429)
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that MLflow would give for its error."""
+    status = getattr(error, "get_http_status_code", None)
+    return int(status()) if callable(status) else None
 
 
 def _told(error: Exception) -> str:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
+from multiprocessing import parent_process
+from multiprocessing.util import Finalize, register_after_fork
 from typing import Any, Final, Literal
 
+from dspy_prod.compat.mlflow import absolute
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import bare_url
 from dspy_prod.privacy.redactor import Redactor
@@ -48,16 +50,19 @@ class _Tracking:
 
     def __post_init__(self) -> None:
         reset_after_fork(self, Stage.THREADS)
+        register_after_fork(self, _end_with_worker)  # later than the above: finalizers of before are forgotten between
+        if parent_process() is not None:
+            _end_with_worker()
 
     def _after_fork(self) -> None:
         if _active is not self:
             return  # switched off: somebody still has its `undo`, and nothing of it may start again
         self.courier.after_fork()
-        process = sys.modules.get("multiprocessing.process")
-        if process is not None and process.parent_process() is not None:
-            from multiprocessing.util import Finalize
 
-            Finalize(None, disable, exitpriority=10)  # such a worker leaves without `atexit`
+
+def _end_with_worker(_: _Tracking | None = None) -> None:
+    """A process that `multiprocessing` has forked leaves without `atexit`, but not without its finalizers."""
+    Finalize(None, disable, exitpriority=10)
 
 
 _active: _Tracking | None = None
@@ -198,7 +203,7 @@ def _disable() -> None:
 
 
 def _checked(uri: str) -> str:
-    """The URI, absolute where it names a file.
+    """The URI, `absolute`.
 
     Raises:
         ConfigError: a folder, which MLflow no longer writes to, or an unknown scheme.
@@ -208,10 +213,7 @@ def _checked(uri: str) -> str:
             f"tracking_uri={bare_url(uri)!r}: MLflow writes traces to a database or a server, no longer to a folder; "
             "use 'sqlite:///mlflow.db', or 'http://host:5000'"
         )
-    place = uri.partition("sqlite:///")[2]
-    if uri.startswith("sqlite:///") and place and not place.startswith(("/", ":memory:")):
-        return f"sqlite:///{Path.cwd() / place}"
-    return uri
+    return absolute(uri)
 
 
 def _exporter(uri: str, experiment: str, patience: float, tally: Tally, heard: Callable[..., None]) -> Exporter:

@@ -99,8 +99,13 @@ def test_chaos_leaves_nothing_behind(
     work.run(90)
     settle_down(lm, providers)
     until(lambda: threading.active_count() <= before, timeout=10, what="ending the threads")
-    # Enough answers for the rest to mean something; a busy machine spends most deadlines on waiting for its turn.
-    assert work.outcomes["answer"] + work.outcomes["stream"] > calls / 10
+    # Of the calls that had the time, nearly all are answered, by a retry or the fallback. How many have it is up to the
+    # machine (72 % of all are answered on an idle one, 61 % beside six others that want its two cores): a share of all
+    # calls would either say little or fail when it is busy. A tenth of all is enough for the rest to mean something.
+    answered = work.outcomes["answer"] + work.outcomes["stream"]
+    ended = sum(work.outcomes[early] for early in ("cancelled", "abandoned", "DeadlineExceededError", "LMTimeoutError"))
+    assert answered > 0.9 * (calls - ended)
+    assert answered > calls / 10
     assert work.outcomes["cancelled"] > 0
     assert work.outcomes["abandoned"] > 0
     assert_paid_for(lm, sum(provider.bill.nano for provider in providers))

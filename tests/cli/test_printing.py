@@ -12,16 +12,21 @@ from typing import Any
 
 import pytest
 
+import dspy_prod
 from dspy_prod.cli import main
 from dspy_prod.cli.printing import show, table
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.sqlite.store import SqliteStore
+from dspy_prod.testing import ScriptedEngine
 
 MODELS = ("lm_studio/a-rather-long-name-of-a-model-large", "lm_studio/a-rather-long-name-of-a-model-small")
 ODD = ("[x]", "[/dim]", "[bold]b[/bold]", ":bug:", "日本", "naïve → ∑", "\U0001f600")
 STEERING = "\x1b[31mred"
+TURNING = "user\u202e\x9b31mresu"
+TURNING = "user\u202e\x9b31mresu"
 COMMANDS = (
-    ["health"], ["costs"], ["costs", "--by", "model"], ["costs", "--by", "user"], ["calls", "--limit", "100"],
+    ["health"], ["budgets"], ["costs"], ["costs", "--by", "model"], ["costs", "--by", "user"],
+    ["calls", "--limit", "100"],
     ["costs", "--since", "7d"], ["calls", "--since", "today", "--user", "[x]"],
 )  # fmt: skip
 
@@ -114,6 +119,87 @@ def test_a_table_says_nothing_of_markup(capsys: pytest.CaptureFixture[str]) -> N
         assert words in shown
 
 
+BUDGET = "[/b] :bug: " + STEERING + " a-rather-long-name-of-a-budget"
+
+
+@pytest.fixture
+def spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments for a store with a budget of which users with odd names have spent."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    store = f"sqlite:///{tmp_path}/spent.db"
+    lm = dspy_prod.LM(
+        "openai/m", engine=ScriptedEngine("a"), store=store, namespace="n", cache=False, max_tokens=9,
+        prices={"openai/m": dspy_prod.Price(input=1, output=1234)},
+        budget=dspy_prod.Budget(usd=123_456.789, per="month", scope="user", name=BUDGET),
+    )  # fmt: skip
+    for user in (*ODD, STEERING, "u" * 60):
+        with dspy_prod.call_context(user=user):
+            lm("q")
+    lm.close()
+    return ["budgets", "--store", store, "--namespace", "n"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+@pytest.mark.parametrize("columns", [None, 40, 80])
+def test_budgets_are_shown_as_they_are(
+    spent: list[str], columns: int | None, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe and 80 columns had cut them, `:bug:` was an insect, and a name could steer the terminal."""
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", str(columns))
+    shown = said(monkeypatch, spent, encoding)
+    assert "…" not in shown
+    assert "\x1b" not in shown
+    assert shown.count("123456.789") == len(ODD) + 2
+    for account in json.loads(said(monkeypatch, [*spent, "--json"], encoding)):
+        assert f"{account['spent_usd']:.9f}".rstrip("0") in shown
+        assert f"{account['remaining_usd']:.9f}".rstrip("0") in shown
+    whole = "".join(shown.split())
+    for name in ODD if columns is None else ():
+        assert "".join(name.encode(encoding, "backslashreplace").decode(encoding).split()) in whole
+    if columns is None:
+        assert shown.count(BUDGET.replace("\x1b", r"\x1b")) == len(ODD) + 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])
+def test_what_a_check_finds_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    """Its table was cut in a pipe, and had emoji in the place of `:bug:`."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = tmp_path / "日本 [x] :bug:.toml"
+    path.write_text('model = "any/[m] :bug: with-a-name-that-is-rather-long-for-a-model"\nstore = "nowhere [/]"\n')
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe := Pipe(encoding))
+        assert main(["check", str(path)]) == 1
+    shown = pipe.said()
+    assert "[x] :bug:.toml" in shown
+    (line,) = [line for line in shown.splitlines() if "fails" in line]
+    assert "store='nowhere [/]' is no store URL" in line
+
+
+def test_what_would_turn_the_text_round_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tables and JSON alike: `user\\u202e` made the rest of a line read backwards."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    store = SqliteStore(str(tmp_path / "s.db"), "n")
+    row(store, "r", 0.0, user=TURNING)
+    store.close()
+    where = ["--store", f"sqlite:///{tmp_path}/s.db", "--namespace", "n"]
+    for command in (["calls"], ["costs", "--by", "user"]):
+        assert r"user\u202e\x9b31mresu" in said(monkeypatch, [*command, *where])
+        assert not {"\u202e", "\x9b"} & set(text := said(monkeypatch, [*command, *where, "--json"]))
+        assert [each.get("user") or each["value"] for each in json.loads(text)] == [TURNING]
+
+
+def test_a_mistake_of_ours_is_not_shown_as_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any ValueError, such as one out of the demo's inside, was told in one line as if an argument were wrong."""
+
+    def demo(**given: object) -> int:
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr("dspy_prod.cli.demo.demo.demo", demo)
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        main(["demo", "--no-mlflow"])
+
+
 def row(store: SqliteStore, id: str, days: float, **more: Any) -> None:
     """A call that was made so many days ago."""
     at = time.time() - days * 86_400
@@ -149,7 +235,9 @@ def test_since(
     assert f"since {since}" in shown
 
 
-@pytest.mark.parametrize("since", ["", "7", "d", "-7d", "7 days", "tomorrow", "2026-13-01", "12345w", "[x]"])
+@pytest.mark.parametrize(
+    "since", ["", "7", "d", "-7d", "7 days", "tomorrow", "2026-13-01", "12345w", "[x]", "9999-12-31T23:00-05:00"]
+)
 @pytest.mark.parametrize("command", ["costs", "calls"])
 def test_a_since_that_means_nothing_is_refused(
     command: str, since: str, where: list[str], capsys: pytest.CaptureFixture[str]

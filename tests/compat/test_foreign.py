@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import inspect
 import logging
+import os
 import socket
 import threading
 import time
@@ -329,6 +330,7 @@ async def _aask(upstream: Upstream) -> None:
         ("mlflow.tracing.provider", "_get_mlflow_span_processor"),
         ("mlflow.tracing.trace_manager", "InMemoryTraceManager.pop_trace"),
         ("mlflow.tracking.fluent", "_get_latest_active_run"),
+        ("mlflow.tracing.processor.mlflow_v3", "MlflowV3SpanProcessor._start_trace"),
     ],
 )
 def test_an_mlflow_built_otherwise_is_left_alone(
@@ -336,7 +338,8 @@ def test_an_mlflow_built_otherwise_is_left_alone(
 ) -> None:
     """One warning, and MLflow goes on exporting by itself."""
     import_module(module)
-    monkeypatch.delattr(f"{module}.{name}")
+    for part in found(module, name.rpartition(".")[0]).__mro__[:-1] if "." in name else [import_module(module)]:
+        monkeypatch.delattr(part, name.rpartition(".")[2], raising=False)  # also of what it would be inherited from
     courier: Any = object()
     with caplog.at_level(logging.WARNING, "dspy_prod"):
         remove = bridge.install(courier, "sqlite:///mlflow.db")
@@ -344,6 +347,22 @@ def test_an_mlflow_built_otherwise_is_left_alone(
         remove()
     assert remove is None
     assert [name.rpartition(".")[2] in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("sqlite:///mlflow.db", "sqlite:///./mlflow.db"),
+        ("sqlite:///mlflow.db", "sqlite:////{here}/x/../mlflow.db"),
+        ("sqlite:///mlflow.db?timeout=1", "sqlite:////{here}/mlflow.db?timeout=1"),
+        ("http://host:5000/", "http://host:5000"),
+    ],
+)
+def test_a_tracking_uri_has_one_form(one: str, other: str) -> None:
+    """However it is written: MLflow keeps what it was given."""
+    assert mlflow.absolute(one) == mlflow.absolute(other.replace("/{here}", os.getcwd()))
+    for own in ("sqlite:///:memory:", "postgresql+psycopg://u@h/sqlite:///x", "sqlite://", "databricks"):
+        assert mlflow.absolute(own) == own
 
 
 def test_without_its_newest_schema_mlflow_makes_its_tables_itself(

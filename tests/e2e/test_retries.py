@@ -145,13 +145,19 @@ def test_a_crowd_waits_together_after_a_429(serve: MakeProvider, connect: MakeLM
 
 
 def test_an_unconfigured_limit_is_found_and_used(serve: MakeProvider, connect: MakeLM) -> None:
-    """Without any setting, an upstream that allows a hundred a second is used at near that speed, and none are lost."""
+    """Without any setting, an upstream that allows a hundred a second is used at near that speed, and none are lost.
+
+    Whoever is under way when the limit is met is refused, all 32 at once, and again until the first second has told how
+    fast it may be. How many rounds that takes depends on how soon a refusal is heard of: 10 to 40 refusals on an idle
+    machine, 105 were seen on one so busy that everything took twice as long. Three rounds of all are too many, by the
+    time that the machine gave.
+    """
     provider = serve(per_second=100, latency=(0.0, 0.05))
     lm = connect(provider, retry=Retry(attempts=20, backoff=0.1, budget=None))
     with Stopwatch() as took:
         assert len(answers(together("threads", lm, 32, calls=8))) == 256
     assert took.seconds < 8.0
-    assert sum(call.status == 429 for call in provider.calls) < 96
+    assert sum(call.status == 429 for call in provider.calls) < 3 * 32 * took.wall / took.seconds
 
 
 def test_a_retry_after_beyond_the_deadline_is_not_waited_for(serve: MakeProvider, connect: MakeLM) -> None:

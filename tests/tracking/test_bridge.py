@@ -137,10 +137,21 @@ def test_odd_texts_and_objects_hold_nothing_up(
 
 @pytest.mark.parametrize("autolog", [True, False])
 def test_traces_go_onto_the_run_around_the_calls(
-    serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str, autolog: bool
+    serve: MakeProvider,
+    connect: MakeLM,
+    track: Callable[..., None],
+    uri: str,
+    autolog: bool,
+    database: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A run of another experiment had no traces: they were in the experiment that tracking was given."""
-    mlflow.set_tracking_uri(uri)
+    """A run of another experiment had no traces: they were in the experiment that tracking was given.
+
+    MLflow was told of the file by its place in the working directory, tracking by its whole path.
+    """
+    folder = database.parent
+    monkeypatch.chdir(folder.parent)
+    mlflow.set_tracking_uri(f"sqlite:///{folder.name}/{database.name}")
     track(autolog=autolog)
     lm = connect(serve(answer=ANSWER))
     client = MlflowClient(uri)

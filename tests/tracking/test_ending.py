@@ -135,3 +135,38 @@ def test_what_is_missing_is_told_although_mlflow_is_not_there(served: Callable[.
     server.process.kill()
     server.process.wait(10)
     until(lambda: server.told() == REQUESTS, 60, "the word")
+
+
+WORKER = """
+import multiprocessing, sys
+import dspy_prod
+from dspy_prod import tracking
+from dspy_prod.testing import ScriptedEngine
+
+def work(lm, uri):
+    if uri is not None:
+        tracking.enable("tracked", tracking_uri=uri)
+    for number in range(20):
+        lm(f"question {number}")
+
+uri, whose = sys.argv[1:]
+lm = dspy_prod.LM("openai/gpt-4o-mini", engine=ScriptedEngine("yes"), store="memory://", cache=False)
+if whose == "parent":
+    tracking.enable("tracked", tracking_uri=uri)
+worker = multiprocessing.get_context("fork").Process(target=work, args=(lm, None if whose == "parent" else uri))
+worker.start()
+worker.join()
+"""
+
+
+@pytest.mark.parametrize("whose", ["parent", "worker"])
+def test_a_worker_of_multiprocessing_delivers_at_its_end(uri: str, tmp_path: Path, whose: str) -> None:
+    """It leaves without `atexit`: of twenty calls in a worker, MLflow had no trace, whoever had turned tracking on."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    env = {**os.environ, "PYTHONPATH": str(Path(dspy_prod.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, str(script), uri, whose], env=env, capture_output=True, text=True, timeout=90
+    )
+    assert (done.returncode, "did not reach" in done.stderr) == (0, False), done.stderr
+    assert len(traces_in(uri)) == 20

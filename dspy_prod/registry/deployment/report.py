@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from dspy_prod.privacy.visible import visible
+from dspy_prod.registry.deployment.markdown import code, fenced, literal, table
 from dspy_prod.registry.files import plain, write
 
 if TYPE_CHECKING:
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
     from dspy_prod.registry.aliases.gates import GateReport
 
 DIRECTORY: Final = Path(".dspy_prod") / "deployments"
-LONGEST_DIFF: Final = 20_000
-"""Characters of the difference that the Markdown shows; JSON has all of it."""
-
 Outcome = Literal["deployed", "unchanged", "failed", "error", "inconclusive", "conflict", "interrupted"]
 StepResult = Literal["done", "before", "reused", "skipped", "stopped"]
 _STYLES: Final = {"deployed": "green", "unchanged": "green", "inconclusive": "yellow"}
@@ -118,15 +117,15 @@ class Deployment:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        steps = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("step", "result", "when", "what"):
-            table.add_column(column, overflow="fold")
+            steps.add_column(column, overflow="fold")
         for step in self.steps:
             when = f"{step.at.astimezone():%Y-%m-%d %H:%M:%S}"
-            table.add_row(Text(step.name), step.result, when, Text(step.detail))
-        title = Text(f"Deployment of {self.title}: ")
+            steps.add_row(Text(visible(step.name)), step.result, when, Text(visible(step.detail)))
+        title = Text(f"Deployment of {visible(self.title)}: ")
         title.append(self.outcome, style=f"bold {_STYLES.get(self.outcome, 'red')}")
-        return Group(title, table, *(Text(line) for line in self.advice))
+        return Group(title, steps, *(Text(visible(line)) for line in self.advice))
 
 
 def advice(found: Deployment) -> tuple[str, ...]:
@@ -183,16 +182,16 @@ def save(deployment: Deployment, path: Path) -> None:
 
 
 def _markdown(found: Deployment) -> Iterator[str]:
-    yield f"# Deployment of {found.title}: {found.outcome}"
-    about = [f"{found.started_at:%Y-%m-%d %H:%M:%S} UTC, {found.seconds:.1f} s, by {_cell(found.by)}."]
+    yield f"# Deployment of {literal(found.title)}: {found.outcome}"
+    about = [f"{found.started_at:%Y-%m-%d %H:%M:%S} UTC, {found.seconds:.1f} s, by {literal(found.by)}."]
     if found.resumed:
         about.append("An earlier run had begun it; this one went on where that had stopped.")
     if found.reason:
         overruled = " (an inconclusive gate was overruled)" if found.forced else ""
-        about.append(f"Reason: {_cell(found.reason)}{overruled}")
+        about.append(f"Reason: {literal(found.reason)}{overruled}")
     yield "\n".join(about)
     if found.error:
-        yield f"**{_cell(found.error)}**"
+        yield f"**{literal(found.error)}**"
     yield from _table("Steps", ("step", "result", "at (UTC)", "seconds", "what"), [
         (step.name, step.result, f"{step.at:%Y-%m-%d %H:%M:%S}", f"{step.seconds:.2f}", step.detail)
         for step in found.steps
@@ -205,20 +204,21 @@ def _markdown(found: Deployment) -> Iterator[str]:
     yield "## Changes against what production had"
     if found.previous is not None and found.changes:
         yield f"Version {found.previous} -> {_or_dash(found.version)}."
-        yield "\n".join(f"- `{predictor}`: {status}" for predictor, status in found.changes.items())
-    fenced = found.difference and found.changes
-    yield _fenced(found.difference) if fenced else found.difference or "No predictor differs."
+        yield "\n".join(f"- {code(predictor)}: {status}" for predictor, status in found.changes.items())
+    told = found.difference or "No predictor differs."
+    yield fenced(told) if found.difference and found.changes else literal(told)
     if found.advice:
         yield "## How to go on"
-        yield "\n".join(f"- {line}" for line in found.advice)
+        yield "\n".join(f"- {literal(line)}" for line in found.advice)
 
 
 def _gate(gate: GateReport) -> Iterator[str]:
     yield "## Gate"
     examples = "" if gate.examples is None else f", {gate.examples} examples"
-    error = f" {_cell(gate.error)}" if gate.error else ""
+    error = f" {literal(gate.error)}" if gate.error else ""
     yield f"It says **{gate.result}**{examples}, {gate.seconds:.1f} s.{error}"
-    yield from _table(None, ("check", "result", "why"), [(one.name, one.result, one.reason) for one in gate.checks])
+    if gate.checks:
+        yield table(("check", "result", "why"), [(one.name, one.result, one.reason) for one in gate.checks])
     yield from _table("Metrics", ("metric", "candidate", "baseline", "difference"), [
         (name, *(_or_dash(value) for value in (new, old, None if new is None or old is None else new - old)))
         for name in {**gate.metrics, **gate.baseline}
@@ -226,24 +226,10 @@ def _gate(gate: GateReport) -> Iterator[str]:
     ])  # fmt: skip
 
 
-def _table(title: str | None, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
     if rows:
-        if title is not None:
-            yield f"## {title}"
-        shown = [f"| {' | '.join(map(_cell, line))} |" for line in (columns, *rows)]
-        yield "\n".join([shown[0], f"|{'---|' * len(columns)}", *shown[1:]])
-
-
-def _fenced(text: str) -> str:
-    shown = text if len(text) <= LONGEST_DIFF else f"{text[:LONGEST_DIFF]}\n... ({len(text)} characters)"
-    fence = "```"
-    while fence in shown:
-        fence += "`"
-    return f"{fence}diff\n{shown.rstrip(chr(10))}\n{fence}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+        yield f"## {title}"
+        yield table(columns, rows)
 
 
 def _or_dash(number: float | None) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from dspy_prod.privacy.visible import visible
 from dspy_prod.registry.names import checked_name
 from dspy_prod.registry.published.copies import Release
 from dspy_prod.registry.published.loading import exact
@@ -75,9 +76,10 @@ class VersionDiff:
         def lines() -> Iterator[Text]:
             yield Text(f"{self.name}: version {self.old} -> {self.new}", style="bold")
             for predictor in self.predictors:
-                yield Text(f"{predictor.name}: {predictor.status}", style="bold yellow")
+                yield Text(visible(f"{predictor.name}: {predictor.status}"), style="bold yellow")
                 for line in str(predictor).splitlines():
-                    yield Text(line, style=next((style for start, style in _STYLES if line.startswith(start)), ""))
+                    style = next((style for start, style in _STYLES if line.startswith(start)), "")
+                    yield Text(visible(line), style=style)
 
         return Group(*lines())
 
