@@ -129,7 +129,7 @@ class LM(AsPlain, dspy.LM):
         self.pipeline = assemble(self.model, self.model_type, settings)
         self.settings = settings = pinned(settings, self.pipeline.store)
         self._variants: Recent[Beneath] = Recent(MAX_VARIANTS)
-        self.watched: Watching = Watched(self.model, self.kwargs)
+        self.watched: Watching = Watched(self.model, self.kwargs, settings.clients)
         clients, extras = settings.clients, settings.extras
         parts = [self.model, self.model_type, self.use_developer_role, destination(clients, self.model, extras)]
         self.identity = identity_of([*parts, digest(without_credentials(extras))], settings.engine)

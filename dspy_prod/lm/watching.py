@@ -14,7 +14,7 @@ from dspy_prod.compat.environ import watch
 from dspy_prod.lm.beneath import INSTALLED, Beneath
 from dspy_prod.lm.copying import checked, twin_of
 from dspy_prod.lm.settings import CANONICAL_KEYS, Settings, split
-from dspy_prod.pipeline.upstream.destination import bases
+from dspy_prod.pipeline.upstream.destination import variables
 
 Watchable = TypeVar("Watchable", bound=Beneath)
 
@@ -24,10 +24,10 @@ class Watched:
 
     __slots__ = ("_around", "_base", "_given", "_model")
 
-    def __init__(self, model: str, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, kwargs: Mapping[str, Any], clients: Mapping[str, Any]) -> None:
         self._model = model
         self._given = {name: _kept(value) for name, value in kwargs.items() if name not in CANONICAL_KEYS}
-        self._around = watch(bases(model))
+        self._around = watch(variables(clients, model))
         self._base = self._around()
 
     def holds(self, model: str, kwargs: Mapping[str, Any]) -> bool:
