@@ -15,7 +15,7 @@ from dspy_prod.compat.foreign import names
 
 thread_local_overrides: ContextVar[dict[str, Any]]
 """The settings in force here, as `dspy.context` changes them; reading `dspy.settings` takes ten times as long."""
-[thread_local_overrides] = names("dspy.dsp.utils.settings", "thread_local_overrides")
+[thread_local_overrides, _configured] = names("dspy.dsp.utils.settings", "thread_local_overrides", "main_thread_config")
 
 [check_engines, refuse_client_settings, dump_engine, load_engine, is_openai_reasoning_model] = names(
     "dspy.clients.lm",
@@ -33,6 +33,12 @@ retry_after_seconds: Callable[[Any], float | None]
 [retry_after_seconds] = names("dspy.clients._http", "retry_after_seconds")
 
 
+def is_streaming() -> bool:
+    """Whether `dspy.streamify` listens here, so that answers have to come event by event."""
+    overrides = thread_local_overrides.get()
+    return (overrides if "send_stream" in overrides else _configured).get("send_stream") is not None
+
+
 # -- an LM -----------------------------------------------------------------------------------------------------------
 ENGINES: Final = ("_engine_spec", "_async_engine_spec")
 """Attributes of an LM that hold what it sends its requests to."""
@@ -44,13 +50,16 @@ class OwnCache:
     _cache_responses = True
 
 
+_DSPY: Final = vars(dspy)
+
+
 def caches_anything() -> bool:
     """Whether DSPy's cache is on: `dspy.configure_cache` switches it off for the whole process.
 
     DSPy makes it when it is first asked for, under a lock and on disk. It is not asked for here: until somebody has, it
     is on, and a child forked meanwhile would wait for that lock for ever.
     """
-    cache = vars(dspy).get("cache")
+    cache = _DSPY.get("cache")
     return cache is None or bool(cache.enable_memory_cache or cache.enable_disk_cache)
 
 
@@ -58,6 +67,7 @@ class Engined(Protocol):
     """An LM, as far as its engines."""
 
     model: str
+    model_type: str
     _engine_spec: Any
     _async_engine_spec: Any
 

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 
-def watch(names: Iterable[str]) -> Callable[[], tuple[Any, ...]]:
-    """A function that gives the present values of environment variables, in a form that only tells them apart."""
+def watch(names: Iterable[str]) -> Callable[[], bool]:
+    """A function that says whether these environment variables are still as they are now."""
     environment: Any = os.environ
     try:
         kept, keys = environment._data, tuple([environment.encodekey(name) for name in names])
     except AttributeError:
         kept, keys = environment, tuple(names)
     find = kept.get
-    return lambda: tuple(map(find, keys))
+    base = tuple(map(find, keys))
+    if any(value is not None for value in base):
+        return lambda: tuple(map(find, keys)) == base
+    none_of = kept.keys().isdisjoint
+    return lambda: none_of(keys)

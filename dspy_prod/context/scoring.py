@@ -23,10 +23,12 @@ from dspy_prod.errors import DeadlineExceededError, RejectedError
 
 _SETTING: Final = "dspy_prod_raising"
 
+_scored = False  # something has been scored in this process
+
 
 def is_raising() -> bool:
     """Whether errors are raised here instead of being answered by a fallback."""
-    return bool(thread_local_overrides.get().get(_SETTING, False))
+    return _scored and bool(thread_local_overrides.get().get(_SETTING, False))
 
 
 @contextmanager
@@ -36,6 +38,8 @@ def raising() -> Iterator[None]:
     `dspy.Evaluate` and DSPy's optimizers do this by themselves. Use it around a scoring loop of your own, or around
     `mlflow.genai.evaluate`.
     """
+    global _scored
+    _scored = True
     with dspy.context(**{_SETTING: True}):
         yield
 

@@ -20,6 +20,8 @@ INSTALLED: Final = ("pipeline", "settings", "identity", "watched", "_variants", 
 class Watching(Protocol):
     """See `watching.Watched`."""
 
+    elsewhere: bool
+
     def holds(self, model: str, kwargs: Mapping[str, Any]) -> bool: ...
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
-from dspy.dsp.utils.settings import settings as dspy_settings
+from dspy.clients.execution import prepare
 from dspy.lm15 import LM15Error, Request
 
-from dspy_prod.compat.dspy import caches_anything, engines_of
-from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, request_of
+from dspy_prod.compat.dspy import caches_anything, engines_of, is_streaming
+from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, arun_call, request_of, run_call
 from dspy_prod.context.current import current, stamped
 from dspy_prod.lm.advice import warn_messages
 from dspy_prod.lm.beneath import Beneath
@@ -53,14 +54,40 @@ def begin(
 ) -> tuple[Beneath, dict[str, Any], Scope, Known | None]:
     """(the LM to use, its canonical arguments, what the engine must know, a cached answer) of a public call."""
     given = kwargs
-    asked, kwargs, extras = per_call(settled(lm), given)
+    if not lm.watched.holds(lm.model, lm.kwargs):
+        settled(lm)
+    asked, kwargs, extras = per_call(lm, given)
     scope = scope_of(asked, prompt, messages, kwargs, extras)
     if kwargs is not given and not isinstance(prompt, Request) and "request" not in given:
         scope.shown = shown(given)
     known = hit(asked, scope, prompt, messages, kwargs)
-    if known is None and messages is not None:
-        warn_messages(lm, messages)
+    if known is None:
+        if messages is not None:
+            warn_messages(lm, messages)
+    elif scope.shown is not None:
+        known[0].kwargs = scope.shown
     return asked, kwargs, scope, known
+
+
+def ask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
+    """An answer from the engine beneath, within the scope of `begin`."""
+    call = prepare(lm, prompt, messages, kwargs, direct=True)
+    result = run_call(lm, call, asked(lm, scope, call))
+    if scope.shown is not None:
+        call.kwargs = scope.shown
+    return call, result
+
+
+async def aask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
+    """Asynchronous `ask`."""
+    if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
+        call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True, direct=True)
+    else:
+        call = prepare(lm, prompt, messages, kwargs, asynchronous=True, direct=True)
+    result = await arun_call(lm, call, asked(lm, scope, call))
+    if scope.shown is not None:
+        call.kwargs = scope.shown
+    return call, result
 
 
 def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, Any], dict[str, Any] | None]:
@@ -89,7 +116,7 @@ def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], ex
     """What the engine beneath must know of this call, and its exact cache key if the arguments are plain JSON."""
     context = stamped(current())
     merged = lm.kwargs
-    if lm.settings.clients or lm.settings.extras:  # they are in the identity
+    if lm.watched.elsewhere:
         merged = {name: value for name, value in merged.items() if name in CANONICAL_KEYS}
     uses_cache = lm.cache
     if kwargs:
@@ -123,7 +150,7 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
     text = entry.text
     if text is None or kwargs.get("n", 1) not in (1, None) or lm.kwargs.get("n", 1) not in (1, None):
         return None
-    if dspy_settings.send_stream is not None:
+    if is_streaming():
         return None  # a listener wants events: the engine replays the answer for it
     cache.used(base)
     response = entry.response

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import dspy
 from dspy.clients.base_lm import BaseLM
 from dspy.clients.execution import finalize, prepare
-from dspy.lm15 import CacheConfig, Request
+from dspy.lm15 import CacheConfig
 from dspy.utils.callback import BaseCallback, with_callbacks
 
 from dspy_prod.compat.dspy import engines_of, set_engines
-from dspy_prod.compat.executing import arun_call, run_call
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
 from dspy_prod.lm.arguments import budget_options
 from dspy_prod.lm.assembling import assemble, disabled
 from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath, Watching
-from dspy_prod.lm.calling import asked, begin, calls_of, per_call
+from dspy_prod.lm.calling import aask, ask, begin, calls_of, per_call
 from dspy_prod.lm.copying import checked, copied, pinned
 from dspy_prod.lm.history import Arguments, cost_details
 from dspy_prod.lm.plain import AsPlain
@@ -129,7 +128,7 @@ class LM(AsPlain, dspy.LM):
         self.pipeline = assemble(self.model, self.model_type, settings)
         self.settings = settings = pinned(settings, self.pipeline.store)
         self._variants: Recent[Beneath] = Recent(MAX_VARIANTS)
-        self.watched: Watching = Watched(self.model, self.kwargs, settings.clients)
+        self.watched: Watching = Watched(self.model, self.kwargs, settings.engine)
         clients, extras = settings.clients, settings.extras
         parts = [self.model, self.model_type, self.use_developer_role, destination(clients, self.model, extras)]
         self.identity = identity_of([*parts, digest(without_credentials(extras))], settings.engine)
@@ -149,12 +148,7 @@ class LM(AsPlain, dspy.LM):
         with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
             lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
             with scope:
-                if known is None:
-                    call = prepare(lm, prompt, messages, kwargs, direct=True)
-                    known = call, run_call(lm, call, asked(lm, scope, call))
-                if scope.shown is not None:
-                    known[0].kwargs = scope.shown
-                outputs = finalize(self, *known)
+                outputs = finalize(self, *(known or ask(lm, scope, prompt, messages, kwargs)))
             node.answered(outputs)
             return outputs
 
@@ -165,17 +159,7 @@ class LM(AsPlain, dspy.LM):
         with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
             lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
             with scope:
-                if known is None:
-                    if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
-                        call = await asyncio.to_thread(
-                            prepare, lm, prompt, messages, kwargs, asynchronous=True, direct=True
-                        )
-                    else:
-                        call = prepare(lm, prompt, messages, kwargs, asynchronous=True, direct=True)
-                    known = call, await arun_call(lm, call, asked(lm, scope, call))
-                if scope.shown is not None:
-                    known[0].kwargs = scope.shown
-                outputs = finalize(self, *known)
+                outputs = finalize(self, *(known or await aask(lm, scope, prompt, messages, kwargs)))
             node.answered(outputs)
             return outputs
 

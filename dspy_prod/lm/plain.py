@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, cast
 
-from dspy.clients.execution import prepare
-
 from dspy_prod.compat.dspy import OwnCache, engines_of
-from dspy_prod.compat.executing import arun_call, run_call
 from dspy_prod.lm.beneath import Beneath
-from dspy_prod.lm.calling import asked, begin
+from dspy_prod.lm.calling import aask, ask, begin
 
 
 class AsPlain(OwnCache):
@@ -24,19 +20,15 @@ class AsPlain(OwnCache):
         """DSPy's older entry point: the answer in the form of a provider's, without history."""
         lm, kwargs, scope, known = begin(self._beneath, prompt, messages, kwargs)
         with scope:
-            if known is None:
-                call = prepare(lm, prompt, messages, kwargs, direct=True)
-                known = call, run_call(lm, call, asked(lm, scope, call))
-        return known[1].provider_response()
+            _, result = known or ask(lm, scope, prompt, messages, kwargs)
+        return result.provider_response()
 
     async def aforward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
         """Asynchronous `forward`."""
         lm, kwargs, scope, known = begin(self._beneath, prompt, messages, kwargs)
         with scope:
-            if known is None:
-                call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True, direct=True)
-                known = call, await arun_call(lm, call, asked(lm, scope, call))
-        return known[1].provider_response()
+            _, result = known or await aask(lm, scope, prompt, messages, kwargs)
+        return result.provider_response()
 
     @property
     def engine(self) -> Any:

@@ -20,21 +20,27 @@ Watchable = TypeVar("Watchable", bound=Beneath)
 
 
 class Watched:
-    """What an LM was installed for."""
+    """What an LM was installed for.
 
-    __slots__ = ("_around", "_base", "_given", "_model")
+    Attributes:
+        elsewhere: its `kwargs` hold what is no part of a request: settings of the client, which are in its identity.
+    """
 
-    def __init__(self, model: str, kwargs: Mapping[str, Any], clients: Mapping[str, Any]) -> None:
+    __slots__ = ("_given", "_model", "_still", "elsewhere")
+
+    def __init__(self, model: str, kwargs: Mapping[str, Any], engine: Any) -> None:
         self._model = model
         self._given = {name: _kept(value) for name, value in kwargs.items() if name not in CANONICAL_KEYS}
-        self._around = watch(variables(clients, model))
-        self._base = self._around()
+        self.elsewhere = bool(self._given)
+        self._still = (
+            watch(variables(kwargs, model)) if isinstance(engine, str) else None
+        )  # an engine object goes its own way
 
     def holds(self, model: str, kwargs: Mapping[str, Any]) -> bool:
         """Whether the LM may be used as it is."""
         if model is not self._model and model != self._model:
             return False
-        if self._around() != self._base:
+        if self._still is not None and not self._still():
             return False
         if CANONICAL_KEYS.issuperset(kwargs):
             return not self._given

@@ -11,6 +11,7 @@ from dspy_prod.errors import RejectedError, UnusableAnswerError
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
+    from dspy_prod.policies.retry import Attempts
 
 _FLAWS: Final = {
     "empty": "an answer with nothing in it",
@@ -37,20 +38,19 @@ def shows_partial(error: BaseException, partial: Response) -> None:
 
 
 class Failures:
-    """What the routes of one call said, in order.
+    """What the routes of one call said, in order. Every call makes one, and hardly one needs it.
 
     Attributes:
         last: the latest error.
         upstream: the latest that an upstream told.
+        early: routes that were left early, with their attempts; they have their turn again.
     """
 
-    __slots__ = ("_first", "_said", "last", "upstream")
-
-    def __init__(self) -> None:
-        self._first: Exception | None = None
-        self._said: dict[Route, Exception] | None = None
-        self.last: Exception | None = None
-        self.upstream: Exception | None = None
+    last: Exception | None = None
+    upstream: Exception | None = None
+    early: tuple[tuple[Route, Attempts], ...] = ()
+    _first: Exception | None = None
+    _said: dict[Route, Exception] | None = None
 
     def add(self, route: Route, error: Exception) -> None:
         """Remember how an attempt on a route ended."""

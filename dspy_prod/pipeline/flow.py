@@ -135,14 +135,13 @@ def _send(call: Call) -> Flow:
     pipeline = call.pipeline
     routes = call.routes() if pipeline.degradable else pipeline.routes
     failures = Failures()
-    early: list[tuple[Route, Attempts]] = []  # routes that were left early
     turn, count = 0, len(routes)
-    while turn < count + len(early):
+    while turn < count + len(failures.early):
         if turn < count:
             route = routes[turn]
             attempts = Attempts(route.retry, route.state.retry_budget, pipeline.rand)
         else:
-            route, attempts = early[turn - count]
+            route, attempts = failures.early[turn - count]
         turn += 1
         hurries = turn < count and not is_raising()
         if failures.last is not None:
@@ -160,7 +159,7 @@ def _send(call: Call) -> Flow:
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
                 failures.add(route, error)
                 if patience != inf and isinstance(error, RateLimitedError):
-                    early.append((route, attempts))
+                    failures.early += ((route, attempts),)
                 break
             except RejectedError as error:
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
@@ -185,7 +184,7 @@ def _send(call: Call) -> Flow:
                     )
                     if attempts.why_not == "patience":
                         attempts.due = now + attempts.pause
-                        early.append((route, attempts))
+                        failures.early += ((route, attempts),)
                 if pause is not None:
                     call.emit("retry", model=route.model, attempt=attempts.number, pause=pause, error=_reason(error))
                     if pause > 0:

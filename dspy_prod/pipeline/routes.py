@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
-from dspy.lm15 import Request, Response
+from dspy.lm15 import Request, Response, Usage
 
 from dspy_prod.options import CircuitBreaker, RateLimit, Retry
 from dspy_prod.pipeline.fitting import refused_by
@@ -19,6 +19,7 @@ from dspy_prod.pipeline.upstream.ordinary import Beside
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.policies.breaker.breaker import Breaker
 from dspy_prod.policies.budget import BudgetRule
+from dspy_prod.policies.cache import EMPTY_USAGE
 from dspy_prod.policies.retry import RetryBudget
 from dspy_prod.pricing.bounds import input_bound, output_bound
 from dspy_prod.pricing.media import census
@@ -185,21 +186,24 @@ class Route:
         )
         self._bus.emit("unpriced_model", self._clock.time(), model=self.model)
 
-    def price(self, request: Request, beside: Beside | None, response: Response) -> tuple[Rates | None, int | None]:
-        """The prices by which an answer counts and what it cost in nano-USD, None where that is not known.
+    def price(
+        self, request: Request, beside: Beside | None, response: Response, usage: Usage
+    ) -> tuple[Rates | None, int | None]:
+        """The prices by which an answer counts and what it cost in nano-USD, None where that is not known: `usage` is
+        as much of what the answer told as is believed.
 
         LiteLLM counts usage in OpenAI's way, whatever the engine that was tried before it does. Where no price is known
         of the model that was asked, an Azure deployment for one, that of the model that answered holds.
         """
         upstream = self.upstream
-        rates, provider = self._rates if self._priced else self.rates(), upstream.provider
-        if upstream.fell_back and not upstream.is_native(request, beside):
-            provider = "litellm"
-            rates = self.prices.rates(self.model, provider)
+        away = upstream.fell_back and not upstream.is_native(request, beside)
+        rates = self.prices.rates(self.model, "litellm") if away else self._rates if self._priced else self.rates()
         if rates is None:
-            rates = self.prices.served(self.model, provider, response.model)
+            rates = self.prices.served(self.model, "litellm" if away else upstream.provider, response.model)
             if rates is None:
                 return None, None
+        if usage is EMPTY_USAGE:
+            return rates, None
         return rates, self.prices.price_response(rates, response, request, self.region)
 
     def bounds(self, request: Request) -> tuple[int | None, int | None]:

@@ -9,7 +9,6 @@ import contextvars
 import itertools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import orjson
@@ -23,9 +22,10 @@ from dspy_prod.policies.cache import LOCAL
 from dspy_prod.records import CallRecord
 
 
-@dataclass(slots=True, eq=False)
 class Scope:
     """One public call; `n > 1` makes several engine calls within it. Entering it tells the engine beneath.
+
+    What a cached answer never needs stands in the class until somebody sets it.
 
     Attributes:
         base: exact JSON of prompt, messages and arguments as the caller gave them, or None when they are not JSON.
@@ -37,20 +37,24 @@ class Scope:
         purse: what it has spent, where a budget caps single calls.
     """
 
-    context: CallContext
-    base: bytes | None
-    extras: dict[str, Any] | None
-    rollout_id: Any
-    use_cache: bool
     body: dict[str, Any] | None = None
     refusal: Exception | None = None
     asked: Request | None = None
     shown: dict[str, Any] | None = None
     index: int = 0
     missed: bool = False
-    records: list[CallRecord] = field(default_factory=list)
     purse: Purse | None = None
-    _token: Any = None
+
+    def __init__(
+        self, context: CallContext, base: bytes | None, extras: dict[str, Any] | None, rollout_id: Any, use_cache: bool
+    ) -> None:
+        self.context = context
+        self.base = base
+        self.extras = extras
+        self.rollout_id = rollout_id
+        self.use_cache = use_cache
+        self.records: list[CallRecord] = []
+        self._token: Any = None
 
     def __enter__(self) -> None:
         self._token = SCOPE.set(self)

@@ -34,7 +34,7 @@ def succeeded(attempt: Attempt, response: Response) -> None:
     pipeline, state = call.pipeline, route.state
     usage = believed(response)
     latency = pipeline.clock.monotonic() - attempt.started
-    rates, cost = _price(attempt, response, usage)
+    rates, cost = route.price(request, call.scope, response, usage)
     estimated = False
     if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
         cost = worst(attempt)
@@ -166,19 +166,13 @@ def _settle_told(
     """Settle a failed attempt by the usage that came with its answer; False when none is to be believed."""
     call, route = attempt.call, attempt.route
     usage = believed(response)
-    rates, cost = _price(attempt, response, usage)
+    rates, cost = route.price(attempt.request, call.scope, response, usage)
     if cost is None and rates is not None:
         return False
     record = _record(attempt, verdict.outcome, cost, latency, usage=usage, error=error)
     _book(attempt, record, cost, _used(rates, usage), True, False)
     call.remember(record, route, response)
     return True
-
-
-def _price(attempt: Attempt, response: Response, usage: Usage) -> tuple[Rates | None, int | None]:
-    """The prices of an answer and its nano-USD, None when its usage was not told, or told in a way that cannot be."""
-    rates, cost = attempt.route.price(attempt.request, attempt.call.scope, response)
-    return rates, None if usage is EMPTY_USAGE else cost
 
 
 def _record(

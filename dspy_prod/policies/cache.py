@@ -227,7 +227,12 @@ def cacheable(response: Response) -> bool:
     """Whether an answer may be kept: complete, with something in it, and not a refusal."""
     if response.finish_reason not in ("stop", "tool_call"):
         return False
-    return has_substance(response) and not any(part.type == "refusal" for part in response.message.parts)
+    if not has_substance(response):
+        return False
+    parts = response.message.parts
+    if len(parts) == 1:
+        return bool(parts[0].type != "refusal")
+    return all(part.type != "refusal" for part in parts)
 
 
 def has_substance(response: Response) -> bool:

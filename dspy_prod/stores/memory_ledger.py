@@ -121,10 +121,7 @@ class MemoryLedger:
         """Add records that belong to the same day and values."""
         first = records[0]
         day = self._days.setdefault(day_of(first.started_at), {})
-        contribution = [0] * len(Totals._fields)
-        for record in records:
-            for index, value in enumerate(Totals.of(record)):
-                contribution[index] += sign * value
+        contribution = [sign * sum(column) for column in zip(*map(Totals.of, records), strict=True)]
         for key in rollup_keys(first):
             sums = day.get(key)
             if sums is None:

@@ -106,6 +106,7 @@ VALUES = [
     ("dspy.clients._deprecation", "_adapter_call"),
     ("dspy.clients.model_metadata", "_lock"),
     ("dspy.dsp.utils.settings", "thread_local_overrides"),
+    ("dspy.dsp.utils.settings", "main_thread_config"),
     ("dspy._vendor.lm15.providers.openai_chat", "_INGEST_CONFIG_KEYS"),
     ("dspy._vendor.lm15.providers.openai_chat", "_INGEST_EXTENSIONS_KEYS"),
     ("dspy._vendor.lm15.providers.openai_chat", "_INGEST_CALL_MODE_KEYS"),

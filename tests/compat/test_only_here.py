@@ -16,7 +16,8 @@ PACKAGE: Final = Path(dspy_prod.__file__).parent
 FOREIGN: Final = {"dspy", "lm15", "mlflow", "litellm", "asyncio"}
 NAMES: Final = {part for _, name, *_ in [*SIGNATURES, *VALUES] for part in name.split(".")}
 PRIVATE: Final = {name for name in NAMES if name.startswith("_") and name != "_lock"} | {
-    "thread_local_overrides", "_engine_spec", "_async_engine_spec", "_cache_responses", "_provider_name", "_compiled",
+    "thread_local_overrides", "main_thread_config", "_engine_spec",
+    "_async_engine_spec", "_cache_responses", "_provider_name", "_compiled",
     "_input_keys", "_connect_timeout", "_hidden_params", "_async_queue", "_mlflow_experiment_ids",
 }  # fmt: skip
 """Names that only the one room may say: those of the tables, and attributes. `_lock` is everybody's own too."""

@@ -64,6 +64,7 @@ class Upstream:
         self._providers = registered_providers()
         self._lock = threading.Lock()
         self._selection: Any = None
+        self._provider: str | None = ""  # not asked for yet
         self._native: LM15Engine | None = None
         self._native_async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncLM15Engine] = (
             weakref.WeakKeyDictionary()
@@ -90,10 +91,13 @@ class Upstream:
     @property
     def provider(self) -> str | None:
         """Whose usage counters the answers carry, for prices: DSPy's name of the provider, or `"litellm"`."""
-        if not isinstance(self.spec, str):
-            return self._guess_provider()
-        selection = self._select()
-        return str(selection.resolution.provider) if selection.native else "litellm"
+        if self._provider == "":
+            if isinstance(self.spec, str):
+                selection = self._select()
+                self._provider = str(selection.resolution.provider) if selection.native else "litellm"
+            else:
+                self._provider = self._guess_provider()
+        return self._provider
 
     def sync_engine(self, request: Request, beside: Beside | None, until: float = inf) -> tuple[Any, bool]:
         """(engine, bounded): the engine for one synchronous attempt, and whether it bounds itself in time.
@@ -101,7 +105,8 @@ class Upstream:
         `until` is when nobody waits for the attempt any more (monotonic).
         """
         if not isinstance(self.spec, str):
-            self._check_own(beside)
+            if beside is not None and (beside.extras or beside.refusal is not None):
+                raise self._not_said_by_own(beside)
             return self.spec, False
         if self.is_native(request, beside):
             return self._native_engine(), True
@@ -110,7 +115,8 @@ class Upstream:
     def async_engine(self, request: Request, beside: Beside | None, until: float = inf) -> Any:
         """The engine for one asynchronous attempt; `until` as in `sync_engine`."""
         if not isinstance(self.spec, str):
-            self._check_own(beside)
+            if beside is not None and (beside.extras or beside.refusal is not None):
+                raise self._not_said_by_own(beside)
             if self.async_spec is None:
                 raise LMUnsupportedFeatureError(
                     "this custom engine has no async counterpart; pass async_engine= to dspy_prod.LM", model=self.model
@@ -210,14 +216,11 @@ class Upstream:
         except TypeError:  # tools, schemas, ...: not hashable
             return []
 
-    def _check_own(self, beside: Beside | None) -> None:
+    def _not_said_by_own(self, beside: Beside) -> LMUnsupportedFeatureError:
         """An engine object carries what a canonical request says, and nothing else."""
-        if beside is not None and beside.extras:
-            raise self._cannot_carry(beside.extras)
-        if beside is not None and beside.refusal is not None:
-            raise self._unsaid(beside.refusal)
+        return self._cannot_carry(beside.extras) if beside.extras else self._unsaid(beside.refusal)
 
-    def _unsaid(self, refusal: Exception) -> LMUnsupportedFeatureError:
+    def _unsaid(self, refusal: Exception | None) -> LMUnsupportedFeatureError:
         return LMUnsupportedFeatureError(
             f"engine={self.engine_name} cannot carry this call: {refusal}", model=self.model
         )

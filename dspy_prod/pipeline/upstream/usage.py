@@ -22,7 +22,7 @@ def believed(response: Response) -> Usage:
     written, reasoning = usage.cache_write_tokens, usage.reasoning_tokens
     if (inputs or 0) + (outputs or 0) + (cached or 0) + (written or 0) + (reasoning or 0) > MOST_TOKENS:
         return EMPTY_USAGE
-    if inputs is None or outputs is None:
+    if inputs is None or outputs is None or (inputs and outputs):
         return usage
     asked = inputs or cached or written
     if not asked or not (outputs or reasoning or _is_empty(response)):
