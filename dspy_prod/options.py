@@ -10,12 +10,16 @@ import datetime as dt
 import math
 import re
 import warnings
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dspy_prod.errors import ConfigError, OptionError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def _seconds(value: Any) -> Any:
@@ -56,6 +60,22 @@ class Options(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise _explained(type(self), error.errors(include_url=False)[0]) from None
+
+    @classmethod
+    def model_validate(cls, obj: Any, **how: Any) -> Self:
+        """Options from a mapping, checked as at construction."""
+        try:
+            return super().model_validate(obj, **how)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            told = first.get("ctx", {}).get("error")  # what the constructor said
+            raise (told if isinstance(told, OptionError) else _explained(cls, first)) from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some options changed; unlike pydantic's, it checks them as at construction."""
+        if not update:
+            return super().model_copy(deep=deep)
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **update})
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = type(self).__name__
