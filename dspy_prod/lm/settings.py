@@ -172,6 +172,7 @@ _SAID_OF_POLICIES: Final[Mapping[str, str]] = {
     "retries": "retry=Retry(attempts=...)",
     "rate_limit": "limit=RateLimit(...)",
     "circuit_breaker": "breaker=CircuitBreaker(...)",
+    "deadline": "with dspy_prod.call_context(deadline=...)",
 }
 """Fields of options that were given to the LM itself, and other words for policies: what was meant."""
 

@@ -14,7 +14,7 @@ from dspy_prod.compat.environ import watch
 from dspy_prod.lm.beneath import INSTALLED, Beneath
 from dspy_prod.lm.copying import checked, twin_of
 from dspy_prod.lm.settings import CANONICAL_KEYS, Settings, split
-from dspy_prod.pipeline.upstream.destination import bases
+from dspy_prod.pipeline.upstream.destination import variables
 
 Watchable = TypeVar("Watchable", bound=Beneath)
 
@@ -32,7 +32,9 @@ class Watched:
         self._model = model
         self._given = {name: _kept(value) for name, value in kwargs.items() if name not in CANONICAL_KEYS}
         self.elsewhere = bool(self._given)
-        self._still = watch(bases(model)) if isinstance(engine, str) else None  # an engine object goes its own way
+        self._still = (
+            watch(variables(kwargs, model)) if isinstance(engine, str) else None
+        )  # an engine object goes its own way
 
     def holds(self, model: str, kwargs: Mapping[str, Any]) -> bool:
         """Whether the LM may be used as it is."""

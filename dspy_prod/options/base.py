@@ -60,13 +60,29 @@ class Options(BaseModel):
         kind = type(self).__name__
         raise ConfigError(f"{kind} does not change; make another: options.model_copy(update={{{name!r}: ...}})")
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """The same options but for `update`, which is checked as at construction.
+    @classmethod
+    def model_validate(cls, obj: Any, **how: Any) -> Self:
+        """Options from a mapping, checked as at construction.
 
         Raises:
             ConfigError: an option is unknown or impossible.
         """
-        return type(self)(**{**dict(self), **(update or {})})
+        try:
+            return super().model_validate(obj, **how)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            told = first.get("ctx", {}).get("error")  # what the constructor said
+            raise (told if isinstance(told, OptionError) else _explained(cls, first)) from None
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """The same options but for `update`, which, unlike pydantic's, is checked as at construction.
+
+        Raises:
+            ConfigError: an option is unknown or impossible.
+        """
+        if not update:
+            return super().model_copy(deep=deep)
+        return type(self)(**{**{name: getattr(self, name) for name in self.model_fields_set}, **update})
 
     def __setstate__(self, state: dict[Any, Any]) -> None:
         """What an earlier version pickled has the defaults of the options that came later."""

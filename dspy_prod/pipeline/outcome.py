@@ -233,7 +233,7 @@ def _finish_told(data: Mapping[str, Any]) -> str | None:
     reason = choice.get("finish_reason")
     native = choice.get("provider_specific_fields")
     if native and isinstance(native, dict):
-        reason = native.get("native_finish_reason") or reason
+        reason = native.get("native_finish_reason", reason)
     return "" if not reason else "error" if reason in ("error", "ERROR") else "told"
 
 

@@ -13,7 +13,7 @@ from itertools import chain
 from math import inf
 from typing import Final, NamedTuple
 
-from dspy_prod.context.current import EMPTY, current
+from dspy_prod.context.current import current
 from dspy_prod.errors import ConfigError
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.policies.budget import BudgetRule

@@ -59,6 +59,8 @@ def open_store(
         StoreUnavailableError: the file cannot be used; the message names it and what to do.
     """
     if not isinstance(url, str):
+        if not hasattr(url, "admit"):
+            raise ConfigError(f"store={url!r} is neither a URL nor a store; use one of {_FORMS}")
         store: Store = url
     else:
         scheme, separator, rest = url.partition("://")

@@ -6,6 +6,7 @@ import asyncio
 import gc
 from typing import Any, Literal
 
+import dspy
 import pytest
 from dspy.utils.exceptions import LMError, LMTimeoutError
 
@@ -255,3 +256,38 @@ def test_a_bill_above_the_bound_is_recorded_and_blocks(serve: MakeProvider, conn
     with pytest.raises(BudgetExceededError):
         lm("another question")
     assert len(provider.calls) == 1
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stream_that_its_user_left_is_held_until_it_is_recorded(
+    serve: MakeProvider, connect: MakeLM, engine: str, store_url: str
+) -> None:
+    """DSPy closes the stream behind `streamify` a moment after its reader has gone: until then its money is held."""
+    provider = serve(answer="[[ ## answer ## ]]\n" + "word " * 40, chunks=40, chunk_delay=0.02)
+    lm = connect(provider, engine=engine, store=store_url, budget=Budget(usd=1))
+    program = dspy.streamify(
+        dspy.Predict("question -> answer"), stream_listeners=[dspy.streaming.StreamListener("answer")]
+    )
+
+    async def read_a_word() -> None:
+        stream = program(question="a question")
+        async for _ in stream:
+            break
+        await stream.aclose()
+
+    async def left() -> None:
+        with dspy.context(lm=lm):
+            await asyncio.wait([asyncio.create_task(read_a_word())])  # apart: DSPy's stream cancels whoever closes it
+        while True:
+            held, found = lm.costs().held_usd, lm.ledger.records()
+            if found:
+                break
+            assert held > 0, "neither held nor recorded"
+            await asyncio.sleep(0)
+        await lm.pipeline.aclose()
+
+    asyncio.run(left())
+    (record,) = lm.ledger.records()
+    assert (record.outcome, record.estimated) == ("cancelled", True)
+    assert (record.cost_nano or 0) >= provider.bill.nano > 0
+    assert lm.costs().held_usd == 0

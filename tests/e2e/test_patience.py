@@ -68,9 +68,9 @@ def test_a_paused_key_is_not_waited_for_by_the_next_call(serve: MakeProvider, co
 
 
 def test_a_full_limit_of_our_own_is_not_waited_for(serve: MakeProvider, connect: MakeLM, store_url: str) -> None:
-    """Nor is one that we were told of beforehand."""
+    """Nor is one that we were told of beforehand: the second call stood ten seconds in line, with an idle fallback."""
     provider = serve()
-    lm = connect(provider, retry=DEFAULTS, limit=RateLimit(rpm=1), fallbacks=[CHEAP], store=store_url)
+    lm = connect(provider, retry=DEFAULTS, limit=RateLimit(rpm=6, burst=1), fallbacks=[CHEAP], store=store_url)
     assert [lm(f"question {number}") for number in range(2)] == [["ok"]] * 2
     assert [asked.model for asked in provider.calls] == ["e2e", "e2e-cheap"]
 

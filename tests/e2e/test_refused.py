@@ -34,6 +34,7 @@ CASES: dict[str, tuple[Verbatim, int, bool, bool]] = {
     **{str(code): (said("No.", code), 1, True, True) for code in (500, 501, 502, 503, 504, 520, 524, 529)},
     "mistake": (said("'messages' must contain the word 'json'"), 1, False, False),
     "credit": (said("Your credit balance is too low to access the API."), 1, True, False),
+    "unverified": (said("Your organization must be verified to use the model `o3`."), 1, True, False),
     "quota": (said("You exceeded your current quota", 429, "insufficient_quota"), 1, True, False),
     "filter": (said("Filtered by the content management policy", 400, "content_filter"), 1, True, False),
     "retired": (said("The model `x` has been decommissioned", 400, "model_decommissioned"), 1, True, False),

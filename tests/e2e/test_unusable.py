@@ -152,9 +152,12 @@ def test_what_somebody_can_use_is_an_answer(serve: MakeProvider, connect: MakeLM
     assert len(provider.calls) == (1 if name == "tool" else 2)
 
 
-def test_an_answer_that_does_not_say_why_it_ended_is_a_failure(serve: MakeProvider, connect: MakeLM) -> None:
-    """A text without its end may be half of one."""
-    lm = connect(serve(faults=[Verbatim(finished(None))]), retry=QUICK)
+@pytest.mark.parametrize(("engine", "reason"), [("lm15", None), ("lm15", ""), ("litellm", "")])
+def test_an_answer_that_does_not_say_why_it_ended_is_a_failure(
+    serve: MakeProvider, connect: MakeLM, engine: str, reason: str | None
+) -> None:
+    """A text without its end may be half of one. (LiteLLM says "stop" for `null`, and shows nothing else.)"""
+    lm = connect(serve(faults=[Verbatim(finished(reason))]), engine=engine, retry=QUICK)
     assert ask(lm, "sync") == ["ok"]
     assert records(lm)[0].error == "UnusableAnswerError"
 

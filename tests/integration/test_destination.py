@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -10,7 +12,7 @@ import pytest
 
 import dspy_prod
 from dspy_prod import RateLimit
-from dspy_prod.pipeline.upstream.destination import destination, fingerprint
+from dspy_prod.pipeline.upstream.destination import destination, fingerprint, variables
 from dspy_prod.testing import Provider
 from tests.e2e.conftest import MakeProvider
 from tests.e2e.support import fresh_memory, make_lm
@@ -48,16 +50,28 @@ def test_another_setting_gets_another_answer(name: str, store: str, serve: MakeP
     assert len(provider.calls) == 2
 
 
-@pytest.mark.parametrize("variable", ["OPENAI_BASE_URL", "OPENAI_API_BASE"])
+@pytest.mark.parametrize(
+    ("variable", "model", "provider"),
+    [
+        ("OPENAI_BASE_URL", "openai/e2e", None),
+        ("OPENAI_API_BASE", "openai/e2e", None),
+        ("FIREWORKS_API_BASE", "fireworks_ai/e2e", None),
+        ("LLAMA_API_BASE", "meta_llama/e2e", None),
+        ("FRIENDLI_API_BASE", "friendliai/e2e", None),
+        ("HOSTED_VLLM_API_BASE", "e2e", "hosted_vllm"),
+    ],
+)
 def test_the_environment_may_put_another_server_there(
-    variable: str, serve: MakeProvider, monkeypatch: pytest.MonkeyPatch
+    variable: str, model: str, provider: str | None, serve: MakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A gateway named by the environment was given the answers of the one before it, until the process ended."""
     one, other = serve(answer="one"), serve(answer="other")
     store = fresh_memory()
 
     def made() -> Any:
-        return dspy_prod.LM("openai/e2e", api_key="k", cache=True, store=store, namespace="env", retry=False)
+        return dspy_prod.LM(
+            model, api_key="k", cache=True, store=store, namespace="env", retry=False, custom_llm_provider=provider
+        )
 
     monkeypatch.setenv(variable, one.url)
     lm = made()
@@ -68,6 +82,40 @@ def test_the_environment_may_put_another_server_there(
     monkeypatch.setenv(variable, one.url)
     assert lm("q") == ["one"]
     assert (len(one.calls), len(other.calls)) == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_server_that_litellm_finds_in_the_environment_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LiteLLM calls them by the provider, by a word of its name or by another one: no rule of ours may miss one."""
+    import litellm
+
+    source = Path(litellm.__file__).parent
+    files = [source / "litellm_core_utils/get_llm_provider_logic.py", *source.glob("llms/*/chat/*transformation.py")]
+    names = {name for file in files for name in re.findall(r"\"([A-Z0-9_]+_(?:API_BASE|BASE_URL))\"", file.read_text())}
+    assert len(names) > 50
+    for name in names:
+        monkeypatch.setenv(name, f"http://{name.lower()}/v1")
+    missed = {}
+    for each in litellm.provider_list:
+        provider = str(getattr(each, "value", each))
+        try:
+            server = litellm.get_llm_provider("m", provider)[3] or ""
+        except Exception:  # it asks a credential first
+            continue
+        name = server.removeprefix("http://").partition("/")[0].upper()
+        if name in names and name not in variables({}, f"{provider}/m"):
+            missed[provider] = name
+    assert missed == {}
+
+
+def test_an_organization_of_the_environment_may_change(serve: MakeProvider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An LM went on to give the answers of the organization that was there when it was made."""
+    provider = serve(answer=lambda call: call.headers["openai-organization"])
+    lm = make_lm(provider.url, cache=True, engine="litellm")
+    for name in ("org-a", "org-b", "org-a"):
+        monkeypatch.setenv("OPENAI_ORGANIZATION", name)
+        assert lm("q") == [name]
+    assert len(provider.calls) == 2
 
 
 def test_calls_of_two_tenants_do_not_fly_together(serve: MakeProvider) -> None:

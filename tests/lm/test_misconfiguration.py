@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,14 +139,15 @@ def test_a_model_without_a_price_is_refused_under_a_budget() -> None:
         ({"fallback_models": ["openai/m"]}, r"fallbacks=\["), ({"chache": False}, "cache="),
         ({"max_token": 10}, "max_tokens="), ({"tempature": 0.1}, "temperature="), ({"timeout": "10"}, "timeout=10"),
         ({"extra_header": {}}, "extra_headers="), ({"timeout": True}, "number of seconds"),
-        ({"namespace": 5}, "namespace='5'"),
+        ({"namespace": 5}, "namespace='5'"), ({"deadline": 5}, r"call_context\(deadline"),
+        ({"store": Path("state.db")}, r"store=.*state\.db.*sqlite:///"), ({"store": 5}, "store=5 is neither"),
     ],
     ids=str,
 )  # fmt: skip
 def test_a_slip_is_refused_where_it_is_made(slip: dict[str, Any], remedy: str) -> None:
-    """Each of these was accepted, travelled on to the provider, and was in force nowhere."""
+    """Each was accepted, travelled on to the provider, and was in force nowhere; or it was a raw AttributeError."""
     with pytest.raises(ConfigError, match=remedy):
-        dspy_prod.LM("openai/m", store=fresh_memory(), **slip)
+        dspy_prod.LM("openai/m", **{"store": fresh_memory(), **slip})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,3 +73,25 @@ def test_pickles_name_the_room_and_not_the_file(option: Options) -> None:
     data = pickle.dumps(option)
     assert b"dspy_prod.options\x94" in data
     assert pickle.loads(data) == option
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Budget(usd=1).model_copy(update={"usd": -1}),
+        lambda: Budget.model_validate({"usd": -1}),
+        lambda: Budget.model_validate({"usd": 1}).model_copy(update={"usd": -1}),
+    ],
+)
+def test_other_ways_to_make_options_are_as_strict(make: Callable[[], Any]) -> None:
+    """The error said `model_copy(update=...)`, which took a negative limit; `model_validate` said pydantic's words."""
+    with pytest.raises(ConfigError, match="Budget: usd: must be greater than 0, got -1") as caught:
+        make()
+    assert "pydantic" not in str(caught.value)
+
+
+def test_a_copy_keeps_what_is_not_changed() -> None:
+    budget = Budget(usd=1, per="day", name="b")
+    assert budget.model_copy(update={"usd": 2}) == Budget(usd=2, per="day", name="b")
+    assert budget.model_copy() == budget
+    assert Budget.model_validate(budget) is budget

@@ -246,6 +246,21 @@ def test_a_program_saves_and_loads_its_predictors_lm(tmp_path: Path) -> None:
         dspy.ChainOfThought("question -> answer").load(tmp_path / "x.json")
 
 
+def test_an_lm_of_the_whole_process_needs_no_word_to_load(tmp_path: Path) -> None:
+    """ "Refusing to import custom serialized LM class": the README says when that is met, what to do, and how it is
+    not."""
+    program = dspy.ChainOfThought("question -> answer")
+    with dspy.context(lm=make()):
+        program.save(tmp_path / "x.json")
+        dspy.ChainOfThought("question -> answer").load(tmp_path / "x.json")
+    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    for words in (
+        'program.load("triage.json", allow_unsafe_lm_state=True)',
+        "Nothing has to be said where the LM comes from `dspy.configure(lm=lm)`",
+    ):
+        assert words in readme
+
+
 def test_what_is_left_out_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     """Headers and cloud credentials may be secret: they are named in the log, never shown, and a key goes unsaid."""
     lm = make(extra_headers={"X-Team": "a"}, aws_secret_access_key="sk-aws", api_key="sk-1", num_ctx=5)

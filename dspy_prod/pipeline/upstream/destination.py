@@ -24,11 +24,26 @@ _ELSEWHERE: Final = _KEYS | {"timeout", "api_base", "base_url"}
 _BASES: Final = ("{}_API_BASE", "{}_BASE_URL")
 _OTHERS: Final = ("{}_API_VERSION", "{}_ORGANIZATION", "{}_ORG_ID", "{}_PROJECT", "{}_PROJECT_ID")
 _CLOUDS: Final[Mapping[str, tuple[str, ...]]] = {
-    "bedrock": ("AWS_REGION", "AWS_REGION_NAME", "AWS_DEFAULT_REGION", "AWS_BEDROCK_RUNTIME_ENDPOINT"),
+    "azure": ("AZURE_OPENAI_ENDPOINT",),
+    "bedrock": ("AWS_REGION", "AWS_REGION_NAME", "AWS_DEFAULT_REGION", "AWS_BEDROCK_RUNTIME_ENDPOINT",
+                "BEDROCK_MANTLE_REGION"),
+    "cloudflare": ("CLOUDFLARE_ACCOUNT_ID",),
+    "databricks": ("DATABRICKS_HOST",),
+    "datarobot": ("DATAROBOT_ENDPOINT",),
+    "gradient_ai": ("GRADIENT_AI_AGENT_ENDPOINT",),
+    "mistral": ("MISTRAL_AZURE_API_BASE",),
     "sagemaker": ("AWS_REGION", "AWS_REGION_NAME", "AWS_DEFAULT_REGION"),
-    "vertex_ai": ("VERTEXAI_PROJECT", "VERTEXAI_LOCATION", "VERTEX_PROJECT", "VERTEX_LOCATION"),
-    "watsonx": ("WATSONX_URL", "WATSONX_API_BASE", "WATSONX_PROJECT_ID", "WATSONX_DEPLOYMENT_SPACE_ID"),
-}
+    "snowflake": ("SNOWFLAKE_ACCOUNT_ID",),
+    "vertex_ai": ("VERTEXAI_PROJECT", "VERTEXAI_LOCATION", "VERTEX_PROJECT", "VERTEX_LOCATION", "VERTEXAI_API_BASE",
+                  "GOOGLE_CLOUD_PROJECT", "GOOGLE_CLOUD_LOCATION", "GCLOUD_PROJECT"),
+    "watsonx": ("WATSONX_URL", "WX_URL", "WML_URL", "WATSONX_REGION", "WX_REGION", "WATSONX_PROJECT_ID",
+                "WX_PROJECT_ID", "WATSONX_DEPLOYMENT_SPACE_ID", "WATSONX_SPACE_ID", "WX_SPACE_ID"),
+}  # fmt: skip
+"""Variables with names of their own, by the beginning of the provider's."""
+
+_SHORT: Final = {"huggingface": "HF", "friendliai": "FRIENDLI"}
+"""Providers whose variables begin with no word of their names."""
+
 _PLACE: Final = re.compile(r"region|project|location|endpoint|api_base|base_url|deployment|tenant|space_id|profile")
 
 
@@ -47,9 +62,19 @@ def without_credentials(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if not is_secret(name)}
 
 
-def bases(model: str) -> tuple[str, ...]:
-    """The environment variables that can put another server in a provider's place."""
-    return tuple([name.format(_prefix(model).upper()) for name in _BASES])
+def variables(clients: Mapping[str, Any], model: str) -> tuple[str, ...]:
+    """The environment variables that can change where a route's calls go, or who answers them.
+
+    LiteLLM names them by the provider (`HOSTED_VLLM_API_BASE`), or by one word of it (`FIREWORKS_API_BASE` of
+    `fireworks_ai`).
+    """
+    provider = _provider(clients, model)
+    whole = provider.upper().replace("-", "_")
+    words = [word for word in whole.split("_") if len(word) > 2 and word != whole]
+    stems = [whole, *words, *([_SHORT[provider]] if provider in _SHORT else ())]
+    around = _OTHERS if _url(clients) else _BASES + _OTHERS
+    clouds = [name for cloud, names in _CLOUDS.items() if provider.startswith(cloud) for name in names]
+    return tuple([name.format(stem) for stem in stems for name in around] + clouds)
 
 
 def destination(clients: Mapping[str, Any], model: str, extras: Mapping[str, Any] | None = None) -> str:
@@ -60,15 +85,13 @@ def destination(clients: Mapping[str, Any], model: str, extras: Mapping[str, Any
         model: model string, whose prefix names the provider.
         extras: further arguments that LiteLLM gets with each call.
     """
-    prefix = _prefix(model)
-    url = clients.get("api_base") or clients.get("base_url")
-    variables = _OTHERS if url else _BASES + _OTHERS
-    names = [name.format(prefix.upper()) for name in variables] + list(_CLOUDS.get(prefix, ()))
-    around = {name: value for name in names if (value := os.environ.get(name))}
-    base = [address(around.pop(name)) for name in bases(model) if name in around] if not url else [address(str(url))]
+    url = _url(clients)
+    around = {name: value for name in variables(clients, model) if (value := os.environ.get(name))}
+    servers = [name for name in around if name.endswith(("_API_BASE", "_BASE_URL"))]
+    base = [address(str(url))] if url else [address(around.pop(name)) for name in servers]
     others = {name: value for name, value in clients.items() if name not in _ELSEWHERE and value is not None}
     others.update(around, **places(extras or {}))
-    place = "&".join(base) or prefix
+    place = "&".join(base) or _provider(clients, model)
     return f"{place};{digest(others)}" if others else place
 
 
@@ -92,5 +115,12 @@ def _told(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else [type(value).__qualname__, repr(value)]
 
 
-def _prefix(model: str) -> str:
+def _url(clients: Mapping[str, Any]) -> Any:
+    return clients.get("api_base") or clients.get("base_url")
+
+
+def _provider(clients: Mapping[str, Any], model: str) -> str:
+    named = clients.get("custom_llm_provider")
+    if isinstance(named, str) and named:
+        return named
     return model.split("/", 1)[0] if "/" in model else "openai"

@@ -65,7 +65,7 @@ _PHRASES: Final[tuple[tuple[str, re.Pattern[str]], ...]] = tuple(
                 r"credit balance is too low", r"insufficient (?:account )?(?:balance|credits?|funds|quota)",
                 r"(?:out|run out) of (?:credits?|tokens|balance)", r"billing (?:hard )?limit", r"payment required",
                 r"account (?:is|has been)? ?(?:not active|deactivated|disabled|suspended)",
-                r"purchase (?:more )?credits",
+                r"purchase (?:more )?credits", r"organi[sz]ation must be verified",
                 r"API[_ ]key[_ ]?(?:not valid|invalid|expired)", r"(?:invalid|incorrect|expired) API[_ ]key",
                 r"api_key_invalid",
             ),
