@@ -38,11 +38,36 @@ def reason_told(stream: Any) -> str | None:
     return str(stream.received_finish_reason or getattr(stream, "intermittent_finish_reason", None) or "").lower()
 
 
+class Ear:
+    """Hears an answer as it arrived, before LiteLLM makes anything of it: what its argument `logger_fn` is told.
+
+    Attributes:
+        text: the body of the answer.
+    """
+
+    __slots__ = ("text",)
+
+    def __init__(self) -> None:
+        self.text: str | None = None
+
+    def __call__(self, details: dict[str, Any]) -> None:
+        if details.get("log_event_type") == "post_api_call":
+            text = details.get("original_response")
+            self.text = text if isinstance(text, str) else None
+
+    def take(self) -> str:
+        """What was heard; LiteLLM keeps its listener until the next call, which must not keep the answer."""
+        text, self.text = self.text, None
+        return text or ""
+
+
 class _Hooked:
+    model_type: str
+    ear: Ear | None = None
     sent: Callable[[dict[str, Any], Request], dict[str, Any]]
     """Gives the arguments LiteLLM is called with, from those DSPy has made of a request."""
-    received: Callable[[Response, Any], Response]
-    """Gives the canonical answer, from DSPy's and LiteLLM's."""
+    received: Callable[[Response, Any, str], Response]
+    """Gives the canonical answer, from DSPy's, LiteLLM's, and its text as it arrived, empty where nobody heard it."""
     ended: Callable[[StreamEndEvent, Any], StreamEndEvent]
     """Gives the last event of a stream, from DSPy's and LiteLLM's stream after its end."""
 
@@ -50,13 +75,18 @@ class _Hooked:
     """Gives the arguments of an ordinary call, None for a typed request, whose arguments DSPy makes."""
 
     def _arguments(self, request: Request, *, streaming: bool = False) -> dict[str, Any]:
-        ordinary = self.ordinary(request)
-        if ordinary is not None:
-            return {**ordinary, "stream": True, "stream_options": {"include_usage": True}} if streaming else ordinary
-        return self.sent(super()._arguments(request, streaming=streaming), request)  # type: ignore[misc]
+        data = self.ordinary(request)
+        if data is None:
+            data = self.sent(super()._arguments(request, streaming=streaming), request)  # type: ignore[misc]
+        elif streaming:
+            data = {**data, "stream": True, "stream_options": {"include_usage": True}}
+        if not streaming and self.model_type == "chat" and "logger_fn" not in data:
+            data["logger_fn"] = self.ear = Ear()
+        return data
 
     def _response(self, raw: Any, request: Request) -> Response:
-        return self.received(super()._response(raw, request), raw)  # type: ignore[misc]
+        heard = "" if self.ear is None else self.ear.take()
+        return self.received(super()._response(raw, request), raw, heard)  # type: ignore[misc]
 
 
 class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeAlias
 
+from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine
 from dspy.lm15 import (
     CacheConfig,
     Request,
     Response,
+    RouterConfig,
     StreamDeltaEvent,
     StreamEndEvent,
     StreamErrorEvent,
@@ -72,6 +74,7 @@ _StdlibAsyncTransport: Any
     "StdlibAsyncTransport._send_request",
     "StdlibAsyncTransport._do_stream",
 )
+names("dspy._vendor.lm15.providers.openai_chat", "OpenAIChatLM.parse_stream_events")
 
 
 class HookedTransport(_StdlibTransport):
@@ -113,3 +116,43 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
         if response.status >= 400:
             self.refused(response.headers)
         return response
+
+
+# -- engines ---------------------------------------------------------------------------------------------------------
+class _Providers(dict[str, Any]):
+    """The providers an engine has spoken to, each of which is hooked when it is first met: calls pay nothing."""
+
+    def __init__(self, ended: Callable[[StreamEndEvent], StreamEndEvent]) -> None:
+        super().__init__()
+        self._ended = ended
+
+    def __setitem__(self, name: str, provider: Any) -> None:
+        reader = getattr(provider, "_inner", provider)  # an asynchronous one reads events by its synchronous twin
+        parse, ended = reader.parse_stream_events, self._ended
+
+        def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
+            for event in parse(request, raw):
+                yield ended(event) if event is not None and event.type == "end" else event
+
+        reader.parse_stream_events = parsed
+        super().__setitem__(name, provider)
+
+
+class HookedLM15Engine(LM15Engine):
+    """The synchronous engine, whose streams end as a subclass says: it is shown each event that ends one."""
+
+    ended: Callable[[StreamEndEvent], StreamEndEvent]
+
+    def __init__(self, config: RouterConfig | None = None, *, model_type: str = "chat") -> None:
+        super().__init__(config, model_type=model_type)
+        self._providers = _Providers(self.ended)
+
+
+class HookedAsyncLM15Engine(AsyncLM15Engine):
+    """The same for tasks."""
+
+    ended: Callable[[StreamEndEvent], StreamEndEvent]
+
+    def __init__(self, config: RouterConfig | None = None, *, model_type: str = "chat") -> None:
+        super().__init__(config, model_type=model_type)
+        self._providers = _Providers(self.ended)
