@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
 
 from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
 from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine
@@ -14,9 +14,11 @@ from dspy_prod.compat.foreign import names
 from dspy_prod.compat.lm15 import StreamEvent
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
+_ChatStream: Any
 [_ChatStream, *_] = names(
     "dspy.clients.engines.litellm_engine", "_ChatStream", "LiteLLMEngine._arguments", "LiteLLMEngine._response"
 )
+[plain] = names("dspy.clients.legacy_outputs", "plain")
 
 
 def answered_by(raw: Any) -> str | None:
@@ -38,6 +40,53 @@ def reason_told(stream: Any) -> str | None:
     return str(stream.received_finish_reason or getattr(stream, "intermittent_finish_reason", None) or "").lower()
 
 
+# -- reading answers -------------------------------------------------------------------------------------------------
+_EVENTFUL: Final = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls"})
+_CITED: Final = ("cited_text", "text", "supported_text", "document_title", "title", "url")
+
+
+class _Stream(_ChatStream):
+    """DSPy's reader of chunks. That one refuses what it has no event for, such as Anthropic's blocks of thought.
+
+    Their text comes beside them. Of a whole answer such things stay in `provider_data`, and so they do here.
+    """
+
+    def feed(self, chunk: Any) -> Iterator[StreamEvent]:
+        eventful = _eventful(chunk)
+        yield from super().feed(eventful)
+        if eventful is not chunk:
+            self.chunks[-1] = chunk  # of which the whole answer is made in the end
+
+
+def _eventful(chunk: Any) -> Any:
+    """A chunk without what no event says; the very chunk, where there is nothing of the kind."""
+    if not any(_beside(getattr(choice, "delta", None)) for choice in getattr(chunk, "choices", None) or ()):
+        return chunk
+    body = plain(chunk)
+    for choice in body["choices"]:
+        delta = choice["delta"]
+        cited = (delta.get("provider_specific_fields") or {}).get("citation")
+        choice["delta"] = {name: value for name, value in delta.items() if name in _EVENTFUL}
+        if _is_citation(cited):
+            choice["delta"]["provider_specific_fields"] = {"citation": cited}
+    return body
+
+
+def _beside(delta: Any) -> bool:
+    for name, value in delta or ():
+        if name == "provider_specific_fields":
+            if value and not (len(value) == 1 and _is_citation(value.get("citation"))):
+                return True
+        elif value and name not in _EVENTFUL:
+            return True
+    return False
+
+
+def _is_citation(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(value.get(name) for name in _CITED)
+
+
+# -- engines ---------------------------------------------------------------------------------------------------------
 class Ear:
     """Hears an answer as it arrived, before LiteLLM makes anything of it: what its argument `logger_fn` is told.
 
@@ -105,7 +154,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model):
             source = litellm.completion(**data)
-        codec = _ChatStream(request)
+        codec = _Stream(request)
         with closing_stream(_Closing(source)):
             chunks = iter(source)
             while True:
@@ -149,7 +198,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model):
             source = await litellm.acompletion(**data)
-        codec = _ChatStream(request)
+        codec = _Stream(request)
         async with aclosing_stream(source):
             chunks = aiter(source)
             while True:

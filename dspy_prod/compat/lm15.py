@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from traceback import walk_tb
 from typing import Any, Final, TypeAlias
 
 from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine
@@ -61,6 +62,15 @@ def canonical_arguments() -> frozenset[str]:
 
 
 CANONICAL: Final = canonical_arguments()
+
+
+_READERS: Final = frozenset({"parse_response", "parse_stream_events", "_response", "feed", "finish"})
+"""Functions that make something canonical of an answer, in lm15 and in DSPy's engines."""
+
+
+def raised_by_reader(error: BaseException) -> bool:
+    """Whether an answer had come, and the error says what it is that cannot be read of it."""
+    return any(frame.f_code.co_name in _READERS for frame, _ in walk_tb(error.__traceback__))
 
 
 # -- transports ------------------------------------------------------------------------------------------------------
