@@ -138,6 +138,11 @@ def input_keys(example: Any) -> set[str] | None:
     return keys
 
 
+def known_of(provider: str | None, model: str) -> dict[str, Any]:
+    """What DSPy's catalogue of models tells of one; nothing of one that is not in it."""
+    return dict(model_metadata.model_info(provider, model) or {})
+
+
 def renew_metadata_lock() -> None:
     """In a forked child: nobody would release the lock if a thread of the parent held it."""
     if hasattr(model_metadata, "_lock"):
