@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import wraps
 from typing import Any, Final, Protocol
 
 import dspy
@@ -149,50 +148,12 @@ def input_keys(example: Any) -> set[str] | None:
     return keys
 
 
+def known_of(provider: str | None, model: str) -> dict[str, Any]:
+    """What DSPy's catalogue of models tells of one; nothing of one that is not in it."""
+    return dict(model_metadata.model_info(provider, model) or {})
+
+
 def renew_metadata_lock() -> None:
     """In a forked child: nobody would release the lock if a thread of the parent held it."""
     if hasattr(model_metadata, "_lock"):
         model_metadata._lock = threading.RLock()
-
-
-# -- evaluation ------------------------------------------------------------------------------------------------------
-def end_parallel_work_with(ends: Callable[[Exception], bool]) -> None:
-    """Have DSPy's executor of many examples end with an error of the kind that `ends` names, as it is.
-
-    By itself it counts errors, leaves a hole or a score of 0 for each, and at last says "cancelled".
-    """
-    [executor, *_] = names(
-        "dspy.utils.parallelizer",
-        "ParallelExecutor",
-        "ParallelExecutor.execute",
-        "ParallelExecutor._wrap_function",
-    )
-    if getattr(executor.execute, "_dspy_prod", False):
-        return
-    execute, wrap_function = executor.execute, executor._wrap_function
-
-    @wraps(execute)
-    def execute_or_end(self: Any, function: Any, data: Any) -> Any:
-        try:
-            return execute(self, function, data)
-        except Exception:
-            found: Exception | None = getattr(self, "_dspy_prod_end", None)
-            if found is None:
-                raise
-        raise found
-
-    @wraps(wrap_function)
-    def wrap_watched(self: Any, function: Any) -> Any:
-        def watched(item: Any) -> Any:
-            try:
-                return function(item)
-            except Exception as error:
-                if ends(error):
-                    self._dspy_prod_end = error
-                    self.cancel_jobs.set()
-                raise
-
-        return wrap_function(self, watched)
-
-    execute_or_end._dspy_prod = True  # type: ignore[attr-defined]
-    executor.execute, executor._wrap_function = execute_or_end, wrap_watched

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
 
 from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
 from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine
@@ -14,9 +14,11 @@ from dspy_prod.compat.foreign import names
 from dspy_prod.compat.lm15 import StreamEvent
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
+_ChatStream: Any
 [_ChatStream, *_] = names(
     "dspy.clients.engines.litellm_engine", "_ChatStream", "LiteLLMEngine._arguments", "LiteLLMEngine._response"
 )
+[plain] = names("dspy.clients.legacy_outputs", "plain")
 
 
 def answered_by(raw: Any) -> str | None:
@@ -38,11 +40,83 @@ def reason_told(stream: Any) -> str | None:
     return str(stream.received_finish_reason or getattr(stream, "intermittent_finish_reason", None) or "").lower()
 
 
+# -- reading answers -------------------------------------------------------------------------------------------------
+_EVENTFUL: Final = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls"})
+_CITED: Final = ("cited_text", "text", "supported_text", "document_title", "title", "url")
+
+
+class _Stream(_ChatStream):
+    """DSPy's reader of chunks. That one refuses what it has no event for, such as Anthropic's blocks of thought.
+
+    Their text comes beside them. Of a whole answer such things stay in `provider_data`, and so they do here.
+    """
+
+    def feed(self, chunk: Any) -> Iterator[StreamEvent]:
+        eventful = _eventful(chunk)
+        yield from super().feed(eventful)
+        if eventful is not chunk:
+            self.chunks[-1] = chunk  # of which the whole answer is made in the end
+
+
+def _eventful(chunk: Any) -> Any:
+    """A chunk without what no event says; the very chunk, where there is nothing of the kind."""
+    if not any(_beside(getattr(choice, "delta", None)) for choice in getattr(chunk, "choices", None) or ()):
+        return chunk
+    body = plain(chunk)
+    for choice in body["choices"]:
+        delta = choice["delta"]
+        cited = (delta.get("provider_specific_fields") or {}).get("citation")
+        choice["delta"] = {name: value for name, value in delta.items() if name in _EVENTFUL}
+        if _is_citation(cited):
+            choice["delta"]["provider_specific_fields"] = {"citation": cited}
+    return body
+
+
+def _beside(delta: Any) -> bool:
+    for name, value in delta or ():
+        if name == "provider_specific_fields":
+            if value and not (len(value) == 1 and _is_citation(value.get("citation"))):
+                return True
+        elif value and name not in _EVENTFUL:
+            return True
+    return False
+
+
+def _is_citation(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(value.get(name) for name in _CITED)
+
+
+# -- engines ---------------------------------------------------------------------------------------------------------
+class Ear:
+    """Hears an answer as it arrived, before LiteLLM makes anything of it: what its argument `logger_fn` is told.
+
+    Attributes:
+        text: the body of the answer.
+    """
+
+    __slots__ = ("text",)
+
+    def __init__(self) -> None:
+        self.text: str | None = None
+
+    def __call__(self, details: dict[str, Any]) -> None:
+        if details.get("log_event_type") == "post_api_call":
+            text = details.get("original_response")
+            self.text = text if isinstance(text, str) else None
+
+    def take(self) -> str:
+        """What was heard; LiteLLM keeps its listener until the next call, which must not keep the answer."""
+        text, self.text = self.text, None
+        return text or ""
+
+
 class _Hooked:
+    model_type: str
+    ear: Ear | None = None
     sent: Callable[[dict[str, Any], Request], dict[str, Any]]
     """Gives the arguments LiteLLM is called with, from those DSPy has made of a request."""
-    received: Callable[[Response, Any], Response]
-    """Gives the canonical answer, from DSPy's and LiteLLM's."""
+    received: Callable[[Response, Any, str], Response]
+    """Gives the canonical answer, from DSPy's, LiteLLM's, and its text as it arrived, empty where nobody heard it."""
     ended: Callable[[StreamEndEvent, Any], StreamEndEvent]
     """Gives the last event of a stream, from DSPy's and LiteLLM's stream after its end."""
 
@@ -50,13 +124,18 @@ class _Hooked:
     """Gives the arguments of an ordinary call, None for a typed request, whose arguments DSPy makes."""
 
     def _arguments(self, request: Request, *, streaming: bool = False) -> dict[str, Any]:
-        ordinary = self.ordinary(request)
-        if ordinary is not None:
-            return {**ordinary, "stream": True, "stream_options": {"include_usage": True}} if streaming else ordinary
-        return self.sent(super()._arguments(request, streaming=streaming), request)  # type: ignore[misc]
+        data = self.ordinary(request)
+        if data is None:
+            data = self.sent(super()._arguments(request, streaming=streaming), request)  # type: ignore[misc]
+        elif streaming:
+            data = {**data, "stream": True, "stream_options": {"include_usage": True}}
+        if not streaming and self.model_type == "chat" and "logger_fn" not in data:
+            data["logger_fn"] = self.ear = Ear()
+        return data
 
     def _response(self, raw: Any, request: Request) -> Response:
-        return self.received(super()._response(raw, request), raw)  # type: ignore[misc]
+        heard = "" if self.ear is None else self.ear.take()
+        return self.received(super()._response(raw, request), raw, heard)  # type: ignore[misc]
 
 
 class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
@@ -75,7 +154,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model):
             source = litellm.completion(**data)
-        codec = _ChatStream(request)
+        codec = _Stream(request)
         with closing_stream(_Closing(source)):
             chunks = iter(source)
             while True:
@@ -119,7 +198,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model):
             source = await litellm.acompletion(**data)
-        codec = _ChatStream(request)
+        codec = _Stream(request)
         async with aclosing_stream(source):
             chunks = aiter(source)
             while True:

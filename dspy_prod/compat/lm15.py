@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from traceback import walk_tb
 from typing import Any, Final, TypeAlias
 
+from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine
 from dspy.lm15 import (
     CacheConfig,
     Request,
     Response,
+    RouterConfig,
     StreamDeltaEvent,
     StreamEndEvent,
     StreamErrorEvent,
@@ -61,6 +64,15 @@ def canonical_arguments() -> frozenset[str]:
 CANONICAL: Final = canonical_arguments()
 
 
+_READERS: Final = frozenset({"parse_response", "parse_stream_events", "_response", "feed", "finish"})
+"""Functions that make something canonical of an answer, in lm15 and in DSPy's engines."""
+
+
+def raised_by_reader(error: BaseException) -> bool:
+    """Whether an answer had come, and the error says what it is that cannot be read of it."""
+    return any(frame.f_code.co_name in _READERS for frame, _ in walk_tb(error.__traceback__))
+
+
 # -- transports ------------------------------------------------------------------------------------------------------
 _StdlibTransport: Any
 _StdlibAsyncTransport: Any
@@ -72,6 +84,7 @@ _StdlibAsyncTransport: Any
     "StdlibAsyncTransport._send_request",
     "StdlibAsyncTransport._do_stream",
 )
+names("dspy._vendor.lm15.providers.openai_chat", "OpenAIChatLM.parse_stream_events")
 
 
 class HookedTransport(_StdlibTransport):
@@ -113,3 +126,43 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
         if response.status >= 400:
             self.refused(response.headers)
         return response
+
+
+# -- engines ---------------------------------------------------------------------------------------------------------
+class _Providers(dict[str, Any]):
+    """The providers an engine has spoken to, each of which is hooked when it is first met: calls pay nothing."""
+
+    def __init__(self, ended: Callable[[StreamEndEvent], StreamEndEvent]) -> None:
+        super().__init__()
+        self._ended = ended
+
+    def __setitem__(self, name: str, provider: Any) -> None:
+        reader = getattr(provider, "_inner", provider)  # an asynchronous one reads events by its synchronous twin
+        parse, ended = reader.parse_stream_events, self._ended
+
+        def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
+            for event in parse(request, raw):
+                yield ended(event) if event is not None and event.type == "end" else event
+
+        reader.parse_stream_events = parsed
+        super().__setitem__(name, provider)
+
+
+class HookedLM15Engine(LM15Engine):
+    """The synchronous engine, whose streams end as a subclass says: it is shown each event that ends one."""
+
+    ended: Callable[[StreamEndEvent], StreamEndEvent]
+
+    def __init__(self, config: RouterConfig | None = None, *, model_type: str = "chat") -> None:
+        super().__init__(config, model_type=model_type)
+        self._providers = _Providers(self.ended)
+
+
+class HookedAsyncLM15Engine(AsyncLM15Engine):
+    """The same for tasks."""
+
+    ended: Callable[[StreamEndEvent], StreamEndEvent]
+
+    def __init__(self, config: RouterConfig | None = None, *, model_type: str = "chat") -> None:
+        super().__init__(config, model_type=model_type)
+        self._providers = _Providers(self.ended)

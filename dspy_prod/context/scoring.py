@@ -1,27 +1,35 @@
 """Where a canned answer must never be given: inside `dspy.Evaluate` and an optimizer's `compile`.
 
 There a `Production` raises instead of answering with its fallback, admission waits as long as it takes, and a refusal
-of this library ends the evaluation as itself: a score is never about who was busy or out of money.
+of this library ends the evaluation, or the compile, as itself: a score is never about who was busy or out of money.
 
 DSPy tells its callbacks when an evaluation or a compile begins and ends, and runs callbacks that stand on the component
 itself beside the configured ones. One callback on the two base classes therefore sees every evaluation and every
 optimizer, also those defined later, without replacing a method. It sets a DSPy setting, because settings (unlike a
 `ContextVar`) follow DSPy into worker threads.
+
+Optimizers take any `Exception` for a program's failure: they score it 0, look for another demonstration, or stop early
+with half of their work. So a refusal that leaves a program goes up through them as something that is no `Exception`,
+and becomes itself again where the outermost `compile` ends. What a program handles within is its own affair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
 from typing import Any, Final
 
 import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
 from dspy.utils.callback import BaseCallback
 
-from dspy_prod.compat.dspy import end_parallel_work_with, thread_local_overrides
+from dspy_prod.compat.dspy import thread_local_overrides
+from dspy_prod.compat.scoring import end_parallel_work_with, wrap_compile
 from dspy_prod.errors import DeadlineExceededError, RejectedError
 
 _SETTING: Final = "dspy_prod_raising"
+_COMPILING: Final = "dspy_prod_compiling"
 
 _scored = False  # something has been scored in this process
 
@@ -44,9 +52,71 @@ def raising() -> Iterator[None]:
         yield
 
 
-def _ends_scoring(error: Exception) -> bool:
+class Ended(BaseException):
+    """A refusal on its way out of an optimizer; no caller of ours ever sees it.
+
+    Attributes:
+        refusal: what it stands for.
+    """
+
+    def __init__(self, refusal: Exception) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
+
+
+def _ends_scoring(error: BaseException) -> bool:
     """Whether an error says nothing about the program that is scored. How long it may take does."""
+    if isinstance(error, Ended):
+        return True
     return isinstance(error, RejectedError) and not isinstance(error, DeadlineExceededError) and is_raising()
+
+
+def _is_compiling() -> bool:
+    return bool(thread_local_overrides.get().get(_COMPILING, False))
+
+
+class _Leaving(BaseCallback):
+    """Lets a refusal that leaves the outermost module, or an LM that no module has called, end the compile."""
+
+    def _end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        if isinstance(exception, Exception) and _ends_scoring(exception) and not dspy.settings.caller_modules:
+            raise Ended(exception)
+
+    on_module_end = on_lm_end = _end
+
+
+_LEAVING: Final = _Leaving()
+
+
+@contextmanager
+def _as_itself() -> Iterator[None]:
+    try:
+        yield
+    except Ended as end:
+        if _is_compiling():
+            raise  # an optimizer within another one
+        refusal = end.refusal
+    else:
+        return
+    raise refusal from refusal.__cause__
+
+
+def _ending(compile: Any) -> Any:
+    @wraps(compile)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with _as_itself():
+            return compile(*args, **kwargs)
+
+    return wrapper
+
+
+def _aending(compile: Any) -> Any:
+    @wraps(compile)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with _as_itself():
+            return await compile(*args, **kwargs)
+
+    return wrapper
 
 
 def _followers(inputs: dict[str, Any]) -> list[Any]:
@@ -65,6 +135,9 @@ class _Raising(BaseCallback):
     def _start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         scope = self._open[call_id] = ExitStack()
         scope.enter_context(raising())
+        if isinstance(instance, Teleprompter) and not _is_compiling():
+            callbacks = [*(dspy.settings.callbacks or ()), _LEAVING]
+            scope.enter_context(dspy.context(**{_COMPILING: True, "callbacks": callbacks}))
         for follower in _followers(inputs):
             scope.enter_context(follower.held())
         scope.__enter__()  # ended by the matching end, which DSPy promises, in the same thread and task
@@ -79,13 +152,12 @@ class _Raising(BaseCallback):
 
 
 def _install() -> None:
-    from dspy.teleprompt.teleprompt import Teleprompter
-
     for component in (dspy.Evaluate, Teleprompter):
         callbacks = list(getattr(component, "callbacks", []))
         if not any(type(callback).__qualname__ == _Raising.__qualname__ for callback in callbacks):
             component.callbacks = [*callbacks, _Raising()]
     end_parallel_work_with(_ends_scoring)
+    wrap_compile(_ending, _aending)
 
 
 _install()

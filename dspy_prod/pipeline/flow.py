@@ -30,7 +30,7 @@ from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
 from dspy_prod.pipeline.outcome import flaw_of, judge
-from dspy_prod.pipeline.plan import only_here, pause_until, plan
+from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.pipeline.settling import failed, succeeded
@@ -232,6 +232,8 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
     try:
         if not route.upstream.ready:
             yield Warm(route, attempt.request, call.scope, call.deadline)
+            if route.fitting is not None:  # more is known of its model now
+                attempt.request = fitted(call, route, attempt.request)
         if attempt.reservation is not None:
             if pipeline.store.admit(attempt.reservation).state != GRANTED:
                 attempt = yield from admission(attempt)

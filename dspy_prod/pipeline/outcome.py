@@ -8,8 +8,7 @@ else in the library looks at error classes. Money is owed unless the provider ce
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from dspy.lm15 import Response
 from dspy.utils.exceptions import (
@@ -30,6 +29,7 @@ from dspy.utils.exceptions import (
 )
 
 from dspy_prod.errors import RejectedError, UnusableAnswerError
+from dspy_prod.pipeline.upstream.finish import broke_off, finish_told
 from dspy_prod.pipeline.upstream.heard import Heard, heard
 from dspy_prod.pipeline.upstream.vocabulary import meant_by, status_meant_by
 from dspy_prod.policies.cache import has_substance
@@ -180,6 +180,8 @@ def _row(error: Exception, said: Heard) -> str:
         status = status_meant_by(said.code) or said.hearsay
         if status is not None:
             return _by_status(error, said, status)
+        if said.begun and broke_off(said.code, said.text):
+            return "unusable"
         meant = meant_by(said.code, said.text, throttled=False)
         if meant is not None:
             return meant
@@ -207,7 +209,7 @@ def flaw_of(response: Response) -> str | None:
     finish = response.finish_reason
     if finish == "length":
         return None
-    told = None if response.provider_data is None else _finish_told(response.provider_data)
+    told = None if response.provider_data is None else finish_told(response.provider_data)
     if finish == "error" or told == "error":
         return "error"
     if not has_substance(response) and not _refusal_told(response):
@@ -215,26 +217,6 @@ def flaw_of(response: Response) -> str | None:
     if finish == "stop" and told == "":
         return "no_end"
     return None
-
-
-def _finish_told(data: Mapping[str, Any]) -> str | None:
-    """What the provider's own words say of its end: `error`, `told`, "" for nothing; None when they are not known."""
-    choices = data.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        status = data.get("status")
-        if data.get("object") == "response":
-            return "error" if status in ("failed", "cancelled") else "" if status in ("in_progress", "queued") else None
-        if data.get("type") == "message":  # Anthropic's
-            return "told" if data.get("stop_reason") else ""
-        return None
-    choice = choices[0]
-    if "delta" in choice:  # the last of many events: an earlier one may have told another reason
-        return "error" if choice.get("finish_reason") == "error" else None
-    reason = choice.get("finish_reason")
-    native = choice.get("provider_specific_fields")
-    if native and isinstance(native, dict):
-        reason = native.get("native_finish_reason", reason)
-    return "" if not reason else "error" if reason in ("error", "ERROR") else "told"
 
 
 def _refusal_told(response: Response) -> bool:

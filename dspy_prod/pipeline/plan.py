@@ -12,7 +12,6 @@ from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, UnpricedModelError
 from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.call import IDS, Call
-from dspy_prod.pipeline.fitting import fitted
 from dspy_prod.policies.breaker.breaker import Permit
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.pricing.book import remedy
@@ -90,10 +89,8 @@ def plan(call: Call, route: Route, number: int, patience: float = inf) -> Attemp
         request = replace(request, model=route.model)
     if route.defaults:
         request = _with_defaults(request, route.defaults)
-    if route.refuses:
-        request, left_out = fitted(request, route.refuses)
-        if left_out:
-            call.emit("arguments_left_out", model=route.model, route=route.name, arguments=left_out)
+    if route.fitting is not None:
+        request = fitted(call, route, request)
     rules = _rules(pipeline.budgets, route) if route.rules else pipeline.budgets
     limited = route.limited or route.state.identity.throttled
     caps = _caps(pipeline.caps, route) if pipeline.capped else ()
@@ -125,6 +122,15 @@ def plan(call: Call, route: Route, number: int, patience: float = inf) -> Attemp
     if rules or limited:
         attempt.reservation = _reservation(attempt, tokens, accounts, limited)
     return attempt
+
+
+def fitted(call: Call, route: Route, request: Request) -> Request:
+    """The request without what the model of a fallback refuses."""
+    assert route.fitting is not None
+    request, left_out = route.fitting.fitted(request)
+    if left_out:
+        call.emit("arguments_left_out", model=route.model, route=route.name, arguments=left_out)
+    return request
 
 
 def renewed(old: Attempt) -> Attempt | None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from dspy.lm15 import Request, Response, Usage
 
 from dspy_prod.options import CircuitBreaker, RateLimit, Retry
-from dspy_prod.pipeline.fitting import refused_by
+from dspy_prod.pipeline.fitting import Fitting
 from dspy_prod.pipeline.upstream.destination import destination, fingerprint
 from dspy_prod.pipeline.upstream.ordinary import Beside
 from dspy_prod.pipeline.upstream.upstream import Upstream
@@ -114,7 +114,7 @@ class Route:
     Attributes:
         name: `"primary"`, or the model of a fallback.
         limit_key: identity of limiter and breaker: destination, key fingerprint and model.
-        refuses: settings that the model of a fallback refuses, see `fitting`.
+        fitting: what the model of a fallback refuses; None of the model that was asked for.
         region: where the provider serves it, as far as its price depends on that (`Rates.uplifts`).
         rules: budgets of this route alone, next to those of the pipeline.
     """
@@ -146,7 +146,7 @@ class Route:
         self.prices = prices
         self.defaults = defaults or {}
         self.rules = rules
-        self.refuses = refused_by(self.model) if name != PRIMARY else {}
+        self.fitting = None if name == PRIMARY else Fitting(self.model, upstream)
         clients, extras = upstream.clients, upstream.extras
         self.limit_key = f"{destination(clients, self.model, extras)}|{fingerprint(clients, extras)}|{self.model}"
         timeout = upstream.clients.get("timeout")

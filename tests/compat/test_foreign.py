@@ -81,6 +81,7 @@ SIGNATURES = [
     ("dspy._vendor.lm15.serde", "response_from_dict", "(d)"),
     ("dspy._vendor.lm15.serde", "cache_config_to_dict", "(c)"),
     ("dspy._vendor.lm15.serde", "cache_config_from_dict", "(d)"),
+    ("dspy._vendor.lm15.providers.openai_chat", "OpenAIChatLM.parse_stream_events", "(self, request, raw_event)"),
     ("dspy._vendor.lm15.transports", "StdlibTransport.stream", "(self, request)"),
     ("dspy._vendor.lm15.transports", "StdlibTransport._open", "(self, parsed, *, proxy, origin, connect_timeout)"),
     (

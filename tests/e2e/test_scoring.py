@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import dspy
 import pytest
+from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, CircuitOpenError, RateLimit, call_context
 from dspy_prod.context.scoring import raising
@@ -93,3 +97,107 @@ def test_a_limited_evaluation_is_served_whole(serve: MakeProvider, connect: Make
     lm = connect(provider, limit=limit, fallbacks=[CHEAP], store=store_url)
     assert score(lm, examples=6, threads=6, max_errors=1).score == 100.0
     assert {asked.model for asked in provider.calls} == {"e2e"}
+
+
+# -- optimizers ------------------------------------------------------------------------------------------------------
+def trainset(examples: int = 8) -> list[Any]:
+    return [dspy.Example(question=f"q {number}", answer="ok").with_inputs("question") for number in range(examples)]
+
+
+def always(*_: Any) -> float:
+    return 1.0
+
+
+class Swallowing(Teleprompter):
+    """An optimizer of somebody's own, that takes whatever a program raises for a poor score."""
+
+    def compile(self, student: Any, *, trainset: Any, **_: Any) -> Any:
+        for example in trainset:
+            try:
+                student(**example.inputs())
+            except Exception:
+                continue
+        return student
+
+
+class AsyncSwallowing(Teleprompter):
+    """The same in a task."""
+
+    async def compile(self, student: Any, *, trainset: Any, **_: Any) -> Any:
+        for example in trainset:
+            with suppress(Exception):
+                await student.acall(**example.inputs())
+        return student
+
+
+class Outer(Teleprompter):
+    """An optimizer that runs another one, and carries on without it."""
+
+    def compile(self, student: Any, *, trainset: Any, **_: Any) -> Any:
+        with suppress(Exception):
+            return Swallowing().compile(student, trainset=trainset)
+        return student
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "bootstrap": lambda student: dspy.BootstrapFewShot(metric=always, max_bootstrapped_demos=8).compile(
+        student, trainset=trainset()
+    ),
+    "random search": lambda student: dspy.BootstrapFewShotWithRandomSearch(
+        metric=always, num_candidate_programs=2, num_threads=2
+    ).compile(student, trainset=trainset(), valset=trainset()),
+    "simba": lambda student: dspy.SIMBA(metric=always, bsize=4, num_candidates=2, max_steps=1, num_threads=2).compile(
+        student, trainset=trainset()
+    ),
+    "better together": lambda student: dspy.BetterTogether(
+        metric=always, p=dspy.BootstrapFewShotWithRandomSearch(metric=always, num_candidate_programs=1, num_threads=2)
+    ).compile(student, trainset=trainset(), valset=trainset(), strategy="p"),
+    "somebody's own": lambda student: Swallowing().compile(student, trainset=trainset()),
+    "in a task": lambda student: asyncio.run(AsyncSwallowing().compile(student, trainset=trainset())),
+    "one within another": lambda student: Outer().compile(student, trainset=trainset()),
+}
+
+
+def compiled(lm: Any, optimize: Callable[[Any], Any], program: Any = None) -> Any:
+    student = program or dspy.Predict("question -> answer")
+    student.set_lm(lm)
+    with dspy.context(lm=lm, adapter=dspy.ChatAdapter()):
+        return outcome(lambda: optimize(student))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_empty_budget_ends_an_optimizer_as_itself(serve: MakeProvider, connect: MakeLM, name: str) -> None:
+    """Refusals were taken for failures of the program: what came back was half optimized, and nobody heard of it."""
+    provider = serve(answer=ANSWER, usage=(1_000, 100))
+    lm = connect(provider, budget=Budget(usd=0.0008))
+    error = compiled(lm, OPTIMIZERS[name])
+    assert isinstance(error, BudgetExceededError)
+    assert error.budget
+    served = len(provider.calls)
+    assert 0 < served < 8
+    assert isinstance(compiled(connect(provider), OPTIMIZERS[name]), dspy.Module), "nothing of it is left"
+
+
+def test_what_a_program_handles_itself_does_not_end_an_optimizer(serve: MakeProvider, connect: MakeLM) -> None:
+    """A program with an answer of its own to an empty budget is optimized as it is."""
+
+    class Careful(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ask = dspy.Predict("question -> answer")
+
+        def forward(self, question: str) -> Any:
+            try:
+                return self.ask(question=question)
+            except BudgetExceededError:
+                return dspy.Prediction(answer="too dear")
+
+    lm = connect(serve(answer=ANSWER, usage=(1_000, 100)), budget=Budget(usd=0.0008))
+    assert isinstance(compiled(lm, OPTIMIZERS["bootstrap"], Careful()), Careful)
+
+
+def test_what_a_program_does_wrong_does_not_end_an_optimizer(serve: MakeProvider, connect: MakeLM) -> None:
+    """Its own errors are the optimizer's affair, and so is an upstream that fails now and then."""
+    provider = serve(answer=ANSWER, faults=[Status(400), None, Status(400)])
+    assert isinstance(compiled(connect(provider), OPTIMIZERS["bootstrap"]), dspy.Module)
+    assert len(provider.calls) == 8

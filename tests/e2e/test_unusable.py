@@ -64,6 +64,9 @@ UNUSABLE = {
     "white": told(content=" \n\t"),
     "thoughts alone": told(content=None, reasoning_content="hm"),
     "error": finished("error"),
+    "no end": finished(None),
+    "no word of an end": body(lambda _, choice, __: choice.pop("finish_reason")),
+    "out of resources": finished("insufficient_system_resource"),
     "error in 200": {"error": {"message": "no luck", "code": 502}},
 }
 USABLE = {
@@ -206,6 +209,43 @@ def test_a_stream_cut_by_a_clean_end_is_no_answer(
     (record,) = records(lm)
     assert (record.outcome, record.estimated) == ("error", True)
     assert lm.pipeline.primary.breaker.snapshot().failures == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("rest", [USAGE + DONE, DONE], ids=["told", "untold"])
+@pytest.mark.parametrize("reason", ["error", "ERROR", "insufficient_system_resource", "abort"])
+def test_a_stream_that_its_provider_broke_off_is_no_answer(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str, rest: str, reason: str
+) -> None:
+    """A provider whose backend failed in the middle says so at the end; the half text was shown as complete, and kept.
+
+    With the usage in an event of its own, as OpenAI sends it, the native engine forgot the reason altogether.
+    """
+    provider = serve(faults=[Verbatim(START + chunk({"content": "hel"}) + chunk({}, reason) + rest)])
+    lm = connect(provider, engine=engine, cache=Cache())
+    seen, error = stream(lm, way)
+    assert seen == ["start", "delta"]
+    assert error.partial.text == "hel"
+    (record,) = records(lm)
+    assert record.outcome == "error"
+    if engine == "lm15":  # LiteLLM gives up before it has read the usage
+        assert record.estimated is (rest == DONE)
+        assert record.estimated or record.cost_nano == TOLD
+    assert lm.pipeline.primary.breaker.snapshot().failures == 1
+    assert stream(lm, way)[0][-1] == "end", "it was not kept"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_stream_broken_off_before_anything_was_seen_is_tried_again(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str
+) -> None:
+    """Nobody notices."""
+    lm = connect(serve(faults=[Verbatim(START + chunk({}, "error") + USAGE + DONE)]), engine=engine, retry=QUICK)
+    seen, error = stream(lm, way)
+    assert (seen[0], seen[-1], error) == ("start", "end", None)
+    assert [record.outcome for record in records(lm)] == ["error", "ok"]
 
 
 class Broken(ScriptedEngine):

@@ -12,8 +12,11 @@ import dspy_prod
 from dspy_prod.testing import ScriptedEngine
 from tests.e2e.support import fresh_memory
 
-_HOUSEKEEPING = ("cache", "num_retries", "retry_strategy", "headers", "n")
-"""How DSPy's two LiteLLM paths differ from each other: no caching, one attempt, a user agent, one candidate."""
+_HOUSEKEEPING = ("cache", "num_retries", "retry_strategy", "headers", "n", "logger_fn")
+"""How DSPy's two LiteLLM paths differ from each other: no caching, one attempt, a user agent, one candidate.
+
+And how ours does: a function to which LiteLLM tells the answer as it arrived.
+"""
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bedrock-region": ("bedrock/anthropic.claude-3-haiku-20240307-v1:0", {"aws_region_name": "eu-central-1"}, {}),

@@ -15,6 +15,7 @@ from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
 from dspy_prod.errors import BudgetExceededError
 from dspy_prod.pipeline.outcome import Verdict, flaw_of, judge, own_deadline
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+from dspy_prod.pipeline.upstream.finish import untold_in
 from tests.pipeline.support import answer
 
 
@@ -177,6 +178,7 @@ def chat(**choice: Any) -> Any:
         (replace(answer(), finish_reason="error"), "error"),
         (chat(finish_reason="stop"), None),
         (chat(finish_reason="error"), "error"),
+        (chat(finish_reason="insufficient_system_resource"), "error"),
         (chat(finish_reason=None), "no_end"),
         (chat(), "no_end"),
         (chat(finish_reason="stop", provider_specific_fields={"native_finish_reason": "error"}), "error"),
@@ -186,11 +188,56 @@ def chat(**choice: Any) -> Any:
         (told_so(object="response", status="in_progress"), "no_end"),
         (told_so(type="message", stop_reason="end_turn"), None),
         (told_so(type="message", stop_reason=None), "no_end"),
+        (told_so(candidates=[{"finishReason": "STOP"}]), None),
+        (told_so(candidates=[{}]), "no_end"),
     ],
 )
 def test_an_answer_that_nobody_can_use_is_known_by_its_end_or_its_emptiness(response: Any, flaw: str | None) -> None:
     """What is cut at `max_tokens` is the caller's to judge; where the provider's words are unknown, DSPy's hold."""
     assert flaw_of(response) == flaw
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "told"),
+    [
+        ("MALFORMED_FUNCTION_CALL", "Candidate blocked: MALFORMED_FUNCTION_CALL", "FRf.SO"),
+        ("inband_finish_reason", "Malformed function call: look(", "FRf.SO"),
+        ("UNEXPECTED_TOOL_CALL", "Candidate blocked: UNEXPECTED_TOOL_CALL", "FRf.SO"),
+        ("SAFETY", "Candidate blocked: SAFETY", "..f.SO"),
+        ("inband_finish_reason", "Candidate blocked: PROHIBITED_CONTENT", "..f.SO"),
+        ("promptFeedback", "Prompt blocked: OTHER", "..f.SO"),
+    ],
+)
+def test_what_gemini_blocks_is_not_the_callers_mistake(code: str, text: str, told: str) -> None:
+    """It was, on the native engine: neither tried again nor given to a fallback, though LiteLLM's route did both."""
+    error: Any = dspy_errors.LMInvalidRequestError(text, provider_code=code)
+    error.begun = True
+    assert marks(judge(error)) == told
+    refused = dspy_errors.LMInvalidRequestError("Malformed function call in messages[2]", status=400)
+    assert marks(judge(refused)) == "....S.", "what was sent is malformed"
+
+
+@pytest.mark.parametrize(
+    ("text", "untold"),
+    [
+        ('{"choices": [{"finish_reason": "stop"}]}', False),
+        ('{"choices": [{"finish_reason": null}]}', True),
+        ('{"choices": [{"message": {"content": "\\"finish_reason\\": \\"stop\\""}}]}', True),
+        ('{"type": "message", "stop_reason": null}', True),
+        ('{"type": "message", "stop_reason":"end_turn"}', False),
+        ('{"candidates": [{"content": {}}]}', True),
+        ('{"candidates": [{"finishReason": "STOP"}]}', False),
+        ('{"message": {}, "done_reason": "stop"}', False),
+        ('{"output": {}, "stopReason": "end_turn"}', False),
+        ('{"results": [{}]}', False),
+        ("[1]", False),
+        ("a ModelResponse", False),
+        ("", False),
+    ],
+)
+def test_whether_an_end_was_told_is_read_off_the_answer_itself(text: str, untold: bool) -> None:
+    """LiteLLM says "stop" where none was; in a language that is not known, its word holds."""
+    assert untold_in(text) is untold
 
 
 def from_litellm(error: Any, inner: BaseException, *, status: int = 500) -> Any:

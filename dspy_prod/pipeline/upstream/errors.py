@@ -10,9 +10,10 @@ from math import inf
 from typing import Any
 
 from dspy.clients.errors import wrap_error
-from dspy.lm15 import TransportError
+from dspy.lm15 import ProviderError, TransportError, UnsupportedFeatureError
 from dspy.utils.exceptions import LMError, LMProviderError
 
+from dspy_prod.compat.lm15 import raised_by_reader
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import headers_of, hint_in, should_retry_in
 from dspy_prod.pipeline.upstream.upstream import Upstream
@@ -27,6 +28,9 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
         return error
     if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
         return AttemptTimeoutError()
+    if isinstance(error, UnsupportedFeatureError) and raised_by_reader(error):
+        # No request that could not be sent: it was, and is owed.
+        error = ProviderError(error.message).with_traceback(error.__traceback__)
     wrapped: Any = wrap_error(error, model=upstream.model, provider=upstream.provider)
     if isinstance(wrapped, LMError):
         wrapped.retry_after = hint_in(headers, wrapped.retry_after)

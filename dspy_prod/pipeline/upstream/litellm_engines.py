@@ -6,10 +6,11 @@ import time
 from math import ceil, inf
 from typing import Any, Final
 
-from dspy.lm15 import Request
+from dspy.lm15 import Request, Response
 
 from dspy_prod.compat.dspy import is_openai_reasoning_model
 from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine
+from dspy_prod.pipeline.upstream.finish import untold_in, without_end
 from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
 
@@ -45,6 +46,11 @@ def _sent(data: dict[str, Any], request: Request) -> dict[str, Any]:
     return data
 
 
+def _received(response: Response, raw: Any, text: str) -> Response:
+    response = told(response, raw)
+    return without_end(response) if response.finish_reason == "stop" and untold_in(text) else response
+
+
 class _Extended:
     """Adds arguments outside the canonical request, says `max_tokens` as every provider knows it, and believes only a
     usage that the provider told."""
@@ -54,7 +60,7 @@ class _Extended:
     wire_model: str | None
     body: dict[str, Any] | None = None
     sent = staticmethod(_sent)
-    received = staticmethod(told)
+    received = staticmethod(_received)
     ended = staticmethod(told_end)
 
     def extended(self, extras: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from dspy.lm15 import Response, StreamAssemblyError, StreamEndEvent, Usage
 
 from dspy_prod.compat.litellm import answered_by, chunks_of, reason_told
+from dspy_prod.pipeline.upstream.finish import broken
 from dspy_prod.pipeline.upstream.usage import believed
 
 _COUNTED: Final = frozenset({"a2a", "petals", "predibase", "replicate", "sagemaker"})
@@ -51,7 +52,7 @@ def told_end(end: StreamEndEvent, source: Any) -> StreamEndEvent:
     reason = reason_told(source)
     if reason == "":
         raise StreamAssemblyError("The provider's stream ended without saying why")
-    if reason == "error":
+    if broken(reason):
         end = replace(end, finish_reason="error")
     if _told_in(chunks_of(source), end.usage):
         return end

@@ -15,18 +15,19 @@ from math import inf
 from typing import Any, Final
 
 from dspy.clients.backend_selection import select_backend
-from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine, timeouts_for
+from dspy.clients.engines.lm15_engine import LM15Engine
 from dspy.lm15 import Request, RouterConfig, UnsupportedFeatureError, registered_providers
 from dspy.utils.exceptions import LMUnsupportedFeatureError
 
 from dspy_prod.compat.dspy import StandIn, capabilities, declared_door, definitions
 from dspy_prod.compat.litellm import get_litellm
-from dspy_prod.pipeline.upstream.deadline import MAX_CONNECTIONS, BoundedTransport, PacedAsyncTransport
+from dspy_prod.pipeline.upstream.deadline import BoundedTransport, PacedAsyncTransport
 from dspy_prod.pipeline.upstream.litellm_engines import (
     AsyncExtendedLiteLLMEngine,
     ExtendedLiteLLMEngine,
     wire_timeout,
 )
+from dspy_prod.pipeline.upstream.native_engines import AsyncNativeEngine, NativeEngine, connections
 from dspy_prod.pipeline.upstream.ordinary import Beside, body_of
 from dspy_prod.pipeline.upstream.text_engine import AsyncLiteLLMTextEngine, LiteLLMTextEngine
 from dspy_prod.runtime.forking import IMPORTING, reset_after_fork
@@ -65,8 +66,8 @@ class Upstream:
         self._lock = threading.Lock()
         self._selection: Any = None
         self._provider: str | None = ""  # not asked for yet
-        self._native: LM15Engine | None = None
-        self._native_async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncLM15Engine] = (
+        self._native: NativeEngine | None = None
+        self._native_async: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncNativeEngine] = (
             weakref.WeakKeyDictionary()
         )
         self._carried: Callable[[tuple[Any, ...]], list[bool]] = lru_cache(_PLANNED)(lambda shape: [])
@@ -242,32 +243,27 @@ class Upstream:
             return self.model.split("/", 1)[0] if "/" in self.model else None
 
     # -- engines -----------------------------------------------------------------------------------------------------
-    def _native_engine(self) -> LM15Engine:
+    def _native_engine(self) -> NativeEngine:
         engine = self._native
         if engine is None:
             with self._lock:
                 if self._native is None:
-                    transport = BoundedTransport(**self._connections())
-                    self._native = LM15Engine(self._config(transport=transport), model_type=self.model_type)
+                    transport = BoundedTransport(**connections(self.clients.get("timeout")))
+                    self._native = NativeEngine(self._config(transport=transport), model_type=self.model_type)
                 engine = self._native
         return engine
 
-    def _native_async_engine(self) -> AsyncLM15Engine:
+    def _native_async_engine(self) -> AsyncNativeEngine:
         loop = asyncio.get_running_loop()
         engine = self._native_async.get(loop)
         if engine is None:
             with self._lock:
                 for dead in [other for other in self._native_async if other.is_closed()]:
                     self._native_async.pop(dead, None)
-                transport = PacedAsyncTransport(**self._connections())
-                engine = AsyncLM15Engine(self._config(transport=transport), model_type=self.model_type)
+                transport = PacedAsyncTransport(**connections(self.clients.get("timeout")))
+                engine = AsyncNativeEngine(self._config(transport=transport), model_type=self.model_type)
                 self._native_async[loop] = engine
         return engine
-
-    def _connections(self) -> dict[str, Any]:
-        timeouts = timeouts_for(self.clients.get("timeout"))
-        known = {} if timeouts is None else _transport_timeouts(timeouts)
-        return {"max_connections": MAX_CONNECTIONS, "user_agent": "dspy-prod", **known}
 
     def _config(self, **connection: Any) -> RouterConfig:
         selection = self._select()
@@ -304,12 +300,3 @@ class Upstream:
         engine_class = AsyncExtendedLiteLLMEngine if asynchronous else ExtendedLiteLLMEngine
         engine = engine_class(model_type=self.model_type, wire_model=wire_model, **options)
         return engine.extended(extras) if body is None else engine.saying(body)
-
-
-def _transport_timeouts(timeouts: Any) -> dict[str, Any]:
-    return {
-        "connect_timeout": timeouts.connect,
-        "read_timeout": timeouts.read,
-        "write_timeout": timeouts.write,
-        "pool_timeout": timeouts.pool,
-    }

@@ -34,7 +34,8 @@ _CODES: Final[dict[str, str]] = {
         (
             "content_filter", "content_filtered", "content_policy_violation", "responsibleaipolicyviolation",
             "data_inspection_failed", "moderation_blocked", "safety", "recitation", "blocklist",
-            "prohibited_content", "spii", "image_safety", "blocked", "sensitive", "guardrail_intervened",
+            "prohibited_content", "spii", "image_safety", "blocked", "sensitive", "guardrail_intervened", "language",
+            "image_prohibited_content", "image_other", "image_recitation", "no_image",
         ),
         "filtered",
     ),
@@ -83,6 +84,7 @@ _PHRASES: Final[tuple[tuple[str, re.Pattern[str]], ...]] = tuple(
             (
                 r"content[_ ](?:management[_ ])?(?:policy|filter)", r"responsible ?ai", r"safety (?:system|filter)",
                 r"flagged (?:as|by|for)", r"inappropriate content", r"violat\w+ (?:our |the )?usage polic",
+                r"(?:prompt|candidate) blocked",
             ),
         ),
         (
