@@ -12,6 +12,7 @@ from dspy_prod import registry
 from dspy_prod.cli.printing import print_json, show
 from dspy_prod.privacy.visible import visible
 from dspy_prod.registry.deployment.report import DIRECTORY
+from dspy_prod.registry.errors import Unfinished
 
 DEPLOYED, FAILED, INCONCLUSIVE, CONFLICT = 0, 1, 3, 4
 OTHER: Final = 2
@@ -79,7 +80,7 @@ def _code(error: registry.RegistryError) -> int:
     return CONFLICT if isinstance(error, registry.PromotionConflictError) else OTHER
 
 
-def _show(arguments: argparse.Namespace, deployment: registry.Deployment) -> None:
+def _show(arguments: argparse.Namespace, deployment: Unfinished) -> None:
     if arguments.json:
         print_json(deployment.to_dict())
         return

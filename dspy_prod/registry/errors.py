@@ -2,22 +2,65 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy_prod.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dspy_prod.registry.deployment.report import Deployment
+    from rich.console import RenderableType
+
+
+class Told(Protocol):
+    """One of its steps, see `Step`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def result(self) -> str: ...
+    @property
+    def detail(self) -> str: ...
+    @property
+    def at(self) -> dt.datetime: ...
+
+
+class Unfinished(Protocol):
+    """How far a deployment came, as its error shows it: a `Deployment`, whose room knows these errors."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> int | None: ...
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def stages(self) -> tuple[str, ...]: ...
+    @property
+    def steps(self) -> Sequence[Told]: ...
+    @property
+    def before(self) -> Mapping[str, int | None]: ...
+    @property
+    def after(self) -> Mapping[str, int | None]: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def advice(self) -> tuple[str, ...]: ...
+    @property
+    def files(self) -> tuple[str, ...]: ...
+    def to_dict(self) -> dict[str, Any]: ...
+    def to_markdown(self) -> str: ...
+    def __rich__(self) -> RenderableType: ...
 
 
 class RegistryError(Exception):
     """The base of all errors of the registry.
 
     Attributes:
-        deployment: what had been done by then, when `deploy` raised it; else None.
+        deployment: what had been done by then, when `deploy` raised it (a `Deployment`); else None.
     """
 
-    deployment: Deployment | None = None
+    deployment: Unfinished | None = None
 
 
 class RegistryUnavailableError(RegistryError):
