@@ -23,7 +23,6 @@ MODELS = ("lm_studio/a-rather-long-name-of-a-model-large", "lm_studio/a-rather-l
 ODD = ("[x]", "[/dim]", "[bold]b[/bold]", ":bug:", "日本", "naïve → ∑", "\U0001f600")
 STEERING = "\x1b[31mred"
 TURNING = "user\u202e\x9b31mresu"
-TURNING = "user\u202e\x9b31mresu"
 COMMANDS = (
     ["health"], ["budgets"], ["costs"], ["costs", "--by", "model"], ["costs", "--by", "user"],
     ["calls", "--limit", "100"],
