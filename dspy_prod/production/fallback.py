@@ -132,6 +132,10 @@ class Fallback:
                 return self._answers[key]
         return None
 
+    def modules(self) -> list[dspy.Module]:
+        """The modules among the answers."""
+        return [answer.source for answer in self._answers.values() if isinstance(answer.source, dspy.Module)]
+
 
 def _answer(value: Any, outputs: Outputs) -> Answer:
     if isinstance(value, dspy.Prediction):

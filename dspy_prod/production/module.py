@@ -70,9 +70,10 @@ class Production(CompiledAsProgram, dspy.Module):
             `refresh` seconds, between two calls; a call runs on one version from begin to end. See
             `dspy_prod.registry.published.follow`.
         refresh: seconds between two looks at MLflow, in the background; no call waits for it.
-        unguarded: what to do when a predictor uses an LM that is not a `dspy_prod.LM`, whose calls pass budget, limits
-            and ledger: `"warn"` once, naming the predictor; `"refuse"` with a `ConfigError`, here and at each call; or
-            `"allow"`.
+        unguarded: what to do about an LM that is not a `dspy_prod.LM`, whose calls pass budget, limits and ledger, when
+            it is on a predictor or another module, in the adapter or among the call's arguments: `"warn"` once, naming
+            the place; `"refuse"` with a `ConfigError`, here and at each call; or `"allow"`. Each call is looked at as
+            it begins: what `forward` sets itself, as by `dspy.context(lm=...)`, is not seen.
         callbacks: DSPy callbacks of this module.
         clock: for tests.
 
@@ -111,7 +112,7 @@ class Production(CompiledAsProgram, dspy.Module):
         self._fallback = None
         if fallback_response is not None:
             self._fallback = Fallback(fallback_response, self.name, Outputs.of(program))
-        self._guard = Guard(self.name, unguarded)
+        self._guard = Guard(self.name, unguarded, self._fallback)
         self._guard.look(program)
         self._follower: Follower | None = None
         if follow is not None:
@@ -127,7 +128,7 @@ class Production(CompiledAsProgram, dspy.Module):
     # -- calling -----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program, else answer with the fallback; called through `prod(...)`."""
-        program = self._snapshot()
+        program = self._snapshot(args, kwargs)
         tap = TAP.active
         with NOTHING if tap is None else tap.program_call(self.name, _inputs(args, kwargs)) as node:
             watch = self._conditions.watch(mark_of(program))
@@ -147,7 +148,7 @@ class Production(CompiledAsProgram, dspy.Module):
 
     async def aforward(self, *args: Any, **kwargs: Any) -> Any:
         """Asynchronous `forward`; called through `await prod.acall(...)`."""
-        program = self._snapshot()
+        program = self._snapshot(args, kwargs)
         if not hasattr(program, "aforward"):
             raise TypeError(
                 f"{type(program).__name__} has no aforward: write one, or call `await dspy.asyncify(prod)(...)`"
@@ -169,12 +170,12 @@ class Production(CompiledAsProgram, dspy.Module):
                 watch.finish(result)
             return _noted(node, result)
 
-    def _snapshot(self) -> Any:
+    def _snapshot(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The program of one call, however often it is replaced meanwhile."""
         if self._follower is not None:
             self._follower.keep_going()
         program = self.program
-        self._guard.look(program)
+        self._guard.look(program, args, kwargs)
         return program
 
     def _answer_to(self, error: Exception, watch: Watch) -> Answer | None:

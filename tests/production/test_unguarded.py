@@ -134,3 +134,98 @@ def test_a_copy_looks_at_its_own_program(caplog: pytest.LogCaptureFixture) -> No
         with dspy.context(lm=guarded()), caplog.at_level(logging.WARNING, "dspy_prod"):
             twin(question="?")
         assert ["'first'" in text for text in said(caplog)] == [True]
+
+
+def call(prod: Any, way: str, **arguments: Any) -> Any:
+    if way == "sync":
+        return prod(question="?", **arguments)
+
+    async def ask() -> Any:
+        if way == "async":
+            return await prod.acall(question="?", **arguments)
+        return [item async for item in dspy.streamify(prod)(question="?", **arguments)][-1]
+
+    return asyncio.run(ask())
+
+
+WAYS = ["sync", "async", "stream"]
+
+
+class Passing(dspy.Module):  # type: ignore[misc]
+    """Hands an LM of its caller on, under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ask = dspy.Predict("question -> answer")
+
+    def forward(self, question: str, judge: Any = None, lm: Any = None) -> Any:
+        return self.ask(question=question, lm=lm or judge)
+
+    async def aforward(self, question: str, judge: Any = None, lm: Any = None) -> Any:
+        return await self.ask.acall(question=question, lm=lm or judge)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("argument", ["lm", "judge"])
+def test_one_that_is_given_at_the_call_is_found(argument: str, way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`production(question=..., lm=plain)` spent past the budget, even with `unguarded="refuse"`."""
+    with caplog.at_level(logging.WARNING, "dspy_prod"), dspy.context(lm=guarded()):
+        refusing, warning = Production(Passing(), unguarded="refuse"), Production(Passing())
+        call(refusing, way, **{argument: guarded()})
+        with pytest.raises(ConfigError, match=f"argument '{argument}' of 'Passing'"):
+            call(refusing, way, **{argument: plain()})
+        call(warning, way, **{argument: plain()})
+        call(warning, way, **{argument: plain()})
+    assert [f"'{argument}'" in text for text in said(caplog)] == [True]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bare_predictor_is_called_with_another_lm(way: str) -> None:
+    """`dspy.Predict` takes `lm=` for one call."""
+    with dspy.context(lm=guarded()):
+        prod = Production(dspy.Predict("question -> answer"), unguarded="refuse")
+        with pytest.raises(ConfigError, match="argument 'lm' of 'Predict'"):
+            call(prod, way, lm=plain())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_model_that_an_adapter_reads_answers_with_is_found(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The second step of `dspy.TwoStepAdapter(plain)` was paid for unseen."""
+    prod = Production(Two(), unguarded="refuse")
+    with caplog.at_level(logging.WARNING, "dspy_prod"), dspy.context(lm=guarded()):
+        with dspy.context(adapter=dspy.TwoStepAdapter(guarded())):
+            call(prod, way)
+        with dspy.context(adapter=dspy.TwoStepAdapter(plain())):
+            with pytest.raises(ConfigError, match="'extraction_model' of the adapter of 'Two'"):
+                call(prod, way)
+            call(Production(Two(), unguarded="allow"), way)
+            assert said(caplog) == []
+            call(Production(Two()), way)
+    assert ["'extraction_model'" in text for text in said(caplog)] == [True]
+
+
+class Holding(dspy.Module):  # type: ignore[misc]
+    """Keeps something that calls an LM as its own."""
+
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, question: str) -> Any:
+        return dspy.Prediction(answer=question)
+
+
+def test_one_that_a_module_keeps_is_found_however_it_is_kept() -> None:
+    """An adapter, a judge, the second LM of `dspy.RLM`, or the fallback that is a program itself."""
+    fallback = Two()
+    fallback.first.lm = plain()
+    with dspy.context(lm=guarded()):
+        for held, told in ((dspy.TwoStepAdapter(plain()), "'extraction_model' of 'held'"), (plain(), "'held'")):
+            with pytest.raises(ConfigError, match=told):
+                Production(Holding(held), unguarded="refuse")
+        with pytest.raises(ConfigError, match="'sub_lm' of 'RLM'"):
+            Production(dspy.RLM("question -> answer", sub_lm=plain()), unguarded="refuse")
+        with pytest.raises(ConfigError, match="'first' of the fallback of 'Two'"):
+            Production(Two(), unguarded="refuse", fallback_response=fallback)
+        Production(Holding(dspy.TwoStepAdapter(guarded())), unguarded="refuse")
+        Production(Holding(guarded()), unguarded="refuse")
