@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
@@ -11,7 +13,7 @@ from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.lm15 import Request, Response, StreamEndEvent, response_to_events
 
 from dspy_prod.compat.foreign import names
-from dspy_prod.compat.lm15 import StreamEvent
+from dspy_prod.compat.lm15 import StreamEvent, read_chat
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
 _ChatStream: Any
@@ -100,7 +102,9 @@ class Ear:
         self.text: str | None = None
 
     def __call__(self, details: dict[str, Any]) -> None:
-        if details.get("log_event_type") == "post_api_call":
+        if (
+            self.text is None and details.get("log_event_type") == "post_api_call"
+        ):  # its errors are told after the answer
             text = details.get("original_response")
             self.text = text if isinstance(text, str) else None
 
@@ -134,12 +138,34 @@ class _Hooked:
         return data
 
     def _response(self, raw: Any, request: Request) -> Response:
+        response = super()._response(raw, request)  # type: ignore[misc]
+        return self.received(response, raw, "" if self.ear is None else self.ear.take())
+
+    def _read_as_native(self, request: Request) -> Response | None:
+        """The answer of which LiteLLM could make nothing, as the native engine reads it: what came, and its usage.
+
+        None where none was heard, where it has another dialect, or where the native engine could not read it either.
+        """
         heard = "" if self.ear is None else self.ear.take()
-        return self.received(super()._response(raw, request), raw, heard)  # type: ignore[misc]
+        with suppress(Exception):  # the error that LiteLLM raised says more
+            body = json.loads(heard)
+            if isinstance(body, dict) and "choices" in body:
+                return read_chat(request, heard)
+        return None
 
 
 class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
     """The synchronous engine."""
+
+    def complete(self, request: Request) -> Response:
+        """DSPy's, unless LiteLLM stumbles over an answer that came."""
+        try:
+            return super().complete(request)
+        except Exception:
+            response = self._read_as_native(request)
+            if response is None:
+                raise
+            return response
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """DSPy's stream, written here again because it cannot be asked for its source.
@@ -187,6 +213,16 @@ class _Closing:
 
 class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
     """The asynchronous engine."""
+
+    async def complete(self, request: Request) -> Response:
+        """The same in a task."""
+        try:
+            return await super().complete(request)
+        except Exception:
+            response = self._read_as_native(request)
+            if response is None:
+                raise
+            return response
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The same in a task, see `HookedLiteLLMEngine.stream`."""

@@ -10,6 +10,8 @@ from typing import Any, Final, TypeAlias
 from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine
 from dspy.lm15 import (
     CacheConfig,
+    OpenAIChatLM,
+    ProviderError,
     Request,
     Response,
     RouterConfig,
@@ -73,6 +75,21 @@ def raised_by_reader(error: BaseException) -> bool:
     return any(frame.f_code.co_name in _READERS for frame, _ in walk_tb(error.__traceback__))
 
 
+_HttpResponse: Any
+[_HttpResponse] = names("dspy._vendor.lm15.providers.base", "HttpResponse")
+
+
+def read_chat(request: Request, text: str) -> Response:
+    """The answer that a body in the dialect of OpenAI's chat API gives.
+
+    Raises:
+        Exception: none can be made of it.
+    """
+    heard = _HttpResponse(status=200, reason="OK", headers=[], body=text.encode())
+    response: Response = OpenAIChatLM(api_key="none", transport=None).parse_response(request, heard)
+    return response
+
+
 # -- transports ------------------------------------------------------------------------------------------------------
 _StdlibTransport: Any
 _StdlibAsyncTransport: Any
@@ -85,6 +102,13 @@ _StdlibAsyncTransport: Any
     "StdlibAsyncTransport._do_stream",
 )
 names("dspy._vendor.lm15.providers.openai_chat", "OpenAIChatLM.parse_stream_events")
+_LONGEST: Final = 500
+
+
+def _elsewhere(response: Any, body: bytes) -> ProviderError:
+    """The error for a redirect, which is not followed: lm15 takes its page for an answer."""
+    said = " ".join(body.decode(errors="replace").split())[:_LONGEST]
+    return ProviderError(f"HTTP {response.status} {response.reason}: {said}", status=response.status)
 
 
 class HookedTransport(_StdlibTransport):
@@ -101,8 +125,11 @@ class HookedTransport(_StdlibTransport):
         if left is not None:
             request.connect_timeout = min(request.connect_timeout or self._connect_timeout, left)
         response = super().stream(request)
-        if response.status >= 400:
+        if response.status >= 300:
             self.refused(response.headers)
+            if response.status < 400:
+                with response:
+                    raise _elsewhere(response, response.read())
         return response
 
     def _open(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,8 +150,13 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
 
     async def _do_stream(self, request: Any) -> Any:
         response = await super()._do_stream(request)
-        if response.status >= 400:
+        if response.status >= 300:
             self.refused(response.headers)
+            if response.status < 400:
+                try:
+                    raise _elsewhere(response, await response.read())
+                finally:
+                    await response.aclose()
         return response
 
 

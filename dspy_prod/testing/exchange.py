@@ -102,7 +102,7 @@ class Exchange:
                 await asyncio.sleep(fault.delay)
             self._refuse(fault)
             return
-        if isinstance(fault, Verbatim) and fault.status >= 400:
+        if isinstance(fault, Verbatim) and fault.status >= 300:
             await self._send_verbatim(fault)
             return
         reply = await self.provider.generate(call)

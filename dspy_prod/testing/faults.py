@@ -197,7 +197,8 @@ class EmptyChoices(Fault):
 class Verbatim(Fault):
     """Send exactly this body, whatever was asked: what a gateway or a foreign server may say.
 
-    An HTTP error is not billed; anything else is, in full, and counts as told when its text tells a usage.
+    An HTTP error or a redirect is not billed; anything else is, in full, and counts as told when its text tells a
+    usage.
 
     Args:
         body: bytes, text, or a value that is sent as JSON.

@@ -14,6 +14,7 @@ from dspy_prod.pipeline.outcome import markdown
 from dspy_prod.testing import ScriptedEngine, Status, Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import CHEAP, MODEL, PRICES, ask, make_lm, records
+from tests.e2e.test_unusable import DONE, END, START, body, stream
 
 ENGINES = ["lm15", "litellm"]
 WAYS = ["sync", "async"]
@@ -66,6 +67,36 @@ def test_a_refusal_means_the_same_on_both_engines(
     owed = {"501", "502", "504", "520", "524"}
     first = records(lm)[0]
     assert (first.cost_nano != 0, first.estimated) == (name in owed, name in owed)
+
+
+@pytest.mark.parametrize("way", ["sync", "async", "sync stream", "async stream"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Verbatim(body(), 300),
+        Verbatim(START + END + DONE, 302),
+        Verbatim({"error": {"message": "moved"}}, 307),
+        Verbatim(b"", 304),
+    ],
+    ids=lambda fault: str(fault.status),
+)
+def test_a_redirect_is_no_answer(serve: MakeProvider, connect: MakeLM, engine: str, way: str, fault: Verbatim) -> None:
+    """Its page was read as an answer by one engine, or charged as one that broke off and held against the circuit."""
+    provider = serve(faults=lambda asked: fault if asked.model == "e2e" else None)
+    lm = connect(provider, engine=engine, retry=TWICE, breaker=TENDER, fallbacks=[CHEAP])
+    if "stream" in way:
+        seen, error = stream(lm, way.split()[0])
+        assert (seen[-1], error) == ("end", None)
+    else:
+        assert ask(lm, way) == ["ok"]
+    first, second = records(lm)
+    assert (first.model, first.outcome, first.cost_nano, first.estimated) == (MODEL, "error", 0, False)
+    assert (second.model, second.outcome) == (CHEAP, "ok")
+    assert lm.pipeline.primary.breaker.snapshot().state == "closed"
+    alone = connect(provider, engine=engine, retry=TWICE, breaker=TENDER)
+    error = stream(alone, way.split()[0])[1] if "stream" in way else ask(alone, way)
+    assert (type(error).__name__, error.status) == ("LMProviderError", fault.status)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
