@@ -1,0 +1,52 @@
+"""Answers with HTTP 200 that LiteLLM raises for: they are read as the native engine reads them, and charged as told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dspy_prod.testing import Verbatim
+from tests.e2e.conftest import MakeLM, MakeProvider
+from tests.e2e.support import CHEAP, MODEL, ask, records
+from tests.e2e.test_unusable import ENGINES, QUICK, TOLD, WAYS, body, told
+
+SHAPES: dict[str, Any] = {
+    "choices of null": body(lambda whole, _, __: whole.update(choices=[None])),
+    "choices of nothing": body(lambda whole, _, __: whole.update(choices=[{}])),
+    "choices that are no list": body(lambda whole, _, __: whole.update(choices={})),
+    "no message": body(lambda _, choice, __: choice.pop("message")),
+    "null message": body(lambda _, choice, __: choice.update(message=None)),
+    "message of text": body(lambda _, choice, __: choice.update(message="hello")),
+    "content of nothing": told(content=[]),
+    "content of numbers": told(content=5),
+    "tools of nothing": told(content=None, tool_calls=[None]),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_what_nobody_can_use_is_retried_and_charged_as_told(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str, name: str
+) -> None:
+    """LiteLLM said 500 for it: one engine retried and charged the usage, the other did not and charged the bound."""
+    provider = serve(faults=lambda asked: Verbatim(SHAPES[name]) if asked.model == "e2e" else None)
+    lm = connect(provider, engine=engine, retry=QUICK, fallbacks=[CHEAP])
+    assert ask(lm, way) == ["ok"]
+    *failed, last = records(lm)
+    assert [(record.model, record.outcome, record.cost_nano, record.estimated) for record in failed] == [
+        (MODEL, "error", TOLD, False)
+    ] * 3
+    assert (last.model, last.outcome) == (CHEAP, "ok")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_an_answer_in_parts_is_an_answer(serve: MakeProvider, connect: MakeLM, engine: str, way: str) -> None:
+    """LiteLLM refuses a list of parts, which some servers send; what can be read was paid for."""
+    lm = connect(serve(faults=Verbatim(told(content=[{"type": "text", "text": "hello"}]))), engine=engine)
+    assert ask(lm, way) == ["hello"]
+    assert [(record.outcome, record.cost_nano) for record in records(lm)] == [("ok", TOLD)]
