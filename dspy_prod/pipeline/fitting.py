@@ -26,6 +26,10 @@ def _given(name: str) -> Refuses:
     return lambda config: getattr(config, name) not in (None, ())
 
 
+def _beside(name: str) -> Refuses:
+    return lambda config: bool(config.extensions) and name in config.extensions
+
+
 def _not_one(name: str) -> Refuses:
     return lambda config: getattr(config, name) not in (None, 1)
 
@@ -101,9 +105,12 @@ RULES: Final[tuple[Rule, ...]] = (
 _ARGUMENTS: Final = {
     "temperature": "temperature", "top_p": "top_p", "frequency_penalty": "frequency_penalty",
     "presence_penalty": "presence_penalty", "logprobs": "logprobs", "stop": "stop", "seed": "seed",
-    "reasoning": "reasoning_effort",
+    "reasoning": "reasoning_effort", "service_tier": "service_tier", "store": "store",
 }  # fmt: skip
 """Settings, and the arguments by which LiteLLM's lists name them. It refuses what a list lacks, before it is sent."""
+
+_BESIDE: Final = ("logit_bias", "verbosity", "prediction", "safety_identifier", "top_logprobs")
+"""Arguments that no setting says, but an extension of them, under the name by which LiteLLM's lists have them."""
 
 _LEFT_OUT: Final = {name: getattr(Config(), name) for name in (*_ARGUMENTS, "top_k")}
 
@@ -132,7 +139,10 @@ class Fitting:
         names = list(dict.fromkeys(name for name, refuses in self._refused if refuses(config)))
         if not names:
             return request, names
-        return replace(request, config=replace(config, **{name: _LEFT_OUT[name] for name in names})), names
+        changed = {name: _LEFT_OUT[name] for name in names if name in _LEFT_OUT}
+        if len(changed) < len(names):
+            changed["extensions"] = {name: value for name, value in config.extensions.items() if name not in names}
+        return replace(request, config=replace(config, **changed)), names
 
 
 def refused_by(model: str) -> tuple[tuple[str, Refuses], ...]:
@@ -149,7 +159,9 @@ def known_refusals(upstream: Upstream) -> Iterable[tuple[str, Refuses]]:
     with suppress(Exception):  # LiteLLM raises what it likes of a model it does not know
         if upstream.provider == "litellm":
             taken = upstream.capabilities().params
-            found = {name: _given(name) for name, argument in _ARGUMENTS.items() if taken and argument not in taken}
+            if taken:
+                found = {name: _given(name) for name, argument in _ARGUMENTS.items() if argument not in taken}
+                found.update({name: _beside(name) for name in _BESIDE if name not in taken})
         else:
             known = known_of(upstream.provider, upstream.model.partition("/")[2] or upstream.model)
             if known and not known.get("supports_reasoning"):

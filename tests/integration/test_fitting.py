@@ -156,6 +156,54 @@ def test_what_litellm_or_a_catalogue_says_a_model_lacks_is_left_out(
     other.close()
 
 
+BESIDE: dict[str, Any] = {"logit_bias": {"5": 1}, "verbosity": "low", "prediction": {"type": "content", "content": "x"}}
+OTHERS: dict[str, Any] = {**BESIDE, "store": True, "service_tier": "flex"}
+AWS = {"aws_region_name": "us-east-1", "aws_access_key_id": "a", "aws_secret_access_key": "b"}
+
+
+MISTRAL: Any = ("mistral/mistral-large-latest", {"api_key": "k"}, set(OTHERS))
+AZURE: Any = ("azure/a-deployment", {"api_key": "k", "api_version": "2024-10-21"}, {"verbosity", "service_tier"})
+BEDROCK: Any = ("bedrock/us.anthropic.claude-haiku-4-5-20251001-v1:0", AWS, OTHERS.keys() - {"service_tier"})
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "refused", "way"),
+    [
+        *[(*each, way) for each in (MISTRAL, AZURE) for way in ("sync", "async", "stream")],
+        *[(*BEDROCK, way) for way in ("sync", "async")],  # its streams are of a kind of their own
+    ],
+)
+def test_what_the_usual_settings_do_not_say_is_left_out_too(
+    serve: MakeProvider, elsewhere: mirror.Mirror, model: str, more: dict[str, Any], refused: set[str], way: str
+) -> None:
+    """LiteLLM refused a fallback's call for its `logit_bias`, its `verbosity`, its `service_tier`."""
+    other = dspy_prod.LM(model, api_base=elsewhere.url, store=fresh_memory(), cache=False, max_tokens=50, **more)
+    lm = make_lm(serve(faults=Status(503)).url, fallbacks=[other])
+    events: list[Any] = []
+    remove = dspy_prod.add_listener(events.append)
+    try:
+        for _ in range(2):  # before and after more is known of the model
+            if way == "sync":
+                assert lm("q", **OTHERS)
+            elif way == "async":
+                assert asyncio.run(lm.acall("q", **OTHERS))
+            else:
+                config = Config(max_tokens=50, store=True, service_tier="flex", extensions=BESIDE)
+                asked = Request(model=lm.model, messages=(Message.user("q"),), config=config)
+                assert list(lm._engine_spec.stream(asked))[-1].type == "end"
+    finally:
+        remove()
+    bodies = [arrived.body for arrived in elsewhere.take()]
+    assert len(bodies) == 2
+    assert not [name for body in bodies for name in refused if body.get(name)]
+    if not model.startswith("bedrock"):
+        assert [{name for name in OTHERS if body.get(name)} for body in bodies] == [OTHERS.keys() - refused] * 2
+    left_out = [set(event.data["arguments"]) for event in events if event.name == "arguments_left_out"]
+    assert left_out == [refused] * 2
+    lm.close()
+    other.close()
+
+
 def test_the_catalogue_tells_of_models_that_no_rule_names() -> None:
     """A plain model of Gemini's, and one of Anthropic's whose dials are gone."""
 

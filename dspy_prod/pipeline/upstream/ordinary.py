@@ -17,7 +17,7 @@ from dspy_prod.compat.lm15 import CANONICAL
 
 _OURS: Final = frozenset({"n", "rollout_id", "num_generations", "prompt_cache", "stream", "stream_options", "model"})
 _CHANGEABLE: Final = ("max_tokens", "temperature", "top_p", "top_k", "stop", "seed", "frequency_penalty",
-                      "presence_penalty", "logprobs")  # fmt: skip
+                      "presence_penalty", "logprobs", "service_tier", "store")  # fmt: skip
 
 
 class Beside(Protocol):
@@ -55,9 +55,11 @@ def body_of(beside: Beside | None, request: Request, extras: Mapping[str, Any]) 
                 body.pop("top_logprobs", None)
             key = "max_completion_tokens" if name == "max_tokens" and body.get("max_completion_tokens") else name
             body[key] = (list(value) or None) if name == "stop" else value
-    if asked is not None and config.reasoning is None and asked.reasoning is not None:
-        for name in ("reasoning_effort", "reasoning"):
-            body.pop(name, None)
+    if asked is not None and asked is not config:
+        gone = (asked.extensions or {}).keys() - (config.extensions or {}).keys()
+        if config.reasoning is None and asked.reasoning is not None:
+            gone |= {"reasoning_effort", "reasoning"}
+        body = {name: value for name, value in body.items() if name not in gone}
     return {**body, **extras, **(beside.extras or {})}
 
 
