@@ -9,7 +9,7 @@ import pytest
 from dspy_prod.testing import Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import CHEAP, MODEL, ask, records
-from tests.e2e.test_unusable import ENGINES, QUICK, TOLD, WAYS, body, told
+from tests.e2e.test_unusable import DONE, END, ENGINES, QUICK, START, TOLD, USAGE, WAYS, body, chunk, stream, told
 
 SHAPES: dict[str, Any] = {
     "choices of null": body(lambda whole, _, __: whole.update(choices=[None])),
@@ -50,3 +50,24 @@ def test_an_answer_in_parts_is_an_answer(serve: MakeProvider, connect: MakeLM, e
     lm = connect(serve(faults=Verbatim(told(content=[{"type": "text", "text": "hello"}]))), engine=engine)
     assert ask(lm, way) == ["hello"]
     assert [(record.outcome, record.cost_nano) for record in records(lm)] == [("ok", TOLD)]
+
+
+@pytest.mark.parametrize("way", [*WAYS, "sync stream", "async stream"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("counter", ["prompt_tokens", "completion_tokens"])
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_a_truth_value_is_no_count(serve: MakeProvider, connect: MakeLM, engine: str, way: str, counter: str) -> None:
+    """LiteLLM took `true` for one token, and the call was charged less than the provider's bill."""
+    if "stream" in way:
+        number = {"prompt_tokens": "11", "completion_tokens": "7"}[counter]
+        usage = USAGE.replace(f'"{counter}":{number}', f'"{counter}":true')
+        lm = connect(serve(faults=Verbatim(START + chunk({"content": "hello"}) + END + usage + DONE)), engine=engine)
+        stream(lm, way.split()[0])
+    else:
+        lm = connect(
+            serve(faults=Verbatim(body(lambda whole, _, __: whole["usage"].update({counter: True})))), engine=engine
+        )
+        ask(lm, way)
+    [record] = records(lm)
+    assert record.estimated
+    assert (record.cost_nano or 0) > TOLD

@@ -33,7 +33,9 @@ def told(response: Response, raw: Any) -> Response:
         response: the canonical response.
         raw: LiteLLM's, which names the provider.
     """
-    if believed(response) is response.usage and answered_by(raw) not in _COUNTED:
+    usage = response.usage
+    known = believed(response) is usage and answered_by(raw) not in _COUNTED
+    if known and not _no_count(usage.input_tokens, usage.output_tokens, getattr(raw, "usage", None)):
         return response
     return replace(response, usage=Usage())
 
@@ -67,14 +69,24 @@ def _told_in(chunks: Iterable[Any], usage: Usage) -> bool:
     """
     inputs: int | None = None
     outputs: int | None = 0
+    last: Any = None
     for chunk in chunks:
         told = getattr(chunk, "usage", None)
         inputs = getattr(told, "prompt_tokens", None) or inputs
+        last = told or last
         if count := getattr(told, "completion_tokens", None):
             outputs = count
         elif _answers(chunk):
             outputs = None
-    return (inputs, outputs) == (usage.input_tokens, usage.output_tokens)
+    return (inputs, outputs) == (usage.input_tokens, usage.output_tokens) and not _no_count(inputs, outputs, last)
+
+
+def _no_count(inputs: int | None, outputs: int | None, told: Any) -> bool:
+    """Whether a count was `true`, which LiteLLM takes for one token: only the total that was told shows it."""
+    if inputs != 1 and outputs != 1:
+        return False
+    total = getattr(told, "total_tokens", None)
+    return isinstance(total, int) and total > (inputs or 0) + (outputs or 0)
 
 
 def _answers(chunk: Any) -> bool:
