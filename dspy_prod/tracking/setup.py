@@ -198,7 +198,7 @@ def _disable() -> None:
 
         logging.getLogger("dspy_prod").warning(
             "%d traces did not reach MLflow at %s (%s). The ledger has their costs",
-            lost, bare_url(tracking.uri), tracking.courier.failing or "not in time",
+            lost, bare_url(tracking.uri), tracking.courier.delivery.failing or "not in time",
         )  # fmt: skip
 
 

@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from dspy_prod import Redactor
-from dspy_prod.tracking import courier as module
+from dspy_prod.tracking import delivery as module
+from dspy_prod.tracking.batches import Batch
+from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.content import Content
-from dspy_prod.tracking.courier import STALLED, Courier
+from dspy_prod.tracking.courier import Courier
+from dspy_prod.tracking.delivery import STALLED
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.tally import ADMITTED, Tally
-from dspy_prod.tracking.traces import Batch, LeanNode, Traces
+from dspy_prod.tracking.traces import Traces
 from tests.e2e.support import until
 from tests.stopwatch import Stopwatch
 from tests.tracking.test_traces import node
@@ -139,7 +142,7 @@ def test_what_a_dead_exporter_had_not_confirmed_is_sent_again(monkeypatch: pytes
     scene.trace()
     until(lambda: scene.sent == 1)
     scene.fakes[0].die()
-    assert scene.courier.failing == "it died"
+    assert scene.courier.delivery.failing == "it died"
     scene.trace()
     until(lambda: len(scene.fakes) == 2)
     until(lambda: scene.sent == 2)
@@ -149,7 +152,7 @@ def test_what_a_dead_exporter_had_not_confirmed_is_sent_again(monkeypatch: pytes
         second.heard(batch.number)
         second.heard(batch.number)
     assert scene.courier.health("uri", "experiment").exported == 2
-    assert scene.courier.failing is None
+    assert scene.courier.delivery.failing is None
 
 
 def test_what_mlflow_refuses_is_counted_as_lost() -> None:
