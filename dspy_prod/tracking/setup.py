@@ -226,7 +226,7 @@ def _exporter(uri: str, experiment: str, patience: float, tally: Tally, heard: C
         "GIT_PYTHON_REFRESH": "quiet",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # MLflow may import it; offline, fetching prices can hang
     }
-    return Exporter({"uri": uri, "experiment": experiment, "patience": patience}, heard, own, tally.file)
+    return Exporter({"uri": uri, "experiment": experiment, "patience": patience}, heard, own, tally.shared())
 
 
 atexit.register(disable)

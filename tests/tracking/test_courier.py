@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,3 +222,20 @@ def test_a_courier_that_had_nothing_to_do_ends_at_once() -> None:
         assert scene.courier.close(30.0) == 0
     assert took.seconds < 2
     assert not scene.fakes[0].alive
+
+
+@pytest.mark.skipif(os.name != "posix", reason="memory is shared by a descriptor")
+def test_a_descriptor_that_is_somebody_else_s_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    """Who becomes a daemon closes every file; turning tracking off then closed what had been opened in its place."""
+    tally = Tally()
+    assert tally.file is not None
+    os.close(tally.file)
+    with (tmp_path / "theirs").open("w") as theirs:
+        assert theirs.fileno() == tally.file
+        assert tally.shared() is None
+        tally.close()
+        theirs.write("still open")
+        theirs.flush()
+    tally.renew()
+    assert tally.shared() is not None
+    tally.close()
