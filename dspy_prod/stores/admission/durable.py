@@ -37,7 +37,8 @@ class Durable(Granting):
         changes.limiters.update(key for key, state in self._limiters.items() if shared(state.limit))
 
     def serve(self, now: float) -> None:
-        """Serve every line: another process may have freed something."""
+        """Serve every line: another process may have freed something, or said something."""
+        self.terms.look_again()
         for key in list(self._lines):
             self._serve_limiter(key, now)
         for key in list(self._parked):
