@@ -308,9 +308,10 @@ class LM(AsPlain, dspy.LM):
         """Change the settings of this LM's budgets while they are in use.
 
         They hold at once for every LM of this process that shares the budget, and for other processes that share the
-        store from their next admission on. What is spent stays spent; who waits for money is served if the limit was
-        raised, and refused if it can no longer cover the call. They stay in force, also for LMs built later with the
-        settings of before, until other settings are said. Listeners hear `budget_changed`.
+        store from their next admission on (those of `per="call"` from the call after). What is spent stays spent; who
+        waits for money is served if the limit was raised, and refused if it can no longer cover the call. They stay in
+        force, also for LMs built later with the settings of before, until other settings are said. Listeners hear
+        `budget_changed`. Another `per`, `scope` or `timezone` begins accounts of its own, which is warned of.
 
             lm.set_budget(dspy_prod.Budget(usd=20, per="day"))
 
