@@ -9,7 +9,7 @@ from dspy.utils.exceptions import LMRateLimitError, LMServerError
 
 from dspy_prod import CircuitBreaker, CircuitOpenError, RateLimitedError
 from dspy_prod.lm.beneath import MAX_VARIANTS
-from dspy_prod.pipeline import routes
+from dspy_prod.pipeline import identities
 from dspy_prod.testing import Status
 from tests.e2e.conftest import MakeProvider
 from tests.e2e.support import make_lm
@@ -49,8 +49,8 @@ def test_what_is_in_use_is_not_forgotten_while_it_is_quiet(
     serve: MakeProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a process with many models and keys, a pause that came later was lost with the LM that had met it."""
-    monkeypatch.setattr(routes._sweep, "at", 0)
-    monkeypatch.setattr(type(routes._sweep), "fewest", 0)
+    monkeypatch.setattr(identities._sweep, "at", 0)
+    monkeypatch.setattr(type(identities._sweep), "fewest", 0)
     provider = serve(faults=[Status(429, retry_after=30)])
     lm = make_lm(provider.url)
     make_lm(provider.url, model="openai/another")  # each new identity looks for what can be forgotten
