@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from dspy_prod.options import CircuitBreaker, Retry
 from dspy_prod.policies.breaker.breaker import Breaker
+from dspy_prod.policies.breaker.transitions import OperatorMove
 from dspy_prod.policies.retry import RetryBudget
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
@@ -27,8 +28,9 @@ _LONGEST_PAUSE: Final = 3600.0
 class Identity:
     """What all routes of one limiter key share in this process; breaker and retry budget by their settings."""
 
-    def __init__(self, store: Any = None) -> None:
+    def __init__(self, store: Any = None, place: str = "") -> None:
         self.store: Callable[[], Any] = _reference(store)
+        self.place = place
         self.throttled_at: float | None = None
         self.throttled = False  # a 429 came: from now on the limiter is asked even when nothing is configured
         self.breakers: dict[CircuitBreaker, Breaker] = {}
@@ -51,7 +53,7 @@ class Identity:
         if self.throttled_at is not None and SYSTEM_CLOCK.monotonic() < self.throttled_at + _LONGEST_PAUSE:
             return True
         looks = [breaker.snapshot() for breaker in self.breakers.values()]
-        return any(look.state != "closed" or look.failures or look.slow for look in looks)
+        return any(look.state in ("open", "half_open") or look.failures or look.slow for look in looks)
 
     def learn(self, output_tokens: int) -> None:
         """Remember the size of a real answer."""
@@ -125,24 +127,61 @@ _LOCK = RegistryLock()
 
 
 def shared_state(
-    store: Store, key: str, model: str, retry: Retry, breaker: CircuitBreaker | None, clock: Clock, bus: EventBus
+    store: Store,
+    key: str,
+    place: str,
+    *,
+    model: str,
+    retry: Retry,
+    breaker: CircuitBreaker | None,
+    clock: Clock,
+    bus: EventBus,
 ) -> RouteState:
-    """What all routes of one key share; with other breaker settings a breaker of their own, but the same limiter."""
-    place = (id(store), key)
+    """What all routes of one key share; with other breaker settings a breaker of their own, but the same limiter.
+
+    Args:
+        key: the limiter's.
+        place: address and model, see `operate`.
+    """
+    known = (id(store), key)
     with _LOCK:
-        identity = _IDENTITIES.get(place)
+        identity = _IDENTITIES.get(known)
         if identity is None or identity.store() is not store:  # an `id` may be another object's by now
             if len(_REMEMBERED) >= _sweep.at:
                 _sweep()
-            identity = _IDENTITIES[place] = _REMEMBERED[place] = Identity(store)
+            identity = _IDENTITIES[known] = _REMEMBERED[known] = Identity(store, place)
         state = identity.states.get((breaker, retry))
         if state is not None:
             return state
         guard = None if breaker is None else identity.breakers.get(breaker)
         if breaker is not None and guard is None:
             guard = identity.breakers[breaker] = Breaker(breaker, name=model, clock=clock, bus=bus)
+            owner, order = _ORDERS.get((id(store), place), (None, None))
+            if order is not None and owner is not None and owner() is store:
+                guard.begin(order)
         budget = identity.retry_budgets.get(retry)
         if budget is None:
             budget = identity.retry_budgets[retry] = RetryBudget(retry)
         state = identity.states[breaker, retry] = RouteState(identity, guard, budget)
         return state
+
+
+_ORDERS: dict[tuple[int, str], tuple[Callable[[], Any], OperatorMove]] = {}
+"""What an operator has said of a place, for keys that come later: (store, order)."""
+
+
+def operate(store: Store, place: str, move: OperatorMove) -> None:
+    """Move every circuit of a place by hand, whatever key or headers its calls have, and those that come later.
+
+    Args:
+        place: address and model.
+    """
+    with _LOCK:
+        if move == "reset":
+            _ORDERS.pop((id(store), place), None)
+        else:
+            _ORDERS[id(store), place] = (_reference(store), move)
+        alike = [each for each in list(_IDENTITIES.values()) if each.place == place and each.store() is store]
+        breakers = [breaker for each in alike for breaker in each.breakers.values()]
+    for breaker in breakers:  # listeners hear of it, outside the lock
+        getattr(breaker, move)()

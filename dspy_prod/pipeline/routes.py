@@ -38,6 +38,7 @@ class Route:
     Attributes:
         name: `"primary"`, or the model of a fallback.
         limit_key: identity of limiter and breaker: destination, key fingerprint and model.
+        place: address and model, whoever pays: what an operator speaks of.
         fitting: what the model of a fallback refuses; None of the model that was asked for.
         region: where the provider serves it, as far as its price depends on that (`Rates.uplifts`).
         rules: budgets of this route alone, next to those of the pipeline.
@@ -72,11 +73,15 @@ class Route:
         self.rules = rules
         self.fitting = None if name == PRIMARY else Fitting(self.model, upstream)
         clients, extras = upstream.clients, upstream.extras
-        self.limit_key = f"{destination(clients, self.model, extras)}|{fingerprint(clients, extras)}|{self.model}"
+        where = destination(clients, self.model, extras)
+        self.limit_key = f"{where}|{fingerprint(clients, extras)}|{self.model}"
+        self.place = f"{where.partition(';')[0]}|{self.model}"
         timeout = upstream.clients.get("timeout")
         self.timeout: float | None = float(timeout) if isinstance(timeout, (int, float)) else None
         self.region = region_of(upstream.clients, self.model)
-        self.state = shared_state(store, self.limit_key, self.model, retry, breaker, clock, bus)
+        self.state = shared_state(
+            store, self.limit_key, self.place, model=self.model, retry=retry, breaker=breaker, clock=clock, bus=bus
+        )
         self._clock = clock
         self._bus = bus
         self._rates: Rates | None = None
