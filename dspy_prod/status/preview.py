@@ -14,9 +14,10 @@ from typing import NamedTuple
 from dspy.lm15 import Request
 
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError, StoreUnavailableError
+from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.pipeline import Pipeline
-from dspy_prod.pipeline.plan import Attempt, plan, shrunk, wait_until
+from dspy_prod.pipeline.plan import plan, shrunk, wait_until
 from dspy_prod.pipeline.refusals import refused, too_late
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.sharing import refresh
