@@ -31,6 +31,7 @@ from dspy_prod.lm.settings import CANONICAL_KEYS, DSPY, Settings, recall, rememb
 from dspy_prod.lm.watching import Watched, arguments_of, settled
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
+from dspy_prod.pipeline.identities import operate
 from dspy_prod.pipeline.pipeline import clear_answers
 from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
@@ -308,9 +309,10 @@ class LM(AsPlain, dspy.LM):
         """Change the settings of this LM's budgets while they are in use.
 
         They hold at once for every LM of this process that shares the budget, and for other processes that share the
-        store from their next admission on. What is spent stays spent; who waits for money is served if the limit was
-        raised, and refused if it can no longer cover the call. They stay in force, also for LMs built later with the
-        settings of before, until other settings are said. Listeners hear `budget_changed`.
+        store from their next admission on (those of `per="call"` from the call after). What is spent stays spent; who
+        waits for money is served if the limit was raised, and refused if it can no longer cover the call. They stay in
+        force, also for LMs built later with the settings of before, until other settings are said. Listeners hear
+        `budget_changed`. Another `per`, `scope` or `timezone` begins accounts of its own, which is warned of.
 
             lm.set_budget(dspy_prod.Budget(usd=20, per="day"))
 
@@ -327,9 +329,10 @@ class LM(AsPlain, dspy.LM):
     def breaker(self, move: OperatorMove, route: str | None = None) -> None:
         """Move circuit breakers by hand.
 
-        Breakers live in memory: this reaches those of this process, for every LM in it that shares them, and no
-        other worker's; so give the service itself a way to call it. `health()` shows the state, and listeners hear
-        `breaker_opened` or `breaker_closed` with the operator as its cause.
+        Breakers live in memory: this reaches those of this process, for every LM in it that calls the same model at
+        the same address, with whatever key or headers, now or later; and no other worker's, so give the service
+        itself a way to call it. `health()` shows the state, and listeners hear `breaker_opened` or `breaker_closed`
+        with the operator as its cause.
 
         Args:
             move: `"force_open"` refuses every call, and `"disable"` admits every call and counts none, until
@@ -343,14 +346,14 @@ class LM(AsPlain, dspy.LM):
             raise ConfigError(f"breaker({move!r}): use one of {', '.join(map(repr, get_args(OperatorMove)))}")
         pipelines = (self.pipeline, *(variant.pipeline for variant in self._variants.all()))
         guarded = [each for pipeline in pipelines for each in pipeline.every_route() if each.breaker is not None]
-        found = {each.breaker for each in guarded if route in (None, each.name, each.model)}
-        if not found:
+        places = {each.place for each in guarded if route in (None, each.name, each.model)}
+        if not places:
             known = ", ".join(sorted({repr(name) for each in guarded for name in (each.name, each.model)}))
             raise ConfigError(
                 f"breaker({move!r}, {route!r}): there is no such circuit breaker; known: {known or 'none'}"
             )
-        for breaker in found:
-            getattr(breaker, move)()
+        for place in places:
+            operate(self.pipeline.store, place, move)
 
 
 LM.__module__ = "dspy_prod.lm"  # the name in saved states and pickles

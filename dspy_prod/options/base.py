@@ -34,7 +34,8 @@ def not_bool(value: Any) -> Any:
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
 SecondsOrZero = Annotated[float, BeforeValidator(_seconds), Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(not_bool), Field(ge=1)]
-Usd = Annotated[float, BeforeValidator(not_bool), Field(ge=0, allow_inf_nan=False)]
+Usd = Annotated[float, BeforeValidator(not_bool), Field(ge=0, le=1e6, allow_inf_nan=False)]
+"""A price: at a dollar a token, no call's cost leaves 64 bits of nano-USD."""
 Share = Annotated[float, BeforeValidator(not_bool), Field(gt=0, le=1, allow_inf_nan=False)]
 
 

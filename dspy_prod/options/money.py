@@ -20,7 +20,8 @@ class Budget(Options):
             process). `"call"` caps every single call with all its attempts, fallbacks and `n` answers: what could
             cost more is refused before it is sent, and retries end when the rest would not suffice.
         scope: `"global"`, `"tenant"`, `"user"`, `"model"` or `"tag:<key>"`: each value has a limit of its own.
-        name: the budget's identity in its store and namespace; defaults to window and scope.
+        name: the budget's identity in its store and namespace; defaults to window and scope. Under a name, settings may
+            change while what is spent stays; but each window, scope and time zone has accounts of its own.
         timezone: IANA name of the zone in which days and months begin.
         require: refuse a call that does not say its tenant, user or tag, instead of counting it as "anonymous".
         soft: share of the limit at which a `budget_soft` event is emitted.

@@ -6,8 +6,9 @@ from collections.abc import Callable, Generator
 from math import inf
 from typing import Any, Final
 
+from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.effects import Wait
-from dspy_prod.pipeline.plan import Attempt, renewed, shrunk, turns_at, wait_until
+from dspy_prod.pipeline.plan import renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.refusals import refused, waited_too_long
 from dspy_prod.pipeline.settling import give_back
 from dspy_prod.records import NANO

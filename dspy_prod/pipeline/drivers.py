@@ -33,6 +33,7 @@ from dspy_prod.pipeline.upstream.deadline import (
 )
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.errors import public_error
+from dspy_prod.pipeline.upstream.headers import forget_refusal
 from dspy_prod.pipeline.upstream.replay import replay
 
 
@@ -162,8 +163,12 @@ async def _asend(effect: Send) -> Response:
                 LEAVING.reset(leaves)
     except (TimeoutError, asyncio.TimeoutError) as error:
         if limit is not None and _expired(limit):
+            forget_refusal()
             raise AttemptTimeoutError from None
         raise public_error(error, effect.route.upstream, effect.until) from error
+    except asyncio.CancelledError:
+        forget_refusal()
+        raise
     except Exception as error:
         if running_loop() is None:  # collected: what fails while a coroutine is closed that no loop runs says nothing
             raise GeneratorExit from None
@@ -223,9 +228,13 @@ async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, 
                     with answer:
                         yield shown
         answer.finish()
+    except asyncio.CancelledError:
+        forget_refusal()
+        raise
     except Exception as error:
         answer.broke(effect)
         if isinstance(error, (TimeoutError, asyncio.TimeoutError)) and limit is not None and _expired(limit):
+            forget_refusal()
             raise (AttemptTimeoutError if limited == until else StalledError) from None
         if (
             answer.left or running_loop() is None

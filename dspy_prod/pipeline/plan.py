@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
-from dspy.lm15 import Request, Response
+from dspy.lm15 import Request
 
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, UnpricedModelError
 from dspy_prod.options import PRIORITIES
+from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import IDS, Call
-from dspy_prod.policies.breaker.breaker import Permit
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.pricing.book import remedy
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.base import GRANTED, Account, Refusal, Reservation
+from dspy_prod.stores.base import Account, Refusal, Reservation
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
@@ -29,47 +29,6 @@ _LEASE_GRACE: Final = 30.0
 _UNBOUNDED_LEASE: Final = 900.0
 _STREAM_LEASE: Final = 3600.0  # a stream may outlast any timeout
 _MIN_SHRUNK_TOKENS: Final = 16
-
-
-@dataclass(slots=True, eq=False)
-class Attempt:
-    """One attempt of a call on one route: what it needs, and then how far it has come.
-
-    Attributes:
-        request: the call's request, as this route sends it.
-        number: 1 for the first attempt on its route.
-        reservation: None when nothing has to be reserved, or what was has been given back.
-        bound: the most the attempt can cost in nano-USD, None when no budget needed to know.
-        rules: the budgets behind `reservation.accounts`, in the same order.
-        permit: the breaker's, once it was taken.
-        started: monotonic time at which it was planned, and then at which it was sent.
-        until: monotonic time at which the driver has to end it.
-        sent: it was handed to the driver, so the provider may have seen it.
-        paid: its place in the call's purse, once its cost was noted there.
-        patience: seconds it may wait for its limiter, because another route is left.
-        answer: what came although it failed: an answer nobody can use, or one that broke after its end.
-    """
-
-    call: Call
-    route: Route
-    request: Request
-    number: int
-    bound: int | None
-    rules: tuple[BudgetRule, ...]
-    started: float
-    reservation: Reservation | None = None
-    permit: Permit | None = None
-    until: float = inf
-    sent: bool = False
-    paid: int | None = None
-    patience: float = inf
-    answer: Response | None = None
-
-    @property
-    def held(self) -> Reservation | None:
-        """The reservation, if the store has granted it."""
-        reservation = self.reservation
-        return None if reservation is None or reservation.state != GRANTED else reservation
 
 
 def plan(call: Call, route: Route, number: int, patience: float = inf) -> Attempt:

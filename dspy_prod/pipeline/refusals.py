@@ -9,8 +9,8 @@ from dspy_prod.errors import (
     RejectedError,
     StoreUnavailableError,
 )
+from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.plan import Attempt
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.records import NANO
 from dspy_prod.stores.base import Refusal

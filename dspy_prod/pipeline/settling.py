@@ -13,9 +13,10 @@ from dspy.lm15 import Response, Usage
 from dspy.utils.exceptions import LMTimeoutError
 
 from dspy_prod.errors import RejectedError
+from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import IDS
 from dspy_prod.pipeline.outcome import Verdict, judge, own_deadline
-from dspy_prod.pipeline.plan import Attempt, worst
+from dspy_prod.pipeline.plan import worst
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError

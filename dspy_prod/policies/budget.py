@@ -6,6 +6,7 @@ The arithmetic (reserve, settle, refuse) is one atomic step of the store, see `s
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import threading
 import weakref
 from math import inf
@@ -20,6 +21,8 @@ from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.base import Account, Terms
 from dspy_prod.telemetry.events import BUS
+
+_log = logging.getLogger("dspy_prod")
 
 ANONYMOUS: Final = "anonymous"
 """What the one bucket is called of all calls that do not say whose they are."""
@@ -85,6 +88,12 @@ class BudgetRule:
         for follower in followers:
             follower.budgets_changed()
         changed = [name for name in Budget.model_fields if getattr(now, name) != getattr(before, name)]
+        if not {"per", "scope", "timezone"}.isdisjoint(changed) and not self.caps:
+            _log.warning(
+                "The budget %r is now per %s and %s (%s), and its accounts begin anew: what was spent per %s and %s "
+                "stays on those of before. Lower usd= by it where it has to count",
+                now.title, now.per, now.scope, now.timezone, before.per, before.scope,
+            )  # fmt: skip
         BUS.emit(
             "budget_changed", SYSTEM_CLOCK.time(), budget=now.title, limit_usd=now.usd, before_usd=before.usd,
             changed=changed,

@@ -23,6 +23,9 @@ Moment = float | dt.datetime | dt.date | dt.timedelta
 """Seconds since the epoch; a datetime (a naive one is local time, as everywhere in Python); a date, which begins at
 midnight UTC; or a timedelta: so long ago."""
 
+MOST_USD: Final = 1_000_000_000
+"""No call costs more; a sum of such would leave 64 bits of nano-USD."""
+
 _DAY: Final = dt.timedelta(days=1)
 
 
@@ -114,8 +117,8 @@ class Ledger:
             LookupError: there is no such record.
             ValueError: an impossible cost, or a record that needs no resolving.
         """
-        if isinstance(usd, bool) or not isinstance(usd, (int, float)) or not math.isfinite(usd) or usd < 0:
-            raise ValueError(f"usd={usd!r} must be a cost in USD, 0 or more")
+        if isinstance(usd, bool) or not isinstance(usd, (int, float)) or not 0 <= usd <= MOST_USD:
+            raise ValueError(f"usd={usd!r} must be a cost in USD, 0 to {MOST_USD:,}")
         record = self._find(id)
         if not record.estimated and record.cost_usd is not None and not overwrite:
             raise ValueError(

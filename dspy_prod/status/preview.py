@@ -6,6 +6,7 @@ or reserved, no record is written, and no lookup is counted.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from copy import copy
 from math import inf
 from typing import NamedTuple
@@ -13,11 +14,13 @@ from typing import NamedTuple
 from dspy.lm15 import Request
 
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError, StoreUnavailableError
+from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.pipeline import Pipeline
-from dspy_prod.pipeline.plan import Attempt, plan, shrunk, wait_until
+from dspy_prod.pipeline.plan import plan, shrunk, wait_until
 from dspy_prod.pipeline.refusals import refused, too_late
 from dspy_prod.pipeline.routes import Route
+from dspy_prod.policies.sharing import refresh
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import NANO
 from dspy_prod.runtime.reaper import REAPER
@@ -44,6 +47,9 @@ def preview(pipeline: Pipeline, calls: list[Call]) -> Preview:
         calls: the engine calls behind the LM call, one for each of `n` answers.
     """
     REAPER.flush(FLUSH_TIMEOUT)
+    if pipeline.rules:
+        with suppress(StoreUnavailableError):  # the outlook says it
+            refresh(pipeline.store)
     call = calls[0]
     cached = all(map(_cached, calls))
     outlook = (

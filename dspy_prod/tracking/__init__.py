@@ -1,7 +1,8 @@
 """Costs, prompt versions and variants of every call in MLflow: `dspy_prod.tracking.enable()`.
 
-From the tap (`nodes`) through one queue (`courier`, `traces`, `spans`) to a process of its own (`process`, `exporter`)
-that alone writes to MLflow. What a trace shows belongs in `spans` and `content`; calls never wait for anything here.
+From the tap (`nodes`, `calls`) through one queue (`courier`, `traces`, `spans`) to a process of its own (`delivery`,
+`process`, `exporter`) that alone writes to MLflow. What a trace shows belongs in `spans` and `content`; calls never
+wait for anything here.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The exporter process: reads batches from its input, writes them to MLflow, and says what became of them.
 
-Started by `process.Exporter`. The only place that imports MLflow to write
-traces. One JSON object a line: first the configuration, then batches, perhaps `{"hurry": true}`; it answers
-`{"ready": true}` when it has reached MLflow, `{"batch": n, "lost": k}` for each batch, and `{"failing": why}` while
-MLflow cannot be reached. It ends with its input: the program is gone then, whatever ended it, and its exporter has
-still to write what it was handed. What is missing after that it tells the program's `stderr`.
+Started by `process.Exporter`. The only place that imports MLflow to write traces. One JSON object a line: first the
+configuration, then batches, perhaps `{"hurry": true}`; it answers `{"ready": true}` when it has reached MLflow,
+`{"batch": n, "lost": k}` for each batch, and `{"failing": why}` while MLflow cannot be reached. It ends with its
+input: the program is gone then, whatever ended it, and its exporter has still to write what it was handed. What is
+missing after that it tells the program's `stderr`.
 """
 
 from __future__ import annotations

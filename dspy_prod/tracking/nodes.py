@@ -16,8 +16,8 @@ import dspy
 from dspy_prod.compat.mlflow import place_here
 from dspy_prod.context.current import SETTING, current
 from dspy_prod.telemetry.tap import NOTHING, Nothing
+from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.courier import Courier
-from dspy_prod.tracking.traces import LeanNode
 
 _log = logging.getLogger("dspy_prod")
 

@@ -19,8 +19,8 @@ from typing import IO, Any, Final
 
 import orjson
 
+from dspy_prod.tracking.batches import Batch
 from dspy_prod.tracking.spans import dumped
-from dspy_prod.tracking.traces import Batch
 
 _log = logging.getLogger("dspy_prod")
 
@@ -39,7 +39,7 @@ class Exporter:
     Args:
         config: its first line: where to write, see `exporter.main`.
         tally: descriptor of the `Tally`'s memory.
-        heard: told what it says, see `Courier._heard`.
+        heard: told what it says, see `Delivery._heard`.
         environment: variables on top of this process's own.
     """
 

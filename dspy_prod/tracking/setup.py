@@ -198,7 +198,7 @@ def _disable() -> None:
 
         logging.getLogger("dspy_prod").warning(
             "%d traces did not reach MLflow at %s (%s). The ledger has their costs",
-            lost, bare_url(tracking.uri), tracking.courier.failing or "not in time",
+            lost, bare_url(tracking.uri), tracking.courier.delivery.failing or "not in time",
         )  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def _exporter(uri: str, experiment: str, patience: float, tally: Tally, heard: C
         "GIT_PYTHON_REFRESH": "quiet",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # MLflow may import it; offline, fetching prices can hang
     }
-    return Exporter({"uri": uri, "experiment": experiment, "patience": patience}, heard, own, tally.file)
+    return Exporter({"uri": uri, "experiment": experiment, "patience": patience}, heard, own, tally.shared())
 
 
 atexit.register(disable)

@@ -23,7 +23,7 @@ class Tally:
 
     Attributes:
         numbers: by the indices above.
-        file: descriptor of the memory, for a process to inherit; None where none can.
+        file: descriptor of the memory; None where no other process can have it.
     """
 
     def __init__(self) -> None:
@@ -37,14 +37,23 @@ class Tally:
         if os.name == "posix":
             with contextlib.suppress(OSError):  # nowhere to put it: then nobody else can look
                 self.file = _file()
+                self._identity = _identity(self.file)
                 memory = mmap.mmap(self.file, _BYTES)
         self.numbers = memoryview(memory).cast("q")
 
     def close(self) -> None:
         """Let nobody else look any more."""
+        file, self.file = self.shared(), None
+        if file is not None:
+            os.close(file)
+
+    def shared(self) -> int | None:
+        """The descriptor, unless the program has closed it (a daemon closes all) and it is somebody else's now."""
         if self.file is not None:
-            os.close(self.file)
-            self.file = None
+            with contextlib.suppress(OSError):
+                if _identity(self.file) == self._identity:
+                    return self.file
+        return None
 
 
 def due(file: int | None) -> int | None:
@@ -53,6 +62,11 @@ def due(file: int | None) -> int | None:
         return None
     numbers = memoryview(mmap.mmap(file, _BYTES)).cast("q")
     return numbers[ADMITTED] - numbers[LEFT_OUT] - numbers[SETTLED]
+
+
+def _identity(file: int) -> tuple[int, int]:
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino
 
 
 def _file() -> int:

@@ -7,13 +7,13 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from dspy_prod.context.current import CallContext
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.records import CallRecord
 from dspy_prod.telemetry.tap import Way
+from dspy_prod.tracking.batches import Batch, Trace, batch_of
+from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.spans import (
@@ -23,7 +23,6 @@ from dspy_prod.tracking.spans import (
     OUTPUTS,
     TAG,
     TYPE,
-    Span,
     attempt_attributes,
     attempt_error,
     attempt_name,
@@ -51,94 +50,6 @@ _COST: Final = "mlflow.trace.cost"
 _USAGE: Final = "mlflow.trace.tokenUsage"
 
 
-class Shipper(Protocol):
-    """Gathers and ships; see `Courier`."""
-
-    @property
-    def traces(self) -> Traces:
-        """What gathers; used on the shipper's own thread."""
-        ...
-
-    def post(self, tell: Callable[..., None], *told: Any) -> None:
-        """Have `tell(*told)` called on that thread. Never waits, never raises."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class LeanNode:
-    """One open call of a program or an LM.
-
-    Attributes:
-        trace_id: 32 hex digits. span_id, parent_id: 16 each; a root has no parent.
-        live: a span of MLflow's own stands here; only attempts are added beneath it.
-        place: of a root, the experiment and the run of MLflow's into which the code around it puts traces.
-    """
-
-    courier: Shipper
-    name: str
-    kind: str
-    inputs: Any
-    context: CallContext
-    trace_id: str
-    span_id: str
-    parent_id: str | None
-    live: bool = False
-    place: tuple[str | None, str | None] = (None, None)
-    outputs: Any = None
-    attributes: dict[str, Any] = field(default_factory=dict)
-    error: BaseException | None = None
-    started_ns: int = field(default_factory=time.time_ns)
-    ended_ns: int = 0
-
-    def answered(self, outputs: Any, **attributes: Any) -> None:
-        self.outputs = outputs
-        if attributes:
-            self.attributes = attributes
-
-    def attempt(self, record: CallRecord, route: Way, request: Any, response: Any) -> None:
-        breaker = route.breaker
-        state = None if breaker is None else breaker.state
-        self.courier.post(self.courier.traces.attempted, self, record, route, response, state)
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """What is written at once.
-
-    Attributes:
-        number: of the batch. traces: how many are in it for the first time.
-        spans: in the form MLflow reads. infos: headlines of traces that MLflow itself recorded.
-        places: experiments of traces that do not go into the usual one, by the spans' `trace_id`.
-        runs: the runs that traces belong to, by `tr-...`.
-        tries: exporter processes that were given it.
-    """
-
-    number: int
-    traces: int
-    spans: list[Span]
-    infos: list[dict[str, Any]]
-    places: dict[str, str] = field(default_factory=dict)
-    runs: dict[str, str] = field(default_factory=dict)
-    tries: int = 1
-
-
-@dataclass(slots=True, eq=False)
-class _Trace:
-    """One trace in the making."""
-
-    begun: float
-    counted: bool = True
-    spans: list[Span] = field(default_factory=list)
-    cost: int = 0
-    unknown: bool = False
-    usage: list[int] = field(default_factory=lambda: [0, 0])
-    remarkable: bool = False
-    info: dict[str, Any] | None = None
-    whose: dict[str, Any] = field(default_factory=dict)  # of its attempts
-    place: str | None = None
-    run: tuple[str, str] | None = None  # its trace's id, and the run's
-
-
 class Traces:
     """See the module's docstring.
 
@@ -164,9 +75,9 @@ class Traces:
         """Forget everything."""
         self.sampled_out = 0
         self._sampler = Sampler(self._sampler.share)
-        self._open: OrderedDict[str, _Trace] = OrderedDict()
-        self._shipped: OrderedDict[str, _Trace | None] = OrderedDict()  # None: left out
-        self._ended: list[_Trace] = []
+        self._open: OrderedDict[str, Trace] = OrderedDict()
+        self._shipped: OrderedDict[str, Trace | None] = OrderedDict()  # None: left out
+        self._ended: list[Trace] = []
         self._since = 0.0
 
     @property
@@ -188,18 +99,8 @@ class Traces:
         if not self._ended or not (at_once or len(self._ended) >= BATCH or now - self._since >= LINGER):
             return []
         ended, self._ended = self._ended, []
-        batches = []
-        for start in range(0, len(ended), BATCH):
-            some = ended[start : start + BATCH]
-            spans = [one for trace in some for one in trace.spans]
-            infos = [trace.info for trace in some if trace.info is not None]
-            self.last_batch = next(self._numbers)
-            places = {one["trace_id"]: trace.place for trace in some if trace.place for one in trace.spans}
-            runs = dict(trace.run for trace in some if trace.run is not None)
-            counted = sum(trace.counted for trace in some)
-            batches.append(Batch(self.last_batch, counted, spans, infos, places, runs))
-            for trace in some:
-                trace.spans, trace.counted = [], False
+        batches = [batch_of(next(self._numbers), ended[start : start + BATCH]) for start in range(0, len(ended), BATCH)]
+        self.last_batch = batches[-1].number
         return batches
 
     # -- what is posted ----------------------------------------------------------------------------------------------
@@ -307,16 +208,16 @@ class Traces:
             self._close(trace_id, trace)
 
     # -- closing -----------------------------------------------------------------------------------------------------
-    def _trace(self, trace_id: str) -> _Trace | None:
+    def _trace(self, trace_id: str) -> Trace | None:
         """The trace, in the making or shipped before; None when it was left out."""
         trace = self._open.get(trace_id)
         if trace is None:
             if trace_id in self._shipped:
                 return self._shipped[trace_id]
-            trace = self._open[trace_id] = _Trace(time.monotonic())
+            trace = self._open[trace_id] = Trace(time.monotonic())
         return trace
 
-    def _close(self, trace_id: str, trace: _Trace) -> None:
+    def _close(self, trace_id: str, trace: Trace) -> None:
         self._open.pop(trace_id, None)
         kept = self._sampler.keeps(trace_id, trace.remarkable, trace.cost)
         self._shipped[trace_id] = trace if kept else None
@@ -327,13 +228,13 @@ class Traces:
         elif trace.counted:
             self.sampled_out += 1
 
-    def _queue(self, trace: _Trace) -> None:
+    def _queue(self, trace: Trace) -> None:
         if not self._ended:
             self._since = time.monotonic()
         if trace not in self._ended:
             self._ended.append(trace)
 
-    def _total(self, trace: _Trace) -> None:
+    def _total(self, trace: Trace) -> None:
         """Write the sums of the attempts into a headline of MLflow's, where there is one."""
         info = trace.info
         if info is None:

@@ -16,10 +16,11 @@ from dspy.utils.exceptions import LMRateLimitError, LMServerError
 import dspy_prod
 from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, Price, RateLimit, UnpricedModelError, call_context
 from dspy_prod.context.current import current
+from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.flow import flow
-from dspy_prod.pipeline.plan import Attempt, plan
+from dspy_prod.pipeline.plan import plan
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.admission.core import AdmissionCore

@@ -29,6 +29,7 @@ from dspy_prod.options import Options
         (Cache, {"ttl": -1}, ["Cache: ttl:", "greater than 0"]),
         (CircuitBreaker, {"window_type": "week"}, ["CircuitBreaker: window_type:", "'count' or 'time'"]),
         (Price, {"input": 1, "outputs": 2}, ["Price: "]),
+        (Price, {"input": 1e15, "output": 2}, ["Price: input:", "less than or equal to 1000000", "got 10000"]),
     ],
 )
 def test_a_slip_is_told_in_words(kind: type[Options], given: dict[str, Any], words: list[str]) -> None:

@@ -18,8 +18,10 @@ from dspy.utils.exceptions import LMServerError, LMUnexpectedError
 from dspy_prod.pipeline import answer as answers
 from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
 from dspy_prod.pipeline.effects import Send, Wait, Warm
+from dspy_prod.pipeline.preparing import limit_until
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+from dspy_prod.pipeline.upstream.headers import headers_of, note_refusal
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.testing import ScriptedEngine
 from tests.pipeline.support import answer
@@ -573,3 +575,41 @@ def test_a_stream_that_stands_still_is_ended(
 
     assert types(shown(steps(), call, way)) == ["start", "delta", "delta", "end"]
     assert [type(error) for error in seen] == [kind]
+
+
+@pytest.mark.parametrize("left", ["late", "cancelled"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_the_headers_of_a_refusal_that_nobody_heard_are_forgotten(left: str, streaming: bool, stuck: Stuck) -> None:
+    """The body of an error came too late, and the next error of the same task was told to wait as long as the first."""
+
+    async def refused(request: Request) -> Response:
+        note_refusal([("Retry-After", "60")])
+        return await stuck._complete(request)
+
+    async def refused_stream(request: Request) -> AsyncIterator[Any]:
+        note_refusal([("Retry-After", "60")])
+        async for event in stuck._astream(request):
+            yield event
+
+    stuck.asynchronous = SimpleNamespace(complete=refused, stream=refused_stream)
+
+    def steps() -> Generator[Any, Any, Response]:
+        yield send(route_to(stuck), time.monotonic() + SOON if left == "late" else inf)
+        return OK
+
+    async def call() -> Any:
+        if streaming:
+            return [event async for event in arun_stream(steps(), Call())]  # type: ignore[arg-type]
+        return await arun(steps())
+
+    async def scene() -> dict[str, str]:
+        if left == "late":
+            with pytest.raises(AttemptTimeoutError):
+                await call()
+        else:
+            with pytest.raises((TimeoutError, asyncio.TimeoutError)):
+                async with limit_until(time.monotonic() + SOON):
+                    await call()
+        return headers_of(ValueError("another"))
+
+    assert asyncio.run(scene()) == {}

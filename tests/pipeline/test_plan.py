@@ -10,7 +10,8 @@ import pytest
 import dspy_prod
 from dspy_prod import Budget, Price, RateLimit, call_context
 from dspy_prod.errors import BudgetExceededError, CircuitOpenError, RateLimitedError, RejectedError, UnpricedModelError
-from dspy_prod.pipeline.plan import Attempt, only_here, pause_until, plan, renewed, shrunk, turns_at, wait_until, worst
+from dspy_prod.pipeline.attempt import Attempt
+from dspy_prod.pipeline.plan import only_here, pause_until, plan, renewed, shrunk, turns_at, wait_until, worst
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, WITHDRAWN, Refusal, Reservation
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine

@@ -14,7 +14,8 @@ from dspy.utils.exceptions import LMRateLimitError, LMServerError, LMTimeoutErro
 import dspy_prod
 from dspy_prod import Budget, CircuitBreaker, RateLimit, call_context
 from dspy_prod.errors import CircuitOpenError, DeadlineExceededError
-from dspy_prod.pipeline.plan import Attempt, plan
+from dspy_prod.pipeline.attempt import Attempt
+from dspy_prod.pipeline.plan import plan
 from dspy_prod.pipeline.settling import failed, give_back, succeeded
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError

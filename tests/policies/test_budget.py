@@ -287,6 +287,16 @@ def test_a_call_sees_the_settings_of_one_moment(monkeypatch: pytest.MonkeyPatch)
     assert days.account(SOMEBODY, "m", NOON).key == f"b|{PROCESS_RUN}|ann|run"
 
 
+def test_accounts_that_begin_anew_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """A budget by the day became one in all, and what the day had spent counted no more: nobody was told."""
+    days = rule(name="b", per="day")
+    days.hear(terms(1, per="day", usd=5))
+    assert not caplog.records
+    days.hear(terms(2, per="total"))
+    assert "per total and global" in caplog.text
+    assert "per day and global" in caplog.text
+
+
 def test_what_is_heard_late_of_earlier_settings_changes_nothing() -> None:
     """Raised and lowered again: the word of the first came after that of the second, and was believed."""
     total = rule(name="b")

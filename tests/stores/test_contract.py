@@ -520,6 +520,18 @@ def test_an_unknown_record_cannot_be_corrected(store: Store) -> None:
     assert not store.correct("nobody", CENT)
 
 
+def test_a_sum_beyond_64_bits_stops_nobody_but_who_draws_on_it(store: Store) -> None:
+    """A slip in a correction: the next call of another budget was refused, because the file took nothing."""
+    first = granted(store, ask(CENT))
+    store.settle(first, settlement(first, CENT))
+    assert store.correct(first.id, 10**22)
+    other = granted(store, ask(CENT, accounts=("other",)))
+    store.settle(other, settlement(other, CENT))
+    assert refused(store, ask(CENT)).reason == "budget_exceeded"
+    assert store.account("other").spent == CENT
+    assert store.account("day").spent >= 2**63 - 1
+
+
 def test_appending_a_known_id_replaces_the_record(store: Store) -> None:
     store.append(record("r", cost_nano=CENT))
     store.append(record("other", cost_nano=CENT))

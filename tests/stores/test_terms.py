@@ -17,7 +17,7 @@ from dspy_prod.stores.base import GRANTED, PENDING, Account, Reservation, Store,
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.transactions import Transactions
-from tests.stores.support import CENT, DOLLAR, FakeClock, ask, decided, granted, refused, settlement, until
+from tests.stores.support import CENT, DOLLAR, FakeClock, ask, decided, granted, record, refused, settlement, until
 
 ONE = Budget(usd=1, name="b")
 
@@ -152,6 +152,21 @@ def test_other_processes_are_held_to_the_new_limit_from_their_next_admission(
     until(lambda: bool(heard) and heard[-1].in_force.soft == 0.5)
     one.steer(Budget(usd=0.4, name="b"))
     granted(other, drawing(20 * CENT))
+
+
+def test_another_process_hears_of_a_cap_on_single_calls_with_its_next_record(
+    open_sqlite: Callable[..., SqliteStore],
+) -> None:
+    """No account asks for the settings of such a budget: a cap that was lowered elsewhere was never heard of."""
+    one, other = open_sqlite(), open_sqlite()
+    heard: list[Terms] = []
+    other.on_terms(heard.append)
+    for store in (one, other):
+        store.declare(Budget(usd=1, name="cap", per="call"))
+    one.steer(Budget(usd=0.01, name="cap", per="call"))
+    other.append(record())
+    other.flush()
+    assert [terms.in_force.usd for terms in heard] == [1, 0.01]
 
 
 def test_who_waits_in_another_process_is_served_when_the_limit_is_raised(

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dspy_prod import Redactor
-from dspy_prod.tracking import courier as module
+from dspy_prod.tracking import delivery as module
+from dspy_prod.tracking.batches import Batch
+from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.content import Content
-from dspy_prod.tracking.courier import STALLED, Courier
+from dspy_prod.tracking.courier import Courier
+from dspy_prod.tracking.delivery import STALLED
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.tally import ADMITTED, Tally
-from dspy_prod.tracking.traces import Batch, LeanNode, Traces
+from dspy_prod.tracking.traces import Traces
 from tests.e2e.support import until
 from tests.stopwatch import Stopwatch
 from tests.tracking.test_traces import node
@@ -139,7 +144,7 @@ def test_what_a_dead_exporter_had_not_confirmed_is_sent_again(monkeypatch: pytes
     scene.trace()
     until(lambda: scene.sent == 1)
     scene.fakes[0].die()
-    assert scene.courier.failing == "it died"
+    assert scene.courier.delivery.failing == "it died"
     scene.trace()
     until(lambda: len(scene.fakes) == 2)
     until(lambda: scene.sent == 2)
@@ -149,7 +154,7 @@ def test_what_a_dead_exporter_had_not_confirmed_is_sent_again(monkeypatch: pytes
         second.heard(batch.number)
         second.heard(batch.number)
     assert scene.courier.health("uri", "experiment").exported == 2
-    assert scene.courier.failing is None
+    assert scene.courier.delivery.failing is None
 
 
 def test_what_mlflow_refuses_is_counted_as_lost() -> None:
@@ -217,3 +222,20 @@ def test_a_courier_that_had_nothing_to_do_ends_at_once() -> None:
         assert scene.courier.close(30.0) == 0
     assert took.seconds < 2
     assert not scene.fakes[0].alive
+
+
+@pytest.mark.skipif(os.name != "posix", reason="memory is shared by a descriptor")
+def test_a_descriptor_that_is_somebody_else_s_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    """Who becomes a daemon closes every file; turning tracking off then closed what had been opened in its place."""
+    tally = Tally()
+    assert tally.file is not None
+    os.close(tally.file)
+    with (tmp_path / "theirs").open("w") as theirs:
+        assert theirs.fileno() == tally.file
+        assert tally.shared() is None
+        tally.close()
+        theirs.write("still open")
+        theirs.flush()
+    tally.renew()
+    assert tally.shared() is not None
+    tally.close()

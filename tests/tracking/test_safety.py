@@ -156,8 +156,8 @@ def test_a_killed_exporter_is_replaced_and_nothing_is_lost(
             lm(f"{turn} {number}")
         active = setup._active
         assert active is not None
-        until(lambda: active.courier._exporter is not None and active.courier._exporter.alive, 20)  # noqa: B023
-        exporter: Any = active.courier._exporter
+        until(lambda: active.courier.delivery._exporter is not None and active.courier.delivery._exporter.alive, 20)  # noqa: B023
+        exporter: Any = active.courier.delivery._exporter
         os.kill(exporter._process.pid, signal.SIGKILL)
         exporter._process.wait(10)
     lm("after")

@@ -12,10 +12,12 @@ import pytest
 from dspy_prod import Redactor
 from dspy_prod.context.current import CallContext
 from dspy_prod.records import CallRecord
+from dspy_prod.tracking.batches import Batch
+from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.content import LONGEST, Content, plain
 from dspy_prod.tracking.nodes import LM, PROGRAM
 from dspy_prod.tracking.sampling import Sampler
-from dspy_prod.tracking.traces import PATIENCE, Batch, LeanNode, Traces
+from dspy_prod.tracking.traces import PATIENCE, Traces
 
 
 class Route:

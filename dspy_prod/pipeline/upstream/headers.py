@@ -43,6 +43,11 @@ def note_refusal(headers: Iterable[tuple[str, str]]) -> None:
     _REFUSAL.set(found)
 
 
+def forget_refusal() -> None:
+    """Nobody will ask: the attempt was left before its error was told. Else the next one's would have these headers."""
+    _REFUSAL.set(None)
+
+
 def headers_of(error: BaseException) -> Headers:
     """The headers that came with an error, on whichever route."""
     noted = _REFUSAL.get()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker.permit import BreakerSnapshot, Permit
 from dspy_prod.policies.breaker.states import Change, Closed, Disabled, ForcedOpen, HalfOpen, Open, Refusal, State
-from dspy_prod.policies.breaker.transitions import EVENTS, OperatorMove, Trigger, following
+from dspy_prod.policies.breaker.transitions import EVENTS, SAID, OperatorMove, Trigger, following
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.telemetry.events import EventBus
 
@@ -180,19 +180,24 @@ class Breaker:
 
     # -- the operator ---------------------------------------------------------------------------------------------
 
-    def force_open(self, reason: str = "forced open by an operator") -> None:
+    def force_open(self, reason: str = SAID["force_open"]) -> None:
         """Refuse every call until `reset` or `disable`. `reason` is shown to callers."""
         self._operated("force_open", reason)
 
     def disable(self) -> None:
         """Admit every call and count none, until `reset` or `force_open`."""
-        self._operated("disable", "disabled by an operator")
+        self._operated("disable", SAID["disable"])
 
     force_closed = disable
 
     def reset(self) -> None:
         """Close the circuit and forget what was counted: empty window, first open interval. Totals stay."""
-        self._operated("reset", "reset by an operator")
+        self._operated("reset", SAID["reset"])
+
+    def begin(self, move: OperatorMove) -> None:
+        """Do as an operator has said before this breaker was made; listeners have heard of it then."""
+        with self._lock:
+            self._move(move, SAID[move])
 
     def _operated(self, move: OperatorMove, cause: str) -> None:
         with self._lock:

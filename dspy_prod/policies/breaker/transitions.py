@@ -12,6 +12,13 @@ from dspy_prod.policies.breaker.permit import StateName
 OperatorMove = Literal["force_open", "disable", "reset"]
 """What an operator may say in any state, also twice."""
 
+SAID: Final[Mapping[OperatorMove, str]] = {
+    "force_open": "forced open by an operator",
+    "disable": "disabled by an operator",
+    "reset": "reset by an operator",
+}
+"""The cause of such a move, for callers and listeners."""
+
 Trigger = Literal[OperatorMove, "failures", "interval_over", "probe_failed", "probes_succeeded"]
 
 TRANSITIONS: Final[Mapping[tuple[StateName, Trigger], StateName]] = {

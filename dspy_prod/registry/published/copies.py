@@ -60,7 +60,7 @@ class Release:
 class Copy:
     """A release and when the server last confirmed it, in seconds since the epoch.
 
-    `after` is the last move of its alias that this process had made when it asked (see `moved`).
+    `after` is the last move of its alias that this process had made when it asked (see `MOVES`).
     """
 
     release: Release

@@ -1,10 +1,10 @@
 """Following an alias: a `Production` runs what `triage@production` points to, and picks up a promotion by itself.
 
-A thread in the background looks at MLflow every `refresh` seconds, and at once when this very process moves the alias
-(`look_at`). When the alias has moved, it makes a fresh copy of
-the program, puts the published state into it, and replaces the `Production`'s program by it in one assignment. A call
-takes the program once, so it runs on one version from begin to end, and calls in flight finish on theirs. No call
-waits for MLflow; only the constructor does, for some seconds at most.
+A thread in the background looks at MLflow every `refresh` seconds, and whoever moves the alias in this very process
+looks at once (`look_at`). When the alias has moved, a fresh copy of the program gets the published state and takes the
+place of the `Production`'s program in one assignment. A call takes the program once, so it runs on one version from
+begin to end, and calls in flight finish on theirs. No call waits for MLflow; only the constructor does, for some
+seconds at most.
 
 - While the version cannot be had (MLflow is down and no copy is at hand; the alias does not exist yet; the version was
   published from code with other predictors or fields), the last good program goes on, at first the one from the code.

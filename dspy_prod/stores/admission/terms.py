@@ -69,6 +69,12 @@ class TermsBook:
         self._put(Terms(budget, budget, 1) if terms is None else Terms(terms.built, budget, terms.revision + 1))
         return True
 
+    def look_again(self) -> None:
+        """Others wrote: find what they said of budgets that cap single calls, for which no account asks."""
+        for title, told in list(self._told.items()):
+            if told.in_force.per == "call":
+                self.find(title)
+
     def all(self) -> list[Terms]:
         """The terms known here."""
         return list(self._known.values())

@@ -33,9 +33,9 @@ def record_row(ns: int, record: CallRecord) -> Row:
 def record_of(row: Row) -> CallRecord:
     """The record in a row of `RECORD_COLUMNS`."""
     values = list(row)
-    tags, accounts = values[_TAGS], values[_ACCOUNTS]
-    values[_TAGS] = tuple(orjson.loads(tags).items()) if tags else ()
-    values[_ACCOUNTS] = tuple(orjson.loads(accounts)) if accounts else ()
+    tags = values[_TAGS]
+    values[_TAGS] = tuple(_loaded(tags, dict).items()) if tags else ()
+    values[_ACCOUNTS] = _listed(values[_ACCOUNTS])
     for index in _FLAGS:
         values[index] = bool(values[index])
     return CallRecord(*values)
@@ -51,10 +51,25 @@ def hold_row(ns: int, owner: str, hold: Hold) -> Row:
 def hold_of(row: Row) -> Hold:
     """The hold in (id, ends_at, amount, accounts, limit_key, debit, stub)."""
     id, ends_at, amount, accounts, limit_key, debit, stub = row
-    names = tuple(orjson.loads(accounts)) if accounts else ()
-    taken = None if debit is None else orjson.loads(debit)
-    record = None if stub is None else CallRecord.from_dict({"cost_nano": None, **orjson.loads(stub)})
-    return Hold(id, names, amount, limit_key, taken, ends_at, record)
+    taken: Any = None if debit is None else _loaded(debit, list) or None
+    try:
+        record = None if stub is None else CallRecord.from_dict({"cost_nano": None, **_loaded(stub, dict)})
+    except (TypeError, ValueError, AttributeError):
+        record = None
+    return Hold(id, _listed(accounts), amount, limit_key, taken, ends_at, record)
+
+
+def _loaded(text: Any, kind: type[Any]) -> Any:
+    """What a column of JSON holds; nothing where it is damaged, for one row must not stop all others."""
+    try:
+        value = orjson.loads(text)
+    except (TypeError, ValueError):
+        return kind()
+    return value if isinstance(value, kind) else kind()
+
+
+def _listed(text: Any) -> tuple[str, ...]:
+    return tuple(_loaded(text, list)) if text else ()
 
 
 TERMS: Final = "built, in_force, revision"

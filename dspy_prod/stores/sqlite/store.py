@@ -27,7 +27,6 @@ from dspy_prod.stores.base import (
     REFUSED,
     WITHDRAWN,
     AccountState,
-    CachedAnswer,
     LimiterSnapshot,
     Refusal,
     Reservation,
@@ -35,7 +34,8 @@ from dspy_prod.stores.base import (
     Terms,
 )
 from dspy_prod.stores.lane import is_local, merged
-from dspy_prod.stores.sqlite.answers import TOUCH_AFTER, read_answer, read_size
+from dspy_prod.stores.sqlite.answers import read_size
+from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.ledger import read_account, read_accounts, read_records, read_terms, read_totals
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.sqlite.reader import Reader
@@ -108,9 +108,10 @@ class SqliteStore:
         self._writer = Writer(tables, self._clock, self._lease, self._listeners, self._terms)
         self._local = self._writer.local
         self._mailbox = Mailbox(self._writer)
-        self._answers: dict[bytes, CachedAnswer] = {}
         self._ledger_reader = Reader(self._path, self._namespace)
         self._cache_reader = Reader(self._path, self._namespace)
+        kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
+        self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
 
     @property
     def url(self) -> str:
@@ -250,6 +251,9 @@ class SqliteStore:
     ) -> list[tuple[str, str, Totals]]:
         return self._read(lambda connection, ns: read_totals(connection, ns, dimension, since_day, until_day))
 
+    def cache_size(self) -> tuple[int, int]:
+        return self._read(read_size)
+
     def correct(self, record_id: str, cost: int) -> bool:
         def run(core: Any, tables: Tables, now: float) -> bool:
             fresh = (record for record in (*core.replaced[::-1], *core.appended[::-1]) if record.id == record_id)
@@ -260,42 +264,6 @@ class SqliteStore:
             return True
 
         return bool(self._mailbox.question(run))
-
-    # -- response cache ----------------------------------------------------------------------------------------------
-    def cache_get(self, key: bytes) -> CachedAnswer | None:
-        posted = self._answers.get(key)
-        if posted is not None:
-            return posted
-        try:
-            found = self._cache_reader.read(lambda connection, ns: read_answer(connection, ns, key))
-        except (sqlite3.Error, OSError, StoreUnavailableError):
-            return None
-        if found is None:
-            return None
-        answer, used_at = found
-        now = self.now()
-        if now - used_at > TOUCH_AFTER:
-            self._mailbox.post((Transactions.touch_answer, key, None))
-        return answer
-
-    def cache_put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
-        answers = self._answers
-
-        def written() -> None:
-            if answers.get(key) is answer:
-                answers.pop(key, None)
-
-        answers[key] = answer
-        if not self._mailbox.post((Transactions.put_answer, key, (answer, max_entries, max_bytes, written))):
-            written()
-
-    def cache_clear(self) -> None:
-        self._answers.clear()
-        self._mailbox.post((Transactions.clear_answers, None, None))
-        self.flush(READ_TIMEOUT)
-
-    def cache_size(self) -> tuple[int, int]:
-        return self._read(read_size)
 
     # -- ending ------------------------------------------------------------------------------------------------------
     def close(self) -> None:

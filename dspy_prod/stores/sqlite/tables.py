@@ -46,6 +46,8 @@ PUT_HOLD: Final = "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?, 
 PUT_ABANDONED: Final = "INSERT OR REPLACE INTO abandoned VALUES (?, ?, ?, ?, ?, ?)"
 HOLD_COLUMNS: Final = "id, ends_at, amount, accounts, limit_key, debit, stub"
 
+_MOST: Final = 2**63 - 1  # nano-USD; an account with more is over its limit, which cannot be so high
+
 PROBE: Final = 16_384
 """Bytes that a file which could not be written has to take before it counts as writable again."""
 
@@ -237,7 +239,8 @@ class Tables(File):
         for key in book.dirty:
             entry = book.entries[key]
             ends_at = None if isinf(entry.ends_at) else entry.ends_at
-            rows.append((self.ns, text(key), entry.spent, entry.held, entry.unconfirmed, ends_at))
+            sums = [max(-_MOST, min(each, _MOST)) for each in (entry.spent, entry.held, entry.unconfirmed)]
+            rows.append((self.ns, text(key), *sums, ends_at))
         self._run(PUT_ACCOUNT, rows)
 
     def _write_limiters(self, core: AdmissionCore, text: Callable[[str], str]) -> None:

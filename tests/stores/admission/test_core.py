@@ -12,7 +12,17 @@ from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.holds import Hold
-from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, WITHDRAWN, AccountState, Reservation, Settlement, Terms
+from dspy_prod.stores.base import (
+    GRANTED,
+    PENDING,
+    REFUSED,
+    WITHDRAWN,
+    AccountState,
+    Refusal,
+    Reservation,
+    Settlement,
+    Terms,
+)
 from tests.examples import examples
 from tests.stores.support import ask, settlement
 
@@ -179,9 +189,10 @@ class Books(RuleBasedStateMachine):
             self.core.settle(settlement(reservation, reservation.amount), self.now)
         undone = self.core.undo()
         self.core.remove(new, self.now)
+        self.core.fail_waiting(Refusal("store_unavailable"))  # as the store does; and so with what was undone:
         for lost in undone:
             if lost.state == PENDING:
-                lost.state = REFUSED  # as the store does with `store_unavailable`
+                lost.state = REFUSED
         self.write()
 
     # -- what is always true -------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 
@@ -11,7 +12,9 @@ from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, hold_of, hold_row, record_of, record_row, stub_json
 from dspy_prod.stores.sqlite.schema import _TABLES
+from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import HOLD_COLUMNS, PUT_HOLD
+from tests.stores.support import CENT, ask, granted, settlement
 from tests.test_records import FACTS
 
 RECORD = CallRecord(**FACTS)  # type: ignore[arg-type]
@@ -61,3 +64,26 @@ def test_a_hold_is_kept_under_the_names_of_its_columns(database: sqlite3.Connect
         "stub": RECORD,
     }
     assert found.debit == TAKEN
+
+
+@pytest.mark.parametrize("damaged", ["{", "7", '"x"', "[[", '{"no": "field"}', b"\xff"])
+def test_a_damaged_row_stops_nobody(open_sqlite: Callable[..., SqliteStore], path: str, damaged: str | bytes) -> None:
+    """The hold of a process that died could not be read: every other call was refused, as long as the row was there."""
+    first = open_sqlite()
+    told = granted(first, ask(CENT))
+    first.settle(told, settlement(told, CENT))
+    first.close()
+    with closing(sqlite3.connect(path)) as file, file:
+        (ns,) = file.execute("SELECT id FROM namespaces").fetchone()
+        file.execute("INSERT INTO owners VALUES (?, 'dead', 0, 1)", (ns,))
+        file.execute(
+            "INSERT INTO holds VALUES (?, 'lost', 'dead', 0, 5, ?, NULL, ?, ?)", (ns, damaged, damaged, damaged)
+        )
+        file.execute("UPDATE records SET tags = ?, accounts = ?", (damaged, damaged))
+    store = open_sqlite()
+    asked = granted(store, ask(CENT))
+    store.settle(asked, settlement(asked, CENT))
+    assert {record.id for record in store.records()} >= {told.id, asked.id}
+    assert store.holds() == 0
+    assert store.account("day").spent == 2 * CENT
+    assert not store.problems

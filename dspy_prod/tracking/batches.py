@@ -1,0 +1,62 @@
+"""What is written at once: the spans of traces that have ended, each trace counted the first time alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dspy_prod.tracking.spans import Span
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """What is written at once.
+
+    Attributes:
+        number: of the batch. traces: how many are in it for the first time.
+        spans: in the form MLflow reads. infos: headlines of traces that MLflow itself recorded.
+        places: experiments of traces that do not go into the usual one, by the spans' `trace_id`.
+        runs: the runs that traces belong to, by `tr-...`.
+        tries: exporter processes that were given it.
+    """
+
+    number: int
+    traces: int
+    spans: list[Span]
+    infos: list[dict[str, Any]]
+    places: dict[str, str] = field(default_factory=dict)
+    runs: dict[str, str] = field(default_factory=dict)
+    tries: int = 1
+
+
+@dataclass(slots=True, eq=False)
+class Trace:
+    """One trace in the making."""
+
+    begun: float
+    counted: bool = True
+    spans: list[Span] = field(default_factory=list)
+    cost: int = 0
+    unknown: bool = False
+    usage: list[int] = field(default_factory=lambda: [0, 0])
+    remarkable: bool = False
+    info: dict[str, Any] | None = None
+    whose: dict[str, Any] = field(default_factory=dict)  # of its attempts
+    place: str | None = None
+    run: tuple[str, str] | None = None  # its trace's id, and the run's
+
+
+def batch_of(number: int, some: Sequence[Trace]) -> Batch:
+    """A batch of these traces, which keep none of what is in it."""
+    batch = Batch(
+        number,
+        sum(trace.counted for trace in some),
+        [one for trace in some for one in trace.spans],
+        [trace.info for trace in some if trace.info is not None],
+        {one["trace_id"]: trace.place for trace in some if trace.place for one in trace.spans},
+        dict(trace.run for trace in some if trace.run is not None),
+    )
+    for trace in some:
+        trace.spans, trace.counted = [], False
+    return batch
