@@ -395,7 +395,7 @@ def test_a_forked_child_follows_by_itself(
         if pid == 0:
             code = 1
             try:
-                prod._snapshot()
+                prod._snapshot((), {})
                 os.write(write, b"!")
                 deadline = time.monotonic() + 30
                 while runs(prod) != "22" and time.monotonic() < deadline:
@@ -403,6 +403,7 @@ def test_a_forked_child_follows_by_itself(
                 code = 0 if runs(prod) == "22" else 2
             finally:
                 os._exit(code)
+        os.close(write)  # else nobody would hear of a child that ends before it speaks
         assert os.read(read, 1) == b"!"
         publish(2)
         _, status = os.waitpid(pid, 0)
