@@ -117,7 +117,7 @@ def test_a_server_that_is_ended_loses_no_trace_without_a_word(
     until(lambda: len(traces_in(uri)) + server.told() == REQUESTS, 60, "all traces, or a word about them")
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_server_that_closes_its_lm_loses_no_trace(
     served: Callable[..., Served], uri: str, how: signal.Signals
 ) -> None:
@@ -159,7 +159,7 @@ worker.join()
 """
 
 
-@pytest.mark.parametrize("whose", ["parent", "worker"])
+@pytest.mark.parametrize("whose", ["worker", pytest.param("parent", marks=pytest.mark.slow)])
 def test_a_worker_of_multiprocessing_delivers_at_its_end(uri: str, tmp_path: Path, whose: str) -> None:
     """It leaves without `atexit`: of twenty calls in a worker, MLflow had no trace, whoever had turned tracking on."""
     script = tmp_path / "worker.py"

@@ -34,8 +34,15 @@ def everything_below(folder: Path) -> bytes:
     return b"\n".join(path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-@pytest.mark.parametrize("autolog", [False, True], ids=["lean", "autolog"])
-@pytest.mark.parametrize("content", ["redacted", "off"])
+@pytest.mark.parametrize(
+    ("content", "autolog"),
+    [
+        pytest.param("redacted", True, id="redacted-autolog"),
+        pytest.param("off", False, id="off-lean"),
+        pytest.param("redacted", False, id="redacted-lean", marks=pytest.mark.slow),
+        pytest.param("off", True, id="off-autolog", marks=pytest.mark.slow),
+    ],
+)
 def test_no_secret_and_no_personal_data_is_written(
     serve: MakeProvider,
     connect: MakeLM,

@@ -121,7 +121,7 @@ def test_a_promotion_and_a_rollback_arrive_without_a_restart(
 def test_no_call_sees_a_half_loaded_program(following: Callable[..., Production], asynchronous: bool) -> None:
     """Under load and constant promotions, both predictors of every answer are of one version."""
     publish(1, 2)
-    prod, lm = following(), make_lm(latency=0.002)
+    prod, lm = following(), make_lm(latency=0.01)
     over = threading.Event()
     seen: set[str] = set()
     torn: list[tuple[str, str]] = []
