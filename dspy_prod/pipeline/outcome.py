@@ -73,7 +73,10 @@ TABLE: Final[dict[str, Row]] = {
         "nothing sent: a package or credentials missing, an argument no engine or no JSON can carry",
         Verdict("error", fallback=True, sent=False, owed=False),
     ),
-    "locked": Row("nothing sent: a credential file is locked", Verdict("error", retry=True, sent=False, owed=False)),
+    "locked": Row(
+        "nothing sent: a credential file is locked, or no thread can be started",
+        Verdict("error", retry=True, sent=False, owed=False),
+    ),
     "unreached": Row(
         "no connection was made", Verdict("error", failure=True, retry=True, fallback=True, sent=False, owed=False)
     ),

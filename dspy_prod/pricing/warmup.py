@@ -8,6 +8,7 @@ import threading
 from dspy_prod.compat.dspy import renew_metadata_lock
 from dspy_prod.pricing.lookup import preload
 from dspy_prod.runtime.forking import IMPORTING, reset_after_fork
+from dspy_prod.runtime.threads import begin
 
 _log = logging.getLogger("dspy_prod")
 
@@ -22,11 +23,7 @@ class Warmup:
         """Begin, unless that was done; never waits, never raises."""
         if self._thread is not None:
             return
-        self._thread = threading.Thread(target=_load, name="dspy_prod-warmup", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError:  # the interpreter is going down
-            return
+        self._thread = begin("dspy_prod-warmup", _load)
 
     def _after_fork(self) -> None:
         running, self._thread = self._thread, None

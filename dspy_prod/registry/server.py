@@ -27,6 +27,7 @@ from dspy_prod.privacy.names import bare_url
 from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError, UnknownVersionError
 from dspy_prod.registry.names import Reference
 from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.threads import begin
 
 READ_TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of a server; a database of this machine, which may first make its tables, gets more."""
@@ -219,7 +220,9 @@ def _bounded(work: Callable[[], T], seconds: float, place: str) -> T:
         finally:
             free.release()
 
-    threading.Thread(target=run, name="dspy_prod-registry", daemon=True).start()
+    if begin("dspy_prod-registry", run) is None:
+        free.release()
+        raise RegistryUnavailableError(f"MLflow at {place} cannot be asked: this process has as many threads as it may")
     try:
         return answer.result(seconds)
     except FutureTimeoutError:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 from dspy_prod.runtime.forking import Stage, reset_after_fork
+from dspy_prod.runtime.threads import begin
 
 _log = logging.getLogger("dspy_prod")
 
@@ -28,8 +29,7 @@ class Reaper:
         """Make sure the thread runs; called when a pipeline is built, never from a finaliser."""
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="dspy_prod-reaper", daemon=True)
-                self._thread.start()
+                self._thread = begin("dspy_prod-reaper", self._run)
 
     def post(self, work: Callable[[], None]) -> None:
         """Have `work` done soon, in order, on the reaper's thread."""
@@ -37,8 +37,10 @@ class Reaper:
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until everything posted before is done."""
+        if self._thread is None and not self._work.empty():
+            self.start()  # there was none to be had when the pipeline was built
         if self._thread is None or threading.current_thread() is self._thread:
-            return True
+            return self._work.empty()
         done = threading.Event()
         self._work.put(done.set)
         return done.wait(timeout)

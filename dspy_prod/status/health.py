@@ -14,6 +14,7 @@ from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.cache import CacheStats
 from dspy_prod.runtime.living import living
 from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.runtime.threads import missing
 from dspy_prod.status.costs import FLUSH_TIMEOUT, Place, costs, costs_by, summary
 from dspy_prod.status.models import (
     BreakerHealth,
@@ -56,6 +57,7 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
     holds = sum(look.read(place.store, place.store.holds, 0) for place in places)
     waiting = sum(look.read(place.store, place.store.waiting, 0) for place in places)
     tracking = look.tracking()
+    look.threads()
     spent = look.costs(places, found)  # last, of the stores that have answered everything else
     status: Status = "degraded" if look.failures else "warning" if look.warnings else "healthy"
     return Health(
@@ -110,6 +112,11 @@ class _Look:
         )
         if dropped:
             self.failures.append(f"The store {store.url} has dropped {dropped} operations; its ledger is not complete")
+
+    def threads(self) -> None:
+        """What runs without the thread it needs."""
+        for name, reason in missing().items():
+            self.failures.append(f"The thread {name} could not be started ({reason}); it is tried again")
 
     def read(self, store: Store, ask: Callable[[], T], default: T) -> T:
         """What a usable store answers; it may still break between two questions."""

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
+from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.line import wake
@@ -171,11 +172,9 @@ class Janitor:
             thread.join(timeout=5)
 
     def _start(self) -> None:
-        with self._starting, contextlib.suppress(RuntimeError):  # the interpreter is going down
+        with self._starting:
             if self._thread is None:
-                thread = threading.Thread(target=self._tend, args=(self._nudges,), name=self._name, daemon=True)
-                thread.start()
-                self._thread = thread
+                self._thread = begin(self._name, self._tend, self._nudges)
 
     def _tend(self, nudges: SimpleQueue[None]) -> None:
         wait = 0.0

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
+from dspy_prod.runtime.threads import begin
 from dspy_prod.telemetry.tap import TrackingHealth
 from dspy_prod.tracking.delivery import Delivery
 from dspy_prod.tracking.tally import ADMITTED, LEFT_OUT, Tally
@@ -97,12 +98,7 @@ class Courier:
         try:
             if self._thread is not None or self._stopping:
                 return
-            thread = threading.Thread(target=self._run, name="dspy_prod-tracking", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # the interpreter is going down
-                return
-            self._thread = thread
+            self._thread = begin("dspy_prod-tracking", self._run)
         finally:
             self._lock.release()
 

@@ -11,7 +11,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,6 +18,7 @@ from typing import IO, Any, Final
 
 import orjson
 
+from dspy_prod.runtime.threads import begin
 from dspy_prod.tracking.batches import Batch
 from dspy_prod.tracking.spans import dumped
 
@@ -78,7 +78,10 @@ class Exporter:
         _widen(pipes[0])
         self._lines.put(orjson.dumps({**config, "parent": os.getpid(), "tally": tally, "aloud": aloud}) + b"\n")
         for pipe, body, name in zip(pipes, (self._write, self._read), ("writer", "reader"), strict=True):
-            threading.Thread(target=body, args=(pipe,), name=f"dspy_prod-tracking-{name}", daemon=True).start()
+            if begin(f"dspy_prod-tracking-{name}", body, pipe) is None:
+                self.stop()
+                heard(failing="the exporter cannot be talked to: this process has as many threads as it may", died=True)
+                return
 
     def send(self, batch: Batch) -> None:
         """Hand a batch over. Does not wait."""

@@ -17,10 +17,13 @@ from math import inf
 from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
+from dspy.utils.exceptions import LMLockTimeoutError
+
 from dspy_prod.compat.lm15 import HookedAsyncTransport, HookedTransport
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import note_refusal
 from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.threads import begin
 
 T = TypeVar("T")
 
@@ -161,6 +164,7 @@ class Workers:
 
         Raises:
             AttemptTimeoutError: every worker hangs; the upstream does not answer and more threads would not help.
+            LMLockTimeoutError: this process can start no thread.
         """
         job: Job[T] = Job()
         context = contextvars.copy_context()
@@ -178,7 +182,10 @@ class Workers:
                 self._count += 1
                 start = True
         if start:
-            threading.Thread(target=self._serve, args=(work,), name="dspy_prod-attempt", daemon=True).start()
+            if begin("dspy_prod-attempt", self._serve, work) is None:
+                with self._lock:
+                    self._count -= 1
+                raise LMLockTimeoutError("This process has as many threads as it may: none could be started for a call")
         else:
             self._jobs.put(work)
         return job

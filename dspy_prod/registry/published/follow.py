@@ -34,6 +34,7 @@ from dspy_prod.registry.published.copies import Release
 from dspy_prod.registry.published.loading import obtain, put_into, renewed
 from dspy_prod.registry.server import server_at
 from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.threads import begin
 from dspy_prod.telemetry.events import BUS
 
 SHORTEST: Final = 0.05
@@ -96,10 +97,9 @@ class Follower:
             return
         with self._lock:
             if self._thread is None:
-                given = (weakref.ref(self), self._stop, self._refresh)
-                self._thread = threading.Thread(target=_run, args=given, name="dspy_prod-follow", daemon=True)
-                weakref.finalize(self, self._stop.set)  # when it is forgotten, and when the interpreter ends
-                self._thread.start()
+                self._thread = begin("dspy_prod-follow", _run, weakref.ref(self), self._stop, self._refresh)
+                if self._thread is not None:  # else the next call tries again
+                    weakref.finalize(self, self._stop.set)  # when it is forgotten, and when the interpreter ends
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -50,6 +50,14 @@ class Mailbox:
             self.refuse_stragglers()
         return True
 
+    def why_not(self) -> str | None:
+        """Why nothing can be decided now, None when something can."""
+        if not self.alive():
+            return f"The store {self._path} is closed"
+        if self._thread is None:
+            return f"The store {self._path} cannot write: this process has as many threads as it may"
+        return None
+
     def alive(self) -> bool:
         """Whether operations are accepted; starts the writer when it is needed first."""
         if self._thread is None:
@@ -60,12 +68,12 @@ class Mailbox:
         with self._starting:
             if self._thread is not None or self.closed:
                 return
-            try:
-                self._thread = THREADS.start(self.writer)
-            except RuntimeError:  # the process is ending
+            self._thread = THREADS.start(self.writer)
+            if self._thread is not None:
+                weakref.finalize(self, self.writer.inbox.put, (Transactions.stop, None, None)).atexit = False
+            elif THREADS.ended:
                 self.writer.ended = True
-                return
-            weakref.finalize(self, self.writer.inbox.put, (Transactions.stop, None, None)).atexit = False
+            # else there is no thread to be had: what is posted waits, and the next operation tries again.
 
     def flush(self, timeout: float | None) -> bool:
         """Wait until everything posted before is applied; False, early, while the file cannot be written."""
@@ -90,8 +98,9 @@ class Mailbox:
         if threading.current_thread() is self._thread:
             raise StoreUnavailableError("A listener or callback of the store may not wait for the store")
         told: Future[Any] = Future()
-        if not self.post((Transactions.answer, told, ask)):
-            raise StoreUnavailableError(f"The store {self._path} is closed")
+        why = self.why_not()
+        if why is not None or not self.post((Transactions.answer, told, ask)):
+            raise StoreUnavailableError(why or f"The store {self._path} is closed")
         try:
             return told.result(READ_TIMEOUT)
         except TimeoutError:
@@ -105,7 +114,10 @@ class Mailbox:
             already, self.closed = self.closed, True
             thread = self._thread
         if thread is None:
-            if not already:
+            if not already and not self.writer.inbox.empty():  # there was no thread to be had: it is written here
+                self.writer.inbox.put((Transactions.stop, None, None))
+                self.writer.run()
+            elif not already:
                 self.writer.tables.close()
         elif thread is not threading.current_thread():
             if not already:

@@ -16,6 +16,7 @@ import time
 from typing import Final
 
 from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.sqlite.transactions import Transactions
 from dspy_prod.stores.sqlite.writer import Writer
 
@@ -24,7 +25,11 @@ EXIT_TIMEOUT: Final = 5.0
 
 
 class Threads:
-    """The threads of this process's writers."""
+    """The threads of this process's writers.
+
+    Attributes:
+        ended: the process is ending.
+    """
 
     def __init__(self) -> None:
         self._after_fork()
@@ -33,20 +38,14 @@ class Threads:
     def _after_fork(self) -> None:
         self._running: dict[threading.Thread, Writer] = {}
         self._finalized = False
-        self._ended = False
+        self.ended = False
 
-    def start(self, writer: Writer) -> threading.Thread:
-        """Start a writer's thread.
-
-        Raises:
-            RuntimeError: the process is ending.
-        """
-        if self._ended:
-            raise RuntimeError("the process is ending")
-        thread = threading.Thread(target=self._run, args=(writer,), name="dspy_prod-sqlite-writer", daemon=True)
-        thread.start()
-        self._running[thread] = writer
-        self._end_with_worker_process()
+    def start(self, writer: Writer) -> threading.Thread | None:
+        """Start a writer's thread; None when none can be started, see `ended`."""
+        thread = None if self.ended else begin("dspy_prod-sqlite-writer", self._run, writer)
+        if thread is not None:
+            self._running[thread] = writer
+            self._end_with_worker_process()
         return thread
 
     def _run(self, writer: Writer) -> None:
@@ -57,7 +56,7 @@ class Threads:
 
     def finish(self) -> None:
         """Let every writer write what was posted and end."""
-        self._ended = True
+        self.ended = True
         deadline = time.monotonic() + EXIT_TIMEOUT
         running = list(self._running.items())
         for _, writer in running:

@@ -146,8 +146,9 @@ class SqliteStore:
     def admit(self, reservation: Reservation) -> Reservation:
         if is_local(reservation) and self._mailbox.alive():
             return self._local.admit(reservation)
-        if not self._mailbox.post((Transactions.admit, reservation, None)):
-            reservation.refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
+        why = self._mailbox.why_not()
+        if why is not None or not self._mailbox.post((Transactions.admit, reservation, None)):
+            reservation.refusal = Refusal("store_unavailable", detail=why or f"The store {self._path} is closed")
             reservation.state = REFUSED
         return reservation
 
