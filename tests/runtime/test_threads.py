@@ -128,7 +128,8 @@ def test_an_attempt_without_a_thread_costs_nothing_and_is_tried_again(monkeypatc
 
     engine = ScriptedEngine(["yes"])
     lm = dspy_prod.LM(
-        "openai/m", engine=engine, store="memory://", namespace="threads", cache=False, max_tokens=9, retry={"attempts": 2, "backoff": 0.001},
+        "openai/m", engine=engine, store="memory://", namespace="threads", cache=False, max_tokens=9,
+        retry={"attempts": 2, "backoff": 0.001},
         prices={"openai/m": dspy_prod.Price(input=1, output=1)}, budget=dspy_prod.Budget(usd=1),
     )  # fmt: skip
     with none_to_be_had(monkeypatch), pytest.raises(LMLockTimeoutError), dspy_prod.call_context(deadline=30):
