@@ -223,7 +223,13 @@ class LM(AsPlain, dspy.LM):
 
     @classmethod
     def load_state(cls, state: dict[str, Any], *, allow_custom_lm_class: bool = False) -> LM:
-        """The LM that `dump_state` described; keys come from the environment."""
+        """The LM that `dump_state` described; keys come from the environment.
+
+        Args:
+            state: what `dump_state` gave, after JSON.
+            allow_custom_lm_class: whoever wrote the state is trusted. Else an address, headers, credentials, tools,
+                prices, budgets, a store or a class of its own are left out, with a warning that names them.
+        """
         from dspy_prod.lm.state import load
 
         return load(cls, state, allow_custom_lm_class)

@@ -24,6 +24,7 @@ from dspy_prod.lm.settings import ATTRIBUTES, DSPY, ROWS
 from dspy_prod.options import Options
 from dspy_prod.policies.sharing import quoted
 from dspy_prod.privacy.names import bare_url, public
+from dspy_prod.privacy.states import harmless
 from dspy_prod.stores.opening import default_store_url
 
 Loaded = TypeVar("Loaded", bound=dspy.LM)
@@ -72,13 +73,15 @@ def load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
     Args:
         cls: the class to make.
         state: what `dump` gave, after JSON.
-        allow: whether classes that the state names may be imported (engines, other LM classes).
+        allow: whether whoever wrote the state is trusted: classes that it names may be imported (engines, other LM
+            classes), and what says where calls go, or with what, holds. Else only what is harmless does, see
+            `privacy.states`, and a warning names the rest.
 
     Raises:
         ValueError: the state names a class and `allow` is False.
-        ConfigError: the state contradicts itself.
+        ConfigError: the state contradicts itself, or an address stands for its model and `allow` is False.
     """
-    arguments = dict(state)
+    arguments = dict(state) if allow else _trusted(state)
     arguments.pop(LM_CLASS_STATE_KEY, None)
     arguments.pop("num_retries", None) if "retry" in arguments else None
     if isinstance(arguments.get("prompt_cache"), Mapping):
@@ -94,6 +97,27 @@ def load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
     with quoted():  # loading must not change what a budget allows
         loaded: Loaded = cls(**arguments)
     return loaded
+
+
+def _trusted(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a state needs nobody's word for it."""
+    for name in ("engine", "async_engine"):
+        if state.get(name) is not None and not isinstance(state[name], str):
+            load_engine(state[name], name, allow_custom_lm_class=False)  # DSPy's refusal, in its words
+    arguments, left_out = harmless(state, LM_CLASS_STATE_KEY)
+    if "model" in left_out:
+        raise ConfigError(
+            f"the saved model {state['model']!r} is an address, to which prompts and a key would go; load the state "
+            "with allow_unsafe_lm_state=True if you trust who wrote it"
+        )
+    if left_out:
+        _log.warning(
+            "The LM %r is rebuilt without %s, by which its calls could go elsewhere, or past a budget; load it with "
+            "allow_unsafe_lm_state=True if you trust who wrote its state, or say them again with copy(...)",
+            state.get("model"),
+            ", ".join(left_out),
+        )
+    return arguments
 
 
 def _saved(name: str, value: Any) -> Any:
@@ -115,10 +139,12 @@ def _saved(name: str, value: Any) -> Any:
 
 def _load_fallback(cls: type[dspy.LM], state: Any, allow: bool) -> str | dspy.LM:
     if isinstance(state, str):
-        return state
+        return state if allow else str(_trusted({"model": state})["model"])
     if not isinstance(state, Mapping):
         raise ConfigError(f"a saved fallback is a model name or an LM's state, not {type(state).__name__}")
     named = state.get(LM_CLASS_STATE_KEY)  # this class, or one of ours that it is derived from: nothing to import
+    if not allow:
+        state = _trusted(state)
     own: Any = next((each for each in cls.__mro__ if f"{each.__module__}.{each.__qualname__}" == named), BaseLM)
     loaded: dspy.LM = own.load_state(dict(state), allow_custom_lm_class=allow)
     return loaded

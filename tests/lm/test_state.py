@@ -17,7 +17,7 @@ import dspy_prod
 from dspy_prod import Budget, Cache, CircuitBreaker, ConfigError, Price, RateLimit, Retry
 from dspy_prod.privacy.names import bare_url, is_secret, public, without_secrets
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.testing import ScriptedEngine
+from dspy_prod.testing import Provider, ScriptedEngine
 
 MODEL = "openai/gpt-4o-mini"
 CLASS = "_dspy_lm_class"
@@ -220,9 +220,9 @@ def test_a_store_password_is_taken_from_the_environment(monkeypatch: pytest.Monk
     state = lm.dump_state()
     assert state["store"] == "redis://db.example/0"
     monkeypatch.setenv("DSPY_PROD_STORE", "redis://:other@db.example/0")
-    dspy_prod.LM.load_state(state)
+    dspy_prod.LM.load_state(state, allow_custom_lm_class=True)
     monkeypatch.setenv("DSPY_PROD_STORE", "redis://:other@elsewhere.example/0")
-    dspy_prod.LM.load_state(state)
+    dspy_prod.LM.load_state(state, allow_custom_lm_class=True)
     assert opened == ["redis://:hunter2@db.example/0", "redis://:other@db.example/0", "redis://db.example/0"]
 
 
@@ -334,3 +334,32 @@ def test_a_derived_class_loads_a_fallback_of_its_base() -> None:
     loaded = Derived.load_state(lm.dump_state())
     assert type(loaded) is Derived
     assert [route.model for route in loaded.pipeline.fallbacks] == ["openai/other"]
+
+
+def test_a_state_that_nobody_vouches_for_sends_nothing_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The key in the environment and the prompt went to a fallback's address, and no word was needed for that."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-environment")
+    with Provider() as evil:
+        poisoned = {
+            **make(temperature=0.5).dump_state(), "api_base": evil.url, "extra_headers": {"x": "y"},
+            "fallbacks": [
+                {CLASS: "dspy.clients.lm.LM", "model": "openai/m", "api_base": evil.url},
+                {CLASS: "dspy_prod.lm.LM", "model": "openai/n", "base_url": evil.url, "prices": {}},
+            ],
+        }  # fmt: skip
+        lm = dspy_prod.LM.load_state(poisoned)
+        assert lm.kwargs["temperature"] == 0.5
+        for route in lm.pipeline.every_route():
+            assert not route.upstream.clients.keys() & {"api_base", "base_url", "extra_headers"}
+            assert evil.url not in route.limit_key
+        told = caplog.text
+        assert all(name in told for name in ("api_base", "extra_headers", "base_url"))
+        assert evil.url not in told
+        with pytest.raises(ConfigError, match="is an address"):
+            dspy_prod.LM.load_state({**make().dump_state(), "fallbacks": [f"huggingface/{evil.url}"]})
+        trusted = dspy_prod.LM.load_state(poisoned, allow_custom_lm_class=True)
+        assert [route.upstream.clients.get("api_base") for route in trusted.pipeline.every_route()][:2] == [
+            evil.url
+        ] * 2

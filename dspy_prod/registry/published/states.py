@@ -22,8 +22,8 @@ from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
 from dspy_prod.compat.dspy import input_keys
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import public
+from dspy_prod.privacy.states import harmless
 
-_UNSAFE: Final = ("api_base", "base_url", "model_list")
 _OWN: Final = ("traces", "train", "demos", "lm", "typed_demos")
 _PER_OBJECT: Final = ("history", "callbacks", "traces", "train", "lm")
 _SHOWN: Final = ("temperature", "max_tokens", "top_p", "top_k", "frequency_penalty", "presence_penalty")
@@ -101,7 +101,15 @@ def restored_lm(name: str, state: Mapping[str, Any] | None, allow_unsafe: bool) 
                 name, state.get("model"),
             )  # fmt: skip
             return None
-        state = {key: value for key, value in state.items() if key not in _UNSAFE}
+        state, left_out = harmless(state, LM_CLASS_STATE_KEY)
+        if left_out:
+            _log.warning(
+                "The LM %s of predictor %r is rebuilt without %s, by which its calls could go elsewhere: use set_lm, "
+                "or load(..., allow_unsafe_lm_state=True) if you trust whoever may write to the registry",
+                state.get("model"), name, ", ".join(left_out),
+            )  # fmt: skip
+        if "model" not in state:
+            return None  # an address stood there
     return BaseLM.load_state(dict(state), allow_custom_lm_class=allow_unsafe)
 
 
