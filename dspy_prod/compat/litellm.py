@@ -13,6 +13,7 @@ from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.lm15 import Request, Response, StreamEndEvent, response_to_events
 
 from dspy_prod.compat.foreign import names
+from dspy_prod.compat.httpx import staying
 from dspy_prod.compat.lm15 import StreamEvent, read_chat
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
@@ -160,7 +161,8 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
     def complete(self, request: Request) -> Response:
         """DSPy's, unless LiteLLM stumbles over an answer that came."""
         try:
-            return super().complete(request)
+            with staying():
+                return super().complete(request)
         except Exception:
             response = self._read_as_native(request)
             if response is None:
@@ -178,7 +180,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
             return
         data = self._arguments(request, streaming=True)
         litellm = get_litellm(feature="LiteLLM engine streaming")
-        with litellm_errors(model=request.model):
+        with litellm_errors(model=request.model), staying():
             source = litellm.completion(**data)
         codec = _Stream(request)
         with closing_stream(_Closing(source)):
@@ -217,7 +219,8 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
     async def complete(self, request: Request) -> Response:
         """The same in a task."""
         try:
-            return await super().complete(request)
+            with staying():
+                return await super().complete(request)
         except Exception:
             response = self._read_as_native(request)
             if response is None:
@@ -232,7 +235,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
             return
         data = self._arguments(request, streaming=True)
         litellm = get_litellm(feature="LiteLLM engine streaming")
-        with litellm_errors(model=request.model):
+        with litellm_errors(model=request.model), staying():
             source = await litellm.acompletion(**data)
         codec = _Stream(request)
         async with aclosing_stream(source):

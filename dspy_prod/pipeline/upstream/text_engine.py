@@ -9,6 +9,7 @@ from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.clients.lm15_boundary import request_kwargs, response_value
 from dspy.lm15 import Request, Response, response_to_events
 
+from dspy_prod.compat.httpx import staying
 from dspy_prod.compat.litellm import get_litellm
 from dspy_prod.compat.lm15 import StreamEvent
 from dspy_prod.pipeline.upstream.litellm_usage import told
@@ -41,7 +42,7 @@ class LiteLLMTextEngine(_TextConfig):
         Raises:
             lm15 errors, translated from LiteLLM's.
         """
-        with litellm_errors(model=request.model):
+        with litellm_errors(model=request.model), staying():
             raw = get_litellm(feature="text completion").text_completion(**self._sent(request))
         return told(response_value(raw, "text", request), raw)
 
@@ -55,7 +56,7 @@ class AsyncLiteLLMTextEngine(_TextConfig):
 
     async def complete(self, request: Request) -> Response:
         """Send one request, see `LiteLLMTextEngine.complete`."""
-        with litellm_errors(model=request.model):
+        with litellm_errors(model=request.model), staying():
             raw = await get_litellm(feature="text completion").atext_completion(**self._sent(request))
         return told(response_value(raw, "text", request), raw)
 

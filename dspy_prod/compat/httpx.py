@@ -1,0 +1,62 @@
+"""httpx, by which LiteLLM and clients beneath it send: what carries a key and a prompt stays at the server it is for.
+
+They follow redirects, and httpx drops only the header `Authorization` on the way to another server: keys in other
+headers (Anthropic's, Google's, Azure's), and with 307 and 308 the prompt, went wherever a provider, or whoever
+answered for it, said.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+_STAYS: ContextVar[bool] = ContextVar("dspy_prod_stays", default=False)
+_INSTALLING = threading.Lock()
+_installed = False
+
+
+@contextmanager
+def staying() -> Iterator[None]:
+    """Have no request that is sent here, but those that only fetch something, follow a redirect to another server.
+
+    Such an answer is what it is, an error of status 3xx. Whatever else the process sends is as it was.
+    """
+    if not _installed:
+        _install()
+    token = _STAYS.set(True)
+    try:
+        yield
+    finally:
+        _STAYS.reset(token)
+
+
+def _install() -> None:
+    global _installed
+    import httpx
+
+    with _INSTALLING:
+        if _installed:
+            return
+        found: Any = httpx.Response.has_redirect_location
+
+        def has_redirect_location(self: httpx.Response) -> bool:
+            """Whether httpx may follow this answer somewhere."""
+            return bool(found.fget(self)) and not (_STAYS.get() and _leaves(self))
+
+        httpx.Response.has_redirect_location = property(has_redirect_location)  # type: ignore[assignment,method-assign]
+        _installed = True
+
+
+def _leaves(response: Any) -> bool:
+    request = response.request
+    if request.method in ("GET", "HEAD"):
+        return False
+    try:
+        there = request.url.join(response.headers["location"])
+    except Exception:  # no address that httpx understands
+        return True
+    here = request.url
+    return bool((there.scheme, there.host, there.port) != (here.scheme, here.host, here.port))
