@@ -80,7 +80,8 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     error, late = raised, None
     if isinstance(raised, AttemptTimeoutError):
         late = raised.late
-        if attempt.until >= call.deadline and not isinstance(raised, StalledError):
+        over = max(attempt.until, attempt.started + latency) >= call.deadline  # a busy machine wakes late
+        if over and not isinstance(raised, StalledError):
             error = too_late(call, "while the upstream was working")
             error.working = True
             verdict = own_deadline(worked, route.timeout)

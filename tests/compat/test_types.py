@@ -66,6 +66,7 @@ def _mypy(script: Path, cache: Path) -> set[str]:
     return set(re.findall(rf"^{script.name}:\d+: error: (.*)$", done.stdout, re.MULTILINE))
 
 
+@pytest.mark.slow
 def test_pyright_finds_nothing_new(scripts: tuple[Path, Path], tmp_path: Path) -> None:
     """Neither errors, nor a warning about a name of this library."""
     command = [BIN / "basedpyright", "--pythonpath", sys.executable, "--outputjson", *scripts]

@@ -19,7 +19,7 @@ from tests.differential.mirror import Mirror
 from tests.differential.programs import ADAPTERS, PROGRAMS
 from tests.differential.shapes import FAMILIES, SHAPES, Family, Shape
 
-SHORT: Final = 29
+SHORT: Final = 53
 """One case in so many is in the quick suite; `make dspy-suite` runs all."""
 
 

@@ -65,7 +65,7 @@ def test_what_is_in_use_is_not_forgotten_while_it_is_quiet(
     assert len(provider.calls) == 1
 
 
-@pytest.mark.parametrize("given", ["key", "header"])
+@pytest.mark.parametrize("given", ["key", pytest.param("header", marks=pytest.mark.slow)])
 def test_an_operator_reaches_every_key(serve: MakeProvider, given: str) -> None:
     """Of forty keys sixteen were refused, those kept just then; and one of them stayed out of service after a reset."""
     provider = serve()

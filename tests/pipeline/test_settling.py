@@ -213,6 +213,18 @@ def test_a_time_limit_is_the_routes_or_the_callers(
     assert attempt.route.breaker.snapshot().failures == failures
 
 
+def test_a_time_limit_that_is_noticed_after_the_deadline_is_the_callers() -> None:
+    """A machine so busy that an attempt's `timeout` ends it late: the call's time is over, and that is what it says."""
+    lm = lm_of(timeout=5)
+    clock: Any = lm.pipeline.clock
+    with call_context(deadline=8, clock=clock):
+        attempt = under_way(lm)
+    advance(lm, 7.0)
+    assert type(failed(attempt, AttemptTimeoutError())) is DeadlineExceededError
+    assert attempt.route.breaker is not None
+    assert attempt.route.breaker.snapshot().failures == 1, "the upstream had more than its time"
+
+
 def test_a_429_is_told_to_the_limiter() -> None:
     """From now on the store is asked, even where no limit was configured."""
     lm = lm_of(limit=None)

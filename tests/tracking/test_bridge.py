@@ -135,7 +135,7 @@ def test_odd_texts_and_objects_hold_nothing_up(
     assert len(traces_in(uri)) == 7
 
 
-@pytest.mark.parametrize("autolog", [True, False])
+@pytest.mark.parametrize("autolog", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_traces_go_onto_the_run_around_the_calls(
     serve: MakeProvider,
     connect: MakeLM,

@@ -83,7 +83,7 @@ async def abandoned(lm: Any, share: int) -> None:
 
 
 @pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("autolog", [False, True], ids=["lean", "autolog"])
+@pytest.mark.parametrize("autolog", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["lean", "autolog"])
 def test_every_trace_costs_what_the_ledger_and_the_bill_say(
     serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str, autolog: bool, share: int
 ) -> None:

@@ -106,7 +106,7 @@ def served(uri: str, tmp_path: Path) -> Iterator[Callable[..., Served]]:
         server.process.wait(10)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_server_that_is_ended_loses_no_trace_without_a_word(
     served: Callable[..., Served], uri: str, how: signal.Signals
 ) -> None:

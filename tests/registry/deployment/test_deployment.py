@@ -77,9 +77,9 @@ def test_the_report_tells_everything(bench: Bench) -> None:
     [
         ({"metrics": {"score": 0.4}}, 1, "failed", "cannot be overruled"),
         ({"raise": "no dataset"}, 1, "error", "no dataset"),
-        ({"exit": True}, 1, "error", "SystemExit"),
+        pytest.param({"exit": True}, 1, "error", "SystemExit", marks=pytest.mark.slow),
         ({"metrics": {"score": "nan"}}, 3, "inconclusive", "--force --reason"),
-        ({"metrics": {"score": "inf"}}, 3, "inconclusive", "--force --reason"),
+        pytest.param({"metrics": {"score": "inf"}}, 3, "inconclusive", "--force --reason", marks=pytest.mark.slow),
         ({"metrics": {}}, 3, "inconclusive", "--force --reason"),
         ({"metrics": {"score": 1, "examples": 0}}, 3, "inconclusive", "no examples"),
         ({"baseline": "it@production"}, 3, "inconclusive", "no it@production to compare with"),

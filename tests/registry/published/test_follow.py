@@ -117,7 +117,7 @@ def test_a_promotion_and_a_rollback_arrive_without_a_restart(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_call_sees_a_half_loaded_program(following: Callable[..., Production], asynchronous: bool) -> None:
     """Under load and constant promotions, both predictors of every answer are of one version."""
     publish(1, 2)
