@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Final
@@ -259,3 +260,33 @@ def missing_keys(model: str) -> list[str] | None:
     except Exception:  # it raises what it likes for models it does not know
         return None
     return [] if told.get("keys_in_environment") else list(told.get("missing_keys") or ()) or None
+
+
+# -- a forked child --------------------------------------------------------------------------------------------------
+_ABANDONED: Final[list[Any]] = []
+"""What a forked child has from its parent and must never use, nor close: even the garbage collector must not."""
+
+
+def leave_clients_to_the_parent() -> None:
+    """In a forked child: have LiteLLM make clients and threads of its own.
+
+    Its pooled connections are the parent's, and two processes on one socket read each other's answers; a lock that a
+    thread of the parent held stays locked for ever.
+    """
+    litellm = sys.modules.get("litellm")
+    if litellm is None:
+        return
+    cache = vars(litellm).get("in_memory_llm_clients_cache")
+    if cache is not None:
+        _ABANDONED.append(dict(vars(cache)))
+        cache.__init__()
+        closer = getattr(cache, "evicted_client_closer", None)
+        if closer is not None:  # the one of the whole process may hold clients that it was about to close
+            cache.evicted_client_closer = type(closer)()
+    for name in ("module_level_client", "module_level_aclient"):  # made again when asked for
+        _ABANDONED.append(vars(litellm).pop(name, None))
+    pool = sys.modules.get("litellm.litellm_core_utils.thread_pool_executor")
+    executor = getattr(pool, "executor", None)
+    if executor is not None:
+        _ABANDONED.append(dict(vars(executor)))
+        executor.__init__(executor._max_workers, executor._max_pending_tasks)

@@ -9,10 +9,11 @@ from typing import Any, Final
 from dspy.lm15 import Request, Response
 
 from dspy_prod.compat.dspy import is_openai_reasoning_model
-from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine
+from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine, leave_clients_to_the_parent
 from dspy_prod.pipeline.upstream.finish import untold_in, without_end
 from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
+from dspy_prod.runtime.forking import reset_after_fork
 
 _TIMEOUTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Time-outs given to LiteLLM for an attempt's remaining time: few, as each distinct one opens a new connection."""
@@ -88,3 +89,14 @@ class ExtendedLiteLLMEngine(_Extended, HookedLiteLLMEngine):
 
 class AsyncExtendedLiteLLMEngine(_Extended, HookedAsyncLiteLLMEngine):
     """The asynchronous engine."""
+
+
+class _Clients:
+    """LiteLLM's, which all LMs of the process share."""
+
+    def _after_fork(self) -> None:
+        leave_clients_to_the_parent()
+
+
+_CLIENTS: Final = _Clients()
+reset_after_fork(_CLIENTS)
