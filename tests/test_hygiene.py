@@ -57,7 +57,8 @@ print(json.dumps({"took": took, "opened": opened, "imported": names, "left": os.
 def run_python(code: str, cwd: Path, **environment: str) -> Any:
     """The JSON that a fresh interpreter prints last."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("DSPY_PROD")}
-    env = {**inherited, "PYTHONPATH": str(ROOT), **environment}
+    # Whatever the environment says, sources are compiled once: what is measured is the import.
+    env = {**inherited, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "", **environment}
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
