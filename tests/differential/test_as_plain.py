@@ -130,13 +130,31 @@ def innermost(error: BaseException) -> tuple[Any, ...]:
     return (type(error).__name__, getattr(error, "status", None))
 
 
-def spread(*axes: Iterable[str]) -> list[Any]:
-    """Every combination; all but a few, which meet each name and each family now and then, are slow."""
-    combinations = list(itertools.product(*axes))
+def spread(metafunc: pytest.Metafunc, *axes: Iterable[str]) -> list[Any]:
+    """Every combination; but for a few, which meet each name and each family now and then, they are slow.
+
+    The slow ones are not even made where they are not asked for: there are thousands, and each worker would make them.
+    """
+    expression = metafunc.config.option.markexpr
+    whole = "slow" in expression.replace("not slow", "")
     return [
         pytest.param(*each, id=" | ".join(each), marks=() if number % SHORT == 0 else pytest.mark.slow)
-        for number, each in enumerate(combinations)
+        for number, each in enumerate(itertools.product(*axes))
+        if whole or number % SHORT == 0
     ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    spoken = [name for name, shape in SHAPES.items() if "prompt" in shape.call]
+    axes: dict[str, tuple[Iterable[str], ...]] = {
+        "test_a_call_is_as_plain": (FAMILIES, SHAPES, ["sync", "async"]),
+        "test_a_stream_is_as_plain": (FAMILIES, spoken),
+        "test_a_program_is_as_plain": (FAMILIES, PROGRAMS, ADAPTERS),
+    }
+    found = axes.get(metafunc.function.__name__)
+    if found is not None:
+        names = [name for name in metafunc.fixturenames if name in ("family", "shape", "way", "program", "adapter")]
+        metafunc.parametrize(names, spread(metafunc, *found))
 
 
 def same(seen: Seen, expected: Seen, *case: str) -> None:
@@ -148,21 +166,16 @@ def same(seen: Seen, expected: Seen, *case: str) -> None:
     assert seen == expected, " | ".join(case)
 
 
-@pytest.mark.parametrize(("family", "shape", "way"), spread(FAMILIES, SHAPES, ["sync", "async"]))
 def test_a_call_is_as_plain(mirror: Mirror, family: str, shape: str, way: str) -> None:
     expected = see(plain, FAMILIES[family], SHAPES[shape], mirror, way)
     same(see(ours, FAMILIES[family], SHAPES[shape], mirror, way), expected, family, shape, way)
 
 
-@pytest.mark.parametrize(
-    ("family", "shape"), spread(FAMILIES, [name for name, shape in SHAPES.items() if "prompt" in shape.call])
-)
 def test_a_stream_is_as_plain(mirror: Mirror, family: str, shape: str) -> None:
     expected = see_streamed(plain, FAMILIES[family], SHAPES[shape], mirror)
     same(see_streamed(ours, FAMILIES[family], SHAPES[shape], mirror), expected, family, shape, "stream")
 
 
-@pytest.mark.parametrize(("family", "program", "adapter"), spread(FAMILIES, PROGRAMS, ADAPTERS))
 def test_a_program_is_as_plain(mirror: Mirror, family: str, program: str, adapter: str) -> None:
     expected = see_program(plain, FAMILIES[family], program, adapter, mirror)
     same(see_program(ours, FAMILIES[family], program, adapter, mirror), expected, family, program, adapter)
