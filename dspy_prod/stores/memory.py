@@ -14,7 +14,7 @@ from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
-from dspy_prod.stores.memory_ledger import MemoryLedger
+from dspy_prod.stores.memory_ledger import MemoryLedger, check_fields, matching
 
 
 class MemoryStore(Lane):
@@ -108,14 +108,22 @@ class MemoryStore(Lane):
     def records(
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
     ) -> list[CallRecord]:
+        check_fields(equals)
         with self._lock:
-            return self._ledger.records(since, until, limit, equals)
+            rows = self._ledger.rows()
+        return matching(rows, since, until, limit, equals)
 
     def totals(
         self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
     ) -> list[tuple[str, str, Totals]]:
         with self._lock:
-            return self._ledger.totals(dimension, since_day, until_day)
+            days = self._ledger.days(since_day, until_day)
+        found: list[tuple[str, str, Totals]] = []
+        for day in days:
+            with self._lock:
+                sums = self._ledger.sums(day, dimension)
+            found.extend((day, value, Totals(*sums[value])) for value in sorted(sums))
+        return found
 
     def correct(self, record_id: str, cost: int) -> bool:
         def mend(core: AdmissionCore, now: float) -> bool:
