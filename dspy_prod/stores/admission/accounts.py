@@ -12,6 +12,9 @@ from dspy_prod.stores.base import AccountState
 PRUNE_AFTER: Final = 7200.0
 """Seconds for which an account is kept after its window has ended (late settlements still find it)."""
 
+PRUNED_AT_ONCE: Final = 5_000
+"""Accounts looked at in one step; calls wait for it."""
+
 
 class AccountEntry:
     """One account. `ends_at` is the store time at which its window ends, `inf` while unknown."""
@@ -35,6 +38,7 @@ class AccountBook:
         self._load = load
         self.entries: dict[str, AccountEntry] = {}
         self.dirty: set[str] = set()
+        self._unseen: list[str] = []  # by the round of `prune` that is under way
 
     def get(self, key: str) -> AccountEntry:
         """The account, loaded or new."""
@@ -94,15 +98,24 @@ class AccountBook:
             if self._load is not None:
                 self.dirty.add(key)
 
-    def prune(self, now: float, keep: Collection[str]) -> None:
-        """Forget accounts whose window ended, so that memory does not grow with users times days."""
-        old = now - PRUNE_AFTER
-        gone = [key for key, entry in self.entries.items() if entry.ends_at < old and not entry.held]
-        for key in gone:
-            if key not in keep and key not in self.dirty:
+    def prune(self, now: float, keep: Collection[str]) -> bool:
+        """Forget accounts whose window ended, so that memory does not grow with users times days.
+
+        Looks at `PRUNED_AT_ONCE` accounts; True when it has not yet come round to all.
+        """
+        old, unseen = now - PRUNE_AFTER, self._unseen
+        if not unseen:
+            unseen.extend(self.entries)
+        for _ in range(min(PRUNED_AT_ONCE, len(unseen))):
+            key = unseen.pop()
+            entry = self.entries.get(key)
+            over = entry is not None and entry.ends_at < old and not entry.held
+            if over and key not in keep and key not in self.dirty:
                 del self.entries[key]
+        return bool(unseen)
 
     def forget(self) -> None:
         """Drop everything: a durable store's accounts are loaded again when needed."""
         self.entries.clear()
         self.dirty.clear()
+        self._unseen.clear()

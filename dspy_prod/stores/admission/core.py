@@ -27,6 +27,8 @@ from dspy_prod.stores.base import (
     Settlement,
 )
 
+PRUNE_PAUSE: Final = 1.0
+"""Seconds between two steps of a round through many accounts."""
 MAX_ABANDONED: Final = 10_000
 """Abandoned holds the core remembers for a late settlement; a durable store keeps them on disk instead."""
 
@@ -179,7 +181,8 @@ class AdmissionCore(Durable):
             for hold in [hold for hold in self.holds.values() if hold.lease_until <= now]:
                 self.abandon(hold, now)
             self._next_lease = min((hold.lease_until for hold in self.holds.values()), default=inf)
-            self.accounts.prune(now, self._parked)
+            if self.accounts.prune(now, self._parked):
+                self._next_lease = min(self._next_lease, now + PRUNE_PAUSE)
 
     @property
     def timed(self) -> bool:
