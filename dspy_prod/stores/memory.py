@@ -11,6 +11,7 @@ from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
+from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
@@ -102,8 +103,12 @@ class MemoryStore(Lane):
             return self._core.account(key)
 
     def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
+        book = self._core.accounts
         with self._lock:
-            return self._core.accounts.worst(prefix, suffix, most)
+            known = list(book.entries.items())
+        keys = worst(known, prefix, suffix, most)
+        with self._lock:
+            return [(key, book.state(key)) for key in keys if key in book.entries]
 
     def records(
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str

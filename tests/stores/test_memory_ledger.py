@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.memory_ledger import MemoryLedger
-from tests.stores.support import CENT, DAY, record
+from tests.stores.support import CENT, DAY, DOLLAR, ask, granted, record
 
 
 @pytest.mark.parametrize("users", [1, 5, 1_000])
@@ -80,6 +81,22 @@ def test_records_are_filtered_while_calls_go_on() -> None:
     user = _Looking("u1", store)
     assert len(store.records(user=user)) == 25
     assert user.locked == {False}
+
+
+def test_accounts_are_looked_through_while_calls_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The costs of a budget with 100,000 tenants stopped every call in the same way."""
+    store = MemoryStore()
+    for number in range(5):
+        granted(store, ask(CENT * (number + 1), accounts=(f"day/tenant|t{number}|d",), budget=DOLLAR))
+    locked = set()
+
+    def looking(known: Any, prefix: str, suffix: str, most: int) -> list[str]:
+        locked.add(store._lock.locked())
+        return worst(known, prefix, suffix, most)
+
+    monkeypatch.setattr("dspy_prod.stores.memory.worst", looking)
+    found = store.accounts("day/tenant|", "|d", 2)
+    assert (len(found), locked) == (2, {False})
 
 
 def test_a_readers_sums_stay_as_they_were() -> None:

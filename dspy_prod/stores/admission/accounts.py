@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from heapq import nlargest
 from math import inf
 from typing import Final
@@ -59,12 +59,6 @@ class AccountBook:
         stored = self._load(key) if self._load is not None else None
         return stored or AccountState()
 
-    def worst(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
-        """The accounts in memory whose keys begin and end so, those that spent most first."""
-        found = [item for item in self.entries.items() if item[0].startswith(prefix) and item[0].endswith(suffix)]
-        worst = nlargest(most, found, key=lambda item: item[1].spent)
-        return [(key, AccountState(entry.spent, entry.held, entry.unconfirmed)) for key, entry in worst]
-
     def hold(self, keys: tuple[str, ...], amount: int) -> tuple[int, ...]:
         """Reserve on each account; what each has spent so far, without what is held."""
         spent = []
@@ -119,3 +113,9 @@ class AccountBook:
         self.entries.clear()
         self.dirty.clear()
         self._unseen.clear()
+
+
+def worst(known: Iterable[tuple[str, AccountEntry]], prefix: str, suffix: str, most: int) -> list[str]:
+    """The keys that begin and end so, of those accounts that spent most first. Needs no lock if `known` is a copy."""
+    found = [item for item in known if item[0].startswith(prefix) and item[0].endswith(suffix)]
+    return [key for key, _ in nlargest(most, found, key=lambda item: item[1].spent)]
