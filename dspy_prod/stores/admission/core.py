@@ -161,6 +161,14 @@ class AdmissionCore(Durable):
         self._limiter(key, limit, now).resync(now, remaining)
         self._touch_limiter(key, now)
 
+    def lift(self, key: str, now: float) -> bool:
+        """An operator lifts a pause; whether there was one."""
+        state = self.limiter_state(key) or self._visit_limiter(key, now)
+        lifted = state is not None and state.lift(now)
+        if lifted:
+            self._touch_limiter(key, now)
+        return lifted
+
     # -- terms -------------------------------------------------------------------------------------------------------
     def declare(self, budget: Budget, anew: bool, now: float) -> None:
         """An LM is built with a budget."""
