@@ -12,7 +12,7 @@ from dspy_prod.stores.base import AccountState
 PRUNE_AFTER: Final = 7200.0
 """Seconds for which an account is kept after its window has ended (late settlements still find it)."""
 
-PRUNED_AT_ONCE: Final = 5_000
+PRUNED_AT_ONCE: Final = 2_000
 """Accounts looked at in one step; calls wait for it."""
 
 
