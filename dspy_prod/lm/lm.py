@@ -31,7 +31,7 @@ from dspy_prod.lm.settings import CANONICAL_KEYS, DSPY, Settings, recall, rememb
 from dspy_prod.lm.watching import Watched, arguments_of, settled
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
-from dspy_prod.pipeline.identities import operate
+from dspy_prod.pipeline.identities import lift, operate
 from dspy_prod.pipeline.pipeline import clear_answers
 from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
@@ -360,6 +360,33 @@ class LM(AsPlain, dspy.LM):
             )
         for place in places:
             operate(self.pipeline.store, place, move)
+
+    def resume(self, route: str | None = None) -> None:
+        """Lift the pause that a provider's 429, Retry-After or rate-limit headers brought about: calls go again.
+
+        The provider is believed again from its next answer on. A lowered rate stays and grows back in use. Holds for
+        every key of the model's address that this process uses, and through a shared store for all its processes
+        where an `rpm`, `tpm` or `concurrency` is set: without any, each process has pauses of its own. Listeners hear
+        `pause_lifted` where there was one.
+
+            lm.resume()
+
+        Args:
+            route: `"primary"`, or the model of a route; default: all routes of this LM.
+
+        Raises:
+            ConfigError: no such route.
+            StoreUnavailableError: the store cannot keep it.
+        """
+        pipelines = (self.pipeline, *(variant.pipeline for variant in self._variants.all()))
+        routes = [each for pipeline in pipelines for each in pipeline.every_route()]
+        places = {each.place: each.model for each in routes if route in (None, each.name, each.model)}
+        if not places:
+            known = ", ".join(sorted({repr(name) for each in routes for name in (each.name, each.model)}))
+            raise ConfigError(f"resume({route!r}): there is no such route; known: {known}")
+        for place, model in places.items():
+            if lift(self.pipeline.store, place):
+                self.pipeline.bus.emit("pause_lifted", self.pipeline.clock.time(), route=model)
 
 
 LM.__module__ = "dspy_prod.lm"  # the name in saved states and pickles

@@ -185,3 +185,19 @@ def operate(store: Store, place: str, move: OperatorMove) -> None:
         breakers = [breaker for each in alike for breaker in each.breakers.values()]
     for breaker in breakers:  # listeners hear of it, outside the lock
         getattr(breaker, move)()
+
+
+def lift(store: Store, place: str) -> bool:
+    """Lift the pauses of every limiter of a place, whatever key its calls have; whether there was one.
+
+    Args:
+        place: address and model.
+    """
+    with _LOCK:
+        alike = [(key, each) for (_, key), each in list(_IDENTITIES.items()) if each.place == place]
+    lifted = False
+    for key, each in alike:
+        if each.store() is store and store.lift(key):
+            each.throttled, each.throttled_at = False, None
+            lifted = True
+    return lifted

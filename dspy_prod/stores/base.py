@@ -75,6 +75,14 @@ class Admission(Protocol):
         """The provider told `{"requests"|"tokens": (remaining, seconds_until_reset)}`. Posted."""
         ...
 
+    def lift(self, limit_key: str) -> bool:
+        """End a pause, and forget what the provider told is left, for all who share the limiter; whether it had any.
+
+        Raises:
+            StoreUnavailableError: it cannot be kept.
+        """
+        ...
+
     def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
         """(seconds until this reservation could be granted, refusal or None), changing nothing."""
         ...

@@ -86,6 +86,10 @@ class Lane:
         """The provider told what is left of its limits, and for how many seconds."""
         self._step(lambda core, now: core.resync(limit_key, limit, remaining, now))
 
+    def lift(self, limit_key: str) -> bool:
+        """An operator lifts a pause; whether there was one."""
+        return self._step(lambda core, now: core.lift(limit_key, now))
+
     def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
         """(seconds until this reservation could be granted, refusal or None), changing nothing."""
         return self._step(lambda core, now: core.preview(reservation, now))

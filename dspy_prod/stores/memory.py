@@ -11,10 +11,11 @@ from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
+from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
-from dspy_prod.stores.memory_ledger import MemoryLedger
+from dspy_prod.stores.memory_ledger import MemoryLedger, check_fields, matching
 
 
 class MemoryStore(Lane):
@@ -102,20 +103,32 @@ class MemoryStore(Lane):
             return self._core.account(key)
 
     def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
+        book = self._core.accounts
         with self._lock:
-            return self._core.accounts.worst(prefix, suffix, most)
+            known = list(book.entries.items())
+        keys = worst(known, prefix, suffix, most)
+        with self._lock:
+            return [(key, book.state(key)) for key in keys if key in book.entries]
 
     def records(
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
     ) -> list[CallRecord]:
+        check_fields(equals)
         with self._lock:
-            return self._ledger.records(since, until, limit, equals)
+            rows = self._ledger.rows()
+        return matching(rows, since, until, limit, equals)
 
     def totals(
         self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
     ) -> list[tuple[str, str, Totals]]:
         with self._lock:
-            return self._ledger.totals(dimension, since_day, until_day)
+            days = self._ledger.days(since_day, until_day)
+        found: list[tuple[str, str, Totals]] = []
+        for day in days:
+            with self._lock:
+                sums = self._ledger.sums(day, dimension)
+            found.extend((day, value, Totals(*sums[value])) for value in sorted(sums))
+        return found
 
     def correct(self, record_id: str, cost: int) -> bool:
         def mend(core: AdmissionCore, now: float) -> bool:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
+from operator import add
 from typing import Any, Final
 
 from dspy_prod.records import REFUSED, CallRecord, Totals, rollup_keys
 
 MAX_VALUES_PER_DAY: Final = 20_000
-"""Distinct (dimension, value) pairs summed per day; further values are summed as `"(other)"`."""
+"""Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
+OTHER: Final = "(other)"
 
 _COMPARABLE: Final = frozenset(CallRecord._fields) - {"tags", "accounts"}
 _DAY: Final = 86_400
-_BATCH: Final = 512
+_NEW: Final = 16
+"""Records that become rows at once."""
+_WAITING: Final = 128
+"""Records whose sums are not made yet: what a read has to add up first."""
+_STARTED_AT: Final = CallRecord._fields.index("started_at")
 
 
 def day_of(at: float) -> str:
@@ -42,91 +49,121 @@ def check_fields(names: Iterable[str]) -> None:
 class MemoryLedger:
     """Records and rollups. Not thread-safe; the store's lock protects it.
 
-    Appending is on the path of every call, so it only notes the record; sums are made in batches, before a read or
-    when `_BATCH` records wait. Rows are kept as plain tuples, which the garbage collector stops tracking.
+    Appending is on the path of every call. Adding up many records alike costs little more than adding one, so they
+    wait for each other, but only a few: no call does the work of many. Rows and sums are plain tuples that are
+    replaced, never changed: the garbage collector stops tracking them, and a reader's copy stays as it was.
     """
 
     def __init__(self, max_records: int) -> None:
         self._max = max_records
         self._rows: dict[str, tuple[Any, ...]] = {}
+        self._order: deque[str] = deque()  # the ids, oldest first: a dict finds its first key slowly after deletions
         self._new: list[CallRecord] = []
-        self._days: dict[str, dict[tuple[str, str], list[int]]] = {}
+        self._waiting: dict[tuple[Any, ...], list[CallRecord]] = {}
+        self._wait = 0  # how many records wait
+        self._days: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
 
     def append(self, record: CallRecord, is_new: bool = True) -> None:
         """Add a record. One with a known id replaces it (settling is idempotent, and costs are corrected)."""
         self._new.append(record)
-        if not is_new or len(self._new) >= _BATCH:
-            self._fold()
+        if len(self._new) >= _NEW:
+            self._take()
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
-        self._fold()
+        self._take()
         row = self._rows.get(id)
         return None if row is None else CallRecord._make(row)
 
-    def records(
-        self, since: float | None, until: float | None, limit: int | None, equals: Mapping[str, str]
-    ) -> list[CallRecord]:
-        """Matching records, newest first."""
-        check_fields(equals)
-        self._fold()
-        matching = (
-            record
-            for record in map(CallRecord._make, reversed(self._rows.values()))
-            if (since is None or record.started_at >= since)
-            and (until is None or record.started_at < until)
-            and all(getattr(record, name) == value for name, value in equals.items())
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Every row, oldest first, as it is now: for `matching`, which needs no lock."""
+        self._take()
+        return list(self._rows.values())
+
+    def days(self, since_day: str | None, until_day: str | None) -> list[str]:
+        """The days that have sums, oldest first; brings the sums up to date."""
+        self._take()
+        for group in list(self._waiting):
+            self._fold(group)
+        return sorted(
+            day
+            for day in self._days
+            if (since_day is None or day >= since_day) and (until_day is None or day <= until_day)
         )
-        return list(matching if limit is None else islice(matching, limit))
 
-    def totals(self, dimension: str, since_day: str | None, until_day: str | None) -> list[tuple[str, str, Totals]]:
-        """(day, value, sums) of one dimension."""
-        self._fold()
-        rows: list[tuple[str, str, Totals]] = []
-        for day in sorted(self._days):
-            if (since_day is None or day >= since_day) and (until_day is None or day <= until_day):
-                sums = self._days[day]
-                if dimension == "all":  # the common question, without a look at the day's other values
-                    rows.append((day, "", Totals(*sums["all", ""])))
-                else:
-                    found = sorted(value for name, value in sums if name == dimension)
-                    rows.extend((day, value, Totals(*sums[dimension, value])) for value in found)
-        return rows
+    def sums(self, day: str, dimension: str) -> dict[str, tuple[int, ...]]:
+        """What one day sums up to for each value of a dimension, as it is now."""
+        return dict(self._days[day].get(dimension, ()))
 
-    def _fold(self) -> None:
-        """Bring rows and sums up to date."""
-        if not self._new:
-            return
-        rows = self._rows
-        groups: dict[tuple[Any, ...], list[CallRecord]] = {}
+    def _take(self) -> None:
+        """Make rows of the new records, and let them wait for their like."""
+        rows, order, waiting, wait = self._rows, self._order, self._waiting, 0
         for record in self._new:
-            old = rows.get(record.id)
-            if old is not None:
+            id = record.id
+            old = rows.get(id)
+            if old is None:
+                order.append(id)
+            else:
                 self._sum([CallRecord._make(old)], -1)
-            rows[record.id] = tuple(record)
+            rows[id] = tuple(record)
             if record.outcome == REFUSED:
                 continue
             group = (
                 int(record.started_at // _DAY), record.model, record.user, record.tenant, record.program,
                 record.variant, record.prompt_version, record.tags,
             )  # fmt: skip
-            groups.setdefault(group, []).append(record)
+            alike = waiting.get(group)
+            if alike is None:
+                waiting[group] = [record]
+            else:
+                alike.append(record)
+            wait += 1
         self._new.clear()
-        for group_records in groups.values():
-            self._sum(group_records, 1)
-        for id in list(islice(rows, max(0, len(rows) - self._max))):
-            del rows[id]
+        self._wait += wait
+        while self._wait > _WAITING:
+            self._fold(next(iter(waiting)))
+        while len(order) > self._max:
+            del rows[order.popleft()]
+
+    def _fold(self, group: tuple[Any, ...]) -> None:
+        """Add up records that wait."""
+        alike = self._waiting.pop(group)
+        self._wait -= len(alike)
+        self._sum(alike, 1)
 
     def _sum(self, records: list[CallRecord], sign: int) -> None:
         """Add records that belong to the same day and values."""
         first = records[0]
         day = self._days.setdefault(day_of(first.started_at), {})
-        contribution = [sign * sum(column) for column in zip(*map(Totals.of, records), strict=True)]
-        for key in rollup_keys(first):
-            sums = day.get(key)
+        contribution: tuple[int, ...] = Totals.of(first)
+        if sign < 0 or len(records) > 1:
+            contribution = tuple([sign * sum(column) for column in zip(*map(Totals.of, records), strict=True)])
+        for dimension, value in rollup_keys(first):
+            values = day.get(dimension)
+            if values is None:
+                values = day[dimension] = {}
+            sums = values.get(value)
             if sums is None:
-                if len(day) >= MAX_VALUES_PER_DAY:
-                    key = (key[0], "(other)")
-                sums = day.setdefault(key, [0] * len(contribution))
-            for index, value in enumerate(contribution):
-                sums[index] += value
+                if sum(map(len, day.values())) >= MAX_VALUES_PER_DAY:
+                    value = OTHER
+                sums = values.get(value)
+            values[value] = contribution if sums is None else tuple(map(add, sums, contribution))
+
+
+def matching(
+    rows: Sequence[tuple[Any, ...]],
+    since: float | None,
+    until: float | None,
+    limit: int | None,
+    equals: Mapping[str, str],
+) -> list[CallRecord]:
+    """Those of `MemoryLedger.rows` that match, newest first."""
+    wanted = [(CallRecord._fields.index(name), value) for name, value in equals.items()]
+    found = (
+        row
+        for row in reversed(rows)
+        if (since is None or row[_STARTED_AT] >= since)
+        and (until is None or row[_STARTED_AT] < until)
+        and all(row[index] == value for index, value in wanted)
+    )
+    return [CallRecord._make(row) for row in (found if limit is None else islice(found, limit))]

@@ -53,6 +53,7 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "waiting": _kind(INFO, f"{_CALL} blocked_on", "The call waits for a limit or a budget."),
     "rejected": _kind(WARNING, f"{_CALL} route reason", "A policy refused the call on this route."),
     "throttled": _kind(INFO, f"{_CALL} route retry_after", "The provider said 429: its limiter slows down."),
+    "pause_lifted": _kind(INFO, "route", "An operator lifted what a provider's 429 or headers had brought about."),
     "fallback_response": _kind(WARNING, f"{_TOLD} reason error", "`Production` gave its own answer."),
     "breaker_opened": _kind(WARNING, _BREAKER, "Calls are refused. Look at the upstream; `lm.breaker` overrules it."),
     "breaker_half_open": _kind(INFO, _BREAKER, "Single probes try the upstream again."),

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from dspy.utils.exceptions import LMServerError
+from dspy.utils.exceptions import LMRateLimitError, LMServerError
 
 import dspy_prod
-from dspy_prod import CircuitBreaker, CircuitOpenError, ConfigError, Event
+from dspy_prod import CircuitBreaker, CircuitOpenError, ConfigError, Event, RateLimit, RateLimitedError
 from dspy_prod.telemetry.events import BUS
 from dspy_prod.testing import Provider, ScriptedEngine
 from tests.compose.support import MODEL, down, over, spare
@@ -115,3 +115,33 @@ def test_an_impossible_move_names_what_is_possible() -> None:
         lm.breaker("reset", "openai/unknown")
     with pytest.raises(ConfigError, match="known: none"):
         over(ScriptedEngine("ok"), breaker=False).breaker("reset")
+
+
+@pytest.fixture
+def lifted() -> Iterator[list[Event]]:
+    """What listeners hear of pauses that are lifted."""
+    heard: list[Event] = []
+    remove = BUS.add(lambda event: heard.append(event) if event.name == "pause_lifted" else None)
+    yield heard
+    remove()
+
+
+def test_an_operator_lifts_a_pause(lifted: list[Event]) -> None:
+    """A provider's wrong Retry-After held up every call of a key for minutes, and nobody could overrule it."""
+    engine = ScriptedEngine([LMRateLimitError("slow down", model=MODEL, status=429, retry_after=200.0), "ok"])
+    lm = over(engine, limit=RateLimit(max_wait=1.0))
+    with pytest.raises(LMRateLimitError):
+        lm("question")
+    with pytest.raises(RateLimitedError):
+        lm("question")
+
+    lm.resume()
+
+    assert lm("question") == ["ok"]
+    lm.resume("primary")
+    assert [event.data["route"] for event in lifted] == [MODEL]
+
+
+def test_a_pause_of_an_unknown_route_cannot_be_lifted() -> None:
+    with pytest.raises(ConfigError, match="'primary'"):
+        over(ScriptedEngine("ok")).resume("elsewhere")

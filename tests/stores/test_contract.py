@@ -358,6 +358,25 @@ def test_a_429_pauses_a_limiter_that_has_no_limits_of_its_own(
     assert decided(waiting).state == GRANTED
 
 
+@pytest.mark.parametrize("limit", [RateLimit(), RateLimit(rpm=600, burst=600)], ids=["no limits", "limits"])
+def test_an_operator_lifts_a_pause(still: Store, clock: FakeClock, limit: RateLimit) -> None:
+    """A pause that one answer of a provider brought about could only be waited for, by everybody."""
+    granted(still, ask(limit=limit))
+    still.throttled("provider", limit, 200.0)
+    still.resync("provider", limit, {"requests": (0.0, 200.0)})
+    waiting = still.admit(ask(limit=limit, horizon=still.now() + 1_000.0))
+    turn(still)
+    assert waiting.state == PENDING
+
+    assert still.lift("provider")
+
+    clock.advance(1.0)  # the lowered rate still paces
+    turn(still)
+    assert decided(waiting).state == GRANTED
+    assert not still.lift("provider")
+    assert not still.lift("unknown")
+
+
 def test_what_the_provider_says_is_left_counts(still: Store, clock: FakeClock) -> None:
     limit = RateLimit(rpm=600, burst=600)
     granted(still, ask(budget=None, limit=limit))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from heapq import nlargest
 from math import inf
 from typing import Final
@@ -11,6 +11,9 @@ from dspy_prod.stores.base import AccountState
 
 PRUNE_AFTER: Final = 7200.0
 """Seconds for which an account is kept after its window has ended (late settlements still find it)."""
+
+PRUNED_AT_ONCE: Final = 2_000
+"""Accounts looked at in one step; calls wait for it."""
 
 
 class AccountEntry:
@@ -35,6 +38,7 @@ class AccountBook:
         self._load = load
         self.entries: dict[str, AccountEntry] = {}
         self.dirty: set[str] = set()
+        self._unseen: list[str] = []  # by the round of `prune` that is under way
 
     def get(self, key: str) -> AccountEntry:
         """The account, loaded or new."""
@@ -54,12 +58,6 @@ class AccountBook:
             return AccountState(entry.spent, entry.held, entry.unconfirmed)
         stored = self._load(key) if self._load is not None else None
         return stored or AccountState()
-
-    def worst(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
-        """The accounts in memory whose keys begin and end so, those that spent most first."""
-        found = [item for item in self.entries.items() if item[0].startswith(prefix) and item[0].endswith(suffix)]
-        worst = nlargest(most, found, key=lambda item: item[1].spent)
-        return [(key, AccountState(entry.spent, entry.held, entry.unconfirmed)) for key, entry in worst]
 
     def hold(self, keys: tuple[str, ...], amount: int) -> tuple[int, ...]:
         """Reserve on each account; what each has spent so far, without what is held."""
@@ -94,15 +92,30 @@ class AccountBook:
             if self._load is not None:
                 self.dirty.add(key)
 
-    def prune(self, now: float, keep: Collection[str]) -> None:
-        """Forget accounts whose window ended, so that memory does not grow with users times days."""
-        old = now - PRUNE_AFTER
-        gone = [key for key, entry in self.entries.items() if entry.ends_at < old and not entry.held]
-        for key in gone:
-            if key not in keep and key not in self.dirty:
+    def prune(self, now: float, keep: Collection[str]) -> bool:
+        """Forget accounts whose window ended, so that memory does not grow with users times days.
+
+        Looks at `PRUNED_AT_ONCE` accounts; True when it has not yet come round to all.
+        """
+        old, unseen = now - PRUNE_AFTER, self._unseen
+        if not unseen:
+            unseen.extend(self.entries)
+        for _ in range(min(PRUNED_AT_ONCE, len(unseen))):
+            key = unseen.pop()
+            entry = self.entries.get(key)
+            over = entry is not None and entry.ends_at < old and not entry.held
+            if over and key not in keep and key not in self.dirty:
                 del self.entries[key]
+        return bool(unseen)
 
     def forget(self) -> None:
         """Drop everything: a durable store's accounts are loaded again when needed."""
         self.entries.clear()
         self.dirty.clear()
+        self._unseen.clear()
+
+
+def worst(known: Iterable[tuple[str, AccountEntry]], prefix: str, suffix: str, most: int) -> list[str]:
+    """The keys that begin and end so, of those accounts that spent most first. Needs no lock if `known` is a copy."""
+    found = [item for item in known if item[0].startswith(prefix) and item[0].endswith(suffix)]
+    return [key for key, _ in nlargest(most, found, key=lambda item: item[1].spent)]

@@ -27,6 +27,8 @@ from dspy_prod.stores.base import (
     Settlement,
 )
 
+PRUNE_PAUSE: Final = 1.0
+"""Seconds between two steps of a round through many accounts."""
 MAX_ABANDONED: Final = 10_000
 """Abandoned holds the core remembers for a late settlement; a durable store keeps them on disk instead."""
 
@@ -159,6 +161,14 @@ class AdmissionCore(Durable):
         self._limiter(key, limit, now).resync(now, remaining)
         self._touch_limiter(key, now)
 
+    def lift(self, key: str, now: float) -> bool:
+        """An operator lifts a pause; whether there was one."""
+        state = self.limiter_state(key) or self._visit_limiter(key, now)
+        lifted = state is not None and state.lift(now)
+        if lifted:
+            self._touch_limiter(key, now)
+        return lifted
+
     # -- terms -------------------------------------------------------------------------------------------------------
     def declare(self, budget: Budget, anew: bool, now: float) -> None:
         """An LM is built with a budget."""
@@ -179,7 +189,8 @@ class AdmissionCore(Durable):
             for hold in [hold for hold in self.holds.values() if hold.lease_until <= now]:
                 self.abandon(hold, now)
             self._next_lease = min((hold.lease_until for hold in self.holds.values()), default=inf)
-            self.accounts.prune(now, self._parked)
+            if self.accounts.prune(now, self._parked):
+                self._next_lease = min(self._next_lease, now + PRUNE_PAUSE)
 
     @property
     def timed(self) -> bool:

@@ -72,6 +72,14 @@ class Feedback:
         self._round = max(self._round, self.paused, now + ROUND if fresh else now)
         return fresh
 
+    def lift(self, now: float) -> bool:
+        """Forget the pause and what headers told; a lowered rate grows back in use. Whether there was any."""
+        found = self.paused > now or any(until > now for _, until, _ in self.told.values())
+        self.paused = self._round = now
+        self._strikes = 0
+        self.told.clear()
+        return found
+
     def succeeded(self) -> None:
         """The provider served a call: the next pause that has to be guessed is short again."""
         self._strikes = 0

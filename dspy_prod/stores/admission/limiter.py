@@ -248,6 +248,10 @@ class LimiterState:
             if dimension in own:
                 self._feedback.resync(now, dimension, left, reset, own[dimension], self._seq)
 
+    def lift(self, now: float) -> bool:
+        """An operator knows better than the provider's last word; whether anything held calls back."""
+        return self._feedback.lift(self._touch(now))
+
     # -- reading and keeping -----------------------------------------------------------------------------------------
     def snapshot(self, now: float, key: str, waiting: int) -> LimiterSnapshot:
         """What is left in the current minute."""

@@ -73,17 +73,17 @@ class CacheTable:
         self._connection.execute("DELETE FROM cache WHERE ns = ?", (self._ns,))
         self._keep_sizes(0, 0)
 
-    def purge(self, now: float) -> None:
-        """Delete what can neither be served fresh nor stale."""
-        dead = (self._ns, now)
-        where = "ns = ? AND max(expires_at, stale_until) < ?"
-        count, size = self._connection.execute(
-            f"SELECT count(*), total(size) FROM cache WHERE {where}", dead
-        ).fetchone()
-        if count:
-            entries, all_ = self._sizes()
-            self._connection.execute(f"DELETE FROM cache WHERE {where}", dead)
-            self._keep_sizes(entries - count, all_ - int(size))
+    def purge(self, now: float, most: int) -> int:
+        """Delete at most `most` that can neither be served fresh nor stale; how many those were."""
+        dead = self._connection.execute(
+            "SELECT id, size FROM cache WHERE ns = ? AND max(expires_at, stale_until) < ? LIMIT ?",
+            (self._ns, now, most),
+        ).fetchall()
+        if dead:
+            entries, size = self._sizes()
+            self._connection.executemany("DELETE FROM cache WHERE id = ?", [(id,) for id, _ in dead])
+            self._keep_sizes(entries - len(dead), size - sum(bytes_ for _, bytes_ in dead))
+        return len(dead)
 
     def _sizes(self) -> tuple[int, int]:
         if self._size is None:

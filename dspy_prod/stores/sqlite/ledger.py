@@ -9,6 +9,7 @@ from typing import Final
 from dspy_prod.records import REFUSED, CallRecord, Totals, rollup_keys
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
+from dspy_prod.stores.sqlite.indices import SELECTIVE
 from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, clean_text, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
@@ -161,11 +162,14 @@ def read_records(
     limit: int | None,
     equals: Mapping[str, str],
 ) -> list[CallRecord]:
-    """Matching records, newest first."""
+    """Matching records, newest first; found by the index of the field that has the fewest for a value."""
     check_fields(equals)
+    best = next((name for name in SELECTIVE if name in equals), None)
     bounds: list[tuple[str, object]] = [("started_at >= ?", since), ("started_at < ?", until)]
     where = [("ns = ?", ns), *(bound for bound in bounds if bound[1] is not None)]
-    where += [(f'"{name}" = ?', value) for name, value in equals.items()]
+    for name, value in equals.items():
+        plus = "+" if name in SELECTIVE and name != best else ""  # keeps SQLite, which cannot know better, off an index
+        where.append((f'{plus}"{name}" = ?', value))
     rows = connection.execute(
         f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(condition for condition, _ in where)} "
         "ORDER BY started_at DESC, seq DESC LIMIT ?",

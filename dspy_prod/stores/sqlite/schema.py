@@ -12,6 +12,7 @@ from typing import Final
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.sqlite.indices import missing
 from dspy_prod.stores.sqlite.rows import clean_text
 
 SCHEMA_VERSION: Final = 1
@@ -59,9 +60,6 @@ CREATE TABLE limiters (
 CREATE TABLE records (seq INTEGER PRIMARY KEY, ns INTEGER NOT NULL, {", ".join(map(_column, CallRecord._fields))});
 CREATE UNIQUE INDEX records_id ON records (ns, id);
 CREATE INDEX records_started ON records (ns, started_at);
-CREATE INDEX records_call ON records (ns, call_id);
-CREATE INDEX records_user ON records (ns, "user", started_at) WHERE "user" IS NOT NULL;
-CREATE INDEX records_tenant ON records (ns, tenant, started_at) WHERE tenant IS NOT NULL;
 CREATE TABLE rollups (
     ns INTEGER, day TEXT, dimension TEXT, value TEXT,
     {", ".join(f"{name} INTEGER NOT NULL" for name in Totals._fields)},
@@ -95,7 +93,7 @@ def connect(path: str, *, synchronous: str = "NORMAL") -> sqlite3.Connection:
 
 
 def create(path: str) -> None:
-    """Create the directory (0700), the file (0600) and the tables, where they are missing.
+    """Create the directory (0700), the file (0600), the tables and the indices, where they are missing.
 
     SQLite gives its `-wal` and `-shm` files the mode of the main file.
 
@@ -113,6 +111,8 @@ def create(path: str) -> None:
         except BaseException:
             connection.execute("ROLLBACK")
             raise
+        for statement in missing(connection):  # one by one, so that other processes get their turn
+            patiently(connection, statement)
     finally:
         connection.close()
 
@@ -121,6 +121,8 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if not tables:
         for statement in (*_TABLES.split(";"), _BUDGETS):
+            connection.execute(statement)
+        for statement in missing(connection):
             connection.execute(statement)
         connection.execute("INSERT INTO meta VALUES ('format', 'dspy_prod'), ('schema', ?)", (SCHEMA_VERSION,))
         return

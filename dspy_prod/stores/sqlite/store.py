@@ -188,6 +188,10 @@ class SqliteStore:
             self._local.resync(limit_key, limit, remaining)
         self._mailbox.post((Transactions.resync, (limit_key, limit), remaining))
 
+    def lift(self, limit_key: str) -> bool:
+        local = self._local.lift(limit_key)
+        return bool(self._mailbox.question(lambda core, _, now: core.lift(limit_key, now))) or local
+
     def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
         if is_local(reservation):
             return self._local.preview(reservation)

@@ -44,6 +44,13 @@ PUT_TERMS: Final = f"INSERT OR REPLACE INTO budgets (ns, name, {TERMS}) VALUES (
 PUT_OWNER: Final = "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)"
 PUT_HOLD: Final = "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 PUT_ABANDONED: Final = "INSERT OR REPLACE INTO abandoned VALUES (?, ?, ?, ?, ?, ?)"
+SWEEP_ACCOUNTS: Final = (
+    "DELETE FROM accounts WHERE ns = ?1 AND key IN "
+    "(SELECT key FROM accounts WHERE ns = ?1 AND ends_at < ?2 AND held = 0 LIMIT ?3)"
+)
+SWEEP_ABANDONED: Final = (
+    "DELETE FROM abandoned WHERE ns = ?1 AND id IN (SELECT id FROM abandoned WHERE ns = ?1 AND at < ?2 LIMIT ?3)"
+)
 HOLD_COLUMNS: Final = "id, ends_at, amount, accounts, limit_key, debit, stub"
 
 _MOST: Final = 2**63 - 1  # nano-USD; an account with more is over its limit, which cannot be so high
@@ -185,11 +192,13 @@ class Tables(File):
             self._run("DELETE FROM owners WHERE ns = ? AND owner = ?", [(self.ns, owner)])
         return found
 
-    def sweep(self, now: float) -> None:
-        """Delete what nothing can refer to any more."""
-        self._run("DELETE FROM accounts WHERE ns = ? AND ends_at < ? AND held = 0", [(self.ns, now - PRUNE_AFTER)])
-        self._run("DELETE FROM abandoned WHERE ns = ? AND at < ?", [(self.ns, now - KEEP_ABANDONED)])
-        self.cache.purge(now)
+    def sweep(self, now: float, most: int) -> bool:
+        """Delete what nothing can refer to any more, at most `most` rows of a table; whether there may be more."""
+        assert self.connection is not None
+        done = [self.cache.purge(now, most)]
+        for sql, before in ((SWEEP_ACCOUNTS, now - PRUNE_AFTER), (SWEEP_ABANDONED, now - KEEP_ABANDONED)):
+            done.append(self.connection.execute(sql, (self.ns, before, most)).rowcount)
+        return max(done) >= most
 
     # -- writing back --------------------------------------------------------------------------------------------------
     def write(self, core: AdmissionCore, now: float) -> list[CallRecord]:

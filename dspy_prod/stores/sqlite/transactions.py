@@ -20,6 +20,9 @@ from dspy_prod.stores.sqlite.tables import Tables
 
 REAP_BATCH: Final = 1000
 SWEEP_EVERY: Final = 3600.0
+SWEEP_BATCH: Final = 100
+"""Rows of a table that are swept in one transaction: who calls meanwhile waits for them."""
+SWEEP_PAUSE: Final = 0.05
 MAX_ACCOUNTS: Final = 50_000
 """Accounts kept in memory; beyond that they are read from the file again."""
 
@@ -223,8 +226,9 @@ class Transactions:
         if len(found) >= REAP_BATCH:
             self._reap_at = tick
         if tick >= self._sweep_at:
-            self._sweep_at = tick + SWEEP_EVERY
-            self.tables.sweep(now)
+            more = self.tables.sweep(now, SWEEP_BATCH)
+            self._sweep_at = tick + (SWEEP_PAUSE if more else SWEEP_EVERY)
+            self._reap_at = min(self._reap_at, self._sweep_at)
 
     def resign(self) -> None:
         """Give the lease back when nothing is held, and close the file."""

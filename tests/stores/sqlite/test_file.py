@@ -279,6 +279,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_record_field_that_is_new_gets_a_column(path: str) -> None:
     SqliteStore(path).close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("DROP INDEX records_trace_id")
         connection.execute("ALTER TABLE records DROP COLUMN trace_id")
     with contextlib.closing(SqliteStore(path)) as store:
         store.append(record("r", trace_id="t"))

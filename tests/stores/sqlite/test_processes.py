@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from dspy_prod.stores.base import GRANTED, AccountState
+from dspy_prod.options import RateLimit
+from dspy_prod.stores.base import GRANTED, PENDING, AccountState
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores import support
 from tests.stores.support import (
@@ -168,3 +169,17 @@ def test_killing_a_storm_of_settlements_leaves_a_consistent_ledger(path: str) ->
         until(lambda: store.account("day").held == 0)
         assert store.holds() == 0
         check_books(store)
+
+
+def test_a_pause_that_is_lifted_in_one_process_ends_in_the_others(open_sqlite: Callable[..., SqliteStore]) -> None:
+    """The pause stands in the file: whoever waits in another process goes, too."""
+    one, other = open_sqlite(), open_sqlite()
+    limit = RateLimit(rpm=60_000)
+    granted(one, ask(limit=limit))
+    one.throttled("provider", limit, 250.0)
+    one.flush(10)
+    waiting = one.admit(ask(limit=limit, horizon=one.now() + 1_000.0))
+    one.flush(10)
+    assert waiting.state == PENDING
+    assert other.lift("provider")
+    until(lambda: waiting.state == GRANTED)
