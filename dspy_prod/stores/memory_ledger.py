@@ -8,10 +8,10 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, Final
 
-from dspy_prod.records import REFUSED, CallRecord, Totals, rollup_keys
+from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, rollup_keys
 
 MAX_VALUES_PER_DAY: Final = 20_000
-"""Distinct (dimension, value) pairs summed per day; further values are summed as `"(other)"`."""
+"""Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
 
 _COMPARABLE: Final = frozenset(CallRecord._fields) - {"tags", "accounts"}
 _DAY: Final = 86_400
@@ -126,7 +126,7 @@ class MemoryLedger:
             sums = day.get(key)
             if sums is None:
                 if len(day) >= MAX_VALUES_PER_DAY:
-                    key = (key[0], "(other)")
+                    key = (key[0], OTHER)
                 sums = day.setdefault(key, [0] * len(contribution))
             for index, value in enumerate(contribution):
                 sums[index] += value

@@ -6,10 +6,11 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from dspy_prod.records import REFUSED, CallRecord, Totals, rollup_keys
+from dspy_prod.privacy.visible import carried
+from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, rollup_keys
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
-from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, clean_text, record_of, record_row, terms_of
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, clean, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
 _MARKS: Final = ", ".join("?" * (1 + len(CallRecord._fields)))
@@ -53,7 +54,7 @@ class LedgerTables:
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
-        row = self._connection.execute(FIND, (self._ns, id)).fetchone()
+        row = self._connection.execute(FIND, (self._ns, carried(id))).fetchone()
         return None if row is None else record_of(row)
 
     def write(self, appended: Sequence[CallRecord], replaced: Sequence[CallRecord]) -> None:
@@ -101,7 +102,7 @@ class LedgerTables:
         for pair in pairs:
             if pair not in known:
                 if len(known) >= MAX_VALUES_PER_DAY:
-                    pair = (pair[0], "(other)")
+                    pair = (pair[0], OTHER)
                 known.add(pair)
             key = (day, *pair)
             sums = self._sums.get(key)
@@ -131,7 +132,7 @@ class LedgerTables:
 def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
     """What one account holds."""
     find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
-    row = connection.execute(find, (ns, key)).fetchone()
+    row = connection.execute(find, (ns, carried(key))).fetchone()
     return AccountState() if row is None else AccountState(*row)
 
 
@@ -142,7 +143,7 @@ def read_accounts(
     rows = connection.execute(
         "SELECT key, spent, held, unconfirmed FROM accounts WHERE ns = ?1 AND key >= ?2 AND key < ?2 || char(1114111) "
         "AND substr(key, -length(?3)) = ?3 ORDER BY spent DESC, key LIMIT ?4",
-        (ns, clean_text(prefix), suffix, most),
+        (ns, carried(prefix), suffix, most),
     )
     return [(row[0], AccountState(*row[1:])) for row in rows]
 
@@ -165,7 +166,7 @@ def read_records(
     check_fields(equals)
     bounds: list[tuple[str, object]] = [("started_at >= ?", since), ("started_at < ?", until)]
     where = [("ns = ?", ns), *(bound for bound in bounds if bound[1] is not None)]
-    where += [(f'"{name}" = ?', value) for name, value in equals.items()]
+    where += [(f'"{name}" = ?', clean(value)) for name, value in equals.items()]
     rows = connection.execute(
         f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(condition for condition, _ in where)} "
         "ORDER BY started_at DESC, seq DESC LIMIT ?",
@@ -189,6 +190,6 @@ def read_totals(
         WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4
         ORDER BY rollups.day, value
         """,
-        (ns, since_day or "", until_day or "~", dimension),
+        (ns, since_day or "", until_day or "~", carried(dimension)),
     )
     return [(row[0], row[1], Totals(*row[2:])) for row in rows]
