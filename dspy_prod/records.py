@@ -164,4 +164,20 @@ def rollup_keys(record: CallRecord) -> list[tuple[str, str]]:
     if record.prompt_version is not None:
         keys.append(("prompt", record.prompt_version))
     keys.extend((f"tag:{name}", value) for name, value in record.tags)
-    return keys
+    return [(dimension, summed_as(value)) for dimension, value in keys]
+
+
+OTHER = "(other)"
+"""Stands for all values of a dimension that a store no longer tells apart."""
+
+
+def summed_as(value: str) -> str:
+    """How a value stands in the sums: one that is itself called `(other)` has a backslash before it."""
+    if isinstance(value, str) and value.endswith(OTHER) and not value[: -len(OTHER)].strip("\\"):
+        return f"\\{value}"
+    return value
+
+
+def called(value: str) -> str:
+    """The value that stands so in the sums, `OTHER` aside."""
+    return value[1:] if value != OTHER and summed_as(value) != value else value

@@ -16,14 +16,14 @@ from rich.text import Text
 from dspy_prod.cli.printing import Cell, as_text, print_json, show, table
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.arguments import default_namespace
-from dspy_prod.records import CallRecord
+from dspy_prod.privacy.visible import carried
+from dspy_prod.records import OTHER, CallRecord
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.status.costs import Place, check_dimension, costs_by, summary
 from dspy_prod.status.ledger import Ledger
 from dspy_prod.status.models import CostRow
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_store_url, file_of, open_store
-from dspy_prod.stores.sqlite.rows import clean_text
 from dspy_prod.stores.sqlite.schema import namespaces
 
 DEFAULT_LIMIT = 20
@@ -94,7 +94,7 @@ def costs(arguments: argparse.Namespace) -> int:
     columns = (by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out")
     if not rows:
         return show(f"No calls are recorded in namespace {store.namespace!r}{_from(arguments)}.")
-    shown, total = [_sums(row.value, [row]) for row in rows], [_sums("total", rows)]
+    shown, total = [_sums(_named(row), [row]) for row in rows], [_sums("total", rows)]
     return show(table(f"Costs in {store.namespace!r} by {by}{_from(arguments)}", columns, shown, numbers=7, last=total))
 
 
@@ -135,7 +135,7 @@ def opened(arguments: argparse.Namespace) -> Store:
         if not path.exists():
             raise ConfigError(f"there is no store at {path}; run a program with dspy_prod.LM here, or pass --store")
         there = namespaces(path)
-        if there is not None and clean_text(namespace) not in there:
+        if there is not None and carried(namespace) not in there:
             known = ", ".join(map(repr, there)) or "none yet"
             raise ConfigError(f"there is no namespace {namespace!r} in {path}, only {known}; pass --namespace")
     return open_store(url, namespace)
@@ -162,6 +162,11 @@ def _since(given: str | None) -> dt.datetime | None:
 
 def _from(arguments: argparse.Namespace) -> str:
     return "" if arguments.since is None else f" since {arguments.since}"
+
+
+def _named(row: CostRow) -> str:
+    """A row's name; a value that is itself called `(other)` in quotes."""
+    return repr(row.value) if row.value == OTHER and not row.rest else row.value
 
 
 def _sums(name: str, rows: Sequence[CostRow]) -> tuple[str, ...]:

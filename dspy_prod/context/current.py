@@ -20,7 +20,7 @@ import dspy
 
 from dspy_prod.compat.dspy import thread_local_overrides
 from dspy_prod.options import PRIORITIES
-from dspy_prod.privacy.redactor import known_as
+from dspy_prod.privacy.redactor import claimed
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 
@@ -125,7 +125,7 @@ def call_context(
     Args:
         user, tenant, session: who the call is for; budgets, limits, cache and ledger use them. While a
             `dspy_prod.Redactor` is installed, names that hold personal data become pseudonyms here, and so do the
-            values of tags.
+            values of tags. A name that only looks like a pseudonym becomes one of its own.
         priority: `"high"` calls are admitted before `"normal"` and `"low"` ones, never above a limit.
         deadline: seconds from now for everything inside; a call that cannot finish by then raises
             `DeadlineExceededError`.
@@ -156,7 +156,7 @@ def call_context(
         if value is not None:
             if not isinstance(value, str) or not value:
                 raise TypeError(f"call_context({name}=...) takes a non-empty string, got {value!r}")
-            changed[name] = known_as(value) if name in _PERSONAL else value
+            changed[name] = claimed(value) if name in _PERSONAL else value
     if priority is not None:
         if priority not in PRIORITIES:
             raise ValueError(f"call_context(priority={priority!r}): use one of {', '.join(map(repr, PRIORITIES))}")
@@ -181,7 +181,7 @@ def merged_tags(outer: tuple[tuple[str, str], ...], tags: Mapping[str, str]) -> 
     for key, value in tags.items():
         if not isinstance(key, str) or not key:
             raise TypeError(f"call_context(tags=...): a tag's name is a non-empty string, got {key!r}")
-        merged[key] = known_as(str(value))
+        merged[key] = claimed(value if isinstance(value, str) else str(value))
     return tuple(sorted(merged.items()))
 
 

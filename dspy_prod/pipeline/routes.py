@@ -10,7 +10,7 @@ from dspy.lm15 import Request, Response, Usage
 from dspy_prod.options import CircuitBreaker, RateLimit, Retry
 from dspy_prod.pipeline.fitting import Fitting
 from dspy_prod.pipeline.identities import shared_state
-from dspy_prod.pipeline.upstream.destination import destination, fingerprint
+from dspy_prod.pipeline.upstream.destination import destination, fingerprint, server
 from dspy_prod.pipeline.upstream.ordinary import Beside
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.policies.breaker.breaker import Breaker
@@ -25,6 +25,7 @@ from dspy_prod.pricing.regions import region_of
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.base import Store
+from dspy_prod.stores.keys import joined
 from dspy_prod.telemetry.events import EventBus
 
 _log = logging.getLogger("dspy_prod")
@@ -76,9 +77,8 @@ class Route:
         self.rules = rules
         self.fitting = None if name == PRIMARY else Fitting(self.model, upstream)
         clients, extras = upstream.clients, upstream.extras
-        where = destination(clients, self.model, extras)
-        self.limit_key = f"{where}|{fingerprint(clients, extras)}|{self.model}"
-        self.place = f"{where.partition(';')[0]}|{self.model}"
+        self.limit_key = joined(destination(clients, self.model, extras), fingerprint(clients, extras), self.model)
+        self.place = joined(server(clients, self.model), self.model)
         timeout = upstream.clients.get("timeout")
         self.timeout: float | None = float(timeout) if isinstance(timeout, (int, float)) else None
         self.region = region_of(upstream.clients, self.model)

@@ -11,7 +11,6 @@ import threading
 import weakref
 from math import inf
 from typing import Any, Final, NamedTuple, Protocol
-from urllib.parse import unquote
 from zoneinfo import ZoneInfo
 
 from dspy_prod.context.current import PROCESS_RUN, CallContext
@@ -20,12 +19,10 @@ from dspy_prod.options import Budget
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.base import Account, Terms
+from dspy_prod.stores.keys import BETWEEN, NOBODY, apart, joined
 from dspy_prod.telemetry.events import BUS
 
 _log = logging.getLogger("dspy_prod")
-
-ANONYMOUS: Final = "anonymous"
-"""What the one bucket is called of all calls that do not say whose they are."""
 
 _MAX_CACHED_ACCOUNTS: Final = 10_000
 
@@ -141,15 +138,17 @@ class BudgetRule:
         return _account(self.options, self._place(key, window), window, ends_in)
 
     def who(self, key: str, window: str) -> str | None:
-        """Whose account it is: the run if there is one, and the scope's value; None for that of all."""
+        """Whose account it is: the run if there is one, and the scope's value; None for that of all.
+
+        All who do not say who they are share `anonymous`; somebody of that name is shown in quotes.
+        """
         place = self._place(key, window)
         if self.options.scope == "global":
             place = place[:-1]
-        return "|".join([ANONYMOUS if part is None else part for part in place]) or None
+        return _shown(place) or None
 
     def _place(self, key: str, window: str) -> tuple[str | None, ...]:
-        written = key[len(self.prefix) : -len(window) - 1].split("|")
-        return tuple([None if part == ANONYMOUS else unquote(part) for part in written])
+        return apart(key[len(self.prefix) : -len(window) - 1])
 
     @property
     def ends_at(self) -> float:
@@ -219,23 +218,23 @@ def _scope_value(options: Budget, context: CallContext, model: str) -> str | Non
 
 
 def _account(options: Budget, place: tuple[str | None, ...], window: str, ends_in: float) -> Account:
-    shown = "|".join([ANONYMOUS if part is None else part for part in place])
-    title = options.title if options.scope == "global" else f"{options.title}={shown}"
-    key = f"{_prefix(options)}{'|'.join(map(_written, place))}|{window}"
+    title = options.title if options.scope == "global" else f"{options.title}={_shown(place)}"
+    key = f"{_prefix(options)}{joined(*place)}{BETWEEN}{window}"
     return Account(key, options.limit_nano, title, ends_in, options.title)
 
 
 def _prefix(options: Budget) -> str:
-    return f"{_written(options.title)}|"
+    return f"{joined(options.title)}{BETWEEN}"
 
 
-def _written(part: str | None) -> str:
-    """A part of a key, so that no two accounts have one key, and somebody called "anonymous" is not nobody."""
-    if part is None:
-        return ANONYMOUS
-    if part == ANONYMOUS:
-        return "%61" + part[1:]
-    return part.replace("%", "%25").replace("|", "%7C") if "%" in part or "|" in part else part
+def _shown(place: tuple[str | None, ...]) -> str:
+    """An account's place for people; a part that could be taken for something else stands in quotes."""
+    return BETWEEN.join([NOBODY if part is None else _quoted(part, alone=len(place) == 1) for part in place])
+
+
+def _quoted(part: str, alone: bool) -> str:
+    doubtful = part == NOBODY or part[:1] in ("'", '"') or (not alone and BETWEEN in part)
+    return repr(part) if doubtful else part
 
 
 def _next_day(midnight: dt.datetime, days: int) -> dt.datetime:

@@ -53,6 +53,12 @@ _OWN: Final = "private"
 """Kind of what the user's function hides."""
 
 
+class Pseudonym(str):
+    """A name that a redactor gave, and nobody chose."""
+
+    __slots__ = ()
+
+
 class Redactor:
     """Replaces secrets and personal data in texts, values and names.
 
@@ -126,12 +132,23 @@ class Redactor:
         if self._pseudonym.fullmatch(name):
             return name
         clean, kind = self._found(name)
-        if kind is None or clean == name:
-            return name
+        return name if kind is None or clean == name else self._named(kind, name)
+
+    def claimed(self, name: str) -> str:
+        """The `identity` of a name that somebody goes by.
+
+        Whoever calls himself by what looks like a pseudonym is not the one it was given to: he gets one of his own.
+        A pseudonym from a context in force, or from `identity`, stays.
+        """
+        if type(name) is not Pseudonym and self._pseudonym.fullmatch(name):
+            return self._named(_OWN, name)
+        return self.identity(name)
+
+    def _named(self, kind: str, name: str) -> Pseudonym:
         key = os.environ.get(KEY_VARIABLE, "").encode("utf-8", "surrogateescape")
         told = name.encode("utf-8", "surrogatepass")
         digest = hmac.new(key or _SALT, b"dspy_prod\0" + told, hashlib.sha256).hexdigest()
-        return f"{kind}-{digest[:_HEX]}"
+        return Pseudonym(f"{kind}-{digest[:_HEX]}")
 
     def value(self, value: Any) -> Any:
         """A JSON-like value with its texts redacted, at any depth; the same object when nothing had to be changed.
@@ -240,6 +257,12 @@ def install(redactor: Redactor | None) -> Callable[[], None]:
 
 
 def known_as(name: N) -> N:
-    """The name under which somebody is recorded: the redactor's `identity` while one is in force."""
+    """The name under which records of somebody are found: the redactor's `identity` while one is in force."""
     redactor = _active
     return name if redactor is None or not isinstance(name, str) else redactor.identity(name)
+
+
+def claimed(name: str) -> str:
+    """The name under which somebody who goes by this one is counted and recorded; see `Redactor.claimed`."""
+    redactor = _active
+    return name if redactor is None else redactor.claimed(name)

@@ -17,3 +17,8 @@ _UNSEEN: Final = re.compile(rf"[\x00-\x09\x0b-\x1f{UNSEEN}]")
 def visible(text: str) -> str:
     """A text with each of these as Python writes it; line feeds stay."""
     return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def carried(text: str) -> str:
+    """Text that UTF-8 can carry: half a character becomes what Python writes for it, so two of them stay two."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -18,7 +18,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.sharing import refresh
-from dspy_prod.records import NANO, ROLLUP_DIMENSIONS, Totals
+from dspy_prod.records import NANO, OTHER, ROLLUP_DIMENSIONS, Totals, called
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.status.models import BudgetStatus, CostRow, CostSummary, filled
@@ -222,9 +222,13 @@ def check_dimension(by: str) -> None:
 
 
 def cost_row(value: str, totals: Totals) -> CostRow:
-    """Sums at the edge, in USD."""
+    """Sums at the edge, in USD.
+
+    Args:
+        value: as it stands in the sums.
+    """
     usd, unconfirmed = totals.cost_nano / NANO, totals.unconfirmed_nano / NANO
-    return filled(CostRow, totals, value=value, usd=usd, unconfirmed_usd=unconfirmed)
+    return filled(CostRow, totals, value=called(value), rest=value == OTHER, usd=usd, unconfirmed_usd=unconfirmed)
 
 
 def _span(first: dt.date, last: dt.date) -> list[dt.date]:

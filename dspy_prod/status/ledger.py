@@ -11,7 +11,8 @@ import math
 from typing import Final
 
 from dspy_prod.privacy.redactor import known_as
-from dspy_prod.records import NANO, CallRecord, Totals
+from dspy_prod.privacy.visible import carried
+from dspy_prod.records import NANO, CallRecord, Totals, summed_as
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.status.costs import FLUSH_TIMEOUT, check_dimension, cost_row
@@ -149,6 +150,7 @@ class Ledger:
             raise ValueError("total() takes by= and value= together, e.g. total(by='user', value='u1')")
         if by in ("user", "tenant") or by.startswith("tag:"):
             value = known_as(value)
+        wanted = None if value is None else carried(summed_as(value))
         rows = self._read().totals(
             dimension="all" if by == "day" else by,
             since_day=None if since is None else _date("since", since),
@@ -156,9 +158,9 @@ class Ledger:
         )
         totals = Totals()
         for _, name, sums in rows:
-            if value is None or name == value:
+            if wanted is None or carried(name) == wanted:
                 totals = totals.plus(sums)
-        return cost_row(value or "", totals)
+        return cost_row(summed_as(value or ""), totals)
 
     def _read(self) -> Store:
         """The store, once abandoned streams that were closed before are settled in it."""

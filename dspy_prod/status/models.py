@@ -92,8 +92,8 @@ class CostRow(Frozen):
     """Sums over records that have one value in common.
 
     Attributes:
-        value: the day (`YYYY-MM-DD`), model, user, ... they have in common; `"(other)"` collects values beyond the
-            number a store keeps apart per day.
+        value: the day (`YYYY-MM-DD`), model, user, ... they have in common.
+        rest: the row collects values beyond the number a store keeps apart per day; its value is `"(other)"`.
         usd: known cost, unconfirmed cost included.
         unconfirmed_usd: the part of `usd` that is an upper bound.
         unknown_cost: attempts whose cost is not known; they are not in `usd`.
@@ -110,6 +110,7 @@ class CostRow(Frozen):
     failed: int
     input_tokens: int
     output_tokens: int
+    rest: bool = False
 
 
 class BreakerHealth(Frozen):

@@ -10,11 +10,10 @@ from itertools import islice
 from operator import add
 from typing import Any, Final
 
-from dspy_prod.records import REFUSED, CallRecord, Totals, rollup_keys
+from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, rollup_keys
 
 MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
-OTHER: Final = "(other)"
 
 _COMPARABLE: Final = frozenset(CallRecord._fields) - {"tags", "accounts"}
 _DAY: Final = 86_400

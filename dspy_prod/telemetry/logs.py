@@ -125,12 +125,13 @@ def _start(
 
 def redacted(event: Event, redactor: Redactor) -> Event:
     """The event without secrets and personal data; users and tenants stay distinct as pseudonyms."""
+    name_of = redactor.claimed if privacy.active() is None else redactor.identity  # pseudonyms are given already
     clean: dict[str, Any] = {}
     for name, value in event.data.items():
         if name in _PERSONAL and isinstance(value, str):
-            clean[name] = redactor.identity(value)
+            clean[name] = name_of(value)
         elif name == "tags" and isinstance(value, Mapping):
-            clean[name] = {redactor.text(key): redactor.identity(tag) for key, tag in value.items()}
+            clean[name] = {redactor.text(key): name_of(tag) for key, tag in value.items()}
         else:
             clean[name] = value if name in _IDS else redactor.value(value)
     return Event(event.name, event.at, MappingProxyType(clean))

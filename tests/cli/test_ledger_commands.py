@@ -124,3 +124,45 @@ def test_the_ledger_finds_what_a_version_did(tmp_path: Path) -> None:
     assert len(lm.ledger.records(prompt_version="triage/7")) == 2
     assert lm.ledger.records(prompt_version="triage/8") == []
     lm.close()
+
+
+STEERING = "eve\x1b[31m\x00\x9b2J\u202ebob\ud800\u2066"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_what_would_steer_a_screen_is_shown_for_what_it_is(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    """A user, a tag or an error could clear the operator's terminal, or write a line of its own into the list."""
+    monkeypatch.setenv("COLUMNS", "300")
+    store = SqliteStore(url.removeprefix("sqlite:///"), "cli")
+    store.append(
+        CallRecord(
+            id="odd", call_id="odd", model="m", route="primary", attempt=1, outcome="error", cost_nano=0, user=STEERING,
+            started_at=time.time() + 1, error=STEERING, program=STEERING, tags=((STEERING, STEERING),),
+        )
+    )  # fmt: skip
+    store.close()
+    for command in (("calls", "--limit", "1"), ("costs", "--by", "user"), ("costs", "--by", f"tag:{STEERING}")):
+        assert main([*command, *arguments, "--store", url, "--namespace", "cli"]) == 0
+        text = capsys.readouterr().out
+        assert "eve" in text
+        assert not {"\x1b", "\x00", "\x9b", "\u202e", "\ud800", "\u2066"} & set(text)
+        if arguments:
+            json.loads(text)
+        else:
+            assert r"eve\x1b[31m\x00\x9b2J\u202ebob\ud800\u2066" in text
+
+
+def test_a_user_called_other_is_listed_in_quotes(url: str, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table had two rows `(other)`, or one for both: that user, and all that a store no longer tells apart."""
+    store = SqliteStore(url.removeprefix("sqlite:///"), "cli")
+    store.append(
+        CallRecord(
+            id="o", call_id="o", model="m", route="primary", attempt=1, outcome="ok", cost_nano=1, user="(other)",
+            started_at=time.time(),
+        )
+    )  # fmt: skip
+    store.close()
+    assert "'(other)'" in said("costs", "--by", "user")
+    assert [row["rest"] for row in said("costs", "--by", "user", "--json") if row["value"] == "(other)"] == [False]

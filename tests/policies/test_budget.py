@@ -109,6 +109,19 @@ def test_of_two_callers_at_the_end_of_a_window_the_second_finds_the_new_one() ->
 
 
 # -- scopes ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [{"scope": "user"}, {"scope": "tag:a"}, {"per": "run", "scope": "user"}])
+def test_somebody_called_anonymous_is_shown_apart_from_all_who_say_nothing(options: dict[str, Any]) -> None:
+    """`costs().budgets` and `dspy-prod budgets` listed two accounts of one name, and nobody knew whose was whose."""
+    budget = rule(**options)
+    names = (None, "anonymous", "'anonymous'", "a|b", "a")
+    contexts = [CallContext(user=name, tags=(("a", name),) if name else (), run="r|a") for name in names]
+    accounts = [budget.account(context, "m", NOON) for context in contexts]
+    window = budget.window(NOON)[0]
+    assert len({account.title for account in accounts}) == len(names)
+    assert len({budget.who(account.key, window) for account in accounts}) == len(names)
+    assert budget.who(accounts[-1].key, window) in ("a", "'r|a'|a")
+
+
 SOMEBODY = CallContext(user="ann", tenant="acme", tags=(("team", "blue"), ("stage", "dev")))
 
 

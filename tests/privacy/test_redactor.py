@@ -213,6 +213,30 @@ def test_contexts_hold_pseudonyms(installed: Redactor) -> None:
             assert dict(inner.tags)["who"] == outer.user
 
 
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+def test_nobody_is_another_by_calling_himself_by_the_pseudonym(tmp_path: Path, installed: Redactor, store: str) -> None:
+    """Whoever had read a user's pseudonym in a trace, and took it for a name, spent that user's budget."""
+    victim = installed.identity(EMAIL)
+    taken = str(victim.encode(), "utf-8")  # as a web request brings it
+    place = "memory://" if store == "memory" else f"sqlite:///{tmp_path}/state.db"
+    lm = make_lm("ok", "ok", "ok", store=place, namespace=store, budget=Budget(usd=1, scope="user"))
+    for name in (EMAIL, taken):
+        with call_context(user=name, tags={"who": name}) as context:
+            lm(f"of {name}")
+            with call_context(user=context.user, tags={"who": dict(context.tags)["who"]}) as again:
+                assert (again.user, again.tags) == (context.user, context.tags)
+    with call_context(user=taken, tags={"who": taken}) as context:
+        assert context.user is not None
+        assert context.user.startswith("private-")
+        assert dict(context.tags)["who"] == context.user != victim
+        assert pickle.loads(pickle.dumps(context)).user == context.user
+    assert {row.value: row.attempts for row in lm.costs(by="user")} == {victim: 1, context.user: 1}
+    assert {row.value: row.attempts for row in lm.costs(by="tag:who")} == {victim: 1, context.user: 1}
+    assert {budget.who for budget in lm.costs().budgets} == {victim, context.user}
+    assert [record.user for record in lm.ledger.records(user=victim)] == [victim]
+    lm.close()
+
+
 def test_without_a_redactor_names_stay_as_they_are() -> None:
     """Nothing happens unless it was asked for."""
     with call_context(user=EMAIL, tags={"who": EMAIL}) as context:

@@ -14,6 +14,7 @@ from dspy.utils.exceptions import LMError, LMTimeoutError
 import dspy_prod
 from dspy_prod import Budget, Price, call_context
 from dspy_prod.records import NANO, CallRecord
+from dspy_prod.status.costs import costs_by
 from dspy_prod.status.ledger import Ledger
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
@@ -270,3 +271,39 @@ def test_a_late_answer_confirms_by_itself(store: Store, clock: FakeClock) -> Non
     lm = dspy_prod.LM("openai/gpt-4o-mini", engine=ScriptedEngine(answer), store=store, clock=clock, max_tokens=9)
     lm("q")
     assert lm.ledger.unconfirmed() == []
+
+
+HALF = "\ud800x"
+
+
+def test_half_a_character_in_a_filter_finds_its_own_records_or_none(store: Store, ledger: Ledger) -> None:
+    """SQLite answered a name that UTF-8 cannot carry with UnicodeEncodeError, and recorded it as a question mark."""
+    put(store, "r", user=HALF, tags=(("who", HALF),))
+    put(store, "q", user="?x")
+    assert [record.id for record in ledger.records(user=HALF)] == ["r"]
+    assert [record.id for record in ledger.records(user="?x")] == ["q"]
+    assert ledger.total(by="user", value=HALF).attempts == ledger.total(by="tag:who", value=HALF).attempts == 1
+    for name in ("user", "tenant", "session", "model", "program", "variant", "outcome", "call_id", "trace_id"):
+        assert ledger.records(**{name: "\udfff"}) == []
+    assert ledger.total(by="tag:\udfff", value="a").attempts == 0
+    assert store.account("\udfff").spent == 0
+    with pytest.raises(LookupError, match="no record"):
+        ledger.resolve("\udfff", 1.0)
+
+
+def test_a_user_called_other_is_not_all_the_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a store no longer told apart went onto the bill of whoever had chosen that name."""
+    for module in ("memory_ledger", "sqlite.ledger"):
+        monkeypatch.setattr(f"dspy_prod.stores.{module}.MAX_VALUES_PER_DAY", 6)
+    ledger = Ledger(store)
+    for number, user in enumerate(["(other)", "\\(other)", "a", "b", "c", "d"]):
+        put(store, f"r{number}", model="m", user=user)
+        store.flush(10)
+    rows = costs_by(store, "user")
+    assert {(row.value, row.rest): row.attempts for row in rows} == {
+        ("(other)", False): 1, ("\\(other)", False): 1, ("a", False): 1, ("b", False): 1, ("(other)", True): 2,
+    }  # fmt: skip
+    for row in rows:
+        if not row.rest:
+            found = ledger.total(by="user", value=row.value)
+            assert (found.attempts, found.value, found.rest) == (1, row.value, False)

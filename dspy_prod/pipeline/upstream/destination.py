@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import orjson
@@ -85,14 +85,30 @@ def destination(clients: Mapping[str, Any], model: str, extras: Mapping[str, Any
         model: model string, whose prefix names the provider.
         extras: further arguments that LiteLLM gets with each call.
     """
-    url = _url(clients)
-    around = {name: value for name in variables(clients, model) if (value := os.environ.get(name))}
-    servers = [name for name in around if name.endswith(("_API_BASE", "_BASE_URL"))]
-    base = [address(str(url))] if url else [address(around.pop(name)) for name in servers]
+    around = _around(clients, model)
+    servers = [] if _url(clients) else _servers(around)
     others = {name: value for name, value in clients.items() if name not in _ELSEWHERE and value is not None}
-    others.update(around, **places(extras or {}))
-    place = "&".join(base) or _provider(clients, model)
+    others.update({name: value for name, value in around.items() if name not in servers}, **places(extras or {}))
+    if len(servers) > 1:
+        others["servers"] = [address(around[name]) for name in servers]  # one address may look like two, joined
+    place = server(clients, model)
     return f"{place};{digest(others)}" if others else place
+
+
+def server(clients: Mapping[str, Any], model: str) -> str:
+    """The address of a destination, or its provider where none is told; `destination` begins with it."""
+    url = _url(clients)
+    around = _around(clients, model)
+    base = [address(str(url))] if url else [address(around[name]) for name in _servers(around)]
+    return "&".join(base) or _provider(clients, model)
+
+
+def _around(clients: Mapping[str, Any], model: str) -> dict[str, str]:
+    return {name: value for name in variables(clients, model) if (value := os.environ.get(name))}
+
+
+def _servers(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(("_API_BASE", "_BASE_URL"))]
 
 
 def fingerprint(clients: Mapping[str, Any], extras: Mapping[str, Any] | None = None) -> str:

@@ -6,11 +6,12 @@ import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from dspy_prod.records import REFUSED, CallRecord, Totals, rollup_keys
+from dspy_prod.privacy.visible import carried
+from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, rollup_keys
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
 from dspy_prod.stores.sqlite.indices import SELECTIVE
-from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, clean_text, record_of, record_row, terms_of
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, clean, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
 _MARKS: Final = ", ".join("?" * (1 + len(CallRecord._fields)))
@@ -54,7 +55,7 @@ class LedgerTables:
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
-        row = self._connection.execute(FIND, (self._ns, id)).fetchone()
+        row = self._connection.execute(FIND, (self._ns, carried(id))).fetchone()
         return None if row is None else record_of(row)
 
     def write(self, appended: Sequence[CallRecord], replaced: Sequence[CallRecord]) -> None:
@@ -102,7 +103,7 @@ class LedgerTables:
         for pair in pairs:
             if pair not in known:
                 if len(known) >= MAX_VALUES_PER_DAY:
-                    pair = (pair[0], "(other)")
+                    pair = (pair[0], OTHER)
                 known.add(pair)
             key = (day, *pair)
             sums = self._sums.get(key)
@@ -132,7 +133,7 @@ class LedgerTables:
 def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
     """What one account holds."""
     find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
-    row = connection.execute(find, (ns, key)).fetchone()
+    row = connection.execute(find, (ns, carried(key))).fetchone()
     return AccountState() if row is None else AccountState(*row)
 
 
@@ -143,7 +144,7 @@ def read_accounts(
     rows = connection.execute(
         "SELECT key, spent, held, unconfirmed FROM accounts WHERE ns = ?1 AND key >= ?2 AND key < ?2 || char(1114111) "
         "AND substr(key, -length(?3)) = ?3 ORDER BY spent DESC, key LIMIT ?4",
-        (ns, clean_text(prefix), suffix, most),
+        (ns, carried(prefix), suffix, most),
     )
     return [(row[0], AccountState(*row[1:])) for row in rows]
 
@@ -169,7 +170,7 @@ def read_records(
     where = [("ns = ?", ns), *(bound for bound in bounds if bound[1] is not None)]
     for name, value in equals.items():
         plus = "+" if name in SELECTIVE and name != best else ""  # keeps SQLite, which cannot know better, off an index
-        where.append((f'{plus}"{name}" = ?', value))
+        where.append((f'{plus}"{name}" = ?', clean(value)))
     rows = connection.execute(
         f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(condition for condition, _ in where)} "
         "ORDER BY started_at DESC, seq DESC LIMIT ?",
@@ -193,6 +194,6 @@ def read_totals(
         WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4
         ORDER BY rollups.day, value
         """,
-        (ns, since_day or "", until_day or "~", dimension),
+        (ns, since_day or "", until_day or "~", carried(dimension)),
     )
     return [(row[0], row[1], Totals(*row[2:])) for row in rows]

@@ -8,6 +8,7 @@ from typing import Any, Final
 import orjson
 
 from dspy_prod.options import Budget
+from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import Terms
@@ -78,7 +79,7 @@ TERMS: Final = "built, in_force, revision"
 def terms_row(ns: int, terms: Terms) -> Row:
     """The terms of a budget as a row of `budgets`."""
     built, in_force, revision = terms
-    return ns, clean_text(in_force.title), built.model_dump_json(), in_force.model_dump_json(), revision
+    return ns, carried(in_force.title), built.model_dump_json(), in_force.model_dump_json(), revision
 
 
 def terms_of(row: Row) -> Terms | None:
@@ -110,24 +111,19 @@ def _names(names: tuple[str, ...]) -> str | None:
     return orjson.dumps(names).decode() if names else None
 
 
-def clean_text(text: str) -> str:
-    """Text that UTF-8 can carry: a lone surrogate becomes a question mark."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 def clean(value: Any) -> Any:
     """A value that SQLite and JSON can carry, as near to the original as possible."""
     if isinstance(value, str):
-        return clean_text(value)
+        return carried(value)
     if isinstance(value, int):
         return min(max(int(value), -_MOST), _MOST)
     if value is None or isinstance(value, float | bytes):
         return value
     if isinstance(value, dict):
-        return {clean_text(str(key)): clean(item) for key, item in value.items()}
+        return {carried(str(key)): clean(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return tuple(clean(item) for item in value)
-    return clean_text(str(value))
+    return carried(str(value))
 
 
 def clean_record(record: CallRecord) -> CallRecord:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.stores.sqlite.indices import missing
-from dspy_prod.stores.sqlite.rows import clean_text
 
 SCHEMA_VERSION: Final = 1
 
@@ -245,7 +245,7 @@ class File:
         self.path = path
         self.connection: sqlite3.Connection | None = None
         self.ns = 0
-        self._namespace = clean_text(namespace)
+        self._namespace = carried(namespace)
         self._synchronous = synchronous
         self._identity: tuple[int, int] | None = None
 

@@ -11,6 +11,7 @@ from math import isinf
 from typing import Final
 
 from dspy_prod.options import RateLimit
+from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.accounts import PRUNE_AFTER
 from dspy_prod.stores.admission.core import AdmissionCore
@@ -24,7 +25,6 @@ from dspy_prod.stores.sqlite.rows import (
     Row,
     clean_hold,
     clean_record,
-    clean_text,
     hold_of,
     hold_row,
     terms_of,
@@ -132,7 +132,7 @@ class Tables(File):
         try:
             row: Row | None = self.connection.execute(sql, (self.ns, key)).fetchone()
         except UnicodeEncodeError:
-            row = self.connection.execute(sql, (self.ns, clean_text(key))).fetchone()
+            row = self.connection.execute(sql, (self.ns, carried(key))).fetchone()
         return row
 
     # -- what the core asks for ----------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ class Tables(File):
         # Some value fits neither SQLite nor JSON, or a record is there already: the slow way, value by value.
         self.connection.execute("ROLLBACK TO written")
         self.ledger.forget()
-        self._write_state(core, now, clean_text, clean_hold)
+        self._write_state(core, now, carried, clean_hold)
         lost = []
         for record in (*core.appended, *core.replaced):
             try:
