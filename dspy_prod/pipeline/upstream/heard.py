@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from json import JSONDecodeError
+from traceback import walk_tb
 from typing import Any, Final, NamedTuple
 
 from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
@@ -76,7 +77,7 @@ def heard(error: Exception) -> Heard:
     hearsay = _hearsay(error, litellm) if in_body is None else _in_body(in_body)
     shape = None
     if status is None or status < 300:
-        if any(isinstance(cause, JSONDecodeError) for cause in causes) or (litellm and _GARBLED.search(text)):
+        if any(_unreadable(cause) for cause in causes) or (litellm and _GARBLED.search(text)):
             shape = "garbled"
         elif litellm and _UNUSABLE.search(text):
             shape = "unusable"
@@ -120,6 +121,13 @@ def _int(value: Any, name: str) -> int | None:
 
 def _package(error: BaseException) -> str:
     return type(error).__module__.partition(".")[0]
+
+
+def _unreadable(error: BaseException) -> bool:
+    """Whether it says that what came is no text or no JSON, or none that Python reads: too deep, a number too long."""
+    return isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or any(
+        frame.f_code.co_name == "raw_decode" for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def _of_litellm(error: BaseException) -> bool:
