@@ -196,6 +196,25 @@ def test_of_an_error_the_beginning_is_read(
     assert (record.outcome, record.cost_nano, record.estimated) == ("error", 0, False)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("part", ["head", "line"])
+def test_a_part_above_the_bounds_of_the_native_engine_is_not_sent_for_again(
+    server: Server, connect: Callable[..., Any], part: str, way: Way
+) -> None:
+    """It counted as a connection that broke: the same was asked for, and owed, three times."""
+    served(server, "sync stream")
+    server.body = ever(b"data: " + b"x" * 100_000 + b"\n\n")
+    if part == "head":
+        server.headers = {f"x-{number}": "x" * 1_000 for number in range(100)}
+    elif "stream" not in way:
+        server.headers["transfer-encoding"] = "chunked"
+        server.body = ever(b"0" * 4096)
+    lm = connect(server, engine="lm15", retry=dspy_prod.Retry(attempts=3, backoff=0.01))
+    assert "limit" in str(ask(lm, way))
+    [record] = upstream(lm)
+    assert (record.outcome, record.estimated) == ("error", True)
+
+
 @pytest.mark.usefixtures("low")
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("status", [200, 400])

@@ -56,6 +56,8 @@ _LOCAL: Final = re.compile(
     re.IGNORECASE,
 )
 _GARBLED: Final = re.compile(r"invalid response object|empty or invalid response from LLM endpoint", re.IGNORECASE)
+_OVER: Final = re.compile(r"SSE (line|event) exceeds limit|chunk line exceeds limit|response head exceeded limit")
+"""What lm15 says of a part of an answer above its own bounds."""
 _UNUSABLE: Final = re.compile(r"provider returned 'choices' that is not a list", re.IGNORECASE)
 
 
@@ -77,7 +79,7 @@ def heard(error: Exception) -> Heard:
     hearsay = _hearsay(error, litellm) if in_body is None else _in_body(in_body)
     shape = None
     if status is None or status < 300:
-        if any(_unreadable(cause) for cause in causes) or (litellm and _GARBLED.search(text)):
+        if any(_unreadable(cause) for cause in causes) or (_GARBLED if litellm else _OVER).search(text):
             shape = "garbled"
         elif litellm and _UNUSABLE.search(text):
             shape = "unusable"
