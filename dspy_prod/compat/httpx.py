@@ -1,5 +1,7 @@
 """httpx, by which LiteLLM and clients beneath it send: what carries a key and a prompt stays at the server it is for.
 
+And of what comes back no more is read than `bounds` says: httpx, and LiteLLM, would read and decompress for ever.
+
 They follow redirects, and httpx drops only the header `Authorization` on the way to another server: keys in other
 headers (Anthropic's, Google's, Azure's), and with 307 and 308 the prompt, went wherever a provider, or whoever
 answered for it, said.
@@ -11,22 +13,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import inf
 from typing import Any
 
-_STAYS: ContextVar[bool] = ContextVar("dspy_prod_stays", default=False)
+_STAYS: ContextVar[float | None] = ContextVar("dspy_prod_stays", default=None)
+"""When nobody waits any more for what is sent here (monotonic); None for requests that are not ours."""
 _INSTALLING = threading.Lock()
 _installed = False
 
 
 @contextmanager
-def staying() -> Iterator[None]:
+def staying(until: float = inf) -> Iterator[None]:
     """Have no request that is sent here, but those that only fetch something, follow a redirect to another server.
 
-    Such an answer is what it is, an error of status 3xx. Whatever else the process sends is as it was.
+    Such an answer is what it is, an error of status 3xx. Of any answer no more is read than `bounds` says, and nothing
+    for long after `until`. Whatever else the process sends is as it was.
     """
     if not _installed:
         _install()
-    token = _STAYS.set(True)
+    token = _STAYS.set(until)
     try:
         yield
     finally:
@@ -37,14 +42,20 @@ def _install() -> None:
     global _installed
     import httpx
 
+    from dspy_prod.compat.httpx_reading import bound
+
     with _INSTALLING:
         if _installed:
             return
         found: Any = httpx.Response.has_redirect_location
 
         def has_redirect_location(self: httpx.Response) -> bool:
-            """Whether httpx may follow this answer somewhere."""
-            return bool(found.fget(self)) and not (_STAYS.get() and _leaves(self))
+            """Whether httpx may follow this answer somewhere. It asks of every answer before it reads any of it."""
+            until = _STAYS.get()
+            if until is None:
+                return bool(found.fget(self))
+            bound(self, until)
+            return bool(found.fget(self)) and not _leaves(self)
 
         httpx.Response.has_redirect_location = property(has_redirect_location)  # type: ignore[assignment,method-assign]
         _installed = True

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from math import inf
 from typing import Any, Final
 
 from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
@@ -118,6 +119,8 @@ class Ear:
 
 class _Hooked:
     model_type: str
+    until: float = inf
+    """When nobody waits for the answer any more (monotonic)."""
     ear: Ear | None = None
     sent: Callable[[dict[str, Any], Request], dict[str, Any]]
     """Gives the arguments LiteLLM is called with, from those DSPy has made of a request."""
@@ -162,7 +165,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
     def complete(self, request: Request) -> Response:
         """DSPy's, unless LiteLLM stumbles over an answer that came."""
         try:
-            with staying():
+            with staying(self.until):
                 return super().complete(request)
         except Exception:
             response = self._read_as_native(request)
@@ -181,7 +184,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
             return
         data = self._arguments(request, streaming=True)
         litellm = get_litellm(feature="LiteLLM engine streaming")
-        with litellm_errors(model=request.model), staying():
+        with litellm_errors(model=request.model), staying(self.until):
             source = litellm.completion(**data)
         codec = _Stream(request)
         with closing_stream(_Closing(source)):
@@ -220,7 +223,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
     async def complete(self, request: Request) -> Response:
         """The same in a task."""
         try:
-            with staying():
+            with staying(self.until):
                 return await super().complete(request)
         except Exception:
             response = self._read_as_native(request)
@@ -236,7 +239,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
             return
         data = self._arguments(request, streaming=True)
         litellm = get_litellm(feature="LiteLLM engine streaming")
-        with litellm_errors(model=request.model), staying():
+        with litellm_errors(model=request.model), staying(self.until):
             source = await litellm.acompletion(**data)
         codec = _Stream(request)
         async with aclosing_stream(source):

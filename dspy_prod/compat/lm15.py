@@ -22,6 +22,7 @@ from dspy.lm15 import (
 )
 
 from dspy_prod.compat.foreign import names
+from dspy_prod.compat.lm15_reading import bounded_head
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
 
@@ -98,6 +99,8 @@ _StdlibAsyncTransport: Any
     "StdlibTransport",
     "StdlibAsyncTransport",
     "StdlibTransport._open",
+    "StdlibTransport._read_head",
+    "StdlibAsyncTransport._read_head",
     "StdlibAsyncTransport._send_request",
     "StdlibAsyncTransport._do_stream",
 )
@@ -132,6 +135,9 @@ class HookedTransport(_StdlibTransport):
                     raise _elsewhere(response, response.read())
         return response
 
+    def _read_head(self, conn: Any, **kwargs: Any) -> Any:
+        return bounded_head(super()._read_head(conn, **kwargs), conn)
+
     def _open(self, *args: Any, **kwargs: Any) -> Any:
         connection = super()._open(*args, **kwargs)
         connection.sock = self.wrapped(connection.sock)
@@ -147,6 +153,9 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
     async def _send_request(self, *args: Any, **kwargs: Any) -> None:
         self.leaves()
         await super()._send_request(*args, **kwargs)
+
+    async def _read_head(self, conn: Any, **kwargs: Any) -> Any:
+        return bounded_head(await super()._read_head(conn, **kwargs), conn)
 
     async def _do_stream(self, request: Any) -> Any:
         response = await super()._do_stream(request)

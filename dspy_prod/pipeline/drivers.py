@@ -214,6 +214,8 @@ async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, 
         source = engine.stream(effect.request)
         async with aclosing(achecked_stream(source, provider=route.upstream.provider)) as events:
             while True:
+                if until != inf and time.monotonic() >= until:  # a loop that never waits is never cancelled
+                    raise AttemptTimeoutError
                 if route.timeout is not None:
                     limited = min(until, time.monotonic() + route.timeout)
                 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -71,3 +72,34 @@ def test_a_truth_value_is_no_count(serve: MakeProvider, connect: MakeLM, engine:
     [record] = records(lm)
     assert record.estimated
     assert (record.cost_nano or 0) > TOLD
+
+
+def _of(old: str, new: str) -> bytes:
+    return json.dumps(body()).replace(old, new).encode("latin-1")
+
+
+BROKEN: dict[str, Any] = {
+    "no UTF-8": _of("hello", "hell\xff"),
+    "a list": [body()],
+    "a fraction of a token": _of("11", "11.5"),
+    "a number of 5,000 digits": _of("11", "1" * 5_000),
+    "a hundred thousand lists in one another": b"[" * 100_000,
+    "a page": "<html>",
+    "half of it": json.dumps(body())[:60],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_was_completed_and_cannot_be_read_is_paid_once(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str, name: str
+) -> None:
+    """LiteLLM says 500 for bad UTF-8 and for JSON that Python does not read: three attempts were owed at the bound."""
+    provider = serve(faults=lambda asked: Verbatim(BROKEN[name]) if asked.model == "e2e" else None)
+    lm = connect(provider, engine=engine, retry=QUICK, fallbacks=[CHEAP])
+    assert ask(lm, way) == ["ok"]
+    assert [(record.model, record.outcome, record.estimated) for record in records(lm)] == [
+        (MODEL, "error", True),
+        (CHEAP, "ok", False),
+    ]

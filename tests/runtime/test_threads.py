@@ -15,7 +15,7 @@ from dspy.utils.exceptions import LMLockTimeoutError
 
 import dspy_prod
 from dspy_prod.errors import StoreUnavailableError
-from dspy_prod.pipeline.upstream.deadline import Workers
+from dspy_prod.pipeline.upstream.workers import Workers
 from dspy_prod.registry.errors import RegistryUnavailableError
 from dspy_prod.registry.server import MOST_WAITING, _bounded
 from dspy_prod.runtime import threads

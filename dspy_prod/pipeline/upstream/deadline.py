@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from math import inf
 from queue import Empty, SimpleQueue
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
-from dspy.utils.exceptions import LMLockTimeoutError
-
+from dspy_prod.compat import bounds
 from dspy_prod.compat.lm15 import HookedAsyncTransport, HookedTransport
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import note_refusal
-from dspy_prod.runtime.forking import reset_after_fork
-from dspy_prod.runtime.threads import begin
+from dspy_prod.pipeline.upstream.workers import WORKERS
 
 T = TypeVar("T")
 
@@ -106,119 +104,7 @@ class PacedAsyncTransport(HookedAsyncTransport):
     refused = staticmethod(note_refusal)
 
 
-# -- workers: for synchronous engines that cannot be bounded from inside ---------------------------------------------
-class Job(Generic[T]):
-    """A function running in a worker thread, whose end can be awaited, bounded, or heard of later."""
-
-    __slots__ = ("_done", "_lock", "_report", "error", "value")
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self._lock = threading.Lock()
-        self._report: Callable[[T | None, BaseException | None], None] | None = None
-        self.value: T | None = None
-        self.error: BaseException | None = None
-
-    def run(self, function: Callable[[], T]) -> None:
-        try:
-            self.value = function()
-        except BaseException as error:
-            self.error = error
-        with self._lock:
-            self._done.set()
-            report = self._report
-        if report is not None:
-            report(self.value, self.error)
-
-    def wait(self, until: float) -> bool:
-        """Whether the job ended by `until` (monotonic)."""
-        return self._done.wait(None if until == inf else max(0.0, until - time.monotonic()))
-
-    def on_end(self, report: Callable[[T | None, BaseException | None], None]) -> None:
-        """Call `report` when the job ends, or now if it has ended. At most one report is made."""
-        with self._lock:
-            if not self._done.is_set():
-                self._report = report
-                return
-        report(self.value, self.error)
-
-
-class Workers:
-    """Daemon threads that run jobs; idle ones end by themselves. The number is bounded.
-
-    Args:
-        limit: threads at most. When all hang in abandoned attempts, a further job is refused.
-        idle: seconds after which an idle worker ends.
-    """
-
-    def __init__(self, limit: int = 512, idle: float = 2.0) -> None:
-        self._limit = limit
-        self._idle_for = idle
-        self._lock = threading.Lock()
-        self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._idle = 0
-        self._count = 0
-
-    def submit(self, function: Callable[[], T]) -> Job[T]:
-        """Run `function` in a worker, with the caller's context variables.
-
-        Raises:
-            AttemptTimeoutError: every worker hangs; the upstream does not answer and more threads would not help.
-            LMLockTimeoutError: this process can start no thread.
-        """
-        job: Job[T] = Job()
-        context = contextvars.copy_context()
-
-        def work() -> None:
-            job.run(lambda: context.run(function))
-
-        with self._lock:
-            if self._idle > 0:
-                self._idle -= 1
-                start = False
-            elif self._count >= self._limit:
-                raise AttemptTimeoutError
-            else:
-                self._count += 1
-                start = True
-        if start:
-            if begin("dspy_prod-attempt", self._serve, work) is None:
-                with self._lock:
-                    self._count -= 1
-                raise LMLockTimeoutError("This process has as many threads as it may: none could be started for a call")
-        else:
-            self._jobs.put(work)
-        return job
-
-    def _serve(self, work: Callable[[], None] | None) -> None:
-        while work is not None:
-            work()
-            with self._lock:
-                self._idle += 1
-            work = self._next()
-
-    def _next(self) -> Callable[[], None] | None:
-        while True:
-            try:
-                return self._jobs.get(timeout=self._idle_for)
-            except Empty:
-                with self._lock:
-                    if not self._jobs.empty():
-                        continue  # a job was promised to this idle worker meanwhile
-                    if self._idle > 0:
-                        self._idle -= 1
-                        self._count -= 1
-                        return None
-                # The place among the idle was given to a job that is being put right now.
-
-    def _after_fork(self) -> None:
-        self.__init__(self._limit, self._idle_for)  # type: ignore[misc]
-
-
-WORKERS = Workers()
-reset_after_fork(WORKERS)
-
-
+# -- engines that cannot be bounded from inside ------------------------------------------------------------------------
 def bounded(function: Callable[[], T], until: float) -> T:
     """Run `function` in a worker and return its result, or raise `AttemptTimeoutError` at `until`."""
     job = WORKERS.submit(function)
@@ -239,10 +125,11 @@ class StalledError(AttemptTimeoutError):
 def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float, pause: float | None = None) -> Iterator[T]:
     """The items of a stream that runs in a worker; raises `AttemptTimeoutError` at `until`.
 
-    The worker closes the stream when the consumer has gone. Waiting longer than `pause` seconds for one item raises
-    `StalledError`.
+    The worker closes the stream when the consumer has gone, and is at most `bounds.AHEAD` items ahead of it. Waiting
+    longer than `pause` seconds for one item raises `StalledError`.
     """
     items: SimpleQueue[Any] = SimpleQueue()
+    room = threading.Semaphore(bounds.AHEAD)
     gone = threading.Event()
 
     def pump() -> None:
@@ -250,6 +137,7 @@ def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float, pause: 
         try:
             stream = open_stream()
             for item in stream:
+                room.acquire()
                 if gone.is_set():
                     return
                 items.put((item, None))
@@ -264,7 +152,9 @@ def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float, pause: 
     job = WORKERS.submit(pump)
     try:
         while True:
-            left = inf if until == inf else max(0.0, until - time.monotonic())
+            left = inf if until == inf else until - time.monotonic()
+            if left <= 0:  # also where there is always an item: the stream may have no end
+                raise AttemptTimeoutError(job)
             stalls = pause is not None and pause < left
             wait = pause if stalls else left
             try:
@@ -275,9 +165,11 @@ def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float, pause: 
                 raise error
             if item is _END:
                 return
+            room.release()
             yield item
     finally:
         gone.set()
+        room.release()
 
 
 def within(source: Any, until: float) -> Iterator[Any]:
@@ -285,6 +177,8 @@ def within(source: Any, until: float) -> Iterator[Any]:
     with closing(source) as items:
         iterator = iter(items)
         while True:
+            if time.monotonic() >= until:  # what one read brought may be many items
+                raise AttemptTimeoutError
             token = ATTEMPT_UNTIL.set(until)
             try:
                 item = next(iterator)

@@ -13,8 +13,9 @@ from dspy.clients.errors import wrap_error
 from dspy.lm15 import ProviderError, TransportError, UnsupportedFeatureError
 from dspy.utils.exceptions import LMError, LMProviderError
 
+from dspy_prod.compat.bounds import BodyTooLongError
 from dspy_prod.compat.lm15 import raised_by_reader
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
 from dspy_prod.pipeline.upstream.headers import headers_of, hint_in, should_retry_in
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.privacy.error_text import blotted, in_environment
@@ -31,6 +32,9 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
     if isinstance(error, UnsupportedFeatureError) and raised_by_reader(error):
         # No request that could not be sent: it was, and is owed.
         error = ProviderError(error.message).with_traceback(error.__traceback__)
+    for cause in causes_of(error):
+        if isinstance(cause, BodyTooLongError):  # LiteLLM calls it an error of the connection
+            error = ProviderError(str(cause), status=cause.response.status_code).with_traceback(error.__traceback__)
     wrapped: Any = wrap_error(error, model=upstream.model, provider=upstream.provider)
     if isinstance(wrapped, LMError):
         wrapped.retry_after = hint_in(headers, wrapped.retry_after)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from json import JSONDecodeError
+from traceback import walk_tb
 from typing import Any, Final, NamedTuple
 
 from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
@@ -55,6 +56,8 @@ _LOCAL: Final = re.compile(
     re.IGNORECASE,
 )
 _GARBLED: Final = re.compile(r"invalid response object|empty or invalid response from LLM endpoint", re.IGNORECASE)
+_OVER: Final = re.compile(r"SSE (line|event) exceeds limit|chunk line exceeds limit|response head exceeded limit")
+"""What lm15 says of a part of an answer above its own bounds."""
 _UNUSABLE: Final = re.compile(r"provider returned 'choices' that is not a list", re.IGNORECASE)
 
 
@@ -76,7 +79,7 @@ def heard(error: Exception) -> Heard:
     hearsay = _hearsay(error, litellm) if in_body is None else _in_body(in_body)
     shape = None
     if status is None or status < 300:
-        if any(isinstance(cause, JSONDecodeError) for cause in causes) or (litellm and _GARBLED.search(text)):
+        if any(_unreadable(cause) for cause in causes) or (_GARBLED if litellm else _OVER).search(text):
             shape = "garbled"
         elif litellm and _UNUSABLE.search(text):
             shape = "unusable"
@@ -120,6 +123,13 @@ def _int(value: Any, name: str) -> int | None:
 
 def _package(error: BaseException) -> str:
     return type(error).__module__.partition(".")[0]
+
+
+def _unreadable(error: BaseException) -> bool:
+    """Whether it says that what came is no text or no JSON, or none that Python reads: too deep, a number too long."""
+    return isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or any(
+        frame.f_code.co_name == "raw_decode" for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def _of_litellm(error: BaseException) -> bool:

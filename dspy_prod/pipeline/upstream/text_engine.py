@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from math import inf
 from typing import Any
 
 from dspy.clients.engines.litellm_errors import litellm_errors
@@ -17,6 +18,9 @@ from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
 
 
 class _TextConfig:
+    until: float = inf
+    """When nobody waits for the answer any more (monotonic)."""
+
     def __init__(self, options: dict[str, Any], extras: dict[str, Any], body: dict[str, Any] | None) -> None:
         self._options = options
         self._extras = extras
@@ -42,7 +46,7 @@ class LiteLLMTextEngine(_TextConfig):
         Raises:
             lm15 errors, translated from LiteLLM's.
         """
-        with litellm_errors(model=request.model), staying():
+        with litellm_errors(model=request.model), staying(self.until):
             raw = get_litellm(feature="text completion").text_completion(**self._sent(request))
         return told(response_value(raw, "text", request), raw)
 
@@ -56,7 +60,7 @@ class AsyncLiteLLMTextEngine(_TextConfig):
 
     async def complete(self, request: Request) -> Response:
         """Send one request, see `LiteLLMTextEngine.complete`."""
-        with litellm_errors(model=request.model), staying():
+        with litellm_errors(model=request.model), staying(self.until):
             raw = await get_litellm(feature="text completion").atext_completion(**self._sent(request))
         return told(response_value(raw, "text", request), raw)
 

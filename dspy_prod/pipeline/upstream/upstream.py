@@ -296,7 +296,10 @@ class Upstream:
         extras = self.extras if beside is None else {**self.extras, **(beside.extras or {})}
         if self.model_type == "text":
             text_class = AsyncLiteLLMTextEngine if asynchronous else LiteLLMTextEngine
-            return text_class(options, extras, body)
-        engine_class = AsyncExtendedLiteLLMEngine if asynchronous else ExtendedLiteLLMEngine
-        engine = engine_class(model_type=self.model_type, wire_model=wire_model, **options)
-        return engine.extended(extras) if body is None else engine.saying(body)
+            engine: Any = text_class(options, extras, body)
+        else:
+            engine_class = AsyncExtendedLiteLLMEngine if asynchronous else ExtendedLiteLLMEngine
+            engine = engine_class(model_type=self.model_type, wire_model=wire_model, **options)
+            engine = engine.extended(extras) if body is None else engine.saying(body)
+        engine.until = until
+        return engine

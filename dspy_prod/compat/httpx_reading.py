@@ -1,0 +1,112 @@
+"""What httpx reads of an answer to a call: no more than `bounds` says. Imported with httpx, which takes its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, closing
+from typing import Any
+
+import httpx
+
+from dspy_prod.compat import bounds
+from dspy_prod.compat.foreign import names
+
+_Decoder: Any
+_Identity: Any
+[_Decoder, _Identity, _Multi, *_] = names(
+    "httpx._decoders", "ContentDecoder", "IdentityDecoder", "MultiDecoder", "DeflateDecoder", "GZipDecoder"
+)
+names("httpx", "Response._get_content_decoder")
+
+
+def bound(response: Any, until: float) -> None:
+    """Bound what is read of an answer of which nothing was read yet.
+
+    Args:
+        response: httpx's.
+        until: monotonic time at which nobody waits for it any more.
+    """
+    decoder = response._get_content_decoder()
+    if isinstance(decoder, _Bounded) or hasattr(response, "_content"):
+        return
+    status = response.status_code
+    response._decoder = _Bounded(decoder, status, response.headers.get("content-type", ""), until + bounds.LATE)
+    if status >= 300:
+        response.stream = _Cut(response.stream)
+
+
+class _Bounded(_Decoder):
+    """A decoder that counts: every way of reading, in threads and in tasks, passes what it reads through one."""
+
+    def __init__(self, decoder: Any, status: int, content_type: str, until: float) -> None:
+        self._layers: list[Any] = []
+        if not isinstance(decoder, _Identity):
+            self._layers = decoder.children if isinstance(decoder, _Multi) else [decoder]
+        self._status = status
+        self._left = bounds.bound_of(status, content_type)
+        self._until = until
+
+    def decode(self, data: bytes) -> bytes:
+        if time.monotonic() > self._until:
+            raise httpx.ReadTimeout("Nobody waits for this answer any more")
+        read = len(data)
+        for layer in self._layers:
+            data = self._expanded(layer, data)
+        self._left -= max(read, len(data))  # a body may also be large and decompress to nothing
+        if self._left < 0:
+            raise bounds.BodyTooLongError(self._status)
+        return data
+
+    def flush(self) -> bytes:
+        data = b""
+        for layer in self._layers:
+            data = self._expanded(layer, data) + layer.flush()
+        return data
+
+    def _expanded(self, layer: Any, data: bytes) -> bytes:
+        size = bounds.slice_of(_CODINGS.get(type(layer).__name__, ""))
+        parts, made = [], 0
+        for start in range(0, len(data), size):
+            part = layer.decode(data[start : start + size])
+            parts.append(part)
+            made += len(part)
+            if made > bounds.EXPANDED:
+                raise bounds.BodyTooLongError(self._status)
+        return b"".join(parts)
+
+
+_CODINGS = {"GZipDecoder": "gzip", "DeflateDecoder": "deflate"}
+
+
+class _Cut(httpx.SyncByteStream, httpx.AsyncByteStream):
+    """The beginning of the body of an error. Its connection is not used again if that is not all."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._left = bounds.ERROR
+
+    def __iter__(self) -> Iterator[bytes]:
+        with closing(iter(self._stream)) as chunks:
+            for chunk in chunks:
+                yield self._part(chunk)
+                if self._left <= 0:
+                    return
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async with aclosing(aiter(self._stream)) as chunks:
+            async for chunk in chunks:
+                yield self._part(chunk)
+                if self._left <= 0:
+                    return
+
+    def close(self) -> None:
+        self._stream.close()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def _part(self, chunk: bytes) -> bytes:
+        part = chunk[: self._left]
+        self._left -= len(chunk)
+        return part
