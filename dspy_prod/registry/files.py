@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dspy_prod.runtime.private import make_directory
+
 
 def write(path: Path, text: str) -> None:
     """Write a file that only its owner reads, its folder too; after an OSError what was there before still is.
 
     Half a character, which UTF-8 cannot say, becomes an escape, as JSON has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_directory(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=path.suffix)  # owner-only
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
