@@ -97,8 +97,12 @@ class Server:
         """The MLflow prompt version that a reference means; raises as `read`."""
         name, alias, version = reference.name, reference.alias, reference.version
         if alias is not None:
-            return self.read(lambda client: client.get_prompt_version_by_alias(name, alias))
-        return self.read(lambda client: client.get_prompt_version(name, version))
+            found = self.read(lambda client: client.get_prompt_version_by_alias(name, alias))
+        else:
+            found = self.read(lambda client: client.get_prompt_version(name, version))
+        if found is None:
+            raise UnknownVersionError(f"There is no {reference} (in MLflow at {self.place})")
+        return found
 
     def versions(self, prompt: str) -> Iterator[Any]:
         """The versions of a prompt, newest first; none when there is no such prompt."""

@@ -12,10 +12,12 @@ from urllib.parse import parse_qsl, unquote
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import without_password
+from dspy_prod.runtime import private
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.store import SqliteStore
 
 DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
@@ -106,7 +108,12 @@ def file_of(url: str) -> Path:
 
 
 def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
-    real = os.path.realpath(file_of(url))
+    named = file_of(url)
+    try:
+        private.check_link(named)
+    except OSError as error:
+        raise unavailable(str(named), error) from error
+    real = os.path.realpath(named)
     options = _options(url, url.partition("?")[2])
     key = ("sqlite", real, namespace, clock)
     with _LOCK:

@@ -12,9 +12,11 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from dspy_prod.compat.mlflow import newest_schema
+from dspy_prod.runtime.private import make_directory
 
 PATIENCE: Final = 60.0
 """Seconds for which another process's migration is waited for."""
@@ -30,7 +32,7 @@ def prepare(uri: str) -> None:
     head = newest_schema()
     if head is None or revision(path) == head:
         return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    make_directory(Path(path).parent)
     with _alone(path):
         if not os.path.exists(path):
             _place(path)
@@ -93,7 +95,7 @@ def _alone(path: str) -> Iterator[None]:
     import fcntl
 
     lock = f"{path}.dspy_prod-lock"
-    with open(lock, "a") as held:
+    with open(os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         try:
             yield

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 import dspy_prod
 from dspy_prod import registry
+from dspy_prod.registry.files import write
 from tests.registry.processes import MlflowServer, Other, forget
 from tests.registry.programs import Nested, nested, qa
 from tests.registry.published.test_publish_and_load import sent
@@ -137,3 +138,32 @@ def test_a_disk_that_cannot_be_written_does_not_stop_a_load(
     (tmp_path / ".dspy_prod").write_text("not a directory")
     assert len(registry.load("it/1", bare()).demos) == 3
     assert "cannot be written" in caplog.text
+
+
+def test_a_copy_that_others_could_write_is_closed_to_them(store: str, tmp_path: Path) -> None:
+    """Its digest is written in it: whoever may write the file chooses the prompts."""
+    uri, path = with_copy(store, tmp_path)
+    path.chmod(0o666)
+    path.parent.chmod(0o777)
+    registry.load("it/1", bare(), tracking_uri=uri)
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (path, path.parent)] == [0o600, 0o755]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to somebody else")
+@pytest.mark.parametrize("which", ["file", "directory"])
+def test_somebody_else_s_copy_is_not_believed(store: str, tmp_path: Path, which: str) -> None:
+    """Prompts that a stranger left in a directory were served whenever MLflow was down."""
+    uri, path = with_copy(store, tmp_path)
+    os.chown(path if which == "file" else path.parent, 54_321, -1)
+    with pytest.raises(registry.RegistryUnavailableError, match="holds no copy"):
+        registry.load("it/1", bare(), tracking_uri=uri)
+
+
+def test_directories_above_a_copy_are_for_their_owner_only(tmp_path: Path) -> None:
+    """With a umask of 0, everybody could put another store into `.dspy_prod`, because the registry had made it."""
+    before = os.umask(0)
+    try:
+        write(tmp_path / "a" / "b" / "copy.json", "{}")
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / each).stat().st_mode) for each in ("a", "a/b")] == [0o700, 0o700]

@@ -83,14 +83,6 @@ class GateReport:
         """For JSON, which knows neither NaN nor infinity: those become text."""
         return dict(plain(self))
 
-    @classmethod
-    def of(cls, found: Mapping[str, Any]) -> GateReport:
-        """Read back what `to_dict` gave."""
-        numbers = {
-            part: {name: float(value) for name, value in found[part].items()} for part in ("metrics", "baseline")
-        }
-        return cls(**{**found, **numbers, "checks": tuple(Check(**check) for check in found["checks"])})
-
 
 class PromotionRefusedError(RegistryError):
     """The gate did not pass, so the alias was not moved; the attempt is in the history.

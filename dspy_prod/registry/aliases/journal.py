@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from dspy_prod.registry.errors import RegistryUnavailableError
-from dspy_prod.registry.files import plain
+from dspy_prod.registry.files import plain, read
 from dspy_prod.registry.names import journal_prompt
 from dspy_prod.registry.published.manifest import JOURNAL, KIND, ensure_prompt
 from dspy_prod.registry.published.rendering import LARGEST, escaped
@@ -188,12 +188,16 @@ class Journal:
         self._name = name
 
     def read(self) -> Replay:
-        """Replay it from the beginning."""
+        """Replay it from the beginning.
+
+        Raises:
+            RegistryError: an entry was tampered with. Whoever deletes its tag `dspy_prod_entry` leaves it out.
+        """
         replay = Replay()
         for version in reversed(list(self._server.versions(self._prompt))):
             if ENTRY in version.tags:
                 at = dt.datetime.fromtimestamp(version.creation_timestamp / 1000, dt.timezone.utc)
-                request = Request(**json.loads(version.tags[ENTRY]))
+                request = read(Request, version.tags[ENTRY], f"entry {version.version} of the journal {self._prompt}")
                 replay.add(request, int(version.version), at, PROJECTED in version.tags)
         return replay
 

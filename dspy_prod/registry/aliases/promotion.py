@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import re
 import time
 from typing import Any, Final
@@ -25,6 +26,8 @@ from dspy_prod.telemetry.events import BUS
 
 _FILTER: Final = f"tags.`{KIND}` = '{PROGRAM}'"
 _ALIAS: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,99}")
+
+_log = logging.getLogger("dspy_prod")
 
 
 def promote(
@@ -189,7 +192,7 @@ def programs(*, tracking_uri: str | None = None) -> list[str]:
 
 
 def versions(name: str, *, tracking_uri: str | None = None) -> list[ProgramVersion]:
-    """The versions of a program with their aliases, newest first.
+    """The versions of a program with their aliases, newest first. One that was tampered with is left out, and told of.
 
     Raises:
         UnknownVersionError: there is no such program.
@@ -204,7 +207,13 @@ def versions(name: str, *, tracking_uri: str | None = None) -> list[ProgramVersi
         version = alias_version(server, name, alias)
         if version is not None:
             pointing.setdefault(version, []).append(alias)
-    return [version_of(prompt, tuple(pointing.get(int(prompt.version), ()))) for prompt in found]
+    listed = []
+    for prompt in found:
+        try:
+            listed.append(version_of(prompt, tuple(pointing.get(int(prompt.version), ()))))
+        except RegistryError as error:  # the others are as good as ever
+            _log.warning("A version of %s is left out: %s", name, error)
+    return listed
 
 
 def carry_out(server: Server, name: str, journal: Journal, request: Request) -> AuditEntry:

@@ -14,11 +14,30 @@ from typing import Any, Final
 from dspy_prod.registry.aliases.gates import Gate, GateReport
 from dspy_prod.registry.aliases.journal import AuditEntry, Replay
 from dspy_prod.registry.aliases.projection import alias_version
-from dspy_prod.registry.files import plain
+from dspy_prod.registry.files import plain, read
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.server import Server
 
 EVIDENCE: Final = "deployment"
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a move says of its deployment, see `Begin.evidence`."""
+
+    id: str
+    stages: list[str]
+    before: dict[str, int | None]
+    conditions: dict[str, Any] | None
+    verdict: str | None
+
+
+def told(entry: AuditEntry) -> Mapping[str, Any] | None:
+    """The deployment that an entry belongs to, None for none; a RegistryError when it was tampered with."""
+    said = entry.evidence.get(EVIDENCE)
+    if said is not None:
+        read(_Told, said, f"the deployment in journal entry {entry.number}")
+    return said
 
 
 @dataclass(frozen=True)
@@ -47,7 +66,7 @@ class Begin:
         """The newest deployment of a version through these stages that made a move."""
         first: AuditEntry | None = None
         for entry in replay.entries:
-            said = entry.evidence.get(EVIDENCE)
+            said = told(entry)
             if said is None or not entry.moved or entry.to_version != version or tuple(said["stages"]) != stages:
                 continue
             if first is None or said["id"] != first.evidence[EVIDENCE]["id"]:
@@ -82,11 +101,12 @@ def verdict(replay: Replay, version: int, conditions: Mapping[str, Any]) -> tupl
     The report is without checks and metrics where those were too long to keep.
     """
     for entry in reversed(replay.entries):
-        said = entry.evidence.get(EVIDENCE)
+        said = told(entry)
         if said is not None and entry.to_version == version and said["verdict"] and said["conditions"] == conditions:
             own = (each.evidence for each in reversed(replay.entries) if each.evidence.get(EVIDENCE) == said)
             full = next((evidence["gate"] for evidence in own if "gate" in evidence), None)
-            return GateReport(said["verdict"]) if full is None else GateReport.of(full), entry
+            where = f"the gate's report in journal entry {entry.number}"
+            return GateReport(said["verdict"]) if full is None else read(GateReport, full, where), entry
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from dspy_prod.privacy.names import address
 from dspy_prod.registry.files import write
 from dspy_prod.registry.published.manifest import Manifest, sha256
+from dspy_prod.runtime import private
 from dspy_prod.runtime.recent import Recent
 
 DIRECTORY: Final = Path(".dspy_prod") / "registry"
@@ -107,6 +108,10 @@ def saved(key: tuple[str, str], directory: Path | None) -> Copy | None:
     """The copy on disk, or None when there is none that can be believed."""
     path = file_of(key, directory)
     try:
+        if path.exists():  # whoever may write it chooses the prompts, for its digest is in it
+            private.check_directory(path.parent)
+            private.check(path)
+            private.restrict(path.parent, path)
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if sha256(content["release"]) != content["sha256"]:
             raise ValueError("its digest is wrong")

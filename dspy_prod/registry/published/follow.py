@@ -7,7 +7,8 @@ begin to end, and calls in flight finish on theirs. No call waits for MLflow; on
 seconds at most.
 
 - While the version cannot be had (MLflow is down and no copy is at hand; the alias does not exist yet; the version was
-  published from code with other predictors or fields), the last good program goes on, at first the one from the code.
+  published from code with other predictors or fields, or tampered with), the last good program goes on, at first the
+  copy of an earlier process, else the one from the code.
 - A `Production` that is being compiled or evaluated stays at its version until that ends. Its copies, which optimizers
   work on, do not follow at all.
 - In a forked child the thread starts again with the first call.
@@ -24,12 +25,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError, SignatureMismatchError
 from dspy_prod.registry.names import Reference
+from dspy_prod.registry.published import copies
 from dspy_prod.registry.published.copies import Release
 from dspy_prod.registry.published.loading import obtain, put_into, renewed
 from dspy_prod.registry.server import server_at
@@ -139,9 +141,18 @@ class Follower:
         except RegistryUnavailableError as error:
             self._troubled("registry_stale", str(error), same="MLflow is down")
         except (RegistryError, ConfigError) as error:
+            if first and type(error) is RegistryError:  # what is in MLflow was tampered with
+                self._take_copy()
             self._troubled("follow_failed", str(error))
         else:
             self._trouble = None
+
+    def _take_copy(self) -> None:
+        """Begin with the last good copy of an earlier process, where there is one that can be used."""
+        copy = copies.saved((self._server.uri, str(self.reference)), None)
+        if copy is not None:
+            with suppress(RegistryError, ConfigError):
+                self._take(copy.release)
 
     def _take(self, release: Release) -> None:
         production = self._production()

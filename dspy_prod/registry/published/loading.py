@@ -13,7 +13,7 @@ import dspy
 
 from dspy_prod.context.current import mark
 from dspy_prod.errors import ConfigError
-from dspy_prod.registry.errors import RegistryUnavailableError
+from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError, UnknownVersionError
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.published import copies
 from dspy_prod.registry.published.copies import MEMORY, Copy, Release
@@ -67,6 +67,7 @@ def load(
         SignatureMismatchError: predictors or fields are not those that were published.
         UnknownVersionError: there is no such version or alias.
         RegistryUnavailableError: MLflow does not answer and there is no copy.
+        RegistryError: the version is no program, or somebody changed it in MLflow.
         ConfigError: the reference cannot be read, or `program` is no `dspy.Module`.
     """
     if not isinstance(program, dspy.Module):
@@ -143,7 +144,12 @@ def fetch(server: Server, reference: Reference, known: Release | None = None) ->
         holder, where = prompt, Reference(reference.name, prompt.version)
         if entry.prompt is not None:
             where = Reference(entry.prompt, entry.version)
-            holder = server.prompt(where)
+            try:
+                holder = server.prompt(where)
+            except UnknownVersionError as error:
+                raise RegistryError(
+                    f"{prompt.name}/{prompt.version} is not whole any more, for {where} is missing; publish it again"
+                ) from error
         states[entry.name] = state_in(holder.tags, entry.sha256, str(where))
     return Release(reference.name, int(prompt.version), manifest, states)
 
@@ -158,12 +164,20 @@ def put_into(program: Any, release: Release, *, allow_unsafe_lm_state: bool = Fa
     )
     changes = []
     for name, predictor in predictors.items():
-        text = release.states[name]
-        changed = prepared(predictor, text)
-        if predictor.lm is None:
-            lm = restored_lm(name, own_lm(text), allow_unsafe_lm_state)
-            if lm is not None:
-                changed["lm"] = lm
+        try:
+            text = release.states[name]
+            changed = prepared(predictor, text)
+            if predictor.lm is None:
+                lm = restored_lm(name, own_lm(text), allow_unsafe_lm_state)
+                if lm is not None:
+                    changed["lm"] = lm
+        except (RegistryError, ConfigError):
+            raise
+        except Exception as error:  # a state that somebody wrote by hand fails in whatever way
+            raise RegistryError(
+                f"the state of predictor {name!r} of {release} cannot be read; publish the program again "
+                f"({type(error).__name__}: {error})"
+            ) from error
         changes.append((predictor, changed))
     for predictor, changed in changes:
         predictor.__dict__.update(changed)

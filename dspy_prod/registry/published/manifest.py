@@ -19,8 +19,8 @@ from typing import Any, Final
 from dspy_prod.compat.mlflow import EXPERIMENTS
 from dspy_prod.errors import ConfigError
 from dspy_prod.registry.errors import RegistryError
-from dspy_prod.registry.files import plain
-from dspy_prod.registry.names import Reference
+from dspy_prod.registry.files import plain, read
+from dspy_prod.registry.names import Reference, predictor_prompt
 from dspy_prod.registry.published.signatures import Field
 from dspy_prod.registry.server import AlreadyExistsError, Server
 
@@ -76,16 +76,16 @@ class Manifest:
         return json.dumps({"format": FORMAT, **plain(self)}, sort_keys=True)
 
     @classmethod
-    def of(cls, text: str) -> Manifest:
-        """Read it back; a RegistryError when a later version of this library wrote it."""
-        found = json.loads(text)
-        if found.pop("format") != FORMAT:
-            raise RegistryError("a newer dspy_prod published this version; upgrade dspy_prod to load it")
-        entries = [
-            PredictorEntry(**{**entry, "fields": tuple(Field(*each) for each in entry["fields"])})
-            for entry in found.pop("predictors")
-        ]
-        return cls(predictors=tuple(entries), **found)
+    def of(cls, text: str, where: object = "a program version") -> Manifest:
+        """Read it back; a RegistryError when a later version of this library wrote it, or something else did."""
+        if read(_Format, text, f"the manifest of {where}").format != FORMAT:
+            raise RegistryError(f"a newer dspy_prod published {where}; upgrade dspy_prod to load it")
+        return read(cls, text, f"the manifest of {where}")
+
+
+@dataclass(frozen=True)
+class _Format:
+    format: int
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,24 @@ def is_program(prompt: Any) -> bool:
 
 
 def manifest_in(prompt: Any, where: object) -> Manifest:
-    """The manifest in an MLflow prompt version; a RegistryError when it is no program version."""
-    if prompt is None or not is_program(prompt):
+    """The manifest in an MLflow prompt version; a RegistryError when it is no program version, or was tampered with."""
+    if not is_program(prompt):
         raise RegistryError(f"{where} is an MLflow prompt, but no program that dspy_prod published")
-    return Manifest.of(prompt.tags[MANIFEST])
+    exact = f"{prompt.name}/{prompt.version}"
+    manifest = Manifest.of(prompt.tags.get(MANIFEST, ""), exact)
+    for entry in manifest.predictors:
+        own = (None, None) if entry.prompt is None else (predictor_prompt(prompt.name, entry.name), entry.version)
+        if (entry.prompt, entry.version) != own or (entry.prompt is None) != (entry.version is None):
+            raise RegistryError(
+                f"the manifest of {exact} was changed in MLflow after dspy_prod wrote it, and cannot be used: "
+                f"predictor {entry.name!r} stands in a prompt of another program, or in none"
+            )
+    return manifest
+
+
+def metrics_in(prompt: Any) -> dict[str, float]:
+    """What was measured of an MLflow prompt version; a RegistryError when it cannot be read."""
+    return read(dict[str, float], prompt.tags.get(METRICS, "{}"), f"the metrics of {prompt.name}/{prompt.version}")
 
 
 def version_of(prompt: Any, aliases: tuple[str, ...] | None = None) -> ProgramVersion:
@@ -172,7 +186,7 @@ def version_of(prompt: Any, aliases: tuple[str, ...] | None = None) -> ProgramVe
         version=int(prompt.version),
         uri=own,
         aliases=tuple(sorted(prompt.aliases or ())) if aliases is None else aliases,
-        metrics=MappingProxyType(json.loads(prompt.tags.get(METRICS, "{}"))),
+        metrics=MappingProxyType(metrics_in(prompt)),
         created_at=dt.datetime.fromtimestamp(prompt.creation_timestamp / 1000, dt.timezone.utc),
         predictors=MappingProxyType(
             {e.name: own if e.prompt is None else f"prompts:/{e.prompt}/{e.version}" for e in manifest.predictors}

@@ -29,6 +29,7 @@ from dspy_prod.registry.published.manifest import (
     PredictorEntry,
     ProgramVersion,
     ensure_prompt,
+    metrics_in,
     sha256,
     state_tags,
     version_of,
@@ -231,7 +232,7 @@ def _entry(server: Server, program: str, part: _Part, inline: bool, experiment: 
 def _measured_again(server: Server, name: str, version: int, metrics: dict[str, float]) -> ProgramVersion:
     found = server.prompt(Reference(name, version))
     if metrics:
-        merged = json.dumps({**json.loads(found.tags.get(METRICS, "{}")), **metrics}, sort_keys=True)
+        merged = json.dumps({**metrics_in(found), **metrics}, sort_keys=True)
         server.write(lambda client: client.set_prompt_version_tag(name, version, METRICS, merged))
         found = server.prompt(Reference(name, version))
     return version_of(found)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from dspy_prod.stores.sqlite.schema import File
+from dspy_prod.stores.sqlite.file import File
 
 T = TypeVar("T")
 

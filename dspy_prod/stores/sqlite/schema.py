@@ -1,9 +1,7 @@
-"""The SQLite file: its tables, how it is created and opened, and what to tell a person when that fails."""
+"""The SQLite file: its tables, how it is created, and what to tell a person when that fails."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import sqlite3
 import time
@@ -11,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from dspy_prod.errors import StoreUnavailableError
-from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.runtime import private
 from dspy_prod.stores.sqlite.indices import missing
 
 SCHEMA_VERSION: Final = 1
@@ -100,8 +98,10 @@ def create(path: str) -> None:
     Raises:
         StoreUnavailableError, sqlite3.Error, OSError
     """
-    _make_directory(Path(path).parent)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    private.make_directory(Path(path).parent)
+    private.check_directory(Path(path).parent)
+    private.make_file(Path(path))
+    check(path)
     connection = connect(path)
     try:
         patiently(connection, "BEGIN IMMEDIATE")
@@ -113,8 +113,23 @@ def create(path: str) -> None:
             raise
         for statement in missing(connection):  # one by one, so that other processes get their turn
             patiently(connection, statement)
+        restrict(path)  # it is no other program's
     finally:
         connection.close()
+
+
+def check(path: str) -> None:
+    """See to it that the file, and what SQLite believes beside it, is our own; raises `private.NotPrivateError`."""
+    private.check(*_with_beside(path))
+
+
+def restrict(path: str) -> None:
+    """Keep others from the file and what lies beside it: whoever may write there sets what is spent."""
+    private.restrict(Path(path).parent, *_with_beside(path))
+
+
+def _with_beside(path: str) -> list[Path]:
+    return [Path(path + suffix) for suffix in ("", "-wal", "-shm", "-journal")]
 
 
 def _migrate(connection: sqlite3.Connection, path: str) -> None:
@@ -132,10 +147,11 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
             f"The store file {path} is the database of another program; give dspy_prod a file of its own: store=..."
         )
     version = meta.get("schema")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
         raise StoreUnavailableError(
-            f"The store file {path} has schema version {version}, this dspy_prod knows {SCHEMA_VERSION}; "
-            "upgrade dspy_prod, or give another file: store=..."
+            f"The store file {path} has schema version {version!r}, this dspy_prod knows 1 to {SCHEMA_VERSION}; "
+            f"{'upgrade dspy_prod' if newer else 'it is damaged: move it away'}, or give another file: store=..."
         )
     connection.execute(_BUDGETS)  # files of the first release have none
     known = {row[1] for row in connection.execute("PRAGMA table_info(records)")}
@@ -212,91 +228,10 @@ def unavailable(path: str, error: BaseException) -> StoreUnavailableError:
     """What a person should read when the file cannot be used."""
     if isinstance(error, StoreUnavailableError):
         return error
+    if isinstance(error, private.NotPrivateError):
+        return StoreUnavailableError(
+            f"The store file {path} cannot be used: {error}, or give another file with store='sqlite:////path/state.db'"
+        )
     text = str(error)
     remedy = next(remedy for sign, remedy in _REMEDIES.items() if sign in text)
     return StoreUnavailableError(f"The store file {path} cannot be used ({text or type(error).__name__}): {remedy}")
-
-
-def leave_open(connection: sqlite3.Connection) -> None:
-    """Give a connection up without closing it.
-
-    SQLite deletes the `-wal` file by name when the last connection closes. If the database file was replaced
-    meanwhile, or the connection belongs to the parent of a forked process, that file is somebody else's.
-    """
-    _LEFT_OPEN.append(connection)
-    with contextlib.suppress(Exception):
-        import ctypes
-
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))  # survives the interpreter's own cleaning up
-
-
-_LEFT_OPEN: list[sqlite3.Connection] = []
-
-
-class File:
-    """One namespace of one file, through a connection that is opened when first used. Not thread-safe.
-
-    Attributes:
-        connection: None while it is closed.
-        ns: the namespace's number.
-    """
-
-    def __init__(self, path: str, namespace: str, *, synchronous: str = "NORMAL") -> None:
-        self.path = path
-        self.connection: sqlite3.Connection | None = None
-        self.ns = 0
-        self._namespace = carried(namespace)
-        self._synchronous = synchronous
-        self._identity: tuple[int, int] | None = None
-
-    def open(self) -> sqlite3.Connection:
-        """The connection, opened when needed."""
-        if self.connection is None:
-            self._identity = identity(self.path)
-            connection = connect(self.path, synchronous=self._synchronous)
-            try:
-                self.ns = namespace_id(connection, self._namespace)
-            except BaseException:
-                connection.close()
-                raise
-            self.connection = connection
-        return self.connection
-
-    def lost(self) -> bool:
-        """Whether the file was deleted or replaced while in use; then its connection is given up."""
-        gone = self.connection is not None and identity(self.path) != self._identity
-        if gone:
-            self.lose()
-        return gone
-
-    def lose(self) -> None:
-        """Give up a connection to a file that was deleted, or that the parent process uses."""
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            leave_open(connection)
-
-    def close(self) -> None:
-        """Close the connection; `open` makes a new one."""
-        if not self.lost() and self.connection is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self.connection.close()
-            self.connection = None
-
-
-def identity(path: str) -> tuple[int, int] | None:
-    """What tells a file from another one at the same place; None while there is none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _make_directory(directory: Path) -> None:
-    missing = []
-    while not directory.exists():
-        missing.append(directory)
-        directory = directory.parent
-    for path in reversed(missing):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)

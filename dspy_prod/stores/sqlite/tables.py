@@ -19,6 +19,7 @@ from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.sqlite.answers import CacheTable
+from dspy_prod.stores.sqlite.file import File
 from dspy_prod.stores.sqlite.ledger import LedgerTables
 from dspy_prod.stores.sqlite.rows import (
     TERMS,
@@ -30,7 +31,7 @@ from dspy_prod.stores.sqlite.rows import (
     terms_of,
     terms_row,
 )
-from dspy_prod.stores.sqlite.schema import File, create, is_environment, patiently
+from dspy_prod.stores.sqlite.schema import create, is_environment, patiently
 
 PUT_ACCOUNT: Final = (
     "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "
