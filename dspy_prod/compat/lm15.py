@@ -110,7 +110,9 @@ _LONGEST: Final = 500
 
 def _elsewhere(response: Any, body: bytes) -> ProviderError:
     """The error for a redirect, which is not followed: lm15 takes its page for an answer."""
-    said = " ".join(body.decode(errors="replace").split())[:_LONGEST]
+    said = " ".join(body.decode(errors="replace").split())
+    if len(said) > _LONGEST:
+        said = said[:_LONGEST].rpartition(" ")[0]  # half a key that the page repeats would not be known for one
     return ProviderError(f"HTTP {response.status} {response.reason}: {said}", status=response.status)
 
 

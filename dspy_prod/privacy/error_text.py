@@ -9,20 +9,16 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
 from dspy.utils.exceptions import AdapterParseError, LMError
 
 from dspy_prod import privacy
-from dspy_prod.privacy.names import SHORTEST, secrets_in
+from dspy_prod.privacy.names import HIDDEN, SHORTEST, blotted, secrets_in
 from dspy_prod.runtime.living import living
 
 _log = logging.getLogger("dspy_prod")
-
-HIDDEN: Final = "***"
-"""Stands for a secret in the text of an error."""
 
 _LENGTH: Final = 200
 
@@ -99,10 +95,3 @@ def known() -> set[str]:
     for lm in living():
         found |= secrets_in(lm.settings.clients) | secrets_in(lm.settings.extras)
     return found
-
-
-def blotted(text: str, secrets: Iterable[str]) -> str:
-    """The text with `***` in place of each secret; the longest first, for it may contain another."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
-    return text

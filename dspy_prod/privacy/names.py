@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
 
 SECRET_KEYS: Final = frozenset({"api_key", "azure_ad_token_provider", "headers", "extra_headers"})
 """Client settings that may hold a secret, whatever their value looks like."""
+
+HIDDEN: Final = "***"
+"""Stands for a secret in a text."""
 
 SHORTEST: Final = 6
 """Characters below which a secret is not blotted out of texts: hiding it would garble those that merely contain it."""
@@ -23,6 +26,7 @@ _SECRET_NAME: Final = re.compile(
     re.IGNORECASE,
 )
 _USERINFO: Final = re.compile(r"//[^/?#]*@")
+_PAIR: Final = re.compile(r"(://)[^\s/?#\"'<>@:]*:[^\s\"'<>/?#]*@")
 
 DEPTH: Final = 64
 SECRET: Final = "<secret>"
@@ -95,6 +99,22 @@ def secrets_in(settings: Mapping[str, Any]) -> set[str]:
             for text in _hidden_in(value):
                 found.update((text, unquote(text), unquote_plus(text)))
     return {text for text in found if len(text) >= SHORTEST}
+
+
+def blotted(text: str, secrets: Iterable[str]) -> str:
+    """The text with `***` in place of each secret; the longest first, for it may contain another."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def said_of(place: str, text: str, secrets: Iterable[str] = ()) -> str:
+    """What a server said, without the password of the URL by which it is reached, other known secrets and URLs'.
+
+    Whole: whoever cuts it cuts afterwards, for half a password is not known any more.
+    """
+    text = blotted(text, {*secrets_in({"place": place}), *secrets})
+    return _PAIR.sub(rf"\g<1>{HIDDEN}@", text)
 
 
 def _texts(value: Any) -> Iterator[str]:

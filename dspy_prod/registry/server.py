@@ -23,7 +23,8 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.privacy.names import bare_url
+from dspy_prod.privacy.error_text import known
+from dspy_prod.privacy.names import bare_url, said_of
 from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError, UnknownVersionError
 from dspy_prod.registry.names import Reference
 from dspy_prod.runtime.forking import reset_after_fork
@@ -138,10 +139,15 @@ class Server:
         except RegistryError:
             raise
         except Exception as error:  # drivers raise their own errors: OperationalError, ConnectionError, ...
-            raise RegistryUnavailableError(f"MLflow at {self.place}: {type(error).__name__}: {error}") from error
+            text = self._said(str(error))
+            raise RegistryUnavailableError(f"MLflow at {self.place}: {type(error).__name__}: {text}") from error
+
+    def _said(self, text: str) -> str:
+        """A text of MLflow or its driver, without the password in the URI and what else is known to be secret."""
+        return said_of(self.uri, text, known())
 
     def _meaning(self, error: Any) -> RegistryError:
-        code, text = error.error_code, str(error.message if hasattr(error, "message") else error)
+        code, text = error.error_code, self._said(str(error.message if hasattr(error, "message") else error))
         if any(word in text for word in _COLLISIONS):
             return _CollisionError(f"MLflow at {self.place} is written to by too many at once: {text}")
         if code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND") or (
@@ -165,7 +171,8 @@ class Server:
         try:
             socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT).close()
         except OSError as error:
-            raise RegistryUnavailableError(f"MLflow at {self.place} cannot be reached: {error}") from error
+            text = self._said(str(error))
+            raise RegistryUnavailableError(f"MLflow at {self.place} cannot be reached: {text}") from error
 
 
 def server_at(tracking_uri: str | None = None) -> Server:

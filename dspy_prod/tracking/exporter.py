@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from queue import Empty, Queue
 from typing import IO, Any, Final
 
-from dspy_prod.privacy.names import bare_url
+from dspy_prod.privacy.names import bare_url, said_of, secrets_in
 from dspy_prod.tracking.mlflow_schema import prepare
 from dspy_prod.tracking.tally import due
 
@@ -235,9 +235,10 @@ def _status(error: Exception) -> int | None:
 
 
 def _told(error: Exception) -> str:
-    """The beginning of an error's text, without a password that a URL in it may hold."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))
+    """The beginning of an error's text, without a password that a URL in it or this process's environment holds."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    text = said_of("", text, secrets_in(dict(os.environ)))
+    return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))[:200]
 
 
 def _watch(parent: int, patience: float, end: Callable[[], None]) -> None:

@@ -9,6 +9,7 @@ import pickle
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -18,6 +19,7 @@ from dspy.utils.exceptions import LMAuthError
 
 import dspy_prod
 from dspy_prod import Cache, CircuitBreaker, CircuitOpenError
+from dspy_prod.compat.lm15 import _elsewhere
 from dspy_prod.testing import Provider, Status
 from tests.e2e.support import MODEL, PRICES, make_lm
 
@@ -171,3 +173,11 @@ def test_a_program_saved_whole_holds_no_key(tmp_path: Path) -> None:
         loaded = dspy.load(tmp_path / "program", allow_pickle=True)
         assert loaded(question="q").answer == "answer text"
         assert provider.calls[0].headers["authorization"] == f"Bearer {KEY}"
+
+
+def test_a_key_is_not_cut_in_two_at_the_end_of_a_redirect_s_page() -> None:
+    """The error told the first half of it, which is no known key."""
+    redirect = SimpleNamespace(status=302, reason="Found")
+    said = str(_elsewhere(redirect, b"for " * 124 + KEY.encode() * 2))
+    assert KEY[:4] not in said
+    assert said.startswith("HTTP 302 Found: for for")

@@ -18,8 +18,8 @@ from dspy_prod.compat.lm15 import raised_by_reader
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
 from dspy_prod.pipeline.upstream.headers import headers_of, hint_in, should_retry_in
 from dspy_prod.pipeline.upstream.upstream import Upstream
-from dspy_prod.privacy.error_text import blotted, in_environment
-from dspy_prod.privacy.names import secrets_in
+from dspy_prod.privacy.error_text import in_environment
+from dspy_prod.privacy.names import blotted, secrets_in
 
 
 def public_error(error: Exception, upstream: Upstream, until: float) -> Exception:
