@@ -24,6 +24,7 @@ from dspy_prod.pipeline.scope import Scope, raw_key
 from dspy_prod.pipeline.standing import standing_for
 from dspy_prod.pipeline.upstream.destination import places
 from dspy_prod.policies.purse import Purse
+from dspy_prod.privacy.names import Unshown
 
 _ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
 _PLAIN_CALL_KEYS: Final = frozenset(
@@ -72,6 +73,8 @@ def begin(
 def ask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
     """An answer from the engine beneath, within the scope of `begin`."""
     call = prepare(lm, prompt, messages, kwargs, direct=True)
+    if lm.watched.elsewhere:
+        _unshown(call)
     result = run_call(lm, call, asked(lm, scope, call))
     if scope.shown is not None:
         call.kwargs = scope.shown
@@ -84,10 +87,17 @@ async def aask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: di
         call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True, direct=True)
     else:
         call = prepare(lm, prompt, messages, kwargs, asynchronous=True, direct=True)
+    if lm.watched.elsewhere:
+        _unshown(call)
     result = await arun_call(lm, call, asked(lm, scope, call))
     if scope.shown is not None:
         call.kwargs = scope.shown
     return call, result
+
+
+def _unshown(call: PreparedCall) -> None:
+    """Keep an LM's settings, which DSPy has mixed into a call's arguments, out of what error reporters print."""
+    call.kwargs, call.legacy = Unshown(call.kwargs), Unshown(call.legacy)
 
 
 def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, Any], dict[str, Any] | None]:
