@@ -13,11 +13,8 @@ from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngi
 from dspy_prod.pipeline.upstream.finish import untold_in, without_end
 from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
-<<<<<<< HEAD
-from dspy_prod.runtime.forking import reset_after_fork
-=======
 from dspy_prod.privacy.names import Unshown
->>>>>>> wt-g3
+from dspy_prod.runtime.forking import reset_after_fork
 
 _TIMEOUTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Time-outs given to LiteLLM for an attempt's remaining time: few, as each distinct one opens a new connection."""
