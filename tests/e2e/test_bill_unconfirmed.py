@@ -289,5 +289,6 @@ def test_a_stream_that_its_user_left_is_held_until_it_is_recorded(
     asyncio.run(left())
     (record,) = lm.ledger.records()
     assert (record.outcome, record.estimated) == ("cancelled", True)
+    provider.wait_until(lambda each: each.in_flight == 0, timeout=30)  # it bills when it notices
     assert (record.cost_nano or 0) >= provider.bill.nano > 0
     assert lm.costs().held_usd == 0
