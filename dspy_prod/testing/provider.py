@@ -175,7 +175,7 @@ class Provider:
             raise RuntimeError("the provider is not running; use `with Provider() as p:`")
         return self._server
 
-    def wait_until(self, condition: Callable[[Provider], object], timeout: float = 5.0) -> None:
+    def wait_until(self, condition: Callable[[Provider], object], timeout: float = 30.0) -> None:
         """Wait until `condition(provider)` is true; TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not condition(self):
