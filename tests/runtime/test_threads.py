@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,6 +100,30 @@ def test_what_a_store_was_told_is_written_although_it_never_had_a_thread(
     with none_to_be_had(monkeypatch):
         store.append(record("kept"))
         store.close()
+    again = SqliteStore(path)
+    assert [row.id for row in again.records()] == ["kept"]
+    again.close()
+
+
+ENDING = """
+import sys, threading
+from dspy_prod.stores.sqlite.store import SqliteStore
+from tests.stores.support import record
+
+def refused(self):
+    raise RuntimeError("can't start new thread")
+
+threading.Thread.start = refused
+store = SqliteStore(sys.argv[1])
+store.append(record("kept"))
+"""
+
+
+def test_what_a_store_was_told_is_written_at_the_end_of_the_process(tmp_path: Path) -> None:
+    """As for every other store, also where nobody closes it."""
+    path = str(tmp_path / "s.db")
+    root = str(Path(dspy_prod.__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", ENDING, path], env={**os.environ, "PYTHONPATH": root}, check=True, timeout=60)
     again = SqliteStore(path)
     assert [row.id for row in again.records()] == ["kept"]
     again.close()

@@ -114,6 +114,7 @@ class Mailbox:
             already, self.closed = self.closed, True
             thread = self._thread
         if thread is None:
+            THREADS.forget(self.writer)
             if not already and not self.writer.inbox.empty():  # there was no thread to be had: it is written here
                 self.writer.inbox.put((Transactions.stop, None, None))
                 self.writer.run()

@@ -37,6 +37,7 @@ class Threads:
 
     def _after_fork(self) -> None:
         self._running: dict[threading.Thread, Writer] = {}
+        self._waiting: dict[Writer, None] = {}  # there was no thread to be had for them
         self._finalized = False
         self.ended = False
 
@@ -45,8 +46,15 @@ class Threads:
         thread = None if self.ended else begin("dspy_prod-sqlite-writer", self._run, writer)
         if thread is not None:
             self._running[thread] = writer
+            self._waiting.pop(writer, None)
             self._end_with_worker_process()
+        elif not self.ended:
+            self._waiting[writer] = None
         return thread
+
+    def forget(self, writer: Writer) -> None:
+        """A writer that had no thread has ended."""
+        self._waiting.pop(writer, None)
 
     def _run(self, writer: Writer) -> None:
         try:
@@ -63,6 +71,9 @@ class Threads:
             writer.inbox.put((Transactions.stop, None, None))
         for thread, _ in running:
             thread.join(max(0.0, deadline - time.monotonic()))
+        for writer in list(self._waiting):
+            writer.inbox.put((Transactions.stop, None, None))
+            writer.run()
 
     def _end_with_worker_process(self) -> None:
         """A forked worker of multiprocessing leaves by `os._exit`, without `atexit`; it has finalizers of its own."""
