@@ -9,7 +9,7 @@ import datetime as dt
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 from dspy.clients.base_lm import BaseLM
@@ -26,16 +26,15 @@ from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath, Watching
 from dspy_prod.lm.calling import aask, ask, begin, calls_of, per_call
 from dspy_prod.lm.copying import checked, copied, pinned
 from dspy_prod.lm.history import Arguments, tell
+from dspy_prod.lm.operating import Operated
 from dspy_prod.lm.plain import AsPlain
 from dspy_prod.lm.settings import CANONICAL_KEYS, DSPY, Settings, recall, remember, settings_of, split
 from dspy_prod.lm.watching import Watched, arguments_of, settled
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
-from dspy_prod.pipeline.identities import lift, operate
 from dspy_prod.pipeline.pipeline import clear_answers
 from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
-from dspy_prod.policies.breaker.transitions import OperatorMove
 from dspy_prod.policies.sharing import quoted, steer
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from dspy_prod.status.ledger import Ledger
 
 
-class LM(AsPlain, dspy.LM):
+class LM(AsPlain, Operated, dspy.LM):
     """A `dspy.LM` with a circuit breaker, rate limiter, response cache, budget, retries and fallbacks beneath it.
 
     Takes every argument of `dspy.LM` and, besides:
@@ -331,62 +330,6 @@ class LM(AsPlain, dspy.LM):
         """
         if not disabled():
             steer(self.pipeline.store, self.pipeline.every_budget(), budget_options(budget))
-
-    def breaker(self, move: OperatorMove, route: str | None = None) -> None:
-        """Move circuit breakers by hand.
-
-        Breakers live in memory: this reaches those of this process, for every LM in it that calls the same model at
-        the same address, with whatever key or headers, now or later; and no other worker's, so give the service
-        itself a way to call it. `health()` shows the state, and listeners hear `breaker_opened` or `breaker_closed`
-        with the operator as its cause.
-
-        Args:
-            move: `"force_open"` refuses every call, and `"disable"` admits every call and counts none, until
-                `"reset"` closes the circuit and forgets what was counted.
-            route: `"primary"`, or the model of a route; default: all routes of this LM.
-
-        Raises:
-            ConfigError: an unknown move, or no such route with a breaker.
-        """
-        if move not in get_args(OperatorMove):
-            raise ConfigError(f"breaker({move!r}): use one of {', '.join(map(repr, get_args(OperatorMove)))}")
-        pipelines = (self.pipeline, *(variant.pipeline for variant in self._variants.all()))
-        guarded = [each for pipeline in pipelines for each in pipeline.every_route() if each.breaker is not None]
-        places = {each.place for each in guarded if route in (None, each.name, each.model)}
-        if not places:
-            known = ", ".join(sorted({repr(name) for each in guarded for name in (each.name, each.model)}))
-            raise ConfigError(
-                f"breaker({move!r}, {route!r}): there is no such circuit breaker; known: {known or 'none'}"
-            )
-        for place in places:
-            operate(self.pipeline.store, place, move)
-
-    def resume(self, route: str | None = None) -> None:
-        """Lift the pause that a provider's 429, Retry-After or rate-limit headers brought about: calls go again.
-
-        The provider is believed again from its next answer on. A lowered rate stays and grows back in use. Holds for
-        every key of the model's address that this process uses, and through a shared store for all its processes
-        where an `rpm`, `tpm` or `concurrency` is set: without any, each process has pauses of its own. Listeners hear
-        `pause_lifted` where there was one.
-
-            lm.resume()
-
-        Args:
-            route: `"primary"`, or the model of a route; default: all routes of this LM.
-
-        Raises:
-            ConfigError: no such route.
-            StoreUnavailableError: the store cannot keep it.
-        """
-        pipelines = (self.pipeline, *(variant.pipeline for variant in self._variants.all()))
-        routes = [each for pipeline in pipelines for each in pipeline.every_route()]
-        places = {each.place: each.model for each in routes if route in (None, each.name, each.model)}
-        if not places:
-            known = ", ".join(sorted({repr(name) for each in routes for name in (each.name, each.model)}))
-            raise ConfigError(f"resume({route!r}): there is no such route; known: {known}")
-        for place, model in places.items():
-            if lift(self.pipeline.store, place):
-                self.pipeline.bus.emit("pause_lifted", self.pipeline.clock.time(), route=model)
 
 
 LM.__module__ = "dspy_prod.lm"  # the name in saved states and pickles

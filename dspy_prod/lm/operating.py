@@ -1,0 +1,76 @@
+"""What an operator may do to an LM in service: move its circuit breakers, and lift its pauses."""
+
+from __future__ import annotations
+
+from typing import cast, get_args
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.lm.beneath import Beneath
+from dspy_prod.pipeline.identities import lift, operate
+from dspy_prod.pipeline.routes import Route
+from dspy_prod.policies.breaker.transitions import OperatorMove
+
+
+class Operated:
+    """The part of an LM that is for operators."""
+
+    def breaker(self, move: OperatorMove, route: str | None = None) -> None:
+        """Move circuit breakers by hand.
+
+        Breakers live in memory: this reaches those of this process, for every LM in it that calls the same model at
+        the same address, with whatever key or headers, now or later; and no other worker's, so give the service
+        itself a way to call it. `health()` shows the state, and listeners hear `breaker_opened` or `breaker_closed`
+        with the operator as its cause.
+
+        Args:
+            move: `"force_open"` refuses every call, and `"disable"` admits every call and counts none, until
+                `"reset"` closes the circuit and forgets what was counted.
+            route: `"primary"`, or the model of a route; default: all routes of this LM.
+
+        Raises:
+            ConfigError: an unknown move, or no such route with a breaker.
+        """
+        if move not in get_args(OperatorMove):
+            raise ConfigError(f"breaker({move!r}): use one of {', '.join(map(repr, get_args(OperatorMove)))}")
+        lm = cast("Beneath", self)
+        guarded = [each for each in _routes(lm) if each.breaker is not None]
+        for place in _places(guarded, route, f"breaker({move!r}, {route!r}): there is no such circuit breaker"):
+            operate(lm.pipeline.store, place, move)
+
+    def resume(self, route: str | None = None) -> None:
+        """Lift the pause that a provider's 429, Retry-After or rate-limit headers brought about: calls go again.
+
+        The provider is believed again from its next answer on. A lowered rate stays and grows back in use. Holds for
+        every key of the model's address that this process uses, and through a shared store for all its processes
+        where an `rpm`, `tpm` or `concurrency` is set: without any, each process has pauses of its own. Listeners hear
+        `pause_lifted` where there was one.
+
+            lm.resume()
+
+        Args:
+            route: `"primary"`, or the model of a route; default: all routes of this LM.
+
+        Raises:
+            ConfigError: no such route.
+            StoreUnavailableError: the store cannot keep it.
+        """
+        lm = cast("Beneath", self)
+        places = _places(_routes(lm), route, f"resume({route!r}): there is no such route")
+        for place, model in places.items():
+            if lift(lm.pipeline.store, place):
+                lm.pipeline.bus.emit("pause_lifted", lm.pipeline.clock.time(), route=model)
+
+
+def _routes(lm: Beneath) -> list[Route]:
+    """Those of an LM, and of the variants of it that calls with settings of their own have made."""
+    pipelines = (lm.pipeline, *(variant.pipeline for variant in lm._variants.all()))
+    return [each for pipeline in pipelines for each in pipeline.every_route()]
+
+
+def _places(routes: list[Route], wanted: str | None, problem: str) -> dict[str, str]:
+    """Address and model of the wanted routes, each with its model."""
+    places = {each.place: each.model for each in routes if wanted in (None, each.name, each.model)}
+    if not places:
+        known = ", ".join(sorted({repr(name) for each in routes for name in (each.name, each.model)}))
+        raise ConfigError(f"{problem}; known: {known or 'none'}")
+    return places
