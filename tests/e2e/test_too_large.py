@@ -7,7 +7,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -16,15 +15,16 @@ import dspy_prod
 from dspy_prod import Budget, DeadlineExceededError, call_context
 from dspy_prod.compat import bounds
 from dspy_prod.pipeline.upstream.deadline import bounded_stream
-from tests.e2e.support import CHEAP, make_lm, outcome, records, request, upstream
+from tests.e2e.support import CHEAP, outcome, records, request, upstream
 from tests.e2e.test_deadline import ENGINES, LATEST, WAYS, Way, call
 from tests.e2e.test_unusable import START, chunk
+from tests.listening import Listening, Silent
 
 Write = Callable[[bytes], None]
 SOME = 1 << 16
 
 
-class Server:
+class Server(Listening):
     """Answers with a status, headers, and whatever a function writes until nobody reads it any more."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Server:
         self.left = threading.Event()
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Silent):
             def do_POST(self) -> None:
                 asked = self.rfile.read(int(self.headers.get("content-length", 0)))
                 outer.requests += 1
@@ -56,17 +56,7 @@ class Server:
                 self.wfile.flush()
                 outer.written += len(data)
 
-            def log_message(self, *_: Any) -> None:
-                """In silence."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture
@@ -77,18 +67,9 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[..., Any]]:
-    made: list[Any] = []
-
-    def make(server: Server, **options: Any) -> Any:
-        lm = make_lm(server.url, **{"budget": Budget(usd=1, name="all"), **options})
-        made.append(lm)
-        return lm
-
-    yield make
-    for lm in made:
-        lm.close()
-        lm.pipeline.store.close()
+def connect(connect: Callable[..., Any]) -> Callable[..., Any]:
+    """As everywhere, under a budget."""
+    return lambda server, **options: connect(server, **{"budget": Budget(usd=1, name="all"), **options})
 
 
 @pytest.fixture

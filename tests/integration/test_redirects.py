@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -15,6 +13,7 @@ import dspy_prod
 from dspy_prod import Price
 from dspy_prod.compat.httpx import staying
 from tests.e2e.support import fresh_memory, outcome
+from tests.listening import Listening, Silent
 
 MODELS = {
     "openai": "openai/e2e", "anthropic": "anthropic/claude-sonnet-4-5", "gemini": "gemini/gemini-2.5-flash",
@@ -23,7 +22,7 @@ MODELS = {
 SECRET = "sk-of-the-environment"
 
 
-class Server:
+class Server(Listening):
     """Answers each request with a redirect, or with nothing of use, and remembers what came."""
 
     def __init__(self) -> None:
@@ -32,7 +31,7 @@ class Server:
         self.status = 307
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Silent):
             def do_POST(self) -> None:
                 sent = self.rfile.read(int(self.headers.get("content-length", 0)))
                 outer.seen.append(f"{self.path}\n{self.headers}\n{sent.decode()}")
@@ -46,16 +45,7 @@ class Server:
 
             do_GET = do_POST
 
-            def log_message(self, *_: Any) -> None:
-                """In silence."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture
