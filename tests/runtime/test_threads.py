@@ -18,6 +18,7 @@ from dspy.utils.exceptions import LMLockTimeoutError
 
 import dspy_prod
 from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.pipeline.upstream import deadline
 from dspy_prod.pipeline.upstream.workers import Workers
 from dspy_prod.registry.errors import RegistryUnavailableError
 from dspy_prod.registry.server import MOST_WAITING, _bounded
@@ -159,6 +160,7 @@ def test_an_attempt_without_a_thread_costs_nothing_and_is_tried_again(monkeypatc
         retry={"attempts": 2, "backoff": 0.001},
         prices={"openai/m": dspy_prod.Price(input=1, output=1)}, budget=dspy_prod.Budget(usd=1),
     )  # fmt: skip
+    monkeypatch.setattr(deadline, "WORKERS", Workers())  # no idle thread of an earlier call takes it
     with none_to_be_had(monkeypatch), pytest.raises(LMLockTimeoutError), dspy_prod.call_context(deadline=30):
         lm("q")
     assert [(row.outcome, row.cost_nano, row.error) for row in lm.ledger.records()] == [
