@@ -15,7 +15,7 @@ import dspy_prod
 from dspy_prod import Budget, DeadlineExceededError, call_context
 from dspy_prod.compat import bounds
 from dspy_prod.pipeline.upstream.deadline import bounded_stream
-from tests.e2e.support import CHEAP, outcome, records, request, upstream
+from tests.e2e.support import CHEAP, outcome, records, request, until, upstream
 from tests.e2e.test_deadline import ENGINES, LATEST, WAYS, Way, call
 from tests.e2e.test_unusable import START, chunk
 from tests.listening import Listening, Silent
@@ -246,6 +246,7 @@ def test_a_deadline_ends_a_stream_that_always_has_more(
     print(f"{engine}, {way}: {wall:.3f} s")
     assert seconds <= LATEST
     assert server.left.wait(10)
+    until(lambda: upstream(lm), what="the end of the attempt that was given up")
     [record] = upstream(lm)
     assert (record.outcome, record.estimated) == ("timeout", True)
 

@@ -57,7 +57,7 @@ def run(uri: str, calls: int, patience: float = 30.0) -> tuple[float, str, float
         with program.stdout:
             said = program.stdout.readline()
             with Stopwatch() as took:
-                program.wait(120)
+                program.wait(280)
         log.seek(0)
         logged = log.read()
     assert program.returncode == 0, logged
@@ -90,10 +90,10 @@ def nobody() -> str:
 
 def test_nothing_is_lost_at_the_end_of_a_program(uri: str) -> None:
     """It ends when its traces are in MLflow, without a call of `flush`, and not when its patience does."""
-    took, logged, _ = run(uri, 300, patience=110)
-    assert len(traces_in(uri)) == 300
+    took, logged, _ = run(uri, 100, patience=250)
+    assert len(traces_in(uri)) == 100, logged
     assert "did not reach" not in logged
-    assert took < 100
+    assert took < 200
 
 
 def test_a_program_ends_although_mlflow_was_never_there() -> None:
