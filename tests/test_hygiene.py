@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -212,13 +213,14 @@ def child_calls(lm: Any, generation: int) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
-        signal.alarm(60)  # a child that hangs is to fail the test, and to end
+        signal.alarm(120)  # a child that hangs is to fail the test, and to end, and to say where
+        faulthandler.dump_traceback_later(50, file=sys.__stderr__)
         try:
             questions = [f"child {generation} {number}" for number in range(5)]
             code = 0 if [lm(question)[0] for question in questions] == questions else 2
         finally:
             os._exit(code)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:

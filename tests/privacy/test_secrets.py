@@ -77,8 +77,8 @@ def test_an_error_that_echoes_the_key_is_mended(
     lm = make_lm(
         echo.url, api_key=KEY, extra_headers={"x-gateway": TOKEN} if engine == "litellm" else None, engine=engine
     )
-    with caplog.at_level(logging.DEBUG):
-        logging.getLogger("LiteLLM").setLevel(logging.INFO)  # at DEBUG it shows requests, which is not ours to judge
+    # At DEBUG, LiteLLM shows requests, which is not ours to judge.
+    with caplog.at_level(logging.DEBUG), caplog.at_level(logging.INFO, "LiteLLM"):
         with pytest.raises(Exception) as caught:
             ask(lm)
     error = caught.value

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -245,6 +247,7 @@ def storm(path: str, ready: Any) -> None:
 
 def settle_and_return(path: str) -> None:
     """End without closing: what is posted must be written all the same."""
+    faulthandler.dump_traceback_later(50, file=sys.__stderr__)  # of a process that hangs
     store = SqliteStore(path)
     for _ in range(20):
         reservation = granted(store, ask())
