@@ -16,14 +16,15 @@ import orjson
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.feedback import Feedback
 from dspy_prod.stores.admission.pacing import Pacing
-from dspy_prod.stores.admission.window import MINUTE, Leases, Window
+from dspy_prod.stores.admission.window import MINUTE, Seats, Window
 from dspy_prod.stores.base import LimiterSnapshot
 
-Debit = tuple[int, int, float, float, int]
-"""What a call took: slot, reserved tokens, nominal send time, seconds of token pacing, lease id. JSON-serialisable."""
+Debit = tuple[int, int, float, float, int, int]
+"""What a call took: slot, reserved tokens, nominal send time, seconds of token pacing, its number, and the end of its
+seat's lease. JSON-serialisable."""
 
 _USED: Final = 0.8  # share of a minute's limit from which a lowered rate counts as used
-_VERSION: Final = 3
+_VERSION: Final = 4
 
 
 class LimiterState:
@@ -36,11 +37,11 @@ class LimiterState:
 
     __slots__ = (
         "_feedback",
-        "_leases",
         "_now",
         "_pacing",
         "_requests_max",
         "_seats",
+        "_seats_max",
         "_seq",
         "_tokens_max",
         "_window",
@@ -52,7 +53,7 @@ class LimiterState:
         self._now = now
         self._seq = int(now * 1e6)  # never the id of a call that outlived a limiter forgotten before
         self._window = Window(limit.guard, now)
-        self._leases = Leases()
+        self._seats = Seats()
         self._feedback = Feedback(now)
         self._pacing = Pacing()
         self.blocked_on = ""
@@ -74,7 +75,7 @@ class LimiterState:
     def _tune(self) -> None:
         """Derive the effective limits from the settings and the rate factor."""
         limit, factor = self.limit, self._feedback.factor
-        self._seats = inf if limit.concurrency is None else limit.concurrency
+        self._seats_max = inf if limit.concurrency is None else limit.concurrency
         self._requests_max = inf if limit.rpm is None else max(1, floor(limit.rpm * factor + 1e-6))
         self._tokens_max = inf if limit.tpm is None else limit.tpm * factor
         self._pacing.tune(limit, factor, self._feedback.measured, self._now)
@@ -87,8 +88,8 @@ class LimiterState:
             now = self._now
         if now >= self._window.drop_at:
             self._window.advance(now)
-        if now >= self._leases.next_at:
-            self._leases.expire(now)
+        if now >= self._seats.next_at:
+            self._seats.expire(now)
         return now
 
     def ready_at(self, now: float, tokens: int) -> float:
@@ -123,10 +124,10 @@ class LimiterState:
             then, dimension = feedback.left_at(now, tokens)
             if then > at:
                 at, on = then, dimension
-        if len(self._leases.live) >= self._seats:
-            self._leases.expire(now)
-            if self._leases.next_at > at:
-                at, on = self._leases.next_at, "concurrency"
+        if self._seats.taken >= self._seats_max:
+            self._seats.expire(now)
+            if self._seats.next_at > at:
+                at, on = self._seats.next_at, "concurrency"
         self.blocked_on = on
         return at
 
@@ -156,7 +157,7 @@ class LimiterState:
             over = window.tokens - window.held + tokens - limit.tpm
             if over > 0:
                 at = max(at, window.settled_freed_at(over))
-        if feedback.told and not self._leases.live:  # with calls in flight, their headers may bring better news
+        if feedback.told and not self._seats.taken:  # with calls in flight, their headers may bring better news
             at = max(at, feedback.left_at(now, tokens)[0])
         return at
 
@@ -171,7 +172,7 @@ class LimiterState:
             now = self._touch(now)
         self._seq = seq = self._seq + 1
         slot = self._window.add(now, tokens)
-        self._leases.add(seq, now + lease)
+        end = self._seats.take(now + lease)
         nominal, charge = self._pacing.push(now, tokens)
         feedback = self._feedback
         if feedback.told:
@@ -181,21 +182,15 @@ class LimiterState:
             used = counted.requests >= _USED * self._requests_max or counted.tokens >= _USED * self._tokens_max
             feedback.recover(now, used)
             self._tune()
-        return slot, tokens, nominal, charge, seq
+        return slot, tokens, nominal, charge, seq, end
 
     def sent_late(self, debit: Debit, now: float) -> Debit:
         """Date a call from `now`: that long after `take` it left. Returns its debit from here on."""
         now = self._touch(now)
-        slot, tokens, nominal, charge, seq = debit
-        if seq not in self._leases.live:
+        slot, tokens, nominal, charge, seq, end = debit
+        if not self._seats.taken_until(end):
             return debit
-        return self._window.move(slot, now, tokens), tokens, self._pacing.move(nominal, now), charge, seq
-
-    def renew(self, debit: Debit, now: float, lease: float) -> None:
-        """Extend a call's lease to `lease` seconds from now; nothing if it has ended or run out."""
-        now = self._touch(now)
-        if debit[4] in self._leases.live:
-            self._leases.add(debit[4], now + lease)
+        return self._window.move(slot, now, tokens), tokens, self._pacing.move(nominal, now), charge, seq, end
 
     def give_back(self, debit: Debit, *, now: float, used: int | None, sent: bool) -> None:
         """Settle a debit: free its concurrency and correct its tokens in the slot it was taken from.
@@ -205,8 +200,8 @@ class LimiterState:
             sent: False when nothing reached the provider: request, tokens and pacing are given back.
         """
         now = self._touch(now)
-        slot, reserved, nominal, charge, seq = debit
-        self._leases.live.pop(seq, None)
+        slot, reserved, nominal, charge, seq, end = debit
+        self._seats.free(end)
         feedback = self._feedback
         if not sent:
             used = 0
@@ -264,7 +259,7 @@ class LimiterState:
             key,
             *(None if limit.rpm is None else max(0.0, requests), limit.rpm),
             *(None if limit.tpm is None else max(0.0, tokens), limit.tpm),
-            *(len(self._leases.live), limit.concurrency),
+            *(self._seats.taken, limit.concurrency),
             waiting,
             paused_for=max(0.0, feedback.paused - now),
             rate_factor=min(1.0, feedback.factor),
@@ -274,14 +269,14 @@ class LimiterState:
         """Nothing is in flight, counted, paused or slowed down: the state may be forgotten."""
         now = self._touch(now)
         return (
-            not (self._leases.live or self._window.requests or self._window.tokens)
+            not (self._seats.taken or self._window.requests or self._window.tokens)
             and self._feedback.idle(now)
             and self._pacing.idle(now)
         )
 
     def dump(self) -> bytes:
         """Everything as JSON, for a row that processes share."""
-        parts = [self._window.dump(), self._leases.dump(), self._feedback.dump(), self._pacing.dump()]
+        parts = [self._window.dump(), self._seats.dump(), self._feedback.dump(), self._pacing.dump()]
         return orjson.dumps([_VERSION, self._now, self._seq, *parts])
 
     @classmethod
@@ -295,9 +290,9 @@ class LimiterState:
         if not isinstance(row, list) or not row or row[0] != _VERSION:
             raise ValueError("not a limiter state of this version")
         state = cls(limit, row[1])
-        _, _, state._seq, slots, leases, feedback, pacing = row
+        _, _, state._seq, slots, seats, feedback, pacing = row
         state._window.restore(*slots)
-        state._leases.restore(leases)
+        state._seats.restore(seats)
         state._feedback.restore(*feedback)
         state._tune()
         state._pacing.restore(*pacing)

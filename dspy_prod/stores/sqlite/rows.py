@@ -21,6 +21,7 @@ _TAGS: Final = CallRecord._fields.index("tags")
 _ACCOUNTS: Final = CallRecord._fields.index("accounts")
 _FLAGS: Final = tuple(CallRecord._fields.index(name) for name in ("estimated", "cached"))
 _MOST: Final = 2**53
+_OLD_DEBIT: Final = 5
 
 
 def record_row(ns: int, record: CallRecord) -> Row:
@@ -53,6 +54,8 @@ def hold_of(row: Row) -> Hold:
     """The hold in (id, ends_at, amount, accounts, limit_key, debit, stub)."""
     id, ends_at, amount, accounts, limit_key, debit, stub = row
     taken: Any = None if debit is None else _loaded(debit, list) or None
+    if taken is not None and len(taken) == _OLD_DEBIT:
+        taken.append(0)  # of an earlier release, whose limiters are begun anew
     try:
         record = None if stub is None else CallRecord.from_dict({"cost_nano": None, **_loaded(stub, dict)})
     except (TypeError, ValueError, AttributeError):
