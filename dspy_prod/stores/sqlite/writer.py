@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import Any, Final
 
 from dspy_prod.records import CallRecord
@@ -20,6 +20,7 @@ from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Terms
 from dspy_prod.stores.lane import Lane
+from dspy_prod.stores.sqlite.inbox import Inbox
 from dspy_prod.stores.sqlite.schema import is_locked, unavailable
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions, UnfitError
@@ -51,7 +52,7 @@ class Writer:
     def __init__(
         self, tables: Tables, clock: Clock, lease: float, report: Report, on_terms: Callable[[Terms], None]
     ) -> None:
-        self.inbox: SimpleQueue[Operation] = SimpleQueue()
+        self.inbox = Inbox()
         self.local = Lane(clock.time, self._keep_record, self._nudge)
         self.publishing = threading.Lock()
         self.io = threading.Lock()
@@ -80,6 +81,7 @@ class Writer:
         while not self._transactions.stopping or not self.inbox.empty():
             try:
                 self._cycle(self._collect())
+                self.inbox.writing = 0
             except Exception:
                 _log.exception("The writer of %s met an error; it goes on", self.tables.path)
                 time.sleep(0.05)
@@ -87,9 +89,13 @@ class Writer:
 
     def _collect(self) -> list[Operation]:
         operations: list[Operation] = []
-        wait = self._wait()
+        inbox = self.inbox
+        inbox.hurried = bool(self._core.waiting())
+        inbox.open = self.failing is None
+        inbox.wait(self._wait())
+        inbox.begin()
         try:
-            operations.append(self.inbox.get(timeout=wait) if wait > 0 else self.inbox.get_nowait())
+            operations.append(inbox.get_nowait())
         except Empty:
             return operations
         self._take_more(operations)
@@ -99,6 +105,7 @@ class Writer:
         if not self._kept and not self._alone:
             for _ in range(min(self.inbox.qsize(), MAX_BATCH - len(operations))):
                 operations.append(self.inbox.get_nowait())
+        self.inbox.writing = len(operations)
 
     def _wait(self) -> float:
         wait = min(self._transactions.due_in(), self.local.tick() - self._now(), _IDLE)
