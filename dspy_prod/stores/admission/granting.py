@@ -83,7 +83,7 @@ class Granting:
         debit: Debit | None = None
         if key is not None:
             assert reservation.limit is not None
-            limiter = self._limiter(key, reservation.limit, now)
+            limiter = self.limiter_for(key, reservation.limit, now)
             ready = limiter.ready_at(now, reservation.tokens)
             if ready > now:
                 reservation.blocked_on = limiter.blocked_on
@@ -141,7 +141,7 @@ class Granting:
     def _refuse_for_time(self, reservation: Reservation, now: float) -> bool:
         assert reservation.limit_key is not None
         assert reservation.limit is not None
-        limiter = self._limiter(reservation.limit_key, reservation.limit, now)
+        limiter = self.limiter_for(reservation.limit_key, reservation.limit, now)
         line = self._lines.get(reservation.limit_key)
         ahead = line.ahead_of(reservation) if line is not None and not reservation.fair else 0
         earliest = limiter.earliest(now, reservation.tokens, ahead)
@@ -233,7 +233,8 @@ class Granting:
         """The limiter itself, for a durable store to write back."""
         return self._limiters.get(key) or self._guests.get(key)
 
-    def _limiter(self, key: str, limit: RateLimit, now: float) -> LimiterState:
+    def limiter_for(self, key: str, limit: RateLimit, now: float) -> LimiterState:
+        """The limiter of a key, under the settings of who uses it now."""
         state = self._limiters.get(key)
         if state is not None and state.limit is limit:
             return state
@@ -258,6 +259,10 @@ class Granting:
                 if paused_for > 0:
                     state.throttled(now, paused_for)
         return state
+
+    def known_limiter(self, key: str, now: float) -> LimiterState | None:
+        """A limiter that was used before, by whichever process."""
+        return self._limiters.get(key) or self._guests.get(key) or self._visit_limiter(key, now)
 
     def _visit_limiter(self, key: str, now: float) -> LimiterState | None:
         """A limiter that no reservation of this process has used yet, with the settings it was last used with."""

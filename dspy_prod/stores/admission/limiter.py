@@ -16,13 +16,15 @@ import orjson
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.feedback import Feedback
 from dspy_prod.stores.admission.pacing import Pacing
-from dspy_prod.stores.admission.window import MINUTE, Seats, Window
+from dspy_prod.stores.admission.window import AHEAD, MINUTE, Seats, Window
 from dspy_prod.stores.base import LimiterSnapshot
 
 Debit = tuple[int, int, float, float, int, int]
 """What a call took: slot, reserved tokens, nominal send time, seconds of token pacing, its number, and the end of its
 seat's lease. JSON-serialisable."""
 
+DRAWN: Final = 0
+"""In place of the end of a seat's lease: the seat is that of several calls, see `LimiterState.draw`."""
 _USED: Final = 0.8  # share of a minute's limit from which a lowered rate counts as used
 _VERSION: Final = 4
 
@@ -184,11 +186,64 @@ class LimiterState:
             self._tune()
         return slot, tokens, nominal, charge, seq, end
 
+    # -- several calls at once -----------------------------------------------------------------------------------------
+    def drawable(self, now: float, tokens: int, most: int) -> int:
+        """How many calls of `tokens` each, at most `most`, may be taken at once for calls that will come.
+
+        A hundredth of what the minute has left, a quarter of what may go at once, an eighth of the free seats: who
+        draws keeps little from others. None where the provider has said something.
+        """
+        now = self._touch(now)
+        window, feedback = self._window, self._feedback
+        if feedback.slowed or feedback.told or feedback.paused > now:
+            return 0
+        room = min(most, self._pacing.room(now, tokens), (self._requests_max - window.requests) / 100)
+        if tokens and self._tokens_max != inf:
+            room = min(room, (self._tokens_max - window.tokens) / 100 / tokens)
+        return max(0, floor(room))
+
+    def free_seats(self, now: float) -> float:
+        """How many more calls may be in flight."""
+        self._touch(now)
+        return self._seats_max - self._seats.taken
+
+    def draw(self, now: float, requests: int, tokens: int) -> Debit:
+        """Take for calls that will come within `AHEAD` seconds, each dated from the end of that time.
+
+        So they are counted for at least as long as those that are taken one by one, whenever they leave.
+
+        Returns:
+            The debit of a call of one token, without a seat.
+        """
+        now = self._touch(now)
+        at = now + AHEAD
+        self._seq += requests
+        slot = self._window.add(at, tokens, requests)
+        nominal, charge = self._pacing.draw(at, requests, tokens)
+        return slot, 1, nominal, charge, self._seq, DRAWN
+
+    def undraw(self, one: Debit, now: float, requests: int, tokens: int) -> None:
+        """Give back what was drawn and not used."""
+        now = self._touch(now)
+        slot, _, nominal, charge, _, _ = one
+        self._window.settle(slot, -requests, tokens, 0)
+        for _ in range(requests):
+            self._pacing.give_back(now, nominal, 0.0, 0, None, False)
+        self._pacing.give_back(now, nominal, charge * tokens, 0, 0, True)
+
+    def take_seats(self, now: float, lease: float, seats: int) -> int:
+        """Take seats for calls that will come; returns the end of their lease, which `leave_seats` wants."""
+        return self._seats.take(self._touch(now) + lease, seats)
+
+    def leave_seats(self, end: int, seats: int) -> None:
+        """Give seats back."""
+        self._seats.free(end, seats)
+
     def sent_late(self, debit: Debit, now: float) -> Debit:
         """Date a call from `now`: that long after `take` it left. Returns its debit from here on."""
         now = self._touch(now)
         slot, tokens, nominal, charge, seq, end = debit
-        if not self._seats.taken_until(end):
+        if end != DRAWN and not self._seats.taken_until(end):
             return debit
         return self._window.move(slot, now, tokens), tokens, self._pacing.move(nominal, now), charge, seq, end
 

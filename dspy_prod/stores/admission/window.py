@@ -13,6 +13,8 @@ from typing import Final
 MINUTE: Final = 60.0
 SLOT: Final = 0.5
 """Length of a slot in seconds. Whole seconds would cost another 0.8 % of the limit: a slot is only forgotten whole."""
+AHEAD: Final = 0.25
+"""Seconds by which a request may at most be dated ahead, see `LimiterState.draw`."""
 NEVER: Final = -1
 """The end of a lease that has none."""
 _RECENT: Final = 5.0
@@ -36,7 +38,7 @@ class Window:
 
     def __init__(self, guard: float, now: float) -> None:
         self._reach = SLOT + MINUTE + guard  # from the start of a slot to when it is forgotten
-        self._size = ceil(self._reach / SLOT) + 1
+        self._size = ceil((self._reach + AHEAD) / SLOT) + 1
         self._clear(now)
 
     def _clear(self, now: float) -> None:
@@ -62,21 +64,21 @@ class Window:
             self._requests[at] = self._tokens[at] = self._held[at] = 0
             self._seek(self.edge + 1)
 
-    def add(self, now: float, tokens: int) -> int:
-        """Count a request and its reserved tokens; returns the slot, which `settle` wants back."""
-        slot = floor(now / SLOT)
-        at = slot % self._size
-        self._requests[at] += 1
-        self._tokens[at] += tokens
-        self._held[at] += tokens
-        self.requests += 1
+    def add(self, at: float, tokens: int, requests: int = 1) -> int:
+        """Count requests and their reserved tokens as sent at `at`; returns the slot, which `settle` wants back."""
+        slot = floor(at / SLOT)
+        place = slot % self._size
+        self._requests[place] += requests
+        self._tokens[place] += tokens
+        self._held[place] += tokens
+        self.requests += requests
         self.tokens += tokens
         self.held += tokens
         return slot
 
     def move(self, slot: int, now: float, tokens: int) -> int:
-        """Date a request and its reservation from now instead of from `slot`; returns the new slot."""
-        if slot == floor(now / SLOT):
+        """Date a request and its reservation from now, if that is after `slot`; returns the new slot."""
+        if slot >= floor(now / SLOT):
             return slot
         self.settle(slot, -1, tokens, 0)
         return self.add(now, tokens)
@@ -85,7 +87,7 @@ class Window:
         """Replace a reservation by what happened, in its own slot; nothing if that slot is forgotten.
 
         Args:
-            requests: 0, or -1 to give the request back.
+            requests: 0, or how many to give back, negative.
             reserved: the tokens that were reserved.
             tokens: the tokens that count instead.
         """

@@ -30,6 +30,7 @@ _UNHURRIED: Final = frozenset(
     (
         Transactions.append,
         Transactions.settle,
+        Transactions.settle_drawn,
         Transactions.sent_late,
         Transactions.put_answer,
         Transactions.touch_answer,

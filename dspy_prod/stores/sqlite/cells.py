@@ -1,0 +1,141 @@
+"""What of its shares a process uses, noted where its death does not take it along.
+
+A file beside the store's, one for each process, mapped into memory: a note costs no system call, and after a
+`kill -9` the system still has it. It says nothing after the machine went down, because it is never synced; then, as
+when the file is gone, whatever the process had drawn counts as used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import time
+from math import isclose
+from pathlib import Path
+from typing import Final
+
+from dspy_prod.runtime import private
+
+CELLS: Final = 64
+"""Shares that a process may have at once."""
+
+_HEADER: Final = struct.Struct("<8s40sd")
+_MAGIC: Final = b"dspyprod"
+_FIRST: Final = 64
+_CELL: Final = struct.Struct("<qqq")
+_STRIDE: Final = 32
+_SIZE: Final = _FIRST + CELLS * _STRIDE
+_SAME_BOOT: Final = 60.0
+
+
+class Cells:
+    """The cells of one process, in a file that is made when the first is taken.
+
+    Args:
+        path: the store's file.
+        owner: the process's id in it.
+    """
+
+    def __init__(self, path: str, owner: str) -> None:
+        self.path = place(path, owner)
+        self._map: mmap.mmap | None = None
+        self._free = list(range(CELLS - 1, -1, -1))
+
+    def take(self) -> int | None:
+        """A cell of one's own; None when there is none, or there can be no file.
+
+        What it said last stays, for `Share` counts on from there.
+        """
+        if self._map is None:
+            try:
+                self._open()
+            except (OSError, ValueError):
+                return None
+        return self._free.pop() if self._free else None
+
+    def leave(self, cell: int) -> None:
+        """The cell is free."""
+        self._free.append(cell)
+
+    def note(self, cell: int, charged: int, in_flight: int, calls: int) -> None:
+        """Write a cell: what ended calls cost since it was first used, what calls in flight may cost, how many.
+
+        In this order, so that a call that ends is never missing from both sums.
+        """
+        assert self._map is not None
+        _CELL.pack_into(self._map, _FIRST + cell * _STRIDE, charged, in_flight, calls)
+
+    def read(self, cell: int) -> tuple[int, int, int]:
+        """What `note` wrote."""
+        assert self._map is not None
+        charged, in_flight, calls = _CELL.unpack_from(self._map, _FIRST + cell * _STRIDE)
+        return charged, in_flight, calls
+
+    def lost(self) -> None:
+        """The store's file was deleted or replaced, perhaps with all that lay beside it: write another one."""
+        if self._map is not None and not self.path.exists():
+            with contextlib.suppress(OSError, ValueError):
+                self._open(bytes(self._map))
+
+    def close(self, delete: bool) -> None:
+        """Use it no more; deleted when nothing of what was drawn is left."""
+        self._map = None  # not closed: a late note must not fail
+        if delete:
+            remove(self.path)
+
+    def _open(self, content: bytes | None = None) -> None:
+        private.make_file(self.path)
+        private.check(self.path)
+        handle = os.open(self.path, os.O_RDWR)
+        try:
+            # Written, not only made longer: a full disk must fail here, and not when memory is written to.
+            os.write(handle, content or _header().ljust(_SIZE, b"\0"))
+            self._map = mmap.mmap(handle, _SIZE)
+        finally:
+            os.close(handle)
+
+
+def place(path: str, owner: str) -> Path:
+    """Where a process's cells are."""
+    return Path(f"{path}-{owner}.drawn")
+
+
+def left_by(path: str, owner: str) -> dict[int, tuple[int, int, int]] | None:
+    """What a process left in its cells; None when that says nothing."""
+    file = place(path, owner)
+    try:
+        private.check(file)
+        content = file.read_bytes()
+        magic, boot, began = _HEADER.unpack_from(content)
+        if magic != _MAGIC or len(content) < _SIZE or not _this_boot(boot, began):
+            return None
+    except (OSError, struct.error):
+        return None
+    return {cell: _CELL.unpack_from(content, _FIRST + cell * _STRIDE) for cell in range(CELLS)}
+
+
+def remove(file: Path) -> None:
+    """Delete a file of cells."""
+    with contextlib.suppress(OSError):
+        file.unlink()
+
+
+def _header() -> bytes:
+    return _HEADER.pack(_MAGIC, _boot(), time.time() - time.monotonic())
+
+
+def _boot() -> bytes:
+    """The machine's id of this boot; empty where it tells none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()[:40]
+    except OSError:
+        return b""
+
+
+def _this_boot(boot: bytes, began: float) -> bool:
+    now = _boot()
+    if now:
+        return boot.rstrip(b"\0") == now
+    return isclose(began, time.time() - time.monotonic(), abs_tol=_SAME_BOOT)
