@@ -21,6 +21,7 @@ from dspy_prod import Budget, Cache, CircuitBreaker, RateLimit, Retry
 from dspy_prod.testing import Provider
 from tests.chaos.workload import FAULTS, Workload, faulty, settle_down
 from tests.e2e.support import CHEAP, MODEL, PRICES, fresh_memory, make_lm, until
+from tests.stopwatch import Stopwatch
 
 POLICIES: dict[str, Any] = {
     "retry": Retry(attempts=3, backoff=0.01, max_backoff=0.05),
@@ -29,9 +30,6 @@ POLICIES: dict[str, Any] = {
     "budget": Budget(usd=1000),
     "cache": Cache(max_entries=300),
 }
-
-EARLY = ("cancelled", "abandoned", "DeadlineExceededError", "LMTimeoutError", "CircuitOpenError", "RateLimitedError")
-"""Ends of calls that had not the time to be answered, or were left."""
 
 
 @pytest.fixture
@@ -99,17 +97,18 @@ def test_chaos_leaves_nothing_behind(
     settle_down(lm, providers)
     before = threading.active_count()
     work = Workload(lm, calls, seed=3, loops=loops)
-    work.run(90)
+    with Stopwatch() as took:
+        work.run(90)
     settle_down(lm, providers)
     until(lambda: threading.active_count() <= before, timeout=10, what="ending the threads")
     # Of the calls that had the time, nearly all are answered, by a retry or the fallback. How many have it is up to the
-    # machine (72 % of all are answered on an idle one, 61 % beside six others that want its two cores): a share of all
-    # calls would either say little or fail when it is busy. A tenth of all is enough for the rest to mean something.
-    # On a busy one attempts time out that would not else, which opens circuits and keeps others in line.
+    # machine: on one that has other things to do, attempts time out that would not else, which opens circuits and keeps
+    # others in line. There, a tenth of all is enough for the rest to mean something.
     answered = work.outcomes["answer"] + work.outcomes["stream"]
-    ended = sum(work.outcomes[early] for early in EARLY)
-    assert answered > 0.9 * (calls - ended), work.outcomes
+    ended = sum(work.outcomes[early] for early in ("cancelled", "abandoned", "DeadlineExceededError", "LMTimeoutError"))
     assert answered > calls / 10, work.outcomes
+    if took.lost < took.wall / 20:
+        assert answered > 0.9 * (calls - ended), work.outcomes
     assert work.outcomes["cancelled"] > 0
     assert work.outcomes["abandoned"] > 0
     assert_paid_for(lm, sum(provider.bill.nano for provider in providers))

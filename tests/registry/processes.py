@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dspy_prod.registry.published import copies, loading
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 END = "---"
@@ -42,9 +43,7 @@ class MlflowServer:
 
     def __init__(self, database: Path) -> None:
         self.database = database
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self.frozen = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mlflow import MlflowClient
 import dspy_prod
 from dspy_prod import registry
 from dspy_prod.registry.files import write
+from tests.ports import free_port
 from tests.registry.processes import MlflowServer, Other, forget
 from tests.registry.programs import Nested, nested, qa
 from tests.registry.published.test_publish_and_load import sent
@@ -64,9 +64,7 @@ def test_a_real_server_and_then_none(
 
 def nowhere() -> str:
     """The address of a server that is not there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def with_copy(store: str, tmp_path: Path) -> tuple[str, Path]:

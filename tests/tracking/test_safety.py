@@ -22,6 +22,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.tracking import setup
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import until
+from tests.ports import free_port
 from tests.registry.processes import MlflowServer
 from tests.stopwatch import Stopwatch
 from tests.tracking.conftest import EXPERIMENT, assert_same_costs, traces_in
@@ -84,9 +85,7 @@ def mute() -> Iterator[str]:
 
 def nobody() -> str:
     """An address where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def test_nothing_is_lost_at_the_end_of_a_program(uri: str) -> None:
