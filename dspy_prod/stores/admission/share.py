@@ -42,12 +42,26 @@ class Share:
         charged: nano-USD that ended calls cost, since the beginning of the cell.
         live: the calls in flight, by id.
         spent: per account, nano-USD spent when it was looked at last, and `seen` of `charged` among them.
-        taken: calls since it was looked at last; `amount` and `size` are the largest of them in money and tokens.
+        taken: calls since it was looked at last; `amount` and `size` are the largest of them in money and tokens, and
+            `latest` is when the last one came.
         dead: it was charged as abandoned: nothing is admitted from it, and what ends late replaces that charge.
     """
 
     __slots__ = (
-        *("accounts", "amount", "charged", "dead", "hold", "in_flight", "limit", "live", "lot", "money", "note"),
+        *(
+            "accounts",
+            "amount",
+            "charged",
+            "dead",
+            "hold",
+            "in_flight",
+            "latest",
+            "limit",
+            "live",
+            "lot",
+            "money",
+            "note",
+        ),
         *("one", "requests", "seats", "seen", "size", "spent", "taken", "tokens", "until"),
     )
 
@@ -58,7 +72,7 @@ class Share:
         self.accounts = like.accounts
         self.note = note
         self.charged = self.seen = charged
-        self.until = -inf
+        self.until = self.latest = -inf
         self.money = self.in_flight = 0
         self.requests = self.tokens = self.seats = 0
         self.one: Debit | None = None
@@ -86,6 +100,7 @@ class Share:
         if amount > self.amount:
             self.amount = amount
         self.taken += 1
+        self.latest = now
         self.money -= amount
         self.in_flight += amount
         live = self.live

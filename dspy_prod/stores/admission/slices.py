@@ -124,11 +124,13 @@ class RequestPacer:
         return nominal
 
     def refund(self, nominal: float) -> bool:
-        """Forget a call that was not sent after all; False if it has left the log."""
+        """Forget a call that was not sent after all; False if it has left the log, or the slice."""
         log = self._log
         for at in range(len(log) - 1, -1, -1):
             group = log[at]
             if group[1] <= nominal:
+                if nominal + self.span <= group[2]:  # it is not among those of the group that still count
+                    return False
                 group[0] -= 1
                 self._count -= 1
                 if not group[0]:

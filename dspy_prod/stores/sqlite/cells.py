@@ -8,10 +8,12 @@ when the file is gone, whatever the process had drawn counts as used.
 from __future__ import annotations
 
 import contextlib
+import glob
 import mmap
 import os
 import struct
 import time
+from collections.abc import Collection
 from math import isclose
 from pathlib import Path
 from typing import Final
@@ -48,9 +50,9 @@ class Cells:
 
         What it said last stays, for `Share` counts on from there.
         """
-        if self._map is None:
+        if self._map is None or not self.path.exists():
             try:
-                self._open()
+                self._open(None if self._map is None else bytes(self._map))
             except (OSError, ValueError):
                 return None
         return self._free.pop() if self._free else None
@@ -72,6 +74,11 @@ class Cells:
         assert self._map is not None
         charged, in_flight, calls = _CELL.unpack_from(self._map, _FIRST + cell * _STRIDE)
         return charged, in_flight, calls
+
+    def forget(self) -> None:
+        """All of them were read by others, and count no more."""
+        self._map = None
+        self._free = list(range(CELLS - 1, -1, -1))
 
     def lost(self) -> None:
         """The store's file was deleted or replaced, perhaps with all that lay beside it: write another one."""
@@ -114,6 +121,13 @@ def left_by(path: str, owner: str) -> dict[int, tuple[int, int, int]] | None:
     except (OSError, struct.error):
         return None
     return {cell: _CELL.unpack_from(content, _FIRST + cell * _STRIDE) for cell in range(CELLS)}
+
+
+def orphans(path: str, owners: Collection[str]) -> list[Path]:
+    """The cells of processes that hold nothing: they died before they did, or after all was given back."""
+    store = Path(path)
+    known = {place(path, owner).name for owner in owners}
+    return [file for file in store.parent.glob(f"{glob.escape(store.name)}-*.drawn") if file.name not in known]
 
 
 def remove(file: Path) -> None:

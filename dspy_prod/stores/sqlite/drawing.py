@@ -81,6 +81,7 @@ class Drawing:
         share = self._shares.get(lot) or self._begin(lot, reservation)
         if share is not None:
             share.taken += 1
+            share.latest = now
             share.amount = max(share.amount, reservation.amount)
             share.size = max(share.size, reservation.tokens)
             share.limit, share.accounts = reservation.limit, reservation.accounts
@@ -108,11 +109,9 @@ class Drawing:
             for share in self._shares.values():
                 share.close()
                 share.dead, share.note = True, _forget
-                if share.hold.drawn is not None:
-                    self._cells.leave(share.hold.drawn.cell)
             self._shares.clear()
         self._unused.clear()
-        self._cells.lost()
+        self._cells.forget()
 
     def moved(self) -> None:
         """The file was deleted or replaced."""
@@ -147,13 +146,14 @@ class Drawing:
             folded = folded or wanted
             if wanted or end or self._over(share) or not self._kept_up(share, now):
                 self._fold(share, now)
+            self._keep_seats(share, now)
         if folded:
             core.serve(now)
         self._after(self._note_spent)
 
     def _kept_up(self, share: Share, now: float) -> bool:
         """Fill a share up if its calls need it; False where it is not used, or too little is left for it."""
-        if not share.taken:
+        if not share.taken or now - share.latest > AHEAD:
             return now < share.until
         return not self._low(share, now) or self._fill(share, now)
 
@@ -235,6 +235,17 @@ class Drawing:
             share.seats += seats
             share.money += money
             share.until = until
+
+    def _keep_seats(self, share: Share, now: float) -> None:
+        """Calls in flight hold their seats as long as the process lives."""
+        hold, part, key = share.hold, share.hold.drawn, share.hold.limit_key
+        if part is None or key is None or not part.seats or part.end - now > self._lease / 2:
+            return
+        limiter = self._core.known_limiter(key, now)
+        if limiter is not None:
+            self._changes.resize(hold)
+            self._renew(hold, limiter, now, 0)
+            self._changes.limiters.add(key)
 
     def _renew(self, hold: Hold, limiter: LimiterState, now: float, more: int) -> None:
         """Keep the seats that the process has, and take some more."""

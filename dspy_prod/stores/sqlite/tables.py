@@ -19,7 +19,7 @@ from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.sqlite.answers import CacheTable
-from dspy_prod.stores.sqlite.cells import left_by, place, remove
+from dspy_prod.stores.sqlite.cells import left_by, orphans, place, remove
 from dspy_prod.stores.sqlite.file import File
 from dspy_prod.stores.sqlite.ledger import LedgerTables
 from dspy_prod.stores.sqlite.rows import (
@@ -218,6 +218,9 @@ class Tables(File):
         done = [self.cache.purge(now, most)]
         for sql, before in ((SWEEP_ACCOUNTS, now - PRUNE_AFTER), (SWEEP_ABANDONED, now - KEEP_ABANDONED)):
             done.append(self.connection.execute(sql, (self.ns, before, most)).rowcount)
+        owners = self.connection.execute("SELECT owner FROM owners").fetchall()
+        for file in orphans(self.path, {owner for (owner,) in owners}):
+            remove(file)
         return max(done) >= most
 
     # -- writing back --------------------------------------------------------------------------------------------------
