@@ -16,6 +16,7 @@ from dspy_prod.stores.admission.holds import Backing, Changes, Hold
 from dspy_prod.stores.admission.limiter import Debit, LimiterState
 from dspy_prod.stores.admission.line import WaitingLine
 from dspy_prod.stores.admission.terms import TermsBook
+from dspy_prod.stores.admission.turns import FRESH
 from dspy_prod.stores.base import (
     GRANTED,
     REFUSED,
@@ -41,6 +42,7 @@ class Granting:
 
     def __init__(self, backing: Backing | None = None) -> None:
         self._backing = backing
+        self._process = "" if backing is None else backing.owner
         self.changes: Changes | None = None if backing is None else Changes()
         self.accounts = AccountBook(None if backing is None else backing.load_account)
         self.terms = TermsBook(None if backing is None else backing.load_terms)
@@ -92,6 +94,12 @@ class Granting:
                 else:
                     self._timers[key] = ready
                 return ""
+            if limiter.turns:
+                if limiter.turns.belongs_to_another(self._process, reservation.priority, now):
+                    reservation.blocked_on = "concurrency" if limiter.limit.concurrency is not None else "requests"
+                    self._timers[key] = now + FRESH / 2  # should they not come
+                    return ""
+                limiter.turns.taken(self._process, reservation.priority)
             debit = limiter.take(now, reservation.tokens, reservation.lease)
             reservation.granted_at = now
             if self.changes is not None and shared(limiter.limit):
@@ -170,6 +178,16 @@ class Granting:
         if line is None:
             line = self._parked[key] = WaitingLine()
         line.push(reservation)
+
+    def take_turns(self, now: float) -> None:
+        """Say to the other processes for which limiters somebody waits here, and for which nobody does any more."""
+        assert self.changes is not None
+        for key, line in self._lines.items():
+            state, head = self._limiters.get(key), line.head()
+            if state is not None and shared(state.limit):
+                turns = state.turns
+                if turns.leave(self._process) if head is None else turns.wait(self._process, head.priority, now):
+                    self.changes.limiters.add(key)
 
     def _serve_limiter(self, key: str, now: float) -> None:
         line = self._lines.get(key)

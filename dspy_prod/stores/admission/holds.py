@@ -55,7 +55,13 @@ class Hold:
 
 
 class Backing(Protocol):
-    """Where a durable store's core finds state that it does not have in memory."""
+    """Where a durable store's core finds state that it does not have in memory.
+
+    Attributes:
+        owner: this process's id.
+    """
+
+    owner: str
 
     def load_account(self, key: str) -> AccountState | None: ...
 

@@ -149,6 +149,7 @@ class LimiterState(Turnstile):
     def dump(self) -> bytes:
         """Everything as JSON, for a row that processes share."""
         parts = [self._window.dump(), self._seats.dump(), self._feedback.dump(), self._pacing.dump()]
+        parts.append(self.turns.dump())
         return orjson.dumps([_VERSION, self._now, self._seq, *parts])
 
     @classmethod
@@ -162,10 +163,11 @@ class LimiterState(Turnstile):
         if not isinstance(row, list) or not row or row[0] != _VERSION:
             raise ValueError("not a limiter state of this version")
         state = cls(limit, row[1])
-        _, _, state._seq, slots, seats, feedback, pacing = row
+        _, _, state._seq, slots, seats, feedback, pacing, turns = row
         state._window.restore(*slots)
         state._seats.restore(seats)
         state._feedback.restore(*feedback)
         state._tune()
         state._pacing.restore(*pacing)
+        state.turns.restore(turns)
         return state

@@ -12,6 +12,7 @@ from typing import Final
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.feedback import Feedback
 from dspy_prod.stores.admission.pacing import Pacing
+from dspy_prod.stores.admission.turns import Turns
 from dspy_prod.stores.admission.window import MINUTE, Seats, Window
 
 Debit = tuple[int, int, float, float, int, int]
@@ -38,6 +39,7 @@ class Turnstile:
         "_window",
         "blocked_on",
         "limit",
+        "turns",
     )
 
     def __init__(self, limit: RateLimit, now: float) -> None:
@@ -49,6 +51,7 @@ class Turnstile:
         self._pacing = Pacing()
         self.blocked_on = ""
         self.limit = limit
+        self.turns = Turns()
         self._tune()
 
     # -- settings ----------------------------------------------------------------------------------------------------

@@ -192,6 +192,7 @@ class Transactions:
                 operation(self, one, other, now)
             index = -1
             self.drawing.balance(now, self.stopping)
+            core.take_turns(now)
             if probing:
                 tables.probe(now)
             self._write(now)
