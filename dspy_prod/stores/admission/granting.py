@@ -265,10 +265,10 @@ class Granting:
             if state is not None:
                 state.reconfigure(limit, now)
             else:
-                state = self._load_limiter(key, limit) or LimiterState(limit, now)
+                state = self._load_limiter(key, limit, now) or LimiterState(limit, now)
             self._limiters[key] = state
         elif state.limit != limit:  # a copy with other settings: each is held to its own
-            stored = None if shared(state.limit) else self._load_limiter(key, limit)
+            stored = None if shared(state.limit) else self._load_limiter(key, limit, now)
             if stored is None:
                 state.reconfigure(limit, now)
             else:  # what all processes counted replaces what this one reacted to, but for a pause
@@ -284,20 +284,20 @@ class Granting:
 
     def _visit_limiter(self, key: str, now: float) -> LimiterState | None:
         """A limiter that no reservation of this process has used yet, with the settings it was last used with."""
-        state = self._load_limiter(key, None)
+        state = self._load_limiter(key, None, now)
         if state is not None:
             self._guests[key] = state
         return state
 
-    def _load_limiter(self, key: str, limit: RateLimit | None) -> LimiterState | None:
+    def _load_limiter(self, key: str, limit: RateLimit | None, now: float) -> LimiterState | None:
         if self._backing is None or (limit is not None and not shared(limit)):
             return None
         stored = self._backing.load_limiter(key)
         if stored is None:
             return None
         try:
-            return LimiterState.load(stored[0], limit or stored[1])
-        except ValueError:  # written by another version: start afresh, for it describes one minute only
+            return LimiterState.load(stored[0], limit or stored[1], now)
+        except ValueError:  # of another version, or of another time: start afresh, for it describes one minute only
             return None
 
 

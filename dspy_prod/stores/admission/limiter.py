@@ -18,6 +18,8 @@ from dspy_prod.stores.admission.turnstile import DRAWN, Debit, Turnstile
 from dspy_prod.stores.admission.window import AHEAD
 from dspy_prod.stores.base import LimiterSnapshot
 
+FUTURE: Final = 60.0
+"""Seconds from which on a state counts as one from the future: it would keep everybody waiting until then."""
 _VERSION: Final = 4
 
 __all__ = ["DRAWN", "Debit", "LimiterState"]
@@ -153,15 +155,17 @@ class LimiterState(Turnstile):
         return orjson.dumps([_VERSION, self._now, self._seq, *parts])
 
     @classmethod
-    def load(cls, data: bytes, limit: RateLimit) -> LimiterState:
+    def load(cls, data: bytes, limit: RateLimit, now: float = inf) -> LimiterState:
         """The state that was dumped, under `limit`.
 
         Raises:
-            ValueError: the data is not a dump of this version.
+            ValueError: the data is not a dump of this version, or comes from more than `FUTURE` seconds after `now`.
         """
         row: Any = orjson.loads(data)
         if not isinstance(row, list) or not row or row[0] != _VERSION:
             raise ValueError("not a limiter state of this version")
+        if row[1] > now + FUTURE:
+            raise ValueError("a limiter state from the future")
         state = cls(limit, row[1])
         _, _, state._seq, slots, seats, feedback, pacing, turns = row
         state._window.restore(*slots)

@@ -12,24 +12,22 @@ import glob
 import mmap
 import os
 import struct
-import time
 from collections.abc import Collection
-from math import isclose
 from pathlib import Path
 from typing import Final
 
 from dspy_prod.runtime import private
+from dspy_prod.runtime.boot import boot, is_this_boot
 
 CELLS: Final = 64
 """Shares that a process may have at once."""
 
-_HEADER: Final = struct.Struct("<8s40sd")
+_HEADER: Final = struct.Struct("<8s40s")
 _MAGIC: Final = b"dspyprod"
 _FIRST: Final = 64
 _CELL: Final = struct.Struct("<qqq")
 _STRIDE: Final = 32
 _SIZE: Final = _FIRST + CELLS * _STRIDE
-_SAME_BOOT: Final = 60.0
 
 
 class Cells:
@@ -115,10 +113,10 @@ def left_by(path: str, owner: str) -> dict[int, tuple[int, int, int]] | None:
     try:
         private.check(file)
         content = file.read_bytes()
-        magic, boot, began = _HEADER.unpack_from(content)
-        if magic != _MAGIC or len(content) < _SIZE or not _this_boot(boot, began):
+        magic, run = _HEADER.unpack_from(content)
+        if magic != _MAGIC or len(content) < _SIZE or not is_this_boot(run.rstrip(b"\0").decode()):
             return None
-    except (OSError, struct.error):
+    except (OSError, ValueError, struct.error):
         return None
     return {cell: _CELL.unpack_from(content, _FIRST + cell * _STRIDE) for cell in range(CELLS)}
 
@@ -137,19 +135,4 @@ def remove(file: Path) -> None:
 
 
 def _header() -> bytes:
-    return _HEADER.pack(_MAGIC, _boot(), time.time() - time.monotonic())
-
-
-def _boot() -> bytes:
-    """The machine's id of this boot; empty where it tells none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()[:40]
-    except OSError:
-        return b""
-
-
-def _this_boot(boot: bytes, began: float) -> bool:
-    now = _boot()
-    if now:
-        return boot.rstrip(b"\0") == now
-    return isclose(began, time.time() - time.monotonic(), abs_tol=_SAME_BOOT)
+    return _HEADER.pack(_MAGIC, boot().encode()[:40])

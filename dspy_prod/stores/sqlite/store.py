@@ -48,6 +48,7 @@ from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners,
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables
+from dspy_prod.stores.sqlite.timing import StoreTime
 from dspy_prod.stores.sqlite.transactions import Transactions
 from dspy_prod.stores.sqlite.writer import Writer
 
@@ -66,7 +67,7 @@ class SqliteStore:
     Args:
         path: the file; made, with its directory, when missing, and readable by its owner only.
         namespace: keeps programs that share a file apart.
-        clock: store time is `clock.time()`, the wall clock that processes have in common.
+        clock: store time begins with `clock.time()` and goes on with `clock.monotonic()`, see `StoreTime`.
         lease: seconds after which the holds of a process that died are charged; a live one renews its lease.
         synchronous: SQLite's setting. `"NORMAL"` survives the death of a process, `"FULL"` also that of the machine.
         max_records: the ledger keeps about this many newest records, None all of them; sums are kept for all.
@@ -89,11 +90,11 @@ class SqliteStore:
     ) -> None:
         self._path = os.path.abspath(os.path.expanduser(path))
         self._namespace = namespace
-        self._clock = clock
+        self._time = StoreTime(clock)
         self._lease = lease
         self._synchronous = synchronous
         self._max_records = max_records
-        self.now: Callable[[], float] = clock.time
+        self.now: Callable[[], float] = self._time.time
         self._listeners = Listeners(on_problem)
         self._terms = KnownTerms()
         self._start()
@@ -111,8 +112,9 @@ class SqliteStore:
             uuid.uuid4().hex,
             synchronous=self._synchronous,
             max_records=self._max_records,
+            timing=self._time,
         )
-        self._writer = Writer(tables, self._clock, self._lease, self._listeners, self._terms)
+        self._writer = Writer(tables, self._time, self._lease, self._listeners, self._terms)
         self._local = self._writer.local
         self._drawn = self._writer.drawn
         self._mailbox = Mailbox(self._writer)

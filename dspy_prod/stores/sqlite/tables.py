@@ -34,6 +34,7 @@ from dspy_prod.stores.sqlite.rows import (
     terms_row,
 )
 from dspy_prod.stores.sqlite.schema import create, is_environment, patiently
+from dspy_prod.stores.sqlite.timing import StoreTime
 
 PUT_ACCOUNT: Final = (
     "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "
@@ -72,9 +73,19 @@ class Tables(File):
     Every method may raise `sqlite3.Error`, `OSError` or `StoreUnavailableError`. Not thread-safe.
     """
 
-    def __init__(self, path: str, namespace: str, owner: str, *, synchronous: str, max_records: int | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        namespace: str,
+        owner: str,
+        *,
+        synchronous: str,
+        max_records: int | None,
+        timing: StoreTime | None = None,
+    ) -> None:
         super().__init__(path, namespace, synchronous=synchronous)
         self.owner = owner
+        self._timing = timing
         self.left: list[str] = []  # owners that hold nothing any more
         self._version = -1
         self._settings: dict[str, tuple[RateLimit, str]] = {}
@@ -88,6 +99,8 @@ class Tables(File):
             create(self.path)
             connection = super().open()
             try:
+                if self._timing is not None:
+                    self._timing.agree(connection)
                 connection.execute("PRAGMA busy_timeout=0")  # the writer waits in its own, finer steps
                 self._version = -1
                 self.ledger.attach(connection, self.ns)
