@@ -105,6 +105,8 @@ class Reservation:
         granted_at: store time of the grant.
         spent: per account, nano-USD spent at the grant, without what is held.
         seq: its place among those that wait, given by the store.
+        share: what it was granted from, where a durable store holds for several calls at once.
+        debit: what it took of the limiter's part of that share.
     """
 
     id: str
@@ -125,6 +127,8 @@ class Reservation:
     spent: tuple[int, ...] = ()
     seq: int = 0
     wake: Callable[[], None] | None = None
+    share: object = None
+    debit: tuple[int, int, float, float, int, int] | None = None
 
     def attach(self, wake: Callable[[], None]) -> bool:
         """Register the callback; False when the reservation is decided already (the callback may then never run)."""
@@ -165,6 +169,16 @@ class LimiterSnapshot(NamedTuple):
     waiting: int
     paused_for: float
     rate_factor: float
+
+    def with_free(self, requests: int, tokens: int, seats: int) -> LimiterSnapshot:
+        """The same, where so much more is free."""
+        left, most = self.requests_available, self.requests_max
+        size, largest = self.tokens_available, self.tokens_max
+        return self._replace(
+            requests_available=left if left is None or most is None else min(most, left + requests),
+            tokens_available=size if size is None or largest is None else min(largest, size + tokens),
+            in_flight=max(0, self.in_flight - seats),
+        )
 
 
 class CachedAnswer(NamedTuple):

@@ -14,6 +14,7 @@ import pytest
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.stores.base import GRANTED, PENDING, Account, Reservation, Store, Terms
+from dspy_prod.stores.sqlite.drawn import Drawn
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.transactions import Transactions
@@ -240,7 +241,10 @@ def test_who_said_the_terms_finds_them_in_force_when_he_is_answered() -> None:
     told: Future[Any] = Future()
     with TemporaryDirectory() as directory:
         tables = Tables(f"{directory}/state.db", "test", "owner", synchronous="NORMAL", max_records=None)
-        transactions = Transactions(tables, FakeClock(), 30.0, lambda *_: None, lambda _: heard.append(told.done()))
+        clock = FakeClock()
+        transactions = Transactions(
+            tables, clock, 30.0, lambda *_: None, lambda _: heard.append(told.done()), Drawn(clock.time)
+        )
         steer = (Transactions.answer, told, lambda core, _, now: core.steer(ONE, now))
         transactions.run([steer], lambda _: None)
         for callback in transactions.after:

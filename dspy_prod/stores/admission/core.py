@@ -7,6 +7,7 @@ this same code; it is the reference for any other store. How a reservation is gr
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import inf
 from typing import Final
 
@@ -20,6 +21,7 @@ from dspy_prod.stores.base import (
     PENDING,
     REFUSED,
     WITHDRAWN,
+    Account,
     AccountState,
     LimiterSnapshot,
     Refusal,
@@ -79,7 +81,7 @@ class AdmissionCore(Durable):
                 return inf, no_money(account, limit, state, reservation.amount)
         if reservation.limit_key is None or reservation.limit is None:
             return 0.0, None
-        limiter = self._limiter(reservation.limit_key, reservation.limit, now)
+        limiter = self.limiter_for(reservation.limit_key, reservation.limit, now)
         line = self._lines.get(reservation.limit_key)
         if not line:
             return max(0.0, limiter.ready_at(now, reservation.tokens) - now), None
@@ -112,7 +114,7 @@ class AdmissionCore(Durable):
         hold = self.holds.get(reservation.id)
         if hold is None or hold.debit is None or reservation.limit_key is None or reservation.limit is None:
             return
-        hold.debit = self._limiter(reservation.limit_key, reservation.limit, at).sent_late(hold.debit, at)
+        hold.debit = self.limiter_for(reservation.limit_key, reservation.limit, at).sent_late(hold.debit, at)
         if self.changes is not None:
             self.changes.limiters.add(reservation.limit_key)
 
@@ -125,17 +127,21 @@ class AdmissionCore(Durable):
             return
         if self.changes is not None:
             self.changes.end(hold)
-        self._finish(hold, done, now)
+        self.finish(hold, done, now)
 
-    def _finish(self, hold: Hold, done: Settlement, now: float) -> None:
+    def finish(self, hold: Hold, done: Settlement, now: float) -> None:
+        """Charge a hold that has ended, give back what its call did not use, and serve who waits for that."""
         self.accounts.charge(hold.accounts, hold.amount, done.cost or 0, done.estimated)
         if done.record is not None:
             self.appended.append(done.record)
         key = hold.limit_key
-        if key is not None and hold.debit is not None:
-            limiter = self._limiters.get(key) or self.limiter_state(key) or self._visit_limiter(key, now)
+        if key is not None and (hold.debit is not None or hold.drawn is not None):
+            limiter = self.known_limiter(key, now)
             if limiter is not None:
-                limiter.give_back(hold.debit, now=now, used=done.tokens, sent=done.sent)
+                if hold.debit is not None:
+                    limiter.give_back(hold.debit, now=now, used=done.tokens, sent=done.sent)
+                elif hold.drawn is not None:
+                    limiter.leave_seats(hold.drawn.end, hold.drawn.seats)
                 if self.changes is not None or key in self._lines:
                     self._touch_limiter(key, now)
         if self._parked:
@@ -145,7 +151,7 @@ class AdmissionCore(Durable):
     def correct(self, record: CallRecord, cost: int, now: float) -> CallRecord:
         """The record with its true cost; the accounts it charged are mended."""
         mended = record._replace(cost_nano=cost, estimated=False)
-        self._take_abandoned(record.id)  # a settlement that still comes does not overrule the correction
+        self.take_abandoned(record.id)  # a settlement that still comes does not overrule the correction
         self.accounts.mend(record.accounts, record.cost_nano or 0, record.estimated, cost, False)
         for key in record.accounts:
             self._serve_account(key, now)
@@ -153,12 +159,12 @@ class AdmissionCore(Durable):
 
     def throttled(self, key: str, limit: RateLimit, retry_after: float | None, now: float) -> None:
         """The provider answered 429."""
-        self._limiter(key, limit, now).throttled(now, retry_after)
+        self.limiter_for(key, limit, now).throttled(now, retry_after)
         self._touch_limiter(key, now)
 
     def resync(self, key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]], now: float) -> None:
         """The provider told what is left of its limits."""
-        self._limiter(key, limit, now).resync(now, remaining)
+        self.limiter_for(key, limit, now).resync(now, remaining)
         self._touch_limiter(key, now)
 
     def lift(self, key: str, now: float) -> bool:
@@ -209,14 +215,27 @@ class AdmissionCore(Durable):
                 self.changes.reaped.append(hold.id)
             else:
                 self.changes.end(hold)
-            self.changes.abandoned[hold.id] = hold
+            self.changes.abandoned[hold.id] = hold  # at `owed`, see below
         else:
             while len(self._abandoned) >= MAX_ABANDONED:
                 del self._abandoned[next(iter(self._abandoned))]
             self._abandoned[hold.id] = hold
-        stub = hold.stub
-        record = None if stub is None else stub._replace(outcome="abandoned", cost_nano=hold.amount, estimated=True)
-        self._finish(hold, Settlement(hold.id, hold.amount, None, True, True, record), now)
+        owed = hold.amount if hold.owed is None else hold.owed
+        stub = hold.stub if owed or hold.drawn is None else None
+        record = None if stub is None else stub._replace(outcome="abandoned", cost_nano=owed, estimated=True)
+        self.finish(hold, Settlement(hold.id, owed, None, True, True, record), now)
+        hold.amount = owed
+
+    def waits(self, limit_key: str | None, accounts: Iterable[str]) -> bool:
+        """Whether anybody waits for this limiter, or for money of one of these accounts."""
+        if limit_key is not None and self._lines.get(limit_key):
+            return True
+        return bool(self._parked) and any(key in self._parked for key in accounts)
+
+    def left(self, account: Account) -> int:
+        """Nano-USD of a budget that are neither spent nor held."""
+        entry = self.accounts.get(account.key)
+        return self.terms.limit(account) - entry.spent - entry.held
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def account(self, key: str) -> AccountState:
@@ -251,7 +270,7 @@ class AdmissionCore(Durable):
         self._timers.clear()
 
     def _settle_late(self, done: Settlement, now: float) -> None:
-        hold = self._take_abandoned(done.id)
+        hold = self.take_abandoned(done.id)
         if hold is None:
             return
         self.accounts.mend(hold.accounts, hold.amount, True, done.cost or 0, done.estimated)
@@ -263,7 +282,7 @@ class AdmissionCore(Durable):
         for key in hold.accounts:
             self._serve_account(key, now)
 
-    def _take_abandoned(self, id: str) -> Hold | None:
+    def take_abandoned(self, id: str) -> Hold | None:
         """The abandoned hold with this id, which then is no longer one."""
         if self.changes is None:
             return self._abandoned.pop(id, None)

@@ -55,6 +55,7 @@ class Durable(Granting):
         """Return to what was last committed, because this batch could not be; the reservations it had decided."""
         changes = self.changes
         assert changes is not None
+        changes.undo()
         for id in changes.added:
             self.holds.pop(id, None)
         self.holds.update(changes.removed)

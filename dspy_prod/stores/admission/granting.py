@@ -16,6 +16,7 @@ from dspy_prod.stores.admission.holds import Backing, Changes, Hold
 from dspy_prod.stores.admission.limiter import Debit, LimiterState
 from dspy_prod.stores.admission.line import WaitingLine
 from dspy_prod.stores.admission.terms import TermsBook
+from dspy_prod.stores.admission.turns import FRESH
 from dspy_prod.stores.base import (
     GRANTED,
     REFUSED,
@@ -41,6 +42,7 @@ class Granting:
 
     def __init__(self, backing: Backing | None = None) -> None:
         self._backing = backing
+        self._process = "" if backing is None else backing.owner
         self.changes: Changes | None = None if backing is None else Changes()
         self.accounts = AccountBook(None if backing is None else backing.load_account)
         self.terms = TermsBook(None if backing is None else backing.load_terms)
@@ -83,7 +85,7 @@ class Granting:
         debit: Debit | None = None
         if key is not None:
             assert reservation.limit is not None
-            limiter = self._limiter(key, reservation.limit, now)
+            limiter = self.limiter_for(key, reservation.limit, now)
             ready = limiter.ready_at(now, reservation.tokens)
             if ready > now:
                 reservation.blocked_on = limiter.blocked_on
@@ -92,6 +94,12 @@ class Granting:
                 else:
                     self._timers[key] = ready
                 return ""
+            if limiter.turns:
+                if limiter.turns.belongs_to_another(self._process, reservation.priority, now):
+                    reservation.blocked_on = "concurrency" if limiter.limit.concurrency is not None else "requests"
+                    self._timers[key] = now + FRESH / 2  # should they not come
+                    return ""
+                limiter.turns.taken(self._process, reservation.priority)
             debit = limiter.take(now, reservation.tokens, reservation.lease)
             reservation.granted_at = now
             if self.changes is not None and shared(limiter.limit):
@@ -141,7 +149,7 @@ class Granting:
     def _refuse_for_time(self, reservation: Reservation, now: float) -> bool:
         assert reservation.limit_key is not None
         assert reservation.limit is not None
-        limiter = self._limiter(reservation.limit_key, reservation.limit, now)
+        limiter = self.limiter_for(reservation.limit_key, reservation.limit, now)
         line = self._lines.get(reservation.limit_key)
         ahead = line.ahead_of(reservation) if line is not None and not reservation.fair else 0
         earliest = limiter.earliest(now, reservation.tokens, ahead)
@@ -170,6 +178,16 @@ class Granting:
         if line is None:
             line = self._parked[key] = WaitingLine()
         line.push(reservation)
+
+    def take_turns(self, now: float) -> None:
+        """Say to the other processes for which limiters somebody waits here, and for which nobody does any more."""
+        assert self.changes is not None
+        for key, line in self._lines.items():
+            state, head = self._limiters.get(key), line.head()
+            if state is not None and shared(state.limit):
+                turns = state.turns
+                if turns.leave(self._process) if head is None else turns.wait(self._process, head.priority, now):
+                    self.changes.limiters.add(key)
 
     def _serve_limiter(self, key: str, now: float) -> None:
         line = self._lines.get(key)
@@ -233,7 +251,8 @@ class Granting:
         """The limiter itself, for a durable store to write back."""
         return self._limiters.get(key) or self._guests.get(key)
 
-    def _limiter(self, key: str, limit: RateLimit, now: float) -> LimiterState:
+    def limiter_for(self, key: str, limit: RateLimit, now: float) -> LimiterState:
+        """The limiter of a key, under the settings of who uses it now."""
         state = self._limiters.get(key)
         if state is not None and state.limit is limit:
             return state
@@ -246,10 +265,10 @@ class Granting:
             if state is not None:
                 state.reconfigure(limit, now)
             else:
-                state = self._load_limiter(key, limit) or LimiterState(limit, now)
+                state = self._load_limiter(key, limit, now) or LimiterState(limit, now)
             self._limiters[key] = state
         elif state.limit != limit:  # a copy with other settings: each is held to its own
-            stored = None if shared(state.limit) else self._load_limiter(key, limit)
+            stored = None if shared(state.limit) else self._load_limiter(key, limit, now)
             if stored is None:
                 state.reconfigure(limit, now)
             else:  # what all processes counted replaces what this one reacted to, but for a pause
@@ -259,22 +278,26 @@ class Granting:
                     state.throttled(now, paused_for)
         return state
 
+    def known_limiter(self, key: str, now: float) -> LimiterState | None:
+        """A limiter that was used before, by whichever process."""
+        return self._limiters.get(key) or self._guests.get(key) or self._visit_limiter(key, now)
+
     def _visit_limiter(self, key: str, now: float) -> LimiterState | None:
         """A limiter that no reservation of this process has used yet, with the settings it was last used with."""
-        state = self._load_limiter(key, None)
+        state = self._load_limiter(key, None, now)
         if state is not None:
             self._guests[key] = state
         return state
 
-    def _load_limiter(self, key: str, limit: RateLimit | None) -> LimiterState | None:
+    def _load_limiter(self, key: str, limit: RateLimit | None, now: float) -> LimiterState | None:
         if self._backing is None or (limit is not None and not shared(limit)):
             return None
         stored = self._backing.load_limiter(key)
         if stored is None:
             return None
         try:
-            return LimiterState.load(stored[0], limit or stored[1])
-        except ValueError:  # written by another version: start afresh, for it describes one minute only
+            return LimiterState.load(stored[0], limit or stored[1], now)
+        except ValueError:  # of another version, or of another time: start afresh, for it describes one minute only
             return None
 
 

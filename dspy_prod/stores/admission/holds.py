@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dspy_prod.options import RateLimit
@@ -13,10 +13,28 @@ from dspy_prod.stores.base import AccountState, Refusal, Reservation, Terms
 
 
 @dataclass(slots=True, eq=False)
-class Hold:
-    """Capacity and money reserved for one attempt until it is settled or its lease ends.
+class Drawn:
+    """What makes a hold one for several calls, see `share.py`.
 
-    `lease_until` is the store time at which its own worker gives it up (`Reservation.lease`).
+    Attributes:
+        cell: where the process notes what of the hold its calls use.
+        written: nano-USD charged from the hold so far, by the count of the cell.
+        seats: seats of the limiter that the process has, in use or not.
+        end: the end of their lease, see `Seats`.
+    """
+
+    cell: int
+    written: int
+    seats: int = 0
+    end: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """Capacity and money reserved for one attempt until it is settled or its lease ends; or drawn for several.
+
+    `lease_until` is the store time at which its own worker gives it up (`Reservation.lease`). `owed` is what its
+    worker owes for it if it is gone, in nano-USD; None: all of it.
     """
 
     id: str
@@ -26,6 +44,8 @@ class Hold:
     debit: Debit | None
     lease_until: float
     _stub: CallRecord | Callable[[], CallRecord] | None
+    drawn: Drawn | None = None
+    owed: int | None = None
 
     @property
     def stub(self) -> CallRecord | None:
@@ -35,7 +55,13 @@ class Hold:
 
 
 class Backing(Protocol):
-    """Where a durable store's core finds state that it does not have in memory."""
+    """Where a durable store's core finds state that it does not have in memory.
+
+    Attributes:
+        owner: this process's id.
+    """
+
+    owner: str
 
     def load_account(self, key: str) -> AccountState | None: ...
 
@@ -57,12 +83,14 @@ class Changes:
         verdicts: reservations decided; their `state` is set only after the commit, for a grant must be durable first.
         limiters: keys of limiters to write back.
         added, removed: holds made and ended; one that was both never touches the disk.
+        resized: holds of several calls that hold more or less than before, each with what it held.
+        undone: what else has to be done if nothing of all this can be written.
         reaped: ids of other processes' holds that ended here.
         abandoned: holds charged in full because their worker is gone; kept for a late settlement.
         forgiven: ids of abandoned holds whose charge was replaced.
     """
 
-    __slots__ = ("abandoned", "added", "forgiven", "limiters", "reaped", "removed", "verdicts")
+    __slots__ = ("abandoned", "added", "forgiven", "limiters", "reaped", "removed", "resized", "undone", "verdicts")
 
     def __init__(self) -> None:
         self.verdicts: list[tuple[Reservation, int, Refusal | None]] = []
@@ -72,6 +100,21 @@ class Changes:
         self.reaped: list[str] = []
         self.abandoned: dict[str, Hold] = {}
         self.forgiven: set[str] = set()
+        self.resized: dict[Hold, tuple[int, Drawn]] = {}
+        self.undone: list[Callable[[], None]] = []
+
+    def resize(self, hold: Hold) -> None:
+        """Note that a hold of several calls is about to hold something else."""
+        if hold not in self.resized:
+            assert hold.drawn is not None
+            self.resized[hold] = hold.amount, replace(hold.drawn)
+
+    def undo(self) -> None:
+        """Holds are again what was last committed."""
+        for hold, (amount, drawn) in self.resized.items():
+            hold.amount, hold.drawn = amount, drawn
+        for undo in self.undone:
+            undo()
 
     def end(self, hold: Hold) -> None:
         """Note that one of this process's holds ended."""
@@ -87,3 +130,5 @@ class Changes:
         self.reaped.clear()
         self.abandoned.clear()
         self.forgiven.clear()
+        self.resized.clear()
+        self.undone.clear()

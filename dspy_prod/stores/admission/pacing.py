@@ -13,6 +13,7 @@ from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.slices import LATENESS, PACE_GUARD, RequestPacer, dumped, restored, shaped
 from dspy_prod.stores.admission.window import MINUTE
 
+MANY: Final = 2**31
 _LEARNING: Final = 0.1
 _MEASURED_SLICE: Final = 0.1  # seconds' worth of a measured rate that may go at once: it was too fast for somebody
 
@@ -42,6 +43,12 @@ class TokenPacer:
         """When a call that reserves `tokens` may go; possibly in the past."""
         early = self.slack - tokens * self.share * self.per_token
         return self.due - early if early > 0 else self.due
+
+    def room(self, now: float, tokens: int) -> int:
+        """How many calls that reserve `tokens` each may go at once without using up a quarter of the slack."""
+        charge = tokens * self.share * self.per_token
+        early = self.slack / 4 - max(0.0, self.due - now)
+        return max(0, floor(early / charge)) if charge > 0 else MANY
 
     def push(self, now: float, tokens: int) -> float:
         """Charge a call sent now; returns the charge in seconds."""
@@ -117,11 +124,31 @@ class Pacing:
 
     def push(self, now: float, tokens: int) -> tuple[float, float]:
         """Record a call sent now; returns its nominal time and its charge, which `give_back` wants."""
-        nominal = 0.0
-        if self._requests is not None:
-            least = -inf if self._second is None else self._second.push(now, self._paces_requests)
-            nominal = self._requests.push(now, self._paces_requests, least)
-        return nominal, 0.0 if self._tokens is None else self._tokens.push(now, tokens)
+        return self._push_request(now), 0.0 if self._tokens is None else self._tokens.push(now, tokens)
+
+    def _push_request(self, now: float) -> float:
+        if self._requests is None:
+            return 0.0
+        least = -inf if self._second is None else self._second.push(now, self._paces_requests)
+        return self._requests.push(now, self._paces_requests, least)
+
+    def room(self, now: float, tokens: int) -> float:
+        """How many calls that reserve `tokens` each may go at once, by less than half of what may go in a slice."""
+        room = inf
+        if self._paces_requests and self._requests is not None:
+            room = min(self._requests.room(now), self._requests.burst // 4)
+            if self._second is not None:
+                room = min(room, self._second.room(now))
+        if self._paces_tokens and self._tokens is not None and tokens:
+            room = min(room, self._tokens.room(now, tokens))
+        return room
+
+    def draw(self, at: float, requests: int, tokens: int) -> tuple[float, float]:
+        """Record so many calls as sent at `at`; returns their nominal time, and the charge of one token."""
+        nominal, charge = self.push(at, tokens)
+        for _ in range(requests - 1):
+            nominal = self._push_request(at)
+        return nominal, charge / tokens if tokens else 0.0
 
     def move(self, nominal: float, now: float) -> float:
         """Date a call from now: it was sent after its time. Returns its new nominal time."""

@@ -68,6 +68,17 @@ class RequestPacer:
         """When the next call may go; possibly in the past."""
         return self._log[0][2] + self.span if self._count >= self.burst else self._passed
 
+    def room(self, now: float) -> int:
+        """How many calls may go at once."""
+        if self._passed > now:
+            return 0
+        free = self.burst - self._count
+        for calls, _, last in self._log:
+            if last + self.span > now:
+                break
+            free += int(calls)
+        return free
+
     def earliest(self, now: float, ahead: int, burst: int, span: float) -> float:
         """When a call behind `ahead` others may go at best, should the bound become `burst` per `span` at once."""
         rounds, place = divmod(ahead, burst)
@@ -113,11 +124,13 @@ class RequestPacer:
         return nominal
 
     def refund(self, nominal: float) -> bool:
-        """Forget a call that was not sent after all; False if it has left the log."""
+        """Forget a call that was not sent after all; False if it has left the log, or the slice."""
         log = self._log
         for at in range(len(log) - 1, -1, -1):
             group = log[at]
             if group[1] <= nominal:
+                if nominal + self.span <= group[2]:  # it is not among those of the group that still count
+                    return False
                 group[0] -= 1
                 self._count -= 1
                 if not group[0]:

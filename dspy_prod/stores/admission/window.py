@@ -7,15 +7,17 @@ caller never lets them go backwards. Terms and bounds: SEMANTICS, "Rate limiter"
 from __future__ import annotations
 
 from collections.abc import Iterable
-from heapq import heapify, heappop, heappush
 from math import ceil, floor, inf
 from typing import Final
 
 MINUTE: Final = 60.0
 SLOT: Final = 0.5
 """Length of a slot in seconds. Whole seconds would cost another 0.8 % of the limit: a slot is only forgotten whole."""
+AHEAD: Final = 0.25
+"""Seconds by which a request may at most be dated ahead, see `LimiterState.draw`."""
+NEVER: Final = -1
+"""The end of a lease that has none."""
 _RECENT: Final = 5.0
-_SLACK: Final = 64
 
 
 class Window:
@@ -36,7 +38,7 @@ class Window:
 
     def __init__(self, guard: float, now: float) -> None:
         self._reach = SLOT + MINUTE + guard  # from the start of a slot to when it is forgotten
-        self._size = ceil(self._reach / SLOT) + 1
+        self._size = ceil((self._reach + AHEAD) / SLOT) + 1
         self._clear(now)
 
     def _clear(self, now: float) -> None:
@@ -62,21 +64,21 @@ class Window:
             self._requests[at] = self._tokens[at] = self._held[at] = 0
             self._seek(self.edge + 1)
 
-    def add(self, now: float, tokens: int) -> int:
-        """Count a request and its reserved tokens; returns the slot, which `settle` wants back."""
-        slot = floor(now / SLOT)
-        at = slot % self._size
-        self._requests[at] += 1
-        self._tokens[at] += tokens
-        self._held[at] += tokens
-        self.requests += 1
+    def add(self, at: float, tokens: int, requests: int = 1) -> int:
+        """Count requests and their reserved tokens as sent at `at`; returns the slot, which `settle` wants back."""
+        slot = floor(at / SLOT)
+        place = slot % self._size
+        self._requests[place] += requests
+        self._tokens[place] += tokens
+        self._held[place] += tokens
+        self.requests += requests
         self.tokens += tokens
         self.held += tokens
         return slot
 
     def move(self, slot: int, now: float, tokens: int) -> int:
-        """Date a request and its reservation from now instead of from `slot`; returns the new slot."""
-        if slot == floor(now / SLOT):
+        """Date a request and its reservation from now, if that is after `slot`; returns the new slot."""
+        if slot >= floor(now / SLOT):
             return slot
         self.settle(slot, -1, tokens, 0)
         return self.add(now, tokens)
@@ -85,7 +87,7 @@ class Window:
         """Replace a reservation by what happened, in its own slot; nothing if that slot is forgotten.
 
         Args:
-            requests: 0, or -1 to give the request back.
+            requests: 0, or how many to give back, negative.
             reserved: the tokens that were reserved.
             tokens: the tokens that count instead.
         """
@@ -145,52 +147,59 @@ class Window:
         self.requests, self.tokens, self.held = sum(self._requests), sum(self._tokens), sum(self._held)
 
 
-class Leases:
-    """What is in flight: ids with the time until which each counts. O(log n) per call, no scans.
+class Seats:
+    """How many are in flight, by the second in which their leases end: as large as leases are long, whoever many fly.
+
+    A lease ends up to a second late. Whoever gives a seat back names the end of its lease, which `take` told.
 
     Attributes:
-        live: id → expiry; `len(live)` is the number in flight.
+        taken: the number in flight.
         next_at: no lease runs out before this time.
     """
 
-    __slots__ = ("_heap", "live", "next_at")
+    __slots__ = ("_ends", "next_at", "taken")
 
     def __init__(self) -> None:
-        self.live: dict[int, float] = {}
-        self._heap: list[tuple[float, int]] = []  # may hold leases that have ended or were renewed
+        self.taken = 0
         self.next_at = inf
+        self._ends: dict[int, int] = {}  # second → seats; `NEVER` for those that only `free` gives back
 
-    def add(self, id: int, until: float) -> None:
-        """Begin or renew a lease."""
-        self.live[id] = until
-        if until == inf:
-            return
-        heap = self._heap
-        heappush(heap, (until, id))
-        if until < self.next_at:
-            self.next_at = until
-        if len(heap) > _SLACK + 2 * len(self.live):
-            self._heap = heap = [(until, id) for id, until in self.live.items() if until != inf]
-            heapify(heap)
-            self.next_at = heap[0][0]
+    def take(self, until: float, seats: int = 1) -> int:
+        """Seats are taken until they are given back, or until `until`; returns the end of their lease."""
+        end = NEVER if until == inf else ceil(until)
+        self._ends[end] = self._ends.get(end, 0) + seats
+        self.taken += seats
+        if end != NEVER and end < self.next_at:
+            self.next_at = end
+        return end
+
+    def free(self, end: int, seats: int = 1) -> bool:
+        """Seats whose lease ends then are given back; False when it has ended."""
+        there = self._ends.get(end, 0)
+        gone = min(there, seats)
+        if gone == there:
+            self._ends.pop(end, None)
+        else:
+            self._ends[end] = there - gone
+        self.taken -= gone
+        return gone > 0
+
+    def taken_until(self, end: int) -> bool:
+        """Whether any lease ends then."""
+        return end in self._ends
 
     def expire(self, now: float) -> None:
-        """Drop the leases that have run out, and make `next_at` exact."""
-        heap, live = self._heap, self.live
-        while heap:
-            until, id = heap[0]
-            if live.get(id) == until:
-                if until > now:
-                    break
-                del live[id]
-            heappop(heap)
-        self.next_at = heap[0][0] if heap else inf
+        """Give back the seats whose leases have run out, and make `next_at` exact."""
+        for end in [end for end in self._ends if end != NEVER and end <= now]:
+            self.taken -= self._ends.pop(end)
+        self.next_at = min((end for end in self._ends if end != NEVER), default=inf)
 
-    def dump(self) -> list[list[float | None]]:
-        """What is in flight, as JSON values; None never runs out."""
-        return [[id, None if until == inf else until] for id, until in self.live.items()]
+    def dump(self) -> list[tuple[int, int]]:
+        """What is in flight, as JSON values."""
+        return list(self._ends.items())
 
-    def restore(self, rows: Iterable[tuple[int, float | None]]) -> None:
+    def restore(self, rows: Iterable[tuple[int, int]]) -> None:
         """Take over what another dumped."""
-        for id, until in rows:
-            self.add(id, inf if until is None else until)
+        self._ends = dict(rows)
+        self.taken = sum(self._ends.values())
+        self.next_at = min((end for end in self._ends if end != NEVER), default=inf)

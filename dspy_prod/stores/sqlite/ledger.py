@@ -197,3 +197,9 @@ def read_totals(
         (ns, since_day or "", until_day or "~", carried(dimension)),
     )
     return [(row[0], row[1], Totals(*row[2:])) for row in rows]
+
+
+def read_holds(connection: sqlite3.Connection, ns: int) -> int:
+    """Reservations not yet settled, without what is drawn ahead for several calls."""
+    found = connection.execute("SELECT count(*) FROM holds WHERE ns = ? AND coalesce(debit, '') NOT LIKE '{%'", (ns,))
+    return int(found.fetchone()[0])

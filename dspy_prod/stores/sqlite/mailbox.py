@@ -145,7 +145,7 @@ class Mailbox:
                 subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.flush:
                 subject.set()
-            elif kind in (Transactions.settle, Transactions.append):
+            elif kind in (Transactions.settle, Transactions.settle_drawn, Transactions.append):
                 _log.warning("%s: a %s came after close and was not written", self._path, kind.__name__)
 
     # -- fork --------------------------------------------------------------------------------------------------------

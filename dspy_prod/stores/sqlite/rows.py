@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any, Final
 
@@ -10,7 +11,7 @@ import orjson
 from dspy_prod.options import Budget
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.admission.holds import Hold
+from dspy_prod.stores.admission.holds import Drawn, Hold
 from dspy_prod.stores.base import Terms
 
 Row = tuple[Any, ...]
@@ -21,6 +22,7 @@ _TAGS: Final = CallRecord._fields.index("tags")
 _ACCOUNTS: Final = CallRecord._fields.index("accounts")
 _FLAGS: Final = tuple(CallRecord._fields.index(name) for name in ("estimated", "cached"))
 _MOST: Final = 2**53
+_OLD_DEBIT: Final = 5
 
 
 def record_row(ns: int, record: CallRecord) -> Row:
@@ -44,20 +46,35 @@ def record_of(row: Row) -> CallRecord:
 
 def hold_row(ns: int, owner: str, hold: Hold) -> Row:
     """A hold as a row of `holds`."""
-    debit = None if hold.debit is None else orjson.dumps(hold.debit)
+    debit = debit_json(hold)
     accounts, stub = _names(hold.accounts), stub_json(hold.stub)
     return ns, hold.id, owner, hold.lease_until, hold.amount, accounts, hold.limit_key, debit, stub
+
+
+def debit_json(hold: Hold) -> bytes | None:
+    """The debit of one call, or what makes the hold one for several."""
+    if hold.drawn is not None:
+        return orjson.dumps(asdict(hold.drawn))
+    return None if hold.debit is None else orjson.dumps(hold.debit)
 
 
 def hold_of(row: Row) -> Hold:
     """The hold in (id, ends_at, amount, accounts, limit_key, debit, stub)."""
     id, ends_at, amount, accounts, limit_key, debit, stub = row
     taken: Any = None if debit is None else _loaded(debit, list) or None
+    drawn = None if debit is None or taken is not None else _drawn(_loaded(debit, dict))
+    if taken is not None and len(taken) == _OLD_DEBIT:
+        taken.append(0)  # of an earlier release, whose limiters are begun anew
     try:
         record = None if stub is None else CallRecord.from_dict({"cost_nano": None, **_loaded(stub, dict)})
     except (TypeError, ValueError, AttributeError):
         record = None
-    return Hold(id, _listed(accounts), amount, limit_key, taken, ends_at, record)
+    return Hold(id, _listed(accounts), amount, limit_key, taken, ends_at, record, drawn)
+
+
+def _drawn(found: dict[str, Any]) -> Drawn | None:
+    values = [value for name in Drawn.__dataclass_fields__ if isinstance(value := found.get(name), int)]
+    return Drawn(*values) if len(values) == len(Drawn.__dataclass_fields__) else None
 
 
 def _loaded(text: Any, kind: type[Any]) -> Any:

@@ -36,11 +36,19 @@ from dspy_prod.stores.base import (
 from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import read_size
 from dspy_prod.stores.sqlite.kept import KeptAnswers
-from dspy_prod.stores.sqlite.ledger import read_account, read_accounts, read_records, read_terms, read_totals
+from dspy_prod.stores.sqlite.ledger import (
+    read_account,
+    read_accounts,
+    read_holds,
+    read_records,
+    read_terms,
+    read_totals,
+)
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables
+from dspy_prod.stores.sqlite.timing import StoreTime
 from dspy_prod.stores.sqlite.transactions import Transactions
 from dspy_prod.stores.sqlite.writer import Writer
 
@@ -59,7 +67,7 @@ class SqliteStore:
     Args:
         path: the file; made, with its directory, when missing, and readable by its owner only.
         namespace: keeps programs that share a file apart.
-        clock: store time is `clock.time()`, the wall clock that processes have in common.
+        clock: store time begins with `clock.time()` and goes on with `clock.monotonic()`, see `StoreTime`.
         lease: seconds after which the holds of a process that died are charged; a live one renews its lease.
         synchronous: SQLite's setting. `"NORMAL"` survives the death of a process, `"FULL"` also that of the machine.
         max_records: the ledger keeps about this many newest records, None all of them; sums are kept for all.
@@ -82,11 +90,11 @@ class SqliteStore:
     ) -> None:
         self._path = os.path.abspath(os.path.expanduser(path))
         self._namespace = namespace
-        self._clock = clock
+        self._time = StoreTime(clock)
         self._lease = lease
         self._synchronous = synchronous
         self._max_records = max_records
-        self.now: Callable[[], float] = clock.time
+        self.now: Callable[[], float] = self._time.time
         self._listeners = Listeners(on_problem)
         self._terms = KnownTerms()
         self._start()
@@ -104,9 +112,11 @@ class SqliteStore:
             uuid.uuid4().hex,
             synchronous=self._synchronous,
             max_records=self._max_records,
+            timing=self._time,
         )
-        self._writer = Writer(tables, self._clock, self._lease, self._listeners, self._terms)
+        self._writer = Writer(tables, self._time, self._lease, self._listeners, self._terms)
         self._local = self._writer.local
+        self._drawn = self._writer.drawn
         self._mailbox = Mailbox(self._writer)
         self._ledger_reader = Reader(self._path, self._namespace)
         self._cache_reader = Reader(self._path, self._namespace)
@@ -146,6 +156,8 @@ class SqliteStore:
     def admit(self, reservation: Reservation) -> Reservation:
         if is_local(reservation) and self._mailbox.alive():
             return self._local.admit(reservation)
+        if self._mailbox.alive() and self._drawn.admit(reservation):
+            return reservation
         why = self._mailbox.why_not()
         if why is not None or not self._mailbox.post((Transactions.admit, reservation, None)):
             reservation.refusal = Refusal("store_unavailable", detail=why or f"The store {self._path} is closed")
@@ -171,6 +183,9 @@ class SqliteStore:
             self._local.settle(reservation, settlement)
             if not self._mailbox.alive():
                 self._mailbox.refuse_stragglers()
+        elif self._drawn.settle(reservation, settlement):
+            if not self._mailbox.post((Transactions.settle_drawn, settlement, reservation)):
+                self._lost(settlement.record)
         elif not self._mailbox.post((Transactions.settle, settlement, None)):
             self._lost(settlement.record)
 
@@ -181,11 +196,13 @@ class SqliteStore:
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
         if not shared(limit):
             self._local.throttled(limit_key, limit, retry_after)
+        self._drawn.close(limit_key)
         self._mailbox.post((Transactions.throttled, (limit_key, limit), retry_after))
 
     def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
         if not shared(limit):
             self._local.resync(limit_key, limit, remaining)
+        self._drawn.close(limit_key)
         self._mailbox.post((Transactions.resync, (limit_key, limit), remaining))
 
     def lift(self, limit_key: str) -> bool:
@@ -229,18 +246,24 @@ class SqliteStore:
         return self._mailbox.flush(timeout)
 
     def account(self, key: str) -> AccountState:
-        return self._read(lambda connection, ns: read_account(connection, ns, key))
+        return self._without_drawn(key, self._read(lambda connection, ns: read_account(connection, ns, key)))
 
     def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
-        return self._read(lambda connection, ns: read_accounts(connection, ns, prefix, suffix, most))
+        found = self._read(lambda connection, ns: read_accounts(connection, ns, prefix, suffix, most))
+        return [(key, self._without_drawn(key, state)) for key, state in found]
+
+    def _without_drawn(self, key: str, state: AccountState) -> AccountState:
+        """What is drawn ahead and no call uses counts as free: it is, for this process at once, for others in time."""
+        return state._replace(held=max(0, state.held - self._drawn.money(key)))
 
     def limiter(self, key: str) -> LimiterSnapshot | None:
         stored: LimiterSnapshot | None = self._mailbox.question(lambda core, _, now: core.limiter(key, now))
+        if stored is not None:
+            stored = stored.with_free(*self._drawn.capacity(key))
         return merged(self._local.limiter(key), stored)
 
     def holds(self) -> int:
-        stored = self._read(lambda c, ns: c.execute("SELECT count(*) FROM holds WHERE ns = ?", (ns,)).fetchone()[0])
-        return int(stored) + self._local.holds()
+        return self._read(read_holds) + self._drawn.in_flight() + self._local.holds()
 
     def waiting(self) -> int:
         stored: int = self._mailbox.question(lambda core, _, now: core.waiting())

@@ -19,6 +19,7 @@ from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.sqlite.answers import CacheTable
+from dspy_prod.stores.sqlite.cells import left_by, orphans, place, remove
 from dspy_prod.stores.sqlite.file import File
 from dspy_prod.stores.sqlite.ledger import LedgerTables
 from dspy_prod.stores.sqlite.rows import (
@@ -26,12 +27,14 @@ from dspy_prod.stores.sqlite.rows import (
     Row,
     clean_hold,
     clean_record,
+    debit_json,
     hold_of,
     hold_row,
     terms_of,
     terms_row,
 )
 from dspy_prod.stores.sqlite.schema import create, is_environment, patiently
+from dspy_prod.stores.sqlite.timing import StoreTime
 
 PUT_ACCOUNT: Final = (
     "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "
@@ -44,6 +47,7 @@ PUT_LIMITER: Final = (
 PUT_TERMS: Final = f"INSERT OR REPLACE INTO budgets (ns, name, {TERMS}) VALUES (?, ?, ?, ?, ?)"
 PUT_OWNER: Final = "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)"
 PUT_HOLD: Final = "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+RESIZE_HOLD: Final = "UPDATE holds SET amount = ?, debit = ? WHERE ns = ? AND id = ?"
 PUT_ABANDONED: Final = "INSERT OR REPLACE INTO abandoned VALUES (?, ?, ?, ?, ?, ?)"
 SWEEP_ACCOUNTS: Final = (
     "DELETE FROM accounts WHERE ns = ?1 AND key IN "
@@ -69,9 +73,20 @@ class Tables(File):
     Every method may raise `sqlite3.Error`, `OSError` or `StoreUnavailableError`. Not thread-safe.
     """
 
-    def __init__(self, path: str, namespace: str, owner: str, *, synchronous: str, max_records: int | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        namespace: str,
+        owner: str,
+        *,
+        synchronous: str,
+        max_records: int | None,
+        timing: StoreTime | None = None,
+    ) -> None:
         super().__init__(path, namespace, synchronous=synchronous)
         self.owner = owner
+        self._timing = timing
+        self.left: list[str] = []  # owners that hold nothing any more
         self._version = -1
         self._settings: dict[str, tuple[RateLimit, str]] = {}
         self.ledger = LedgerTables(max_records)
@@ -84,6 +99,8 @@ class Tables(File):
             create(self.path)
             connection = super().open()
             try:
+                if self._timing is not None:
+                    self._timing.agree(connection)
                 connection.execute("PRAGMA busy_timeout=0")  # the writer waits in its own, finer steps
                 self._version = -1
                 self.ledger.attach(connection, self.ns)
@@ -102,6 +119,8 @@ class Tables(File):
         """Make what was written durable."""
         assert self.connection is not None
         self.connection.execute("COMMIT")
+        while self.left:
+            remove(place(self.path, self.left.pop()))
 
     def changed(self) -> bool:
         """Whether another connection has committed since the last call."""
@@ -122,6 +141,7 @@ class Tables(File):
     def rollback(self) -> None:
         """Undo the transaction, if there is one."""
         self._version = -1
+        self.left.clear()
         self.ledger.forget()
         self.cache.forget()
         if self.connection is not None and self.connection.in_transaction:
@@ -187,11 +207,23 @@ class Tables(File):
                 f"SELECT {HOLD_COLUMNS} FROM holds WHERE ns = ? AND owner = ? LIMIT ?",
                 (self.ns, owner, most - len(found) + 1),
             ).fetchall()
-            found.extend(map(hold_of, rows))
+            found.extend(self._owed(str(owner), [hold_of(row) for row in rows]))
             if len(found) > most:
                 return found[:most]
             self._run("DELETE FROM owners WHERE ns = ? AND owner = ?", [(self.ns, owner)])
+            self.left.append(str(owner))
         return found
+
+    def _owed(self, owner: str, holds: list[Hold]) -> list[Hold]:
+        """Of what a process had drawn ahead, its calls used what its cells say."""
+        if any(hold.drawn is not None for hold in holds):
+            cells = left_by(self.path, owner) or {}
+            for hold in holds:
+                cell = None if hold.drawn is None else cells.get(hold.drawn.cell)
+                if hold.drawn is not None and cell is not None:
+                    charged, in_flight, _ = cell
+                    hold.owed = max(0, charged - hold.drawn.written + in_flight)
+        return holds
 
     def sweep(self, now: float, most: int) -> bool:
         """Delete what nothing can refer to any more, at most `most` rows of a table; whether there may be more."""
@@ -199,6 +231,9 @@ class Tables(File):
         done = [self.cache.purge(now, most)]
         for sql, before in ((SWEEP_ACCOUNTS, now - PRUNE_AFTER), (SWEEP_ABANDONED, now - KEEP_ABANDONED)):
             done.append(self.connection.execute(sql, (self.ns, before, most)).rowcount)
+        owners = self.connection.execute("SELECT owner FROM owners").fetchall()
+        for file in orphans(self.path, {owner for (owner,) in owners}):
+            remove(file)
         return max(done) >= most
 
     # -- writing back --------------------------------------------------------------------------------------------------
@@ -240,6 +275,10 @@ class Tables(File):
         gone = [(ns, text(id)) for id in (*changes.removed, *changes.reaped)]
         self._run("DELETE FROM holds WHERE ns = ? AND id = ?", gone)
         self._run(PUT_HOLD, [hold_row(ns, owner, fit(hold)) for hold in changes.added.values()])
+        resized = [
+            (hold.amount, debit_json(hold), ns, hold.id) for hold in changes.resized if hold.id not in changes.added
+        ]
+        self._run(RESIZE_HOLD, resized)
         self._run("DELETE FROM abandoned WHERE ns = ? AND id = ?", [(ns, text(id)) for id in changes.forgiven])
         self._run(PUT_ABANDONED, [self._abandoned_row(fit(hold), now) for hold in changes.abandoned.values()])
 

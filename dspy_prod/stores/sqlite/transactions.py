@@ -15,6 +15,9 @@ from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import PENDING, Reservation, Settlement, Terms
+from dspy_prod.stores.sqlite.cells import Cells
+from dspy_prod.stores.sqlite.drawing import Drawing
+from dspy_prod.stores.sqlite.drawn import Drawn
 from dspy_prod.stores.sqlite.schema import is_environment
 from dspy_prod.stores.sqlite.tables import Tables
 
@@ -49,12 +52,19 @@ class Transactions:
     """
 
     def __init__(
-        self, tables: Tables, clock: Clock, lease: float, report: Report, on_terms: Callable[[Terms], None]
+        self,
+        tables: Tables,
+        clock: Clock,
+        lease: float,
+        report: Report,
+        on_terms: Callable[[Terms], None],
+        shares: Drawn,
     ) -> None:
         self.tables = tables
         self.core = AdmissionCore(tables)
         self.report = report
         self.after: list[Callable[[], None]] = []
+        self.drawing = Drawing(self.core, shares, Cells(tables.path, tables.owner), lease, self._later)
         self.stopping = False
         self.on_terms = on_terms
         self._now = clock.time
@@ -69,12 +79,20 @@ class Transactions:
     def admit(self, reservation: Reservation, _: Any, now: float) -> None:
         if reservation.state == PENDING:
             self.core.admit(reservation, now)
+            if reservation.id in self.core.holds:
+                self.drawing.decided(reservation, now)
 
     def sent_late(self, reservation: Reservation, at: float, now: float) -> None:
-        self.core.sent_late(reservation, at)
+        if reservation.share is None:
+            self.core.sent_late(reservation, at)
+        else:
+            self.drawing.sent_late(reservation, at)
 
     def settle(self, done: Settlement, _: Any, now: float) -> None:
         self.core.settle(done, now)
+
+    def settle_drawn(self, done: Settlement, reservation: Reservation, now: float) -> None:
+        self.drawing.settle(done, reservation, now)
 
     def declare(self, budget: Budget, anew: bool, now: float) -> None:
         self.core.declare(budget, anew, now)
@@ -111,6 +129,9 @@ class Transactions:
         found = ask(self.core, self.tables, now)
         self.after.append(lambda: told.set_result(found))
 
+    def give_up_shares(self, _: Any, __: Any, now: float) -> None:
+        """The last one: what is drawn ahead goes back, because the store is `stopping`."""
+
     # Those that need no transaction:
     def flush(self, done: threading.Event, _: Any, now: float) -> None:
         self.after.append(done.set)
@@ -127,7 +148,7 @@ class Transactions:
         now = self._now()
         wait = min(self.core.next_due() - now, self._reap_at - time.monotonic())
         if self.core.holds:
-            wait = min(wait, self._leased_until - self._lease * 2 / 3 - now)
+            wait = min(wait, self._leased_until - self._lease * 2 / 3 - now, self.drawing.due_in(now))
         return wait
 
     def _lease_due(self, now: float) -> bool:
@@ -161,6 +182,7 @@ class Transactions:
                 core.forget()
                 if self._leased_until > 0 and not tables.owned():
                     core.holds.clear()  # another process thought this one dead, and charged them
+                    self.drawing.lose()
                     self._leased_until = -inf
                 core.serve(now)
             core.tick(now)
@@ -169,6 +191,8 @@ class Transactions:
             for index, (operation, one, other) in enumerate(operations):  # noqa: B007  (read when one fails)
                 operation(self, one, other, now)
             index = -1
+            self.drawing.balance(now, self.stopping)
+            core.take_turns(now)
             if probing:
                 tables.probe(now)
             self._write(now)
@@ -180,6 +204,7 @@ class Transactions:
     def undo(self) -> list[Reservation]:
         """Return to what was last committed; the reservations that the lost transaction had decided."""
         self.after.clear()
+        self.drawing.close()
         self.tables.rollback()
         if not self._begun:
             return []
@@ -209,6 +234,7 @@ class Transactions:
         self._leased_until = -inf
         self.tables.changed()
         self.core.carry_over()
+        self.drawing.moved()
         self._write(self._now())
         self._lost = False
         self.tell_later("store_degraded", error="the file was deleted or replaced; what is known here was kept")
@@ -234,7 +260,11 @@ class Transactions:
         """Give the lease back when nothing is held, and close the file."""
         if not self.core.holds:
             self.tables.resign()
+        self.drawing.end(delete=not self.core.holds)
         self.tables.close()
+
+    def _later(self, what: Callable[[], None]) -> None:
+        self.after.append(what)
 
     def tell_later(self, name: str, **details: Any) -> None:
         """Report something once the current transaction is durable."""

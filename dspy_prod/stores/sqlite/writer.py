@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import Any, Final
 
 from dspy_prod.records import CallRecord
@@ -20,6 +20,8 @@ from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Terms
 from dspy_prod.stores.lane import Lane
+from dspy_prod.stores.sqlite.drawn import Drawn
+from dspy_prod.stores.sqlite.inbox import Inbox
 from dspy_prod.stores.sqlite.schema import is_locked, unavailable
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions, UnfitError
@@ -36,12 +38,14 @@ _IDLE: Final = 5.0
 _BACK_OFF: Final = (0.05, 1.0)
 _QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
 """Operations that need no transaction."""
+_SETTLING: Final = (Transactions.settle, Transactions.settle_drawn)
 
 
 class Writer:
     """State and body of the writer thread. Other threads use `inbox`, `local` and the attributes below.
 
     Attributes:
+        drawn: what calls are admitted from without a transaction for each.
         publishing: held while a reservation's state changes, so that a withdrawal and a grant cannot both win.
         io: held while the file is in use; `fork` waits for it.
         failing: why nothing can be written at the moment, or None.
@@ -51,14 +55,15 @@ class Writer:
     def __init__(
         self, tables: Tables, clock: Clock, lease: float, report: Report, on_terms: Callable[[Terms], None]
     ) -> None:
-        self.inbox: SimpleQueue[Operation] = SimpleQueue()
+        self.inbox = Inbox()
         self.local = Lane(clock.time, self._keep_record, self._nudge)
         self.publishing = threading.Lock()
         self.io = threading.Lock()
         self.failing: Refusal | None = None
         self.ended = False
         self.tables = tables
-        self._transactions = Transactions(tables, clock, lease, report, on_terms)
+        self.drawn = Drawn(clock.time)
+        self._transactions = Transactions(tables, clock, lease, report, on_terms, self.drawn)
         self._core = self._transactions.core
         self._now = clock.time
         self._report = report
@@ -80,6 +85,7 @@ class Writer:
         while not self._transactions.stopping or not self.inbox.empty():
             try:
                 self._cycle(self._collect())
+                self.inbox.writing = 0
             except Exception:
                 _log.exception("The writer of %s met an error; it goes on", self.tables.path)
                 time.sleep(0.05)
@@ -87,9 +93,13 @@ class Writer:
 
     def _collect(self) -> list[Operation]:
         operations: list[Operation] = []
-        wait = self._wait()
+        inbox = self.inbox
+        inbox.hurried = bool(self._core.waiting())
+        inbox.open = self.failing is None
+        inbox.wait(self._wait())
+        inbox.begin()
         try:
-            operations.append(self.inbox.get(timeout=wait) if wait > 0 else self.inbox.get_nowait())
+            operations.append(inbox.get_nowait())
         except Empty:
             return operations
         self._take_more(operations)
@@ -99,6 +109,7 @@ class Writer:
         if not self._kept and not self._alone:
             for _ in range(min(self.inbox.qsize(), MAX_BATCH - len(operations))):
                 operations.append(self.inbox.get_nowait())
+        self.inbox.writing = len(operations)
 
     def _wait(self) -> float:
         wait = min(self._transactions.due_in(), self.local.tick() - self._now(), _IDLE)
@@ -220,14 +231,14 @@ class Writer:
         if error.index < 0 and len(operations) > 1:
             self._alone = len(operations)
         elif operations:
-            kind, subject, _ = operations.pop(error.index)
+            kind, subject, detail = operations.pop(error.index)
             self._dropping(kind.__name__, str(error))
             if kind is Transactions.admit:
                 self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
             elif kind is Transactions.answer:
                 subject.set_exception(error)
-            elif kind is Transactions.settle and subject.record is not None:
-                self._kept.append((Transactions.settle, subject._replace(record=None), None))
+            elif kind in _SETTLING and subject.record is not None:
+                self._kept.append((kind, subject._replace(record=None), detail))
 
     def _dropping(self, kind: str, error: str, count: int = 1) -> None:
         self._dropped += count
@@ -248,11 +259,13 @@ class Writer:
             self._cycle([])
             if self.failing is not None:
                 break
+        if self.drawn.shares and self.failing is None:
+            self._cycle([(Transactions.give_up_shares, None, None)])
         refusal = Refusal("store_unavailable", detail=f"The store {self.tables.path} was closed")
         self._core.fail_waiting(refusal)
         self._publish()
         self.local.fail_waiting(refusal)
-        lost = sum(1 for operation in self._kept if operation[0] in (Transactions.settle, Transactions.append))
+        lost = sum(1 for operation in self._kept if operation[0] in (*_SETTLING, Transactions.append))
         if lost:
             _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
             self._dropping("close", "the store was closed while its file could not be written", lost)

@@ -39,6 +39,8 @@ def durable() -> tuple[AdmissionCore, Disk]:
 class Disk:
     """What a durable store has written."""
 
+    owner = "disk"
+
     def __init__(self) -> None:
         self.accounts: dict[str, AccountState] = {}
         self.limiters: dict[str, tuple[bytes, RateLimit]] = {}

@@ -94,7 +94,8 @@ class LimiterMachine(RuleBasedStateMachine):
         assert at == math.inf or other.ready_at(at, tokens) <= at
 
     def send(self, tokens: int, lease: float) -> None:
-        self.calls.append(Sent(self.now, tokens, self.now + lease, self.state.take(self.now, tokens, lease), tokens))
+        until = lease if lease == math.inf else math.ceil(self.now + lease)
+        self.calls.append(Sent(self.now, tokens, until, self.state.take(self.now, tokens, lease), tokens))
         self.within_the_minute()
         self.within_the_slice()
         if self.limit.concurrency is not None:
@@ -138,13 +139,6 @@ class LimiterMachine(RuleBasedStateMachine):
                 self.told[0] += 1
             self.state.give_back(call.debit, now=self.now, used=None, sent=False)
 
-    @rule(index=st.integers(0, 100), lease=st.sampled_from([1.0, 30.0]))
-    def a_lease_is_renewed(self, index: int, lease: float) -> None:
-        call = self.open(index)
-        if call is not None and call.until > self.now:
-            call.until = self.now + lease
-            self.state.renew(call.debit, self.now, lease)
-
     @rule(retry_after=st.sampled_from([None, 0.0, 0.2, 5.0, 1e9]))
     def the_provider_throttles(self, retry_after: float | None) -> None:
         self.throttled = True
@@ -166,7 +160,7 @@ class LimiterMachine(RuleBasedStateMachine):
     @rule()
     def another_process_takes_over(self) -> None:
         data = self.state.dump()
-        assert len(data) < 6_000 + 40 * len(self.calls)
+        assert len(data) < 8_000  # however many are in flight
         self.state = LimiterState.load(data, self.limit)
         assert orjson.loads(self.state.dump()) == orjson.loads(data)
         for call in self.calls:

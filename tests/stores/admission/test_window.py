@@ -77,3 +77,13 @@ def test_a_call_that_has_left_the_log_is_not_brought_back() -> None:
     new = pacer.push(NOW + 2)
     assert pacer.move(old - 1, NOW + 3) == old - 1
     assert log_of(pacer) == [(1, new, new)]
+
+
+def test_a_call_that_left_the_slice_gives_back_nobody_else_s_place() -> None:
+    """Calls of one group that came long after each other: early ones were given back twice, and one more could go."""
+    pacer = RequestPacer(128, 5.0, 0.0)
+    early = [pacer.push(0.0) for _ in range(3)]
+    for _ in range(128):
+        pacer.push(20.0)
+    assert not any(pacer.refund(nominal) for nominal in early)
+    assert pacer.room(20.0) == 0

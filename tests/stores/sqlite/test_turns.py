@@ -1,0 +1,67 @@
+"""Processes that wait for one limiter take turns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dspy_prod.options import RateLimit
+from dspy_prod.stores.admission.turns import FRESH, PASSED, PASSED_BY_HIGHER
+from dspy_prod.stores.base import GRANTED, Reservation
+from tests.stores.sqlite.processes import Process
+from tests.stores.support import FakeClock, ask, settlement
+
+SEATS = RateLimit(concurrency=4)
+
+
+def wanted(priority: int = 1) -> Reservation:
+    return ask(budget=None, limit=SEATS, priority=priority)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "after"), [(1, 0, 0), (1, 1, PASSED), (0, 1, PASSED_BY_HIGHER)], ids=["high", "normal", "lower"]
+)
+def test_no_process_starves(tmp_path: Path, theirs: int, own: int, after: int) -> None:
+    """Eight threads of one process kept four places to themselves: another one's call had none in six seconds."""
+    clock = FakeClock()
+    crowd, other = (Process(str(tmp_path / "state.db"), clock) for _ in range(2))
+    flying = [crowd.admit(wanted(theirs)) for _ in range(4)]
+    line = [crowd.admit(wanted(theirs)) for _ in range(40)]
+    lonely = other.admit(wanted(own))
+    went = 0
+    while lonely.state != GRANTED:
+        ended = flying.pop(0)
+        crowd.settle(ended, settlement(ended, 0))
+        crowd.run()
+        while line and line[0].state == GRANTED:
+            flying.append(line.pop(0))
+            went += 1
+        assert went <= after
+        clock.advance(0.01)
+        other.run()
+    assert went == after
+    crowd.run()
+    other.settle(lonely, settlement(lonely, 0))
+    other.run()
+    crowd.run()
+    assert line[0].state == GRANTED
+    crowd.kill()
+    other.kill()
+
+
+def test_who_died_in_line_keeps_nobody_for_long(tmp_path: Path) -> None:
+    """Its turn passes."""
+    clock = FakeClock()
+    crowd, other = (Process(str(tmp_path / "state.db"), clock) for _ in range(2))
+    flying = [crowd.admit(wanted()) for _ in range(4)]
+    other.admit(wanted(0))
+    other.kill()
+    ended = flying.pop()
+    crowd.settle(ended, settlement(ended, 0))
+    next_one = crowd.admit(wanted())
+    assert next_one.state != GRANTED
+    clock.advance(FRESH + 0.01)
+    crowd.run()
+    assert next_one.state == GRANTED
+    crowd.kill()
