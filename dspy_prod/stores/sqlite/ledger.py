@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from dspy_prod.privacy.visible import carried
-from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, rollup_keys
+from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
 from dspy_prod.stores.sqlite.indices import SELECTIVE
+from dspy_prod.stores.sqlite.inserting import Inserting
 from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, clean, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
-_MARKS: Final = ", ".join("?" * (1 + len(CallRecord._fields)))
-INSERT: Final = f"INSERT INTO records (ns, {RECORD_COLUMNS}) VALUES ({_MARKS})"
-REPLACE: Final = f"{INSERT} ON CONFLICT (ns, id) DO UPDATE SET " + ", ".join(
+INSERT: Final = Inserting("records", ("ns", *CallRecord._fields))
+REPLACE: Final = f"{INSERT.statement(1)} ON CONFLICT (ns, id) DO UPDATE SET " + ", ".join(
     f'"{name}" = excluded."{name}"' for name in CallRecord._fields if name != "id"
 )
-ADD_SUMS: Final = (
-    f"INSERT INTO rollups (ns, day, dimension, value, {TOTALS}) "
-    f"VALUES ({', '.join('?' * (4 + len(Totals._fields)))}) ON CONFLICT (ns, day, dimension, value) DO UPDATE SET "
-    + ", ".join(f"{name} = {name} + excluded.{name}" for name in Totals._fields)
+ADD_SUMS: Final = Inserting(
+    "rollups",
+    ("ns", "day", "dimension", "value", *Totals._fields),
+    " ON CONFLICT (ns, day, dimension, value) DO UPDATE SET "
+    + ", ".join(f"{name} = {name} + excluded.{name}" for name in Totals._fields),
 )
 FIND: Final = f"SELECT {RECORD_COLUMNS} FROM records WHERE ns = ? AND id = ?"
 
@@ -66,13 +67,12 @@ class LedgerTables:
         """
         ns = self._ns
         if appended:
-            self._connection.executemany(INSERT, [record_row(ns, record) for record in appended])
+            INSERT.run(self._connection, [record_row(ns, record) for record in appended])
             self._sum(appended, 1)
         for record in replaced:
             self.put(record)
         if self._sums:
-            sums = [(ns, *key, *values) for key, values in self._sums.items()]
-            self._connection.executemany(ADD_SUMS, sums)
+            ADD_SUMS.run(self._connection, [(ns, *key, *values) for key, values in self._sums.items()])
             self._sums.clear()
         self._since_trim += len(appended)
         if self._max is not None and self._since_trim > 100 + self._max // 100:
@@ -87,16 +87,15 @@ class LedgerTables:
         self._sum((record,), 1)
 
     def _sum(self, records: Iterable[CallRecord], sign: int) -> None:
-        groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[CallRecord]] = {}
+        groups: dict[tuple[str, tuple[Any, ...]], list[CallRecord]] = {}
         for record in records:
             if record.outcome == REFUSED:
                 continue
-            groups.setdefault((day_of(record.started_at), tuple(rollup_keys(record))), []).append(record)
-        for (day, pairs), alike in groups.items():
-            self._sum_alike(day, pairs, alike, sign)
+            groups.setdefault((day_of(record.started_at), alike(record)), []).append(record)
+        for (day, _), group in groups.items():
+            self._sum_alike(day, rollup_keys(group[0]), Totals.over(group), sign)
 
-    def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], records: list[CallRecord], sign: int) -> None:
-        contribution = [(index, sum(values)) for index, values in enumerate(zip(*map(Totals.of, records), strict=True))]
+    def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], totals: Totals, sign: int) -> None:
         known = self._known.get(day)
         if known is None:
             known = self._load_day(day)
@@ -109,7 +108,7 @@ class LedgerTables:
             sums = self._sums.get(key)
             if sums is None:
                 sums = self._sums[key] = [0] * len(Totals._fields)
-            for index, value in contribution:
+            for index, value in enumerate(totals):
                 sums[index] += sign * value
 
     def _load_day(self, day: str) -> set[tuple[str, str]]:
