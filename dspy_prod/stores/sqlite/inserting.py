@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Final
 
-_SIZES: Final = (128, 16, 1) if sqlite3.sqlite_version_info >= (3, 32) else (16, 1)
+_SIZES: Final = (128, 16, 4, 1) if sqlite3.sqlite_version_info >= (3, 32) else (16, 4, 1)
 """Rows of one statement: few sizes, so that SQLite's cache holds them all. Before 3.32 it took 999 values."""
 
 

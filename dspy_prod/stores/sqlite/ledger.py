@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from math import inf
 from typing import Any, Final
 
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
+from dspy_prod.stores.sqlite.hits import PAGE, HitTables, is_hit, read_hits
 from dspy_prod.stores.sqlite.indices import SELECTIVE
 from dspy_prod.stores.sqlite.inserting import Inserting
-from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, clean, record_of, record_row, terms_of
+from dspy_prod.stores.sqlite.pages import Found
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, Row, clean, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
 INSERT: Final = Inserting("records", ("ns", *CallRecord._fields))
@@ -42,11 +46,13 @@ class LedgerTables:
         self._ns: int
         self._sums: dict[Key, list[int]] = {}
         self._known: dict[str, set[tuple[str, str]]] = {}
+        self._hits = HitTables()
 
     def attach(self, connection: sqlite3.Connection, ns: int) -> None:
         """Use this connection from now on."""
         self._connection = connection
         self._ns = ns
+        self._hits.attach(connection, ns)
         self.forget()
 
     def forget(self) -> None:
@@ -57,7 +63,7 @@ class LedgerTables:
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
         row = self._connection.execute(FIND, (self._ns, carried(id))).fetchone()
-        return None if row is None else record_of(row)
+        return self._hits.find(carried(id)) if row is None else record_of(row)
 
     def write(self, appended: Sequence[CallRecord], replaced: Sequence[CallRecord]) -> None:
         """Append and replace records, then write the sums they change.
@@ -67,7 +73,7 @@ class LedgerTables:
         """
         ns = self._ns
         if appended:
-            INSERT.run(self._connection, [record_row(ns, record) for record in appended])
+            self._append(appended)
             self._sum(appended, 1)
         for record in replaced:
             self.put(record)
@@ -78,22 +84,44 @@ class LedgerTables:
         if self._max is not None and self._since_trim > 100 + self._max // 100:
             self._trim()
 
+    def _append(self, records: Sequence[CallRecord]) -> None:
+        """Write new records: hits together, any other as a row."""
+        hits = [record for record in records if is_hit(record)]
+        rows: Sequence[CallRecord] = records
+        if hits:
+            newest = self._connection.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()[0]
+            places = [newest] * len(hits)
+            rows = ()
+            if len(hits) < len(records):
+                rows = [record for record in records if not is_hit(record)]
+                before = accumulate(not is_hit(record) for record in records)
+                places = [newest + place for place, record in zip(before, records, strict=True) if is_hit(record)]
+            self._hits.add(places, hits)
+        INSERT.run(self._connection, [record_row(self._ns, record) for record in rows])
+
     def put(self, record: CallRecord) -> None:
-        """Append a record, or put it in place of the one with its id; its sums are written by the next `write`."""
+        """Append a record, or put it in place of the one with its id; its sums are written by the next `write`.
+
+        Raises:
+            ValueError, TypeError: it has no day.
+        """
+        day_of(record.started_at)
         old = self.find(record.id)
+        if old is not None and is_hit(old):
+            self._hits.take(record.id)
         self._connection.execute(REPLACE, record_row(self._ns, record))
         if old is not None:
             self._sum((old,), -1)
         self._sum((record,), 1)
 
     def _sum(self, records: Iterable[CallRecord], sign: int) -> None:
-        groups: dict[tuple[str, tuple[Any, ...]], list[CallRecord]] = {}
+        groups: dict[tuple[float, tuple[Any, ...]], list[CallRecord]] = {}
         for record in records:
-            if record.outcome == REFUSED:
-                continue
-            groups.setdefault((day_of(record.started_at), alike(record)), []).append(record)
-        for (day, _), group in groups.items():
-            self._sum_alike(day, rollup_keys(group[0]), Totals.over(group), sign)
+            groups.setdefault((record.started_at // 86_400, alike(record)), []).append(record)
+        for together in groups.values():
+            group = [record for record in together if record.outcome != REFUSED]
+            if group:
+                self._sum_alike(day_of(group[0].started_at), rollup_keys(group[0]), Totals.over(group), sign)
 
     def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], totals: Totals, sign: int) -> None:
         known = self._known.get(day)
@@ -121,12 +149,34 @@ class LedgerTables:
         return known
 
     def _trim(self) -> None:
+        assert self._max is not None
         self._since_trim = 0
-        self._connection.execute(
-            "DELETE FROM records WHERE ns = ?1 AND started_at < (SELECT started_at FROM records "
-            "WHERE ns = ?1 ORDER BY started_at DESC LIMIT 1 OFFSET ?2)",
-            (self._ns, self._max),
-        )
+        before = self._kept_since(self._max)
+        if before is not None:
+            self._connection.execute("DELETE FROM records WHERE ns = ? AND started_at < ?", (self._ns, before))
+            self._hits.trim(before)
+
+    def _kept_since(self, most: int) -> float | None:
+        """The moment since which there are about so many records; None when there are not more."""
+        pages, until = self._hits.ends(), inf
+        step = most // 100 // PAGE + 1
+        for start in range(0, len(pages), step):
+            begin, hits = pages[start : start + step][-1][0], sum(size for _, size in pages[start : start + step])
+            between = "SELECT count(*) FROM records WHERE ns = ? AND started_at >= ? AND started_at < ?"
+            rows = self._connection.execute(between, (self._ns, begin, until)).fetchone()[0]
+            if rows > most:
+                break
+            if hits + rows > most:
+                return begin
+            most, until = most - hits - rows, begin
+        return self._row_before(until, most)
+
+    def _row_before(self, until: float, skip: int) -> float | None:
+        row = self._connection.execute(
+            "SELECT started_at FROM records WHERE ns = ? AND started_at < ? ORDER BY started_at DESC LIMIT 1 OFFSET ?",
+            (self._ns, until, skip),
+        ).fetchone()
+        return None if row is None else row[0]
 
 
 def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
@@ -164,18 +214,52 @@ def read_records(
 ) -> list[CallRecord]:
     """Matching records, newest first; found by the index of the field that has the fewest for a value."""
     check_fields(equals)
-    best = next((name for name in SELECTIVE if name in equals), None)
+    wanted = {name: clean(value) for name, value in equals.items()}
+    connection.execute("BEGIN")  # a hit that becomes a row meanwhile is one or the other
+    try:
+        rows = _read_rows(connection, ns, since, until, limit, wanted)
+        full = limit is not None and len(rows) == limit
+        since = rows[-1][-1] if full and rows else since
+        hits = read_hits(connection, ns, since, until, limit, wanted)
+    finally:
+        connection.execute("COMMIT")
+    if not hits:
+        return [record_of(row[:-2]) for row in rows]
+    found = [*hits, *(Found(row[-1], row[-2], -1, record_of(row[:-2])) for row in rows)]
+    found.sort(reverse=True)
+    return [each.record for each in found[:limit]]
+
+
+def _read_rows(
+    connection: sqlite3.Connection,
+    ns: int,
+    since: float | None,
+    until: float | None,
+    limit: int | None,
+    equals: Mapping[str, Any],
+) -> list[Row]:
     bounds: list[tuple[str, object]] = [("started_at >= ?", since), ("started_at < ?", until)]
     where = [("ns = ?", ns), *(bound for bound in bounds if bound[1] is not None)]
+    names = [name for name in SELECTIVE if name in equals]
+    best = names[0] if names else None
+    if len(names) > 1:  # as many as each has, up to where it does not matter
+        count = "SELECT count(*) FROM (SELECT 1 FROM records WHERE {} LIMIT 1000)"
+        asked = " AND ".join(condition for condition, _ in where)
+        values = [value for _, value in where]
+        best = min(
+            names,
+            key=lambda name: connection.execute(
+                count.format(f'{asked} AND "{name}" = ?'), (*values, equals[name])
+            ).fetchone(),
+        )
     for name, value in equals.items():
         plus = "+" if name in SELECTIVE and name != best else ""  # keeps SQLite, which cannot know better, off an index
-        where.append((f'{plus}"{name}" = ?', clean(value)))
-    rows = connection.execute(
-        f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(condition for condition, _ in where)} "
-        "ORDER BY started_at DESC, seq DESC LIMIT ?",
+        where.append((f'{plus}"{name}" = ?', value))
+    return connection.execute(
+        f"SELECT {RECORD_COLUMNS}, seq, started_at FROM records "
+        f"WHERE {' AND '.join(condition for condition, _ in where)} ORDER BY started_at DESC, seq DESC LIMIT ?",
         (*(value for _, value in where), -1 if limit is None else limit),
-    )
-    return [record_of(row) for row in rows]
+    ).fetchall()
 
 
 def read_totals(
