@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from math import inf
 from typing import Any, Final
@@ -11,12 +11,10 @@ from typing import Any, Final
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
 from dspy_prod.stores.base import AccountState, Terms
-from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
-from dspy_prod.stores.sqlite.hits import PAGE, HitTables, is_hit, read_hits
-from dspy_prod.stores.sqlite.indices import SELECTIVE
+from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
+from dspy_prod.stores.sqlite.hits import PAGE, HitTables, is_hit
 from dspy_prod.stores.sqlite.inserting import Inserting
-from dspy_prod.stores.sqlite.pages import Found
-from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, Row, clean, record_of, record_row, terms_of
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
 INSERT: Final = Inserting("records", ("ns", *CallRecord._fields))
@@ -204,79 +202,43 @@ def read_terms(connection: sqlite3.Connection, ns: int) -> list[Terms]:
     return [terms for row in rows if (terms := terms_of(row)) is not None]
 
 
-def read_records(
-    connection: sqlite3.Connection,
-    ns: int,
-    since: float | None,
-    until: float | None,
-    limit: int | None,
-    equals: Mapping[str, str],
-) -> list[CallRecord]:
-    """Matching records, newest first; found by the index of the field that has the fewest for a value."""
-    check_fields(equals)
-    wanted = {name: clean(value) for name, value in equals.items()}
-    connection.execute("BEGIN")  # a hit that becomes a row meanwhile is one or the other
-    try:
-        rows = _read_rows(connection, ns, since, until, limit, wanted)
-        full = limit is not None and len(rows) == limit
-        since = rows[-1][-1] if full and rows else since
-        hits = read_hits(connection, ns, since, until, limit, wanted)
-    finally:
-        connection.execute("COMMIT")
-    if not hits:
-        return [record_of(row[:-2]) for row in rows]
-    found = [*hits, *(Found(row[-1], row[-2], -1, record_of(row[:-2])) for row in rows)]
-    found.sort(reverse=True)
-    return [each.record for each in found[:limit]]
-
-
-def _read_rows(
-    connection: sqlite3.Connection,
-    ns: int,
-    since: float | None,
-    until: float | None,
-    limit: int | None,
-    equals: Mapping[str, Any],
-) -> list[Row]:
-    bounds: list[tuple[str, object]] = [("started_at >= ?", since), ("started_at < ?", until)]
-    where = [("ns = ?", ns), *(bound for bound in bounds if bound[1] is not None)]
-    names = [name for name in SELECTIVE if name in equals]
-    best = names[0] if names else None
-    if len(names) > 1:  # as many as each has, up to where it does not matter
-        count = "SELECT count(*) FROM (SELECT 1 FROM records WHERE {} LIMIT 1000)"
-        asked = " AND ".join(condition for condition, _ in where)
-        values = [value for _, value in where]
-        best = min(
-            names,
-            key=lambda name: connection.execute(
-                count.format(f'{asked} AND "{name}" = ?'), (*values, equals[name])
-            ).fetchone(),
-        )
-    for name, value in equals.items():
-        plus = "+" if name in SELECTIVE and name != best else ""  # keeps SQLite, which cannot know better, off an index
-        where.append((f'{plus}"{name}" = ?', value))
-    return connection.execute(
-        f"SELECT {RECORD_COLUMNS}, seq, started_at FROM records "
-        f"WHERE {' AND '.join(condition for condition, _ in where)} ORDER BY started_at DESC, seq DESC LIMIT ?",
-        (*(value for _, value in where), -1 if limit is None else limit),
-    ).fetchall()
+_DAYS: Final = """
+    WITH RECURSIVE days (day) AS (
+        SELECT min(day) FROM rollups WHERE ns = ?1 AND day >= ?2 AND day <= ?3
+        UNION ALL
+        SELECT (SELECT min(day) FROM rollups WHERE ns = ?1 AND day > days.day AND day <= ?3)
+        FROM days WHERE days.day IS NOT NULL)
+"""
+"""The days that have sums. Stepping from one to the next, no row of another dimension is read."""
 
 
 def read_totals(
-    connection: sqlite3.Connection, ns: int, dimension: str, since_day: str | None, until_day: str | None
+    connection: sqlite3.Connection,
+    ns: int,
+    dimension: str,
+    since_day: str | None,
+    until_day: str | None,
+    value: str | None,
 ) -> list[tuple[str, str, Totals]]:
-    """(day, value, sums) of one dimension. Steps from day to day, so other dimensions' rows are never read."""
+    """(day, value, sums) of one dimension, or of one value of it."""
+    one = () if value is None else (carried(value),)
     rows = connection.execute(
-        f"""
-        WITH RECURSIVE days (day) AS (
-            SELECT min(day) FROM rollups WHERE ns = ?1 AND day >= ?2 AND day <= ?3
-            UNION ALL
-            SELECT (SELECT min(day) FROM rollups WHERE ns = ?1 AND day > days.day AND day <= ?3)
-            FROM days WHERE days.day IS NOT NULL)
-        SELECT rollups.day, value, {TOTALS} FROM days CROSS JOIN rollups
-        WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4
-        ORDER BY rollups.day, value
-        """,
-        (ns, since_day or "", until_day or "~", carried(dimension)),
+        f"{_DAYS} SELECT rollups.day, value, {TOTALS} FROM days CROSS JOIN rollups "
+        f"WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4 {'AND value = ?5 ' if one else ''}"
+        "ORDER BY rollups.day, value",
+        (ns, since_day or "", until_day or "~", carried(dimension), *one),
     )
     return [(row[0], row[1], Totals(*row[2:])) for row in rows]
+
+
+def read_sums(
+    connection: sqlite3.Connection, ns: int, dimension: str, since_day: str | None, most: int | None
+) -> list[tuple[str, Totals]]:
+    """(value, sums over the days) of one dimension, the dearest first."""
+    sums = ", ".join(f"sum({name})" for name in Totals._fields)
+    rows = connection.execute(
+        f"{_DAYS} SELECT value, {sums} FROM days CROSS JOIN rollups WHERE rollups.ns = ?1 AND rollups.day = days.day "
+        "AND dimension = ?4 GROUP BY value ORDER BY sum(cost_nano) DESC, value LIMIT ?5",
+        (ns, since_day or "", "~", carried(dimension), -1 if most is None else most),
+    )
+    return [(row[0], Totals(*row[1:])) for row in rows]

@@ -64,7 +64,7 @@ class Page:
         try:
             loaded = orjson.loads(body)
             size, same, each = loaded["size"], dict(loaded["same"]), dict(loaded["each"])
-            if all(len(column) == size for column in each.values()):
+            if type(size) is int and all(len(column) == size for column in each.values()):
                 return cls(size, same, each, seq)
         except (TypeError, ValueError, KeyError):
             pass
