@@ -13,7 +13,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import statistics
 import tempfile
 import threading
 import time
@@ -21,8 +20,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.ledger_hits import hit_ratios
+from benchmarks.ledger_reads import hit, read_times
 from dspy_prod.options import RateLimit
-from dspy_prod.records import CallRecord, Totals
+from dspy_prod.records import CallRecord
 from dspy_prod.stores.base import GRANTED, Account, Reservation, Settlement
 from dspy_prod.stores.sqlite.store import SqliteStore
 
@@ -145,73 +146,40 @@ def processes_rate(count: int, pairs: int) -> tuple[float, float]:
     return pairs // count * count / (last - first), max(durations) / min(durations)
 
 
-def fill(store: SqliteStore, rows: int, days: int = 90) -> None:
-    """Rows of `days` days up to now, with their sums, made by SQL."""
-    store.close()
-    import sqlite3
-
-    connection = sqlite3.connect(store.url.removeprefix("sqlite:///"), isolation_level=None)
-    connection.execute("PRAGMA synchronous=OFF")
-    now = time.time()
-    (ns,) = connection.execute("SELECT id FROM namespaces WHERE name = ?", (store.namespace,)).fetchone()
-    connection.execute("BEGIN")
-    connection.execute(
-        """
-        WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?1)
-        INSERT INTO records (ns, id, call_id, started_at, model, route, attempt, outcome, cost_nano, estimated,
-            input_tokens, output_tokens, cached, latency, waited, "user", tenant, priority, accounts)
-        SELECT ?2, printf('%016x', i), printf('%016x', i), ?3 - ?4 * 86400.0 * (?1 - i) / ?1, 'openai/gpt-4o-mini',
-            'primary', 1, 'ok', 1234, 0, 500, 120, 0, 0.8, 0.0, 'u' || (i % 1000), 't' || (i % 20), 'normal',
-            '["day|-|2026-11-23"]' FROM n
-        """,
-        (rows, ns, now, days),
-    )
-    each = ("'all', ''", "'model', model", "'user', \"user\"", "'tenant', tenant")
-    for dimension in each:
-        connection.execute(
-            f"""
-            INSERT INTO rollups SELECT ns, date(started_at, 'unixepoch') AS day, {dimension} AS value,
-                sum(cost_nano), 0, 0, count(*), 0, 0, sum(input_tokens), sum(output_tokens)
-            FROM records WHERE ns = ? GROUP BY day, {dimension.partition(", ")[2]}
-            """,
-            (ns,),
-        )
-    connection.execute("COMMIT")
-    connection.close()
-
-
-def _median(read: Callable[[], object], times: int = 51) -> float:
-    durations = []
-    for _ in range(times):
-        started = time.perf_counter()
-        read()
-        durations.append(time.perf_counter() - started)
-    return statistics.median(durations) * 1e6
-
-
-def read_times(rows: int) -> dict[str, float]:
-    """Microseconds (median) of the reads behind health and cost pages, and of one pair, with a ledger of `rows`."""
+def appends(records: list[CallRecord], spinning: bool = False) -> tuple[float, float]:
+    """(CPU microseconds a record, records a second) of appending until written, or of that beside a busy thread."""
     with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, "state.db")
-        fill(SqliteStore(path), rows)
-        store = SqliteStore(path)
-        one_by_one(store, 20)
-        store.flush()
-        today = time.strftime("%Y-%m-%d", time.gmtime())
-        week = time.strftime("%Y-%m-%d", time.gmtime(time.time() - 6 * 86_400))
-        (row,) = store.totals(since_day=today)
-        assert isinstance(row[2], Totals)
-        result = {
-            "today_us": _median(lambda: store.totals(since_day=today)),
-            "week_us": _median(lambda: store.totals(since_day=week)),
-            "account_us": _median(lambda: store.account("day|-|2026-11-23")),
-            "holds_us": _median(store.holds),
-            "latest_50_records_us": _median(lambda: store.records(limit=50)),
-            "users_latest_50_us": _median(lambda: store.records(limit=50, user="u7")),
-            "pair_us": _median(lambda: one_by_one(store, 1)),
-        }
+        store = SqliteStore(os.path.join(directory, "state.db"))
+        store.append(records[0])
+        store.flush(60)
+        stop = threading.Event()
+
+        def spin() -> None:
+            while not stop.is_set():
+                sum(range(100))
+
+        if spinning:
+            threading.Thread(target=spin, daemon=True).start()
+        cpu, wall = time.process_time(), time.perf_counter()
+        for record in records[1:]:
+            store.append(record)
+        store.flush(60)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        stop.set()
         store.close()
-    return {name: round(value, 1) for name, value in result.items()}
+    return cpu / len(records) * 1e6, len(records) / wall
+
+
+def append_times(count: int = 20_000) -> dict[str, float]:
+    """What a record costs, of an attempt and of a cached answer."""
+    now = time.time()
+    hits = [hit(number, now) for number in range(count)]
+    attempts = [each._replace(outcome="ok", cached=False, cost_nano=1_234) for each in hits]
+    result: dict[str, float] = {}
+    for name, records in (("attempt", attempts), ("cached answer", hits)):
+        result[f"CPU a record, {name}, us"] = round(appends(records)[0], 1)
+        result[f"records/s beside a thread that never waits, {name}"] = round(appends(records, spinning=True)[1])
+    return result
 
 
 def measure(pairs: int = 20_000) -> dict[str, float]:
@@ -232,7 +200,9 @@ def run(pairs: int = 20_000, rows: int = 1_000_000) -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "pairs_per_second": measure(pairs),
         "four_processes_slowest_by_fastest": round(processes_rate(4, pairs)[1], 2),
-        "reads": {f"{count:,} rows": read_times(count) for count in sorted({1_000, rows})},
+        "appends": append_times(pairs),
+        "hits": hit_ratios(),
+        "reads": {f"{count:,} rows": read_times(count, one_by_one) for count in sorted({1_000, rows})},
     }
 
 
@@ -249,10 +219,14 @@ def main() -> None:
     for name, value in figures["pairs_per_second"].items():
         print(f"  {name:<42}{value:>10,}")
     print(f"  {'four processes: slowest by fastest':<42}{figures['four_processes_slowest_by_fastest']:>10}")
+    for title, part in (("A record of the ledger", "appends"), ("A cached answer on SQLite (CPU)", "hits")):
+        print("\n" + title)
+        for name, value in figures[part].items():
+            print(f"  {name:<60}{value:>12,}")
     sizes = list(figures["reads"])
-    print("\n" + f"{'Reading (median, microseconds)':<44}" + "".join(f"{size:>18}" for size in sizes))
+    print("\n" + f"{'Reading (median, microseconds)':<62}" + "".join(f"{size:>18}" for size in sizes))
     for name in figures["reads"][sizes[0]]:
-        print(f"  {name:<42}" + "".join(f"{figures['reads'][size][name]:>18,}" for size in sizes))
+        print(f"  {name:<60}" + "".join(f"{figures['reads'][size][name]:>18,}" for size in sizes))
     print("\n" + json.dumps(figures))
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import Any, Final, NamedTuple
 
 REFUSED = "refused"
 """The outcome of a call that a policy of this library did not send."""
@@ -137,9 +138,38 @@ class Totals(NamedTuple):
             record.output_tokens or 0,
         )
 
+    @classmethod
+    def over(cls, records: Sequence[CallRecord]) -> Totals:
+        """The contribution of several records (at least one), column by column: half the time that each alone takes."""
+        costs, estimated, cached, outcomes, inputs, outputs = zip(*map(_COUNTED, records), strict=True)
+        answered = sum(map(bool, cached))
+        failed = 0
+        if answered < len(records):
+            failed = sum(not hit and outcome != "ok" for hit, outcome in zip(cached, outcomes, strict=True))
+        return cls(
+            sum(filter(None, costs)),
+            sum(cost for cost, bound in zip(costs, estimated, strict=True) if bound and cost) if any(estimated) else 0,
+            costs.count(None),
+            len(records) - answered,
+            answered,
+            failed,
+            sum(filter(None, inputs)),
+            sum(filter(None, outputs)),
+        )
+
     def plus(self, other: Totals) -> Totals:
         """The sum of both."""
         return Totals(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def _fields(*names: str) -> Callable[[CallRecord], tuple[Any, ...]]:
+    return itemgetter(*map(CallRecord._fields.index, names))
+
+
+_COUNTED: Final = _fields("cost_nano", "estimated", "cached", "outcome", "input_tokens", "output_tokens")
+
+alike: Final = _fields("model", "user", "tenant", "program", "variant", "prompt_version", "tags")
+"""What the `rollup_keys` of a record depend on: records that have it in common are summed together."""
 
 
 ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "variant", "prompt")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from functools import reduce
+
 import pytest
 
 from dspy_prod.records import CallRecord, Totals, rollup_keys
@@ -62,3 +65,22 @@ def test_a_record_is_summed_under_each_of_its_values() -> None:
         *(("prompt", "pv"), ("tag:a", "b")),
     ]
     assert rollup_keys(CallRecord("i", "c", 0.0, "m", "r", 1, "ok", 0)) == [("all", ""), ("model", "m")]
+
+
+def test_the_sum_over_records_is_that_of_each() -> None:
+    chance = random.Random(3)
+    records = [
+        CallRecord(
+            str(number), "c", 0.0, "m", "primary", 1, chance.choice(["ok", "error", "cached"]),
+            chance.choice([None, 0, 7]), chance.random() < 0.3, input_tokens=chance.choice([None, 5]),
+            output_tokens=chance.choice([None, 2]), cached=chance.random() < 0.3,
+        )
+        for number in range(50)
+    ]  # fmt: skip
+    for rows in (
+        records,
+        records[:1],
+        [row for row in records if row.cached],
+        [row for row in records if not row.cached],
+    ):
+        assert Totals.over(rows) == reduce(Totals.plus, map(Totals.of, rows))

@@ -259,20 +259,24 @@ class LM(AsPlain, Operated, dspy.LM):
 
         return Ledger(self.pipeline.store, self.pipeline.clock)
 
-    def costs(self, by: str | None = None, *, since: dt.date | dt.timedelta | None = None) -> Any:
+    def costs(
+        self, by: str | None = None, *, since: dt.date | dt.timedelta | None = None, limit: int | None = None
+    ) -> Any:
         """What was spent: a `CostSummary`, or sums by `"day"`, `"model"`, `"user"`, `"tenant"`, `"tag:<key>"`, ...
 
         Args:
             by: what to sum by.
             since: the first day (UTC) of the sums, or so long ago, e.g. `timedelta(days=7)`; default: all. Alone, it
                 sums day by day. Sums are kept by whole days, so more calls take no longer to read.
+            limit: at most so many sums: the dearest, or the last days.
 
         Raises:
-            ValueError: an unknown `by`. TypeError: a `since` that tells no day.
+            ValueError: an unknown `by`, a negative limit. TypeError: a `since` that tells no day.
+            StoreUnavailableError: some records could not be written yet, so the sums would be too low.
         """
         from dspy_prod.status.costs import costs_since
 
-        return costs_since(self.pipeline, by, since)
+        return costs_since(self.pipeline, by, since, limit)
 
     def health(self) -> Health:
         """State of breaker, limiter, cache and costs, and one overall status."""

@@ -14,7 +14,7 @@ from math import inf
 from typing import Final, NamedTuple
 
 from dspy_prod.context.current import current
-from dspy_prod.errors import ConfigError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.sharing import refresh
@@ -55,6 +55,7 @@ def costs(pipeline: Pipeline) -> CostSummary:
 
 def summary(places: Sequence[Place], pipelines: Iterable[Pipeline]) -> CostSummary:
     """The costs of several stores (at least one) together."""
+    unwritten = sum(behind(store) for store, _ in places)
     days: dict[dt.date, int] = {}
     now = Totals()
     firsts: list[dt.date] = []
@@ -85,19 +86,21 @@ def summary(places: Sequence[Place], pipelines: Iterable[Pipeline]) -> CostSumma
         projected_monthly_usd=average * monthrange(today.year, today.month)[1],
         history={day: days.get(day, 0) / NANO for day in _span(max(first, today - (HISTORY_DAYS - 1) * _DAY), today)},
         unknown_cost_calls=now.unknown_cost,
+        unwritten=unwritten,
         budgets=[*budgets, *scoped],
     )
 
 
 def costs_since(
-    pipeline: Pipeline, by: str | None, since: dt.date | dt.timedelta | None
+    pipeline: Pipeline, by: str | None, since: dt.date | dt.timedelta | None, limit: int | None = None
 ) -> CostSummary | list[CostRow]:
     """What `LM.costs` tells: the summary, or sums by a dimension since a day; with a day alone, day by day.
 
     Raises:
-        ValueError: an unknown dimension. TypeError: a `since` that tells no day.
+        ValueError: an unknown dimension, a negative limit. TypeError: a `since` that tells no day.
     """
-    if by is None and since is None:
+    check_limit(limit)
+    if by is None and since is None and limit is None:
         return costs(pipeline)
     if isinstance(since, dt.timedelta):
         since = dt.datetime.fromtimestamp(pipeline.clock.time() - since.total_seconds(), dt.timezone.utc)
@@ -105,7 +108,7 @@ def costs_since(
         since = since.astimezone(dt.timezone.utc).date()
     elif since is not None and not isinstance(since, dt.date):
         raise TypeError(f"since={since!r}: sums are kept by whole days; pass a datetime.date, or a timedelta (ago)")
-    return costs_by(pipeline.store, "day" if by is None else by, since)
+    return costs_by(pipeline.store, "day" if by is None else by, since, limit)
 
 
 def budgets_of(pipelines: Iterable[Pipeline]) -> tuple[list[BudgetStatus], list[BudgetStatus]]:
@@ -188,7 +191,7 @@ def _status(rule: BudgetRule, account: Account, state: AccountState, wall: float
     )
 
 
-def costs_by(store: Store, by: str, since: dt.date | None = None) -> list[CostRow]:
+def costs_by(store: Store, by: str, since: dt.date | None = None, limit: int | None = None) -> list[CostRow]:
     """Sums since the ledger began, for each value of a dimension: the dearest first, days in order.
 
     Args:
@@ -196,21 +199,47 @@ def costs_by(store: Store, by: str, since: dt.date | None = None) -> list[CostRo
         by: `"day"`, `"model"`, `"user"`, `"tenant"`, `"program"`, `"variant"`, `"prompt"` or `"tag:<key>"`. Records
             that have no value for it are in no row.
         since: the first day (UTC); default: all.
+        limit: at most so many: the dearest, or the last days.
 
     Raises:
         ConfigError: an unknown dimension.
+        StoreUnavailableError: some records could not be written yet, so the sums would be too low.
     """
     check_dimension(by)
-    REAPER.flush(FLUSH_TIMEOUT)
-    sums: dict[str, Totals] = {}
+    check_written(store)
     first = None if since is None else str(since)
-    for day, value, totals in store.totals(dimension="all" if by == "day" else by, since_day=first):
-        key = day if by == "day" else value
-        sums[key] = sums.get(key, Totals()).plus(totals)
-    rows = [cost_row(value, totals) for value, totals in sums.items()]
-    return (
-        sorted(rows, key=lambda row: row.value) if by == "day" else sorted(rows, key=lambda row: (-row.usd, row.value))
-    )
+    if by == "day":
+        days = store.totals(since_day=first)
+        return [cost_row(day, totals) for day, _, totals in days[0 if limit is None else max(0, len(days) - limit) :]]
+    rows = [cost_row(value, totals) for value, totals in store.sums(dimension=by, since_day=first, most=limit)]
+    return sorted(rows, key=lambda row: (-row.usd, row.value))
+
+
+def behind(store: Store) -> int:
+    """About how many records are in no sum yet, because the store cannot write them, or not so fast."""
+    return 0 if store.flush(FLUSH_TIMEOUT) else store.unwritten()
+
+
+def check_written(store: Store) -> None:
+    """See to it that a read shows every attempt that has ended, abandoned streams included.
+
+    Raises:
+        StoreUnavailableError: some records could not be written yet.
+    """
+    REAPER.flush(FLUSH_TIMEOUT)
+    missing = behind(store)
+    if missing:
+        raise StoreUnavailableError(
+            f"The store {store.url} has about {missing:,} records that are not written yet, so what it shows would be "
+            "too little; health() says why. Read again later, or what there is so far with costs() (`unwritten`) or "
+            "from another process with dspy-prod calls"
+        )
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse what is no number of rows."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+        raise ValueError(f"limit={limit!r} must be a non-negative integer")
 
 
 def check_dimension(by: str) -> None:

@@ -99,8 +99,11 @@ class _Look:
         fault = ""
         try:
             if not store.flush(FLUSH_TIMEOUT):
-                failing = _problems(store).get("failing")
-                fault = str(failing or "it does not take writes; check its disk and permissions")
+                failing, waiting = _problems(store).get("failing"), store.unwritten()
+                fault = f"about {waiting:,} records wait to be written; costs are behind" if waiting else ""
+                if failing or not waiting:
+                    why = str(failing or "it does not take writes; check its disk and permissions")
+                    fault = f"{why} ({fault})" if fault else why
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
         if fault:

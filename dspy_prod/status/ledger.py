@@ -1,7 +1,8 @@
 """The ledger, for people: its records, sums, and the unconfirmed ones to settle by hand.
 
 The ledger is append-only and the truth about money; MLflow and logs are views of it. Reading flushes what was posted
-first, so a call that has returned is in it.
+first, so a call that has returned is in it; where that cannot be written, reading raises `StoreUnavailableError` rather
+than show too little.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ import math
 from typing import Final
 
 from dspy_prod.privacy.redactor import known_as
-from dspy_prod.privacy.visible import carried
 from dspy_prod.records import NANO, CallRecord, Totals, summed_as
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
-from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.status.costs import FLUSH_TIMEOUT, check_dimension, cost_row
+from dspy_prod.status.costs import check_dimension, check_limit, check_written, cost_row
 from dspy_prod.status.models import CostRow
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory_ledger import day_of
@@ -75,8 +74,7 @@ class Ledger:
             user, tenant, ...: fields of `CallRecord` to compare. While a `dspy_prod.Redactor` is installed, the real
                 name of a user, tenant or session finds the records of its pseudonym.
         """
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-            raise ValueError(f"limit={limit!r} must be a non-negative integer")
+        check_limit(limit)
         fields = {
             "user": known_as(user), "tenant": known_as(tenant), "session": known_as(session), "model": model,
             "program": program, "experiment": experiment, "variant": variant, "prompt_version": prompt_version,
@@ -150,21 +148,20 @@ class Ledger:
             raise ValueError("total() takes by= and value= together, e.g. total(by='user', value='u1')")
         if by in ("user", "tenant") or by.startswith("tag:"):
             value = known_as(value)
-        wanted = None if value is None else carried(summed_as(value))
         rows = self._read().totals(
             dimension="all" if by == "day" else by,
             since_day=None if since is None else _date("since", since),
             until_day=None if until is None else _date("until", until),
+            value=None if value is None else summed_as(value),
         )
         totals = Totals()
-        for _, name, sums in rows:
-            if wanted is None or carried(name) == wanted:
-                totals = totals.plus(sums)
+        for _, _, sums in rows:
+            totals = totals.plus(sums)
         return cost_row(summed_as(value or ""), totals)
 
     def _read(self) -> Store:
-        """The store, once abandoned streams that were closed before are settled in it."""
-        REAPER.flush(FLUSH_TIMEOUT)
+        """The store, once all that has ended is written to it."""
+        check_written(self._store)
         return self._store
 
     def _find(self, id: str) -> CallRecord:

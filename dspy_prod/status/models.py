@@ -71,6 +71,8 @@ class CostSummary(Frozen):
         projected_monthly_usd: `average_daily_7d_usd` times the days of the current month.
         history: day → USD, oldest first, of the last 31 days with today; empty days count from the first record on.
         unknown_cost_calls: today's attempts whose cost is not known, because their model has no known price.
+        unwritten: about how many records are in none of these figures yet, because the store cannot write them at the
+            moment, or not so fast; 0 when all are complete.
         budgets: every global budget of the LM, then of each budget with a scope the accounts (at most 10) that are used
             most, the worst first.
     """
@@ -85,6 +87,7 @@ class CostSummary(Frozen):
     projected_monthly_usd: float
     history: dict[dt.date, float]
     unknown_cost_calls: int
+    unwritten: int = 0
     budgets: list[BudgetStatus]
 
 

@@ -148,9 +148,25 @@ class Ledger(Protocol):
         ...
 
     def totals(
-        self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
+        self,
+        *,
+        dimension: str = "all",
+        since_day: str | None = None,
+        until_day: str | None = None,
+        value: str | None = None,
     ) -> list[tuple[str, str, Totals]]:
-        """(day `YYYY-MM-DD` UTC, value, sums) per day and value of a rollup dimension, oldest day first."""
+        """(day `YYYY-MM-DD` UTC, value, sums) per day and value of a rollup dimension, or of one value of it; oldest
+        day first."""
+        ...
+
+    def sums(
+        self, *, dimension: str, since_day: str | None = None, most: int | None = None
+    ) -> list[tuple[str, Totals]]:
+        """(value, sums since a day) of a rollup dimension, the dearest first, at most `most` of them."""
+        ...
+
+    def unwritten(self) -> int:
+        """About how many records were posted and are in no read and no sum yet; of use once `flush` has failed."""
         ...
 
     def correct(self, record_id: str, cost: int) -> bool:

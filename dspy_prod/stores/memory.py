@@ -119,7 +119,12 @@ class MemoryStore(Lane):
         return matching(rows, since, until, limit, equals)
 
     def totals(
-        self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
+        self,
+        *,
+        dimension: str = "all",
+        since_day: str | None = None,
+        until_day: str | None = None,
+        value: str | None = None,
     ) -> list[tuple[str, str, Totals]]:
         with self._lock:
             days = self._ledger.days(since_day, until_day)
@@ -127,8 +132,21 @@ class MemoryStore(Lane):
         for day in days:
             with self._lock:
                 sums = self._ledger.sums(day, dimension)
-            found.extend((day, value, Totals(*sums[value])) for value in sorted(sums))
+            names = sorted(sums) if value is None else [value] if value in sums else []
+            found.extend((day, name, Totals(*sums[name])) for name in names)
         return found
+
+    def sums(
+        self, *, dimension: str, since_day: str | None = None, most: int | None = None
+    ) -> list[tuple[str, Totals]]:
+        found: dict[str, Totals] = {}
+        for _, value, totals in self.totals(dimension=dimension, since_day=since_day):
+            known = found.get(value)
+            found[value] = totals if known is None else known.plus(totals)
+        return sorted(found.items(), key=lambda each: (-each[1].cost_nano, each[0]))[:most]
+
+    def unwritten(self) -> int:
+        return 0
 
     def correct(self, record_id: str, cost: int) -> bool:
         def mend(core: AdmissionCore, now: float) -> bool:

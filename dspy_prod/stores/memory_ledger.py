@@ -10,7 +10,7 @@ from itertools import islice
 from operator import add
 from typing import Any, Final
 
-from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, rollup_keys
+from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
 
 MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
@@ -107,15 +107,12 @@ class MemoryLedger:
             rows[id] = tuple(record)
             if record.outcome == REFUSED:
                 continue
-            group = (
-                int(record.started_at // _DAY), record.model, record.user, record.tenant, record.program,
-                record.variant, record.prompt_version, record.tags,
-            )  # fmt: skip
-            alike = waiting.get(group)
-            if alike is None:
+            group = (int(record.started_at // _DAY), alike(record))
+            others = waiting.get(group)
+            if others is None:
                 waiting[group] = [record]
             else:
-                alike.append(record)
+                others.append(record)
             wait += 1
         self._new.clear()
         self._wait += wait
@@ -126,17 +123,17 @@ class MemoryLedger:
 
     def _fold(self, group: tuple[Any, ...]) -> None:
         """Add up records that wait."""
-        alike = self._waiting.pop(group)
-        self._wait -= len(alike)
-        self._sum(alike, 1)
+        records = self._waiting.pop(group)
+        self._wait -= len(records)
+        self._sum(records, 1)
 
     def _sum(self, records: list[CallRecord], sign: int) -> None:
         """Add records that belong to the same day and values."""
         first = records[0]
         day = self._days.setdefault(day_of(first.started_at), {})
-        contribution: tuple[int, ...] = Totals.of(first)
-        if sign < 0 or len(records) > 1:
-            contribution = tuple([sign * sum(column) for column in zip(*map(Totals.of, records), strict=True)])
+        contribution: tuple[int, ...] = Totals.of(first) if len(records) == 1 else Totals.over(records)
+        if sign < 0:
+            contribution = tuple([-each for each in contribution])
         for dimension, value in rollup_keys(first):
             values = day.get(dimension)
             if values is None:

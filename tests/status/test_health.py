@@ -419,6 +419,21 @@ def test_sums_may_begin_at_a_day(clock: FakeClock) -> None:
         lm.costs("user", since="7d")
 
 
+def test_costs_may_be_limited_to_the_dearest_or_the_last_days(store: MemoryStore) -> None:
+    """Of a thousand users who wants the dearest ten should not wait for all."""
+    for day in range(4):
+        record(store, ago(day), float(day + 1), user=f"u{day}")
+    lm = make(store)
+    assert [row.value for row in lm.costs(by="user", limit=2)] == ["u3", "u2"]
+    assert [row.value for row in lm.costs(by="user", limit=2, since=ago(1))] == ["u1", "u0"]
+    assert [row.value for row in lm.costs(by="day", limit=2)] == [str(ago(1)), str(ago(0))]
+    assert [row.value for row in lm.costs(limit=9)] == [str(ago(day)) for day in (3, 2, 1, 0)]
+    assert lm.costs(by="user", limit=0) == lm.costs(by="day", limit=0) == []
+    for wrong in (-1, True, 1.5):
+        with pytest.raises(ValueError, match="limit="):
+            lm.costs(by="user", limit=wrong)
+
+
 class CountingStore(MemoryStore):
     """Remembers which days were asked for."""
 

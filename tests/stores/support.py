@@ -288,6 +288,8 @@ def churn(path: str) -> None:
             store.settle(reservation, settlement(reservation, cost, estimated=chance.random() < 0.2))
             if chance.random() < 0.05:
                 store.correct(wanted.id, cost // 2)
+            for _ in range(chance.randrange(3)):
+                store.append(record(cached=True, outcome="cached", user="cached"))
             store.cache_put(wanted.id.encode(), CachedAnswer(b"x" * 50, inf, inf), max_entries=50, max_bytes=2_000)
 
     for _ in range(6):

@@ -509,6 +509,31 @@ def test_totals_are_per_day_and_value(store: Store) -> None:
     assert [day for day, _, _ in store.totals(until_day="2025-11-23")] == ["2025-11-23"]
     assert store.totals(since_day="2025-11-25") == []
     assert store.totals(dimension="tenant") == []
+    assert [(day, sums.cost_nano) for day, _, sums in store.totals(dimension="user", value="u1")] == [
+        ("2025-11-23", 2 * CENT),
+        ("2025-11-24", 4 * CENT),
+    ]
+    assert store.totals(dimension="user", value="u2") == []
+
+
+def test_sums_are_those_of_all_days_the_dearest_first(store: Store) -> None:
+    for number in range(8):
+        at = DAY + number // 4 * 86_400.0
+        store.append(record(started_at=at, user=f"u{number % 4}", cost_nano=CENT * (number % 4), cached=number > 6))
+    found = store.sums(dimension="user")
+    assert [(value, sums.cost_nano, sums.attempts, sums.cached) for value, sums in found] == [
+        ("u3", 6 * CENT, 1, 1),
+        ("u2", 4 * CENT, 2, 0),
+        ("u1", 2 * CENT, 2, 0),
+        ("u0", 0, 2, 0),
+    ]
+    assert store.sums(dimension="user", most=2) == found[:2]
+    assert store.sums(dimension="user", most=0) == []
+    assert [
+        (value, sums.cost_nano) for value, sums in store.sums(dimension="user", since_day="2025-11-24", most=1)
+    ] == [("u3", 3 * CENT)]
+    assert store.sums(dimension="user", since_day="2025-11-25") == []
+    assert store.sums(dimension="tenant") == []
 
 
 def test_a_correction_mends_record_accounts_and_totals(store: Store) -> None:

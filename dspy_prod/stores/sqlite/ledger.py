@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from math import inf
+from typing import Any, Final
 
 from dspy_prod.privacy.visible import carried
-from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, rollup_keys
+from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
 from dspy_prod.stores.base import AccountState, Terms
-from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, check_fields, day_of
-from dspy_prod.stores.sqlite.indices import SELECTIVE
-from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, clean, record_of, record_row, terms_of
+from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
+from dspy_prod.stores.sqlite.hits import PAGE, HitTables, is_hit
+from dspy_prod.stores.sqlite.inserting import Inserting
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
-_MARKS: Final = ", ".join("?" * (1 + len(CallRecord._fields)))
-INSERT: Final = f"INSERT INTO records (ns, {RECORD_COLUMNS}) VALUES ({_MARKS})"
-REPLACE: Final = f"{INSERT} ON CONFLICT (ns, id) DO UPDATE SET " + ", ".join(
+INSERT: Final = Inserting("records", ("ns", *CallRecord._fields))
+REPLACE: Final = f"{INSERT.statement(1)} ON CONFLICT (ns, id) DO UPDATE SET " + ", ".join(
     f'"{name}" = excluded."{name}"' for name in CallRecord._fields if name != "id"
 )
-ADD_SUMS: Final = (
-    f"INSERT INTO rollups (ns, day, dimension, value, {TOTALS}) "
-    f"VALUES ({', '.join('?' * (4 + len(Totals._fields)))}) ON CONFLICT (ns, day, dimension, value) DO UPDATE SET "
-    + ", ".join(f"{name} = {name} + excluded.{name}" for name in Totals._fields)
+ADD_SUMS: Final = Inserting(
+    "rollups",
+    ("ns", "day", "dimension", "value", *Totals._fields),
+    " ON CONFLICT (ns, day, dimension, value) DO UPDATE SET "
+    + ", ".join(f"{name} = {name} + excluded.{name}" for name in Totals._fields),
 )
 FIND: Final = f"SELECT {RECORD_COLUMNS} FROM records WHERE ns = ? AND id = ?"
 
@@ -41,11 +44,13 @@ class LedgerTables:
         self._ns: int
         self._sums: dict[Key, list[int]] = {}
         self._known: dict[str, set[tuple[str, str]]] = {}
+        self._hits = HitTables()
 
     def attach(self, connection: sqlite3.Connection, ns: int) -> None:
         """Use this connection from now on."""
         self._connection = connection
         self._ns = ns
+        self._hits.attach(connection, ns)
         self.forget()
 
     def forget(self) -> None:
@@ -56,7 +61,7 @@ class LedgerTables:
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
         row = self._connection.execute(FIND, (self._ns, carried(id))).fetchone()
-        return None if row is None else record_of(row)
+        return self._hits.find(carried(id)) if row is None else record_of(row)
 
     def write(self, appended: Sequence[CallRecord], replaced: Sequence[CallRecord]) -> None:
         """Append and replace records, then write the sums they change.
@@ -66,37 +71,57 @@ class LedgerTables:
         """
         ns = self._ns
         if appended:
-            self._connection.executemany(INSERT, [record_row(ns, record) for record in appended])
+            self._append(appended)
             self._sum(appended, 1)
         for record in replaced:
             self.put(record)
         if self._sums:
-            sums = [(ns, *key, *values) for key, values in self._sums.items()]
-            self._connection.executemany(ADD_SUMS, sums)
+            ADD_SUMS.run(self._connection, [(ns, *key, *values) for key, values in self._sums.items()])
             self._sums.clear()
         self._since_trim += len(appended)
         if self._max is not None and self._since_trim > 100 + self._max // 100:
             self._trim()
 
+    def _append(self, records: Sequence[CallRecord]) -> None:
+        """Write new records: hits together, any other as a row."""
+        hits = [record for record in records if is_hit(record)]
+        rows: Sequence[CallRecord] = records
+        if hits:
+            newest = self._connection.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()[0]
+            places = [newest] * len(hits)
+            rows = ()
+            if len(hits) < len(records):
+                rows = [record for record in records if not is_hit(record)]
+                before = accumulate(not is_hit(record) for record in records)
+                places = [newest + place for place, record in zip(before, records, strict=True) if is_hit(record)]
+            self._hits.add(places, hits)
+        INSERT.run(self._connection, [record_row(self._ns, record) for record in rows])
+
     def put(self, record: CallRecord) -> None:
-        """Append a record, or put it in place of the one with its id; its sums are written by the next `write`."""
+        """Append a record, or put it in place of the one with its id; its sums are written by the next `write`.
+
+        Raises:
+            ValueError, TypeError: it has no day.
+        """
+        day_of(record.started_at)
         old = self.find(record.id)
+        if old is not None and is_hit(old):
+            self._hits.take(record.id)
         self._connection.execute(REPLACE, record_row(self._ns, record))
         if old is not None:
             self._sum((old,), -1)
         self._sum((record,), 1)
 
     def _sum(self, records: Iterable[CallRecord], sign: int) -> None:
-        groups: dict[tuple[str, tuple[tuple[str, str], ...]], list[CallRecord]] = {}
+        groups: dict[tuple[float, tuple[Any, ...]], list[CallRecord]] = {}
         for record in records:
-            if record.outcome == REFUSED:
-                continue
-            groups.setdefault((day_of(record.started_at), tuple(rollup_keys(record))), []).append(record)
-        for (day, pairs), alike in groups.items():
-            self._sum_alike(day, pairs, alike, sign)
+            groups.setdefault((record.started_at // 86_400, alike(record)), []).append(record)
+        for together in groups.values():
+            group = [record for record in together if record.outcome != REFUSED]
+            if group:
+                self._sum_alike(day_of(group[0].started_at), rollup_keys(group[0]), Totals.over(group), sign)
 
-    def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], records: list[CallRecord], sign: int) -> None:
-        contribution = [(index, sum(values)) for index, values in enumerate(zip(*map(Totals.of, records), strict=True))]
+    def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], totals: Totals, sign: int) -> None:
         known = self._known.get(day)
         if known is None:
             known = self._load_day(day)
@@ -109,7 +134,7 @@ class LedgerTables:
             sums = self._sums.get(key)
             if sums is None:
                 sums = self._sums[key] = [0] * len(Totals._fields)
-            for index, value in contribution:
+            for index, value in enumerate(totals):
                 sums[index] += sign * value
 
     def _load_day(self, day: str) -> set[tuple[str, str]]:
@@ -122,12 +147,34 @@ class LedgerTables:
         return known
 
     def _trim(self) -> None:
+        assert self._max is not None
         self._since_trim = 0
-        self._connection.execute(
-            "DELETE FROM records WHERE ns = ?1 AND started_at < (SELECT started_at FROM records "
-            "WHERE ns = ?1 ORDER BY started_at DESC LIMIT 1 OFFSET ?2)",
-            (self._ns, self._max),
-        )
+        before = self._kept_since(self._max)
+        if before is not None:
+            self._connection.execute("DELETE FROM records WHERE ns = ? AND started_at < ?", (self._ns, before))
+            self._hits.trim(before)
+
+    def _kept_since(self, most: int) -> float | None:
+        """The moment since which there are about so many records; None when there are not more."""
+        pages, until = self._hits.ends(), inf
+        step = most // 100 // PAGE + 1
+        for start in range(0, len(pages), step):
+            begin, hits = pages[start : start + step][-1][0], sum(size for _, size in pages[start : start + step])
+            between = "SELECT count(*) FROM records WHERE ns = ? AND started_at >= ? AND started_at < ?"
+            rows = self._connection.execute(between, (self._ns, begin, until)).fetchone()[0]
+            if rows > most:
+                break
+            if hits + rows > most:
+                return begin
+            most, until = most - hits - rows, begin
+        return self._row_before(until, most)
+
+    def _row_before(self, until: float, skip: int) -> float | None:
+        row = self._connection.execute(
+            "SELECT started_at FROM records WHERE ns = ? AND started_at < ? ORDER BY started_at DESC LIMIT 1 OFFSET ?",
+            (self._ns, until, skip),
+        ).fetchone()
+        return None if row is None else row[0]
 
 
 def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
@@ -155,46 +202,31 @@ def read_terms(connection: sqlite3.Connection, ns: int) -> list[Terms]:
     return [terms for row in rows if (terms := terms_of(row)) is not None]
 
 
-def read_records(
-    connection: sqlite3.Connection,
-    ns: int,
-    since: float | None,
-    until: float | None,
-    limit: int | None,
-    equals: Mapping[str, str],
-) -> list[CallRecord]:
-    """Matching records, newest first; found by the index of the field that has the fewest for a value."""
-    check_fields(equals)
-    best = next((name for name in SELECTIVE if name in equals), None)
-    bounds: list[tuple[str, object]] = [("started_at >= ?", since), ("started_at < ?", until)]
-    where = [("ns = ?", ns), *(bound for bound in bounds if bound[1] is not None)]
-    for name, value in equals.items():
-        plus = "+" if name in SELECTIVE and name != best else ""  # keeps SQLite, which cannot know better, off an index
-        where.append((f'{plus}"{name}" = ?', clean(value)))
-    rows = connection.execute(
-        f"SELECT {RECORD_COLUMNS} FROM records WHERE {' AND '.join(condition for condition, _ in where)} "
-        "ORDER BY started_at DESC, seq DESC LIMIT ?",
-        (*(value for _, value in where), -1 if limit is None else limit),
-    )
-    return [record_of(row) for row in rows]
+_DAYS: Final = """
+    WITH RECURSIVE days (day) AS (
+        SELECT min(day) FROM rollups WHERE ns = ?1 AND day >= ?2 AND day <= ?3
+        UNION ALL
+        SELECT (SELECT min(day) FROM rollups WHERE ns = ?1 AND day > days.day AND day <= ?3)
+        FROM days WHERE days.day IS NOT NULL)
+"""
+"""The days that have sums. Stepping from one to the next, no row of another dimension is read."""
 
 
 def read_totals(
-    connection: sqlite3.Connection, ns: int, dimension: str, since_day: str | None, until_day: str | None
+    connection: sqlite3.Connection,
+    ns: int,
+    dimension: str,
+    since_day: str | None,
+    until_day: str | None,
+    value: str | None,
 ) -> list[tuple[str, str, Totals]]:
-    """(day, value, sums) of one dimension. Steps from day to day, so other dimensions' rows are never read."""
+    """(day, value, sums) of one dimension, or of one value of it."""
+    one = () if value is None else (carried(value),)
     rows = connection.execute(
-        f"""
-        WITH RECURSIVE days (day) AS (
-            SELECT min(day) FROM rollups WHERE ns = ?1 AND day >= ?2 AND day <= ?3
-            UNION ALL
-            SELECT (SELECT min(day) FROM rollups WHERE ns = ?1 AND day > days.day AND day <= ?3)
-            FROM days WHERE days.day IS NOT NULL)
-        SELECT rollups.day, value, {TOTALS} FROM days CROSS JOIN rollups
-        WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4
-        ORDER BY rollups.day, value
-        """,
-        (ns, since_day or "", until_day or "~", carried(dimension)),
+        f"{_DAYS} SELECT rollups.day, value, {TOTALS} FROM days CROSS JOIN rollups "
+        f"WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4 {'AND value = ?5 ' if one else ''}"
+        "ORDER BY rollups.day, value",
+        (ns, since_day or "", until_day or "~", carried(dimension), *one),
     )
     return [(row[0], row[1], Totals(*row[2:])) for row in rows]
 
@@ -203,3 +235,16 @@ def read_holds(connection: sqlite3.Connection, ns: int) -> int:
     """Reservations not yet settled, without what is drawn ahead for several calls."""
     found = connection.execute("SELECT count(*) FROM holds WHERE ns = ? AND coalesce(debit, '') NOT LIKE '{%'", (ns,))
     return int(found.fetchone()[0])
+
+
+def read_sums(
+    connection: sqlite3.Connection, ns: int, dimension: str, since_day: str | None, most: int | None
+) -> list[tuple[str, Totals]]:
+    """(value, sums over the days) of one dimension, the dearest first."""
+    sums = ", ".join(f"sum({name})" for name in Totals._fields)
+    rows = connection.execute(
+        f"{_DAYS} SELECT value, {sums} FROM days CROSS JOIN rollups WHERE rollups.ns = ?1 AND rollups.day = days.day "
+        "AND dimension = ?4 GROUP BY value ORDER BY sum(cost_nano) DESC, value LIMIT ?5",
+        (ns, since_day or "", "~", carried(dimension), -1 if most is None else most),
+    )
+    return [(row[0], Totals(*row[1:])) for row in rows]

@@ -29,7 +29,7 @@ def record_row(ns: int, record: CallRecord) -> Row:
     """A record as a row of `records`, after the namespace."""
     row: list[Any] = [ns, *record]
     row[1 + _TAGS] = orjson.dumps(dict(record.tags)).decode() if record.tags else None
-    row[1 + _ACCOUNTS] = _names(record.accounts)
+    row[1 + _ACCOUNTS] = _names(record.accounts) if record.accounts else None
     return tuple(row)
 
 

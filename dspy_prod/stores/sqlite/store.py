@@ -35,12 +35,13 @@ from dspy_prod.stores.base import (
 )
 from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import read_size
+from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.ledger import (
     read_account,
     read_accounts,
     read_holds,
-    read_records,
+    read_sums,
     read_terms,
     read_totals,
 )
@@ -275,12 +276,25 @@ class SqliteStore:
         return self._read(lambda connection, ns: read_records(connection, ns, since, until, limit, equals))
 
     def totals(
-        self, *, dimension: str = "all", since_day: str | None = None, until_day: str | None = None
+        self,
+        *,
+        dimension: str = "all",
+        since_day: str | None = None,
+        until_day: str | None = None,
+        value: str | None = None,
     ) -> list[tuple[str, str, Totals]]:
-        return self._read(lambda connection, ns: read_totals(connection, ns, dimension, since_day, until_day))
+        return self._read(lambda connection, ns: read_totals(connection, ns, dimension, since_day, until_day, value))
+
+    def sums(
+        self, *, dimension: str, since_day: str | None = None, most: int | None = None
+    ) -> list[tuple[str, Totals]]:
+        return self._read(lambda connection, ns: read_sums(connection, ns, dimension, since_day, most))
 
     def cache_size(self) -> tuple[int, int]:
         return self._read(read_size)
+
+    def unwritten(self) -> int:
+        return self._writer.unwritten()
 
     def correct(self, record_id: str, cost: int) -> bool:
         def run(core: Any, tables: Tables, now: float) -> bool:

@@ -68,6 +68,7 @@ class Writer:
         self._now = clock.time
         self._report = report
         self._kept: deque[Operation] = deque()
+        self._doing: list[Operation] = []
         self._retry_at = 0.0
         self._back_off = 0.0
         self._dropped = 0
@@ -78,6 +79,11 @@ class Writer:
         failing = self.failing
         found = {} if failing is None else {"failing": failing.detail, "kept": len(self._kept)}
         return {**found, "dropped": self._dropped} if self._dropped else found
+
+    def unwritten(self) -> int:
+        """About how many records are posted and not in the file: all that waits, and what is kept or being written."""
+        taken = [operation[0].__name__ for operation in (*self._kept, *self._doing)]
+        return self.inbox.qsize() + sum(name.startswith(("settle", "append")) for name in taken)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def run(self) -> None:
@@ -131,6 +137,7 @@ class Writer:
             self._kept.extend(operations[most:])
             del operations[most:]
             self._alone = max(0, self._alone - 1)
+        self._doing = operations
         try:
             with self.io:
                 if self._anything_due():
@@ -143,7 +150,9 @@ class Writer:
                     self._transactions.run(operations, self._take_more, probing=self.failing is not None)
         except Exception as error:
             self._failed(operations, error)
+            self._doing = []
         else:
+            self._doing = []
             self._publish()
             if self.failing is not None and operations:
                 self.failing, self._back_off = None, 0.0

@@ -54,4 +54,7 @@ def test_random_kills_never_exceed_the_budget_and_never_lose_a_charge(path: str)
     with contextlib.closing(SqliteStore(path, lease=0.5)) as store:
         until(lambda: store.holds() == 0, 20.0)
         check_books(store, ("day", "other"))
-        assert {row.outcome for row in store.records()} == {"ok", "abandoned"}
+        records = store.records()
+        assert {row.outcome for row in records} == {"ok", "abandoned", "cached"}
+        assert len({row.id for row in records}) == len(records)
+        assert sum(row.cached for row in records) == sum(sums.cached for _, _, sums in store.totals())
