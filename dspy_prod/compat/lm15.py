@@ -141,7 +141,11 @@ class HookedTransport(_StdlibTransport):
         return bounded_head(super()._read_head(conn, **kwargs), conn)
 
     def _open(self, *args: Any, **kwargs: Any) -> Any:
-        connection = super()._open(*args, **kwargs)
+        try:
+            connection = super()._open(*args, **kwargs)
+        except BaseException:
+            del args, kwargs  # an error reporter would show them, and the address may hold a password
+            raise
         connection.sock = self.wrapped(connection.sock)
         return connection
 

@@ -57,6 +57,7 @@ from dspy_prod.lm.environment import PREFIX, Sources, lines_of, override
 from dspy_prod.lm.settings import ARGUMENTS, CANONICAL_KEYS, OPTIONS
 from dspy_prod.options import Options
 from dspy_prod.privacy.names import bare_url, is_secret
+from dspy_prod.privacy.unshown import Unshown, unshown
 
 _KINDS: Final[Mapping[str, Any]] = {
     **dict.fromkeys(CANONICAL_KEYS - {"messages", "stream"} | CLIENT_KEYS, object),
@@ -101,6 +102,7 @@ def load_config(path: str | Path | None, env: Mapping[str, str] = os.environ) ->
         ConfigError: the file cannot be read, or a key is unknown or impossible; the message names the place and what to
             do.
     """
+    env = {name: Unshown(value) for name, value in env.items()}  # an error reporter shows the locals of each frame
     values: dict[str, Any] = {}
     sources = Sources("")
     if path is not None:
@@ -114,8 +116,8 @@ def load_config(path: str | Path | None, env: Mapping[str, str] = os.environ) ->
 def _read(path: Path) -> tuple[dict[str, Any], str]:
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        text = path.read_text(encoding="utf-8")
-        values: dict[str, Any] = toml.loads(text)
+        text: str = Unshown(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = unshown(toml.loads(text))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file (looked from {Path.cwd()})") from None
     except OSError as error:

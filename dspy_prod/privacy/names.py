@@ -154,13 +154,6 @@ def public(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-class Unshown(dict[str, Any]):
-    """Settings on their way through our frames, whose locals error reporters show: its repr tells their names only."""
-
-    def __repr__(self) -> str:
-        return f"<{', '.join(map(str, self))}>"
-
-
 class Walk:
     """One walk through a value. Each container in it is visited once.
 
