@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import weakref
 from collections.abc import Mapping
 from typing import Any, Final, SupportsIndex, TypeVar
 
@@ -23,7 +24,7 @@ _DEPTH: Final = 8
 class Unshown(str):
     """A text like any other, but for its `repr`: a mark by which this process alone tells it from others."""
 
-    __slots__ = ()
+    __slots__ = ("__weakref__",)
 
     def __repr__(self) -> str:
         mark = hmac.new(_PROCESS_KEY, self.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
@@ -31,6 +32,9 @@ class Unshown(str):
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         return Unshown(super().__getitem__(key))  # reporters cut a text before they print it
+
+
+_LIVING: Final[weakref.WeakValueDictionary[int, Unshown]] = weakref.WeakValueDictionary()
 
 
 def unshown(value: V, name: str = "") -> V:
@@ -42,10 +46,19 @@ def unshown(value: V, name: str = "") -> V:
     return made
 
 
+def living_secrets() -> list[str]:
+    """Those that came in and are still held by somebody."""
+    return [secret for reference in _LIVING.valuerefs() if (secret := reference()) is not None]
+
+
 def _unshown(value: Any, secret: bool, depth: int) -> Any:
     if isinstance(value, str):
         hides = secret or ("://" in value and bare_url(value) != value)
-        return Unshown(value) if hides and type(value) is not Unshown else value
+        if not hides or type(value) is Unshown:
+            return value
+        made = Unshown(value)
+        _LIVING[id(made)] = made
+        return made
     if depth and isinstance(value, Mapping):
         kept = {key: _unshown(item, secret or is_secret(str(key)), depth - 1) for key, item in value.items()}
         return value if all(kept[key] is item for key, item in value.items()) else kept

@@ -23,8 +23,8 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.privacy.error_text import known
-from dspy_prod.privacy.names import bare_url, said_of
+from dspy_prod.privacy.names import bare_url
+from dspy_prod.privacy.outward import outward
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError, UnknownVersionError
 from dspy_prod.registry.names import Reference
@@ -145,7 +145,7 @@ class Server:
 
     def _said(self, text: str) -> str:
         """A text of MLflow or its driver, without the password in the URI and what else is known to be secret."""
-        return said_of(self.uri, text, known())
+        return outward(text)
 
     def _meaning(self, error: Any) -> RegistryError:
         code, text = error.error_code, self._said(str(error.message if hasattr(error, "message") else error))
