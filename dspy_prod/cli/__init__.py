@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     from dspy_prod.cli import reports
     from dspy_prod.errors import ConfigError, RejectedError
+    from dspy_prod.privacy.outward import outward
     from dspy_prod.privacy.visible import visible
     from dspy_prod.registry import RegistryError
 
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = getattr(arguments, "run", None) or getattr(reports, arguments.command)
         return int(run(arguments))
     except (RejectedError, ConfigError, RegistryError) as error:
-        print(visible(f"dspy-prod {arguments.command}: {error}"), file=sys.stderr)
+        print(visible(outward(f"dspy-prod {arguments.command}: {error}")), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe has seen enough
         sys.stderr.close()

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from dspy_prod import registry
 from dspy_prod.cli.printing import print_json, show
+from dspy_prod.privacy.outward import outward
 from dspy_prod.privacy.visible import visible
 from dspy_prod.registry.deployment.report import DIRECTORY
 from dspy_prod.registry.errors import Unfinished
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
                 tracking_uri=arguments.tracking_uri,
             )  # fmt: skip
     except registry.RegistryError as error:
-        print(visible(f"dspy-prod deploy: {error}"), file=sys.stderr)
+        print(visible(outward(f"dspy-prod deploy: {error}")), file=sys.stderr)
         if error.deployment is not None:
             _show(arguments, error.deployment)
         return _code(error)

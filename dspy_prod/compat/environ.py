@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+
+def snapshot() -> Iterable[tuple[Any, Any]]:
+    """The variables, as the interpreter keeps them: for asking whether they are still the same."""
+    kept: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+    return kept.items()
 
 
 def watch(names: Iterable[str]) -> Callable[[], bool]:

@@ -16,7 +16,7 @@ from dspy.lm15 import Request, Response, StreamEndEvent, response_to_events
 
 from dspy_prod.compat.foreign import names
 from dspy_prod.compat.httpx import staying
-from dspy_prod.compat.lm15 import StreamEvent, read_chat
+from dspy_prod.compat.lm15 import StreamEvent, read_chat, read_or_billed
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
 _ChatStream: Any
@@ -143,20 +143,26 @@ class _Hooked:
         return data
 
     def _response(self, raw: Any, request: Request) -> Response:
-        response = super()._response(raw, request)  # type: ignore[misc]
-        return self.received(response, raw, "" if self.ear is None else self.ear.take())
+        text = "" if self.ear is None else self.ear.take()
+        inherited: Callable[[Any, Request], Response] = super()._response  # type: ignore[misc]
+        return read_or_billed(
+            lambda answer: self.received(inherited(answer, request), raw, text), raw, lambda: plain(raw)
+        )
 
-    def _read_as_native(self, request: Request) -> Response | None:
+    def _read_as_native(self, request: Request, failure: Exception) -> Response:
         """The answer of which LiteLLM could make nothing, as the native engine reads it: what came, and its usage.
 
-        None where none was heard, where it has another dialect, or where the native engine could not read it either.
+        Raises:
+            Exception: what the native engine says of it; or `failure`, LiteLLM's own, where no answer was heard, or one
+                in another dialect.
         """
         heard = "" if self.ear is None else self.ear.take()
-        with suppress(Exception):  # the error that LiteLLM raised says more
+        body: Any = None
+        with suppress(ValueError):
             body = json.loads(heard)
-            if isinstance(body, dict) and "choices" in body:
-                return read_chat(request, heard)
-        return None
+        if isinstance(body, dict) and ("choices" in body or body.get("object") == "chat.completion"):
+            return read_chat(request, heard)
+        raise failure
 
 
 class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
@@ -167,11 +173,9 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         try:
             with staying(self.until):
                 return super().complete(request)
-        except Exception:
-            response = self._read_as_native(request)
-            if response is None:
-                raise
-            return response
+        except Exception as error:
+            failure = error
+        return self._read_as_native(request, failure)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """DSPy's stream, written here again because it cannot be asked for its source.
@@ -225,11 +229,9 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
         try:
             with staying(self.until):
                 return await super().complete(request)
-        except Exception:
-            response = self._read_as_native(request)
-            if response is None:
-                raise
-            return response
+        except Exception as error:
+            failure = error
+        return self._read_as_native(request, failure)
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The same in a task, see `HookedLiteLLMEngine.stream`."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from traceback import walk_tb
 from typing import Any, Final, TypeAlias
 
@@ -67,7 +69,7 @@ def canonical_arguments() -> frozenset[str]:
 CANONICAL: Final = canonical_arguments()
 
 
-_READERS: Final = frozenset({"parse_response", "parse_stream_events", "_response", "feed", "finish"})
+_READERS: Final = frozenset({"parse_response", "parse_stream_events", "_response", "response_value", "feed", "finish"})
 """Functions that make something canonical of an answer, in lm15 and in DSPy's engines."""
 
 
@@ -79,6 +81,39 @@ def raised_by_reader(error: BaseException) -> bool:
 _HttpResponse: Any
 [_HttpResponse] = names("dspy._vendor.lm15.providers.base", "HttpResponse")
 
+_GENERATED: Final = ("choices", "output", "content", "candidates")
+"""Where providers put what was generated; beside it they tell what it took."""
+
+
+def read_or_billed(read: Callable[[Any], Response], answer: Any, body: Callable[[], Any]) -> Response:
+    """The answer as `read` reads it; an error that it raises carries, as `billed`, what can be read but for its text.
+
+    An answer that nobody can read was generated all the same, and says what it took.
+
+    Args:
+        read: makes something canonical of an answer.
+        answer: what it is given.
+        body: gives the answer as JSON, and takes it in that form too.
+    """
+    try:
+        return read(answer)
+    except Exception as error:
+        with suppress(Exception):  # then nobody knows
+            bare = {name: [] if name in _GENERATED else value for name, value in body().items()}
+            error.billed = read(bare)  # type: ignore[attr-defined]
+        raise
+
+
+def _read_bare(read: Callable[[Any], Response], answer: Any) -> Response:
+    """The same of an answer as it came by HTTP."""
+
+    def of(given: Any) -> Response:
+        if isinstance(given, dict):
+            given = _HttpResponse(status=200, reason="OK", headers=[], body=json.dumps(given).encode())
+        return read(given)
+
+    return read_or_billed(of, answer, answer.json)
+
 
 def read_chat(request: Request, text: str) -> Response:
     """The answer that a body in the dialect of OpenAI's chat API gives.
@@ -87,8 +122,9 @@ def read_chat(request: Request, text: str) -> Response:
         Exception: none can be made of it.
     """
     heard = _HttpResponse(status=200, reason="OK", headers=[], body=text.encode())
-    response: Response = OpenAIChatLM(api_key="none", transport=None).parse_response(request, heard)
-    return response
+    return _read_bare(
+        lambda answer: OpenAIChatLM(api_key="none", transport=None).parse_response(request, answer), heard
+    )
 
 
 # -- transports ------------------------------------------------------------------------------------------------------
@@ -141,7 +177,11 @@ class HookedTransport(_StdlibTransport):
         return bounded_head(super()._read_head(conn, **kwargs), conn)
 
     def _open(self, *args: Any, **kwargs: Any) -> Any:
-        connection = super()._open(*args, **kwargs)
+        try:
+            connection = super()._open(*args, **kwargs)
+        except BaseException:
+            del args, kwargs  # an error reporter would show them, and the address may hold a password
+            raise
         connection.sock = self.wrapped(connection.sock)
         return connection
 
@@ -181,13 +221,16 @@ class _Providers(dict[str, Any]):
 
     def __setitem__(self, name: str, provider: Any) -> None:
         reader = getattr(provider, "_inner", provider)  # an asynchronous one reads events by its synchronous twin
-        parse, ended = reader.parse_stream_events, self._ended
+        read, parse, ended = reader.parse_response, reader.parse_stream_events, self._ended
+
+        def answered(request: Request, response: Any) -> Response:
+            return _read_bare(lambda answer: read(request, answer), response)
 
         def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
             for event in parse(request, raw):
                 yield ended(event) if event is not None and event.type == "end" else event
 
-        reader.parse_stream_events = parsed
+        reader.parse_response, reader.parse_stream_events = answered, parsed
         super().__setitem__(name, provider)
 
 

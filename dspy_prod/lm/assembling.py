@@ -12,13 +12,14 @@ from dspy.utils.dummies import DummyLM
 
 from dspy_prod.compat.dspy import engines_of
 from dspy_prod.errors import ConfigError, StoreUnavailableError
-from dspy_prod.lm.settings import Settings, split
+from dspy_prod.lm.settings import Settings, hide, split
 from dspy_prod.options import RateLimit
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.routes import PRIMARY, Route
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.policies.sharing import quoted_rules, shared_rule
 from dspy_prod.pricing.book import PriceBook
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_store_url, open_store
@@ -102,7 +103,7 @@ def _foreign(lm: Any) -> Upstream:
             f"fallbacks= takes model names and dspy.LM or dspy_prod.LM objects, not {type(lm).__name__}{hint}"
         )
     refuse_own_forward(lm)
-    _, clients, extras = split(lm.kwargs)
+    _, clients, extras = split(hide(dict(lm.kwargs)))
     return Upstream(lm.model, lm.model_type, *engines_of(lm), clients, extras)
 
 
@@ -137,7 +138,7 @@ def _store(settings: Settings) -> Store:
     if settings.store is not None:
         return opened(settings.store)
     try:
-        return opened(default_store_url())
+        return opened(unshown(default_store_url()))
     except StoreUnavailableError as error:
         if settings.budgets:
             raise

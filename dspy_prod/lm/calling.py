@@ -16,7 +16,7 @@ from dspy_prod.lm.advice import warn_messages
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.copying import variant
 from dspy_prod.lm.history import shown
-from dspy_prod.lm.settings import CANONICAL_KEYS, OWN_KEYS, split
+from dspy_prod.lm.settings import CANONICAL_KEYS, OWN_KEYS, hide, split
 from dspy_prod.lm.watching import settled
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.call import Call
@@ -24,7 +24,6 @@ from dspy_prod.pipeline.scope import Scope, raw_key
 from dspy_prod.pipeline.standing import standing_for
 from dspy_prod.pipeline.upstream.destination import places
 from dspy_prod.policies.purse import Purse
-from dspy_prod.privacy.names import Unshown
 
 _ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
 _PLAIN_CALL_KEYS: Final = frozenset(
@@ -73,8 +72,6 @@ def begin(
 def ask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
     """An answer from the engine beneath, within the scope of `begin`."""
     call = prepare(lm, prompt, messages, kwargs, direct=True)
-    if lm.watched.elsewhere:
-        _unshown(call)
     result = run_call(lm, call, asked(lm, scope, call))
     if scope.shown is not None:
         call.kwargs = scope.shown
@@ -87,24 +84,17 @@ async def aask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: di
         call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True, direct=True)
     else:
         call = prepare(lm, prompt, messages, kwargs, asynchronous=True, direct=True)
-    if lm.watched.elsewhere:
-        _unshown(call)
     result = await arun_call(lm, call, asked(lm, scope, call))
     if scope.shown is not None:
         call.kwargs = scope.shown
     return call, result
 
 
-def _unshown(call: PreparedCall) -> None:
-    """Keep an LM's settings, which DSPy has mixed into a call's arguments, out of what error reporters print."""
-    call.kwargs, call.legacy = Unshown(call.kwargs), Unshown(call.legacy)
-
-
 def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, Any], dict[str, Any] | None]:
     """(the LM to use, its canonical arguments, extras beside them) for one call's arguments."""
     if not kwargs or _PLAIN_CALL_KEYS.issuperset(kwargs):
         return lm, kwargs, None
-    kwargs = dict(kwargs)
+    kwargs = dict(hide(kwargs))
     cache = kwargs.pop("cache", None)
     policies = {name: value for name in ("retry", "num_retries") if (value := kwargs.pop(name, None)) is not None}
     request = {"request": kwargs.pop("request")} if "request" in kwargs else {}

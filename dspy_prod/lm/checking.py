@@ -9,11 +9,14 @@ import json
 import os
 import urllib.error
 import urllib.request
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator
 
 from dspy_prod.lm.lm import LM
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.privacy.names import bare_url
+from dspy_prod.privacy.outward import outward
 from dspy_prod.records import usd
 from dspy_prod.stores.base import CachedAnswer, Store
 from dspy_prod.telemetry.tap import Frozen
@@ -40,7 +43,7 @@ class Finding(Frozen):
     route: str
     what: str
     outcome: Outcome
-    detail: str
+    detail: Annotated[str, AfterValidator(outward)]
 
 
 def check(lm: LM) -> list[Finding]:

@@ -56,7 +56,9 @@ from dspy_prod.errors import ConfigError, OptionError
 from dspy_prod.lm.environment import PREFIX, Sources, lines_of, override
 from dspy_prod.lm.settings import ARGUMENTS, CANONICAL_KEYS, OPTIONS
 from dspy_prod.options import Options
+from dspy_prod.privacy.error_text import scrubbed
 from dspy_prod.privacy.names import bare_url, is_secret
+from dspy_prod.privacy.unshown import Unshown, unshown
 
 _KINDS: Final[Mapping[str, Any]] = {
     **dict.fromkeys(CANONICAL_KEYS - {"messages", "stream"} | CLIENT_KEYS, object),
@@ -101,6 +103,7 @@ def load_config(path: str | Path | None, env: Mapping[str, str] = os.environ) ->
         ConfigError: the file cannot be read, or a key is unknown or impossible; the message names the place and what to
             do.
     """
+    env = {name: Unshown(value) for name, value in env.items()}  # an error reporter shows the locals of each frame
     values: dict[str, Any] = {}
     sources = Sources("")
     if path is not None:
@@ -114,8 +117,8 @@ def load_config(path: str | Path | None, env: Mapping[str, str] = os.environ) ->
 def _read(path: Path) -> tuple[dict[str, Any], str]:
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     try:
-        text = path.read_text(encoding="utf-8")
-        values: dict[str, Any] = toml.loads(text)
+        text: str = Unshown(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = unshown(toml.loads(text))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file (looked from {Path.cwd()})") from None
     except OSError as error:
@@ -187,7 +190,9 @@ def _made(key: str, value: Any, sources: Sources) -> Any:
             return value
         if isinstance(value, Mapping):
             return _options(options, value, sources, key)
-        raise ConfigError(f"{where}: {key}: takes a table [{key}], or {key} = false to switch it off; got {value!r}")
+        raise ConfigError(
+            f"{where}: {key}: takes a table [{key}], or {key} = false to switch it off; got {_told(value)}"
+        )
     if kind is list and options is not None:
         given = value if isinstance(value, list) else [value]
         if not all(isinstance(item, Mapping) for item in given):
@@ -195,7 +200,7 @@ def _made(key: str, value: Any, sources: Sources) -> Any:
         return [_options(options, item, sources, key) for item in given]
     types = (int, float) if kind is float else kind
     if kind in _WORDS and (not isinstance(value, types) or (isinstance(value, bool) and kind is not bool)):
-        got = f"a {type(value).__name__}" if is_secret(key) else repr(value)
+        got = f"a {type(value).__name__}" if is_secret(key) else _told(value)
         raise ConfigError(f"{where}: {key}: takes {_WORDS[kind]}, got {got}")
     if options is not None:
         return {str(name): _options(options, item, sources, key, name) for name, item in value.items()}
@@ -209,7 +214,7 @@ def _options(kind: type[Options], table: Any, sources: Sources, *keys: str) -> O
     name = keys[0] + "".join(f'."{key}"' for key in keys[1:])
     if not isinstance(table, Mapping):
         raise ConfigError(
-            f"{sources.of(*keys)}: {name}: takes a table of {', '.join(kind.model_fields)}; got {table!r}"
+            f"{sources.of(*keys)}: {name}: takes a table of {', '.join(kind.model_fields)}; got {_told(table)}"
         )
     try:
         made = kind(**table)
@@ -219,8 +224,12 @@ def _options(kind: type[Options], table: Any, sources: Sources, *keys: str) -> O
         raise ConfigError(f"{place}: {error.problem}") from None
     for field, value in table.items():
         if isinstance(value, (str, bool)) and type(getattr(made, field)) is not type(value):  # pydantic was lenient
-            raise ConfigError(f"{sources.of(*keys, field)}: [{name}] {field}: takes a number, got {value!r}")
+            raise ConfigError(f"{sources.of(*keys, field)}: [{name}] {field}: takes a number, got {_told(value)}")
     return made
+
+
+def _told(value: Any) -> str:
+    return scrubbed(repr(value))
 
 
 def _from_environment(name: str, env: Mapping[str, str], where: str) -> str:

@@ -14,7 +14,7 @@ from dspy.lm15 import CacheConfig
 from dspy_prod.compat.dspy import check_engines, refuse_client_settings
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.beneath import INSTALLED, Beneath
-from dspy_prod.lm.settings import ROWS, Settings, settings_of, split
+from dspy_prod.lm.settings import ROWS, Settings, hide, settings_of, split
 from dspy_prod.options import Cache
 from dspy_prod.policies.sharing import quoted
 from dspy_prod.stores.base import Store
@@ -31,6 +31,7 @@ REBUILDS: Final = (
 
 def copied(lm: Copied, arguments: dict[str, Any]) -> tuple[Copied, Settings | None]:
     """A copy with some arguments changed, and the settings to install beneath it; None: what is there serves it too."""
+    hide(arguments)
     if arguments.get("prompt_cache") is not None and not isinstance(arguments["prompt_cache"], CacheConfig):
         raise TypeError("prompt_cache must be a dspy.lm15.CacheConfig or None")
     policies = {name: arguments.pop(name) for name in list(arguments) if name in REBUILDS}

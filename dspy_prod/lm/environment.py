@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.unshown import unshown
 
 PREFIX: Final = "DSPY_PROD__"
 
@@ -73,10 +74,10 @@ def _override(values: dict[str, Any], name: str, text: str, sources: Sources, te
     keys = name[len(PREFIX) :].lower().split("__")
     if not all(keys):
         raise ConfigError(f"${name}: write {PREFIX}KEY or {PREFIX}TABLE__KEY")
-    value: Any = text
+    value: Any = unshown(str(text), keys[-1])
     if keys[-1] not in texts:
         try:
-            value = json.loads(text)
+            value = unshown(json.loads(text), keys[-1])
         except ValueError:
             pass
     sources.variables[tuple(keys)] = name

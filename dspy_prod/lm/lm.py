@@ -28,7 +28,7 @@ from dspy_prod.lm.copying import checked, copied, pinned
 from dspy_prod.lm.history import Arguments, tell
 from dspy_prod.lm.operating import Operated
 from dspy_prod.lm.plain import AsPlain
-from dspy_prod.lm.settings import CANONICAL_KEYS, DSPY, Settings, recall, remember, settings_of, split
+from dspy_prod.lm.settings import CANONICAL_KEYS, DSPY, Settings, hide, recall, remember, settings_of, split
 from dspy_prod.lm.watching import Watched, arguments_of, settled
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
@@ -37,6 +37,7 @@ from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
 from dspy_prod.policies.sharing import quoted, steer
 from dspy_prod.pricing.warmup import WARMUP
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.living import LIVE
 from dspy_prod.runtime.reaper import REAPER
@@ -103,6 +104,8 @@ class LM(AsPlain, Operated, dspy.LM):
         clock: Clock = SYSTEM_CLOCK,
         **kwargs: Any,
     ) -> None:
+        hide(kwargs)
+        store, launch_kwargs, train_kwargs = unshown(store), unshown(launch_kwargs), unshown(train_kwargs)
         given = locals()  # every argument by its name: the table in `settings.py` says what becomes of it
         canonical, clients, extras = split(kwargs)
         if extras and not isinstance(engine, str):
@@ -138,7 +141,10 @@ class LM(AsPlain, Operated, dspy.LM):
         LIVE.add(self)
 
     def __repr__(self) -> str:
-        return f"dspy_prod.LM({self.model!r}, namespace={self.settings.namespace!r})"
+        settings: Settings | None = self.__dict__.get("settings")
+        if settings is None:
+            return "<dspy_prod.LM, not built yet>"  # an error reporter asks
+        return f"dspy_prod.LM({self.model!r}, namespace={settings.namespace!r})"
 
     # -- calling -----------------------------------------------------------------------------------------------------
     @with_callbacks  # type: ignore[untyped-decorator]
@@ -231,6 +237,7 @@ class LM(AsPlain, Operated, dspy.LM):
         """
         from dspy_prod.lm.state import load
 
+        state = hide(dict(state))
         return load(cls, state, allow_custom_lm_class)
 
     @classmethod
@@ -246,7 +253,7 @@ class LM(AsPlain, Operated, dspy.LM):
         """
         from dspy_prod.lm.config import load_config
 
-        arguments = {**load_config(path), **overrides}
+        arguments = {**load_config(path), **hide(overrides)}
         if "model" not in arguments:
             raise ConfigError(f'{path or "environment"}: model: is missing; add model = "openai/gpt-4o-mini"')
         return cls(**arguments)

@@ -31,6 +31,7 @@ from dspy_prod.lm.arguments import (
 )
 from dspy_prod.lm.sealing import SealedLM, seal, unseal
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.stores.base import Store
 
@@ -128,6 +129,17 @@ def settings_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
 OWN_KEYS: Final = frozenset({"rollout_id", "n", "num_generations", "prompt_cache"})
 CANONICAL_KEYS: Final = CANONICAL | OWN_KEYS
+
+
+def hide(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The very arguments, in place: what is secret in them does not show itself any more, see `privacy.unshown`.
+
+    For the doors, whose frames hold what they were given: an error reporter shows it.
+    """
+    for name, value in arguments.items():
+        if name not in CANONICAL_KEYS or isinstance(value, str):  # one of them is `store`
+            arguments[name] = unshown(value, name)
+    return arguments
 
 
 def split(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

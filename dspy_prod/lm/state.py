@@ -25,6 +25,7 @@ from dspy_prod.options import Options
 from dspy_prod.policies.sharing import quoted
 from dspy_prod.privacy.names import bare_url, public
 from dspy_prod.privacy.states import harmless
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.stores.opening import default_store_url
 
 Loaded = TypeVar("Loaded", bound=dspy.LM)
@@ -93,7 +94,7 @@ def load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
         arguments["fallbacks"] = [_load_fallback(cls, item, allow) for item in arguments["fallbacks"]]
     url = arguments.get("store")
     if isinstance(url, str) and bare_url(default_store_url()) == url:
-        arguments["store"] = default_store_url()  # the environment knows its password
+        arguments["store"] = unshown(default_store_url())  # the environment knows its password
     with quoted():  # loading must not change what a budget allows
         loaded: Loaded = cls(**arguments)
     return loaded

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from dspy_prod.compat.environ import watch
 from dspy_prod.lm.beneath import INSTALLED, Beneath
 from dspy_prod.lm.copying import checked, twin_of
-from dspy_prod.lm.settings import CANONICAL_KEYS, Settings, split
+from dspy_prod.lm.settings import CANONICAL_KEYS, Settings, hide, split
 from dspy_prod.pipeline.upstream.destination import variables
 
 Watchable = TypeVar("Watchable", bound=Beneath)
@@ -61,7 +61,7 @@ def settled(lm: Watchable) -> Watchable:
         ConfigError: they say something impossible.
     """
     if not lm.watched.holds(lm.model, lm.kwargs):
-        _, clients, extras = split(lm.kwargs)
+        _, clients, extras = split(hide(lm.kwargs))
         made: Beneath = twin_of(lm)  # apart, so that no other thread meets half of it
         made._install(checked(replace(lm.settings, clients=clients, extras=extras), "lm.kwargs"))
         lm.__dict__.update({name: made.__dict__[name] for name in INSTALLED})

@@ -225,7 +225,8 @@ def flaw_of(response: Response) -> str | None:
 def _refusal_told(response: Response) -> bool:
     """Whether the model refused in words that LiteLLM passes beside the message."""
     choices = (response.provider_data or {}).get("choices")
-    message = choices[0].get("message") if isinstance(choices, list) and choices and choices[0] else None
+    first = choices[0] if isinstance(choices, list) and choices else None
+    message = first.get("message") if isinstance(first, dict) else None
     beside = message.get("provider_specific_fields") if isinstance(message, dict) else None
     return isinstance(beside, dict) and bool(beside.get("refusal"))
 

@@ -6,9 +6,9 @@ to the reaper.
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
-from dspy.clients.errors import wrap_error
 from dspy.lm15 import Response, Usage
 from dspy.utils.exceptions import LMTimeoutError
 
@@ -19,7 +19,8 @@ from dspy_prod.pipeline.outcome import Verdict, judge, own_deadline
 from dspy_prod.pipeline.plan import worst
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.upstream.deadline import StalledError
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, billed_by
+from dspy_prod.pipeline.upstream.errors import public_error
 from dspy_prod.pipeline.upstream.headers import remaining
 from dspy_prod.pipeline.upstream.usage import believed
 from dspy_prod.policies.cache import EMPTY_USAGE
@@ -104,7 +105,7 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     if verdict.throttled:
         _throttled(attempt, error)
     if late is None:
-        answer = attempt.answer if verdict.owed else None
+        answer = attempt.answer or billed_by(raised) if verdict.owed else None
         if answer is None or not _settle_told(attempt, verdict, answer, latency, error):
             _settle_failure(attempt, verdict, error, latency)
     else:
@@ -154,11 +155,14 @@ def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: Base
     if isinstance(response, Response) and _settle_told(attempt, verdict, response, latency, None):
         return
     if isinstance(failure, Exception):
-        error = wrap_error(failure, model=route.model, provider=route.upstream.provider)
+        error = public_error(failure, route.upstream, inf)
         if error is not failure:
             error.__cause__ = failure  # what it means depends on its causes
         end = judge(error)
         verdict = verdict._replace(owed=end.owed, sent=end.sent)
+        told = billed_by(failure) if end.owed else None
+        if told is not None and _settle_told(attempt, verdict, told, latency, None):
+            return
     _settle_failure(attempt, verdict, AttemptTimeoutError(), latency)
 
 

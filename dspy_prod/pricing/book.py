@@ -23,7 +23,8 @@ FIRST_PAUSE: Final = 1.0
 """Seconds after which metadata that could not be read is tried again; twice as long after each further failure."""
 LONGEST_PAUSE: Final = 60.0
 
-_MOST: Final = 4096  # models remembered: providers choose the names of served ones, so bound what they can fill
+MOST: Final = 4096
+"""Models remembered: providers choose the names of served ones, so bound what they can fill."""
 
 _Key = tuple[str, "str | None", "str | None"]
 K = TypeVar("K")
@@ -42,7 +43,7 @@ def _priced(price: Price, known: Rates | None) -> dict[str, Any]:
 
 
 def _remember(known: dict[K, V], key: K, value: V) -> None:
-    if len(known) >= _MOST:
+    if len(known) >= MOST:
         known.clear()
     known[key] = value
 

@@ -1,8 +1,9 @@
 """Secrets and personal data, kept out of everything that is written: errors, logs, traces, ledger, files.
 
 What is looked for and what stands in its place belongs here: `rules` and what finds their places in a text, `names`
-and `secrets` for keys, `error_text` for what may be shown of an error, `visible` for what would steer a screen. Every
-room above asks here before it writes.
+and `secrets` for keys, `known` and `forms` for those of this process, `unshown` for their way through our frames,
+`error_text` for what may be shown of an error, `visible` for what would steer a screen. Every room above asks here
+before it writes: `outward` is the door of every text.
 """
 
 from __future__ import annotations

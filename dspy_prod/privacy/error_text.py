@@ -1,24 +1,17 @@
 """What may be shown of an error: its class and a short text, without keys, prompts and answers.
 
-The secrets that this process holds are known by their value: those in its environment and in the settings of its LMs.
+Known secrets go first, by the door that every text leaves by, and then what looks like one.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import traceback
-from functools import lru_cache
 from typing import Final
 
 from dspy.utils.exceptions import AdapterParseError, LMError
 
-from dspy_prod import privacy
-from dspy_prod.privacy.names import HIDDEN, SHORTEST, blotted, secrets_in
-from dspy_prod.runtime.living import living
-
-_log = logging.getLogger("dspy_prod")
+from dspy_prod.privacy.forms import HIDDEN
+from dspy_prod.privacy.outward import outward
 
 _LENGTH: Final = 200
 
@@ -55,43 +48,8 @@ def error_text(error: BaseException) -> str:
 
 def scrubbed(text: str) -> str:
     """One line without known secrets, without what looks like one, and redacted while a redactor is in force."""
-    text = blotted(text, known())
+    text = outward(text)
     text = _TOKENS.sub(lambda match: f"{match['keep']}{HIDDEN}@" if match["keep"] else HIDDEN, text)
     text = _NAMED.sub(rf"\g<name>{HIDDEN}", text)
-    redactor = privacy.active()
-    if redactor is not None:
-        text = redactor.text(text)
     line = " ".join(text.split())
     return line if len(line) <= _LENGTH else line[: _LENGTH - 1] + "…"
-
-
-def log_error(error: BaseException, text: str) -> None:
-    """Log an error of the user's own code with its traceback, redacted while a redactor is in force."""
-    redactor = privacy.active()
-    if redactor is None:
-        _log.error("%s", text, exc_info=error)
-    else:
-        _log.error("%s\n%s", text, redactor.text("".join(traceback.format_exception(error))))
-
-
-def in_environment() -> frozenset[str]:
-    """The secrets in environment variables."""
-    while True:
-        try:
-            return _secrets_of(frozenset(os.environ.items()))
-        except KeyError:  # another thread has just deleted one
-            continue
-
-
-@lru_cache(maxsize=1)  # each error asks, and hardly ever has one of them changed
-def _secrets_of(variables: frozenset[tuple[str, str]]) -> frozenset[str]:
-    keys = {value for name, value in variables if name.upper().endswith("_KEY") and len(value) >= SHORTEST}
-    return frozenset(secrets_in(dict(variables)) | keys)
-
-
-def known() -> set[str]:
-    """Every secret in the environment and in the settings of the LMs alive."""
-    found = set(in_environment())
-    for lm in living():
-        found |= secrets_in(lm.settings.clients) | secrets_in(lm.settings.extras)
-    return found

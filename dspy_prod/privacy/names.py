@@ -6,19 +6,18 @@ A secret never reaches a repr, log, exception, trace, state file, cache row or p
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, unquote_plus, urlencode
 
+from dspy_prod.privacy.forms import HIDDEN, SHORTEST, blotted
+
 SECRET_KEYS: Final = frozenset({"api_key", "azure_ad_token_provider", "headers", "extra_headers"})
 """Client settings that may hold a secret, whatever their value looks like."""
-
-HIDDEN: Final = "***"
-"""Stands for a secret in a text."""
-
-SHORTEST: Final = 6
-"""Characters below which a secret is not blotted out of texts: hiding it would garble those that merely contain it."""
 
 _SECRET_NAME: Final = re.compile(
     r"api[-_]?key|secret|passw(or)?d|credential|authorization|access[-_]?key|private[-_]?key"
@@ -26,6 +25,15 @@ _SECRET_NAME: Final = re.compile(
     re.IGNORECASE,
 )
 _USERINFO: Final = re.compile(r"//[^/?#]*@")
+_PLACEHOLDERS: Final = frozenset(
+    {"anything", "api-key", "api_key", "no-key", "no-key-needed", "not-needed", "not-required", "lm-studio"}
+    | {"llama.cpp", "lm_studio", "ollama", "openai", "placeholder", "sk-no-key-required", "token-abc123", "unused"}
+)
+"""What is said where a server asks for no key; texts that name the server would be garbled."""
+
+_SHORT_PAIR: Final = re.compile(rf"(?<=//)[^/?#@]{{1,{SHORTEST - 1}}}@[^/?#]+")
+"""Too short to be known by itself, and so with its server."""
+
 _PAIR: Final = re.compile(r"(://)[^\s/?#\"'<>@:]*:[^\s\"'<>/?#]*@")
 
 DEPTH: Final = 64
@@ -98,14 +106,8 @@ def secrets_in(settings: Mapping[str, Any]) -> set[str]:
         elif isinstance(value, str) and "://" in value:
             for text in _hidden_in(value):
                 found.update((text, unquote(text), unquote_plus(text)))
-    return {text for text in found if len(text) >= SHORTEST}
-
-
-def blotted(text: str, secrets: Iterable[str]) -> str:
-    """The text with `***` in place of each secret; the longest first, for it may contain another."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
-    return text
+            found.update(pair[0] for pair in _SHORT_PAIR.finditer(value))
+    return {text for text in found if len(text) >= SHORTEST and text.lower() not in _PLACEHOLDERS}
 
 
 def said_of(place: str, text: str, secrets: Iterable[str] = ()) -> str:
@@ -118,10 +120,21 @@ def said_of(place: str, text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, (bytes, bytearray)):
+        value = value.decode("utf-8", "replace")
     if isinstance(value, str):
+        value = str(value)
         yield value
-        if value.lower().startswith("bearer "):
-            yield value[7:]
+        scheme, _, rest = value.partition(" ")
+        if scheme.lower() in ("bearer", "basic") and rest:
+            yield rest
+        if scheme.lower() == "basic":
+            with suppress(ValueError):
+                pair = b64decode(rest).decode()
+                yield from (pair, pair.partition(":")[2])
+        if value.startswith("{"):  # such as the credentials of a service account
+            with suppress(ValueError):
+                yield from secrets_in(json.loads(value))
     elif isinstance(value, Mapping):
         for item in value.values():
             yield from _texts(item)
@@ -152,13 +165,6 @@ def public(arguments: Mapping[str, Any]) -> dict[str, Any]:
             continue
         kept[name] = bare_url(value) if isinstance(value, str) and "://" in value else without_secrets(value)
     return kept
-
-
-class Unshown(dict[str, Any]):
-    """Settings on their way through our frames, whose locals error reporters show: its repr tells their names only."""
-
-    def __repr__(self) -> str:
-        return f"<{', '.join(map(str, self))}>"
 
 
 class Walk:

@@ -106,6 +106,8 @@ class Redactor:
         return _rebuilt, self._arguments
 
     def __repr__(self) -> str:
+        if "_arguments" not in self.__dict__:
+            return "<Redactor, not built yet>"  # an error reporter asks
         rules, patterns, function = self._arguments
         more = f", patterns={sorted(patterns)}" if patterns else ""
         return f"Redactor({rules}{more}{', function=...' if function is not None else ''})"

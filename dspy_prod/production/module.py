@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ from dspy_prod.compat.dspy import CompiledAsProgram
 from dspy_prod.context.current import current, mark_of
 from dspy_prod.context.scoring import is_raising, raising
 from dspy_prod.errors import ConfigError, RejectedError
-from dspy_prod.privacy.error_text import error_text, log_error
+from dspy_prod.privacy.error_text import error_text
 from dspy_prod.production.conditions import Conditions
 from dspy_prod.production.fallback import REASONS, Answer, Fallback, Outputs
 from dspy_prod.production.report import CallReport, Reason, TokenUsage, Watch, call_report, report_of
@@ -25,6 +26,8 @@ from dspy_prod.telemetry.tap import NOTHING, TAP, Node
 
 if TYPE_CHECKING:
     from dspy_prod.registry.published.follow import Follower
+
+_log = logging.getLogger("dspy_prod")
 
 
 class Production(CompiledAsProgram, dspy.Module):
@@ -185,7 +188,7 @@ class Production(CompiledAsProgram, dspy.Module):
         if reason == "unexpected_error":
             if self.catch != "all":
                 return None
-            log_error(error, f"{self.name} failed with an unexpected error; its fallback answers")
+            _log.error("%s failed with an unexpected error; its fallback answers", self.name, exc_info=error)
         return self._fallback.answer(reason)
 
     def _answered(self, value: Any, error: Exception, watch: Watch) -> Any:

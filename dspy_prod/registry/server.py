@@ -23,8 +23,9 @@ from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.privacy.error_text import known
-from dspy_prod.privacy.names import bare_url, said_of
+from dspy_prod.privacy.names import bare_url
+from dspy_prod.privacy.outward import outward
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError, UnknownVersionError
 from dspy_prod.registry.names import Reference
 from dspy_prod.runtime.forking import reset_after_fork
@@ -66,7 +67,7 @@ class Server:
     """
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        self.uri = unshown(uri)
         self._remote = uri.startswith(("http://", "https://"))
 
     @property
@@ -144,7 +145,7 @@ class Server:
 
     def _said(self, text: str) -> str:
         """A text of MLflow or its driver, without the password in the URI and what else is known to be secret."""
-        return said_of(self.uri, text, known())
+        return outward(text)
 
     def _meaning(self, error: Any) -> RegistryError:
         code, text = error.error_code, self._said(str(error.message if hasattr(error, "message") else error))
@@ -166,7 +167,7 @@ class Server:
 
         if get_environ_proxies(self.uri):
             return
-        parts = urlsplit(self.uri)
+        parts = urlsplit(self.place)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         try:
             socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT).close()
@@ -185,11 +186,12 @@ def server_at(tracking_uri: str | None = None) -> Server:
         import mlflow
     except ImportError:
         raise ConfigError("the registry needs MLflow: pip install 'dspy-prod[mlflow]'") from None
-    uri = str(mlflow.get_registry_uri() if tracking_uri is None else tracking_uri)
+    tracking_uri = unshown(tracking_uri)
+    uri = unshown(str(mlflow.get_registry_uri()) if tracking_uri is None else tracking_uri)
     scheme = urlsplit(uri).scheme
     if scheme in ("", "file") or len(scheme) == 1:  # a path, or a drive's letter
         raise ConfigError(
-            f"{uri!r} is a directory of files, which MLflow no longer supports for prompts; use a database: "
+            f"{bare_url(uri)!r} is a directory of files, which MLflow no longer supports for prompts; use a database: "
             "mlflow.set_tracking_uri('sqlite:///mlflow.db'), or the address of an MLflow server"
         )
     return Server(uri)

@@ -12,6 +12,8 @@ from typing import Any, Final, TypeVar
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.cache import CacheStats
+from dspy_prod.privacy.names import bare_url
+from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.living import living
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.threads import missing
@@ -37,7 +39,7 @@ BUDGET_WARNING: Final = 90.0
 LIMITER_WARNING: Final = 0.1
 """Share of a minute's tokens or requests below which health warns."""
 
-_PLAIN: Final = (bool, int, float, str, type(None))
+_PLAIN: Final = (bool, int, float, type(None))
 T = TypeVar("T")
 
 
@@ -62,7 +64,7 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
     status: Status = "degraded" if look.failures else "warning" if look.warnings else "healthy"
     return Health(
         status=status,
-        reasons=[*look.failures, *look.warnings],
+        reasons=[outward(reason) for reason in (*look.failures, *look.warnings)],
         breakers=breakers,
         limiters=limiters,
         cache=cache,
@@ -139,7 +141,7 @@ class _Look:
         """The stores, and whether they have answered every question."""
         return [
             StoreHealth(
-                url=store.url, namespace=store.namespace, durable=store.durable,
+                url=bare_url(store.url), namespace=store.namespace, durable=store.durable,
                 available=id(store) not in self._unusable, problems=problems,
             )
             for store, problems in self._looked_at
@@ -261,7 +263,7 @@ def _problems(store: Any) -> dict[str, int | float | str | bool | None]:
     words = told() if callable(told) else told
     if not isinstance(words, Mapping):
         return {}
-    return {str(name): value if isinstance(value, _PLAIN) else str(value) for name, value in words.items()}
+    return {str(name): value if type(value) in _PLAIN else outward(str(value)) for name, value in words.items()}
 
 
 __all__ = ["CostSummary", "Health", "Preview", "costs", "costs_by", "health", "preview"]

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, unquote
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import without_password
+from dspy_prod.privacy.unshown import Unshown, unshown
 from dspy_prod.runtime import private
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock
@@ -65,10 +66,11 @@ def open_store(
             raise ConfigError(f"store={url!r} is neither a URL nor a store; use one of {_FORMS}")
         store: Store = url
     else:
-        scheme, separator, rest = url.partition("://")
-        if scheme == "memory" and separator:
-            store = _memory(rest, namespace, clock)
-        elif scheme == "sqlite" and separator:
+        url = unshown(url)
+        scheme = url.partition("://")[0] if "://" in url else ""
+        if scheme == "memory":
+            store = _memory(url, namespace, clock)
+        elif scheme == "sqlite":
             store = _sqlite(url, namespace, clock, on_problem)
         elif scheme in ("redis", "rediss", "valkey", "unix"):
             raise ConfigError(
@@ -81,11 +83,10 @@ def open_store(
     return store
 
 
-def _memory(name: str, namespace: str, clock: Clock) -> Store:
-    if not re.fullmatch(r"[\w.-]*", name):
-        raise ConfigError(
-            f"store={without_password('memory://' + name)!r}: a name has letters, digits, '_', '-' and '.'"
-        )
+def _memory(url: str, namespace: str, clock: Clock) -> Store:
+    if not re.fullmatch(r"memory://[\w.-]*", url):
+        raise ConfigError(f"store={without_password(url)!r}: a name has letters, digits, '_', '-' and '.'")
+    name = url.partition("://")[2]
     key = ("memory", name, namespace, clock)
     with _LOCK:
         store: MemoryStore | None = _STORES.get(key)
@@ -98,7 +99,7 @@ def _memory(name: str, namespace: str, clock: Clock) -> Store:
 
 def file_of(url: str) -> Path:
     """The file of a `sqlite:///` URL; a ConfigError when it names none."""
-    place = url.partition("://")[2].partition("?")[0]
+    place = Unshown(url.partition("://")[2].partition("?")[0])
     if not place.startswith("/") or place == "/":
         raise ConfigError(f"store={without_password(url)!r} names no file; use one of {_FORMS}")
     path = unquote(place[1:])
@@ -114,7 +115,7 @@ def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None
     except OSError as error:
         raise unavailable(str(named), error) from error
     real = os.path.realpath(named)
-    options = _options(url, url.partition("?")[2])
+    options = _options(url)
     key = ("sqlite", real, namespace, clock)
     with _LOCK:
         store: SqliteStore | None = _STORES.get(key)
@@ -123,9 +124,10 @@ def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None
         return store
 
 
-def _options(url: str, query: str) -> dict[str, Any]:
+def _options(url: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    for name, value in parse_qsl(query, keep_blank_values=True):
+    given = [(name, Unshown(value)) for name, value in parse_qsl(url.partition("?")[2], keep_blank_values=True)]
+    for name, value in given:
         try:
             if name == "synchronous" and value.upper() in ("NORMAL", "FULL"):
                 options[name] = value.upper()

@@ -10,6 +10,8 @@ from logging import DEBUG, ERROR, INFO, WARNING
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
+from dspy_prod.privacy.outward import outward
+
 _log = logging.getLogger("dspy_prod")
 
 Listener = Callable[["Event"], None]
@@ -136,6 +138,9 @@ class EventBus:
     def _deliver(self, listeners: tuple[Listener, ...], name: str, at: float, data: dict[str, Any]) -> None:
         if not listeners:
             return
+        error = data.get("error")
+        if error is not None and " " in error:  # no name of a class, but a text
+            data["error"] = outward(error)
         event = Event(name, at, MappingProxyType(data))
         for listener in listeners:
             try:

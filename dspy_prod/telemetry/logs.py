@@ -15,6 +15,7 @@ import orjson
 
 from dspy_prod import privacy
 from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.outward import LET_OUT, outward
 from dspy_prod.privacy.redactor import Redactor
 from dspy_prod.telemetry.events import BUS, EVENTS, Event
 
@@ -110,7 +111,10 @@ def _start(
         if logger.isEnabledFor(number):
             if redact is not False:
                 event = redacted(event, (privacy.active() or privacy.default()) if redact is True else redact)
-            logger.log(number, "%s", json_line(event) if as_json else human_line(event))
+            line = json_line(event) if as_json else human_line(event)
+            if prompts and event.name == "call_content":  # the only one with more than names and what was let out
+                line = outward(line)
+            logger.log(number, "%s", line, extra=LET_OUT)
 
     remove = BUS.add(listen, content=prompts)
 

@@ -11,7 +11,8 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from dspy_prod.privacy.names import is_secret
+from dspy_prod.privacy.known import known
+from dspy_prod.privacy.names import Walk, is_secret, said_of
 from dspy_prod.privacy.redactor import Redactor
 from dspy_prod.tracking.spans import COST, MESSAGES, MODEL, PROVIDER, REQUEST_ID, TYPE, USAGE, dumped, valid
 
@@ -43,6 +44,9 @@ class Content:
         self.mode = mode
         self._redactor = redactor
 
+    def _let_out(self, text: str) -> str:
+        return self._redactor.text(said_of("", text, known()))
+
     def shown(self, value: Any) -> Any:
         """A prompt, answer or input as JSON-like data fit to leave the process; None for nothing."""
         if self.mode == "off" or value is None:
@@ -51,11 +55,11 @@ class Content:
 
     def text(self, text: str | None) -> str | None:
         """A line that may quote content."""
-        return text if text is None or self.mode == "full" else self._redactor.text(valid(text))
+        return text if text is None or self.mode == "full" else self._let_out(valid(text))
 
     def name(self, name: str) -> str:
         """What a span, a tag or an attribute is called."""
-        return name if self.mode == "full" else self._redactor.text(valid(name))
+        return name if self.mode == "full" else self._let_out(valid(name))
 
     def error(self, kind: str, text: str) -> str:
         """An error, whose text may quote content: without content, its kind alone."""
@@ -122,12 +126,12 @@ class Content:
         try:
             value = orjson.loads(coded)
         except ValueError:
-            return self._redactor.text(coded)
+            return self._let_out(coded)
         cleaned = self._clean(value)
         return coded if cleaned == value else dumped(cleaned)
 
     def _clean(self, value: Any) -> Any:
-        return value if self.mode == "full" else self._redactor.value(value)
+        return value if self.mode == "full" else Walk(self._let_out).value(value)
 
 
 def plain(value: Any, depth: int = 0) -> Any:

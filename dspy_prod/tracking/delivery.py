@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from dspy_prod.privacy.outward import outward
 from dspy_prod.tracking.batches import Batch
 from dspy_prod.tracking.tally import SETTLED, Tally
 
@@ -138,6 +139,7 @@ class Delivery:
             ready: it has reached MLflow for the first time.
             died: the process is gone.
         """
+        failing = None if failing is None else outward(failing)
         if ready:
             self._ready = True
             self._progressed = time.monotonic()

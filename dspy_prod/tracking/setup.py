@@ -18,6 +18,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import bare_url
 from dspy_prod.privacy.redactor import Redactor
 from dspy_prod.privacy.redactor import install as install_redactor
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.forking import RegistryLock, Stage, reset_after_fork
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.telemetry.tap import TAP, TrackingHealth
@@ -110,6 +111,7 @@ def enable(
             no error: see `status()`.
     """
     global _active
+    tracking_uri = unshown(tracking_uri)
     if not isinstance(sample, (int, float)) or isinstance(sample, bool) or not 0 <= sample <= 1:
         raise ConfigError(f"tracking.enable(sample={sample!r}): a share from 0 to 1")
     if content not in ("full", "redacted", "off"):
@@ -121,7 +123,7 @@ def enable(
         raise ConfigError("tracking.enable() needs MLflow: pip install 'dspy-prod[mlflow]'")
     if redact is not None and content == "full":
         raise ConfigError("tracking.enable(redact=...): has no effect with content='full'; use content='redacted'")
-    uri = _checked(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI)
+    uri = _checked(unshown(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI))
     experiment = experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
     redactor = redact if isinstance(redact, Redactor) else Redactor(patterns=dict(redact or {}))
     with _lock:
@@ -213,7 +215,7 @@ def _checked(uri: str) -> str:
             f"tracking_uri={bare_url(uri)!r}: MLflow writes traces to a database or a server, no longer to a folder; "
             "use 'sqlite:///mlflow.db', or 'http://host:5000'"
         )
-    return absolute(uri)
+    return unshown(absolute(uri))
 
 
 def _exporter(uri: str, experiment: str, patience: float, tally: Tally, heard: Callable[..., None]) -> Exporter:

@@ -36,3 +36,9 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         current = current.__cause__ or current.__context__
+
+
+def billed_by(error: BaseException) -> Response | None:
+    """What an answer that nobody could read tells of its usage; see `compat.lm15.read_or_billed`."""
+    own: Response | None = getattr(error, "billed", None)
+    return getattr(error.__cause__, "billed", None) if own is None else own  # no further: that may be another attempt's

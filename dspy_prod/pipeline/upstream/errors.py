@@ -6,6 +6,7 @@ Providers like to echo the key they refuse. The whole chain of causes is mended,
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from math import inf
 from typing import Any
 
@@ -18,8 +19,8 @@ from dspy_prod.compat.lm15 import raised_by_reader
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
 from dspy_prod.pipeline.upstream.headers import headers_of, hint_in, should_retry_in
 from dspy_prod.pipeline.upstream.upstream import Upstream
-from dspy_prod.privacy.error_text import in_environment
-from dspy_prod.privacy.names import blotted, secrets_in
+from dspy_prod.privacy.known import blotted_in, known
+from dspy_prod.privacy.names import secrets_in
 
 
 def public_error(error: Exception, upstream: Upstream, until: float) -> Exception:
@@ -47,14 +48,14 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
 
 
 def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:
-    """The same error, with the upstream's keys blotted out of its texts and those of its causes.
+    """The same error, with known secrets blotted out of its texts and those of its causes.
 
     Args:
         upstream: whose keys they are.
         error: what the caller will see.
         cause: what it will be raised from.
     """
-    secrets = secrets_in(upstream.clients) | secrets_in(upstream.extras) | in_environment()
+    secrets = known() | secrets_in(upstream.clients) | secrets_in(upstream.extras)
     seen: set[int] = set()
     found: list[BaseException | None] = [error, cause]
     while found:
@@ -67,13 +68,12 @@ def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) 
 
 
 def _blot(error: BaseException, secrets: set[str]) -> None:
-    args = tuple([_clean(item, secrets) for item in error.args])
-    if args != error.args:
+    """Texts, notes and tables; what else hangs on an error (a response, a request) does not show in its traceback."""
+    args = blotted_in(error.args, secrets)
+    if args is not error.args:
         error.args = args
     for name, value in list(vars(error).items()):
-        if isinstance(value, str) and (clean := _clean(value, secrets)) != value:
-            setattr(error, name, clean)
-
-
-def _clean(value: Any, secrets: set[str]) -> Any:
-    return blotted(value, secrets) if isinstance(value, str) else value
+        clean = blotted_in(value, secrets)
+        if clean is not value:
+            with suppress(AttributeError):  # it cannot be set, and does not show either
+                setattr(error, name, clean)

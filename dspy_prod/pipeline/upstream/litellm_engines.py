@@ -13,7 +13,6 @@ from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngi
 from dspy_prod.pipeline.upstream.finish import untold_in, without_end
 from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
-from dspy_prod.privacy.names import Unshown
 from dspy_prod.runtime.forking import reset_after_fork
 
 _TIMEOUTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -79,8 +78,7 @@ class _Extended:
         """The arguments of an ordinary call."""
         if self.body is None:
             return None
-        data: dict[str, Any] = Unshown(as_sent(self.body, self.model_type))
-        data.update(self.client_options)
+        data = {**as_sent(self.body, self.model_type), **self.client_options}
         data["model"] = self.wire_model or request.model
         return signed(data)
 

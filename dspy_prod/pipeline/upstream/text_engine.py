@@ -11,8 +11,8 @@ from dspy.clients.lm15_boundary import request_kwargs, response_value
 from dspy.lm15 import Request, Response, response_to_events
 
 from dspy_prod.compat.httpx import staying
-from dspy_prod.compat.litellm import get_litellm
-from dspy_prod.compat.lm15 import StreamEvent
+from dspy_prod.compat.litellm import get_litellm, plain
+from dspy_prod.compat.lm15 import StreamEvent, read_or_billed
 from dspy_prod.pipeline.upstream.litellm_usage import told
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
 
@@ -37,6 +37,10 @@ class _TextConfig:
         return signed(data)
 
 
+def _received(raw: Any, request: Request) -> Response:
+    return read_or_billed(lambda answer: told(response_value(answer, "text", request), raw), raw, lambda: plain(raw))
+
+
 class LiteLLMTextEngine(_TextConfig):
     """One synchronous text completion."""
 
@@ -48,7 +52,7 @@ class LiteLLMTextEngine(_TextConfig):
         """
         with litellm_errors(model=request.model), staying(self.until):
             raw = get_litellm(feature="text completion").text_completion(**self._sent(request))
-        return told(response_value(raw, "text", request), raw)
+        return _received(raw, request)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """The events of a completion, which comes whole."""
@@ -62,7 +66,7 @@ class AsyncLiteLLMTextEngine(_TextConfig):
         """Send one request, see `LiteLLMTextEngine.complete`."""
         with litellm_errors(model=request.model), staying(self.until):
             raw = await get_litellm(feature="text completion").atext_completion(**self._sent(request))
-        return told(response_value(raw, "text", request), raw)
+        return _received(raw, request)
 
     async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
         """The events of a completion, which comes whole."""

@@ -30,7 +30,6 @@ from dspy_prod.pipeline.upstream.litellm_engines import (
 from dspy_prod.pipeline.upstream.native_engines import AsyncNativeEngine, NativeEngine, connections
 from dspy_prod.pipeline.upstream.ordinary import Beside, body_of
 from dspy_prod.pipeline.upstream.text_engine import AsyncLiteLLMTextEngine, LiteLLMTextEngine
-from dspy_prod.privacy.names import Unshown
 from dspy_prod.runtime.forking import IMPORTING, reset_after_fork
 
 _PLANNED: Final = 512
@@ -175,7 +174,7 @@ class Upstream:
     def _select(self) -> Any:
         selection = self._selection
         if selection is None:
-            clients = Unshown((key, value) for key, value in self.clients.items() if key != "timeout")
+            clients = {key: value for key, value in self.clients.items() if key != "timeout"}
             selection = self._selection = select_backend(self._stand_in(clients), {})
         return selection
 
@@ -268,7 +267,7 @@ class Upstream:
 
     def _config(self, **connection: Any) -> RouterConfig:
         selection = self._select()
-        provider, clients = selection.resolution.provider, Unshown(selection.clients)
+        provider, clients = selection.resolution.provider, selection.clients
         url = clients.get("api_base") or clients.get("base_url")
         return RouterConfig(
             api_keys={provider: clients["api_key"]} if clients.get("api_key") is not None else None,
@@ -279,7 +278,7 @@ class Upstream:
 
     def _litellm(self, asynchronous: bool, request: Request, beside: Beside | None, until: float) -> Any:
         selection = self._select()
-        options: dict[str, Any] = Unshown(selection.clients)
+        options = dict(selection.clients)
         wire_model = None
         if selection.resolution is not None and selection.resolution.declared:
             wire_model, options = declared_door(self._stand_in(options), selection.resolution, options)

@@ -14,6 +14,7 @@ from typing import Any, Final
 import dspy
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.registry.aliases.gates import Gate, refused_error
 from dspy_prod.registry.aliases.journal import AuditEntry, Journal, Request
 from dspy_prod.registry.aliases.projection import PREVIOUS, PRODUCTION, USUAL, alias_version, project, settled
@@ -71,6 +72,7 @@ def promote(
         RegistryUnavailableError: MLflow did not answer; promote again to be sure.
         ConfigError: an impossible argument; the message names it.
     """
+    tracking_uri = unshown(tracking_uri)
     check_alias(name, alias)
     if force and not reason:
         raise ConfigError("promote(force=True) needs a reason=, which is kept in the audit log")
@@ -133,6 +135,7 @@ def rollback(
         PromotionConflictError: somebody promoted another version meanwhile; nothing was moved.
         UnknownVersionError, RegistryUnavailableError, ConfigError: as in `promote`.
     """
+    tracking_uri = unshown(tracking_uri)
     check_alias(name, alias)
     server = server_at(tracking_uri)
     journal = Journal(server, name)
@@ -173,6 +176,7 @@ def history(name: str, *, alias: str | None = None, tracking_uri: str | None = N
         UnknownVersionError: there is no such program.
         RegistryUnavailableError: MLflow did not answer.
     """
+    tracking_uri = unshown(tracking_uri)
     checked_name(name)
     server = server_at(tracking_uri)
     if server.read(lambda client: client.get_prompt(name)) is None:
@@ -187,6 +191,7 @@ def programs(*, tracking_uri: str | None = None) -> list[str]:
     Raises:
         RegistryUnavailableError: MLflow did not answer.
     """
+    tracking_uri = unshown(tracking_uri)
     pages = server_at(tracking_uri).pages(lambda token, client: client.search_prompts(_FILTER, PAGE, None, token))
     return sorted(prompt.name for page in pages for prompt in page)
 
@@ -198,6 +203,7 @@ def versions(name: str, *, tracking_uri: str | None = None) -> list[ProgramVersi
         UnknownVersionError: there is no such program.
         RegistryUnavailableError: MLflow did not answer.
     """
+    tracking_uri = unshown(tracking_uri)
     server = server_at(tracking_uri)
     found = [prompt for prompt in server.versions(checked_name(name)) if is_program(prompt)]
     if not found:

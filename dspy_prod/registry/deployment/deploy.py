@@ -14,6 +14,7 @@ import dspy
 from tqdm.auto import tqdm
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.registry.aliases.gates import Gate, Threshold
 from dspy_prod.registry.aliases.projection import PRODUCTION
 from dspy_prod.registry.aliases.promotion import check_alias
@@ -83,6 +84,7 @@ def deploy(
     Errors of the registry carry the deployment so far as `deployment`, with advice on how to go on, and it is reported
     to the files too.
     """
+    tracking_uri = unshown(tracking_uri)
     aliases = tuple(stages)
     if isinstance(stages, str) or not aliases or len(set(aliases)) != len(aliases):
         raise ConfigError(f"stages={stages!r}: name at least one alias, and none twice, such as {STAGES!r}")

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import dspy
 
+from dspy_prod.privacy.outward import outward
 from dspy_prod.registry.aliases.gates import Gate, GateReport, PromotionRefusedError, refused_error
 from dspy_prod.registry.aliases.journal import AuditEntry, Journal, Replay, Request
 from dspy_prod.registry.aliases.projection import PRODUCTION, alias_version, settled
@@ -74,7 +75,7 @@ class Steps:
         try:
             yield said
         except BaseException as error:
-            said(str(error) or type(error).__name__, "stopped")
+            said(outward(str(error)) or type(error).__name__, "stopped")
             raise
         finally:
             self.made.append(Step(name, *told, now(), time.monotonic() - began))
@@ -143,7 +144,7 @@ class Run:
 
     def end(self, error: BaseException) -> None:
         """Note what ended it early."""
-        self._error = str(error) or type(error).__name__
+        self._error = outward(str(error)) or type(error).__name__
         if isinstance(error, PromotionRefusedError):
             self._outcome = _OUTCOMES[error.report.result]
         elif isinstance(error, PromotionConflictError):
@@ -265,5 +266,5 @@ class Run:
         try:
             found = diff(self._order.name, self._previous, self._version, tracking_uri=self._order.uri)
         except Exception as error:
-            return f"It could not be told: {type(error).__name__}: {error}", {}
+            return outward(f"It could not be told: {type(error).__name__}: {error}"), {}
         return str(found), {each.name: each.status for each in found.predictors}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.privacy.visible import visible
 from dspy_prod.registry.names import checked_name
 from dspy_prod.registry.published.copies import Release
@@ -102,6 +103,7 @@ def diff(
         UnknownVersionError: there is no such version.
         RegistryUnavailableError: MLflow did not answer.
     """
+    tracking_uri = unshown(tracking_uri)
     checked_name(name)
     server = server_at(tracking_uri)
     before, after = (exact(server, reference_to(name, named(name, version))) for version in (old, new))

@@ -13,6 +13,7 @@ import dspy
 
 from dspy_prod.context.current import mark
 from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.registry.errors import RegistryError, RegistryUnavailableError, UnknownVersionError
 from dspy_prod.registry.names import Reference
 from dspy_prod.registry.published import copies
@@ -70,6 +71,7 @@ def load(
         RegistryError: the version is no program, or somebody changed it in MLflow.
         ConfigError: the reference cannot be read, or `program` is no `dspy.Module`.
     """
+    tracking_uri = unshown(tracking_uri)
     if not isinstance(program, dspy.Module):
         raise ConfigError(f"load takes the program to fill, a dspy.Module, got {type(program).__name__}")
     seconds = max_age.total_seconds() if isinstance(max_age, dt.timedelta) else float(max_age)

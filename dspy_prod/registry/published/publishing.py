@@ -14,6 +14,7 @@ import dspy
 from dspy_prod.compat.dspy import is_compiled
 from dspy_prod.context.current import mark_of
 from dspy_prod.errors import ConfigError
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.registry.errors import RegistryError
 from dspy_prod.registry.names import Reference, checked_name, predictor_prompt
 from dspy_prod.registry.published import provenance
@@ -99,6 +100,7 @@ def publish(
         ConfigError: the name or the program cannot be published; the message names what, and the remedy.
         RegistryUnavailableError: MLflow did not answer. No half-written version can be loaded; publish again.
     """
+    tracking_uri = unshown(tracking_uri)
     checked_name(name)
     measured = _finite(metrics or {})
     parts = _parts(program)
