@@ -137,11 +137,11 @@ def test_a_timeout_bounds_each_attempt_and_is_retried(
 ) -> None:
     """`timeout=` ends one attempt and the next one answers; each is in the ledger."""
     provider = serve(faults=[Hang(billed=True), Hang(billed=True)])
-    lm = connect(provider, engine=engine, timeout=0.4, retry=Retry(attempts=3, backoff=0.01))
+    lm = connect(provider, engine=engine, timeout=1.5, retry=Retry(attempts=3, backoff=0.01))
     received, wall, seconds = call(lm, way)
     assert received == [["ok"]] or received[0][0] == "ok"
-    assert wall >= 0.8
-    assert seconds < 1.6
+    assert wall >= 3.0
+    assert seconds < 4.5
     if engine == "litellm" and way == "sync":  # its abandoned attempts end when LiteLLM's own, rounded time-out does
         until(lambda: len(upstream(lm)) == 3, 10, "the end of the attempts")
     assert sorted(record.outcome for record in upstream(lm)) == ["ok", "timeout", "timeout"]

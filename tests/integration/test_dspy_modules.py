@@ -14,7 +14,7 @@ import dspy_prod
 from dspy_prod import Budget, CircuitBreaker, CircuitOpenError, Price, call_context
 from dspy_prod.testing import Provider
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.support import records
+from tests.e2e.support import fresh_memory, records
 
 KNOWN = "openai/gpt-4o-mini"
 """A model whose abilities DSPy knows: schemas and tools."""
@@ -227,7 +227,7 @@ def test_wrap_puts_policies_around_anybody_s_lm(serve: MakeProvider) -> None:
     provider = serve(usage=(0, 100), prices={"openai/e2e": (0, 100)})
     plain = dspy.LM("openai/e2e", api_key="test", api_base=provider.url, temperature=0.5, max_tokens=100)
     lm = dspy_prod.wrap(
-        plain, budget=Budget(usd=0.01), prices={"openai/e2e": Price(input=0, output=100)}, store="memory://wrapped"
+        plain, budget=Budget(usd=0.01), prices={"openai/e2e": Price(input=0, output=100)}, store=fresh_memory()
     )
     assert lm("q") == lm("q") == ["ok"]
     with pytest.raises(dspy_prod.BudgetExceededError):

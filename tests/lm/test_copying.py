@@ -31,6 +31,7 @@ from dspy_prod import (
 )
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, Provider, ScriptedEngine
+from tests.e2e.support import fresh_memory
 
 MODEL = "openai/gpt-4o-mini"
 PRICES = {"unit/model": Price(input=1000, output=1000)}
@@ -335,7 +336,7 @@ def test_wrap_keeps_every_argument_of_a_dspy_lm() -> None:
             MODEL, temperature=0.3, max_tokens=77, api_key="sk-plain", api_base=provider.url, num_retries=1, top_p=0.5,
             cache=False, timeout=7,
         )  # fmt: skip
-        lm = dspy_prod.wrap(plain, budget=Budget(usd=1), store="memory://wrapped")
+        lm = dspy_prod.wrap(plain, budget=Budget(usd=1), store=fresh_memory())
         assert lm("q") == ["ok"]
         lm("q")
         lm.close()

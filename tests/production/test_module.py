@@ -628,7 +628,11 @@ def test_no_secret_gets_into_a_report(text: str) -> None:
     secrets = ("sk-proj-abcdef1234567890", "hunter22", "abcdefgh", "my-very-own-key", "abcdefABCDEF0123456789abcdef")
     with Provider() as provider:
         lm = dspy_prod.LM(
-            "openai/gpt-4o-mini", api_base=provider.url, api_key="my-very-own-key", retry=False, store="memory://keys"
+            "openai/gpt-4o-mini",
+            api_base=provider.url,
+            api_key="my-very-own-key",
+            retry=False,
+            store="memory://module-keys",
         )
         provider.faults = Status(401, message=text)
         with dspy.context(lm=lm):
