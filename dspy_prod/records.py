@@ -123,18 +123,18 @@ class Totals(NamedTuple):
     output_tokens: int = 0
 
     @classmethod
-    def of(cls, record: CallRecord) -> Totals:
-        """The contribution of one record."""
-        cost = record.cost_nano or 0
+    def of(cls, *records: CallRecord) -> Totals:
+        """What records add up to."""
+        asked = [record for record in records if not record.cached]
         return cls(
-            cost,
-            cost if record.estimated else 0,
-            1 if record.cost_nano is None else 0,
-            0 if record.cached else 1,
-            1 if record.cached else 0,
-            0 if record.cached or record.outcome == "ok" else 1,
-            record.input_tokens or 0,
-            record.output_tokens or 0,
+            sum([record.cost_nano or 0 for record in records]),
+            sum([record.cost_nano or 0 for record in records if record.estimated]),
+            len([record for record in records if record.cost_nano is None]),
+            len(asked),
+            len(records) - len(asked),
+            len([record for record in asked if record.outcome != "ok"]),
+            sum([record.input_tokens or 0 for record in records]),
+            sum([record.output_tokens or 0 for record in records]),
         )
 
     def plus(self, other: Totals) -> Totals:

@@ -6,6 +6,7 @@ import datetime as dt
 import os
 from typing import Any, Final, Protocol
 
+from dspy.clients import base_lm
 from dspy.clients.execution import finalize
 
 from dspy_prod.compat.dspy import settings
@@ -17,6 +18,7 @@ class Recorded(Protocol):
 
     model: str
     model_type: str
+    history: list[dict[str, Any]]
 
     def update_history(self, entry: dict[str, Any]) -> None: ...
 
@@ -60,4 +62,24 @@ def _uuid() -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
+def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
+    """Add an entry to the histories of all calls, of the LM and of the modules that call it."""
+    overrides, configured = settings()
+    if (overrides if "disable_history" in overrides else configured)["disable_history"]:
+        return
+    everything = base_lm.GLOBAL_HISTORY
+    if len(everything) >= base_lm.MAX_HISTORY_SIZE:
+        everything.pop(0)
+    everything.append(entry)
+    most = (overrides if "max_history_size" in overrides else configured)["max_history_size"]
+    if most == 0:
+        return
+    for owner in (lm, *((overrides if "caller_modules" in overrides else configured)["caller_modules"] or ())):
+        history = owner.history
+        if len(history) >= most:
+            history.pop(0)
+        history.append(entry)
+
+
 finish = _finish if SHORT else finalize
+keep = _keep if SHORT else base_lm.record_history

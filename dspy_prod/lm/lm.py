@@ -18,7 +18,7 @@ from dspy.lm15 import CacheConfig
 from dspy.utils.callback import BaseCallback, with_callbacks
 
 from dspy_prod.compat.dspy import engines_of, set_engines
-from dspy_prod.compat.finishing import finish
+from dspy_prod.compat.finishing import finish, keep
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
 from dspy_prod.lm.arguments import budget_options
@@ -169,7 +169,7 @@ class LM(AsPlain, Operated, dspy.LM):
         scope = SCOPE.get()
         if scope is not None:
             tell(entry, scope.records)
-        super().update_history(entry)
+        keep(self, entry)
 
     # -- copies ------------------------------------------------------------------------------------------------------
     def copy(self, **kwargs: Any) -> LM:

@@ -8,7 +8,7 @@ from typing import Any
 
 import dspy
 import pytest
-from dspy.clients.base_lm import GLOBAL_HISTORY
+from dspy.clients.base_lm import GLOBAL_HISTORY, record_history
 from dspy.clients.execution import finalize, prepare
 from dspy.lm15 import Message, Request
 from hypothesis import given
@@ -44,6 +44,21 @@ def test_a_call_ends_as_dspy_ends_it(prompt: Any, settings: dict[str, Any]) -> N
         slow, quick = GLOBAL_HISTORY[-2:]
         assert list(quick) == list(slow)
         assert datetime.fromisoformat(quick["timestamp"]) >= datetime.fromisoformat(slow["timestamp"])
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_histories_grow_as_dspy_lets_them(most: int) -> None:
+    """An LM and the modules that call it keep their newest entries, as many as are wanted; all calls have theirs."""
+
+    def kept(keep: Any) -> list[list[Any]]:
+        lm, module = dspy.LM("openai/gpt-4o-mini"), dspy.Module()
+        with dspy.context(max_history_size=most, caller_modules=[module]):
+            for number in range(3):
+                keep(lm, {"number": number})
+        return [lm.history, module.history, GLOBAL_HISTORY[-3:]]
+
+    assert finishing.keep is not record_history
+    assert kept(finishing.keep) == kept(record_history)
 
 
 @given(random=st.binary(min_size=16, max_size=16))
