@@ -70,6 +70,7 @@ def test_the_short_conversion_equals_dspy_s(messages: list[dict[str, Any]], kwar
         assert repr(quick) == repr(slow)
 
 
+@pytest.mark.filterwarnings("ignore:rollout_id has no effect:UserWarning")
 @pytest.mark.parametrize(
     "kwargs",
     [{"n": True}, {"n": 2}, {"n": None}, {"rollout_id": 3}, {"rollout_id": None}, {"cache": False}, {"api_key": "k"},
@@ -91,9 +92,10 @@ def test_what_dspy_looks_at_it_still_looks_at(kwargs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("role", ["user", "system"])
 def test_text_that_no_provider_can_receive_is_still_refused(role: str) -> None:
     """A lone surrogate is an error of the caller's, named as DSPy names it."""
-    LM("hi")
+    hi = {"role": "user", "content": "hi"}
+    as_we_do([{"role": role, "content": "fine"}, hi], {})
     with pytest.raises(ValueError, match="lone surrogate U\\+D800"):
-        LM(messages=[{"role": role, "content": "\ud800"}, {"role": "user", "content": "hi"}])
+        as_we_do([{"role": role, "content": "\ud800"}, hi], {})
 
 
 def test_plain_calls_are_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
