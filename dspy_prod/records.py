@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -124,37 +124,18 @@ class Totals(NamedTuple):
     output_tokens: int = 0
 
     @classmethod
-    def of(cls, record: CallRecord) -> Totals:
-        """The contribution of one record."""
-        cost = record.cost_nano or 0
+    def of(cls, *records: CallRecord) -> Totals:
+        """What records add up to."""
+        asked = [record for record in records if not record.cached]
         return cls(
-            cost,
-            cost if record.estimated else 0,
-            1 if record.cost_nano is None else 0,
-            0 if record.cached else 1,
-            1 if record.cached else 0,
-            0 if record.cached or record.outcome == "ok" else 1,
-            record.input_tokens or 0,
-            record.output_tokens or 0,
-        )
-
-    @classmethod
-    def over(cls, records: Sequence[CallRecord]) -> Totals:
-        """The contribution of several records (at least one), column by column: half the time that each alone takes."""
-        costs, estimated, cached, outcomes, inputs, outputs = zip(*map(_COUNTED, records), strict=True)
-        answered = sum(map(bool, cached))
-        failed = 0
-        if answered < len(records):
-            failed = sum(not hit and outcome != "ok" for hit, outcome in zip(cached, outcomes, strict=True))
-        return cls(
-            sum(filter(None, costs)),
-            sum(cost for cost, bound in zip(costs, estimated, strict=True) if bound and cost) if any(estimated) else 0,
-            costs.count(None),
-            len(records) - answered,
-            answered,
-            failed,
-            sum(filter(None, inputs)),
-            sum(filter(None, outputs)),
+            sum([record.cost_nano or 0 for record in records]),
+            sum([record.cost_nano or 0 for record in records if record.estimated]),
+            len([record for record in records if record.cost_nano is None]),
+            len(asked),
+            len(records) - len(asked),
+            len([record for record in asked if record.outcome != "ok"]),
+            sum([record.input_tokens or 0 for record in records]),
+            sum([record.output_tokens or 0 for record in records]),
         )
 
     def plus(self, other: Totals) -> Totals:
@@ -165,8 +146,6 @@ class Totals(NamedTuple):
 def _fields(*names: str) -> Callable[[CallRecord], tuple[Any, ...]]:
     return itemgetter(*map(CallRecord._fields.index, names))
 
-
-_COUNTED: Final = _fields("cost_nano", "estimated", "cached", "outcome", "input_tokens", "output_tokens")
 
 alike: Final = _fields("model", "user", "tenant", "program", "variant", "prompt_version", "tags")
 """What the `rollup_keys` of a record depend on: records that have it in common are summed together."""

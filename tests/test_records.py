@@ -83,4 +83,4 @@ def test_the_sum_over_records_is_that_of_each() -> None:
         [row for row in records if row.cached],
         [row for row in records if not row.cached],
     ):
-        assert Totals.over(rows) == reduce(Totals.plus, map(Totals.of, rows))
+        assert Totals.of(*rows) == reduce(Totals.plus, map(Totals.of, rows))

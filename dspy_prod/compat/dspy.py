@@ -32,6 +32,11 @@ retry_after_seconds: Callable[[Any], float | None]
 [retry_after_seconds] = names("dspy.clients._http", "retry_after_seconds")
 
 
+def settings() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `dspy.context` changes here, and what `dspy.configure` says: the first that has a name has its value."""
+    return thread_local_overrides.get(), _configured
+
+
 def is_streaming() -> bool:
     """Whether `dspy.streamify` listens here, so that answers have to come event by event."""
     overrides = thread_local_overrides.get()
@@ -63,10 +68,13 @@ def caches_anything() -> bool:
 
 
 class Engined(Protocol):
-    """An LM, as far as its engines."""
+    """An LM, as far as its arguments and its engines."""
 
     model: str
     model_type: str
+    cache: bool
+    kwargs: dict[str, Any]
+    use_developer_role: bool
     _engine_spec: Any
     _async_engine_spec: Any
 

@@ -1,68 +1,21 @@
 """One public call of one answer, without the detours of DSPy's general executor.
 
-`dspy.clients.execution.execute` serves legacy plugins, compatibility engines, `n > 1`, retries and streams. What it
-does for one canonical request on an engine object is written here again, in the same order and with the same errors;
-every other call still goes through it, and all do if a version of DSPy has other steps than the known ones. The
-asynchronous form also spares two hops to worker threads.
+The asynchronous form also spares two hops to worker threads.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
-from functools import lru_cache
-from inspect import signature
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final
 
-from dspy.clients import execution
-from dspy.clients.backend_selection import CLIENT_KEYS
 from dspy.clients.call_result import usage_dict
 from dspy.clients.errors import wrap_error
 from dspy.clients.execution import aexecute, execute
-from dspy.lm15 import Config, Message, Request, Response, TextPart
+from dspy.lm15 import Request, Response, TextPart
 from dspy.utils.exceptions import LMError
 
 from dspy_prod.compat.dspy import Engined, is_streaming
-from dspy_prod.compat.foreign import names, version_of
-from dspy_prod.compat.lm15 import CANONICAL
-
-STEPS: Final = {
-    "PreparedCall": "prompt messages kwargs legacy request cache n managed",
-    "CallResult": "responses outputs usage cost raw response_model cache_hit cost_details",
-    "_canonical": "call compat",
-    "_result": "lm response call provider request estimate",
-    "_hint_responses_api": "lm exc",
-}
-"""What the short way is made of: names in DSPy's executor, and their parameters."""
-
-
-def _known() -> bool:
-    """Whether this DSPy has exactly these steps."""
-    try:
-        return all(
-            " ".join(signature(getattr(execution, name)).parameters) == parameters for name, parameters in STEPS.items()
-        )
-    except (AttributeError, TypeError, ValueError):
-        return False
-
-
-SHORT: Final = _known()
-"""Whether calls go the short way. Only then the names below are there."""
-
-if TYPE_CHECKING:
-    PreparedCall: TypeAlias = Any
-    CallResult: TypeAlias = Any
-    _canonical: Any
-    _result: Any
-    _hint: Any
-elif SHORT:
-    PreparedCall, CallResult, _canonical, _result, _hint = names("dspy.clients.execution", *STEPS)
-else:
-    PreparedCall = CallResult = None
-    logging.getLogger("dspy_prod").warning(
-        "DSPy %s executes calls in other steps than dspy_prod knows; its own, slower executor is used",
-        version_of("dspy"),
-    )
+from dspy_prod.compat.steps import SHORT, CallResult, PreparedCall, hint, result_by_dspy
 
 
 def _run(lm: Engined, call: PreparedCall, request: Request) -> CallResult:
@@ -96,7 +49,7 @@ def result_of(lm: Engined, response: Response, call: PreparedCall, request: Requ
         or call.request is not None
         or call.legacy.get("logprobs")
     ):
-        return _result(lm, response, call, None, request, estimate=False)
+        return result_by_dspy(lm, response, call, None, request, estimate=False)
     return CallResult((response,), [parts[0].text], _usage(response), None, response, response.model)
 
 
@@ -131,78 +84,10 @@ run_call = _run if SHORT else _general
 arun_call = _arun if SHORT else _ageneral
 
 
-@lru_cache(maxsize=512)
-def _config(shape: tuple[Any, ...]) -> list[Config]:
-    """Where the settings are kept that were converted from these arguments; empty until they were, and for good where
-    the arguments add more than settings to a request. `lru_cache` alone is safe between threads and quick."""
-    return []
-
-
-def request_of(lm: Engined, call: PreparedCall) -> Request:
-    """The canonical request of a call; DSPy's conversion, remembered where only texts change from call to call.
-
-    Client settings and arguments that only LiteLLM understands are not in it.
-
-    Raises:
-        LM15Error, TypeError, ValueError: no canonical request can say it.
-    """
-    if call.request is not None:
-        request: Request = call.request
-        return request
-    legacy = call.legacy
-    try:
-        kept = _config(
-            tuple([(name, type(value), value) for name, value in legacy.items() if name not in _NOT_SETTINGS])
-        )
-    except TypeError:  # tools, schemas, ...: not hashable
-        return _convert(call)
-    texts = _texts(legacy["messages"])
-    if texts is None:
-        return _convert(call)
-    system, messages = texts
-    if not kept:
-        request = _convert(call)
-        plain = Request(model=request.model, messages=messages, system=system, config=request.config)
-        if plain == request:
-            kept.append(request.config)
-        return request
-    return Request(model=lm.model, messages=messages, system=system, config=kept[0])
-
-
-_NOT_SETTINGS: Final = frozenset({"messages", "rollout_id"}) | CLIENT_KEYS
-_SAID: Final = CANONICAL | {"n", "rollout_id", "num_generations", "prompt_cache"}
-
-
-def _texts(rows: list[Any]) -> tuple[str | None, tuple[Message, ...]] | None:
-    """(system, messages) when every message is plain text from user or assistant after at most one system text."""
-    system: str | None = None
-    messages = []
-    for row in rows:
-        if len(row) != 2:
-            return None
-        role, text = row.get("role"), row.get("content")
-        if type(text) is not str or not text:
-            return None
-        if role == "user" or role == "assistant":
-            messages.append(Message(role=role, parts=(TextPart(text),)))
-        elif role == "system" and row is rows[0]:
-            system = text
-        else:
-            return None
-    return (system, tuple(messages)) if messages else None
-
-
-def _convert(call: PreparedCall) -> Request:
-    [canonical] = (_canonical,) if SHORT else names("dspy.clients.execution", "_canonical")
-    said = {name: value for name, value in call.legacy.items() if name in _SAID}
-    request: Request = canonical(call if len(said) == len(call.legacy) else replace(call, legacy=said))
-    return request
-
-
 def _shown(lm: Engined, error: Exception) -> Exception:
     if not isinstance(error, LMError):
         error = wrap_error(error, model=lm.model)
-    _hint(lm, error)
+    hint(lm, error)
     return error
 
 

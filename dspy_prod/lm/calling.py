@@ -9,8 +9,10 @@ from typing import Any, Final, TypeAlias
 from dspy.clients.execution import prepare
 from dspy.lm15 import LM15Error, Request
 
+from dspy_prod.compat.asking import plain, request_of
 from dspy_prod.compat.dspy import caches_anything, engines_of, is_streaming
-from dspy_prod.compat.executing import SHORT, CallResult, PreparedCall, arun_call, request_of, run_call
+from dspy_prod.compat.executing import arun_call, run_call
+from dspy_prod.compat.steps import SHORT, CallResult, PreparedCall
 from dspy_prod.context.current import current, stamped
 from dspy_prod.lm.advice import warn_messages
 from dspy_prod.lm.beneath import Beneath
@@ -71,8 +73,8 @@ def begin(
 
 def ask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
     """An answer from the engine beneath, within the scope of `begin`."""
-    call = prepare(lm, prompt, messages, kwargs, direct=True)
-    result = run_call(lm, call, asked(lm, scope, call))
+    call, request = plain(lm, prompt, messages, kwargs) or (prepare(lm, prompt, messages, kwargs, direct=True), None)
+    result = run_call(lm, call, _told(lm, scope, call, request))
     if scope.shown is not None:
         call.kwargs = scope.shown
     return call, result
@@ -80,14 +82,25 @@ def ask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
 
 async def aask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
     """Asynchronous `ask`."""
-    if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
-        call = await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True, direct=True)
-    else:
-        call = prepare(lm, prompt, messages, kwargs, asynchronous=True, direct=True)
-    result = await arun_call(lm, call, asked(lm, scope, call))
+    call, request = plain(lm, prompt, messages, kwargs) or (await _aprepare(lm, prompt, messages, kwargs), None)
+    result = await arun_call(lm, call, _told(lm, scope, call, request))
     if scope.shown is not None:
         call.kwargs = scope.shown
     return call, result
+
+
+async def _aprepare(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> PreparedCall:
+    if isinstance(prompt, Request) or "request" in kwargs:  # may read the files of its media
+        return await asyncio.to_thread(prepare, lm, prompt, messages, kwargs, asynchronous=True, direct=True)
+    return prepare(lm, prompt, messages, kwargs, asynchronous=True, direct=True)
+
+
+def _told(lm: Beneath, scope: Scope, call: PreparedCall, request: Request | None) -> Request:
+    """The canonical request of a prepared call; the scope learns what the engine must know beside it."""
+    if request is None:
+        return asked(lm, scope, call)
+    scope.body = call.legacy
+    return request
 
 
 def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, Any], dict[str, Any] | None]:

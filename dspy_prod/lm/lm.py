@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 from dspy.clients.base_lm import BaseLM
-from dspy.clients.execution import finalize, prepare
+from dspy.clients.execution import prepare
 from dspy.lm15 import CacheConfig
 from dspy.utils.callback import BaseCallback, with_callbacks
 
 from dspy_prod.compat.dspy import engines_of, set_engines
+from dspy_prod.compat.finishing import finish, keep
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
 from dspy_prod.lm.arguments import budget_options
@@ -154,7 +155,7 @@ class LM(AsPlain, Operated, dspy.LM):
         with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
             lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
             with scope:
-                outputs = finalize(self, *(known or ask(lm, scope, prompt, messages, kwargs)))
+                outputs = finish(self, *(known or ask(lm, scope, prompt, messages, kwargs)))
             node.answered(outputs)
             return outputs
 
@@ -165,7 +166,7 @@ class LM(AsPlain, Operated, dspy.LM):
         with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
             lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
             with scope:
-                outputs = finalize(self, *(known or await aask(lm, scope, prompt, messages, kwargs)))
+                outputs = finish(self, *(known or await aask(lm, scope, prompt, messages, kwargs)))
             node.answered(outputs)
             return outputs
 
@@ -174,7 +175,7 @@ class LM(AsPlain, Operated, dspy.LM):
         scope = SCOPE.get()
         if scope is not None:
             tell(entry, scope.records)
-        super().update_history(entry)
+        keep(self, entry)
 
     # -- copies ------------------------------------------------------------------------------------------------------
     def copy(self, **kwargs: Any) -> LM:

@@ -67,10 +67,12 @@ def plan(call: Call, route: Route, number: int, patience: float = inf) -> Attemp
                 raise _never_fits(route, request.config.max_tokens, tpm)
             tokens = route.limiter_tokens(inputs, outputs)
         if rules or caps:
-            attempt.bound = _bound(route, request, inputs, outputs)
+            attempt.bound = bound = route.most(request, inputs, outputs)
+            if bound is None:
+                raise _unbounded(route, request, inputs)
             for cap in caps:
                 assert call.purse is not None
-                call.purse.check(cap, attempt.bound, call.to_pay, model=route.model, route=route.name)
+                call.purse.check(cap, bound, call.to_pay, model=route.model, route=route.name)
         if rules:
             wall = pipeline.clock.time()
             context = call.context
@@ -159,11 +161,8 @@ def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
 
 def worst(attempt: Attempt) -> int | None:
     """The most an attempt can cost in nano-USD, None when that is not known."""
-    route = attempt.route
-    if attempt.bound is not None or route.rates() is None:
-        return attempt.bound
-    inputs, outputs = route.bounds(attempt.request)
-    return None if inputs is None or outputs is None else route.most(attempt.request, inputs, outputs)
+    route, request = attempt.route, attempt.request
+    return route.most(request, *route.bounds(request)) if attempt.bound is None else attempt.bound
 
 
 def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], limited: bool) -> Reservation:
@@ -234,9 +233,7 @@ def _caps(caps: tuple[BudgetRule, ...], route: Route) -> tuple[BudgetRule, ...]:
     return (*caps, *[rule for rule in route.rules if rule.caps and rule not in caps])
 
 
-def _bound(route: Route, request: Request, inputs: int | None, outputs: int | None) -> int:
-    if inputs is not None and outputs is not None and route.rates() is not None:
-        return route.most(request, inputs, outputs)
+def _unbounded(route: Route, request: Request, inputs: int | None) -> UnpricedModelError:
     if route.rates() is None:
         problem = f"no price is known for {route.model!r}; {remedy(route.model)}"
     elif inputs is None and hosted_fees(request):
@@ -252,7 +249,7 @@ def _bound(route: Route, request: Request, inputs: int | None, outputs: int | No
             "neither max_tokens nor the model's own output limit is known; pass max_tokens=... to the LM or "
             f"prices={{{route.model!r}: dspy_prod.Price(..., max_output_tokens=...)}}"
         )
-    raise UnpricedModelError(
+    return UnpricedModelError(
         f"A budget applies, but this call's cost cannot be bounded: {problem}", model=route.model, route=route.name
     )
 

@@ -154,10 +154,11 @@ class Route:
             output_bound(request, max_output_tokens=rates.max_output_tokens),
         )
 
-    def most(self, request: Request, inputs: int, outputs: int) -> int:
-        """The most that so many tokens of this request can cost, in nano-USD; prices must be known."""
+    def most(self, request: Request, inputs: int | None, outputs: int | None) -> int | None:
+        """The most that so many tokens of this request can cost, in nano-USD; None where that is not known."""
         rates = self._rates if self._priced else self.rates()
-        assert rates is not None
+        if rates is None or inputs is None or outputs is None:
+            return None
         if rates.flat is not None and request.config.service_tier is None:
             input_rate, output_rate, fee = rates.flat
             return -(-(inputs * input_rate + outputs * output_rate + fee) // ATTO_PER_NANO)

@@ -193,10 +193,7 @@ def _budgets(pipeline: Pipeline, planned: Attempt) -> list[BudgetStatus]:
 
 
 def _bound(route: Route, request: Request) -> int | None:
-    inputs, outputs = route.bounds(request)
-    if route.rates() is None or inputs is None or outputs is None or hosted_fees(request):
-        return None
-    return route.most(request, inputs, outputs)
+    return None if hosted_fees(request) else route.most(request, *route.bounds(request))
 
 
 def _times(number: int | None, count: int) -> int | None:

@@ -64,8 +64,9 @@ class MemoryStore(Lane):
         return f"MemoryStore(namespace={self._namespace!r})"
 
     def append(self, record: CallRecord) -> None:
-        with self._lock:
-            self._ledger.append(record)
+        if self._ledger.note(record):
+            with self._lock:
+                self._ledger.take()
 
     # -- the terms of budgets ----------------------------------------------------------------------------------------
     def declare(self, budget: Budget, anew: bool = True) -> None:

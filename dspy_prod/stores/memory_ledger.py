@@ -46,7 +46,7 @@ def check_fields(names: Iterable[str]) -> None:
 
 
 class MemoryLedger:
-    """Records and rollups. Not thread-safe; the store's lock protects it.
+    """Records and rollups. Not thread-safe but for `note`; the store's lock protects it.
 
     Appending is on the path of every call. Adding up many records alike costs little more than adding one, so they
     wait for each other, but only a few: no call does the work of many. Rows and sums are plain tuples that are
@@ -57,31 +57,35 @@ class MemoryLedger:
         self._max = max_records
         self._rows: dict[str, tuple[Any, ...]] = {}
         self._order: deque[str] = deque()  # the ids, oldest first: a dict finds its first key slowly after deletions
-        self._new: list[CallRecord] = []
+        self._new: deque[CallRecord] = deque()
         self._waiting: dict[tuple[Any, ...], list[CallRecord]] = {}
         self._wait = 0  # how many records wait
         self._days: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
 
     def append(self, record: CallRecord, is_new: bool = True) -> None:
         """Add a record. One with a known id replaces it (settling is idempotent, and costs are corrected)."""
+        if self.note(record):
+            self.take()
+
+    def note(self, record: CallRecord) -> bool:
+        """Add a record without the lock; whether so many are new that somebody with the lock should `take` them."""
         self._new.append(record)
-        if len(self._new) >= _NEW:
-            self._take()
+        return len(self._new) >= _NEW
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
-        self._take()
+        self.take()
         row = self._rows.get(id)
         return None if row is None else CallRecord._make(row)
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Every row, oldest first, as it is now: for `matching`, which needs no lock."""
-        self._take()
+        self.take()
         return list(self._rows.values())
 
     def days(self, since_day: str | None, until_day: str | None) -> list[str]:
         """The days that have sums, oldest first; brings the sums up to date."""
-        self._take()
+        self.take()
         for group in list(self._waiting):
             self._fold(group)
         return sorted(
@@ -94,16 +98,16 @@ class MemoryLedger:
         """What one day sums up to for each value of a dimension, as it is now."""
         return dict(self._days[day].get(dimension, ()))
 
-    def _take(self) -> None:
+    def take(self) -> None:
         """Make rows of the new records, and let them wait for their like."""
-        rows, order, waiting, wait = self._rows, self._order, self._waiting, 0
-        for record in self._new:
+        rows, order, waiting, wait, new = self._rows, self._order, self._waiting, 0, self._new
+        for _ in range(len(new)):  # others go on adding
+            record = new.popleft()
             id = record.id
-            old = rows.get(id)
-            if old is None:
-                order.append(id)
+            if id in rows:
+                self._sum([CallRecord._make(rows[id])], -1)
             else:
-                self._sum([CallRecord._make(old)], -1)
+                order.append(id)
             rows[id] = tuple(record)
             if record.outcome == REFUSED:
                 continue
@@ -114,7 +118,6 @@ class MemoryLedger:
             else:
                 others.append(record)
             wait += 1
-        self._new.clear()
         self._wait += wait
         while self._wait > _WAITING:
             self._fold(next(iter(waiting)))
@@ -131,9 +134,7 @@ class MemoryLedger:
         """Add records that belong to the same day and values."""
         first = records[0]
         day = self._days.setdefault(day_of(first.started_at), {})
-        contribution: tuple[int, ...] = Totals.of(first) if len(records) == 1 else Totals.over(records)
-        if sign < 0:
-            contribution = tuple([-each for each in contribution])
+        contribution = tuple([sign * total for total in Totals.of(*records)])
         for dimension, value in rollup_keys(first):
             values = day.get(dimension)
             if values is None:

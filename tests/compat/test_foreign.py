@@ -26,8 +26,8 @@ from dspy.lm15 import CacheConfig, Config, Message, Request, TextPart, response_
 from dspy.utils.exceptions import LMError
 
 import dspy_prod
+from dspy_prod.compat import asking, executing, lm15, mlflow, steps
 from dspy_prod.compat import dspy as own_dspy
-from dspy_prod.compat import executing, lm15, mlflow
 from dspy_prod.compat.foreign import CLAIMED
 from dspy_prod.context.current import CallContext
 from dspy_prod.lm import calling
@@ -213,14 +213,14 @@ def ask(run: Callable[[Any, Any], Any], arun: Callable[[Any, Any], Any], answer:
 @pytest.mark.parametrize("kwargs", [{}, {"temperature": 0.5, "max_tokens": 9}, {"n": 2}], ids=str)
 def test_the_short_way_is_dspy_s_way(answer: Any, kwargs: dict[str, Any]) -> None:
     """Requests, results and errors are equal to those of DSPy's own executor."""
-    assert executing.SHORT
+    assert steps.SHORT
     expected = ask(execute, aexecute, answer, **kwargs)
 
     def run(lm: Any, call: Any) -> Any:
-        return executing.run_call(lm, call, executing.request_of(lm, call))
+        return executing.run_call(lm, call, asking.request_of(lm, call))
 
     def arun(lm: Any, call: Any) -> Any:
-        return executing.arun_call(lm, call, executing.request_of(lm, call))
+        return executing.arun_call(lm, call, asking.request_of(lm, call))
 
     assert ask(run, arun, answer, **kwargs) == expected
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,17 +18,15 @@ from tests.stores.support import CENT, DAY, DOLLAR, ask, granted, record
 def test_no_append_does_the_work_of_many(monkeypatch: pytest.MonkeyPatch, users: int) -> None:
     """One call in 512 made the sums of all 512: 1.4 ms, which was the p99.9 of a call."""
     ledger, done = MemoryLedger(10_000), 0
+    plain = Totals.of.__func__  # type: ignore[attr-defined]
 
-    def counting(count: Callable[[Any], int], plain: Callable[[Any], Totals]) -> Callable[[Any], Totals]:
-        def counted(rows: Any) -> Totals:
-            nonlocal done
-            done += count(rows)
-            return plain(rows)
+    def counting(cls: type[Totals], *rows: CallRecord) -> Totals:
+        nonlocal done
+        done += len(rows)
+        sums: Totals = plain(cls, *rows)
+        return sums
 
-        return counted
-
-    monkeypatch.setattr(Totals, "of", counting(lambda _: 1, Totals.of))
-    monkeypatch.setattr(Totals, "over", counting(len, Totals.over))
+    monkeypatch.setattr(Totals, "of", classmethod(counting))
     most = 0
     for number in range(3_000):
         done = 0

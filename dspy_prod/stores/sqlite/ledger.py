@@ -119,7 +119,7 @@ class LedgerTables:
         for together in groups.values():
             group = [record for record in together if record.outcome != REFUSED]
             if group:
-                self._sum_alike(day_of(group[0].started_at), rollup_keys(group[0]), Totals.over(group), sign)
+                self._sum_alike(day_of(group[0].started_at), rollup_keys(group[0]), Totals.of(*group), sign)
 
     def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], totals: Totals, sign: int) -> None:
         known = self._known.get(day)

@@ -1,0 +1,85 @@
+"""What DSPy does at the end of a public call: its history, and the outputs."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from typing import Any, Final, Protocol
+
+from dspy.clients import base_lm
+from dspy.clients.execution import finalize
+
+from dspy_prod.compat.dspy import settings
+from dspy_prod.compat.steps import SHORT, CallResult, PreparedCall
+
+
+class Recorded(Protocol):
+    """An LM, as far as its history tells of it."""
+
+    model: str
+    model_type: str
+    history: list[dict[str, Any]]
+
+    def update_history(self, entry: dict[str, Any]) -> None: ...
+
+
+def _finish(lm: Recorded, call: PreparedCall, result: CallResult) -> Any:
+    """Write a call into the history, if one is kept, and give its outputs."""
+    if call.request is not None:
+        return finalize(lm, call, result)
+    overrides, configured = settings()
+    if not result.cache_hit:
+        tracker = (overrides if "usage_tracker" in overrides else configured)["usage_tracker"]
+        if tracker:
+            tracker.add_usage(lm.model, result.usage)
+    if not (overrides if "disable_history" in overrides else configured)["disable_history"]:
+        responses, kwargs = result.responses, call.kwargs
+        entry = {
+            "prompt": call.prompt, "messages": call.messages,
+            "kwargs": {name: value for name, value in kwargs.items() if not name.startswith("api_")} if kwargs else {},
+            "response": responses if result.raw is None else result.raw,
+            "outputs": result.outputs, "usage": result.usage, "cost": result.cost,
+            "timestamp": _now().isoformat(), "uuid": _uuid(),
+            "model": lm.model, "response_model": result.response_model, "model_type": lm.model_type,
+        }  # fmt: skip
+        if result.cost_details:
+            entry["cost_details"] = result.cost_details
+        adaptations = [each for response in responses for each in getattr(response, "adaptations", ())]
+        if adaptations:
+            entry["adaptations"] = tuple(adaptations)
+        lm.update_history(entry)
+    return result.outputs
+
+
+_now: Final = dt.datetime.now
+_VERSION_4: Final = 0x4 << 76 | 0x8 << 60
+_RANDOM: Final = ~(0xF << 76 | 0xC << 60)
+
+
+def _uuid() -> str:
+    """`str(uuid.uuid4())`, without the object in between."""
+    digits = f"{int.from_bytes(os.urandom(16), 'big') & _RANDOM | _VERSION_4:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
+    """Add an entry to the histories of all calls, of the LM and of the modules that call it."""
+    overrides, configured = settings()
+    if (overrides if "disable_history" in overrides else configured)["disable_history"]:
+        return
+    everything = base_lm.GLOBAL_HISTORY
+    if len(everything) >= base_lm.MAX_HISTORY_SIZE:
+        everything.pop(0)
+    everything.append(entry)
+    most = (overrides if "max_history_size" in overrides else configured)["max_history_size"]
+    if most == 0:
+        return
+    for owner in (lm, *((overrides if "caller_modules" in overrides else configured)["caller_modules"] or ())):
+        history = owner.history
+        if len(history) >= most:
+            history.pop(0)
+        history.append(entry)
+
+
+finish = _finish if SHORT else finalize
+keep = _keep if SHORT else base_lm.record_history

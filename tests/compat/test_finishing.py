@@ -1,0 +1,69 @@
+"""A call ends as DSPy ends it: the same history, the same outputs."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import datetime
+from typing import Any
+
+import dspy
+import pytest
+from dspy.clients.base_lm import GLOBAL_HISTORY, record_history
+from dspy.clients.execution import finalize, prepare
+from dspy.lm15 import Message, Request
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dspy_prod.compat import asking, executing, finishing
+from dspy_prod.testing import ScriptedEngine
+
+OWN = ("timestamp", "uuid")
+HI = Request(model="openai/gpt-4o-mini", messages=(Message.user("hi"),))
+
+
+def ended(end: Any, prompt: Any, kwargs: dict[str, Any], **settings: Any) -> tuple[Any, list[dict[str, Any]], Any]:
+    """(outputs, history without what is new each time, usage by model) of one call."""
+    lm = dspy.LM("openai/gpt-4o-mini", engine=ScriptedEngine("yes"), cache=False)
+    call = prepare(lm, prompt, None, kwargs)
+    with dspy.context(**settings), dspy.track_usage() as tracker:
+        outputs = end(lm, call, executing.run_call(lm, call, asking.request_of(lm, call)))
+    history = [{name: value for name, value in entry.items() if name not in OWN} for entry in lm.history]
+    return outputs, history, tracker.get_total_tokens()
+
+
+@pytest.mark.parametrize("prompt", ["hi", HI], ids=["text", "request"])
+@pytest.mark.parametrize("settings", [{}, {"disable_history": True}, {"max_history_size": 0}], ids=str)
+def test_a_call_ends_as_dspy_ends_it(prompt: Any, settings: dict[str, Any]) -> None:
+    """Outputs, usage and every field of the history, in their order, are those that DSPy writes."""
+    kwargs = {} if isinstance(prompt, Request) else {"temperature": 0.5}
+    before = len(GLOBAL_HISTORY)
+    expected, given = ended(finalize, prompt, kwargs, **settings), ended(finishing.finish, prompt, kwargs, **settings)
+    assert given == expected
+    assert [list(entry) for entry in given[1]] == [list(entry) for entry in expected[1]]
+    if len(GLOBAL_HISTORY) > before:
+        slow, quick = GLOBAL_HISTORY[-2:]
+        assert list(quick) == list(slow)
+        assert datetime.fromisoformat(quick["timestamp"]) >= datetime.fromisoformat(slow["timestamp"])
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_histories_grow_as_dspy_lets_them(most: int) -> None:
+    """An LM and the modules that call it keep their newest entries, as many as are wanted; all calls have theirs."""
+
+    def kept(keep: Any) -> list[list[Any]]:
+        lm, module = dspy.LM("openai/gpt-4o-mini"), dspy.Module()
+        with dspy.context(max_history_size=most, caller_modules=[module]):
+            for number in range(3):
+                keep(lm, {"number": number})
+        return [lm.history, module.history, GLOBAL_HISTORY[-3:]]
+
+    assert finishing.keep is not record_history
+    assert kept(finishing.keep) == kept(record_history)
+
+
+@given(random=st.binary(min_size=16, max_size=16))
+def test_an_entry_has_a_random_uuid(random: bytes) -> None:
+    """Each is a version 4, as `uuid.uuid4` makes it of the same random bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.urandom", lambda _: random)
+        assert finishing._uuid() == str(uuid.UUID(bytes=random, version=4))
