@@ -77,7 +77,7 @@ def _override(values: dict[str, Any], name: str, text: str, sources: Sources, te
     if keys[-1] not in texts:
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     sources.variables[tuple(keys)] = name
     place = values
