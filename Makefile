@@ -32,7 +32,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ui test test-slow dspy-suite ui-test lint bench notebooks chaos soak mutants versions clean local-model
+.PHONY: help demo ui test test-slow dspy-suite ui-test lint bench notebooks chaos fuzz soak mutants versions clean local-model
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,9 +76,12 @@ else
 	$(BIN)/jupyter-execute --timeout=900 $(sort $(wildcard notebooks/*.ipynb))
 endif
 
-chaos: $(DEV) ## the tests marked chaos
-	@$(PYTEST) -m chaos; code=$$?; \
-	test $$code -ne 5 || echo "No test is marked 'chaos' yet, so nothing was checked."; exit $$code
+chaos: $(DEV) ## the tests marked chaos, then CALLS=100000 calls by workers that everything befalls (SEED=...)
+	$(PYTEST) -m chaos
+	$(BIN)/python -m tests.chaos --calls $(or $(CALLS),100000) --seed $(or $(SEED),1)
+
+fuzz: $(DEV) ## EXAMPLES=1000000 answers of providers, states and names, whatever they say (SEED=...)
+	$(BIN)/python -m tests.fuzz --examples $(or $(EXAMPLES),1000000) --seed $(or $(SEED),1)
 
 soak: $(DEV) ## the tests marked soak; minutes to hours
 	@$(PYTEST) -m soak --timeout=0; code=$$?; \

@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,6 +43,15 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo(model=arguments.model, simulate=arguments.simulate, as_json=arguments.json, tracking_uri=where)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Shows what it was given and cannot use as what it is, as every command does."""
+
+    def error(self, message: str) -> NoReturn:
+        from dspy_prod.privacy.visible import visible
+
+        super().error(visible(message))
+
+
 def _parser() -> argparse.ArgumentParser:
     from dspy_prod import __version__
     from dspy_prod.cli.budgets import add_parser as add_budgets
@@ -49,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     from dspy_prod.cli.deploy import add_parser as add_deploy
     from dspy_prod.cli.prompts import add_parsers as add_prompts
 
-    parser = argparse.ArgumentParser(prog="dspy-prod", description="Production safety for DSPy programs.")
+    parser = _Parser(prog="dspy-prod", description="Production safety for DSPy programs.")
     parser.add_argument("--version", action="version", version=f"dspy-prod {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="a support-triage program through load, outage, recovery and a budget")

@@ -69,6 +69,10 @@ def canonical_arguments() -> frozenset[str]:
 CANONICAL: Final = canonical_arguments()
 
 
+error_of_status: Callable[..., ProviderError]
+[error_of_status] = names("dspy._vendor.lm15.errors", "map_http_error")
+
+
 _READERS: Final = frozenset({"parse_response", "parse_stream_events", "_response", "response_value", "feed", "finish"})
 """Functions that make something canonical of an answer, in lm15 and in DSPy's engines."""
 
@@ -158,8 +162,8 @@ class HookedTransport(_StdlibTransport):
     time_left: Callable[[], float | None]
     """Seconds that a request which begins now may take to connect; None: as the transport was told."""
     wrapped: Callable[[socket.socket], Any]
-    refused: Callable[[list[tuple[str, str]]], None]
-    """Hears the headers of an HTTP error."""
+    refused: Callable[[list[tuple[str, str]], int], None]
+    """Hears the headers and the status of an HTTP error."""
 
     def stream(self, request: Any) -> Any:
         left = self.time_left()
@@ -167,7 +171,7 @@ class HookedTransport(_StdlibTransport):
             request.connect_timeout = min(request.connect_timeout or self._connect_timeout, left)
         response = super().stream(request)
         if response.status >= 300:
-            self.refused(response.headers)
+            self.refused(response.headers, response.status)
             if response.status < 400:
                 with response:
                     raise _elsewhere(response, response.read())
@@ -190,7 +194,7 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
     """The asynchronous transport, which calls what a subclass names when a request goes out and when it is refused."""
 
     leaves: Callable[[], None]
-    refused: Callable[[list[tuple[str, str]]], None]
+    refused: Callable[[list[tuple[str, str]], int], None]
 
     async def _send_request(self, *args: Any, **kwargs: Any) -> None:
         self.leaves()
@@ -202,7 +206,7 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
     async def _do_stream(self, request: Any) -> Any:
         response = await super()._do_stream(request)
         if response.status >= 300:
-            self.refused(response.headers)
+            self.refused(response.headers, response.status)
             if response.status < 400:
                 try:
                     raise _elsewhere(response, await response.read())

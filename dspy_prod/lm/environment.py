@@ -78,7 +78,7 @@ def _override(values: dict[str, Any], name: str, text: str, sources: Sources, te
     if keys[-1] not in texts:
         try:
             value = unshown(json.loads(text), keys[-1])
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     sources.variables[tuple(keys)] = name
     place = values

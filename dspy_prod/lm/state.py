@@ -80,8 +80,17 @@ def load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
 
     Raises:
         ValueError: the state names a class and `allow` is False.
-        ConfigError: the state contradicts itself, or an address stands for its model and `allow` is False.
+        ConfigError: the state contradicts itself or is none, or an address stands for its model and `allow` is False.
     """
+    try:
+        return _load(cls, state, allow)
+    except (TypeError, AttributeError, KeyError) as error:  # what somebody wrote by hand fails in whatever way
+        raise ConfigError(
+            f"the saved state of an LM cannot be read ({type(error).__name__}: {error}); save the program again"
+        ) from error
+
+
+def _load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
     arguments = dict(state) if allow else _trusted(state)
     arguments.pop(LM_CLASS_STATE_KEY, None)
     arguments.pop("num_retries", None) if "retry" in arguments else None

@@ -29,7 +29,7 @@ from dspy.utils.exceptions import (
 )
 
 from dspy_prod.errors import RejectedError, UnusableAnswerError
-from dspy_prod.pipeline.upstream.finish import broke_off, finish_told
+from dspy_prod.pipeline.upstream.finish import broke_off, finish_told, first_of
 from dspy_prod.pipeline.upstream.heard import Heard, heard
 from dspy_prod.pipeline.upstream.vocabulary import meant_by, status_meant_by
 from dspy_prod.policies.cache import has_substance
@@ -224,9 +224,8 @@ def flaw_of(response: Response) -> str | None:
 
 def _refusal_told(response: Response) -> bool:
     """Whether the model refused in words that LiteLLM passes beside the message."""
-    choices = (response.provider_data or {}).get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
-    message = first.get("message") if isinstance(first, dict) else None
+    choice = first_of((response.provider_data or {}).get("choices"))
+    message = None if choice is None else choice.get("message")
     beside = message.get("provider_specific_fields") if isinstance(message, dict) else None
     return isinstance(beside, dict) and bool(beside.get("refusal"))
 

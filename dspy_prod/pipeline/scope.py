@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import itertools
+import json
 import weakref
 from collections.abc import Callable
 from typing import Any, Final
@@ -94,7 +95,10 @@ def engine_identity(engine: Any) -> tuple[Any, bool]:
 def identity_of(parts: list[Any], engine: Any) -> bytes:
     """The beginning of every cache key of an LM with this engine."""
     known, everywhere = engine_identity(engine)
-    identity: bytes = orjson.dumps([*parts, known])
+    try:
+        identity: bytes = orjson.dumps([*parts, known])
+    except TypeError:  # half a character, which no UTF-8 can say
+        identity = json.dumps([*parts, known]).encode()
     return identity if everywhere else LOCAL + identity
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 from dspy_prod.compat.environ import snapshot
 from dspy_prod.privacy.forms import SHORTEST, blotted
 from dspy_prod.privacy.names import secrets_in
 from dspy_prod.privacy.unshown import living_secrets
+
+DEEPEST: Final = 20
+"""Levels of a value that are looked at for secrets."""
 
 
 def known() -> set[str]:
@@ -42,8 +45,11 @@ def _secrets_of(_kept: frozenset[tuple[Any, Any]]) -> frozenset[str]:
     return frozenset(secrets_in(dict(variables)) | keys)
 
 
-def blotted_in(value: Any, secrets: set[str]) -> Any:
-    """A value of any shape without these secrets, see `names.blotted`; the same object when it holds none."""
+def blotted_in(value: Any, secrets: set[str], depth: int = 0) -> Any:
+    """A value of any shape without these secrets, see `names.blotted`; the same object when it holds none.
+
+    Beneath `DEEPEST` levels nothing is kept: what a provider sends may be as deep as it likes.
+    """
     if isinstance(value, str):
         clean = blotted(value, secrets)
         return value if clean == value else clean
@@ -51,10 +57,14 @@ def blotted_in(value: Any, secrets: set[str]) -> Any:
         text = bytes(value).decode("latin-1")
         clean = blotted(text, secrets)
         return value if clean == text else clean.encode("latin-1", "replace")
+    if depth > DEEPEST and isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        return "..." if value else value
     if isinstance(value, Mapping):
-        kept = {blotted_in(name, secrets): blotted_in(item, secrets) for name, item in value.items()}
-        return value if all(kept.get(name) is item for name, item in value.items()) else kept
+        deeper = depth + 1
+        kept = {blotted_in(name, secrets, deeper): blotted_in(item, secrets, deeper) for name, item in value.items()}
+        same = len(kept) == len(value) and all(kept.get(name, kept) is item for name, item in value.items())
+        return value if same else kept
     if type(value) in (list, tuple, set, frozenset):
-        items = [blotted_in(item, secrets) for item in value]
+        items = [blotted_in(item, secrets, depth + 1) for item in value]
         return value if all(new is old for new, old in zip(items, value, strict=True)) else type(value)(items)
     return value

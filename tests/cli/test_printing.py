@@ -15,6 +15,7 @@ import pytest
 import dspy_prod
 from dspy_prod.cli import main
 from dspy_prod.cli.printing import show, table
+from dspy_prod.privacy.visible import visible
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.testing import ScriptedEngine
@@ -272,3 +273,13 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"dspy-prod {dspy_prod.__version__}\n"
+
+
+@pytest.mark.parametrize("sign", ["\u202e", "\x9b", "\x1b[31m"])
+def test_what_a_command_cannot_use_is_shown_as_what_it_is(capsys: pytest.CaptureFixture[str], sign: str) -> None:
+    """An argument that nobody knows was repeated on the screen as it stood, and steered it."""
+    with pytest.raises(SystemExit):
+        main(["costs", f"a{sign}b"])
+    said = capsys.readouterr().err
+    assert sign not in said
+    assert f"a{visible(sign)}b" in said

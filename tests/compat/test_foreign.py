@@ -74,6 +74,11 @@ SIGNATURES = [
     ("dspy.clients.engines.litellm_engine", "_ChatStream.finish", "(self, litellm)"),
     ("dspy.lm15", "_definitions", "(bindings)"),
     ("dspy.lm15", "_binding_for", "(bindings, provider)"),
+    (
+        "dspy._vendor.lm15.errors",
+        "map_http_error",
+        "(status, message, *, provider=None, env_keys=(), provider_code=None, request_id=None, retry_after=None)",
+    ),
     ("dspy._vendor.lm15.result", "StreamAccumulator.push", "(self, event)"),
     ("dspy._vendor.lm15.result", "StreamAccumulator.response", "(self)"),
     ("dspy._vendor.lm15.serde", "request_to_dict", "(r)"),

@@ -334,3 +334,10 @@ def test_a_mistake_in_a_variable_is_named_by_the_variable(env: dict[str, str], w
     message = refusal(write(FULL), {"TEAM_KEY": "k", **{f"DSPY_PROD__{name}": value for name, value in env.items()}})
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("text", ["[" * 3_000 + "]" * 3_000, '{"a":' * 3_000 + "1" + "}" * 3_000])
+def test_a_variable_that_is_too_deep_to_be_json_is_text(text: str) -> None:
+    """It raised a RecursionError, and nobody knew which variable it was."""
+    with pytest.raises(ConfigError, match="timeout"):
+        load_config(None, {"DSPY_PROD__MODEL": "openai/m", "DSPY_PROD__TIMEOUT": text})

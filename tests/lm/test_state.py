@@ -363,3 +363,19 @@ def test_a_state_that_nobody_vouches_for_sends_nothing_elsewhere(
         assert [route.upstream.clients.get("api_base") for route in trusted.pipeline.every_route()][:2] == [
             evil.url
         ] * 2
+
+
+@pytest.mark.parametrize("change", [{"model": ...}, {"fallbacks": None}, {"fallbacks": 5}], ids=str)
+def test_what_is_no_state_is_refused_as_such(change: dict[str, Any]) -> None:
+    """A saved program that somebody had changed by hand ended in a bare TypeError."""
+    state = {**dspy_prod.LM("openai/m", store="memory://no-state").dump_state(), **change}
+    state = {name: value for name, value in state.items() if value is not ...}
+    with pytest.raises(ConfigError):
+        dspy_prod.LM.load_state(state)
+
+
+def test_half_a_character_in_a_setting_is_no_error() -> None:
+    """An LM whose settings hold one could not be made: `TypeError: str is not valid UTF-8`."""
+    one, other = (dspy_prod.LM("openai/m", store="memory://half", x_option=half) for half in ("\ud800", "\ud801"))
+    assert one.identity != other.identity
+    assert dspy_prod.LM("openai/\ud800", store="memory://half").identity != one.identity

@@ -21,7 +21,7 @@ from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.preparing import limit_until
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
-from dspy_prod.pipeline.upstream.headers import headers_of, note_refusal
+from dspy_prod.pipeline.upstream.headers import note_refusal, refusal_of
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.testing import ScriptedEngine
 from tests.pipeline.support import answer
@@ -610,6 +610,6 @@ def test_the_headers_of_a_refusal_that_nobody_heard_are_forgotten(left: str, str
             with pytest.raises((TimeoutError, asyncio.TimeoutError)):
                 async with limit_until(time.monotonic() + SOON):
                     await call()
-        return headers_of(ValueError("another"))
+        return refusal_of(ValueError("another"))[0]
 
     assert asyncio.run(scene()) == {}

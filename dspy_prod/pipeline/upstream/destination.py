@@ -8,6 +8,7 @@ own (an answer is the same whoever pays for it, a rate limit is not).
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -123,7 +124,10 @@ def fingerprint(clients: Mapping[str, Any], extras: Mapping[str, Any] | None = N
 
 def digest(values: Mapping[str, Any]) -> str:
     """A short digest of settings, equal in every process if they are JSON."""
-    text = orjson.dumps(values, default=_told, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    try:
+        text = orjson.dumps(values, default=_told, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # half a character, which no UTF-8 can say, or a number beyond 64 bits
+        text = json.dumps(values, default=_told, sort_keys=True).encode()
     return hashlib.sha256(b"dspy_prod:settings:" + text).hexdigest()[:16]
 
 

@@ -11,13 +11,13 @@ from math import inf
 from typing import Any
 
 from dspy.clients.errors import wrap_error
-from dspy.lm15 import ProviderError, TransportError, UnsupportedFeatureError
+from dspy.lm15 import LM15Error, ProviderError, TransportError, UnsupportedFeatureError
 from dspy.utils.exceptions import LMError, LMProviderError
 
 from dspy_prod.compat.bounds import BodyTooLongError
-from dspy_prod.compat.lm15 import raised_by_reader
+from dspy_prod.compat.lm15 import error_of_status, raised_by_reader
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
-from dspy_prod.pipeline.upstream.headers import headers_of, hint_in, should_retry_in
+from dspy_prod.pipeline.upstream.headers import hint_in, refusal_of, should_retry_in
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.privacy.known import blotted_in, known
 from dspy_prod.privacy.names import secrets_in
@@ -25,7 +25,8 @@ from dspy_prod.privacy.names import secrets_in
 
 def public_error(error: Exception, upstream: Upstream, until: float) -> Exception:
     """The error as DSPy shows it; our own time limit stays recognisable."""
-    headers = headers_of(error)
+    raised = error
+    headers, status = refusal_of(error)
     if isinstance(error, AttemptTimeoutError):
         return error
     if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
@@ -33,6 +34,10 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
     if isinstance(error, UnsupportedFeatureError) and raised_by_reader(error):
         # No request that could not be sent: it was, and is owed.
         error = ProviderError(error.message).with_traceback(error.__traceback__)
+    if status is not None and (isinstance(error, TransportError) or not isinstance(error, LM15Error)):
+        # It was refused, whatever became of the body that says why.
+        why = f"HTTP {status}, and nothing to be read that says why"
+        error = error_of_status(status, why, provider=upstream.provider)
     for cause in causes_of(error):
         if isinstance(cause, BodyTooLongError):  # LiteLLM calls it an error of the connection
             error = ProviderError(str(cause), status=cause.response.status_code).with_traceback(error.__traceback__)
@@ -44,7 +49,7 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
         wrapped.begun = isinstance(upstream.spec, str) and isinstance(wrapped, LMProviderError)
         if headers and not getattr(wrapped, "rate_limit_headers", None):
             wrapped.rate_limit_headers = {name: (value,) for name, value in headers.items() if "ratelimit" in name}
-    return _without_secrets_of(upstream, wrapped, error)
+    return _without_secrets_of(upstream, wrapped, raised)
 
 
 def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:
@@ -57,13 +62,14 @@ def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) 
     """
     secrets = known() | secrets_in(upstream.clients) | secrets_in(upstream.extras)
     seen: set[int] = set()
-    found: list[BaseException | None] = [error, cause]
+    found: list[Any] = [error, cause]
     while found:
         each = found.pop()
-        if each is not None and id(each) not in seen:
+        if isinstance(each, BaseException) and id(each) not in seen:
             seen.add(id(each))
             _blot(each, secrets)
-            found += (each.__cause__, each.__context__)
+            # Its own texts may be made of those of an error that it merely holds, as LiteLLM's are.
+            found += (each.__cause__, each.__context__, *vars(each).values())
     return error
 
 
@@ -74,6 +80,8 @@ def _blot(error: BaseException, secrets: set[str]) -> None:
         error.args = args
     for name, value in list(vars(error).items()):
         clean = blotted_in(value, secrets)
+        if name == "message" and not isinstance(clean, str):  # what a provider said, whatever it is: others read text
+            clean = "" if clean is None else str(clean)
         if clean is not value:
             with suppress(AttributeError):  # it cannot be set, and does not show either
                 setattr(error, name, clean)

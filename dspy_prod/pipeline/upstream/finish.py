@@ -51,7 +51,7 @@ def finish_told(data: Mapping[str, Any]) -> Told | None:
         `"error"`, `"told"`, `""` when it says nothing, None when its language is not known, or when an event may have
         come before it that said why.
     """
-    choice = _first(data.get("choices"))
+    choice = first_of(data.get("choices"))
     if choice is not None:
         if "delta" in choice:  # the last of many events: an earlier one may have told another reason
             return "error" if broken(choice.get("finish_reason")) else None
@@ -65,7 +65,7 @@ def finish_told(data: Mapping[str, Any]) -> Told | None:
         return "error" if status in ("failed", "cancelled") else "" if status in ("in_progress", "queued") else None
     if data.get("type") == "message":  # Anthropic's
         return _told(data.get("stop_reason"))
-    candidate = _first(data.get("candidates"))  # Gemini's
+    candidate = first_of(data.get("candidates"))  # Gemini's
     return None if candidate is None else _told(candidate.get("finishReason"))
 
 
@@ -75,7 +75,7 @@ def untold_in(text: str) -> bool:
         return False
     try:
         data = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(data, dict) and finish_told(data) == ""
 
@@ -83,7 +83,7 @@ def untold_in(text: str) -> bool:
 def without_end(response: Response) -> Response:
     """The answer, of which the provider did not say why it ended, whatever LiteLLM says for it."""
     data = response.provider_data or {}
-    choice = _first(data.get("choices")) or {}
+    choice = first_of(data.get("choices")) or {}
     return replace(response, provider_data={**data, "choices": [{**choice, "finish_reason": None}]})
 
 
@@ -98,5 +98,6 @@ def _told(reason: Any) -> Told:
     return "" if not reason else "error" if broken(reason) else "told"
 
 
-def _first(items: Any) -> dict[str, Any] | None:
+def first_of(items: Any) -> dict[str, Any] | None:
+    """The first of a provider's choices; None where there is nothing of the kind."""
     return items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else None

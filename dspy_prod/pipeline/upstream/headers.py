@@ -32,15 +32,15 @@ _PATTERNS: Final = (
 _EPOCH: Final = 1e9
 _EPOCH_MS: Final = 1e12
 
-_REFUSAL: ContextVar[Headers | None] = ContextVar("dspy_prod_refusal", default=None)
+_REFUSAL: ContextVar[tuple[Headers, int | None] | None] = ContextVar("dspy_prod_refusal", default=None)
 
 
-def note_refusal(headers: Iterable[tuple[str, str]]) -> None:
-    """Keep the headers of an HTTP error until the driver of the same attempt asks for them."""
+def note_refusal(headers: Iterable[tuple[str, str]], status: int | None = None) -> None:
+    """Keep what an HTTP error begins with until the driver of the same attempt asks for it."""
     found: Headers = {}
     for name, value in headers:
         found.setdefault(name.lower(), value)
-    _REFUSAL.set(found)
+    _REFUSAL.set((found, status))
 
 
 def forget_refusal() -> None:
@@ -48,8 +48,8 @@ def forget_refusal() -> None:
     _REFUSAL.set(None)
 
 
-def headers_of(error: BaseException) -> Headers:
-    """The headers that came with an error, on whichever route."""
+def refusal_of(error: BaseException) -> tuple[Headers, int | None]:
+    """The headers that came with an error, on whichever route, and the status if the native transport has read one."""
     noted = _REFUSAL.get()
     if noted is not None:
         _REFUSAL.set(None)
@@ -57,8 +57,8 @@ def headers_of(error: BaseException) -> Headers:
     for cause in causes_of(error):
         headers: Any = getattr(getattr(cause, "response", None), "headers", None) or getattr(cause, "headers", None)
         if isinstance(headers, Mapping) and headers:
-            return {str(name).lower(): str(value) for name, value in headers.items()}
-    return {}
+            return {str(name).lower(): str(value) for name, value in headers.items()}, None
+    return {}, None
 
 
 def hint_in(headers: Mapping[str, str], body: float | None = None) -> float | None:
@@ -67,7 +67,7 @@ def hint_in(headers: Mapping[str, str], body: float | None = None) -> float | No
     Zero, a date in the past and what is not plausible are no hint.
 
     Args:
-        headers: see `headers_of`.
+        headers: see `refusal_of`.
         body: what the error's body says.
     """
     for name in ("retry-after-ms", "x-ms-retry-after-ms"):

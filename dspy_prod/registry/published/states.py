@@ -62,6 +62,8 @@ def prepared(predictor: Any, text: str) -> dict[str, Any]:
     typed, demos = state.pop("typed_demos"), state.pop("demos")
     clone = copy.copy(predictor)
     clone.load_state({**state, "lm": None, "demos": []})
+    if not isinstance(clone.signature.instructions, str):
+        raise TypeError("its instructions are no text")
     clone.demos = [_restored(demo, clone.signature if typed else None) for demo in demos]
     return {key: value for key, value in clone.__dict__.items() if key not in _PER_OBJECT}
 
