@@ -329,6 +329,8 @@ def test_a_budget_that_one_answer_at_the_models_limit_nearly_fills_is_warned_of(
 class _Disk:
     """A backing with one limiter, which another process wrote."""
 
+    owner = "disk"
+
     def __init__(self, limiter: bytes, limit: RateLimit) -> None:
         self._stored = limiter, limit
 

@@ -18,7 +18,8 @@ from dspy_prod.stores.admission.window import AHEAD
 from dspy_prod.stores.base import GRANTED, PENDING, AccountState, Reservation, Settlement
 from dspy_prod.stores.sqlite.cells import place
 from dspy_prod.stores.sqlite.drawing import LEAST
-from dspy_prod.stores.sqlite.ledger import read_account, read_records
+from dspy_prod.stores.sqlite.finding import read_records
+from dspy_prod.stores.sqlite.ledger import read_account
 from dspy_prod.stores.sqlite.transactions import Transactions
 from tests.examples import examples
 from tests.stores.sqlite.processes import Process

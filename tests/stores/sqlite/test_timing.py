@@ -69,6 +69,7 @@ def test_one_process_has_another_time_of_day(path: str, ahead: float) -> None:
                 assert waiting.state == PENDING
                 store.withdraw(waiting)
             one.settle(first, settlement(first, CENT))
+            one.flush(10)
             assert other.account("day").spent == CENT
     with contextlib.closing(SqliteStore(path, clock=Clock())) as third:
         limiter = third.limiter("provider")
