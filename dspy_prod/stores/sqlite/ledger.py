@@ -233,7 +233,8 @@ def read_totals(
 
 def read_holds(connection: sqlite3.Connection, ns: int) -> int:
     """Reservations not yet settled, without what is drawn ahead for several calls."""
-    found = connection.execute("SELECT count(*) FROM holds WHERE ns = ? AND coalesce(debit, '') NOT LIKE '{%'", (ns,))
+    alone = "CAST(coalesce(debit, '') AS TEXT) NOT LIKE '{%'"
+    found = connection.execute(f"SELECT count(*) FROM holds WHERE ns = ? AND {alone}", (ns,))
     return int(found.fetchone()[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from dspy_prod.stores.sqlite.cells import place
 from dspy_prod.stores.sqlite.drawing import LEAST
 from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.ledger import read_account
+from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.transactions import Transactions
 from tests.examples import examples
 from tests.stores.sqlite.processes import Process
-from tests.stores.support import FakeClock, ask, settlement
+from tests.stores.support import FakeClock, ask, granted, settlement
 
 AMOUNT = 1_000
 PLENTY = 10_000 * AMOUNT
@@ -387,3 +389,17 @@ class SharesMachine(RuleBasedStateMachine):
 
 SharesMachine.TestCase.settings = examples(20, stateful_step_count=25)
 TestSharesMachine = SharesMachine.TestCase
+
+
+def test_what_is_drawn_and_not_used_counts_as_free(path: str) -> None:
+    """For who reads: nothing is held, and nobody is in flight."""
+    with contextlib.closing(SqliteStore(path)) as store:
+        for _ in range(20):
+            call = granted(store, wanted())
+            store.settle(call, settlement(call, AMOUNT))
+        assert store._drawn.shares
+        assert store.holds() == 0
+        assert store.account("day") == AccountState(20 * AMOUNT, 0, 0)
+        limiter = store.limiter("provider")
+        assert limiter is not None
+        assert (limiter.in_flight, limiter.requests_available) == (0, 600_000 - 20)
