@@ -127,10 +127,20 @@ class Drawing:
         """The process holds nothing any more, or nothing that it could still give back."""
         self._cells.close(delete)
 
-    # -- at the end of each transaction --------------------------------------------------------------------------------
+    # -- in each transaction -------------------------------------------------------------------------------------------
     def due_in(self, now: float) -> float:
         """Seconds until a share has to be looked at."""
         return min((share.until - now for share in list(self._shares.values()) if share.until > -inf), default=inf)
+
+    def return_unused(self, now: float) -> None:
+        """Give back what nobody used of the blocks that newer ones replaced."""
+        unused, self._unused = self._unused, []
+        for share, one, requests, tokens in unused:
+            key = share.hold.limit_key
+            limiter = None if key is None else self._core.known_limiter(key, now)
+            if limiter is not None and key is not None:
+                limiter.undraw(one, now, requests, tokens)
+                self._changes.limiters.add(key)
 
     def balance(self, now: float, end: bool = False) -> None:
         """Fill up what is used, give back what is not, or what somebody waits for; everything at the `end`."""
@@ -140,7 +150,6 @@ class Drawing:
         if now >= self._look_at:
             self._look_at = now + _LOOK_FOR_LOST
             self._abandon_lost(now)
-        self._return_unused(now)
         for lot, share in list(self._shares.items()):
             wanted = core.waits(*lot) or self._crowded(share, now)
             folded = folded or wanted
@@ -302,16 +311,6 @@ class Drawing:
                 del self._shares[share.lot]
         if share.hold.drawn is not None:
             self._cells.leave(share.hold.drawn.cell)
-
-    def _return_unused(self, now: float) -> None:
-        """Of the blocks that were replaced."""
-        unused, self._unused = self._unused, []
-        for share, one, requests, tokens in unused:
-            key = share.hold.limit_key
-            limiter = None if key is None else self._core.known_limiter(key, now)
-            if limiter is not None and key is not None:
-                limiter.undraw(one, now, requests, tokens)
-                self._changes.limiters.add(key)
 
     def _note_spent(self) -> None:
         """Callers are told what is spent, for the soft thresholds of budgets."""

@@ -188,6 +188,7 @@ class Transactions:
             core.tick(now)
             if self._reap_at <= time.monotonic():
                 self._reap(now)
+            self.drawing.return_unused(now)
             for index, (operation, one, other) in enumerate(operations):  # noqa: B007  (read when one fails)
                 operation(self, one, other, now)
             index = -1
