@@ -28,7 +28,7 @@ CLOSE: Final = 0.1
 """Seconds within which a second call of a kind has to come for a share to be begun."""
 LEAST: Final = 4
 """Calls; a share for fewer is not worth it."""
-MOST: Final = 128
+MOST: Final = 512
 """Calls that a share is filled up for at once, at most."""
 PART: Final = 100
 """A share takes at most this part of what is left of a budget."""

@@ -18,9 +18,9 @@ from dspy_prod.stores.sqlite.transactions import Operation, Transactions
 
 GATHER: Final = 0.008
 """Seconds for which operations that nobody waits for gather, at most."""
-ENOUGH: Final = 96
+ENOUGH: Final = 128
 """Operations that are worth a transaction of their own."""
-FULL: Final = 192
+FULL: Final = 256
 """Operations posted and not yet durable from which on a caller is slowed down."""
 PAUSE: Final = 0.0005
 PATIENCE: Final = 0.05
@@ -71,11 +71,12 @@ class Inbox:
 
     def _slow_down(self) -> None:
         asynchronous = running_loop() is not None
-        until = time.monotonic() + (0.0 if asynchronous else PATIENCE)
+        until, pause = time.monotonic() + (0.0 if asynchronous else PATIENCE), PAUSE
         while True:
-            time.sleep(PAUSE)
+            time.sleep(pause)
             if not self.open or self.behind() <= FULL or time.monotonic() >= until:
                 return
+            pause *= 2
 
     def behind(self) -> int:
         """Operations posted and not yet durable."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any, Final
 
-_SIZES: Final = (128, 16, 4, 1) if sqlite3.sqlite_version_info >= (3, 32) else (16, 4, 1)
+_LARGEST: Final = 256 if sqlite3.sqlite_version_info >= (3, 32) else 16
+_SIZES: Final = tuple(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if size <= _LARGEST)
 """Rows of one statement: few sizes, so that SQLite's cache holds them all. Before 3.32 it took 999 values."""
 
 
