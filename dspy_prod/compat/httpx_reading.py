@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing
-from typing import Any
+from typing import Any, Final
 
 import httpx
 
@@ -18,6 +19,13 @@ _Identity: Any
     "httpx._decoders", "ContentDecoder", "IdentityDecoder", "MultiDecoder", "DeflateDecoder", "GZipDecoder"
 )
 names("httpx", "Response._get_content_decoder")
+
+
+_PIECE: Final = 2048
+"""Bytes: ten events or so."""
+
+_TURN: Final = 0.01
+"""Seconds after which other tasks, and timers, have their turn."""
 
 
 def bound(response: Any, until: float) -> None:
@@ -34,6 +42,8 @@ def bound(response: Any, until: float) -> None:
     response._decoder = _Bounded(decoder, status, response.headers.get("content-type", ""), until + bounds.LATE)
     if status >= 300:
         response.stream = _Cut(response.stream)
+    elif isinstance(response.stream, httpx.AsyncByteStream) and "stream" in response.headers.get("content-type", ""):
+        response.stream = _Paced(response.stream)
 
 
 class _Bounded(_Decoder):
@@ -77,6 +87,30 @@ class _Bounded(_Decoder):
 
 
 _CODINGS = {"GZipDecoder": "gzip", "DeflateDecoder": "deflate"}
+
+
+class _Paced(httpx.AsyncByteStream):
+    """A stream in pieces, between which its task lets the loop look at the clock: at a deadline, above all.
+
+    A read may bring hundreds of events. LiteLLM takes a millisecond for each, and waits for nothing meanwhile, least of
+    all where none of them has a word in it.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        turn = time.monotonic()
+        async with aclosing(aiter(self._stream)) as chunks:
+            async for chunk in chunks:
+                for start in range(0, len(chunk), _PIECE):
+                    yield chunk[start : start + _PIECE]
+                    if time.monotonic() - turn > _TURN:
+                        await asyncio.sleep(0)
+                        turn = time.monotonic()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class _Cut(httpx.SyncByteStream, httpx.AsyncByteStream):
