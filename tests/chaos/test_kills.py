@@ -99,6 +99,7 @@ def test_a_dollar_is_spent_whoever_is_killed(tmp_path: Path, processes: int, cal
                 killed += 1
                 workers[victim] = Worker(provider, store, callers, f"{killed}-{victim}")
         billed = provider.bill.nano
+        print(f"{killed} kills, {billed / DOLLAR:.4f} USD billed, {(first_refusal or 0) / DOLLAR:.4f} before a refusal")
         assert billed <= DOLLAR
         assert first_refusal is not None
         assert first_refusal >= 0.97 * DOLLAR
