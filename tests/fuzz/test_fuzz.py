@@ -24,13 +24,7 @@ SHORT = {"answers, native": 400, "answers, LiteLLM": 12, "states": 60, "rows": 2
 LONG = {"answers, native": 20_000, "answers, LiteLLM": 500, "states": 2_000, "rows": 300, "names": 5_000}
 
 
-@pytest.fixture(
-    params=[
-        kind if kind.startswith("answers") else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in KINDS
-        if kind != "rows"
-    ]
-)
+@pytest.fixture(params=[kind for kind in KINDS if kind != "rows"])
 def kind(request: pytest.FixtureRequest) -> str:
     """Every kind of example."""
     name: str = request.param

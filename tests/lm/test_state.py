@@ -379,3 +379,4 @@ def test_half_a_character_in_a_setting_is_no_error() -> None:
     one, other = (dspy_prod.LM("openai/m", store="memory://half", x_option=half) for half in ("\ud800", "\ud801"))
     assert one.identity != other.identity
     assert dspy_prod.LM("openai/\ud800", store="memory://half").identity != one.identity
+    assert dspy_prod.LM("a\ud800day/m", engine=ScriptedEngine(), store="memory://half").identity != one.identity

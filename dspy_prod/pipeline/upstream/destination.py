@@ -17,6 +17,7 @@ from typing import Any, Final
 import orjson
 
 from dspy_prod.privacy.names import address, is_secret
+from dspy_prod.privacy.visible import carried
 
 _KEYS: Final = frozenset({"api_key", "azure_ad_token_provider"})
 _ELSEWHERE: Final = _KEYS | {"timeout", "api_base", "base_url"}
@@ -75,7 +76,8 @@ def variables(clients: Mapping[str, Any], model: str) -> tuple[str, ...]:
     stems = [whole, *words, *([_SHORT[provider]] if provider in _SHORT else ())]
     around = _OTHERS if _url(clients) else _BASES + _OTHERS
     clouds = [name for cloud, names in _CLOUDS.items() if provider.startswith(cloud) for name in names]
-    return tuple([name.format(stem) for stem in stems for name in around] + clouds)
+    named = [name.format(stem) for stem in stems for name in around] + clouds
+    return tuple([name for name in named if name == carried(name)])  # no variable is called by half a character
 
 
 def destination(clients: Mapping[str, Any], model: str, extras: Mapping[str, Any] | None = None) -> str:
