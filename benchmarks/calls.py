@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import dspy
 
+import dspy_prod
 from benchmarks.common import bare, call, guarded, interleaved, messages, paired
 
 STORES: Final = ("memory", "sqlite")
@@ -36,12 +37,19 @@ def _guarded(**options: Any) -> Iterator[dict[str, dspy.LM]]:
             lm.pipeline.store.close()
 
 
+def written(lm: dspy.LM) -> None:
+    """What a store was told is written: it belongs to the calls that told it."""
+    if isinstance(lm, dspy_prod.LM):
+        lm.pipeline.store.flush(10)
+
+
 def _fresh(lm: dspy.LM) -> Calls:
     """Calls of which each is like no other."""
 
     def make(number: int) -> None:
         for _ in range(number):
             call(lm, messages())
+        written(lm)
 
     return make
 
@@ -53,6 +61,7 @@ def _same(lm: dspy.LM) -> Calls:
     def make(number: int) -> None:
         for _ in range(number):
             call(lm, prompt)
+        written(lm)
 
     return make
 
@@ -65,6 +74,7 @@ def _predicts(lm: dspy.LM) -> Calls:
         with dspy.context(lm=lm):
             for _ in range(number):
                 program(question="the same")
+        written(lm)
 
     return make
 
