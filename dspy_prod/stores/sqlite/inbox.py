@@ -57,7 +57,7 @@ class Inbox:
         self.open = True
 
     def put(self, operation: Operation) -> None:
-        """Post; waits only where the writer is far behind."""
+        """Post. Never waits."""
         operations = self._operations
         operations.append(operation)
         if operation[0] not in _UNHURRIED or self.hurried:
@@ -66,7 +66,10 @@ class Inbox:
             return
         if self._resting or len(operations) == ENOUGH:
             self._bell.put(None)
-        if len(operations) + self.writing > FULL and self.open:
+
+    def ease(self) -> None:
+        """Slow down who has just posted, where the writer is far behind. Not to be called with a lock in hand."""
+        if self.behind() > FULL and self.open:
             self._slow_down()
 
     def _slow_down(self) -> None:

@@ -49,6 +49,7 @@ class KeptAnswers:
         posted[key] = answer
         if not self._mailbox.post((Transactions.put_answer, key, (answer, max_entries, max_bytes, written))):
             written()
+        self._mailbox.writer.inbox.ease()
 
     def clear(self) -> None:
         """Forget all answers of the namespace."""

@@ -189,10 +189,12 @@ class SqliteStore:
                 self._lost(settlement.record)
         elif not self._mailbox.post((Transactions.settle, settlement, None)):
             self._lost(settlement.record)
+        self._writer.inbox.ease()
 
     def append(self, record: CallRecord) -> None:
         if not self._mailbox.post((Transactions.append, record, True)):
             self._lost(record)
+        self._writer.inbox.ease()
 
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
         if not shared(limit):
