@@ -43,13 +43,18 @@ class LimiterState(Turnstile):
         draws keeps little from others. None where the provider has said something.
         """
         now = self._touch(now)
-        window, feedback = self._window, self._feedback
-        if feedback.slowed or feedback.told or feedback.paused > now:
+        window = self._window
+        if self.held_back(now):
             return 0
         room = min(most, self._pacing.room(now, tokens), (self._requests_max - window.requests) / 100)
         if tokens and self._tokens_max != inf:
             room = min(room, (self._tokens_max - window.tokens) / 100 / tokens)
         return max(0, floor(room))
+
+    def held_back(self, now: float) -> bool:
+        """Whether the provider's last word counts: a pause, a lowered rate, what its headers left."""
+        feedback = self._feedback
+        return feedback.slowed or bool(feedback.told) or feedback.paused > now
 
     def free_seats(self, now: float) -> float:
         """How many more calls may be in flight."""

@@ -33,6 +33,7 @@ class Share:
     Attributes:
         lot: the calls it is for; `accounts` are those that they draw on.
         hold: what of it is durable; the writer's.
+        home: whose it is; a forked child has copies of its parent's shares.
         limit: the settings of the limiter that it was drawn under.
         until: store time until which it may be used.
         money: nano-USD that no call uses.
@@ -48,25 +49,13 @@ class Share:
     """
 
     __slots__ = (
-        *(
-            "accounts",
-            "amount",
-            "charged",
-            "dead",
-            "hold",
-            "in_flight",
-            "latest",
-            "limit",
-            "live",
-            "lot",
-            "money",
-            "note",
-        ),
-        *("one", "requests", "seats", "seen", "size", "spent", "taken", "tokens", "until"),
+        *("accounts", "amount", "charged", "dead", "hold", "home", "in_flight", "latest", "limit", "live", "lot"),
+        *("money", "note", "one", "requests", "seats", "seen", "size", "spent", "taken", "tokens", "until"),
     )
 
-    def __init__(self, hold: Hold, like: Reservation, note: Note, charged: int) -> None:
+    def __init__(self, hold: Hold, like: Reservation, note: Note, charged: int, home: object) -> None:
         self.lot = lot_of(like)
+        self.home = home
         self.hold = hold
         self.limit: RateLimit | None = like.limit
         self.accounts = like.accounts

@@ -85,8 +85,10 @@ class Cells:
                 self._open(bytes(self._map))
 
     def close(self, delete: bool) -> None:
-        """Use it no more; deleted when nothing of what was drawn is left."""
-        self._map = None  # not closed: a late note must not fail
+        """No share is begun any more; deleted when nothing of what was drawn is left.
+
+        Else calls in flight still note their ends here: nothing else tells what they cost.
+        """
         if delete:
             remove(self.path)
 

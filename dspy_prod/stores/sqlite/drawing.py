@@ -69,12 +69,13 @@ class Drawing(Filling):
                 share.close()
                 share.dead, share.note = True, _forget
             self._shares.clear()
+            self._cells.forget()
         self._unused.clear()
-        self._cells.forget()
 
     def moved(self) -> None:
         """The file was deleted or replaced."""
-        self._cells.lost()
+        with self._lock:
+            self._cells.lost()
 
     def close(self) -> None:
         """Nothing can be written: nobody is admitted from a share."""
@@ -138,10 +139,10 @@ class Drawing(Filling):
         return any(self._core.left(account) < 0 for account in share.accounts)
 
     def _crowded(self, share: Share, now: float) -> bool:
-        """No seat is left for others."""
+        """The provider said something, or no seat is left for others."""
         key = share.hold.limit_key
         limiter = None if key is None or not share.seats else self._core.known_limiter(key, now)
-        return limiter is not None and limiter.free_seats(now) < 1
+        return limiter is not None and (limiter.held_back(now) or limiter.free_seats(now) < 1)
 
     def _note_spent(self) -> None:
         """Callers are told what is spent, for the soft thresholds of budgets."""

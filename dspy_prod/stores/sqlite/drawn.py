@@ -34,9 +34,9 @@ class Drawn:
             return share.take(reservation, self._now())
 
     def settle(self, reservation: Reservation, done: Settlement) -> bool:
-        """A call has ended; False when it was not admitted from a share, or is in flight no more."""
+        """A call has ended; False when it was not admitted from a share of ours, or is in flight no more."""
         share = reservation.share
-        if not isinstance(share, Share):
+        if not isinstance(share, Share) or share.home is not self:
             return False
         with self.lock:
             return share.end(reservation, done)

@@ -63,13 +63,14 @@ class Filling:
         self._look_at = -inf
 
     def _begin(self, lot: Lot, reservation: Reservation) -> Share | None:
-        cell = self._cells.take() if len(self._shares) < CELLS else None
+        with self._lock:  # it may move to another file, and a note that is made meanwhile must not be lost
+            cell = self._cells.take() if len(self._shares) < CELLS else None
         if cell is None:
             return None
         charged, _, _ = self._cells.read(cell)
         id = uuid.uuid4().hex
         hold = Hold(id, lot[1], 0, lot[0], None, inf, _stub(reservation, id), Drawn(cell, charged))
-        share = Share(hold, reservation, partial(self._cells.note, cell), charged)
+        share = Share(hold, reservation, partial(self._cells.note, cell), charged, self._drawn)
         share.note(charged, 0, 0)
         self._core.holds[id] = self._changes.added[id] = hold
         with self._lock:

@@ -17,6 +17,7 @@ from dspy_prod.options import Budget, RateLimit
 from dspy_prod.stores.admission.slices import LATENESS
 from dspy_prod.stores.admission.window import AHEAD
 from dspy_prod.stores.base import GRANTED, PENDING, AccountState, Reservation, Settlement
+from dspy_prod.stores.sqlite import inbox
 from dspy_prod.stores.sqlite.cells import place
 from dspy_prod.stores.sqlite.filling import LEAST
 from dspy_prod.stores.sqlite.finding import read_records
@@ -403,3 +404,55 @@ def test_what_is_drawn_and_not_used_counts_as_free(path: str) -> None:
         limiter = store.limiter("provider")
         assert limiter is not None
         assert (limiter.in_flight, limiter.requests_available) == (0, 600_000 - 20)
+
+
+def test_what_the_provider_says_ends_a_share(process: Process, path: str, clock: FakeClock) -> None:
+    """A 429 that came while a share was being filled up was not heard for a quarter of a second."""
+    warm(process)
+    assert process.drawn.admit(wanted())
+    other = Process(path, clock, LEASE)
+    other.inbox.append((Transactions.throttled, ("provider", WIDE), 5.0))
+    other.run()
+    process.run()
+    assert not process.drawn.admit(wanted())
+    assert process.admit(wanted()).state == PENDING
+    other.kill()
+
+
+def test_a_call_that_ends_after_its_store_was_closed_raises_nothing(path: str, clock: FakeClock) -> None:
+    """An AssertionError came out of it; and what it cost is still charged, by what stands in its cell."""
+    process = Process(path, clock, LEASE)
+    warm(process)
+    late = wanted()
+    assert process.drawn.admit(late)
+    process.end()
+    process.settle(late, settlement(late, 10))
+    other = Process(path, clock, LEASE)
+    clock.advance(LEASE + 1)
+    other.transactions._reap_at = 0.0
+    other.run()
+    assert account(other) == AccountState(2 * AMOUNT + 10, 0, 10)
+    other.kill()
+
+
+def test_a_child_settles_nothing_of_its_parent_s_shares(process: Process, path: str, clock: FakeClock) -> None:
+    """Forked in the middle of a call, it has a copy of it, and of the share; the parent's cell is the same memory."""
+    warm(process)
+    call = wanted()
+    assert process.drawn.admit(call)
+    child = Process(path, clock, LEASE)
+    assert not child.drawn.settle(call, settlement(call, AMOUNT))
+    assert process.drawn.in_flight() == 1
+    child.kill()
+
+
+def test_a_caller_is_slowed_down_without_a_lock_in_hand(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slept with the lock that every call of the process needs, an event loop's too."""
+    with contextlib.closing(SqliteStore(path)) as store:
+        calls = [granted(store, ask(budget=None)) for _ in range(3)]
+        free: list[bool] = []
+        monkeypatch.setattr(inbox, "FULL", -1)
+        monkeypatch.setattr(inbox.Inbox, "_slow_down", lambda _: free.append(not store._local._lock.locked()))
+        for call in calls:
+            store.settle(call, settlement(call, None))
+        assert free == [True] * 3
