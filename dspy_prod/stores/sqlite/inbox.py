@@ -23,6 +23,8 @@ ENOUGH: Final = 128
 FULL: Final = 256
 """Operations posted and not yet durable from which on a caller is slowed down."""
 PAUSE: Final = 0.0005
+LONGEST: Final = 0.002
+"""Seconds of the first pause, and of the longest: who slept on while nothing waited any more would only be late."""
 PATIENCE: Final = 0.05
 """Seconds for which one operation may keep a thread; a task is kept for one `PAUSE`, for its loop has others."""
 
@@ -79,7 +81,7 @@ class Inbox:
             time.sleep(pause)
             if not self.open or self.behind() <= FULL or time.monotonic() >= until:
                 return
-            pause *= 2
+            pause = min(2 * pause, LONGEST)
 
     def behind(self) -> int:
         """Operations posted and not yet durable."""
