@@ -18,6 +18,8 @@ from tests.stopwatch import Stopwatch
 
 LATEST = 1.15
 """Seconds for a deadline of one second. The bar is 1.1 s (SEMANTICS: within 0.1 s); 0.05 s more are for a busy CI."""
+LIFE = 2.5
+"""Seconds of a deadline before which a request surely leaves."""
 
 Way = Literal["sync", "async", "sync stream", "async stream"]
 WAYS: list[Way] = ["sync", "async", "sync stream", "async stream"]
@@ -78,19 +80,22 @@ def _warm() -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_deadline_is_kept(serve: MakeProvider, connect: MakeLM, engine: str, way: Way) -> None:
-    """A call with a second to live ends after a second, whether the upstream hangs or trickles."""
+    """A call with seconds to live ends after them, whether the upstream hangs or trickles.
+
+    Not one second: on a busy machine LiteLLM may take that long to send the request at all.
+    """
     waiting = []
     with Pool(2) as pool:
         for fault in (Hang(), Trickle(bytes_per_second=60.0)):
             provider = serve(faults=fault, answer="word " * 200)
             lm = connect(provider, engine=engine, max_tokens=400)
-            waiting.append((fault, provider, pool.submit(call, lm, way, deadline=1.0)))
+            waiting.append((fault, provider, pool.submit(call, lm, way, deadline=LIFE)))
     for fault, provider, done in waiting:
         received, wall, seconds = done.result()
         print(f"{engine}, {way}, {fault.name}: {wall:.3f} s")
         assert isinstance(received[-1], DeadlineExceededError)
-        assert wall >= 0.99, f"{fault.name}: {wall:.3f} s"
-        assert seconds <= LATEST, f"{fault.name}: {seconds:.3f} s"
+        assert wall >= LIFE - 0.01, f"{fault.name}: {wall:.3f} s"
+        assert seconds <= LIFE - 1.0 + LATEST, f"{fault.name}: {seconds:.3f} s"
         assert len(provider.calls) == 1
 
 
@@ -101,11 +106,11 @@ def test_an_attempt_ended_by_its_deadline_is_settled(
     serve: MakeProvider, connect: MakeLM, sqlite_url: str, engine: str, way: Way
 ) -> None:
     """The attempt's hold lasts until it has really ended, and then its bound is charged as unconfirmed."""
-    provider = serve(faults=[Hang(seconds=1.0, billed=True)])
+    provider = serve(faults=[Hang(seconds=LIFE + 0.5, billed=True)])
     lm = connect(provider, engine=engine, budget=Budget(usd=1.0), store=sqlite_url)
-    received = call(lm, way, deadline=0.5).received
+    received = call(lm, way, deadline=LIFE).received
     assert isinstance(received[-1], DeadlineExceededError)
-    until(lambda: lm.pipeline.store.holds() == 0, 5, "the end of the attempt")
+    until(lambda: lm.pipeline.store.holds() == 0, 15, "the end of the attempt")
     (record,) = upstream(lm)
     assert record.outcome == "timeout"
     assert record.estimated
@@ -118,12 +123,12 @@ def test_an_attempt_ended_by_its_deadline_is_settled(
 @pytest.mark.usefixtures("_warm")
 def test_a_late_answer_corrects_its_charge(serve: MakeProvider, connect: MakeLM, store_url: str) -> None:
     """LiteLLM cannot be stopped: its answer comes too late for the caller but not for the ledger."""
-    provider = serve(latency=0.8, usage=(20, 30))
+    provider = serve(latency=LIFE + 1.0, usage=(20, 30))
     lm = connect(provider, engine="litellm", budget=Budget(usd=1.0), store=store_url)
-    received = call(lm, "sync", deadline=0.3).received
+    received = call(lm, "sync", deadline=LIFE).received
     assert isinstance(received[-1], DeadlineExceededError)
     assert lm.pipeline.store.holds() == 1, "the attempt still runs, so its money is still held"
-    until(lambda: lm.pipeline.store.holds() == 0, 5, "the end of the attempt")
+    until(lambda: lm.pipeline.store.holds() == 0, 15, "the end of the attempt")
     (record,) = upstream(lm)
     assert (record.outcome, record.estimated, record.cost_nano) == ("timeout", False, provider.bill.nano)
     assert account(lm) == (provider.bill.nano, 0, 0)
