@@ -298,8 +298,9 @@ def test_an_abandoned_attempt_does_not_read_for_ever(
             write(b" ")
 
     server.body = trickle
+    ask(connect(server, engine="litellm", api_base="http://127.0.0.1:1"), "sync")  # imports what it needs
     lm = connect(server, engine="litellm")
-    with call_context(deadline=1.0):
+    with call_context(deadline=LIFE):
         assert isinstance(ask(lm, "sync"), DeadlineExceededError)
     assert server.left.wait(10)
     gone.set()

@@ -125,7 +125,7 @@ def test_an_answer_of_several_that_comes_too_late_is_charged_as_told(serve: Make
     lm = connect(provider, engine="litellm")
     outcome(lambda: lm("warm"))
     provider.hold()
-    with dspy_prod.call_context(deadline=0.3):
+    with dspy_prod.call_context(deadline=1.5):
         assert isinstance(ask(lm), dspy_prod.DeadlineExceededError)
     provider.release()
     until(lambda: len(records(lm)) == 2)
