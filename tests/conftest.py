@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,10 @@ by_default()
 SHARING = ("registry", "tracking", "cli", "ui")
 """Rooms whose tests share what is dear to make: a server, a run of the demo, MLflow itself. One worker takes a file of
 them; of the registry, whose stores are made once, a folder."""
+WITH_PROCESSES = (
+    "test_conflicts.py", "test_deployment.py", "test_follow.py", "test_promotion.py", "test_server_down.py",
+)  # fmt: skip
+"""Files of the registry that share a server, two processes to race with and one that has children: one worker's."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -34,7 +39,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             room = path.parts[1]
             if room not in SHARING:
                 return nodeid
-            return str(path.parent if room == "registry" else path)
+            if room == "registry":
+                return "registry, with processes" if path.name in WITH_PROCESSES else str(path.parent)
+            return str(path)
 
     return Sharing(config, log)
 
@@ -43,6 +50,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """In a worker: what takes long begins first, so that nobody is left with it at the end."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests are no garbage: no collection, of which the tests ask many, need look at them."""
+    _keep()
+
+
+LARGE = {"litellm", "mlflow"}
+"""Packages of very many objects, which some test is the first to import."""
+
+
+def pytest_runtest_logfinish() -> None:
+    """Nor are large packages."""
+    new = LARGE & sys.modules.keys()
+    if new:
+        LARGE.difference_update(new)
+        _keep()
+
+
+def _keep() -> None:
+    """What is alive now stays out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import dspy
@@ -158,7 +159,13 @@ def input_keys(example: Any) -> set[str] | None:
 
 def known_of(provider: str | None, model: str) -> dict[str, Any]:
     """What DSPy's catalogue of models tells of one; nothing of one that is not in it."""
-    return dict(model_metadata.model_info(provider, model) or {})
+    return dict(_known(model_metadata.model_info, provider, model))
+
+
+@lru_cache(maxsize=4_096)
+def _known(model_info: Callable[..., Any], provider: str | None, model: str) -> dict[str, Any]:
+    """Once a process: for a name that the catalogue lacks, DSPy goes through the whole of it."""
+    return dict(model_info(provider, model) or {})
 
 
 def renew_metadata_lock() -> None:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -298,6 +299,8 @@ def _compare(listed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, step: int)
     import litellm
 
     monkeypatch.setattr(model_metadata, "_data", listed)
+    # Entries are looked up once a process: another list needs another reader.
+    monkeypatch.setattr(model_metadata, "model_info", partial(model_metadata.model_info))
     monkeypatch.setattr(litellm, "model_cost", {key: value for key, value in listed.items() if key not in RESERVED})
     monkeypatch.setattr(litellm, "suppress_debug_info", True)
     litellm.utils._invalidate_model_cost_lowercase_map()

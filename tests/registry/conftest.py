@@ -17,6 +17,7 @@ import sqlalchemy
 from mlflow import MlflowClient
 
 import dspy_prod
+from tests.conftest import WITH_PROCESSES
 from tests.registry.deploying import Bench
 from tests.registry.processes import MlflowServer, Nursery, Other, forget
 
@@ -129,10 +130,13 @@ def bench(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Ben
     return Bench(tmp_path, store, capsys)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def ahead(request: pytest.FixtureRequest) -> None:
-    """Start what some test will need, so that it is ready by then."""
-    wanted = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    for mine, slow in (("server", "only_server"), ("others", "only_others"), ("nursery", "nursery")):
-        if mine in wanted:
+    """Start what some test of this file will need, so that it is ready by then."""
+    mine = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    wanted = {name for item in mine for name in getattr(item, "fixturenames", ())}
+    if wanted & {"server", "others", "nursery"}:
+        assert request.path.name in WITH_PROCESSES, f"name {request.path.name} in WITH_PROCESSES of tests/conftest.py"
+    for name, slow in (("server", "only_server"), ("others", "only_others"), ("nursery", "nursery")):
+        if name in wanted:
             request.getfixturevalue(slow)
