@@ -15,8 +15,8 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 SOURCES := dspy_prod tests $(wildcard benchmarks)
 PORT ?= 5000
-# Tests side by side: most of their time they wait. The order is random; SEED=... repeats that of a run that printed it.
-WORKERS ?= 8
+# Tests side by side: half of their time they wait. The order is random; SEED=... repeats that of a run that printed it.
+WORKERS ?= 5
 SPREAD = -n $(WORKERS) $(if $(SEED),-p "randomly" --randomly-seed=$(SEED))
 
 # One stamp per set of packages; a change of the pins installs again.
@@ -47,7 +47,7 @@ ui: $(BASE) ## MLflow's pages on what the demo wrote (PORT=5000)
 	@LITELLM_LOCAL_MODEL_COST_MAP=True MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	  $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
-test: $(DEV) ## the test suite, side by side in random order, without slow, ui, chaos and soak (WORKERS=8 SEED=...)
+test: $(DEV) ## the test suite, side by side in random order, without slow, ui, chaos and soak (WORKERS=5 SEED=...)
 	$(PYTEST) $(SPREAD)
 
 test-slow: $(DEV) ## the tests marked slow: whole minutes, long forms, a real model

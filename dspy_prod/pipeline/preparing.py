@@ -76,7 +76,11 @@ async def _await(effect: Wait) -> None:
             decided.set_result(None)
 
     def wake() -> None:
-        loop.call_soon_threadsafe(finish)
+        try:
+            loop.call_soon_threadsafe(finish)
+        except RuntimeError:  # the loop is closed, so nobody waits; whoever decides has others to wake
+            if not loop.is_closed():
+                raise
 
     if not effect.what.attach(wake):
         return

@@ -249,6 +249,23 @@ def test_a_wait_ends_with_its_decision_or_its_time(way: str, what: str | None, u
         assert decision.woken
 
 
+def test_a_decision_for_somebody_whose_loop_is_closed_raises_nothing() -> None:
+    """It raised in the thread that decided, which then woke none of the others."""
+    wakes: list[Callable[[], None]] = []
+
+    class Never:
+        def attach(self, wake: Callable[[], None]) -> bool:
+            wakes.append(wake)
+            return True
+
+    def steps() -> Generator[Any, Any, Response]:
+        yield Wait(Never(), time.monotonic() + 0.01)
+        return OK
+
+    assert perform(steps(), "async") is OK
+    wakes[0]()
+
+
 @BOTH
 @pytest.mark.parametrize("until", [inf, 1e9])
 def test_an_engine_is_warmed_on_demand(way: str, until: float, monkeypatch: pytest.MonkeyPatch) -> None:
