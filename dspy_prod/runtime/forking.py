@@ -52,6 +52,7 @@ _STAGES: Final[dict[weakref.ref[Forked], Stage]] = {}
 _HELD: Final[dict[weakref.ref[Held], Stage]] = {}
 _holding: Final[list[Held]] = []  # what this fork holds, in the order in which it was taken
 _forking = threading.Lock()
+_PATIENCE: Final = 10.0
 
 
 def reset_after_fork(item: Forked, stage: Stage = Stage.LOCKS) -> None:
@@ -60,9 +61,17 @@ def reset_after_fork(item: Forked, stage: Stage = Stage.LOCKS) -> None:
 
 
 def hold_while_forking(item: Held, stage: Stage) -> None:
-    """As `reset_after_fork`; every fork also calls `item.before_fork()`, and then `after_fork_in_parent()`."""
-    reset_after_fork(item, stage)
-    _HELD[weakref.ref(item, _HELD.pop)] = stage
+    """As `reset_after_fork`; every fork also calls `item.before_fork()`, and then `after_fork_in_parent()`.
+
+    Waits while another thread forks, which could not hold a newcomer any more.
+    """
+    waited = _forking.acquire(timeout=_PATIENCE)
+    try:
+        reset_after_fork(item, stage)
+        _HELD[weakref.ref(item, _HELD.pop)] = stage
+    finally:
+        if waited:
+            _forking.release()
 
 
 class RegistryLock:
@@ -110,7 +119,6 @@ class _Importing:
         self._lock = threading.RLock()
 
 
-_PATIENCE: Final = 10.0
 IMPORTING: Final = _Importing()
 
 

@@ -16,6 +16,7 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Terms
 from dspy_prod.stores.sqlite.process import THREADS
+from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions
 from dspy_prod.stores.sqlite.writer import Writer
 
@@ -30,12 +31,17 @@ _STEP: Final = 0.1
 class Mailbox:
     """Posts to a writer whose thread starts with the first operation, and ends when the mailbox is not used any more.
 
+    Args:
+        writer: who is posted to.
+        readers: the store's other connections, which the writer closes when nobody has the store any more.
+
     Attributes:
         closed: `close` was called.
     """
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, readers: tuple[Reader, ...] = ()) -> None:
         self.writer = writer
+        self._readers = readers
         self.closed = False
         self._path = writer.tables.path
         self._thread: threading.Thread | None = None
@@ -70,7 +76,8 @@ class Mailbox:
                 return
             self._thread = THREADS.start(self.writer)
             if self._thread is not None:
-                weakref.finalize(self, self.writer.inbox.put, (Transactions.stop, None, None)).atexit = False
+                last = (Transactions.stop, self._readers, None)
+                weakref.finalize(self, self.writer.inbox.put, last).atexit = False
             elif THREADS.ended:
                 self.writer.ended = True
             # else there is no thread to be had: what is posted waits, and the next operation tries again.
@@ -150,16 +157,11 @@ class Mailbox:
 
     # -- fork --------------------------------------------------------------------------------------------------------
     def before_fork(self) -> None:
-        """Close the writer's connection and keep it closed until `after_fork`."""
+        """Start no thread until `after_fork`."""
         self._starting.acquire()
-        self._guarded = self.writer.io.acquire(timeout=READ_TIMEOUT)
-        if self._guarded:
-            self.writer.tables.close()
 
     def after_fork(self) -> None:
         """In the parent."""
-        if self._guarded:
-            self.writer.io.release()
         self._starting.release()
 
 

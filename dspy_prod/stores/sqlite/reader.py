@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.sqlite.file import File
 
 T = TypeVar("T")
@@ -18,6 +19,7 @@ class Reader(File):
     def __init__(self, path: str, namespace: str) -> None:
         super().__init__(path, namespace)
         self._lock = threading.Lock()
+        hold_while_forking(self, Stage.FILES)
 
     def read(self, question: Callable[[sqlite3.Connection, int], T]) -> T:
         """What `question(connection, namespace's number)` finds; one thread at a time.
@@ -36,10 +38,14 @@ class Reader(File):
             super().close()
 
     def before_fork(self) -> None:
-        """Close, and keep others from opening until `after_fork`."""
+        """Close, and keep others from opening until the process has forked."""
         self._lock.acquire()
         super().close()
 
-    def after_fork(self) -> None:
-        """In the parent."""
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
         self._lock.release()
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self.lose()

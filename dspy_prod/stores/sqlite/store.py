@@ -100,7 +100,8 @@ class SqliteStore:
         self._terms = KnownTerms()
         self._start()
         try:
-            self._writer.tables.open()
+            with self._writer.io:
+                self._writer.tables.open()
         except Exception as error:
             raise unavailable(self._path, error) from error
         hold_while_forking(self, Stage.FILES)
@@ -118,9 +119,9 @@ class SqliteStore:
         self._writer = Writer(tables, self._time, self._lease, self._listeners, self._terms)
         self._local = self._writer.local
         self._drawn = self._writer.drawn
-        self._mailbox = Mailbox(self._writer)
         self._ledger_reader = Reader(self._path, self._namespace)
         self._cache_reader = Reader(self._path, self._namespace)
+        self._mailbox = Mailbox(self._writer, (self._ledger_reader, self._cache_reader))
         kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
 
@@ -330,15 +331,11 @@ class SqliteStore:
 
     # -- fork --------------------------------------------------------------------------------------------------------
     def before_fork(self) -> None:
-        """Close every connection, see `process.py`."""
+        """Start no thread; the connections see to themselves, see `process.py`."""
         self._mailbox.before_fork()
-        self._ledger_reader.before_fork()
-        self._cache_reader.before_fork()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        self._cache_reader.after_fork()
-        self._ledger_reader.after_fork()
         self._mailbox.after_fork()
 
     def _after_fork(self) -> None:
@@ -346,7 +343,5 @@ class SqliteStore:
         old, closed = self._writer, self.closed
         old.abort(Refusal("store_unavailable", detail="the process was forked while this call waited"))
         old.tables.lose()
-        self._ledger_reader.lose()
-        self._cache_reader.lose()
         self._start()
         self._mailbox.closed = closed

@@ -18,6 +18,7 @@ from dspy_prod.stores.base import PENDING, Reservation, Settlement, Terms
 from dspy_prod.stores.sqlite.cells import Cells
 from dspy_prod.stores.sqlite.drawing import Drawing
 from dspy_prod.stores.sqlite.drawn import Drawn
+from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import is_environment
 from dspy_prod.stores.sqlite.tables import Tables
 
@@ -66,6 +67,7 @@ class Transactions:
         self.after: list[Callable[[], None]] = []
         self.drawing = Drawing(self.core, shares, Cells(tables.path, tables.owner), lease, self._later)
         self.stopping = False
+        self._readers: tuple[Reader, ...] = ()
         self.on_terms = on_terms
         self._now = clock.time
         self._lease = lease
@@ -139,8 +141,10 @@ class Transactions:
     def nudge(self, _: Any, __: Any, now: float) -> None:
         """Look at the timers again."""
 
-    def stop(self, _: Any, __: Any, now: float) -> None:
+    def stop(self, readers: Any, _: Any, now: float) -> None:
+        """The last operation; `readers`: connections that nobody else can close any more."""
         self.stopping = True
+        self._readers = readers or ()
 
     # -- time ----------------------------------------------------------------------------------------------------------
     def due_in(self) -> float:
@@ -263,6 +267,8 @@ class Transactions:
             self.tables.resign()
         self.drawing.end(delete=not self.core.holds)
         self.tables.close()
+        for reader in self._readers:
+            reader.close()
 
     def _later(self, what: Callable[[], None]) -> None:
         self.after.append(what)

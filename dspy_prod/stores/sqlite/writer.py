@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
+from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Terms
 from dspy_prod.stores.lane import Lane
@@ -34,6 +35,8 @@ MAX_KEPT: Final = 100_000
 """Operations kept while the file cannot be written; more are dropped, and said to be."""
 POLL: Final = 0.025
 """Seconds between looks for changes by other processes while reservations wait."""
+FORK_PATIENCE: Final = 5.0
+"""Seconds a fork waits for a transaction to end."""
 _IDLE: Final = 5.0
 _BACK_OFF: Final = (0.05, 1.0)
 _QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
@@ -73,6 +76,7 @@ class Writer:
         self._back_off = 0.0
         self._dropped = 0
         self._alone = 0  # how many operations to run one by one
+        hold_while_forking(self, Stage.FILES)  # also when nobody has its store any more, and it writes the rest
 
     def problems(self) -> dict[str, Any]:
         """Why nothing can be written, how much waits for it, and how much was given up."""
@@ -281,6 +285,21 @@ class Writer:
         with self.io:
             self._transactions.resign()
         self.ended = True
+
+    # -- fork --------------------------------------------------------------------------------------------------------
+    def before_fork(self) -> None:
+        """Close the connection and keep it closed: of what SQLite has locked, a child would wait for ever."""
+        self._guarded = self.io.acquire(timeout=FORK_PATIENCE)
+        if self._guarded:
+            self.tables.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        if self._guarded:
+            self.io.release()
+
+    def _after_fork(self) -> None:
+        self.io = threading.Lock()
 
     def abort(self, refusal: Refusal) -> None:
         """In a forked child, where this writer's thread does not exist: refuse everybody, without waking."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
+import signal
 import threading
 
 from dspy_prod.stores.base import REFUSED, AccountState, CachedAnswer
@@ -110,3 +112,39 @@ def test_forking_while_threads_write(path: str) -> None:
     assert store.account("day") == AccountState(written[0] + 5, 0, 0)
     check_books(store)
     store.close()
+
+
+def test_forking_while_stores_come_and_go(path: str) -> None:
+    """Half of the children hung in their first `connect`: SQLite was at work for a store that nobody had any more,
+    or had only just made, and what it had locked stayed locked."""
+    stop = threading.Event()
+
+    def come_and_go(name: str) -> None:
+        while not stop.is_set():
+            store: SqliteStore | None = SqliteStore(f"{path}-{name}")
+            assert store is not None
+            assert store.cache_get(b"k") is None
+            assert store.flush(10)
+            store = None
+            gc.collect(0)
+
+    threads = [threading.Thread(target=come_and_go, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    ends = []
+    for number in range(12):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            with contextlib.suppress(BaseException), contextlib.closing(SqliteStore(path)) as store:
+                granted(store, ask(1, budget=10**12))
+                os._exit(0)
+            os._exit(1)
+        ends.append(os.waitpid(pid, 0)[1])
+        if ends[-1]:
+            break
+        stop.wait(0.003 * (number % 3))
+    stop.set()
+    for thread in threads:
+        thread.join(30)
+    assert ends == [0] * 12
