@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from typing import Any, Final
 
 import httpx
@@ -61,17 +61,23 @@ class _Bounded(_Decoder):
         if time.monotonic() > self._until:
             raise httpx.ReadTimeout("Nobody waits for this answer any more")
         read = len(data)
-        for layer in self._layers:
-            data = self._expanded(layer, data)
+        data = self._plain(data)
         self._left -= max(read, len(data))  # a body may also be large and decompress to nothing
         if self._left < 0:
             raise bounds.BodyTooLongError(self._status)
         return data
 
     def flush(self) -> bytes:
-        data = b""
-        for layer in self._layers:
-            data = self._expanded(layer, data) + layer.flush()
+        return self._plain(b"", at_end=True)
+
+    def _plain(self, data: bytes, at_end: bool = False) -> bytes:
+        try:
+            for layer in self._layers:
+                data = self._expanded(layer, data) + (layer.flush() if at_end else b"")
+        except httpx.DecodingError:
+            if self._status < 300:
+                raise
+            return b""  # of an error the status says what counts
         return data
 
     def _expanded(self, layer: Any, data: bytes) -> bytes:
@@ -114,14 +120,17 @@ class _Paced(httpx.AsyncByteStream):
 
 
 class _Cut(httpx.SyncByteStream, httpx.AsyncByteStream):
-    """The beginning of the body of an error. Its connection is not used again if that is not all."""
+    """The beginning of the body of an error, which may break off: its status says what counts.
+
+    Its connection is not used again if that is not all.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._left = bounds.ERROR
 
     def __iter__(self) -> Iterator[bytes]:
-        with closing(iter(self._stream)) as chunks:
+        with closing(iter(self._stream)) as chunks, suppress(httpx.TransportError):
             for chunk in chunks:
                 yield self._part(chunk)
                 if self._left <= 0:
@@ -129,10 +138,11 @@ class _Cut(httpx.SyncByteStream, httpx.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async with aclosing(aiter(self._stream)) as chunks:
-            async for chunk in chunks:
-                yield self._part(chunk)
-                if self._left <= 0:
-                    return
+            with suppress(httpx.TransportError):
+                async for chunk in chunks:
+                    yield self._part(chunk)
+                    if self._left <= 0:
+                        return
 
     def close(self) -> None:
         self._stream.close()

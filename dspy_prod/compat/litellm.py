@@ -158,7 +158,7 @@ class _Hooked:
         """
         heard = "" if self.ear is None else self.ear.take()
         body: Any = None
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             body = json.loads(heard)
         if isinstance(body, dict) and ("choices" in body or body.get("object") == "chat.completion"):
             return read_chat(request, heard)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from traceback import walk_tb
 from typing import Any, Final, TypeAlias
@@ -134,10 +134,12 @@ def read_chat(request: Request, text: str) -> Response:
 # -- transports ------------------------------------------------------------------------------------------------------
 _StdlibTransport: Any
 _StdlibAsyncTransport: Any
-[_StdlibTransport, _StdlibAsyncTransport, *_] = names(
+_BrokenTransport: type[Exception]
+[_StdlibTransport, _StdlibAsyncTransport, _BrokenTransport, *_] = names(
     "dspy._vendor.lm15.transports",
     "StdlibTransport",
     "StdlibAsyncTransport",
+    "TransportError",
     "StdlibTransport._open",
     "StdlibTransport._read_head",
     "StdlibAsyncTransport._read_head",
@@ -156,6 +158,27 @@ def _elsewhere(response: Any, body: bytes) -> ProviderError:
     return ProviderError(f"HTTP {response.status} {response.reason}: {said}", status=response.status)
 
 
+def _page(chunks: Iterator[bytes]) -> bytes:
+    """What can be read of an error's page. Its status says what counts, though the page may break off."""
+    parts: list[bytes] = []
+    try:
+        parts.extend(chunks)
+    except _BrokenTransport:
+        pass
+    return b"".join(parts)
+
+
+async def _apage(chunks: AsyncIterator[bytes]) -> bytes:
+    """The same for tasks."""
+    parts: list[bytes] = []
+    try:
+        async for part in chunks:
+            parts.append(part)
+    except _BrokenTransport:
+        pass
+    return b"".join(parts)
+
+
 class HookedTransport(_StdlibTransport):
     """The synchronous transport, each request bounded and each socket wrapped by what a subclass names."""
 
@@ -172,6 +195,7 @@ class HookedTransport(_StdlibTransport):
         response = super().stream(request)
         if response.status >= 300:
             self.refused(response.headers, response.status)
+            response.read = lambda: _page(iter(response))
             if response.status < 400:
                 with response:
                     raise _elsewhere(response, response.read())
@@ -207,6 +231,7 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
         response = await super()._do_stream(request)
         if response.status >= 300:
             self.refused(response.headers, response.status)
+            response.read = lambda: _apage(aiter(response))
             if response.status < 400:
                 try:
                     raise _elsewhere(response, await response.read())

@@ -57,6 +57,20 @@ def options_in(kind: Any) -> type[Options] | None:
     return inner if isinstance(inner, type) and issubclass(inner, Options) else None
 
 
+def check_tokens(kwargs: Mapping[str, Any]) -> None:
+    """See that a bound on what is generated is a number: what a call may cost is counted by it.
+
+    Raises:
+        ConfigError: it is none; the message names the argument.
+    """
+    for name in ("max_tokens", "max_completion_tokens"):
+        given = kwargs.get(name)
+        try:
+            int(given or 0)
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(f"{name}={given!r} must be a number of tokens, such as {name}=1000") from None
+
+
 def option(kind: type[Options], value: Any, name: str, *, default: Options | None = None, off: Any = None) -> Any:
     """A policy option as given: an instance, a table of its fields, None for the default, False for off."""
     if value is None:

@@ -148,7 +148,7 @@ def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], ex
 
 
 def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known | None:
-    """A fresh answer from memory, before any of DSPy's work; None when the engine has to look."""
+    """A fresh answer from memory or the store, before any of DSPy's work; None when the engine has to look."""
     base = scope.base
     if base is None or scope.context.cache != "use" or not SHORT:
         return None
@@ -156,9 +156,10 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
         return None
     cache = lm.pipeline.cache
     assert cache is not None
-    entry = cache.peek(base)
+    entry = cache.peek(base) or cache.stored(base)
     if entry is None:
         scope.missed = True
+        cache.misses += 1
         return None
     text = entry.text
     if text is None or kwargs.get("n", 1) not in (1, None) or lm.kwargs.get("n", 1) not in (1, None):

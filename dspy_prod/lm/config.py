@@ -43,6 +43,7 @@ JSON, or text where they are not; an empty one counts as not set.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -125,7 +126,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check that it is a file you may read") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
-    except toml.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number may have too many digits, a table be too deep
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
     return values, text
 
@@ -170,6 +171,7 @@ def _arguments(values: dict[str, Any], env: Mapping[str, str], sources: Sources)
         if value is None:
             continue
         made = _made(key, value, sources)
+        _refuse_infinite(key, made, where)
         if key == "api_key_env":
             arguments["api_key"] = _from_environment(made, env, where)
         elif key == "litellm":
@@ -179,6 +181,14 @@ def _arguments(values: dict[str, Any], env: Mapping[str, str], sources: Sources)
     if "api_key_env" in values and "api_key" in values:
         arguments["api_key"] = values["api_key"]  # it can only come from the environment, which wins
     return arguments
+
+
+def _refuse_infinite(key: str, made: Any, where: str) -> None:
+    """What JSON has no number for can be neither sent nor saved."""
+    try:
+        json.dumps(made, allow_nan=False, default=str)
+    except ValueError:
+        raise ConfigError(f"{where}: {key}: nan and inf cannot be sent; give a number") from None
 
 
 def _made(key: str, value: Any, sources: Sources) -> Any:

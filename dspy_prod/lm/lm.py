@@ -21,7 +21,7 @@ from dspy_prod.compat.dspy import engines_of, set_engines
 from dspy_prod.compat.finishing import finish, keep
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
-from dspy_prod.lm.arguments import budget_options
+from dspy_prod.lm.arguments import budget_options, check_tokens
 from dspy_prod.lm.assembling import assemble, disabled
 from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath, Watching
 from dspy_prod.lm.calling import aask, ask, begin, calls_of, per_call
@@ -38,6 +38,7 @@ from dspy_prod.pipeline.scope import SCOPE, identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
 from dspy_prod.policies.sharing import quoted, steer
 from dspy_prod.pricing.warmup import WARMUP
+from dspy_prod.privacy.outward import outward
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.living import LIVE
@@ -129,6 +130,7 @@ class LM(AsPlain, Operated, dspy.LM):
 
     def _install(self, settings: Settings) -> None:
         """Put a pipeline beneath this LM."""
+        check_tokens(self.kwargs)
         self.pipeline = assemble(self.model, self.model_type, settings)
         self.settings = settings = pinned(settings, self.pipeline.store)
         self._variants: Recent[Beneath] = Recent(MAX_VARIANTS)
@@ -145,7 +147,7 @@ class LM(AsPlain, Operated, dspy.LM):
         settings: Settings | None = self.__dict__.get("settings")
         if settings is None:
             return "<dspy_prod.LM, not built yet>"  # an error reporter asks
-        return f"dspy_prod.LM({self.model!r}, namespace={settings.namespace!r})"
+        return outward(f"dspy_prod.LM({self.model!r}, namespace={settings.namespace!r})")
 
     # -- calling -----------------------------------------------------------------------------------------------------
     @with_callbacks  # type: ignore[untyped-decorator]
@@ -180,6 +182,7 @@ class LM(AsPlain, Operated, dspy.LM):
     # -- copies ------------------------------------------------------------------------------------------------------
     def copy(self, **kwargs: Any) -> LM:
         """A copy that shares breaker, limits, budgets, cache and ledger, with some arguments changed."""
+        check_tokens(kwargs)
         budgets = nullcontext() if "budget" in kwargs else quoted()
         twin, settings = copied(settled(self), kwargs)
         if settings is not None:

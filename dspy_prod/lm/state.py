@@ -23,6 +23,7 @@ from dspy_prod.lm.beneath import Beneath
 from dspy_prod.lm.settings import ATTRIBUTES, DSPY, ROWS
 from dspy_prod.options import Options
 from dspy_prod.policies.sharing import quoted
+from dspy_prod.privacy.known import blotted_in, known
 from dspy_prod.privacy.names import bare_url, public
 from dspy_prod.privacy.states import harmless
 from dspy_prod.privacy.unshown import unshown
@@ -45,6 +46,7 @@ def dump(lm: Beneath, base: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         TypeError: an argument is not JSON, or an engine object cannot be saved; the message names it.
+        ConfigError: a key stands in the place of something else, such as the model.
     """
     settings = lm.settings
     dropped = {"num_retries", *settings.clients, *settings.extras}  # said by `retry`, and by the settings
@@ -65,6 +67,8 @@ def dump(lm: Beneath, base: Mapping[str, Any]) -> dict[str, Any]:
         _log.warning("%r: %s may hold secrets and are not saved; set them again after loading", lm, ", ".join(lost))
     state.update(written)
     _check_json(state)
+    for name, value in state.items():
+        _check_no_key(name, value)
     return state
 
 
@@ -83,6 +87,10 @@ def load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
         ConfigError: the state contradicts itself or is none, or an address stands for its model and `allow` is False.
     """
     try:
+        json.dumps(state, allow_nan=False, default=str)
+    except (TypeError, ValueError) as error:  # it could be neither sent nor saved again
+        raise ConfigError(f"the saved state of an LM is no JSON ({error}); save the program again") from None
+    try:
         return _load(cls, state, allow)
     except (TypeError, AttributeError, KeyError) as error:  # what somebody wrote by hand fails in whatever way
         raise ConfigError(
@@ -91,6 +99,7 @@ def load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
 
 
 def _load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
+    _check_no_key("model", state.get("model"))
     arguments = dict(state) if allow else _trusted(state)
     arguments.pop(LM_CLASS_STATE_KEY, None)
     arguments.pop("num_retries", None) if "retry" in arguments else None
@@ -158,6 +167,12 @@ def _load_fallback(cls: type[dspy.LM], state: Any, allow: bool) -> str | dspy.LM
     own: Any = next((each for each in cls.__mro__ if f"{each.__module__}.{each.__qualname__}" == named), BaseLM)
     loaded: dspy.LM = own.load_state(dict(state), allow_custom_lm_class=allow)
     return loaded
+
+
+def _check_no_key(name: str, value: Any) -> None:
+    """A key that somebody gave in place of a name must not get into a file."""
+    if blotted_in(value, known()) is not value:
+        raise ConfigError(f"{name}= is, or holds, what is known as a key or a password; give it as api_key= alone")
 
 
 def _check_json(state: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ class Call:
         alone: follows no identical call: it holds up the event loop on which that one's answer may depend.
         id: shared by the records of all attempts.
         key: the cache key, or None when the cache does not apply.
-        missed: the memory tier was asked for `key` a moment ago, in vain.
+        missed: the cache was asked for `key` a moment ago, in vain.
         scope: what it says beside the canonical request, for LiteLLM.
         streaming: the answer is delivered event by event.
         deadline: monotonic time by which the call must end, `inf` without one.

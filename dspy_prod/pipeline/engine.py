@@ -22,6 +22,7 @@ from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.refusing import note
 from dspy_prod.pipeline.scope import SCOPE, Scope, candidate_key, request_key
 from dspy_prod.policies.purse import Purse
+from dspy_prod.privacy.outward import outward
 
 
 class _Guarded:
@@ -59,7 +60,7 @@ class _Guarded:
         return frozenset(self.pipeline.capabilities.params)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.pipeline.primary.model!r})"
+        return outward(f"{type(self).__name__}({self.pipeline.primary.model!r})")
 
     def call(self, request: Request, streaming: bool) -> Call:
         """What one request sets out with: the scope it is in, its cache key, where its records go."""
@@ -79,6 +80,7 @@ class _Guarded:
             missed = scope.missed and not index
             if key is None or not key.startswith(self.identity):  # `lm.kwargs` was changed just now
                 key = request_key(self.identity, request, scope, self._tenant(context.tenant))
+                missed = False
             if key is not None and index:
                 key = candidate_key(key, index)
         call = Call(pipeline, request, context, key, scope, streaming, scope.records, missed)

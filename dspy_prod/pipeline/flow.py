@@ -53,7 +53,7 @@ def flow(call: Call) -> Flow:
     assert cache is not None
     mode = call.context.cache
     if mode == "use":
-        entry = cache.load(key) if call.missed else cache.get(key)
+        entry = None if call.missed else cache.get(key)
         if entry is not None:
             return call.hit(entry)
     if call.streaming or call.alone or mode != "use" or not cache.options.single_flight:

@@ -33,7 +33,7 @@ class Scope:
         extras, body, refusal, asked: see `upstream.ordinary.Beside`.
         shown: the call's arguments as DSPy's history tells them, where they are others than the engine's.
         index: candidates already asked for.
-        missed: the memory tier of the cache was asked for `base` already, in vain.
+        missed: the cache was asked for `base` already, in vain.
         records: everything the call did.
         purse: what it has spent, where a budget caps single calls.
     """

@@ -132,14 +132,18 @@ class ResponseCache:
 
     def load(self, key: bytes) -> Entry | None:
         """The fresh answer in the store, for a caller who has asked the memory already."""
-        if self._writes(key):
-            entry = self._load(key)
-            if entry is not None and entry.expires_at > self._now():
-                with self._lock:
-                    self.hits += 1
-                return entry
-        self.misses += 1
-        return None
+        entry = self.stored(key)
+        if entry is None:
+            self.misses += 1
+            return None
+        with self._lock:
+            self.hits += 1
+        return entry
+
+    def stored(self, key: bytes) -> Entry | None:
+        """`load` for a caller who may not use the answer: it is in memory then, and counts as nothing until `used`."""
+        entry = self._load(key) if self._writes(key) else None
+        return entry if entry is not None and entry.expires_at > self._now() else None
 
     def stale(self, key: bytes) -> Entry | None:
         """An expired answer that may still be served because every route failed, or None."""

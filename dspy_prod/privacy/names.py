@@ -133,7 +133,7 @@ def _texts(value: Any) -> Iterator[str]:
                 pair = b64decode(rest).decode()
                 yield from (pair, pair.partition(":")[2])
         if value.startswith("{"):  # such as the credentials of a service account
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 yield from secrets_in(json.loads(value))
     elif isinstance(value, Mapping):
         for item in value.values():

@@ -51,7 +51,7 @@ class Held(Forked, Protocol):
 _STAGES: Final[dict[weakref.ref[Forked], Stage]] = {}
 _HELD: Final[dict[weakref.ref[Held], Stage]] = {}
 _holding: Final[list[Held]] = []  # what this fork holds, in the order in which it was taken
-_forking = threading.Lock()
+_forking = threading.RLock()  # a signal's handler may fork just here
 _PATIENCE: Final = 10.0
 
 
@@ -65,13 +65,14 @@ def hold_while_forking(item: Held, stage: Stage) -> None:
 
     Waits while another thread forks, which could not hold a newcomer any more.
     """
-    waited = _forking.acquire(timeout=_PATIENCE)
+    lock = _forking
+    waited = lock.acquire(timeout=_PATIENCE)
     try:
         reset_after_fork(item, stage)
         _HELD[weakref.ref(item, _HELD.pop)] = stage
     finally:
         if waited:
-            _forking.release()
+            lock.release()
 
 
 class RegistryLock:
@@ -137,7 +138,7 @@ def _in_parent() -> None:
 
 def _in_child() -> None:
     global _forking
-    _forking = threading.Lock()
+    _forking = threading.RLock()
     for item in reversed(_in_order(_STAGES)):
         _call(item._after_fork)
     _holding.clear()

@@ -15,6 +15,7 @@ from dspy_prod.testing import ScriptedEngine, Status, Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import CHEAP, MODEL, PRICES, ask, make_lm, records
 from tests.e2e.test_unusable import DONE, END, START, body, stream
+from tests.listening import Listening, Silent
 
 ENGINES = ["lm15", "litellm"]
 WAYS = ["sync", "async"]
@@ -252,3 +253,53 @@ def test_fallbacks_that_can_help_are_not_warned_of(recwarn: pytest.WarningsRecor
 def test_the_readme_shows_the_table() -> None:
     """What decides is what is written."""
     assert markdown() in (Path(__file__).parents[2] / "README.md").read_text()
+
+
+CUT: dict[str, tuple[dict[str, str], bytes]] = {
+    "shorter than it said": ({"content-length": "500"}, b'{"error": {"mess'),
+    "nothing of it": ({"content-length": "500"}, b""),
+    "no chunks": ({"transfer-encoding": "chunked"}, b"no number\r\nof bytes"),
+    "no gzip": ({"content-encoding": "gzip", "content-length": "9"}, b"plain text"[:9]),
+}
+
+
+@pytest.mark.parametrize("status", [400, 503])
+@pytest.mark.parametrize(
+    ("engine", "way", "cut"),
+    [
+        (engine, way, cut)
+        for engine in ENGINES
+        for way in ["sync", "async", "sync stream", "async stream"]
+        for cut in CUT
+        # aiohttp, by which LiteLLM asks in tasks, refuses such an answer whole: nobody hears its status.
+        if (engine, way.split()[0], cut) != ("litellm", "async", "no chunks")
+    ],
+)
+def test_a_refusal_whose_page_breaks_off_is_a_refusal(
+    connect: MakeLM, engine: str, way: str, status: int, cut: str
+) -> None:
+    """It was a connection that broke after sending: asked again, and charged at its bound as unconfirmed."""
+    headers, page = CUT[cut]
+
+    class Handler(Silent):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(page)
+            self.close_connection = True
+
+    server = Listening(Handler)
+    try:
+        lm = connect(server, engine=engine, retry=TWICE, budget=Budget(usd=1, name="all"))
+        error = stream(lm, way.split()[0])[1] if "stream" in way else ask(lm, way)
+    finally:
+        server.stop()
+    assert isinstance(error, LMError)
+    assert error.status == status
+    assert [(each.outcome, each.cost_nano, each.estimated) for each in records(lm)] == [("error", 0, False)] * (
+        2 if status == 503 else 1
+    )
+    assert lm.costs().held_usd == 0.0

@@ -80,10 +80,12 @@ class States:
         self._folder = Path(tempfile.mkdtemp(prefix="dspy-prod-fuzz-"))
         self._program = dspy.Predict("question, tone -> answer, score: float")
         self._program.demos = [dspy.Example(question="q", tone="t", answer="a", score=1.0).with_inputs("question")]
-        self._state = json.dumps(_lm().dump_state())
+        self._lm = _lm()  # holds the secret, so that it is known for one wherever it turns up
+        self._state = json.dumps(self._lm.dump_state())
         self._text = dumped("self", self._program)
         entry = PredictorEntry("self", None, None, sha256(self._text), fields_of(self._program.signature))
         self._manifest = Manifest("d", (entry,), "openai/m", "ChatAdapter", {}, dspy="3.4.1")
+        self._files = 0
         self._rows = _file_with_rows(self._folder / "rows.db")
         self._ways: tuple[Callable[[Draws], None], ...] = (
             self._lm_state, self._toml, self._environment, self._manifest_text, self._program_state,
@@ -180,9 +182,8 @@ class States:
         program.dump_state()
 
     def _row(self, draws: Draws) -> None:
-        path = self._folder / "row.db"
-        for suffix in ("-wal", "-shm"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
+        self._files += 1
+        path = self._folder / f"rows-{self._files}.db"  # the last one may still be in use
         shutil.copyfile(self._rows, path)
         path.chmod(0o600)
         with closing(sqlite3.connect(path)) as connection:

@@ -173,6 +173,9 @@ def test_short_forms(text: str, expected: dict[str, Any], write: Any) -> None:
         ("callbacks = []", ["callbacks", "is an object"]),
         ("[litellm]\ntemperature = 1", ["litellm.temperature", "move it to the top"]),
         ("model = x", ["is not valid TOML", "line 1"]),
+        (f"max_tokens = {'9' * 5000}", ["is not valid TOML", "digits"]),
+        ("[litellm]\nx = [nan]", ["litellm", "nan and inf cannot be sent"]),
+        ("temperature = inf", ["temperature", "nan and inf cannot be sent"]),
     ],
 )
 def test_a_mistake_is_named_with_file_key_and_remedy(text: str, words: list[str], write: Any) -> None:

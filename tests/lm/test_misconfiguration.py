@@ -158,3 +158,13 @@ def test_a_slip_is_refused_where_it_is_made(slip: dict[str, Any], remedy: str) -
 def test_what_some_provider_knows_is_let_through(name: str) -> None:
     """Only near misses of our own and DSPy's names are slips."""
     assert dspy_prod.LM("openai/m", store=fresh_memory(), **{name: 1}).settings.extras == {name: 1}
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("given", ["many", [5], float("inf")], ids=str)
+def test_a_bound_on_tokens_is_a_number(name: str, given: Any) -> None:
+    """Under a budget it was a `ValueError: invalid literal for int()`, with no word of the argument."""
+    with pytest.raises(ConfigError, match=rf"{name}=.* must be a number of tokens"):
+        dspy_prod.LM(MODEL, **{name: given}, store=fresh_memory())
+    with pytest.raises(ConfigError, match=rf"{name}=.* must be a number of tokens"):
+        dspy_prod.LM(MODEL, store=fresh_memory()).copy(**{name: given})

@@ -365,7 +365,14 @@ def test_a_state_that_nobody_vouches_for_sends_nothing_elsewhere(
         ] * 2
 
 
-@pytest.mark.parametrize("change", [{"model": ...}, {"fallbacks": None}, {"fallbacks": 5}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": ...}, {"fallbacks": None}, {"fallbacks": 5},
+        {"max_tokens": float("inf")}, {"extra_body": {"x": [float("nan")]}}, {"extra_body": {(1, 2): 3}},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_what_is_no_state_is_refused_as_such(change: dict[str, Any]) -> None:
     """A saved program that somebody had changed by hand ended in a bare TypeError."""
     state = {**dspy_prod.LM("openai/m", store="memory://no-state").dump_state(), **change}
@@ -380,3 +387,15 @@ def test_half_a_character_in_a_setting_is_no_error() -> None:
     assert one.identity != other.identity
     assert dspy_prod.LM("openai/\ud800", store="memory://half").identity != one.identity
     assert dspy_prod.LM("a\ud800day/m", engine=ScriptedEngine(), store="memory://half").identity != one.identity
+
+
+def test_a_key_where_a_name_belongs_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each error and log line that named the LM showed it, and so did what was saved of it."""
+    monkeypatch.setenv("TEAM_KEY", "sk-team-0123456789abcdef")
+    with pytest.raises(ConfigError, match="known as a key"):
+        dspy_prod.LM.load_state({"model": "openai/sk-team-0123456789abcdef", "store": "memory://shown"})
+    lm = dspy_prod.LM("sk-team-0123456789abcdef", store="memory://shown")
+    with pytest.raises(ConfigError, match="known as a key"):
+        lm.dump_state()
+    for shown in (repr(lm), repr(lm._engine_spec)):
+        assert "sk-team" not in shown

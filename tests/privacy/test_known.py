@@ -103,3 +103,9 @@ def test_a_bearer_token_is_known_with_and_without_its_scheme() -> None:
 def test_the_longest_secret_is_hidden_first() -> None:
     """Else what one adds to another would be left to read."""
     assert blotted("abcdef-ghijkl abcdef", {"abcdef", "abcdef-ghijkl"}) == "*** ***"
+
+
+def test_a_secret_that_is_deep_json_is_no_error() -> None:
+    """A setting of a thousand brackets ended in a `RecursionError`."""
+    deep = '{"a":' * 100_000
+    assert deep in secrets_in({"api_key": deep})

@@ -14,7 +14,7 @@ from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
 from dspy_prod.stores.sqlite.hits import PAGE, HitTables, is_hit
 from dspy_prod.stores.sqlite.inserting import Inserting
-from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, record_of, record_row, terms_of
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, Row, account_of, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
 
 INSERT: Final = Inserting("records", ("ns", *CallRecord._fields))
@@ -181,7 +181,14 @@ def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountSt
     """What one account holds."""
     find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
     row = connection.execute(find, (ns, carried(key))).fetchone()
-    return AccountState() if row is None else AccountState(*row)
+    return AccountState() if row is None else _state(key, row)
+
+
+def _state(key: str, row: Row) -> AccountState:
+    try:
+        return account_of(key, row)
+    except ValueError as error:
+        raise sqlite3.DataError(str(error)) from error
 
 
 def read_accounts(
@@ -193,7 +200,7 @@ def read_accounts(
         "AND substr(key, -length(?3)) = ?3 ORDER BY spent DESC, key LIMIT ?4",
         (ns, carried(prefix), suffix, most),
     )
-    return [(row[0], AccountState(*row[1:])) for row in rows]
+    return [(_text(row[0]), _state(row[0], row[1:])) for row in rows]
 
 
 def read_terms(connection: sqlite3.Connection, ns: int) -> list[Terms]:
@@ -228,7 +235,20 @@ def read_totals(
         "ORDER BY rollups.day, value",
         (ns, since_day or "", until_day or "~", carried(dimension), *one),
     )
-    return [(row[0], row[1], Totals(*row[2:])) for row in rows]
+    return [(_text(row[0]), _text(row[1]), _totals(row[2:])) for row in rows]
+
+
+def _text(value: Any) -> str:
+    """A name; one that is damaged can still be shown."""
+    if type(value) is str:
+        return value
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _totals(row: Row) -> Totals:
+    if not all(type(number) is int for number in row):
+        raise sqlite3.DataError("the sums of the ledger hold what is no number; begin a new file")
+    return Totals(*row)
 
 
 def read_holds(connection: sqlite3.Connection, ns: int) -> int:
@@ -248,4 +268,4 @@ def read_sums(
         "AND dimension = ?4 GROUP BY value ORDER BY sum(cost_nano) DESC, value LIMIT ?5",
         (ns, since_day or "", "~", carried(dimension), -1 if most is None else most),
     )
-    return [(row[0], Totals(*row[1:])) for row in rows]
+    return [(_text(row[0]), _totals(row[1:])) for row in rows]

@@ -41,11 +41,12 @@ class Mailbox:
 
     def __init__(self, writer: Writer, readers: tuple[Reader, ...] = ()) -> None:
         self.writer = writer
-        self._readers = readers
         self.closed = False
         self._path = writer.tables.path
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        self._leaving = weakref.finalize(self, _leave, writer, readers)
+        self._leaving.atexit = False
 
     def post(self, operation: Operation) -> bool:
         """Hand an operation to the writer; False when that is too late."""
@@ -76,8 +77,7 @@ class Mailbox:
                 return
             self._thread = THREADS.start(self.writer)
             if self._thread is not None:
-                last = (Transactions.stop, self._readers, None)
-                weakref.finalize(self, self.writer.inbox.put, last).atexit = False
+                self.writer.begun = True
             elif THREADS.ended:
                 self.writer.ended = True
             # else there is no thread to be had: what is posted waits, and the next operation tries again.
@@ -126,7 +126,8 @@ class Mailbox:
                 self.writer.inbox.put((Transactions.stop, None, None))
                 self.writer.run()
             elif not already:
-                self.writer.tables.close()
+                with self.writer.io:
+                    self.writer.tables.close()
         elif thread is not threading.current_thread():
             if not already:
                 self.writer.inbox.put((Transactions.stop, None, None))
@@ -163,6 +164,25 @@ class Mailbox:
     def after_fork(self) -> None:
         """In the parent."""
         self._starting.release()
+
+    def forsake(self) -> None:
+        """In a forked child, which has another mailbox: the writer of this one is the parent's."""
+        self._leaving.detach()
+
+
+def _leave(writer: Writer, readers: tuple[Reader, ...]) -> None:
+    """Close what a store had open that nobody has any more: its writer does, once everything is written.
+
+    If that never began, whoever collects garbage does, perhaps while the process forks: then all is closed already.
+    """
+    if writer.begun:
+        writer.inbox.put((Transactions.stop, readers, None))
+        return
+    if writer.io.acquire(blocking=False):
+        writer.tables.close()
+        writer.io.release()
+    for reader in readers:
+        reader.leave()
 
 
 class Listeners:

@@ -37,6 +37,12 @@ class Reader(File):
         with self._lock:
             super().close()
 
+    def leave(self) -> None:
+        """`close`, unless the process is forking: then it is closed already."""
+        if self._lock.acquire(blocking=False):
+            super().close()
+            self._lock.release()
+
     def before_fork(self) -> None:
         """Close, and keep others from opening until the process has forked."""
         self._lock.acquire()

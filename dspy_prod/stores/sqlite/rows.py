@@ -12,7 +12,7 @@ from dspy_prod.options import Budget
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.holds import Drawn, Hold
-from dspy_prod.stores.base import Terms
+from dspy_prod.stores.base import AccountState, Terms
 
 Row = tuple[Any, ...]
 
@@ -21,6 +21,18 @@ RECORD_COLUMNS: Final = ", ".join(f'"{name}"' for name in CallRecord._fields)
 _TAGS: Final = CallRecord._fields.index("tags")
 _ACCOUNTS: Final = CallRecord._fields.index("accounts")
 _FLAGS: Final = tuple(CallRecord._fields.index(name) for name in ("estimated", "cached"))
+_WHOLE: Final = ((int, type(None)), None)
+_REAL: Final = ((float, int), 0.0)
+_NUMBERS: Final = tuple(
+    (CallRecord._fields.index(name), *kinds)
+    for name, kinds in {
+        **dict.fromkeys(("started_at", "latency", "waited"), _REAL),
+        "attempt": ((int,), 0),
+        **dict.fromkeys(("cost_nano", "status"), _WHOLE),
+        **dict.fromkeys(("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens"), _WHOLE),
+    }.items()
+)
+"""Fields that hold numbers: where, of which types, and what a damaged one is taken for."""
 _MOST: Final = 2**53
 _OLD_DEBIT: Final = 5
 
@@ -41,6 +53,11 @@ def record_of(row: Row) -> CallRecord:
     values[_ACCOUNTS] = _listed(values[_ACCOUNTS])
     for index in _FLAGS:
         values[index] = bool(values[index])
+    for index, kinds, otherwise in _NUMBERS:
+        if type(values[index]) not in kinds:  # damaged: what is known of the call is still shown
+            values[index] = otherwise
+    if bytes in map(type, values):
+        values = [value.decode("utf-8", "replace") if type(value) is bytes else value for value in values]
     return CallRecord(*values)
 
 
@@ -105,6 +122,8 @@ def terms_of(row: Row) -> Terms | None:
     None where that wrote what this one does not understand: an account is then held to its caller's own limit.
     """
     built, in_force, revision = row
+    if type(revision) is not int:
+        return None
     try:
         return Terms(_budget(built), _budget(in_force), revision)
     except (ValueError, TypeError, AttributeError):
@@ -141,6 +160,17 @@ def clean(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(clean(item) for item in value)
     return carried(str(value))
+
+
+def account_of(key: str, row: Row) -> AccountState:
+    """What an account holds.
+
+    Raises:
+        ValueError: a damaged or changed file has something else than numbers there: what is spent is not known.
+    """
+    if not all(type(number) is int for number in row):
+        raise ValueError(f"the account {key!r} holds what is no number; correct it, or begin a new file")
+    return AccountState(*row)
 
 
 def clean_record(record: CallRecord) -> CallRecord:

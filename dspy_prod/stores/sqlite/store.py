@@ -343,5 +343,6 @@ class SqliteStore:
         old, closed = self._writer, self.closed
         old.abort(Refusal("store_unavailable", detail="the process was forked while this call waited"))
         old.tables.lose()
+        self._mailbox.forsake()
         self._start()
         self._mailbox.closed = closed

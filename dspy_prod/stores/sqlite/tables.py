@@ -25,6 +25,7 @@ from dspy_prod.stores.sqlite.ledger import LedgerTables
 from dspy_prod.stores.sqlite.rows import (
     TERMS,
     Row,
+    account_of,
     clean_hold,
     clean_record,
     debit_json,
@@ -159,7 +160,7 @@ class Tables(File):
     # -- what the core asks for ----------------------------------------------------------------------------------------
     def load_account(self, key: str) -> AccountState | None:
         row = self._one("SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?", key)
-        return None if row is None else AccountState(*row)
+        return None if row is None else account_of(key, row)
 
     def load_terms(self, title: str) -> Terms | None:
         row = self._one(f"SELECT {TERMS} FROM budgets WHERE ns = ? AND name = ?", title)

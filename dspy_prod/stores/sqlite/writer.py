@@ -52,6 +52,7 @@ class Writer:
         publishing: held while a reservation's state changes, so that a withdrawal and a grant cannot both win.
         io: held while the file is in use; `fork` waits for it.
         failing: why nothing can be written at the moment, or None.
+        begun: it has a thread, or had one.
         ended: nothing that is posted now will be done.
     """
 
@@ -63,7 +64,7 @@ class Writer:
         self.publishing = threading.Lock()
         self.io = threading.Lock()
         self.failing: Refusal | None = None
-        self.ended = False
+        self.begun = self.ended = False
         self.tables = tables
         self.drawn = Drawn(clock.time)
         self._transactions = Transactions(tables, clock, lease, report, on_terms, self.drawn)

@@ -8,13 +8,15 @@ from contextlib import closing
 
 import pytest
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.holds import Hold
+from dspy_prod.stores.base import REFUSED
 from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, hold_of, hold_row, record_of, record_row, stub_json
 from dspy_prod.stores.sqlite.schema import _TABLES
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import HOLD_COLUMNS, PUT_HOLD
-from tests.stores.support import CENT, ask, granted, settlement
+from tests.stores.support import CENT, ask, decided, granted, settlement
 from tests.test_records import FACTS
 
 RECORD = CallRecord(**FACTS)  # type: ignore[arg-type]
@@ -87,3 +89,44 @@ def test_a_damaged_row_stops_nobody(open_sqlite: Callable[..., SqliteStore], pat
     assert store.holds() == 0
     assert store.account("day").spent == 2 * CENT
     assert not store.problems
+
+
+@pytest.mark.parametrize("damaged", ["text", b"bytes", 0.5, "9e99"])
+def test_an_account_that_holds_no_number_is_said_to(
+    open_sqlite: Callable[..., SqliteStore], path: str, damaged: str | bytes | float
+) -> None:
+    """Whoever asked for costs got a bare `TypeError`. What is spent is not known then: it is not taken for nothing."""
+    first = open_sqlite()
+    told = granted(first, ask(CENT))
+    first.settle(told, settlement(told, CENT))
+    first.close()
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("UPDATE accounts SET spent = ?", (damaged,))
+    store = open_sqlite()
+    for read in (lambda: store.account("day"), lambda: store.accounts("d", "y", 5)):
+        with pytest.raises(StoreUnavailableError, match="holds what is no number"):
+            read()
+    assert decided(store.admit(ask(CENT))).state == REFUSED
+
+
+def test_what_a_damaged_record_still_tells_is_shown(open_sqlite: Callable[..., SqliteStore], path: str) -> None:
+    """One field that was no number ended in a `TypeError` for whoever asked for any record."""
+    first = open_sqlite()
+    told = granted(first, ask(CENT))
+    first.settle(told, settlement(told, CENT))
+    first.close()
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute(
+            "UPDATE records SET started_at = ?, cost_nano = 'dear', attempt = ?, model = ?", (b"x", b"y", b"m\xff")
+        )
+        file.execute("UPDATE rollups SET value = ?", (b"\xed\xa0\x80",))
+    store = open_sqlite()
+    [record] = store.records()
+    assert (record.id, record.started_at, record.cost_nano, record.attempt) == (told.id, 0.0, None, 0)
+    assert record.model == "m\ufffd"
+    assert [value for value, _ in store.sums(dimension="all")] == ["\ufffd" * 3]
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("UPDATE rollups SET attempts = 1.5")
+    for read in (lambda: store.sums(dimension="all"), lambda: store.totals()):
+        with pytest.raises(StoreUnavailableError, match="hold what is no number"):
+            read()
