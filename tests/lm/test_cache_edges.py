@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from dspy_prod.privacy.error_text import scrubbed
 from dspy_prod.privacy.names import address, secrets_in
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.testing import ScriptedEngine
+from dspy_prod.testing import Provider, ScriptedEngine
 
 PRICES = {"openai/m": Price(input=1, output=1, max_output_tokens=1000)}
 SECRET_URL = "http://user:hunter2222@127.0.0.1:9/v1?api-key=SUPERSECRET99&v=1"
@@ -202,6 +203,30 @@ def test_a_hit_counts_once() -> None:
 
 
 # -- arguments of one call ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("answers", [1, 2])
+def test_an_answer_in_the_file_is_found_once_and_counts_once(tmp_path: Path, answers: int) -> None:
+    """After a restart it took as long as a call that is sent: DSPy prepared it, and the file was asked after that."""
+    url = f"sqlite:///{tmp_path}/state.db"
+    asked: list[bytes] = []
+    with Provider() as provider:
+        where = {"store": url, "api_base": provider.url, "api_key": "none", "namespace": "restarted"}
+        with closing(dspy_prod.LM("openai/m", **where)) as first:
+            assert len(first("a question", n=answers)) == answers
+        again = dspy_prod.LM("openai/m", **where)
+        cache, look = again.pipeline.cache, again.pipeline.store.cache_get
+        assert cache is not None
+        cache.clear()
+        cache.hits = cache.misses = 0
+        again.pipeline.store.cache_get = lambda key: asked.append(key) or look(key)  # type: ignore[method-assign]
+        for _ in range(2):
+            assert len(again("a question", n=answers)) == answers
+        assert len(asked) == answers
+        assert again("another question") == ["ok"]
+        again.close()
+        assert len(provider.calls) == answers + 1
+    assert (cache.hits, cache.misses) == (2 * answers, 1)
+
+
 def test_cache_options_of_a_call_are_those_of_the_next_such_call() -> None:
     """The answer is found again in memory, with no store to keep it."""
     engine = ScriptedEngine("x")
