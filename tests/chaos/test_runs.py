@@ -10,8 +10,7 @@ from tests.chaos.afflictions import AFFLICTIONS, FILES
 from tests.chaos.runs import run
 
 
-@pytest.mark.chaos
-@pytest.mark.timeout(300)
+@pytest.mark.long
 @pytest.mark.parametrize("afflictions", [["killed"], ["clock", "full disk"]], ids=" and ".join)
 def test_the_books_are_right_whatever_befalls(tmp_path: Path, afflictions: list[str]) -> None:
     """The provider bills no more than the budget, the ledger no less than the provider; every error has its class."""

@@ -30,6 +30,8 @@ def main(told: str) -> int:
     from tests.e2e.support import make_lm
 
     task = json.loads(told)
+    # What is imported and read once a process: that this cannot be is no matter of an LM's.
+    make_lm(task["url"], store="memory://first", budget=Budget(usd=1)).close()
     dice = random.Random(task["seed"])
     ends: Counter[str] = Counter()
     strange: list[str] = []
