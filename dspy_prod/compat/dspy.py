@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import dspy
@@ -159,13 +160,23 @@ def input_keys(example: Any) -> set[str] | None:
 
 def known_of(provider: str | None, model: str) -> dict[str, Any]:
     """What DSPy's catalogue of models tells of one; nothing of one that is not in it."""
-    return dict(_known(model_metadata.model_info, provider, model))
+    return dict(listed(provider, model))
+
+
+def listed(provider: str | None, model: str, namespaces: tuple[str, ...] | None = None) -> Mapping[str, Any]:
+    """An entry of DSPy's catalogue, looked up once a process; empty for a name that is not in it.
+
+    DSPy goes through the whole of it for each name that it lacks, in milliseconds, and a model without a price has a
+    dozen such names, which every new LM would ask for in its first call.
+    """
+    return _listed(model_metadata.model_info, provider, model, namespaces)
 
 
 @lru_cache(maxsize=4_096)
-def _known(model_info: Callable[..., Any], provider: str | None, model: str) -> dict[str, Any]:
-    """Once a process: for a name that the catalogue lacks, DSPy goes through the whole of it."""
-    return dict(model_info(provider, model) or {})
+def _listed(
+    model_info: Callable[..., Any], provider: str | None, model: str, namespaces: tuple[str, ...] | None
+) -> Mapping[str, Any]:
+    return MappingProxyType(dict(model_info(provider, model, namespaces=namespaces) or {}))
 
 
 def renew_metadata_lock() -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
+from dspy_prod.compat.dspy import listed
 from dspy_prod.pricing.tables import atto, by_length
 
 _SUBSCRIPTIONS = frozenset(("claude-code", "openai-codex", "chatgpt", "github_copilot"))
@@ -106,27 +105,13 @@ def find(model: str, provider: str | None, native: str | None, wire: str) -> Ent
 
 
 def _priced(where: str, name: str, namespaces: tuple[str, ...] | None) -> Mapping[str, Any] | None:
-    from dspy.clients.model_metadata import model_info
-
     if where in _SUBSCRIPTIONS:
         return None
-    info = _listed(model_info, where, name, namespaces)
+    info = by_length(listed(where, name, namespaces))
     # Perplexity bills every request a search fee that no usage tells.
     searches = where == "perplexity" and "search_context_cost_per_query" in info
     priced = all(atto(info.get(f"{side}put_cost_per_token")) is not None for side in ("in", "out"))
     return info if priced and not searches else None
-
-
-@lru_cache(maxsize=4_096)
-def _listed(
-    model_info: Callable[..., Mapping[str, Any]], where: str, name: str, namespaces: tuple[str, ...] | None
-) -> Mapping[str, Any]:
-    """An entry of the catalogue, looked up once a process.
-
-    DSPy goes through the whole of it for each name that it lacks, in milliseconds, and a model without a price has a
-    dozen such names, which every new LM would ask for in its first call.
-    """
-    return MappingProxyType(dict(by_length(model_info(where, name, namespaces=namespaces))))
 
 
 def _spellings(where: str, name: str) -> Iterator[str]:
