@@ -179,8 +179,10 @@ def _leave(writer: Writer, readers: tuple[Reader, ...]) -> None:
         writer.inbox.put((Transactions.stop, readers, None))
         return
     if writer.io.acquire(blocking=False):
-        writer.tables.close()
-        writer.io.release()
+        try:
+            writer.tables.close()
+        finally:
+            writer.io.release()
     for reader in readers:
         reader.leave()
 

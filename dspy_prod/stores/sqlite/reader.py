@@ -40,8 +40,10 @@ class Reader(File):
     def leave(self) -> None:
         """`close`, unless the process is forking: then it is closed already."""
         if self._lock.acquire(blocking=False):
-            super().close()
-            self._lock.release()
+            try:
+                super().close()
+            finally:
+                self._lock.release()
 
     def before_fork(self) -> None:
         """Close, and keep others from opening until the process has forked."""
