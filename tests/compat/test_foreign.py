@@ -36,6 +36,7 @@ from dspy_prod.pipeline.upstream.deadline import ATTEMPT_UNTIL, LEAVING
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.testing import ScriptedEngine
 from dspy_prod.tracking import bridge
+from tests.logged import logged
 
 try:
     import tomllib
@@ -352,7 +353,7 @@ def test_an_mlflow_built_otherwise_is_left_alone(
     if remove is not None:  # else the tests after this one fail too
         remove()
     assert remove is None
-    assert [name.rpartition(".")[2] in record.getMessage() for record in caplog.records] == [True]
+    assert [name.rpartition(".")[2] in record.getMessage() for record in logged(caplog)] == [True]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from dspy_prod import Budget, Cache, CircuitBreaker, ConfigError, Price, RateLim
 from dspy_prod.privacy.names import bare_url, is_secret, public, without_secrets
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import Provider, ScriptedEngine
+from tests.logged import logged
 
 MODEL = "openai/gpt-4o-mini"
 CLASS = "_dspy_lm_class"
@@ -266,7 +267,7 @@ def test_what_is_left_out_is_said_once(caplog: pytest.LogCaptureFixture) -> None
     lm = make(extra_headers={"X-Team": "a"}, aws_secret_access_key="sk-aws", api_key="sk-1", num_ctx=5)
     with caplog.at_level(logging.WARNING, logger="dspy_prod"):
         state = lm.dump_state()
-    (message,) = [record.getMessage() for record in caplog.records]
+    (message,) = [record.getMessage() for record in logged(caplog)]
     assert "aws_secret_access_key, extra_headers may hold secrets and are not saved" in message
     assert "sk-" not in message
     assert state["num_ctx"] == 5

@@ -22,6 +22,7 @@ from dspy_prod.policies.sharing import quoted, shared_rule, steer
 from dspy_prod.stores.base import Terms
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite.store import SqliteStore
+from tests.logged import logged
 
 HOUR, DAY = 3600.0, 86_400.0
 
@@ -304,7 +305,7 @@ def test_accounts_that_begin_anew_are_warned_of(caplog: pytest.LogCaptureFixture
     """A budget by the day became one in all, and what the day had spent counted no more: nobody was told."""
     days = rule(name="b", per="day")
     days.hear(terms(1, per="day", usd=5))
-    assert not caplog.records
+    assert not logged(caplog)
     days.hear(terms(2, per="total"))
     assert "per total and global" in caplog.text
     assert "per day and global" in caplog.text

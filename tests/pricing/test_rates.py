@@ -27,6 +27,7 @@ from dspy_prod.pricing import lookup
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.pricing.regions import region_of
+from tests.logged import logged
 from tests.stores.support import FakeClock
 
 BOOK = PriceBook()
@@ -452,7 +453,7 @@ def test_metadata_that_could_not_be_read_is_read_again_after_a_pause(
         assert book.rates("openai/gpt-4o-mini") is None
         assert tries == before + 2
         clock.advance(0.01)
-    assert len(caplog.records) == 2
+    assert len(logged(caplog)) == 2
     broken = False
     assert book.rates("openai/gpt-4o-mini") is not None
     assert book.settled("openai/gpt-4o-mini")

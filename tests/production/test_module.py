@@ -28,6 +28,7 @@ from dspy_prod.errors import (
 )
 from dspy_prod.production.module import raising, reason_of
 from dspy_prod.testing import ErrorInStream, Hang, Provider, ScriptedEngine, Status
+from tests.logged import logged
 
 MODEL = "openai/test-model"
 PRICE = Price(input=1.0, output=2.0)
@@ -344,7 +345,7 @@ def test_a_defect_of_the_program_raises_unless_everything_is_caught(caplog: pyte
     with caplog.at_level(logging.ERROR, "dspy_prod"):
         pred = Production(Broken(KeyError("x")), fallback_response=SORRY, catch="all")(question="q")
     assert call_report(pred).reason == "unexpected_error"
-    assert caplog.records[0].exc_info is not None
+    assert logged(caplog)[0].exc_info is not None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(), asyncio.CancelledError(), GeneratorExit()])

@@ -12,6 +12,7 @@ import pytest
 
 from dspy_prod.runtime.forking import Stage, hold_while_forking, reset_after_fork
 from dspy_prod.stores.memory import MemoryStore
+from tests.logged import logged
 from tests.stores.support import ask, check_books, granted, settlement
 
 pytestmark = [
@@ -103,7 +104,7 @@ def test_one_that_fails_does_not_keep_others_from_being_told(caplog: pytest.LogC
 
     assert os.waitpid(forked(child), 0)[1] == 0
     assert told == ["before failing", "before good", "parent good", "parent failing"]
-    assert [record.message.startswith("At a fork") for record in caplog.records] == [True, True]
+    assert [record.message.startswith("At a fork") for record in logged(caplog)] == [True, True]
 
 
 def test_threads_fork_at_once_while_others_work() -> None:

@@ -28,6 +28,7 @@ from dspy_prod.stores.base import GRANTED, REFUSED
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.testing import ScriptedEngine
+from tests.logged import logged
 from tests.stores.support import ask, record, settlement, until
 
 WORD = "can't start new thread"
@@ -62,7 +63,7 @@ def test_a_thread_that_cannot_be_started_is_told_and_tried_again(
     with none_to_be_had(monkeypatch):
         assert threads.begin("dspy_prod-one", ran.set) is None
         assert threads.begin("dspy_prod-one", ran.set) is None
-    assert [WORD in line.getMessage() for line in caplog.records] == [True]
+    assert [WORD in line.getMessage() for line in logged(caplog)] == [True]
     health = dspy_prod.health()
     assert health.status == "degraded"
     assert any("dspy_prod-one" in reason for reason in health.reasons)

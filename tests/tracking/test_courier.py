@@ -23,6 +23,7 @@ from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.tally import ADMITTED, Tally
 from dspy_prod.tracking.traces import Traces
 from tests.e2e.support import until
+from tests.logged import logged
 from tests.stopwatch import Stopwatch
 from tests.tracking.test_traces import node
 
@@ -185,7 +186,7 @@ def test_a_failure_is_told_once_and_so_is_its_end(caplog: pytest.LogCaptureFixtu
         for _ in range(5):
             fake.heard(failing="connection refused")
         fake.heard(fake.batches[0].number)
-    assert [line.levelname for line in caplog.records] == ["WARNING", "INFO"]
+    assert [line.levelname for line in logged(caplog)] == ["WARNING", "INFO"]
     assert "connection refused" in caplog.text
 
 

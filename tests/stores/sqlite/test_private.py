@@ -16,6 +16,7 @@ import pytest
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.opening import open_store
 from dspy_prod.stores.sqlite.store import SqliteStore
+from tests.logged import logged
 from tests.stores.support import ask, granted
 
 STRANGER = 54_321
@@ -93,7 +94,7 @@ def test_the_word_is_said_once(file: Path, caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             SqliteStore(str(file)).close()
-    assert len(caplog.records) == 1
+    assert len(logged(caplog)) == 1
 
 
 @as_root
