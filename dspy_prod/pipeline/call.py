@@ -125,12 +125,7 @@ class Call:
 
     def record_cached(self, outcome: str = "cached") -> None:
         """Record that another call's answer served this one."""
-        pipeline = self.pipeline
-        record = self.record(
-            pipeline.primary, IDS.make(), 0, outcome, 0, pipeline.clock.time(), usage=EMPTY_USAGE, cached=True
-        )
-        pipeline.store.append(record)
-        self.remember(record, pipeline.primary)
+        record_served(self.pipeline, self.context, self.id, self.records, self.request, self.waited, outcome)
 
     def record(
         self,
@@ -149,37 +144,14 @@ class Call:
         accounts: tuple[str, ...] = (),
     ) -> CallRecord:
         """The ledger's row for one attempt of this call."""
-        (
-            user, tenant, session, priority, _deadline, tags, _cache, _ttl, _run, program, experiment, variant,
-            prompt_version, trace_id, _records, _node,
-        ) = self.context  # fmt: skip
-        # As a tuple: the generated constructor of a 30-field NamedTuple costs a microsecond.
-        return _new_record(CallRecord, (
-            id, self.id, started_at, route.model, route.name, number, outcome, cost, estimated,
-            None if error is None else type(error).__name__,
-            None if error is None else getattr(error, "status", None),
-            usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.reasoning_tokens,
-            cached, latency, self.waited, user, tenant, session, priority, program, experiment, variant,
-            prompt_version, tags, trace_id, accounts, None,
-        ))  # fmt: skip
+        return _row(
+            self.context, self.id, self.waited, route, id, number, outcome, cost, started_at, estimated, usage, latency,
+            cached, error, accounts,
+        )  # fmt: skip
 
     def remember(self, record: CallRecord, route: Route, response: Response | None = None) -> None:
         """Keep the record with the call and with whoever collects, and tell the tap and the listeners."""
-        self.records.append(record)
-        node, collected = self.context.node, self.context.records
-        if node is not None:
-            node.attempt(record, route, self.request, response)
-        if collected is not None:
-            collected.append(record)
-        if self.pipeline.bus.active:
-            self.emit(
-                "call_finished" if record.outcome in ("ok", "cached", "stale") else "attempt_failed",
-                model=record.model, route=record.route, attempt=record.attempt, outcome=record.outcome,
-                cost_usd=record.cost_usd, estimated=record.estimated, cached=record.cached, latency=record.latency,
-                error=record.error, status=record.status, record_id=record.id, input_tokens=record.input_tokens,
-                output_tokens=record.output_tokens, cached_tokens=record.cached_tokens,
-                reasoning_tokens=record.reasoning_tokens,
-            )  # fmt: skip
+        _remember(self.pipeline, self.context, record, self.records, route, self.request, response)
 
     def emit(self, name: str, **data: Any) -> None:
         """Tell the listeners."""
@@ -197,6 +169,85 @@ class Call:
         self.pipeline.bus.emit_content(
             "call_content", self.pipeline.clock.time(), call_id=self.id, **self.context.told(), model=request.model,
             prompt=prompt, answer=answer,
+        )  # fmt: skip
+
+
+def record_served(
+    pipeline: Pipeline,
+    context: CallContext,
+    call_id: str,
+    records: list[CallRecord],
+    request: Request,
+    waited: float = 0.0,
+    outcome: str = "cached",
+) -> None:
+    """Record that another call's answer served one of which nothing else is to be known."""
+    route = pipeline.primary
+    record = _row(
+        context, call_id, waited, route, IDS.make(), 0, outcome, 0, pipeline.clock.time(), False, EMPTY_USAGE, 0.0,
+        True, None, (),
+    )  # fmt: skip
+    pipeline.store.append(record)
+    _remember(pipeline, context, record, records, route, request, None)
+
+
+def _row(
+    context: CallContext,
+    call_id: str,
+    waited: float,
+    route: Route,
+    id: str,
+    number: int,
+    outcome: str,
+    cost: int | None,
+    started_at: float,
+    estimated: bool,
+    usage: Usage,
+    latency: float,
+    cached: bool,
+    error: BaseException | None,
+    accounts: tuple[str, ...],
+) -> CallRecord:
+    (
+        user, tenant, session, priority, _deadline, tags, _cache, _ttl, _run, program, experiment, variant,
+        prompt_version, trace_id, _records, _node,
+    ) = context  # fmt: skip
+    # As a tuple: the generated constructor of a 30-field NamedTuple costs a microsecond.
+    return _new_record(CallRecord, (
+        id, call_id, started_at, route.model, route.name, number, outcome, cost, estimated,
+        None if error is None else type(error).__name__,
+        None if error is None else getattr(error, "status", None),
+        usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.reasoning_tokens,
+        cached, latency, waited, user, tenant, session, priority, program, experiment, variant,
+        prompt_version, tags, trace_id, accounts, None,
+    ))  # fmt: skip
+
+
+def _remember(
+    pipeline: Pipeline,
+    context: CallContext,
+    record: CallRecord,
+    records: list[CallRecord],
+    route: Route,
+    request: Request,
+    response: Response | None,
+) -> None:
+    records.append(record)
+    node, collected = context.node, context.records
+    if node is not None:
+        node.attempt(record, route, request, response)
+    if collected is not None:
+        collected.append(record)
+    bus = pipeline.bus
+    if bus.active:
+        bus.emit(
+            "call_finished" if record.outcome in ("ok", "cached", "stale") else "attempt_failed",
+            pipeline.clock.time(), call_id=record.call_id, **context.told(),
+            model=record.model, route=record.route, attempt=record.attempt, outcome=record.outcome,
+            cost_usd=record.cost_usd, estimated=record.estimated, cached=record.cached, latency=record.latency,
+            error=record.error, status=record.status, record_id=record.id, input_tokens=record.input_tokens,
+            output_tokens=record.output_tokens, cached_tokens=record.cached_tokens,
+            reasoning_tokens=record.reasoning_tokens,
         )  # fmt: skip
 
 
