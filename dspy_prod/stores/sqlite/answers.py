@@ -6,6 +6,7 @@ import sqlite3
 from typing import Final
 
 from dspy_prod.stores.base import CachedAnswer
+from dspy_prod.stores.sqlite.inserting import Inserting, among, portions
 
 TOUCH_AFTER: Final = 60.0
 """Seconds after which a used entry is marked as used again: the order of eviction is that exact."""
@@ -13,11 +14,14 @@ TOUCH_AFTER: Final = 60.0
 _EVICT_AT_ONCE: Final = 64
 
 GET: Final = "SELECT value, expires_at, stale_until, size, used_at FROM cache WHERE ns = ? AND key = ?"
-PUT: Final = (
-    "INSERT INTO cache (ns, key, value, size, expires_at, stale_until, used_at) VALUES (?, ?, ?, ?, ?, ?, ?) "
-    "ON CONFLICT (ns, key) DO UPDATE SET value = excluded.value, size = excluded.size, "
-    "expires_at = excluded.expires_at, stale_until = excluded.stale_until, used_at = excluded.used_at"
+PUT: Final = Inserting(
+    "cache",
+    ("ns", "key", "value", "size", "expires_at", "stale_until", "used_at"),
+    " ON CONFLICT (ns, key) DO UPDATE SET value = excluded.value, size = excluded.size, "
+    "expires_at = excluded.expires_at, stale_until = excluded.stale_until, used_at = excluded.used_at",
 )
+
+_Bounds = tuple[int, int]
 
 
 class CacheTable:
@@ -27,41 +31,60 @@ class CacheTable:
         self._connection: sqlite3.Connection  # and the namespace's number, from `attach` on
         self._ns: int
         self._size: tuple[int, int] | None = None
+        self._puts: dict[_Bounds, dict[bytes, tuple[CachedAnswer, float]]] = {}
 
     def attach(self, connection: sqlite3.Connection, ns: int) -> None:
         """Use this connection from now on."""
         self._connection = connection
         self._ns = ns
-        self._size = None
+        self.forget()
 
     def forget(self) -> None:
         """Another process may have changed the table, or a transaction was rolled back."""
         self._size = None
+        self._puts.clear()
 
     def put(self, key: bytes, answer: CachedAnswer, max_entries: int, max_bytes: int, now: float) -> None:
-        """Keep an answer, and evict what was not used for longest until the bounds hold."""
+        """Keep an answer, once `write` is called: together they take few statements."""
+        self._puts.setdefault((max_entries, max_bytes), {})[key] = (answer, now)
+
+    def write(self) -> None:
+        """Write the answers that were put, and evict what was not used for longest until their bounds hold."""
+        puts, self._puts = self._puts, {}
+        for bounds, answers in puts.items():
+            self._write(answers, *bounds)
+
+    def _write(self, answers: dict[bytes, tuple[CachedAnswer, float]], max_entries: int, max_bytes: int) -> None:
+        ns, execute = self._ns, self._connection.execute
         entries, size = self._sizes()
-        old = self._connection.execute("SELECT size FROM cache WHERE ns = ? AND key = ?", (self._ns, key)).fetchone()
-        if old is not None:
-            entries, size = entries - 1, size - old[0]
-        new = len(answer.value)
-        if new > max_bytes:  # would push out everything else
-            self._connection.execute("DELETE FROM cache WHERE ns = ? AND key = ?", (self._ns, key))
-            self._keep_sizes(entries, size)
-            return
-        self._connection.execute(PUT, (self._ns, key, answer.value, new, answer.expires_at, answer.stale_until, now))
-        entries, size = entries + 1, size + new
+        for keys in portions(list(answers)):
+            old = among("SELECT count(*), coalesce(sum(size), 0) FROM cache WHERE ns = ? AND key", len(keys))
+            count, bytes_ = execute(old, (ns, *keys)).fetchone()
+            entries, size = entries - count, size - bytes_
+        rows = [
+            (ns, key, answer.value, len(answer.value), answer.expires_at, answer.stale_until, now)
+            for key, (answer, now) in answers.items()
+            if len(answer.value) <= max_bytes
+        ]
+        if len(rows) < len(answers):  # would push out everything else
+            for keys in portions(list(answers.keys() - {row[1] for row in rows})):
+                execute(among("DELETE FROM cache WHERE ns = ? AND key", len(keys)), (ns, *keys))
+        PUT.run(self._connection, rows)
+        entries, size = entries + len(rows), size + sum(row[3] for row in rows)
         while entries > max_entries or size > max_bytes:
-            oldest = self._connection.execute(
-                "SELECT id, size FROM cache WHERE ns = ? ORDER BY used_at, id LIMIT ?", (self._ns, _EVICT_AT_ONCE)
+            oldest = execute(
+                "SELECT id, size FROM cache WHERE ns = ? ORDER BY used_at, id LIMIT ?", (ns, _EVICT_AT_ONCE)
             ).fetchall()
             if not oldest:
                 break
+            gone = []
             for id, bytes_ in oldest:
                 if entries <= max_entries and size <= max_bytes:
                     break
-                self._connection.execute("DELETE FROM cache WHERE id = ?", (id,))
+                gone.append(id)
                 entries, size = entries - 1, size - bytes_
+            for ids in portions(gone):
+                execute(among("DELETE FROM cache WHERE id", len(ids)), ids)
         self._keep_sizes(entries, size)
 
     def touch(self, key: bytes, now: float) -> None:
@@ -70,6 +93,7 @@ class CacheTable:
 
     def clear(self) -> None:
         """Delete everything."""
+        self._puts.clear()
         self._connection.execute("DELETE FROM cache WHERE ns = ?", (self._ns,))
         self._keep_sizes(0, 0)
 

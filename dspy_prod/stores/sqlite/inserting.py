@@ -7,9 +7,11 @@ time may cost the writer five milliseconds until it has it again.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
 
 _LARGEST: Final = 256 if sqlite3.sqlite_version_info >= (3, 32) else 16
 _SIZES: Final = tuple(size for size in (256, 128, 64, 32, 16, 8, 4, 2, 1) if size <= _LARGEST)
@@ -28,7 +30,7 @@ class Inserting:
         self._head = f"INSERT INTO {table} ({', '.join(map(_quoted, columns))}) VALUES "
         self._marks = f"({', '.join('?' * len(columns))})"
         self._conflict = conflict
-        self._sized = [(size, self.statement(size)) for size in _SIZES]
+        self._sized = {size: self.statement(size) for size in _SIZES}
 
     def statement(self, rows: int) -> str:
         """The statement for so many rows."""
@@ -40,11 +42,22 @@ class Inserting:
         Raises:
             sqlite3.Error: those of earlier statements are inserted.
         """
-        done = 0
-        for size, statement in self._sized:
-            while len(rows) - done >= size:
-                connection.execute(statement, tuple(chain.from_iterable(rows[done : done + size])))
-                done += size
+        for some in portions(rows):
+            connection.execute(self._sized[len(some)], tuple(chain.from_iterable(some)))
+
+
+def portions(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    """The rows in as few parts as have one of the few sizes."""
+    done = 0
+    for size in _SIZES:
+        while len(rows) - done >= size:
+            yield rows[done : done + size]
+            done += size
+
+
+def among(head: str, count: int) -> str:
+    """A statement that ends with a list of so many values, as in `WHERE id IN (?, ?)`."""
+    return f"{head} IN ({', '.join('?' * count)})"
 
 
 def _quoted(name: str) -> str:
