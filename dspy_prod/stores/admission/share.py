@@ -42,7 +42,8 @@ class Share:
         in_flight: nano-USD that calls in flight may cost.
         charged: nano-USD that ended calls cost, since the beginning of the cell.
         live: the calls in flight, by id.
-        spent: per account, nano-USD spent when it was looked at last, and `seen` of `charged` among them.
+        told: nano-USD of `charged` that were in the accounts when they were looked at last, and per account what was
+            spent then. The writer replaces it without the lock.
         taken: calls since it was looked at last; `amount` and `size` are the largest of them in money and tokens, and
             `latest` is when the last one came.
         dead: it was charged as abandoned: nothing is admitted from it, and what ends late replaces that charge.
@@ -50,7 +51,7 @@ class Share:
 
     __slots__ = (
         *("accounts", "amount", "charged", "dead", "hold", "home", "in_flight", "latest", "limit", "live", "lot"),
-        *("money", "note", "one", "requests", "seats", "seen", "size", "spent", "taken", "tokens", "until"),
+        *("money", "note", "one", "requests", "seats", "size", "taken", "told", "tokens", "until"),
     )
 
     def __init__(self, hold: Hold, like: Reservation, note: Note, charged: int, home: object) -> None:
@@ -60,13 +61,13 @@ class Share:
         self.limit: RateLimit | None = like.limit
         self.accounts = like.accounts
         self.note = note
-        self.charged = self.seen = charged
+        self.charged = charged
         self.until = self.latest = -inf
         self.money = self.in_flight = 0
         self.requests = self.tokens = self.seats = 0
         self.one: Debit | None = None
         self.live: dict[str, Reservation] = {}
-        self.spent: tuple[int, ...] = ()
+        self.told: tuple[int, tuple[int, ...]] = (charged, ())
         self.taken = self.amount = self.size = 0
         self.dead = False
 
@@ -95,8 +96,9 @@ class Share:
         live = self.live
         live[reservation.id] = reservation
         self.note(self.charged, self.in_flight, len(live))
-        ahead = self.charged - self.seen
-        reservation.spent = tuple([spent + ahead for spent in self.spent])
+        seen, spent = self.told
+        ahead = self.charged - seen
+        reservation.spent = tuple([each + ahead for each in spent])
         reservation.share = self
         reservation.granted_at = now
         reservation.state = GRANTED

@@ -147,14 +147,12 @@ class Drawing(Filling):
     def _note_spent(self) -> None:
         """Callers are told what is spent, for the soft thresholds of budgets."""
         book = self._core.accounts
-        with self._lock:
-            for share in self._shares.values():
-                part = share.hold.drawn
-                if share.lot[1] and part is not None:
-                    entries = [book.entries.get(key) for key in share.lot[1]]
-                    if None not in entries:
-                        share.spent = tuple([entry.spent for entry in entries if entry is not None])
-                        share.seen = part.written
+        for share in self._shares.values():
+            part = share.hold.drawn
+            if share.lot[1] and part is not None:
+                entries = [book.entries.get(key) for key in share.lot[1]]
+                if None not in entries:
+                    share.told = part.written, tuple([entry.spent for entry in entries if entry is not None])
 
     # -- ends out of the ordinary --------------------------------------------------------------------------------------
     def _part(self, share: Share, reservation: Reservation, cost: int) -> Hold:

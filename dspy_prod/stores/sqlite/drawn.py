@@ -5,9 +5,9 @@ The shares themselves are made, filled up and given back by `drawing.py`, inside
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 
+from dspy_prod.runtime.brief import BriefLock
 from dspy_prod.stores.admission.share import Lot, Share, lot_of
 from dspy_prod.stores.base import Reservation, Settlement
 
@@ -21,7 +21,7 @@ class Drawn:
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self.lock = threading.Lock()
+        self.lock = BriefLock()
         self.shares: dict[Lot, Share] = {}
         self._now = now
 
