@@ -2,7 +2,7 @@
 
 A page is a row of `hits`, and is looked up through `hit_values`, which has a row for each value that a field has in it.
 The hits of a small batch stay loose, a page without values that every question reads; once there are enough of them,
-they make pages. Reads see hits and rows of `records` as one.
+they make a page. Reads see hits and rows of `records` as one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from math import inf
+from math import ceil, inf
 from typing import Final
 
 from dspy_prod.records import CallRecord
@@ -20,7 +20,9 @@ from dspy_prod.stores.sqlite.pages import Found, Page, looked_up_as, rougher
 from dspy_prod.stores.sqlite.rows import Row
 
 PAGE: Final = 128
-"""Hits of a page; fewer are loose, for every question has to read those."""
+"""Hits of a page at most."""
+LEAST: Final = 64
+"""Hits that are worth a page; fewer are loose, for every question has to read those."""
 
 TABLES: Final = (
     """
@@ -48,8 +50,13 @@ _OVERLAPPING: Final = (
 
 
 def is_hit(record: CallRecord) -> bool:
-    """Whether a record may be kept on a page: nobody was charged for it, so nothing of it is ever settled."""
-    return record.cached and not record.cost_nano and not record.accounts
+    """Whether a record may be kept on a page: it used nothing, nobody was charged, so nothing of it is ever settled."""
+    return (
+        record.cached
+        and record.cost_nano == 0
+        and record.input_tokens is record.output_tokens is None
+        and not (record.accounts or record.estimated)
+    )
 
 
 class HitTables:
@@ -74,7 +81,7 @@ class HitTables:
         first, last = min(ids), max(ids)
         rough = rougher(ids)
         near = connection.execute(_OVERLAPPING, (ns, min(rough), max(rough), last, first)).fetchall()
-        enough = loose + len(records) >= PAGE
+        enough = loose + len(records) >= LEAST
         rows = []
         if loose and (enough or (since <= last and until >= first)):
             rows = connection.execute(_LOOSE, (ns,)).fetchall()
@@ -86,13 +93,14 @@ class HitTables:
             connection.execute("DELETE FROM hits WHERE ns = ? AND loose", (ns,))
             places = [*(found.place for found in older), *places]
             records = [*(found.record for found in older), *records]
-        full = len(records) // PAGE * PAGE
+        if not enough:
+            self._put(Page.of(places, records), loose=True)
+            return
+        each = ceil(len(records) / ceil(len(records) / PAGE))
         values: list[Row] = []
-        for start in range(0, full, PAGE):
-            values += self._put(Page.of(places[start : start + PAGE], records[start : start + PAGE]))
+        for start in range(0, len(records), each):
+            values += self._put(Page.of(places[start : start + each], records[start : start + each]))
         _PUT_VALUES.run(connection, values)
-        if full < len(records):
-            self._put(Page.of(places[full:], records[full:]), loose=True)
 
     def find(self, id: str) -> CallRecord | None:
         """The hit with this id."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from math import inf
@@ -71,8 +72,9 @@ class LedgerTables:
         """
         ns = self._ns
         if appended:
-            self._append(appended)
-            self._sum(appended, 1)
+            hits, rows = self._append(appended)
+            self._sum(rows, 1)
+            self._sum_hits(hits)
         for record in replaced:
             self.put(record)
         if self._sums:
@@ -82,8 +84,8 @@ class LedgerTables:
         if self._max is not None and self._since_trim > 100 + self._max // 100:
             self._trim()
 
-    def _append(self, records: Sequence[CallRecord]) -> None:
-        """Write new records: hits together, any other as a row."""
+    def _append(self, records: Sequence[CallRecord]) -> tuple[Sequence[CallRecord], Sequence[CallRecord]]:
+        """Write new records: hits together, any other as a row; (the hits, the others)."""
         hits = [record for record in records if is_hit(record)]
         rows: Sequence[CallRecord] = records
         if hits:
@@ -96,6 +98,7 @@ class LedgerTables:
                 places = [newest + place for place, record in zip(before, records, strict=True) if is_hit(record)]
             self._hits.add(places, hits)
         INSERT.run(self._connection, [record_row(self._ns, record) for record in rows])
+        return hits, rows
 
     def put(self, record: CallRecord) -> None:
         """Append a record, or put it in place of the one with its id; its sums are written by the next `write`.
@@ -120,6 +123,17 @@ class LedgerTables:
             group = [record for record in together if record.outcome != REFUSED]
             if group:
                 self._sum_alike(day_of(group[0].started_at), rollup_keys(group[0]), Totals.of(*group), sign)
+
+    def _sum_hits(self, hits: Sequence[CallRecord]) -> None:
+        """`_sum` of what used nothing, where only how many there are counts."""
+        if not hits:
+            return
+        if len({hit.started_at // 86_400 for hit in hits}) > 1:
+            return self._sum(hits, 1)
+        kinds = list(map(alike, hits))
+        like = dict(zip(kinds, hits, strict=True))
+        for kind, count in Counter(kinds).items():
+            self._sum_alike(day_of(hits[0].started_at), rollup_keys(like[kind]), Totals(cached=count), 1)
 
     def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], totals: Totals, sign: int) -> None:
         known = self._known.get(day)

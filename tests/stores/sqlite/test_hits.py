@@ -49,6 +49,7 @@ def store(path: str) -> Iterator[SqliteStore]:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of four."""
     monkeypatch.setattr(hits, "PAGE", 4)
+    monkeypatch.setattr(hits, "LEAST", 4)
 
 
 def test_hits_take_no_row_each(store: SqliteStore, path: str) -> None:
@@ -58,7 +59,7 @@ def test_hits_take_no_row_each(store: SqliteStore, path: str) -> None:
         store.append(each)
     assert store.records() == written[::-1]
     assert counted(path, "records") == 0
-    assert counted(path, "hits WHERE NOT loose") == 1_000 // hits.PAGE
+    assert counted(path, "hits WHERE NOT loose") <= 1_000 // hits.LEAST
     assert counted(path, "hits WHERE loose") < 10, "as many as the rest came in batches"
     assert [sums for _, _, sums in store.totals()] == [Totals(cached=1_000)]
 
