@@ -1,13 +1,14 @@
 """What callers hand to the writer of a SQLite store: in order, gathered where nobody waits for it, and bounded.
 
 A transaction costs as much as thirty records. Settlements, records and answers are awaited by nobody, so the writer
-lets them gather for a moment; whatever somebody waits for (an admission, a question, `flush`) is done at once, with
-all that came before it. Who posts faster than the disk takes it is slowed down: what waits here would be lost with
-the process, and its money is held until it is written.
+lets them gather for a moment, and longer where no money is in them; whatever somebody waits for (an admission, a
+question, `flush`) is done at once, with all that came before it. Who posts faster than the disk takes it is slowed
+down: what waits here would be lost with the process, and its money is held until it is written.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from queue import Empty, SimpleQueue
@@ -18,13 +19,15 @@ from dspy_prod.stores.sqlite.transactions import Operation, Transactions
 
 GATHER: Final = 0.008
 """Seconds for which operations that nobody waits for gather, at most."""
+GATHER_FREE: Final = 0.1
+"""Seconds for which records of what cost nothing gather, at most: no money is lost with them."""
 ENOUGH: Final = 128
 """Operations that are worth a transaction of their own."""
+ENOUGH_FREE: Final = 192
+"""The same of those that cost nothing; while they are written, as many as `FULL` lets wait may come."""
 FULL: Final = 256
 """Operations posted and not yet durable from which on a caller is slowed down."""
 PAUSE: Final = 0.0005
-LONGEST: Final = 0.002
-"""Seconds of the first pause, and of the longest: who slept on while nothing waited any more would only be late."""
 PATIENCE: Final = 0.05
 """Seconds for which one operation may keep a thread; a task is kept for one `PAUSE`, for its loop has others."""
 
@@ -38,6 +41,7 @@ _UNHURRIED: Final = frozenset(
         Transactions.touch_answer,
     )
 )
+_APPEND: Final = Transactions.append
 
 
 class Inbox:
@@ -53,20 +57,24 @@ class Inbox:
         self._operations: deque[Operation] = deque()
         self._bell: SimpleQueue[None] = SimpleQueue()  # its `put` may be interrupted by another one of its thread
         self._resting = True  # the writer waits for anything at all
+        self._room = threading.Condition()
+        self._slowed = 0  # threads that wait for room
         self._urgent = False
+        self._costly = False  # one of the operations is not free
         self.hurried = False
         self.writing = 0
         self.open = True
 
     def put(self, operation: Operation) -> None:
         """Post. Never waits."""
-        operations = self._operations
+        operations, kind = self._operations, operation[0]
         operations.append(operation)
-        if operation[0] not in _UNHURRIED or self.hurried:
-            self._urgent = True
-            self._bell.put(None)
-            return
-        if self._resting or len(operations) == ENOUGH:
+        ring = self._resting or len(operations) == (ENOUGH if self._costly else ENOUGH_FREE)
+        if not self._costly and (kind is not _APPEND or operation[1].cost_nano != 0):
+            self._costly = ring = True
+        if kind not in _UNHURRIED or self.hurried:
+            self._urgent = ring = True
+        if ring:
             self._bell.put(None)
 
     def ease(self) -> None:
@@ -75,13 +83,20 @@ class Inbox:
             self._slow_down()
 
     def _slow_down(self) -> None:
-        asynchronous = running_loop() is not None
-        until, pause = time.monotonic() + (0.0 if asynchronous else PATIENCE), PAUSE
-        while True:
-            time.sleep(pause)
-            if not self.open or self.behind() <= FULL or time.monotonic() >= until:
-                return
-            pause = min(2 * pause, LONGEST)
+        if running_loop() is not None:
+            time.sleep(PAUSE)
+            return
+        with self._room:
+            self._slowed += 1
+            self._room.wait_for(lambda: self.behind() <= FULL or not self.open, PATIENCE)
+            self._slowed -= 1
+
+    def written(self) -> None:
+        """What was taken is durable; the writer's."""
+        self.writing = 0
+        if self._slowed:
+            with self._room:
+                self._room.notify_all()
 
     def behind(self) -> int:
         """Operations posted and not yet durable."""
@@ -89,16 +104,19 @@ class Inbox:
 
     def wait(self, seconds: float) -> None:
         """Until there is something to do, or so long; the writer's."""
-        bell = self._bell
+        self._ring(0.0)  # what was rung for is seen below
         if not self._operations:
             self._resting = True
             if not self._operations:
-                self._ring(bell, seconds)
-            self._resting = False
-        if self._operations and not self._urgent and len(self._operations) < ENOUGH:
-            self._ring(bell, min(seconds, GATHER))
+                self._ring(seconds)
+        self._resting = False
+        if not (self._urgent or self._costly) and 0 < len(self._operations) < ENOUGH_FREE:
+            self._ring(min(seconds, GATHER_FREE))
+        if self._costly and not self._urgent and 0 < len(self._operations) < ENOUGH:
+            self._ring(min(seconds, GATHER))
 
-    def _ring(self, bell: SimpleQueue[None], seconds: float) -> None:
+    def _ring(self, seconds: float) -> None:
+        bell = self._bell
         try:
             bell.get(timeout=seconds) if seconds > 0 else bell.get_nowait()
             while True:
@@ -106,9 +124,15 @@ class Inbox:
         except Empty:
             return
 
-    def begin(self) -> None:
-        """A batch is about to be taken: who posts from now on rings again."""
-        self._urgent = False
+    def begin(self, most: int) -> None:
+        """A batch of at most so many is about to be taken: who posts from now on rings again."""
+        if len(self._operations) <= most:
+            self._urgent = self._costly = False
+
+    def take(self, most: int) -> list[Operation]:
+        """The oldest operations, at most so many."""
+        pop = self._operations.popleft  # nobody else takes any, so that there are no fewer than are counted
+        return [pop() for _ in range(min(len(self._operations), most))]
 
     def get_nowait(self) -> Operation:
         """The oldest operation.

@@ -19,6 +19,9 @@ SCHEMA_VERSION: Final = 1
 BUSY_LIMIT: Final = 5.0
 """Seconds to wait for another process, which creates, recovers or writes the file, before the store is unavailable."""
 
+LONGEST_LOG: Final = 16_000
+"""Pages in the write-ahead log from which on a commit copies it itself, whoever waits: see `Checkpoints`."""
+
 _INTEGERS: Final = {
     *("attempt", "cost_nano", "estimated", "status", "cached"),
     *("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens"),
@@ -83,7 +86,7 @@ def connect(path: str, *, synchronous: str = "NORMAL") -> sqlite3.Connection:
         connection.execute(f"PRAGMA synchronous={synchronous}")
         connection.execute("PRAGMA temp_store=MEMORY")
         connection.execute("PRAGMA cache_size=-16000")
-        connection.execute("PRAGMA wal_autocheckpoint=2000")
+        connection.execute(f"PRAGMA wal_autocheckpoint={LONGEST_LOG}")
         connection.execute("PRAGMA journal_size_limit=67108864")
     except BaseException:
         connection.close()

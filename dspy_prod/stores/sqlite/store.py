@@ -35,6 +35,7 @@ from dspy_prod.stores.base import (
 )
 from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import read_size
+from dspy_prod.stores.sqlite.checkpoints import Checkpoints
 from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.ledger import (
@@ -116,12 +117,14 @@ class SqliteStore:
             max_records=self._max_records,
             timing=self._time,
         )
-        self._writer = Writer(tables, self._time, self._lease, self._listeners, self._terms)
+        copier = Reader(self._path, self._namespace)
+        self._writer = Writer(tables, self._time, self._lease, self._listeners, self._terms, Checkpoints(copier))
         self._local = self._writer.local
         self._drawn = self._writer.drawn
         self._ledger_reader = Reader(self._path, self._namespace)
         self._cache_reader = Reader(self._path, self._namespace)
-        self._mailbox = Mailbox(self._writer, (self._ledger_reader, self._cache_reader))
+        self._readers = (self._ledger_reader, self._cache_reader, copier)
+        self._mailbox = Mailbox(self._writer, self._readers)
         kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
 
@@ -314,8 +317,8 @@ class SqliteStore:
     def close(self) -> None:
         """Write what is posted, end the writer, close the file. Reading goes on to work."""
         self._mailbox.close()
-        self._ledger_reader.close()
-        self._cache_reader.close()
+        for reader in self._readers:
+            reader.close()
 
     def _lost(self, record: CallRecord | None) -> None:
         if record is not None:

@@ -241,6 +241,7 @@ class Tables(File):
     def write(self, core: AdmissionCore, now: float) -> list[CallRecord]:
         """Write what the core changed; the records that could not be written whatever was tried."""
         assert self.connection is not None
+        self.cache.write()
         self.connection.execute("SAVEPOINT written")
         try:
             self._write_state(core, now, str, lambda hold: hold)

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from queue import Empty
 from typing import Any, Final
 
 from dspy_prod.records import CallRecord
@@ -21,6 +20,7 @@ from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Terms
 from dspy_prod.stores.lane import Lane
+from dspy_prod.stores.sqlite.checkpoints import Checkpoints
 from dspy_prod.stores.sqlite.drawn import Drawn
 from dspy_prod.stores.sqlite.inbox import Inbox
 from dspy_prod.stores.sqlite.schema import is_locked, unavailable
@@ -57,7 +57,13 @@ class Writer:
     """
 
     def __init__(
-        self, tables: Tables, clock: Clock, lease: float, report: Report, on_terms: Callable[[Terms], None]
+        self,
+        tables: Tables,
+        clock: Clock,
+        lease: float,
+        report: Report,
+        on_terms: Callable[[Terms], None],
+        checkpoints: Checkpoints,
     ) -> None:
         self.inbox = Inbox()
         self.local = Lane(clock.time, self._keep_record, self._nudge)
@@ -69,6 +75,7 @@ class Writer:
         self.drawn = Drawn(clock.time)
         self._transactions = Transactions(tables, clock, lease, report, on_terms, self.drawn)
         self._core = self._transactions.core
+        self._checkpoints = checkpoints
         self._now = clock.time
         self._report = report
         self._kept: deque[Operation] = deque()
@@ -96,30 +103,26 @@ class Writer:
         while not self._transactions.stopping or not self.inbox.empty():
             try:
                 self._cycle(self._collect())
-                self.inbox.writing = 0
+                self.inbox.written()
             except Exception:
                 _log.exception("The writer of %s met an error; it goes on", self.tables.path)
                 time.sleep(0.05)
         self._finish()
 
     def _collect(self) -> list[Operation]:
-        operations: list[Operation] = []
         inbox = self.inbox
         inbox.hurried = bool(self._core.waiting())
         inbox.open = self.failing is None
         inbox.wait(self._wait())
-        inbox.begin()
-        try:
-            operations.append(inbox.get_nowait())
-        except Empty:
-            return operations
-        self._take_more(operations)
+        inbox.begin(MAX_BATCH)
+        operations = inbox.take(1)
+        if operations:
+            self._take_more(operations)
         return operations
 
     def _take_more(self, operations: list[Operation]) -> None:
         if not self._kept and not self._alone:
-            for _ in range(min(self.inbox.qsize(), MAX_BATCH - len(operations))):
-                operations.append(self.inbox.get_nowait())
+            operations += self.inbox.take(MAX_BATCH - len(operations))
         self.inbox.writing = len(operations)
 
     def _wait(self) -> float:
@@ -145,14 +148,14 @@ class Writer:
         self._doing = operations
         try:
             with self.io:
-                if self._anything_due():
-                    self._transactions.run(operations, self._take_more, probing=self.failing is not None)
-                elif self.failing is None and all(operation[0] in _QUIET for operation in operations):
-                    for operation, one, other in operations:
-                        operation(self._transactions, one, other, 0.0)
-                elif operations:
+                writes = any(operation[0] not in _QUIET or self.failing is not None for operation in operations)
+                if writes or self._anything_due():
                     # Beginning and ending a transaction succeeds on a full disk: what failed has to write again.
                     self._transactions.run(operations, self._take_more, probing=self.failing is not None)
+                    self._checkpoints.committed()
+                else:
+                    for operation, one, other in operations:
+                        operation(self._transactions, one, other, 0.0)
         except Exception as error:
             self._failed(operations, error)
             self._doing = []
