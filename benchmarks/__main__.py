@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import calls, ledger, tracking
+from benchmarks import calls, http, ledger, processes, tracking
 
 
 def main() -> int:
@@ -34,6 +34,8 @@ def main() -> int:
         "cache_hit": lambda: calls.hits(**few),
         "cache_hit_predict": lambda: calls.predict_hits(**few),
         "throughput": lambda: calls.throughput(**({"rounds": 3} if arguments.quick else {})),
+        "http": lambda: http.tails(**({"rounds": 4} if arguments.quick else {})),
+        "processes": lambda: processes.measure(**({"rounds": 1} if arguments.quick else {})),
         "ledger": ledger.measure,
         "tracking": lambda: tracking.request_path(**few),
         "tracking_tails": lambda: tracking.tails(**({"calls": 1500} if arguments.quick else {})),
@@ -90,6 +92,14 @@ def table(figures: dict[str, Any]) -> Table:
             lambda store, kind=kind: f"{rate[f'{kind}_{store}']:.0%} of bare",
             f"bare DSPy: {rate[f'{kind}_bare_per_s']:,.0f}/s",
         )
+    tail, rates = figures["http"], figures["processes"]
+    row(
+        "p99 over HTTP, 128 threads",
+        lambda store: f"{tail[store]:.2f} ×",
+        f"bare DSPy: {tail['bare_p99_ms']:.0f} ms (median {tail['bare_p50_ms']:.0f} ms)",
+    )
+    for name, value in rates.items():
+        shown.add_row(f"calls/s, processes x threads in each: {name}", "", f"{value:,.0f}/s", "")
     for name, value in durable.items():
         shown.add_row(f"reserve + settle, {name}", "", f"{value:,.0f} pairs/s", "")
     traced, tails, ended = figures["tracking"], figures["tracking_tails"], figures["tracking_exit"]
