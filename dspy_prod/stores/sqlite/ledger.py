@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import inf
 from typing import Any, Final
 
@@ -13,10 +13,12 @@ from dspy_prod.privacy.visible import carried
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
-from dspy_prod.stores.sqlite.hits import PAGE, HitTables, is_hit
+from dspy_prod.stores.sqlite.hits import LEAST, PAGE, HitTables, is_hit
 from dspy_prod.stores.sqlite.inserting import Inserting
+from dspy_prod.stores.sqlite.pages import Page
 from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, Row, account_of, record_of, record_row, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
+from dspy_prod.stores.sqlite.served import Served
 
 INSERT: Final = Inserting("records", ("ns", *CallRecord._fields))
 REPLACE: Final = f"{INSERT.statement(1)} ON CONFLICT (ns, id) DO UPDATE SET " + ", ".join(
@@ -64,39 +66,53 @@ class LedgerTables:
         row = self._connection.execute(FIND, (self._ns, carried(id))).fetchone()
         return self._hits.find(carried(id)) if row is None else record_of(row)
 
-    def write(self, appended: Sequence[CallRecord], replaced: Sequence[CallRecord]) -> None:
+    def write(
+        self, appended: Sequence[CallRecord], replaced: Sequence[CallRecord], served: Sequence[Served] = ()
+    ) -> None:
         """Append and replace records, then write the sums they change.
 
         Raises:
             sqlite3.IntegrityError: an appended record is there already; `put` settles that.
         """
         ns = self._ns
+        whole = [each for each in served if _whole(each)]
+        if len(whole) < len(served):
+            few = [each for each in served if each not in whole]
+            appended = [*appended, *chain.from_iterable(map(Served.records, few))]
         if appended:
             hits, rows = self._append(appended)
             self._sum(rows, 1)
             self._sum_hits(hits)
         for record in replaced:
             self.put(record)
+        for some in whole:
+            self._hits.add(Page.of_served(self._newest(), some))
+            self._sum_alike(day_of(some.times[0]), rollup_keys(some.like), Totals(cached=len(some)), 1)
         if self._sums:
             ADD_SUMS.run(self._connection, [(ns, *key, *values) for key, values in self._sums.items()])
             self._sums.clear()
-        self._since_trim += len(appended)
+        self._since_trim += len(appended) + sum(map(len, whole))
         if self._max is not None and self._since_trim > 100 + self._max // 100:
             self._trim()
+
+    def _newest(self) -> int:
+        """`seq` of the newest row of `records`."""
+        found: int = self._connection.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()[0]
+        return found
 
     def _append(self, records: Sequence[CallRecord]) -> tuple[Sequence[CallRecord], Sequence[CallRecord]]:
         """Write new records: hits together, any other as a row; (the hits, the others)."""
         hits = [record for record in records if is_hit(record)]
         rows: Sequence[CallRecord] = records
         if hits:
-            newest = self._connection.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()[0]
+            newest = self._newest()
             places = [newest] * len(hits)
             rows = ()
             if len(hits) < len(records):
                 rows = [record for record in records if not is_hit(record)]
                 before = accumulate(not is_hit(record) for record in records)
                 places = [newest + place for place, record in zip(before, records, strict=True) if is_hit(record)]
-            self._hits.add(places, hits)
+            self._hits.add(Page.of(places, hits))
         INSERT.run(self._connection, [record_row(self._ns, record) for record in rows])
         return hits, rows
 
@@ -189,6 +205,11 @@ class LedgerTables:
             (self._ns, until, skip),
         ).fetchone()
         return None if row is None else row[0]
+
+
+def _whole(served: Served) -> bool:
+    """Whether these are worth a page of their own: enough of them, and of one day."""
+    return len(served) >= LEAST and len({at // 86_400 for at in served.times}) == 1 and is_hit(served.like)
 
 
 def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:

@@ -49,6 +49,7 @@ from dspy_prod.stores.sqlite.ledger import (
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
+from dspy_prod.stores.sqlite.served import Kind
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.timing import StoreTime
 from dspy_prod.stores.sqlite.transactions import Transactions
@@ -199,6 +200,9 @@ class SqliteStore:
         if not self._mailbox.post((Transactions.append, record, True)):
             self._lost(record)
         self._writer.inbox.ease()
+
+    def kind(self, like: CallRecord) -> Kind:
+        return Kind(like, self._mailbox)
 
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
         if not shared(limit):

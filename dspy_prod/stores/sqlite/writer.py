@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from dspy_prod.records import CallRecord
@@ -42,6 +42,11 @@ _BACK_OFF: Final = (0.05, 1.0)
 _QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
 """Operations that need no transaction."""
 _SETTLING: Final = (Transactions.settle, Transactions.settle_drawn)
+
+
+def _size(operations: Iterable[Operation]) -> int:
+    """How many operations these are, each cached answer counted as one."""
+    return sum([len(one) if kind is Transactions.append_served else 1 for kind, one, _ in operations])
 
 
 class Writer:
@@ -94,8 +99,8 @@ class Writer:
 
     def unwritten(self) -> int:
         """About how many records are posted and not in the file: all that waits, and what is kept or being written."""
-        taken = [operation[0].__name__ for operation in (*self._kept, *self._doing)]
-        return self.inbox.qsize() + sum(name.startswith(("settle", "append")) for name in taken)
+        taken = [each for each in (*self._kept, *self._doing) if each[0].__name__.startswith(("settle", "append"))]
+        return self.inbox.waiting() + _size(taken)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def run(self) -> None:
@@ -116,14 +121,15 @@ class Writer:
         inbox.wait(self._wait())
         inbox.begin(MAX_BATCH)
         operations = inbox.take(1)
-        if operations:
+        if operations or not inbox.empty():
             self._take_more(operations)
         return operations
 
     def _take_more(self, operations: list[Operation]) -> None:
         if not self._kept and not self._alone:
             operations += self.inbox.take(MAX_BATCH - len(operations))
-        self.inbox.writing = len(operations)
+        operations += self.inbox.take_served()
+        self.inbox.writing = _size(operations)
 
     def _wait(self) -> float:
         wait = min(self._transactions.due_in(), self.local.tick() - self._now(), _IDLE)
