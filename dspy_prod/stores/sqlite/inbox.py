@@ -27,6 +27,8 @@ ENOUGH: Final = 128
 """Operations that are worth a transaction of their own."""
 ENOUGH_FREE: Final = 192
 """The same of those that cost nothing; while they are written, as many as `FULL` lets wait may come."""
+_AGAIN: Final = 16
+"""Every so many it is rung for enough of them: one alone may fall just between two looks of the writer."""
 FULL: Final = 256
 """Operations posted and not yet durable from which on a caller is slowed down."""
 PAUSE: Final = 0.0005
@@ -90,7 +92,7 @@ class Inbox:
             self._kinds.append(kind)
         self._served = number = self._count()
         wait = number - self._taken
-        if self._resting or wait == ENOUGH_FREE:
+        if self._resting or (wait >= ENOUGH_FREE and not number % _AGAIN):
             self._bell.put(None)
         if wait + self.writing > FULL and self.open:
             self._slow_down()
