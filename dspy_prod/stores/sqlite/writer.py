@@ -243,7 +243,7 @@ class Writer:
             elif len(self._kept) < MAX_KEPT:
                 self._kept.append(operation)
             else:
-                self._dropping(kind.__name__, "too many settlements and records wait to be written")
+                self._dropping(kind.__name__, "too many settlements and records wait to be written", _size([operation]))
         self._publish()
 
     def _refuse(self, reservations: list[Reservation], refusal: Refusal) -> None:
