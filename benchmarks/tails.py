@@ -48,7 +48,7 @@ def _hold(store: SqliteStore, count: int) -> list[Reservation]:
     """Calls in flight under one limit."""
     limit = RateLimit(rpm=60_000_000, tpm=6e12, concurrency=2 * count)
     held = []
-    for number in range(count):
+    for _ in range(count):
         reservation = reserve(store.now())
         reservation.limit_key, reservation.limit = "openai|key|held", limit
         held.append(store.admit(reservation))
@@ -130,7 +130,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     arguments = parser.parse_args()
     found = measure(arguments.rows, arguments.tenants, arguments.in_flight, arguments.seconds)
-    table = Table("what, ms", "times", "median", "p99", "slowest", title=f"{arguments.rows:,} rows, while it is written to")
+    table = Table(
+        "what, ms", "times", "median", "p99", "slowest", title=f"{arguments.rows:,} rows, while it is written to"
+    )
     for name, times in found.items():
         times.sort()
         shown = [times[len(times) // 2], times[int(len(times) * 0.99)], times[-1]]
