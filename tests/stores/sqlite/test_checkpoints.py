@@ -106,6 +106,26 @@ def test_a_store_is_closed_once_its_log_is_copied(store: SqliteStore, monkeypatc
     assert not os.path.exists(store.url.removeprefix("sqlite:///") + "-wal"), "whoever closed last put all in the file"
 
 
+def test_who_copies_late_opens_nothing_that_was_closed(
+    store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that came to its work after `close` opened the file once more, and nobody closed that."""
+    reader = store._writer._checkpoints._reader
+    read, closing = reader.read, threading.Event()
+
+    def late(question: Any) -> Any:
+        assert closing.wait(30)
+        return read(question)
+
+    monkeypatch.setattr(reader, "read", late)
+    commit(store, 5)
+    ending = store._writer._checkpoints.end
+    monkeypatch.setattr(store._writer._checkpoints, "end", lambda: (closing.set(), ending()))
+    store.close()
+    assert reader.connection is None
+    assert not os.path.exists(path + "-wal")
+
+
 def test_what_cannot_be_copied_is_told_and_tried_again(
     store: SqliteStore, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
