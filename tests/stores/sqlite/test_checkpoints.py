@@ -111,17 +111,21 @@ def test_who_copies_late_opens_nothing_that_was_closed(
 ) -> None:
     """A thread that came to its work after `close` opened the file once more, and nobody closed that."""
     reader = store._writer._checkpoints._reader
-    read, closing = reader.read, threading.Event()
+    read, close, closed = reader.read, reader.close, threading.Event()
 
     def late(question: Any) -> Any:
-        assert closing.wait(30)
+        closed.wait(0.5)  # if it is closed meanwhile, that was too early
         return read(question)
 
+    def closing() -> None:
+        close()
+        closed.set()
+
     monkeypatch.setattr(reader, "read", late)
+    monkeypatch.setattr(reader, "close", closing)
     commit(store, 5)
-    ending = store._writer._checkpoints.end
-    monkeypatch.setattr(store._writer._checkpoints, "end", lambda: (closing.set(), ending()))
     store.close()
+    until(lambda: not store._writer._checkpoints._at_work)
     assert reader.connection is None
     assert not os.path.exists(path + "-wal")
 
