@@ -52,14 +52,31 @@ def _finish(lm: Recorded, call: PreparedCall, result: CallResult) -> Any:
 
 
 _now: Final = dt.datetime.now
-_VERSION_4: Final = 0x4 << 76 | 0x8 << 60
-_RANDOM: Final = ~(0xF << 76 | 0xC << 60)
+_DRAWN: Final = 64
+_drawn: Final[dict[int, list[bytes]]] = {}  # by process: a forked child must not have its parent's
 
 
 def _uuid() -> str:
-    """`str(uuid.uuid4())`, without the object in between."""
-    digits = f"{int.from_bytes(os.urandom(16), 'big') & _RANDOM | _VERSION_4:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    """`str(uuid.uuid4())`, from randomness that is drawn for many at once.
+
+    Whoever asks the system for it lets go of the interpreter for a moment: too short for another thread to get hold of
+    it, but each that waits is woken. Where cached answers followed each other, all others starved.
+    """
+    try:
+        random = _drawn[os.getpid()].pop()
+    except (KeyError, IndexError):
+        random = _draw()
+    digits = random.hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[random[8] >> 4 & 3]}{digits[17:20]}-{digits[20:]}"
+
+
+def _draw() -> bytes:
+    random = os.urandom(16 * _DRAWN)
+    drawn = [random[at : at + 16] for at in range(0, len(random), 16)]
+    one = drawn.pop()
+    _drawn.clear()
+    _drawn[os.getpid()] = drawn
+    return one
 
 
 def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
