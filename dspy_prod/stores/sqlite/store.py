@@ -190,6 +190,8 @@ class SqliteStore:
             if not self._mailbox.alive():
                 self._mailbox.refuse_stragglers()
         elif self._drawn.settle(reservation, settlement):
+            if settlement.record is not None:
+                reservation.stub = None  # it holds the whole call, and would until this is written
             if not self._mailbox.post((Transactions.settle_drawn, settlement, reservation)):
                 self._lost(settlement.record)
         elif not self._mailbox.post((Transactions.settle, settlement, None)):
