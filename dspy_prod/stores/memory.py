@@ -16,7 +16,7 @@ from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
-from dspy_prod.stores.memory_ledger import MemoryLedger, check_fields, matching
+from dspy_prod.stores.memory_ledger import MemoryLedger, check_fields
 
 _new_record = tuple.__new__
 
@@ -138,8 +138,8 @@ class MemoryStore(Lane):
     ) -> list[CallRecord]:
         check_fields(equals)
         with self._lock:
-            rows = self._ledger.rows()
-        return matching(rows, since, until, limit, equals)
+            view = self._ledger.view()
+        return view.matching(since, until, limit, equals)
 
     def totals(
         self,

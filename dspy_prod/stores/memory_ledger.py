@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
-from itertools import islice
 from operator import add
 from typing import Any, Final
 
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
+from dspy_prod.stores.memory_rows import Rows, View
 
 MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
@@ -21,7 +21,6 @@ _NEW: Final = 16
 """Records that become rows at once."""
 _WAITING: Final = 128
 """Records whose sums are not made yet: what a read has to add up first."""
-_STARTED_AT: Final = CallRecord._fields.index("started_at")
 
 
 def day_of(at: float) -> str:
@@ -49,14 +48,12 @@ class MemoryLedger:
     """Records and rollups. Not thread-safe but for `note`; the store's lock protects it.
 
     Appending is on the path of every call. Adding up many records alike costs little more than adding one, so they
-    wait for each other, but only a few: no call does the work of many. Rows and sums are plain tuples that are
-    replaced, never changed: the garbage collector stops tracking them, and a reader's copy stays as it was.
+    wait for each other, but only a few: no call does the work of many. Sums are plain tuples that are replaced,
+    never changed: the garbage collector stops tracking them, and a reader's copy stays as it was.
     """
 
     def __init__(self, max_records: int) -> None:
-        self._max = max_records
-        self._rows: dict[str, tuple[Any, ...]] = {}
-        self._order: deque[str] = deque()  # the ids, oldest first: a dict finds its first key slowly after deletions
+        self._rows = Rows(max_records)
         self._new: deque[CallRecord] = deque()
         self._waiting: dict[tuple[Any, ...], list[CallRecord]] = {}
         self._wait = 0  # how many records wait
@@ -75,13 +72,12 @@ class MemoryLedger:
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
         self.take()
-        row = self._rows.get(id)
-        return None if row is None else CallRecord._make(row)
+        return self._rows.find(id)
 
-    def rows(self) -> list[tuple[Any, ...]]:
-        """Every row, oldest first, as it is now: for `matching`, which needs no lock."""
+    def view(self) -> View:
+        """Every record as it is now; it may be read without a lock."""
         self.take()
-        return list(self._rows.values())
+        return self._rows.view()
 
     def days(self, since_day: str | None, until_day: str | None) -> list[str]:
         """The days that have sums, oldest first; brings the sums up to date."""
@@ -100,15 +96,12 @@ class MemoryLedger:
 
     def take(self) -> None:
         """Make rows of the new records, and let them wait for their like."""
-        rows, order, waiting, wait, new = self._rows, self._order, self._waiting, 0, self._new
+        put, waiting, wait, new = self._rows.put, self._waiting, 0, self._new
         for _ in range(len(new)):  # others go on adding
             record = new.popleft()
-            id = record.id
-            if id in rows:
-                self._sum([CallRecord._make(rows[id])], -1)
-            else:
-                order.append(id)
-            rows[id] = tuple(record)
+            before = put(record)
+            if before is not None:
+                self._sum([before], -1)
             if record.outcome == REFUSED:
                 continue
             group = (int(record.started_at // _DAY), alike(record))
@@ -121,8 +114,6 @@ class MemoryLedger:
         self._wait += wait
         while self._wait > _WAITING:
             self._fold(next(iter(waiting)))
-        while len(order) > self._max:
-            del rows[order.popleft()]
 
     def _fold(self, group: tuple[Any, ...]) -> None:
         """Add up records that wait."""
@@ -145,22 +136,3 @@ class MemoryLedger:
                     value = OTHER
                 sums = values.get(value)
             values[value] = contribution if sums is None else tuple(map(add, sums, contribution))
-
-
-def matching(
-    rows: Sequence[tuple[Any, ...]],
-    since: float | None,
-    until: float | None,
-    limit: int | None,
-    equals: Mapping[str, str],
-) -> list[CallRecord]:
-    """Those of `MemoryLedger.rows` that match, newest first."""
-    wanted = [(CallRecord._fields.index(name), value) for name, value in equals.items()]
-    found = (
-        row
-        for row in reversed(rows)
-        if (since is None or row[_STARTED_AT] >= since)
-        and (until is None or row[_STARTED_AT] < until)
-        and all(row[index] == value for index, value in wanted)
-    )
-    return [CallRecord._make(row) for row in (found if limit is None else islice(found, limit))]
