@@ -115,7 +115,12 @@ class Admission(Protocol):
     def account(self, key: str) -> AccountState: ...
 
     def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
-        """(key, state) of accounts whose keys begin and end so: those that spent most, at most `most` of them."""
+        """(key, state) of those that spent most, at most `most`, among the accounts of a budget in a window.
+
+        Args:
+            prefix: the first part of their keys, with what stands behind it: `"daily|"`.
+            suffix: the last part, with what stands before it: `"|2025-11-23"`.
+        """
         ...
 
     def limiter(self, key: str) -> LimiterSnapshot | None: ...

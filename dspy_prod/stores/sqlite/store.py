@@ -35,10 +35,7 @@ from dspy_prod.stores.base import (
 )
 from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import read_size
-from dspy_prod.stores.sqlite.checkpoints import Checkpoints
-from dspy_prod.stores.sqlite.finding import read_records
-from dspy_prod.stores.sqlite.kept import KeptAnswers
-from dspy_prod.stores.sqlite.ledger import (
+from dspy_prod.stores.sqlite.asked import (
     read_account,
     read_accounts,
     read_holds,
@@ -46,6 +43,9 @@ from dspy_prod.stores.sqlite.ledger import (
     read_terms,
     read_totals,
 )
+from dspy_prod.stores.sqlite.checkpoints import Checkpoints
+from dspy_prod.stores.sqlite.finding import read_records
+from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
