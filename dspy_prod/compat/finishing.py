@@ -84,18 +84,27 @@ def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
     overrides, configured = settings()
     if (overrides if "disable_history" in overrides else configured)["disable_history"]:
         return
-    everything = base_lm.GLOBAL_HISTORY
-    if len(everything) >= base_lm.MAX_HISTORY_SIZE:
-        everything.pop(0)
-    everything.append(entry)
+    _append(base_lm.GLOBAL_HISTORY, entry, base_lm.MAX_HISTORY_SIZE)
     most = (overrides if "max_history_size" in overrides else configured)["max_history_size"]
     if most == 0:
         return
     for owner in (lm, *((overrides if "caller_modules" in overrides else configured)["caller_modules"] or ())):
-        history = owner.history
-        if len(history) >= most:
-            history.pop(0)
-        history.append(entry)
+        _append(owner.history, entry, most)
+
+
+_LONG: Final = 1_000
+_AT_ONCE: Final = 32
+
+
+def _append(history: list[dict[str, Any]], entry: dict[str, Any], most: int) -> None:
+    """Add an entry to a history that keeps so many.
+
+    A long list is moved as a whole when its first goes, and a call has three of them: there the oldest go a few at a
+    time.
+    """
+    if len(history) >= most:
+        del history[: 1 if most < _LONG else _AT_ONCE]
+    history.append(entry)
 
 
 finish = _finish if SHORT else finalize

@@ -62,6 +62,20 @@ def test_histories_grow_as_dspy_lets_them(most: int) -> None:
     assert kept(finishing.keep) == kept(record_history)
 
 
+def test_long_histories_lose_their_oldest_a_few_at_a_time() -> None:
+    """They never hold more than is wanted, nor much less; the newest are all there."""
+    lm = dspy.LM("openai/gpt-4o-mini")
+    lengths = set()
+    with dspy.context(max_history_size=1_000):
+        for number in range(2_500):
+            finishing.keep(lm, {"number": number})
+            lengths.add(len(lm.history))
+            assert [entry["number"] for entry in lm.history[-3:]] == list(range(max(0, number - 2), number + 1))
+    assert lengths == set(range(1, 1_001))
+    assert [entry["number"] for entry in lm.history] == list(range(2_500 - len(lm.history), 2_500))
+    assert len(lm.history) > 1_000 - 32
+
+
 @given(random=st.binary(min_size=16, max_size=16))
 def test_an_entry_has_a_random_uuid(random: bytes) -> None:
     """Each is a version 4, as `uuid.uuid4` makes it of the same random bytes."""
