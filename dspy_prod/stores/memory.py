@@ -11,29 +11,25 @@ from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
-from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
-from dspy_prod.stores.memory_ledger import MemoryLedger, check_fields
-
-_new_record = tuple.__new__
+from dspy_prod.stores.memory_ledger import Alike, MemoryLedger, check_fields
 
 
-class Kind:
+class Kind(Alike):
     """Cached answers whose records are alike."""
 
     ended = False
 
     def __init__(self, like: CallRecord, store: MemoryStore) -> None:
-        self.like = like
-        self._rest = like[3:]
+        super().__init__(like)
         self._store = store
 
     def served(self, at: float) -> bool:
-        make = IDS.make
-        self._store.append(_new_record(CallRecord, (make(), make(), at, *self._rest)))
+        if self._store._ledger.serve(self, at):
+            self._store._take()
         return True
 
 
@@ -84,8 +80,11 @@ class MemoryStore(Lane):
 
     def append(self, record: CallRecord) -> None:
         if self._ledger.note(record):
-            with self._lock:
-                self._ledger.take()
+            self._take()
+
+    def _take(self) -> None:
+        with self._lock:
+            self._ledger.take()
 
     def kind(self, like: CallRecord) -> Kind:
         return Kind(like, self)

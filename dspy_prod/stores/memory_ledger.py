@@ -10,6 +10,7 @@ from operator import add
 from typing import Any, Final
 
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
+from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.memory_rows import Rows, View
 
 MAX_VALUES_PER_DAY: Final = 20_000
@@ -44,8 +45,33 @@ def check_fields(names: Iterable[str]) -> None:
             raise ValueError(f"{name!r} is no field to compare; use one of {', '.join(sorted(_COMPARABLE))}")
 
 
+class Alike:
+    """Cached answers whose records differ in nothing but when they were given: only that is noted of each.
+
+    Args:
+        like: a record such as theirs; its ids and its time stand for nothing.
+    """
+
+    __slots__ = ("_rest", "group", "like", "listed", "times")
+
+    def __init__(self, like: CallRecord) -> None:
+        self.like = like
+        self.group = alike(like)
+        self._rest = like[3:]
+        self.times: deque[float] = deque()
+        self.listed = False  # the ledger knows that there are some
+
+    def records(self) -> list[CallRecord]:
+        """The records of those so far; whoever holds the ledger's lock."""
+        self.listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
+        pop, rest = self.times.popleft, self._rest
+        times = [pop() for _ in range(len(self.times))]
+        ids = iter(IDS.several(2 * len(times)))
+        return [CallRecord._make((next(ids), next(ids), at, *rest)) for at in times]
+
+
 class MemoryLedger:
-    """Records and rollups. Not thread-safe but for `note`; the store's lock protects it.
+    """Records and rollups. Not thread-safe but for `note` and `serve`; the store's lock protects it.
 
     Appending is on the path of every call. Adding up many records alike costs little more than adding one, so they
     wait for each other, but only a few: no call does the work of many. Sums are plain tuples that are replaced,
@@ -55,6 +81,7 @@ class MemoryLedger:
     def __init__(self, max_records: int) -> None:
         self._rows = Rows(max_records)
         self._new: deque[CallRecord] = deque()
+        self._kinds: deque[Alike] = deque()  # of which there are some
         self._waiting: dict[tuple[Any, ...], list[CallRecord]] = {}
         self._wait = 0  # how many records wait
         self._days: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
@@ -68,6 +95,15 @@ class MemoryLedger:
         """Add a record without the lock; whether so many are new that somebody with the lock should `take` them."""
         self._new.append(record)
         return len(self._new) >= _NEW
+
+    def serve(self, kind: Alike, at: float) -> bool:
+        """`note` that a cached answer of this kind was given."""
+        times = kind.times
+        times.append(at)
+        if not kind.listed:
+            kind.listed = True
+            self._kinds.append(kind)
+        return len(times) >= _NEW
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
@@ -111,9 +147,18 @@ class MemoryLedger:
             else:
                 others.append(record)
             wait += 1
+        while self._kinds:
+            wait += self._take_alike(self._kinds.popleft())
         self._wait += wait
         while self._wait > _WAITING:
             self._fold(next(iter(waiting)))
+
+    def _take_alike(self, kind: Alike) -> int:
+        records = kind.records()
+        for record in records:
+            self._rows.put(record)
+            self._waiting.setdefault((int(record.started_at // _DAY), kind.group), []).append(record)
+        return len(records)
 
     def _fold(self, group: tuple[Any, ...]) -> None:
         """Add up records that wait."""
