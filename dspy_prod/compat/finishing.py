@@ -52,14 +52,31 @@ def _finish(lm: Recorded, call: PreparedCall, result: CallResult) -> Any:
 
 
 _now: Final = dt.datetime.now
-_VERSION_4: Final = 0x4 << 76 | 0x8 << 60
-_RANDOM: Final = ~(0xF << 76 | 0xC << 60)
+_DRAWN: Final = 64
+_drawn: Final[dict[int, list[bytes]]] = {}  # by process: a forked child must not have its parent's
 
 
 def _uuid() -> str:
-    """`str(uuid.uuid4())`, without the object in between."""
-    digits = f"{int.from_bytes(os.urandom(16), 'big') & _RANDOM | _VERSION_4:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    """`str(uuid.uuid4())`, from randomness that is drawn for many at once.
+
+    Whoever asks the system for it lets go of the interpreter for a moment: too short for another thread to get hold of
+    it, but each that waits is woken. Where cached answers followed each other, all others starved.
+    """
+    try:
+        random = _drawn[os.getpid()].pop()
+    except (KeyError, IndexError):
+        random = _draw()
+    digits = random.hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[random[8] >> 4 & 3]}{digits[17:20]}-{digits[20:]}"
+
+
+def _draw() -> bytes:
+    random = os.urandom(16 * _DRAWN)
+    drawn = [random[at : at + 16] for at in range(0, len(random), 16)]
+    one = drawn.pop()
+    _drawn.clear()
+    _drawn[os.getpid()] = drawn
+    return one
 
 
 def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
@@ -67,18 +84,27 @@ def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
     overrides, configured = settings()
     if (overrides if "disable_history" in overrides else configured)["disable_history"]:
         return
-    everything = base_lm.GLOBAL_HISTORY
-    if len(everything) >= base_lm.MAX_HISTORY_SIZE:
-        everything.pop(0)
-    everything.append(entry)
+    _append(base_lm.GLOBAL_HISTORY, entry, base_lm.MAX_HISTORY_SIZE)
     most = (overrides if "max_history_size" in overrides else configured)["max_history_size"]
     if most == 0:
         return
     for owner in (lm, *((overrides if "caller_modules" in overrides else configured)["caller_modules"] or ())):
-        history = owner.history
-        if len(history) >= most:
-            history.pop(0)
-        history.append(entry)
+        _append(owner.history, entry, most)
+
+
+_LONG: Final = 1_000
+_AT_ONCE: Final = 32
+
+
+def _append(history: list[dict[str, Any]], entry: dict[str, Any], most: int) -> None:
+    """Add an entry to a history that keeps so many.
+
+    A long list is moved as a whole when its first goes, and a call has three of them: there the oldest go a few at a
+    time.
+    """
+    if len(history) >= most:
+        del history[: 1 if most < _LONG else _AT_ONCE]
+    history.append(entry)
 
 
 finish = _finish if SHORT else finalize

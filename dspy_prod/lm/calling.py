@@ -21,13 +21,12 @@ from dspy_prod.lm.history import shown
 from dspy_prod.lm.settings import CANONICAL_KEYS, OWN_KEYS, hide, split
 from dspy_prod.lm.watching import settled
 from dspy_prod.options import Cache
-from dspy_prod.pipeline.call import IDS, Call, record_served
+from dspy_prod.pipeline.call import Call, record_hit
 from dspy_prod.pipeline.scope import Scope, raw_key
 from dspy_prod.pipeline.standing import standing_for
 from dspy_prod.pipeline.upstream.destination import places
 from dspy_prod.policies.purse import Purse
 
-_ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
 _PLAIN_CALL_KEYS: Final = frozenset(
     {
         "temperature",
@@ -168,7 +167,7 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
         return None  # a listener wants events: the engine replays the answer for it
     cache.used(base)
     response = entry.response
-    record_served(lm.pipeline, scope.context, IDS.make(), scope.records, _ANY_REQUEST)
+    record_hit(lm.pipeline, scope.context, scope.records)
     # By position, which takes half the time: `SHORT` says that the fields stand in this order.
     result = CallResult((response,), [text], {}, 0.0, response, response.model, True)
     return PreparedCall(prompt, messages, kwargs, {}, None, True, 1, True), result

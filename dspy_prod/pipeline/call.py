@@ -6,13 +6,10 @@ cost, `refusals.py` how a refusal reads.
 
 from __future__ import annotations
 
-import itertools
 import logging
-import time
-import uuid
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dspy.lm15 import Request, Response, Usage
 
@@ -20,7 +17,8 @@ from dspy_prod.context.current import CallContext
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
 from dspy_prod.policies.purse import Purse
 from dspy_prod.records import CallRecord
-from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.ids import IDS
+from dspy_prod.stores.base import Kind
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.pipeline import Pipeline
@@ -29,27 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("dspy_prod")
 _new_record = tuple.__new__
-
-
-class _Ids:
-    """Unique ids, cheap to make and ordered in time: start of the process, a random part, and a counter.
-
-    Ids that grow keep a database's index dense; random ones touch a page each.
-    """
-
-    def __init__(self) -> None:
-        self._after_fork()
-
-    def _after_fork(self) -> None:
-        self._prefix = f"{int(time.time()):08x}{uuid.uuid4().hex[:8]}-%08x"
-        self._next = itertools.count(1).__next__
-
-    def make(self) -> str:
-        return self._prefix % self._next()
-
-
-IDS = _Ids()
-reset_after_fork(IDS)
+_ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
 
 
 @dataclass(slots=True, eq=False)
@@ -189,6 +167,31 @@ def record_served(
     )  # fmt: skip
     pipeline.store.append(record)
     _remember(pipeline, context, record, records, route, request, None)
+
+
+def record_hit(pipeline: Pipeline, context: CallContext, records: list[CallRecord]) -> None:
+    """`record_served` for an answer from memory; together with others of its kind, where nobody looks at it alone."""
+    if context.node is None and context.records is None and not pipeline.bus.active:
+        kind = _kind(pipeline, context)
+        if kind is not None and kind.served(pipeline.clock.time()):
+            records.append(kind.like)
+            return
+    record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST)
+
+
+def _kind(pipeline: Pipeline, context: CallContext) -> Kind | None:
+    """Where cached answers within a context are noted; None for the first one, which may be the only one."""
+    latest, kind = pipeline.kind
+    if context is not latest and context != latest:
+        pipeline.kind = context, None
+        return None
+    if kind is None or kind.ended:
+        like = _row(
+            context, "", 0.0, pipeline.primary, "", 0, "cached", 0, 0.0, False, EMPTY_USAGE, 0.0, True, None, ()
+        )
+        kind = pipeline.store.kind(like)
+        pipeline.kind = context, kind
+    return kind
 
 
 def _row(

@@ -10,6 +10,7 @@ from typing import Any
 
 from dspy.lm15 import Response
 
+from dspy_prod.context.current import CallContext
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.budget import BudgetRule
@@ -18,7 +19,7 @@ from dspy_prod.policies.singleflight import Flights
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.stores.base import Store
+from dspy_prod.stores.base import Kind, Store
 from dspy_prod.telemetry.events import EventBus
 
 
@@ -33,6 +34,7 @@ class Pipeline:
         capped: whether anything caps single calls, on whatever route.
         degradable: whether a budget may switch to a cheaper model.
         watches_spending: whether a budget has a soft threshold.
+        kind: the context of the latest answer from memory, and where those in it are noted.
         budget_waits: whether a budget has a `max_wait` of its own.
     """
 
@@ -64,6 +66,7 @@ class Pipeline:
         self.clock = clock
         self.bus = bus
         self.rand = rand
+        self.kind: tuple[CallContext | None, Kind | None] = (None, None)
         self._route_maker = route_maker
         self._made: dict[str, Route] = {}
         self._capabilities: Any = None

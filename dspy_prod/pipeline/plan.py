@@ -12,11 +12,12 @@ from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, UnpricedModelError
 from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.attempt import Attempt
-from dspy_prod.pipeline.call import IDS, Call
+from dspy_prod.pipeline.call import Call
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.pricing.book import remedy
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import CallRecord
+from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.base import Account, Refusal, Reservation
 
 if TYPE_CHECKING:

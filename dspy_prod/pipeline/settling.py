@@ -14,7 +14,6 @@ from dspy.utils.exceptions import LMTimeoutError
 
 from dspy_prod.errors import RejectedError
 from dspy_prod.pipeline.attempt import Attempt
-from dspy_prod.pipeline.call import IDS
 from dspy_prod.pipeline.outcome import Verdict, judge, own_deadline
 from dspy_prod.pipeline.plan import worst
 from dspy_prod.pipeline.refusals import too_late
@@ -26,6 +25,7 @@ from dspy_prod.pipeline.upstream.usage import believed
 from dspy_prod.policies.cache import EMPTY_USAGE
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.records import MOST_TOKENS, CallRecord, usd
+from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import Settlement
 

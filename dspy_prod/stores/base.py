@@ -115,7 +115,12 @@ class Admission(Protocol):
     def account(self, key: str) -> AccountState: ...
 
     def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
-        """(key, state) of accounts whose keys begin and end so: those that spent most, at most `most` of them."""
+        """(key, state) of those that spent most, at most `most`, among the accounts of a budget in a window.
+
+        Args:
+            prefix: the first part of their keys, with what stands behind it: `"daily|"`.
+            suffix: the last part, with what stands before it: `"|2025-11-23"`.
+        """
         ...
 
     def limiter(self, key: str) -> LimiterSnapshot | None: ...
@@ -129,11 +134,31 @@ class Admission(Protocol):
         ...
 
 
+class Kind(Protocol):
+    """Cached answers whose records are alike."""
+
+    @property
+    def like(self) -> CallRecord: ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can be noted here any more: the store is closed, or another process's."""
+        ...
+
+    def served(self, at: float) -> bool:
+        """Note that one was given, in seconds since the epoch; False where that has to be appended. Posted."""
+        ...
+
+
 class Ledger(Protocol):
     """Records of what was sent, and sums of them."""
 
     def append(self, record: CallRecord) -> None:
         """Append a record that held nothing (a cached answer, a call without limits). Posted."""
+        ...
+
+    def kind(self, like: CallRecord) -> Kind:
+        """Where to note cached answers whose records differ from `like` in their ids and their time alone."""
         ...
 
     def records(

@@ -15,7 +15,22 @@ from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
-from dspy_prod.stores.memory_ledger import MemoryLedger, check_fields, matching
+from dspy_prod.stores.memory_ledger import Alike, MemoryLedger, check_fields
+
+
+class Kind(Alike):
+    """Cached answers whose records are alike."""
+
+    ended = False
+
+    def __init__(self, like: CallRecord, store: MemoryStore) -> None:
+        super().__init__(like)
+        self._store = store
+
+    def served(self, at: float) -> bool:
+        if self._store._ledger.serve(self, at):
+            self._store._take()
+        return True
 
 
 class MemoryStore(Lane):
@@ -65,8 +80,14 @@ class MemoryStore(Lane):
 
     def append(self, record: CallRecord) -> None:
         if self._ledger.note(record):
-            with self._lock:
-                self._ledger.take()
+            self._take()
+
+    def _take(self) -> None:
+        with self._lock:
+            self._ledger.take()
+
+    def kind(self, like: CallRecord) -> Kind:
+        return Kind(like, self)
 
     # -- the terms of budgets ----------------------------------------------------------------------------------------
     def declare(self, budget: Budget, anew: bool = True) -> None:
@@ -116,8 +137,8 @@ class MemoryStore(Lane):
     ) -> list[CallRecord]:
         check_fields(equals)
         with self._lock:
-            rows = self._ledger.rows()
-        return matching(rows, since, until, limit, equals)
+            view = self._ledger.view()
+        return view.matching(since, until, limit, equals)
 
     def totals(
         self,

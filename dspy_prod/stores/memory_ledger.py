@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
-from itertools import islice
 from operator import add
 from typing import Any, Final
 
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
+from dspy_prod.runtime.ids import IDS
+from dspy_prod.stores.memory_rows import Rows, View
 
 MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
@@ -21,7 +22,6 @@ _NEW: Final = 16
 """Records that become rows at once."""
 _WAITING: Final = 128
 """Records whose sums are not made yet: what a read has to add up first."""
-_STARTED_AT: Final = CallRecord._fields.index("started_at")
 
 
 def day_of(at: float) -> str:
@@ -45,19 +45,43 @@ def check_fields(names: Iterable[str]) -> None:
             raise ValueError(f"{name!r} is no field to compare; use one of {', '.join(sorted(_COMPARABLE))}")
 
 
+class Alike:
+    """Cached answers whose records differ in nothing but when they were given: only that is noted of each.
+
+    Args:
+        like: a record such as theirs; its ids and its time stand for nothing.
+    """
+
+    __slots__ = ("_rest", "group", "like", "listed", "times")
+
+    def __init__(self, like: CallRecord) -> None:
+        self.like = like
+        self.group = alike(like)
+        self._rest = like[3:]
+        self.times: deque[float] = deque()
+        self.listed = False  # the ledger knows that there are some
+
+    def records(self) -> list[CallRecord]:
+        """The records of those so far; whoever holds the ledger's lock."""
+        self.listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
+        pop, rest = self.times.popleft, self._rest
+        times = [pop() for _ in range(len(self.times))]
+        ids = iter(IDS.several(2 * len(times)))
+        return [CallRecord._make((next(ids), next(ids), at, *rest)) for at in times]
+
+
 class MemoryLedger:
-    """Records and rollups. Not thread-safe but for `note`; the store's lock protects it.
+    """Records and rollups. Not thread-safe but for `note` and `serve`; the store's lock protects it.
 
     Appending is on the path of every call. Adding up many records alike costs little more than adding one, so they
-    wait for each other, but only a few: no call does the work of many. Rows and sums are plain tuples that are
-    replaced, never changed: the garbage collector stops tracking them, and a reader's copy stays as it was.
+    wait for each other, but only a few: no call does the work of many. Sums are plain tuples that are replaced,
+    never changed: the garbage collector stops tracking them, and a reader's copy stays as it was.
     """
 
     def __init__(self, max_records: int) -> None:
-        self._max = max_records
-        self._rows: dict[str, tuple[Any, ...]] = {}
-        self._order: deque[str] = deque()  # the ids, oldest first: a dict finds its first key slowly after deletions
+        self._rows = Rows(max_records)
         self._new: deque[CallRecord] = deque()
+        self._kinds: deque[Alike] = deque()  # of which there are some
         self._waiting: dict[tuple[Any, ...], list[CallRecord]] = {}
         self._wait = 0  # how many records wait
         self._days: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
@@ -72,16 +96,24 @@ class MemoryLedger:
         self._new.append(record)
         return len(self._new) >= _NEW
 
+    def serve(self, kind: Alike, at: float) -> bool:
+        """`note` that a cached answer of this kind was given."""
+        times = kind.times
+        times.append(at)
+        if not kind.listed:
+            kind.listed = True
+            self._kinds.append(kind)
+        return len(times) >= _NEW
+
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
         self.take()
-        row = self._rows.get(id)
-        return None if row is None else CallRecord._make(row)
+        return self._rows.find(id)
 
-    def rows(self) -> list[tuple[Any, ...]]:
-        """Every row, oldest first, as it is now: for `matching`, which needs no lock."""
+    def view(self) -> View:
+        """Every record as it is now; it may be read without a lock."""
         self.take()
-        return list(self._rows.values())
+        return self._rows.view()
 
     def days(self, since_day: str | None, until_day: str | None) -> list[str]:
         """The days that have sums, oldest first; brings the sums up to date."""
@@ -100,15 +132,12 @@ class MemoryLedger:
 
     def take(self) -> None:
         """Make rows of the new records, and let them wait for their like."""
-        rows, order, waiting, wait, new = self._rows, self._order, self._waiting, 0, self._new
+        put, waiting, wait, new = self._rows.put, self._waiting, 0, self._new
         for _ in range(len(new)):  # others go on adding
             record = new.popleft()
-            id = record.id
-            if id in rows:
-                self._sum([CallRecord._make(rows[id])], -1)
-            else:
-                order.append(id)
-            rows[id] = tuple(record)
+            before = put(record)
+            if before is not None:
+                self._sum([before], -1)
             if record.outcome == REFUSED:
                 continue
             group = (int(record.started_at // _DAY), alike(record))
@@ -118,11 +147,18 @@ class MemoryLedger:
             else:
                 others.append(record)
             wait += 1
+        while self._kinds:
+            wait += self._take_alike(self._kinds.popleft())
         self._wait += wait
         while self._wait > _WAITING:
             self._fold(next(iter(waiting)))
-        while len(order) > self._max:
-            del rows[order.popleft()]
+
+    def _take_alike(self, kind: Alike) -> int:
+        records = kind.records()
+        for record in records:
+            self._rows.put(record)
+            self._waiting.setdefault((int(record.started_at // _DAY), kind.group), []).append(record)
+        return len(records)
 
     def _fold(self, group: tuple[Any, ...]) -> None:
         """Add up records that wait."""
@@ -145,22 +181,3 @@ class MemoryLedger:
                     value = OTHER
                 sums = values.get(value)
             values[value] = contribution if sums is None else tuple(map(add, sums, contribution))
-
-
-def matching(
-    rows: Sequence[tuple[Any, ...]],
-    since: float | None,
-    until: float | None,
-    limit: int | None,
-    equals: Mapping[str, str],
-) -> list[CallRecord]:
-    """Those of `MemoryLedger.rows` that match, newest first."""
-    wanted = [(CallRecord._fields.index(name), value) for name, value in equals.items()]
-    found = (
-        row
-        for row in reversed(rows)
-        if (since is None or row[_STARTED_AT] >= since)
-        and (until is None or row[_STARTED_AT] < until)
-        and all(row[index] == value for index, value in wanted)
-    )
-    return [CallRecord._make(row) for row in (found if limit is None else islice(found, limit))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from datetime import datetime
 from typing import Any
@@ -61,9 +62,62 @@ def test_histories_grow_as_dspy_lets_them(most: int) -> None:
     assert kept(finishing.keep) == kept(record_history)
 
 
+def test_long_histories_lose_their_oldest_a_few_at_a_time() -> None:
+    """They never hold more than is wanted, nor much less; the newest are all there."""
+    lm = dspy.LM("openai/gpt-4o-mini")
+    lengths = set()
+    with dspy.context(max_history_size=1_000):
+        for number in range(2_500):
+            finishing.keep(lm, {"number": number})
+            lengths.add(len(lm.history))
+            assert [entry["number"] for entry in lm.history[-3:]] == list(range(max(0, number - 2), number + 1))
+    assert lengths == set(range(1, 1_001))
+    assert [entry["number"] for entry in lm.history] == list(range(2_500 - len(lm.history), 2_500))
+    assert len(lm.history) > 1_000 - 32
+
+
 @given(random=st.binary(min_size=16, max_size=16))
 def test_an_entry_has_a_random_uuid(random: bytes) -> None:
     """Each is a version 4, as `uuid.uuid4` makes it of the same random bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.urandom", lambda _: random)
+        patch.setattr(finishing, "_drawn", {os.getpid(): [random]})
         assert finishing._uuid() == str(uuid.UUID(bytes=random, version=4))
+
+
+def test_entries_have_random_ids() -> None:
+    """Those of `uuid.uuid4`, each another one, in a forked child too."""
+    given = [finishing._uuid() for _ in range(1000)]
+    assert len(set(given)) == len(given)
+    parsed = [uuid.UUID(each) for each in given]
+    assert [str(each) for each in parsed] == given
+    assert {(each.version, each.variant) for each in parsed} == {(4, uuid.RFC_4122)}
+    fixed = (48, 49, 50, 51, 64, 65)  # version and variant
+    for bit in set(range(128)) - set(fixed):
+        assert 350 < sum(each.int >> (127 - bit) & 1 for each in parsed) < 650
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_child_has_ids_of_its_own() -> None:
+    """Parent and child hold the same randomness that is not used yet; the child must not use it."""
+    finishing._uuid()
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.write(writer, "".join(finishing._uuid() for _ in range(3)).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as told:
+        theirs = told.read()
+    os.wait()
+    assert len(theirs) == 3 * 36
+    assert not any(finishing._uuid() in theirs for _ in range(100))
+
+
+def test_ids_seldom_ask_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each time it wakes every thread that waits for the interpreter."""
+    asked: list[int] = []
+    urandom = os.urandom
+    monkeypatch.setattr(os, "urandom", lambda size: asked.append(size) or urandom(size))
+    for _ in range(640):
+        finishing._uuid()
+    assert len(asked) in (10, 11)

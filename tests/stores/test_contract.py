@@ -469,6 +469,18 @@ def test_a_cached_answer_costs_nothing_and_is_counted_apart(store: Store) -> Non
     assert sums == Totals(cached=1)
 
 
+def test_cached_answers_of_a_kind_are_records_like_all_others(store: Store) -> None:
+    kind = store.kind(record("", call_id="", started_at=0.0, cached=True, outcome="cached", user="u1", model="m"))
+    for number in range(70):
+        assert kind.served(DAY + number)
+    found = store.records(user="u1")
+    assert [row.started_at for row in found] == [DAY + number for number in reversed(range(70))]
+    assert {row._replace(id="", call_id="", started_at=0.0) for row in found} == {kind.like._replace(id="")}
+    assert len({row.id for row in found}) == len({row.call_id for row in found}) == 70
+    assert [(value, sums) for _, value, sums in store.totals(dimension="model")] == [("m", Totals(cached=70))]
+    assert not kind.ended
+
+
 def test_records_are_filtered_and_come_newest_first(store: Store) -> None:
     for number in range(10):
         store.append(record(f"r{number}", started_at=DAY + number, user=f"u{number % 2}", call_id=f"c{number // 5}"))

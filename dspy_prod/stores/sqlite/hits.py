@@ -67,8 +67,8 @@ class HitTables:
         self._connection = connection
         self._ns = ns
 
-    def add(self, places: Sequence[int], records: Sequence[CallRecord]) -> None:
-        """Append hits, each after its place among the rows of `records`.
+    def add(self, page: Page) -> None:
+        """Append the hits of a page, each after its place among the rows of `records`.
 
         Raises:
             sqlite3.IntegrityError: one is there already. TypeError: one cannot be kept so.
@@ -77,29 +77,27 @@ class HitTables:
         loose, since, until = connection.execute(
             "SELECT total(size), min(first_id), max(last_id) FROM hits WHERE ns = ? AND loose", (ns,)
         ).fetchone()
-        ids = {record.id for record in records}
+        ids = set(page.column("id"))
         first, last = min(ids), max(ids)
         rough = rougher(ids)
         near = connection.execute(_OVERLAPPING, (ns, min(rough), max(rough), last, first)).fetchall()
-        enough = loose + len(records) >= LEAST
+        enough = loose + page.size >= LEAST
         rows = []
         if loose and (enough or (since <= last and until >= first)):
             rows = connection.execute(_LOOSE, (ns,)).fetchall()
-        pages = [Page.load(body, seq) for seq, body in (*near, *rows)]
-        if len(ids) < len(records) or any(not ids.isdisjoint(page.column("id")) for page in pages):
+        others = [Page.load(body, seq) for seq, body in (*near, *rows)]
+        if len(ids) < page.size or any(not ids.isdisjoint(other.column("id")) for other in others):
             raise sqlite3.IntegrityError("a hit is there already")
-        if enough and loose:
-            older = [found for page in pages[len(near) :] for found in page.all()]
-            connection.execute("DELETE FROM hits WHERE ns = ? AND loose", (ns,))
-            places = [*(found.place for found in older), *places]
-            records = [*(found.record for found in older), *records]
         if not enough:
-            self._put(Page.of(places, records), loose=True)
+            self._put(page, loose=True)
             return
-        each = ceil(len(records) / ceil(len(records) / PAGE))
+        if loose:
+            connection.execute("DELETE FROM hits WHERE ns = ? AND loose", (ns,))
+            page = Page.joined([*others[len(near) :], page])
+        each = ceil(page.size / ceil(page.size / PAGE))
         values: list[Row] = []
-        for start in range(0, len(records), each):
-            values += self._put(Page.of(places[start : start + each], records[start : start + each]))
+        for start in range(0, page.size, each):
+            values += self._put(page.part(start, start + each))
         _PUT_VALUES.run(connection, values)
 
     def find(self, id: str) -> CallRecord | None:

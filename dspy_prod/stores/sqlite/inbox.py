@@ -8,6 +8,7 @@ down: what waits here would be lost with the process, and its money is held unti
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -15,6 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from dspy_prod.compat.foreign import running_loop
+from dspy_prod.stores.sqlite.served import Kind, Served
 from dspy_prod.stores.sqlite.transactions import Operation, Transactions
 
 GATHER: Final = 0.008
@@ -25,6 +27,8 @@ ENOUGH: Final = 128
 """Operations that are worth a transaction of their own."""
 ENOUGH_FREE: Final = 192
 """The same of those that cost nothing; while they are written, as many as `FULL` lets wait may come."""
+_AGAIN: Final = 16
+"""Every so many it is rung for enough of them: one alone may fall just between two looks of the writer."""
 FULL: Final = 256
 """Operations posted and not yet durable from which on a caller is slowed down."""
 PAUSE: Final = 0.0005
@@ -57,6 +61,9 @@ class Inbox:
         self._operations: deque[Operation] = deque()
         self._bell: SimpleQueue[None] = SimpleQueue()  # its `put` may be interrupted by another one of its thread
         self._resting = True  # the writer waits for anything at all
+        self._kinds: deque[Kind] = deque()  # of which there are some, see `serve`
+        self._count = itertools.count(1).__next__
+        self._served = self._taken = 0
         self._room = threading.Condition()
         self._slowed = 0  # threads that wait for room
         self._urgent = False
@@ -76,6 +83,30 @@ class Inbox:
             self._urgent = ring = True
         if ring:
             self._bell.put(None)
+
+    def serve(self, kind: Kind, at: float) -> None:
+        """Post that a cached answer of this kind was given; slows down who does so as `ease` does."""
+        kind.times.append(at)
+        if not kind.listed:
+            kind.listed = True
+            self._kinds.append(kind)
+        self._served = number = self._count()
+        wait = number - self._taken
+        if self._resting or (wait >= ENOUGH_FREE and not number % _AGAIN):
+            self._bell.put(None)
+        if wait + self.writing > FULL and self.open:
+            self._slow_down()
+
+    def take_served(self) -> list[Operation]:
+        """The cached answers so far, by kind."""
+        found: list[Operation] = []
+        while self._kinds:
+            kind = self._kinds.popleft()
+            times = kind.take()
+            if times:
+                self._taken += len(times)
+                found.append((Transactions.append_served, Served(kind.like, times), None))
+        return found
 
     def ease(self) -> None:
         """Slow down who has just posted, where the writer is far behind. Not to be called with a lock in hand."""
@@ -102,17 +133,21 @@ class Inbox:
 
     def behind(self) -> int:
         """Operations posted and not yet durable."""
-        return len(self._operations) + self.writing
+        return self.waiting() + self.writing
+
+    def waiting(self) -> int:
+        """Operations that wait, about."""
+        return len(self._operations) + max(0, self._served - self._taken)
 
     def wait(self, seconds: float) -> None:
         """Until there is something to do, or so long; the writer's."""
         self._ring(0.0)  # what was rung for is seen below
-        if not self._operations:
+        if self.empty():
             self._resting = True
-            if not self._operations:
+            if self.empty():
                 self._ring(seconds)
         self._resting = False
-        if not (self._urgent or self._costly) and 0 < len(self._operations) < ENOUGH_FREE:
+        if not (self._urgent or self._costly or self.empty()) and self.waiting() < ENOUGH_FREE:
             self._ring(min(seconds, GATHER_FREE))
         if self._costly and not self._urgent and 0 < len(self._operations) < ENOUGH:
             self._ring(min(seconds, GATHER))
@@ -153,4 +188,4 @@ class Inbox:
 
     def empty(self) -> bool:
         """Whether none waits."""
-        return not self._operations
+        return not self._operations and not self._kinds

@@ -11,9 +11,13 @@ SELECTIVE: Final = (
 )
 """Fields of records that have an index: a value of the first has the fewest records."""
 
+ACCOUNT_OF: Final = "substr(key, 1, instr(key, '|'))", "substr(key, length(rtrim(key, replace(key, '|', ''))))"
+"""What the accounts of one budget in one window have in common: how their keys begin and end."""
+
 _INDICES: Final = {
     **{f"records_{name}": f'records (ns, "{name}", started_at) WHERE "{name}" IS NOT NULL' for name in SELECTIVE[1:]},
     "cache_ends": "cache (ns, max(expires_at, stale_until))",
+    "accounts_dearest": f"accounts (ns, {', '.join(ACCOUNT_OF)}, spent DESC)",
     "accounts_ends": "accounts (ns, ends_at) WHERE ends_at IS NOT NULL",
     "abandoned_at": "abandoned (ns, at)",
 }

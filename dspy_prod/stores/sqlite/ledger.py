@@ -5,18 +5,18 @@ from __future__ import annotations
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import inf
 from typing import Any, Final
 
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
-from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
-from dspy_prod.stores.sqlite.hits import PAGE, HitTables, is_hit
+from dspy_prod.stores.sqlite.hits import LEAST, PAGE, HitTables, is_hit
 from dspy_prod.stores.sqlite.inserting import Inserting
-from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, TERMS, Row, account_of, record_of, record_row, terms_of
-from dspy_prod.stores.sqlite.schema import TOTALS
+from dspy_prod.stores.sqlite.pages import Page
+from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, record_of, record_row
+from dspy_prod.stores.sqlite.served import Served
 
 INSERT: Final = Inserting("records", ("ns", *CallRecord._fields))
 REPLACE: Final = f"{INSERT.statement(1)} ON CONFLICT (ns, id) DO UPDATE SET " + ", ".join(
@@ -64,39 +64,53 @@ class LedgerTables:
         row = self._connection.execute(FIND, (self._ns, carried(id))).fetchone()
         return self._hits.find(carried(id)) if row is None else record_of(row)
 
-    def write(self, appended: Sequence[CallRecord], replaced: Sequence[CallRecord]) -> None:
+    def write(
+        self, appended: Sequence[CallRecord], replaced: Sequence[CallRecord], served: Sequence[Served] = ()
+    ) -> None:
         """Append and replace records, then write the sums they change.
 
         Raises:
             sqlite3.IntegrityError: an appended record is there already; `put` settles that.
         """
         ns = self._ns
+        whole = [each for each in served if _whole(each)]
+        if len(whole) < len(served):
+            few = [each for each in served if each not in whole]
+            appended = [*appended, *chain.from_iterable(map(Served.records, few))]
         if appended:
             hits, rows = self._append(appended)
             self._sum(rows, 1)
             self._sum_hits(hits)
         for record in replaced:
             self.put(record)
+        for some in whole:
+            self._hits.add(Page.of_served(self._newest(), some))
+            self._sum_alike(day_of(some.times[0]), rollup_keys(some.like), Totals(cached=len(some)), 1)
         if self._sums:
             ADD_SUMS.run(self._connection, [(ns, *key, *values) for key, values in self._sums.items()])
             self._sums.clear()
-        self._since_trim += len(appended)
+        self._since_trim += len(appended) + sum(map(len, whole))
         if self._max is not None and self._since_trim > 100 + self._max // 100:
             self._trim()
+
+    def _newest(self) -> int:
+        """`seq` of the newest row of `records`."""
+        found: int = self._connection.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()[0]
+        return found
 
     def _append(self, records: Sequence[CallRecord]) -> tuple[Sequence[CallRecord], Sequence[CallRecord]]:
         """Write new records: hits together, any other as a row; (the hits, the others)."""
         hits = [record for record in records if is_hit(record)]
         rows: Sequence[CallRecord] = records
         if hits:
-            newest = self._connection.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()[0]
+            newest = self._newest()
             places = [newest] * len(hits)
             rows = ()
             if len(hits) < len(records):
                 rows = [record for record in records if not is_hit(record)]
                 before = accumulate(not is_hit(record) for record in records)
                 places = [newest + place for place, record in zip(before, records, strict=True) if is_hit(record)]
-            self._hits.add(places, hits)
+            self._hits.add(Page.of(places, hits))
         INSERT.run(self._connection, [record_row(self._ns, record) for record in rows])
         return hits, rows
 
@@ -191,95 +205,6 @@ class LedgerTables:
         return None if row is None else row[0]
 
 
-def read_account(connection: sqlite3.Connection, ns: int, key: str) -> AccountState:
-    """What one account holds."""
-    find = "SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?"
-    row = connection.execute(find, (ns, carried(key))).fetchone()
-    return AccountState() if row is None else _state(key, row)
-
-
-def _state(key: str, row: Row) -> AccountState:
-    try:
-        return account_of(key, row)
-    except ValueError as error:
-        raise sqlite3.DataError(str(error)) from error
-
-
-def read_accounts(
-    connection: sqlite3.Connection, ns: int, prefix: str, suffix: str, most: int
-) -> list[tuple[str, AccountState]]:
-    """The accounts whose keys begin and end so, those that spent most first."""
-    rows = connection.execute(
-        "SELECT key, spent, held, unconfirmed FROM accounts WHERE ns = ?1 AND key >= ?2 AND key < ?2 || char(1114111) "
-        "AND substr(key, -length(?3)) = ?3 ORDER BY spent DESC, key LIMIT ?4",
-        (ns, carried(prefix), suffix, most),
-    )
-    return [(_text(row[0]), _state(row[0], row[1:])) for row in rows]
-
-
-def read_terms(connection: sqlite3.Connection, ns: int) -> list[Terms]:
-    """The terms of every budget."""
-    rows = connection.execute(f"SELECT {TERMS} FROM budgets WHERE ns = ? ORDER BY name", (ns,))
-    return [terms for row in rows if (terms := terms_of(row)) is not None]
-
-
-_DAYS: Final = """
-    WITH RECURSIVE days (day) AS (
-        SELECT min(day) FROM rollups WHERE ns = ?1 AND day >= ?2 AND day <= ?3
-        UNION ALL
-        SELECT (SELECT min(day) FROM rollups WHERE ns = ?1 AND day > days.day AND day <= ?3)
-        FROM days WHERE days.day IS NOT NULL)
-"""
-"""The days that have sums. Stepping from one to the next, no row of another dimension is read."""
-
-
-def read_totals(
-    connection: sqlite3.Connection,
-    ns: int,
-    dimension: str,
-    since_day: str | None,
-    until_day: str | None,
-    value: str | None,
-) -> list[tuple[str, str, Totals]]:
-    """(day, value, sums) of one dimension, or of one value of it."""
-    one = () if value is None else (carried(value),)
-    rows = connection.execute(
-        f"{_DAYS} SELECT rollups.day, value, {TOTALS} FROM days CROSS JOIN rollups "
-        f"WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4 {'AND value = ?5 ' if one else ''}"
-        "ORDER BY rollups.day, value",
-        (ns, since_day or "", until_day or "~", carried(dimension), *one),
-    )
-    return [(_text(row[0]), _text(row[1]), _totals(row[2:])) for row in rows]
-
-
-def _text(value: Any) -> str:
-    """A name; one that is damaged can still be shown."""
-    if type(value) is str:
-        return value
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _totals(row: Row) -> Totals:
-    if not all(type(number) is int for number in row):
-        raise sqlite3.DataError("the sums of the ledger hold what is no number; begin a new file")
-    return Totals(*row)
-
-
-def read_holds(connection: sqlite3.Connection, ns: int) -> int:
-    """Reservations not yet settled, without what is drawn ahead for several calls."""
-    alone = "CAST(coalesce(debit, '') AS TEXT) NOT LIKE '{%'"
-    found = connection.execute(f"SELECT count(*) FROM holds WHERE ns = ? AND {alone}", (ns,))
-    return int(found.fetchone()[0])
-
-
-def read_sums(
-    connection: sqlite3.Connection, ns: int, dimension: str, since_day: str | None, most: int | None
-) -> list[tuple[str, Totals]]:
-    """(value, sums over the days) of one dimension, the dearest first."""
-    sums = ", ".join(f"sum({name})" for name in Totals._fields)
-    rows = connection.execute(
-        f"{_DAYS} SELECT value, {sums} FROM days CROSS JOIN rollups WHERE rollups.ns = ?1 AND rollups.day = days.day "
-        "AND dimension = ?4 GROUP BY value ORDER BY sum(cost_nano) DESC, value LIMIT ?5",
-        (ns, since_day or "", "~", carried(dimension), -1 if most is None else most),
-    )
-    return [(_text(row[0]), _totals(row[1:])) for row in rows]
+def _whole(served: Served) -> bool:
+    """Whether these are worth a page of their own: enough of them, and of one day."""
+    return len(served) >= LEAST and len({at // 86_400 for at in served.times}) == 1 and is_hit(served.like)

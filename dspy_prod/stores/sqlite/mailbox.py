@@ -139,6 +139,9 @@ class Mailbox:
         if self._thread is not None and self._thread.is_alive() and not self.writer.ended:
             return
         refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
+        lost = sum(len(served) for _, served, _ in self.writer.inbox.take_served())
+        if lost:
+            _log.warning("%s: the records of %d cached answers came after close and were not written", self._path, lost)
         while True:
             try:
                 kind, subject, _ = self.writer.inbox.get_nowait()
@@ -167,6 +170,7 @@ class Mailbox:
 
     def forsake(self) -> None:
         """In a forked child, which has another mailbox: the writer of this one is the parent's."""
+        self.closed = True
         self._leaving.detach()
 
 

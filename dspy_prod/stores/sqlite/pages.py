@@ -7,13 +7,14 @@ written as an ordinary row instead.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.sqlite.indices import SELECTIVE
+from dspy_prod.stores.sqlite.served import Served
 
 PLACE: Final = "place"
 """Among the fields of a page: the `seq` of the newest row of `records` that was written before."""
@@ -57,6 +58,36 @@ class Page:
             elif first is not None:
                 same[name] = first
         return cls(len(records), same, each)
+
+    @classmethod
+    def of_served(cls, place: int, served: Served) -> Page:
+        """The page of cached answers that were taken together, all at one place."""
+        each: dict[str, Sequence[Any]] = {"id": served.ids, "call_id": served.call_ids, "started_at": served.times}
+        like = zip(_FIELDS, served.like, strict=True)
+        same = {name: value for name, value in like if value is not None and name not in each}
+        return cls(len(served), {PLACE: place, **same}, each)
+
+    @classmethod
+    def joined(cls, pages: Sequence[Page]) -> Page:
+        """One page of all that is in these, in their order."""
+        pages = [page for page in pages if page.size]
+        same: dict[str, Any] = {}
+        each: dict[str, Sequence[Any]] = {}
+        for name in (PLACE, *_FIELDS):
+            values = [page._same.get(name) for page in pages]
+            if values.count(values[0]) == len(values) and not any(name in page._each for page in pages):
+                if values[0] is not None:
+                    same[name] = values[0]
+            else:
+                each[name] = list(chain.from_iterable(page.column(name) for page in pages))
+        return cls(sum(page.size for page in pages), same, each)
+
+    def part(self, start: int, stop: int) -> Page:
+        """The page of some of its records."""
+        if start <= 0 and stop >= self.size:
+            return self
+        each = {name: column[start:stop] for name, column in self._each.items()}
+        return Page(min(stop, self.size) - start, self._same, each)
 
     @classmethod
     def load(cls, body: Any, seq: int = 0) -> Page:

@@ -35,10 +35,7 @@ from dspy_prod.stores.base import (
 )
 from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import read_size
-from dspy_prod.stores.sqlite.checkpoints import Checkpoints
-from dspy_prod.stores.sqlite.finding import read_records
-from dspy_prod.stores.sqlite.kept import KeptAnswers
-from dspy_prod.stores.sqlite.ledger import (
+from dspy_prod.stores.sqlite.asked import (
     read_account,
     read_accounts,
     read_holds,
@@ -46,9 +43,13 @@ from dspy_prod.stores.sqlite.ledger import (
     read_terms,
     read_totals,
 )
+from dspy_prod.stores.sqlite.checkpoints import Checkpoints
+from dspy_prod.stores.sqlite.finding import read_records
+from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
+from dspy_prod.stores.sqlite.served import Kind
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.timing import StoreTime
 from dspy_prod.stores.sqlite.transactions import Transactions
@@ -189,6 +190,8 @@ class SqliteStore:
             if not self._mailbox.alive():
                 self._mailbox.refuse_stragglers()
         elif self._drawn.settle(reservation, settlement):
+            if settlement.record is not None:
+                reservation.stub = None  # it holds the whole call, and would until this is written
             if not self._mailbox.post((Transactions.settle_drawn, settlement, reservation)):
                 self._lost(settlement.record)
         elif not self._mailbox.post((Transactions.settle, settlement, None)):
@@ -199,6 +202,9 @@ class SqliteStore:
         if not self._mailbox.post((Transactions.append, record, True)):
             self._lost(record)
         self._writer.inbox.ease()
+
+    def kind(self, like: CallRecord) -> Kind:
+        return Kind(like, self._mailbox)
 
     def throttled(self, limit_key: str, limit: RateLimit, retry_after: float | None) -> None:
         if not shared(limit):

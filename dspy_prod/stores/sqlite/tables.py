@@ -7,6 +7,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import chain
 from math import isinf
 from typing import Final
 
@@ -35,6 +36,7 @@ from dspy_prod.stores.sqlite.rows import (
     terms_row,
 )
 from dspy_prod.stores.sqlite.schema import create, is_environment, patiently
+from dspy_prod.stores.sqlite.served import Served
 from dspy_prod.stores.sqlite.timing import StoreTime
 
 PUT_ACCOUNT: Final = (
@@ -92,6 +94,7 @@ class Tables(File):
         self._settings: dict[str, tuple[RateLimit, str]] = {}
         self.ledger = LedgerTables(max_records)
         self.cache = CacheTable()
+        self.served: list[Served] = []  # to be written by this transaction
 
     # -- the file ----------------------------------------------------------------------------------------------------
     def open(self) -> sqlite3.Connection:
@@ -145,6 +148,7 @@ class Tables(File):
         self.left.clear()
         self.ledger.forget()
         self.cache.forget()
+        self.served.clear()
         if self.connection is not None and self.connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 self.connection.execute("ROLLBACK")
@@ -245,7 +249,7 @@ class Tables(File):
         self.connection.execute("SAVEPOINT written")
         try:
             self._write_state(core, now, str, lambda hold: hold)
-            self.ledger.write(core.appended, core.replaced)
+            self.ledger.write(core.appended, core.replaced, self.served)
             return []
         except Exception as error:
             if is_environment(error):
@@ -255,7 +259,7 @@ class Tables(File):
         self.ledger.forget()
         self._write_state(core, now, carried, clean_hold)
         lost = []
-        for record in (*core.appended, *core.replaced):
+        for record in (*core.appended, *chain.from_iterable(map(Served.records, self.served)), *core.replaced):
             try:
                 self.ledger.put(clean_record(record))
             except Exception as error:

@@ -20,6 +20,7 @@ from dspy_prod.stores.sqlite.drawing import Drawing
 from dspy_prod.stores.sqlite.drawn import Drawn
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import is_environment
+from dspy_prod.stores.sqlite.served import Served
 from dspy_prod.stores.sqlite.tables import Tables
 
 REAP_BATCH: Final = 1000
@@ -107,6 +108,9 @@ class Transactions:
 
     def append(self, record: CallRecord, is_new: bool, now: float) -> None:
         (self.core.appended if is_new else self.core.replaced).append(record)
+
+    def append_served(self, served: Served, _: Any, now: float) -> None:
+        self.tables.served.append(served)
 
     def throttled(self, limiter: Any, retry_after: float | None, now: float) -> None:
         key, limit = limiter
@@ -226,6 +230,7 @@ class Transactions:
         if renewed:
             self._leased_until = now + self._lease
         self.core.written()
+        self.tables.served.clear()
         # Before whoever said them is answered: his next call goes by them.
         self.after[:0] = [partial(self.on_terms, terms) for terms in self.core.terms.take_news()]
         if len(self.core.accounts.entries) > MAX_ACCOUNTS:

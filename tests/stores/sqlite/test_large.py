@@ -18,7 +18,7 @@ from tests.stores.support import CENT, DAY, FakeClock, ask, granted, record, set
 
 LATER = (
     *(f"records_{name}" for name in SELECTIVE if name not in ("id", "user", "tenant")),
-    *("cache_ends", "accounts_ends", "abandoned_at"),
+    *("cache_ends", "accounts_ends", "accounts_dearest", "abandoned_at"),
 )
 """Indices that the files of the first release have not."""
 
@@ -106,6 +106,22 @@ def test_sweeping_is_by_index(path: str) -> None:
             assert "SCAN" not in found
         dead = "SELECT id, size FROM cache WHERE ns = 1 AND max(expires_at, stale_until) < 2.0 LIMIT 3"
         assert "cache_ends" in plan(connection, dead)
+
+
+def test_the_dearest_accounts_are_found_by_index(path: str) -> None:
+    """Health looked at every tenant that a budget ever had, to show the ten that spent most."""
+    store = SqliteStore(path)
+    statements: list[str] = []
+    store._ledger_reader.read(lambda connection, _: connection.set_trace_callback(statements.append))
+    assert store.accounts("month/tenant|", "|now", 10) == []
+    store._ledger_reader.read(lambda connection, _: connection.set_trace_callback(None))
+    store.close()
+    [sql] = [statement for statement in statements if "FROM accounts" in statement]
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        found = plan(connection, sql)
+    assert "accounts_dearest" in found
+    assert "SCAN" not in found
+    assert "B-TREE" not in found
 
 
 def test_a_sweep_deletes_a_few_at_a_time_until_nothing_is_left(path: str) -> None:

@@ -102,8 +102,9 @@ def test_an_account_that_holds_no_number_is_said_to(
     first.close()
     with closing(sqlite3.connect(path)) as file, file:
         file.execute("UPDATE accounts SET spent = ?", (damaged,))
+        file.execute("INSERT INTO accounts SELECT ns, 'day|x|now', spent, 0, 0, NULL FROM accounts")
     store = open_sqlite()
-    for read in (lambda: store.account("day"), lambda: store.accounts("d", "y", 5)):
+    for read in (lambda: store.account("day"), lambda: store.accounts("day|", "|now", 5)):
         with pytest.raises(StoreUnavailableError, match="holds what is no number"):
             read()
     assert decided(store.admit(ask(CENT))).state == REFUSED
