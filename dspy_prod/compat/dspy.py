@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from functools import lru_cache, wraps
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 import dspy
 from dspy.clients import model_metadata
-from dspy.utils import callback, lazy_import
+from dspy.utils import lazy_import
 
 from dspy_prod.compat.foreign import names
 
@@ -44,20 +44,6 @@ def is_streaming() -> bool:
     """Whether `dspy.streamify` listens here, so that answers have to come event by event."""
     overrides = thread_local_overrides.get()
     return (overrides if "send_stream" in overrides else _configured).get("send_stream") is not None
-
-
-def with_callbacks(call: Callable[..., Any]) -> Callable[..., Any]:
-    """DSPy's decorator of a synchronous method, for a quicker look at whether there is any callback."""
-    heard = callback.with_callbacks(call)
-
-    @wraps(call)
-    def called(instance: Any, *args: Any, **kwargs: Any) -> Any:
-        overrides, configured = thread_local_overrides.get(), _configured
-        if (overrides if "callbacks" in overrides else configured)["callbacks"] or getattr(instance, "callbacks", None):
-            return heard(instance, *args, **kwargs)
-        return call(instance, *args, **kwargs)
-
-    return called
 
 
 # -- an LM -----------------------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ import dspy
 from dspy.clients.base_lm import BaseLM
 from dspy.clients.execution import prepare
 from dspy.lm15 import CacheConfig
-from dspy.utils import callback
-from dspy.utils.callback import BaseCallback
+from dspy.utils.callback import BaseCallback, with_callbacks
 
-from dspy_prod.compat.dspy import engines_of, set_engines, with_callbacks
+from dspy_prod.compat.dspy import engines_of, set_engines
 from dspy_prod.compat.finishing import finish, keep
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
@@ -151,7 +150,7 @@ class LM(AsPlain, Operated, dspy.LM):
         return outward(f"dspy_prod.LM({self.model!r}, namespace={settings.namespace!r})")
 
     # -- calling -----------------------------------------------------------------------------------------------------
-    @with_callbacks
+    @with_callbacks  # type: ignore[untyped-decorator]
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer a prompt, messages or a typed `Request`, exactly as `dspy.LM` does."""
         tap = TAP.active
@@ -162,7 +161,7 @@ class LM(AsPlain, Operated, dspy.LM):
             node.answered(outputs)
             return outputs
 
-    @callback.with_callbacks  # type: ignore[untyped-decorator]
+    @with_callbacks  # type: ignore[untyped-decorator]
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Asynchronous `__call__`."""
         tap = TAP.active
