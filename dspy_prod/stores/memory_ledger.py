@@ -15,6 +15,9 @@ from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_
 MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
 
+TAG: Final = "tag:"
+"""How the name of a tag begins among the names of fields: `tag:feature`."""
+
 _COMPARABLE: Final = frozenset(CallRecord._fields) - {"tags", "accounts"}
 _DAY: Final = 86_400
 _NEW: Final = 16
@@ -22,6 +25,7 @@ _NEW: Final = 16
 _WAITING: Final = 128
 """Records whose sums are not made yet: what a read has to add up first."""
 _STARTED_AT: Final = CallRecord._fields.index("started_at")
+_TAGS: Final = CallRecord._fields.index("tags")
 
 
 def day_of(at: float) -> str:
@@ -41,8 +45,8 @@ def check_fields(names: Iterable[str]) -> None:
         ValueError: names the field and those that exist.
     """
     for name in names:
-        if name not in _COMPARABLE:
-            raise ValueError(f"{name!r} is no field to compare; use one of {', '.join(sorted(_COMPARABLE))}")
+        if name not in _COMPARABLE and not name.startswith(TAG):
+            raise ValueError(f"{name!r} is no field to compare; use one of {', '.join(sorted(_COMPARABLE))}, tag:<name>")
 
 
 class MemoryLedger:
@@ -155,12 +159,14 @@ def matching(
     equals: Mapping[str, str],
 ) -> list[CallRecord]:
     """Those of `MemoryLedger.rows` that match, newest first."""
-    wanted = [(CallRecord._fields.index(name), value) for name, value in equals.items()]
+    wanted = [(CallRecord._fields.index(name), value) for name, value in equals.items() if not name.startswith(TAG)]
+    tags = {(name.removeprefix(TAG), value) for name, value in equals.items() if name.startswith(TAG)}
     found = (
         row
         for row in reversed(rows)
         if (since is None or row[_STARTED_AT] >= since)
         and (until is None or row[_STARTED_AT] < until)
         and all(row[index] == value for index, value in wanted)
+        and tags.issubset(row[_TAGS])
     )
     return [CallRecord._make(row) for row in (found if limit is None else islice(found, limit))]
