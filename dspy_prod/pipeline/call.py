@@ -186,7 +186,9 @@ def _kind(pipeline: Pipeline, context: CallContext) -> Kind | None:
         pipeline.kind = context, None
         return None
     if kind is None or kind.ended:
-        like = _row(context, "", 0.0, pipeline.primary, "", 0, "cached", 0, 0.0, False, EMPTY_USAGE, 0.0, True, None, ())
+        like = _row(
+            context, "", 0.0, pipeline.primary, "", 0, "cached", 0, 0.0, False, EMPTY_USAGE, 0.0, True, None, ()
+        )
         kind = pipeline.store.kind(like)
         pipeline.kind = context, kind
     return kind

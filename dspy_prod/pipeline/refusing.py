@@ -15,8 +15,8 @@ from dspy_prod.errors import BudgetExceededError, DeadlineExceededError, RateLim
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.records import REFUSED
-from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
+from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.base import Store
 
 EVERY: Final = 60.0

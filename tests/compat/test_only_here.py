@@ -11,6 +11,7 @@ import pytest
 
 import dspy_prod
 from tests.compat.test_foreign import SIGNATURES, VALUES
+from tests.parsing import parsed
 
 PACKAGE: Final = Path(dspy_prod.__file__).parent
 FOREIGN: Final = {"dspy", "lm15", "mlflow", "litellm", "asyncio"}
@@ -58,7 +59,7 @@ def offences(tree: ast.Module) -> Iterator[tuple[int, str]]:
 def test_a_room_says_no_private_name_of_another_package(path: Path) -> None:
     """What a new release of theirs may break is met in `dspy_prod/compat`, by its name."""
     known = {"thread_local_overrides"} if "compat.dspy import" in path.read_text() else set()
-    assert [found for found in offences(ast.parse(path.read_text())) if found[1] not in known] == []
+    assert [found for found in offences(parsed(path.read_text())) if found[1] not in known] == []
 
 
 @pytest.mark.parametrize(
@@ -72,4 +73,4 @@ def test_a_room_says_no_private_name_of_another_package(path: Path) -> None:
 )  # fmt: skip
 def test_the_guard_sees(line: str) -> None:
     """Each way in which such a name can be said."""
-    assert len(list(offences(ast.parse(line)))) == 1
+    assert len(list(offences(parsed(line)))) == 1

@@ -34,11 +34,18 @@ def heard() -> Iterator[list[dspy_prod.Event]]:
 
 
 class Flights:
-    """How many calls are in flight past a breaker, counted beside it: permits taken and not yet given back."""
+    """How many calls are in flight past a breaker, counted beside it: permits taken and not yet given back.
+
+    Attributes:
+        at_trips: how many were in flight when it tripped. failed: how many had failed by then, since the trip before;
+            more than make it trip where a thread that woke late told of a success between them.
+    """
 
     def __init__(self, breaker: Any) -> None:
         self.now = 0
         self.at_trips: list[int] = []
+        self.failed: list[int] = []
+        self._failures = 0
         self._open = False
         self._lock = threading.Lock()
         permit = breaker.permit
@@ -64,11 +71,14 @@ class Flights:
             with self._lock:
                 self.now -= 1
                 before = self.now
+                self._failures += name == "failure"
             settle(*args, **kwargs)
             with self._lock:
                 was, self._open = self._open, breaker.state != "closed"
                 if self._open and not was:
                     self.at_trips.append(max(before, self.now))
+                    self.failed.append(self._failures)
+                    self._failures = 0
 
         setattr(breaker, name, settled)
 
@@ -140,7 +150,9 @@ def test_a_dead_upstream_is_left_alone(
     assert flights.at_trips
     assert max(flights.at_trips) <= (line or WORKERS) - 1
     reached = len([call for call in dead.calls if call.status != 200])
-    assert 0 < reached <= sum(THRESHOLD + flying for flying in flights.at_trips) + probes
+    assert 0 < reached <= sum(flights.failed) + sum(flights.at_trips) + probes
+    tripped = [event.data["cause"] for event in heard if event.name == "breaker_opened"]
+    assert tripped[0].startswith(f"{THRESHOLD} failures"), "no more in a row than it takes"
     assert len(alive.calls) > reached
     assert quiet(lm)
 

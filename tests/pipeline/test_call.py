@@ -10,8 +10,8 @@ from dspy.lm15 import Usage
 
 from dspy_prod.context.current import CallContext
 from dspy_prod.pipeline.call import Call
-from dspy_prod.runtime.ids import IDS
 from dspy_prod.records import CallRecord
+from dspy_prod.runtime.ids import IDS
 
 
 class Refused(Exception):

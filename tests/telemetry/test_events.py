@@ -17,6 +17,7 @@ from dspy_prod.pipeline.call import Call
 from dspy_prod.policies.breaker.transitions import EVENTS as OF_STATES
 from dspy_prod.telemetry.events import EVENTS, Event
 from dspy_prod.telemetry.logs import _DETAILS, LEVELS
+from tests.parsing import parsed
 
 CALL_FIELDS = {"call_id", *CallContext().told()}
 """What `Call.emit` adds to each event of a call."""
@@ -46,7 +47,7 @@ def emitted() -> dict[str, set[str]]:
     """Every event told in the package's source, with the details it is told with."""
     found: dict[str, set[str]] = defaultdict(set)
     for file in Path(dspy_prod.__file__).parent.rglob("*.py"):
-        tree = ast.parse(file.read_text("utf-8"))
+        tree = parsed(file.read_text("utf-8"))
         for function in ast.walk(tree):
             if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue

@@ -63,7 +63,7 @@ class Page:
     @classmethod
     def of_served(cls, place: int, served: Served) -> Page:
         """The page of cached answers that were taken together, all at one place."""
-        each = {"id": served.ids, "call_id": served.call_ids, "started_at": served.times}
+        each: dict[str, Sequence[Any]] = {"id": served.ids, "call_id": served.call_ids, "started_at": served.times}
         like = zip(_FIELDS, served.like, strict=True)
         same = {name: value for name, value in like if value is not None and name not in each}
         return cls(len(served), {PLACE: place, **same}, each)

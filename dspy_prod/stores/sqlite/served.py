@@ -65,7 +65,7 @@ class Kind:
     def ended(self) -> bool:
         return self._mailbox.closed or self._mailbox.writer.ended
 
-    def served, at: float) -> bool:
+    def served(self, at: float) -> bool:
         """Note that one was given, in seconds since the epoch; False where nothing is written any more."""
         mailbox = self._mailbox
         if not mailbox.alive():

@@ -42,6 +42,7 @@ _BACK_OFF: Final = (0.05, 1.0)
 _QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
 """Operations that need no transaction."""
 _SETTLING: Final = (Transactions.settle, Transactions.settle_drawn)
+_RECORDING: Final = (*_SETTLING, Transactions.append, Transactions.append_served)
 
 
 def _size(operations: Iterable[Operation]) -> int:
@@ -99,8 +100,8 @@ class Writer:
 
     def unwritten(self) -> int:
         """About how many records are posted and not in the file: all that waits, and what is kept or being written."""
-        taken = [each for each in (*self._kept, *self._doing) if each[0].__name__.startswith(("settle", "append"))]
-        return self.inbox.waiting() + _size(taken)
+        taken = _size(operation for operation in (*self._kept, *self._doing) if operation[0] in _RECORDING)
+        return self.inbox.waiting() + taken
 
     # -- the loop ------------------------------------------------------------------------------------------------------
     def run(self) -> None:
@@ -242,7 +243,7 @@ class Writer:
             elif len(self._kept) < MAX_KEPT:
                 self._kept.append(operation)
             else:
-                self._dropping(kind.__name__, "too many settlements and records wait to be written")
+                self._dropping(kind.__name__, "too many settlements and records wait to be written", _size([operation]))
         self._publish()
 
     def _refuse(self, reservations: list[Reservation], refusal: Refusal) -> None:
@@ -255,7 +256,7 @@ class Writer:
             self._alone = len(operations)
         elif operations:
             kind, subject, detail = operations.pop(error.index)
-            self._dropping(kind.__name__, str(error))
+            self._dropping(kind.__name__, str(error), _size([(kind, subject, detail)]))
             if kind is Transactions.admit:
                 self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
             elif kind is Transactions.answer:
@@ -288,7 +289,7 @@ class Writer:
         self._core.fail_waiting(refusal)
         self._publish()
         self.local.fail_waiting(refusal)
-        lost = sum(1 for operation in self._kept if operation[0] in (*_SETTLING, Transactions.append))
+        lost = _size(operation for operation in self._kept if operation[0] in _RECORDING)
         if lost:
             _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
             self._dropping("close", "the store was closed while its file could not be written", lost)

@@ -36,7 +36,7 @@ def test_each_has_a_record_of_its_own(store: SqliteStore, path: str, count: int)
     found = store.records()
     assert [row.started_at for row in found] == [DAY + number for number in range(count)][::-1]
     assert len({row.id for row in found} | {row.call_id for row in found}) == 2 * count
-    assert {row._replace(id="", call_id="", started_at=0.0) for row in found} == {kind.like}
+    assert {row._replace(id="", call_id="", started_at=0.0) for row in found} == {kind.like._replace(id="")}
     assert store.records(user="u1", limit=5) == found[:5]
     assert store.records(id=found[-1].id) == found[-1:]
     for dimension, value in (("all", None), ("user", "u1"), ("tag:a", "1")):
