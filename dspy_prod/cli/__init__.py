@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     costs = commands.add_parser("costs", help="what was spent")
     _where(costs)
     costs.add_argument(
-        "--by", default=None, help="day, model, user, tenant, program, variant, prompt, run or tag:<key>; default: a summary"
+        "--by",
+        default=None,
+        help="day, model, user, tenant, program, variant, prompt, run, tag:<key>; default: a summary",
     )
     costs.add_argument(
         "--since", metavar="WHEN", help="7d, 2w, today or a date; whole days (UTC), by day unless --by says otherwise"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 from typing import Any
 
 from dspy.lm15 import Response
@@ -88,8 +87,8 @@ def _amounts(attempt: Attempt, run: Run) -> dict[str, int]:
         inputs, outputs = route.bounds(request)
         if inputs is None or outputs is None:
             raise UnpricedModelError(
-                f"The run {run.name!r} caps tokens, but those of this call cannot be bounded; pass max_tokens=... to the "
-                "LM, or tokens=None to the Run",
+                f"The run {run.name!r} caps tokens, but those of this call cannot be bounded; pass max_tokens=... to "
+                "the LM, or tokens=None to the Run",
                 model=route.model,
                 route=route.name,
             )
@@ -136,7 +135,7 @@ def _take(attempt: Attempt, run: Run, name: str, account: Account, amount: int) 
                 model=route.model,
                 route=route.name,
             )
-        now = dict(run.accounts())[name]
+        now = next(each for dimension, each in run.accounts() if dimension == name)
         if now.limit <= account.limit:
             raise run.refused(name, refusal, route.model, route.name)
         account = now  # the cap was raised meanwhile

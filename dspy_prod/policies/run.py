@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from dspy_prod.errors import BudgetExceededError, ConfigError, OptionError, RunStoppedError
 from dspy_prod.options import Caps
@@ -108,11 +108,13 @@ class Run:
         Raises:
             ConfigError: an impossible cap, or one on what this run has not counted from its beginning.
         """
-        given = {name: value for name, value in (("usd", usd), ("calls", calls), ("tokens", tokens)) if value is not None}
+        every: dict[str, Any] = {"usd": usd, "calls": calls, "tokens": tokens}
+        given = {name: value for name, value in every.items() if value is not None}
         new = [name for name in given if getattr(self.caps, name) is None]
         if new:
             raise ConfigError(f"Run: {new[0]}: this run does not count it; begin one with {new[0]}=...")
-        self.caps = _caps(**{**{name: getattr(self.caps, name) for name in DIMENSIONS}, **given})
+        now: dict[str, Any] = {name: getattr(self.caps, name) for name in DIMENSIONS}
+        self.caps = _caps(**{**now, **given})
 
     def used(self) -> Used:
         """What it has used so far.
@@ -122,8 +124,13 @@ class Run:
         """
         found: dict[str, AccountState] = {name: self.store.account(account.key) for name, account in self.accounts()}
         usd, calls, tokens = (found.get(name) for name in DIMENSIONS)
-        money = (None, None, None) if usd is None else (usd.spent / NANO, usd.unconfirmed / NANO, usd.held / NANO)
-        return Used(*money, None if calls is None else calls.spent, None if tokens is None else tokens.spent)
+        return Used(
+            None if usd is None else usd.spent / NANO,
+            None if usd is None else usd.unconfirmed / NANO,
+            None if usd is None else usd.held / NANO,
+            None if calls is None else calls.spent,
+            None if tokens is None else tokens.spent,
+        )
 
     def accounts(self) -> Iterator[tuple[Dimension, Account]]:
         """The accounts of what is capped, each with the cap of now."""
@@ -142,8 +149,8 @@ class Run:
             for number in (refusal.spent + refusal.held, refusal.limit, refusal.amount)
         )
         return BudgetExceededError(
-            f"The run {self.name!r} cannot cover this call: {used} of {cap} {unit} are used or held by calls in flight, "
-            f"and the call may use up to {bound}. Raise the cap, Run.allow({name}=...), or lower max_tokens",
+            f"The run {self.name!r} cannot cover this call: {used} of {cap} {unit} are used or held by calls in "
+            f"flight, and the call may use up to {bound}. Raise the cap, Run.allow({name}=...), or lower max_tokens",
             model=model, route=route, budget=f"run {self.name}: {name}", limit_usd=refusal.limit / scale,
             spent_usd=refusal.spent / scale, held_usd=refusal.held / scale, bound_usd=refusal.amount / scale,
         )  # fmt: skip
@@ -197,7 +204,7 @@ class Run:
         self._watchers = set()
 
 
-def _caps(**given: float | int | None) -> Caps:
+def _caps(**given: Any) -> Caps:
     try:
         return Caps(**given)
     except OptionError as error:

@@ -46,7 +46,9 @@ def check_fields(names: Iterable[str]) -> None:
     """
     for name in names:
         if name not in _COMPARABLE and not name.startswith(TAG):
-            raise ValueError(f"{name!r} is no field to compare; use one of {', '.join(sorted(_COMPARABLE))}, tag:<name>")
+            raise ValueError(
+                f"{name!r} is no field to compare; use one of {', '.join(sorted(_COMPARABLE))}, tag:<name>"
+            )
 
 
 class MemoryLedger:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import multiprocessing as mp
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,16 @@ import dspy
 import pytest
 
 import dspy_prod
-from dspy_prod import Budget, BudgetExceededError, ConfigError, RateLimit, Retry, Run, RunStoppedError, UnpricedModelError
+from dspy_prod import (
+    Budget,
+    BudgetExceededError,
+    ConfigError,
+    RateLimit,
+    Retry,
+    Run,
+    RunStoppedError,
+    UnpricedModelError,
+)
 from dspy_prod.testing import FaultPlan, Provider, Status
 from tests.e2e.children import spend_of_run
 from tests.e2e.conftest import MakeLM, MakeProvider
@@ -39,9 +47,9 @@ A_CENT = {MODEL: (0.0, 100.0), CHEAP: (0.0, 100.0)}
 
 
 @pytest.fixture
-def run(store_url: str) -> Iterator[Run]:
-    """Caps of each kind are added by the tests."""
-    yield Run("it", usd=1e6, calls=10**9, tokens=10**9, store=store_url, namespace="e2e")
+def run(store_url: str) -> Run:
+    """Caps that no test reaches; those that it means are set by `allow`."""
+    return Run("it", usd=1e6, calls=10**9, tokens=10**9, store=store_url, namespace="e2e")
 
 
 def crowd(run: Run, lms: list[Any], callers: int, calls: int) -> list[Any]:
@@ -86,7 +94,7 @@ def test_attempts_are_counted_and_not_calls(serve: MakeProvider, connect: MakeLM
     with dspy_prod.call_context(run=run):
         outcomes = [outcome(lambda: lm(f"question {number}")) for number in range(9)]  # noqa: B023
         assert len(provider.calls) == 9
-        assert len(answers(outcomes)) >= 4
+        assert len(answers(outcomes)) == 3
         assert isinstance(outcomes[-1], BudgetExceededError)
         assert "9 of 9 calls are used" in str(outcomes[-1])
         assert lm("question 0") == outcomes[0], "the cache goes on answering"
@@ -137,10 +145,10 @@ def test_what_nobody_can_price_is_refused_within_a_cap_on_dollars(
     assert run.used() == (0.0, 0.0, 0.0, 0, 0)
 
 
-# -- stopping ----------------------------------------------------------------------------------------------------------
+# -- stopping ------------------------------------------------------------------------------------------------------
 def waits_for_its_limit(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
     provider = serve()
-    lm = connect(provider, limit=RateLimit(rpm=1), store=fresh_memory())
+    lm = connect(provider, limit=RateLimit(rpm=1, max_wait=600), store=fresh_memory())
     lm("the minute's only one")
     return provider, lm
 
@@ -231,11 +239,11 @@ def test_a_stopped_run_is_told_once(serve: MakeProvider) -> None:
         run.stop("again")
     finally:
         remove()
-    assert [(event.name, event.data["run"], event.data["reason"]) for event in told] == [("run_stopped", "it", "enough")]
+    assert [(event.name, dict(event.data)) for event in told] == [("run_stopped", {"run": "it", "reason": "enough"})]
     assert run.stopped == "enough"
 
 
-# -- caps ----------------------------------------------------------------------------------------------------------------
+# -- caps ----------------------------------------------------------------------------------------------------------
 def test_a_cap_can_be_raised(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
     """Going on with more money was impossible: the same name with another amount was an error."""
     provider = serve(prices=A_CENT, usage=(20, 100))
@@ -252,7 +260,13 @@ def test_a_cap_can_be_raised(serve: MakeProvider, connect: MakeLM, run: Run) -> 
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [({"usd": 0}, "usd"), ({"usd": -1}, "usd"), ({"calls": 0}, "calls"), ({"tokens": 1.5}, "tokens"), ({"name": ""}, "name")],
+    [
+        ({"usd": 0}, "usd"),
+        ({"usd": -1}, "usd"),
+        ({"calls": 0}, "calls"),
+        ({"tokens": 1.5}, "tokens"),
+        ({"name": ""}, "name"),
+    ],
 )
 def test_an_impossible_cap_is_refused_by_name(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=f"Run: {said}"):
@@ -303,7 +317,7 @@ def test_a_run_follows_dspy_into_its_threads(serve: MakeProvider, connect: MakeL
     assert provider.bill.nano == 5 * CENT
 
 
-# -- what is left of it --------------------------------------------------------------------------------------------------
+# -- what is left of it --------------------------------------------------------------------------------------------
 def test_the_ledger_can_be_asked_by_run_and_tag(serve: MakeProvider, connect: MakeLM, store_url: str) -> None:
     provider = serve()
     lm = connect(provider, store=store_url, cache=True)
