@@ -28,6 +28,7 @@ from dspy_prod import (
     StoreUnavailableError,
     call_context,
 )
+from dspy_prod.compat.dspy import import_locks
 from dspy_prod.testing import Provider, ScriptedEngine
 from tests.e2e.support import MODEL, fresh_memory, make_lm
 
@@ -205,6 +206,32 @@ def test_a_forked_child_can_call(tmp_path: Path, engine: str, store: str) -> Non
             thread.join(20)
             assert not thread.is_alive()
         assert wrong == []
+        lm.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_forked_while_a_thread_looks_at_litellm() -> None:
+    """DSPy looks LiteLLM up under a lock in each call; a child forked just then waited for that lock for ever."""
+    with Provider(answer=lambda call: call.last_message) as provider:
+        lm = make_lm(provider.url, store=fresh_memory(), engine="litellm")
+        lm("first")
+        looking = threading.Event()
+
+        def look() -> None:
+            for lock in import_locks():
+                lock.acquire()
+            looking.set()
+            time.sleep(0.3)
+            for lock in import_locks():
+                lock.release()
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        assert looking.wait(20)
+        assert child_calls(lm, 0) == 0
+        thread.join()
+        assert lm("parent") == ["parent"]
         lm.close()
 
 

@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol
 
 import dspy
 from dspy.clients import model_metadata
+from dspy.utils import lazy_import
 
 from dspy_prod.compat.foreign import names
 
@@ -183,3 +184,8 @@ def renew_metadata_lock() -> None:
     """In a forked child: nobody would release the lock if a thread of the parent held it."""
     if hasattr(model_metadata, "_lock"):
         model_metadata._lock = threading.RLock()
+
+
+def import_locks() -> list[Any]:
+    """The locks of the packages that DSPy imports late. Each use of one takes its lock, also when it is there."""
+    return list(getattr(lazy_import, "_lazy_module_locks", {}).values())

@@ -52,7 +52,8 @@ _STAGES: Final[dict[weakref.ref[Forked], Stage]] = {}
 _HELD: Final[dict[weakref.ref[Held], Stage]] = {}
 _holding: Final[list[Held]] = []  # what this fork holds, in the order in which it was taken
 _forking = threading.RLock()  # a signal's handler may fork just here
-_PATIENCE: Final = 10.0
+PATIENCE: Final = 10.0
+"""Seconds a fork waits for whoever is in the middle of something."""
 
 
 def reset_after_fork(item: Forked, stage: Stage = Stage.LOCKS) -> None:
@@ -66,7 +67,7 @@ def hold_while_forking(item: Held, stage: Stage) -> None:
     Waits while another thread forks, which could not hold a newcomer any more.
     """
     lock = _forking
-    waited = lock.acquire(timeout=_PATIENCE)
+    waited = lock.acquire(timeout=PATIENCE)
     try:
         reset_after_fork(item, stage)
         _HELD[weakref.ref(item, _HELD.pop)] = stage
@@ -110,7 +111,7 @@ class _Importing:
         self._lock.release()
 
     def before_fork(self) -> None:
-        self._held = self._lock.acquire(timeout=_PATIENCE)
+        self._held = self._lock.acquire(timeout=PATIENCE)
 
     def after_fork_in_parent(self) -> None:
         if self._held:

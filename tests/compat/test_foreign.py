@@ -113,6 +113,7 @@ SIGNATURES = [
 VALUES = [
     ("dspy.clients._deprecation", "_adapter_call"),
     ("dspy.clients.model_metadata", "_lock"),
+    ("dspy.utils.lazy_import", "_lazy_module_locks"),
     ("dspy.dsp.utils.settings", "thread_local_overrides"),
     ("dspy.dsp.utils.settings", "main_thread_config"),
     ("dspy._vendor.lm15.providers.openai_chat", "_INGEST_CONFIG_KEYS"),

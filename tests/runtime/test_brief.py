@@ -8,17 +8,17 @@ import time
 import pytest
 
 from dspy_prod.runtime import brief
-from dspy_prod.runtime.brief import BriefLock
+from dspy_prod.runtime.brief import brief as calm
 
 
 def test_one_at_a_time() -> None:
     """Whoever is interrupted between reading and writing would lose what others counted meanwhile."""
-    lock, count = BriefLock(), 0
+    lock, count = threading.Lock(), 0
 
     def work() -> None:
         nonlocal count
         for _ in range(2_000):
-            with lock:
+            with calm(lock):
                 seen = count
                 if seen % 100 == 0:
                     time.sleep(0)  # lets others run into the lock
@@ -33,23 +33,23 @@ def test_one_at_a_time() -> None:
 
 
 def test_it_is_given_back_when_something_fails() -> None:
-    lock = BriefLock()
-    with pytest.raises(ZeroDivisionError), lock:
+    lock = threading.Lock()
+    with pytest.raises(ZeroDivisionError), calm(lock):
         raise ZeroDivisionError
-    with lock:
+    with calm(lock):
         pass
 
 
 def test_who_tried_often_enough_queues(monkeypatch: pytest.MonkeyPatch) -> None:
     """A holder that sleeps is waited for without turning round."""
     monkeypatch.setattr(brief, "_TRIES", 0)
-    lock, order = BriefLock(), []
+    lock, order = threading.Lock(), []
 
     def second() -> None:
-        with lock:
+        with calm(lock):
             order.append("second")
 
-    with lock:
+    with calm(lock):
         thread = threading.Thread(target=second)
         thread.start()
         thread.join(0.05)

@@ -8,12 +8,12 @@ from typing import Any, Final
 
 from dspy.lm15 import Request, Response
 
-from dspy_prod.compat.dspy import is_openai_reasoning_model
+from dspy_prod.compat.dspy import import_locks, is_openai_reasoning_model
 from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine, leave_clients_to_the_parent
 from dspy_prod.pipeline.upstream.finish import untold_in, without_end
 from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
-from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.forking import PATIENCE, Stage, hold_while_forking, reset_after_fork
 
 _TIMEOUTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Time-outs given to LiteLLM for an attempt's remaining time: few, as each distinct one opens a new connection."""
@@ -100,3 +100,23 @@ class _Clients:
 
 _CLIENTS: Final = _Clients()
 reset_after_fork(_CLIENTS)
+
+
+class _Imports:
+    """DSPy's locks of LiteLLM and the like, taken in every call: a forked child must find them free."""
+
+    def __init__(self) -> None:
+        self._locks: list[Any] = []
+
+    def before_fork(self) -> None:
+        self._locks = [lock for lock in import_locks() if lock.acquire(timeout=PATIENCE)]
+
+    def after_fork_in_parent(self) -> None:
+        while self._locks:
+            self._locks.pop().release()
+
+    _after_fork = after_fork_in_parent  # the child's one thread is the one that took them
+
+
+_IMPORTS: Final = _Imports()
+hold_while_forking(_IMPORTS, Stage.IMPORTS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import threading
 from typing import Final
 
 from dspy_prod.errors import StoreUnavailableError
@@ -17,6 +18,8 @@ _log = logging.getLogger("dspy_prod")
 
 EVERY: Final = 128
 """Commits from one copying to the next."""
+PATIENCE: Final = 5.0
+"""Seconds for which a store that is closed waits for its log to be copied."""
 
 
 class Checkpoints:
@@ -30,6 +33,7 @@ class Checkpoints:
         self._reader = reader
         self._commits = 0
         self._at_work = False
+        self._thread: threading.Thread | None = None
 
     def committed(self) -> None:
         """Another commit is in the log; the writer's. Waits for nothing."""
@@ -37,8 +41,14 @@ class Checkpoints:
         if self._commits >= EVERY and not self._at_work:
             self._commits = 0
             self._at_work = True
-            if begin("dspy_prod-sqlite-checkpoint", self._copy) is None:
+            self._thread = begin("dspy_prod-sqlite-checkpoint", self._copy)
+            if self._thread is None:
                 self._at_work = False
+
+    def end(self) -> None:
+        """Wait for who copies, within reason: it would open again what is closed just now. The writer's last."""
+        if self._thread is not None:
+            self._thread.join(PATIENCE)
 
     def _copy(self) -> None:
         try:

@@ -12,6 +12,7 @@ from functools import partial
 from math import inf
 from typing import Final
 
+from dspy_prod.runtime.brief import brief
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.admission.share import Share, lot_of
 from dspy_prod.stores.admission.window import AHEAD
@@ -64,7 +65,7 @@ class Drawing(Filling):
 
     def lose(self) -> None:
         """Others thought this process dead and charged what it had drawn: what ends now replaces that."""
-        with self._lock:
+        with brief(self._lock):
             for share in self._shares.values():
                 share.close()
                 share.dead, share.note = True, _forget
@@ -74,12 +75,12 @@ class Drawing(Filling):
 
     def moved(self) -> None:
         """The file was deleted or replaced."""
-        with self._lock:
+        with brief(self._lock):
             self._cells.lost()
 
     def close(self) -> None:
         """Nothing can be written: nobody is admitted from a share."""
-        with self._lock:
+        with brief(self._lock):
             for share in self._shares.values():
                 share.close()
 
@@ -166,31 +167,31 @@ class Drawing(Filling):
             hold.amount -= taken
             part.written += cost
             if taken < cost:  # it cost more than was held for it
-                with self._lock:
+                with brief(self._lock):
                     share.money += cost - taken
                 self._changes.undone.append(partial(self._take_again, share, cost - taken))
         return Hold(reservation.id, hold.accounts, taken, hold.limit_key, reservation.debit, inf, reservation.stub)
 
     def _take_again(self, share: Share, money: int) -> None:
-        with self._lock:
+        with brief(self._lock):
             share.money -= money
 
     def _abandon_lost(self, now: float) -> None:
         """Charge calls whose lease has ended: nobody will settle them."""
         for share in list(self._shares.values()):
-            with self._lock:
+            with brief(self._lock):
                 lost = [each for each in share.live.values() if each.granted_at + each.lease <= now]
             for reservation in lost:
                 cost = reservation.amount if reservation.accounts else 0
                 ended = Settlement(reservation.id, cost, None, True, True, None)
-                with self._lock:
+                with brief(self._lock):
                     if not share.end(reservation, ended):
                         continue
                 self._changes.undone.append(partial(self._find_again, share, reservation, cost))
                 self._core.abandon(self._part(share, reservation, cost), now)
 
     def _find_again(self, share: Share, reservation: Reservation, cost: int) -> None:
-        with self._lock:
+        with brief(self._lock):
             share.live[reservation.id] = reservation
             share.in_flight += cost
             share.charged -= cost

@@ -5,9 +5,10 @@ The shares themselves are made, filled up and given back by `drawing.py`, inside
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
-from dspy_prod.runtime.brief import BriefLock
+from dspy_prod.runtime.brief import brief
 from dspy_prod.stores.admission.share import Lot, Share, lot_of
 from dspy_prod.stores.base import Reservation, Settlement
 
@@ -21,7 +22,7 @@ class Drawn:
     """
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self.lock = BriefLock()
+        self.lock = threading.Lock()
         self.shares: dict[Lot, Share] = {}
         self._now = now
 
@@ -30,7 +31,7 @@ class Drawn:
         share = self.shares.get(lot_of(reservation))
         if share is None:
             return False
-        with self.lock:
+        with brief(self.lock):
             return share.take(reservation, self._now())
 
     def settle(self, reservation: Reservation, done: Settlement) -> bool:
@@ -38,29 +39,29 @@ class Drawn:
         share = reservation.share
         if not isinstance(share, Share) or share.home is not self:
             return False
-        with self.lock:
+        with brief(self.lock):
             return share.end(reservation, done)
 
     def close(self, limit_key: str) -> None:
         """The provider said something: whoever comes now is decided by the writer."""
         for share in self._of_limiter(limit_key):
-            with self.lock:
+            with brief(self.lock):
                 share.close()
 
     # -- reading -------------------------------------------------------------------------------------------------------
     def in_flight(self) -> int:
         """Calls in flight."""
-        with self.lock:
+        with brief(self.lock):
             return sum(len(share.live) for share in self.shares.values())
 
     def money(self, account: str) -> int:
         """Nano-USD held on an account that no call uses."""
-        with self.lock:
+        with brief(self.lock):
             return sum(max(0, share.money) for share in self.shares.values() if account in share.lot[1])
 
     def capacity(self, limit_key: str) -> tuple[int, int, int]:
         """(requests, tokens, seats) of a limiter that no call uses."""
-        with self.lock:
+        with brief(self.lock):
             found = [(share.requests, share.tokens, share.seats) for share in self._of_limiter(limit_key)]
         requests, tokens, seats = (sum(each) for each in zip((0, 0, 0), *found, strict=True))
         return requests, tokens, seats

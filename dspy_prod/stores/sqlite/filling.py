@@ -13,6 +13,7 @@ from math import inf
 from typing import Final
 
 from dspy_prod.records import CallRecord
+from dspy_prod.runtime.brief import brief
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.holds import Changes, Drawn, Hold
 from dspy_prod.stores.admission.limiter import Debit, LimiterState
@@ -63,7 +64,7 @@ class Filling:
         self._look_at = -inf
 
     def _begin(self, lot: Lot, reservation: Reservation) -> Share | None:
-        with self._lock:  # it may move to another file, and a note that is made meanwhile must not be lost
+        with brief(self._lock):  # it may move to another file, and a note that is made meanwhile must not be lost
             cell = self._cells.take() if len(self._shares) < CELLS else None
         if cell is None:
             return None
@@ -73,7 +74,7 @@ class Filling:
         share = Share(hold, reservation, partial(self._cells.note, cell), charged, self._drawn)
         share.note(charged, 0, 0)
         self._core.holds[id] = self._changes.added[id] = hold
-        with self._lock:
+        with brief(self._lock):
             self._shares[lot] = share
         self._changes.undone.append(lambda: self._end(share))
         return share
@@ -114,7 +115,7 @@ class Filling:
         self, share: Share, one: Debit | None, requests: int, tokens: int, seats: int, money: int, until: float
     ) -> None:
         """What was drawn is durable."""
-        with self._lock:
+        with brief(self._lock):
             if share.one is not None and share.requests:
                 self._unused.append((share, share.one, share.requests, share.tokens))
             share.one = one
@@ -150,7 +151,7 @@ class Filling:
         core, hold, lock = self._core, share.hold, self._lock
         part = hold.drawn
         assert part is not None
-        with lock:
+        with brief(lock):
             share.close()
             money, share.money = max(0, share.money), min(0, share.money)
             requests, tokens, share.requests, share.tokens = share.requests, share.tokens, 0, 0
@@ -173,7 +174,7 @@ class Filling:
             self._changes.limiters.add(hold.limit_key)
 
         def undo() -> None:
-            with lock:
+            with brief(lock):
                 share.money += money
                 share.seats += seats
 
@@ -184,7 +185,7 @@ class Filling:
             self._after(partial(self._end, share))
 
     def _end(self, share: Share) -> None:
-        with self._lock:
+        with brief(self._lock):
             if self._shares.get(share.lot) is share:
                 del self._shares[share.lot]
         if share.hold.drawn is not None:

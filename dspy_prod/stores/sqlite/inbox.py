@@ -119,8 +119,10 @@ class Inbox:
             return
         with self._room:
             self._slowed += 1
-            self._room.wait_for(lambda: self.behind() <= FULL or not self.open, PATIENCE)
-            self._slowed -= 1
+            try:
+                self._room.wait_for(lambda: self.behind() <= FULL or not self.open, PATIENCE)
+            finally:
+                self._slowed -= 1
 
     def written(self) -> None:
         """What was taken is durable; the writer's."""

@@ -293,6 +293,7 @@ class Writer:
         if lost:
             _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
             self._dropping("close", "the store was closed while its file could not be written", lost)
+        self._checkpoints.end()
         with self.io:
             self._transactions.resign()
         self.ended = True

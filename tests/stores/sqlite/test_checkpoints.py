@@ -106,6 +106,30 @@ def test_a_store_is_closed_once_its_log_is_copied(store: SqliteStore, monkeypatc
     assert not os.path.exists(store.url.removeprefix("sqlite:///") + "-wal"), "whoever closed last put all in the file"
 
 
+def test_who_copies_late_opens_nothing_that_was_closed(
+    store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that came to its work after `close` opened the file once more, and nobody closed that."""
+    reader = store._writer._checkpoints._reader
+    read, close, closed = reader.read, reader.close, threading.Event()
+
+    def late(question: Any) -> Any:
+        closed.wait(0.5)  # if it is closed meanwhile, that was too early
+        return read(question)
+
+    def closing() -> None:
+        close()
+        closed.set()
+
+    monkeypatch.setattr(reader, "read", late)
+    monkeypatch.setattr(reader, "close", closing)
+    commit(store, 5)
+    store.close()
+    until(lambda: not store._writer._checkpoints._at_work)
+    assert reader.connection is None
+    assert not os.path.exists(path + "-wal")
+
+
 def test_what_cannot_be_copied_is_told_and_tried_again(
     store: SqliteStore, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
