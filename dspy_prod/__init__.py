@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         DeadlineExceededError,
         RateLimitedError,
         RejectedError,
+        RunStoppedError,
         StoreUnavailableError,
         UnpricedModelError,
         UnusableAnswerError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from dspy_prod.lm.lm import LM
     from dspy_prod.lm.wrapping import wrap
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.policies.run import Run
     from dspy_prod.privacy.redactor import Redactor
     from dspy_prod.production.module import CallReport, Production, call_report
     from dspy_prod.records import CallRecord
@@ -39,9 +41,10 @@ __getattr__, __dir__ = door(
     {
         "context.current": "call_context",
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError RateLimitedError "
-        "RejectedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
+        "RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
         "lm": "LM wrap",
         "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
+        "policies.run": "Run",
         "privacy": "Redactor",
         "production.module": "CallReport Production call_report",
         "records": "CallRecord",
@@ -90,6 +93,8 @@ __all__ = [
     "Redactor",
     "RejectedError",
     "Retry",
+    "Run",
+    "RunStoppedError",
     "StoreUnavailableError",
     "UnpricedModelError",
     "UnusableAnswerError",

@@ -109,6 +109,18 @@ class BudgetExceededError(RejectedError):
     bound_usd: float = 0.0
 
 
+class RunStoppedError(RejectedError):
+    """The `Run` that the call belongs to was stopped, so nothing is sent for it any more.
+
+    Attributes:
+        run: the run's name.
+    """
+
+    reason = "run_stopped"
+    default_code = "run_stopped"
+    run: str = ""
+
+
 class DeadlineExceededError(RejectedError):
     """The call's own deadline passed while it waited, retried, or while the upstream was working.
 

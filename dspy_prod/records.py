@@ -48,6 +48,7 @@ class CallRecord(NamedTuple):
         reason: of a refused call, the word of `RejectedError.reason` and what said no, e.g.
             `"budget_exceeded: day/tenant=acme"`. Of refusals that follow fast on each other one in a while is
             recorded, and tells how many it stands for: `"... (and 137 more)"`.
+        run: name of the run the call belongs to, when the context names one.
     """
 
     id: str
@@ -80,6 +81,7 @@ class CallRecord(NamedTuple):
     trace_id: str | None = None
     accounts: tuple[str, ...] = ()
     reason: str | None = None
+    run: str | None = None
 
     @property
     def cost_usd(self) -> float | None:
@@ -147,11 +149,11 @@ def _fields(*names: str) -> Callable[[CallRecord], tuple[Any, ...]]:
     return itemgetter(*map(CallRecord._fields.index, names))
 
 
-alike: Final = _fields("model", "user", "tenant", "program", "variant", "prompt_version", "tags")
+alike: Final = _fields("model", "user", "tenant", "program", "variant", "prompt_version", "tags", "run")
 """What the `rollup_keys` of a record depend on: records that have it in common are summed together."""
 
 
-ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "variant", "prompt")
+ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "variant", "prompt", "run")
 
 
 def rollup_keys(record: CallRecord) -> list[tuple[str, str]]:
@@ -172,6 +174,8 @@ def rollup_keys(record: CallRecord) -> list[tuple[str, str]]:
         keys.append(("variant", record.variant))
     if record.prompt_version is not None:
         keys.append(("prompt", record.prompt_version))
+    if record.run is not None:
+        keys.append(("run", record.run))
     keys.extend((f"tag:{name}", value) for name, value in record.tags)
     return [(dimension, summed_as(value)) for dimension, value in keys]
 

@@ -77,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     costs = commands.add_parser("costs", help="what was spent")
     _where(costs)
     costs.add_argument(
-        "--by", default=None, help="day, model, user, tenant, program, variant, prompt or tag:<key>; default: a summary"
+        "--by",
+        default=None,
+        help="day, model, user, tenant, program, variant, prompt, run, tag:<key>; default: a summary",
     )
     costs.add_argument(
         "--since", metavar="WHEN", help="7d, 2w, today or a date; whole days (UTC), by day unless --by says otherwise"
@@ -89,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
         calls.add_argument(f"--{name}", help=f"only this {name}")
     calls.add_argument("--since", metavar="WHEN", help="30m, 12h, 7d, 2w, today, or a date (UTC) or time")
     calls.add_argument("--trace", metavar="TRACE_ID", help="only what belongs to this MLflow trace")
+    calls.add_argument("--run", dest="of_run", metavar="NAME", help="only the calls of this run")
+    calls.add_argument("--tag", metavar="NAME=VALUE", action="append", help="only calls with this tag; may be repeated")
     calls.add_argument("--prompt", metavar="VERSION", help="only this program version, e.g. triage/7")
     calls.add_argument("--unconfirmed", action="store_true", help="only costs that the provider did not confirm")
     add_budgets(commands, _where)

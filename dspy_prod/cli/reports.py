@@ -15,7 +15,6 @@ from rich.text import Text
 
 from dspy_prod.cli.printing import Cell, as_text, print_json, show, table
 from dspy_prod.errors import ConfigError
-from dspy_prod.lm.arguments import default_namespace
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import OTHER, CallRecord
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
@@ -23,7 +22,7 @@ from dspy_prod.status.costs import Place, check_dimension, costs_by, summary
 from dspy_prod.status.ledger import Ledger
 from dspy_prod.status.models import CostRow
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import default_store_url, file_of, open_store
+from dspy_prod.stores.opening import default_namespace, default_store_url, file_of, open_store
 from dspy_prod.stores.sqlite.schema import namespaces
 
 DEFAULT_LIMIT = 20
@@ -107,18 +106,20 @@ def calls(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--limit {limit} must be at least 1")
     store = opened(arguments)
     wanted = {name: getattr(arguments, name) for name in ("user", "tenant", "model", "outcome", "program", "variant")}
-    wanted["prompt_version"] = arguments.prompt
+    wanted["run"], wanted["prompt_version"] = arguments.of_run, arguments.prompt
     wanted["trace_id"] = _trace(arguments.trace)
     wanted = {name: value for name, value in wanted.items() if value is not None}
+    tags = dict(map(_tag, arguments.tag or ()))
     if arguments.unconfirmed:
         found = Ledger(store).unconfirmed(since=since)
+        found = [each for each in found if tags.items() <= dict(each.tags).items()]
         records = [each for each in found if wanted.items() <= each.to_dict().items()][:limit]
     else:
-        records = Ledger(store).records(since=since, limit=limit, **wanted)
+        records = Ledger(store).records(since=since, limit=limit, tags=tags, **wanted)
     if arguments.json:
         return print_json([record.to_dict() for record in records])
     if not records:
-        that = " that match" if wanted or arguments.unconfirmed else ""
+        that = " that match" if wanted or tags or arguments.unconfirmed else ""
         return show(f"No calls{that} are recorded in namespace {store.namespace!r}{_from(arguments)}.")
     columns = ("when, user", "model and id", "outcome", "USD", "seconds")
     return show(table(f"Newest calls in {store.namespace!r}{_from(arguments)}", columns, map(_row, records), numbers=2))
@@ -158,6 +159,13 @@ def _since(given: str | None) -> dt.datetime | None:
         return at.astimezone(dt.timezone.utc)
     except (ValueError, OverflowError):
         raise ConfigError(f"--since {given!r}: use 7d, 12h, 30m, 2w, today, or a date such as {now.date()}") from None
+
+
+def _tag(given: str) -> tuple[str, str]:
+    name, between, value = given.partition("=")
+    if not name or not between:
+        raise ConfigError(f"--tag {given!r}: write name=value, e.g. --tag feature=triage")
+    return name, value
 
 
 def _from(arguments: argparse.Namespace) -> str:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import inf
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import dspy
 
@@ -36,6 +36,18 @@ PROCESS_RUN = uuid.uuid4().hex
 """The run that `Budget(per="run")` counts when the context names none: this process."""
 
 
+@runtime_checkable
+class Guard(Protocol):
+    """What every upstream attempt inside a context needs the leave of, as `dspy_prod.Run`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self) -> None:
+        """Raise if no attempt may be made any more."""
+        ...
+
+
 class CallContext(NamedTuple):
     """The conditions of the calls made inside a `call_context`. Immutable; nested contexts build on the outer one."""
 
@@ -55,12 +67,14 @@ class CallContext(NamedTuple):
     trace_id: str | None = None
     records: list[CallRecord] | None = None  # collects what the calls inside did, for `call_report`
     node: Any = None  # the open piece of a trace (`tap.Node`) that the calls inside belong to
+    guard: Any = None  # the `Run` that admits the attempts inside
+    sample: float | None = None  # share of the traces that are kept
 
     def told(self) -> dict[str, Any]:
         """For whom and for what a call is, in the words of the ledger, as events tell it."""
         return {
             "user": self.user, "tenant": self.tenant, "session": self.session, "tags": dict(self.tags),
-            "program": self.program, "experiment": self.experiment, "variant": self.variant,
+            "run": self.run, "program": self.program, "experiment": self.experiment, "variant": self.variant,
             "prompt_version": self.prompt_version, "trace_id": self.trace_id,
         }  # fmt: skip
 
@@ -110,12 +124,13 @@ def call_context(
     tags: Mapping[str, str] | None = None,
     cache: CacheMode | None = None,
     ttl: float | dt.timedelta | None = None,
-    run: str | None = None,
+    run: str | Guard | None = None,
     program: str | None = None,
     experiment: str | None = None,
     variant: str | None = None,
     prompt_version: str | None = None,
     trace_id: str | None = None,
+    sample: float | None = None,
     clock: Clock = SYSTEM_CLOCK,
 ) -> Iterator[CallContext]:
     """Say on whose behalf, how urgently and until when the calls inside are made.
@@ -132,8 +147,11 @@ def call_context(
         tags: free labels recorded with each call; budgets with `scope="tag:<key>"` count by them.
         cache: `"bypass"` neither reads nor writes the response cache, `"refresh"` writes without reading.
         ttl: seconds for which answers cached inside stay fresh.
-        run: name of the run that `Budget(per="run")` counts.
+        run: name of the run that `Budget(per="run")` counts and the ledger sums; or a `dspy_prod.Run`, which caps what
+            everything inside may use together. A name within a `Run` leaves its caps in force.
         program, experiment, variant, prompt_version, trace_id: recorded with each call.
+        sample: share of the ordinary traces inside that tracking keeps, 0 to 1; never more than it keeps elsewhere.
+            What erred, fell back or was dear is kept in any case.
         clock: for tests.
 
     Raises:
@@ -141,6 +159,8 @@ def call_context(
     """
     outer = current()
     changed: dict[str, Any] = {}
+    if run is not None and not isinstance(run, str) and isinstance(run, Guard):
+        changed["guard"], run = run, run.name
     texts = {
         "user": user,
         "tenant": tenant,
@@ -171,6 +191,10 @@ def call_context(
         changed["cache"] = cache
     if ttl is not None:
         changed["ttl"] = _positive("ttl", ttl)
+    if sample is not None:
+        if isinstance(sample, bool) or not isinstance(sample, (int, float)) or not 0 <= sample <= 1:
+            raise ValueError(f"call_context(sample={sample!r}) is a share of the traces, 0 to 1")
+        changed["sample"] = float(sample) if outer.sample is None else min(outer.sample, float(sample))
     with use(outer._replace(**changed)) as context:
         yield context
 

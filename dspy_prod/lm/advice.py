@@ -10,10 +10,10 @@ from typing import Any
 from dspy.lm15 import Message, NotConfiguredError, Request
 
 from dspy_prod.compat.dspy import warns_of_messages
-from dspy_prod.lm.assembling import disabled
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.records import usd
+from dspy_prod.runtime.switch import disabled
 
 
 def warn_messages(lm: Beneath, messages: Any) -> None:

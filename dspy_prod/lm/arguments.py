@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import dspy
@@ -133,14 +131,3 @@ def fallback_list(fallbacks: Any) -> tuple[str | dspy.LM, ...]:
     if isinstance(fallbacks, (str, dspy.LM)):
         raise ConfigError("fallbacks= takes a list, e.g. fallbacks=['anthropic/claude-haiku-4-5']")
     return tuple(fallbacks)
-
-
-def default_namespace(given: str | None = None) -> str:
-    """`namespace=`, else `$DSPY_PROD_NAMESPACE`, else the project directory's name.
-
-    Raises:
-        ConfigError: it is no text.
-    """
-    if given is not None and not isinstance(given, str):
-        raise ConfigError(f"namespace={given!r} must be text, such as namespace={str(given)!r}")
-    return given or os.environ.get("DSPY_PROD_NAMESPACE") or Path.cwd().name or "default"

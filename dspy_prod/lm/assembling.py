@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any, Final
 
 import dspy
@@ -21,6 +20,7 @@ from dspy_prod.policies.sharing import quoted_rules, shared_rule
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
+from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_store_url, open_store
 from dspy_prod.telemetry.events import BUS
@@ -28,11 +28,6 @@ from dspy_prod.telemetry.events import BUS
 _log = logging.getLogger("dspy_prod")
 
 _DEFAULTABLE: Final = ("max_tokens", "temperature", "top_p", "stop", "seed")
-
-
-def disabled() -> bool:
-    """Whether `DSPY_PROD_DISABLED` switches every policy off (the ledger stays on)."""
-    return os.environ.get("DSPY_PROD_DISABLED", "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:

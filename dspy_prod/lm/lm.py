@@ -22,7 +22,7 @@ from dspy_prod.compat.finishing import finish, keep
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
 from dspy_prod.lm.arguments import budget_options, check_tokens
-from dspy_prod.lm.assembling import assemble, disabled
+from dspy_prod.lm.assembling import assemble
 from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath, Watching
 from dspy_prod.lm.calling import aask, ask, begin, calls_of, per_call
 from dspy_prod.lm.copying import checked, copied, pinned
@@ -44,6 +44,7 @@ from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.living import LIVE
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.recent import Recent
+from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.tap import NOTHING, TAP
 

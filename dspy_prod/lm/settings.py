@@ -23,7 +23,6 @@ from dspy_prod.lm.arguments import (
     ALWAYS,
     Argument,
     budget_options,
-    default_namespace,
     fallback_list,
     options_in,
     price_options,
@@ -34,6 +33,7 @@ from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, R
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.stores.base import Store
+from dspy_prod.stores.opening import default_namespace
 
 DSPY: Final[Mapping[str, type | None]] = {
     "model": str,

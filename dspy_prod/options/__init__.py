@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dspy_prod.options.base import Options
 from dspy_prod.options.calls import PRIORITIES, Cache, CircuitBreaker, RateLimit, Retry
-from dspy_prod.options.money import Budget, Price
+from dspy_prod.options.money import Budget, Caps, Price
 
-__all__ = ["PRIORITIES", "Budget", "Cache", "CircuitBreaker", "Options", "Price", "RateLimit", "Retry"]
+__all__ = ["PRIORITIES", "Budget", "Cache", "Caps", "CircuitBreaker", "Options", "Price", "RateLimit", "Retry"]
 
-for _kind in (Options, Budget, Cache, CircuitBreaker, Price, RateLimit, Retry):
+for _kind in (Options, Budget, Cache, Caps, CircuitBreaker, Price, RateLimit, Retry):
     _kind.__module__ = __name__  # by which pickles, also those of other releases, name them
 del _kind

@@ -11,6 +11,18 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from dspy_prod.options.base import Count, Options, SecondsOrZero, Share, Usd, not_bool
 
 
+class Caps(Options):
+    """What a run may use in all; None: as much as it likes.
+
+    Attributes:
+        usd: dollars. calls: upstream attempts, retries and fallbacks included. tokens: input and output together.
+    """
+
+    usd: Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False, le=1e9)] | None = None
+    calls: Count | None = None
+    tokens: Count | None = None
+
+
 class Budget(Options):
     """A hard limit on money. It is never exceeded while each call's cost stays within its reserved upper bound.
 

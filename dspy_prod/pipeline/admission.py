@@ -74,6 +74,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
         if again is None or again.reservation is None:
             assert refusal is not None
             raise refused(attempt, refusal)
+        again.taken = attempt.taken
         attempt = again
         store.admit(again.reservation)
 

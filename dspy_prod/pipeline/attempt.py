@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dspy.lm15 import Request, Response
 
 from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.taken import Taken
 from dspy_prod.policies.breaker.breaker import Permit
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.stores.base import GRANTED, Reservation
@@ -33,6 +34,7 @@ class Attempt:
         sent: it was handed to the driver, so the provider may have seen it.
         paid: its place in the call's purse, once its cost was noted there.
         patience: seconds it may wait for its limiter, because another route is left.
+        taken: what it has taken of its run, where the context has one.
         answer: what came although it failed: an answer nobody can use, or one that broke after its end.
     """
 
@@ -50,6 +52,7 @@ class Attempt:
     paid: int | None = None
     patience: float = inf
     answer: Response | None = None
+    taken: Taken | None = None
 
     @property
     def held(self) -> Reservation | None:

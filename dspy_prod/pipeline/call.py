@@ -212,8 +212,8 @@ def _row(
     accounts: tuple[str, ...],
 ) -> CallRecord:
     (
-        user, tenant, session, priority, _deadline, tags, _cache, _ttl, _run, program, experiment, variant,
-        prompt_version, trace_id, _records, _node,
+        user, tenant, session, priority, _deadline, tags, _cache, _ttl, run, program, experiment, variant,
+        prompt_version, trace_id, _records, _node, _guard, _sample,
     ) = context  # fmt: skip
     # As a tuple: the generated constructor of a 30-field NamedTuple costs a microsecond.
     return _new_record(CallRecord, (
@@ -222,7 +222,7 @@ def _row(
         None if error is None else getattr(error, "status", None),
         usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.reasoning_tokens,
         cached, latency, waited, user, tenant, session, priority, program, experiment, variant,
-        prompt_version, tags, trace_id, accounts, None,
+        prompt_version, tags, trace_id, accounts, None, run,
     ))  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from dspy_prod.pricing.book import remedy
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.ids import IDS
-from dspy_prod.stores.base import Account, Refusal, Reservation
+from dspy_prod.stores.base import Account, Refusal, Reservation, Store
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
@@ -160,6 +160,18 @@ def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
     return again
 
 
+def bound_of(attempt: Attempt) -> int:
+    """The most an attempt can cost in nano-USD.
+
+    Raises:
+        UnpricedModelError: nobody knows.
+    """
+    bound = worst(attempt)
+    if bound is None:
+        raise _unbounded(attempt.route, attempt.request, attempt.route.bounds(attempt.request)[0])
+    return bound
+
+
 def worst(attempt: Attempt) -> int | None:
     """The most an attempt can cost in nano-USD, None when that is not known."""
     route, request = attempt.route, attempt.request
@@ -170,7 +182,29 @@ def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], l
     call, route, number, bound = attempt.call, attempt.route, attempt.number, attempt.bound
     pipeline = call.pipeline
     context = call.context
-    store = pipeline.store
+    limit = route.limit
+    horizon, lease = times(attempt, pipeline.store)
+    if attempt.patience != inf:
+        horizon = min(horizon, pipeline.store.now() + attempt.patience)
+    id = IDS.make()
+
+    def stub() -> CallRecord:
+        return call.record(
+            route, id, number, "abandoned", bound, pipeline.clock.time(), estimated=True,
+            accounts=tuple([account.key for account in accounts]),
+        )  # fmt: skip
+
+    fair = "" if limit.fair_by is None else (getattr(context, limit.fair_by) or "")
+    key, settings = (route.limit_key, limit) if limited else (None, None)
+    return Reservation(
+        id, key, settings, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,
+        stub if accounts else None,
+    )  # fmt: skip
+
+
+def times(attempt: Attempt, store: Store) -> tuple[float, float]:
+    """(the store's time after which a grant is of no use, seconds for which what is held outlives the attempt)."""
+    call, route, pipeline = attempt.call, attempt.route, attempt.call.pipeline
     limit = route.limit
     lease = _STREAM_LEASE if call.streaming else _UNBOUNDED_LEASE
     horizon = store.now() + DEFAULT_MAX_WAIT
@@ -188,22 +222,7 @@ def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], l
             # The hold outlives the longest wait plus the longest attempt.
             longest = max(0.0, until - now) if call.streaming or not route.timeout else route.timeout
             lease = (0.0 if horizon == inf else max(0.0, horizon - store.now())) + longest + _LEASE_GRACE
-    if attempt.patience != inf:
-        horizon = min(horizon, store.now() + attempt.patience)
-    id = IDS.make()
-
-    def stub() -> CallRecord:
-        return call.record(
-            route, id, number, "abandoned", bound, pipeline.clock.time(), estimated=True,
-            accounts=tuple([account.key for account in accounts]),
-        )  # fmt: skip
-
-    fair = "" if limit.fair_by is None else (getattr(context, limit.fair_by) or "")
-    key, settings = (route.limit_key, limit) if limited else (None, None)
-    return Reservation(
-        id, key, settings, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,
-        stub if accounts else None,
-    )  # fmt: skip
+    return horizon, lease
 
 
 def _wait_until(attempt: Attempt, now: float) -> float:

@@ -6,6 +6,7 @@ to the reaper.
 
 from __future__ import annotations
 
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -17,6 +18,7 @@ from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.outcome import Verdict, judge, own_deadline
 from dspy_prod.pipeline.plan import worst
 from dspy_prod.pipeline.refusals import too_late
+from dspy_prod.pipeline.taken import returned
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, billed_by
 from dspy_prod.pipeline.upstream.errors import public_error
@@ -42,7 +44,7 @@ def succeeded(attempt: Attempt, response: Response) -> None:
         cost = worst(attempt)
         estimated = cost is not None
     record = _record(attempt, "ok", cost, latency, estimated, usage)
-    tokens = None if attempt.reservation is None else _used(rates, usage)
+    tokens = None if attempt.reservation is None and attempt.taken is None else _used(rates, usage)
     _book(attempt, record, cost, tokens, True, estimated)
     if cost is not None and attempt.bound is not None and cost > attempt.bound:
         call.emit("budget_overrun", model=route.model, cost_usd=usd(cost), bound_usd=usd(attempt.bound))
@@ -121,14 +123,10 @@ def give_back(attempt: Attempt, error: BaseException) -> None:
     assert reservation is not None
     attempt.reservation = None
 
-    def work() -> None:
-        if not store.withdraw(reservation):
-            store.settle(reservation, Settlement(reservation.id, 0, 0, False, False, None))
-
     if isinstance(error, GeneratorExit):
-        REAPER.post(work)  # perhaps inside the garbage collector
+        REAPER.post(partial(returned, store, reservation))  # perhaps inside the garbage collector
     else:
-        work()
+        returned(store, reservation)
 
 
 def _cause_of(error: BaseException) -> str:
@@ -210,6 +208,8 @@ def _book(
         store.settle(held, Settlement(held.id, cost, tokens, sent, estimated, record))
     elif record is not None:
         store.append(record)
+    if attempt.taken is not None:
+        attempt.taken.settle(cost, tokens, sent, estimated)
 
 
 def _pay(attempt: Attempt, cost: int) -> None:

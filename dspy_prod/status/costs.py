@@ -196,8 +196,8 @@ def costs_by(store: Store, by: str, since: dt.date | None = None, limit: int | N
 
     Args:
         store: the store (and namespace) to read.
-        by: `"day"`, `"model"`, `"user"`, `"tenant"`, `"program"`, `"variant"`, `"prompt"` or `"tag:<key>"`. Records
-            that have no value for it are in no row.
+        by: `"day"`, `"model"`, `"user"`, `"tenant"`, `"program"`, `"variant"`, `"prompt"`, `"run"` or `"tag:<key>"`.
+            Records that have no value for it are in no row.
         since: the first day (UTC); default: all.
         limit: at most so many: the dearest, or the last days.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+from collections.abc import Mapping
 from typing import Final
 
 from dspy_prod.privacy.redactor import known_as
@@ -17,7 +18,7 @@ from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.status.costs import check_dimension, check_limit, check_written, cost_row
 from dspy_prod.status.models import CostRow
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.memory_ledger import day_of
+from dspy_prod.stores.memory_ledger import TAG, day_of
 
 Moment = float | dt.datetime | dt.date | dt.timedelta
 """Seconds since the epoch; a datetime (a naive one is local time, as everywhere in Python); a date, which begins at
@@ -61,6 +62,8 @@ class Ledger:
         outcome: str | None = None,
         call_id: str | None = None,
         trace_id: str | None = None,
+        run: str | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> list[CallRecord]:
         """The records that match everything given, newest first: of every attempt that has ended, refusals included.
 
@@ -72,13 +75,21 @@ class Ledger:
             since, until: the first moment, and the first moment after.
             limit: at most this many.
             user, tenant, ...: fields of `CallRecord` to compare. While a `dspy_prod.Redactor` is installed, the real
-                name of a user, tenant or session finds the records of its pseudonym.
+                name of a user, tenant, session or tag finds the records of its pseudonym.
+            tags: tags that a record has, whatever others it has beside. They have no index: in a ledger of millions
+                name the run, a user or a `since` as well.
+
+        Example:
+            ```python
+            lm.ledger.records(run="nightly", tags={"feature": "triage"}, limit=50)
+            ```
         """
         check_limit(limit)
         fields = {
             "user": known_as(user), "tenant": known_as(tenant), "session": known_as(session), "model": model,
             "program": program, "experiment": experiment, "variant": variant, "prompt_version": prompt_version,
-            "outcome": outcome, "call_id": call_id, "trace_id": trace_id,
+            "outcome": outcome, "call_id": call_id, "trace_id": trace_id, "run": run,
+            **{f"{TAG}{name}": known_as(str(value)) for name, value in (tags or {}).items()},
         }  # fmt: skip
         equals = {name: value for name, value in fields.items() if value is not None}
         begin, end = self._epoch("since", since), self._epoch("until", until)

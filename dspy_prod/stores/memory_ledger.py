@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
 from dspy_prod.runtime.ids import IDS
-from dspy_prod.stores.memory_rows import Rows, View
+from dspy_prod.stores.memory_rows import TAG, Rows, View
 
 MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
@@ -41,8 +41,10 @@ def check_fields(names: Iterable[str]) -> None:
         ValueError: names the field and those that exist.
     """
     for name in names:
-        if name not in _COMPARABLE:
-            raise ValueError(f"{name!r} is no field to compare; use one of {', '.join(sorted(_COMPARABLE))}")
+        if name not in _COMPARABLE and not name.startswith(TAG):
+            raise ValueError(
+                f"{name!r} is no field to compare; use one of {', '.join(sorted(_COMPARABLE))}, tag:<name>"
+            )
 
 
 class Alike:

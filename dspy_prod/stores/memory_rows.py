@@ -17,6 +17,9 @@ BLOCK: Final = 16
 _WIDTH: Final = len(CallRecord._fields)
 _ID: Final = CallRecord._fields.index("id")
 _STARTED_AT: Final = CallRecord._fields.index("started_at")
+_TAGS: Final = CallRecord._fields.index("tags")
+TAG: Final = "tag:"
+"""How the name of a tag begins among the names of fields: `tag:feature`."""
 
 
 class Rows:
@@ -99,13 +102,15 @@ class View:
         self, since: float | None, until: float | None, limit: int | None, equals: Mapping[str, str]
     ) -> list[CallRecord]:
         """Those that match, newest first."""
-        wanted = [(CallRecord._fields.index(name), value) for name, value in equals.items()]
+        wanted = [(CallRecord._fields.index(name), value) for name, value in equals.items() if not name.startswith(TAG)]
+        tags = {(name.removeprefix(TAG), value) for name, value in equals.items() if name.startswith(TAG)}
         found = (
             block[at : at + _WIDTH]
             for block, at in self._newest()
             if (since is None or block[at + _STARTED_AT] >= since)
             and (until is None or block[at + _STARTED_AT] < until)
             and all(block[at + index] == value for index, value in wanted)
+            and tags.issubset(block[at + _TAGS])
         )
         return [CallRecord._make(row) for row in (found if limit is None else islice(found, limit))]
 

@@ -41,6 +41,17 @@ def default_store_url() -> str:
     return os.environ.get(URL_VARIABLE) or DEFAULT_URL
 
 
+def default_namespace(given: str | None = None) -> str:
+    """`namespace=`, else `$DSPY_PROD_NAMESPACE`, else the project directory's name.
+
+    Raises:
+        ConfigError: it is no text.
+    """
+    if given is not None and not isinstance(given, str):
+        raise ConfigError(f"namespace={given!r} must be text, such as namespace={str(given)!r}")
+    return given or os.environ.get("DSPY_PROD_NAMESPACE") or Path.cwd().name or "default"
+
+
 def open_store(
     url: str | Store,
     namespace: str,

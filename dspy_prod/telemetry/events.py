@@ -35,7 +35,7 @@ def _kind(level: int, fields: str, meaning: str) -> Kind:
     return Kind(level, frozenset(fields.split()), meaning)
 
 
-_TOLD: Final = "user tenant session tags program experiment variant prompt_version trace_id"
+_TOLD: Final = "user tenant session tags run program experiment variant prompt_version trace_id"
 """As `CallContext.told` tells it."""
 
 _WHOSE: Final = f"call_id {_TOLD}"
@@ -63,6 +63,7 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "budget_soft": _kind(WARNING, f"{_WHOSE} budget spent_usd limit_usd degrade_to", "Its soft threshold is passed."),
     "budget_changed": _kind(INFO, "budget limit_usd before_usd changed", "Other settings hold for all who share it."),
     "budget_overrun": _kind(ERROR, f"{_CALL} cost_usd bound_usd", "More was billed than reserved. Check `prices=`."),
+    "run_stopped": _kind(INFO, "run reason", "Nothing is sent any more for calls of this run."),
     "unpriced_model": _kind(WARNING, "model", "Calls of this model are recorded without a cost. Pass `prices=`."),
     "hold_abandoned": _kind(WARNING, "path holds cost_nano", "Calls of dead processes were charged in full."),
     "store_degraded": _kind(WARNING, "path error", "The file cannot be written; what is settled is kept. Mend it."),

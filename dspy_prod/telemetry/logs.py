@@ -24,7 +24,7 @@ LEVELS: Final[Mapping[str, int]] = {name: kind.level for name, kind in EVENTS.it
 
 _SUBJECTS: Final = ("program", "model", "route", "budget", "store", "path")
 _HIDDEN: Final = frozenset({
-    *("call_id", "record_id", "generation", "estimated", "session", "tags"),
+    *("call_id", "record_id", "generation", "estimated", "session", "tags", "run"),
     *("experiment", "variant", "prompt_version", "trace_id"),
 })  # fmt: skip
 """Details that a short line leaves out."""

@@ -45,6 +45,7 @@ class Trace:
     whose: dict[str, Any] = field(default_factory=dict)  # of its attempts
     place: str | None = None
     run: tuple[str, str] | None = None  # its trace's id, and the run's
+    sample: float | None = None  # share of its like that is kept, where its context says so
 
 
 def batch_of(number: int, some: Sequence[Trace]) -> Batch:

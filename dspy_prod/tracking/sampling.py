@@ -25,14 +25,16 @@ class Sampler:
         self._costs: deque[int] = deque()
         self._ordered: list[int] = []
 
-    def keeps(self, trace_id: str, remarkable: bool, cost_nano: int) -> bool:
+    def keeps(self, trace_id: str, remarkable: bool, cost_nano: int, share: float | None = None) -> bool:
         """Whether to keep a trace.
 
         Args:
             trace_id: hex digits. remarkable: it erred or fell back. cost_nano: nano-USD.
+            share: of the ordinary ones among the like of it, where that is less than elsewhere.
         """
         dear = self._is_dear(cost_nano)
-        return remarkable or dear or int(trace_id[-8:], 16) < self._below
+        below = self._below if share is None else min(self._below, round(share * 2**32))
+        return remarkable or dear or int(trace_id[-8:], 16) < below
 
     def _is_dear(self, cost_nano: int) -> bool:
         """Whether a cost is among the most expensive. Remembers it."""

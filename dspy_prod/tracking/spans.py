@@ -36,7 +36,7 @@ HEADLINES: Final = {"dspy_prod.user": "mlflow.trace.user", "dspy_prod.session": 
 """What MLflow has a place of its own for in a trace."""
 UNTAGGED: Final = frozenset({*HEADLINES, "dspy_prod.priority"})
 
-_WHOSE: Final = ("user", "tenant", "session", "priority", "program", "experiment", "variant", "prompt_version")
+_WHOSE: Final = ("user", "tenant", "session", "priority", "run", "program", "experiment", "variant", "prompt_version")
 
 LONGEST_NAME: Final = 250
 """Characters of a name that MLflow's tables hold."""

@@ -123,6 +123,7 @@ class Traces:
         trace.usage[1] += record.output_tokens or 0
         trace.remarkable |= record.outcome not in ("ok", "cached") or record.route != "primary"
         trace.whose.update(whose(record))
+        trace.sample = node.context.sample
         if node.trace_id in self._shipped:  # it had ended before
             self._total(trace)
             self._queue(trace)
@@ -144,6 +145,7 @@ class Traces:
         if told.get("error"):
             attributes["dspy_prod.error"] = self.content.error(str(told["error"]).partition(":")[0], str(told["error"]))
         if node.parent_id is None:
+            trace.sample = node.context.sample
             trace.place, run = node.place
             trace.run = None if run is None else (f"tr-{node.trace_id}", run)
             attributes.update(trace_attributes({**trace.whose, **whose(node.context)}, node.name))
@@ -219,7 +221,7 @@ class Traces:
 
     def _close(self, trace_id: str, trace: Trace) -> None:
         self._open.pop(trace_id, None)
-        kept = self._sampler.keeps(trace_id, trace.remarkable, trace.cost)
+        kept = self._sampler.keeps(trace_id, trace.remarkable, trace.cost, trace.sample)
         self._shipped[trace_id] = trace if kept else None
         if len(self._shipped) > _REMEMBERED:
             self._shipped.popitem(last=False)

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from typing import Any
 
-from dspy_prod import Budget, RateLimit
+from dspy_prod import Budget, RateLimit, Run, call_context
 from tests.e2e.support import make_lm, outcome, together
 
 A_CENT: dict[str, tuple[float, float]] = {"openai/e2e": (0.0, 100.0)}
@@ -40,6 +40,24 @@ def call_until_killed(url: str, store: str, callers: int) -> None:
         number = 0
         while not isinstance(outcome(lambda: lm(f"child {caller}.{number}")), BaseException):  # noqa: B023
             number += 1
+
+    threads = [threading.Thread(target=work, args=(caller,)) for caller in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def spend_of_run(url: str, store: str, prices: dict[str, tuple[float, float]], usd: float, callers: int) -> None:
+    """Call without end inside a run that others share."""
+    lm = make_lm(url, prices=prices)
+    run = Run("it", usd=usd, store=store, namespace="e2e")
+
+    def work(caller: int) -> None:
+        number = 0
+        with call_context(run=run):
+            while not isinstance(outcome(lambda: lm(f"child {caller}.{number}")), BaseException):  # noqa: B023
+                number += 1
 
     threads = [threading.Thread(target=work, args=(caller,)) for caller in range(callers)]
     for thread in threads:

@@ -29,6 +29,8 @@ class TermsBook:
 
     def limit(self, account: Account) -> int:
         """The limit in force for an account, in nano-USD; its own where nobody declared its budget."""
+        if not account.budget:  # a run's
+            return account.limit
         limit = self.limits.get(account.budget)
         if limit is None:
             terms = self.find(account.budget)

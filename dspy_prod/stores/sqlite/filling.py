@@ -204,5 +204,14 @@ def _stub(reservation: Reservation, id: str) -> CallRecord | None:
     if record is None:
         return None
     return record._replace(
-        id=id, call_id=id, attempt=1, user=None, tenant=None, session=None, tags=(), trace_id=None, prompt_version=None
+        id=id,
+        call_id=id,
+        attempt=1,
+        user=None,
+        tenant=None,
+        session=None,
+        tags=(),
+        trace_id=None,
+        prompt_version=None,
+        run=None,
     )

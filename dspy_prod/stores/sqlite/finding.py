@@ -6,8 +6,10 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any, Final
 
+import orjson
+
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.memory_ledger import check_fields
+from dspy_prod.stores.memory_ledger import TAG, check_fields
 from dspy_prod.stores.sqlite.hits import read_hits
 from dspy_prod.stores.sqlite.indices import SELECTIVE
 from dspy_prod.stores.sqlite.pages import Found
@@ -43,6 +45,11 @@ def read_records(
     return [each.record for each in found[:limit]]
 
 
+def _pair(name: str, value: str) -> str:
+    """A tag as it stands in the JSON of all tags: quotes within names and values have a backslash before them there."""
+    return f",{orjson.dumps({name: value})[1:-1].decode()}"
+
+
 def _read_rows(
     connection: sqlite3.Connection,
     ns: int,
@@ -63,6 +70,9 @@ def _read_rows(
     names = [name for name in SELECTIVE if name in equals]
     best = min(names, key=count) if len(names) > 1 else next(iter(names), None)
     for name, value in equals.items():
+        if name.startswith(TAG):
+            where.append(("instr(replace(tags, '{\"', ',\"'), ?)", _pair(name.removeprefix(TAG), value)))
+            continue
         plus = "+" if name in SELECTIVE and name != best else ""  # keeps SQLite, which cannot know better, off an index
         where.append((f'{plus}"{name}" = ?', value))
     return connection.execute(

@@ -6,8 +6,8 @@ import sqlite3
 from typing import Final
 
 SELECTIVE: Final = (
-    *("id", "call_id", "trace_id", "session", "user", "tenant", "prompt_version", "variant", "experiment", "program"),
-    *("model", "outcome"),
+    *("id", "call_id", "trace_id", "session", "user", "tenant", "run", "prompt_version", "variant", "experiment"),
+    *("program", "model", "outcome"),
 )
 """Fields of records that have an index: a value of the first has the fewest records."""
 

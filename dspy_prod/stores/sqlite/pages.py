@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from dspy_prod.records import CallRecord
+from dspy_prod.stores.memory_ledger import TAG
 from dspy_prod.stores.sqlite.indices import SELECTIVE
 from dspy_prod.stores.sqlite.served import Served
 
@@ -134,6 +135,10 @@ class Page:
         """The records that match, in the order in which they were written."""
         kept: Sequence[int] = range(self.size)
         for name, value in equals.items():
+            if name.startswith(TAG):
+                pair, tags = [name.removeprefix(TAG), value], self.column("tags")
+                kept = [index for index in kept if pair in map(list, tags[index] or ())]
+                continue
             column = self._each.get(name)
             if column is not None:
                 kept = [index for index in kept if equal(column[index], value)]

@@ -1,0 +1,211 @@
+"""A run: what all the calls inside a context may use together, whatever LMs make them and wherever those keep state.
+
+An optimizer, an evaluation or a nightly job calls many LMs: those of its programs, a dearer one that proposes prompts,
+a judge in a metric. A budget belongs to an LM; a run belongs to the work.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Literal, NamedTuple
+
+from dspy_prod.errors import BudgetExceededError, ConfigError, OptionError, RunStoppedError
+from dspy_prod.options import Caps
+from dspy_prod.privacy.outward import outward
+from dspy_prod.records import NANO
+from dspy_prod.runtime.clock import SYSTEM_CLOCK
+from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.switch import disabled
+from dspy_prod.stores.base import Account, AccountState, Refusal, Store
+from dspy_prod.stores.keys import joined
+from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
+from dspy_prod.telemetry.events import BUS
+
+Dimension = Literal["usd", "calls", "tokens"]
+
+DIMENSIONS: Final[tuple[Dimension, ...]] = ("usd", "calls", "tokens")
+"""In the order in which an attempt takes them: whoever waits for one holds none that somebody before it waits for."""
+
+_NO_BUDGET: Final = ""
+"""Stands in an account's key where a budget has its name, which is never empty."""
+
+
+class Used(NamedTuple):
+    """What a run has used so far, what calls in flight hold not included; None where it has no cap.
+
+    Attributes:
+        usd: dollars. unconfirmed_usd: the part of them that is an upper bound, because the provider did not tell.
+        held_usd: dollars held by calls in flight.
+        calls: upstream attempts. tokens: input and output together.
+    """
+
+    usd: float | None
+    unconfirmed_usd: float | None
+    held_usd: float | None
+    calls: int | None
+    tokens: int | None
+
+
+class Run:
+    """Caps on everything inside `call_context(run=...)`: dollars, upstream attempts, tokens.
+
+    Every attempt of every `dspy_prod.LM` takes what it may use before it is sent, and gives back what it did not. The
+    caps hold across threads, tasks and LMs with stores of their own, and across processes that name the same run in
+    the same store: there a run goes on where it was left, also after `kill -9`, with other caps if you like.
+
+    Args:
+        name: what it is called in the ledger (`records(run=)`, `costs(by="run")`); made up when not given.
+        usd: dollars, at most. An attempt whose cost cannot be bounded is refused (`UnpricedModelError`).
+        calls: upstream attempts, at most; answers from the cache are none.
+        tokens: input and output tokens together, at most.
+        store: where the run is counted, as for `LM`. namespace: as for `LM`.
+
+    Raises:
+        ConfigError: an impossible cap; no policy is on (`DSPY_PROD_DISABLED`), so that nothing could be capped.
+        StoreUnavailableError: the store cannot be used.
+
+    Example:
+        ```python
+        run = dspy_prod.Run("nightly", usd=5.0, calls=10_000)
+        with dspy_prod.call_context(run=run):
+            evaluate(program)
+        print(run.used().usd)
+        ```
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        *,
+        usd: float | None = None,
+        calls: int | None = None,
+        tokens: int | None = None,
+        store: str | Store | None = None,
+        namespace: str | None = None,
+    ) -> None:
+        if disabled():
+            raise ConfigError("DSPY_PROD_DISABLED is set, so that no policy holds: a run could not be capped. Unset it")
+        if name is not None and (not isinstance(name, str) or not name):
+            raise ConfigError(f"Run: name: must be a non-empty string, got {name!r}")
+        self.name = name or uuid.uuid4().hex
+        self.caps = _caps(usd=usd, calls=calls, tokens=tokens)
+        self.store = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
+        self._stopped: str | None = None
+        self._watchers: set[Callable[[], None]] = set()
+        self._lock = threading.Lock()
+        reset_after_fork(self)
+
+    def __repr__(self) -> str:
+        caps = "".join(f", {name}={value:g}" for name in DIMENSIONS if (value := getattr(self.caps, name)) is not None)
+        return outward(f"Run({self.name!r}{caps})")
+
+    # -- what it may use -----------------------------------------------------------------------------------------------
+    def allow(self, *, usd: float | None = None, calls: int | None = None, tokens: int | None = None) -> None:
+        """Set other caps; what is used stays, and a call that is refused by the old ones asks once more.
+
+        Raises:
+            ConfigError: an impossible cap, or one on what this run has not counted from its beginning.
+        """
+        every: dict[str, Any] = {"usd": usd, "calls": calls, "tokens": tokens}
+        given = {name: value for name, value in every.items() if value is not None}
+        new = [name for name in given if getattr(self.caps, name) is None]
+        if new:
+            raise ConfigError(f"Run: {new[0]}: this run does not count it; begin one with {new[0]}=...")
+        now: dict[str, Any] = {name: getattr(self.caps, name) for name in DIMENSIONS}
+        self.caps = _caps(**{**now, **given})
+
+    def used(self) -> Used:
+        """What it has used so far.
+
+        Raises:
+            StoreUnavailableError: the store cannot be read.
+        """
+        found: dict[str, AccountState] = {name: self.store.account(account.key) for name, account in self.accounts()}
+        usd, calls, tokens = (found.get(name) for name in DIMENSIONS)
+        return Used(
+            None if usd is None else usd.spent / NANO,
+            None if usd is None else usd.unconfirmed / NANO,
+            None if usd is None else usd.held / NANO,
+            None if calls is None else calls.spent,
+            None if tokens is None else tokens.spent,
+        )
+
+    def accounts(self) -> Iterator[tuple[Dimension, Account]]:
+        """The accounts of what is capped, each with the cap of now."""
+        for name in DIMENSIONS:
+            cap = getattr(self.caps, name)
+            if cap is not None:
+                limit = int(cap * NANO) if name == "usd" else cap
+                yield name, Account(joined(_NO_BUDGET, "run", self.name, name), limit, f"run {self.name}: {name}")
+
+    def refused(self, name: str, refusal: Refusal, model: str, route: str) -> BudgetExceededError:
+        """The error for an attempt that the caps do not cover."""
+        scale, unit = (NANO, "USD") if name == "usd" else (1, name)
+        digits = ".6f" if name == "usd" else ","
+        used, cap, bound = (
+            f"{number / scale if name == 'usd' else number:{digits}}"
+            for number in (refusal.spent + refusal.held, refusal.limit, refusal.amount)
+        )
+        return BudgetExceededError(
+            f"The run {self.name!r} cannot cover this call: {used} of {cap} {unit} are used or held by calls in "
+            f"flight, and the call may use up to {bound}. Raise the cap, Run.allow({name}=...), or lower max_tokens",
+            model=model, route=route, budget=f"run {self.name}: {name}", limit_usd=refusal.limit / scale,
+            spent_usd=refusal.spent / scale, held_usd=refusal.held / scale, bound_usd=refusal.amount / scale,
+        )  # fmt: skip
+
+    # -- stopping ------------------------------------------------------------------------------------------------------
+    @property
+    def stopped(self) -> str | None:
+        """Why it was stopped; None while it goes on."""
+        return self._stopped
+
+    def stop(self, reason: str = "it was stopped") -> None:
+        """Send nothing more: whoever waits for a limit, a budget or a retry is refused at once, and so is who comes.
+
+        Attempts that are under way end by themselves. Calls that the cache answers go on.
+        """
+        with self._lock:
+            if self._stopped is not None:
+                return
+            self._stopped = reason
+            watchers, self._watchers = self._watchers, set()
+        for wake in watchers:
+            wake()
+        BUS.emit("run_stopped", SYSTEM_CLOCK.time(), run=self.name, reason=reason)
+
+    def check(self) -> None:
+        """Go on, unless it was stopped.
+
+        Raises:
+            RunStoppedError
+        """
+        if self._stopped is not None:
+            raise RunStoppedError(
+                f"The run {self.name!r} sends nothing more: {self._stopped}. Begin another one, or call without it",
+                run=self.name,
+            )
+
+    def watch(self, wake: Callable[[], None]) -> bool:
+        """Call `wake`, which must be idempotent, when it is stopped; False when it is already."""
+        with self._lock:
+            if self._stopped is None:
+                self._watchers.add(wake)
+            return self._stopped is None
+
+    def unwatch(self, wake: Callable[[], None]) -> None:
+        """Forget a `watch`."""
+        with self._lock:
+            self._watchers.discard(wake)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        self._watchers = set()
+
+
+def _caps(**given: Any) -> Caps:
+    try:
+        return Caps(**given)
+    except OptionError as error:
+        raise OptionError(f"Run: {error.field}: {error.problem}", field=error.field, problem=error.problem) from None
