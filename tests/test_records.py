@@ -15,7 +15,7 @@ FACTS = {
     "cached_tokens": 6, "reasoning_tokens": 7, "cached": False, "latency": 8.5, "waited": 9.5, "user": "u",
     "tenant": "t", "session": "s", "priority": "high", "program": "p", "experiment": "x", "variant": "v",
     "prompt_version": "pv", "tags": (("a", "b"),), "trace_id": "tr", "accounts": ("acc",),
-    "reason": "r",
+    "reason": "r", "run": "n",
 }  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_a_record_is_summed_under_each_of_its_values() -> None:
     keys = rollup_keys(CallRecord(**FACTS))  # type: ignore[arg-type]
     assert keys == [
         *(("all", ""), ("model", "m"), ("user", "u"), ("tenant", "t"), ("program", "p"), ("variant", "v")),
-        *(("prompt", "pv"), ("tag:a", "b")),
+        *(("prompt", "pv"), ("run", "n"), ("tag:a", "b")),
     ]
     assert rollup_keys(CallRecord("i", "c", 0.0, "m", "r", 1, "ok", 0)) == [("all", ""), ("model", "m")]
 
