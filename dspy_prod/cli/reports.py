@@ -110,6 +110,7 @@ def calls(arguments: argparse.Namespace) -> int:
     wanted["trace_id"] = _trace(arguments.trace)
     wanted = {name: value for name, value in wanted.items() if value is not None}
     tags = dict(map(_tag, arguments.tag or ()))
+    records: list[CallRecord]
     if arguments.unconfirmed:
         found = Ledger(store).unconfirmed(since=since)
         found = [each for each in found if tags.items() <= dict(each.tags).items()]

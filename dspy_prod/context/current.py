@@ -67,7 +67,7 @@ class CallContext(NamedTuple):
     trace_id: str | None = None
     records: list[CallRecord] | None = None  # collects what the calls inside did, for `call_report`
     node: Any = None  # the open piece of a trace (`tap.Node`) that the calls inside belong to
-    guard: Any = None  # the `Run` that admits the attempts inside
+    guards: tuple[Any, ...] = ()  # every `Run` that admits the attempts inside, the outermost first
     sample: float | None = None  # share of the traces that are kept
 
     def told(self) -> dict[str, Any]:
@@ -148,7 +148,8 @@ def call_context(
         cache: `"bypass"` neither reads nor writes the response cache, `"refresh"` writes without reading.
         ttl: seconds for which answers cached inside stay fresh.
         run: name of the run that `Budget(per="run")` counts and the ledger sums; or a `dspy_prod.Run`, which caps what
-            everything inside may use together. A name within a `Run` leaves its caps in force.
+            everything inside may use together. Within a `Run`, a name leaves its caps in force, and so does another
+            `Run`: what it uses counts for both. The ledger has the innermost name.
         program, experiment, variant, prompt_version, trace_id: recorded with each call.
         sample: share of the ordinary traces inside that tracking keeps, 0 to 1; never more than it keeps elsewhere.
             What erred, fell back or was dear is kept in any case.
@@ -159,8 +160,12 @@ def call_context(
     """
     outer = current()
     changed: dict[str, Any] = {}
-    if run is not None and not isinstance(run, str) and isinstance(run, Guard):
-        changed["guard"], run = run, run.name
+    if run is not None and not isinstance(run, str):
+        if not isinstance(run, Guard):
+            raise TypeError(f"call_context(run=...) takes a name or a dspy_prod.Run, got {run!r}")
+        if run not in outer.guards:
+            changed["guards"] = (*outer.guards, run)
+        run = run.name
     texts = {
         "user": user,
         "tenant": tenant,

@@ -22,6 +22,11 @@ class Caps(Options):
     calls: Count | None = None
     tokens: Count | None = None
 
+    @property
+    def usd_nano(self) -> int | None:
+        """The dollars in nano-USD."""
+        return None if self.usd is None else _nano(self.usd)
+
 
 class Budget(Options):
     """A hard limit on money. It is never exceeded while each call's cost stays within its reserved upper bound.
@@ -85,8 +90,8 @@ class Budget(Options):
 
     @property
     def limit_nano(self) -> int:
-        """The limit in nano-USD, rounded down so that the limit itself is never exceeded."""
-        return math.floor(self.usd * 1e9 + 1e-3)
+        """The limit in nano-USD."""
+        return _nano(self.usd)
 
     @property
     def title(self) -> str:
@@ -134,3 +139,8 @@ class Price(Options):
                 stacklevel=4,
             )
         return self
+
+
+def _nano(usd: float) -> int:
+    """Dollars in nano-USD, rounded down so that the limit itself is never exceeded."""
+    return math.floor(usd * 1e9 + 1e-3)

@@ -34,7 +34,7 @@ class Attempt:
         sent: it was handed to the driver, so the provider may have seen it.
         paid: its place in the call's purse, once its cost was noted there.
         patience: seconds it may wait for its limiter, because another route is left.
-        taken: what it has taken of its run, where the context has one.
+        taken: what it has taken of its runs, where the context has any.
         answer: what came although it failed: an answer nobody can use, or one that broke after its end.
     """
 

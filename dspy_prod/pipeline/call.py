@@ -213,7 +213,7 @@ def _row(
 ) -> CallRecord:
     (
         user, tenant, session, priority, _deadline, tags, _cache, _ttl, run, program, experiment, variant,
-        prompt_version, trace_id, _records, _node, _guard, _sample,
+        prompt_version, trace_id, _records, _node, _guards, _sample,
     ) = context  # fmt: skip
     # As a tuple: the generated constructor of a 30-field NamedTuple costs a microsecond.
     return _new_record(CallRecord, (

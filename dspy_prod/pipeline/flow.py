@@ -33,7 +33,7 @@ from dspy_prod.pipeline.outcome import flaw_of, judge
 from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.routes import Route
-from dspy_prod.pipeline.running import stoppable, taking
+from dspy_prod.pipeline.running import go_on, stoppable, taking
 from dspy_prod.pipeline.settling import failed, succeeded
 from dspy_prod.policies.retry import Attempts
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
@@ -46,8 +46,7 @@ Flow: TypeAlias = Generator[Effect, Any, Response]
 
 def flow(call: Call) -> Flow:
     """Answer a call from the cache, from another identical call, or from upstream."""
-    run = call.context.guard
-    return _flow(call) if run is None else stoppable(_flow(call), run)
+    return stoppable(_flow(call), call) if call.context.guards else _flow(call)
 
 
 def _flow(call: Call) -> Flow:
@@ -232,9 +231,9 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
         breaker.check()
     if call.deadline != inf and call.late():
         raise too_late(call, "before the request was sent")
-    run = call.context.guard
-    if run is not None:
-        run.check()
+    runs = call.context.guards
+    if runs:
+        go_on(runs)
     attempt = plan(call, route, number, patience)
     send: Send | None = None
     settled = False
@@ -243,7 +242,7 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
             yield Warm(route, attempt.request, call.scope, call.deadline)
             if route.fitting is not None:  # more is known of its model now
                 attempt.request = fitted(call, route, attempt.request)
-        if run is not None:
+        if runs:
             yield from taking(attempt)
         if attempt.reservation is not None:
             if pipeline.store.admit(attempt.reservation).state != GRANTED:

@@ -6,6 +6,7 @@ import asyncio
 import sys
 import threading
 import time
+from contextlib import suppress
 from math import inf
 from typing import Any
 
@@ -58,9 +59,15 @@ def _wait(effect: Wait) -> None:
     if effect.what is None:
         time.sleep(max(0.0, left))
         return
-    decided = threading.Event()
-    if effect.what.attach(decided.set):
-        decided.wait(None if left == inf else max(0.0, left))
+    decided = threading.Lock()  # which may be let go by a signal handler too, unlike an Event
+    decided.acquire()
+
+    def wake() -> None:
+        with suppress(RuntimeError):  # somebody did already
+            decided.release()
+
+    if effect.what.attach(wake):
+        decided.acquire(timeout=min(max(0.0, left), threading.TIMEOUT_MAX))
 
 
 async def _await(effect: Wait) -> None:

@@ -11,7 +11,13 @@ import weakref
 from collections import OrderedDict
 from typing import Final
 
-from dspy_prod.errors import BudgetExceededError, DeadlineExceededError, RateLimitedError, RejectedError
+from dspy_prod.errors import (
+    BudgetExceededError,
+    DeadlineExceededError,
+    RateLimitedError,
+    RejectedError,
+    RunStoppedError,
+)
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.records import REFUSED
@@ -94,6 +100,8 @@ def _route(call: Call, error: RejectedError) -> Route:
 def _what(error: RejectedError) -> str:
     if isinstance(error, BudgetExceededError):
         return error.budget
+    if isinstance(error, RunStoppedError):
+        return error.run
     return error.dimension if isinstance(error, RateLimitedError) else ""
 
 

@@ -1,10 +1,15 @@
-"""A call within a `Run`: it takes of the run what each attempt may use, and ends its waits when the run is stopped."""
+"""A call within a `Run`: it takes of the run what each attempt may use, and ends its waits when the run is stopped.
+
+What a run counts may lie in another store than what an LM counts, so the two cannot be had in one step. The run's comes
+first: while a call waits in the line of its LM's limiter, the run keeps for it what it may use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 
 from dspy.lm15 import Response
@@ -12,96 +17,127 @@ from dspy.lm15 import Response
 from dspy_prod.errors import StoreUnavailableError, UnpricedModelError
 from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.attempt import Attempt
+from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Decidable, Wait
 from dspy_prod.pipeline.plan import bound_of, times, wait_until
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.taken import Taken, returned
-from dspy_prod.policies.run import Run
+from dspy_prod.policies.run import Claim, Run, claims_of
 from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.stores.base import GRANTED, PENDING, Account, Refusal, Reservation
+from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Store
 
 Steps = Generator[Any, Any, Response]
 """A flow: the effects it yields, their results, and the answer."""
 
 
-def stoppable(steps: Steps, run: Run) -> Steps:
-    """The same flow, whose waits end when the run is stopped."""
+def stoppable(steps: Steps, call: Call) -> Steps:
+    """The same flow, whose waits end when a run that the call belongs to is stopped."""
+    runs: tuple[Run, ...] = call.context.guards
     try:
         effect = next(steps)
         while True:
-            waiting = _OrStopped(run, effect.what) if isinstance(effect, Wait) else None
+            result = None
             try:
-                result = yield effect if waiting is None else Wait(waiting, effect.until)
-                if waiting is not None:
-                    run.check()
+                if isinstance(effect, Wait):
+                    yield from _wait(effect, runs, call)
+                else:
+                    result = yield effect
             except BaseException as error:
                 effect = steps.throw(error)
             else:
                 effect = steps.send(result)
-            finally:
-                if waiting is not None:
-                    waiting.leave()
     except StopIteration as end:
         return end.value
 
 
-@dataclass(slots=True, eq=False)
-class _OrStopped:
-    """Decided when `what` is, or when the run is stopped."""
+def _wait(effect: Wait, runs: tuple[Run, ...], call: Call) -> Generator[Wait, Any, None]:
+    monotonic = call.pipeline.clock.monotonic
+    while True:
+        waiting = _OrToldOtherwise(runs, effect.what)
+        try:
+            yield Wait(waiting, effect.until)
+        finally:
+            waiting.leave()
+        go_on(runs)
+        if effect.what is not None or monotonic() >= effect.until:  # a pause goes on when only a cap was changed
+            return
 
-    run: Run
+
+def go_on(runs: tuple[Run, ...]) -> None:
+    """Go on, unless one of the runs was stopped.
+
+    Raises:
+        RunStoppedError
+    """
+    for run in runs:
+        run.check()
+
+
+@dataclass(slots=True, eq=False)
+class _OrToldOtherwise:
+    """Decided when `what` is, or when a run is stopped or has other caps."""
+
+    runs: tuple[Run, ...]
     what: Decidable | None
     wake: Callable[[], None] | None = None
 
     def attach(self, wake: Callable[[], None]) -> bool:
         self.wake = wake
-        goes_on = self.run.watch(wake)
-        return (self.what is None or self.what.attach(wake)) and goes_on
+        undecided = self.what is None or self.what.attach(wake)
+        for run in self.runs:
+            undecided = run.watch(wake) and undecided
+        return undecided
 
     def leave(self) -> None:
         if self.wake is not None:
-            self.run.unwatch(self.wake)
+            for run in self.runs:
+                run.unwatch(self.wake)
 
 
 def taking(attempt: Attempt) -> Generator[Wait, Any, None]:
-    """Take of the run what an attempt may use. What is taken stays with the attempt, also when the rest is refused.
+    """Take of the runs what an attempt may use. What is taken stays with the attempt, also when the rest is refused.
 
     Raises:
         BudgetExceededError: a cap does not cover it. UnpricedModelError: nobody knows what it may use.
-        DeadlineExceededError, StoreUnavailableError
+        RunStoppedError, DeadlineExceededError, StoreUnavailableError
     """
-    run: Run = attempt.call.context.guard
-    attempt.taken = taken = Taken(run)
-    amounts = _amounts(attempt, run)
-    for name, account in run.accounts():
-        taken.held[name] = yield from _take(attempt, run, name, account, amounts[name])
+    runs: tuple[Run, ...] = attempt.call.context.guards
+    go_on(runs)
+    claims = claims_of(runs)
+    amounts = _amounts(attempt, claims)
+    attempt.taken = taken = Taken()
+    until = wait_until(attempt, attempt.call.pipeline.clock.monotonic())
+    for claim in claims:
+        reservation = yield from _take(attempt, claim, amounts[claim.dimension], until)
+        taken.held.append((claim, reservation))
 
 
-def _amounts(attempt: Attempt, run: Run) -> dict[str, int]:
+def _amounts(attempt: Attempt, claims: Iterable[Claim]) -> dict[str, int]:
     amounts = {"calls": 1}
-    if run.caps.usd is not None:
-        amounts["usd"] = attempt.bound = bound_of(attempt)
-    if run.caps.tokens is not None:
-        route, request = attempt.route, attempt.request
-        inputs, outputs = route.bounds(request)
-        if inputs is None or outputs is None:
-            raise UnpricedModelError(
-                f"The run {run.name!r} caps tokens, but those of this call cannot be bounded; pass max_tokens=... to "
-                "the LM, or tokens=None to the Run",
-                model=route.model,
-                route=route.name,
-            )
-        amounts["tokens"] = inputs + outputs
+    for claim in claims:
+        if claim.dimension == "usd":
+            amounts["usd"] = attempt.bound = bound_of(attempt)
+        elif claim.dimension == "tokens":
+            route = attempt.route
+            inputs, outputs = route.bounds(attempt.request)
+            if inputs is None or outputs is None:
+                raise UnpricedModelError(
+                    f"The run {claim.run.name!r} caps tokens, but those of this call cannot be bounded; pass "
+                    "max_tokens=... to the LM, or no tokens= to the Run",
+                    model=route.model,
+                    route=route.name,
+                )
+            amounts["tokens"] = inputs + outputs
     return amounts
 
 
-def _take(attempt: Attempt, run: Run, name: str, account: Account, amount: int) -> Generator[Wait, Any, Reservation]:
-    call, route, store = attempt.call, attempt.route, run.store
+def _take(attempt: Attempt, claim: Claim, amount: int, until: float) -> Generator[Wait, Any, Reservation]:
+    call, route, store = attempt.call, attempt.route, claim.store
     monotonic = call.pipeline.clock.monotonic
-    until = wait_until(attempt, monotonic())
     while True:
-        horizon, lease = times(attempt, store)
+        account, run = claim.account(), claim.run
+        horizon, lease = _times(attempt, store)
         reservation = Reservation(
             IDS.make(), None, None, 0, (account,), amount, PRIORITIES[call.context.priority], "", horizon, lease, None
         )
@@ -109,14 +145,16 @@ def _take(attempt: Attempt, run: Run, name: str, account: Account, amount: int) 
         store.admit(reservation)
         try:
             while reservation.state == PENDING:
-                if monotonic() < until:
+                if claim.account().limit != account.limit:
+                    store.withdraw(reservation)  # and ask again; should it be granted meanwhile, so much the better
+                elif monotonic() < until:
                     yield Wait(reservation, until)
                 elif store.withdraw(reservation):
                     if call.late():
                         raise too_late(call, f"while waiting for {account.title}")
                     state = store.account(account.key)
                     refusal = Refusal("budget_exceeded", None, "", account.limit, state.spent, state.held, amount)
-                    raise run.refused(name, refusal, route.model, route.name)
+                    raise run.refused(claim.dimension, refusal, route.model, route.name)
         except GeneratorExit:  # perhaps inside the garbage collector
             REAPER.post(partial(returned, store, reservation))
             raise
@@ -125,17 +163,25 @@ def _take(attempt: Attempt, run: Run, name: str, account: Account, amount: int) 
             raise
         finally:
             call.waited += monotonic() - began
+        limit = claim.account().limit
         if reservation.state == GRANTED:
-            return reservation
-        refusal = reservation.refusal or Refusal("store_unavailable")
-        if refusal.reason != "budget_exceeded":
-            raise StoreUnavailableError(
-                f"The store {store.url} of the run {run.name!r} cannot record this call ({refusal.detail}), so it was "
-                "not sent. Check its disk and permissions, or use Run(store='memory://')",
-                model=route.model,
-                route=route.name,
-            )
-        now = next(each for dimension, each in run.accounts() if dimension == name)
-        if now.limit <= account.limit:
-            raise run.refused(name, refusal, route.model, route.name)
-        account = now  # the cap was raised meanwhile
+            if limit >= account.limit:
+                return reservation
+            returned(store, reservation)  # under a cap that was lowered meanwhile
+        elif reservation.state == REFUSED:
+            refused = reservation.refusal or Refusal("store_unavailable")
+            if refused.reason != "budget_exceeded":
+                raise StoreUnavailableError(
+                    f"The store {store.url} of the run {run.name!r} cannot record this call ({refused.detail}), so it "
+                    "was not sent. Check its disk and permissions, or use Run(store='memory://')",
+                    model=route.model,
+                    route=route.name,
+                )
+            if limit <= account.limit:
+                raise run.refused(claim.dimension, refused, route.model, route.name)
+
+
+def _times(attempt: Attempt, store: Store) -> tuple[float, float]:
+    """As `times`; but what a run keeps for a call also outlives its wait in the line of its limiter."""
+    horizon, lease = times(attempt, store)
+    return horizon, inf if horizon == inf else lease + max(0.0, horizon - store.now())

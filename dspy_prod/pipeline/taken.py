@@ -1,32 +1,31 @@
-"""What an attempt has taken of the `Run` it belongs to, until it is settled."""
+"""What an attempt has taken of the runs it belongs to, until it is settled."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dspy_prod.policies.run import Run
+from dspy_prod.policies.run import Claim
 from dspy_prod.stores.base import Reservation, Settlement, Store
 
 
 @dataclass(slots=True, eq=False)
 class Taken:
-    """What an attempt has taken of its run.
+    """What an attempt has taken of its runs.
 
     Attributes:
-        held: by dimension, what the run's store has granted.
+        held: what the runs' stores have granted.
     """
 
-    run: Run
-    held: dict[str, Reservation] = field(default_factory=dict)
+    held: list[tuple[Claim, Reservation]] = field(default_factory=list)
 
     def settle(self, cost: int | None, tokens: int | None, sent: bool, estimated: bool) -> None:
         """Replace what is held by what the attempt came to; None: all that is held. Posted."""
         used = {"usd": cost, "calls": int(sent), "tokens": tokens}
-        for name, reservation in self.held.items():
-            came_to = used[name]
+        for claim, reservation in self.held:
+            came_to = used[claim.dimension]
             amount = reservation.amount if came_to is None else came_to
-            told = estimated if name == "usd" else came_to is None
-            self.run.store.settle(reservation, Settlement(reservation.id, amount, 0, sent, told, None))
+            told = estimated if claim.dimension == "usd" else came_to is None
+            claim.store.settle(reservation, Settlement(reservation.id, amount, 0, sent, told, None))
 
 
 def returned(store: Store, reservation: Reservation) -> None:

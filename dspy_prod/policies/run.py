@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, NamedTuple
 
 from dspy_prod.errors import BudgetExceededError, ConfigError, OptionError, RunStoppedError
@@ -19,14 +19,14 @@ from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Account, AccountState, Refusal, Store
-from dspy_prod.stores.keys import joined
+from dspy_prod.stores.keys import BETWEEN, joined
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
 from dspy_prod.telemetry.events import BUS
 
 Dimension = Literal["usd", "calls", "tokens"]
 
 DIMENSIONS: Final[tuple[Dimension, ...]] = ("usd", "calls", "tokens")
-"""In the order in which an attempt takes them: whoever waits for one holds none that somebody before it waits for."""
+"""In the order in which an attempt takes them, see `claims_of`."""
 
 _NO_BUDGET: Final = ""
 """Stands in an account's key where a budget has its name, which is never empty."""
@@ -53,7 +53,8 @@ class Run:
 
     Every attempt of every `dspy_prod.LM` takes what it may use before it is sent, and gives back what it did not. The
     caps hold across threads, tasks and LMs with stores of their own, and across processes that name the same run in
-    the same store: there a run goes on where it was left, also after `kill -9`, with other caps if you like.
+    the same store: there a run goes on where it was left, also after `kill -9`, with other caps if you like. What
+    happens in a run within another one counts for both, and the caps of both hold.
 
     Args:
         name: what it is called in the ledger (`records(run=)`, `costs(by="run")`); made up when not given.
@@ -63,7 +64,8 @@ class Run:
         store: where the run is counted, as for `LM`. namespace: as for `LM`.
 
     Raises:
-        ConfigError: an impossible cap; no policy is on (`DSPY_PROD_DISABLED`), so that nothing could be capped.
+        ConfigError: an impossible cap, or one on what a run of this name was not counted by from its beginning; no
+            policy is on (`DSPY_PROD_DISABLED`), so that nothing could be capped.
         StoreUnavailableError: the store cannot be used.
 
     Example:
@@ -92,9 +94,18 @@ class Run:
         self.name = name or uuid.uuid4().hex
         self.caps = _caps(usd=usd, calls=calls, tokens=tokens)
         self.store = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
+        self.claims = tuple(
+            [
+                Claim(self.store, joined(_NO_BUDGET, "run", self.name, dimension), dimension, (self,))
+                for dimension in DIMENSIONS
+                if getattr(self.caps, dimension) is not None
+            ]
+        )
+        if name is not None:
+            self._counted_before()
         self._stopped: str | None = None
         self._watchers: set[Callable[[], None]] = set()
-        self._lock = threading.Lock()
+        self._after_fork()
         reset_after_fork(self)
 
     def __repr__(self) -> str:
@@ -110,11 +121,15 @@ class Run:
         """
         every: dict[str, Any] = {"usd": usd, "calls": calls, "tokens": tokens}
         given = {name: value for name, value in every.items() if value is not None}
-        new = [name for name in given if getattr(self.caps, name) is None]
-        if new:
-            raise ConfigError(f"Run: {new[0]}: this run does not count it; begin one with {new[0]}=...")
-        now: dict[str, Any] = {name: getattr(self.caps, name) for name in DIMENSIONS}
-        self.caps = _caps(**{**now, **given})
+        with self._lock:
+            new = [name for name in given if getattr(self.caps, name) is None]
+            if new:
+                raise ConfigError(f"Run: {new[0]}: this run does not count it; begin one with {new[0]}=...")
+            now: dict[str, Any] = {name: getattr(self.caps, name) for name in DIMENSIONS}
+            self.caps = _caps(**{**now, **given})
+            watchers = list(self._watchers)
+        for wake in watchers:
+            wake()
 
     def used(self) -> Used:
         """What it has used so far.
@@ -122,7 +137,7 @@ class Run:
         Raises:
             StoreUnavailableError: the store cannot be read.
         """
-        found: dict[str, AccountState] = {name: self.store.account(account.key) for name, account in self.accounts()}
+        found: dict[str, AccountState] = {each.dimension: self.store.account(each.key) for each in self.claims}
         usd, calls, tokens = (found.get(name) for name in DIMENSIONS)
         return Used(
             None if usd is None else usd.spent / NANO,
@@ -132,15 +147,13 @@ class Run:
             None if tokens is None else tokens.spent,
         )
 
-    def accounts(self) -> Iterator[tuple[Dimension, Account]]:
-        """The accounts of what is capped, each with the cap of now."""
-        for name in DIMENSIONS:
-            cap = getattr(self.caps, name)
-            if cap is not None:
-                limit = int(cap * NANO) if name == "usd" else cap
-                yield name, Account(joined(_NO_BUDGET, "run", self.name, name), limit, f"run {self.name}: {name}")
+    def limit(self, dimension: Dimension) -> int:
+        """The cap of now on what is capped; dollars in nano-USD."""
+        limit = self.caps.usd_nano if dimension == "usd" else getattr(self.caps, dimension)
+        assert limit is not None
+        return int(limit)
 
-    def refused(self, name: str, refusal: Refusal, model: str, route: str) -> BudgetExceededError:
+    def refused(self, name: Dimension, refusal: Refusal, model: str, route: str) -> BudgetExceededError:
         """The error for an attempt that the caps do not cover."""
         scale, unit = (NANO, "USD") if name == "usd" else (1, name)
         digits = ".6f" if name == "usd" else ","
@@ -188,7 +201,7 @@ class Run:
             )
 
     def watch(self, wake: Callable[[], None]) -> bool:
-        """Call `wake`, which must be idempotent, when it is stopped; False when it is already."""
+        """Call `wake`, which must be idempotent, when it is stopped or its caps change; False when it is stopped."""
         with self._lock:
             if self._stopped is None:
                 self._watchers.add(wake)
@@ -199,9 +212,62 @@ class Run:
         with self._lock:
             self._watchers.discard(wake)
 
+    def _counted_before(self) -> None:
+        """A run goes on with the counts that it has; of a cap on anything else nobody knows how much is left."""
+        known = dict(self.store.accounts(joined(_NO_BUDGET, "run", self.name) + BETWEEN, "", len(DIMENSIONS)))
+        missing = [each.dimension for each in self.claims if each.key not in known]
+        if missing and any(state.spent for state in known.values()):
+            raise ConfigError(
+                f"Run: {missing[0]}: the run {self.name!r} has been without this cap, so nobody knows how much of it "
+                f"is used. Leave {missing[0]}= out, or begin a run of another name"
+            )
+
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `stop` may be called by a signal handler
         self._watchers = set()
+
+
+class Claim(NamedTuple):
+    """One cap that an attempt needs the leave of.
+
+    Attributes:
+        store, key: the account. runs: whose it is; several objects may stand for one run, each with caps of its own.
+    """
+
+    store: Store
+    key: str
+    dimension: Dimension
+    runs: tuple[Run, ...]
+
+    @property
+    def run(self) -> Run:
+        """The one whose cap is the lowest."""
+        return self.runs[0] if len(self.runs) == 1 else min(self.runs, key=lambda run: run.limit(self.dimension))
+
+    def account(self) -> Account:
+        """The account, with the cap of now."""
+        run, dimension = self.run, self.dimension
+        return Account(self.key, run.limit(dimension), f"run {run.name}: {dimension}")
+
+
+def claims_of(runs: tuple[Run, ...]) -> Iterable[Claim]:
+    """The caps of all runs that a call belongs to, each account once.
+
+    They come in the same order wherever the same runs meet, whichever is within which: else two calls could each hold
+    what the other one waits for.
+    """
+    if len(runs) == 1:
+        return runs[0].claims
+    found: dict[tuple[int, str], Claim] = {}
+    for claim in (each for run in runs for each in run.claims):
+        place = id(claim.store), claim.key
+        known = found.get(place)
+        found[place] = claim if known is None else claim._replace(runs=(*known.runs, *claim.runs))
+    return sorted(found.values(), key=_place)
+
+
+def _place(claim: Claim) -> tuple[str, int, int]:
+    return claim.run.name, id(claim.store), DIMENSIONS.index(claim.dimension)
 
 
 def _caps(**given: Any) -> Caps:

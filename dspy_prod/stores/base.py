@@ -115,11 +115,9 @@ class Admission(Protocol):
     def account(self, key: str) -> AccountState: ...
 
     def accounts(self, prefix: str, suffix: str, most: int) -> list[tuple[str, AccountState]]:
-        """(key, state) of those that spent most, at most `most`, among the accounts of a budget in a window.
+        """(key, state) of accounts whose keys begin and end so: those that spent most, at most `most` of them.
 
-        Args:
-            prefix: the first part of their keys, with what stands behind it: `"daily|"`.
-            suffix: the last part, with what stands before it: `"|2025-11-23"`.
+        However many there are, it is quick for those of a budget in a window: `"daily|"` and `"|2025-11-23"`.
         """
         ...
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dspy_prod import Run
 from dspy_prod.testing import Provider
 from tests.e2e.support import PRICES, fresh_memory, make_lm
 
@@ -58,3 +59,9 @@ def sqlite_url(tmp_path: Path) -> str:
 def store_url(request: pytest.FixtureRequest, sqlite_url: str) -> str:
     """A fresh store of each kind."""
     return fresh_memory() if request.param == "memory" else sqlite_url
+
+
+@pytest.fixture
+def run(store_url: str) -> Run:
+    """A run with caps that no test reaches; those that one means are set by `allow`."""
+    return Run("it", usd=1e6, calls=10**9, tokens=10**9, store=store_url, namespace="e2e")

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import multiprocessing as mp
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import dspy
 import pytest
 
 import dspy_prod
 from dspy_prod import (
     Budget,
     BudgetExceededError,
-    ConfigError,
     RateLimit,
     Retry,
     Run,
-    RunStoppedError,
     UnpricedModelError,
 )
-from dspy_prod.testing import FaultPlan, Provider, Status
+from dspy_prod.testing import FaultPlan, Status
 from tests.e2e.children import spend_of_run
 from tests.e2e.conftest import MakeLM, MakeProvider
+from tests.e2e.runs import A_CENT, crowd
 from tests.e2e.support import (
     CENT,
     CHEAP,
-    MODEL,
     answers,
     ask,
     assert_equals_bill,
@@ -41,26 +35,6 @@ from tests.e2e.support import (
     until,
     upstream,
 )
-
-A_CENT = {MODEL: (0.0, 100.0), CHEAP: (0.0, 100.0)}
-"""Prices at which 100 output tokens cost exactly one cent and the input nothing: bound and cost are equal."""
-
-
-@pytest.fixture
-def run(store_url: str) -> Run:
-    """Caps that no test reaches; those that it means are set by `allow`."""
-    return Run("it", usd=1e6, calls=10**9, tokens=10**9, store=store_url, namespace="e2e")
-
-
-def crowd(run: Run, lms: list[Any], callers: int, calls: int) -> list[Any]:
-    """What many threads are answered, who take the LMs in turn, all inside the run."""
-
-    def caller(number: int) -> list[Any]:
-        with dspy_prod.call_context(run=run):
-            return [outcome(lambda: lms[(number + n) % len(lms)](f"{number}.{n}")) for n in range(calls)]  # noqa: B023
-
-    with ThreadPoolExecutor(callers) as pool:
-        return [each for made in pool.map(caller, range(callers)) for each in made]
 
 
 def test_lms_with_stores_of_their_own_share_a_dollar(
@@ -143,178 +117,6 @@ def test_what_nobody_can_price_is_refused_within_a_cap_on_dollars(
         lm("a question")
     assert len(provider.calls) == 1
     assert run.used() == (0.0, 0.0, 0.0, 0, 0)
-
-
-# -- stopping ------------------------------------------------------------------------------------------------------
-def waits_for_its_limit(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
-    provider = serve()
-    lm = connect(provider, limit=RateLimit(rpm=1, max_wait=600), store=fresh_memory())
-    lm("the minute's only one")
-    return provider, lm
-
-
-def waits_for_a_retry(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
-    provider = serve(faults=FaultPlan.script([None, *[Status(503, retry_after=25)] * 9]))
-    lm = connect(provider, retry=Retry(attempts=5), store=fresh_memory())
-    lm("answered at once")
-    return provider, lm
-
-
-@pytest.mark.parametrize("way", ["sync", "async"])
-@pytest.mark.parametrize("waiting", [waits_for_its_limit, waits_for_a_retry])
-def test_stopping_ends_every_wait_at_once(serve: MakeProvider, connect: MakeLM, waiting: Any, way: str) -> None:
-    """After Ctrl-C an optimizer's threads slept on in Retry-After and in the limiter: the process lived 75 s longer."""
-    provider, lm = waiting(serve, connect)
-    run, before = Run("it", usd=5, store=fresh_memory()), len(provider.calls)
-    found: list[Any] = []
-
-    def caller() -> None:
-        with dspy_prod.call_context(run=run):
-            found.append(outcome(lambda: lm("waits") if way == "sync" else asyncio.run(lm.acall("waits"))))
-
-    threads = [threading.Thread(target=caller, daemon=True) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    until(lambda: len(run._watchers) == 4, what="waiting")
-    sent = len(provider.calls)
-    run.stop("enough")
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
-    assert [type(each) for each in found] == [RunStoppedError] * 4
-    assert "sends nothing more: enough" in str(found[0])
-    assert len(provider.calls) == sent >= before
-    assert run._watchers == set()
-    assert run.used().held_usd == 0.0
-    assert_nothing_held(lm.pipeline.store)
-    with dspy_prod.call_context(run=run), pytest.raises(RunStoppedError):
-        lm("another")
-    assert len(provider.calls) == sent
-
-
-def test_stopping_ends_a_wait_for_money(serve: MakeProvider, connect: MakeLM) -> None:
-    """One call holds the only cent; who waits for it is told at once, and the one under way is answered."""
-    provider = serve(prices=A_CENT, usage=(20, 100), latency=0.5)
-    lm = connect(provider, prices=A_CENT, budget=Budget(usd=0.01), store=fresh_memory())
-    run = Run("it", calls=100, store=fresh_memory())
-    with ThreadPoolExecutor(4) as pool:
-
-        def caller(number: int) -> Any:
-            with dspy_prod.call_context(run=run):
-                return outcome(lambda: lm(f"question {number}"))
-
-        futures = [pool.submit(caller, number) for number in range(4)]
-        until(lambda: len(provider.calls) == 1 and lm.pipeline.store.waiting() == 3)
-        run.stop()
-        outcomes = [future.result(10) for future in futures]
-    assert len(answers(outcomes)) == 1
-    assert len(errors(outcomes, RunStoppedError)) == 3
-    assert run.used().calls == 1
-    assert_nothing_held(lm.pipeline.store)
-
-
-def test_attempts_under_way_end_by_themselves(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
-    """They are paid for either way, so their answers are kept."""
-    provider = serve(latency=0.3)
-    lm = connect(provider, store=fresh_memory())
-    with ThreadPoolExecutor(4) as pool:
-
-        def ask(number: int) -> Any:
-            with dspy_prod.call_context(run=run):
-                return lm(f"question {number}")
-
-        futures = [pool.submit(ask, number) for number in range(4)]
-        until(lambda: len(provider.calls) == 4)
-        run.stop()
-        assert len([future.result() for future in futures]) == 4
-    assert run.used().usd == pytest.approx(provider.bill.usd)
-
-
-def test_a_stopped_run_is_told_once(serve: MakeProvider) -> None:
-    told: list[Any] = []
-    remove = dspy_prod.add_listener(told.append)
-    try:
-        run = Run("it", calls=1, store=fresh_memory())
-        run.stop("enough")
-        run.stop("again")
-    finally:
-        remove()
-    assert [(event.name, dict(event.data)) for event in told] == [("run_stopped", {"run": "it", "reason": "enough"})]
-    assert run.stopped == "enough"
-
-
-# -- caps ----------------------------------------------------------------------------------------------------------
-def test_a_cap_can_be_raised(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
-    """Going on with more money was impossible: the same name with another amount was an error."""
-    provider = serve(prices=A_CENT, usage=(20, 100))
-    lm = connect(provider, prices=A_CENT, store=fresh_memory())
-    run.allow(usd=0.05)
-    assert len(answers(crowd(run, [lm], 4, 5))) == 5
-    run.allow(usd=0.08)
-    assert len(answers(crowd(run, [lm], 4, 5))) == 3
-    again = Run("it", usd=0.10, store=run.store)
-    assert len(answers(crowd(again, [lm], 4, 5))) == 2
-    assert provider.bill.nano == 10 * CENT
-    assert again.used().usd == run.used().usd == 0.1
-
-
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"usd": 0}, "usd"),
-        ({"usd": -1}, "usd"),
-        ({"calls": 0}, "calls"),
-        ({"tokens": 1.5}, "tokens"),
-        ({"name": ""}, "name"),
-    ],
-)
-def test_an_impossible_cap_is_refused_by_name(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=f"Run: {said}"):
-        Run(**{"store": fresh_memory(), **given})
-    with pytest.raises(ConfigError, match="begin one with tokens="):
-        Run("it", usd=1, store=fresh_memory()).allow(tokens=5)
-
-
-def test_a_run_that_could_not_be_capped_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every policy off the cap was void, and nobody was told: the bill was fifteen times as high."""
-    monkeypatch.setenv("DSPY_PROD_DISABLED", "1")
-    with pytest.raises(ConfigError, match="DSPY_PROD_DISABLED"):
-        Run("it", usd=1, store=fresh_memory())
-
-
-def test_a_run_holds_also_where_every_policy_is_off(
-    serve: MakeProvider, connect: MakeLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The LM was built with its policies off, the run before or after."""
-    provider = serve(prices=A_CENT, usage=(20, 100))
-    run = Run("it", usd=0.03, store=fresh_memory())
-    monkeypatch.setenv("DSPY_PROD_DISABLED", "1")
-    lm = connect(provider, prices=A_CENT, store=fresh_memory())
-    assert len(answers(crowd(run, [lm], 4, 5))) == 3
-    assert provider.bill.nano == 3 * CENT
-
-
-def test_nested_contexts_keep_the_caps(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
-    """A name within a run is what the ledger says; the money is the run's."""
-    provider = serve(prices=A_CENT, usage=(20, 100))
-    lm = connect(provider, prices=A_CENT, store=fresh_memory())
-    run.allow(usd=0.01)
-    with dspy_prod.call_context(run=run), dspy_prod.call_context(run="inner", user="u1"):
-        lm("a cent")
-        with pytest.raises(BudgetExceededError):
-            lm("another")
-    assert [record.run for record in upstream(lm)] == ["inner"]
-
-
-def test_a_run_follows_dspy_into_its_threads(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
-    provider = serve(prices=A_CENT, usage=(20, 100), answer="[[ ## answer ## ]]\nfine\n\n[[ ## completed ## ]]")
-    lm = connect(provider, prices=A_CENT, store=fresh_memory())
-    run.allow(usd=0.05)
-    devset = [dspy.Example(question=str(number), answer="fine").with_inputs("question") for number in range(20)]
-    evaluate = dspy.Evaluate(devset=devset, metric=lambda example, pred, trace=None: 1.0, num_threads=8)
-    with dspy.context(lm=lm), dspy_prod.call_context(run=run), pytest.raises(BudgetExceededError):
-        evaluate(dspy.Predict("question -> answer"))
-    assert provider.bill.nano == 5 * CENT
 
 
 # -- what is left of it --------------------------------------------------------------------------------------------

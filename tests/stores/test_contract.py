@@ -122,6 +122,22 @@ def test_waiting_for_money_is_first_in_first_out(store: Store) -> None:
     assert [decided(reservation).state for reservation in behind] == [GRANTED, GRANTED]
 
 
+def test_accounts_are_found_by_how_they_begin_and_end(store: Store) -> None:
+    """One store found none where any end was meant."""
+    for number, key in enumerate(("day|a|1", "day|b|1", "day|b|2", "week|a|1")):
+        each = granted(store, ask(DOLLAR, accounts=(key,)))
+        store.settle(each, settlement(each, (number + 1) * CENT))
+    store.flush(10)
+
+    def found(prefix: str, suffix: str, most: int = 9) -> list[str]:
+        return [key for key, _ in store.accounts(prefix, suffix, most)]
+
+    assert found("day|", "") == ["day|b|2", "day|b|1", "day|a|1"]
+    assert found("day|", "|1") == ["day|b|1", "day|a|1"]
+    assert found("", "", 2) == ["week|a|1", "day|b|2"]
+    assert found("day|c", "") == []
+
+
 def test_all_accounts_are_drawn_on_together_or_none_is(store: Store) -> None:
     spent = granted(store, ask(95 * CENT, accounts=("tenant",)))
     store.settle(spent, settlement(spent, 95 * CENT))

@@ -7,19 +7,24 @@ charged and the rest is free. Pure, but for the cell: the store calls it under i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.admission.limiter import Debit
-from dspy_prod.stores.base import GRANTED, Reservation, Settlement
+from dspy_prod.stores.base import GRANTED, Account, Reservation, Settlement
 
 Lot = tuple[str | None, tuple[str, ...]]
 """Calls of one kind: the key of their limiter, and the keys of their accounts."""
 
 Note = Callable[[int, int, int], None]
 """Notes (nano-USD charged since the cell's beginning, nano-USD in flight, calls in flight) of a share."""
+
+
+def caps_of(accounts: Sequence[Account]) -> tuple[int, ...]:
+    """The limits that callers set themselves, because no budget's terms do."""
+    return tuple([account.limit for account in accounts if not account.budget])
 
 
 def lot_of(reservation: Reservation) -> Lot:
@@ -35,6 +40,7 @@ class Share:
         hold: what of it is durable; the writer's.
         home: whose it is; a forked child has copies of its parent's shares.
         limit: the settings of the limiter that it was drawn under.
+        caps: the limits of accounts that it was drawn under, as far as callers set them.
         until: store time until which it may be used.
         money: nano-USD that no call uses.
         requests, tokens, seats: what of the limiter's part no call uses.
@@ -50,8 +56,8 @@ class Share:
     """
 
     __slots__ = (
-        *("accounts", "amount", "charged", "dead", "hold", "home", "in_flight", "latest", "limit", "live", "lot"),
-        *("money", "note", "one", "requests", "seats", "size", "taken", "told", "tokens", "until"),
+        *("accounts", "amount", "caps", "charged", "dead", "hold", "home", "in_flight", "latest", "limit", "live"),
+        *("lot", "money", "note", "one", "requests", "seats", "size", "taken", "told", "tokens", "until"),
     )
 
     def __init__(self, hold: Hold, like: Reservation, note: Note, charged: int, home: object) -> None:
@@ -60,6 +66,7 @@ class Share:
         self.hold = hold
         self.limit: RateLimit | None = like.limit
         self.accounts = like.accounts
+        self.caps = caps_of(like.accounts)
         self.note = note
         self.charged = charged
         self.until = self.latest = -inf
@@ -75,6 +82,8 @@ class Share:
         """Grant from what is drawn; False where it is too little, or not for this call."""
         amount, limit = reservation.amount if reservation.accounts else 0, reservation.limit
         if now >= self.until or amount > self.money or (limit is not self.limit and limit != self.limit):
+            return False
+        if self.caps and caps_of(reservation.accounts) != self.caps:
             return False
         one = self.one
         if one is not None:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import Totals
 from dspy_prod.stores.base import AccountState, Terms
+from dspy_prod.stores.keys import BETWEEN
 from dspy_prod.stores.sqlite.indices import ACCOUNT_OF
 from dspy_prod.stores.sqlite.rows import TERMS, Row, account_of, terms_of
 from dspy_prod.stores.sqlite.schema import TOTALS
@@ -30,13 +31,14 @@ def _state(key: str, row: Row) -> AccountState:
 def read_accounts(
     connection: sqlite3.Connection, ns: int, prefix: str, suffix: str, most: int
 ) -> list[tuple[str, AccountState]]:
-    """The accounts of a budget in a window, those that spent most first: their keys begin and end so."""
-    begin, end = ACCOUNT_OF
-    rows = connection.execute(
-        f"SELECT key, spent, held, unconfirmed FROM accounts WHERE ns = ? AND {begin} = ? AND {end} = ? "
-        "ORDER BY spent DESC, key LIMIT ?",
-        (ns, carried(prefix), suffix, most),
-    )
+    """The accounts whose keys begin and end so, those that spent most first."""
+    if prefix.count(BETWEEN) == suffix.count(BETWEEN) == 1:  # those of a budget in a window, of which there may be many
+        begin, end = ACCOUNT_OF
+        alike = f"{begin} = ?2 AND {end} = ?3"
+    else:
+        alike = "key >= ?2 AND key < ?2 || char(1114111) AND substr(key, length(key) - length(?3) + 1) = ?3"
+    found = f"SELECT key, spent, held, unconfirmed FROM accounts WHERE ns = ?1 AND {alike}"
+    rows = connection.execute(f"{found} ORDER BY spent DESC, key LIMIT ?4", (ns, carried(prefix), suffix, most))
     return [(_text(row[0]), _state(row[0], row[1:])) for row in rows]
 
 

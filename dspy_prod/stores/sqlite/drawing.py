@@ -14,7 +14,7 @@ from typing import Final
 
 from dspy_prod.runtime.brief import brief
 from dspy_prod.stores.admission.holds import Hold
-from dspy_prod.stores.admission.share import Share, lot_of
+from dspy_prod.stores.admission.share import Share, caps_of, lot_of
 from dspy_prod.stores.admission.window import AHEAD
 from dspy_prod.stores.base import Reservation, Settlement
 from dspy_prod.stores.sqlite.filling import LEAST, Filling, wanted_of
@@ -44,6 +44,11 @@ class Drawing(Filling):
             share.latest = now
             share.amount = max(share.amount, reservation.amount)
             share.size = max(share.size, reservation.tokens)
+            caps = caps_of(reservation.accounts)
+            if caps != share.caps:  # what was drawn under others goes back, or may be used once it is looked at
+                with brief(self._lock):
+                    share.close()
+                    share.caps = caps
             share.limit, share.accounts = reservation.limit, reservation.accounts
 
     def settle(self, done: Settlement, reservation: Reservation, now: float) -> None:
