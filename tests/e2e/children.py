@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
-from dspy_prod import Budget, RateLimit, Run, call_context
+import dspy
+
+from dspy_prod import Budget, RateLimit, RejectedError, Retry, Run, call_context
+from tests.e2e.runs import crowd
 from tests.e2e.support import make_lm, outcome, together
 
 A_CENT: dict[str, tuple[float, float]] = {"openai/e2e": (0.0, 100.0)}
@@ -48,6 +52,16 @@ def call_until_killed(url: str, store: str, callers: int) -> None:
         thread.join()
 
 
+def spend_a_dollar_of_a_run(url: str, store: str, callers: int, calls: int, barrier: Any, results: Any) -> None:
+    """Spend a run's dollar with a crowd of threads, beside other processes; tell how the calls ended."""
+    lm = make_lm(url, prices=A_CENT)
+    run = Run("it", usd=1.0, calls=1_000, store=store, namespace="e2e")
+    barrier.wait(60)
+    outcomes = crowd(run, [lm], callers, calls)
+    run.store.close()
+    results.put(dict(Counter(_kind(each) for each in outcomes)))
+
+
 def spend_of_run(url: str, store: str, prices: dict[str, tuple[float, float]], usd: float, callers: int) -> None:
     """Call without end inside a run that others share."""
     lm = make_lm(url, prices=prices)
@@ -64,6 +78,23 @@ def spend_of_run(url: str, store: str, prices: dict[str, tuple[float, float]], u
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def evaluate_in_a_run(url: str, limited: bool, deadline: float, begun: Any, stop: Any) -> None:
+    """Evaluate on four threads that would wait for minutes, and stop when told to."""
+    lm = make_lm(url, limit=RateLimit(rpm=1) if limited else None, retry=Retry(attempts=9))
+    run = Run("it", usd=1e6, store="memory://", namespace="e2e")
+
+    def stopping() -> None:
+        stop.wait(60)
+        run.stop("told to")
+
+    threading.Thread(target=stopping, daemon=True).start()
+    devset = [dspy.Example(question=str(number)).with_inputs("question") for number in range(40)]
+    evaluate = dspy.Evaluate(devset=devset, metric=lambda *_: 1.0, num_threads=4, max_errors=99)
+    begun.set()
+    with dspy.context(lm=lm), call_context(run=run, deadline=deadline), suppress(RejectedError):
+        evaluate(dspy.Predict("question -> answer"))
 
 
 def _kind(outcome: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from dspy_prod import (
     UnpricedModelError,
 )
 from dspy_prod.testing import FaultPlan, Status
-from tests.e2e.children import spend_of_run
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.runs import A_CENT, crowd
 from tests.e2e.support import (
@@ -31,8 +29,6 @@ from tests.e2e.support import (
     errors,
     fresh_memory,
     outcome,
-    records,
-    until,
     upstream,
 )
 
@@ -153,24 +149,3 @@ def test_events_tell_the_run(serve: MakeProvider, connect: MakeLM, run: Run) -> 
     finally:
         remove()
     assert [event.data["run"] for event in told if event.name == "call_finished"] == ["it"]
-
-
-SPAWN = mp.get_context("spawn")
-
-
-def test_a_killed_run_goes_on_within_its_cap(serve: MakeProvider, connect: MakeLM, sqlite_url: str) -> None:
-    """What a killed process had in flight counts in full; what was settled counts once."""
-    provider = serve(prices=A_CENT, usage=(20, 100), latency=0.02)
-    url = f"{sqlite_url}?lease=1"
-    child = SPAWN.Process(target=spend_of_run, args=(provider.url, url, A_CENT, 1.0, 8), daemon=True)
-    child.start()
-    until(lambda: provider.bill.nano >= 30 * CENT)
-    child.kill()
-    child.join(10)
-    lm = connect(provider, prices=A_CENT, store=fresh_memory())
-    run = Run("it", usd=1.0, store=url, namespace="e2e")
-    outcomes = crowd(run, [lm], 8, 20)
-    assert provider.bill.nano <= 100 * CENT
-    assert provider.bill.nano >= 85 * CENT, "only what was in flight or drawn ahead is lost"
-    assert len(errors(outcomes, BudgetExceededError)) > 0
-    assert len(records(lm)) > 0

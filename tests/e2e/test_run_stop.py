@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing as mp
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from dspy.utils.exceptions import LMError
 
 import dspy_prod
 from dspy_prod import (
@@ -17,7 +21,9 @@ from dspy_prod import (
     Run,
     RunStoppedError,
 )
-from dspy_prod.testing import FaultPlan, Provider, Status
+from dspy_prod.pipeline.upstream.upstream import Upstream
+from dspy_prod.testing import FaultPlan, Hang, Provider, Status
+from tests.e2e.children import evaluate_in_a_run
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.runs import A_CENT
 from tests.e2e.support import (
@@ -28,6 +34,8 @@ from tests.e2e.support import (
     outcome,
     until,
 )
+
+SPAWN = mp.get_context("spawn")
 
 
 def waits_for_its_limit(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
@@ -44,8 +52,41 @@ def waits_for_a_retry(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, A
     return provider, lm
 
 
+def waits_for_a_providers_pause(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
+    provider = serve(faults=FaultPlan.script([None, Status(429, retry_after=25)]))
+    lm = connect(provider, store=fresh_memory())
+    lm("answered at once")
+    assert isinstance(outcome(lambda: lm("too much")), LMError)
+    return provider, lm
+
+
+def waits_for_money_of_others(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
+    """Of a budget, all of which another call holds."""
+    provider = serve(prices=A_CENT)
+    provider.hold()
+    lm = connect(provider, prices=A_CENT, budget=Budget(usd=0.01, max_wait=600), store=fresh_memory())
+    threading.Thread(target=lambda: outcome(lambda: lm("holds all")), daemon=True).start()
+    provider.wait_until(lambda p: p.in_flight == 1)
+    return provider, lm
+
+
+def waits_for_an_identical_call(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
+    provider = serve()
+    provider.hold()
+    lm = connect(provider, cache=True, store=fresh_memory())
+    threading.Thread(target=lambda: outcome(lambda: lm("waits")), daemon=True).start()
+    provider.wait_until(lambda p: p.in_flight == 1)
+    return provider, lm
+
+
+WAITS = [
+    *(waits_for_its_limit, waits_for_a_retry, waits_for_a_providers_pause, waits_for_money_of_others),
+    waits_for_an_identical_call,
+]
+
+
 @pytest.mark.parametrize("way", ["sync", "async"])
-@pytest.mark.parametrize("waiting", [waits_for_its_limit, waits_for_a_retry])
+@pytest.mark.parametrize("waiting", WAITS)
 def test_stopping_ends_every_wait_at_once(serve: MakeProvider, connect: MakeLM, waiting: Any, way: str) -> None:
     """After Ctrl-C an optimizer's threads slept on in Retry-After and in the limiter: the process lived 75 s longer."""
     provider, lm = waiting(serve, connect)
@@ -70,7 +111,7 @@ def test_stopping_ends_every_wait_at_once(serve: MakeProvider, connect: MakeLM, 
     assert len(provider.calls) == sent >= before
     assert run._watchers == set()
     assert run.used().held_usd == 0.0
-    assert_nothing_held(lm.pipeline.store)
+    assert lm.pipeline.store.waiting() == 0
     with dspy_prod.call_context(run=run), pytest.raises(RunStoppedError):
         lm("another")
     assert len(provider.calls) == sent
@@ -95,6 +136,91 @@ def test_stopping_ends_a_wait_for_money(serve: MakeProvider, connect: MakeLM) ->
     assert len(errors(outcomes, RunStoppedError)) == 3
     assert run.used().calls == 1
     assert_nothing_held(lm.pipeline.store)
+
+
+def test_stopping_ends_a_wait_for_what_the_run_has_left(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
+    provider = serve(prices=A_CENT, usage=(20, 100))
+    provider.hold()
+    lm = connect(provider, prices=A_CENT, store=fresh_memory())
+    run.allow(usd=0.01)
+
+    def caller(number: int) -> Any:
+        with dspy_prod.call_context(run=run):
+            return outcome(lambda: lm(f"question {number}"))
+
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(caller, number) for number in range(4)]
+        until(lambda: provider.in_flight == 1 and run.store.waiting() == 3)
+        run.stop()
+        until(lambda: sum(future.done() for future in futures) == 3)
+        provider.release()
+        outcomes = [future.result(10) for future in futures]
+    assert len(answers(outcomes)) == 1
+    assert len(errors(outcomes, RunStoppedError)) == 3
+    assert run.used() == (0.01, 0.0, 0.0, 1, 120)
+
+
+def test_a_stop_while_an_engine_is_built_is_heard(
+    serve: MakeProvider, connect: MakeLM, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Importing an engine takes seconds; the call went out after that."""
+    provider = serve()
+    lm = connect(provider, engine="litellm", store=fresh_memory())
+    warm = Upstream.warm
+
+    def slow(*arguments: Any) -> None:
+        warm(*arguments)
+        run.stop()
+
+    monkeypatch.setattr(Upstream, "warm", slow)
+    with dspy_prod.call_context(run=run), pytest.raises(RunStoppedError):
+        lm("a question")
+    assert provider.calls == []
+    assert run.used() == (0.0, 0.0, 0.0, 0, 0)
+
+
+def test_a_signal_handler_may_stop_a_run(serve: MakeProvider, connect: MakeLM) -> None:
+    """Also while the thread that it interrupts waits in a call of the run, whatever lock it holds just then."""
+    provider, lm = waits_for_its_limit(serve, connect)
+    run = Run("it", usd=5, store=fresh_memory())
+    before = signal.signal(signal.SIGUSR1, lambda *_: run.stop("a signal"))
+
+    def interrupt() -> None:
+        until(lambda: len(run._watchers) == 1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    try:
+        thread.start()
+        with dspy_prod.call_context(run=run), pytest.raises(RunStoppedError, match="a signal"):
+            lm("waits")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        thread.join(10)
+    with run._lock:  # held by the very thread that the signal interrupts
+        run._stopped = None
+        run.stop("again")
+    assert run.stopped == "again"
+    assert len(provider.calls) == 1
+
+
+@pytest.mark.parametrize("waiting", ["limit", "retry", "hang"])
+def test_a_process_ends_when_its_run_is_stopped(serve: MakeProvider, waiting: str) -> None:
+    """Its threads waited on for minutes; a call that hangs ends at the deadline of its context."""
+    faults = {"limit": None, "retry": Status(503, retry_after=50), "hang": Hang()}[waiting]
+    provider = serve(faults=faults)
+    deadline = 4.0 if waiting == "hang" else 600.0
+    begun, stop = SPAWN.Event(), SPAWN.Event()
+    child = SPAWN.Process(target=evaluate_in_a_run, args=(provider.url, waiting == "limit", deadline, begun, stop))
+    child.start()
+    try:
+        assert begun.wait(60)
+        provider.wait_until(lambda p: len(p.calls) >= (1 if waiting == "limit" else 4))
+        stop.set()
+        child.join(20)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
 
 
 def test_attempts_under_way_end_by_themselves(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
