@@ -25,6 +25,7 @@ from dspy_prod.pipeline.taken import Taken, returned
 from dspy_prod.policies.run import Claim, Run, claims_of
 from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.stores.admission.granting import no_money
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Store
 
 Steps = Generator[Any, Any, Response]
@@ -113,6 +114,27 @@ def taking(attempt: Attempt) -> Generator[Wait, Any, None]:
         taken.held.append((claim, reservation))
 
 
+def foreseen(attempt: Attempt, count: int) -> str:
+    """The cap that so many attempts would wait for because calls in flight keep what is left of it, "" without one.
+
+    Raises:
+        BudgetExceededError, UnpricedModelError, RunStoppedError, StoreUnavailableError: as `taking` would.
+    """
+    runs: tuple[Run, ...] = attempt.call.context.guards
+    go_on(runs)
+    claims, waits = claims_of(runs), ""
+    amounts = _amounts(attempt, claims)
+    for claim in claims:
+        account, amount = claim.account(), amounts[claim.dimension] * count
+        state = claim.store.account(account.key)
+        if state.spent + amount > account.limit:
+            refusal = no_money(account, account.limit, state, amount)
+            raise claim.run.refused(claim.dimension, refusal, attempt.route.model, attempt.route.name)
+        if state.spent + state.held + amount > account.limit:
+            waits = waits or account.title
+    return waits
+
+
 def _amounts(attempt: Attempt, claims: Iterable[Claim]) -> dict[str, int]:
     amounts = {"calls": 1}
     for claim in claims:
@@ -152,8 +174,7 @@ def _take(attempt: Attempt, claim: Claim, amount: int, until: float) -> Generato
                 elif store.withdraw(reservation):
                     if call.late():
                         raise too_late(call, f"while waiting for {account.title}")
-                    state = store.account(account.key)
-                    refusal = Refusal("budget_exceeded", None, "", account.limit, state.spent, state.held, amount)
+                    refusal = no_money(account, account.limit, store.account(account.key), amount)
                     raise run.refused(claim.dimension, refusal, route.model, route.name)
         except GeneratorExit:  # perhaps inside the garbage collector
             REAPER.post(partial(returned, store, reservation))

@@ -18,8 +18,9 @@ Status = Literal["healthy", "warning", "degraded"]
 """`degraded`: a circuit is not closed, or the store is not usable; `warning`: something runs out soon."""
 
 Reason = Literal[
-    "circuit_open", "rate_limited", "budget_exceeded", "deadline_exceeded", "unpriced_model", "store_unavailable"
-]
+    "circuit_open", "rate_limited", "budget_exceeded", "deadline_exceeded", "unpriced_model", "store_unavailable",
+    "run_stopped",
+]  # fmt: skip
 """The words of `RejectedError.reason`."""
 
 

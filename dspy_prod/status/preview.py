@@ -1,7 +1,7 @@
 """What a call would cost at most, and whether and when it would be sent: the flow's own steps, without their effects.
 
-The order is that of `pipeline/flow.py`: cache, then for each route breaker, bounds, limiter and budget. Nothing is sent
-or reserved, no record is written, and no lookup is counted.
+The order is that of `pipeline/flow.py`: cache, then for each route breaker, bounds, runs, limiter and budget. Nothing
+is sent or reserved, no record is written, and no lookup is counted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.plan import plan, shrunk, wait_until
 from dspy_prod.pipeline.refusals import refused, too_late
 from dspy_prod.pipeline.routes import Route
+from dspy_prod.pipeline.running import foreseen
 from dspy_prod.policies.sharing import refresh
 from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import NANO
@@ -110,9 +111,13 @@ def _try(call: Call, route: Route, count: int) -> _Outlook:
         if impossible is not None:
             raise impossible
         assert planned is not None
-        if planned.reservation is None:
-            return _Outlook(route, planned, 0.0, None)
-        return _admission(call, planned, count)
+        kept = foreseen(planned, count) if call.context.guards else ""
+        outlook = _Outlook(route, planned, 0.0, None)
+        if planned.reservation is not None:
+            outlook = _admission(call, planned, count)
+        if kept:
+            return outlook._replace(wait=None, detail=f"Waits until calls in flight free what they keep of {kept!r}")
+        return outlook
     except RejectedError as error:
         return _Outlook(route, planned, error.retry_after, error, error.message)
 
@@ -170,6 +175,8 @@ def _all_seats_taken(pipeline: Pipeline, reservation: Reservation) -> bool:
 def _affordable(pipeline: Pipeline, outlook: _Outlook, bound: int | None) -> bool | None:
     if outlook.refusal is not None and outlook.refusal.reason == "budget_exceeded":
         return False
+    if outlook.refusal is not None and outlook.refusal.reason == "unpriced_model":
+        return None
     if not pipeline.budgets:
         return True
     asked = outlook.plan.reservation if outlook.plan is not None else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import dspy
 import pytest
 
 import dspy_prod
@@ -14,6 +16,7 @@ from dspy_prod import (
     RateLimit,
     Retry,
     Run,
+    RunStoppedError,
     UnpricedModelError,
 )
 from dspy_prod.testing import FaultPlan, Status
@@ -29,6 +32,7 @@ from tests.e2e.support import (
     errors,
     fresh_memory,
     outcome,
+    records,
     upstream,
 )
 
@@ -149,3 +153,56 @@ def test_events_tell_the_run(serve: MakeProvider, connect: MakeLM, run: Run) -> 
     finally:
         remove()
     assert [event.data["run"] for event in told if event.name == "call_finished"] == ["it"]
+
+
+def test_a_preview_asks_the_run_too(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
+    """It said that a call was affordable which the run refused."""
+    provider = serve(prices=A_CENT, usage=(20, 100))
+    lm = connect(provider, prices=A_CENT, store=fresh_memory())
+    unpriced = connect(provider, model="openai/unknown", prices={}, store=fresh_memory())
+    run.allow(usd=0.02)
+    with dspy_prod.call_context(run=run):
+        lm("a cent")
+        assert (lm.preview("question").affordable, lm.preview("question").reason) == (True, None)
+        many = lm.preview("question", n=2)
+        assert (many.affordable, many.reason) == (False, "budget_exceeded")
+        assert (unpriced.preview("question").affordable, unpriced.preview("question").reason) == (
+            None, "unpriced_model",
+        )  # fmt: skip
+        provider.hold()
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(crowd, run, [lm], 1, 1)
+            provider.wait_until(lambda p: p.in_flight == 1)
+            waits = lm.preview("question")
+            assert (waits.affordable, waits.reason, waits.wait) == (True, None, None)
+            assert "'run it: usd'" in waits.detail
+            provider.release()
+            future.result(10)
+        run.stop()
+        assert lm.preview("question").reason == "run_stopped"
+    assert lm.preview("question").reason is None
+    assert len(provider.calls) == 2
+
+
+def test_a_refusal_is_recorded_under_its_run(serve: MakeProvider, connect: MakeLM) -> None:
+    """Of two runs that were stopped, one was recorded for both."""
+    lm = connect(serve(), store=fresh_memory())
+    for name in ("one", "two"):
+        run = Run(name, calls=1, store=fresh_memory())
+        run.stop()
+        with dspy_prod.call_context(run=run):
+            assert isinstance(outcome(lambda: lm("question")), RunStoppedError)
+    assert [(record.run, record.reason) for record in records(lm)] == [
+        ("one", "run_stopped: one"),
+        ("two", "run_stopped: two"),
+    ]
+
+
+def test_a_stopped_run_is_a_reason_of_its_own(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
+    """A report said that the upstream had failed."""
+    lm = connect(serve(), store=fresh_memory())
+    program = dspy_prod.Production(dspy.Predict("question -> answer"), name="it", fallback_response="later")
+    run.stop()
+    with dspy.context(lm=lm), dspy_prod.call_context(run=run):
+        prediction = program(question="anything")
+    assert (prediction.answer, dspy_prod.call_report(prediction).reason) == ("later", "run_stopped")
