@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from functools import partial
 from math import inf
 from typing import Any
 
@@ -21,10 +20,9 @@ from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Decidable, Wait
 from dspy_prod.pipeline.plan import bound_of, times, wait_until
 from dspy_prod.pipeline.refusals import too_late
-from dspy_prod.pipeline.taken import Taken, returned
+from dspy_prod.pipeline.taken import Taken
 from dspy_prod.policies.run import Claim, Run, claims_of
 from dspy_prod.runtime.ids import IDS
-from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.admission.granting import no_money
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Store
 
@@ -110,8 +108,7 @@ def taking(attempt: Attempt) -> Generator[Wait, Any, None]:
     attempt.taken = taken = Taken()
     until = wait_until(attempt, attempt.call.pipeline.clock.monotonic())
     for claim in claims:
-        reservation = yield from _take(attempt, claim, amounts[claim.dimension], until)
-        taken.held.append((claim, reservation))
+        yield from _take(attempt, taken, claim, amounts[claim.dimension], until)
 
 
 def foreseen(attempt: Attempt, count: int) -> str:
@@ -154,7 +151,7 @@ def _amounts(attempt: Attempt, claims: Iterable[Claim]) -> dict[str, int]:
     return amounts
 
 
-def _take(attempt: Attempt, claim: Claim, amount: int, until: float) -> Generator[Wait, Any, Reservation]:
+def _take(attempt: Attempt, taken: Taken, claim: Claim, amount: int, until: float) -> Generator[Wait, Any, None]:
     call, route, store = attempt.call, attempt.route, claim.store
     monotonic = call.pipeline.clock.monotonic
     while True:
@@ -163,9 +160,10 @@ def _take(attempt: Attempt, claim: Claim, amount: int, until: float) -> Generato
         reservation = Reservation(
             IDS.make(), None, None, 0, (account,), amount, PRIORITIES[call.context.priority], "", horizon, lease, None
         )
+        taken.held.append((claim, reservation))  # before it is asked for: whatever comes up, it is given back
         began = monotonic()
-        store.admit(reservation)
         try:
+            store.admit(reservation)
             while reservation.state == PENDING:
                 if claim.account().limit != account.limit:
                     store.withdraw(reservation)  # and ask again; should it be granted meanwhile, so much the better
@@ -176,20 +174,12 @@ def _take(attempt: Attempt, claim: Claim, amount: int, until: float) -> Generato
                         raise too_late(call, f"while waiting for {account.title}")
                     refusal = no_money(account, account.limit, store.account(account.key), amount)
                     raise run.refused(claim.dimension, refusal, route.model, route.name)
-        except GeneratorExit:  # perhaps inside the garbage collector
-            REAPER.post(partial(returned, store, reservation))
-            raise
-        except BaseException:
-            returned(store, reservation)
-            raise
         finally:
             call.waited += monotonic() - began
         limit = claim.account().limit
-        if reservation.state == GRANTED:
-            if limit >= account.limit:
-                return reservation
-            returned(store, reservation)  # under a cap that was lowered meanwhile
-        elif reservation.state == REFUSED:
+        if reservation.state == GRANTED and limit >= account.limit:
+            return
+        if reservation.state == REFUSED:
             refused = reservation.refusal or Refusal("store_unavailable")
             if refused.reason != "budget_exceeded":
                 raise StoreUnavailableError(
@@ -200,6 +190,7 @@ def _take(attempt: Attempt, claim: Claim, amount: int, until: float) -> Generato
                 )
             if limit <= account.limit:
                 raise run.refused(claim.dimension, refused, route.model, route.name)
+        taken.give_back()  # the cap has been changed
 
 
 def _times(attempt: Attempt, store: Store) -> tuple[float, float]:

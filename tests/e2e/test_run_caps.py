@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from dspy_prod import (
     Retry,
     Run,
 )
+from dspy_prod.stores.base import GRANTED, Reservation
 from dspy_prod.testing import FaultPlan, Provider, Status
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.runs import A_CENT, crowd
@@ -210,6 +212,62 @@ def test_a_cap_on_what_was_never_counted_is_refused(serve: MakeProvider, connect
     Run("it|usd", calls=5, store=store_url)
     Run("it", usd=0.1, store=store_url)
     Run("it", store=store_url)
+
+
+@pytest.mark.parametrize("after", ["calls", "usd", "tokens"])
+def test_ctrl_c_while_it_is_admitted_keeps_nothing(
+    serve: MakeProvider, connect: MakeLM, run: Run, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """Between the store's grant and whoever gives it back: the run had that much less for as long as it went on."""
+    provider = serve(prices=A_CENT, usage=(20, 100))
+    lm = connect(provider, prices=A_CENT, store=fresh_memory())
+    admit = run.store.admit
+
+    def interrupted(reservation: Reservation) -> Reservation:
+        admit(reservation)
+        if reservation.accounts[0].title.endswith(after):
+            until(lambda: reservation.state == GRANTED)
+            raise KeyboardInterrupt
+        return reservation
+
+    monkeypatch.setattr(run.store, "admit", interrupted)
+    with dspy_prod.call_context(run=run), pytest.raises(KeyboardInterrupt):
+        lm("question")
+    assert run.used() == (0.0, 0.0, 0.0, 0, 0)
+    assert run.store.holds() == 0
+    assert provider.calls == []
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late", "collected"])
+def test_who_leaves_the_line_keeps_nothing(held: Provider, connect: MakeLM, run: Run, how: str) -> None:
+    lm = connect(held, prices=A_CENT, store=fresh_memory())
+    run.allow(usd=0.01)
+
+    async def scene() -> None:
+        with dspy_prod.call_context(run=run):
+            first = asyncio.create_task(lm.acall("first"))
+            await asyncio.to_thread(held.wait_until, lambda p: p.in_flight == 1)
+            with dspy_prod.call_context(deadline=0.2 if how == "late" else 60):
+                second = asyncio.create_task(lm.acall("second"))
+            await asyncio.to_thread(until, lambda: second.done() or run.store.waiting() == 1)
+            if how == "late":
+                with pytest.raises(dspy_prod.DeadlineExceededError, match="while waiting for run it: usd"):
+                    await second
+            elif how == "cancelled":
+                second.cancel()
+                await asyncio.wait([second])
+            else:
+                return  # the end of the loop takes both
+            await asyncio.to_thread(until, lambda: run.store.waiting() == 0)
+            held.release()
+            assert await first == ["ok"]
+            with pytest.raises(BudgetExceededError):
+                await lm.acall("third")
+        await lm.pipeline.aclose()
+
+    asyncio.run(scene())
+    until(lambda: (run.store.waiting(), run.store.holds()) == (0, 0))
+    assert run.used().calls == 1
 
 
 # -- runs within runs ----------------------------------------------------------------------------------------------
