@@ -10,8 +10,9 @@ does; two small drivers perform them. It never sleeps and does no I/O of its own
                   └ one upstream attempt
               ◄─ settle permit, tokens and money with what really happened; append the record; emit events
 
-An open circuit is noticed before any waiting; the permit is taken last, so nobody holds a probe while queueing. No
-`yield` stands in a cleanup path: settling posts, it never waits.
+An open circuit is noticed before any waiting; the permit is taken last, so nobody holds a probe while queueing. Within
+a `Run`, an attempt takes of it what it may use before it stands in line, see `running.py`. No `yield` stands in a
+cleanup path: settling posts, it never waits.
 """
 
 from __future__ import annotations

@@ -54,7 +54,8 @@ class Run:
     Every attempt of every `dspy_prod.LM` takes what it may use before it is sent, and gives back what it did not. The
     caps hold across threads, tasks and LMs with stores of their own, and across processes that name the same run in
     the same store: there a run goes on where it was left, also after `kill -9`, with other caps if you like. What
-    happens in a run within another one counts for both, and the caps of both hold.
+    happens in a run within another one counts for both, and the caps of both hold. A run follows DSPy into its threads;
+    a thread that a program starts itself has to enter it again.
 
     Args:
         name: what it is called in the ledger (`records(run=)`, `costs(by="run")`); made up when not given.
@@ -109,8 +110,18 @@ class Run:
         reset_after_fork(self)
 
     def __repr__(self) -> str:
-        caps = "".join(f", {name}={value:g}" for name in DIMENSIONS if (value := getattr(self.caps, name)) is not None)
+        given = {name: value for name in DIMENSIONS if (value := getattr(self.caps, name)) is not None}
+        caps = "".join([f", {name}={value:{'g' if name == 'usd' else ''}}" for name, value in given.items()])
         return outward(f"Run({self.name!r}{caps})")
+
+    def __copy__(self) -> Run:
+        return self  # a copy of a program that keeps one belongs to the same run
+
+    def __deepcopy__(self, memo: Any) -> Run:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"A Run cannot be pickled. In the other process, make dspy_prod.Run({self.name!r}, store=...)")
 
     # -- what it may use -----------------------------------------------------------------------------------------------
     def allow(self, *, usd: float | None = None, calls: int | None = None, tokens: int | None = None) -> None:

@@ -145,14 +145,27 @@ def test_the_ledger_can_be_asked_by_run_and_tag(serve: MakeProvider, connect: Ma
 
 
 def test_events_tell_the_run(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
+    """Every event of a call in it: what is tried again, refused, answered by another model or from the cache."""
+    faults = FaultPlan.script([Status(503), None, Status(503), Status(429), None])
+    provider = serve(faults=faults)
+    options: dict[str, Any] = {"retry": Retry(attempts=2, backoff=0.001), "fallbacks": [CHEAP], "cache": True}
+    lm = connect(provider, store=fresh_memory(), **options)
     told: list[Any] = []
-    remove = dspy_prod.add_listener(told.append)
+    remove = dspy_prod.add_listener(told.append, content=True)
     try:
         with dspy_prod.call_context(run=run):
-            connect(serve(), store=fresh_memory())("a question")
+            for question in ("one", "one", "two"):
+                outcome(lambda: lm(question))  # noqa: B023
+            run.stop()
+            outcome(lambda: lm("three"))
+        records(lm)
     finally:
         remove()
-    assert [event.data["run"] for event in told if event.name == "call_finished"] == ["it"]
+    assert {event.name for event in told} >= {
+        *("call_finished", "call_content", "attempt_failed", "retry", "rejected", "fallback", "throttled"),
+    }  # fmt: skip
+    assert {event.data.get("run") for event in told if "call_id" in event.data} == {"it"}
+    assert {record.run for record in records(lm)} == {"it"}
 
 
 def test_a_preview_asks_the_run_too(serve: MakeProvider, connect: MakeLM, run: Run) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +56,11 @@ def test_a_cap_can_be_raised(serve: MakeProvider, connect: MakeLM, run: Run) -> 
         ({"usd": -1}, "usd"),
         ({"calls": 0}, "calls"),
         ({"tokens": 1.5}, "tokens"),
+        ({"usd": float("nan")}, "usd"),
+        ({"usd": True}, "usd"),
+        ({"calls": True}, "calls"),
         ({"name": ""}, "name"),
+        ({"name": 5}, "name"),
     ],
 )
 def test_an_impossible_cap_is_refused_by_name(given: dict[str, Any], said: str) -> None:
@@ -62,6 +68,19 @@ def test_an_impossible_cap_is_refused_by_name(given: dict[str, Any], said: str) 
         Run(**{"store": fresh_memory(), **given})
     with pytest.raises(ConfigError, match="begin one with tokens="):
         Run("it", usd=1, store=fresh_memory()).allow(tokens=5)
+    with pytest.raises(ConfigError, match="Run: usd: must be greater than 0"):
+        Run("it", usd=1, store=fresh_memory()).allow(usd=0)
+    with pytest.raises(TypeError, match=r"takes a name or a dspy_prod.Run, got 5"), dspy_prod.call_context(run=5):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_copy_of_a_run_is_the_run() -> None:
+    """A program that keeps one is copied by optimizers; another process makes its own."""
+    run = Run("it", usd=0.5, calls=2_000_000, store=fresh_memory())
+    assert copy.copy(run) is copy.deepcopy(run) is run
+    assert repr(run) == "Run('it', usd=0.5, calls=2000000)"
+    with pytest.raises(TypeError, match=r"make dspy_prod.Run\('it', store="):
+        pickle.dumps(run)
 
 
 def test_a_run_that_could_not_be_capped_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,7 @@ from dspy_prod.testing import FakeClock
 from tests.e2e.children import spend_a_dollar_of_a_run, spend_of_run
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.runs import A_CENT, crowd
-from tests.e2e.support import CENT, errors, fresh_memory, outcome, records, until
+from tests.e2e.support import CENT, answers, errors, fresh_memory, outcome, records, until
 
 SPAWN = mp.get_context("spawn")
 
@@ -103,3 +104,28 @@ def test_what_a_run_keeps_outlives_the_wait_for_a_limiter(serve: MakeProvider, c
         run.stop()
         assert isinstance(future.result(10), dspy_prod.RunStoppedError)
     assert run.used() == (0.0, 0.0, 0.0, None, None)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_child_goes_on_with_the_run(serve: MakeProvider, connect: MakeLM, sqlite_url: str) -> None:
+    """What the parent has in flight stays the parent's."""
+    provider = serve(prices=A_CENT, usage=(20, 100))
+    lm = connect(provider, prices=A_CENT, store=fresh_memory())
+    run = Run("it", usd=0.1, calls=100, store=sqlite_url, namespace="e2e")
+    assert len(crowd(run, [lm], 2, 2)) == 4
+    provider.hold()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(crowd, run, [lm], 1, 1)
+        provider.wait_until(lambda p: p.in_flight == 1)
+        pid = os.fork()
+        if not pid:
+            answered = len(answers(crowd(run, [lm], 1, 2)))
+            run.store.close()
+            os._exit(answered)
+        provider.wait_until(lambda p: p.in_flight == 2)
+        provider.release()
+        assert future.result(10) == [["ok"]]
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    assert run.used() == (0.07, 0.0, 0.0, 7, None)
+    assert provider.bill.nano == 7 * CENT
