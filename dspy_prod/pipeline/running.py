@@ -83,15 +83,27 @@ class _OrToldOtherwise:
 
     def attach(self, wake: Callable[[], None]) -> bool:
         self.wake = wake
-        undecided = self.what is None or self.what.attach(wake)
+        goes_on = True
         for run in self.runs:
-            undecided = run.watch(wake) and undecided
-        return undecided
+            goes_on = run.watch(wake) and goes_on
+        return (self.what is None or self.what.attach(wake)) and goes_on
 
     def leave(self) -> None:
         if self.wake is not None:
             for run in self.runs:
                 run.unwatch(self.wake)
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A reservation of a run, until it is decided, or the cap is another than it was asked for under."""
+
+    reservation: Reservation
+    claim: Claim
+    limit: int
+
+    def attach(self, wake: Callable[[], None]) -> bool:
+        return self.reservation.attach(wake) and self.claim.account().limit == self.limit
 
 
 def taking(attempt: Attempt) -> Generator[Wait, Any, None]:
@@ -168,7 +180,7 @@ def _take(attempt: Attempt, taken: Taken, claim: Claim, amount: int, until: floa
                 if claim.account().limit != account.limit:
                     store.withdraw(reservation)  # and ask again; should it be granted meanwhile, so much the better
                 elif monotonic() < until:
-                    yield Wait(reservation, until)
+                    yield Wait(_Asked(reservation, claim, account.limit), until)
                 elif store.withdraw(reservation):
                     if call.late():
                         raise too_late(call, f"while waiting for {account.title}")

@@ -125,7 +125,9 @@ class Run:
 
     # -- what it may use -----------------------------------------------------------------------------------------------
     def allow(self, *, usd: float | None = None, calls: int | None = None, tokens: int | None = None) -> None:
-        """Set other caps; what is used stays, and a call that is refused by the old ones asks once more.
+        """Set other caps; what is used stays, and a call that waits or is refused under the old ones asks once more.
+
+        Another process that has this run goes on with the caps that it was given there.
 
         Raises:
             ConfigError: an impossible cap, or one on what this run has not counted from its beginning.

@@ -152,6 +152,31 @@ def test_who_waits_for_money_goes_on_when_the_cap_is_raised(held: Provider, conn
         assert len(answers([future.result(10) for future in futures])) == 3
 
 
+def test_a_cap_raised_just_before_somebody_waits_is_heard(
+    held: Provider, connect: MakeLM, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the cap and the wait for news of it."""
+    lm = connect(held, prices=A_CENT, store=fresh_memory())
+    run.allow(usd=0.01)
+    watch = run.watch
+
+    def watched(wake: Any) -> bool:
+        if held.in_flight:
+            run.allow(usd=0.02)
+        return watch(wake)
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(inside, run, lm, "first")]
+        held.wait_until(lambda p: p.in_flight == 1)
+        monkeypatch.setattr(run, "watch", watched)
+        futures.append(pool.submit(inside, run, lm, "second"))
+        try:
+            held.wait_until(lambda p: p.in_flight == 2, timeout=10)
+        finally:
+            held.release()
+        assert len(answers([future.result(10) for future in futures])) == 2
+
+
 def test_a_lowered_cap_holds_for_who_waits(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
     """Half of what is held is given back, which the cap of before would let them have."""
     provider = serve(prices=A_CENT, usage=(20, 50))
