@@ -76,6 +76,8 @@ def test_a_killed_run_goes_on_within_its_cap(serve: MakeProvider, connect: MakeL
     assert provider.bill.nano <= 100 * CENT
     assert provider.bill.nano >= 85 * CENT, "only what was in flight or drawn ahead is lost"
     assert len(errors(outcomes, BudgetExceededError)) > 0
+    used = run.used()
+    assert provider.bill.usd <= used.usd <= 1.0
     assert len(records(lm)) > 0
 
 

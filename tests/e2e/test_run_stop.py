@@ -38,42 +38,42 @@ from tests.e2e.support import (
 SPAWN = mp.get_context("spawn")
 
 
-def waits_for_its_limit(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
+def waits_for_its_limit(serve: MakeProvider, connect: MakeLM, store: str) -> tuple[Provider, Any]:
     provider = serve()
-    lm = connect(provider, limit=RateLimit(rpm=1, max_wait=600), store=fresh_memory())
+    lm = connect(provider, limit=RateLimit(rpm=1, max_wait=600), store=store)
     lm("the minute's only one")
     return provider, lm
 
 
-def waits_for_a_retry(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
+def waits_for_a_retry(serve: MakeProvider, connect: MakeLM, store: str) -> tuple[Provider, Any]:
     provider = serve(faults=FaultPlan.script([None, *[Status(503, retry_after=25)] * 9]))
-    lm = connect(provider, retry=Retry(attempts=5), store=fresh_memory())
+    lm = connect(provider, retry=Retry(attempts=5), store=store)
     lm("answered at once")
     return provider, lm
 
 
-def waits_for_a_providers_pause(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
+def waits_for_a_providers_pause(serve: MakeProvider, connect: MakeLM, store: str) -> tuple[Provider, Any]:
     provider = serve(faults=FaultPlan.script([None, Status(429, retry_after=25)]))
-    lm = connect(provider, store=fresh_memory())
+    lm = connect(provider, store=store)
     lm("answered at once")
     assert isinstance(outcome(lambda: lm("too much")), LMError)
     return provider, lm
 
 
-def waits_for_money_of_others(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
+def waits_for_money_of_others(serve: MakeProvider, connect: MakeLM, store: str) -> tuple[Provider, Any]:
     """Of a budget, all of which another call holds."""
     provider = serve(prices=A_CENT)
     provider.hold()
-    lm = connect(provider, prices=A_CENT, budget=Budget(usd=0.01, max_wait=600), store=fresh_memory())
+    lm = connect(provider, prices=A_CENT, budget=Budget(usd=0.01, max_wait=600), store=store)
     threading.Thread(target=lambda: outcome(lambda: lm("holds all")), daemon=True).start()
     provider.wait_until(lambda p: p.in_flight == 1)
     return provider, lm
 
 
-def waits_for_an_identical_call(serve: MakeProvider, connect: MakeLM) -> tuple[Provider, Any]:
+def waits_for_an_identical_call(serve: MakeProvider, connect: MakeLM, store: str) -> tuple[Provider, Any]:
     provider = serve()
     provider.hold()
-    lm = connect(provider, cache=True, store=fresh_memory())
+    lm = connect(provider, cache=True, store=store)
     threading.Thread(target=lambda: outcome(lambda: lm("waits")), daemon=True).start()
     provider.wait_until(lambda p: p.in_flight == 1)
     return provider, lm
@@ -87,9 +87,11 @@ WAITS = [
 
 @pytest.mark.parametrize("way", ["sync", "async"])
 @pytest.mark.parametrize("waiting", WAITS)
-def test_stopping_ends_every_wait_at_once(serve: MakeProvider, connect: MakeLM, waiting: Any, way: str) -> None:
+def test_stopping_ends_every_wait_at_once(
+    serve: MakeProvider, connect: MakeLM, waiting: Any, way: str, store_url: str
+) -> None:
     """After Ctrl-C an optimizer's threads slept on in Retry-After and in the limiter: the process lived 75 s longer."""
-    provider, lm = waiting(serve, connect)
+    provider, lm = waiting(serve, connect, store_url)
     run, before = Run("it", usd=5, store=fresh_memory()), len(provider.calls)
     found: list[Any] = []
 
@@ -181,7 +183,7 @@ def test_a_stop_while_an_engine_is_built_is_heard(
 
 def test_a_signal_handler_may_stop_a_run(serve: MakeProvider, connect: MakeLM) -> None:
     """Also while the thread that it interrupts waits in a call of the run, whatever lock it holds just then."""
-    provider, lm = waits_for_its_limit(serve, connect)
+    provider, lm = waits_for_its_limit(serve, connect, fresh_memory())
     run = Run("it", usd=5, store=fresh_memory())
     before = signal.signal(signal.SIGUSR1, lambda *_: run.stop("a signal"))
 
