@@ -9,7 +9,8 @@ from typing import Any, Final
 import orjson
 
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.memory_ledger import TAG, check_fields
+from dspy_prod.stores.memory_ledger import check_fields
+from dspy_prod.stores.memory_rows import TAG
 from dspy_prod.stores.sqlite.hits import read_hits
 from dspy_prod.stores.sqlite.indices import SELECTIVE
 from dspy_prod.stores.sqlite.pages import Found
