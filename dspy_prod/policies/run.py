@@ -95,13 +95,7 @@ class Run:
         self.name = name or uuid.uuid4().hex
         self.caps = _caps(usd=usd, calls=calls, tokens=tokens)
         self.store = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
-        self.claims = tuple(
-            [
-                Claim(self.store, joined(_NO_BUDGET, "run", self.name, dimension), dimension, (self,))
-                for dimension in DIMENSIONS
-                if getattr(self.caps, dimension) is not None
-            ]
-        )
+        self._keys = {dimension: joined(_NO_BUDGET, "run", self.name, dimension) for dimension in DIMENSIONS}
         if name is not None:
             self._counted_before()
         self._stopped: str | None = None
@@ -160,6 +154,16 @@ class Run:
             None if tokens is None else tokens.spent,
         )
 
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """What an attempt needs the leave of."""
+        caps, owners = self.caps, (self,)
+        return tuple([
+            Claim(self.store, key, dimension, owners)
+            for dimension, key in self._keys.items()
+            if getattr(caps, dimension) is not None
+        ])  # fmt: skip
+
     def limit(self, dimension: Dimension) -> int:
         """The cap of now on what is capped; dollars in nano-USD."""
         limit = self.caps.usd_nano if dimension == "usd" else getattr(self.caps, dimension)
@@ -174,9 +178,10 @@ class Run:
             f"{number / scale if name == 'usd' else number:{digits}}"
             for number in (refusal.spent + refusal.held, refusal.limit, refusal.amount)
         )
+        smaller = "" if name == "calls" else ", or lower max_tokens"
         return BudgetExceededError(
             f"The run {self.name!r} cannot cover this call: {used} of {cap} {unit} are used or held by calls in "
-            f"flight, and the call may use up to {bound}. Raise the cap, Run.allow({name}=...), or lower max_tokens",
+            f"flight, and the call may use up to {bound}. Raise the cap, Run.allow({name}=...){smaller}",
             model=model, route=route, budget=f"run {self.name}: {name}", limit_usd=refusal.limit / scale,
             spent_usd=refusal.spent / scale, held_usd=refusal.held / scale, bound_usd=refusal.amount / scale,
         )  # fmt: skip

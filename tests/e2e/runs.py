@@ -22,3 +22,9 @@ def crowd(run: Run, lms: list[Any], callers: int, calls: int) -> list[Any]:
 
     with ThreadPoolExecutor(callers) as pool:
         return [each for made in pool.map(caller, range(callers)) for each in made]
+
+
+def inside(run: Run, lm: Any, text: str) -> Any:
+    """What one call is answered inside the run."""
+    with dspy_prod.call_context(run=run):
+        return outcome(lambda: lm(text))

@@ -1,4 +1,4 @@
-"""The caps of a run: which are possible, others while it goes on, and runs within runs."""
+"""The caps of a run: which are possible, and others while it goes on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import dspy
@@ -23,13 +22,12 @@ from dspy_prod import (
 from dspy_prod.stores.base import GRANTED, Reservation
 from dspy_prod.testing import FaultPlan, Provider, Status
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.runs import A_CENT, crowd
+from tests.e2e.runs import A_CENT, crowd, inside
 from tests.e2e.support import (
     CENT,
     answers,
     errors,
     fresh_memory,
-    outcome,
     until,
     upstream,
 )
@@ -132,11 +130,6 @@ def held(serve: MakeProvider) -> Iterator[Provider]:
     provider.hold()
     yield provider
     provider.release()
-
-
-def inside(run: Run, lm: Any, text: str) -> Any:
-    with dspy_prod.call_context(run=run):
-        return outcome(lambda: lm(text))
 
 
 def test_who_waits_for_money_goes_on_when_the_cap_is_raised(held: Provider, connect: MakeLM, run: Run) -> None:
@@ -312,67 +305,3 @@ def test_who_leaves_the_line_keeps_nothing(held: Provider, connect: MakeLM, run:
     asyncio.run(scene())
     until(lambda: (run.store.waiting(), run.store.holds()) == (0, 0))
     assert run.used().calls == 1
-
-
-# -- runs within runs ----------------------------------------------------------------------------------------------
-def test_what_a_run_within_a_run_uses_counts_for_both(
-    serve: MakeProvider, connect: MakeLM, run: Run, tmp_path: Path
-) -> None:
-    """The inner one took the place of the outer one, whose cap was void while it lasted."""
-    provider = serve(prices=A_CENT, usage=(20, 100))
-    lm = connect(provider, prices=A_CENT, store=fresh_memory())
-    inner = Run("inner", usd=1.0, calls=3, store=f"sqlite:///{tmp_path}/other.db")
-    run.allow(usd=0.05)
-    with dspy_prod.call_context(run=run):
-        assert lm("the outer one's") == ["ok"]
-        outcomes = [inside(inner, lm, f"question {number}") for number in range(4)]
-        assert len(answers(outcomes)) == 3
-        assert "The run 'inner'" in str(outcomes[-1])
-        another = Run("another", calls=9, store=inner.store)
-        outcomes = [inside(another, lm, f"question {number}") for number in range(4)]
-        assert len(answers(outcomes)) == 1
-        assert "The run 'it'" in str(outcomes[-1])
-    assert (run.used().usd, inner.used().usd) == (0.05, 0.03)
-    assert another.used().calls == 1
-    assert run.store.holds() == inner.store.holds() == 0
-    assert [record.run for record in upstream(lm)] == ["it", "inner", "inner", "inner", "another"]
-    assert provider.bill.nano == 5 * CENT
-
-
-def test_two_runs_that_hold_each_other_wait_for_nobody(serve: MakeProvider, connect: MakeLM) -> None:
-    """Whichever is within which, a call takes of them in the same order."""
-    provider = serve(prices=A_CENT, usage=(20, 100), latency=0.002)
-    lm = connect(provider, prices=A_CENT, store=fresh_memory())
-    one, two = (Run(name, usd=0.4, calls=40, store=fresh_memory()) for name in ("one", "two"))
-
-    def nested(outer: Run, inner: Run) -> list[Any]:
-        with dspy_prod.call_context(run=outer):
-            return [inside(inner, lm, f"question {number}") for number in range(20)]
-
-    with ThreadPoolExecutor(8) as pool:
-        pairs = [(one, two), (two, one)] * 4
-        outcomes = [each for made in pool.map(nested, *zip(*pairs, strict=True)) for each in made]
-    assert len(answers(outcomes)) == 40
-    assert len(errors(outcomes, BudgetExceededError)) == 120
-    assert one.used() == two.used() == (0.4, 0.0, 0.0, 40, None)
-
-
-def test_a_run_within_itself_counts_once(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
-    provider = serve(prices=A_CENT, usage=(20, 100))
-    lm = connect(provider, prices=A_CENT, store=fresh_memory())
-    with dspy_prod.call_context(run=run), dspy_prod.call_context(run=run):
-        inside(Run("it", usd=0.02, store=run.store), lm, "the same one by another object")
-        assert inside(Run("it", usd=0.01, store=run.store), lm, "question").limit_usd == 0.01
-        assert inside(run, lm, "question") == ["ok"]
-    assert run.used() == (0.02, 0.0, 0.0, 2, 240)
-
-
-def test_stopping_the_outer_run_stops_the_inner_one(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
-    lm = connect(serve(), store=fresh_memory())
-    inner = Run("inner", calls=5, store=fresh_memory())
-    with dspy_prod.call_context(run=run):
-        inner.stop()
-        assert inside(inner, lm, "question").run == "inner"
-        assert lm("question") == ["ok"]
-        run.stop()
-        assert inside(Run("other", calls=5, store=fresh_memory()), lm, "question").run == "it"
