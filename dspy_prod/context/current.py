@@ -47,6 +47,10 @@ class Guard(Protocol):
         """Raise if no attempt may be made any more."""
         ...
 
+    def takes_over(self, other: object) -> bool:
+        """Whether it stands in the place of another one from here on, instead of within it."""
+        ...
+
 
 class CallContext(NamedTuple):
     """The conditions of the calls made inside a `call_context`. Immutable; nested contexts build on the outer one."""
@@ -149,7 +153,8 @@ def call_context(
         ttl: seconds for which answers cached inside stay fresh.
         run: name of the run that `Budget(per="run")` counts and the ledger sums; or a `dspy_prod.Run`, which caps what
             everything inside may use together. Within a `Run`, a name leaves its caps in force, and so does another
-            `Run`: what it uses counts for both. The ledger has the innermost name.
+            `Run`: what it uses counts for both. The ledger has the innermost name. Another object of the same name
+            and store is the same run: its caps hold inside.
         program, experiment, variant, prompt_version, trace_id: recorded with each call.
         sample: share of the ordinary traces inside that tracking keeps, 0 to 1; never more than it keeps elsewhere.
             What erred, fell back or was dear is kept in any case.
@@ -163,8 +168,7 @@ def call_context(
     if run is not None and not isinstance(run, str):
         if not isinstance(run, Guard):
             raise TypeError(f"call_context(run=...) takes a name or a dspy_prod.Run, got {run!r}")
-        if run not in outer.guards:
-            changed["guards"] = (*outer.guards, run)
+        changed["guards"] = (*[each for each in outer.guards if not run.takes_over(each)], run)
         run = run.name
     texts = {
         "user": user,

@@ -6,7 +6,7 @@ first: while a call waits in the line of its LM's limiter, the run keeps for it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -144,7 +144,7 @@ def foreseen(attempt: Attempt, count: int) -> str:
     return waits
 
 
-def _amounts(attempt: Attempt, claims: Iterable[Claim]) -> dict[str, int]:
+def _amounts(attempt: Attempt, claims: Sequence[Claim]) -> dict[str, int]:
     amounts = {"calls": 1}
     for claim in claims:
         if claim.dimension == "usd":
@@ -154,7 +154,7 @@ def _amounts(attempt: Attempt, claims: Iterable[Claim]) -> dict[str, int]:
             inputs, outputs = route.bounds(attempt.request)
             if inputs is None or outputs is None:
                 raise UnpricedModelError(
-                    f"The run {claim.run.name!r} caps tokens, but those of this call cannot be bounded; pass "
+                    f"The run {claim.run.name!r} counts tokens, but those of this call cannot be bounded; pass "
                     "max_tokens=... to the LM, or no tokens= to the Run",
                     model=route.model,
                     route=route.name,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from dspy_prod.errors import BudgetExceededError, ConfigError, OptionError, RunStoppedError
@@ -28,12 +28,14 @@ Dimension = Literal["usd", "calls", "tokens"]
 DIMENSIONS: Final[tuple[Dimension, ...]] = ("usd", "calls", "tokens")
 """In the order in which an attempt takes them, see `claims_of`."""
 
+_NO_CAP: Final = 2**62
+
 _NO_BUDGET: Final = ""
 """Stands in an account's key where a budget has its name, which is never empty."""
 
 
 class Used(NamedTuple):
-    """What a run has used so far, what calls in flight hold not included; None where it has no cap.
+    """What a run has used so far, what calls in flight hold not included; None where it does not count.
 
     Attributes:
         usd: dollars. unconfirmed_usd: the part of them that is an upper bound, because the provider did not tell.
@@ -96,8 +98,7 @@ class Run:
         self.caps = _caps(usd=usd, calls=calls, tokens=tokens)
         self.store = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
         self._keys = {dimension: joined(_NO_BUDGET, "run", self.name, dimension) for dimension in DIMENSIONS}
-        if name is not None:
-            self._counted_before()
+        self._counted = self._counts(begins=name is None)
         self._stopped: str | None = None
         self._watchers: set[Callable[[], None]] = set()
         self._after_fork()
@@ -129,7 +130,7 @@ class Run:
         every: dict[str, Any] = {"usd": usd, "calls": calls, "tokens": tokens}
         given = {name: value for name, value in every.items() if value is not None}
         with self._lock:
-            new = [name for name in given if getattr(self.caps, name) is None]
+            new = [name for name in given if name not in self._counted]
             if new:
                 raise ConfigError(f"Run: {new[0]}: this run does not count it; begin one with {new[0]}=...")
             now: dict[str, Any] = {name: getattr(self.caps, name) for name in DIMENSIONS}
@@ -157,18 +158,19 @@ class Run:
     @property
     def claims(self) -> tuple[Claim, ...]:
         """What an attempt needs the leave of."""
-        caps, owners = self.caps, (self,)
-        return tuple([
-            Claim(self.store, key, dimension, owners)
-            for dimension, key in self._keys.items()
-            if getattr(caps, dimension) is not None
-        ])  # fmt: skip
+        return tuple([Claim(self, dimension, self.store, self._keys[dimension]) for dimension in self._counted])
+
+    def takes_over(self, other: object) -> bool:
+        """Whether another object stands for the same run; what that one counts is then counted on."""
+        if not isinstance(other, Run) or other.name != self.name or other.store is not self.store:
+            return False
+        self._counted = tuple([name for name in DIMENSIONS if name in self._counted or name in other._counted])
+        return True
 
     def limit(self, dimension: Dimension) -> int:
-        """The cap of now on what is capped; dollars in nano-USD."""
+        """The cap of now; dollars in nano-USD."""
         limit = self.caps.usd_nano if dimension == "usd" else getattr(self.caps, dimension)
-        assert limit is not None
-        return int(limit)
+        return _NO_CAP if limit is None else int(limit)
 
     def refused(self, name: Dimension, refusal: Refusal, model: str, route: str) -> BudgetExceededError:
         """The error for an attempt that the caps do not cover."""
@@ -230,15 +232,22 @@ class Run:
         with self._lock:
             self._watchers.discard(wake)
 
-    def _counted_before(self) -> None:
-        """A run goes on with the counts that it has; of a cap on anything else nobody knows how much is left."""
+    def _counts(self, begins: bool) -> tuple[Dimension, ...]:
+        """What it counts: what it caps, and what it was counted by before, so that no cap comes back too large.
+
+        Of a cap on anything else nobody knows how much is left.
+        """
+        capped = [name for name in DIMENSIONS if getattr(self.caps, name) is not None]
+        if begins:
+            return tuple(capped)
         known = dict(self.store.accounts(joined(_NO_BUDGET, "run", self.name) + BETWEEN, "", len(DIMENSIONS)))
-        missing = [each.dimension for each in self.claims if each.key not in known]
+        missing = [name for name in capped if self._keys[name] not in known]
         if missing and any(state.spent for state in known.values()):
             raise ConfigError(
                 f"Run: {missing[0]}: the run {self.name!r} has been without this cap, so nobody knows how much of it "
                 f"is used. Leave {missing[0]}= out, or begin a run of another name"
             )
+        return tuple([name for name in DIMENSIONS if name in capped or self._keys[name] in known])
 
     def _after_fork(self) -> None:
         self._lock = threading.RLock()  # `stop` may be called by a signal handler
@@ -246,21 +255,12 @@ class Run:
 
 
 class Claim(NamedTuple):
-    """One cap that an attempt needs the leave of.
+    """One cap that an attempt needs the leave of: whose it is, and the account that counts it."""
 
-    Attributes:
-        store, key: the account. runs: whose it is; several objects may stand for one run, each with caps of its own.
-    """
-
+    run: Run
+    dimension: Dimension
     store: Store
     key: str
-    dimension: Dimension
-    runs: tuple[Run, ...]
-
-    @property
-    def run(self) -> Run:
-        """The one whose cap is the lowest."""
-        return self.runs[0] if len(self.runs) == 1 else min(self.runs, key=lambda run: run.limit(self.dimension))
 
     def account(self) -> Account:
         """The account, with the cap of now."""
@@ -268,20 +268,15 @@ class Claim(NamedTuple):
         return Account(self.key, run.limit(dimension), f"run {run.name}: {dimension}")
 
 
-def claims_of(runs: tuple[Run, ...]) -> Iterable[Claim]:
-    """The caps of all runs that a call belongs to, each account once.
+def claims_of(runs: tuple[Run, ...]) -> Sequence[Claim]:
+    """The caps of all runs that a call belongs to.
 
     They come in the same order wherever the same runs meet, whichever is within which: else two calls could each hold
     what the other one waits for.
     """
     if len(runs) == 1:
         return runs[0].claims
-    found: dict[tuple[int, str], Claim] = {}
-    for claim in (each for run in runs for each in run.claims):
-        place = id(claim.store), claim.key
-        known = found.get(place)
-        found[place] = claim if known is None else claim._replace(runs=(*known.runs, *claim.runs))
-    return sorted(found.values(), key=_place)
+    return sorted([claim for run in runs for claim in run.claims], key=_place)
 
 
 def _place(claim: Claim) -> tuple[str, int, int]:

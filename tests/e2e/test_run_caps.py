@@ -247,8 +247,20 @@ def test_a_cap_on_what_was_never_counted_is_refused(serve: MakeProvider, connect
     with pytest.raises(ConfigError, match="Run: tokens"):
         Run("it", tokens=5, store=store_url)
     Run("it|usd", calls=5, store=store_url)
-    Run("it", usd=0.1, store=store_url)
-    Run("it", store=store_url)
+    assert Run("it", store=store_url).used() == (0.03, 0.0, 0.0, None, None)
+
+
+def test_what_was_counted_before_is_counted_on(serve: MakeProvider, connect: MakeLM, store_url: str) -> None:
+    """A run that went on without its cap on calls for a while had those calls once more afterwards."""
+    provider = serve(prices=A_CENT, usage=(20, 100))
+    lm = connect(provider, prices=A_CENT, store=fresh_memory())
+    assert len(answers(crowd(Run("it", usd=0.05, calls=3, store=store_url), [lm], 1, 2))) == 2
+    without = Run("it", usd=0.05, store=store_url)
+    assert len(answers(crowd(without, [lm], 1, 2))) == 2
+    assert without.used().calls == 4
+    assert len(answers(crowd(Run("it", usd=9, calls=4, store=store_url), [lm], 1, 2))) == 0
+    without.allow(usd=9, calls=6)
+    assert len(answers(crowd(without, [lm], 2, 4))) == 2
 
 
 @pytest.mark.parametrize("after", ["calls", "usd", "tokens"])

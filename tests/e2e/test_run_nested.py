@@ -18,6 +18,7 @@ from tests.e2e.support import (
     answers,
     errors,
     fresh_memory,
+    outcome,
     upstream,
 )
 
@@ -72,6 +73,23 @@ def test_a_run_within_itself_counts_once(serve: MakeProvider, connect: MakeLM, r
         assert inside(Run("it", usd=0.01, store=run.store), lm, "question").limit_usd == 0.01
         assert inside(run, lm, "question") == ["ok"]
     assert run.used() == (0.02, 0.0, 0.0, 2, 240)
+
+
+def test_a_run_within_itself_goes_on_under_other_caps(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
+    """Of two objects of one run the inner one says what holds, also where the outer one is stopped."""
+    provider = serve(prices=A_CENT, usage=(20, 100))
+    lm = connect(provider, prices=A_CENT, store=fresh_memory())
+    other = Run("other", calls=9, store=fresh_memory())
+    run.allow(usd=0.01)
+    with dspy_prod.call_context(run=run), dspy_prod.call_context(run=other):
+        assert lm("question") == ["ok"]
+        assert outcome(lambda: lm("question")).limit_usd == 0.01
+        run.stop()
+        again = Run("it", usd=0.03, calls=9, tokens=999, store=run.store)
+        outcomes = [inside(again, lm, "question") for _ in range(3)]
+    assert len(answers(outcomes)) == 2
+    assert outcomes[-1].limit_usd == 0.03
+    assert (again.used().usd, other.used().calls) == (0.03, 3)
 
 
 def test_stopping_the_outer_run_stops_the_inner_one(serve: MakeProvider, connect: MakeLM, run: Run) -> None:
