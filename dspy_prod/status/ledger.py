@@ -18,7 +18,8 @@ from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.status.costs import check_dimension, check_limit, check_written, cost_row
 from dspy_prod.status.models import CostRow
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.memory_ledger import TAG, day_of
+from dspy_prod.stores.memory_ledger import day_of
+from dspy_prod.stores.memory_rows import TAG
 
 Moment = float | dt.datetime | dt.date | dt.timedelta
 """Seconds since the epoch; a datetime (a naive one is local time, as everywhere in Python); a date, which begins at

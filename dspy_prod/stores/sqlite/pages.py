@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.memory_ledger import TAG
+from dspy_prod.stores.memory_rows import TAG
 from dspy_prod.stores.sqlite.indices import SELECTIVE
 from dspy_prod.stores.sqlite.served import Served
 
