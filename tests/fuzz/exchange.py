@@ -112,11 +112,16 @@ def usages_in(body: bytes) -> tuple[tuple[int, int], ...]:
 
 
 def usages_in_stream(body: bytes) -> tuple[tuple[int, int], ...]:
-    """The usages that the events of a stream tell; none where one of them cannot be read, or is not to be believed."""
-    found = []
+    """The usages that the events of a stream tell; none where one of them cannot be read, or is not to be believed.
+
+    What stands behind the end is read by nobody, and what more comes behind a usage may have cost more.
+    """
+    found, last = [], True
     for event in body.replace(b"\r\n", b"\n").split(b"\n\n"):
         data = b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))
-        if not data or data == b"[DONE]":
+        if data == b"[DONE]":
+            break
+        if not data:
             continue
         try:
             told = json.loads(data)
@@ -126,12 +131,13 @@ def usages_in_stream(body: bytes) -> tuple[tuple[int, int], ...]:
             return ()
         inner = told.get("response")
         usage = told.get("usage") or (inner.get("usage") if isinstance(inner, dict) else None)
+        last = usage is not None
         if usage is not None:
             each = _usage(usage)
             if each is None:
                 return ()
             found.append(each)
-    return tuple(found)
+    return tuple(found) if last else ()
 
 
 def _usage(usage: Any) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from dspy.utils import exceptions as dspy_errors
 from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
+from pydantic import BaseModel, ValidationError
 
 from dspy_prod.errors import BudgetExceededError
 from dspy_prod.pipeline.outcome import Verdict, flaw_of, judge, own_deadline
@@ -29,6 +30,12 @@ def foreign(name: str, module: str = "httpx", **attributes: Any) -> BaseExceptio
     kind: Any = type(name, (Exception,), {"__module__": module, **attributes})
     error: BaseException = kind("foreign")
     return error
+
+
+class Counted(BaseModel):
+    """A part of an answer."""
+
+    tokens: int
 
 
 def marks(verdict: Verdict) -> str:
@@ -111,11 +118,17 @@ def test_the_status_says_whether_it_was_billed(status: int | None, owed: bool) -
         (ConnectionResetError(), True),
         (from_cause(foreign("ConnectError"), ConnectionResetError()), True),
         (from_cause(foreign("ConnectError"), foreign("ClientOSError", "aiohttp")), True),
+        (from_cause(foreign("ConnectError"), foreign("ConnectError")), False),
+        (from_cause(foreign("RemoteProtocolError"), foreign("ConnectError")), True),
+        (from_cause(foreign("ServerDisconnectedError", "aiohttp"), foreign("ClientConnectorError", "aiohttp")), True),
     ],
 )
 @pytest.mark.parametrize("kind", [LMTransportError, LMServerError])
 def test_a_call_that_never_got_through_was_not_sent(kind: type[LMError], cause: BaseException, sent: bool) -> None:
-    """No connection, no bill; but LiteLLM also says `ConnectError` for one that broke after sending."""
+    """No connection, no bill; but LiteLLM also says `ConnectError` for one that broke after sending.
+
+    And it connects once more by itself: an answer that broke off on the second connection was charged nothing.
+    """
     verdict = judge(from_cause(kind("lost"), cause))
     assert (verdict.sent, verdict.owed, verdict.retry) == (sent, sent, True)
 
@@ -124,6 +137,15 @@ def test_a_body_that_is_no_json_is_not_paid_twice() -> None:
     """The answer was made, and is owed: the same route would only be paid again."""
     broken = from_cause(LMServerError("what?"), json.JSONDecodeError("no", "", 0))
     assert marks(judge(broken)) == "F.f.SO"
+
+
+def test_a_number_in_what_pydantic_says_is_no_status() -> None:
+    """LiteLLM read "429" out of a counter that held it, and an answer that the provider billed was charged nothing."""
+    with pytest.raises(ValidationError) as caught:
+        Counted.model_validate({"tokens": {"code": 429}})
+    made_up = foreign("RateLimitError", "litellm.exceptions", status_code=429)
+    broken = from_cause(LMServerError("?", status=429), from_cause(made_up, caught.value))
+    assert judge(broken).owed
 
 
 def test_a_status_that_litellm_made_up_decides_nothing() -> None:

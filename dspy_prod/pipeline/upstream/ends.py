@@ -20,6 +20,10 @@ class AttemptTimeoutError(Exception):
         self.late = late
 
 
+class SealedError(ValueError):
+    """Says what a library said of a text that it could not read, without the secrets in it: its own error is sealed."""
+
+
 class LateResult(Protocol):
     """An abandoned attempt that goes on in a worker thread."""
 

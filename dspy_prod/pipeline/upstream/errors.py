@@ -13,10 +13,11 @@ from typing import Any
 from dspy.clients.errors import wrap_error
 from dspy.lm15 import LM15Error, ProviderError, TransportError, UnsupportedFeatureError
 from dspy.utils.exceptions import LMError, LMProviderError
+from pydantic import ValidationError
 
 from dspy_prod.compat.bounds import BodyTooLongError
 from dspy_prod.compat.lm15 import error_of_status, raised_by_reader
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, causes_of
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, SealedError, causes_of
 from dspy_prod.pipeline.upstream.headers import hint_in, refusal_of, should_retry_in
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.privacy.known import blotted_in, known
@@ -62,15 +63,42 @@ def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) 
     """
     secrets = known() | secrets_in(upstream.clients) | secrets_in(upstream.extras)
     seen: set[int] = set()
-    found: list[Any] = [error, cause]
-    while found:
-        each = found.pop()
-        if isinstance(each, BaseException) and id(each) not in seen:
-            seen.add(id(each))
-            _blot(each, secrets)
-            # Its own texts may be made of those of an error that it merely holds, as LiteLLM's are.
-            found += (each.__cause__, each.__context__, *vars(each).values())
+    _mend(cause, secrets, seen)
+    _mend(error, secrets, seen)
     return error
+
+
+def _mend(error: BaseException, secrets: set[str], seen: set[int]) -> None:
+    """Mend an error, after all that it was raised from and all that it holds: its own texts may be made of theirs."""
+    if id(error) in seen:
+        return
+    seen.add(id(error))
+    held = {name: value for name, value in vars(error).items() if isinstance(value, BaseException)}
+    cause, context, suppressed = error.__cause__, error.__context__, error.__suppress_context__
+    for each in (cause, context, *held.values()):
+        if each is not None:
+            _mend(each, secrets, seen)
+    error.__cause__, error.__context__ = _open(cause, secrets), _open(context, secrets)
+    error.__suppress_context__ = suppressed
+    for name, value in held.items():
+        if (opened := _open(value, secrets)) is not value:
+            with suppress(AttributeError):
+                setattr(error, name, opened)
+    _blot(error, secrets)
+
+
+def _open(error: BaseException | None, secrets: set[str]) -> BaseException | None:
+    """The error itself; where nobody can change what it says, such as pydantic's, another one that says it."""
+    if not isinstance(error, ValidationError):
+        return error
+    said = str(error)
+    clean = blotted_in(said, secrets)
+    if clean == said:
+        return error
+    opened = SealedError(f"{type(error).__name__}: {clean}").with_traceback(error.__traceback__)
+    opened.__cause__, opened.__context__ = error.__cause__, error.__context__
+    opened.__suppress_context__ = error.__suppress_context__
+    return opened
 
 
 def _blot(error: BaseException, secrets: set[str]) -> None:

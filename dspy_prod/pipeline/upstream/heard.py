@@ -12,8 +12,9 @@ from traceback import walk_tb
 from typing import Any, Final, NamedTuple
 
 from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
+from pydantic import ValidationError
 
-from dspy_prod.pipeline.upstream.ends import causes_of
+from dspy_prod.pipeline.upstream.ends import SealedError, causes_of
 from dspy_prod.pipeline.upstream.vocabulary import status_meant_by
 
 
@@ -44,6 +45,7 @@ class Heard(NamedTuple):
 
 
 _CONNECT_ERRORS: Final = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout", "ClientConnectorError"})
+_TRANSPORTS: Final = frozenset({"httpx", "httpcore", "h11", "aiohttp", "requests", "urllib3"})
 _BROKEN: Final = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
 _NO_CREDENTIALS: Final = frozenset({
     "NoCredentialsError", "PartialCredentialsError", "NoRegionError", "ProfileNotFound", "DefaultCredentialsError",
@@ -126,8 +128,11 @@ def _package(error: BaseException) -> str:
 
 
 def _unreadable(error: BaseException) -> bool:
-    """Whether it says that what came is no text or no JSON, or none that Python reads: too deep, a number too long."""
-    return isinstance(error, (JSONDecodeError, UnicodeDecodeError)) or any(
+    """Whether it says that what came cannot be read: no text, no JSON, none that Python reads, or other fields.
+
+    LiteLLM takes a number in what pydantic says of the fields for the status.
+    """
+    return isinstance(error, (JSONDecodeError, UnicodeDecodeError, ValidationError, SealedError)) or any(
         frame.f_code.co_name == "raw_decode" for frame, _ in walk_tb(error.__traceback__)
     )
 
@@ -142,7 +147,7 @@ def _of_dspy(error: BaseException) -> bool:
 
 def _never_left(causes: list[BaseException], text: str, litellm: bool) -> bool:
     """Whether the errors show that the request was never made; a sign of traffic refutes it."""
-    if any(_package(cause) in ("httpx", "httpcore", "aiohttp", "requests", "urllib3") for cause in causes):
+    if any(_package(cause) in _TRANSPORTS for cause in causes):
         return False
     if any(isinstance(cause, OSError) for cause in causes):
         return False
@@ -161,8 +166,12 @@ def _never_left(causes: list[BaseException], text: str, litellm: bool) -> bool:
 def _never_connected(causes: list[BaseException]) -> bool:
     """Whether the chain of causes says that no connection was made, so that nothing was sent.
 
-    LiteLLM's asynchronous transport also says `ConnectError` for a connection that was reset after sending.
+    LiteLLM's asynchronous transport also says `ConnectError` for a connection that was reset after sending. And it
+    connects once more by itself: what the second connection met comes first, and the first one stands behind it.
     """
+    latest = next((cause for cause in causes if _package(cause) in _TRANSPORTS), None)
+    if latest is not None and type(latest).__name__ not in _CONNECT_ERRORS:
+        return False
     if any(isinstance(cause, _BROKEN) or type(cause).__name__ == "ClientOSError" for cause in causes):
         return False
     return any(type(cause).__name__ in _CONNECT_ERRORS or isinstance(cause, ConnectionRefusedError) for cause in causes)

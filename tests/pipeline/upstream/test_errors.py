@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import traceback
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from dspy.lm15 import ProviderError
 from dspy.utils.exceptions import LMAuthError, LMError
+from pydantic import BaseModel, ValidationError
 
-from dspy_prod.pipeline.outcome import flaw_of
+from dspy_prod.pipeline.outcome import flaw_of, judge
 from dspy_prod.pipeline.upstream.errors import public_error
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.testing import Provider, Verbatim
@@ -125,3 +127,35 @@ def test_a_text_completion_of_two_choices_is_owed(way: str) -> None:
         lm = make_lm(it.url, model_type="text")
         assert isinstance(ask(lm, way), LMError)
         assert charged(lm) > 0
+
+
+class Counted(BaseModel):
+    """A part of an answer."""
+
+    tokens: int
+
+
+def test_a_key_in_what_pydantic_says_is_blotted_out() -> None:
+    """Nobody can change such an error, and a traceback prints it: one that says the same stands in its place."""
+    with pytest.raises(ValidationError) as caught:
+        Counted.model_validate({"tokens": KEY})
+    holding = Holding(caught.value)
+    holding.__cause__ = caught.value
+    seen = shown(holding)
+    printed = "".join(traceback.format_exception(seen))
+    assert KEY not in printed
+    assert "unable to parse string as an integer" in printed
+    assert "ValidationError" in printed
+    assert KEY not in str(holding.held)
+    assert judge(seen).owed
+
+
+def test_an_error_of_pydantic_without_a_secret_stays_itself() -> None:
+    """Whoever looks for its class still finds it."""
+    with pytest.raises(ValidationError) as caught:
+        Counted.model_validate({"tokens": "many"})
+    holding = Holding(caught.value)
+    holding.__cause__ = caught.value
+    shown(holding)
+    assert holding.__cause__ is caught.value
+    assert holding.held is caught.value
