@@ -211,24 +211,27 @@ def test_a_forked_child_can_call(tmp_path: Path, engine: str, store: str) -> Non
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_forked_while_a_thread_looks_at_litellm() -> None:
-    """DSPy looks LiteLLM up under a lock in each call; a child forked just then waited for that lock for ever."""
+@pytest.mark.parametrize("whose", ["DSPy's", "LiteLLM's"])
+def test_forked_while_a_thread_holds_a_lock_of_litellm(whose: str) -> None:
+    """DSPy looks LiteLLM up under a lock in each call, and LiteLLM its callbacks: a child forked just then hung."""
     with Provider(answer=lambda call: call.last_message) as provider:
         lm = make_lm(provider.url, store=fresh_memory(), engine="litellm")
         lm("first")
-        looking = threading.Event()
+        manager = sys.modules["litellm"].logging_callback_manager
+        locks = import_locks() if whose == "DSPy's" else [manager.callback_lists_lock]
+        holding = threading.Event()
 
-        def look() -> None:
-            for lock in import_locks():
+        def hold() -> None:
+            for lock in locks:
                 lock.acquire()
-            looking.set()
+            holding.set()
             time.sleep(0.3)
-            for lock in import_locks():
+            for lock in locks:
                 lock.release()
 
-        thread = threading.Thread(target=look)
+        thread = threading.Thread(target=hold)
         thread.start()
-        assert looking.wait(20)
+        assert holding.wait(20)
         assert child_calls(lm, 0) == 0
         thread.join()
         assert lm("parent") == ["parent"]

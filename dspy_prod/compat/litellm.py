@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from math import inf
@@ -295,3 +296,30 @@ def leave_clients_to_the_parent() -> None:
     if executor is not None:
         _ABANDONED.append(dict(vars(executor)))
         executor.__init__(executor._max_workers, executor._max_pending_tasks)
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "litellm" and module is not None:
+            for value in list(vars(module).values()):
+                _free(value)
+
+
+_LOCKS: Final = (type(threading.Lock()), type(threading.RLock()))
+
+
+def _free(value: Any, inside: bool = False) -> None:
+    """Free a lock that another thread of the parent may hold; and those in an object or table that a module has."""
+    kind = type(value)
+    if kind in _LOCKS:
+        if hasattr(value, "_at_fork_reinit") and not (hasattr(value, "_is_owned") and value._is_owned()):
+            value._at_fork_reinit()
+    elif inside:
+        return
+    elif kind is dict or kind is tuple:
+        for each in list(value.values() if kind is dict else value)[:_FEW]:
+            _free(each, inside=True)
+    elif kind.__module__.startswith("litellm") and hasattr(value, "__dict__"):
+        for each in list(vars(value).values()):
+            _free(each, inside=True)
+
+
+_FEW: Final = 64
+"""A longer table holds no locks."""
