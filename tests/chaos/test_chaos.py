@@ -107,8 +107,8 @@ def test_chaos_leaves_nothing_behind(
     answered = work.outcomes["answer"] + work.outcomes["stream"]
     ended = sum(work.outcomes[early] for early in ("cancelled", "abandoned", "DeadlineExceededError", "LMTimeoutError"))
     assert answered > calls / 10, work.outcomes
-    if took.lost < took.wall / 20:
-        assert answered > 0.9 * (calls - ended), work.outcomes
+    if took.lost < took.wall / 20:  # and a little lost time costs more than its share: a call has several attempts
+        assert answered > (0.9 - 2 * took.lost / took.wall) * (calls - ended), (work.outcomes, took)
     assert work.outcomes["cancelled"] > 0
     assert work.outcomes["abandoned"] > 0
     assert_paid_for(lm, sum(provider.bill.nano for provider in providers))

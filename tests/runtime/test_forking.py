@@ -109,7 +109,7 @@ def test_one_that_fails_does_not_keep_others_from_being_told(caplog: pytest.LogC
 
 def test_threads_fork_at_once_while_others_work() -> None:
     """Each fork waits for the others, and every child finds the store whole and its lock free."""
-    store = MemoryStore("forking")
+    store = MemoryStore("forking", max_records=10_000_000)  # the books are compared with every record
     stop = threading.Event()
     codes: list[int] = []
 
