@@ -96,8 +96,13 @@ def served(uri: str, tmp_path: Path) -> Iterator[Callable[..., Served]]:
         server = Served(uri, tmp_path / "stderr", closes)
         running.append(server)
         until(server.up, 60, "the server")
+        asked = 0
+        if closes:  # it waits for MLflow only while something moves there, and to begin takes that long
+            server.get(0)
+            until(lambda: len(traces_in(uri)) == 1, 90, "the first trace")
+            asked = 1
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(server.get, range(REQUESTS)))
+            list(pool.map(server.get, range(asked, REQUESTS)))
         return server
 
     yield start
