@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -45,11 +46,7 @@ def call_until_killed(url: str, store: str, callers: int) -> None:
         while not isinstance(outcome(lambda: lm(f"child {caller}.{number}")), BaseException):  # noqa: B023
             number += 1
 
-    threads = [threading.Thread(target=work, args=(caller,)) for caller in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _on_threads(work, callers)
 
 
 def spend_a_dollar_of_a_run(url: str, store: str, callers: int, calls: int, barrier: Any, results: Any) -> None:
@@ -73,11 +70,7 @@ def spend_of_run(url: str, store: str, prices: dict[str, tuple[float, float]], u
             while not isinstance(outcome(lambda: lm(f"child {caller}.{number}")), BaseException):  # noqa: B023
                 number += 1
 
-    threads = [threading.Thread(target=work, args=(caller,)) for caller in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _on_threads(work, callers)
 
 
 def evaluate_in_a_run(url: str, limited: bool, deadline: float, begun: Any, stop: Any) -> None:
@@ -95,6 +88,14 @@ def evaluate_in_a_run(url: str, limited: bool, deadline: float, begun: Any, stop
     begun.set()
     with dspy.context(lm=lm), call_context(run=run, deadline=deadline), suppress(RejectedError):
         evaluate(dspy.Predict("question -> answer"))
+
+
+def _on_threads(work: Callable[[int], None], count: int) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _kind(outcome: Any) -> str:

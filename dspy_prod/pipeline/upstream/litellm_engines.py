@@ -9,7 +9,8 @@ from typing import Any, Final
 from dspy.lm15 import Request, Response
 
 from dspy_prod.compat.dspy import import_locks, is_openai_reasoning_model
-from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine, leave_clients_to_the_parent
+from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine
+from dspy_prod.compat.litellm_forked import leave_to_the_parent
 from dspy_prod.pipeline.upstream.finish import untold_in, without_end
 from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
@@ -91,15 +92,15 @@ class AsyncExtendedLiteLLMEngine(_Extended, HookedAsyncLiteLLMEngine):
     """The asynchronous engine."""
 
 
-class _Clients:
-    """LiteLLM's, which all LMs of the process share."""
+class _Shared:
+    """LiteLLM's clients, threads and locks, which all LMs of the process share."""
 
     def _after_fork(self) -> None:
-        leave_clients_to_the_parent()
+        leave_to_the_parent()
 
 
-_CLIENTS: Final = _Clients()
-reset_after_fork(_CLIENTS)
+_SHARED: Final = _Shared()
+reset_after_fork(_SHARED)
 
 
 class _Imports:
