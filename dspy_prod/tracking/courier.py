@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.runtime.threads import begin
 from dspy_prod.telemetry.tap import TrackingHealth
-from dspy_prod.tracking.delivery import Delivery
+from dspy_prod.tracking.delivery import STALLED, Delivery
 from dspy_prod.tracking.tally import ADMITTED, LEFT_OUT, Tally
 from dspy_prod.tracking.traces import LINGER, Traces
 
@@ -47,11 +47,18 @@ class Courier:
         exporter: makes an exporter process; told where to send what it says.
         queue_size: traces that may wait. Each holds its prompts and answers.
         tally: where they are counted.
+        silence: see `Delivery`.
     """
 
     def __init__(
-        self, traces: Traces, exporter: Callable[[Callable[..., None]], Exporter], queue_size: int, tally: Tally
+        self,
+        traces: Traces,
+        exporter: Callable[[Callable[..., None]], Exporter],
+        queue_size: int,
+        tally: Tally,
+        silence: float = STALLED,
     ) -> None:
+        self._silence = silence
         self.traces = traces
         self.tally = tally
         self._make_exporter = exporter
@@ -69,7 +76,7 @@ class Courier:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._ended = False
-        self.delivery = Delivery(self._make_exporter, self.tally, self._changed)
+        self.delivery = Delivery(self._make_exporter, self.tally, self._changed, self._silence)
 
     # -- callers -----------------------------------------------------------------------------------------------------
     def admits(self) -> bool:

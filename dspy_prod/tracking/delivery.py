@@ -35,6 +35,7 @@ class Delivery:
         make: makes an exporter process; told where to send what it says.
         tally: where the next exporter reads what is settled.
         changed: called when it has said something.
+        silence: seconds for which an exporter that has reached MLflow may say nothing before it counts as stalled.
 
     Attributes:
         outbox: batches that it was not given yet.
@@ -44,9 +45,14 @@ class Delivery:
     """
 
     def __init__(
-        self, make: Callable[[Callable[..., None]], Exporter], tally: Tally, changed: Callable[[], None]
+        self,
+        make: Callable[[Callable[..., None]], Exporter],
+        tally: Tally,
+        changed: Callable[[], None],
+        silence: float = STALLED,
     ) -> None:
         self._make = make
+        self._silence = silence
         self._tally = tally
         self._changed = changed
         self.outbox: list[Batch] = []
@@ -77,8 +83,10 @@ class Delivery:
 
     def stalled(self, since: float) -> bool:
         """Whether nothing has moved for long, by the monotonic clock and not looking before `since`."""
-        known = self._ready or self.failing is not None  # it takes seconds to be ready
-        return known and time.monotonic() - max(since, self._progressed) > STALLED
+        still = time.monotonic() - max(since, self._progressed)
+        if self.failing is not None:
+            return still > STALLED
+        return self._ready and still > self._silence  # it takes seconds to be ready
 
     def send(self, begin: bool = False) -> None:
         """Give the exporter what it may have; with `begin` start it although there is nothing yet."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from math import inf
 from multiprocessing import parent_process
 from multiprocessing.util import Finalize, register_after_fork
 from typing import Any, Final, Literal
@@ -25,6 +26,7 @@ from dspy_prod.telemetry.tap import TAP, TrackingHealth
 from dspy_prod.tracking.bridge import install as install_bridge
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.courier import Courier
+from dspy_prod.tracking.delivery import STALLED
 from dspy_prod.tracking.nodes import Recorder
 from dspy_prod.tracking.process import Exporter
 from dspy_prod.tracking.sampling import Sampler
@@ -100,8 +102,8 @@ def enable(
         autolog: also call `mlflow.dspy.autolog()`, which records the modules around each LM call.
         queue_size: traces that may wait for MLflow; more are turned away and counted as lost.
         exit_timeout: seconds the end of the program, or `LM.close`, may wait for what is left; it gives up sooner when
-            nothing moves. A program that is killed waits for nothing: what it has handed over is still written, and
-            how many traces are missing is told to its `stderr`.
+            a server says nothing, or MLflow cannot be reached. A program that is killed waits for nothing: what it
+            has handed over is still written, and how many traces are missing is told to its `stderr`.
 
     Returns:
         A function that turns tracking off again, as `disable`.
@@ -134,7 +136,9 @@ def enable(
             mlflow.dspy.autolog()
         traces = Traces(Content(content, redactor), Sampler(sample), bridged=False)
         tally = Tally()
-        courier = Courier(traces, partial(_exporter, uri, experiment, exit_timeout, tally), int(queue_size), tally)
+        exporter = partial(_exporter, uri, experiment, exit_timeout, tally)
+        silence = inf if uri.startswith("sqlite:") else STALLED  # a file may be slow, but is not gone
+        courier = Courier(traces, exporter, int(queue_size), tally, silence)
         tracking = _Tracking(uri, experiment, courier, float(exit_timeout))
         if "mlflow" in sys.modules:  # the program has imported it
             remove = install_bridge(courier, uri)

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dspy_prod.tracking.batches import Batch
 from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.courier import Courier
-from dspy_prod.tracking.delivery import STALLED
+from dspy_prod.tracking.delivery import STALLED, Delivery
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.tally import ADMITTED, Tally
 from dspy_prod.tracking.traces import Traces
@@ -244,3 +245,23 @@ def test_a_descriptor_that_is_somebody_else_s_meanwhile_is_left_alone(tmp_path: 
     tally.renew()
     assert tally.shared() is not None
     tally.close()
+
+
+def test_a_file_that_is_slow_is_waited_for_and_a_silent_server_is_not() -> None:
+    """On a busy machine a file took longer than a server may be silent, and a program ended without its traces."""
+    long_ago = time.monotonic() - 2 * STALLED
+
+    def delivery(silence: float) -> Delivery:
+        heard: list[Callable[..., None]] = []
+        made = Delivery(lambda hear: heard.append(hear) or Fake(hear), Tally(), lambda: None, silence)
+        made.send(begin=True)
+        assert not made.stalled(long_ago)  # it takes seconds to be ready
+        heard[0](ready=True)
+        made._progressed = long_ago
+        return made
+
+    assert delivery(STALLED).stalled(long_ago)
+    file = delivery(inf)
+    assert not file.stalled(long_ago)
+    file.failing = "no space left on device"
+    assert file.stalled(long_ago)
