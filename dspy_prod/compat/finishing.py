@@ -44,9 +44,10 @@ def _finish(lm: Recorded, call: PreparedCall, result: CallResult) -> Any:
         }  # fmt: skip
         if result.cost_details:
             entry["cost_details"] = result.cost_details
-        adaptations = [each for response in responses for each in getattr(response, "adaptations", ())]
-        if adaptations:
-            entry["adaptations"] = tuple(adaptations)
+        for response in responses:
+            adaptations = getattr(response, "adaptations", ())
+            if adaptations:
+                entry["adaptations"] = (*entry.get("adaptations", ()), *adaptations)
         lm.update_history(entry)
     return result.outputs
 
@@ -88,8 +89,9 @@ def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
     most = (overrides if "max_history_size" in overrides else configured)["max_history_size"]
     if most == 0:
         return
-    for owner in (lm, *((overrides if "caller_modules" in overrides else configured)["caller_modules"] or ())):
-        _append(owner.history, entry, most)
+    _append(lm.history, entry, most)
+    for module in (overrides if "caller_modules" in overrides else configured)["caller_modules"] or ():
+        _append(module.history, entry, most)
 
 
 _LONG: Final = 1_000

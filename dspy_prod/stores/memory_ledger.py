@@ -6,6 +6,7 @@ import datetime as dt
 from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import groupby
 from operator import add
 from typing import Any, Final
 
@@ -157,9 +158,9 @@ class MemoryLedger:
 
     def _take_alike(self, kind: Alike) -> int:
         records = kind.records()
-        for record in records:
-            self._rows.put(record)
-            self._waiting.setdefault((int(record.started_at // _DAY), kind.group), []).append(record)
+        self._rows.extend(records)
+        for day, some in groupby(records, lambda record: int(record.started_at // _DAY)):
+            self._waiting.setdefault((day, kind.group), []).extend(some)
         return len(records)
 
     def _fold(self, group: tuple[Any, ...]) -> None:

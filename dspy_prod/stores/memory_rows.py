@@ -60,6 +60,11 @@ class Rows:
             self._blocks[place // BLOCK] = (*block[:at], *record, *block[at + _WIDTH :])
         return before
 
+    def extend(self, records: Sequence[CallRecord]) -> None:
+        """Add records whose ids are new."""
+        for record in records:
+            self._add(record)
+
     def view(self) -> View:
         """Every record as it is now; it may be read without a lock."""
         return View([*self._blocks.values(), tuple(self._tail)], max(0, self._end - self._first - self._most))

@@ -73,6 +73,7 @@ class LedgerTables:
             sqlite3.IntegrityError: an appended record is there already; `put` settles that.
         """
         ns = self._ns
+        served = Served.together(served)
         whole = [each for each in served if _whole(each)]
         if len(whole) < len(served):
             few = [each for each in served if each not in whole]

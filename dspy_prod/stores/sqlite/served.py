@@ -6,6 +6,7 @@ A record of its own would cost its caller, and then the writer, more than the an
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 from dspy_prod.records import CallRecord
@@ -95,6 +96,21 @@ class Served:
     def __init__(self, like: CallRecord, times: list[float]) -> None:
         made = IDS.several(2 * len(times))
         self.like, self.times, self.call_ids, self.ids = like, times, made[0::2], made[1::2]
+
+    @classmethod
+    def together(cls, taken: Sequence[Served]) -> list[Served]:
+        """Those of one kind as one; what was taken stays as it is, for it may have to be written again."""
+        if len(taken) < 2:
+            return list(taken)
+        kinds: dict[int, Served] = {}
+        for some in taken:
+            whole = kinds.get(id(some.like))
+            if whole is None:
+                whole = kinds[id(some.like)] = cls(some.like, [])
+            whole.times += some.times
+            whole.ids += some.ids
+            whole.call_ids += some.call_ids
+        return list(kinds.values())
 
     def __len__(self) -> int:
         return len(self.times)
