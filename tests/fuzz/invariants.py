@@ -128,7 +128,7 @@ def _problem(exchange: Exchange, record: CallRecord, bound: int) -> str | None:
     if record.estimated and cost != bound:
         return "an estimate is not the bound"
     told = [inputs * INPUT + outputs * OUTPUT for inputs, outputs in exchange.told]
-    if cost > bound and cost not in told and not (record.input_tokens and record.output_tokens):
+    if cost > bound and cost not in told and None in (record.input_tokens, record.output_tokens):
         return "above the bound, and told by nobody"
     if exchange.end == "refused":
         return "charged, though never sent" if cost else None
