@@ -50,7 +50,8 @@ class Call:
         records: what the attempts were.
         purse: what the public call behind it has spent; None where nothing caps single calls.
         to_pay: how many of that call's answers are still to be paid for, this one included.
-        log: where the run keeps its answers, if it does. log_key: under what this one's.
+        log: where the run keeps its answers, if it does. log_key: under what this one's. log_kept: it is written
+            down, or on its way there.
     """
 
     pipeline: Pipeline
@@ -70,6 +71,7 @@ class Call:
     to_pay: int = 1
     log: AnswerLog | None = None
     log_key: bytes | None = None
+    log_kept: bool = False
     deadline: float = field(init=False)
     id: str = field(init=False)
 

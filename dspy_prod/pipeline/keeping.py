@@ -13,6 +13,7 @@ from dspy.lm15 import Response
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.policies.answers import Keeping
+from dspy_prod.policies.cache import cacheable
 
 PATIENCE: Final = 10.0
 """Seconds to wait until an answer is durable. It is paid: a store that is slower does not lose it for its caller."""
@@ -27,7 +28,8 @@ def replayed(steps: Generator[Any, Any, Response], call: Call) -> Generator[Any,
     if entry is not None:
         return call.hit(entry, "replayed")
     response = yield from steps
-    yield from keeping(call, response, again=False)  # it may be from a cache
+    if not call.log_kept:  # it is from a cache, or shared: where a cache would give it again, once is enough
+        yield from keeping(call, response, again=not cacheable(response))
     return response
 
 
@@ -37,6 +39,7 @@ def keeping(call: Call, response: Response, again: bool = True) -> Generator[Wai
     if log is None or key is None:
         return
     future = log.keep(key, response, again)
+    call.log_kept = True
     if future is not None:
         yield Wait(Keeping(future), call.pipeline.clock.monotonic() + PATIENCE, stops=False)
         log.kept(future)

@@ -105,6 +105,7 @@ class AnswerLog:
             if ordinal is None:
                 self._miss(key, reuse, request)
                 return None
+            self._given[key] = ordinal
             number = self.asked
         response = self._read(key, ordinal)
         with self._lock:
@@ -112,7 +113,6 @@ class AnswerLog:
                 self._new(number)
                 return None
             self.replayed += 1
-            self._given[key] = ordinal
         return Entry(response, inf, inf, 0)
 
     def keep(self, key: bytes, response: Response, again: bool) -> Future[int] | None:
