@@ -41,7 +41,8 @@ def records(candidates: Sequence[Candidate]) -> list[tuple[float, float]]:
     steps: list[tuple[float, float]] = []
     known = [one for one in candidates if one.score is not None and one.found_usd is not None]
     for one in sorted(known, key=lambda one: (one.found_usd, one.index)):
-        assert one.score is not None and one.found_usd is not None
+        assert one.score is not None
+        assert one.found_usd is not None
         if not steps or one.score > steps[-1][1]:
             steps.append((one.found_usd, one.score))
     return steps
