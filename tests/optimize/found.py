@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
+
+import dspy
 
 from dspy_prod.optimize.candidates import Candidate
+from dspy_prod.optimize.report import OptimizationReport, Selection, Spent
 
 
 def found(count: int = 16, seed: int = 7, examples: int = 60) -> tuple[Candidate, ...]:
@@ -49,3 +53,40 @@ def found(count: int = 16, seed: int = 7, examples: int = 60) -> tuple[Candidate
 def best_of(candidates: tuple[Candidate, ...]) -> Candidate:
     """The one with the highest score."""
     return max((one for one in candidates if one.score is not None), key=lambda one: (one.score or 0.0, -one.index))
+
+
+def report(candidates: tuple[Candidate, ...] | None = None, **given: Any) -> OptimizationReport:
+    """The report of such a run."""
+    tried = found() if candidates is None else candidates
+    best = best_of(tried)
+    whole: dict[str, Any] = {
+        "run": "triage",
+        "optimizer": "MIPROv2",
+        "stopped_by": "budget",
+        "detail": "the next call could have cost more than was left of $0.5",
+        "spent_usd": sum(one.cost_usd for one in tried),
+        "spent_by": {"task/openai/small": Spent(0.2, 700, 90_000), "prompt/openai/large": Spent(0.07, 20, 30_000)},
+        "phases": {"baseline": Spent(0.02, 60, 9_000), "search": Spent(0.25, 660, 111_000)},
+        "calls": 720,
+        "cached": 12,
+        "tokens": 120_000,
+        "seconds": 754.0,
+        "budget_usd": 0.5,
+        "baseline": tried[0],
+        "best": best,
+        "best_score": best.score,
+        "expected_score": 0.9,
+        "expected_interval": (0.84, 0.95),
+        "candidates": tried,
+        "selection": Selection(60, "valset"),
+        "warnings": ("valset is not used by the optimizer; it selects the result",),
+        "_make": program,
+    }
+    return OptimizationReport(**{**whole, **given})
+
+
+def program(candidate: Candidate) -> dspy.Module:
+    """The candidate as a program."""
+    made = dspy.Predict(dspy.Signature("message -> category", candidate.prompts["classify"]))
+    made.demos = [dspy.Example(message=f"m{n}", category="billing") for n in range(candidate.demos["classify"])]
+    return made
