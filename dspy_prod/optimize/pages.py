@@ -130,12 +130,8 @@ def _costs(report: OptimizationReport) -> Iterator[tuple[str, Any]]:
         part = f", {100 * raced.saved / whole:.0f} % of {whole:,}" if whole else ""
         yield (
             "saved by racing",
-            Cell(f"{raced.saved:,} answers{part}", below=(f"{_count(raced.dropped):,} candidates were dropped early",)),
+            Cell(f"{raced.saved:,} answers{part}", below=(f"{raced.dropped:,} candidates were dropped early",)),
         )
-
-
-def _count(dropped: Any) -> int:
-    return dropped if isinstance(dropped, int) else len(dropped)
 
 
 def _forecast(report: OptimizationReport, forecast: Any) -> Cell:
