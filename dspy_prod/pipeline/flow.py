@@ -3,7 +3,7 @@
 It is a generator that *yields* effects (`Warm`, `Wait`, `Send`) and receives their results, as httpx's `auth_flow`
 does; two small drivers perform them. It never sleeps and does no I/O of its own. The order is the library's contract:
 
-    cache lookup, single-flight
+    log of the run that keeps its answers, cache lookup, single-flight
       └ fallback: for each route (primary, then fallbacks)
           └ retry: attempts under one deadline and one retry budget, and little patience while a route is left
               └ breaker check ─ wait for limiter and budget together (holding nothing) ─ breaker permit
@@ -30,6 +30,7 @@ from dspy_prod.pipeline.admission import admission, leaves, note_spending
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
+from dspy_prod.pipeline.keeping import keeping, replayed
 from dspy_prod.pipeline.outcome import flaw_of, judge
 from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
 from dspy_prod.pipeline.refusals import too_late
@@ -47,7 +48,9 @@ Flow: TypeAlias = Generator[Effect, Any, Response]
 
 def flow(call: Call) -> Flow:
     """Answer a call from the cache, from another identical call, or from upstream."""
-    return stoppable(_flow(call), call) if call.context.guards else _flow(call)
+    if not call.context.guards:
+        return _flow(call)
+    return stoppable(_flow(call) if call.log is None else replayed(_flow(call), call), call)
 
 
 def _flow(call: Call) -> Flow:
@@ -200,6 +203,8 @@ def _send(call: Call) -> Flow:
                 if call.visible or not (verdict.fallback or route is not routes[0]):
                     raise
                 break
+            if call.log is not None:  # before anybody else can have it
+                yield from keeping(call, response)
             if call.key is not None:
                 _keep(call, route, response)
             return response

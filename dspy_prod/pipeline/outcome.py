@@ -168,6 +168,14 @@ def judge(error: BaseException) -> Verdict:
     return verdict
 
 
+_ASKED_FOR: Final = frozenset({"mistake", "unfit", "filtered", "unusable", "garbled"})
+
+
+def is_of_the_request(error: Exception) -> bool:
+    """Whether a failure says something about what was asked, and not about who was asked, or about us."""
+    return not isinstance(error, RejectedError) and _row(error, heard(error)) in _ASKED_FOR
+
+
 def _row(error: Exception, said: Heard) -> str:
     if isinstance(error, UnusableAnswerError):
         return "filtered" if error.flaw == "filtered" else "unusable"

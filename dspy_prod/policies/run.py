@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from dspy_prod.errors import BudgetExceededError, ConfigError, OptionError, RunStoppedError
 from dspy_prod.options import Caps
+from dspy_prod.policies.answers import AnswerLog
 from dspy_prod.privacy.outward import outward
 from dspy_prod.records import NANO
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
@@ -65,6 +66,18 @@ class Run:
         calls: upstream attempts, at most; answers from the cache are none.
         tokens: input and output tokens together, at most.
         store: where the run is counted, as for `LM`. namespace: as for `LM`.
+        keep_answers: write every answer into the store before it is returned, as it is, prompts aside; and answer from
+            there what a run of this name was answered before, for nothing: after a crash, or `kill -9`, the same
+            program does the same work again and goes on where it was. Kept are answers of every kind, errors are not;
+            neither age nor size ends them, nor `cache_clear`, only `dspy-prod optimizations rm NAME`. Another object of
+            the same name gives all of them again, this one each once. Within several runs the innermost that keeps
+            answers is asked.
+
+    Attributes:
+        asked: calls inside so far, with `keep_answers`. replayed: those that its log answered. first_new: which call,
+            counted from 1, was the first that it did not; None while there is none.
+        strangers: calls that it did not, although it still had answers to others: few were on their way when it ended.
+        unkept: answers that could not be kept, see the log of the process.
 
     Raises:
         ConfigError: an impossible cap, or one on what a run of this name was not counted by from its beginning; no
@@ -89,6 +102,7 @@ class Run:
         tokens: int | None = None,
         store: str | Store | None = None,
         namespace: str | None = None,
+        keep_answers: bool = False,
     ) -> None:
         if disabled():
             raise ConfigError("DSPY_PROD_DISABLED is set, so that no policy holds: a run could not be capped. Unset it")
@@ -99,6 +113,12 @@ class Run:
         self.store = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
         self._keys = {dimension: joined(_NO_BUDGET, "run", self.name, dimension) for dimension in DIMENSIONS}
         self._counted = self._counts(begins=name is None)
+        if keep_answers and not self.store.durable:
+            raise ConfigError(
+                f"Run: keep_answers: {self.store.url} ends with its process, and the answers with it. Keep them in a "
+                "file: store='sqlite:///runs.db'"
+            )
+        self.answers = AnswerLog(self.store, self.name) if keep_answers else None
         self._stopped: str | None = None
         self._watchers: set[Callable[[], None]] = set()
         self._after_fork()
@@ -155,6 +175,32 @@ class Run:
             None if tokens is None else tokens.spent,
         )
 
+    # -- answers -------------------------------------------------------------------------------------------------------
+    @property
+    def asked(self) -> int:
+        return 0 if self.answers is None else self.answers.asked
+
+    @property
+    def replayed(self) -> int:
+        return 0 if self.answers is None else self.answers.replayed
+
+    @property
+    def first_new(self) -> int | None:
+        return None if self.answers is None else self.answers.first_new
+
+    @property
+    def strangers(self) -> int:
+        return 0 if self.answers is None else self.answers.strangers
+
+    @property
+    def unkept(self) -> int:
+        return 0 if self.answers is None else self.answers.unkept
+
+    @property
+    def diverged(self) -> str | None:
+        """A warning, with the first such prompt, when more than 5 % were strangers; None while that is not so."""
+        return None if self.answers is None else self.answers.diverged
+
     @property
     def claims(self) -> tuple[Claim, ...]:
         """What an attempt needs the leave of."""
@@ -165,6 +211,7 @@ class Run:
         if not isinstance(other, Run) or other.name != self.name or other.store is not self.store:
             return False
         self._counted = tuple([name for name in DIMENSIONS if name in self._counted or name in other._counted])
+        self.answers = self.answers or other.answers
         return True
 
     def limit(self, dimension: Dimension) -> int:
@@ -240,7 +287,7 @@ class Run:
         capped = [name for name in DIMENSIONS if getattr(self.caps, name) is not None]
         if begins:
             return tuple(capped)
-        known = dict(self.store.accounts(joined(_NO_BUDGET, "run", self.name) + BETWEEN, "", len(DIMENSIONS)))
+        known = dict(self.store.accounts(accounts_of(self.name), "", len(DIMENSIONS)))
         missing = [name for name in capped if self._keys[name] not in known]
         if missing and any(state.spent for state in known.values()):
             raise ConfigError(
@@ -266,6 +313,11 @@ class Claim(NamedTuple):
         """The account, with the cap of now."""
         run, dimension = self.run, self.dimension
         return Account(self.key, run.limit(dimension), f"run {run.name}: {dimension}")
+
+
+def accounts_of(name: str) -> str:
+    """How the keys of a run's accounts begin."""
+    return joined(_NO_BUDGET, "run", name) + BETWEEN
 
 
 def claims_of(runs: tuple[Run, ...]) -> Sequence[Claim]:
