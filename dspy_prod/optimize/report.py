@@ -219,6 +219,11 @@ class OptimizationReport(Shown):
 
         return page(self)
 
+    def _repr_html_(self) -> str:
+        from dspy_prod.optimize.pages import page
+
+        return page(self, pictures=True).html()
+
     def __repr__(self) -> str:
         found = "nothing complete" if self.best_score is None else f"best score {self.best_score:.4g}"
         return (

@@ -20,7 +20,7 @@ import dspy
 
 from dspy_prod.context.current import call_context
 from dspy_prod.context.scoring import compiling
-from dspy_prod.errors import ConfigError, RejectedError
+from dspy_prod.errors import BudgetExceededError, ConfigError, RejectedError
 from dspy_prod.optimize.camera import Camera, Seen
 from dspy_prod.optimize.candidates import Progress, StoppedBy, Watcher
 from dspy_prod.optimize.choosing import best_of, described, finalists
@@ -339,8 +339,8 @@ class Session:
                 outcome.program = task.optimizer.compile(task.student, **task.arguments)
             except Closed:
                 return
-            except RejectedError as error:
-                self.gate.close("failed", str(error), error)  # unless a reason has closed it already
+            except RejectedError as error:  # unless a reason has closed it already
+                self.gate.close("budget" if isinstance(error, BudgetExceededError) else "failed", str(error), error)
                 return
             except Exception as error:
                 if not self.gate.closed:
