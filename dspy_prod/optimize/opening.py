@@ -96,8 +96,10 @@ def _resumed(task: Task, terms: Terms, name: str, latest: Header | None, now: He
             f"{'; '.join(found.refused)}. Undo that, or begin another run with resume=False"
         )
     run = _run(terms, latest.run, store, keep=True)
+    if run.answers is not None:
+        run.answers.set_beside(latest.beside)
     warnings = [*[f"since the run began: {each}" for each in found.allowed], *_unseeded(task)]
-    return Opened(run, replace(now, run=run.name, best=latest.best), latest, warnings)
+    return Opened(run, replace(now, run=run.name, best=latest.best, beside=latest.beside), latest, warnings)
 
 
 def _refuse_running(header: Header) -> None:
@@ -170,11 +172,12 @@ class Scribe:
     """Writes down how a run goes, for whoever resumes it or looks at it from elsewhere: a `Watcher`.
 
     Args:
-        store: of the run. header: as it began. evaluation: tells what one evaluation of the given program took.
+        run: whose. header: as it began.
     """
 
-    def __init__(self, store: Store, header: Header) -> None:
-        self._store, self._header = store, header
+    def __init__(self, run: Run, header: Header) -> None:
+        self._run, self._store, self._header = run, run.store, header
+        self._beside = False
         self._written = 0.0
         self._looked = 0.0
         self._asked = False
@@ -184,13 +187,20 @@ class Scribe:
         self._write(progress)
 
     def update(self, progress: Progress) -> None:
-        """Write how far it is, every other second."""
-        if time.monotonic() - self._written >= 2.0:
+        """Write how far it is, every other second; and at once where the optimizer's own questions end."""
+        if progress.phase in ("finals", "test") and not self._beside and self._run.answers is not None:
+            self._beside = True
+            self._header = replace(self._header, beside=(*self._header.beside, (self._run.answers.count(), None)))
+            self._write(progress)
+        elif time.monotonic() - self._written >= 2.0:
             self._write(progress)
 
     def end(self, progress: Progress, report: Any) -> None:
         """Write how it ended."""
         state = report.stopped_by if report is not None else "failed"
+        if self._beside and self._run.answers is not None:
+            *others, (first, _) = self._header.beside
+            self._header = replace(self._header, beside=(*others, (first, self._run.answers.count())))
         self._header = replace(
             self._header, state=state, ended_at=time.time(), warnings=() if report is None else tuple(report.warnings)
         )

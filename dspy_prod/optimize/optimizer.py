@@ -215,7 +215,7 @@ class BudgetedOptimizer(Teleprompter):
         watchers: list[Watcher] = []
         scribe = None
         if begun.header is not None:
-            scribe = Scribe(begun.run.store, begun.header)
+            scribe = Scribe(begun.run, begun.header)
             watchers.append(scribe)
         watchers.append(watcher(terms.view))
         session = Session(

@@ -359,6 +359,7 @@ class Session:
         ended = self.gate.reason
         self._reopen(outcome)
         self.phase = self.sums.phase = "finals"
+        self._pulse.tell("update")
         self.reserve.free(self.run)
         most = max(1, self.task.traits.finalists) if ended is None else None
         with self._within(self._ends):
