@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,6 @@ from importlib import metadata
 from types import CodeType
 from typing import Any, Final
 
-import orjson
 from dspy.clients.base_lm import BaseLM
 from dspy.primitives import Example, Module
 from dspy.signatures.signature import SignatureMeta
@@ -46,7 +46,7 @@ def fingerprints(
 
     Example:
         ```python
-        fingerprints(optimizer, program, {"trainset": train, "valset": val}, metric, {"program": lm})["dataset trainset"]
+        fingerprints(optimizer, program, {"trainset": train}, metric, {"program": lm})["dataset trainset"]
         ```
     """
     return digests(described(optimizer, student, datasets, metric, lms, arguments))
@@ -196,8 +196,7 @@ def _of_class(value: Any, depth: int) -> Any:
 
 # -- details ---------------------------------------------------------------------------------------------------------
 def _digest(value: Any, whole: bool = False) -> str:
-    text = orjson.dumps(value, default=repr, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
-    digest = hashlib.sha256(text).hexdigest()
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
     return digest[:32] if whole else digest[:_SHORT]
 
 

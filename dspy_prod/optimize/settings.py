@@ -1,4 +1,4 @@
-"""The settings of an optimizer: what it was built with and what steers it, without what its last `compile` left there."""
+"""The settings of an optimizer: what it was built with, and steers it, without what its last `compile` left there."""
 
 from __future__ import annotations
 
