@@ -122,11 +122,11 @@ def program(module: Module) -> dict[str, Any]:
 def model(lm: Any) -> dict[str, Any]:
     """Which LM it is and how it is asked, without its key."""
     identity = getattr(lm, "identity", None)
-    known = isinstance(identity, bytes) and not identity.startswith(LOCAL)
+    known = isinstance(identity, bytes) and not identity.startswith(LOCAL) and hashlib.sha256(identity).hexdigest()
     return {
         "model": str(getattr(lm, "model", type(lm).__qualname__)),
         "arguments": {name: plain(value) for name, value in sorted(public(getattr(lm, "kwargs", {})).items())},
-        "destination": hashlib.sha256(identity).hexdigest()[:_SHORT] if known else None,
+        "destination": known[:_SHORT] if known else None,
     }
 
 
@@ -140,8 +140,8 @@ def function(given: Any) -> dict[str, Any]:
     inner = inspect.unwrap(given)
     code = getattr(inner, "__code__", None)
     if code is None:  # an object with `__call__`
-        owner = inner if isinstance(inner, type) else type(inner)
-        return {"name": _named(owner), "source": _source_digest(owner), "carries": {**bound, **_scalars(inner)}}
+        called = inner if isinstance(inner, type) else type(inner)
+        return {"name": _named(called), "source": _source_digest(called), "carries": {**bound, **_scalars(inner)}}
     carried = {name: cell for name, cell in _cells(inner, code) if isinstance(cell, _SCALARS)}
     defaults = [plain(value) for value in (getattr(inner, "__defaults__", None) or ())]
     owner = getattr(inner, "__self__", None)

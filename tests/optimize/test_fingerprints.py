@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,23 @@ class Own(dspy.teleprompt.Teleprompter):
     def compile(self, student: Any, *, trainset: Any, **_: Any) -> Any:
         self.seen = len(trainset)
         return student
+
+
+@dataclass
+class Made(dspy.teleprompt.Teleprompter):
+    """One whose `__init__` nobody has written."""
+
+    rounds: int
+
+    def compile(self, student: Any, *, trainset: Any, **_: Any) -> Any:
+        self.seen = len(trainset)
+        return student
+
+
+def test_settings_of_a_dataclass_are_its_fields() -> None:
+    optimizer = Made(3)
+    optimizer.compile(None, trainset=[])
+    assert settings_of(optimizer) == {"rounds": 3}
 
 
 def test_an_optimizer_of_ones_own_is_known_by_its_source() -> None:
