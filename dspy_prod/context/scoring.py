@@ -60,7 +60,8 @@ def compiling() -> Iterator[None]:
     """
     global _scored
     _scored = True
-    with dspy.context(**{_SETTING: True, _COMPILING: True}):
+    callbacks = [each for each in dspy.settings.callbacks or () if not isinstance(each, _Leaving)]
+    with dspy.context(**{_SETTING: True, _COMPILING: True, "callbacks": callbacks}):
         yield
 
 
