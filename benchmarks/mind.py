@@ -37,6 +37,7 @@ ADVICE = {
 _CHAT = re.compile(r"`\[\[ ## (\w+) ## \]\]`")
 _JSON = re.compile(r"`(\w+)`")
 _MESSAGE = re.compile(r"\[\[ ## message ## \]\]\n(.*?)(?:\n|$)")
+_CURRENT = re.compile(r"\[\[ ## current_instruction ## \]\]\n(.*?)\n\n\[\[ ##", re.DOTALL)
 _TASK_FIELDS = frozenset({"label", "reasoning"})
 
 
@@ -146,6 +147,7 @@ class Mind:
             "new_instruction": f"{current} {self.advice(call.prompt, ordinal, 2)}",
             "proposed_instruction": f"Sort the customer's message under one of four labels. {advice}",
             "proposed_prefix_for_output_field": "Label:",
+            "new_instruction": self._bettered(call.last_message, ordinal),
             "natural_language_rules": f"1. {advice}",
             "module_advice": json.dumps({name: self.advice(call.prompt, ordinal, 2) for name in names}),
             "observations": "Short messages of customers, each under one of four labels.",
@@ -155,9 +157,14 @@ class Mind:
 
     def _reflected(self, call: CallView, ordinal: int) -> str:
         """GEPA's reflection: the instruction it shows, with more advice."""
-        blocks = call.prompt.split("```")
-        current = blocks[1].strip() if len(blocks) > 2 else "Sort the message."
-        return f"```\n{current} {self.advice(call.prompt, ordinal, 2)}\n```"
+        return f"```\n{self._bettered(call.last_message, ordinal)}\n```"
+
+    def _bettered(self, prompt: str, ordinal: int) -> str:
+        """The instruction that a request shows, with more advice."""
+        shown = _CURRENT.search(prompt)
+        blocks = prompt.split("```")
+        current = shown[1].strip() if shown else blocks[1].strip() if len(blocks) > 2 else "Sort the message."
+        return f"{current} {self.advice(prompt, ordinal, 2)}"
 
 
 def asked_for(call: CallView) -> tuple[list[str], bool]:

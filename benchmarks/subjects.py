@@ -125,7 +125,8 @@ def optimizers(world: World, *, lm: Any = None, prompt_lm: Any = None, threads: 
             lambda: BetterTogether(metric=metric, a=random_search(2), b=gepa(150)),
             {**both, "strategy": "a -> b", "num_threads": threads},
         ),
-        "ReAnchor": (lambda: _reanchor(metric, threads), both),
+        # It answers from the cache over and over, so its examples are few.
+        "ReAnchor": (lambda: _reanchor(metric, threads), {"trainset": train[:16], "valset": val[:20]}),
         "Guesses": (lambda: Guesses(metric, num_threads=threads), both),
     }
     subjects = {}

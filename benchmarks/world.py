@@ -215,7 +215,7 @@ def _choice() -> Any:
 
     fields = {
         "message": (str, dspy.InputField(desc="what a customer wrote")),
-        "label": (Choice[options], dspy.OutputField()),
+        "label": (Choice[options], dspy.OutputField(desc="its department")),
     }
     return dspy.Signature(fields, "Sort the message.")
 
