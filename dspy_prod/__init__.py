@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         CircuitOpenError,
         ConfigError,
         DeadlineExceededError,
+        OutageError,
         RateLimitedError,
         RejectedError,
         RunStoppedError,
@@ -40,8 +41,8 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "context.current": "call_context",
-        "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError RateLimitedError "
-        "RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
+        "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
+        "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
         "lm": "LM wrap",
         "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
         "policies.run": "Run",
@@ -85,6 +86,7 @@ __all__ = [
     "DeadlineExceededError",
     "Event",
     "Health",
+    "OutageError",
     "Preview",
     "Price",
     "Production",

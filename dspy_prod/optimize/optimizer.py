@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -11,12 +10,13 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_prod.errors import ConfigError, OptionError
+from dspy_prod.optimize.candidates import Watcher
 from dspy_prod.optimize.metrics import metric_of
+from dspy_prod.optimize.opening import Scribe, opened
 from dspy_prod.optimize.reporting import report_of
 from dspy_prod.optimize.session import Session, Task, checked_student, threads_of
 from dspy_prod.optimize.supported import accepts, parameters_of, refuse_steps, selection_of, traits_of
 from dspy_prod.optimize.terms import Terms
-from dspy_prod.policies.run import Run
 from dspy_prod.stores.base import Store
 
 _CAPS: Final = ("budget_usd", "max_calls", "max_tokens", "max_time")
@@ -211,13 +211,21 @@ class BudgetedOptimizer(Teleprompter):
     def _compile(self, task: Task, terms: Terms, warnings: list[str], resume: bool | None) -> Any:
         from dspy_prod.optimize.live import quiet, watcher
 
-        run = self._run(terms)
-        shown = watcher(terms.view)
-        session = Session(task, terms, run, [shown], lambda: False, quiet)
+        begun = opened(task, terms, self.name, resume, self._store, self._namespace)
+        watchers: list[Watcher] = []
+        scribe = None
+        if begun.header is not None:
+            scribe = Scribe(begun.run, begun.header)
+            watchers.append(scribe)
+        watchers.append(watcher(terms.view))
+        session = Session(
+            task, terms, begun.run, watchers, scribe.asked_to_stop if scribe is not None else lambda: False, quiet,
+            begun.spent_before,
+        )  # fmt: skip
+        session.outcome.warnings.extend([*warnings, *begun.warnings])
         self._session = session
-        session.outcome.warnings.extend(warnings)
         try:
-            outcome = session.go()
+            session.go()
         finally:
             self._session = None
             self.report = report_of(session)
@@ -225,13 +233,6 @@ class BudgetedOptimizer(Teleprompter):
         best = session.best_program()
         best.optimization = self.report
         return best
-
-    def _run(self, terms: Terms) -> Run:
-        name = self.name or f"{type(self.optimizer).__name__}-{uuid.uuid4().hex[:8]}"
-        return Run(
-            name, usd=terms.budget_usd, calls=terms.max_calls, tokens=terms.max_tokens, store=self._store,
-            namespace=self._namespace,
-        )  # fmt: skip
 
     def _forecast(self, task: Task, terms: Terms) -> Any:
         raise NotImplementedError

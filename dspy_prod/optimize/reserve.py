@@ -34,17 +34,18 @@ class Reserve:
     def keep(self, run: Run, ends: float | None) -> float | None:
         """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock."""
         share = self._evaluations()
-        total, _, phases = self._sums.snapshot()
+        _, _, phases = self._sums.snapshot()
+        used_now = run.used()
         base = phases.get("baseline", Sum())
         seconds = time.monotonic() - self._began
         kept: dict[str, float] = {}
         for name, cap, used, one in (
-            ("usd", self._terms.budget_usd, total.usd, _scaled(base.usd, base) * _LONGER),
-            ("calls", self._terms.max_calls, total.calls, _scaled(base.calls, base)),
-            ("tokens", self._terms.max_tokens, total.tokens, _scaled(base.tokens, base) * _LONGER),
+            ("usd", self._terms.budget_usd, used_now.usd, _scaled(base.usd, base) * _LONGER),
+            ("calls", self._terms.max_calls, used_now.calls, _scaled(base.calls, base)),
+            ("tokens", self._terms.max_tokens, used_now.tokens, _scaled(base.tokens, base) * _LONGER),
         ):
             if cap is not None:
-                left = max(0.0, cap - used)
+                left = max(0.0, cap - (used or 0))
                 kept[name] = cap - self._part(left, share * one)
         if kept:
             run.allow(

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import dspy
 
+from dspy_prod.compat.racing import install
 from dspy_prod.context.current import call_context
 from dspy_prod.context.scoring import compiling
 from dspy_prod.errors import BudgetExceededError, ConfigError, RejectedError
@@ -99,7 +100,7 @@ class Session:
     Args:
         task: what. terms: under which caps, and how. run: the guard that holds the caps, and counts.
         watchers: who is told. asked_to_stop: whether somebody elsewhere wants it to end.
-        quiet: silences what DSPy itself shows.
+        quiet: silences what DSPy itself shows. spent_before: dollars of earlier parts of the run.
     """
 
     def __init__(
@@ -110,12 +111,12 @@ class Session:
         watchers: Sequence[Watcher],
         asked_to_stop: Callable[[], bool],
         quiet: Callable[[], Any],
-        before_seconds: float = 0.0,
+        spent_before: float = 0.0,
     ) -> None:
         self.task, self.terms, self.run = task, terms, run
         self._quiet = quiet
         self.began = time.monotonic()
-        self._before = before_seconds
+        self._spent_before = spent_before
         self._ends = None if terms.max_time is None else self.began + terms.max_time
         self._search_ends = self._ends
         self.lms = LMs(run.store)
@@ -124,6 +125,7 @@ class Session:
         examples, _ = task.selection
         self.contest = None
         if terms.racing is not None and task.traits.races:
+            install()
             self.contest = Contest(len(examples), delta=1 - terms.racing, margin=terms.margin)
         models: set[str] = set()
         self._models = models
@@ -167,7 +169,7 @@ class Session:
     @property
     def spent_usd(self) -> float:
         """Dollars of the whole run, earlier parts of it included, as far as they are settled."""
-        return self.sums.total.usd
+        return self._spent_before + self.sums.total.usd
 
     def _eta(self) -> float | None:
         """Seconds until a cap is used up at the pace so far."""
@@ -176,7 +178,7 @@ class Session:
         shares = [
             used / cap
             for used, cap in (
-                (total.usd, self.terms.budget_usd), (total.calls, self.terms.max_calls),
+                (self.spent_usd, self.terms.budget_usd), (total.calls, self.terms.max_calls),
                 (total.tokens, self.terms.max_tokens), (seconds, self.terms.max_time),
             )
             if cap
@@ -211,7 +213,7 @@ class Session:
     def _on_candidate(self, seen: Seen) -> None:
         if self.camera.is_complete(seen) and seen.index not in self._completed:
             self._completed.add(seen.index)
-            seen.found_usd = self.sums.total.usd
+            seen.found_usd = self.spent_usd
             score = self.camera.mean(seen)
             better = score > self._best_yet
             self._best_yet = max(self._best_yet, score)
@@ -357,6 +359,7 @@ class Session:
         ended = self.gate.reason
         self._reopen(outcome)
         self.phase = self.sums.phase = "finals"
+        self._pulse.tell("update")
         self.reserve.free(self.run)
         most = max(1, self.task.traits.finalists) if ended is None else None
         with self._within(self._ends):

@@ -19,7 +19,7 @@ Status = Literal["healthy", "warning", "degraded"]
 
 Reason = Literal[
     "circuit_open", "rate_limited", "budget_exceeded", "deadline_exceeded", "unpriced_model", "store_unavailable",
-    "run_stopped",
+    "run_stopped", "outage",
 ]  # fmt: skip
 """The words of `RejectedError.reason`."""
 
