@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, Final
 
 import dspy
@@ -26,10 +26,13 @@ SETTING: Final = "dspy_prod_quiet"
 _PRINTING: Final = ("dspy.teleprompt.", "dspy.propose.", "dspy.evaluate.", "gepa.")
 """Packages whose modules print, or log through a function that does."""
 
+_FOR_OPTIMIZERS: Final = "dspy.utils.inspect_history"
+"""It prints for whoever asks; COPRO asks in order to log it."""
+
 _BARS: Final = ("dspy.utils.parallelizer", "dspy.evaluate.evaluate", "dspy.teleprompt.bootstrap", "gepa.core.engine")
 """Modules that draw progress bars."""
 
-_LOGGERS: Final = ("optuna", "optuna.study.study", "optuna.trial._trial", "optuna.samplers._tpe.sampler")
+_LOGGERS: Final = ("optuna.study.study", "optuna.storages._in_memory", "optuna.trial._trial")
 """Loggers of Optuna, whose handler comes only when it is imported."""
 
 
@@ -57,8 +60,19 @@ class _Filter(logging.Filter):
 
 
 def _print(*values: Any, **more: Any) -> None:
-    if more.get("file") is not None or not is_quiet():
+    if more.get("file") not in (None, sys.stdout) or not is_quiet() or not _for_an_optimizer(sys._getframe(1)):
         builtins.print(*values, **more)  # noqa: T201 (it stands for the built-in one)
+
+
+def _for_an_optimizer(frame: FrameType | None) -> bool:
+    """Whether a module that prints does so of itself, or because an optimizer asked it to."""
+    if frame is not None and frame.f_globals.get("__name__") != _FOR_OPTIMIZERS:
+        return True
+    while frame is not None and not str(frame.f_globals.get("__name__")).startswith(_PRINTING):
+        if not str(frame.f_globals.get("__name__")).startswith(("dspy.", "dspy_prod.")):
+            return False
+        frame = frame.f_back
+    return frame is not None
 
 
 def _bar(kind: Any) -> Any:
@@ -112,7 +126,11 @@ class _Installed:
         for place in self._filtered:
             place.addFilter(self._filter)
         for name, module in list(sys.modules.items()):
-            if name.startswith(_PRINTING) and isinstance(module, ModuleType) and "print" not in vars(module):
+            if (
+                name.startswith((*_PRINTING, _FOR_OPTIMIZERS))
+                and isinstance(module, ModuleType)
+                and "print" not in vars(module)
+            ):
                 vars(module)["print"] = _print
                 self._printing.append(module)
         for name in _BARS:

@@ -5,6 +5,7 @@ DSPy's own bars and lines are silenced meanwhile, see `quiet`.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
@@ -110,9 +111,10 @@ class Bar:
         """Draw it."""
         from tqdm.auto import tqdm
 
+        size = {"dynamic_ncols": True} if _has_size() else {"ncols": 120, "nrows": 24}
         self._bar = tqdm(
-            total=_STEPS, file=sys.stderr, dynamic_ncols=True, leave=True, mininterval=0, miniters=0,
-            bar_format="{desc} {percentage:3.0f}%|{bar:12}|{postfix}",
+            total=_STEPS, file=sys.stderr, leave=True, mininterval=0, miniters=0, delay=1e-9,
+            bar_format="{desc} {percentage:3.0f}%|{bar:12}|{postfix}", **size,
         )  # fmt: skip
         self.update(progress)
 
@@ -192,3 +194,11 @@ def _news(progress: Progress) -> tuple[Any, ...]:
 def _at_terminal() -> bool:
     isatty = getattr(sys.stderr, "isatty", None)
     return bool(isatty is not None and isatty())
+
+
+def _has_size() -> bool:
+    """Whether the terminal knows its size; tqdm draws nothing on one of no columns, as containers have."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (AttributeError, OSError, ValueError):
+        return True
