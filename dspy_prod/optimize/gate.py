@@ -14,7 +14,6 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.lm.lm import LM
 from dspy_prod.optimize.candidates import StoppedBy
 
-
 _SETTING: Final = "dspy_prod_gate"
 
 
