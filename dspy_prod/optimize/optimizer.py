@@ -129,6 +129,7 @@ class BudgetedOptimizer(Teleprompter):
 
         Raises:
             ConfigError: an argument is impossible; the run cannot be resumed, and why; calls that no cap could hold.
+            LMError: no model could be asked at all, and why.
             KeyboardInterrupt: a second Ctrl-C while it ends after the first.
         """
         terms = self._terms_with(arguments)

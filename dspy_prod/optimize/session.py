@@ -168,6 +168,7 @@ class Session:
     def _on_close(self, detail: str) -> None:
         if self.gate.reason not in _GOES_ON:
             self.run.stop(detail)
+            self.gate.let_go()
         self._pulse.wake()
 
     def _new_gate(self) -> Gate:
@@ -222,6 +223,7 @@ class Session:
         Raises:
             ConfigError: something is called that no cap holds; nothing more is called, and nothing is lost but the
                 first example.
+            LMError: no model could be asked at all, and why.
             KeyboardInterrupt: a second one, while it ends after the first.
         """
         outcome = self.outcome
@@ -234,12 +236,18 @@ class Session:
                     self.gate.close("interrupted", "Ctrl-C")
                 if self.gate.wrong is not None:
                     raise self.gate.wrong
+                if outcome.stopped_by == "failed" and outcome.error is not None and self._asked_nobody():
+                    raise outcome.error  # nothing was answered, so nothing can be lost
         finally:
             self.phase = self.sums.phase = "ended"
             self.run.stop(outcome.detail or "the run has ended")
             remove()
         self._close(outcome)
         return outcome
+
+    def _asked_nobody(self) -> bool:
+        total = self.sums.total
+        return not (total.answers or total.cached or total.replayed)
 
     def _close(self, outcome: Outcome) -> None:
         if self.gate.reason in _ENDS or (self.gate.reason is not None and outcome.stopped_by == "completed"):
