@@ -11,6 +11,7 @@ import math
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from typing import Any, Final
 
 import dspy
@@ -156,17 +157,16 @@ def compiled(name: str, seed: int, raced: bool) -> tuple[str, int, int]:
     return state(program), engine.calls, contest.saved
 
 
-def runs(seed: int, count: int) -> list[dict[str, Any]]:
-    """Each optimizer in so many worlds, with and without racing."""
+def runs(processes: Executor, seed: int, count: int) -> list[Future[Any]]:
+    """Each optimizer in so many worlds, with and without racing: what `compared` gives of each."""
+    return [processes.submit(compared, name, world) for world in range(seed, seed + count) for name in OPTIMIZERS]
+
+
+def compared(name: str, seed: int) -> dict[str, Any]:
+    """One optimizer in one world, without racing and with it."""
     racing.install()
-    found = []
-    for name in OPTIMIZERS:
-        for world in range(seed, seed + count):
-            (plain, without, _), (raced, calls, saved) = (compiled(name, world, on) for on in (False, True))
-            found.append(
-                {
-                    "optimizer": name, "seed": world, "without": without, "with": calls, "calls": calls / without,
-                    "same": plain == raced, "saved": saved,
-                }
-            )  # fmt: skip
-    return found
+    (plain, without, _), (raced, calls, saved) = (compiled(name, seed, on) for on in (False, True))
+    return {
+        "optimizer": name, "seed": seed, "without": without, "with": calls, "calls": calls / without,
+        "same": plain == raced, "saved": saved,
+    }  # fmt: skip
