@@ -112,7 +112,7 @@ def side_by_side(kept: Kept, mode: str = "") -> str:
 
 
 def test_candidates_stand_side_by_side(browser: Browser, kept: Kept, pictures: Path) -> None:
-    """The table has a row a candidate, best first, with score, cost, tokens, latency and the beginning of its prompt."""
+    """The table has a row a candidate, best first, with score, cost, tokens, latency, and how its prompt begins."""
     browser.open(side_by_side(kept))
     shown = [one for one in kept.candidates if one.status != "minibatch"]
     best = best_of(kept.candidates)
@@ -130,7 +130,7 @@ def test_candidates_stand_side_by_side(browser: Browser, kept: Kept, pictures: P
 def test_candidates_stand_side_by_side_in_charts(browser: Browser, kept: Kept, pictures: Path) -> None:
     """The charts have a point a candidate, one after another."""
     browser.open(side_by_side(kept, "compareRunsMode=CHART&"))
-    browser.wait_for("Model metrics", "usd_per_1000_answers", "score", "Step")
+    browser.wait_for("Model metrics", "(cost_usd)", "(score)", "Step")
     browser.picture(pictures / "mlflow-charts.png")
     points = browser.run(
         "Math.max(...[...document.querySelectorAll('.js-plotly-plot')].map(e => e.querySelectorAll('.point').length))"
