@@ -45,6 +45,9 @@ _NO_END: Final = 10**9
 _GOES_ON: Final = frozenset({"budget", "calls", "tokens", "time"})
 """Reasons after which the reserve is spent on finalists. After any other one nothing more is called."""
 
+_ENDS: Final = frozenset({"interrupted", "stopped", "failed"})
+"""Reasons that are told even if another one had ended the search before."""
+
 
 @dataclass
 class Task:
@@ -120,8 +123,8 @@ class Session:
         self._ends = None if terms.max_time is None else self.began + terms.max_time
         self._search_ends = self._ends
         self.lms = LMs(run.store)
-        self.gate = Gate(self._on_close, foreign=terms.foreign == "allow")
-        self._judge = Judge(self.gate, run, self._is_out_of_time)
+        self.gate = self._new_gate()
+        self._judge = Judge(lambda: self.gate, run, self._is_out_of_time)
         examples, _ = task.selection
         self.contest = None
         if terms.racing is not None and task.traits.races:
@@ -137,6 +140,7 @@ class Session:
         self.phase = "baseline"
         self.outcome = Outcome()
         self.reserve = Reserve(terms, task, self.sums, self.camera)
+        self._kept_for = 0
         self._stale = 0
         self._best_yet = float("-inf")
         self._pulse = Pulse(self.progress, watchers, self._beat)
@@ -192,6 +196,9 @@ class Session:
             self.run.stop(detail)
         self._pulse.wake()
 
+    def _new_gate(self) -> Gate:
+        return Gate(self._on_close, foreign=self.terms.foreign == "allow")
+
     def _is_out_of_time(self) -> bool:
         ends = self._search_ends if self.phase in ("baseline", "search") else self._ends
         return ends is not None and time.monotonic() >= ends - 0.05
@@ -203,6 +210,8 @@ class Session:
             self.gate.close("time", f"its {self.terms.max_time:g} s are over" if self.terms.max_time else "time is over")
         elif self._asked_to_stop():
             self.stop()
+        elif self.phase == "search" and self._kept_for < self.task.traits.finalists:
+            self._keep_reserve()  # the calls in the optimizer's own hands keep the deadline that they began with
 
     def _origin(self, number: int) -> str:
         restrict = self.task.arguments.get("restrict")
@@ -255,7 +264,8 @@ class Session:
         return outcome
 
     def _close(self, outcome: Outcome) -> None:
-        if self.gate.reason is not None and outcome.stopped_by == "completed":
+        if self.gate.reason in _ENDS or (self.gate.reason is not None and outcome.stopped_by == "completed"):
+            assert self.gate.reason is not None
             outcome.stopped_by, outcome.detail = self.gate.reason, self.gate.detail
             outcome.error = self.gate.error
         outcome.best = best_of(self.camera, outcome.returned)
@@ -285,11 +295,8 @@ class Session:
             stack.enter_context(self.metrics.watched(task.optimizer))
             stack.enter_context(compiling())
             stack.enter_context(
-                dspy.context(
-                    lm=self._task_lm(lm), callbacks=[self.gate, self.camera, *(dspy.settings.callbacks or ())],
-                    max_errors=_NO_END,
-                )
-            )  # fmt: skip
+                dspy.context(lm=self._task_lm(lm), max_errors=_NO_END)
+            )
             stack.enter_context(
                 call_context(run=self.run, priority=self.terms.priority, sample=self.terms.sample)
             )
@@ -307,15 +314,20 @@ class Session:
         outcome.given = self.camera.seen_of(self.task.student)
         outcome.given.origin = "given program"
         outcome.given.evaluated = True
+        with self.gate.in_force(self.camera):
+            if self.metrics.scores is not None:
+                self._baseline(outcome.given)
+            if not self.gate.closed:
+                self._search(outcome)
+        if self.gate.reason is not None:
+            outcome.stopped_by, outcome.detail, outcome.error = self.gate.reason, self.gate.detail, self.gate.error
+            if self.gate.reason not in _GOES_ON:
+                return
         if self.metrics.scores is not None:
-            self._baseline(outcome.given)
-        if not self.gate.closed:
-            self._search(outcome)
-        if self.metrics.scores is None:
-            return
-        if self.gate.reason is None or self.gate.reason in _GOES_ON:
-            self._finals(outcome)
-            self._test(outcome)
+            self.gate = self._new_gate()
+            with self.gate.in_force(self.camera):
+                self._finals(outcome)
+                self._test(outcome)
 
     def _within(self, ends: float | None) -> Any:
         """Calls inside end at a moment of the monotonic clock."""
@@ -335,7 +347,7 @@ class Session:
         self.phase = self.sums.phase = "search"
         self._judge.largest_usd = self.sums.largest_usd
         self.camera.evaluations = 0
-        self._search_ends = self.reserve.keep(self.run, self._ends)
+        self._search_ends = self._keep_reserve()
         with self._within(self._search_ends):
             try:
                 outcome.program = task.optimizer.compile(task.student, **task.arguments)
@@ -354,19 +366,27 @@ class Session:
             outcome.returned.origin = outcome.returned.origin or "returned by the optimizer"
             outcome.returned.evaluated = True
 
+    def _keep_reserve(self) -> float | None:
+        """Keep back what finalists need: all there can be where none is seen before the end, else those there are."""
+        traits = self.task.traits
+        open_ = traits.finalists
+        if not traits.late:
+            open_ = min(open_, len(finalists(self.camera, None, None)))
+        self._kept_for = open_
+        return self.reserve.keep(self.run, self._ends, open_)
+
     def _finals(self, outcome: Outcome) -> None:
         """Evaluate completely what may yet be the best."""
-        ended = self.gate.reason
-        self._reopen(outcome)
+        completed = outcome.stopped_by == "completed"
         self.phase = self.sums.phase = "finals"
         self._pulse.tell("update")
         self.reserve.free(self.run)
-        most = max(1, self.task.traits.finalists) if ended is None else None
+        most = max(1, self.task.traits.finalists) if completed else None
         with self._within(self._ends):
             done = 0
             while not self.gate.closed and (most is None or done < most):
                 left = finalists(self.camera, outcome.returned, self._score_of(outcome.given))
-                if not left or (ended is None and left[0] is not outcome.returned and self.task.traits.finalists == 0):
+                if not left or (completed and left[0] is not outcome.returned and self.task.traits.finalists == 0):
                     break
                 seen = left[0]
                 try:
@@ -394,11 +414,6 @@ class Session:
             outcome.tests = tuple([[seen.scores[key] for key in keys] for seen in (outcome.given, best)])  # type: ignore[assignment]
         else:
             outcome.warnings.append("the test set could not be answered completely, so there is no comparison on it")
-
-    def _reopen(self, outcome: Outcome) -> None:
-        if self.gate.reason is not None:
-            outcome.stopped_by, outcome.detail, outcome.error = self.gate.reason, self.gate.detail, self.gate.error
-            self.gate.reopen()
 
     def _score_of(self, seen: Seen | None) -> float | None:
         return self.camera.mean(seen) if seen is not None and self.camera.is_complete(seen) else None

@@ -28,6 +28,7 @@ class Traits:
         complete: it evaluates each of its candidates on the whole selection set.
         loose: it asks its candidates example by example, without an evaluation that DSPy would tell of.
         finalists: how many complete evaluations to keep money for, because it leaves them to the end or to others.
+        late: what it makes is not seen before it returns it.
         rich: it understands a metric that returns `Prediction(score=, feedback=)`; others are given the score.
         races: whether its evaluations of the selection set may be cut short.
         seeded: two runs propose the same, given the same answers.
@@ -39,6 +40,7 @@ class Traits:
     complete: bool = False
     loose: bool = False
     finalists: int = 2
+    late: bool = False
     rich: bool = False
     races: bool = False
     seeded: bool = True
@@ -84,10 +86,10 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "COPRO": Traits(complete=True, finalists=0, races=True, grows="best", origin="proposal {n}", select=_all_of),
     "InferRules": Traits(complete=True, finalists=0, races=True, origin="rules {n}", select=_second_half),
     "BetterTogether": Traits(finalists=1, grows="best", origin="step {n}", select=_first_part),
-    "BootstrapFewShot": Traits(finalists=1, select=_all_of),
-    "LabeledFewShot": Traits(finalists=1, select=_all_of),
-    "KNNFewShot": Traits(finalists=1, opaque=True, select=_neighbours),
-    "ReAnchor": Traits(finalists=1, rich=True, select=_all_of),
+    "BootstrapFewShot": Traits(finalists=1, late=True, select=_all_of),
+    "LabeledFewShot": Traits(finalists=1, late=True, select=_all_of),
+    "KNNFewShot": Traits(finalists=1, late=True, opaque=True, select=_neighbours),
+    "ReAnchor": Traits(finalists=1, late=True, rich=True, select=_all_of),
 }
 """By the name of the class, or of the nearest class that it derives from."""
 
@@ -121,7 +123,7 @@ def traits_of(optimizer: Any) -> Traits:
             raise ConfigError(f"BudgetedOptimizer: {type(optimizer).__name__} {REFUSED[kind.__name__]}")
         if kind.__name__ in TRAITS and kind.__module__.startswith("dspy."):
             return TRAITS[kind.__name__]
-    return Traits(loose=True)
+    return Traits(loose=True, late=True)
 
 
 def refuse_steps(optimizer: Any, given: Mapping[str, Any]) -> None:

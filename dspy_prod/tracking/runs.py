@@ -175,7 +175,7 @@ _LIVE: Final[WeakSet[Runs]] = WeakSet()
 def flush(timeout: float = 30.0) -> bool:
     """Wait until everything that was told of runs is in MLflow or known to be lost; False when that took longer."""
     until = time.monotonic() + timeout
-    return all([runs.wait(max(0.0, until - time.monotonic())) for runs in list(_LIVE)])
+    return not [runs for runs in list(_LIVE) if not runs.wait(max(0.0, until - time.monotonic()))]
 
 
 def _close() -> None:

@@ -3,8 +3,9 @@
 Started by `runs.Runs`. One JSON object a line: first the configuration, then messages, perhaps `{"hurry": true}`. A
 message is about one run, and makes it when there is none with its key yet:
 
-- `run`: its key; `parent`: the key of the run that it is part of; `under`: MLflow's id of it; `name`, `start`, `end` (milliseconds),
-  `status`, `continues`: look for a run with these tags, and go on with it;
+- `run`: its key; `parent`: the key of the run that it is part of, or `under`: MLflow's id of that;
+- `continues`: look for a run with these tags, and go on with it;
+- `name`, `start` and `end` in milliseconds, `status` when it ends;
 - `tags`, `params`: texts by name; `metrics`: `[name, value, step, milliseconds]` each;
 - `texts`: artifacts by path; `files`: artifacts in base64 by path; `tables`: artifacts as columns and data by path;
 - `datasets`: `{"name", "digest", "context"}` each.
