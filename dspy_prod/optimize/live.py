@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from dspy_prod.context.current import current
-from dspy_prod.errors import BudgetExceededError, DeadlineExceededError, RunStoppedError
+from dspy_prod.errors import BudgetExceededError, DeadlineExceededError, OutageError, RunStoppedError
 from dspy_prod.optimize.candidates import Progress, Watcher
 from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
@@ -201,7 +201,7 @@ def _says_that_it_ends(error: BaseException) -> bool:
         return SYSTEM_CLOCK.monotonic() >= current().deadline  # where DSPy logs, the run's own is in force
     if isinstance(error, BudgetExceededError):
         return any(error.budget.startswith(f"run {guard.name}: ") for guard in current().guards)
-    return isinstance(error, RunStoppedError)
+    return isinstance(error, (RunStoppedError, OutageError))
 
 
 def _at_terminal() -> bool:
