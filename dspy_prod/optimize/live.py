@@ -11,8 +11,11 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
+from dspy_prod.context.current import current
+from dspy_prod.errors import BudgetExceededError, DeadlineExceededError, OutageError, RunStoppedError
 from dspy_prod.optimize.candidates import Progress, Watcher
 from dspy_prod.privacy.outward import outward
+from dspy_prod.runtime.clock import SYSTEM_CLOCK
 
 LINE_EVERY: Final = 10.0
 """Seconds after which there is another line, unless a better candidate came before."""
@@ -24,8 +27,9 @@ _STEPS: Final = 1000
 def quiet() -> AbstractContextManager[None]:
     """Silence what DSPy, GEPA and Optuna show of the work inside, and nothing else.
 
-    Their progress bars, their prints and what they log below a warning; not what a metric or a program prints, nor
-    handlers that you have put on DSPy's loggers. Everything is as before afterwards.
+    Their progress bars, their prints, what they log below a warning, and errors that only say that the run has ended;
+    not what a metric or a program prints, nor handlers that you have put on DSPy's loggers. Everything is as before
+    afterwards.
 
     Example:
         ```python
@@ -35,7 +39,7 @@ def quiet() -> AbstractContextManager[None]:
     """
     from dspy_prod.compat.silence import silenced
 
-    return silenced()
+    return silenced(_says_that_it_ends)
 
 
 def watcher(view: str | None) -> Watcher:
@@ -189,6 +193,15 @@ def span(seconds: float) -> str:
 def _news(progress: Progress) -> tuple[Any, ...]:
     best = progress.best
     return (None if best is None else (best.key, best.score), progress.phase, progress.waiting, progress.stopped_by)
+
+
+def _says_that_it_ends(error: BaseException) -> bool:
+    """Whether a run refused a call because it ends; its report tells that."""
+    if isinstance(error, DeadlineExceededError):
+        return SYSTEM_CLOCK.monotonic() >= current().deadline  # where DSPy logs, the run's own is in force
+    if isinstance(error, BudgetExceededError):
+        return any(error.budget.startswith(f"run {guard.name}: ") for guard in current().guards)
+    return isinstance(error, (RunStoppedError, OutageError))
 
 
 def _at_terminal() -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import dspy
 import pytest
 
+import dspy_prod
 from benchmarks.subjects import optimizers
 from benchmarks.world import World
 from dspy_prod.optimize.live import quiet
@@ -192,6 +193,26 @@ def test_warnings_are_heard(capfd: pytest.CaptureFixture[str]) -> None:
     with quiet():
         logging.getLogger("dspy.evaluate.evaluate").warning("a warning")
     assert "a warning" in capfd.readouterr().err
+
+
+def test_that_the_run_has_ended_is_no_error_of_each_example(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    lm = world.lm(store="memory://", namespace="quiet end")
+    run = dspy_prod.Run("quiet end", calls=3, store="memory://")
+    evaluation = dspy.Evaluate(devset=world.trainset, metric=world.metric, num_threads=3)
+    for capped in (run, dspy_prod.Run("stopped", store="memory://")):
+        capped.stop() if capped is not run else None
+        with quiet(), dspy.context(lm=lm), dspy_prod.call_context(run=capped), pytest.raises(dspy_prod.RejectedError):
+            evaluation(world.program())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_of_the_program_is_one(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    def metric(*_: Any) -> float:
+        raise ValueError("the metric is broken")
+
+    with quiet(), suppress(Exception):
+        evaluate(world, metric)
+    assert "the metric is broken" in capfd.readouterr().err
 
 
 def test_what_somebody_else_puts_there_meanwhile_stays() -> None:
