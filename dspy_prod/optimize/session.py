@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_prod.compat.mlflow import apart_from_autolog
 from dspy_prod.compat.racing import install
 from dspy_prod.context.current import call_context
 from dspy_prod.context.scoring import compiling
-from dspy_prod.errors import BudgetExceededError, RejectedError
+from dspy_prod.errors import BudgetExceededError, ConfigError, RejectedError
 from dspy_prod.optimize.camera import Camera, Seen
 from dspy_prod.optimize.candidates import Progress, StoppedBy, Watcher
 from dspy_prod.optimize.choosing import best_of, described, finalists
@@ -31,8 +32,10 @@ from dspy_prod.optimize.gate import Closed, Gate
 from dspy_prod.optimize.judging import Judge
 from dspy_prod.optimize.lms import LMs
 from dspy_prod.optimize.metrics import Metrics
+from dspy_prod.optimize.pilot import recording
 from dspy_prod.optimize.pulse import Pulse
 from dspy_prod.optimize.racing import Contest
+from dspy_prod.optimize.rehearsal import Forecast, rehearse
 from dspy_prod.optimize.reserve import Reserve
 from dspy_prod.optimize.sums import Sums
 from dspy_prod.optimize.task import Task
@@ -245,6 +248,39 @@ class Session:
         self._close(outcome)
         return outcome
 
+    def rehearse(self, examples: int) -> Forecast:
+        """Measure a few examples, and tell what the whole would need.
+
+        Raises:
+            ConfigError, LMError: as `go`.
+        """
+        task, chosen_by = self.task, list(self.task.selection[0])
+        chosen = chosen_by[:examples]
+        remove = BUS.add(self.sums)
+        try:
+            with self._in_force(), self.gate.in_force(self.camera):
+                try:
+                    with recording(task.student, chosen) as pilot:
+                        evaluation = dspy.Evaluate(
+                            devset=chosen, metric=self.metrics.scores or _no_score, num_threads=task.num_threads,
+                            display_progress=False, max_errors=_NO_END,
+                        )  # fmt: skip
+                        pilot.scored(evaluation(task.student).results)
+                except (Closed, RejectedError):
+                    raise (
+                        self.gate.wrong
+                        or self.gate.error
+                        or ConfigError(f"BudgetedOptimizer.forecast: {self.gate.detail}")
+                    ) from None
+                whole = _WithFinals(task.optimizer, chosen_by, self.metrics.scores, task.num_threads)
+                return rehearse(
+                    whole if self.metrics.scores is not None else task.optimizer, task.student, task.arguments, pilot,
+                    baseline=chosen_by if self.metrics.scores is not None else [],
+                    num_threads=task.num_threads, roles=self.lms.roles,
+                )  # fmt: skip
+        finally:
+            remove()
+
     def _asked_nobody(self) -> bool:
         total = self.sums.total
         return not (total.answers or total.cached or total.replayed)
@@ -455,3 +491,22 @@ class Session:
         except RejectedError as error:  # it ends an evaluation as itself
             self.gate.close("failed", str(error), error)
         self.gate.check()
+
+
+class _WithFinals(Teleprompter):
+    """An optimizer whose result is evaluated completely, as a run does: free where it has been evaluated before."""
+
+    def __init__(self, optimizer: Any, examples: list[Any], scores: Any, num_threads: int | None) -> None:
+        super().__init__()
+        self.optimizer, self.examples, self.scores, self.num_threads = optimizer, examples, scores, num_threads
+
+    def compile(self, student: Any, **arguments: Any) -> Any:
+        program = self.optimizer.compile(student, **arguments)
+        dspy.Evaluate(devset=self.examples, metric=self.scores, num_threads=self.num_threads, max_errors=_NO_END)(
+            program
+        )
+        return program
+
+
+def _no_score(*_: Any) -> float:
+    return 0.0
