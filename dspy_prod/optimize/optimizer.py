@@ -175,7 +175,8 @@ class BudgetedOptimizer(Teleprompter):
         others = {name: arguments.pop(name) for name in _CAPS if name in arguments}
         if not others:
             return self.terms
-        return _terms(**{**{name: getattr(self.terms, name) for name in self.terms.model_fields_set}, **others})
+        kept: dict[str, Any] = {name: getattr(self.terms, name) for name in self.terms.model_fields_set}
+        return _terms(**{**kept, **others})
 
     def _task(
         self,
