@@ -149,6 +149,7 @@ def test_sixty_four_identical_calls_are_one_call_and_one_answer(
     assert (run.asked, run.replayed, run.strangers, len(provider.calls)) == (64, 64, 0, 1)
 
 
+@pytest.mark.filterwarnings("ignore:max_tokens=100 lets one call")
 def test_a_replayed_answer_costs_nothing_and_counts_for_no_cap(
     provider: Provider, connect: Callable[..., Any], url: str
 ) -> None:
