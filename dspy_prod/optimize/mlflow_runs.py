@@ -199,10 +199,10 @@ class InMlflow:
         new, self._said[one.key] = one.key not in self._said, known
         metrics = {
             "score": one.score,
-            "predicted_score": one.predicted if one.score is None else None,
+            "predicted": one.predicted if one.score is None else None,
             "examples": one.examples,
             "cost_usd": one.cost_usd,
-            "usd_per_1000_answers": None if one.usd_per_answer is None else 1000 * one.usd_per_answer,
+            "usd_per_1000": None if one.usd_per_answer is None else 1000 * one.usd_per_answer,
             "tokens": one.tokens,
             "latency_s": one.latency,
             "demos": sum(one.demos.values()),
