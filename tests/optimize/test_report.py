@@ -51,7 +51,7 @@ def test_the_program_is_saved_and_loaded_without_it(tmp_path: Path) -> None:
 def test_where_a_report_is_pickled_there_is_none(dumps: Any) -> None:
     """A pickle has no candidates, and whoever reads it needs nothing of this library for that."""
     pickled = dumps({"report": report()})
-    assert pickle.loads(pickled) == {"report": None}  # noqa: S301 (our own)
+    assert pickle.loads(pickled) == {"report": None}
     assert b"dspy_prod" not in pickled
 
 
