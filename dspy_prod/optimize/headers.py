@@ -5,6 +5,7 @@ Another process learns of it here: whoever resumes the run, `dspy-prod optimizat
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -12,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
-import orjson
-
 from dspy_prod.errors import ConfigError
+from dspy_prod.optimize.comparing import compared
 from dspy_prod.policies.run import accounts_of
 from dspy_prod.runtime.boot import boot, is_this_boot
 from dspy_prod.stores.base import Store
@@ -109,8 +109,7 @@ def save(store: Store, header: Header) -> None:
     """
     if header.state == RUNNING:
         header = replace(header, process=_this_process())
-    text = orjson.dumps(header.to_dict(), default=repr, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
-    store.runs.put_note(header.run, _HEADER, text.decode())
+    store.runs.put_note(header.run, _HEADER, json.dumps(header.to_dict(), default=_as_json))
 
 
 def load(store: Store, name: str) -> Header | None:
@@ -198,20 +197,24 @@ def differences(old: Header, new: Header) -> Differences:
         refused, allowed = headers.differences(old, new)
         ```
     """
-    from dspy_prod.optimize.comparing import compared
-
     return Differences(*compared(old.described, new.described, (old.seeds, new.seeds), (old.caps, new.caps)))
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
 def _header(name: str, text: str) -> Header:
     try:
-        return Header.from_dict(orjson.loads(text))
-    except (orjson.JSONDecodeError, TypeError, AttributeError) as error:
+        return Header.from_dict(json.loads(text))
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"The header of the run {name!r} is damaged ({type(error).__name__}). Remove the run: "
             f"dspy-prod optimizations rm {name}"
         ) from error
+
+
+def _as_json(value: Any) -> Any:
+    """A number of numpy as a number; anything else as it is shown."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "ndim", 0) == 0 else repr(value)
 
 
 def _this_process() -> str:

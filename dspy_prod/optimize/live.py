@@ -5,13 +5,17 @@ DSPy's own bars and lines are silenced meanwhile, see `quiet`.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
+from dspy_prod.context.current import current
+from dspy_prod.errors import BudgetExceededError, DeadlineExceededError, OutageError, RunStoppedError
 from dspy_prod.optimize.candidates import Progress, Watcher
 from dspy_prod.privacy.outward import outward
+from dspy_prod.runtime.clock import SYSTEM_CLOCK
 
 LINE_EVERY: Final = 10.0
 """Seconds after which there is another line, unless a better candidate came before."""
@@ -23,8 +27,9 @@ _STEPS: Final = 1000
 def quiet() -> AbstractContextManager[None]:
     """Silence what DSPy, GEPA and Optuna show of the work inside, and nothing else.
 
-    Their progress bars, their prints and what they log below a warning; not what a metric or a program prints, nor
-    handlers that you have put on DSPy's loggers. Everything is as before afterwards.
+    Their progress bars, their prints, what they log below a warning, and errors that only say that the run has ended;
+    not what a metric or a program prints, nor handlers that you have put on DSPy's loggers. Everything is as before
+    afterwards.
 
     Example:
         ```python
@@ -34,7 +39,7 @@ def quiet() -> AbstractContextManager[None]:
     """
     from dspy_prod.compat.silence import silenced
 
-    return silenced()
+    return silenced(_says_that_it_ends)
 
 
 def watcher(view: str | None) -> Watcher:
@@ -110,9 +115,10 @@ class Bar:
         """Draw it."""
         from tqdm.auto import tqdm
 
+        size = {"dynamic_ncols": True} if _has_size() else {"ncols": 120, "nrows": 24}
         self._bar = tqdm(
-            total=_STEPS, file=sys.stderr, dynamic_ncols=True, leave=True, mininterval=0, miniters=0,
-            bar_format="{desc} {percentage:3.0f}%|{bar:12}|{postfix}",
+            total=_STEPS, file=sys.stderr, leave=True, mininterval=0, miniters=0, delay=1e-9,
+            bar_format="{desc} {percentage:3.0f}%|{bar:12}|{postfix}", **size,
         )  # fmt: skip
         self.update(progress)
 
@@ -189,6 +195,23 @@ def _news(progress: Progress) -> tuple[Any, ...]:
     return (None if best is None else (best.key, best.score), progress.phase, progress.waiting, progress.stopped_by)
 
 
+def _says_that_it_ends(error: BaseException) -> bool:
+    """Whether a run refused a call because it ends; its report tells that."""
+    if isinstance(error, DeadlineExceededError):
+        return SYSTEM_CLOCK.monotonic() >= current().deadline  # where DSPy logs, the run's own is in force
+    if isinstance(error, BudgetExceededError):
+        return any(error.budget.startswith(f"run {guard.name}: ") for guard in current().guards)
+    return isinstance(error, (RunStoppedError, OutageError))
+
+
 def _at_terminal() -> bool:
     isatty = getattr(sys.stderr, "isatty", None)
     return bool(isatty is not None and isatty())
+
+
+def _has_size() -> bool:
+    """Whether the terminal knows its size; tqdm draws nothing on one of no columns, as containers have."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (AttributeError, OSError, ValueError):
+        return True

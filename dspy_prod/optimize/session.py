@@ -11,13 +11,15 @@ Whatever ends a phase, the next ones that may still help go on; what is returned
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
 
+from dspy_prod.compat.mlflow import apart_from_autolog
 from dspy_prod.compat.racing import install
 from dspy_prod.context.current import call_context
 from dspy_prod.context.scoring import compiling
@@ -30,11 +32,13 @@ from dspy_prod.optimize.gate import Closed, Gate
 from dspy_prod.optimize.judging import Judge
 from dspy_prod.optimize.lms import LMs
 from dspy_prod.optimize.metrics import Metrics
+from dspy_prod.optimize.pilot import recording
 from dspy_prod.optimize.pulse import Pulse
 from dspy_prod.optimize.racing import Contest
+from dspy_prod.optimize.rehearsal import Forecast, rehearse
 from dspy_prod.optimize.reserve import Reserve
 from dspy_prod.optimize.sums import Sums
-from dspy_prod.optimize.supported import Chosen, Traits
+from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run
 from dspy_prod.telemetry.events import BUS
@@ -45,32 +49,8 @@ _NO_END: Final = 10**9
 _GOES_ON: Final = frozenset({"budget", "calls", "tokens", "time"})
 """Reasons after which the reserve is spent on finalists. After any other one nothing more is called."""
 
-
-@dataclass
-class Task:
-    """What is to be optimized, and with what.
-
-    Attributes:
-        optimizer: DSPy's. traits: what is known of it. student: the given program. arguments: of its `compile`.
-        selection: the examples that the best is chosen by, and where they come from.
-        testset: untouched examples. metric: what scores; None where nobody told one.
-        num_threads: of our own evaluations.
-    """
-
-    optimizer: Any
-    traits: Traits
-    student: Any
-    arguments: Mapping[str, Any]
-    selection: Chosen
-    testset: Sequence[Any]
-    metric: Callable[..., Any] | None
-    num_threads: int | None
-
-    @property
-    def examples(self) -> list[Any]:
-        """All examples of the optimizer's arguments."""
-        found = [*(self.arguments.get("trainset") or ()), *(self.arguments.get("valset") or ())]
-        return found or list(self.selection[0])
+_ENDS: Final = frozenset({"interrupted", "stopped", "failed"})
+"""Reasons that are told even if another one had ended the search before."""
 
 
 @dataclass
@@ -120,8 +100,8 @@ class Session:
         self._ends = None if terms.max_time is None else self.began + terms.max_time
         self._search_ends = self._ends
         self.lms = LMs(run.store)
-        self.gate = Gate(self._on_close, foreign=terms.foreign == "allow")
-        self._judge = Judge(self.gate, run, self._is_out_of_time)
+        self.gate = self._new_gate()
+        self._judge = Judge(lambda: self.gate, run, self._is_out_of_time)
         examples, _ = task.selection
         self.contest = None
         if terms.racing is not None and task.traits.races:
@@ -137,6 +117,7 @@ class Session:
         self.phase = "baseline"
         self.outcome = Outcome()
         self.reserve = Reserve(terms, task, self.sums, self.camera)
+        self._kept_for = 0
         self._stale = 0
         self._best_yet = float("-inf")
         self._pulse = Pulse(self.progress, watchers, self._beat)
@@ -190,7 +171,11 @@ class Session:
     def _on_close(self, detail: str) -> None:
         if self.gate.reason not in _GOES_ON:
             self.run.stop(detail)
+            self.gate.let_go()
         self._pulse.wake()
+
+    def _new_gate(self) -> Gate:
+        return Gate(self._on_close, foreign=self.terms.foreign == "allow")
 
     def _is_out_of_time(self) -> bool:
         ends = self._search_ends if self.phase in ("baseline", "search") else self._ends
@@ -200,9 +185,13 @@ class Session:
         if self.phase == "ended" or self.gate.closed:
             return
         if self._is_out_of_time():
-            self.gate.close("time", f"its {self.terms.max_time:g} s are over" if self.terms.max_time else "time is over")
+            self.gate.close(
+                "time", f"its {self.terms.max_time:g} s are over" if self.terms.max_time else "time is over"
+            )
         elif self._asked_to_stop():
             self.stop()
+        elif self.phase == "search" and self._kept_for < self.task.traits.finalists:
+            self._keep_reserve()  # the calls in the optimizer's own hands keep the deadline that they began with
 
     def _origin(self, number: int) -> str:
         restrict = self.task.arguments.get("restrict")
@@ -224,7 +213,9 @@ class Session:
 
     def _enough(self, score: float) -> None:
         if self.terms.stop_at is not None and score >= self.terms.stop_at:
-            self.gate.close("target", f"a candidate scored {score:.4g}, which is at least stop_at={self.terms.stop_at:g}")
+            self.gate.close(
+                "target", f"a candidate scored {score:.4g}, which is at least stop_at={self.terms.stop_at:g}"
+            )
         elif self.terms.patience is not None and self._stale >= self.terms.patience:
             self.gate.close("stopped", f"{self._stale} complete candidates in a row were no better than the best")
 
@@ -235,6 +226,7 @@ class Session:
         Raises:
             ConfigError: something is called that no cap holds; nothing more is called, and nothing is lost but the
                 first example.
+            LMError: no model could be asked at all, and why.
             KeyboardInterrupt: a second one, while it ends after the first.
         """
         outcome = self.outcome
@@ -247,6 +239,8 @@ class Session:
                     self.gate.close("interrupted", "Ctrl-C")
                 if self.gate.wrong is not None:
                     raise self.gate.wrong
+                if outcome.stopped_by == "failed" and outcome.error is not None and self._asked_nobody():
+                    raise outcome.error  # nothing was answered, so nothing can be lost
         finally:
             self.phase = self.sums.phase = "ended"
             self.run.stop(outcome.detail or "the run has ended")
@@ -254,8 +248,46 @@ class Session:
         self._close(outcome)
         return outcome
 
+    def rehearse(self, examples: int) -> Forecast:
+        """Measure a few examples, and tell what the whole would need.
+
+        Raises:
+            ConfigError, LMError: as `go`.
+        """
+        task, chosen_by = self.task, list(self.task.selection[0])
+        chosen = chosen_by[:examples]
+        remove = BUS.add(self.sums)
+        try:
+            with self._in_force(), self.gate.in_force(self.camera):
+                try:
+                    with recording(task.student, chosen) as pilot:
+                        evaluation = dspy.Evaluate(
+                            devset=chosen, metric=self.metrics.scores or _no_score, num_threads=task.num_threads,
+                            display_progress=False, max_errors=_NO_END,
+                        )  # fmt: skip
+                        pilot.scored(evaluation(task.student).results)
+                except (Closed, RejectedError):
+                    raise (
+                        self.gate.wrong
+                        or self.gate.error
+                        or ConfigError(f"BudgetedOptimizer.forecast: {self.gate.detail}")
+                    ) from None
+                whole = _WithFinals(task.optimizer, chosen_by, self.metrics.scores, task.num_threads)
+                return rehearse(
+                    whole if self.metrics.scores is not None else task.optimizer, task.student, task.arguments, pilot,
+                    baseline=chosen_by if self.metrics.scores is not None else [],
+                    num_threads=task.num_threads, roles=self.lms.roles,
+                )  # fmt: skip
+        finally:
+            remove()
+
+    def _asked_nobody(self) -> bool:
+        total = self.sums.total
+        return not (total.answers or total.cached or total.replayed)
+
     def _close(self, outcome: Outcome) -> None:
-        if self.gate.reason is not None and outcome.stopped_by == "completed":
+        if self.gate.reason in _ENDS or (self.gate.reason is not None and outcome.stopped_by == "completed"):
+            assert self.gate.reason is not None
             outcome.stopped_by, outcome.detail = self.gate.reason, self.gate.detail
             outcome.error = self.gate.error
         outcome.best = best_of(self.camera, outcome.returned)
@@ -273,6 +305,7 @@ class Session:
         task = self.task
         with ExitStack() as stack:
             stack.enter_context(self._quiet())
+            stack.enter_context(apart_from_autolog())
             stack.enter_context(self.lms.restored())
             lm = self.lms.guarded(dspy.settings.lm, "task")
             self.lms.optimizer(task.optimizer)
@@ -284,15 +317,8 @@ class Session:
             self.metrics = Metrics(self.camera, task.metric)
             stack.enter_context(self.metrics.watched(task.optimizer))
             stack.enter_context(compiling())
-            stack.enter_context(
-                dspy.context(
-                    lm=self._task_lm(lm), callbacks=[self.gate, self.camera, *(dspy.settings.callbacks or ())],
-                    max_errors=_NO_END,
-                )
-            )  # fmt: skip
-            stack.enter_context(
-                call_context(run=self.run, priority=self.terms.priority, sample=self.terms.sample)
-            )
+            stack.enter_context(dspy.context(lm=self._task_lm(lm), max_errors=_NO_END))
+            stack.enter_context(call_context(run=self.run, priority=self.terms.priority, sample=self.terms.sample))
             yield
 
     def _task_lm(self, lm: Any) -> Any:
@@ -307,15 +333,20 @@ class Session:
         outcome.given = self.camera.seen_of(self.task.student)
         outcome.given.origin = "given program"
         outcome.given.evaluated = True
+        with self.gate.in_force(self.camera):
+            if self.metrics.scores is not None:
+                self._baseline(outcome.given)
+            if not self.gate.closed:
+                self._search(outcome)
+        if self.gate.reason is not None:
+            outcome.stopped_by, outcome.detail, outcome.error = self.gate.reason, self.gate.detail, self.gate.error
+            if self.gate.reason not in _GOES_ON:
+                return
         if self.metrics.scores is not None:
-            self._baseline(outcome.given)
-        if not self.gate.closed:
-            self._search(outcome)
-        if self.metrics.scores is None:
-            return
-        if self.gate.reason is None or self.gate.reason in _GOES_ON:
-            self._finals(outcome)
-            self._test(outcome)
+            self.gate = self._new_gate()
+            with self.gate.in_force(self.camera):
+                self._finals(outcome)
+                self._test(outcome)
 
     def _within(self, ends: float | None) -> Any:
         """Calls inside end at a moment of the monotonic clock."""
@@ -335,7 +366,7 @@ class Session:
         self.phase = self.sums.phase = "search"
         self._judge.largest_usd = self.sums.largest_usd
         self.camera.evaluations = 0
-        self._search_ends = self.reserve.keep(self.run, self._ends)
+        self._search_ends = self._keep_reserve()
         with self._within(self._search_ends):
             try:
                 outcome.program = task.optimizer.compile(task.student, **task.arguments)
@@ -354,19 +385,27 @@ class Session:
             outcome.returned.origin = outcome.returned.origin or "returned by the optimizer"
             outcome.returned.evaluated = True
 
+    def _keep_reserve(self) -> float | None:
+        """Keep back what finalists need: all there can be where none is seen before the end, else those there are."""
+        traits = self.task.traits
+        open_ = traits.finalists
+        if not traits.late:
+            open_ = min(open_, len(finalists(self.camera, None, None)))
+        self._kept_for = open_
+        return self.reserve.keep(self.run, self._ends, open_)
+
     def _finals(self, outcome: Outcome) -> None:
         """Evaluate completely what may yet be the best."""
-        ended = self.gate.reason
-        self._reopen(outcome)
+        completed = outcome.stopped_by == "completed"
         self.phase = self.sums.phase = "finals"
         self._pulse.tell("update")
         self.reserve.free(self.run)
-        most = max(1, self.task.traits.finalists) if ended is None else None
+        most = max(1, self.task.traits.finalists) if completed else None
         with self._within(self._ends):
             done = 0
             while not self.gate.closed and (most is None or done < most):
                 left = finalists(self.camera, outcome.returned, self._score_of(outcome.given))
-                if not left or (ended is None and left[0] is not outcome.returned and self.task.traits.finalists == 0):
+                if not left or (completed and left[0] is not outcome.returned and self.task.traits.finalists == 0):
                     break
                 seen = left[0]
                 try:
@@ -394,11 +433,6 @@ class Session:
             outcome.tests = tuple([[seen.scores[key] for key in keys] for seen in (outcome.given, best)])  # type: ignore[assignment]
         else:
             outcome.warnings.append("the test set could not be answered completely, so there is no comparison on it")
-
-    def _reopen(self, outcome: Outcome) -> None:
-        if self.gate.reason is not None:
-            outcome.stopped_by, outcome.detail, outcome.error = self.gate.reason, self.gate.detail, self.gate.error
-            self.gate.reopen()
 
     def _score_of(self, seen: Seen | None) -> float | None:
         return self.camera.mean(seen) if seen is not None and self.camera.is_complete(seen) else None
@@ -459,26 +493,20 @@ class Session:
         self.gate.check()
 
 
-def threads_of(optimizer: Any, arguments: Mapping[str, Any]) -> int | None:
-    """How many threads the optimizer evaluates with."""
-    for found in (
-        arguments.get("num_threads"), (arguments.get("eval_kwargs") or {}).get("num_threads"),
-        getattr(optimizer, "num_threads", None),
-    ):  # fmt: skip
-        if isinstance(found, int):
-            return found
-    return None
+class _WithFinals(Teleprompter):
+    """An optimizer whose result is evaluated completely, as a run does: free where it has been evaluated before."""
+
+    def __init__(self, optimizer: Any, examples: list[Any], scores: Any, num_threads: int | None) -> None:
+        super().__init__()
+        self.optimizer, self.examples, self.scores, self.num_threads = optimizer, examples, scores, num_threads
+
+    def compile(self, student: Any, **arguments: Any) -> Any:
+        program = self.optimizer.compile(student, **arguments)
+        dspy.Evaluate(devset=self.examples, metric=self.scores, num_threads=self.num_threads, max_errors=_NO_END)(
+            program
+        )
+        return program
 
 
-def checked_student(student: Any) -> Any:
-    """The program itself, out of what wraps it.
-
-    Raises:
-        ConfigError: it is no program.
-    """
-    while not isinstance(student, dspy.Module) or type(student).__name__ == "Production":
-        inner = getattr(student, "program", None)
-        if inner is None:
-            raise ConfigError(f"BudgetedOptimizer.compile: student: takes a dspy.Module, got {type(student).__name__}")
-        student = inner
-    return student
+def _no_score(*_: Any) -> float:
+    return 0.0
