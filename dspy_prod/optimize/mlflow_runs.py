@@ -103,6 +103,7 @@ class InMlflow:
         self._said: dict[str, tuple[Any, ...]] = {}  # of a candidate's key: what MLflow was told last
         self._seen: dict[str, int] = {}
         self._steps = self._scored = 0
+        self._waited = 0.0
         self._lock = threading.Lock()
         self._written = threading.Event()
 
@@ -112,8 +113,12 @@ class InMlflow:
         return self._runs.ids.get(self._key)
 
     def wait_for_id(self, seconds: float = PATIENCE) -> str | None:
-        """MLflow's id of the run; None when it takes longer to have one."""
-        return self._runs.wait_for(self._key, seconds)
+        """MLflow's id of the run; None when it takes longer to have one. What is waited here, `end` waits less."""
+        began = time.monotonic()
+        try:
+            return self._runs.wait_for(self._key, seconds)
+        finally:
+            self._waited += time.monotonic() - began
 
     def begin(self, progress: Progress) -> None:
         """The compile begins, in the thread of whoever called it."""
@@ -149,7 +154,7 @@ class InMlflow:
 
     def end(self, progress: Progress, report: OptimizationReport | None) -> None:
         """The compile ends: what was found follows in the background; waits `PATIENCE` seconds for it."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + PATIENCE - self._waited
         with self._lock:
             best = None if report is None or report.best is None else report.best.key
             for one in progress.candidates if report is None else report.candidates:
@@ -159,7 +164,7 @@ class InMlflow:
         if begin("dspy_prod-optimization-ends", self._end, progress, report) is None:
             self._end(progress, report)
         self._written.wait(max(0.0, until - time.monotonic()))
-        self._runs.wait(max(0.0, until - time.monotonic()))
+        self._runs.wait(max(0.0, until - time.monotonic()), patiently=False)
 
     def wait(self, seconds: float) -> bool:
         """After the end: wait until everything is in MLflow or known to be lost; False when that took longer."""

@@ -259,6 +259,7 @@ def test_a_server_that_is_down_costs_nothing(caplog: pytest.LogCaptureFixture) -
         watching.update(progress(candidates[:count]))
     assert time.monotonic() - began < 1.0
     began = time.monotonic()
+    assert watching.wait_for_id() is None
     watching.end(progress(candidates, stopped_by="completed"), report(candidates))
     assert time.monotonic() - began < PATIENCE + 1.0
     assert watching.run_id is None
