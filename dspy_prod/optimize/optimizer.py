@@ -11,6 +11,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_prod.errors import ConfigError, OptionError
 from dspy_prod.optimize.candidates import Watcher
+from dspy_prod.optimize.forecasting import forecast_of
 from dspy_prod.optimize.metrics import metric_of
 from dspy_prod.optimize.opening import Scribe, opened, piloted
 from dspy_prod.optimize.rehearsal import Forecast
@@ -193,7 +194,7 @@ class BudgetedOptimizer(Teleprompter):
                     f"BudgetedOptimizer.compile: {name}: {type(optimizer).__name__}.compile does not take it; it takes "
                     f"{', '.join(each for each in known if each not in ('self', 'student'))}"
                 )
-        given = {
+        given: dict[str, Any] = {
             **more,
             **({"trainset": trainset} if trainset is not None else {}),
             **({"valset": valset} if valset else {}),
@@ -247,7 +248,7 @@ class BudgetedOptimizer(Teleprompter):
             self._session = None
             self.report = report_of(session, self._forecasted, None if tracked is None else tracked.wait_for_id())
             session.told(self.report)
-        best = session.best_program()
+        best = session.programs.best()
         best.optimization = self.report
         if self._publish is not None:
             publish_best(self.report, best, self._publish, dataset=task.selection[0])
@@ -258,7 +259,7 @@ class BudgetedOptimizer(Teleprompter):
 
         run = piloted(task, terms, self.name, self._store, self._namespace)
         session = Session(task, terms, run, [], lambda: False, quiet)
-        self._forecasted = session.rehearse(_PILOT)
+        self._forecasted = forecast_of(session, _PILOT)
         self._begun = run.name, self._forecasted.pilot_usd
         return self._forecasted
 

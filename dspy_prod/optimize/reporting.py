@@ -43,7 +43,7 @@ def report_of(
         racing=None if contest is None else contest.raced,
         selection=Selection(len(task.selection[0]), task.selection[1]),
         warnings=(*outcome.warnings, *_strangers(session)),
-        experiment_run=experiment_run, _make=lambda candidate: session.make(candidate.key),
+        experiment_run=experiment_run, _make=lambda candidate: session.programs.make(candidate.key),
     )  # fmt: skip
 
 
