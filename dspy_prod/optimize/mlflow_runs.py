@@ -20,6 +20,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.optimize import figures
 from dspy_prod.optimize.candidates import Candidate, Progress
 from dspy_prod.privacy.outward import outward
+from dspy_prod.registry.errors import RegistryError
 from dspy_prod.runtime.threads import begin
 from dspy_prod.tracking.runs import Runs
 from dspy_prod.tracking.setup import Place, place
@@ -34,6 +35,8 @@ _log = logging.getLogger("dspy_prod")
 
 PATIENCE: Final = 2.0
 """Seconds for which the end of a run waits for MLflow."""
+_LINK_PATIENCE: Final = 15.0
+"""Seconds for which publishing waits for the run that the version is linked to."""
 _LONGEST: Final = 5000
 """Characters of a parameter or a tag; MLflow refuses longer ones. Artifacts have the whole text."""
 _TAG: Final = "dspy_prod."
@@ -247,6 +250,20 @@ class InMlflow:
         return said
 
 
+def publish_found(report: OptimizationReport, program: dspy.Module, name: str, **more: Any) -> ProgramVersion | None:
+    """As `publish_best`, at the end of a compile: what was found is not lost because it could not be published.
+
+    Returns:
+        The version; None when it could not be published, which the log tells.
+    """
+    try:
+        return publish_best(report, program, name, **more)
+    except (ConfigError, RegistryError) as error:
+        _log.warning("%r was not published: %s. Publish it when that is mended: registry.publish(best, %r)", name,
+                     outward(str(error)), name)  # fmt: skip
+        return None
+
+
 def _artifacts(progress: Progress, report: OptimizationReport | None) -> Iterator[dict[str, Any]]:
     """What belongs to the whole run, the most useful first."""
     candidates = progress.candidates if report is None else report.candidates
@@ -293,6 +310,7 @@ def publish_best(
     *,
     dataset: str | Sequence[Any] | None = None,
     tracking_uri: str | None = None,
+    watching: InMlflow | None = None,
 ) -> ProgramVersion:
     """Publish the program that an optimization found, linked to its MLflow run and the examples that it was chosen by.
 
@@ -300,6 +318,7 @@ def publish_best(
         report: of the run. program: the best one, or another of its candidates.
         name: what it is published as. dataset: the selection set, or its name.
         tracking_uri: the MLflow store; default: where tracking writes, else MLflow's current one.
+        watching: who keeps the run, where the report came too early to know its id.
 
     Raises:
         ConfigError: the name or the program cannot be published.
@@ -322,20 +341,20 @@ def publish_best(
     }
     if report.test is not None:
         measured["test_score"] = report.test.best
+    run = report.experiment_run or (None if watching is None else watching.wait_for_id(_LINK_PATIENCE))
     version = registry.publish(
         program,
         name,
         metrics={key: value for key, value in measured.items() if value is not None and isfinite(value)},
         dataset=dataset,
         message=f"{report.optimizer}, run {report.run}: {report.stopped_by}",
-        run_id=report.experiment_run,
+        run_id=run,
         tracking_uri=uri,
     )
     server = server_at(uri)
     server.write(
         lambda client: client.set_prompt_version_tag(name, version.version, "dspy_prod_optimization", report.run)
     )
-    run = report.experiment_run
     if run is not None:
         server.write(lambda client: client.set_tag(run, _TAG + "published", f"{name}/{version.version}"))
     return version
