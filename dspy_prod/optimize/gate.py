@@ -10,10 +10,10 @@ from typing import Any, Final
 import dspy
 from dspy.utils.callback import BaseCallback
 
+from dspy_prod.compat.scoring import ENDER
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.lm import LM
 from dspy_prod.optimize.candidates import StoppedBy
-
 
 _SETTING: Final = "dspy_prod_gate"
 
@@ -41,6 +41,7 @@ class Gate(BaseCallback):
         self._lock = threading.RLock()  # a signal handler may close it
         self._on_close = on_close
         self._foreign = foreign
+        self._ends: list[Callable[[], None]] = []
         self.reason: StoppedBy | None = None
         self.detail = ""
         self.error: Exception | None = None
@@ -50,8 +51,26 @@ class Gate(BaseCallback):
     def in_force(self, *others: BaseCallback) -> Iterator[None]:
         """Stand before everything inside, and before other callbacks."""
         rest = [each for each in dspy.settings.callbacks or () if not isinstance(each, Gate) and each not in others]
-        with dspy.context(**{_SETTING: self, "callbacks": [self, *others, *rest]}):
+        with dspy.context(**{_SETTING: self, ENDER: self._ender, "callbacks": [self, *others, *rest]}):
             yield
+
+    @contextmanager
+    def _ender(self, end: Callable[[], None]) -> Iterator[None]:
+        """Keep what ends an executor of DSPy's, which else waits for every call in flight, also for those that hang."""
+        with self._lock:
+            self._ends.append(end)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ends.remove(end)
+
+    def let_go(self) -> None:
+        """Wait for nothing that is in flight."""
+        with self._lock:
+            ends = list(self._ends)
+        for end in ends:
+            end()
 
     @property
     def closed(self) -> bool:

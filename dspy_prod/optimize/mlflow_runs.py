@@ -264,7 +264,7 @@ def _artifacts(progress: Progress, report: OptimizationReport | None) -> Iterato
     }
     if report.test is not None:
         found.update(test_score=report.test.best, test_score_given=report.test.given)
-    tags = {_TAG + "stopped_by": report.stopped_by, "mlflow.note.content": outward(f"```\n{report}\n```")}
+    tags = {_TAG + "stopped_by": report.stopped_by, "mlflow.note.content": _summary(report)}
     yield {"metrics": _metrics(found, len(candidates)), "tags": {name: _short(text) for name, text in tags.items()}}
     yield {"texts": {"report.json": outward(json.dumps(report.to_dict(), indent=2)), "report.txt": str(report)}}
     yield {"texts": {"report.html": f'<meta charset="utf-8">{report._repr_html_()}'}}
@@ -336,9 +336,35 @@ def publish_best(
     return version
 
 
+_PLACES: Final = 9
+"""Of a metric: MLflow's tables show every digit, and a nano-dollar is the smallest amount."""
+
+
 def _metrics(values: Mapping[str, float | None], step: int) -> list[tuple[str, float, int, int]]:
     now = _now()
-    return [(name, float(value), step, now) for name, value in values.items() if value is not None and isfinite(value)]
+    known = {name: float(value) for name, value in values.items() if value is not None and isfinite(value)}
+    return [
+        (name, round(value, _PLACES if "usd" in name else _PLACES // 2), step, now) for name, value in known.items()
+    ]
+
+
+def _summary(report: OptimizationReport) -> str:
+    """The run's description, in Markdown."""
+    interval = report.expected_interval
+    given = None if report.baseline is None else report.baseline.score
+    lines = [f"**{report.optimizer}** ended by **{report.stopped_by}**: {report.detail}"]
+    if report.best is not None and report.best_score is not None:
+        before = "" if given is None else f", the given program {given:.4g}"
+        lines.append(
+            f"Best program: **#{report.best.index}** ({report.best.origin}), score {report.best_score:.4g}{before}"
+        )
+    if report.expected_score is not None:
+        within = "" if interval is None else f" ({interval[0]:.4g} to {interval[1]:.4g})"
+        lines.append(f"Expected on new examples: **{report.expected_score:.4g}**{within}")
+    cap = "" if report.budget_usd is None else f" of ${report.budget_usd:,.4g}"
+    lines.append(f"Spent: **${report.spent_usd:,.4f}**{cap}, {report.calls:,} calls, {report.tokens:,} tokens")
+    lines += [f"Warning: {warning}" for warning in report.warnings[:5]]
+    return "\n".join(f"- {line}" for line in lines) + "\n\nThe whole report is the artifact `report.html`."
 
 
 def _dataset(context: str, examples: Sequence[Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from dspy_prod.optimize import headers
 from dspy_prod.optimize.candidates import Progress
 from dspy_prod.optimize.fingerprints import described, digests
 from dspy_prod.optimize.headers import Header
-from dspy_prod.optimize.session import Task
+from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run, accounts_of
 from dspy_prod.stores.base import Store

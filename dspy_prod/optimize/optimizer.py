@@ -14,8 +14,9 @@ from dspy_prod.optimize.candidates import Watcher
 from dspy_prod.optimize.metrics import metric_of
 from dspy_prod.optimize.opening import Scribe, opened
 from dspy_prod.optimize.reporting import report_of
-from dspy_prod.optimize.session import Session, Task, checked_student, threads_of
+from dspy_prod.optimize.session import Session
 from dspy_prod.optimize.supported import accepts, parameters_of, refuse_steps, selection_of, traits_of
+from dspy_prod.optimize.task import Task, checked_student, threads_of
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.stores.base import Store
 
@@ -51,6 +52,7 @@ class BudgetedOptimizer(Teleprompter):
         view: how the run is shown: `"bar"`, `"table"` (in a notebook), `"log"`, None, or `"auto"`.
         track: whether MLflow gets a run with its candidates; by default when `dspy_prod.tracking` is on.
         sample: share of the run's traces that tracking keeps.
+        publish: publish the best program as a version of this name in the registry, linked to its MLflow run.
         store: where the run is counted and its answers are kept, as for `LM`. namespace: as for `LM`.
 
     Attributes:
@@ -77,6 +79,7 @@ class BudgetedOptimizer(Teleprompter):
         max_time: float | dt.timedelta | None = None,
         name: str | None = None,
         metric: Callable[..., Any] | None = None,
+        publish: str | None = None,
         store: str | Store | None = None,
         namespace: str | None = None,
         **options: Any,
@@ -93,6 +96,7 @@ class BudgetedOptimizer(Teleprompter):
         if name is not None and (not isinstance(name, str) or not name):
             raise ConfigError(f"BudgetedOptimizer: name: must be a non-empty string, got {name!r}")
         self._metric = metric
+        self._publish = publish
         self._store, self._namespace = store, namespace
         self._session: Session | None = None
         self.report: Any = None
@@ -125,6 +129,7 @@ class BudgetedOptimizer(Teleprompter):
 
         Raises:
             ConfigError: an argument is impossible; the run cannot be resumed, and why; calls that no cap could hold.
+            LMError: no model could be asked at all, and why.
             KeyboardInterrupt: a second Ctrl-C while it ends after the first.
         """
         terms = self._terms_with(arguments)
@@ -182,7 +187,11 @@ class BudgetedOptimizer(Teleprompter):
                     f"BudgetedOptimizer.compile: {name}: {type(optimizer).__name__}.compile does not take it; it takes "
                     f"{', '.join(each for each in known if each not in ('self', 'student'))}"
                 )
-        given = {**more, **({"trainset": trainset} if trainset is not None else {}), **({"valset": valset} if valset else {})}
+        given = {
+            **more,
+            **({"trainset": trainset} if trainset is not None else {}),
+            **({"valset": valset} if valset else {}),
+        }
         refuse_steps(optimizer, given)
         passed, kept_back = dict(more), []
         kind = type(optimizer).__name__
@@ -210,16 +219,17 @@ class BudgetedOptimizer(Teleprompter):
     # -- the run -------------------------------------------------------------------------------------------------------
     def _compile(self, task: Task, terms: Terms, warnings: list[str], resume: bool | None) -> Any:
         from dspy_prod.optimize.live import quiet, watcher
+        from dspy_prod.optimize.mlflow_runs import publish_best
+        from dspy_prod.optimize.mlflow_runs import watcher as in_mlflow
 
         begun = opened(task, terms, self.name, resume, self._store, self._namespace)
-        watchers: list[Watcher] = []
-        scribe = None
-        if begun.header is not None:
-            scribe = Scribe(begun.run, begun.header)
-            watchers.append(scribe)
+        sets = {**{name: task.arguments.get(name) or () for name in ("trainset", "valset")}, "testset": task.testset}
+        tracked = in_mlflow(track=terms.track, resumed=begun.before is not None, datasets=sets)
+        scribe = None if begun.header is None else Scribe(begun.run, begun.header)
+        watchers: list[Watcher] = [each for each in (scribe, tracked) if each is not None]
         watchers.append(watcher(terms.view))
         session = Session(
-            task, terms, begun.run, watchers, scribe.asked_to_stop if scribe is not None else lambda: False, quiet,
+            task, terms, begun.run, watchers, (lambda: False) if scribe is None else scribe.asked_to_stop, quiet,
             begun.spent_before,
         )  # fmt: skip
         session.outcome.warnings.extend([*warnings, *begun.warnings])
@@ -228,10 +238,12 @@ class BudgetedOptimizer(Teleprompter):
             session.go()
         finally:
             self._session = None
-            self.report = report_of(session)
+            self.report = report_of(session, None if tracked is None else tracked.wait_for_id())
             session.told(self.report)
         best = session.best_program()
         best.optimization = self.report
+        if self._publish is not None:
+            publish_best(self.report, best, self._publish, dataset=task.selection[0])
         return best
 
     def _forecast(self, task: Task, terms: Terms) -> Any:

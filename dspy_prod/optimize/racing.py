@@ -91,6 +91,7 @@ class Contest:
         self.warning: str | None = None
         self._rows: dict[str, list[float]] = {}
         self._heats: dict[str, Heat] = {}
+        self._summaries: dict[str, tuple[int, tuple[dict[int, float], float]]] = {}
         self._lock = threading.RLock()
 
     def complete(self, key: str, row: Sequence[float]) -> None:
@@ -156,7 +157,7 @@ class Contest:
         """What a new candidate is expected to score on each example: the level of the earlier ones, and how each
         example differs from it, shrunk as by one more candidate to whom all examples are alike."""
         rows = [(dict(enumerate(row)), math.fsum(row) / self.n) for row in self._rows.values()]
-        rows += [(h.answered, h.predicted) for key, h in self._heats.items() if key not in self._rows and h.looked]
+        rows += [self._summary(key) for key, heat in self._heats.items() if key not in self._rows and heat.looked]
         level = math.fsum(mean for _, mean in rows) / len(rows)
         sums, counts = [0.0] * self.n, [1] * self.n
         for row, mean in rows:
@@ -164,6 +165,13 @@ class Contest:
                 sums[index] += score - mean
                 counts[index] += 1
         return [level + total / count for total, count in zip(sums, counts, strict=True)]
+
+    def _summary(self, key: str) -> tuple[dict[int, float], float]:
+        heat = self._heats[key]
+        known = self._summaries.get(key)
+        if known is None or known[0] != heat.looked:
+            known = self._summaries[key] = heat.looked, (heat.answered, heat.predicted)
+        return known[1]
 
     def _spoil(self, score: float) -> None:
         with self._lock:

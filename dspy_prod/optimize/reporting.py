@@ -13,8 +13,12 @@ from dspy_prod.optimize.statistics import expected, paired
 from dspy_prod.optimize.sums import Sum
 
 
-def report_of(session: Session) -> OptimizationReport:
-    """What a run came to, as far as it came."""
+def report_of(session: Session, experiment_run: str | None = None) -> OptimizationReport:
+    """What a run came to, as far as it came.
+
+    Args:
+        session: the run. experiment_run: MLflow's id of it.
+    """
     outcome, terms, task = session.outcome, session.terms, session.task
     candidates = described(session.camera, session.sums, outcome.returned)
     by_key = {each.key: each for each in candidates}
@@ -27,15 +31,16 @@ def report_of(session: Session) -> OptimizationReport:
         detail=outcome.detail, spent_usd=session.spent_usd, unconfirmed_usd=total.unconfirmed_usd,
         spent_by={name: _spent(each) for name, each in roles.items()},
         phases={name: _spent(each) for name, each in phases.items()},
-        calls=total.calls, cached=total.cached, replayed=total.replayed, first_new=session.run.first_new, tokens=total.tokens,
-        seconds=time.monotonic() - session.began, budget_usd=terms.budget_usd, max_calls=terms.max_calls,
-        max_tokens=terms.max_tokens, max_time=terms.max_time, forecast=None,
+        calls=total.calls, cached=total.cached, replayed=total.replayed, first_new=session.run.first_new,
+        tokens=total.tokens, seconds=time.monotonic() - session.began, budget_usd=terms.budget_usd,
+        max_calls=terms.max_calls, max_tokens=terms.max_tokens, max_time=terms.max_time, forecast=None,
         baseline=by_key.get(outcome.given.state.key) if outcome.given is not None else None, best=best,
         best_score=None if best is None else best.score, expected_score=mean, expected_interval=interval,
         test=None if outcome.tests is None else paired(*outcome.tests), candidates=candidates,
         racing=None if contest is None else contest.raced,
-        selection=Selection(len(task.selection[0]), task.selection[1]), warnings=tuple([*outcome.warnings, *_strangers(session)]),
-        experiment_run=None, _make=session.make,
+        selection=Selection(len(task.selection[0]), task.selection[1]),
+        warnings=(*outcome.warnings, *_strangers(session)),
+        experiment_run=experiment_run, _make=lambda candidate: session.make(candidate.key),
     )  # fmt: skip
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.sums import Sum, Sums
+from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run
-
-if TYPE_CHECKING:
-    from dspy_prod.optimize.session import Task
 
 _LONGER: Final = 1.6
 """By how much a candidate's prompts, with demonstrations and rules, are taken to be longer than the given program's."""

@@ -11,17 +11,18 @@ Whatever ends a phase, the next ones that may still help go on; what is returned
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import dspy
 
+from dspy_prod.compat.mlflow import apart_from_autolog
 from dspy_prod.compat.racing import install
 from dspy_prod.context.current import call_context
 from dspy_prod.context.scoring import compiling
-from dspy_prod.errors import BudgetExceededError, ConfigError, RejectedError
+from dspy_prod.errors import BudgetExceededError, RejectedError
 from dspy_prod.optimize.camera import Camera, Seen
 from dspy_prod.optimize.candidates import Progress, StoppedBy, Watcher
 from dspy_prod.optimize.choosing import best_of, described, finalists
@@ -34,7 +35,7 @@ from dspy_prod.optimize.pulse import Pulse
 from dspy_prod.optimize.racing import Contest
 from dspy_prod.optimize.reserve import Reserve
 from dspy_prod.optimize.sums import Sums
-from dspy_prod.optimize.supported import Chosen, Traits
+from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run
 from dspy_prod.telemetry.events import BUS
@@ -47,33 +48,6 @@ _GOES_ON: Final = frozenset({"budget", "calls", "tokens", "time"})
 
 _ENDS: Final = frozenset({"interrupted", "stopped", "failed"})
 """Reasons that are told even if another one had ended the search before."""
-
-
-@dataclass
-class Task:
-    """What is to be optimized, and with what.
-
-    Attributes:
-        optimizer: DSPy's. traits: what is known of it. student: the given program. arguments: of its `compile`.
-        selection: the examples that the best is chosen by, and where they come from.
-        testset: untouched examples. metric: what scores; None where nobody told one.
-        num_threads: of our own evaluations.
-    """
-
-    optimizer: Any
-    traits: Traits
-    student: Any
-    arguments: Mapping[str, Any]
-    selection: Chosen
-    testset: Sequence[Any]
-    metric: Callable[..., Any] | None
-    num_threads: int | None
-
-    @property
-    def examples(self) -> list[Any]:
-        """All examples of the optimizer's arguments."""
-        found = [*(self.arguments.get("trainset") or ()), *(self.arguments.get("valset") or ())]
-        return found or list(self.selection[0])
 
 
 @dataclass
@@ -194,6 +168,7 @@ class Session:
     def _on_close(self, detail: str) -> None:
         if self.gate.reason not in _GOES_ON:
             self.run.stop(detail)
+            self.gate.let_go()
         self._pulse.wake()
 
     def _new_gate(self) -> Gate:
@@ -207,7 +182,9 @@ class Session:
         if self.phase == "ended" or self.gate.closed:
             return
         if self._is_out_of_time():
-            self.gate.close("time", f"its {self.terms.max_time:g} s are over" if self.terms.max_time else "time is over")
+            self.gate.close(
+                "time", f"its {self.terms.max_time:g} s are over" if self.terms.max_time else "time is over"
+            )
         elif self._asked_to_stop():
             self.stop()
         elif self.phase == "search" and self._kept_for < self.task.traits.finalists:
@@ -233,7 +210,9 @@ class Session:
 
     def _enough(self, score: float) -> None:
         if self.terms.stop_at is not None and score >= self.terms.stop_at:
-            self.gate.close("target", f"a candidate scored {score:.4g}, which is at least stop_at={self.terms.stop_at:g}")
+            self.gate.close(
+                "target", f"a candidate scored {score:.4g}, which is at least stop_at={self.terms.stop_at:g}"
+            )
         elif self.terms.patience is not None and self._stale >= self.terms.patience:
             self.gate.close("stopped", f"{self._stale} complete candidates in a row were no better than the best")
 
@@ -244,6 +223,7 @@ class Session:
         Raises:
             ConfigError: something is called that no cap holds; nothing more is called, and nothing is lost but the
                 first example.
+            LMError: no model could be asked at all, and why.
             KeyboardInterrupt: a second one, while it ends after the first.
         """
         outcome = self.outcome
@@ -256,12 +236,18 @@ class Session:
                     self.gate.close("interrupted", "Ctrl-C")
                 if self.gate.wrong is not None:
                     raise self.gate.wrong
+                if outcome.stopped_by == "failed" and outcome.error is not None and self._asked_nobody():
+                    raise outcome.error  # nothing was answered, so nothing can be lost
         finally:
             self.phase = self.sums.phase = "ended"
             self.run.stop(outcome.detail or "the run has ended")
             remove()
         self._close(outcome)
         return outcome
+
+    def _asked_nobody(self) -> bool:
+        total = self.sums.total
+        return not (total.answers or total.cached or total.replayed)
 
     def _close(self, outcome: Outcome) -> None:
         if self.gate.reason in _ENDS or (self.gate.reason is not None and outcome.stopped_by == "completed"):
@@ -283,6 +269,7 @@ class Session:
         task = self.task
         with ExitStack() as stack:
             stack.enter_context(self._quiet())
+            stack.enter_context(apart_from_autolog())
             stack.enter_context(self.lms.restored())
             lm = self.lms.guarded(dspy.settings.lm, "task")
             self.lms.optimizer(task.optimizer)
@@ -294,12 +281,8 @@ class Session:
             self.metrics = Metrics(self.camera, task.metric)
             stack.enter_context(self.metrics.watched(task.optimizer))
             stack.enter_context(compiling())
-            stack.enter_context(
-                dspy.context(lm=self._task_lm(lm), max_errors=_NO_END)
-            )
-            stack.enter_context(
-                call_context(run=self.run, priority=self.terms.priority, sample=self.terms.sample)
-            )
+            stack.enter_context(dspy.context(lm=self._task_lm(lm), max_errors=_NO_END))
+            stack.enter_context(call_context(run=self.run, priority=self.terms.priority, sample=self.terms.sample))
             yield
 
     def _task_lm(self, lm: Any) -> Any:
@@ -472,28 +455,3 @@ class Session:
         except RejectedError as error:  # it ends an evaluation as itself
             self.gate.close("failed", str(error), error)
         self.gate.check()
-
-
-def threads_of(optimizer: Any, arguments: Mapping[str, Any]) -> int | None:
-    """How many threads the optimizer evaluates with."""
-    for found in (
-        arguments.get("num_threads"), (arguments.get("eval_kwargs") or {}).get("num_threads"),
-        getattr(optimizer, "num_threads", None),
-    ):  # fmt: skip
-        if isinstance(found, int):
-            return found
-    return None
-
-
-def checked_student(student: Any) -> Any:
-    """The program itself, out of what wraps it.
-
-    Raises:
-        ConfigError: it is no program.
-    """
-    while not isinstance(student, dspy.Module) or type(student).__name__ == "Production":
-        inner = getattr(student, "program", None)
-        if inner is None:
-            raise ConfigError(f"BudgetedOptimizer.compile: student: takes a dspy.Module, got {type(student).__name__}")
-        student = inner
-    return student

@@ -98,7 +98,9 @@ def read(program: Any, alone: bool = False) -> State:
         alone: its state is code that no copy has, so that the object itself is kept.
     """
     parts = tuple([_part(name, predictor) for name, predictor in program.named_predictors()])
-    sources = {name: source for name, module in program.named_sub_modules() if (source := source_of(module)) is not None}
+    sources = {
+        name: source for name, module in program.named_sub_modules() if (source := source_of(module)) is not None
+    }
     text = orjson.dumps(
         [
             [part.name, part.instructions, _fields(part.signature), [_plain(demo) for demo in part.demos],

@@ -1,4 +1,4 @@
-"""What is known of DSPy's optimizers: what they choose by, what they leave undone, and which cannot be capped at all."""
+"""What is known of DSPy's optimizers: what they choose by, what they leave undone, and which cannot be capped."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "BootstrapFewShotWithRandomSearch": Traits(
         complete=True, finalists=0, races=True, origin="seed {seed}", select=_all_of
     ),
-    "BootstrapFewShotWithOptuna": Traits(complete=True, finalists=0, races=True, seeded=False, origin="trial {n}", select=_all_of),
+    "BootstrapFewShotWithOptuna": Traits(
+        complete=True, finalists=0, races=True, seeded=False, origin="trial {n}", select=_all_of
+    ),
     "MIPROv2": Traits(finalists=1, races=True, origin="trial {n}", select=_last_part),
     "GEPA": Traits(complete=True, finalists=0, rich=True, grows="before", origin="proposal {n}", select=_all_of),
     "SIMBA": Traits(loose=True, rich=True, grows="best", select=_all_of),
@@ -94,16 +96,16 @@ TRAITS: Final[Mapping[str, Traits]] = {
 """By the name of the class, or of the nearest class that it derives from."""
 
 _TRAINS: Final = (
-    "trains weights, which is billed outside of LM calls, so no cap could hold it. Optimize its prompts here, and train "
-    "by itself"
+    "trains weights, which is billed outside of LM calls, so no cap could hold it. Optimize prompts here, and train by "
+    "itself"
 )
 REFUSED: Final[Mapping[str, str]] = {
     "BootstrapFinetune": _TRAINS,
     "FinetuneTeleprompter": _TRAINS,
     "GRPO": _TRAINS,
     "Ensemble": "compiles a list of programs and has no student to optimize. Call it on the programs as it is",
-    "AvatarOptimizer": "does not work in this version of DSPy (it needs dspy.TypedPredictor, which is gone). Use GEPA or "
-    "SIMBA",
+    "AvatarOptimizer": "does not work in this version of DSPy (it needs dspy.TypedPredictor, which is gone). Use GEPA "
+    "or SIMBA",
     "SignatureOptimizer": "is the deprecated name of COPRO, with another signature. Use dspy.COPRO",
 }
 
@@ -116,7 +118,8 @@ def traits_of(optimizer: Any) -> Traits:
     """
     if not isinstance(optimizer, Teleprompter):
         raise ConfigError(
-            f"BudgetedOptimizer: optimizer: takes one of DSPy's optimizers (a Teleprompter), got {type(optimizer).__name__}"
+            "BudgetedOptimizer: optimizer: takes one of DSPy's optimizers (a Teleprompter), got "
+            f"{type(optimizer).__name__}"
         )
     for kind in type(optimizer).__mro__:
         if kind.__name__ in REFUSED and kind.__module__.startswith("dspy."):
@@ -170,4 +173,3 @@ def selection_of(optimizer: Any, traits: Traits, given: Mapping[str, Any]) -> Ch
     if not examples:
         raise ConfigError("BudgetedOptimizer.compile: no examples to choose by: give trainset= or valset=")
     return examples, source
-
