@@ -113,8 +113,7 @@ def _killed(compiler: Compiler, order: Order, world: World, at: int) -> bool:
             os.kill(pid, signal.SIGKILL)
             break
         time.sleep(0.001)
-    _, status = compiler.wait()
-    return status == -signal.SIGKILL
+    return compiler.wait() == -signal.SIGKILL
 
 
 def _plain(state: dict[str, Any]) -> str:
