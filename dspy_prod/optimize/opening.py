@@ -47,10 +47,26 @@ class Opened:
         return 0.0 if self.before is None else self.before.spent_usd
 
 
+def piloted(task: Task, terms: Terms, name: str | None, store: str | Store | None, namespace: str | None) -> Run:
+    """A run that a forecast begins; `opened` goes on with it under its name, so that the pilot counts."""
+    found = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
+    return _run(terms, _unused(found, name, task), found, keep=found.durable)
+
+
 def opened(
-    task: Task, terms: Terms, name: str | None, resume: bool | None, store: str | Store | None, namespace: str | None
+    task: Task,
+    terms: Terms,
+    name: str | None,
+    resume: bool | None,
+    store: str | Store | None,
+    namespace: str | None,
+    begun: str | None = None,
 ) -> Opened:
     """Begin a run, or go on with one.
+
+    Args:
+        task: what. terms: how. name: what it was called. resume: as for `BudgetedOptimizer.compile`.
+        store: where. namespace: as for `LM`. begun: the name of the run that a forecast has begun.
 
     Raises:
         ConfigError: there is none of this name to go on with, or it is another one now, or goes on elsewhere; or one of
@@ -64,7 +80,7 @@ def opened(
                 f"BudgetedOptimizer.compile: resume: {found.url} ends with its process, so nothing was kept. Give "
                 "store='sqlite:///runs.db'"
             )
-        return Opened(_run(terms, _unused(found, name, task), found, keep=False), None)
+        return Opened(_run(terms, begun or _unused(found, name, task), found, keep=False), None)
     if resume and name is None:
         raise ConfigError("BudgetedOptimizer.compile: resume: say which run: BudgetedOptimizer(..., name=...)")
     now = _header(task, terms, "", found)
@@ -79,7 +95,7 @@ def opened(
             f"{latest.spent_usd:.4f} USD). Go on with resume=True, where its answers cost nothing again, or begin "
             "another one with resume=False"
         )
-    run = _run(terms, _unused(found, name, task), found, keep=True)
+    run = _run(terms, begun or _unused(found, name, task), found, keep=True)
     return Opened(run, replace(now, run=run.name), warnings=_unseeded(task))
 
 

@@ -11,14 +11,19 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_prod.errors import ConfigError, OptionError
 from dspy_prod.optimize.candidates import Watcher
+from dspy_prod.optimize.forecasting import forecast_of
 from dspy_prod.optimize.metrics import metric_of
-from dspy_prod.optimize.opening import Scribe, opened
+from dspy_prod.optimize.opening import Scribe, opened, piloted
+from dspy_prod.optimize.rehearsal import Forecast
 from dspy_prod.optimize.reporting import report_of
 from dspy_prod.optimize.session import Session
 from dspy_prod.optimize.supported import accepts, parameters_of, refuse_steps, selection_of, traits_of
 from dspy_prod.optimize.task import Task, checked_student, threads_of
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.stores.base import Store
+
+_PILOT: Final = 16
+"""Examples that a forecast really asks."""
 
 _CAPS: Final = ("budget_usd", "max_calls", "max_tokens", "max_time")
 
@@ -99,6 +104,8 @@ class BudgetedOptimizer(Teleprompter):
         self._publish = publish
         self._store, self._namespace = store, namespace
         self._session: Session | None = None
+        self._begun: tuple[str | None, float] = (None, 0.0)
+        self._forecasted: Forecast | None = None
         self.report: Any = None
 
     def compile(
@@ -140,7 +147,7 @@ class BudgetedOptimizer(Teleprompter):
             return forecast
         return self._compile(task, terms, kept_back, resume)
 
-    def forecast(self, student: dspy.Module, **arguments: Any) -> Any:
+    def forecast(self, student: dspy.Module, **arguments: Any) -> Forecast:
         """What `compile` with the same arguments would cost: the optimizer is rehearsed on a free model.
 
         A small pilot is measured first, and paid for: its calls count within the caps.
@@ -168,7 +175,8 @@ class BudgetedOptimizer(Teleprompter):
         others = {name: arguments.pop(name) for name in _CAPS if name in arguments}
         if not others:
             return self.terms
-        return _terms(**{**{name: getattr(self.terms, name) for name in self.terms.model_fields_set}, **others})
+        kept: dict[str, Any] = {name: getattr(self.terms, name) for name in self.terms.model_fields_set}
+        return _terms(**{**kept, **others})
 
     def _task(
         self,
@@ -187,7 +195,7 @@ class BudgetedOptimizer(Teleprompter):
                     f"BudgetedOptimizer.compile: {name}: {type(optimizer).__name__}.compile does not take it; it takes "
                     f"{', '.join(each for each in known if each not in ('self', 'student'))}"
                 )
-        given = {
+        given: dict[str, Any] = {
             **more,
             **({"trainset": trainset} if trainset is not None else {}),
             **({"valset": valset} if valset else {}),
@@ -222,7 +230,8 @@ class BudgetedOptimizer(Teleprompter):
         from dspy_prod.optimize.mlflow_runs import publish_best
         from dspy_prod.optimize.mlflow_runs import watcher as in_mlflow
 
-        begun = opened(task, terms, self.name, resume, self._store, self._namespace)
+        (pilot, spent), self._begun = (None, 0.0) if resume else self._begun, (None, 0.0)
+        begun = opened(task, terms, self.name, resume, self._store, self._namespace, pilot)
         sets = {**{name: task.arguments.get(name) or () for name in ("trainset", "valset")}, "testset": task.testset}
         tracked = in_mlflow(track=terms.track, resumed=begun.before is not None, datasets=sets)
         scribe = None if begun.header is None else Scribe(begun.run, begun.header)
@@ -230,7 +239,7 @@ class BudgetedOptimizer(Teleprompter):
         watchers.append(watcher(terms.view))
         session = Session(
             task, terms, begun.run, watchers, (lambda: False) if scribe is None else scribe.asked_to_stop, quiet,
-            begun.spent_before,
+            begun.spent_before + spent,
         )  # fmt: skip
         session.outcome.warnings.extend([*warnings, *begun.warnings])
         self._session = session
@@ -238,16 +247,22 @@ class BudgetedOptimizer(Teleprompter):
             session.go()
         finally:
             self._session = None
-            self.report = report_of(session, None if tracked is None else tracked.wait_for_id())
+            self.report = report_of(session, self._forecasted, None if tracked is None else tracked.wait_for_id())
             session.told(self.report)
-        best = session.best_program()
+        best = session.programs.best()
         best.optimization = self.report
         if self._publish is not None:
             publish_best(self.report, best, self._publish, dataset=task.selection[0])
         return best
 
-    def _forecast(self, task: Task, terms: Terms) -> Any:
-        raise NotImplementedError
+    def _forecast(self, task: Task, terms: Terms) -> Forecast:
+        from dspy_prod.optimize.live import quiet
+
+        run = piloted(task, terms, self.name, self._store, self._namespace)
+        session = Session(task, terms, run, [], lambda: False, quiet)
+        self._forecasted = forecast_of(session, _PILOT)
+        self._begun = run.name, self._forecasted.pilot_usd
+        return self._forecasted
 
 
 def _terms(**options: Any) -> Terms:

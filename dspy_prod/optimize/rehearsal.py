@@ -1,6 +1,6 @@
-"""What an optimization will cost, before it is paid for: the optimizer itself is run against answers that cost nothing.
+"""What an optimization will cost, before it is paid for: the optimizer itself is run on answers that cost nothing.
 
-No formula knows how often an optimizer asks, and what it caches; the optimizer does. It is rehearsed for several seeds of
+No formula knows how often an optimizer asks, and what it caches; the optimizer does. It is rehearsed for some seeds of
 who is right when, and each call is priced by our own price book. The program's own code, its tools and the metric run
 for real; LMs do not, wherever they are called from, except that a proposer or a judge is asked a few times for real, so
 that its answers have the right length.
@@ -131,7 +131,7 @@ def rehearse(
             f"no price is known for {', '.join(unpriced)}, so its calls are not in the dollars; pass prices="
         )
     threads = num_threads or dspy.settings.get("num_threads") or 8
-    known = {model: "task" for model in pilot_models} | dict(roles or {})
+    known = dict.fromkeys(pilot_models, "task") | dict(roles or {})
     return _told(bills, warnings, threads, known, max(before, pilot.usd))
 
 
@@ -150,13 +150,14 @@ def _play(stage: Stage, optimizer: Any, student: Any, arguments: Mapping[str, An
         for example in first:
             try:
                 student(**example.inputs())
-            except Exception:  # noqa: S112 (in the run, too, it is only a score of 0)
+            except Exception:
                 continue
         stage.bill.together, stage.bill.alone = stage.bill.alone + stage.bill.together, 0.0
         try:
             own.compile(program, **given)
         except Exception as error:
-            return f"the rehearsal ended early with {type(error).__name__}: {error}; the forecast is what it had cost by then"
+            how = f"{type(error).__name__}: {error}"
+            return f"the rehearsal ended early with {how}; the forecast is what it had cost by then"
     return None
 
 

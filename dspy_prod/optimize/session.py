@@ -12,63 +12,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import dspy
 
-from dspy_prod.compat.mlflow import apart_from_autolog
 from dspy_prod.compat.racing import install
 from dspy_prod.context.current import call_context
-from dspy_prod.context.scoring import compiling
 from dspy_prod.errors import BudgetExceededError, RejectedError
 from dspy_prod.optimize.camera import Camera, Seen
-from dspy_prod.optimize.candidates import Progress, StoppedBy, Watcher
-from dspy_prod.optimize.choosing import best_of, described, finalists
+from dspy_prod.optimize.candidates import Progress, Watcher
+from dspy_prod.optimize.choosing import best_of, finalists
 from dspy_prod.optimize.first import FirstExample
 from dspy_prod.optimize.gate import Closed, Gate
 from dspy_prod.optimize.judging import Judge
 from dspy_prod.optimize.lms import LMs
 from dspy_prod.optimize.metrics import Metrics
+from dspy_prod.optimize.outcome import Outcome, Programs
+from dspy_prod.optimize.progress import progress_of
 from dspy_prod.optimize.pulse import Pulse
 from dspy_prod.optimize.racing import Contest
 from dspy_prod.optimize.reserve import Reserve
+from dspy_prod.optimize.scope import NO_END, in_force
 from dspy_prod.optimize.sums import Sums
 from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run
 from dspy_prod.telemetry.events import BUS
 
-_NO_END: Final = 10**9
-"""Errors after which DSPy would give an evaluation up: a bad candidate must not end the run."""
-
 _GOES_ON: Final = frozenset({"budget", "calls", "tokens", "time"})
 """Reasons after which the reserve is spent on finalists. After any other one nothing more is called."""
 
 _ENDS: Final = frozenset({"interrupted", "stopped", "failed"})
 """Reasons that are told even if another one had ended the search before."""
-
-
-@dataclass
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        stopped_by, detail: why. best: the candidate that is returned, None when none is complete.
-        returned: what the optimizer itself returned. program: that object. given: the given program.
-        tests: scores of the given program and of the best on the test set. error: what ended it, if it failed.
-    """
-
-    stopped_by: StoppedBy = "completed"
-    detail: str = ""
-    best: Seen | None = None
-    given: Seen | None = None
-    returned: Seen | None = None
-    program: Any = None
-    tests: tuple[list[float], list[float]] | None = None
-    error: BaseException | None = None
-    warnings: list[str] = field(default_factory=list)
 
 
 class Session:
@@ -110,9 +86,11 @@ class Session:
             task.student, examples, [*task.examples, *task.testset], self._judge, models, self.contest,
             self._on_candidate, self._origin, grows=task.traits.grows, loose=task.traits.loose,
         )  # fmt: skip
+        self.metrics = Metrics(self.camera, task.metric)
         self.sums = Sums(run.name, self.lms.roles)
         self.phase = "baseline"
         self.outcome = Outcome()
+        self.programs = Programs(task, self.camera, self.outcome)
         self.reserve = Reserve(terms, task, self.sums, self.camera)
         self._kept_for = 0
         self._stale = 0
@@ -128,41 +106,15 @@ class Session:
 
     def progress(self) -> Progress:
         """How far it is."""
-        total, _, _ = self.sums.snapshot()
-        terms = self.terms
-        candidates = described(self.camera, self.sums, self.outcome.returned)
-        best = best_of(self.camera, self.outcome.returned)
-        given = self.outcome.given
-        return Progress(
-            run=self.run.name, optimizer=type(self.task.optimizer).__name__, phase=self.phase,
-            seconds=time.monotonic() - self.began, spent_usd=self.spent_usd, calls=total.calls, tokens=total.tokens,
-            candidates=candidates,
-            best=next((each for each in candidates if best is not None and each.key == best.state.key), None),
-            baseline=self.camera.mean(given) if given is not None and self.camera.is_complete(given) else None,
-            budget_usd=terms.budget_usd, max_calls=terms.max_calls, max_tokens=terms.max_tokens,
-            max_time=terms.max_time, cached=total.cached, replayed=total.replayed, eta=self._eta(),
-            waiting=None, stopped_by=self.outcome.stopped_by if self.phase == "ended" else None,
+        return progress_of(
+            self.task, self.terms, self.run.name, self.camera, self.sums, self.outcome, self.phase, self.spent_usd,
+            time.monotonic() - self.began,
         )  # fmt: skip
 
     @property
     def spent_usd(self) -> float:
         """Dollars of the whole run, earlier parts of it included, as far as they are settled."""
         return self._spent_before + self.sums.total.usd
-
-    def _eta(self) -> float | None:
-        """Seconds until a cap is used up at the pace so far."""
-        seconds = time.monotonic() - self.began
-        total = self.sums.total
-        shares = [
-            used / cap
-            for used, cap in (
-                (self.spent_usd, self.terms.budget_usd), (total.calls, self.terms.max_calls),
-                (total.tokens, self.terms.max_tokens), (seconds, self.terms.max_time),
-            )
-            if cap
-        ]  # fmt: skip
-        share = max(shares, default=0.0)
-        return seconds * (1 - share) / share if 0.01 < share < 1 else None
 
     # -- what closes the gate ------------------------------------------------------------------------------------------
     def _on_close(self, detail: str) -> None:
@@ -229,7 +181,7 @@ class Session:
         outcome = self.outcome
         remove = BUS.add(self.sums)
         try:
-            with self._pulse.beating(), self._in_force():
+            with self._pulse.beating(), self._holding():
                 try:
                     self._phases(outcome)
                 except KeyboardInterrupt:
@@ -244,6 +196,19 @@ class Session:
             remove()
         self._close(outcome)
         return outcome
+
+    def _holding(self) -> AbstractContextManager[None]:
+        return in_force(self.task, self.terms, self.run, self.lms, self.metrics, self._models, self._quiet)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within it programs may be asked under the caps, without a run."""
+        remove = BUS.add(self.sums)
+        try:
+            with self._holding(), self.gate.in_force(self.camera):
+                yield
+        finally:
+            remove()
 
     def _asked_nobody(self) -> bool:
         total = self.sums.total
@@ -262,36 +227,6 @@ class Session:
             )
         if self.contest is not None and self.contest.warning:
             outcome.warnings.append(self.contest.warning)
-
-    @contextmanager
-    def _in_force(self) -> Iterator[None]:
-        """Everything that holds while it runs, and is taken back afterwards, on every way out."""
-        task = self.task
-        with ExitStack() as stack:
-            stack.enter_context(self._quiet())
-            stack.enter_context(apart_from_autolog())
-            stack.enter_context(self.lms.restored())
-            lm = self.lms.guarded(dspy.settings.lm, "task")
-            self.lms.optimizer(task.optimizer)
-            self.lms.program(task.student, "task")
-            teachers = task.arguments.get("teacher")
-            for teacher in teachers if isinstance(teachers, list) else [teachers]:
-                self.lms.program(teacher, "teacher")
-            self._models.update(self._task_models(lm))
-            self.metrics = Metrics(self.camera, task.metric)
-            stack.enter_context(self.metrics.watched(task.optimizer))
-            stack.enter_context(compiling())
-            stack.enter_context(dspy.context(lm=self._task_lm(lm), max_errors=_NO_END))
-            stack.enter_context(call_context(run=self.run, priority=self.terms.priority, sample=self.terms.sample))
-            yield
-
-    def _task_lm(self, lm: Any) -> Any:
-        own = getattr(self.task.optimizer, "task_model", None)
-        return own if isinstance(own, dspy.BaseLM) else lm
-
-    def _task_models(self, lm: Any) -> set[str]:
-        found = [predictor.lm for _, predictor in self.task.student.named_predictors()]
-        return {each.model for each in [self._task_lm(lm), *found] if isinstance(each, dspy.BaseLM)}
 
     def _phases(self, outcome: Outcome) -> None:
         outcome.given = self.camera.seen_of(self.task.student)
@@ -373,7 +308,7 @@ class Session:
                     break
                 seen = left[0]
                 try:
-                    self.evaluate(self._program_of(seen, outcome), seen)
+                    self.evaluate(self.programs.of(seen), seen)
                 except Closed:
                     break
                 done += 1
@@ -389,7 +324,7 @@ class Session:
         with self._within(self._ends):
             try:
                 for seen in dict.fromkeys((outcome.given, best)):
-                    self.evaluate(self._program_of(seen, outcome), seen, self.task.testset)
+                    self.evaluate(self.programs.of(seen), seen, self.task.testset)
             except Closed:
                 pass
         keys = [self.camera.key(example) for example in self.task.testset]
@@ -400,33 +335,6 @@ class Session:
 
     def _score_of(self, seen: Seen | None) -> float | None:
         return self.camera.mean(seen) if seen is not None and self.camera.is_complete(seen) else None
-
-    def _program_of(self, seen: Seen, outcome: Outcome) -> Any:
-        if seen is outcome.given:
-            return self.task.student
-        return seen.state.put(self.task.student)
-
-    # -- afterwards ----------------------------------------------------------------------------------------------------
-    def make(self, key: str) -> Any:
-        """The program of a candidate, with the LMs of the given one."""
-        return self._with_own_lms(self.camera.states[key].state.put(self.task.student))
-
-    def best_program(self) -> Any:
-        """What the run returns: the best program, the optimizer's own object where it is that one."""
-        outcome = self.outcome
-        best = outcome.best or outcome.given
-        if outcome.program is not None and outcome.returned is not None and outcome.returned is best:
-            return self._with_own_lms(outcome.program)
-        if outcome.best is None and outcome.program is not None and self.metrics.scores is None:
-            return self._with_own_lms(outcome.program)
-        return self.task.student.deepcopy() if best is None else self.make(best.state.key)
-
-    def _with_own_lms(self, program: Any) -> Any:
-        own = dict(self.task.student.named_predictors())
-        for name, predictor in program.named_predictors():
-            if name in own:
-                predictor.lm = own[name].lm
-        return program
 
     def told(self, report: Any) -> None:
         """Tell every watcher that it is over."""
@@ -448,7 +356,7 @@ class Session:
         self.camera.seen_of(program, alone=seen.state.program is not None)
         evaluation = dspy.Evaluate(
             devset=asked, metric=self.metrics.scores, num_threads=self.task.num_threads, display_progress=False,
-            max_errors=_NO_END,
+            max_errors=NO_END,
         )  # fmt: skip
         try:
             evaluation(program)

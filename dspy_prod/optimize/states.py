@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import dspy
@@ -58,6 +59,7 @@ class State:
         """How many demonstrations, by predictor."""
         return {part.name: len(part.demos) for part in self.parts}
 
+    @cached_property
     def described(self) -> dict[str, Any]:
         """As JSON-friendly data."""
         return {
