@@ -77,10 +77,10 @@ class _Filter(logging.Filter):
 
 
 def _by_a_proposer(frame: FrameType | None) -> bool:
-    """Whether DSPy's proposer of instructions, whose fields do not fit its own signature, is the one who calls."""
+    """Whether one of DSPy's proposers, whose values do not fit their own signatures, is the one who calls."""
     while frame is not None:
         name = str(frame.f_globals.get("__name__"))
-        if name.startswith("dspy.propose."):
+        if name.startswith("dspy.propose.") or frame.f_code.co_name == "append_a_rule":
             return True
         if not name.startswith(("dspy.", "dspy_prod.", "logging")):
             return False

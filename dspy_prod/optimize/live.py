@@ -198,7 +198,8 @@ def _news(progress: Progress) -> tuple[Any, ...]:
 def _says_that_it_ends(error: BaseException) -> bool:
     """Whether a run refused a call because it ends; its report tells that."""
     if isinstance(error, DeadlineExceededError):
-        return SYSTEM_CLOCK.monotonic() >= current().deadline  # where DSPy logs, the run's own is in force
+        # Where DSPy logs, the run's own is in force; a wait may end a moment before it.
+        return SYSTEM_CLOCK.monotonic() >= current().deadline - 0.05
     if isinstance(error, BudgetExceededError):
         return any(error.budget.startswith(f"run {guard.name}: ") for guard in current().guards)
     return isinstance(error, (RunStoppedError, OutageError))
