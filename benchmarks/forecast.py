@@ -106,8 +106,18 @@ class OtherMind(Mind):
     """Answers the fields of these programs; a proposer's as ever."""
 
     FIELDS: Final = frozenset(
-        ("topic", "label", "reply", "urgency", "tags", "contact", "reasoning")
-        + ("next_thought", "next_tool_name", "next_tool_args")
+        (
+            "topic",
+            "label",
+            "reply",
+            "urgency",
+            "tags",
+            "contact",
+            "reasoning",
+            "next_thought",
+            "next_tool_name",
+            "next_tool_args",
+        )
     )
 
     def _one(self, call: CallView, ordinal: int) -> str:

@@ -2,7 +2,7 @@
 
 No formula knows how often an optimizer asks, and what it caches; the optimizer does. It is rehearsed for several seeds
 of who is right when, and each call is priced by our own price book. The program's own code, its tools and the metric
-run for real; LMs do not, wherever they are called from, except that a proposer or a judge is asked a few times for real,
+run for real; LMs do not, wherever they are called from, except that a proposer or a judge is really asked a few times,
 so that its answers have the right length.
 """
 
