@@ -7,7 +7,7 @@ import datetime as dt
 from collections.abc import Callable
 from typing import Any, Final
 
-from dspy_prod.cli.printing import Cell, print_json, show, table
+from dspy_prod.cli.printing import print_json, show
 from dspy_prod.cli.reports import opened
 from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.headers import Header, ask_to_stop, headers, load, names, remove
@@ -15,6 +15,7 @@ from dspy_prod.policies.run import accounts_of
 from dspy_prod.privacy.outward import outward
 from dspy_prod.records import NANO
 from dspy_prod.stores.base import Size, Store
+from dspy_prod.views import Table
 
 _NONE: Final = "-"
 _NOTHING: Final = Size(0, 0)
@@ -62,10 +63,10 @@ def _list(store: Store, as_json: bool) -> int:
         return show(f"No optimization is known in namespace {store.namespace!r}.")
     columns = ("name", "optimizer", "state", "began", "score", "USD", "of", "answers")
     rows = [_row(store, header, sizes.get(header.run, _NOTHING)) for header in found]
-    return show(table(f"Optimizations in {store.namespace!r}", columns, rows, numbers=4))
+    return show(Table(f"Optimizations in {store.namespace!r}", columns, rows, numbers=4))
 
 
-def _row(store: Store, header: Header, size: Size) -> tuple[Cell, ...]:
+def _row(store: Store, header: Header, size: Size) -> tuple[str, ...]:
     cap = header.caps.get("usd")
     return (
         header.run,
@@ -100,7 +101,7 @@ def _show(store: Store, name: str, header: Header | None, as_json: bool) -> int:
     if as_json:
         return print_json({**header.to_dict(), **_row_as_json(store, header, size)})
     described = header.described
-    rows: list[tuple[Cell, Cell]] = [
+    rows: list[tuple[str, str]] = [
         ("optimizer", header.optimizer),
         ("state", header.shown_state),
         ("began", _when(header.started_at)),
@@ -120,7 +121,7 @@ def _show(store: Store, name: str, header: Header | None, as_json: bool) -> int:
     told: list[str] = [f"Warning: {outward(warning)}" for warning in header.warnings]
     if header.shown_state in ("killed", "interrupted", "stopped", "failed", "budget", "calls", "tokens", "time"):
         told.append(f"Go on where it was: BudgetedOptimizer(..., name={name!r}).compile(..., resume=True)")
-    return show(table(f"{name}, in {store.url}", ("", ""), [(one, outward(str(two))) for one, two in rows]), *told)
+    return show(Table(f"{name}, in {store.url}", ("", ""), [(one, outward(str(two))) for one, two in rows]), *told)
 
 
 def _stop(store: Store, name: str, header: Header | None, as_json: bool) -> int:

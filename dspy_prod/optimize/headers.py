@@ -38,6 +38,7 @@ class Header:
         started_at, ended_at: seconds since the epoch; of its last part.
         best: the best candidate so far, as JSON. warnings: what is to be told of it.
         process: what tells the process that runs it from others; filled in by `save`.
+        beside: which of its answers, by place, were asked for finalists, and not by the optimizer.
         calls, replayed, score: what else a list shows of it.
     """
 
@@ -57,6 +58,7 @@ class Header:
     replayed: int | None = None
     score: float | None = None
     process: str | None = None
+    beside: tuple[tuple[int, int | None], ...] = ()
 
     @property
     def running(self) -> bool:
@@ -78,7 +80,8 @@ class Header:
     def from_dict(cls, row: Mapping[str, Any]) -> Header:
         """The header that `to_dict` described; unknown keys are ignored."""
         known = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
-        return cls(**{**known, "warnings": tuple(known.get("warnings") or ())})
+        beside = tuple([(first, end) for first, end in known.get("beside") or ()])
+        return cls(**{**known, "warnings": tuple(known.get("warnings") or ()), "beside": beside})
 
 
 class Differences(NamedTuple):

@@ -11,8 +11,9 @@ does; two small drivers perform them. It never sleeps and does no I/O of its own
               ◄─ settle permit, tokens and money with what really happened; append the record; emit events
 
 An open circuit is noticed before any waiting; the permit is taken last, so nobody holds a probe while queueing. Within
-a `Run`, an attempt takes of it what it may use before it stands in line, see `running.py`. No `yield` stands in a
-cleanup path: settling posts, it never waits.
+a `Run`, an attempt takes of it what it may use before it stands in line, see `running.py`, and all routes are gone
+through again while an outage lasts, see `outlasting.py`. No `yield` stands in a cleanup path: settling posts, it never
+waits.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
 from dspy_prod.pipeline.keeping import keeping, replayed
 from dspy_prod.pipeline.outcome import flaw_of, judge
+from dspy_prod.pipeline.outlasting import answered, outlasting
 from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.routes import Route
@@ -136,6 +138,11 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any
 
 
 def _send(call: Call) -> Flow:
+    """Ask upstream; in a `Run`, again while an outage lasts."""
+    return outlasting(call, _ask) if call.context.guards else _ask(call, Failures())
+
+
+def _ask(call: Call, failures: Failures) -> Flow:
     """Try the routes in order, and keep the answer.
 
     While another route is left, one that would have to be waited for is left early, see `Retry.patience`; it has its
@@ -143,7 +150,6 @@ def _send(call: Call) -> Flow:
     """
     pipeline = call.pipeline
     routes = call.routes() if pipeline.degradable else pipeline.routes
-    failures = Failures()
     turn, count = 0, len(routes)
     while turn < count + len(failures.early):
         if turn < count:
@@ -275,6 +281,8 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
             raise unusable(route, flaw, response)
         succeeded(attempt, response)
         settled = True
+        if runs:
+            answered(runs, call, route)
         return response
     except BaseException as raised:
         if settled or (isinstance(raised, RejectedError) and not (attempt.sent or attempt.held or attempt.taken)):

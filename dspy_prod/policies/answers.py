@@ -65,6 +65,8 @@ class AnswerLog:
         self.first_new: int | None = None
         self._first_strange: Request | None = None
         self._waiting: dict[bytes, deque[int]] = {}
+        self._beside: set[tuple[bytes, int]] = set()
+        self._order = kept
         for key, ordinal in kept:
             self._waiting.setdefault(key, deque()).append(ordinal)
         self._known = set(self._waiting)
@@ -73,6 +75,23 @@ class AnswerLog:
         self._told = False
         self._after_fork()
         reset_after_fork(self)
+
+    def count(self) -> int:
+        """How many answers are kept by now."""
+        size = self._runs.sizes().get(self._run)
+        return 0 if size is None else size.answers
+
+    def set_beside(self, parts: Sequence[tuple[int, int | None]]) -> None:
+        """Say which kept answers, by place, whoever goes on need not ask for: they are not waited for by strangers.
+
+        An optimization's finalists are evaluated when it ends, wherever that was.
+        """
+        with self._lock:
+            for first, end in parts:
+                self._beside.update(self._order[first:end])
+            self._left = sum(
+                (key, ordinal) not in self._beside for key, waiting in self._waiting.items() for ordinal in waiting
+            )
 
     def key(self, key: bytes | None, tenant: str | None) -> bytes | None:
         """Under what a call's answer is kept, None when it cannot be.
@@ -159,7 +178,8 @@ class AnswerLog:
         ordinal = waiting.popleft()
         if not waiting:
             del self._waiting[key]
-        self._left -= 1
+        if (key, ordinal) not in self._beside:
+            self._left -= 1
         return ordinal
 
     def _miss(self, key: bytes, reuse: bool, request: Request) -> None:

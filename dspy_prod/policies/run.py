@@ -6,14 +6,17 @@ a judge in a metric. A budget belongs to an LM; a run belongs to the work.
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import Any, Final, Literal, NamedTuple
 
 from dspy_prod.errors import BudgetExceededError, ConfigError, OptionError, RunStoppedError
 from dspy_prod.options import Caps
 from dspy_prod.policies.answers import Answered, AnswerLog
+from dspy_prod.policies.outage import Outages
 from dspy_prod.privacy.outward import outward
 from dspy_prod.records import NANO
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
@@ -65,6 +68,10 @@ class Run(Answered):
         usd: dollars, at most. An attempt whose cost cannot be bounded is refused (`UnpricedModelError`).
         calls: upstream attempts, at most; answers from the cache are none.
         tokens: input and output tokens together, at most.
+        outage: seconds (or a timedelta) that an outage may last. A call that no route answers for a reason of the
+            upstreams (an open circuit, no connection, a time-out, a 5xx, a 429) then waits and tries again instead of
+            failing, and every answer ends the waits for its upstream. When nothing has answered for so long, calls
+            raise `OutageError`. 0: nobody waits.
         store: where the run is counted, as for `LM`. namespace: as for `LM`.
         keep_answers: write every answer into the store before it is returned, as it is, prompts aside; and answer from
             there what a run of this name was answered before, for nothing: after a crash, or `kill -9`, the same
@@ -94,6 +101,7 @@ class Run(Answered):
         usd: float | None = None,
         calls: int | None = None,
         tokens: int | None = None,
+        outage: float | dt.timedelta = 0.0,
         store: str | Store | None = None,
         namespace: str | None = None,
         keep_answers: bool = False,
@@ -104,6 +112,7 @@ class Run(Answered):
             raise ConfigError(f"Run: name: must be a non-empty string, got {name!r}")
         self.name = name or uuid.uuid4().hex
         self.caps = _caps(usd=usd, calls=calls, tokens=tokens)
+        self.outages = Outages(_seconds(outage))
         self.store = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
         self._keys = {dimension: joined(_NO_BUDGET, "run", self.name, dimension) for dimension in DIMENSIONS}
         self._counted = self._counts(begins=name is None)
@@ -265,6 +274,7 @@ class Run(Answered):
         return tuple([name for name in DIMENSIONS if name in capped or self._keys[name] in known])
 
     def _after_fork(self) -> None:
+        self.outages.after_fork()
         self._lock = threading.RLock()  # `stop` may be called by a signal handler
         self._watchers = set()
 
@@ -301,6 +311,13 @@ def claims_of(runs: tuple[Run, ...]) -> Sequence[Claim]:
 
 def _place(claim: Claim) -> tuple[str, int, int]:
     return claim.run.name, id(claim.store), DIMENSIONS.index(claim.dimension)
+
+
+def _seconds(outage: float | dt.timedelta) -> float:
+    seconds = outage.total_seconds() if isinstance(outage, dt.timedelta) else outage
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not isfinite(seconds) or seconds < 0:
+        raise ConfigError(f"Run: outage: must be a number of seconds or a timedelta, 0 or more, got {outage!r}")
+    return float(seconds)
 
 
 def _caps(**given: Any) -> Caps:

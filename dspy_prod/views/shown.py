@@ -1,0 +1,47 @@
+"""What shows itself: as a table in a notebook, and as text when printed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspy_prod.views.parts import Page, Table
+
+
+class Shown:
+    """Gives a class `_repr_html_` and `str()` from one description of what it shows; its `repr()` stays.
+
+    Example:
+        ```python
+        class Answer(Shown, BaseModel):
+            usd: float
+
+            def _view(self) -> Table:
+                return Table("Answer", ("USD",), [(self.usd,)])
+        ```
+    """
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        cls._repr_pretty_ = Shown._repr_pretty_  # type: ignore[method-assign]  # IPython prefers a class's own __repr__
+
+    def _view(self) -> Table | Page:
+        """What is shown."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return self._view().html()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows at a terminal: the table when it is asked for itself, else one line."""
+        alone = not cycle and len(printer.stack) <= 1
+        printer.text(str(self) if alone else repr(self))
+
+    def __str__(self) -> str:
+        return self._view().text()
+
+    def __rich__(self) -> Table | Page:
+        """On rich's consoles it has its colours, and nothing is cut."""
+        return self._view()
