@@ -25,7 +25,7 @@ from dspy_prod.compat.racing import HEATS
 from dspy_prod.context.current import begin, current, merged_tags
 from dspy_prod.optimize.judging import Judge
 from dspy_prod.optimize.racing import Contest
-from dspy_prod.optimize.states import State, key_of, read
+from dspy_prod.optimize.states import State, has_sources, key_of, read
 from dspy_prod.optimize.supported import Grows
 
 _SEVERAL: Final = 4
@@ -35,7 +35,7 @@ _ASIDE: Final = "aside"
 """The candidate that the ledger names for what is no candidate's: proposers, teachers, samples."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Seen:
     """What was seen of one state.
 
@@ -115,6 +115,7 @@ class Camera(BaseCallback):
     ) -> None:
         self._kind = type(student)
         self._shape = _shape(student)
+        self._written = has_sources(student)
         self.keys = [key_of(example) for example in selection]
         self._selected = frozenset(self.keys)
         self._by_inputs = {_inputs_key(example): key_of(example) for example in [*others, *selection]}
@@ -165,7 +166,7 @@ class Camera(BaseCallback):
         ]  # fmt: skip
         if known.seen is not None and known.identity == identity:  # mostly the very same objects, so this is quick
             return known.seen
-        state = read(program, known.alone)
+        state = read(program, known.alone, self._written)
         known.identity = [
             (signature, text, dict(config), deepcopy(fields), *demos)
             for signature, text, config, fields, *demos in identity

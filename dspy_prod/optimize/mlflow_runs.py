@@ -20,6 +20,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.optimize import figures
 from dspy_prod.optimize.candidates import Candidate, Progress
 from dspy_prod.privacy.outward import outward
+from dspy_prod.registry.errors import RegistryError
 from dspy_prod.runtime.threads import begin
 from dspy_prod.tracking.runs import Runs
 from dspy_prod.tracking.setup import Place, place
@@ -34,6 +35,8 @@ _log = logging.getLogger("dspy_prod")
 
 PATIENCE: Final = 2.0
 """Seconds for which the end of a run waits for MLflow."""
+_LINK_PATIENCE: Final = 15.0
+"""Seconds for which publishing waits for the run that the version is linked to."""
 _LONGEST: Final = 5000
 """Characters of a parameter or a tag; MLflow refuses longer ones. Artifacts have the whole text."""
 _TAG: Final = "dspy_prod."
@@ -103,6 +106,7 @@ class InMlflow:
         self._said: dict[str, tuple[Any, ...]] = {}  # of a candidate's key: what MLflow was told last
         self._seen: dict[str, int] = {}
         self._steps = self._scored = 0
+        self._waited = 0.0
         self._lock = threading.Lock()
         self._written = threading.Event()
 
@@ -112,8 +116,12 @@ class InMlflow:
         return self._runs.ids.get(self._key)
 
     def wait_for_id(self, seconds: float = PATIENCE) -> str | None:
-        """MLflow's id of the run; None when it takes longer to have one."""
-        return self._runs.wait_for(self._key, seconds)
+        """MLflow's id of the run; None when it takes longer to have one. What is waited here, `end` waits less."""
+        began = time.monotonic()
+        try:
+            return self._runs.wait_for(self._key, seconds)
+        finally:
+            self._waited += time.monotonic() - began
 
     def begin(self, progress: Progress) -> None:
         """The compile begins, in the thread of whoever called it."""
@@ -149,7 +157,7 @@ class InMlflow:
 
     def end(self, progress: Progress, report: OptimizationReport | None) -> None:
         """The compile ends: what was found follows in the background; waits `PATIENCE` seconds for it."""
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + PATIENCE - self._waited
         with self._lock:
             best = None if report is None or report.best is None else report.best.key
             for one in progress.candidates if report is None else report.candidates:
@@ -159,7 +167,7 @@ class InMlflow:
         if begin("dspy_prod-optimization-ends", self._end, progress, report) is None:
             self._end(progress, report)
         self._written.wait(max(0.0, until - time.monotonic()))
-        self._runs.wait(max(0.0, until - time.monotonic()))
+        self._runs.wait(max(0.0, until - time.monotonic()), patiently=False)
 
     def wait(self, seconds: float) -> bool:
         """After the end: wait until everything is in MLflow or known to be lost; False when that took longer."""
@@ -199,10 +207,10 @@ class InMlflow:
         new, self._said[one.key] = one.key not in self._said, known
         metrics = {
             "score": one.score,
-            "predicted_score": one.predicted if one.score is None else None,
+            "predicted": one.predicted if one.score is None else None,
             "examples": one.examples,
             "cost_usd": one.cost_usd,
-            "usd_per_1000_answers": None if one.usd_per_answer is None else 1000 * one.usd_per_answer,
+            "usd_per_1000": None if one.usd_per_answer is None else 1000 * one.usd_per_answer,
             "tokens": one.tokens,
             "latency_s": one.latency,
             "demos": sum(one.demos.values()),
@@ -240,6 +248,20 @@ class InMlflow:
             state = json.dumps(one.state, default=str, indent=2, ensure_ascii=False)
             said["texts"] = {"prompts.md": outward(prompts), "program.json": outward(state)}
         return said
+
+
+def publish_found(report: OptimizationReport, program: dspy.Module, name: str, **more: Any) -> ProgramVersion | None:
+    """As `publish_best`, at the end of a compile: what was found is not lost because it could not be published.
+
+    Returns:
+        The version; None when it could not be published, which the log tells.
+    """
+    try:
+        return publish_best(report, program, name, **more)
+    except (ConfigError, RegistryError) as error:
+        _log.warning("%r was not published: %s. Publish it when that is mended: registry.publish(best, %r)", name,
+                     outward(str(error)), name)  # fmt: skip
+        return None
 
 
 def _artifacts(progress: Progress, report: OptimizationReport | None) -> Iterator[dict[str, Any]]:
@@ -288,6 +310,7 @@ def publish_best(
     *,
     dataset: str | Sequence[Any] | None = None,
     tracking_uri: str | None = None,
+    watching: InMlflow | None = None,
 ) -> ProgramVersion:
     """Publish the program that an optimization found, linked to its MLflow run and the examples that it was chosen by.
 
@@ -295,6 +318,7 @@ def publish_best(
         report: of the run. program: the best one, or another of its candidates.
         name: what it is published as. dataset: the selection set, or its name.
         tracking_uri: the MLflow store; default: where tracking writes, else MLflow's current one.
+        watching: who keeps the run, where the report came too early to know its id.
 
     Raises:
         ConfigError: the name or the program cannot be published.
@@ -317,20 +341,20 @@ def publish_best(
     }
     if report.test is not None:
         measured["test_score"] = report.test.best
+    run = report.experiment_run or (None if watching is None else watching.wait_for_id(_LINK_PATIENCE))
     version = registry.publish(
         program,
         name,
         metrics={key: value for key, value in measured.items() if value is not None and isfinite(value)},
         dataset=dataset,
         message=f"{report.optimizer}, run {report.run}: {report.stopped_by}",
-        run_id=report.experiment_run,
+        run_id=run,
         tracking_uri=uri,
     )
     server = server_at(uri)
     server.write(
         lambda client: client.set_prompt_version_tag(name, version.version, "dspy_prod_optimization", report.run)
     )
-    run = report.experiment_run
     if run is not None:
         server.write(lambda client: client.set_tag(run, _TAG + "published", f"{name}/{version.version}"))
     return version

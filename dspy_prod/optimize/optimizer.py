@@ -227,7 +227,7 @@ class BudgetedOptimizer(Teleprompter):
     # -- the run -------------------------------------------------------------------------------------------------------
     def _compile(self, task: Task, terms: Terms, warnings: list[str], resume: bool | None) -> Any:
         from dspy_prod.optimize.live import quiet, watcher
-        from dspy_prod.optimize.mlflow_runs import publish_best
+        from dspy_prod.optimize.mlflow_runs import publish_found
         from dspy_prod.optimize.mlflow_runs import watcher as in_mlflow
 
         (pilot, spent), self._begun = (None, 0.0) if resume else self._begun, (None, 0.0)
@@ -252,7 +252,7 @@ class BudgetedOptimizer(Teleprompter):
         best = session.programs.best()
         best.optimization = self.report
         if self._publish is not None:
-            publish_best(self.report, best, self._publish, dataset=task.selection[0])
+            publish_found(self.report, best, self._publish, dataset=task.selection[0], watching=tracked)
         return best
 
     def _forecast(self, task: Task, terms: Terms) -> Forecast:

@@ -1,9 +1,9 @@
 """What an optimization will cost, before it is paid for: the optimizer itself is run on answers that cost nothing.
 
-No formula knows how often an optimizer asks, and what it caches; the optimizer does. It is rehearsed for some seeds of
-who is right when, and each call is priced by our own price book. The program's own code, its tools and the metric run
-for real; LMs do not, wherever they are called from, except that a proposer or a judge is asked a few times for real, so
-that its answers have the right length.
+No formula knows how often an optimizer asks, and what it caches; the optimizer does. It is rehearsed for several seeds
+of who is right when, and each call is priced by our own price book. The program's own code, its tools and the metric
+run for real; LMs do not, wherever they are called from, except that a proposer or a judge is asked a few times for real,
+so that its answers have the right length.
 """
 
 from __future__ import annotations
@@ -150,14 +150,14 @@ def _play(stage: Stage, optimizer: Any, student: Any, arguments: Mapping[str, An
         for example in first:
             try:
                 student(**example.inputs())
-            except Exception:
+            except Exception:  # in the run, too, it is only a score of 0
                 continue
         stage.bill.together, stage.bill.alone = stage.bill.alone + stage.bill.together, 0.0
         try:
             own.compile(program, **given)
         except Exception as error:
-            how = f"{type(error).__name__}: {error}"
-            return f"the rehearsal ended early with {how}; the forecast is what it had cost by then"
+            name = type(error).__name__
+            return f"the rehearsal ended early with {name}: {error}; the forecast is what it had cost by then"
     return None
 
 

@@ -284,7 +284,7 @@ def varied(text: str, salt: str) -> str:
 
 def _deciding(pilot: Pilot) -> set[Kind]:
     """The predictors that the score depends on: those whose outputs are labels, else the last one of each example."""
-    labels = {name for example in pilot.examples for name, _ in example.labels().items()}
+    labels = {name for example in pilot.examples for name in dict(example.labels())}
     found = {kind for kind in pilot.kinds if labels & set(kind[1])}
     return found or {played.answers[-1].kind for played in pilot.played.values() if played.answers}
 

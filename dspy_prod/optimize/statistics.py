@@ -80,8 +80,9 @@ def expected(candidates: Sequence[Mapping[int, float]], n: int) -> list[Expected
     is told too low: 15 points above 15 alike ones on 100 examples, 11 are believed.
 
     Args:
-        candidates: the scores of each, by the example's place in the selection set. One that was not evaluated
-            completely is compared on the examples that it has. One without any is taken for one of the others.
+        candidates: the scores of each, by the example's place in the selection set. Give those that a race dropped,
+            too: without them the best one seems to be one of few, and its luck is not taken back. One that was not
+            evaluated completely is compared on the examples that it has; one without any counts as one of the others.
         n: size of the selection set.
 
     Raises:

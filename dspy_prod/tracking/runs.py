@@ -68,16 +68,25 @@ class Runs:
             elif self._exporter is not None:
                 self._exporter.tell(numbered)
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until all that was told is in MLflow or known to be lost; False when that took longer."""
+    def wait(self, seconds: float, *, patiently: bool = True) -> bool:
+        """Wait until all that was told is in MLflow or known to be lost; False when that took longer.
+
+        Args:
+            seconds: at most. patiently: also while MLflow cannot be reached.
+        """
         with self._changed:
-            return self._changed.wait_for(lambda: not self._unconfirmed or self._given_up, seconds)
+            self._changed.wait_for(lambda: self._settled or (self.failing is not None and not patiently), seconds)
+            return self._settled
 
     def wait_for(self, key: str, seconds: float) -> str | None:
-        """MLflow's id of a run, once it has it; None when that took longer or it never will."""
+        """MLflow's id of a run, once it has it; None when that took longer or MLflow cannot be reached."""
         with self._changed:
-            self._changed.wait_for(lambda: key in self.ids or self._given_up or not self._unconfirmed, seconds)
+            self._changed.wait_for(lambda: key in self.ids or self._settled or self.failing is not None, seconds)
             return self.ids.get(key)
+
+    @property
+    def _settled(self) -> bool:
+        return not self._unconfirmed or self._given_up
 
     def finish(self) -> None:
         """Nothing more is to come; the process ends once everything is written. Does not wait."""

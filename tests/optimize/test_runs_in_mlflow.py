@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from dspy_prod import tracking
 from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.candidates import Candidate, Progress
-from dspy_prod.optimize.mlflow_runs import PATIENCE, InMlflow, publish_best, watcher
+from dspy_prod.optimize.mlflow_runs import PATIENCE, InMlflow, publish_best, publish_found, watcher
 from tests.optimize.found import best_of, found, program, report
 from tests.ports import free_port
 
@@ -235,10 +235,9 @@ def test_the_best_program_is_published_and_linked(uri: str, client: MlflowClient
     assert watching is not None
     run_through(watching, candidates)
     assert watching.wait(60.0)
-    told = report(candidates, experiment_run=watching.run_id)
-    best = best_of(candidates)
-    with dspy.context(adapter=dspy.ChatAdapter()):
-        version = publish_best(told, program(best), "triage", dataset=examples, tracking_uri=uri)
+    told = report(candidates, experiment_run=None)
+    best = program(best_of(candidates))
+    version = publish_best(told, best, "triage", dataset=examples, tracking_uri=uri, watching=watching)
     assert version.version == 1
     parent, _ = runs_of(client)
     assert parent.data.tags["dspy_prod.published"] == "triage/1"
@@ -259,6 +258,7 @@ def test_a_server_that_is_down_costs_nothing(caplog: pytest.LogCaptureFixture) -
         watching.update(progress(candidates[:count]))
     assert time.monotonic() - began < 1.0
     began = time.monotonic()
+    assert watching.wait_for_id() is None
     watching.end(progress(candidates, stopped_by="completed"), report(candidates))
     assert time.monotonic() - began < PATIENCE + 1.0
     assert watching.run_id is None
@@ -266,6 +266,13 @@ def test_a_server_that_is_down_costs_nothing(caplog: pytest.LogCaptureFixture) -
     told = [record.getMessage() for record in caplog.records if "MLflow at" in record.getMessage()]
     assert len(told) == 1
     watching._runs.close()
+
+
+def test_a_program_that_cannot_be_published_is_not_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """At the end of a compile that is a line in the log, which says how to publish it later."""
+    nobody = f"http://127.0.0.1:{free_port()}"
+    assert publish_found(report(), program(best_of(found())), "triage", tracking_uri=nobody) is None
+    assert any("was not published" in record.getMessage() for record in caplog.records)
 
 
 def test_without_tracking_there_is_no_watcher() -> None:

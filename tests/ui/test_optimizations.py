@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.skipif(_FOUND is None, reason="no Chromium here (Debian: apt-get install chromium)"),
 ]
 
-METRICS: Final = ("score", "predicted_score", "usd_per_1000_answers", "cost_usd", "tokens", "latency_s", "demos")
+METRICS: Final = ("score", "predicted", "usd_per_1000", "cost_usd", "tokens", "latency_s", "demos")
 COLUMNS: Final = (*(f"metrics.`{name}`" for name in METRICS), "params.`prompt`", "tags.`dspy_prod.parents`")
 """What a person turns on under "Columns"."""
 SORTED: Final = f"orderByKey={quote('metrics.`score`')}&orderByAsc=false&startTime=ALL&lifecycleFilter=Active"
