@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         CircuitOpenError,
         ConfigError,
         DeadlineExceededError,
+        OutageError,
         RateLimitedError,
         RejectedError,
         RunStoppedError,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     )
     from dspy_prod.lm.lm import LM
     from dspy_prod.lm.wrapping import wrap
+    from dspy_prod.optimize.optimizer import BudgetedOptimizer
+    from dspy_prod.optimize.report import OptimizationReport
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
     from dspy_prod.policies.run import Run
     from dspy_prod.privacy.redactor import Redactor
@@ -40,9 +43,11 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "context.current": "call_context",
-        "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError RateLimitedError "
-        "RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
+        "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
+        "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
         "lm": "LM wrap",
+        "optimize.optimizer": "BudgetedOptimizer",
+        "optimize.report": "OptimizationReport",
         "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
         "policies.run": "Run",
         "privacy": "Redactor",
@@ -75,6 +80,7 @@ __all__ = [
     "LM",
     "Budget",
     "BudgetExceededError",
+    "BudgetedOptimizer",
     "Cache",
     "CallRecord",
     "CallReport",
@@ -85,6 +91,8 @@ __all__ = [
     "DeadlineExceededError",
     "Event",
     "Health",
+    "OptimizationReport",
+    "OutageError",
     "Preview",
     "Price",
     "Production",

@@ -121,6 +121,24 @@ class RunStoppedError(RejectedError):
     run: str = ""
 
 
+class OutageError(RejectedError):
+    """No upstream has answered the `Run` that the call belongs to for as long as that waits, `Run(outage=)`.
+
+    The error of the upstream is its `__cause__`. The next answer ends the outage: the run can go on.
+
+    Attributes:
+        run: the run's name. models: what did not answer.
+        since: when the first of the failures was, in seconds since the epoch. seconds: how long ago that is.
+    """
+
+    reason = "outage"
+    default_code = "outage"
+    run: str = ""
+    models: tuple[str, ...] = ()
+    since: float = 0.0
+    seconds: float = 0.0
+
+
 class DeadlineExceededError(RejectedError):
     """The call's own deadline passed while it waited, retried, or while the upstream was working.
 

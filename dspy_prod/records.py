@@ -9,6 +9,9 @@ from typing import Any, Final, NamedTuple
 REFUSED = "refused"
 """The outcome of a call that a policy of this library did not send."""
 
+ANSWERED = ("ok", "cached", "stale", "replayed")
+"""The outcomes of what ended in an answer."""
+
 NANO = 1_000_000_000
 """Nano-USD per USD. Money is integer nano-USD inside and float only at the edge."""
 
@@ -32,14 +35,15 @@ class CallRecord(NamedTuple):
         model: the model string that was asked, e.g. `"openai/gpt-4o-mini"`.
         route: name of the route, `"primary"` or the fallback's model.
         attempt: 1 for the first attempt on its route.
-        outcome: `ok`, `cached`, `stale`, `error`, `timeout`, `cancelled`, `abandoned`; `refused` for a call that a
-            policy of this library did not send: it costs nothing and is counted in no sum.
+        outcome: `ok`, `cached`, `stale`, `replayed` (from the log of a `Run`), `error`, `timeout`, `cancelled`,
+            `abandoned`; `refused` for a call that a policy of this library did not send: it costs nothing and is
+            counted in no sum.
         cost_nano: cost in nano-USD; None when the price is unknown.
         estimated: the provider did not tell the usage; `cost_nano` is the reserved upper bound ("unconfirmed").
         error: class name of the error, without its text.
         status: HTTP status of a failed attempt, when known.
         input_tokens, output_tokens, cached_tokens, reasoning_tokens: usage as told by the provider, None if not.
-        cached: answered from the cache; costs nothing.
+        cached: answered from the cache, or from a run's log; costs nothing.
         latency: seconds from sending to the end of the answer.
         waited: seconds spent waiting for the limiter, the budget or another identical call.
         user, tenant, session, priority, program, experiment, variant, prompt_version, tags: from the call's context.

@@ -189,3 +189,45 @@ def renew_metadata_lock() -> None:
 def import_locks() -> list[Any]:
     """The locks of the packages that DSPy imports late. Each use of one takes its lock, also when it is there."""
     return list(getattr(lazy_import, "_lazy_module_locks", {}).values())
+
+
+# -- programs under an optimizer ---------------------------------------------------------------------------------------
+def source_of(module: Any) -> str | None:
+    """The code that an optimizer has written for a `dspy.Flex`; None of any other module."""
+    source = getattr(module, "module_src", None) if type(module).__name__ == "Flex" else None
+    return source if isinstance(source, str) else None
+
+
+def rebind_sources(program: Any, sources: Mapping[str, str]) -> None:
+    """Give every `dspy.Flex` within a program the code that `source_of` told, by path."""
+    if not sources:
+        return
+    [rebind] = names("dspy.teleprompt.gepa.gepa_flex_utils", "rebind_flex_code")
+    rebind(program, {path.removeprefix("self."): source for path, source in sources.items()})
+
+
+def mark_compiled(program: Any) -> None:
+    """Say of a program that an optimizer has made it."""
+    program._compiled = True
+
+
+class InForce:
+    """A setting of DSPy's that is in force from one callback to another: `dspy.context` for those who have no block.
+
+    Unlike a generator, it never acts when it is collected: where the end never comes, what was in force before is put
+    back by whoever stands around it, as DSPy's workers do, or stays as it is.
+    """
+
+    __slots__ = ("_token",)
+
+    def __init__(self, name: str, value: Any) -> None:
+        overrides = thread_local_overrides.get()
+        kind: Any = type(overrides)
+        self._token = thread_local_overrides.set(kind({**overrides, name: value}))
+
+    def end(self) -> None:
+        """Put back what was in force before; nothing, where it was begun elsewhere."""
+        try:
+            thread_local_overrides.reset(self._token)
+        except (ValueError, RuntimeError):
+            pass  # another thread or task, or ended before: nothing of it is in force here

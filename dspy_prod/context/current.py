@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 import dspy
 
-from dspy_prod.compat.dspy import thread_local_overrides
+from dspy_prod.compat.dspy import InForce, thread_local_overrides
 from dspy_prod.options import PRIORITIES
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.records import CallRecord
@@ -115,6 +115,11 @@ def use(context: CallContext) -> Iterator[CallContext]:
             "it. A `def` dependency of FastAPI does that: make it an `async def` dependency, or put the `with "
             "call_context(...)` into the endpoint itself"
         ) from None
+
+
+def begin(context: CallContext) -> InForce:
+    """Put a ready-made context in force until its `end()`, for callbacks, which begin here and end there."""
+    return InForce(SETTING, context)
 
 
 @contextmanager

@@ -52,6 +52,19 @@ def raising() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def compiling() -> Iterator[None]:
+    """`raising()`, for whoever runs an optimizer and looks at refusals himself: they do not end its compile.
+
+    They go to the optimizer as the errors they are.
+    """
+    global _scored
+    _scored = True
+    callbacks = [each for each in dspy.settings.callbacks or () if not isinstance(each, _Leaving)]
+    with dspy.context(**{_SETTING: True, _COMPILING: True, "callbacks": callbacks}):
+        yield
+
+
 class Ended(BaseException):
     """A refusal on its way out of an optimizer; no caller of ours ever sees it.
 

@@ -25,6 +25,7 @@ from dspy_prod.pipeline.call import Call, record_hit
 from dspy_prod.pipeline.scope import Scope, raw_key
 from dspy_prod.pipeline.standing import standing_for
 from dspy_prod.pipeline.upstream.destination import places
+from dspy_prod.policies.answers import log_of
 from dspy_prod.policies.purse import Purse
 
 _PLAIN_CALL_KEYS: Final = frozenset(
@@ -135,11 +136,14 @@ def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], ex
         merged = {**merged, **kwargs}
         uses_cache = merged.pop("cache", uses_cache)
     base = None
+    log = log_of(context.guards) if context.guards else None
     use_cache = bool(uses_cache) and caches_anything() and context.cache != "bypass" and lm.pipeline.cache is not None
-    if use_cache and not isinstance(prompt, Request) and "request" not in kwargs:
+    if (use_cache or log is not None) and not isinstance(prompt, Request) and "request" not in kwargs:
         tenant = None if lm.settings.cache.shared else context.tenant
         base = raw_key(lm.identity, prompt, messages, {**merged, **extras} if extras else merged, tenant)
     scope = Scope(context, base, extras, merged.get("rollout_id"), use_cache)
+    if log is not None:
+        scope.log = log
     if lm.pipeline.capped:
         answers = merged.get("n")
         scope.purse = Purse(answers if isinstance(answers, int) else 1)
@@ -149,7 +153,7 @@ def scope_of(lm: Beneath, prompt: Any, messages: Any, kwargs: dict[str, Any], ex
 def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known | None:
     """A fresh answer from memory or the store, before any of DSPy's work; None when the engine has to look."""
     base = scope.base
-    if base is None or scope.context.cache != "use" or not SHORT:
+    if base is None or scope.log is not None or scope.context.cache != "use" or not SHORT:
         return None
     if lm.model_type == "responses":
         return None

@@ -15,10 +15,11 @@ _UNKNOWN: Final = {"kind": "unknown", "reason": "no price is known for this mode
 def cost_details(record: CallRecord) -> dict[str, Any]:
     """Where an entry's `cost` comes from; `kind` is DSPy's `estimate` (usage times price) or `unknown`, or ours.
 
-    Of our own: `cached`, and `bound`, where the provider did not tell the usage and the most it can be is charged.
+    Of our own: `cached`, `replayed` (a run's log answered), and `bound`, where the provider did not tell the usage
+    and the most it can be is charged.
     """
     if record.cached:
-        return dict(_CACHED)
+        return {**_CACHED, "kind": "replayed"} if record.outcome == "replayed" else dict(_CACHED)
     if record.cost_nano is None:
         return dict(_UNKNOWN)
     return {"kind": "bound" if record.estimated else "estimate", "currency": "USD", "model": record.model}

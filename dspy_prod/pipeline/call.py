@@ -16,7 +16,7 @@ from dspy.lm15 import Request, Response, Usage
 from dspy_prod.context.current import CallContext
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
 from dspy_prod.policies.purse import Purse
-from dspy_prod.records import CallRecord
+from dspy_prod.records import ANSWERED, CallRecord
 from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.base import Kind
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dspy_prod.pipeline.pipeline import Pipeline
     from dspy_prod.pipeline.routes import Route
     from dspy_prod.pipeline.upstream.ordinary import Beside
+    from dspy_prod.policies.answers import AnswerLog
 
 _log = logging.getLogger("dspy_prod")
 _new_record = tuple.__new__
@@ -49,6 +50,8 @@ class Call:
         records: what the attempts were.
         purse: what the public call behind it has spent; None where nothing caps single calls.
         to_pay: how many of that call's answers are still to be paid for, this one included.
+        log: where the run keeps its answers, if it does. log_key: under what this one's. log_kept: it is written
+            down, or on its way there.
     """
 
     pipeline: Pipeline
@@ -66,6 +69,9 @@ class Call:
     waited: float = 0.0
     purse: Purse | None = None
     to_pay: int = 1
+    log: AnswerLog | None = None
+    log_key: bytes | None = None
+    log_kept: bool = False
     deadline: float = field(init=False)
     id: str = field(init=False)
 
@@ -244,7 +250,7 @@ def _remember(
     bus = pipeline.bus
     if bus.active:
         bus.emit(
-            "call_finished" if record.outcome in ("ok", "cached", "stale") else "attempt_failed",
+            "call_finished" if record.outcome in ANSWERED else "attempt_failed",
             pipeline.clock.time(), call_id=record.call_id, **context.told(),
             model=record.model, route=record.route, attempt=record.attempt, outcome=record.outcome,
             cost_usd=record.cost_usd, estimated=record.estimated, cached=record.cached, latency=record.latency,

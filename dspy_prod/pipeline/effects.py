@@ -57,7 +57,12 @@ class Warm:
 
 @dataclass(slots=True, eq=False)
 class Wait:
-    """Wait until `what` is decided or the monotonic clock shows `until`. Answered with nothing."""
+    """Wait until `what` is decided or the monotonic clock shows `until`. Answered with nothing.
+
+    Attributes:
+        stops: it ends when a run that the call belongs to is stopped.
+    """
 
     what: Decidable | None
     until: float
+    stops: bool = True

@@ -21,6 +21,7 @@ from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.refusing import note
 from dspy_prod.pipeline.scope import SCOPE, Scope, candidate_key, request_key
+from dspy_prod.policies.answers import log_of
 from dspy_prod.policies.purse import Purse
 from dspy_prod.privacy.outward import outward
 
@@ -70,12 +71,13 @@ class _Guarded:
             context = stamped(current())
             uses_cache = self.caches and pipeline.cache is not None and context.cache != "bypass"
             scope = Scope(context, None, None, None, uses_cache)
+            scope.log = log_of(context.guards) if context.guards else None
         context, index = scope.context, scope.index
         scope.asked = request
         scope.index = index + 1
         key = None
         missed = False
-        if scope.use_cache:
+        if scope.use_cache or scope.log is not None:
             key = scope.base
             missed = scope.missed and not index
             if key is None or not key.startswith(self.identity):  # `lm.kwargs` was changed just now
@@ -83,7 +85,11 @@ class _Guarded:
                 missed = False
             if key is not None and index:
                 key = candidate_key(key, index)
-        call = Call(pipeline, request, context, key, scope, streaming, scope.records, missed)
+        used = key if scope.use_cache else None
+        call = Call(pipeline, request, context, used, scope, streaming, scope.records, missed)
+        if scope.log is not None:
+            call.log_key = scope.log.key(key, context.tenant)
+            call.log = None if call.log_key is None else scope.log
         if pipeline.capped:
             call.purse = scope.purse = scope.purse or Purse()
             call.to_pay = max(1, call.purse.answers - index)

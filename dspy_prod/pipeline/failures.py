@@ -65,6 +65,11 @@ class Failures:
         else:
             self._said.setdefault(route, error)
 
+    @property
+    def said(self) -> dict[Route, Exception]:
+        """What each route said last; what its upstream said, if that was asked."""
+        return self._said or {}
+
     def told(self) -> Exception:
         """The error to raise when every route has failed: the last upstream's, else the first refusal.
 

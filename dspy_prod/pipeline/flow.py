@@ -3,7 +3,7 @@
 It is a generator that *yields* effects (`Warm`, `Wait`, `Send`) and receives their results, as httpx's `auth_flow`
 does; two small drivers perform them. It never sleeps and does no I/O of its own. The order is the library's contract:
 
-    cache lookup, single-flight
+    log of the run that keeps its answers, cache lookup, single-flight
       └ fallback: for each route (primary, then fallbacks)
           └ retry: attempts under one deadline and one retry budget, and little patience while a route is left
               └ breaker check ─ wait for limiter and budget together (holding nothing) ─ breaker permit
@@ -11,8 +11,9 @@ does; two small drivers perform them. It never sleeps and does no I/O of its own
               ◄─ settle permit, tokens and money with what really happened; append the record; emit events
 
 An open circuit is noticed before any waiting; the permit is taken last, so nobody holds a probe while queueing. Within
-a `Run`, an attempt takes of it what it may use before it stands in line, see `running.py`. No `yield` stands in a
-cleanup path: settling posts, it never waits.
+a `Run`, an attempt takes of it what it may use before it stands in line, see `running.py`, and all routes are gone
+through again while an outage lasts, see `outlasting.py`. No `yield` stands in a cleanup path: settling posts, it never
+waits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from dspy_prod.pipeline.admission import admission, leaves, note_spending
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
+from dspy_prod.pipeline.keeping import keeping, replayed
 from dspy_prod.pipeline.outcome import flaw_of, judge
+from dspy_prod.pipeline.outlasting import answered, outlasting
 from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.routes import Route
@@ -47,7 +50,9 @@ Flow: TypeAlias = Generator[Effect, Any, Response]
 
 def flow(call: Call) -> Flow:
     """Answer a call from the cache, from another identical call, or from upstream."""
-    return stoppable(_flow(call), call) if call.context.guards else _flow(call)
+    if not call.context.guards:
+        return _flow(call)
+    return stoppable(_flow(call) if call.log is None else replayed(_flow(call), call), call)
 
 
 def _flow(call: Call) -> Flow:
@@ -133,6 +138,11 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any
 
 
 def _send(call: Call) -> Flow:
+    """Ask upstream; in a `Run`, again while an outage lasts."""
+    return outlasting(call, _ask) if call.context.guards else _ask(call, Failures())
+
+
+def _ask(call: Call, failures: Failures) -> Flow:
     """Try the routes in order, and keep the answer.
 
     While another route is left, one that would have to be waited for is left early, see `Retry.patience`; it has its
@@ -140,7 +150,6 @@ def _send(call: Call) -> Flow:
     """
     pipeline = call.pipeline
     routes = call.routes() if pipeline.degradable else pipeline.routes
-    failures = Failures()
     turn, count = 0, len(routes)
     while turn < count + len(failures.early):
         if turn < count:
@@ -200,6 +209,8 @@ def _send(call: Call) -> Flow:
                 if call.visible or not (verdict.fallback or route is not routes[0]):
                     raise
                 break
+            if call.log is not None:  # before anybody else can have it
+                yield from keeping(call, response)
             if call.key is not None:
                 _keep(call, route, response)
             return response
@@ -270,6 +281,8 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
             raise unusable(route, flaw, response)
         succeeded(attempt, response)
         settled = True
+        if runs:
+            answered(runs, call, route)
         return response
     except BaseException as raised:
         if settled or (isinstance(raised, RejectedError) and not (attempt.sent or attempt.held or attempt.taken)):

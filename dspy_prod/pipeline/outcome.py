@@ -28,7 +28,7 @@ from dspy.utils.exceptions import (
     LMUnsupportedModelError,
 )
 
-from dspy_prod.errors import RejectedError, UnusableAnswerError
+from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError, UnusableAnswerError
 from dspy_prod.pipeline.upstream.finish import broke_off, finish_told, first_of
 from dspy_prod.pipeline.upstream.heard import Heard, heard
 from dspy_prod.pipeline.upstream.vocabulary import meant_by, status_meant_by
@@ -144,6 +144,9 @@ _CANONICAL: Final = {
 }
 """Rows by DSPy's own code: an engine may know more of a 400 or a 429 than its text says."""
 
+_PASSING: Final = frozenset({"locked", "unreached", "lost", "slow", "down", "failing", "throttled", "busy"})
+"""Rows of failures that pass by themselves."""
+
 CANCELLED: Final = TABLE["cancelled"].verdict
 _SLOW: Final = TABLE["slow"].verdict
 _HASTY: Final = _SLOW._replace(failure=False, retry=False, fallback=False)
@@ -166,6 +169,29 @@ def judge(error: BaseException) -> Verdict:
     if said.should_retry is not None:
         verdict = verdict._replace(retry=said.should_retry)
     return verdict
+
+
+def is_outage(error: BaseException) -> bool:
+    """Whether an error tells that nobody answers just now, rather than that something is wrong with what was asked.
+
+    An open circuit tells it, and a limiter that an upstream has paused. What was answered, however badly, does not.
+    """
+    if isinstance(error, RejectedError):
+        return isinstance(error, CircuitOpenError) or (
+            isinstance(error, RateLimitedError) and error.retry_after is not None
+        )
+    if not isinstance(error, Exception) or isinstance(error, asyncio.CancelledError):
+        return False
+    said = heard(error)
+    return _row(error, said) in _PASSING and said.should_retry is not False
+
+
+_ASKED_FOR: Final = frozenset({"mistake", "unfit", "filtered", "unusable", "garbled"})
+
+
+def is_of_the_request(error: Exception) -> bool:
+    """Whether a failure says something about what was asked, and not about who was asked, or about us."""
+    return not isinstance(error, RejectedError) and _row(error, heard(error)) in _ASKED_FOR
 
 
 def _row(error: Exception, said: Heard) -> str:

@@ -14,6 +14,7 @@ from typing import Final
 from dspy_prod.errors import (
     BudgetExceededError,
     DeadlineExceededError,
+    OutageError,
     RateLimitedError,
     RejectedError,
     RunStoppedError,
@@ -100,7 +101,7 @@ def _route(call: Call, error: RejectedError) -> Route:
 def _what(error: RejectedError) -> str:
     if isinstance(error, BudgetExceededError):
         return error.budget
-    if isinstance(error, RunStoppedError):
+    if isinstance(error, (OutageError, RunStoppedError)):
         return error.run
     return error.dimension if isinstance(error, RateLimitedError) else ""
 

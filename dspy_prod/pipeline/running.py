@@ -38,7 +38,7 @@ def stoppable(steps: Steps, call: Call) -> Steps:
         while True:
             result = None
             try:
-                if isinstance(effect, Wait):
+                if isinstance(effect, Wait) and effect.stops:
                     yield from _wait(effect, runs, call)
                 else:
                     result = yield effect

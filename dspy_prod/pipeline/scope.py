@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from dspy_prod.compat.lm15 import CANONICAL, request_to_dict
 from dspy_prod.context.current import CallContext
+from dspy_prod.policies.answers import AnswerLog
 from dspy_prod.policies.cache import LOCAL
 from dspy_prod.policies.purse import Purse
 from dspy_prod.records import CallRecord
@@ -36,6 +37,7 @@ class Scope:
         missed: the cache was asked for `base` already, in vain.
         records: everything the call did.
         purse: what it has spent, where a budget caps single calls.
+        log: where the run that it belongs to keeps its answers, if it does.
     """
 
     body: dict[str, Any] | None = None
@@ -45,6 +47,7 @@ class Scope:
     index: int = 0
     missed: bool = False
     purse: Purse | None = None
+    log: AnswerLog | None = None
 
     def __init__(
         self, context: CallContext, base: bytes | None, extras: dict[str, Any] | None, rollout_id: Any, use_cache: bool

@@ -6,13 +6,17 @@ a judge in a metric. A budget belongs to an LM; a run belongs to the work.
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 import uuid
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import Any, Final, Literal, NamedTuple
 
 from dspy_prod.errors import BudgetExceededError, ConfigError, OptionError, RunStoppedError
 from dspy_prod.options import Caps
+from dspy_prod.policies.answers import Answered, AnswerLog
+from dspy_prod.policies.outage import Outages
 from dspy_prod.privacy.outward import outward
 from dspy_prod.records import NANO
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
@@ -50,7 +54,7 @@ class Used(NamedTuple):
     tokens: int | None
 
 
-class Run:
+class Run(Answered):
     """Caps on everything inside `call_context(run=...)`: dollars, upstream attempts, tokens.
 
     Every attempt of every `dspy_prod.LM` takes what it may use before it is sent, and gives back what it did not. The
@@ -64,7 +68,17 @@ class Run:
         usd: dollars, at most. An attempt whose cost cannot be bounded is refused (`UnpricedModelError`).
         calls: upstream attempts, at most; answers from the cache are none.
         tokens: input and output tokens together, at most.
+        outage: seconds (or a timedelta) that an outage may last. A call that no route answers for a reason of the
+            upstreams (an open circuit, no connection, a time-out, a 5xx, a 429) then waits and tries again instead of
+            failing, and every answer ends the waits for its upstream. When nothing has answered for so long, calls
+            raise `OutageError`. 0: nobody waits.
         store: where the run is counted, as for `LM`. namespace: as for `LM`.
+        keep_answers: write every answer into the store before it is returned, as it is, prompts aside; and answer from
+            there what a run of this name was answered before, for nothing: after a crash, or `kill -9`, the same
+            program does the same work again and goes on where it was. Kept are answers of every kind, errors are not;
+            neither age nor size ends them, nor `cache_clear`, only `dspy-prod optimizations rm NAME`. Another object of
+            the same name gives all of them again, this one each once. Within several runs the innermost that keeps
+            answers is asked. How much was answered so is told by `asked`, `replayed`, `first_new` and `diverged`.
 
     Raises:
         ConfigError: an impossible cap, or one on what a run of this name was not counted by from its beginning; no
@@ -87,8 +101,10 @@ class Run:
         usd: float | None = None,
         calls: int | None = None,
         tokens: int | None = None,
+        outage: float | dt.timedelta = 0.0,
         store: str | Store | None = None,
         namespace: str | None = None,
+        keep_answers: bool = False,
     ) -> None:
         if disabled():
             raise ConfigError("DSPY_PROD_DISABLED is set, so that no policy holds: a run could not be capped. Unset it")
@@ -96,9 +112,16 @@ class Run:
             raise ConfigError(f"Run: name: must be a non-empty string, got {name!r}")
         self.name = name or uuid.uuid4().hex
         self.caps = _caps(usd=usd, calls=calls, tokens=tokens)
+        self.outages = Outages(_seconds(outage))
         self.store = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
         self._keys = {dimension: joined(_NO_BUDGET, "run", self.name, dimension) for dimension in DIMENSIONS}
         self._counted = self._counts(begins=name is None)
+        if keep_answers and not self.store.durable:
+            raise ConfigError(
+                f"Run: keep_answers: {self.store.url} ends with its process, and the answers with it. Keep them in a "
+                "file: store='sqlite:///runs.db'"
+            )
+        self.answers = AnswerLog(self.store, self.name) if keep_answers else None
         self._stopped: str | None = None
         self._watchers: set[Callable[[], None]] = set()
         self._after_fork()
@@ -165,6 +188,7 @@ class Run:
         if not isinstance(other, Run) or other.name != self.name or other.store is not self.store:
             return False
         self._counted = tuple([name for name in DIMENSIONS if name in self._counted or name in other._counted])
+        self.answers = self.answers or other.answers
         return True
 
     def limit(self, dimension: Dimension) -> int:
@@ -240,7 +264,7 @@ class Run:
         capped = [name for name in DIMENSIONS if getattr(self.caps, name) is not None]
         if begins:
             return tuple(capped)
-        known = dict(self.store.accounts(joined(_NO_BUDGET, "run", self.name) + BETWEEN, "", len(DIMENSIONS)))
+        known = dict(self.store.accounts(accounts_of(self.name), "", len(DIMENSIONS)))
         missing = [name for name in capped if self._keys[name] not in known]
         if missing and any(state.spent for state in known.values()):
             raise ConfigError(
@@ -250,6 +274,7 @@ class Run:
         return tuple([name for name in DIMENSIONS if name in capped or self._keys[name] in known])
 
     def _after_fork(self) -> None:
+        self.outages.after_fork()
         self._lock = threading.RLock()  # `stop` may be called by a signal handler
         self._watchers = set()
 
@@ -268,6 +293,11 @@ class Claim(NamedTuple):
         return Account(self.key, run.limit(dimension), f"run {run.name}: {dimension}")
 
 
+def accounts_of(name: str) -> str:
+    """How the keys of a run's accounts begin."""
+    return joined(_NO_BUDGET, "run", name) + BETWEEN
+
+
 def claims_of(runs: tuple[Run, ...]) -> Sequence[Claim]:
     """The caps of all runs that a call belongs to.
 
@@ -281,6 +311,13 @@ def claims_of(runs: tuple[Run, ...]) -> Sequence[Claim]:
 
 def _place(claim: Claim) -> tuple[str, int, int]:
     return claim.run.name, id(claim.store), DIMENSIONS.index(claim.dimension)
+
+
+def _seconds(outage: float | dt.timedelta) -> float:
+    seconds = outage.total_seconds() if isinstance(outage, dt.timedelta) else outage
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not isfinite(seconds) or seconds < 0:
+        raise ConfigError(f"Run: outage: must be a number of seconds or a timedelta, 0 or more, got {outage!r}")
+    return float(seconds)
 
 
 def _caps(**given: Any) -> Caps:

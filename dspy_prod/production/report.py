@@ -12,7 +12,7 @@ from dspy.streaming.messages import StatusMessage
 from pydantic import BaseModel, ConfigDict
 
 from dspy_prod.context.current import SETTING, CallContext
-from dspy_prod.records import NANO, CallRecord, usd
+from dspy_prod.records import ANSWERED, NANO, CallRecord, usd
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.status.spending import Reason as Refusal
 from dspy_prod.views import Cell, Shown, Table
@@ -212,7 +212,7 @@ class Watch:
         records = tuple(self.records)
         foreign = self._calls.foreign()
         before, foreign_before = self._before_fallback
-        answered = [one for one in records[before:] if one.outcome in ("ok", "cached", "stale")]
+        answered = [one for one in records[before:] if one.outcome in ANSWERED]
         answer = next(iter([*reversed(answered), *reversed(foreign[foreign_before:])]), None)
         all_calls = [*records, *foreign]
         costs = [one.cost_nano for one in all_calls]

@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Frozen)
 
 Reason = Literal[
     "circuit_open", "rate_limited", "budget_exceeded", "deadline_exceeded", "unpriced_model", "store_unavailable",
-    "run_stopped",
+    "run_stopped", "outage",
 ]  # fmt: skip
 """The words of `RejectedError.reason`."""
 

@@ -8,6 +8,7 @@ contract suite (`tests/stores/`) runs against every implementation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
 from dspy_prod.options import Budget, RateLimit
@@ -24,6 +25,7 @@ from dspy_prod.stores.vocabulary import (
     Refusal,
     Reservation,
     Settlement,
+    Size,
     Terms,
 )
 
@@ -41,7 +43,9 @@ __all__ = [
     "LimiterSnapshot",
     "Refusal",
     "Reservation",
+    "Runs",
     "Settlement",
+    "Size",
     "Store",
     "Terms",
 ]
@@ -213,6 +217,49 @@ class Answers(Protocol):
         ...
 
 
+class Runs(Protocol):
+    """What is kept of runs until somebody removes it: every answer they were given, and notes about them."""
+
+    def answers(self, run: str) -> list[tuple[bytes, int]]:
+        """(key, ordinal) of every answer, in the order in which they were kept.
+
+        Raises:
+            StoreUnavailableError: it cannot be read. So do the others here, `keep` excepted.
+        """
+        ...
+
+    def answer(self, run: str, key: bytes, ordinal: int) -> bytes | None:
+        """One answer."""
+        ...
+
+    def keep(self, run: str, key: bytes, response: bytes, served_model: str, again: bool) -> Future[int]:
+        """Keep an answer under the next ordinal of its key, or, unless `again`, only when the key has none. Posted.
+
+        The future has the ordinal once the answer is durable, or the error that it is not.
+        """
+        ...
+
+    def sizes(self) -> dict[str, Size]:
+        """How many answers each run has, and how long they are."""
+        ...
+
+    def note(self, run: str, name: str) -> str | None:
+        """A note about a run."""
+        ...
+
+    def noted(self, name: str) -> dict[str, str]:
+        """The notes of one name, by run."""
+        ...
+
+    def put_note(self, run: str, name: str, value: str | None) -> None:
+        """Write a note, or with None remove it; durable on return."""
+        ...
+
+    def remove(self, run: str, accounts: str) -> None:
+        """Forget a run: its answers and notes, and the accounts whose keys begin so and hold nothing."""
+        ...
+
+
 class Store(Admission, Ledger, Answers, Protocol):
     """State shared by everything that has the same URL and namespace. All methods are thread-safe.
 
@@ -229,6 +276,9 @@ class Store(Admission, Ledger, Answers, Protocol):
     def durable(self) -> bool:
         """Whether state outlives this process."""
         ...
+
+    @property
+    def runs(self) -> Runs: ...
 
     def now(self) -> float:
         """The store's time in seconds; reservations and snapshots are expressed in it."""

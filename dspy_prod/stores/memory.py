@@ -16,6 +16,7 @@ from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
 from dspy_prod.stores.memory_ledger import Alike, MemoryLedger, check_fields
+from dspy_prod.stores.memory_runs import MemoryRuns
 
 
 class Kind(Alike):
@@ -59,6 +60,7 @@ class MemoryStore(Lane):
         self._ledger = MemoryLedger(max_records)
         self._janitor = Janitor(self, "dspy_prod-memory-store")
         self.companions: dict[Any, Any] = {}
+        self.runs = MemoryRuns(self._forget_accounts)
         self._on_terms: Callable[[Terms], None] | None = None
         super().__init__(clock.monotonic, self._ledger.append, self._janitor.rearm)
         hold_while_forking(self, Stage.STATE)
@@ -131,6 +133,10 @@ class MemoryStore(Lane):
         keys = worst(known, prefix, suffix, most)
         with self._lock:
             return [(key, book.state(key)) for key in keys if key in book.entries]
+
+    def _forget_accounts(self, prefix: str) -> None:
+        with self._lock:
+            self._core.accounts.drop(prefix)
 
     def records(
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str

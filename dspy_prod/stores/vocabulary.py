@@ -29,6 +29,13 @@ class Account(NamedTuple):
     budget: str = ""
 
 
+class Size(NamedTuple):
+    """How much is kept: answers, and the bytes they take."""
+
+    answers: int
+    bytes: int
+
+
 class Terms(NamedTuple):
     """The settings of a budget, the same for all who share it.
 

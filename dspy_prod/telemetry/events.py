@@ -64,6 +64,8 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "budget_changed": _kind(INFO, "budget limit_usd before_usd changed", "Other settings hold for all who share it."),
     "budget_overrun": _kind(ERROR, f"{_CALL} cost_usd bound_usd", "More was billed than reserved. Check `prices=`."),
     "run_stopped": _kind(INFO, "run reason", "Nothing is sent any more for calls of this run."),
+    "outage_waiting": _kind(WARNING, "run models error patience", "The run waits until its upstreams answer again."),
+    "outage_over": _kind(INFO, "run model seconds", "An upstream that a run waited for has answered."),
     "unpriced_model": _kind(WARNING, "model", "Calls of this model are recorded without a cost. Pass `prices=`."),
     "hold_abandoned": _kind(WARNING, "path holds cost_nano", "Calls of dead processes were charged in full."),
     "store_degraded": _kind(WARNING, "path error", "The file cannot be written; what is settled is kept. Mend it."),

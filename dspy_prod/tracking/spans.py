@@ -17,7 +17,7 @@ from typing import Any, Final
 import orjson
 
 from dspy_prod.context.current import CallContext
-from dspy_prod.records import NANO, CallRecord
+from dspy_prod.records import ANSWERED, NANO, CallRecord
 from dspy_prod.telemetry.tap import Tariff
 
 REQUEST_ID: Final = "mlflow.traceRequestId"
@@ -107,10 +107,13 @@ def chat(inputs: Any, outputs: Any) -> tuple[Any, Any]:
     return inputs, outputs
 
 
+_SERVED: Final = {"stale": "stale answer", "replayed": "replayed answer"}
+
+
 def attempt_name(record: CallRecord) -> str:
     """What to call an attempt in the tree."""
     if record.cached:
-        return "stale answer" if record.outcome == "stale" else "cache"
+        return _SERVED.get(record.outcome, "cache")
     # The tree is narrow: a fallback's provider is told by the span's model.
     route = "" if record.route == "primary" else f" ({record.route.rpartition('/')[2]})"
     return f"attempt {record.attempt}{route}"
@@ -118,7 +121,7 @@ def attempt_name(record: CallRecord) -> str:
 
 def attempt_error(record: CallRecord) -> str | None:
     """Why an attempt gave no answer, None if it did."""
-    if record.outcome in ("ok", "cached", "stale"):
+    if record.outcome in ANSWERED:
         return None
     status = "" if record.status is None else f" {record.status}"
     return f"{record.outcome}: {record.error}{status}" if record.error else record.outcome

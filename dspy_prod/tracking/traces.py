@@ -121,7 +121,7 @@ class Traces:
         trace.unknown |= record.cost_nano is None
         trace.usage[0] += record.input_tokens or 0
         trace.usage[1] += record.output_tokens or 0
-        trace.remarkable |= record.outcome not in ("ok", "cached") or record.route != "primary"
+        trace.remarkable |= record.outcome not in ("ok", "cached", "replayed") or record.route != "primary"
         trace.whose.update(whose(record))
         trace.sample = node.context.sample
         if node.trace_id in self._shipped:  # it had ended before

@@ -108,6 +108,12 @@ class AccountBook:
                 del self.entries[key]
         return bool(unseen)
 
+    def drop(self, prefix: str) -> None:
+        """Forget the accounts whose keys begin so, those excepted that hold something."""
+        for key in [key for key, entry in self.entries.items() if key.startswith(prefix) and not entry.held]:
+            del self.entries[key]
+            self.dirty.discard(key)
+
     def forget(self) -> None:
         """Drop everything: a durable store's accounts are loaded again when needed."""
         self.entries.clear()

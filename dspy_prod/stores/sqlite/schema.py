@@ -40,6 +40,19 @@ CREATE TABLE IF NOT EXISTS budgets (
     ns INTEGER, name TEXT, built TEXT NOT NULL, in_force TEXT NOT NULL, revision INTEGER NOT NULL,
     PRIMARY KEY (ns, name)) WITHOUT ROWID
 """
+_RUNS: Final = (
+    """
+    CREATE TABLE IF NOT EXISTS run_answers (
+        seq INTEGER PRIMARY KEY, ns INTEGER NOT NULL, run TEXT NOT NULL, key BLOB NOT NULL, ordinal INTEGER NOT NULL,
+        response BLOB NOT NULL, served_model TEXT NOT NULL, at REAL NOT NULL)
+    """,
+    "CREATE UNIQUE INDEX IF NOT EXISTS run_answers_key ON run_answers (ns, run, key, ordinal)",
+    """
+    CREATE TABLE IF NOT EXISTS run_notes (
+        ns INTEGER, run TEXT, name TEXT, value TEXT NOT NULL,
+        PRIMARY KEY (ns, run, name)) WITHOUT ROWID
+    """,
+)
 _TABLES: Final = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE namespaces (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
@@ -139,7 +152,7 @@ def _with_beside(path: str) -> list[Path]:
 def _migrate(connection: sqlite3.Connection, path: str) -> None:
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if not tables:
-        for statement in (*_TABLES.split(";"), _BUDGETS, *hits.TABLES):
+        for statement in (*_TABLES.split(";"), _BUDGETS, *hits.TABLES, *_RUNS):
             connection.execute(statement)
         for statement in missing(connection):
             connection.execute(statement)
@@ -157,7 +170,7 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
             f"The store file {path} has schema version {version!r}, this dspy_prod knows 1 to {SCHEMA_VERSION}; "
             f"{'upgrade dspy_prod' if newer else 'it is damaged: move it away'}, or give another file: store=..."
         )
-    for statement in (_BUDGETS, *hits.TABLES):  # files of the first release have none
+    for statement in (_BUDGETS, *hits.TABLES, *_RUNS):  # files of the first release have none
         connection.execute(statement)
     known = {row[1] for row in connection.execute("PRAGMA table_info(records)")}
     for name in CallRecord._fields:  # a field added since the file was made

@@ -48,6 +48,7 @@ from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.sqlite.reader import Reader
+from dspy_prod.stores.sqlite.runs import KeptRuns
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.served import Kind
 from dspy_prod.stores.sqlite.tables import Tables
@@ -127,6 +128,7 @@ class SqliteStore:
         self._readers = (self._ledger_reader, self._cache_reader, copier)
         self._mailbox = Mailbox(self._writer, self._readers)
         kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
+        self.runs = KeptRuns(self._mailbox, self._cache_reader)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
 
     @property

@@ -1,0 +1,76 @@
+"""The metric of an optimizer, wherever it keeps it: found, watched for the time of a run, and given back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.optimize.camera import Camera
+from dspy_prod.optimize.supported import traits_of
+
+_NAMES: Final = ("metric", "metric_fn")
+
+
+def metric_of(optimizer: Any) -> Callable[..., Any] | None:
+    """The metric that an optimizer, or one within it, was given; None when there is none."""
+    return next((metric for _, _, metric, _ in _places(optimizer)), None)
+
+
+class Metrics:
+    """The metrics of a run.
+
+    Args:
+        camera: sees what they tell. metric: of our own evaluations; None where there is none.
+
+    Attributes:
+        scores: the metric as our own evaluations call it; it tells numbers. None where there is none.
+    """
+
+    def __init__(self, camera: Camera, metric: Callable[..., Any] | None) -> None:
+        self._camera = camera
+        self.scores = None if metric is None else camera.watched(metric, rich=False)
+
+    @contextmanager
+    def watched(self, optimizer: Any) -> Iterator[None]:
+        """Put watched ones in the places of an optimizer's metrics, of those within it too, until the end."""
+        undo: list[Callable[[], None]] = []
+        try:
+            for holder, name, metric, rich in list(_places(optimizer)):
+                _put(holder, name, self._camera.watched(metric, rich))
+                undo.append(lambda holder=holder, name=name, metric=metric: _put(holder, name, metric))  # type: ignore[misc]
+            yield
+        finally:
+            for back in reversed(undo):
+                back()
+
+
+def _places(optimizer: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[Any, str, Callable[..., Any], bool]]:
+    """(who holds it, under which name, a metric, whether its holder understands feedback)."""
+    if id(optimizer) in seen:
+        return
+    try:
+        rich = traits_of(optimizer).rich
+    except ConfigError:
+        rich = False  # a step that the strategy leaves out
+    held = vars(optimizer)
+    for name in _NAMES:
+        if callable(held.get(name)):
+            yield optimizer, name, held[name], rich
+    for value in list(held.values()):
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if isinstance(value, dict) and callable(value.get("metric")):
+            yield value, "metric", value["metric"], rich
+        for each in inner:
+            if isinstance(each, Teleprompter):
+                yield from _places(each, seen | {id(optimizer)})
+
+
+def _put(holder: Any, name: str, metric: Callable[..., Any]) -> None:
+    if isinstance(holder, dict):
+        holder[name] = metric
+    else:
+        setattr(holder, name, metric)

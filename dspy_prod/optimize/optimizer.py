@@ -1,0 +1,275 @@
+"""`BudgetedOptimizer`: one of DSPy's optimizers, at most for what was said."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import dspy
+from dspy.teleprompt.teleprompt import Teleprompter
+
+from dspy_prod.errors import ConfigError, OptionError
+from dspy_prod.optimize.candidates import Watcher
+from dspy_prod.optimize.forecasting import forecast_of
+from dspy_prod.optimize.metrics import metric_of
+from dspy_prod.optimize.opening import Scribe, opened, piloted
+from dspy_prod.optimize.rehearsal import Forecast
+from dspy_prod.optimize.reporting import report_of
+from dspy_prod.optimize.session import Session
+from dspy_prod.optimize.supported import accepts, parameters_of, refuse_steps, selection_of, traits_of
+from dspy_prod.optimize.task import Task, checked_student, threads_of
+from dspy_prod.optimize.terms import Terms
+from dspy_prod.stores.base import Store
+
+_PILOT: Final = 16
+"""Examples that a forecast really asks."""
+
+_CAPS: Final = ("budget_usd", "max_calls", "max_tokens", "max_time")
+
+
+class BudgetedOptimizer(Teleprompter):
+    """One of DSPy's optimizers under a hard cap, which always returns the best program found.
+
+    The given program is evaluated first; then the optimizer runs, and every call of every LM that it, the program, a
+    teacher or the metric makes is admitted by one guard, so that the bill never exceeds the caps. When a cap, a target,
+    Ctrl-C or an outage ends the run, what was found is evaluated completely out of a reserve, and the best program by
+    complete evaluations is returned, at least as good as the given one. `best.optimization` is the report.
+
+    Args:
+        optimizer: any of DSPy's (but those that train weights), or your own `Teleprompter`.
+        budget_usd: dollars, at most, of all LMs together.
+        max_calls: upstream attempts, at most. max_tokens: input and output tokens together, at most.
+        max_time: seconds or a timedelta.
+        name: what the run is called in the ledger, in MLflow and when it is resumed; made up when not given.
+        metric: scores where the optimizer has no metric of its own, as `LabeledFewShot`.
+        racing: drop a candidate early when it is almost certainly not the best: with `racing=0.9`, at least nine times
+            in ten the very program is returned that full evaluation would have picked, whatever the scores. About half
+            of the calls are saved at 16 candidates and 200 examples, more with more.
+        margin: how much worse than the best (in units of the score) does not matter to a race.
+        reserve: share of what is left after the first evaluation that is kept for finalists; `"auto"` measures it.
+        stop_at: a score (as the metric tells it, 0 to 1 for most) that is good enough.
+        patience: how many complete candidates in a row without a better one end the run.
+        priority: of the run's calls among others under the same limits.
+        patience_outage: seconds that an outage may last before the run ends as `failed`, to be resumed.
+        foreign: `"allow"` leaves calls uncapped that no cap can hold: plain LMs that a metric hides, threads of the
+            program's own. They are refused otherwise, at the first example.
+        view: how the run is shown: `"bar"`, `"table"` (in a notebook), `"log"`, None, or `"auto"`.
+        track: whether MLflow gets a run with its candidates; by default when `dspy_prod.tracking` is on.
+        sample: share of the run's traces that tracking keeps.
+        publish: publish the best program as a version of this name in the registry, linked to its MLflow run.
+        store: where the run is counted and its answers are kept, as for `LM`. namespace: as for `LM`.
+
+    Attributes:
+        report: the `OptimizationReport` of the latest run, also after an exception.
+
+    Raises:
+        ConfigError: an impossible option, no cap at all, or an optimizer that cannot be capped; it names the remedy.
+
+    Example:
+        ```python
+        optimizer = dspy_prod.BudgetedOptimizer(dspy.MIPROv2(metric=metric, auto="light"), budget_usd=5, name="triage")
+        best = optimizer.compile(program, trainset=train, valset=val)
+        print(best.optimization)
+        ```
+    """
+
+    def __init__(
+        self,
+        optimizer: Teleprompter,
+        *,
+        budget_usd: float | None = None,
+        max_calls: int | None = None,
+        max_tokens: int | None = None,
+        max_time: float | dt.timedelta | None = None,
+        name: str | None = None,
+        metric: Callable[..., Any] | None = None,
+        publish: str | None = None,
+        store: str | Store | None = None,
+        namespace: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.traits = traits_of(optimizer)
+        self.optimizer = optimizer
+        self.name = name
+        self.terms = _terms(
+            budget_usd=budget_usd, max_calls=max_calls, max_tokens=max_tokens, max_time=max_time, **options
+        )
+        if all(getattr(self.terms, each) is None for each in _CAPS):
+            raise ConfigError(f"BudgetedOptimizer: give it a cap: {', '.join(_CAPS)}")
+        if name is not None and (not isinstance(name, str) or not name):
+            raise ConfigError(f"BudgetedOptimizer: name: must be a non-empty string, got {name!r}")
+        self._metric = metric
+        self._publish = publish
+        self._store, self._namespace = store, namespace
+        self._session: Session | None = None
+        self._begun: tuple[str | None, float] = (None, 0.0)
+        self._forecasted: Forecast | None = None
+        self.report: Any = None
+
+    def compile(
+        self,
+        student: dspy.Module,
+        *,
+        trainset: Sequence[Any] | None = None,
+        valset: Sequence[Any] | None = None,
+        testset: Sequence[Any] = (),
+        resume: bool | None = None,
+        dry_run: bool = False,
+        **arguments: Any,
+    ) -> Any:
+        """Optimize a program; the best one found comes back, whatever ended the run.
+
+        Args:
+            student: the program. It is not changed. A `Production` is looked into.
+            trainset: passed on, as all that the optimizer's own `compile` takes.
+            valset: what candidates are chosen by. Passed on where the optimizer takes it.
+            testset: untouched examples, on which the given program and the best one are compared at the end.
+            resume: go on with the run of this `name`: its answers cost nothing again. False begins another one.
+            dry_run: only forecast, and print it.
+            arguments: further ones of the optimizer's `compile`; and `budget_usd`, `max_calls`, `max_tokens`,
+                `max_time` to replace those of the constructor this time.
+
+        Returns:
+            The best program, with the report as `optimization`; a `Forecast` with `dry_run`.
+
+        Raises:
+            ConfigError: an argument is impossible; the run cannot be resumed, and why; calls that no cap could hold.
+            LMError: no model could be asked at all, and why.
+            KeyboardInterrupt: a second Ctrl-C while it ends after the first.
+        """
+        terms = self._terms_with(arguments)
+        task, kept_back = self._task(student, trainset, valset, testset, arguments)
+        if dry_run:
+            forecast = self._forecast(task, terms)
+            print(forecast)  # noqa: T201 (what was asked for)
+            return forecast
+        return self._compile(task, terms, kept_back, resume)
+
+    def forecast(self, student: dspy.Module, **arguments: Any) -> Forecast:
+        """What `compile` with the same arguments would cost: the optimizer is rehearsed on a free model.
+
+        A small pilot is measured first, and paid for: its calls count within the caps.
+
+        Returns:
+            A `Forecast`: dollars, calls, tokens, seconds, each with a range.
+
+        Raises:
+            ConfigError: as `compile`.
+        """
+        terms = self._terms_with(arguments)
+        named = {key: arguments.pop(key, None) for key in ("trainset", "valset")}
+        testset = arguments.pop("testset", ())
+        task, _ = self._task(student, named["trainset"], named["valset"], testset, arguments)
+        return self._forecast(task, terms)
+
+    def stop(self) -> None:
+        """End the run that is going on, from another thread; `compile` returns the best so far."""
+        session = self._session
+        if session is not None:
+            session.stop()
+
+    # -- before the run ------------------------------------------------------------------------------------------------
+    def _terms_with(self, arguments: dict[str, Any]) -> Terms:
+        others: dict[str, Any] = {name: arguments.pop(name) for name in _CAPS if name in arguments}
+        if not others:
+            return self.terms
+        kept: dict[str, Any] = {name: getattr(self.terms, name) for name in self.terms.model_fields_set}
+        kept.update(others)
+        return _terms(**kept)
+
+    def _task(
+        self,
+        student: Any,
+        trainset: Sequence[Any] | None,
+        valset: Sequence[Any] | None,
+        testset: Sequence[Any],
+        more: Mapping[str, Any],
+    ) -> tuple[Task, list[str]]:
+        optimizer = self.optimizer
+        student = checked_student(student)
+        known = parameters_of(optimizer)
+        for name in more:
+            if not accepts(optimizer, name):
+                raise ConfigError(
+                    f"BudgetedOptimizer.compile: {name}: {type(optimizer).__name__}.compile does not take it; it takes "
+                    f"{', '.join(each for each in known if each not in ('self', 'student'))}"
+                )
+        given: dict[str, Any] = {
+            **more,
+            **({"trainset": trainset} if trainset is not None else {}),
+            **({"valset": valset} if valset else {}),
+        }
+        refuse_steps(optimizer, given)
+        passed, kept_back = dict(more), []
+        kind = type(optimizer).__name__
+        for name, value, use in (
+            ("trainset", trainset, "nothing of it reaches the optimizer"), ("valset", valset, "it selects the result"),
+        ):  # fmt: skip
+            if value is None or (name == "valset" and not value):
+                continue
+            if accepts(optimizer, name):
+                passed[name] = value
+            else:
+                kept_back.append(f"{name} is not used by {kind}; {use}")
+        if "seed" in known and known["seed"].default is None and "seed" not in passed and kind == "BetterTogether":
+            passed["seed"] = 0
+        metric = metric_of(optimizer) or self._metric
+        if metric is None:
+            kept_back.append(f"{kind} has no metric, so nothing is evaluated: give BudgetedOptimizer a metric=")
+        task = Task(
+            optimizer=optimizer, traits=self.traits, student=student, arguments=passed,
+            selection=selection_of(optimizer, self.traits, given), testset=list(testset or ()), metric=metric,
+            num_threads=threads_of(optimizer, passed),
+        )  # fmt: skip
+        return task, kept_back
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+    def _compile(self, task: Task, terms: Terms, warnings: list[str], resume: bool | None) -> Any:
+        from dspy_prod.optimize.live import quiet, watcher
+        from dspy_prod.optimize.mlflow_runs import publish_found
+        from dspy_prod.optimize.mlflow_runs import watcher as in_mlflow
+
+        (pilot, spent), self._begun = (None, 0.0) if resume else self._begun, (None, 0.0)
+        begun = opened(task, terms, self.name, resume, self._store, self._namespace, pilot)
+        sets = {**{name: task.arguments.get(name) or () for name in ("trainset", "valset")}, "testset": task.testset}
+        tracked = in_mlflow(track=terms.track, resumed=begun.before is not None, datasets=sets)
+        scribe = None if begun.header is None else Scribe(begun.run, begun.header)
+        watchers: list[Watcher] = [each for each in (scribe, tracked) if each is not None]
+        watchers.append(watcher(terms.view))
+        session = Session(
+            task, terms, begun.run, watchers, (lambda: False) if scribe is None else scribe.asked_to_stop, quiet,
+            begun.spent_before + spent,
+        )  # fmt: skip
+        session.outcome.warnings.extend([*warnings, *begun.warnings])
+        self._session = session
+        try:
+            session.go()
+        finally:
+            self._session = None
+            self.report = report_of(session, self._forecasted, None if tracked is None else tracked.wait_for_id())
+            session.told(self.report)
+        best = session.programs.best()
+        best.optimization = self.report
+        if self._publish is not None:
+            publish_found(self.report, best, self._publish, dataset=task.selection[0], watching=tracked)
+        return best
+
+    def _forecast(self, task: Task, terms: Terms) -> Forecast:
+        from dspy_prod.optimize.live import quiet
+
+        run = piloted(task, terms, self.name, self._store, self._namespace)
+        session = Session(task, terms, run, [], lambda: False, quiet)
+        self._forecasted = forecast_of(session, _PILOT)
+        self._begun = run.name, self._forecasted.pilot_usd
+        return self._forecasted
+
+
+def _terms(**options: Any) -> Terms:
+    try:
+        return Terms(**options)
+    except OptionError as error:
+        raise OptionError(
+            f"BudgetedOptimizer: {error.field}: {error.problem}", field=error.field, problem=error.problem
+        ) from None

@@ -1,0 +1,73 @@
+"""The pulse of a run: a thread that looks at the clock, and tells those who watch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+from dspy_prod.optimize.candidates import Progress, Watcher
+
+_log = logging.getLogger("dspy_prod")
+
+_EVERY: Final = 0.25
+"""Seconds between two beats."""
+
+
+class Pulse:
+    """Beats while a run goes on.
+
+    Args:
+        progress: tells how far the run is. watchers: are told; what they raise is logged.
+        beat: called at each beat.
+    """
+
+    def __init__(self, progress: Callable[[], Progress], watchers: Sequence[Watcher], beat: Callable[[], None]) -> None:
+        self._progress, self._watchers, self._beat = progress, list(watchers), beat
+        self._woken = threading.Event()
+        self._ended = False
+
+    def wake(self) -> None:
+        """Beat now: something happened."""
+        self._woken.set()
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Beat until the end of the block."""
+        self.tell("begin")
+        thread = threading.Thread(target=self._go, name="dspy_prod-optimization", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended = True
+            self._woken.set()
+            thread.join(5.0)
+
+    def _go(self) -> None:
+        while not self._ended:
+            self._woken.wait(_EVERY)
+            self._woken.clear()
+            try:
+                self._beat()
+            except Exception:
+                _log.exception("The pulse of an optimization failed once; it goes on")
+            self.tell("update")
+
+    def tell(self, what: str, *more: Any) -> None:
+        """Tell every watcher; one that raises is left out from then on."""
+        if not self._watchers:
+            return
+        try:
+            progress = self._progress()
+        except Exception:
+            _log.exception("How far an optimization is could not be told; it goes on")
+            return
+        for watcher in list(self._watchers):
+            try:
+                getattr(watcher, what)(progress, *more)
+            except Exception:
+                self._watchers.remove(watcher)
+                _log.exception("%s of an optimization failed and is left out; the run goes on", type(watcher).__name__)

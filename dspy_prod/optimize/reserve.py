@@ -1,0 +1,84 @@
+"""What a run keeps back while the optimizer searches, so that finalists can be evaluated completely afterwards."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from dspy_prod.optimize.camera import Camera
+from dspy_prod.optimize.sums import Sum, Sums
+from dspy_prod.optimize.task import Task
+from dspy_prod.optimize.terms import Terms
+from dspy_prod.policies.run import Run
+
+_LONGER: Final = 1.6
+"""By how much a candidate's prompts, with demonstrations and rules, are taken to be longer than the given program's."""
+
+_MOST: Final = 0.5
+"""Share of what is left that is kept at most."""
+
+
+class Reserve:
+    """Measures what the baseline took, and keeps back as much for each complete evaluation to come.
+
+    Args:
+        terms: the caps. task: tells how many evaluations are to come. sums: what was used. camera: what was answered.
+    """
+
+    def __init__(self, terms: Terms, task: Task, sums: Sums, camera: Camera) -> None:
+        self._terms, self._task, self._sums, self._camera = terms, task, sums, camera
+        self._began = time.monotonic()
+        self._seconds: float | None = None
+
+    def keep(self, run: Run, ends: float | None, finalists: int) -> float | None:
+        """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock.
+
+        Args:
+            run: whose caps. ends: when all has to end. finalists: how many are to be evaluated, as far as is known.
+        """
+        share = self._evaluations(finalists)
+        _, _, phases = self._sums.snapshot()
+        used_now = run.used()
+        base = phases.get("baseline", Sum())
+        if self._seconds is None:  # the first time is after the baseline
+            self._seconds = time.monotonic() - self._began
+        seconds = self._seconds
+        kept: dict[str, float] = {}
+        for name, cap, used, one in (
+            ("usd", self._terms.budget_usd, used_now.usd, _scaled(base.usd, base) * _LONGER),
+            ("calls", self._terms.max_calls, used_now.calls, _scaled(base.calls, base)),
+            ("tokens", self._terms.max_tokens, used_now.tokens, _scaled(base.tokens, base) * _LONGER),
+        ):
+            if cap is not None:
+                left = max(0.0, cap - (used or 0))
+                kept[name] = cap - self._part(left, share * one)
+        if kept:
+            run.allow(
+                usd=kept.get("usd"), calls=max(1, int(kept["calls"])) if "calls" in kept else None,
+                tokens=max(1, int(kept["tokens"])) if "tokens" in kept else None,
+            )  # fmt: skip
+        if ends is None:
+            return None
+        return ends - self._part(max(0.0, ends - time.monotonic()), share * seconds)
+
+    def free(self, run: Run) -> None:
+        """Give the reserve to whoever calls now."""
+        terms = self._terms
+        if terms.budget_usd is not None or terms.max_calls is not None or terms.max_tokens is not None:
+            run.allow(usd=terms.budget_usd, calls=terms.max_calls, tokens=terms.max_tokens)
+
+    def _part(self, left: float, needed: float) -> float:
+        if self._terms.reserve != "auto":
+            return left * self._terms.reserve
+        return min(needed, left * _MOST)
+
+    def _evaluations(self, finalists: int) -> float:
+        """How many evaluations of the selection set are to come, those of the test set among them."""
+        examples = len(self._task.selection[0])
+        return finalists + 2 * len(self._task.testset) / max(1, examples)
+
+
+def _scaled(used: float, sum_: Sum) -> float:
+    """What the whole would have taken, had no answer of it been known before."""
+    known = sum_.cached + sum_.replayed
+    return used * (sum_.answers + known) / sum_.answers if sum_.answers else used

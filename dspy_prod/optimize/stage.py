@@ -1,0 +1,354 @@
+"""The stage of a rehearsal: it answers every LM call as the pilot's program did, for nothing, and writes the bill.
+
+A predictor of the program answers an example as it was answered in the pilot, right as often as it was right there,
+by labels and by other examples' answers where the pilot has none. What else is asked, a proposer or a judge, answers as
+it did when it was really asked, which happens a few times for each kind of question.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from math import sqrt
+from typing import Any, Final, NamedTuple
+
+from dspy.lm15 import Message, Response, TextPart, Usage
+from dspy.utils.callback import BaseCallback
+
+from dspy_prod.optimize.pilot import Answer, Kind, Measured, Pilot, Played, chars_of, key_of, kind_of, model_of, text_of
+from dspy_prod.pricing.rates import Rates
+
+REALLY_ASKED: Final = (1, 2, 5, 12, 30)
+"""Which questions of one kind a proposer is really asked. Several, because its answers grow with what it is shown."""
+
+ALIKE: Final = 0.5
+"""How much prompts and rollouts agree on which examples are hard: 0 is chance, 1 would be the same ones always."""
+
+_UNKNOWN: Final = 400
+"""Characters of an answer that nobody has seen."""
+
+_FREE: Final[Kind] = ((), ())
+
+RealAnswer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Asked(NamedTuple):
+    """What an adapter is about to ask."""
+
+    adapter: Any
+    signature: Any
+    inputs: Mapping[str, Any]
+
+
+@dataclass
+class _Scene:
+    """One example that a program answers: how often each of its predictors was asked."""
+
+    key: str
+    asked: Counter[Kind] = field(default_factory=Counter)
+
+
+_ASKED: ContextVar[Asked | None] = ContextVar("dspy_prod_stage_asked", default=None)
+_SCENE: ContextVar[_Scene | None] = ContextVar("dspy_prod_stage_scene", default=None)
+
+
+@dataclass
+class Bill:
+    """What a rehearsal would have cost.
+
+    Attributes:
+        usd: dollars by model. guessed: the part of them that proposers and judges cost; own, own_calls: the rest.
+        given: what a call of the given program cost.
+        alone, together: seconds of calls in the main thread, and in others.
+    """
+
+    usd: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    guessed: float = 0.0
+    own: float = 0.0
+    own_calls: int = 0
+    given: float = 0.0
+    calls: int = 0
+    cached: int = 0
+    tokens: float = 0.0
+    alone: float = 0.0
+    together: float = 0.0
+    unpriced: set[str] = field(default_factory=set)
+
+
+class Samples:
+    """Real answers of proposers and judges, shared by the rehearsals of all seeds.
+
+    Attributes:
+        spent: what they cost, as the pilot's measures tell.
+    """
+
+    def __init__(self, pilot: Pilot, real: RealAnswer | None) -> None:
+        self._real = real
+        self._found: dict[tuple[str, Kind], dict[int, str]] = defaultdict(dict)
+        self._lock = threading.Lock()
+        self.asked = 0
+        for kind, answers in pilot.others.items():
+            for number, answer in enumerate(answers, 1):
+                self._found["", kind][number] = answer.text
+
+    def text(self, lm: Any, kind: Kind, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """What the LM really says to question `number` of its kind, or said to one before; None: nobody knows."""
+        known = self._found["", kind] or self._found[model_of(lm), kind]
+        if known is self._found[model_of(lm), kind] and number in REALLY_ASKED and number not in known:
+            with self._lock:
+                if number not in known and self._real is not None:
+                    said = self._real(lm, args, kwargs)
+                    if said:
+                        self.asked += 1
+                        known[number] = said
+        if not known:
+            return None
+        earlier = [each for each in known if each <= number]
+        return known[max(earlier)] if earlier else known[min(known)]
+
+
+class Stage(BaseCallback):
+    """Answers and counts, for one seed.
+
+    Args:
+        pilot: what the program was like. samples: what others say. examples: everything it may be asked.
+        seed: of who is right when. rates: prices by LM. requests: how many requests a call with `n` makes.
+    """
+
+    def __init__(
+        self,
+        pilot: Pilot,
+        samples: Samples,
+        examples: Sequence[Any],
+        seed: int,
+        rates: Callable[[Any], Rates | None],
+        caches: Callable[[Any], bool],
+    ) -> None:
+        self._pilot, self._samples, self._seed = pilot, samples, seed
+        self._rates, self._caches = rates, caches
+        self._examples = {key_of(example.inputs().toDict()): example for example in examples}
+        self._labels = {key: dict(example.labels().toDict()) for key, example in self._examples.items()}
+        self._right = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) >= 0.5]
+        self._wrong = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) < 0.5]
+        self._all = [*self._right, *self._wrong]
+        self._kinds = pilot.kinds
+        self._deciding = _deciding(pilot)
+        self._share = pilot.accuracy ** (1 / max(1, len(self._deciding)))
+        self._cache: dict[str, list[str]] = {}
+        self._times: Counter[tuple[str, Kind]] = Counter()
+        self._scenes: set[str] = set()
+        self._lock = threading.Lock()
+        self._main = threading.get_ident()
+        self.bill = Bill()
+
+    # -- who is asked --------------------------------------------------------------------------------------------------
+    def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        key = key_of(inputs.get("kwargs") or {})
+        if key in self._examples and (_SCENE.get() is None or _SCENE.get().key != key):  # type: ignore[union-attr]
+            _SCENE.set(_Scene(key))
+            self._scenes.add(call_id)
+
+    def on_module_end(self, call_id: str, outputs: Any, exception: BaseException | None = None) -> None:
+        if call_id in self._scenes:
+            self._scenes.discard(call_id)
+            _SCENE.set(None)
+
+    def on_adapter_format_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if inputs.get("signature") is not None:
+            _ASKED.set(Asked(instance, inputs["signature"], inputs.get("inputs") or {}))
+
+    # -- answering -----------------------------------------------------------------------------------------------------
+    def answer(self, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `lm(*args, **kwargs)` gives."""
+        asked = _ASKED.get()
+        _ASKED.set(None)
+        settings = {**getattr(lm, "kwargs", {}), **kwargs}
+        messages = settings.pop("messages", None) or settings.pop("prompt", None) or args
+        n = settings.get("n") or 1
+        key = json.dumps([model_of(lm), messages, settings], default=str, sort_keys=True)
+        cached = self._caches(lm) and settings.get("cache", True) is not False
+        with self._lock:
+            texts = self._cache.get(key) if cached else None
+        hit = texts is not None
+        if texts is None:
+            texts = [self._text(lm, asked, key, position, args, kwargs) for position in range(n)]
+            texts = [_cut(text, settings.get("max_tokens")) for text in texts]
+        with self._lock:
+            if cached:
+                texts = self._cache.setdefault(key, texts)
+            self._charge(lm, asked, chars_of({"messages": messages, "prompt": args[0] if args else None}), texts, hit)
+        if args and not isinstance(args[0], str) and not kwargs.get("messages"):
+            return Response(
+                id=None, model=model_of(lm), message=Message.assistant([TextPart(texts[0])]), finish_reason="stop",
+                usage=Usage(input_tokens=1, output_tokens=1),
+            )  # fmt: skip
+        return list(texts)
+
+    def _text(
+        self, lm: Any, asked: Asked | None, key: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> str:
+        kind = _FREE if asked is None else kind_of(asked.signature)
+        if asked is not None and kind in self._kinds:
+            values = self._played(asked, kind, key, position)
+            if values is not None:
+                return _formatted(asked, values)
+        with self._lock:
+            self._times[model_of(lm), kind] += 1
+            number = self._times[model_of(lm), kind]
+        said = self._samples.text(lm, kind, number, args, kwargs)
+        if asked is None:
+            return varied(said or "```\n" + _words(_UNKNOWN, key) + "\n```", f"{self._seed}{key}{position}")
+        if said is None:
+            return _formatted(asked, {name: _made_up(each.annotation, key) for name, each in _outputs(asked)})
+        try:
+            values = dict(asked.adapter.parse(asked.signature, said))
+        except Exception:  # what it said in another adapter's words, or cut off: said again as it was
+            return said
+        salt = f"{self._seed}{key}{position}"
+        return _formatted(asked, {
+            name: varied(value, salt) if isinstance(value, str) and len(value) > 30 else value
+            for name, value in values.items()
+        })  # fmt: skip
+
+    def _played(self, asked: Asked, kind: Kind, key: str, position: int) -> dict[str, Any] | None:
+        """The values that a predictor of the program answers with."""
+        scene = _SCENE.get()
+        example = scene.key if scene is not None else key_of(asked.inputs)
+        turn = 0
+        if scene is not None:
+            turn = scene.asked[kind]
+            scene.asked[kind] += 1
+        own = self._pilot.played.get(example)
+        decides = kind in self._deciding
+        right = not decides or share(self._seed, "right", key, position) < self._chance(example, own)
+        labels = self._labels.get(example, {})
+        names = [name for name in kind[1] if name in labels]
+        source = own if own is not None and own.answers else None
+        fits = source is not None and (not decides or ((source.score or 0) >= 0.5) is right)
+        if not fits and not (names and source is not None):
+            pool = (self._right if right else self._wrong) or self._all
+            source = (
+                self._pilot.played[pool[int(share(self._seed, "as", example, right) * len(pool))]] if pool else None
+            )
+        values = None if source is None else _nth(source, kind, turn)
+        if values is None:
+            return None
+        if decides and not fits:
+            for name in names:
+                values[name] = labels[name] if right else self._other(name, labels[name], key)
+        return values
+
+    def _chance(self, example: str, own: Played | None) -> float:
+        """How likely an example is answered right: more so if it was, since examples are easy or hard for all prompts."""
+        if own is not None and own.score is not None:
+            easy = own.score >= 0.5
+        else:
+            easy = share(self._seed, "easy", example) < self._share
+        return ALIKE * easy + (1 - ALIKE) * self._share
+
+    def _other(self, name: str, label: Any, key: str) -> Any:
+        """A wrong answer in the place of a label: another example's."""
+        others = [each[name] for each in self._labels.values() if name in each and each[name] != label]
+        return others[int(share(self._seed, "other", key) * len(others))] if others else label
+
+    # -- the bill ------------------------------------------------------------------------------------------------------
+    def _charge(self, lm: Any, asked: Asked | None, chars: int, texts: list[str], hit: bool) -> None:
+        bill, model = self.bill, model_of(lm)
+        if hit:
+            bill.cached += 1
+            return
+        measured = self._pilot.models.get(model) or Measured()
+        rates = self._rates(lm)
+        for text in texts:
+            inputs, outputs = round(measured.tokens(chars)), max(1, round(measured.tokens(len(text), out=True)))
+            bill.calls += 1
+            bill.tokens += inputs + outputs
+            seconds = measured.seconds / measured.records if measured.records else 1.0
+            if threading.get_ident() == self._main:
+                bill.alone += seconds
+            else:
+                bill.together += seconds
+            nano = None if rates is None else rates.cost(Usage(input_tokens=inputs, output_tokens=outputs))
+            if nano is None:
+                bill.unpriced.add(model)
+                continue
+            bill.usd[model] += nano / 1e9
+            if asked is None or kind_of(asked.signature) not in self._kinds:
+                bill.guessed += nano / 1e9
+            else:
+                bill.own += nano / 1e9
+                bill.own_calls += 1
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+def share(*parts: Any) -> float:
+    """A number from 0 to 1 that looks drawn, and is always the same for the same parts."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
+
+
+def varied(text: str, salt: str) -> str:
+    """A text of the same length that nobody has said before: one of its words is another one."""
+    start = text.find("```")
+    inside = text.find("\n", start) + 1 if start >= 0 else 0
+    spots = [index for index in range(inside, len(text)) if text[index].isalpha() and text[index].islower()]
+    runs = [i for i in spots if text[i : i + 6].isalpha() and text[i : i + 6].islower() and len(text) >= i + 6]
+    if not runs:
+        return text
+    at = runs[int(share(salt, "at") * len(runs))]
+    letters = "".join(chr(97 + int(share(salt, number) * 26)) for number in range(6))
+    return text[:at] + letters + text[at + 6 :]
+
+
+def _deciding(pilot: Pilot) -> set[Kind]:
+    """The predictors that the score depends on: those whose outputs are labels, else the last one of each example."""
+    labels = {name for example in pilot.examples for name in dict(example.labels())}
+    found = {kind for kind in pilot.kinds if labels & set(kind[1])}
+    return found or {played.answers[-1].kind for played in pilot.played.values() if played.answers}
+
+
+def _nth(played: Played, kind: Kind, turn: int) -> dict[str, Any] | None:
+    """The values of a predictor's answer number `turn`; of its last one, if it was not asked that often."""
+    found = [answer for answer in played.answers if answer.kind == kind and answer.values is not None]
+    return dict(found[min(turn, len(found) - 1)].values or {}) if found else None
+
+
+def _outputs(asked: Asked) -> list[tuple[str, Any]]:
+    return list(asked.signature.output_fields.items())
+
+
+def _formatted(asked: Asked, values: Mapping[str, Any]) -> str:
+    """As the adapter wants it: it writes its demonstrations in the same form."""
+    return str(asked.adapter.format_assistant_message_content(asked.signature, dict(values)))
+
+
+def _made_up(annotation: Any, salt: str) -> Any:
+    """A value of a type."""
+    from pydantic import TypeAdapter
+
+    if annotation is str:
+        return _words(_UNKNOWN, salt)
+    options = getattr(annotation, "__args__", ())
+    for value in (*options, 1, 0.5, True, [], {}, "text"):
+        try:
+            return TypeAdapter(annotation).validate_python(value)
+        except Exception:  # of another type: the next one
+            continue
+    return None
+
+
+def _words(length: int, salt: str) -> str:
+    made = [str(int(share(salt, number) * 10**6)) for number in range(length // 8 + 1)]
+    return ("Look at " + " ".join(made))[:length]
+
+
+def _cut(text: str, max_tokens: Any) -> str:
+    return text if not isinstance(max_tokens, int) else text[: int(max_tokens * 4 * sqrt(2))]
+
+
+__all__ = ["Answer", "Bill", "RealAnswer", "Samples", "Stage", "share", "text_of", "varied"]
