@@ -11,7 +11,8 @@ from dspy_prod.views import Cell, Page, Picture, Table, usd
 
 if TYPE_CHECKING:
     from dspy_prod.optimize.candidates import Candidate
-    from dspy_prod.optimize.report import OptimizationReport, Spent
+
+OptimizationReport = Any  # `report` shows itself by this module, which cannot name what it shows
 
 MOST_WARNINGS: Final = 20
 MOST_CANDIDATES: Final = 30
@@ -149,7 +150,7 @@ def _caps(*caps: tuple[int | None, str]) -> str | None:
 
 
 def _spent(report: OptimizationReport) -> Table:
-    def rows(kind: str, parts: Iterable[tuple[str, Spent]]) -> Iterator[tuple[Any, ...]]:
+    def rows(kind: str, parts: Iterable[tuple[str, Any]]) -> Iterator[tuple[Any, ...]]:
         for name, one in parts:
             yield Cell(kind, "faint"), name, usd(one.usd, 4), one.calls, one.tokens
 
