@@ -138,7 +138,7 @@ class Stage(BaseCallback):
         self._all = [*self._right, *self._wrong]
         self._kinds = pilot.kinds
         self._deciding = _deciding(pilot)
-        self._share = pilot.accuracy ** (1 / max(1, len(self._deciding)))
+        self._share: float = pilot.accuracy ** (1 / max(1, len(self._deciding)))
         self._cache: dict[str, list[str]] = {}
         self._times: Counter[tuple[str, Kind]] = Counter()
         self._scenes: set[str] = set()
@@ -244,7 +244,7 @@ class Stage(BaseCallback):
         return values
 
     def _chance(self, example: str, own: Played | None) -> float:
-        """How likely an example is answered right: more so if it was, since examples are easy or hard for all prompts."""
+        """How likely an example is answered right: more so if it was, as examples are easy or hard for all prompts."""
         if own is not None and own.score is not None:
             easy = own.score >= 0.5
         else:
