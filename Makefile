@@ -69,12 +69,8 @@ bench: $(DEV) ## the benchmarks; needs the folder benchmarks/
 	@test -d benchmarks || { echo "There are no benchmarks yet: this target runs 'python -m benchmarks'."; exit 1; }
 	$(BIN)/python -m benchmarks
 
-notebooks: $(if $(wildcard notebooks/*.ipynb),$(NOTEBOOKS)) ## execute every notebooks/*.ipynb
-ifeq ($(wildcard notebooks/*.ipynb),)
-	@echo "There are no notebooks yet: this target executes every notebooks/*.ipynb with nbclient."; exit 1
-else
-	$(BIN)/jupyter-execute --timeout=900 $(sort $(wildcard notebooks/*.ipynb))
-endif
+notebooks: $(NOTEBOOKS) local-model ## run every notebooks/*.ipynb on the local model (STORE=1 writes the outputs into them)
+	$(BIN)/python -m tests.notebooks $(if $(STORE),--store) $(sort $(wildcard notebooks/*.ipynb))
 
 chaos: $(DEV) ## the tests marked chaos, then CALLS=100000 calls by workers that everything befalls (SEED=...)
 	$(PYTEST) -m chaos

@@ -76,11 +76,14 @@ def embedder() -> dspy.Embedder:
     return dspy.Embedder(embed)
 
 
-def optimizers(world: World, *, lm: Any = None, prompt_lm: Any = None, threads: int = THREADS) -> dict[str, Subject]:
+def optimizers(
+    world: World, *, lm: Any = None, prompt_lm: Any = None, threads: int = THREADS, only: str | None = None
+) -> dict[str, Subject]:
     """Name of the class → the optimizer, its compile arguments and its student.
 
     Args:
         lm, prompt_lm: those that optimizers take when they are built.
+        threads: of their evaluations. only: the name of one, to make no other.
     """
     task, proposer = lm or world.lm(), prompt_lm or world.prompt_lm()
     train, val, metric = world.trainset, world.valset, world.metric
@@ -131,6 +134,8 @@ def optimizers(world: World, *, lm: Any = None, prompt_lm: Any = None, threads: 
     }
     subjects = {}
     for name, (make, arguments) in made.items():
+        if only not in (None, name):
+            continue
         student = world.program("choice" if name == "ReAnchor" else "module")
         if name == "BetterTogether":  # it wants an LM in every predictor
             student.set_lm(task)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     )
     from dspy_prod.lm.lm import LM
     from dspy_prod.lm.wrapping import wrap
+    from dspy_prod.optimize.optimizer import BudgetedOptimizer
+    from dspy_prod.optimize.report import OptimizationReport
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
     from dspy_prod.policies.run import Run
     from dspy_prod.privacy.redactor import Redactor
@@ -44,6 +46,8 @@ __getattr__, __dir__ = door(
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
         "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
         "lm": "LM wrap",
+        "optimize.optimizer": "BudgetedOptimizer",
+        "optimize.report": "OptimizationReport",
         "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
         "policies.run": "Run",
         "privacy": "Redactor",
@@ -76,6 +80,7 @@ __all__ = [
     "LM",
     "Budget",
     "BudgetExceededError",
+    "BudgetedOptimizer",
     "Cache",
     "CallRecord",
     "CallReport",
@@ -86,6 +91,7 @@ __all__ = [
     "DeadlineExceededError",
     "Event",
     "Health",
+    "OptimizationReport",
     "OutageError",
     "Preview",
     "Price",

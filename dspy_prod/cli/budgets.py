@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from dspy_prod.cli.printing import print_json, show, table
+from dspy_prod.cli.printing import print_json, show
 from dspy_prod.cli.reports import opened
 from dspy_prod.errors import ConfigError
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.status.costs import stored_budgets
-from dspy_prod.status.models import BudgetStatus
+from dspy_prod.status.spending import budgets_table
 
 DEFAULT_LIMIT = 10
 
@@ -34,17 +34,4 @@ def run(arguments: argparse.Namespace) -> int:
         return print_json([budget.model_dump(mode="json") for budget in found])
     if not found:
         return show(f"No budget is known in namespace {store.namespace!r}.")
-    columns = ("name", "scope", "who", "window", "limit", "spent", "held", "left", "used %")
-    return show(table(f"Budgets in {store.namespace!r}, USD", columns, map(_row, found), numbers=5))
-
-
-def _row(budget: BudgetStatus) -> tuple[str, ...]:
-    sums = (budget.limit_usd, budget.spent_usd, budget.held_usd, budget.remaining_usd)
-    names = (budget.name, budget.scope, budget.who or "", budget.window)
-    return (*names, *map(_usd, sums), f"{budget.used_percent:.0f}")
-
-
-def _usd(value: float) -> str:
-    """With as many places as nano-USD need, and no more."""
-    whole, _, places = f"{value:.9f}".partition(".")
-    return f"{whole}.{places.rstrip('0').ljust(2, '0')}"
+    return show(budgets_table(found, f"Budgets in {store.namespace!r}, USD"))

@@ -7,11 +7,11 @@ import warnings
 from pathlib import Path
 from typing import Any, Final
 
-from rich.text import Text
+from dspy_prod.cli.printing import print_json, show
+from dspy_prod.views import Cell, Table
+from dspy_prod.views.cells import Tone
 
-from dspy_prod.cli.printing import print_json, show, table
-
-_COLOURS: Final = {"ok": "green", "unsure": "yellow", "not tried": "dim", "fails": "red"}
+_TONES: Final[dict[str, Tone]] = {"ok": "good", "unsure": "warn", "not tried": "faint", "fails": "bad"}
 
 
 def add_parser(commands: Any) -> None:
@@ -43,6 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([finding.model_dump(mode="json") for finding in found])
         return int(fails)
-    rows = ((one.route, one.what, Text(one.outcome, _COLOURS[one.outcome]), one.detail) for one in found)
-    show(table(str(arguments.path or "environment"), ("route", "what", "outcome", "found"), rows))
+    rows = ((one.route, one.what, Cell(one.outcome, _TONES[one.outcome]), one.detail) for one in found)
+    show(Table(str(arguments.path or "environment"), ("route", "what", "outcome", "found"), rows))
     return int(fails)

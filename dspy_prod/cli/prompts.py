@@ -6,11 +6,12 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from dspy_prod import registry
-from dspy_prod.cli.printing import print_json, show, table
+from dspy_prod.cli.printing import print_json, show
 from dspy_prod.errors import ConfigError
+from dspy_prod.registry.aliases.listed import History, Versions
 
 if TYPE_CHECKING:
-    from dspy_prod.registry import AuditEntry, ProgramVersion
+    from dspy_prod.registry import AuditEntry
 
 
 def add_parsers(commands: Any) -> None:
@@ -42,9 +43,9 @@ def print_prompts(arguments: argparse.Namespace) -> int:
             raise ConfigError("--history needs the name of a program")
         return _moves(arguments, registry.history(name, tracking_uri=uri))
     if name is not None:
-        return _versions(arguments, f"Versions of {name}", registry.versions(name, tracking_uri=uri))
+        return _versions(arguments, registry.versions(name, tracking_uri=uri))
     newest = [registry.versions(each, tracking_uri=uri)[0] for each in registry.programs(tracking_uri=uri)]
-    return _versions(arguments, "Published programs, newest versions", newest)
+    return _versions(arguments, Versions(newest, "Published programs, newest versions"))
 
 
 def move_forward(arguments: argparse.Namespace) -> int:
@@ -65,25 +66,16 @@ def move_back(arguments: argparse.Namespace) -> int:
     return _moved(arguments, entry)
 
 
-def _versions(arguments: argparse.Namespace, title: str, found: list[ProgramVersion]) -> int:
+def _versions(arguments: argparse.Namespace, found: Versions) -> int:
     if arguments.json:
         return print_json([version.to_dict() for version in found])
-    if not found:
-        return show("Nothing is published in this MLflow store.")
-    columns = ("version", "aliases", "metrics", "model", "published", "message")
-    return show(table(title, columns, [
-        (str(version), ", ".join(version.aliases),
-         ", ".join(f"{name} {value:g}" for name, value in version.metrics.items()), version.model or "",
-         f"{version.created_at.astimezone():%Y-%m-%d %H:%M}", version.message or "")
-        for version in found
-    ]))  # fmt: skip
+    return show(found if found else "Nothing is published in this MLflow store.")
 
 
-def _moves(arguments: argparse.Namespace, found: list[AuditEntry]) -> int:
+def _moves(arguments: argparse.Namespace, found: History) -> int:
     if arguments.json:
         return print_json([entry.to_dict() for entry in found])
-    lines = [f"{entry.at.astimezone():%Y-%m-%d %H:%M}  {entry}" for entry in found]
-    return show(*lines or [f"No alias of {arguments.name} was moved yet."])
+    return show(found if found else f"No alias of {arguments.name} was moved yet.")
 
 
 def _moved(arguments: argparse.Namespace, entry: AuditEntry) -> int:

@@ -212,7 +212,7 @@ def mark_compiled(program: Any) -> None:
 
 
 class InForce:
-    """A setting of DSPy's that is in force from one callback to another one: `dspy.context` for those who have no block.
+    """A setting of DSPy's that is in force from one callback to another: `dspy.context` for those who have no block.
 
     Unlike a generator, it never acts when it is collected: where the end never comes, what was in force before is put
     back by whoever stands around it, as DSPy's workers do, or stays as it is.

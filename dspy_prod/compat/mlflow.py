@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final
 
@@ -140,3 +141,45 @@ def _processor(destination: Any) -> Any:
             return info
 
     return Processor
+
+
+_APART: Final = "dspy_prod_apart"
+"""The DSPy setting that says so: settings reach the threads of an evaluation, context variables do not."""
+
+
+class _Config(dict[str, Any]):
+    """Autologging's settings for DSPy; in a context that is kept apart, as if no runs were to be logged."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As `dict.get`, which is how MLflow asks."""
+        from dspy_prod.compat.dspy import settings  # not above: the process that writes traces has no need of DSPy
+
+        found = super().get(key, default)
+        if key not in _CHANGED or not settings()[0].get(_APART):
+            return found
+        if key == "log_traces":  # the patches, which are off, would have kept a compile's traces out, unless told
+            return found and super().get("log_traces_from_compile", False)
+        return key == "disable"  # the patches then pass calls on as they are
+
+
+_CHANGED: Final = ("disable", "log_compiles", "log_evals", "log_traces")
+
+
+@contextmanager
+def apart_from_autolog() -> Iterator[None]:
+    """Within it, and in what it starts, `mlflow.dspy.autolog` makes no runs of compiles and evaluations of its own.
+
+    Traces of a compile are kept as `log_traces_from_compile` says. Other threads, and everything afterwards, are as
+    they were. Nothing happens where autologging is not on; MLflow is not imported.
+    """
+    integrations = getattr(sys.modules.get("mlflow.utils.autologging_utils"), "AUTOLOGGING_INTEGRATIONS", None)
+    if integrations is None:
+        yield
+        return
+    found = integrations.get("dspy")
+    if type(found) is dict:
+        integrations["dspy"] = _Config(found)  # stays: wherever nobody is apart, it says what `autolog` was told
+    import dspy
+
+    with dspy.context(**{_APART: True}):
+        yield

@@ -53,7 +53,7 @@ def install() -> None:
 def _raced(executor: Any) -> Any:
     """A kind of executor that races where there is a heat."""
 
-    class RacedExecutor(executor):  # type: ignore[misc]
+    class RacedExecutor(executor):
         _dspy_prod_raced = True
 
         def execute(self, function: Callable[[Any], Any], data: Sequence[Any]) -> list[Any]:
@@ -64,13 +64,17 @@ def _raced(executor: Any) -> Any:
             results: list[Any] = [None] * len(data)
             for item, result in zip(ordered, super().execute(_Asked(heat, function), ordered), strict=True):
                 results[item.index] = result
-            # DSPy's lists of what failed count places in the order of the heat.
-            self.failed_indices = [ordered[at].index for at in self.failed_indices]
-            self.exceptions_map = {ordered[at].index: error for at, error in self.exceptions_map.items()}
+            _name_failures(self, heat.order)
             return _filled(heat, results)
 
     RacedExecutor.__name__ = RacedExecutor.__qualname__ = executor.__name__
     return RacedExecutor
+
+
+def _name_failures(executor: Any, order: Sequence[int]) -> None:
+    """DSPy's lists of what failed, which count places in the order of asking, made to count those of the set."""
+    executor.failed_indices = [order[at] for at in executor.failed_indices]
+    executor.exceptions_map = {order[at]: error for at, error in executor.exceptions_map.items()}
 
 
 class _Item:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, Final
 
 from dspy.teleprompt.teleprompt import Teleprompter
 
+from dspy_prod.compat.dspy import thread_local_overrides
 from dspy_prod.compat.foreign import names
+
+ENDER: Final = "dspy_prod_ender"
+"""Name of a DSPy setting: takes what ends an executor's work at once, whatever is in flight, and gives a context in
+which it may be called."""
 
 
 def end_parallel_work_with(ends: Callable[[BaseException], bool]) -> None:
@@ -30,8 +35,12 @@ def end_parallel_work_with(ends: Callable[[BaseException], bool]) -> None:
     @wraps(execute)
     def execute_or_end(self: Any, function: Any, data: Any) -> Any:
         found: BaseException | None
+        ender = thread_local_overrides.get().get(ENDER)
         try:
-            return execute(self, function, data)
+            if ender is None:
+                return execute(self, function, data)
+            with ender(self.cancel_jobs.set):
+                return execute(self, function, data)
         except BaseException as error:
             found = getattr(self, "_dspy_prod_end", None)
             if found is None or not (isinstance(error, Exception) or ends(error)):

@@ -11,9 +11,9 @@ import builtins
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, Final
 
 import dspy
@@ -26,39 +26,82 @@ SETTING: Final = "dspy_prod_quiet"
 _PRINTING: Final = ("dspy.teleprompt.", "dspy.propose.", "dspy.evaluate.", "gepa.")
 """Packages whose modules print, or log through a function that does."""
 
+_FOR_OPTIMIZERS: Final = "dspy.utils.inspect_history"
+"""It prints for whoever asks; COPRO asks in order to log it."""
+
 _BARS: Final = ("dspy.utils.parallelizer", "dspy.evaluate.evaluate", "dspy.teleprompt.bootstrap", "gepa.core.engine")
 """Modules that draw progress bars."""
 
-_LOGGERS: Final = ("optuna", "optuna.study.study", "optuna.trial._trial", "optuna.samplers._tpe.sampler")
+_LOGGERS: Final = ("optuna.study.study", "optuna.storages._in_memory", "optuna.trial._trial")
 """Loggers of Optuna, whose handler comes only when it is imported."""
+
+
+Expected = Callable[[BaseException], bool]
 
 
 def is_quiet() -> bool:
     """Whether the caller is inside a quiet block."""
-    return bool(thread_local_overrides.get().get(SETTING))
+    return thread_local_overrides.get().get(SETTING) is not None
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
-    """Silence what is called inside. Blocks may be nested, and several may be open at once in several threads."""
+def silenced(expected: Expected = lambda error: False) -> Iterator[None]:
+    """Silence what is called inside. Blocks may be nested, and several may be open at once in several threads.
+
+    Args:
+        expected: whether an error belongs to the block's ordinary end, so that DSPy need not log it.
+    """
     _INSTALLED.enter()
     try:
-        with dspy.context(**{SETTING: True}):
+        with dspy.context(**{SETTING: expected}):
             yield
     finally:
         _INSTALLED.leave()
 
 
 class _Filter(logging.Filter):
-    """Drops what is less than a warning."""
+    """Drops what is less than a warning, and what DSPy says of errors that are expected."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or not is_quiet()
+        expected: Expected | None = thread_local_overrides.get().get(SETTING)
+        if expected is None:
+            return True
+        if record.levelno < logging.WARNING:
+            return False
+        error = sys.exc_info()[1]  # DSPy logs it where it has caught it
+        if error is not None and expected(error):
+            return False
+        if record.name == "dspy.utils.parallelizer" and str(record.msg).startswith("Execution cancelled"):
+            return False
+        return not (record.name == "dspy.predict.predict" and _by_a_proposer(sys._getframe(1)))
+
+
+def _by_a_proposer(frame: FrameType | None) -> bool:
+    """Whether one of DSPy's proposers, whose values do not fit their own signatures, is the one who calls."""
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        if name.startswith("dspy.propose.") or frame.f_code.co_name == "append_a_rule":
+            return True
+        if not name.startswith(("dspy.", "dspy_prod.", "logging")):
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _print(*values: Any, **more: Any) -> None:
-    if more.get("file") is not None or not is_quiet():
+    if more.get("file") not in (None, sys.stdout) or not is_quiet() or not _for_an_optimizer(sys._getframe(1)):
         builtins.print(*values, **more)  # noqa: T201 (it stands for the built-in one)
+
+
+def _for_an_optimizer(frame: FrameType | None) -> bool:
+    """Whether a module that prints does so of itself, or because an optimizer asked it to."""
+    if frame is not None and frame.f_globals.get("__name__") != _FOR_OPTIMIZERS:
+        return True
+    while frame is not None and not str(frame.f_globals.get("__name__")).startswith(_PRINTING):
+        if not str(frame.f_globals.get("__name__")).startswith(("dspy.", "dspy_prod.")):
+            return False
+        frame = frame.f_back
+    return frame is not None
 
 
 def _bar(kind: Any) -> Any:
@@ -112,7 +155,11 @@ class _Installed:
         for place in self._filtered:
             place.addFilter(self._filter)
         for name, module in list(sys.modules.items()):
-            if name.startswith(_PRINTING) and isinstance(module, ModuleType) and "print" not in vars(module):
+            if (
+                name.startswith((*_PRINTING, _FOR_OPTIMIZERS))
+                and isinstance(module, ModuleType)
+                and "print" not in vars(module)
+            ):
                 vars(module)["print"] = _print
                 self._printing.append(module)
         for name in _BARS:

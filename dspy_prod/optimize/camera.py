@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import wraps
@@ -24,8 +25,8 @@ from dspy_prod.compat.racing import HEATS
 from dspy_prod.context.current import begin, current, merged_tags
 from dspy_prod.optimize.judging import Judge
 from dspy_prod.optimize.racing import Contest
+from dspy_prod.optimize.states import State, has_sources, key_of, read
 from dspy_prod.optimize.supported import Grows
-from dspy_prod.optimize.states import State, key_of, read
 
 _SEVERAL: Final = 4
 """Examples that a state must have answered to count as a candidate where nothing is evaluated as a whole."""
@@ -34,7 +35,7 @@ _ASIDE: Final = "aside"
 """The candidate that the ledger names for what is no candidate's: proposers, teachers, samples."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Seen:
     """What was seen of one state.
 
@@ -92,7 +93,7 @@ class Camera(BaseCallback):
         task_models: models of the program's LMs; what another one answers is a teacher's.
         contest: the races of evaluations; None runs none.
         on_new: called with a candidate that is new or complete.
-        origin: in words, where the candidate comes from that is the first to be seen in the evaluation of this number.
+        origin: in words, where the candidate comes from that is first seen in the evaluation of this number.
         failure_score: the score of an example at which the program failed.
         grows: what a new candidate is made from.
         loose: what answers several examples is a candidate, also outside of evaluations.
@@ -104,7 +105,7 @@ class Camera(BaseCallback):
         selection: Sequence[Any],
         others: Sequence[Any],
         judge: Judge,
-        task_models: frozenset[str],
+        task_models: AbstractSet[str],
         contest: Contest | None,
         on_new: Callable[[Seen], None],
         origin: Callable[[int], str],
@@ -114,6 +115,7 @@ class Camera(BaseCallback):
     ) -> None:
         self._kind = type(student)
         self._shape = _shape(student)
+        self._written = has_sources(student)
         self.keys = [key_of(example) for example in selection]
         self._selected = frozenset(self.keys)
         self._by_inputs = {_inputs_key(example): key_of(example) for example in [*others, *selection]}
@@ -164,7 +166,7 @@ class Camera(BaseCallback):
         ]  # fmt: skip
         if known.seen is not None and known.identity == identity:  # mostly the very same objects, so this is quick
             return known.seen
-        state = read(program, known.alone)
+        state = read(program, known.alone, self._written)
         known.identity = [
             (signature, text, dict(config), deepcopy(fields), *demos)
             for signature, text, config, fields, *demos in identity
@@ -181,7 +183,7 @@ class Camera(BaseCallback):
             return seen
 
     def _is_sample(self, known: _Known) -> bool:
-        """Whether an LM with a roll of its own, or a teacher's, answers: what it scores is not the candidate's score."""
+        """Whether an LM with a roll of its own, or a teacher's, answers: its score is not the candidate's."""
         default: Any = None
         for predictor in known.predictors:
             lm = predictor.lm
@@ -236,7 +238,7 @@ class Camera(BaseCallback):
     # -- evaluations ---------------------------------------------------------------------------------------------------
     def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """See which program is evaluated on what, and begin a race if it may end early."""
-        program = inputs.get("program")
+        program: Any = inputs.get("program")
         devset = inputs.get("devset") if inputs.get("devset") is not None else instance.devset
         if type(program) is not self._kind or not devset:
             return

@@ -62,7 +62,7 @@ def _candidate(camera: Camera, seen: Seen, sum_: Sum, places: dict[int, int]) ->
         examples=len(scores), scores=scores, cost_usd=sum_.usd,
         usd_per_answer=_per_answer(sum_, asked, seen.calls), tokens=sum_.tokens,
         latency=sum_.seconds / sum_.answers * asked / seen.calls if sum_.answers and seen.calls else None,
-        prompts=seen.state.prompts, demos=seen.state.demos, state=seen.state.described(), found_usd=seen.found_usd,
+        prompts=seen.state.prompts, demos=seen.state.demos, state=seen.state.described, found_usd=seen.found_usd,
         minibatches=tuple(seen.minibatches),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ def compared(
     seeds: tuple[Mapping[str, Any], Mapping[str, Any]],
     caps: tuple[Mapping[str, Any], Mapping[str, Any]],
 ) -> tuple[list[str], list[str]]:
-    """(what must not differ and does, what may) of two descriptions, the seeds and the caps; in each pair the old first.
+    """(what must not differ and does, what may) of two descriptions, seeds and caps; in each pair the old ones first.
 
     Example:
         ```python

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +16,6 @@ from importlib import metadata
 from types import CodeType
 from typing import Any, Final
 
-import orjson
 from dspy.clients.base_lm import BaseLM
 from dspy.primitives import Example, Module
 from dspy.signatures.signature import SignatureMeta
@@ -46,7 +46,7 @@ def fingerprints(
 
     Example:
         ```python
-        fingerprints(optimizer, program, {"trainset": train, "valset": val}, metric, {"program": lm})["dataset trainset"]
+        fingerprints(optimizer, program, {"trainset": train}, metric, {"program": lm})["dataset trainset"]
         ```
     """
     return digests(described(optimizer, student, datasets, metric, lms, arguments))
@@ -122,11 +122,11 @@ def program(module: Module) -> dict[str, Any]:
 def model(lm: Any) -> dict[str, Any]:
     """Which LM it is and how it is asked, without its key."""
     identity = getattr(lm, "identity", None)
-    known = isinstance(identity, bytes) and not identity.startswith(LOCAL)
+    known = isinstance(identity, bytes) and not identity.startswith(LOCAL) and hashlib.sha256(identity).hexdigest()
     return {
         "model": str(getattr(lm, "model", type(lm).__qualname__)),
         "arguments": {name: plain(value) for name, value in sorted(public(getattr(lm, "kwargs", {})).items())},
-        "destination": hashlib.sha256(identity).hexdigest()[:_SHORT] if known else None,
+        "destination": known[:_SHORT] if known else None,
     }
 
 
@@ -140,8 +140,8 @@ def function(given: Any) -> dict[str, Any]:
     inner = inspect.unwrap(given)
     code = getattr(inner, "__code__", None)
     if code is None:  # an object with `__call__`
-        owner = inner if isinstance(inner, type) else type(inner)
-        return {"name": _named(owner), "source": _source_digest(owner), "carries": {**bound, **_scalars(inner)}}
+        called = inner if isinstance(inner, type) else type(inner)
+        return {"name": _named(called), "source": _source_digest(called), "carries": {**bound, **_scalars(inner)}}
     carried = {name: cell for name, cell in _cells(inner, code) if isinstance(cell, _SCALARS)}
     defaults = [plain(value) for value in (getattr(inner, "__defaults__", None) or ())]
     owner = getattr(inner, "__self__", None)
@@ -196,8 +196,7 @@ def _of_class(value: Any, depth: int) -> Any:
 
 # -- details ---------------------------------------------------------------------------------------------------------
 def _digest(value: Any, whole: bool = False) -> str:
-    text = orjson.dumps(value, default=repr, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
-    digest = hashlib.sha256(text).hexdigest()
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
     return digest[:32] if whole else digest[:_SHORT]
 
 

@@ -54,8 +54,8 @@ class FirstExample:
         if threading.get_ident() in self._before or self._run in current().guards:
             return
         self._gate.wrong = ConfigError(
-            f"The program calls {getattr(lm, 'model', type(lm).__name__)!r} from threads of its own, which know nothing "
-            "of this run, so that no cap would hold. Use dspy.Parallel or dspy.asyncify, or enter "
+            f"The program calls {getattr(lm, 'model', type(lm).__name__)!r} from threads of its own, which know "
+            "nothing of this run, so that no cap would hold. Use dspy.Parallel or dspy.asyncify, or enter "
             "dspy_prod.call_context(run=...) in the thread; foreign='allow' leaves such calls uncapped"
         )
         self._gate.close("failed", str(self._gate.wrong), self._gate.wrong)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
 
 import dspy
 from dspy.utils.callback import BaseCallback
 
+from dspy_prod.compat.scoring import ENDER
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.lm import LM
 from dspy_prod.optimize.candidates import StoppedBy
+
+_SETTING: Final = "dspy_prod_gate"
 
 
 class Closed(BaseException):
@@ -25,6 +29,8 @@ class Gate(BaseCallback):
     """A callback of DSPy that lets everything pass until it is closed, and then nothing.
 
     It has to be the first callback: what an end handler of another one needs, its start handler must not have begun.
+    Each phase of a run has one of its own, so that what an optimizer leaves behind in its threads stays shut out while
+    finalists are evaluated.
 
     Args:
         on_close: called once, in the thread that closes it, with nothing held.
@@ -35,10 +41,36 @@ class Gate(BaseCallback):
         self._lock = threading.RLock()  # a signal handler may close it
         self._on_close = on_close
         self._foreign = foreign
+        self._ends: list[Callable[[], None]] = []
         self.reason: StoppedBy | None = None
         self.detail = ""
         self.error: Exception | None = None
         self.wrong: ConfigError | None = None
+
+    @contextmanager
+    def in_force(self, *others: BaseCallback) -> Iterator[None]:
+        """Stand before everything inside, and before other callbacks."""
+        rest = [each for each in dspy.settings.callbacks or () if not isinstance(each, Gate) and each not in others]
+        with dspy.context(**{_SETTING: self, ENDER: self._ender, "callbacks": [self, *others, *rest]}):
+            yield
+
+    @contextmanager
+    def _ender(self, end: Callable[[], None]) -> Iterator[None]:
+        """Keep what ends an executor of DSPy's, which else waits for every call in flight, also for those that hang."""
+        with self._lock:
+            self._ends.append(end)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._ends.remove(end)
+
+    def let_go(self) -> None:
+        """Wait for nothing that is in flight."""
+        with self._lock:
+            ends = list(self._ends)
+        for end in ends:
+            end()
 
     @property
     def closed(self) -> bool:
@@ -52,11 +84,6 @@ class Gate(BaseCallback):
                 return
             self.reason, self.detail, self.error = reason, detail, error
         self._on_close(detail)
-
-    def reopen(self) -> None:
-        """Let the evaluations of finalists pass."""
-        with self._lock:
-            self.reason, self.detail, self.error = None, "", None
 
     def check(self) -> None:
         """Go on, unless it is closed.
@@ -84,3 +111,9 @@ class Gate(BaseCallback):
             )
             self.close("failed", str(self.wrong), self.wrong)
             raise Closed(self.detail)
+
+
+def gate_here() -> Gate | None:
+    """The gate in force here, in this thread or task."""
+    found: Gate | None = dspy.settings.get(_SETTING, None)
+    return found

@@ -5,6 +5,7 @@ Another process learns of it here: whoever resumes the run, `dspy-prod optimizat
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -12,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
-import orjson
-
 from dspy_prod.errors import ConfigError
+from dspy_prod.optimize.comparing import compared
 from dspy_prod.policies.run import accounts_of
 from dspy_prod.runtime.boot import boot, is_this_boot
 from dspy_prod.stores.base import Store
@@ -38,6 +38,7 @@ class Header:
         started_at, ended_at: seconds since the epoch; of its last part.
         best: the best candidate so far, as JSON. warnings: what is to be told of it.
         process: what tells the process that runs it from others; filled in by `save`.
+        beside: which of its answers, by place, were asked for finalists, and not by the optimizer.
         calls, replayed, score: what else a list shows of it.
     """
 
@@ -57,6 +58,7 @@ class Header:
     replayed: int | None = None
     score: float | None = None
     process: str | None = None
+    beside: tuple[tuple[int, int | None], ...] = ()
 
     @property
     def running(self) -> bool:
@@ -78,7 +80,8 @@ class Header:
     def from_dict(cls, row: Mapping[str, Any]) -> Header:
         """The header that `to_dict` described; unknown keys are ignored."""
         known = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
-        return cls(**{**known, "warnings": tuple(known.get("warnings") or ())})
+        beside = tuple([(first, end) for first, end in known.get("beside") or ()])
+        return cls(**{**known, "warnings": tuple(known.get("warnings") or ()), "beside": beside})
 
 
 class Differences(NamedTuple):
@@ -106,8 +109,7 @@ def save(store: Store, header: Header) -> None:
     """
     if header.state == RUNNING:
         header = replace(header, process=_this_process())
-    text = orjson.dumps(header.to_dict(), default=repr, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
-    store.runs.put_note(header.run, _HEADER, text.decode())
+    store.runs.put_note(header.run, _HEADER, json.dumps(header.to_dict(), default=_as_json))
 
 
 def load(store: Store, name: str) -> Header | None:
@@ -195,20 +197,24 @@ def differences(old: Header, new: Header) -> Differences:
         refused, allowed = headers.differences(old, new)
         ```
     """
-    from dspy_prod.optimize.comparing import compared
-
     return Differences(*compared(old.described, new.described, (old.seeds, new.seeds), (old.caps, new.caps)))
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
 def _header(name: str, text: str) -> Header:
     try:
-        return Header.from_dict(orjson.loads(text))
-    except (orjson.JSONDecodeError, TypeError, AttributeError) as error:
+        return Header.from_dict(json.loads(text))
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"The header of the run {name!r} is damaged ({type(error).__name__}). Remove the run: "
             f"dspy-prod optimizations rm {name}"
         ) from error
+
+
+def _as_json(value: Any) -> Any:
+    """A number of numpy as a number; anything else as it is shown."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) and getattr(value, "ndim", 0) == 0 else repr(value)
 
 
 def _this_process() -> str:

@@ -16,7 +16,7 @@ from dspy_prod.errors import (
     RunStoppedError,
 )
 from dspy_prod.optimize.candidates import StoppedBy
-from dspy_prod.optimize.gate import Closed, Gate
+from dspy_prod.optimize.gate import Closed, Gate, gate_here
 from dspy_prod.pipeline.outcome import is_of_the_request
 from dspy_prod.policies.run import Run
 
@@ -29,16 +29,20 @@ class Judge:
     """Looks at errors of a run's calls, and closes its gate where one ends the run.
 
     Args:
-        gate: what is closed.
+        gate: tells the one of now, for calls that came through none.
         run: whose caps are spoken of.
         out_of_time: whether the run's time is over.
     """
 
-    def __init__(self, gate: Gate, run: Run, out_of_time: Callable[[], bool]) -> None:
+    def __init__(self, gate: Callable[[], Gate], run: Run, out_of_time: Callable[[], bool]) -> None:
         self._gate, self._run, self._out_of_time = gate, run, out_of_time
         self._lock = threading.Lock()
         self.dear: dict[str, int] = {}
         self.largest_usd = 0.0
+
+    def _close(self, reason: StoppedBy, detail: str, error: Exception | None = None) -> None:
+        """Close the gate that the call came through; one that is closed for long learns nothing new."""
+        (gate_here() or self._gate()).close(reason, detail, error)
 
     def blames_program(self, error: BaseException) -> bool:
         """Whether a program's call failed by its own fault, which is a score of 0; any other failure is no score."""
@@ -49,7 +53,7 @@ class Judge:
         if is_of_the_request(error):
             return True
         if not isinstance(error, RejectedError):
-            self._gate.close("failed", f"a model could not be asked: {type(error).__name__}: {error}", error)
+            self._close("failed", f"a model could not be asked: {type(error).__name__}: {error}", error)
         return False
 
     def refused(self, error: LMError) -> None:
@@ -58,17 +62,17 @@ class Judge:
             return
         if isinstance(error, DeadlineExceededError):
             if self._out_of_time():
-                self._gate.close("time", "its time is over")
+                self._close("time", "its time is over")
             return
         if isinstance(error, BudgetExceededError):
             self._out_of_money(error)
             return
-        self._gate.close("failed", f"{error.reason}: {error}", error)
+        self._close("failed", f"{error.reason}: {error}", error)
 
     def _out_of_money(self, error: BudgetExceededError) -> None:
         owner, _, dimension = error.budget.rpartition(": ")
         if owner != f"run {self._run.name}" or dimension not in _BY:
-            self._gate.close("budget", f"another budget refused: {error}", error)
+            self._close("budget", f"another budget refused: {error}", error)
             return
         left = error.limit_usd - error.spent_usd - error.held_usd
         inside = dict(current().tags).get("candidate") is not None
@@ -77,4 +81,4 @@ class Judge:
                 name = error.model or "?"
                 self.dear[name] = self.dear.get(name, 0) + 1
             return  # one dear call does not end a run in which cheap ones go on
-        self._gate.close(_BY[dimension], str(error))
+        self._close(_BY[dimension], str(error))

@@ -5,13 +5,18 @@ DSPy's own bars and lines are silenced meanwhile, see `quiet`.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
+from dspy_prod.context.current import current
+from dspy_prod.errors import BudgetExceededError, DeadlineExceededError, OutageError, RunStoppedError
 from dspy_prod.optimize.candidates import Progress, Watcher
+from dspy_prod.optimize.telling import sentence, used
 from dspy_prod.privacy.outward import outward
+from dspy_prod.runtime.clock import SYSTEM_CLOCK
 
 LINE_EVERY: Final = 10.0
 """Seconds after which there is another line, unless a better candidate came before."""
@@ -23,8 +28,9 @@ _STEPS: Final = 1000
 def quiet() -> AbstractContextManager[None]:
     """Silence what DSPy, GEPA and Optuna show of the work inside, and nothing else.
 
-    Their progress bars, their prints and what they log below a warning; not what a metric or a program prints, nor
-    handlers that you have put on DSPy's loggers. Everything is as before afterwards.
+    Their progress bars, their prints, what they log below a warning, and errors that only say that the run has ended;
+    not what a metric or a program prints, nor handlers that you have put on DSPy's loggers. Everything is as before
+    afterwards.
 
     Example:
         ```python
@@ -34,7 +40,7 @@ def quiet() -> AbstractContextManager[None]:
     """
     from dspy_prod.compat.silence import silenced
 
-    return silenced()
+    return silenced(_says_that_it_ends)
 
 
 def watcher(view: str | None) -> Watcher:
@@ -110,9 +116,10 @@ class Bar:
         """Draw it."""
         from tqdm.auto import tqdm
 
+        size = {"dynamic_ncols": True} if _has_size() else {"ncols": 120, "nrows": 24}
         self._bar = tqdm(
-            total=_STEPS, file=sys.stderr, dynamic_ncols=True, leave=True, mininterval=0, miniters=0,
-            bar_format="{desc} {percentage:3.0f}%|{bar:12}|{postfix}",
+            total=_STEPS, file=sys.stderr, leave=True, mininterval=0, miniters=0, delay=1e-9,
+            bar_format="{desc} {percentage:3.0f}%|{bar:12}|{postfix}", **size,
         )  # fmt: skip
         self.update(progress)
 
@@ -133,62 +140,29 @@ class Bar:
             bar.close()
 
 
-def sentence(progress: Progress) -> str:
-    """How far a run is, on one line.
-
-    Example:
-        "search, best 0.683 (given 0.500), $0.0123 of $0.05, 7 candidates, 3 min left"
-    """
-    parts = [f"ended: {progress.stopped_by}" if progress.stopped_by else progress.phase]
-    if progress.waiting:
-        parts.append(f"waiting for {progress.waiting}")
-    if progress.best is not None and progress.best.score is not None:
-        given = "" if progress.baseline is None else f" (given {progress.baseline:.3f})"
-        parts.append(f"best {progress.best.score:.3f}{given}")
-    cap = "" if progress.budget_usd is None else f" of ${progress.budget_usd:.4g}"
-    parts.append(f"${progress.spent_usd:.4g}{cap}")
-    if progress.max_calls is not None:
-        parts.append(f"{progress.calls:,} of {progress.max_calls:,} calls")
-    if progress.max_tokens is not None:
-        parts.append(f"{progress.tokens:,} of {progress.max_tokens:,} tokens")
-    count = len(progress.candidates)
-    parts.append(f"{count} candidate{'' if count == 1 else 's'}")
-    if progress.replayed:
-        parts.append(f"{progress.replayed:,} calls replayed")
-    if progress.eta is not None and progress.stopped_by is None:
-        parts.append(f"{span(progress.eta)} left")
-    else:
-        parts.append(span(progress.seconds))
-    return ", ".join(parts)
-
-
-def used(progress: Progress) -> float:
-    """The share of the cap that is used most, 0 to 1; all of it once the optimizer has completed."""
-    if progress.stopped_by == "completed":
-        return 1.0
-    shares = [
-        spent / cap
-        for spent, cap in (
-            (progress.spent_usd, progress.budget_usd), (progress.calls, progress.max_calls),
-            (progress.tokens, progress.max_tokens), (progress.seconds, progress.max_time),
-        )
-        if cap
-    ]  # fmt: skip
-    return min(1.0, max(shares, default=0.0))
-
-
-def span(seconds: float) -> str:
-    """A time for people: "40 s", "3 min", "2.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _news(progress: Progress) -> tuple[Any, ...]:
     best = progress.best
     return (None if best is None else (best.key, best.score), progress.phase, progress.waiting, progress.stopped_by)
 
 
+def _says_that_it_ends(error: BaseException) -> bool:
+    """Whether a run refused a call because it ends; its report tells that."""
+    if isinstance(error, DeadlineExceededError):
+        # Where DSPy logs, the run's own is in force; a wait may end a moment before it.
+        return SYSTEM_CLOCK.monotonic() >= current().deadline - 0.05
+    if isinstance(error, BudgetExceededError):
+        return any(error.budget.startswith(f"run {guard.name}: ") for guard in current().guards)
+    return isinstance(error, (RunStoppedError, OutageError))
+
+
 def _at_terminal() -> bool:
     isatty = getattr(sys.stderr, "isatty", None)
     return bool(isatty is not None and isatty())
+
+
+def _has_size() -> bool:
+    """Whether the terminal knows its size; tqdm draws nothing on one of no columns, as containers have."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (AttributeError, OSError, ValueError):
+        return True

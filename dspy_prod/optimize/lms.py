@@ -56,7 +56,9 @@ class LMs:
         try:
             return wrap(lm, store=self._store)
         except ConfigError as error:
-            raise ConfigError(f"BudgetedOptimizer: the {role} LM {type(lm).__name__} cannot be capped: {error}") from None
+            raise ConfigError(
+                f"BudgetedOptimizer: the {role} LM {type(lm).__name__} cannot be capped: {error}"
+            ) from None
 
     def program(self, program: Any, role: str) -> None:
         """Put the LMs of a program's predictors under the caps."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -11,13 +10,20 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_prod.errors import ConfigError, OptionError
+from dspy_prod.optimize.candidates import Watcher
+from dspy_prod.optimize.forecasting import forecast_of
 from dspy_prod.optimize.metrics import metric_of
+from dspy_prod.optimize.opening import Scribe, opened, piloted
+from dspy_prod.optimize.rehearsal import Forecast
 from dspy_prod.optimize.reporting import report_of
-from dspy_prod.optimize.session import Session, Task, checked_student, threads_of
+from dspy_prod.optimize.session import Session
 from dspy_prod.optimize.supported import accepts, parameters_of, refuse_steps, selection_of, traits_of
+from dspy_prod.optimize.task import Task, checked_student, threads_of
 from dspy_prod.optimize.terms import Terms
-from dspy_prod.policies.run import Run
 from dspy_prod.stores.base import Store
+
+_PILOT: Final = 16
+"""Examples that a forecast really asks."""
 
 _CAPS: Final = ("budget_usd", "max_calls", "max_tokens", "max_time")
 
@@ -51,6 +57,7 @@ class BudgetedOptimizer(Teleprompter):
         view: how the run is shown: `"bar"`, `"table"` (in a notebook), `"log"`, None, or `"auto"`.
         track: whether MLflow gets a run with its candidates; by default when `dspy_prod.tracking` is on.
         sample: share of the run's traces that tracking keeps.
+        publish: publish the best program as a version of this name in the registry, linked to its MLflow run.
         store: where the run is counted and its answers are kept, as for `LM`. namespace: as for `LM`.
 
     Attributes:
@@ -77,6 +84,7 @@ class BudgetedOptimizer(Teleprompter):
         max_time: float | dt.timedelta | None = None,
         name: str | None = None,
         metric: Callable[..., Any] | None = None,
+        publish: str | None = None,
         store: str | Store | None = None,
         namespace: str | None = None,
         **options: Any,
@@ -93,8 +101,11 @@ class BudgetedOptimizer(Teleprompter):
         if name is not None and (not isinstance(name, str) or not name):
             raise ConfigError(f"BudgetedOptimizer: name: must be a non-empty string, got {name!r}")
         self._metric = metric
+        self._publish = publish
         self._store, self._namespace = store, namespace
         self._session: Session | None = None
+        self._begun: tuple[str | None, float] = (None, 0.0)
+        self._forecasted: Forecast | None = None
         self.report: Any = None
 
     def compile(
@@ -125,6 +136,7 @@ class BudgetedOptimizer(Teleprompter):
 
         Raises:
             ConfigError: an argument is impossible; the run cannot be resumed, and why; calls that no cap could hold.
+            LMError: no model could be asked at all, and why.
             KeyboardInterrupt: a second Ctrl-C while it ends after the first.
         """
         terms = self._terms_with(arguments)
@@ -135,7 +147,7 @@ class BudgetedOptimizer(Teleprompter):
             return forecast
         return self._compile(task, terms, kept_back, resume)
 
-    def forecast(self, student: dspy.Module, **arguments: Any) -> Any:
+    def forecast(self, student: dspy.Module, **arguments: Any) -> Forecast:
         """What `compile` with the same arguments would cost: the optimizer is rehearsed on a free model.
 
         A small pilot is measured first, and paid for: its calls count within the caps.
@@ -160,10 +172,12 @@ class BudgetedOptimizer(Teleprompter):
 
     # -- before the run ------------------------------------------------------------------------------------------------
     def _terms_with(self, arguments: dict[str, Any]) -> Terms:
-        others = {name: arguments.pop(name) for name in _CAPS if name in arguments}
+        others: dict[str, Any] = {name: arguments.pop(name) for name in _CAPS if name in arguments}
         if not others:
             return self.terms
-        return _terms(**{**{name: getattr(self.terms, name) for name in self.terms.model_fields_set}, **others})
+        kept: dict[str, Any] = {name: getattr(self.terms, name) for name in self.terms.model_fields_set}
+        kept.update(others)
+        return _terms(**kept)
 
     def _task(
         self,
@@ -182,7 +196,11 @@ class BudgetedOptimizer(Teleprompter):
                     f"BudgetedOptimizer.compile: {name}: {type(optimizer).__name__}.compile does not take it; it takes "
                     f"{', '.join(each for each in known if each not in ('self', 'student'))}"
                 )
-        given = {**more, **({"trainset": trainset} if trainset is not None else {}), **({"valset": valset} if valset else {})}
+        given: dict[str, Any] = {
+            **more,
+            **({"trainset": trainset} if trainset is not None else {}),
+            **({"valset": valset} if valset else {}),
+        }
         refuse_steps(optimizer, given)
         passed, kept_back = dict(more), []
         kind = type(optimizer).__name__
@@ -210,31 +228,42 @@ class BudgetedOptimizer(Teleprompter):
     # -- the run -------------------------------------------------------------------------------------------------------
     def _compile(self, task: Task, terms: Terms, warnings: list[str], resume: bool | None) -> Any:
         from dspy_prod.optimize.live import quiet, watcher
+        from dspy_prod.optimize.mlflow_runs import publish_found
+        from dspy_prod.optimize.mlflow_runs import watcher as in_mlflow
 
-        run = self._run(terms)
-        shown = watcher(terms.view)
-        session = Session(task, terms, run, [shown], lambda: False, quiet)
+        (pilot, spent), self._begun = (None, 0.0) if resume else self._begun, (None, 0.0)
+        begun = opened(task, terms, self.name, resume, self._store, self._namespace, pilot)
+        sets = {**{name: task.arguments.get(name) or () for name in ("trainset", "valset")}, "testset": task.testset}
+        tracked = in_mlflow(track=terms.track, resumed=begun.before is not None, datasets=sets)
+        scribe = None if begun.header is None else Scribe(begun.run, begun.header)
+        watchers: list[Watcher] = [each for each in (scribe, tracked) if each is not None]
+        watchers.append(watcher(terms.view))
+        session = Session(
+            task, terms, begun.run, watchers, (lambda: False) if scribe is None else scribe.asked_to_stop, quiet,
+            begun.spent_before + spent,
+        )  # fmt: skip
+        session.outcome.warnings.extend([*warnings, *begun.warnings])
         self._session = session
-        session.outcome.warnings.extend(warnings)
         try:
-            outcome = session.go()
+            session.go()
         finally:
             self._session = None
-            self.report = report_of(session)
+            self.report = report_of(session, self._forecasted, None if tracked is None else tracked.wait_for_id())
             session.told(self.report)
-        best = session.best_program()
+        best = session.programs.best()
         best.optimization = self.report
+        if self._publish is not None:
+            publish_found(self.report, best, self._publish, dataset=task.selection[0], watching=tracked)
         return best
 
-    def _run(self, terms: Terms) -> Run:
-        name = self.name or f"{type(self.optimizer).__name__}-{uuid.uuid4().hex[:8]}"
-        return Run(
-            name, usd=terms.budget_usd, calls=terms.max_calls, tokens=terms.max_tokens, store=self._store,
-            namespace=self._namespace,
-        )  # fmt: skip
+    def _forecast(self, task: Task, terms: Terms) -> Forecast:
+        from dspy_prod.optimize.live import quiet
 
-    def _forecast(self, task: Task, terms: Terms) -> Any:
-        raise NotImplementedError
+        run = piloted(task, terms, self.name, self._store, self._namespace)
+        session = Session(task, terms, run, [], lambda: False, quiet)
+        self._forecasted = forecast_of(session, _PILOT)
+        self._begun = run.name, self._forecasted.pilot_usd
+        return self._forecasted
 
 
 def _terms(**options: Any) -> Terms:

@@ -7,15 +7,21 @@ from typing import Any
 
 from dspy_prod.optimize.candidates import Candidate
 from dspy_prod.optimize.choosing import described
-from dspy_prod.optimize.racing import Raced
+from dspy_prod.optimize.rehearsal import Forecast
 from dspy_prod.optimize.report import OptimizationReport, Selection, Spent
 from dspy_prod.optimize.session import Session
 from dspy_prod.optimize.statistics import expected, paired
 from dspy_prod.optimize.sums import Sum
 
 
-def report_of(session: Session) -> OptimizationReport:
-    """What a run came to, as far as it came."""
+def report_of(
+    session: Session, forecast: Forecast | None = None, experiment_run: str | None = None
+) -> OptimizationReport:
+    """What a run came to, as far as it came.
+
+    Args:
+        session: the run. forecast: what was foretold of it. experiment_run: MLflow's id of it.
+    """
     outcome, terms, task = session.outcome, session.terms, session.task
     candidates = described(session.camera, session.sums, outcome.returned)
     by_key = {each.key: each for each in candidates}
@@ -28,17 +34,16 @@ def report_of(session: Session) -> OptimizationReport:
         detail=outcome.detail, spent_usd=session.spent_usd, unconfirmed_usd=total.unconfirmed_usd,
         spent_by={name: _spent(each) for name, each in roles.items()},
         phases={name: _spent(each) for name, each in phases.items()},
-        calls=total.calls, cached=total.cached, replayed=total.replayed, first_new=None, tokens=total.tokens,
-        seconds=time.monotonic() - session.began, budget_usd=terms.budget_usd, max_calls=terms.max_calls,
-        max_tokens=terms.max_tokens, max_time=terms.max_time, forecast=None,
+        calls=total.calls, cached=total.cached, replayed=total.replayed, first_new=session.run.first_new,
+        tokens=total.tokens, seconds=time.monotonic() - session.began, budget_usd=terms.budget_usd,
+        max_calls=terms.max_calls, max_tokens=terms.max_tokens, max_time=terms.max_time, forecast=forecast,
         baseline=by_key.get(outcome.given.state.key) if outcome.given is not None else None, best=best,
         best_score=None if best is None else best.score, expected_score=mean, expected_interval=interval,
         test=None if outcome.tests is None else paired(*outcome.tests), candidates=candidates,
-        racing=None if contest is None else Raced(
-            contest.delta, contest.margin, contest.evaluated, contest.saved, contest.raced
-        ),
-        selection=Selection(len(task.selection[0]), task.selection[1]), warnings=tuple(outcome.warnings),
-        experiment_run=None, _make=session.make,
+        racing=None if contest is None else contest.raced,
+        selection=Selection(len(task.selection[0]), task.selection[1]),
+        warnings=(*outcome.warnings, *_strangers(session)),
+        experiment_run=experiment_run, _make=lambda candidate: session.programs.make(candidate.key),
     )  # fmt: skip
 
 
@@ -55,3 +60,8 @@ def _expected(
         return None, None
     found: Any = expected([each.scores for each in scored], examples)[scored.index(best)]
     return found.mean, (found.low, found.high)
+
+
+def _strangers(session: Session) -> list[str]:
+    told = session.run.diverged
+    return [] if told is None else [told]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.sums import Sum, Sums
+from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run
-
-if TYPE_CHECKING:
-    from dspy_prod.optimize.session import Task
 
 _LONGER: Final = 1.6
 """By how much a candidate's prompts, with demonstrations and rules, are taken to be longer than the given program's."""
@@ -30,21 +28,29 @@ class Reserve:
     def __init__(self, terms: Terms, task: Task, sums: Sums, camera: Camera) -> None:
         self._terms, self._task, self._sums, self._camera = terms, task, sums, camera
         self._began = time.monotonic()
+        self._seconds: float | None = None
 
-    def keep(self, run: Run, ends: float | None) -> float | None:
-        """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock."""
-        share = self._evaluations()
-        total, _, phases = self._sums.snapshot()
+    def keep(self, run: Run, ends: float | None, finalists: int) -> float | None:
+        """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock.
+
+        Args:
+            run: whose caps. ends: when all has to end. finalists: how many are to be evaluated, as far as is known.
+        """
+        share = self._evaluations(finalists)
+        _, _, phases = self._sums.snapshot()
+        used_now = run.used()
         base = phases.get("baseline", Sum())
-        seconds = time.monotonic() - self._began
+        if self._seconds is None:  # the first time is after the baseline
+            self._seconds = time.monotonic() - self._began
+        seconds = self._seconds
         kept: dict[str, float] = {}
         for name, cap, used, one in (
-            ("usd", self._terms.budget_usd, total.usd, _scaled(base.usd, base) * _LONGER),
-            ("calls", self._terms.max_calls, total.calls, _scaled(base.calls, base)),
-            ("tokens", self._terms.max_tokens, total.tokens, _scaled(base.tokens, base) * _LONGER),
+            ("usd", self._terms.budget_usd, used_now.usd, _scaled(base.usd, base) * _LONGER),
+            ("calls", self._terms.max_calls, used_now.calls, _scaled(base.calls, base)),
+            ("tokens", self._terms.max_tokens, used_now.tokens, _scaled(base.tokens, base) * _LONGER),
         ):
             if cap is not None:
-                left = max(0.0, cap - used)
+                left = max(0.0, cap - (used or 0))
                 kept[name] = cap - self._part(left, share * one)
         if kept:
             run.allow(
@@ -66,10 +72,10 @@ class Reserve:
             return left * self._terms.reserve
         return min(needed, left * _MOST)
 
-    def _evaluations(self) -> float:
+    def _evaluations(self, finalists: int) -> float:
         """How many evaluations of the selection set are to come, those of the test set among them."""
         examples = len(self._task.selection[0])
-        return self._task.traits.finalists + 2 * len(self._task.testset) / max(1, examples)
+        return finalists + 2 * len(self._task.testset) / max(1, examples)
 
 
 def _scaled(used: float, sum_: Sum) -> float:

@@ -11,86 +11,40 @@ Whatever ends a phase, the next ones that may still help go on; what is returned
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import dspy
 
+from dspy_prod.compat.racing import install
 from dspy_prod.context.current import call_context
-from dspy_prod.context.scoring import compiling
-from dspy_prod.errors import BudgetExceededError, ConfigError, RejectedError
+from dspy_prod.errors import BudgetExceededError, RejectedError
 from dspy_prod.optimize.camera import Camera, Seen
-from dspy_prod.optimize.candidates import Progress, StoppedBy, Watcher
-from dspy_prod.optimize.choosing import best_of, described, finalists
+from dspy_prod.optimize.candidates import Progress, Watcher
+from dspy_prod.optimize.choosing import best_of, finalists
 from dspy_prod.optimize.first import FirstExample
 from dspy_prod.optimize.gate import Closed, Gate
 from dspy_prod.optimize.judging import Judge
 from dspy_prod.optimize.lms import LMs
 from dspy_prod.optimize.metrics import Metrics
+from dspy_prod.optimize.outcome import Outcome, Programs
+from dspy_prod.optimize.progress import progress_of
 from dspy_prod.optimize.pulse import Pulse
 from dspy_prod.optimize.racing import Contest
 from dspy_prod.optimize.reserve import Reserve
+from dspy_prod.optimize.scope import NO_END, in_force
 from dspy_prod.optimize.sums import Sums
-from dspy_prod.optimize.supported import Chosen, Traits
+from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run
 from dspy_prod.telemetry.events import BUS
 
-_NO_END: Final = 10**9
-"""Errors after which DSPy would give an evaluation up: a bad candidate must not end the run."""
-
 _GOES_ON: Final = frozenset({"budget", "calls", "tokens", "time"})
 """Reasons after which the reserve is spent on finalists. After any other one nothing more is called."""
 
-
-@dataclass
-class Task:
-    """What is to be optimized, and with what.
-
-    Attributes:
-        optimizer: DSPy's. traits: what is known of it. student: the given program. arguments: of its `compile`.
-        selection: the examples that the best is chosen by, and where they come from.
-        testset: untouched examples. metric: what scores; None where nobody told one.
-        num_threads: of our own evaluations.
-    """
-
-    optimizer: Any
-    traits: Traits
-    student: Any
-    arguments: Mapping[str, Any]
-    selection: Chosen
-    testset: Sequence[Any]
-    metric: Callable[..., Any] | None
-    num_threads: int | None
-
-    @property
-    def examples(self) -> list[Any]:
-        """All examples of the optimizer's arguments."""
-        found = [*(self.arguments.get("trainset") or ()), *(self.arguments.get("valset") or ())]
-        return found or list(self.selection[0])
-
-
-@dataclass
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        stopped_by, detail: why. best: the candidate that is returned, None when none is complete.
-        returned: what the optimizer itself returned. program: that object. given: the given program.
-        tests: scores of the given program and of the best on the test set. error: what ended it, if it failed.
-    """
-
-    stopped_by: StoppedBy = "completed"
-    detail: str = ""
-    best: Seen | None = None
-    given: Seen | None = None
-    returned: Seen | None = None
-    program: Any = None
-    tests: tuple[list[float], list[float]] | None = None
-    error: BaseException | None = None
-    warnings: list[str] = field(default_factory=list)
+_ENDS: Final = frozenset({"interrupted", "stopped", "failed"})
+"""Reasons that are told even if another one had ended the search before."""
 
 
 class Session:
@@ -99,7 +53,7 @@ class Session:
     Args:
         task: what. terms: under which caps, and how. run: the guard that holds the caps, and counts.
         watchers: who is told. asked_to_stop: whether somebody elsewhere wants it to end.
-        quiet: silences what DSPy itself shows.
+        quiet: silences what DSPy itself shows. spent_before: dollars of earlier parts of the run.
     """
 
     def __init__(
@@ -110,20 +64,21 @@ class Session:
         watchers: Sequence[Watcher],
         asked_to_stop: Callable[[], bool],
         quiet: Callable[[], Any],
-        before_seconds: float = 0.0,
+        spent_before: float = 0.0,
     ) -> None:
         self.task, self.terms, self.run = task, terms, run
         self._quiet = quiet
         self.began = time.monotonic()
-        self._before = before_seconds
+        self._spent_before = spent_before
         self._ends = None if terms.max_time is None else self.began + terms.max_time
         self._search_ends = self._ends
         self.lms = LMs(run.store)
-        self.gate = Gate(self._on_close, foreign=terms.foreign == "allow")
-        self._judge = Judge(self.gate, run, self._is_out_of_time)
+        self.gate = self._new_gate()
+        self._judge = Judge(lambda: self.gate, run, self._is_out_of_time)
         examples, _ = task.selection
         self.contest = None
         if terms.racing is not None and task.traits.races:
+            install()
             self.contest = Contest(len(examples), delta=1 - terms.racing, margin=terms.margin)
         models: set[str] = set()
         self._models = models
@@ -131,10 +86,13 @@ class Session:
             task.student, examples, [*task.examples, *task.testset], self._judge, models, self.contest,
             self._on_candidate, self._origin, grows=task.traits.grows, loose=task.traits.loose,
         )  # fmt: skip
+        self.metrics = Metrics(self.camera, task.metric)
         self.sums = Sums(run.name, self.lms.roles)
         self.phase = "baseline"
         self.outcome = Outcome()
+        self.programs = Programs(task, self.camera, self.outcome)
         self.reserve = Reserve(terms, task, self.sums, self.camera)
+        self._kept_for = 0
         self._stale = 0
         self._best_yet = float("-inf")
         self._pulse = Pulse(self.progress, watchers, self._beat)
@@ -148,47 +106,25 @@ class Session:
 
     def progress(self) -> Progress:
         """How far it is."""
-        total, _, _ = self.sums.snapshot()
-        terms = self.terms
-        candidates = described(self.camera, self.sums, self.outcome.returned)
-        best = best_of(self.camera, self.outcome.returned)
-        given = self.outcome.given
-        return Progress(
-            run=self.run.name, optimizer=type(self.task.optimizer).__name__, phase=self.phase,
-            seconds=time.monotonic() - self.began, spent_usd=self.spent_usd, calls=total.calls, tokens=total.tokens,
-            candidates=candidates,
-            best=next((each for each in candidates if best is not None and each.key == best.state.key), None),
-            baseline=self.camera.mean(given) if given is not None and self.camera.is_complete(given) else None,
-            budget_usd=terms.budget_usd, max_calls=terms.max_calls, max_tokens=terms.max_tokens,
-            max_time=terms.max_time, cached=total.cached, replayed=total.replayed, eta=self._eta(),
-            waiting=None, stopped_by=self.outcome.stopped_by if self.phase == "ended" else None,
+        return progress_of(
+            self.task, self.terms, self.run.name, self.camera, self.sums, self.outcome, self.phase, self.spent_usd,
+            time.monotonic() - self.began,
         )  # fmt: skip
 
     @property
     def spent_usd(self) -> float:
         """Dollars of the whole run, earlier parts of it included, as far as they are settled."""
-        return self.sums.total.usd
-
-    def _eta(self) -> float | None:
-        """Seconds until a cap is used up at the pace so far."""
-        seconds = time.monotonic() - self.began
-        total = self.sums.total
-        shares = [
-            used / cap
-            for used, cap in (
-                (total.usd, self.terms.budget_usd), (total.calls, self.terms.max_calls),
-                (total.tokens, self.terms.max_tokens), (seconds, self.terms.max_time),
-            )
-            if cap
-        ]  # fmt: skip
-        share = max(shares, default=0.0)
-        return seconds * (1 - share) / share if 0.01 < share < 1 else None
+        return self._spent_before + self.sums.total.usd
 
     # -- what closes the gate ------------------------------------------------------------------------------------------
     def _on_close(self, detail: str) -> None:
         if self.gate.reason not in _GOES_ON:
             self.run.stop(detail)
+            self.gate.let_go()
         self._pulse.wake()
+
+    def _new_gate(self) -> Gate:
+        return Gate(self._on_close, foreign=self.terms.foreign == "allow")
 
     def _is_out_of_time(self) -> bool:
         ends = self._search_ends if self.phase in ("baseline", "search") else self._ends
@@ -198,9 +134,13 @@ class Session:
         if self.phase == "ended" or self.gate.closed:
             return
         if self._is_out_of_time():
-            self.gate.close("time", f"its {self.terms.max_time:g} s are over" if self.terms.max_time else "time is over")
+            self.gate.close(
+                "time", f"its {self.terms.max_time:g} s are over" if self.terms.max_time else "time is over"
+            )
         elif self._asked_to_stop():
             self.stop()
+        elif self.phase == "search" and self._kept_for < self.task.traits.finalists:
+            self._keep_reserve()  # the calls in the optimizer's own hands keep the deadline that they began with
 
     def _origin(self, number: int) -> str:
         restrict = self.task.arguments.get("restrict")
@@ -211,7 +151,7 @@ class Session:
     def _on_candidate(self, seen: Seen) -> None:
         if self.camera.is_complete(seen) and seen.index not in self._completed:
             self._completed.add(seen.index)
-            seen.found_usd = self.sums.total.usd
+            seen.found_usd = self.spent_usd
             score = self.camera.mean(seen)
             better = score > self._best_yet
             self._best_yet = max(self._best_yet, score)
@@ -222,7 +162,9 @@ class Session:
 
     def _enough(self, score: float) -> None:
         if self.terms.stop_at is not None and score >= self.terms.stop_at:
-            self.gate.close("target", f"a candidate scored {score:.4g}, which is at least stop_at={self.terms.stop_at:g}")
+            self.gate.close(
+                "target", f"a candidate scored {score:.4g}, which is at least stop_at={self.terms.stop_at:g}"
+            )
         elif self.terms.patience is not None and self._stale >= self.terms.patience:
             self.gate.close("stopped", f"{self._stale} complete candidates in a row were no better than the best")
 
@@ -233,18 +175,21 @@ class Session:
         Raises:
             ConfigError: something is called that no cap holds; nothing more is called, and nothing is lost but the
                 first example.
+            LMError: no model could be asked at all, and why.
             KeyboardInterrupt: a second one, while it ends after the first.
         """
         outcome = self.outcome
         remove = BUS.add(self.sums)
         try:
-            with self._pulse.beating(), self._in_force():
+            with self._pulse.beating(), self._holding():
                 try:
                     self._phases(outcome)
                 except KeyboardInterrupt:
                     self.gate.close("interrupted", "Ctrl-C")
                 if self.gate.wrong is not None:
                     raise self.gate.wrong
+                if outcome.stopped_by == "failed" and outcome.error is not None and self._asked_nobody():
+                    raise outcome.error  # nothing was answered, so nothing can be lost
         finally:
             self.phase = self.sums.phase = "ended"
             self.run.stop(outcome.detail or "the run has ended")
@@ -252,8 +197,26 @@ class Session:
         self._close(outcome)
         return outcome
 
+    def _holding(self) -> AbstractContextManager[None]:
+        return in_force(self.task, self.terms, self.run, self.lms, self.metrics, self._models, self._quiet)
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Within it programs may be asked under the caps, without a run."""
+        remove = BUS.add(self.sums)
+        try:
+            with self._holding(), self.gate.in_force(self.camera):
+                yield
+        finally:
+            remove()
+
+    def _asked_nobody(self) -> bool:
+        total = self.sums.total
+        return not (total.answers or total.cached or total.replayed)
+
     def _close(self, outcome: Outcome) -> None:
-        if self.gate.reason is not None and outcome.stopped_by == "completed":
+        if self.gate.reason in _ENDS or (self.gate.reason is not None and outcome.stopped_by == "completed"):
+            assert self.gate.reason is not None
             outcome.stopped_by, outcome.detail = self.gate.reason, self.gate.detail
             outcome.error = self.gate.error
         outcome.best = best_of(self.camera, outcome.returned)
@@ -265,55 +228,24 @@ class Session:
         if self.contest is not None and self.contest.warning:
             outcome.warnings.append(self.contest.warning)
 
-    @contextmanager
-    def _in_force(self) -> Iterator[None]:
-        """Everything that holds while it runs, and is taken back afterwards, on every way out."""
-        task = self.task
-        with ExitStack() as stack:
-            stack.enter_context(self._quiet())
-            stack.enter_context(self.lms.restored())
-            lm = self.lms.guarded(dspy.settings.lm, "task")
-            self.lms.optimizer(task.optimizer)
-            self.lms.program(task.student, "task")
-            teachers = task.arguments.get("teacher")
-            for teacher in teachers if isinstance(teachers, list) else [teachers]:
-                self.lms.program(teacher, "teacher")
-            self._models.update(self._task_models(lm))
-            self.metrics = Metrics(self.camera, task.metric)
-            stack.enter_context(self.metrics.watched(task.optimizer))
-            stack.enter_context(compiling())
-            stack.enter_context(
-                dspy.context(
-                    lm=self._task_lm(lm), callbacks=[self.gate, self.camera, *(dspy.settings.callbacks or ())],
-                    max_errors=_NO_END,
-                )
-            )  # fmt: skip
-            stack.enter_context(
-                call_context(run=self.run, priority=self.terms.priority, sample=self.terms.sample)
-            )
-            yield
-
-    def _task_lm(self, lm: Any) -> Any:
-        own = getattr(self.task.optimizer, "task_model", None)
-        return own if isinstance(own, dspy.BaseLM) else lm
-
-    def _task_models(self, lm: Any) -> set[str]:
-        found = [predictor.lm for _, predictor in self.task.student.named_predictors()]
-        return {each.model for each in [self._task_lm(lm), *found] if isinstance(each, dspy.BaseLM)}
-
     def _phases(self, outcome: Outcome) -> None:
         outcome.given = self.camera.seen_of(self.task.student)
         outcome.given.origin = "given program"
         outcome.given.evaluated = True
+        with self.gate.in_force(self.camera):
+            if self.metrics.scores is not None:
+                self._baseline(outcome.given)
+            if not self.gate.closed:
+                self._search(outcome)
+        if self.gate.reason is not None:
+            outcome.stopped_by, outcome.detail, outcome.error = self.gate.reason, self.gate.detail, self.gate.error
+            if self.gate.reason not in _GOES_ON:
+                return
         if self.metrics.scores is not None:
-            self._baseline(outcome.given)
-        if not self.gate.closed:
-            self._search(outcome)
-        if self.metrics.scores is None:
-            return
-        if self.gate.reason is None or self.gate.reason in _GOES_ON:
-            self._finals(outcome)
-            self._test(outcome)
+            self.gate = self._new_gate()
+            with self.gate.in_force(self.camera):
+                self._finals(outcome)
+                self._test(outcome)
 
     def _within(self, ends: float | None) -> Any:
         """Calls inside end at a moment of the monotonic clock."""
@@ -333,7 +265,7 @@ class Session:
         self.phase = self.sums.phase = "search"
         self._judge.largest_usd = self.sums.largest_usd
         self.camera.evaluations = 0
-        self._search_ends = self.reserve.keep(self.run, self._ends)
+        self._search_ends = self._keep_reserve()
         with self._within(self._search_ends):
             try:
                 outcome.program = task.optimizer.compile(task.student, **task.arguments)
@@ -352,22 +284,31 @@ class Session:
             outcome.returned.origin = outcome.returned.origin or "returned by the optimizer"
             outcome.returned.evaluated = True
 
+    def _keep_reserve(self) -> float | None:
+        """Keep back what finalists need: all there can be where none is seen before the end, else those there are."""
+        traits = self.task.traits
+        open_ = traits.finalists
+        if not traits.late:
+            open_ = min(open_, len(finalists(self.camera, None, None)))
+        self._kept_for = open_
+        return self.reserve.keep(self.run, self._ends, open_)
+
     def _finals(self, outcome: Outcome) -> None:
         """Evaluate completely what may yet be the best."""
-        ended = self.gate.reason
-        self._reopen(outcome)
+        completed = outcome.stopped_by == "completed"
         self.phase = self.sums.phase = "finals"
+        self._pulse.tell("update")
         self.reserve.free(self.run)
-        most = max(1, self.task.traits.finalists) if ended is None else None
+        most = max(1, self.task.traits.finalists) if completed else None
         with self._within(self._ends):
             done = 0
             while not self.gate.closed and (most is None or done < most):
                 left = finalists(self.camera, outcome.returned, self._score_of(outcome.given))
-                if not left or (ended is None and left[0] is not outcome.returned and self.task.traits.finalists == 0):
+                if not left or (completed and left[0] is not outcome.returned and self.task.traits.finalists == 0):
                     break
                 seen = left[0]
                 try:
-                    self.evaluate(self._program_of(seen, outcome), seen)
+                    self.evaluate(self.programs.of(seen), seen)
                 except Closed:
                     break
                 done += 1
@@ -383,7 +324,7 @@ class Session:
         with self._within(self._ends):
             try:
                 for seen in dict.fromkeys((outcome.given, best)):
-                    self.evaluate(self._program_of(seen, outcome), seen, self.task.testset)
+                    self.evaluate(self.programs.of(seen), seen, self.task.testset)
             except Closed:
                 pass
         keys = [self.camera.key(example) for example in self.task.testset]
@@ -392,40 +333,8 @@ class Session:
         else:
             outcome.warnings.append("the test set could not be answered completely, so there is no comparison on it")
 
-    def _reopen(self, outcome: Outcome) -> None:
-        if self.gate.reason is not None:
-            outcome.stopped_by, outcome.detail, outcome.error = self.gate.reason, self.gate.detail, self.gate.error
-            self.gate.reopen()
-
     def _score_of(self, seen: Seen | None) -> float | None:
         return self.camera.mean(seen) if seen is not None and self.camera.is_complete(seen) else None
-
-    def _program_of(self, seen: Seen, outcome: Outcome) -> Any:
-        if seen is outcome.given:
-            return self.task.student
-        return seen.state.put(self.task.student)
-
-    # -- afterwards ----------------------------------------------------------------------------------------------------
-    def make(self, key: str) -> Any:
-        """The program of a candidate, with the LMs of the given one."""
-        return self._with_own_lms(self.camera.states[key].state.put(self.task.student))
-
-    def best_program(self) -> Any:
-        """What the run returns: the best program, the optimizer's own object where it is that one."""
-        outcome = self.outcome
-        best = outcome.best or outcome.given
-        if outcome.program is not None and outcome.returned is not None and outcome.returned is best:
-            return self._with_own_lms(outcome.program)
-        if outcome.best is None and outcome.program is not None and self.metrics.scores is None:
-            return self._with_own_lms(outcome.program)
-        return self.task.student.deepcopy() if best is None else self.make(best.state.key)
-
-    def _with_own_lms(self, program: Any) -> Any:
-        own = dict(self.task.student.named_predictors())
-        for name, predictor in program.named_predictors():
-            if name in own:
-                predictor.lm = own[name].lm
-        return program
 
     def told(self, report: Any) -> None:
         """Tell every watcher that it is over."""
@@ -447,35 +356,10 @@ class Session:
         self.camera.seen_of(program, alone=seen.state.program is not None)
         evaluation = dspy.Evaluate(
             devset=asked, metric=self.metrics.scores, num_threads=self.task.num_threads, display_progress=False,
-            max_errors=_NO_END,
+            max_errors=NO_END,
         )  # fmt: skip
         try:
             evaluation(program)
         except RejectedError as error:  # it ends an evaluation as itself
             self.gate.close("failed", str(error), error)
         self.gate.check()
-
-
-def threads_of(optimizer: Any, arguments: Mapping[str, Any]) -> int | None:
-    """How many threads the optimizer evaluates with."""
-    for found in (
-        arguments.get("num_threads"), (arguments.get("eval_kwargs") or {}).get("num_threads"),
-        getattr(optimizer, "num_threads", None),
-    ):  # fmt: skip
-        if isinstance(found, int):
-            return found
-    return None
-
-
-def checked_student(student: Any) -> Any:
-    """The program itself, out of what wraps it.
-
-    Raises:
-        ConfigError: it is no program.
-    """
-    while not isinstance(student, dspy.Module) or type(student).__name__ == "Production":
-        inner = getattr(student, "program", None)
-        if inner is None:
-            raise ConfigError(f"BudgetedOptimizer.compile: student: takes a dspy.Module, got {type(student).__name__}")
-        student = inner
-    return student

@@ -1,4 +1,4 @@
-"""The settings of an optimizer: what it was built with and what steers it, without what its last `compile` left there."""
+"""The settings of an optimizer: what it was built with, and steers it, without what its last `compile` left there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def settings_of(optimizer: Any) -> dict[str, Any]:
         ```
     """
     attributes = vars(optimizer)
-    begun, later = _assigned(type(optimizer))
+    owner: Any = type(optimizer)
+    begun, later = _assigned(owner)
     found = {}
     for name, value in attributes.items():
         if name in _METRICS | _NO_MATTER or is_secret(name):
@@ -40,21 +41,16 @@ def settings_of(optimizer: Any) -> dict[str, Any]:
         sources = _DERIVED.get(name)
         if sources is not None and any(attributes.get(each) is not None for each in sources):
             continue
-        if sources is None and (name in later or (begun and name not in begun and _inherits_all(optimizer))):
+        if sources is None and (name in later or (name not in begun and all(map(_tree, _classes(owner))))):
             continue
         found[name] = value
     return found
 
 
-def _inherits_all(optimizer: Any) -> bool:
-    """Whether the source of all its classes is known, so that `__init__` is known to set no other attribute."""
-    return all(_tree(each) is not None for each in _classes(type(optimizer)))
-
-
 @lru_cache(maxsize=64)
 def _assigned(owner: type) -> tuple[frozenset[str], frozenset[str]]:
-    """(attributes that `__init__` sets, those that other methods set) in a class and those it inherits from."""
-    begun: set[str] = set()
+    """(attributes that `__init__` sets or takes, those that other methods set) in a class and its bases."""
+    begun: set[str] = set(inspect.signature(owner).parameters)
     later: set[str] = set()
     for each in _classes(owner):
         tree = _tree(each)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import dspy
@@ -58,6 +59,7 @@ class State:
         """How many demonstrations, by predictor."""
         return {part.name: len(part.demos) for part in self.parts}
 
+    @cached_property
     def described(self) -> dict[str, Any]:
         """As JSON-friendly data."""
         return {
@@ -90,15 +92,21 @@ class State:
         return program
 
 
-def read(program: Any, alone: bool = False) -> State:
+def has_sources(program: Any) -> bool:
+    """Whether part of a program is code that optimizers write. To look for it takes long where there is a history."""
+    return any(source_of(module) is not None for _, module in program.named_sub_modules())
+
+
+def read(program: Any, alone: bool = False, written: bool = True) -> State:
     """The state of a program, read now.
 
     Args:
-        program: whose.
+        program: whose. written: part of it may be code, see `has_sources`.
         alone: its state is code that no copy has, so that the object itself is kept.
     """
     parts = tuple([_part(name, predictor) for name, predictor in program.named_predictors()])
-    sources = {name: source for name, module in program.named_sub_modules() if (source := source_of(module)) is not None}
+    found = program.named_sub_modules() if written else ()
+    sources = {name: source for name, module in found if (source := source_of(module)) is not None}
     text = orjson.dumps(
         [
             [part.name, part.instructions, _fields(part.signature), [_plain(demo) for demo in part.demos],

@@ -1,4 +1,4 @@
-"""What is known of DSPy's optimizers: what they choose by, what they leave undone, and which cannot be capped at all."""
+"""What is known of DSPy's optimizers: what they choose by, what they leave undone, and which cannot be capped."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Traits:
         complete: it evaluates each of its candidates on the whole selection set.
         loose: it asks its candidates example by example, without an evaluation that DSPy would tell of.
         finalists: how many complete evaluations to keep money for, because it leaves them to the end or to others.
+        late: what it makes is not seen before it returns it.
         rich: it understands a metric that returns `Prediction(score=, feedback=)`; others are given the score.
         races: whether its evaluations of the selection set may be cut short.
         seeded: two runs propose the same, given the same answers.
@@ -39,6 +40,7 @@ class Traits:
     complete: bool = False
     loose: bool = False
     finalists: int = 2
+    late: bool = False
     rich: bool = False
     races: bool = False
     seeded: bool = True
@@ -77,31 +79,33 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "BootstrapFewShotWithRandomSearch": Traits(
         complete=True, finalists=0, races=True, origin="seed {seed}", select=_all_of
     ),
-    "BootstrapFewShotWithOptuna": Traits(complete=True, finalists=0, races=True, seeded=False, origin="trial {n}", select=_all_of),
+    "BootstrapFewShotWithOptuna": Traits(
+        complete=True, finalists=0, races=True, seeded=False, origin="trial {n}", select=_all_of
+    ),
     "MIPROv2": Traits(finalists=1, races=True, origin="trial {n}", select=_last_part),
     "GEPA": Traits(complete=True, finalists=0, rich=True, grows="before", origin="proposal {n}", select=_all_of),
     "SIMBA": Traits(loose=True, rich=True, grows="best", select=_all_of),
     "COPRO": Traits(complete=True, finalists=0, races=True, grows="best", origin="proposal {n}", select=_all_of),
     "InferRules": Traits(complete=True, finalists=0, races=True, origin="rules {n}", select=_second_half),
     "BetterTogether": Traits(finalists=1, grows="best", origin="step {n}", select=_first_part),
-    "BootstrapFewShot": Traits(finalists=1, select=_all_of),
-    "LabeledFewShot": Traits(finalists=1, select=_all_of),
-    "KNNFewShot": Traits(finalists=1, opaque=True, select=_neighbours),
-    "ReAnchor": Traits(finalists=1, rich=True, select=_all_of),
+    "BootstrapFewShot": Traits(finalists=1, late=True, select=_all_of),
+    "LabeledFewShot": Traits(finalists=1, late=True, select=_all_of),
+    "KNNFewShot": Traits(finalists=1, late=True, opaque=True, select=_neighbours),
+    "ReAnchor": Traits(finalists=1, late=True, rich=True, select=_all_of),
 }
 """By the name of the class, or of the nearest class that it derives from."""
 
 _TRAINS: Final = (
-    "trains weights, which is billed outside of LM calls, so no cap could hold it. Optimize its prompts here, and train "
-    "by itself"
+    "trains weights, which is billed outside of LM calls, so no cap could hold it. Optimize prompts here, and train by "
+    "itself"
 )
 REFUSED: Final[Mapping[str, str]] = {
     "BootstrapFinetune": _TRAINS,
     "FinetuneTeleprompter": _TRAINS,
     "GRPO": _TRAINS,
     "Ensemble": "compiles a list of programs and has no student to optimize. Call it on the programs as it is",
-    "AvatarOptimizer": "does not work in this version of DSPy (it needs dspy.TypedPredictor, which is gone). Use GEPA or "
-    "SIMBA",
+    "AvatarOptimizer": "does not work in this version of DSPy (it needs dspy.TypedPredictor, which is gone). Use GEPA "
+    "or SIMBA",
     "SignatureOptimizer": "is the deprecated name of COPRO, with another signature. Use dspy.COPRO",
 }
 
@@ -114,14 +118,15 @@ def traits_of(optimizer: Any) -> Traits:
     """
     if not isinstance(optimizer, Teleprompter):
         raise ConfigError(
-            f"BudgetedOptimizer: optimizer: takes one of DSPy's optimizers (a Teleprompter), got {type(optimizer).__name__}"
+            "BudgetedOptimizer: optimizer: takes one of DSPy's optimizers (a Teleprompter), got "
+            f"{type(optimizer).__name__}"
         )
     for kind in type(optimizer).__mro__:
         if kind.__name__ in REFUSED and kind.__module__.startswith("dspy."):
             raise ConfigError(f"BudgetedOptimizer: {type(optimizer).__name__} {REFUSED[kind.__name__]}")
         if kind.__name__ in TRAITS and kind.__module__.startswith("dspy."):
             return TRAITS[kind.__name__]
-    return Traits(loose=True)
+    return Traits(loose=True, late=True)
 
 
 def refuse_steps(optimizer: Any, given: Mapping[str, Any]) -> None:
@@ -168,4 +173,3 @@ def selection_of(optimizer: Any, traits: Traits, given: Mapping[str, Any]) -> Ch
     if not examples:
         raise ConfigError("BudgetedOptimizer.compile: no examples to choose by: give trainset= or valset=")
     return examples, source
-

@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from math import inf
 from typing import Any, Final
 
@@ -58,14 +57,16 @@ class AnswerLog:
     """
 
     def __init__(self, store: Store, run: str) -> None:
-        self._runs = store.runs
+        self._store = store  # whose `runs` are others in a forked child
         self._run = run
-        kept = self._runs.answers(run)
+        kept = self._store.runs.answers(run)
         self.kept_before = self._left = len(kept)
         self.asked = self.replayed = self.strangers = self.unkept = 0
         self.first_new: int | None = None
         self._first_strange: Request | None = None
         self._waiting: dict[bytes, deque[int]] = {}
+        self._beside: set[tuple[bytes, int]] = set()
+        self._order = kept
         for key, ordinal in kept:
             self._waiting.setdefault(key, deque()).append(ordinal)
         self._known = set(self._waiting)
@@ -74,6 +75,23 @@ class AnswerLog:
         self._told = False
         self._after_fork()
         reset_after_fork(self)
+
+    def count(self) -> int:
+        """How many answers are kept by now."""
+        size = self._store.runs.sizes().get(self._run)
+        return 0 if size is None else size.answers
+
+    def set_beside(self, parts: Sequence[tuple[int, int | None]]) -> None:
+        """Say which kept answers, by place, whoever goes on need not ask for: they are not waited for by strangers.
+
+        An optimization's finalists are evaluated when it ends, wherever that was.
+        """
+        with self._lock:
+            for first, end in parts:
+                self._beside.update(self._order[first:end])
+            self._left = sum(
+                (key, ordinal) not in self._beside for key, waiting in self._waiting.items() for ordinal in waiting
+            )
 
     def key(self, key: bytes | None, tenant: str | None) -> bytes | None:
         """Under what a call's answer is kept, None when it cannot be.
@@ -130,7 +148,7 @@ class AnswerLog:
         except (TypeError, ValueError) as error:
             self._cannot_keep(f"it cannot be written as JSON ({type(error).__name__})")
             return None
-        return self._runs.keep(self._run, key, value, response.model or "", again)
+        return self._store.runs.keep(self._run, key, value, response.model or "", again)
 
     def kept(self, future: Future[int]) -> None:
         """An answer has been waited for: see to it that it is durable."""
@@ -160,7 +178,8 @@ class AnswerLog:
         ordinal = waiting.popleft()
         if not waiting:
             del self._waiting[key]
-        self._left -= 1
+        if (key, ordinal) not in self._beside:
+            self._left -= 1
         return ordinal
 
     def _miss(self, key: bytes, reuse: bool, request: Request) -> None:
@@ -178,7 +197,7 @@ class AnswerLog:
 
     def _read(self, key: bytes, ordinal: int) -> Response | None:
         try:
-            value = self._runs.answer(self._run, key, ordinal)
+            value = self._store.runs.answer(self._run, key, ordinal)
             return None if value is None else response_from_dict(orjson.loads(value))
         except StoreUnavailableError as error:
             _log.warning("A kept answer of the run %r cannot be read (%s); it is asked again", self._run, error)
@@ -201,11 +220,56 @@ class AnswerLog:
         self._lock = threading.Lock()
 
 
-@dataclass(slots=True, eq=False)
+class Answered:
+    """What a run tells of its answers; nothing where it keeps none.
+
+    Attributes:
+        answers: its log, if it keeps one.
+    """
+
+    answers: AnswerLog | None
+
+    @property
+    def asked(self) -> int:
+        """Calls inside so far, with `keep_answers`."""
+        return 0 if self.answers is None else self.answers.asked
+
+    @property
+    def replayed(self) -> int:
+        """Those that its log has answered."""
+        return 0 if self.answers is None else self.answers.replayed
+
+    @property
+    def first_new(self) -> int | None:
+        """Which call, counted from 1, was the first that its log did not answer; None while there is none."""
+        return None if self.answers is None else self.answers.first_new
+
+    @property
+    def strangers(self) -> int:
+        """Calls that its log did not answer, although it still had answers to others.
+
+        A few were on their way when the run ended before; many mean that it takes another path, see `diverged`.
+        """
+        return 0 if self.answers is None else self.answers.strangers
+
+    @property
+    def unkept(self) -> int:
+        """Answers that could not be kept, for reasons that were logged."""
+        return 0 if self.answers is None else self.answers.unkept
+
+    @property
+    def diverged(self) -> str | None:
+        """A warning, with the first such prompt, when more than 5 % were strangers; None while that is not so."""
+        return None if self.answers is None else self.answers.diverged
+
+
 class Keeping:
     """Decided when an answer is durable, or will never be."""
 
-    future: Future[int]
+    __slots__ = ("future",)
+
+    def __init__(self, future: Future[int]) -> None:
+        self.future = future
 
     def attach(self, wake: Callable[[], None]) -> bool:
         """See `effects.Decidable`."""

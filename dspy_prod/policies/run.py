@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from dspy_prod.errors import BudgetExceededError, ConfigError, OptionError, RunStoppedError
 from dspy_prod.options import Caps
-from dspy_prod.policies.answers import AnswerLog
+from dspy_prod.policies.answers import Answered, AnswerLog
 from dspy_prod.policies.outage import Outages
 from dspy_prod.privacy.outward import outward
 from dspy_prod.records import NANO
@@ -54,7 +54,7 @@ class Used(NamedTuple):
     tokens: int | None
 
 
-class Run:
+class Run(Answered):
     """Caps on everything inside `call_context(run=...)`: dollars, upstream attempts, tokens.
 
     Every attempt of every `dspy_prod.LM` takes what it may use before it is sent, and gives back what it did not. The
@@ -78,13 +78,7 @@ class Run:
             program does the same work again and goes on where it was. Kept are answers of every kind, errors are not;
             neither age nor size ends them, nor `cache_clear`, only `dspy-prod optimizations rm NAME`. Another object of
             the same name gives all of them again, this one each once. Within several runs the innermost that keeps
-            answers is asked.
-
-    Attributes:
-        asked: calls inside so far, with `keep_answers`. replayed: those that its log answered. first_new: which call,
-            counted from 1, was the first that it did not; None while there is none.
-        strangers: calls that it did not, although it still had answers to others: few were on their way when it ended.
-        unkept: answers that could not be kept, see the log of the process.
+            answers is asked. How much was answered so is told by `asked`, `replayed`, `first_new` and `diverged`.
 
     Raises:
         ConfigError: an impossible cap, or one on what a run of this name was not counted by from its beginning; no
@@ -183,32 +177,6 @@ class Run:
             None if calls is None else calls.spent,
             None if tokens is None else tokens.spent,
         )
-
-    # -- answers -------------------------------------------------------------------------------------------------------
-    @property
-    def asked(self) -> int:
-        return 0 if self.answers is None else self.answers.asked
-
-    @property
-    def replayed(self) -> int:
-        return 0 if self.answers is None else self.answers.replayed
-
-    @property
-    def first_new(self) -> int | None:
-        return None if self.answers is None else self.answers.first_new
-
-    @property
-    def strangers(self) -> int:
-        return 0 if self.answers is None else self.answers.strangers
-
-    @property
-    def unkept(self) -> int:
-        return 0 if self.answers is None else self.answers.unkept
-
-    @property
-    def diverged(self) -> str | None:
-        """A warning, with the first such prompt, when more than 5 % were strangers; None while that is not so."""
-        return None if self.answers is None else self.answers.diverged
 
     @property
     def claims(self) -> tuple[Claim, ...]:

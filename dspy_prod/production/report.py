@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict
 from dspy_prod.context.current import SETTING, CallContext
 from dspy_prod.records import ANSWERED, NANO, CallRecord, usd
 from dspy_prod.runtime.clock import Clock
-from dspy_prod.status.models import Reason as Refusal
+from dspy_prod.status.spending import Reason as Refusal
+from dspy_prod.views import Cell, Shown, Table
+from dspy_prod.views import usd as in_usd
+from dspy_prod.views.cells import Tone
 
 Status = Literal["ok", "cached", "fallback"]
 Reason = Literal[Refusal, "upstream_error", "parse_error", "unexpected_error"]
@@ -31,7 +34,7 @@ class TokenUsage(BaseModel):
     output_tokens: int | None = None
 
 
-class CallReport(BaseModel):
+class CallReport(Shown, BaseModel):
     """What one call of a `Production` did. Immutable.
 
     Attributes:
@@ -68,6 +71,21 @@ class CallReport(BaseModel):
     variant: str | None = None
     trace_id: str | None = None
     call_ids: tuple[str, ...] = ()
+
+    def _view(self) -> Table:
+        tone: Tone = "warn" if self.status == "fallback" else "good"
+        by = None if self.model is None else Cell(self.model, below=(f"route {self.route}" if self.route else None,))
+        rows: list[tuple[str, Any]] = [
+            ("status", Cell(self.status, tone, (self.reason, self.error))),
+            ("answered by", by),
+            ("cost, USD", in_usd(self.cost_usd, 9)),
+            ("attempts upstream", self.attempts),
+            ("tokens in", self.usage.input_tokens),
+            ("tokens out", self.usage.output_tokens),
+            ("seconds", Cell(f"{self.latency:.2f}", below=(f"{self.waited:.2f} of them waiting",), number=True)),
+            *((name, value) for name, value in (("variant", self.variant), ("trace", self.trace_id)) if value),
+        ]
+        return Table(f"A call of {self.program or 'a program'}", ("", ""), rows)
 
 
 def call_report(prediction: Any) -> CallReport:

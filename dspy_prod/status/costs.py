@@ -21,7 +21,7 @@ from dspy_prod.policies.sharing import refresh
 from dspy_prod.records import NANO, OTHER, ROLLUP_DIMENSIONS, Totals, called
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.status.models import BudgetStatus, CostRow, CostSummary, filled
+from dspy_prod.status.spending import BudgetStatus, CostRow, CostRows, CostSummary, filled
 from dspy_prod.stores.base import Account, AccountState, Store
 from dspy_prod.stores.memory_ledger import day_of
 
@@ -93,7 +93,7 @@ def summary(places: Sequence[Place], pipelines: Iterable[Pipeline]) -> CostSumma
 
 def costs_since(
     pipeline: Pipeline, by: str | None, since: dt.date | dt.timedelta | None, limit: int | None = None
-) -> CostSummary | list[CostRow]:
+) -> CostSummary | CostRows:
     """What `LM.costs` tells: the summary, or sums by a dimension since a day; with a day alone, day by day.
 
     Raises:
@@ -191,7 +191,7 @@ def _status(rule: BudgetRule, account: Account, state: AccountState, wall: float
     )
 
 
-def costs_by(store: Store, by: str, since: dt.date | None = None, limit: int | None = None) -> list[CostRow]:
+def costs_by(store: Store, by: str, since: dt.date | None = None, limit: int | None = None) -> CostRows:
     """Sums since the ledger began, for each value of a dimension: the dearest first, days in order.
 
     Args:
@@ -210,9 +210,10 @@ def costs_by(store: Store, by: str, since: dt.date | None = None, limit: int | N
     first = None if since is None else str(since)
     if by == "day":
         days = store.totals(since_day=first)
-        return [cost_row(day, totals) for day, _, totals in days[0 if limit is None else max(0, len(days) - limit) :]]
+        last = days[0 if limit is None else max(0, len(days) - limit) :]
+        return CostRows([cost_row(day, totals) for day, _, totals in last], by)
     rows = [cost_row(value, totals) for value, totals in store.sums(dimension=by, since_day=first, most=limit)]
-    return sorted(rows, key=lambda row: (-row.usd, row.value))
+    return CostRows(sorted(rows, key=lambda row: (-row.usd, row.value)), by)
 
 
 def behind(store: Store) -> int:

@@ -18,18 +18,9 @@ from dspy_prod.runtime.living import living
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.threads import missing
 from dspy_prod.status.costs import FLUSH_TIMEOUT, Place, costs, costs_by, summary
-from dspy_prod.status.models import (
-    BreakerHealth,
-    CacheHealth,
-    CostSummary,
-    Health,
-    LimiterHealth,
-    Preview,
-    Status,
-    StoreHealth,
-    filled,
-)
+from dspy_prod.status.models import BreakerHealth, CacheHealth, Health, LimiterHealth, Status, StoreHealth
 from dspy_prod.status.preview import preview
+from dspy_prod.status.spending import CostSummary, Preview, filled
 from dspy_prod.stores.base import LimiterSnapshot, Store
 from dspy_prod.telemetry.tap import TAP, TrackingHealth
 

@@ -16,7 +16,8 @@ from dspy_prod.privacy.redactor import known_as
 from dspy_prod.records import NANO, CallRecord, Totals, summed_as
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.status.costs import check_dimension, check_limit, check_written, cost_row
-from dspy_prod.status.models import CostRow
+from dspy_prod.status.listed import Records
+from dspy_prod.status.spending import CostRow
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory_ledger import day_of
 from dspy_prod.stores.memory_rows import TAG
@@ -65,7 +66,7 @@ class Ledger:
         trace_id: str | None = None,
         run: str | None = None,
         tags: Mapping[str, str] | None = None,
-    ) -> list[CallRecord]:
+    ) -> Records:
         """The records that match everything given, newest first: of every attempt that has ended, refusals included.
 
         An attempt ends when its answer is there, or when whoever left it lets go of it: DSPy closes the stream behind
@@ -82,8 +83,11 @@ class Ledger:
 
         Example:
             ```python
-            lm.ledger.records(run="nightly", tags={"feature": "triage"}, limit=50)
+            lm.ledger.records(run="nightly", tags={"feature": "triage"}, limit=50).to_frame()
             ```
+
+        Returns:
+            A list, which a notebook shows as a table; `to_frame()` gives it as a pandas DataFrame.
         """
         check_limit(limit)
         fields = {
@@ -95,9 +99,9 @@ class Ledger:
         equals = {name: value for name, value in fields.items() if value is not None}
         begin, end = self._epoch("since", since), self._epoch("until", until)
         records = self._read().records(since=begin, until=end, limit=limit, **equals)
-        return sorted(records, key=lambda record: -record.started_at)  # a store may have them as they ended
+        return Records(sorted(records, key=lambda record: -record.started_at))  # a store may have them as they ended
 
-    def unconfirmed(self, *, since: Moment | None = None) -> list[CallRecord]:
+    def unconfirmed(self, *, since: Moment | None = None) -> Records:
         """The records whose cost is an upper bound because the provider did not tell, newest first.
 
         `resolve` settles one by the provider's bill. Only days with unconfirmed cost are read.
@@ -111,7 +115,7 @@ class Ledger:
             start, end = midnight.timestamp(), (midnight + _DAY).timestamp()
             records = self._read().records(since=start if begin is None else max(start, begin), until=end)
             found += [record for record in records if record.estimated]
-        return sorted(found, key=lambda record: -record.started_at)
+        return Records(sorted(found, key=lambda record: -record.started_at))
 
     def resolve(self, id: str, usd: float, *, overwrite: bool = False) -> CallRecord:
         """Set the true cost of an unconfirmed record, and mend the budgets and sums it went into.

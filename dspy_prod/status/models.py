@@ -1,120 +1,24 @@
-"""What `health`, `costs` and `preview` answer with: frozen pydantic models, ready for JSON.
+"""What `health` answers with: frozen pydantic models, ready for JSON.
 
 Money is in USD, durations in seconds, days are UTC. Nothing here holds a secret, a prompt or an answer.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
+from dspy_prod.status.spending import CostSummary, budgets_table
 from dspy_prod.telemetry.tap import Frozen, TrackingHealth
-
-F = TypeVar("F", bound=Frozen)
+from dspy_prod.views import Cell, Page, Shown, Table
+from dspy_prod.views.cells import Tone
 
 Status = Literal["healthy", "warning", "degraded"]
 """`degraded`: a circuit is not closed, or the store is not usable; `warning`: something runs out soon."""
 
-Reason = Literal[
-    "circuit_open", "rate_limited", "budget_exceeded", "deadline_exceeded", "unpriced_model", "store_unavailable",
-    "run_stopped", "outage",
-]  # fmt: skip
-"""The words of `RejectedError.reason`."""
-
-
-class BudgetStatus(Frozen):
-    """One account of one budget, in its current window. `spent + held + remaining = limit` until the limit is reached.
-
-    Attributes:
-        title: the budget's name, with the scope's value when it has one, e.g. `"day/tenant=acme"`.
-        name: the budget's name alone. who: the scope's value alone, after that of the run for a
-            run's budget; None for the one account of a global budget.
-        per, scope: as in `Budget`.
-        limit_usd: what may be spent in the window.
-        spent_usd: what was charged, unconfirmed charges included.
-        held_usd: reserved by calls in flight.
-        unconfirmed_usd: the part of `spent_usd` that is an upper bound because the provider did not tell.
-        remaining_usd: what a new call can still reserve.
-        used_percent: `spent_usd` in percent of `limit_usd`.
-        window: id of the window, e.g. `"2026-11-23"`; `"total"` or `"run"` when it never ends.
-        ends_at: when the window ends; None when it never does.
-    """
-
-    title: str
-    name: str
-    who: str | None
-    per: str
-    scope: str
-    limit_usd: float
-    spent_usd: float
-    held_usd: float
-    unconfirmed_usd: float
-    remaining_usd: float
-    used_percent: float
-    window: str
-    ends_at: dt.datetime | None
-
-
-class CostSummary(Frozen):
-    """What a store and namespace has spent, and what is left of the tightest global budget.
-
-    The budget fields describe the global budget with the highest `used_percent`, in its own window (which need not be
-    a day); they are None without one.
-
-    Attributes:
-        today_usd: cost since midnight UTC, unconfirmed cost included; calls of unknown cost are not in it.
-        budget_usd, used_percent, remaining_usd: of the tightest global budget.
-        held_usd: reserved on it by calls in flight; 0 without one.
-        unconfirmed_usd: the part of `today_usd` that is an upper bound because the provider did not tell.
-        average_daily_7d_usd: mean of the last 7 calendar days with today; empty days count from the first record on.
-        projected_monthly_usd: `average_daily_7d_usd` times the days of the current month.
-        history: day → USD, oldest first, of the last 31 days with today; empty days count from the first record on.
-        unknown_cost_calls: today's attempts whose cost is not known, because their model has no known price.
-        unwritten: about how many records are in none of these figures yet, because the store cannot write them at the
-            moment, or not so fast; 0 when all are complete.
-        budgets: every global budget of the LM, then of each budget with a scope the accounts (at most 10) that are used
-            most, the worst first.
-    """
-
-    today_usd: float
-    budget_usd: float | None
-    used_percent: float | None
-    remaining_usd: float | None
-    held_usd: float
-    unconfirmed_usd: float
-    average_daily_7d_usd: float
-    projected_monthly_usd: float
-    history: dict[dt.date, float]
-    unknown_cost_calls: int
-    unwritten: int = 0
-    budgets: list[BudgetStatus]
-
-
-class CostRow(Frozen):
-    """Sums over records that have one value in common.
-
-    Attributes:
-        value: the day (`YYYY-MM-DD`), model, user, ... they have in common.
-        rest: the row collects values beyond the number a store keeps apart per day; its value is `"(other)"`.
-        usd: known cost, unconfirmed cost included.
-        unconfirmed_usd: the part of `usd` that is an upper bound.
-        unknown_cost: attempts whose cost is not known; they are not in `usd`.
-        attempts: upstream attempts. cached: answers from the cache. failed: attempts that did not end in an answer.
-        input_tokens, output_tokens: usage the providers told.
-    """
-
-    value: str
-    usd: float
-    unconfirmed_usd: float
-    unknown_cost: int
-    attempts: int
-    cached: int
-    failed: int
-    input_tokens: int
-    output_tokens: int
-    rest: bool = False
+_TONES: Final[dict[Status, Tone]] = {"healthy": "good", "warning": "warn", "degraded": "bad"}
 
 
 class BreakerHealth(Frozen):
@@ -212,7 +116,7 @@ class StoreHealth(Frozen):
     problems: dict[str, int | float | str | bool | None] = Field(default_factory=dict)
 
 
-class Health(Frozen):
+class Health(Shown, Frozen):
     """The state of one LM, or of all of them.
 
     Attributes:
@@ -244,36 +148,43 @@ class Health(Frozen):
         """The (first) store; None when no LM is alive."""
         return self.stores[0] if self.stores else None
 
+    def _view(self) -> Page:
+        table = Table(Cell(f"Health: {self.status}", _TONES[self.status]), ("part", "state"), list(self._rows()))
+        budgets = [] if self.costs is None else self.costs.budgets
+        return Page(table, *([budgets_table(budgets)] if budgets else []))
 
-class Preview(Frozen):
-    """What a call would cost at most, and whether and when it would be sent. Nothing was sent or reserved.
-
-    Attributes:
-        model: the model that would be asked; another than the LM's when a fallback or a cheaper model would answer.
-        bound_usd: the most that one attempt for each of the `n` answers can cost; 0 when the cache would answer, None
-            when it is not known. Retries of attempts that were billed come on top.
-        input_tokens_bound, output_tokens_bound: the bounds behind it; None when not known.
-        affordable: whether the budgets cover `bound_usd`; True when there is none, None when the cost is not known.
-        wait: seconds until it could be sent; None when that depends on other calls or it would be refused for good.
-        reason: why it would be refused, as in `RejectedError.reason`; None when it would not.
-        detail: the refusal or the wait in plain words, with the remedy; else empty.
-        cached: whether the cache would answer.
-        budgets: the accounts the call would draw on.
-    """
-
-    model: str
-    bound_usd: float | None
-    input_tokens_bound: int | None
-    output_tokens_bound: int | None
-    affordable: bool | None
-    wait: float | None
-    reason: Reason | None
-    detail: str
-    cached: bool
-    budgets: list[BudgetStatus]
-
-
-def filled(answer: type[F], source: NamedTuple, **more: Any) -> F:
-    """An answer with the fields that its source has by the same names, and some more."""
-    told = {name: value for name, value in source._asdict().items() if name in answer.model_fields}
-    return answer(**told, **more)
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        """The parts and how they are, what is wrong first."""
+        for reason in self.reasons:
+            yield "note", Cell(reason, _TONES[self.status])
+        for breaker in self.breakers:
+            tone: Tone = "" if breaker.state in ("closed", "disabled") else "bad"
+            state = f"{breaker.state.replace('_', '-')}, opened {breaker.opened_count} time(s)"
+            yield f"breaker {breaker.route}", Cell(state, tone, (breaker.model, breaker.cause))
+        for each in self.limiters:
+            requests = (each.requests_available, each.requests_max, "requests")
+            left = [
+                f"{available:,.0f} of {most:,.0f} {what}"
+                for available, most, what in (requests, (each.tokens_available, each.tokens_max, "tokens"))
+                if available is not None and most is not None
+            ]
+            paused = f"paused for {each.paused_for:.0f} s" if each.paused_for > 0 else None
+            left_of_minute = f"left this minute: {', '.join(left)}" if left else None
+            state = f"{each.in_flight} in flight, {each.waiting} waiting"
+            yield f"limiter {each.route}", Cell(state, "warn" if paused else "", (each.model, left_of_minute, paused))
+        if self.cache is not None:
+            rate = "nothing asked yet" if self.cache.hit_rate is None else f"{self.cache.hit_rate:.0%} of lookups hit"
+            yield "cache", f"{self.cache.size:,} answers in memory, {self.cache.stored:,} in the store, {rate}"
+        for store in self.stores:
+            state = "usable" if store.available else "unavailable"
+            yield (
+                "store",
+                Cell(state, "" if store.available else "bad", (f"{store.url}, namespace {store.namespace!r}",)),
+            )
+        if self.tracking is not None:
+            traces = f"{self.tracking.exported:,} traces written, {self.tracking.waiting:,} waiting"
+            lost = f", {self.tracking.lost:,} lost" if self.tracking.lost else ""
+            yield "MLflow", Cell(traces + lost, "warn" if self.tracking.failing else "", (self.tracking.uri,))
+        if self.costs is not None:
+            projected = f"projected for the month {self.costs.projected_monthly_usd:.4f} USD"
+            yield "today", f"{self.costs.today_usd:.6f} USD; {projected}"

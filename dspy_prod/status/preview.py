@@ -26,7 +26,7 @@ from dspy_prod.pricing.bounds import hosted_fees
 from dspy_prod.records import NANO
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.status.costs import FLUSH_TIMEOUT, budget_status
-from dspy_prod.status.models import BudgetStatus, Preview
+from dspy_prod.status.spending import BudgetStatus, Preview
 from dspy_prod.stores.base import Reservation
 
 

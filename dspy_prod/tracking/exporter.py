@@ -92,7 +92,7 @@ class Sink:
             try:
                 MlflowClient(self._uri).link_traces_to_run([trace for trace, its in runs.items() if its == run], run)
             except Exception as error:
-                if not _is_final(error) and _status(error) != 404:
+                if not is_final(error) and _status(error) != 404:
                     raise
 
 
@@ -127,7 +127,7 @@ class Loop:
         try:
             self._sink.open()
         except Exception as error:
-            self._say(failing=_told(error))
+            self._say(failing=told(error))
         else:
             self._say(ready=True)
         while (first := self._lines.get()) is not None:
@@ -150,13 +150,13 @@ class Loop:
                 failures += 1
                 hurried = self._hurried.is_set()
                 suspicious = hurried or failures >= PATIENCE or isinstance(error, _UNREADABLE)
-                if _is_final(error) or (suspicious and self._sink.answers()):
+                if is_final(error) or (suspicious and self._sink.answers()):
                     self._singly(batches)
                     return
-                self._say(failing=_told(error))
+                self._say(failing=told(error))
                 if hurried:
                     for batch in batches:
-                        self._settled(batch, batch["traces"], failing=_told(error))
+                        self._settled(batch, batch["traces"], failing=told(error))
                     return
                 self._hurried.wait(pause)
                 pause = min(pause * 2, BACK_OFF[1])
@@ -192,7 +192,7 @@ class Loop:
         try:
             self._sink.write(spans, infos, places)
         except Exception as error:
-            self._refusal = _told(error)
+            self._refusal = told(error)
             self._say(failing=self._refusal)
             return False
         return True
@@ -222,7 +222,7 @@ class Loop:
         return f"{missing} traces did not reach MLflow at {place} ({'; '.join(why)}). The ledger has their costs"
 
 
-def _is_final(error: Exception) -> bool:
+def is_final(error: Exception) -> bool:
     """Whether trying again is of no use: MLflow was reached and refuses the content."""
     code = _status(error)
     return code is not None and 400 <= code < 500 and code not in (401, 403, 404, 408, 429)
@@ -234,14 +234,14 @@ def _status(error: Exception) -> int | None:
     return int(status()) if callable(status) else None
 
 
-def _told(error: Exception) -> str:
+def told(error: Exception) -> str:
     """The beginning of an error's text, without a password that a URL in it or this process's environment holds."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     text = said_of("", text, secrets_in(dict(os.environ)))
     return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))[:200]
 
 
-def _watch(parent: int, patience: float, end: Callable[[], None]) -> None:
+def watch(parent: int, patience: float, end: Callable[[], None]) -> None:
     """End in time when the program is gone, also when somebody else still holds the other end of the input."""
     while os.getppid() == parent:
         time.sleep(1.0)
@@ -270,7 +270,7 @@ def main() -> None:
             with contextlib.suppress(OSError):
                 os.write(config["aloud"], f"dspy_prod: {word}\n".encode("utf-8", "replace"))
 
-    watching = threading.Thread(target=_watch, args=(config["parent"], config["patience"], end), daemon=True)
+    watching = threading.Thread(target=watch, args=(config["parent"], config["patience"], end), daemon=True)
     watching.start()
     threading.Thread(target=loop.read, args=(sys.stdin,), daemon=True).start()
     loop.run()

@@ -28,7 +28,7 @@ _STOP_PATIENCE: Final = 1.0
 _PIPE: Final = 1 << 20
 _BODY: Final = (
     "import sys; sys.path[:] = [place for place in sys.path if place]; root = sys.argv[1]; "
-    "root in sys.path or sys.path.append(root); from dspy_prod.tracking.exporter import main; main()"
+    "root in sys.path or sys.path.append(root); import importlib; importlib.import_module(sys.argv[2]).main()"
 )
 """Neither the working directory nor this package's folder may shadow a module."""
 
@@ -41,6 +41,7 @@ class Exporter:
         tally: descriptor of the `Tally`'s memory.
         heard: told what it says, see `Delivery._heard`.
         environment: variables on top of this process's own.
+        body: the module whose `main` it runs.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Exporter:
         heard: Callable[..., None],
         environment: Mapping[str, str] | None = None,
         tally: int | None = None,
+        body: str = "dspy_prod.tracking.exporter",
     ) -> None:
         self._heard = heard
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
@@ -58,7 +60,7 @@ class Exporter:
         aloud = _stderr()
         try:
             self._process = subprocess.Popen(
-                [_python(), "-c", _BODY, str(Path(__file__).parents[2])],
+                [_python(), "-c", _BODY, str(Path(__file__).parents[2]), body],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if os.environ.get("DSPY_PROD_TRACKING_DEBUG") else subprocess.DEVNULL,
@@ -77,8 +79,8 @@ class Exporter:
         self._pipes = {pipe.fileno(): os.fstat(pipe.fileno())[:3] for pipe in pipes}
         _widen(pipes[0])
         self._lines.put(orjson.dumps({**config, "parent": os.getpid(), "tally": tally, "aloud": aloud}) + b"\n")
-        for pipe, body, name in zip(pipes, (self._write, self._read), ("writer", "reader"), strict=True):
-            if begin(f"dspy_prod-tracking-{name}", body, pipe) is None:
+        for pipe, work, name in zip(pipes, (self._write, self._read), ("writer", "reader"), strict=True):
+            if begin(f"dspy_prod-tracking-{name}", work, pipe) is None:
                 self.stop()
                 heard(failing="the exporter cannot be talked to: this process has as many threads as it may", died=True)
                 return
@@ -87,7 +89,15 @@ class Exporter:
         """Hand a batch over. Does not wait."""
         message = {"batch": batch.number, "traces": batch.traces, "spans": batch.spans, "infos": batch.infos}
         message.update(places=batch.places, runs=batch.runs)
+        self.tell(message)
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Hand any message over. Does not wait."""
         self._lines.put(dumped(message).encode() + b"\n")
+
+    def finish(self) -> None:
+        """Nothing more is to come: it ends once it has written everything."""
+        self._lines.put(None)
 
     def hurry(self) -> None:
         """Tell it that the program is ending: what cannot be delivered now is not tried for long."""
@@ -132,7 +142,8 @@ class Exporter:
         try:
             for line in pipe:
                 said = orjson.loads(line)
-                self._heard(said.get("batch"), said.get("lost", 0), said.get("failing"), ready=said.get("ready", False))
+                more = {name: said[name] for name in ("ready", "ids") if name in said}
+                self._heard(said.get("batch"), said.get("lost", 0), said.get("failing"), **more)
         except (OSError, ValueError):
             pass
         if self.alive:

@@ -49,6 +49,7 @@ class _Tracking:
     experiment: str
     courier: Courier
     exit_timeout: float
+    content: Literal["full", "redacted", "off"] = "redacted"
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -139,7 +140,7 @@ def enable(
         exporter = partial(_exporter, uri, experiment, exit_timeout, tally)
         silence = inf if uri.startswith("sqlite:") else STALLED  # a file may be slow, but is not gone
         courier = Courier(traces, exporter, int(queue_size), tally, silence)
-        tracking = _Tracking(uri, experiment, courier, float(exit_timeout))
+        tracking = _Tracking(uri, experiment, courier, float(exit_timeout), content)
         if "mlflow" in sys.modules:  # the program has imported it
             remove = install_bridge(courier, uri)
             if remove is not None:
@@ -189,6 +190,36 @@ def status() -> TrackingHealth | None:
     return tracking.courier.health(bare_url(tracking.uri), tracking.experiment)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where tracking writes, and how much of what is said.
+
+    Attributes:
+        uri: MLflow's; may hold a password. experiment: its name. content: see `enable`.
+        exit_timeout: seconds the end of the program may wait for what is left.
+    """
+
+    uri: str
+    experiment: str
+    content: Literal["full", "redacted", "off"] = "redacted"
+    exit_timeout: float = 30.0
+
+
+def place(tracking_uri: str | None = None, experiment: str | None = None) -> Place | None:
+    """Where something else than traces is to be written: as given, else where tracking writes; None when it is off.
+
+    Raises:
+        ConfigError: the URI is none that MLflow writes to.
+    """
+    tracking = _active
+    uri = tracking.uri if tracking_uri is None and tracking is not None else tracking_uri
+    if uri is None:
+        return None
+    if tracking is None:
+        return Place(_checked(unshown(uri)), experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default")
+    return Place(_checked(unshown(uri)), experiment or tracking.experiment, tracking.content, tracking.exit_timeout)
+
+
 def _disable() -> None:
     global _active
     tracking, _active = _active, None
@@ -224,7 +255,13 @@ def _checked(uri: str) -> str:
 
 def _exporter(uri: str, experiment: str, patience: float, tally: Tally, heard: Callable[..., None]) -> Exporter:
     """Start an exporter process."""
-    own = {
+    config = {"uri": uri, "experiment": experiment, "patience": patience}
+    return Exporter(config, heard, environment_of(uri), tally.shared())
+
+
+def environment_of(uri: str) -> dict[str, str]:
+    """The variables of a process that writes to MLflow at this URI, on top of this one's."""
+    return {
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_HTTP_REQUEST_TIMEOUT": os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", str(REQUEST_TIMEOUT)),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the exporter tries again by itself
@@ -232,7 +269,6 @@ def _exporter(uri: str, experiment: str, patience: float, tally: Tally, heard: C
         "GIT_PYTHON_REFRESH": "quiet",
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # MLflow may import it; offline, fetching prices can hang
     }
-    return Exporter({"uri": uri, "experiment": experiment, "patience": patience}, heard, own, tally.shared())
 
 
 atexit.register(disable)

@@ -82,7 +82,7 @@ def usd(value: float | None, places: int = 6) -> Cell:
         Table("Costs", ("model", "USD"), [("openai/gpt-4o-mini", usd(0.0123))])
         ```
     """
-    return cell(None) if value is None else Cell(f"{value:,.{places}f}", number=True)
+    return cell(None) if value is None else Cell(f"{value:.{places}f}", number=True)
 
 
 def share(value: float | None, places: int = 0) -> Cell:

@@ -82,7 +82,9 @@ def written(given: Iterable[RenderableType], width: int) -> str:
     """What rich draws, as plain text without spaces at the ends of lines."""
     paper = _Paper()
     paper.encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    console = Console(file=paper, width=width, color_system=None, force_terminal=False, emoji=False)
+    console = Console(
+        file=paper, width=width, color_system=None, force_terminal=False, force_jupyter=False, emoji=False
+    )
     for one in given:
         console.print(one, "", crop=False, sep="\n")
     text = "\n".join(line.rstrip() for line in paper.getvalue().splitlines()).strip("\n")

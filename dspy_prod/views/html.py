@@ -74,7 +74,8 @@ def _cell(given: Cell, right: bool, tag: str) -> str:
 
 def _inner(given: Cell) -> str:
     first, *more = given.lines()
-    shown = escape(cut(first)).replace("\n", "<br>")
+    indent = "&nbsp;" * (len(first) - len(first.lstrip(" ")))  # a browser would leave it out
+    shown = indent + escape(cut(first.lstrip(" "))).replace("\n", "<br>")
     if TONES[given.tone]:
         shown = f'<span style="{TONES[given.tone]}">{shown}</span>'
     below = "".join(f"<br>{escape(cut(line))}" for line in more)

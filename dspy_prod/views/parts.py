@@ -46,6 +46,10 @@ class Part:
     def elements(self) -> Iterator[str]:
         """Its elements of HTML."""
 
+    @abstractmethod
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """On a console of rich's it has its colours, and nothing is cut."""
+
     def __str__(self) -> str:
         return self.text()
 
@@ -145,6 +149,11 @@ class Code(Part):
 
         yield lines(self.shown(), self.diff)
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from dspy_prod.views.console import lines
+
+        yield lines(told(self.lines).splitlines(), self.diff)
+
     def elements(self) -> Iterator[str]:
         from dspy_prod.views.html import code
 
@@ -169,6 +178,9 @@ class Picture(Part):
         from dspy_prod.views.console import lines
 
         yield lines([f"[{cut(told(self.alt))}]"])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.drawn()
 
     def elements(self) -> Iterator[str]:
         from dspy_prod.views.html import picture
@@ -203,3 +215,12 @@ class Page(Part):
                 yield paragraph(part)
             else:
                 yield from part.elements()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from dspy_prod.views.console import as_text
+
+        for part in self.parts:
+            if isinstance(part, str):
+                yield as_text(part)
+            else:
+                yield from part.__rich_console__(console, options)

@@ -41,3 +41,7 @@ class Shown:
 
     def __str__(self) -> str:
         return self._view().text()
+
+    def __rich__(self) -> Table | Page:
+        """On rich's consoles it has its colours, and nothing is cut."""
+        return self._view()

@@ -14,11 +14,12 @@ import pytest
 
 import dspy_prod
 from dspy_prod.cli import main
-from dspy_prod.cli.printing import show, table
+from dspy_prod.cli.printing import show
 from dspy_prod.privacy.visible import visible
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.testing import ScriptedEngine
+from dspy_prod.views import Table
 
 MODELS = ("lm_studio/a-rather-long-name-of-a-model-large", "lm_studio/a-rather-long-name-of-a-model-small")
 ODD = ("[x]", "[/dim]", "[bold]b[/bold]", ":bug:", "日本", "naïve → ∑", "\U0001f600")
@@ -113,7 +114,7 @@ def test_the_last_row_is_the_sum(where: list[str], monkeypatch: pytest.MonkeyPat
 
 def test_a_table_says_nothing_of_markup(capsys: pytest.CaptureFixture[str]) -> None:
     """Titles, heads and cells alike."""
-    show(table("[red]t[/]", ("[a]", "n"), [("[/b]", "1")], numbers=1, last=[(":bug:", "22")]), "[/line] :bug:")
+    show(Table("[red]t[/]", ("[a]", "n"), [("[/b]", "1")], numbers=1, last=[(":bug:", "22")]), "[/line] :bug:")
     shown = capsys.readouterr().out
     for words in ("[red]t[/]", "[a]", "[/b]", ":bug:", "[/line] :bug:"):
         assert words in shown

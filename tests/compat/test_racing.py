@@ -132,7 +132,7 @@ def test_failures_drop_nobody_and_stand_at_their_places(threads: int) -> None:
     heat, program = a_heat(best=0.45), Program(broken=frozenset(range(1, SIZE, 2)))
     result = evaluated(program, heat, even, threads=threads, max_errors=1000)
     assert not heat.dropped
-    assert heat.answered == {place: 1.0 for place in range(0, SIZE, 2)}
+    assert heat.answered == dict.fromkeys(range(0, SIZE, 2), 1.0)
     assert [score for _, _, score in result.results] == [True, 0.0] * (SIZE // 2)
 
 

@@ -55,9 +55,9 @@ def best_of(candidates: tuple[Candidate, ...]) -> Candidate:
     return max((one for one in candidates if one.score is not None), key=lambda one: (one.score or 0.0, -one.index))
 
 
-def report(candidates: tuple[Candidate, ...] | None = None, **given: Any) -> OptimizationReport:
+def report(tried: tuple[Candidate, ...] | None = None, **given: Any) -> OptimizationReport:
     """The report of such a run."""
-    tried = found() if candidates is None else candidates
+    tried = found() if tried is None else tried
     best = best_of(tried)
     whole: dict[str, Any] = {
         "run": "triage",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import dspy_prod
 from dspy_prod import Budget, Cache, ConfigError, Run, call_context
 from dspy_prod.stores.opening import open_store
+from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.testing import FaultPlan, Provider, ScriptedEngine, Status
 from tests.e2e.support import fresh_memory, make_lm
 
@@ -147,6 +149,7 @@ def test_sixty_four_identical_calls_are_one_call_and_one_answer(
     assert (run.asked, run.replayed, run.strangers, len(provider.calls)) == (64, 64, 0, 1)
 
 
+@pytest.mark.filterwarnings("ignore:max_tokens=100 lets one call")
 def test_a_replayed_answer_costs_nothing_and_counts_for_no_cap(
     provider: Provider, connect: Callable[..., Any], url: str
 ) -> None:
@@ -393,6 +396,69 @@ def test_the_innermost_run_that_keeps_answers_is_asked(
     with call_context(run=begun(url)), call_context(run=Run("it", store=url, namespace="e2e", calls=9)):
         assert lm("question") == ["answer 1"], "another object of the same run goes on with its answers"
     assert len(provider.calls) == 2
+
+
+def test_two_processes_of_a_run_keep_the_answers_of_both(
+    provider: Provider, connect: Callable[..., Any], url: str
+) -> None:
+    """Each has an own connection to the file; neither overwrites what the other was given."""
+    place = url.removeprefix("sqlite:///")
+    stores = [SqliteStore(place, "e2e") for _ in range(2)]
+    runs = [Run("it", store=store, keep_answers=True) for store in stores]
+    lm = connect(cache=False)
+    with ThreadPoolExecutor(2) as pool:
+        first = [each for answers in pool.map(lambda run: asked(lm, ["the same"] * 20, run), runs) for each in answers]
+    assert sorted(ordinal for ordinal, _ in rows(url)) == list(range(40))
+    run = begun(url)
+    assert sorted(asked(lm, ["the same"] * 40, run)) == sorted(first)
+    assert (run.replayed, len(provider.calls)) == (40, 40)
+    for store in stores:
+        store.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_child_keeps_its_answers(provider: Provider, connect: Callable[..., Any], url: str) -> None:
+    lm, run = connect(), begun(url)
+    asked(lm, ["before"], run)
+    pid = os.fork()
+    if not pid:
+        answered = asked(lm, ["before", "in the child"], run)
+        os._exit(len(set(answered)) if run.unkept == 0 else 99)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    asked(lm, ["after"], run)
+    assert [ordinal for ordinal, _ in rows(url)] == [0, 1, 0, 0]
+    run = begun(url)
+    asked(lm, ["before", "in the child", "after"], run)
+    assert (run.replayed, len(provider.calls)) == (3, 4)
+
+
+def test_a_cancelled_task_loses_no_answer_that_has_come(
+    provider: Provider, connect: Callable[..., Any], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is paid for: the store writes it although nobody waits any more."""
+    lm, run = connect(), begun(url)
+    keep, kept = run.store.runs.keep, []
+
+    async def cancelled() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def keeps(*arguments: Any) -> Any:
+            kept.append(keep(*arguments))
+            task.cancel()
+            return kept[0]
+
+        monkeypatch.setattr(run.store.runs, "keep", keeps)
+        with call_context(run=run):
+            await lm.acall("question")
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
+    assert kept[0].result(10) == 0
+    again = begun(url)
+    assert asked(lm, ["question"], again) == ["answer 0"]
+    assert (again.replayed, len(provider.calls)) == (1, 1)
 
 
 def test_memory_keeps_no_answers_and_says_what_does() -> None:

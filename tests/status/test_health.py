@@ -21,7 +21,7 @@ from dspy_prod.pipeline.plan import plan
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status import health as status
 from dspy_prod.status.health import CostSummary, Health, costs_by
-from dspy_prod.status.models import BudgetStatus
+from dspy_prod.status.spending import BudgetStatus
 from dspy_prod.stores.base import Reservation
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine

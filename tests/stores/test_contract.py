@@ -647,3 +647,81 @@ def test_namespaces_do_not_mix(make_store: Callable[..., Store]) -> None:
     assert other.totals() == []
     assert (one.holds(), other.holds()) == (0, 1)
     assert not other.correct(reservation.id, 0)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+def test_answers_of_a_run_are_numbered_by_key_and_told_in_order(store: Store) -> None:
+    runs = store.runs
+    kept = [
+        runs.keep("it", key, b"answer %d" % number, "m", True) for number, key in enumerate([b"a", b"b", b"a", b"a"])
+    ]
+    assert [future.result(10) for future in kept] == [0, 0, 1, 2]
+    assert runs.answers("it") == [(b"a", 0), (b"b", 0), (b"a", 1), (b"a", 2)]
+    assert [runs.answer("it", b"a", ordinal) for ordinal in range(4)] == [b"answer 0", b"answer 2", b"answer 3", None]
+    assert runs.answer("another", b"a", 0) is None
+    assert runs.sizes() == {"it": (4, 32)}
+
+
+def test_an_answer_that_is_there_is_not_kept_again(store: Store) -> None:
+    runs = store.runs
+    assert runs.keep("it", b"a", b"first", "m", False).result(10) == 0
+    assert runs.keep("it", b"a", b"second", "m", False).result(10) == 0
+    assert runs.answer("it", b"a", 0) == b"first"
+    assert runs.keep("it", b"a", b"third", "m", True).result(10) == 1
+    assert runs.keep("it", b"a", b"fourth", "m", False).result(10) == 1
+
+
+def test_ordinals_are_given_out_once(store: Store) -> None:
+    runs = store.runs
+    ordinals: list[int] = []
+
+    def keeps() -> None:
+        ordinals.extend([runs.keep("it", b"a", b"x", "m", True).result(10) for _ in range(25)])
+
+    threads = [threading.Thread(target=keeps) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(ordinals) == list(range(200))
+
+
+def test_namespaces_keep_answers_and_notes_apart(make_store: Callable[..., Store]) -> None:
+    one, other = make_store("one"), make_store("other")
+    one.runs.keep("it", b"a", b"x", "m", True).result(10)
+    one.runs.put_note("it", "header", "h")
+    assert other.runs.answers("it") == []
+    assert other.runs.note("it", "header") is None
+    other.runs.remove("it", "|run|it|")
+    assert one.runs.answers("it") == [(b"a", 0)]
+
+
+def test_notes_of_runs_are_written_over_and_removed(store: Store) -> None:
+    runs = store.runs
+    runs.put_note("it", "header", "1")
+    runs.put_note("it", "stop", "now")
+    runs.put_note("other", "header", "2")
+    runs.put_note("it", "header", "3")
+    assert runs.note("it", "header") == "3"
+    assert runs.noted("header") == {"it": "3", "other": "2"}
+    runs.put_note("it", "stop", None)
+    assert runs.note("it", "stop") is None
+
+
+def test_a_removed_run_leaves_nothing_but_what_is_held(store: Store) -> None:
+    """An account that holds something is the matter of calls that are under way."""
+    runs = store.runs
+    spent = granted(store, ask(5 * CENT, accounts=("|run|it|usd",)))
+    store.settle(spent, settlement(spent, 2 * CENT))
+    other = granted(store, ask(5 * CENT, accounts=("|run|its|usd",)))
+    store.settle(other, settlement(other, 2 * CENT))
+    granted(store, ask(5 * CENT, accounts=("|run|it|calls",)))
+    runs.keep("it", b"a", b"x", "m", True).result(10)
+    runs.keep("its", b"a", b"x", "m", True).result(10)
+    runs.put_note("it", "header", "1")
+    runs.remove("it", "|run|it|")
+    assert store.account("|run|it|usd") == AccountState()
+    assert store.account("|run|it|calls").held == 5 * CENT
+    assert store.account("|run|its|usd").spent == 2 * CENT
+    assert (runs.answers("it"), runs.note("it", "header"), runs.sizes()) == ([], None, {"its": (1, 1)})
+    assert runs.keep("it", b"a", b"x", "m", True).result(10) == 0

@@ -12,13 +12,13 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.text import Text
 
 from dspy_prod.cli.demo import traces
 from dspy_prod.cli.demo.traces import Written
-from dspy_prod.cli.printing import Listing, print_json, table
+from dspy_prod.cli.printing import print_json
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.status.health import Health
+from dspy_prod.views import Cell, Table
 
 if TYPE_CHECKING:
     from dspy_prod.cli.demo.running import Run
@@ -64,7 +64,8 @@ def show(console: Console, report: Report) -> None:
     by_user = _money("Cost by user", records, lambda record: record.user or "anonymous")
     mlflow = [] if report.written is None else [traces.table(report.written)]
     parts = (_requests(run), _acts(run), by_model, by_user, _answers(run), _bill(report.verdict), *mlflow)
-    for part in (*parts, _health(run, report.health)):
+    changes = Table("Circuit changes", ("",), [(" → ".join(run.transitions) or "none",)])
+    for part in (*parts, changes, report.health):
         console.print(part, crop=False)
 
 
@@ -110,15 +111,15 @@ def _fallbacks(run: Run) -> Counter[str | None]:
     return Counter(o.reason for o in run.outcomes if o.status == "fallback")
 
 
-def _requests(run: Run) -> Listing:
+def _requests(run: Run) -> Table:
     fallbacks = {f"  fallback: {reason}": count for reason, count in _fallbacks(run).items()}
     requests = run.providers.requests()
     upstream = {"upstream HTTP requests": "n/a" if requests is None else requests}
     counts = {**summary(run), **fallbacks, **upstream}
-    return table("Requests", ("", "count"), [(name, str(count)) for name, count in counts.items()], numbers=1)
+    return Table("Requests", ("", "count"), [(name, str(count)) for name, count in counts.items()], numbers=1)
 
 
-def _acts(run: Run) -> Listing:
+def _acts(run: Run) -> Table:
     rows = []
     for act, priority in product(dict.fromkeys(o.act for o in run.outcomes), ("high", "normal")):
         found = [o for o in run.outcomes if o.act == act and o.priority == priority]
@@ -128,10 +129,10 @@ def _acts(run: Run) -> Listing:
             name = act if priority == "normal" else f"{act}, high priority"
             rows.append((name, *map(str, counts), f"{median_high(o.latency for o in found):.2f} s"))
     columns = ("act", "requests", "ok", "cached", "fallback", "attempts", "median latency")
-    return table("Act by act", columns, rows, numbers=6)
+    return Table("Act by act", columns, rows, numbers=6)
 
 
-def _money(title: str, records: Sequence[CallRecord], key: Callable[[CallRecord], str]) -> Listing:
+def _money(title: str, records: Sequence[CallRecord], key: Callable[[CallRecord], str]) -> Table:
     rows = []
     for value in sorted({key(record) for record in records}):
         found = [record for record in records if key(record) == value]
@@ -144,45 +145,30 @@ def _money(title: str, records: Sequence[CallRecord], key: Callable[[CallRecord]
         )
         rows.append((value, *map(str, counts), _usd(_sum(record.cost_nano for record in found))))
     columns = ("", "attempts", "failed", "cached", "tokens in", "tokens out", "USD")
-    return table(title, columns, rows, numbers=6)
+    return Table(title, columns, rows, numbers=6)
 
 
-def _answers(run: Run) -> Listing:
+def _answers(run: Run) -> Table:
     share = accuracy(run)
     note = "" if share is None else f" (category right in {share:.0%} of model answers)"
     short = partial(shorten, placeholder="…")
     chosen = [run.outcomes[index] for index in (0, 5, 13, 18, 24, -1) if index < len(run.outcomes)]
-    return table(f"Some answers{note}", ("message", "category", "labelled", "reply", "by"), [
+    return Table(f"Some answers{note}", ("message", "category", "labelled", "reply", "by"), [
         (short(o.message.message, 90), o.category or "-", o.message.category, short(o.reply or "-", 60),
          o.status if o.reason is None else f"{o.status}: {o.reason}")
         for o in chosen
     ])  # fmt: skip
 
 
-def _bill(verdict: Verdict) -> Listing:
+def _bill(verdict: Verdict) -> Table:
     unknown = verdict.bill is None
-    agree = Text("yes", "green") if verdict.agrees else Text("NO", "red")
-    return table("Ledger against the providers' bill", ("", "USD"), [
+    agree = Cell("yes", "good") if verdict.agrees else Cell("NO", "bad")
+    return Table("Ledger against the providers' bill", ("", "USD"), [
         ("ledger", _usd(verdict.ledger)),
         ("  of it unconfirmed", _usd(verdict.unconfirmed)),
         ("bill", "see the provider" if verdict.bill is None else _usd(verdict.bill)),
         ("agree", "n/a" if unknown else agree),
     ], numbers=1)  # fmt: skip
-
-
-def _health(run: Run, health: Health) -> Listing:
-    colour = {"healthy": "green", "warning": "yellow", "degraded": "red"}[health.status]
-    rows = [(f"breaker {each.route}", f"{each.state}, opened {each.opened_count} time(s)") for each in health.breakers]
-    rows.append(("circuit changes", " → ".join(run.transitions) or "none"))
-    rows += [
-        (f"limiter {each.route}", f"{each.in_flight} in flight, {each.waiting} waiting") for each in health.limiters
-    ]
-    rows += [("note", reason) for reason in health.reasons]
-    costs = health.costs
-    if costs is not None:
-        projected = f"projected for the month {costs.projected_monthly_usd:.4f} USD"
-        rows.append(("today", f"{costs.today_usd:.6f} USD; {projected}"))
-    return table(Text.assemble("Health: ", (health.status, colour)), ("part", "state"), rows)
 
 
 def _usd(nano: int) -> str:

@@ -12,11 +12,10 @@ from urllib.parse import quote
 
 from rich.console import Console
 from rich.markup import escape
-from rich.text import Text
 
-from dspy_prod.cli import printing
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.records import NANO, CallRecord
+from dspy_prod.views import Cell, Table
 
 EXPERIMENT: Final = "triage-demo"
 PATIENCE: Final = 120.0
@@ -146,13 +145,13 @@ def _read(uri: str, since: float) -> tuple[str | None, int, float]:
             return str(experiment.experiment_id), found, nano / NANO
 
 
-def table(result: Written) -> printing.Listing:
+def table(result: Written) -> Table:
     """What became of the traces, as a table."""
-    agree = Text("yes", "green") if result.agrees else Text("NO", "red")
-    missing = [(name, Text(str(count), "yellow")) for name, count in (
+    agree = Cell("yes", "good") if result.agrees else Cell("NO", "bad")
+    missing = [(name, Cell(str(count), "warn")) for name, count in (
         ("  still waiting", result.waiting), ("  lost", result.lost)
     ) if count]  # fmt: skip
-    return printing.table("Ledger against MLflow", ("", ""), [
+    return Table("Ledger against MLflow", ("", ""), [
         ("traces written", str(result.exported)),
         *missing,
         *([("trouble", result.failing)] if result.failing else []),

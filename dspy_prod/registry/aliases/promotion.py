@@ -17,6 +17,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.registry.aliases.gates import Gate, refused_error
 from dspy_prod.registry.aliases.journal import AuditEntry, Journal, Request
+from dspy_prod.registry.aliases.listed import History, Versions
 from dspy_prod.registry.aliases.projection import PREVIOUS, PRODUCTION, USUAL, alias_version, project, settled
 from dspy_prod.registry.errors import PromotionConflictError, RegistryError, UnknownVersionError
 from dspy_prod.registry.names import checked_name
@@ -164,7 +165,7 @@ def rollback(
         raise
 
 
-def history(name: str, *, alias: str | None = None, tracking_uri: str | None = None) -> list[AuditEntry]:
+def history(name: str, *, alias: str | None = None, tracking_uri: str | None = None) -> History:
     """Every move of the program's aliases and every attempt at one, newest first.
 
     Args:
@@ -182,7 +183,7 @@ def history(name: str, *, alias: str | None = None, tracking_uri: str | None = N
     if server.read(lambda client: client.get_prompt(name)) is None:
         raise _unpublished_error(name, server)
     entries = Journal(server, name).read().entries
-    return [entry for entry in reversed(entries) if alias is None or entry.alias == alias]
+    return History((entry for entry in reversed(entries) if alias is None or entry.alias == alias), name)
 
 
 def programs(*, tracking_uri: str | None = None) -> list[str]:
@@ -196,7 +197,7 @@ def programs(*, tracking_uri: str | None = None) -> list[str]:
     return sorted(prompt.name for page in pages for prompt in page)
 
 
-def versions(name: str, *, tracking_uri: str | None = None) -> list[ProgramVersion]:
+def versions(name: str, *, tracking_uri: str | None = None) -> Versions:
     """The versions of a program with their aliases, newest first. One that was tampered with is left out, and told of.
 
     Raises:
@@ -219,7 +220,7 @@ def versions(name: str, *, tracking_uri: str | None = None) -> list[ProgramVersi
             listed.append(version_of(prompt, tuple(pointing.get(int(prompt.version), ()))))
         except RegistryError as error:  # the others are as good as ever
             _log.warning("A version of %s is left out: %s", name, error)
-    return listed
+    return Versions(listed, f"Versions of {name}")
 
 
 def carry_out(server: Server, name: str, journal: Journal, request: Request) -> AuditEntry:

@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from dspy_prod.privacy.visible import visible
 from dspy_prod.registry.deployment.markdown import code, fenced, literal, table
 from dspy_prod.registry.files import plain, write
+from dspy_prod.views import Cell, Page, Shown, Table
+from dspy_prod.views.cells import Tone
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from dspy_prod.registry.aliases.gates import GateReport
 
 DIRECTORY: Final = Path(".dspy_prod") / "deployments"
 Outcome = Literal["deployed", "unchanged", "failed", "error", "inconclusive", "conflict", "interrupted"]
 StepResult = Literal["done", "before", "reused", "skipped", "stopped"]
-_STYLES: Final = {"deployed": "green", "unchanged": "green", "inconclusive": "yellow"}
+_TONES: Final[dict[str, Tone]] = {"deployed": "good", "unchanged": "good", "inconclusive": "warn"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Deployment:
+class Deployment(Shown):
     """What a deployment did.
 
     Attributes:
@@ -111,21 +110,12 @@ class Deployment:
         """For people."""
         return "\n\n".join(_markdown(self)) + "\n"
 
-    def __rich__(self) -> RenderableType:
-        from rich import box
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        steps = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in ("step", "result", "when", "what"):
-            steps.add_column(column, overflow="fold")
-        for step in self.steps:
-            when = f"{step.at.astimezone():%Y-%m-%d %H:%M:%S}"
-            steps.add_row(Text(visible(step.name)), step.result, when, Text(visible(step.detail)))
-        title = Text(f"Deployment of {visible(self.title)}: ")
-        title.append(self.outcome, style=f"bold {_STYLES.get(self.outcome, 'red')}")
-        return Group(title, steps, *(Text(visible(line)) for line in self.advice))
+    def _view(self) -> Page:
+        title = Cell(f"Deployment of {self.title}: {self.outcome}", _TONES.get(self.outcome, "bad"))
+        rows = [
+            (step.name, step.result, f"{step.at.astimezone():%Y-%m-%d %H:%M:%S}", step.detail) for step in self.steps
+        ]
+        return Page(Table(title, ("step", "result", "when", "what"), rows), *self.advice)
 
 
 def advice(found: Deployment) -> tuple[str, ...]:

@@ -6,21 +6,19 @@ import difflib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dspy_prod.privacy.unshown import unshown
-from dspy_prod.privacy.visible import visible
 from dspy_prod.registry.names import checked_name
 from dspy_prod.registry.published.copies import Release
 from dspy_prod.registry.published.loading import exact
 from dspy_prod.registry.published.manifest import ProgramVersion, named, reference_to
 from dspy_prod.registry.server import server_at
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from dspy_prod.views import Cell, Code, Page, Shown, Table
+from dspy_prod.views.cells import Tone
 
 PARTS: Final = ("instructions", "fields", "demos", "settings")
-_STYLES: Final = (("+++", "bold"), ("---", "bold"), ("@@", "cyan"), ("+", "green"), ("-", "red"))
+_TONES: Final[dict[str, Tone]] = {"equal": "faint", "changed": "warn", "added": "good", "removed": "bad"}
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ class PredictorDiff:
 
 
 @dataclass(frozen=True)
-class VersionDiff:
-    """What changed between two versions; printed, a unified diff.
+class VersionDiff(Shown):
+    """What changed between two versions; printed, a unified diff, and in a notebook one in colours.
 
     Attributes:
         name: the program.
@@ -70,19 +68,11 @@ class VersionDiff:
     def __str__(self) -> str:
         return "".join(str(predictor) for predictor in self.predictors)
 
-    def __rich__(self) -> RenderableType:
-        from rich.console import Group
-        from rich.text import Text
-
-        def lines() -> Iterator[Text]:
-            yield Text(f"{self.name}: version {self.old} -> {self.new}", style="bold")
-            for predictor in self.predictors:
-                yield Text(visible(f"{predictor.name}: {predictor.status}"), style="bold yellow")
-                for line in str(predictor).splitlines():
-                    style = next((style for start, style in _STYLES if line.startswith(start)), "")
-                    yield Text(visible(line), style=style)
-
-        return Group(*lines())
+    def _view(self) -> Page:
+        title = f"{self.name}: version {self.old} -> {self.new}"
+        rows = [(each.name, Cell(each.status, _TONES[each.status])) for each in self.predictors]
+        parts = [Code(str(each), diff=True) for each in self.predictors if each.status != "equal"]
+        return Page(Table(title, ("predictor", "status"), rows), *parts)
 
 
 def diff(

@@ -1,0 +1,179 @@
+"""`dspy-prod optimizations`: runs are listed, shown, stopped and removed from a shell."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspy_prod import Run, call_context
+from dspy_prod.cli import main
+from dspy_prod.optimize import headers
+from dspy_prod.optimize.headers import Header
+from dspy_prod.stores.base import Store
+from dspy_prod.stores.opening import open_store
+from dspy_prod.testing import Provider
+from tests.e2e.support import make_lm
+
+DESCRIBED = {
+    "datasets": {"trainset": ["a"] * 40, "valset": ["b"] * 60},
+    "lms": {"program": {"model": "openai/small"}, "prompt_model": {"model": "openai/big"}},
+    "versions": {"dspy": "3.4.1"},
+}
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/state.db"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    store = open_store(url, "cli")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def filled(store: Store, url: str) -> Store:
+    """A run that ended, one of this process that goes on, and answers of a run that nobody described."""
+    caps = {"usd": 5.0, "calls": None}
+    headers.save(store, Header("ended", "MIPROv2", described=DESCRIBED, caps=caps, seeds={"seed": 9}, state="budget",
+                               spent_usd=4.99, started_at=1e9, ended_at=1e9 + 60, calls=5_900, replayed=412,
+                               score=0.75, warnings=("17 calls differ",)))  # fmt: skip
+    headers.save(store, Header("goes on", "GEPA", started_at=2e9))
+    with Provider() as provider, call_context(run=Run("kept", usd=1, store=store, keep_answers=True)):
+        lm = make_lm(provider.url)
+        lm("question")
+        lm.close()
+    return store
+
+
+Said = Callable[..., Any]
+
+
+@pytest.fixture
+def said(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Said:
+    """What a command prints: JSON as values, else text."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def said(*arguments: str, code: int = 0) -> Any:
+        assert main(["optimizations", *arguments, "--store", url, "--namespace", "cli"]) == code
+        out = capsys.readouterr()
+        if code:
+            return out.err
+        return json.loads(out.out) if "--json" in arguments else out.out
+
+    return said
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("command", [(), ("list",)])
+def test_all_are_listed_the_latest_first(said: Said, command: tuple[str, ...]) -> None:
+    rows = said(*command, "--json")
+    assert [(row["run"], row["state"], row["answers"]) for row in rows] == [
+        ("goes on", "running", 0),
+        ("ended", "budget", 0),
+        ("kept", "-", 1),
+    ]
+    assert (rows[1]["score"], rows[1]["spent_usd"], rows[1]["caps"]["usd"]) == (0.75, 4.99, 5.0)
+    assert rows[2]["spent_usd"] > 0, "what its account says"
+    table = said(*command)
+    for words in ("goes on", "GEPA", "running", "ended", "MIPROv2", "budget", "0.75", "4.990000", "kept"):
+        assert words in table
+
+
+@pytest.mark.usefixtures("filled")
+def test_one_is_shown(said: Said) -> None:
+    row = said("show", "ended", "--json")
+    assert (row["optimizer"], row["calls"], row["replayed"], row["warnings"]) == (
+        "MIPROv2",
+        5900,
+        412,
+        ["17 calls differ"],
+    )
+    text = said("show", "ended")
+    for words in (
+        "4.990000 USD",
+        "5,900",
+        "412",
+        "40 examples",
+        "60 examples",
+        "openai/big",
+        "Warning: 17 calls differ",
+    ):
+        assert words in text
+    assert "resume=True" in text
+    assert "resume=True" not in said("show", "goes on")
+    assert "1, 0.0 MB" in said("show", "kept")
+
+
+def test_a_running_one_is_asked_to_stop(said: Said, filled: Store) -> None:
+    assert "asked to stop" in said("stop", "goes on")
+    assert headers.asked_to_stop(filled, "goes on")
+    assert said("stop", "goes on", "--json") == {"run": "goes on", "asked_to_stop": True}
+    for name, why in (("ended", "it is budget"), ("kept", "keeps answers")):
+        error = said("stop", name, code=2)
+        assert "is not running" in error
+        assert why in error
+
+
+def test_what_is_removed_is_gone(said: Said, filled: Store) -> None:
+    assert "is removed, with 1 kept answers" in said("rm", "kept")
+    assert said("rm", "ended", "--json") == {"run": "ended", "removed": True, "answers": 0}
+    assert headers.names(filled) == ["goes on"]
+    assert Run("kept", usd=1, store=filled).used().usd == 0.0
+
+
+def test_a_running_one_is_not_removed_but_by_force(said: Said, filled: Store) -> None:
+    error = said("rm", "goes on", code=2)
+    assert "is running" in error
+    assert "optimizations stop goes on" in error
+    assert "--force" in error
+    assert "goes on" in headers.names(filled)
+    said("rm", "goes on", "--force")
+    assert "goes on" not in headers.names(filled)
+
+
+CHILD = """
+import sys
+from dspy_prod.optimize import headers
+from dspy_prod.stores.opening import open_store
+headers.save(open_store(sys.argv[1], "cli"), headers.Header("it", "GEPA"))
+"""
+
+
+@pytest.mark.usefixtures("store")
+def test_a_killed_one_is_told_and_may_be_removed(said: Said, url: str) -> None:
+    subprocess.run([sys.executable, "-c", CHILD, url], check=True, timeout=60)
+    assert [row["state"] for row in said("--json")] == ["killed"]
+    assert "resume=True" in said("show", "it")
+    assert "it is killed" in said("stop", "it", code=2)
+    said("rm", "it")
+    assert "No optimization is known" in said()
+    assert said("--json") == []
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("show",), "optimizations show NAME"),
+        (("rm",), "optimizations rm NAME"),
+        (("list", "ended"), "write dspy-prod optimizations"),
+        (("show", "nobody"), "only 'ended', 'goes on', 'kept'"),
+    ],
+)
+def test_mistakes_end_with_a_remedy(said: Said, arguments: tuple[str, ...], words: str) -> None:
+    assert words in said(*arguments, code=2)
+
+
+def test_no_store_is_made_by_looking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["optimizations", "--store", f"sqlite:///{tmp_path}/none.db"]) == 2
+    assert "no store at" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
