@@ -138,7 +138,7 @@ class Stage(BaseCallback):
         self._all = [*self._right, *self._wrong]
         self._kinds = pilot.kinds
         self._deciding = _deciding(pilot)
-        self._share = pilot.accuracy ** (1 / max(1, len(self._deciding)))
+        self._share: float = pilot.accuracy ** (1 / max(1, len(self._deciding)))
         self._cache: dict[str, list[str]] = {}
         self._times: Counter[tuple[str, Kind]] = Counter()
         self._scenes: set[str] = set()
