@@ -105,10 +105,10 @@ def history(customer: str) -> str:
 class OtherMind(Mind):
     """Answers the fields of these programs; a proposer's as ever."""
 
-    FIELDS: Final = frozenset(
-        ("topic", "label", "reply", "urgency", "tags", "contact", "reasoning")
-        + ("next_thought", "next_tool_name", "next_tool_args")
-    )
+    FIELDS: Final = frozenset({
+        "topic", "label", "reply", "urgency", "tags", "contact", "reasoning", "next_thought", "next_tool_name",
+        "next_tool_args",
+    })  # fmt: skip
 
     def _one(self, call: CallView, ordinal: int) -> str:
         fields, as_json = asked_for(call)

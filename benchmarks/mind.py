@@ -141,10 +141,7 @@ class Mind:
     def _proposed(self, call: CallView, ordinal: int) -> dict[str, str]:
         advice = self.advice(call.prompt, ordinal, 4)
         names = re.findall(r'"(\w[\w.]*)"', call.prompt.rpartition("[[ ## module_names ## ]]")[2].partition("]")[0])
-        shown = call.prompt.rpartition("[[ ## current_instruction ## ]]")[2].partition("[[ ##")[0].strip()
-        current = shown.strip("`").strip() or "Sort the message."
         return {
-            "new_instruction": f"{current} {self.advice(call.prompt, ordinal, 2)}",
             "proposed_instruction": f"Sort the customer's message under one of four labels. {advice}",
             "proposed_prefix_for_output_field": "Label:",
             "new_instruction": self._bettered(call.last_message, ordinal),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dspy_prod import registry
 from dspy_prod.cli.printing import print_json, show
 from dspy_prod.errors import ConfigError
-from dspy_prod.registry.listed import History, Versions
+from dspy_prod.registry.aliases.listed import History, Versions
 
 if TYPE_CHECKING:
     from dspy_prod.registry import AuditEntry

@@ -6,7 +6,7 @@ Figures are made without pyplot: they belong to nobody's notebook until they are
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.errors import ConfigError
@@ -74,13 +74,13 @@ def score_against_dollars(
     axes = _axes() if axes is None else axes
     scored = [one for one in candidates if one.score is not None and one.found_usd is not None]
     axes.scatter(
-        [one.found_usd for one in scored], [one.score for one in scored],
+        _of("found_usd", scored), _of("score", scored),
         s=28, color=_FAINT, edgecolor="white", linewidth=0.6, zorder=3, label="candidate, all examples",
     )  # fmt: skip
     raced = [one for one in candidates if one.predicted is not None and one.score is None and one.found_usd is not None]
     if raced:
         axes.scatter(
-            [one.found_usd for one in raced], [one.predicted for one in raced],
+            _of("found_usd", raced), _of("predicted", raced),
             s=24, marker="x", color=_FAINT, linewidth=1.0, zorder=2, label="dropped early (predicted)",
         )  # fmt: skip
     steps = records(candidates)
@@ -124,11 +124,11 @@ def quality_against_cost(
     chosen = {one.index for one in front}
     rest = [one for one in priced if one.index not in chosen]
     axes.scatter(
-        [_price(one) for one in rest], [one.score for one in rest],
+        [_price(one) for one in rest], _of("score", rest),
         s=28, color=_FAINT, edgecolor="white", linewidth=0.6, zorder=2, label="another is as cheap and better",
     )  # fmt: skip
     if front:
-        costs, scores = [_price(one) for one in front], [one.score for one in front]
+        costs, scores = [_price(one) for one in front], _of("score", front)
         axes.step(costs, scores, where="post", color=_INK, lw=1.3, alpha=0.7, zorder=3)
         axes.scatter(costs, scores, s=44, color=_INK, edgecolor="white", zorder=4, label="none is as cheap and better")
     for mark, colour, name, those in (
@@ -136,7 +136,7 @@ def quality_against_cost(
         ("*", _BEST, "best", [one for one in priced if best is not None and one.index == best.index]),
     ):
         axes.scatter(
-            [_price(one) for one in those], [one.score for one in those],
+            [_price(one) for one in those], _of("score", those),
             s=170 if mark == "*" else 50, marker=mark, color=colour, edgecolor="white", zorder=5, label=name,
         )  # fmt: skip
     _label_front(axes, front, [_price(one) for one in priced])
@@ -234,3 +234,8 @@ def _finish(axes: Axes, legend: bool = True) -> None:
             fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
             handlelength=1.6, columnspacing=1.4,
         )  # fmt: skip
+
+
+def _of(name: str, candidates: Iterable[Candidate]) -> list[Any]:
+    """One number of each; of those that have it."""
+    return [getattr(one, name) for one in candidates]

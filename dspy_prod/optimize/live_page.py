@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.optimize.candidates import Progress
-from dspy_prod.optimize.live import sentence
+from dspy_prod.optimize.telling import sentence
 from dspy_prod.privacy.outward import outward
 
 if TYPE_CHECKING:

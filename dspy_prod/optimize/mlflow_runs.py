@@ -376,7 +376,7 @@ def _summary(report: OptimizationReport) -> str:
     """The run's description, in Markdown."""
     interval = report.expected_interval
     given = None if report.baseline is None else report.baseline.score
-    lines = [f"**{report.optimizer}** ended by **{report.stopped_by}**: {report.detail}"]
+    lines = [f"**{report.optimizer}**, ended: **{report.stopped_by}**{f', {report.detail}' if report.detail else ''}"]
     if report.best is not None and report.best_score is not None:
         before = "" if given is None else f", the given program {given:.4g}"
         lines.append(

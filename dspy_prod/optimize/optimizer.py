@@ -172,11 +172,12 @@ class BudgetedOptimizer(Teleprompter):
 
     # -- before the run ------------------------------------------------------------------------------------------------
     def _terms_with(self, arguments: dict[str, Any]) -> Terms:
-        others = {name: arguments.pop(name) for name in _CAPS if name in arguments}
+        others: dict[str, Any] = {name: arguments.pop(name) for name in _CAPS if name in arguments}
         if not others:
             return self.terms
         kept: dict[str, Any] = {name: getattr(self.terms, name) for name in self.terms.model_fields_set}
-        return _terms(**{**kept, **others})
+        kept.update(others)
+        return _terms(**kept)
 
     def _task(
         self,

@@ -1,4 +1,4 @@
-"""An `OptimizationReport` as a page: what was found, how sure that is, what it cost, what was tried, what to know."""
+"""An `Facts` as a page: what was found, how sure that is, what it cost, what was tried, what to know."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dspy_prod.views import Cell, Page, Picture, Table, usd
 
 if TYPE_CHECKING:
     from dspy_prod.optimize.candidates import Candidate
-    from dspy_prod.optimize.report import OptimizationReport, Spent
+    from dspy_prod.optimize.facts import Facts, Spent
 
 MOST_WARNINGS: Final = 20
 MOST_CANDIDATES: Final = 30
@@ -31,7 +31,7 @@ _WHY: Final = {
 }
 
 
-def page(report: OptimizationReport, *, pictures: bool = False) -> Page:
+def page(report: Facts, *, pictures: bool = False) -> Page:
     """The whole report.
 
     Args:
@@ -51,7 +51,7 @@ def page(report: OptimizationReport, *, pictures: bool = False) -> Page:
     return Page(*parts)
 
 
-def _outcome(report: OptimizationReport) -> Table:
+def _outcome(report: Facts) -> Table:
     ending = Cell(
         report.stopped_by,
         "good" if report.stopped_by in _GOOD else "bad" if report.stopped_by == "failed" else "warn",
@@ -63,7 +63,7 @@ def _outcome(report: OptimizationReport) -> Table:
     return Table(f"{report.optimizer}: optimization {report.run}", ("", ""), rows)
 
 
-def _scores(report: OptimizationReport) -> Iterator[tuple[str, Any]]:
+def _scores(report: Facts) -> Iterator[tuple[str, Any]]:
     chosen, best, given = report.selection, report.best, report.baseline
     where = "" if chosen is None else f" on {chosen.size:,} examples of the {chosen.source}"
     if best is None:
@@ -101,7 +101,7 @@ def _p(value: float) -> str:
     return "< 0.0001" if value < 0.0001 else f"{value:.2g}"
 
 
-def _costs(report: OptimizationReport) -> Iterator[tuple[str, Any]]:
+def _costs(report: Facts) -> Iterator[tuple[str, Any]]:
     cap = "no cap" if report.budget_usd is None else f"cap ${report.budget_usd:,.4g}"
     if report.budget_usd:
         cap += f", {100 * report.spent_usd / report.budget_usd:.0f} % used"
@@ -134,7 +134,7 @@ def _costs(report: OptimizationReport) -> Iterator[tuple[str, Any]]:
         )
 
 
-def _forecast(report: OptimizationReport, forecast: Any) -> Cell:
+def _forecast(report: Facts, forecast: Any) -> Cell:
     said = f"${forecast.usd:,.4f} (${forecast.usd_low:,.4f} to ${forecast.usd_high:,.4f}), {forecast.calls:,.0f} calls"
     if report.stopped_by != "completed":
         return Cell(said, below=("for a run that comes to its end, which this one did not",))
@@ -148,7 +148,7 @@ def _caps(*caps: tuple[int | None, str]) -> str | None:
     return f"at most {', '.join(said)}" if said else None
 
 
-def _spent(report: OptimizationReport) -> Table:
+def _spent(report: Facts) -> Table:
     def rows(kind: str, parts: Iterable[tuple[str, Spent]]) -> Iterator[tuple[Any, ...]]:
         for name, one in parts:
             yield Cell(kind, "faint"), name, usd(one.usd, 4), one.calls, one.tokens
@@ -157,7 +157,7 @@ def _spent(report: OptimizationReport) -> Table:
     return Table("Where it went", ("", "", "USD", "calls", "tokens"), by, numbers=3)
 
 
-def _candidates(report: OptimizationReport) -> Table:
+def _candidates(report: Facts) -> Table:
     given = [one for one in report.candidates if one.index == 0]
     rest = sorted(
         (one for one in report.candidates if one.index != 0),
@@ -173,7 +173,7 @@ def _candidates(report: OptimizationReport) -> Table:
     )
 
 
-def _candidate(one: Candidate, report: OptimizationReport, worthwhile: bool) -> tuple[Any, ...]:
+def _candidate(one: Candidate, report: Facts, worthwhile: bool) -> tuple[Any, ...]:
     best = report.best is not None and one.index == report.best.index
     if one.score is not None:
         score = Cell(f"{one.score:.4g}", "good" if best else "", number=True)
@@ -203,7 +203,7 @@ def _warnings(warnings: tuple[str, ...]) -> Table:
     return Table("What to know", ("",), rows, f"{more:,} more are in warnings." if more > 0 else "")
 
 
-def _alt(report: OptimizationReport) -> str:
+def _alt(report: Facts) -> str:
     best = "no best score" if report.best_score is None else f"best score {report.best_score:.4g}"
     return f"Best score against dollars, and quality against cost: {best} after ${report.spent_usd:,.4f}"
 

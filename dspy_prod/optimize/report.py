@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.optimize import figures
-from dspy_prod.optimize.candidates import Candidate, StoppedBy
+from dspy_prod.optimize.candidates import Candidate
+from dspy_prod.optimize.facts import Facts, Selection, Spent
 from dspy_prod.views import Shown
 from dspy_prod.views.frames import frame
 
 if TYPE_CHECKING:
     import dspy
     import pandas
-    from matplotlib.figure import Figure
 
-    from dspy_prod.optimize.racing import Raced
-    from dspy_prod.optimize.rehearsal import Forecast
-    from dspy_prod.optimize.statistics import Paired
     from dspy_prod.views import Page
+
+__all__ = ["OptimizationReport", "Selection", "Spent"]
 
 _COLUMNS = (
     "candidate", "origin", "parents", "status", "score", "predicted", "examples", "cost_usd", "usd_per_answer",
@@ -29,33 +27,8 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Spent:
-    """What a part of a run used.
-
-    Attributes:
-        usd: dollars. calls: attempts that were sent upstream. tokens: input and output together.
-    """
-
-    usd: float = 0.0
-    calls: int = 0
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The examples by which the best candidate was chosen.
-
-    Attributes:
-        size: how many. source: where they come from, as "valset" or "trainset".
-    """
-
-    size: int
-    source: str
-
-
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class OptimizationReport(Shown):
+class OptimizationReport(Shown, Facts):
     """What a run of an optimizer found, what it cost, and why it ended: `best.optimization`, `optimizer.report`.
 
     It belongs to the program object in this process. `copy.deepcopy(best)` has the very same report;
@@ -88,38 +61,6 @@ class OptimizationReport(Shown):
         cheap = report.cheapest(within=0.01)
         ```
     """
-
-    run: str
-    optimizer: str
-    stopped_by: StoppedBy
-    detail: str
-    spent_usd: float
-    unconfirmed_usd: float = 0.0
-    spent_by: Mapping[str, Spent] = field(default_factory=dict)
-    phases: Mapping[str, Spent] = field(default_factory=dict)
-    calls: int = 0
-    cached: int = 0
-    replayed: int = 0
-    first_new: int | None = None
-    tokens: int = 0
-    seconds: float = 0.0
-    budget_usd: float | None = None
-    max_calls: int | None = None
-    max_tokens: int | None = None
-    max_time: float | None = None
-    forecast: Forecast | None = None
-    baseline: Candidate | None = None
-    best: Candidate | None = None
-    best_score: float | None = None
-    expected_score: float | None = None
-    expected_interval: tuple[float, float] | None = None
-    test: Paired | None = None
-    candidates: tuple[Candidate, ...] = ()
-    racing: Raced | None = None
-    selection: Selection | None = None
-    warnings: tuple[str, ...] = ()
-    experiment_run: str | None = None
-    _make: Callable[[Candidate], dspy.Module] | None = None
 
     def program(self, index: int) -> dspy.Module:
         """A candidate as a program of its own: a copy of the given one with its instructions, demos and settings.
@@ -161,23 +102,6 @@ class OptimizationReport(Shown):
         if not priced:
             raise ConfigError("cheapest(): no cost per answer is known; give the LM's prices, dspy_prod.LM(prices=...)")
         return min(priced, key=lambda one: (one.usd_per_answer, -(one.score or 0.0), one.index))
-
-    def plot(self) -> Figure:
-        """Two pictures: best score against dollars, and quality against the cost of an answer.
-
-        Returns:
-            A `matplotlib.figure.Figure`, which a notebook shows and `savefig` keeps.
-
-        Raises:
-            ConfigError: matplotlib is not installed.
-        """
-        return figures.both(
-            self.candidates,
-            spent_usd=self.spent_usd,
-            budget_usd=self.budget_usd,
-            baseline=None if self.baseline is None else self.baseline.score,
-            best=self.best,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the programs' states, as plain values for JSON.

@@ -26,6 +26,9 @@ from dspy_prod.pricing.rates import Rates
 REALLY_ASKED: Final = (1, 2, 5, 12, 30)
 """Which questions of one kind a proposer is really asked. Several, because its answers grow with what it is shown."""
 
+ALIKE: Final = 0.5
+"""How much prompts and rollouts agree on which examples are hard: 0 is chance, 1 would be the same ones always."""
+
 _UNKNOWN: Final = 400
 """Characters of an answer that nobody has seen."""
 
@@ -56,10 +59,19 @@ _SCENE: ContextVar[_Scene | None] = ContextVar("dspy_prod_stage_scene", default=
 
 @dataclass
 class Bill:
-    """What a rehearsal would have cost; `usd` is by (role or "", model), `guessed` the part that no pilot measured."""
+    """What a rehearsal would have cost.
+
+    Attributes:
+        usd: dollars by model. guessed: the part of them that proposers and judges cost; own, own_calls: the rest.
+        given: what a call of the given program cost.
+        alone, together: seconds of calls in the main thread, and in others.
+    """
 
     usd: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     guessed: float = 0.0
+    own: float = 0.0
+    own_calls: int = 0
+    given: float = 0.0
     calls: int = 0
     cached: int = 0
     tokens: float = 0.0
@@ -213,7 +225,7 @@ class Stage(BaseCallback):
             scene.asked[kind] += 1
         own = self._pilot.played.get(example)
         decides = kind in self._deciding
-        right = not decides or share(self._seed, "right", key, position) < self._share
+        right = not decides or share(self._seed, "right", key, position) < self._chance(example, own)
         labels = self._labels.get(example, {})
         names = [name for name in kind[1] if name in labels]
         source = own if own is not None and own.answers else None
@@ -230,6 +242,14 @@ class Stage(BaseCallback):
             for name in names:
                 values[name] = labels[name] if right else self._other(name, labels[name], key)
         return values
+
+    def _chance(self, example: str, own: Played | None) -> float:
+        """How likely an example is answered right: more so if it was, since examples are easy or hard for all prompts."""
+        if own is not None and own.score is not None:
+            easy = own.score >= 0.5
+        else:
+            easy = share(self._seed, "easy", example) < self._share
+        return ALIKE * easy + (1 - ALIKE) * self._share
 
     def _other(self, name: str, label: Any, key: str) -> Any:
         """A wrong answer in the place of a label: another example's."""
@@ -260,6 +280,9 @@ class Stage(BaseCallback):
             bill.usd[model] += nano / 1e9
             if asked is None or kind_of(asked.signature) not in self._kinds:
                 bill.guessed += nano / 1e9
+            else:
+                bill.own += nano / 1e9
+                bill.own_calls += 1
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

@@ -115,7 +115,10 @@ def expected(candidates: Sequence[Mapping[int, float]], n: int) -> list[Expected
     columns = int((~np.isnan(scores)).any(axis=0).sum())
     level = max(float(np.var(examples[(~np.isnan(scores)).any(axis=0)])) - noise / many, 0.0) / columns
     wide = _Z * np.sqrt(width + level)
-    return [Expected(float(m), float(m - w), float(m + w)) for m, w in zip(centre, wide, strict=True)]
+    # Scores that all lie from 0 to 1 are taken for a share: no other one is expected.
+    least, most = (0.0, 1.0) if np.nanmin(scores) >= 0 and np.nanmax(scores) <= 1 else (-np.inf, np.inf)
+    lows, highs = np.clip(centre - wide, least, most), np.clip(centre + wide, least, most)
+    return [Expected(*map(float, each)) for each in zip(np.clip(centre, least, most), lows, highs, strict=True)]
 
 
 def _effects(scores: Floats) -> tuple[Floats, Floats, Floats]:

@@ -78,7 +78,7 @@ class AnswerLog:
 
     def count(self) -> int:
         """How many answers are kept by now."""
-        size = self._runs.sizes().get(self._run)
+        size = self._store.runs.sizes().get(self._run)
         return 0 if size is None else size.answers
 
     def set_beside(self, parts: Sequence[tuple[int, int | None]]) -> None:

@@ -79,8 +79,8 @@ class Exporter:
         self._pipes = {pipe.fileno(): os.fstat(pipe.fileno())[:3] for pipe in pipes}
         _widen(pipes[0])
         self._lines.put(orjson.dumps({**config, "parent": os.getpid(), "tally": tally, "aloud": aloud}) + b"\n")
-        for pipe, body, name in zip(pipes, (self._write, self._read), ("writer", "reader"), strict=True):
-            if begin(f"dspy_prod-tracking-{name}", body, pipe) is None:
+        for pipe, work, name in zip(pipes, (self._write, self._read), ("writer", "reader"), strict=True):
+            if begin(f"dspy_prod-tracking-{name}", work, pipe) is None:
                 self.stop()
                 heard(failing="the exporter cannot be talked to: this process has as many threads as it may", died=True)
                 return

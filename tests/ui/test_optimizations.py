@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
+import dspy
 import pytest
 from mlflow import MlflowClient
 
-from dspy_prod.optimize.candidates import Candidate
-from dspy_prod.optimize.mlflow_runs import watcher
-from tests.optimize.found import best_of, found
-from tests.optimize.test_runs_in_mlflow import run_through
+import dspy_prod
+from benchmarks.world import World
+from dspy_prod import tracking
+from dspy_prod.optimize.report import OptimizationReport
+from dspy_prod.tracking import runs
 from tests.registry.processes import MlflowServer
 from tests.ui.browser import Browser, chromium
 from tests.ui.test_mlflow_pages import STORAGE
@@ -34,7 +36,7 @@ pytestmark = [
 ]
 
 METRICS: Final = ("score", "predicted", "usd_per_1000", "cost_usd", "tokens", "latency_s", "demos")
-COLUMNS: Final = (*(f"metrics.`{name}`" for name in METRICS), "params.`prompt`", "tags.`dspy_prod.parents`")
+COLUMNS: Final = (*(f"metrics.`{name}`" for name in METRICS), "params.`prompt`", "tags.`dspy_prod.status`")
 """What a person turns on under "Columns"."""
 SORTED: Final = f"orderByKey={quote('metrics.`score`')}&orderByAsc=false&startTime=ALL&lifecycleFilter=Active"
 
@@ -44,36 +46,45 @@ class Kept:
     """An optimization in a store behind a server.
 
     Attributes:
-        base: address of the experiment's pages. experiment, run: MLflow's ids. candidates: what it found.
+        base: address of the experiment's pages. experiment, run: MLflow's ids. report: what it found.
     """
 
     base: str
     experiment: str
     run: str
-    candidates: tuple[Candidate, ...]
+    report: OptimizationReport
 
 
 @pytest.fixture(scope="module")
 def kept(schema: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    """A run that was watched to its end."""
+    """A small, real optimization, kept in MLflow."""
     folder = tmp_path_factory.mktemp("optimization")
     database = Path(shutil.copy(schema, folder / "mlflow.db"))
-    candidates = found()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        watching = watcher(tracking_uri=f"sqlite:///{database}", experiment="triage")
-        assert watching is not None
-        run_through(watching, candidates)
-        assert watching.wait(100.0)
-        experiment = MlflowClient(f"sqlite:///{database}").get_experiment_by_name("triage")
+        tracking.enable("support", tracking_uri=f"sqlite:///{database}")
+        try:
+            with World(seed=3, val=60, dear=True) as world, dspy.context(lm=world.lm()):
+                optimizer = dspy.MIPROv2(
+                    metric=world.metric, prompt_model=world.prompt_lm(), auto=None, num_candidates=5, num_threads=6,
+                    max_bootstrapped_demos=3, max_labeled_demos=3, seed=1,
+                )  # fmt: skip
+                best = dspy_prod.BudgetedOptimizer(
+                    optimizer, budget_usd=0.5, name="triage", racing=0.9, view=None, store="memory://side-by-side"
+                ).compile(world.program(), trainset=world.trainset, valset=world.valset, num_trials=14, minibatch=False)
+            assert runs.flush(100.0)
+        finally:
+            tracking.disable()
+        client = MlflowClient(f"sqlite:///{database}")
+        experiment = client.get_experiment_by_name("support")
         assert experiment is not None
-        assert watching.run_id is not None
+        [run] = client.search_runs([experiment.experiment_id], "tags.`dspy_prod.optimization` = 'triage'")
         server = MlflowServer(database)
         server.start()
     try:
         base = f"{server.uri}/#/experiments/{experiment.experiment_id}"
-        yield Kept(base, experiment.experiment_id, watching.run_id, candidates)
+        yield Kept(base, experiment.experiment_id, run.info.run_id, best.optimization)
     finally:
         server.kill()
 
@@ -92,7 +103,7 @@ def browser(kept: Kept, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Br
     }  # fmt: skip
     name = f'MLflowLocalStorage-1.1-ExperimentPage-["{kept.experiment}"]-ReactComponentState'
     storage = {**STORAGE, name: json.dumps(chosen)}
-    with Browser(_FOUND, tmp_path_factory.mktemp("chromium"), width=1760, height=820, storage=storage) as started:
+    with Browser(_FOUND, tmp_path_factory.mktemp("chromium"), width=1760, height=640, storage=storage) as started:
         yield started
 
 
@@ -114,8 +125,9 @@ def side_by_side(kept: Kept, mode: str = "") -> str:
 def test_candidates_stand_side_by_side(browser: Browser, kept: Kept, pictures: Path) -> None:
     """The table has a row a candidate, best first, with score, cost, tokens, latency, and how its prompt begins."""
     browser.open(side_by_side(kept))
-    shown = [one for one in kept.candidates if one.status != "minibatch"]
-    best = best_of(kept.candidates)
+    shown = [one for one in kept.report.candidates if one.status != "minibatch"]
+    best = kept.report.best
+    assert best is not None
     said = browser.wait_for(f"{len(shown)} matching runs", "cost_usd", "latency_s", f"#{best.index} {best.origin}")
     browser.picture(pictures / "mlflow-candidates.png")
     for one in shown:
@@ -124,24 +136,26 @@ def test_candidates_stand_side_by_side(browser: Browser, kept: Kept, pictures: P
             assert f"{round(one.score, 4):.6g}" in said
     order = [int(number) for number in re.findall(r"#(\d+) (?:trial|given)", said)]
     assert order[0] == best.index
-    assert "Sort the cu" in said
+    assert "Sort the" in said
 
 
 def test_candidates_stand_side_by_side_in_charts(browser: Browser, kept: Kept, pictures: Path) -> None:
     """The charts have a point a candidate, one after another."""
+    browser.resize(1760, 1300)  # charts below the window are not drawn
     browser.open(side_by_side(kept, "compareRunsMode=CHART&"))
     browser.wait_for("Model metrics", "(cost_usd)", "(score)", "Step")
     browser.picture(pictures / "mlflow-charts.png")
     points = browser.run(
         "Math.max(...[...document.querySelectorAll('.js-plotly-plot')].map(e => e.querySelectorAll('.point').length))"
     )
-    assert points >= len([one for one in kept.candidates if one.score is not None])
+    assert points >= len([one for one in kept.report.candidates if one.score is not None])
 
 
 def test_the_run_says_what_came_of_it(browser: Browser, kept: Kept, pictures: Path) -> None:
     """Its page has the outcome in words, the metrics, and the candidates below it."""
     browser.open(f"{kept.base}/runs/{kept.run}")
-    best = best_of(kept.candidates)
+    best = kept.report.best
+    assert best is not None
     browser.wait_for("Best program:", f"#{best.index}", "Spent:", "expected_score", "Child runs", "Finished")
     browser.picture(pictures / "mlflow-optimization.png")
 
@@ -149,7 +163,7 @@ def test_the_run_says_what_came_of_it(browser: Browser, kept: Kept, pictures: Pa
 def test_its_figures_are_shown(browser: Browser, kept: Kept, pictures: Path) -> None:
     """The picture of score against dollars is an artifact that the page shows."""
     browser.open(f"{kept.base}/runs/{kept.run}/artifacts")
-    browser.wait_for("score_against_dollars.png", "quality_against_cost.png", "minibatches.json", "report.html")
+    browser.wait_for("score_against_dollars.png", "quality_against_cost.png", "report.html")
     browser.click("score_against_dollars.png")
     browser.picture(pictures / "mlflow-figure.png")
     width = browser.run("Math.max(0, ...[...document.querySelectorAll('img')].map(e => e.naturalWidth))")

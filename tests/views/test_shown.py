@@ -16,7 +16,7 @@ from rich.console import Console
 import dspy_prod
 from dspy_prod.records import CallRecord
 from dspy_prod.registry.aliases.journal import AuditEntry
-from dspy_prod.registry.listed import History
+from dspy_prod.registry.aliases.listed import History
 from dspy_prod.registry.published.difference import PredictorDiff, VersionDiff
 from dspy_prod.status.listed import Records
 from dspy_prod.status.spending import CostRows

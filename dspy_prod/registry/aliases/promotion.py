@@ -17,9 +17,9 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.registry.aliases.gates import Gate, refused_error
 from dspy_prod.registry.aliases.journal import AuditEntry, Journal, Request
+from dspy_prod.registry.aliases.listed import History, Versions
 from dspy_prod.registry.aliases.projection import PREVIOUS, PRODUCTION, USUAL, alias_version, project, settled
 from dspy_prod.registry.errors import PromotionConflictError, RegistryError, UnknownVersionError
-from dspy_prod.registry.listed import History, Versions
 from dspy_prod.registry.names import checked_name
 from dspy_prod.registry.published import provenance
 from dspy_prod.registry.published.manifest import KIND, PROGRAM, ProgramVersion, is_program, reference_to, version_of

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from dspy_prod.optimize.candidates import Candidate, Progress
-from dspy_prod.optimize.live import LINE_EVERY, Bar, Lines, Silent, sentence, used, watcher
+from dspy_prod.optimize.live import LINE_EVERY, Bar, Lines, Silent, watcher
 from dspy_prod.optimize.live_page import MOST, chart, page, table
+from dspy_prod.optimize.telling import sentence, used
 
 
 def candidate(index: int, score: float | None, usd: float) -> Candidate:

@@ -1,0 +1,251 @@
+"""A forecast: the optimizer is rehearsed on answers that cost nothing; a provider's bill says how good it was."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import dspy
+import pytest
+from dspy.teleprompt import Teleprompter
+
+import dspy_prod
+from benchmarks.subjects import Subject, optimizers
+from benchmarks.world import World
+from dspy_prod.optimize.live import quiet
+from dspy_prod.optimize.pilot import Pilot, recording
+from dspy_prod.optimize.rehearsal import Forecast, rehearse
+from dspy_prod.optimize.stage import Samples, Stage, share, varied
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A small one."""
+    with World(3, train=16, val=20, test=4, latency=0.0) as small:
+        yield small
+
+
+class Case:
+    """A world, its LMs, and an optimizer in it."""
+
+    def __init__(self, world: World, name: str = "BootstrapFewShotWithRandomSearch", **lm: Any) -> None:
+        store = f"memory://rehearsal-{next(_numbers)}"
+        self.world = world
+        self.lm, self.proposer = world.lm(store=store, **lm), world.prompt_lm(store=store, **lm)
+        self.subject: Subject = optimizers(world, lm=self.lm, prompt_lm=self.proposer, threads=2)[name]
+        if name == "GEPA":
+            self.subject.optimizer.max_metric_calls = 80
+
+    def pilot(self) -> Pilot:
+        evaluate = dspy.Evaluate(devset=self.world.valset, metric=self.world.metric, num_threads=2)
+        with dspy.context(lm=self.lm), quiet(), recording(self.subject.student, self.world.valset) as pilot:
+            result = evaluate(self.subject.student)
+        pilot.scored(result.results)
+        return pilot
+
+    def forecast(self, pilot: Pilot, **more: Any) -> Forecast:
+        subject = self.subject
+        with dspy.context(lm=self.lm):
+            return rehearse(subject.optimizer, subject.student, subject.arguments, pilot, num_threads=2, **more)
+
+    def bill(self) -> tuple[float, int]:
+        """What the optimizer itself is billed: dollars and calls."""
+        usd, calls = self.world.bill_usd, len(self.world.calls)
+        with dspy.context(lm=self.lm), quiet():
+            self.subject.optimizer.compile(self.subject.student, **self.subject.arguments)
+        return self.world.bill_usd - usd, len(self.world.calls) - calls
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BootstrapFewShotWithRandomSearch", "MIPROv2", "GEPA", "COPRO", "InferRules", "SIMBA", "Guesses", "KNNFewShot"],
+)
+def test_the_bill_lies_in_the_range_of_its_forecast(world: World, name: str) -> None:
+    case = Case(world, name)
+    pilot = case.pilot()
+    paid = world.bill_usd
+    forecast = case.forecast(pilot)
+    usd, calls = case.bill()
+    assert forecast.warnings == ()
+    assert forecast.usd_low <= usd + paid <= forecast.usd_high
+    assert forecast.calls_low <= calls + len(world.valset) <= forecast.calls_high
+    assert forecast.usd == pytest.approx(sum(forecast.by.values()), rel=0.05)
+
+
+def test_it_costs_nothing_where_nobody_may_be_asked(world: World) -> None:
+    case = Case(world, "MIPROv2")
+    pilot = case.pilot()
+    sent, paid = len(world.calls), world.bill_usd
+    forecast = case.forecast(pilot, ask=False)
+    assert len(world.calls) == sent
+    assert world.bill_usd == paid
+    assert forecast.pilot_usd == pytest.approx(paid)
+    assert forecast.usd > paid
+
+
+def test_a_proposer_is_asked_a_few_times_and_told_as_part_of_the_pilot(world: World) -> None:
+    case = Case(world, "COPRO")
+    pilot = case.pilot()
+    sent = len(world.calls)
+    forecast = case.forecast(pilot)
+    assert 1 <= len(world.calls) - sent <= 10
+    assert forecast.pilot_usd == pytest.approx(world.bill_usd)
+    assert set(forecast.by) == {"task/openai/world-task", "prompt/openai/world-proposer"}
+
+
+def test_neither_the_optimizer_nor_the_program_is_changed(world: World) -> None:
+    case = Case(world, "GEPA")
+    pilot = case.pilot()
+    before = dict(vars(case.subject.optimizer))
+    state = case.subject.student.dump_state()
+    case.forecast(pilot)
+    assert vars(case.subject.optimizer) == before
+    assert case.subject.student.dump_state() == state
+    assert dspy.LM.__call__ is dspy.BaseLM.__call__
+    assert "answered" not in dspy_prod.LM.__call__.__qualname__
+
+
+def test_callbacks_history_and_usage_see_nothing_of_it(world: World) -> None:
+    case = Case(world)
+    pilot = case.pilot()
+    seen: list[Any] = []
+
+    class Watches(dspy.utils.callback.BaseCallback):
+        def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+            seen.append(instance)
+
+    before = len(case.lm.history)
+    with dspy.context(callbacks=[Watches()]), dspy.track_usage() as usage:
+        case.forecast(pilot)
+    assert seen == []
+    assert len(case.lm.history) == before
+    assert usage.get_total_tokens() == {}
+
+
+def test_what_the_cache_answers_is_free(world: World) -> None:
+    """The same evaluation again costs nothing where there is a cache, and everything where there is none."""
+
+    class Twice(Teleprompter):
+        def compile(self, student: Any, *, trainset: list[Any], **_: Any) -> Any:
+            for example in [*trainset, *trainset]:
+                student(**example.inputs())
+            return student
+
+    found = []
+    for cache in (True, False):
+        case = Case(world, cache=cache)
+        pilot = case.pilot()
+        with dspy.context(lm=case.lm):
+            found.append(rehearse(Twice(), case.subject.student, {"trainset": world.trainset}, pilot))
+    cached, uncached = found
+    assert (cached.calls, cached.cached) == (20 + 16, 16)
+    assert (uncached.calls, uncached.cached) == (20 + 32, 0)
+
+
+def test_a_judge_in_the_metric_is_not_asked(world: World) -> None:
+    """Whatever LM is called from wherever, a rehearsal answers."""
+    case = Case(world)
+    judge = dspy.Predict("message, label -> good: bool")
+    judge.lm = case.proposer
+
+    def metric(example: Any, prediction: Any, trace: Any = None) -> float:
+        return float(judge(message=example.message, label=str(prediction.label)).good)
+
+    case.subject.optimizer.metric = metric
+    pilot = case.pilot()
+    sent = len(world.calls)
+    forecast = case.forecast(pilot, ask=False)
+    assert len(world.calls) == sent
+    assert forecast.by["prompt/openai/world-proposer"] > 0
+
+
+def test_an_optimizer_that_fails_leaves_a_forecast_with_a_warning(world: World) -> None:
+    class Fails(Teleprompter):
+        def compile(self, student: Any, *, trainset: list[Any], **_: Any) -> Any:
+            student(**trainset[0].inputs())
+            raise RuntimeError("not today")
+
+    case = Case(world)
+    pilot = case.pilot()
+    with dspy.context(lm=case.lm):
+        forecast = rehearse(Fails(), case.subject.student, {"trainset": world.trainset}, pilot)
+    assert forecast.calls == 21
+    assert "ended early with RuntimeError: not today" in forecast.warnings[0]
+    assert "warning: the rehearsal ended early" in str(forecast)
+
+
+def test_a_model_without_a_price_is_named(world: World) -> None:
+    case = Case(world, prices={})
+    forecast = case.forecast(case.pilot())
+    assert "no price is known for openai/world-task" in forecast.warnings[-1]
+    assert forecast.usd == 0
+    assert forecast.calls > 20
+
+
+def test_what_is_really_asked_counts_in_the_run_and_stops_with_it(world: World) -> None:
+    case = Case(world, "COPRO")
+    pilot = case.pilot()
+    run = dspy_prod.Run("forecast", calls=1, store=f"memory://rehearsal-{next(_numbers)}")
+    sent = len(world.calls)
+    with dspy_prod.call_context(run=run):
+        forecast = case.forecast(pilot)
+    assert len(world.calls) - sent == 1
+    assert run.used().calls == 1
+    assert any("could not be asked for real (BudgetExceededError" in each for each in forecast.warnings)
+
+
+def test_rollouts_differ_and_repeats_do_not(world: World) -> None:
+    """SIMBA looks for examples on which its rollouts differ: answers that are all alike end it early."""
+    case = Case(world)
+    pilot = case.pilot()
+    stage = Stage(pilot, Samples(pilot, None), world.valset, 0, lambda lm: None, lambda lm: True)
+    program = case.subject.student
+
+    def labels(rollout: int) -> list[str]:
+        lm = case.lm.copy(rollout_id=rollout, temperature=1.0)
+        with dspy.context(lm=lm, callbacks=[stage]):
+            from dspy_prod.compat.rehearsing import answered_by
+
+            with answered_by(stage, (dspy_prod.LM,)):
+                return [program(message=example.message).label for example in world.valset]
+
+    first, again, other = labels(1), labels(1), labels(2)
+    assert first == again
+    assert first != other
+    right = [sum(a == b.label for a, b in zip(each, world.valset, strict=True)) for each in (first, other)]
+    assert all(0 < each < 20 for each in right)
+
+
+def test_the_accuracy_and_the_lengths_are_those_of_the_pilot(world: World) -> None:
+    case = Case(world)
+    pilot = case.pilot()
+    assert len(pilot.played) == 20
+    assert pilot.accuracy == pytest.approx(
+        sum(each.score or 0 for each in pilot.played.values()) / 20,
+    )
+    assert pilot.usd == pytest.approx(world.bill_usd)
+    measured = pilot.models["openai/world-task"]
+    assert measured.tokens(measured.chars_in // measured.calls) == pytest.approx(
+        sum(call.input_tokens for call in world.calls) / 20, rel=0.05
+    )
+
+
+def test_it_reads_as_a_sentence() -> None:
+    forecast = Forecast(
+        3.104, 2.7, 3.6, 5900, 5000, 7000, seconds=1500, pilot_usd=0.0123, warnings=("the metric is slow",)
+    )
+    assert str(forecast) == (
+        "$3.10 (2.70 to 3.60), 5,900 calls, 25 min; the pilot cost $0.012\nwarning: the metric is slow"
+    )
+
+
+def test_a_varied_text_is_another_one_of_the_same_length() -> None:
+    text = "```\nSort the customer's message under one of four labels.\n```"
+    found = {varied(text, str(salt)) for salt in range(20)}
+    assert len(found) >= 19
+    assert {len(each) for each in found} == {len(text)}
+    assert all(each.startswith("```\n") and each.endswith("\n```") for each in found)
+    assert 0 <= share("a", 1) < 1
