@@ -232,7 +232,11 @@ def _score(found: Ended, world: World, told: dict[str, Any], report: dict[str, A
     examples = subject.arguments.get("valset") or subject.arguments.get("trainset") or world.trainset
     program = subject.student.deepcopy()
     if found.optimizer != "KNNFewShot":  # its program is more than its state
-        program.load_state(told["state"])
+        state = told["state"]
+        for part in [state, *state.values()]:  # a predictor of its own keeps its LM at the top
+            if isinstance(part, dict):
+                part.pop("lm", None)
+        program.load_state(state)
     with dspy.context(lm=lm):
         for each in (program, subject.student):
             each.set_lm(lm)
