@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import dspy
 
 from benchmarks.compiling import Compiler, Order, result
-from benchmarks.subjects import ONE_OF_EACH, optimizers
+from benchmarks.subjects import ONE_OF_EACH, THREADS, optimizers
 from benchmarks.world import World
 
 How = Literal["usd", "calls", "tokens", "time", "interrupt", "errors", "retry_after", "kill"]
@@ -51,7 +51,8 @@ class Ended:
     """How one run ended.
 
     Attributes:
-        cap: of the dimension that was capped. used: of it. bound: the most that one call could have used of it.
+        capped: the option that caps it. cap: how much. used: of it.
+        bound: the most that one call could have used of it.
         returned: seconds from what ended it (the cap's last call, the signal, the time) to the return.
         ended: the same to the end of the process. after: calls that came after the return.
         score: of the returned program. best: of the best that was completely evaluated. given: of the given program.
@@ -61,6 +62,7 @@ class Ended:
     optimizer: str
     how: How
     stopped_by: str = ""
+    capped: str = ""
     cap: float = 0.0
     used: float = 0.0
     bound: float = 0.0
@@ -96,6 +98,7 @@ def end(compiler: Compiler, name: str, how: How, whole: Natural, seed: int) -> E
     at = max(1, int(whole.calls * SHARE))
     with World(seed) as world, tempfile.TemporaryDirectory() as folder:
         options = _options(how, whole)
+        found.capped = next((each for each in ("max_calls", "max_tokens", "budget_usd") if each in options), "")
         found.cap = next(
             (float(options[each]) for each in ("max_calls", "max_tokens", "budget_usd") if each in options), 0
         )
@@ -210,7 +213,9 @@ def _judge(found: Ended, report: dict[str, Any]) -> None:
     capped = found.how in ("usd", "calls", "tokens") and found.stopped_by != "completed"
     if capped and found.bound <= 0.02 * found.cap and found.used < FULL * found.cap:
         say(f"only {found.used / found.cap:.0%} of the cap was used")
-    if report["spent_usd"] < found.usd - 1e-9 or (
+    dearest = found.bound if "budget_usd" in found.capped else 0.0
+    flying = THREADS * dearest if found.how == "interrupt" else 0.0  # they are billed after the report was made
+    if report["spent_usd"] < found.usd - flying - 1e-9 or (
         report["spent_usd"] > found.usd + 1e-9 and found.how not in _UNCONFIRMED
     ):
         say(f"the report says ${report['spent_usd']:.6f}, the bill ${found.usd:.6f}")
@@ -232,7 +237,11 @@ def _score(found: Ended, world: World, told: dict[str, Any], report: dict[str, A
     examples = subject.arguments.get("valset") or subject.arguments.get("trainset") or world.trainset
     program = subject.student.deepcopy()
     if found.optimizer != "KNNFewShot":  # its program is more than its state
-        program.load_state(told["state"])
+        state = told["state"]
+        for part in [state, *state.values()]:  # a predictor of its own keeps its LM at the top
+            if isinstance(part, dict) and "lm" in part:
+                part["lm"] = None
+        program.load_state(state)
     with dspy.context(lm=lm):
         for each in (program, subject.student):
             each.set_lm(lm)

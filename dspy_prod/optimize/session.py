@@ -323,7 +323,7 @@ class Session:
         self.phase = self.sums.phase = "test"
         with self._within(self._ends):
             try:
-                for seen in dict.fromkeys((outcome.given, best)):
+                for seen in (best,) if best is outcome.given else (outcome.given, best):
                     self.evaluate(self.programs.of(seen), seen, self.task.testset)
             except Closed:
                 pass
