@@ -238,7 +238,7 @@ class BudgetedOptimizer(_Sheltered):
         (pilot, spent), self._begun = (None, 0.0) if resume else self._begun, (None, 0.0)
         begun = opened(task, terms, self.name, resume, self._store, self._namespace, pilot)
         sets = {**{name: task.arguments.get(name) or () for name in ("trainset", "valset")}, "testset": task.testset}
-        tracked = in_mlflow(track=terms.track, resumed=begun.before is not None, datasets=sets)
+        tracked = in_mlflow(track=terms.track, resumed=begun.before is not None, datasets=sets, settings=_told(task, terms))
         scribe = None if begun.header is None else Scribe(begun.run, begun.header)
         watchers: list[Watcher] = [each for each in (scribe, tracked) if each is not None]
         watchers.append(watcher(terms.view))
@@ -277,3 +277,10 @@ def _terms(**options: Any) -> Terms:
         raise OptionError(
             f"BudgetedOptimizer: {error.field}: {error.problem}", field=error.field, problem=error.problem
         ) from None
+
+
+def _told(task: Task, terms: Terms) -> dict[str, Any]:
+    """What else MLflow is told of a run, beside its caps."""
+    size, source = len(task.selection[0]), task.selection[1]
+    found = {name: getattr(terms, name) for name in ("racing", "margin", "stop_at", "patience", "reserve")}
+    return {**found, "selection": f"{size} examples of {source}"}

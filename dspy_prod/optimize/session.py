@@ -149,6 +149,8 @@ class Session:
         return self.task.traits.origin.format(n=number + 1, seed=seed)
 
     def _on_candidate(self, seen: Seen) -> None:
+        if seen.predicted is not None and seen.found_usd is None:
+            seen.found_usd = self.spent_usd
         if self.camera.is_complete(seen) and seen.index not in self._completed:
             self._completed.add(seen.index)
             seen.found_usd = self.spent_usd

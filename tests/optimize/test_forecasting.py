@@ -1,0 +1,59 @@
+"""`BudgetedOptimizer.forecast`: what it says before a run, and that its pilot counts in that run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+import pytest
+
+import dspy_prod
+from benchmarks.world import World
+from dspy_prod import BudgetedOptimizer, ConfigError
+
+
+def budgeted(world: World, store: str, **options: Any) -> BudgetedOptimizer:
+    optimizer = dspy.BootstrapFewShotWithRandomSearch(
+        metric=world.metric, max_bootstrapped_demos=2, max_labeled_demos=2, num_candidate_programs=3, num_threads=4
+    )
+    return BudgetedOptimizer(optimizer, store=store, view=None, **{"budget_usd": 1.0, "name": "triage", **options})
+
+
+def test_the_pilot_is_part_of_the_run_and_the_bill_is_in_the_range(world: World, asked: Any, store: str) -> None:
+    """Its answers are not asked for again; ledger and bill agree over both."""
+    optimizer = budgeted(world, store)
+    forecast = optimizer.forecast(world.program(), trainset=world.trainset, valset=world.valset)
+    assert len(world.calls) == 16
+    assert forecast.pilot_usd == pytest.approx(world.bill_usd, abs=1e-9)
+    best = optimizer.compile(world.program(), trainset=world.trainset, valset=world.valset)
+    report = best.optimization
+    assert report.run == "triage"
+    assert report.forecast is forecast
+    assert report.spent_usd == pytest.approx(world.bill_usd, abs=1e-9)
+    assert forecast.usd_low <= report.spent_usd <= forecast.usd_high
+    assert forecast.usd == pytest.approx(report.spent_usd, rel=0.3)
+
+
+def test_a_dry_run_prints_it_and_optimizes_nothing(
+    world: World, asked: Any, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forecast = budgeted(world, store).compile(
+        world.program(), trainset=world.trainset, valset=world.valset, dry_run=True
+    )
+    assert str(forecast) in capsys.readouterr().out
+    assert len(world.calls) == 16
+
+
+def test_neither_program_nor_optimizer_is_changed(world: World, asked: Any, store: str) -> None:
+    optimizer, program = budgeted(world, store), world.program()
+    before, metric = program.dump_state(), optimizer.optimizer.metric
+    optimizer.forecast(program, trainset=world.trainset, valset=world.valset)
+    assert program.dump_state() == before
+    assert optimizer.optimizer.metric is metric
+
+
+def test_a_cap_that_is_too_small_for_the_pilot_is_said(world: World, asked: Any, store: str) -> None:
+    with pytest.raises((ConfigError, dspy_prod.BudgetExceededError), match="run 'triage'"):
+        budgeted(world, store, budget_usd=0.0002).forecast(
+            world.program(), trainset=world.trainset, valset=world.valset
+        )
