@@ -6,7 +6,7 @@ Figures are made without pyplot: they belong to nobody's notebook until they are
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.errors import ConfigError
@@ -74,13 +74,13 @@ def score_against_dollars(
     axes = _axes() if axes is None else axes
     scored = [one for one in candidates if one.score is not None and one.found_usd is not None]
     axes.scatter(
-        _of("found_usd", scored), _of("score", scored),
+        [_at(one) for one in scored], [_score(one) for one in scored],
         s=28, color=_FAINT, edgecolor="white", linewidth=0.6, zorder=3, label="candidate, all examples",
     )  # fmt: skip
     raced = [one for one in candidates if one.predicted is not None and one.score is None and one.found_usd is not None]
     if raced:
         axes.scatter(
-            _of("found_usd", raced), _of("predicted", raced),
+            [_at(one) for one in raced], [_score(one) for one in raced],
             s=24, marker="x", color=_FAINT, linewidth=1.0, zorder=2, label="dropped early (predicted)",
         )  # fmt: skip
     steps = records(candidates)
@@ -124,11 +124,11 @@ def quality_against_cost(
     chosen = {one.index for one in front}
     rest = [one for one in priced if one.index not in chosen]
     axes.scatter(
-        [_price(one) for one in rest], _of("score", rest),
+        [_price(one) for one in rest], [_score(one) for one in rest],
         s=28, color=_FAINT, edgecolor="white", linewidth=0.6, zorder=2, label="another is as cheap and better",
     )  # fmt: skip
     if front:
-        costs, scores = [_price(one) for one in front], _of("score", front)
+        costs, scores = [_price(one) for one in front], [_score(one) for one in front]
         axes.step(costs, scores, where="post", color=_INK, lw=1.3, alpha=0.7, zorder=3)
         axes.scatter(costs, scores, s=44, color=_INK, edgecolor="white", zorder=4, label="none is as cheap and better")
     for mark, colour, name, those in (
@@ -136,7 +136,7 @@ def quality_against_cost(
         ("*", _BEST, "best", [one for one in priced if best is not None and one.index == best.index]),
     ):
         axes.scatter(
-            [_price(one) for one in those], _of("score", those),
+            [_price(one) for one in those], [_score(one) for one in those],
             s=170 if mark == "*" else 50, marker=mark, color=colour, edgecolor="white", zorder=5, label=name,
         )  # fmt: skip
     _label_front(axes, front, [_price(one) for one in priced])
@@ -201,6 +201,16 @@ def _price(one: Candidate) -> float:
     return 1000.0 * (one.usd_per_answer or 0.0)
 
 
+def _score(one: Candidate) -> float:
+    """Its score, or what a race expected of it."""
+    return one.score if one.score is not None else one.predicted or 0.0
+
+
+def _at(one: Candidate) -> float:
+    """What the run had spent by then."""
+    return one.found_usd or 0.0
+
+
 def _new(size: tuple[float, float]) -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -234,8 +244,3 @@ def _finish(axes: Axes, legend: bool = True) -> None:
             fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
             handlelength=1.6, columnspacing=1.4,
         )  # fmt: skip
-
-
-def _of(name: str, candidates: Iterable[Candidate]) -> list[Any]:
-    """One number of each; of those that have it."""
-    return [getattr(one, name) for one in candidates]

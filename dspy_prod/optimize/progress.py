@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.candidates import Progress
 from dspy_prod.optimize.choosing import best_of, described
@@ -21,8 +23,9 @@ def progress_of(
     phase: str,
     spent_usd: float,
     seconds: float,
+    silent: Sequence[str] = (),
 ) -> Progress:
-    """How far a run is that has spent so much in so many seconds."""
+    """How far a run is that has spent so much in so many seconds, and waits for models that are silent."""
     total, _, _ = sums.snapshot()
     candidates = described(camera, sums, outcome.returned)
     best, given = best_of(camera, outcome.returned), outcome.given
@@ -39,5 +42,6 @@ def progress_of(
         budget_usd=terms.budget_usd, max_calls=terms.max_calls, max_tokens=terms.max_tokens, max_time=terms.max_time,
         cached=total.cached, replayed=total.replayed,
         eta=seconds * (1 - share) / share if 0.01 < share < 1 else None,  # until a cap is used up, at this pace
+        waiting=f"{', '.join(silent)} to answer again" if silent else None,
         stopped_by=outcome.stopped_by if phase == "ended" else None,
     )  # fmt: skip

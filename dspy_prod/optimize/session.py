@@ -108,7 +108,7 @@ class Session:
         """How far it is."""
         return progress_of(
             self.task, self.terms, self.run.name, self.camera, self.sums, self.outcome, self.phase, self.spent_usd,
-            time.monotonic() - self.began,
+            time.monotonic() - self.began, self.run.outages.models,
         )  # fmt: skip
 
     @property

@@ -138,7 +138,7 @@ class Stage(BaseCallback):
         self._all = [*self._right, *self._wrong]
         self._kinds = pilot.kinds
         self._deciding = _deciding(pilot)
-        self._share = pilot.accuracy ** (1 / max(1, len(self._deciding)))
+        self._share: float = pilot.accuracy ** (1 / max(1, len(self._deciding)))
         self._cache: dict[str, list[str]] = {}
         self._times: Counter[tuple[str, Kind]] = Counter()
         self._scenes: set[str] = set()
@@ -244,12 +244,13 @@ class Stage(BaseCallback):
         return values
 
     def _chance(self, example: str, own: Played | None) -> float:
-        """How likely an example is answered right: more so if it was, since examples are easy or hard for all prompts."""
+        """How likely an example is answered right: more so if it was, since some are easy for all prompts."""
         if own is not None and own.score is not None:
-            easy = own.score >= 0.5
+            easy = bool(own.score >= 0.5)
         else:
             easy = share(self._seed, "easy", example) < self._share
-        return ALIKE * easy + (1 - ALIKE) * self._share
+        chance: float = ALIKE * easy + (1 - ALIKE) * self._share
+        return chance
 
     def _other(self, name: str, label: Any, key: str) -> Any:
         """A wrong answer in the place of a label: another example's."""

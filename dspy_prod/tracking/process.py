@@ -41,7 +41,7 @@ class Exporter:
         tally: descriptor of the `Tally`'s memory.
         heard: told what it says, see `Delivery._heard`.
         environment: variables on top of this process's own.
-        body: the module whose `main` it runs.
+        module: its `main` is what it runs.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Exporter:
         heard: Callable[..., None],
         environment: Mapping[str, str] | None = None,
         tally: int | None = None,
-        body: str = "dspy_prod.tracking.exporter",
+        module: str = "dspy_prod.tracking.exporter",
     ) -> None:
         self._heard = heard
         self._lines: SimpleQueue[bytes | None] = SimpleQueue()
@@ -60,7 +60,7 @@ class Exporter:
         aloud = _stderr()
         try:
             self._process = subprocess.Popen(
-                [_python(), "-c", _BODY, str(Path(__file__).parents[2]), body],
+                [_python(), "-c", _BODY, str(Path(__file__).parents[2]), module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=None if os.environ.get("DSPY_PROD_TRACKING_DEBUG") else subprocess.DEVNULL,

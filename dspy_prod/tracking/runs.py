@@ -25,7 +25,7 @@ _log = logging.getLogger("dspy_prod")
 MOST_WAITING: Final = 4000
 """Messages that MLflow may not have confirmed; further ones are left out."""
 _TRIES: Final = 3  # processes that may die of it
-_BODY: Final = "dspy_prod.tracking.runs_exporter"
+_MODULE: Final = "dspy_prod.tracking.runs_exporter"
 
 
 class Runs:
@@ -122,7 +122,7 @@ class Runs:
             "uri": place.uri, "experiment": place.experiment, "patience": place.exit_timeout, "ids": dict(self.ids),
         }  # fmt: skip
         environment = {**environment_of(place.uri), "MPLBACKEND": "agg"}
-        self._exporter = Exporter(config, self._heard, environment, body=_BODY)
+        self._exporter = Exporter(config, self._heard, environment, module=_MODULE)
         for message in self._unconfirmed.values():
             self._exporter.tell(message)
 

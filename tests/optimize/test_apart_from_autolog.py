@@ -13,7 +13,11 @@ import pytest
 from dspy.utils import DummyLM
 from mlflow import MlflowClient
 
+import dspy_prod
+from benchmarks.world import World
+from dspy_prod import tracking
 from dspy_prod.compat.mlflow import apart_from_autolog
+from dspy_prod.tracking import runs
 
 EXAMPLES = [dspy.Example(message=f"m{number}", category="billing").with_inputs("message") for number in range(3)]
 
@@ -30,6 +34,7 @@ def logged(schema: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     uri = f"sqlite:///{shutil.copy(schema, tmp_path / 'mlflow.db')}"
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment("autologged")
+    assert dspy_prod.BudgetedOptimizer is not None  # autologging patches the optimizers that there are by then
     mlflow.dspy.autolog(log_compiles=True, log_evals=True, silent=True)
     yield MlflowClient(uri)
     mlflow.dspy.autolog(disable=True)
@@ -83,3 +88,29 @@ def test_traces_of_a_compile_are_kept_where_they_were_asked_for(logged: MlflowCl
     runs, traces = counts(logged)
     assert runs == 0
     assert traces > 0
+
+
+def test_a_budgeted_optimizer_makes_only_its_own_runs(logged: MlflowClient, tmp_path: Path) -> None:
+    """Autologging has patched it as every optimizer; there is one run of the compile, and one a candidate, of ours."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracking.enable("autologged", tracking_uri=uri)
+    try:
+        with World(train=8, val=8) as world, dspy.context(lm=world.lm(), adapter=dspy.ChatAdapter()):
+            optimizer = dspy.BootstrapFewShotWithRandomSearch(
+                metric=world.metric, max_bootstrapped_demos=1, num_candidate_programs=1, num_threads=2
+            )
+            best = dspy_prod.BudgetedOptimizer(
+                optimizer, budget_usd=1.0, view=None, store=f"memory://{tmp_path.name}"
+            ).compile(world.program(), trainset=world.trainset, valset=world.valset)
+        assert runs.flush(60.0)
+        assert mlflow.active_run() is None
+    finally:
+        tracking.disable()
+    experiment = logged.get_experiment_by_name("autologged")
+    assert experiment is not None
+    kept = logged.search_runs([experiment.experiment_id])
+    assert {run.info.run_name for run in kept if "dspy_prod.key" not in run.data.tags} == set()
+    below = [run for run in kept if "mlflow.parentRunId" in run.data.tags]
+    assert len(below) == len(kept) - 1
+    complete = [one for one in best.optimization.candidates if one.status == "complete"]
+    assert len([run for run in below if run.data.tags["dspy_prod.status"] == "complete"]) == len(complete)

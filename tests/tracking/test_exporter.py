@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
 from dspy_prod.tracking import exporter
-from dspy_prod.tracking.exporter import Loop, Sink, _told
+from dspy_prod.tracking.exporter import Loop, Sink, told
 from dspy_prod.tracking.tally import ADMITTED, Tally
 
 REFUSED = MlflowException("a tag is too long", INVALID_PARAMETER_VALUE)
@@ -133,15 +133,15 @@ def test_what_is_final(status: Any, final: bool) -> None:
     error = RuntimeError("whatever")
     if status is not None:
         error.get_http_status_code = status  # type: ignore[attr-defined]
-    assert exporter._is_final(error) is final
+    assert exporter.is_final(error) is final
 
 
 def test_a_long_password_is_not_cut_in_two_before_it_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """`health().tracking` showed the first half of it: without the `@` behind it, nobody knew it for a password."""
     password = "longpass" * 40
-    told = _told(OSError(f"no connection to postgresql://me:{password}@there/db"))
-    assert "longpass" not in told
-    assert "there/db" in told
+    said = told(OSError(f"no connection to postgresql://me:{password}@there/db"))
+    assert "longpass" not in said
+    assert "there/db" in said
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct horse battery")
-    assert "horse" not in _told(OSError("refused correct horse battery"))
-    assert len(_told(OSError("x" * 900))) == 200
+    assert "horse" not in told(OSError("refused correct horse battery"))
+    assert len(told(OSError("x" * 900))) == 200
