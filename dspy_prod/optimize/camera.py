@@ -133,6 +133,7 @@ class Camera(BaseCallback):
         self._lock = threading.Lock()
         self._last = threading.local()
         self._calls: dict[str, _Call] = {}
+        self.in_flight: set[str] = set()
         self._evaluations: dict[str, tuple[Seen, list[str], Any]] = {}
         self.states: dict[str, Seen] = {}
         self.by_index: list[Seen] = []
@@ -230,8 +231,13 @@ class Camera(BaseCallback):
             if key is not None:
                 self.note(call.seen, key, self._failure_score, failed=True)
 
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        """Know what is on its way."""
+        self.in_flight.add(call_id)
+
     def on_lm_end(self, call_id: str, outputs: Any | None, exception: BaseException | None = None) -> None:
         """See refusals, wherever they end up."""
+        self.in_flight.discard(call_id)
         if isinstance(exception, LMError):
             self._judge.refused(exception)
 
@@ -311,6 +317,10 @@ class Camera(BaseCallback):
     def is_complete(self, seen: Seen) -> bool:
         """Whether it has a score on each example of the selection set."""
         return all(key in seen.scores for key in self.keys)
+
+    def missing(self, seen: Seen) -> int:
+        """How many examples of the selection set it has not answered."""
+        return sum(key not in seen.scores for key in self.keys)
 
     def key(self, example: Any) -> str:
         """The key of an example, of the run's data sets or of somebody else's."""

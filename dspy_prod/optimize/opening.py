@@ -24,6 +24,9 @@ from dspy_prod.stores.opening import default_namespace, default_store_url, open_
 _ENDED: Final = frozenset({"completed", "target"})
 """States of runs that nobody would go on with."""
 
+FORECAST: Final = "forecast"
+"""State of a run of which only the pilot was made."""
+
 _DATA: Final = ("trainset", "valset")
 
 
@@ -33,24 +36,28 @@ class Opened:
 
     Attributes:
         run: its guard. header: what is written down of it; None where the store ends with its process.
-        before: the header of its earlier part, when it goes on. warnings: what is to be told.
+        before: the header of its earlier part, when it goes on. spent: dollars of earlier parts, and of a pilot.
+        warnings: what is to be told.
     """
 
     run: Run
     header: Header | None
     before: Header | None = None
+    spent: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
-    @property
-    def spent_before(self) -> float:
-        """Dollars of the earlier parts."""
-        return 0.0 if self.before is None else self.before.spent_usd
 
-
-def piloted(task: Task, terms: Terms, name: str | None, store: str | Store | None, namespace: str | None) -> Run:
+def piloted(task: Task, terms: Terms, name: str | None, store: str | Store | None, namespace: str | None) -> Opened:
     """A run that a forecast begins; `opened` goes on with it under its name, so that the pilot counts."""
     found = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
-    return _run(terms, _unused(found, name, task), found, keep=found.durable)
+    run = _run(terms, _unused(found, name, task), found, keep=found.durable)
+    return Opened(run, _header(task, terms, run.name, found) if found.durable else None)
+
+
+def note_pilot(begun: Opened, spent_usd: float) -> None:
+    """Write down that a pilot was made, for whoever goes on with the run."""
+    if begun.header is not None:
+        headers.save(begun.run.store, replace(begun.header, state=FORECAST, spent_usd=spent_usd))
 
 
 def opened(
@@ -60,13 +67,14 @@ def opened(
     resume: bool | None,
     store: str | Store | None,
     namespace: str | None,
-    begun: str | None = None,
+    begun: tuple[str | None, float] = (None, 0.0),
 ) -> Opened:
     """Begin a run, or go on with one.
 
     Args:
         task: what. terms: how. name: what it was called. resume: as for `BudgetedOptimizer.compile`.
-        store: where. namespace: as for `LM`. begun: the name of the run that a forecast has begun.
+        store: where. namespace: as for `LM`. begun: name and dollars of the run that a forecast of
+            the same optimizer has begun.
 
     Raises:
         ConfigError: there is none of this name to go on with, or it is another one now, or goes on elsewhere; or one of
@@ -80,23 +88,26 @@ def opened(
                 f"BudgetedOptimizer.compile: resume: {found.url} ends with its process, so nothing was kept. Give "
                 "store='sqlite:///runs.db'"
             )
-        return Opened(_run(terms, begun or _unused(found, name, task), found, keep=False), None)
+        return Opened(_run(terms, begun[0] or _unused(found, name, task), found, keep=False), None, spent=begun[1])
     if resume and name is None:
         raise ConfigError("BudgetedOptimizer.compile: resume: say which run: BudgetedOptimizer(..., name=...)")
     now = _header(task, terms, "", found)
     latest = None if name is None else _latest(found, name)
     if latest is not None:
         _refuse_running(latest)
+        if latest.state == FORECAST and not headers.differences(latest, now).refused:
+            begun, latest = (latest.run, latest.spent_usd), None
+            resume = None
     if resume:
         return _resumed(task, terms, name or "", latest, now, found)
-    if latest is not None and resume is None and latest.state not in _ENDED:
+    if latest is not None and resume is None and latest.state not in (*_ENDED, FORECAST):
         raise ConfigError(
             f"BudgetedOptimizer.compile: the run {latest.run!r} was not finished ({latest.shown_state}, "
             f"{latest.spent_usd:.4f} USD). Go on with resume=True, where its answers cost nothing again, or begin "
             "another one with resume=False"
         )
-    run = _run(terms, begun or _unused(found, name, task), found, keep=True)
-    return Opened(run, replace(now, run=run.name), warnings=_unseeded(task))
+    run = _run(terms, begun[0] or _unused(found, name, task), found, keep=True)
+    return Opened(run, replace(now, run=run.name), spent=begun[1], warnings=_unseeded(task))
 
 
 def _resumed(task: Task, terms: Terms, name: str, latest: Header | None, now: Header, store: Store) -> Opened:
@@ -115,7 +126,9 @@ def _resumed(task: Task, terms: Terms, name: str, latest: Header | None, now: He
     if run.answers is not None:
         run.answers.set_beside(latest.beside)
     warnings = [*[f"since the run began: {each}" for each in found.allowed], *_unseeded(task)]
-    return Opened(run, replace(now, run=run.name, best=latest.best, beside=latest.beside), latest, warnings)
+    return Opened(
+        run, replace(now, run=run.name, best=latest.best, beside=latest.beside), latest, latest.spent_usd, warnings
+    )
 
 
 def _refuse_running(header: Header) -> None:

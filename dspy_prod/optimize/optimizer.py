@@ -13,7 +13,7 @@ from dspy_prod.errors import ConfigError, OptionError
 from dspy_prod.optimize.candidates import Watcher
 from dspy_prod.optimize.forecasting import forecast_of
 from dspy_prod.optimize.metrics import metric_of
-from dspy_prod.optimize.opening import Scribe, opened, piloted
+from dspy_prod.optimize.opening import Scribe, note_pilot, opened, piloted
 from dspy_prod.optimize.rehearsal import Forecast
 from dspy_prod.optimize.reporting import report_of
 from dspy_prod.optimize.session import Session
@@ -235,16 +235,18 @@ class BudgetedOptimizer(_Sheltered):
         from dspy_prod.optimize.mlflow_runs import publish_found
         from dspy_prod.optimize.mlflow_runs import watcher as in_mlflow
 
-        (pilot, spent), self._begun = (None, 0.0) if resume else self._begun, (None, 0.0)
+        pilot, self._begun = self._begun, (None, 0.0)
         begun = opened(task, terms, self.name, resume, self._store, self._namespace, pilot)
         sets = {**{name: task.arguments.get(name) or () for name in ("trainset", "valset")}, "testset": task.testset}
-        tracked = in_mlflow(track=terms.track, resumed=begun.before is not None, datasets=sets, settings=_told(task, terms))
+        tracked = in_mlflow(
+            track=terms.track, resumed=begun.before is not None, datasets=sets, settings=_told(task, terms)
+        )
         scribe = None if begun.header is None else Scribe(begun.run, begun.header)
         watchers: list[Watcher] = [each for each in (scribe, tracked) if each is not None]
         watchers.append(watcher(terms.view))
         session = Session(
             task, terms, begun.run, watchers, (lambda: False) if scribe is None else scribe.asked_to_stop, quiet,
-            begun.spent_before + spent,
+            begun.spent,
         )  # fmt: skip
         session.outcome.warnings.extend([*warnings, *begun.warnings])
         self._session = session
@@ -263,10 +265,10 @@ class BudgetedOptimizer(_Sheltered):
     def _forecast(self, task: Task, terms: Terms) -> Forecast:
         from dspy_prod.optimize.live import quiet
 
-        run = piloted(task, terms, self.name, self._store, self._namespace)
-        session = Session(task, terms, run, [], lambda: False, quiet)
-        self._forecasted = forecast_of(session, _PILOT)
-        self._begun = run.name, self._forecasted.pilot_usd
+        begun = piloted(task, terms, self.name, self._store, self._namespace)
+        self._forecasted = forecast_of(Session(task, terms, begun.run, [], lambda: False, quiet), _PILOT)
+        self._begun = begun.run.name, self._forecasted.pilot_usd
+        note_pilot(begun, self._forecasted.pilot_usd)
         return self._forecasted
 
 

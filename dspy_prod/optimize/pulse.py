@@ -26,6 +26,7 @@ class Pulse:
 
     def __init__(self, progress: Callable[[], Progress], watchers: Sequence[Watcher], beat: Callable[[], None]) -> None:
         self._progress, self._watchers, self._beat = progress, list(watchers), beat
+        self._all = tuple(watchers)
         self._woken = threading.Event()
         self._ended = False
 
@@ -57,17 +58,18 @@ class Pulse:
             self.tell("update")
 
     def tell(self, what: str, *more: Any) -> None:
-        """Tell every watcher; one that raises is left out from then on."""
-        if not self._watchers:
+        """Tell every watcher; one that raises is left out from then on, but for the end."""
+        if not self._all:
             return
         try:
             progress = self._progress()
         except Exception:
             _log.exception("How far an optimization is could not be told; it goes on")
             return
-        for watcher in list(self._watchers):
+        for watcher in self._all if what == "end" else tuple(self._watchers):
             try:
                 getattr(watcher, what)(progress, *more)
             except Exception:
-                self._watchers.remove(watcher)
+                if watcher in self._watchers:
+                    self._watchers.remove(watcher)
                 _log.exception("%s of an optimization failed and is left out; the run goes on", type(watcher).__name__)

@@ -30,11 +30,12 @@ class Reserve:
         self._began = time.monotonic()
         self._seconds: float | None = None
 
-    def keep(self, run: Run, ends: float | None, finalists: int) -> float | None:
+    def keep(self, run: Run, ends: float | None, finalists: float) -> float | None:
         """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock.
 
         Args:
-            run: whose caps. ends: when all has to end. finalists: how many are to be evaluated, as far as is known.
+            run: whose caps. ends: when all has to end. finalists: how many whole
+                evaluations are to come, as far as is known.
         """
         share = self._evaluations(finalists)
         _, _, phases = self._sums.snapshot()
@@ -72,7 +73,7 @@ class Reserve:
             return left * self._terms.reserve
         return min(needed, left * _MOST)
 
-    def _evaluations(self, finalists: int) -> float:
+    def _evaluations(self, finalists: float) -> float:
         """How many evaluations of the selection set are to come, those of the test set among them."""
         examples = len(self._task.selection[0])
         return finalists + 2 * len(self._task.testset) / max(1, examples)

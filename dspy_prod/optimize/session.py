@@ -43,6 +43,9 @@ from dspy_prod.telemetry.events import BUS
 _GOES_ON: Final = frozenset({"budget", "calls", "tokens", "time"})
 """Reasons after which the reserve is spent on finalists. After any other one nothing more is called."""
 
+_LINGER: Final = 0.5
+"""Seconds for which the end of a run waits for calls in flight."""
+
 _ENDS: Final = frozenset({"interrupted", "stopped", "failed"})
 """Reasons that are told even if another one had ended the search before."""
 
@@ -92,7 +95,6 @@ class Session:
         self.outcome = Outcome()
         self.programs = Programs(task, self.camera, self.outcome)
         self.reserve = Reserve(terms, task, self.sums, self.camera)
-        self._kept_for = 0
         self._stale = 0
         self._best_yet = float("-inf")
         self._pulse = Pulse(self.progress, watchers, self._beat)
@@ -139,7 +141,7 @@ class Session:
             )
         elif self._asked_to_stop():
             self.stop()
-        elif self.phase == "search" and self._kept_for < self.task.traits.finalists:
+        elif self.phase == "search" and self.task.traits.finalists and not self.task.traits.late:
             self._keep_reserve()  # the calls in the optimizer's own hands keep the deadline that they began with
 
     def _origin(self, number: int) -> str:
@@ -195,9 +197,22 @@ class Session:
         finally:
             self.phase = self.sums.phase = "ended"
             self.run.stop(outcome.detail or "the run has ended")
+            self._settle(outcome)
             remove()
         self._close(outcome)
         return outcome
+
+    def _settle(self, outcome: Outcome) -> None:
+        """Wait a moment for what is in flight, so that the report has it; say so where it hangs."""
+        until = time.monotonic() + _LINGER
+        while self.camera.in_flight and time.monotonic() < until:
+            time.sleep(0.01)
+        left = len(self.camera.in_flight)
+        if left:
+            outcome.warnings.append(
+                f"{left} call{'s were' if left > 1 else ' was'} still in flight when the run ended: what they cost is "
+                "within the caps, but not in this report"
+            )
 
     def _holding(self) -> AbstractContextManager[None]:
         return in_force(self.task, self.terms, self.run, self.lms, self.metrics, self._models, self._quiet)
@@ -289,11 +304,11 @@ class Session:
     def _keep_reserve(self) -> float | None:
         """Keep back what finalists need: all there can be where none is seen before the end, else those there are."""
         traits = self.task.traits
-        open_ = traits.finalists
+        needed = float(traits.finalists)
         if not traits.late:
-            open_ = min(open_, len(finalists(self.camera, None, None)))
-        self._kept_for = open_
-        return self.reserve.keep(self.run, self._ends, open_)
+            seen = finalists(self.camera, None, None)[: traits.finalists]
+            needed = sum(self.camera.missing(each) for each in seen) / len(self.camera.keys)
+        return self.reserve.keep(self.run, self._ends, needed)
 
     def _finals(self, outcome: Outcome) -> None:
         """Evaluate completely what may yet be the best."""

@@ -57,3 +57,12 @@ def test_a_cap_that_is_too_small_for_the_pilot_is_said(world: World, asked: Any,
         budgeted(world, store, budget_usd=0.0002).forecast(
             world.program(), trainset=world.trainset, valset=world.valset
         )
+
+
+def test_another_optimizer_of_the_name_goes_on_with_the_pilot(world: World, asked: Any, store: str) -> None:
+    """As in another session of a notebook, with `resume=True` or without."""
+    budgeted(world, store).forecast(world.program(), trainset=world.trainset, valset=world.valset)
+    best = budgeted(world, store).compile(world.program(), trainset=world.trainset, valset=world.valset, resume=True)
+    report = best.optimization
+    assert report.run == "triage"
+    assert report.spent_usd == pytest.approx(world.bill_usd, abs=1e-9)
