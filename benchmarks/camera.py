@@ -42,7 +42,7 @@ def main() -> None:
         judge = Judge(lambda: gate, run, lambda: False)
         camera = Camera(
             program, world.valset, world.trainset, judge, {world.lm().model}, None, lambda seen: None,
-            lambda number: "candidate",
+            lambda: None, lambda number: "candidate",
         )  # fmt: skip
         metric = camera.watched(world.metric, rich=False)
 

@@ -92,7 +92,7 @@ class Camera(BaseCallback):
         judge: says of an error whether the program failed.
         task_models: models of the program's LMs; what another one answers is a teacher's.
         contest: the races of evaluations; None runs none.
-        on_new: called with a candidate that is new or complete.
+        on_new: called with a candidate that is new or complete. on_score: called when an answer has been scored.
         origin: in words, where the candidate comes from that is first seen in the evaluation of this number.
         failure_score: the score of an example at which the program failed.
         grows: what a new candidate is made from.
@@ -108,6 +108,7 @@ class Camera(BaseCallback):
         task_models: AbstractSet[str],
         contest: Contest | None,
         on_new: Callable[[Seen], None],
+        on_score: Callable[[], None],
         origin: Callable[[int], str],
         failure_score: float = 0.0,
         grows: Grows = "given",
@@ -123,6 +124,7 @@ class Camera(BaseCallback):
         self._task_models = task_models
         self._contest = contest
         self._on_new = on_new
+        self._on_score = on_score
         self._origin = origin
         self._failure_score = failure_score
         self._grows = grows
@@ -302,6 +304,7 @@ class Camera(BaseCallback):
             whole = key in self._selected and all(each in seen.scores for each in self.keys)
             if self._loose and len(seen.scores) >= _SEVERAL:
                 seen.evaluated = True
+        self._on_score()
         if whole:
             if self._contest is not None:
                 self._contest.complete(seen.state.key, [seen.scores[each] for each in self.keys])

@@ -15,7 +15,7 @@ _LONGER: Final = 1.6
 """By how much a candidate's prompts, with demonstrations and rules, are taken to be longer than the given program's."""
 
 _MOST: Final = 0.5
-"""Share of what is left that is kept at most."""
+"""Share of what the baseline has left that is kept at most."""
 
 
 class Reserve:
@@ -28,7 +28,7 @@ class Reserve:
     def __init__(self, terms: Terms, task: Task, sums: Sums, camera: Camera) -> None:
         self._terms, self._task, self._sums, self._camera = terms, task, sums, camera
         self._began = time.monotonic()
-        self._seconds: float | None = None
+        self._measured: dict[str, tuple[float, float, float]] | None = None
 
     def keep(self, run: Run, ends: float | None, finalists: float) -> float | None:
         """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock.
@@ -37,30 +37,33 @@ class Reserve:
             run: whose caps. ends: when all has to end. finalists: how many whole
                 evaluations are to come, as far as is known.
         """
-        share = self._evaluations(finalists)
-        _, _, phases = self._sums.snapshot()
-        used_now = run.used()
-        base = phases.get("baseline", Sum())
-        if self._seconds is None:  # the first time is after the baseline
-            self._seconds = time.monotonic() - self._began
-        seconds = self._seconds
-        kept: dict[str, float] = {}
-        for name, cap, used, one in (
-            ("usd", self._terms.budget_usd, used_now.usd, _scaled(base.usd, base) * _LONGER),
-            ("calls", self._terms.max_calls, used_now.calls, _scaled(base.calls, base)),
-            ("tokens", self._terms.max_tokens, used_now.tokens, _scaled(base.tokens, base) * _LONGER),
-        ):
-            if cap is not None:
-                left = max(0.0, cap - (used or 0))
-                kept[name] = cap - self._part(left, share * one)
+        if self._measured is None:  # right after the baseline
+            self._measured = self._measure(run, ends)
+        evaluations = self._evaluations(finalists)
+        kept = {name: cap - self._part(left, evaluations * one) for name, (cap, left, one) in self._measured.items()}
+        seconds = kept.pop("seconds", None)
         if kept:
             run.allow(
                 usd=kept.get("usd"), calls=max(1, int(kept["calls"])) if "calls" in kept else None,
                 tokens=max(1, int(kept["tokens"])) if "tokens" in kept else None,
             )  # fmt: skip
-        if ends is None:
-            return None
-        return ends - self._part(max(0.0, ends - time.monotonic()), share * seconds)
+        return seconds
+
+    def _measure(self, run: Run, ends: float | None) -> dict[str, tuple[float, float, float]]:
+        """By dimension: its cap, how much of it is left, and what an evaluation of the selection set takes of it."""
+        base, used, terms = self._sums.snapshot()[2].get("baseline", Sum()), run.used(), self._terms
+        found: dict[str, tuple[float, float, float]] = {}
+        for name, cap, spent, one in (
+            ("usd", terms.budget_usd, used.usd, _scaled(base.usd, base) * _LONGER),
+            ("calls", terms.max_calls, used.calls, _scaled(base.calls, base)),
+            ("tokens", terms.max_tokens, used.tokens, _scaled(base.tokens, base) * _LONGER),
+        ):
+            if cap is not None:
+                found[name] = cap, max(0.0, cap - (spent or 0)), one
+        if ends is not None:
+            now = time.monotonic()
+            found["seconds"] = ends, max(0.0, ends - now), now - self._began
+        return found
 
     def free(self, run: Run) -> None:
         """Give the reserve to whoever calls now."""

@@ -43,6 +43,9 @@ from dspy_prod.telemetry.events import BUS
 _GOES_ON: Final = frozenset({"budget", "calls", "tokens", "time"})
 """Reasons after which the reserve is spent on finalists. After any other one nothing more is called."""
 
+_OFTEN: Final = 0.02
+"""Seconds between two looks at what has to be kept back."""
+
 _LINGER: Final = 0.5
 """Seconds for which the end of a run waits for calls in flight."""
 
@@ -87,7 +90,7 @@ class Session:
         self._models = models
         self.camera = Camera(
             task.student, examples, [*task.examples, *task.testset], self._judge, models, self.contest,
-            self._on_candidate, self._origin, grows=task.traits.grows, loose=task.traits.loose,
+            self._on_candidate, self._on_score, self._origin, grows=task.traits.grows, loose=task.traits.loose,
         )  # fmt: skip
         self.metrics = Metrics(self.camera, task.metric)
         self.sums = Sums(run.name, self.lms.roles)
@@ -95,6 +98,7 @@ class Session:
         self.outcome = Outcome()
         self.programs = Programs(task, self.camera, self.outcome)
         self.reserve = Reserve(terms, task, self.sums, self.camera)
+        self._kept_at = 0.0
         self._stale = 0
         self._best_yet = float("-inf")
         self._pulse = Pulse(self.progress, watchers, self._beat)
@@ -141,8 +145,15 @@ class Session:
             )
         elif self._asked_to_stop():
             self.stop()
-        elif self.phase == "search" and self.task.traits.finalists and not self.task.traits.late:
-            self._keep_reserve()  # the calls in the optimizer's own hands keep the deadline that they began with
+
+    def _on_score(self) -> None:
+        """Keep back as much as finalists lack now; the optimizer's calls keep the deadline that they began with."""
+        now = time.monotonic()
+        if self.phase != "search" or self.gate.closed or now - self._kept_at < _OFTEN:
+            return
+        if self.task.traits.finalists and not self.task.traits.late:
+            self._kept_at = now
+            self._keep_reserve()
 
     def _origin(self, number: int) -> str:
         restrict = self.task.arguments.get("restrict")
