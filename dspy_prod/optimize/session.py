@@ -13,12 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from math import inf
 from typing import Any, Final
 
 import dspy
 
 from dspy_prod.compat.racing import install
-from dspy_prod.context.current import call_context
+from dspy_prod.context.current import call_context, current
 from dspy_prod.errors import BudgetExceededError, RejectedError
 from dspy_prod.optimize.camera import Camera, Seen
 from dspy_prod.optimize.candidates import Progress, Watcher
@@ -76,7 +77,8 @@ class Session:
         self._quiet = quiet
         self.began = time.monotonic()
         self._spent_before = spent_before
-        self._ends = None if terms.max_time is None else self.began + terms.max_time
+        ends = min(current().deadline, inf if terms.max_time is None else self.began + terms.max_time)
+        self._ends = None if ends == inf else ends
         self._search_ends = self._ends
         self.lms = LMs(run.store)
         self.gate = self._new_gate()

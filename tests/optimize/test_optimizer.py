@@ -377,3 +377,45 @@ def test_racing_saves_evaluations_and_says_so(world: World, asked: Any, store: s
     assert report.racing.saved == sum(len(world.valset) - each.examples for each in raced)
     assert all(each.score is None and each.predicted <= report.best_score for each in raced)
     assert report.best.status == "complete"
+
+
+def _is_odd(message: str) -> bool:
+    return int(message.split()[1]) % 5 == 0
+
+
+class Picky(dspy.Module):
+    """Fails at some messages by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classify = dspy.Predict("message -> label")
+
+    def forward(self, message: str) -> dspy.Prediction:
+        if _is_odd(message):
+            raise ValueError("not this customer, please")
+        return self.classify(message=message)
+
+
+def test_an_example_at_which_the_program_fails_is_scored_zero(world: World, asked: Any, store: str) -> None:
+    """It is the program's fault, so that the evaluation is complete all the same."""
+    failing = [each for each in world.valset if _is_odd(each.message)]
+    assert failing
+    best = budgeted(dspy.BootstrapFewShot(metric=world.metric), store, budget_usd=1).compile(
+        Picky(), trainset=world.trainset, valset=world.valset
+    )
+    given = best.optimization.baseline
+    assert given.status == "complete"
+    places = [place for place, each in enumerate(world.valset) if each in failing]
+    assert [given.scores[place] for place in places] == [0.0] * len(places)
+
+
+def test_evaluations_under_a_user_deadline_end_as_time(world: World, asked: Any, store: str) -> None:
+    """A deadline around `compile` holds as `max_time` does."""
+    world.break_from(40, "hang")
+    with dspy_prod.call_context(deadline=1.5):
+        best = budgeted(search(world, 8), store, budget_usd=1.0, patience_outage=30).compile(
+            world.program(), **both(world)
+        )
+    assert best.optimization.baseline is not None
+    assert best.optimization.stopped_by == "time"
+    assert best.optimization.seconds < 6
