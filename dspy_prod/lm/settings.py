@@ -10,7 +10,6 @@ import uuid
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import lru_cache
 from typing import Annotated, Any, Final, get_type_hints
 
@@ -194,6 +193,8 @@ _PLAIN: Final = sorted({*ARGUMENTS, *CANONICAL_KEYS, *CLIENT_KEYS} - _POLICIES)
 
 @lru_cache(maxsize=256)
 def _meant(name: str) -> str | None:
+    from difflib import get_close_matches  # at the first use: importing the package stays light
+
     if name in _SAID_OF_POLICIES:
         return _SAID_OF_POLICIES[name]
     if name == "models":  # OpenRouter's

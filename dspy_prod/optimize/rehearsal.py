@@ -248,10 +248,10 @@ def _told(
     dollars = [sum(bill.usd.values()) for bill in bills]
     calls = [bill.calls for bill in bills]
     seconds = [bill.alone + bill.together / threads for bill in bills]
-    by: dict[str, list[float]] = defaultdict(list)
-    for bill in bills:
-        for model in {model for each in bills for model in each.usd}:
-            by[f"{roles.get(model, 'prompt')}/{model}"].append(bill.usd.get(model, 0.0))
+    middle = sorted(bills, key=lambda bill: sum(bill.usd.values()))[len(bills) // 2]  # whose parts are the sum
+    by: dict[str, float] = defaultdict(float)
+    for model, dollar in sorted(middle.usd.items()):
+        by[f"{roles.get(model, 'prompt')}/{model}"] += dollar
     usd, count = median(dollars), median(calls)
     spread, more = max(dollars) - min(dollars), max(calls) - min(calls)
     guessed = median([bill.guessed + abs(bill.own - bill.own_calls * bill.given) for bill in bills])
@@ -261,7 +261,7 @@ def _told(
         usd=usd, usd_low=max(0.0, min(dollars) - beyond), usd_high=max(dollars) + beyond, calls=round(count),
         calls_low=max(0, round(min(calls) - beyond_calls)), calls_high=round(max(calls) + beyond_calls),
         tokens=round(median([bill.tokens for bill in bills])), seconds=median(seconds),
-        by={name: median(each) for name, each in sorted(by.items())}, warnings=tuple(warnings), pilot_usd=pilot_usd,
+        by=dict(by), warnings=tuple(warnings), pilot_usd=pilot_usd,
         cached=round(median([bill.cached for bill in bills])),
     )  # fmt: skip
 

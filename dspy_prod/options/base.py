@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -46,7 +45,8 @@ class Options(BaseModel):
         ConfigError: an option is unknown or impossible; the message names it, and what is allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    # Schemas are built when options are first made, not at import.
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
 
     def __init__(self, *args: Any, **data: Any) -> None:
         if args:
@@ -114,5 +114,7 @@ def _explained(kind: type[Options], first: Any) -> OptionError:
 
 
 def _meant(given: str, choices: list[str]) -> str:
+    from difflib import get_close_matches  # at the first use: importing the package stays light
+
     near = get_close_matches(given, choices, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""

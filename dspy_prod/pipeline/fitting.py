@@ -7,7 +7,6 @@ LiteLLM know of it. Tools and schemas are not left out: without them it would be
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +16,7 @@ from dspy.lm15 import Config, Request
 
 from dspy_prod.compat.dspy import is_openai_reasoning_model, known_of
 from dspy_prod.pipeline.upstream.upstream import Upstream
+from dspy_prod.runtime.patterns import Pattern
 
 Refuses: TypeAlias = Callable[[Config], bool]
 """Whether a setting is refused as it stands in these settings."""
@@ -59,13 +59,13 @@ class Rule(NamedTuple):
 
 
 _OPENAI: Final = frozenset({"openai", "azure", "azure_ai", "openrouter", "github"})
-_THINKS_NOT: Final = re.compile(r"(gpt-3\.5|gpt-4|chatgpt|gpt-5(\.\d+)*-chat)")
-_CLAUDE: Final = re.compile(r"claude")
-_CLAUDE_OF_ONE_DIAL: Final = re.compile(r"claude-(?:opus-4[-.][1-9](?!\d)|(?:sonnet|haiku)-4[-.][5-9](?!\d))")
-_CLAUDE_WITHOUT_DIALS: Final = re.compile(
+_THINKS_NOT: Final = Pattern(r"(gpt-3\.5|gpt-4|chatgpt|gpt-5(\.\d+)*-chat)")
+_CLAUDE: Final = Pattern(r"claude")
+_CLAUDE_OF_ONE_DIAL: Final = Pattern(r"claude-(?:opus-4[-.][1-9](?!\d)|(?:sonnet|haiku)-4[-.][5-9](?!\d))")
+_CLAUDE_WITHOUT_DIALS: Final = Pattern(
     r"claude-(?:opus-4[-.][7-9](?!\d)|(?:opus|sonnet|haiku)-(?:[5-9]|latest)|fable|mythos)"
 )
-_CLAUDE_THINKS_NOT: Final = re.compile(r"claude-(?:instant|v?2|3-(?:haiku|sonnet|opus)|3[-.]5)")
+_CLAUDE_THINKS_NOT: Final = Pattern(r"claude-(?:instant|v?2|3-(?:haiku|sonnet|opus)|3[-.]5)")
 
 RULES: Final[tuple[Rule, ...]] = (
     Rule(

@@ -9,11 +9,11 @@ dearest of all rules. A rule is an upper bound on what is billed, so it also cov
 
 from __future__ import annotations
 
-import re
 from math import ceil
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from dspy_prod.pricing.sizes import audio_seconds, byte_size, image_size, pdf_pages, video_seconds
+from dspy_prod.runtime.patterns import Pattern
 
 if TYPE_CHECKING:
     from dspy.lm15 import Request
@@ -26,7 +26,7 @@ PER_SECOND_OF_FILM: Final = 300
 """Gemini: 258 a second for a picture, 32 for its sound, some for time stamps."""
 PER_PAGE: Final = 3_000
 """Tokens of the text of a PDF's page, at most as a rule (Anthropic: 1,500 to 3,000)."""
-_FILMS = re.compile(r"gemini")
+_FILMS = Pattern(r"gemini")
 
 _Size = tuple[int, int]
 
@@ -126,7 +126,7 @@ _RULES: tuple[tuple[str, tuple[_Rule, ...]], ...] = (
     (r"gemini", (_Gemini(), _Fixed(2_240))),
     (r"grok", (_Fixed(7 * 256),)),
 )
-_COMPILED = tuple((re.compile(pattern), rules) for pattern, rules in _RULES)
+_COMPILED = tuple((Pattern(pattern), rules) for pattern, rules in _RULES)
 _EVERY = (*(rule for _, rules in _RULES for rule in rules), _Fixed(16_384))  # Qwen's largest
 
 

@@ -7,7 +7,6 @@ import re
 from base64 import b64encode
 from collections.abc import Iterable
 from functools import lru_cache
-from html import escape
 from typing import Final
 from urllib.parse import quote, quote_plus
 
@@ -41,6 +40,8 @@ def _longest_first(secrets: frozenset[str]) -> tuple[str, ...]:
 @lru_cache(maxsize=4096)
 def forms(secret: str) -> frozenset[str]:
     """A secret as it stands, as in a URL, in JSON and Python's `repr` (of one another too), in HTML and in base64."""
+    from html import escape  # at the first use: importing the package stays light
+
     plain, raw = str(secret), secret.encode("utf-8", "surrogatepass")
     quoted = {quote(raw, safe=""), quote(raw), quote_plus(raw)}
     found = {plain, repr(raw)[2:-1], escape(plain)}

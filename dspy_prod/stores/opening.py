@@ -18,8 +18,6 @@ from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.stores.sqlite.schema import unavailable
-from dspy_prod.stores.sqlite.store import SqliteStore
 
 DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
 """Where state is kept when nothing is said: a file below the current directory."""
@@ -89,8 +87,11 @@ def open_store(
             )
         else:
             raise ConfigError(f"store={without_password(url)!r} is no store URL; use one of {_FORMS}")
-    if on_problem is not None and isinstance(store, SqliteStore):
-        store.on_problem(on_problem)
+    if on_problem is not None and store.durable:
+        from dspy_prod.stores.sqlite.store import SqliteStore
+
+        if isinstance(store, SqliteStore):
+            store.on_problem(on_problem)
     return store
 
 
@@ -120,6 +121,9 @@ def file_of(url: str) -> Path:
 
 
 def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
+    from dspy_prod.stores.sqlite.schema import unavailable  # at the first use: importing the package stays light
+    from dspy_prod.stores.sqlite.store import SqliteStore
+
     named = file_of(url)
     try:
         private.check_link(named)

@@ -169,10 +169,14 @@ def test_an_outage_ends_it_as_failed_and_is_never_a_score(world: World, asked: A
     assert all(each.score > 0.2 for each in report.candidates if each.score is not None)
 
 
-def test_an_outage_that_ends_is_waited_out(world: World, asked: Any, store: str) -> None:
+def test_an_outage_that_ends_is_waited_out(world: World, store: str) -> None:
+    """As soon as its circuit lets a probe through."""
     world.break_from(60, Status(500))
     threading.Timer(1.0, world.mend).start()
-    best = budgeted(search(world, 1), store, budget_usd=1.0, patience_outage=60).compile(world.program(), **both(world))
+    with dspy.context(lm=world.lm(breaker=dspy_prod.CircuitBreaker(recovery_timeout=0.5))):
+        best = budgeted(search(world, 1), store, budget_usd=1.0, patience_outage=60).compile(
+            world.program(), **both(world)
+        )
     assert best.optimization.stopped_by == "completed"
     assert all(each.status == "complete" for each in best.optimization.candidates)
 

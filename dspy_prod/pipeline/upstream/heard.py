@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from dspy_prod.pipeline.upstream.ends import SealedError, causes_of
 from dspy_prod.pipeline.upstream.vocabulary import status_meant_by
+from dspy_prod.runtime.patterns import Pattern
 
 
 class Heard(NamedTuple):
@@ -51,16 +52,16 @@ _NO_CREDENTIALS: Final = frozenset({
     "NoCredentialsError", "PartialCredentialsError", "NoRegionError", "ProfileNotFound", "DefaultCredentialsError",
     "CredentialUnavailableError", "NoAuthTokenError",
 })  # fmt: skip
-_LOCAL: Final = re.compile(
+_LOCAL: Final = Pattern(
     r"not JSON serializable|missing credentials|missing .{0,40}api[ _]key|no key is set|unable to locate credentials|"
     r"default credentials were not found|no module named|LLM provider not provided|environment variable|"
     r"_id not set|api_key client option must be set|pip install",
     re.IGNORECASE,
 )
-_GARBLED: Final = re.compile(r"invalid response object|empty or invalid response from LLM endpoint", re.IGNORECASE)
-_OVER: Final = re.compile(r"SSE (line|event) exceeds limit|chunk line exceeds limit|response head exceeded limit")
+_GARBLED: Final = Pattern(r"invalid response object|empty or invalid response from LLM endpoint", re.IGNORECASE)
+_OVER: Final = Pattern(r"SSE (line|event) exceeds limit|chunk line exceeds limit|response head exceeded limit")
 """What lm15 says of a part of an answer above its own bounds."""
-_UNUSABLE: Final = re.compile(r"provider returned 'choices' that is not a list", re.IGNORECASE)
+_UNUSABLE: Final = Pattern(r"provider returned 'choices' that is not a list", re.IGNORECASE)
 
 
 def heard(error: Exception) -> Heard:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from dspy_prod.runtime.patterns import Pattern
+
 _CODES: Final[dict[str, str]] = {
     **dict.fromkeys(
         (
@@ -57,8 +59,8 @@ _STATUSES: Final[dict[str, int]] = {
     **dict.fromkeys(("invalid_request_error", "invalid_argument", "failed_precondition", "bad_request"), 400),
 }
 
-_PHRASES: Final[tuple[tuple[str, re.Pattern[str]], ...]] = tuple(
-    (row, re.compile("|".join(phrases), re.IGNORECASE))
+_PHRASES: Final[tuple[tuple[str, Pattern], ...]] = tuple(
+    (row, Pattern("|".join(phrases), re.IGNORECASE))
     for row, phrases in (
         (
             "account",
