@@ -30,17 +30,19 @@ class Reserve:
         self._began = time.monotonic()
         self._measured: dict[str, tuple[float, float, float]] | None = None
 
-    def keep(self, run: Run, ends: float | None, finalists: float) -> float | None:
+    def keep(self, run: Run, ends: float | None, finalists: float, *, final: bool = False) -> float | None:
         """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock.
 
         Args:
             run: whose caps. ends: when all has to end. finalists: how many whole
-                evaluations are to come, as far as is known.
+                evaluations are to come, as far as is known. final: only the test set is left to be thought of.
         """
         if self._measured is None:  # right after the baseline
             self._measured = self._measure(run, ends)
         evaluations = self._evaluations(finalists)
-        kept = {name: cap - self._part(left, evaluations * one) for name, (cap, left, one) in self._measured.items()}
+        kept = {
+            name: cap - self._part(left, evaluations * one, final) for name, (cap, left, one) in self._measured.items()
+        }
         seconds = kept.pop("seconds", None)
         if kept:
             run.allow(
@@ -71,8 +73,8 @@ class Reserve:
         if terms.budget_usd is not None or terms.max_calls is not None or terms.max_tokens is not None:
             run.allow(usd=terms.budget_usd, calls=terms.max_calls, tokens=terms.max_tokens)
 
-    def _part(self, left: float, needed: float) -> float:
-        if self._terms.reserve != "auto":
+    def _part(self, left: float, needed: float, final: bool) -> float:
+        if self._terms.reserve != "auto" and not final:
             return left * self._terms.reserve
         return min(needed, left * _MOST)
 

@@ -271,11 +271,14 @@ class Session:
             outcome.stopped_by, outcome.detail, outcome.error = self.gate.reason, self.gate.detail, self.gate.error
             if self.gate.reason not in _GOES_ON:
                 return
-        if self.metrics.scores is not None:
+        if self.metrics.scores is None:
+            return
+        for phase in (self._finals, self._test):
             self.gate = self._new_gate()
             with self.gate.in_force(self.camera):
-                self._finals(outcome)
-                self._test(outcome)
+                phase(outcome)
+            if self.gate.reason is not None and self.gate.reason not in _GOES_ON:
+                return
 
     def _within(self, ends: float | None) -> Any:
         """Calls inside end at a moment of the monotonic clock."""
@@ -328,9 +331,9 @@ class Session:
         completed = outcome.stopped_by == "completed"
         self.phase = self.sums.phase = "finals"
         self._pulse.tell("update")
-        self.reserve.free(self.run)
+        ends = self.reserve.keep(self.run, self._ends, 0.0, final=True)  # what the test set needs
         most = max(1, self.task.traits.finalists) if completed else None
-        with self._within(self._ends):
+        with self._within(ends):
             done = 0
             while not self.gate.closed and (most is None or done < most):
                 left = finalists(self.camera, outcome.returned, self._score_of(outcome.given))
@@ -348,7 +351,8 @@ class Session:
     def _test(self, outcome: Outcome) -> None:
         """The given program and the best one on the test set."""
         best = best_of(self.camera, outcome.returned)
-        if not self.task.testset or best is None or outcome.given is None or self.gate.closed:
+        self.reserve.free(self.run)
+        if not self.task.testset or best is None or outcome.given is None:
             return
         self.phase = self.sums.phase = "test"
         with self._within(self._ends):

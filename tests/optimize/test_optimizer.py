@@ -362,6 +362,18 @@ def test_the_best_is_compared_on_untouched_examples(world: World, asked: Any, st
     assert test.best == pytest.approx(world.accuracy(best, world.testset))
 
 
+def test_what_the_test_set_needs_is_kept_back(world: World, asked: Any, store: str) -> None:
+    """Although the search and the finals use up all the rest of the cap."""
+    best = budgeted(search(world, 8), store, max_calls=150).compile(
+        world.program(), **both(world), testset=world.testset
+    )
+    report = best.optimization
+    assert report.stopped_by == "calls"
+    assert report.test is not None, report.warnings
+    assert report.phases["test"].calls > 0
+    assert len(world.calls) <= 150
+
+
 def test_candidates_can_be_had_again(world: World, asked: Any, store: str) -> None:
     """Each candidate's program scores what the report says; copies of the best carry the report along."""
     best = budgeted(search(world), store, budget_usd=1).compile(world.program(), **both(world))
