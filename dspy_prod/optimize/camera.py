@@ -8,6 +8,7 @@ never evaluate anything as a whole.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from copy import deepcopy
@@ -41,7 +42,8 @@ class Seen:
 
     Attributes:
         index: in order of appearance. state: which. origin: where it came from.
-        scores: by the key of the example. failed: examples at which the program itself failed, scored 0.
+        scores: by the key of the example. answered, total: of them, those of the selection set: how many, and their
+            sum. failed: examples at which the program itself failed, scored 0.
         evaluated: it was evaluated, so it is a candidate, and not a teacher or a sample.
         calls: calls of the program. minibatches: means over parts of other sets.
         predicted: the mean that a race expected of it. parents: what it was made from.
@@ -52,6 +54,8 @@ class Seen:
     state: State
     origin: str = ""
     scores: dict[str, float] = field(default_factory=dict)
+    answered: int = 0
+    total: float = 0.0
     failed: set[str] = field(default_factory=set)
     evaluated: bool = False
     calls: int = 0
@@ -92,7 +96,7 @@ class Camera(BaseCallback):
         judge: says of an error whether the program failed.
         task_models: models of the program's LMs; what another one answers is a teacher's.
         contest: the races of evaluations; None runs none.
-        on_new: called with a candidate that is new or complete. on_score: called when an answer has been scored.
+        on_new: called with a candidate that is new or complete. on_answer: called when an LM has answered.
         origin: in words, where the candidate comes from that is first seen in the evaluation of this number.
         failure_score: the score of an example at which the program failed.
         grows: what a new candidate is made from.
@@ -108,7 +112,7 @@ class Camera(BaseCallback):
         task_models: AbstractSet[str],
         contest: Contest | None,
         on_new: Callable[[Seen], None],
-        on_score: Callable[[], None],
+        on_answer: Callable[[], None],
         origin: Callable[[int], str],
         failure_score: float = 0.0,
         grows: Grows = "given",
@@ -118,13 +122,13 @@ class Camera(BaseCallback):
         self._shape = _shape(student)
         self._written = has_sources(student)
         self.keys = [key_of(example) for example in selection]
-        self._selected = frozenset(self.keys)
+        self._selected = Counter(self.keys)
         self._by_inputs = {_inputs_key(example): key_of(example) for example in [*others, *selection]}
         self._judge = judge
         self._task_models = task_models
         self._contest = contest
         self._on_new = on_new
-        self._on_score = on_score
+        self._on_answer = on_answer
         self._origin = origin
         self._failure_score = failure_score
         self._grows = grows
@@ -240,6 +244,7 @@ class Camera(BaseCallback):
     def on_lm_end(self, call_id: str, outputs: Any | None, exception: BaseException | None = None) -> None:
         """See refusals, wherever they end up."""
         self.in_flight.discard(call_id)
+        self._on_answer()
         if isinstance(exception, LMError):
             self._judge.refused(exception)
 
@@ -287,7 +292,7 @@ class Camera(BaseCallback):
         seen, keys, heat = begun
         if heat is not None and heat.dropped:
             seen.predicted = heat.predicted
-        if exception is None and set(keys) != self._selected:
+        if exception is None and set(keys) != set(self._selected):
             found = [seen.scores[key] for key in keys if key in seen.scores]
             if found:
                 seen.minibatches.append((len(found), sum(found) / len(found)))
@@ -301,10 +306,12 @@ class Camera(BaseCallback):
             seen.scores[key] = score
             if failed:
                 seen.failed.add(key)
-            whole = key in self._selected and all(each in seen.scores for each in self.keys)
+            times = self._selected.get(key, 0)
+            seen.answered += times
+            seen.total += times * score
+            whole = bool(times) and self.is_complete(seen)
             if self._loose and len(seen.scores) >= _SEVERAL:
                 seen.evaluated = True
-        self._on_score()
         if whole:
             if self._contest is not None:
                 self._contest.complete(seen.state.key, [seen.scores[each] for each in self.keys])
@@ -314,16 +321,15 @@ class Camera(BaseCallback):
 
     def mean(self, seen: Seen) -> float:
         """Of its scores on the selection set, as far as there are any."""
-        found = [seen.scores[key] for key in self.keys if key in seen.scores]
-        return sum(found) / len(found) if found else float("-inf")
+        return seen.total / seen.answered if seen.answered else float("-inf")
 
     def is_complete(self, seen: Seen) -> bool:
         """Whether it has a score on each example of the selection set."""
-        return all(key in seen.scores for key in self.keys)
+        return seen.answered == len(self.keys)
 
     def missing(self, seen: Seen) -> int:
         """How many examples of the selection set it has not answered."""
-        return sum(key not in seen.scores for key in self.keys)
+        return len(self.keys) - seen.answered
 
     def key(self, example: Any) -> str:
         """The key of an example, of the run's data sets or of somebody else's."""

@@ -119,8 +119,9 @@ class LMs:
             while self._undo:
                 self._undo.pop()()
             for lm, kwargs in self._kwargs:
-                lm.kwargs.clear()
-                lm.kwargs.update(kwargs)
+                if lm.kwargs != kwargs:  # SIMBA writes a roll into those of a teacher
+                    lm.kwargs.clear()
+                    lm.kwargs.update(kwargs)
 
 
 def _may_hold(value: dict[Any, Any]) -> bool:

@@ -30,19 +30,22 @@ class Reserve:
         self._began = time.monotonic()
         self._measured: dict[str, tuple[float, float, float]] | None = None
 
-    def keep(self, run: Run, ends: float | None, finalists: float, *, final: bool = False) -> float | None:
+    def keep(self, run: Run, ends: float | None, finalists: float | None, *, final: bool = False) -> float | None:
         """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock.
 
         Args:
-            run: whose caps. ends: when all has to end. finalists: how many whole
-                evaluations are to come, as far as is known. final: only the test set is left to be thought of.
+            run: whose caps. ends: when all has to end.
+            finalists: how many whole evaluations are to come, as far as is known; None: none yet, but there may be.
+            final: only the test set is left to be thought of.
         """
         if self._measured is None:  # right after the baseline
             self._measured = self._measure(run, ends)
-        evaluations = self._evaluations(finalists)
-        kept = {
-            name: cap - self._part(left, evaluations * one, final) for name, (cap, left, one) in self._measured.items()
-        }
+        found, evaluations = self._measured, self._evaluations(finalists)
+        if finalists is None:  # none is seen yet, but one may come: half of what is left by then is for it
+            found = self._measure(run, ends)
+        kept = {}
+        for name, (cap, left, _) in found.items():
+            kept[name] = cap - self._part(left, evaluations * self._measured[name][2], final)
         seconds = kept.pop("seconds", None)
         if kept:
             run.allow(
@@ -78,10 +81,10 @@ class Reserve:
             return left * self._terms.reserve
         return min(needed, left * _MOST)
 
-    def _evaluations(self, finalists: float) -> float:
+    def _evaluations(self, finalists: float | None) -> float:
         """How many evaluations of the selection set are to come, those of the test set among them."""
         examples = len(self._task.selection[0])
-        return finalists + 2 * len(self._task.testset) / max(1, examples)
+        return (1.0 if finalists is None else finalists) + 2 * len(self._task.testset) / max(1, examples)
 
 
 def _scaled(used: float, sum_: Sum) -> float:

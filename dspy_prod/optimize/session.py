@@ -92,7 +92,7 @@ class Session:
         self._models = models
         self.camera = Camera(
             task.student, examples, [*task.examples, *task.testset], self._judge, models, self.contest,
-            self._on_candidate, self._on_score, self._origin, grows=task.traits.grows, loose=task.traits.loose,
+            self._on_candidate, self._on_answer, self._origin, grows=task.traits.grows, loose=task.traits.loose,
         )  # fmt: skip
         self.metrics = Metrics(self.camera, task.metric)
         self.sums = Sums(run.name, self.lms.roles)
@@ -148,7 +148,7 @@ class Session:
         elif self._asked_to_stop():
             self.stop()
 
-    def _on_score(self) -> None:
+    def _on_answer(self) -> None:
         """Keep back as much as finalists lack now; the optimizer's calls keep the deadline that they began with."""
         now = time.monotonic()
         if self.phase != "search" or self.gate.closed or now - self._kept_at < _OFTEN:
@@ -208,7 +208,7 @@ class Session:
                 if outcome.stopped_by == "failed" and outcome.error is not None and self._asked_nobody():
                     raise outcome.error  # nothing was answered, so nothing can be lost
         finally:
-            self.phase = self.sums.phase = "ended"
+            self.phase = "ended"
             self.run.stop(outcome.detail or "the run has ended")
             self._settle(outcome)
             remove()
@@ -320,10 +320,10 @@ class Session:
     def _keep_reserve(self) -> float | None:
         """Keep back what finalists need: all there can be where none is seen before the end, else those there are."""
         traits = self.task.traits
-        needed = float(traits.finalists)
-        if not traits.late:
+        needed: float | None = float(traits.finalists)
+        if traits.finalists and not traits.late:
             seen = finalists(self.camera, None, None)[: traits.finalists]
-            needed = sum(self.camera.missing(each) for each in seen) / len(self.camera.keys)
+            needed = sum(self.camera.missing(each) for each in seen) / len(self.camera.keys) if seen else None
         return self.reserve.keep(self.run, self._ends, needed)
 
     def _finals(self, outcome: Outcome) -> None:
