@@ -17,18 +17,18 @@ class Pattern:
         ```
     """
 
-    __slots__ = ("_compiled", "_flags", "_text")
+    __slots__ = ("_flags", "_made", "_text")
 
     def __init__(self, text: str, flags: int = 0) -> None:
         self._text, self._flags = text, flags
-        self._compiled: re.Pattern[str] | None = None
+        self._made: re.Pattern[str] | None = None
 
     @property
     def compiled(self) -> re.Pattern[str]:
         """The expression itself."""
-        if self._compiled is None:
-            self._compiled = re.compile(self._text, self._flags)
-        return self._compiled
+        if self._made is None:
+            self._made = re.compile(self._text, self._flags)
+        return self._made
 
     def search(self, text: str) -> re.Match[str] | None:
         """As `re.Pattern.search`."""
