@@ -217,15 +217,19 @@ class Session:
 
     def _settle(self, outcome: Outcome) -> None:
         """Wait a moment for what is in flight, so that the report has it; say so where it hangs."""
-        until = time.monotonic() + _LINGER
-        while self.camera.in_flight and time.monotonic() < until:
-            time.sleep(0.01)
-        left = len(self.camera.in_flight)
+        left = self._drain()
         if left:
             outcome.warnings.append(
                 f"{left} call{'s were' if left > 1 else ' was'} still in flight when the run ended: what they cost is "
                 "within the caps, but not in this report"
             )
+
+    def _drain(self) -> int:
+        """Wait a moment for calls in flight; how many still are."""
+        until = time.monotonic() + _LINGER
+        while self.camera.in_flight and time.monotonic() < until:
+            time.sleep(0.01)
+        return len(self.camera.in_flight)
 
     def _holding(self) -> AbstractContextManager[None]:
         return in_force(self.task, self.terms, self.run, self.lms, self.metrics, self._models, self._quiet)
@@ -274,6 +278,7 @@ class Session:
         if self.metrics.scores is None:
             return
         for phase in (self._finals, self._test):
+            self._drain()  # else what waits in a thread of the phase before would take of the caps of this one
             self.gate = self._new_gate()
             with self.gate.in_force(self.camera):
                 phase(outcome)

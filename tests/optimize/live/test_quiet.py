@@ -15,6 +15,7 @@ import dspy
 import pytest
 
 import dspy_prod
+import dspy_prod.compat.silence  # so that what it makes is there before anything is compared
 from benchmarks.subjects import optimizers
 from benchmarks.world import World
 from dspy_prod.optimize.live import quiet
