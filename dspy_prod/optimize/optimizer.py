@@ -154,7 +154,8 @@ class BudgetedOptimizer(_Sheltered):
     def forecast(self, student: dspy.Module, **arguments: Any) -> Forecast:
         """What `compile` with the same arguments would cost: the optimizer is rehearsed on a free model.
 
-        A small pilot is measured first, and paid for: its calls count within the caps.
+        A small pilot is measured first, and paid for: its calls count within the caps. The comparison on a test set is
+        not in it.
 
         Returns:
             A `Forecast`: dollars, calls, tokens, seconds, each with a range.

@@ -138,9 +138,12 @@ def _forecast(report: Facts, forecast: Any) -> Cell:
     said = f"${forecast.usd:,.4f} (${forecast.usd_low:,.4f} to ${forecast.usd_high:,.4f}), {forecast.calls:,.0f} calls"
     if report.stopped_by != "completed":
         return Cell(said, below=("for a run that comes to its end, which this one did not",))
-    ratio = f"{report.spent_usd / forecast.usd:.2f} × as forecast" if forecast.usd else "nothing was forecast"
-    inside = forecast.usd_low <= report.spent_usd <= forecast.usd_high
-    return Cell(said, "" if inside else "warn", (f"actual: {ratio}, {'in' if inside else 'outside'} the range",))
+    tested = report.phases["test"].usd if "test" in report.phases else 0.0
+    actual = report.spent_usd - tested
+    ratio = f"{actual / forecast.usd:.2f} × as forecast" if forecast.usd else "nothing was forecast"
+    inside = forecast.usd_low <= actual <= forecast.usd_high
+    what = "actual, without the test set" if tested else "actual"
+    return Cell(said, "" if inside else "warn", (f"{what}: {ratio}, {'in' if inside else 'outside'} the range",))
 
 
 def _caps(*caps: tuple[int | None, str]) -> str | None:

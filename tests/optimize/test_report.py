@@ -18,6 +18,7 @@ import pytest
 from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.candidates import Candidate
 from dspy_prod.optimize.racing import Raced
+from dspy_prod.optimize.report import Spent
 from dspy_prod.optimize.statistics import paired
 from tests.optimize.found import best_of, found, program, report
 
@@ -145,6 +146,9 @@ def test_a_forecast_stands_beside_what_it_came_to() -> None:
     assert "in the range" in str(report(stopped_by="completed", forecast=forecast))
     assert "outside the range" in str(report(stopped_by="completed", spent_usd=0.4, forecast=forecast))
     assert "which this one did not" in str(report(forecast=forecast))
+    phases = {"search": Spent(0.25, 500, 1), "test": Spent(0.15, 100, 1)}  # the test set is no part of a forecast
+    tested = str(report(stopped_by="completed", spent_usd=0.4, phases=phases, forecast=forecast))
+    assert "without the test set: 1.00 × as forecast, in the range" in tested
 
 
 def test_a_run_that_found_nothing_says_so() -> None:
