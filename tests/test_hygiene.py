@@ -73,7 +73,7 @@ def test_the_import_is_light_and_leaves_no_trace(tmp_path: Path) -> None:
     seen = [run_python(IMPORTING, tmp_path) for _ in range(2)]
     assert [(each["opened"], each["imported"], each["left"]) for each in seen] == [([], [], [])] * 2
     tries = 0
-    while min(each["took"] for each in seen) >= 0.1 and tries < 8:  # other programs may use the caches and the core
+    while min(each["took"] for each in seen) >= 0.1 and tries < 24:  # other programs may use the caches and the core
         seen.append(run_python(IMPORTING, tmp_path))
         tries += 1
     assert min(each["took"] for each in seen) < 0.1

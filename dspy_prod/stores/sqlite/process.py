@@ -16,6 +16,7 @@ import time
 from typing import Final
 
 from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.sqlite.transactions import Transactions
 from dspy_prod.stores.sqlite.writer import Writer
@@ -88,3 +89,4 @@ class Threads:
 
 THREADS: Final = Threads()
 atexit.register(THREADS.finish)
+atexit.register(REAPER.flush, 2.0)  # registered later, so it comes before: what it has to do is still written
