@@ -48,6 +48,7 @@ ui: $(BASE) ## MLflow's pages on what the demo wrote (PORT=5000)
 	  $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port $(PORT) --workers 1
 
 test: $(DEV) ## the test suite, side by side in random order, without slow, ui, chaos and soak (WORKERS=5 SEED=...)
+	$(PYTEST) -m alone
 	$(PYTEST) $(SPREAD)
 
 test-slow: $(DEV) ## the tests marked slow: whole minutes, long forms, a real model
