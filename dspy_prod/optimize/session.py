@@ -209,9 +209,11 @@ class Session:
                     raise outcome.error  # nothing was answered, so nothing can be lost
         finally:
             self.phase = "ended"
-            self.run.stop(outcome.detail or "the run has ended")
-            self._settle(outcome)
-            remove()
+            try:
+                self.run.stop(outcome.detail or "the run has ended")
+                self._settle(outcome)
+            finally:
+                remove()  # also when a second Ctrl-C comes meanwhile
         self._close(outcome)
         return outcome
 
