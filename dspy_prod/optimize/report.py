@@ -35,24 +35,7 @@ class OptimizationReport(Shown, Facts):
     `best.save()` and `dump_state()` do not have it, and where a program is pickled as a whole, `None` takes its
     place, since all candidates would go along: keep it with `to_dict()`, or in MLflow.
 
-    Attributes:
-        run: the run's name. optimizer: the optimizer's class.
-        stopped_by: why it ended; detail: the same as a sentence.
-        spent_usd: dollars, earlier parts of a resumed run included; unconfirmed_usd: those among them that are
-            bounds, of calls whose bill is not known.
-        spent_by: by LM, "role/model". phases: by phase.
-        calls: attempts sent upstream. cached, replayed: calls that the cache or the run's log answered for nothing.
-        first_new: number of the first call that the log did not know, None without a log. tokens: in all.
-        seconds: how long it took.
-        budget_usd, max_calls, max_tokens, max_time: the caps (max_time in seconds), None without.
-        forecast: what was expected before the search, None without.
-        baseline: the given program. best: the program that was returned.
-        best_score: its mean score on the selection set, which flatters: it is the highest of many noisy numbers.
-        expected_score: what to expect on new examples of the same kind. expected_interval: 95 % lie in it.
-        test: comparison with the given program on `testset=`, None without.
-        candidates: all that were tried. racing: what races saved, None without.
-        selection: what the best was chosen by. warnings: what should be known.
-        experiment_run: id of the MLflow run, None without.
+    Its facts are the attributes of `dspy_prod.optimize.facts.Facts`.
 
     Example:
         ```python
