@@ -96,15 +96,10 @@ class Sink:
                     raise
 
 
-class Loop:
-    """Takes batches from `lines` until they end."""
+class Reader:
+    """Takes messages from the program, in a thread of its own, until they end or it is in a hurry."""
 
-    def __init__(self, sink: Sink, answers: IO[str]) -> None:
-        self._sink = sink
-        self._answers = answers
-        self._failing: str | None = None
-        self._delivered = self._refused = 0
-        self._refusal = ""
+    def __init__(self) -> None:
         self._hurried = threading.Event()
         self._lines: Queue[dict[str, Any] | None] = Queue(maxsize=64)
 
@@ -121,6 +116,18 @@ class Loop:
                 self._lines.put(message)
         self._hurried.set()
         self._lines.put(None)
+
+
+class Loop(Reader):
+    """Takes batches from `lines` until they end."""
+
+    def __init__(self, sink: Sink, answers: IO[str]) -> None:
+        super().__init__()
+        self._sink = sink
+        self._answers = answers
+        self._failing: str | None = None
+        self._delivered = self._refused = 0
+        self._refusal = ""
 
     def run(self) -> None:
         """Reach MLflow, so that the first batch finds it ready (else that tries again); write until the input ends."""

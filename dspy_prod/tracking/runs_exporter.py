@@ -27,10 +27,9 @@ import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from queue import Queue
 from typing import IO, Any, Final
 
-from dspy_prod.tracking.exporter import BACK_OFF, PATIENCE, Sink, is_final, told, watch
+from dspy_prod.tracking.exporter import BACK_OFF, PATIENCE, Reader, Sink, is_final, told, watch
 
 KEY: Final = "dspy_prod.key"
 """The tag by which a run is found again."""
@@ -146,28 +145,13 @@ class Records:
         return self._opened
 
 
-class Loop:
+class Loop(Reader):
     """Takes messages from `lines` until they end."""
 
     def __init__(self, records: Records, answers: IO[str]) -> None:
+        super().__init__()
         self._records = records
         self._answers = answers
-        self._hurried = threading.Event()
-        self._lines: Queue[dict[str, Any] | None] = Queue(maxsize=64)
-
-    def read(self, source: IO[str]) -> None:
-        """Body of the reading thread."""
-        for line in source:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue  # cut off: the program was killed while it wrote
-            if message.get("hurry"):
-                self._hurried.set()
-            else:
-                self._lines.put(message)
-        self._hurried.set()
-        self._lines.put(None)
 
     def run(self) -> None:
         """Write until the input ends."""
