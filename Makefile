@@ -23,7 +23,6 @@ SPREAD = -n $(WORKERS) $(if $(SEED),-p "randomly" --randomly-seed=$(SEED))
 BASE := $(VENV)/.stamp-base
 DEV := $(VENV)/.stamp-dev
 LOCAL := $(VENV)/.stamp-local
-NOTEBOOKS := $(VENV)/.stamp-notebooks
 MUTANTS := $(VENV)/.stamp-mutants
 PINS := pyproject.toml constraints.txt
 
@@ -70,7 +69,7 @@ bench: $(DEV) ## the benchmarks; needs the folder benchmarks/
 	@test -d benchmarks || { echo "There are no benchmarks yet: this target runs 'python -m benchmarks'."; exit 1; }
 	$(BIN)/python -m benchmarks
 
-notebooks: $(NOTEBOOKS) local-model ## run every notebooks/*.ipynb on the local model (STORE=1 writes the outputs into them)
+notebooks: $(DEV) local-model ## run every notebooks/*.ipynb on the local model (STORE=1 writes the outputs into them)
 	$(BIN)/python -m tests.notebooks $(if $(STORE),--store) $(sort $(wildcard notebooks/*.ipynb))
 
 chaos: $(DEV) ## the tests marked chaos, then CALLS=100000 calls by workers that everything befalls (SEED=...)
@@ -119,7 +118,3 @@ $(DEV): $(PINS) | $(BIN)/python
 
 $(MUTANTS): $(DEV)
 	@$(INSTALL) --editable '.[dev,mutants]' && touch $@
-
-$(NOTEBOOKS): $(PINS) | $(BIN)/python
-	@echo "Installing dspy-prod, Jupyter and MLflow into $(VENV) (a few minutes, once) ..."
-	@$(INSTALL) --editable '.[notebooks,mlflow]' && touch $@

@@ -26,6 +26,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="optimizers, separated by commas")
     parser.add_argument("--ways", default="", help=f"of {', '.join(WAYS)}")
+    parser.add_argument(
+        "--size", type=int, default=1, help="so many times 40 examples to train with and 60 to select by"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -35,8 +38,8 @@ def main() -> int:
     with Compiler() as compiler:
         for name in (progress := tqdm(names, unit="optimizer", file=sys.stderr, leave=False)):
             progress.set_postfix_str(name)
-            whole = natural(compiler, name, given.seed)
-            found += [end(compiler, name, how, whole, given.seed) for how in ways]
+            whole = natural(compiler, name, given.seed, given.size)
+            found += [end(compiler, name, how, whole, given.seed, given.size) for how in ways]
             if given.json:
                 with open(given.json, "w", encoding="utf-8") as file:
                     json.dump([each.as_dict() for each in found], file, indent=2)

@@ -80,10 +80,10 @@ class Ended:
         return asdict(self)
 
 
-def natural(compiler: Compiler, name: str, seed: int) -> Natural:
+def natural(compiler: Compiler, name: str, seed: int, size: int = 1) -> Natural:
     """Run one to its end, under a cap that is never reached."""
-    with World(seed) as world, tempfile.TemporaryDirectory() as folder:
-        order = _order(world, name, folder, {"budget_usd": 100.0})
+    with World(seed, **_examples(size)) as world, tempfile.TemporaryDirectory() as folder:
+        order = _order(world, name, folder, {"budget_usd": 100.0}, size)
         told = compiler.run(order)
         if told.get("report", {}).get("stopped_by") != "completed":
             raise RuntimeError(f"{name} did not complete by itself: {told.get('error') or told.get('report')}")
@@ -92,17 +92,17 @@ def natural(compiler: Compiler, name: str, seed: int) -> Natural:
         return Natural(world.bill_usd, len(rows), tokens)
 
 
-def end(compiler: Compiler, name: str, how: How, whole: Natural, seed: int) -> Ended:
+def end(compiler: Compiler, name: str, how: How, whole: Natural, seed: int, size: int = 1) -> Ended:
     """Have one run ended, and look at what became of it."""
     found = Ended(name, how)
     at = max(1, int(whole.calls * SHARE))
-    with World(seed) as world, tempfile.TemporaryDirectory() as folder:
+    with World(seed, **_examples(size)) as world, tempfile.TemporaryDirectory() as folder:
         options = _options(how, whole)
         found.capped = next((each for each in ("max_calls", "max_tokens", "budget_usd") if each in options), "")
         found.cap = next(
             (float(options[each]) for each in ("max_calls", "max_tokens", "budget_usd") if each in options), 0
         )
-        order = _order(world, name, folder, options)
+        order = _order(world, name, folder, options, size)
         if how in ("time", "errors", "retry_after"):
             world.break_from(at, {"time": "hang", "errors": "500", "retry_after": "429"}[how])  # type: ignore[arg-type]
         pid = compiler.begin(order)
@@ -127,11 +127,15 @@ def end(compiler: Compiler, name: str, how: How, whole: Natural, seed: int) -> E
     return found
 
 
-def _order(world: World, name: str, folder: str, options: dict[str, Any]) -> Order:
+def _examples(size: int) -> dict[str, int]:
+    return {"train": 40 * size, "val": 60 * size, "test": 60}
+
+
+def _order(world: World, name: str, folder: str, options: dict[str, Any], size: int) -> Order:
     store = f"sqlite:///{folder}/state.db"
     given = {"name": f"{name}-{uuid.uuid4().hex[:6]}", "store": store, "view": None, **options}
-    more: dict[str, Any] = {}
-    return Order(name, world.url, f"{folder}/result.json", world.seed, {}, given, more, {"store": store, "cache": True})
+    lm = {"store": store, "cache": True}
+    return Order(name, world.url, f"{folder}/result.json", world.seed, _examples(size), given, {}, lm)
 
 
 def _options(how: How, whole: Natural) -> dict[str, Any]:
@@ -200,13 +204,15 @@ def _look(found: Ended, world: World, told: dict[str, Any], cause: float | None,
 
 
 def _judge(found: Ended, report: dict[str, Any]) -> None:
-    expected = {
+    expected: tuple[str, ...] = {
         "usd": ("budget",), "calls": ("calls",), "tokens": ("tokens",), "time": ("time",),
         "interrupt": ("interrupted",), "errors": ("failed",), "retry_after": ("time", "failed"),
         "kill": ("completed", "budget"),
     }[found.how]  # fmt: skip
     say = found.broken.append
-    if found.stopped_by not in (*expected, "completed"):
+    if found.how != "interrupt":
+        expected = (*expected, "completed")
+    if found.stopped_by not in expected:
         say(f"stopped by {found.stopped_by} ({report['detail']})")
     if found.cap and found.used > found.cap * (1 + 1e-12):
         say(f"used {found.used:g} of {found.cap:g}")

@@ -93,9 +93,10 @@ def optimizers(
     random_search = lambda programs: BootstrapFewShotWithRandomSearch(  # noqa: E731
         **wide, num_candidate_programs=programs
     )
-    gepa = lambda calls: GEPA(  # noqa: E731
-        metric=world.feedback_metric, max_metric_calls=calls, reflection_lm=proposer, num_threads=threads, seed=0
-    )
+    gepa = lambda rounds: GEPA(  # noqa: E731
+        metric=world.feedback_metric, max_metric_calls=int(rounds * len(val)), reflection_lm=proposer,
+        num_threads=threads, seed=0,
+    )  # fmt: skip
     made: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
         "LabeledFewShot": (lambda: LabeledFewShot(k=3), {"trainset": train}),
         "BootstrapFewShot": (
@@ -112,7 +113,7 @@ def optimizers(
             lambda: MIPROv2(**wide, auto=None, num_candidates=4, prompt_model=proposer, task_model=task, verbose=False),
             {**both, "num_trials": 6, "minibatch": True, "minibatch_size": 20, "minibatch_full_eval_steps": 2},
         ),
-        "GEPA": (lambda: gepa(300), both),
+        "GEPA": (lambda: gepa(5), both),
         "SIMBA": (
             lambda: SIMBA(
                 metric=metric, bsize=16, num_candidates=3, max_steps=3, prompt_model=proposer, num_threads=threads
@@ -125,7 +126,7 @@ def optimizers(
         ),
         "InferRules": (lambda: InferRules(**wide, num_candidates=5, num_rules=4), both),
         "BetterTogether": (
-            lambda: BetterTogether(metric=metric, a=random_search(2), b=gepa(150)),
+            lambda: BetterTogether(metric=metric, a=random_search(2), b=gepa(2.5)),
             {**both, "strategy": "a -> b", "num_threads": threads},
         ),
         # It answers from the cache over and over, so its examples are few.

@@ -26,6 +26,7 @@ from dspy_prod.optimize.candidates import Progress, Watcher
 from dspy_prod.optimize.choosing import best_of, finalists
 from dspy_prod.optimize.first import FirstExample
 from dspy_prod.optimize.gate import Closed, Gate
+from dspy_prod.optimize.interrupts import noted
 from dspy_prod.optimize.judging import Judge
 from dspy_prod.optimize.lms import LMs
 from dspy_prod.optimize.metrics import Metrics
@@ -105,6 +106,7 @@ class Session:
         self._best_yet = float("-inf")
         self._pulse = Pulse(self.progress, watchers, self._beat)
         self._asked_to_stop = asked_to_stop
+        self._interrupted = False
         self._completed: set[int] = set()
 
     # -- what others ask -----------------------------------------------------------------------------------------------
@@ -138,10 +140,15 @@ class Session:
         ends = self._search_ends if self.phase in ("baseline", "search") else self._ends
         return ends is not None and time.monotonic() >= ends - 0.05
 
+    def _note_interrupt(self) -> None:
+        self._interrupted = True
+
     def _beat(self) -> None:
         if self.phase == "ended" or self.gate.closed:
             return
-        if self._is_out_of_time():
+        if self._interrupted:
+            self.gate.close("interrupted", "Ctrl-C")
+        elif self._is_out_of_time():
             self.gate.close(
                 "time", f"its {self.terms.max_time:g} s are over" if self.terms.max_time else "time is over"
             )
@@ -198,7 +205,7 @@ class Session:
         outcome = self.outcome
         remove = BUS.add(self.sums)
         try:
-            with self._pulse.beating(), self._holding():
+            with noted(self._note_interrupt), self._pulse.beating(), self._holding():
                 try:
                     self._phases(outcome)
                 except KeyboardInterrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import copy
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -147,6 +148,35 @@ def test_whoever_ends_it_gets_the_best_so_far(how: str, world: World, asked: Any
     assert best.optimization.baseline.score is not None
     assert len(world.calls) == calls
     world.provider.stop()
+
+
+class Dies:
+    """Ctrl-C comes while it is taken apart."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_ends_it_too(world: World, asked: Any, store: str) -> None:
+    """Raised within a destructor, `KeyboardInterrupt` is printed and forgotten."""
+
+    class Endless(dspy.teleprompt.Teleprompter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metric = world.metric
+
+        def compile(self, student: Any, *, trainset: Any) -> Any:
+            Dies()
+            for number in range(3000):
+                student(message=f"message {number}")
+            return student
+
+    before = signal.getsignal(signal.SIGINT)
+    best = budgeted(Endless(), store, budget_usd=1.0).compile(world.program(), trainset=world.trainset)
+    assert best.optimization.stopped_by == "interrupted"
+    assert best.optimization.baseline.score is not None
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_time_ends_it_although_the_provider_hangs(world: World, asked: Any, store: str) -> None:
