@@ -34,6 +34,23 @@ def test_rows_are_what_a_dict_would_hold(ids: list[int], most: int) -> None:
     assert [rows.find(f"r{id}") for id in range(61)] == [model.get(f"r{id}") for id in range(61)]
 
 
+@given(parts=st.lists(st.integers(0, 40), max_size=8), most=st.integers(1, 40))
+def test_those_that_are_added_together_are_as_if_each_had_come(parts: list[int], most: int) -> None:
+    """Over the ends of blocks, and when there are more than are kept."""
+    together, one_by_one = Rows(most), Rows(most)
+    number = 0
+    for part in parts:
+        records = [numbered(each) for each in range(number, number + part)]
+        number += part
+        together.extend(records)
+        for each in records:
+            assert one_by_one.put(each) is None
+        assert together.view().matching(None, None, None, {}) == one_by_one.view().matching(None, None, None, {})
+    kept = [together.find(f"r{each}") for each in range(number)]
+    assert kept == [one_by_one.find(f"r{each}") for each in range(number)]
+    assert sum(each is not None for each in kept) == min(number, most)
+
+
 @given(
     since=st.none() | st.integers(-1, 50), until=st.none() | st.integers(-1, 50), limit=st.none() | st.integers(0, 9)
 )

@@ -13,6 +13,7 @@ import pytest
 
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.stores.sqlite import hits
+from dspy_prod.stores.sqlite.served import Served
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import DAY, Problems, record
 
@@ -44,6 +45,20 @@ def test_each_has_a_record_of_its_own(store: SqliteStore, path: str, count: int)
     with contextlib.closing(sqlite3.connect(path)) as connection:
         (pages,) = connection.execute("SELECT count(*) FROM hits").fetchone()
         assert pages <= 2 + count / hits.LEAST
+
+
+def test_looks_of_one_kind_become_one_page() -> None:
+    """Two looks of a transaction made two pages, one of them record by record; what was taken stays as it was."""
+    first, second = like(user="u1"), like(user="u2")
+    taken = [Served(first, [1.0, 2.0]), Served(second, [3.0]), Served(first, [4.0]), Served(first, [5.0, 6.0])]
+    before = [some.records() for some in taken]
+    whole = Served.together(taken)
+    assert [(some.like.user, some.times) for some in whole] == [("u1", [1.0, 2.0, 4.0, 5.0, 6.0]), ("u2", [3.0])]
+    assert whole[0].records() == [*before[0], *before[2], *before[3]]
+    assert whole[1].records() == before[1]
+    assert [some.records() for some in taken] == before
+    assert Served.together(taken[:1]) == taken[:1]
+    assert Served.together([]) == []
 
 
 def test_kinds_and_other_records_in_turn(store: SqliteStore) -> None:
