@@ -22,6 +22,7 @@ from dspy.signatures.signature import SignatureMeta
 from dspy.teleprompt.teleprompt import Teleprompter
 from pydantic import BaseModel
 
+from dspy_prod.optimize.leaves import SCALARS, leaf, named, scalars
 from dspy_prod.optimize.settings import settings_of
 from dspy_prod.policies.cache import LOCAL
 from dspy_prod.privacy.names import is_secret, public, without_secrets
@@ -31,7 +32,6 @@ PACKAGES: Final = ("dspy", "gepa", "optuna", "dspy-prod")
 
 _DEPTH: Final = 12
 _SHORT: Final = 12
-_SCALARS: Final = (str, int, float, bool, type(None))
 
 
 def fingerprints(
@@ -77,7 +77,7 @@ def described(
     """
     return {
         "optimizer": {
-            "class": _named(type(optimizer)),
+            "class": named(type(optimizer)),
             "settings": {name: plain(value) for name, value in settings_of(optimizer).items()},
             "source": _source_digest(type(optimizer)),
             "arguments": {name: plain(value) for name, value in (arguments or {}).items()},
@@ -113,9 +113,9 @@ def program(module: Module) -> dict[str, Any]:
         predictors[name] = _digest([state, {key: plain(value) for key, value in config.items()}])
     own = {type(each) for _, each in module.named_sub_modules() if not _is_library(type(each))}
     return {
-        "class": _named(type(module)),
+        "class": named(type(module)),
         "predictors": predictors,
-        "source": {_named(each): _source_digest(each) for each in sorted(own, key=_named)},
+        "source": {named(each): _source_digest(each) for each in sorted(own, key=named)},
     }
 
 
@@ -141,23 +141,23 @@ def function(given: Any) -> dict[str, Any]:
     code = getattr(inner, "__code__", None)
     if code is None:  # an object with `__call__`
         called = inner if isinstance(inner, type) else type(inner)
-        return {"name": _named(called), "source": _source_digest(called), "carries": {**bound, **_scalars(inner)}}
-    carried = {name: cell for name, cell in _cells(inner, code) if isinstance(cell, _SCALARS)}
+        return {"name": named(called), "source": _source_digest(called), "carries": {**bound, **scalars(inner)}}
+    carried = {name: cell for name, cell in _cells(inner, code) if isinstance(cell, SCALARS)}
     defaults = [plain(value) for value in (getattr(inner, "__defaults__", None) or ())]
     owner = getattr(inner, "__self__", None)
     return {
-        "name": _named(inner),
+        "name": named(inner),
         "source": _digest(_code(code)) if "<lambda>" in inner.__qualname__ else _source_digest(inner),
-        "carries": {**bound, **carried, **({"defaults": defaults} if defaults else {}), **_scalars(owner)},
+        "carries": {**bound, **carried, **({"defaults": defaults} if defaults else {}), **scalars(owner)},
     }
 
 
 def plain(value: Any, depth: int = 0) -> Any:
     """Any value as JSON that is the same in another process, and has no secret in it."""
-    if isinstance(value, _SCALARS):
+    if isinstance(value, SCALARS):
         return value
     if depth > _DEPTH:
-        return _named(type(value))
+        return named(type(value))
     if isinstance(value, Mapping):
         items = {str(name): plain(item, depth + 1) for name, item in value.items() if not is_secret(str(name))}
         return without_secrets(items)
@@ -175,33 +175,25 @@ def _of_class(value: Any, depth: int) -> Any:
     if isinstance(value, SignatureMeta):
         return [value.__name__, plain(value.dump_state(), depth + 1)]
     if isinstance(value, type):
-        return _named(value)
+        return named(value)
     if isinstance(value, BaseLM):
         return model(value)
     if isinstance(value, Module):
         return program(value)
     if isinstance(value, Teleprompter):
         settings = {name: plain(each, depth + 1) for name, each in settings_of(value).items()}
-        return {"class": _named(type(value)), "settings": settings}
+        return {"class": named(type(value)), "settings": settings}
     if isinstance(value, BaseModel):
-        return [_named(type(value)), plain(value.model_dump(), depth + 1)]
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
+        return [named(type(value)), plain(value.model_dump(), depth + 1)]
     if inspect.isroutine(value) or isinstance(value, partial):
         return function(value)
-    if hasattr(value, "isoformat"):
-        return value.isoformat()
-    return [_named(type(value)), _scalars(value)]
+    return leaf(value, lambda each: plain(each, depth + 1))
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
 def _digest(value: Any, whole: bool = False) -> str:
     digest = hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
     return digest[:32] if whole else digest[:_SHORT]
-
-
-def _named(given: Any) -> str:
-    return f"{getattr(given, '__module__', '?')}.{getattr(given, '__qualname__', type(given).__qualname__)}"
 
 
 def _is_library(owner: type) -> bool:
@@ -238,12 +230,6 @@ def _cells(given: Any, code: CodeType) -> list[tuple[str, Any]]:
         except ValueError:  # not set yet
             continue
     return found
-
-
-def _scalars(value: Any) -> dict[str, Any]:
-    """The plain attributes of an object."""
-    items = getattr(value, "__dict__", {}).items()
-    return {name: each for name, each in items if isinstance(each, _SCALARS) and not is_secret(name)}
 
 
 def _has_inputs(example: Example) -> bool:

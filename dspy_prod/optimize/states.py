@@ -14,6 +14,7 @@ import dspy
 import orjson
 
 from dspy_prod.compat.dspy import mark_compiled, rebind_sources, source_of
+from dspy_prod.optimize.leaves import leaf, named
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value if not isinstance(value, int) or abs(value) < 2**63 else str(value)
     dump = getattr(value, "model_dump", None)
-    return _plain(dump(mode="json")) if callable(dump) and not isinstance(value, type) else type(value).__name__
+    if isinstance(value, type):
+        return named(value)
+    return _plain(dump(mode="json")) if callable(dump) else leaf(value, _plain)
 
 
 def key_of(example: Any) -> str:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import json
+import uuid
+from pathlib import PurePosixPath
 from typing import Any
 
 import dspy
+import numpy as np
 import pytest
 
+from dspy_prod.optimize.fingerprints import plain
 from dspy_prod.optimize.states import key_of, read
 
 
@@ -79,3 +89,53 @@ def test_the_order_of_demonstrations_matters() -> None:
 def test_keys_of_examples_tell_contents_apart() -> None:
     assert key_of(DEMO) == key_of(dspy.Example(draft="b", question="a").with_inputs("question"))
     assert key_of(DEMO) != key_of(dspy.Example(draft="b", question="c").with_inputs("question"))
+
+
+class Shade(enum.Enum):
+    LIGHT = "light"
+    DARK = "dark"
+
+
+@dataclasses.dataclass
+class Point:
+    at: list[int]
+
+
+class Place:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+PAIRS: dict[str, tuple[Any, Any]] = {
+    "dates": (dt.date(2026, 1, 1), dt.date(2026, 1, 2)),
+    "numbers of a table": (np.int64(1), np.int64(2)),
+    "truths of a table": (np.bool_(True), np.bool_(False)),
+    "arrays": (np.array([1, 2]), np.array([1, 3])),
+    "decimals": (decimal.Decimal("1.0"), decimal.Decimal("1.1")),
+    "ids": (uuid.UUID(int=1), uuid.UUID(int=2)),
+    "paths": (PurePosixPath("a"), PurePosixPath("b")),
+    "bytes": (b"a", b"b"),
+    "enums": (Shade.LIGHT, Shade.DARK),
+    "dataclasses": (Point([1]), Point([2])),
+    "objects": (Place("here"), Place("there")),
+    "within a list": ([np.int64(1)], [np.int64(2)]),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_examples_whose_fields_are_no_texts_are_told_apart(kind: str) -> None:
+    """As from the rows of a table: one answer would else be taken for the answer to all of them."""
+    one, other = PAIRS[kind]
+    assert key_of(dspy.Example(q=one)) == key_of(dspy.Example(q=copy.deepcopy(one)))
+    assert key_of(dspy.Example(q=one)) != key_of(dspy.Example(q=other))
+    assert plain(dspy.Example(q=one)) == plain(dspy.Example(q=copy.deepcopy(one)))
+    assert plain(dspy.Example(q=one)) != plain(dspy.Example(q=other))
+
+
+def test_objects_that_show_nothing_but_their_place_are_alike() -> None:
+    """Another process would have them elsewhere."""
+    assert key_of(dspy.Example(q=object())) == key_of(dspy.Example(q=object()))
+
+
+def test_what_an_object_shows_of_itself_is_not_written_down() -> None:
+    assert "secret" not in json.dumps(plain({"where": PurePosixPath("/secret-of-mine")}))
