@@ -6,43 +6,27 @@ call after the return, a slow return, a worse program than the best one that was
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import warnings
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 
+from benchmarks.asked import asked
 from benchmarks.compiling import Compiler
 from benchmarks.stopping import ONE_OF_EACH, WAYS, Ended, end, natural
 
 
 def main() -> int:
     """Run the matrix and print it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.optimizers", description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="optimizers, separated by commas")
-    parser.add_argument("--ways", default="", help=f"of {', '.join(WAYS)}")
-    parser.add_argument(
-        "--size", type=int, default=1, help="so many times 40 examples to train with and 60 to select by"
-    )
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    names = [name for name in given.only.split(",") if name] or list(ONE_OF_EACH)
-    ways: list[Any] = [way for way in given.ways.split(",") if way] or list(WAYS)
+    given = asked("benchmarks.optimizers", __doc__, ONE_OF_EACH, ("ways", WAYS), sized=True)
+    ways: list[Any] = given.kinds
     found: list[Ended] = []
     with Compiler() as compiler:
-        for name in (progress := tqdm(names, unit="optimizer", file=sys.stderr, leave=False)):
-            progress.set_postfix_str(name)
+        for name in given.each():
             whole = natural(compiler, name, given.seed, given.size)
             found += [end(compiler, name, how, whole, given.seed, given.size) for how in ways]
-            if given.json:
-                with open(given.json, "w", encoding="utf-8") as file:
-                    json.dump([each.as_dict() for each in found], file, indent=2)
+            given.write(found, Ended.as_dict)
     Console(width=200).print(table(found))
     return int(any(each.broken for each in found))
 

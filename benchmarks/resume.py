@@ -6,21 +6,19 @@ one plus the calls in flight at the kills, or found another program.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
-from tqdm.auto import tqdm
 
+from benchmarks.asked import asked
 from benchmarks.compiling import Compiler, Order, result
 from benchmarks.subjects import THREADS
 from benchmarks.world import PROPOSER, World
@@ -125,23 +123,12 @@ def _plain(state: dict[str, Any]) -> str:
 
 def main() -> int:
     """Compare all and print it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resume", description=__doc__)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="", help="optimizers, separated by commas")
-    parser.add_argument("--kinds", default="", help=f"of {'; '.join(KINDS)}, separated by semicolons")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
-    given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    names = [name for name in given.only.split(",") if name] or list(OPTIMIZERS)
-    kinds = [kind for kind in given.kinds.split(";") if kind] or list(KINDS)
+    given = asked("benchmarks.resume", __doc__, OPTIMIZERS, ("kinds", list(KINDS)), between=";")
     found: list[Resumed] = []
     with Compiler() as compiler:
-        for name in (progress := tqdm(names, unit="optimizer", file=sys.stderr, leave=False)):
-            progress.set_postfix_str(name)
-            found += [compare(compiler, name, kind, given.seed) for kind in kinds]
-            if given.json:
-                with open(given.json, "w", encoding="utf-8") as file:
-                    json.dump([asdict(each) for each in found], file, indent=2)
+        for name in given.each():
+            found += [compare(compiler, name, kind, given.seed) for kind in given.kinds]
+            given.write(found, asdict)
     Console(width=180).print(table(found))
     return int(any(each.broken for each in found))
 
