@@ -5,14 +5,14 @@ The order is: the log of the run, the cache, another identical call, upstream.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from typing import Any, Final
 
 from dspy.lm15 import Response
 
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
-from dspy_prod.policies.answers import Keeping
 from dspy_prod.policies.cache import cacheable
 
 PATIENCE: Final = 10.0
@@ -41,5 +41,21 @@ def keeping(call: Call, response: Response, again: bool = True) -> Generator[Wai
     future = log.keep(key, response, again)
     call.log_kept = True
     if future is not None:
-        yield Wait(Keeping(future), call.pipeline.clock.monotonic() + PATIENCE, stops=False)
-        log.kept(future)
+        yield Wait(_Keeping(future), call.pipeline.clock.monotonic() + PATIENCE, stops=False)
+        log.kept(key, future)
+
+
+class _Keeping:
+    """Decided when an answer is durable, or will never be."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, future: Future[int]) -> None:
+        self.future = future
+
+    def attach(self, wake: Callable[[], None]) -> bool:
+        """See `effects.Decidable`."""
+        if self.future.done():
+            return False
+        self.future.add_done_callback(lambda _: wake())
+        return True

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from math import inf
 from typing import Any, Final
@@ -34,7 +34,8 @@ STRANGERS: Final = 0.05
 """Share of the kept answers. So many questions that were never asked before mean that a run takes another path."""
 
 LEEWAY: Final = 16
-"""Questions that were on their way when the run ended, and have no answer for that reason, are no strangers."""
+"""So few never do: questions that were on their way when the run ended have no answer, and answers to what was asked
+because a dear call was refused just before the end are asked for no more."""
 
 _SHOWN: Final = 200
 
@@ -63,6 +64,8 @@ class AnswerLog:
         self.kept_before = self._left = len(kept)
         self.asked = self.replayed = self.strangers = self.unkept = 0
         self.first_new: int | None = None
+        self._few = max(STRANGERS * self.kept_before, LEEWAY)
+        self._astray = 0  # strangers while more than a few answers are left
         self._first_strange: Request | None = None
         self._waiting: dict[bytes, deque[int]] = {}
         self._beside: set[tuple[bytes, int]] = set()
@@ -78,8 +81,7 @@ class AnswerLog:
 
     def count(self) -> int:
         """How many answers are kept by now."""
-        size = self._store.runs.sizes().get(self._run)
-        return 0 if size is None else size.answers
+        return self._store.runs.count(self._run)
 
     def set_beside(self, parts: Sequence[tuple[int, int | None]]) -> None:
         """Say which kept answers, by place, whoever goes on need not ask for: they are not waited for by strangers.
@@ -133,6 +135,11 @@ class AnswerLog:
             self.replayed += 1
         return Entry(response, inf, inf, 0)
 
+    def has(self, key: bytes, reuse: bool) -> bool:
+        """Whether `find` would answer, as far as is known without reading it. Nothing is counted or given out."""
+        with self._lock:
+            return key in self._waiting or (reuse and key in self._given)
+
     def keep(self, key: bytes, response: Response, again: bool) -> Future[int] | None:
         """Have an answer written down; None when there is nothing to wait for.
 
@@ -150,25 +157,27 @@ class AnswerLog:
             return None
         return self._store.runs.keep(self._run, key, value, response.model or "", again)
 
-    def kept(self, future: Future[int]) -> None:
+    def kept(self, key: bytes, future: Future[int]) -> None:
         """An answer has been waited for: see to it that it is durable."""
         if not future.done():
             self._cannot_keep("the store is too slow")
             return
         error = future.exception()
         if error is not None:
+            with self._lock:
+                self._known.discard(key)  # the cache may give it once more, when it can be kept
             self._cannot_keep(str(error))
 
     @property
     def diverged(self) -> str | None:
         """What to tell when much was asked that had not been asked before; None while all is as it was."""
-        if self._first_strange is None or self.strangers <= max(STRANGERS * self.kept_before, LEEWAY):
+        if self._first_strange is None or self._astray <= self._few:
             return None
         asked = _shortened(self._first_strange)
-        return outward(
-            f"{self.strangers} calls differ from all that the run {self._run!r} has answers of, although it had "
-            f"{self.kept_before}: the program, its data or a seed is another, or it asks for the time, the web or a "
-            f"random number. The first one was: {asked}"
+        return (
+            f"{self._astray} calls differ from all that the run {outward(repr(self._run))} has answers of, although "
+            f"it had {self.kept_before}: the program, its data or a seed is another, it asks for the time, the web or "
+            f"a random number, or it was refused something that it may ask now. The first one was: {asked}"
         )
 
     def _next(self, key: bytes) -> int | None:
@@ -189,6 +198,8 @@ class AnswerLog:
         self._new(self.asked)
         if self._left and self.strangers < self.kept_before:
             self.strangers += 1
+        if self._left > self._few and self._astray < self.kept_before:
+            self._astray += 1
             self._first_strange = self._first_strange or request
 
     def _new(self, number: int) -> None:
@@ -263,22 +274,6 @@ class Answered:
         return None if self.answers is None else self.answers.diverged
 
 
-class Keeping:
-    """Decided when an answer is durable, or will never be."""
-
-    __slots__ = ("future",)
-
-    def __init__(self, future: Future[int]) -> None:
-        self.future = future
-
-    def attach(self, wake: Callable[[], None]) -> bool:
-        """See `effects.Decidable`."""
-        if self.future.done():
-            return False
-        self.future.add_done_callback(lambda _: wake())
-        return True
-
-
 def log_of(guards: Sequence[Any]) -> AnswerLog | None:
     """Where the answers inside these runs are kept: by the innermost that keeps any."""
     for run in reversed(guards):
@@ -289,7 +284,7 @@ def log_of(guards: Sequence[Any]) -> AnswerLog | None:
 
 
 def _shortened(request: Request) -> str:
-    """The end of what a request says last."""
+    """The end of what a request says last, as it may leave the process: half a secret is known to nobody."""
     texts = [part.text for message in request.messages for part in message.parts if part.type == "text"]
-    text = texts[-1] if texts else ""
+    text = outward(texts[-1]) if texts else ""
     return repr(text if len(text) <= _SHOWN else f"...{text[-_SHOWN:]}")

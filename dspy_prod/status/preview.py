@@ -54,7 +54,7 @@ def preview(pipeline: Pipeline, calls: list[Call]) -> Preview:
     call = calls[0]
     cached = all(map(_cached, calls))
     outlook = (
-        _Outlook(call.routes()[0], None, 0.0, None, "The cache would answer")
+        _Outlook(call.routes()[0], None, 0.0, None, f"{'The cache' if call.log is None else 'The run'} would answer")
         if cached
         else _first_that_answers(call, len(calls))
     )
@@ -77,8 +77,11 @@ def preview(pipeline: Pipeline, calls: list[Call]) -> Preview:
 
 
 def _cached(call: Call) -> bool:
+    reuse = call.key is not None and call.context.cache == "use"
+    if call.log is not None and call.log_key is not None and call.log.has(call.log_key, reuse):
+        return True
     cache = call.pipeline.cache
-    if call.key is None or cache is None or call.context.cache != "use":
+    if call.key is None or cache is None or not reuse:
         return False
     entry = cache.stale(call.key)  # looks without counting a hit or a miss
     return entry is not None and entry.expires_at > call.pipeline.store.now()

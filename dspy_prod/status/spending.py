@@ -203,14 +203,14 @@ class Preview(Shown, Frozen):
 
     Attributes:
         model: the model that would be asked; another than the LM's when a fallback or a cheaper model would answer.
-        bound_usd: the most that one attempt for each of the `n` answers can cost; 0 when the cache would answer, None
-            when it is not known. Retries of attempts that were billed come on top.
+        bound_usd: the most that one attempt for each of the `n` answers can cost; 0 when it is `cached`, None when it
+            is not known. Retries of attempts that were billed come on top.
         input_tokens_bound, output_tokens_bound: the bounds behind it; None when not known.
         affordable: whether the budgets cover `bound_usd`; True when there is none, None when the cost is not known.
         wait: seconds until it could be sent; None when that depends on other calls or it would be refused for good.
         reason: why it would be refused, as in `RejectedError.reason`; None when it would not.
         detail: the refusal or the wait in plain words, with the remedy; else empty.
-        cached: whether the cache would answer.
+        cached: whether the cache would answer, or the answers that the run of the call has kept.
         budgets: the accounts the call would draw on.
     """
 
@@ -229,7 +229,7 @@ class Preview(Shown, Frozen):
         sent = Cell("yes", "good") if self.reason is None else Cell(f"no: {self.reason}", "bad")
         wait = "depends on other calls" if self.wait is None and self.reason is None else _seconds(self.wait)
         rows: list[tuple[str, Any]] = [
-            ("would be sent", Cell("no, the cache would answer", "good") if self.cached else sent),
+            ("would be sent", Cell("no, it is answered already", "good") if self.cached else sent),
             ("costs at most, USD", Cell("not known", "warn") if self.bound_usd is None else _usd(self.bound_usd)),
             ("tokens in, at most", self.input_tokens_bound),
             ("tokens out, at most", self.output_tokens_bound),

@@ -8,11 +8,11 @@ contract suite (`tests/stores/`) runs against every implementation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Protocol
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.runs import Runs
 from dspy_prod.stores.vocabulary import (
     GRANTED,
     PENDING,
@@ -214,49 +214,6 @@ class Answers(Protocol):
 
     def cache_size(self) -> tuple[int, int]:
         """(entries, bytes)."""
-        ...
-
-
-class Runs(Protocol):
-    """What is kept of runs until somebody removes it: every answer they were given, and notes about them."""
-
-    def answers(self, run: str) -> list[tuple[bytes, int]]:
-        """(key, ordinal) of every answer, in the order in which they were kept.
-
-        Raises:
-            StoreUnavailableError: it cannot be read. So do the others here, `keep` excepted.
-        """
-        ...
-
-    def answer(self, run: str, key: bytes, ordinal: int) -> bytes | None:
-        """One answer."""
-        ...
-
-    def keep(self, run: str, key: bytes, response: bytes, served_model: str, again: bool) -> Future[int]:
-        """Keep an answer under the next ordinal of its key, or, unless `again`, only when the key has none. Posted.
-
-        The future has the ordinal once the answer is durable, or the error that it is not.
-        """
-        ...
-
-    def sizes(self) -> dict[str, Size]:
-        """How many answers each run has, and how long they are."""
-        ...
-
-    def note(self, run: str, name: str) -> str | None:
-        """A note about a run."""
-        ...
-
-    def noted(self, name: str) -> dict[str, str]:
-        """The notes of one name, by run."""
-        ...
-
-    def put_note(self, run: str, name: str, value: str | None) -> None:
-        """Write a note, or with None remove it; durable on return."""
-        ...
-
-    def remove(self, run: str, accounts: str) -> None:
-        """Forget a run: its answers and notes, and the accounts whose keys begin so and hold nothing."""
         ...
 
 

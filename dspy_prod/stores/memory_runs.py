@@ -45,10 +45,18 @@ class MemoryRuns:
         kept.set_result(count)
         return kept
 
-    def sizes(self) -> dict[str, Size]:
+    def count(self, run: str) -> int:
         with self._lock:
-            kept = {run: list(answers.values()) for run, answers in self._answers.items()}
-        return {run: Size(len(each), sum(map(len, each))) for run, each in kept.items()}
+            return len(self._answers.get(run, ()))
+
+    def answered(self) -> list[str]:
+        with self._lock:
+            return sorted(self._answers)
+
+    def sizes(self, run: str | None = None) -> dict[str, Size]:
+        with self._lock:
+            kept = {name: list(answers.values()) for name, answers in self._answers.items() if run in (None, name)}
+        return {name: Size(len(each), sum(map(len, each))) for name, each in kept.items()}
 
     def note(self, run: str, name: str) -> str | None:
         with self._lock:
@@ -65,12 +73,23 @@ class MemoryRuns:
             else:
                 self._notes[run, name] = value
 
-    def remove(self, run: str, accounts: str) -> None:
+    def swap_note(self, run: str, name: str, before: str | None, value: str) -> bool:
+        with self._lock:
+            if self._notes.get((run, name)) != before:
+                return False
+            self._notes[run, name] = value
+            return True
+
+    def remove(self, run: str, accounts: str | None) -> None:
         with self._lock:
             self._answers.pop(run, None)
             self._counts = {known: count for known, count in self._counts.items() if known[0] != run}
             self._notes = {known: note for known, note in self._notes.items() if known[0] != run}
-        self._forget_accounts(accounts)
+        if accounts is not None:
+            self._forget_accounts(accounts)
+
+    def bury(self, pid: int) -> None:
+        """Whoever holds something here died with it."""
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()

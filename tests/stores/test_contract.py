@@ -660,6 +660,9 @@ def test_answers_of_a_run_are_numbered_by_key_and_told_in_order(store: Store) ->
     assert [runs.answer("it", b"a", ordinal) for ordinal in range(4)] == [b"answer 0", b"answer 2", b"answer 3", None]
     assert runs.answer("another", b"a", 0) is None
     assert runs.sizes() == {"it": (4, 32)}
+    runs.keep("its", b"a", b"x", "m", True).result(10)
+    assert (runs.answered(), runs.count("it"), runs.count("another")) == (["it", "its"], 4, 0)
+    assert (runs.sizes("its"), runs.sizes("another")) == ({"its": (1, 1)}, {})
 
 
 def test_an_answer_that_is_there_is_not_kept_again(store: Store) -> None:
@@ -725,3 +728,32 @@ def test_a_removed_run_leaves_nothing_but_what_is_held(store: Store) -> None:
     assert store.account("|run|its|usd").spent == 2 * CENT
     assert (runs.answers("it"), runs.note("it", "header"), runs.sizes()) == ([], None, {"its": (1, 1)})
     assert runs.keep("it", b"a", b"x", "m", True).result(10) == 0
+
+
+def test_of_many_who_write_a_note_in_the_place_of_the_same_one_is_told_that_it_may(store: Store) -> None:
+    runs, won = store.runs, []
+    start = threading.Barrier(8)
+
+    def begins(number: int) -> None:
+        start.wait(10)
+        won.extend([number] if runs.swap_note("it", "header", None, str(number)) else [])
+
+    threads = [threading.Thread(target=begins, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(won) == 1
+    assert runs.note("it", "header") == str(won[0])
+    assert not runs.swap_note("it", "header", "another", "new")
+    assert runs.swap_note("it", "header", str(won[0]), "new")
+    assert runs.note("it", "header") == "new"
+
+
+def test_the_accounts_of_a_removed_run_may_stay(store: Store) -> None:
+    spent = granted(store, ask(5 * CENT, accounts=("|run|it|usd",)))
+    store.settle(spent, settlement(spent, 2 * CENT))
+    store.runs.keep("it", b"a", b"x", "m", True).result(10)
+    store.runs.remove("it", None)
+    assert store.runs.answers("it") == []
+    assert store.account("|run|it|usd").spent == 2 * CENT

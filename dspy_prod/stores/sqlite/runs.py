@@ -18,6 +18,8 @@ from dspy_prod.stores.vocabulary import Size
 
 _NEXT: Final = "SELECT coalesce(max(ordinal) + 1, 0) FROM run_answers WHERE ns = ? AND run = ? AND key = ?"
 _PUT: Final = "INSERT INTO run_answers (ns, run, key, ordinal, response, served_model, at) VALUES (?, ?, ?, ?, ?, ?, ?)"
+_NOTE: Final = "SELECT value FROM run_notes WHERE ns = ? AND run = ? AND name = ?"
+_PUT_NOTE: Final = "INSERT OR REPLACE INTO run_notes VALUES (?, ?, ?, ?)"
 _DROP_ACCOUNTS: Final = "DELETE FROM accounts WHERE ns = ?1 AND key >= ?2 AND key < ?2 || char(1114111) AND held = 0"
 
 
@@ -31,8 +33,7 @@ class KeptRuns:
 
     # -- answers -----------------------------------------------------------------------------------------------------
     def answers(self, run: str) -> list[tuple[bytes, int]]:
-        self._mailbox.alive()
-        self._mailbox.flush(READ_TIMEOUT)
+        self._flush()
         sql = "SELECT key, ordinal FROM run_answers WHERE ns = ? AND run = ? ORDER BY seq"
         return self._rows(sql, carried(run))
 
@@ -57,15 +58,26 @@ class KeptRuns:
             kept.set_exception(StoreUnavailableError(f"The store {self._path} is closed"))
         return kept
 
-    def sizes(self) -> dict[str, Size]:
-        self._mailbox.alive()
-        self._mailbox.flush(READ_TIMEOUT)
-        rows = self._rows("SELECT run, count(*), sum(length(response)) FROM run_answers WHERE ns = ? GROUP BY run")
+    def count(self, run: str) -> int:
+        self._flush()
+        rows = self._rows("SELECT count(*) FROM run_answers WHERE ns = ? AND run = ?", carried(run))
+        return int(rows[0][0])
+
+    def answered(self) -> list[str]:
+        self._flush()
+        return [run for (run,) in self._rows("SELECT DISTINCT run FROM run_answers WHERE ns = ? ORDER BY run")]
+
+    def sizes(self, run: str | None = None) -> dict[str, Size]:
+        self._flush()
+        which, values = ("", ()) if run is None else ("AND run = ?", (carried(run),))
+        rows = self._rows(
+            f"SELECT run, count(*), sum(length(response)) FROM run_answers WHERE ns = ? {which} GROUP BY run", *values
+        )
         return {run: Size(count, size) for run, count, size in rows}
 
     # -- notes -------------------------------------------------------------------------------------------------------
     def note(self, run: str, name: str) -> str | None:
-        rows = self._rows("SELECT value FROM run_notes WHERE ns = ? AND run = ? AND name = ?", carried(run), name)
+        rows = self._rows(_NOTE, carried(run), name)
         return str(rows[0][0]) if rows else None
 
     def noted(self, name: str) -> dict[str, str]:
@@ -80,23 +92,49 @@ class KeptRuns:
                 sql = "DELETE FROM run_notes WHERE ns = ? AND run = ? AND name = ?"
                 tables.connection.execute(sql, (tables.ns, run, name))
             else:
-                sql = "INSERT OR REPLACE INTO run_notes VALUES (?, ?, ?, ?)"
-                tables.connection.execute(sql, (tables.ns, run, name, value))
+                tables.connection.execute(_PUT_NOTE, (tables.ns, run, name, value))
 
         self._mailbox.question(put)
 
-    def remove(self, run: str, accounts: str) -> None:
+    def swap_note(self, run: str, name: str, before: str | None, value: str) -> bool:
+        run = carried(run)
+
+        def swap(_: Any, tables: Tables, __: float) -> bool:
+            assert tables.connection is not None
+            row = tables.connection.execute(_NOTE, (tables.ns, run, name)).fetchone()
+            if (None if row is None else row[0]) != before:
+                return False
+            tables.connection.execute(_PUT_NOTE, (tables.ns, run, name, value))
+            return True
+
+        swapped: bool = self._mailbox.question(swap)
+        return swapped
+
+    def remove(self, run: str, accounts: str | None) -> None:
         run = carried(run)
 
         def drop(core: Any, tables: Tables, _: float) -> None:
             connection, ns = tables.connection, tables.ns
             assert connection is not None
-            core.accounts.drop(accounts)
-            connection.execute(_DROP_ACCOUNTS, (ns, carried(accounts)))
+            if accounts is not None:
+                core.accounts.drop(accounts)
+                connection.execute(_DROP_ACCOUNTS, (ns, carried(accounts)))
             for table in ("run_answers", "run_notes"):
                 connection.execute(f"DELETE FROM {table} WHERE ns = ? AND run = ?", (ns, run))
 
         self._mailbox.question(drop)
+
+    def bury(self, pid: int) -> None:
+        def charge(core: Any, tables: Tables, now: float) -> None:
+            for hold in tables.held_by(pid):
+                core.abandon(hold, now)
+
+        self._mailbox.question(charge)
+
+    def _flush(self) -> None:
+        """Have written what was posted before."""
+        self._mailbox.alive()
+        self._mailbox.flush(READ_TIMEOUT)
 
     def _rows(self, sql: str, *values: Any) -> list[Any]:
         try:

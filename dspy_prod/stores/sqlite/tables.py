@@ -202,10 +202,17 @@ class Tables(File):
 
     def expired(self, now: float, most: int) -> list[Hold]:
         """Holds of processes whose lease ran out; an owner without holds is deleted."""
+        return self._taken("lease_until < ?", now, most)
+
+    def held_by(self, pid: int) -> list[Hold]:
+        """Holds of a process that is gone, whatever its lease says; it is no owner any more."""
+        return self._taken("pid = ?", pid, 2**31)
+
+    def _taken(self, which: str, value: float, most: int) -> list[Hold]:
         assert self.connection is not None
         found: list[Hold] = []
         owners = self.connection.execute(
-            "SELECT owner FROM owners WHERE ns = ? AND lease_until < ? AND owner <> ?", (self.ns, now, self.owner)
+            f"SELECT owner FROM owners WHERE ns = ? AND {which} AND owner <> ?", (self.ns, value, self.owner)
         ).fetchall()
         for (owner,) in owners:
             rows = self.connection.execute(
