@@ -10,15 +10,18 @@ from typing import Any, Final
 from dspy_prod.cli.printing import print_json, show
 from dspy_prod.cli.reports import opened
 from dspy_prod.errors import ConfigError
-from dspy_prod.optimize.headers import Header, ask_to_stop, headers, load, names, remove
+from dspy_prod.optimize.headers import Header, ask_to_stop, load, names, quoted, remove, sound
 from dspy_prod.policies.run import accounts_of
 from dspy_prod.privacy.outward import outward
+from dspy_prod.privacy.visible import carried
 from dspy_prod.records import NANO
 from dspy_prod.stores.base import Size, Store
 from dspy_prod.views import Table
 
 _NONE: Final = "-"
 _NOTHING: Final = Size(0, 0)
+_MOST: Final = 10
+"""Names that an error tells."""
 
 
 def add_parser(commands: Any, where: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -40,11 +43,17 @@ def run(arguments: argparse.Namespace) -> int:
     store = opened(arguments)
     if action == "list":
         return _list(store, arguments.json)
-    known = names(store)
+    name, known = carried(name), names(store)
     if name not in known:
-        told = ", ".join(map(repr, known)) or "none yet"
-        raise ConfigError(f"there is no optimization {name!r} in namespace {store.namespace!r}, only {told}")
-    header = load(store, name)
+        told = ", ".join(map(repr, known[:_MOST])) or "none yet"
+        more = f" and {len(known) - _MOST:,} more" if len(known) > _MOST else ""
+        raise ConfigError(f"there is no optimization {name!r} in namespace {store.namespace!r}, only {told}{more}")
+    try:
+        header = load(store, name)
+    except ConfigError:  # it is damaged, which is no reason to keep it
+        if action != "rm":
+            raise
+        header = None
     if action == "show":
         return _show(store, name, header, arguments.json)
     if action == "stop":
@@ -54,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _list(store: Store, as_json: bool) -> int:
     sizes = store.runs.sizes()
-    found = headers(store)
+    found, damaged = sound(store)
+    found += [Header(run=name, optimizer=_NONE, state="damaged", started_at=0.0) for name in damaged]
     known = {header.run for header in found}
     found += [Header(run=name, optimizer=_NONE, state=_NONE, started_at=0.0) for name in sizes if name not in known]
     if as_json:
@@ -96,7 +106,7 @@ def _row_as_json(store: Store, header: Header, size: Size) -> dict[str, Any]:
 
 
 def _show(store: Store, name: str, header: Header | None, as_json: bool) -> int:
-    size = store.runs.sizes().get(name, _NOTHING)
+    size = store.runs.sizes(name).get(name, _NOTHING)
     header = header or Header(run=name, optimizer=_NONE, state=_NONE, started_at=0.0)
     if as_json:
         return print_json({**header.to_dict(), **_row_as_json(store, header, size)})
@@ -137,13 +147,16 @@ def _stop(store: Store, name: str, header: Header | None, as_json: bool) -> int:
 def _remove(store: Store, name: str, header: Header | None, force: bool, as_json: bool) -> int:
     if header is not None and header.running and not force:
         raise ConfigError(
-            f"the optimization {name!r} is running. End it first, dspy-prod optimizations stop {name}, or say --force"
+            f"the optimization {name!r} is running. End it first, dspy-prod optimizations stop {quoted(name)}, or say "
+            "--force"
         )
-    answers = store.runs.sizes().get(name, _NOTHING).answers
-    remove(store, name)
+    answers = store.runs.count(name)
+    running = header is not None and header.running
+    remove(store, name, running=running)
     if as_json:
         return print_json({"run": name, "removed": True, "answers": answers})
-    return show(f"{name} is removed, with {answers:,} kept answers. The ledger still has what it cost.")
+    asked = " It is asked to stop, and what it spent stays counted." if running else ""
+    return show(f"{name} is removed, with {answers:,} kept answers. The ledger still has what it cost.{asked}")
 
 
 def _spent(store: Store, header: Header) -> float:

@@ -8,6 +8,9 @@ from typing import Any, Final
 _ABSENT: Final = object()
 _AGAIN: Final = "so what it asks may differ, and be paid again"
 
+FURTHER: Final = frozenset({"num_trials"})
+"""Arguments of `compile` that only say how far an optimizer goes: its way is the same as far as the shorter one."""
+
 
 def compared(
     old: Mapping[str, Any],
@@ -31,10 +34,28 @@ def compared(
     ]
     allowed = [
         *_metric(old.get("metric"), new.get("metric")),
+        *_values("compile's", *[_further(one, other) for one, other in ((old, new), (new, old))]),
         *_values("the cap", *caps),
         *[f"{each}, {_AGAIN}" for each in _values("the version of", old.get("versions", {}), new.get("versions", {}))],
     ]
     return refused, allowed
+
+
+def goes_further(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a resumed run ends elsewhere on the same way, so that it need not ask all that it asked at the end.
+
+    Example:
+        ```python
+        goes_further(old.described, new.described)
+        ```
+    """
+    return _further(old, new) != _further(new, old)
+
+
+def _further(told: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that only say how far it goes, where both say it in numbers."""
+    mine, others = (((each.get("optimizer") or {}).get("arguments") or {}) for each in (told, other))
+    return {name: mine[name] for name in sorted(FURTHER) if all(type(each.get(name)) is int for each in (mine, others))}
 
 
 def _optimizer(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -42,7 +63,9 @@ def _optimizer(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         return [f"the optimizer is {_short(new.get('class'))} instead of {_short(old.get('class'))}"]
     name = _short(new.get("class"))
     found = _values(f"{name}'s", old.get("settings", {}), new.get("settings", {}))
-    found += _values("compile's", old.get("arguments", {}), new.get("arguments", {}))
+    before, after = old.get("arguments", {}), new.get("arguments", {})
+    far = _further({"optimizer": old}, {"optimizer": new})
+    found += _values("compile's", *[{key: each[key] for key in each if key not in far} for each in (before, after)])
     if old.get("source") != new.get("source"):
         found.append(f"the source of {name} is another")
     return found

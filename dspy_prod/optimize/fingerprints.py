@@ -34,24 +34,6 @@ _DEPTH: Final = 12
 _SHORT: Final = 12
 
 
-def fingerprints(
-    optimizer: Any,
-    student: Module,
-    datasets: Mapping[str, Sequence[Any] | None],
-    metric: Callable[..., Any] | None,
-    lms: Mapping[str, Any],
-    arguments: Mapping[str, Any] | None = None,
-) -> dict[str, str]:
-    """One digest for each part of what a run depends on, see `described`.
-
-    Example:
-        ```python
-        fingerprints(optimizer, program, {"trainset": train}, metric, {"program": lm})["dataset trainset"]
-        ```
-    """
-    return digests(described(optimizer, student, datasets, metric, lms, arguments))
-
-
 def described(
     optimizer: Any,
     student: Module,
@@ -91,7 +73,7 @@ def described(
 
 
 def digests(told: Mapping[str, Any]) -> dict[str, str]:
-    """One digest for each part of what `described` told; versions stand for themselves.
+    """One digest for each part of what `described` told, as `optimizer` or `dataset trainset`, and the versions.
 
     Example:
         ```python

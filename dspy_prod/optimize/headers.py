@@ -6,17 +6,16 @@ Another process learns of it here: whoever resumes the run, `dspy-prod optimizat
 from __future__ import annotations
 
 import json
-import os
-import socket
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, NamedTuple
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.optimize.alive import begin, dead_pid, end, lives, this_process
 from dspy_prod.optimize.comparing import compared
 from dspy_prod.policies.run import accounts_of
-from dspy_prod.runtime.boot import boot, is_this_boot
 from dspy_prod.stores.base import Store
 
 RUNNING: Final = "running"
@@ -37,9 +36,12 @@ class Header:
         spent_usd: dollars so far, those of all its parts.
         started_at, ended_at: seconds since the epoch; of its last part.
         best: the best candidate so far, as JSON. warnings: what is to be told of it.
-        process: what tells the process that runs it from others; filled in by `save`.
+        process: what tells the process that runs it from others; filled in by `claim`, or by `save`.
         beside: which of its answers, by place, were asked for finalists, and not by the optimizer.
         calls, replayed, score: what else a list shows of it.
+        asked_as: the name that its user gave, when it is another one with a number, as `nightly` of `nightly-2`.
+        seen_at: when it was written last, as `started_at`.
+        written: as it stands in the store, where it comes from there; no part of what is written.
     """
 
     run: str
@@ -59,11 +61,19 @@ class Header:
     score: float | None = None
     process: str | None = None
     beside: tuple[tuple[int, int | None], ...] = ()
+    asked_as: str | None = None
+    seen_at: float | None = field(default=None, compare=False)
+    written: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def running(self) -> bool:
-        """Whether it goes on: it says so, and its process lives, as far as this machine can tell."""
-        return self.state == RUNNING and _lives(self.process)
+        """Whether it goes on: it says so, and its process lives; on another machine: it wrote so a short while ago."""
+        return self.state == RUNNING and lives(self.process, self.seen_at or self.started_at)
+
+    @property
+    def dead_pid(self) -> int | None:
+        """The number of the process of this machine that was killed while it ran; None when nobody has that one now."""
+        return dead_pid(self.process) if self.state == RUNNING else None
 
     @property
     def shown_state(self) -> str:
@@ -72,14 +82,15 @@ class Header:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON."""
-        row = asdict(self)
+        row = asdict(replace(self, written=None))
+        del row["written"]
         row["warnings"] = list(self.warnings)
         return row
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Header:
         """The header that `to_dict` described; unknown keys are ignored."""
-        known = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
+        known = {name: row[name] for name in cls.__dataclass_fields__ if name in row and name != "written"}
         beside = tuple([(first, end) for first, end in known.get("beside") or ()])
         return cls(**{**known, "warnings": tuple(known.get("warnings") or ()), "beside": beside})
 
@@ -107,9 +118,35 @@ def save(store: Store, header: Header) -> None:
         headers.save(run.store, headers.Header("triage", "MIPROv2", caps={"usd": 5.0}))
         ```
     """
-    if header.state == RUNNING:
-        header = replace(header, process=_this_process())
-    store.runs.put_note(header.run, _HEADER, json.dumps(header.to_dict(), default=_as_json))
+    if header.state == RUNNING and header.process is None:
+        header = replace(header, process=this_process())
+    store.runs.put_note(header.run, _HEADER, _text(header))
+
+
+def claim(store: Store, header: Header, before: Header | None) -> Header:
+    """Write that this process runs it, unless somebody else has begun to since `before` was loaded; the header written.
+
+    Whoever has it must `release` it.
+
+    Raises:
+        ConfigError: somebody else has. StoreUnavailableError: it cannot be written.
+    """
+    header = replace(header, state=RUNNING, process=begin())
+    try:
+        if store.runs.swap_note(header.run, _HEADER, None if before is None else before.written, _text(header)):
+            return header
+        raise ConfigError(
+            f"BudgetedOptimizer.compile: the run {header.run!r} was just begun elsewhere. Wait for it, or end it: "
+            f"dspy-prod optimizations stop {quoted(header.run)}"
+        )
+    except BaseException:
+        release(header)
+        raise
+
+
+def release(header: Header) -> None:
+    """It goes on in this process no longer, whatever could still be written of it."""
+    end(header.process)
 
 
 def load(store: Store, name: str) -> Header | None:
@@ -135,13 +172,34 @@ def headers(store: Store) -> list[Header]:
         [header.run for header in headers.headers(store)]
         ```
     """
-    found = []
+    found, _ = sound(store)
+    return found
+
+
+def sound(store: Store) -> tuple[list[Header], list[str]]:
+    """(all headers, those that began last first; the names of runs whose headers are damaged)."""
+    found, damaged = [], []
     for name, text in store.runs.noted(_HEADER).items():
         try:
             found.append(_header(name, text))
         except ConfigError:
-            continue
-    return sorted(found, key=lambda each: each.started_at, reverse=True)
+            damaged.append(name)
+    return sorted(found, key=lambda each: each.started_at, reverse=True), damaged
+
+
+def latest(store: Store, name: str) -> Header | None:
+    """The header of the run that was begun last under the name that its user gives; else the one of just this name.
+
+    Raises:
+        StoreUnavailableError: the store cannot be read. ConfigError: the header is damaged.
+    """
+    found = [each for each in headers(store) if name == (each.asked_as or each.run)]
+    return found[0] if found else load(store, name)
+
+
+def is_known(store: Store, name: str) -> bool:
+    """Whether there is a header of this name, be it damaged."""
+    return store.runs.note(name, _HEADER) is not None
 
 
 def names(store: Store) -> list[str]:
@@ -152,18 +210,24 @@ def names(store: Store) -> list[str]:
         "triage" in headers.names(store)
         ```
     """
-    return sorted({*store.runs.noted(_HEADER), *store.runs.sizes()})
+    return sorted({*store.runs.noted(_HEADER), *store.runs.answered()})
 
 
-def remove(store: Store, name: str) -> None:
+def remove(store: Store, name: str, *, running: bool = False) -> None:
     """Forget a run: its header, its answers, and what it has spent; the ledger keeps its records.
+
+    Args:
+        running: it may still go on somewhere. Then it is asked to stop, and what it has spent stays: it would begin to
+            spend its whole cap anew.
 
     Example:
         ```python
         headers.remove(store, "triage")
         ```
     """
-    store.runs.remove(name, accounts_of(name))
+    store.runs.remove(name, None if running else accounts_of(name))
+    if running:
+        ask_to_stop(store, name)
 
 
 def ask_to_stop(store: Store, name: str) -> None:
@@ -203,47 +267,25 @@ def differences(old: Header, new: Header) -> Differences:
 # -- details ---------------------------------------------------------------------------------------------------------
 def _header(name: str, text: str) -> Header:
     try:
-        return Header.from_dict(json.loads(text))
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        found = Header.from_dict(json.loads(text))
+        return replace(found, started_at=float(found.started_at), written=text)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"The header of the run {name!r} is damaged ({type(error).__name__}). Remove the run: "
-            f"dspy-prod optimizations rm {name}"
+            f"dspy-prod optimizations rm {quoted(name)}"
         ) from error
+
+
+def quoted(name: str) -> str:
+    """A run's name as a shell takes it, at the end of a command."""
+    return f"{'-- ' if name.startswith('-') else ''}{shlex.quote(name)}"
+
+
+def _text(header: Header) -> str:
+    return json.dumps(replace(header, seen_at=time.time()).to_dict(), default=_as_json)
 
 
 def _as_json(value: Any) -> Any:
     """A number of numpy as a number; anything else as it is shown."""
     item = getattr(value, "item", None)
     return item() if callable(item) and getattr(value, "ndim", 0) == 0 else repr(value)
-
-
-def _this_process() -> str:
-    return " ".join([socket.gethostname() or "-", boot(), str(os.getpid()), _begun(os.getpid()) or "-"])
-
-
-def _lives(process: str | None) -> bool:
-    """Whether a process lives; one of another machine is taken to."""
-    parts = (process or "").split(" ")
-    if len(parts) != 4:
-        return False
-    host, booted, pid, begun = parts
-    if host != (socket.gethostname() or "-"):
-        return True
-    if not is_this_boot(booted):
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except OSError:  # it is somebody else's
-        pass
-    return begun in ("-", _begun(int(pid)) or "-")
-
-
-def _begun(pid: int) -> str | None:
-    """When a process began, in the machine's own count: a number is given to another one later."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None

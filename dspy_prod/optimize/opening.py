@@ -13,11 +13,13 @@ import dspy
 from dspy_prod.errors import ConfigError
 from dspy_prod.optimize import headers
 from dspy_prod.optimize.candidates import Progress
+from dspy_prod.optimize.comparing import goes_further
 from dspy_prod.optimize.fingerprints import described, digests
 from dspy_prod.optimize.headers import Header
 from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run, accounts_of
+from dspy_prod.records import NANO
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
 
@@ -37,7 +39,7 @@ class Opened:
     Attributes:
         run: its guard. header: what is written down of it; None where the store ends with its process.
         before: the header of its earlier part, when it goes on. spent: dollars of earlier parts, and of a pilot.
-        warnings: what is to be told.
+        warnings: what is to be told. stands: what the store says of it until it begins.
     """
 
     run: Run
@@ -45,13 +47,14 @@ class Opened:
     before: Header | None = None
     spent: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    stands: Header | None = None
 
 
 def piloted(task: Task, terms: Terms, name: str | None, store: str | Store | None, namespace: str | None) -> Opened:
     """A run that a forecast begins; `opened` goes on with it under its name, so that the pilot counts."""
     found = open_store(store if store is not None else default_store_url(), default_namespace(namespace))
     run = _run(terms, _unused(found, name, task), found, keep=found.durable)
-    return Opened(run, _header(task, terms, run.name, found) if found.durable else None)
+    return Opened(run, replace(_header(task, terms, name), run=run.name) if found.durable else None)
 
 
 def note_pilot(begun: Opened, spent_usd: float) -> None:
@@ -91,8 +94,8 @@ def opened(
         return Opened(_run(terms, begun[0] or _unused(found, name, task), found, keep=False), None, spent=begun[1])
     if resume and name is None:
         raise ConfigError("BudgetedOptimizer.compile: resume: say which run: BudgetedOptimizer(..., name=...)")
-    now = _header(task, terms, "", found)
-    latest = None if name is None else _latest(found, name)
+    now = _header(task, terms, name)
+    latest = None if name is None else headers.latest(found, name)
     if latest is not None:
         _refuse_running(latest)
         if latest.state == FORECAST and not headers.differences(latest, now).refused:
@@ -106,8 +109,11 @@ def opened(
             f"{latest.spent_usd:.4f} USD). Go on with resume=True, where its answers cost nothing again, or begin "
             "another one with resume=False"
         )
+    stands = None if begun[0] is None else headers.load(found, begun[0])
+    if stands is not None and stands.state != FORECAST:  # another object has gone on with what was forecast here
+        begun, stands = (None, 0.0), None
     run = _run(terms, begun[0] or _unused(found, name, task), found, keep=True)
-    return Opened(run, replace(now, run=run.name), spent=begun[1], warnings=_unseeded(task))
+    return Opened(run, replace(now, run=run.name), spent=begun[1], warnings=_unseeded(task), stands=stands)
 
 
 def _resumed(task: Task, terms: Terms, name: str, latest: Header | None, now: Header, store: Store) -> Opened:
@@ -120,22 +126,38 @@ def _resumed(task: Task, terms: Terms, name: str, latest: Header | None, now: He
     if found.refused:
         raise ConfigError(
             f"BudgetedOptimizer.compile: resume: the run {latest.run!r} would not take the same path: "
-            f"{'; '.join(found.refused)}. Undo that, or begin another run with resume=False"
+            f"{'; '.join(found.refused)}. Undo that, or begin another run with resume=False: what it asks alike costs "
+            "nothing as long as the cache has it. Only caps, the metric and compile's num_trials may be others"
         )
+    if latest.dead_pid is not None:
+        store.runs.bury(latest.dead_pid)
     run = _run(terms, latest.run, store, keep=True)
     if run.answers is not None:
-        run.answers.set_beside(latest.beside)
+        further = goes_further(latest.described, now.described)
+        run.answers.set_beside([(0, None)] if further else latest.beside)
     warnings = [*[f"since the run began: {each}" for each in found.allowed], *_unseeded(task)]
-    return Opened(
-        run, replace(now, run=run.name, best=latest.best, beside=latest.beside), latest, latest.spent_usd, warnings
-    )
+    unconfirmed = run.used().unconfirmed_usd
+    if unconfirmed:
+        warnings.append(
+            f"{unconfirmed:.6f} USD of what earlier parts spent is an upper bound: calls were in flight when they ended"
+        )
+    now = replace(now, run=run.name, best=latest.best, beside=latest.beside, asked_as=latest.asked_as)
+    return Opened(run, now, latest, max(latest.spent_usd, _spent(run)), warnings, latest)
+
+
+def _spent(run: Run) -> float:
+    """Dollars that a run has cost so far: who was killed could not write it down any more."""
+    used = run.used()
+    if used.usd is not None:
+        return used.usd + (used.held_usd or 0.0)
+    return sum(totals.cost_nano for _, _, totals in run.store.totals(dimension="run", value=run.name)) / NANO
 
 
 def _refuse_running(header: Header) -> None:
     if header.running:
         raise ConfigError(
-            f"BudgetedOptimizer.compile: the run {header.run!r} goes on in another process. Wait for it, or end it: "
-            f"dspy-prod optimizations stop {header.run}"
+            f"BudgetedOptimizer.compile: the run {header.run!r} goes on elsewhere. Wait for it, or end it: "
+            f"dspy-prod optimizations stop {headers.quoted(header.run)}"
         )
 
 
@@ -146,14 +168,14 @@ def _run(terms: Terms, name: str, store: Store, keep: bool) -> Run:
     )  # fmt: skip
 
 
-def _header(task: Task, terms: Terms, name: str, store: Store) -> Header:
+def _header(task: Task, terms: Terms, name: str | None) -> Header:
     told = described(
         task.optimizer, task.student, {each: task.arguments.get(each) for each in _DATA if each in task.arguments},
         task.metric, _lms(task), {key: value for key, value in task.arguments.items() if key not in _DATA},
     )  # fmt: skip
     caps = {"usd": terms.budget_usd, "calls": terms.max_calls, "tokens": terms.max_tokens, "seconds": terms.max_time}
     seeds = {"seed": task.arguments["seed"]} if "seed" in task.arguments else {}
-    return Header(name, type(task.optimizer).__name__, digests(told), told, caps, seeds)
+    return Header("", type(task.optimizer).__name__, digests(told), told, caps, seeds, asked_as=name)
 
 
 def _lms(task: Task) -> Mapping[str, Any]:
@@ -173,14 +195,6 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{name}-{number}"
 
 
-def _latest(store: Store, name: str) -> Header | None:
-    """The header of the last run that was begun under a name."""
-    found, number = None, 1
-    while (header := headers.load(store, _numbered(name, number))) is not None:
-        found, number = header, number + 1
-    return found
-
-
 def _unused(store: Store, name: str | None, task: Task) -> str:
     """The name itself, or with a number where it was used; one that is made up where there is none."""
     if name is None:
@@ -192,24 +206,30 @@ def _unused(store: Store, name: str | None, task: Task) -> str:
 
 
 def _is_used(store: Store, name: str) -> bool:
-    if store.durable and headers.load(store, name) is not None:
-        return True
-    return bool(store.accounts(accounts_of(name), "", 1))
+    return (store.durable and headers.is_known(store, name)) or bool(store.accounts(accounts_of(name), "", 1))
 
 
 class Scribe:
     """Writes down how a run goes, for whoever resumes it or looks at it from elsewhere: a `Watcher`.
 
     Args:
-        run: whose. header: as it began.
+        run: whose. header: as it begins. stands: what the store says of it until then.
     """
 
-    def __init__(self, run: Run, header: Header) -> None:
-        self._run, self._store, self._header = run, run.store, header
+    def __init__(self, run: Run, header: Header, stands: Header | None) -> None:
+        self._run, self._store, self._header, self._stands = run, run.store, header, stands
         self._beside = False
         self._written = 0.0
         self._looked = 0.0
         self._asked = False
+
+    def claim(self) -> None:
+        """Make the run this process's.
+
+        Raises:
+            ConfigError: somebody else has begun it meanwhile. StoreUnavailableError: it cannot be written.
+        """
+        self._header = headers.claim(self._store, self._header, self._stands)
 
     def begin(self, progress: Progress) -> None:
         """Write that it goes on."""
@@ -246,6 +266,10 @@ class Scribe:
             score=None if best is None else best.score, best=told,
         )  # fmt: skip
         headers.save(self._store, self._header)
+
+    def release(self) -> None:
+        """It goes on here no longer, whatever became of `end`."""
+        headers.release(self._header)
 
     def asked_to_stop(self) -> bool:
         """Whether somebody elsewhere wants the run to end; looked up once a second."""

@@ -130,7 +130,9 @@ class BudgetedOptimizer(_Sheltered):
             trainset: passed on, as all that the optimizer's own `compile` takes.
             valset: what candidates are chosen by. Passed on where the optimizer takes it.
             testset: untouched examples, on which the given program and the best one are compared at the end.
-            resume: go on with the run of this `name`: its answers cost nothing again. False begins another one.
+            resume: go on with the run of this `name`: its answers cost nothing again. The program, the examples and
+                the optimizer must be the same; caps, the metric and how many trials MIPROv2 makes (`num_trials`) may be
+                others. False begins another one.
             dry_run: only forecast, and print it.
             arguments: further ones of the optimizer's `compile`; and `budget_usd`, `max_calls`, `max_tokens`,
                 `max_time` to replace those of the constructor this time.
@@ -242,7 +244,7 @@ class BudgetedOptimizer(_Sheltered):
         tracked = in_mlflow(
             track=terms.track, resumed=begun.before is not None, datasets=sets, settings=_told(task, terms)
         )
-        scribe = None if begun.header is None else Scribe(begun.run, begun.header)
+        scribe = None if begun.header is None else Scribe(begun.run, begun.header, begun.stands)
         watchers: list[Watcher] = [each for each in (scribe, tracked) if each is not None]
         watchers.append(watcher(terms.view))
         session = Session(
@@ -250,13 +252,19 @@ class BudgetedOptimizer(_Sheltered):
             begun.spent,
         )  # fmt: skip
         session.outcome.warnings.extend([*warnings, *begun.warnings])
+        if scribe is not None:
+            scribe.claim()
         self._session = session
         try:
             session.go()
         finally:
-            self._session = None
-            self.report = report_of(session, self._forecasted, None if tracked is None else tracked.wait_for_id())
-            session.told(self.report)
+            try:
+                self._session = None
+                self.report = report_of(session, self._forecasted, None if tracked is None else tracked.wait_for_id())
+                session.told(self.report)
+            finally:
+                if scribe is not None:
+                    scribe.release()
         best = session.programs.best()
         best.optimization = self.report
         if self._publish is not None:

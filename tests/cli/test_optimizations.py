@@ -63,7 +63,11 @@ def said(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     monkeypatch.setenv("COLUMNS", "120")
 
     def said(*arguments: str, code: int = 0) -> Any:
-        assert main(["optimizations", *arguments, "--store", url, "--namespace", "cli"]) == code
+        cut = arguments.index("--") if "--" in arguments else len(arguments)
+        options = [each for each in arguments[:cut] if each.startswith("--")]
+        words = [each for each in arguments[:cut] if not each.startswith("--")]  # behind `--` all are
+        said = ["optimizations", "--store", url, "--namespace", "cli", *options, *words, *arguments[cut:]]
+        assert main(said) == code
         out = capsys.readouterr()
         if code:
             return out.err
@@ -133,11 +137,80 @@ def test_what_is_removed_is_gone(said: Said, filled: Store) -> None:
 def test_a_running_one_is_not_removed_but_by_force(said: Said, filled: Store) -> None:
     error = said("rm", "goes on", code=2)
     assert "is running" in error
-    assert "optimizations stop goes on" in error
+    assert "optimizations stop 'goes on'" in error, "as a shell takes it"
     assert "--force" in error
     assert "goes on" in headers.names(filled)
     said("rm", "goes on", "--force")
     assert "goes on" not in headers.names(filled)
+
+
+def test_a_running_one_that_is_removed_ends_and_spends_nothing_anew(said: Said, store: Store) -> None:
+    """Its cap would be whole again for what goes on; the answers go."""
+    headers.save(store, Header("it", "GEPA"))
+    with Provider() as provider, call_context(run=Run("it", usd=1.0, store=store, keep_answers=True)):
+        lm = make_lm(provider.url)
+        lm("question")
+        lm.close()
+    used = Run("it", usd=1.0, store=store).used().usd
+    assert "asked to stop" in said("rm", "it", "--force")
+    assert store.runs.answers("it") == []
+    assert headers.asked_to_stop(store, "it")
+    assert Run("it", usd=1.0, store=store).used().usd == used
+    assert used is not None
+    assert used > 0
+
+
+NAMES = ["two words", "-x", "--force", "[bold red]x[/]", "new\nline", "\x1b[31mred", "ü|%;'\"", " ", "list", "x" * 300]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_can_be_shown_stopped_and_removed(name: str, said: Said, store: Store) -> None:
+    headers.save(store, Header(name, "GEPA", caps={"usd": 1.0}))
+    headers.save(store, Header("another", "GEPA", state="completed", started_at=1.0))
+    assert [row["run"] for row in said("--json")] == [name, "another"]
+    table = said()
+    assert "\x1b" not in table
+    given = ("--", name) if name.startswith("-") else (name,)
+    assert said("show", "--json", *given)["run"] == name
+    assert said("stop", "--json", *given) == {"run": name, "asked_to_stop": True}
+    assert said("rm", "--force", "--json", *given) == {"run": name, "removed": True, "answers": 0}
+    assert headers.names(store) == ["another"]
+
+
+def test_half_a_character_in_a_name_is_shown_and_found(said: Said, store: Store) -> None:
+    headers.save(store, Header("a\ud800", "GEPA", state="budget"))
+    assert said("show", "a\ud800", "--json")["run"] == "a\ud800"
+    assert said("rm", "a\ud800", "--json")["removed"]
+    assert headers.names(store) == []
+
+
+def test_a_damaged_one_is_listed_and_can_be_removed(said: Said, store: Store) -> None:
+    """The list is there for the others, and the remedy that is told works."""
+    headers.save(store, Header("good", "GEPA", state="completed"))
+    store.runs.put_note("bad", "header", '{"run": "bad", "optimizer": "x", "beside": [[1]]}')
+    assert [(row["run"], row["state"]) for row in said("list", "--json")] == [("good", "completed"), ("bad", "damaged")]
+    assert "damaged" in said()
+    assert "optimizations rm bad" in said("show", "bad", code=2)
+    assert "is removed" in said("rm", "bad")
+    assert headers.names(store) == ["good"]
+
+
+def test_the_list_as_json_says_all_that_is_known(said: Said, store: Store) -> None:
+    headers.save(store, Header("it", "GEPA", state="budget", caps={"usd": 5.0, "calls": None}, spent_usd=4.5,
+                               started_at=1e9, ended_at=1e9 + 60, score=0.75))  # fmt: skip
+    store.runs.keep("it", b"key", b"12345", "m", True).result(10)
+    assert said("list", "--json") == [
+        {"run": "it", "optimizer": "GEPA", "state": "budget", "started_at": 1e9, "ended_at": 1e9 + 60, "score": 0.75,
+         "spent_usd": 4.5, "caps": {"usd": 5.0, "calls": None}, "answers": 1, "bytes": 5}
+    ]  # fmt: skip
+
+
+def test_of_many_names_a_few_are_told(said: Said, store: Store) -> None:
+    for number in range(12):
+        headers.save(store, Header(f"run {number:02}", "GEPA", state="budget"))
+    error = said("show", "nobody", code=2)
+    assert "'run 09' and 2 more" in error
+    assert "run 10" not in error
 
 
 CHILD = """

@@ -14,7 +14,7 @@ from typing import Any
 import dspy
 import pytest
 
-from dspy_prod.optimize.fingerprints import PACKAGES, described, digests, fingerprints, function, model, plain, program
+from dspy_prod.optimize.fingerprints import PACKAGES, described, digests, function, model, plain, program
 from dspy_prod.optimize.settings import settings_of
 from dspy_prod.testing import Provider
 from tests.e2e.support import make_lm
@@ -34,7 +34,7 @@ dspy.BetterTogether(metric=metric, p=dspy.BootstrapFewShot(metric=metric), w=dsp
 CHILD = f"""
 import json, sys
 import dspy
-from dspy_prod.optimize.fingerprints import fingerprints
+from dspy_prod.optimize.fingerprints import described, digests
 
 def metric(example, prediction, trace=None):
     return float(example.answer == prediction.answer)
@@ -56,7 +56,7 @@ lm = dspy.LM("openai/m", temperature=0.5, api_key="sk-a-key-of-mine")
 data = [dspy.Example(question=str(n), answer={{"b": 1, "a": [n]}}).with_inputs("question") for n in range(9)]
 sets = {{"trainset": data}}
 made = [{", ".join(OPTIMIZERS)}]
-print(json.dumps([fingerprints(each, Two(), sets, metric, {{"program": lm}}) for each in made]))
+print(json.dumps([digests(described(each, Two(), sets, metric, {{"program": lm}})) for each in made]))
 """
 
 
@@ -292,8 +292,8 @@ def test_data_of_all_kinds_can_be_told() -> None:
         float("nan"), dspy.Signature("a -> b"), "\ud800",
     ]  # fmt: skip
     sets = {"trainset": [dspy.Example(value=value) for value in values], "valset": None}
-    told = fingerprints(dspy.LabeledFewShot(), dspy.Predict("value -> a"), sets, None, {})
-    assert told == fingerprints(dspy.LabeledFewShot(), dspy.Predict("value -> a"), sets, None, {})
+    told = described(dspy.LabeledFewShot(), dspy.Predict("value -> a"), sets, None, {})
+    assert told == described(dspy.LabeledFewShot(), dspy.Predict("value -> a"), sets, None, {})
     assert len(set(described(dspy.LabeledFewShot(), Plain(), sets, None, {})["datasets"]["trainset"])) == len(values)
 
 

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ import dspy
 import pytest
 
 from dspy_prod import ConfigError, Run, call_context
-from dspy_prod.optimize import headers
+from dspy_prod.optimize import alive, headers
+from dspy_prod.optimize.comparing import goes_further
 from dspy_prod.optimize.fingerprints import described, digests
 from dspy_prod.optimize.headers import Header, differences
 from dspy_prod.stores.base import Store
@@ -99,7 +101,7 @@ def test_another_process_stops_it_and_sees_whether_it_lives(tmp_path: Path) -> N
 
 
 def test_a_number_that_another_process_has_now_is_not_taken_for_the_run() -> None:
-    host, booted, pid, begun = (headers._this_process()).split(" ")
+    host, booted, pid, begun = alive.this_process().split(" ")
     assert int(pid) == os.getpid()
     if begun == "-":
         pytest.skip("this system does not tell when a process began")
@@ -138,6 +140,64 @@ def test_what_is_removed_is_gone_with_its_answers_and_its_account(tmp_path: Path
     with sqlite3.connect(tmp_path / "state.db") as file:
         keys = [key for (key,) in file.execute("SELECT key FROM accounts ORDER BY key")]
     assert keys == [f"|run|{name}|{of}" for name in ("it%7Ctoo", "itself") for of in ("calls", "usd")]
+
+
+def test_one_that_ends_without_a_word_goes_on_no_longer(store: Store) -> None:
+    """Its process, a notebook's, lives on; its last state could not be written, because the disk was full."""
+    headers.save(store, Header("it", "GEPA", state="budget"))
+    mine = headers.claim(store, Header("it", "GEPA"), headers.load(store, "it"))
+    stands = headers.load(store, "it")
+    assert stands is not None
+    assert (stands.running, stands.dead_pid) == (True, None)
+    headers.release(mine)
+    assert (stands.running, stands.shown_state) == (False, "killed")
+
+
+def test_of_two_that_go_on_at_once_one_is_told_that_the_other_does(store: Store) -> None:
+    headers.save(store, Header("it", "GEPA", state="killed"))
+    both = [headers.load(store, "it") for _ in range(2)]
+    mine = headers.claim(store, Header("it", "GEPA"), both[0])
+    with pytest.raises(ConfigError, match="'it' was just begun elsewhere"):
+        headers.claim(store, Header("it", "GEPA"), both[1])
+    with pytest.raises(ConfigError, match="'it' was just begun elsewhere"):
+        headers.claim(store, Header("it", "GEPA"), None)
+    stands = headers.load(store, "it")
+    assert stands is not None
+    assert stands.running
+    headers.release(mine)
+
+
+def test_one_of_another_machine_is_dead_once_it_writes_no_more() -> None:
+    """As a container that was killed, and has another name when it is started again."""
+    elsewhere = "elsewhere " + alive.this_process().partition(" ")[2]
+    now = time.time()
+    assert Header("it", "GEPA", process=elsewhere, seen_at=now - 10).running
+    assert not Header("it", "GEPA", process=elsewhere, seen_at=now - alive.SILENT - 1).running
+    assert Header("it", "GEPA", process=elsewhere, seen_at=now - alive.SILENT - 1).dead_pid is None
+    assert Header("it", "GEPA", process=alive.this_process(), seen_at=0.0).running, "it is known to live"
+
+
+def test_the_latest_of_a_name_is_told_from_a_name_with_a_number(store: Store) -> None:
+    for name, asked, at in (("a", "a", 1.0), ("a-2", "a-2", 5.0), ("a-3", "a", 3.0), ("b-2", "b", 2.0)):
+        headers.save(store, Header(name, "GEPA", state="budget", asked_as=asked, started_at=at))
+    found = {name: headers.latest(store, name) for name in ("a", "a-2", "a-3", "b", "b-2", "c")}
+    assert {name: each and each.run for name, each in found.items()} == {
+        "a": "a-3", "a-2": "a-2", "a-3": "a-3", "b": "b-2", "b-2": "b-2", "c": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "shown"), [("a", "a"), ("a b", "'a b'"), ("-x", "-- -x"), ("'", """''"'"''""")])
+def test_a_remedy_names_a_run_as_a_shell_takes_it(name: str, shown: str) -> None:
+    assert headers.quoted(name) == shown
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"run": "bad", "optimizer": "x", "beside": [[1]]}',
+                                  '{"run": "bad", "optimizer": "x", "started_at": "long ago"}'])  # fmt: skip
+def test_a_header_is_damaged_in_whatever_way(text: str, store: Store) -> None:
+    store.runs.put_note("bad", "header", text)
+    with pytest.raises(ConfigError, match="'bad' is damaged"):
+        headers.load(store, "bad")
+    assert headers.sound(store) == ([], ["bad"])
 
 
 def test_a_damaged_header_says_how_to_get_rid_of_it(store: Store) -> None:
@@ -224,6 +284,21 @@ def test_a_metric_and_caps_may_change() -> None:
         "the cap usd is 8.0 instead of 5.0",
         "the cap calls is 10 instead of none",
     ]
+
+
+def test_more_trials_are_the_same_way_and_further() -> None:
+    """Of a number nothing can be told that was left to the optimizer."""
+    fewer, more = (made(arguments={"num_trials": number, "minibatch": False}) for number in (6, 9))
+    assert differences(fewer, more) == ([], ["compile's num_trials is 9 instead of 6"])
+    assert differences(more, fewer) == ([], ["compile's num_trials is 6 instead of 9"])
+    assert goes_further(fewer.described, more.described)
+    assert not goes_further(fewer.described, fewer.described)
+    for other in ({"minibatch": False}, {"num_trials": True, "minibatch": False}):
+        refused, allowed = differences(fewer, made(arguments=other))
+        assert (len(refused), allowed) == (1, [])
+        assert "compile's num_trials is" in refused[0]
+    refused, allowed = differences(fewer, made(arguments={"num_trials": 9, "minibatch": True}))
+    assert refused == ["compile's minibatch is True instead of False"]
 
 
 def test_another_version_is_told() -> None:
