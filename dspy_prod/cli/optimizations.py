@@ -32,6 +32,16 @@ def add_parser(commands: Any, where: Callable[[argparse.ArgumentParser], None]) 
     parser.add_argument("--force", action="store_true", help="with rm: also while it is running")
     where(parser)
     parser.set_defaults(run=run)
+    parse = parser.parse_known_args
+
+    def with_late_name(*arguments: Any) -> tuple[argparse.Namespace, list[str]]:
+        """A name that stands behind an option, as in `show --json NAME`: argparse takes it for one too many."""
+        found, rest = parse(*arguments)
+        if found.name is None and len(rest) == 1 and not rest[0].startswith("-"):
+            found.name, rest = rest[0], []
+        return found, rest
+
+    parser.parse_known_args = with_late_name
 
 
 def run(arguments: argparse.Namespace) -> int:

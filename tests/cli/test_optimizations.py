@@ -205,6 +205,17 @@ def test_the_list_as_json_says_all_that_is_known(said: Said, store: Store) -> No
     ]  # fmt: skip
 
 
+def test_a_name_may_stand_behind_an_option(url: str, filled: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--store", url, "--namespace", "cli"]
+    assert main(["optimizations", "show", *where, "--json", "ended"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"] == "ended"
+    assert main(["optimizations", "rm", "--json", "kept", *where]) == 0
+    assert headers.names(filled) == ["ended", "goes on"]
+    with pytest.raises(SystemExit):
+        main(["optimizations", "show", "ended", *where, "another"])
+    assert "unrecognized arguments: another" in capsys.readouterr().err
+
+
 def test_of_many_names_a_few_are_told(said: Said, store: Store) -> None:
     for number in range(12):
         headers.save(store, Header(f"run {number:02}", "GEPA", state="budget"))
