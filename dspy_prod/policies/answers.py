@@ -33,6 +33,8 @@ KEY_VERSION: Final = b"dspy_prod:answers:1:"
 STRANGERS: Final = 0.05
 """Share of the kept answers. So many questions that were never asked before mean that a run takes another path."""
 
+SHOWS: Final = "The first one was: "
+"""After these words a warning quotes a prompt."""
 LEEWAY: Final = 16
 """Questions that were on their way when the run ended, and have no answer for that reason, are no strangers."""
 
@@ -168,7 +170,7 @@ class AnswerLog:
         return outward(
             f"{self.strangers} calls differ from all that the run {self._run!r} has answers of, although it had "
             f"{self.kept_before}: the program, its data or a seed is another, or it asks for the time, the web or a "
-            f"random number. The first one was: {asked}"
+            f"random number. {SHOWS}{asked}"
         )
 
     def _next(self, key: bytes) -> int | None:
