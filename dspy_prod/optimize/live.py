@@ -119,7 +119,7 @@ class Bar:
         size = {"dynamic_ncols": True} if _has_size() else {"ncols": 120, "nrows": 24}
         self._bar = tqdm(
             total=_STEPS, file=sys.stderr, leave=True, mininterval=0, miniters=0, delay=1e-9,
-            bar_format="{desc} {percentage:3.0f}%|{bar:12}|{postfix}", **size,
+            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {unit}", **size,
         )  # fmt: skip
         self.update(progress)
 
@@ -129,7 +129,7 @@ class Bar:
         if bar is not None:
             bar.n = max(bar.n, round(used(progress) * _STEPS))
             bar.set_description_str(told(progress.run), refresh=False)
-            bar.set_postfix_str(told(sentence(progress)), refresh=False)
+            bar.unit = told(sentence(progress))  # a postfix would begin with a comma
             bar.refresh()
 
     def end(self, progress: Progress, report: Any) -> None:

@@ -121,8 +121,8 @@ def outcome(
     """What belongs to the whole run, the most useful first; unless `whole`, without prompts."""
     candidates = progress.candidates if report is None else report.candidates
     rows = [
-        [f"#{one.index}", outward(one.origin), lineage(one), one.status, size, score]
-        for one in candidates
+        [f"#{one.index}", outward(one.origin), lineage(one), one.status, size, round(score, _PLACES // 2)]
+        for one in sorted(candidates, key=lambda each: each.status != "minibatch")  # those that were rejected first
         for size, score in one.minibatches
     ]
     if rows:

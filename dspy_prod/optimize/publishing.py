@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("dspy_prod")
 
-_LINK_PATIENCE: Final = 15.0
+_LINK_PATIENCE: Final = 30.0
 """Seconds for which publishing waits for the run that the version is linked to."""
 
 
@@ -78,6 +78,7 @@ def publish_best(
     }
     if report.test is not None:
         measured["test_score"] = report.test.best
+    server = server_at(uri)  # imports MLflow, as the process does that is waited for next
     run = report.experiment_run or (None if watching is None else watching.wait_for_id(_LINK_PATIENCE))
     version = registry.publish(
         program,
@@ -89,10 +90,13 @@ def publish_best(
         tracking_uri=uri,
     )
     try:
-        _named_after(server_at(uri), version, report.run, run)
+        _named_after(server, version, report.run, run)
     except RegistryError as error:
         _log.warning("%s/%s is published, but says nothing of run %r: %s", name, version.version, outward(report.run),
                      outward(str(error)))  # fmt: skip
+    if run is None and watching is not None:
+        _log.warning("%s/%s is published, but linked to no MLflow run: there was none yet after %.0f s", name,
+                     version.version, _LINK_PATIENCE)  # fmt: skip
     return version
 
 

@@ -127,15 +127,19 @@ def test_a_compile_is_a_run_and_each_candidate_one_below_it(uri: str, client: Ml
 def test_minibatches_figures_and_the_report_are_artifacts(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     """What only saw minibatches is a table; both figures are pictures; the report is there as JSON, HTML and text."""
     candidates = found()
+    candidates = (replace(candidates[0], minibatches=((3, 1 / 3),)), *candidates[1:])
     watching = watcher(tracking_uri=uri, experiment=EXPERIMENT)
     assert watching is not None
     run_through(watching, candidates)
     assert watching.wait(60.0)
     parent, _ = runs_of(client)
     table = json.loads(artifact(client, parent, "minibatches.json", tmp_path).read_text())
-    rejected = [one for one in candidates if one.minibatches]
-    assert [row[0] for row in table["data"]] == [f"#{one.index}" for one in rejected]
-    assert [row[-1] for row in table["data"]] == [one.minibatches[0][1] for one in rejected]
+    asked = [one for one in candidates if one.minibatches]
+    rejected = [one for one in asked if one.status == "minibatch"]
+    shown = [*rejected, *(one for one in asked if one not in rejected)]
+    assert [one.index for one in asked] != [one.index for one in shown]
+    assert [row[0] for row in table["data"]] == [f"#{one.index}" for one in shown]
+    assert [row[-1] for row in table["data"]] == [round(one.minibatches[0][1], 4) for one in shown]
     assert json.loads(parent.data.tags["mlflow.loggedArtifacts"])[0]["path"] == "minibatches.json"
     for path in ("score_against_dollars.png", "quality_against_cost.png"):
         assert artifact(client, parent, path, tmp_path).read_bytes().startswith(b"\x89PNG")
@@ -438,6 +442,18 @@ def test_whatever_keeps_a_program_from_being_published(
     assert version is not None
     assert version.version == 1
     assert "triage/1 is published, but says nothing of run 'triage': away" in caplog.text
+
+
+def test_a_version_that_is_linked_to_no_run_says_so(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow may have no run yet, where it is slow; the version is there all the same."""
+    watching = watcher(tracking_uri=uri, experiment=EXPERIMENT)
+    assert watching is not None
+    monkeypatch.setattr(watching, "wait_for_id", lambda seconds: None)
+    best = program(best_of(found(2)))
+    assert publish_found(report(found(2)), best, "triage", tracking_uri=uri, watching=watching) is not None
+    assert "triage/1 is published, but linked to no MLflow run" in caplog.text
 
 
 def test_without_tracking_there_is_no_watcher() -> None:

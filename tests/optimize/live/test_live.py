@@ -93,6 +93,7 @@ def test_at_a_terminal_it_is_one_bar_with_score_money_candidates_and_time(
     assert "25%" in told
     for part in ("best 0.700 (given 0.500)", "$0.01 of $0.04", "3 candidates", "3 min left"):
         assert part in told
+    assert "| search, best" in told, "a comma stood between the bar and the words"
     assert "\n" not in begun + told  # it stays on its line
     shown.end(progress(0.04, stopped_by="budget"), None)
     ended = terminal.read()
