@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dspy_prod.optimize.telling import span
 from dspy_prod.views import Cell, Table
 
-if TYPE_CHECKING:
-    from dspy_prod.optimize.rehearsal import Forecast
 
-
-def table(forecast: Forecast) -> Table:
-    """The whole forecast."""
+def table(forecast: Any) -> Table:
+    """The whole of a `rehearsal.Forecast`."""
     return Table("Forecast", ("", ""), list(_rows(forecast)))
 
 
-def _rows(given: Forecast) -> Iterator[tuple[str, Any]]:
+def _rows(given: Any) -> Iterator[tuple[str, Any]]:
     yield "cost", Cell(f"${given.usd:,.4f}", "strong", (f"${given.usd_low:,.4f} to ${given.usd_high:,.4f}",))
     if len(given.by) > 1:
         yield from ((f"  {name}", f"${usd:,.4f}") for name, usd in given.by.items())
