@@ -15,8 +15,8 @@ from dspy_prod.context.current import current
 from dspy_prod.errors import BudgetExceededError, DeadlineExceededError, OutageError, RunStoppedError
 from dspy_prod.optimize.candidates import Progress, Watcher
 from dspy_prod.optimize.telling import sentence, used
-from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
+from dspy_prod.views.cells import told
 
 LINE_EVERY: Final = 10.0
 """Seconds after which there is another line, unless a better candidate came before."""
@@ -103,7 +103,7 @@ class Lines:
 
     def _say(self, progress: Progress) -> None:
         self._shown, self._next = _news(progress), time.monotonic() + LINE_EVERY
-        print(outward(f"{progress.run}: {sentence(progress)}"), file=sys.stderr, flush=True)  # noqa: T201 (the view)
+        print(told(f"{progress.run}: {sentence(progress)}"), file=sys.stderr, flush=True)  # noqa: T201 (the view)
 
 
 class Bar:
@@ -114,12 +114,12 @@ class Bar:
 
     def begin(self, progress: Progress) -> None:
         """Draw it."""
-        from tqdm.auto import tqdm
+        from tqdm import tqdm  # not `tqdm.auto`: in a kernel that warns where ipywidgets is missing
 
         size = {"dynamic_ncols": True} if _has_size() else {"ncols": 120, "nrows": 24}
         self._bar = tqdm(
             total=_STEPS, file=sys.stderr, leave=True, mininterval=0, miniters=0, delay=1e-9,
-            bar_format="{desc} {percentage:3.0f}%|{bar:12}|{postfix}", **size,
+            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {unit}", **size,
         )  # fmt: skip
         self.update(progress)
 
@@ -128,8 +128,8 @@ class Bar:
         bar = self._bar
         if bar is not None:
             bar.n = max(bar.n, round(used(progress) * _STEPS))
-            bar.set_description_str(outward(progress.run), refresh=False)
-            bar.set_postfix_str(outward(sentence(progress)), refresh=False)
+            bar.set_description_str(told(progress.run), refresh=False)
+            bar.unit = told(sentence(progress))  # a postfix would begin with a comma
             bar.refresh()
 
     def end(self, progress: Progress, report: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.optimize.candidates import Progress
 from dspy_prod.optimize.telling import sentence
-from dspy_prod.privacy.outward import outward
+from dspy_prod.views.cells import told
 
 if TYPE_CHECKING:
     from dspy_prod.views.parts import Table
@@ -22,7 +22,7 @@ EVERY: Final = 1.0
 MOST: Final = 8
 """Candidates in the table."""
 
-_WIDE, _HIGH, _LEFT, _LOW = 520, 180, 44, 26
+_WIDE, _HIGH, _LEFT, _LOW = 520, 180, 58, 26
 
 
 class LivePage:
@@ -36,11 +36,11 @@ class LivePage:
 
     def begin(self, progress: Progress) -> None:
         """Show it."""
-        from IPython.display import HTML, display
+        from IPython.display import display
 
         # The kernel tells by the context which cell a display belongs to; the run's own thread has none.
         self._context = contextvars.copy_context()
-        self._handle = display(HTML(page(progress)), display_id=True)
+        self._handle = display(_both(progress), raw=True, display_id=True)
         self._next = time.monotonic() + EVERY
 
     def update(self, progress: Progress) -> None:
@@ -53,12 +53,15 @@ class LivePage:
         self._show(progress)
 
     def _show(self, progress: Progress) -> None:
-        from IPython.display import HTML
-
         with self._lock:
             if self._handle is not None and self._context is not None:
-                self._context.run(self._handle.update, HTML(page(progress)))
+                self._context.run(self._handle.update, _both(progress), raw=True)
             self._next = time.monotonic() + EVERY
+
+
+def _both(progress: Progress) -> dict[str, str]:
+    """For what shows HTML, and for what does not, such as a console that is connected to the kernel."""
+    return {"text/html": page(progress), "text/plain": table(progress).text()}
 
 
 def page(progress: Progress) -> str:
@@ -68,10 +71,12 @@ def page(progress: Progress) -> str:
 
 def table(progress: Progress) -> Table:
     """The best candidates first, then those that are not complete."""
-    from dspy_prod.views import Table
+    from dspy_prod.views import Table, usd
 
     ranked = sorted(progress.candidates, key=lambda each: (each.score is None, -(each.score or 0.0), each.index))
-    rows = [(each.index, each.origin, each.status, each.score, each.examples, each.cost_usd) for each in ranked[:MOST]]
+    rows = [
+        (each.index, each.origin, each.status, each.score, each.examples, usd(each.cost_usd)) for each in ranked[:MOST]
+    ]
     left = len(ranked) - len(rows)
     more = f" {left} more candidates are not shown." if left > 0 else ""
     return Table(
@@ -89,8 +94,9 @@ def chart(progress: Progress) -> str:
     )
     if not points:
         return ""
-    wide = max(progress.budget_usd or 0.0, progress.spent_usd, points[-1][0]) or 1.0
-    low, high = min(score for _, score in points), max(score for _, score in points)
+    wide, right = _width(max(progress.spent_usd, points[-1][0]), progress.budget_usd)
+    scores = [score for _, score in points]
+    low, high = min(scores), max(scores)
     low, high = (
         (low - 0.05, high + 0.05) if high - low < 1e-9 else (low - 0.1 * (high - low), high + 0.1 * (high - low))
     )
@@ -104,11 +110,13 @@ def chart(progress: Progress) -> str:
     )
     spent, _ = at(progress.spent_usd, low)
     ground = _HIGH - _LOW
+    given = ""
+    if progress.baseline is not None and low < progress.baseline < high:
+        given = f'<path d="M{_LEFT} {at(0, progress.baseline)[1]:.1f}H{_WIDE - 10}" stroke-dasharray="5 4"/>'
     texts = [
-        (_LEFT - 6, at(0, points[0][1])[1] + 4, "end", f"{points[0][1]:.3g}"),
-        (_LEFT - 6, at(0, max(score for _, score in points))[1] + 4, "end", f"{max(score for _, score in points):.3g}"),
+        *[(_LEFT - 6, at(0, score)[1] + 4, "end", _told(score)) for score in sorted({min(scores), max(scores)})],
         (_LEFT, _HIGH - 8, "start", "$0"),
-        (_WIDE - 10, _HIGH - 8, "end", f"${wide:.4g}"),
+        (_WIDE - 10, _HIGH - 8, "end", right),
     ]
     words = "".join(
         [
@@ -116,14 +124,28 @@ def chart(progress: Progress) -> str:
             for x, y, anchor, text in texts
         ]
     )
-    label = html.escape(outward(f"best score against dollars, {sentence(progress)}"), quote=True)
+    label = html.escape(told(f"best score against dollars, {sentence(progress)}"), quote=True)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" viewBox="0 0 {_WIDE} {_HIGH}" '
         f'width="{_WIDE}" style="max-width:100%;color:inherit"><g fill="#1f77b4">{dots}</g>'
         f'<polyline points="{_steps(points, at, spent)}" fill="none" stroke="#1f77b4" stroke-width="2"/>'
-        f'<path d="M{_LEFT} {ground}H{_WIDE - 10}M{spent:.1f} 6V{ground}" stroke="currentColor" opacity=".35"/>'
-        f"{words}</svg>"
+        f'<g stroke="currentColor" opacity=".35">{given}'
+        f'<path d="M{_LEFT} {ground}H{_WIDE - 10}M{spent:.1f} 6V{ground}"/></g>{words}</svg>'
     )
+
+
+def _width(spent: float, cap: float | None) -> tuple[float, str]:
+    """The dollars at the chart's right end, and what is written there: a cap that is far away is only told."""
+    if cap and cap <= 3 * spent:
+        wide = max(cap, spent)
+        return wide, f"cap ${cap:,.4g}" if wide == cap else f"${wide:,.4g}"
+    if not spent:
+        return (cap, f"cap ${cap:,.4g}") if cap else (1.0, "")
+    return spent, f"${spent:,.4g}" + (f", cap ${cap:,.4g} further right" if cap else "")
+
+
+def _told(score: float) -> str:
+    return f"{score:,.0f}" if 1000 <= abs(score) < 1e6 else f"{score:.3g}"
 
 
 def _steps(points: Sequence[tuple[float, float]], at: Any, end: float) -> str:

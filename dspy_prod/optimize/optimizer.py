@@ -235,8 +235,8 @@ class BudgetedOptimizer(_Sheltered):
     # -- the run -------------------------------------------------------------------------------------------------------
     def _compile(self, task: Task, terms: Terms, warnings: list[str], resume: bool | None) -> Any:
         from dspy_prod.optimize.live import quiet, watcher
-        from dspy_prod.optimize.mlflow_runs import publish_found
         from dspy_prod.optimize.mlflow_runs import watcher as in_mlflow
+        from dspy_prod.optimize.publishing import publish_found
 
         pilot, self._begun = self._begun, (None, 0.0)
         begun = opened(task, terms, self.name, resume, self._store, self._namespace, pilot)

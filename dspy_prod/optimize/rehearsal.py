@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
@@ -28,6 +28,10 @@ from dspy_prod.optimize.stage import Bill, Samples, Stage
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.privacy.outward import outward
+from dspy_prod.views import Shown
+
+if TYPE_CHECKING:
+    from dspy_prod.views import Table
 
 SEEDS: Final = 3
 
@@ -41,7 +45,7 @@ _NO_END: Final = 10**9
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Shown):
     """What an optimization is expected to need, its baseline evaluation included.
 
     The ranges are made to hold the truth nine times in ten. Three rehearsals show only half of how far the next one
@@ -75,6 +79,11 @@ class Forecast:
             f"{_duration(self.seconds)}; the pilot cost {_usd(self.pilot_usd)}"
         )
         return "\n".join([text, *[f"warning: {outward(each)}" for each in self.warnings]])
+
+    def _view(self) -> Table:
+        from dspy_prod.optimize.foretold import table
+
+        return table(self)
 
 
 def rehearse(

@@ -68,6 +68,13 @@ class Paired:
     better: int
     worse: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.best:.4g}, given program {self.given:.4g}: {self.difference:+.4g} (95 %: {self.low:+.4g} to "
+            f"{self.high:+.4g}), {self.n:,} examples, {self.better:,} better, {self.worse:,} worse, "
+            f"p = {self.p_value:.2g}"
+        )
+
 
 def expected(candidates: Sequence[Mapping[int, float]], n: int) -> list[Expected]:
     """What each candidate is expected to score on other examples, in the order given.

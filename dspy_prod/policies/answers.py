@@ -33,6 +33,9 @@ KEY_VERSION: Final = b"dspy_prod:answers:1:"
 STRANGERS: Final = 0.05
 """Share of the kept answers. So many questions that were never asked before mean that a run takes another path."""
 
+SHOWS: Final = "The first one was: "
+"""After these words a warning quotes a prompt."""
+
 LEEWAY: Final = 16
 """So few never do: questions that were on their way when the run ended have no answer, and answers to what was asked
 because a dear call was refused just before the end are asked for no more."""
@@ -177,7 +180,7 @@ class AnswerLog:
         return (
             f"{self._astray} calls differ from all that the run {outward(repr(self._run))} has answers of, although "
             f"it had {self.kept_before}: the program, its data or a seed is another, it asks for the time, the web or "
-            f"a random number, or it was refused something that it may ask now. The first one was: {asked}"
+            f"a random number, or it was refused something that it may ask now. {SHOWS}{asked}"
         )
 
     def _next(self, key: bytes) -> int | None:

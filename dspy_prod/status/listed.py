@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any
 
 from dspy_prod.records import CallRecord
-from dspy_prod.views import Cell, Shown, Table, frame
+from dspy_prod.views import Cell, ShownList, Table, frame
 
 if TYPE_CHECKING:
     import pandas
 
 
-class Records(Shown, list[CallRecord]):
+class Records(ShownList[CallRecord]):
     """Records of the ledger, in the order in which they were asked for.
 
     Example:
@@ -22,14 +22,6 @@ class Records(Shown, list[CallRecord]):
         calls.groupby("model")[["cost_usd", "output_tokens"]].sum()
         ```
     """
-
-    @overload
-    def __getitem__(self, at: SupportsIndex) -> CallRecord: ...
-    @overload
-    def __getitem__(self, at: slice) -> Records: ...
-    def __getitem__(self, at: SupportsIndex | slice) -> CallRecord | Records:
-        found = super().__getitem__(at)
-        return Records(found) if isinstance(found, list) else found
 
     def to_frame(self) -> pandas.DataFrame:
         """A row for each record: the fields of `CallRecord`, `cost_usd`, and a column `tag:<key>` for each tag.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from dspy_prod.records import OTHER
 from dspy_prod.telemetry.tap import Frozen
-from dspy_prod.views import Cell, Page, Shown, Table, frame, usd
+from dspy_prod.views import Cell, Page, Shown, ShownList, Table, frame, usd
 
 if TYPE_CHECKING:
     import pandas
@@ -154,7 +154,7 @@ class CostRow(Frozen):
     rest: bool = False
 
 
-class CostRows(Shown, list[CostRow]):
+class CostRows(ShownList[CostRow]):
     """Sums by a dimension: a list, which shows itself as a table and gives a DataFrame.
 
     Attributes:

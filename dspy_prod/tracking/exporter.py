@@ -2,34 +2,23 @@
 
 Started by `process.Exporter`. The only place that imports MLflow to write traces. One JSON object a line: first the
 configuration, then batches, perhaps `{"hurry": true}`; it answers `{"ready": true}` when it has reached MLflow,
-`{"batch": n, "lost": k}` for each batch, and `{"failing": why}` while MLflow cannot be reached. It ends with its
-input: the program is gone then, whatever ended it, and its exporter has still to write what it was handed. What is
-missing after that it tells the program's `stderr`.
+`{"batch": n, "lost": k}` for each batch, and `{"failing": why}` while MLflow cannot be reached. What is missing when it
+ends (see `exporting`) it tells the program's `stderr`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
 import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Mapping
-from queue import Empty, Queue
+from collections.abc import Mapping
+from queue import Empty
 from typing import IO, Any, Final
 
-from dspy_prod.privacy.names import bare_url, said_of, secrets_in
+from dspy_prod.privacy.names import bare_url
+from dspy_prod.tracking.exporting import Reader, is_final, serve, status_of, told
 from dspy_prod.tracking.mlflow_schema import prepare
 from dspy_prod.tracking.tally import due
 
-BACK_OFF: Final = (0.5, 30.0)
-"""Shortest and longest pause in seconds before MLflow is tried again."""
-PATIENCE: Final = 3
-"""Failures after which, if MLflow answers otherwise, the traces themselves are to blame."""
-_UNREADABLE: Final = (ValueError, TypeError, KeyError, OverflowError)
 TOGETHER: Final = 6
 """Batches written in one go when they are there anyway."""
 
@@ -92,39 +81,16 @@ class Sink:
             try:
                 MlflowClient(self._uri).link_traces_to_run([trace for trace, its in runs.items() if its == run], run)
             except Exception as error:
-                if not is_final(error) and _status(error) != 404:
+                if not is_final(error) and status_of(error) != 404:
                     raise
-
-
-class Reader:
-    """Takes messages from the program, in a thread of its own, until they end or it is in a hurry."""
-
-    def __init__(self) -> None:
-        self._hurried = threading.Event()
-        self._lines: Queue[dict[str, Any] | None] = Queue(maxsize=64)
-
-    def read(self, source: IO[str]) -> None:
-        """Body of the reading thread."""
-        for line in source:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                continue  # cut off: the program was killed while it wrote
-            if message.get("hurry"):
-                self._hurried.set()
-            else:
-                self._lines.put(message)
-        self._hurried.set()
-        self._lines.put(None)
 
 
 class Loop(Reader):
     """Takes batches from `lines` until they end."""
 
     def __init__(self, sink: Sink, answers: IO[str]) -> None:
-        super().__init__()
+        super().__init__(answers)
         self._sink = sink
-        self._answers = answers
         self._failing: str | None = None
         self._delivered = self._refused = 0
         self._refusal = ""
@@ -149,28 +115,15 @@ class Loop(Reader):
             self._deliver(batches)
 
     def _deliver(self, batches: list[dict[str, Any]]) -> None:
-        pause, failures = BACK_OFF[0], 0
-        while True:
-            try:
-                self._write(batches)
-            except Exception as error:
-                failures += 1
-                hurried = self._hurried.is_set()
-                suspicious = hurried or failures >= PATIENCE or isinstance(error, _UNREADABLE)
-                if is_final(error) or (suspicious and self._sink.answers()):
-                    self._singly(batches)
-                    return
-                self._say(failing=told(error))
-                if hurried:
-                    for batch in batches:
-                        self._settled(batch, batch["traces"], failing=told(error))
-                    return
-                self._hurried.wait(pause)
-                pause = min(pause * 2, BACK_OFF[1])
+        failed = self._insist(lambda: self._write(batches), self._sink.answers)
+        if failed is not None and failed[1]:
+            self._singly(batches)
+            return
+        for batch in batches:
+            if failed is None:
+                self._settled(batch, 0)
             else:
-                for batch in batches:
-                    self._settled(batch, 0)
-                return
+                self._settled(batch, batch["traces"], failing=failed[0])
 
     def _write(self, batches: list[dict[str, Any]]) -> None:
         spans, infos = ([one for batch in batches for one in batch[name]] for name in ("spans", "infos"))
@@ -210,9 +163,7 @@ class Loop(Reader):
 
     def _say(self, **words: Any) -> None:
         self._failing = words.get("failing")
-        with contextlib.suppress(OSError):  # the program is gone; what it handed over is still to be written
-            self._answers.write(json.dumps(words) + "\n")
-            self._answers.flush()
+        super()._say(**words)
 
     def last_word(self, file: int | None, place: str) -> str:
         """What a person has to know once the program is gone; empty when every trace is in MLflow.
@@ -229,56 +180,13 @@ class Loop(Reader):
         return f"{missing} traces did not reach MLflow at {place} ({'; '.join(why)}). The ledger has their costs"
 
 
-def is_final(error: Exception) -> bool:
-    """Whether trying again is of no use: MLflow was reached and refuses the content."""
-    code = _status(error)
-    return code is not None and 400 <= code < 500 and code not in (401, 403, 404, 408, 429)
-
-
-def _status(error: Exception) -> int | None:
-    """The HTTP status that MLflow would give for its error."""
-    status = getattr(error, "get_http_status_code", None)
-    return int(status()) if callable(status) else None
-
-
-def told(error: Exception) -> str:
-    """The beginning of an error's text, without a password that a URL in it or this process's environment holds."""
-    text = f"{type(error).__name__}: {error}".splitlines()[0]
-    text = said_of("", text, secrets_in(dict(os.environ)))
-    return " ".join(bare_url(word) if "://" in word else word for word in text.split(" "))[:200]
-
-
-def watch(parent: int, patience: float, end: Callable[[], None]) -> None:
-    """End in time when the program is gone, also when somebody else still holds the other end of the input."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    time.sleep(patience)
-    end()
-    os._exit(0)
-
-
 def main() -> None:
     """Body of the process. Reads `{"uri": ..., "experiment": ..., ...}`, then batches."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # sent to a whole group or container, these are for the program
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not look like an answer
-    logging.disable(logging.CRITICAL)
-    first = sys.stdin.readline()
-    if not first:
-        return
-    config = json.loads(first)
-    loop = Loop(Sink(config["uri"], config["experiment"]), answers)
 
-    def end() -> None:
+    def ended(loop: Loop, config: Mapping[str, Any]) -> None:
         word = loop.last_word(config["tally"], bare_url(config["uri"]))
         if word and config["aloud"] is not None:
             with contextlib.suppress(OSError):
                 os.write(config["aloud"], f"dspy_prod: {word}\n".encode("utf-8", "replace"))
 
-    watching = threading.Thread(target=watch, args=(config["parent"], config["patience"], end), daemon=True)
-    watching.start()
-    threading.Thread(target=loop.read, args=(sys.stdin,), daemon=True).start()
-    loop.run()
-    end()
+    serve(lambda config, answers: Loop(Sink(config["uri"], config["experiment"]), answers), ended)

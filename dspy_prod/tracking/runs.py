@@ -49,7 +49,7 @@ class Runs:
         self._changed = threading.Condition(self._lock)
         self._unconfirmed: dict[int, Mapping[str, Any]] = {}
         self._told = self._tries = 0
-        self._finished = self._given_up = self._warned = False
+        self._expecting = self._finished = self._given_up = self._warned = False
         self._exporter: Exporter | None = None
         reset_after_fork(self, Stage.THREADS)
         _LIVE.add(self)
@@ -86,11 +86,17 @@ class Runs:
 
     @property
     def _settled(self) -> bool:
-        return not self._unconfirmed or self._given_up
+        return self._given_up or not (self._unconfirmed or self._expecting)
+
+    def expect(self) -> None:
+        """The last messages are being made: until `finish`, whoever waits waits for them too."""
+        self._expecting = True
 
     def finish(self) -> None:
         """Nothing more is to come; the process ends once everything is written. Does not wait."""
-        with self._lock:
+        with self._changed:
+            self._expecting = False
+            self._changed.notify_all()
             if self._finished:
                 return
             self._finished = True
@@ -182,7 +188,11 @@ _LIVE: Final[WeakSet[Runs]] = WeakSet()
 
 
 def flush(timeout: float = 30.0) -> bool:
-    """Wait until everything that was told of runs is in MLflow or known to be lost; False when that took longer."""
+    """Wait until all that was told of runs, or is just being told, is in MLflow or known to be lost.
+
+    Returns:
+        False when that took longer than `timeout` seconds.
+    """
     until = time.monotonic() + timeout
     return not [runs for runs in list(_LIVE) if not runs.wait(max(0.0, until - time.monotonic()))]
 

@@ -6,7 +6,8 @@ message is about one run, and makes it when there is none with its key yet:
 - `run`: its key; `parent`: the key of the run that it is part of, or `under`: MLflow's id of that;
 - `continues`: look for a run with these tags, and go on with it;
 - `name`, `start` and `end` in milliseconds, `status` when it ends;
-- `tags`, `params`: texts by name; `metrics`: `[name, value, step, milliseconds]` each;
+- `tags`, `params`: texts by name; `metrics`: `[name, value, step, milliseconds]` each; `adds`: names of those that are
+  added to what the run had when it was found, because `continues` found it;
 - `texts`: artifacts by path; `files`: artifacts in base64 by path; `tables`: artifacts as columns and data by path;
 - `datasets`: `{"name", "digest", "context"}` each.
 
@@ -17,25 +18,24 @@ reached.
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
-import logging
-import os
-import signal
-import sys
 import tempfile
-import threading
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final
 
-from dspy_prod.tracking.exporter import BACK_OFF, PATIENCE, Reader, Sink, is_final, told, watch
+from dspy_prod.tracking.exporter import Sink
+from dspy_prod.tracking.exporting import Reader, serve, told
 
 KEY: Final = "dspy_prod.key"
 """The tag by which a run is found again."""
+BEFORE: Final = "dspy_prod.before"
+"""The tag with what a run had come to before it was continued."""
 _PARENT: Final = "mlflow.parentRunId"
 _TABLES: Final = "mlflow.loggedArtifacts"
 _MOST_PARAMS: Final = 100
+"""Parameters that MLflow takes at once."""
 
 
 class Records:
@@ -53,6 +53,8 @@ class Records:
         self.new: dict[str, str] = {}
         self._search = bool(ids)  # another process may have made some that it could not tell of
         self._params: dict[str, set[str]] = {}
+        self._before: dict[str, dict[str, float]] = {}
+        self._ended: dict[str, tuple[str, int | None]] = {}
 
     def open(self) -> str:
         """Connect; the experiment's id."""
@@ -62,28 +64,39 @@ class Records:
         """Whether MLflow is there."""
         return self._sink.answers()
 
-    def doubt(self) -> None:
-        """Something failed: a run that is not known may be there all the same."""
-        self._search = True
-
     def write(self, message: Mapping[str, Any]) -> None:
         """Write one message; again, if that failed, adds nothing twice."""
+        try:
+            self._write(message)
+        except Exception:
+            self._search = True  # a run that is not known may be there all the same
+            raise
+
+    def _write(self, message: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
         run = self._run(message)
         known = self._params.setdefault(run, set())
         params = [Param(*one) for one in message.get("params", {}).items() if one[0] not in known]
         tags = [RunTag(*one) for one in message.get("tags", {}).items()]
-        metrics = [Metric(name, value, at, step) for name, value, step, at in message.get("metrics", ())]
+        before = self._earlier(run, message) if message.get("continues") and message.get("adds") else {}
+        metrics = [
+            Metric(name, value + before.get(name, 0.0), at, step)
+            for name, value, step, at in message.get("metrics", ())
+        ]
         client = self._client()
-        if metrics or tags or params:
-            client.log_batch(run, metrics=metrics, params=params[:_MOST_PARAMS], tags=tags)
-            known.update(one.key for one in params)
+        if metrics or tags:
+            client.log_batch(run, metrics=metrics, tags=tags)
+        for first in range(0, len(params), _MOST_PARAMS):
+            some = params[first : first + _MOST_PARAMS]
+            client.log_batch(run, params=some)
+            known.update(one.key for one in some)
         if message.get("datasets"):
             client.log_inputs(run, datasets=[_dataset(**one) for one in message["datasets"]])
         self._artifacts(run, message)
         if message.get("status"):
-            client.set_terminated(run, message["status"], message.get("end"))
+            status, end = self._ended.get(run, (None, None))
+            client.set_terminated(run, message["status"], end if status == message["status"] else message.get("end"))
 
     def _run(self, message: Mapping[str, Any]) -> str:
         key = message["run"]
@@ -109,9 +122,24 @@ class Records:
         run_id = str(run.info.run_id)
         self._params[run_id] = set(run.data.params)
         self._search = True  # it may have children
-        if run.info.status != "RUNNING" and not message.get("status"):
+        if run.info.status != "RUNNING" and message.get("status"):
+            self._ended[run_id] = (run.info.status, run.info.end_time)  # nothing of it is done again
+        elif run.info.status != "RUNNING":
             self._client().update_run(run_id, status="RUNNING")
         return run_id
+
+    def _earlier(self, run: str, message: Mapping[str, Any]) -> dict[str, float]:
+        """What earlier parts came to. A tag keeps it, so that another process of this part adds it but once."""
+        if run not in self._before:
+            data, part = self._client().get_run(run).data, message["run"].partition("/")[0]
+            kept = json.loads(data.tags.get(BEFORE, "{}"))
+            if kept.get("part") != part:
+                own = data.tags.get(KEY) == message["run"]  # this part has made it
+                had = {} if own else {name: data.metrics.get(name, 0.0) for name in message["adds"]}
+                kept = {"part": part, "had": had}
+                self._client().set_tag(run, BEFORE, json.dumps(kept))
+            self._before[run] = kept["had"]
+        return self._before[run]
 
     def _made(self, message: Mapping[str, Any]) -> str:
         above = self.ids.get(message["parent"]) if message.get("parent") else message.get("under")
@@ -149,9 +177,8 @@ class Loop(Reader):
     """Takes messages from `lines` until they end."""
 
     def __init__(self, records: Records, answers: IO[str]) -> None:
-        super().__init__()
+        super().__init__(answers)
         self._records = records
-        self._answers = answers
 
     def run(self) -> None:
         """Write until the input ends."""
@@ -160,33 +187,10 @@ class Loop(Reader):
         except Exception as error:
             self._say(failing=told(error))
         while (message := self._lines.get()) is not None:
-            lost = self._delivered(message)
+            failed = self._insist(partial(self._records.write, message), self._records.answers)
             new, self._records.new = self._records.new, {}
+            lost = None if failed is None else failed[0]
             self._say(batch=message["batch"], lost=int(lost is not None), failing=lost, ids=new)
-
-    def _delivered(self, message: dict[str, Any]) -> str | None:
-        """None once it is written; why not, when it never will be."""
-        pause, failures = BACK_OFF[0], 0
-        while True:
-            try:
-                self._records.write(message)
-            except Exception as error:
-                failures += 1
-                self._records.doubt()
-                why = told(error)
-                hurried = self._hurried.is_set()
-                if hurried or is_final(error) or (failures >= PATIENCE and self._records.answers()):
-                    return why
-                self._say(failing=why)
-                self._hurried.wait(pause)
-                pause = min(pause * 2, BACK_OFF[1])
-            else:
-                return None
-
-    def _say(self, **words: Any) -> None:
-        with contextlib.suppress(OSError):  # the program is gone; what it handed over is still to be written
-            self._answers.write(json.dumps(words) + "\n")
-            self._answers.flush()
 
 
 def _dataset(name: str, digest: str, context: str) -> Any:
@@ -202,17 +206,4 @@ def _quoted(value: str) -> str:
 
 def main() -> None:
     """Body of the process. Reads `{"uri": ..., "experiment": ..., "patience": ..., "ids": ...}`, then messages."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # sent to a whole group or container, these are for the program
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not look like an answer
-    logging.disable(logging.CRITICAL)
-    first = sys.stdin.readline()
-    if not first:
-        return
-    config = json.loads(first)
-    loop = Loop(Records(config["uri"], config["experiment"], config["ids"]), answers)
-    threading.Thread(target=watch, args=(config["parent"], config["patience"], lambda: None), daemon=True).start()
-    threading.Thread(target=loop.read, args=(sys.stdin,), daemon=True).start()
-    loop.run()
+    serve(lambda config, answers: Loop(Records(config["uri"], config["experiment"], config["ids"]), answers))

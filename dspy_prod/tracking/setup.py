@@ -166,15 +166,9 @@ def disable() -> None:
         _disable()
 
 
-def flush(timeout: float = 30.0) -> bool:
-    """Wait until every trace that has ended is in MLflow, or known to be lost.
-
-    Args:
-        timeout: seconds.
-
-    Returns:
-        False when that took longer, or tracking is off.
-    """
+def flush_traces(timeout: float) -> bool:
+    """Wait until every trace that has ended is in MLflow, or known to be lost; False when that took longer (see
+    `waiting.flush`), or tracking is off."""
     tracking = _active
     if tracking is None:
         return False
@@ -273,4 +267,4 @@ def environment_of(uri: str) -> dict[str, str]:
 
 atexit.register(disable)
 
-__all__ = ["TrackingHealth", "disable", "enable", "flush", "status"]
+__all__ = ["TrackingHealth", "disable", "enable", "status"]

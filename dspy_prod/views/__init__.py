@@ -9,6 +9,6 @@ from __future__ import annotations
 from dspy_prod.views.cells import Cell, share, usd
 from dspy_prod.views.frames import frame
 from dspy_prod.views.parts import Code, Page, Picture, Table
-from dspy_prod.views.shown import Shown
+from dspy_prod.views.shown import Shown, ShownList
 
-__all__ = ["Cell", "Code", "Page", "Picture", "Shown", "Table", "frame", "share", "usd"]
+__all__ = ["Cell", "Code", "Page", "Picture", "Shown", "ShownList", "Table", "frame", "share", "usd"]

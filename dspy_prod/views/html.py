@@ -35,7 +35,8 @@ def picture(png: bytes, alt: str, width: int | None) -> str:
     """A picture with its bytes inside."""
     size = "" if width is None else f' width="{width}"'
     source = f"data:image/png;base64,{b64encode(png).decode('ascii')}"
-    return f'<p><img alt="{escape(cut(told(alt)))}"{size} style="max-width:100%" src="{source}"></p>'
+    said = escape(cut(told(alt)))
+    return f'<p style="margin:.75em 0"><img alt="{said}"{size} style="max-width:100%" src="{source}"></p>'
 
 
 def code(lines: Sequence[str], diff: bool) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
 if TYPE_CHECKING:
     from dspy_prod.views.parts import Page, Table
+
+T = TypeVar("T")
+L = TypeVar("L", bound="ShownList[Any]")
 
 
 class Shown:
@@ -45,3 +48,20 @@ class Shown:
     def __rich__(self) -> Table | Page:
         """On rich's consoles it has its colours, and nothing is cut."""
         return self._view()
+
+
+class ShownList(Shown, list[T]):
+    """A list that shows itself, as its slices do, with what else it knows."""
+
+    @overload
+    def __getitem__(self, at: SupportsIndex) -> T: ...
+    @overload
+    def __getitem__(self: L, at: slice) -> L: ...
+    def __getitem__(self, at: Any) -> Any:
+        found = super().__getitem__(at)
+        if not isinstance(at, slice):
+            return found
+        part = type(self).__new__(type(self))
+        part.extend(found)
+        part.__dict__.update(self.__dict__)
+        return part

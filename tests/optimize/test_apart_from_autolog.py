@@ -90,6 +90,19 @@ def test_traces_of_a_compile_are_kept_where_they_were_asked_for(logged: MlflowCl
     assert traces > 0
 
 
+def test_a_forecast_makes_no_runs(logged: MlflowClient, tmp_path: Path) -> None:
+    """Three rehearsals are three compiles with their evaluations, of which nobody wants to see a run."""
+    with World(train=8, val=8) as world, dspy.context(lm=world.lm(), adapter=dspy.ChatAdapter()):
+        optimizer = dspy.BootstrapFewShotWithRandomSearch(
+            metric=world.metric, max_bootstrapped_demos=1, num_candidate_programs=1, num_threads=2
+        )
+        dspy_prod.BudgetedOptimizer(optimizer, budget_usd=1.0, view=None, store=f"memory://{tmp_path.name}").forecast(
+            world.program(), trainset=world.trainset, valset=world.valset
+        )
+    assert counts(logged)[0] == 0
+    assert mlflow.active_run() is None
+
+
 def test_a_budgeted_optimizer_makes_only_its_own_runs(logged: MlflowClient, tmp_path: Path) -> None:
     """Autologging has patched it as every optimizer; there is one run of the compile, and one a candidate, of ours."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"

@@ -254,6 +254,18 @@ def test_it_reads_as_a_sentence() -> None:
     )
 
 
+def test_in_a_notebook_it_is_a_table() -> None:
+    """It was the `repr` of all its fields, with twenty digits."""
+    forecast = Forecast(
+        0.0179704999, 0.0131, 0.0229, 100, 75, 124, seconds=330, pilot_usd=0.0023, cached=32,
+        by={"task/<b>": 0.012, "prompt/x": 0.006}, warnings=("<i>slow",),
+    )  # fmt: skip
+    html = forecast._repr_html_()
+    for words in ("$0.0180", "$0.0131 to $0.0229", "75 to 124", "32 more", "task/&lt;b&gt;", "6 min", "&lt;i&gt;slow"):
+        assert words in html
+    assert "<table" in Forecast(0.0, 0.0, 0.0, 0, 0, 0)._repr_html_()
+
+
 def test_a_varied_text_is_another_one_of_the_same_length() -> None:
     text = "```\nSort the customer's message under one of four labels.\n```"
     found = {varied(text, str(salt)) for salt in range(20)}

@@ -13,10 +13,16 @@ import dspy
 import pytest
 from mlflow import MlflowClient
 
-from dspy_prod import tracking
+from dspy_prod import registry, tracking
 from dspy_prod.errors import ConfigError
+from dspy_prod.optimize import figures
 from dspy_prod.optimize.candidates import Candidate, Progress
-from dspy_prod.optimize.mlflow_runs import PATIENCE, InMlflow, publish_best, publish_found, watcher
+from dspy_prod.optimize.mlflow_messages import content
+from dspy_prod.optimize.mlflow_runs import PATIENCE, InMlflow, watcher
+from dspy_prod.optimize.publishing import publish_best, publish_found
+from dspy_prod.policies.answers import SHOWS
+from dspy_prod.registry.errors import RegistryUnavailableError
+from dspy_prod.tracking.runs_exporter import KEY, Records
 from tests.optimize.found import best_of, found, program, report
 from tests.ports import free_port
 
@@ -121,15 +127,19 @@ def test_a_compile_is_a_run_and_each_candidate_one_below_it(uri: str, client: Ml
 def test_minibatches_figures_and_the_report_are_artifacts(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     """What only saw minibatches is a table; both figures are pictures; the report is there as JSON, HTML and text."""
     candidates = found()
+    candidates = (replace(candidates[0], minibatches=((3, 1 / 3),)), *candidates[1:])
     watching = watcher(tracking_uri=uri, experiment=EXPERIMENT)
     assert watching is not None
     run_through(watching, candidates)
     assert watching.wait(60.0)
     parent, _ = runs_of(client)
     table = json.loads(artifact(client, parent, "minibatches.json", tmp_path).read_text())
-    rejected = [one for one in candidates if one.minibatches]
-    assert [row[0] for row in table["data"]] == [f"#{one.index}" for one in rejected]
-    assert [row[-1] for row in table["data"]] == [one.minibatches[0][1] for one in rejected]
+    asked = [one for one in candidates if one.minibatches]
+    rejected = [one for one in asked if one.status == "minibatch"]
+    shown = [*rejected, *(one for one in asked if one not in rejected)]
+    assert [one.index for one in asked] != [one.index for one in shown]
+    assert [row[0] for row in table["data"]] == [f"#{one.index}" for one in shown]
+    assert [row[-1] for row in table["data"]] == [round(one.minibatches[0][1], 4) for one in shown]
     assert json.loads(parent.data.tags["mlflow.loggedArtifacts"])[0]["path"] == "minibatches.json"
     for path in ("score_against_dollars.png", "quality_against_cost.png"):
         assert artifact(client, parent, path, tmp_path).read_bytes().startswith(b"\x89PNG")
@@ -152,6 +162,61 @@ def test_a_resumed_run_goes_on_in_the_same_runs(uri: str, client: MlflowClient) 
     parent, below = runs_of(client)
     assert second.run_id == first.run_id == parent.info.run_id
     assert set(below) == {str(one.index) for one in candidates if one.status != "minibatch"}
+
+
+def test_a_resumed_run_has_what_both_parts_cost(uri: str, client: MlflowClient) -> None:
+    """What is replayed for nothing keeps its price, its time and its end; the run's figures are the last part's."""
+    candidates = found(4)
+    first = watcher(tracking_uri=uri, experiment=EXPERIMENT)
+    assert first is not None
+    run_through(first, candidates)
+    assert first.wait(60.0)
+    _, before = runs_of(client)
+    replayed = tuple(replace(one, cost_usd=0.0, tokens=0, latency=None) for one in candidates[:4])
+    again = (*replayed, replace(candidates[4], status="complete", score=0.99, cost_usd=0.5, tokens=7))
+    second = watcher(tracking_uri=uri, experiment=EXPERIMENT, resumed=True)
+    assert second is not None
+    second.begin(progress((), budget_usd=2.0))
+    second.update(progress(again))  # all at once: nothing is waited for
+    second.end(progress(again, spent_usd=1.5, budget_usd=2.0, stopped_by="completed"), report(again, spent_usd=1.5))
+    assert second.wait(60.0)
+    parent, below = runs_of(client)
+    for one in candidates[:3]:
+        run, was = below[str(one.index)], before[str(one.index)]
+        assert run.data.metrics["cost_usd"] == pytest.approx(one.cost_usd, abs=1e-9)
+        assert run.data.metrics["tokens"] == one.tokens
+        assert run.data.metrics["latency_s"] == pytest.approx(one.latency)
+        assert (run.info.start_time, run.info.end_time) == (was.info.start_time, was.info.end_time)
+    assert below["4"].data.metrics["cost_usd"] == pytest.approx(0.5)
+    assert parent.data.metrics["spent_usd"] == pytest.approx(1.5)
+    assert parent.data.metrics["best_score"] == pytest.approx(0.99)
+    assert parent.data.params["budget_usd"] == "0.5"
+    assert parent.data.tags["dspy_prod.budget_usd"] == "2.0"
+
+
+def test_a_part_that_two_processes_wrote_is_added_once(uri: str, client: MlflowClient) -> None:
+    """The process that writes may die and be replaced, which then does not know what was added."""
+    place = client.create_experiment(EXPERIMENT)
+    earlier = client.create_run(place, tags={"dspy_prod.state": "s", KEY: "part 1/s"}).info.run_id
+    client.log_metric(earlier, "cost_usd", 1.0)
+    message = {
+        "run": "part 2/s", "continues": {"dspy_prod.state": "s"}, "adds": ["cost_usd"], "status": "FINISHED",
+        "metrics": [("cost_usd", 0.25, 0, time.time_ns() // 1_000_000 + 1)],
+    }  # fmt: skip
+    for known in ({}, {"part 2/s": earlier}, {}):
+        Records(uri, EXPERIMENT, known).write(message)
+        assert client.get_run(earlier).data.metrics["cost_usd"] == 1.25
+
+
+def test_more_parameters_than_mlflow_takes_at_once(uri: str, client: MlflowClient) -> None:
+    """A program of many predictors has the prompt of each."""
+    many = replace(found(0)[0], prompts={f"part[{n}].predict": f"prompt {n}" for n in range(130)})
+    Records(uri, EXPERIMENT, {}).write({"run": "k", **content(many, whole=True)})
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id])
+    assert len(run.data.params) == 131
+    assert run.data.params["prompt.part_129_.predict"] == "prompt 129"
 
 
 def test_another_run_of_the_same_name_is_another_run(uri: str, client: MlflowClient) -> None:
@@ -182,20 +247,25 @@ def test_it_is_part_of_the_run_that_is_active(uri: str, client: MlflowClient) ->
     assert client.get_run(watching.run_id).data.tags["mlflow.parentRunId"] == above.info.run_id
 
 
-def test_without_content_no_prompt_reaches_mlflow(uri: str, client: MlflowClient) -> None:
+def test_without_content_no_prompt_reaches_mlflow(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     """`tracking.enable(content="off")` holds for prompts and demonstrations of candidates too."""
     tracking.enable(EXPERIMENT, tracking_uri=uri, content="off")
     try:
         watching = watcher()
         assert watching is not None
-        run_through(watching, found(2))
+        run_through(watching, found(3), warnings=(f"6 calls differ. {SHOWS}'Take care'",))
         assert watching.wait(60.0)
     finally:
         tracking.disable()
-    _, below = runs_of(client)
+    parent, below = runs_of(client)
     for run in below.values():
         assert set(run.data.params) == {"origin"}
         assert client.list_artifacts(run.info.run_id) == []
+    (tmp_path / "kept").mkdir()
+    kept = artifact(client, parent, "", tmp_path / "kept")
+    texts = [path.read_text() for path in kept.iterdir() if path.suffix != ".png"]
+    assert len(texts) == 4
+    assert not [text for text in texts if "Take care" in text], "the report's candidates had their prompts"
 
 
 def test_secrets_in_a_prompt_stay_here(uri: str, client: MlflowClient, tmp_path: Path) -> None:
@@ -212,6 +282,84 @@ def test_secrets_in_a_prompt_stay_here(uri: str, client: MlflowClient, tmp_path:
     _, below = runs_of(client)
     assert "ann.smith" not in below["0"].data.params["prompt"]
     assert "ann.smith" not in artifact(client, below["0"], "prompts.md", tmp_path).read_text()
+
+
+def test_secrets_in_names_stay_here_and_markdown_is_shown_as_it_is(
+    uri: str, client: MlflowClient, tmp_path: Path
+) -> None:
+    """A run's name and tags pass the door too; what an error says does not become a picture in its description."""
+    told = report(found(1), run="for ann.smith@example.com", detail="![x](http://there/x.png)\n# <b>bad</b>")
+    tracking.enable(EXPERIMENT, tracking_uri=uri)
+    try:
+        watching = watcher()
+        assert watching is not None
+        watching.begin(progress((), run=told.run))
+        watching.end(progress(told.candidates, run=told.run, stopped_by="budget"), told)
+        assert watching.wait(60.0)
+    finally:
+        tracking.disable()
+    parent, _ = runs_of(client)
+    assert "ann.smith" not in str((parent.info.run_name, parent.data.tags, parent.data.params))
+    note = parent.data.tags["mlflow.note.content"]
+    assert note.startswith("- **MIPROv2**, ended: **budget**, ")
+    assert r"\!\[x\](http://there/x.png) \# \<b\>bad\</b\>" in note
+
+
+def test_a_candidate_ends_when_it_is_decided_and_its_figures_stand_at_one_step(uri: str, client: MlflowClient) -> None:
+    """Its duration was that of the run; where its number changed, what was told first went on to be shown."""
+    watching = watcher(tracking_uri=uri, experiment=EXPERIMENT)
+    assert watching is not None
+    given, _, other, *_ = found(4)
+    early = replace(other, index=7, cost_usd=0.001)
+    watching.begin(progress((given,)))
+    watching.update(progress((given, early)))
+    assert watching.wait_for_id(60.0)
+    decided = time.time() * 1000
+    time.sleep(0.5)
+    merged = replace(other, parents=(0, 1), cost_usd=0.002)
+    watching.end(progress((given, merged), stopped_by="completed"), report((given, merged)))
+    assert watching.wait(60.0)
+    _, below = runs_of(client)
+    assert below["2"].info.end_time <= decided
+    assert below["2"].data.metrics["cost_usd"] == 0.002
+    assert below["2"].data.tags["dspy_prod.parents"] == "#0 #1"
+    history = client.get_metric_history(below["2"].info.run_id, "cost_usd")
+    assert {point.step for point in history} == {0}
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the end of a compile waits, as it does where matplotlib is imported first."""
+    real = figures.png
+    monkeypatch.setattr(figures, "png", lambda figure: (time.sleep(PATIENCE + 0.5), real(figure))[1])
+
+
+def test_a_flush_waits_for_what_is_being_made(uri: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One `tracking.flush()` waits for traces and for candidates, also for those figures that are not drawn yet."""
+    slowly(monkeypatch)
+    tracking.enable(EXPERIMENT, tracking_uri=uri)
+    try:
+        watching = watcher()
+        assert watching is not None
+        run_through(watching, found(2))
+        assert tracking.flush(60.0)
+        parent, _ = runs_of(client)
+        assert parent.info.status == "FINISHED"
+        assert {"quality_against_cost.png"} <= {one.path for one in client.list_artifacts(parent.info.run_id)}
+    finally:
+        tracking.disable()
+
+
+def test_the_end_of_the_program_waits_for_what_is_being_made(
+    uri: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that ends after its compile left a run that was running for ever."""
+    slowly(monkeypatch)
+    watching = watcher(tracking_uri=uri, experiment=EXPERIMENT)
+    assert watching is not None
+    run_through(watching, found(2))
+    watching._runs.close()
+    parent, _ = runs_of(client)
+    assert parent.info.status == "FINISHED"
 
 
 def test_datasets_are_inputs_of_the_run(uri: str, client: MlflowClient) -> None:
@@ -273,6 +421,39 @@ def test_a_program_that_cannot_be_published_is_not_lost(caplog: pytest.LogCaptur
     nobody = f"http://127.0.0.1:{free_port()}"
     assert publish_found(report(), program(best_of(found())), "triage", tracking_uri=nobody) is None
     assert any("was not published" in record.getMessage() for record in caplog.records)
+
+
+def test_whatever_keeps_a_program_from_being_published(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compile that was paid for does not end with an error of the registry's; what is published is called so."""
+    best = program(best_of(found(2)))
+    monkeypatch.setattr(registry, "publish", lambda *_, **__: 1 / 0)
+    assert publish_found(report(found(2)), best, "triage", tracking_uri=uri) is None
+    assert "division by zero" in caplog.text
+    monkeypatch.undo()
+    caplog.clear()
+
+    def refused(*_: Any) -> None:
+        raise RegistryUnavailableError("away")
+
+    monkeypatch.setattr("dspy_prod.optimize.publishing._named_after", refused)
+    version = publish_found(report(found(2)), best, "triage", tracking_uri=uri)
+    assert version is not None
+    assert version.version == 1
+    assert "triage/1 is published, but says nothing of run 'triage': away" in caplog.text
+
+
+def test_a_version_that_is_linked_to_no_run_says_so(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLflow may have no run yet, where it is slow; the version is there all the same."""
+    watching = watcher(tracking_uri=uri, experiment=EXPERIMENT)
+    assert watching is not None
+    monkeypatch.setattr(watching, "wait_for_id", lambda seconds: None)
+    best = program(best_of(found(2)))
+    assert publish_found(report(found(2)), best, "triage", tracking_uri=uri, watching=watching) is not None
+    assert "triage/1 is published, but linked to no MLflow run" in caplog.text
 
 
 def test_without_tracking_there_is_no_watcher() -> None:

@@ -169,3 +169,9 @@ def test_what_cannot_be_compared_is_named(given: list[float], best: list[float],
     """With the field that is wrong."""
     with pytest.raises(ValueError, match=problem):
         paired(given, best)
+
+
+def test_a_comparison_reads_as_a_sentence() -> None:
+    assert str(paired([0.0, 1.0, 0.0] * 8, [1.0, 1.0, 0.0] * 8)).startswith(
+        "0.6667, given program 0.3333: +0.3333 (95 %: +0.1007 to +0.5147), 24 examples, 8 better, 0 worse, p = 0.00"
+    )

@@ -11,8 +11,9 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
-from dspy_prod.tracking import exporter
-from dspy_prod.tracking.exporter import Loop, Sink, told
+from dspy_prod.tracking import exporting
+from dspy_prod.tracking.exporter import Loop, Sink
+from dspy_prod.tracking.exporting import told
 from dspy_prod.tracking.tally import ADMITTED, Tally
 
 REFUSED = MlflowException("a tag is too long", INVALID_PARAMETER_VALUE)
@@ -133,7 +134,7 @@ def test_what_is_final(status: Any, final: bool) -> None:
     error = RuntimeError("whatever")
     if status is not None:
         error.get_http_status_code = status  # type: ignore[attr-defined]
-    assert exporter.is_final(error) is final
+    assert exporting.is_final(error) is final
 
 
 def test_a_long_password_is_not_cut_in_two_before_it_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

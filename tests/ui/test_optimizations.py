@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,15 +141,18 @@ def test_candidates_stand_side_by_side(browser: Browser, kept: Kept, pictures: P
 
 
 def test_candidates_stand_side_by_side_in_charts(browser: Browser, kept: Kept, pictures: Path) -> None:
-    """The charts have a point a candidate, one after another."""
+    """The charts have a bar a candidate, beside each other, whatever numbers it had meanwhile."""
     browser.resize(1760, 1300)  # charts below the window are not drawn
     browser.open(side_by_side(kept, "compareRunsMode=CHART&"))
-    browser.wait_for("Model metrics", "(cost_usd)", "(score)", "Step")
+    browser.wait_for("Model metrics", "cost_usd", "score", "usd_per_1000")
+    plots = "[...document.querySelectorAll('.js-plotly-plot')]"
+    count = f"Math.max(0, ...{plots}.map(e => e.querySelectorAll('.bars .point').length))"
+    scored = len([one for one in kept.report.candidates if one.status != "minibatch"])
+    until = time.monotonic() + 60.0
+    while (bars := browser.run(count)) < scored and time.monotonic() < until:
+        time.sleep(0.2)
     browser.picture(pictures / "mlflow-charts.png")
-    points = browser.run(
-        "Math.max(...[...document.querySelectorAll('.js-plotly-plot')].map(e => e.querySelectorAll('.point').length))"
-    )
-    assert points >= len([one for one in kept.report.candidates if one.score is not None])
+    assert bars == scored
 
 
 def test_the_run_says_what_came_of_it(browser: Browser, kept: Kept, pictures: Path) -> None:

@@ -72,6 +72,9 @@ def test_what_is_shown_is_what_it_was(lm: Any) -> None:
     assert isinstance(records[:2], Records)
     assert isinstance(records[0], CallRecord)
     assert [*records[:2], *records[2:]] == records
+    assert "Costs by user" in str(rows[:1]), "the first ones were a list of reprs"
+    assert rows[:1] == [rows[0]]
+    assert "Moves of it" in History([], "it")[:3]._repr_html_()
     assert isinstance(rows, CostRows)
     assert rows == sorted(rows, key=lambda row: -row.usd)
     assert repr(rows[0]).startswith("CostRow(value='<b>u0'")

@@ -7,13 +7,13 @@ from typing import Final
 
 from dspy_prod.registry.aliases.journal import AuditEntry
 from dspy_prod.registry.published.manifest import ProgramVersion
-from dspy_prod.views import Cell, Shown, Table
+from dspy_prod.views import Cell, ShownList, Table
 from dspy_prod.views.cells import Tone
 
 _TONES: Final[dict[str, Tone]] = {"applied": "good", "unchanged": "faint", "conflict": "bad", "refused": "bad"}
 
 
-class History(Shown, list[AuditEntry]):
+class History(ShownList[AuditEntry]):
     """The moves of a program's aliases, newest first: a list, which shows itself as a table."""
 
     def __init__(self, entries: Iterable[AuditEntry] = (), name: str = "a program") -> None:
@@ -38,7 +38,7 @@ class History(Shown, list[AuditEntry]):
         return Table(f"Moves of {self.name}'s aliases", columns, rows)
 
 
-class Versions(Shown, list[ProgramVersion]):
+class Versions(ShownList[ProgramVersion]):
     """Versions of programs, newest first: a list, which shows itself as a table."""
 
     def __init__(self, versions: Iterable[ProgramVersion] = (), title: str = "Versions") -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import struct
 import sys
 import termios
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,7 @@ def test_at_a_terminal_it_is_one_bar_with_score_money_candidates_and_time(
     assert "25%" in told
     for part in ("best 0.700 (given 0.500)", "$0.01 of $0.04", "3 candidates", "3 min left"):
         assert part in told
+    assert "| search, best" in told, "a comma stood between the bar and the words"
     assert "\n" not in begun + told  # it stays on its line
     shown.end(progress(0.04, stopped_by="budget"), None)
     ended = terminal.read()
@@ -222,6 +225,35 @@ def test_the_chart_has_a_dot_for_each_complete_candidate_and_none_while_there_is
     assert alone.count("<circle") == 1
 
 
+def test_a_cap_that_is_far_away_does_not_push_the_chart_into_a_corner() -> None:
+    """The rest of the chart was one line at its left; a cap that is near stands at the right end."""
+
+    def last_dot(shown: str) -> float:
+        return max(float(at) for at in re.findall(r'<circle cx="([0-9.]+)"', shown))
+
+    assert last_dot(chart(progress(budget_usd=100.0))) > 300
+    assert "$0.01, cap $100 further right" in chart(progress(budget_usd=100.0))
+    assert "cap $0.02<" in chart(progress(budget_usd=0.02))
+    assert "cap $0.02<" in chart(progress(0.0, candidates=(candidate(0, 0.5, 0.0),), budget_usd=0.02))
+
+
+def test_what_stands_at_the_chart_s_scores_can_be_read() -> None:
+    """Two names of scores that are near each other lay on one another, and long ones were cut."""
+    near = (candidate(0, 0.6, 0.001), candidate(1, 0.601, 0.002), candidate(2, 0.2, 0.003))
+    shown = re.findall(r'text-anchor="end"[^>]*>([^<]*)<', chart(progress(candidates=near, best=near[1])))
+    assert shown[:2] == ["0.2", "0.601"]
+    large = (candidate(0, 7407.4, 0.001), candidate(1, 12139.9, 0.002))
+    assert {"7,407", "12,140"} <= set(re.findall(r">([^<>]+)</text>", chart(progress(candidates=large))))
+    assert "stroke-dasharray" in chart(progress())
+
+
+def test_nothing_in_a_name_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Lines()
+    shown.begin(replace(progress(), run="tri\x1b[31mage"))
+    assert "\x1b" not in (text := capsys.readouterr().err)
+    assert r"tri\x1b[31mage" in text
+
+
 NOTEBOOK = """
 import threading
 from dspy_prod.optimize.live import watcher
@@ -256,6 +288,7 @@ def test_in_a_notebook_one_display_changes_in_place_also_from_a_thread() -> None
     shown = [each for each in outputs if each.output_type == "display_data"]
     assert len(shown) == 1, outputs
     assert "ended: budget" in shown[0]["data"]["text/html"]
+    assert "ended: budget" in shown[0]["data"]["text/plain"], "a console of the kernel showed the name of a class"
     assert seen == ["display_data", "update_display_data", "update_display_data"]
 
 
