@@ -5,15 +5,19 @@ are the same candidate, whatever objects they are.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import dspy
 import orjson
 
 from dspy_prod.compat.dspy import mark_compiled, rebind_sources, source_of
+
+_ADDRESS: Final = re.compile(r"\b0x[0-9a-fA-F]{4,}")
+"""What is another one in every process."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,26 @@ def read(program: Any, alone: bool = False, written: bool = True) -> State:
     return State(hashlib.sha256(text).hexdigest()[:16], parts, sources, program if alone else None)
 
 
+def rest_of(program: Any) -> list[tuple[str, str, Any]]:
+    """What else makes a program what it is: the plain attributes of its modules that are no state, by path and name."""
+    return [
+        (path, name, _plain(value))
+        for path, module in program.named_sub_modules()
+        if not isinstance(module, dspy.Predict)
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name not in ("callbacks", "history") and _is_plain(value)
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is data through and through."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
 def _part(name: str, predictor: Any) -> Part:
     signature = predictor.signature
     fields = getattr(predictor, "fields", None) or {}
@@ -147,7 +171,24 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value if not isinstance(value, int) or abs(value) < 2**63 else str(value)
     dump = getattr(value, "model_dump", None)
-    return _plain(dump(mode="json")) if callable(dump) and not isinstance(value, type) else type(value).__name__
+    if callable(dump) and not isinstance(value, type):
+        return _plain(dump(mode="json"))
+    return _told(value)
+
+
+def _told(value: Any) -> str:
+    """The kind of a value, with what it holds where that can be told in the same words everywhere."""
+    kind = type(value).__name__
+    if isinstance(value, (bytes, bytearray)):
+        return f"{kind} {hashlib.sha256(value).hexdigest()}"
+    data = getattr(value, "tobytes", None)
+    if callable(data) and not isinstance(value, type):  # an array, an image
+        try:
+            return f"{kind} {getattr(value, 'shape', '')} {hashlib.sha256(data()).hexdigest()}"
+        except Exception:  # who knows what it wanted
+            return kind
+    said = repr(value)
+    return kind if _ADDRESS.search(said) else f"{kind} {said}"
 
 
 def key_of(example: Any) -> str:
