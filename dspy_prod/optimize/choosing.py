@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspy_prod.optimize.camera import Camera, Seen
+from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.candidates import Candidate, Status
+from dspy_prod.optimize.seen import Seen
 from dspy_prod.optimize.sums import Sum, Sums
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspy_prod.optimize.camera import Camera, Seen
+from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.candidates import StoppedBy
+from dspy_prod.optimize.seen import Seen
 from dspy_prod.optimize.task import Task
 
 
