@@ -7,7 +7,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from dspy_prod.errors import ConfigError, RejectedError
+from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.gate import Closed
 from dspy_prod.optimize.pilot import recording
 from dspy_prod.optimize.rehearsal import Forecast, rehearse
@@ -35,8 +35,10 @@ def forecast_of(session: Session, examples: int) -> Forecast:
                     max_errors=NO_END,
                 )  # fmt: skip
                 pilot.scored(evaluation(task.student).results)
-        except (Closed, RejectedError):
+        except (Closed, Exception):
             gate = session.gate
+            if not gate.closed:
+                raise
             raise (gate.wrong or gate.error or ConfigError(f"BudgetedOptimizer.forecast: {gate.detail}")) from None
         optimizer = task.optimizer
         if scores is not None:
