@@ -206,9 +206,9 @@ def rebind_sources(program: Any, sources: Mapping[str, str]) -> None:
     rebind(program, {path.removeprefix("self."): source for path, source in sources.items()})
 
 
-def mark_compiled(program: Any) -> None:
-    """Say of a program that an optimizer has made it."""
-    program._compiled = True
+def mark_compiled(program: Any, compiled: bool = True) -> None:
+    """Say of a program whether an optimizer has made it."""
+    program._compiled = compiled
 
 
 class InForce:

@@ -13,6 +13,7 @@ from dspy_prod.optimize.pilot import recording
 from dspy_prod.optimize.rehearsal import Forecast, rehearse
 from dspy_prod.optimize.scope import NO_END
 from dspy_prod.optimize.session import Session
+from dspy_prod.optimize.supported import fitting
 
 
 def forecast_of(session: Session, examples: int) -> Forecast:
@@ -35,6 +36,7 @@ def forecast_of(session: Session, examples: int) -> Forecast:
                     max_errors=NO_END,
                 )  # fmt: skip
                 pilot.scored(evaluation(task.student).results)
+            session.metrics.scored.refuse_untold()
         except (Closed, Exception):
             gate = session.gate
             if not gate.closed:
@@ -57,7 +59,9 @@ class _Evaluated(Teleprompter):
         self.optimizer, self.examples, self.scores, self.num_threads = optimizer, examples, scores, num_threads
 
     def compile(self, student: Any, **arguments: Any) -> Any:
-        program = self.optimizer.compile(student, **arguments)
+        call = fitting(self.optimizer, student, arguments)
+        program = self.optimizer.compile(*call.args, **call.kwargs)
+        program = student if program is None else program
         evaluate = dspy.Evaluate(
             devset=self.examples, metric=self.scores, num_threads=self.num_threads, max_errors=NO_END
         )

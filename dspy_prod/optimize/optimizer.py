@@ -130,7 +130,8 @@ class BudgetedOptimizer(_Sheltered):
         """Optimize a program; the best one found comes back, whatever ended the run.
 
         Args:
-            student: the program. It is not changed. A `Production` is looked into.
+            student: the program, whether it was compiled before or not. It is not changed. A `Production` is looked
+                into.
             trainset: passed on, as all that the optimizer's own `compile` takes.
             valset: what candidates are chosen by. Passed on where the optimizer takes it.
             testset: untouched examples, on which the given program and the best one are compared at the end.

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import dspy
 
+from dspy_prod.compat.dspy import mark_compiled
 from dspy_prod.context.current import call_context
 from dspy_prod.errors import BudgetExceededError, ConfigError, RejectedError
 from dspy_prod.optimize.camera import Camera
@@ -127,15 +128,12 @@ class Phases(ABC):
             try:
                 example = self.task.selection[0][0]
                 self.first_example().run(self.task.student, example, scores, self.lms.all)
-                untold = self.metrics.scored.untold
-                if untold:
-                    self.gate.wrong = ConfigError(
-                        f"BudgetedOptimizer: metric: it {untold}, for the first example. It has to tell a number, a "
-                        "bool, or dspy.Prediction(score=...), when it is called as metric(example, prediction)"
-                    )
-                    self.gate.close("failed", str(self.gate.wrong), self.gate.wrong)
+                self.metrics.scored.refuse_untold()
                 if scores is not None:
                     self._evaluate(self.task.student, given)
+            except ConfigError as error:
+                self.gate.wrong = error
+                self.gate.close("failed", str(error), error)
             except Closed:
                 pass
 
@@ -146,6 +144,7 @@ class Phases(ABC):
         self.camera.lineage.restart()
         self.search_ends = self.keep_reserve()
         student = copy_of(task.student)  # an optimizer may change the one that it is given
+        mark_compiled(student, False)  # some refuse what another one has made, or they themselves
         call = fitting(task.optimizer, student, task.arguments)
         with _within(self.search_ends):
             try:

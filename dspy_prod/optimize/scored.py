@@ -9,6 +9,7 @@ from math import isfinite
 from typing import Any
 
 from dspy_prod.context.current import begin, current, merged_tags
+from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.camera import ASIDE, FAILURE, Camera
 
 
@@ -59,10 +60,18 @@ class Scored:
         if len(args) >= 2:
             self._camera.scored(args[0], args[1], FAILURE if score is None else score, traced, failed=score is None)
 
-    @property
-    def untold(self) -> str | None:
-        """What it told where it should have told a number; None where it always has, or has raised."""
-        return next((fault for fault in self.faults if fault.startswith("told ")), None)
+    def refuse_untold(self) -> None:
+        """After the first examples: nothing comes of a metric that tells no numbers even there.
+
+        Raises:
+            ConfigError: it has told something else; that it raises may be an example's fault.
+        """
+        untold = next((fault for fault in self.faults if fault.startswith("told ")), None)
+        if untold is not None:
+            raise ConfigError(
+                f"BudgetedOptimizer: metric: it {untold}, for the first example. It has to tell a number, a bool, or "
+                "dspy.Prediction(score=...), when it is called as metric(example, prediction)"
+            )
 
     def warnings(self) -> list[str]:
         """What there is to tell of metrics that told no score."""

@@ -72,10 +72,14 @@ def test_where_a_metric_tells_no_score_it_is_zero_and_said(
     assert any(told in each and "count as 0" in each for each in report.warnings)
 
 
-def test_a_metric_that_tells_no_number_at_the_first_example_is_refused(world: World, asked: Any, store: str) -> None:
+@pytest.mark.parametrize("how", ["compile", "forecast"])
+def test_a_metric_that_tells_no_number_at_the_first_example_is_refused(
+    how: str, world: World, asked: Any, store: str
+) -> None:
+    optimizer = budgeted(search(world, metric=lambda *_: None), store)
     with pytest.raises(ConfigError, match=r"metric: it told None.*has to tell a number"):
-        budgeted(search(world, metric=lambda *_: None), store).compile(world.program(), **both(world))
-    assert len(world.calls) == 1
+        getattr(optimizer, how)(world.program(), **both(world))
+    assert len(world.calls) <= 16
 
 
 def test_a_metric_that_cannot_be_called_as_evaluations_do_is_refused_for_nothing(
@@ -138,6 +142,27 @@ def test_examples_may_come_from_any_iterable(world: World, asked: Any, store: st
     best = budgeted(search(world), store).compile(world.program(), **{k: iter(v) for k, v in both(world).items()})
     assert best.optimization.stopped_by == "completed"
     assert best.optimization.selection.size == len(world.valset)
+
+
+def test_a_program_that_was_compiled_before_can_be_compiled_again(world: World, asked: Any, store: str) -> None:
+    """Some optimizers refuse what another one has made. The caller's stays compiled."""
+    optimizer = budgeted(search(world), store)
+    first = optimizer.compile(world.program(), **both(world))
+    forecast = optimizer.forecast(first, **both(world))
+    assert not forecast.warnings
+    again = optimizer.compile(first, **both(world)).optimization
+    assert again.stopped_by == "completed", again.detail
+    assert again.best_score >= first.optimization.best_score
+    assert first._compiled
+
+
+def test_demonstrations_need_no_inputs(world: World, asked: Any, store: str) -> None:
+    """Nobody is asked them; a forecast passes them by too."""
+    given = [dspy.Example(**each) for each in world.trainset]
+    optimizer = budgeted(dspy.LabeledFewShot(k=2), store, metric=world.metric)
+    assert optimizer.forecast(world.program(), trainset=given, valset=world.valset).usd > 0
+    best = optimizer.compile(world.program(), trainset=given, valset=world.valset)
+    assert best.optimization.stopped_by == "completed"
 
 
 def test_without_an_lm_it_says_so(world: World, store: str) -> None:
