@@ -11,9 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from copy import deepcopy
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import dspy
 from dspy.utils.callback import BaseCallback
@@ -26,8 +24,9 @@ from dspy_prod.optimize.gate import Answering
 from dspy_prod.optimize.judging import Judge
 from dspy_prod.optimize.lineage import Lineage
 from dspy_prod.optimize.racing import Contest
+from dspy_prod.optimize.recognizing import Candidates
 from dspy_prod.optimize.seen import Seen
-from dspy_prod.optimize.states import State, has_sources, key_of, read
+from dspy_prod.optimize.states import key_of
 
 _SEVERAL: Final = 4
 """Examples that a state must have answered to count as a candidate where nothing is evaluated as a whole."""
@@ -37,18 +36,6 @@ ASIDE: Final = "aside"
 
 FAILURE: Final = 0.0
 """The score of an example at which the program failed."""
-
-
-class _Known:
-    """What is known of one program object: its predictors, and the state that they were in when it was last read."""
-
-    __slots__ = ("alone", "identity", "predictors", "seen")
-
-    def __init__(self, predictors: tuple[Any, ...], alone: bool = False) -> None:
-        self.predictors = predictors
-        self.identity: list[tuple[Any, ...]] | None = None
-        self.seen: Seen | None = None
-        self.alone = alone
 
 
 class _Call:
@@ -75,6 +62,10 @@ class Camera(BaseCallback):
         on_new: called with a candidate that is new or complete. on_answer: called when an LM has answered.
         lineage: where candidates come from.
         loose: what answers several examples is a candidate, also outside of evaluations.
+
+    Attributes:
+        candidates: all that were seen. latest: the best complete one. in_flight: calls of LMs that are going on.
+        keys: of the selection set, in order.
     """
 
     def __init__(
@@ -90,102 +81,34 @@ class Camera(BaseCallback):
         lineage: Lineage,
         loose: bool = False,
     ) -> None:
-        self._kind = type(student)
-        self._kinds: set[type[Any]] = {self._kind}
-        self._shape = _shape(student)
-        self._written = has_sources(student)
+        self.candidates = Candidates(student, task_models)
         self.keys = [key_of(example) for example in selection]
         self._selected = Counter(self.keys)
         self._by_inputs = {_inputs_key(example): key_of(example) for example in [*others, *selection]}
         self._judge = judge
-        self._task_models = task_models
         self._contest = contest
         self._on_new = on_new
         self._on_answer = on_answer
         self.lineage = lineage
         self._loose = loose
-        self._known: WeakKeyDictionary[Any, _Known | None] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._last = threading.local()
         self._calls: dict[str, _Call] = {}
         self.in_flight: set[str] = set()
         self._evaluations: dict[str, tuple[Seen, list[str], Any]] = {}
-        self.states: dict[str, Seen] = {}
-        self.by_index: list[Seen] = []
         self.latest: Seen | None = None
         self.example_keys: dict[int, str] = {id(example): key_of(example) for example in [*others, *selection]}
-
-    # -- programs ------------------------------------------------------------------------------------------------------
-    def seen_of(self, program: Any, *, alone: bool = False) -> Seen:
-        """What was seen of the state that a program is in now."""
-        known = _Known(tuple([each for _, each in program.named_predictors()]), alone)
-        self._known[program] = known
-        self._kinds.add(type(program))
-        return self._read(program, known)
-
-    def fits(self, program: Any) -> bool:
-        """Whether a program is one of the given program's kind, so that its state tells all of it."""
-        return type(program) is self._kind and _shape(program) == self._shape
-
-    def _known_of(self, program: Any) -> _Known | None:
-        try:
-            known = self._known[program]
-        except KeyError:
-            known = None
-            if self.fits(program):
-                known = _Known(tuple([each for _, each in program.named_predictors()]))
-            self._known[program] = known
-        except TypeError:
-            return None  # it can be no key: its class compares by content
-        return known
-
-    def _read(self, program: Any, known: _Known) -> Seen:
-        identity = [
-            (predictor.signature, predictor.signature.__doc__, predictor.config, getattr(predictor, "fields", None),
-             *predictor.demos)
-            for predictor in known.predictors
-        ]  # fmt: skip
-        if known.seen is not None and known.identity == identity:  # mostly the very same objects, so this is quick
-            return known.seen
-        state = read(program, known.alone, self._written)
-        known.identity = [
-            (signature, text, dict(config), deepcopy(fields), *demos)
-            for signature, text, config, fields, *demos in identity
-        ]
-        known.seen = self._enter(state)
-        return known.seen
-
-    def _enter(self, state: State) -> Seen:
-        with self._lock:
-            seen = self.states.get(state.key)
-            if seen is None:
-                seen = self.states[state.key] = Seen(len(self.by_index), state)
-                self.by_index.append(seen)
-            return seen
-
-    def _is_sample(self, known: _Known) -> bool:
-        """Whether an LM with a roll of its own, or a teacher's, answers: its score is not the candidate's."""
-        default: Any = None
-        for predictor in known.predictors:
-            lm = predictor.lm
-            if lm is None:
-                if default is None:
-                    default = dspy.settings.lm
-                lm = default
-            if lm is None or lm.kwargs.get("rollout_id") is not None or lm.model not in self._task_models:
-                return True
-        return False
 
     # -- calls of programs ---------------------------------------------------------------------------------------------
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Remember which state answers, and have the ledger say so."""
-        if type(instance) not in self._kinds or dspy.settings.caller_modules:
+        if type(instance) not in self.candidates.kinds or dspy.settings.caller_modules:
             return
-        known = self._known_of(instance)
+        known = self.candidates.known_of(instance)
         if known is None:
             return
-        seen = self._read(instance, known)
-        counts = not self._is_sample(known)
+        seen = self.candidates.read(instance, known)
+        counts = not self.candidates.is_sample(known)
         context = current()
         name = str(seen.index) if counts else ASIDE
         scope = begin(context._replace(tags=merged_tags(context.tags, {"candidate": name})))
@@ -228,18 +151,18 @@ class Camera(BaseCallback):
         """See which program is evaluated on what, and begin a race if it may end early."""
         program: Any = inputs.get("program")
         devset = inputs.get("devset") if inputs.get("devset") is not None else instance.devset
-        if type(program) not in self._kinds or not devset:
+        if type(program) not in self.candidates.kinds or not devset:
             return
-        known = self._known_of(program)
+        known = self.candidates.known_of(program)
         if known is None:
             return
         known.predictors = tuple([each for _, each in program.named_predictors()])
-        seen = self._read(program, known)
+        seen = self.candidates.read(program, known)
         keys = [self.key(example) for example in devset]
         seen.evaluated = True
-        self.lineage.see(seen, keys, self.by_index[0], self.latest)
+        self.lineage.see(seen, keys, self.candidates.all[0], self.latest)
         heat = None
-        if self._contest is not None and keys == self.keys and not self._is_sample(known):
+        if self._contest is not None and keys == self.keys and not self.candidates.is_sample(known):
             heat = self._contest.heat(seen.state.key)
             if heat is not None:
                 HEATS[call_id] = heat
@@ -318,11 +241,6 @@ class Camera(BaseCallback):
     def key(self, example: Any) -> str:
         """The key of an example, of the run's data sets or of somebody else's."""
         return self.example_keys.get(id(example)) or key_of(example)
-
-
-def _shape(program: Any) -> list[tuple[str, tuple[str, ...]]]:
-    """Names of a program's predictors and of their fields: a proposer is a `dspy.Predict` too."""
-    return [(name, tuple(predictor.signature.fields)) for name, predictor in program.named_predictors()]
 
 
 def _inputs_key(example: Any) -> str:

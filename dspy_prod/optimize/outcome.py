@@ -48,7 +48,7 @@ class Programs:
 
     def make(self, key: str) -> Any:
         """The program of a candidate, for whoever asks for it afterwards."""
-        return self._with_own_lms(self._camera.states[key].state.put(self._task.student))
+        return self._with_own_lms(self._camera.candidates.by_key[key].state.put(self._task.student))
 
     def best(self) -> Any:
         """What the run returns: the best program, the optimizer's own object where it is that one."""

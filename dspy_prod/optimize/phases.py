@@ -86,7 +86,7 @@ class Phases(ABC):
             KeyboardInterrupt: Ctrl-C, in any of them.
         """
         outcome = self.outcome
-        outcome.given = self.camera.seen_of(self.task.student)
+        outcome.given = self.camera.candidates.seen_of(self.task.student)
         outcome.given.origin = "given program"
         outcome.given.evaluated = True
         with self.gate.in_force(self.camera):
@@ -173,10 +173,10 @@ class Phases(ABC):
         outcome.program = program
         if self.gate.reason == "interrupted":
             return
-        alone = task.traits.opaque or not self.camera.fits(program)
+        alone = task.traits.opaque or not self.camera.candidates.fits(program)
         if task.traits.free and not alone:
             alone = rest_of(program) != rest_of(task.student)
-        outcome.returned = self.camera.seen_of(program, alone=alone)
+        outcome.returned = self.camera.candidates.seen_of(program, alone=alone)
         outcome.returned.origin = outcome.returned.origin or "returned by the optimizer"
         outcome.returned.evaluated = True
 
@@ -240,7 +240,7 @@ class Phases(ABC):
             if self.camera.key(example) not in seen.scores
         ]
         if asked and self.metrics.scores is not None:
-            self.camera.seen_of(program, alone=seen.state.program is not None)
+            self.camera.candidates.seen_of(program, alone=seen.state.program is not None)
             evaluation = dspy.Evaluate(
                 devset=asked, metric=self.metrics.scores, num_threads=self.task.num_threads,
                 display_progress=False, max_errors=NO_END,

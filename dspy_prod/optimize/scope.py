@@ -55,7 +55,7 @@ def in_force(
         lm = own if isinstance(own, dspy.BaseLM) else lm
         found = [lm, *(predictor.lm for _, predictor in task.student.named_predictors())]
         models.update(each.model for each in found if isinstance(each, dspy.BaseLM))
-        stack.enter_context(told_by(optimizers_within(task.optimizer), lambda: tuple(camera.by_index)))
+        stack.enter_context(told_by(optimizers_within(task.optimizer), lambda: tuple(camera.candidates.all)))
         stack.enter_context(metrics.watched(task.optimizer))
         stack.enter_context(compiling())
         stack.enter_context(dspy.context(lm=lm if isinstance(lm, dspy.BaseLM) else _only(found[1:]), max_errors=NO_END))

@@ -374,6 +374,20 @@ def test_threads_of_a_program_are_noticed_without_a_metric_and_in_a_forecast(
         dspy.configure(lm=None)
 
 
+def test_programs_of_a_class_that_compares_by_content_are_told_apart(world: World, asked: Any, store: str) -> None:
+    """They can be no keys of a dictionary."""
+
+    class Equal(type(world.program())):  # type: ignore[misc]
+        def __eq__(self, other: object) -> bool:
+            return type(self) is type(other)
+
+        __hash__ = None
+
+    best = budgeted(search(world), store).compile(Equal(), **both(world))
+    assert {each.status for each in best.optimization.candidates} == {"complete"}
+    assert len(best.optimization.candidates) > 2
+
+
 # -- at the same time --------------------------------------------------------------------------------------------------
 def test_two_runs_of_one_program_do_not_meet(world: World, store: str) -> None:
     """Its plain LM is put under the caps of each, on copies."""
