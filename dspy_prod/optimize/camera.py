@@ -17,9 +17,8 @@ import dspy
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import LMError
 
-from dspy_prod.compat.dspy import InForce
 from dspy_prod.compat.racing import HEATS
-from dspy_prod.context.current import begin, current, merged_tags
+from dspy_prod.context.current import current, merged_tags
 from dspy_prod.optimize.gate import Answering
 from dspy_prod.optimize.judging import Judge
 from dspy_prod.optimize.lineage import Lineage
@@ -41,12 +40,10 @@ FAILURE: Final = 0.0
 class _Call:
     """A call of a program that is going on."""
 
-    __slots__ = ("answering", "counts", "inputs", "scope", "seen")
+    __slots__ = ("answering", "counts", "inputs", "seen")
 
-    def __init__(
-        self, seen: Seen, counts: bool, scope: InForce, answering: Answering, inputs: Mapping[str, Any]
-    ) -> None:
-        self.seen, self.counts, self.scope, self.answering, self.inputs = seen, counts, scope, answering, inputs
+    def __init__(self, seen: Seen, counts: bool, answering: Answering, inputs: Mapping[str, Any]) -> None:
+        self.seen, self.counts, self.answering, self.inputs = seen, counts, answering, inputs
 
 
 class Camera(BaseCallback):
@@ -111,8 +108,8 @@ class Camera(BaseCallback):
         counts = not self.candidates.is_sample(known)
         context = current()
         name = str(seen.index) if counts else ASIDE
-        scope = begin(context._replace(tags=merged_tags(context.tags, {"candidate": name})))
-        self._calls[call_id] = _Call(seen, counts, scope, Answering(), inputs.get("kwargs") or {})
+        answering = Answering(context._replace(tags=merged_tags(context.tags, {"candidate": name})))
+        self._calls[call_id] = _Call(seen, counts, answering, inputs.get("kwargs") or {})
         if counts:
             seen.calls += 1
 
@@ -122,7 +119,6 @@ class Camera(BaseCallback):
         if call is None:
             return
         call.answering.end()
-        call.scope.end()
         if not call.counts or call.answering.refused:  # a program may answer all the same, but that is no answer
             self._last.answer = None
             return

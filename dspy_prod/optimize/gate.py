@@ -12,6 +12,7 @@ from dspy.utils.callback import BaseCallback
 
 from dspy_prod.compat.dspy import InForce, thread_local_overrides
 from dspy_prod.compat.scoring import ENDER
+from dspy_prod.context.current import SETTING, CallContext
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.lm import LM
 from dspy_prod.optimize.candidates import StoppedBy
@@ -28,7 +29,10 @@ class Closed(BaseException):
 
 
 class Answering(InForce):
-    """The answer that a program is about to give; it follows DSPy into the program's threads.
+    """The answer that a program is about to give; it follows DSPy into the program's threads until its `end()`.
+
+    Args:
+        context: the conditions of its calls.
 
     Attributes:
         refused: the run has refused a call of it, so that it is no answer of the program, whatever that makes of it.
@@ -36,9 +40,9 @@ class Answering(InForce):
 
     __slots__ = ("refused",)
 
-    def __init__(self) -> None:
+    def __init__(self, context: CallContext) -> None:
         self.refused = False
-        super().__init__(_ANSWERING, self)
+        super().__init__(**{SETTING: context, _ANSWERING: self})
 
     @staticmethod
     def spoil() -> None:

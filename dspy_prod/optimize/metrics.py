@@ -22,12 +22,14 @@ def metric_of(optimizer: Any) -> Callable[..., Any] | None:
     return next((metric for _, _, metric, _ in _places(optimizer)), None)
 
 
-def checked_metric(metric: Callable[..., Any]) -> None:
+def checked_metric(metric: Any) -> None:
     """See whether it can be asked as DSPy's evaluations ask it.
 
     Raises:
         ConfigError: it cannot.
     """
+    if not callable(metric):
+        raise ConfigError(f"BudgetedOptimizer: metric: must be a function of (example, prediction), got {metric!r}")
     try:
         signature = inspect.signature(metric)
     except (TypeError, ValueError):  # it is written in C

@@ -13,6 +13,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from dspy_prod.errors import ConfigError, OptionError
 from dspy_prod.optimize.candidates import Watcher
 from dspy_prod.optimize.forecasting import forecast_of
+from dspy_prod.optimize.metrics import checked_metric
 from dspy_prod.optimize.opening import Scribe, note_pilot, opened, piloted
 from dspy_prod.optimize.rehearsal import Forecast
 from dspy_prod.optimize.reporting import report_of
@@ -106,8 +107,11 @@ class BudgetedOptimizer(_Sheltered):
         self.terms = _terms(
             budget_usd=budget_usd, max_calls=max_calls, max_tokens=max_tokens, max_time=max_time, **options
         )
-        if name is not None and (not isinstance(name, str) or not name):
-            raise ConfigError(f"BudgetedOptimizer: name: must be a non-empty string, got {name!r}")
+        for option, given in (("name", name), ("publish", publish)):
+            if given is not None and (not isinstance(given, str) or not given):
+                raise ConfigError(f"BudgetedOptimizer: {option}: must be a non-empty string, got {given!r}")
+        if metric is not None:
+            checked_metric(metric)
         self._metric = metric
         self._publish = publish
         self._store, self._namespace = store, namespace

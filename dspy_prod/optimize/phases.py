@@ -73,7 +73,7 @@ class Phases(ABC):
 
     @abstractmethod
     def renew_gate(self) -> Gate:
-        """Put up a gate that is open."""
+        """Put up a gate that is open, unless the run was asked to stop."""
 
     @abstractmethod
     def drain(self) -> int:

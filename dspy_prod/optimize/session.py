@@ -101,10 +101,12 @@ class Session(Phases):
         self._completed: set[int] = set()
         self._lock = threading.Lock()
         self._broken: BaseException | None = None
+        self._stopped: str | None = None
 
     # -- what others ask -----------------------------------------------------------------------------------------------
     def stop(self, detail: str = "it was asked to stop") -> None:
         """End the run; what is in flight is the last."""
+        self._stopped = detail
         self.gate.close("stopped", detail)
 
     def progress(self) -> Progress:
@@ -135,8 +137,10 @@ class Session(Phases):
         return bool(self.task.testset) and (self.gate.reason, self.gate.detail) == self.enough.found
 
     def renew_gate(self) -> Gate:
-        """Put up a gate that is open."""
+        """Put up a gate that is open, unless the run was asked to stop."""
         self.gate = self._new_gate()
+        if self._stopped is not None:  # between two phases, when the gate was closed already
+            self.gate.close("stopped", self._stopped)
         return self.gate
 
     def _new_gate(self) -> Gate:

@@ -87,6 +87,9 @@ def task_of(
             kept_back.append(f"{name} is not used by {kind}; {use}")
     if isinstance(optimizer, BetterTogether) and passed.get("seed") is None and accepts(optimizer, "seed"):
         passed["seed"] = 0  # it would draw one
+    if passed.get("teacher") is not None:
+        teachers = passed["teacher"]
+        passed["teacher"] = [_teacher(each) for each in teachers] if isinstance(teachers, list) else _teacher(teachers)
     fitting(optimizer, student, passed)
     examples, source = selection_of(optimizer, traits, given)
     metric = metric_of(optimizer) or metric
@@ -134,6 +137,11 @@ def copy_of(program: Any) -> Any:
         if name in own:
             predictor.lm = own[name].lm
     return copied
+
+
+def _teacher(teacher: Any) -> Any:
+    """A copy of a teacher, whose LMs are put under the caps meanwhile; the program itself, out of a `Production`."""
+    return copy_of(checked_student(teacher)) if isinstance(teacher, dspy.Module) else teacher
 
 
 def checked_examples(name: str, examples: Any, *, asked: bool = False) -> list[Any] | None:

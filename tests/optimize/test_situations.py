@@ -390,14 +390,14 @@ def test_programs_of_a_class_that_compares_by_content_are_told_apart(world: Worl
 
 # -- at the same time --------------------------------------------------------------------------------------------------
 def test_two_runs_of_one_program_do_not_meet(world: World, store: str) -> None:
-    """Its plain LM is put under the caps of each, on copies."""
+    """Its plain LM is put under the caps of each, on copies; also where it is its own teacher."""
     program = world.program()
     plain = world.lm(plain=True)
     program.set_lm(plain)
 
     def run(number: int) -> Any:
         made = budgeted(search(world, 1 + number), f"{store}{number}", budget_usd=None, max_calls=900)
-        return made.compile(program, **both(world)).optimization
+        return made.compile(program, teacher=program, **both(world)).optimization
 
     with ThreadPoolExecutor(2) as pool:
         for report in pool.map(run, range(2)):
@@ -496,6 +496,23 @@ def test_a_gate_of_a_phase_before_ends_no_later_one(
     assert best.optimization.stopped_by == "completed"
     assert best.optimization.candidates[-1].score is not None
     assert best.optimization.test is not None
+
+
+def test_a_stop_between_two_phases_is_heard(
+    world: World, asked: Any, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the gate of the one is closed, and that of the next one is not up yet."""
+    optimizer = budgeted(search(world, 8), store, budget_usd=None, max_calls=60)
+    drain = Session.drain
+
+    def stopped(self: Session) -> int:
+        optimizer.stop()
+        return drain(self)
+
+    monkeypatch.setattr(Session, "drain", stopped)
+    report = optimizer.compile(world.program(), **both(world), testset=world.testset).optimization
+    assert report.stopped_by == "stopped"
+    assert set(report.phases) == {"baseline", "search"}
 
 
 def test_a_forecast_belongs_to_its_run_alone(world: World, asked: Any, store: str) -> None:
