@@ -47,6 +47,14 @@ class FirstExample:
             except Exception as error:  # seen by the camera, which tells the program's failures from others
                 if is_without_lm(error):
                     self._wrong("the program has no LM: dspy.configure(lm=...), or program.set_lm(...)")
+        self.check()
+
+    def check(self) -> None:
+        """See what the looks have found.
+
+        Raises:
+            Closed: the run is over, or only threads that were there before have called: they are the program's then.
+        """
         if self._elsewhere is not None and not self._inside:
             self._wrong(_strayed(self._elsewhere))
         self._gate.check()

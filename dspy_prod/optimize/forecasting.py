@@ -27,7 +27,7 @@ def forecast_of(session: Session, examples: int) -> Forecast:
     """
     task, whole = session.task, list(session.task.selection[0])
     chosen = whole[:examples]
-    with session.ready():
+    with session.ready() as first:
         scores = session.metrics.scores
         try:
             with recording(task.student, chosen) as pilot:
@@ -36,6 +36,7 @@ def forecast_of(session: Session, examples: int) -> Forecast:
                     max_errors=NO_END,
                 )  # fmt: skip
                 pilot.scored(evaluation(task.student).results)
+            first.check()
             session.metrics.scored.refuse_untold()
         except (Closed, Exception):
             gate = session.gate

@@ -244,12 +244,12 @@ class Session(Phases):
         return in_force(self.task, self.terms, self.run, self.lms, self.metrics, self.camera, self._models, self._quiet)
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
-        """Within it programs may be asked under the caps, without a run."""
-        remove = BUS.add(self.sums)
+    def ready(self) -> Iterator[FirstExample]:
+        """Within it programs may be asked under the caps, without a run; what looks at their calls comes back."""
+        remove, first = BUS.add(self.sums), self.first_example()
         try:
-            with self._holding(), self.gate.in_force(self.camera), self.first_example().looking(self.lms.all):
-                yield
+            with self._holding(), self.gate.in_force(self.camera), first.looking(self.lms.all):
+                yield first
         finally:
             remove()
 

@@ -329,7 +329,8 @@ def test_what_a_program_answers_when_the_run_refuses_its_call_is_no_answer(
     assert report.best is None
 
 
-def test_a_program_that_calls_from_a_pool_that_was_there_before_is_refused(world: World, store: str) -> None:
+@pytest.mark.parametrize("how", ["compile", "forecast"])
+def test_a_program_that_calls_from_a_pool_that_was_there_before_is_refused(how: str, world: World, store: str) -> None:
     """Its threads may belong to others; but the program makes no call of its own."""
     with ThreadPoolExecutor(1) as pool:
 
@@ -345,8 +346,8 @@ def test_a_program_that_calls_from_a_pool_that_was_there_before_is_refused(world
         try:
             Pooled()(message="hello")
             with pytest.raises(ConfigError, match="threads of its own"):
-                budgeted(search(world), store).compile(Pooled(), **both(world))
-            assert len(world.calls) == 2
+                getattr(budgeted(search(world), store), how)(Pooled(), **both(world))
+            assert len(world.calls) == {"compile": 2, "forecast": 17}[how]
         finally:
             dspy.configure(lm=None)
 
