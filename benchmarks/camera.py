@@ -18,6 +18,9 @@ from benchmarks.world import World
 from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.gate import Gate
 from dspy_prod.optimize.judging import Judge
+from dspy_prod.optimize.lineage import Lineage
+from dspy_prod.optimize.scored import Scored
+from dspy_prod.optimize.supported import Traits
 
 BOUND_MS = 0.1
 
@@ -42,9 +45,9 @@ def main() -> None:
         judge = Judge(lambda: gate, run, lambda: False)
         camera = Camera(
             program, world.valset, world.trainset, judge, {world.lm().model}, None, lambda seen: None,
-            lambda: None, lambda number: "candidate",
+            lambda: None, Lineage(Traits(), {}),
         )  # fmt: skip
-        metric = camera.watched(world.metric, rich=False)
+        metric = Scored(camera).watched(world.metric, rich=False)
 
         def once(score: Any) -> float:
             began = time.process_time()

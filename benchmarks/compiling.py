@@ -113,8 +113,6 @@ def compile_ordered(order: Order) -> None:
             from dspy_prod.optimize.optimizer import BudgetedOptimizer
 
             optimizer = BudgetedOptimizer(subject.optimizer, metric=world.metric, **order.options)
-            if not isinstance(arguments.get("valset"), list):
-                arguments.setdefault("valset", None)
             try:
                 best = optimizer.compile(subject.student, **arguments)
             except BaseException as error:

@@ -206,13 +206,13 @@ def rebind_sources(program: Any, sources: Mapping[str, str]) -> None:
     rebind(program, {path.removeprefix("self."): source for path, source in sources.items()})
 
 
-def mark_compiled(program: Any) -> None:
-    """Say of a program that an optimizer has made it."""
-    program._compiled = True
+def mark_compiled(program: Any, compiled: bool = True) -> None:
+    """Say of a program whether an optimizer has made it."""
+    program._compiled = compiled
 
 
 class InForce:
-    """A setting of DSPy's that is in force from one callback to another: `dspy.context` for those who have no block.
+    """Settings of DSPy's that are in force from one callback to another: `dspy.context` for those who have no block.
 
     Unlike a generator, it never acts when it is collected: where the end never comes, what was in force before is put
     back by whoever stands around it, as DSPy's workers do, or stays as it is.
@@ -220,10 +220,10 @@ class InForce:
 
     __slots__ = ("_token",)
 
-    def __init__(self, name: str, value: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         overrides = thread_local_overrides.get()
         kind: Any = type(overrides)
-        self._token = thread_local_overrides.set(kind({**overrides, name: value}))
+        self._token = thread_local_overrides.set(kind({**overrides, **settings}))
 
     def end(self) -> None:
         """Put back what was in force before; nothing, where it was begun elsewhere."""

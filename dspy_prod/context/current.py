@@ -119,7 +119,7 @@ def use(context: CallContext) -> Iterator[CallContext]:
 
 def begin(context: CallContext) -> InForce:
     """Put a ready-made context in force until its `end()`, for callbacks, which begin here and end there."""
-    return InForce(SETTING, context)
+    return InForce(**{SETTING: context})
 
 
 @contextmanager

@@ -11,79 +11,39 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import dspy
 from dspy.utils.callback import BaseCallback
 from dspy.utils.exceptions import LMError
 
-from dspy_prod.compat.dspy import InForce
 from dspy_prod.compat.racing import HEATS
-from dspy_prod.context.current import begin, current, merged_tags
+from dspy_prod.context.current import current, merged_tags
+from dspy_prod.optimize.gate import Answering
 from dspy_prod.optimize.judging import Judge
+from dspy_prod.optimize.lineage import Lineage
 from dspy_prod.optimize.racing import Contest
-from dspy_prod.optimize.states import State, has_sources, key_of, read
-from dspy_prod.optimize.supported import Grows
+from dspy_prod.optimize.recognizing import Candidates
+from dspy_prod.optimize.seen import Seen
+from dspy_prod.optimize.states import key_of
 
 _SEVERAL: Final = 4
 """Examples that a state must have answered to count as a candidate where nothing is evaluated as a whole."""
 
-_ASIDE: Final = "aside"
+ASIDE: Final = "aside"
 """The candidate that the ledger names for what is no candidate's: proposers, teachers, samples."""
 
-
-@dataclass(eq=False)
-class Seen:
-    """What was seen of one state.
-
-    Attributes:
-        index: in order of appearance. state: which. origin: where it came from.
-        scores: by the key of the example. answered, total: of them, those of the selection set: how many, and their
-            sum. failed: examples at which the program itself failed, scored 0.
-        evaluated: it was evaluated, so it is a candidate, and not a teacher or a sample.
-        calls: calls of the program. minibatches: means over parts of other sets.
-        predicted: the mean that a race expected of it. parents: what it was made from.
-        found_usd: what the run had spent when it was complete.
-    """
-
-    index: int
-    state: State
-    origin: str = ""
-    scores: dict[str, float] = field(default_factory=dict)
-    answered: int = 0
-    total: float = 0.0
-    failed: set[str] = field(default_factory=set)
-    evaluated: bool = False
-    calls: int = 0
-    minibatches: list[tuple[int, float]] = field(default_factory=list)
-    predicted: float | None = None
-    parents: tuple[int, ...] = ()
-    found_usd: float | None = None
-
-
-class _Known:
-    """What is known of one program object: its predictors, and the state that they were in when it was last read."""
-
-    __slots__ = ("alone", "identity", "predictors", "seen")
-
-    def __init__(self, predictors: tuple[Any, ...], alone: bool = False) -> None:
-        self.predictors = predictors
-        self.identity: list[tuple[Any, ...]] | None = None
-        self.seen: Seen | None = None
-        self.alone = alone
+FAILURE: Final = 0.0
+"""The score of an example at which the program failed."""
 
 
 class _Call:
     """A call of a program that is going on."""
 
-    __slots__ = ("counts", "inputs", "scope", "seen")
+    __slots__ = ("answering", "counts", "inputs", "seen")
 
-    def __init__(self, seen: Seen, counts: bool, scope: InForce, inputs: Mapping[str, Any]) -> None:
-        self.seen, self.counts, self.scope, self.inputs = seen, counts, scope, inputs
+    def __init__(self, seen: Seen, counts: bool, answering: Answering, inputs: Mapping[str, Any]) -> None:
+        self.seen, self.counts, self.answering, self.inputs = seen, counts, answering, inputs
 
 
 class Camera(BaseCallback):
@@ -97,10 +57,12 @@ class Camera(BaseCallback):
         task_models: models of the program's LMs; what another one answers is a teacher's.
         contest: the races of evaluations; None runs none.
         on_new: called with a candidate that is new or complete. on_answer: called when an LM has answered.
-        origin: in words, where the candidate comes from that is first seen in the evaluation of this number.
-        failure_score: the score of an example at which the program failed.
-        grows: what a new candidate is made from.
+        lineage: where candidates come from.
         loose: what answers several examples is a candidate, also outside of evaluations.
+
+    Attributes:
+        candidates: all that were seen. latest: the best complete one. in_flight: calls of LMs that are going on.
+        keys: of the selection set, in order.
     """
 
     def __init__(
@@ -113,109 +75,41 @@ class Camera(BaseCallback):
         contest: Contest | None,
         on_new: Callable[[Seen], None],
         on_answer: Callable[[], None],
-        origin: Callable[[int], str],
-        failure_score: float = 0.0,
-        grows: Grows = "given",
+        lineage: Lineage,
         loose: bool = False,
     ) -> None:
-        self._kind = type(student)
-        self._shape = _shape(student)
-        self._written = has_sources(student)
+        self.candidates = Candidates(student, task_models)
         self.keys = [key_of(example) for example in selection]
         self._selected = Counter(self.keys)
         self._by_inputs = {_inputs_key(example): key_of(example) for example in [*others, *selection]}
         self._judge = judge
-        self._task_models = task_models
         self._contest = contest
         self._on_new = on_new
         self._on_answer = on_answer
-        self._origin = origin
-        self._failure_score = failure_score
-        self._grows = grows
+        self.lineage = lineage
         self._loose = loose
-        self._before: tuple[Seen, list[str]] | None = None
-        self.evaluations = 0
-        self._known: WeakKeyDictionary[Any, _Known | None] = WeakKeyDictionary()
         self._lock = threading.Lock()
         self._last = threading.local()
         self._calls: dict[str, _Call] = {}
         self.in_flight: set[str] = set()
         self._evaluations: dict[str, tuple[Seen, list[str], Any]] = {}
-        self.states: dict[str, Seen] = {}
-        self.by_index: list[Seen] = []
         self.latest: Seen | None = None
         self.example_keys: dict[int, str] = {id(example): key_of(example) for example in [*others, *selection]}
-
-    # -- programs ------------------------------------------------------------------------------------------------------
-    def seen_of(self, program: Any, *, alone: bool = False) -> Seen:
-        """What was seen of the state that a program is in now."""
-        known = _Known(tuple([each for _, each in program.named_predictors()]), alone)
-        self._known[program] = known
-        return self._read(program, known)
-
-    def _known_of(self, program: Any) -> _Known | None:
-        try:
-            known = self._known[program]
-        except KeyError:
-            known = None
-            if type(program) is self._kind and _shape(program) == self._shape:
-                known = _Known(tuple([each for _, each in program.named_predictors()]))
-            self._known[program] = known
-        except TypeError:
-            return None  # it can be no key: its class compares by content
-        return known
-
-    def _read(self, program: Any, known: _Known) -> Seen:
-        identity = [
-            (predictor.signature, predictor.signature.__doc__, predictor.config, getattr(predictor, "fields", None),
-             *predictor.demos)
-            for predictor in known.predictors
-        ]  # fmt: skip
-        if known.seen is not None and known.identity == identity:  # mostly the very same objects, so this is quick
-            return known.seen
-        state = read(program, known.alone, self._written)
-        known.identity = [
-            (signature, text, dict(config), deepcopy(fields), *demos)
-            for signature, text, config, fields, *demos in identity
-        ]
-        known.seen = self._enter(state)
-        return known.seen
-
-    def _enter(self, state: State) -> Seen:
-        with self._lock:
-            seen = self.states.get(state.key)
-            if seen is None:
-                seen = self.states[state.key] = Seen(len(self.by_index), state)
-                self.by_index.append(seen)
-            return seen
-
-    def _is_sample(self, known: _Known) -> bool:
-        """Whether an LM with a roll of its own, or a teacher's, answers: its score is not the candidate's."""
-        default: Any = None
-        for predictor in known.predictors:
-            lm = predictor.lm
-            if lm is None:
-                if default is None:
-                    default = dspy.settings.lm
-                lm = default
-            if lm is None or lm.kwargs.get("rollout_id") is not None or lm.model not in self._task_models:
-                return True
-        return False
 
     # -- calls of programs ---------------------------------------------------------------------------------------------
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Remember which state answers, and have the ledger say so."""
-        if type(instance) is not self._kind or dspy.settings.caller_modules:
+        if type(instance) not in self.candidates.kinds or dspy.settings.caller_modules:
             return
-        known = self._known_of(instance)
+        known = self.candidates.known_of(instance)
         if known is None:
             return
-        seen = self._read(instance, known)
-        counts = not self._is_sample(known)
+        seen = self.candidates.read(instance, known)
+        counts = not self.candidates.is_sample(known)
         context = current()
-        name = str(seen.index) if counts else _ASIDE
-        scope = begin(context._replace(tags=merged_tags(context.tags, {"candidate": name})))
-        self._calls[call_id] = _Call(seen, counts, scope, inputs.get("kwargs") or {})
+        name = str(seen.index) if counts else ASIDE
+        answering = Answering(context._replace(tags=merged_tags(context.tags, {"candidate": name})))
+        self._calls[call_id] = _Call(seen, counts, answering, inputs.get("kwargs") or {})
         if counts:
             seen.calls += 1
 
@@ -224,8 +118,8 @@ class Camera(BaseCallback):
         call = self._calls.pop(call_id, None)
         if call is None:
             return
-        call.scope.end()
-        if not call.counts:
+        call.answering.end()
+        if not call.counts or call.answering.refused:  # a program may answer all the same, but that is no answer
             self._last.answer = None
             return
         if exception is None:
@@ -235,7 +129,7 @@ class Camera(BaseCallback):
         if self._judge.blames_program(exception):
             key = self._by_inputs.get(key_of(call.inputs))
             if key is not None:
-                self.note(call.seen, key, self._failure_score, failed=True)
+                self.note(call.seen, key, FAILURE, failed=True)
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """Know what is on its way."""
@@ -245,43 +139,30 @@ class Camera(BaseCallback):
         """See refusals, wherever they end up."""
         self.in_flight.discard(call_id)
         self._on_answer()
-        if isinstance(exception, LMError):
-            self._judge.refused(exception)
+        if isinstance(exception, LMError) and self._judge.refused(exception):
+            Answering.spoil()
 
     # -- evaluations ---------------------------------------------------------------------------------------------------
     def on_evaluate_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         """See which program is evaluated on what, and begin a race if it may end early."""
         program: Any = inputs.get("program")
         devset = inputs.get("devset") if inputs.get("devset") is not None else instance.devset
-        if type(program) is not self._kind or not devset:
+        if type(program) not in self.candidates.kinds or not devset:
             return
-        known = self._known_of(program)
+        known = self.candidates.known_of(program)
         if known is None:
             return
         known.predictors = tuple([each for _, each in program.named_predictors()])
-        seen = self._read(program, known)
+        seen = self.candidates.read(program, known)
         keys = [self.key(example) for example in devset]
         seen.evaluated = True
-        if not seen.origin:
-            seen.origin = self._origin(self.evaluations)
-            seen.parents = self._parents(seen, keys)
-        self.evaluations += 1
-        self._before = (seen, keys)
+        self.lineage.see(seen, keys, self.candidates.all[0], self.latest)
         heat = None
-        if self._contest is not None and keys == self.keys and not self._is_sample(known):
+        if self._contest is not None and keys == self.keys and not self.candidates.is_sample(known):
             heat = self._contest.heat(seen.state.key)
             if heat is not None:
                 HEATS[call_id] = heat
         self._evaluations[call_id] = (seen, keys, heat)
-
-    def _parents(self, seen: Seen, keys: list[str]) -> tuple[int, ...]:
-        """What a new candidate was made from: the one before it on the same examples, or the best one so far."""
-        parent: Seen | None = self.by_index[0]
-        if self._grows == "before" and self._before is not None and self._before[1] == keys:
-            parent = self._before[0]
-        elif self._grows != "given" and self.latest is not None:
-            parent = self.latest
-        return () if parent is None or parent is seen else (parent.index,)
 
     def on_evaluate_end(self, call_id: str, outputs: Any | None, exception: BaseException | None = None) -> None:
         """Note what an evaluation came to."""
@@ -297,6 +178,28 @@ class Camera(BaseCallback):
             if found:
                 seen.minibatches.append((len(found), sum(found) / len(found)))
         self._on_new(seen)
+
+    def blames_program(self, error: BaseException) -> bool:
+        """Whether an error is the fault of what is scored, not of who could not be asked."""
+        return self._judge.blames_program(error)
+
+    def scored(self, example: Any, prediction: Any, score: float, traced: bool, failed: bool = False) -> None:
+        """Take the score of the answer that this thread's last program gave, if it is of that one.
+
+        Args:
+            example: which. prediction: the answer. score: what it is worth. failed: the metric told no score.
+            traced: the metric was shown a trace, so that it may have told what is a good demonstration. That is no
+                score of the selection set.
+        """
+        answer = getattr(self._last, "answer", None)
+        if answer is None:
+            return
+        outputs, of = answer
+        key = self.key(example)
+        if traced and key in self._selected:
+            return
+        if outputs is prediction or (isinstance(outputs, tuple) and outputs and outputs[0] is prediction):
+            self.note(of, key, score, failed)
 
     def note(self, seen: Seen, key: str, score: float, failed: bool = False) -> None:
         """Keep the first score of a candidate on an example."""
@@ -334,49 +237,6 @@ class Camera(BaseCallback):
     def key(self, example: Any) -> str:
         """The key of an example, of the run's data sets or of somebody else's."""
         return self.example_keys.get(id(example)) or key_of(example)
-
-    # -- the metric ----------------------------------------------------------------------------------------------------
-    def watched(self, metric: Callable[..., Any], rich: bool) -> Callable[..., Any]:
-        """The metric, seen; as a number for optimizers that do not understand a `Prediction(score=, feedback=)`."""
-
-        @wraps(metric, updated=())
-        def seen(*args: Any, **kwargs: Any) -> Any:
-            context = current()
-            scope = begin(context._replace(tags=merged_tags(context.tags, {"candidate": _ASIDE, "role": "metric"})))
-            try:
-                told = metric(*args, **kwargs)
-            finally:
-                scope.end()
-            score = number(told)
-            answer = getattr(self._last, "answer", None)
-            if answer is not None and score is not None and len(args) >= 2:
-                outputs, of = answer
-                prediction = args[1]
-                if outputs is prediction or (isinstance(outputs, tuple) and outputs and outputs[0] is prediction):
-                    self.note(of, self.key(args[0]), score)
-            if rich or score is None or isinstance(told, (bool, int, float)):
-                return told
-            return score
-
-        return seen
-
-
-def number(told: Any) -> float | None:
-    """The score that a metric told; None when it told none."""
-    if isinstance(told, (bool, int, float)):
-        return float(told)
-    score = told.get("score") if isinstance(told, (dict, Mapping)) else getattr(told, "score", None)
-    if isinstance(score, (bool, int, float)):
-        return float(score)
-    try:
-        return float(told)
-    except (TypeError, ValueError):
-        return None
-
-
-def _shape(program: Any) -> list[tuple[str, tuple[str, ...]]]:
-    """Names of a program's predictors and of their fields: a proposer is a `dspy.Predict` too."""
-    return [(name, tuple(predictor.signature.fields)) for name, predictor in program.named_predictors()]
 
 
 def _inputs_key(example: Any) -> str:

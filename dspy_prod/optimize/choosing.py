@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dspy_prod.optimize.camera import Camera, Seen
+from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.candidates import Candidate, Status
+from dspy_prod.optimize.seen import Seen
 from dspy_prod.optimize.sums import Sum, Sums
 
 
 def best_of(camera: Camera, returned: Seen | None) -> Seen | None:
     """The best that is complete: of equal ones what the optimizer returned, else the first. None when none is."""
-    complete = [seen for seen in camera.by_index if camera.is_complete(seen)]
+    complete = [seen for seen in camera.candidates.all if camera.is_complete(seen)]
     if not complete:
         return None
     top = max(camera.mean(seen) for seen in complete)
@@ -32,7 +33,7 @@ def finalists(camera: Camera, returned: Seen | None, baseline: float | None) -> 
         return (sum(scores) + 10 * middle) / (len(scores) + 10)
 
     open_ = [
-        seen for seen in camera.by_index
+        seen for seen in camera.candidates.all
         if (seen.evaluated or seen is returned) and not camera.is_complete(seen) and seen.predicted is None
     ]  # fmt: skip
     return sorted(open_, key=lambda seen: (seen is not returned, -promise(seen), seen.index))
@@ -41,7 +42,9 @@ def finalists(camera: Camera, returned: Seen | None, baseline: float | None) -> 
 def described(camera: Camera, sums: Sums, returned: Seen | None = None) -> tuple[Candidate, ...]:
     """Everything that was a candidate, as plain data."""
     chosen = [
-        seen for seen in camera.by_index if seen.index == 0 or seen.evaluated or seen is returned or seen.minibatches
+        seen
+        for seen in camera.candidates.all
+        if seen.index == 0 or seen.evaluated or seen is returned or seen.minibatches
     ]
     places = {seen.index: place for place, seen in enumerate(chosen)}
     return tuple([_candidate(camera, seen, sums.of(seen.index), places) for seen in chosen])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from dspy_prod.compat.calling import looking_at_calls
+from dspy_prod.compat.calling import is_without_lm, looking_at_calls
 from dspy_prod.context.current import current
 from dspy_prod.errors import ConfigError, RejectedError
 from dspy_prod.lm.lm import LM
@@ -26,6 +26,8 @@ class FirstExample:
     def __init__(self, gate: Gate, run: Run, foreign: bool) -> None:
         self._gate, self._run, self._foreign = gate, run, foreign
         self._before = frozenset(thread.ident for thread in threading.enumerate())
+        self._inside = 0
+        self._elsewhere: Any = None
 
     def run(self, program: Any, example: Any, metric: Callable[..., Any] | None, lms: Sequence[LM]) -> None:
         """Ask it, and score the answer.
@@ -33,30 +35,58 @@ class FirstExample:
         A failure of the program itself is its score, as in every evaluation.
 
         Raises:
-            Closed: the run is over, by a cap or because somebody calls past it.
+            Closed: the run is over, by a cap, or because somebody calls past it or there is no LM.
         """
-        looking: AbstractContextManager[None] = nullcontext()
-        if not self._foreign:
-            looking = looking_at_calls(tuple({LM, *(type(lm) for lm in lms)}), self._look)
-        with looking:
+        with self.looking(lms):
             try:
                 answer = program(**example.inputs())
                 if metric is not None:
                     metric(example, answer)
             except RejectedError as error:
                 self._gate.close("failed", str(error), error)
-            except Exception:
-                pass  # seen by the camera, which tells the program's failures from others
+            except Exception as error:  # seen by the camera, which tells the program's failures from others
+                if is_without_lm(error):
+                    self._wrong("the program has no LM: dspy.configure(lm=...), or program.set_lm(...)")
+        self.check()
+
+    def check(self) -> None:
+        """See what the looks have found.
+
+        Raises:
+            Closed: the run is over, or only threads that were there before have called: they are the program's then.
+        """
+        if self._elsewhere is not None and not self._inside:
+            self._wrong(_strayed(self._elsewhere))
         self._gate.check()
 
+    def looking(self, lms: Sequence[LM]) -> AbstractContextManager[None]:
+        """Look at every call inside, and refuse what goes past the run."""
+        if self._foreign:
+            return nullcontext()
+        return looking_at_calls(tuple({LM, *(type(lm) for lm in lms)}), self._look)
+
     def _look(self, lm: Any) -> None:
-        """Refuse a call that the run does not know of, from a thread that did not live before."""
-        if threading.get_ident() in self._before or self._run in current().guards:
-            return
-        self._gate.wrong = ConfigError(
-            f"The program calls {getattr(lm, 'model', type(lm).__name__)!r} from threads of its own, which know "
-            "nothing of this run, so that no cap would hold. Use dspy.Parallel or dspy.asyncify, or enter "
-            "dspy_prod.call_context(run=...) in the thread; foreign='allow' leaves such calls uncapped"
-        )
+        """Refuse a call that no run knows of, from a thread that did not live before.
+
+        One of those that did may serve others; but it is the program's where the program has made no other call.
+        """
+        guards = current().guards
+        if self._run in guards:
+            self._inside += 1
+        elif not guards and threading.get_ident() in self._before:
+            self._elsewhere = lm
+        elif not guards:
+            self._wrong(_strayed(lm))
+            raise Closed(self._gate.detail)
+
+    def _wrong(self, what: str) -> None:
+        self._gate.wrong = ConfigError(f"BudgetedOptimizer.compile: {what}")
         self._gate.close("failed", str(self._gate.wrong), self._gate.wrong)
-        raise Closed(self._gate.detail)
+
+
+def _strayed(lm: Any) -> str:
+    return (
+        f"the program calls {getattr(lm, 'model', type(lm).__name__)!r} from threads of its own, which know nothing of "
+        "this run, so that no cap would hold. Use dspy.Parallel or dspy.asyncify, or enter "
+        "dspy_prod.call_context(run=...) in the thread; foreign='allow' leaves such calls uncapped"
+    )

@@ -7,12 +7,13 @@ from typing import Any
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
-from dspy_prod.errors import ConfigError, RejectedError
+from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.gate import Closed
 from dspy_prod.optimize.pilot import recording
 from dspy_prod.optimize.rehearsal import Forecast, rehearse
 from dspy_prod.optimize.scope import NO_END
 from dspy_prod.optimize.session import Session
+from dspy_prod.optimize.supported import fitting
 
 
 def forecast_of(session: Session, examples: int) -> Forecast:
@@ -26,7 +27,7 @@ def forecast_of(session: Session, examples: int) -> Forecast:
     """
     task, whole = session.task, list(session.task.selection[0])
     chosen = whole[:examples]
-    with session.ready():
+    with session.ready() as first:
         scores = session.metrics.scores
         try:
             with recording(task.student, chosen) as pilot:
@@ -35,8 +36,12 @@ def forecast_of(session: Session, examples: int) -> Forecast:
                     max_errors=NO_END,
                 )  # fmt: skip
                 pilot.scored(evaluation(task.student).results)
-        except (Closed, RejectedError):
+            first.check()
+            session.metrics.scored.refuse_untold()
+        except (Closed, Exception):
             gate = session.gate
+            if not gate.closed:
+                raise
             raise (gate.wrong or gate.error or ConfigError(f"BudgetedOptimizer.forecast: {gate.detail}")) from None
         optimizer = task.optimizer
         if scores is not None:
@@ -55,7 +60,9 @@ class _Evaluated(Teleprompter):
         self.optimizer, self.examples, self.scores, self.num_threads = optimizer, examples, scores, num_threads
 
     def compile(self, student: Any, **arguments: Any) -> Any:
-        program = self.optimizer.compile(student, **arguments)
+        call = fitting(self.optimizer, student, arguments)
+        program = self.optimizer.compile(*call.args, **call.kwargs)
+        program = student if program is None else program
         evaluate = dspy.Evaluate(
             devset=self.examples, metric=self.scores, num_threads=self.num_threads, max_errors=NO_END
         )

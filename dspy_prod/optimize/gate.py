@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import dspy
 from dspy.utils.callback import BaseCallback
 
+from dspy_prod.compat.dspy import InForce, thread_local_overrides
 from dspy_prod.compat.scoring import ENDER
+from dspy_prod.context.current import SETTING, CallContext
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.lm import LM
 from dspy_prod.optimize.candidates import StoppedBy
 
 _SETTING: Final = "dspy_prod_gate"
+_ANSWERING: Final = "dspy_prod_answering"
 
 
 class Closed(BaseException):
@@ -23,6 +26,30 @@ class Closed(BaseException):
 
     Nobody outside of a run ever sees it.
     """
+
+
+class Answering(InForce):
+    """The answer that a program is about to give; it follows DSPy into the program's threads until its `end()`.
+
+    Args:
+        context: the conditions of its calls.
+
+    Attributes:
+        refused: the run has refused a call of it, so that it is no answer of the program, whatever that makes of it.
+    """
+
+    __slots__ = ("refused",)
+
+    def __init__(self, context: CallContext) -> None:
+        self.refused = False
+        super().__init__(**{SETTING: context, _ANSWERING: self})
+
+    @staticmethod
+    def spoil() -> None:
+        """A call that was made for the answer of here was refused."""
+        answering: Answering | None = thread_local_overrides.get().get(_ANSWERING)
+        if answering is not None:
+            answering.refused = True
 
 
 class Gate(BaseCallback):
@@ -96,13 +123,13 @@ class Gate(BaseCallback):
 
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         if self.reason is not None:
-            raise Closed(self.detail)
+            self._refuse()
 
     on_evaluate_start = on_compile_start = on_module_start
 
     def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
         if self.reason is not None:
-            raise Closed(self.detail)
+            self._refuse()
         if not self._foreign and isinstance(instance, dspy.BaseLM) and not isinstance(instance, LM):
             self.wrong = ConfigError(
                 f"An LM that no cap of this run holds was about to be called: {type(instance).__name__}"
@@ -110,7 +137,11 @@ class Gate(BaseCallback):
                 "dspy_prod.LM (or dspy_prod.wrap it), or leave it uncapped with foreign='allow'"
             )
             self.close("failed", str(self.wrong), self.wrong)
-            raise Closed(self.detail)
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        Answering.spoil()
+        raise Closed(self.detail)
 
 
 def gate_here() -> Gate | None:

@@ -56,29 +56,35 @@ class Judge:
             self._close("failed", f"a model could not be asked: {type(error).__name__}: {error}", error)
         return False
 
-    def refused(self, error: LMError) -> None:
-        """See to what a call of any LM of the run was refused for."""
-        if not isinstance(error, RejectedError) or isinstance(error, RunStoppedError):
-            return
+    def refused(self, error: LMError) -> bool:
+        """See to what a call of any LM of the run was refused for; whether it was because the run ends."""
+        if not isinstance(error, RejectedError):
+            return False
+        if isinstance(error, RunStoppedError):
+            if error.run != self._run.name:  # one around this one
+                self._close("stopped", str(error), error)
+            return True
         if isinstance(error, DeadlineExceededError):
-            if self._out_of_time():
+            ends = self._out_of_time()
+            if ends:
                 self._close("time", "its time is over")
-            return
+            return ends
         if isinstance(error, BudgetExceededError):
-            self._out_of_money(error)
-            return
+            return self._out_of_money(error)
         self._close("failed", f"{error.reason}: {error}", error)
+        return True
 
-    def _out_of_money(self, error: BudgetExceededError) -> None:
+    def _out_of_money(self, error: BudgetExceededError) -> bool:
         owner, _, dimension = error.budget.rpartition(": ")
         if owner != f"run {self._run.name}" or dimension not in _BY:
             self._close("budget", f"another budget refused: {error}", error)
-            return
+            return True
         left = error.limit_usd - error.spent_usd - error.held_usd
         inside = dict(current().tags).get("candidate") is not None
         if dimension == "usd" and not inside and left > _SMALL * self.largest_usd > 0:
             with self._lock:
                 name = error.model or "?"
                 self.dear[name] = self.dear.get(name, 0) + 1
-            return  # one dear call does not end a run in which cheap ones go on
+            return False  # one dear call does not end a run in which cheap ones go on
         self._close(_BY[dimension], str(error))
+        return True

@@ -16,6 +16,8 @@ from dspy_prod.stores.base import Store
 
 _ROLES: Final = {"task_model": "task", "prompt_model": "prompt", "reflection_lm": "reflection", "lm": "teacher"}
 _DEPTH: Final = 6
+_FEW: Final = 100
+"""Longer collections are data, and hold no LMs."""
 
 
 class LMs:
@@ -68,9 +70,13 @@ class LMs:
             if isinstance(predictor.lm, dspy.BaseLM):
                 self._set(predictor, "lm", self.guarded(predictor.lm, role))
 
-    def optimizer(self, optimizer: Any) -> None:
-        """Put the LMs that an optimizer names under the caps, those of the optimizers and programs within it too."""
-        self._walk(optimizer, set(), 0)
+    def within(self, holder: Any) -> None:
+        """Put the LMs that an optimizer names under the caps, those of the optimizers and programs within it too.
+
+        Args:
+            holder: the optimizer, or the arguments of its `compile`.
+        """
+        self._walk(holder, set(), 0)
 
     def _walk(self, holder: Any, seen: set[int], depth: int) -> None:
         if id(holder) in seen or depth > _DEPTH:
@@ -86,13 +92,15 @@ class LMs:
                     self._put(holder, name, guarded)
             elif isinstance(value, (Teleprompter, dspy.Module)) or (isinstance(value, dict) and _may_hold(value)):
                 self._walk(value, seen, depth + 1)
-            elif isinstance(value, (list, tuple)):
-                for each in value:
+            elif isinstance(value, (list, tuple)) and len(value) <= _FEW:
+                for place, each in enumerate(value):
                     if isinstance(each, (Teleprompter, dspy.Module)):
                         self._walk(each, seen, depth + 1)
+                    elif isinstance(each, dspy.BaseLM) and isinstance(value, list):
+                        self._put(value, place, self.guarded(each, "prompt"))
 
     def _put(self, holder: Any, name: Any, value: Any) -> None:
-        if isinstance(holder, dict):
+        if isinstance(holder, (dict, list)):
             before = holder[name]
             holder[name] = value
             self._undo.append(lambda: holder.__setitem__(name, before))
@@ -105,10 +113,6 @@ class LMs:
             return
         setattr(holder, name, value)
         self._undo.append(lambda: setattr(holder, name, before))
-
-    def given_back(self, lm: Any) -> Any:
-        """The LM that stood where this one stands."""
-        return next((plain for plain, guarded in self._wrapped.values() if guarded is lm), lm)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -125,6 +129,6 @@ class LMs:
 
 
 def _may_hold(value: dict[Any, Any]) -> bool:
-    return len(value) <= 100 and any(
+    return len(value) <= _FEW and any(
         isinstance(each, (dspy.BaseLM, Teleprompter, dspy.Module, dict)) for each in value.values()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -10,6 +11,7 @@ from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.camera import Camera
+from dspy_prod.optimize.scored import Scored
 from dspy_prod.optimize.supported import traits_of
 
 _NAMES: Final = ("metric", "metric_fn")
@@ -20,6 +22,32 @@ def metric_of(optimizer: Any) -> Callable[..., Any] | None:
     return next((metric for _, _, metric, _ in _places(optimizer)), None)
 
 
+def checked_metric(metric: Any) -> None:
+    """See whether it can be asked as DSPy's evaluations ask it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not callable(metric):
+        raise ConfigError(f"BudgetedOptimizer: metric: must be a function of (example, prediction), got {metric!r}")
+    try:
+        signature = inspect.signature(metric)
+    except (TypeError, ValueError):  # it is written in C
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"BudgetedOptimizer: metric: evaluations call metric(example, prediction), which this one does not take "
+            f"({error}). Give its other parameters a default, as trace=None"
+        ) from None
+
+
+def optimizers_within(optimizer: Any) -> list[Any]:
+    """An optimizer and those within it, as far as they have a metric."""
+    return [holder for holder, _, _, _ in _places(optimizer) if isinstance(holder, Teleprompter)]
+
+
 class Metrics:
     """The metrics of a run.
 
@@ -28,11 +56,12 @@ class Metrics:
 
     Attributes:
         scores: the metric as our own evaluations call it; it tells numbers. None where there is none.
+        scored: knows where a metric told none.
     """
 
     def __init__(self, camera: Camera, metric: Callable[..., Any] | None) -> None:
-        self._camera = camera
-        self.scores = None if metric is None else camera.watched(metric, rich=False)
+        self.scored = Scored(camera)
+        self.scores = None if metric is None else self.scored.watched(metric, rich=False)
 
     @contextmanager
     def watched(self, optimizer: Any) -> Iterator[None]:
@@ -40,7 +69,7 @@ class Metrics:
         undo: list[Callable[[], None]] = []
         try:
             for holder, name, metric, rich in list(_places(optimizer)):
-                _put(holder, name, self._camera.watched(metric, rich))
+                _put(holder, name, self.scored.watched(metric, rich))
                 undo.append(lambda holder=holder, name=name, metric=metric: _put(holder, name, metric))  # type: ignore[misc]
             yield
         finally:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import dspy
@@ -12,18 +13,22 @@ from dspy.teleprompt.teleprompt import Teleprompter
 from dspy_prod.errors import ConfigError, OptionError
 from dspy_prod.optimize.candidates import Watcher
 from dspy_prod.optimize.forecasting import forecast_of
-from dspy_prod.optimize.metrics import metric_of
+from dspy_prod.optimize.metrics import checked_metric
 from dspy_prod.optimize.opening import Scribe, note_pilot, opened, piloted
 from dspy_prod.optimize.rehearsal import Forecast
 from dspy_prod.optimize.reporting import report_of
 from dspy_prod.optimize.session import Session
-from dspy_prod.optimize.supported import accepts, parameters_of, refuse_steps, selection_of, traits_of
-from dspy_prod.optimize.task import Task, checked_student, threads_of
+from dspy_prod.optimize.supported import traits_of
+from dspy_prod.optimize.task import Task, task_of
 from dspy_prod.optimize.terms import Terms
+from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.base import Store
 
 _PILOT: Final = 16
 """Examples that a forecast really asks."""
+
+_BUSY: Final[set[int]] = set()
+_LOCK: Final = RegistryLock()
 
 _CAPS: Final = ("budget_usd", "max_calls", "max_tokens", "max_time")
 
@@ -39,6 +44,8 @@ class BudgetedOptimizer(_Sheltered):
     teacher or the metric makes is admitted by one guard, so that the bill never exceeds the caps. When a cap, a target,
     Ctrl-C or an outage ends the run, what was found is evaluated completely out of a reserve, and the best program by
     complete evaluations is returned, at least as good as the given one. `best.optimization` is the report.
+
+    What is no call of an LM is not counted: what an embedder, a retriever or a tool costs.
 
     Args:
         optimizer: any of DSPy's (but those that train weights), or your own `Teleprompter`.
@@ -100,10 +107,11 @@ class BudgetedOptimizer(_Sheltered):
         self.terms = _terms(
             budget_usd=budget_usd, max_calls=max_calls, max_tokens=max_tokens, max_time=max_time, **options
         )
-        if all(getattr(self.terms, each) is None for each in _CAPS):
-            raise ConfigError(f"BudgetedOptimizer: give it a cap: {', '.join(_CAPS)}")
-        if name is not None and (not isinstance(name, str) or not name):
-            raise ConfigError(f"BudgetedOptimizer: name: must be a non-empty string, got {name!r}")
+        for option, given in (("name", name), ("publish", publish)):
+            if given is not None and (not isinstance(given, str) or not given):
+                raise ConfigError(f"BudgetedOptimizer: {option}: must be a non-empty string, got {given!r}")
+        if metric is not None:
+            checked_metric(metric)
         self._metric = metric
         self._publish = publish
         self._store, self._namespace = store, namespace
@@ -126,7 +134,8 @@ class BudgetedOptimizer(_Sheltered):
         """Optimize a program; the best one found comes back, whatever ended the run.
 
         Args:
-            student: the program. It is not changed. A `Production` is looked into.
+            student: the program, whether it was compiled before or not. It is not changed. A `Production` is looked
+                into.
             trainset: passed on, as all that the optimizer's own `compile` takes.
             valset: what candidates are chosen by. Passed on where the optimizer takes it.
             testset: untouched examples, on which the given program and the best one are compared at the end.
@@ -141,7 +150,8 @@ class BudgetedOptimizer(_Sheltered):
             The best program, with the report as `optimization`; a `Forecast` with `dry_run`.
 
         Raises:
-            ConfigError: an argument is impossible; the run cannot be resumed, and why; calls that no cap could hold.
+            ConfigError: an argument is impossible; the run cannot be resumed, and why; calls that no cap could hold;
+                the metric tells no score; the optimizer is compiling something in another thread.
             LMError: no model could be asked at all, and why.
             KeyboardInterrupt: a second Ctrl-C while it ends after the first.
         """
@@ -187,53 +197,16 @@ class BudgetedOptimizer(_Sheltered):
         return _terms(**kept)
 
     def _task(
-        self,
-        student: Any,
-        trainset: Sequence[Any] | None,
-        valset: Sequence[Any] | None,
-        testset: Sequence[Any],
-        more: Mapping[str, Any],
+        self, student: Any, trainset: Any, valset: Any, testset: Any, more: Mapping[str, Any]
     ) -> tuple[Task, list[str]]:
-        optimizer = self.optimizer
-        student = checked_student(student)
-        known = parameters_of(optimizer)
-        for name in more:
-            if not accepts(optimizer, name):
-                raise ConfigError(
-                    f"BudgetedOptimizer.compile: {name}: {type(optimizer).__name__}.compile does not take it; it takes "
-                    f"{', '.join(each for each in known if each not in ('self', 'student'))}"
-                )
-        given: dict[str, Any] = {
-            **more,
-            **({"trainset": trainset} if trainset is not None else {}),
-            **({"valset": valset} if valset else {}),
-        }
-        refuse_steps(optimizer, given)
-        passed, kept_back = dict(more), []
-        kind = type(optimizer).__name__
-        for name, value, use in (
-            ("trainset", trainset, "nothing of it reaches the optimizer"), ("valset", valset, "it selects the result"),
-        ):  # fmt: skip
-            if value is None or (name == "valset" and not value):
-                continue
-            if accepts(optimizer, name):
-                passed[name] = value
-            else:
-                kept_back.append(f"{name} is not used by {kind}; {use}")
-        if "seed" in known and known["seed"].default is None and "seed" not in passed and kind == "BetterTogether":
-            passed["seed"] = 0
-        metric = metric_of(optimizer) or self._metric
-        if metric is None:
-            kept_back.append(f"{kind} has no metric, so nothing is evaluated: give BudgetedOptimizer a metric=")
-        task = Task(
-            optimizer=optimizer, traits=self.traits, student=student, arguments=passed,
-            selection=selection_of(optimizer, self.traits, given), testset=list(testset or ()), metric=metric,
-            num_threads=threads_of(optimizer, passed),
-        )  # fmt: skip
-        return task, kept_back
+        return task_of(self.optimizer, self.traits, self._metric, student, trainset, valset, testset, more)
 
     # -- the run -------------------------------------------------------------------------------------------------------
     def _compile(self, task: Task, terms: Terms, warnings: list[str], resume: bool | None) -> Any:
+        with _alone(self.optimizer):
+            return self._run(task, terms, warnings, resume)
+
+    def _run(self, task: Task, terms: Terms, warnings: list[str], resume: bool | None) -> Any:
         from dspy_prod.optimize.live import quiet, watcher
         from dspy_prod.optimize.mlflow_runs import watcher as in_mlflow
         from dspy_prod.optimize.publishing import publish_found
@@ -255,6 +228,8 @@ class BudgetedOptimizer(_Sheltered):
         if scribe is not None:
             scribe.claim()
         self._session = session
+        if pilot[0] is None and begun.before is None:
+            self._forecasted = None  # it was of another run
         try:
             session.go()
         finally:
@@ -274,16 +249,42 @@ class BudgetedOptimizer(_Sheltered):
     def _forecast(self, task: Task, terms: Terms) -> Forecast:
         from dspy_prod.optimize.live import quiet
 
-        begun = piloted(task, terms, self.name, self._store, self._namespace)
-        self._forecasted = forecast_of(Session(task, terms, begun.run, [], lambda: False, quiet), _PILOT)
-        self._begun = begun.run.name, self._forecasted.pilot_usd
-        note_pilot(begun, self._forecasted.pilot_usd)
-        return self._forecasted
+        with _alone(self.optimizer):
+            begun = piloted(task, terms, self.name, self._store, self._namespace)
+            self._forecasted = forecast_of(Session(task, terms, begun.run, [], lambda: False, quiet), _PILOT)
+            self._begun = begun.run.name, self._forecasted.pilot_usd
+            note_pilot(begun, self._forecasted.pilot_usd)
+            return self._forecasted
+
+
+@contextmanager
+def _alone(optimizer: Any) -> Iterator[None]:
+    """Only one run at a time has an optimizer: its LMs and metric stand in other places meanwhile, and DSPy's own keep
+    what they do on themselves.
+
+    Raises:
+        ConfigError: another one has it.
+    """
+    with _LOCK:
+        if id(optimizer) in _BUSY:
+            raise ConfigError(
+                f"BudgetedOptimizer.compile: this {type(optimizer).__name__} is compiling something in another thread. "
+                "Wait for it, or give each BudgetedOptimizer an optimizer of its own"
+            )
+        _BUSY.add(id(optimizer))
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _BUSY.discard(id(optimizer))
 
 
 def _terms(**options: Any) -> Terms:
     try:
-        return Terms(**options)
+        terms = Terms(**options)
+        if all(getattr(terms, each) is None for each in _CAPS):
+            raise ConfigError(f"BudgetedOptimizer: give it a cap: {', '.join(_CAPS)}")
+        return terms
     except OptionError as error:
         raise OptionError(
             f"BudgetedOptimizer: {error.field}: {error.problem}", field=error.field, problem=error.problem

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dspy_prod.optimize.camera import Camera, Seen
+from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.candidates import StoppedBy
+from dspy_prod.optimize.seen import Seen
 from dspy_prod.optimize.task import Task
 
 
@@ -47,7 +48,7 @@ class Programs:
 
     def make(self, key: str) -> Any:
         """The program of a candidate, for whoever asks for it afterwards."""
-        return self._with_own_lms(self._camera.states[key].state.put(self._task.student))
+        return self._with_own_lms(self._camera.candidates.by_key[key].state.put(self._task.student))
 
     def best(self) -> Any:
         """What the run returns: the best program, the optimizer's own object where it is that one."""

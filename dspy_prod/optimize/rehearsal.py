@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any, Final
 import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
+from dspy_prod.compat.dspy import mark_compiled
 from dspy_prod.compat.rehearsing import answered_by
 from dspy_prod.context.current import current, use
 from dspy_prod.lm.lm import LM
 from dspy_prod.optimize.live import quiet
 from dspy_prod.optimize.pilot import Pilot, chars_of, model_of, text_of
 from dspy_prod.optimize.stage import Bill, Samples, Stage
+from dspy_prod.optimize.supported import fitting
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.privacy.outward import outward
@@ -151,6 +153,8 @@ def _play(stage: Stage, optimizer: Any, student: Any, arguments: Mapping[str, An
         own = _unseen(_owned(optimizer))
         given = {name: _owned(value) for name, value in arguments.items()}
         program = student.deepcopy()
+        mark_compiled(program, False)
+        call = fitting(own, program, given)
     except Exception as error:
         return f"{type(optimizer).__name__} cannot be copied ({type(error).__name__}: {error}), so it is not rehearsed"
     quiet_settings: dict[str, Any] = {
@@ -165,7 +169,7 @@ def _play(stage: Stage, optimizer: Any, student: Any, arguments: Mapping[str, An
         stage.bill.given = stage.bill.own / max(1, stage.bill.own_calls)
         stage.bill.together, stage.bill.alone = stage.bill.alone + stage.bill.together, 0.0
         try:
-            own.compile(program, **given)
+            own.compile(*call.args, **call.kwargs)
         except Exception as error:
             name = type(error).__name__
             return f"the rehearsal ended early with {name}: {error}; the forecast is what it had cost by then"

@@ -7,20 +7,20 @@ it did when it was really asked, which happens a few times for each kind of ques
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import Any, Final, NamedTuple
 
 from dspy.lm15 import Message, Response, TextPart, Usage
 from dspy.utils.callback import BaseCallback
 
-from dspy_prod.optimize.pilot import Answer, Kind, Measured, Pilot, Played, chars_of, key_of, kind_of, model_of, text_of
+from dspy_prod.compat.dspy import input_keys
+from dspy_prod.optimize.invented import UNKNOWN, cut, made_up, share, varied, words
+from dspy_prod.optimize.pilot import Kind, Measured, Pilot, Played, chars_of, key_of, kind_of, model_of
 from dspy_prod.pricing.rates import Rates
 
 REALLY_ASKED: Final = (1, 2, 5, 12, 30)
@@ -28,9 +28,6 @@ REALLY_ASKED: Final = (1, 2, 5, 12, 30)
 
 ALIKE: Final = 0.5
 """How much prompts and rollouts agree on which examples are hard: 0 is chance, 1 would be the same ones always."""
-
-_UNKNOWN: Final = 400
-"""Characters of an answer that nobody has seen."""
 
 _FREE: Final[Kind] = ((), ())
 
@@ -83,8 +80,11 @@ class Bill:
 class Samples:
     """Real answers of proposers and judges, shared by the rehearsals of all seeds.
 
+    Args:
+        pilot: what was really answered already. real: asks an LM; None asks nobody.
+
     Attributes:
-        spent: what they cost, as the pilot's measures tell.
+        asked: how many questions were really asked.
     """
 
     def __init__(self, pilot: Pilot, real: RealAnswer | None) -> None:
@@ -117,7 +117,7 @@ class Stage(BaseCallback):
 
     Args:
         pilot: what the program was like. samples: what others say. examples: everything it may be asked.
-        seed: of who is right when. rates: prices by LM. requests: how many requests a call with `n` makes.
+        seed: of who is right when. rates: prices by LM. caches: whether an LM keeps what it was answered.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Stage(BaseCallback):
     ) -> None:
         self._pilot, self._samples, self._seed = pilot, samples, seed
         self._rates, self._caches = rates, caches
-        self._examples = {key_of(example.inputs().toDict()): example for example in examples}
+        self._examples = {key_of(example.inputs().toDict()): example for example in examples if input_keys(example)}
         self._labels = {key: dict(example.labels().toDict()) for key, example in self._examples.items()}
         self._right = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) >= 0.5]
         self._wrong = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) < 0.5]
@@ -177,7 +177,7 @@ class Stage(BaseCallback):
         hit = texts is not None
         if texts is None:
             texts = [self._text(lm, asked, key, position, args, kwargs) for position in range(n)]
-            texts = [_cut(text, settings.get("max_tokens")) for text in texts]
+            texts = [cut(text, settings.get("max_tokens")) for text in texts]
         with self._lock:
             if cached:
                 texts = self._cache.setdefault(key, texts)
@@ -202,9 +202,9 @@ class Stage(BaseCallback):
             number = self._times[model_of(lm), kind]
         said = self._samples.text(lm, kind, number, args, kwargs)
         if asked is None:
-            return varied(said or "```\n" + _words(_UNKNOWN, key) + "\n```", f"{self._seed}{key}{position}")
+            return varied(said or "```\n" + words(UNKNOWN, key) + "\n```", f"{self._seed}{key}{position}")
         if said is None:
-            return _formatted(asked, {name: _made_up(each.annotation, key) for name, each in _outputs(asked)})
+            return _formatted(asked, {name: made_up(each.annotation, key) for name, each in _outputs(asked)})
         try:
             values = dict(asked.adapter.parse(asked.signature, said))
         except Exception:  # what it said in another adapter's words, or cut off: said again as it was
@@ -286,26 +286,6 @@ class Stage(BaseCallback):
                 bill.own_calls += 1
 
 
-# -- answers -----------------------------------------------------------------------------------------------------------
-def share(*parts: Any) -> float:
-    """A number from 0 to 1 that looks drawn, and is always the same for the same parts."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big") / 2**48
-
-
-def varied(text: str, salt: str) -> str:
-    """A text of the same length that nobody has said before: one of its words is another one."""
-    start = text.find("```")
-    inside = text.find("\n", start) + 1 if start >= 0 else 0
-    spots = [index for index in range(inside, len(text)) if text[index].isalpha() and text[index].islower()]
-    runs = [i for i in spots if text[i : i + 6].isalpha() and text[i : i + 6].islower() and len(text) >= i + 6]
-    if not runs:
-        return text
-    at = runs[int(share(salt, "at") * len(runs))]
-    letters = "".join(chr(97 + int(share(salt, number) * 26)) for number in range(6))
-    return text[:at] + letters + text[at + 6 :]
-
-
 def _deciding(pilot: Pilot) -> set[Kind]:
     """The predictors that the score depends on: those whose outputs are labels, else the last one of each example."""
     labels = {name for example in pilot.examples for name in dict(example.labels())}
@@ -326,30 +306,3 @@ def _outputs(asked: Asked) -> list[tuple[str, Any]]:
 def _formatted(asked: Asked, values: Mapping[str, Any]) -> str:
     """As the adapter wants it: it writes its demonstrations in the same form."""
     return str(asked.adapter.format_assistant_message_content(asked.signature, dict(values)))
-
-
-def _made_up(annotation: Any, salt: str) -> Any:
-    """A value of a type."""
-    from pydantic import TypeAdapter
-
-    if annotation is str:
-        return _words(_UNKNOWN, salt)
-    options = getattr(annotation, "__args__", ())
-    for value in (*options, 1, 0.5, True, [], {}, "text"):
-        try:
-            return TypeAdapter(annotation).validate_python(value)
-        except Exception:  # of another type: the next one
-            continue
-    return None
-
-
-def _words(length: int, salt: str) -> str:
-    made = [str(int(share(salt, number) * 10**6)) for number in range(length // 8 + 1)]
-    return ("Look at " + " ".join(made))[:length]
-
-
-def _cut(text: str, max_tokens: Any) -> str:
-    return text if not isinstance(max_tokens, int) else text[: int(max_tokens * 4 * sqrt(2))]
-
-
-__all__ = ["Answer", "Bill", "RealAnswer", "Samples", "Stage", "share", "text_of", "varied"]

@@ -119,6 +119,26 @@ def read(program: Any, alone: bool = False, written: bool = True) -> State:
     return State(hashlib.sha256(text).hexdigest()[:16], parts, sources, program if alone else None)
 
 
+def rest_of(program: Any) -> list[tuple[str, str, Any]]:
+    """What else makes a program what it is: the plain attributes of its modules that are no state, by path and name."""
+    return [
+        (path, name, _plain(value))
+        for path, module in program.named_sub_modules()
+        if not isinstance(module, dspy.Predict)
+        for name, value in sorted(vars(module).items())
+        if not name.startswith("_") and name not in ("callbacks", "history") and _is_plain(value)
+    ]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is data through and through."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float, bool))
+
+
 def _part(name: str, predictor: Any) -> Part:
     signature = predictor.signature
     fields = getattr(predictor, "fields", None) or {}

@@ -33,6 +33,8 @@ class Traits:
         races: whether its evaluations of the selection set may be cut short.
         seeded: two runs propose the same, given the same answers.
         opaque: what it makes of the program is no state, but code: only the very object it returns will do.
+        free: nobody knows what it changes about a program; it may be more than its state.
+        asks: its `compile` calls LMs.
         grows: see `Grows`. origin: what its candidates are called, `{n}` counts from 1, `{seed}` from -3.
         select: the selection set when no `valset` is given, of (optimizer, compile's arguments).
     """
@@ -45,6 +47,8 @@ class Traits:
     races: bool = False
     seeded: bool = True
     opaque: bool = False
+    free: bool = False
+    asks: bool = True
     grows: Grows = "given"
     origin: str = "candidate {n}"
     select: Callable[[Any, Mapping[str, Any]], Chosen] | None = None
@@ -89,8 +93,8 @@ TRAITS: Final[Mapping[str, Traits]] = {
     "InferRules": Traits(complete=True, finalists=0, races=True, origin="rules {n}", select=_second_half),
     "BetterTogether": Traits(finalists=1, grows="best", origin="step {n}", select=_first_part),
     "BootstrapFewShot": Traits(finalists=1, late=True, select=_all_of),
-    "LabeledFewShot": Traits(finalists=1, late=True, select=_all_of),
-    "KNNFewShot": Traits(finalists=1, late=True, opaque=True, select=_neighbours),
+    "LabeledFewShot": Traits(finalists=1, late=True, asks=False, select=_all_of),
+    "KNNFewShot": Traits(finalists=1, late=True, opaque=True, asks=False, select=_neighbours),
     "ReAnchor": Traits(finalists=1, late=True, rich=True, select=_all_of),
 }
 """By the name of the class, or of the nearest class that it derives from."""
@@ -126,7 +130,7 @@ def traits_of(optimizer: Any) -> Traits:
             raise ConfigError(f"BudgetedOptimizer: {type(optimizer).__name__} {REFUSED[kind.__name__]}")
         if kind.__name__ in TRAITS and kind.__module__.startswith("dspy."):
             return TRAITS[kind.__name__]
-    return Traits(loose=True, late=True)
+    return Traits(loose=True, late=True, free=True)
 
 
 def refuse_steps(optimizer: Any, given: Mapping[str, Any]) -> None:
@@ -153,6 +157,28 @@ def refuse_steps(optimizer: Any, given: Mapping[str, Any]) -> None:
 def parameters_of(optimizer: Any) -> Mapping[str, inspect.Parameter]:
     """What its `compile` takes, by name."""
     return inspect.signature(optimizer.compile).parameters
+
+
+def fitting(optimizer: Any, student: Any, arguments: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The arguments of its `compile`, put where it takes them: also a program that it takes by name alone.
+
+    Raises:
+        ConfigError: one is missing, or `compile` has no place for the program, or is asynchronous.
+    """
+    kind = type(optimizer).__name__
+    if inspect.iscoroutinefunction(optimizer.compile):
+        raise ConfigError(
+            f"BudgetedOptimizer: {kind}.compile is asynchronous, and nobody would wait for it. Give it a compile that "
+            "is not, as asyncio.run of the other one"
+        )
+    signature = inspect.signature(optimizer.compile)
+    student_by_name = getattr(signature.parameters.get("student"), "kind", None) is inspect.Parameter.KEYWORD_ONLY
+    try:
+        if student_by_name:
+            return signature.bind(student=student, **arguments)
+        return signature.bind(student, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"BudgetedOptimizer.compile: {kind}.compile would not take this: {error}") from None
 
 
 def accepts(optimizer: Any, name: str) -> bool:

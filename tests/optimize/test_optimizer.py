@@ -307,6 +307,8 @@ def test_lms_of_two_stores_share_one_cap(world: World, asked: Any, store: str, t
         ({"budget_usd": 1, "paticence": 3}, "did you mean 'patience'"),
         ({"budget_usd": 1, "foreign": "ignore"}, "BudgetedOptimizer: foreign"),
         ({"budget_usd": 1, "name": ""}, "BudgetedOptimizer: name"),
+        ({"budget_usd": 1, "publish": 3}, "BudgetedOptimizer: publish"),
+        ({"budget_usd": 1, "metric": "accuracy"}, "BudgetedOptimizer: metric"),
     ],
 )
 def test_impossible_options_are_named(options: dict[str, Any], told: str, world: World) -> None:

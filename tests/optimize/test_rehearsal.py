@@ -13,10 +13,11 @@ from dspy.teleprompt import Teleprompter
 import dspy_prod
 from benchmarks.subjects import Subject, optimizers
 from benchmarks.world import World
+from dspy_prod.optimize.invented import share, varied
 from dspy_prod.optimize.live import quiet
 from dspy_prod.optimize.pilot import Pilot, recording
 from dspy_prod.optimize.rehearsal import Forecast, rehearse
-from dspy_prod.optimize.stage import Samples, Stage, share, varied
+from dspy_prod.optimize.stage import Samples, Stage
 
 _numbers = itertools.count()
 
