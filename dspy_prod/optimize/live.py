@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 from dspy_prod.context.current import current
@@ -66,6 +67,38 @@ def in_notebook() -> bool:
     module = sys.modules.get("IPython")
     shell = module.get_ipython() if module is not None else None
     return getattr(shell, "kernel", None) is not None
+
+
+@contextmanager
+def step_by_step(view: str | None, text: str, *, total: int | None, unit: str) -> Iterator[Callable[[], None]]:
+    """Show how far something is that is done before a run; it is gone afterwards, whatever ended it.
+
+    Args:
+        view: as for `watcher`: a bar at a terminal and in a notebook, else a line; None shows nothing.
+        text: what is done. total: how many steps it has, None where nobody knows. unit: of the steps.
+
+    Returns:
+        What to call after each step, from any thread.
+    """
+    if view is None:
+        yield _nothing
+    elif view == "bar" or (view != "log" and (in_notebook() or _at_terminal())):
+        from tqdm.auto import tqdm
+
+        size = {"dynamic_ncols": True} if _has_size() else {"ncols": 120, "nrows": 24}
+        with tqdm(total=total, desc=outward(text), unit=unit, file=sys.stderr, leave=False, **size) as bar:
+            yield lambda: _step(bar)
+    else:
+        print(outward(text), file=sys.stderr, flush=True)  # noqa: T201 (the view)
+        yield _nothing
+
+
+def _step(bar: Any) -> None:
+    bar.update()
+
+
+def _nothing() -> None:
+    return None
 
 
 class Silent:

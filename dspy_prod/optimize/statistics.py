@@ -148,7 +148,7 @@ def _alike(scores: Floats) -> NDArray[np.intp]:
     """Of each candidate the one with most scores among those that answered everything as it did; itself, mostly."""
     told, places = ~np.isnan(scores), np.arange(len(scores))
     order = np.argsort(-told.sum(axis=1), kind="stable")
-    first = places.copy()
+    first: NDArray[np.intp] = places.copy()
     for at in order:
         if first[at] == at:
             common = (told & told[at]).sum(axis=1)
