@@ -138,10 +138,11 @@ class Stage(BaseCallback):
         self._over = False
         self._examples = {key_of(example.inputs().toDict()): example for example in examples}
         self._labels = {key: dict(example.labels().toDict()) for key, example in self._examples.items()}
-        self._right = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) >= 0.5]
-        self._wrong = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) < 0.5]
+        self._right = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) >= pilot.good]
+        self._wrong = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) < pilot.good]
         self._all = [*self._right, *self._wrong]
         self._kinds = pilot.kinds
+        self._good = pilot.good
         self._deciding = _deciding(pilot)
         self._share: float = pilot.accuracy ** (1 / max(1, len(self._deciding)))
         self._cache: dict[str, list[str]] = {}
@@ -251,7 +252,7 @@ class Stage(BaseCallback):
         labels = {name: label for name, label in self._labels.get(example, {}).items() if name in kind[1]}
         names = [name for name, label in labels.items() if _takes(asked, name, label)]
         source = own if own is not None and own.answers else None
-        fits = source is not None and (not decides or ((source.score or 0) >= 0.5) is right)
+        fits = source is not None and (not decides or ((source.score or 0) >= self._good) is right)
         if not fits and not (names and source is not None):
             source = self._instead(example, {name: labels[name] for name in labels if name not in names}, right)
         answer = None if source is None else _nth(source, kind, turn)
@@ -292,7 +293,7 @@ class Stage(BaseCallback):
     def _chance(self, example: str, own: Played | None) -> float:
         """How likely an example is answered right: more so if it was, since some are easy for all prompts."""
         if own is not None and own.score is not None:
-            easy = bool(own.score >= 0.5)
+            easy = own.score >= self._good
         else:
             easy = share(self._seed, "easy", example) < self._share
         chance: float = ALIKE * easy + (1 - ALIKE) * self._share

@@ -302,6 +302,20 @@ def test_the_accuracy_and_the_lengths_are_those_of_the_pilot(world: World) -> No
     )
 
 
+def test_scores_of_another_range_are_right_and_wrong_as_well(world: World) -> None:
+    """A metric from 0 to 100 makes the forecast of one from 0 to 1."""
+    case = Case(world)
+    pilot = case.pilot()
+    accuracy, forecast = pilot.accuracy, case.forecast(pilot, ask=False, seeds=1)
+    for played in pilot.played.values():
+        played.score = 100 * (played.score or 0.0)
+    assert pilot.accuracy == accuracy < 1
+    again = case.forecast(pilot, ask=False, seeds=1)
+    assert (again.calls, again.cached, again.tokens) == (forecast.calls, forecast.cached, forecast.tokens)
+    pilot.scored([(world.valset[0], None, float("nan"))])
+    assert pilot.accuracy <= accuracy
+
+
 def test_it_reads_as_a_sentence() -> None:
     forecast = Forecast(
         3.104, 2.7, 3.6, 5900, 5000, 7000, seconds=1500, pilot_usd=0.0123, warnings=("the metric is slow",)
