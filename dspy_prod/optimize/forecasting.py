@@ -11,6 +11,7 @@ import dspy
 from dspy.teleprompt.teleprompt import Teleprompter
 
 from dspy_prod.errors import ConfigError, RejectedError
+from dspy_prod.optimize.first import FirstExample
 from dspy_prod.optimize.gate import Closed
 from dspy_prod.optimize.live import step_by_step
 from dspy_prod.optimize.pilot import recording
@@ -39,11 +40,7 @@ def forecast_of(session: Session, examples: int) -> Forecast:
         scores = session.metrics.scores
         try:
             with recording(task.student, chosen) as pilot, shown("pilot", len(chosen), "example") as step:
-                evaluation = dspy.Evaluate(
-                    devset=chosen, metric=_then(scores or _none, step), num_threads=task.num_threads,
-                    display_progress=False, max_errors=NO_END,
-                )  # fmt: skip
-                pilot.scored(evaluation(task.student).results)
+                pilot.scored(_asked(session, chosen, _then(scores or _none, step)))
         except KeyboardInterrupt:
             session.gate.close("interrupted", "Ctrl-C")
             raise
@@ -57,6 +54,23 @@ def forecast_of(session: Session, examples: int) -> Forecast:
             optimizer, task.student, task.arguments, pilot, baseline=whole if scores is not None else [],
             num_threads=task.num_threads, roles=session.lms.roles, shown=shown,
         )  # fmt: skip
+
+
+def _asked(session: Session, examples: list[Any], metric: Callable[..., Any]) -> list[tuple[Any, Any, Any]]:
+    """What the given program answers, as `EvaluationResult.results` has it; the first one is looked at more closely."""
+    if not examples:
+        return []
+    first, *others = examples
+    task, seen = session.task, session.camera.seen_of(session.task.student)
+    look = FirstExample(session.gate, session.run, session.terms.foreign == "allow")
+    look.run(task.student, first, metric, session.lms.all)
+    scored = first, None, seen.scores.get(session.camera.key(first))
+    if not others:
+        return [scored]
+    evaluation = dspy.Evaluate(
+        devset=others, metric=metric, num_threads=task.num_threads, display_progress=False, max_errors=NO_END
+    )
+    return [scored, *evaluation(task.student).results]
 
 
 class _Evaluated(Teleprompter):

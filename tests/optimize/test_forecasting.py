@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -121,3 +122,27 @@ def test_ctrl_c_ends_it_at_once_and_leaves_nothing_behind(
     sent = len(world.calls)
     assert sent <= 16
     assert optimizer.forecast(world.program(), **sets).usd > 0
+
+
+class Strays(dspy.Module):
+    """Calls its LM in a thread of its own, which knows nothing of the run."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.sort = dspy.Predict("message -> label")
+        self.sort.lm = lm
+
+    def forward(self, message: str) -> dspy.Prediction:
+        found: list[dspy.Prediction] = []
+        thread = threading.Thread(target=lambda: found.append(self.sort(message=message)))
+        thread.start()
+        thread.join()
+        return found[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_pilot_past_which_calls_go_is_refused_at_its_first_example(world: World, asked: Any, store: str) -> None:
+    """As a run is: no cap would hold for the pilot either."""
+    with pytest.raises(ConfigError, match="threads of its own"):
+        budgeted(world, store).forecast(Strays(asked), trainset=world.trainset, valset=world.valset)
+    assert len(world.calls) <= 1
