@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any
 
 import dspy
@@ -13,31 +16,40 @@ from dspy_prod.optimize.pilot import recording
 from dspy_prod.optimize.rehearsal import Forecast, rehearse
 from dspy_prod.optimize.scope import NO_END
 from dspy_prod.optimize.session import Session
+from dspy_prod.optimize.steps import step_by_step
 from dspy_prod.optimize.supported import fitting
 
 
 def forecast_of(session: Session, examples: int) -> Forecast:
-    """Measure a few examples, and tell what the whole would need.
+    """Measure a few examples, and tell what the whole would need; meanwhile the session's view shows how far it is.
 
     Args:
         session: one that has not begun. examples: how many are really asked.
 
     Raises:
         ConfigError: something is called that no cap holds. LMError: no model could be asked, and why.
+        KeyboardInterrupt: Ctrl-C; nothing more is asked.
     """
+
+    def shown(text: str, total: int | None, unit: str) -> AbstractContextManager[Callable[[], None]]:
+        return step_by_step(session.terms.view, f"{session.run.name}: {text}", total=total, unit=unit)
+
     task, whole = session.task, list(session.task.selection[0])
     chosen = whole[:examples]
     with session.ready() as first:
         scores = session.metrics.scores
         try:
-            with recording(task.student, chosen) as pilot:
+            with recording(task.student, chosen) as pilot, shown("pilot", len(chosen), "example") as step:
                 evaluation = dspy.Evaluate(
-                    devset=chosen, metric=scores or _none, num_threads=task.num_threads, display_progress=False,
-                    max_errors=NO_END,
+                    devset=chosen, metric=_then(scores or _none, step), num_threads=task.num_threads,
+                    display_progress=False, max_errors=NO_END,
                 )  # fmt: skip
                 pilot.scored(evaluation(task.student).results)
             first.check()
             session.metrics.scored.refuse_untold()
+        except KeyboardInterrupt:
+            session.gate.close("interrupted", "Ctrl-C")
+            raise
         except (Closed, Exception):
             gate = session.gate
             if not gate.closed:
@@ -48,7 +60,7 @@ def forecast_of(session: Session, examples: int) -> Forecast:
             optimizer = _Evaluated(optimizer, whole, scores, task.num_threads)
         return rehearse(
             optimizer, task.student, task.arguments, pilot, baseline=whole if scores is not None else [],
-            num_threads=task.num_threads, roles=session.lms.roles,
+            num_threads=task.num_threads, roles=session.lms.roles, shown=shown,
         )  # fmt: skip
 
 
@@ -68,6 +80,17 @@ class _Evaluated(Teleprompter):
         )
         evaluate(program)
         return program
+
+
+def _then(metric: Callable[..., Any], step: Callable[[], None]) -> Callable[..., Any]:
+    @wraps(metric)
+    def scored(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return metric(*args, **kwargs)
+        finally:
+            step()
+
+    return scored
 
 
 def _none(*_: Any) -> float:

@@ -56,7 +56,7 @@ def watcher(view: str | None) -> Watcher:
         from dspy_prod.optimize.live_page import LivePage
 
         return LivePage()
-    if view == "bar" or (view != "log" and _at_terminal()):
+    if view == "bar" or (view != "log" and at_terminal()):
         return Bar()
     return Lines()
 
@@ -116,7 +116,7 @@ class Bar:
         """Draw it."""
         from tqdm import tqdm  # not `tqdm.auto`: in a kernel that warns where ipywidgets is missing
 
-        size = {"dynamic_ncols": True} if _has_size() else {"ncols": 120, "nrows": 24}
+        size = {"dynamic_ncols": True} if has_size() else {"ncols": 120, "nrows": 24}
         self._bar = tqdm(
             total=_STEPS, file=sys.stderr, leave=True, mininterval=0, miniters=0, delay=1e-9,
             bar_format="{desc} {percentage:3.0f}%|{bar:12}| {unit}", **size,
@@ -155,12 +155,12 @@ def _says_that_it_ends(error: BaseException) -> bool:
     return isinstance(error, (RunStoppedError, OutageError))
 
 
-def _at_terminal() -> bool:
+def at_terminal() -> bool:
     isatty = getattr(sys.stderr, "isatty", None)
     return bool(isatty is not None and isatty())
 
 
-def _has_size() -> bool:
+def has_size() -> bool:
     """Whether the terminal knows its size; tqdm draws nothing on one of no columns, as containers have."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Final, NamedTuple
 
 import dspy
@@ -96,9 +97,18 @@ class Pilot:
 
     @property
     def accuracy(self) -> float:
-        """The mean score of the program, between 0 and 1."""
+        """The mean score of the program, between 0 and 1; where metrics tell more than 1, of the highest one seen."""
         scores = [each.score for each in self.played.values() if each.score is not None]
-        return min(1.0, max(0.0, sum(scores) / len(scores))) if scores else 0.5
+        return min(1.0, max(0.0, sum(scores) / len(scores) / self._full)) if scores else 0.5
+
+    @property
+    def good(self) -> float:
+        """The score from which on an answer counts as a right one: half of a full one."""
+        return 0.5 * self._full
+
+    @property
+    def _full(self) -> float:
+        return max([1.0, *(each.score for each in self.played.values() if each.score is not None)])
 
     @property
     def kinds(self) -> set[Kind]:
@@ -248,8 +258,9 @@ def text_of(outputs: Any) -> str:
 
 
 def number_of(score: Any) -> float:
-    """A score as a number, of a metric with feedback too."""
+    """A score as a number, of a metric with feedback too; 0 where it is none."""
     try:
-        return float(getattr(score, "score", score))
+        number = float(getattr(score, "score", score))
     except (TypeError, ValueError):
         return 0.0
+    return number if isfinite(number) else 0.0

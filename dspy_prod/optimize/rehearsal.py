@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from statistics import median
@@ -34,6 +35,8 @@ from dspy_prod.views import Shown
 
 if TYPE_CHECKING:
     from dspy_prod.views import Table
+
+Showing = Callable[[str, int | None, str], AbstractContextManager[Callable[[], None]]]
 
 SEEDS: Final = 3
 
@@ -99,6 +102,7 @@ def rehearse(
     roles: Mapping[str, str] | None = None,
     ask: bool = True,
     seeds: int = SEEDS,
+    shown: Showing | None = None,
 ) -> Forecast:
     """Run an optimizer on free answers, and tell what it would have cost.
 
@@ -112,6 +116,8 @@ def rehearse(
         roles: by model, for `Forecast.by`.
         ask: proposers and judges may really be asked a few times, which costs, and counts in a run that is in force.
         seeds: how many rehearsals.
+        shown: shows how far a rehearsal is: given a text, how many calls there will be (None: nobody knows) and the
+            unit, a context manager that gives what is called after each.
 
     Example:
         ```python
@@ -129,8 +135,11 @@ def rehearse(
     prices = _Prices()
     bills: list[Bill] = []
     for seed in range(seeds):
-        stage = Stage(pilot, samples, examples, seed, prices.of, _caches)
-        problem = _play(stage, optimizer, student, arguments, first)
+        known = bills[0].calls + bills[0].cached if bills else None
+        text = f"rehearsal {seed + 1} of {seeds}"
+        with nullcontext(lambda: None) if shown is None else shown(text, known, "call") as step:
+            stage = Stage(pilot, samples, examples, seed, prices.of, _caches, step)
+            problem = _play(stage, optimizer, student, arguments, first)
         bills.append(stage.bill)
         if problem is not None:
             warnings.append(problem)
@@ -143,8 +152,8 @@ def rehearse(
             f"no price is known for {', '.join(unpriced)}, so its calls are not in the dollars; pass prices="
         )
     threads = num_threads or dspy.settings.get("num_threads") or 8
-    known = dict.fromkeys(pilot_models, "task") | dict(roles or {})
-    return _told(bills, warnings, threads, known, max(before, pilot.usd))
+    used_for = dict.fromkeys(pilot_models, "task") | dict(roles or {})
+    return _told(bills, warnings, threads, used_for, max(before, pilot.usd))
 
 
 def _play(stage: Stage, optimizer: Any, student: Any, arguments: Mapping[str, Any], first: Sequence[Any]) -> str | None:
@@ -160,7 +169,7 @@ def _play(stage: Stage, optimizer: Any, student: Any, arguments: Mapping[str, An
     quiet_settings: dict[str, Any] = {
         "callbacks": [stage], "max_errors": _NO_END, "disable_history": True, "usage_tracker": None,
     }  # fmt: skip
-    with quiet(), dspy.context(**quiet_settings), answered_by(stage, (LM,)):
+    with quiet(), dspy.context(**quiet_settings), answered_by(stage, (LM,)), stage.playing():
         for example in first:
             try:
                 student(**example.inputs())

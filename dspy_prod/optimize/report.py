@@ -26,6 +26,10 @@ _COLUMNS = (
     "tokens", "latency", "demos", "found_usd", "prompts",
 )  # fmt: skip
 
+_NUMBERS = ("score", "predicted", "cost_usd", "usd_per_answer", "latency", "found_usd")
+_COUNTS = ("candidate", "examples", "tokens", "demos")
+"""Columns that are numbers, also where no candidate has one, and where there is no candidate."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class OptimizationReport(Shown, Facts):
@@ -100,7 +104,7 @@ class OptimizationReport(Shown, Facts):
         return plain
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row a candidate, in the order in which they were tried.
+        """A row a candidate, in the order in which they were tried; what a candidate has no number of is NaN.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -114,7 +118,8 @@ class OptimizationReport(Shown, Facts):
             }
             for one in self.candidates
         )
-        return frame(rows, _COLUMNS)
+        found = frame(rows, _COLUMNS)
+        return found.astype(dict.fromkeys(_NUMBERS, float) | dict.fromkeys(_COUNTS, int))
 
     def _made(self, candidate: Candidate) -> dspy.Module:
         if self._make is None:

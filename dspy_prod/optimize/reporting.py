@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from math import isfinite
 from typing import Any
 
 from dspy_prod.optimize.candidates import Candidate
@@ -58,6 +59,8 @@ def _expected(
     scored = [each for each in candidates if each.scores]
     if best is None or best not in scored:
         return None, None
+    if not all(isfinite(score) for each in scored for score in each.scores.values()):
+        return None, None  # nothing can be expected of a metric that tells infinity
     found: Any = expected([each.scores for each in scored], examples)[scored.index(best)]
     return found.mean, (found.low, found.high)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -19,8 +20,9 @@ from dspy.lm15 import Message, Response, TextPart, Usage
 from dspy.utils.callback import BaseCallback
 
 from dspy_prod.compat.dspy import input_keys
+from dspy_prod.optimize.gate import Closed
 from dspy_prod.optimize.invented import UNKNOWN, cut, made_up, share, varied, words
-from dspy_prod.optimize.pilot import Kind, Measured, Pilot, Played, chars_of, key_of, kind_of, model_of
+from dspy_prod.optimize.pilot import Answer, Kind, Measured, Pilot, Played, chars_of, key_of, kind_of, model_of
 from dspy_prod.pricing.rates import Rates
 
 REALLY_ASKED: Final = (1, 2, 5, 12, 30)
@@ -117,7 +119,8 @@ class Stage(BaseCallback):
 
     Args:
         pilot: what the program was like. samples: what others say. examples: everything it may be asked.
-        seed: of who is right when. rates: prices by LM. caches: whether an LM keeps what it was answered.
+        seed: of who is right when. rates: prices by LM. caches: whether an LM answers the same for nothing.
+        step: called after each answer.
     """
 
     def __init__(
@@ -128,26 +131,45 @@ class Stage(BaseCallback):
         seed: int,
         rates: Callable[[Any], Rates | None],
         caches: Callable[[Any], bool],
+        step: Callable[[], None] = lambda: None,
     ) -> None:
         self._pilot, self._samples, self._seed = pilot, samples, seed
-        self._rates, self._caches = rates, caches
+        self._rates, self._caches, self._step = rates, caches, step
+        self._over = False
         self._examples = {key_of(example.inputs().toDict()): example for example in examples if input_keys(example)}
         self._labels = {key: dict(example.labels().toDict()) for key, example in self._examples.items()}
-        self._right = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) >= 0.5]
-        self._wrong = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) < 0.5]
+        self._right = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) >= pilot.good]
+        self._wrong = [key for key, each in pilot.played.items() if each.answers and (each.score or 0) < pilot.good]
         self._all = [*self._right, *self._wrong]
         self._kinds = pilot.kinds
+        self._good = pilot.good
         self._deciding = _deciding(pilot)
         self._share: float = pilot.accuracy ** (1 / max(1, len(self._deciding)))
         self._cache: dict[str, list[str]] = {}
+        self._read_back: dict[tuple[Kind, type[Any]], bool] = {}
         self._times: Counter[tuple[str, Kind]] = Counter()
         self._scenes: set[str] = set()
         self._lock = threading.Lock()
         self._main = threading.get_ident()
         self.bill = Bill()
 
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """Until its end answers are given. What still runs in a thread then, since the optimizer did not wait for it or
+        Ctrl-C came, must not ask the LMs themselves."""
+        try:
+            yield
+        finally:
+            self._over = True
+
     # -- who is asked --------------------------------------------------------------------------------------------------
+    def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if self._over:
+            raise Closed("the rehearsal is over")
+
     def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+        if self._over:
+            raise Closed("the rehearsal is over")
         key = key_of(inputs.get("kwargs") or {})
         if key in self._examples and (_SCENE.get() is None or _SCENE.get().key != key):  # type: ignore[union-attr]
             _SCENE.set(_Scene(key))
@@ -182,6 +204,7 @@ class Stage(BaseCallback):
             if cached:
                 texts = self._cache.setdefault(key, texts)
             self._charge(lm, asked, chars_of({"messages": messages, "prompt": args[0] if args else None}), texts, hit)
+        self._step()
         if args and not isinstance(args[0], str) and not kwargs.get("messages"):
             return Response(
                 id=None, model=model_of(lm), message=Message.assistant([TextPart(texts[0])]), finish_reason="stop",
@@ -194,9 +217,9 @@ class Stage(BaseCallback):
     ) -> str:
         kind = _FREE if asked is None else kind_of(asked.signature)
         if asked is not None and kind in self._kinds:
-            values = self._played(asked, kind, key, position)
-            if values is not None:
-                return _formatted(asked, values)
+            played = self._played(asked, kind, key, position)
+            if played is not None:
+                return played
         with self._lock:
             self._times[model_of(lm), kind] += 1
             number = self._times[model_of(lm), kind]
@@ -215,8 +238,8 @@ class Stage(BaseCallback):
             for name, value in values.items()
         })  # fmt: skip
 
-    def _played(self, asked: Asked, kind: Kind, key: str, position: int) -> dict[str, Any] | None:
-        """The values that a predictor of the program answers with."""
+    def _played(self, asked: Asked, kind: Kind, key: str, position: int) -> str | None:
+        """What a predictor of the program answers."""
         scene = _SCENE.get()
         example = scene.key if scene is not None else key_of(asked.inputs)
         turn = 0
@@ -226,27 +249,51 @@ class Stage(BaseCallback):
         own = self._pilot.played.get(example)
         decides = kind in self._deciding
         right = not decides or share(self._seed, "right", key, position) < self._chance(example, own)
-        labels = self._labels.get(example, {})
-        names = [name for name in kind[1] if name in labels]
+        labels = {name: label for name, label in self._labels.get(example, {}).items() if name in kind[1]}
+        names = [name for name, label in labels.items() if _takes(asked, name, label)]
         source = own if own is not None and own.answers else None
-        fits = source is not None and (not decides or ((source.score or 0) >= 0.5) is right)
+        fits = source is not None and (not decides or ((source.score or 0) >= self._good) is right)
         if not fits and not (names and source is not None):
-            pool = (self._right if right else self._wrong) or self._all
-            source = (
-                self._pilot.played[pool[int(share(self._seed, "as", example, right) * len(pool))]] if pool else None
-            )
-        values = None if source is None else _nth(source, kind, turn)
-        if values is None:
+            source = self._instead(example, {name: labels[name] for name in labels if name not in names}, right)
+        answer = None if source is None else _nth(source, kind, turn)
+        if answer is None:
             return None
+        values = dict(answer.values or {})
         if decides and not fits:
             for name in names:
                 values[name] = labels[name] if right else self._other(name, labels[name], key)
-        return values
+        return _formatted(asked, values) if self._is_read_back(asked, values) else answer.text
+
+    def _is_read_back(self, asked: Asked, values: Mapping[str, Any]) -> bool:
+        """Whether an adapter understands what it writes for a predictor, which is not so for every type of field."""
+        which = kind_of(asked.signature), type(asked.adapter)
+        known = self._read_back.get(which)
+        if known is None:
+            try:
+                asked.adapter.parse(asked.signature, _formatted(asked, values))
+                known = True
+            except Exception:  # as it fails in the program
+                known = False
+            self._read_back[which] = known
+        return known
+
+    def _instead(self, example: str, labels: Mapping[str, Any], right: bool) -> Played | None:
+        """Another example's answers, by which this one is answered right or wrong.
+
+        Args:
+            labels: what no answer can be made of, as a label `"billing"` of a field that wants more than a text; right
+                is what answered an example with the same ones right, and wrong what did so with others.
+        """
+        pool = (self._right if right else self._wrong) or self._all
+        if labels:
+            alike = [key for key in self._right if (labels.items() <= self._labels.get(key, {}).items()) is right]
+            pool = alike or pool
+        return self._pilot.played[pool[int(share(self._seed, "as", example, right) * len(pool))]] if pool else None
 
     def _chance(self, example: str, own: Played | None) -> float:
         """How likely an example is answered right: more so if it was, since some are easy for all prompts."""
         if own is not None and own.score is not None:
-            easy = bool(own.score >= 0.5)
+            easy = own.score >= self._good
         else:
             easy = share(self._seed, "easy", example) < self._share
         chance: float = ALIKE * easy + (1 - ALIKE) * self._share
@@ -293,14 +340,25 @@ def _deciding(pilot: Pilot) -> set[Kind]:
     return found or {played.answers[-1].kind for played in pilot.played.values() if played.answers}
 
 
-def _nth(played: Played, kind: Kind, turn: int) -> dict[str, Any] | None:
-    """The values of a predictor's answer number `turn`; of its last one, if it was not asked that often."""
+def _nth(played: Played, kind: Kind, turn: int) -> Answer | None:
+    """A predictor's answer number `turn`; its last one, if it was not asked that often."""
     found = [answer for answer in played.answers if answer.kind == kind and answer.values is not None]
-    return dict(found[min(turn, len(found) - 1)].values or {}) if found else None
+    return found[min(turn, len(found) - 1)] if found else None
 
 
 def _outputs(asked: Asked) -> list[tuple[str, Any]]:
     return list(asked.signature.output_fields.items())
+
+
+def _takes(asked: Asked, name: str, label: Any) -> bool:
+    """Whether a field can be answered with a label as it is."""
+    from pydantic import TypeAdapter
+
+    try:
+        TypeAdapter(asked.signature.output_fields[name].annotation).validate_python(label)
+    except Exception:  # of another type, or of one that pydantic does not know
+        return False
+    return True
 
 
 def _formatted(asked: Asked, values: Mapping[str, Any]) -> str:

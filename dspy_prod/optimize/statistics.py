@@ -20,12 +20,16 @@ from numpy.typing import NDArray
 ENUMERATED: Final = 14
 """Up to so many differences all signs are tried (16,384 ways); of more, a sample."""
 SAMPLED: Final = 20_000
-APART: Final = 0.03
-"""How many candidates are of another kind than the rest, beforehand: a breakthrough, or one that is broken."""
-NARROW: Final = 1.5
-"""How little a spread that is wider than the noise is believed beforehand. Found by simulation."""
-GRID: Final = 60
-"""How finely the spread of the candidates is looked for."""
+DRAWS: Final = 2_000
+"""How often the choice of the best is repeated to see how lucky the best ones are."""
+ALIKE: Final = 20
+"""On so many common examples candidates must have answered, before they are taken for the same one."""
+POOLED: Final = 20
+"""So many examples' worth of a candidate's noise is that of all candidates."""
+UNSURE: Final = 0.1
+"""The square of the part of the luck by which it may be another one, where candidates lie in no normal shape."""
+_SPREADS: Final = np.concatenate([[0.0], np.logspace(-2, 2.5, 80)])
+"""Variances of the candidates' true qualities that are tried, in units of the noise of a complete mean."""
 _Z: Final = NormalDist().inv_cdf(0.975)
 
 Floats = NDArray[np.float64]
@@ -79,12 +83,17 @@ class Paired:
 def expected(candidates: Sequence[Mapping[int, float]], n: int) -> list[Expected]:
     """What each candidate is expected to score on other examples, in the order given.
 
-    Empirical Bayes: how much of the spread of the candidates' means is noise is read from how differently they score on
-    the same example; the means are drawn together by so much. Where all are alike but for luck, that is nearly all the
-    way to their common mean. How far candidates truly lie apart is itself uncertain: every spread counts as far as it
-    fits (a hierarchical normal model, Gelman et al., Bayesian Data Analysis, 5.4), and one in thirty may lie apart from
-    the rest. The interval covers that, and that the examples are a sample, too. The one great program among few others
-    is told too low: 15 points above 15 alike ones on 100 examples, 11 are believed.
+    The choice of the best is repeated on made-up scores, to see how lucky the best of such candidates is, the second
+    best, and so on; that luck is taken from what they scored (the parametric bootstrap by rank of Forde, Hemani and
+    Ferguson, "Review and further developments in statistical corrections for Winner's Curse", 2023). What is made up
+    has the noise that is read from how differently candidates score on the same example, and true qualities that lie as
+    far apart as is most likely once the noise is taken away (restricted maximum likelihood, Patterson and Thompson,
+    1971), in the shape that was seen (Louis, "Estimating a population of parameter values", 1984). So where all are
+    alike but for luck, the best is told to be hardly better than the rest, and one great program among others keeps its
+    lead. Candidates that answer all alike are one: who is the better of two of the same is no luck.
+
+    Those that were not evaluated completely could not be chosen; they are drawn towards the others by as much as their
+    means are noise. The interval covers the luck, how well it is known, and that the examples are a sample.
 
     Args:
         candidates: the scores of each, by the example's place in the selection set. Give those that a race dropped,
@@ -106,22 +115,19 @@ def expected(candidates: Sequence[Mapping[int, float]], n: int) -> list[Expected
             if not 0 <= place < n:
                 raise ValueError(f"place {place} is not in a selection set of n={n} examples")
             row[place] = score
-    counts = (~np.isnan(scores)).sum(axis=1)
-    if not counts.any():
+    if np.isnan(scores).all():
         raise ValueError("candidates have no scores: evaluate one first")
-    means, examples, residuals = _effects(scores)
-    asked, some = int(counts.sum()), counts > 0
-    many = int(some.sum())
-    # One more residual, as large as scores seem to reach: few answers that all agree are not taken for certainty.
-    reach = float(max(np.nanmax(scores) - np.nanmin(scores), np.nanmax(np.abs(scores)))) / 2
-    free = (asked - many) * (1 - 1 / many) if many > 1 else asked - 1
-    noise = ((float(np.nansum(residuals**2)) if many > 1 else asked * float(np.nanvar(scores))) + reach**2) / (free + 1)
-    variances = noise / np.maximum(counts, 1)
-    centre, width = _drawn_together(means, variances, some)
+    first = _alike(scores)
+    single, twin = np.unique(first, return_inverse=True)
+    told = scores[single]
+    counts, asked = (~np.isnan(told)).sum(axis=1), (~np.isnan(told)).any(axis=0)
+    means, examples, residuals = _effects(told)
+    noise, own = _noise(told, residuals, counts)
+    centre, width = _without_luck(means, noise / np.maximum(counts, 1), own / np.maximum(counts, 1), counts)
     # That the examples are a sample moves all candidates alike; the noise in the examples' means is counted already.
-    columns = int((~np.isnan(scores)).any(axis=0).sum())
-    level = max(float(np.var(examples[(~np.isnan(scores)).any(axis=0)])) - noise / many, 0.0) / columns
+    level = max(float(np.var(examples[asked])) - noise / int((counts > 0).sum()), 0.0) / int(asked.sum())
     wide = _Z * np.sqrt(width + level)
+    centre, wide = centre[twin], wide[twin]
     # Scores that all lie from 0 to 1 are taken for a share: no other one is expected.
     least, most = (0.0, 1.0) if np.nanmin(scores) >= 0 and np.nanmax(scores) <= 1 else (-np.inf, np.inf)
     lows, highs = np.clip(centre - wide, least, most), np.clip(centre + wide, least, most)
@@ -145,41 +151,73 @@ def _effects(scores: Floats) -> tuple[Floats, Floats, Floats]:
     return means, examples, residuals
 
 
-def _drawn_together(means: Floats, variances: Floats, some: NDArray[np.bool_]) -> tuple[Floats, Floats]:
-    """Posterior mean and variance of each candidate, over all spreads that fit."""
-    known, noise = means[some], variances[some]
-    middle, typical = float(np.median(known)), math.sqrt(float(np.median(noise)))
-    if len(known) < 2 or not typical:
-        return np.where(some, means, known.mean()), np.where(some, variances, known.var() + variances)
-    far = max(float(np.abs(known - middle).max()), 4 * typical)
-    spreads = np.linspace(0.0, 3 * float(np.std(known)) + 3 * typical, GRID + 1)
-    fits, centres, widths = _fitted(known, noise, spreads, far, middle)
-    fits -= NARROW * np.log1p((spreads / typical) ** 2)
-    share = np.exp(fits - fits.max())
-    share /= share.sum()
-    found = share @ centres
-    centre, width = np.full(len(means), found.mean()), np.full(len(means), float(share @ spreads**2) + np.var(known))
-    centre[some], width[some] = found, share @ (widths + (centres - found) ** 2)
+def _alike(scores: Floats) -> NDArray[np.intp]:
+    """Of each candidate the one with most scores among those that answered everything as it did; itself, mostly."""
+    told, places = ~np.isnan(scores), np.arange(len(scores))
+    order = np.argsort(-told.sum(axis=1), kind="stable")
+    first: NDArray[np.intp] = places.copy()
+    for at in order:
+        if first[at] == at:
+            common = (told & told[at]).sum(axis=1)
+            same = ~((scores != scores[at]) & told & told[at]).any(axis=1) & (common >= min(ALIKE, scores.shape[1]))
+            first[same & (first == places) & (told.sum(axis=1) <= told[at].sum())] = at
+    return first
+
+
+def _noise(scores: Floats, residuals: Floats, counts: NDArray[np.intp]) -> tuple[float, Floats]:
+    """Variance of a score around what its candidate and its example lead to expect: of all, and of each candidate."""
+    asked, many = int(counts.sum()), int((counts > 0).sum())
+    # One more residual, as large as scores seem to reach: few answers that all agree are not taken for certainty.
+    reach = float(max(np.nanmax(scores) - np.nanmin(scores), np.nanmax(np.abs(scores)))) / 2
+    free = (asked - many) * (1 - 1 / many) if many > 1 else asked - 1
+    noise = ((float(np.nansum(residuals**2)) if many > 1 else asked * float(np.nanvar(scores))) + reach**2) / (free + 1)
+    shared = 1 - 1 / many if many > 1 else 1.0
+    return noise, (np.nansum(residuals**2, axis=1) / shared + POOLED * noise) / (counts + POOLED)
+
+
+def _without_luck(means: Floats, pooled: Floats, own: Floats, counts: NDArray[np.intp]) -> tuple[Floats, Floats]:
+    """What is left of each mean without its luck, and how wrong that may be, as a variance.
+
+    Args:
+        means: of the candidates. pooled, own: their variances, by the noise of all and by their own.
+        counts: of how many examples they are. Only those with most of them could be chosen.
+    """
+    some, most = counts > 0, counts == counts.max()
+    known, noise = means[some], pooled[some]
+    if len(known) < 2 or not noise.min() > 0:
+        return np.where(some, means, known.mean()), np.where(some, pooled, known.var() + pooled)
+    spread, common, sure = _spread(known, noise)
+    kept = spread / (spread + pooled)
+    centre = np.where(some, common + kept * (means - common), common)
+    doubt = 2 / (len(known) - 1) * ((1 - kept) * (means - common)) ** 2
+    width = np.where(some, kept * pooled + (1 - kept) ** 2 * sure + doubt, spread + sure + pooled)
+    # Those that a race dropped take part as if they had been seen whole: the best one is the luckiest of them, too.
+    true = common + np.sqrt(kept) * (means - common)
+    half = np.random.default_rng(0).standard_normal((DRAWS // 2, len(known)))
+    noises = np.concatenate([half, -half]) * np.sqrt(np.where(most, own, noise.min())[some])
+    ranked = np.take_along_axis(noises, np.argsort(-(true[some] + noises), axis=1), axis=1)
+    _, rank = np.unique(-means[most], return_inverse=True)
+    ranks, chosen = np.sort(rank), ranked[:, : len(rank)]
+    luck, chance = (  # equal means share that of their ranks
+        (np.bincount(ranks, each) / np.bincount(ranks))[rank] for each in (chosen.mean(axis=0), chosen.var(axis=0))
+    )
+    centre[most] = means[most] - luck
+    width[most] = chance + luck**2 * (0.5 / (len(known) - 1) + UNSURE)
+    # Nobody is told to be better than one who scored more.
+    order = np.flatnonzero(most)[np.argsort(-means[most], kind="stable")]
+    centre[order] = np.minimum.accumulate(centre[order])
     return centre, width
 
 
-def _fitted(known: Floats, noise: Floats, spreads: Floats, far: float, middle: float) -> tuple[Floats, Floats, Floats]:
-    """How well each spread fits (logarithm), and each mean's posterior mean and variance given it, a row a spread."""
-    near = spreads[:, None] ** 2 + noise
-    wide, common = near + far**2, np.full((len(spreads), 1), middle)
-    for _ in range(8):  # the common mean and who lies apart from it, in turns
-        squares = (known - common) ** 2
-        usual = (1 - APART) * np.exp(-0.5 * squares / near) / np.sqrt(near)
-        apart = APART * np.exp(-0.5 * squares / wide) / np.sqrt(wide)
-        odds = apart / (usual + apart)
-        pull = (1 - odds) / near + odds / wide
-        total = pull.sum(axis=1, keepdims=True)
-        common = (pull * known).sum(axis=1, keepdims=True) / total
-    near_kept, wide_kept = 1 - noise / near, 1 - noise / wide
-    kept = (1 - odds) * near_kept + odds * wide_kept
-    fits = np.log(usual + apart).sum(axis=1) - 0.5 * np.log(total[:, 0])
-    between = (1 - odds) * odds * ((wide_kept - near_kept) * (known - common)) ** 2
-    return fits, common + kept * (known - common), kept * noise + between + (1 - kept) ** 2 / total
+def _spread(means: Floats, noise: Floats) -> tuple[float, float, float]:
+    """The likeliest variance of the true qualities; their common mean, and its variance."""
+    tried = _SPREADS * noise.min()
+    weights = 1 / (noise + tried[:, None])
+    total = weights.sum(axis=1)
+    common = (weights * means).sum(axis=1) / total
+    fits = np.log(weights).sum(axis=1) - np.log(total) - (weights * (means - common[:, None]) ** 2).sum(axis=1)
+    at = int(fits.argmax())
+    return float(tried[at]), float(common[at]), 1 / float(total[at])
 
 
 def paired(given: Sequence[float], best: Sequence[float]) -> Paired:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import dspy
 import pytest
+from tqdm import tqdm
 
 import dspy_prod
 from benchmarks.world import World
@@ -16,7 +19,8 @@ def budgeted(world: World, store: str, **options: Any) -> BudgetedOptimizer:
     optimizer = dspy.BootstrapFewShotWithRandomSearch(
         metric=world.metric, max_bootstrapped_demos=2, max_labeled_demos=2, num_candidate_programs=3, num_threads=4
     )
-    return BudgetedOptimizer(optimizer, store=store, view=None, **{"budget_usd": 1.0, "name": "triage", **options})
+    given = {"budget_usd": 1.0, "name": "triage", "view": None, **options}
+    return BudgetedOptimizer(optimizer, store=store, **given)
 
 
 def test_the_pilot_is_part_of_the_run_and_the_bill_is_in_the_range(world: World, asked: Any, store: str) -> None:
@@ -66,3 +70,79 @@ def test_another_optimizer_of_the_name_goes_on_with_the_pilot(world: World, aske
     report = best.optimization
     assert report.run == "triage"
     assert report.spent_usd == pytest.approx(world.bill_usd, abs=1e-9)
+
+
+@pytest.mark.parametrize(("view", "bars"), [(None, 0), ("log", 0), ("auto", 0), ("bar", 4)])
+def test_it_shows_how_far_it_is(
+    world: World, asked: Any, store: str, capsys: pytest.CaptureFixture[str], view: str | None, bars: int
+) -> None:
+    """A bar at a terminal and in a notebook, else a line a step; nothing where nothing is to be shown."""
+    optimizer = budgeted(world, store, view=view)
+    capsys.readouterr()  # DSPy prints when it is made
+    optimizer.forecast(world.program(), trainset=world.trainset, valset=world.valset)
+    out, err = capsys.readouterr()
+    assert out == ""
+    steps = ["triage: pilot", *[f"triage: rehearsal {n} of 3" for n in (1, 2, 3)]]
+    if view is None:
+        assert err == ""
+    elif not bars:
+        assert err.splitlines() == steps
+    else:
+        assert all(step in err for step in steps)
+        assert "/16 [" in err
+        assert not err.rpartition("\r")[2].strip()  # the last one is wiped off
+
+
+@pytest.mark.parametrize("after", [3, 30], ids=["in the pilot", "in a rehearsal"])
+def test_ctrl_c_ends_it_at_once_and_leaves_nothing_behind(
+    world: World, asked: Any, store: str, capsys: pytest.CaptureFixture[str], after: int
+) -> None:
+    """No bar, no changed class, no changed optimizer; and another forecast can be made."""
+    scored: list[float] = []
+
+    def interrupted(metric: Callable[..., Any]) -> Callable[..., Any]:
+        def scores(*args: Any, **kwargs: Any) -> Any:
+            scored.append(metric(*args, **kwargs))
+            if len(scored) == after:
+                raise KeyboardInterrupt
+            return scored[-1]
+
+        return scores
+
+    optimizer = budgeted(world, store, view="bar")
+    own = optimizer.optimizer.metric = interrupted(world.metric)
+    ask = dspy.BaseLM.__call__, dspy_prod.LM.__call__
+    sets = {"trainset": world.trainset, "valset": world.valset}
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.forecast(world.program(), **sets)
+    assert (dspy.BaseLM.__call__, dspy_prod.LM.__call__) == ask
+    assert optimizer.optimizer.metric is own
+    assert not [bar for bar in tqdm._instances if not bar.disable]
+    assert not capsys.readouterr().err.rpartition("\r")[2].strip()
+    sent = len(world.calls)
+    assert sent <= 16
+    assert optimizer.forecast(world.program(), **sets).usd > 0
+
+
+class Strays(dspy.Module):
+    """Calls its LM in a thread of its own, which knows nothing of the run."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.sort = dspy.Predict("message -> label")
+        self.sort.lm = lm
+
+    def forward(self, message: str) -> dspy.Prediction:
+        found: list[dspy.Prediction] = []
+        thread = threading.Thread(target=lambda: found.append(self.sort(message=message)))
+        thread.start()
+        thread.join()
+        return found[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_pilot_past_which_calls_go_is_refused_at_its_first_example(world: World, asked: Any, store: str) -> None:
+    """As a run is: no cap would hold for the pilot either."""
+    with pytest.raises(ConfigError, match="threads of its own"):
+        budgeted(world, store).forecast(Strays(asked), trainset=world.trainset, valset=world.valset)
+    assert len(world.calls) <= 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -86,6 +89,60 @@ def test_the_rollouts_of_simba_differ_enough_that_it_goes_on() -> None:
         usd, _ = case.bill()
     assert forecast.usd_low <= usd + paid <= forecast.usd_high
     assert forecast.usd == pytest.approx(usd + paid, rel=0.3)
+
+
+def test_fields_that_want_more_than_their_labels_are_answered(world: World) -> None:
+    """ReAnchor's choices have probabilities beside the value that a label is, and are written otherwise than read."""
+    case = Case(world, "ReAnchor")
+    pilot = case.pilot()
+    paid = world.bill_usd
+    forecast = case.forecast(pilot, seeds=1)
+    usd, calls = case.bill()
+    assert forecast.warnings == ()
+    assert forecast.usd_low <= usd + paid <= forecast.usd_high
+    assert forecast.calls_low <= calls + len(world.valset) <= forecast.calls_high
+
+
+def test_a_thread_that_outlives_a_rehearsal_asks_nobody(world: World) -> None:
+    """As after Ctrl-C: what an optimizer left running meets LMs that are themselves again, and they cost money."""
+    going_on, threads = threading.Event(), []
+
+    class Leaves(Teleprompter):
+        def compile(self, student: Any, *, trainset: list[Any], **_: Any) -> Any:
+            def late() -> None:
+                going_on.wait(10)
+                with contextlib.suppress(BaseException):
+                    student(**trainset[0].inputs())
+
+            threads.append(threading.Thread(target=contextvars.copy_context().run, args=(late,)))
+            threads[-1].start()
+            return student
+
+    case = Case(world, cache=False)
+    pilot = case.pilot()
+    sent = len(world.calls)
+    with dspy.context(lm=case.lm):
+        rehearse(Leaves(), case.subject.student, {"trainset": world.trainset}, pilot, seeds=1)
+    going_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(world.calls) == sent
+
+
+def test_how_far_it_is_can_be_shown(world: World) -> None:
+    """The first rehearsal does not know how many calls there will be; the next ones do."""
+    case, told = Case(world), []
+
+    @contextlib.contextmanager
+    def shown(text: str, total: int | None, unit: str) -> Iterator[Any]:
+        steps = itertools.count()
+        yield lambda: next(steps)
+        told.append((text, total, next(steps), unit))
+
+    forecast = case.forecast(case.pilot(), shown=shown)
+    assert [(text, unit) for text, _, _, unit in told] == [(f"rehearsal {n} of 3", "call") for n in (1, 2, 3)]
+    assert [total for _, total, _, _ in told] == [None, told[0][2], told[0][2]]
+    assert told[0][2] >= forecast.calls_low
 
 
 def test_it_costs_nothing_where_nobody_may_be_asked(world: World) -> None:
@@ -244,6 +301,20 @@ def test_the_accuracy_and_the_lengths_are_those_of_the_pilot(world: World) -> No
     assert measured.tokens(measured.chars_in // measured.calls) == pytest.approx(
         sum(call.input_tokens for call in world.calls) / 20, rel=0.05
     )
+
+
+def test_scores_of_another_range_are_right_and_wrong_as_well(world: World) -> None:
+    """A metric from 0 to 100 makes the forecast of one from 0 to 1."""
+    case = Case(world)
+    pilot = case.pilot()
+    accuracy, forecast = pilot.accuracy, case.forecast(pilot, ask=False, seeds=1)
+    for played in pilot.played.values():
+        played.score = 100 * (played.score or 0.0)
+    assert pilot.accuracy == accuracy < 1
+    again = case.forecast(pilot, ask=False, seeds=1)
+    assert (again.calls, again.cached, again.tokens) == (forecast.calls, forecast.cached, forecast.tokens)
+    pilot.scored([(world.valset[0], None, float("nan"))])
+    assert pilot.accuracy <= accuracy
 
 
 def test_it_reads_as_a_sentence() -> None:

@@ -19,6 +19,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.candidates import Candidate
 from dspy_prod.optimize.racing import Raced
 from dspy_prod.optimize.report import Spent
+from dspy_prod.optimize.reporting import _expected as expected_of
 from dspy_prod.optimize.statistics import paired
 from tests.optimize.found import best_of, found, program, report
 
@@ -189,3 +190,19 @@ def test_without_matplotlib_the_page_has_the_tables(monkeypatch: pytest.MonkeyPa
     assert "data:image/png" not in page
     with pytest.raises(ConfigError, match=r"dspy-prod\[notebooks\]"):
         report().plot()
+
+
+@pytest.mark.parametrize("tried", [(), found()[:1], found()], ids=["none", "one", "many"])
+def test_columns_of_numbers_are_numbers_whatever_was_tried(tried: tuple[Candidate, ...]) -> None:
+    """Also where no candidate has one: a mean over them is NaN, and not an error."""
+    frame = report(found(), candidates=tried).to_frame()
+    assert {str(frame[name].dtype) for name in ("score", "predicted", "usd_per_answer", "latency")} == {"float64"}
+    assert {str(frame[name].dtype) for name in ("candidate", "examples", "tokens", "demos")} == {"int64"}
+
+
+def test_nothing_is_expected_of_an_infinite_score() -> None:
+    """And nothing fails."""
+    first, second = found(1)
+    wild = replace(second, scores={**second.scores, 0: float("inf")})
+    assert expected_of((first, wild), first, 60) == (None, None)
+    assert expected_of((first, second), first, 60)[0] is not None

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.expected import measured
 from dspy_prod.optimize.statistics import expected, paired
 
 
@@ -45,6 +46,32 @@ def test_the_best_score_is_too_high_and_the_expected_one_is_right(
     assert np.mean(raw) >= overstated
     assert abs(np.mean(told)) <= 1
     assert np.mean(held) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("landscape", "many", "raced"),
+    [("near ties", 3, False), ("near ties", 3, True), ("near ties", 16, True), ("near ties", 48, False),
+     ("exact ties", 16, False), ("small breakthrough", 16, False)],
+)  # fmt: skip
+def test_few_candidates_twins_and_dropped_ones_are_told_within_a_point(landscape: str, many: int, raced: bool) -> None:
+    """On 50 examples; `benchmarks.expected` has all landscapes and sizes."""
+    row = measured(landscape, many, 50, raced, 0, 120)
+    assert row.overstated >= 4
+    assert abs(row.off) <= 1
+    assert row.held >= 0.9
+
+
+def test_twins_are_told_alike_and_nobody_overtakes_who_scored_more() -> None:
+    """One seen whole and one that a race dropped answer alike on what both were asked: they are one program."""
+    rng = np.random.default_rng(4)
+    rows = [dict(enumerate((rng.random(80) < 0.6).astype(float))) for _ in range(6)]
+    half = {place: score for place, score in rows[0].items() if place < 40}
+    found = expected([*rows, rows[0], half], 80)
+    assert found[6] == found[7] == found[0]
+    assert found[:6] == expected(rows, 80)
+    order = np.argsort([-sum(row.values()) for row in rows], kind="stable")
+    told = [found[place].mean for place in order]
+    assert told == sorted(told, reverse=True)
 
 
 def test_programs_that_do_differ_stay_apart() -> None:
