@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
@@ -26,6 +25,7 @@ from dspy_prod.optimize.leaves import SCALARS, leaf, named, scalars
 from dspy_prod.optimize.settings import settings_of
 from dspy_prod.policies.cache import LOCAL
 from dspy_prod.privacy.names import is_secret, public, without_secrets
+from dspy_prod.runtime.sources import source
 
 PACKAGES: Final = ("dspy", "gepa", "optuna", "dspy-prod")
 """Whose versions may change what is asked."""
@@ -188,7 +188,7 @@ def _source_digest(given: Any) -> str | None:
     if isinstance(given, type) and _is_library(given):
         return None
     try:
-        return _digest(textwrap.dedent(inspect.getsource(given)).strip())
+        return _digest(source(given).strip())
     except (OSError, TypeError):  # made by exec, or in C
         pass
     code = getattr(given, "__code__", None)

@@ -32,12 +32,16 @@ class Judge:
         gate: tells the one of now, for calls that came through none.
         run: whose caps are spoken of.
         out_of_time: whether the run's time is over.
+
+    Attributes:
+        dear: by model, how many calls were refused while cheaper ones went on. refusal: the last one of them.
     """
 
     def __init__(self, gate: Callable[[], Gate], run: Run, out_of_time: Callable[[], bool]) -> None:
         self._gate, self._run, self._out_of_time = gate, run, out_of_time
         self._lock = threading.Lock()
         self.dear: dict[str, int] = {}
+        self.refusal: BudgetExceededError | None = None
         self.largest_usd = 0.0
 
     def _close(self, reason: StoppedBy, detail: str, error: Exception | None = None) -> None:
@@ -85,6 +89,7 @@ class Judge:
             with self._lock:
                 name = error.model or "?"
                 self.dear[name] = self.dear.get(name, 0) + 1
+                self.refusal = error
             return False  # one dear call does not end a run in which cheap ones go on
         self._close(_BY[dimension], str(error))
         return True

@@ -109,15 +109,8 @@ class Phases(ABC):
                 return
 
     def keep_reserve(self) -> float | None:
-        """Keep back what finalists need: all there can be where none is seen before the end, else those there are."""
-        traits = self.task.traits
-        needed: float | None = float(traits.finalists)
-        if traits.finalists and not traits.late:
-            seen = finalists(self.camera, None, None)[: traits.finalists]
-            needed = (
-                sum(self.camera.missing(each) for each in seen) / len(self.camera.keys) if seen else None
-            )  # fmt: skip
-        return self.reserve.keep(self.run, self.ends, needed)
+        """Keep back what finalists need, and tell when the search has to end."""
+        return self.reserve.keep(self.run, self.ends)
 
     # -- each of them --------------------------------------------------------------------------------------------------
     def _baseline(self, given: Seen) -> None:
@@ -157,7 +150,10 @@ class Phases(ABC):
             except Exception as error:
                 if not gate.closed:
                     self.judge.blames_program(error)  # closes the gate where a model is to blame
-                    gate.close("failed", f"the optimizer raised {type(error).__name__}: {error}", error)
+                    raised, refusal = f"the optimizer raised {_told(error)}", self.judge.refusal
+                    if refusal is not None:  # some optimizers cannot do without the one that they asked for
+                        gate.close("budget", f"{refusal}. Without it {raised}", refusal)
+                    gate.close("failed", raised, error)
                 return
         self._returned(outcome, student if found is None else found)
 
@@ -186,7 +182,7 @@ class Phases(ABC):
         completed = outcome.stopped_by == "completed"
         self.phase = self.sums.phase = "finals"
         self.pulse.tell("update")
-        ends = self.reserve.keep(self.run, self.ends, 0.0, final=True)  # what the test set needs
+        ends = self.reserve.keep(self.run, self.ends, final=True)  # what the test set needs
         most = max(1, task.traits.finalists) if completed else None
         with _within(ends):
             done = 0
@@ -194,7 +190,7 @@ class Phases(ABC):
                 left = finalists(self.camera, outcome.returned, self._score_of(outcome.given))
                 if not left or (completed and left[0] is not outcome.returned and task.traits.finalists == 0):
                     break
-                seen = left[0]
+                seen = next((each for each in left if self.reserve.covers(self.run, self.ends, each)), left[0])
                 try:
                     self._evaluate(self.programs.of(seen), seen)
                 except Closed:
@@ -258,3 +254,8 @@ class Phases(ABC):
 def _within(ends: float | None) -> Any:
     """Calls inside end at a moment of the monotonic clock."""
     return call_context(deadline=None if ends is None else max(0.001, ends - time.monotonic()))
+
+
+def _told(error: Exception) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

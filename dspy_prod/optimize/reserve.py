@@ -1,21 +1,40 @@
-"""What a run keeps back while the optimizer searches, so that finalists can be evaluated completely afterwards."""
+"""What a run keeps back while the optimizer searches, so that finalists can be evaluated completely afterwards.
+
+Nothing is kept that could not be enough: half of an evaluation helps nobody, while the search may still find something,
+and whoever goes on with the run under a higher cap pays for none of its answers again.
+"""
 
 from __future__ import annotations
 
 import time
+from math import inf
 from typing import Final
 
 from dspy_prod.optimize.camera import Camera
+from dspy_prod.optimize.choosing import finalists
+from dspy_prod.optimize.seen import Seen
 from dspy_prod.optimize.sums import Sum, Sums
 from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run
 
+Amounts = dict[str, float]
+"""By what is capped: "usd", "calls", "tokens", "seconds"."""
+
 _LONGER: Final = 1.6
 """By how much a candidate's prompts, with demonstrations and rules, are taken to be longer than the given program's."""
 
+_KNOWN: Final = 5
+"""Answers of a candidate from which on it is known how long its own are."""
+
 _MOST: Final = 0.5
-"""Share of what the baseline has left that is kept at most."""
+"""Share of what the baseline has left that is kept at most for what nobody has seen yet."""
+
+_LEAST: Final = 1e-9
+"""The smallest cap there is, in dollars."""
+
+_FEW: Final = 3
+"""Calls for each thread: with no more left than that, a search is nearly over."""
 
 
 class Reserve:
@@ -23,68 +42,132 @@ class Reserve:
 
     Args:
         terms: the caps. task: tells how many evaluations are to come. sums: what was used. camera: what was answered.
+
+    Attributes:
+        calls_left: about how many calls the search may make until it meets the caps.
     """
 
     def __init__(self, terms: Terms, task: Task, sums: Sums, camera: Camera) -> None:
         self._terms, self._task, self._sums, self._camera = terms, task, sums, camera
         self._began = time.monotonic()
-        self._measured: dict[str, tuple[float, float, float]] | None = None
+        self._one: Amounts = {}
+        self._at_first: Amounts | None = None
+        self.calls_left = inf
 
-    def keep(self, run: Run, ends: float | None, finalists: float | None, *, final: bool = False) -> float | None:
+    def keep(self, run: Run, ends: float | None, *, final: bool = False) -> float | None:
         """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock.
 
         Args:
-            run: whose caps. ends: when all has to end.
-            finalists: how many whole evaluations are to come, as far as is known; None: none yet, but there may be.
-            final: only the test set is left to be thought of.
+            run: whose caps. ends: when all has to end. final: only the test set is left to be thought of.
         """
-        if self._measured is None:  # right after the baseline
-            self._measured = self._measure(run, ends)
-        found, evaluations = self._measured, self._evaluations(finalists)
-        if finalists is None:  # none is seen yet, but one may come: half of what is left by then is for it
-            found = self._measure(run, ends)
-        kept = {}
-        for name, (cap, left, _) in found.items():
-            kept[name] = cap - self._part(left, evaluations * self._measured[name][2], final)
-        seconds = kept.pop("seconds", None)
-        if kept:
-            run.allow(
-                usd=kept.get("usd"), calls=max(1, int(kept["calls"])) if "calls" in kept else None,
-                tokens=max(1, int(kept["tokens"])) if "tokens" in kept else None,
-            )  # fmt: skip
-        return seconds
+        left = self._left(run, ends)
+        if self._at_first is None:  # right after the baseline
+            self._at_first, self._one = left, self._whole(ends)
+        if self._terms.reserve != "auto" and not final:
+            kept = {name: each * self._terms.reserve for name, each in self._at_first.items()}
+        else:
+            kept = self._tests(left)
+            if not final:
+                room = {name: left[name] - kept[name] for name in left}
+                kept = _sum(kept, self._for_finalists(room))
+        self._allow(run, kept)
+        self.calls_left = self._calls_within({name: left[name] - kept[name] for name in left})
+        return None if ends is None else ends - kept["seconds"]
 
-    def _measure(self, run: Run, ends: float | None) -> dict[str, tuple[float, float, float]]:
-        """By dimension: its cap, how much of it is left, and what an evaluation of the selection set takes of it."""
-        base, used, terms = self._sums.snapshot()[2].get("baseline", Sum()), run.used(), self._terms
-        found: dict[str, tuple[float, float, float]] = {}
-        for name, cap, spent, one in (
-            ("usd", terms.budget_usd, used.usd, _scaled(base.usd, base) * _LONGER),
-            ("calls", terms.max_calls, used.calls, _scaled(base.calls, base)),
-            ("tokens", terms.max_tokens, used.tokens, _scaled(base.tokens, base) * _LONGER),
-        ):
-            if cap is not None:
-                found[name] = cap, max(0.0, cap - (spent or 0)), one
-        if ends is not None:
-            now = time.monotonic()
-            found["seconds"] = ends, max(0.0, ends - now), now - self._began
-        return found
+    def covers(self, run: Run, ends: float | None, seen: Seen) -> bool:
+        """Whether what is left is enough to evaluate a candidate completely."""
+        left = self._left(run, ends)
+        tests = self._tests(left)
+        return _within(self._lacking(seen), {name: left[name] - tests[name] for name in left})
 
     def free(self, run: Run) -> None:
         """Give the reserve to whoever calls now."""
+        self._allow(run, dict.fromkeys(("usd", "calls", "tokens"), 0.0))
+
+    # -- how much ------------------------------------------------------------------------------------------------------
+    def _for_finalists(self, room: Amounts) -> Amounts:
+        """What the evaluations to come need: of candidates that were seen, else of one that may come."""
+        traits = self._task.traits
+        kept = dict.fromkeys(room, 0.0)
+        if not traits.finalists:
+            return kept
+        seen, many = finalists(self._camera, None, None), 0
+        for each in seen:
+            more = _sum(kept, self._lacking(each))
+            if many < traits.finalists and _within(more, room):
+                kept, many = more, many + 1
+        if seen:
+            return kept
+        assert self._at_first is not None
+        if traits.late:  # as much as it was at first, for what is returned at the end
+            most = {name: each * _MOST for name, each in self._at_first.items()}
+            whole = min([traits.finalists, *(int(most[name] / one) for name, one in self._one.items() if one)])
+            kept = {name: one * whole for name, one in self._one.items()}
+        else:
+            kept = {name: min(one, room[name] * _MOST) for name, one in self._one.items()}
+        searching = {name: room[name] - kept[name] for name in room}
+        over = self._calls_within(searching) < _FEW * (self._task.num_threads or 1)
+        return dict.fromkeys(room, 0.0) if over else kept
+
+    def _lacking(self, seen: Seen) -> Amounts:
+        """What the answers take that a candidate has not given yet."""
+        missing = self._camera.missing(seen)
+        part = missing / len(self._camera.keys)
+        found = {name: one * part for name, one in self._one.items()}
+        sum_ = self._sums.of(seen.index)
+        if sum_.answers >= _KNOWN and seen.calls:
+            asked = (sum_.answers + sum_.cached + sum_.replayed) / seen.calls * missing
+            own = {"usd": sum_.usd, "calls": float(sum_.calls), "tokens": float(sum_.tokens)}
+            found.update({name: own[name] / sum_.answers * asked for name in own if name in found})
+        return found
+
+    def _tests(self, left: Amounts) -> Amounts:
+        """What the given program and the best one take on the test set."""
+        share = 2 * len(self._task.testset) / max(1, len(self._task.selection[0]))
+        return {name: min(one * share, left[name] * _MOST) for name, one in self._one.items()}
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+    def _whole(self, ends: float | None) -> Amounts:
+        """What an evaluation of the selection set takes, by that of the given program."""
+        base, terms = self._sums.snapshot()[2].get("baseline", Sum()), self._terms
+        found = {
+            "usd": (terms.budget_usd, _scaled(base.usd, base) * _LONGER),
+            "calls": (terms.max_calls, _scaled(base.calls, base)),
+            "tokens": (terms.max_tokens, _scaled(base.tokens, base) * _LONGER),
+            "seconds": (ends, time.monotonic() - self._began),
+        }
+        return {name: one for name, (cap, one) in found.items() if cap is not None}
+
+    def _left(self, run: Run, ends: float | None) -> Amounts:
+        terms, used = self._terms, run.used()
+        found = {"usd": (terms.budget_usd, used.usd), "calls": (terms.max_calls, used.calls),
+                 "tokens": (terms.max_tokens, used.tokens), "seconds": (ends, time.monotonic())}  # fmt: skip
+        return {name: max(0.0, cap - (spent or 0)) for name, (cap, spent) in found.items() if cap is not None}
+
+    def _calls_within(self, amounts: Amounts) -> float:
+        """How many calls such amounts are enough for, by those so far."""
+        total = self._sums.snapshot()[0]
+        each = {"usd": total.usd, "calls": float(total.calls), "tokens": float(total.tokens)}
+        known = [amounts[name] * total.calls / used for name, used in each.items() if used and name in amounts]
+        return min(known, default=inf)
+
+    def _allow(self, run: Run, kept: Amounts) -> None:
         terms = self._terms
-        if terms.budget_usd is not None or terms.max_calls is not None or terms.max_tokens is not None:
-            run.allow(usd=terms.budget_usd, calls=terms.max_calls, tokens=terms.max_tokens)
+        usd, calls, tokens = terms.budget_usd, terms.max_calls, terms.max_tokens
+        if (usd, calls, tokens) != (None, None, None):
+            run.allow(
+                usd=None if usd is None else max(_LEAST, usd - kept["usd"]),
+                calls=None if calls is None else max(1, int(calls - kept["calls"])),
+                tokens=None if tokens is None else max(1, int(tokens - kept["tokens"])),
+            )
 
-    def _part(self, left: float, needed: float, final: bool) -> float:
-        if self._terms.reserve != "auto" and not final:
-            return left * self._terms.reserve
-        return min(needed, left * _MOST)
 
-    def _evaluations(self, finalists: float | None) -> float:
-        """How many evaluations of the selection set are to come, those of the test set among them."""
-        examples = len(self._task.selection[0])
-        return (1.0 if finalists is None else finalists) + 2 * len(self._task.testset) / max(1, examples)
+def _sum(one: Amounts, other: Amounts) -> Amounts:
+    return {name: each + other[name] for name, each in one.items()}
+
+
+def _within(amounts: Amounts, room: Amounts) -> bool:
+    return all(each <= room[name] for name, each in amounts.items())
 
 
 def _scaled(used: float, sum_: Sum) -> float:

@@ -39,8 +39,8 @@ from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run
 from dspy_prod.telemetry.events import BUS
 
-_OFTEN: Final = 0.02
-"""Seconds between two looks at what has to be kept back."""
+_ANSWERS: Final = 50
+"""So many at most between two looks at what has to be kept back; fewer where a cap is near."""
 
 _LINGER: Final = 0.5
 """Seconds for which the end of a run waits for calls in flight."""
@@ -96,7 +96,7 @@ class Session(Phases):
         self.programs = Programs(task, self.camera, self.outcome)
         self.reserve = Reserve(terms, task, self.sums, self.camera)
         self.enough = Enough(terms)
-        self._kept_at = 0.0
+        self._answers = self._looks_at = 0
         self.pulse = Pulse(self.progress, watchers, self._beat)
         self._asked_to_stop = asked_to_stop
         self._interrupted = False
@@ -170,12 +170,12 @@ class Session(Phases):
 
     def _on_answer(self) -> None:
         """Keep back as much as finalists lack now; the optimizer's calls keep the deadline that they began with."""
-        now = time.monotonic()
-        if self.phase != "search" or self.gate.closed or now - self._kept_at < _OFTEN:
+        if self.phase != "search" or self.gate.closed or not self.task.traits.finalists:
             return
-        if self.task.traits.finalists and not self.task.traits.late:
-            self._kept_at = now
+        self._answers += 1
+        if self._answers >= self._looks_at:
             self.keep_reserve()
+            self._looks_at = self._answers + max(1, int(min(self.reserve.calls_left / 4, _ANSWERS)))
 
     def _on_candidate(self, seen: Seen) -> None:
         if seen.predicted is not None and seen.found_usd is None:

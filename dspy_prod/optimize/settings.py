@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Final
 
 from dspy_prod.privacy.names import is_secret
+from dspy_prod.runtime.sources import tree
 
 _METRICS: Final = frozenset({"metric", "metric_fn"})
 _NO_MATTER: Final = frozenset(
@@ -53,8 +53,8 @@ def _assigned(owner: type) -> tuple[frozenset[str], frozenset[str]]:
     begun: set[str] = set(inspect.signature(owner).parameters)
     later: set[str] = set()
     for each in _classes(owner):
-        tree = _tree(each)
-        for function in () if tree is None else ast.walk(tree):
+        parsed = _tree(each)
+        for function in () if parsed is None else ast.walk(parsed):
             if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 (begun if function.name == "__init__" else later).update(_attributes(function))
     return frozenset(begun), frozenset(later)
@@ -67,7 +67,7 @@ def _classes(owner: type) -> list[type]:
 @lru_cache(maxsize=256)
 def _tree(owner: type) -> ast.Module | None:
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(owner)))
+        return tree(owner)
     except (OSError, TypeError, SyntaxError):  # made by exec, or in C
         return None
 

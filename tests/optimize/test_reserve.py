@@ -1,0 +1,82 @@
+"""What is kept back for finalists: as much as they lack, and nothing that could not be enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dspy
+import pytest
+
+from benchmarks.subjects import Guesses
+from benchmarks.world import World
+from dspy_prod import BudgetedOptimizer
+
+
+def budgeted(optimizer: Any, store: str, **options: Any) -> BudgetedOptimizer:
+    return BudgetedOptimizer(optimizer, store=store, view=None, **options)
+
+
+@pytest.mark.parametrize("cap", [60, 70, 79])
+def test_what_completes_nothing_more_is_not_kept(cap: int, world: World, asked: Any, store: str) -> None:
+    """The last candidate could not be completed, so a part of the cap was left that nobody had any use for."""
+    optimizer = Guesses(world.metric, tries=6, num_threads=4)
+    assert len(world.valset) == 24
+    best = budgeted(optimizer, store, max_calls=cap).compile(
+        world.program(), trainset=world.trainset, valset=world.valset
+    )
+    report = best.optimization
+    assert report.stopped_by == "calls"
+    assert 0.97 * cap <= len(world.calls) <= cap
+    complete = [each for each in report.candidates if each.status == "complete"]
+    assert len(complete) == cap // 24
+    assert report.best_score == max(each.score for each in complete)
+
+
+def test_a_search_that_returns_nothing_in_time_has_the_reserve(world: World, asked: Any, store: str) -> None:
+    """It was kept for what the optimizer would return, and then nothing was returned."""
+    optimizer = dspy.BootstrapFewShot(metric=lambda *_: False, max_bootstrapped_demos=40, max_rounds=3)
+    best = budgeted(optimizer, store, max_calls=70, metric=world.metric).compile(
+        world.program(), trainset=world.trainset
+    )
+    assert best.optimization.stopped_by == "calls"
+    assert len(world.calls) >= 68
+
+
+def test_a_candidate_that_lacks_little_is_completed(world: World, asked: Any, store: str) -> None:
+    """What an optimizer only looked at in part is evaluated completely at the end."""
+    optimizer = dspy.MIPROv2(
+        metric=world.metric, auto=None, num_candidates=3, max_bootstrapped_demos=2, max_labeled_demos=2,
+        prompt_model=world.prompt_lm(), num_threads=4, verbose=False,
+    )  # fmt: skip
+    best = budgeted(optimizer, store, max_calls=100).compile(
+        world.program(), trainset=world.trainset, valset=world.valset, num_trials=20, minibatch=True, minibatch_size=20,
+        minibatch_full_eval_steps=15,
+    )  # fmt: skip
+    report = best.optimization
+    assert report.stopped_by == "calls"
+    assert report.phases["finals"].calls > 0
+    assert sum(each.status == "complete" for each in report.candidates) >= 2
+    assert len(world.calls) >= 0.9 * 100
+
+
+def test_what_cannot_do_without_a_dear_call_ran_out_of_money(world: World, asked: Any, store: str) -> None:
+    """Some optimizers assert, or fail on nothing, when a proposal is refused: that is no failure of theirs."""
+
+    class Dear(dspy.teleprompt.Teleprompter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metric = world.metric
+            self.proposer = world.prompt_lm(max_tokens=100_000)
+
+        def compile(self, student: Any, *, trainset: Any) -> Any:
+            try:
+                self.proposer("Propose something.")
+            except Exception as error:
+                assert isinstance(error, ValueError)  # noqa: PT017 (as InferRules does)
+            return student
+
+    best = budgeted(Dear(), store, budget_usd=0.02).compile(world.program(), trainset=world.trainset)
+    report = best.optimization
+    assert (report.stopped_by, report.baseline.score is None) == ("budget", False)
+    assert "AssertionError" in report.detail
+    assert "Raise the cap" in report.detail
