@@ -1,6 +1,7 @@
 """Forecasts against real bills: `python -m benchmarks.forecast [--seed N] [--only RandomSearch,...] [--json FILE]`.
 
-Three programs that the rehearsal was not made with (two predictors, typed JSON, tools) are given to six optimizers.
+Four programs are given to six optimizers. The rehearsal was made with none of them; its range was widened once after
+"two predictors" had been looked at, so "three predictors" came later.
 Each forecast comes from the evaluation of the given program; the truth is the bill of the provider. It fails when a
 forecast is more than 30 % off, or more than one in ten bills lies outside of its range.
 """
@@ -34,7 +35,7 @@ from dspy_prod.testing import CallView
 OPTIMIZERS: Final = (
     "BootstrapFewShotWithRandomSearch", "MIPROv2", "GEPA", "COPRO", "InferRules", "BootstrapFewShot",
 )  # fmt: skip
-PROGRAMS: Final = ("two predictors", "typed JSON", "tools")
+PROGRAMS: Final = ("two predictors", "three predictors", "typed JSON", "tools")
 
 OFF: Final = 0.30
 """How far off a forecast may be."""
@@ -68,6 +69,25 @@ class Reply(dspy.Signature):
     reply: str = dspy.OutputField()
 
 
+class Weight(dspy.Signature):
+    """Say how urgent it is, and what it touches."""
+
+    message: str = dspy.InputField()
+    topic: str = dspy.InputField()
+    urgency: int = dspy.OutputField()
+    tags: list[str] = dspy.OutputField()
+
+
+class Last(dspy.Signature):
+    """Sort the message by all that is known of it."""
+
+    message: str = dspy.InputField()
+    topic: str = dspy.InputField()
+    urgency: int = dspy.InputField()
+    tags: list[str] = dspy.InputField()
+    label: Label = dspy.OutputField()
+
+
 class Ticket(dspy.Signature):
     """Make a ticket of the message."""
 
@@ -95,6 +115,21 @@ class TwoSteps(dspy.Module):
 
     def forward(self, message: str) -> dspy.Prediction:
         return self.reply(message=message, topic=self.topic(message=message).topic)
+
+
+class ThreeSteps(dspy.Module):
+    """What it is about, how urgent it is, and then the department."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.topic = dspy.ChainOfThought(Topic.with_instructions(Topic.instructions))
+        self.weight = dspy.Predict(Weight.with_instructions(Weight.instructions))
+        self.last = dspy.ChainOfThought(Last.with_instructions(Last.instructions))
+
+    def forward(self, message: str) -> dspy.Prediction:
+        topic = self.topic(message=message).topic
+        weight = self.weight(message=message, topic=topic)
+        return self.last(message=message, topic=topic, urgency=weight.urgency, tags=weight.tags)
 
 
 def history(customer: str) -> str:
@@ -152,6 +187,8 @@ class OtherWorld(World):
     def program(self, kind: Any = "module") -> dspy.Module:
         if self.kind == "two predictors":
             return TwoSteps()
+        if self.kind == "three predictors":
+            return ThreeSteps()
         if self.kind == "typed JSON":
             return dspy.ChainOfThought(Ticket.with_instructions(Ticket.instructions))
         return dspy.ReAct(Sorted.with_instructions(Sorted.instructions), tools=[history], max_iters=4)
