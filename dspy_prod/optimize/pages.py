@@ -157,6 +157,9 @@ def _spent(report: Facts) -> Table:
             yield Cell(kind, "faint"), name, usd(one.usd, 4), one.calls, one.tokens
 
     by = [*rows("LM", report.spent_by.items()), *rows("phase", report.phases.items())]
+    before = report.spent_usd - sum(one.usd for one in report.phases.values())
+    if before > 1e-9:
+        by.append((Cell("before", "faint"), "the pilot of a forecast, earlier parts", usd(before, 4), "", ""))
     return Table("Where it went", ("", "", "USD", "calls", "tokens"), by, numbers=3)
 
 

@@ -89,3 +89,27 @@ def test_a_cell_with_another_budget_and_one_that_awaits(tmp_path: Path, store: s
     assert "<table" in seen[5]["text/html"]
     assert seen[5]["text/plain"].splitlines()[0] == "Health: healthy"
     assert set(seen[6]) == {"stdout"}
+
+
+FORECAST = """
+metric = lambda example, prediction, trace=None: float(prediction.answer == "yes")
+examples = [dspy.Example(question=f"q {number}", answer="yes").with_inputs("question") for number in range(12)]
+optimizer = dspy_prod.BudgetedOptimizer(
+    dspy.LabeledFewShot(k=2), metric=metric, budget_usd=1.0, store=STORE, name="shown",
+)
+optimizer.forecast(program, trainset=examples)
+"""
+
+
+@pytest.mark.long
+def test_a_forecast_shows_how_far_it_is_and_leaves_its_table(tmp_path: Path) -> None:
+    """In place, and without a bar that needs an extension: nothing of it is left afterwards."""
+    url = repr(f"sqlite:///{tmp_path}/forecast.db")
+    cells = [IMPORTS, AGAIN.replace("STORE", url).replace("USD", "1"), FORECAST.replace("STORE", url)]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip()) for cell in cells])
+    run = execute(notebook, timeout=120)
+    assert faults(run) == []
+    outputs = [(kind, text) for number, kind, text in shown(run) if number == 2]
+    assert [text for kind, text in outputs if kind == "text/html" and "<progress" in text] == []
+    assert ("text/html", "") in outputs  # where it was
+    assert sum("<table" in text for kind, text in outputs if kind == "text/html") == 1

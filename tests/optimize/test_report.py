@@ -152,6 +152,15 @@ def test_a_forecast_stands_beside_what_it_came_to() -> None:
     assert "without the test set: 1.00 × as forecast, in the range" in tested
 
 
+def test_what_was_spent_before_is_told_too() -> None:
+    """The parts add up to what was spent, of which a pilot and earlier parts of a run may be a share."""
+    phases = {"baseline": Spent(0.1, 60, 1), "search": Spent(0.15, 500, 1)}
+    text = str(report(spent_usd=0.4, phases=phases))
+    [row] = [line for line in text.splitlines() if "earlier parts" in line]
+    assert "0.1500" in row
+    assert "earlier parts" not in str(report(spent_usd=0.25, phases=phases))
+
+
 def test_a_run_that_found_nothing_says_so() -> None:
     """Nothing complete, nothing spent."""
     empty = report(
