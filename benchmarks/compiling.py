@@ -7,6 +7,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -137,6 +138,7 @@ def serve() -> Order | None:
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 0)
             os.dup2(2, 1)  # what optimizers print is not for the parent
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
             order = Order(**json.loads(line))
             atexit.register(_ended, order.out)
             return order
