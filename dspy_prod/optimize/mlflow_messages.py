@@ -132,8 +132,7 @@ def outcome(
         return
     if not whole:
         report = replace(report, warnings=tuple([each.partition(SHOWS)[0].rstrip() for each in report.warnings]))
-    found = {
-        "best_score": report.best_score,
+    found = {  # the best score is told as ever: a figure has one value at a step
         "expected_score": report.expected_score,
         **dict(zip(("expected_low", "expected_high"), report.expected_interval or (), strict=False)),
         "unconfirmed_usd": report.unconfirmed_usd,

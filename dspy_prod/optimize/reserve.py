@@ -122,9 +122,13 @@ class Reserve:
         return found
 
     def _tests(self, left: Amounts) -> Amounts:
-        """What the given program and the best one take on the test set."""
+        """What the given program and the best one take on the test set, where that is not too much for all of it."""
+        assert self._at_first is not None
         share = 2 * len(self._task.testset) / max(1, len(self._task.selection[0]))
-        return {name: min(one * share, left[name] * _MOST) for name, one in self._one.items()}
+        whole = {name: one * share for name, one in self._one.items()}
+        if not _within(whole, {name: each * _MOST for name, each in self._at_first.items()}):
+            return dict.fromkeys(left, 0.0)
+        return {name: min(each, left[name]) for name, each in whole.items()}
 
     # -- measuring -----------------------------------------------------------------------------------------------------
     def _whole(self, ends: float | None) -> Amounts:

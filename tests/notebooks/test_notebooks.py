@@ -29,7 +29,7 @@ def test_what_is_stored_can_be_read(path: Path) -> None:
     assert (first.cell_type, first.source.startswith("# ")) == ("markdown", True)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_from_top_to_bottom(path: Path) -> None:

@@ -13,13 +13,13 @@ def test_threads_that_read_at_once_all_get_it() -> None:
 
     def read() -> None:
         try:
-            for _ in range(15):
+            for _ in range(6):
                 found.append(sources.source(threading.Thread))
                 found.append(type(sources.tree(threading.Thread)).__name__)
         except BaseException as error:
             found.append(error)
 
-    threads = [threading.Thread(target=read) for _ in range(8)]
+    threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -27,4 +27,4 @@ def test_threads_that_read_at_once_all_get_it() -> None:
     assert {each if isinstance(each, str) else repr(each) for each in found} == {
         sources.source(threading.Thread), "Module",
     }  # fmt: skip
-    assert len(found) == 8 * 15 * 2
+    assert len(found) == 4 * 6 * 2
