@@ -19,7 +19,7 @@ from dspy_prod.stores.sqlite.inserting import Inserting
 from dspy_prod.stores.sqlite.pages import Found, Page, looked_up_as, rougher
 from dspy_prod.stores.sqlite.rows import Row
 
-PAGE: Final = 128
+PAGE: Final = 256
 """Hits of a page at most."""
 LEAST: Final = 64
 """Hits that are worth a page; fewer are loose, for every question has to read those."""
