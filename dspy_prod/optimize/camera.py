@@ -234,6 +234,10 @@ class Camera(BaseCallback):
         """How many examples of the selection set it has not answered."""
         return len(self.keys) - seen.answered
 
+    def flying(self, seen: Seen) -> int:
+        """How many calls of it are going on."""
+        return sum(call.seen is seen for call in list(self._calls.values()))
+
     def key(self, example: Any) -> str:
         """The key of an example, of the run's data sets or of somebody else's."""
         return self.example_keys.get(id(example)) or key_of(example)

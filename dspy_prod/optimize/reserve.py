@@ -52,6 +52,7 @@ class Reserve:
         self._began = time.monotonic()
         self._one: Amounts = {}
         self._at_first: Amounts | None = None
+        self._calls_each = 1.0  # calls of LMs for an answer of the program
         self.calls_left = inf
 
     def keep(self, run: Run, ends: float | None, *, final: bool = False) -> float | None:
@@ -63,6 +64,8 @@ class Reserve:
         left = self._left(run, ends)
         if self._at_first is None:  # right after the baseline
             self._at_first, self._one = left, self._whole(ends)
+            base = self._sums.snapshot()[2].get("baseline", Sum())
+            self._calls_each = max(1.0, (base.answers + base.cached + base.replayed) / len(self._camera.keys))
         if self._terms.reserve != "auto" and not final:
             kept = {name: each * self._terms.reserve for name, each in self._at_first.items()}
         else:
@@ -110,13 +113,13 @@ class Reserve:
         return dict.fromkeys(room, 0.0) if over else kept
 
     def _lacking(self, seen: Seen) -> Amounts:
-        """What the answers take that a candidate has not given yet."""
-        missing = self._camera.missing(seen)
+        """What the answers take that a candidate has not given yet; calls on their way hold what they take already."""
+        missing, flying = self._camera.missing(seen), self._camera.flying(seen)
         part = missing / len(self._camera.keys)
         found = {name: one * part for name, one in self._one.items()}
         sum_ = self._sums.of(seen.index)
-        if sum_.answers >= _KNOWN and seen.calls:
-            asked = (sum_.answers + sum_.cached + sum_.replayed) / seen.calls * missing
+        if sum_.answers >= _KNOWN:
+            asked = max(0.0, self._calls_each * missing - flying)
             own = {"usd": sum_.usd, "calls": float(sum_.calls), "tokens": float(sum_.tokens)}
             found.update({name: own[name] / sum_.answers * asked for name in own if name in found})
         return found
