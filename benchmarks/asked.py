@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from rich.console import Console
 from tqdm.auto import tqdm
 
 
@@ -34,9 +35,31 @@ class Asked(NamedTuple):
                 json.dump([as_dict(row) for row in rows], file, indent=2)
 
 
+def told(figures: dict[str, Any], tables: Iterable[Any], file: str | None, width: int | None = None) -> int:
+    """Show the figures of a benchmark, and what bounds they break; 1 where one is broken, as an exit code.
+
+    Args:
+        figures: as JSON has them; "violations" are the bounds. tables: the same to look at.
+        file: gets the figures; "-" is standard output, which then has no tables. width: of the tables.
+    """
+    text = json.dumps(figures, indent=2)
+    if file == "-":
+        print(text)
+    else:
+        if file:
+            with open(file, "w", encoding="utf-8") as written:
+                written.write(text + "\n")
+        console = Console(width=width)
+        for table in tables:
+            console.print(table)
+    for each in figures["violations"]:
+        print(f"VIOLATION: {each}", file=sys.stderr)
+    return 1 if figures["violations"] else 0
+
+
 def asked(
     program: str,
-    told: str | None,
+    does: str | None,
     names: Sequence[str],
     kinds: tuple[str, Sequence[str]],
     between: str = ",",
@@ -45,19 +68,19 @@ def asked(
     """Read the command line.
 
     Args:
-        program: the module that is run. told: what it does. names: all optimizers.
+        program: the module that is run. does: what it does. names: all optimizers.
         kinds: the option that chooses how they are run, and all that it takes. between: separates these.
         sized: it can be made larger.
     """
     option, every = kinds
-    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=told)
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=does)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="optimizers, separated by commas")
     parser.add_argument(f"--{option}", default="", dest="kinds", help=f"of {f'{between} '.join(every)}")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     if sized:
-        told = "so many times 40 examples to train with and 60 to select by"
-        parser.add_argument("--size", type=int, default=1, help=told)
+        larger = "so many times 40 examples to train with and 60 to select by"
+        parser.add_argument("--size", type=int, default=1, help=larger)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     return Asked(

@@ -10,7 +10,6 @@ than a point off where the best one overstates by four or more, or when its inte
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -24,10 +23,10 @@ from typing import Final
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table as Shown
 from tqdm.auto import tqdm
 
+from benchmarks.asked import told
 from benchmarks.landscapes import LANDSCAPES, Table
 from benchmarks.racing import DELTA, IN_FLIGHT
 from dspy_prod.optimize.racing import Contest
@@ -218,24 +217,13 @@ def main() -> int:
     began = time.monotonic()
     trials = 40 if arguments.quick else arguments.trials
     rows = measure(arguments.seed, trials, quick=arguments.quick, processes=arguments.processes)
-    broken = violations(rows)
     figures = {
         "seed": arguments.seed,
         "seconds": round(time.monotonic() - began, 1),
         "settings": [asdict(row) for row in rows],
-        "violations": broken,
+        "violations": violations(rows),
     }
-    text = json.dumps(figures, indent=2)
-    if arguments.json == "-":
-        print(text)
-    else:
-        if arguments.json:
-            with open(arguments.json, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-        Console(width=110).print(shown(rows))
-    for each in broken:
-        print(f"VIOLATION: {each}", file=sys.stderr)
-    return 1 if broken else 0
+    return told(figures, [shown(rows)], arguments.json, width=110)
 
 
 if __name__ == "__main__":

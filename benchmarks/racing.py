@@ -9,7 +9,6 @@ an engine that answers for nothing and counts. A run ends with an error when a b
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -22,10 +21,10 @@ from typing import Any, Final
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from benchmarks.asked import told
 from benchmarks.landscapes import LANDSCAPES, SCENARIOS
 from benchmarks.racing_dspy import runs
 from dspy_prod.optimize.racing import Contest
@@ -191,27 +190,14 @@ def main() -> int:
     began = time.monotonic()
     count, worlds = (10, 1) if arguments.quick else (arguments.trials, 10)
     rows, real = measure(arguments.seed, count, worlds, quick=arguments.quick)
-    broken = violations(rows, real)
     figures = {
         "seed": arguments.seed,
         "seconds": round(time.monotonic() - began, 1),
         "landscapes": [asdict(row) for row in rows],
         "optimizers": real,
-        "violations": broken,
+        "violations": violations(rows, real),
     }
-    text = json.dumps(figures, indent=2)
-    if arguments.json == "-":
-        print(text)
-    else:
-        if arguments.json:
-            with open(arguments.json, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-        console = Console()
-        for table in shown(rows, real):
-            console.print(table)
-    for each in broken:
-        print(f"VIOLATION: {each}", file=sys.stderr)
-    return 1 if broken else 0
+    return told(figures, shown(rows, real), arguments.json)
 
 
 if __name__ == "__main__":
