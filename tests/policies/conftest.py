@@ -1,8 +1,14 @@
-"""A clock that stands still until a test moves it."""
+"""A clock that stands still until a test moves it, and LMs in front of a provider."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
+
+from dspy_prod.testing import Provider
+from tests.e2e.support import make_lm
 
 
 class FakeClock:
@@ -27,3 +33,17 @@ class FakeClock:
 @pytest.fixture
 def clock() -> FakeClock:
     return FakeClock()
+
+
+@pytest.fixture
+def connect(provider: Provider) -> Iterator[Callable[..., Any]]:
+    """Make an LM in front of a module's provider, with a store of its own, in memory."""
+    made: list[Any] = []
+
+    def make(**options: Any) -> Any:
+        made.append(make_lm(provider.url, **options))
+        return made[-1]
+
+    yield make
+    for lm in made:
+        lm.close()

@@ -49,20 +49,6 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/runs.db"
 
 
-@pytest.fixture
-def connect(provider: Provider) -> Iterator[Callable[..., Any]]:
-    """Make an LM in front of the provider, with a store of its own, in memory."""
-    made: list[Any] = []
-
-    def make(**options: Any) -> Any:
-        made.append(make_lm(provider.url, **options))
-        return made[-1]
-
-    yield make
-    for lm in made:
-        lm.close()
-
-
 def begun(url: str, **options: Any) -> Run:
     """The run, as another process would begin or resume it."""
     return Run("it", store=url, namespace="e2e", keep_answers=True, **options)

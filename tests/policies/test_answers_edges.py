@@ -13,7 +13,6 @@ import pytest
 from dspy_prod import Redactor, Run, call_context
 from dspy_prod.privacy import install
 from dspy_prod.testing import Provider
-from tests.e2e.support import make_lm
 
 
 @pytest.fixture
@@ -30,19 +29,6 @@ def provider() -> Iterator[Provider]:
     with Provider(prices={"e2e": (0.15, 0.60)}, answer=answer) as provider:
         yield provider
         assert provider.errors == []
-
-
-@pytest.fixture
-def connect(provider: Provider) -> Iterator[Callable[..., Any]]:
-    made: list[Any] = []
-
-    def make(**options: Any) -> Any:
-        made.append(make_lm(provider.url, **options))
-        return made[-1]
-
-    yield make
-    for lm in made:
-        lm.close()
 
 
 @pytest.fixture
