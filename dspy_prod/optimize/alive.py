@@ -73,7 +73,12 @@ def _has_process(pid: int) -> bool:
 
 
 def _host() -> str:
-    return socket.gethostname() or "-"
+    """The machine, and where it is known the space in which processes are numbered: containers may share a name."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = "-"
+    return f"{socket.gethostname() or '-'}/{space}"
 
 
 def _begun(pid: int) -> str | None:

@@ -325,3 +325,13 @@ def test_differences_survive_the_way_through_the_store(store: Store) -> None:
     loaded = headers.load(store, "it")
     assert loaded is not None
     assert differences(loaded, made()) == ([], [])
+
+
+def test_a_container_of_the_same_name_numbers_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers on one host may share its name and its boot; a number of one means another process here."""
+    monkeypatch.setattr(os, "readlink", lambda *_: "pid:[1]")
+    there = f"{alive.this_process().rpartition(' ')[0].rpartition(' ')[0]} 999999999 123"
+    assert alive.dead_pid(there) == 999999999
+    monkeypatch.setattr(os, "readlink", lambda *_: "pid:[2]")
+    assert alive.dead_pid(there) is None
+    assert alive.lives(there, time.time())
