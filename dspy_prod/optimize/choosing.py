@@ -8,6 +8,7 @@ from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.candidates import Candidate, Status
 from dspy_prod.optimize.seen import Seen
 from dspy_prod.optimize.sums import Sum, Sums
+from dspy_prod.optimize.supported import Rounds
 
 
 def best_of(camera: Camera, returned: Seen | None) -> Seen | None:
@@ -20,12 +21,14 @@ def best_of(camera: Camera, returned: Seen | None) -> Seen | None:
     return returned if returned in best and returned is not None else best[0]
 
 
-def finalists(camera: Camera, returned: Seen | None, baseline: float | None) -> list[Seen]:
+def finalists(camera: Camera, returned: Seen | None, baseline: float | None, rounds: Rounds | None) -> list[Seen]:
     """Who may yet turn out to be the best, the most promising first: what the optimizer returned, then by their scores.
 
     A mean of few answers counts for less: it is drawn towards the given program's score, as if that had been seen on
-    ten more examples.
+    ten more examples. Of an optimizer with rounds only those count that it would evaluate itself, had it gone on, as
+    soon as there are any: it holds them for the best, and a run that does go on has their answers then.
     """
+    kept = set[int]() if rounds is None else _kept(camera, rounds)
     middle = 0.5 if baseline is None else baseline
 
     def promise(seen: Seen) -> float:
@@ -35,8 +38,19 @@ def finalists(camera: Camera, returned: Seen | None, baseline: float | None) -> 
     open_ = [
         seen for seen in camera.candidates.all
         if (seen.evaluated or seen is returned) and not camera.is_complete(seen) and seen.predicted is None
+        and (not kept or seen.index in kept or seen is returned)
     ]  # fmt: skip
     return sorted(open_, key=lambda seen: (seen is not returned, -promise(seen), seen.index))
+
+
+def _kept(camera: Camera, rounds: Rounds) -> set[int]:
+    """The best candidates of the rounds that an optimizer comes back to; it takes the first of equal ones."""
+    compared: dict[frozenset[str], list[tuple[float, int]]] = {}
+    for seen in camera.candidates.all[1:]:  # without the given program, whose answers came before the first round
+        first = list(seen.scores.items())[: rounds.size]
+        if len(first) == rounds.size:
+            compared.setdefault(frozenset(key for key, _ in first), []).append((sum(s for _, s in first), -seen.index))
+    return {-max(scores)[1] for number, scores in enumerate(compared.values(), 1) if number in rounds.kept}
 
 
 def described(camera: Camera, sums: Sums, returned: Seen | None = None) -> tuple[Candidate, ...]:

@@ -187,7 +187,7 @@ class Phases(ABC):
         with _within(ends):
             done = 0
             while not self.gate.closed and (most is None or done < most):
-                left = finalists(self.camera, outcome.returned, self._score_of(outcome.given))
+                left = finalists(self.camera, outcome.returned, self._score_of(outcome.given), task.rounds)
                 if not left or (completed and left[0] is not outcome.returned and task.traits.finalists == 0):
                     break
                 seen = next((each for each in left if self.reserve.covers(self.run, self.ends, each)), left[0])

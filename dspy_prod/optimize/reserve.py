@@ -94,7 +94,7 @@ class Reserve:
         kept = dict.fromkeys(room, 0.0)
         if not traits.finalists:
             return kept
-        seen, many = finalists(self._camera, None, None), 0
+        seen, many = finalists(self._camera, None, None, self._task.rounds), 0
         for each in seen:
             more = _sum(kept, self._lacking(each))
             if many < traits.finalists and _within(more, room):

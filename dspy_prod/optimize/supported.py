@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from dspy.teleprompt.teleprompt import Teleprompter
 
@@ -18,6 +18,18 @@ Chosen = tuple[list[Any], str]
 Grows = Literal["given", "best", "before"]
 """What an optimizer makes a new candidate from: the given program, the best one so far, or the one it has just looked
 at on the same examples."""
+
+
+class Rounds(NamedTuple):
+    """How an optimizer that looks at new candidates in rounds goes on with them.
+
+    Attributes:
+        size: on how many examples those of a round are compared. kept: the rounds, counted from 1, whose best one it
+            evaluates at the end; the others of a round, and of the other rounds, it never evaluates again.
+    """
+
+    size: int
+    kept: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,7 @@ class Traits:
         free: nobody knows what it changes about a program; it may be more than its state.
         asks: its `compile` calls LMs.
         grows: see `Grows`. origin: what its candidates are called, `{n}` counts from 1, `{seed}` from -3.
+        rounds: see `Rounds`, of the optimizer; None where it has none.
         select: the selection set when no `valset` is given, of (optimizer, compile's arguments).
     """
 
@@ -51,6 +64,7 @@ class Traits:
     asks: bool = True
     grows: Grows = "given"
     origin: str = "candidate {n}"
+    rounds: Callable[[Any], Rounds] | None = None
     select: Callable[[Any, Mapping[str, Any]], Chosen] | None = None
 
 
@@ -79,6 +93,11 @@ def _neighbours(optimizer: Any, given: Mapping[str, Any]) -> Chosen:
     return train, "trainset"
 
 
+def _rounds_of_simba(optimizer: Any) -> Rounds:
+    last, parts = optimizer.max_steps, optimizer.num_candidates
+    return Rounds(optimizer.bsize, frozenset(round(part * last / parts) for part in range(parts + 1)))
+
+
 TRAITS: Final[Mapping[str, Traits]] = {
     "BootstrapFewShotWithRandomSearch": Traits(
         complete=True, finalists=0, races=True, origin="seed {seed}", select=_all_of
@@ -88,7 +107,7 @@ TRAITS: Final[Mapping[str, Traits]] = {
     ),
     "MIPROv2": Traits(finalists=1, races=True, origin="trial {n}", select=_last_part),
     "GEPA": Traits(complete=True, finalists=0, rich=True, grows="before", origin="proposal {n}", select=_all_of),
-    "SIMBA": Traits(loose=True, rich=True, grows="best", select=_all_of),
+    "SIMBA": Traits(loose=True, rich=True, grows="best", rounds=_rounds_of_simba, select=_all_of),
     "COPRO": Traits(complete=True, finalists=0, races=True, grows="best", origin="proposal {n}", select=_all_of),
     "InferRules": Traits(complete=True, finalists=0, races=True, origin="rules {n}", select=_second_half),
     "BetterTogether": Traits(finalists=1, grows="best", origin="step {n}", select=_first_part),

@@ -12,7 +12,16 @@ from dspy.teleprompt import BetterTogether
 from dspy_prod.compat.dspy import CompiledAsProgram, input_keys
 from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.metrics import checked_metric, metric_of
-from dspy_prod.optimize.supported import Chosen, Traits, accepts, fitting, parameters_of, refuse_steps, selection_of
+from dspy_prod.optimize.supported import (
+    Chosen,
+    Rounds,
+    Traits,
+    accepts,
+    fitting,
+    parameters_of,
+    refuse_steps,
+    selection_of,
+)
 
 
 @dataclass
@@ -34,6 +43,11 @@ class Task:
     testset: Sequence[Any]
     metric: Callable[..., Any] | None
     num_threads: int | None
+
+    @property
+    def rounds(self) -> Rounds | None:
+        """The optimizer's, if it has any."""
+        return None if self.traits.rounds is None else self.traits.rounds(self.optimizer)
 
     @property
     def examples(self) -> list[Any]:

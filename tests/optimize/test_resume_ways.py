@@ -53,7 +53,7 @@ def uninterrupted(name: str, store: str, lm: dict[str, Any], **more: Any) -> tup
 
 @pytest.mark.long
 @pytest.mark.parametrize("lm", [{"cache": False}, {"cache": False, "max_tokens": 24}], ids=["no cache", "cut"])
-@pytest.mark.parametrize("name", ["MIPROv2", "GEPA"])
+@pytest.mark.parametrize("name", ["MIPROv2", "GEPA", "SIMBA"])
 def test_a_raised_cap_goes_on_without_a_cache_and_with_answers_that_were_cut(
     name: str, lm: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -71,6 +71,23 @@ def test_a_raised_cap_goes_on_without_a_cache_and_with_answers_that_were_cut(
         assert world.bill_usd <= 1.05 * alone
         assert state(best) == whole
         assert not any("differ from all" in each for each in report.warnings)
+
+
+@pytest.mark.parametrize("part", [0.5, 0.7, 0.9])
+def test_what_is_evaluated_at_the_end_of_a_part_is_what_the_optimizer_would_come_back_to(
+    part: float, tmp_path: Path
+) -> None:
+    """Of each of SIMBA's rounds the best one alone is evaluated at its end: the others would be paid for in vain."""
+    whole, alone, _ = uninterrupted("SIMBA", f"sqlite:///{tmp_path}/whole.db", {})
+    store = f"sqlite:///{tmp_path}/runs.db"
+    with a_world() as world:
+        first = go(world, "SIMBA", store, {}, budget_usd=part * alone).optimization
+        assert first.stopped_by == "budget"
+        best = go(world, "SIMBA", store, {}, budget_usd=1.0, resume=True)
+        assert world.bill_usd == pytest.approx(alone, rel=0.002)
+        assert state(best) == whole
+        complete = {each.key for each in best.optimization.candidates if each.status == "complete"}
+        assert {each.key for each in first.candidates if each.status == "complete"} <= complete
 
 
 @pytest.mark.long

@@ -48,6 +48,17 @@ def test_what_cannot_be_capped_is_refused_by_name_with_the_remedy(make: Any, tol
         BudgetedOptimizer(make(), budget_usd=1)
 
 
+@pytest.mark.parametrize(
+    ("steps", "candidates", "kept"), [(8, 6, {0, 1, 3, 4, 5, 7, 8}), (3, 6, {0, 1, 2, 3}), (4, 1, {0, 4})]
+)
+def test_the_rounds_whose_best_simba_comes_back_to(steps: int, candidates: int, kept: set[int]) -> None:
+    """As the end of `dspy.SIMBA.compile` picks them; round 0 is the given program."""
+    optimizer = dspy.SIMBA(metric=score, bsize=5, max_steps=steps, num_candidates=candidates)
+    rounds = traits_of(optimizer).rounds
+    assert rounds is not None
+    assert rounds(optimizer) == (5, kept)
+
+
 def test_steps_that_train_weights_are_refused_unless_the_strategy_leaves_them_out() -> None:
     optimizer = dspy.BetterTogether(
         metric=score, p=dspy.BootstrapFewShot(metric=score), w=dspy.BootstrapFinetune(metric=score)
