@@ -171,7 +171,7 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
         return None  # a listener wants events: the engine replays the answer for it
     cache.used(base)
     response = entry.response
-    record_hit(lm.pipeline, scope.context, scope.records)
+    record_hit(lm.pipeline, scope.context, scope.records, entry.list_nano)
     # By position, which takes half the time: `SHORT` says that the fields stand in this order.
     result = CallResult((response,), [text], {}, 0.0, response, response.model, True)
     return PreparedCall(prompt, messages, kwargs, {}, None, True, 1, True), result

@@ -257,6 +257,7 @@ def _record(entry: dict[str, Any]) -> CallRecord:
     return CallRecord(
         "", "", 0.0, str(entry.get("model")), "", 1, "cached" if cached else "ok", nano,
         input_tokens=inputs, output_tokens=outputs, cached=cached,
+        saved_nano=round(cost * NANO) if cached and cost is not None else None,
     )  # fmt: skip
 
 

@@ -258,7 +258,9 @@ def cost_row(value: str, totals: Totals) -> CostRow:
         value: as it stands in the sums.
     """
     usd, unconfirmed = totals.cost_nano / NANO, totals.unconfirmed_nano / NANO
-    return filled(CostRow, totals, value=called(value), rest=value == OTHER, usd=usd, unconfirmed_usd=unconfirmed)
+    listed = {"list_usd": totals.list_nano / NANO, "unknown_list": totals.unknown_list}
+    rest = value == OTHER
+    return filled(CostRow, totals, value=called(value), rest=rest, usd=usd, unconfirmed_usd=unconfirmed, **listed)
 
 
 def _span(first: dt.date, last: dt.date) -> list[dt.date]:

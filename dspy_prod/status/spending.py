@@ -140,6 +140,9 @@ class CostRow(Frozen):
         unknown_cost: attempts whose cost is not known; they are not in `usd`.
         attempts: upstream attempts. cached: answers from the cache. failed: attempts that did not end in an answer.
         input_tokens, output_tokens: usage the providers told.
+        list_usd: the list cost, as far as it is known: what all this would have cost without a cache, each answer
+            from it at what it cost when it was asked. Variants are compared by it: the cache of a new one is cold.
+        unknown_list: attempts and cached answers of unknown list cost, those that earlier releases recorded among them.
     """
 
     value: str
@@ -151,6 +154,8 @@ class CostRow(Frozen):
     failed: int
     input_tokens: int
     output_tokens: int
+    list_usd: float
+    unknown_list: int
     rest: bool = False
 
 
@@ -177,7 +182,7 @@ class CostRows(ShownList[CostRow]):
             ```
         """
         names = ("usd", "unconfirmed_usd", "unknown_cost", "attempts", "failed", "cached", "input_tokens")
-        columns = (*names, "output_tokens")
+        columns = (*names, "output_tokens", "list_usd", "unknown_list")
         rows = [{self.by: row.value, **{name: getattr(row, name) for name in columns}} for row in self]
         found = frame(rows, [self.by, *columns])
         return found.astype({"day": "datetime64[ns]"}) if self.by == "day" else found

@@ -137,7 +137,7 @@ class Admission(Protocol):
 
 
 class Kind(Protocol):
-    """Cached answers whose records are alike."""
+    """Cached answers whose records are alike but for what each would have cost."""
 
     @property
     def like(self) -> CallRecord: ...
@@ -147,8 +147,12 @@ class Kind(Protocol):
         """Whether nothing can be noted here any more: the store is closed, or another process's."""
         ...
 
-    def served(self, at: float) -> bool:
-        """Note that one was given, in seconds since the epoch; False where that has to be appended. Posted."""
+    def served(self, at: float, saved: int | None = None) -> bool:
+        """Note that one was given, in seconds since the epoch; False where that has to be appended. Posted.
+
+        Args:
+            saved: what it would have cost, in nano-USD.
+        """
         ...
 
 
@@ -160,7 +164,7 @@ class Ledger(Protocol):
         ...
 
     def kind(self, like: CallRecord) -> Kind:
-        """Where to note cached answers whose records differ from `like` in their ids and their time alone."""
+        """Where to note cached answers whose records differ from `like` in ids, time and `saved_nano` alone."""
         ...
 
     def records(

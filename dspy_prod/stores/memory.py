@@ -28,8 +28,8 @@ class Kind(Alike):
         super().__init__(like)
         self._store = store
 
-    def served(self, at: float) -> bool:
-        if self._store._ledger.serve(self, at):
+    def served(self, at: float, saved: int | None = None) -> bool:
+        if self._store._ledger.serve(self, (at, saved)):
             self._store._take()
         return True
 

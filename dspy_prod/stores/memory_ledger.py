@@ -49,28 +49,29 @@ def check_fields(names: Iterable[str]) -> None:
 
 
 class Alike:
-    """Cached answers whose records differ in nothing but when they were given: only that is noted of each.
+    """Cached answers whose records differ in nothing but when they were given and what each would have cost: only that
+    is noted of each.
 
     Args:
-        like: a record such as theirs; its ids and its time stand for nothing.
+        like: a record such as theirs; its ids, its time and its `saved_nano` stand for nothing.
     """
 
-    __slots__ = ("_rest", "group", "like", "listed", "times")
+    __slots__ = ("_rest", "given", "group", "like", "listed")
 
     def __init__(self, like: CallRecord) -> None:
         self.like = like
         self.group = alike(like)
-        self._rest = like[3:]
-        self.times: deque[float] = deque()
+        self._rest = like[3:-1]
+        self.given: deque[tuple[float, int | None]] = deque()
         self.listed = False  # the ledger knows that there are some
 
     def records(self) -> list[CallRecord]:
         """The records of those so far; whoever holds the ledger's lock."""
         self.listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
-        pop, rest = self.times.popleft, self._rest
-        times = [pop() for _ in range(len(self.times))]
-        ids = iter(IDS.several(2 * len(times)))
-        return [CallRecord._make((next(ids), next(ids), at, *rest)) for at in times]
+        pop, rest = self.given.popleft, self._rest
+        given = [pop() for _ in range(len(self.given))]
+        ids = iter(IDS.several(2 * len(given)))
+        return [CallRecord._make((next(ids), next(ids), at, *rest, saved)) for at, saved in given]
 
 
 class MemoryLedger:
@@ -99,14 +100,14 @@ class MemoryLedger:
         self._new.append(record)
         return len(self._new) >= _NEW
 
-    def serve(self, kind: Alike, at: float) -> bool:
-        """`note` that a cached answer of this kind was given."""
-        times = kind.times
-        times.append(at)
+    def serve(self, kind: Alike, given: tuple[float, int | None]) -> bool:
+        """`note` that a cached answer of this kind was given: when, and what it would have cost."""
+        waiting = kind.given
+        waiting.append(given)
         if not kind.listed:
             kind.listed = True
             self._kinds.append(kind)
-        return len(times) >= _NEW
+        return len(waiting) >= _NEW
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""

@@ -474,6 +474,7 @@ def test_a_record_survives_the_way_to_the_ledger_and_back(store: Store) -> None:
         input_tokens=1, output_tokens=2, cached_tokens=3, reasoning_tokens=4, cached=True, latency=0.5, waited=0.25,
         user="ü", tenant="t", session="s", priority="high", program="p", experiment="e", variant="v",
         prompt_version="p/3", tags=(("feature", "triage"), ("région", "eu")), trace_id="tr", accounts=("day", "total"),
+        saved_nano=5,
     )  # fmt: skip
     store.append(full)
     assert store.records() == [full]
@@ -495,6 +496,22 @@ def test_cached_answers_of_a_kind_are_records_like_all_others(store: Store) -> N
     assert len({row.id for row in found}) == len({row.call_id for row in found}) == 70
     assert [(value, sums) for _, value, sums in store.totals(dimension="model")] == [("m", Totals(cached=70))]
     assert not kind.ended
+
+
+@pytest.mark.parametrize("count", [5, 70, 300])
+def test_cached_answers_of_a_kind_each_keep_what_they_would_have_cost(store: Store, count: int) -> None:
+    kind = store.kind(record("", call_id="", started_at=0.0, cached=True, outcome="cached", user="u1"))
+    costs = [None if number % 5 == 4 else number % 3 for number in range(count)]
+    for number, saved in enumerate(costs):
+        assert kind.served(DAY + number, saved)
+    assert [row.list_nano for row in store.records(user="u1")] == costs[::-1]
+    known = [saved for saved in costs if saved is not None]
+    for _ in range(2):
+        ((_, _, sums),) = store.totals(dimension="user")
+        assert sums == Totals(cached=count, saved_nano=sum(known), saved=len(known))
+        assert (sums.list_nano, sums.unknown_list) == (sum(known), count - len(known))
+        count, known = count + 1, [*known, 9]
+        store.append(record(cached=True, outcome="cached", user="u1", saved_nano=9))
 
 
 def test_records_are_filtered_and_come_newest_first(store: Store) -> None:

@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from dspy_prod.compat.foreign import running_loop
-from dspy_prod.stores.sqlite.served import Kind, Served
+from dspy_prod.stores.sqlite.served import Given, Kind, Served
 from dspy_prod.stores.sqlite.transactions import Operation, Transactions
 
 GATHER: Final = 0.008
@@ -84,9 +84,9 @@ class Inbox:
         if ring:
             self._bell.put(None)
 
-    def serve(self, kind: Kind, at: float) -> None:
+    def serve(self, kind: Kind, given: Given) -> None:
         """Post that a cached answer of this kind was given; slows down who does so as `ease` does."""
-        kind.times.append(at)
+        kind.given.append(given)
         if not kind.listed:
             kind.listed = True
             self._kinds.append(kind)
@@ -102,10 +102,10 @@ class Inbox:
         found: list[Operation] = []
         while self._kinds:
             kind = self._kinds.popleft()
-            times = kind.take()
-            if times:
-                self._taken += len(times)
-                found.append((Transactions.append_served, Served(kind.like, times), None))
+            given = kind.take()
+            if given:
+                self._taken += len(given)
+                found.append((Transactions.append_served, Served(kind.like, given), None))
         return found
 
     def ease(self) -> None:
