@@ -224,7 +224,7 @@ def _row(
 ) -> CallRecord:
     (
         user, tenant, session, priority, _deadline, tags, _cache, _ttl, run, program, experiment, variant,
-        prompt_version, trace_id, _records, _node, _guards, _sample,
+        prompt_version, trace_id, _records, _node, _guards, _sample, _assignments,
     ) = context  # fmt: skip
     # As a tuple: the generated constructor of a NamedTuple of 30 fields costs a microsecond.
     return _new_record(CallRecord, (
