@@ -123,6 +123,11 @@ class Production(CompiledAsProgram, dspy.Module):
 
             self._follower = Follower(self, follow, refresh)
 
+    @property
+    def is_following(self) -> bool:
+        """Whether its program is replaced when an alias moves."""
+        return self._follower is not None
+
     def close(self) -> None:
         """Stop following; the program stays what it is."""
         if self._follower is not None:

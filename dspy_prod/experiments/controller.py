@@ -1,0 +1,229 @@
+"""The controller of an experiment: reads what has come in, decides, and acts, one look at a time.
+
+A look may be broken off at any moment and done again by anybody. What it has read stands in a checkpoint with how far
+it got; a decision is one compare-and-set in the store, with its line in the audit; and what follows from it, moving an
+alias, is done until it is done, since moving one twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from dspy_prod.experiments.aliases import Aliases
+from dspy_prod.experiments.assignment import Design
+from dspy_prod.experiments.declaration import Declaration, source_of
+from dspy_prod.experiments.decisions import Decision
+from dspy_prod.experiments.evidence import Evidence, Exposure
+from dspy_prod.options.metrics import Metric
+from dspy_prod.options.rollouts import Rollout
+from dspy_prod.stores import trials as words
+from dspy_prod.stores.trials import Calls, Matured, Trial, Trials
+from dspy_prod.telemetry.events import BUS
+
+LEASE: Final = 30.0
+"""Seconds for which a controller that was killed keeps others from looking, where its process cannot be asked."""
+
+_log = logging.getLogger("dspy_prod")
+
+
+class Controller:
+    """Looks at one experiment. One of several at a time does, whatever process they are in.
+
+    Args:
+        name: the experiment's. trials: the store's. design: who gets what. metrics: what is compared.
+        rollout: the stages; None: a fixed split. aliases: moves those of the registry; None where no variant has one.
+        hold: whether a sample ratio that is off pauses the experiment; else everybody gets control.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        trials: Trials,
+        design: Design,
+        metrics: Sequence[Metric],
+        alpha: float,
+        rollout: Rollout | None,
+        aliases: Aliases | None,
+        hold: bool = True,
+    ) -> None:
+        self.name = name
+        self._trials, self._design, self._metrics, self._alpha = trials, design, tuple(metrics), alpha
+        self._rollout, self._aliases, self._hold = rollout, aliases, hold
+        self._sources: dict[str | None, list[Metric]] = defaultdict(list)
+        for metric in self._metrics:
+            self._sources[source_of(metric)].append(metric)
+        self._me = uuid.uuid4().hex
+        self._evidence: Evidence | None = None
+        self._read: dict[str, int] = {}
+        self._revision = -1
+
+    def step(self) -> Decision | None:
+        """One look: read, decide, act. None when another controller is looking, or there is nothing to look at.
+
+        Raises:
+            StoreUnavailableError: the store cannot be read or written; look again later.
+        """
+        lease = self._trials.lease(f"experiment/{self.name}", self._me, LEASE)
+        if lease.holder != self._me:
+            return None
+        try:
+            trial = self._trials.trial(self.name)
+            if trial is None:
+                return None
+            decision = self.read()
+            if trial.state == words.RUNNING:
+                trial = self._act(trial, decision)
+            if trial is not None and self._aliases is not None:
+                self._aliases.follow(trial, self._trials.decisions(self.name))
+            return decision
+        finally:
+            self._trials.release(f"experiment/{self.name}", self._me)
+
+    def read(self) -> Decision:
+        """Take in what has come since, save how far that is, and say what it means."""
+        evidence = self._restored()
+        new = False
+        for source, metrics in self._sources.items():
+            new |= self._take_in(evidence, source, metrics)
+        if new:
+            state = json.dumps({"read": self._read, "evidence": evidence.to_dict()})
+            if self._trials.save(self.name, state, self._revision):
+                self._revision += 1
+            else:  # somebody else has looked meanwhile: what he read is as good
+                self._evidence = None
+        return evidence.look()
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+    def _restored(self) -> Evidence:
+        """The evidence of the last checkpoint: this controller's own, or another one's."""
+        saved = self._trials.checkpoint(self.name)
+        revision = 0 if saved is None else saved.revision
+        if self._evidence is not None and revision == self._revision:
+            return self._evidence
+        self._read, self._revision = {}, revision
+        evidence = None
+        if saved is not None:
+            state = json.loads(saved.state)
+            try:
+                evidence = Evidence.from_dict(state["evidence"])
+                self._read = state["read"]
+            except ValueError as error:  # of another release: what is stored is read again from the start
+                _log.warning("The experiment %s is read anew: %s", self.name, error)
+        if evidence is None:
+            control, *candidates = self._design.variants
+            evidence = Evidence(self._metrics, candidates, control=control, alpha=self._alpha)
+        self._evidence = evidence
+        return evidence
+
+    def _take_in(self, evidence: Evidence, source: str | None, metrics: Sequence[Metric]) -> bool:
+        """Whether there was anything new."""
+        place, after = source or "", self._read.get(source or "", 0)
+        first = after
+        while units := self._trials.matured(self.name, source, after):
+            for unit in units:
+                exposure = self._exposure(unit)
+                if source is None:
+                    evidence.exposed(exposure)
+                    if unit.mixed:
+                        evidence.crossed()
+                if not unit.mixed:
+                    for metric in metrics:
+                        evidence.matured(metric.name, exposure, value_of(metric, unit))
+            after = units[-1].number
+        self._read[place] = after
+        return after > first
+
+    def _exposure(self, unit: Matured) -> Exposure:
+        shares = self._design.propensities(unit.stage, unit.full)
+        return Exposure(unit.arm, dict(zip(self._design.variants, shares, strict=True)), str(unit.stage))
+
+    # -- acting --------------------------------------------------------------------------------------------------------
+    def _act(self, trial: Trial, decision: Decision) -> Trial | None:
+        control = self._design.variants[0]
+        moved = [] if self._aliases is None else self._aliases.moved()
+        if moved:
+            return self._change(trial, "pause", f"somebody moved {', '.join(moved)} meanwhile", decision, words.PAUSED)
+        if decision.verdict == "invalid":
+            if self._hold:
+                return self._change(trial, "pause", decision.reason, decision, words.PAUSED)
+            return self._decided(trial, "rollback", control, decision)
+        if decision.verdict == "rollback":
+            return self._decided(trial, "rollback", control, decision)
+        if decision.verdict == "promote" and decision.winner is not None:
+            return self._decided(trial, "promote", decision.winner, decision)
+        worse = [name for name, each in decision.candidates.items() if each.verdict == "rollback"]
+        declaration = Declaration.from_json(trial.declaration)
+        new = [name for name in worse if name not in declaration.dropped]
+        if new:
+            reason = "; ".join(decision.candidates[name].reason for name in new)
+            dropped = replace(declaration, dropped=[*declaration.dropped, *new])
+            return self._change(trial, "drop", reason, decision, None, None, dropped)
+        after = self._next_stage(trial)
+        if after is not None:
+            return self._change(trial, "stage", f"stage {after} of the rollout", decision, None, after)
+        return trial
+
+    def _decided(self, trial: Trial, what: str, serves: str, decision: Decision) -> Trial | None:
+        declaration = replace(Declaration.from_json(trial.declaration), serves=serves)
+        return self._change(trial, what, decision.reason, decision, words.DECIDED, None, declaration)
+
+    def _change(
+        self,
+        trial: Trial,
+        what: str,
+        reason: str,
+        decision: Decision,
+        state: str | None,
+        stage: int | None = None,
+        declaration: Declaration | None = None,
+    ) -> Trial | None:
+        evidence = json.dumps({"reason": reason, "decision": decision.to_dict()}, default=str)
+        changed = self._trials.change(
+            self.name, trial.revision, state=state, stage=stage,
+            declaration=None if declaration is None else declaration.to_json(),
+            decision=words.Decision(what, "controller", evidence),
+        )  # fmt: skip
+        if changed is not None and BUS.active:
+            BUS.emit(
+                f"experiment_{what}", time.time(), experiment=self.name, reason=reason, stage=changed.stage,
+                variant=None if declaration is None else declaration.serves,
+            )  # fmt: skip
+        return changed
+
+    def _next_stage(self, trial: Trial) -> int | None:
+        """The stage that follows, once this one has had its time and its units."""
+        if self._rollout is None or trial.stage + 1 >= len(self._design.shares):
+            return None
+        if self._trials.now() - trial.since < self._rollout.least_seconds:
+            return None
+        units = [0] * len(self._design.variants)
+        for arm in self._trials.counts(self.name):
+            if arm.stage == trial.stage:
+                units[self._design.variants.index(arm.arm)] += arm.units
+        least = self._rollout.least_units(trial.stage)
+        return trial.stage + 1 if all(each >= least for each in units[1:]) else None
+
+
+def value_of(metric: Metric, unit: Matured) -> float | None:
+    """What a unit counts with, in the metric's unit."""
+    if source_of(metric) is not None:
+        return unit.values.mean if metric.per == "unit" else (unit.values.first if unit.values.count else None)
+    calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
+    if not calls.calls:
+        return None
+    if metric.name == "latency":
+        return calls.latency / calls.timed if calls.timed else None
+    found: Mapping[str, Any] = {
+        "error_rate": calls.failed, "fallback_rate": calls.fell_back, "cost": calls.list_nano / 1e9,
+    }  # fmt: skip
+    return float(found[metric.name]) / calls.calls
+
+
+__all__ = ["Controller", "value_of"]

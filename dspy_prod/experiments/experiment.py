@@ -1,0 +1,342 @@
+"""`Experiment`: variants of a program compared on live traffic, looked at whenever you like, decided by evidence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import dspy
+from dspy.utils.callback import BaseCallback
+
+from dspy_prod.compat.dspy import CompiledAsProgram
+from dspy_prod.context.current import current
+from dspy_prod.context.scoring import is_raising
+from dspy_prod.errors import ConfigError
+from dspy_prod.experiments.aliases import Aliases
+from dspy_prod.experiments.assignment import Design
+from dspy_prod.experiments.controller import Controller
+from dspy_prod.experiments.declaration import BUILT_IN, Declaration, source_of
+from dspy_prod.experiments.exposing import Exposing
+from dspy_prod.experiments.standing import REFRESH, Standing
+from dspy_prod.experiments.turn import Turn
+from dspy_prod.experiments.variants import resolved
+from dspy_prod.options.metrics import Metric, guardrails
+from dspy_prod.options.rollouts import Rollout
+from dspy_prod.privacy.redactor import claimed
+from dspy_prod.stores import trials as words
+from dspy_prod.stores.base import Store
+from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
+from dspy_prod.stores.trials import Outcome, Trial
+
+Unit = Literal["user", "session", "tenant"]
+
+
+class Experiment(CompiledAsProgram, dspy.Module):
+    """Variants of a program, compared on live traffic.
+
+    It is a `dspy.Module`: call it, `await exp.acall(...)`, `dspy.streamify(exp)`, run it in `dspy.Parallel`. Each user
+    (`unit=`) of `call_context(user=...)` gets one variant, always the same, in every process; calls of nobody get
+    control and count for nothing. Within `dspy.Evaluate` everybody gets control and nothing is counted, and optimizers
+    refuse it: compile the program, then compare it.
+
+    Args:
+        name: of the experiment; the same in every process that takes part.
+        program: the code that versions and LMs among the variants are put into; a `Production` keeps its fallback.
+        variants: by name, at most eight: published versions (`"triage@production"`, looked up once and pinned),
+            programs, or LMs. Control is the one of that name, else the first.
+        metrics: what they are compared by, beside the guardrails that calls tell by themselves: `error_rate`,
+            `fallback_rate`, `cost` and `latency`, of which one of the same name takes the place.
+        guardrails: those; `()` for none.
+        rollout: stages in which candidates get more and more of the traffic. Without one the experiment runs at once,
+            by `weights`.
+        unit: whose variant stays the same: `"user"`, `"session"` or `"tenant"`.
+        weights: of the variants, any positive numbers; equal by default.
+        holdout: share of the units that no experiment of the program may use.
+        overrides: variants of units that are not left to chance, as `{"qa@acme": "cot"}`; they count for nothing.
+        assign: decides who gets what elsewhere, with the declared weights: takes a unit, returns a variant's name.
+        alpha: how probable a wrong decision may be, over all looks.
+        on_sample_ratio: what happens when units do not arrive as they are assigned: `"hold"` pauses the experiment,
+            `"rollback"` gives control to everybody.
+        store: a URL as `LM(store=...)` takes it; the same for all who take part. namespace: as there.
+        refresh: seconds within which a process notices a new stage or a decision, with its next call.
+        tracking_uri: the MLflow store of the versions; default: MLflow's current one.
+        callbacks: DSPy callbacks of this module.
+
+    Raises:
+        ConfigError: an argument is impossible, or there is an experiment of this name that is another one.
+        SignatureMismatchError, UnknownVersionError, RegistryUnavailableError: as `registry.load`.
+        StoreUnavailableError: the store cannot be used.
+
+    Example:
+        ```python
+        exp = dspy_prod.Experiment(
+            "triage-cot",
+            program=Triage(),
+            variants={"control": "triage@production", "cot": "triage@canary"},
+            metrics=[dspy_prod.Metric("resolved", margin=0.02, window="3d")],
+        )
+        with dspy_prod.call_context(user="u1"):
+            prediction = exp(message="I was charged twice.")
+        exp.record("u1", resolved=1)
+        print(exp.scorecard().reason)
+        ```
+    """
+
+    def __init__(
+        self,
+        name: str,
+        program: dspy.Module | None = None,
+        variants: Mapping[str, Any] | None = None,
+        metrics: Sequence[Metric] = (),
+        *,
+        guardrails: Sequence[Metric] | None = None,
+        rollout: Rollout | None = None,
+        unit: Unit = "user",
+        weights: Mapping[str, float] | None = None,
+        holdout: float = 0.0,
+        overrides: Mapping[str, str] | None = None,
+        assign: Callable[[str], str] | None = None,
+        alpha: float = 0.05,
+        on_sample_ratio: Literal["hold", "rollback"] = "hold",
+        store: str | Store | None = None,
+        namespace: str | None = None,
+        refresh: float = REFRESH,
+        tracking_uri: str | None = None,
+        callbacks: list[BaseCallback] | None = None,
+    ) -> None:
+        super().__init__(callbacks=callbacks)
+        where = f"Experiment({name!r})"
+        if not isinstance(name, str) or not name:
+            raise ConfigError(f"Experiment: name= is a text, got {name!r}")
+        if unit not in ("user", "session", "tenant"):
+            raise ConfigError(f"{where}: unit={unit!r}: use 'user', 'session' or 'tenant'")
+        if on_sample_ratio not in ("hold", "rollback"):
+            raise ConfigError(f"{where}: on_sample_ratio={on_sample_ratio!r}: use 'hold' or 'rollback'")
+        self.name = name
+        self.metrics = _measured(where, metrics, guardrails)
+        self._unit: Unit = unit
+        self._store = open_store(store or default_store_url(), default_namespace(namespace))
+        self._trials = self._store.trials
+        known = self._trials.trial(name)
+        stored = None if known is None else Declaration.from_json(known.declaration)
+        found = resolved(name, variants or {}, program, tracking_uri, {} if stored is None else stored.pinned)
+        self.variants = {each.name: each for each in found}
+        names = tuple(self.variants)
+        declared = Declaration.of(
+            found, self.metrics, unit=unit, weights=_weighed(where, names, weights),
+            rollout=None if rollout is None else rollout.model_dump(mode="json"), holdout=holdout,
+            overrides=dict(overrides or {}), elsewhere=assign is not None, alpha=alpha,
+        )  # fmt: skip
+        windows = declared.windows(self.metrics)
+        if stored is None:
+            trial = self._trials.create(name, declared.to_json(), windows)
+            stored = Declaration.from_json(trial.declaration)
+        declared.check_same(name, stored)
+        self._design = Design(
+            stored.salt, names, weights=declared.weights, shares=None if rollout is None else rollout.shares,
+            holdout=holdout, program=_program_of(found), overrides=overrides, assign=assign,
+        )  # fmt: skip
+        self.rollout = rollout
+        self._exposing = Exposing(name, self._design, self._trials)
+        most = (None,) if rollout is None else rollout.most_units
+        self._standing = Standing(name, self._trials, self._design, self._exposing, most, refresh)
+        aliases = Aliases(name, found, tracking_uri) if any(each.version for each in found) else None
+        self._controller = Controller(
+            name, self._trials, self._design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold"
+        )
+        if rollout is None:
+            self._put(words.CREATED, words.RUNNING, "start", "it has no rollout, so it runs at once")
+        self._standing.look()
+
+    # -- calling -------------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the caller's variant; called through `exp(...)`."""
+        with self._turn() as turn:
+            return turn.answered(turn.variant.program(*args, **kwargs))
+
+    async def aforward(self, *args: Any, **kwargs: Any) -> Any:
+        """Asynchronous `forward`; called through `await exp.acall(...)`."""
+        with self._turn() as turn:
+            return turn.answered(await turn.variant.program.acall(*args, **kwargs))
+
+    def assign(self, unit: str) -> str:
+        """The variant of a unit, as it is now. It counts as no exposure."""
+        serves = self._serves()
+        if serves is not None:
+            return serves
+        exposing = self._exposing
+        variant = self._design.assign(claimed(unit), exposing.stage, exposing.full, lambda: self._seen(unit)).variant
+        return self._control if variant in self._standing.dropped else variant
+
+    def _turn(self) -> Turn:
+        outer = current()
+        unit: str | None = getattr(outer, self._unit)
+        serves = self._serves()
+        if unit is None or serves is not None or is_raising():
+            return Turn(self.name, None, unit, self.variants[serves or self._control], None, None, outer)
+        assignment = self._exposing(unit)
+        trials = self._trials if assignment.random else None
+        if assignment.variant in self._standing.dropped:
+            return Turn(self.name, None, unit, self.variants[self._control], None, None, outer)
+        variant = self.variants[assignment.variant]
+        return Turn(self.name, trials, unit, variant, assignment, self.stage, outer)
+
+    def _serves(self) -> str | None:
+        """The variant that everybody gets now; None: units are assigned."""
+        self._standing.keep_up()
+        return self._standing.serves
+
+    def _seen(self, unit: str) -> str | None:
+        return self._trials.seen(self.name, claimed(unit))
+
+    # -- what becomes of units -----------------------------------------------------------------------------------------
+    def record(self, unit: str, *, at: float | None = None, id: str | None = None, **values: float) -> None:
+        """Tell what became of a unit: now, or as long after as the metric's window is. Never waits for the store.
+
+        Args:
+            unit: as in `call_context`. at: when, in seconds since the epoch; default: now.
+            id: what it is the value of, as an answer's; said again under the same id it is a correction. Values of
+                several ids are averaged. None: of the unit as a whole.
+            values: by metric.
+
+        Raises:
+            ConfigError: there is no such metric, calls tell it, or it cannot have this value.
+        """
+        known = {metric.name: metric for metric in self.metrics if source_of(metric) is not None}
+        checked = {}
+        for metric, value in values.items():
+            if metric not in known:
+                own = f", which calls tell by themselves: leave it out or give it another name" if metric in BUILT_IN else ""
+                raise ConfigError(
+                    f"Experiment({self.name!r}).record: {metric!r} is no metric of it{own}; it has "
+                    f"{', '.join(known) or 'none'}"
+                )
+            try:
+                checked[metric] = known[metric].checked(value)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"Experiment({self.name!r}).record: {error}") from None
+        moment = self._trials.now() if at is None else at
+        for metric, value in checked.items():
+            self._trials.outcome(Outcome(self.name, claimed(unit), metric, value, moment, id))
+
+    # -- the rollout ---------------------------------------------------------------------------------------------------
+    @property
+    def state(self) -> str:
+        """`created`, `running`, `paused`, `stopped` or `decided`, as the store says now."""
+        trial = self._standing.look()
+        return "removed" if trial is None else trial.state
+
+    @property
+    def stage(self) -> str:
+        """The stage in force here, as `"5 %"`."""
+        return f"{self._design.shares[self._exposing.stage]:.3g}" if self.rollout is not None else "split"
+
+    def start(self) -> None:
+        """Begin the rollout: its first stage holds from now on. Does nothing where it has begun."""
+        self._put(words.CREATED, words.RUNNING, "start", "by hand")
+
+    def pause(self, reason: str = "by hand") -> None:
+        """Let nobody new into a candidate, and decide nothing, until `resume`. Who is in one stays."""
+        self._put(words.RUNNING, words.PAUSED, "pause", reason)
+
+    def resume(self, reason: str = "by hand") -> None:
+        """Go on after a pause."""
+        self._put(words.PAUSED, words.RUNNING, "resume", reason)
+
+    def stop(self, reason: str = "by hand") -> None:
+        """End it: everybody gets control. What was measured stays."""
+        for state in (words.CREATED, words.RUNNING, words.PAUSED):
+            if self._put(state, words.STOPPED, "stop", reason):
+                return
+
+    def step(self) -> Any:
+        """One look of the controller: take in what has come, decide, act; as `scorecard()`.
+
+        Call it now and then, from one place or from many, as a cron job does; or `start(auto=True)`.
+
+        Raises:
+            StoreUnavailableError: the store cannot be read or written; look again later.
+        """
+        self._controller.step()
+        self._standing.look()
+        return self.scorecard()
+
+    def scorecard(self) -> Any:
+        """What is known now, and what follows from it."""
+        raise NotImplementedError
+
+    def _put(self, before: str, after: str, what: str, reason: str) -> Trial | None:
+        """Change the state, if it is `before`; None if it is another one."""
+        while True:
+            trial = self._trials.trial(self.name)
+            if trial is None or trial.state != before:
+                return None
+            line = words.Decision(what, "operator", json.dumps({"reason": reason}))
+            changed = self._trials.change(self.name, trial.revision, state=after, decision=line)
+            if changed is not None:
+                self._standing.look()
+                return changed
+
+    @property
+    def _control(self) -> str:
+        return next(iter(self.variants))
+
+    # -- the program's own ---------------------------------------------------------------------------------------------
+    @property
+    def program(self) -> Any:
+        """Control's program."""
+        return self.variants[self._control].program
+
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        """Control's."""
+        return list(self.program.named_parameters())
+
+    def named_predictors(self) -> list[tuple[str, Any]]:
+        """Control's."""
+        return list(self.program.named_predictors())
+
+    def set_lm(self, lm: Any) -> None:
+        """Set the LM of every variant that is no LM itself."""
+        for each in self.variants.values():
+            if each.kind != "lm":
+                each.program.set_lm(lm)
+
+    def get_lm(self) -> Any:
+        """That of control."""
+        return self.program.get_lm()
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        """Control's state."""
+        state: dict[str, Any] = self.program.dump_state(json_mode=json_mode)
+        return state
+
+    def load_state(self, state: dict[str, Any], *, allow_unsafe_lm_state: bool = False) -> Any:
+        """Refused: variants stay what they are while they are measured."""
+        raise ConfigError(f"Experiment({self.name!r}): its variants are pinned. Load the state into a program of its own")
+
+    def __repr__(self) -> str:
+        return f"Experiment({self.name!r}, {list(self.variants)})"
+
+
+def _measured(where: str, metrics: Sequence[Metric], given: Sequence[Metric] | None) -> tuple[Metric, ...]:
+    """The metrics, and the guardrails that they do not replace."""
+    for each in (*metrics, *(given or ())):
+        if not isinstance(each, Metric):
+            raise ConfigError(f"{where}: metrics= takes dspy_prod.Metric objects, got {type(each).__name__}")
+    own = {each.name for each in metrics}
+    return (*metrics, *(each for each in (guardrails() if given is None else given) if each.name not in own))
+
+
+def _weighed(where: str, names: Sequence[str], weights: Mapping[str, float] | None) -> list[float]:
+    if weights is None:
+        return [1.0] * len(names)
+    if not isinstance(weights, Mapping) or set(weights) != set(names):
+        raise ConfigError(f"{where}: weights= takes a number for each of {', '.join(map(repr, names))}")
+    return [float(weights[name]) for name in names]
+
+
+def _program_of(variants: Sequence[Any]) -> str:
+    """The program's name, whose holdout it is."""
+    return str(variants[0].program.name)
+
