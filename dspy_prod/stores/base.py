@@ -13,6 +13,7 @@ from typing import Protocol
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.stores.runs import Runs
+from dspy_prod.stores.trials import Trials
 from dspy_prod.stores.vocabulary import (
     GRANTED,
     PENDING,
@@ -48,6 +49,7 @@ __all__ = [
     "Size",
     "Store",
     "Terms",
+    "Trials",
 ]
 
 
@@ -240,6 +242,9 @@ class Store(Admission, Ledger, Answers, Protocol):
 
     @property
     def runs(self) -> Runs: ...
+
+    @property
+    def trials(self) -> Trials: ...
 
     def now(self) -> float:
         """The store's time in seconds; reservations and snapshots are expressed in it."""

@@ -43,6 +43,7 @@ _UNHURRIED: Final = frozenset(
         Transactions.sent_late,
         Transactions.put_answer,
         Transactions.touch_answer,
+        Transactions.note,
     )
 )
 _APPEND: Final = Transactions.append

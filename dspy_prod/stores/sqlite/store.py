@@ -54,6 +54,7 @@ from dspy_prod.stores.sqlite.served import Kind
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.timing import StoreTime
 from dspy_prod.stores.sqlite.transactions import Transactions
+from dspy_prod.stores.sqlite.trials import KeptTrials
 from dspy_prod.stores.sqlite.writer import Writer
 
 _log = logging.getLogger("dspy_prod")
@@ -125,10 +126,12 @@ class SqliteStore:
         self._drawn = self._writer.drawn
         self._ledger_reader = Reader(self._path, self._namespace)
         self._cache_reader = Reader(self._path, self._namespace)
-        self._readers = (self._ledger_reader, self._cache_reader, copier)
+        trials_reader = Reader(self._path, self._namespace)
+        self._readers = (self._ledger_reader, self._cache_reader, trials_reader, copier)
         self._mailbox = Mailbox(self._writer, self._readers)
         kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
         self.runs = KeptRuns(self._mailbox, self._cache_reader)
+        self.trials = KeptTrials(self._mailbox, trials_reader, self.now)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
 
     @property

@@ -135,6 +135,10 @@ class Transactions:
         found = ask(self.core, self.tables, now)
         self.after.append(lambda: told.set_result(found))
 
+    def note(self, write: Callable[[Tables, float], None], _: Any, now: float) -> None:
+        """Nobody waits for it: it is written with what else there is."""
+        write(self.tables, now)
+
     def give_up_shares(self, _: Any, __: Any, now: float) -> None:
         """The last one: what is drawn ahead goes back, because the store is `stopping`."""
 

@@ -1,0 +1,1 @@
+"""Experiments on live traffic: who gets which variant, and what is known of it."""
