@@ -22,7 +22,7 @@ from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.evidence import Evidence, Exposure
 from dspy_prod.options.metrics import Metric
-from dspy_prod.options.rollouts import Rollout
+from dspy_prod.options.experiments import Rollout
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Calls, Matured, Trial, Trials
 from dspy_prod.telemetry.events import BUS
@@ -201,13 +201,13 @@ class Controller:
         """The stage that follows, once this one has had its time and its units."""
         if self._rollout is None or trial.stage + 1 >= len(self._design.shares):
             return None
-        if self._trials.now() - trial.since < self._rollout.least_seconds:
+        if self._trials.now() - trial.since < self._rollout.least_time(trial.stage):
             return None
         units = [0] * len(self._design.variants)
         for arm in self._trials.counts(self.name):
             if arm.stage == trial.stage:
                 units[self._design.variants.index(arm.arm)] += arm.units
-        least = self._rollout.least_units(trial.stage)
+        least = self._rollout.least_users(trial.stage)
         return trial.stage + 1 if all(each >= least for each in units[1:]) else None
 
 

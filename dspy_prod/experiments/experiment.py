@@ -22,7 +22,7 @@ from dspy_prod.experiments.standing import REFRESH, Standing
 from dspy_prod.experiments.turn import Turn
 from dspy_prod.experiments.variants import resolved
 from dspy_prod.options.metrics import Metric, guardrails
-from dspy_prod.options.rollouts import Rollout
+from dspy_prod.options.experiments import Rollout
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.base import Store
@@ -139,7 +139,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
         )  # fmt: skip
         self.rollout = rollout
         self._exposing = Exposing(name, self._design, self._trials)
-        most = (None,) if rollout is None else rollout.most_units
+        most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
         self._standing = Standing(name, self._trials, self._design, self._exposing, most, refresh)
         aliases = Aliases(name, found, tracking_uri) if any(each.version for each in found) else None
         self._controller = Controller(
