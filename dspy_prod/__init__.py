@@ -26,11 +26,13 @@ if TYPE_CHECKING:
         UnpricedModelError,
         UnusableAnswerError,
     )
+    from dspy_prod.experiments.experiment import Experiment
+    from dspy_prod.experiments.scorecard import Scorecard
     from dspy_prod.lm.lm import LM
     from dspy_prod.lm.wrapping import wrap
     from dspy_prod.optimize.optimizer import BudgetedOptimizer
     from dspy_prod.optimize.report import OptimizationReport
-    from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.options import Budget, Cache, CircuitBreaker, Metric, Price, RateLimit, Retry, Rollout
     from dspy_prod.policies.run import Run
     from dspy_prod.privacy.redactor import Redactor
     from dspy_prod.production.module import CallReport, Production, call_report
@@ -45,10 +47,12 @@ __getattr__, __dir__ = door(
         "context.current": "call_context",
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
         "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
+        "experiments.experiment": "Experiment",
+        "experiments.scorecard": "Scorecard",
         "lm": "LM wrap",
         "optimize.optimizer": "BudgetedOptimizer",
         "optimize.report": "OptimizationReport",
-        "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
+        "options": "Budget Cache CircuitBreaker Metric Price RateLimit Retry Rollout",
         "policies.run": "Run",
         "privacy": "Redactor",
         "production.module": "CallReport Production call_report",
@@ -90,7 +94,9 @@ __all__ = [
     "CostSummary",
     "DeadlineExceededError",
     "Event",
+    "Experiment",
     "Health",
+    "Metric",
     "OptimizationReport",
     "OutageError",
     "Preview",
@@ -101,8 +107,10 @@ __all__ = [
     "Redactor",
     "RejectedError",
     "Retry",
+    "Rollout",
     "Run",
     "RunStoppedError",
+    "Scorecard",
     "StoreUnavailableError",
     "UnpricedModelError",
     "UnusableAnswerError",

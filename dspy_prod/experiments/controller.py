@@ -18,11 +18,11 @@ from typing import Any, Final
 
 from dspy_prod.experiments.aliases import Aliases
 from dspy_prod.experiments.assignment import Design
-from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.decisions import Decision
+from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
-from dspy_prod.options.metrics import Metric
 from dspy_prod.options.experiments import Rollout
+from dspy_prod.options.metrics import Metric
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Calls, Matured, Trial, Trials
 from dspy_prod.telemetry.events import BUS
@@ -214,7 +214,8 @@ class Controller:
 def value_of(metric: Metric, unit: Matured) -> float | None:
     """What a unit counts with, in the metric's unit."""
     if source_of(metric) is not None:
-        return unit.values.mean if metric.per == "unit" else (unit.values.first if unit.values.count else None)
+        mean = unit.values.mean
+        return mean if metric.per == "unit" or mean is None else unit.values.first
     calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
     if not calls.calls:
         return None

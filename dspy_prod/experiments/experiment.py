@@ -18,11 +18,12 @@ from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.controller import Controller
 from dspy_prod.experiments.declaration import BUILT_IN, Declaration, source_of
 from dspy_prod.experiments.exposing import Exposing
+from dspy_prod.experiments.scorecard import Scorecard, scorecard
 from dspy_prod.experiments.standing import REFRESH, Standing
 from dspy_prod.experiments.turn import Turn
 from dspy_prod.experiments.variants import resolved
-from dspy_prod.options.metrics import Metric, guardrails
 from dspy_prod.options.experiments import Rollout
+from dspy_prod.options.metrics import Metric, guardrails
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.base import Store
@@ -207,7 +208,11 @@ class Experiment(CompiledAsProgram, dspy.Module):
         checked = {}
         for metric, value in values.items():
             if metric not in known:
-                own = f", which calls tell by themselves: leave it out or give it another name" if metric in BUILT_IN else ""
+                own = (
+                    ", which calls tell by themselves: leave it out or give it another name"
+                    if metric in BUILT_IN
+                    else ""
+                )
                 raise ConfigError(
                     f"Experiment({self.name!r}).record: {metric!r} is no metric of it{own}; it has "
                     f"{', '.join(known) or 'none'}"
@@ -230,7 +235,10 @@ class Experiment(CompiledAsProgram, dspy.Module):
     @property
     def stage(self) -> str:
         """The stage in force here, as `"5 %"`."""
-        return f"{self._design.shares[self._exposing.stage]:.3g}" if self.rollout is not None else "split"
+        if self.rollout is None:
+            return "split"
+        share = self.rollout.stages[self._exposing.stage]
+        return share if isinstance(share, str) else f"{100 * share:g} %"
 
     def start(self) -> None:
         """Begin the rollout: its first stage holds from now on. Does nothing where it has begun."""
@@ -250,7 +258,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             if self._put(state, words.STOPPED, "stop", reason):
                 return
 
-    def step(self) -> Any:
+    def step(self) -> Scorecard:
         """One look of the controller: take in what has come, decide, act; as `scorecard()`.
 
         Call it now and then, from one place or from many, as a cron job does; or `start(auto=True)`.
@@ -262,9 +270,22 @@ class Experiment(CompiledAsProgram, dspy.Module):
         self._standing.look()
         return self.scorecard()
 
-    def scorecard(self) -> Any:
-        """What is known now, and what follows from it."""
-        raise NotImplementedError
+    def scorecard(self) -> Scorecard:
+        """What is known now, and what follows from it. Looking is free: look whenever you like.
+
+        Raises:
+            StoreUnavailableError: the store cannot be read.
+            ConfigError: the experiment was removed.
+        """
+        decision = self._controller.read()
+        trial = self._standing.look()
+        if trial is None:
+            raise ConfigError(f"Experiment({self.name!r}) was removed; make it anew")
+        declaration = Declaration.from_json(trial.declaration)
+        return scorecard(
+            trial, self.stage, decision, self._trials.counts(self.name), self._trials.tally(self.name),
+            tuple(self.variants), declaration.serves, declaration.dropped,
+        )  # fmt: skip
 
     def _put(self, before: str, after: str, what: str, reason: str) -> Trial | None:
         """Change the state, if it is `before`; None if it is another one."""
@@ -313,7 +334,9 @@ class Experiment(CompiledAsProgram, dspy.Module):
 
     def load_state(self, state: dict[str, Any], *, allow_unsafe_lm_state: bool = False) -> Any:
         """Refused: variants stay what they are while they are measured."""
-        raise ConfigError(f"Experiment({self.name!r}): its variants are pinned. Load the state into a program of its own")
+        raise ConfigError(
+            f"Experiment({self.name!r}): its variants are pinned. Load the state into a program of its own"
+        )
 
     def __repr__(self) -> str:
         return f"Experiment({self.name!r}, {list(self.variants)})"
@@ -339,4 +362,3 @@ def _weighed(where: str, names: Sequence[str], weights: Mapping[str, float] | No
 def _program_of(variants: Sequence[Any]) -> str:
     """The program's name, whose holdout it is."""
     return str(variants[0].program.name)
-

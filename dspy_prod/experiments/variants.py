@@ -51,7 +51,7 @@ class Variant:
 def resolved(
     experiment: str,
     variants: Mapping[str, Any],
-    program: Any,
+    program: dspy.Module | None,
     tracking_uri: str | None = None,
     pinned: Mapping[str, str] | None = None,
 ) -> tuple[Variant, ...]:
@@ -70,7 +70,7 @@ def resolved(
     where = f"Experiment({experiment!r})"
     if not isinstance(variants, Mapping) or not all(isinstance(name, str) and name for name in variants):
         raise ConfigError(f"{where}: variants= takes a dict from names to {_TAKES}")
-    if program is not None and not isinstance(program, dspy.Module):
+    if not isinstance(program, dspy.Module | None):
         raise ConfigError(f"{where}: program= takes a dspy.Module, got {type(program).__name__}")
     names = list(variants)
     if "control" in variants:
@@ -81,9 +81,7 @@ def resolved(
     return tuple([replace(each, program=_guarded(where, each)) for each in found])
 
 
-def _variant(
-    where: str, name: str, given: Any, program: Any, tracking_uri: str | None, pinned: str | None
-) -> Variant:
+def _variant(where: str, name: str, given: Any, program: Any, tracking_uri: str | None, pinned: str | None) -> Variant:
     if isinstance(given, dspy.Module):
         version = mark_of(given.program if isinstance(given, Production) else given)
         return Variant(name, given, "program", type(given).__name__, None if version is None else str(version))

@@ -2,7 +2,7 @@
 
 Durations are seconds (float) or a `timedelta`. Prices are USD per million tokens, as on price lists.
 Behaviour lives elsewhere (`policies/`, `pipeline/`); nothing here sleeps, counts or does I/O. A new option, or a check
-of one, belongs here: of how a call travels in `calls`, of what it may cost in `money`, of experiments in `experiments`, and
+of one, belongs here: of how a call travels in `calls`, of what it may cost in `money`, of experiments in `experiments`,
 of what they measure in `metrics`.
 """
 

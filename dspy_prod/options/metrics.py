@@ -110,7 +110,7 @@ class Metric(Options):
                 raise ValueError(f"margin={self.margin:g} accepts losing everything; use a share below 1, e.g. 0.1")
             if not self.relative and self.margin >= reach:
                 raise ValueError(f"margin={self.margin:g} accepts everything: scores differ by {reach:g} at most")
-        if self.missing != "exclude" and not (0 <= self.missing if amounts else low <= self.missing <= high):
+        if self.missing != "exclude" and not (self.missing >= 0 if amounts else low <= self.missing <= high):
             meant = "0 or more" if amounts else f"between bounds {low:g} and {high:g}"
             raise ValueError(f"missing={self.missing:g} must be {meant}, or 'exclude'")
         return self
@@ -142,9 +142,7 @@ def fallback_rate(margin: float = 0.02, **options: Any) -> Metric:
 def cost(margin: float = 0.10, **options: Any) -> Metric:
     """USD a call at list price: a cached answer counts for what it would have cost, since a new variant's cache is
     cold. Ten per cent more are acceptable by default."""
-    return Metric(
-        "cost", **{"direction": "lower", "role": "guardrail", "margin": margin, "relative": True, **options}
-    )
+    return Metric("cost", **{"direction": "lower", "role": "guardrail", "margin": margin, "relative": True, **options})
 
 
 def latency(margin: float = 0.02, **options: Any) -> Metric:
