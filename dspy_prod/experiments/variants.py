@@ -7,7 +7,7 @@ says so, since what was measured is then no longer what the alias names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import dspy
@@ -77,20 +77,20 @@ def resolved(
         names.remove("control")
         names.insert(0, "control")
     pinned = pinned or {}
-    found = [_variant(where, name, variants[name], program, tracking_uri, pinned.get(name)) for name in names]
-    return tuple([replace(each, program=_guarded(where, each)) for each in found])
+    return tuple([_variant(where, name, variants[name], program, tracking_uri, pinned.get(name)) for name in names])
 
 
 def _variant(where: str, name: str, given: Any, program: Any, tracking_uri: str | None, pinned: str | None) -> Variant:
     if isinstance(given, dspy.Module):
         version = mark_of(given.program if isinstance(given, Production) else given)
-        return Variant(name, given, "program", type(given).__name__, None if version is None else str(version))
+        told = None if version is None else str(version)
+        return Variant(name, _guarded(where, name, given), "program", type(given).__name__, told)
     if program is None:
         raise ConfigError(f"{where}: variants[{name!r}]: give program= too, the code that it is put into")
     own = _copy(program)
     if isinstance(given, dspy.BaseLM):
         own.set_lm(given)
-        return Variant(name, own, "lm", str(getattr(given, "model", type(given).__name__)))
+        return Variant(name, _guarded(where, name, own), "lm", str(getattr(given, "model", type(given).__name__)))
     from dspy_prod.registry.names import Reference
     from dspy_prod.registry.published.loading import load
     from dspy_prod.registry.published.manifest import ProgramVersion
@@ -104,17 +104,17 @@ def _variant(where: str, name: str, given: Any, program: Any, tracking_uri: str 
     exact = str(given) if pinned is None else pinned
     load(exact, own.program if isinstance(own, Production) else own, max_age=0, tracking_uri=tracking_uri)
     version = mark_of(own.program if isinstance(own, Production) else own)
-    return Variant(name, own, "version", str(given), None if version is None else str(version), reference.alias)
+    told = None if version is None else str(version)
+    return Variant(name, _guarded(where, name, own), "version", str(given), told, reference.alias)
 
 
-def _guarded(where: str, variant: Variant) -> Production:
+def _guarded(where: str, name: str, program: Any) -> Production:
     """The program of a variant in a `Production`, which reports each call and writes its record."""
-    program = variant.program
     if not isinstance(program, Production):
         return Production(program)
     if program.is_following:
         raise ConfigError(
-            f"{where}: variants[{variant.name!r}] follows an alias, but a variant stays what it is while it is "
+            f"{where}: variants[{name!r}] follows an alias, but a variant stays what it is while it is "
             "measured: leave out follow=, or name the alias itself in variants="
         )
     return program
