@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import dspy
 from dspy.utils.callback import BaseCallback
 
 from dspy_prod.compat.dspy import CompiledAsProgram
+from dspy_prod.context.assignments import Assignment as Place
 from dspy_prod.context.current import current
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import ConfigError
@@ -28,9 +30,24 @@ from dspy_prod.privacy.redactor import claimed
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
-from dspy_prod.stores.trials import Outcome, Trial
+from dspy_prod.stores.trials import Outcome, Trial, Trials
 
 Unit = Literal["user", "session", "tenant"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Works:
+    """What an experiment and all copies of it share."""
+
+    store: Store
+    trials: Trials
+    design: Design
+    exposing: Exposing
+    standing: Standing
+    controller: Controller
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Works:
+        return self
 
 
 class Experiment(CompiledAsProgram, dspy.Module):
@@ -117,9 +134,9 @@ class Experiment(CompiledAsProgram, dspy.Module):
         self.name = name
         self.metrics = _measured(where, metrics, guardrails)
         self._unit: Unit = unit
-        self._store = open_store(store or default_store_url(), default_namespace(namespace))
-        self._trials = self._store.trials
-        known = self._trials.trial(name)
+        opened = open_store(store or default_store_url(), default_namespace(namespace))
+        trials = opened.trials
+        known = trials.trial(name)
         stored = None if known is None else Declaration.from_json(known.declaration)
         found = resolved(name, variants or {}, program, tracking_uri, {} if stored is None else stored.pinned)
         self.variants = {each.name: each for each in found}
@@ -131,24 +148,29 @@ class Experiment(CompiledAsProgram, dspy.Module):
         )  # fmt: skip
         windows = declared.windows(self.metrics)
         if stored is None:
-            trial = self._trials.create(name, declared.to_json(), windows)
+            trial = trials.create(name, declared.to_json(), windows)
             stored = Declaration.from_json(trial.declaration)
         declared.check_same(name, stored)
-        self._design = Design(
+        design = Design(
             stored.salt, names, weights=declared.weights, shares=None if rollout is None else rollout.shares,
             holdout=holdout, program=_program_of(found), overrides=overrides, assign=assign,
         )  # fmt: skip
         self.rollout = rollout
-        self._exposing = Exposing(name, self._design, self._trials)
+        exposing = Exposing(name, design, trials)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
-        self._standing = Standing(name, self._trials, self._design, self._exposing, most, refresh)
         aliases = Aliases(name, found, tracking_uri) if any(each.version for each in found) else None
-        self._controller = Controller(
-            name, self._trials, self._design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold"
-        )
+        self._works = _Works(
+            opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
+            Controller(name, trials, design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold"),
+        )  # fmt: skip
         if rollout is None:
             self._put(words.CREATED, words.RUNNING, "start", "it has no rollout, so it runs at once")
-        self._standing.look()
+        self._works.standing.look()
+
+    _uncompilable = (
+        "an Experiment is no program to compile: what was found would be no variant of it. Compile the program, "
+        "publish it, and compare that version in an experiment"
+    )
 
     # -- calling -------------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -166,30 +188,33 @@ class Experiment(CompiledAsProgram, dspy.Module):
         serves = self._serves()
         if serves is not None:
             return serves
-        exposing = self._exposing
-        variant = self._design.assign(claimed(unit), exposing.stage, exposing.full, lambda: self._seen(unit)).variant
-        return self._control if variant in self._standing.dropped else variant
+        exposing = self._works.exposing
+        variant = self._works.design.assign(
+            claimed(unit), exposing.stage, exposing.full, lambda: self._seen(unit)
+        ).variant
+        return self._control if variant in self._works.standing.dropped else variant
 
     def _turn(self) -> Turn:
-        outer = current()
+        outer, control = current(), self._control
+        if is_raising():
+            return Turn(self.variants[control], None, None, outer)
         unit: str | None = getattr(outer, self._unit)
         serves = self._serves()
-        if unit is None or serves is not None or is_raising():
-            return Turn(self.name, None, unit, self.variants[serves or self._control], None, None, outer)
-        assignment = self._exposing(unit)
-        trials = self._trials if assignment.random else None
-        if assignment.variant in self._standing.dropped:
-            return Turn(self.name, None, unit, self.variants[self._control], None, None, outer)
-        variant = self.variants[assignment.variant]
-        return Turn(self.name, trials, unit, variant, assignment, self.stage, outer)
+        if unit is None or serves is not None:
+            return Turn(self.variants[serves or control], Place(self.name, serves or control, unit=unit), None, outer)
+        got = self._works.exposing(unit)
+        if got.variant in self._works.standing.dropped:
+            return Turn(self.variants[control], Place(self.name, control, unit=unit), None, outer)
+        place = Place(self.name, got.variant, self.stage, unit, got.propensity)
+        return Turn(self.variants[got.variant], place, self._works.trials if got.random else None, outer)
 
     def _serves(self) -> str | None:
         """The variant that everybody gets now; None: units are assigned."""
-        self._standing.keep_up()
-        return self._standing.serves
+        self._works.standing.keep_up()
+        return self._works.standing.serves
 
     def _seen(self, unit: str) -> str | None:
-        return self._trials.seen(self.name, claimed(unit))
+        return self._works.trials.seen(self.name, claimed(unit))
 
     # -- what becomes of units -----------------------------------------------------------------------------------------
     def record(self, unit: str, *, at: float | None = None, id: str | None = None, **values: float) -> None:
@@ -221,15 +246,15 @@ class Experiment(CompiledAsProgram, dspy.Module):
                 checked[metric] = known[metric].checked(value)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"Experiment({self.name!r}).record: {error}") from None
-        moment = self._trials.now() if at is None else at
+        moment = self._works.trials.now() if at is None else at
         for metric, value in checked.items():
-            self._trials.outcome(Outcome(self.name, claimed(unit), metric, value, moment, id))
+            self._works.trials.outcome(Outcome(self.name, claimed(unit), metric, value, moment, id))
 
     # -- the rollout ---------------------------------------------------------------------------------------------------
     @property
     def state(self) -> str:
         """`created`, `running`, `paused`, `stopped` or `decided`, as the store says now."""
-        trial = self._standing.look()
+        trial = self._works.standing.look()
         return "removed" if trial is None else trial.state
 
     @property
@@ -237,7 +262,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
         """The stage in force here, as `"5 %"`."""
         if self.rollout is None:
             return "split"
-        share = self.rollout.stages[self._exposing.stage]
+        share = self.rollout.stages[self._works.exposing.stage]
         return share if isinstance(share, str) else f"{100 * share:g} %"
 
     def start(self) -> None:
@@ -266,8 +291,8 @@ class Experiment(CompiledAsProgram, dspy.Module):
         Raises:
             StoreUnavailableError: the store cannot be read or written; look again later.
         """
-        self._controller.step()
-        self._standing.look()
+        self._works.controller.step()
+        self._works.standing.look()
         return self.scorecard()
 
     def scorecard(self) -> Scorecard:
@@ -277,26 +302,26 @@ class Experiment(CompiledAsProgram, dspy.Module):
             StoreUnavailableError: the store cannot be read.
             ConfigError: the experiment was removed.
         """
-        decision = self._controller.read()
-        trial = self._standing.look()
+        decision = self._works.controller.read()
+        trial = self._works.standing.look()
         if trial is None:
             raise ConfigError(f"Experiment({self.name!r}) was removed; make it anew")
         declaration = Declaration.from_json(trial.declaration)
         return scorecard(
-            trial, self.stage, decision, self._trials.counts(self.name), self._trials.tally(self.name),
+            trial, self.stage, decision, self._works.trials.counts(self.name), self._works.trials.tally(self.name),
             tuple(self.variants), declaration.serves, declaration.dropped,
         )  # fmt: skip
 
     def _put(self, before: str, after: str, what: str, reason: str) -> Trial | None:
         """Change the state, if it is `before`; None if it is another one."""
         while True:
-            trial = self._trials.trial(self.name)
+            trial = self._works.trials.trial(self.name)
             if trial is None or trial.state != before:
                 return None
             line = words.Decision(what, "operator", json.dumps({"reason": reason}))
-            changed = self._trials.change(self.name, trial.revision, state=after, decision=line)
+            changed = self._works.trials.change(self.name, trial.revision, state=after, decision=line)
             if changed is not None:
-                self._standing.look()
+                self._works.standing.look()
                 return changed
 
     @property
