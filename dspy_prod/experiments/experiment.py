@@ -213,9 +213,6 @@ class Experiment(CompiledAsProgram, dspy.Module):
         self._works.standing.keep_up()
         return self._works.standing.serves
 
-    def _seen(self, unit: str) -> str | None:
-        return self._works.trials.seen(self.name, claimed(unit))
-
     # -- what becomes of units -----------------------------------------------------------------------------------------
     def record(self, unit: str, *, at: float | None = None, id: str | None = None, **values: float) -> None:
         """Tell what became of a unit: now, or as long after as the metric's window is. Never waits for the store.
@@ -245,7 +242,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             try:
                 checked[metric] = known[metric].checked(value)
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"Experiment({self.name!r}).record: {error}") from None
+                raise ConfigError(f"Experiment({self.name!r}).record: {metric}={value!r}: {error}") from None
         moment = self._works.trials.now() if at is None else at
         for metric, value in checked.items():
             self._works.trials.outcome(Outcome(self.name, claimed(unit), metric, value, moment, id))
