@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dspy_prod.tracking.endings import NOTHING_YET, Answer
 from dspy_prod.tracking.spans import Span
 
 
@@ -18,6 +19,7 @@ class Batch:
         spans: in the form MLflow reads. infos: headlines of traces that MLflow itself recorded.
         places: experiments of traces that do not go into the usual one, by the spans' `trace_id`.
         runs: the runs that traces belong to, by `tr-...`.
+        lines: what MLflow's list shows in the place of answers, by the spans' `trace_id`.
         tries: exporter processes that were given it.
     """
 
@@ -27,6 +29,7 @@ class Batch:
     infos: list[dict[str, Any]]
     places: dict[str, str] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)
+    lines: dict[str, str] = field(default_factory=dict)
     tries: int = 1
 
 
@@ -41,6 +44,9 @@ class Trace:
     unknown: bool = False
     usage: list[int] = field(default_factory=lambda: [0, 0])
     remarkable: bool = False
+    answer: Answer = NOTHING_YET
+    ending: dict[str, Any] = field(default_factory=dict)  # tags: how it ended
+    line: str | None = None
     info: dict[str, Any] | None = None
     whose: dict[str, Any] = field(default_factory=dict)  # of its attempts
     place: str | None = None
@@ -57,7 +63,8 @@ def batch_of(number: int, some: Sequence[Trace]) -> Batch:
         [trace.info for trace in some if trace.info is not None],
         {one["trace_id"]: trace.place for trace in some if trace.place for one in trace.spans},
         dict(trace.run for trace in some if trace.run is not None),
+        {trace.spans[0]["trace_id"]: trace.line for trace in some if trace.line is not None and trace.spans},
     )
     for trace in some:
-        trace.spans, trace.counted = [], False
+        trace.spans, trace.counted, trace.line = [], False, None
     return batch

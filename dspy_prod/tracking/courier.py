@@ -37,6 +37,7 @@ class _Flush:
         self.done = threading.Event()
         self.everything = everything
         self.upto = 0  # number of the last batch it waits for
+        self.links: int | None = None  # and, once that is delivered, how many traces have to be linked
 
 
 class Courier:
@@ -222,8 +223,11 @@ class Courier:
         """Tell those who wait for batches that are all delivered."""
         oldest = self.delivery.oldest
         for flush in [flush for flush in self._flushes if oldest is None or oldest > flush.upto]:
-            self._flushes.remove(flush)
-            flush.done.set()
+            if flush.links is None:
+                flush.links = self.delivery.asked
+            if self.delivery.settled >= min(flush.links, self.delivery.asked):  # another process counts anew
+                self._flushes.remove(flush)
+                flush.done.set()
 
     def after_fork(self) -> None:
         """In a child: nothing of the parent's is ours to ship."""

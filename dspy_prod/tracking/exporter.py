@@ -9,6 +9,7 @@ ends (see `exporting`) it tells the program's `stderr`.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping
 from queue import Empty
@@ -16,7 +17,9 @@ from typing import IO, Any, Final
 
 from dspy_prod.privacy.names import bare_url
 from dspy_prod.tracking.exporting import Reader, is_final, serve, status_of, told
+from dspy_prod.tracking.linking import LINKED, Links, tag_of
 from dspy_prod.tracking.mlflow_schema import prepare
+from dspy_prod.tracking.spans import OUTPUTS, REQUEST_ID, dumped
 from dspy_prod.tracking.tally import due
 
 TOGETHER: Final = 6
@@ -35,6 +38,8 @@ class Sink:
         self._name = experiment
         self._experiment: str | None = None
         self._client: Any = None
+        self._mlflow: Any = None
+        self.links = Links(lambda: self._mlflow, lambda: self._client.store)
 
     def open(self) -> str:
         """Connect; the experiment's id."""
@@ -47,6 +52,7 @@ class Sink:
             found = client.get_experiment_by_name(self._name)
             self._experiment = client.create_experiment(self._name) if found is None else found.experiment_id
             self._client = TracingClient(self._uri)
+            self._mlflow = client
         return self._experiment
 
     def answers(self) -> bool:
@@ -59,19 +65,43 @@ class Sink:
             return False
         return True
 
-    def write(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]], places: Mapping[str, str]) -> None:
-        """Write spans, and the headlines of traces that MLflow recorded; `places`: see `traces.Batch`."""
-        from mlflow.entities import Span, TraceInfo
+    def write(
+        self,
+        spans: list[dict[str, Any]],
+        infos: list[dict[str, Any]],
+        places: Mapping[str, str],
+        lines: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write spans, and the headlines of traces that MLflow recorded; `places`, `lines`: see `batches.Batch`.
+
+        MLflow's list shows as the answer what a root span gave back when it was written first.
+        """
+        from mlflow.entities import TraceInfo
 
         experiment = self.open()
-        by_place: dict[str, list[Any]] = {}
-        for one in spans:
-            by_place.setdefault(places.get(one["trace_id"], experiment), []).append(Span.from_dict(one))
-        for place, some in by_place.items():
-            self._client.log_spans(place, some)
+        linked = self.links.completed(one for one in spans if one["parent_span_id"] is None)
+        if lines:
+            self._log([_as_line(one, lines) for one in spans if _has_line(one, lines)], places, experiment)
+        self._log(spans, places, experiment)
         usual = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": experiment}}
         for info in infos:
+            tags = info.get("tags") or {}
+            if LINKED in tags:
+                linked[info["trace_id"]] = refs = self.links.refs(tags[LINKED])
+                info = {**info, "tags": {**tags, LINKED: tag_of(refs)}}
             self._client.start_trace(TraceInfo.from_dict({"trace_location": usual, **info}))
+        its = {json.loads(one["attributes"][REQUEST_ID]): places[one["trace_id"]] for one in spans
+               if one["trace_id"] in places}  # fmt: skip
+        self.links.add(linked, its, experiment)
+
+    def _log(self, spans: list[dict[str, Any]], places: Mapping[str, str], usual: str) -> None:
+        from mlflow.entities import Span
+
+        by_place: dict[str, list[Any]] = {}
+        for one in spans:
+            by_place.setdefault(places.get(one["trace_id"], usual), []).append(Span.from_dict(one))
+        for place, some in by_place.items():
+            self._client.log_spans(place, some)
 
     def link(self, runs: Mapping[str, str]) -> None:
         """Put traces, by their ids, onto runs. One that is gone meanwhile, or takes none, has none."""
@@ -103,7 +133,7 @@ class Loop(Reader):
             self._say(failing=told(error))
         else:
             self._say(ready=True)
-        while (first := self._lines.get()) is not None:
+        while (first := self._next()) is not None:
             batches = [first]
             with contextlib.suppress(Empty):
                 while len(batches) < TOGETHER:
@@ -113,6 +143,22 @@ class Loop(Reader):
                         break
                     batches.append(more)
             self._deliver(batches)
+
+    def _next(self) -> dict[str, Any] | None:
+        """What is to be written next, None at the end. Until it comes, and then at last, links are made."""
+        links, ended = self._sink.links, False
+        while True:
+            pause = links.pause()
+            if ended and (pause is None or (pause and self._hurried.is_set())):
+                return None
+            try:
+                found = self._lines.get(timeout=pause) if pause != 0 else self._lines.get_nowait()
+                if found is not None:
+                    return found
+                ended = True
+            except Empty:
+                links.step()
+                self._say(links=[links.asked, links.settled], failing=self._failing)
 
     def _deliver(self, batches: list[dict[str, Any]]) -> None:
         failed = self._insist(lambda: self._write(batches), self._sink.answers)
@@ -127,7 +173,10 @@ class Loop(Reader):
 
     def _write(self, batches: list[dict[str, Any]]) -> None:
         spans, infos = ([one for batch in batches for one in batch[name]] for name in ("spans", "infos"))
-        self._sink.write(spans, infos, {key: place for batch in batches for key, place in batch["places"].items()})
+        places, lines = (
+            {key: one for batch in batches for key, one in batch[name].items()} for name in ("places", "lines")
+        )
+        self._sink.write(spans, infos, places, lines)
         for batch in batches:
             self._sink.link(batch["runs"])
 
@@ -139,7 +188,7 @@ class Loop(Reader):
                 by_trace.setdefault(one["trace_id"], []).append(one)
             lost = 0
             for spans in by_trace.values():
-                lost += not self._try(spans, [], batch["places"])
+                lost += not self._try(spans, [], batch["places"], batch["lines"])
             for info in batch["infos"]:
                 self._try([], [info], {})
             with contextlib.suppress(Exception):  # MLflow was there a moment ago, and the traces are
@@ -148,9 +197,15 @@ class Loop(Reader):
             self._refused += lost
             self._settled(batch, lost)
 
-    def _try(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]], places: Mapping[str, str]) -> bool:
+    def _try(
+        self,
+        spans: list[dict[str, Any]],
+        infos: list[dict[str, Any]],
+        places: Mapping[str, str],
+        lines: Mapping[str, str] | None = None,
+    ) -> bool:
         try:
-            self._sink.write(spans, infos, places)
+            self._sink.write(spans, infos, places, lines)
         except Exception as error:
             self._refusal = told(error)
             self._say(failing=self._refusal)
@@ -159,7 +214,8 @@ class Loop(Reader):
 
     def _settled(self, batch: dict[str, Any], lost: int, **words: Any) -> None:
         self._delivered += batch["traces"] - lost
-        self._say(batch=batch["batch"], lost=lost, **words)
+        links = self._sink.links
+        self._say(batch=batch["batch"], lost=lost, links=[links.asked, links.settled], **words)
 
     def _say(self, **words: Any) -> None:
         self._failing = words.get("failing")
@@ -178,6 +234,16 @@ class Loop(Reader):
         if missing > self._refused:
             why.append(self._failing or "the program was ended before they were handed over")
         return f"{missing} traces did not reach MLflow at {place} ({'; '.join(why)}). The ledger has their costs"
+
+
+def _has_line(span: Mapping[str, Any], lines: Mapping[str, str]) -> bool:
+    return span["parent_span_id"] is None and span["trace_id"] in lines
+
+
+def _as_line(span: dict[str, Any], lines: Mapping[str, str]) -> dict[str, Any]:
+    """A root span that gives back a line, in the form from which MLflow takes the text alone."""
+    said = {"choices": [{"message": {"role": "assistant", "content": lines[span["trace_id"]]}}]}
+    return {**span, "attributes": {**span["attributes"], OUTPUTS: dumped(said)}}
 
 
 def main() -> None:

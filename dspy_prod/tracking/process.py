@@ -88,7 +88,7 @@ class Exporter:
     def send(self, batch: Batch) -> None:
         """Hand a batch over. Does not wait."""
         message = {"batch": batch.number, "traces": batch.traces, "spans": batch.spans, "infos": batch.infos}
-        message.update(places=batch.places, runs=batch.runs)
+        message.update(places=batch.places, runs=batch.runs, lines=batch.lines)
         self.tell(message)
 
     def tell(self, message: Mapping[str, Any]) -> None:
@@ -142,7 +142,7 @@ class Exporter:
         try:
             for line in pipe:
                 said = orjson.loads(line)
-                more = {name: said[name] for name in ("ready", "ids") if name in said}
+                more = {name: said[name] for name in ("ready", "ids", "links") if name in said}
                 self._heard(said.get("batch"), said.get("lost", 0), said.get("failing"), **more)
         except (OSError, ValueError):
             pass
