@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from dspy_prod.tracking.endings import NOTHING_YET, Answer
 from dspy_prod.tracking.spans import Span
+
+BATCH: Final = 50
+"""Traces, or messages, in one batch."""
+LINGER: Final = 0.2
+"""Seconds for which ended traces wait for company: MLflow takes many at once for little more than one."""
 
 
 @dataclass(slots=True, eq=False)
@@ -20,6 +25,7 @@ class Batch:
         places: experiments of traces that do not go into the usual one, by the spans' `trace_id`.
         runs: the runs that traces belong to, by `tr-...`.
         lines: what MLflow's list shows in the place of answers, by the spans' `trace_id`.
+        messages: of runs and feedback, see `runs_exporter`; done: told what became of them.
         tries: exporter processes that were given it.
     """
 
@@ -30,6 +36,8 @@ class Batch:
     places: dict[str, str] = field(default_factory=dict)
     runs: dict[str, str] = field(default_factory=dict)
     lines: dict[str, str] = field(default_factory=dict)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    done: Callable[[Batch, Mapping[str, Any] | None, str | None], None] | None = None
     tries: int = 1
 
 

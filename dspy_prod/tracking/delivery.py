@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.privacy.outward import outward
 from dspy_prod.tracking.batches import Batch
@@ -142,6 +142,7 @@ class Delivery:
         ready: bool = False,
         died: bool = False,
         links: Sequence[int] = (),
+        result: Mapping[str, Any] | None = None,
     ) -> None:
         """What the exporter says; on its reader thread.
 
@@ -151,6 +152,7 @@ class Delivery:
             ready: it has reached MLflow for the first time.
             died: the process is gone.
             links: see `linking.Links`: asked, settled.
+            result: what became of the batch's messages.
         """
         if links:
             self._progressed = time.monotonic() if links[1] > self.settled else self._progressed
@@ -166,6 +168,8 @@ class Delivery:
                 self._progressed = time.monotonic()
                 self.lost += min(lost, batch.traces)
                 self.exported += max(0, batch.traces - lost)
+                if batch.done is not None:
+                    batch.done(batch, result, failing)
         if failing is not None and self.failing is None and not self.closing:
             _log.warning("MLflow cannot be reached: %s. Calls go on; their traces wait, and are tried again", failing)
         elif failing is None and self.failing is not None and not self.closing:

@@ -9,110 +9,20 @@ ends (see `exporting`) it tells the program's `stderr`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from queue import Empty
 from typing import IO, Any, Final
 
 from dspy_prod.privacy.names import bare_url
-from dspy_prod.tracking.exporting import Reader, is_final, serve, status_of, told
-from dspy_prod.tracking.linking import LINKED, Links, tag_of
-from dspy_prod.tracking.mlflow_schema import prepare
-from dspy_prod.tracking.spans import OUTPUTS, REQUEST_ID, dumped
+from dspy_prod.tracking.exporting import Reader, serve, told
+from dspy_prod.tracking.records import NotThere, Records
+from dspy_prod.tracking.sink import Sink
 from dspy_prod.tracking.tally import due
 
 TOGETHER: Final = 6
 """Batches written in one go when they are there anyway."""
-
-
-class Sink:
-    """Writes to one experiment.
-
-    Args:
-        uri: MLflow's tracking URI. experiment: its name, made when there is none.
-    """
-
-    def __init__(self, uri: str, experiment: str) -> None:
-        self._uri = uri
-        self._name = experiment
-        self._experiment: str | None = None
-        self._client: Any = None
-        self._mlflow: Any = None
-        self.links = Links(lambda: self._mlflow, lambda: self._client.store)
-
-    def open(self) -> str:
-        """Connect; the experiment's id."""
-        if self._experiment is None:
-            from mlflow import MlflowClient
-            from mlflow.tracing.client import TracingClient
-
-            prepare(self._uri)
-            client = MlflowClient(self._uri)
-            found = client.get_experiment_by_name(self._name)
-            self._experiment = client.create_experiment(self._name) if found is None else found.experiment_id
-            self._client = TracingClient(self._uri)
-            self._mlflow = client
-        return self._experiment
-
-    def answers(self) -> bool:
-        """Whether MLflow is there."""
-        from mlflow import MlflowClient
-
-        try:
-            MlflowClient(self._uri).get_experiment(self.open())
-        except Exception:  # whatever it is: it cannot be told from being away
-            return False
-        return True
-
-    def write(
-        self,
-        spans: list[dict[str, Any]],
-        infos: list[dict[str, Any]],
-        places: Mapping[str, str],
-        lines: Mapping[str, str] | None = None,
-    ) -> None:
-        """Write spans, and the headlines of traces that MLflow recorded; `places`, `lines`: see `batches.Batch`.
-
-        MLflow's list shows as the answer what a root span gave back when it was written first.
-        """
-        from mlflow.entities import TraceInfo
-
-        experiment = self.open()
-        linked = self.links.completed(one for one in spans if one["parent_span_id"] is None)
-        if lines:
-            self._log([_as_line(one, lines) for one in spans if _has_line(one, lines)], places, experiment)
-        self._log(spans, places, experiment)
-        usual = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": experiment}}
-        for info in infos:
-            tags = info.get("tags") or {}
-            if LINKED in tags:
-                linked[info["trace_id"]] = refs = self.links.refs(tags[LINKED])
-                info = {**info, "tags": {**tags, LINKED: tag_of(refs)}}
-            self._client.start_trace(TraceInfo.from_dict({"trace_location": usual, **info}))
-        its = {json.loads(one["attributes"][REQUEST_ID]): places[one["trace_id"]] for one in spans
-               if one["trace_id"] in places}  # fmt: skip
-        self.links.add(linked, its, experiment)
-
-    def _log(self, spans: list[dict[str, Any]], places: Mapping[str, str], usual: str) -> None:
-        from mlflow.entities import Span
-
-        by_place: dict[str, list[Any]] = {}
-        for one in spans:
-            by_place.setdefault(places.get(one["trace_id"], usual), []).append(Span.from_dict(one))
-        for place, some in by_place.items():
-            self._client.log_spans(place, some)
-
-    def link(self, runs: Mapping[str, str]) -> None:
-        """Put traces, by their ids, onto runs. One that is gone meanwhile, or takes none, has none."""
-        from mlflow import MlflowClient
-
-        for run in dict.fromkeys(runs.values()):
-            try:
-                MlflowClient(self._uri).link_traces_to_run([trace for trace, its in runs.items() if its == run], run)
-            except Exception as error:
-                if not is_final(error) and status_of(error) != 404:
-                    raise
 
 
 class Loop(Reader):
@@ -121,6 +31,7 @@ class Loop(Reader):
     def __init__(self, sink: Sink, answers: IO[str]) -> None:
         super().__init__(answers)
         self._sink = sink
+        self._records = Records(sink.uri, sink.name, {}, sink)
         self._failing: str | None = None
         self._delivered = self._refused = 0
         self._refusal = ""
@@ -161,6 +72,28 @@ class Loop(Reader):
                 self._say(links=[links.asked, links.settled], failing=self._failing)
 
     def _deliver(self, batches: list[dict[str, Any]]) -> None:
+        some = [batch for batch in batches if not batch.get("messages")]
+        if some:
+            self._traces(some)
+        for batch in batches:
+            if batch.get("messages"):
+                self._messages(batch)
+
+    def _messages(self, batch: dict[str, Any]) -> None:
+        """Write what is told of runs and of feedback, one after the other."""
+        records, refused, later, failing = self._records, {}, list[int](), None
+        for place, message in enumerate(batch["messages"]):
+            if batch["again"]:
+                message["again"] = True
+            failed = self._insist(partial(records.write, message), self._sink.answers)
+            if failed is not None and failed[0].startswith(NotThere.__name__):
+                later.append(place)
+            elif failed is not None:
+                refused[place], failing = failed[0], None if failed[1] else failed[0]
+        new, records.new = records.new, {}
+        self._settled(batch, 0, failing=failing, result={"ids": new, "refused": refused, "later": later})
+
+    def _traces(self, batches: list[dict[str, Any]]) -> None:
         failed = self._insist(lambda: self._write(batches), self._sink.answers)
         if failed is not None and failed[1]:
             self._singly(batches)
@@ -234,16 +167,6 @@ class Loop(Reader):
         if missing > self._refused:
             why.append(self._failing or "the program was ended before they were handed over")
         return f"{missing} traces did not reach MLflow at {place} ({'; '.join(why)}). The ledger has their costs"
-
-
-def _has_line(span: Mapping[str, Any], lines: Mapping[str, str]) -> bool:
-    return span["parent_span_id"] is None and span["trace_id"] in lines
-
-
-def _as_line(span: dict[str, Any], lines: Mapping[str, str]) -> dict[str, Any]:
-    """A root span that gives back a line, in the form from which MLflow takes the text alone."""
-    said = {"choices": [{"message": {"role": "assistant", "content": lines[span["trace_id"]]}}]}
-    return {**span, "attributes": {**span["attributes"], OUTPUTS: dumped(said)}}
 
 
 def main() -> None:

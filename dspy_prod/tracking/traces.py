@@ -13,7 +13,7 @@ from dspy_prod.privacy.error_text import error_text
 from dspy_prod.records import CallRecord
 from dspy_prod.telemetry.tap import Way
 from dspy_prod.tracking.asking import Predictors
-from dspy_prod.tracking.batches import Batch, Trace, batch_of
+from dspy_prod.tracking.batches import BATCH, LINGER, Batch, Trace, batch_of
 from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.content import Content
 from dspy_prod.tracking.endings import line_of, reason_of, status_of
@@ -42,10 +42,6 @@ from dspy_prod.tracking.spans import (
 
 _log = logging.getLogger("dspy_prod")
 
-BATCH: Final = 50
-"""Traces in one batch."""
-LINGER: Final = 0.2
-"""Seconds for which ended traces wait for company: MLflow takes many at once for little more than one."""
 PATIENCE: Final = 900.0
 """Seconds after which a trace is shipped although its root has not ended."""
 _REMEMBERED: Final = 5_000
@@ -103,9 +99,12 @@ class Traces:
         if not self._ended or not (at_once or len(self._ended) >= BATCH or now - self._since >= LINGER):
             return []
         ended, self._ended = self._ended, []
-        batches = [batch_of(next(self._numbers), ended[start : start + BATCH]) for start in range(0, len(ended), BATCH)]
-        self.last_batch = batches[-1].number
-        return batches
+        return [batch_of(self.number(), ended[start : start + BATCH]) for start in range(0, len(ended), BATCH)]
+
+    def number(self) -> int:
+        """The number of a new batch."""
+        self.last_batch = next(self._numbers)
+        return self.last_batch
 
     # -- what is posted ----------------------------------------------------------------------------------------------
     def attempted(self, node: LeanNode, record: CallRecord, route: Way, response: Any, breaker: str | None) -> None:

@@ -12,8 +12,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
 from dspy_prod.tracking import exporting
-from dspy_prod.tracking.exporter import Loop, Sink
+from dspy_prod.tracking.exporter import Loop
 from dspy_prod.tracking.exporting import told
+from dspy_prod.tracking.sink import Sink
 from dspy_prod.tracking.tally import ADMITTED, Tally
 
 REFUSED = MlflowException("a tag is too long", INVALID_PARAMETER_VALUE)
