@@ -13,8 +13,9 @@ from typing import Any, Final
 
 import dspy
 
+from dspy_prod.compat.dspy import thread_local_overrides
 from dspy_prod.compat.mlflow import place_here
-from dspy_prod.context.current import SETTING, current
+from dspy_prod.context.current import SETTING, current, mark_of, stamped
 from dspy_prod.telemetry.tap import NOTHING, Nothing
 from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.courier import Courier
@@ -61,6 +62,15 @@ class Recorder:
             self.courier.expect(live.trace_id)
             trace_id, its = live.trace_id.removeprefix("tr-"), live.span_id
             return LeanNode(self.courier, name, kind, None, context, trace_id, its, live.parent_id, live=True)
+        callers = thread_local_overrides.get().get("caller_modules")
+        program, version = None, None
+        if kind == PROGRAM:
+            program = callers[-1] if callers else None
+            version = mark_of(getattr(program, "program", None))
+        else:
+            context = stamped(context)
+            if isinstance(outer, LeanNode):
+                program = outer.program
         digits = os.urandom(24).hex()
         trace_id, parent_id = digits[:32], None
         place: tuple[str | None, str | None] = (None, None)
@@ -71,7 +81,10 @@ class Recorder:
         elif "mlflow" in sys.modules:
             place = place_here(self._uri)
         kept = {given: _copied(value) for given, value in inputs.items()}
-        return LeanNode(self.courier, name, kind, kept, context, trace_id, digits[32:], parent_id, place=place)
+        return LeanNode(
+            self.courier, name, kind, kept, context, trace_id, digits[32:], parent_id,
+            place=place, callers=callers, program=program, version=version,
+        )  # fmt: skip
 
 
 def _copied(value: Any) -> Any:
