@@ -14,6 +14,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any, Final
 
 from dspy_prod.experiments.aliases import Aliases
@@ -22,6 +23,7 @@ from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
 from dspy_prod.experiments.pairs import Pairs
+from dspy_prod.experiments.sample import Sample, spent_at
 from dspy_prod.experiments.shadow import SUFFIX, pairs_of
 from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
@@ -46,6 +48,7 @@ class Controller:
         name: the experiment's. trials: the store's. design: who gets what. metrics: what is compared.
         rollout: the stages; None: a fixed split. aliases: moves those of the registry; None where no variant has one.
         hold: whether a sample ratio that is off pauses the experiment; else everybody gets control.
+        sample: whom judges look at; nobody else counts for their metrics.
     """
 
     def __init__(
@@ -58,10 +61,12 @@ class Controller:
         rollout: Rollout | None,
         aliases: Aliases | None,
         hold: bool = True,
+        sample: Sample | None = None,
     ) -> None:
         self.name = name
         self._trials, self._design, self._metrics, self._alpha = trials, design, tuple(metrics), alpha
         self._rollout, self._aliases, self._hold = rollout, aliases, hold
+        self._sample = sample or Sample("", {})
         self._sources: dict[str | None, list[Metric]] = defaultdict(list)
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
@@ -139,6 +144,8 @@ class Controller:
         """Whether there was anything new."""
         place, after = source or "", self._read.get(source or "", 0)
         first = after
+        judged = source in self._sample.shares
+        ends = spent_at(place, self._trials.decisions(self.name)) if judged else inf
         while units := self._trials.matured(self.name, source, after):
             for unit in units:
                 exposure = self._exposure(unit)
@@ -146,7 +153,10 @@ class Controller:
                     evidence.exposed(exposure)
                     if unit.mixed:
                         evidence.crossed()
-                for metric in () if unit.mixed else metrics:
+                left_out = unit.mixed or (
+                    judged and not (unit.at < ends and self._sample.takes(source or "", unit.unit))
+                )
+                for metric in () if left_out else metrics:
                     value = value_of(metric, unit)
                     if value is not None or metric.name != LATENCY:
                         evidence.matured(metric.name, exposure, value)

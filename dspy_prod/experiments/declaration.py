@@ -31,6 +31,7 @@ class Declaration:
         unit: `"user"`, `"session"` or `"tenant"`. holdout: share of the units that no experiment may use.
         overrides: arms of units that are not left to chance. elsewhere: whether `assign=` decides.
         alpha: how probable a wrong decision may be.
+        judged: share of the units that a judge looks at, by metric.
         serves: the variant that everybody gets once it is decided; None while units are assigned.
         dropped: candidates that were found worse than control while others go on: their units get control.
     """
@@ -45,6 +46,7 @@ class Declaration:
     overrides: Mapping[str, str] = field(default_factory=dict)
     elsewhere: bool = False
     alpha: float = 0.05
+    judged: Mapping[str, float] = field(default_factory=dict)
     pinned: Mapping[str, str] = field(default_factory=dict)
     serves: str | None = None
     dropped: Sequence[str] = ()

@@ -21,6 +21,8 @@ from dspy_prod.experiments.controller import Controller
 from dspy_prod.experiments.declaration import BUILT_IN, Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.exposing import Exposing
+from dspy_prod.experiments.judging import Judge, Judges, checked_judges
+from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.scorecard import Scorecard, scorecard
 from dspy_prod.experiments.shadow import Shadow, refuse_side_effects
 from dspy_prod.experiments.standing import REFRESH, Standing
@@ -48,6 +50,8 @@ class _Works:
     standing: Standing
     controller: Controller
     shadow: Shadow | None
+    judges: Judges | None
+    sample: Sample
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Works:
         return self
@@ -68,6 +72,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             programs, or LMs. Control is the one of that name, else the first.
         metrics: what they are compared by, beside the guardrails that calls tell by themselves: `error_rate`,
             `fallback_rate`, `cost` and `latency`, of which one of the same name takes the place.
+        judges: by metric, who scores a sample of the answers for it, see `Judge`.
         guardrails: those; `()` for none.
         rollout: stages in which candidates get more and more of the traffic. Without one the experiment runs at once,
             by `weights`.
@@ -112,6 +117,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
         metrics: Sequence[Metric] = (),
         *,
         guardrails: Sequence[Metric] | None = None,
+        judges: Mapping[str, Judge] | None = None,
         rollout: Rollout | None = None,
         unit: Unit = "user",
         weights: Mapping[str, float] | None = None,
@@ -136,6 +142,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             raise ConfigError(f"{where}: on_sample_ratio={on_sample_ratio!r}: use 'hold' or 'rollback'")
         self.name = name
         self.metrics = _measured(where, metrics, guardrails)
+        judging = checked_judges(where, judges, self.metrics)
         self._unit: Unit = unit
         opened = open_store(store or default_store_url(), default_namespace(namespace))
         trials = opened.trials
@@ -148,6 +155,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             found, self.metrics, unit=unit, weights=_weighed(where, names, weights),
             rollout=None if rollout is None else rollout.model_dump(mode="json"), holdout=holdout,
             overrides=dict(overrides or {}), elsewhere=assign is not None, alpha=alpha,
+            judged={metric: each.share for metric, each in judging.items()},
         )  # fmt: skip
         windows = declared.windows(self.metrics)
         if rollout is not None:
@@ -170,10 +178,13 @@ class Experiment(CompiledAsProgram, dspy.Module):
         exposing = Exposing(name, design, trials)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
         aliases = Aliases(name, found, tracking_uri) if any(each.version for each in found) else None
+        sample = Sample.of(stored)
         self._works = _Works(
             opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
-            Controller(name, trials, design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold"),
+            Controller(name, trials, design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold", sample),
             None if rollout is None or not rollout.shadow else Shadow(name, opened, found[1:], rollout),
+            Judges(name, opened, judging, self.metrics, sample) if judging else None,
+            sample,
         )  # fmt: skip
         if rollout is None:
             self._put(words.CREATED, words.RUNNING, "start", "it has no rollout, so it runs at once")
@@ -192,7 +203,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             with turn:
                 return turn.answered(turn.variant.program(*args, **kwargs))
         finally:
-            self._shadow(turn, args, kwargs)
+            self._after(turn, args, kwargs)
 
     async def aforward(self, *args: Any, **kwargs: Any) -> Any:
         """Asynchronous `forward`; called through `await exp.acall(...)`."""
@@ -201,7 +212,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             with turn:
                 return turn.answered(await turn.variant.program.acall(*args, **kwargs))
         finally:
-            self._shadow(turn, args, kwargs)
+            self._after(turn, args, kwargs)
 
     def assign(self, unit: str) -> str:
         """The variant of a unit, as it is now. It counts as no exposure."""
@@ -228,9 +239,11 @@ class Experiment(CompiledAsProgram, dspy.Module):
         place = Place(self.name, got.variant, self.stage, unit, got.propensity)
         return Turn(self.variants[got.variant], place, self._works.trials if got.random else None, outer)
 
-    def _shadow(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """In a shadow stage, have the candidates asked once more, unseen."""
-        shadow = self._works.shadow
+    def _after(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have an answer judged, perhaps; and in a shadow stage, have the candidates asked once more, unseen."""
+        shadow, judges, counted = self._works.shadow, self._works.judges, turn.counted
+        if judges is not None and counted is not None and not turn.failed:
+            judges.offer(*counted, args, kwargs, turn.prediction)
         if shadow is not None and turn.shadowed:
             shadow.offer(args, kwargs, turn.outcome, current())
 
@@ -252,15 +265,13 @@ class Experiment(CompiledAsProgram, dspy.Module):
         Raises:
             ConfigError: there is no such metric, calls tell it, or it cannot have this value.
         """
-        known = {metric.name: metric for metric in self.metrics if source_of(metric) is not None}
+        judged = self._works.sample.shares
+        known = {each.name: each for each in self.metrics if source_of(each) is not None and each.name not in judged}
         checked = {}
         for metric, value in values.items():
             if metric not in known:
-                own = (
-                    ", which calls tell by themselves: leave it out or give it another name"
-                    if metric in BUILT_IN
-                    else ""
-                )
+                own = ", which calls tell by themselves: leave it out or give it another name"
+                own = own if metric in BUILT_IN else ", for its judge tells it" if metric in judged else ""
                 raise ConfigError(
                     f"Experiment({self.name!r}).record: {metric!r} is no metric of it{own}; it has "
                     f"{', '.join(known) or 'none'}"
