@@ -14,7 +14,7 @@ _STYLE: Final = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem; line-height: 1.2; overflow-wrap: anywhere }
 section { overflow-x: auto; margin: 0 0 1.5rem }
-table { font-size: .9rem }
+table { font-size: .9em }
 td:first-child { overflow-wrap: anywhere; min-width: 8rem }
 @media print {
   :root { color-scheme: light }
