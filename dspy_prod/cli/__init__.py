@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     costs.add_argument(
         "--since", metavar="WHEN", help="7d, 2w, today or a date; whole days (UTC), by day unless --by says otherwise"
     )
+    costs.add_argument(
+        "--html", metavar="FILE", help="write a report with charts (30 days; by model, version, user, ..., or --by)"
+    )
     calls = commands.add_parser("calls", help="the newest records of the ledger")
     _where(calls)
     calls.add_argument("--limit", type=int, help="how many (default 20; with --trace all)")

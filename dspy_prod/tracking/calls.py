@@ -46,7 +46,7 @@ class LeanNode:
         live: a span of MLflow's own stands here; only attempts are added beneath it.
         place: of a root, the experiment and the run of MLflow's into which the code around it puts traces.
         callers: the modules that it is within, the outermost first. program: the one whose call is traced here or
-            above. version: which published version that is, as far as known.
+            above. subject: what that one runs at the time of the call, where it may be replaced.
     """
 
     courier: Shipper
@@ -61,7 +61,7 @@ class LeanNode:
     place: tuple[str | None, str | None] = (None, None)
     callers: Sequence[Any] | None = None
     program: Any = None
-    version: str | None = None
+    subject: Any = None
     outputs: Any = None
     attributes: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None

@@ -15,7 +15,7 @@ import dspy
 
 from dspy_prod.compat.dspy import thread_local_overrides
 from dspy_prod.compat.mlflow import place_here
-from dspy_prod.context.current import SETTING, current, mark_of, stamped
+from dspy_prod.context.current import SETTING, current
 from dspy_prod.telemetry.tap import NOTHING, Nothing
 from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.courier import Courier
@@ -55,22 +55,22 @@ class Recorder:
         outer = context.node
         if isinstance(outer, Nothing):  # the trace was turned away as a whole
             return outer
+        callers = thread_local_overrides.get().get("caller_modules")
         live = active_span()
         if live is not None:
             if not self.courier.has_room():
                 return NOTHING
             self.courier.expect(live.trace_id)
             trace_id, its = live.trace_id.removeprefix("tr-"), live.span_id
-            return LeanNode(self.courier, name, kind, None, context, trace_id, its, live.parent_id, live=True)
-        callers = thread_local_overrides.get().get("caller_modules")
-        program, version = None, None
-        if kind == PROGRAM:
-            program = callers[-1] if callers else None
-            version = mark_of(getattr(program, "program", None))
-        else:
-            context = stamped(context)
+            ids = trace_id, its, live.parent_id
+            return LeanNode(self.courier, name, kind, None, context, *ids, live=True, callers=callers)
+        program = subject = None
+        if kind == LM:
             if isinstance(outer, LeanNode):
                 program = outer.program
+        elif callers:
+            program = callers[-1]
+            subject = getattr(program, "program", None)
         digits = os.urandom(24).hex()
         trace_id, parent_id = digits[:32], None
         place: tuple[str | None, str | None] = (None, None)
@@ -83,7 +83,7 @@ class Recorder:
         kept = {given: _copied(value) for given, value in inputs.items()}
         return LeanNode(
             self.courier, name, kind, kept, context, trace_id, digits[32:], parent_id,
-            place=place, callers=callers, program=program, version=version,
+            place=place, callers=callers, program=program, subject=subject,
         )  # fmt: skip
 
 

@@ -165,7 +165,7 @@ class Traces:
             trace.whose = {**known(node), **whose(node.context)}
         attributes = self.content.attributes(attributes)
         node.inputs = node.outputs = node.error = None  # an error's traceback would keep the prompt for long
-        node.callers = node.program = None
+        node.callers = node.program = node.subject = None
         if node.parent_id is None and node.kind == "CHAT_MODEL":
             inputs, outputs = chat(inputs, outputs)
         attributes[INPUTS], attributes[OUTPUTS] = inputs, outputs
@@ -194,7 +194,7 @@ class Traces:
         if node.kind != "CHAT_MODEL" or node.error is not None:  # of a model that failed, the program may have got over
             outputs = None if plain else self._rendered(lambda: self.content.shown(node.outputs))
             self._note(trace, node.attributes, node.error, self._error(node.error), _filled(outputs))
-        node.inputs = node.outputs = node.error = node.callers = node.program = None
+        node.inputs = node.outputs = node.error = node.callers = node.program = node.subject = None
 
     def _note(self, trace: Trace, told: Mapping[str, Any], failure: Any, error: str | None, outputs: Any) -> None:
         """Note how a trace ended, as its tags and MLflow's list tell it."""
