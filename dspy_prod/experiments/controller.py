@@ -242,12 +242,18 @@ class Controller:
         return changed
 
     def _emit(self, what: str, reason: str, trial: Trial, serves: str | None) -> None:
-        """Tell listeners. What moves traffic, or waits for a person, is an event of its own."""
-        if BUS.active:
+        """Tell listeners."""
+        if not BUS.active:
+            return
+        at, stage = time.time(), trial.stage
+        if what in ("stage", "promote"):
             BUS.emit(
-                f"experiment_{what}", time.time(), experiment=self.name, reason=reason, stage=trial.stage,
-                variant=serves,
-            )  # fmt: skip
+                "experiment_moved", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
+            )
+        else:
+            BUS.emit(
+                "experiment_alarm", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
+            )
 
     def _next_stage(self, trial: Trial, dropped: Sequence[str]) -> int | None:
         """The stage that follows, once this one has had its time and its units."""

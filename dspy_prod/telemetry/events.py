@@ -43,7 +43,7 @@ _CALL: Final = f"{_WHOSE} model"
 _TOKENS: Final = "input_tokens output_tokens cached_tokens reasoning_tokens"
 _ATTEMPT: Final = f"{_CALL} route attempt outcome cost_usd estimated cached latency error status record_id {_TOKENS}"
 _BREAKER: Final = "route cause retry_after generation"
-_EXPERIMENT: Final = "experiment reason stage variant"
+_EXPERIMENT: Final = "experiment what reason stage variant"
 _FOLLOW: Final = "program reference version error"
 
 EVENTS: Final[Mapping[str, Kind]] = {
@@ -74,14 +74,10 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "operation_dropped": _kind(WARNING, "path kind error dropped", "The ledger lacks a record. See `error`."),
     "promotion": _kind(INFO, "program action alias from_version to_version by", "An alias was moved."),
     "program_changed": _kind(INFO, "program reference version previous", "A program runs another version from now on."),
-    "experiment_stage": _kind(INFO, _EXPERIMENT, "A candidate gets more of the traffic from now on."),
-    "experiment_promote": _kind(INFO, _EXPERIMENT, "A candidate is better, and everybody gets it."),
-    "experiment_rollback": _kind(
-        WARNING, _EXPERIMENT, "The candidates are worse: everybody gets control. See `reason`."
+    "experiment_moved": _kind(INFO, _EXPERIMENT, "A candidate gets more of the traffic, or all of it, from now on."),
+    "experiment_alarm": _kind(
+        WARNING, _EXPERIMENT, "A candidate was taken back, or a person has to look. See `reason`."
     ),
-    "experiment_drop": _kind(WARNING, _EXPERIMENT, "One of several candidates is worse; its users get control."),
-    "experiment_pause": _kind(WARNING, _EXPERIMENT, "Nobody new gets a candidate. See `reason`, then resume or stop."),
-    "experiment_inconclusive": _kind(WARNING, _EXPERIMENT, "A stage lasts longer than it may, without a result."),
     "registry_stale": _kind(WARNING, f"{_FOLLOW} age", "MLflow is down; the last good copy serves."),
     "signature_refused": _kind(WARNING, f"{_FOLLOW} predictor field", "A version does not fit the code. Roll back."),
     "follow_failed": _kind(WARNING, _FOLLOW, "A promoted version cannot be taken; the one before runs. See `error`."),

@@ -447,6 +447,6 @@ def test_a_stage_that_lasts_too_long_is_told(then: Any, asked: Asked, store: str
     finally:
         remove()
     assert set(states) == {"paused" if then == "pause" else "running"}
-    told = [event for event in events if event.name in ("experiment_pause", "experiment_inconclusive")]
-    assert [event.name for event in told] == [f"experiment_{'pause' if then == 'pause' else 'inconclusive'}"]
+    told = [event for event in events if event.name == "experiment_alarm"]
+    assert [event.data["what"] for event in told] == ["pause" if then == "pause" else "inconclusive"]
     assert "has lasted" in told[0].data["reason"]
