@@ -76,7 +76,7 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "program_changed": _kind(INFO, "program reference version previous", "A program runs another version from now on."),
     "experiment_moved": _kind(INFO, _EXPERIMENT, "A candidate gets more of the traffic, or all of it, from now on."),
     "experiment_alarm": _kind(
-        WARNING, _EXPERIMENT, "A candidate was taken back, or a person has to look. See `reason`."
+        WARNING, _EXPERIMENT, "A candidate is taken back, or somebody has to look. See `reason`."
     ),
     "registry_stale": _kind(WARNING, f"{_FOLLOW} age", "MLflow is down; the last good copy serves."),
     "signature_refused": _kind(WARNING, f"{_FOLLOW} predictor field", "A version does not fit the code. Roll back."),
