@@ -22,9 +22,12 @@ from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
+from dspy_prod.experiments.feedback import Feedback
 from dspy_prod.experiments.pairs import Pairs
 from dspy_prod.experiments.sample import Sample, spent_at
 from dspy_prod.experiments.shadow import SUFFIX, pairs_of
+from dspy_prod.experiments.spread import Spread
+from dspy_prod.experiments.variants_in_mlflow import VariantsInMlflow
 from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.stores import trials as words
@@ -49,6 +52,7 @@ class Controller:
         rollout: the stages; None: a fixed split. aliases: moves those of the registry; None where no variant has one.
         hold: whether a sample ratio that is off pauses the experiment; else everybody gets control.
         sample: whom judges look at; nobody else counts for their metrics.
+        tracking_uri: the MLflow whose feedback counts while tracking is off; None: none does, then.
     """
 
     def __init__(
@@ -62,11 +66,15 @@ class Controller:
         aliases: Aliases | None,
         hold: bool = True,
         sample: Sample | None = None,
+        tracking_uri: str | None = None,
     ) -> None:
         self.name = name
         self._trials, self._design, self._metrics, self._alpha = trials, design, tuple(metrics), alpha
         self._rollout, self._aliases, self._hold = rollout, aliases, hold
         self._sample = sample or Sample("", {})
+        self._in_mlflow = VariantsInMlflow(name, trials, design.variants)
+        self._feedback = Feedback(name, trials, self._metrics, self._sample.shares, tracking_uri)
+        self._spread = Spread()
         self._sources: dict[str | None, list[Metric]] = defaultdict(list)
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
@@ -95,9 +103,20 @@ class Controller:
                 trial = self._act(trial, decision)
             if trial is not None and self._aliases is not None:
                 self._aliases.follow(trial, self._trials.decisions(self.name))
+            if trial is not None:
+                self._tell(trial, decision)
             return decision
         finally:
             self._trials.release(f"experiment/{self.name}", self._me)
+
+    def _tell(self, trial: Trial, decision: Decision) -> None:
+        """Tell MLflow how it stands, and take in what people say there, for the next look."""
+        if self._evidence is not None:
+            share = None if self._rollout is None else self._rollout.stages[trial.stage]
+            stage = "split" if share is None else share if isinstance(share, str) else f"{100 * share:g} %"
+            self._in_mlflow.look(trial, stage, decision, self._evidence, self._spread)
+        if trial.state in (words.RUNNING, words.PAUSED):
+            self._feedback.look(trial)
 
     def read(self) -> Decision:
         """Take in what has come since, save how far that is, and say what it means."""
@@ -108,7 +127,8 @@ class Controller:
         new |= self._take_in_pairs()
         if new:
             pairs = None if self._pairs is None else self._pairs.state()
-            state = json.dumps({"read": self._read, "evidence": evidence.to_dict(), "pairs": pairs})
+            told = {"read": self._read, "evidence": evidence.to_dict(), "pairs": pairs, "spread": self._spread.state()}
+            state = json.dumps(told)
             if self._trials.save(self.name, state, self._revision):
                 self._revision += 1
             else:  # somebody else has looked meanwhile: what he read is as good
@@ -122,7 +142,7 @@ class Controller:
         revision = 0 if saved is None else saved.revision
         if self._evidence is not None and revision == self._revision:
             return self._evidence
-        self._read, self._revision = {}, revision
+        self._read, self._revision, self._spread = {}, revision, Spread()
         evidence = None
         if self._rollout is not None and self._rollout.shadow:
             self._pairs = Pairs(self._metrics, self._design.variants[1:])
@@ -132,6 +152,7 @@ class Controller:
                 evidence = Evidence.from_dict(state["evidence"])
                 if self._pairs is not None and state["pairs"] is not None:
                     self._pairs.restore(state["pairs"])
+                self._spread = Spread.restored(state.get("spread", {}))
                 self._read = state["read"]
             except ValueError as error:  # of another release: what is stored is read again from the start
                 _log.warning("The experiment %s is read anew: %s", self.name, error)
@@ -154,9 +175,10 @@ class Controller:
                     evidence.exposed(exposure)
                     if unit.mixed:
                         evidence.crossed()
-                left_out = unit.mixed or (
-                    judged and not (unit.at < ends and self._sample.takes(source or "", unit.unit))
-                )
+                drawn = not judged or (unit.at < ends and self._sample.takes(place, unit.unit))
+                left_out = unit.mixed or not drawn
+                if source is None and not left_out and unit.calls.timed:
+                    self._spread.see(unit.arm, unit.calls.latency / unit.calls.timed)
                 for metric in () if left_out else metrics:
                     value = value_of(metric, unit)
                     if value is not None or metric.name != LATENCY:

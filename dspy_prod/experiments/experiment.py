@@ -26,8 +26,10 @@ from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.scorecard import Scorecard, scorecard
 from dspy_prod.experiments.shadow import Shadow, refuse_side_effects
 from dspy_prod.experiments.standing import REFRESH, Standing
+from dspy_prod.experiments.traced import Traced, assessed, shown_as
 from dspy_prod.experiments.turn import Turn
 from dspy_prod.experiments.variants import resolved
+from dspy_prod.experiments.variants_in_mlflow import tracked
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric, guardrails
 from dspy_prod.privacy.redactor import claimed
@@ -35,6 +37,7 @@ from dspy_prod.stores import trials as words
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
 from dspy_prod.stores.trials import Outcome, Trial, Trials
+from dspy_prod.tracking.variant_runs import variant_runs
 
 Unit = Literal["user", "session", "tenant"]
 
@@ -52,6 +55,7 @@ class _Works:
     shadow: Shadow | None
     judges: Judges | None
     sample: Sample
+    traced: Traced
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Works:
         return self
@@ -179,12 +183,15 @@ class Experiment(CompiledAsProgram, dspy.Module):
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
         aliases = Aliases(name, found, tracking_uri) if any(each.version for each in found) else None
         sample = Sample.of(stored)
+        variant_runs(name, stored.salt, names)
+        traced = Traced(name, opened)
         self._works = _Works(
             opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
-            Controller(name, trials, design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold", sample),
+            Controller(name, trials, design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold", sample,
+                       tracking_uri),
             None if rollout is None or not rollout.shadow else Shadow(name, opened, found[1:], rollout),
-            Judges(name, opened, judging, self.metrics, sample) if judging else None,
-            sample,
+            Judges(name, opened, judging, self.metrics, sample, assessed) if judging else None,
+            sample, traced,
         )  # fmt: skip
         if rollout is None:
             self._put(words.CREATED, words.RUNNING, "start", "it has no rollout, so it runs at once")
@@ -242,6 +249,8 @@ class Experiment(CompiledAsProgram, dspy.Module):
     def _after(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have an answer judged, perhaps; and in a shadow stage, have the candidates asked once more, unseen."""
         shadow, judges, counted = self._works.shadow, self._works.judges, turn.counted
+        if counted is not None and counted[2] is not None:
+            self._works.traced.see(counted[2], counted[0])
         if judges is not None and counted is not None and not turn.failed:
             judges.offer(*counted, args, kwargs, turn.prediction)
         if shadow is not None and turn.shadowed:
@@ -253,18 +262,54 @@ class Experiment(CompiledAsProgram, dspy.Module):
         return self._works.standing.serves
 
     # -- what becomes of units -----------------------------------------------------------------------------------------
-    def record(self, unit: str, *, at: float | None = None, id: str | None = None, **values: float) -> None:
-        """Tell what became of a unit: now, or as long after as the metric's window is. Never waits for the store.
+    def record(
+        self,
+        unit: str | None = None,
+        *,
+        trace: str | None = None,
+        at: float | None = None,
+        id: str | None = None,
+        **values: float,
+    ) -> None:
+        """Tell what became of a unit, or of one call of it: now, or as long after as the metric's window is.
+
+        Of a unit it never waits for the store. Of a trace it reads the ledger, unless the call was made here lately;
+        and while tracking is on, the trace shows it in MLflow as feedback: a boolean, or an `int` of a score between 0
+        and 1, as right or wrong, else a number.
 
         Args:
-            unit: as in `call_context`. at: when, in seconds since the epoch; default: now.
+            unit: as in `call_context`. trace: or the id of the trace of a call of it, as `call_report` and MLflow
+                have it; each trace of a unit is a value of its own.
+            at: when, in seconds since the epoch; default: now.
             id: what it is the value of, as an answer's; said again under the same id it is a correction. Values of
-                several ids are averaged. None: of the unit as a whole.
+                several ids are averaged. None: the trace, else the unit as a whole.
             values: by metric.
 
         Raises:
-            ConfigError: there is no such metric, calls tell it, or it cannot have this value.
+            ConfigError: there is no such metric, calls or a judge tell it, or it cannot have this value; both a unit
+                and a trace are named, or none; the ledger has no call of this experiment with that trace.
+            StoreUnavailableError: the ledger cannot be read.
+
+        Example:
+            ```python
+            report = dspy_prod.call_report(exp(message="I was charged twice."))
+            exp.record(trace=report.trace_id, resolved=True)
+            ```
         """
+        if (unit is None) == (trace is None):
+            raise ConfigError(f"Experiment({self.name!r}).record: say whose values they are, by a unit or by trace=")
+        checked = self._checked(values)
+        if trace is not None:
+            unit, id = self._works.traced.unit_of(trace, self._unit), id or trace
+        assert unit is not None
+        whose = claimed(unit) if trace is None else unit
+        moment = self._works.trials.now() if at is None else at
+        for metric, value in checked.items():
+            self._works.trials.outcome(Outcome(self.name, whose, metric, value, moment, id))
+            if trace is not None:
+                assessed(trace, metric, shown_as(values[metric], value), "code", None)
+
+    def _checked(self, values: Mapping[str, float]) -> dict[str, float]:
         judged = self._works.sample.shares
         known = {each.name: each for each in self.metrics if source_of(each) is not None and each.name not in judged}
         checked = {}
@@ -280,9 +325,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
                 checked[metric] = known[metric].checked(value)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"Experiment({self.name!r}).record: {metric}={value!r}: {error}") from None
-        moment = self._works.trials.now() if at is None else at
-        for metric, value in checked.items():
-            self._works.trials.outcome(Outcome(self.name, claimed(unit), metric, value, moment, id))
+        return checked
 
     # -- the rollout ---------------------------------------------------------------------------------------------------
     @property
@@ -344,6 +387,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
         return scorecard(
             trial, self.stage, decision, self._works.trials.counts(self.name), self._works.trials.tally(self.name),
             tuple(self.variants), declaration.serves, declaration.dropped,
+            tracked(self._works.trials.decisions(self.name)),
         )  # fmt: skip
 
     def _put(self, before: str, after: str, what: str, reason: str) -> Trial | None:

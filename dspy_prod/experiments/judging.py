@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import dspy
 
@@ -27,6 +27,7 @@ from dspy_prod.context.current import EMPTY, call_context, use
 from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError, StoreUnavailableError
 from dspy_prod.experiments.declaration import BUILT_IN
 from dspy_prod.experiments.sample import SPENT, Sample
+from dspy_prod.experiments.traced import shown_as
 from dspy_prod.options.metrics import Metric
 from dspy_prod.policies.run import Run
 from dspy_prod.privacy.outward import outward
@@ -143,7 +144,7 @@ class Judges:
 
     Args:
         experiment: its name. store: where scores and budgets are kept. judges: by metric. metrics: the experiment's.
-        sample: whom they look at. assessed: told of each score, with trace, metric, value and the judge's name.
+        sample: whom they look at. assessed: told of each score, see `traced.assessed`.
 
     Attributes:
         left_out: answers that found the queue full.
@@ -154,7 +155,7 @@ class Judges:
 
     def __init__(
         self, experiment: str, store: Store, judges: Mapping[str, Judge], metrics: Sequence[Metric], sample: Sample,
-        assessed: Callable[[str, str, float, str], None] = lambda *_: None,
+        assessed: Callable[[str, str, float, Literal["code", "llm_judge"], str | None], None] = lambda *_: None,
     ) -> None:  # fmt: skip
         self._name, self._trials, self._judges, self._sample = experiment, store.trials, dict(judges), sample
         self._metrics = {metric.name: metric for metric in metrics}
@@ -269,7 +270,7 @@ class Judges:
             return
         self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, uuid.uuid4().hex))
         if answer.trace is not None:
-            self._assessed(answer.trace, name, value, judge.name)
+            self._assessed(answer.trace, name, shown_as(score, value), "llm_judge", judge.name)
 
     def _end(self, name: str) -> None:
         """Nobody is drawn from now on; the audit says since when."""

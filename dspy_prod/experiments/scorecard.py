@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dspy_prod.experiments.decisions import CandidateDecision, Decision, MetricEvidence, Verdict
+from dspy_prod.experiments.variants_in_mlflow import address
 from dspy_prod.stores.trials import Arm, Tally, Trial
 
 
@@ -25,6 +26,9 @@ class Scorecard:
         crossed: users who were seen in two variants within one stage; they count for nothing.
         late, stray: outcomes after their window, and of users who were never exposed.
         serves: the variant that everybody gets, once it is decided or stopped.
+        url: MLflow's page that compares the winner, else the first candidate, with control: of what their traces say,
+            of costs and latencies. None while tracking has told of none. Where MLflow is a database, it is the page of
+            an `mlflow server` on this machine.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Scorecard:
     late: int = 0
     stray: int = 0
     serves: str | None = None
+    url: str | None = None
 
     @property
     def metrics(self) -> tuple[MetricEvidence, ...]:
@@ -55,13 +60,14 @@ class Scorecard:
 
 def scorecard(
     trial: Trial, stage: str, decision: Decision, counts: Sequence[Arm], tally: Tally, variants: Sequence[str],
-    serves: str | None, dropped: Sequence[str],
+    serves: str | None, dropped: Sequence[str], tracked: Mapping[str, Any] | None = None,
 ) -> Scorecard:  # fmt: skip
     """Put together what is known.
 
     Args:
         trial: as the store has it. stage: in words. decision: of the look. counts, tally: of its units.
         variants: control first. serves, dropped: as in the declaration.
+        tracked: where MLflow has them, see `variants_in_mlflow.tracked`.
     """
     users = dict.fromkeys(variants, 0)
     for arm in counts:
@@ -72,5 +78,5 @@ def scorecard(
         name=trial.name, state=trial.state, stage=stage, since=trial.since, decision=decision.verdict,
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
         hurt=sum(users[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
-        serves=serves,
+        serves=serves, url=address(tracked, variants, decision.winner or serves),
     )  # fmt: skip

@@ -212,6 +212,9 @@ class Courier:
         """Put what is to be written into the outbox, messages after the traces that they may be about."""
         now = time.monotonic()
         self.delivery.outbox += self.traces.ready(now, **how)
+        for message in self.traces.links.taken():
+            if self.messages.admits():
+                self.messages.told(message)
         self.delivery.outbox += self.messages.ready(now, self.traces.number, how.get("at_once", False))
 
     @property

@@ -39,6 +39,7 @@ from dspy_prod.tracking.spans import (
     trace_attributes,
     whose,
 )
+from dspy_prod.tracking.variant_runs import Links
 
 _log = logging.getLogger("dspy_prod")
 
@@ -60,6 +61,7 @@ class Traces:
     Attributes:
         sampled_out: traces that were left out so far.
         last_batch: number of the newest batch.
+        links: of the traces in batches to the runs of variants.
     """
 
     def __init__(self, content: Content, sampler: Sampler, bridged: bool = False) -> None:
@@ -79,6 +81,7 @@ class Traces:
         self._shipped: OrderedDict[str, Trace | None] = OrderedDict()  # None: left out
         self._ended: list[Trace] = []
         self._since = 0.0
+        self.links = Links()
 
     @property
     def pending(self) -> bool:
@@ -99,6 +102,9 @@ class Traces:
         if not self._ended or not (at_once or len(self._ended) >= BATCH or now - self._since >= LINGER):
             return []
         ended, self._ended = self._ended, []
+        for trace in ended:
+            if trace.places and trace.id is not None:
+                self.links.add(trace.id, trace.places)
         return [batch_of(self.number(), ended[start : start + BATCH]) for start in range(0, len(ended), BATCH)]
 
     def number(self) -> int:
@@ -128,6 +134,7 @@ class Traces:
         trace.whose.update(whose(record))
         trace.answer = trace.answer.after(record)
         trace.sample = node.context.sample
+        self._belongs(trace, node)
         if node.trace_id in self._shipped:  # it had ended before
             self._total(trace)
             self._queue(trace)
@@ -153,6 +160,7 @@ class Traces:
         outputs = self._rendered(lambda: self.content.shown(node.outputs))
         if told.get("status") == "fallback":
             outputs = _filled(outputs)
+        self._belongs(trace, node)
         if node.parent_id is None:
             trace.sample = node.context.sample
             trace.place, run = node.place
@@ -189,12 +197,19 @@ class Traces:
         trace = self._open.get(node.trace_id) if plain else self._trace(node.trace_id)
         if trace is None:
             return
+        self._belongs(trace, node)
         if not trace.whose:
             trace.whose = {**known(node), **whose(node.context)}
         if node.kind != "CHAT_MODEL" or node.error is not None:  # of a model that failed, the program may have got over
             outputs = None if plain else self._rendered(lambda: self.content.shown(node.outputs))
             self._note(trace, node.attributes, node.error, self._error(node.error), _filled(outputs))
         node.inputs = node.outputs = node.error = node.callers = node.program = node.subject = None
+
+    def _belongs(self, trace: Trace, node: LeanNode) -> None:
+        """Note in which experiments a call was."""
+        for place in node.context.assignments:
+            trace.id = f"tr-{node.trace_id}"
+            trace.places.setdefault(place, False)
 
     def _note(self, trace: Trace, told: Mapping[str, Any], failure: Any, error: str | None, outputs: Any) -> None:
         """Note how a trace ended, as its tags and MLflow's list tell it."""

@@ -39,7 +39,7 @@ def variant_runs(experiment: str, salt: str, variants: Iterable[str]) -> dict[st
 
 def run_of(place: Assignment) -> VariantRun | None:
     """The run that a call with this place belongs to; None if it counts for nothing."""
-    if place.propensity is None or place.variant is None:
+    if place.propensity is None or place.propensity >= 1.0 or place.variant is None:
         return None
     return _KNOWN.get((place.experiment, place.variant))
 
