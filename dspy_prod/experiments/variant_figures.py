@@ -40,7 +40,8 @@ def figures(
         variant: its name. decision: what the evidence says. evidence: all of it. spread: of seconds.
         users: exposed, by variant.
     """
-    found: dict[str, float | None] = {"users": users[variant]}
+    found: dict[str, float | None] = {"users": users[variant]}  # in the order of the columns of MLflow's table
+    compared: dict[str, float | None] = {}
     for metric in evidence.metrics:
         mean, name = evidence.mean(metric.name, variant), _OTHER.sub("_", metric.name)
         if metric.name == "cost":
@@ -51,7 +52,8 @@ def figures(
             found[name] = mean
         its = _about(decision, variant, metric.name)
         if its is not None:
-            found.update({f"{name}/{key}": value for key, value in _compared(its).items()})
+            compared.update({f"{name}/{key}": value for key, value in _compared(its).items()})
+    found.update(sorted(compared.items(), key=lambda each: "/e_" in each[0]))
     return {name: None if value is None else round(value, _DIGITS) for name, value in found.items()}
 
 

@@ -16,7 +16,7 @@ SALT: Final = 8
 
 
 class VariantRun(NamedTuple):
-    """The run of a variant: by which key it is found again, and as MLflow shows it."""
+    """The run of a variant: by which key it is found again, and its name, which MLflow's tables cut off at its end."""
 
     key: str
     name: str
@@ -32,7 +32,7 @@ def variant_runs(experiment: str, salt: str, variants: Iterable[str]) -> dict[st
         experiment: its name. salt: tells it from an earlier one of that name.
     """
     scope = f"experiment/{experiment}/{salt[:SALT]}"
-    found = {each: VariantRun(f"{scope}/{each}".replace("'", "’"), f"{experiment}/{each}") for each in variants}
+    found = {each: VariantRun(f"{scope}/{each}".replace("'", "’"), f"{each} ({experiment})") for each in variants}
     _KNOWN.update({(experiment, variant): run for variant, run in found.items()})
     return found
 
