@@ -12,6 +12,7 @@ from typing import Protocol
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.programs import ProgramCalls
 from dspy_prod.stores.runs import Runs
 from dspy_prod.stores.vocabulary import (
     GRANTED,
@@ -41,6 +42,7 @@ __all__ = [
     "CachedAnswer",
     "Ledger",
     "LimiterSnapshot",
+    "ProgramCalls",
     "Refusal",
     "Reservation",
     "Runs",
@@ -240,6 +242,9 @@ class Store(Admission, Ledger, Answers, Protocol):
 
     @property
     def runs(self) -> Runs: ...
+
+    @property
+    def programs(self) -> ProgramCalls: ...
 
     def now(self) -> float:
         """The store's time in seconds; reservations and snapshots are expressed in it."""
