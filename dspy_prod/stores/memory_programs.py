@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from itertools import islice
 from operator import itemgetter
 from typing import Final
 
 from dspy_prod.records import OTHER
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
-from dspy_prod.stores.programs import ProgramCall, ProgramSums, ProgramTotals, check_compared, program_keys
+from dspy_prod.stores.programs import ProgramCall, ProgramSums, ProgramTotals, check_compared, program_keys, together
 
 _NEW: Final = 64
 """Calls that are added up at once: few enough that nobody does the work of many."""
@@ -49,16 +48,16 @@ class MemoryPrograms:
         with self._lock:
             self._take()
             calls = list(self._calls)
+        for name, value in equals.items():
+            index = ProgramCall._fields.index(name)
+            calls = [call for call in calls if call[index] == value]
+        if since is not None:
+            calls = [call for call in calls if call.started_at >= since]
+        if until is not None:
+            calls = [call for call in calls if call.started_at < until]
         calls.sort(key=_BEGAN)  # they came as they ended; nearly in order, which is quick
-        wanted = [(ProgramCall._fields.index(name), value) for name, value in equals.items()]
-        found = (
-            call
-            for call in reversed(calls)
-            if (since is None or call.started_at >= since)
-            and (until is None or call.started_at < until)
-            and all(call[index] == value for index, value in wanted)
-        )
-        return list(found if limit is None else islice(found, limit))
+        calls.reverse()
+        return calls[:limit]
 
     def sums(
         self,
@@ -81,12 +80,13 @@ class MemoryPrograms:
         return sorted(found)
 
     def _take(self) -> None:
-        for _ in range(len(self._new)):  # others go on adding
-            call = self._new.popleft()
-            self._calls.append(call)
-            values = self._days.setdefault(day_of(call.started_at), {})
-            end, share = (call.status, call.reason or ""), ProgramTotals.of(call)
-            for pair in program_keys(call):
+        calls = [self._new.popleft() for _ in range(len(self._new))]  # others go on adding
+        self._calls.extend(calls)
+        for some in together(calls):
+            first, share = some[0], ProgramTotals.of(*some)
+            values = self._days.setdefault(day_of(first.started_at), {})
+            end = first.status, first.reason or ""
+            for pair in program_keys(first):
                 if pair not in values and len(values) >= MAX_VALUES_PER_DAY:
                     pair = (pair[0], OTHER)
                 ends = values.setdefault(pair, {})

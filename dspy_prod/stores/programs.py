@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from typing import Any, Final, NamedTuple, Protocol
 
 from dspy_prod.records import summed_as, usd, variant_key
@@ -93,13 +94,18 @@ class ProgramTotals(NamedTuple):
     latency_us: int = 0
 
     @classmethod
-    def of(cls, call: ProgramCall) -> ProgramTotals:
-        """One call's share."""
-        cost, listed = call.cost_nano, call.list_nano
+    def of(cls, *calls: ProgramCall) -> ProgramTotals:
+        """What calls add up to."""
         return cls(
-            1, cost or 0, cost is None, listed or 0, listed is None, call.attempts, call.cached,
-            round(call.latency * 1e6),
-        )  # fmt: skip
+            len(calls),
+            sum([call.cost_nano or 0 for call in calls]),
+            sum([call.cost_nano is None for call in calls]),
+            sum([call.list_nano or 0 for call in calls]),
+            sum([call.list_nano is None for call in calls]),
+            sum([call.attempts for call in calls]),
+            sum([call.cached for call in calls]),
+            sum([round(call.latency * 1e6) for call in calls]),
+        )
 
     def plus(self, other: ProgramTotals) -> ProgramTotals:
         """The sum of both."""
@@ -128,6 +134,22 @@ def program_keys(call: ProgramCall) -> list[tuple[str, str]]:
     tags = ((f"tag:{name}", value) for name, value in call.tags)
     pairs = [*[(name, value) for name, value in values if value is not None], *tags]
     return [("all", ""), *[(name, summed_as(value)) for name, value in pairs]]
+
+
+_alike: Final = itemgetter(
+    *map(
+        ProgramCall._fields.index,
+        ("program", "tenant", "experiment", "variant", "prompt_version", "tags", "status", "reason"),
+    )
+)
+
+
+def together(calls: Iterable[ProgramCall]) -> list[list[ProgramCall]]:
+    """Calls by what they are summed under, for adding up many alike costs little more than adding one."""
+    groups: dict[tuple[Any, ...], list[ProgramCall]] = {}
+    for call in calls:
+        groups.setdefault((call.started_at // 86_400, _alike(call)), []).append(call)
+    return list(groups.values())
 
 
 COMPARED: Final = (

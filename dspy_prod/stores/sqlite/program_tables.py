@@ -8,7 +8,7 @@ from typing import Final
 
 from dspy_prod.records import OTHER
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
-from dspy_prod.stores.programs import ProgramCall, ProgramTotals, program_keys
+from dspy_prod.stores.programs import ProgramCall, ProgramTotals, program_keys, together
 from dspy_prod.stores.sqlite.program_rows import ADD_SUMS, INSERT, call_row
 from dspy_prod.stores.sqlite.rows import clean
 from dspy_prod.stores.sqlite.schema import is_environment
@@ -76,14 +76,14 @@ class ProgramTables:
 
     def _write(self, calls: list[ProgramCall]) -> None:
         sums: dict[_Key, ProgramTotals] = {}
-        for call in calls:
-            share, end = ProgramTotals.of(call), (call.status, call.reason or "")
-            day = day_of(call.started_at)
-            for pair in self._summed_as(day, program_keys(call)):
+        for some in together(calls):
+            first, share = some[0], ProgramTotals.of(*some)
+            end, day = (first.status, first.reason or ""), day_of(first.started_at)
+            for pair in self._summed_as(day, program_keys(first)):
                 key = (day, *pair, *end)
                 sums[key] = sums[key].plus(share) if key in sums else share
         INSERT.run(self._connection, [call_row(self._ns, call) for call in calls])
-        ADD_SUMS.run(self._connection, [(self._ns, *key, *map(int, totals)) for key, totals in sums.items()])
+        ADD_SUMS.run(self._connection, [(self._ns, *key, *totals) for key, totals in sums.items()])
 
     def _summed_as(self, day: str, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
         known = self._known.get(day)
