@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     costs.add_argument(
         "--since", metavar="WHEN", help="7d, 2w, today or a date; whole days (UTC), by day unless --by says otherwise"
     )
+    programs = commands.add_parser("programs", help="how the calls of programs ended: answers, fallbacks, errors")
+    _where(programs)
+    programs.add_argument(
+        "--by", default="program", help="program, tenant, experiment, variant, prompt, day, tag:<key>"
+    )
+    programs.add_argument("--since", metavar="WHEN", help="7d, 2w, today or a date; whole days (UTC)")
     calls = commands.add_parser("calls", help="the newest records of the ledger")
     _where(calls)
     calls.add_argument("--limit", type=int, help="how many (default 20; with --trace all)")
