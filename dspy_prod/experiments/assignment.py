@@ -99,6 +99,8 @@ class Design:
         overrides: Mapping[str, str] | None = None,
         assign: Callable[[str], str] | None = None,
     ) -> None:
+        if not salt:
+            raise ConfigError("salt='' tells no experiment from others; give its name")
         self.variants = tuple(variants)
         _check_variants(self.variants)
         self.weights = (1.0,) * len(self.variants) if weights is None else tuple(weights)
@@ -119,7 +121,7 @@ class Design:
         self._parts = tuple(weight / total for weight in self.weights[1:])
         self._bounds = tuple(accumulate(self._parts))[:-1]
         self._salted = hashlib.sha256(_prefix(salt))
-        self._held_out = hashlib.sha256(_prefix(f"holdout of {program}"))
+        self._held_out = hashlib.sha256(b":" + _prefix(program))  # as no salt begins
         self._propensities = {(stage, 0): self._shared(stage, 0) for stage in range(len(self.shares))}
 
     def propensities(self, stage: int = 0, full: int = 0) -> tuple[float, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -14,49 +13,19 @@ from dspy_prod.stores.trials import (
     DECIDED,
     RUNNING,
     Arm,
-    Call,
     Calls,
     Decision,
-    Exposure,
     Lease,
     Matured,
-    Outcome,
     Tally,
     Trial,
     Values,
 )
 from tests.stores.support import FakeClock
+from tests.stores.trial_support import WINDOWS, call, expose, made, numbers, outcome
 
-WINDOWS: dict[str | None, float] = {None: 100.0, "resolved": 100.0, "at once": 0.0}
 ODD = ["a|b", "a", "b|c", "anonymous", "%61nonymous", "", "a%7Cb", "half \ud800", "nul \0", "ü" * 50, "x y"]
 """Names that make one key, written without care."""
-
-
-def made(store: Store, name: str = "e", windows: dict[str | None, float] = WINDOWS, grace: float = 10.0) -> Trial:
-    return store.trials.create(name, '{"v": 1}', windows, grace)
-
-
-def expose(store: Store, unit: str, arm: str = "control", stage: int = 0, **fields: Any) -> float:
-    """The moment of the exposure."""
-    at = fields.pop("at", None)
-    at = store.trials.now() if at is None else at
-    store.trials.expose(
-        Exposure(fields.pop("trial", "e"), unit, stage, arm, fields.pop("propensity", 0.5), at, **fields)
-    )
-    return float(at)
-
-
-def outcome(store: Store, unit: str, value: float, metric: str = "resolved", id: str | None = None, **f: Any) -> None:
-    store.trials.outcome(Outcome(f.pop("trial", "e"), unit, metric, value, f.pop("at", store.trials.now()), id))
-
-
-def call(store: Store, unit: str, **fields: Any) -> None:
-    at = fields.pop("at", store.trials.now())
-    store.trials.call(Call(fields.pop("trial", "e"), unit, at, **fields))
-
-
-def numbers(found: list[Matured]) -> list[int]:
-    return [each.number for each in found]
 
 
 # -- experiments -------------------------------------------------------------------------------------------------------
