@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import isfinite
 from typing import Final, NamedTuple
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.stores.trials import Arm
 
 MOST_VARIANTS: Final = 8
 """Control and at most seven candidates: with more, each would need too many units before anything is known of it."""
@@ -170,6 +171,21 @@ class Design:
                 return Assignment(self.variants[1 + index], 1.0, stage, full, KEPT)
             return Assignment(self.variants[0], propensities[0], stage, full, HASH)
         return Assignment(self.variants[1 + index], propensities[1 + index], stage, full, HASH)
+
+    def full(self, arms: Iterable[Arm], stage: int, most: int | None) -> int:
+        """The candidates that take no new units in a stage, a bit for each, see `Assignment`.
+
+        Args:
+            arms: what the store has counted (`Trials.counts`).
+            most: units that a candidate may have in this stage (`Rollout.most_users`); None: any number.
+        """
+        if most is None:
+            return 0
+        found = dict.fromkeys(self.variants[1:], 0)
+        for arm in arms:
+            if arm.stage == stage and arm.arm in found:
+                found[arm.arm] += arm.units
+        return sum(1 << index for index, number in enumerate(found.values()) if number >= most)
 
     def _shared(self, stage: int, full: int) -> tuple[float, ...]:
         share = self.shares[stage]

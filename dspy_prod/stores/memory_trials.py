@@ -160,16 +160,17 @@ class MemoryTrials:
             kept = self._kept.get(exposure.trial)
             if kept is None:
                 return
-            number = kept.numbers.get(exposure.unit)
+            number, chance = kept.numbers.get(exposure.unit), exposure.propensity < 1
             if number is None:
-                self._add(kept, exposure, min(exposure.at, now))
+                if chance:
+                    self._add(kept, exposure, min(exposure.at, now))
                 return
             unit, stage = kept.units[number - 1], exposure.stage
             arm, full = (unit.arm, unit.full) if stage == unit.stage else unit.later.get(stage, (None, 0))
-            if arm is None:
+            if arm is None and chance:
                 unit.later[stage] = (exposure.arm, exposure.full)
                 kept.arm(stage, exposure.arm, exposure.full)[0] += 1
-            elif arm != exposure.arm and not unit.mixed:
+            elif arm is not None and arm != exposure.arm and not unit.mixed:
                 unit.mixed = True
                 unit.left_out = number > max(kept.read.values(), default=0)
                 kept.mixed += 1

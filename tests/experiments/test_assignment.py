@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.assignment import Assignment, Design
+from dspy_prod.stores.trials import Arm
 
 MANY = 200_000
 NAMES = ("control", *(f"c{number}" for number in range(7)))
@@ -195,6 +196,21 @@ def test_past_the_cap_newcomers_get_control_and_those_who_were_in_the_candidate_
             assert known == Assignment("c0", 1.0, 0, 1, "kept")
     assert design.propensities(0, 0b11) == (1.0, 0.0, 0.0)
     assert {design.assign(unit, 0, 0b11).variant for unit in before} == {"control"}
+
+
+def test_a_candidate_is_full_once_it_has_had_its_users_in_the_stage() -> None:
+    design = Design("salt", NAMES[:3], shares=(0.1, 0.5))
+    arms = [
+        Arm(0, "c0", 0, 99, 99, 0),
+        Arm(1, "control", 0, 99, 99, 0),
+        Arm(1, "c0", 0, 4, 3, 0),
+        Arm(1, "c0", 2, 1, 1, 0),
+        Arm(1, "c1", 0, 6, 0, 0),
+        Arm(1, "gone", 0, 99, 0, 0),
+    ]
+    assert [design.full(arms, 1, most) for most in (None, 7, 6, 5, 0)] == [0, 0, 0b10, 0b11, 0b11]
+    assert design.full([], 1, 1) == 0
+    assert design.full([], 0, 0) == 0b11
 
 
 def test_an_arm_may_be_decided_elsewhere_with_declared_weights() -> None:

@@ -83,6 +83,16 @@ def test_past_the_cap_who_was_in_the_candidate_stays_wherever_he_comes_and_after
     assert store.trials.tally("e") == (200, 0, 0, 0, 0), "newcomers tell nothing, and may come again in the next stage"
 
 
+def test_a_unit_that_is_overridden_after_it_was_exposed_is_known_to_be_mixed(store: Store) -> None:
+    exposing(store)("u1")
+    got = DESIGN.assign("u1", 1).variant
+    other = "cot" if got == "control" else "control"
+    changed = Exposing("e", Design("e", DESIGN.variants, shares=DESIGN.shares, overrides={"u1": other}), store.trials)
+    changed.move(1)
+    assert changed("u1").variant == other
+    assert store.trials.tally("e") == (1, 1, 0, 0, 0)
+
+
 def test_a_stage_is_taken_up_while_others_are_assigned(store: Store) -> None:
     """No unit gets an arm that neither stage has for it."""
     one, wrong = exposing(store), []

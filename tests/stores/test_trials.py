@@ -198,6 +198,19 @@ def test_a_unit_that_is_mixed_after_it_was_told_is_counted_and_not_left_out(stil
     assert [each.mixed for each in still.trials.matured("e", "resolved")] == [False, True]
 
 
+def test_what_is_not_left_to_chance_takes_nobody_in_and_is_noticed_as_a_second_arm(still: Store) -> None:
+    made(still)
+    expose(still, "staff", "cot", propensity=1.0)
+    for unit in ("u1", "u2"):
+        expose(still, unit)
+    expose(still, "u1", "cot", propensity=1.0)
+    expose(still, "u2", "control", propensity=1.0)
+    expose(still, "u2", "cot", 1, propensity=1.0)
+    assert still.trials.tally("e") == Tally(2, mixed=1)
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 2, 2, 1)]
+    assert [still.trials.seen("e", unit) for unit in ("u1", "u2", "staff")] == ["control", "control", None]
+
+
 def test_names_are_told_apart_whatever_is_in_them(still: Store) -> None:
     for number, name in enumerate(ODD):
         made(still, name, {None: 1.0, name: 0.0})

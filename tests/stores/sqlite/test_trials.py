@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sqlite3
@@ -17,7 +18,7 @@ from dspy_prod.stores.sqlite import posting, trials
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.trial_tables import PARTS, TABLES, advance, read_matured, read_seen
-from dspy_prod.stores.trials import Calls, Decision, Lease, Tally, Values
+from dspy_prod.stores.trials import Call, Calls, Decision, Exposure, Lease, Outcome, Tally, Values
 from tests.stores import trial_support
 from tests.stores.sqlite.test_processes import SERVER, run_processes
 from tests.stores.support import CENT, FakeClock, ask, granted, settlement, until
@@ -240,6 +241,29 @@ def test_who_asks_finds_what_he_posted_however_much_others_post(
         thread.join(60)
     assert missed == []
     assert check_units(sqlite_store) == 900
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Exposure("e", 5, 0, "control", 0.5, 0.0),  # type: ignore[arg-type]
+        Exposure("e", "u", 0, None, 0.5, 0.0),  # type: ignore[arg-type]
+        Exposure("e", "u", 0, "control", 0.5, math.nan),
+        Call("e", "u1", 0.0, list_nano=0.5),  # type: ignore[arg-type]
+        Outcome("e", "u1", "resolved", "good", 0.0),  # type: ignore[arg-type]
+        Outcome("e", "u1", "resolved", 1.0, 0.0, 5),  # type: ignore[arg-type]
+    ],
+)
+def test_what_no_column_can_take_is_told_and_takes_nothing_else_with_it(
+    sqlite_store: SqliteStore, wrong: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    made(sqlite_store)
+    expose(sqlite_store, "u1")
+    sqlite_store.trials._post(wrong)
+    expose(sqlite_store, "u2")
+    assert check_units(sqlite_store) == 2
+    assert "cannot be written" in caplog.text
+    assert not sqlite_store.problems
 
 
 def test_a_full_disk_loses_nothing_and_counts_nothing_twice(path: str) -> None:
