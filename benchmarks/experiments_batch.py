@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dspy_prod.experiments.betting import LARGEST, MULTIPLES, SHARES, THETAS, ArmBet, LinearBet
+from dspy_prod.experiments.betting import LARGEST, MULTIPLES, SHARES, THETAS, ArmBet, LinearBet, ProofBet
 from dspy_prod.experiments.comparing import CAP, CAPPED_BY, FARTHEST, LEAST, SLOWER, TAILED_BY
 from dspy_prod.options.metrics import Metric
 
@@ -127,7 +127,7 @@ class Comparison(Runs):
         success, amounts = metric.role == "success", metric.relative or metric.tail is not None
         self.better = Claim(runs, ArmBet) if success else None
         self.worse = Claim(runs, *((ArmBet, LinearBet) if amounts else (ArmBet,) if success else (LinearBet,)))
-        self.no_worse = Claim(runs, LinearBet) if metric.margin is not None else None
+        self.no_worse = Claim(runs, ProofBet) if metric.margin is not None else None
 
     def unit(self, candidate: Bools, propensity: Any, value: Floats) -> None:
         """The next unit of each run."""

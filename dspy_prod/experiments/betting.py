@@ -138,6 +138,13 @@ class LinearBet(Bet):
             wealths[place] = min(wealths[place] * (1.0 + stake * gain), LARGEST)
 
 
+class ProofBet(LinearBet):
+    """Stakes against harm by a margin, where most often there is none at all: then the natural stake is the best."""
+
+    __slots__ = ()
+    begin = (0.02, 0.25, 0.4, 0.25, 0.05, 0.01, 0.01, 0.005, 0.005)
+
+
 def stakes(natural: float, safe: float) -> Sequence[float]:
     """What is staked, none of it enough to lose everything: `safe` would."""
     most = SHARES[-1] * safe

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-from dspy_prod.experiments.betting import ArmBet, Claim, LinearBet, ratio_gain, spread_gain
+from dspy_prod.experiments.betting import ArmBet, Claim, LinearBet, ProofBet, ratio_gain, spread_gain
 from dspy_prod.experiments.expecting import Expected
 from dspy_prod.options.metrics import Metric
 
@@ -51,7 +51,7 @@ class Comparison:
         success, margin = metric.role == "success", metric.margin is not None
         self.better = Claim(*self._better()) if success else None
         self.worse = Claim(*self._worse())
-        self.no_worse = Claim(LinearBet()) if margin else None
+        self.no_worse = Claim(ProofBet()) if margin else None
         excluding = metric.missing == "exclude"
         self.more_answers = Claim(ArmBet()) if excluding else None
         self.fewer_answers = Claim(ArmBet()) if excluding else None

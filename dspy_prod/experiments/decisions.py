@@ -142,9 +142,7 @@ def about(name: str, metrics: Sequence[Metric], evidence: Sequence[MetricEvidenc
     judged = {metric.name for metric in metrics if metric.judge == "untrusted"}
     lacking = [each.metric for each in found if not each.safe]
     if worse:
-        told = " and ".join(
-            f"{each.metric} (e-value {each.worse:.3g} of {each.worse_at:.3g} needed)" for each in worse
-        )
+        told = " and ".join(f"{each.metric} (e-value {each.worse:.3g} of {each.worse_at:.3g} needed)" for each in worse)
         return CandidateDecision("rollback", f"{name} is worse on {told}", found)
     if void:
         told = " and ".join(each.metric for each in void)
@@ -154,16 +152,12 @@ def about(name: str, metrics: Sequence[Metric], evidence: Sequence[MetricEvidenc
         )
         return CandidateDecision("invalid", reason, found)
     anchored = [each for each in better if each.metric not in judged]
-    told = " and ".join(
-        f"{each.metric} (e-value {each.better:.3g} of {each.better_at:.3g} needed)" for each in better
-    )
+    told = " and ".join(f"{each.metric} (e-value {each.better:.3g} of {each.better_at:.3g} needed)" for each in better)
     if anchored and not lacking:
         return CandidateDecision("promote", f"{name} is better on {told}, and nothing is worse", found)
     waits = [f"not proven no worse by the margin on {', '.join(lacking)}"] if lacking else []
     if better and not anchored:
-        waits.append(
-            "only an untrusted judge says so: record outcomes of users on a sample, or say judge='trusted'"
-        )
+        waits.append("only an untrusted judge says so: record outcomes of users on a sample, or say judge='trusted'")
     first = f"{name} is better on {told}, but " if better else f"{name} is not proven better on any success metric"
     between = "" if better or not waits else ", and "
     return CandidateDecision("keep", first + between + "; ".join(waits), found)
@@ -194,9 +188,7 @@ def decided(ratio: SampleRatio, candidates: Mapping[str, CandidateDecision], alp
         else:
             verdict = "invalid" if verdicts <= {"rollback", "invalid"} else "keep"
         reason = "; ".join(each.reason for each in candidates.values())
-    return Decision(
-        verdict, reason, winner, dict(candidates), ratio.units, ratio.crossed, ratio.e_value, alpha
-    )
+    return Decision(verdict, reason, winner, dict(candidates), ratio.units, ratio.crossed, ratio.e_value, alpha)
 
 
 def _strength(decision: CandidateDecision) -> float:

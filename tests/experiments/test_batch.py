@@ -34,9 +34,11 @@ def test_many_runs_at_once_are_the_same_as_one_by_one(metric: Metric) -> None:
     candidate = rng.random((units, runs)) < shares
     amounts = metric.relative or metric.tail is not None
     values = rng.lognormal(-1, 0.8, (units, runs)) if amounts else (rng.random((units, runs)) < 0.8).astype(float)
-    values = values * np.where(candidate, 1.3, 1.0) if amounts else metric.bounds[0] + 3 * values * (
-        metric.bounds[1] > 1
-    ) + values * (metric.bounds[1] == 1)
+    values = (
+        values * np.where(candidate, 1.3, 1.0)
+        if amounts
+        else metric.bounds[0] + 3 * values * (metric.bounds[1] > 1) + values * (metric.bounds[1] == 1)
+    )
     whole, single = batch.compared(metric, runs), [compared(metric) for _ in range(runs)]
     for place in range(units):
         whole.unit(candidate[place], shares[place], values[place])
