@@ -1,4 +1,4 @@
-"""The comparisons of `dspy_prod.experiments.comparing` for many runs at once: the same formulas on arrays.
+"""The comparisons of `dspy_prod.experiments` for many runs at once: the same formulas on arrays.
 
 A test holds each against the original, unit by unit. Values are never missing here, and have no tenants.
 """
@@ -11,8 +11,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dspy_prod.experiments.amounts import CAP, CAPPED_BY, FARTHEST, LEAST, SLOWER, TAILED_BY
 from dspy_prod.experiments.betting import LARGEST, MULTIPLES, SHARES, THETAS, ArmBet, LinearBet, ProofBet
-from dspy_prod.experiments.comparing import CAP, CAPPED_BY, FARTHEST, LEAST, SLOWER, TAILED_BY
 from dspy_prod.options.metrics import Metric
 
 Floats = NDArray[np.float64]
@@ -156,7 +156,7 @@ class Comparison(Runs):
 
 
 class Scores(Comparison):
-    """`comparing.Scores` of all runs."""
+    """`scores.Scores` of all runs."""
 
     def __init__(self, metric: Metric, runs: int) -> None:
         super().__init__(metric, runs)
@@ -199,7 +199,7 @@ class _Amounts(Comparison):
 
 
 class Ratios(_Amounts):
-    """`comparing.Ratios` of all runs."""
+    """`amounts.Ratios` of all runs."""
 
     def __init__(self, metric: Metric, runs: int) -> None:
         super().__init__(metric, runs)
@@ -235,7 +235,7 @@ class Ratios(_Amounts):
 
 
 class Tails(_Amounts):
-    """`comparing.Tails` of all runs."""
+    """`amounts.Tails` of all runs."""
 
     def __init__(self, metric: Metric, runs: int) -> None:
         super().__init__(metric, runs)
@@ -264,6 +264,6 @@ class Tails(_Amounts):
 
 
 def compared(metric: Metric, runs: int) -> Comparison:
-    """`comparing.compared` for so many runs."""
+    """`kinds.compared` for so many runs."""
     kind = Ratios if metric.relative else Tails if metric.tail is not None else Scores
     return kind(metric, runs)

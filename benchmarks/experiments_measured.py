@@ -13,7 +13,16 @@ from tqdm.auto import tqdm
 
 from benchmarks.experiments_batch import compared
 from benchmarks.experiments_worlds import (
-    Draw, Ended, amounts, drifting, heavy, levels, rate, seconds, simulated, users,
+    Draw,
+    Ended,
+    amounts,
+    drifting,
+    heavy,
+    levels,
+    rate,
+    seconds,
+    simulated,
+    users,
 )  # fmt: skip
 from dspy_prod.experiments.alphas import Alphas, alphas
 from dspy_prod.experiments.planning import units_needed

@@ -60,8 +60,8 @@ class Claim:
         bets: which share the money evenly.
 
     Attributes:
-        peak: the most that it ever had. Proof of the claim at level `alpha` is a peak of `1 / alpha`; money that is lost
-            later does not take it back.
+        peak: the most that it ever had. Proof of the claim at level `alpha` is a peak of `1 / alpha`; money that is
+            lost later does not take it back.
     """
 
     __slots__ = ("bets", "peak")

@@ -110,7 +110,7 @@ class Metric(Options):
                 raise ValueError(f"margin={self.margin:g} accepts losing everything; use a share below 1, e.g. 0.1")
             if not self.relative and self.margin >= reach:
                 raise ValueError(f"margin={self.margin:g} accepts everything: scores differ by {reach:g} at most")
-        if self.missing != "exclude" and not (0 <= self.missing if amounts else low <= self.missing <= high):
+        if self.missing != "exclude" and not (self.missing >= 0 if amounts else low <= self.missing <= high):
             least = 0.0 if amounts else low
             raise ValueError(
                 f"missing={self.missing:g} is no value that the metric can have; say what a unit without an answer "

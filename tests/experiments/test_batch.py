@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import experiments_batch as batch
-from dspy_prod.experiments.comparing import compared
+from dspy_prod.experiments.kinds import compared
 from dspy_prod.options.metrics import Metric, cost, error_rate, latency
 
 METRICS = [
