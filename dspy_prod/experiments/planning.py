@@ -82,7 +82,15 @@ def units_needed(effect: float, variance: float, alpha: float, power: float = 0.
     Example:
         >>> units_needed(0.05, 0.16, 0.025, power=0.5) // 100
         20
+
+    Raises:
+        ConfigError: effect, variance, alpha, power or share is impossible.
     """
+    if not (effect > 0 and variance > 0):
+        raise ConfigError(f"effect={effect!r} and variance={variance!r} must be over 0")
+    for name, value in (("alpha", alpha), ("power", power), ("share", share)):
+        if not 0 < value < 1:
+            raise ConfigError(f"{name}={value!r} must lie between 0 and 1")
     growth = share * (1.0 - share) * effect * effect / (2.0 * variance)
     z = NormalDist().inv_cdf(power)
     root = (z * math.sqrt(2.0) + math.sqrt(2.0 * z * z + 4.0 * (SPREAD - math.log(alpha)))) / 2.0
@@ -127,6 +135,9 @@ def plan(
         raise ConfigError(f"shares={dict(shares)!r} must name {control!r}, be over 0 and sum to 1 at most")
     if not 0 < power < 1:
         raise ConfigError(f"power={power!r} must lie between 0 and 1, such as 0.8")
+    for given in (baseline or {}, effects or {}):
+        if unknown := sorted(set(given) - {metric.name for metric in metrics}):
+            raise ConfigError(f"{unknown[0]!r} is no metric of the plan: {', '.join(each.name for each in metrics)}")
     level = alphas(metrics, len(candidates), alpha)
     rarest = min(candidates, key=lambda name: shares[name])
     pair = shares[control] + shares[rarest]
@@ -155,7 +166,7 @@ def plan(
                 )
     if not any(need.claim == "better" for need in needs):
         warnings.append("no success metric: nothing can be promoted, only rolled back")
-    if metrics and all(metric.judge == "untrusted" for metric in metrics if metric.role == "success"):
+    elif all(metric.judge == "untrusted" for metric in metrics if metric.role == "success"):
         warnings.append("only an untrusted judge measures success: nothing is promoted without outcomes of users")
     awaited = _awaited(metrics, needs)
     return Plan(tuple(needs), max(awaited or needs, key=lambda need: need.days), power, tuple(warnings))

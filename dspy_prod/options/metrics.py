@@ -134,12 +134,12 @@ class Metric(Options):
 
 def error_rate(margin: float = 0.02, **options: Any) -> Metric:
     """Share of a unit's calls that failed; two points more are acceptable by default."""
-    return Metric("error_rate", **{"direction": "lower", "role": "guardrail", "margin": margin, **options})
+    return Metric(**{"name": "error_rate", "direction": "lower", "role": "guardrail", "margin": margin, **options})
 
 
 def fallback_rate(margin: float = 0.02, **options: Any) -> Metric:
     """Share of a unit's calls that a fallback answered; two points more are acceptable by default."""
-    return Metric("fallback_rate", **{"direction": "lower", "role": "guardrail", "margin": margin, **options})
+    return Metric(**{"name": "fallback_rate", "direction": "lower", "role": "guardrail", "margin": margin, **options})
 
 
 def cost(margin: float = 0.10, **options: Any) -> Metric:
