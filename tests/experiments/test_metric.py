@@ -70,7 +70,7 @@ def test_metrics_are_frozen_and_survive_json_and_pickle() -> None:
         assert pickle.loads(pickle.dumps(metric)) == metric
         assert hash(metric) == hash(metric.model_copy())
     with pytest.raises(ConfigError, match="does not change"):
-        error_rate().margin = 0.1  # type: ignore[misc]
+        error_rate().margin = 0.1
     assert error_rate().model_copy(update={"margin": 0.05}).margin == 0.05
     with pytest.raises(ConfigError, match="margin is missing"):
         error_rate().model_copy(update={"margin": None})

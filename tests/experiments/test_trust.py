@@ -62,15 +62,17 @@ def test_units_in_two_arms() -> None:
     ratio, shares = SampleRatio(), {"a": 0.5, "b": 0.5}
     for place in range(200):
         ratio.see("ab"[place % 2], shares)
-    ratio.cross()
-    ratio.cross()
-    assert not ratio.contaminated
+    found = []
+    for _ in range(2):
+        ratio.cross()
+        found.append(ratio.contaminated)
     ratio.see("b", {"a": 1.0})
+    found.append(ratio.contaminated)
     assert ratio.crossed == 3
-    assert ratio.contaminated
     for place in range(200):
         ratio.see("ab"[place % 2], shares)
-    assert not ratio.contaminated
+    found.append(ratio.contaminated)
+    assert found == [False, False, True, False]
 
 
 def test_the_alarm_is_rarely_false_and_finds_a_loss() -> None:
