@@ -14,13 +14,15 @@ from statistics import NormalDist
 from typing import Final
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.experiments.alphas import alphas
+from dspy_prod.experiments.alphas import Alphas, alphas
 from dspy_prod.options.metrics import Metric
 
 SPREAD: Final = 0.35
 """What it costs to spread the money over stakes, as a logarithm of wealth."""
 LONG: Final = 30.0
 """An experiment of more days than these is called long."""
+LARGE: Final = 15_000
+"""More units than these are warned of, however many come a day."""
 AMOUNTS_SD: Final = 1.0
 """Standard deviation of amounts as a share of their mean, where nothing else is said."""
 
@@ -141,35 +143,43 @@ def plan(
     level = alphas(metrics, len(candidates), alpha)
     rarest = min(candidates, key=lambda name: shares[name])
     pair = shares[control] + shares[rarest]
-    needs, warnings = [], []
+    needs = []
     for metric in metrics:
         variance = _variance(metric, (baseline or {}).get(metric.name))
         effect = (effects or {}).get(metric.name, 0.1 if metric.relative else 0.05 * _range(metric))
-        asked = []
-        if metric.role == "success":
-            asked.append(("better", effect, level.better))
-        if metric.margin is not None:
-            asked.append(("no_worse", metric.margin, level.no_worse))
-        for claim, size, each in asked:
-            if not size > 0:
-                raise ConfigError(f"effects[{metric.name!r}]={size!r} must be over 0: by how much it is hoped better")
-            found = units_needed(_on_scale(metric, size), variance, each, power, shares[rarest] / pair) / pair
-            units = math.ceil(found)
+        for claim, size, each in _asked(metric, effect, level):
+            found = units_needed(_on_scale(metric, size), variance, each, power, shares[rarest] / pair)
+            units = math.ceil(found / pair)
             days = units / units_per_day + metric.window / 86_400
             told = f"{_said(metric, claim, size)}: about {_round(units):,} units, {_days(days)}"
             needs.append(Need(metric.name, claim, size, units, days, told))
-            if claim == "no_worse" and days > LONG:
-                needed = f"about {_round(units):,} units ({_days(days)}) when nothing changes"
-                warnings.append(
-                    f"{metric.name}: a margin of {_amount(metric, size)} needs {needed}; twice the margin needs a "
-                    "quarter of that"
-                )
-    if not any(need.claim == "better" for need in needs):
-        warnings.append("no success metric: nothing can be promoted, only rolled back")
-    elif all(metric.judge == "untrusted" for metric in metrics if metric.role == "success"):
-        warnings.append("only an untrusted judge measures success: nothing is promoted without outcomes of users")
-    awaited = _awaited(metrics, needs)
-    return Plan(tuple(needs), max(awaited or needs, key=lambda need: need.days), power, tuple(warnings))
+    slowest = max(_awaited(metrics, needs), key=lambda need: need.days)
+    return Plan(tuple(needs), slowest, power, tuple(_warnings(metrics, needs)))
+
+
+def _asked(metric: Metric, effect: float, level: Alphas) -> list[tuple[str, float, float]]:
+    """The claims of a metric that a promotion rests on: (claim, difference, alpha)."""
+    if not effect > 0:
+        raise ConfigError(f"effects[{metric.name!r}]={effect!r} must be over 0: by how much it is hoped better")
+    better = [("better", effect, level.better)] if metric.role == "success" else []
+    return better if metric.margin is None else [*better, ("no_worse", metric.margin, level.no_worse)]
+
+
+def _warnings(metrics: Sequence[Metric], needs: Sequence[Need]) -> list[str]:
+    by_name, found = {metric.name: metric for metric in metrics}, []
+    for need in needs:
+        if need.claim == "no_worse" and (need.days > LONG or need.units > LARGE):
+            needed = f"about {_round(need.units):,} units ({_days(need.days)}) when nothing changes"
+            margin = _amount(by_name[need.metric], need.effect)
+            found.append(
+                f"{need.metric}: a margin of {margin} needs {needed}; twice the margin needs a quarter of them"
+            )
+    success = [metric for metric in metrics if metric.role == "success"]
+    if not success:
+        found.append("no success metric: nothing can be promoted, only rolled back")
+    elif all(metric.judge == "untrusted" for metric in success):
+        found.append("only an untrusted judge measures success: nothing is promoted without outcomes of users")
+    return found
 
 
 def _awaited(metrics: Sequence[Metric], needs: Sequence[Need]) -> list[Need]:
