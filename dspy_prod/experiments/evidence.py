@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.alphas import alphas
-from dspy_prod.experiments.comparing import compared
 from dspy_prod.experiments.decisions import Decision, about, decided, weighed
 from dspy_prod.experiments.intervals import Interval, Sums, interval
+from dspy_prod.experiments.kinds import compared
 from dspy_prod.experiments.trust import SampleRatio
 from dspy_prod.options.metrics import Metric
 
@@ -170,7 +170,8 @@ class Evidence:
             for arms in self._sums[metric].values()
             if self.control in arms and candidate in arms
         ]
-        return interval(stages, relative=self._by_name[metric].relative)
+        options = self._by_name[metric]
+        return interval(stages, relative=options.relative or options.tail is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """A checkpoint, as JSON has it."""
