@@ -85,6 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     costs.add_argument(
         "--since", metavar="WHEN", help="7d, 2w, today or a date; whole days (UTC), by day unless --by says otherwise"
     )
+    costs.add_argument(
+        "--html", metavar="FILE", help="write a report with charts (30 days; by model, version, user, ..., or --by)"
+    )
     programs = commands.add_parser("programs", help="how the calls of programs ended: answers, fallbacks, errors")
     _where(programs)
     programs.add_argument(
