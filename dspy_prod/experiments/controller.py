@@ -21,6 +21,7 @@ from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
+from dspy_prod.experiments.history import History, Look
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.stores import trials as words
@@ -61,6 +62,7 @@ class Controller:
             self._sources[source_of(metric)].append(metric)
         self._me = uuid.uuid4().hex
         self._evidence: Evidence | None = None
+        self._history = self._blank()
         self._read: dict[str, int] = {}
         self._revision = -1
 
@@ -93,12 +95,19 @@ class Controller:
         for source, metrics in self._sources.items():
             new |= self._take_in(evidence, source, metrics)
         if new:
-            state = json.dumps({"read": self._read, "evidence": evidence.to_dict()})
+            state = json.dumps({"read": self._read, "evidence": evidence.to_dict(), "history": self._history.state()})
             if self._trials.save(self.name, state, self._revision):
                 self._revision += 1
             else:  # somebody else has looked meanwhile: what he read is as good
                 self._evidence = None
         return evidence.look()
+
+    def history(self) -> tuple[Look, ...]:
+        """How the evidence grew until the last `read`."""
+        return () if self._evidence is None else self._history.looks(self._evidence)
+
+    def _blank(self, state: Mapping[str, Any] | None = None) -> History:
+        return History(len(self._metrics), len(self._design.variants) - 1, state)
 
     # -- reading -------------------------------------------------------------------------------------------------------
     def _restored(self) -> Evidence:
@@ -107,13 +116,13 @@ class Controller:
         revision = 0 if saved is None else saved.revision
         if self._evidence is not None and revision == self._revision:
             return self._evidence
-        self._read, self._revision = {}, revision
+        self._read, self._revision, self._history = {}, revision, self._blank()
         evidence = None
         if saved is not None:
             state = json.loads(saved.state)
             try:
                 evidence = Evidence.from_dict(state["evidence"])
-                self._read = state["read"]
+                self._read, self._history = state["read"], self._blank(state.get("history"))
             except ValueError as error:  # of another release: what is stored is read again from the start
                 _log.warning("The experiment %s is read anew: %s", self.name, error)
         if evidence is None:
@@ -136,8 +145,8 @@ class Controller:
                 if not unit.mixed:
                     for metric in metrics:
                         evidence.matured(metric.name, exposure, value_of(metric, unit))
-            after = units[-1].number
-        self._read[place] = after
+                        self._history.see(evidence, metric.name, unit.number, unit.at)
+            after = self._read[place] = units[-1].number
         return after > first
 
     def _exposure(self, unit: Matured) -> Exposure:
