@@ -260,10 +260,13 @@ class Experiment(CompiledAsProgram, dspy.Module):
     @property
     def stage(self) -> str:
         """The stage in force here, as `"5 %"`."""
+        return self._stages[self._works.exposing.stage]
+
+    @property
+    def _stages(self) -> list[str]:
         if self.rollout is None:
-            return "split"
-        share = self.rollout.stages[self._works.exposing.stage]
-        return share if isinstance(share, str) else f"{100 * share:g} %"
+            return ["split"]
+        return [share if isinstance(share, str) else f"{100 * share:g} %" for share in self.rollout.stages]
 
     def start(self) -> None:
         """Begin the rollout: its first stage holds from now on. Does nothing where it has begun."""
@@ -309,7 +312,9 @@ class Experiment(CompiledAsProgram, dspy.Module):
         declaration = Declaration.from_json(trial.declaration)
         return scorecard(
             trial, self.stage, decision, self._works.trials.counts(self.name), self._works.trials.tally(self.name),
-            tuple(self.variants), declaration.serves, declaration.dropped,
+            tuple(self.variants), declaration.serves, declaration.dropped, metrics=self.metrics,
+            stages=self._stages, audit=self._works.trials.decisions(self.name),
+            history=self._works.controller.history(),
         )  # fmt: skip
 
     def _put(self, before: str, after: str, what: str, reason: str) -> Trial | None:
