@@ -90,7 +90,8 @@ def calls(arguments: argparse.Namespace) -> int:
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit} must be at least 1")
     store = opened(arguments)
-    wanted = {name: getattr(arguments, name) for name in ("user", "tenant", "model", "outcome", "program", "variant")}
+    fields = ("user", "tenant", "model", "outcome", "program", "experiment", "variant")
+    wanted = {name: getattr(arguments, name) for name in fields}
     wanted["run"], wanted["prompt_version"] = arguments.of_run, arguments.prompt
     wanted["trace_id"] = _trace(arguments.trace)
     wanted = {name: value for name, value in wanted.items() if value is not None}

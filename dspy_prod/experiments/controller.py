@@ -22,7 +22,9 @@ from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
 from dspy_prod.experiments.history import History, Look
-from dspy_prod.options.experiments import Rollout
+from dspy_prod.experiments.pairs import Pairs
+from dspy_prod.experiments.shadow import SUFFIX, pairs_of
+from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Calls, Matured, Trial, Trials
@@ -30,6 +32,10 @@ from dspy_prod.telemetry.events import BUS
 
 LEASE: Final = 30.0
 """Seconds for which a controller that was killed keeps others from looking, where its process cannot be asked."""
+
+LATENCY: Final = "latency"
+"""A unit whose calls were all answered from caches is left out of it: that it took no time is no fault of its own, nor
+does it tell who answers, as missing feedback does."""
 
 _log = logging.getLogger("dspy_prod")
 
@@ -63,6 +69,7 @@ class Controller:
         self._me = uuid.uuid4().hex
         self._evidence: Evidence | None = None
         self._history = self._blank()
+        self._pairs: Pairs | None = None
         self._read: dict[str, int] = {}
         self._revision = -1
 
@@ -94,8 +101,11 @@ class Controller:
         new = False
         for source, metrics in self._sources.items():
             new |= self._take_in(evidence, source, metrics)
+        new |= self._take_in_pairs()
         if new:
-            state = json.dumps({"read": self._read, "evidence": evidence.to_dict(), "history": self._history.state()})
+            pairs = None if self._pairs is None else self._pairs.state()
+            told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
+            state = json.dumps({"read": self._read, **told})
             if self._trials.save(self.name, state, self._revision):
                 self._revision += 1
             else:  # somebody else has looked meanwhile: what he read is as good
@@ -118,10 +128,14 @@ class Controller:
             return self._evidence
         self._read, self._revision, self._history = {}, revision, self._blank()
         evidence = None
+        if self._rollout is not None and self._rollout.shadow:
+            self._pairs = Pairs(self._metrics, self._design.variants[1:])
         if saved is not None:
             state = json.loads(saved.state)
             try:
                 evidence = Evidence.from_dict(state["evidence"])
+                if self._pairs is not None and state["pairs"] is not None:
+                    self._pairs.restore(state["pairs"])
                 self._read, self._history = state["read"], self._blank(state.get("history"))
             except ValueError as error:  # of another release: what is stored is read again from the start
                 _log.warning("The experiment %s is read anew: %s", self.name, error)
@@ -142,12 +156,27 @@ class Controller:
                     evidence.exposed(exposure)
                     if unit.mixed:
                         evidence.crossed()
-                if not unit.mixed:
-                    for metric in metrics:
-                        evidence.matured(metric.name, exposure, value_of(metric, unit))
-                        self._history.see(evidence, metric.name, unit.number, unit.at)
+                for metric in () if unit.mixed else metrics:
+                    value = value_of(metric, unit)
+                    if value is not None or metric.name != LATENCY:
+                        evidence.matured(metric.name, exposure, value)
+                    self._history.see(evidence, metric.name, unit.number, unit.at)
             after = self._read[place] = units[-1].number
         return after > first
+
+    def _take_in_pairs(self) -> bool:
+        """Those of a shadow stage."""
+        if self._pairs is None:
+            return False
+        first = after = self._read.get(SUFFIX, 0)
+        while True:
+            found, last = pairs_of(self._trials, self.name, after)
+            for candidate, pair in found:
+                self._pairs.see(candidate, pair)
+            if last == after:
+                self._read[SUFFIX] = after
+                return after > first
+            after = last
 
     def _exposure(self, unit: Matured) -> Exposure:
         shares = self._design.propensities(unit.stage, unit.full)
@@ -167,14 +196,18 @@ class Controller:
             return self._decided(trial, "rollback", control, decision)
         if decision.verdict == "promote" and decision.winner is not None:
             return self._decided(trial, "promote", decision.winner, decision)
-        worse = [name for name, each in decision.candidates.items() if each.verdict == "rollback"]
+        worse = {name: each.reason for name, each in decision.candidates.items() if each.verdict == "rollback"}
+        worse |= {} if self._pairs is None else self._pairs.worse()
         declaration = Declaration.from_json(trial.declaration)
         new = [name for name in worse if name not in declaration.dropped]
         if new:
-            reason = "; ".join(decision.candidates[name].reason for name in new)
-            dropped = replace(declaration, dropped=[*declaration.dropped, *new])
-            return self._change(trial, "drop", reason, decision, None, None, dropped)
-        after = self._next_stage(trial)
+            reason = "; ".join(worse[name] for name in new)
+            gone = [*declaration.dropped, *new]
+            if len(gone) == len(self._design.variants) - 1:
+                back = replace(declaration, serves=control, dropped=gone)
+                return self._change(trial, "rollback", reason, decision, words.DECIDED, None, back)
+            return self._change(trial, "drop", reason, decision, None, None, replace(declaration, dropped=gone))
+        after = self._next_stage(trial, declaration.dropped)
         if after is not None:
             return self._change(trial, "stage", f"stage {after} of the rollout", decision, None, after)
         return trial
@@ -206,18 +239,23 @@ class Controller:
             )  # fmt: skip
         return changed
 
-    def _next_stage(self, trial: Trial) -> int | None:
+    def _next_stage(self, trial: Trial, dropped: Sequence[str]) -> int | None:
         """The stage that follows, once this one has had its time and its units."""
         if self._rollout is None or trial.stage + 1 >= len(self._design.shares):
             return None
         if self._trials.now() - trial.since < self._rollout.least_time(trial.stage):
             return None
+        if self._rollout.stages[trial.stage] == SHADOW:
+            assert self._pairs is not None
+            pairs = [each for name, each in self._pairs.counts.items() if name not in dropped]
+            return trial.stage + 1 if all(each >= self._rollout.shadow_calls for each in pairs) else None
         units = [0] * len(self._design.variants)
         for arm in self._trials.counts(self.name):
             if arm.stage == trial.stage:
                 units[self._design.variants.index(arm.arm)] += arm.units
         least = self._rollout.least_users(trial.stage)
-        return trial.stage + 1 if all(each >= least for each in units[1:]) else None
+        known = zip(self._design.variants[1:], units[1:], strict=True)
+        return trial.stage + 1 if all(each >= least for name, each in known if name not in dropped) else None
 
 
 def value_of(metric: Metric, unit: Matured) -> float | None:
@@ -228,7 +266,7 @@ def value_of(metric: Metric, unit: Matured) -> float | None:
     calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
     if not calls.calls:
         return None
-    if metric.name == "latency":
+    if metric.name == LATENCY:
         return calls.latency / calls.timed if calls.timed else None
     found: Mapping[str, Any] = {
         "error_rate": calls.failed, "fallback_rate": calls.fell_back, "cost": calls.list_nano / 1e9,

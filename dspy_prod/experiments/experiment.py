@@ -19,8 +19,10 @@ from dspy_prod.experiments.aliases import Aliases
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.controller import Controller
 from dspy_prod.experiments.declaration import BUILT_IN, Declaration, source_of
+from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.exposing import Exposing
 from dspy_prod.experiments.scorecard import Scorecard, scorecard
+from dspy_prod.experiments.shadow import Shadow, refuse_side_effects
 from dspy_prod.experiments.standing import REFRESH, Standing
 from dspy_prod.experiments.turn import Turn
 from dspy_prod.experiments.variants import resolved
@@ -45,6 +47,7 @@ class _Works:
     exposing: Exposing
     standing: Standing
     controller: Controller
+    shadow: Shadow | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Works:
         return self
@@ -147,14 +150,22 @@ class Experiment(CompiledAsProgram, dspy.Module):
             overrides=dict(overrides or {}), elsewhere=assign is not None, alpha=alpha,
         )  # fmt: skip
         windows = declared.windows(self.metrics)
+        if rollout is not None:
+            refuse_side_effects(where, found, rollout)
+
+        def designed(salt: str) -> Design:
+            return Design(
+                salt, names, weights=declared.weights, shares=None if rollout is None else rollout.shares,
+                holdout=holdout, program=_program_of(found), overrides=overrides, assign=assign,
+            )  # fmt: skip
+
+        designed(declared.salt)  # nothing is kept of an experiment that cannot be
+        Evidence(self.metrics, names[1:], control=names[0], alpha=alpha)
         if stored is None:
             trial = trials.create(name, declared.to_json(), windows)
             stored = Declaration.from_json(trial.declaration)
         declared.check_same(name, stored)
-        design = Design(
-            stored.salt, names, weights=declared.weights, shares=None if rollout is None else rollout.shares,
-            holdout=holdout, program=_program_of(found), overrides=overrides, assign=assign,
-        )  # fmt: skip
+        design = designed(stored.salt)
         self.rollout = rollout
         exposing = Exposing(name, design, trials)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
@@ -162,6 +173,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
         self._works = _Works(
             opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
             Controller(name, trials, design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold"),
+            None if rollout is None or not rollout.shadow else Shadow(name, opened, found[1:], rollout),
         )  # fmt: skip
         if rollout is None:
             self._put(words.CREATED, words.RUNNING, "start", "it has no rollout, so it runs at once")
@@ -175,13 +187,21 @@ class Experiment(CompiledAsProgram, dspy.Module):
     # -- calling -------------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the caller's variant; called through `exp(...)`."""
-        with self._turn() as turn:
-            return turn.answered(turn.variant.program(*args, **kwargs))
+        turn = self._turn()
+        try:
+            with turn:
+                return turn.answered(turn.variant.program(*args, **kwargs))
+        finally:
+            self._shadow(turn, args, kwargs)
 
     async def aforward(self, *args: Any, **kwargs: Any) -> Any:
         """Asynchronous `forward`; called through `await exp.acall(...)`."""
-        with self._turn() as turn:
-            return turn.answered(await turn.variant.program.acall(*args, **kwargs))
+        turn = self._turn()
+        try:
+            with turn:
+                return turn.answered(await turn.variant.program.acall(*args, **kwargs))
+        finally:
+            self._shadow(turn, args, kwargs)
 
     def assign(self, unit: str) -> str:
         """The variant of a unit, as it is now. It counts as no exposure."""
@@ -208,13 +228,16 @@ class Experiment(CompiledAsProgram, dspy.Module):
         place = Place(self.name, got.variant, self.stage, unit, got.propensity)
         return Turn(self.variants[got.variant], place, self._works.trials if got.random else None, outer)
 
+    def _shadow(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In a shadow stage, have the candidates asked once more, unseen."""
+        shadow = self._works.shadow
+        if shadow is not None and turn.shadowed:
+            shadow.offer(args, kwargs, turn.outcome, current())
+
     def _serves(self) -> str | None:
         """The variant that everybody gets now; None: units are assigned."""
         self._works.standing.keep_up()
         return self._works.standing.serves
-
-    def _seen(self, unit: str) -> str | None:
-        return self._works.trials.seen(self.name, claimed(unit))
 
     # -- what becomes of units -----------------------------------------------------------------------------------------
     def record(self, unit: str, *, at: float | None = None, id: str | None = None, **values: float) -> None:
@@ -245,7 +268,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             try:
                 checked[metric] = known[metric].checked(value)
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"Experiment({self.name!r}).record: {error}") from None
+                raise ConfigError(f"Experiment({self.name!r}).record: {metric}={value!r}: {error}") from None
         moment = self._works.trials.now() if at is None else at
         for metric, value in checked.items():
             self._works.trials.outcome(Outcome(self.name, claimed(unit), metric, value, moment, id))

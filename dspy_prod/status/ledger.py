@@ -157,7 +157,7 @@ class Ledger:
         Args:
             since, until: the first and the last day.
             by, value: a dimension as in `LM.costs(by=...)` and the value to sum, e.g. `by="user", value="u1"`;
-                as in `records`, a real name finds its pseudonym.
+                as in `records`, a real name finds its pseudonym. A variant is `"experiment/variant"`.
         """
         check_dimension(by)
         if (by == "day") is not (value is None):
