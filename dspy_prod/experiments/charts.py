@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Final
 
-from dspy_prod.experiments.amounts import Amounts
+from dspy_prod.experiments.wording import Wording
 from dspy_prod.views.cells import cut, told
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def forest(card: Scorecard, candidate: str) -> str:
 
 
 def _row(card: Scorecard, found: MetricEvidence, top: int) -> str:
-    amounts, shown = Amounts(card.metric(found.metric)), found.interval
+    amounts, shown = Wording(card.metric(found.metric)), found.interval
     name = _text(0, top + 13, cut(told(found.metric), _LONGEST), "start", "name")
     if shown is None:
         return name + _text(WIDE, top + 13, "no users yet", "end", "faint")
@@ -73,7 +73,7 @@ def sequence(card: Scorecard, found: MetricEvidence, looks: Sequence[Look]) -> s
     """
     if len(looks) < 2:
         return ""
-    amounts = Amounts(card.metric(found.metric))
+    amounts = Wording(card.metric(found.metric))
     left, right, top, ground = 58.0, WIDE - 6.0, 8.0, 132.0
     low, high = _heights(looks, amounts.margin)
     last = looks[-1].units

@@ -7,8 +7,8 @@ from html import escape
 from typing import TYPE_CHECKING, Final
 
 from dspy_prod.experiments import pages
-from dspy_prod.experiments.amounts import Amounts, progress, way
 from dspy_prod.experiments.charts import forest, sequence
+from dspy_prod.experiments.wording import Wording, progress, way
 from dspy_prod.views.cells import LONGEST_PARAGRAPH, cut, told
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _verdict(card: Scorecard) -> str:
 
 
 def _metric(card: Scorecard, candidate: str, found: MetricEvidence) -> str:
-    amounts, shown = Amounts(card.metric(found.metric)), found.interval
+    amounts, shown = Wording(card.metric(found.metric)), found.interval
     looks = [each for each in card.history if (each.candidate, each.metric) == (candidate, found.metric)]
     margin = amounts.accepted()
     told_more = " · ".join(filter(None, (found.role, amounts.unit, f"margin {margin}" if margin else "")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Final
 
-from dspy_prod.experiments.amounts import Amounts
+from dspy_prod.experiments.wording import Wording
 from dspy_prod.views.cells import cut, told
 from dspy_prod.views.figures import blank
 
@@ -54,7 +54,7 @@ def _forest(axes: Any, card: Scorecard, name: str) -> None:
     """A row for each metric, on a scale of its own, so that only directions and margins can be compared."""
     found = card.candidates[name].metrics
     for place, each in enumerate(found):
-        y, shown, amounts = len(found) - 1 - place, each.interval, Amounts(card.metric(each.metric))
+        y, shown, amounts = len(found) - 1 - place, each.interval, Wording(card.metric(each.metric))
         if shown is None:
             continue
         colour, margin = _COLOURS[each.status], amounts.margin
@@ -79,7 +79,7 @@ def _forest(axes: Any, card: Scorecard, name: str) -> None:
 
 def _sequence(axes: Any, card: Scorecard, name: str, found: MetricEvidence) -> None:
     looks = [each for each in card.history if (each.candidate, each.metric) == (name, found.metric)]
-    amounts, colour = Amounts(card.metric(found.metric)), _COLOURS[found.status]
+    amounts, colour = Wording(card.metric(found.metric)), _COLOURS[found.status]
     banded = [each for each in looks if each.low is not None]
     axes.axhline(0, color=_FAINT, lw=1)
     if amounts.margin is not None:

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.alphas import alphas
-from dspy_prod.experiments.comparing import compared
 from dspy_prod.experiments.decisions import Decision, MetricEvidence, about, decided, weighed
 from dspy_prod.experiments.intervals import Interval, Sums, interval
+from dspy_prod.experiments.kinds import compared
 from dspy_prod.experiments.trust import SampleRatio
 from dspy_prod.options.metrics import Metric
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.experiments.amounts import Amounts, progress
+from dspy_prod.experiments.wording import Wording, progress
 from dspy_prod.views import Cell, Page, Picture, Table
 from dspy_prod.views.cells import Tone
 
@@ -126,7 +126,7 @@ _CAPTION: Final = (
 
 
 def _row(card: Scorecard, found: MetricEvidence) -> tuple[Cell, ...]:
-    amounts, shown = Amounts(card.metric(found.metric)), found.interval
+    amounts, shown = Wording(card.metric(found.metric)), found.interval
     said, tone = STATUSES[found.status]
     margin = amounts.accepted()
     told: dict[str, Cell] = {}
@@ -147,7 +147,7 @@ def _row(card: Scorecard, found: MetricEvidence) -> tuple[Cell, ...]:
     )
 
 
-def _difference(amounts: Amounts, found: MetricEvidence) -> Cell:
+def _difference(amounts: Wording, found: MetricEvidence) -> Cell:
     shown = found.interval
     if shown is None:
         return Cell(amounts.difference(None), "faint", number=True)

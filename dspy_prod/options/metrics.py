@@ -111,8 +111,11 @@ class Metric(Options):
             if not self.relative and self.margin >= reach:
                 raise ValueError(f"margin={self.margin:g} accepts everything: scores differ by {reach:g} at most")
         if self.missing != "exclude" and not (self.missing >= 0 if amounts else low <= self.missing <= high):
-            meant = "0 or more" if amounts else f"between bounds {low:g} and {high:g}"
-            raise ValueError(f"missing={self.missing:g} must be {meant}, or 'exclude'")
+            least = 0.0 if amounts else low
+            raise ValueError(
+                f"missing={self.missing:g} is no value that the metric can have; say what a unit without an answer "
+                f"counts for, e.g. missing={least:g}, or missing='exclude'"
+            )
         return self
 
     def checked(self, value: float) -> float:

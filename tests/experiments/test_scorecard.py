@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from dspy_prod.experiments.amounts import Amounts, progress, way
 from dspy_prod.experiments.document import document
 from dspy_prod.experiments.history import MOST, History
+from dspy_prod.experiments.wording import Wording, progress, way
 from dspy_prod.options.metrics import Metric, cost, latency
 from tests.experiments.cards import card, told
 
@@ -85,8 +85,8 @@ def test_evidence_is_told_as_a_way() -> None:
 
 def test_numbers_are_written_in_the_metric_s_unit() -> None:
     """Shares in percent and points, money by the thousand calls, latency in seconds; margins on the same scale."""
-    share, money, tail = Amounts(Metric("resolved", margin=0.02)), Amounts(cost()), Amounts(latency())
-    stars = Amounts(Metric("stars", bounds=(1.0, 5.0), missing=1.0, margin=0.2))
+    share, money, tail = Wording(Metric("resolved", margin=0.02)), Wording(cost()), Wording(latency())
+    stars = Wording(Metric("stars", bounds=(1.0, 5.0), missing=1.0, margin=0.2))
     assert (share.value(0.8012), share.difference(-0.0004), share.margin) == ("80.1 %", "+0.0 points", -0.02)
     assert (money.value(0.000323), money.difference(0.1), money.margin) == ("0.323", "+10.0 %", 0.1)
     assert (tail.value(0.5), tail.difference(-0.02), tail.margin) == ("0.5 s", "-0.02 s", None)

@@ -1,0 +1,219 @@
+"""How many units an experiment will need, before it begins: an approximation that simulation confirms.
+
+The logarithm of the bettor's wealth grows like a random walk: by `p (1 - p) effect**2 / (2 variance)` a unit on average
+for the best stake, with twice that as variance (as of any likelihood ratio). It must reach `-log(alpha)`, and a little
+more for not knowing the best stake beforehand (`SPREAD`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Final
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.experiments.alphas import alphas
+from dspy_prod.options.metrics import Metric
+
+SPREAD: Final = 0.35
+"""What it costs to spread the money over stakes, as a logarithm of wealth."""
+LONG: Final = 30.0
+"""An experiment of more days than these is called long."""
+AMOUNTS_SD: Final = 1.0
+"""Standard deviation of amounts as a share of their mean, where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one claim on one metric needs.
+
+    Attributes:
+        metric: by name.
+        claim: `"better"` or `"no_worse"`.
+        effect: the difference that is there to be found, or the margin; of a relative metric as a share.
+        units: of all variants together, by which the claim is proven with the plan's `power`.
+        days: until then; the metric's window included.
+        words: the same as a sentence.
+    """
+
+    metric: str
+    claim: str
+    effect: float
+    units: int
+    days: float
+    words: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an experiment needs in order to decide.
+
+    Attributes:
+        needs: one for each claim, in the order of the metrics.
+        slowest: the one that takes longest of those that a promotion waits for.
+        power: the probability with which each is proven by then.
+        warnings: what should be known before it begins.
+    """
+
+    needs: tuple[Need, ...]
+    slowest: Need
+    power: float
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        wide = max(len(need.metric) for need in self.needs)
+        lines = [f"{need.metric:<{wide}}  {need.words}" for need in self.needs]
+        last = f"slowest: {self.slowest.metric}, about {_days(self.slowest.days)}"
+        return "\n".join([*lines, last, *(f"warning: {each}" for each in self.warnings)])
+
+
+def units_needed(effect: float, variance: float, alpha: float, power: float = 0.8, share: float = 0.5) -> int:
+    """Units of control and one candidate together, by which a difference is proven with probability `power`.
+
+    Args:
+        effect: the difference of means, or the margin if there is none.
+        variance: of one unit's outcome.
+        alpha: of the claim.
+        power: the probability; 0.5 gives the median.
+        share: of the candidate among the two.
+
+    Example:
+        >>> units_needed(0.05, 0.16, 0.025, power=0.5) // 100
+        20
+    """
+    growth = share * (1.0 - share) * effect * effect / (2.0 * variance)
+    z = NormalDist().inv_cdf(power)
+    root = (z * math.sqrt(2.0) + math.sqrt(2.0 * z * z + 4.0 * (SPREAD - math.log(alpha)))) / 2.0
+    return math.ceil(root * root / growth)
+
+
+def plan(
+    metrics: Sequence[Metric],
+    *,
+    units_per_day: float,
+    baseline: Mapping[str, float | tuple[float, float]] | None = None,
+    effects: Mapping[str, float] | None = None,
+    shares: Mapping[str, float] | None = None,
+    control: str = "control",
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> Plan:
+    """How long an experiment will take at the shares of its last stage.
+
+    Args:
+        metrics: what it measures.
+        units_per_day: new units (users, say) a day, of all variants together.
+        baseline: control's mean of each score or share, in its unit; or mean and standard deviation. A mean alone is
+            taken for right-or-wrong outcomes. Without it 0.8 of the range is assumed where higher is better, 0.05
+            where lower is. Of an amount, its standard deviation as a share of its mean (default 1), or both in the
+            metric's unit.
+        effects: by how much a candidate is hoped to be better on success metrics, in the metric's unit, of amounts as
+            a share. Default: 5 hundredths of the range, and a tenth of amounts.
+        shares: of each variant; default: two equal ones.
+        control: its name in `shares`.
+        alpha: of the experiment.
+        power: the probability with which each claim is to be proven.
+
+    Raises:
+        ConfigError: a number is impossible.
+    """
+    shares = shares or {control: 0.5, "candidate": 0.5}
+    candidates = [name for name in shares if name != control]
+    if not units_per_day > 0:
+        raise ConfigError(f"units_per_day={units_per_day!r} must be over 0: how many new units come a day")
+    if control not in shares or min(shares.values()) <= 0 or sum(shares.values()) > 1 + 1e-9:
+        raise ConfigError(f"shares={dict(shares)!r} must name {control!r}, be over 0 and sum to 1 at most")
+    if not 0 < power < 1:
+        raise ConfigError(f"power={power!r} must lie between 0 and 1, such as 0.8")
+    level = alphas(metrics, len(candidates), alpha)
+    rarest = min(candidates, key=lambda name: shares[name])
+    pair = shares[control] + shares[rarest]
+    needs, warnings = [], []
+    for metric in metrics:
+        variance = _variance(metric, (baseline or {}).get(metric.name))
+        effect = (effects or {}).get(metric.name, 0.1 if metric.relative else 0.05 * _range(metric))
+        asked = []
+        if metric.role == "success":
+            asked.append(("better", effect, level.better))
+        if metric.margin is not None:
+            asked.append(("no_worse", metric.margin, level.no_worse))
+        for claim, size, each in asked:
+            if not size > 0:
+                raise ConfigError(f"effects[{metric.name!r}]={size!r} must be over 0: by how much it is hoped better")
+            found = units_needed(_on_scale(metric, size), variance, each, power, shares[rarest] / pair) / pair
+            units = math.ceil(found)
+            days = units / units_per_day + metric.window / 86_400
+            told = f"{_said(metric, claim, size)}: about {_round(units):,} units, {_days(days)}"
+            needs.append(Need(metric.name, claim, size, units, days, told))
+            if claim == "no_worse" and days > LONG:
+                needed = f"about {_round(units):,} units ({_days(days)}) when nothing changes"
+                warnings.append(
+                    f"{metric.name}: a margin of {_amount(metric, size)} needs {needed}; twice the margin needs a "
+                    "quarter of that"
+                )
+    if not any(need.claim == "better" for need in needs):
+        warnings.append("no success metric: nothing can be promoted, only rolled back")
+    if metrics and all(metric.judge == "untrusted" for metric in metrics if metric.role == "success"):
+        warnings.append("only an untrusted judge measures success: nothing is promoted without outcomes of users")
+    awaited = _awaited(metrics, needs)
+    return Plan(tuple(needs), max(awaited or needs, key=lambda need: need.days), power, tuple(warnings))
+
+
+def _awaited(metrics: Sequence[Metric], needs: Sequence[Need]) -> list[Need]:
+    """What a promotion waits for: the quickest "better", and "no worse" of every other metric with a margin."""
+    better = [need for need in needs if need.claim == "better"]
+    if not better:
+        return list(needs)
+    first = min(better, key=lambda need: need.days)
+    implied = {metric.name for metric in metrics if not metric.relative and metric.tail is None} & {first.metric}
+    return [first, *(need for need in needs if need.claim == "no_worse" and need.metric not in implied)]
+
+
+def _range(metric: Metric) -> float:
+    return 1.0 if metric.tail is not None else metric.bounds[1] - metric.bounds[0]
+
+
+def _variance(metric: Metric, given: float | tuple[float, float] | None) -> float:
+    """Of one unit, on the scale of `_on_scale`."""
+    if metric.relative:
+        cv = AMOUNTS_SD if given is None else given[1] / given[0] if isinstance(given, tuple) else given
+        if not cv > 0:
+            raise ConfigError(f"baseline[{metric.name!r}]={given!r} must have a spread over 0")
+        return cv * cv
+    if metric.tail is not None:
+        return metric.tail * (1.0 - metric.tail)
+    low, span = metric.bounds[0], _range(metric)
+    if isinstance(given, tuple):
+        if not given[1] > 0:
+            raise ConfigError(f"baseline[{metric.name!r}]={given!r} must have a standard deviation over 0")
+        return (given[1] / span) ** 2
+    mean = (0.8 if metric.direction == "higher" else 0.05) if given is None else (given - low) / span
+    if not 0 < mean < 1:
+        raise ConfigError(f"baseline[{metric.name!r}]={given!r} must lie between the metric's bounds")
+    return mean * (1.0 - mean)
+
+
+def _on_scale(metric: Metric, size: float) -> float:
+    return size if metric.relative else size / _range(metric)
+
+
+def _amount(metric: Metric, size: float) -> str:
+    if metric.relative:
+        return f"{size:.0%}"
+    return f"{100 * size:g} points" if metric.bounds == (0.0, 1.0) else f"{size:g}"
+
+
+def _said(metric: Metric, claim: str, size: float) -> str:
+    return f"{'better by' if claim == 'better' else 'no worse by'} {_amount(metric, size)}"
+
+
+def _round(units: int) -> int:
+    """To two digits."""
+    digits = max(len(str(units)) - 2, 0)
+    return int(round(units, -digits))
+
+
+def _days(days: float) -> str:
+    return f"{days:.1f} days" if days < 10 else f"{days:,.0f} days"
