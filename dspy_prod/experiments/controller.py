@@ -61,7 +61,7 @@ class Controller:
         hold: bool = True,
     ) -> None:
         self.name = name
-        self._trials, self._design, self._metrics, self._alpha = trials, design, tuple(metrics), alpha
+        self._trials, self._design, self._metrics, self.alpha = trials, design, tuple(metrics), alpha
         self._rollout, self._aliases, self._hold = rollout, aliases, hold
         self._sources: dict[str | None, list[Metric]] = defaultdict(list)
         for metric in self._metrics:
@@ -141,7 +141,7 @@ class Controller:
                 _log.warning("The experiment %s is read anew: %s", self.name, error)
         if evidence is None:
             control, *candidates = self._design.variants
-            evidence = Evidence(self._metrics, candidates, control=control, alpha=self._alpha)
+            evidence = Evidence(self._metrics, candidates, control=control, alpha=self.alpha)
         self._evidence = evidence
         return evidence
 
