@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from benchmarks.experiments_batch import compared
@@ -168,6 +169,8 @@ def decisions(size: Size) -> Iterator[Row]:
         ("quality +5, margins 3 points and 20 %", feasible, {"quality": rate(0.80, 0.85)}, 0.5,
          [("promote", ">=", 0.95)]),
         ("quality +5, one metric", one, {"quality": rate(0.80, 0.85)}, 0.5, [("promote", ">=", 0.99)]),
+        ("A/A, one metric", one, {}, 0.5, [("promote", "<=", 0.02), ("rollback", "<=", 0.03)]),
+        ("quality .80 to .50, one metric", one, {"quality": rate(0.80, 0.50)}, 0.5, [("rollback", ">=", 0.99)]),
         ("quality +3", usual, {"quality": rate(0.80, 0.83)}, 0.5, []),
         ("quality -3", usual, {"quality": rate(0.80, 0.77)}, 0.5, []),
         ("quality -5", usual, {"quality": rate(0.80, 0.75)}, 0.5, [("rollback", ">=", 0.98)]),
@@ -249,7 +252,7 @@ def _alarms(rng: np.random.Generator, declared: float, true: float, units: int, 
     found, before = np.full(runs, units + 1), np.arange(units)
     for first in tqdm(range(0, runs, 50), desc=name, leave=False, file=sys.stderr):
         one = rng.random((min(50, runs - first), units)) < true
-        ones = np.cumsum(one, axis=1) - one
+        ones: NDArray[np.int64] = np.cumsum(one, axis=1) - one
         own = np.where(one, ones, before - ones)
         shares = np.where(one, declared, 1 - declared)
         log = np.cumsum(np.log((CONCENTRATION * shares + own) / (CONCENTRATION + before) / shares), axis=1)

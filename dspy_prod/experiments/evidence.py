@@ -171,7 +171,8 @@ class Evidence:
             for arms in self._sums[metric].values()
             if self.control in arms and candidate in arms
         ]
-        return interval(stages, relative=self._by_name[metric].relative)
+        options = self._by_name[metric]
+        return interval(stages, relative=options.relative or options.tail is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """A checkpoint, as JSON has it."""

@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import Final
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.experiments.alphas import alphas
+from dspy_prod.experiments.alphas import Alphas, alphas
 from dspy_prod.options.metrics import Metric
 from dspy_prod.views import Cell, Page, Shown, Table
 
@@ -22,6 +22,8 @@ SPREAD: Final = 0.35
 """What it costs to spread the money over stakes, as a logarithm of wealth."""
 LONG: Final = 30.0
 """An experiment of more days than these is called long."""
+LARGE: Final = 15_000
+"""More units than these are warned of, however many come a day."""
 AMOUNTS_SD: Final = 1.0
 """Standard deviation of amounts as a share of their mean, where nothing else is said."""
 
@@ -92,7 +94,15 @@ def units_needed(effect: float, variance: float, alpha: float, power: float = 0.
     Example:
         >>> units_needed(0.05, 0.16, 0.025, power=0.5) // 100
         20
+
+    Raises:
+        ConfigError: effect, variance, alpha, power or share is impossible.
     """
+    if not (effect > 0 and variance > 0):
+        raise ConfigError(f"effect={effect!r} and variance={variance!r} must be over 0")
+    for name, value in (("alpha", alpha), ("power", power), ("share", share)):
+        if not 0 < value < 1:
+            raise ConfigError(f"{name}={value!r} must lie between 0 and 1")
     growth = share * (1.0 - share) * effect * effect / (2.0 * variance)
     z = NormalDist().inv_cdf(power)
     root = (z * math.sqrt(2.0) + math.sqrt(2.0 * z * z + 4.0 * (SPREAD - math.log(alpha)))) / 2.0
@@ -137,38 +147,49 @@ def plan(
         raise ConfigError(f"shares={dict(shares)!r} must name {control!r}, be over 0 and sum to 1 at most")
     if not 0 < power < 1:
         raise ConfigError(f"power={power!r} must lie between 0 and 1, such as 0.8")
+    for given in (baseline or {}, effects or {}):
+        if unknown := sorted(set(given) - {metric.name for metric in metrics}):
+            raise ConfigError(f"{unknown[0]!r} is no metric of the plan: {', '.join(each.name for each in metrics)}")
     level = alphas(metrics, len(candidates), alpha)
     rarest = min(candidates, key=lambda name: shares[name])
     pair = shares[control] + shares[rarest]
-    needs, warnings = [], []
+    needs = []
     for metric in metrics:
         variance = _variance(metric, (baseline or {}).get(metric.name))
         effect = (effects or {}).get(metric.name, 0.1 if metric.relative else 0.05 * _range(metric))
-        asked = []
-        if metric.role == "success":
-            asked.append(("better", effect, level.better))
-        if metric.margin is not None:
-            asked.append(("no_worse", metric.margin, level.no_worse))
-        for claim, size, each in asked:
-            if not size > 0:
-                raise ConfigError(f"effects[{metric.name!r}]={size!r} must be over 0: by how much it is hoped better")
-            found = units_needed(_on_scale(metric, size), variance, each, power, shares[rarest] / pair) / pair
-            units = math.ceil(found)
+        for claim, size, each in _asked(metric, effect, level):
+            found = units_needed(_on_scale(metric, size), variance, each, power, shares[rarest] / pair)
+            units = math.ceil(found / pair)
             days = units / units_per_day + metric.window / 86_400
             told = f"{_said(metric, claim, size)}: about {_round(units):,} units, {_days(days)}"
             needs.append(Need(metric.name, claim, size, units, days, told))
-            if claim == "no_worse" and days > LONG:
-                needed = f"about {_round(units):,} units ({_days(days)}) when nothing changes"
-                warnings.append(
-                    f"{metric.name}: a margin of {_amount(metric, size)} needs {needed}; twice the margin needs a "
-                    "quarter of that"
-                )
-    if not any(need.claim == "better" for need in needs):
-        warnings.append("no success metric: nothing can be promoted, only rolled back")
-    if metrics and all(metric.judge == "untrusted" for metric in metrics if metric.role == "success"):
-        warnings.append("only an untrusted judge measures success: nothing is promoted without outcomes of users")
-    awaited = _awaited(metrics, needs)
-    return Plan(tuple(needs), max(awaited or needs, key=lambda need: need.days), power, tuple(warnings))
+    slowest = max(_awaited(metrics, needs), key=lambda need: need.days)
+    return Plan(tuple(needs), slowest, power, tuple(_warnings(metrics, needs)))
+
+
+def _asked(metric: Metric, effect: float, level: Alphas) -> list[tuple[str, float, float]]:
+    """The claims of a metric that a promotion rests on: (claim, difference, alpha)."""
+    if not effect > 0:
+        raise ConfigError(f"effects[{metric.name!r}]={effect!r} must be over 0: by how much it is hoped better")
+    better = [("better", effect, level.better)] if metric.role == "success" else []
+    return better if metric.margin is None else [*better, ("no_worse", metric.margin, level.no_worse)]
+
+
+def _warnings(metrics: Sequence[Metric], needs: Sequence[Need]) -> list[str]:
+    by_name, found = {metric.name: metric for metric in metrics}, []
+    for need in needs:
+        if need.claim == "no_worse" and (need.days > LONG or need.units > LARGE):
+            needed = f"about {_round(need.units):,} units ({_days(need.days)}) when nothing changes"
+            margin = _amount(by_name[need.metric], need.effect)
+            found.append(
+                f"{need.metric}: a margin of {margin} needs {needed}; twice the margin needs a quarter of them"
+            )
+    success = [metric for metric in metrics if metric.role == "success"]
+    if not success:
+        found.append("no success metric: nothing can be promoted, only rolled back")
+    elif all(metric.judge == "untrusted" for metric in success):
+        found.append("only an untrusted judge measures success: nothing is promoted without outcomes of users")
+    return found
 
 
 def _awaited(metrics: Sequence[Metric], needs: Sequence[Need]) -> list[Need]:

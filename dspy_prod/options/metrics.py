@@ -134,12 +134,12 @@ class Metric(Options):
 
 def error_rate(margin: float = 0.02, **options: Any) -> Metric:
     """Share of a unit's calls that failed; two points more are acceptable by default."""
-    return Metric("error_rate", **{"direction": "lower", "role": "guardrail", "margin": margin, **options})
+    return Metric(**{"name": "error_rate", "direction": "lower", "role": "guardrail", "margin": margin, **options})
 
 
 def fallback_rate(margin: float = 0.02, **options: Any) -> Metric:
     """Share of a unit's calls that a fallback answered; two points more are acceptable by default."""
-    return Metric("fallback_rate", **{"direction": "lower", "role": "guardrail", "margin": margin, **options})
+    return Metric(**{"name": "fallback_rate", "direction": "lower", "role": "guardrail", "margin": margin, **options})
 
 
 def cost(margin: float = 0.10, **options: Any) -> Metric:
@@ -149,7 +149,11 @@ def cost(margin: float = 0.10, **options: Any) -> Metric:
 
 
 def latency(margin: float = 0.02, **options: Any) -> Metric:
-    """Seconds a call, cached answers left out. Two points more may be slower than control's 95th percentile."""
+    """Seconds a call. Two points more of the units may be slower than control's 95th percentile.
+
+    A cached answer counts for the time it took when it was made: left out, it would be missing more often from control,
+    whose cache is warm.
+    """
     return Metric(
         "latency",
         **{"direction": "lower", "role": "guardrail", "margin": margin, "tail": 0.95, "missing": "exclude", **options},
