@@ -90,7 +90,10 @@ EMPTY = CallContext()
 
 def current() -> CallContext:
     """The context in force here."""
-    context: CallContext = thread_local_overrides.get().get(SETTING, EMPTY)
+    overrides = thread_local_overrides.get()  # not its `get`: that of DSPy's own kind of dict is looked up slowly
+    if SETTING not in overrides:
+        return EMPTY
+    context: CallContext = overrides[SETTING]
     return context
 
 

@@ -72,6 +72,7 @@ class Controller:
         self._pairs: Pairs | None = None
         self._read: dict[str, int] = {}
         self._revision = -1
+        self._told: tuple[int, float] | None = None
 
     def step(self) -> Decision | None:
         """One look: read, decide, act. None when another controller is looking, or there is nothing to look at.
@@ -210,6 +211,20 @@ class Controller:
         after = self._next_stage(trial, declaration.dropped)
         if after is not None:
             return self._change(trial, "stage", f"stage {after} of the rollout", decision, None, after)
+        return self._inconclusive(trial, decision)
+
+    def _inconclusive(self, trial: Trial, decision: Decision) -> Trial | None:
+        """A stage that has lasted as long as it may, and shows neither harm nor enough users."""
+        rollout = self._rollout
+        longest = None if rollout is None else rollout.most_time(trial.stage)
+        if rollout is None or longest is None or self._trials.now() - trial.since < longest:
+            return trial
+        reason = f"stage {rollout.stages[trial.stage]} has lasted {longest:g} seconds: {decision.reason}"
+        if rollout.on_inconclusive == "pause":
+            return self._change(trial, "pause", f"inconclusive: {reason}", decision, words.PAUSED)
+        if self._told != (trial.stage, trial.since):
+            self._told = trial.stage, trial.since
+            self._emit("inconclusive", reason, trial, None)
         return trial
 
     def _decided(self, trial: Trial, what: str, serves: str, decision: Decision) -> Trial | None:
@@ -232,12 +247,23 @@ class Controller:
             declaration=None if declaration is None else declaration.to_json(),
             decision=words.Decision(what, "controller", evidence),
         )  # fmt: skip
-        if changed is not None and BUS.active:
-            BUS.emit(
-                f"experiment_{what}", time.time(), experiment=self.name, reason=reason, stage=changed.stage,
-                variant=None if declaration is None else declaration.serves,
-            )  # fmt: skip
+        if changed is not None:
+            self._emit(what, reason, changed, None if declaration is None else declaration.serves)
         return changed
+
+    def _emit(self, what: str, reason: str, trial: Trial, serves: str | None) -> None:
+        """Tell listeners."""
+        if not BUS.active:
+            return
+        at, stage = time.time(), trial.stage
+        if what in ("stage", "promote"):
+            BUS.emit(
+                "experiment_moved", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
+            )
+        else:
+            BUS.emit(
+                "experiment_alarm", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
+            )
 
     def _next_stage(self, trial: Trial, dropped: Sequence[str]) -> int | None:
         """The stage that follows, once this one has had its time and its units."""

@@ -129,13 +129,15 @@ def _alike(scores: Floats) -> NDArray[np.intp]:
 
 def _noise(scores: Floats, residuals: Floats, counts: NDArray[np.intp]) -> tuple[float, Floats]:
     """Variance of a score around what its candidate and its example lead to expect: of all, and of each candidate."""
-    asked, many = int(counts.sum()), int((counts > 0).sum())
+    columns = (~np.isnan(scores)).sum(axis=0)
+    asked, many, places = int(counts.sum()), int((counts > 0).sum()), int((columns > 0).sum())
     # One more residual, as large as scores seem to reach: few answers that all agree are not taken for certainty.
     reach = float(max(np.nanmax(scores) - np.nanmin(scores), np.nanmax(np.abs(scores)))) / 2
-    free = (asked - many) * (1 - 1 / many) if many > 1 else asked - 1
+    # What the means of candidates and of examples fit is missing in the residuals: the more, the fewer were asked.
+    free = max(asked - many - places + 1, 0) if many > 1 else asked - 1
     noise = ((float(np.nansum(residuals**2)) if many > 1 else asked * float(np.nanvar(scores))) + reach**2) / (free + 1)
-    shared = 1 - 1 / many if many > 1 else 1.0
-    return noise, (np.nansum(residuals**2, axis=1) / shared + POOLED * noise) / (counts + POOLED)
+    left = np.where(np.isnan(scores), 0.0, 1 - 1 / np.maximum(columns, 1)).sum(axis=1) if many > 1 else counts
+    return noise, (np.nansum(residuals**2, axis=1) + POOLED * noise) / (left + POOLED)
 
 
 def _without_luck(means: Floats, pooled: Floats, own: Floats, counts: NDArray[np.intp]) -> tuple[Floats, Floats]:

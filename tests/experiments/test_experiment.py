@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -429,3 +430,23 @@ def test_a_program_with_tools_has_no_shadow(store: str) -> None:
     with pytest.raises(ConfigError, match=r"uses tools in self.*ReAct"):
         shadowed(store, agent)
     shadowed(store, agent, shadow_tools="allow")
+
+
+@pytest.mark.parametrize("then", ["pause", "hold"])
+def test_a_stage_that_lasts_too_long_is_told(then: Any, asked: Asked, store: str) -> None:
+    asked()
+    events: list[Any] = []
+    rollout = Rollout(stages=(0.5,), min_time=0.0, max_time=0.05, on_inconclusive=then)
+    exp = two("e", store, rollout=rollout)
+    exp.start()
+    remove = dspy_prod.add_listener(events.append)
+    try:
+        ask(exp, "u1")
+        time.sleep(0.06)
+        states = [exp.step().state for _ in range(3)]
+    finally:
+        remove()
+    assert set(states) == {"paused" if then == "pause" else "running"}
+    told = [event for event in events if event.name == "experiment_alarm"]
+    assert [event.data["what"] for event in told] == ["pause" if then == "pause" else "inconclusive"]
+    assert "has lasted" in told[0].data["reason"]

@@ -83,6 +83,7 @@ class Inbox:
         if kind not in _UNHURRIED or self.hurried:
             self._urgent = ring = True
         if ring:
+            self._resting = False  # it wakes once: others that come before it does would only ring again
             self._bell.put(None)
 
     def serve(self, kind: Kind, given: Given) -> None:
@@ -93,7 +94,10 @@ class Inbox:
             self._kinds.append(kind)
         self._served = number = self._count()
         wait = number - self._taken
-        if self._resting or (wait >= ENOUGH_FREE and not number % _AGAIN):
+        if self._resting:
+            self._resting = False  # as in `put`
+            self._bell.put(None)
+        elif wait >= ENOUGH_FREE and not number % _AGAIN:
             self._bell.put(None)
         if wait + self.writing > FULL and self.open:
             self._slow_down()
