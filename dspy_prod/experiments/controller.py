@@ -21,6 +21,7 @@ from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
+from dspy_prod.experiments.history import History, Look
 from dspy_prod.experiments.pairs import Pairs
 from dspy_prod.experiments.shadow import SUFFIX, pairs_of
 from dspy_prod.options.experiments import SHADOW, Rollout
@@ -60,13 +61,14 @@ class Controller:
         hold: bool = True,
     ) -> None:
         self.name = name
-        self._trials, self._design, self._metrics, self._alpha = trials, design, tuple(metrics), alpha
+        self._trials, self._design, self._metrics, self.alpha = trials, design, tuple(metrics), alpha
         self._rollout, self._aliases, self._hold = rollout, aliases, hold
         self._sources: dict[str | None, list[Metric]] = defaultdict(list)
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
         self._me = uuid.uuid4().hex
         self._evidence: Evidence | None = None
+        self._history = self._blank()
         self._pairs: Pairs | None = None
         self._read: dict[str, int] = {}
         self._revision = -1
@@ -103,12 +105,20 @@ class Controller:
         new |= self._take_in_pairs()
         if new:
             pairs = None if self._pairs is None else self._pairs.state()
-            state = json.dumps({"read": self._read, "evidence": evidence.to_dict(), "pairs": pairs})
+            told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
+            state = json.dumps({"read": self._read, **told})
             if self._trials.save(self.name, state, self._revision):
                 self._revision += 1
             else:  # somebody else has looked meanwhile: what he read is as good
                 self._evidence = None
         return evidence.look()
+
+    def history(self) -> tuple[Look, ...]:
+        """How the evidence grew until the last `read`."""
+        return () if self._evidence is None else self._history.looks(self._evidence)
+
+    def _blank(self, state: Mapping[str, Any] | None = None) -> History:
+        return History(len(self._metrics), len(self._design.variants) - 1, state)
 
     # -- reading -------------------------------------------------------------------------------------------------------
     def _restored(self) -> Evidence:
@@ -117,7 +127,7 @@ class Controller:
         revision = 0 if saved is None else saved.revision
         if self._evidence is not None and revision == self._revision:
             return self._evidence
-        self._read, self._revision = {}, revision
+        self._read, self._revision, self._history = {}, revision, self._blank()
         evidence = None
         if self._rollout is not None and self._rollout.shadow:
             self._pairs = Pairs(self._metrics, self._design.variants[1:])
@@ -127,12 +137,12 @@ class Controller:
                 evidence = Evidence.from_dict(state["evidence"])
                 if self._pairs is not None and state["pairs"] is not None:
                     self._pairs.restore(state["pairs"])
-                self._read = state["read"]
+                self._read, self._history = state["read"], self._blank(state.get("history"))
             except ValueError as error:  # of another release: what is stored is read again from the start
                 _log.warning("The experiment %s is read anew: %s", self.name, error)
         if evidence is None:
             control, *candidates = self._design.variants
-            evidence = Evidence(self._metrics, candidates, control=control, alpha=self._alpha)
+            evidence = Evidence(self._metrics, candidates, control=control, alpha=self.alpha)
         self._evidence = evidence
         return evidence
 
@@ -151,8 +161,8 @@ class Controller:
                     value = value_of(metric, unit)
                     if value is not None or metric.name != LATENCY:
                         evidence.matured(metric.name, exposure, value)
-            after = units[-1].number
-        self._read[place] = after
+                    self._history.see(evidence, metric.name, unit.number, unit.at)
+            after = self._read[place] = units[-1].number
         return after > first
 
     def _take_in_pairs(self) -> bool:

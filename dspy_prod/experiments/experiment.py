@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 from dspy.utils.callback import BaseCallback
@@ -17,6 +17,7 @@ from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.aliases import Aliases
 from dspy_prod.experiments.assignment import Design
+from dspy_prod.experiments.beforehand import Beforehand
 from dspy_prod.experiments.controller import Controller
 from dspy_prod.experiments.declaration import BUILT_IN, Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence
@@ -33,6 +34,9 @@ from dspy_prod.stores import trials as words
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
 from dspy_prod.stores.trials import Outcome, Trial, Trials
+
+if TYPE_CHECKING:
+    from dspy_prod.experiments.offline import OfflineReport
 
 Unit = Literal["user", "session", "tenant"]
 
@@ -53,7 +57,7 @@ class _Works:
         return self
 
 
-class Experiment(CompiledAsProgram, dspy.Module):
+class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
     """Variants of a program, compared on live traffic.
 
     It is a `dspy.Module`: call it, `await exp.acall(...)`, `dspy.streamify(exp)`, run it in `dspy.Parallel`. Each user
@@ -283,14 +287,27 @@ class Experiment(CompiledAsProgram, dspy.Module):
     @property
     def stage(self) -> str:
         """The stage in force here, as `"5 %"`."""
-        if self.rollout is None:
-            return "split"
-        share = self.rollout.stages[self._works.exposing.stage]
-        return share if isinstance(share, str) else f"{100 * share:g} %"
+        return self._stages[self._works.exposing.stage]
 
-    def start(self) -> None:
-        """Begin the rollout: its first stage holds from now on. Does nothing where it has begun."""
-        self._put(words.CREATED, words.RUNNING, "start", "by hand")
+    @property
+    def _stages(self) -> list[str]:
+        if self.rollout is None:
+            return ["split"]
+        return [share if isinstance(share, str) else f"{100 * share:g} %" for share in self.rollout.stages]
+
+    def start(self, *, gate: OfflineReport | None = None) -> None:
+        """Begin the rollout: its first stage holds from now on. Does nothing where it has begun.
+
+        Args:
+            gate: what `evaluate` returned: begin only if it passed. The audit keeps what it said.
+
+        Raises:
+            ConfigError: the gate did not pass, or is of other variants.
+        """
+        if gate is not None:
+            gate.refuse_unless_passed(self.name, {each.name: each.said for each in self.variants.values()})
+        reason = "by hand" if gate is None else f"by hand; {gate.summary}"
+        self._put(words.CREATED, words.RUNNING, "start", reason)
 
     def pause(self, reason: str = "by hand") -> None:
         """Let nobody new into a candidate, and decide nothing, until `resume`. Who is in one stays."""
@@ -332,7 +349,9 @@ class Experiment(CompiledAsProgram, dspy.Module):
         declaration = Declaration.from_json(trial.declaration)
         return scorecard(
             trial, self.stage, decision, self._works.trials.counts(self.name), self._works.trials.tally(self.name),
-            tuple(self.variants), declaration.serves, declaration.dropped,
+            tuple(self.variants), declaration.serves, declaration.dropped, metrics=self.metrics,
+            stages=self._stages, audit=self._works.trials.decisions(self.name),
+            history=self._works.controller.history(),
         )  # fmt: skip
 
     def _put(self, before: str, after: str, what: str, reason: str) -> Trial | None:
@@ -346,6 +365,9 @@ class Experiment(CompiledAsProgram, dspy.Module):
             if changed is not None:
                 self._works.standing.look()
                 return changed
+
+    def _known(self) -> tuple[Design, float, Store]:
+        return self._works.design, self._works.controller.alpha, self._works.store
 
     @property
     def _control(self) -> str:

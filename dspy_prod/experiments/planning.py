@@ -16,6 +16,7 @@ from typing import Final
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.alphas import Alphas, alphas
 from dspy_prod.options.metrics import Metric
+from dspy_prod.views import Cell, Page, Shown, Table
 
 SPREAD: Final = 0.35
 """What it costs to spread the money over stakes, as a logarithm of wealth."""
@@ -49,8 +50,8 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an experiment needs in order to decide.
+class Plan(Shown):
+    """What an experiment needs in order to decide. It prints as a table, and shows itself in a notebook.
 
     Attributes:
         needs: one for each claim, in the order of the metrics.
@@ -64,11 +65,20 @@ class Plan:
     power: float
     warnings: tuple[str, ...]
 
-    def __str__(self) -> str:
-        wide = max(len(need.metric) for need in self.needs)
-        lines = [f"{need.metric:<{wide}}  {need.words}" for need in self.needs]
-        last = f"slowest: {self.slowest.metric}, about {_days(self.slowest.days)}"
-        return "\n".join([*lines, last, *(f"warning: {each}" for each in self.warnings)])
+    def _view(self) -> Page:
+        rows = []
+        for need in self.needs:
+            told = "the slowest" if need is self.slowest else None
+            if need.days > self.slowest.days:
+                told = "nothing waits for it"
+            days = Cell(_days(need.days), "strong" if need is self.slowest else "", (told,), number=True)
+            rows.append((need.metric, need.words.partition(":")[0], _round(need.units), days))
+        note = (
+            f"Each is proven by then with a probability of {100 * self.power:g} %, at the shares of the last stage. A "
+            "promotion waits for one metric to be better, and for all others with a margin to be no worse."
+        )
+        table = Table("Plan", ("metric", "to prove", "users", "days"), rows, note)
+        return Page(table, *(f"Beware: {each}" for each in self.warnings))
 
 
 def units_needed(effect: float, variance: float, alpha: float, power: float = 0.8, share: float = 0.5) -> int:
