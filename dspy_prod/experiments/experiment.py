@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,22 +12,23 @@ from dspy_prod.compat.dspy import CompiledAsProgram
 from dspy_prod.context.current import current
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import ConfigError
-from dspy_prod.experiments.aliases import Aliases
 from dspy_prod.experiments.assignment import Design
-from dspy_prod.experiments.controller import Controller
-from dspy_prod.experiments.declaration import BUILT_IN, Declaration, source_of
+from dspy_prod.experiments.attending import EVERY, Attending
+from dspy_prod.experiments.declaration import BUILT_IN, Declaration, registry_of, source_of
 from dspy_prod.experiments.exposing import Exposing
-from dspy_prod.experiments.scorecard import Scorecard, scorecard
+from dspy_prod.experiments.opened import Opened
+from dspy_prod.experiments.operating import promote, put, remove
+from dspy_prod.experiments.scorecard import Scorecard
 from dspy_prod.experiments.standing import REFRESH, Standing
 from dspy_prod.experiments.turn import Turn
 from dspy_prod.experiments.variants import resolved
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric, guardrails
 from dspy_prod.privacy.redactor import claimed
-from dspy_prod.stores import trials as words
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
-from dspy_prod.stores.trials import Outcome, Trial
+from dspy_prod.stores.trials import Outcome
 
 Unit = Literal["user", "session", "tenant"]
 
@@ -117,6 +117,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
         self.name = name
         self.metrics = _measured(where, metrics, guardrails)
         self._unit: Unit = unit
+        self._tracking_uri = tracking_uri = unshown(tracking_uri)
         self._store = open_store(store or default_store_url(), default_namespace(namespace))
         self._trials = self._store.trials
         known = self._trials.trial(name)
@@ -128,6 +129,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             found, self.metrics, unit=unit, weights=_weighed(where, names, weights),
             rollout=None if rollout is None else rollout.model_dump(mode="json"), holdout=holdout,
             overrides=dict(overrides or {}), elsewhere=assign is not None, alpha=alpha,
+            hold=on_sample_ratio == "hold", registry=registry_of(found, tracking_uri),
         )  # fmt: skip
         windows = declared.windows(self.metrics)
         if stored is None:
@@ -142,12 +144,11 @@ class Experiment(CompiledAsProgram, dspy.Module):
         self._exposing = Exposing(name, self._design, self._trials)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
         self._standing = Standing(name, self._trials, self._design, self._exposing, most, refresh)
-        aliases = Aliases(name, found, tracking_uri) if any(each.version for each in found) else None
-        self._controller = Controller(
-            name, self._trials, self._design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold"
-        )
+        self._opened = Opened(self._store, name, tracking_uri)
+        self._controller = self._opened.controller
+        self._attending: Attending | None = None
         if rollout is None:
-            self._put(words.CREATED, words.RUNNING, "start", "it has no rollout, so it runs at once")
+            self._put("start", "it has no rollout, so it runs at once")
         self._standing.look()
 
     # -- calling -------------------------------------------------------------------------------------------------------
@@ -186,6 +187,8 @@ class Experiment(CompiledAsProgram, dspy.Module):
     def _serves(self) -> str | None:
         """The variant that everybody gets now; None: units are assigned."""
         self._standing.keep_up()
+        if self._attending is not None:
+            self._attending.keep_going()
         return self._standing.serves
 
     def _seen(self, unit: str) -> str | None:
@@ -240,23 +243,52 @@ class Experiment(CompiledAsProgram, dspy.Module):
         share = self.rollout.stages[self._exposing.stage]
         return share if isinstance(share, str) else f"{100 * share:g} %"
 
-    def start(self) -> None:
-        """Begin the rollout: its first stage holds from now on. Does nothing where it has begun."""
-        self._put(words.CREATED, words.RUNNING, "start", "by hand")
+    def start(self, *, auto: bool = False, every: float = EVERY) -> None:
+        """Begin the rollout: its first stage holds from now on. Does nothing where it has begun.
 
-    def pause(self, reason: str = "by hand") -> None:
+        Args:
+            auto: have a thread of this process call `step()` until the experiment is decided or stopped. Any number of
+                processes may: one looks at a time, and another goes on where one was killed.
+            every: seconds between two of its looks.
+
+        Raises:
+            ConfigError: `every` is impossible.
+        """
+        if auto:
+            self._attending = Attending(Opened(self._store, self.name, self._tracking_uri), every)
+        self._put("start")
+        if self._attending is not None:
+            self._attending.keep_going()
+
+    def pause(self, reason: str | None = None) -> None:
         """Let nobody new into a candidate, and decide nothing, until `resume`. Who is in one stays."""
-        self._put(words.RUNNING, words.PAUSED, "pause", reason)
+        self._put("pause", reason)
 
-    def resume(self, reason: str = "by hand") -> None:
+    def resume(self, reason: str | None = None) -> None:
         """Go on after a pause."""
-        self._put(words.PAUSED, words.RUNNING, "resume", reason)
+        self._put("resume", reason)
 
-    def stop(self, reason: str = "by hand") -> None:
+    def stop(self, reason: str | None = None) -> None:
         """End it: everybody gets control. What was measured stays."""
-        for state in (words.CREATED, words.RUNNING, words.PAUSED):
-            if self._put(state, words.STOPPED, "stop", reason):
-                return
+        self._put("stop", reason)
+
+    def promote(
+        self, variant: str | None = None, *, force: bool = False, reason: str | None = None, by: str | None = None
+    ) -> None:
+        """Give a candidate to everybody, and its version control's alias. Arguments and errors as of
+        `operating.promote`: without `force` only what the evidence says."""
+        promote(self._opened, variant, force=force, reason=reason, by=by)
+        self._standing.look()
+
+    def remove(self, *, force: bool = False) -> None:
+        """Forget it, with all that was measured; everybody gets control.
+
+        Raises:
+            ConfigError: it is running or paused, and `force` is not given.
+            StoreUnavailableError: the store cannot be used.
+        """
+        remove(self._trials, self.name, force=force)
+        self._standing.look()
 
     def step(self) -> Scorecard:
         """One look of the controller: take in what has come, decide, act; as `scorecard()`.
@@ -277,27 +309,17 @@ class Experiment(CompiledAsProgram, dspy.Module):
             StoreUnavailableError: the store cannot be read.
             ConfigError: the experiment was removed.
         """
-        decision = self._controller.read()
-        trial = self._standing.look()
-        if trial is None:
-            raise ConfigError(f"Experiment({self.name!r}) was removed; make it anew")
-        declaration = Declaration.from_json(trial.declaration)
-        return scorecard(
-            trial, self.stage, decision, self._trials.counts(self.name), self._trials.tally(self.name),
-            tuple(self.variants), declaration.serves, declaration.dropped,
-        )  # fmt: skip
+        card = self._opened.scorecard()
+        self._standing.look()
+        return card
 
-    def _put(self, before: str, after: str, what: str, reason: str) -> Trial | None:
-        """Change the state, if it is `before`; None if it is another one."""
-        while True:
-            trial = self._trials.trial(self.name)
-            if trial is None or trial.state != before:
-                return None
-            line = words.Decision(what, "operator", json.dumps({"reason": reason}))
-            changed = self._trials.change(self.name, trial.revision, state=after, decision=line)
-            if changed is not None:
-                self._standing.look()
-                return changed
+    def to_dict(self) -> dict[str, Any]:
+        """The scorecard, what is compared, and the audit, as JSON has them; raises as `scorecard`."""
+        return self._opened.to_dict()
+
+    def _put(self, what: str, reason: str | None = None) -> None:
+        put(self._trials, self.name, what, reason)
+        self._standing.look()
 
     @property
     def _control(self) -> str:
