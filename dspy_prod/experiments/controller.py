@@ -32,6 +32,10 @@ from dspy_prod.telemetry.events import BUS
 LEASE: Final = 30.0
 """Seconds for which a controller that was killed keeps others from looking, where its process cannot be asked."""
 
+LATENCY: Final = "latency"
+"""A unit whose calls were all answered from caches is left out of it: that it took no time is no fault of its own, nor
+does it tell who answers, as missing feedback does."""
+
 _log = logging.getLogger("dspy_prod")
 
 
@@ -150,9 +154,10 @@ class Controller:
                     evidence.exposed(exposure)
                     if unit.mixed:
                         evidence.crossed()
-                if not unit.mixed:
-                    for metric in metrics:
-                        evidence.matured(metric.name, exposure, value_of(metric, unit))
+                for metric in () if unit.mixed else metrics:
+                    value = value_of(metric, unit)
+                    if value is not None or metric.name != LATENCY:
+                        evidence.matured(metric.name, exposure, value)
             after = units[-1].number
         self._read[place] = after
         return after > first
@@ -242,7 +247,7 @@ def value_of(metric: Metric, unit: Matured) -> float | None:
     calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
     if not calls.calls:
         return None
-    if metric.name == "latency":
+    if metric.name == LATENCY:
         return calls.latency / calls.timed if calls.timed else None
     found: Mapping[str, Any] = {
         "error_rate": calls.failed, "fallback_rate": calls.fell_back, "cost": calls.list_nano / 1e9,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import dspy
 from dspy.utils.callback import BaseCallback
 
 from dspy_prod.compat.dspy import CompiledAsProgram
+from dspy_prod.context.assignments import Assignment as Place
 from dspy_prod.context.current import current
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import ConfigError
@@ -28,9 +30,24 @@ from dspy_prod.privacy.redactor import claimed
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
-from dspy_prod.stores.trials import Outcome
+from dspy_prod.stores.trials import Outcome, Trials
 
 Unit = Literal["user", "session", "tenant"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Works:
+    """What an experiment and all copies of it share."""
+
+    store: Store
+    trials: Trials
+    design: Design
+    exposing: Exposing
+    standing: Standing
+    opened: Opened
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Works:
+        return self
 
 
 class Experiment(CompiledAsProgram, dspy.Module):
@@ -118,9 +135,9 @@ class Experiment(CompiledAsProgram, dspy.Module):
         self.metrics = _measured(where, metrics, guardrails)
         self._unit: Unit = unit
         self._tracking_uri = tracking_uri = unshown(tracking_uri)
-        self._store = open_store(store or default_store_url(), default_namespace(namespace))
-        self._trials = self._store.trials
-        known = self._trials.trial(name)
+        opened = open_store(store or default_store_url(), default_namespace(namespace))
+        trials = opened.trials
+        known = trials.trial(name)
         stored = None if known is None else Declaration.from_json(known.declaration)
         found = resolved(name, variants or {}, program, tracking_uri, {} if stored is None else stored.pinned)
         self.variants = {each.name: each for each in found}
@@ -133,23 +150,29 @@ class Experiment(CompiledAsProgram, dspy.Module):
         )  # fmt: skip
         windows = declared.windows(self.metrics)
         if stored is None:
-            trial = self._trials.create(name, declared.to_json(), windows)
+            trial = trials.create(name, declared.to_json(), windows)
             stored = Declaration.from_json(trial.declaration)
         declared.check_same(name, stored)
-        self._design = Design(
+        design = Design(
             stored.salt, names, weights=declared.weights, shares=None if rollout is None else rollout.shares,
             holdout=holdout, program=_program_of(found), overrides=overrides, assign=assign,
         )  # fmt: skip
         self.rollout = rollout
-        self._exposing = Exposing(name, self._design, self._trials)
+        exposing = Exposing(name, design, trials)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
-        self._standing = Standing(name, self._trials, self._design, self._exposing, most, refresh)
-        self._opened = Opened(self._store, name, tracking_uri)
-        self._controller = self._opened.controller
+        self._works = _Works(
+            opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
+            Opened(opened, name, tracking_uri),
+        )  # fmt: skip
         self._attending: Attending | None = None
         if rollout is None:
             self._put("start", "it has no rollout, so it runs at once")
-        self._standing.look()
+        self._works.standing.look()
+
+    _uncompilable = (
+        "an Experiment is no program to compile: what was found would be no variant of it. Compile the program, "
+        "publish it, and compare that version in an experiment"
+    )
 
     # -- calling -------------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,32 +190,32 @@ class Experiment(CompiledAsProgram, dspy.Module):
         serves = self._serves()
         if serves is not None:
             return serves
-        exposing = self._exposing
-        variant = self._design.assign(claimed(unit), exposing.stage, exposing.full, lambda: self._seen(unit)).variant
-        return self._control if variant in self._standing.dropped else variant
+        exposing = self._works.exposing
+        variant = self._works.design.assign(
+            claimed(unit), exposing.stage, exposing.full, lambda: self._seen(unit)
+        ).variant
+        return self._control if variant in self._works.standing.dropped else variant
 
     def _turn(self) -> Turn:
-        outer = current()
+        outer, control = current(), self._control
+        if is_raising():
+            return Turn(self.variants[control], None, None, outer)
         unit: str | None = getattr(outer, self._unit)
         serves = self._serves()
-        if unit is None or serves is not None or is_raising():
-            return Turn(self.name, None, unit, self.variants[serves or self._control], None, None, outer)
-        assignment = self._exposing(unit)
-        trials = self._trials if assignment.random else None
-        if assignment.variant in self._standing.dropped:
-            return Turn(self.name, None, unit, self.variants[self._control], None, None, outer)
-        variant = self.variants[assignment.variant]
-        return Turn(self.name, trials, unit, variant, assignment, self.stage, outer)
+        if unit is None or serves is not None:
+            return Turn(self.variants[serves or control], Place(self.name, serves or control, unit=unit), None, outer)
+        got = self._works.exposing(unit)
+        if got.variant in self._works.standing.dropped:
+            return Turn(self.variants[control], Place(self.name, control, unit=unit), None, outer)
+        place = Place(self.name, got.variant, self.stage, unit, got.propensity)
+        return Turn(self.variants[got.variant], place, self._works.trials if got.random else None, outer)
 
     def _serves(self) -> str | None:
         """The variant that everybody gets now; None: units are assigned."""
-        self._standing.keep_up()
+        self._works.standing.keep_up()
         if self._attending is not None:
             self._attending.keep_going()
-        return self._standing.serves
-
-    def _seen(self, unit: str) -> str | None:
-        return self._trials.seen(self.name, claimed(unit))
+        return self._works.standing.serves
 
     # -- what becomes of units -----------------------------------------------------------------------------------------
     def record(self, unit: str, *, at: float | None = None, id: str | None = None, **values: float) -> None:
@@ -223,16 +246,16 @@ class Experiment(CompiledAsProgram, dspy.Module):
             try:
                 checked[metric] = known[metric].checked(value)
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"Experiment({self.name!r}).record: {error}") from None
-        moment = self._trials.now() if at is None else at
+                raise ConfigError(f"Experiment({self.name!r}).record: {metric}={value!r}: {error}") from None
+        moment = self._works.trials.now() if at is None else at
         for metric, value in checked.items():
-            self._trials.outcome(Outcome(self.name, claimed(unit), metric, value, moment, id))
+            self._works.trials.outcome(Outcome(self.name, claimed(unit), metric, value, moment, id))
 
     # -- the rollout ---------------------------------------------------------------------------------------------------
     @property
     def state(self) -> str:
         """`created`, `running`, `paused`, `stopped` or `decided`, as the store says now."""
-        trial = self._standing.look()
+        trial = self._works.standing.look()
         return "removed" if trial is None else trial.state
 
     @property
@@ -240,7 +263,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
         """The stage in force here, as `"5 %"`."""
         if self.rollout is None:
             return "split"
-        share = self.rollout.stages[self._exposing.stage]
+        share = self.rollout.stages[self._works.exposing.stage]
         return share if isinstance(share, str) else f"{100 * share:g} %"
 
     def start(self, *, auto: bool = False, every: float = EVERY) -> None:
@@ -255,7 +278,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             ConfigError: `every` is impossible.
         """
         if auto:
-            self._attending = Attending(Opened(self._store, self.name, self._tracking_uri), every)
+            self._attending = Attending(Opened(self._works.store, self.name, self._tracking_uri), every)
         self._put("start")
         if self._attending is not None:
             self._attending.keep_going()
@@ -277,8 +300,8 @@ class Experiment(CompiledAsProgram, dspy.Module):
     ) -> None:
         """Give a candidate to everybody, and its version control's alias. Arguments and errors as of
         `operating.promote`: without `force` only what the evidence says."""
-        promote(self._opened, variant, force=force, reason=reason, by=by)
-        self._standing.look()
+        promote(self._works.opened, variant, force=force, reason=reason, by=by)
+        self._works.standing.look()
 
     def remove(self, *, force: bool = False) -> None:
         """Forget it, with all that was measured; everybody gets control.
@@ -287,8 +310,8 @@ class Experiment(CompiledAsProgram, dspy.Module):
             ConfigError: it is running or paused, and `force` is not given.
             StoreUnavailableError: the store cannot be used.
         """
-        remove(self._trials, self.name, force=force)
-        self._standing.look()
+        remove(self._works.trials, self.name, force=force)
+        self._works.standing.look()
 
     def step(self) -> Scorecard:
         """One look of the controller: take in what has come, decide, act; as `scorecard()`.
@@ -298,8 +321,8 @@ class Experiment(CompiledAsProgram, dspy.Module):
         Raises:
             StoreUnavailableError: the store cannot be read or written; look again later.
         """
-        self._controller.step()
-        self._standing.look()
+        self._works.opened.controller.step()
+        self._works.standing.look()
         return self.scorecard()
 
     def scorecard(self) -> Scorecard:
@@ -309,17 +332,17 @@ class Experiment(CompiledAsProgram, dspy.Module):
             StoreUnavailableError: the store cannot be read.
             ConfigError: the experiment was removed.
         """
-        card = self._opened.scorecard()
-        self._standing.look()
+        card = self._works.opened.scorecard()
+        self._works.standing.look()
         return card
 
     def to_dict(self) -> dict[str, Any]:
         """The scorecard, what is compared, and the audit, as JSON has them; raises as `scorecard`."""
-        return self._opened.to_dict()
+        return self._works.opened.to_dict()
 
     def _put(self, what: str, reason: str | None = None) -> None:
-        put(self._trials, self.name, what, reason)
-        self._standing.look()
+        put(self._works.trials, self.name, what, reason)
+        self._works.standing.look()
 
     @property
     def _control(self) -> str:
