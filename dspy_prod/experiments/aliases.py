@@ -166,7 +166,11 @@ class Aliases:
                     return False
                 done.append(told)
             if done:
-                self._trials.decide(trial.name, Decision(ALIAS, "controller", json.dumps({"moves": done})))
+                words = "; ".join(
+                    f"{each['alias']} from {each['from']} to {each['to']}: {each['outcome']}" for each in done
+                )
+                line = json.dumps({"reason": words, "moves": done})
+                self._trials.decide(trial.name, Decision(ALIAS, "controller", line))
         self._done = trial.revision
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from functools import cached_property
 from typing import Any
 
@@ -48,9 +49,16 @@ class Opened:
 
     def __init__(self, store: Store, name: str, tracking_uri: str | None = None) -> None:
         self.name, self.namespace, self.trials = name, store.namespace, store.trials
-        self.declaration = declaration = Declaration.from_json(self.trial().declaration)
-        self.metrics = tuple([Metric.model_validate(each) for each in declaration.metrics])
-        self.rollout = None if declaration.rollout is None else Rollout.model_validate(declaration.rollout)
+        text = self.trial().declaration
+        try:
+            self.declaration = declaration = Declaration.from_json(text)
+            self.metrics = tuple([Metric.model_validate(each) for each in declaration.metrics])
+            self.rollout = None if declaration.rollout is None else Rollout.model_validate(declaration.rollout)
+        except (TypeError, ValueError) as error:  # written by somebody else, or by another release
+            raise ConfigError(
+                f"the experiment {name!r} cannot be read ({type(error).__name__}): it is of another release. Forget it "
+                f"with `dspy-prod experiment rm {shlex.quote(name)} --force`"
+            ) from error
         self.design = Design(
             declaration.salt, tuple(declaration.variants), weights=declaration.weights,
             shares=None if self.rollout is None else self.rollout.shares, holdout=declaration.holdout,
@@ -125,10 +133,6 @@ def stage_of(rollout: Rollout | None, stage: int) -> str:
 def reason_of(evidence: str) -> str:
     """Why, as a line of the audit says."""
     said = json.loads(evidence)
-    if "moves" in said:
-        return "; ".join(
-            f"{each['alias']} from {each['from']} to {each['to']}: {each['outcome']}" for each in said["moves"]
-        )
     return str(said.get("reason", ""))
 
 
