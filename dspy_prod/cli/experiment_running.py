@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dspy_prod.cli.printing import show
 from dspy_prod.errors import StoreUnavailableError
@@ -51,7 +51,7 @@ def running(opened: Opened, every: float, as_json: bool, line: Callable[[Opened]
 def _ending() -> Iterator[threading.Event]:
     """An event that SIGTERM and Ctrl-C set. A second one ends the process as it always does."""
     stop = threading.Event()
-    before = {}
+    before: dict[signal.Signals, Any] = {}
 
     def end(number: int, _: FrameType | None) -> None:
         stop.set()
