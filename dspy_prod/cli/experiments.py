@@ -15,7 +15,7 @@ from dspy_prod.cli.printing import print_json, show
 from dspy_prod.cli.reports import opened as opened_store
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.outward import outward
-from dspy_prod.privacy.visible import carried, visible
+from dspy_prod.privacy.visible import visible
 from dspy_prod.registry.errors import PromotionConflictError
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def _put(arguments: argparse.Namespace) -> int:
 def _remove(arguments: argparse.Namespace) -> int:
     from dspy_prod.experiments.operating import remove
 
-    store, name = opened_store(arguments), carried(arguments.name)
+    store, name = opened_store(arguments), arguments.name
     if store.trials.trial(name) is None:
         _opened(arguments)  # which says which there are
     remove(store.trials, name, force=arguments.force)
@@ -178,7 +178,7 @@ def _opened(arguments: argparse.Namespace) -> Opened:
     from dspy_prod.experiments.opened import Opened
 
     uri = getattr(arguments, "tracking_uri", None)
-    return Opened(opened_store(arguments), carried(arguments.name), uri)
+    return Opened(opened_store(arguments), arguments.name, uri)
 
 
 def _line(opened: Opened) -> str:
