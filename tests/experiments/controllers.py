@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 from dspy_prod.experiments.attending import attend
 from dspy_prod.experiments.opened import Opened
 from dspy_prod.stores.opening import open_store
+from dspy_prod.stores.sqlite.store import SqliteStore
 
 
-def attending(url: str, every: float) -> None:
-    """A controller that goes on until it is killed, or the experiment is over."""
-    attend(Opened(open_store(url, "test"), "e"), every, threading.Event())
+PRELOADED = SqliteStore
+"""What takes long to import, and is then there in every process."""
+
+
+def attending(url: str, every: float, begun: Any) -> None:
+    """A controller that says when it begins, and goes on until it is killed, or the experiment is over."""
+    opened = Opened(open_store(url, "test"), "e")
+    begun.set()
+    attend(opened, every, threading.Event())

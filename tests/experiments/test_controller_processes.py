@@ -45,6 +45,15 @@ def wait_for(happened: Callable[[], Any], what: str) -> None:
         time.sleep(0.01)
 
 
+def begun(url: str, every: float) -> Any:
+    """A process with a controller, which begins to look just now."""
+    begins = SERVER.Event()
+    process = SERVER.Process(target=attending, args=(url, every, begins))
+    process.start()
+    assert begins.wait(PATIENCE)
+    return process
+
+
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/state.db"
@@ -71,23 +80,21 @@ def test_a_controller_that_is_killed_again_and_again_decides_the_same(url: str, 
     calm = declared(MemoryStore("calm"))
     disturbed = declared(store)
     kills, begin = 0, 0
-    process = SERVER.Process(target=attending, args=(url, 0.01))
-    process.start()
-    while begin < 3_000 and disturbed.trial().state == RUNNING:
-        killed = time.monotonic() + 0.5
-        while time.monotonic() < killed:
-            for each in (calm, disturbed):
-                feed(each, 50, WORSE, begin=begin)
-            calm.controller.step()
-            begin += 50
+    while disturbed.trial().state == RUNNING:
+        process = begun(url, 0.01)
+        for each in (calm, disturbed):
+            feed(each, 60, WORSE, begin=begin)
+        calm.controller.step()
+        begin += 60
+        assert begin < 3_000
+        process.join(0.5)
+        kills += process.exitcode is None
         process.kill()
         process.join()
-        kills += 1
-        process = SERVER.Process(target=attending, args=(url, 0.01))
-        process.start()
+    process = begun(url, 0.01)
     process.join(PATIENCE)
     assert process.exitcode == 0, "it ends with the experiment"
-    assert kills >= 1
+    assert kills >= 3
     assert (disturbed.trial().state, calm.trial().state) == (DECIDED, DECIDED)
     assert audit(disturbed) == audit(calm) == [("rollback", "controller")]
     assert disturbed.scorecard().serves == calm.scorecard().serves == "control"
@@ -103,9 +110,7 @@ def test_a_controller_that_is_killed_in_the_middle_leaves_nothing_to_wait_for(ur
     store.trials.tally("e")
     calm.controller.step()
     for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
-        process = SERVER.Process(target=attending, args=(url, 0.05))
-        process.start()
-        wait_for(process.is_alive, "it began")
+        process = begun(url, 0.05)
         time.sleep(delay)
         process.kill()
         process.join()
@@ -118,9 +123,7 @@ def test_a_controller_that_is_killed_in_the_middle_leaves_nothing_to_wait_for(ur
 
 def test_several_at_once_decide_once(url: str, store: Store) -> None:
     opened = declared(store)
-    processes = [SERVER.Process(target=attending, args=(url, 0.01)) for _ in range(3)]
-    for process in processes:
-        process.start()
+    processes = [begun(url, 0.01) for _ in range(3)]
     feed(opened, 1_500, {"control": 0.9, "new": 0.5})
     for process in processes:
         process.join(PATIENCE)
