@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     from dspy_prod.cli.budgets import add_parser as add_budgets
     from dspy_prod.cli.check import add_parser as add_check
     from dspy_prod.cli.deploy import add_parser as add_deploy
+    from dspy_prod.cli.experiments import add_parser as add_experiments
     from dspy_prod.cli.optimizations import add_parser as add_optimizations
     from dspy_prod.cli.prompts import add_parsers as add_prompts
 
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     calls.add_argument("--unconfirmed", action="store_true", help="only costs that the provider did not confirm")
     add_budgets(commands, _where)
     add_optimizations(commands, _where)
+    add_experiments(commands, _where)
     add_check(commands)
     add_prompts(commands)
     add_deploy(commands)
