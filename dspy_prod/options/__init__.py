@@ -2,14 +2,14 @@
 
 Durations are seconds (float) or a `timedelta`. Prices are USD per million tokens, as on price lists.
 Behaviour lives elsewhere (`policies/`, `pipeline/`); nothing here sleeps, counts or does I/O. A new option, or a check
-of one, belongs here: of how a call travels in `calls`, of what it may cost in `money`, of experiments in `experiments`.
+of one, belongs here: of how a call travels in `calls`, of what it may cost in `money`, of experiments in
+`experiments`, which is imported by who needs it.
 """
 
 from __future__ import annotations
 
 from dspy_prod.options.base import Options
 from dspy_prod.options.calls import PRIORITIES, Cache, CircuitBreaker, RateLimit, Retry
-from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.money import Budget, Caps, Price
 
 __all__ = [
@@ -22,9 +22,8 @@ __all__ = [
     "Price",
     "RateLimit",
     "Retry",
-    "Rollout",
 ]
 
-for _kind in (Options, Budget, Cache, Caps, CircuitBreaker, Price, RateLimit, Retry, Rollout):
+for _kind in (Options, Budget, Cache, Caps, CircuitBreaker, Price, RateLimit, Retry):
     _kind.__module__ = __name__  # by which pickles, also those of other releases, name them
 del _kind

@@ -8,12 +8,11 @@ contract suite (`tests/stores/`) runs against every implementation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.stores.runs import Runs
-from dspy_prod.stores.trials import Trials
 from dspy_prod.stores.vocabulary import (
     GRANTED,
     PENDING,
@@ -29,6 +28,9 @@ from dspy_prod.stores.vocabulary import (
     Size,
     Terms,
 )
+
+if TYPE_CHECKING:
+    from dspy_prod.stores.trials import Trials  # importing the package stays light
 
 __all__ = [
     "GRANTED",
@@ -49,7 +51,6 @@ __all__ = [
     "Size",
     "Store",
     "Terms",
-    "Trials",
 ]
 
 
