@@ -19,7 +19,7 @@ DECISIONS: Final[dict[str, tuple[str, Tone]]] = {
     "promote": ("promote {winner}", "good"),
     "rollback": ("roll back: everybody gets {control}", "bad"),
     "invalid": ("invalid: nothing can be concluded", "warn"),
-    "keep": ("keep going: nothing is proven yet", "strong"),
+    "keep": ("keep going: no decision yet", "strong"),
 }
 STATUSES: Final[dict[str, tuple[str, Tone]]] = {
     "better": ("better", "good"),
@@ -57,7 +57,7 @@ def verdict(card: Facts) -> tuple[str, Tone]:
     """The decision in words, and how it is meant."""
     said, tone = DECISIONS[card.decision]
     if card.decision == "keep" and card.state in ("stopped", "decided"):
-        return "nothing was proven", tone
+        return "it ended without a winner", tone
     return said.format(winner=card.winner, control=card.control), tone
 
 
