@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import uuid
 from collections import defaultdict
@@ -26,6 +27,7 @@ from dspy_prod.experiments.pairs import Pairs
 from dspy_prod.experiments.shadow import SUFFIX, pairs_of
 from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
+from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Calls, Matured, Trial, Trials
 from dspy_prod.telemetry.events import BUS
@@ -41,12 +43,15 @@ _log = logging.getLogger("dspy_prod")
 
 
 class Controller:
-    """Looks at one experiment. One of several at a time does, whatever process they are in.
+    """Looks at one experiment. One of several at a time does, whatever process they are in. Thread-safe.
 
     Args:
         name: the experiment's. trials: the store's. design: who gets what. metrics: what is compared.
         rollout: the stages; None: a fixed split. aliases: moves those of the registry; None where no variant has one.
         hold: whether a sample ratio that is off pauses the experiment; else everybody gets control.
+
+    Attributes:
+        over: as of its last look, there is nothing left to do: it was stopped or removed, or what was decided is done.
     """
 
     def __init__(
@@ -66,13 +71,15 @@ class Controller:
         self._sources: dict[str | None, list[Metric]] = defaultdict(list)
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
-        self._me = uuid.uuid4().hex
+        self.over = False
         self._evidence: Evidence | None = None
         self._history = self._blank()
         self._pairs: Pairs | None = None
         self._read: dict[str, int] = {}
         self._revision = -1
         self._told: tuple[int, float] | None = None
+        self._after_fork()
+        reset_after_fork(self)
 
     def step(self) -> Decision | None:
         """One look: read, decide, act. None when another controller is looking, or there is nothing to look at.
@@ -86,18 +93,28 @@ class Controller:
         try:
             trial = self._trials.trial(self.name)
             if trial is None:
+                self.over = True
                 return None
             decision = self.read()
             if trial.state == words.RUNNING:
                 trial = self._act(trial, decision)
+            self.over = trial is not None and trial.state in (words.STOPPED, words.DECIDED)
             if trial is not None and self._aliases is not None:
-                self._aliases.follow(trial, self._trials.decisions(self.name))
+                self.over &= self._aliases.follow(trial, self._trials.decisions(self.name))
             return decision
         finally:
             self._trials.release(f"experiment/{self.name}", self._me)
 
     def read(self) -> Decision:
         """Take in what has come since, save how far that is, and say what it means."""
+        with self._reading:
+            try:
+                return self._read_on()
+            except BaseException:  # what was taken in half-way must not be taken in again
+                self._evidence = None
+                raise
+
+    def _read_on(self) -> Decision:
         evidence = self._restored()
         new = False
         for source, metrics in self._sources.items():
@@ -182,6 +199,12 @@ class Controller:
     def _exposure(self, unit: Matured) -> Exposure:
         shares = self._design.propensities(unit.stage, unit.full)
         return Exposure(unit.arm, dict(zip(self._design.variants, shares, strict=True)), str(unit.stage))
+
+    def _after_fork(self) -> None:
+        """A child is another controller, and does not go on with what a thread was in the middle of."""
+        self._me = uuid.uuid4().hex
+        self._evidence = None
+        self._reading = threading.Lock()
 
     # -- acting --------------------------------------------------------------------------------------------------------
     def _act(self, trial: Trial, decision: Decision) -> Trial | None:

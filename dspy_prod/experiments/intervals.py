@@ -89,7 +89,7 @@ def mixture(variance: float, units: int, alpha: float) -> float:
 
     Example:
         >>> round(mixture(0.0004, 2_000, 0.05), 4)
-        0.0645
+        0.0625
     """
     rho2 = _rho2(alpha)
     grown = units * rho2 + 1.0

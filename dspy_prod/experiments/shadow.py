@@ -26,7 +26,8 @@ from dspy_prod.experiments.pairs import Pair
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.policies.run import Run
-from dspy_prod.production.report import Records, report_of
+from dspy_prod.production.report import report_of
+from dspy_prod.production.watch import Records
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.base import Store

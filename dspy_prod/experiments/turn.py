@@ -10,7 +10,8 @@ from dspy_prod.context.current import CallContext, assigned, use
 from dspy_prod.experiments.shadow import Answered
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
-from dspy_prod.production.report import Records, report_of
+from dspy_prod.production.report import report_of
+from dspy_prod.production.watch import Records
 from dspy_prod.records import NANO
 from dspy_prod.stores.trials import Call, Trials
 
