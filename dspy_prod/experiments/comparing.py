@@ -34,7 +34,7 @@ class Comparison:
         self.better = Claim(*self._better()) if success else None
         self.worse = Claim(*self._worse())
         self.no_worse = Claim(ProofBet()) if margin else None
-        excluding = metric.missing == "exclude"
+        excluding = metric.missing == "exclude" and not metric.some
         self.more_answers = Claim(ArmBet()) if excluding else None
         self.fewer_answers = Claim(ArmBet()) if excluding else None
         self._answers = Expected(0.5, 0.25)

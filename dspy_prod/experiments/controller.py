@@ -35,10 +35,6 @@ from dspy_prod.telemetry.events import BUS
 LEASE: Final = 30.0
 """Seconds for which a controller that was killed keeps others from looking, where its process cannot be asked."""
 
-LATENCY: Final = "latency"
-"""A unit whose calls were all answered from caches is left out of it: that it took no time is no fault of its own, nor
-does it tell who answers, as missing feedback does."""
-
 _log = logging.getLogger("dspy_prod")
 
 
@@ -175,9 +171,7 @@ class Controller:
                     if unit.mixed:
                         evidence.crossed()
                 for metric in () if unit.mixed else metrics:
-                    value = value_of(metric, unit)
-                    if value is not None or metric.name != LATENCY:
-                        evidence.matured(metric.name, exposure, value)
+                    evidence.matured(metric.name, exposure, value_of(metric, unit))
                     self._history.see(evidence, metric.name, unit.number, unit.at)
             after = self._read[place] = units[-1].number
         return after > first
@@ -315,7 +309,7 @@ def value_of(metric: Metric, unit: Matured) -> float | None:
     calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
     if not calls.calls:
         return None
-    if metric.name == LATENCY:
+    if metric.name == "latency":
         return calls.latency / calls.timed if calls.timed else None
     found: Mapping[str, Any] = {
         "error_rate": calls.failed, "fallback_rate": calls.fell_back, "cost": calls.list_nano / 1e9,

@@ -17,6 +17,7 @@ from dspy_prod.experiments.alphas import alphas
 from dspy_prod.experiments.decisions import Decision, MetricEvidence, about, decided, weighed
 from dspy_prod.experiments.intervals import Interval, Sums, interval
 from dspy_prod.experiments.kinds import compared
+from dspy_prod.experiments.neighbours import Neighbours
 from dspy_prod.experiments.trust import SampleRatio
 from dspy_prod.options.metrics import Metric
 
@@ -96,6 +97,9 @@ class Evidence:
         self._comparisons = {
             name: {metric.name: compared(metric) for metric in self.metrics} for name in self.candidates
         }
+        self._neighbours = {
+            name: {metric.name: Neighbours() for metric in self.metrics if metric.some} for name in self.candidates
+        }
         # metric, stage, arm
         self._sums: dict[str, dict[str, dict[str, Sums]]] = {name: {} for name in names}
         self._by_name = {metric.name: metric for metric in self.metrics}
@@ -134,8 +138,13 @@ class Evidence:
         if value is not None:
             value = options.checked(value)
         for name in self.candidates if arm == self.control else (arm,):
-            comparison = self._comparisons[name][metric]
-            comparison.unit(arm == name, exposure.among(self.control, name), value, exposure.tenant)
+            comparison, share = self._comparisons[name][metric], exposure.among(self.control, name)
+            neighbours = self._neighbours[name].get(metric)
+            if neighbours is None:
+                comparison.unit(arm == name, share, value, exposure.tenant)
+            else:
+                for ours, probable, amount in neighbours.of(arm == name, share, value):
+                    comparison.unit(ours, probable, amount, exposure.tenant)
         if value is not None:
             arms = self._sums[metric].setdefault(exposure.stage, {})
             arms.setdefault(arm, Sums()).see(value)
@@ -187,6 +196,10 @@ class Evidence:
                 name: {metric: comparison.state() for metric, comparison in comparisons.items()}
                 for name, comparisons in self._comparisons.items()
             },
+            "neighbours": {
+                name: {metric: each.state() for metric, each in known.items()}
+                for name, known in self._neighbours.items()
+            },
             "sums": {
                 metric: {stage: {arm: sums.state() for arm, sums in arms.items()} for stage, arms in stages.items()}
                 for metric, stages in self._sums.items()
@@ -208,6 +221,9 @@ class Evidence:
         for name, comparisons in evidence._comparisons.items():
             for metric, comparison in comparisons.items():
                 comparison.restore(state["comparisons"][name][metric])
+        for name, known in evidence._neighbours.items():
+            for metric_name, each in known.items():
+                each.restore(state["neighbours"][name][metric_name])
         for metric, stages in state["sums"].items():
             for stage, arms in stages.items():
                 evidence._sums[metric][stage] = {arm: Sums.restored(each) for arm, each in arms.items()}

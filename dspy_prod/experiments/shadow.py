@@ -145,9 +145,9 @@ class Shadow:
                     failed = True
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         unit, at = uuid.uuid4().hex, self._trials.now()
-        upstream = any(not each.cached for each in records)
+        cached = any(each.cached for each in records)
         nano = sum([each.list_nano or 0 for each in records])
-        latency = time.monotonic() - began if upstream else None
+        latency = None if cached else time.monotonic() - began
         self._trials.expose(Exposure(self._name, unit, 0, variant.name, self._rollout.shadow_share / 2, at))
         self._trials.call(Call(self._name, unit, at, failed, fell_back, nano, latency))
         for name, value in zip(CONTROL, asked.control, strict=True):

@@ -72,7 +72,7 @@ class Turn:
     def _tell(self, trials: Trials, place: Assignment) -> None:
         """Post what the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""
         assert place.unit is not None
-        upstream = any(not each.cached for each in self._records)
+        cached = any(each.cached for each in self._records)
         nano = sum([each.list_nano or 0 for each in self._records])
-        latency = trials.now() - self._at if upstream else None
+        latency = None if cached else trials.now() - self._at
         trials.call(Call(place.experiment, place.unit, self._at, self._failed, self._fell_back, nano, latency))

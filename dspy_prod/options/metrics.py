@@ -118,6 +118,11 @@ class Metric(Options):
             )
         return self
 
+    @property
+    def some(self) -> bool:
+        """Whether only some units have an amount, for reasons that tell nothing of them: see `neighbours`."""
+        return self.tail is not None and self.missing == "exclude"
+
     def checked(self, value: float) -> float:
         """The value as a float, if a unit can have it.
 

@@ -30,6 +30,12 @@ class Triage(dspy.Module):
         return await self.classify.acall(message=message)
 
 
+@pytest.fixture(autouse=True)
+def salted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same units have the same variants in each run of a test."""
+    monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "salt")
+
+
 @pytest.fixture(params=["memory", "sqlite"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A store's URL."""
