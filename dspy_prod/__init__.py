@@ -33,12 +33,15 @@ if TYPE_CHECKING:
     from dspy_prod.lm.wrapping import wrap
     from dspy_prod.optimize.optimizer import BudgetedOptimizer
     from dspy_prod.optimize.report import OptimizationReport
-    from dspy_prod.options import Budget, Cache, CircuitBreaker, Metric, Price, RateLimit, Retry, Rollout
+    from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.options.experiments import Rollout
+    from dspy_prod.options.metrics import Metric
     from dspy_prod.policies.run import Run
     from dspy_prod.privacy.redactor import Redactor
     from dspy_prod.production.module import CallReport, Production, call_report
     from dspy_prod.records import CallRecord
     from dspy_prod.status.health import CostSummary, Health, Preview, health
+    from dspy_prod.stores.programs import ProgramCall
     from dspy_prod.telemetry.events import Event, add_listener
     from dspy_prod.telemetry.logs import enable_logging
 
@@ -54,13 +57,16 @@ __getattr__, __dir__ = door(
         "lm": "LM wrap",
         "optimize.optimizer": "BudgetedOptimizer",
         "optimize.report": "OptimizationReport",
-        "options": "Budget Cache CircuitBreaker Metric Price RateLimit Retry Rollout",
+        "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
+        "options.experiments": "Rollout",
+        "options.metrics": "Metric",
         "policies.run": "Run",
         "privacy": "Redactor",
         "production.module": "CallReport Production call_report",
         "records": "CallRecord",
         "registry": "registry",
         "status.health": "CostSummary Health Preview health",
+        "stores.programs": "ProgramCall",
         "telemetry.events": "Event add_listener",
         "telemetry.logs": "enable_logging",
         "tracking": "tracking",
@@ -105,6 +111,7 @@ __all__ = [
     "Preview",
     "Price",
     "Production",
+    "ProgramCall",
     "RateLimit",
     "RateLimitedError",
     "Redactor",

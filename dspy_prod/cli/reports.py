@@ -1,4 +1,4 @@
-"""`dspy-prod health`, `costs` and `calls`: what a store knows, for people (tables) and programs (`--json`)."""
+"""`dspy-prod health`, `costs`, `programs` and `calls`: what a store knows, as tables or `--json`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dspy_prod.status.costs import Place, check_dimension, costs_by, summary
 from dspy_prod.status.costs_report import report as costs_report
 from dspy_prod.status.ledger import Ledger
 from dspy_prod.status.listed import Records
+from dspy_prod.status.programs import check_program_dimension
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, file_of, open_store
 from dspy_prod.stores.sqlite.schema import namespaces
@@ -98,6 +99,19 @@ def _costs_report(arguments: argparse.Namespace, since: dt.datetime | None) -> i
     if arguments.json:
         return print_json(found.to_dict())
     return show(f"{path}: {found.total.usd:.6f} USD from {found.since} to {found.until}")
+
+
+def programs(arguments: argparse.Namespace) -> int:
+    """Print how many calls of programs ended how."""
+    since = _since(arguments.since)
+    check_program_dimension(arguments.by)
+    store = opened(arguments)
+    rows = Ledger(store).programs(by=arguments.by, since=None if since is None else since.date())
+    if arguments.json:
+        return print_json([row.model_dump(mode="json") for row in rows])
+    if not rows:
+        return show(f"No calls of programs are recorded in namespace {store.namespace!r}{_from(arguments)}.")
+    return show(rows.table(f"Calls in {store.namespace!r} by {arguments.by}{_from(arguments)}"))
 
 
 def calls(arguments: argparse.Namespace) -> int:

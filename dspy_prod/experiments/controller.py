@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import Any, Final
@@ -23,6 +24,7 @@ from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
 from dspy_prod.experiments.feedback import Feedback
+from dspy_prod.experiments.history import History, Look
 from dspy_prod.experiments.pairs import Pairs
 from dspy_prod.experiments.sample import Sample, spent_at
 from dspy_prod.experiments.shadow import SUFFIX, pairs_of
@@ -30,6 +32,7 @@ from dspy_prod.experiments.spread import Spread
 from dspy_prod.experiments.variants_in_mlflow import VariantsInMlflow
 from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
+from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Calls, Matured, Trial, Trials
 from dspy_prod.telemetry.events import BUS
@@ -37,15 +40,11 @@ from dspy_prod.telemetry.events import BUS
 LEASE: Final = 30.0
 """Seconds for which a controller that was killed keeps others from looking, where its process cannot be asked."""
 
-LATENCY: Final = "latency"
-"""A unit whose calls were all answered from caches is left out of it: that it took no time is no fault of its own, nor
-does it tell who answers, as missing feedback does."""
-
 _log = logging.getLogger("dspy_prod")
 
 
 class Controller:
-    """Looks at one experiment. One of several at a time does, whatever process they are in.
+    """Looks at one experiment. One of several at a time does, whatever process they are in. Thread-safe.
 
     Args:
         name: the experiment's. trials: the store's. design: who gets what. metrics: what is compared.
@@ -53,6 +52,10 @@ class Controller:
         hold: whether a sample ratio that is off pauses the experiment; else everybody gets control.
         sample: whom judges look at; nobody else counts for their metrics.
         tracking_uri: the MLflow whose feedback counts while tracking is off; None: none does, then.
+
+    Attributes:
+        page: makes the scorecard as a page, which MLflow keeps when the experiment ends; None: no page.
+        over: as of its last look, there is nothing left to do: it was stopped or removed, or what was decided is done.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class Controller:
         tracking_uri: str | None = None,
     ) -> None:
         self.name = name
-        self._trials, self._design, self._metrics, self._alpha = trials, design, tuple(metrics), alpha
+        self._trials, self._design, self._metrics, self.alpha = trials, design, tuple(metrics), alpha
         self._rollout, self._aliases, self._hold = rollout, aliases, hold
         self._sample = sample or Sample("", {})
         self._in_mlflow = VariantsInMlflow(name, trials, design.variants)
@@ -78,12 +81,16 @@ class Controller:
         self._sources: dict[str | None, list[Metric]] = defaultdict(list)
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
-        self._me = uuid.uuid4().hex
+        self.over = False
+        self.page: Callable[[], str] | None = None
         self._evidence: Evidence | None = None
+        self._history = self._blank()
         self._pairs: Pairs | None = None
         self._read: dict[str, int] = {}
         self._revision = -1
         self._told: tuple[int, float] | None = None
+        self._after_fork()
+        reset_after_fork(self)
 
     def step(self) -> Decision | None:
         """One look: read, decide, act. None when another controller is looking, or there is nothing to look at.
@@ -97,12 +104,14 @@ class Controller:
         try:
             trial = self._trials.trial(self.name)
             if trial is None:
+                self.over = True
                 return None
             decision = self.read()
             if trial.state == words.RUNNING:
                 trial = self._act(trial, decision)
+            self.over = trial is not None and trial.state in (words.STOPPED, words.DECIDED)
             if trial is not None and self._aliases is not None:
-                self._aliases.follow(trial, self._trials.decisions(self.name))
+                self.over &= self._aliases.follow(trial, self._trials.decisions(self.name))
             if trial is not None:
                 self._tell(trial, decision)
             return decision
@@ -114,12 +123,20 @@ class Controller:
         if self._evidence is not None:
             share = None if self._rollout is None else self._rollout.stages[trial.stage]
             stage = "split" if share is None else share if isinstance(share, str) else f"{100 * share:g} %"
-            self._in_mlflow.look(trial, stage, decision, self._evidence, self._spread)
+            self._in_mlflow.look(trial, stage, decision, self._evidence, self._spread, self.page)
         if trial.state in (words.RUNNING, words.PAUSED):
             self._feedback.look(trial)
 
     def read(self) -> Decision:
         """Take in what has come since, save how far that is, and say what it means."""
+        with self._reading:
+            try:
+                return self._read_on()
+            except BaseException:  # what was taken in half-way must not be taken in again
+                self._evidence = None
+                raise
+
+    def _read_on(self) -> Decision:
         evidence = self._restored()
         new = False
         for source, metrics in self._sources.items():
@@ -127,13 +144,20 @@ class Controller:
         new |= self._take_in_pairs()
         if new:
             pairs = None if self._pairs is None else self._pairs.state()
-            told = {"read": self._read, "evidence": evidence.to_dict(), "pairs": pairs, "spread": self._spread.state()}
-            state = json.dumps(told)
+            told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
+            state = json.dumps({"read": self._read, **told, "spread": self._spread.state()})
             if self._trials.save(self.name, state, self._revision):
                 self._revision += 1
             else:  # somebody else has looked meanwhile: what he read is as good
                 self._evidence = None
         return evidence.look()
+
+    def history(self) -> tuple[Look, ...]:
+        """How the evidence grew until the last `read`."""
+        return () if self._evidence is None else self._history.looks(self._evidence)
+
+    def _blank(self, state: Mapping[str, Any] | None = None) -> History:
+        return History(len(self._metrics), len(self._design.variants) - 1, state)
 
     # -- reading -------------------------------------------------------------------------------------------------------
     def _restored(self) -> Evidence:
@@ -142,7 +166,8 @@ class Controller:
         revision = 0 if saved is None else saved.revision
         if self._evidence is not None and revision == self._revision:
             return self._evidence
-        self._read, self._revision, self._spread = {}, revision, Spread()
+        self._read, self._revision, self._history = {}, revision, self._blank()
+        self._spread = Spread()
         evidence = None
         if self._rollout is not None and self._rollout.shadow:
             self._pairs = Pairs(self._metrics, self._design.variants[1:])
@@ -152,13 +177,13 @@ class Controller:
                 evidence = Evidence.from_dict(state["evidence"])
                 if self._pairs is not None and state["pairs"] is not None:
                     self._pairs.restore(state["pairs"])
+                self._read, self._history = state["read"], self._blank(state.get("history"))
                 self._spread = Spread.restored(state.get("spread", {}))
-                self._read = state["read"]
             except ValueError as error:  # of another release: what is stored is read again from the start
                 _log.warning("The experiment %s is read anew: %s", self.name, error)
         if evidence is None:
             control, *candidates = self._design.variants
-            evidence = Evidence(self._metrics, candidates, control=control, alpha=self._alpha)
+            evidence = Evidence(self._metrics, candidates, control=control, alpha=self.alpha)
         self._evidence = evidence
         return evidence
 
@@ -180,11 +205,9 @@ class Controller:
                 if source is None and not left_out and unit.calls.timed:
                     self._spread.see(unit.arm, unit.calls.latency / unit.calls.timed)
                 for metric in () if left_out else metrics:
-                    value = value_of(metric, unit)
-                    if value is not None or metric.name != LATENCY:
-                        evidence.matured(metric.name, exposure, value)
-            after = units[-1].number
-        self._read[place] = after
+                    evidence.matured(metric.name, exposure, value_of(metric, unit))
+                    self._history.see(evidence, metric.name, unit.number, unit.at)
+            after = self._read[place] = units[-1].number
         return after > first
 
     def _take_in_pairs(self) -> bool:
@@ -204,6 +227,12 @@ class Controller:
     def _exposure(self, unit: Matured) -> Exposure:
         shares = self._design.propensities(unit.stage, unit.full)
         return Exposure(unit.arm, dict(zip(self._design.variants, shares, strict=True)), str(unit.stage))
+
+    def _after_fork(self) -> None:
+        """A child is another controller, and does not go on with what a thread was in the middle of."""
+        self._me = uuid.uuid4().hex
+        self._evidence = None
+        self._reading = threading.Lock()
 
     # -- acting --------------------------------------------------------------------------------------------------------
     def _act(self, trial: Trial, decision: Decision) -> Trial | None:
@@ -314,7 +343,7 @@ def value_of(metric: Metric, unit: Matured) -> float | None:
     calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
     if not calls.calls:
         return None
-    if metric.name == LATENCY:
+    if metric.name == "latency":
         return calls.latency / calls.timed if calls.timed else None
     found: Mapping[str, Any] = {
         "error_rate": calls.failed, "fallback_rate": calls.fell_back, "cost": calls.list_nano / 1e9,

@@ -6,13 +6,16 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.metrics import Metric
 
-_OWN: Final = frozenset({"salt", "serves", "pinned", "dropped"})
+if TYPE_CHECKING:
+    from dspy_prod.experiments.variants import Variant
+
+_OWN: Final = frozenset({"salt", "serves", "pinned", "dropped", "registry"})
 """What the first process decides, or the controller, and nobody has to repeat."""
 
 BUILT_IN: Final = frozenset({"error_rate", "fallback_rate", "cost", "latency"})
@@ -32,6 +35,8 @@ class Declaration:
         overrides: arms of units that are not left to chance. elsewhere: whether `assign=` decides.
         alpha: how probable a wrong decision may be.
         judged: share of the units that a judge looks at, by metric.
+        hold: whether a sample ratio that is off pauses it; else everybody gets control.
+        registry: the MLflow store with the versions; None without any, or where its address holds a password.
         serves: the variant that everybody gets once it is decided; None while units are assigned.
         dropped: candidates that were found worse than control while others go on: their units get control.
     """
@@ -47,6 +52,8 @@ class Declaration:
     elsewhere: bool = False
     alpha: float = 0.05
     judged: Mapping[str, float] = field(default_factory=dict)
+    hold: bool = True
+    registry: str | None = None
     pinned: Mapping[str, str] = field(default_factory=dict)
     serves: str | None = None
     dropped: Sequence[str] = ()
@@ -63,8 +70,8 @@ class Declaration:
         )
 
     def to_json(self) -> str:
-        """For the store."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """For the store. Variants keep their order, which says who is control and who gets which part of a share."""
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Declaration:
@@ -78,6 +85,8 @@ class Declaration:
             ConfigError: names what differs, and the remedy.
         """
         mine, theirs = json.loads(self.to_json()), json.loads(stored.to_json())
+        for each in (mine, theirs):
+            each["variants"] = list(each["variants"].items())
         for key in mine:
             if key not in _OWN and mine[key] != theirs[key]:
                 raise ConfigError(
@@ -108,3 +117,18 @@ class Declaration:
 def source_of(metric: Metric) -> str | None:
     """Under which name the store has its outcomes; None: it is read from calls."""
     return None if metric.name in BUILT_IN else metric.name
+
+
+def registry_of(variants: Sequence[Variant], tracking_uri: str | None) -> str | None:
+    """The MLflow store with the versions of an experiment, for whoever works without its code; see `Declaration`."""
+    if not any(each.kind == "version" for each in variants):
+        return None
+    from dspy_prod.registry.server import server_at
+
+    server = server_at(tracking_uri)
+    if server.place != server.uri:
+        return None
+    scheme, relative, path = server.uri.partition(":///")
+    if relative and scheme.startswith("sqlite") and not path.startswith("/"):
+        return f"{scheme}:///{Path(path).absolute()}"  # whoever reads it may stand elsewhere
+    return str(server.uri)

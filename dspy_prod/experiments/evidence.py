@@ -14,9 +14,10 @@ from typing import Any, Final
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.alphas import alphas
-from dspy_prod.experiments.comparing import compared
-from dspy_prod.experiments.decisions import Decision, about, decided, weighed
+from dspy_prod.experiments.decisions import Decision, MetricEvidence, about, decided, weighed
 from dspy_prod.experiments.intervals import Interval, Sums, interval
+from dspy_prod.experiments.kinds import compared
+from dspy_prod.experiments.neighbours import Neighbours
 from dspy_prod.experiments.trust import SampleRatio
 from dspy_prod.options.metrics import Metric
 
@@ -96,6 +97,9 @@ class Evidence:
         self._comparisons = {
             name: {metric.name: compared(metric) for metric in self.metrics} for name in self.candidates
         }
+        self._neighbours = {
+            name: {metric.name: Neighbours() for metric in self.metrics if metric.some} for name in self.candidates
+        }
         # metric, stage, arm
         self._sums: dict[str, dict[str, dict[str, Sums]]] = {name: {} for name in names}
         self._by_name = {metric.name: metric for metric in self.metrics}
@@ -134,8 +138,13 @@ class Evidence:
         if value is not None:
             value = options.checked(value)
         for name in self.candidates if arm == self.control else (arm,):
-            comparison = self._comparisons[name][metric]
-            comparison.unit(arm == name, exposure.among(self.control, name), value, exposure.tenant)
+            comparison, share = self._comparisons[name][metric], exposure.among(self.control, name)
+            neighbours = self._neighbours[name].get(metric)
+            if neighbours is None:
+                comparison.unit(arm == name, share, value, exposure.tenant)
+            else:
+                for ours, probable, amount in neighbours.of(arm == name, share, value):
+                    comparison.unit(ours, probable, amount, exposure.tenant)
         if value is not None:
             arms = self._sums[metric].setdefault(exposure.stage, {})
             arms.setdefault(arm, Sums()).see(value)
@@ -151,13 +160,14 @@ class Evidence:
         """What is to be done, as of now. Look whenever you like: after every unit, too."""
         found = {}
         for name in self.candidates:
-            evidence = []
-            for metric in self.metrics:
-                counts = self.units(metric.name, self.control), self.units(metric.name, name)
-                comparison, shown = self._comparisons[name][metric.name], self.interval(metric.name, name)
-                evidence.append(weighed(comparison, self._alphas, len(self.candidates), counts, shown))
-            found[name] = about(name, self.metrics, evidence)
+            found[name] = about(name, self.metrics, [self.weighed(metric.name, name) for metric in self.metrics])
         return decided(self._ratio, found, self.alpha)
+
+    def weighed(self, metric: str, candidate: str) -> MetricEvidence:
+        """What is known of a candidate on one metric."""
+        comparison, shown = self._comparisons[candidate][metric], self.interval(metric, candidate)
+        counts = self.units(metric, self.control), self.units(metric, candidate)
+        return weighed(comparison, self._alphas, len(self.candidates), counts, shown)
 
     def units(self, metric: str, arm: str) -> int:
         """Of a variant, whose outcome counts."""
@@ -177,7 +187,8 @@ class Evidence:
             for arms in self._sums[metric].values()
             if self.control in arms and candidate in arms
         ]
-        return interval(stages, relative=self._by_name[metric].relative)
+        options = self._by_name[metric]
+        return interval(stages, relative=options.relative or options.tail is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """A checkpoint, as JSON has it."""
@@ -191,6 +202,10 @@ class Evidence:
             "comparisons": {
                 name: {metric: comparison.state() for metric, comparison in comparisons.items()}
                 for name, comparisons in self._comparisons.items()
+            },
+            "neighbours": {
+                name: {metric: each.state() for metric, each in known.items()}
+                for name, known in self._neighbours.items()
             },
             "sums": {
                 metric: {stage: {arm: sums.state() for arm, sums in arms.items()} for stage, arms in stages.items()}
@@ -213,6 +228,9 @@ class Evidence:
         for name, comparisons in evidence._comparisons.items():
             for metric, comparison in comparisons.items():
                 comparison.restore(state["comparisons"][name][metric])
+        for name, known in evidence._neighbours.items():
+            for metric_name, each in known.items():
+                each.restore(state["neighbours"][name][metric_name])
         for metric, stages in state["sums"].items():
             for stage, arms in stages.items():
                 evidence._sums[metric][stage] = {arm: Sums.restored(each) for arm, each in arms.items()}

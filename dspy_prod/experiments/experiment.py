@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 from dspy.utils.callback import BaseCallback
@@ -15,29 +14,33 @@ from dspy_prod.context.assignments import Assignment as Place
 from dspy_prod.context.current import current
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import ConfigError
-from dspy_prod.experiments.aliases import Aliases
 from dspy_prod.experiments.assignment import Design
-from dspy_prod.experiments.controller import Controller
-from dspy_prod.experiments.declaration import BUILT_IN, Declaration, source_of
+from dspy_prod.experiments.attending import EVERY, Attending
+from dspy_prod.experiments.beforehand import Beforehand
+from dspy_prod.experiments.declaration import BUILT_IN, Declaration, registry_of, source_of
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.exposing import Exposing
 from dspy_prod.experiments.judging import Judge, Judges, checked_judges
+from dspy_prod.experiments.opened import Opened, stage_of
+from dspy_prod.experiments.operating import promote, put, remove
 from dspy_prod.experiments.sample import Sample
-from dspy_prod.experiments.scorecard import Scorecard, scorecard
+from dspy_prod.experiments.scorecard import Scorecard
 from dspy_prod.experiments.shadow import Shadow, refuse_side_effects
 from dspy_prod.experiments.standing import REFRESH, Standing
 from dspy_prod.experiments.traced import Traced, assessed, shown_as
 from dspy_prod.experiments.turn import Turn
 from dspy_prod.experiments.variants import resolved
-from dspy_prod.experiments.variants_in_mlflow import tracked
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric, guardrails
 from dspy_prod.privacy.redactor import claimed
-from dspy_prod.stores import trials as words
+from dspy_prod.privacy.unshown import unshown
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
-from dspy_prod.stores.trials import Outcome, Trial, Trials
+from dspy_prod.stores.trials import Outcome, Trials
 from dspy_prod.tracking.variant_runs import variant_runs
+
+if TYPE_CHECKING:
+    from dspy_prod.experiments.offline import OfflineReport
 
 Unit = Literal["user", "session", "tenant"]
 
@@ -51,7 +54,7 @@ class _Works:
     design: Design
     exposing: Exposing
     standing: Standing
-    controller: Controller
+    opened: Opened
     shadow: Shadow | None
     judges: Judges | None
     sample: Sample
@@ -61,7 +64,7 @@ class _Works:
         return self
 
 
-class Experiment(CompiledAsProgram, dspy.Module):
+class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
     """Variants of a program, compared on live traffic.
 
     It is a `dspy.Module`: call it, `await exp.acall(...)`, `dspy.streamify(exp)`, run it in `dspy.Parallel`. Each user
@@ -148,6 +151,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
         self.metrics = _measured(where, metrics, guardrails)
         judging = checked_judges(where, judges, self.metrics)
         self._unit: Unit = unit
+        self._tracking_uri = tracking_uri = unshown(tracking_uri)
         opened = open_store(store or default_store_url(), default_namespace(namespace))
         trials = opened.trials
         known = trials.trial(name)
@@ -160,6 +164,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
             rollout=None if rollout is None else rollout.model_dump(mode="json"), holdout=holdout,
             overrides=dict(overrides or {}), elsewhere=assign is not None, alpha=alpha,
             judged={metric: each.share for metric, each in judging.items()},
+            hold=on_sample_ratio == "hold", registry=registry_of(found, tracking_uri),
         )  # fmt: skip
         windows = declared.windows(self.metrics)
         if rollout is not None:
@@ -181,20 +186,18 @@ class Experiment(CompiledAsProgram, dspy.Module):
         self.rollout = rollout
         exposing = Exposing(name, design, trials)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
-        aliases = Aliases(name, found, tracking_uri) if any(each.version for each in found) else None
         sample = Sample.of(stored)
         variant_runs(name, stored.salt, names)
-        traced = Traced(name, opened)
         self._works = _Works(
             opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
-            Controller(name, trials, design, self.metrics, alpha, rollout, aliases, on_sample_ratio == "hold", sample,
-                       tracking_uri),
+            Opened(opened, name, tracking_uri),
             None if rollout is None or not rollout.shadow else Shadow(name, opened, found[1:], rollout),
             Judges(name, opened, judging, self.metrics, sample, assessed) if judging else None,
-            sample, traced,
+            sample, Traced(name, opened),
         )  # fmt: skip
+        self._attending: Attending | None = None
         if rollout is None:
-            self._put(words.CREATED, words.RUNNING, "start", "it has no rollout, so it runs at once")
+            self._put("start", "it has no rollout, so it runs at once")
         self._works.standing.look()
 
     _uncompilable = (
@@ -259,6 +262,8 @@ class Experiment(CompiledAsProgram, dspy.Module):
     def _serves(self) -> str | None:
         """The variant that everybody gets now; None: units are assigned."""
         self._works.standing.keep_up()
+        if self._attending is not None:
+            self._attending.keep_going()
         return self._works.standing.serves
 
     # -- what becomes of units -----------------------------------------------------------------------------------------
@@ -337,28 +342,57 @@ class Experiment(CompiledAsProgram, dspy.Module):
     @property
     def stage(self) -> str:
         """The stage in force here, as `"5 %"`."""
-        if self.rollout is None:
-            return "split"
-        share = self.rollout.stages[self._works.exposing.stage]
-        return share if isinstance(share, str) else f"{100 * share:g} %"
+        return stage_of(self.rollout, self._works.exposing.stage)
 
-    def start(self) -> None:
-        """Begin the rollout: its first stage holds from now on. Does nothing where it has begun."""
-        self._put(words.CREATED, words.RUNNING, "start", "by hand")
+    def start(self, *, gate: OfflineReport | None = None, auto: bool = False, every: float = EVERY) -> None:
+        """Begin the rollout: its first stage holds from now on. Does nothing where it has begun.
 
-    def pause(self, reason: str = "by hand") -> None:
+        Args:
+            gate: what `evaluate` returned: begin only if it passed. The audit keeps what it said.
+            auto: have a thread of this process call `step()` until the experiment is decided or stopped. Any number of
+                processes may: one looks at a time, and another goes on where one was killed.
+            every: seconds between two of its looks.
+
+        Raises:
+            ConfigError: `every` is impossible; the gate did not pass, or is of other variants.
+        """
+        if gate is not None:
+            gate.refuse_unless_passed(self.name, {each.name: each.said for each in self.variants.values()})
+        if auto:
+            self._attending = Attending(Opened(self._works.store, self.name, self._tracking_uri), every)
+        self._put("start", None if gate is None else f"by hand; {gate.summary}")
+        if self._attending is not None:
+            self._attending.keep_going()
+
+    def pause(self, reason: str | None = None) -> None:
         """Let nobody new into a candidate, and decide nothing, until `resume`. Who is in one stays."""
-        self._put(words.RUNNING, words.PAUSED, "pause", reason)
+        self._put("pause", reason)
 
-    def resume(self, reason: str = "by hand") -> None:
+    def resume(self, reason: str | None = None) -> None:
         """Go on after a pause."""
-        self._put(words.PAUSED, words.RUNNING, "resume", reason)
+        self._put("resume", reason)
 
-    def stop(self, reason: str = "by hand") -> None:
+    def stop(self, reason: str | None = None) -> None:
         """End it: everybody gets control. What was measured stays."""
-        for state in (words.CREATED, words.RUNNING, words.PAUSED):
-            if self._put(state, words.STOPPED, "stop", reason):
-                return
+        self._put("stop", reason)
+
+    def promote(
+        self, variant: str | None = None, *, force: bool = False, reason: str | None = None, by: str | None = None
+    ) -> None:
+        """Give a candidate to everybody, and its version control's alias. Arguments and errors as of
+        `operating.promote`: without `force` only what the evidence says."""
+        promote(self._works.opened, variant, force=force, reason=reason, by=by)
+        self._works.standing.look()
+
+    def remove(self, *, force: bool = False) -> None:
+        """Forget it, with all that was measured; everybody gets control.
+
+        Raises:
+            ConfigError: it is running or paused, and `force` is not given.
+            StoreUnavailableError: the store cannot be used.
+        """
+        remove(self._works.trials, self.name, force=force)
+        self._works.standing.look()
 
     def step(self) -> Scorecard:
         """One look of the controller: take in what has come, decide, act; as `scorecard()`.
@@ -368,7 +402,7 @@ class Experiment(CompiledAsProgram, dspy.Module):
         Raises:
             StoreUnavailableError: the store cannot be read or written; look again later.
         """
-        self._works.controller.step()
+        self._works.opened.controller.step()
         self._works.standing.look()
         return self.scorecard()
 
@@ -379,28 +413,20 @@ class Experiment(CompiledAsProgram, dspy.Module):
             StoreUnavailableError: the store cannot be read.
             ConfigError: the experiment was removed.
         """
-        decision = self._works.controller.read()
-        trial = self._works.standing.look()
-        if trial is None:
-            raise ConfigError(f"Experiment({self.name!r}) was removed; make it anew")
-        declaration = Declaration.from_json(trial.declaration)
-        return scorecard(
-            trial, self.stage, decision, self._works.trials.counts(self.name), self._works.trials.tally(self.name),
-            tuple(self.variants), declaration.serves, declaration.dropped,
-            tracked(self._works.trials.decisions(self.name)),
-        )  # fmt: skip
+        card = self._works.opened.scorecard()
+        self._works.standing.look()
+        return card
 
-    def _put(self, before: str, after: str, what: str, reason: str) -> Trial | None:
-        """Change the state, if it is `before`; None if it is another one."""
-        while True:
-            trial = self._works.trials.trial(self.name)
-            if trial is None or trial.state != before:
-                return None
-            line = words.Decision(what, "operator", json.dumps({"reason": reason}))
-            changed = self._works.trials.change(self.name, trial.revision, state=after, decision=line)
-            if changed is not None:
-                self._works.standing.look()
-                return changed
+    def to_dict(self) -> dict[str, Any]:
+        """The scorecard, what is compared, and the audit, as JSON has them; raises as `scorecard`."""
+        return self._works.opened.to_dict()
+
+    def _put(self, what: str, reason: str | None = None) -> None:
+        put(self._works.trials, self.name, what, reason)
+        self._works.standing.look()
+
+    def _known(self) -> tuple[Design, float, Store]:
+        return self._works.design, self._works.opened.declaration.alpha, self._works.store
 
     @property
     def _control(self) -> str:

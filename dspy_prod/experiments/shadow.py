@@ -26,7 +26,8 @@ from dspy_prod.experiments.pairs import Pair
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.policies.run import Run
-from dspy_prod.production.report import Records, report_of
+from dspy_prod.production.report import report_of
+from dspy_prod.production.watch import Records
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.base import Store
@@ -144,10 +145,10 @@ class Shadow:
                     failed = True
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         unit, at = uuid.uuid4().hex, self._trials.now()
-        upstream = any(not each.cached for each in records)
+        cached = any(each.cached for each in records)
         nano = sum([each.list_nano or 0 for each in records])
-        latency = time.monotonic() - began if upstream else None
-        self._trials.expose(Exposure(self._name, unit, 0, variant.name, 1.0, at))
+        latency = None if cached else time.monotonic() - began
+        self._trials.expose(Exposure(self._name, unit, 0, variant.name, self._rollout.shadow_share / 2, at))
         self._trials.call(Call(self._name, unit, at, failed, fell_back, nano, latency))
         for name, value in zip(CONTROL, asked.control, strict=True):
             self._trials.outcome(Outcome(self._name, unit, name, float(value), at))

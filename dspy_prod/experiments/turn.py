@@ -10,7 +10,8 @@ from dspy_prod.context.current import CallContext, assigned, use
 from dspy_prod.experiments.shadow import Answered
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
-from dspy_prod.production.report import Records, report_of
+from dspy_prod.production.report import report_of
+from dspy_prod.production.watch import Records
 from dspy_prod.records import NANO
 from dspy_prod.stores.trials import Call, Trials
 
@@ -94,7 +95,7 @@ class Turn:
     def _tell(self, trials: Trials, place: Assignment) -> None:
         """Post what the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""
         assert place.unit is not None
-        upstream = any(not each.cached for each in self._records)
+        cached = any(each.cached for each in self._records)
         nano = sum([each.list_nano or 0 for each in self._records])
-        latency = trials.now() - self._at if upstream else None
+        latency = None if cached else trials.now() - self._at
         trials.call(Call(place.experiment, place.unit, self._at, self._failed, self._fell_back, nano, latency))

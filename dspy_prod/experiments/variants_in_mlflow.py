@@ -51,13 +51,13 @@ class VariantsInMlflow:
 
     def look(
         self, trial: Trial, stage: str, decision: Decision, evidence: Evidence, spread: Spread,
-        shown: Callable[[], str | None] = lambda: None,
+        page: Callable[[], str] | None = None,
     ) -> None:  # fmt: skip
         """Tell how the experiment stands, if it has changed since it was told last.
 
         Args:
             trial: as the store has it. stage: in words. decision, evidence, spread: what is known.
-            shown: the scorecard as a page, for the end.
+            page: makes the scorecard as a page, for the end.
         """
         courier = setup.courier()
         if courier is None:
@@ -73,24 +73,24 @@ class VariantsInMlflow:
         now = (trial.revision, users, [evidence.units(each.name, arm) for each in evidence.metrics for arm in users])
         if now != self._told:
             self._told = now
-            self._tell(trial, stage, decision, declaration, evidence, spread, users, shown)
+            self._tell(trial, stage, decision, declaration, evidence, spread, users, page)
         self._keep()
 
     def _tell(
         self, trial: Trial, stage: str, decision: Decision, declaration: Declaration, evidence: Evidence,
-        spread: Spread, users: Mapping[str, int], shown: Callable[[], str | None],
+        spread: Spread, users: Mapping[str, int], page: Callable[[], str] | None,
     ) -> None:  # fmt: skip
         ended, step = trial.state in _ENDED, sum(users.values())
         its = variant_runs(self._name, declaration.salt, self._variants)
         if not self._runs or (not ended and not self._open):
             self._runs = {variant: self._opened(variant, its[variant], declaration, ended) for variant in its}
             self._open = True
+        card = None if page is None or not ended else page()
         for variant, run in self._runs.items():
             run.log(figures(variant, decision, evidence, spread, users), step=step)
             run.tag(**standing(trial, stage, decision, declaration.serves))
-            page = shown() if ended else None
-            if page is not None:
-                run.text("scorecard.html", page)
+            if card is not None:
+                run.text("scorecard.html", card)
             if ended:
                 run.end(at=trial.since)
         if ended:

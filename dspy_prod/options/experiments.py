@@ -27,7 +27,8 @@ def _stages(value: Any) -> Any:
             if index:
                 raise ValueError(f"{SHADOW!r} can only come first: who got a candidate would lose it; move it")
         elif isinstance(stage, bool) or not isinstance(stage, int | float) or not 0 < stage < 1:
-            known = "which leaves no control to compare with: promote at the end" if stage == 1 else "which is no share"
+            whole = stage == 1 and stage is not True
+            known = "leaving no control to compare with: promote at the end" if whole else "no share"
             raise ValueError(f"stage {index + 1} is {stage!r}, {known}; a stage is {SHADOW!r} or a share below 1")
     shares = [stage for stage in value if stage != SHADOW]
     for before, after in pairwise(shares):

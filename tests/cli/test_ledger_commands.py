@@ -13,6 +13,8 @@ import pytest
 import dspy_prod
 from dspy_prod.cli import main
 from dspy_prod.records import CallRecord
+from dspy_prod.stores.opening import open_store
+from dspy_prod.stores.programs import ProgramCall
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.testing import ScriptedEngine
 
@@ -93,6 +95,22 @@ def test_an_unknown_dimension_is_refused_by_name(url: str, capsys: pytest.Captur
     message = capsys.readouterr().err
     for word in (by, "day", "model", "user", "tenant", "program", "experiment", "variant", "prompt", "tag:<key>"):
         assert word in message
+
+
+def test_how_programs_ended(said: Said, url: str) -> None:
+    """By any dimension, for programs and for people."""
+    assert "No calls of programs" in said("programs")
+    store = open_store(url, "cli")
+    for number, (status, reason) in enumerate([("ok", None), ("fallback", "parse_error"), ("error", "upstream_error")]):
+        told = {"experiment": "e1", "variant": "control", "status": status, "reason": reason}
+        store.programs.append(ProgramCall(f"p{number}", time.time(), "triage", **told))  # type: ignore[arg-type]
+    [row] = said("programs", "--by", "variant", "--since", "7d", "--json")
+    assert (row["value"], row["calls"], row["ok"], row["fallback"], row["error"]) == ("e1/control", 3, 1, 1, 1)
+    assert row["reasons"] == {"parse_error": 1, "upstream_error": 1}
+    table = said("programs")
+    for word in ("triage", "33.3", "parse_error"):
+        assert word in table
+    assert main(["programs", "--store", url, "--by", "colour"]) == 2
 
 
 @pytest.mark.parametrize("trace", [f"tr-{TRACE}", TRACE, TRACE.upper()])

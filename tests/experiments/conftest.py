@@ -30,6 +30,12 @@ class Triage(dspy.Module):
         return await self.classify.acall(message=message)
 
 
+@pytest.fixture(autouse=True)
+def salted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same units have the same variants in each run of a test."""
+    monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "salt")
+
+
 @pytest.fixture(params=["memory", "sqlite"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A store's URL."""
@@ -49,7 +55,7 @@ def asked(provider: Provider, store: str) -> Iterator[Callable[..., dspy_prod.LM
     def make(**options: Any) -> dspy_prod.LM:
         lm = dspy_prod.LM(
             "openai/gpt-4o-mini", api_base=provider.url, api_key="k", store=store,
-            **{"retry": dspy_prod.Retry(attempts=1), "breaker": None, **options},
+            **{"retry": dspy_prod.Retry(attempts=1), "breaker": False, **options},
         )  # fmt: skip
         inside.enter_context(dspy.context(lm=lm))
         return lm

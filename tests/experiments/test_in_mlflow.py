@@ -70,7 +70,7 @@ def say(uri: str, trace: str, value: Any, name: str = "resolved", **more: Any) -
 
 def read(exp: Experiment) -> int:
     """Have the controller read feedback now; how many outcomes that made."""
-    controller = exp._works.controller
+    controller = exp._works.opened.controller
     controller._feedback._again_at, controller._feedback._waits = 0.0, 60.0
     trial = exp._works.trials.trial(exp.name)
     assert trial is not None

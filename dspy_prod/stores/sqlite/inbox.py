@@ -38,6 +38,7 @@ PATIENCE: Final = 0.05
 _UNHURRIED: Final = frozenset(
     (
         Transactions.append,
+        Transactions.append_program,
         Transactions.settle,
         Transactions.settle_drawn,
         Transactions.sent_late,
@@ -47,6 +48,7 @@ _UNHURRIED: Final = frozenset(
     )
 )
 _APPEND: Final = Transactions.append
+_APPEND_PROGRAM: Final = Transactions.append_program
 
 
 class Inbox:
@@ -78,7 +80,8 @@ class Inbox:
         operations, kind = self._operations, operation[0]
         operations.append(operation)
         ring = self._resting or len(operations) == (ENOUGH if self._costly else ENOUGH_FREE)
-        if not self._costly and (kind is not _APPEND or operation[1].cost_nano != 0):
+        free = kind is _APPEND_PROGRAM or (kind is _APPEND and operation[1].cost_nano == 0)
+        if not (free or self._costly):
             self._costly = ring = True
         if kind not in _UNHURRIED or self.hurried:
             self._urgent = ring = True
