@@ -397,7 +397,9 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
     def step(self) -> Scorecard:
         """One look of the controller: take in what has come, decide, act; as `scorecard()`.
 
-        Call it now and then, from one place or from many, as a cron job does; or `start(auto=True)`.
+        Call it now and then, from one place or from many, as a cron job does; or `start(auto=True)`. While tracking is
+        on, or `tracking_uri` is given, it also reads feedback from MLflow, for the next look: for five seconds at most
+        in the first look of a process, then for half a second every ten seconds.
 
         Raises:
             StoreUnavailableError: the store cannot be read or written; look again later.

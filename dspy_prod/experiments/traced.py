@@ -15,8 +15,8 @@ from dspy_prod.tracking.run_messages import RunMessages
 MOST_KNOWN: Final = 20_000
 """Traces of which a process remembers who called; of others the ledger is asked."""
 
-_RECORDS: Final = 100
-"""Records of a trace that are looked at: those of nested programs may belong to other experiments."""
+_CALLS: Final = 100
+"""Calls of programs in a trace that are looked at: nested ones may belong to other experiments."""
 
 
 class Traced:
@@ -58,9 +58,9 @@ class Traced:
         outer = f"{TAG}{self._experiment}"
         self._store.flush(1.0)
         for name in dict.fromkeys((trace, f"tr-{bare(trace)}", bare(trace))):
-            for record in self._store.records(trace_id=name, limit=_RECORDS):
-                unit: str | None = getattr(record, kind)
-                if unit is not None and (record.experiment == self._experiment or outer in dict(record.tags)):
+            for call in self._store.programs.calls(trace_id=name, limit=_CALLS):
+                unit: str | None = getattr(call, kind)
+                if unit is not None and (call.experiment == self._experiment or outer in dict(call.tags)):
                     self.see(trace, unit)
                     return unit
         raise ConfigError(

@@ -82,6 +82,10 @@ class Messages:
                 self.lost += count
                 self.refusal = why
 
+    def left_out(self) -> None:
+        """One that was told needs not be sent."""
+        self._done += 1
+
     def told(self, message: Message) -> None:
         """One more is to be sent."""
         if not self._queue:

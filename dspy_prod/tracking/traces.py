@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from dspy_prod.context.assignments import Assignment, outer_tags
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.records import CallRecord
 from dspy_prod.telemetry.tap import Way
@@ -107,6 +108,11 @@ class Traces:
                 self.links.add(trace.id, trace.places)
         return [batch_of(self.number(), ended[start : start + BATCH]) for start in range(0, len(ended), BATCH)]
 
+    def left_out(self, trace_id: str) -> bool:
+        """Whether sampling is known to have left a trace out, by `tr-...`."""
+        digits = trace_id.removeprefix("tr-")
+        return digits in self._shipped and self._shipped[digits] is None
+
     def number(self) -> int:
         """The number of a new batch."""
         self.last_batch = next(self._numbers)
@@ -166,6 +172,9 @@ class Traces:
             trace.place, run = node.place
             trace.run = None if run is None else (f"tr-{node.trace_id}", run)
             its = {**known(node), **trace.whose, **whose(node.context)}
+            if len(trace.places) > 1:  # experiments within the one around it all
+                others = outer_tags((*trace.places, Assignment("")))
+                its = {**{f"dspy_prod.tag.{name}": value for name, value in others.items()}, **its}
             self._note(trace, told, failure, error, outputs)
             attributes.update(trace_attributes(its, predictor or node.name))
             attributes.update({f"{TAG}{name}": value for name, value in trace.ending.items()})

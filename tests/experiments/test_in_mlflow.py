@@ -240,7 +240,7 @@ def test_each_variant_has_a_run_with_its_figures_over_time_and_its_traces(
 
 
 def test_runs_end_with_the_experiment_and_go_on_with_it(
-    uri: str, track: Callable[..., None], asked: Asked, store: str
+    uri: str, track: Callable[..., None], asked: Asked, store: str, tmp_path: Path
 ) -> None:
     """Also by another process; one that only looks at what is over opens nothing again."""
     track()
@@ -262,6 +262,9 @@ def test_runs_end_with_the_experiment_and_go_on_with_it(
     assert states() == {"RUNNING"}
     exp.stop()
     assert states() == {"FINISHED"}
+    for run in runs_of(uri).values():
+        page = MlflowClient(uri).download_artifacts(run.info.run_id, "scorecard.html", str(tmp_path))
+        assert "stopped" in Path(page).read_text(encoding="utf-8")
     ends = {run.info.end_time for run in runs_of(uri).values()}
     tracking.disable()
     track()
@@ -319,6 +322,30 @@ def test_nothing_waits_for_mlflow_and_everything_follows(
         server.kill()
 
 
+def test_a_call_in_nested_experiments_is_in_both(
+    uri: str, track: Callable[..., None], asked: Asked, store: str
+) -> None:
+    """Its trace is on the runs of both variants; what is said of it counts in both."""
+    track()
+    asked(cache=False)
+    inner = two(store)
+    outer = Experiment("outer", variants={"a": inner, "b": Triage()}, store=store, metrics=[RESOLVED],
+                       weights={"a": 1000, "b": 1}, guardrails=())  # fmt: skip
+    trace = str(ask(outer, "u1").trace_id)
+    outer.step(), inner.step()
+    assert tracking.flush(60.0)
+    client = MlflowClient(uri)
+    place = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    linked = {run.data.tags["dspy_prod.experiment"] for run in client.search_runs([place])
+              if trace in traces_of(uri, run)}  # fmt: skip
+    assert linked == {"outer", "triage-cot"}
+    say(uri, trace, True)
+    assert (read(outer), read(inner)) == (1, 1)
+    for exp in (two(store), Experiment("outer", variants={"a": two(store), "b": Triage()}, store=store,
+                                       metrics=[RESOLVED], weights={"a": 1000, "b": 1}, guardrails=())):  # fmt: skip
+        exp.record(trace=trace, resolved=False)
+
+
 @pytest.mark.parametrize("sample", [1.0, 0.0])
 def test_what_was_not_drawn_or_not_kept_is_not_linked(
     sample: float, uri: str, track: Callable[..., None], asked: Asked, store: str
@@ -330,7 +357,11 @@ def test_what_was_not_drawn_or_not_kept_is_not_linked(
     ask(exp, "qa", "override")
     exp(message="of nobody")
     drawn = str(ask(exp, "u1", "drawn").trace_id)
+    exp.record(trace=drawn, resolved=True)
     exp.step()
     assert tracking.flush(60.0)
+    health = tracking.status()
+    assert health is not None
+    assert (health.messages_waiting, health.messages_lost) == (0, 0), "nobody looks for a trace that was left out"
     linked = {trace for run in runs_of(uri).values() for trace in traces_of(uri, run)}
     assert linked == ({drawn} if sample else set())
