@@ -10,7 +10,6 @@ from dspy_prod.experiments.opened import Opened
 from dspy_prod.stores.opening import open_store
 from dspy_prod.stores.sqlite.store import SqliteStore
 
-
 PRELOADED = SqliteStore
 """What takes long to import, and is then there in every process."""
 
