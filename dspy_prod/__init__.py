@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dspy_prod.production.module import CallReport, Production, call_report
     from dspy_prod.records import CallRecord
     from dspy_prod.status.health import CostSummary, Health, Preview, health
+    from dspy_prod.stores.programs import ProgramCall
     from dspy_prod.telemetry.events import Event, add_listener
     from dspy_prod.telemetry.logs import enable_logging
 
@@ -59,6 +60,7 @@ __getattr__, __dir__ = door(
         "records": "CallRecord",
         "registry": "registry",
         "status.health": "CostSummary Health Preview health",
+        "stores.programs": "ProgramCall",
         "telemetry.events": "Event add_listener",
         "telemetry.logs": "enable_logging",
         "tracking": "tracking",
@@ -102,6 +104,7 @@ __all__ = [
     "Preview",
     "Price",
     "Production",
+    "ProgramCall",
     "RateLimit",
     "RateLimitedError",
     "Redactor",

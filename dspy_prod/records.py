@@ -192,11 +192,11 @@ def _fields(*names: str) -> Callable[[CallRecord], tuple[Any, ...]]:
     return itemgetter(*map(CallRecord._fields.index, names))
 
 
-alike: Final = _fields("model", "user", "tenant", "program", "variant", "prompt_version", "tags", "run")
+alike: Final = _fields("model", "user", "tenant", "program", "experiment", "variant", "prompt_version", "tags", "run")
 """What the `rollup_keys` of a record depend on: records that have it in common are summed together."""
 
 
-ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "variant", "prompt", "run")
+ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "experiment", "variant", "prompt", "run")
 
 
 def rollup_keys(record: CallRecord) -> list[tuple[str, str]]:
@@ -213,14 +213,29 @@ def rollup_keys(record: CallRecord) -> list[tuple[str, str]]:
         keys.append(("tenant", record.tenant))
     if record.program is not None:
         keys.append(("program", record.program))
+    if record.experiment is not None:
+        keys.append(("experiment", record.experiment))
     if record.variant is not None:
-        keys.append(("variant", record.variant))
+        keys.append(("variant", variant_key(record.experiment, record.variant)))
     if record.prompt_version is not None:
         keys.append(("prompt", record.prompt_version))
     if record.run is not None:
         keys.append(("run", record.run))
     keys.extend((f"tag:{name}", value) for name, value in record.tags)
     return [(dimension, summed_as(value)) for dimension, value in keys]
+
+
+def variant_key(experiment: str | None, variant: str) -> str:
+    """How a variant is summed: `experiment/variant`, for every experiment has a `control`; alone without an experiment.
+
+    A slash or a percent sign within a name is written `%2F` or `%25`, so that no two pairs are summed as one. Sums that
+    earlier releases wrote have the variant alone.
+    """
+    return _part(variant) if experiment is None else f"{_part(experiment)}/{_part(variant)}"
+
+
+def _part(name: str) -> str:
+    return name.replace("%", "%25").replace("/", "%2F")
 
 
 OTHER = "(other)"

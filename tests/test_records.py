@@ -7,7 +7,7 @@ from functools import reduce
 
 import pytest
 
-from dspy_prod.records import CallRecord, Totals, rollup_keys
+from dspy_prod.records import CallRecord, Totals, rollup_keys, variant_key
 
 FACTS = {
     "id": "i", "call_id": "c", "started_at": 1.5, "model": "m", "route": "r", "attempt": 2, "outcome": "error",
@@ -88,10 +88,19 @@ def test_a_record_is_summed_under_each_of_its_values() -> None:
     """`("all", "")` comes first; what the context did not say is not summed."""
     keys = rollup_keys(CallRecord(**FACTS))  # type: ignore[arg-type]
     assert keys == [
-        *(("all", ""), ("model", "m"), ("user", "u"), ("tenant", "t"), ("program", "p"), ("variant", "v")),
+        *(("all", ""), ("model", "m"), ("user", "u"), ("tenant", "t"), ("program", "p")),
+        *(("experiment", "x"), ("variant", "x/v")),
         *(("prompt", "pv"), ("run", "n"), ("tag:a", "b")),
     ]
     assert rollup_keys(CallRecord("i", "c", 0.0, "m", "r", 1, "ok", 0)) == [("all", ""), ("model", "m")]
+
+
+def test_no_two_variants_are_summed_as_one() -> None:
+    """Every experiment has a `control`; and names may hold whatever stands between the two."""
+    pairs = [(None, "a/b"), ("a", "b"), ("a/b", "c"), ("a", "b/c"), ("a%2Fb", "c"), (None, "control"), ("a", "control")]
+    assert len({variant_key(*pair) for pair in pairs}) == len(pairs)
+    assert variant_key(None, "control") == "control"
+    assert variant_key("e1", "control") == "e1/control"
 
 
 def test_the_sum_over_records_is_that_of_each() -> None:

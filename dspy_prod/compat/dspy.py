@@ -43,7 +43,7 @@ def settings() -> tuple[dict[str, Any], dict[str, Any]]:
 def is_streaming() -> bool:
     """Whether `dspy.streamify` listens here, so that answers have to come event by event."""
     overrides = thread_local_overrides.get()
-    return (overrides if "send_stream" in overrides else _configured).get("send_stream") is not None
+    return (overrides if "send_stream" in overrides else _configured)["send_stream"] is not None
 
 
 # -- an LM -----------------------------------------------------------------------------------------------------------

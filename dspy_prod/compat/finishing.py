@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import time
 from typing import Any, Final, Protocol
 
 from dspy.clients import base_lm
@@ -27,34 +28,76 @@ def _finish(lm: Recorded, call: PreparedCall, result: CallResult) -> Any:
     """Write a call into the history, if one is kept, and give its outputs."""
     if call.request is not None:
         return finalize(lm, call, result)
-    overrides, configured = settings()
     if not result.cache_hit:
+        overrides, configured = settings()
         tracker = (overrides if "usage_tracker" in overrides else configured)["usage_tracker"]
         if tracker:
             tracker.add_usage(lm.model, result.usage)
-    if not (overrides if "disable_history" in overrides else configured)["disable_history"]:
-        responses, kwargs = result.responses, call.kwargs
-        entry = {
-            "prompt": call.prompt, "messages": call.messages,
-            "kwargs": {name: value for name, value in kwargs.items() if not name.startswith("api_")} if kwargs else {},
-            "response": responses if result.raw is None else result.raw,
-            "outputs": result.outputs, "usage": result.usage, "cost": result.cost,
-            "timestamp": _now().isoformat(), "uuid": _uuid(),
-            "model": lm.model, "response_model": result.response_model, "model_type": lm.model_type,
-        }  # fmt: skip
-        if result.cost_details:
-            entry["cost_details"] = result.cost_details
-        for response in responses:
-            adaptations = getattr(response, "adaptations", ())
-            if adaptations:
-                entry["adaptations"] = (*entry.get("adaptations", ()), *adaptations)
+    if keeps_history():
+        entry = entry_of(
+            lm, call.prompt, call.messages, call.kwargs, result.responses, result.raw, result.outputs, result.usage,
+            result.cost, result.cost_details, result.response_model,
+        )  # fmt: skip
         lm.update_history(entry)
     return result.outputs
 
 
-_now: Final = dt.datetime.now
+def keeps_history() -> bool:
+    """Whether calls are written into histories here."""
+    overrides, configured = settings()
+    return not (overrides if "disable_history" in overrides else configured)["disable_history"]
+
+
+def entry_of(
+    lm: Recorded,
+    prompt: Any,
+    messages: Any,
+    kwargs: dict[str, Any],
+    responses: tuple[Any, ...],
+    raw: Any,
+    outputs: list[Any],
+    usage: dict[str, Any],
+    cost: float | None,
+    cost_details: dict[str, Any] | None,
+    response_model: str | None,
+) -> dict[str, Any]:
+    """The entry of a call without a typed request, as DSPy writes it."""
+    entry = {
+        "prompt": prompt, "messages": messages,
+        "kwargs": {name: value for name, value in kwargs.items() if not name.startswith("api_")} if kwargs else {},
+        "response": responses if raw is None else raw,
+        "outputs": outputs, "usage": usage, "cost": cost,
+        "timestamp": _timestamp(), "uuid": _uuid(),
+        "model": lm.model, "response_model": response_model, "model_type": lm.model_type,
+    }  # fmt: skip
+    if cost_details:
+        entry["cost_details"] = cost_details
+    for response in responses:
+        adaptations = getattr(response, "adaptations", ())
+        if adaptations:
+            entry["adaptations"] = (*entry.get("adaptations", ()), *adaptations)
+    return entry
+
+
+_now: Final = time.time_ns
+_second: tuple[int, str] = (0, "")  # the latest, and how it reads
+
+
+def _timestamp() -> str:
+    """`datetime.now().isoformat()`, of which only the fraction is written anew within a second."""
+    global _second
+    second, rest = divmod(_now(), 1_000_000_000)
+    known, text = _second
+    if second != known:
+        text = dt.datetime.fromtimestamp(second).isoformat()
+        _second = second, text
+    micros = rest // 1000
+    return f"{text}.{micros:06d}" if micros else text
+
+
 _DRAWN: Final = 64
-_drawn: Final[dict[int, list[bytes]]] = {}  # by process: a forked child must not have its parent's
+_drawn: Final[dict[int, list[str]]] = {}  # by process: a forked child must not have its parent's
+_VARIANT: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
 
 
 def _uuid() -> str:
@@ -64,34 +107,37 @@ def _uuid() -> str:
     it, but each that waits is woken. Where cached answers followed each other, all others starved.
     """
     try:
-        random = _drawn[os.getpid()].pop()
+        return _drawn[os.getpid()].pop()
     except (KeyError, IndexError):
-        random = _draw()
-    digits = random.hex()
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[random[8] >> 4 & 3]}{digits[17:20]}-{digits[20:]}"
+        drawn = _uuids(os.urandom(16 * _DRAWN).hex())
+        one = drawn.pop()
+        _drawn.clear()
+        _drawn[os.getpid()] = drawn
+        return one
 
 
-def _draw() -> bytes:
-    random = os.urandom(16 * _DRAWN)
-    drawn = [random[at : at + 16] for at in range(0, len(random), 16)]
-    one = drawn.pop()
-    _drawn.clear()
-    _drawn[os.getpid()] = drawn
-    return one
+def _uuids(digits: str) -> list[str]:
+    """The uuids, version 4, of random hexadecimal digits."""
+    each = [digits[at : at + 32] for at in range(0, len(digits), 32)]
+    return [f"{one[:8]}-{one[8:12]}-4{one[13:16]}-{_VARIANT[one[16]]}{one[17:20]}-{one[20:]}" for one in each]
 
 
 def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
     """Add an entry to the histories of all calls, of the LM and of the modules that call it."""
-    overrides, configured = settings()
-    if (overrides if "disable_history" in overrides else configured)["disable_history"]:
+    if not keeps_history():
         return
+    overrides, configured = settings()
     _append(base_lm.GLOBAL_HISTORY, entry, base_lm.MAX_HISTORY_SIZE)
     most = (overrides if "max_history_size" in overrides else configured)["max_history_size"]
     if most == 0:
         return
     _append(lm.history, entry, most)
     for module in (overrides if "caller_modules" in overrides else configured)["caller_modules"] or ():
-        _append(module.history, entry, most)
+        _append(_attribute(module, "history"), entry, most)
+
+
+_attribute: Final = object.__getattribute__
+"""A module's own way looks for calls of `forward` at each attribute, which takes longer than the rest of `_append`."""
 
 
 _LONG: Final = 1_000

@@ -90,7 +90,10 @@ EMPTY = CallContext()
 
 def current() -> CallContext:
     """The context in force here."""
-    context: CallContext = thread_local_overrides.get().get(SETTING, EMPTY)
+    overrides = thread_local_overrides.get()  # not its `get`: that of DSPy's own kind of dict is looked up slowly
+    if SETTING not in overrides:
+        return EMPTY
+    context: CallContext = overrides[SETTING]
     return context
 
 
@@ -163,9 +166,9 @@ def call_context(
             `Run`: what it uses counts for both. The ledger has the innermost name. Another object of the same name
             and store is the same run: its caps hold inside.
         program, prompt_version, trace_id: recorded with each call.
-        experiment, variant: recorded with each call. Experiments nest: the innermost has these fields, each one around
-            it a tag `experiment:<name>` that says its variant. An experiment cannot be nested in itself. A variant without
-            an experiment is that of the experiment in force.
+        experiment, variant: recorded with each call. Of nested experiments the innermost has these fields, each one
+            around it a tag `experiment:<name>` with its variant; none may be nested in itself. A variant alone is
+            that of the experiment in force.
         sample: share of the ordinary traces inside that tracking keeps, 0 to 1; never more than it keeps elsewhere.
             What erred, fell back or was dear is kept in any case.
         clock: for tests.

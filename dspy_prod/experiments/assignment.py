@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import isfinite
 from typing import Final, NamedTuple
 
 from dspy_prod.errors import ConfigError
+from dspy_prod.stores.trials import Arm
 
 MOST_VARIANTS: Final = 8
 """Control and at most seven candidates: with more, each would need too many units before anything is known of it."""
@@ -99,6 +100,8 @@ class Design:
         overrides: Mapping[str, str] | None = None,
         assign: Callable[[str], str] | None = None,
     ) -> None:
+        if not salt:
+            raise ConfigError("salt='' tells no experiment from others; give its name")
         self.variants = tuple(variants)
         _check_variants(self.variants)
         self.weights = (1.0,) * len(self.variants) if weights is None else tuple(weights)
@@ -119,7 +122,7 @@ class Design:
         self._parts = tuple(weight / total for weight in self.weights[1:])
         self._bounds = tuple(accumulate(self._parts))[:-1]
         self._salted = hashlib.sha256(_prefix(salt))
-        self._held_out = hashlib.sha256(_prefix(f"holdout of {program}"))
+        self._held_out = hashlib.sha256(b":" + _prefix(program))  # as no salt begins
         self._propensities = {(stage, 0): self._shared(stage, 0) for stage in range(len(self.shares))}
 
     def propensities(self, stage: int = 0, full: int = 0) -> tuple[float, ...]:
@@ -168,6 +171,21 @@ class Design:
                 return Assignment(self.variants[1 + index], 1.0, stage, full, KEPT)
             return Assignment(self.variants[0], propensities[0], stage, full, HASH)
         return Assignment(self.variants[1 + index], propensities[1 + index], stage, full, HASH)
+
+    def full(self, arms: Iterable[Arm], stage: int, most: int | None) -> int:
+        """The candidates that take no new units in a stage, a bit for each, see `Assignment`.
+
+        Args:
+            arms: what the store has counted (`Trials.counts`).
+            most: units that a candidate may have in this stage (`Rollout.most_users`); None: any number.
+        """
+        if most is None:
+            return 0
+        found = dict.fromkeys(self.variants[1:], 0)
+        for arm in arms:
+            if arm.stage == stage and arm.arm in found:
+                found[arm.arm] += arm.units
+        return sum(1 << index for index, number in enumerate(found.values()) if number >= most)
 
     def _shared(self, stage: int, full: int) -> tuple[float, ...]:
         share = self.shares[stage]

@@ -11,8 +11,7 @@ outcomes are stochastically not larger than control's ("Anytime-valid inference 
 the case of two outcomes). `LinearBet` stakes on the difference of means of bounded outcomes against a margin
 (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", 2024).
 
-Each spreads its money evenly over several stakes, so that none has to be tuned; its wealth is their mean. Beyond
-`LARGEST` money is no longer invested.
+Each spreads its money over several stakes, so that none has to be tuned. Beyond `LARGEST` money is no longer invested.
 """
 
 from __future__ import annotations
@@ -23,6 +22,10 @@ from typing import Any, Final
 
 THETAS: Final = tuple(0.05 * (6.0 / 0.05) ** (place / 11) for place in range(12))
 """How strongly the outcome is taken to speak for an arm: the change in the arm's log odds for one unit of it."""
+_PLAUSIBLE: Final = tuple(math.exp(-0.5 * math.log(theta / 0.3) ** 2) for theta in THETAS)
+WEIGHTS: Final = tuple(each / sum(_PLAUSIBLE) for each in _PLAUSIBLE)
+"""The part of the money on each: most of it where a share of 0.8 changes by a few points, little on extremes, which
+need little."""
 MULTIPLES: Final = (0.3, 0.6, 1.0, 1.6, 2.5, 4.0)
 """Stakes, as multiples of the one that is best where the truth lies a margin away from the hypothesis."""
 SHARES: Final = (0.15, 0.4, 0.9)
@@ -34,19 +37,20 @@ class Bet:
     """Money spread over several stakes.
 
     Attributes:
-        wealths: what each part has made of 1.
+        begin: the parts of 1 that are on them.
+        wealths: what these have become.
     """
 
     __slots__ = ("wealths",)
-    parts = 0
+    begin: tuple[float, ...] = ()
 
     def __init__(self) -> None:
-        self.wealths = [1.0] * self.parts
+        self.wealths = list(self.begin)
 
     @property
     def wealth(self) -> float:
         """What the whole has made of 1: an e-value."""
-        return sum(self.wealths) / self.parts
+        return sum(self.wealths)
 
 
 class Claim:
@@ -56,8 +60,8 @@ class Claim:
         bets: which share the money evenly.
 
     Attributes:
-        peak: the most that it ever had. Proof of the claim at level `alpha` is a peak of `1 / alpha`; money that is lost
-            later does not take it back.
+        peak: the most that it ever had. Proof of the claim at level `alpha` is a peak of `1 / alpha`; money that is
+            lost later does not take it back.
     """
 
     __slots__ = ("bets", "peak")
@@ -87,7 +91,7 @@ class Claim:
         Raises:
             ValueError: its bets are others.
         """
-        if [len(wealths) for wealths in state["bets"]] != [bet.parts for bet in self.bets]:
+        if [len(wealths) for wealths in state["bets"]] != [len(bet.begin) for bet in self.bets]:
             raise ValueError("the checkpoint has other bets than this release: replay the outcomes that are stored")
         self.peak = float(state["peak"])
         for bet, wealths in zip(self.bets, state["bets"], strict=True):
@@ -98,7 +102,7 @@ class ArmBet(Bet):
     """Guesses the arm from the outcome: the larger it is, the likelier the candidate's."""
 
     __slots__ = ()
-    parts = len(THETAS)
+    begin = WEIGHTS
 
     def bet(self, candidate: bool, propensity: float, surprise: float) -> None:
         """One unit.
@@ -119,7 +123,7 @@ class LinearBet(Bet):
     """Stakes on a gain whose expectation is 0 or less under the hypothesis."""
 
     __slots__ = ()
-    parts = len(MULTIPLES) + len(SHARES)
+    begin = (1.0 / (len(MULTIPLES) + len(SHARES)),) * (len(MULTIPLES) + len(SHARES))
 
     def bet(self, gain: float, worst: float, natural: float) -> None:
         """One unit.
@@ -132,6 +136,13 @@ class LinearBet(Bet):
         wealths, safe = self.wealths, -1.0 / worst
         for place, stake in enumerate(stakes(natural, safe)):
             wealths[place] = min(wealths[place] * (1.0 + stake * gain), LARGEST)
+
+
+class ProofBet(LinearBet):
+    """Stakes against harm by a margin, where most often there is none at all: then the natural stake is the best."""
+
+    __slots__ = ()
+    begin = (0.02, 0.25, 0.4, 0.25, 0.05, 0.01, 0.01, 0.005, 0.005)
 
 
 def stakes(natural: float, safe: float) -> Sequence[float]:

@@ -22,7 +22,10 @@ from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
-from dspy_prod.options.experiments import Rollout
+from dspy_prod.experiments.history import History, Look
+from dspy_prod.experiments.pairs import Pairs
+from dspy_prod.experiments.shadow import SUFFIX, pairs_of
+from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores import trials as words
@@ -63,15 +66,18 @@ class Controller:
         hold: bool = True,
     ) -> None:
         self.name = name
-        self._trials, self._design, self._metrics, self._alpha = trials, design, tuple(metrics), alpha
+        self._trials, self._design, self._metrics, self.alpha = trials, design, tuple(metrics), alpha
         self._rollout, self._aliases, self._hold = rollout, aliases, hold
         self._sources: dict[str | None, list[Metric]] = defaultdict(list)
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
         self.over = False
         self._evidence: Evidence | None = None
+        self._history = self._blank()
+        self._pairs: Pairs | None = None
         self._read: dict[str, int] = {}
         self._revision = -1
+        self._told: tuple[int, float] | None = None
         self._after_fork()
         reset_after_fork(self)
 
@@ -113,13 +119,23 @@ class Controller:
         new = False
         for source, metrics in self._sources.items():
             new |= self._take_in(evidence, source, metrics)
+        new |= self._take_in_pairs()
         if new:
-            state = json.dumps({"read": self._read, "evidence": evidence.to_dict()})
+            pairs = None if self._pairs is None else self._pairs.state()
+            told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
+            state = json.dumps({"read": self._read, **told})
             if self._trials.save(self.name, state, self._revision):
                 self._revision += 1
             else:  # somebody else has looked meanwhile: what he read is as good
                 self._evidence = None
         return evidence.look()
+
+    def history(self) -> tuple[Look, ...]:
+        """How the evidence grew until the last `read`."""
+        return () if self._evidence is None else self._history.looks(self._evidence)
+
+    def _blank(self, state: Mapping[str, Any] | None = None) -> History:
+        return History(len(self._metrics), len(self._design.variants) - 1, state)
 
     # -- reading -------------------------------------------------------------------------------------------------------
     def _restored(self) -> Evidence:
@@ -128,18 +144,22 @@ class Controller:
         revision = 0 if saved is None else saved.revision
         if self._evidence is not None and revision == self._revision:
             return self._evidence
-        self._read, self._revision = {}, revision
+        self._read, self._revision, self._history = {}, revision, self._blank()
         evidence = None
+        if self._rollout is not None and self._rollout.shadow:
+            self._pairs = Pairs(self._metrics, self._design.variants[1:])
         if saved is not None:
             state = json.loads(saved.state)
             try:
                 evidence = Evidence.from_dict(state["evidence"])
-                self._read = state["read"]
+                if self._pairs is not None and state["pairs"] is not None:
+                    self._pairs.restore(state["pairs"])
+                self._read, self._history = state["read"], self._blank(state.get("history"))
             except ValueError as error:  # of another release: what is stored is read again from the start
                 _log.warning("The experiment %s is read anew: %s", self.name, error)
         if evidence is None:
             control, *candidates = self._design.variants
-            evidence = Evidence(self._metrics, candidates, control=control, alpha=self._alpha)
+            evidence = Evidence(self._metrics, candidates, control=control, alpha=self.alpha)
         self._evidence = evidence
         return evidence
 
@@ -158,9 +178,23 @@ class Controller:
                     value = value_of(metric, unit)
                     if value is not None or metric.name != LATENCY:
                         evidence.matured(metric.name, exposure, value)
-            after = units[-1].number
-        self._read[place] = after
+                    self._history.see(evidence, metric.name, unit.number, unit.at)
+            after = self._read[place] = units[-1].number
         return after > first
+
+    def _take_in_pairs(self) -> bool:
+        """Those of a shadow stage."""
+        if self._pairs is None:
+            return False
+        first = after = self._read.get(SUFFIX, 0)
+        while True:
+            found, last = pairs_of(self._trials, self.name, after)
+            for candidate, pair in found:
+                self._pairs.see(candidate, pair)
+            if last == after:
+                self._read[SUFFIX] = after
+                return after > first
+            after = last
 
     def _exposure(self, unit: Matured) -> Exposure:
         shares = self._design.propensities(unit.stage, unit.full)
@@ -186,16 +220,34 @@ class Controller:
             return self._decided(trial, "rollback", control, decision)
         if decision.verdict == "promote" and decision.winner is not None:
             return self._decided(trial, "promote", decision.winner, decision)
-        worse = [name for name, each in decision.candidates.items() if each.verdict == "rollback"]
+        worse = {name: each.reason for name, each in decision.candidates.items() if each.verdict == "rollback"}
+        worse |= {} if self._pairs is None else self._pairs.worse()
         declaration = Declaration.from_json(trial.declaration)
         new = [name for name in worse if name not in declaration.dropped]
         if new:
-            reason = "; ".join(decision.candidates[name].reason for name in new)
-            dropped = replace(declaration, dropped=[*declaration.dropped, *new])
-            return self._change(trial, "drop", reason, decision, None, None, dropped)
-        after = self._next_stage(trial)
+            reason = "; ".join(worse[name] for name in new)
+            gone = [*declaration.dropped, *new]
+            if len(gone) == len(self._design.variants) - 1:
+                back = replace(declaration, serves=control, dropped=gone)
+                return self._change(trial, "rollback", reason, decision, words.DECIDED, None, back)
+            return self._change(trial, "drop", reason, decision, None, None, replace(declaration, dropped=gone))
+        after = self._next_stage(trial, declaration.dropped)
         if after is not None:
             return self._change(trial, "stage", f"stage {after} of the rollout", decision, None, after)
+        return self._inconclusive(trial, decision)
+
+    def _inconclusive(self, trial: Trial, decision: Decision) -> Trial | None:
+        """A stage that has lasted as long as it may, and shows neither harm nor enough users."""
+        rollout = self._rollout
+        longest = None if rollout is None else rollout.most_time(trial.stage)
+        if rollout is None or longest is None or self._trials.now() - trial.since < longest:
+            return trial
+        reason = f"stage {rollout.stages[trial.stage]} has lasted {longest:g} seconds: {decision.reason}"
+        if rollout.on_inconclusive == "pause":
+            return self._change(trial, "pause", f"inconclusive: {reason}", decision, words.PAUSED)
+        if self._told != (trial.stage, trial.since):
+            self._told = trial.stage, trial.since
+            self._emit("inconclusive", reason, trial, None)
         return trial
 
     def _decided(self, trial: Trial, what: str, serves: str, decision: Decision) -> Trial | None:
@@ -218,25 +270,41 @@ class Controller:
             declaration=None if declaration is None else declaration.to_json(),
             decision=words.Decision(what, "controller", evidence),
         )  # fmt: skip
-        if changed is not None and BUS.active:
-            BUS.emit(
-                f"experiment_{what}", time.time(), experiment=self.name, reason=reason, stage=changed.stage,
-                variant=None if declaration is None else declaration.serves,
-            )  # fmt: skip
+        if changed is not None:
+            self._emit(what, reason, changed, None if declaration is None else declaration.serves)
         return changed
 
-    def _next_stage(self, trial: Trial) -> int | None:
+    def _emit(self, what: str, reason: str, trial: Trial, serves: str | None) -> None:
+        """Tell listeners."""
+        if not BUS.active:
+            return
+        at, stage = time.time(), trial.stage
+        if what in ("stage", "promote"):
+            BUS.emit(
+                "experiment_moved", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
+            )
+        else:
+            BUS.emit(
+                "experiment_alarm", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
+            )
+
+    def _next_stage(self, trial: Trial, dropped: Sequence[str]) -> int | None:
         """The stage that follows, once this one has had its time and its units."""
         if self._rollout is None or trial.stage + 1 >= len(self._design.shares):
             return None
         if self._trials.now() - trial.since < self._rollout.least_time(trial.stage):
             return None
+        if self._rollout.stages[trial.stage] == SHADOW:
+            assert self._pairs is not None
+            pairs = [each for name, each in self._pairs.counts.items() if name not in dropped]
+            return trial.stage + 1 if all(each >= self._rollout.shadow_calls for each in pairs) else None
         units = [0] * len(self._design.variants)
         for arm in self._trials.counts(self.name):
             if arm.stage == trial.stage:
                 units[self._design.variants.index(arm.arm)] += arm.units
         least = self._rollout.least_users(trial.stage)
-        return trial.stage + 1 if all(each >= least for each in units[1:]) else None
+        known = zip(self._design.variants[1:], units[1:], strict=True)
+        return trial.stage + 1 if all(each >= least for name, each in known if name not in dropped) else None
 
 
 def value_of(metric: Metric, unit: Matured) -> float | None:

@@ -88,7 +88,7 @@ class Declaration:
         for key in mine:
             if key not in _OWN and mine[key] != theirs[key]:
                 raise ConfigError(
-                    f"Experiment({name!r}): there is one of this name whose {key} are {theirs[key]!r}, not "
+                    f"Experiment({name!r}): there is one of this name with {key}={theirs[key]!r}, not "
                     f"{mine[key]!r}. What was measured would be mixed up: give this one a name of its own, or forget "
                     f"the other with `dspy-prod experiment rm {name}`"
                 )

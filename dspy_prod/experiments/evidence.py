@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.alphas import alphas
-from dspy_prod.experiments.comparing import compared
-from dspy_prod.experiments.decisions import Decision, about, decided, weighed
+from dspy_prod.experiments.decisions import Decision, MetricEvidence, about, decided, weighed
 from dspy_prod.experiments.intervals import Interval, Sums, interval
+from dspy_prod.experiments.kinds import compared
 from dspy_prod.experiments.trust import SampleRatio
 from dspy_prod.options.metrics import Metric
 
@@ -151,13 +151,14 @@ class Evidence:
         """What is to be done, as of now. Look whenever you like: after every unit, too."""
         found = {}
         for name in self.candidates:
-            evidence = []
-            for metric in self.metrics:
-                counts = self.units(metric.name, self.control), self.units(metric.name, name)
-                comparison, shown = self._comparisons[name][metric.name], self.interval(metric.name, name)
-                evidence.append(weighed(comparison, self._alphas, len(self.candidates), counts, shown))
-            found[name] = about(name, self.metrics, evidence)
+            found[name] = about(name, self.metrics, [self.weighed(metric.name, name) for metric in self.metrics])
         return decided(self._ratio, found, self.alpha)
+
+    def weighed(self, metric: str, candidate: str) -> MetricEvidence:
+        """What is known of a candidate on one metric."""
+        comparison, shown = self._comparisons[candidate][metric], self.interval(metric, candidate)
+        counts = self.units(metric, self.control), self.units(metric, candidate)
+        return weighed(comparison, self._alphas, len(self.candidates), counts, shown)
 
     def units(self, metric: str, arm: str) -> int:
         """Of a variant, whose outcome counts."""
@@ -170,7 +171,8 @@ class Evidence:
             for arms in self._sums[metric].values()
             if self.control in arms and candidate in arms
         ]
-        return interval(stages, relative=self._by_name[metric].relative)
+        options = self._by_name[metric]
+        return interval(stages, relative=options.relative or options.tail is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """A checkpoint, as JSON has it."""

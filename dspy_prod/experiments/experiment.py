@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 from dspy.utils.callback import BaseCallback
@@ -16,11 +16,14 @@ from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.attending import EVERY, Attending
+from dspy_prod.experiments.beforehand import Beforehand
 from dspy_prod.experiments.declaration import BUILT_IN, Declaration, registry_of, source_of
+from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.exposing import Exposing
-from dspy_prod.experiments.opened import Opened
+from dspy_prod.experiments.opened import Opened, stage_of
 from dspy_prod.experiments.operating import promote, put, remove
 from dspy_prod.experiments.scorecard import Scorecard
+from dspy_prod.experiments.shadow import Shadow, refuse_side_effects
 from dspy_prod.experiments.standing import REFRESH, Standing
 from dspy_prod.experiments.turn import Turn
 from dspy_prod.experiments.variants import resolved
@@ -31,6 +34,9 @@ from dspy_prod.privacy.unshown import unshown
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
 from dspy_prod.stores.trials import Outcome, Trials
+
+if TYPE_CHECKING:
+    from dspy_prod.experiments.offline import OfflineReport
 
 Unit = Literal["user", "session", "tenant"]
 
@@ -45,12 +51,13 @@ class _Works:
     exposing: Exposing
     standing: Standing
     opened: Opened
+    shadow: Shadow | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Works:
         return self
 
 
-class Experiment(CompiledAsProgram, dspy.Module):
+class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
     """Variants of a program, compared on live traffic.
 
     It is a `dspy.Module`: call it, `await exp.acall(...)`, `dspy.streamify(exp)`, run it in `dspy.Parallel`. Each user
@@ -149,20 +156,29 @@ class Experiment(CompiledAsProgram, dspy.Module):
             hold=on_sample_ratio == "hold", registry=registry_of(found, tracking_uri),
         )  # fmt: skip
         windows = declared.windows(self.metrics)
+        if rollout is not None:
+            refuse_side_effects(where, found, rollout)
+
+        def designed(salt: str) -> Design:
+            return Design(
+                salt, names, weights=declared.weights, shares=None if rollout is None else rollout.shares,
+                holdout=holdout, program=_program_of(found), overrides=overrides, assign=assign,
+            )  # fmt: skip
+
+        designed(declared.salt)  # nothing is kept of an experiment that cannot be
+        Evidence(self.metrics, names[1:], control=names[0], alpha=alpha)
         if stored is None:
             trial = trials.create(name, declared.to_json(), windows)
             stored = Declaration.from_json(trial.declaration)
         declared.check_same(name, stored)
-        design = Design(
-            stored.salt, names, weights=declared.weights, shares=None if rollout is None else rollout.shares,
-            holdout=holdout, program=_program_of(found), overrides=overrides, assign=assign,
-        )  # fmt: skip
+        design = designed(stored.salt)
         self.rollout = rollout
         exposing = Exposing(name, design, trials)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
         self._works = _Works(
             opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
             Opened(opened, name, tracking_uri),
+            None if rollout is None or not rollout.shadow else Shadow(name, opened, found[1:], rollout),
         )  # fmt: skip
         self._attending: Attending | None = None
         if rollout is None:
@@ -177,13 +193,21 @@ class Experiment(CompiledAsProgram, dspy.Module):
     # -- calling -------------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the caller's variant; called through `exp(...)`."""
-        with self._turn() as turn:
-            return turn.answered(turn.variant.program(*args, **kwargs))
+        turn = self._turn()
+        try:
+            with turn:
+                return turn.answered(turn.variant.program(*args, **kwargs))
+        finally:
+            self._shadow(turn, args, kwargs)
 
     async def aforward(self, *args: Any, **kwargs: Any) -> Any:
         """Asynchronous `forward`; called through `await exp.acall(...)`."""
-        with self._turn() as turn:
-            return turn.answered(await turn.variant.program.acall(*args, **kwargs))
+        turn = self._turn()
+        try:
+            with turn:
+                return turn.answered(await turn.variant.program.acall(*args, **kwargs))
+        finally:
+            self._shadow(turn, args, kwargs)
 
     def assign(self, unit: str) -> str:
         """The variant of a unit, as it is now. It counts as no exposure."""
@@ -209,6 +233,12 @@ class Experiment(CompiledAsProgram, dspy.Module):
             return Turn(self.variants[control], Place(self.name, control, unit=unit), None, outer)
         place = Place(self.name, got.variant, self.stage, unit, got.propensity)
         return Turn(self.variants[got.variant], place, self._works.trials if got.random else None, outer)
+
+    def _shadow(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In a shadow stage, have the candidates asked once more, unseen."""
+        shadow = self._works.shadow
+        if shadow is not None and turn.shadowed:
+            shadow.offer(args, kwargs, turn.outcome, current())
 
     def _serves(self) -> str | None:
         """The variant that everybody gets now; None: units are assigned."""
@@ -261,25 +291,25 @@ class Experiment(CompiledAsProgram, dspy.Module):
     @property
     def stage(self) -> str:
         """The stage in force here, as `"5 %"`."""
-        if self.rollout is None:
-            return "split"
-        share = self.rollout.stages[self._works.exposing.stage]
-        return share if isinstance(share, str) else f"{100 * share:g} %"
+        return stage_of(self.rollout, self._works.exposing.stage)
 
-    def start(self, *, auto: bool = False, every: float = EVERY) -> None:
+    def start(self, *, gate: OfflineReport | None = None, auto: bool = False, every: float = EVERY) -> None:
         """Begin the rollout: its first stage holds from now on. Does nothing where it has begun.
 
         Args:
+            gate: what `evaluate` returned: begin only if it passed. The audit keeps what it said.
             auto: have a thread of this process call `step()` until the experiment is decided or stopped. Any number of
                 processes may: one looks at a time, and another goes on where one was killed.
             every: seconds between two of its looks.
 
         Raises:
-            ConfigError: `every` is impossible.
+            ConfigError: `every` is impossible; the gate did not pass, or is of other variants.
         """
+        if gate is not None:
+            gate.refuse_unless_passed(self.name, {each.name: each.said for each in self.variants.values()})
         if auto:
             self._attending = Attending(Opened(self._works.store, self.name, self._tracking_uri), every)
-        self._put("start")
+        self._put("start", None if gate is None else f"by hand; {gate.summary}")
         if self._attending is not None:
             self._attending.keep_going()
 
@@ -343,6 +373,9 @@ class Experiment(CompiledAsProgram, dspy.Module):
     def _put(self, what: str, reason: str | None = None) -> None:
         put(self._works.trials, self.name, what, reason)
         self._works.standing.look()
+
+    def _known(self) -> tuple[Design, float, Store]:
+        return self._works.design, self._works.opened.declaration.alpha, self._works.store
 
     @property
     def _control(self) -> str:

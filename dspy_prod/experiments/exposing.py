@@ -7,7 +7,7 @@ from collections import OrderedDict
 from functools import partial
 from typing import Final
 
-from dspy_prod.experiments.assignment import Assignment, Design
+from dspy_prod.experiments.assignment import ELSEWHERE, OVERRIDE, Assignment, Design
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.trials import Exposure, Trials
 
@@ -16,7 +16,7 @@ MOST_KNOWN: Final = 50_000
 
 
 class Exposing:
-    """Assigns units of one experiment, and posts the exposure of those that chance decided on. Thread-safe.
+    """Assigns units of one experiment, and posts the exposures of those that are taken in. Thread-safe.
 
     Args:
         experiment: its name in the store.
@@ -74,7 +74,7 @@ class Exposing:
                 return found
             stage, full = self._stage, self._full
         found = self.design.assign(unit, stage, full, partial(self._seen, unit) if full else None)
-        if found.random:
+        if found.random or found.how in (OVERRIDE, ELSEWHERE):  # the store notices a second arm within one stage
             at = self._trials.now()
             self._trials.expose(Exposure(self.experiment, unit, stage, found.variant, found.propensity, at, found.full))
         with self._lock:

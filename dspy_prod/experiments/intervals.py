@@ -28,7 +28,7 @@ class Interval:
 
     Attributes:
         control, candidate: mean of each, as in stages of equal shares.
-        difference: the candidate's less control's; of a relative metric, as a share of control's.
+        difference: the candidate's less control's; of amounts as a share of control's.
         low, high: the true one lies between them with 95 %, at all looks together; None below `SHOWN_FROM` units.
         p_value: always valid, of no difference; None likewise.
     """
@@ -89,7 +89,7 @@ def mixture(variance: float, units: int, alpha: float) -> float:
 
     Example:
         >>> round(mixture(0.0004, 2_000, 0.05), 4)
-        0.0645
+        0.0625
     """
     rho2 = _rho2(alpha)
     grown = units * rho2 + 1.0

@@ -101,6 +101,8 @@ class Opened:
         return scorecard(
             trial, stage_of(self.rollout, trial.stage), decision, self.trials.counts(self.name),
             self.trials.tally(self.name), self.design.variants, declaration.serves, declaration.dropped,
+            metrics=self.metrics, stages=[stage_of(self.rollout, place) for place in range(len(self.design.shares))],
+            audit=self.trials.decisions(self.name), history=self.controller.history(),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

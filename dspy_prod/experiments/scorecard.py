@@ -1,18 +1,55 @@
-"""What is known of an experiment at a look, and what follows from it. Plain data; views and MLflow read it."""
+"""What is known of an experiment at a look, and what follows from it: `exp.scorecard()`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.experiments.decisions import CandidateDecision, Decision, MetricEvidence, Verdict
+from dspy_prod.experiments.history import Look
+from dspy_prod.options.metrics import Metric
 from dspy_prod.stores.trials import Arm, Tally, Trial
+from dspy_prod.stores.trials import Decision as Line
+from dspy_prod.views import Shown
+from dspy_prod.views.frames import frame
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+    from dspy_prod.views import Page
+
+RATIO_ALARM: Final = 100.0
+"""The e-value at which the sample ratio is off."""
+RATIO_NOTED: Final = 10.0
+"""From here on it is worth a look."""
 
 
 @dataclass(frozen=True)
-class Scorecard:
-    """An experiment, as of a look.
+class StageUsers:
+    """Users of one stage, first seen in it, by variant."""
+
+    stage: str
+    users: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the audit: what was decided, by whom, why, and when (seconds since the epoch)."""
+
+    at: float
+    what: str
+    by: str
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class Scorecard(Shown):
+    """An experiment, as of a look. Immutable; it prints as a table, and shows itself in a notebook.
 
     Attributes:
         name: the experiment's. state: `created`, `running`, `paused`, `stopped` or `decided`.
@@ -24,7 +61,19 @@ class Scorecard:
         users: exposed so far, by variant. hurt: of them, those who got a candidate that was then rolled back.
         crossed: users who were seen in two variants within one stage; they count for nothing.
         late, stray: outcomes after their window, and of users who were never exposed.
+        unkept: exposures for which the store had no room.
         serves: the variant that everybody gets, once it is decided or stopped.
+        sample_ratio: e-value of "users do not arrive in the declared shares"; the alarm is raised at 100.
+        declared: the metrics, as they were declared.
+        stages: users by stage. audit: what was decided, oldest first.
+        history: how the evidence grew, a few points of each metric and candidate, oldest first.
+
+    Example:
+        ```python
+        card = exp.scorecard()
+        print(card)                     # decision and reason first
+        card.to_html("triage-cot.html")  # a page to send around
+        ```
     """
 
     name: str
@@ -41,6 +90,17 @@ class Scorecard:
     late: int = 0
     stray: int = 0
     serves: str | None = None
+    unkept: int = 0
+    sample_ratio: float = 1.0
+    declared: tuple[Metric, ...] = ()
+    stages: tuple[StageUsers, ...] = ()
+    audit: tuple[Event, ...] = ()
+    history: tuple[Look, ...] = ()
+
+    @property
+    def control(self) -> str:
+        """The variant that candidates are compared with."""
+        return next(iter(self.users))
 
     @property
     def metrics(self) -> tuple[MetricEvidence, ...]:
@@ -48,29 +108,181 @@ class Scorecard:
         chosen = self.candidates.get(self.winner or "") or next(iter(self.candidates.values()))
         return chosen.metrics
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What should be known before the numbers are believed, in words."""
+        return tuple(_warnings(self))
+
+    def metric(self, name: str) -> Metric:
+        """A metric as it was declared."""
+        return next((each for each in self.declared if each.name == name), None) or Metric(name)
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
+        """Everything as plain values for JSON.
+
+        Example:
+            ```python
+            Path("card.json").write_text(json.dumps(card.to_dict()))
+            ```
+        """
+        told = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        told["declared"] = [each.model_dump(mode="json") for each in self.declared]
+        told["candidates"] = {name: asdict(each) for name, each in self.candidates.items()}
+        told["stages"], told["audit"] = ([asdict(each) for each in one] for one in (self.stages, self.audit))
+        told["history"] = [each._asdict() for each in self.history]
+        told["warnings"] = self.warnings
+        plain: dict[str, Any] = _plain(told)
+        return plain
+
+    def to_frame(self, history: bool = False) -> pandas.DataFrame:
+        """A row for each candidate and metric; what there is no number of is NaN.
+
+        Args:
+            history: a row for each point of `history` instead.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        if history:
+            found = frame((each._asdict() for each in self.history), Look._fields)
+            numbers = [name for name in Look._fields if name not in ("candidate", "metric", "units")]
+            return found.astype(dict.fromkeys(numbers, float))
+        return frame(_rows(self), _COLUMNS).astype(dict.fromkeys(_NUMBERS, float))
+
+    def plot(self) -> Figure:
+        """The differences with their intervals, and how they grew, as a figure of matplotlib's.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+
+        Example:
+            ```python
+            card.plot().savefig("triage-cot.png")
+            ```
+        """
+        from dspy_prod.experiments.drawing import drawn
+
+        return drawn(self)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write it as a page that needs nothing else: decision, differences, how they grew, users and the audit.
+
+        The page has no script and loads nothing; it can be sent by mail, read on a phone, and printed.
+
+        Args:
+            path: of the file; one that is there is written over.
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from dspy_prod.experiments.document import document
+
+        found = Path(path)
+        found.write_text(document(self), encoding="utf-8")
+        return found
+
+    def _view(self) -> Page:
+        from dspy_prod.experiments.pages import page
+
+        return page(self)
+
+    def _repr_html_(self) -> str:
+        from dspy_prod.experiments.pages import page
+
+        return page(self, pictures=True).html()
+
+    def __repr__(self) -> str:
+        return f"<Scorecard of {self.name!r}: {self.state}, {self.decision}, {sum(self.users.values()):,} users>"
+
+
+_COLUMNS: Final = (
+    "candidate", "metric", "role", "status", "control", "value", "difference", "low", "high", "p_value",
+    "better", "better_at", "worse", "worse_at", "no_worse", "no_worse_at", "control_units", "candidate_units",
+)  # fmt: skip
+_NUMBERS: Final = (
+    "control", "value", "difference", "low", "high", "p_value", "better", "better_at", "worse", "worse_at",
+    "no_worse", "no_worse_at",
+)  # fmt: skip
+
+
+def _rows(card: Scorecard) -> Iterator[dict[str, Any]]:
+    for name, candidate in card.candidates.items():
+        for each in candidate.metrics:
+            row = {column: getattr(each, column) for column in _COLUMNS if hasattr(each, column)}
+            shown = each.interval
+            if shown is not None:
+                row |= {
+                    "control": shown.control, "value": shown.candidate, "difference": shown.difference,
+                    "low": shown.low, "high": shown.high, "p_value": shown.p_value,
+                }  # fmt: skip
+            yield {**row, "candidate": name}
+
+
+def _warnings(card: Scorecard) -> Iterator[str]:
+    if card.sample_ratio >= RATIO_NOTED:
+        raised = card.sample_ratio >= RATIO_ALARM
+        yield (
+            f"users {'do' if raised else 'may'} not arrive in the declared shares: e-value {card.sample_ratio:.3g}, "
+            f"the alarm is at {RATIO_ALARM:.0f}"
+        )
+    if card.crossed:
+        yield f"{card.crossed:,} users were seen in two variants within one stage; they count for nothing"
+    if card.late:
+        yield f"{card.late:,} outcomes came after their window, and were not counted"
+    if card.stray:
+        yield f"{card.stray:,} outcomes are of users who were never exposed: is the id the same as in call_context?"
+    if card.unkept:
+        yield f"{card.unkept:,} exposures could not be kept: the store had no room"
 
 
 def scorecard(
     trial: Trial, stage: str, decision: Decision, counts: Sequence[Arm], tally: Tally, variants: Sequence[str],
-    serves: str | None, dropped: Sequence[str],
+    serves: str | None, dropped: Sequence[str], *, metrics: Sequence[Metric] = (), stages: Sequence[str] = (),
+    audit: Sequence[Line] = (), history: Sequence[Look] = (),
 ) -> Scorecard:  # fmt: skip
     """Put together what is known.
 
     Args:
         trial: as the store has it. stage: in words. decision: of the look. counts, tally: of its units.
-        variants: control first. serves, dropped: as in the declaration.
+        variants: control first. serves, dropped: as in the declaration. metrics: as declared.
+        stages: all of them, in words. audit: what was decided. history: how the evidence grew.
     """
     users = dict.fromkeys(variants, 0)
+    by_stage = {place: dict.fromkeys(variants, 0) for place in sorted({each.stage for each in counts})}
     for arm in counts:
         users[arm.arm] += arm.first
+        by_stage[arm.stage][arm.arm] += arm.first
     back = [name for name in variants[1:] if name in dropped or (trial.state == "decided" and serves != name)]
     worse = [name for name in back if decision.candidates[name].verdict == "rollback"]
     return Scorecard(
         name=trial.name, state=trial.state, stage=stage, since=trial.since, decision=decision.verdict,
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
         hurt=sum(users[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
-        serves=serves,
+        unkept=tally.unkept, serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
+        stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),
+        audit=tuple([Event(each.at, each.what, each.by, _reason(each)) for each in audit]), history=tuple(history),
     )  # fmt: skip
+
+
+def _named(stages: Sequence[str], place: int) -> str:
+    return stages[place] if place < len(stages) else f"stage {place + 1}"
+
+
+def _reason(line: Line) -> str:
+    try:
+        told = json.loads(line.evidence)
+    except ValueError:
+        return ""
+    return str(told.get("reason", "")) if isinstance(told, dict) else ""
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it, which knows no infinity."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

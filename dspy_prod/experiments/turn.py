@@ -7,8 +7,12 @@ from typing import Any
 
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, use
+from dspy_prod.experiments.shadow import Answered
 from dspy_prod.experiments.variants import Variant
-from dspy_prod.production.report import Records, report_of
+from dspy_prod.options.experiments import SHADOW
+from dspy_prod.production.report import report_of
+from dspy_prod.production.watch import Records
+from dspy_prod.records import NANO
 from dspy_prod.stores.trials import Call, Trials
 
 
@@ -21,7 +25,7 @@ class Turn:
         outer: the context in force.
     """
 
-    __slots__ = ("_at", "_fell_back", "_place", "_records", "_scope", "_trials", "variant")
+    __slots__ = ("_at", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trials", "variant")
 
     def __init__(self, variant: Variant, place: Assignment | None, trials: Trials | None, outer: CallContext) -> None:
         self.variant = variant
@@ -29,7 +33,7 @@ class Turn:
         self._records = Records(outer.records)
         inner = outer if place is None else assigned(outer, place)
         self._scope = use(inner._replace(records=self._records))
-        self._fell_back = False
+        self._fell_back = self._failed = self._ended = False
         self._at = 0.0
 
     def __enter__(self) -> Turn:
@@ -46,16 +50,29 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._failed = isinstance(error, Exception)
+        self._ended = error is None or self._failed
         try:
             self._scope.__exit__(kind, error, traceback)
         finally:
             if self._trials is not None and self._place is not None:
-                self._tell(self._trials, self._place, isinstance(error, Exception))
+                self._tell(self._trials, self._place)
 
-    def _tell(self, trials: Trials, place: Assignment, failed: bool) -> None:
+    @property
+    def shadowed(self) -> bool:
+        """Whether candidates may be asked once more what was asked: it was answered, in a shadow stage."""
+        return self._ended and self._place is not None and self._place.stage == SHADOW
+
+    @property
+    def outcome(self) -> Answered:
+        """How it was answered, once it is over."""
+        usd = sum([each.list_nano or 0 for each in self._records]) / NANO
+        return Answered(self._failed, self._fell_back, usd)
+
+    def _tell(self, trials: Trials, place: Assignment) -> None:
         """Post what the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""
         assert place.unit is not None
         upstream = any(not each.cached for each in self._records)
         nano = sum([each.list_nano or 0 for each in self._records])
         latency = trials.now() - self._at if upstream else None
-        trials.call(Call(place.experiment, place.unit, self._at, failed, self._fell_back, nano, latency))
+        trials.call(Call(place.experiment, place.unit, self._at, self._failed, self._fell_back, nano, latency))

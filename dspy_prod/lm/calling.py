@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
 from dspy.clients.execution import prepare
-from dspy.lm15 import LM15Error, Request
+from dspy.lm15 import LM15Error, Request, Response
 
 from dspy_prod.compat.asking import plain, request_of
 from dspy_prod.compat.dspy import caches_anything, engines_of, is_streaming
@@ -47,7 +47,9 @@ _PLAIN_CALL_KEYS: Final = frozenset(
 )
 
 
-Known: TypeAlias = tuple[PreparedCall, CallResult]
+Known: TypeAlias = tuple[Response, str]
+"""A cached answer, and its text."""
+Asked: TypeAlias = tuple[PreparedCall, CallResult]
 """What DSPy finishes a call from."""
 
 
@@ -63,15 +65,12 @@ def begin(
     if kwargs is not given and not isinstance(prompt, Request) and "request" not in given:
         scope.shown = shown(given)
     known = hit(asked, scope, prompt, messages, kwargs)
-    if known is None:
-        if messages is not None:
-            warn_messages(lm, messages)
-    elif scope.shown is not None:
-        known[0].kwargs = scope.shown
+    if known is None and messages is not None:
+        warn_messages(lm, messages)
     return asked, kwargs, scope, known
 
 
-def ask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
+def ask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Asked:
     """An answer from the engine beneath, within the scope of `begin`."""
     call, request = plain(lm, prompt, messages, kwargs) or (prepare(lm, prompt, messages, kwargs, direct=True), None)
     result = run_call(lm, call, _told(lm, scope, call, request))
@@ -80,7 +79,7 @@ def ask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
     return call, result
 
 
-async def aask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Known:
+async def aask(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Asked:
     """Asynchronous `ask`."""
     call, request = plain(lm, prompt, messages, kwargs) or (await _aprepare(lm, prompt, messages, kwargs), None)
     result = await arun_call(lm, call, _told(lm, scope, call, request))
@@ -172,9 +171,14 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
     cache.used(base)
     response = entry.response
     record_hit(lm.pipeline, scope.context, scope.records, entry.list_nano)
+    return response, text
+
+
+def result_of(known: Known) -> CallResult:
+    """What DSPy's engines would make of a cached answer."""
+    response, text = known
     # By position, which takes half the time: `SHORT` says that the fields stand in this order.
-    result = CallResult((response,), [text], {}, 0.0, response, response.model, True)
-    return PreparedCall(prompt, messages, kwargs, {}, None, True, 1, True), result
+    return CallResult((response,), [text], {}, 0.0, response, response.model, True)
 
 
 def asked(lm: Beneath, scope: Scope, prepared: PreparedCall) -> Request:

@@ -19,7 +19,7 @@ def cost_details(record: CallRecord) -> dict[str, Any]:
     and the most it can be is charged.
     """
     if record.cached:
-        return {**_CACHED, "kind": "replayed"} if record.outcome == "replayed" else dict(_CACHED)
+        return {**_CACHED, "kind": "replayed"} if record.outcome == "replayed" else _CACHED.copy()
     if record.cost_nano is None:
         return dict(_UNKNOWN)
     return {"kind": "bound" if record.estimated else "estimate", "currency": "USD", "model": record.model}

@@ -9,7 +9,7 @@ import datetime as dt
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import dspy
 from dspy.clients.base_lm import BaseLM
@@ -18,13 +18,13 @@ from dspy.lm15 import CacheConfig
 from dspy.utils.callback import BaseCallback, with_callbacks
 
 from dspy_prod.compat.dspy import engines_of, set_engines
-from dspy_prod.compat.finishing import finish, keep
+from dspy_prod.compat.finishing import entry_of, finish, keep, keeps_history
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
 from dspy_prod.lm.arguments import budget_options, check_tokens
 from dspy_prod.lm.assembling import assemble
 from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath, Watching
-from dspy_prod.lm.calling import aask, ask, begin, calls_of, per_call
+from dspy_prod.lm.calling import Known, aask, ask, begin, calls_of, per_call
 from dspy_prod.lm.copying import checked, copied, pinned
 from dspy_prod.lm.history import Arguments, tell
 from dspy_prod.lm.operating import Operated
@@ -34,7 +34,7 @@ from dspy_prod.lm.watching import Watched, arguments_of, settled
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
 from dspy_prod.pipeline.pipeline import clear_answers
-from dspy_prod.pipeline.scope import SCOPE, identity_of
+from dspy_prod.pipeline.scope import SCOPE, Scope, identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
 from dspy_prod.policies.sharing import quoted, steer
 from dspy_prod.pricing.warmup import WARMUP
@@ -157,8 +157,11 @@ class LM(AsPlain, Operated, dspy.LM):
         tap = TAP.active
         with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
             lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
-            with scope:
-                outputs = finish(self, *(known or ask(lm, scope, prompt, messages, kwargs)))
+            if known is not None:
+                outputs = self._recall(known, scope, prompt, messages, kwargs)
+            else:
+                with scope:
+                    outputs = finish(self, *ask(lm, scope, prompt, messages, kwargs))
             node.answered(outputs)
             return outputs
 
@@ -168,10 +171,31 @@ class LM(AsPlain, Operated, dspy.LM):
         tap = TAP.active
         with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
             lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
-            with scope:
-                outputs = finish(self, *(known or await aask(lm, scope, prompt, messages, kwargs)))
+            if known is not None:
+                outputs = self._recall(known, scope, prompt, messages, kwargs)
+            else:
+                with scope:
+                    outputs = finish(self, *(await aask(lm, scope, prompt, messages, kwargs)))
             node.answered(outputs)
             return outputs
+
+    def _recall(self, known: Known, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> list[str]:
+        """Give a cached answer, and write it into the history."""
+        response, text = known
+        outputs = [text]
+        if keeps_history():
+            kwargs = kwargs if scope.shown is None else scope.shown
+            cost, details = 0.0, None  # `tell` says them
+            entry = entry_of(
+                self, prompt, messages, kwargs, (response,), response, outputs, {}, cost, details, response.model
+            )
+            if getattr(self.update_history, "__func__", None) is _UPDATE_HISTORY:
+                tell(entry, scope.records)
+                keep(self, entry)
+            else:  # somebody else's, which ends with ours
+                with scope:
+                    self.update_history(entry)
+        return outputs
 
     def update_history(self, entry: dict[str, Any]) -> None:
         """Record a call in DSPy's history, with its real cost and whether the cache answered."""
@@ -347,6 +371,8 @@ class LM(AsPlain, Operated, dspy.LM):
         if not disabled():
             steer(self.pipeline.store, self.pipeline.every_budget(), budget_options(budget))
 
+
+_UPDATE_HISTORY: Final = LM.update_history
 
 LM.__module__ = "dspy_prod.lm"  # the name in saved states and pickles
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from dspy_prod.compat.dspy import OwnCache, engines_of
 from dspy_prod.lm.beneath import Beneath
-from dspy_prod.lm.calling import aask, ask, begin
+from dspy_prod.lm.calling import aask, ask, begin, result_of
 
 
 class AsPlain(OwnCache):
@@ -20,14 +20,14 @@ class AsPlain(OwnCache):
         """DSPy's older entry point: the answer in the form of a provider's, without history."""
         lm, kwargs, scope, known = begin(self._beneath, prompt, messages, kwargs)
         with scope:
-            _, result = known or ask(lm, scope, prompt, messages, kwargs)
+            result = result_of(known) if known else ask(lm, scope, prompt, messages, kwargs)[1]
         return result.provider_response()
 
     async def aforward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
         """Asynchronous `forward`."""
         lm, kwargs, scope, known = begin(self._beneath, prompt, messages, kwargs)
         with scope:
-            _, result = known or await aask(lm, scope, prompt, messages, kwargs)
+            result = result_of(known) if known else (await aask(lm, scope, prompt, messages, kwargs))[1]
         return result.provider_response()
 
     @property

@@ -69,8 +69,9 @@ class Metrics:
         undo: list[Callable[[], None]] = []
         try:
             for holder, name, metric, rich in list(_places(optimizer)):
+                back = _given_back(holder, name, metric)
                 _put(holder, name, self.scored.watched(metric, rich))
-                undo.append(lambda holder=holder, name=name, metric=metric: _put(holder, name, metric))  # type: ignore[misc]
+                undo.append(back)
             yield
         finally:
             for back in reversed(undo):
@@ -87,8 +88,9 @@ def _places(optimizer: Any, seen: frozenset[int] = frozenset()) -> Iterator[tupl
         rich = False  # a step that the strategy leaves out
     held = vars(optimizer)
     for name in _NAMES:
-        if callable(held.get(name)):
-            yield optimizer, name, held[name], rich
+        metric = getattr(optimizer, name, None)
+        if callable(metric) and not isinstance(inspect.getattr_static(optimizer, name, None), property):
+            yield optimizer, name, metric, rich
     for value in list(held.values()):
         inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if isinstance(value, dict) and callable(value.get("metric")):
@@ -96,6 +98,13 @@ def _places(optimizer: Any, seen: frozenset[int] = frozenset()) -> Iterator[tupl
         for each in inner:
             if isinstance(each, Teleprompter):
                 yield from _places(each, seen | {id(optimizer)})
+
+
+def _given_back(holder: Any, name: str, metric: Callable[..., Any]) -> Callable[[], None]:
+    """What puts a metric back into its place: one of the optimizer's class is seen again when its own is gone."""
+    if isinstance(holder, dict) or name in vars(holder):
+        return lambda: _put(holder, name, metric)
+    return lambda: delattr(holder, name)
 
 
 def _put(holder: Any, name: str, metric: Callable[..., Any]) -> None:

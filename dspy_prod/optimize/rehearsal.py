@@ -24,9 +24,11 @@ from dspy_prod.compat.dspy import mark_compiled
 from dspy_prod.compat.rehearsing import answered_by
 from dspy_prod.context.current import current, use
 from dspy_prod.lm.lm import LM
+from dspy_prod.optimize.bill import Bill
 from dspy_prod.optimize.live import quiet
 from dspy_prod.optimize.pilot import Pilot, chars_of, model_of, text_of
-from dspy_prod.optimize.stage import Bill, Samples, Stage
+from dspy_prod.optimize.samples import Samples
+from dspy_prod.optimize.stage import Stage
 from dspy_prod.optimize.supported import fitting
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.pricing.rates import Rates

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,20 +20,17 @@ from dspy.lm15 import Message, Response, TextPart, Usage
 from dspy.utils.callback import BaseCallback
 
 from dspy_prod.compat.dspy import input_keys
+from dspy_prod.optimize.bill import Bill
 from dspy_prod.optimize.gate import Closed
 from dspy_prod.optimize.invented import UNKNOWN, cut, made_up, share, varied, words
 from dspy_prod.optimize.pilot import Answer, Kind, Measured, Pilot, Played, chars_of, key_of, kind_of, model_of
+from dspy_prod.optimize.samples import Samples
 from dspy_prod.pricing.rates import Rates
-
-REALLY_ASKED: Final = (1, 2, 5, 12, 30)
-"""Which questions of one kind a proposer is really asked. Several, because its answers grow with what it is shown."""
 
 ALIKE: Final = 0.5
 """How much prompts and rollouts agree on which examples are hard: 0 is chance, 1 would be the same ones always."""
 
 _FREE: Final[Kind] = ((), ())
-
-RealAnswer = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Asked(NamedTuple):
@@ -54,64 +51,6 @@ class _Scene:
 
 _ASKED: ContextVar[Asked | None] = ContextVar("dspy_prod_stage_asked", default=None)
 _SCENE: ContextVar[_Scene | None] = ContextVar("dspy_prod_stage_scene", default=None)
-
-
-@dataclass
-class Bill:
-    """What a rehearsal would have cost.
-
-    Attributes:
-        usd: dollars by model. guessed: the part of them that proposers and judges cost; own, own_calls: the rest.
-        given: what a call of the given program cost.
-        alone, together: seconds of calls in the main thread, and in others.
-    """
-
-    usd: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    guessed: float = 0.0
-    own: float = 0.0
-    own_calls: int = 0
-    given: float = 0.0
-    calls: int = 0
-    cached: int = 0
-    tokens: float = 0.0
-    alone: float = 0.0
-    together: float = 0.0
-    unpriced: set[str] = field(default_factory=set)
-
-
-class Samples:
-    """Real answers of proposers and judges, shared by the rehearsals of all seeds.
-
-    Args:
-        pilot: what was really answered already. real: asks an LM; None asks nobody.
-
-    Attributes:
-        asked: how many questions were really asked.
-    """
-
-    def __init__(self, pilot: Pilot, real: RealAnswer | None) -> None:
-        self._real = real
-        self._found: dict[tuple[str, Kind], dict[int, str]] = defaultdict(dict)
-        self._lock = threading.Lock()
-        self.asked = 0
-        for kind, answers in pilot.others.items():
-            for number, answer in enumerate(answers, 1):
-                self._found["", kind][number] = answer.text
-
-    def text(self, lm: Any, kind: Kind, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """What the LM really says to question `number` of its kind, or said to one before; None: nobody knows."""
-        known = self._found["", kind] or self._found[model_of(lm), kind]
-        if known is self._found[model_of(lm), kind] and number in REALLY_ASKED and number not in known:
-            with self._lock:
-                if number not in known and self._real is not None:
-                    said = self._real(lm, args, kwargs)
-                    if said:
-                        self.asked += 1
-                        known[number] = said
-        if not known:
-            return None
-        earlier = [each for each in known if each <= number]
-        return known[max(earlier)] if earlier else known[min(known)]
 
 
 class Stage(BaseCallback):
@@ -150,7 +89,6 @@ class Stage(BaseCallback):
         self._times: Counter[tuple[str, Kind]] = Counter()
         self._scenes: set[str] = set()
         self._lock = threading.Lock()
-        self._main = threading.get_ident()
         self.bill = Bill()
 
     @contextmanager
@@ -203,7 +141,10 @@ class Stage(BaseCallback):
         with self._lock:
             if cached:
                 texts = self._cache.setdefault(key, texts)
-            self._charge(lm, asked, chars_of({"messages": messages, "prompt": args[0] if args else None}), texts, hit)
+            if hit:
+                self.bill.cached += 1
+            else:
+                self._charge(lm, asked, chars_of({"messages": messages, "prompt": args[0] if args else None}), texts)
         self._step()
         if args and not isinstance(args[0], str) and not kwargs.get("messages"):
             return Response(
@@ -211,6 +152,12 @@ class Stage(BaseCallback):
                 usage=Usage(input_tokens=1, output_tokens=1),
             )  # fmt: skip
         return list(texts)
+
+    def _charge(self, lm: Any, asked: Asked | None, chars: int, texts: list[str]) -> None:
+        model = model_of(lm)
+        measured = self._pilot.models.get(model) or Measured()
+        own = asked is not None and kind_of(asked.signature) in self._kinds
+        self.bill.charge(model, measured, self._rates(lm), chars, texts, own)
 
     def _text(
         self, lm: Any, asked: Asked | None, key: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -303,34 +250,6 @@ class Stage(BaseCallback):
         """A wrong answer in the place of a label: another example's."""
         others = [each[name] for each in self._labels.values() if name in each and each[name] != label]
         return others[int(share(self._seed, "other", key) * len(others))] if others else label
-
-    # -- the bill ------------------------------------------------------------------------------------------------------
-    def _charge(self, lm: Any, asked: Asked | None, chars: int, texts: list[str], hit: bool) -> None:
-        bill, model = self.bill, model_of(lm)
-        if hit:
-            bill.cached += 1
-            return
-        measured = self._pilot.models.get(model) or Measured()
-        rates = self._rates(lm)
-        for text in texts:
-            inputs, outputs = round(measured.tokens(chars)), max(1, round(measured.tokens(len(text), out=True)))
-            bill.calls += 1
-            bill.tokens += inputs + outputs
-            seconds = measured.seconds / measured.records if measured.records else 1.0
-            if threading.get_ident() == self._main:
-                bill.alone += seconds
-            else:
-                bill.together += seconds
-            nano = None if rates is None else rates.cost(Usage(input_tokens=inputs, output_tokens=outputs))
-            if nano is None:
-                bill.unpriced.add(model)
-                continue
-            bill.usd[model] += nano / 1e9
-            if asked is None or kind_of(asked.signature) not in self._kinds:
-                bill.guessed += nano / 1e9
-            else:
-                bill.own += nano / 1e9
-                bill.own_calls += 1
 
 
 def _deciding(pilot: Pilot) -> set[Kind]:

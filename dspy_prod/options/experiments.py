@@ -8,9 +8,9 @@ from itertools import pairwise
 from math import isfinite
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dspy_prod.options.base import Options
+from dspy_prod.options.base import Options, not_bool
 
 SHADOW: Final = "shadow"
 """The stage in which candidates run beside control, and nobody sees their answers."""
@@ -27,7 +27,8 @@ def _stages(value: Any) -> Any:
             if index:
                 raise ValueError(f"{SHADOW!r} can only come first: who got a candidate would lose it; move it")
         elif isinstance(stage, bool) or not isinstance(stage, int | float) or not 0 < stage < 1:
-            known = "which leaves no control to compare with: promote at the end" if stage == 1 else "which is no share"
+            whole = stage == 1 and stage is not True
+            known = "leaving no control to compare with: promote at the end" if whole else "no share"
             raise ValueError(f"stage {index + 1} is {stage!r}, {known}; a stage is {SHADOW!r} or a share below 1")
     shares = [stage for stage in value if stage != SHADOW]
     for before, after in pairwise(shares):
@@ -80,6 +81,10 @@ class Rollout(Options):
     Attributes:
         stages: shares of the users, each above 0, below 1 and above the one before; `"shadow"` may come first. Then
             candidates run unseen on some of the live inputs: for programs without side effects.
+        shadow_share: share of the calls that candidates answer once more in a shadow stage. shadow_calls: how many each
+            must have answered before the next stage begins. shadow_usd: what all of these may cost together; None: no
+            cap. shadow_tools: `"refuse"` a shadow stage of programs that use tools, which would do everything twice;
+            `"allow"` it where they only read.
         max_users: users who may get a candidate in a stage, for each candidate; None: any number. Whoever comes after
             them gets control.
         min_users: users a candidate must have had in a stage before the next one begins. Default: 25 in the first
@@ -106,6 +111,10 @@ class Rollout(Options):
     min_time: Annotated[tuple[float, ...] | float, _Durations] = 300.0
     max_time: Annotated[tuple[float | None, ...] | float | None, _Durations] = None
     on_inconclusive: Literal["pause", "hold"] = "pause"
+    shadow_share: Annotated[float, BeforeValidator(not_bool), Field(gt=0, le=1)] = 0.1
+    shadow_calls: Annotated[int, BeforeValidator(not_bool), Field(ge=1)] = 100
+    shadow_usd: Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False)] | None = None
+    shadow_tools: Literal["refuse", "allow"] = "refuse"
 
     @model_validator(mode="after")
     def _possible(self) -> Rollout:

@@ -111,8 +111,11 @@ class Metric(Options):
             if not self.relative and self.margin >= reach:
                 raise ValueError(f"margin={self.margin:g} accepts everything: scores differ by {reach:g} at most")
         if self.missing != "exclude" and not (self.missing >= 0 if amounts else low <= self.missing <= high):
-            meant = "0 or more" if amounts else f"between bounds {low:g} and {high:g}"
-            raise ValueError(f"missing={self.missing:g} must be {meant}, or 'exclude'")
+            least = 0.0 if amounts else low
+            raise ValueError(
+                f"missing={self.missing:g} is no value that the metric can have; say what a unit without an answer "
+                f"counts for, e.g. missing={least:g}, or missing='exclude'"
+            )
         return self
 
     def checked(self, value: float) -> float:
@@ -131,12 +134,12 @@ class Metric(Options):
 
 def error_rate(margin: float = 0.02, **options: Any) -> Metric:
     """Share of a unit's calls that failed; two points more are acceptable by default."""
-    return Metric("error_rate", **{"direction": "lower", "role": "guardrail", "margin": margin, **options})
+    return Metric(**{"name": "error_rate", "direction": "lower", "role": "guardrail", "margin": margin, **options})
 
 
 def fallback_rate(margin: float = 0.02, **options: Any) -> Metric:
     """Share of a unit's calls that a fallback answered; two points more are acceptable by default."""
-    return Metric("fallback_rate", **{"direction": "lower", "role": "guardrail", "margin": margin, **options})
+    return Metric(**{"name": "fallback_rate", "direction": "lower", "role": "guardrail", "margin": margin, **options})
 
 
 def cost(margin: float = 0.10, **options: Any) -> Metric:
@@ -146,7 +149,11 @@ def cost(margin: float = 0.10, **options: Any) -> Metric:
 
 
 def latency(margin: float = 0.02, **options: Any) -> Metric:
-    """Seconds a call, cached answers left out. Two points more may be slower than control's 95th percentile."""
+    """Seconds a call. Two points more of the units may be slower than control's 95th percentile.
+
+    A cached answer counts for the time it took when it was made: left out, it would be missing more often from control,
+    whose cache is warm.
+    """
     return Metric(
         "latency",
         **{"direction": "lower", "role": "guardrail", "margin": margin, "tail": 0.95, "missing": "exclude", **options},

@@ -6,7 +6,7 @@ to the reaper.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from typing import Any
 
@@ -194,8 +194,14 @@ def _record(
     return call.record(
         attempt.route, IDS.make() if held is None else held.id, attempt.number, outcome, cost,
         call.pipeline.clock.time() - latency, estimated=estimated, usage=usage, latency=latency, error=error,
-        accounts=() if held is None or not held.accounts else tuple([account.key for account in held.accounts]),
+        accounts=() if held is None or not held.accounts else _once(tuple([account.key for account in held.accounts])),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _once(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The tuple that was first made of these: one for each record would bring the garbage collector the sooner."""
+    return keys
 
 
 def _book(

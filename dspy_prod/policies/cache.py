@@ -41,12 +41,13 @@ class Entry:
     """A kept answer.
 
     Attributes:
+        text: the answer's text when it is text and nothing else.
         expires_at, stale_until: store time.
         size: bytes it counts for.
         list_nano: what it cost when it was asked upstream, in nano-USD; None when that is not known.
     """
 
-    __slots__ = ("_answer", "_emptied", "_mutable", "expires_at", "list_nano", "size", "stale_until")
+    __slots__ = ("_answer", "_emptied", "_mutable", "expires_at", "list_nano", "size", "stale_until", "text")
 
     def __init__(
         self, answer: Response, expires_at: float, stale_until: float, size: int, list_nano: int | None = None
@@ -54,6 +55,7 @@ class Entry:
         self._mutable = any(part.type in _MUTABLE for part in answer.message.parts)
         self._answer = _own(answer) if self._mutable else answer
         self._emptied = False
+        self.text = _text_alone(answer)
         self.expires_at = expires_at
         self.stale_until = stale_until
         self.size = size
@@ -66,15 +68,6 @@ class Entry:
             self._answer = _without_usage(self._answer)
             self._emptied = True
         return _own(self._answer) if self._mutable else self._answer
-
-    @property
-    def text(self) -> str | None:
-        """The answer's text when it is text and nothing else."""
-        parts = self._answer.message.parts
-        if len(parts) == 1 and parts[0].type == "text" and self._answer.logprobs is None:
-            text: str = parts[0].text
-            return text
-        return None
 
 
 class CacheStats(NamedTuple):
@@ -124,9 +117,11 @@ class ResponseCache:
     def used(self, key: bytes) -> None:
         """Count a hit in memory."""
         with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
             self.hits += 1
+            try:
+                self._entries.move_to_end(key)
+            except KeyError:
+                pass  # it was dropped meanwhile
 
     def get(self, key: bytes) -> Entry | None:
         """The fresh answer in memory or, if answers are persistent, in the store."""
@@ -253,6 +248,14 @@ def has_substance(response: Response) -> bool:
         elif kind != "thinking":
             return True
     return False
+
+
+def _text_alone(response: Response) -> str | None:
+    parts = response.message.parts
+    if len(parts) == 1 and parts[0].type == "text" and response.logprobs is None:
+        text: str = parts[0].text
+        return text
+    return None
 
 
 _MUTABLE: Final = frozenset({"tool_call", "tool_result", "data"})

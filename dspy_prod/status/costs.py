@@ -196,8 +196,9 @@ def costs_by(store: Store, by: str, since: dt.date | None = None, limit: int | N
 
     Args:
         store: the store (and namespace) to read.
-        by: `"day"`, `"model"`, `"user"`, `"tenant"`, `"program"`, `"variant"`, `"prompt"`, `"run"` or `"tag:<key>"`.
-            Records that have no value for it are in no row.
+        by: `"day"`, `"model"`, `"user"`, `"tenant"`, `"program"`, `"experiment"`, `"variant"`, `"prompt"`, `"run"`
+            or `"tag:<key>"`. Records that have no value for it are in no row. A variant's row is called
+            `"experiment/variant"`, or as the variant alone where no experiment was said or an earlier release summed.
         since: the first day (UTC); default: all.
         limit: at most so many: the dearest, or the last days.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from math import fsum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 from dspy_prod.records import OTHER
 from dspy_prod.telemetry.tap import Frozen
@@ -189,9 +189,10 @@ class CostRows(ShownList[CostRow]):
 
     def table(self, title: str) -> Table:
         """The sums and what they come to, as a table with this title."""
-        columns = (self.by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out")
-        rows, total = [_sums(_named(row), [row]) for row in self], [_sums("total", self)] if self else []
-        return Table(title, columns, rows, numbers=7, last=total)
+        money = _COMPARED if self.by in ("experiment", "variant") else _MONEY
+        columns = (self.by, *money.values(), "attempts", "failed", "cached", "tokens in", "tokens out")
+        rows, total = [_sums(_named(row), [row], money) for row in self], [_sums("total", self, money)] if self else []
+        return Table(title, columns, rows, numbers=len(columns) - 1, last=total)
 
     def _view(self) -> Table:
         return self.table(f"Costs by {self.by}")
@@ -274,10 +275,13 @@ def _named(row: CostRow) -> str:
     return repr(row.value) if row.value == OTHER and not row.rest else row.value
 
 
-def _sums(name: str, rows: Sequence[CostRow]) -> tuple[Any, ...]:
+_MONEY: Final = {"usd": "USD", "unconfirmed_usd": "unconfirmed"}
+_COMPARED: Final = {"usd": "USD", "list_usd": "list USD", "unconfirmed_usd": "unconfirmed"}
+"""Of rows that are compared with each other, however warm the cache of each is."""
+
+
+def _sums(name: str, rows: Sequence[CostRow], sums: Iterable[str]) -> tuple[Any, ...]:
     """What some rows come to: a row of the table."""
-    money = [
-        Cell(f"{fsum(getattr(row, name) for row in rows):.6f}", number=True) for name in ("usd", "unconfirmed_usd")
-    ]
+    money = [Cell(f"{fsum(getattr(row, each) for row in rows):.6f}", number=True) for each in sums]
     counts = ((row.attempts, row.failed, row.cached, row.input_tokens, row.output_tokens) for row in rows)
     return name, *money, *(Cell(str(sum(column)), number=True) for column in zip(*counts, strict=True))

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.programs import ProgramCalls
 from dspy_prod.stores.runs import Runs
 from dspy_prod.stores.trials import Trials
 from dspy_prod.stores.vocabulary import (
@@ -42,6 +43,7 @@ __all__ = [
     "CachedAnswer",
     "Ledger",
     "LimiterSnapshot",
+    "ProgramCalls",
     "Refusal",
     "Reservation",
     "Runs",
@@ -245,6 +247,9 @@ class Store(Admission, Ledger, Answers, Protocol):
 
     @property
     def trials(self) -> Trials: ...
+
+    @property
+    def programs(self) -> ProgramCalls: ...
 
     def now(self) -> float:
         """The store's time in seconds; reservations and snapshots are expressed in it."""

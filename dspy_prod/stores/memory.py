@@ -16,6 +16,7 @@ from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
 from dspy_prod.stores.memory_ledger import Alike, MemoryLedger, check_fields
+from dspy_prod.stores.memory_programs import MemoryPrograms
 from dspy_prod.stores.memory_runs import MemoryRuns
 from dspy_prod.stores.memory_trials import MemoryTrials
 
@@ -63,6 +64,7 @@ class MemoryStore(Lane):
         self.companions: dict[Any, Any] = {}
         self.runs = MemoryRuns(self._forget_accounts)
         self.trials = MemoryTrials(clock.time)
+        self.programs = MemoryPrograms(max_records)
         self._on_terms: Callable[[Terms], None] | None = None
         super().__init__(clock.monotonic, self._ledger.append, self._janitor.rearm)
         hold_while_forking(self, Stage.STATE)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import groupby
 from operator import add
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
 
 _COMPARABLE: Final = frozenset(CallRecord._fields) - {"tags", "accounts"}
+_STARTED_AT: Final = CallRecord._fields.index("started_at")
 _DAY: Final = 86_400
 _NEW: Final = 16
 """Records that become rows at once."""
@@ -65,13 +65,15 @@ class Alike:
         self.given: deque[tuple[float, int | None]] = deque()
         self.listed = False  # the ledger knows that there are some
 
-    def records(self) -> list[CallRecord]:
-        """The records of those so far; whoever holds the ledger's lock."""
+    def take(self) -> list[tuple[Any, ...]]:
+        """The fields of the records of those so far; whoever holds the ledger's lock."""
         self.listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
         pop, rest = self.given.popleft, self._rest
         given = [pop() for _ in range(len(self.given))]
-        ids = iter(IDS.several(2 * len(given)))
-        return [CallRecord._make((next(ids), next(ids), at, *rest, saved)) for at, saved in given]
+        ids = IDS.several(2 * len(given))
+        return [
+            (id, call_id, at, *rest, saved) for id, call_id, (at, saved) in zip(ids[::2], ids[1::2], given, strict=True)
+        ]
 
 
 class MemoryLedger:
@@ -88,6 +90,8 @@ class MemoryLedger:
         self._kinds: deque[Alike] = deque()  # of which there are some
         self._waiting: dict[tuple[Any, ...], list[CallRecord]] = {}
         self._wait = 0  # how many records wait
+        # Cached answers that are in no sum yet: what they are like, and what each would have cost.
+        self._served: dict[tuple[int, Any], tuple[CallRecord, Totals]] = {}
         self._days: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
 
     def append(self, record: CallRecord, is_new: bool = True) -> None:
@@ -124,6 +128,8 @@ class MemoryLedger:
         self.take()
         for group in list(self._waiting):
             self._fold(group)
+        for group in list(self._served):
+            self._fold_served(group)
         return sorted(
             day
             for day in self._days
@@ -152,17 +158,23 @@ class MemoryLedger:
                 others.append(record)
             wait += 1
         while self._kinds:
-            wait += self._take_alike(self._kinds.popleft())
+            self._take_alike(self._kinds.popleft())
         self._wait += wait
         while self._wait > _WAITING:
             self._fold(next(iter(waiting)))
 
-    def _take_alike(self, kind: Alike) -> int:
-        records = kind.records()
-        self._rows.extend(records)
-        for day, some in groupby(records, lambda record: int(record.started_at // _DAY)):
-            self._waiting.setdefault((day, kind.group), []).extend(some)
-        return len(records)
+    def _take_alike(self, kind: Alike) -> None:
+        rows = kind.take()
+        self._rows.extend(rows)
+        days: dict[float, list[int | None]] = defaultdict(list)
+        for row in rows:
+            days[row[_STARTED_AT] // _DAY].append(row[-1])
+        for number, saved in days.items():
+            group = (int(number), kind.group)
+            _, before = self._served.get(group, (kind.like, Totals()))
+            self._served[group] = kind.like, before.plus(Totals.of_hits(saved))
+        while len(self._served) > _WAITING:
+            self._fold_served(next(iter(self._served)))
 
     def _fold(self, group: tuple[Any, ...]) -> None:
         """Add up records that wait."""
@@ -170,12 +182,20 @@ class MemoryLedger:
         self._wait -= len(records)
         self._sum(records, 1)
 
+    def _fold_served(self, group: tuple[int, Any]) -> None:
+        """The same of cached answers."""
+        like, totals = self._served.pop(group)
+        self._add(_day(group[0]), like, tuple(totals))
+
     def _sum(self, records: list[CallRecord], sign: int) -> None:
         """Add records that belong to the same day and values."""
         first = records[0]
-        day = self._days.setdefault(day_of(first.started_at), {})
-        contribution = tuple([sign * total for total in Totals.of(*records)])
-        for dimension, value in rollup_keys(first):
+        self._add(day_of(first.started_at), first, tuple([sign * total for total in Totals.of(*records)]))
+
+    def _add(self, name: str, like: CallRecord, contribution: tuple[int, ...]) -> None:
+        """Add to the sums of a day and of all values that a record has."""
+        day = self._days.setdefault(name, {})
+        for dimension, value in rollup_keys(like):
             values = day.get(dimension)
             if values is None:
                 values = day[dimension] = {}

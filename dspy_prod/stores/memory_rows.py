@@ -7,7 +7,7 @@ hundreds. A tuple for each record would be most of what it finds.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Final
 
 from dspy_prod.records import CallRecord
@@ -15,6 +15,7 @@ from dspy_prod.records import CallRecord
 BLOCK: Final = 16
 """Records of a tuple."""
 _WIDTH: Final = len(CallRecord._fields)
+_FULL: Final = BLOCK * _WIDTH
 _ID: Final = CallRecord._fields.index("id")
 _STARTED_AT: Final = CallRecord._fields.index("started_at")
 _TAGS: Final = CallRecord._fields.index("tags")
@@ -60,24 +61,33 @@ class Rows:
             self._blocks[place // BLOCK] = (*block[:at], *record, *block[at + _WIDTH :])
         return before
 
-    def extend(self, records: Sequence[CallRecord]) -> None:
-        """Add records whose ids are new."""
+    def extend(self, records: Sequence[tuple[Any, ...]]) -> None:
+        """Add records, or their fields, whose ids are new."""
+        self._places.update(zip([record[_ID] for record in records], count(self._end)))
+        tail = self._tail
         for record in records:
-            self._add(record)
+            tail += record
+        self._end += len(records)
+        while len(tail) >= _FULL:
+            self._close()
 
     def view(self) -> View:
         """Every record as it is now; it may be read without a lock."""
         return View([*self._blocks.values(), tuple(self._tail)], max(0, self._end - self._first - self._most))
 
     def _add(self, record: CallRecord) -> None:
-        place = self._end
-        self._places[record.id] = place
+        self._places[record.id] = self._end
         self._tail += record
-        self._end = end = place + 1
-        if not end % BLOCK:
-            self._blocks[place // BLOCK] = tuple(self._tail)
-            self._tail = []
-        if end - self._first >= self._most + BLOCK:
+        self._end += 1
+        if len(self._tail) == _FULL:
+            self._close()
+
+    def _close(self) -> None:
+        """Make a block of the oldest in the tail."""
+        tail = self._tail
+        self._blocks[(self._end - len(tail) // _WIDTH) // BLOCK] = tuple(tail[:_FULL])
+        del tail[:_FULL]
+        if self._end - self._first >= self._most + BLOCK:
             self._drop()
 
     def _drop(self) -> None:
@@ -111,7 +121,7 @@ class View:
         tags = {(name.removeprefix(TAG), value) for name, value in equals.items() if name.startswith(TAG)}
         found = (
             block[at : at + _WIDTH]
-            for block, at in self._newest()
+            for block, at in self._newest(wanted)
             if (since is None or block[at + _STARTED_AT] >= since)
             and (until is None or block[at + _STARTED_AT] < until)
             and all(block[at + index] == value for index, value in wanted)
@@ -119,9 +129,13 @@ class View:
         )
         return [CallRecord._make(row) for row in (found if limit is None else islice(found, limit))]
 
-    def _newest(self) -> Iterator[tuple[tuple[Any, ...], int]]:
+    def _newest(self, wanted: Sequence[tuple[int, str]]) -> Iterator[tuple[tuple[Any, ...], int]]:
+        """The records of blocks that may hold one with these fields: whole blocks are passed over in one step."""
         left = sum(map(len, self._blocks)) // _WIDTH - self._hidden
         for block in reversed(self._blocks):
+            if any(value not in block[index::_WIDTH] for index, value in wanted):
+                left -= len(block) // _WIDTH
+                continue
             for at in range(len(block) - _WIDTH, -1, -_WIDTH):
                 if left <= 0:
                     return

@@ -86,7 +86,9 @@ class Exposure(NamedTuple):
 
     Attributes:
         trial: the experiment's name. unit: the unit's.
-        stage: the stage. arm: what it got. propensity: with which probability.
+        stage: the stage. arm: what it got.
+        propensity: with which probability. 1: it was not left to chance, which tells nothing of the arms. Such a unit
+            is not taken in; but one that chance had given another arm in this stage has seen two.
         at: when.
         full: which candidates took no new units, a bit for each; with the stage it tells the propensities of all arms.
     """

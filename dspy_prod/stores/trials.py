@@ -106,7 +106,11 @@ class Trials(Protocol):
 
     # -- what happens to units ---------------------------------------------------------------------------------------
     def expose(self, exposure: Exposure) -> None:
-        """A unit got an arm: the first time counts. Posted."""
+        """A unit got an arm: the first time counts. Posted.
+
+        Nothing is kept of an experiment that is not there; so with the two below. A unit whose exposure was lost with
+        its process is exposed when it comes again, to the same arm.
+        """
         ...
 
     def call(self, call: Call) -> None:

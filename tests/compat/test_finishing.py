@@ -76,12 +76,25 @@ def test_long_histories_lose_their_oldest_a_few_at_a_time() -> None:
     assert len(lm.history) > 1_000 - 32
 
 
-@given(random=st.binary(min_size=16, max_size=16))
-def test_an_entry_has_a_random_uuid(random: bytes) -> None:
+@given(drawn=st.lists(st.binary(min_size=16, max_size=16), min_size=1))
+def test_an_entry_has_a_random_uuid(drawn: list[bytes]) -> None:
     """Each is a version 4, as `uuid.uuid4` makes it of the same random bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finishing, "_drawn", {os.getpid(): [random]})
-        assert finishing._uuid() == str(uuid.UUID(bytes=random, version=4))
+        patch.setattr(finishing, "_drawn", {})
+        patch.setattr(os, "urandom", lambda size: b"".join(drawn))
+        made = [finishing._uuid() for _ in drawn]
+    assert made[::-1] == [str(uuid.UUID(bytes=random, version=4)) for random in drawn]
+
+
+@given(at=st.integers(0, 2**33 * 10**9) | st.integers(0, 2**33).map(lambda second: second * 10**9))
+def test_an_entry_tells_its_time_as_dspy_does(at: int) -> None:
+    """The local time to the microsecond, whose zeros go unsaid, also when the second is that of the call before."""
+    with pytest.MonkeyPatch.context() as patch:
+        for nanos in (at, at + 999_999, at + 1_000_000_000):
+            patch.setattr(finishing, "_now", lambda nanos=nanos: nanos)
+            second, rest = divmod(nanos, 10**9)
+            expected = datetime.fromtimestamp(second).replace(microsecond=rest // 1000)
+            assert finishing._timestamp() == expected.isoformat()
 
 
 def test_entries_have_random_ids() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -186,9 +187,9 @@ def test_an_experiment_within_itself_is_refused(asked: Asked, store: str) -> Non
 
 def test_another_experiment_of_the_same_name_is_refused(asked: Asked, store: str) -> None:
     two("e", store, metrics=[RESOLVED])
-    with pytest.raises(ConfigError, match="whose metrics are"):
+    with pytest.raises(ConfigError, match="with metrics="):
         two("e", store)
-    with pytest.raises(ConfigError, match="whose variants are"):
+    with pytest.raises(ConfigError, match="with variants="):
         Experiment("e", variants={"control": Triage(), "other": Triage()}, metrics=[RESOLVED], store=store)
 
 
@@ -360,3 +361,92 @@ def test_lost_exposures_are_noticed(asked: Asked, store: str, monkeypatch: pytes
     card = exp.scorecard()
     assert (card.decision, card.state) == ("invalid", "paused")
     assert "declared shares" in card.reason
+
+
+# -- unseen ------------------------------------------------------------------------------------------------------------
+def shadowed(store: str, bad: Any, **more: Any) -> Experiment:
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0, **more)
+    return Experiment("e", variants={"control": Triage(), "new": bad}, rollout=rollout, store=store)
+
+
+def seen_in_the_shadow(exp: Experiment, most: int) -> Any:
+    exp.start()
+    for number in range(most):
+        assert call_report(ask(exp, f"u{number}", message=f"m{number}")).variant == "control"
+        assert exp._works.shadow is not None
+        assert exp._works.shadow.wait()
+        card = exp.step()
+        if card.state != "running" or card.stage != "shadow":
+            break
+    return exp.step()
+
+
+def test_a_failing_candidate_ends_in_the_shadow_and_hurts_nobody(provider: Provider, asked: Asked, store: str) -> None:
+    asked(cache=False)
+    provider.faults = lambda call: Status(500) if "Fail." in str(call.body) else None
+    exp = shadowed(store, Triage("Fail."))
+    card = seen_in_the_shadow(exp, 40)
+    assert (card.state, card.serves, card.hurt) == ("decided", "control", 0)
+    [audit] = [each for each in exp._works.trials.decisions("e") if each.what == "rollback"]
+    assert "worse on error_rate" in json.loads(audit.evidence)["reason"]
+    assert 5 <= len([call for call in provider.calls if call.status == 500]) <= 14
+
+
+def test_a_dearer_candidate_ends_in_the_shadow(provider: Provider, asked: Asked, store: str) -> None:
+    lm = asked(cache=False)
+    exp = shadowed(store, Triage("Think. " * 200))
+    card = seen_in_the_shadow(exp, 200)
+    assert (card.state, card.serves, card.hurt) == ("decided", "control", 0)
+    rows = {row.value: row.attempts for row in lm.costs(by="variant")}
+    assert rows["e/new"] == rows["e/control"]
+
+
+def test_an_equal_candidate_leaves_the_shadow(asked: Asked, store: str) -> None:
+    asked()
+    exp = shadowed(store, Triage(), shadow_calls=20)
+    card = seen_in_the_shadow(exp, 40)
+    assert (card.state, card.stage) == ("running", "50 %")
+    assert {call_report(ask(exp, f"x{number}")).variant for number in range(20)} == {"control", "new"}
+
+
+def test_a_shadow_costs_what_it_may(provider: Provider, asked: Asked, store: str) -> None:
+    lm = asked(cache=False, max_tokens=20)
+    exp = shadowed(store, Triage("Think."), shadow_usd=0.0005)
+    exp.start()
+    for number in range(60):
+        ask(exp, f"u{number}", message=f"m{number}")
+        assert exp._works.shadow is not None
+        assert exp._works.shadow.wait()
+    costs = {row.value: row.usd for row in lm.costs(by="variant")}
+    assert 0.0003 <= costs["e/new"] <= 0.0005
+    assert exp.step().state == "running"
+
+
+def test_a_program_with_tools_has_no_shadow(store: str) -> None:
+    def refund(order: str) -> str:
+        return "done"
+
+    agent = dspy.ReAct("message -> label", tools=[refund])
+    with pytest.raises(ConfigError, match=r"uses tools in self.*ReAct"):
+        shadowed(store, agent)
+    shadowed(store, agent, shadow_tools="allow")
+
+
+@pytest.mark.parametrize("then", ["pause", "hold"])
+def test_a_stage_that_lasts_too_long_is_told(then: Any, asked: Asked, store: str) -> None:
+    asked()
+    events: list[Any] = []
+    rollout = Rollout(stages=(0.5,), min_time=0.0, max_time=0.05, on_inconclusive=then)
+    exp = two("e", store, rollout=rollout)
+    exp.start()
+    remove = dspy_prod.add_listener(events.append)
+    try:
+        ask(exp, "u1")
+        time.sleep(0.06)
+        states = [exp.step().state for _ in range(3)]
+    finally:
+        remove()
+    assert set(states) == {"paused" if then == "pause" else "running"}
+    told = [event for event in events if event.name == "experiment_alarm"]
+    assert [event.data["what"] for event in told] == ["pause" if then == "pause" else "inconclusive"]
+    assert "has lasted" in told[0].data["reason"]

@@ -20,7 +20,8 @@ from dspy_prod.optimize.invented import share, varied
 from dspy_prod.optimize.live import quiet
 from dspy_prod.optimize.pilot import Pilot, recording
 from dspy_prod.optimize.rehearsal import Forecast, rehearse
-from dspy_prod.optimize.stage import Samples, Stage
+from dspy_prod.optimize.samples import Samples
+from dspy_prod.optimize.stage import Stage
 
 _numbers = itertools.count()
 

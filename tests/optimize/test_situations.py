@@ -93,6 +93,36 @@ def test_a_metric_that_cannot_be_called_as_evaluations_do_is_refused_for_nothing
     assert len(world.calls) == 0
 
 
+@pytest.mark.parametrize("kind", ["method", "static", "inherited"])
+def test_a_metric_of_the_optimizers_class_is_found_and_given_back(
+    kind: str, world: World, asked: Any, store: str
+) -> None:
+    """`self.metric` is where DSPy's own keep it; a class of one's own may as well define it."""
+
+    class Method(Teleprompter):
+        def metric(self, example: Any, prediction: Any, trace: Any = None) -> float:
+            return float(world.metric(example, prediction))
+
+        def compile(self, student: Any, *, trainset: Any, valset: Any) -> Any:
+            for number in range(3):
+                candidate = student.deepcopy()
+                candidate.classify.demos = trainset[number : number + 2]
+                dspy.Evaluate(devset=valset, metric=self.metric, num_threads=4)(candidate)
+            return student
+
+    class Static(Method):
+        metric = staticmethod(world.metric)  # type: ignore[assignment]
+
+    class Inherited(Method):
+        pass
+
+    optimizer = {"method": Method, "static": Static, "inherited": Inherited}[kind]()
+    report = budgeted(optimizer, store).compile(world.program(), **both(world)).optimization
+    assert (report.stopped_by, len(report.candidates)) == ("completed", 4)
+    assert all(each.status == "complete" for each in report.candidates)
+    assert "metric" not in vars(optimizer)
+
+
 def test_what_a_metric_says_of_demonstrations_is_no_score(world: World, asked: Any, store: str) -> None:
     """With a trace it may be stricter, as many are."""
 

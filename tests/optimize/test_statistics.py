@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.expected import measured
-from dspy_prod.optimize.statistics import expected, paired
+from dspy_prod.optimize.statistics import _effects, _noise, expected
+from dspy_prod.statistics.paired import paired
 
 
 def scored(seed: int, many: int, size: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
@@ -93,6 +94,19 @@ def test_one_that_was_seen_on_few_examples_is_believed_less() -> None:
     whole = expected(rows, 200)
     assert few.mean < np.mean([each.mean for each in whole]) + 0.1
     assert few.high - few.low > max(each.high - each.low for each in whole)
+
+
+def test_the_noise_is_not_told_smaller_for_examples_that_few_were_asked() -> None:
+    """As a race leaves them: two candidates seen whole, four on a sixth; the noise has a variance of one."""
+    rng, found = np.random.default_rng(7), []
+    for _ in range(200):
+        scores = rng.choice([-1.0, 1.0], (6, 60)) + rng.normal(0, 0.1, 60) + rng.normal(0, 0.1, (6, 1))
+        for row in scores[2:]:
+            row[rng.permutation(60)[10:]] = np.nan
+        _, _, residuals = _effects(scores)
+        noise, own = _noise(scores, residuals, (~np.isnan(scores)).sum(axis=1))
+        found.append((noise, *own))
+    assert np.mean(found, axis=0) == pytest.approx(np.ones(7), abs=0.1)
 
 
 def test_examples_that_are_hard_count_as_hard() -> None:

@@ -532,6 +532,25 @@ def test_an_unknown_field_is_refused(store: Store) -> None:
         store.records(colour="red")
 
 
+def test_the_control_of_each_experiment_is_summed_apart(store: Store) -> None:
+    """They were one row, as if both experiments had the same program in it."""
+    for experiment, variant, cost in (
+        ("e1", "control", 1),
+        ("e2", "control", 2),
+        ("e1", "new", 4),
+        (None, "control", 8),
+    ):
+        store.append(record(experiment=experiment, variant=variant, cost_nano=cost))
+        kind = store.kind(record("", cached=True, outcome="cached", experiment=experiment, variant=variant))
+        for _ in range(70):
+            kind.served(DAY, cost)
+    sums = {value: (sums.cost_nano, sums.list_nano) for value, sums in store.sums(dimension="variant")}
+    assert sums == {"e1/control": (1, 71), "e2/control": (2, 142), "e1/new": (4, 284), "control": (8, 568)}
+    assert [value for value, _ in store.sums(dimension="experiment")] == ["e1", "e2"]
+    [(_, _, of_one)] = store.totals(dimension="experiment", value="e1")
+    assert (of_one.cost_nano, of_one.attempts, of_one.cached, of_one.list_nano) == (5, 2, 140, 355)
+
+
 def test_totals_are_per_day_and_value(store: Store) -> None:
     day = 86_400.0
     for number in range(4):

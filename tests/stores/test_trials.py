@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -14,49 +13,19 @@ from dspy_prod.stores.trials import (
     DECIDED,
     RUNNING,
     Arm,
-    Call,
     Calls,
     Decision,
-    Exposure,
     Lease,
     Matured,
-    Outcome,
     Tally,
     Trial,
     Values,
 )
 from tests.stores.support import FakeClock
+from tests.stores.trial_support import WINDOWS, call, expose, made, numbers, outcome
 
-WINDOWS: dict[str | None, float] = {None: 100.0, "resolved": 100.0, "at once": 0.0}
 ODD = ["a|b", "a", "b|c", "anonymous", "%61nonymous", "", "a%7Cb", "half \ud800", "nul \0", "ü" * 50, "x y"]
 """Names that make one key, written without care."""
-
-
-def made(store: Store, name: str = "e", windows: dict[str | None, float] = WINDOWS, grace: float = 10.0) -> Trial:
-    return store.trials.create(name, '{"v": 1}', windows, grace)
-
-
-def expose(store: Store, unit: str, arm: str = "control", stage: int = 0, **fields: Any) -> float:
-    """The moment of the exposure."""
-    at = fields.pop("at", None)
-    at = store.trials.now() if at is None else at
-    store.trials.expose(
-        Exposure(fields.pop("trial", "e"), unit, stage, arm, fields.pop("propensity", 0.5), at, **fields)
-    )
-    return float(at)
-
-
-def outcome(store: Store, unit: str, value: float, metric: str = "resolved", id: str | None = None, **f: Any) -> None:
-    store.trials.outcome(Outcome(f.pop("trial", "e"), unit, metric, value, f.pop("at", store.trials.now()), id))
-
-
-def call(store: Store, unit: str, **fields: Any) -> None:
-    at = fields.pop("at", store.trials.now())
-    store.trials.call(Call(fields.pop("trial", "e"), unit, at, **fields))
-
-
-def numbers(found: list[Matured]) -> list[int]:
-    return [each.number for each in found]
 
 
 # -- experiments -------------------------------------------------------------------------------------------------------
@@ -227,6 +196,19 @@ def test_a_unit_that_is_mixed_after_it_was_told_is_counted_and_not_left_out(stil
     clock.advance(200.0)
     assert [each.mixed for each in still.trials.matured("e", "at once")] == [False, True]
     assert [each.mixed for each in still.trials.matured("e", "resolved")] == [False, True]
+
+
+def test_what_is_not_left_to_chance_takes_nobody_in_and_is_noticed_as_a_second_arm(still: Store) -> None:
+    made(still)
+    expose(still, "staff", "cot", propensity=1.0)
+    for unit in ("u1", "u2"):
+        expose(still, unit)
+    expose(still, "u1", "cot", propensity=1.0)
+    expose(still, "u2", "control", propensity=1.0)
+    expose(still, "u2", "cot", 1, propensity=1.0)
+    assert still.trials.tally("e") == Tally(2, mixed=1)
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 2, 2, 1)]
+    assert [still.trials.seen("e", unit) for unit in ("u1", "u2", "staff")] == ["control", "control", None]
 
 
 def test_names_are_told_apart_whatever_is_in_them(still: Store) -> None:

@@ -38,6 +38,7 @@ PATIENCE: Final = 0.05
 _UNHURRIED: Final = frozenset(
     (
         Transactions.append,
+        Transactions.append_program,
         Transactions.settle,
         Transactions.settle_drawn,
         Transactions.sent_late,
@@ -47,6 +48,7 @@ _UNHURRIED: Final = frozenset(
     )
 )
 _APPEND: Final = Transactions.append
+_APPEND_PROGRAM: Final = Transactions.append_program
 
 
 class Inbox:
@@ -78,11 +80,13 @@ class Inbox:
         operations, kind = self._operations, operation[0]
         operations.append(operation)
         ring = self._resting or len(operations) == (ENOUGH if self._costly else ENOUGH_FREE)
-        if not self._costly and (kind is not _APPEND or operation[1].cost_nano != 0):
+        free = kind is _APPEND_PROGRAM or (kind is _APPEND and operation[1].cost_nano == 0)
+        if not (free or self._costly):
             self._costly = ring = True
         if kind not in _UNHURRIED or self.hurried:
             self._urgent = ring = True
         if ring:
+            self._resting = False  # it wakes once: others that come before it does would only ring again
             self._bell.put(None)
 
     def serve(self, kind: Kind, given: Given) -> None:
@@ -93,7 +97,10 @@ class Inbox:
             self._kinds.append(kind)
         self._served = number = self._count()
         wait = number - self._taken
-        if self._resting or (wait >= ENOUGH_FREE and not number % _AGAIN):
+        if self._resting:
+            self._resting = False  # as in `put`
+            self._bell.put(None)
+        elif wait >= ENOUGH_FREE and not number % _AGAIN:
             self._bell.put(None)
         if wait + self.writing > FULL and self.open:
             self._slow_down()

@@ -6,6 +6,7 @@ One by one they would each cost the caller an operation, and the writer several 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,11 +20,9 @@ from dspy_prod.stores.sqlite.transactions import Transactions
 
 _log = logging.getLogger("dspy_prod")
 
-BATCH: Final = 2_048
-"""Things of one batch at most: admissions wait while it is written."""
-BEHIND: Final = 4_096
-"""Things not yet taken from which on who posts is slowed down."""
-MOST: Final = 100_000
+BEHIND: Final = 2_048
+"""Things not yet taken from which on who posts is slowed down: admissions wait while a batch is written."""
+MOST: Final = 50_000
 """Things kept while the file cannot be written; more are dropped, and counted."""
 
 T = TypeVar("T")
@@ -31,6 +30,8 @@ T = TypeVar("T")
 
 class Posting(Generic[T]):
     """Takes things from any thread, and gives them to `write` in their order, in batches, inside a transaction.
+
+    Whoever flushes the store, or asks it, finds written what he posted before.
 
     Args:
         mailbox: how the writer is reached.
@@ -52,6 +53,7 @@ class Posting(Generic[T]):
         self._waiting: deque[T] = deque()
         self._listed = False  # an operation that takes them is on its way
         self._batches = 0
+        self._lock = threading.Lock()
 
     def __call__(self, thing: T) -> None:
         """Post. Never raises; waits only where the writer is far behind, and then not long."""
@@ -61,28 +63,24 @@ class Posting(Generic[T]):
         elif len(waiting) >= MOST:
             self._drop("too many wait to be written")
         else:
-            waiting.append(thing)
-            if not self._listed:
-                self._list()
-            elif len(waiting) > BEHIND and self._inbox.open:
+            with self._lock:  # who flushes after this has an operation before his own that takes it
+                waiting.append(thing)
+                if not self._listed:
+                    self._list()
+            if len(waiting) > BEHIND and self._inbox.open:
                 self._slow_down()
 
     def _list(self) -> None:
         self._listed = True
-        batch = _Batch(self)
-        if not self._mailbox.post((Transactions.note, batch.write, None)):
-            batch.things = self.take()
-            for _ in batch.things:
+        if not self._mailbox.post((Transactions.note, _Batch(self).write, None)):
+            for _ in self.take():
                 self._drop("the store is closed")
 
     def take(self) -> list[T]:
-        """The oldest of what waits; the writer's."""
-        self._listed = False  # before it is looked how many there are: whoever adds one from now on lists them again
+        """What waits; the writer's."""
+        self._listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
         pop = self._waiting.popleft
-        taken = [pop() for _ in range(min(len(self._waiting), BATCH))]
-        if self._waiting and not self._listed:
-            self._list()
-        return taken
+        return [pop() for _ in range(len(self._waiting))]
 
     def number(self) -> int:
         """The next batch's; the writer's."""

@@ -12,7 +12,7 @@ from typing import Final
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime import private
-from dspy_prod.stores.sqlite import hits, trial_tables
+from dspy_prod.stores.sqlite import hits, program_rows, trial_tables
 from dspy_prod.stores.sqlite.indices import missing
 
 SCHEMA_VERSION: Final = 1
@@ -153,7 +153,14 @@ def _with_beside(path: str) -> list[Path]:
 def _migrate(connection: sqlite3.Connection, path: str) -> None:
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if not tables:
-        for statement in (*_TABLES.split(";"), _BUDGETS, *hits.TABLES, *_RUNS, *trial_tables.TABLES):
+        for statement in (
+            *_TABLES.split(";"),
+            _BUDGETS,
+            *hits.TABLES,
+            *_RUNS,
+            *program_rows.TABLES,
+            *trial_tables.TABLES,
+        ):
             connection.execute(statement)
         for statement in missing(connection):
             connection.execute(statement)
@@ -171,7 +178,13 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
             f"The store file {path} has schema version {version!r}, this dspy_prod knows 1 to {SCHEMA_VERSION}; "
             f"{'upgrade dspy_prod' if newer else 'it is damaged: move it away'}, or give another file: store=..."
         )
-    for statement in (_BUDGETS, *hits.TABLES, *_RUNS, *trial_tables.TABLES):  # files of the first release have none
+    for statement in (
+        _BUDGETS,
+        *hits.TABLES,
+        *_RUNS,
+        *program_rows.TABLES,
+        *trial_tables.TABLES,
+    ):  # files of the first release have none
         connection.execute(statement)
     for name in _lacking(connection, "records", CallRecord._fields):
         connection.execute(f"ALTER TABLE records ADD COLUMN {_column(name)}")

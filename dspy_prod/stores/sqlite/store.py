@@ -47,6 +47,7 @@ from dspy_prod.stores.sqlite.checkpoints import Checkpoints
 from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
+from dspy_prod.stores.sqlite.programs import KeptPrograms
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.runs import KeptRuns
 from dspy_prod.stores.sqlite.schema import unavailable
@@ -132,6 +133,7 @@ class SqliteStore:
         kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
         self.runs = KeptRuns(self._mailbox, self._cache_reader)
         self.trials = KeptTrials(self._mailbox, trials_reader, self.now)
+        self.programs = KeptPrograms(self._mailbox, self._ledger_reader)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
 
     @property

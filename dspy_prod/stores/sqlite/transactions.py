@@ -15,6 +15,7 @@ from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import PENDING, Reservation, Settlement, Terms
+from dspy_prod.stores.programs import ProgramCall
 from dspy_prod.stores.sqlite.cells import Cells
 from dspy_prod.stores.sqlite.drawing import Drawing
 from dspy_prod.stores.sqlite.drawn import Drawn
@@ -111,6 +112,9 @@ class Transactions:
 
     def append_served(self, served: Served, _: Any, now: float) -> None:
         self.tables.served.append(served)
+
+    def append_program(self, call: ProgramCall, _: Any, now: float) -> None:
+        self.tables.programs.put(call)
 
     def throttled(self, limiter: Any, retry_after: float | None, now: float) -> None:
         key, limit = limiter

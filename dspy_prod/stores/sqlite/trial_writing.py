@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from dspy_prod.stores.keys import joined
 from dspy_prod.stores.sqlite.inserting import Inserting, among, portions
 from dspy_prod.stores.sqlite.trial_tables import find, last_number, read_marks
 from dspy_prod.stores.trial_terms import Call, Calls, Exposure, Outcome, Trial
+
+_log = logging.getLogger("dspy_prod")
 
 Thing = Exposure | Call | Outcome
 
@@ -64,11 +67,34 @@ def write_batch(
     connection.execute(_DO, (owner, batch, now))
     by_trial: dict[str, list[Thing]] = {}
     for thing in things:
-        by_trial.setdefault(thing.trial, []).append(thing)
+        if _fits(thing):
+            by_trial.setdefault(thing.trial, []).append(thing)
+        else:
+            _log.error("%r cannot be written, and is lost", thing)
     for name, some in by_trial.items():
         found = find(connection, ns, name)
         if found is not None:
             _Batch(connection, *found, now).write(some)
+
+
+def _fits(thing: Thing) -> bool:
+    """Whether a thing is of the types that it says: one that is not would take its whole batch with it."""
+    if not (isinstance(thing.trial, str) and isinstance(thing.unit, str) and _is_finite(thing.at)):
+        return False
+    if isinstance(thing, Exposure):
+        whole = isinstance(thing.stage, int) and isinstance(thing.full, int)
+        return whole and isinstance(thing.arm, str) and _is_finite(thing.propensity)
+    if isinstance(thing, Call):
+        return isinstance(thing.list_nano, int) and (thing.latency is None or isinstance(thing.latency, float | int))
+    return (
+        isinstance(thing.metric, str)
+        and isinstance(thing.value, float | int)
+        and (thing.id is None or isinstance(thing.id, str))
+    )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, float | int) and isfinite(value)
 
 
 @dataclass(slots=True)
@@ -154,7 +180,9 @@ class _Batch:
     def _expose(self, exposure: Exposure) -> None:
         name, arm = joined(exposure.unit), joined(exposure.arm)
         stage, filled = exposure.stage, exposure.full
-        unit = self._units.get(name)
+        unit, chance = self._units.get(name), exposure.propensity < 1
+        if unit is None and not chance:
+            return
         if unit is None:
             self._last += 1
             at = min(exposure.at, self._now)
@@ -162,11 +190,11 @@ class _Batch:
             self._count(stage, arm, filled, 1, 1, 0)
             return
         known = (unit.arm, unit.filled) if stage == unit.stage else self._later.get((unit.number, stage))
-        if known is None:
+        if known is None and chance:
             self._later[unit.number, stage] = (arm, filled)
             self._new_later.append((self._id, unit.number, stage, arm, filled))
             self._count(stage, arm, filled, 1, 0, 0)
-        elif known[0] != arm and not unit.mixed:
+        elif known is not None and known[0] != arm and not unit.mixed:
             unit.mixed = True
             unit.left_out = unit.number > max(self._marks.values(), default=0)
             self._count(stage, *known, 0, 0, 1)
