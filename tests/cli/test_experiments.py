@@ -78,7 +78,7 @@ def test_status_says_where_it_stands_and_what_it_waits_for(said: Said, store: St
     opened = declared(store, rollout=ROLLOUT)
     feed(opened, 5, SAME)
     text = said("status", "e")
-    for words in ("running", "10 %", "next stage", "50 %, once each candidate has 2 users", "control (A), new (B)"):
+    for words in ("running", "10 %", "Next stage: 50 %, once each candidate has 2 users", "given as"):
         assert words in text
     found = said("status", "e", "--json")
     assert (found["state"], found["stage"], found["decision"], sum(found["users"].values())) == (
@@ -163,10 +163,24 @@ def test_the_report_is_a_page(said: Said, store: Store, tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("<!doctype html>")
     assert "<c>" not in text
-    assert "worse" in text
+    assert "a/b &lt;c&gt;" in text
     assert "Report: elsewhere.html" in said("report", "a/b <c>", "--out", "elsewhere.html")
     assert (tmp_path / "elsewhere.html").exists()
     assert "--out" in said("report", "a/b <c>", "--out", f"{page}/below.html", code=2)
+
+
+def test_the_plan_says_what_it_takes(said: Said, store: Store) -> None:
+    """Also before it has begun."""
+    declared(store, state=None)
+    found = said("plan", "e", "--users-per-day", "800", "--baseline", "ok=0.8", "--json")
+    assert found["slowest"]["metric"] == "ok"
+    quicker = said("plan", "e", "--users-per-day", "800", "--baseline", "ok=0.8,0.2", "--effect", "ok=0.1", "--json")
+    assert quicker["needs"][0]["units"] < found["needs"][0]["units"]
+    assert "the slowest" in said("plan", "e", "--users-per-day", "800")
+    for option, words in (("--baseline=ok", "is no number"), ("--baseline=no=0.1", "no metric"),
+                          ("--effect=ok=1,2", "is no number"), ("--power=2", "power")):  # fmt: skip
+        assert words in said("plan", "e", "--users-per-day", "800", option, code=2)
+    assert "must be over 0" in said("plan", "e", "--users-per-day", "0", code=2)
 
 
 def test_what_is_removed_is_gone(said: Said, store: Store) -> None:
