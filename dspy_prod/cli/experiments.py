@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dspy_prod.cli.experiment_running import check_registry
 from dspy_prod.cli.experiment_tables import listed, status
 from dspy_prod.cli.printing import print_json, show
 from dspy_prod.cli.reports import opened as opened_store
@@ -151,8 +152,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _step(arguments: argparse.Namespace) -> int:
     opened = _opened(arguments)
-    if opened.aliases is not None:
-        opened.aliases.check()
+    check_registry(opened)
     looked = opened.controller.step() is not None
     if arguments.json:
         return print_json({**opened.to_dict(), "looked": looked})

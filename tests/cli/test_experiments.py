@@ -16,6 +16,7 @@ from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import open_store
 from dspy_prod.stores.trials import CREATED, DECIDED, PAUSED, RUNNING, STOPPED
 from tests.experiments.support import audit, declared, feed
+from tests.ports import free_port
 
 BETTER = {"control": 0.3, "new": 0.9}
 WORSE = {"control": 0.9, "new": 0.3}
@@ -102,6 +103,19 @@ def test_a_look_takes_in_decides_and_acts(said: Said, store: Store) -> None:
     assert "decided (rollback by controller)" in text
     assert "everybody gets control" in text
     assert len(audit(opened)) == 2
+
+
+def test_a_look_decides_also_while_mlflow_is_down(said: Said, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """Users get control at once; the alias follows with a later look."""
+    opened = declared(
+        store, variants={"control": "it@production", "new": "it@canary"}, registry=f"http://127.0.0.1:{free_port()}",
+        pinned={"control": "it/1", "new": "it/2"},
+    )  # fmt: skip
+    feed(opened, 200, WORSE)
+    found = said("step", "e", "--json")
+    assert (found["state"], found["serves"]) == (DECIDED, "control")
+    assert "are moved when MLflow is back" in caplog.text
+    assert audit(opened) == [("rollback", "controller")], "no alias yet"
 
 
 def test_a_look_beside_another_controller_says_so(said: Said, store: Store) -> None:
