@@ -219,9 +219,12 @@ def _opened(arguments: argparse.Namespace) -> Opened:
 
 def _line(opened: Opened) -> str:
     """How an experiment stands, in a line."""
+    from dspy_prod.experiments.aliases import ALIAS
+
     card = opened.scorecard()
-    last = opened.trials.decisions(opened.name)[-1:]
-    done = f" ({last[0].what} by {last[0].by})" if last and card.state in ("decided", "stopped", "paused") else ""
+    lines = [each for each in opened.trials.decisions(opened.name) if each.what != ALIAS]
+    ended = bool(lines) and card.state in ("decided", "stopped", "paused")
+    done = f" ({lines[-1].what} by {lines[-1].by})" if ended else ""
     serves = f", everybody gets {card.serves}" if card.serves else ""
     return f"{card.name}: {card.state}{done}, stage {card.stage}{serves}. {card.decision}: {card.reason}"
 

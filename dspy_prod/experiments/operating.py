@@ -167,7 +167,7 @@ def _checked(name: str, decision: Decision, chosen: str | None, force: bool) -> 
     result: Result = "fail" if worse else "inconclusive"
     reason = decision.reason if about is None or not believed else about.reason
     checks: tuple[Any, ...] = () if about is None else tuple(Check(*each) for each in _said(about))
-    remedy = "" if worse else "; a person may overrule it with variant=, force=True and a reason"
+    remedy = "" if worse else "; a person may overrule it: force (--force), with the variant and a reason"
     raise PromotionRefusedError(
         f"the experiment {name!r} promotes {'nobody' if chosen is None else repr(chosen)}: {reason}{remedy}",
         GateReport(result, checks),

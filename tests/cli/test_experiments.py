@@ -144,7 +144,9 @@ def test_it_is_started_paused_resumed_and_stopped(said: Said, store: Store) -> N
 def test_by_hand_only_what_the_evidence_says_is_promoted(said: Said, store: Store) -> None:
     opened = declared(store)
     feed(opened, 10, SAME)
-    assert "not proven better" in said("promote", "e", code=3)
+    error = said("promote", "e", code=3)
+    assert "not proven better" in error
+    assert "--force" in error
     assert "--variant and --reason" in said("promote", "e", "--force", code=2)
     assert "no candidate" in said("promote", "e", "--variant", "nobody", code=2)
     feed(opened, 200, BETTER, begin=10)
