@@ -31,7 +31,7 @@ def stores() -> Iterator[dict[str, Store]]:
     """A memory store that keeps a million units, and a SQLite file."""
     with tempfile.TemporaryDirectory() as directory:
         memory, sqlite = MemoryStore(), SqliteStore(f"{directory}/state.db")
-        memory.trials = MemoryTrials(SYSTEM_CLOCK.time, most_units=10**7, most_values=10**7)
+        memory._trials = MemoryTrials(SYSTEM_CLOCK.time, most_units=10**7, most_values=10**7)
         yield {"memory": memory, "sqlite": sqlite}
         memory.close()
         sqlite.close()

@@ -22,7 +22,7 @@ from benchmarks.asked import told
 from benchmarks.experiments_measured import SECTIONS, Row, Size
 
 TITLES = {
-    "same": "Two equal variants: called different, at 5 % (2.5 % a side)",
+    "same": "Equal variants called different, at 5 % (2.5 % a side); those worse by a margin called no worse, at 5 %",
     "power": "Units until it is proven, at 2.5 % (no worse: 5 %), and what plan() foretells",
     "decisions": "Decisions within 8,000 units, at 5 % in all",
     "canary": "Users of the candidate until it is rolled back, ramp of 1, 5, 25, 50 %",

@@ -106,6 +106,17 @@ def same(size: Size) -> Iterator[Row]:
         name = f"ramp 1-5-25-50 %, drift {first} to {last}"
         draw = drifting(first, last, 4_000)
         yield Row("same", name, _wrong(_either(score, draw, size, None, name)), size.runs, [("wrong", "<=", 0.05)])
+    edges: dict[str, tuple[Metric, Draw]] = {
+        "worse by its margin, .80 to .78": (Metric("score", margin=0.02), rate(0.80, 0.78)),
+        "worse by its margin, .03 to .05": (error_rate(name="failed"), rate(0.03, 0.05)),
+        "worse by its margin, cost +10 %": (cost(name="usd"), amounts(0.8, 1.1)),
+    }
+    for name, (metric, draw) in edges.items():
+        ended = simulated(
+            [metric], {metric.name: draw}, A_SIDE, runs=size.runs, units=size.units, seed=(size.seed, 1),
+            until="no_worse", name=name,
+        )  # fmt: skip
+        yield Row("same", name, _wrong(ended), size.runs, [("wrong", "<=", A_SIDE.no_worse)])
 
 
 def power(size: Size) -> Iterator[Row]:

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from dspy_prod.lm.wrapping import wrap
     from dspy_prod.optimize.optimizer import BudgetedOptimizer
     from dspy_prod.optimize.report import OptimizationReport
-    from dspy_prod.options import Budget, Cache, CircuitBreaker, Metric, Price, RateLimit, Retry, Rollout
+    from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.options.experiments import Rollout
+    from dspy_prod.options.metrics import Metric
     from dspy_prod.policies.run import Run
     from dspy_prod.privacy.redactor import Redactor
     from dspy_prod.production.module import CallReport, Production, call_report
@@ -53,7 +55,9 @@ __getattr__, __dir__ = door(
         "lm": "LM wrap",
         "optimize.optimizer": "BudgetedOptimizer",
         "optimize.report": "OptimizationReport",
-        "options": "Budget Cache CircuitBreaker Metric Price RateLimit Retry Rollout",
+        "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
+        "options.experiments": "Rollout",
+        "options.metrics": "Metric",
         "policies.run": "Run",
         "privacy": "Redactor",
         "production.module": "CallReport Production call_report",

@@ -14,8 +14,8 @@ from dspy_prod.views.cells import cut, told
 
 if TYPE_CHECKING:
     from dspy_prod.experiments.decisions import MetricEvidence
+    from dspy_prod.experiments.facts import Facts
     from dspy_prod.experiments.history import Look
-    from dspy_prod.experiments.scorecard import Scorecard
 
 WIDE: Final = 340
 _ROW: Final = 46
@@ -24,7 +24,7 @@ _LONGEST: Final = 22
 """Characters of a name in a chart."""
 
 
-def forest(card: Scorecard, candidate: str) -> str:
+def forest(card: Facts, candidate: str) -> str:
     """The difference of each metric with its interval and margin; to the right is better, whatever the direction.
 
     Each metric has a scale of its own, for a dollar and a point have nothing in common.
@@ -41,7 +41,7 @@ def forest(card: Scorecard, candidate: str) -> str:
     return _svg(high, f"differences between {candidate} and {card.control}", zero + "".join([*rows, *words]))
 
 
-def _row(card: Scorecard, found: MetricEvidence, top: int) -> str:
+def _row(card: Facts, found: MetricEvidence, top: int) -> str:
     amounts, shown = Wording(card.metric(found.metric)), found.interval
     name = _text(0, top + 13, cut(told(found.metric), _LONGEST), "start", "name")
     if shown is None:
@@ -65,7 +65,7 @@ def _row(card: Scorecard, found: MetricEvidence, top: int) -> str:
     return f'{name}{words}{marks}<circle class="{found.status}" cx="{at[0]:.1f}" cy="{y}" r="4.5"/>'
 
 
-def sequence(card: Scorecard, found: MetricEvidence, looks: Sequence[Look]) -> str:
+def sequence(card: Facts, found: MetricEvidence, looks: Sequence[Look]) -> str:
     """The difference with its interval against users; nothing while there are no two points.
 
     Args:

@@ -13,7 +13,7 @@ from dspy_prod.views.cells import LONGEST_PARAGRAPH, cut, told
 
 if TYPE_CHECKING:
     from dspy_prod.experiments.decisions import MetricEvidence
-    from dspy_prod.experiments.scorecard import Scorecard
+    from dspy_prod.experiments.facts import Facts
     from dspy_prod.views import Table
 
 _STYLE: Final = """
@@ -59,7 +59,7 @@ svg .zero{stroke:var(--faint);stroke-width:1}svg .margin{stroke:var(--warn);stro
 _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def document(card: Scorecard) -> str:
+def document(card: Facts) -> str:
     """The whole page."""
     title = _said(f"Experiment {card.name}")
     return (
@@ -71,7 +71,7 @@ def document(card: Scorecard) -> str:
     )
 
 
-def _sections(card: Scorecard) -> Iterator[str]:
+def _sections(card: Facts) -> Iterator[str]:
     yield _verdict(card)
     yield "<h2>Differences</h2>"
     yield _note(
@@ -98,7 +98,7 @@ def _sections(card: Scorecard) -> Iterator[str]:
         yield _table(pages.audit(card))
 
 
-def _verdict(card: Scorecard) -> str:
+def _verdict(card: Facts) -> str:
     said, tone = pages.verdict(card)
     facts = [
         ("state", pages.state(card)), ("since", pages.moment(card.since)),
@@ -114,7 +114,7 @@ def _verdict(card: Scorecard) -> str:
     )
 
 
-def _metric(card: Scorecard, candidate: str, found: MetricEvidence) -> str:
+def _metric(card: Facts, candidate: str, found: MetricEvidence) -> str:
     amounts, shown = Wording(card.metric(found.metric)), found.interval
     looks = [each for each in card.history if (each.candidate, each.metric) == (candidate, found.metric)]
     margin = amounts.accepted()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from dspy_prod.experiments.decisions import MetricEvidence
-    from dspy_prod.experiments.scorecard import Scorecard
+    from dspy_prod.experiments.facts import Facts
 
 _WIDE: Final = 11.0
 _HIGH: Final = 2.3
@@ -26,7 +26,7 @@ _COLOURS: Final = {
 }  # fmt: skip
 
 
-def drawn(card: Scorecard) -> Figure:
+def drawn(card: Facts) -> Figure:
     """The whole figure.
 
     Raises:
@@ -50,7 +50,7 @@ def drawn(card: Scorecard) -> Figure:
     return figure
 
 
-def _forest(axes: Any, card: Scorecard, name: str) -> None:
+def _forest(axes: Any, card: Facts, name: str) -> None:
     """A row for each metric, on a scale of its own, so that only directions and margins can be compared."""
     found = card.candidates[name].metrics
     for place, each in enumerate(found):
@@ -77,7 +77,7 @@ def _forest(axes: Any, card: Scorecard, name: str) -> None:
     _clean(axes)
 
 
-def _sequence(axes: Any, card: Scorecard, name: str, found: MetricEvidence) -> None:
+def _sequence(axes: Any, card: Facts, name: str, found: MetricEvidence) -> None:
     looks = [each for each in card.history if (each.candidate, each.metric) == (name, found.metric)]
     amounts, colour = Wording(card.metric(found.metric)), _COLOURS[found.status]
     banded = [each for each in looks if each.low is not None]

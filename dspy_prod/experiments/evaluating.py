@@ -26,6 +26,7 @@ from dspy_prod.context.scoring import raising
 from dspy_prod.errors import BudgetExceededError, ConfigError, DeadlineExceededError, RejectedError
 from dspy_prod.experiments.offline import OfflineReport, OfflineScores
 from dspy_prod.experiments.variants import Variant
+from dspy_prod.lm.lm import LM
 from dspy_prod.pipeline.outcome import is_of_the_request
 from dspy_prod.policies.run import Run
 from dspy_prod.production.watch import Records
@@ -77,6 +78,7 @@ class Evaluation:
                 raise ConfigError(
                     f"{self._where}: devset[{place}] has no inputs: dspy.Example(...).with_inputs('message')"
                 ) from None
+        self._foreign = {each.name: lm for each in variants if (lm := _foreign(each)) is not None}
         self._told = {each.name: _Told() for each in variants}
         self._faults: Counter[str] = Counter()
         self._error: Exception | None = None
@@ -91,6 +93,12 @@ class Evaluation:
         """
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not (isfinite(margin) and margin >= 0):
             raise ConfigError(f"{self._where}: margin={margin!r}: by how much a mean may be lower, 0 or more")
+        if budget_usd is not None and self._foreign:
+            variant, lm = next(iter(self._foreign.items()))
+            raise ConfigError(
+                f"{self._where}: budget_usd= cannot hold {type(lm).__name__}({getattr(lm, 'model', '?')!r}) of "
+                f"{variant!r}: make it a dspy_prod.LM (or dspy_prod.wrap it), or leave out budget_usd"
+            )
         name = f"{self._experiment} offline {uuid.uuid4().hex[:8]}"
         run = None if budget_usd is None else Run(name, usd=budget_usd, store=self._store)
         records = Records(current().records)
@@ -177,7 +185,7 @@ class Evaluation:
             scores = {name: tuple([told.scores.get(place) for place in places]) for name, told in self._told.items()}
             variants = [self._scores(each, scores[each.name]) for each in self._variants]
             faults = dict(self._faults)
-        costs = [each.cost_nano for each in [*records]]
+        costs = [None] if self._foreign else [each.cost_nano for each in [*records]]
         control, *rest = (each.name for each in self._variants)
         compared = {name: _compared(scores[control], scores[name]) for name in rest}
         return OfflineReport(
@@ -190,12 +198,18 @@ class Evaluation:
     def _scores(self, variant: Variant, scores: tuple[float | None, ...]) -> OfflineScores:
         told = self._told[variant.name]
         known = [each for each in told.list_nano if each is not None]
-        priced = known and len(known) == len(told.list_nano)
+        priced = known and len(known) == len(told.list_nano) and variant.name not in self._foreign
         return OfflineScores(
             variant=variant.name, said=variant.said, scores=scores, failed=told.failed,
             usd_per_1000=1000 * sum(known) / len(known) / NANO if priced else None,
             seconds=sum(told.seconds) / len(told.seconds) if told.seconds else None,
         )  # fmt: skip
+
+
+def _foreign(variant: Variant) -> Any:
+    """An LM of a variant that is none of ours, whose bill nobody knows; None when all are."""
+    asked = [predictor.lm or dspy.settings.lm for _, predictor in variant.program.named_predictors()]
+    return next((lm for lm in asked if isinstance(lm, dspy.BaseLM) and not isinstance(lm, LM)), None)
 
 
 def _compared(control: Sequence[float | None], candidate: Sequence[float | None]) -> Paired | None:

@@ -13,13 +13,13 @@ from dspy_prod.views.cells import Tone
 
 if TYPE_CHECKING:
     from dspy_prod.experiments.decisions import MetricEvidence
-    from dspy_prod.experiments.scorecard import Scorecard
+    from dspy_prod.experiments.facts import Facts
 
 DECISIONS: Final[dict[str, tuple[str, Tone]]] = {
     "promote": ("promote {winner}", "good"),
     "rollback": ("roll back: everybody gets {control}", "bad"),
     "invalid": ("invalid: nothing can be concluded", "warn"),
-    "keep": ("keep going: nothing is proven yet", "strong"),
+    "keep": ("keep going: no decision yet", "strong"),
 }
 STATUSES: Final[dict[str, tuple[str, Tone]]] = {
     "better": ("better", "good"),
@@ -32,19 +32,20 @@ MOST_EVENTS: Final = 10
 """Lines of the audit that a table shows; a page has all."""
 
 
-def page(card: Scorecard, *, pictures: bool = False) -> Page:
+def page(card: Facts, *, pictures: bool = False) -> Page:
     """The whole card.
 
     Args:
         card: what is shown.
-        pictures: also as `card.plot()` draws it; without matplotlib there are none.
+        pictures: also as `drawing` draws it; without matplotlib there are none.
     """
     parts: list[Table | Picture | str] = [_outcome(card), *(_metrics(card, name) for name in card.candidates)]
     if pictures and card.history:
+        from dspy_prod.experiments.drawing import drawn
         from dspy_prod.views.figures import png
 
         try:
-            parts.append(Picture(png(card.plot()), f"The differences of {card.name} and how they grew", 1000))
+            parts.append(Picture(png(drawn(card)), f"The differences of {card.name} and how they grew", 1000))
         except ConfigError:
             pass  # matplotlib is not installed: the tables say it all
     parts += [users(card)] if len(card.stages) > 1 else []
@@ -52,15 +53,15 @@ def page(card: Scorecard, *, pictures: bool = False) -> Page:
     return Page(*parts)
 
 
-def verdict(card: Scorecard) -> tuple[str, Tone]:
+def verdict(card: Facts) -> tuple[str, Tone]:
     """The decision in words, and how it is meant."""
     said, tone = DECISIONS[card.decision]
     if card.decision == "keep" and card.state in ("stopped", "decided"):
-        return "nothing was proven", tone
+        return "it ended without a winner", tone
     return said.format(winner=card.winner, control=card.control), tone
 
 
-def state(card: Scorecard) -> str:
+def state(card: Facts) -> str:
     """Where it stands, in words."""
     if card.serves is not None:
         return f"{card.state}: everybody gets {card.serves}"
@@ -72,7 +73,7 @@ def moment(at: float) -> str:
     return dt.datetime.fromtimestamp(at, dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def users(card: Scorecard) -> Table:
+def users(card: Facts) -> Table:
     """Users by stage and variant."""
     rows = [(each.stage, *each.users.values()) for each in card.stages]
     return Table(
@@ -81,7 +82,7 @@ def users(card: Scorecard) -> Table:
     )  # fmt: skip
 
 
-def audit(card: Scorecard, most: int | None = None) -> Table:
+def audit(card: Facts, most: int | None = None) -> Table:
     """What was decided, the latest first."""
     shown = [*reversed(card.audit)][:most]
     more = len(card.audit) - len(shown)
@@ -99,7 +100,7 @@ def claims(found: MetricEvidence) -> Iterator[tuple[str, float, float]]:
         yield "no worse", found.no_worse, found.no_worse_at
 
 
-def _outcome(card: Scorecard) -> Table:
+def _outcome(card: Facts) -> Table:
     said, tone = verdict(card)
     rows: list[tuple[str, Any]] = [
         ("decision", Cell(said, tone, (card.reason,))),
@@ -112,20 +113,19 @@ def _outcome(card: Scorecard) -> Table:
     return Table(f"Experiment {card.name}", ("", ""), rows)
 
 
-def _metrics(card: Scorecard, name: str) -> Table:
+def _metrics(card: Facts, name: str) -> Table:
     rows = [_row(card, each) for each in card.candidates[name].metrics]
     columns = ("metric", card.control, name, "difference", "better", "worse", "no worse", "status")
     return Table(f"{name} against {card.control}", columns, rows, _CAPTION)
 
 
 _CAPTION: Final = (
-    "Below each mean, of how many users it is. Better, worse, no worse (by the margin): e-value of needed, and how far "
-    "that is on the way, on a logarithmic scale. The interval (95 %, at all looks together) is shown from 100 users a "
-    "variant on, and decides nothing."
+    "Below a mean, of how many users. Better, worse, no worse by the margin: e-value of needed, and how far that is on "
+    "a logarithmic scale. The interval (95 % over all looks, from 100 users a variant on) decides nothing."
 )
 
 
-def _row(card: Scorecard, found: MetricEvidence) -> tuple[Cell, ...]:
+def _row(card: Facts, found: MetricEvidence) -> tuple[Cell, ...]:
     amounts, shown = Wording(card.metric(found.metric)), found.interval
     said, tone = STATUSES[found.status]
     margin = amounts.accepted()

@@ -75,10 +75,11 @@ class Plan(Shown):
             rows.append((need.metric, need.words.partition(":")[0], _round(need.units), days))
         note = (
             f"Each is proven by then with a probability of {100 * self.power:g} %, at the shares of the last stage. A "
-            "promotion waits for one metric to be better, and for all others with a margin to be no worse."
+            "promotion waits for one metric to be better, and for others with a margin to be no worse."
         )
+        last = f"slowest: {self.slowest.metric}, about {_days(self.slowest.days)}"
         table = Table("Plan", ("metric", "to prove", "users", "days"), rows, note)
-        return Page(table, *(f"Beware: {each}" for each in self.warnings))
+        return Page(table, last, *(f"Beware: {each}" for each in self.warnings))
 
 
 def units_needed(effect: float, variance: float, alpha: float, power: float = 0.8, share: float = 0.5) -> int:

@@ -148,7 +148,7 @@ class Shadow:
         upstream = any(not each.cached for each in records)
         nano = sum([each.list_nano or 0 for each in records])
         latency = time.monotonic() - began if upstream else None
-        self._trials.expose(Exposure(self._name, unit, 0, variant.name, 1.0, at))
+        self._trials.expose(Exposure(self._name, unit, 0, variant.name, self._rollout.shadow_share / 2, at))
         self._trials.call(Call(self._name, unit, at, failed, fell_back, nano, latency))
         for name, value in zip(CONTROL, asked.control, strict=True):
             self._trials.outcome(Outcome(self._name, unit, name, float(value), at))

@@ -145,7 +145,9 @@ def fallback_rate(margin: float = 0.02, **options: Any) -> Metric:
 def cost(margin: float = 0.10, **options: Any) -> Metric:
     """USD a call at list price: a cached answer counts for what it would have cost, since a new variant's cache is
     cold. Ten per cent more are acceptable by default."""
-    return Metric("cost", **{"direction": "lower", "role": "guardrail", "margin": margin, "relative": True, **options})
+    return Metric(
+        **{"name": "cost", "direction": "lower", "role": "guardrail", "margin": margin, "relative": True, **options}
+    )
 
 
 def latency(margin: float = 0.02, **options: Any) -> Metric:
@@ -155,9 +157,11 @@ def latency(margin: float = 0.02, **options: Any) -> Metric:
     whose cache is warm.
     """
     return Metric(
-        "latency",
-        **{"direction": "lower", "role": "guardrail", "margin": margin, "tail": 0.95, "missing": "exclude", **options},
-    )
+        **{
+            "name": "latency", "direction": "lower", "role": "guardrail", "margin": margin, "tail": 0.95,
+            "missing": "exclude", **options,
+        },
+    )  # fmt: skip
 
 
 def guardrails() -> tuple[Metric, ...]:

@@ -8,13 +8,12 @@ contract suite (`tests/stores/`) runs against every implementation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.stores.programs import ProgramCalls
 from dspy_prod.stores.runs import Runs
-from dspy_prod.stores.trials import Trials
 from dspy_prod.stores.vocabulary import (
     GRANTED,
     PENDING,
@@ -30,6 +29,9 @@ from dspy_prod.stores.vocabulary import (
     Size,
     Terms,
 )
+
+if TYPE_CHECKING:
+    from dspy_prod.stores.trials import Trials  # importing the package stays light
 
 __all__ = [
     "GRANTED",
@@ -51,7 +53,6 @@ __all__ = [
     "Size",
     "Store",
     "Terms",
-    "Trials",
 ]
 
 

@@ -49,7 +49,7 @@ def asked(provider: Provider, store: str) -> Iterator[Callable[..., dspy_prod.LM
     def make(**options: Any) -> dspy_prod.LM:
         lm = dspy_prod.LM(
             "openai/gpt-4o-mini", api_base=provider.url, api_key="k", store=store,
-            **{"retry": dspy_prod.Retry(attempts=1), "breaker": None, **options},
+            **{"retry": dspy_prod.Retry(attempts=1), "breaker": False, **options},
         )  # fmt: skip
         inside.enter_context(dspy.context(lm=lm))
         return lm

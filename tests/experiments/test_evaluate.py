@@ -168,6 +168,17 @@ def test_what_could_not_be_asked_has_no_score(times: int, store: str) -> None:
     assert str(report)
 
 
+def test_a_bill_that_nobody_knows_is_told_as_unknown(store: str) -> None:
+    """An LM that is none of ours is asked, but no budget holds it."""
+    with dspy.context(lm=dspy.utils.DummyLM([{"label": "x"}] * 20)):
+        exp = two(store)
+        with pytest.raises(ConfigError, match=r"cannot hold DummyLM.*dspy_prod\.LM"):
+            exp.evaluate(EXAMPLES[:3], right, budget_usd=1.0)
+        report = exp.evaluate(EXAMPLES[:3], right)
+    assert (report.spent_usd, report.variants[0].usd_per_1000, report.variants[0].mean) == (None, None, 1.0)
+    assert "spent unknown" in str(report)
+
+
 def test_another_refusal_goes_to_the_caller(asked: Asked, store: str) -> None:
     """A budget of the LM's own is not the evaluation's."""
     asked(budget=dspy_prod.Budget(usd=1e-9, per="day"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.options import Rollout
+from dspy_prod.options.experiments import Rollout
 
 
 def test_the_default_begins_with_one_user_in_a_hundred_and_hurries_nobody() -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from dspy_prod import Experiment, Rollout, call_context
 from dspy_prod.experiments.document import document
 from dspy_prod.experiments.history import MOST, History
 from dspy_prod.experiments.wording import Wording, progress, way
 from dspy_prod.options.metrics import Metric, cost, latency
 from tests.experiments.cards import card, told
+from tests.experiments.conftest import Triage
 
 HOSTILE = "<script>alert('x')</script> $x_{ \x1b[31m & \"q\""
 
@@ -146,6 +148,45 @@ def test_many_series_share_the_room() -> None:
         each: sum(look[:2] == each for look in history.looks(evidence)) for each in [("a", "cost"), ("g", "cost")]
     }
     assert all(20 <= count <= 58 for count in counts.values()), counts
+
+
+def live(store: str, **more: Any) -> Experiment:
+    return Experiment(
+        "live", variants={"control": Triage(), "new": Triage("Think first.")}, store=store,
+        metrics=[Metric("resolved", margin=0.02)], rollout=Rollout(stages=(0.25, 0.5), min_users=10, min_time=0.0),
+        **more,
+    )  # fmt: skip
+
+
+def test_a_live_experiment_has_a_history_whoever_reads_it(asked: Any, store: str, tmp_path: Path) -> None:
+    """Read at once or look by look, or again after the checkpoint was lost, the points are the same."""
+    asked()
+    exp = live(store)
+    exp.start()
+    for number in range(150):
+        with call_context(user=f"u{number}"):
+            exp(message="hi")
+        exp.record(f"u{number}", resolved=number % 3 > 0)
+        if number % 40 == 39:
+            exp.step()
+    card = exp.scorecard()
+    assert [each.stage for each in card.stages] == ["25 %", "50 %"]
+    assert [each.what for each in card.audit] == ["start", "stage"]
+    assert sum(card.users.values()) == 150
+    for metric in ("resolved", "cost"):
+        units = [each.units for each in card.history if each.metric == metric]
+        assert units == sorted(set(units))
+        assert len(units) > 100
+        assert units[-1] == 150
+    other = live(store).scorecard()
+    assert other.history == card.history
+    trials = exp._works.trials
+    kept = trials.checkpoint("live")
+    assert kept is not None
+    broken = {**json.loads(kept.state), "evidence": {"version": 0}}
+    assert trials.save("live", json.dumps(broken), kept.revision)
+    assert live(store).scorecard().history == card.history
+    assert "Experiment live" in card.to_html(tmp_path / "card.html").read_text("utf-8")
 
 
 # -- pages -----------------------------------------------------------------------------------------------------------
