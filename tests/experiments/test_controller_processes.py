@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
@@ -287,9 +288,8 @@ class Away:
 
 @pytest.fixture
 def away() -> tuple[Opened, Away]:
-    store: Any = MemoryStore("away")
-    trials = Away(store.trials)
-    store.trials = trials
+    trials = Away(MemoryStore("away").trials)
+    store: Any = SimpleNamespace(trials=trials, namespace="away")
     return declared(store), trials
 
 
