@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.aliases import Aliases, pinned
 from dspy_prod.experiments.assignment import Design
+from dspy_prod.experiments.beforehand import planned
 from dspy_prod.experiments.controller import Controller
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.sample import Sample
@@ -18,6 +20,9 @@ from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.trials import Trial
+
+if TYPE_CHECKING:
+    from dspy_prod.experiments.planning import Plan
 
 MOST_NAMES = 10
 """Names that an error tells."""
@@ -114,6 +119,17 @@ class Opened:
         from dspy_prod.experiments.document import document
 
         return document(self.scorecard())
+
+    def plan(
+        self,
+        users_per_day: float,
+        *,
+        baseline: Mapping[str, float | tuple[float, float]] | None = None,
+        effect: float | Mapping[str, float] | None = None,
+        power: float = 0.8,
+    ) -> Plan:
+        """How many users and days it takes to decide; as `Experiment.plan`."""
+        return planned(self.design, self.metrics, self.declaration.alpha, users_per_day, baseline, effect, power)
 
     def to_dict(self) -> dict[str, Any]:
         """The scorecard, what is compared, and the audit, as JSON has them; raises as `Opened`."""
