@@ -45,7 +45,6 @@ from dspy_prod.stores.trial_terms import (
     Trial,
     check_state,
     check_windows,
-    ready_before,
 )
 
 _CREATE: Final = (
@@ -169,7 +168,7 @@ class KeptTrials:
 
         def move(connection: sqlite3.Connection, ns: int, now: float) -> int:
             id = id_of(connection, ns, name)
-            advance(connection, id, metric, window, ready_before(now, window, grace), most)
+            advance(connection, id, metric, window, grace, now, most)
             return id
 
         # The mark is moved inside a transaction, so that whatever is written before or after it agrees with it.
