@@ -23,8 +23,8 @@ from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
 from dspy_prod.experiments.history import History, Look
-from dspy_prod.experiments.pairs import Pairs
-from dspy_prod.experiments.shadow import SUFFIX, pairs_of
+from dspy_prod.experiments.pairs import SUFFIX, Pairs
+from dspy_prod.experiments.shadow import pairs_of
 from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.runtime.forking import reset_after_fork
@@ -64,7 +64,8 @@ class Controller:
         self.name = name
         self._trials, self._design, self._metrics, self.alpha = trials, design, tuple(metrics), alpha
         self._rollout, self._aliases, self._hold = rollout, aliases, hold
-        self._sources: dict[str | None, list[Metric]] = defaultdict(list)
+        # Also without metrics of calls: it is from them that exposures are read, for the sample ratio.
+        self._sources: dict[str | None, list[Metric]] = defaultdict(list, {None: []})
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
         self.over = False
@@ -88,8 +89,8 @@ class Controller:
             return None
         try:
             trial = self._trials.trial(self.name)
-            if trial is None:
-                self.over = True
+            if trial is None or Declaration.from_json(trial.declaration).salt != self._design.salt:
+                self.over = True  # it was removed, whatever has its name now
                 return None
             decision = self.read()
             if trial.state == words.RUNNING:
@@ -124,7 +125,8 @@ class Controller:
                 self._revision += 1
             else:  # somebody else has looked meanwhile: what he read is as good
                 self._evidence = None
-        return evidence.look()
+        tally = self._trials.tally(self.name)
+        return evidence.look(tally.mixed, tally.units)
 
     def history(self) -> tuple[Look, ...]:
         """How the evidence grew until the last `read`."""

@@ -14,6 +14,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.decisions import CandidateDecision, Decision
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.opened import Opened
+from dspy_prod.experiments.pairs import SUFFIX
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Trial, Trials
 
@@ -130,6 +131,7 @@ def remove(trials: Trials, name: str, *, force: bool = False) -> None:
             "force=True (--force)"
         )
     trials.remove(name)
+    trials.remove(name + SUFFIX)  # else its pairs would speak of the candidates of the next one of this name
 
 
 def _check_same(name: str, serves: str | None, variant: str | None, control: str) -> None:

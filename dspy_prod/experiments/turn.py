@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +26,18 @@ class Turn:
         outer: the context in force.
     """
 
-    __slots__ = ("_at", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trials", "variant")
+    __slots__ = (
+        "_at",
+        "_began",
+        "_ended",
+        "_failed",
+        "_fell_back",
+        "_place",
+        "_records",
+        "_scope",
+        "_trials",
+        "variant",
+    )
 
     def __init__(self, variant: Variant, place: Assignment | None, trials: Trials | None, outer: CallContext) -> None:
         self.variant = variant
@@ -34,10 +46,11 @@ class Turn:
         inner = outer if place is None else assigned(outer, place)
         self._scope = use(inner._replace(records=self._records))
         self._fell_back = self._failed = self._ended = False
-        self._at = 0.0
+        self._at = self._began = 0.0
 
     def __enter__(self) -> Turn:
         self._at = 0.0 if self._trials is None else self._trials.now()
+        self._began = time.monotonic()
         self._scope.__enter__()
         return self
 
@@ -74,5 +87,5 @@ class Turn:
         assert place.unit is not None
         cached = any(each.cached for each in self._records)
         nano = sum([each.list_nano or 0 for each in self._records])
-        latency = None if cached else trials.now() - self._at
+        latency = None if cached else time.monotonic() - self._began  # clocks are set now and then
         trials.call(Call(place.experiment, place.unit, self._at, self._failed, self._fell_back, nano, latency))

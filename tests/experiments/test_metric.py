@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.options import Metric
-from dspy_prod.options.metrics import cost, error_rate, fallback_rate, guardrails, latency
+from dspy_prod.options.metrics import Metric, cost, error_rate, fallback_rate, guardrails, latency
 
 
 @pytest.mark.parametrize(
