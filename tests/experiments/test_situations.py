@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import dspy
@@ -223,6 +226,29 @@ def test_of_two_that_begin_at_once_while_an_alias_moves_both_run_what_is_pinned(
     newest[0] = "triage/4"
     second = two("e", store)
     assert [each.variants["new"].version for each in (first, second)] == ["triage/3", "triage/3"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_worker_goes_on_with_the_experiment_that_was_made_before(asked: Asked, tmp_path: Path) -> None:
+    """As workers of a server that loads the program first. What they expose and record is counted."""
+    store = f"sqlite:///{tmp_path}/state.db"
+    asked()
+    exp = two("e", store, metrics=[RESOLVED])
+    exp._works.trials.tally("e")  # its writer runs
+    child = os.fork()
+    if not child:
+        try:
+            for number in range(20):
+                with call_context(user=f"u{number}"), suppress(Exception):
+                    exp(message=f"m{number}")
+                exp.record(f"u{number}", resolved=1.0)
+            exp.scorecard()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    card = exp.scorecard()
+    assert (sum(card.users.values()), card.stray) == (20, 0)
+    assert variant_of(exp, "u1") == exp.assign("u1")
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------

@@ -80,6 +80,10 @@ class KeptTrials:
 
     def __init__(self, mailbox: Mailbox, reader: Reader, now: Callable[[], float]) -> None:
         self.now = now
+        self.begin(mailbox, reader)
+
+    def begin(self, mailbox: Mailbox, reader: Reader) -> None:
+        """Go by these. Experiments keep this object for as long as they live, so it serves a forked child as well."""
         self._mailbox = mailbox
         self._reader = reader
         self._path = mailbox.writer.tables.path
