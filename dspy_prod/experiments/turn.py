@@ -12,7 +12,7 @@ from dspy_prod.experiments.shadow import Answered
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
 from dspy_prod.production.report import report_of
-from dspy_prod.production.watch import Records
+from dspy_prod.production.watch import LEFT, Records
 from dspy_prod.records import NANO
 from dspy_prod.stores.trials import Call, Trials
 
@@ -63,7 +63,7 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._failed = isinstance(error, Exception)
+        self._failed = isinstance(error, Exception) and not hasattr(error, LEFT)
         self._ended = error is None or self._failed
         try:
             self._scope.__exit__(kind, error, traceback)

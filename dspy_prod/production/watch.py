@@ -27,6 +27,10 @@ Raised = Literal["refused", "error", "abandoned"]
 """How a call ended that returned nothing."""
 
 
+LEFT: Final = "_dspy_prod_left"
+"""What an `Exception` is marked with that only says that nobody reads the stream any more: nothing has failed."""
+
+
 class Records(list[CallRecord]):
     """Collects records, and passes them on to the collector of an enclosing call."""
 
@@ -120,7 +124,10 @@ class Watch:
         if isinstance(error, Exception) and not (self.left or (self._stream is not None and _loop_ended(error))):
             reason = reason_of(error)
             self._keep(self._ended("refused" if reason in REFUSALS else "error", reason, type(error), latency))
-        else:  # the caller left, perhaps inside the garbage collector, and what was under way is still being settled
+        else:
+            if error is not None and isinstance(error, Exception):
+                setattr(error, LEFT, True)
+            # the caller left, perhaps inside the garbage collector, and what was under way is still being settled
             REAPER.post(lambda: self._keep(self._ended("abandoned", None, kind, latency)))
 
     def program(self) -> AbstractContextManager[None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -399,6 +401,41 @@ def test_what_the_store_would_lose_is_refused(more: Any, told: str, store: str) 
     exp = two("e", store, metrics=[RESOLVED])
     with pytest.raises(ConfigError, match=told):
         exp.record(**{"unit": "u1", "resolved": 1.0, **more})
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_user_who_leaves_a_stream_is_no_failure_of_the_variant(own: bool, asked: Asked, tmp_path: Path) -> None:
+    """Whether the program is asynchronous or runs in a thread of DSPy's."""
+    long = "[[ ## label ## ]]\n" + "word " * 300 + "\n\n[[ ## completed ## ]]"
+    with Provider(answer=long, chunks=100, chunk_delay=0.02) as provider:
+        lm = dspy_prod.LM(
+            "openai/gpt-4o-mini", api_base=provider.url, api_key="k", store=f"memory://{tmp_path.name}", cache=False
+        )
+        exp = two("e", f"memory://{tmp_path.name}")
+        listener = dspy.streaming.StreamListener(signature_field_name="label")
+
+        async def leave() -> None:
+            began = asyncio.Event()
+
+            async def read() -> None:
+                stream = dspy.streamify(exp, stream_listeners=[listener], is_async_program=own)
+                with call_context(user="u1"):
+                    async for _ in stream(message="q"):
+                        began.set()
+
+            with dspy.context(lm=lm):
+                reader = asyncio.create_task(read())
+                await asyncio.wait_for(began.wait(), 60)
+                reader.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await reader
+
+        asyncio.run(leave())
+        until = time.monotonic() + 60
+        while not (told := exp._works.trials.matured("e", None)) and time.monotonic() < until:
+            time.sleep(0.02)
+    [unit] = told
+    assert (unit.calls.calls, unit.calls.failed) == (1, 0)
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
