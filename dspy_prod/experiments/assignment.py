@@ -26,6 +26,7 @@ OVERRIDE: Final = "override"
 ELSEWHERE: Final = "elsewhere"
 HOLDOUT: Final = "holdout"
 KEPT: Final = "kept"
+UNKNOWN: Final = "unknown"
 
 _SCALE: Final = 2.0**-53
 
@@ -39,7 +40,7 @@ class Assignment(NamedTuple):
         stage: the stage, from 0.
         full: which candidates took no new units: bit i stands for candidate i, from 0 in the order of declaration.
         how: `"hash"`; or `"override"`, `"elsewhere"` (by `assign=`), `"holdout"`, `"kept"` (its candidate is full,
-            and the unit was in it before).
+            and the unit was in it before), `"unknown"` (whether it was could not be read).
     """
 
     variant: str
@@ -75,7 +76,7 @@ class Design:
         assign: decides elsewhere, with the declared weights: takes a unit, returns its arm, the same each time.
 
     Attributes:
-        variants, weights, shares, holdout, overrides: what was given, or its default.
+        salt, variants, weights, shares, holdout, overrides: what was given, or its default.
 
     Raises:
         ConfigError: an argument is impossible; the message names it, and the remedy.
@@ -102,6 +103,7 @@ class Design:
     ) -> None:
         if not salt:
             raise ConfigError("salt='' tells no experiment from others; give its name")
+        self.salt = salt
         self.variants = tuple(variants)
         _check_variants(self.variants)
         self.weights = (1.0,) * len(self.variants) if weights is None else tuple(weights)
@@ -160,17 +162,13 @@ class Design:
         if self.holdout and self._is_held_out(name):
             return Assignment(self.variants[0], 1.0, stage, full, HOLDOUT)
         if self._assign is not None:
-            return self._from_elsewhere(unit, stage)
+            return self._from_elsewhere(unit, stage, full, known)
         propensities = self.propensities(stage, full)
         position, choice = self._place(name)
         if position >= self.shares[stage]:
             return Assignment(self.variants[0], propensities[0], stage, full, HASH)
         index = bisect_right(self._bounds, choice)
-        if full >> index & 1:
-            if known is not None and known() == self.variants[1 + index]:
-                return Assignment(self.variants[1 + index], 1.0, stage, full, KEPT)
-            return Assignment(self.variants[0], propensities[0], stage, full, HASH)
-        return Assignment(self.variants[1 + index], propensities[1 + index], stage, full, HASH)
+        return self._let_in(1 + index, stage, full, known, HASH)
 
     def full(self, arms: Iterable[Arm], stage: int, most: int | None) -> int:
         """The candidates that take no new units in a stage, a bit for each, see `Assignment`.
@@ -186,6 +184,17 @@ class Design:
             if arm.stage == stage and arm.arm in found:
                 found[arm.arm] += arm.units
         return sum(1 << index for index, number in enumerate(found.values()) if number >= most)
+
+    def _let_in(
+        self, place: int, stage: int, full: int, known: Callable[[], str | None] | None, how: str
+    ) -> Assignment:
+        """The arm at this place, or control where that takes no new units."""
+        propensities = self.propensities(stage, full)
+        if place and full >> (place - 1) & 1:
+            if known is not None and known() == self.variants[place]:
+                return Assignment(self.variants[place], 1.0, stage, full, KEPT)
+            place = 0
+        return Assignment(self.variants[place], propensities[place], stage, full, how)
 
     def _shared(self, stage: int, full: int) -> tuple[float, ...]:
         share = self.shares[stage]
@@ -207,13 +216,12 @@ class Design:
         digest.update(name)
         return (int.from_bytes(digest.digest()[:8], "big") >> 11) * _SCALE < self.holdout
 
-    def _from_elsewhere(self, unit: str, stage: int) -> Assignment:
+    def _from_elsewhere(self, unit: str, stage: int, full: int, known: Callable[[], str | None] | None) -> Assignment:
         assert self._assign is not None
         variant = self._assign(unit)
         if variant not in self.variants:
             raise ConfigError(f"assign={self._assign!r} returned {variant!r}, which is no variant of {self.variants}")
-        propensity = self.propensities(stage)[self.variants.index(variant)]
-        return Assignment(variant, propensity, stage, 0, ELSEWHERE)
+        return self._let_in(self.variants.index(variant), stage, full, known, ELSEWHERE)
 
 
 def _prefix(salt: str) -> bytes:

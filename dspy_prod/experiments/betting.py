@@ -73,7 +73,8 @@ class Claim:
     @property
     def wealth(self) -> float:
         """What the claim is worth now: an e-value."""
-        return sum(bet.wealth for bet in self.bets) / len(self.bets)
+        bets = self.bets
+        return bets[0].wealth if len(bets) == 1 else sum([bet.wealth for bet in bets]) / len(bets)
 
     def settle(self) -> None:
         """After the bets on a unit."""
@@ -112,11 +113,13 @@ class ArmBet(Bet):
             propensity: how probable that was, over 0 and under 1.
             surprise: by how much its outcome was larger than expected, in -5 to 5.
         """
-        wealths, against = self.wealths, 1.0 - propensity
-        for place, theta in enumerate(THETAS):
-            odds = math.exp(theta * surprise)
-            factor = (odds if candidate else 1.0) / (against + propensity * odds)
-            wealths[place] = min(wealths[place] * factor, LARGEST)
+        against, exp = 1.0 - propensity, math.exp
+        odds = [exp(theta * surprise) for theta in THETAS]
+        if candidate:
+            grown = [wealth * (each / (against + propensity * each)) for wealth, each in zip(self.wealths, odds)]  # noqa: B905
+        else:
+            grown = [wealth * (1.0 / (against + propensity * each)) for wealth, each in zip(self.wealths, odds)]  # noqa: B905
+        self.wealths = grown if max(grown) <= LARGEST else [min(each, LARGEST) for each in grown]
 
 
 class LinearBet(Bet):
@@ -133,9 +136,9 @@ class LinearBet(Bet):
             worst: the least it could have been, below 0; known before the outcome, as is `natural`.
             natural: the stake that is best where the truth lies a margin away from the hypothesis.
         """
-        wealths, safe = self.wealths, -1.0 / worst
-        for place, stake in enumerate(stakes(natural, safe)):
-            wealths[place] = min(wealths[place] * (1.0 + stake * gain), LARGEST)
+        staked = stakes(natural, -1.0 / worst)
+        grown = [wealth * (1.0 + stake * gain) for wealth, stake in zip(self.wealths, staked)]  # noqa: B905
+        self.wealths = grown if max(grown) <= LARGEST else [min(each, LARGEST) for each in grown]
 
 
 class ProofBet(LinearBet):
@@ -148,7 +151,11 @@ class ProofBet(LinearBet):
 def stakes(natural: float, safe: float) -> Sequence[float]:
     """What is staked, none of it enough to lose everything: `safe` would."""
     most = SHARES[-1] * safe
-    return [*(min(multiple * natural, most) for multiple in MULTIPLES), *(share * safe for share in SHARES)]
+    staked = [multiple * natural for multiple in MULTIPLES]
+    if staked[-1] > most:  # they are in order
+        staked = [min(each, most) for each in staked]
+    staked += [share * safe for share in SHARES]
+    return staked
 
 
 def spread_gain(candidate: bool, propensity: float, outcome: float, expected: float, margin: float) -> float:

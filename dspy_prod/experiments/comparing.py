@@ -56,7 +56,10 @@ class Comparison:
         missing = self.metric.missing
         if value is None and missing != "exclude":
             value = float(missing)
-        checked = None if value is None else self.metric.checked(value)
+        self.counted(candidate, propensity, None if value is None else self.metric.checked(value), tenant)
+
+    def counted(self, candidate: bool, propensity: float, checked: float | None, tenant: str | None = None) -> None:
+        """The same of a value that was checked, or is missing and left out."""
         if self.more_answers is not None and self.fewer_answers is not None:
             answered = 0.0 if checked is None else 1.0
             if 0.0 < propensity < 1.0:
@@ -67,9 +70,11 @@ class Comparison:
             self._answers.see(answered, tenant)
         if checked is not None:
             self._bet(candidate, propensity, checked, tenant)
-            for each in (self.better, self.worse, self.no_worse):
-                if each is not None:
-                    each.settle()
+            self.worse.settle()
+            if self.better is not None:
+                self.better.settle()
+            if self.no_worse is not None:
+                self.no_worse.settle()
 
     @property
     def claims(self) -> dict[str, Claim]:
@@ -141,6 +146,10 @@ def stake_on_ratio(
     With `direction="lower"`, harm is higher amounts (sign 1).
     """
     gain = sign * ratio_gain(candidate, propensity, share, expected, ratio)
-    ends = ((True, 0.0), (True, 1.0), (False, 0.0), (False, 1.0))
-    worst = min(sign * ratio_gain(arm, propensity, end, expected, ratio) for arm, end in ends)
+    worst = min(
+        sign * ratio_gain(True, propensity, 0.0, expected, ratio),
+        sign * ratio_gain(True, propensity, 1.0, expected, ratio),
+        sign * ratio_gain(False, propensity, 0.0, expected, ratio),
+        sign * ratio_gain(False, propensity, 1.0, expected, ratio),
+    )
     bet.bet(gain, worst, expected * abs(ratio - 1.0) / variance)

@@ -25,9 +25,9 @@ from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
 from dspy_prod.experiments.feedback import Feedback
 from dspy_prod.experiments.history import History, Look
-from dspy_prod.experiments.pairs import Pairs
+from dspy_prod.experiments.pairs import SUFFIX, Pairs
 from dspy_prod.experiments.sample import Sample, spent_at
-from dspy_prod.experiments.shadow import SUFFIX, pairs_of
+from dspy_prod.experiments.shadow import pairs_of
 from dspy_prod.experiments.spread import Spread
 from dspy_prod.experiments.variants_in_mlflow import VariantsInMlflow
 from dspy_prod.options.experiments import SHADOW, Rollout
@@ -78,7 +78,8 @@ class Controller:
         self._in_mlflow = VariantsInMlflow(name, trials, design.variants)
         self._feedback = Feedback(name, trials, self._metrics, self._sample.shares, tracking_uri)
         self._spread = Spread()
-        self._sources: dict[str | None, list[Metric]] = defaultdict(list)
+        # Also without metrics of calls: it is from them that exposures are read, for the sample ratio.
+        self._sources: dict[str | None, list[Metric]] = defaultdict(list, {None: []})
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
         self.over = False
@@ -103,8 +104,8 @@ class Controller:
             return None
         try:
             trial = self._trials.trial(self.name)
-            if trial is None:
-                self.over = True
+            if trial is None or Declaration.from_json(trial.declaration).salt != self._design.salt:
+                self.over = True  # it was removed, whatever has its name now
                 return None
             decision = self.read()
             if trial.state == words.RUNNING:
@@ -150,7 +151,8 @@ class Controller:
                 self._revision += 1
             else:  # somebody else has looked meanwhile: what he read is as good
                 self._evidence = None
-        return evidence.look()
+        tally = self._trials.tally(self.name)
+        return evidence.look(tally.mixed, tally.units)
 
     def history(self) -> tuple[Look, ...]:
         """How the evidence grew until the last `read`."""

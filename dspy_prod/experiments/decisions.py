@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from dspy_prod.experiments.alphas import Alphas
 from dspy_prod.experiments.comparing import Comparison
 from dspy_prod.experiments.intervals import Interval
-from dspy_prod.experiments.trust import CONTAMINATED, SampleRatio
+from dspy_prod.experiments.trust import CONTAMINATED, SampleRatio, contaminated
 from dspy_prod.options.metrics import Metric
 
 Verdict = Literal["invalid", "rollback", "promote", "keep"]
@@ -163,8 +163,16 @@ def about(name: str, metrics: Sequence[Metric], evidence: Sequence[MetricEvidenc
     return CandidateDecision("keep", first + between + "; ".join(waits), found)
 
 
-def decided(ratio: SampleRatio, candidates: Mapping[str, CandidateDecision], alpha: float) -> Decision:
-    """The decision about the experiment."""
+def decided(
+    ratio: SampleRatio, candidates: Mapping[str, CandidateDecision], alpha: float, mixed: int = 0, exposed: int = 0
+) -> Decision:
+    """The decision about the experiment.
+
+    Args:
+        ratio: what is known of its units. candidates: the decision about each. alpha: as of `Evidence`.
+        mixed, exposed: of all units, also those whose window is not over; see `Evidence.look`.
+    """
+    crossed, units = max(ratio.crossed, mixed), max(ratio.units, exposed)
     promoted = {name: each for name, each in candidates.items() if each.verdict == "promote"}
     winner: str | None = None
     verdict: Verdict
@@ -173,9 +181,9 @@ def decided(ratio: SampleRatio, candidates: Mapping[str, CandidateDecision], alp
             f"units do not arrive in the declared shares (e-value {ratio.e_value:.3g}, the alarm is at 100; tested "
             f"units: {ratio.counts}): something loses or moves units, so that the variants' users differ"
         )  # fmt: skip
-    elif ratio.contaminated:
+    elif contaminated(crossed, units):
         verdict, reason = "invalid", (
-            f"{ratio.crossed} of {ratio.units} units were seen in two arms within one stage, more than "
+            f"{crossed} of {units} units were seen in two arms within one stage, more than "
             f"{CONTAMINATED:.0%}: use one stable id a user, and remove overrides"
         )  # fmt: skip
     elif promoted:
@@ -188,7 +196,7 @@ def decided(ratio: SampleRatio, candidates: Mapping[str, CandidateDecision], alp
         else:
             verdict = "invalid" if verdicts <= {"rollback", "invalid"} else "keep"
         reason = "; ".join(each.reason for each in candidates.values())
-    return Decision(verdict, reason, winner, dict(candidates), ratio.units, ratio.crossed, ratio.e_value, alpha)
+    return Decision(verdict, reason, winner, dict(candidates), units, crossed, ratio.e_value, alpha)
 
 
 def _strength(decision: CandidateDecision) -> float:

@@ -141,10 +141,10 @@ class Evidence:
             comparison, share = self._comparisons[name][metric], exposure.among(self.control, name)
             neighbours = self._neighbours[name].get(metric)
             if neighbours is None:
-                comparison.unit(arm == name, share, value, exposure.tenant)
+                comparison.counted(arm == name, share, value, exposure.tenant)
             else:
                 for ours, probable, amount in neighbours.of(arm == name, share, value):
-                    comparison.unit(ours, probable, amount, exposure.tenant)
+                    comparison.counted(ours, probable, amount, exposure.tenant)
         if value is not None:
             arms = self._sums[metric].setdefault(exposure.stage, {})
             arms.setdefault(arm, Sums()).see(value)
@@ -156,12 +156,17 @@ class Evidence:
         for outcome in outcomes:
             self.matured(outcome.metric, outcome.exposure, outcome.value)
 
-    def look(self) -> Decision:
-        """What is to be done, as of now. Look whenever you like: after every unit, too."""
+    def look(self, mixed: int = 0, units: int = 0) -> Decision:
+        """What is to be done, as of now. Look whenever you like: after every unit, too.
+
+        Args:
+            mixed: units that were seen in two arms, those whose outcomes had been told by then included.
+            units: of how many, in all.
+        """
         found = {}
         for name in self.candidates:
             found[name] = about(name, self.metrics, [self.weighed(metric.name, name) for metric in self.metrics])
-        return decided(self._ratio, found, self.alpha)
+        return decided(self._ratio, found, self.alpha, mixed, units)
 
     def weighed(self, metric: str, candidate: str) -> MetricEvidence:
         """What is known of a candidate on one metric."""

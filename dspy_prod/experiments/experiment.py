@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
@@ -14,7 +16,7 @@ from dspy_prod.context.assignments import Assignment as Place
 from dspy_prod.context.current import current
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import ConfigError
-from dspy_prod.experiments.assignment import Design
+from dspy_prod.experiments.assignment import ELSEWHERE, HASH, KEPT, Assignment, Design
 from dspy_prod.experiments.attending import EVERY, Attending
 from dspy_prod.experiments.beforehand import Beforehand
 from dspy_prod.experiments.declaration import BUILT_IN, Declaration, registry_of, source_of
@@ -23,13 +25,14 @@ from dspy_prod.experiments.exposing import Exposing
 from dspy_prod.experiments.judging import Judge, Judges, checked_judges
 from dspy_prod.experiments.opened import Opened, stage_of
 from dspy_prod.experiments.operating import promote, put, remove
+from dspy_prod.experiments.pairs import SUFFIX
 from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.scorecard import Scorecard
 from dspy_prod.experiments.shadow import Shadow, refuse_side_effects
 from dspy_prod.experiments.standing import REFRESH, Standing
 from dspy_prod.experiments.traced import Traced, assessed, shown_as
 from dspy_prod.experiments.turn import Turn
-from dspy_prod.experiments.variants import resolved
+from dspy_prod.experiments.variants import Variant, resolved
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric, guardrails
 from dspy_prod.privacy.redactor import claimed
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from dspy_prod.experiments.offline import OfflineReport
 
 Unit = Literal["user", "session", "tenant"]
+
+_log = logging.getLogger("dspy_prod")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +146,9 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
     ) -> None:
         super().__init__(callbacks=callbacks)
         where = f"Experiment({name!r})"
-        if not isinstance(name, str) or not name:
-            raise ConfigError(f"Experiment: name= is a text, got {name!r}")
+        if not isinstance(name, str) or not name or name.endswith(SUFFIX):
+            raise ConfigError(f"Experiment: name= is a text that does not end in {SUFFIX!r}, got {name!r}")
+        overrides = {claimed(each): variant for each, variant in (overrides or {}).items()}  # as contexts have them
         if unit not in ("user", "session", "tenant"):
             raise ConfigError(f"{where}: unit={unit!r}: use 'user', 'session' or 'tenant'")
         if on_sample_ratio not in ("hold", "rollback"):
@@ -162,11 +168,12 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
         declared = Declaration.of(
             found, self.metrics, unit=unit, weights=_weighed(where, names, weights),
             rollout=None if rollout is None else rollout.model_dump(mode="json"), holdout=holdout,
-            overrides=dict(overrides or {}), elsewhere=assign is not None, alpha=alpha,
+            overrides=overrides, elsewhere=assign is not None, alpha=alpha,
             judged={metric: each.share for metric, each in judging.items()},
             hold=on_sample_ratio == "hold", registry=registry_of(found, tracking_uri),
         )  # fmt: skip
         windows = declared.windows(self.metrics)
+        self._calls_last = windows[None] > 0  # beyond a unit's first one
         if rollout is not None:
             refuse_side_effects(where, found, rollout)
 
@@ -181,7 +188,11 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
         if stored is None:
             trial = trials.create(name, declared.to_json(), windows)
             stored = Declaration.from_json(trial.declaration)
+            if stored.pinned != declared.pinned:  # another process was first, and an alias moved in between
+                found = resolved(name, variants or {}, program, tracking_uri, stored.pinned)
+                self.variants = {each.name: each for each in found}
         declared.check_same(name, stored)
+        _check_versions(where, found, stored)
         design = designed(stored.salt)
         self.rollout = rollout
         exposing = Exposing(name, design, trials)
@@ -243,11 +254,19 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
         serves = self._serves()
         if unit is None or serves is not None:
             return Turn(self.variants[serves or control], Place(self.name, serves or control, unit=unit), None, outer)
-        got = self._works.exposing(unit)
+        try:
+            got = self._works.exposing(unit)
+        except Exception as error:  # of `assign=`: whoever calls has no part in it
+            _log.error("Experiment(%r): %r gets control, for assign= failed", self.name, unit, exc_info=error)
+            return Turn(self.variants[control], Place(self.name, control, unit=unit), None, outer)
         if got.variant in self._works.standing.dropped:
             return Turn(self.variants[control], Place(self.name, control, unit=unit), None, outer)
-        place = Place(self.name, got.variant, self.stage, unit, got.propensity)
-        return Turn(self.variants[got.variant], place, self._works.trials if got.random else None, outer)
+        place = Place(self.name, got.variant, stage_of(self.rollout, got.stage), unit, got.propensity)
+        return Turn(self.variants[got.variant], place, self._works.trials if self._counts(got) else None, outer)
+
+    def _counts(self, got: Assignment) -> bool:
+        """Whether a call counts for its unit: it is exposed now, or may have been before its candidate was full."""
+        return got.random or got.how == KEPT or (self._calls_last and got.full != 0 and got.how in (HASH, ELSEWHERE))
 
     def _after(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have an answer judged, perhaps; and in a shadow stage, have the candidates asked once more, unseen."""
@@ -303,6 +322,11 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
         """
         if (unit is None) == (trace is None):
             raise ConfigError(f"Experiment({self.name!r}).record: say whose values they are, by a unit or by trace=")
+        for what, given in (("unit", unit), ("trace", trace), ("id", id)):
+            if given is not None and not isinstance(given, str):
+                raise ConfigError(f"Experiment({self.name!r}).record: {what}={given!r} must be text, as str({given!r})")
+        if at is not None and (isinstance(at, bool) or not isinstance(at, int | float) or not isfinite(at)):
+            raise ConfigError(f"Experiment({self.name!r}).record: at={at!r} must be seconds since the epoch")
         checked = self._checked(values)
         if trace is not None:
             unit, id = self._works.traced.unit_of(trace, self._unit), id or trace
@@ -487,7 +511,22 @@ def _weighed(where: str, names: Sequence[str], weights: Mapping[str, float] | No
         return [1.0] * len(names)
     if not isinstance(weights, Mapping) or set(weights) != set(names):
         raise ConfigError(f"{where}: weights= takes a number for each of {', '.join(map(repr, names))}")
-    return [float(weights[name]) for name in names]
+    try:
+        return [float(weights[name]) for name in names]
+    except (TypeError, ValueError):
+        raise ConfigError(f"{where}: weights={dict(weights)!r}: a weight is a positive number, such as 1") from None
+
+
+def _check_versions(where: str, variants: Sequence[Variant], stored: Declaration) -> None:
+    """Refuse a program that was loaded from another version than the one that is measured under its name."""
+    for each in variants:
+        measured = stored.pinned.get(each.name)
+        if each.version != measured:
+            raise ConfigError(
+                f"{where}: variants[{each.name!r}] is {each.version or 'no published version'} here, but "
+                f"{measured or 'no published version'} where it was made. What was measured would be mixed up: load "
+                "the same version, or give this experiment a name of its own"
+            )
 
 
 def _program_of(variants: Sequence[Any]) -> str:

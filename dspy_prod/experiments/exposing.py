@@ -7,7 +7,8 @@ from collections import OrderedDict
 from functools import partial
 from typing import Final
 
-from dspy_prod.experiments.assignment import ELSEWHERE, OVERRIDE, Assignment, Design
+from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.experiments.assignment import ELSEWHERE, OVERRIDE, UNKNOWN, Assignment, Design
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.trials import Exposure, Trials
 
@@ -64,8 +65,10 @@ class Exposing:
     def __call__(self, unit: str) -> Assignment:
         """What a unit gets; a first exposure is posted.
 
+        Where its candidate is full, and whether the unit was in it before cannot be read, it gets control until it can.
+
         Raises:
-            StoreUnavailableError: its candidate is full, and whether the unit was in it before cannot be read.
+            Exception: what `assign=` raised, or a ConfigError for what it returned.
         """
         with self._lock:
             found = self._known.get(unit)
@@ -73,7 +76,10 @@ class Exposing:
                 self._known.move_to_end(unit)
                 return found
             stage, full = self._stage, self._full
-        found = self.design.assign(unit, stage, full, partial(self._seen, unit) if full else None)
+        try:
+            found = self.design.assign(unit, stage, full, partial(self._seen, unit) if full else None)
+        except StoreUnavailableError:  # it is not remembered, so that the next call asks again
+            return Assignment(self.design.variants[0], 1.0, stage, full, UNKNOWN)
         if found.random or found.how in (OVERRIDE, ELSEWHERE):  # the store notices a second arm within one stage
             at = self._trials.now()
             self._trials.expose(Exposure(self.experiment, unit, stage, found.variant, found.propensity, at, found.full))

@@ -18,6 +18,8 @@ from typing import Any, Final
 
 SHOWN_FROM: Final = 100
 """Units of each arm."""
+LEAST: Final = 1e-60
+"""A mean of amounts below this is nothing that another one could be a share of."""
 TUNED_FOR: Final = 5_000
 """The interval is narrowest at about so many units."""
 
@@ -124,7 +126,7 @@ def interval(stages: Iterable[tuple[Sums, Sums]], *, relative: bool = False, alp
     of_control = sum(share**2 * a.variance / a.count for share, (a, _) in zip(shares, kept, strict=True))
     of_candidate = sum(share**2 * b.variance / b.count for share, (_, b) in zip(shares, kept, strict=True))
     if relative:
-        if control == 0:
+        if control < LEAST:
             return None
         difference = candidate / control - 1.0
         variance = of_candidate / control**2 + of_control * candidate**2 / control**4

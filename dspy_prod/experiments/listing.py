@@ -9,6 +9,7 @@ from typing import Any
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.opened import stage_of
+from dspy_prod.experiments.pairs import SUFFIX
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.stores.trials import DECIDED, Trial, Trials
 
@@ -47,7 +48,8 @@ def listing(trials: Trials) -> list[Listed]:
     Raises:
         StoreUnavailableError: the store cannot be read.
     """
-    return sorted((_row(trials, each) for each in trials.trials()), key=lambda row: -row.since)
+    kept = [each for each in trials.trials() if not each.name.endswith(SUFFIX)]
+    return sorted((_row(trials, each) for each in kept), key=lambda row: -row.since)
 
 
 def _row(trials: Trials, trial: Trial) -> Listed:

@@ -14,6 +14,7 @@ from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.beforehand import planned
 from dspy_prod.experiments.controller import Controller
 from dspy_prod.experiments.declaration import Declaration
+from dspy_prod.experiments.pairs import SUFFIX
 from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.scorecard import Scorecard, scorecard
 from dspy_prod.options.experiments import Rollout
@@ -56,6 +57,7 @@ class Opened:
     def __init__(self, store: Store, name: str, tracking_uri: str | None = None) -> None:
         self.name, self.namespace, self.trials = name, store.namespace, store.trials
         self._tracking_uri = tracking_uri
+        self.declaration: Any = None
         text = self.trial().declaration
         try:
             self.declaration = declaration = Declaration.from_json(text)
@@ -94,16 +96,19 @@ class Opened:
         """As the store has it now; raises as `Opened`."""
         trial = self.trials.trial(self.name)
         if trial is None:
-            known = [each.name for each in self.trials.trials()]
+            known = [each.name for each in self.trials.trials() if not each.name.endswith(SUFFIX)]
             told = ", ".join(map(repr, known[:MOST_NAMES])) or "none yet"
             more = f" and {len(known) - MOST_NAMES:,} more" if len(known) > MOST_NAMES else ""
             raise ConfigError(
                 f"there is no experiment {self.name!r} in namespace {self.namespace!r}, only {told}{more}"
             )
+        if self.declaration is not None and Declaration.from_json(trial.declaration).salt != self.declaration.salt:
+            raise ConfigError(f"the experiment {self.name!r} was removed, and what has its name now is another one")
         return trial
 
     def scorecard(self) -> Scorecard:
         """What is known now, and what follows from it; raises as `Opened`."""
+        self.trial()  # is it still there
         decision = self.controller.read()
         trial = self.trial()
         declaration = Declaration.from_json(trial.declaration)

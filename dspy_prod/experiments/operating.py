@@ -15,6 +15,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.decisions import CandidateDecision, Decision
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.opened import Opened
+from dspy_prod.experiments.pairs import SUFFIX
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Trial, Trials
 from dspy_prod.telemetry.events import BUS
@@ -134,6 +135,7 @@ def remove(trials: Trials, name: str, *, force: bool = False) -> None:
             "force=True (--force)"
         )
     trials.remove(name)
+    trials.remove(name + SUFFIX)  # else its pairs would speak of the candidates of the next one of this name
 
 
 def _tell(what: str, trial: Trial, reason: str, variant: str | None = None) -> None:

@@ -14,6 +14,9 @@ from typing import Any, Final
 from dspy_prod.experiments.betting import Claim, LinearBet
 from dspy_prod.options.metrics import Metric
 
+SUFFIX: Final = " (shadow)"
+"""What the pairs of an experiment are kept under in the store, after its name."""
+
 ALPHA: Final = 0.00375
 """How probable it is that a candidate which is no worse is found worse by one metric of the shadow stage."""
 

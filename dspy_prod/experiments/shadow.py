@@ -22,19 +22,17 @@ import dspy
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
 from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError
-from dspy_prod.experiments.pairs import Pair
+from dspy_prod.experiments.pairs import SUFFIX, Pair
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.policies.run import Run
 from dspy_prod.production.report import report_of
 from dspy_prod.production.watch import Records
 from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.switch import disabled
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.trials import Call, Exposure, Outcome, Trials
-
-SUFFIX: Final = " (shadow)"
-"""What the pairs of an experiment are kept under, after its name."""
 
 WAITING: Final = 64
 """Calls that may wait to be asked once more."""
@@ -75,9 +73,11 @@ class Shadow:
         self._name, self._trials, self._rollout = experiment + SUFFIX, store.trials, rollout
         self._experiment, self._candidates = experiment, tuple(candidates)
         self._run = None
-        if rollout.shadow_usd is not None:
+        self._spent = rollout.shadow_usd is not None and disabled()
+        if self._spent:
+            _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
+        elif rollout.shadow_usd is not None:
             self._run = Run(f"shadow of {experiment}", usd=rollout.shadow_usd, store=store)
-        self._spent = False
         self.left_out = 0
         self._working: threading.Thread | None = None
         self._after_fork()

@@ -70,27 +70,32 @@ class Standing:
         Raises:
             StoreUnavailableError: the store cannot be read.
         """
+        with self._reading:  # what was read last is what holds
+            return self._looked()
+
+    def _looked(self) -> Trial | None:
         trial = self._trials.trial(self._name)
         control = self._design.variants[0]
-        self.trial = trial
-        if trial is None:  # it was removed
-            self.serves = control
+        declaration = None if trial is None else Declaration.from_json(trial.declaration)
+        if trial is None or declaration is None or declaration.salt != self._design.salt:
+            # It was removed, perhaps to make another one of this name: that one has nothing to do with this.
+            self.trial, self.serves = None, control
             return None
-        declaration = Declaration.from_json(trial.declaration)
-        self.dropped = frozenset(declaration.dropped)
+        self.trial, dropped = trial, frozenset(declaration.dropped)
         if trial.state in (RUNNING, PAUSED):
             everybody = (1 << (len(self._design.variants) - 1)) - 1
-            full = everybody if trial.state == PAUSED else self._full(trial.stage, self._trials.counts(self._name))
-            self._exposing.move(trial.stage, full)
-            self.serves = None
+            counts = [] if trial.state == PAUSED else self._trials.counts(self._name)
+            full = everybody if trial.state == PAUSED else self._full(trial.stage, counts, dropped)
+            self._exposing.move(trial.stage, full)  # before they are dropped: nobody is exposed who then gets control
+            self.dropped, self.serves = dropped, None
         else:
-            self.serves = declaration.serves or control
+            self.dropped, self.serves = dropped, declaration.serves or control
         return trial
 
-    def _full(self, stage: int, counts: list[Arm]) -> int:
+    def _full(self, stage: int, counts: list[Arm], dropped: frozenset[str]) -> int:
         """The candidates that have as many units in this stage as it may bring them."""
         most = self._most[stage]
-        gone = sum(1 << place for place, name in enumerate(self._design.variants[1:]) if name in self.dropped)
+        gone = sum(1 << place for place, name in enumerate(self._design.variants[1:]) if name in dropped)
         if most is None:
             return gone
         units = dict.fromkeys(self._design.variants, 0)
@@ -104,6 +109,8 @@ class Standing:
             self.look()
         except StoreUnavailableError as error:
             _log.warning("The experiment %s goes on as it was, for its store cannot be read: %s", self._name, error)
+        except Exception:
+            _log.exception("The experiment %s goes on as it was, for what its store has cannot be read", self._name)
 
     def _after_fork(self) -> None:
-        self._looking = threading.Lock()
+        self._looking, self._reading = threading.Lock(), threading.Lock()

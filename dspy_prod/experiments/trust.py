@@ -23,6 +23,11 @@ STRATA: Final = 1_000
 """So many sets of probabilities are tested; units under further ones are counted, not tested."""
 
 
+def contaminated(crossed: int, units: int) -> bool:
+    """Whether too many of so many units were seen in two arms."""
+    return crossed >= FEWEST_CROSSED and crossed > CONTAMINATED * units
+
+
 class SampleRatio:
     """The e-value of "units were not drawn as declared", unit by unit.
 
@@ -82,7 +87,7 @@ class SampleRatio:
     @property
     def contaminated(self) -> bool:
         """Whether too many units were seen in two arms."""
-        return self.crossed >= FEWEST_CROSSED and self.crossed > CONTAMINATED * self.units
+        return contaminated(self.crossed, self.units)
 
     @property
     def counts(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +12,7 @@ from dspy_prod.experiments.shadow import Answered
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
 from dspy_prod.production.report import report_of
-from dspy_prod.production.watch import Records
+from dspy_prod.production.watch import LEFT, Records
 from dspy_prod.records import NANO
 from dspy_prod.stores.trials import Call, Trials
 
@@ -29,7 +30,7 @@ class Turn:
     """
 
     __slots__ = (
-        *("_at", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
+        *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
         *("prediction", "variant"),
     )
 
@@ -40,12 +41,13 @@ class Turn:
         inner = outer if place is None else assigned(outer, place)
         self._scope = use(inner._replace(records=self._records))
         self._fell_back = self._failed = self._ended = False
-        self._at = 0.0
+        self._at = self._began = 0.0
         self._trace = outer.trace_id
         self.prediction: Any = None
 
     def __enter__(self) -> Turn:
         self._at = 0.0 if self._trials is None else self._trials.now()
+        self._began = time.monotonic()
         self._scope.__enter__()
         return self
 
@@ -60,7 +62,7 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._failed = isinstance(error, Exception)
+        self._failed = isinstance(error, Exception) and not hasattr(error, LEFT)
         self._ended = error is None or self._failed
         try:
             self._scope.__exit__(kind, error, traceback)
@@ -97,5 +99,5 @@ class Turn:
         assert place.unit is not None
         cached = any(each.cached for each in self._records)
         nano = sum([each.list_nano or 0 for each in self._records])
-        latency = None if cached else trials.now() - self._at
+        latency = None if cached else time.monotonic() - self._began  # clocks are set now and then
         trials.call(Call(place.experiment, place.unit, self._at, self._failed, self._fell_back, nano, latency))

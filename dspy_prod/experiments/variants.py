@@ -110,14 +110,12 @@ def _variant(where: str, name: str, given: Any, program: Any, tracking_uri: str 
 
 def _guarded(where: str, name: str, program: Any) -> Production:
     """The program of a variant in a `Production`, which reports each call and writes its record."""
-    if not isinstance(program, Production):
-        return Production(program)
-    if program.is_following:
+    if any(isinstance(each, Production) and each.is_following for _, each in program.named_sub_modules()):
         raise ConfigError(
             f"{where}: variants[{name!r}] follows an alias, but a variant stays what it is while it is "
             "measured: leave out follow=, or name the alias itself in variants="
         )
-    return program
+    return program if isinstance(program, Production) else Production(program)
 
 
 def _copy(program: Any) -> Any:

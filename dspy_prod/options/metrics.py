@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import math
 import re
 from typing import Annotated, Any, Final, Literal
 
@@ -26,6 +25,9 @@ def _duration(value: Any) -> Any:
         return float(found[1]) * _UNITS[found[2]]
     return value
 
+
+LARGEST: Final = 1e60
+"""No value is larger: of what is, no sums and squares could be kept."""
 
 Window = Annotated[float, BeforeValidator(_duration), Field(ge=0, allow_inf_nan=False)]
 _Positive = Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False)]
@@ -86,7 +88,7 @@ class Metric(Options):
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
         low, high = value
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        if not -LARGEST <= low < high <= LARGEST:
             raise ValueError("bounds are the least and the largest score, such as (0, 1) or (1, 5)")
         return value
 
@@ -127,19 +129,27 @@ class Metric(Options):
         """The value as a float, if a unit can have it.
 
         Raises:
-            ValueError: it is no finite number, lies outside `bounds`, or is an amount below 0.
+            ValueError: it is no finite number, lies outside `bounds`, or is an amount below 0 or beyond `LARGEST`.
         """
         number = float(value)
-        low, high = (0.0, math.inf) if self.relative or self.tail is not None else self.bounds
-        if not (math.isfinite(number) and low <= number <= high):
-            meant = "an amount of 0 or more" if high == math.inf else f"a score between {low:g} and {high:g}"
+        amounts = self.relative or self.tail is not None
+        low, high = (0.0, LARGEST) if amounts else self.bounds
+        if not low <= number <= high:
+            meant = f"an amount of 0 or more, up to {LARGEST:g}" if amounts else f"a score between {low:g} and {high:g}"
             raise ValueError(f"{self.name}={value!r} is not {meant}; scale it, or declare it otherwise in its Metric")
         return number
 
 
 def error_rate(margin: float = 0.02, **options: Any) -> Metric:
-    """Share of a unit's calls that failed; two points more are acceptable by default."""
-    return Metric(**{"name": "error_rate", "direction": "lower", "role": "guardrail", "margin": margin, **options})
+    """Share of a unit's calls that failed; two points more are acceptable by default.
+
+    A unit whose first call has not ended a minute after the window counts as one that failed: a program that hangs, or
+    takes its process with it, is no success. Where calls take longer than a minute, give the guardrails a window as
+    long as they take.
+    """
+    return Metric(
+        **{"name": "error_rate", "direction": "lower", "role": "guardrail", "margin": margin, "missing": 1.0, **options}
+    )
 
 
 def fallback_rate(margin: float = 0.02, **options: Any) -> Metric:
@@ -158,8 +168,8 @@ def cost(margin: float = 0.10, **options: Any) -> Metric:
 def latency(margin: float = 0.02, **options: Any) -> Metric:
     """Seconds a call. Two points more of the units may be slower than control's 95th percentile.
 
-    A cached answer counts for the time it took when it was made: left out, it would be missing more often from control,
-    whose cache is warm.
+    An answer from a cache tells nothing of how long a program takes, and has no latency: see
+    `experiments.neighbours` for how the others are compared.
     """
     return Metric(
         **{

@@ -16,7 +16,7 @@ from dspy_prod.context.current import SETTING, CallContext
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.production.reasons import REFUSALS, Reason, reason_of
-from dspy_prod.production.report import CallReport, Status, TokenUsage, attach
+from dspy_prod.production.report import CallReport, Status, TokenUsage, attach, report_of
 from dspy_prod.records import ANSWERED, NANO, CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.ids import IDS
@@ -25,6 +25,10 @@ from dspy_prod.stores.programs import ProgramCall, ProgramCalls
 
 Raised = Literal["refused", "error", "abandoned"]
 """How a call ended that returned nothing."""
+
+
+LEFT: Final = "_dspy_prod_left"
+"""What an `Exception` is marked with that only says that nobody reads the stream any more: nothing has failed."""
 
 
 class Records(list[CallRecord]):
@@ -120,7 +124,10 @@ class Watch:
         if isinstance(error, Exception) and not (self.left or (self._stream is not None and _loop_ended(error))):
             reason = reason_of(error)
             self._keep(self._ended("refused" if reason in REFUSALS else "error", reason, type(error), latency))
-        else:  # the caller left, perhaps inside the garbage collector, and what was under way is still being settled
+        else:
+            if error is not None and isinstance(error, Exception):
+                setattr(error, LEFT, True)
+            # the caller left, perhaps inside the garbage collector, and what was under way is still being settled
             REAPER.post(lambda: self._keep(self._ended("abandoned", None, kind, latency)))
 
     def program(self) -> AbstractContextManager[None]:
@@ -152,12 +159,18 @@ class Watch:
         The report is attached to a prediction; anything else a program returns cannot carry one.
         """
         reason = None if error is None else reason_of(error)
+        text = None if error is None else error_text(error)
         latency = self._clock.monotonic() - self._started
-        call = self._ended(
-            "ok" if error is None else "fallback", reason, None if error is None else type(error), latency
-        )
+        inner = report_of(result) if error is None else None  # of a `Production` inside, whose answer is passed on
+        fell_back = inner is not None and inner.status == "fallback"
+        if inner is not None and fell_back:
+            reason, text = inner.reason, inner.error
+        kind = None if error is None else type(error)
+        call = self._ended("ok" if error is None and not fell_back else "fallback", reason, kind, latency)
+        if inner is not None and call.stage is None and call.experiment == inner.experiment:
+            call = call._replace(stage=inner.stage)
         if isinstance(result, dspy.Prediction):
-            attach(self._report(call, reason, None if error is None else error_text(error)), result)
+            attach(self._report(call, reason, text), result)
         self._finished = True
         self._keep(call)
 

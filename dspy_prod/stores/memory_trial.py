@@ -124,7 +124,6 @@ class MemoryTrial:
         """See `Trials.call`."""
         number, window = self.numbers.get(call.unit), self.trial.windows.get(None)
         if number is None or window is None:
-            self.stray += 1
             return
         unit, read = self.units[number - 1], self.read.get(None, 0)
         if not self.trial.takes(number, read, unit.at, call.at, window, bool(unit.calls.calls)):
@@ -181,13 +180,22 @@ class MemoryTrial:
 
     def _ready(self, metric: str | None, now: float, most: int) -> int:
         """Up to which number nothing need be waited for."""
-        window = self.trial.window(metric)
-        before = ready_before(now, window, self.trial.grace)
+        window, grace = self.trial.window(metric), self.trial.grace
+        before = ready_before(now, window, grace)
         number = self.read.get(metric, 0)
+        over: int | None = None  # the last unit that is
         for unit in self.units[number : number + most]:
             told = unit.calls.calls if metric is None else unit.valued(metric)
             if unit.at > before and not (window == 0 and told):
-                break
+                if unit.at <= now + grace:
+                    break
+                # Stamped by a clock that was wrong: it was exposed before those after it, and is over when one is.
+                if over is None:
+                    over = next(
+                        (last for last in range(len(self.units), 0, -1) if self.units[last - 1].at <= before), 0
+                    )
+                if number + 1 > over:
+                    break
             number += 1
         return number
 

@@ -20,6 +20,9 @@ GRACE: Final = 60.0
 MOST_NANO: Final = 10**15
 """What one call counts for at most, in nano-USD: a million dollars."""
 
+LONGEST: Final = 1e9
+"""Seconds that a call takes at most; a latency beyond, or below 0, is none."""
+
 _MOMENT: Final = itemgetter(1, 0)
 
 
@@ -155,7 +158,7 @@ class Calls(NamedTuple):
     @classmethod
     def of(cls, call: Call) -> Calls:
         """The sums of one call."""
-        timed = call.latency is not None and isfinite(call.latency)
+        timed = call.latency is not None and 0 <= call.latency <= LONGEST
         latency = call.latency if timed and call.latency is not None else 0.0
         return cls(
             1, int(call.failed), int(call.fell_back), max(0, min(call.list_nano, MOST_NANO)), int(timed), latency
@@ -242,7 +245,8 @@ class Tally(NamedTuple):
         units: order numbers given, which is the number of units exposed.
         mixed: units that saw two arms within one stage.
         late: calls and values that came after their window, or after it was read.
-        stray: calls and values of units without an exposure, and values of metrics that were not declared.
+        stray: values of units without an exposure, and of metrics that were not declared. Calls of such units are no
+            mistake: once a candidate is full, newcomers get control without being exposed.
         unkept: exposures for which there was no room.
     """
 

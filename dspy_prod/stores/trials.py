@@ -138,7 +138,8 @@ class Trials(Protocol):
         """Units whose window is over, in the order of exposure, from the one after number `after`.
 
         A unit is told when all before it are: a slow one holds up those behind it, for its window and the grace at
-        most. What is told is final. The last number told is the next `after`.
+        most; also one whose moment a clock that was ahead has told, once somebody behind it is over. What is told is
+        final. The last number told is the next `after`.
 
         Args:
             metric: whose window and values; None: calls.

@@ -262,11 +262,11 @@ def test_what_is_posted_for_no_experiment_or_to_no_unit_does_no_harm(still: Stor
     made(still)
     outcome(still, "u1", 1.0)
     call(still, "u1")
-    assert still.trials.tally("e") == Tally(stray=2)
+    assert still.trials.tally("e") == Tally(stray=1)
     expose(still, "u1")
     outcome(still, "u1", 1.0, "undeclared")
     outcome(still, "u1", math.nan)
-    assert still.trials.tally("e") == Tally(1, stray=4)
+    assert still.trials.tally("e") == Tally(1, stray=3)
     assert (still.trials.tally("none"), still.trials.matured("none", "x"), still.trials.seen("none", "u")) == (
         Tally(),
         [],
@@ -446,3 +446,30 @@ def test_of_many_who_want_a_lease_one_has_it(store: Store) -> None:
     for thread in threads:
         thread.join(30)
     assert sorted(found) == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("window", ["days", "at once"])
+def test_a_clock_that_was_ahead_holds_nobody_up_for_longer_than_it_must(
+    still: Store, clock: FakeClock, window: str
+) -> None:
+    """For a moment it was ten years later: whoever came then is over with those who came next."""
+    metric, years = "resolved" if window == "days" else "thumb", 10 * 365 * 86_400.0
+    still.trials.create("e", "{}", {None: 0.0, "resolved": 60.0, "thumb": 0.0}, 10.0)
+    expose(still, "u1")
+    clock.advance(years)
+    expose(still, "u2")
+    expose(still, "u3")
+    assert still.flush(10)
+    clock.advance(-years)
+    clock.advance(5.0)
+    expose(still, "u4")
+    outcome(still, "u2", 1.0, metric)
+    assert numbers(still.trials.matured("e", metric)) == []
+    clock.advance(66.0)
+    assert numbers(still.trials.matured("e", metric)) == ([1] if window == "days" else [1, 2, 3, 4])
+    expose(still, "u5")
+    clock.advance(5.0)
+    found = still.trials.matured("e", metric)
+    assert numbers(found) == [1, 2, 3, 4]
+    assert [each.values.mean for each in found] == [None, 1.0, None, None]
+    assert numbers(still.trials.matured("e", metric, after=4)) == []

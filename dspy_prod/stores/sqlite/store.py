@@ -103,6 +103,7 @@ class SqliteStore:
         self.now: Callable[[], float] = self._time.time
         self._listeners = Listeners(on_problem)
         self._terms = KnownTerms()
+        self._trials: KeptTrials | None = None
         self._start()
         try:
             with self._writer.io:
@@ -132,9 +133,18 @@ class SqliteStore:
         self._mailbox = Mailbox(self._writer, self._readers)
         kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
         self.runs = KeptRuns(self._mailbox, self._cache_reader)
-        self.trials = KeptTrials(self._mailbox, trials_reader, self.now)
+        if self._trials is None:
+            self._trials = KeptTrials(self._mailbox, trials_reader, self.now)
+        else:
+            self._trials.begin(self._mailbox, trials_reader)
         self.programs = KeptPrograms(self._mailbox, self._ledger_reader)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
+
+    @property
+    def trials(self) -> KeptTrials:
+        """What is kept of experiments; the same object in a forked child."""
+        assert self._trials is not None
+        return self._trials
 
     @property
     def url(self) -> str:

@@ -9,7 +9,17 @@ from typing import Any, Final
 import orjson
 
 from dspy_prod.stores.keys import NOBODY, apart, joined
-from dspy_prod.stores.trial_terms import Arm, Calls, Checkpoint, Decision, Matured, Tally, Trial, Values
+from dspy_prod.stores.trial_terms import (
+    Arm,
+    Calls,
+    Checkpoint,
+    Decision,
+    Matured,
+    Tally,
+    Trial,
+    Values,
+    ready_before,
+)
 
 TABLES: Final = (
     """
@@ -82,7 +92,8 @@ PARTS: Final = {
 
 TRIAL: Final = "id, name, declaration, windows, grace, state, stage, since, revision, created"
 
-_READY: Final = "SELECT number FROM trial_units AS u WHERE trial = ? AND number > ? AND number <= ? AND at > ?"
+_READY: Final = "SELECT number, at FROM trial_units AS u WHERE trial = ? AND number > ? AND number <= ? AND at > ?"
+_OVER: Final = "SELECT number FROM trial_units WHERE trial = ? AND number > ? AND at <= ? ORDER BY number DESC LIMIT 1"
 _NO_CALLS: Final = " AND NOT EXISTS (SELECT 1 FROM trial_calls WHERE trial = u.trial AND number = u.number)"
 _NO_VALUES: Final = (
     " AND NOT EXISTS (SELECT 1 FROM trial_values WHERE trial = u.trial AND metric = ? AND number = u.number)"
@@ -168,9 +179,10 @@ def read_marks(connection: sqlite3.Connection, trial: int) -> dict[str, int]:
 
 
 def advance(
-    connection: sqlite3.Connection, trial: int, metric: str | None, window: float, before: float, most: int
+    connection: sqlite3.Connection, trial: int, metric: str | None, window: float, grace: float, now: float, most: int
 ) -> None:
-    """Move the mark of a metric over the units that need not be waited for; those at `before` or earlier are over."""
+    """Move the mark of a metric over the units that need not be waited for."""
+    before = ready_before(now, window, grace)
     key = joined(metric)
     row = connection.execute("SELECT number FROM trial_read WHERE trial = ? AND metric = ?", (trial, key)).fetchone()
     mark = 0 if row is None else int(row[0])
@@ -183,6 +195,12 @@ def advance(
         sql += _NO_VALUES
         values.append(key)
     waits = connection.execute(sql + " ORDER BY number LIMIT 1", values).fetchone()
+    if waits is not None and waits[1] > now + grace:
+        # Stamped by a clock that was wrong: it was exposed before those after it, and is over when one of them is.
+        over = connection.execute(_OVER, (trial, mark, before)).fetchone()
+        if over is not None:
+            sql += " AND (at <= ? OR number > ?)"
+            waits = connection.execute(sql + " ORDER BY number LIMIT 1", [*values, now + grace, over[0]]).fetchone()
     ready = end if waits is None else int(waits[0]) - 1
     if ready > mark:
         connection.execute("INSERT OR REPLACE INTO trial_read VALUES (?, ?, ?)", (trial, key, ready))

@@ -204,7 +204,6 @@ class _Batch:
     def _call(self, call: Call) -> None:
         unit, window = self._units.get(joined(call.unit)), self._trial.windows.get(None)
         if unit is None or window is None:
-            self._stray += 1
             return
         number, read = unit.number, self._marks.get(joined(None), 0)
         if not self._trial.takes(number, read, unit.at, call.at, window, number in self._called):

@@ -45,7 +45,6 @@ from dspy_prod.stores.trial_terms import (
     Trial,
     check_state,
     check_windows,
-    ready_before,
 )
 
 _CREATE: Final = (
@@ -81,6 +80,10 @@ class KeptTrials:
 
     def __init__(self, mailbox: Mailbox, reader: Reader, now: Callable[[], float]) -> None:
         self.now = now
+        self.begin(mailbox, reader)
+
+    def begin(self, mailbox: Mailbox, reader: Reader) -> None:
+        """Go by these. Experiments keep this object for as long as they live, so it serves a forked child as well."""
         self._mailbox = mailbox
         self._reader = reader
         self._path = mailbox.writer.tables.path
@@ -169,7 +172,7 @@ class KeptTrials:
 
         def move(connection: sqlite3.Connection, ns: int, now: float) -> int:
             id = id_of(connection, ns, name)
-            advance(connection, id, metric, window, ready_before(now, window, grace), most)
+            advance(connection, id, metric, window, grace, now, most)
             return id
 
         # The mark is moved inside a transaction, so that whatever is written before or after it agrees with it.
