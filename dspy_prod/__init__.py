@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         UnusableAnswerError,
     )
     from dspy_prod.experiments.experiment import Experiment
+    from dspy_prod.experiments.judging import Judge
     from dspy_prod.experiments.scorecard import Scorecard
     from dspy_prod.lm.lm import LM
     from dspy_prod.lm.wrapping import wrap
@@ -51,6 +52,7 @@ __getattr__, __dir__ = door(
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
         "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
         "experiments.experiment": "Experiment",
+        "experiments.judging": "Judge",
         "experiments.scorecard": "Scorecard",
         "lm": "LM wrap",
         "optimize.optimizer": "BudgetedOptimizer",
@@ -102,6 +104,7 @@ __all__ = [
     "Event",
     "Experiment",
     "Health",
+    "Judge",
     "Metric",
     "OptimizationReport",
     "OutageError",

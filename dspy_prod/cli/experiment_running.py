@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_prod.cli.printing import show
 from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.registry.errors import RegistryUnavailableError
 
 if TYPE_CHECKING:
     from dspy_prod.experiments.opened import Opened
+
+_log = logging.getLogger("dspy_prod")
 
 
 def running(opened: Opened, every: float, as_json: bool, line: Callable[[Opened], str]) -> int:
@@ -22,8 +26,7 @@ def running(opened: Opened, every: float, as_json: bool, line: Callable[[Opened]
     from dspy_prod.experiments.attending import attend, checked
 
     every = checked(every)
-    if opened.aliases is not None:
-        opened.aliases.check()
+    check_registry(opened)
     told: list[object] = []
 
     def looked() -> None:
@@ -45,6 +48,19 @@ def running(opened: Opened, every: float, as_json: bool, line: Callable[[Opened]
     if not as_json:
         show(f"{opened.name}: {'it is over.' if over else 'no longer looked at from here.'}")
     return 0
+
+
+def check_registry(opened: Opened) -> None:
+    """Refuse an MLflow store that has not the experiment's versions. One that is down keeps nobody from looking.
+
+    Raises:
+        UnknownVersionError: names the version, and the remedy.
+    """
+    if opened.aliases is not None:
+        try:
+            opened.aliases.check()
+        except RegistryUnavailableError as error:
+            _log.warning("Aliases of the experiment %s are moved when MLflow is back: %s", opened.name, error)
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dspy_prod.cli.experiment_running import check_registry
 from dspy_prod.cli.experiment_tables import listed, status
 from dspy_prod.cli.printing import print_json, show
 from dspy_prod.cli.reports import opened as opened_store
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 DIRECTORY: Final = Path(".dspy_prod") / "experiments"
 DONE, WORSE, OTHER, UNPROVEN, CONFLICT = 0, 1, 2, 3, 4
-_HTML: Final = '<!doctype html><meta charset="utf-8"><title>{}</title>{}'
 _CODES: Final = """exit codes:
   0  done, or there was nothing to do
   1  promote: the candidate is proven worse
@@ -51,6 +50,19 @@ def add_parser(commands: Any, where: Callable[[argparse.ArgumentParser], None]) 
         return made
 
     action("list", "all experiments", _list)
+    plan = action("plan", "how many users and days it takes to decide", _plan)
+    plan.add_argument(
+        "--users-per-day", type=float, required=True, metavar="N", help="new ones, of all variants together"
+    )
+    plan.add_argument(
+        "--baseline", action="append", default=[], metavar="METRIC=MEAN[,SD]",
+        help="control's mean, and standard deviation, of a metric; may be repeated",
+    )  # fmt: skip
+    plan.add_argument(
+        "--effect", action="append", default=[], metavar="METRIC=NUMBER",
+        help="by how much a candidate is hoped to be better on a success metric; may be repeated",
+    )  # fmt: skip
+    plan.add_argument("--power", type=float, default=0.8, help="probability of being done by then (default: 0.8)")
     looking = [
         action("status", "how it stands: stage, users, evidence, and what was decided", _status),
         action("report", "write the scorecard as a page", _report),
@@ -95,7 +107,35 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     opened = _opened(arguments)
-    return print_json(opened.to_dict()) if arguments.json else show(status(opened))
+    return print_json(opened.to_dict()) if arguments.json else show(*status(opened))
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from dspy_prod.registry.files import plain
+
+    baseline = {name: _numbers("--baseline", text, 2) for name, text in map(_pair, arguments.baseline)}
+    effects = {name: _numbers("--effect", text, 1)[0] for name, text in map(_pair, arguments.effect)}
+    found = _opened(arguments).plan(
+        arguments.users_per_day, baseline={name: (each[0], each[1]) if each[1:] else each[0] for name, each in
+                                           baseline.items()},
+        effect=effects, power=arguments.power,
+    )  # fmt: skip
+    return print_json(plain(found)) if arguments.json else show(found)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, _, numbers = text.rpartition("=")
+    return name, numbers
+
+
+def _numbers(option: str, text: str, most: int) -> list[float]:
+    try:
+        found = [float(each) for each in text.split(",")]
+    except ValueError:
+        found = []
+    if not 1 <= len(found) <= most:
+        raise ConfigError(f"{option}: {text!r} is no number; write it as {option} resolved=0.8")
+    return found
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -104,10 +144,7 @@ def _report(arguments: argparse.Namespace) -> int:
     card = opened.scorecard()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if hasattr(card, "to_html"):
-            card.to_html(path)
-        else:
-            path.write_text(_HTML.format(escape(card.name), status(opened).html()), encoding="utf-8")
+        card.to_html(path)
     except OSError as error:
         raise ConfigError(f"--out {path}: {error.strerror or error}") from error
     return print_json({"experiment": opened.name, "file": str(path)}) if arguments.json else show(f"Report: {path}")
@@ -115,8 +152,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _step(arguments: argparse.Namespace) -> int:
     opened = _opened(arguments)
-    if opened.aliases is not None:
-        opened.aliases.check()
+    check_registry(opened)
     looked = opened.controller.step() is not None
     if arguments.json:
         return print_json({**opened.to_dict(), "looked": looked})
@@ -183,9 +219,12 @@ def _opened(arguments: argparse.Namespace) -> Opened:
 
 def _line(opened: Opened) -> str:
     """How an experiment stands, in a line."""
+    from dspy_prod.experiments.aliases import ALIAS
+
     card = opened.scorecard()
-    last = opened.trials.decisions(opened.name)[-1:]
-    done = f" ({last[0].what} by {last[0].by})" if last and card.state in ("decided", "stopped", "paused") else ""
+    lines = [each for each in opened.trials.decisions(opened.name) if each.what != ALIAS]
+    ended = bool(lines) and card.state in ("decided", "stopped", "paused")
+    done = f" ({lines[-1].what} by {lines[-1].by})" if ended else ""
     serves = f", everybody gets {card.serves}" if card.serves else ""
     return f"{card.name}: {card.state}{done}, stage {card.stage}{serves}. {card.decision}: {card.reason}"
 

@@ -16,6 +16,29 @@ if TYPE_CHECKING:
     from dspy_prod.stores.base import Store
 
 
+def planned(
+    design: Design,
+    metrics: Sequence[Metric],
+    alpha: float,
+    users_per_day: float,
+    baseline: Mapping[str, float | tuple[float, float]] | None = None,
+    effect: float | Mapping[str, float] | None = None,
+    power: float = 0.8,
+) -> Plan:
+    """The plan of an experiment of this design; see `Beforehand.plan`."""
+    from dspy_prod.experiments.planning import plan
+
+    if not isinstance(users_per_day, int | float) or not users_per_day > 0:
+        raise ConfigError(f"plan: users_per_day={users_per_day!r} must be over 0: how many new ones come a day")
+    success = [each.name for each in metrics if each.role == "success"]
+    return plan(
+        metrics, units_per_day=users_per_day * (1.0 - design.holdout), baseline=baseline,
+        effects=effect if effect is None or isinstance(effect, Mapping) else dict.fromkeys(success, effect),
+        shares=dict(zip(design.variants, design.propensities(len(design.shares) - 1), strict=True)),
+        control=design.variants[0], alpha=alpha, power=power,
+    )  # fmt: skip
+
+
 class Beforehand:
     """The part of an `Experiment` that touches no traffic.
 
@@ -58,17 +81,8 @@ class Beforehand:
             print(exp.plan(users_per_day=800, baseline={"resolved": 0.80}, effect=0.05))
             ```
         """
-        from dspy_prod.experiments.planning import plan
-
-        if not isinstance(users_per_day, int | float) or not users_per_day > 0:
-            raise ConfigError(f"plan: users_per_day={users_per_day!r} must be over 0: how many new ones come a day")
-        (design, alpha, _), success = self._known(), [each.name for each in self.metrics if each.role == "success"]
-        return plan(
-            self.metrics, units_per_day=users_per_day * (1.0 - design.holdout), baseline=baseline,
-            effects=effect if effect is None or isinstance(effect, Mapping) else dict.fromkeys(success, effect),
-            shares=dict(zip(design.variants, design.propensities(len(design.shares) - 1), strict=True)),
-            control=design.variants[0], alpha=alpha, power=power,
-        )  # fmt: skip
+        design, alpha, _ = self._known()
+        return planned(design, self.metrics, alpha, users_per_day, baseline, effect, power)
 
     def evaluate(
         self,

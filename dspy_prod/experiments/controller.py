@@ -13,8 +13,9 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import inf
 from typing import Any, Final
 
 from dspy_prod.experiments.aliases import Aliases
@@ -22,9 +23,13 @@ from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration, source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
+from dspy_prod.experiments.feedback import Feedback
 from dspy_prod.experiments.history import History, Look
 from dspy_prod.experiments.pairs import SUFFIX, Pairs
+from dspy_prod.experiments.sample import Sample, spent_at
 from dspy_prod.experiments.shadow import pairs_of
+from dspy_prod.experiments.spread import Spread
+from dspy_prod.experiments.variants_in_mlflow import VariantsInMlflow
 from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.runtime.forking import reset_after_fork
@@ -45,8 +50,11 @@ class Controller:
         name: the experiment's. trials: the store's. design: who gets what. metrics: what is compared.
         rollout: the stages; None: a fixed split. aliases: moves those of the registry; None where no variant has one.
         hold: whether a sample ratio that is off pauses the experiment; else everybody gets control.
+        sample: whom judges look at; nobody else counts for their metrics.
+        tracking_uri: the MLflow whose feedback counts while tracking is off; None: none does, then.
 
     Attributes:
+        page: makes the scorecard as a page, which MLflow keeps when the experiment ends; None: no page.
         over: as of its last look, there is nothing left to do: it was stopped or removed, or what was decided is done.
     """
 
@@ -60,15 +68,22 @@ class Controller:
         rollout: Rollout | None,
         aliases: Aliases | None,
         hold: bool = True,
+        sample: Sample | None = None,
+        tracking_uri: str | None = None,
     ) -> None:
         self.name = name
         self._trials, self._design, self._metrics, self.alpha = trials, design, tuple(metrics), alpha
         self._rollout, self._aliases, self._hold = rollout, aliases, hold
+        self._sample = sample or Sample("", {})
+        self._in_mlflow = VariantsInMlflow(name, trials, design.variants)
+        self._feedback = Feedback(name, trials, self._metrics, self._sample.shares, tracking_uri)
+        self._spread = Spread()
         # Also without metrics of calls: it is from them that exposures are read, for the sample ratio.
         self._sources: dict[str | None, list[Metric]] = defaultdict(list, {None: []})
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
         self.over = False
+        self.page: Callable[[], str] | None = None
         self._evidence: Evidence | None = None
         self._history = self._blank()
         self._pairs: Pairs | None = None
@@ -98,9 +113,20 @@ class Controller:
             self.over = trial is not None and trial.state in (words.STOPPED, words.DECIDED)
             if trial is not None and self._aliases is not None:
                 self.over &= self._aliases.follow(trial, self._trials.decisions(self.name))
+            if trial is not None:
+                self._tell(trial, decision)
             return decision
         finally:
             self._trials.release(f"experiment/{self.name}", self._me)
+
+    def _tell(self, trial: Trial, decision: Decision) -> None:
+        """Tell MLflow how it stands, and take in what people say there, for the next look."""
+        if self._evidence is not None:
+            share = None if self._rollout is None else self._rollout.stages[trial.stage]
+            stage = "split" if share is None else share if isinstance(share, str) else f"{100 * share:g} %"
+            self._in_mlflow.look(trial, stage, decision, self._evidence, self._spread, self.page)
+        if trial.state in (words.RUNNING, words.PAUSED):
+            self._feedback.look(trial)
 
     def read(self) -> Decision:
         """Take in what has come since, save how far that is, and say what it means."""
@@ -120,7 +146,7 @@ class Controller:
         if new:
             pairs = None if self._pairs is None else self._pairs.state()
             told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
-            state = json.dumps({"read": self._read, **told})
+            state = json.dumps({"read": self._read, **told, "spread": self._spread.state()})
             if self._trials.save(self.name, state, self._revision):
                 self._revision += 1
             else:  # somebody else has looked meanwhile: what he read is as good
@@ -143,6 +169,7 @@ class Controller:
         if self._evidence is not None and revision == self._revision:
             return self._evidence
         self._read, self._revision, self._history = {}, revision, self._blank()
+        self._spread = Spread()
         evidence = None
         if self._rollout is not None and self._rollout.shadow:
             self._pairs = Pairs(self._metrics, self._design.variants[1:])
@@ -153,6 +180,7 @@ class Controller:
                 if self._pairs is not None and state["pairs"] is not None:
                     self._pairs.restore(state["pairs"])
                 self._read, self._history = state["read"], self._blank(state.get("history"))
+                self._spread = Spread.restored(state.get("spread", {}))
             except ValueError as error:  # of another release: what is stored is read again from the start
                 _log.warning("The experiment %s is read anew: %s", self.name, error)
         if evidence is None:
@@ -165,6 +193,8 @@ class Controller:
         """Whether there was anything new."""
         place, after = source or "", self._read.get(source or "", 0)
         first = after
+        judged = source in self._sample.shares
+        ends = spent_at(place, self._trials.decisions(self.name)) if judged else inf
         while units := self._trials.matured(self.name, source, after):
             for unit in units:
                 exposure = self._exposure(unit)
@@ -172,7 +202,11 @@ class Controller:
                     evidence.exposed(exposure)
                     if unit.mixed:
                         evidence.crossed()
-                for metric in () if unit.mixed else metrics:
+                drawn = not judged or (unit.at < ends and self._sample.takes(place, unit.unit))
+                left_out = unit.mixed or not drawn
+                if source is None and not left_out and unit.calls.timed:
+                    self._spread.see(unit.arm, unit.calls.latency / unit.calls.timed)
+                for metric in () if left_out else metrics:
                     evidence.matured(metric.name, exposure, value_of(metric, unit))
                     self._history.see(evidence, metric.name, unit.number, unit.at)
             after = self._read[place] = units[-1].number

@@ -34,6 +34,7 @@ class Declaration:
         unit: `"user"`, `"session"` or `"tenant"`. holdout: share of the units that no experiment may use.
         overrides: arms of units that are not left to chance. elsewhere: whether `assign=` decides.
         alpha: how probable a wrong decision may be.
+        judged: share of the units that a judge looks at, by metric.
         hold: whether a sample ratio that is off pauses it; else everybody gets control.
         registry: the MLflow store with the versions; None without any, or where its address holds a password.
         serves: the variant that everybody gets once it is decided; None while units are assigned.
@@ -50,6 +51,7 @@ class Declaration:
     overrides: Mapping[str, str] = field(default_factory=dict)
     elsewhere: bool = False
     alpha: float = 0.05
+    judged: Mapping[str, float] = field(default_factory=dict)
     hold: bool = True
     registry: str | None = None
     pinned: Mapping[str, str] = field(default_factory=dict)

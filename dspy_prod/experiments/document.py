@@ -73,6 +73,8 @@ def document(card: Facts) -> str:
 
 def _sections(card: Facts) -> Iterator[str]:
     yield _verdict(card)
+    if card.url is not None:
+        yield f'<p class="note"><a href="{escape(card.url)}">The variants side by side in MLflow</a></p>'
     yield "<h2>Differences</h2>"
     yield _note(
         "Dot: the difference so far. Line: 95 % interval at all looks together, shown from 100 users a variant on. "

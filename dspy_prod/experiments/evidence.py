@@ -178,6 +178,13 @@ class Evidence:
         """Of a variant, whose outcome counts."""
         return sum(arms[arm].count for arms in self._sums[metric].values() if arm in arms)
 
+    def mean(self, metric: str, arm: str) -> float | None:
+        """Of a variant's outcomes; None while there are none. Candidates are compared by `interval`: where outcomes
+        drift during a ramp, plain means differ for that alone."""
+        found = [arms[arm] for arms in self._sums[metric].values() if arm in arms and arms[arm].count]
+        units = sum(each.count for each in found)
+        return sum(each.mean * each.count for each in found) / units if units else None
+
     def interval(self, metric: str, candidate: str) -> Interval | None:
         """Of the difference between a candidate and control, to look at; None before there are two units of each."""
         stages = [

@@ -22,12 +22,15 @@ from dspy_prod.experiments.beforehand import Beforehand
 from dspy_prod.experiments.declaration import BUILT_IN, Declaration, registry_of, source_of
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.exposing import Exposing
+from dspy_prod.experiments.judging import Judge, Judges, checked_judges
 from dspy_prod.experiments.opened import Opened, stage_of
 from dspy_prod.experiments.operating import promote, put, remove
 from dspy_prod.experiments.pairs import SUFFIX
+from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.scorecard import Scorecard
 from dspy_prod.experiments.shadow import Shadow, refuse_side_effects
 from dspy_prod.experiments.standing import REFRESH, Standing
+from dspy_prod.experiments.traced import Traced, assessed, shown_as
 from dspy_prod.experiments.turn import Turn
 from dspy_prod.experiments.variants import Variant, resolved
 from dspy_prod.options.experiments import Rollout
@@ -37,6 +40,7 @@ from dspy_prod.privacy.unshown import unshown
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
 from dspy_prod.stores.trials import Outcome, Trials
+from dspy_prod.tracking.variant_runs import variant_runs
 
 if TYPE_CHECKING:
     from dspy_prod.experiments.offline import OfflineReport
@@ -57,6 +61,9 @@ class _Works:
     standing: Standing
     opened: Opened
     shadow: Shadow | None
+    judges: Judges | None
+    sample: Sample
+    traced: Traced
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Works:
         return self
@@ -77,6 +84,7 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
             programs, or LMs. Control is the one of that name, else the first.
         metrics: what they are compared by, beside the guardrails that calls tell by themselves: `error_rate`,
             `fallback_rate`, `cost` and `latency`, of which one of the same name takes the place.
+        judges: by metric, who scores a sample of the answers for it, see `Judge`.
         guardrails: those; `()` for none.
         rollout: stages in which candidates get more and more of the traffic. Without one the experiment runs at once,
             by `weights`.
@@ -121,6 +129,7 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
         metrics: Sequence[Metric] = (),
         *,
         guardrails: Sequence[Metric] | None = None,
+        judges: Mapping[str, Judge] | None = None,
         rollout: Rollout | None = None,
         unit: Unit = "user",
         weights: Mapping[str, float] | None = None,
@@ -146,6 +155,7 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
             raise ConfigError(f"{where}: on_sample_ratio={on_sample_ratio!r}: use 'hold' or 'rollback'")
         self.name = name
         self.metrics = _measured(where, metrics, guardrails)
+        judging = checked_judges(where, judges, self.metrics)
         self._unit: Unit = unit
         self._tracking_uri = tracking_uri = unshown(tracking_uri)
         opened = open_store(store or default_store_url(), default_namespace(namespace))
@@ -159,6 +169,7 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
             found, self.metrics, unit=unit, weights=_weighed(where, names, weights),
             rollout=None if rollout is None else rollout.model_dump(mode="json"), holdout=holdout,
             overrides=overrides, elsewhere=assign is not None, alpha=alpha,
+            judged={metric: each.share for metric, each in judging.items()},
             hold=on_sample_ratio == "hold", registry=registry_of(found, tracking_uri),
         )  # fmt: skip
         windows = declared.windows(self.metrics)
@@ -186,10 +197,14 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
         self.rollout = rollout
         exposing = Exposing(name, design, trials)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
+        sample = Sample.of(stored)
+        variant_runs(name, stored.salt, names)
         self._works = _Works(
             opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
             Opened(opened, name, tracking_uri),
             None if rollout is None or not rollout.shadow else Shadow(name, opened, found[1:], rollout),
+            Judges(name, opened, judging, self.metrics, sample, assessed) if judging else None,
+            sample, Traced(name, opened),
         )  # fmt: skip
         self._attending: Attending | None = None
         if rollout is None:
@@ -209,7 +224,7 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
             with turn:
                 return turn.answered(turn.variant.program(*args, **kwargs))
         finally:
-            self._shadow(turn, args, kwargs)
+            self._after(turn, args, kwargs)
 
     async def aforward(self, *args: Any, **kwargs: Any) -> Any:
         """Asynchronous `forward`; called through `await exp.acall(...)`."""
@@ -218,7 +233,7 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
             with turn:
                 return turn.answered(await turn.variant.program.acall(*args, **kwargs))
         finally:
-            self._shadow(turn, args, kwargs)
+            self._after(turn, args, kwargs)
 
     def assign(self, unit: str) -> str:
         """The variant of a unit, as it is now. It counts as no exposure."""
@@ -253,9 +268,13 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
         """Whether a call counts for its unit: it is exposed now, or may have been before its candidate was full."""
         return got.random or got.how == KEPT or (self._calls_last and got.full != 0 and got.how in (HASH, ELSEWHERE))
 
-    def _shadow(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """In a shadow stage, have the candidates asked once more, unseen."""
-        shadow = self._works.shadow
+    def _after(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have an answer judged, perhaps; and in a shadow stage, have the candidates asked once more, unseen."""
+        shadow, judges, counted = self._works.shadow, self._works.judges, turn.counted
+        if counted is not None and counted[2] is not None:
+            self._works.traced.see(counted[2], counted[0])
+        if judges is not None and counted is not None and not turn.failed:
+            judges.offer(*counted, args, kwargs, turn.prediction)
         if shadow is not None and turn.shadowed:
             shadow.offer(args, kwargs, turn.outcome, current())
 
@@ -267,32 +286,66 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
         return self._works.standing.serves
 
     # -- what becomes of units -----------------------------------------------------------------------------------------
-    def record(self, unit: str, *, at: float | None = None, id: str | None = None, **values: float) -> None:
-        """Tell what became of a unit: now, or as long after as the metric's window is. Never waits for the store.
+    def record(
+        self,
+        unit: str | None = None,
+        *,
+        trace: str | None = None,
+        at: float | None = None,
+        id: str | None = None,
+        **values: float,
+    ) -> None:
+        """Tell what became of a unit, or of one call of it: now, or as long after as the metric's window is.
+
+        Of a unit it never waits for the store. Of a trace it reads the ledger, unless the call was made here lately;
+        and while tracking is on, the trace shows it in MLflow as feedback: a boolean, or an `int` of a score between 0
+        and 1, as right or wrong, else a number.
 
         Args:
-            unit: as in `call_context`. at: when, in seconds since the epoch; default: now.
+            unit: as in `call_context`. trace: or the id of the trace of a call of it, as `call_report` and MLflow
+                have it; each trace of a unit is a value of its own.
+            at: when, in seconds since the epoch; default: now.
             id: what it is the value of, as an answer's; said again under the same id it is a correction. Values of
-                several ids are averaged. None: of the unit as a whole.
+                several ids are averaged. None: the trace, else the unit as a whole.
             values: by metric.
 
         Raises:
-            ConfigError: there is no such metric, calls tell it, or it cannot have this value.
+            ConfigError: there is no such metric, calls or a judge tell it, or it cannot have this value; both a unit
+                and a trace are named, or none; the ledger has no call of this experiment with that trace.
+            StoreUnavailableError: the ledger cannot be read.
+
+        Example:
+            ```python
+            report = dspy_prod.call_report(exp(message="I was charged twice."))
+            exp.record(trace=report.trace_id, resolved=True)
+            ```
         """
-        for what, given in (("unit", unit), ("id", "" if id is None else id)):
-            if not isinstance(given, str):
+        if (unit is None) == (trace is None):
+            raise ConfigError(f"Experiment({self.name!r}).record: say whose values they are, by a unit or by trace=")
+        for what, given in (("unit", unit), ("trace", trace), ("id", id)):
+            if given is not None and not isinstance(given, str):
                 raise ConfigError(f"Experiment({self.name!r}).record: {what}={given!r} must be text, as str({given!r})")
         if at is not None and (isinstance(at, bool) or not isinstance(at, int | float) or not isfinite(at)):
             raise ConfigError(f"Experiment({self.name!r}).record: at={at!r} must be seconds since the epoch")
-        known = {metric.name: metric for metric in self.metrics if source_of(metric) is not None}
+        checked = self._checked(values)
+        if trace is not None:
+            unit, id = self._works.traced.unit_of(trace, self._unit), id or trace
+        assert unit is not None
+        whose = claimed(unit) if trace is None else unit
+        moment = self._works.trials.now() if at is None else at
+        for metric, value in checked.items():
+            self._works.trials.outcome(Outcome(self.name, whose, metric, value, moment, id))
+            if trace is not None:
+                assessed(trace, metric, shown_as(values[metric], value), "code", None)
+
+    def _checked(self, values: Mapping[str, float]) -> dict[str, float]:
+        judged = self._works.sample.shares
+        known = {each.name: each for each in self.metrics if source_of(each) is not None and each.name not in judged}
         checked = {}
         for metric, value in values.items():
             if metric not in known:
-                own = (
-                    ", which calls tell by themselves: leave it out or give it another name"
-                    if metric in BUILT_IN
-                    else ""
-                )
+                own = ", which calls tell by themselves: leave it out or give it another name"
+                own = own if metric in BUILT_IN else ", for its judge tells it" if metric in judged else ""
                 raise ConfigError(
                     f"Experiment({self.name!r}).record: {metric!r} is no metric of it{own}; it has "
                     f"{', '.join(known) or 'none'}"
@@ -301,9 +354,7 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
                 checked[metric] = known[metric].checked(value)
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"Experiment({self.name!r}).record: {metric}={value!r}: {error}") from None
-        moment = self._works.trials.now() if at is None else at
-        for metric, value in checked.items():
-            self._works.trials.outcome(Outcome(self.name, claimed(unit), metric, value, moment, id))
+        return checked
 
     # -- the rollout ---------------------------------------------------------------------------------------------------
     @property
@@ -370,7 +421,9 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
     def step(self) -> Scorecard:
         """One look of the controller: take in what has come, decide, act; as `scorecard()`.
 
-        Call it now and then, from one place or from many, as a cron job does; or `start(auto=True)`.
+        Call it now and then, from one place or from many, as a cron job does; or `start(auto=True)`. While tracking is
+        on, or `tracking_uri` is given, it also reads feedback from MLflow, for the next look: for five seconds at most
+        in the first look of a process, then for half a second every ten seconds.
 
         Raises:
             StoreUnavailableError: the store cannot be read or written; look again later.

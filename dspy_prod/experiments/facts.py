@@ -54,6 +54,9 @@ class Facts:
         declared: the metrics, as they were declared.
         stages: users by stage. audit: what was decided, oldest first.
         history: how the evidence grew, a few points of each metric and candidate, oldest first.
+        url: MLflow's page that compares the winner, else the first candidate, with control: what is said of their
+            traces, costs and latencies. None while tracking has told of none. Where MLflow is a database, it is the
+            page of an `mlflow server` on this machine.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Facts:
     stages: tuple[StageUsers, ...] = ()
     audit: tuple[Event, ...] = ()
     history: tuple[Look, ...] = ()
+    url: str | None = None
 
     @property
     def control(self) -> str:

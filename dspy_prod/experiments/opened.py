@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.aliases import Aliases, pinned
 from dspy_prod.experiments.assignment import Design
+from dspy_prod.experiments.beforehand import planned
 from dspy_prod.experiments.controller import Controller
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.pairs import SUFFIX
+from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.scorecard import Scorecard, scorecard
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.trials import Trial
+
+if TYPE_CHECKING:
+    from dspy_prod.experiments.planning import Plan
 
 MOST_NAMES = 10
 """Names that an error tells."""
@@ -50,6 +56,7 @@ class Opened:
 
     def __init__(self, store: Store, name: str, tracking_uri: str | None = None) -> None:
         self.name, self.namespace, self.trials = name, store.namespace, store.trials
+        self._tracking_uri = tracking_uri
         self.declaration: Any = None
         text = self.trial().declaration
         try:
@@ -73,10 +80,12 @@ class Opened:
     def controller(self) -> Controller:
         """Looks at it."""
         declaration = self.declaration
-        return Controller(
+        controller = Controller(
             self.name, self.trials, self.design, self.metrics, declaration.alpha, self.rollout, self.aliases,
-            declaration.hold,
+            declaration.hold, Sample.of(declaration), self._tracking_uri or declaration.registry,
         )  # fmt: skip
+        controller.page = self.page
+        return controller
 
     @property
     def control(self) -> str:
@@ -109,6 +118,23 @@ class Opened:
             metrics=self.metrics, stages=[stage_of(self.rollout, place) for place in range(len(self.design.shares))],
             audit=self.trials.decisions(self.name), history=self.controller.history(),
         )  # fmt: skip
+
+    def page(self) -> str:
+        """The scorecard as a page of its own; raises as `Opened`."""
+        from dspy_prod.experiments.document import document
+
+        return document(self.scorecard())
+
+    def plan(
+        self,
+        users_per_day: float,
+        *,
+        baseline: Mapping[str, float | tuple[float, float]] | None = None,
+        effect: float | Mapping[str, float] | None = None,
+        power: float = 0.8,
+    ) -> Plan:
+        """How many users and days it takes to decide; as `Experiment.plan`."""
+        return planned(self.design, self.metrics, self.declaration.alpha, users_per_day, baseline, effect, power)
 
     def to_dict(self) -> dict[str, Any]:
         """The scorecard, what is compared, and the audit, as JSON has them; raises as `Opened`."""

@@ -6,6 +6,7 @@ Each is one compare-and-set in the store, with its line in the audit: who, and w
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -17,6 +18,7 @@ from dspy_prod.experiments.opened import Opened
 from dspy_prod.experiments.pairs import SUFFIX
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Trial, Trials
+from dspy_prod.telemetry.events import BUS
 
 OPERATOR: Final = "operator"
 """Who did something, where it is not said."""
@@ -49,6 +51,7 @@ def put(trials: Trials, name: str, what: str, reason: str | None = None, by: str
             return None
         changed = trials.change(name, trial.revision, state=after, decision=line)
         if changed is not None:
+            _tell(what, changed, reason or BY_HAND)
             return changed
 
 
@@ -107,6 +110,7 @@ def promote(
             decision=words.Decision("promote", by or OPERATOR, json.dumps(evidence, default=str)),
         )  # fmt: skip
         if changed is not None:
+            _tell("promote", changed, told, chosen)
             trial = changed
             break
     if opened.aliases is not None:
@@ -134,6 +138,15 @@ def remove(trials: Trials, name: str, *, force: bool = False) -> None:
     trials.remove(name + SUFFIX)  # else its pairs would speak of the candidates of the next one of this name
 
 
+def _tell(what: str, trial: Trial, reason: str, variant: str | None = None) -> None:
+    """Let listeners know, as a controller does."""
+    if BUS.active:
+        name = "experiment_alarm" if what in ("pause", "stop") else "experiment_moved"
+        BUS.emit(
+            name, time.time(), experiment=trial.name, what=what, reason=reason, stage=trial.stage, variant=variant
+        )  # fmt: skip
+
+
 def _check_same(name: str, serves: str | None, variant: str | None, control: str) -> None:
     if serves is None or serves == control or (variant is not None and serves != variant):
         raise ConfigError(
@@ -156,7 +169,7 @@ def _checked(name: str, decision: Decision, chosen: str | None, force: bool) -> 
     result: Result = "fail" if worse else "inconclusive"
     reason = decision.reason if about is None or not believed else about.reason
     checks: tuple[Any, ...] = () if about is None else tuple(Check(*each) for each in _said(about))
-    remedy = "" if worse else "; a person may overrule it with variant=, force=True and a reason"
+    remedy = "" if worse else "; a person may overrule it: force (--force), with the variant and a reason"
     raise PromotionRefusedError(
         f"the experiment {name!r} promotes {'nobody' if chosen is None else repr(chosen)}: {reason}{remedy}",
         GateReport(result, checks),

@@ -109,6 +109,8 @@ def _outcome(card: Facts) -> Table:
     ]
     if card.hurt:
         rows.append(("users hurt", Cell(f"{card.hurt:,}", "bad", ("they got a candidate that was rolled back",))))
+    if card.url is not None:
+        rows.append(("in MLflow", card.url))
     rows += [("beware" if not place else "", Cell(each, "warn")) for place, each in enumerate(card.warnings)]
     return Table(f"Experiment {card.name}", ("", ""), rows)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.facts import Event, Facts, StageUsers
 from dspy_prod.experiments.history import Look
+from dspy_prod.experiments.variants_in_mlflow import address, tracked
 from dspy_prod.options.metrics import Metric
 from dspy_prod.stores.trials import Arm, Tally, Trial
 from dspy_prod.stores.trials import Decision as Line
@@ -169,6 +170,7 @@ def scorecard(
         unkept=tally.unkept, serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
         stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),
         audit=tuple([Event(each.at, each.what, each.by, _reason(each)) for each in audit]), history=tuple(history),
+        url=address(tracked(audit), variants, decision.winner or serves),
     )  # fmt: skip
 
 

@@ -24,19 +24,14 @@ class Turn:
         variant: what answers. place: who calls, and how it came by the variant; None: for nobody, and nothing is said
             of the experiment. trials: where the call is told; None for one that counts for nothing.
         outer: the context in force.
+
+    Attributes:
+        prediction: what was answered, once it was.
     """
 
     __slots__ = (
-        "_at",
-        "_began",
-        "_ended",
-        "_failed",
-        "_fell_back",
-        "_place",
-        "_records",
-        "_scope",
-        "_trials",
-        "variant",
+        *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
+        *("prediction", "variant"),
     )
 
     def __init__(self, variant: Variant, place: Assignment | None, trials: Trials | None, outer: CallContext) -> None:
@@ -47,6 +42,8 @@ class Turn:
         self._scope = use(inner._replace(records=self._records))
         self._fell_back = self._failed = self._ended = False
         self._at = self._began = 0.0
+        self._trace = outer.trace_id
+        self.prediction: Any = None
 
     def __enter__(self) -> Turn:
         self._at = 0.0 if self._trials is None else self._trials.now()
@@ -57,6 +54,8 @@ class Turn:
     def answered(self, result: Any) -> Any:
         """See whether the variant or its fallback has answered."""
         report = report_of(result)
+        self.prediction = result
+        self._trace = self._trace if report is None else report.trace_id or self._trace
         self._fell_back = report is not None and report.status == "fallback"
         return result
 
@@ -81,6 +80,19 @@ class Turn:
         """How it was answered, once it is over."""
         usd = sum([each.list_nano or 0 for each in self._records]) / NANO
         return Answered(self._failed, self._fell_back, usd)
+
+    @property
+    def counted(self) -> tuple[str, float, str | None] | None:
+        """(unit, when it called, its trace's id if it has one) of a call that counts, once it is over; else None."""
+        if self._trials is None or self._place is None or self._place.unit is None:
+            return None
+        trace = self._trace or next((each.trace_id for each in self._records if each.trace_id), None)
+        return self._place.unit, self._at, trace
+
+    @property
+    def failed(self) -> bool:
+        """Whether it raised, or was abandoned."""
+        return self._failed or not self._ended
 
     def _tell(self, trials: Trials, place: Assignment) -> None:
         """Post what the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from dspy_prod.context.assignments import Assignment
 from dspy_prod.tracking.endings import NOTHING_YET, Answer
 from dspy_prod.tracking.spans import Span
 
@@ -59,6 +60,8 @@ class Trace:
     whose: dict[str, Any] = field(default_factory=dict)  # of its attempts
     place: str | None = None
     run: tuple[str, str] | None = None  # its trace's id, and the run's
+    places: dict[Assignment, bool] = field(default_factory=dict)  # in experiments: whether it is linked by that one yet
+    id: str | None = None  # `tr-...`
     sample: float | None = None  # share of its like that is kept, where its context says so
 
 

@@ -104,7 +104,15 @@ class Courier:
             if self._ended:
                 self.messages.lose(1, "tracking is off")
             else:
-                self.post(self.messages.told, message)
+                self.post(self._told, message)
+
+    def _told(self, message: dict[str, Any]) -> None:
+        """Feedback on traces that sampling has left out goes nowhere: looking for them would take minutes."""
+        about = message.get("feedback")
+        if about and all(self.traces.left_out(one["trace"]) for one in about):
+            self.messages.left_out()
+        else:
+            self.messages.told(message)
 
     def begin(self) -> None:
         """Start the exporter process before there is anything to write: it takes seconds to be ready."""
@@ -212,6 +220,9 @@ class Courier:
         """Put what is to be written into the outbox, messages after the traces that they may be about."""
         now = time.monotonic()
         self.delivery.outbox += self.traces.ready(now, **how)
+        for message in self.traces.links.taken():
+            if self.messages.admits():
+                self.messages.told(message)
         self.delivery.outbox += self.messages.ready(now, self.traces.number, how.get("at_once", False))
 
     @property

@@ -90,8 +90,11 @@ class Loop(Reader):
                 later.append(place)
             elif failed is not None:
                 refused[place], failing = failed[0], None if failed[1] else failed[0]
-        new, records.new = records.new, {}
-        self._settled(batch, 0, failing=failing, result={"ids": new, "refused": refused, "later": later})
+        (new, records.new), (answers, records.replies) = (records.new, {}), (records.replies, {})
+        result = {"ids": new, "refused": refused, "later": later, "answers": answers}
+        if new:
+            result["experiment"] = records.open()
+        self._settled(batch, 0, failing=failing, result=result)
 
     def _traces(self, batches: list[dict[str, Any]]) -> None:
         failed = self._insist(lambda: self._write(batches), self._sink.answers)

@@ -34,7 +34,8 @@ class Messages:
         content: how texts are shown.
 
     Attributes:
-        ids: MLflow's id of each run that it has told of, by its key.
+        ids: MLflow's id of each run that it has told of, by its key; experiment: that of the experiment they are in.
+        answers: to messages that asked something, by their `ask`; None: MLflow refused. Whoever asked takes them out.
         lost: messages that were left out, or that MLflow refused; `refusal`: why, of the last one.
     """
 
@@ -45,6 +46,8 @@ class Messages:
     def clear(self) -> None:
         """Forget everything."""
         self.ids: dict[str, str] = {}
+        self.experiment: str | None = None
+        self.answers: dict[str, Any] = {}
         self.lost = 0
         self.refusal: str | None = None
         self._told = self._done = 0
@@ -79,6 +82,10 @@ class Messages:
                 self.lost += count
                 self.refusal = why
 
+    def left_out(self) -> None:
+        """One that was told needs not be sent."""
+        self._done += 1
+
     def told(self, message: Message) -> None:
         """One more is to be sent."""
         if not self._queue:
@@ -108,8 +115,12 @@ class Messages:
         told = result or {}
         later, refused = set(told.get("later", ())), dict(told.get("refused", {}))
         self.ids.update(told.get("ids", {}))
+        self.experiment = told.get("experiment", self.experiment)
+        self.answers.update(told.get("answers", {}))
         for place, message in enumerate(batch.messages):
             if result is None or str(place) in refused:
+                if "ask" in message:
+                    self.answers[message["ask"]] = None
                 self.lose(1, outward(str(refused.get(str(place), why))))
             elif place in later:
                 self._postpone(message)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from dspy_prod.tracking.assessments import OURS as FEEDBACK
+from dspy_prod.tracking.assessments import assessments
 from dspy_prod.tracking.exporting import status_of
 from dspy_prod.tracking.sink import Sink
 
@@ -16,8 +18,6 @@ KEY: Final = "dspy_prod.key"
 """The tag by which a run is found again."""
 BEFORE: Final = "dspy_prod.before"
 """The tag with what a run had come to before it was continued."""
-FEEDBACK: Final = "dspy_prod.feedback"
-"""Metadata of feedback, by which it is found again."""
 _MOST_LINKS: Final = 100
 _PARENT: Final = "mlflow.parentRunId"
 _TABLES: Final = "mlflow.loggedArtifacts"
@@ -47,6 +47,7 @@ class Records:
         self._opened: Any = None
         self.ids = dict(ids)
         self.new: dict[str, str] = {}
+        self.replies: dict[str, Any] = {}  # to what was asked
         self._search = bool(ids)  # another process may have made some that it could not tell of
         self._params: dict[str, set[str]] = {}
         self._before: dict[str, dict[str, float]] = {}
@@ -68,6 +69,8 @@ class Records:
                 self._write(message)
             for one in message.get("feedback", ()):
                 self._assess(one, bool(message.get("again")))
+            if "assessments" in message:
+                self.replies[message["ask"]] = assessments(self._client(), self.open(), message["assessments"])
         except Exception:
             self._search = True  # a run that is not known may be there all the same
             self._unsure.update(one["id"] for one in message.get("feedback", ()))

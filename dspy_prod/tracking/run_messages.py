@@ -180,9 +180,13 @@ class TrackedRun:
         told = [self._tell(links=ids[at : at + _LINKS]) for at in range(0, len(ids), _LINKS)]
         return all(told)
 
-    def end(self, status: Status = "FINISHED") -> bool:
-        """It has ended; `RunMessages.open` goes on with it."""
-        return self._tell(status=status, end=time.time_ns() // 1_000_000)
+    def end(self, status: Status = "FINISHED", *, at: float | None = None) -> bool:
+        """It has ended; `RunMessages.open` goes on with it.
+
+        Args:
+            at: when, in seconds since the epoch; default: now.
+        """
+        return self._tell(status=status, end=round((time.time() if at is None else at) * 1000))
 
     def _tell(self, **told: Any) -> bool:
         above = {} if self.parent is None else {"parent": self.parent}

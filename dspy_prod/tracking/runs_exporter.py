@@ -14,7 +14,8 @@ message is about one run, and makes it when there is none with its key yet:
 - `open`: the run goes on if it had ended; `shared`: other processes may tell of the run by the same key.
 
 A message without `run` is about no run: `feedback`: `{"id", "trace", "name", "value", "source", "who", "rationale",
-"metadata", "at"}` each. Those three are for what the exporter of traces writes too, see `messages`.
+"metadata", "at"}` each; or `assessments`, see there, which is answered under `ask`. Those four are for what the
+exporter of traces writes too, see `messages`.
 
 It answers `{"batch": n, "lost": 0 or 1, "ids": {key: id}}` for each, and `{"failing": why}` while MLflow cannot be
 reached.

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from dspy_prod.context.assignments import Assignment, outer_tags
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.records import CallRecord
 from dspy_prod.telemetry.tap import Way
@@ -39,6 +40,7 @@ from dspy_prod.tracking.spans import (
     trace_attributes,
     whose,
 )
+from dspy_prod.tracking.variant_runs import Links
 
 _log = logging.getLogger("dspy_prod")
 
@@ -60,6 +62,7 @@ class Traces:
     Attributes:
         sampled_out: traces that were left out so far.
         last_batch: number of the newest batch.
+        links: of the traces in batches to the runs of variants.
     """
 
     def __init__(self, content: Content, sampler: Sampler, bridged: bool = False) -> None:
@@ -79,6 +82,7 @@ class Traces:
         self._shipped: OrderedDict[str, Trace | None] = OrderedDict()  # None: left out
         self._ended: list[Trace] = []
         self._since = 0.0
+        self.links = Links()
 
     @property
     def pending(self) -> bool:
@@ -99,7 +103,15 @@ class Traces:
         if not self._ended or not (at_once or len(self._ended) >= BATCH or now - self._since >= LINGER):
             return []
         ended, self._ended = self._ended, []
+        for trace in ended:
+            if trace.places and trace.id is not None:
+                self.links.add(trace.id, trace.places)
         return [batch_of(self.number(), ended[start : start + BATCH]) for start in range(0, len(ended), BATCH)]
+
+    def left_out(self, trace_id: str) -> bool:
+        """Whether sampling is known to have left a trace out, by `tr-...`."""
+        digits = trace_id.removeprefix("tr-")
+        return digits in self._shipped and self._shipped[digits] is None
 
     def number(self) -> int:
         """The number of a new batch."""
@@ -128,6 +140,7 @@ class Traces:
         trace.whose.update(whose(record))
         trace.answer = trace.answer.after(record)
         trace.sample = node.context.sample
+        self._belongs(trace, node)
         if node.trace_id in self._shipped:  # it had ended before
             self._total(trace)
             self._queue(trace)
@@ -153,11 +166,15 @@ class Traces:
         outputs = self._rendered(lambda: self.content.shown(node.outputs))
         if told.get("status") == "fallback":
             outputs = _filled(outputs)
+        self._belongs(trace, node)
         if node.parent_id is None:
             trace.sample = node.context.sample
             trace.place, run = node.place
             trace.run = None if run is None else (f"tr-{node.trace_id}", run)
             its = {**known(node), **trace.whose, **whose(node.context)}
+            if len(trace.places) > 1:  # experiments within the one around it all
+                others = outer_tags((*trace.places, Assignment("")))
+                its = {**{f"dspy_prod.tag.{name}": value for name, value in others.items()}, **its}
             self._note(trace, told, failure, error, outputs)
             attributes.update(trace_attributes(its, predictor or node.name))
             attributes.update({f"{TAG}{name}": value for name, value in trace.ending.items()})
@@ -189,12 +206,19 @@ class Traces:
         trace = self._open.get(node.trace_id) if plain else self._trace(node.trace_id)
         if trace is None:
             return
+        self._belongs(trace, node)
         if not trace.whose:
             trace.whose = {**known(node), **whose(node.context)}
         if node.kind != "CHAT_MODEL" or node.error is not None:  # of a model that failed, the program may have got over
             outputs = None if plain else self._rendered(lambda: self.content.shown(node.outputs))
             self._note(trace, node.attributes, node.error, self._error(node.error), _filled(outputs))
         node.inputs = node.outputs = node.error = node.callers = node.program = node.subject = None
+
+    def _belongs(self, trace: Trace, node: LeanNode) -> None:
+        """Note in which experiments a call was."""
+        for place in node.context.assignments:
+            trace.id = f"tr-{node.trace_id}"
+            trace.places.setdefault(place, False)
 
     def _note(self, trace: Trace, told: Mapping[str, Any], failure: Any, error: str | None, outputs: Any) -> None:
         """Note how a trace ended, as its tags and MLflow's list tell it."""

@@ -16,6 +16,7 @@ from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import open_store
 from dspy_prod.stores.trials import CREATED, DECIDED, PAUSED, RUNNING, STOPPED
 from tests.experiments.support import audit, declared, feed
+from tests.ports import free_port
 
 BETTER = {"control": 0.3, "new": 0.9}
 WORSE = {"control": 0.9, "new": 0.3}
@@ -78,7 +79,7 @@ def test_status_says_where_it_stands_and_what_it_waits_for(said: Said, store: St
     opened = declared(store, rollout=ROLLOUT)
     feed(opened, 5, SAME)
     text = said("status", "e")
-    for words in ("running", "10 %", "next stage", "50 %, once each candidate has 2 users", "control (A), new (B)"):
+    for words in ("running", "10 %", "Next stage: 50 %, once each candidate has 2 users", "given as"):
         assert words in text
     found = said("status", "e", "--json")
     assert (found["state"], found["stage"], found["decision"], sum(found["users"].values())) == (
@@ -102,6 +103,19 @@ def test_a_look_takes_in_decides_and_acts(said: Said, store: Store) -> None:
     assert "decided (rollback by controller)" in text
     assert "everybody gets control" in text
     assert len(audit(opened)) == 2
+
+
+def test_a_look_decides_also_while_mlflow_is_down(said: Said, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """Users get control at once; the alias follows with a later look."""
+    opened = declared(
+        store, variants={"control": "it@production", "new": "it@canary"}, registry=f"http://127.0.0.1:{free_port()}",
+        pinned={"control": "it/1", "new": "it/2"},
+    )  # fmt: skip
+    feed(opened, 200, WORSE)
+    found = said("step", "e", "--json")
+    assert (found["state"], found["serves"]) == (DECIDED, "control")
+    assert "are moved when MLflow is back" in caplog.text
+    assert audit(opened) == [("rollback", "controller")], "no alias yet"
 
 
 def test_a_look_beside_another_controller_says_so(said: Said, store: Store) -> None:
@@ -130,7 +144,9 @@ def test_it_is_started_paused_resumed_and_stopped(said: Said, store: Store) -> N
 def test_by_hand_only_what_the_evidence_says_is_promoted(said: Said, store: Store) -> None:
     opened = declared(store)
     feed(opened, 10, SAME)
-    assert "not proven better" in said("promote", "e", code=3)
+    error = said("promote", "e", code=3)
+    assert "not proven better" in error
+    assert "--force" in error
     assert "--variant and --reason" in said("promote", "e", "--force", code=2)
     assert "no candidate" in said("promote", "e", "--variant", "nobody", code=2)
     feed(opened, 200, BETTER, begin=10)
@@ -163,10 +179,24 @@ def test_the_report_is_a_page(said: Said, store: Store, tmp_path: Path) -> None:
     text = page.read_text()
     assert text.startswith("<!doctype html>")
     assert "<c>" not in text
-    assert "worse" in text
+    assert "a/b &lt;c&gt;" in text
     assert "Report: elsewhere.html" in said("report", "a/b <c>", "--out", "elsewhere.html")
     assert (tmp_path / "elsewhere.html").exists()
     assert "--out" in said("report", "a/b <c>", "--out", f"{page}/below.html", code=2)
+
+
+def test_the_plan_says_what_it_takes(said: Said, store: Store) -> None:
+    """Also before it has begun."""
+    declared(store, state=None)
+    found = said("plan", "e", "--users-per-day", "800", "--baseline", "ok=0.8", "--json")
+    assert found["slowest"]["metric"] == "ok"
+    quicker = said("plan", "e", "--users-per-day", "800", "--baseline", "ok=0.8,0.2", "--effect", "ok=0.1", "--json")
+    assert quicker["needs"][0]["units"] < found["needs"][0]["units"]
+    assert "the slowest" in said("plan", "e", "--users-per-day", "800")
+    for option, words in (("--baseline=ok", "is no number"), ("--baseline=no=0.1", "no metric"),
+                          ("--effect=ok=1,2", "is no number"), ("--power=2", "power")):  # fmt: skip
+        assert words in said("plan", "e", "--users-per-day", "800", option, code=2)
+    assert "must be over 0" in said("plan", "e", "--users-per-day", "0", code=2)
 
 
 def test_what_is_removed_is_gone(said: Said, store: Store) -> None:

@@ -14,11 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
 import pytest
 
+import dspy_prod
 from dspy_prod import ConfigError, Experiment
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.experiments.attending import Attending, attend
@@ -286,9 +288,8 @@ class Away:
 
 @pytest.fixture
 def away() -> tuple[Opened, Away]:
-    store: Any = MemoryStore("away")
-    trials = Away(store.trials)
-    store.trials = trials
+    trials = Away(MemoryStore("away").trials)
+    store: Any = SimpleNamespace(trials=trials, namespace="away")
     return declared(store), trials
 
 
@@ -342,3 +343,23 @@ def test_an_unexpected_error_does_not_end_the_thread(
     wait_for(lambda: len(steps) > 1, "it looks again")
     attending.close()
     assert "Looking at the experiment e failed" in caplog.text
+
+
+def test_what_a_person_does_is_told_to_listeners() -> None:
+    """As what a controller does."""
+    exp = experiment(MemoryStore("told"))
+    seen: list[dspy_prod.Event] = []
+    remove = dspy_prod.add_listener(seen.append)
+    try:
+        exp.pause("for lunch")
+        exp.promote("new", force=True, reason="enough")
+        exp.promote("new")
+    finally:
+        remove()
+    told = [(each.name, each.data["what"], each.data["reason"], each.data["variant"]) for each in seen]
+    assert told == [
+        ("experiment_alarm", "pause", "for lunch", None), ("experiment_moved", "promote", "enough", "new"),
+    ]  # fmt: skip
+    assert (exp.to_dict()["serves"], [each["what"] for each in exp.to_dict()["audit"]]) == (
+        "new", ["start", "pause", "promote"],
+    )  # fmt: skip

@@ -127,8 +127,8 @@ class Run:
         version, pending = self._version, list(self._order.now)
         if version is not None:
             pending = [each for each in pending if not self._begin.has_passed(self._replay, each, version.version)]
-            for alias in self._order.now:
-                if alias not in pending:
+            for alias in self._order.stages:
+                if alias not in pending and self._passed(alias):
                     entry = self._begin.first and self._begin.move(self._replay, alias, version.version)
                     self._steps.earlier(alias, version.version, entry)
         self._refuse_foreign_moves(pending)

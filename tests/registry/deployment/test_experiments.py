@@ -241,7 +241,7 @@ def test_a_deployment_stops_at_canary_and_the_experiment_goes_on(
     assert aliases(client) == {"production": 1, "staging": 2, "canary": 2}
     assert "waiting" in bench.out
     assert "dspy-prod experiment start NAME" in bench.out
-    assert '"control": "it@production", "candidate": "it@canary"' in bench.out
+    assert '"control": "it@production", "candidate": "it@canary"' in " ".join(bench.out.split())
     assert bench.report(2)[0]["outcome"] == "waiting"
     assert bench.deploy(2, "--canary") == 0
     assert "waiting" in bench.out
@@ -257,6 +257,9 @@ def test_a_deployment_stops_at_canary_and_the_experiment_goes_on(
         assert bench.deploy(2, *more) == 0
         assert "There was nothing to do" in bench.out
     assert registry.history("it") == before
+    assert [(step["name"], step["result"]) for step in bench.report(2)[0]["steps"]][1:] == [
+        ("staging", "before"), ("canary", "before"), ("production", "before"),
+    ]  # fmt: skip
     assert bench.evaluations == [1]
 
 
