@@ -184,7 +184,7 @@ def test_what_is_read_of_a_large_experiment_is_found_by_its_keys(path: str) -> N
         file.set_trace_callback(sent.append)
         for metric in ("resolved", "at once", None):
             for window in (0.0, 100.0):
-                advance(file, 1, metric, window, 0.0, 100)
+                advance(file, 1, metric, window, 10.0, 0.0, 100)
             read_matured(file, 1, metric, 0, 100)
         read_seen(file, 1, "u1")
         file.set_trace_callback(None)
