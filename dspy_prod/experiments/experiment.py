@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,7 @@ from dspy_prod.compat.dspy import CompiledAsProgram
 from dspy_prod.context.assignments import Assignment as Place
 from dspy_prod.context.current import current
 from dspy_prod.context.scoring import is_raising
-from dspy_prod.errors import ConfigError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.assignment import ELSEWHERE, HASH, KEPT, Assignment, Design
 from dspy_prod.experiments.attending import EVERY, Attending
 from dspy_prod.experiments.beforehand import Beforehand
@@ -37,6 +37,7 @@ from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric, guardrails
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.privacy.unshown import unshown
+from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
 from dspy_prod.stores.trials import Outcome, Trials
@@ -64,6 +65,7 @@ class _Works:
     judges: Judges | None
     sample: Sample
     traced: Traced
+    unpriced: list[str] = field(default_factory=list)  # the variant that could not be priced, once that was noticed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Works:
         return self
@@ -273,10 +275,34 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
         shadow, judges, counted = self._works.shadow, self._works.judges, turn.counted
         if counted is not None and counted[2] is not None:
             self._works.traced.see(counted[2], counted[0])
+        if counted is not None and turn.unpriced:
+            self._cannot_compare_costs(turn)
         if judges is not None and counted is not None and not turn.failed:
             judges.offer(*counted, args, kwargs, turn.prediction)
         if shadow is not None and turn.shadowed:
             shadow.offer(args, kwargs, turn.outcome, current())
+
+    def _cannot_compare_costs(self, turn: Turn) -> None:
+        """Pause it: calls that nobody knows the price of would count as free, and no harm would ever be seen."""
+        works = self._works
+        if works.unpriced or not any(metric.name == "cost" for metric in self.metrics):
+            return
+        works.unpriced.append(turn.variant.name)
+        reason = (
+            f"costs cannot be compared: a call of {turn.variant.name} has no known price. Give its LM prices=, or "
+            "leave the guardrail cost out (guardrails=)"
+        )
+        _log.warning("Experiment(%r) pauses: %s", self.name, reason)
+
+        def pause() -> None:
+            try:
+                put(works.trials, self.name, "pause", reason, "dspy_prod")
+                works.standing.look()
+            except StoreUnavailableError as error:
+                _log.warning("Experiment(%r) pauses with another call, for its store is away: %s", self.name, error)
+                works.unpriced.clear()
+
+        begin("dspy_prod-experiment", pause)  # no call waits for the store
 
     def _serves(self) -> str | None:
         """The variant that everybody gets now; None: units are assigned."""

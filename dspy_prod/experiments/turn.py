@@ -26,12 +26,12 @@ class Turn:
         outer: the context in force.
 
     Attributes:
-        prediction: what was answered, once it was.
+        prediction: what was answered, once it was. unpriced: what an LM call of it cost is not known.
     """
 
     __slots__ = (
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
-        *("prediction", "variant"),
+        *("_usd", "prediction", "unpriced", "variant"),
     )
 
     def __init__(self, variant: Variant, place: Assignment | None, trials: Trials | None, outer: CallContext) -> None:
@@ -43,7 +43,9 @@ class Turn:
         self._fell_back = self._failed = self._ended = False
         self._at = self._began = 0.0
         self._trace = outer.trace_id
+        self._usd: float | None = None
         self.prediction: Any = None
+        self.unpriced = False
 
     def __enter__(self) -> Turn:
         self._at = 0.0 if self._trials is None else self._trials.now()
@@ -56,7 +58,10 @@ class Turn:
         report = report_of(result)
         self.prediction = result
         self._trace = self._trace if report is None else report.trace_id or self._trace
-        self._fell_back = report is not None and report.status == "fallback"
+        if report is not None:
+            self._fell_back = report.status == "fallback"
+            self._usd = report.list_cost_usd  # that of LMs that are not ours, too
+            self.unpriced = report.cost_usd is None
         return result
 
     def __exit__(
@@ -78,8 +83,14 @@ class Turn:
     @property
     def outcome(self) -> Answered:
         """How it was answered, once it is over."""
-        usd = sum([each.list_nano or 0 for each in self._records]) / NANO
-        return Answered(self._failed, self._fell_back, usd)
+        return Answered(self._failed, self._fell_back, self._nano / NANO)
+
+    @property
+    def _nano(self) -> int:
+        """What it would have cost without caches, as far as that is known."""
+        if self._usd is not None:
+            return round(self._usd * NANO)
+        return sum([each.list_nano or 0 for each in self._records])
 
     @property
     def counted(self) -> tuple[str, float, str | None] | None:
@@ -98,6 +109,5 @@ class Turn:
         """Post what the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""
         assert place.unit is not None
         cached = any(each.cached for each in self._records)
-        nano = sum([each.list_nano or 0 for each in self._records])
         latency = None if cached else time.monotonic() - self._began  # clocks are set now and then
-        trials.call(Call(place.experiment, place.unit, self._at, self._failed, self._fell_back, nano, latency))
+        trials.call(Call(place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency))

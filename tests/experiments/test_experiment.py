@@ -330,6 +330,33 @@ def test_a_cold_cache_is_no_cost(share: float, asked: Asked, store: str) -> None
     assert new.usd / (new.attempts + new.cached) > 2 * control.usd / (control.attempts + control.cached)
 
 
+@pytest.mark.parametrize("whose", ["ours", "plain"])
+def test_calls_without_a_price_are_not_taken_for_free(whose: str, provider: Provider, asked: Asked, store: str) -> None:
+    """The guardrail would have proven that a dear candidate costs no more."""
+    asked()
+    options: dict[str, Any] = {"api_base": provider.url, "api_key": "k", "cache": False}
+    made: Any = dspy.LM if whose == "plain" else dspy_prod.LM
+    unknown = made("openai/nobody-knows-me", **options, **({"store": store} if whose == "ours" else {}))
+    new = Triage()
+    new.set_lm(unknown)
+    exp = Experiment("e", variants={"control": Triage(), "new": Production(new, unguarded="allow")}, store=store)
+    for number in range(12):
+        ask(exp, f"u{number}")
+    deadline = time.monotonic() + 10
+    while exp.state == "running" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert exp.state == "paused"
+    [line] = [each for each in exp._works.trials.decisions("e") if each.what == "pause"]
+    assert "a call of new has no known price" in line.evidence
+    free = Experiment(
+        "f", variants={"control": Triage(), "new": Production(new, unguarded="allow")}, metrics=[RESOLVED],
+        guardrails=(), store=store,
+    )  # fmt: skip
+    for number in range(12):
+        ask(free, f"u{number}")
+    assert free.step().state == "running"
+
+
 def test_users_who_do_not_answer_promote_nothing(asked: Asked, store: str) -> None:
     """Equal variants; unhappy users of the new one answer half as often, so its answers look better."""
     asked()
