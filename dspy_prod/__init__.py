@@ -26,16 +26,22 @@ if TYPE_CHECKING:
         UnpricedModelError,
         UnusableAnswerError,
     )
+    from dspy_prod.experiments.experiment import Experiment
+    from dspy_prod.experiments.judging import Judge
+    from dspy_prod.experiments.scorecard import Scorecard
     from dspy_prod.lm.lm import LM
     from dspy_prod.lm.wrapping import wrap
     from dspy_prod.optimize.optimizer import BudgetedOptimizer
     from dspy_prod.optimize.report import OptimizationReport
     from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+    from dspy_prod.options.experiments import Rollout
+    from dspy_prod.options.metrics import Metric
     from dspy_prod.policies.run import Run
     from dspy_prod.privacy.redactor import Redactor
     from dspy_prod.production.module import CallReport, Production, call_report
     from dspy_prod.records import CallRecord
     from dspy_prod.status.health import CostSummary, Health, Preview, health
+    from dspy_prod.stores.programs import ProgramCall
     from dspy_prod.telemetry.events import Event, add_listener
     from dspy_prod.telemetry.logs import enable_logging
 
@@ -45,16 +51,22 @@ __getattr__, __dir__ = door(
         "context.current": "call_context",
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
         "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
+        "experiments.experiment": "Experiment",
+        "experiments.judging": "Judge",
+        "experiments.scorecard": "Scorecard",
         "lm": "LM wrap",
         "optimize.optimizer": "BudgetedOptimizer",
         "optimize.report": "OptimizationReport",
         "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
+        "options.experiments": "Rollout",
+        "options.metrics": "Metric",
         "policies.run": "Run",
         "privacy": "Redactor",
         "production.module": "CallReport Production call_report",
         "records": "CallRecord",
         "registry": "registry",
         "status.health": "CostSummary Health Preview health",
+        "stores.programs": "ProgramCall",
         "telemetry.events": "Event add_listener",
         "telemetry.logs": "enable_logging",
         "tracking": "tracking",
@@ -90,19 +102,25 @@ __all__ = [
     "CostSummary",
     "DeadlineExceededError",
     "Event",
+    "Experiment",
     "Health",
+    "Judge",
+    "Metric",
     "OptimizationReport",
     "OutageError",
     "Preview",
     "Price",
     "Production",
+    "ProgramCall",
     "RateLimit",
     "RateLimitedError",
     "Redactor",
     "RejectedError",
     "Retry",
+    "Rollout",
     "Run",
     "RunStoppedError",
+    "Scorecard",
     "StoreUnavailableError",
     "UnpricedModelError",
     "UnusableAnswerError",

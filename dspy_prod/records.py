@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
@@ -53,6 +53,8 @@ class CallRecord(NamedTuple):
             `"budget_exceeded: day/tenant=acme"`. Of refusals that follow fast on each other one in a while is
             recorded, and tells how many it stands for: `"... (and 137 more)"`.
         run: name of the run the call belongs to, when the context names one.
+        saved_nano: of an answer from a cache, what it cost when it was asked upstream, in nano-USD; None when that is
+            not known.
     """
 
     id: str
@@ -86,18 +88,33 @@ class CallRecord(NamedTuple):
     accounts: tuple[str, ...] = ()
     reason: str | None = None
     run: str | None = None
+    saved_nano: int | None = None
 
     @property
     def cost_usd(self) -> float | None:
         """Cost in USD, None when unknown."""
         return usd(self.cost_nano)
 
+    @property
+    def list_nano(self) -> int | None:
+        """The list cost in nano-USD: what the call would have cost without a cache, None when unknown.
+
+        That of an upstream attempt is its cost. Two programs that ask alike have the same list cost, however warm the
+        cache of each is.
+        """
+        return self.saved_nano if self.cached else self.cost_nano
+
+    @property
+    def list_cost_usd(self) -> float | None:
+        """The list cost in USD, None when unknown."""
+        return usd(self.list_nano)
+
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-friendly values, with `cost_usd`."""
+        """All fields as JSON-friendly values, with `cost_usd` and `list_cost_usd`."""
         row: dict[str, Any] = self._asdict()
         row["tags"] = dict(self.tags)
         row["accounts"] = list(self.accounts)
-        row["cost_usd"] = self.cost_usd
+        row["cost_usd"], row["list_cost_usd"] = self.cost_usd, self.list_cost_usd
         return row
 
     @classmethod
@@ -118,6 +135,7 @@ class Totals(NamedTuple):
         unknown_cost: attempts whose cost is not known at all.
         attempts: upstream attempts. cached: answers from the cache. failed: attempts that did not end in an answer.
         input_tokens, output_tokens: told usage.
+        saved_nano: what answers from the cache would have cost. saved: those of which that is known.
     """
 
     cost_nano: int = 0
@@ -128,11 +146,24 @@ class Totals(NamedTuple):
     failed: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    saved_nano: int = 0
+    saved: int = 0
+
+    @property
+    def list_nano(self) -> int:
+        """The list cost, as far as it is known: what all this would have cost without a cache."""
+        return self.cost_nano + self.saved_nano
+
+    @property
+    def unknown_list(self) -> int:
+        """Attempts and cached answers whose list cost is not known; those of earlier releases are among them."""
+        return self.unknown_cost + self.cached - self.saved
 
     @classmethod
     def of(cls, *records: CallRecord) -> Totals:
         """What records add up to."""
         asked = [record for record in records if not record.cached]
+        saved = [record.saved_nano for record in records if record.cached and record.saved_nano is not None]
         return cls(
             sum([record.cost_nano or 0 for record in records]),
             sum([record.cost_nano or 0 for record in records if record.estimated]),
@@ -142,7 +173,15 @@ class Totals(NamedTuple):
             len([record for record in asked if record.outcome != "ok"]),
             sum([record.input_tokens or 0 for record in records]),
             sum([record.output_tokens or 0 for record in records]),
+            sum(saved),
+            len(saved),
         )
+
+    @classmethod
+    def of_hits(cls, saved: Sequence[int | None]) -> Totals:
+        """What cached answers that used nothing add up to, each by what it would have cost."""
+        known = [nano for nano in saved if nano is not None]
+        return cls(cached=len(saved), saved_nano=sum(known), saved=len(known))
 
     def plus(self, other: Totals) -> Totals:
         """The sum of both."""
@@ -153,11 +192,11 @@ def _fields(*names: str) -> Callable[[CallRecord], tuple[Any, ...]]:
     return itemgetter(*map(CallRecord._fields.index, names))
 
 
-alike: Final = _fields("model", "user", "tenant", "program", "variant", "prompt_version", "tags", "run")
+alike: Final = _fields("model", "user", "tenant", "program", "experiment", "variant", "prompt_version", "tags", "run")
 """What the `rollup_keys` of a record depend on: records that have it in common are summed together."""
 
 
-ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "variant", "prompt", "run")
+ROLLUP_DIMENSIONS = ("model", "user", "tenant", "program", "experiment", "variant", "prompt", "run")
 
 
 def rollup_keys(record: CallRecord) -> list[tuple[str, str]]:
@@ -174,14 +213,29 @@ def rollup_keys(record: CallRecord) -> list[tuple[str, str]]:
         keys.append(("tenant", record.tenant))
     if record.program is not None:
         keys.append(("program", record.program))
+    if record.experiment is not None:
+        keys.append(("experiment", record.experiment))
     if record.variant is not None:
-        keys.append(("variant", record.variant))
+        keys.append(("variant", variant_key(record.experiment, record.variant)))
     if record.prompt_version is not None:
         keys.append(("prompt", record.prompt_version))
     if record.run is not None:
         keys.append(("run", record.run))
     keys.extend((f"tag:{name}", value) for name, value in record.tags)
     return [(dimension, summed_as(value)) for dimension, value in keys]
+
+
+def variant_key(experiment: str | None, variant: str) -> str:
+    """How a variant is summed: `experiment/variant`, for every experiment has a `control`; alone without an experiment.
+
+    A slash or a percent sign within a name is written `%2F` or `%25`, so that no two pairs are summed as one. Sums that
+    earlier releases wrote have the variant alone.
+    """
+    return _part(variant) if experiment is None else f"{_part(experiment)}/{_part(variant)}"
+
+
+def _part(name: str) -> str:
+    return name.replace("%", "%25").replace("/", "%2F")
 
 
 OTHER = "(other)"

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     from dspy_prod.cli.budgets import add_parser as add_budgets
     from dspy_prod.cli.check import add_parser as add_check
     from dspy_prod.cli.deploy import add_parser as add_deploy
+    from dspy_prod.cli.experiments import add_parser as add_experiments
     from dspy_prod.cli.optimizations import add_parser as add_optimizations
     from dspy_prod.cli.prompts import add_parsers as add_prompts
 
@@ -80,15 +81,24 @@ def _parser() -> argparse.ArgumentParser:
     costs.add_argument(
         "--by",
         default=None,
-        help="day, model, user, tenant, program, variant, prompt, run, tag:<key>; default: a summary",
+        help="day, model, user, tenant, program, experiment, variant, prompt, run, tag:<key>; default: a summary",
     )
     costs.add_argument(
         "--since", metavar="WHEN", help="7d, 2w, today or a date; whole days (UTC), by day unless --by says otherwise"
     )
+    costs.add_argument(
+        "--html", metavar="FILE", help="write a report with charts (30 days; by model, version, user, ..., or --by)"
+    )
+    programs = commands.add_parser("programs", help="how the calls of programs ended: answers, fallbacks, errors")
+    _where(programs)
+    programs.add_argument(
+        "--by", default="program", help="program, tenant, experiment, variant, prompt, day, tag:<key>"
+    )
+    programs.add_argument("--since", metavar="WHEN", help="7d, 2w, today or a date; whole days (UTC)")
     calls = commands.add_parser("calls", help="the newest records of the ledger")
     _where(calls)
     calls.add_argument("--limit", type=int, help="how many (default 20; with --trace all)")
-    for name in ("user", "tenant", "model", "outcome", "program", "variant"):
+    for name in ("user", "tenant", "model", "outcome", "program", "experiment", "variant"):
         calls.add_argument(f"--{name}", help=f"only this {name}")
     calls.add_argument("--since", metavar="WHEN", help="30m, 12h, 7d, 2w, today, or a date (UTC) or time")
     calls.add_argument("--trace", metavar="TRACE_ID", help="only what belongs to this MLflow trace")
@@ -98,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     calls.add_argument("--unconfirmed", action="store_true", help="only costs that the provider did not confirm")
     add_budgets(commands, _where)
     add_optimizations(commands, _where)
+    add_experiments(commands, _where)
     add_check(commands)
     add_prompts(commands)
     add_deploy(commands)

@@ -18,7 +18,7 @@ from dspy_prod.registry.errors import Unfinished
 DEPLOYED, FAILED, INCONCLUSIVE, CONFLICT = 0, 1, 3, 4
 OTHER: Final = 2
 _CODES: Final = """exit codes:
-  0  deployed, or there was nothing to do
+  0  deployed (with --canary: up to canary), or there was nothing to do
   1  the gate failed or had an error; nothing was moved
   2  anything else: a wrong argument, an unknown version, MLflow does not answer
   3  the gate is inconclusive; a person may go on with --force --reason
@@ -42,6 +42,9 @@ def add_parser(commands: Any) -> None:
         help="defines evaluate(program), PROGRAM or program(), THRESHOLDS, and perhaps BASELINE, MARGIN, MIN_EXAMPLES",
     )  # fmt: skip
     parser.add_argument("--stages", default="staging,canary,production", help="aliases in order (default: %(default)s)")
+    parser.add_argument(
+        "--canary", action="store_true", help="stop when the alias canary has moved: an experiment decides from there"
+    )
     parser.add_argument("--recheck", action="store_true", help="start over, with a new evaluation")
     parser.add_argument("--force", action="store_true", help="overrule an inconclusive gate; needs --reason")
     parser.add_argument("--reason", help="why, for the audit log")
@@ -62,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
             deployment = registry.deploy(
                 arguments.name, arguments.candidate, **vars(read(arguments.eval)),
                 stages=[stage.strip() for stage in arguments.stages.split(",") if stage.strip()],
-                recheck=arguments.recheck, force=arguments.force, reason=arguments.reason,
+                until="canary" if arguments.canary else None, recheck=arguments.recheck,
+                force=arguments.force, reason=arguments.reason,
                 report_dir=arguments.report, display_progress=sys.stderr.isatty(),
                 tracking_uri=arguments.tracking_uri,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`dspy-prod health`, `costs` and `calls`: what a store knows, for people (tables) and programs (`--json`)."""
+"""`dspy-prod health`, `costs`, `programs` and `calls`: what a store knows, as tables or `--json`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import datetime as dt
 import re
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from dspy_prod.cli.printing import print_json, show
@@ -14,8 +15,10 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.status.costs import Place, check_dimension, costs_by, summary
+from dspy_prod.status.costs_report import report as costs_report
 from dspy_prod.status.ledger import Ledger
 from dspy_prod.status.listed import Records
+from dspy_prod.status.programs import check_program_dimension
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, file_of, open_store
 from dspy_prod.stores.sqlite.schema import namespaces
@@ -62,8 +65,10 @@ def health(arguments: argparse.Namespace) -> int:
 
 
 def costs(arguments: argparse.Namespace) -> int:
-    """Print the cost summary, or sums by a dimension."""
+    """Print the cost summary, or sums by a dimension; or write a report."""
     since, by = _since(arguments.since), arguments.by
+    if arguments.html is not None:
+        return _costs_report(arguments, since)
     if since is not None and by is None:
         by = "day"
     if by is not None:
@@ -82,6 +87,33 @@ def costs(arguments: argparse.Namespace) -> int:
     return show(rows.table(f"Costs in {store.namespace!r} by {by}{_from(arguments)}"))
 
 
+def _costs_report(arguments: argparse.Namespace, since: dt.datetime | None) -> int:
+    """Write what was spent as an HTML file."""
+    by, path = arguments.by, Path(arguments.html)
+    if by is not None:
+        check_dimension(by)
+    if not path.parent.is_dir():
+        raise ConfigError(f"--html {arguments.html!r}: there is no folder {str(path.parent)!r}")
+    found = costs_report(opened(arguments), SYSTEM_CLOCK, since=since, by=None if by is None else [by])
+    found.to_html(path)
+    if arguments.json:
+        return print_json(found.to_dict())
+    return show(f"{path}: {found.total.usd:.6f} USD from {found.since} to {found.until}")
+
+
+def programs(arguments: argparse.Namespace) -> int:
+    """Print how many calls of programs ended how."""
+    since = _since(arguments.since)
+    check_program_dimension(arguments.by)
+    store = opened(arguments)
+    rows = Ledger(store).programs(by=arguments.by, since=None if since is None else since.date())
+    if arguments.json:
+        return print_json([row.model_dump(mode="json") for row in rows])
+    if not rows:
+        return show(f"No calls of programs are recorded in namespace {store.namespace!r}{_from(arguments)}.")
+    return show(rows.table(f"Calls in {store.namespace!r} by {arguments.by}{_from(arguments)}"))
+
+
 def calls(arguments: argparse.Namespace) -> int:
     """Print the newest records."""
     since, limit = _since(arguments.since), arguments.limit
@@ -90,7 +122,8 @@ def calls(arguments: argparse.Namespace) -> int:
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit {limit} must be at least 1")
     store = opened(arguments)
-    wanted = {name: getattr(arguments, name) for name in ("user", "tenant", "model", "outcome", "program", "variant")}
+    fields = ("user", "tenant", "model", "outcome", "program", "experiment", "variant")
+    wanted = {name: getattr(arguments, name) for name in fields}
     wanted["run"], wanted["prompt_version"] = arguments.of_run, arguments.prompt
     wanted["trace_id"] = _trace(arguments.trace)
     wanted = {name: value for name, value in wanted.items() if value is not None}

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Final
+from uuid import uuid4
 
 from dspy_prod.compat.foreign import names
 
@@ -183,3 +184,38 @@ def apart_from_autolog() -> Iterator[None]:
 
     with dspy.context(**{_APART: True}):
         yield
+
+
+def link_together(store: Any, links: Iterable[tuple[str, str]]) -> bool:
+    """Link traces to prompt versions in one transaction; MLflow's own way is one for each trace.
+
+    Args:
+        store: MLflow's tracking store. links: (`tr-...`, `name/version`) each.
+
+    Returns:
+        False when the store is no database that this process opens itself, or this MLflow is built otherwise.
+    """
+    if not hasattr(store, "ManagedSessionMaker"):
+        return False
+    try:
+        [model] = names("mlflow.store.tracking.dbmodels.models", "SqlEntityAssociation")
+        [kinds] = names("mlflow.entities.entity_type", "EntityAssociationType")
+        trace, prompt = kinds.TRACE, kinds.PROMPT_VERSION
+        columns = model.source_id, model.destination_id, model.source_type, model.destination_type
+    except (ImportError, AttributeError):
+        return False
+    wanted = list(dict.fromkeys(links))
+    with store.ManagedSessionMaker(read_only=False) as session:
+        found = session.query(*columns[:2]).filter(
+            columns[0].in_({source for source, _ in wanted}), columns[2] == trace, columns[3] == prompt
+        )
+        there = {(str(source), str(destination)) for source, destination in found}
+        session.add_all(
+            model(
+                association_id=uuid4().hex, source_type=trace, source_id=source, destination_type=prompt,
+                destination_id=destination,
+            )
+            for source, destination in wanted
+            if (source, destination) not in there
+        )  # fmt: skip
+    return True

@@ -1,10 +1,12 @@
-"""How DSPy scores programs: its executor of many examples, and its optimizers, made to end with an error of ours."""
+"""How DSPy scores programs: what a metric may tell; its executor of many examples, and its optimizers, made to end
+with an error of ours."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
+from math import isfinite
 from typing import Any, Final
 
 from dspy.teleprompt.teleprompt import Teleprompter
@@ -87,6 +89,18 @@ def wrap_compile(wrap: Callable[[Any], Any], wrap_async: Callable[[Any], Any]) -
     for kind in _beneath(Teleprompter):
         wrapped(kind)
     optimizer._dspy_prod = True
+
+
+def number(told: Any) -> float | None:
+    """The score that a metric told: a number, a bool, or what has one as `score`; None when it told none."""
+    if not isinstance(told, (bool, int, float)):
+        score = told.get("score") if isinstance(told, (dict, Mapping)) else getattr(told, "score", None)
+        told = score if isinstance(score, (bool, int, float)) else told
+    try:
+        found = float(told)
+    except (TypeError, ValueError):
+        return None
+    return found if isfinite(found) else None
 
 
 def _beneath(kind: type[Any]) -> Iterator[type[Any]]:

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 import dspy
 
 from dspy_prod.compat.dspy import InForce, thread_local_overrides
+from dspy_prod.context.assignments import Assignment, nested, outer_tags
 from dspy_prod.options import PRIORITIES
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.records import CallRecord
@@ -73,6 +74,7 @@ class CallContext(NamedTuple):
     node: Any = None  # the open piece of a trace (`tap.Node`) that the calls inside belong to
     guards: tuple[Any, ...] = ()  # every `Run` that admits the attempts inside, the outermost first
     sample: float | None = None  # share of the traces that are kept
+    assignments: tuple[Assignment, ...] = ()  # of nested experiments, the outermost first
 
     def told(self) -> dict[str, Any]:
         """For whom and for what a call is, in the words of the ledger, as events tell it."""
@@ -163,7 +165,10 @@ def call_context(
             everything inside may use together. Within a `Run`, a name leaves its caps in force, and so does another
             `Run`: what it uses counts for both. The ledger has the innermost name. Another object of the same name
             and store is the same run: its caps hold inside.
-        program, experiment, variant, prompt_version, trace_id: recorded with each call.
+        program, prompt_version, trace_id: recorded with each call.
+        experiment, variant: recorded with each call. Of nested experiments the innermost has these fields, each one
+            around it a tag `experiment:<name>` with its variant; none may be nested in itself. A variant alone is
+            that of the experiment in force.
         sample: share of the ordinary traces inside that tracking keeps, 0 to 1; never more than it keeps elsewhere.
             What erred, fell back or was dear is kept in any case.
         clock: for tests.
@@ -212,8 +217,30 @@ def call_context(
         if isinstance(sample, bool) or not isinstance(sample, (int, float)) or not 0 <= sample <= 1:
             raise ValueError(f"call_context(sample={sample!r}) is a share of the traces, 0 to 1")
         changed["sample"] = float(sample) if outer.sample is None else min(outer.sample, float(sample))
-    with use(outer._replace(**changed)) as context:
+    inner = outer._replace(**changed)
+    if experiment is not None:
+        inner = assigned(inner, Assignment(experiment, variant))
+    elif variant is not None and outer.assignments:
+        *around, innermost = outer.assignments
+        inner = inner._replace(assignments=(*around, innermost._replace(variant=variant)))
+    with use(inner) as context:
         yield context
+
+
+def assigned(context: CallContext, assignment: Assignment) -> CallContext:
+    """The context within one more experiment.
+
+    Raises:
+        ValueError: it is in that experiment already.
+    """
+    assignments = nested(context.assignments, assignment)
+    tags = outer_tags(assignments)
+    return context._replace(
+        assignments=assignments,
+        experiment=assignment.experiment,
+        variant=assignment.variant,
+        tags=tuple(sorted({**dict(context.tags), **tags}.items())) if tags else context.tags,
+    )
 
 
 def merged_tags(outer: tuple[tuple[str, str], ...], tags: Mapping[str, str]) -> tuple[tuple[str, str], ...]:

@@ -15,7 +15,7 @@ and becomes itself again where the outermost `compile` ends. What a program hand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Final
@@ -26,7 +26,7 @@ from dspy.utils.callback import BaseCallback
 
 from dspy_prod.compat.dspy import thread_local_overrides
 from dspy_prod.compat.scoring import end_parallel_work_with, wrap_compile
-from dspy_prod.errors import DeadlineExceededError, RejectedError
+from dspy_prod.errors import ConfigError, DeadlineExceededError, RejectedError
 
 _SETTING: Final = "dspy_prod_raising"
 _COMPILING: Final = "dspy_prod_compiling"
@@ -117,6 +117,7 @@ def _as_itself() -> Iterator[None]:
 def _ending(compile: Any) -> Any:
     @wraps(compile)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _refuse_uncompilable(*args, *kwargs.values())
         with _as_itself():
             return compile(*args, **kwargs)
 
@@ -126,16 +127,34 @@ def _ending(compile: Any) -> Any:
 def _aending(compile: Any) -> Any:
     @wraps(compile)
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _refuse_uncompilable(*args, *kwargs.values())
         with _as_itself():
             return await compile(*args, **kwargs)
 
     return wrapper
 
 
+def _modules(values: Iterable[Any]) -> list[Any]:
+    """The modules among some arguments, and those inside of them."""
+    programs = [value for value in values if isinstance(value, dspy.Module)]
+    return [module for program in programs for _, module in program.named_sub_modules()]
+
+
+def _refuse_uncompilable(*arguments: Any) -> None:
+    """Refuse a module that says it is none to compile.
+
+    Raises:
+        ConfigError: with what it says.
+    """
+    for module in _modules(arguments):
+        why = getattr(module, "_uncompilable", None)
+        if isinstance(why, str):
+            raise ConfigError(why)
+
+
 def _followers(inputs: dict[str, Any]) -> list[Any]:
     """What keeps a `Production` among the arguments, or inside one, at a published version."""
-    programs = [value for value in inputs.values() if isinstance(value, dspy.Module)]
-    modules = [module for program in programs for _, module in program.named_sub_modules()]
+    modules = _modules(inputs.values())
     return [follower for module in modules if (follower := getattr(module, "_follower", None)) is not None]
 
 

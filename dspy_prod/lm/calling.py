@@ -170,7 +170,7 @@ def hit(lm: Beneath, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str,
         return None  # a listener wants events: the engine replays the answer for it
     cache.used(base)
     response = entry.response
-    record_hit(lm.pipeline, scope.context, scope.records)
+    record_hit(lm.pipeline, scope.context, scope.records, entry.list_nano)
     return response, text
 
 

@@ -1,14 +1,19 @@
-"""What an operator may do to an LM in service: move its circuit breakers, and lift its pauses."""
+"""What an operator may do to an LM in service: move its circuit breakers, lift its pauses, and report its costs."""
 
 from __future__ import annotations
 
-from typing import cast, get_args
+import datetime as dt
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast, get_args
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.beneath import Beneath
 from dspy_prod.pipeline.identities import lift, operate
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.breaker.transitions import OperatorMove
+
+if TYPE_CHECKING:
+    from dspy_prod.status.costs_report import CostsReport
 
 
 class Operated:
@@ -59,6 +64,26 @@ class Operated:
         for place, model in places.items():
             if lift(lm.pipeline.store, place):
                 lm.pipeline.bus.emit("pause_lifted", lm.pipeline.clock.time(), route=model)
+
+    def costs_report(
+        self, *, since: dt.date | dt.timedelta | None = None, by: Sequence[str] | None = None
+    ) -> CostsReport:
+        """What this LM's store and namespace has spent, with charts of each day by what it was spent on.
+
+            lm.costs_report(since=timedelta(days=90)).to_html("costs.html")
+
+        Args:
+            since: the first day (UTC), or so long ago; default: the last 30 days with today.
+            by: what to sum by, as in `costs(by=...)`; default: model, version, user, tenant, variant and program.
+
+        Raises:
+            ConfigError: an unknown dimension. TypeError: a `since` that tells no day.
+            StoreUnavailableError: some records could not be written yet, so the sums would be too low.
+        """
+        from dspy_prod.status.costs_report import report
+
+        pipeline = cast("Beneath", self).pipeline
+        return report(pipeline.store, pipeline.clock, since=since, by=by)
 
 
 def _routes(lm: Beneath) -> list[Route]:

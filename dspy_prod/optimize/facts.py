@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dspy_prod.optimize.racing import Raced
     from dspy_prod.optimize.rehearsal import Forecast
-    from dspy_prod.optimize.statistics import Paired
+    from dspy_prod.statistics.paired import Paired
 
 
 @dataclass(frozen=True)

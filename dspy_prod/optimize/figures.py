@@ -1,15 +1,14 @@
 """Pictures of an optimization: best score against dollars, quality against the cost of an answer.
 
-Figures are made without pyplot: they belong to nobody's notebook until they are shown, and can be drawn in any thread.
+How a figure is made and saved stands in `views.figures`.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from dspy_prod.errors import ConfigError
+from dspy_prod.views.figures import blank, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +18,8 @@ if TYPE_CHECKING:
 
 SIZE: Final = (6.4, 4.0)
 """Inches of one picture."""
-DPI: Final = 110
+
+__all__ = ["both", "pareto", "png", "quality_against_cost", "records", "score_against_dollars"]
 
 _INK, _FAINT, _BEST, _BASE, _CAP = "#1f3b57", "#9aa7b4", "#0b7a75", "#8a6d3b", "#b23a48"
 
@@ -158,18 +158,11 @@ def both(
     best: Candidate | None = None,
 ) -> Figure:
     """Both pictures beside each other, see above."""
-    figure = _new((SIZE[0] * 1.9, SIZE[1]))
+    figure = blank((SIZE[0] * 1.9, SIZE[1]))
     left, right = figure.subplots(1, 2)
     score_against_dollars(candidates, spent_usd=spent_usd, budget_usd=budget_usd, baseline=baseline, axes=left)
     quality_against_cost(candidates, best=best, axes=right)
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
 
 
 def _label_front(axes: Axes, front: Sequence[Candidate], prices: Sequence[float]) -> None:
@@ -211,19 +204,8 @@ def _at(one: Candidate) -> float:
     return one.found_usd or 0.0
 
 
-def _new(size: tuple[float, float]) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("A figure needs matplotlib: pip install 'dspy-prod[notebooks]'") from None
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _axes() -> Axes:
-    axes: Any = _new(SIZE).subplots()
+    axes: Any = blank(SIZE).subplots()
     return axes  # type: ignore[no-any-return,unused-ignore]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
-from math import isfinite
 from typing import Any
 
+from dspy_prod.compat.scoring import number
 from dspy_prod.context.current import begin, current, merged_tags
 from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.camera import ASIDE, FAILURE, Camera
@@ -80,15 +80,3 @@ class Scored:
             return []
         said = "; ".join(f"{times}x it {what[:200]}" for what, times in found)
         return [f"the metric told no score for {self.faults.total()} answers, which count as {FAILURE:g}: {said}"]
-
-
-def number(told: Any) -> float | None:
-    """The score that a metric told; None when it told none."""
-    if not isinstance(told, (bool, int, float)):
-        score = told.get("score") if isinstance(told, (dict, Mapping)) else getattr(told, "score", None)
-        told = score if isinstance(score, (bool, int, float)) else told
-    try:
-        found = float(told)
-    except (TypeError, ValueError):
-        return None
-    return found if isfinite(found) else None

@@ -45,6 +45,7 @@ class Call:
         deadline: monotonic time by which the call must end, `inf` without one.
         visible: a stream event has reached the consumer, so nothing may be tried again.
         degraded: a budget past its soft threshold chose a cheaper model.
+        list_nano: what its answer costs upstream, without a cache; None when that is not known.
         paused: seconds a stream lay in its consumer's hands.
         waited: seconds spent waiting for admission or for an identical call.
         records: what the attempts were.
@@ -65,6 +66,7 @@ class Call:
     alone: bool = False
     visible: bool = False
     degraded: bool = False
+    list_nano: int | None = None
     paused: float = 0.0
     waited: float = 0.0
     purse: Purse | None = None
@@ -104,12 +106,13 @@ class Call:
 
     def hit(self, entry: Entry, outcome: str = "cached") -> Response:
         """Record an answer from the cache, and give it."""
-        self.record_cached(outcome)
+        self.record_cached(entry.list_nano, outcome)
         return entry.response
 
-    def record_cached(self, outcome: str = "cached") -> None:
-        """Record that another call's answer served this one."""
-        record_served(self.pipeline, self.context, self.id, self.records, self.request, self.waited, outcome)
+    def record_cached(self, list_nano: int | None, outcome: str = "cached") -> None:
+        """Record that another call's answer served this one, and what it would have cost."""
+        self.list_nano = list_nano
+        record_served(self.pipeline, self.context, self.id, self.records, self.request, list_nano, self.waited, outcome)
 
     def record(
         self,
@@ -162,6 +165,7 @@ def record_served(
     call_id: str,
     records: list[CallRecord],
     request: Request,
+    saved: int | None,
     waited: float = 0.0,
     outcome: str = "cached",
 ) -> None:
@@ -169,20 +173,20 @@ def record_served(
     route = pipeline.primary
     record = _row(
         context, call_id, waited, route, IDS.make(), 0, outcome, 0, pipeline.clock.time(), False, EMPTY_USAGE, 0.0,
-        True, None, (),
+        True, None, (), saved,
     )  # fmt: skip
     pipeline.store.append(record)
     _remember(pipeline, context, record, records, route, request, None)
 
 
-def record_hit(pipeline: Pipeline, context: CallContext, records: list[CallRecord]) -> None:
+def record_hit(pipeline: Pipeline, context: CallContext, records: list[CallRecord], saved: int | None) -> None:
     """`record_served` for an answer from memory; together with others of its kind, where nobody looks at it alone."""
     if context.node is None and context.records is None and not pipeline.bus.active:
         kind = _kind(pipeline, context)
-        if kind is not None and kind.served(pipeline.clock.time()):
+        if kind is not None and kind.served(pipeline.clock.time(), saved):
             records.append(kind.like)
             return
-    record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST)
+    record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST, saved)
 
 
 def _kind(pipeline: Pipeline, context: CallContext) -> Kind | None:
@@ -216,19 +220,20 @@ def _row(
     cached: bool,
     error: BaseException | None,
     accounts: tuple[str, ...],
+    saved: int | None = None,
 ) -> CallRecord:
     (
         user, tenant, session, priority, _deadline, tags, _cache, _ttl, run, program, experiment, variant,
-        prompt_version, trace_id, _records, _node, _guards, _sample,
+        prompt_version, trace_id, _records, _node, _guards, _sample, _assignments,
     ) = context  # fmt: skip
-    # As a tuple: the generated constructor of a 30-field NamedTuple costs a microsecond.
+    # As a tuple: the generated constructor of a NamedTuple of 30 fields costs a microsecond.
     return _new_record(CallRecord, (
         id, call_id, started_at, route.model, route.name, number, outcome, cost, estimated,
         None if error is None else type(error).__name__,
         None if error is None else getattr(error, "status", None),
         usage.input_tokens, usage.output_tokens, usage.cache_read_tokens, usage.reasoning_tokens,
         cached, latency, waited, user, tenant, session, priority, program, experiment, variant,
-        prompt_version, tags, trace_id, accounts, None, run,
+        prompt_version, tags, trace_id, accounts, None, run, saved,
     ))  # fmt: skip
 
 

@@ -78,13 +78,13 @@ def _flow(call: Call) -> Flow:
     else:
         entry = cache.fresh(key)  # the previous flight may have landed between the lookup and now
         if entry is not None:
-            flights.answer(key, entry.response)
+            flights.answer(key, (entry.response, entry.list_nano))
             return call.hit(entry)
     ended = False
     try:
         response = yield from _send(call)
         ended = True
-        flights.answer(key, response)
+        flights.answer(key, (response, call.list_nano))
         return response
     except RejectedError:
         raise  # our own refusal: the next follower decides for itself
@@ -125,9 +125,9 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any
         raise
     call.waited += pipeline.clock.monotonic() - started
     if follower.state == ANSWERED:
-        call.record_cached("cached")
-        response: Response = pipeline.without_usage(follower.value)
-        return response
+        response, list_nano = follower.value
+        call.record_cached(list_nano)
+        return pipeline.without_usage(response)
     if follower.state == FAILED:
         assert follower.error is not None
         raise follower.error
@@ -303,7 +303,7 @@ def _keep(call: Call, route: Route, response: Response) -> None:
     if call.key is None or cache is None:
         return
     if route is call.pipeline.primary and not call.degraded:
-        cache.put(call.key, response, call.context.ttl)
+        cache.put(call.key, response, call.context.ttl, call.list_nano)
 
 
 def _opened(route: Route) -> bool:

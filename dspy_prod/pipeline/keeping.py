@@ -38,7 +38,7 @@ def keeping(call: Call, response: Response, again: bool = True) -> Generator[Wai
     log, key = call.log, call.log_key
     if log is None or key is None:
         return
-    future = log.keep(key, response, again)
+    future = log.keep(key, response, again, call.list_nano)
     call.log_kept = True
     if future is not None:
         yield Wait(_Keeping(future), call.pipeline.clock.monotonic() + PATIENCE, stops=False)

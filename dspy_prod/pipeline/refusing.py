@@ -27,7 +27,7 @@ from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.base import Store
 
 EVERY: Final = 60.0
-"""Seconds between two records of refusals that are alike: the same caller, model and reason."""
+"""Seconds between two records of refusals that are alike: the same caller, program, variant, model and reason."""
 
 BURST: Final = 200
 REFILL: Final = 1.0
@@ -82,7 +82,10 @@ def note(call: Call, error: RejectedError) -> None:
         return  # its attempt is recorded
     pipeline, context = call.pipeline, call.context
     route, what = _route(call, error), _what(error)
-    kind = (error.reason, what, route.model, context.user, context.tenant)
+    kind = (
+        *(error.reason, what, route.model, context.user, context.tenant),
+        *(context.program, context.experiment, context.variant),
+    )
     count = _refusals(pipeline.store).stands_for(kind, pipeline.clock.monotonic())
     if not count:
         return

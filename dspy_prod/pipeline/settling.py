@@ -55,6 +55,7 @@ def succeeded(attempt: Attempt, response: Response) -> None:
         state.retry_budget.success()
     if record.output_tokens is not None and (route.learning or request.config.max_tokens is None):
         state.learn(record.output_tokens)
+    call.list_nano = cost
     call.remember(record, route, response)
     if pipeline.bus.wants_content:
         call.emit_content(request, response)

@@ -18,9 +18,9 @@ from typing import Any, Final
 import orjson
 from dspy.lm15 import Request, Response
 
-from dspy_prod.compat.lm15 import response_from_dict, response_to_dict
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.policies.cache import LOCAL, Entry, cacheable
+from dspy_prod.policies.written import dumped, loaded
 from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.base import Store
@@ -130,23 +130,25 @@ class AnswerLog:
                 return None
             self._given[key] = ordinal
             number = self.asked
-        response = self._read(key, ordinal)
+        found = self._read(key, ordinal)
         with self._lock:
-            if response is None or not (first or cacheable(response)):
+            if found is None or not (first or cacheable(found[0])):
                 self._new(number)
                 return None
             self.replayed += 1
-        return Entry(response, inf, inf, 0)
+        response, list_nano = found
+        return Entry(response, inf, inf, 0, list_nano)
 
     def has(self, key: bytes, reuse: bool) -> bool:
         """Whether `find` would answer, as far as is known without reading it. Nothing is counted or given out."""
         with self._lock:
             return key in self._waiting or (reuse and key in self._given)
 
-    def keep(self, key: bytes, response: Response, again: bool) -> Future[int] | None:
+    def keep(self, key: bytes, response: Response, again: bool, list_nano: int | None = None) -> Future[int] | None:
         """Have an answer written down; None when there is nothing to wait for.
 
         Args:
+            list_nano: what it cost.
             again: also when the key has an answer. One that comes from a cache is there already.
         """
         with self._lock:
@@ -154,7 +156,7 @@ class AnswerLog:
                 return None
             self._known.add(key)
         try:
-            value = orjson.dumps(response_to_dict(response))
+            value = dumped(response, list_nano)
         except (TypeError, ValueError) as error:
             self._cannot_keep(f"it cannot be written as JSON ({type(error).__name__})")
             return None
@@ -209,10 +211,10 @@ class AnswerLog:
         if self.first_new is None:
             self.first_new = number
 
-    def _read(self, key: bytes, ordinal: int) -> Response | None:
+    def _read(self, key: bytes, ordinal: int) -> tuple[Response, int | None] | None:
         try:
             value = self._store.runs.answer(self._run, key, ordinal)
-            return None if value is None else response_from_dict(orjson.loads(value))
+            return None if value is None else loaded(value)
         except StoreUnavailableError as error:
             _log.warning("A kept answer of the run %r cannot be read (%s); it is asked again", self._run, error)
         except Exception as error:  # whatever a damaged row makes the decoder raise

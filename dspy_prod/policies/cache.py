@@ -17,11 +17,10 @@ from dataclasses import replace
 from math import inf
 from typing import Any, Final, NamedTuple
 
-import orjson
 from dspy.lm15 import Response, Usage
 
-from dspy_prod.compat.lm15 import response_from_dict, response_to_dict
 from dspy_prod.options import Cache
+from dspy_prod.policies.written import dumped, loaded
 from dspy_prod.stores.base import CachedAnswer, Store
 
 _log = logging.getLogger("dspy_prod")
@@ -45,11 +44,14 @@ class Entry:
         text: the answer's text when it is text and nothing else.
         expires_at, stale_until: store time.
         size: bytes it counts for.
+        list_nano: what it cost when it was asked upstream, in nano-USD; None when that is not known.
     """
 
-    __slots__ = ("_answer", "_emptied", "_mutable", "expires_at", "size", "stale_until", "text")
+    __slots__ = ("_answer", "_emptied", "_mutable", "expires_at", "list_nano", "size", "stale_until", "text")
 
-    def __init__(self, answer: Response, expires_at: float, stale_until: float, size: int) -> None:
+    def __init__(
+        self, answer: Response, expires_at: float, stale_until: float, size: int, list_nano: int | None = None
+    ) -> None:
         self._mutable = any(part.type in _MUTABLE for part in answer.message.parts)
         self._answer = _own(answer) if self._mutable else answer
         self._emptied = False
@@ -57,6 +59,7 @@ class Entry:
         self.expires_at = expires_at
         self.stale_until = stale_until
         self.size = size
+        self.list_nano = list_nano
 
     @property
     def response(self) -> Response:
@@ -145,8 +148,8 @@ class ResponseCache:
         entry = self._entries.get(key) or (self._load(key) if self._writes(key) else None)
         return entry if entry is not None and entry.stale_until > self._now() else None
 
-    def put(self, key: bytes, response: Response, ttl: float | None) -> None:
-        """Keep an answer, if it is one to be kept (`cacheable`). `ttl` overrides the option, in seconds."""
+    def put(self, key: bytes, response: Response, ttl: float | None, list_nano: int | None = None) -> None:
+        """Keep an answer and what it cost, if it is `cacheable`. `ttl` overrides the option, in seconds."""
         if not cacheable(response):
             return
         options = self.options
@@ -155,12 +158,12 @@ class ResponseCache:
         if lifetime is not None:
             expires_at = self._now() + lifetime * (1.0 - options.ttl_jitter * self._rand())
             stale_until = expires_at + options.stale_if_error
-        entry = Entry(response, expires_at, stale_until, _size(key, response))
+        entry = Entry(response, expires_at, stale_until, _size(key, response), list_nano)
         if entry.size > options.max_bytes:
             return
         self._insert(key, entry)
         if self._writes(key):
-            value = _dump(entry.response)
+            value = _dump(entry.response, list_nano)
             if value is not None:
                 self._store.cache_put(
                     _store_key(key),
@@ -207,13 +210,13 @@ class ResponseCache:
         if row is None:
             return None
         try:
-            response = response_from_dict(orjson.loads(row.value))
+            response, list_nano = loaded(row.value)
         except Exception as error:  # whatever a damaged row makes the decoder raise, it is a miss
             _log.warning("A cached answer could not be read (%s); treated as a miss", type(error).__name__)
             return None
         if not cacheable(response):  # kept by an earlier version
             return None
-        entry = Entry(response, row.expires_at, row.stale_until, _size(key, response))
+        entry = Entry(response, row.expires_at, row.stale_until, _size(key, response), list_nano)
         if entry.expires_at > self._now():
             self._insert(key, entry)
         return entry
@@ -294,9 +297,9 @@ def _size(key: bytes, response: Response) -> int:
     return size
 
 
-def _dump(response: Response) -> bytes | None:
+def _dump(response: Response, list_nano: int | None) -> bytes | None:
     try:
-        return orjson.dumps(response_to_dict(response))
+        return dumped(response, list_nano)
     except (TypeError, ValueError) as error:
         _log.warning("An answer cannot be written as JSON (%s); it is cached in memory only", type(error).__name__)
         return None

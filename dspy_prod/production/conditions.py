@@ -9,8 +9,9 @@ from typing import Any
 
 from dspy_prod.context.current import CallContext, Mark, call_context, current, merged_tags
 from dspy_prod.errors import ConfigError
-from dspy_prod.production.report import Watch
+from dspy_prod.production.watch import Watch
 from dspy_prod.runtime.clock import Clock
+from dspy_prod.stores.programs import ProgramCalls
 
 
 class Conditions:
@@ -38,8 +39,8 @@ class Conditions:
     def __deepcopy__(self, memo: dict[int, Any]) -> Conditions:
         return self
 
-    def watch(self, version: Mark | None = None) -> Watch:
-        """Begin one call of a program of this version, inside the context that is in force."""
+    def watch(self, version: Mark | None = None, programs: ProgramCalls | None = None) -> Watch:
+        """Begin one call of a program of this version, inside the context that is in force, to be recorded there."""
         outer = current()
         said = outer.prompt_version
         until = inf if self.deadline is None else self.clock.monotonic() + self.deadline
@@ -50,4 +51,4 @@ class Conditions:
             tags=merged_tags(outer.tags, self.tags) if self.tags else outer.tags,
             prompt_version=version if version is not None and (said is None or type(said) is Mark) else said,
         )
-        return Watch(self.name, outer, inner, self.clock)
+        return Watch(self.name, outer, inner, self.clock, programs)

@@ -15,9 +15,8 @@ from typing import Any, Final, Union, get_args, get_origin
 import dspy
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.production.report import Reason
+from dspy_prod.production.reasons import REASONS
 
-REASONS: Final = frozenset(get_args(Reason))
 _DEFAULT: Final = "default"
 _FORMS: Final = (
     "a string, a dict of outputs, a dspy.Prediction, a callable of the inputs, a dspy.Module, or a table of these by "

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import dspy
 from dspy.utils.callback import BaseCallback
-from dspy.utils.exceptions import AdapterParseError, LMError
 
 from dspy_prod.compat.dspy import CompiledAsProgram
 from dspy_prod.context.current import current, mark_of
 from dspy_prod.context.scoring import is_raising, raising
-from dspy_prod.errors import ConfigError, RejectedError
+from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.production.conditions import Conditions
-from dspy_prod.production.fallback import REASONS, Answer, Fallback, Outputs
-from dspy_prod.production.report import CallReport, Reason, TokenUsage, Watch, call_report, report_of
+from dspy_prod.production.fallback import Answer, Fallback, Outputs
+from dspy_prod.production.reasons import reason_of
+from dspy_prod.production.report import CallReport, TokenUsage, call_report, report_of
 from dspy_prod.production.unguarded import Guard, Unguarded
+from dspy_prod.production.watch import Watch
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.telemetry.events import BUS
 from dspy_prod.telemetry.tap import NOTHING, TAP, Node
@@ -52,6 +53,10 @@ class Production(CompiledAsProgram, dspy.Module):
     answered, when there is no fallback for the reason; inside `dspy.Evaluate`, an optimizer's `compile` and
     `dspy_prod.context.scoring.raising()`, where a canned answer must not be scored; and once a part of a streamed
     answer was sent, since a second answer would contradict it.
+
+    How each call ended, with an answer, a refusal or an error, is recorded in the store of the program's LM:
+    `lm.ledger.program_calls(...)`, and the sums `lm.ledger.programs(by=...)`. What `dspy.Evaluate` and `compile` run is
+    not, and neither is a program that has no `dspy_prod.LM`.
 
     Args:
         program: the `dspy.Module` to run.
@@ -123,6 +128,11 @@ class Production(CompiledAsProgram, dspy.Module):
 
             self._follower = Follower(self, follow, refresh)
 
+    @property
+    def is_following(self) -> bool:
+        """Whether its program is replaced when an alias moves."""
+        return self._follower is not None
+
     def close(self) -> None:
         """Stop following; the program stays what it is."""
         if self._follower is not None:
@@ -134,19 +144,19 @@ class Production(CompiledAsProgram, dspy.Module):
         program = self._snapshot(args, kwargs)
         tap = TAP.active
         with NOTHING if tap is None else tap.program_call(self.name, _inputs(args, kwargs)) as node:
-            watch = self._conditions.watch(mark_of(program))
-            try:
-                with watch.program():
-                    result = program(*args, **kwargs)
-            except Exception as error:
-                answer = self._answer_to(error, watch)
-                if answer is None:
-                    raise
-                with watch.fallback(error):
-                    value = answer.give(args, kwargs)
-                result = self._answered(value, error, watch)
-            else:
-                watch.finish(result)
+            with self._watch(program, args, kwargs) as watch:
+                try:
+                    with watch.program():
+                        result = program(*args, **kwargs)
+                except Exception as error:
+                    answer = self._answer_to(error, watch)
+                    if answer is None:
+                        raise
+                    with watch.fallback(error):
+                        value = answer.give(args, kwargs)
+                    result = self._answered(value, error, watch)
+                else:
+                    watch.finish(result)
             return _noted(node, result)
 
     async def aforward(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,19 +168,19 @@ class Production(CompiledAsProgram, dspy.Module):
             )
         tap = TAP.active
         with NOTHING if tap is None else tap.program_call(self.name, _inputs(args, kwargs)) as node:
-            watch = self._conditions.watch(mark_of(program))
-            try:
-                with watch.program():
-                    result = await program.acall(*args, **kwargs)
-            except Exception as error:
-                answer = self._answer_to(error, watch)
-                if answer is None:
-                    raise
-                with watch.fallback(error):
-                    value = await answer.agive(args, kwargs)
-                result = self._answered(value, error, watch)
-            else:
-                watch.finish(result)
+            with self._watch(program, args, kwargs) as watch:
+                try:
+                    with watch.program():
+                        result = await program.acall(*args, **kwargs)
+                except Exception as error:
+                    answer = self._answer_to(error, watch)
+                    if answer is None:
+                        raise
+                    with watch.fallback(error):
+                        value = await answer.agive(args, kwargs)
+                    result = self._answered(value, error, watch)
+                else:
+                    watch.finish(result)
             return _noted(node, result)
 
     def _snapshot(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,8 +191,11 @@ class Production(CompiledAsProgram, dspy.Module):
         self._guard.look(program, args, kwargs)
         return program
 
+    def _watch(self, program: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Watch:
+        return self._conditions.watch(mark_of(program), self._guard.programs(program, args, kwargs))
+
     def _answer_to(self, error: Exception, watch: Watch) -> Answer | None:
-        if self._fallback is None or is_raising() or watch.visible:
+        if self._fallback is None or is_raising() or watch.visible or watch.left:
             return None
         reason = reason_of(error)
         if reason == "unexpected_error":
@@ -200,7 +213,7 @@ class Production(CompiledAsProgram, dspy.Module):
         if prediction is None:
             raise error
         reason, text = reason_of(error), error_text(error)
-        watch.finish(prediction, reason, text)
+        watch.finish(prediction, error)
         if BUS.active:
             context = current()._replace(program=self.name)
             BUS.emit("fallback_response", self._conditions.clock.time(), reason=reason, error=text, **context.told())
@@ -256,22 +269,6 @@ def _noted(node: Node, result: Any) -> Any:
         told = {} if report is None else {"status": report.status, "reason": report.reason, "error": report.error}
         node.answered(result, **told)
     return result
-
-
-def reason_of(error: BaseException) -> Reason:
-    """The word in reports for an error. A group of errors has the word of the first, when all of them are LM errors."""
-    if isinstance(error, RejectedError):
-        return error.reason if error.reason in REASONS else "upstream_error"  # type: ignore[return-value]
-    if isinstance(error, AdapterParseError):
-        return "parse_error"
-    if isinstance(error, LMError):
-        return "upstream_error"
-    members = getattr(error, "exceptions", None)  # an ExceptionGroup, of Python 3.11 or of its backport
-    if isinstance(members, tuple) and members:
-        reasons = [reason_of(member) for member in members]
-        if "unexpected_error" not in reasons:
-            return reasons[0]
-    return "unexpected_error"
 
 
 __all__ = ["CallReport", "Production", "TokenUsage", "call_report", "raising", "reason_of"]

@@ -12,6 +12,7 @@ from dspy.utils import DummyLM
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.stores.programs import ProgramCalls
 
 if TYPE_CHECKING:
     from dspy_prod.production.fallback import Fallback
@@ -65,6 +66,20 @@ class Guard:
         for who, lm in self._used(args, kwargs):
             if not is_guarded(lm):
                 self._object(who, lm)
+
+    def programs(
+        self, program: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = _NOTHING
+    ) -> ProgramCalls | None:
+        """Where a call is recorded: in the store of the first LM of ours that the program uses, None without one."""
+        if program is not self._program:
+            self._find(program)
+            self._program = program
+        for _, lm in self._used(args, kwargs):
+            pipeline = getattr(lm, "pipeline", None)
+            if isinstance(pipeline, Pipeline):
+                found: ProgramCalls | None = getattr(pipeline.store, "programs", None)  # a store of somebody else's
+                return found
+        return None
 
     def again(self) -> None:
         """The program's predictors were replaced."""

@@ -196,8 +196,9 @@ def costs_by(store: Store, by: str, since: dt.date | None = None, limit: int | N
 
     Args:
         store: the store (and namespace) to read.
-        by: `"day"`, `"model"`, `"user"`, `"tenant"`, `"program"`, `"variant"`, `"prompt"`, `"run"` or `"tag:<key>"`.
-            Records that have no value for it are in no row.
+        by: `"day"`, `"model"`, `"user"`, `"tenant"`, `"program"`, `"experiment"`, `"variant"`, `"prompt"`, `"run"`
+            or `"tag:<key>"`. Records that have no value for it are in no row. A variant's row is called
+            `"experiment/variant"`, or as the variant alone where no experiment was said or an earlier release summed.
         since: the first day (UTC); default: all.
         limit: at most so many: the dearest, or the last days.
 
@@ -258,7 +259,9 @@ def cost_row(value: str, totals: Totals) -> CostRow:
         value: as it stands in the sums.
     """
     usd, unconfirmed = totals.cost_nano / NANO, totals.unconfirmed_nano / NANO
-    return filled(CostRow, totals, value=called(value), rest=value == OTHER, usd=usd, unconfirmed_usd=unconfirmed)
+    listed = {"list_usd": totals.list_nano / NANO, "unknown_list": totals.unknown_list}
+    rest = value == OTHER
+    return filled(CostRow, totals, value=called(value), rest=rest, usd=usd, unconfirmed_usd=unconfirmed, **listed)
 
 
 def _span(first: dt.date, last: dt.date) -> list[dt.date]:

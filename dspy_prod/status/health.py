@@ -189,6 +189,8 @@ class _Look:
             )
         elif found is not None and found.lost:
             self.warnings.append(f"{found.lost} traces did not reach MLflow at {found.uri}")
+        if found is not None and found.messages_lost:
+            self.warnings.append(f"{found.messages_lost} messages about runs did not reach MLflow at {found.uri}")
         return found
 
     def cache(self, pipelines: list[Pipeline]) -> CacheHealth | None:

@@ -17,6 +17,7 @@ from dspy_prod.records import NANO, CallRecord, Totals, summed_as
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.status.costs import check_dimension, check_limit, check_written, cost_row
 from dspy_prod.status.listed import Records
+from dspy_prod.status.programs import ProgramRecords, ProgramRows, check_program_dimension, program_rows
 from dspy_prod.status.spending import CostRow
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory_ledger import day_of
@@ -157,7 +158,7 @@ class Ledger:
         Args:
             since, until: the first and the last day.
             by, value: a dimension as in `LM.costs(by=...)` and the value to sum, e.g. `by="user", value="u1"`;
-                as in `records`, a real name finds its pseudonym.
+                as in `records`, a real name finds its pseudonym. A variant is `"experiment/variant"`.
         """
         check_dimension(by)
         if (by == "day") is not (value is None):
@@ -174,6 +175,68 @@ class Ledger:
         for _, _, sums in rows:
             totals = totals.plus(sums)
         return cost_row(summed_as(value or ""), totals)
+
+    def program_calls(
+        self,
+        *,
+        since: Moment | None = None,
+        until: Moment | None = None,
+        limit: int | None = None,
+        program: str | None = None,
+        status: str | None = None,
+        reason: str | None = None,
+        user: str | None = None,
+        tenant: str | None = None,
+        session: str | None = None,
+        run: str | None = None,
+        experiment: str | None = None,
+        variant: str | None = None,
+        stage: str | None = None,
+        prompt_version: str | None = None,
+        trace_id: str | None = None,
+        id: str | None = None,
+    ) -> ProgramRecords:
+        """How calls of each `Production` ended that match everything given, newest first.
+
+        Args:
+            since, until: the first moment, and the first moment after; a call counts when it began.
+            limit: at most this many.
+            program, status, ...: fields of `ProgramCall` to compare; real names find their pseudonyms as in `records`.
+
+        Example:
+            ```python
+            lm.ledger.program_calls(program="triage", status="refused", limit=20)
+            ```
+        """
+        check_limit(limit)
+        fields = {
+            "user": known_as(user), "tenant": known_as(tenant), "session": known_as(session), "program": program,
+            "status": status, "reason": reason, "run": run, "experiment": experiment, "variant": variant,
+            "stage": stage, "prompt_version": prompt_version, "trace_id": trace_id, "id": id,
+        }  # fmt: skip
+        wanted = {name: value for name, value in fields.items() if value is not None}
+        begin, end = self._epoch("since", since), self._epoch("until", until)
+        return ProgramRecords(self._read().programs.calls(since=begin, until=end, limit=limit, **wanted))
+
+    def programs(
+        self, *, by: str = "program", since: dt.date | None = None, until: dt.date | None = None
+    ) -> ProgramRows:
+        """How many calls of programs ended how and why, their error and fallback rates, from sums of whole days (UTC).
+
+        It is as quick however many calls there were, and counts those whose records are no longer kept.
+
+        Args:
+            by: `"day"`, `"program"`, `"tenant"`, `"experiment"`, `"variant"` (rows are called `experiment/variant`),
+                `"prompt"` or `"tag:<key>"`.
+            since, until: the first and the last day.
+
+        Raises:
+            ConfigError: an unknown dimension.
+        """
+        check_program_dimension(by)
+        first, last = (None if day is None else _date(name, day) for name, day in (("since", since), ("until", until)))
+        dimension = "all" if by == "day" else by
+        return program_rows(self._read().programs.sums(dimension=dimension, since_day=first, until_day=last), by)
 
     def _read(self) -> Store:
         """The store, once all that has ended is written to it."""

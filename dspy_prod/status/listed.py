@@ -24,7 +24,7 @@ class Records(ShownList[CallRecord]):
     """
 
     def to_frame(self) -> pandas.DataFrame:
-        """A row for each record: the fields of `CallRecord`, `cost_usd`, and a column `tag:<key>` for each tag.
+        """A row for each record: the fields of `CallRecord`, its costs in USD, and a column `tag:<key>` for each tag.
 
         `started_at` is a time in UTC; a cost that is not known is missing, never zero.
 
@@ -50,8 +50,9 @@ def records_frame(records: Iterable[CallRecord]) -> pandas.DataFrame:
     for record in records:
         tagged = {f"tag:{name}": value for name, value in record.tags}
         tags |= dict.fromkeys(tagged)
-        rows.append({**record._asdict(), "cost_usd": record.cost_usd, **tagged})
-    found = frame(rows, [*fields, "cost_usd", *tags])
+        costs = {"cost_usd": record.cost_usd, "list_cost_usd": record.list_cost_usd}
+        rows.append({**record._asdict(), **costs, **tagged})
+    found = frame(rows, [*fields, "cost_usd", "list_cost_usd", *tags])
     at = (found.started_at.astype(float) * 1e6).round().astype("int64")
     return found.assign(started_at=at.astype("datetime64[us]").dt.tz_localize("UTC"))
 
@@ -66,7 +67,7 @@ def _row(record: CallRecord) -> tuple[Cell, ...]:
         tokens = f"{record.input_tokens}+{'-' if record.output_tokens is None else record.output_tokens}"
     waited = f"+{record.waited:.2f} wait" if record.waited >= 0.005 else None
     return (
-        Cell(_when(record.started_at), below=(record.user,)),
+        Cell(when(record.started_at), below=(record.user,)),
         Cell(f"{record.model}{route}{again}", below=(record.id, prompt, record.trace_id)),
         Cell(record.outcome, below=(record.error,)),
         Cell(usd, below=(tokens,), number=True),
@@ -74,6 +75,7 @@ def _row(record: CallRecord) -> tuple[Cell, ...]:
     )
 
 
-def _when(at: float) -> str:
+def when(at: float) -> str:
+    """A moment, as short as it can be told."""
     moment = dt.datetime.fromtimestamp(at)
     return moment.strftime("%H:%M:%S" if moment.date() == dt.datetime.now().date() else "%m-%d %H:%M")

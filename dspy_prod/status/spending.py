@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Sequence
 from math import fsum
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeVar
 
 from dspy_prod.records import OTHER
 from dspy_prod.telemetry.tap import Frozen
@@ -140,6 +140,9 @@ class CostRow(Frozen):
         unknown_cost: attempts whose cost is not known; they are not in `usd`.
         attempts: upstream attempts. cached: answers from the cache. failed: attempts that did not end in an answer.
         input_tokens, output_tokens: usage the providers told.
+        list_usd: the list cost, as far as it is known: what all this would have cost without a cache, each answer
+            from it at what it cost when it was asked. Variants are compared by it: the cache of a new one is cold.
+        unknown_list: attempts and cached answers of unknown list cost, those that earlier releases recorded among them.
     """
 
     value: str
@@ -151,6 +154,8 @@ class CostRow(Frozen):
     failed: int
     input_tokens: int
     output_tokens: int
+    list_usd: float
+    unknown_list: int
     rest: bool = False
 
 
@@ -177,16 +182,17 @@ class CostRows(ShownList[CostRow]):
             ```
         """
         names = ("usd", "unconfirmed_usd", "unknown_cost", "attempts", "failed", "cached", "input_tokens")
-        columns = (*names, "output_tokens")
+        columns = (*names, "output_tokens", "list_usd", "unknown_list")
         rows = [{self.by: row.value, **{name: getattr(row, name) for name in columns}} for row in self]
         found = frame(rows, [self.by, *columns])
         return found.astype({"day": "datetime64[ns]"}) if self.by == "day" else found
 
     def table(self, title: str) -> Table:
         """The sums and what they come to, as a table with this title."""
-        columns = (self.by, "USD", "unconfirmed", "attempts", "failed", "cached", "tokens in", "tokens out")
-        rows, total = [_sums(_named(row), [row]) for row in self], [_sums("total", self)] if self else []
-        return Table(title, columns, rows, numbers=7, last=total)
+        money = _COMPARED if self.by in ("experiment", "variant") else _MONEY
+        columns = (self.by, *money.values(), "attempts", "failed", "cached", "tokens in", "tokens out")
+        rows, total = [_sums(_named(row), [row], money) for row in self], [_sums("total", self, money)] if self else []
+        return Table(title, columns, rows, numbers=len(columns) - 1, last=total)
 
     def _view(self) -> Table:
         return self.table(f"Costs by {self.by}")
@@ -269,10 +275,13 @@ def _named(row: CostRow) -> str:
     return repr(row.value) if row.value == OTHER and not row.rest else row.value
 
 
-def _sums(name: str, rows: Sequence[CostRow]) -> tuple[Any, ...]:
+_MONEY: Final = {"usd": "USD", "unconfirmed_usd": "unconfirmed"}
+_COMPARED: Final = {"usd": "USD", "list_usd": "list USD", "unconfirmed_usd": "unconfirmed"}
+"""Of rows that are compared with each other, however warm the cache of each is."""
+
+
+def _sums(name: str, rows: Sequence[CostRow], sums: Iterable[str]) -> tuple[Any, ...]:
     """What some rows come to: a row of the table."""
-    money = [
-        Cell(f"{fsum(getattr(row, name) for row in rows):.6f}", number=True) for name in ("usd", "unconfirmed_usd")
-    ]
+    money = [Cell(f"{fsum(getattr(row, each) for row in rows):.6f}", number=True) for each in sums]
     counts = ((row.attempts, row.failed, row.cached, row.input_tokens, row.output_tokens) for row in rows)
     return name, *money, *(Cell(str(sum(column)), number=True) for column in zip(*counts, strict=True))

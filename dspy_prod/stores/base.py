@@ -8,10 +8,11 @@ contract suite (`tests/stores/`) runs against every implementation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.programs import ProgramCalls
 from dspy_prod.stores.runs import Runs
 from dspy_prod.stores.vocabulary import (
     GRANTED,
@@ -29,6 +30,9 @@ from dspy_prod.stores.vocabulary import (
     Terms,
 )
 
+if TYPE_CHECKING:
+    from dspy_prod.stores.trials import Trials  # importing the package stays light
+
 __all__ = [
     "GRANTED",
     "PENDING",
@@ -41,6 +45,7 @@ __all__ = [
     "CachedAnswer",
     "Ledger",
     "LimiterSnapshot",
+    "ProgramCalls",
     "Refusal",
     "Reservation",
     "Runs",
@@ -137,7 +142,7 @@ class Admission(Protocol):
 
 
 class Kind(Protocol):
-    """Cached answers whose records are alike."""
+    """Cached answers whose records are alike but for what each would have cost."""
 
     @property
     def like(self) -> CallRecord: ...
@@ -147,8 +152,12 @@ class Kind(Protocol):
         """Whether nothing can be noted here any more: the store is closed, or another process's."""
         ...
 
-    def served(self, at: float) -> bool:
-        """Note that one was given, in seconds since the epoch; False where that has to be appended. Posted."""
+    def served(self, at: float, saved: int | None = None) -> bool:
+        """Note that one was given, in seconds since the epoch; False where that has to be appended. Posted.
+
+        Args:
+            saved: what it would have cost, in nano-USD.
+        """
         ...
 
 
@@ -160,7 +169,7 @@ class Ledger(Protocol):
         ...
 
     def kind(self, like: CallRecord) -> Kind:
-        """Where to note cached answers whose records differ from `like` in their ids and their time alone."""
+        """Where to note cached answers whose records differ from `like` in ids, time and `saved_nano` alone."""
         ...
 
     def records(
@@ -236,6 +245,12 @@ class Store(Admission, Ledger, Answers, Protocol):
 
     @property
     def runs(self) -> Runs: ...
+
+    @property
+    def trials(self) -> Trials: ...
+
+    @property
+    def programs(self) -> ProgramCalls: ...
 
     def now(self) -> float:
         """The store's time in seconds; reservations and snapshots are expressed in it."""

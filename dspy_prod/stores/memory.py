@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord, Totals
@@ -16,7 +16,11 @@ from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
 from dspy_prod.stores.memory_ledger import Alike, MemoryLedger, check_fields
+from dspy_prod.stores.memory_programs import MemoryPrograms
 from dspy_prod.stores.memory_runs import MemoryRuns
+
+if TYPE_CHECKING:
+    from dspy_prod.stores.trials import Trials
 
 
 class Kind(Alike):
@@ -28,8 +32,8 @@ class Kind(Alike):
         super().__init__(like)
         self._store = store
 
-    def served(self, at: float) -> bool:
-        if self._store._ledger.serve(self, at):
+    def served(self, at: float, saved: int | None = None) -> bool:
+        if self._store._ledger.serve(self, (at, saved)):
             self._store._take()
         return True
 
@@ -61,6 +65,8 @@ class MemoryStore(Lane):
         self._janitor = Janitor(self, "dspy_prod-memory-store")
         self.companions: dict[Any, Any] = {}
         self.runs = MemoryRuns(self._forget_accounts)
+        self._trials: Trials | None = None
+        self.programs = MemoryPrograms(max_records)
         self._on_terms: Callable[[Terms], None] | None = None
         super().__init__(clock.monotonic, self._ledger.append, self._janitor.rearm)
         hold_while_forking(self, Stage.STATE)
@@ -76,6 +82,17 @@ class MemoryStore(Lane):
     @property
     def durable(self) -> bool:
         return False
+
+    @property
+    def trials(self) -> Trials:
+        """What is kept of experiments."""
+        if self._trials is None:
+            from dspy_prod.stores.memory_trials import MemoryTrials  # importing the package stays light
+
+            with self._lock:
+                if self._trials is None:
+                    self._trials = MemoryTrials(self._clock.time)
+        return self._trials
 
     def __repr__(self) -> str:
         return f"MemoryStore(namespace={self._namespace!r})"

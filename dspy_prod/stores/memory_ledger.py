@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from functools import lru_cache
 from operator import add
@@ -49,28 +49,31 @@ def check_fields(names: Iterable[str]) -> None:
 
 
 class Alike:
-    """Cached answers whose records differ in nothing but when they were given: only that is noted of each.
+    """Cached answers whose records differ in nothing but when they were given and what each would have cost: only that
+    is noted of each.
 
     Args:
-        like: a record such as theirs; its ids and its time stand for nothing.
+        like: a record such as theirs; its ids, its time and its `saved_nano` stand for nothing.
     """
 
-    __slots__ = ("_rest", "group", "like", "listed", "times")
+    __slots__ = ("_rest", "given", "group", "like", "listed")
 
     def __init__(self, like: CallRecord) -> None:
         self.like = like
         self.group = alike(like)
-        self._rest = like[3:]
-        self.times: deque[float] = deque()
+        self._rest = like[3:-1]
+        self.given: deque[tuple[float, int | None]] = deque()
         self.listed = False  # the ledger knows that there are some
 
     def take(self) -> list[tuple[Any, ...]]:
         """The fields of the records of those so far; whoever holds the ledger's lock."""
         self.listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
-        pop, rest = self.times.popleft, self._rest
-        times = [pop() for _ in range(len(self.times))]
-        ids = IDS.several(2 * len(times))
-        return [(id, call_id, at, *rest) for id, call_id, at in zip(ids[::2], ids[1::2], times, strict=True)]
+        pop, rest = self.given.popleft, self._rest
+        given = [pop() for _ in range(len(self.given))]
+        ids = IDS.several(2 * len(given))
+        return [
+            (id, call_id, at, *rest, saved) for id, call_id, (at, saved) in zip(ids[::2], ids[1::2], given, strict=True)
+        ]
 
 
 class MemoryLedger:
@@ -87,7 +90,8 @@ class MemoryLedger:
         self._kinds: deque[Alike] = deque()  # of which there are some
         self._waiting: dict[tuple[Any, ...], list[CallRecord]] = {}
         self._wait = 0  # how many records wait
-        self._served: dict[tuple[int, Any], tuple[CallRecord, int]] = {}  # cached answers that are in no sum yet
+        # Cached answers that are in no sum yet: what they are like, and what each would have cost.
+        self._served: dict[tuple[int, Any], tuple[CallRecord, Totals]] = {}
         self._days: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
 
     def append(self, record: CallRecord, is_new: bool = True) -> None:
@@ -100,14 +104,14 @@ class MemoryLedger:
         self._new.append(record)
         return len(self._new) >= _NEW
 
-    def serve(self, kind: Alike, at: float) -> bool:
-        """`note` that a cached answer of this kind was given."""
-        times = kind.times
-        times.append(at)
+    def serve(self, kind: Alike, given: tuple[float, int | None]) -> bool:
+        """`note` that a cached answer of this kind was given: when, and what it would have cost."""
+        waiting = kind.given
+        waiting.append(given)
         if not kind.listed:
             kind.listed = True
             self._kinds.append(kind)
-        return len(times) >= _NEW
+        return len(waiting) >= _NEW
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
@@ -162,10 +166,13 @@ class MemoryLedger:
     def _take_alike(self, kind: Alike) -> None:
         rows = kind.take()
         self._rows.extend(rows)
-        for number, many in Counter([row[_STARTED_AT] // _DAY for row in rows]).items():
+        days: dict[float, list[int | None]] = defaultdict(list)
+        for row in rows:
+            days[row[_STARTED_AT] // _DAY].append(row[-1])
+        for number, saved in days.items():
             group = (int(number), kind.group)
-            _, before = self._served.get(group, (kind.like, 0))
-            self._served[group] = kind.like, before + many
+            _, before = self._served.get(group, (kind.like, Totals()))
+            self._served[group] = kind.like, before.plus(Totals.of_hits(saved))
         while len(self._served) > _WAITING:
             self._fold_served(next(iter(self._served)))
 
@@ -177,8 +184,8 @@ class MemoryLedger:
 
     def _fold_served(self, group: tuple[int, Any]) -> None:
         """The same of cached answers."""
-        like, many = self._served.pop(group)
-        self._add(_day(group[0]), like, tuple(Totals(cached=many)))
+        like, totals = self._served.pop(group)
+        self._add(_day(group[0]), like, tuple(totals))
 
     def _sum(self, records: list[CallRecord], sign: int) -> None:
         """Add records that belong to the same day and values."""

@@ -121,7 +121,7 @@ class View:
         tags = {(name.removeprefix(TAG), value) for name, value in equals.items() if name.startswith(TAG)}
         found = (
             block[at : at + _WIDTH]
-            for block, at in self._newest()
+            for block, at in self._newest(wanted)
             if (since is None or block[at + _STARTED_AT] >= since)
             and (until is None or block[at + _STARTED_AT] < until)
             and all(block[at + index] == value for index, value in wanted)
@@ -129,9 +129,13 @@ class View:
         )
         return [CallRecord._make(row) for row in (found if limit is None else islice(found, limit))]
 
-    def _newest(self) -> Iterator[tuple[tuple[Any, ...], int]]:
+    def _newest(self, wanted: Sequence[tuple[int, str]]) -> Iterator[tuple[tuple[Any, ...], int]]:
+        """The records of blocks that may hold one with these fields: whole blocks are passed over in one step."""
         left = sum(map(len, self._blocks)) // _WIDTH - self._hidden
         for block in reversed(self._blocks):
+            if any(value not in block[index::_WIDTH] for index, value in wanted):
+                left -= len(block) // _WIDTH
+                continue
             for at in range(len(block) - _WIDTH, -1, -_WIDTH):
                 if left <= 0:
                     return

@@ -43,6 +43,7 @@ _CALL: Final = f"{_WHOSE} model"
 _TOKENS: Final = "input_tokens output_tokens cached_tokens reasoning_tokens"
 _ATTEMPT: Final = f"{_CALL} route attempt outcome cost_usd estimated cached latency error status record_id {_TOKENS}"
 _BREAKER: Final = "route cause retry_after generation"
+_EXPERIMENT: Final = "experiment what reason stage variant"
 _FOLLOW: Final = "program reference version error"
 
 EVENTS: Final[Mapping[str, Kind]] = {
@@ -73,6 +74,10 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "operation_dropped": _kind(WARNING, "path kind error dropped", "The ledger lacks a record. See `error`."),
     "promotion": _kind(INFO, "program action alias from_version to_version by", "An alias was moved."),
     "program_changed": _kind(INFO, "program reference version previous", "A program runs another version from now on."),
+    "experiment_moved": _kind(INFO, _EXPERIMENT, "A candidate gets more of the traffic, or all of it, from now on."),
+    "experiment_alarm": _kind(
+        WARNING, _EXPERIMENT, "A candidate is taken back, or somebody has to look. See `reason`."
+    ),
     "registry_stale": _kind(WARNING, f"{_FOLLOW} age", "MLflow is down; the last good copy serves."),
     "signature_refused": _kind(WARNING, f"{_FOLLOW} predictor field", "A version does not fit the code. Roll back."),
     "follow_failed": _kind(WARNING, _FOLLOW, "A promoted version cannot be taken; the one before runs. See `error`."),

@@ -122,6 +122,7 @@ class TrackingHealth(Frozen):
         exported: traces in MLflow. waiting: not there yet, those of running calls included.
         sampled_out: left out by `sample`. lost: turned away because too many waited, refused by MLflow, or given up.
         failing: why nothing can be delivered at the moment, None when it can.
+        messages_waiting, messages_lost: likewise, of what is told of runs and of feedback.
     """
 
     uri: str
@@ -131,3 +132,5 @@ class TrackingHealth(Frozen):
     sampled_out: int
     lost: int
     failing: str | None
+    messages_waiting: int = 0
+    messages_lost: int = 0

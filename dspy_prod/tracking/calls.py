@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,6 +45,8 @@ class LeanNode:
         trace_id: 32 hex digits. span_id, parent_id: 16 each; a root has no parent.
         live: a span of MLflow's own stands here; only attempts are added beneath it.
         place: of a root, the experiment and the run of MLflow's into which the code around it puts traces.
+        callers: the modules that it is within, the outermost first. program: the one whose call is traced here or
+            above. subject: what that one runs at the time of the call, where it may be replaced.
     """
 
     courier: Shipper
@@ -57,6 +59,9 @@ class LeanNode:
     parent_id: str | None
     live: bool = False
     place: tuple[str | None, str | None] = (None, None)
+    callers: Sequence[Any] | None = None
+    program: Any = None
+    subject: Any = None
     outputs: Any = None
     attributes: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None

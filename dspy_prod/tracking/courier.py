@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.runtime.threads import begin
 from dspy_prod.telemetry.tap import TrackingHealth
+from dspy_prod.tracking.batches import LINGER
 from dspy_prod.tracking.delivery import STALLED, Delivery
+from dspy_prod.tracking.messages import Messages
 from dspy_prod.tracking.tally import ADMITTED, LEFT_OUT, Tally
-from dspy_prod.tracking.traces import LINGER, Traces
+from dspy_prod.tracking.traces import Traces
 
 if TYPE_CHECKING:
     from dspy_prod.tracking.process import Exporter
@@ -37,6 +39,7 @@ class _Flush:
         self.done = threading.Event()
         self.everything = everything
         self.upto = 0  # number of the last batch it waits for
+        self.links: int | None = None  # and, once that is delivered, how many traces have to be linked
 
 
 class Courier:
@@ -59,6 +62,7 @@ class Courier:
         silence: float = STALLED,
     ) -> None:
         self._silence = silence
+        self.messages = Messages(traces.content)
         self.traces = traces
         self.tally = tally
         self._make_exporter = exporter
@@ -93,6 +97,22 @@ class Courier:
         self._inbox.put((tell, told))
         if self._thread is None and not self._stopping:
             self.start()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Have a message about a run, or feedback, written after the traces before it. Never waits, never raises."""
+        if self.messages.admits():
+            if self._ended:
+                self.messages.lose(1, "tracking is off")
+            else:
+                self.post(self._told, message)
+
+    def _told(self, message: dict[str, Any]) -> None:
+        """Feedback on traces that sampling has left out goes nowhere: looking for them would take minutes."""
+        about = message.get("feedback")
+        if about and all(self.traces.left_out(one["trace"]) for one in about):
+            self.messages.left_out()
+        else:
+            self.messages.told(message)
 
     def begin(self) -> None:
         """Start the exporter process before there is anything to write: it takes seconds to be ready."""
@@ -133,6 +153,8 @@ class Courier:
             sampled_out=self.traces.sampled_out,
             lost=self.delivery.lost + self._refused,
             failing=self.delivery.failing,
+            messages_waiting=self.messages.waiting,
+            messages_lost=self.messages.lost,
         )
 
     def flush(self, timeout: float, everything: bool = False, patiently: bool = True) -> bool:
@@ -158,7 +180,7 @@ class Courier:
         """Ship what there is, within `timeout` seconds, sooner when nothing moves; how many traces are lost by that."""
         delivery, before = self.delivery, self.delivery.lost
         delivery.closing = True
-        busy = self._waiting() or not self._inbox.empty() or self.traces.pending or delivery.busy
+        busy = self._waiting() or not self._inbox.empty() or self._pending or delivery.busy
         if self._thread is not None and busy:
             delivery.hurry()
             self.flush(timeout, everything=True, patiently=False)
@@ -171,6 +193,7 @@ class Courier:
         self.tally.close()
         left = max(0, self._waiting())
         delivery.lost += left
+        self.messages.lose(self.messages.waiting, delivery.failing or "not in time")
         return delivery.lost - before
 
     # -- the thread --------------------------------------------------------------------------------------------------
@@ -186,12 +209,25 @@ class Courier:
                     if not self.delivery.closing:
                         time.sleep(BREATH)
                 self.tally.numbers[LEFT_OUT] = self.traces.sampled_out
-                self.delivery.outbox += self.traces.ready(time.monotonic())
+                self._ship()
                 self.delivery.send()
                 if self._flushes:
                     self._flushed()
             except Exception:
                 _log.exception("Tracking met an error; it goes on")
+
+    def _ship(self, **how: bool) -> None:
+        """Put what is to be written into the outbox, messages after the traces that they may be about."""
+        now = time.monotonic()
+        self.delivery.outbox += self.traces.ready(now, **how)
+        for message in self.traces.links.taken():
+            if self.messages.admits():
+                self.messages.told(message)
+        self.delivery.outbox += self.messages.ready(now, self.traces.number, how.get("at_once", False))
+
+    @property
+    def _pending(self) -> bool:
+        return self.traces.pending or self.messages.pending
 
     def _next(self) -> Any:
         """The next item, or None when it is time to look after something else."""
@@ -200,7 +236,7 @@ class Courier:
             self._acked.clear()
             return None
         try:
-            quiet = not (self.traces.pending or self.delivery.busy)
+            quiet = not (self._pending or self.delivery.busy)
             return self._inbox.get(timeout=None if quiet else LINGER)
         except Empty:
             return None
@@ -214,7 +250,7 @@ class Courier:
         self._inbox.put(None)
 
     def _gather(self, flush: _Flush) -> None:
-        self.delivery.outbox += self.traces.ready(time.monotonic(), at_once=True, unfinished=flush.everything)
+        self._ship(at_once=True, unfinished=flush.everything)
         flush.upto = self.traces.last_batch
         self._flushes.append(flush)
 
@@ -222,12 +258,16 @@ class Courier:
         """Tell those who wait for batches that are all delivered."""
         oldest = self.delivery.oldest
         for flush in [flush for flush in self._flushes if oldest is None or oldest > flush.upto]:
-            self._flushes.remove(flush)
-            flush.done.set()
+            if flush.links is None:
+                flush.links = self.delivery.asked
+            if self.delivery.settled >= min(flush.links, self.delivery.asked):  # another process counts anew
+                self._flushes.remove(flush)
+                flush.done.set()
 
     def after_fork(self) -> None:
         """In a child: nothing of the parent's is ours to ship."""
         self.traces.clear()
+        self.messages.clear()
         self.tally.renew()
         self.delivery.forget()
         self._reset()

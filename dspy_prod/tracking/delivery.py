@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.privacy.outward import outward
 from dspy_prod.tracking.batches import Batch
@@ -41,6 +41,7 @@ class Delivery:
         outbox: batches that it was not given yet.
         exported, lost: traces in MLflow; traces that it refused or that were given up.
         failing: why nothing can be delivered at the moment, None when it can.
+        asked, settled: traces to be linked to prompts so far, and those that are, as this exporter process counts.
         closing: the program is ending; nobody is told of failures any more.
     """
 
@@ -59,6 +60,7 @@ class Delivery:
         self.exported = self.lost = 0
         self.failing: str | None = None
         self.closing = False
+        self.asked = self.settled = 0
         self._unacked: dict[int, Batch] = {}
         self._exporter: Exporter | None = None
         self._ready = False
@@ -69,7 +71,7 @@ class Delivery:
     @property
     def busy(self) -> bool:
         """Whether something is on its way."""
-        return bool(self.outbox or self._unacked)
+        return bool(self.outbox or self._unacked or self.settled < self.asked)
 
     @property
     def full(self) -> bool:
@@ -97,6 +99,7 @@ class Delivery:
             self._restart_at = now + self._restart_pause
             self._restart_pause = min(2 * self._restart_pause, RESTART[1])
             self._ready = False
+            self.asked = self.settled = 0
             self._tally.numbers[SETTLED] = self.exported + self.lost
             exporter = self._exporter = self._make(self._heard)
             if self.closing:
@@ -138,6 +141,8 @@ class Delivery:
         *,
         ready: bool = False,
         died: bool = False,
+        links: Sequence[int] = (),
+        result: Mapping[str, Any] | None = None,
     ) -> None:
         """What the exporter says; on its reader thread.
 
@@ -146,7 +151,12 @@ class Delivery:
             failing: why nothing can be delivered at the moment.
             ready: it has reached MLflow for the first time.
             died: the process is gone.
+            links: see `linking.Links`: asked, settled.
+            result: what became of the batch's messages.
         """
+        if links:
+            self._progressed = time.monotonic() if links[1] > self.settled else self._progressed
+            self.asked, self.settled = links
         failing = None if failing is None else outward(failing)
         if ready:
             self._ready = True
@@ -158,6 +168,8 @@ class Delivery:
                 self._progressed = time.monotonic()
                 self.lost += min(lost, batch.traces)
                 self.exported += max(0, batch.traces - lost)
+                if batch.done is not None:
+                    batch.done(batch, result, failing)
         if failing is not None and self.failing is None and not self.closing:
             _log.warning("MLflow cannot be reached: %s. Calls go on; their traces wait, and are tried again", failing)
         elif failing is None and self.failing is not None and not self.closing:
@@ -165,4 +177,5 @@ class Delivery:
         self.failing = failing
         if died:
             self._ready = False
+            self.settled = self.asked
         self._changed()

@@ -11,78 +11,18 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
+from functools import partial
 from queue import Empty
 from typing import IO, Any, Final
 
 from dspy_prod.privacy.names import bare_url
-from dspy_prod.tracking.exporting import Reader, is_final, serve, status_of, told
-from dspy_prod.tracking.mlflow_schema import prepare
+from dspy_prod.tracking.exporting import Reader, serve, told
+from dspy_prod.tracking.records import NotThere, Records
+from dspy_prod.tracking.sink import Sink
 from dspy_prod.tracking.tally import due
 
 TOGETHER: Final = 6
 """Batches written in one go when they are there anyway."""
-
-
-class Sink:
-    """Writes to one experiment.
-
-    Args:
-        uri: MLflow's tracking URI. experiment: its name, made when there is none.
-    """
-
-    def __init__(self, uri: str, experiment: str) -> None:
-        self._uri = uri
-        self._name = experiment
-        self._experiment: str | None = None
-        self._client: Any = None
-
-    def open(self) -> str:
-        """Connect; the experiment's id."""
-        if self._experiment is None:
-            from mlflow import MlflowClient
-            from mlflow.tracing.client import TracingClient
-
-            prepare(self._uri)
-            client = MlflowClient(self._uri)
-            found = client.get_experiment_by_name(self._name)
-            self._experiment = client.create_experiment(self._name) if found is None else found.experiment_id
-            self._client = TracingClient(self._uri)
-        return self._experiment
-
-    def answers(self) -> bool:
-        """Whether MLflow is there."""
-        from mlflow import MlflowClient
-
-        try:
-            MlflowClient(self._uri).get_experiment(self.open())
-        except Exception:  # whatever it is: it cannot be told from being away
-            return False
-        return True
-
-    def write(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]], places: Mapping[str, str]) -> None:
-        """Write spans, and the headlines of traces that MLflow recorded; `places`: see `traces.Batch`."""
-        from mlflow.entities import Span, TraceInfo
-
-        experiment = self.open()
-        by_place: dict[str, list[Any]] = {}
-        for one in spans:
-            by_place.setdefault(places.get(one["trace_id"], experiment), []).append(Span.from_dict(one))
-        for place, some in by_place.items():
-            self._client.log_spans(place, some)
-        usual = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": experiment}}
-        for info in infos:
-            self._client.start_trace(TraceInfo.from_dict({"trace_location": usual, **info}))
-
-    def link(self, runs: Mapping[str, str]) -> None:
-        """Put traces, by their ids, onto runs. One that is gone meanwhile, or takes none, has none."""
-        from mlflow import MlflowClient
-
-        for run in dict.fromkeys(runs.values()):
-            try:
-                MlflowClient(self._uri).link_traces_to_run([trace for trace, its in runs.items() if its == run], run)
-            except Exception as error:
-                if not is_final(error) and status_of(error) != 404:
-                    raise
 
 
 class Loop(Reader):
@@ -91,6 +31,7 @@ class Loop(Reader):
     def __init__(self, sink: Sink, answers: IO[str]) -> None:
         super().__init__(answers)
         self._sink = sink
+        self._records = Records(sink.uri, sink.name, {}, sink)
         self._failing: str | None = None
         self._delivered = self._refused = 0
         self._refusal = ""
@@ -103,7 +44,7 @@ class Loop(Reader):
             self._say(failing=told(error))
         else:
             self._say(ready=True)
-        while (first := self._lines.get()) is not None:
+        while (first := self._next()) is not None:
             batches = [first]
             with contextlib.suppress(Empty):
                 while len(batches) < TOGETHER:
@@ -114,7 +55,48 @@ class Loop(Reader):
                     batches.append(more)
             self._deliver(batches)
 
+    def _next(self) -> dict[str, Any] | None:
+        """What is to be written next, None at the end. Until it comes, and then at last, links are made."""
+        links, ended = self._sink.links, False
+        while True:
+            pause = links.pause()
+            if ended and (pause is None or (pause and self._hurried.is_set())):
+                return None
+            try:
+                found = self._lines.get(timeout=pause) if pause != 0 else self._lines.get_nowait()
+                if found is not None:
+                    return found
+                ended = True
+            except Empty:
+                links.step()
+                self._say(links=[links.asked, links.settled], failing=self._failing)
+
     def _deliver(self, batches: list[dict[str, Any]]) -> None:
+        some = [batch for batch in batches if not batch.get("messages")]
+        if some:
+            self._traces(some)
+        for batch in batches:
+            if batch.get("messages"):
+                self._messages(batch)
+
+    def _messages(self, batch: dict[str, Any]) -> None:
+        """Write what is told of runs and of feedback, one after the other."""
+        records, refused, later, failing = self._records, {}, list[int](), None
+        for place, message in enumerate(batch["messages"]):
+            if batch["again"]:
+                message["again"] = True
+            failed = self._insist(partial(records.write, message), self._sink.answers)
+            if failed is not None and failed[0].startswith(NotThere.__name__):
+                later.append(place)
+            elif failed is not None:
+                refused[place], failing = failed[0], None if failed[1] else failed[0]
+        (new, records.new), (answers, records.replies) = (records.new, {}), (records.replies, {})
+        result = {"ids": new, "refused": refused, "later": later, "answers": answers}
+        if new:
+            result["experiment"] = records.open()
+        self._settled(batch, 0, failing=failing, result=result)
+
+    def _traces(self, batches: list[dict[str, Any]]) -> None:
         failed = self._insist(lambda: self._write(batches), self._sink.answers)
         if failed is not None and failed[1]:
             self._singly(batches)
@@ -127,7 +109,10 @@ class Loop(Reader):
 
     def _write(self, batches: list[dict[str, Any]]) -> None:
         spans, infos = ([one for batch in batches for one in batch[name]] for name in ("spans", "infos"))
-        self._sink.write(spans, infos, {key: place for batch in batches for key, place in batch["places"].items()})
+        places, lines = (
+            {key: one for batch in batches for key, one in batch[name].items()} for name in ("places", "lines")
+        )
+        self._sink.write(spans, infos, places, lines)
         for batch in batches:
             self._sink.link(batch["runs"])
 
@@ -139,7 +124,7 @@ class Loop(Reader):
                 by_trace.setdefault(one["trace_id"], []).append(one)
             lost = 0
             for spans in by_trace.values():
-                lost += not self._try(spans, [], batch["places"])
+                lost += not self._try(spans, [], batch["places"], batch["lines"])
             for info in batch["infos"]:
                 self._try([], [info], {})
             with contextlib.suppress(Exception):  # MLflow was there a moment ago, and the traces are
@@ -148,9 +133,15 @@ class Loop(Reader):
             self._refused += lost
             self._settled(batch, lost)
 
-    def _try(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]], places: Mapping[str, str]) -> bool:
+    def _try(
+        self,
+        spans: list[dict[str, Any]],
+        infos: list[dict[str, Any]],
+        places: Mapping[str, str],
+        lines: Mapping[str, str] | None = None,
+    ) -> bool:
         try:
-            self._sink.write(spans, infos, places)
+            self._sink.write(spans, infos, places, lines)
         except Exception as error:
             self._refusal = told(error)
             self._say(failing=self._refusal)
@@ -159,7 +150,8 @@ class Loop(Reader):
 
     def _settled(self, batch: dict[str, Any], lost: int, **words: Any) -> None:
         self._delivered += batch["traces"] - lost
-        self._say(batch=batch["batch"], lost=lost, **words)
+        links = self._sink.links
+        self._say(batch=batch["batch"], lost=lost, links=[links.asked, links.settled], **words)
 
     def _say(self, **words: Any) -> None:
         self._failing = words.get("failing")

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import dspy
 
+from dspy_prod.compat.dspy import thread_local_overrides
 from dspy_prod.compat.mlflow import place_here
 from dspy_prod.context.current import SETTING, current
 from dspy_prod.telemetry.tap import NOTHING, Nothing
@@ -54,13 +55,22 @@ class Recorder:
         outer = context.node
         if isinstance(outer, Nothing):  # the trace was turned away as a whole
             return outer
+        callers = thread_local_overrides.get().get("caller_modules")
         live = active_span()
         if live is not None:
             if not self.courier.has_room():
                 return NOTHING
             self.courier.expect(live.trace_id)
             trace_id, its = live.trace_id.removeprefix("tr-"), live.span_id
-            return LeanNode(self.courier, name, kind, None, context, trace_id, its, live.parent_id, live=True)
+            ids = trace_id, its, live.parent_id
+            return LeanNode(self.courier, name, kind, None, context, *ids, live=True, callers=callers)
+        program = subject = None
+        if kind == LM:
+            if isinstance(outer, LeanNode):
+                program = outer.program
+        elif callers:
+            program = callers[-1]
+            subject = getattr(program, "program", None)
         digits = os.urandom(24).hex()
         trace_id, parent_id = digits[:32], None
         place: tuple[str | None, str | None] = (None, None)
@@ -71,7 +81,10 @@ class Recorder:
         elif "mlflow" in sys.modules:
             place = place_here(self._uri)
         kept = {given: _copied(value) for given, value in inputs.items()}
-        return LeanNode(self.courier, name, kind, kept, context, trace_id, digits[32:], parent_id, place=place)
+        return LeanNode(
+            self.courier, name, kind, kept, context, trace_id, digits[32:], parent_id,
+            place=place, callers=callers, program=program, subject=subject,
+        )  # fmt: skip
 
 
 def _copied(value: Any) -> Any:

@@ -88,7 +88,9 @@ class Exporter:
     def send(self, batch: Batch) -> None:
         """Hand a batch over. Does not wait."""
         message = {"batch": batch.number, "traces": batch.traces, "spans": batch.spans, "infos": batch.infos}
-        message.update(places=batch.places, runs=batch.runs)
+        message.update(places=batch.places, runs=batch.runs, lines=batch.lines)
+        if batch.messages:
+            message.update(messages=batch.messages, again=batch.tries > 1)
         self.tell(message)
 
     def tell(self, message: Mapping[str, Any]) -> None:
@@ -142,7 +144,7 @@ class Exporter:
         try:
             for line in pipe:
                 said = orjson.loads(line)
-                more = {name: said[name] for name in ("ready", "ids") if name in said}
+                more = {name: said[name] for name in ("ready", "ids", "links", "result") if name in said}
                 self._heard(said.get("batch"), said.get("lost", 0), said.get("failing"), **more)
         except (OSError, ValueError):
             pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -39,6 +40,7 @@ REQUEST_TIMEOUT: Final = 5
 
 _SCHEMES: Final = ("sqlite://", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")
 _lock: Final = RegistryLock()
+_log: Final = logging.getLogger("dspy_prod")
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +178,12 @@ def flush_traces(timeout: float) -> bool:
     return tracking.courier.flush(timeout)
 
 
+def courier() -> Courier | None:
+    """What ships, None when tracking is off."""
+    tracking = _active
+    return None if tracking is None else tracking.courier
+
+
 def status() -> TrackingHealth | None:
     """How it goes, None when tracking is off. Never waits."""
     tracking = _active
@@ -223,14 +231,15 @@ def _disable() -> None:
     REAPER.flush(2.0)
     for undo in reversed(tracking.undo):
         undo()
+    messages = tracking.courier.messages
+    before = messages.lost
     lost = tracking.courier.close(tracking.exit_timeout)
+    place, why = bare_url(tracking.uri), tracking.courier.delivery.failing or "not in time"
     if lost:
-        import logging
-
-        logging.getLogger("dspy_prod").warning(
-            "%d traces did not reach MLflow at %s (%s). The ledger has their costs",
-            lost, bare_url(tracking.uri), tracking.courier.delivery.failing or "not in time",
-        )  # fmt: skip
+        _log.warning("%d traces did not reach MLflow at %s (%s). The ledger has their costs", lost, place, why)
+    if messages.lost > before:
+        _log.warning("%d messages about runs, or feedback, did not reach MLflow at %s (%s)",
+                     messages.lost - before, place, messages.refusal)  # fmt: skip
 
 
 def _checked(uri: str) -> str:

@@ -16,9 +16,10 @@ from typing import Any, Final
 
 import orjson
 
-from dspy_prod.context.current import CallContext
+from dspy_prod.context.current import CallContext, mark_of
 from dspy_prod.records import ANSWERED, NANO, CallRecord
 from dspy_prod.telemetry.tap import Tariff
+from dspy_prod.tracking.calls import LeanNode
 
 REQUEST_ID: Final = "mlflow.traceRequestId"
 TYPE: Final = "mlflow.spanType"
@@ -165,6 +166,21 @@ def whose(source: CallRecord | CallContext) -> dict[str, Any]:
     attributes: dict[str, Any] = {f"dspy_prod.{name}": value for name, value in found if value is not None}
     attributes.update({f"dspy_prod.tag.{name}": value for name, value in source.tags})
     return attributes
+
+
+def known(node: LeanNode) -> dict[str, Any]:
+    """What a call says of itself before any attempt has: the program, and its version."""
+    inner = (_mark(module) for module in (node.subject, *reversed(node.callers or ())) if module is not None)
+    version = next((mark for mark in inner if mark is not None), None)
+    told = {"dspy_prod.program": node.name if node.kind == "CHAIN" else None, "dspy_prod.prompt_version": version}
+    return {name: str(value) for name, value in told.items() if value is not None}
+
+
+def _mark(module: Any) -> str | None:
+    try:
+        return mark_of(module)
+    except TypeError:  # no module: something else of the name that is looked for
+        return None
 
 
 def trace_attributes(whose: Mapping[str, Any], name: str) -> dict[str, Any]:

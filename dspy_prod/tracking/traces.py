@@ -6,15 +6,18 @@ import itertools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from dspy_prod.context.assignments import Assignment, outer_tags
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.records import CallRecord
 from dspy_prod.telemetry.tap import Way
-from dspy_prod.tracking.batches import Batch, Trace, batch_of
+from dspy_prod.tracking.asking import Predictors
+from dspy_prod.tracking.batches import BATCH, LINGER, Batch, Trace, batch_of
 from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.content import Content
+from dspy_prod.tracking.endings import line_of, reason_of, status_of
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.spans import (
     HEADLINES,
@@ -29,6 +32,7 @@ from dspy_prod.tracking.spans import (
     chat,
     dumped,
     input_nano,
+    known,
     record_span_id,
     span,
     tags_of,
@@ -36,13 +40,10 @@ from dspy_prod.tracking.spans import (
     trace_attributes,
     whose,
 )
+from dspy_prod.tracking.variant_runs import Links
 
 _log = logging.getLogger("dspy_prod")
 
-BATCH: Final = 50
-"""Traces in one batch."""
-LINGER: Final = 0.2
-"""Seconds for which ended traces wait for company: MLflow takes many at once for little more than one."""
 PATIENCE: Final = 900.0
 """Seconds after which a trace is shipped although its root has not ended."""
 _REMEMBERED: Final = 5_000
@@ -61,6 +62,7 @@ class Traces:
     Attributes:
         sampled_out: traces that were left out so far.
         last_batch: number of the newest batch.
+        links: of the traces in batches to the runs of variants.
     """
 
     def __init__(self, content: Content, sampler: Sampler, bridged: bool = False) -> None:
@@ -75,10 +77,12 @@ class Traces:
         """Forget everything."""
         self.sampled_out = 0
         self._sampler = Sampler(self._sampler.share)
+        self._predictors = Predictors()
         self._open: OrderedDict[str, Trace] = OrderedDict()
         self._shipped: OrderedDict[str, Trace | None] = OrderedDict()  # None: left out
         self._ended: list[Trace] = []
         self._since = 0.0
+        self.links = Links()
 
     @property
     def pending(self) -> bool:
@@ -99,9 +103,20 @@ class Traces:
         if not self._ended or not (at_once or len(self._ended) >= BATCH or now - self._since >= LINGER):
             return []
         ended, self._ended = self._ended, []
-        batches = [batch_of(next(self._numbers), ended[start : start + BATCH]) for start in range(0, len(ended), BATCH)]
-        self.last_batch = batches[-1].number
-        return batches
+        for trace in ended:
+            if trace.places and trace.id is not None:
+                self.links.add(trace.id, trace.places)
+        return [batch_of(self.number(), ended[start : start + BATCH]) for start in range(0, len(ended), BATCH)]
+
+    def left_out(self, trace_id: str) -> bool:
+        """Whether sampling is known to have left a trace out, by `tr-...`."""
+        digits = trace_id.removeprefix("tr-")
+        return digits in self._shipped and self._shipped[digits] is None
+
+    def number(self) -> int:
+        """The number of a new batch."""
+        self.last_batch = next(self._numbers)
+        return self.last_batch
 
     # -- what is posted ----------------------------------------------------------------------------------------------
     def attempted(self, node: LeanNode, record: CallRecord, route: Way, response: Any, breaker: str | None) -> None:
@@ -123,7 +138,9 @@ class Traces:
         trace.usage[1] += record.output_tokens or 0
         trace.remarkable |= record.outcome not in ("ok", "cached", "replayed") or record.route != "primary"
         trace.whose.update(whose(record))
+        trace.answer = trace.answer.after(record)
         trace.sample = node.context.sample
+        self._belongs(trace, node)
         if node.trace_id in self._shipped:  # it had ended before
             self._total(trace)
             self._queue(trace)
@@ -131,38 +148,47 @@ class Traces:
     def ended(self, node: LeanNode) -> None:
         """A node has ended."""
         if node.live:
-            if not self.bridged:
-                self.delegated(node.trace_id)
+            self._live_ended(node)
             return
         trace = self._trace(node.trace_id)
         if trace is None:
             return
         failure, kind = node.error, type(node.error).__name__
-        error = None if failure is None else self._rendered(lambda: self.content.error(kind, error_text(failure)), kind)
+        error, told = self._error(failure), node.attributes
+        predictor = self._predictors.name(node.program, node.callers) if node.kind == "CHAT_MODEL" else None
         attributes: dict[str, Any] = {TYPE: node.kind, MESSAGES: "dspy" if node.kind == "CHAT_MODEL" else None}
-        told = node.attributes
         attributes.update({f"dspy_prod.{name}": value for name, value in told.items() if name != "error"})
+        if predictor is not None:
+            attributes.update({"dspy_prod.predictor": predictor, "dspy_prod.model": node.name})
         if told.get("error"):
             attributes["dspy_prod.error"] = self.content.error(str(told["error"]).partition(":")[0], str(told["error"]))
+        inputs = self._rendered(lambda: _filled(self.content.shown(node.inputs)))
+        outputs = self._rendered(lambda: self.content.shown(node.outputs))
+        if told.get("status") == "fallback":
+            outputs = _filled(outputs)
+        self._belongs(trace, node)
         if node.parent_id is None:
             trace.sample = node.context.sample
             trace.place, run = node.place
             trace.run = None if run is None else (f"tr-{node.trace_id}", run)
-            attributes.update(trace_attributes({**trace.whose, **whose(node.context)}, node.name))
-            if "status" in told:
-                attributes[f"{TAG}dspy_prod.status"] = told["status"]
+            its = {**known(node), **trace.whose, **whose(node.context)}
+            if len(trace.places) > 1:  # experiments within the one around it all
+                others = outer_tags((*trace.places, Assignment("")))
+                its = {**{f"dspy_prod.tag.{name}": value for name, value in others.items()}, **its}
+            self._note(trace, told, failure, error, outputs)
+            attributes.update(trace_attributes(its, predictor or node.name))
+            attributes.update({f"{TAG}{name}": value for name, value in trace.ending.items()})
+        elif not trace.whose:  # refused before an attempt
+            trace.whose = {**known(node), **whose(node.context)}
         attributes = self.content.attributes(attributes)
-        inputs = self._rendered(lambda: _filled(self.content.shown(node.inputs)))
-        outputs = self._rendered(lambda: self.content.shown(node.outputs))
         node.inputs = node.outputs = node.error = None  # an error's traceback would keep the prompt for long
-        if told.get("status") == "fallback":
-            outputs = _filled(outputs)
+        node.callers = node.program = node.subject = None
         if node.parent_id is None and node.kind == "CHAT_MODEL":
             inputs, outputs = chat(inputs, outputs)
         attributes[INPUTS], attributes[OUTPUTS] = inputs, outputs
         made = span(
-            node.trace_id, node.span_id, node.parent_id, self.content.name(node.name), node.started_ns, node.ended_ns,
-            attributes, error, None if failure is None else kind,
+            node.trace_id, node.span_id, node.parent_id, self.content.name(predictor or node.name), node.started_ns,
+            node.ended_ns, attributes, error, None if failure is None else kind,
         )  # fmt: skip
         trace.spans.append(made)
         trace.remarkable |= error is not None or told.get("status") == "fallback"
@@ -170,6 +196,44 @@ class Traces:
             self._queue(trace)
         elif node.parent_id is None:
             self._close(node.trace_id, trace)
+
+    def _live_ended(self, node: LeanNode) -> None:
+        """A call has ended within a trace that MLflow records, whose headline is to say how."""
+        if not self.bridged:
+            self.delegated(node.trace_id)
+            return
+        plain = node.error is None and node.attributes.get("status") in (None, "ok", "cached")
+        trace = self._open.get(node.trace_id) if plain else self._trace(node.trace_id)
+        if trace is None:
+            return
+        self._belongs(trace, node)
+        if not trace.whose:
+            trace.whose = {**known(node), **whose(node.context)}
+        if node.kind != "CHAT_MODEL" or node.error is not None:  # of a model that failed, the program may have got over
+            outputs = None if plain else self._rendered(lambda: self.content.shown(node.outputs))
+            self._note(trace, node.attributes, node.error, self._error(node.error), _filled(outputs))
+        node.inputs = node.outputs = node.error = node.callers = node.program = node.subject = None
+
+    def _belongs(self, trace: Trace, node: LeanNode) -> None:
+        """Note in which experiments a call was."""
+        for place in node.context.assignments:
+            trace.id = f"tr-{node.trace_id}"
+            trace.places.setdefault(place, False)
+
+    def _note(self, trace: Trace, told: Mapping[str, Any], failure: Any, error: str | None, outputs: Any) -> None:
+        """Note how a trace ended, as its tags and MLflow's list tell it."""
+        status, reason = status_of(told, failure, trace.answer), reason_of(told, failure)
+        trace.ending = {"dspy_prod.status": status, **({"dspy_prod.reason": reason} if reason else {})}
+        if trace.answer.fallback is not None and failure is None and status != "fallback":
+            trace.ending["dspy_prod.route"] = trace.answer.fallback
+        trace.line = line_of(status, reason, error, outputs, trace.answer)
+
+    def _error(self, failure: BaseException | None) -> str | None:
+        """An error as it may be shown."""
+        if failure is None:
+            return None
+        kind = type(failure).__name__
+        return self._rendered(lambda: self.content.error(kind, error_text(failure)), kind)  # type: ignore[no-any-return]
 
     def foreign(self, handed: Any, place: str | None = None) -> None:
         """A whole trace that MLflow itself recorded; `place`: the experiment it goes to, if not the usual one."""
@@ -185,8 +249,11 @@ class Traces:
         trace.place = place
         if place is None:
             info.pop("trace_location", None)
+        failed = str(info.get("state", "")).endswith("ERROR")
+        if trace.ending.get("dspy_prod.status") in ("refused", "error") and not failed:
+            trace.ending, trace.line = {}, None  # the program has got over it
         trace.info = self.content.foreign_info(info)
-        trace.remarkable |= str(info.get("state", "")).endswith("ERROR")
+        trace.remarkable |= failed
         self._total(trace)
         self._close(trace_id, trace)
 
@@ -246,7 +313,9 @@ class Traces:
             metadata[_COST] = dumped({"total_cost": trace.cost / 1e9})
         if any(trace.usage) and _USAGE not in metadata:
             metadata[_USAGE] = dumped(tokens(*trace.usage))
-        info.setdefault("tags", {}).update(tags_of(trace.whose))
+        info.setdefault("tags", {}).update({**tags_of(trace.whose), **trace.ending})
+        if trace.line is not None:
+            info["response_preview"], trace.line = trace.line, None
         metadata.update({HEADLINES[key]: str(value) for key, value in trace.whose.items() if key in HEADLINES})
 
 

@@ -13,12 +13,21 @@ import pytest
 import dspy_prod
 from dspy_prod.cli import main
 from dspy_prod.records import CallRecord
+from dspy_prod.stores.opening import open_store
+from dspy_prod.stores.programs import ProgramCall
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.testing import ScriptedEngine
 
 TRACE = "0123456789abcdef0123456789abcdef"
 ROWS: list[dict[str, Any]] = [
-    {"user": "ada", "tenant": "acme", "program": "triage", "variant": "cot", "prompt_version": "triage/7"},
+    {
+        "user": "ada",
+        "tenant": "acme",
+        "program": "triage",
+        "experiment": "e1",
+        "variant": "cot",
+        "prompt_version": "triage/7",
+    },
     {"user": "bob", "tenant": "acme", "program": "triage", "variant": "plain", "prompt_version": "triage/6"},
     {"user": "[/dim]", "program": "other", "prompt_version": "other/1", "tags": (("feature", "a[b]"),)},
 ]
@@ -60,7 +69,8 @@ def said(url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         ("model", {"openai/m": 25, "other/m": 3}),
         ("user", {"ada": 26, "bob": 1, "[/dim]": 1}),
         ("tenant", {"acme": 2}),
-        ("variant", {"cot": 1, "plain": 1}),
+        ("experiment", {"e1": 1}),
+        ("variant", {"e1/cot": 1, "plain": 1}),
         ("prompt", {"triage/7": 26, "triage/6": 1, "other/1": 1}),
         ("program", {"triage": 2, "other": 1}),
         ("tag:feature", {"a[b]": 1}),
@@ -78,13 +88,29 @@ def test_costs_by_every_dimension(said: Said, by: str, values: dict[str, int]) -
         assert value in table
 
 
-@pytest.mark.parametrize("by", ["prompts", "experiment", "tag:", "colour"])
+@pytest.mark.parametrize("by", ["prompts", "experiments", "tag:", "colour"])
 def test_an_unknown_dimension_is_refused_by_name(url: str, capsys: pytest.CaptureFixture[str], by: str) -> None:
     """The message lists what there is."""
     assert main(["costs", "--store", url, "--by", by]) == 2
     message = capsys.readouterr().err
-    for word in (by, "day", "model", "user", "tenant", "program", "variant", "prompt", "tag:<key>"):
+    for word in (by, "day", "model", "user", "tenant", "program", "experiment", "variant", "prompt", "tag:<key>"):
         assert word in message
+
+
+def test_how_programs_ended(said: Said, url: str) -> None:
+    """By any dimension, for programs and for people."""
+    assert "No calls of programs" in said("programs")
+    store = open_store(url, "cli")
+    for number, (status, reason) in enumerate([("ok", None), ("fallback", "parse_error"), ("error", "upstream_error")]):
+        told = {"experiment": "e1", "variant": "control", "status": status, "reason": reason}
+        store.programs.append(ProgramCall(f"p{number}", time.time(), "triage", **told))  # type: ignore[arg-type]
+    [row] = said("programs", "--by", "variant", "--since", "7d", "--json")
+    assert (row["value"], row["calls"], row["ok"], row["fallback"], row["error"]) == ("e1/control", 3, 1, 1, 1)
+    assert row["reasons"] == {"parse_error": 1, "upstream_error": 1}
+    table = said("programs")
+    for word in ("triage", "33.3", "parse_error"):
+        assert word in table
+    assert main(["programs", "--store", url, "--by", "colour"]) == 2
 
 
 @pytest.mark.parametrize("trace", [f"tr-{TRACE}", TRACE, TRACE.upper()])
@@ -101,6 +127,7 @@ def test_the_calls_of_a_program_version_are_found(said: Said) -> None:
     assert [record["id"] for record in said("calls", "--prompt", "triage/6", "--json")] == ["r1"]
     assert [record["id"] for record in said("calls", "--prompt", "triage/7", "--variant", "cot", "--json")] == ["r0"]
     assert [record["id"] for record in said("calls", "--program", "other", "--json")] == ["r2"]
+    assert [record["id"] for record in said("calls", "--experiment", "e1", "--json")] == ["r0"]
     assert len(said("calls", "--json")) == 20
     assert "No calls that match" in said("calls", "--prompt", "triage/99")
 

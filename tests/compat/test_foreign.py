@@ -240,8 +240,7 @@ def test_an_answer_from_memory_is_a_finished_call() -> None:
     lm("hi")
     known = calling.hit(lm, scope, "hi", None, {})
     assert known is not None
-    call, result = known
-    assert (call.prompt, call.messages, call.kwargs, call.legacy, call.request, call.n) == ("hi", None, {}, {}, None, 1)
+    result = calling.result_of(known)
     assert (result.outputs, result.usage, result.cost, result.cache_hit) == (["yes"], {}, 0.0, True)
     assert (result.responses, result.response_model) == ((result.raw,), "openai/gpt-4o-mini")
 

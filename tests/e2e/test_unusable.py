@@ -292,7 +292,7 @@ def test_an_empty_answer_kept_by_an_earlier_version_is_a_miss(
     cache.clear()
     empty: Response = answer(text="")
     cache.put(key, empty, None)
-    value = _dump(empty)
+    value = _dump(empty, None)
     assert value is not None
     lm.pipeline.store.cache_put(
         _store_key(key), CachedAnswer(value, float("inf"), float("inf")), max_entries=9, max_bytes=10_000

@@ -254,3 +254,16 @@ def test_an_abandoned_stream_does_not_fill_the_cache(serve: MakeProvider, connec
     assert lm(request).text == "one two three four five"
     assert len(provider.calls) == 2
     assert quiet(lm)
+
+
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+def test_hits_are_listed_at_what_the_provider_billed(serve: MakeProvider, connect: MakeLM, engine: str) -> None:
+    """On either engine; DSPy's own cache tells the cost of its first answer too."""
+    provider = serve(answer="the answer")
+    lm = connect(provider, cache=True, engine=engine)
+    for _ in range(3):
+        ask(lm)
+    asyncio.run(aask(lm))
+    records = lm.ledger.records()
+    assert [record.cost_nano for record in records] == [0, 0, 0, provider.bill.nano]
+    assert {record.list_nano for record in records} == {provider.bill.nano}

@@ -20,7 +20,7 @@ from dspy_prod.optimize.candidates import Candidate
 from dspy_prod.optimize.racing import Raced
 from dspy_prod.optimize.report import Spent
 from dspy_prod.optimize.reporting import _expected as expected_of
-from dspy_prod.optimize.statistics import paired
+from dspy_prod.statistics.paired import paired
 from tests.optimize.found import best_of, found, program, report
 
 

@@ -22,7 +22,7 @@ from dspy_prod.optimize.mlflow_runs import PATIENCE, InMlflow, watcher
 from dspy_prod.optimize.publishing import publish_best, publish_found
 from dspy_prod.policies.answers import SHOWS
 from dspy_prod.registry.errors import RegistryUnavailableError
-from dspy_prod.tracking.runs_exporter import KEY, Records
+from dspy_prod.tracking.records import KEY, Records
 from tests.optimize.found import best_of, found, program, report
 from tests.ports import free_port
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.expected import measured
-from dspy_prod.optimize.statistics import _effects, _noise, expected, paired
+from dspy_prod.optimize.statistics import _effects, _noise, expected
+from dspy_prod.statistics.paired import paired
 
 
 def scored(seed: int, many: int, size: int, spread: float) -> tuple[np.ndarray, np.ndarray]:

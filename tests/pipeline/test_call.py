@@ -56,6 +56,7 @@ def test_each_field_of_a_record_has_its_own_fact(estimated: bool) -> None:
         "waited": 0.5,
         "accounts": ("an account",),
         "reason": None,
+        "saved_nano": None,
     }
     of_context = set(CallContext._fields) & set(CallRecord._fields)
     facts.update({name: f"the context's {name}" for name in of_context})

@@ -474,6 +474,7 @@ def test_a_record_survives_the_way_to_the_ledger_and_back(store: Store) -> None:
         input_tokens=1, output_tokens=2, cached_tokens=3, reasoning_tokens=4, cached=True, latency=0.5, waited=0.25,
         user="ü", tenant="t", session="s", priority="high", program="p", experiment="e", variant="v",
         prompt_version="p/3", tags=(("feature", "triage"), ("région", "eu")), trace_id="tr", accounts=("day", "total"),
+        saved_nano=5,
     )  # fmt: skip
     store.append(full)
     assert store.records() == [full]
@@ -497,6 +498,22 @@ def test_cached_answers_of_a_kind_are_records_like_all_others(store: Store) -> N
     assert not kind.ended
 
 
+@pytest.mark.parametrize("count", [5, 70, 300])
+def test_cached_answers_of_a_kind_each_keep_what_they_would_have_cost(store: Store, count: int) -> None:
+    kind = store.kind(record("", call_id="", started_at=0.0, cached=True, outcome="cached", user="u1"))
+    costs = [None if number % 5 == 4 else number % 3 for number in range(count)]
+    for number, saved in enumerate(costs):
+        assert kind.served(DAY + number, saved)
+    assert [row.list_nano for row in store.records(user="u1")] == costs[::-1]
+    known = [saved for saved in costs if saved is not None]
+    for _ in range(2):
+        ((_, _, sums),) = store.totals(dimension="user")
+        assert sums == Totals(cached=count, saved_nano=sum(known), saved=len(known))
+        assert (sums.list_nano, sums.unknown_list) == (sum(known), count - len(known))
+        count, known = count + 1, [*known, 9]
+        store.append(record(cached=True, outcome="cached", user="u1", saved_nano=9))
+
+
 def test_records_are_filtered_and_come_newest_first(store: Store) -> None:
     for number in range(10):
         store.append(record(f"r{number}", started_at=DAY + number, user=f"u{number % 2}", call_id=f"c{number // 5}"))
@@ -513,6 +530,25 @@ def test_records_are_filtered_and_come_newest_first(store: Store) -> None:
 def test_an_unknown_field_is_refused(store: Store) -> None:
     with pytest.raises(ValueError, match="colour"):
         store.records(colour="red")
+
+
+def test_the_control_of_each_experiment_is_summed_apart(store: Store) -> None:
+    """They were one row, as if both experiments had the same program in it."""
+    for experiment, variant, cost in (
+        ("e1", "control", 1),
+        ("e2", "control", 2),
+        ("e1", "new", 4),
+        (None, "control", 8),
+    ):
+        store.append(record(experiment=experiment, variant=variant, cost_nano=cost))
+        kind = store.kind(record("", cached=True, outcome="cached", experiment=experiment, variant=variant))
+        for _ in range(70):
+            kind.served(DAY, cost)
+    sums = {value: (sums.cost_nano, sums.list_nano) for value, sums in store.sums(dimension="variant")}
+    assert sums == {"e1/control": (1, 71), "e2/control": (2, 142), "e1/new": (4, 284), "control": (8, 568)}
+    assert [value for value, _ in store.sums(dimension="experiment")] == ["e1", "e2"]
+    [(_, _, of_one)] = store.totals(dimension="experiment", value="e1")
+    assert (of_one.cost_nano, of_one.attempts, of_one.cached, of_one.list_nano) == (5, 2, 140, 355)
 
 
 def test_totals_are_per_day_and_value(store: Store) -> None:

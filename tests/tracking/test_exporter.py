@@ -12,8 +12,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST
 
 from dspy_prod.tracking import exporting
-from dspy_prod.tracking.exporter import Loop, Sink
+from dspy_prod.tracking.exporter import Loop
 from dspy_prod.tracking.exporting import told
+from dspy_prod.tracking.sink import Sink
 from dspy_prod.tracking.tally import ADMITTED, Tally
 
 REFUSED = MlflowException("a tag is too long", INVALID_PARAMETER_VALUE)
@@ -34,7 +35,13 @@ class Store(Sink):
     def answers(self) -> bool:
         return True
 
-    def write(self, spans: list[dict[str, Any]], infos: list[dict[str, Any]], places: Mapping[str, str]) -> None:
+    def write(
+        self,
+        spans: list[dict[str, Any]],
+        infos: list[dict[str, Any]],
+        places: Mapping[str, str],
+        lines: Mapping[str, str] | None = None,
+    ) -> None:
         these = {span["trace_id"] for span in spans}
         if these & self.refuses:
             raise REFUSED
@@ -57,7 +64,8 @@ def batch(number: int, *traces: str) -> dict[str, Any]:
     """A batch of traces that were made on a run."""
     spans = [{"trace_id": trace} for trace in traces]
     runs = {f"tr-{trace}": "run" for trace in traces}
-    return {"batch": number, "traces": len(traces), "spans": spans, "infos": [], "places": {}, "runs": runs}
+    rest: dict[str, Any] = {"infos": [], "places": {}, "lines": {}}
+    return {"batch": number, "traces": len(traces), "spans": spans, "runs": runs, **rest}
 
 
 def test_what_is_written_singly_is_on_its_run_too() -> None:
@@ -66,7 +74,7 @@ def test_what_is_written_singly_is_on_its_run_too() -> None:
     _, said = exported(store, batch(1, "a", "b", "c"))
     assert store.written == {"a", "c"}
     assert {"tr-a", "tr-c"} <= set(store.linked)
-    assert said[-1] == {"batch": 1, "lost": 1}
+    assert said[-1] == {"batch": 1, "lost": 1, "links": [0, 0]}
 
 
 def test_the_last_word_tells_what_was_refused_from_what_was_never_sent() -> None:

@@ -94,6 +94,34 @@ def test_the_list_of_traces_has_users_status_and_costs(
     assert costs == pytest.approx(expected, abs=5.1e-7)
 
 
+def test_what_was_no_ordinary_answer_is_seen_in_the_list(
+    experiment: str, base: str, filled: Filled, pictures: Path, tmp_path: Path
+) -> None:
+    """To a visitor who has chosen no columns: the canned answer with its reason, and the other model's."""
+    assert _FOUND is not None
+    with Browser(_FOUND, tmp_path, width=1600, height=1000, storage=STORAGE) as visitor:
+        visitor.open(f"{base}/traces")
+        said = visitor.wait_for("6 of 6", "State")
+        visitor.picture(pictures / "traces-first-visit.png")
+    assert "fallback: upstream_error: A colleague will answer you." in said
+    assert f'fallback to {SMALL}: {{"category":"billing","reply":"Thank you, we look into it."}}' in said
+    assert said.count("fallback:") - said.count("dspy_prod.status: fallback") == 1
+    assert said.count("fallback to ") == 1
+
+
+def test_a_version_lists_its_traces(browser: Browser, base: str, filled: Filled, pictures: Path) -> None:
+    """The page of prompts lists the program; on the program's page, one click shows the traces of the version."""
+    browser.open(f"{base}/prompts")
+    browser.wait_for("triage Version 2")
+    browser.picture(pictures / "prompts.png")
+    browser.open(f"{base}/prompts/triage")
+    browser.wait_for("Viewing version 2")
+    browser.run("[...document.querySelectorAll('button, label')].find(e => e.innerText.trim() === 'Traces').click()")
+    said = browser.wait_for("Where is my parcel?", "I was charged twice.", "5 of 6")
+    browser.picture(pictures / "version-traces.png")
+    assert "hello" not in said.partition("Input")[2], "a call without a program is of no version"
+
+
 def test_a_trace_shows_its_attempts_and_their_costs(
     browser: Browser, base: str, filled: Filled, pictures: Path
 ) -> None:

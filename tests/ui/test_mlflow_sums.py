@@ -87,7 +87,7 @@ def test_each_trace_tells_user_session_status_and_cost(pages: str, experiment: s
     assert status[filled.cached] == "cached"
     assert status[filled.retried] == status[filled.fallen] == "ok"
     assert status[filled.failed] == "fallback"
-    assert by_id[filled.failed]["response_preview"] == '{"reply":"A colleague will answer you."}'
+    assert by_id[filled.failed]["response_preview"] == "fallback: upstream_error: A colleague will answer you."
     assert by_id[filled.failed]["tags"]["dspy_prod.tag.channel"] == "mail"
 
 

@@ -1,4 +1,7 @@
-"""`dspy-prod demo`: a support-triage program meets load, repetition, an outage, recovery and an empty purse."""
+"""`dspy-prod demo`: a support-triage program meets load, repetition, an outage, recovery and an empty purse.
+
+At the end an experiment meets a version that fails.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,7 @@ def demo(
     Raises:
         ConfigError: a tracking URI that MLflow cannot write traces to.
     """
+    from dspy_prod.cli.demo import experiment
     from dspy_prod.cli.demo import traces as demo_mlflow
     from dspy_prod.cli.demo.report import Report, show, show_json
     from dspy_prod.stores.opening import default_store_url
@@ -84,6 +88,9 @@ def demo(
             demo_mlflow.end()
         providers.close()
     if not as_json:
+        console.print()
+        for line in experiment.lines(experiment.act()):
+            console.print(line, markup=False, soft_wrap=True)
         where = f"--namespace {NAMESPACE}"
         console.print(f"\nLook around: [bold]dspy-prod costs {where} --by user[/], [bold]dspy-prod calls {where}[/]")
         if written is not None:

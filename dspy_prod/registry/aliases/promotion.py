@@ -9,6 +9,7 @@ import datetime as dt
 import logging
 import re
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import dspy
@@ -43,6 +44,7 @@ def promote(
     force: bool = False,
     reason: str | None = None,
     by: str | None = None,
+    evidence: Mapping[str, Any] | None = None,
     tracking_uri: str | None = None,
 ) -> AuditEntry:
     """Point an alias to a version.
@@ -61,6 +63,7 @@ def promote(
         force: move although the gate is inconclusive; needs a `reason`. A gate that fails cannot be overruled.
         reason: why, for the record.
         by: who, for the record; default: user@machine.
+        evidence: what speaks for it, as JSON has it, for the record.
         tracking_uri: the MLflow store; default: MLflow's current one.
 
     Returns:
@@ -90,17 +93,17 @@ def promote(
     who = by or provenance.author()
     if before == chosen.version:
         return _nothing_to_do("promote", alias, chosen.version, who, reason)
-    evidence: dict[str, Any] = {"metrics": dict(chosen.metrics)}
+    found: dict[str, Any] = {**(evidence or {}), "metrics": dict(chosen.metrics)}
     forced = False
     if gate is not None:
         report = gate.check(server, chosen, program)
-        evidence["gate"] = report.to_dict()
+        found["gate"] = report.to_dict()
         forced = report.result == "inconclusive" and force
         if report.result != "pass" and not forced:
-            journal.append(Request("refused", alias, chosen.version, None, who, reason, evidence=evidence))
+            journal.append(Request("refused", alias, chosen.version, None, who, reason, evidence=found))
             raise refused_error(alias, chosen, report)
         wanted = before or 0  # the verdict is about what the alias had then; an evaluation may take hours
-    request = Request("promote", alias, chosen.version, wanted, who, reason, forced, evidence)
+    request = Request("promote", alias, chosen.version, wanted, who, reason, forced, found)
     return carry_out(server, name, journal, request)
 
 
@@ -112,6 +115,7 @@ def rollback(
     expected: int | ProgramVersion | None = None,
     reason: str | None = None,
     by: str | None = None,
+    evidence: Mapping[str, Any] | None = None,
     tracking_uri: str | None = None,
 ) -> AuditEntry:
     """Take the last promotion of an alias back: at once, and without an evaluation.
@@ -126,7 +130,7 @@ def rollback(
         to: the version to go back to; default: the one before the last promotion.
         expected: the version to get away from. If the alias has been rolled back from it, nothing is done; if it was
             promoted to another one meanwhile, that is a conflict.
-        reason, by, tracking_uri: as in `promote`.
+        reason, by, evidence, tracking_uri: as in `promote`.
 
     Returns:
         The audit entry.
@@ -158,7 +162,8 @@ def rollback(
         )
     find_version(server, name, target)
     try:
-        return carry_out(server, name, journal, Request("rollback", alias, target, now or 0, who, reason))
+        request = Request("rollback", alias, target, now or 0, who, reason, evidence=evidence or {})
+        return carry_out(server, name, journal, request)
     except PromotionConflictError as error:
         if error.actual == target:  # somebody else rolled back at the same moment
             return _nothing_to_do("rollback", alias, target, who, reason)

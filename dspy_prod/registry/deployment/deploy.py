@@ -39,6 +39,7 @@ def deploy(
     margin: float = 0.0,
     min_examples: int | None = None,
     stages: Sequence[str] = STAGES,
+    until: str | None = None,
     recheck: bool = False,
     force: bool = False,
     reason: str | None = None,
@@ -62,6 +63,9 @@ def deploy(
         program: the program from the code to put versions into, or a function that makes it; needed unless
             `candidate` is a program.
         stages: the aliases to move, in order.
+        until: the last of them to move now, as `"canary"`. The others wait for an experiment that compares the version
+            with what they have: its promotion of `production` continues this deployment, as the same call without
+            `until` would.
         recheck: start over: take the aliases as they are now, and evaluate the gate again.
         force: go on although the gate is inconclusive, also when it was in an earlier run; needs a `reason`. A gate
             that fails cannot be overruled.
@@ -71,7 +75,7 @@ def deploy(
         tracking_uri: the MLflow store; default: MLflow's current one.
 
     Returns:
-        The deployment, with outcome `deployed` or `unchanged`.
+        The deployment, with outcome `deployed`, `waiting` (up to `until`) or `unchanged`.
 
     Raises:
         PromotionRefusedError: the gate failed, had an error or is inconclusive; no alias was moved.
@@ -90,12 +94,15 @@ def deploy(
         raise ConfigError(f"stages={stages!r}: name at least one alias, and none twice, such as {STAGES!r}")
     for alias in aliases:
         check_alias(name, alias)
+    if until is not None and until not in aliases:
+        raise ConfigError(f"until={until!r} is none of the stages {aliases!r}")
     if force and not reason:
         raise ConfigError("deploy(force=True) needs a reason=, which is kept in the audit log")
     gate = Gate(evaluate, thresholds or {}, baseline, margin, min_examples)
-    order = Order(name, gate, aliases, recheck, force, reason, by or provenance.author(), tracking_uri)
+    last = aliases[-1] if until is None else until
+    order = Order(name, gate, aliases, last, recheck, force, reason, by or provenance.author(), tracking_uri)
     server = server_at(tracking_uri)
-    with tqdm(total=len(aliases) + 3, desc=f"deploy {name}", leave=False, disable=not display_progress) as bar:
+    with tqdm(total=len(order.now) + 3, desc=f"deploy {name}", leave=False, disable=not display_progress) as bar:
         steps = Steps(lambda step: bar.set_description(f"deploy {name}: {step}"), bar.update)
         with steps.step("load") as said:
             found = resolve(server, name, candidate, program)

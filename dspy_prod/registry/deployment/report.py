@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from dspy_prod.registry.aliases.gates import GateReport
 
 DIRECTORY: Final = Path(".dspy_prod") / "deployments"
-Outcome = Literal["deployed", "unchanged", "failed", "error", "inconclusive", "conflict", "interrupted"]
+Outcome = Literal["deployed", "waiting", "unchanged", "failed", "error", "inconclusive", "conflict", "interrupted"]
 StepResult = Literal["done", "before", "reused", "skipped", "stopped"]
-_TONES: Final[dict[str, Tone]] = {"deployed": "good", "unchanged": "good", "inconclusive": "warn"}
+_TONES: Final[dict[str, Tone]] = {"deployed": "good", "waiting": "good", "unchanged": "good", "inconclusive": "warn"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Deployment(Shown):
         version: the candidate; None while it is a file that was not published.
         candidate: the candidate as it was named.
         id: the same for every run that continues this deployment; None when there was nothing to deploy.
-        outcome: `deployed`; `unchanged`: every alias had the version already; `failed`, `error`, `inconclusive`: the
+        outcome: `deployed`; `waiting`: up to the stage that was asked for, and an experiment decides about the others;
+            `unchanged`: every alias had the version already; `failed`, `error`, `inconclusive`: the
             gate's verdict, and no alias was moved; `conflict`: somebody else moved an alias; `interrupted`.
         stages: the aliases, in the order of their moves.
         resumed: an earlier run had begun it.
@@ -124,6 +125,8 @@ def advice(found: Deployment) -> tuple[str, ...]:
     back = _back(found, moved)
     if found.outcome == "deployed":
         return back
+    if found.outcome == "waiting":
+        return (*_experiment(found, moved), *back)
     if found.outcome == "unchanged":
         return (f"There was nothing to do: {', '.join(moved)} {_has(moved)} version {found.version}.",)
     if found.outcome == "inconclusive":
@@ -144,6 +147,19 @@ def advice(found: Deployment) -> tuple[str, ...]:
         )
         return (*stand, *again, *back)
     return (*stand, "To continue where it stopped, run the same command again.", *back)
+
+
+def _experiment(found: Deployment, moved: list[str]) -> tuple[str, ...]:
+    rest = [alias for alias in found.stages if alias not in moved]
+    if not moved or not rest:
+        return ()
+    control, candidate = f"{found.name}@{rest[-1]}", f"{found.name}@{moved[-1]}"
+    kept = "has what it had" if len(rest) == 1 else "have what they had"
+    return (
+        f"{moved[-1]} has version {found.version}, {', '.join(rest)} {kept}. An experiment decides from here: "
+        f'Experiment(..., variants={{"control": "{control}", "candidate": "{candidate}"}}), then '
+        "dspy-prod experiment start NAME, and dspy-prod experiment run NAME; its promotion continues this deployment.",
+    )
 
 
 def _back(found: Deployment, moved: list[str]) -> tuple[str, ...]:

@@ -34,16 +34,22 @@ _log = logging.getLogger("dspy_prod")
 
 @dataclass(frozen=True)
 class Order:
-    """What was asked for: the arguments of `deploy`."""
+    """What was asked for: the arguments of `deploy`. `until` is the last of the stages that is moved now."""
 
     name: str
     gate: Gate
     stages: tuple[str, ...]
+    until: str
     recheck: bool
     force: bool
     reason: str | None
     by: str
     uri: str | None
+
+    @property
+    def now(self) -> tuple[str, ...]:
+        """The stages that are moved now."""
+        return self.stages[: self.stages.index(self.until) + 1]
 
 
 class Steps:
@@ -118,18 +124,18 @@ class Run:
 
     def go(self) -> None:
         """Do what is left to do; raises as `deploy`."""
-        version, pending = self._version, list(self._order.stages)
+        version, pending = self._version, list(self._order.now)
         if version is not None:
             pending = [each for each in pending if not self._begin.has_passed(self._replay, each, version.version)]
             for alias in self._order.stages:
-                if alias not in pending:
+                if alias not in pending and self._passed(alias):
                     entry = self._begin.first and self._begin.move(self._replay, alias, version.version)
                     self._steps.earlier(alias, version.version, entry)
         self._refuse_foreign_moves(pending)
         earlier = None if version is None else verdict(self._replay, version.version, self._conditions)
         if not pending and not self._order.recheck:
             self._report = None if earlier is None else earlier[0]
-            self._outcome = "unchanged"
+            self._outcome = self._ended("unchanged")
             return
         report, evaluated = self._judged(None if self._order.recheck else earlier)
         if version is None:
@@ -140,7 +146,16 @@ class Run:
         for number, alias in enumerate(pending):
             whole = number == 0 and (evaluated or self._begin.first is None)
             self._move(alias, version, report, {"gate": report.to_dict()} if whole else {})
-        self._outcome = "deployed" if pending else "unchanged"
+        self._outcome = self._ended("deployed" if pending else "unchanged")
+
+    def _ended(self, outcome: Outcome) -> Outcome:
+        """What became of it, where nothing went wrong: it waits while a later stage has another version."""
+        later = self._order.stages[len(self._order.now) :]
+        return outcome if all(map(self._passed, later)) else "waiting"
+
+    def _passed(self, alias: str) -> bool:
+        """Whether a stage has been given the version."""
+        return self._version is not None and self._begin.has_passed(self._replay, alias, self._version.version)
 
     def end(self, error: BaseException) -> None:
         """Note what ended it early."""
@@ -185,9 +200,10 @@ class Run:
 
         Once everything is done only the last alias counts: later deployments go through the earlier ones.
         """
-        for alias in self._order.stages if pending else self._order.stages[-1:]:
+        stages = self._order.stages
+        for alias in stages if pending else [each for each in stages if self._passed(each)][-1:]:
             actual = self._replay.version(alias)
-            done = alias not in pending and self._version is not None
+            done = alias not in pending and self._passed(alias)
             wanted = self._version.version if done and self._version is not None else self._begin.before[alias]
             if actual == wanted:
                 continue

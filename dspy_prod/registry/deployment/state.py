@@ -40,6 +40,18 @@ def told(entry: AuditEntry) -> Mapping[str, Any] | None:
     return said
 
 
+def continued(replay: Replay, alias: str, version: int) -> Mapping[str, Any] | None:
+    """The deployment to which a move of this alias to this version belongs, whoever makes it; None: to none.
+
+    It is the newest that has moved an alias to the version, and left this one for later.
+    """
+    for entry in reversed(replay.entries):
+        said = told(entry)
+        if said is not None and entry.moved and entry.to_version == version and alias in said["stages"]:
+            return said
+    return None
+
+
 @dataclass(frozen=True)
 class Begin:
     """The begin of a deployment.

@@ -48,14 +48,18 @@ def read_terms(connection: sqlite3.Connection, ns: int) -> list[Terms]:
     return [terms for row in rows if (terms := terms_of(row)) is not None]
 
 
-_DAYS: Final = """
-    WITH RECURSIVE days (day) AS (
-        SELECT min(day) FROM rollups WHERE ns = ?1 AND day >= ?2 AND day <= ?3
-        UNION ALL
-        SELECT (SELECT min(day) FROM rollups WHERE ns = ?1 AND day > days.day AND day <= ?3)
-        FROM days WHERE days.day IS NOT NULL)
-"""
-"""The days that have sums. Stepping from one to the next, no row of another dimension is read."""
+def days_of(table: str) -> str:
+    """The days that have sums. Stepping from one to the next, no row of another dimension is read."""
+    return f"""
+        WITH RECURSIVE days (day) AS (
+            SELECT min(day) FROM {table} WHERE ns = ?1 AND day >= ?2 AND day <= ?3
+            UNION ALL
+            SELECT (SELECT min(day) FROM {table} WHERE ns = ?1 AND day > days.day AND day <= ?3)
+            FROM days WHERE days.day IS NOT NULL)
+    """
+
+
+_DAYS: Final = days_of("rollups")
 
 
 def read_totals(

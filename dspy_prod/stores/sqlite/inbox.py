@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from dspy_prod.compat.foreign import running_loop
-from dspy_prod.stores.sqlite.served import Kind, Served
+from dspy_prod.stores.sqlite.served import Given, Kind, Served
 from dspy_prod.stores.sqlite.transactions import Operation, Transactions
 
 GATHER: Final = 0.008
@@ -38,14 +38,17 @@ PATIENCE: Final = 0.05
 _UNHURRIED: Final = frozenset(
     (
         Transactions.append,
+        Transactions.append_program,
         Transactions.settle,
         Transactions.settle_drawn,
         Transactions.sent_late,
         Transactions.put_answer,
         Transactions.touch_answer,
+        Transactions.note,
     )
 )
 _APPEND: Final = Transactions.append
+_APPEND_PROGRAM: Final = Transactions.append_program
 
 
 class Inbox:
@@ -77,7 +80,8 @@ class Inbox:
         operations, kind = self._operations, operation[0]
         operations.append(operation)
         ring = self._resting or len(operations) == (ENOUGH if self._costly else ENOUGH_FREE)
-        if not self._costly and (kind is not _APPEND or operation[1].cost_nano != 0):
+        free = kind is _APPEND_PROGRAM or (kind is _APPEND and operation[1].cost_nano == 0)
+        if not (free or self._costly):
             self._costly = ring = True
         if kind not in _UNHURRIED or self.hurried:
             self._urgent = ring = True
@@ -85,9 +89,9 @@ class Inbox:
             self._resting = False  # it wakes once: others that come before it does would only ring again
             self._bell.put(None)
 
-    def serve(self, kind: Kind, at: float) -> None:
+    def serve(self, kind: Kind, given: Given) -> None:
         """Post that a cached answer of this kind was given; slows down who does so as `ease` does."""
-        kind.times.append(at)
+        kind.given.append(given)
         if not kind.listed:
             kind.listed = True
             self._kinds.append(kind)
@@ -106,10 +110,10 @@ class Inbox:
         found: list[Operation] = []
         while self._kinds:
             kind = self._kinds.popleft()
-            times = kind.take()
-            if times:
-                self._taken += len(times)
-                found.append((Transactions.append_served, Served(kind.like, times), None))
+            given = kind.take()
+            if given:
+                self._taken += len(given)
+                found.append((Transactions.append_served, Served(kind.like, given), None))
         return found
 
     def ease(self) -> None:

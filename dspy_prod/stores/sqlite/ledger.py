@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, chain
 from math import inf
@@ -86,7 +85,7 @@ class LedgerTables:
             self.put(record)
         for some in whole:
             self._hits.add(Page.of_served(self._newest(), some))
-            self._sum_alike(day_of(some.times[0]), rollup_keys(some.like), Totals(cached=len(some)), 1)
+            self._sum_alike(day_of(some.times[0]), rollup_keys(some.like), Totals.of_hits(some.saved), 1)
         if self._sums:
             ADD_SUMS.run(self._connection, [(ns, *key, *values) for key, values in self._sums.items()])
             self._sums.clear()
@@ -140,15 +139,17 @@ class LedgerTables:
                 self._sum_alike(day_of(group[0].started_at), rollup_keys(group[0]), Totals.of(*group), sign)
 
     def _sum_hits(self, hits: Sequence[CallRecord]) -> None:
-        """`_sum` of what used nothing, where only how many there are counts."""
+        """`_sum` of what used nothing, where only how many there are counts, and what they would have cost."""
         if not hits:
             return
         if len({hit.started_at // 86_400 for hit in hits}) > 1:
             return self._sum(hits, 1)
-        kinds = list(map(alike, hits))
-        like = dict(zip(kinds, hits, strict=True))
-        for kind, count in Counter(kinds).items():
-            self._sum_alike(day_of(hits[0].started_at), rollup_keys(like[kind]), Totals(cached=count), 1)
+        kinds: dict[tuple[Any, ...], list[CallRecord]] = {}
+        for hit in hits:
+            kinds.setdefault(alike(hit), []).append(hit)
+        for like in kinds.values():
+            sums = Totals.of_hits([hit.saved_nano for hit in like])
+            self._sum_alike(day_of(hits[0].started_at), rollup_keys(like[0]), sums, 1)
 
     def _sum_alike(self, day: str, pairs: Iterable[tuple[str, str]], totals: Totals, sign: int) -> None:
         known = self._known.get(day)

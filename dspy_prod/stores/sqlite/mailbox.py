@@ -26,6 +26,10 @@ READ_TIMEOUT: Final = 5.0
 """Seconds a read waits for what was posted before it."""
 
 _STEP: Final = 0.1
+_WRITING: Final = (
+    *(Transactions.settle, Transactions.settle_drawn),
+    *(Transactions.append, Transactions.append_program),
+)
 
 
 class Mailbox:
@@ -156,7 +160,7 @@ class Mailbox:
                 subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.flush:
                 subject.set()
-            elif kind in (Transactions.settle, Transactions.settle_drawn, Transactions.append):
+            elif kind in _WRITING:
                 _log.warning("%s: a %s came after close and was not written", self._path, kind.__name__)
 
     # -- fork --------------------------------------------------------------------------------------------------------

@@ -64,7 +64,10 @@ class Page:
     def of_served(cls, place: int, served: Served) -> Page:
         """The page of cached answers that were taken together, all at one place."""
         each: dict[str, Sequence[Any]] = {"id": served.ids, "call_id": served.call_ids, "started_at": served.times}
-        like = zip(_FIELDS, served.like, strict=True)
+        saved, first = served.saved, served.saved[0]
+        like = zip(_FIELDS, served.like._replace(saved_nano=first), strict=True)
+        if saved.count(first) < len(saved):
+            each["saved_nano"] = saved
         same = {name: value for name, value in like if value is not None and name not in each}
         return cls(len(served), {PLACE: place, **same}, each)
 

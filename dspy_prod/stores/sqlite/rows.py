@@ -28,7 +28,7 @@ _NUMBERS: Final = tuple(
     for name, kinds in {
         **dict.fromkeys(("started_at", "latency", "waited"), _REAL),
         "attempt": ((int,), 0),
-        **dict.fromkeys(("cost_nano", "status"), _WHOLE),
+        **dict.fromkeys(("cost_nano", "status", "saved_nano"), _WHOLE),
         **dict.fromkeys(("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens"), _WHOLE),
     }.items()
 )

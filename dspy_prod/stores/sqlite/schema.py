@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 import sqlite3
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime import private
-from dspy_prod.stores.sqlite import hits
+from dspy_prod.stores.sqlite import hits, program_rows, trial_tables
 from dspy_prod.stores.sqlite.indices import missing
 
 SCHEMA_VERSION: Final = 1
@@ -23,7 +24,7 @@ LONGEST_LOG: Final = 16_000
 """Pages in the write-ahead log from which on a commit copies it itself, whoever waits: see `Checkpoints`."""
 
 _INTEGERS: Final = {
-    *("attempt", "cost_nano", "estimated", "status", "cached"),
+    *("attempt", "cost_nano", "estimated", "status", "cached", "saved_nano"),
     *("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens"),
 }
 _REALS: Final = {"started_at", "latency", "waited"}
@@ -77,7 +78,7 @@ CREATE UNIQUE INDEX records_id ON records (ns, id);
 CREATE INDEX records_started ON records (ns, started_at);
 CREATE TABLE rollups (
     ns INTEGER, day TEXT, dimension TEXT, value TEXT,
-    {", ".join(f"{name} INTEGER NOT NULL" for name in Totals._fields)},
+    {", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in Totals._fields)},
     PRIMARY KEY (ns, day, dimension, value)) WITHOUT ROWID;
 CREATE TABLE cache (
     id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, size INTEGER NOT NULL,
@@ -152,7 +153,14 @@ def _with_beside(path: str) -> list[Path]:
 def _migrate(connection: sqlite3.Connection, path: str) -> None:
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if not tables:
-        for statement in (*_TABLES.split(";"), _BUDGETS, *hits.TABLES, *_RUNS):
+        for statement in (
+            *_TABLES.split(";"),
+            _BUDGETS,
+            *hits.TABLES,
+            *_RUNS,
+            *program_rows.TABLES,
+            *trial_tables.TABLES,
+        ):
             connection.execute(statement)
         for statement in missing(connection):
             connection.execute(statement)
@@ -170,12 +178,24 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
             f"The store file {path} has schema version {version!r}, this dspy_prod knows 1 to {SCHEMA_VERSION}; "
             f"{'upgrade dspy_prod' if newer else 'it is damaged: move it away'}, or give another file: store=..."
         )
-    for statement in (_BUDGETS, *hits.TABLES, *_RUNS):  # files of the first release have none
+    for statement in (
+        _BUDGETS,
+        *hits.TABLES,
+        *_RUNS,
+        *program_rows.TABLES,
+        *trial_tables.TABLES,
+    ):  # files of the first release have none
         connection.execute(statement)
-    known = {row[1] for row in connection.execute("PRAGMA table_info(records)")}
-    for name in CallRecord._fields:  # a field added since the file was made
-        if name not in known:
-            connection.execute(f"ALTER TABLE records ADD COLUMN {_column(name)}")
+    for name in _lacking(connection, "records", CallRecord._fields):
+        connection.execute(f"ALTER TABLE records ADD COLUMN {_column(name)}")
+    for name in _lacking(connection, "rollups", Totals._fields):  # an earlier release goes on to write rows without it
+        connection.execute(f"ALTER TABLE rollups ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
+
+
+def _lacking(connection: sqlite3.Connection, table: str, fields: Sequence[str]) -> list[str]:
+    """The fields that were added since a table was made."""
+    known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+    return [name for name in fields if name not in known]
 
 
 def namespace_id(connection: sqlite3.Connection, namespace: str) -> int:

@@ -1,4 +1,5 @@
-"""Cached answers that differ in nothing but when they were given: noted as they come, and made records of together.
+"""Cached answers that differ in nothing but when they were given and what each would have cost: noted as they come, and
+made records of together.
 
 A record of its own would cost its caller, and then the writer, more than the answer does.
 """
@@ -12,11 +13,14 @@ from typing import Protocol
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.ids import IDS
 
+Given = tuple[float, "int | None"]
+"""When a cached answer was given, and what it would have cost."""
+
 
 class Serving(Protocol):
     """An inbox, see `Inbox.serve`."""
 
-    def serve(self, kind: Kind, at: float) -> None: ...
+    def serve(self, kind: Kind, given: Given) -> None: ...
 
 
 class Writing(Protocol):
@@ -45,19 +49,19 @@ class Kind:
     """Cached answers whose records are alike, of any thread.
 
     Args:
-        like: a record such as theirs; its ids and its time stand for nothing.
+        like: a record such as theirs; its ids, its time and its `saved_nano` stand for nothing.
         mailbox: how the writer is reached.
 
     Attributes:
-        times: when those were given that the writer has not taken yet.
+        given: when those were given that the writer has not taken yet, and what each would have cost.
         listed: the writer knows that there are some.
     """
 
-    __slots__ = ("_inbox", "_mailbox", "like", "listed", "times")
+    __slots__ = ("_inbox", "_mailbox", "given", "like", "listed")
 
     def __init__(self, like: CallRecord, mailbox: Reaching) -> None:
         self.like = like
-        self.times: deque[float] = deque()
+        self.given: deque[Given] = deque()
         self.listed = False
         self._mailbox = mailbox
         self._inbox = mailbox.writer.inbox
@@ -66,21 +70,25 @@ class Kind:
     def ended(self) -> bool:
         return self._mailbox.closed or self._mailbox.writer.ended
 
-    def served(self, at: float) -> bool:
-        """Note that one was given, in seconds since the epoch; False where nothing is written any more."""
+    def served(self, at: float, saved: int | None = None) -> bool:
+        """Note that one was given, in seconds since the epoch; False where nothing is written any more.
+
+        Args:
+            saved: what it would have cost, in nano-USD.
+        """
         mailbox = self._mailbox
         if not mailbox.alive():
             return False
-        self._inbox.serve(self, at)
+        self._inbox.serve(self, (at, saved))
         if mailbox.writer.ended:  # just now
             mailbox.refuse_stragglers()
         return True
 
-    def take(self) -> list[float]:
-        """The times so far; the writer's."""
+    def take(self) -> list[Given]:
+        """Those so far; the writer's."""
         self.listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
-        pop = self.times.popleft
-        return [pop() for _ in range(len(self.times))]
+        pop = self.given.popleft
+        return [pop() for _ in range(len(self.given))]
 
 
 class Served:
@@ -88,14 +96,15 @@ class Served:
 
     Attributes:
         like: see `Kind`.
-        times, ids, call_ids: of each.
+        times, saved, ids, call_ids: of each.
     """
 
-    __slots__ = ("call_ids", "ids", "like", "times")
+    __slots__ = ("call_ids", "ids", "like", "saved", "times")
 
-    def __init__(self, like: CallRecord, times: list[float]) -> None:
-        made = IDS.several(2 * len(times))
-        self.like, self.times, self.call_ids, self.ids = like, times, made[0::2], made[1::2]
+    def __init__(self, like: CallRecord, given: Sequence[Given]) -> None:
+        made = IDS.several(2 * len(given))
+        self.like, self.call_ids, self.ids = like, made[0::2], made[1::2]
+        self.times, self.saved = [at for at, _ in given], [saved for _, saved in given]
 
     @classmethod
     def together(cls, taken: Sequence[Served]) -> list[Served]:
@@ -108,6 +117,7 @@ class Served:
             if whole is None:
                 whole = kinds[id(some.like)] = cls(some.like, [])
             whole.times += some.times
+            whole.saved += some.saved
             whole.ids += some.ids
             whole.call_ids += some.call_ids
         return list(kinds.values())
@@ -117,5 +127,8 @@ class Served:
 
     def records(self) -> list[CallRecord]:
         """The record of each."""
-        whole = zip(self.ids, self.call_ids, self.times, strict=True)
-        return [self.like._replace(id=id, call_id=call_id, started_at=at) for id, call_id, at in whole]
+        whole = zip(self.ids, self.call_ids, self.times, self.saved, strict=True)
+        return [
+            self.like._replace(id=id, call_id=call_id, started_at=at, saved_nano=saved)
+            for id, call_id, at, saved in whole
+        ]

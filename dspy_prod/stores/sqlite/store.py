@@ -47,6 +47,7 @@ from dspy_prod.stores.sqlite.checkpoints import Checkpoints
 from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
+from dspy_prod.stores.sqlite.programs import KeptPrograms
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.runs import KeptRuns
 from dspy_prod.stores.sqlite.schema import unavailable
@@ -54,6 +55,7 @@ from dspy_prod.stores.sqlite.served import Kind
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.timing import StoreTime
 from dspy_prod.stores.sqlite.transactions import Transactions
+from dspy_prod.stores.sqlite.trials import KeptTrials
 from dspy_prod.stores.sqlite.writer import Writer
 
 _log = logging.getLogger("dspy_prod")
@@ -101,6 +103,7 @@ class SqliteStore:
         self.now: Callable[[], float] = self._time.time
         self._listeners = Listeners(on_problem)
         self._terms = KnownTerms()
+        self._trials: KeptTrials | None = None
         self._start()
         try:
             with self._writer.io:
@@ -125,11 +128,23 @@ class SqliteStore:
         self._drawn = self._writer.drawn
         self._ledger_reader = Reader(self._path, self._namespace)
         self._cache_reader = Reader(self._path, self._namespace)
-        self._readers = (self._ledger_reader, self._cache_reader, copier)
+        trials_reader = Reader(self._path, self._namespace)
+        self._readers = (self._ledger_reader, self._cache_reader, trials_reader, copier)
         self._mailbox = Mailbox(self._writer, self._readers)
         kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
         self.runs = KeptRuns(self._mailbox, self._cache_reader)
+        if self._trials is None:
+            self._trials = KeptTrials(self._mailbox, trials_reader, self.now)
+        else:
+            self._trials.begin(self._mailbox, trials_reader)
+        self.programs = KeptPrograms(self._mailbox, self._ledger_reader)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
+
+    @property
+    def trials(self) -> KeptTrials:
+        """What is kept of experiments; the same object in a forked child."""
+        assert self._trials is not None
+        return self._trials
 
     @property
     def url(self) -> str:

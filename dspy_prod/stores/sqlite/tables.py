@@ -23,6 +23,7 @@ from dspy_prod.stores.sqlite.answers import CacheTable
 from dspy_prod.stores.sqlite.cells import left_by, orphans, place, remove
 from dspy_prod.stores.sqlite.file import File
 from dspy_prod.stores.sqlite.ledger import LedgerTables
+from dspy_prod.stores.sqlite.program_tables import ProgramTables
 from dspy_prod.stores.sqlite.rows import (
     TERMS,
     Row,
@@ -94,6 +95,7 @@ class Tables(File):
         self._settings: dict[str, tuple[RateLimit, str]] = {}
         self.ledger = LedgerTables(max_records)
         self.cache = CacheTable()
+        self.programs = ProgramTables(max_records)
         self.served: list[Served] = []  # to be written by this transaction
 
     # -- the file ----------------------------------------------------------------------------------------------------
@@ -109,6 +111,7 @@ class Tables(File):
                 self._version = -1
                 self.ledger.attach(connection, self.ns)
                 self.cache.attach(connection, self.ns)
+                self.programs.attach(connection, self.ns)
             except BaseException:
                 self.close()  # else the next use would find it half attached
                 raise
@@ -132,6 +135,7 @@ class Tables(File):
         if self._version == before:
             return False
         self.cache.forget()
+        self.programs.forget()
         return True
 
     def stale(self) -> bool:
@@ -148,6 +152,7 @@ class Tables(File):
         self.left.clear()
         self.ledger.forget()
         self.cache.forget()
+        self.programs.forget()
         self.served.clear()
         if self.connection is not None and self.connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
@@ -253,6 +258,7 @@ class Tables(File):
         """Write what the core changed; the records that could not be written whatever was tried."""
         assert self.connection is not None
         self.cache.write()
+        self.programs.write()
         self.connection.execute("SAVEPOINT written")
         try:
             self._write_state(core, now, str, lambda hold: hold)

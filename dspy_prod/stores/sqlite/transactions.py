@@ -15,6 +15,7 @@ from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import PENDING, Reservation, Settlement, Terms
+from dspy_prod.stores.programs import ProgramCall
 from dspy_prod.stores.sqlite.cells import Cells
 from dspy_prod.stores.sqlite.drawing import Drawing
 from dspy_prod.stores.sqlite.drawn import Drawn
@@ -112,6 +113,9 @@ class Transactions:
     def append_served(self, served: Served, _: Any, now: float) -> None:
         self.tables.served.append(served)
 
+    def append_program(self, call: ProgramCall, _: Any, now: float) -> None:
+        self.tables.programs.put(call)
+
     def throttled(self, limiter: Any, retry_after: float | None, now: float) -> None:
         key, limit = limiter
         self.core.throttled(key, limit, retry_after, now)
@@ -134,6 +138,10 @@ class Transactions:
     def answer(self, told: Future[Any], ask: Callable[[AdmissionCore, Tables, float], Any], now: float) -> None:
         found = ask(self.core, self.tables, now)
         self.after.append(lambda: told.set_result(found))
+
+    def note(self, write: Callable[[Tables, float], None], _: Any, now: float) -> None:
+        """Nobody waits for it: it is written with what else there is."""
+        write(self.tables, now)
 
     def give_up_shares(self, _: Any, __: Any, now: float) -> None:
         """The last one: what is drawn ahead goes back, because the store is `stopping`."""

@@ -42,7 +42,7 @@ _BACK_OFF: Final = (0.05, 1.0)
 _QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
 """Operations that need no transaction."""
 _SETTLING: Final = (Transactions.settle, Transactions.settle_drawn)
-_RECORDING: Final = (*_SETTLING, Transactions.append, Transactions.append_served)
+_RECORDING: Final = (*_SETTLING, Transactions.append, Transactions.append_served, Transactions.append_program)
 
 
 def _size(operations: Iterable[Operation]) -> int:

@@ -50,7 +50,8 @@ def test_each_has_a_record_of_its_own(store: SqliteStore, path: str, count: int)
 def test_looks_of_one_kind_become_one_page() -> None:
     """Two looks of a transaction made two pages, one of them record by record; what was taken stays as it was."""
     first, second = like(user="u1"), like(user="u2")
-    taken = [Served(first, [1.0, 2.0]), Served(second, [3.0]), Served(first, [4.0]), Served(first, [5.0, 6.0])]
+    given = [[(1.0, 7), (2.0, None)], [(3.0, 7)], [(4.0, 8)], [(5.0, 7), (6.0, 7)]]
+    taken = [Served(kind, some) for kind, some in zip((first, second, first, first), given, strict=True)]  # type: ignore[arg-type]
     before = [some.records() for some in taken]
     whole = Served.together(taken)
     assert [(some.like.user, some.times) for some in whole] == [("u1", [1.0, 2.0, 4.0, 5.0, 6.0]), ("u2", [3.0])]

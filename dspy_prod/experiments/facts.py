@@ -1,0 +1,119 @@
+"""The facts of a `Scorecard`, without what it can do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from dspy_prod.experiments.decisions import CandidateDecision, MetricEvidence, Verdict
+from dspy_prod.experiments.history import Look
+from dspy_prod.options.metrics import Metric
+
+RATIO_ALARM: Final = 100.0
+"""The e-value at which the sample ratio is off."""
+RATIO_NOTED: Final = 10.0
+"""From here on it is worth a look."""
+
+
+@dataclass(frozen=True)
+class StageUsers:
+    """Users of one stage, first seen in it, by variant."""
+
+    stage: str
+    users: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of the audit: what was decided, by whom, why, and when (seconds since the epoch)."""
+
+    at: float
+    what: str
+    by: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of an experiment at a look.
+
+    Attributes:
+        name: the experiment's. state: `created`, `running`, `paused`, `stopped` or `decided`.
+        stage: of the rollout, as `"5 %"`; `since`: when state or stage changed last, in seconds since the epoch.
+        decision: what the evidence says: `keep` (go on), `promote`, `rollback` or `invalid`.
+        reason: in words.
+        winner: the candidate that is better; None unless `decision` is `promote`.
+        candidates: what is known of each, metric by metric.
+        users: exposed so far, by variant. hurt: of them, those who got a candidate that was then rolled back.
+        crossed: users who were seen in two variants within one stage; they count for nothing.
+        late, stray: outcomes after their window, and of users who were never exposed.
+        unkept: exposures for which the store had no room.
+        serves: the variant that everybody gets, once it is decided or stopped.
+        sample_ratio: e-value of "users do not arrive in the declared shares"; the alarm is raised at 100.
+        declared: the metrics, as they were declared.
+        stages: users by stage. audit: what was decided, oldest first.
+        history: how the evidence grew, a few points of each metric and candidate, oldest first.
+        url: MLflow's page that compares the winner, else the first candidate, with control: what is said of their
+            traces, costs and latencies. None while tracking has told of none. Where MLflow is a database, it is the
+            page of an `mlflow server` on this machine.
+    """
+
+    name: str
+    state: str
+    stage: str
+    since: float
+    decision: Verdict
+    reason: str
+    winner: str | None
+    candidates: Mapping[str, CandidateDecision]
+    users: Mapping[str, int]
+    hurt: int = 0
+    crossed: int = 0
+    late: int = 0
+    stray: int = 0
+    serves: str | None = None
+    unkept: int = 0
+    sample_ratio: float = 1.0
+    declared: tuple[Metric, ...] = ()
+    stages: tuple[StageUsers, ...] = ()
+    audit: tuple[Event, ...] = ()
+    history: tuple[Look, ...] = ()
+    url: str | None = None
+
+    @property
+    def control(self) -> str:
+        """The variant that candidates are compared with."""
+        return next(iter(self.users))
+
+    @property
+    def metrics(self) -> tuple[MetricEvidence, ...]:
+        """The evidence on each metric, of the only candidate or of the winner, else of the first."""
+        chosen = self.candidates.get(self.winner or "") or next(iter(self.candidates.values()))
+        return chosen.metrics
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What should be known before the numbers are believed, in words."""
+        return tuple(_warnings(self))
+
+    def metric(self, name: str) -> Metric:
+        """A metric as it was declared."""
+        return next((each for each in self.declared if each.name == name), None) or Metric(name)
+
+
+def _warnings(card: Facts) -> Iterator[str]:
+    if card.sample_ratio >= RATIO_NOTED:
+        raised = card.sample_ratio >= RATIO_ALARM
+        yield (
+            f"users {'do' if raised else 'may'} not arrive in the declared shares: e-value {card.sample_ratio:.3g}, "
+            f"the alarm is at {RATIO_ALARM:.0f}"
+        )
+    if card.crossed:
+        yield f"{card.crossed:,} users were seen in two variants within one stage; they count for nothing"
+    if card.late:
+        yield f"{card.late:,} outcomes came after their window, and were not counted"
+    if card.stray:
+        yield f"{card.stray:,} outcomes are of users who were never exposed: is the id the same as in call_context?"
+    if card.unkept:
+        yield f"{card.unkept:,} exposures could not be kept: the store had no room"

@@ -1,0 +1,298 @@
+"""Judges: a DSPy metric scores a sample of the live answers, in the background and within a budget.
+
+Who is judged is drawn by unit, apart from who gets which variant; what the judge sees does not say which variant
+answered. The caller has his answer and waits for nothing: what is to be judged stands in a short queue, which a thread
+of its own empties; what finds it full is left out. No failure of a judge reaches anybody.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, Final, Literal, NamedTuple
+
+import dspy
+
+from dspy_prod.context.current import EMPTY, call_context, use
+from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError, StoreUnavailableError
+from dspy_prod.experiments.declaration import BUILT_IN
+from dspy_prod.experiments.sample import SPENT, Sample
+from dspy_prod.experiments.traced import shown_as
+from dspy_prod.options.metrics import Metric
+from dspy_prod.policies.run import Run
+from dspy_prod.privacy.outward import outward
+from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.threads import begin
+from dspy_prod.stores.base import Store
+from dspy_prod.stores.trials import Decision, Outcome
+
+WAITING: Final = 64
+"""Answers that may wait to be judged."""
+
+_KNOWN: Final = 50_000
+"""Units of which is remembered that they were judged, for metrics that count the first value alone."""
+
+_log = logging.getLogger("dspy_prod")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores a sample of an experiment's live answers, for the metric under which it stands in `judges=`.
+
+    That metric says what the score is worth: `Metric("quality", judge="untrusted")` may end a candidate, and never
+    promotes it alone; `judge="trusted"` may, as does a metric that is plain code.
+
+    It is told the inputs as a `dspy.Example` and the answer as a `dspy.Prediction`, not the variant. Its calls have low
+    priority and a context of their own: they cost no variant anything, count for nobody's budget, and carry the tag
+    `judge`. Calls that failed have no answer to be judged; a unit in the sample without a score is missing, as
+    `Metric(missing=)` says. Units outside of the sample count for nothing.
+
+    Args:
+        metric: `metric(example, prediction)`, as `dspy.Evaluate` takes it: a function, or a module. It gives a number,
+            a boolean, or a prediction with a `score`.
+        share: of the units, above 0, at most 1; the same for all variants.
+        usd: what its calls may cost over the whole experiment, in all processes, in USD; None: no cap. Only calls of
+            `dspy_prod.LM` can be capped. Once it is used up, nobody is drawn any more.
+
+    Raises:
+        ConfigError: an impossible value.
+
+    Example:
+        ```python
+        exp = dspy_prod.Experiment(
+            "triage-cot", variants={"control": plain, "cot": cot},
+            metrics=[dspy_prod.Metric("resolved"), dspy_prod.Metric("quality", judge="untrusted")],
+            judges={"quality": dspy_prod.Judge(polite, share=0.1, usd=5.0)},
+        )
+        ```
+    """
+
+    metric: Callable[..., Any]
+    share: float = 0.1
+    usd: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.metric) or inspect.iscoroutinefunction(self.metric):
+            raise ConfigError(f"Judge(metric={self.metric!r}) takes a function of (example, prediction), not async")
+        if not isinstance(self.metric, dspy.Module):
+            try:
+                inspect.signature(self.metric).bind(None, None)
+            except TypeError as error:
+                raise ConfigError(
+                    f"Judge: metric(example, prediction) is what it is called as, which it does not take ({error}). "
+                    "Give its other parameters a default, as trace=None"
+                ) from None
+            except ValueError:  # it is written in C
+                pass
+        for name, number, most in (("share", self.share, 1.0), ("usd", self.usd, float("inf"))):
+            if number is None and name == "usd":
+                continue
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= most:
+                raise ConfigError(f"Judge({name}={number!r}) is above 0{', at most 1' if name == 'share' else ''}")
+            if not isfinite(number):
+                raise ConfigError(f"Judge({name}={number!r}): None is no cap")
+
+    @property
+    def name(self) -> str:
+        """Of its metric, as tracking shows who has judged."""
+        return str(getattr(self.metric, "__name__", type(self.metric).__name__))
+
+
+def checked_judges(where: str, judges: Mapping[str, Judge] | None, metrics: Sequence[Metric]) -> dict[str, Judge]:
+    """The judges, each of a metric that says what its score is worth.
+
+    Raises:
+        ConfigError: names the metric that is not declared, or says nothing of its judge.
+    """
+    known = {metric.name: metric for metric in metrics if metric.name not in BUILT_IN}
+    for name, judge in (judges or {}).items():
+        if not isinstance(judge, Judge):
+            raise ConfigError(f"{where}: judges={{{name!r}: ...}} takes dspy_prod.Judge, got {type(judge).__name__}")
+        if name not in known:
+            own = "calls tell it by themselves" if name in BUILT_IN else f"metrics= has {', '.join(known) or 'none'}"
+            raise ConfigError(f"{where}: judges={{{name!r}: ...}} is of no metric that can be judged: {own}")
+        if known[name].judge is None:
+            raise ConfigError(
+                f"{where}: judges={{{name!r}: ...}}: say what its score is worth: Metric({name!r}, judge='untrusted') "
+                "never promotes alone; 'trusted' may, as a metric that is plain code"
+            )
+    return dict(judges or {})
+
+
+class _Answer(NamedTuple):
+    metric: str
+    unit: str
+    at: float
+    trace: str | None
+    inputs: dict[str, Any]
+    prediction: Any
+    settings: dict[str, Any]
+
+
+class Judges:
+    """Has a sample of the answers judged.
+
+    Args:
+        experiment: its name. store: where scores and budgets are kept. judges: by metric. metrics: the experiment's.
+        sample: whom they look at. assessed: told of each score, see `traced.assessed`.
+
+    Attributes:
+        left_out: answers that found the queue full.
+    """
+
+    _starting: threading.Lock
+    _working: threading.Thread | None
+
+    def __init__(
+        self, experiment: str, store: Store, judges: Mapping[str, Judge], metrics: Sequence[Metric], sample: Sample,
+        assessed: Callable[[str, str, float, Literal["code", "llm_judge"], str | None], None] = lambda *_: None,
+    ) -> None:  # fmt: skip
+        self._name, self._trials, self._judges, self._sample = experiment, store.trials, dict(judges), sample
+        self._metrics = {metric.name: metric for metric in metrics}
+        self._assessed = assessed
+        self._runs = {
+            name: Run(f"judge {name} of {experiment}", usd=judge.usd, store=store)
+            for name, judge in judges.items()
+            if judge.usd is not None
+        }
+        self._spent: dict[str, bool] = {}  # whether the audit has it
+        self._warned: set[str] = set()
+        self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self.left_out = 0
+        self._after_fork()
+        reset_after_fork(self)
+
+    def offer(
+        self, unit: str, at: float, trace: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], prediction: Any
+    ) -> None:
+        """Have an answer judged, perhaps. Never waits, never raises.
+
+        Args:
+            unit: who got it. at: when it was asked for. trace: its trace's id, if it has one.
+            args, kwargs: what was asked; judges are told what has no name as `arg0`, `arg1`, ...
+            prediction: what was answered.
+        """
+        for metric in self._judges:
+            if not self._spent.get(metric) and self._sample.takes(metric, unit) and self._first(metric, unit):
+                self._offer(metric, unit, at, trace, args, kwargs, prediction)
+
+    def _first(self, metric: str, unit: str) -> bool:
+        """Whether a score would count: of some metrics a unit has but one."""
+        options = self._metrics[metric]
+        if options.window and options.per == "unit":
+            return True
+        with self._starting:
+            if (metric, unit) in self._known:
+                return False
+            self._known[metric, unit] = None
+            if len(self._known) > _KNOWN:
+                self._known.popitem(last=False)
+        return True
+
+    def _offer(
+        self, metric: str, unit: str, at: float, trace: str | None, args: tuple[Any, ...], kwargs: dict[str, Any],
+        prediction: Any,
+    ) -> None:  # fmt: skip
+        try:
+            inputs = copy.deepcopy({**{f"arg{place}": each for place, each in enumerate(args)}, **kwargs})
+            # without the report, which says which variant it was
+            answer = dspy.Prediction(**prediction) if isinstance(prediction, dspy.Prediction) else prediction
+            answer = copy.deepcopy(answer)
+        except Exception as error:
+            self._warn(f"an answer cannot be copied for it ({type(error).__name__})", metric)
+            self.left_out += 1
+            return
+        settings = {**dspy.settings.copy(), "send_stream": None, "caller_modules": [], "trace": []}
+        try:
+            self._queue.put_nowait(_Answer(metric, unit, at, trace, inputs, answer, settings))
+        except queue.Full:
+            self.left_out += 1
+            return
+        if self._working is None or not self._working.is_alive():
+            with self._starting:
+                if self._working is None or not self._working.is_alive():
+                    self._working = begin("dspy_prod-judge", self._work)
+
+    def wait(self, timeout: float = 10.0) -> bool:
+        """Wait until nothing is left to be judged, for tests and for the end of a process."""
+        ends = time.monotonic() + timeout
+        while self._queue.unfinished_tasks and time.monotonic() < ends:
+            time.sleep(0.005)
+        return not self._queue.unfinished_tasks
+
+    def _work(self) -> None:
+        while True:
+            try:
+                answer = self._queue.get(timeout=1.0)
+            except queue.Empty:
+                return
+            try:
+                if not self._spent.get(answer.metric):
+                    self._judge(answer)
+            finally:
+                self._queue.task_done()
+
+    def _judge(self, answer: _Answer) -> None:
+        """Have one answer judged, and keep the score."""
+        judge, run, name = self._judges[answer.metric], self._runs.get(answer.metric), answer.metric
+        if name in self._spent:
+            self._end(name)  # the store could not be told before
+            return
+        example = dspy.Example(**answer.inputs).with_inputs(*answer.inputs)
+        try:
+            with (
+                dspy.context(**answer.settings),
+                use(EMPTY),
+                call_context(priority="low", tags={"judge": name}, run=run),
+            ):
+                told = judge.metric(example, answer.prediction)
+            score = getattr(told, "score", told)
+            value = self._metrics[name].checked(score)
+        except (RunStoppedError, BudgetExceededError) as error:
+            if run is None:  # a budget of its LM's own: others may be judged later
+                self._warn(outward(str(error)), name)
+            else:
+                _log.warning("The judge of %s in %s ends, for its budget is spent: %s", name, self._name, error)
+                self._end(name)
+            return
+        except Exception as error:  # whatever it is: the unit is missing, and its user has his answer
+            self._warn(f"{type(error).__name__}: {outward(str(error))}", name)
+            return
+        self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, uuid.uuid4().hex))
+        if answer.trace is not None:
+            self._assessed(answer.trace, name, shown_as(score, value), "llm_judge", judge.name)
+
+    def _end(self, name: str) -> None:
+        """Nobody is drawn from now on; the audit says since when."""
+        self._spent[name] = False
+        evidence = {"reason": f"the budget of the judge of {name} is used up", "metric": name}
+        try:
+            if not any(
+                each.what == SPENT and json.loads(each.evidence).get("metric") == name
+                for each in self._trials.decisions(self._name)
+            ):
+                self._trials.decide(self._name, Decision(SPENT, "judge", json.dumps(evidence)))
+            self._spent[name] = True
+        except StoreUnavailableError as error:
+            _log.warning("That the budget of the judge of %s is spent cannot be kept now: %s", name, error)
+
+    def _warn(self, why: str, metric: str) -> None:
+        """The first time aloud."""
+        level = logging.DEBUG if metric in self._warned else logging.WARNING
+        self._warned.add(metric)
+        _log.log(level, "The judge of %s in %s gave no score: %s. The unit counts as missing", metric, self._name, why)
+
+    def _after_fork(self) -> None:
+        self._queue: queue.Queue[_Answer] = queue.Queue(WAITING)
+        self._working = None
+        self._starting = threading.Lock()

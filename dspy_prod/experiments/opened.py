@@ -1,0 +1,174 @@
+"""An experiment as the store has it, for whoever has not the code of its program: operators, and controllers."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.experiments.aliases import Aliases, pinned
+from dspy_prod.experiments.assignment import Design
+from dspy_prod.experiments.beforehand import planned
+from dspy_prod.experiments.controller import Controller
+from dspy_prod.experiments.declaration import Declaration
+from dspy_prod.experiments.pairs import SUFFIX
+from dspy_prod.experiments.sample import Sample
+from dspy_prod.experiments.scorecard import Scorecard, scorecard
+from dspy_prod.options.experiments import Rollout
+from dspy_prod.options.metrics import Metric
+from dspy_prod.stores.base import Store
+from dspy_prod.stores.trials import Trial
+
+if TYPE_CHECKING:
+    from dspy_prod.experiments.planning import Plan
+
+MOST_NAMES = 10
+"""Names that an error tells."""
+
+
+class Opened:
+    """An experiment, read from its store.
+
+    Args:
+        store: that has it. name: the experiment's.
+        tracking_uri: the MLflow store with its versions; default: the one in which they were found when the
+            experiment was made, else MLflow's current one.
+
+    Attributes:
+        trials: of the store. declaration: what the experiment is, as of the moment it was opened.
+        design, metrics, rollout: of it. aliases: those of its variants; None where no variant is a published version.
+        controller: looks at it.
+
+    Raises:
+        ConfigError: there is no experiment of this name; the message tells which there are.
+        StoreUnavailableError: the store cannot be read.
+
+    Example:
+        ```python
+        opened = Opened(open_store("sqlite:///state.db", "shop"), "triage-cot")
+        opened.controller.step()
+        print(opened.scorecard().reason)
+        ```
+    """
+
+    def __init__(self, store: Store, name: str, tracking_uri: str | None = None) -> None:
+        self.name, self.namespace, self.trials = name, store.namespace, store.trials
+        self._tracking_uri = tracking_uri
+        self.declaration: Any = None
+        text = self.trial().declaration
+        try:
+            self.declaration = declaration = Declaration.from_json(text)
+            self.metrics = tuple([Metric.model_validate(each) for each in declaration.metrics])
+            self.rollout = None if declaration.rollout is None else Rollout.model_validate(declaration.rollout)
+        except (TypeError, ValueError) as error:  # written by somebody else, or by another release
+            raise ConfigError(
+                f"the experiment {name!r} cannot be read ({type(error).__name__}): it is of another release. Forget it "
+                f"with `dspy-prod experiment rm {shlex.quote(name)} --force`"
+            ) from error
+        self.design = Design(
+            declaration.salt, tuple(declaration.variants), weights=declaration.weights,
+            shares=None if self.rollout is None else self.rollout.shares, holdout=declaration.holdout,
+        )  # fmt: skip
+        versions = pinned(declaration)
+        where = tracking_uri or declaration.registry
+        self.aliases = Aliases(name, self.control, versions, self.trials, where) if versions else None
+
+    @cached_property
+    def controller(self) -> Controller:
+        """Looks at it."""
+        declaration = self.declaration
+        controller = Controller(
+            self.name, self.trials, self.design, self.metrics, declaration.alpha, self.rollout, self.aliases,
+            declaration.hold, Sample.of(declaration), self._tracking_uri or declaration.registry,
+        )  # fmt: skip
+        controller.page = self.page
+        return controller
+
+    @property
+    def control(self) -> str:
+        """The variant that candidates are compared with."""
+        return self.design.variants[0]
+
+    def trial(self) -> Trial:
+        """As the store has it now; raises as `Opened`."""
+        trial = self.trials.trial(self.name)
+        if trial is None:
+            known = [each.name for each in self.trials.trials() if not each.name.endswith(SUFFIX)]
+            told = ", ".join(map(repr, known[:MOST_NAMES])) or "none yet"
+            more = f" and {len(known) - MOST_NAMES:,} more" if len(known) > MOST_NAMES else ""
+            raise ConfigError(
+                f"there is no experiment {self.name!r} in namespace {self.namespace!r}, only {told}{more}"
+            )
+        if self.declaration is not None and Declaration.from_json(trial.declaration).salt != self.declaration.salt:
+            raise ConfigError(f"the experiment {self.name!r} was removed, and what has its name now is another one")
+        return trial
+
+    def scorecard(self) -> Scorecard:
+        """What is known now, and what follows from it; raises as `Opened`."""
+        self.trial()  # is it still there
+        decision = self.controller.read()
+        trial = self.trial()
+        declaration = Declaration.from_json(trial.declaration)
+        return scorecard(
+            trial, stage_of(self.rollout, trial.stage), decision, self.trials.counts(self.name),
+            self.trials.tally(self.name), self.design.variants, declaration.serves, declaration.dropped,
+            metrics=self.metrics, stages=[stage_of(self.rollout, place) for place in range(len(self.design.shares))],
+            audit=self.trials.decisions(self.name), history=self.controller.history(),
+        )  # fmt: skip
+
+    def page(self) -> str:
+        """The scorecard as a page of its own; raises as `Opened`."""
+        from dspy_prod.experiments.document import document
+
+        return document(self.scorecard())
+
+    def plan(
+        self,
+        users_per_day: float,
+        *,
+        baseline: Mapping[str, float | tuple[float, float]] | None = None,
+        effect: float | Mapping[str, float] | None = None,
+        power: float = 0.8,
+    ) -> Plan:
+        """How many users and days it takes to decide; as `Experiment.plan`."""
+        return planned(self.design, self.metrics, self.declaration.alpha, users_per_day, baseline, effect, power)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The scorecard, what is compared, and the audit, as JSON has them; raises as `Opened`."""
+        from dspy_prod.registry.files import plain
+
+        card = self.scorecard()
+        audit = [
+            {"number": each.number, "what": each.what, "by": each.by, "at": each.at, "reason": reason_of(each.evidence)}
+            for each in self.trials.decisions(self.name)
+        ]
+        told = self.declaration
+        found: dict[str, Any] = plain(
+            {
+                **card.to_dict(), "variants": told.variants, "versions": told.pinned, "unit": told.unit,
+                "alpha": told.alpha, "rollout": told.rollout, "metrics": told.metrics, "audit": audit,
+            }
+        )  # fmt: skip
+        return found
+
+
+def stage_of(rollout: Rollout | None, stage: int) -> str:
+    """A stage in words, as `"5 %"`."""
+    if rollout is None:
+        return "split"
+    share = rollout.stages[stage]
+    return share if isinstance(share, str) else f"{100 * share:g} %"
+
+
+def reason_of(evidence: str) -> str:
+    """Why, as a line of the audit says."""
+    said = json.loads(evidence)
+    return str(said.get("reason", ""))
+
+
+def controller_of(store: Store, name: str, tracking_uri: str | None = None) -> Controller:
+    """The controller of an experiment, from its store alone; arguments and errors as of `Opened`."""
+    return Opened(store, name, tracking_uri).controller

@@ -1,0 +1,251 @@
+"""How many units an experiment will need, before it begins: an approximation that simulation confirms.
+
+The logarithm of the bettor's wealth grows like a random walk: by `p (1 - p) effect**2 / (2 variance)` a unit on average
+for the best stake, with twice that as variance (as of any likelihood ratio). It must reach `-log(alpha)`, and a little
+more for not knowing the best stake beforehand (`SPREAD`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Final
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.experiments.alphas import Alphas, alphas
+from dspy_prod.options.metrics import Metric
+from dspy_prod.views import Cell, Page, Shown, Table
+
+SPREAD: Final = 0.35
+"""What it costs to spread the money over stakes, as a logarithm of wealth."""
+LONG: Final = 30.0
+"""An experiment of more days than these is called long."""
+LARGE: Final = 15_000
+"""More units than these are warned of, however many come a day."""
+AMOUNTS_SD: Final = 1.0
+"""Standard deviation of amounts as a share of their mean, where nothing else is said."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one claim on one metric needs.
+
+    Attributes:
+        metric: by name.
+        claim: `"better"` or `"no_worse"`.
+        effect: the difference that is there to be found, or the margin; of a relative metric as a share.
+        units: of all variants together, by which the claim is proven with the plan's `power`.
+        days: until then; the metric's window included.
+        words: the same as a sentence.
+    """
+
+    metric: str
+    claim: str
+    effect: float
+    units: int
+    days: float
+    words: str
+
+
+@dataclass(frozen=True)
+class Plan(Shown):
+    """What an experiment needs in order to decide. It prints as a table, and shows itself in a notebook.
+
+    Attributes:
+        needs: one for each claim, in the order of the metrics.
+        slowest: the one that takes longest of those that a promotion waits for.
+        power: the probability with which each is proven by then.
+        warnings: what should be known before it begins.
+    """
+
+    needs: tuple[Need, ...]
+    slowest: Need
+    power: float
+    warnings: tuple[str, ...]
+
+    def _view(self) -> Page:
+        rows = []
+        for need in self.needs:
+            told = "the slowest" if need is self.slowest else None
+            if need.days > self.slowest.days:
+                told = "nothing waits for it"
+            days = Cell(_days(need.days), "strong" if need is self.slowest else "", (told,), number=True)
+            rows.append((need.metric, need.words.partition(":")[0], _round(need.units), days))
+        note = (
+            f"Each is proven by then with a probability of {100 * self.power:g} %, at the shares of the last stage. A "
+            "promotion waits for one metric to be better, and for others with a margin to be no worse."
+        )
+        last = f"slowest: {self.slowest.metric}, about {_days(self.slowest.days)}"
+        table = Table("Plan", ("metric", "to prove", "users", "days"), rows, note)
+        return Page(table, last, *(f"Beware: {each}" for each in self.warnings))
+
+
+def units_needed(effect: float, variance: float, alpha: float, power: float = 0.8, share: float = 0.5) -> int:
+    """Units of control and one candidate together, by which a difference is proven with probability `power`.
+
+    Args:
+        effect: the difference of means, or the margin if there is none.
+        variance: of one unit's outcome.
+        alpha: of the claim.
+        power: the probability; 0.5 gives the median.
+        share: of the candidate among the two.
+
+    Example:
+        >>> units_needed(0.05, 0.16, 0.025, power=0.5) // 100
+        20
+
+    Raises:
+        ConfigError: effect, variance, alpha, power or share is impossible.
+    """
+    if not (effect > 0 and variance > 0):
+        raise ConfigError(f"effect={effect!r} and variance={variance!r} must be over 0")
+    for name, value in (("alpha", alpha), ("power", power), ("share", share)):
+        if not 0 < value < 1:
+            raise ConfigError(f"{name}={value!r} must lie between 0 and 1")
+    growth = share * (1.0 - share) * effect * effect / (2.0 * variance)
+    z = NormalDist().inv_cdf(power)
+    root = (z * math.sqrt(2.0) + math.sqrt(2.0 * z * z + 4.0 * (SPREAD - math.log(alpha)))) / 2.0
+    return math.ceil(root * root / growth)
+
+
+def plan(
+    metrics: Sequence[Metric],
+    *,
+    units_per_day: float,
+    baseline: Mapping[str, float | tuple[float, float]] | None = None,
+    effects: Mapping[str, float] | None = None,
+    shares: Mapping[str, float] | None = None,
+    control: str = "control",
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> Plan:
+    """How long an experiment will take at the shares of its last stage.
+
+    Args:
+        metrics: what it measures.
+        units_per_day: new units (users, say) a day, of all variants together.
+        baseline: control's mean of each score or share, in its unit; or mean and standard deviation. A mean alone is
+            taken for right-or-wrong outcomes. Without it 0.8 of the range is assumed where higher is better, 0.05
+            where lower is. Of an amount, its standard deviation as a share of its mean (default 1), or both in the
+            metric's unit.
+        effects: by how much a candidate is hoped to be better on success metrics, in the metric's unit, of amounts as
+            a share. Default: 5 hundredths of the range, and a tenth of amounts.
+        shares: of each variant; default: two equal ones.
+        control: its name in `shares`.
+        alpha: of the experiment.
+        power: the probability with which each claim is to be proven.
+
+    Raises:
+        ConfigError: a number is impossible.
+    """
+    shares = shares or {control: 0.5, "candidate": 0.5}
+    candidates = [name for name in shares if name != control]
+    if not units_per_day > 0:
+        raise ConfigError(f"units_per_day={units_per_day!r} must be over 0: how many new units come a day")
+    if control not in shares or min(shares.values()) <= 0 or sum(shares.values()) > 1 + 1e-9:
+        raise ConfigError(f"shares={dict(shares)!r} must name {control!r}, be over 0 and sum to 1 at most")
+    if not 0 < power < 1:
+        raise ConfigError(f"power={power!r} must lie between 0 and 1, such as 0.8")
+    for given in (baseline or {}, effects or {}):
+        if unknown := sorted(set(given) - {metric.name for metric in metrics}):
+            raise ConfigError(f"{unknown[0]!r} is no metric of the plan: {', '.join(each.name for each in metrics)}")
+    level = alphas(metrics, len(candidates), alpha)
+    rarest = min(candidates, key=lambda name: shares[name])
+    pair = shares[control] + shares[rarest]
+    needs = []
+    for metric in metrics:
+        variance = _variance(metric, (baseline or {}).get(metric.name))
+        effect = (effects or {}).get(metric.name, 0.1 if metric.relative else 0.05 * _range(metric))
+        for claim, size, each in _asked(metric, effect, level):
+            found = units_needed(_on_scale(metric, size), variance, each, power, shares[rarest] / pair)
+            units = math.ceil(found / pair)
+            days = units / units_per_day + metric.window / 86_400
+            told = f"{_said(metric, claim, size)}: about {_round(units):,} units, {_days(days)}"
+            needs.append(Need(metric.name, claim, size, units, days, told))
+    slowest = max(_awaited(metrics, needs), key=lambda need: need.days)
+    return Plan(tuple(needs), slowest, power, tuple(_warnings(metrics, needs)))
+
+
+def _asked(metric: Metric, effect: float, level: Alphas) -> list[tuple[str, float, float]]:
+    """The claims of a metric that a promotion rests on: (claim, difference, alpha)."""
+    if not effect > 0:
+        raise ConfigError(f"effects[{metric.name!r}]={effect!r} must be over 0: by how much it is hoped better")
+    better = [("better", effect, level.better)] if metric.role == "success" else []
+    return better if metric.margin is None else [*better, ("no_worse", metric.margin, level.no_worse)]
+
+
+def _warnings(metrics: Sequence[Metric], needs: Sequence[Need]) -> list[str]:
+    by_name, found = {metric.name: metric for metric in metrics}, []
+    for need in needs:
+        if need.claim == "no_worse" and (need.days > LONG or need.units > LARGE):
+            needed = f"about {_round(need.units):,} units ({_days(need.days)}) when nothing changes"
+            margin = _amount(by_name[need.metric], need.effect)
+            found.append(
+                f"{need.metric}: a margin of {margin} needs {needed}; twice the margin needs a quarter of them"
+            )
+    success = [metric for metric in metrics if metric.role == "success"]
+    if not success:
+        found.append("no success metric: nothing can be promoted, only rolled back")
+    elif all(metric.judge == "untrusted" for metric in success):
+        found.append("only an untrusted judge measures success: nothing is promoted without outcomes of users")
+    return found
+
+
+def _awaited(metrics: Sequence[Metric], needs: Sequence[Need]) -> list[Need]:
+    """What a promotion waits for: the quickest "better", and "no worse" of every other metric with a margin."""
+    better = [need for need in needs if need.claim == "better"]
+    if not better:
+        return list(needs)
+    first = min(better, key=lambda need: need.days)
+    implied = {metric.name for metric in metrics if not metric.relative and metric.tail is None} & {first.metric}
+    return [first, *(need for need in needs if need.claim == "no_worse" and need.metric not in implied)]
+
+
+def _range(metric: Metric) -> float:
+    return 1.0 if metric.tail is not None else metric.bounds[1] - metric.bounds[0]
+
+
+def _variance(metric: Metric, given: float | tuple[float, float] | None) -> float:
+    """Of one unit, on the scale of `_on_scale`."""
+    if metric.relative:
+        cv = AMOUNTS_SD if given is None else given[1] / given[0] if isinstance(given, tuple) else given
+        if not cv > 0:
+            raise ConfigError(f"baseline[{metric.name!r}]={given!r} must have a spread over 0")
+        return cv * cv
+    if metric.tail is not None:
+        return metric.tail * (1.0 - metric.tail)
+    low, span = metric.bounds[0], _range(metric)
+    if isinstance(given, tuple):
+        if not given[1] > 0:
+            raise ConfigError(f"baseline[{metric.name!r}]={given!r} must have a standard deviation over 0")
+        return (given[1] / span) ** 2
+    mean = (0.8 if metric.direction == "higher" else 0.05) if given is None else (given - low) / span
+    if not 0 < mean < 1:
+        raise ConfigError(f"baseline[{metric.name!r}]={given!r} must lie between the metric's bounds")
+    return mean * (1.0 - mean)
+
+
+def _on_scale(metric: Metric, size: float) -> float:
+    return size if metric.relative else size / _range(metric)
+
+
+def _amount(metric: Metric, size: float) -> str:
+    if metric.relative:
+        return f"{size:.0%}"
+    return f"{100 * size:g} points" if metric.bounds == (0.0, 1.0) else f"{size:g}"
+
+
+def _said(metric: Metric, claim: str, size: float) -> str:
+    return f"{'better by' if claim == 'better' else 'no worse by'} {_amount(metric, size)}"
+
+
+def _round(units: int) -> int:
+    """To two digits."""
+    digits = max(len(str(units)) - 2, 0)
+    return int(round(units, -digits))
+
+
+def _days(days: float) -> str:
+    return f"{days:.1f} days" if days < 10 else f"{days:,.0f} days"

@@ -1,0 +1,50 @@
+"""Whom a judge looks at: a share of the units, drawn by a hash of its own, and so whatever variant they have."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from math import inf
+
+from dspy_prod.experiments.declaration import Declaration
+from dspy_prod.stores.trials import Decision
+
+SPENT = "judge_spent"
+"""What the audit has once a judge's budget is used up."""
+
+
+class Sample:
+    """The units that judges look at, the same ones in every process.
+
+    Args:
+        salt: the experiment's. shares: of the units, by metric.
+
+    Example:
+        >>> sample = Sample("salt", {"quality": 0.5})
+        >>> sum(sample.takes("quality", f"u{number}") for number in range(1000))
+        517
+    """
+
+    def __init__(self, salt: str, shares: Mapping[str, float]) -> None:
+        self.shares = dict(shares)
+        self._salted = {metric: hashlib.sha256(json.dumps(["judge", salt, metric]).encode()) for metric in shares}
+
+    @classmethod
+    def of(cls, declaration: Declaration) -> Sample:
+        """That of an experiment."""
+        return cls(declaration.salt, declaration.judged)
+
+    def takes(self, metric: str, unit: str) -> bool:
+        """Whether the metric's judge looks at a unit; yes where it has none, and anybody may tell the metric."""
+        if metric not in self.shares:
+            return True
+        digest = self._salted[metric].copy()
+        digest.update(unit.encode("utf-8", "surrogatepass"))
+        return int.from_bytes(digest.digest()[:8], "big") < self.shares[metric] * 2**64
+
+
+def spent_at(metric: str, audit: Iterable[Decision]) -> float:
+    """When the budget of a metric's judge was used up; units exposed from then on are not its sample any more."""
+    times = [each.at for each in audit if each.what == SPENT and json.loads(each.evidence).get("metric") == metric]
+    return min(times, default=inf)

@@ -1,0 +1,206 @@
+"""The shadow stage: candidates answer some of the live calls once more, and nobody sees what they say.
+
+The caller has control's answer and waits for nothing: what is to be asked stands in a short queue, which a thread of
+its own empties; what finds it full is left out, so that traffic never piles up here. Candidates ask with low priority,
+within a budget of their own, and no failure of theirs reaches anybody.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import queue
+import random
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import dspy
+
+from dspy_prod.context.assignments import Assignment
+from dspy_prod.context.current import CallContext, assigned, call_context, current, use
+from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError
+from dspy_prod.experiments.pairs import SUFFIX, Pair
+from dspy_prod.experiments.variants import Variant
+from dspy_prod.options.experiments import Rollout
+from dspy_prod.policies.run import Run
+from dspy_prod.production.report import report_of
+from dspy_prod.production.watch import Records
+from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.switch import disabled
+from dspy_prod.runtime.threads import begin
+from dspy_prod.stores.base import Store
+from dspy_prod.stores.trials import Call, Exposure, Outcome, Trials
+
+WAITING: Final = 64
+"""Calls that may wait to be asked once more."""
+
+CONTROL: Final = ("control_failed", "control_fell_back", "control_usd")
+"""What is kept of control's answer in a pair, as outcomes."""
+
+_log = logging.getLogger("dspy_prod")
+
+
+class Answered(NamedTuple):
+    """How control answered a call: whether it failed or its fallback did, and dollars at list price."""
+
+    failed: bool
+    fell_back: bool
+    usd: float
+
+
+class _Asked(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    control: Answered
+    context: CallContext
+    settings: dict[str, Any]
+
+
+class Shadow:
+    """Asks candidates once more what control was asked.
+
+    Args:
+        experiment: its name. store: where pairs and the budget are kept. trials: the store's.
+        candidates: the variants beside control. rollout: says how many calls, and what they may cost.
+    """
+
+    _starting: threading.Lock
+
+    def __init__(self, experiment: str, store: Store, candidates: Sequence[Variant], rollout: Rollout) -> None:
+        self._name, self._trials, self._rollout = experiment + SUFFIX, store.trials, rollout
+        self._experiment, self._candidates = experiment, tuple(candidates)
+        self._run = None
+        self._spent = rollout.shadow_usd is not None and disabled()
+        if self._spent:
+            _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
+        elif rollout.shadow_usd is not None:
+            self._run = Run(f"shadow of {experiment}", usd=rollout.shadow_usd, store=store)
+        self.left_out = 0
+        self._working: threading.Thread | None = None
+        self._after_fork()
+        reset_after_fork(self)
+        self._trials.create(self._name, "{}", {None: 0.0, **dict.fromkeys(CONTROL, 0.0)}, grace=1.0)
+
+    def offer(self, args: tuple[Any, ...], kwargs: dict[str, Any], control: Answered, context: CallContext) -> None:
+        """Have a call asked once more, perhaps. Never waits."""
+        if self._spent or random.random() >= self._rollout.shadow_share:
+            return
+        try:
+            given, named = copy.deepcopy((args, kwargs))  # the caller may go on with what he gave
+        except Exception as error:
+            _log.warning("A call of %s cannot be asked once more: %s", self._experiment, type(error).__name__)
+            self.left_out += 1
+            return
+        settings = {**dspy.settings.copy(), "send_stream": None, "caller_modules": [], "trace": []}
+        try:
+            self._queue.put_nowait(_Asked(given, named, control, context, settings))
+        except queue.Full:
+            self.left_out += 1
+            return
+        if self._working is None or not self._working.is_alive():
+            with self._starting:
+                if self._working is None or not self._working.is_alive():
+                    self._working = begin("dspy_prod-shadow", self._work)
+
+    def wait(self, timeout: float = 10.0) -> bool:
+        """Wait until nothing is left to be asked, for tests and for the end of a process."""
+        ends = time.monotonic() + timeout
+        while self._queue.unfinished_tasks and time.monotonic() < ends:
+            time.sleep(0.005)
+        return not self._queue.unfinished_tasks
+
+    def _work(self) -> None:
+        while True:
+            try:
+                asked = self._queue.get(timeout=1.0)
+            except queue.Empty:
+                return
+            try:
+                for variant in self._candidates:
+                    if not self._spent:
+                        self._ask(variant, asked)
+            finally:
+                self._queue.task_done()
+
+    def _ask(self, variant: Variant, asked: _Asked) -> None:
+        """Ask one candidate, and keep the pair."""
+        records = Records(None)
+        failed = fell_back = False
+        outer = asked.context._replace(records=records, guards=(), node=None, trace_id=None, priority="low")
+        place = Assignment(self._experiment, variant.name, "shadow", asked.context.user)
+        began = time.monotonic()
+        with dspy.context(**asked.settings), use(assigned(outer, place)):
+            with call_context(run=self._run, deadline=None) if self._run is not None else use(current()):
+                try:
+                    report = report_of(variant.program(*asked.args, **asked.kwargs))
+                    fell_back = report is not None and report.status == "fallback"
+                except (RunStoppedError, BudgetExceededError) as error:
+                    self._spent = True
+                    _log.warning("The shadow stage of %s ends, for its budget is spent: %s", self._experiment, error)
+                    return
+                except Exception as error:  # it is what a user would have seen
+                    failed = True
+                    _log.debug("The shadow of %s failed", variant.name, exc_info=error)
+        unit, at = uuid.uuid4().hex, self._trials.now()
+        cached = any(each.cached for each in records)
+        nano = sum([each.list_nano or 0 for each in records])
+        latency = None if cached else time.monotonic() - began
+        self._trials.expose(Exposure(self._name, unit, 0, variant.name, self._rollout.shadow_share / 2, at))
+        self._trials.call(Call(self._name, unit, at, failed, fell_back, nano, latency))
+        for name, value in zip(CONTROL, asked.control, strict=True):
+            self._trials.outcome(Outcome(self._name, unit, name, float(value), at))
+
+    def _after_fork(self) -> None:
+        self._queue: queue.Queue[_Asked] = queue.Queue(WAITING)
+        self._working = None
+        self._starting = threading.Lock()
+
+
+def refuse_side_effects(where: str, variants: Sequence[Variant], rollout: Rollout) -> None:
+    """Refuse a shadow stage of programs that use tools: a refund would be paid twice.
+
+    Raises:
+        ConfigError: names the variant and the module.
+    """
+    if not rollout.shadow or rollout.shadow_tools == "allow":
+        return
+    for variant in variants:
+        for path, module in variant.program.program.named_sub_modules():
+            if _uses_tools(module):
+                raise ConfigError(
+                    f"{where}: variants[{variant.name!r}] uses tools in {path} ({type(module).__name__}), so that a "
+                    "shadow stage would do twice whatever they do. Leave the stage out, or say "
+                    "Rollout(shadow_tools='allow') where tools only read"
+                )
+
+
+def _uses_tools(module: Any) -> bool:
+    if getattr(module, "tools", None) or type(module).__name__ in ("CodeAct", "ProgramOfThought"):
+        return True
+    fields = getattr(getattr(module, "signature", None), "fields", None) or {}
+    return any("dspy.adapters.types.tool" in repr(field.annotation) for field in fields.values())
+
+
+def pairs_of(trials: Trials, experiment: str, after: int) -> tuple[list[tuple[str, Pair]], int]:
+    """(candidate, pair) of each pair from the one after number `after` on, and the number of the last."""
+    name = experiment + SUFFIX
+    calls = {unit.number: unit for unit in trials.matured(name, None, after)}
+    control = {field: {unit.number: unit for unit in trials.matured(name, field, after)} for field in CONTROL}
+    found, last = [], after
+    for number in sorted(calls):
+        if not all(number in each for each in control.values()):
+            break  # not all of it has been written yet
+        last = number
+        values = [control[field][number].values.mean for field in CONTROL]
+        told = calls[number].first_call
+        if None in values or not told.calls:
+            continue
+        failed, fell_back, usd = (value or 0.0 for value in values)
+        found.append((
+            calls[number].arm,
+            Pair((bool(failed), told.failed > 0), (bool(fell_back), told.fell_back > 0), (usd, told.list_nano / 1e9)),
+        ))  # fmt: skip
+    return found, last

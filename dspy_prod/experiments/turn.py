@@ -1,0 +1,113 @@
+"""One call of an experiment: the variant that answers, the context it answers in, and what the store is told of it."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from dspy_prod.context.assignments import Assignment
+from dspy_prod.context.current import CallContext, assigned, use
+from dspy_prod.experiments.shadow import Answered
+from dspy_prod.experiments.variants import Variant
+from dspy_prod.options.experiments import SHADOW
+from dspy_prod.production.report import report_of
+from dspy_prod.production.watch import LEFT, Records
+from dspy_prod.records import NANO
+from dspy_prod.stores.trials import Call, Trials
+
+
+class Turn:
+    """A call, as a context manager around the variant's program.
+
+    Args:
+        variant: what answers. place: who calls, and how it came by the variant; None: for nobody, and nothing is said
+            of the experiment. trials: where the call is told; None for one that counts for nothing.
+        outer: the context in force.
+
+    Attributes:
+        prediction: what was answered, once it was. unpriced: what an LM call of it cost is not known.
+    """
+
+    __slots__ = (
+        *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
+        *("_usd", "prediction", "unpriced", "variant"),
+    )
+
+    def __init__(self, variant: Variant, place: Assignment | None, trials: Trials | None, outer: CallContext) -> None:
+        self.variant = variant
+        self._place, self._trials = place, trials
+        self._records = Records(outer.records)
+        inner = outer if place is None else assigned(outer, place)
+        self._scope = use(inner._replace(records=self._records))
+        self._fell_back = self._failed = self._ended = False
+        self._at = self._began = 0.0
+        self._trace = outer.trace_id
+        self._usd: float | None = None
+        self.prediction: Any = None
+        self.unpriced = False
+
+    def __enter__(self) -> Turn:
+        self._at = 0.0 if self._trials is None else self._trials.now()
+        self._began = time.monotonic()
+        self._scope.__enter__()
+        return self
+
+    def answered(self, result: Any) -> Any:
+        """See whether the variant or its fallback has answered."""
+        report = report_of(result)
+        self.prediction = result
+        self._trace = self._trace if report is None else report.trace_id or self._trace
+        if report is not None:
+            self._fell_back = report.status == "fallback"
+            self._usd = report.list_cost_usd  # that of LMs that are not ours, too
+            self.unpriced = report.cost_usd is None
+        return result
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._failed = isinstance(error, Exception) and not hasattr(error, LEFT)
+        self._ended = error is None or self._failed
+        try:
+            self._scope.__exit__(kind, error, traceback)
+        finally:
+            if self._trials is not None and self._place is not None:
+                self._tell(self._trials, self._place)
+
+    @property
+    def shadowed(self) -> bool:
+        """Whether candidates may be asked once more what was asked: it was answered, in a shadow stage."""
+        return self._ended and self._place is not None and self._place.stage == SHADOW
+
+    @property
+    def outcome(self) -> Answered:
+        """How it was answered, once it is over."""
+        return Answered(self._failed, self._fell_back, self._nano / NANO)
+
+    @property
+    def _nano(self) -> int:
+        """What it would have cost without caches, as far as that is known."""
+        if self._usd is not None:
+            return round(self._usd * NANO)
+        return sum([each.list_nano or 0 for each in self._records])
+
+    @property
+    def counted(self) -> tuple[str, float, str | None] | None:
+        """(unit, when it called, its trace's id if it has one) of a call that counts, once it is over; else None."""
+        if self._trials is None or self._place is None or self._place.unit is None:
+            return None
+        trace = self._trace or next((each.trace_id for each in self._records if each.trace_id), None)
+        return self._place.unit, self._at, trace
+
+    @property
+    def failed(self) -> bool:
+        """Whether it raised, or was abandoned."""
+        return self._failed or not self._ended
+
+    def _tell(self, trials: Trials, place: Assignment) -> None:
+        """Post what the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""
+        assert place.unit is not None
+        cached = any(each.cached for each in self._records)
+        latency = None if cached else time.monotonic() - self._began  # clocks are set now and then
+        trials.call(Call(place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency))

@@ -1,0 +1,276 @@
+"""What a SQLite file keeps of experiments. Reads beside the writer, and writes through it."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
+
+from dspy_prod.privacy.visible import carried
+from dspy_prod.runtime.processes import is_gone, this_process
+from dspy_prod.stores.keys import joined
+from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, Mailbox
+from dspy_prod.stores.sqlite.posting import Posting
+from dspy_prod.stores.sqlite.reader import Reader
+from dspy_prod.stores.sqlite.schema import unavailable
+from dspy_prod.stores.sqlite.tables import Tables
+from dspy_prod.stores.sqlite.trial_tables import (
+    PARTS,
+    advance,
+    find,
+    id_of,
+    name_of,
+    read_arms,
+    read_checkpoint,
+    read_decisions,
+    read_matured,
+    read_seen,
+    read_tally,
+    read_trials,
+    windows_text,
+)
+from dspy_prod.stores.sqlite.trial_writing import Thing, write_batch
+from dspy_prod.stores.trial_terms import (
+    CREATED,
+    GRACE,
+    Arm,
+    Call,
+    Checkpoint,
+    Decision,
+    Exposure,
+    Lease,
+    Matured,
+    Outcome,
+    Tally,
+    Trial,
+    check_state,
+    check_windows,
+)
+
+_CREATE: Final = (
+    "INSERT INTO trials (ns, name, declaration, windows, grace, state, stage, since, revision, created) "
+    "VALUES (?, ?, ?, ?, ?, ?, 0, ?, 1, ?)"
+)
+_CHANGE: Final = (
+    "UPDATE trials SET declaration = ?, state = ?, stage = ?, since = ?, revision = ? WHERE id = ? AND revision = ?"
+)
+_DECIDE: Final = (
+    "INSERT INTO trial_decisions SELECT ?1, coalesce(max(number), 0) + 1, ?2, ?3, ?4, ?5 "
+    "FROM trial_decisions WHERE trial = ?1"
+)
+_SAVE: Final = (
+    "UPDATE trials SET checkpoint = ?, checkpoint_revision = ?, checkpoint_at = ? "
+    "WHERE id = ? AND checkpoint_revision = ?"
+)
+_HELD: Final = "SELECT holder, process, until FROM trial_leases WHERE ns = ? AND name = ?"
+_HOLD: Final = "INSERT OR REPLACE INTO trial_leases VALUES (?, ?, ?, ?, ?)"
+_RELEASE: Final = "DELETE FROM trial_leases WHERE ns = ? AND name = ? AND holder = ?"
+_FORGET: Final = 10_000
+"""Rows that are forgotten in one transaction: who calls meanwhile waits for it."""
+
+T = TypeVar("T")
+
+
+class KeptTrials:
+    """See `Trials`.
+
+    Args:
+        mailbox: how the writer is reached. reader: a connection for nothing else. now: the store's time.
+    """
+
+    def __init__(self, mailbox: Mailbox, reader: Reader, now: Callable[[], float]) -> None:
+        self.now = now
+        self.begin(mailbox, reader)
+
+    def begin(self, mailbox: Mailbox, reader: Reader) -> None:
+        """Go by these. Experiments keep this object for as long as they live, so it serves a forked child as well."""
+        self._mailbox = mailbox
+        self._reader = reader
+        self._path = mailbox.writer.tables.path
+        self._post = Posting[Thing](mailbox, _write, "exposures, calls and outcomes of experiments")
+
+    # -- experiments -------------------------------------------------------------------------------------------------
+    def create(self, name: str, declaration: str, windows: Mapping[str | None, float], grace: float = GRACE) -> Trial:
+        check_windows(windows, grace)
+        row = joined(name), carried(declaration), windows_text(dict(windows)), float(grace), CREATED
+
+        def make(connection: sqlite3.Connection, ns: int, now: float) -> Trial:
+            found = find(connection, ns, name)
+            if found is None:
+                connection.execute(_CREATE, (ns, *row, now, now))
+                found = find(connection, ns, name)
+            assert found is not None
+            return found[1]
+
+        return self._ask(make)
+
+    def trial(self, name: str) -> Trial | None:
+        found = self._read(lambda connection, ns: find(connection, ns, name))
+        return None if found is None else found[1]
+
+    def trials(self) -> list[Trial]:
+        return self._read(read_trials)
+
+    def change(
+        self,
+        name: str,
+        revision: int,
+        *,
+        state: str | None = None,
+        stage: int | None = None,
+        declaration: str | None = None,
+        decision: Decision | None = None,
+    ) -> Trial | None:
+        check_state(state)
+        declaration = None if declaration is None else carried(declaration)
+
+        def change(connection: sqlite3.Connection, ns: int, now: float) -> Trial | None:
+            found = find(connection, ns, name)
+            if found is None or found[1].revision != revision:
+                return None
+            id, new = found[0], found[1].changed(now, state, stage, declaration)
+            row = (new.declaration, new.state, new.stage, new.since, new.revision, id, revision)
+            connection.execute(_CHANGE, row)
+            if decision is not None:
+                _decide(connection, id, decision, now)
+            return new
+
+        return self._ask(change)
+
+    def remove(self, name: str) -> None:
+        sql = "DELETE FROM trials WHERE ns = ? AND name = ?"
+        self._ask(lambda connection, ns, _: connection.execute(sql, (ns, joined(name))).rowcount)
+        while self._ask(lambda connection, _, __: _forget_some(connection)):
+            pass
+
+    # -- what happens to units ---------------------------------------------------------------------------------------
+    def expose(self, exposure: Exposure) -> None:
+        self._post(exposure)
+
+    def call(self, call: Call) -> None:
+        self._post(call)
+
+    def outcome(self, outcome: Outcome) -> None:
+        self._post(outcome)
+
+    def seen(self, name: str, unit: str) -> str | None:
+        return self._look(lambda connection, ns: read_seen(connection, id_of(connection, ns, name), unit))
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    def counts(self, name: str) -> list[Arm]:
+        return self._read(lambda connection, ns: read_arms(connection, id_of(connection, ns, name)))
+
+    def tally(self, name: str) -> Tally:
+        unkept = self._post.dropped
+        return self._read(lambda connection, ns: read_tally(connection, id_of(connection, ns, name), unkept))
+
+    def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
+        trial = self.trial(name)
+        if trial is None:
+            return []
+        window, grace = trial.window(metric), trial.grace
+
+        def move(connection: sqlite3.Connection, ns: int, now: float) -> int:
+            id = id_of(connection, ns, name)
+            advance(connection, id, metric, window, grace, now, most)
+            return id
+
+        # The mark is moved inside a transaction, so that whatever is written before or after it agrees with it.
+        id = self._ask(move)
+        return self._look(lambda connection, _: read_matured(connection, id, metric, after, most))
+
+    # -- the controller ----------------------------------------------------------------------------------------------
+    def checkpoint(self, name: str) -> Checkpoint | None:
+        return self._look(lambda connection, ns: read_checkpoint(connection, id_of(connection, ns, name)))
+
+    def save(self, name: str, state: str, revision: int) -> bool:
+        state = carried(state)
+
+        def save(connection: sqlite3.Connection, ns: int, now: float) -> bool:
+            row = (state, revision + 1, now, id_of(connection, ns, name), revision)
+            return connection.execute(_SAVE, row).rowcount == 1
+
+        return self._ask(save)
+
+    def lease(self, name: str, holder: str, seconds: float) -> Lease:
+        key, asking, process = joined(name), joined(holder), this_process()
+
+        def take(connection: sqlite3.Connection, ns: int, now: float) -> Lease:
+            held = connection.execute(_HELD, (ns, key)).fetchone()
+            if held is None or held[2] <= now or held[0] == asking or is_gone(held[1]):
+                connection.execute(_HOLD, (ns, key, asking, process, now + seconds))
+                return Lease(holder, now + seconds)
+            return Lease(name_of(held[0]), held[2])
+
+        return self._ask(take)
+
+    def release(self, name: str, holder: str) -> None:
+        row = joined(name), joined(holder)
+        self._ask(lambda connection, ns, _: connection.execute(_RELEASE, (ns, *row)).rowcount)
+
+    def decisions(self, name: str) -> list[Decision]:
+        return self._look(lambda connection, ns: read_decisions(connection, id_of(connection, ns, name)))
+
+    def decide(self, name: str, decision: Decision) -> int:
+        def add(connection: sqlite3.Connection, ns: int, now: float) -> int:
+            id = id_of(connection, ns, name)
+            return 0 if id < 0 else _decide(connection, id, decision, now)
+
+        return self._ask(add)
+
+    # -- how ---------------------------------------------------------------------------------------------------------
+    def _ask(self, ask: Callable[[sqlite3.Connection, int, float], T]) -> T:
+        """Inside a transaction, after everything that was posted before."""
+
+        def inside(_: Any, tables: Tables, now: float) -> T:
+            assert tables.connection is not None
+            return ask(tables.connection, tables.ns, now)
+
+        found: T = self._mailbox.question(inside)
+        return found
+
+    def _read(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
+        """Beside the writer, with everything that was posted before."""
+        self._mailbox.alive()
+        self._mailbox.flush(READ_TIMEOUT)
+        return self._look(read)
+
+    def _look(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
+        """Beside the writer: what is durable."""
+        try:
+            return self._reader.read(read)
+        except (sqlite3.Error, OSError) as error:
+            raise unavailable(self._path, error) from error
+
+
+def _write(tables: Tables, things: list[Thing], batch: int, now: float) -> None:
+    assert tables.connection is not None
+    write_batch(tables.connection, tables.ns, tables.owner, things, batch, now)
+
+
+def _decide(connection: sqlite3.Connection, id: int, decision: Decision, now: float) -> int:
+    texts = carried(decision.what), carried(decision.by), carried(decision.evidence)
+    connection.execute(_DECIDE, (id, now, *texts))
+    return int(connection.execute("SELECT max(number) FROM trial_decisions WHERE trial = ?", (id,)).fetchone()[0])
+
+
+def _forget_some(connection: sqlite3.Connection) -> bool:
+    """Delete rows of experiments that are not there any more; whether there may be more of them."""
+    for table, key in PARTS.items():
+        trial = _orphan(connection, table)
+        if trial is not None:
+            some = f"SELECT {key} FROM {table} WHERE trial = ? LIMIT {_FORGET}"
+            connection.execute(f"DELETE FROM {table} WHERE ({key}) IN ({some})", (trial,))
+            return True
+    return False
+
+
+def _orphan(connection: sqlite3.Connection, table: str) -> int | None:
+    """An experiment that has rows in a table and is not there any more; a look for each that has."""
+    known = {id for (id,) in connection.execute("SELECT id FROM trials")}
+    sql, trial = f"SELECT min(trial) FROM {table} WHERE trial > ?", -1
+    while (found := connection.execute(sql, (trial,)).fetchone()[0]) is not None:
+        trial = int(found)
+        if trial not in known:
+            return trial
+    return None

@@ -1,0 +1,310 @@
+"""The words of experiments on live traffic (trials), and the rules that all stores share, see `trials`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import fsum, isfinite
+from operator import itemgetter
+from typing import Final, NamedTuple
+
+CREATED: Final = "created"
+RUNNING: Final = "running"
+PAUSED: Final = "paused"
+STOPPED: Final = "stopped"
+DECIDED: Final = "decided"
+STATES: Final = (CREATED, RUNNING, PAUSED, STOPPED, DECIDED)
+
+GRACE: Final = 60.0
+"""Seconds after the end of a window for which what belongs into it may still arrive."""
+
+MOST_NANO: Final = 10**15
+"""What one call counts for at most, in nano-USD: a million dollars."""
+
+LONGEST: Final = 1e9
+"""Seconds that a call takes at most; a latency beyond, or below 0, is none."""
+
+_MOMENT: Final = itemgetter(1, 0)
+
+
+class Trial(NamedTuple):
+    """An experiment as the store has it.
+
+    Attributes:
+        name: its name.
+        declaration: what it is, as JSON; the store does not look into it.
+        windows: for each metric the seconds from the first exposure that count; 0: the first value alone counts, and
+            the unit is ready as soon as that is there. The window of calls has the name None.
+        grace: seconds after a window for which it is waited for what belongs into it; a unit of which nothing has come
+            by then counts as one without a value.
+        state: one of `STATES`.
+        stage: the stage of the rollout, from 0.
+        since: when state or stage changed last.
+        revision: grows with every change.
+        created: when it was made.
+    """
+
+    name: str
+    declaration: str
+    windows: Mapping[str | None, float]
+    grace: float
+    state: str
+    stage: int
+    since: float
+    revision: int
+    created: float
+
+    def window(self, metric: str | None) -> float:
+        """Seconds of a metric's window (None: of calls).
+
+        Raises:
+            ValueError: it has none.
+        """
+        if metric not in self.windows:
+            declared = ", ".join(map(repr, self.windows)) or "none"
+            raise ValueError(f"The experiment {self.name!r} has no window for {metric!r}; it has: {declared}")
+        return self.windows[metric]
+
+    def takes(self, number: int, read: int, exposed_at: float, at: float, window: float, has: bool) -> bool:
+        """Whether something that happened at `at` counts for the unit of this number.
+
+        Args:
+            read: the number up to which units were told already.
+            has: there is something of the kind.
+        """
+        return number > read and (at <= exposed_at + window if window else not has)
+
+    def changed(self, now: float, state: str | None, stage: int | None, declaration: str | None) -> Trial:
+        """The same after a change; None leaves a part as it is."""
+        new = self._replace(
+            state=self.state if state is None else state,
+            stage=self.stage if stage is None else stage,
+            declaration=self.declaration if declaration is None else declaration,
+            revision=self.revision + 1,
+        )
+        return new if (new.state, new.stage) == (self.state, self.stage) else new._replace(since=now)
+
+
+class Exposure(NamedTuple):
+    """A unit got an arm.
+
+    Attributes:
+        trial: the experiment's name. unit: the unit's.
+        stage: the stage. arm: what it got.
+        propensity: with which probability. 1: it was not left to chance, which tells nothing of the arms. Such a unit
+            is not taken in; but one that chance had given another arm in this stage has seen two.
+        at: when.
+        full: which candidates took no new units, a bit for each; with the stage it tells the propensities of all arms.
+    """
+
+    trial: str
+    unit: str
+    stage: int
+    arm: str
+    propensity: float
+    at: float
+    full: int = 0
+
+
+class Call(NamedTuple):
+    """One call of the program for a unit, as a guardrail sees it.
+
+    Attributes:
+        trial: the experiment's name. unit: the unit's.
+        at: when it began.
+        failed: it raised. fell_back: it was answered by a fallback.
+        list_nano: what it would have cost without caches, in nano-USD.
+        latency: seconds; None where it tells nothing (a cached answer).
+    """
+
+    trial: str
+    unit: str
+    at: float
+    failed: bool = False
+    fell_back: bool = False
+    list_nano: int = 0
+    latency: float | None = None
+
+
+class Outcome(NamedTuple):
+    """What became of a unit, in one metric.
+
+    Attributes:
+        trial: the experiment's name. unit: the unit's. metric: the metric's.
+        value: what was measured.
+        at: when.
+        id: what it is the value of (a call, a trace, an answer): said again under the same id it is a correction, and
+            the last one holds; values of several ids are several. None: of the unit as a whole.
+    """
+
+    trial: str
+    unit: str
+    metric: str
+    value: float
+    at: float
+    id: str | None = None
+
+
+class Calls(NamedTuple):
+    """Sums of calls: how many, how many of them failed or fell back, nano-USD at list price, and the seconds of the
+    `timed` ones."""
+
+    calls: int = 0
+    failed: int = 0
+    fell_back: int = 0
+    list_nano: int = 0
+    timed: int = 0
+    latency: float = 0.0
+
+    @classmethod
+    def of(cls, call: Call) -> Calls:
+        """The sums of one call."""
+        timed = call.latency is not None and 0 <= call.latency <= LONGEST
+        latency = call.latency if timed and call.latency is not None else 0.0
+        return cls(
+            1, int(call.failed), int(call.fell_back), max(0, min(call.list_nano, MOST_NANO)), int(timed), latency
+        )
+
+    def plus(self, more: Calls) -> Calls:
+        """Both together."""
+        return Calls(
+            self.calls + more.calls,
+            self.failed + more.failed,
+            self.fell_back + more.fell_back,
+            self.list_nano + more.list_nano,
+            self.timed + more.timed,
+            self.latency + more.latency,
+        )
+
+
+class Values(NamedTuple):
+    """The values of one metric of a unit: how many, their sum, the first and the last of them in time."""
+
+    size: int = 0
+    total: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+
+    @classmethod
+    def of(cls, values: Iterable[tuple[float, float]]) -> Values:
+        """Of (value, moment)."""
+        told = sorted(values, key=_MOMENT)
+        numbers = [value for value, _ in told]
+        return cls(len(numbers), fsum(numbers), numbers[0], numbers[-1]) if numbers else cls()
+
+    @property
+    def mean(self) -> float | None:
+        """None where there is none."""
+        return self.total / self.size if self.size else None
+
+
+class Matured(NamedTuple):
+    """A unit whose window is over.
+
+    Attributes:
+        number: its place in the order of exposure, from 1.
+        unit, stage, arm, propensity, at, full: of its first exposure.
+        mixed: it saw two arms within one stage, and is to be left out.
+        calls: all its calls within the window. first_call: the first of them alone. Both empty unless calls were read.
+        values: those of the metric that was read.
+    """
+
+    number: int
+    unit: str
+    stage: int
+    arm: str
+    propensity: float
+    at: float
+    full: int
+    mixed: bool
+    calls: Calls = Calls()
+    first_call: Calls = Calls()
+    values: Values = Values()
+
+
+class Arm(NamedTuple):
+    """How many units got an arm in a stage, while these candidates took no new ones.
+
+    Attributes:
+        stage, arm, full: which.
+        units: units seen. first: those of them that had not been exposed in an earlier stage.
+        mixed: those of them that also saw another arm in this stage; they are counted where they were first.
+    """
+
+    stage: int
+    arm: str
+    full: int
+    units: int
+    first: int
+    mixed: int
+
+
+class Tally(NamedTuple):
+    """What an experiment has, and what it could not use.
+
+    Attributes:
+        units: order numbers given, which is the number of units exposed.
+        mixed: units that saw two arms within one stage.
+        late: calls and values that came after their window, or after it was read.
+        stray: values of units without an exposure, and of metrics that were not declared. Calls of such units are no
+            mistake: once a candidate is full, newcomers get control without being exposed.
+        unkept: exposures for which there was no room.
+    """
+
+    units: int = 0
+    mixed: int = 0
+    late: int = 0
+    stray: int = 0
+    unkept: int = 0
+
+
+class Checkpoint(NamedTuple):
+    """Where a controller got to: what it said last, as JSON, when, and the revision of that."""
+
+    state: str
+    revision: int
+    at: float
+
+
+class Lease(NamedTuple):
+    """Who may do something alone, and until when."""
+
+    holder: str
+    until: float
+
+
+class Decision(NamedTuple):
+    """A line of the audit.
+
+    Attributes:
+        what: what was decided, e.g. `"promote"`.
+        by: who did: a user, or `"controller"`.
+        evidence: JSON.
+        at: when; given by the store.
+        number: its place, from 1; given by the store.
+    """
+
+    what: str
+    by: str
+    evidence: str
+    at: float = 0.0
+    number: int = 0
+
+
+def ready_before(now: float, window: float, grace: float) -> float:
+    """Units exposed up to this moment need not be waited for any longer."""
+    return now - window - grace
+
+
+def check_state(state: str | None) -> None:
+    """Refuse a state that is none with a ValueError."""
+    if state is not None and state not in STATES:
+        raise ValueError(f"state={state!r} is not one of {', '.join(STATES)}")
+
+
+def check_windows(windows: Mapping[str | None, float], grace: float) -> None:
+    """Refuse windows that never end, or end before they begin, with a ValueError."""
+    for metric, seconds in windows.items():
+        if not (isfinite(seconds) and seconds >= 0):
+            raise ValueError(f"the window of {metric!r} is {seconds!r}; it must be seconds, 0 or more")
+    if not (isfinite(grace) and grace >= 0):
+        raise ValueError(f"grace={grace!r} must be seconds, 0 or more")

@@ -1,0 +1,267 @@
+"""Judges of live answers: a sample within a budget, blind to the variant, and in nobody's way."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+import pytest
+
+import dspy_prod
+from dspy_prod import ConfigError, Experiment, Judge, Metric, call_context, call_report
+from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.testing import FakeClock, Provider
+from dspy_prod.testing.faults import Status
+from tests.experiments.conftest import Triage
+
+Asked = Callable[..., dspy_prod.LM]
+QUALITY = Metric("quality", judge="untrusted")
+
+
+class Politeness(dspy.Module):
+    """A judge that asks a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judge = dspy.Predict("message, label -> polite: bool")
+
+    def forward(self, example: Any, prediction: Any, trace: Any = None) -> bool:
+        return bool(self.judge(message=example.message, label=prediction.label).polite)
+
+
+def judged(store: Any, judge: Judge, metric: Metric = QUALITY, **more: Any) -> Experiment:
+    return Experiment(
+        "e", variants={"control": Triage(), "new": Triage("Think first.")}, store=store, metrics=[metric],
+        judges={"quality": judge}, **more,
+    )  # fmt: skip
+
+
+def ask(exp: Experiment, unit: str, message: str = "hi") -> Any:
+    with call_context(user=unit, tenant="acme"):
+        return exp(message=message)
+
+
+def scores(exp: Experiment) -> dict[str, float | None]:
+    """What the store has of units with a score."""
+    trials = exp._works.trials
+    return {unit.unit: unit.values.mean for unit in trials.matured("e", "quality") if unit.values.size}
+
+
+def settled(exp: Experiment) -> None:
+    assert exp._works.judges is not None
+    assert exp._works.judges.wait()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("judges", "metrics", "told"),
+    [
+        ({"quality": Judge(max)}, [], "'quality'.*no metric.*metrics= has none"),
+        ({"quality": Judge(lambda e, p: 1)}, [Metric("quality")], "say what its score is worth"),
+        ({"cost": Judge(lambda e, p: 1)}, [QUALITY], "calls tell it by themselves"),
+        ({"quality": lambda e, p: 1}, [QUALITY], "takes dspy_prod.Judge, got function"),
+    ],
+)
+def test_a_judge_is_of_a_metric_that_says_what_it_is_worth(
+    judges: Any, metrics: list[Metric], told: str, store: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        Experiment("e", variants={"a": Triage(), "b": Triage()}, metrics=metrics, judges=judges, store=store)
+
+
+@pytest.mark.parametrize(
+    "impossible", [{"share": 0}, {"share": 1.5}, {"usd": 0}, {"usd": float("inf")}, {"share": True}]
+)
+def test_impossible_shares_and_budgets_are_refused(impossible: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"Judge\\({next(iter(impossible))}="):
+        Judge(lambda e, p: 1, **impossible)
+
+
+@pytest.mark.parametrize("metric", [None, lambda: 1, lambda e, p, trace: 1])
+def test_what_cannot_be_called_as_a_metric_is_refused(metric: Any) -> None:
+    with pytest.raises(ConfigError, match="example, prediction"):
+        Judge(metric)
+
+
+def test_only_its_judge_tells_a_judged_metric(asked: Asked, store: str) -> None:
+    asked()
+    exp = judged(store, Judge(lambda e, p: 1))
+    with pytest.raises(ConfigError, match="its judge tells it"):
+        exp.record("u1", quality=1)
+
+
+# -- whom it looks at --------------------------------------------------------------------------------------------------
+def test_a_sample_of_the_units_is_judged_alike_in_both_variants(asked: Asked, store: str) -> None:
+    """The same units by whatever object of the experiment they come; of all variants the same share."""
+    asked()
+    seen: list[str] = []
+
+    def quality(example: Any, prediction: Any) -> float:
+        seen.append(example.message)
+        return 0.5
+
+    both = [judged(store, Judge(quality, share=0.2)) for _ in range(2)]
+    arms = {}
+    for number in range(400):
+        arms[f"u{number}"] = call_report(ask(both[number % 2], f"u{number}", message=f"u{number}")).variant
+        if number % 40 == 39:
+            [settled(exp) for exp in both]
+    again = len(seen)
+    for number in range(400):
+        ask(both[1 - number % 2], f"u{number}", message=f"u{number}")
+        if number % 40 == 39:
+            [settled(exp) for exp in both]
+    assert 55 <= again <= 105
+    assert set(seen) == set(seen[:again]), "the same ones, in the other process"
+    of_new = sum(arms[unit] == "new" for unit in set(seen)) / len(set(seen))
+    assert 0.36 <= of_new <= 0.64
+
+
+def test_it_is_told_the_question_and_the_answer_but_not_the_variant(asked: Asked, store: str) -> None:
+    asked()
+    told: list[Any] = []
+
+    def quality(example: Any, prediction: Any, trace: Any = None) -> float:
+        told.append((example, prediction, dspy_prod.context.current.current()))
+        return 1.0
+
+    exp = judged(store, Judge(quality, share=1.0))
+    ask(exp, "u1", message="Where is it?")
+    settled(exp)
+    [(example, prediction, context)] = told
+    assert example.inputs().toDict() == {"message": "Where is it?"}
+    assert prediction.label
+    with pytest.raises(ValueError, match="has no report"):
+        call_report(prediction)
+    assert (context.user, context.tenant, context.experiment, context.variant) == (None, None, None, None)
+    assert (context.priority, dict(context.tags)) == ("low", {"judge": "quality"})
+
+
+def test_units_that_were_not_drawn_count_for_nothing_and_a_failed_judge_is_missing(asked: Asked) -> None:
+    """Others would have counted as 0; of those that were drawn, those without a score do."""
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    asked()
+
+    def quality(example: Any, prediction: Any) -> float:
+        if int(example.message) % 2:
+            raise RuntimeError("no idea")
+        return 1.0
+
+    exp = judged(store, Judge(quality, share=0.5))
+    for number in range(200):
+        ask(exp, f"u{number}", message=str(number))
+        settled(exp)
+    clock.advance(61.0)
+    exp.step()
+    drawn = [number for number in range(200) if exp._works.sample.takes("quality", f"u{number}")]
+    assert 70 <= len(drawn) <= 130
+    evidence = exp._works.opened.controller._restored()
+    assert sum(evidence.units("quality", arm) for arm in ("control", "new")) == len(drawn)
+    [found] = [each for each in exp.scorecard().metrics if each.metric == "quality"]
+    assert found.interval is not None
+    even = sum(number % 2 == 0 for number in drawn) / len(drawn)
+    assert abs((found.interval.control + found.interval.candidate) / 2 - even) < 0.15
+
+
+# -- what it costs -----------------------------------------------------------------------------------------------------
+def test_its_cost_stays_within_its_budget_and_is_no_variant_s(
+    provider: Provider, asked: Asked, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once it is spent nobody is drawn any more; the audit says since when, and later units do not count as missing."""
+    lm = asked(cache=False, max_tokens=20)
+    exp = judged(store, Judge(Politeness(), share=1.0, usd=0.002))
+    with caplog.at_level(logging.WARNING, "dspy_prod"):
+        for number in range(90):
+            ask(exp, f"u{number}", message=f"m{number}")
+            settled(exp)
+    assert "its budget is spent" in caplog.text
+    by_tag = {row.value: row.usd for row in lm.costs(by="tag:judge")}
+    assert 0.001 < by_tag["quality"] <= 0.002
+    of_variants = sum(row.usd for row in lm.costs(by="variant") if row.value in ("e/control", "e/new"))
+    assert of_variants + by_tag["quality"] == pytest.approx(provider.bill.usd)
+    assert {record.priority for record in lm.ledger.records() if dict(record.tags).get("judge")} <= {"low"}
+    [line] = [each for each in exp._works.trials.decisions("e") if each.what == "judge_spent"]
+    assert json.loads(line.evidence)["metric"] == "quality"
+    judged_units = len(scores(exp))
+    assert 10 <= judged_units < 85
+    again = judged(store, Judge(Politeness(), share=1.0, usd=0.002))
+    ask(again, "late", message="late")
+    settled(again)
+    assert "late" not in scores(again)
+    assert len([each for each in exp._works.trials.decisions("e") if each.what == "judge_spent"]) == 1
+
+
+def test_units_after_the_end_of_its_budget_are_not_missing(asked: Asked) -> None:
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    asked(cache=False, max_tokens=20)
+    exp = judged(store, Judge(Politeness(), share=1.0, usd=0.002))
+    for number in range(90):
+        ask(exp, f"u{number}", message=f"m{number}")
+        settled(exp)
+        clock.advance(0.001)
+    have = len(scores(exp))
+    clock.advance(61.0)
+    exp.step()
+    evidence = exp._works.opened.controller._restored()
+    assert have <= sum(evidence.units("quality", arm) for arm in ("control", "new")) <= have + 1
+
+
+# -- what it may do ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("trust", "verdict"), [("untrusted", "keep"), ("trusted", "promote")])
+def test_an_untrusted_judge_alone_promotes_nothing(trust: Any, verdict: str, asked: Asked, store: str) -> None:
+    asked()
+    likes = {"control": 0.0, "new": 1.0}
+    variants: dict[str, str] = {}
+    judge = Judge(lambda example, prediction: likes[variants[example.message]], share=1.0)
+    exp = judged(store, judge, Metric("quality", judge=trust), guardrails=())
+    for number in range(150):
+        unit = f"u{number}"
+        variants[unit] = exp.assign(unit)
+        ask(exp, unit, message=unit)
+        if number % 30 == 29:
+            settled(exp)
+    card = exp.step()
+    assert card.decision == verdict
+    assert (card.serves or "") == ("new" if verdict == "promote" else "")
+    if verdict == "keep":
+        assert "only an untrusted judge says so" in card.reason
+
+
+def test_a_judge_that_hangs_delays_nobody(asked: Asked, store: str) -> None:
+    """What finds the queue full is left out; memory does not grow."""
+    asked()
+    free = threading.Event()
+    exp = judged(store, Judge(lambda e, p: free.wait(30.0), share=1.0))
+    began = time.monotonic()
+    for number in range(100):
+        ask(exp, f"u{number}")
+    took = time.monotonic() - began
+    assert exp._works.judges is not None
+    try:
+        assert took < 15.0
+        assert exp._works.judges.left_out >= 100 - 64 - 1
+    finally:
+        free.set()
+        settled(exp)
+
+
+def test_a_judge_that_fails_changes_no_answer(
+    provider: Provider, asked: Asked, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked(cache=False)
+    provider.faults = lambda call: Status(500) if "polite" in str(call.body) else None
+    exp = judged(store, Judge(Politeness(), share=1.0))
+    with caplog.at_level(logging.WARNING, "dspy_prod"):
+        for number in range(10):
+            assert ask(exp, f"u{number}").label
+            settled(exp)
+    assert caplog.text.count("The judge of quality in e gave no score") == 1, "aloud the first time alone"
+    assert scores(exp) == {}
+    assert exp.step().decision == "keep"

@@ -1,0 +1,475 @@
+"""What every store promises of experiments (`Trials`). Each test runs against each store."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from dspy_prod.stores.base import Store
+from dspy_prod.stores.trials import (
+    DECIDED,
+    RUNNING,
+    Arm,
+    Calls,
+    Decision,
+    Lease,
+    Matured,
+    Tally,
+    Trial,
+    Values,
+)
+from tests.stores.support import FakeClock
+from tests.stores.trial_support import WINDOWS, call, expose, made, numbers, outcome
+
+ODD = ["a|b", "a", "b|c", "anonymous", "%61nonymous", "", "a%7Cb", "half \ud800", "nul \0", "ü" * 50, "x y"]
+"""Names that make one key, written without care."""
+
+
+# -- experiments -------------------------------------------------------------------------------------------------------
+def test_an_experiment_is_made_once_and_kept_as_it_was_made(still: Store, clock: FakeClock) -> None:
+    first = made(still)
+    assert first == Trial("e", '{"v": 1}', WINDOWS, 10.0, "created", 0, first.created, 1, first.created)
+    clock.advance(5.0)
+    assert still.trials.create("e", '{"v": 2}', {}, 1.0) == first
+    assert still.trials.trial("e") == first
+    assert still.trials.trial("another") is None
+    assert [each.name for each in (made(still, "a"), *still.trials.trials())] == ["a", "a", "e"]
+
+
+def test_a_change_needs_the_revision_that_is_there_and_leaves_its_line_in_the_audit(
+    still: Store, clock: FakeClock
+) -> None:
+    trials, first = still.trials, made(still)
+    clock.advance(5.0)
+    running = trials.change("e", 1, state=RUNNING, decision=Decision("start", "ann", "{}"))
+    assert running == first._replace(state=RUNNING, revision=2, since=first.created + 5.0)
+    assert trials.change("e", 1, state=DECIDED, decision=Decision("promote", "bob", "{}")) is None
+    clock.advance(5.0)
+    same = trials.change("e", 2, declaration="{}")
+    assert same == running._replace(declaration="{}", revision=3), "the state is the same since then"
+    moved = trials.change("e", 3, stage=2)
+    assert moved == same._replace(stage=2, revision=4, since=first.created + 10.0)
+    assert trials.trial("e") == moved
+    assert trials.decisions("e") == [Decision("start", "ann", "{}", first.created + 5.0, 1)]
+    assert trials.decide("e", Decision("note", "bob", '{"why": "x"}')) == 2
+    assert [(each.number, each.what) for each in trials.decisions("e")] == [(1, "start"), (2, "note")]
+    assert (trials.decide("another", Decision("note", "b", "")), trials.decisions("another")) == (0, [])
+    assert trials.change("another", 1, state=RUNNING) is None
+
+
+def test_of_many_who_change_the_same_revision_one_does(store: Store) -> None:
+    made(store)
+    start, won = threading.Barrier(8), []
+
+    def change(number: int) -> None:
+        start.wait(10)
+        if store.trials.change("e", 1, stage=number, decision=Decision(str(number), "x", "")) is not None:
+            won.append(number)
+
+    threads = [threading.Thread(target=change, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    (number,) = won
+    found = store.trials.trial("e")
+    assert found is not None
+    assert (found.stage, found.revision, [each.what for each in store.trials.decisions("e")]) == (
+        number,
+        2,
+        [str(number)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("windows", "grace", "message"),
+    [({"m": -1.0}, 1.0, "'m'"), ({"m": math.inf}, 1.0, "'m'"), ({None: math.nan}, 1.0, "None"), ({}, -1.0, "grace")],
+)
+def test_what_cannot_be_is_refused(store: Store, windows: dict[str | None, float], grace: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        store.trials.create("e", "{}", windows, grace)
+    made(store)
+    with pytest.raises(ValueError, match="'done'"):
+        store.trials.change("e", 1, state="done")
+    with pytest.raises(ValueError, match="no window for 'other'"):
+        store.trials.matured("e", "other")
+
+
+def test_a_removed_experiment_leaves_nothing_and_its_name_is_free(still: Store, clock: FakeClock) -> None:
+    for name in ("e", "other"):
+        made(still, name)
+        for unit in ("u1", "u2"):
+            expose(still, unit, trial=name)
+            expose(still, unit, "b", 1, trial=name)
+            outcome(still, unit, 1.0, trial=name)
+            call(still, unit, trial=name)
+        assert still.trials.save(name, "{}", 0)
+        still.trials.decide(name, Decision("note", "x", ""))
+    clock.advance(200.0)
+    assert numbers(still.trials.matured("e", "resolved")) == [1, 2]
+    still.trials.remove("e")
+    assert [each.name for each in still.trials.trials()] == ["other"]
+    made(still)
+    trials = still.trials
+    assert (trials.tally("e"), trials.counts("e"), trials.checkpoint("e")) == (Tally(), [], None)
+    assert (trials.seen("e", "u1"), trials.decisions("e"), trials.matured("e", None)) == (None, [], [])
+    expose(still, "u2")
+    clock.advance(200.0)
+    assert [each.unit for each in trials.matured("e", "resolved")] == ["u2"]
+    assert trials.tally("other").units == 2
+    assert numbers(trials.matured("other", "resolved")) == [1, 2]
+    trials.remove("never made")
+
+
+# -- exposures ---------------------------------------------------------------------------------------------------------
+def test_the_first_exposure_counts_and_those_after_it_do_not(still: Store) -> None:
+    made(still)
+    at = expose(still, "u1", "control", propensity=0.99)
+    expose(still, "u2", "cot", propensity=0.01, full=2)
+    expose(still, "u1", "control", propensity=0.5)
+    assert still.trials.tally("e") == Tally(2)
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 1, 1, 0), Arm(0, "cot", 2, 1, 1, 0)]
+    outcome(still, "u1", 1.0, "at once")
+    outcome(still, "u2", 1.0, "at once")
+    assert still.trials.matured("e", "at once") == [
+        Matured(1, "u1", 0, "control", 0.99, at, 0, False, values=Values(1, 1.0, 1.0, 1.0)),
+        Matured(2, "u2", 0, "cot", 0.01, at, 2, False, values=Values(1, 1.0, 1.0, 1.0)),
+    ]
+
+
+def test_a_unit_that_moves_up_is_counted_in_its_new_stage_and_keeps_its_number(still: Store, clock: FakeClock) -> None:
+    made(still)
+    expose(still, "u1")
+    still.flush(10)
+    expose(still, "u1", "cot", 1)
+    expose(still, "u1", "cot", 1)
+    expose(still, "u2", "cot", 1)
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 1, 1, 0), Arm(1, "cot", 0, 2, 1, 0)]
+    assert still.trials.tally("e") == Tally(2)
+    assert [still.trials.seen("e", unit) for unit in ("u1", "u2", "u3")] == ["cot", "cot", None]
+    clock.advance(200.0)
+    found = still.trials.matured("e", "resolved")
+    assert [(each.number, each.arm, each.stage, each.mixed) for each in found] == [
+        (1, "control", 0, False),
+        (2, "cot", 1, False),
+    ]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one by one"])
+def test_a_second_arm_within_a_stage_is_counted_once_and_overwrites_nothing(
+    still: Store, clock: FakeClock, together: bool
+) -> None:
+    made(still)
+    for stage, arm in [(0, "control"), (0, "cot"), (0, "control"), (1, "cot"), (1, "control"), (0, "other")]:
+        expose(still, "u1", arm, stage)
+        if not together:
+            still.flush(10)
+    expose(still, "u2")
+    for arm in ("cot", "control"):
+        expose(still, "u3", arm, 1)
+    expose(still, "u2", "cot", 1)
+    expose(still, "u2", "control", 1)
+    assert still.trials.tally("e") == Tally(3, mixed=3)
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 2, 2, 1), Arm(1, "cot", 0, 3, 1, 2)]
+    clock.advance(200.0)
+    found = still.trials.matured("e", "resolved")
+    assert [(each.unit, each.arm, each.mixed) for each in found] == [
+        ("u1", "control", True),
+        ("u2", "control", True),
+        ("u3", "cot", True),
+    ]
+
+
+def test_a_unit_that_is_mixed_after_it_was_told_is_counted_and_not_left_out(still: Store, clock: FakeClock) -> None:
+    """Else who reads again, or another metric later, would read something else than was told."""
+    made(still)
+    expose(still, "u1")
+    expose(still, "u2")
+    outcome(still, "u1", 1.0, "at once")
+    assert [each.mixed for each in still.trials.matured("e", "at once")] == [False]
+    expose(still, "u1", "cot")
+    expose(still, "u2", "cot")
+    assert still.trials.tally("e").mixed == 2
+    clock.advance(200.0)
+    assert [each.mixed for each in still.trials.matured("e", "at once")] == [False, True]
+    assert [each.mixed for each in still.trials.matured("e", "resolved")] == [False, True]
+
+
+def test_what_is_not_left_to_chance_takes_nobody_in_and_is_noticed_as_a_second_arm(still: Store) -> None:
+    made(still)
+    expose(still, "staff", "cot", propensity=1.0)
+    for unit in ("u1", "u2"):
+        expose(still, unit)
+    expose(still, "u1", "cot", propensity=1.0)
+    expose(still, "u2", "control", propensity=1.0)
+    expose(still, "u2", "cot", 1, propensity=1.0)
+    assert still.trials.tally("e") == Tally(2, mixed=1)
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 2, 2, 1)]
+    assert [still.trials.seen("e", unit) for unit in ("u1", "u2", "staff")] == ["control", "control", None]
+
+
+def test_names_are_told_apart_whatever_is_in_them(still: Store) -> None:
+    for number, name in enumerate(ODD):
+        made(still, name, {None: 1.0, name: 0.0})
+        for other, unit in enumerate(ODD):
+            expose(still, unit, name, number, trial=name)
+            outcome(still, unit, other, name, id=unit, trial=name)
+    for number, name in enumerate(ODD):
+        assert still.trials.counts(name) == [Arm(number, name, 0, len(ODD), len(ODD), 0)]
+        found = still.trials.matured(name, name)
+        assert [(each.unit, each.arm, each.values.total) for each in found] == [
+            (unit, name, float(other)) for other, unit in enumerate(ODD)
+        ]
+        assert still.trials.seen(name, ODD[0]) == name
+    assert [each.name for each in still.trials.trials()] == sorted(ODD)
+
+
+def test_namespaces_keep_experiments_and_leases_apart(make_store: Callable[..., Store]) -> None:
+    one, other = make_store("one"), make_store("other")
+    made(one)
+    made(other)
+    expose(one, "u1")
+    assert one.trials.lease("e", "a", 60.0).holder == "a"
+    assert (one.trials.tally("e").units, other.trials.tally("e").units) == (1, 0)
+    assert other.trials.lease("e", "b", 60.0).holder == "b"
+    other.trials.remove("e")
+    assert one.trials.tally("e").units == 1
+
+
+def test_exposures_of_many_threads_are_each_counted_once(store: Store) -> None:
+    made(store)
+
+    def work() -> None:
+        for number in range(500):
+            expose(store, f"u{number}")
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert store.trials.tally("e") == Tally(500)
+    assert store.trials.counts("e") == [Arm(0, "control", 0, 500, 500, 0)]
+
+
+def test_what_is_posted_for_no_experiment_or_to_no_unit_does_no_harm(still: Store) -> None:
+    expose(still, "u1")
+    outcome(still, "u1", 1.0)
+    call(still, "u1")
+    made(still)
+    outcome(still, "u1", 1.0)
+    call(still, "u1")
+    assert still.trials.tally("e") == Tally(stray=1)
+    expose(still, "u1")
+    outcome(still, "u1", 1.0, "undeclared")
+    outcome(still, "u1", math.nan)
+    assert still.trials.tally("e") == Tally(1, stray=3)
+    assert (still.trials.tally("none"), still.trials.matured("none", "x"), still.trials.seen("none", "u")) == (
+        Tally(),
+        [],
+        None,
+    )
+
+
+# -- windows -----------------------------------------------------------------------------------------------------------
+def test_units_are_told_in_order_of_exposure_once_their_window_is_over(still: Store, clock: FakeClock) -> None:
+    made(still)
+    for number in range(5):
+        expose(still, f"u{number}")
+        clock.advance(10.0)
+    outcome(still, "u4", 1.0)
+    clock.advance(59.0)
+    assert still.trials.matured("e", "resolved") == []
+    clock.advance(1.0)
+    assert numbers(still.trials.matured("e", "resolved")) == [1]
+    clock.advance(20.0)
+    assert numbers(still.trials.matured("e", "resolved")) == [1, 2, 3]
+    assert numbers(still.trials.matured("e", "resolved", after=1)) == [2, 3]
+    clock.advance(100.0)
+    assert numbers(still.trials.matured("e", "resolved", after=3, most=1)) == [4]
+    assert numbers(still.trials.matured("e", "resolved", after=4)) == [5]
+    assert numbers(still.trials.matured("e", "resolved", most=2)) == [1, 2]
+    assert still.trials.matured("e", "resolved", after=5) == []
+    assert still.trials.matured("e", "resolved")[4].values == Values(1, 1.0, 1.0, 1.0)
+    assert still.trials.matured("e", "resolved")[0].values == Values()
+    assert still.trials.matured("e", "resolved")[0].values.mean is None
+
+
+def test_values_of_a_unit_gather_by_what_they_are_of(still: Store, clock: FakeClock) -> None:
+    """Of the same call, the last one holds; the unit's own figure is made of all."""
+    made(still)
+    at = expose(still, "u1")
+    outcome(still, "u1", 3.0, id="second", at=at + 20)
+    outcome(still, "u1", 1.0, id="first", at=at + 10)
+    outcome(still, "u1", 9.0, at=at + 30)
+    still.flush(10)
+    outcome(still, "u1", 5.0, at=at + 40)
+    outcome(still, "u1", 5.0, at=at + 40)
+    clock.advance(200.0)
+    (found,) = still.trials.matured("e", "resolved")
+    assert found.values == Values(3, 9.0, 1.0, 5.0)
+    assert found.values.mean == 3.0
+
+
+def test_what_comes_after_the_window_or_after_it_was_told_is_late(still: Store, clock: FakeClock) -> None:
+    made(still)
+    at = expose(still, "u1")
+    outcome(still, "u1", 1.0, id="in", at=at + 100.0)
+    outcome(still, "u1", 1.0, id="out", at=at + 100.1)
+    call(still, "u1", at=at + 100.1)
+    clock.advance(105.0)
+    outcome(still, "u1", 1.0, id="arrives in the grace", at=at + 99.0)
+    clock.advance(5.1)
+    (told,) = still.trials.matured("e", "resolved")
+    assert told.values.size == 2
+    outcome(still, "u1", 1.0, id="arrives too late", at=at + 99.0)
+    outcome(still, "u1", 0.0, id="in", at=at + 99.0)
+    call(still, "u1", at=at + 99.0)
+    assert still.trials.matured("e", "resolved") == [told]
+    assert still.trials.tally("e") == Tally(1, late=4)
+    assert still.trials.matured("e", None)[0].calls.calls == 1, "nobody was told of its calls yet"
+
+
+def test_without_a_window_a_unit_is_ready_with_its_first_value_or_after_the_grace(
+    still: Store, clock: FakeClock
+) -> None:
+    made(still)
+    for unit in ("slow", "fast", "never", "last"):
+        expose(still, unit)
+    outcome(still, "fast", 1.0, "at once")
+    assert still.trials.matured("e", "at once") == [], "the one before it holds it up"
+    outcome(still, "slow", 0.0, "at once")
+    outcome(still, "slow", 1.0, "at once", id="another")
+    outcome(still, "last", 1.0, "at once")
+    assert [(each.unit, each.values.total) for each in still.trials.matured("e", "at once")] == [
+        ("slow", 0.0),
+        ("fast", 1.0),
+    ]
+    still.flush(10)
+    outcome(still, "last", 0.0, "at once")
+    clock.advance(10.0)
+    assert [(each.unit, each.values.mean) for each in still.trials.matured("e", "at once", after=2)] == [
+        ("never", None),
+        ("last", 1.0),
+    ]
+    assert still.trials.tally("e").late == 2
+
+
+def test_calls_are_summed_within_their_window_and_the_first_is_known(still: Store, clock: FakeClock) -> None:
+    made(still)
+    expose(still, "u1")
+    call(still, "u1", failed=True, latency=2.0, list_nano=10)
+    call(still, "u1", fell_back=True, list_nano=5)
+    still.flush(10)
+    call(still, "u1", latency=1.0, list_nano=1)
+    call(still, "u1", latency=math.nan, list_nano=-5)
+    clock.advance(101.0)
+    call(still, "u1")
+    expose(still, "u2")
+    clock.advance(200.0)
+    one, other = still.trials.matured("e", None)
+    assert one.calls == Calls(4, 1, 1, 16, 2, 3.0)
+    assert one.first_call == Calls(1, 1, 0, 10, 1, 2.0)
+    assert (other.calls, other.first_call) == (Calls(), Calls())
+    assert still.trials.tally("e").late == 1
+
+
+def test_without_a_window_the_first_call_alone_counts(still: Store) -> None:
+    made(still, windows={None: 0.0})
+    expose(still, "u1")
+    call(still, "u1", list_nano=7)
+    call(still, "u1", list_nano=1)
+    still.flush(10)
+    call(still, "u1", list_nano=1)
+    (found,) = still.trials.matured("e", None)
+    assert found.calls == found.first_call == Calls(1, 0, 0, 7)
+    assert still.trials.tally("e").late == 2
+
+
+def test_an_exposure_from_the_future_holds_nobody_up(still: Store, clock: FakeClock) -> None:
+    """The clock of another machine may be wrong."""
+    made(still)
+    now = still.trials.now()
+    expose(still, "u1", at=now + 1e6)
+    still.flush(10)
+    clock.advance(110.0)
+    (found,) = still.trials.matured("e", "resolved")
+    assert found.at == now
+
+
+# -- the controller ----------------------------------------------------------------------------------------------------
+def test_a_checkpoint_is_saved_in_the_place_of_the_one_that_was_read(still: Store, clock: FakeClock) -> None:
+    trials = still.trials
+    made(still)
+    assert trials.checkpoint("e") is None
+    assert not trials.save("e", "{}", 1)
+    assert trials.save("e", '{"n": 1}', 0)
+    assert not trials.save("e", '{"n": 9}', 0)
+    clock.advance(5.0)
+    assert trials.save("e", '{"n": 2}', 1)
+    found = trials.checkpoint("e")
+    assert found == ('{"n": 2}', 2, trials.now())
+    assert not trials.save("another", "{}", 0)
+    assert trials.checkpoint("another") is None
+
+
+def test_a_lease_is_its_holder_s_until_it_is_over(still: Store, clock: FakeClock) -> None:
+    trials, now = still.trials, still.trials.now()
+    assert trials.lease("e", "a", 30.0) == Lease("a", now + 30.0)
+    assert trials.lease("e", "b", 30.0) == Lease("a", now + 30.0)
+    assert trials.lease("another", "b", 30.0).holder == "b"
+    clock.advance(20.0)
+    assert trials.lease("e", "a", 30.0) == Lease("a", now + 50.0)
+    clock.advance(29.0)
+    assert trials.lease("e", "b", 30.0).holder == "a"
+    clock.advance(1.0)
+    assert trials.lease("e", "b", 30.0) == Lease("b", now + 80.0)
+    trials.release("e", "a")
+    assert trials.lease("e", "a", 30.0).holder == "b"
+    trials.release("e", "b")
+    assert trials.lease("e", "a", 30.0).holder == "a"
+
+
+def test_of_many_who_want_a_lease_one_has_it(store: Store) -> None:
+    start, found = threading.Barrier(8), []
+
+    def want(number: int) -> None:
+        start.wait(10)
+        found.append(store.trials.lease("e", str(number), 60.0).holder == str(number))
+
+    threads = [threading.Thread(target=want, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(found) == [False] * 7 + [True]
+
+
+@pytest.mark.parametrize("window", ["days", "at once"])
+def test_a_clock_that_was_ahead_holds_nobody_up_for_longer_than_it_must(
+    still: Store, clock: FakeClock, window: str
+) -> None:
+    """For a moment it was ten years later: whoever came then is over with those who came next."""
+    metric, years = "resolved" if window == "days" else "thumb", 10 * 365 * 86_400.0
+    still.trials.create("e", "{}", {None: 0.0, "resolved": 60.0, "thumb": 0.0}, 10.0)
+    expose(still, "u1")
+    clock.advance(years)
+    expose(still, "u2")
+    expose(still, "u3")
+    assert still.flush(10)
+    clock.advance(-years)
+    clock.advance(5.0)
+    expose(still, "u4")
+    outcome(still, "u2", 1.0, metric)
+    assert numbers(still.trials.matured("e", metric)) == []
+    clock.advance(66.0)
+    assert numbers(still.trials.matured("e", metric)) == ([1] if window == "days" else [1, 2, 3, 4])
+    expose(still, "u5")
+    clock.advance(5.0)
+    found = still.trials.matured("e", metric)
+    assert numbers(found) == [1, 2, 3, 4]
+    assert [each.values.mean for each in found] == [None, 1.0, None, None]
+    assert numbers(still.trials.matured("e", metric, after=4)) == []
