@@ -28,7 +28,7 @@ class Declaration:
 
     Attributes:
         salt: of its hash, drawn by the process that makes it first.
-        variants: what each was named as, control first. weights: their split.
+        variants: what each was given as, see `Variant.exact`, control first. weights: their split.
         pinned: the published version of each that has one, `"triage/3"`, found when the experiment was made.
         metrics: as `Metric.model_dump`. rollout: as `Rollout.model_dump`; None without one.
         unit: `"user"`, `"session"` or `"tenant"`. holdout: share of the units that no experiment may use.
@@ -63,7 +63,7 @@ class Declaration:
         """A new one, with a salt of its own."""
         return cls(
             salt=secrets.token_hex(8),
-            variants={each.name: each.said for each in variants},
+            variants={each.name: each.exact for each in variants},
             metrics=[each.model_dump(mode="json") for each in metrics],
             pinned={each.name: each.version for each in variants if each.version is not None},
             **more,

@@ -200,7 +200,7 @@ class Evaluation:
         known = [each for each in told.list_nano if each is not None]
         priced = known and len(known) == len(told.list_nano) and variant.name not in self._foreign
         return OfflineScores(
-            variant=variant.name, said=variant.said, scores=scores, failed=told.failed,
+            variant=variant.name, said=variant.exact, scores=scores, failed=told.failed,
             usd_per_1000=1000 * sum(known) / len(known) / NANO if priced else None,
             seconds=sum(told.seconds) / len(told.seconds) if told.seconds else None,
         )  # fmt: skip

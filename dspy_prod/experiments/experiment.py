@@ -407,7 +407,7 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
             ConfigError: `every` is impossible; the gate did not pass, or is of other variants.
         """
         if gate is not None:
-            gate.refuse_unless_passed(self.name, {each.name: each.said for each in self.variants.values()})
+            gate.refuse_unless_passed(self.name, {each.name: each.exact for each in self.variants.values()})
         if auto:
             self._attending = Attending(Opened(self._works.store, self.name, self._tracking_uri), every)
         self._put("start", None if gate is None else f"by hand; {gate.summary}")

@@ -6,8 +6,12 @@ says so, since what was measured is then no longer what the alias names.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal
 
 import dspy
@@ -17,6 +21,8 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.production.module import Production
 
 Kind = Literal["version", "program", "lm"]
+
+_log = logging.getLogger("dspy_prod")
 
 _TAKES: Final = (
     "a version such as 'triage@production' or 'triage/3', a ProgramVersion, a dspy.Module, or an LM such as "
@@ -41,6 +47,14 @@ class Variant:
     said: str
     version: str | None = None
     alias: str | None = None
+
+    @cached_property
+    def exact(self) -> str:
+        """What was given, in words that another program does not have: `"Triage (3f2a9c1d)"`."""
+        if self.kind == "version":
+            return self.said
+        digest = _digest(self.program)
+        return self.said if digest is None else f"{self.said} ({digest})"
 
     @property
     def number(self) -> int | None:
@@ -116,6 +130,23 @@ def _guarded(where: str, name: str, program: Any) -> Production:
             "measured: leave out follow=, or name the alias itself in variants="
         )
     return program if isinstance(program, Production) else Production(program)
+
+
+def _digest(program: Any) -> str | None:
+    """What tells the instructions, demonstrations and fields of a program from those of another one; LMs do not count.
+
+    None where they cannot be written down.
+    """
+    state = {name: part for name, part in program.dump_state().items() if name != "lm"}
+    for part in state.values():
+        if isinstance(part, dict):
+            part.pop("lm", None)
+    try:
+        text = json.dumps(state, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        _log.debug("A variant's state cannot be written down: %s", error)
+        return None
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
 
 def _copy(program: Any) -> Any:

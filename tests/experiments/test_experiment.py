@@ -193,6 +193,22 @@ def test_another_experiment_of_the_same_name_is_refused(asked: Asked, store: str
         Experiment("e", variants={"control": Triage(), "other": Triage()}, metrics=[RESOLVED], store=store)
 
 
+def test_another_program_of_the_same_class_is_refused(asked: Asked, store: str) -> None:
+    """Its prompt was changed while it was measured; other LMs, keys or copies of the same one are no other program."""
+    lm = asked()
+    two("e", store)
+    changed = {"control": Triage(), "new": Triage("Think twice.")}
+    with pytest.raises(ConfigError, match="with variants="):
+        Experiment("e", variants=changed, store=store)
+    same = {"control": Triage(), "new": Triage("Think first.")}
+    for program in same.values():
+        program.set_lm(lm)
+    Experiment("e", variants=same, store=store)
+    gate = Experiment("f", variants=changed, store=store).evaluate(EXAMPLES, lambda *_: 1.0)
+    with pytest.raises(ConfigError, match="variants"):
+        two("g", store).start(gate=gate)
+
+
 # -- outcomes ----------------------------------------------------------------------------------------------------------
 def test_a_better_candidate_is_promoted(asked: Asked, store: str) -> None:
     """Its outcomes are told days later or at once, by whoever knows them."""
