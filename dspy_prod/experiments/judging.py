@@ -11,9 +11,7 @@ import copy
 import inspect
 import json
 import logging
-import queue
 import threading
-import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +23,7 @@ import dspy
 
 from dspy_prod.context.current import EMPTY, call_context, use
 from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError, StoreUnavailableError
+from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.declaration import BUILT_IN
 from dspy_prod.experiments.sample import SPENT, Sample
 from dspy_prod.experiments.traced import shown_as
@@ -32,12 +31,8 @@ from dspy_prod.options.metrics import Metric
 from dspy_prod.policies.run import Run
 from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.forking import reset_after_fork
-from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.trials import Decision, Outcome
-
-WAITING: Final = 64
-"""Answers that may wait to be judged."""
 
 _KNOWN: Final = 50_000
 """Units of which is remembered that they were judged, for metrics that count the first value alone."""
@@ -145,13 +140,9 @@ class Judges:
     Args:
         experiment: its name. store: where scores and budgets are kept. judges: by metric. metrics: the experiment's.
         sample: whom they look at. assessed: told of each score, see `traced.assessed`.
-
-    Attributes:
-        left_out: answers that found the queue full.
     """
 
-    _starting: threading.Lock
-    _working: threading.Thread | None
+    _lock: threading.Lock
 
     def __init__(
         self, experiment: str, store: Store, judges: Mapping[str, Judge], metrics: Sequence[Metric], sample: Sample,
@@ -168,7 +159,7 @@ class Judges:
         self._spent: dict[str, bool] = {}  # whether the audit has it
         self._warned: set[str] = set()
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self.left_out = 0
+        self._aside: Aside[_Answer] = Aside("dspy_prod-judge", self._work)
         self._after_fork()
         reset_after_fork(self)
 
@@ -191,7 +182,7 @@ class Judges:
         options = self._metrics[metric]
         if options.window and options.per == "unit":
             return True
-        with self._starting:
+        with self._lock:
             if (metric, unit) in self._known:
                 return False
             self._known[metric, unit] = None
@@ -210,37 +201,21 @@ class Judges:
             answer = copy.deepcopy(answer)
         except Exception as error:
             self._warn(f"an answer cannot be copied for it ({type(error).__name__})", metric)
-            self.left_out += 1
             return
-        settings = {**dspy.settings.copy(), "send_stream": None, "caller_modules": [], "trace": []}
-        try:
-            self._queue.put_nowait(_Answer(metric, unit, at, trace, inputs, answer, settings))
-        except queue.Full:
-            self.left_out += 1
-            return
-        if self._working is None or not self._working.is_alive():
-            with self._starting:
-                if self._working is None or not self._working.is_alive():
-                    self._working = begin("dspy_prod-judge", self._work)
+        self._aside.offer(_Answer(metric, unit, at, trace, inputs, answer, settings_here()))
+
+    @property
+    def left_out(self) -> int:
+        """Answers for which there was no room."""
+        return self._aside.left_out
 
     def wait(self, timeout: float = 10.0) -> bool:
-        """Wait until nothing is left to be judged, for tests and for the end of a process."""
-        ends = time.monotonic() + timeout
-        while self._queue.unfinished_tasks and time.monotonic() < ends:
-            time.sleep(0.005)
-        return not self._queue.unfinished_tasks
+        """Wait until nothing is left to be judged."""
+        return self._aside.wait(timeout)
 
-    def _work(self) -> None:
-        while True:
-            try:
-                answer = self._queue.get(timeout=1.0)
-            except queue.Empty:
-                return
-            try:
-                if not self._spent.get(answer.metric):
-                    self._judge(answer)
-            finally:
-                self._queue.task_done()
+    def _work(self, answer: _Answer) -> None:
+        if not self._spent.get(answer.metric):
+            self._judge(answer)
 
     def _judge(self, answer: _Answer) -> None:
         """Have one answer judged, and keep the score."""
@@ -293,6 +268,4 @@ class Judges:
         _log.log(level, "The judge of %s in %s gave no score: %s. The unit counts as missing", metric, self._name, why)
 
     def _after_fork(self) -> None:
-        self._queue: queue.Queue[_Answer] = queue.Queue(WAITING)
-        self._working = None
-        self._starting = threading.Lock()
+        self._lock = threading.Lock()

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import queue
 import random
-import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -22,20 +20,16 @@ import dspy
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
 from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError
+from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.pairs import SUFFIX, Pair
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.policies.run import Run
 from dspy_prod.production.report import report_of
 from dspy_prod.production.watch import Records
-from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.switch import disabled
-from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.trials import Call, Exposure, Outcome, Trials
-
-WAITING: Final = 64
-"""Calls that may wait to be asked once more."""
 
 CONTROL: Final = ("control_failed", "control_fell_back", "control_usd")
 """What is kept of control's answer in a pair, as outcomes."""
@@ -67,8 +61,6 @@ class Shadow:
         candidates: the variants beside control. rollout: says how many calls, and what they may cost.
     """
 
-    _starting: threading.Lock
-
     def __init__(self, experiment: str, store: Store, candidates: Sequence[Variant], rollout: Rollout) -> None:
         self._name, self._trials, self._rollout = experiment + SUFFIX, store.trials, rollout
         self._experiment, self._candidates = experiment, tuple(candidates)
@@ -78,10 +70,7 @@ class Shadow:
             _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
         elif rollout.shadow_usd is not None:
             self._run = Run(f"shadow of {experiment}", usd=rollout.shadow_usd, store=store)
-        self.left_out = 0
-        self._working: threading.Thread | None = None
-        self._after_fork()
-        reset_after_fork(self)
+        self._aside: Aside[_Asked] = Aside("dspy_prod-shadow", self._work)
         self._trials.create(self._name, "{}", {None: 0.0, **dict.fromkeys(CONTROL, 0.0)}, grace=1.0)
 
     def offer(self, args: tuple[Any, ...], kwargs: dict[str, Any], control: Answered, context: CallContext) -> None:
@@ -92,38 +81,17 @@ class Shadow:
             given, named = copy.deepcopy((args, kwargs))  # the caller may go on with what he gave
         except Exception as error:
             _log.warning("A call of %s cannot be asked once more: %s", self._experiment, type(error).__name__)
-            self.left_out += 1
             return
-        settings = {**dspy.settings.copy(), "send_stream": None, "caller_modules": [], "trace": []}
-        try:
-            self._queue.put_nowait(_Asked(given, named, control, context, settings))
-        except queue.Full:
-            self.left_out += 1
-            return
-        if self._working is None or not self._working.is_alive():
-            with self._starting:
-                if self._working is None or not self._working.is_alive():
-                    self._working = begin("dspy_prod-shadow", self._work)
+        self._aside.offer(_Asked(given, named, control, context, settings_here()))
 
     def wait(self, timeout: float = 10.0) -> bool:
-        """Wait until nothing is left to be asked, for tests and for the end of a process."""
-        ends = time.monotonic() + timeout
-        while self._queue.unfinished_tasks and time.monotonic() < ends:
-            time.sleep(0.005)
-        return not self._queue.unfinished_tasks
+        """Wait until nothing is left to be asked."""
+        return self._aside.wait(timeout)
 
-    def _work(self) -> None:
-        while True:
-            try:
-                asked = self._queue.get(timeout=1.0)
-            except queue.Empty:
-                return
-            try:
-                for variant in self._candidates:
-                    if not self._spent:
-                        self._ask(variant, asked)
-            finally:
-                self._queue.task_done()
+    def _work(self, asked: _Asked) -> None:
+        for variant in self._candidates:
+            if not self._spent:
+                self._ask(variant, asked)
 
     def _ask(self, variant: Variant, asked: _Asked) -> None:
         """Ask one candidate, and keep the pair."""
@@ -152,11 +120,6 @@ class Shadow:
         self._trials.call(Call(self._name, unit, at, failed, fell_back, nano, latency))
         for name, value in zip(CONTROL, asked.control, strict=True):
             self._trials.outcome(Outcome(self._name, unit, name, float(value), at))
-
-    def _after_fork(self) -> None:
-        self._queue: queue.Queue[_Asked] = queue.Queue(WAITING)
-        self._working = None
-        self._starting = threading.Lock()
 
 
 def refuse_side_effects(where: str, variants: Sequence[Variant], rollout: Rollout) -> None:
