@@ -6,6 +6,7 @@ of the candidate among the two.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from dspy_prod.experiments.betting import ArmBet, Claim, LinearBet, ProofBet, ratio_gain, spread_gain
@@ -13,7 +14,7 @@ from dspy_prod.experiments.expecting import Expected
 from dspy_prod.options.metrics import Metric
 
 
-class Comparison:
+class Comparison(ABC):
     """One metric of one candidate against control. Made by `compared`; feed each unit once, in order of exposure.
 
     Args:
@@ -106,17 +107,21 @@ class Comparison:
     def _better(self) -> tuple[ArmBet | LinearBet, ...]:
         return (ArmBet(),)
 
+    @abstractmethod
     def _worse(self) -> tuple[ArmBet | LinearBet, ...]:
-        raise NotImplementedError
+        """The bets on "worse", which share its money evenly."""
 
+    @abstractmethod
     def _bet(self, candidate: bool, propensity: float, value: float, tenant: str | None) -> None:
-        raise NotImplementedError
+        """Bet on one unit's value."""
 
+    @abstractmethod
     def _seen(self) -> Any:
-        raise NotImplementedError
+        """What the bets go by, as JSON has it."""
 
+    @abstractmethod
     def _restore(self, seen: Any) -> None:
-        raise NotImplementedError
+        """Go on from `_seen`."""
 
 
 def guess(claim: Claim, candidate: bool, propensity: float, surprise: float) -> None:
