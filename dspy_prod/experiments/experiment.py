@@ -40,7 +40,7 @@ from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
-from dspy_prod.stores.trials import Outcome, Trials
+from dspy_prod.stores.trials import RUNNING, Outcome, Trials
 from dspy_prod.tracking.variant_runs import variant_runs
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class _Works:
     judges: Judges | None
     sample: Sample
     traced: Traced
-    unpriced: list[str] = field(default_factory=list)  # the variant that could not be priced, once that was noticed
+    unpriced: list[str] = field(default_factory=list)  # the variant that could not be priced, while it is told
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Works:
         return self
@@ -284,8 +284,9 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
 
     def _cannot_compare_costs(self, turn: Turn) -> None:
         """Pause it: calls that nobody knows the price of would count as free, and no harm would ever be seen."""
-        works = self._works
-        if works.unpriced or not any(metric.name == "cost" for metric in self.metrics):
+        works, trial = self._works, self._works.standing.trial
+        running = trial is not None and trial.state == RUNNING
+        if works.unpriced or not running or not any(metric.name == "cost" for metric in self.metrics):
             return
         works.unpriced.append(turn.variant.name)
         reason = (
@@ -300,9 +301,11 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
                 works.standing.look()
             except StoreUnavailableError as error:
                 _log.warning("Experiment(%r) pauses with another call, for its store is away: %s", self.name, error)
-                works.unpriced.clear()
+            finally:
+                works.unpriced.clear()  # should it be resumed unmended, it pauses again
 
-        begin("dspy_prod-experiment", pause)  # no call waits for the store
+        if begin("dspy_prod-experiment", pause) is None:  # no call waits for the store
+            works.unpriced.clear()
 
     def _serves(self) -> str | None:
         """The variant that everybody gets now; None: units are assigned."""

@@ -364,6 +364,11 @@ def test_calls_without_a_price_are_not_taken_for_free(whose: str, provider: Prov
     assert exp.state == "paused"
     [line] = [each for each in exp._works.trials.decisions("e") if each.what == "pause"]
     assert "a call of new has no known price" in line.evidence
+    exp.resume()  # nothing was mended
+    while exp.state == "running" and time.monotonic() < deadline:
+        for number in range(12):
+            ask(exp, f"u{number}")
+    assert exp.state == "paused"
     free = Experiment(
         "f", variants={"control": Triage(), "new": Production(new, unguarded="allow")}, metrics=[RESOLVED],
         guardrails=(), store=store,
