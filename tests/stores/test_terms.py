@@ -14,10 +14,10 @@ import pytest
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.stores.base import GRANTED, PENDING, Account, Reservation, Store, Terms
-from dspy_prod.stores.sqlite.drawn import Drawn
+from dspy_prod.stores.durable.drawn import Drawn
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
-from dspy_prod.stores.sqlite.transactions import Transactions
 from tests.stores.support import CENT, DOLLAR, FakeClock, ask, decided, granted, record, refused, settlement, until
 
 ONE = Budget(usd=1, name="b")

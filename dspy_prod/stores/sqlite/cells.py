@@ -18,9 +18,7 @@ from typing import Final
 
 from dspy_prod.runtime import private
 from dspy_prod.runtime.boot import boot, is_this_boot
-
-CELLS: Final = 64
-"""Shares that a process may have at once."""
+from dspy_prod.stores.durable.tables import CELLS
 
 _HEADER: Final = struct.Struct("<8s40s")
 _MAGIC: Final = b"dspyprod"

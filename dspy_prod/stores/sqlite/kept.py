@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.base import CachedAnswer
+from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.sqlite.answers import TOUCH_AFTER, read_answer
-from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, Mailbox
 from dspy_prod.stores.sqlite.reader import Reader
-from dspy_prod.stores.sqlite.transactions import Transactions
 
 
 class KeptAnswers:

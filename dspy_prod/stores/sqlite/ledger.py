@@ -10,12 +10,12 @@ from typing import Any, Final
 
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
+from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
 from dspy_prod.stores.sqlite.hits import LEAST, PAGE, HitTables, is_hit
 from dspy_prod.stores.sqlite.inserting import Inserting
 from dspy_prod.stores.sqlite.pages import Page
 from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, record_of, record_row
-from dspy_prod.stores.sqlite.served import Served
 
 INSERT: Final = Inserting("records", ("ns", *CallRecord._fields))
 REPLACE: Final = f"{INSERT.statement(1)} ON CONFLICT (ns, id) DO UPDATE SET " + ", ".join(

@@ -13,9 +13,9 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from dspy_prod.records import CallRecord
+from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.memory_rows import TAG
 from dspy_prod.stores.sqlite.indices import SELECTIVE
-from dspy_prod.stores.sqlite.served import Served
 
 PLACE: Final = "place"
 """Among the fields of a page: the `seq` of the newest row of `records` that was written before."""

@@ -9,11 +9,11 @@ from typing import Any, Final
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.privacy.visible import carried
-from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, Mailbox
+from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables
-from dspy_prod.stores.sqlite.transactions import Transactions
 from dspy_prod.stores.vocabulary import Size
 
 _NEXT: Final = "SELECT coalesce(max(ordinal) + 1, 0) FROM run_answers WHERE ns = ? AND run = ? AND key = ?"

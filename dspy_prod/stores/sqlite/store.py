@@ -33,6 +33,10 @@ from dspy_prod.stores.base import (
     Settlement,
     Terms,
 )
+from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
+from dspy_prod.stores.durable.served import Kind
+from dspy_prod.stores.durable.transactions import Transactions
+from dspy_prod.stores.durable.writer import Writer
 from dspy_prod.stores.lane import is_local, merged
 from dspy_prod.stores.sqlite.answers import read_size
 from dspy_prod.stores.sqlite.asked import (
@@ -46,17 +50,13 @@ from dspy_prod.stores.sqlite.asked import (
 from dspy_prod.stores.sqlite.checkpoints import Checkpoints
 from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.kept import KeptAnswers
-from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.sqlite.programs import KeptPrograms
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.runs import KeptRuns
 from dspy_prod.stores.sqlite.schema import unavailable
-from dspy_prod.stores.sqlite.served import Kind
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.timing import StoreTime
-from dspy_prod.stores.sqlite.transactions import Transactions
 from dspy_prod.stores.sqlite.trials import KeptTrials
-from dspy_prod.stores.sqlite.writer import Writer
 
 _log = logging.getLogger("dspy_prod")
 

@@ -11,6 +11,7 @@ from itertools import chain
 from math import isinf
 from typing import Final
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord
@@ -19,8 +20,9 @@ from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import AccountState, Terms
+from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.sqlite.answers import CacheTable
-from dspy_prod.stores.sqlite.cells import left_by, orphans, place, remove
+from dspy_prod.stores.sqlite.cells import Cells, left_by, orphans, place, remove
 from dspy_prod.stores.sqlite.file import File
 from dspy_prod.stores.sqlite.ledger import LedgerTables
 from dspy_prod.stores.sqlite.program_tables import ProgramTables
@@ -36,8 +38,7 @@ from dspy_prod.stores.sqlite.rows import (
     terms_of,
     terms_row,
 )
-from dspy_prod.stores.sqlite.schema import create, is_environment, patiently
-from dspy_prod.stores.sqlite.served import Served
+from dspy_prod.stores.sqlite.schema import create, is_environment, is_locked, patiently, unavailable
 from dspy_prod.stores.sqlite.timing import StoreTime
 
 PUT_ACCOUNT: Final = (
@@ -77,6 +78,8 @@ class Tables(File):
     Every method may raise `sqlite3.Error`, `OSError` or `StoreUnavailableError`. Not thread-safe.
     """
 
+    kind = "sqlite"
+
     def __init__(
         self,
         path: str,
@@ -89,6 +92,7 @@ class Tables(File):
     ) -> None:
         super().__init__(path, namespace, synchronous=synchronous)
         self.owner = owner
+        self.cells = Cells(path, owner)
         self._timing = timing
         self.left: list[str] = []  # owners that hold nothing any more
         self._version = -1
@@ -157,6 +161,19 @@ class Tables(File):
         if self.connection is not None and self.connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 self.connection.execute("ROLLBACK")
+
+    def is_environment(self, error: BaseException) -> bool:
+        """The disk, the file or another process is to blame, and not the values to be written."""
+        return is_environment(error)
+
+    def unavailable(self, error: BaseException) -> StoreUnavailableError:
+        """What a person should read when the file cannot be used."""
+        return unavailable(self.path, error)
+
+    def failed(self, error: BaseException) -> None:
+        """A transaction failed, and was undone: close what cannot be used any more."""
+        if not is_locked(error) and "full" not in str(error):
+            self.close()
 
     def _one(self, sql: str, key: str) -> Row | None:
         assert self.connection is not None

@@ -8,9 +8,9 @@ from typing import Any, Final, TypeVar
 
 from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime.processes import is_gone, this_process
+from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
+from dspy_prod.stores.durable.posting import Posting
 from dspy_prod.stores.keys import joined
-from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, Mailbox
-from dspy_prod.stores.sqlite.posting import Posting
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables

@@ -6,10 +6,10 @@ import uuid
 from typing import Any
 
 from dspy_prod.stores.base import GRANTED, PENDING, Reservation, Settlement
-from dspy_prod.stores.sqlite.drawn import Drawn
+from dspy_prod.stores.durable.drawn import Drawn
+from dspy_prod.stores.durable.transactions import Operation, Transactions
 from dspy_prod.stores.sqlite.file import leave_open
 from dspy_prod.stores.sqlite.tables import Tables
-from dspy_prod.stores.sqlite.transactions import Operation, Transactions
 
 
 class Process:

@@ -23,9 +23,9 @@ from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import GRANTED, REFUSED, WITHDRAWN, AccountState, Settlement
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
-from dspy_prod.stores.sqlite.transactions import Transactions
 from tests.stores import support
 from tests.stores.support import (
     CENT,
@@ -103,7 +103,7 @@ def test_a_path_may_hold_any_character(tmp_path: Path) -> None:
 def test_more_accounts_than_fit_in_memory_are_read_again(
     sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dspy_prod.stores.sqlite.transactions.MAX_ACCOUNTS", 3)
+    monkeypatch.setattr("dspy_prod.stores.durable.transactions.MAX_ACCOUNTS", 3)
     for _ in range(2):
         for name in "abcdef":
             ticket = granted(sqlite_store, ask(CENT, accounts=(name,)))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from dspy_prod.stores.sqlite import inbox
-from dspy_prod.stores.sqlite.inbox import ENOUGH, ENOUGH_FREE, GATHER, GATHER_FREE, Inbox
-from dspy_prod.stores.sqlite.transactions import Operation, Transactions
+from dspy_prod.stores.durable import inbox
+from dspy_prod.stores.durable.inbox import ENOUGH, ENOUGH_FREE, GATHER, GATHER_FREE, Inbox
+from dspy_prod.stores.durable.transactions import Operation, Transactions
 from tests.stores.support import record
 
 FREE: Operation = (Transactions.append, record(cached=True, outcome="cached"), True)

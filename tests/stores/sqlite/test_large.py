@@ -9,11 +9,11 @@ import pytest
 
 from dspy_prod.stores.admission.accounts import PRUNE_AFTER, PRUNED_AT_ONCE, AccountBook
 from dspy_prod.stores.base import CachedAnswer
+from dspy_prod.stores.durable.transactions import SWEEP_BATCH
 from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.indices import SELECTIVE
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import SWEEP_ABANDONED, SWEEP_ACCOUNTS
-from dspy_prod.stores.sqlite.transactions import SWEEP_BATCH
 from tests.stores.support import CENT, DAY, FakeClock, ask, granted, record, settlement
 
 LATER = (
@@ -152,7 +152,7 @@ def test_a_sweep_deletes_a_few_at_a_time_until_nothing_is_left(path: str) -> Non
 
 def test_the_hourly_sweep_goes_on_by_itself(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one step leaves is swept soon after, not an hour later."""
-    monkeypatch.setattr("dspy_prod.stores.sqlite.transactions.SWEEP_BATCH", 2)
+    monkeypatch.setattr("dspy_prod.stores.durable.transactions.SWEEP_BATCH", 2)
     clock = FakeClock()
     store = SqliteStore(path, clock=clock)
     for number in range(5):

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.sqlite import hits
-from dspy_prod.stores.sqlite.served import Served
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import DAY, Problems, record
 

@@ -17,13 +17,13 @@ from dspy_prod.options import Budget, RateLimit
 from dspy_prod.stores.admission.slices import LATENESS
 from dspy_prod.stores.admission.window import AHEAD
 from dspy_prod.stores.base import GRANTED, PENDING, AccountState, Reservation, Settlement
-from dspy_prod.stores.sqlite import inbox
+from dspy_prod.stores.durable import inbox
+from dspy_prod.stores.durable.filling import LEAST
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.sqlite.asked import read_account
 from dspy_prod.stores.sqlite.cells import place
-from dspy_prod.stores.sqlite.filling import LEAST
 from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.store import SqliteStore
-from dspy_prod.stores.sqlite.transactions import Transactions
 from tests.examples import examples
 from tests.stores.sqlite.processes import Process
 from tests.stores.support import FakeClock, ask, granted, settlement

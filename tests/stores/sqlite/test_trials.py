@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from dspy_prod.stores.sqlite import posting, trials
+from dspy_prod.stores.durable import posting
+from dspy_prod.stores.sqlite import trials
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.trial_tables import PARTS, TABLES, advance, read_matured, read_seen

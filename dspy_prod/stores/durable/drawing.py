@@ -17,7 +17,7 @@ from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.admission.share import Share, caps_of, lot_of
 from dspy_prod.stores.admission.window import AHEAD
 from dspy_prod.stores.base import Reservation, Settlement
-from dspy_prod.stores.sqlite.filling import LEAST, Filling, wanted_of
+from dspy_prod.stores.durable.filling import LEAST, Filling, wanted_of
 
 CLOSE: Final = 0.1
 """Seconds within which a second call of a kind has to come for a share to be begun."""

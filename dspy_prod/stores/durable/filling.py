@@ -20,8 +20,8 @@ from dspy_prod.stores.admission.limiter import Debit, LimiterState
 from dspy_prod.stores.admission.share import Lot, Share
 from dspy_prod.stores.admission.window import AHEAD
 from dspy_prod.stores.base import Reservation
-from dspy_prod.stores.sqlite import drawn
-from dspy_prod.stores.sqlite.cells import CELLS, Cells
+from dspy_prod.stores.durable import drawn
+from dspy_prod.stores.durable.tables import CELLS, Cells
 
 LEAST: Final = 4
 """Calls; a share for fewer is not worth it."""

@@ -15,14 +15,11 @@ from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import PENDING, Reservation, Settlement, Terms
+from dspy_prod.stores.durable.drawing import Drawing
+from dspy_prod.stores.durable.drawn import Drawn
+from dspy_prod.stores.durable.served import Served
+from dspy_prod.stores.durable.tables import Reading, Tables
 from dspy_prod.stores.programs import ProgramCall
-from dspy_prod.stores.sqlite.cells import Cells
-from dspy_prod.stores.sqlite.drawing import Drawing
-from dspy_prod.stores.sqlite.drawn import Drawn
-from dspy_prod.stores.sqlite.reader import Reader
-from dspy_prod.stores.sqlite.schema import is_environment
-from dspy_prod.stores.sqlite.served import Served
-from dspy_prod.stores.sqlite.tables import Tables
 
 REAP_BATCH: Final = 1000
 SWEEP_EVERY: Final = 3600.0
@@ -67,9 +64,9 @@ class Transactions:
         self.core = AdmissionCore(tables)
         self.report = report
         self.after: list[Callable[[], None]] = []
-        self.drawing = Drawing(self.core, shares, Cells(tables.path, tables.owner), lease, self._later)
+        self.drawing = Drawing(self.core, shares, tables.cells, lease, self._later)
         self.stopping = False
-        self._readers: tuple[Reader, ...] = ()
+        self._readers: tuple[Reading, ...] = ()
         self.on_terms = on_terms
         self._now = clock.time
         self._lease = lease
@@ -135,11 +132,11 @@ class Transactions:
     def clear_answers(self, _: Any, __: Any, now: float) -> None:
         self.tables.cache.clear()
 
-    def answer(self, told: Future[Any], ask: Callable[[AdmissionCore, Tables, float], Any], now: float) -> None:
+    def answer(self, told: Future[Any], ask: Callable[[AdmissionCore, Any, float], Any], now: float) -> None:
         found = ask(self.core, self.tables, now)
         self.after.append(lambda: told.set_result(found))
 
-    def note(self, write: Callable[[Tables, float], None], _: Any, now: float) -> None:
+    def note(self, write: Callable[[Any, float], None], _: Any, now: float) -> None:
         """Nobody waits for it: it is written with what else there is."""
         write(self.tables, now)
 
@@ -214,7 +211,7 @@ class Transactions:
                 tables.probe(now)
             self._write(now)
         except Exception as error:
-            if is_environment(error):
+            if tables.is_environment(error):
                 raise
             raise UnfitError(index, error) from error
 

@@ -1,4 +1,4 @@
-"""The one thread that writes a SQLite store: it decides, commits in groups, and only then tells.
+"""The one thread that writes a durable store: it decides, commits in groups, and only then tells.
 
 Callers post operations to `inbox` and never wait for the disk. The writer takes everything that is there, runs it on
 the admission core inside one transaction, writes what changed, commits, and wakes the reservations it decided. It is
@@ -19,13 +19,11 @@ from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Terms
+from dspy_prod.stores.durable.drawn import Drawn
+from dspy_prod.stores.durable.inbox import Inbox
+from dspy_prod.stores.durable.tables import Copying, Tables
+from dspy_prod.stores.durable.transactions import Operation, Report, Transactions, UnfitError
 from dspy_prod.stores.lane import Lane
-from dspy_prod.stores.sqlite.checkpoints import Checkpoints
-from dspy_prod.stores.sqlite.drawn import Drawn
-from dspy_prod.stores.sqlite.inbox import Inbox
-from dspy_prod.stores.sqlite.schema import is_locked, unavailable
-from dspy_prod.stores.sqlite.tables import Tables
-from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions, UnfitError
 
 _log = logging.getLogger("dspy_prod")
 
@@ -69,7 +67,7 @@ class Writer:
         lease: float,
         report: Report,
         on_terms: Callable[[Terms], None],
-        checkpoints: Checkpoints,
+        checkpoints: Copying | None = None,
     ) -> None:
         self.inbox = Inbox()
         self.local = Lane(clock.time, self._keep_record, self._nudge)
@@ -159,7 +157,8 @@ class Writer:
                 if writes or self._anything_due():
                     # Beginning and ending a transaction succeeds on a full disk: what failed has to write again.
                     self._transactions.run(operations, self._take_more, probing=self.failing is not None)
-                    self._checkpoints.committed()
+                    if self._checkpoints is not None:
+                        self._checkpoints.committed()
                 else:
                     for operation, one, other in operations:
                         operation(self._transactions, one, other, 0.0)
@@ -205,9 +204,9 @@ class Writer:
     def _failed(self, operations: list[Operation], error: Exception) -> None:
         with self.io:
             undecided = self._transactions.undo()
-            if not isinstance(error, UnfitError) and not is_locked(error) and "full" not in str(error):
-                self.tables.close()
-        text = str(unavailable(self.tables.path, error))
+            if not isinstance(error, UnfitError):
+                self.tables.failed(error)
+        text = str(self.tables.unavailable(error))
         if isinstance(error, UnfitError):
             _log.error("An operation failed in %s", self.tables.path, exc_info=error)
             self._isolate(operations, error)
@@ -293,7 +292,8 @@ class Writer:
         if lost:
             _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
             self._dropping("close", "the store was closed while its file could not be written", lost)
-        self._checkpoints.end()
+        if self._checkpoints is not None:
+            self._checkpoints.end()
         with self.io:
             self._transactions.resign()
         self.ended = True

@@ -1,8 +1,9 @@
-"""What SQLite stores do when their process forks or ends.
+"""What durable stores do when their process forks or ends.
 
-Fork: SQLite's locks stay with the parent while its bookkeeping of them is copied, so a child that opens the same file
-believes it holds locks that it does not (seen: rows written by the child are lost when the parent closes). Hence every
-connection is closed before a fork, and both sides open new ones when they need them.
+Fork: every connection is closed before it, and both sides open new ones when they need them. SQLite's locks stay with
+the parent while its bookkeeping of them is copied, so a child that opens the same file believes it holds locks that it
+does not (seen: rows written by the child are lost when the parent closes); two processes that speak on one socket to
+a server get each other's answers.
 
 End: what was posted is written before the process goes, also by stores that nobody uses any more.
 """
@@ -18,8 +19,8 @@ from typing import Final
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.threads import begin
-from dspy_prod.stores.sqlite.transactions import Transactions
-from dspy_prod.stores.sqlite.writer import Writer
+from dspy_prod.stores.durable.transactions import Transactions
+from dspy_prod.stores.durable.writer import Writer
 
 EXIT_TIMEOUT: Final = 5.0
 """Seconds in which the writers may finish when the process ends."""
@@ -44,7 +45,7 @@ class Threads:
 
     def start(self, writer: Writer) -> threading.Thread | None:
         """Start a writer's thread; None when none can be started, see `ended`."""
-        thread = None if self.ended else begin("dspy_prod-sqlite-writer", self._run, writer)
+        thread = None if self.ended else begin(f"dspy_prod-{writer.tables.kind}-writer", self._run, writer)
         if thread is not None:
             self._running[thread] = writer
             self._waiting.pop(writer, None)

@@ -1,4 +1,4 @@
-"""What callers hand to the writer of a SQLite store: in order, gathered where nobody waits for it, and bounded.
+"""What callers hand to the writer of a durable store: in order, gathered where nobody waits for it, and bounded.
 
 A transaction costs as much as thirty records. Settlements, records and answers are awaited by nobody, so the writer
 lets them gather for a moment, and longer where no money is in them; whatever somebody waits for (an admission, a
@@ -16,8 +16,8 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from dspy_prod.compat.foreign import running_loop
-from dspy_prod.stores.sqlite.served import Given, Kind, Served
-from dspy_prod.stores.sqlite.transactions import Operation, Transactions
+from dspy_prod.stores.durable.served import Given, Kind, Served
+from dspy_prod.stores.durable.transactions import Operation, Transactions
 
 GATHER: Final = 0.008
 """Seconds for which operations that nobody waits for gather, at most."""

@@ -1,4 +1,4 @@
-"""How callers reach the writer thread of a SQLite store: posting, asking, waiting, closing."""
+"""How callers reach the writer thread of a durable store: posting, asking, waiting, closing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import Any, Final
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Terms
-from dspy_prod.stores.sqlite.process import THREADS
-from dspy_prod.stores.sqlite.reader import Reader
-from dspy_prod.stores.sqlite.transactions import Operation, Report, Transactions
-from dspy_prod.stores.sqlite.writer import Writer
+from dspy_prod.stores.durable.process import THREADS
+from dspy_prod.stores.durable.tables import Reading
+from dspy_prod.stores.durable.transactions import Operation, Report, Transactions
+from dspy_prod.stores.durable.writer import Writer
 
 _log = logging.getLogger("dspy_prod")
 
@@ -43,7 +43,7 @@ class Mailbox:
         closed: `close` was called.
     """
 
-    def __init__(self, writer: Writer, readers: tuple[Reader, ...] = ()) -> None:
+    def __init__(self, writer: Writer, readers: tuple[Reading, ...] = ()) -> None:
         self.writer = writer
         self.closed = False
         self._path = writer.tables.path
@@ -178,7 +178,7 @@ class Mailbox:
         self._leaving.detach()
 
 
-def _leave(writer: Writer, readers: tuple[Reader, ...]) -> None:
+def _leave(writer: Writer, readers: tuple[Reading, ...]) -> None:
     """Close what a store had open that nobody has any more: its writer does, once everything is written.
 
     If that never began, whoever collects garbage does, perhaps while the process forks: then all is closed already.

@@ -10,13 +10,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from dspy_prod.compat.foreign import running_loop
-from dspy_prod.stores.sqlite.inbox import PATIENCE, PAUSE
-from dspy_prod.stores.sqlite.mailbox import Mailbox
-from dspy_prod.stores.sqlite.tables import Tables
-from dspy_prod.stores.sqlite.transactions import Transactions
+from dspy_prod.stores.durable.inbox import PATIENCE, PAUSE
+from dspy_prod.stores.durable.mailbox import Mailbox
+from dspy_prod.stores.durable.transactions import Transactions
 
 _log = logging.getLogger("dspy_prod")
 
@@ -43,7 +42,7 @@ class Posting(Generic[T]):
         dropped: how many there was no room for.
     """
 
-    def __init__(self, mailbox: Mailbox, write: Callable[[Tables, list[T], int, float], None], what: str) -> None:
+    def __init__(self, mailbox: Mailbox, write: Callable[[Any, list[T], int, float], None], what: str) -> None:
         self.dropped = 0
         self._mailbox = mailbox
         self._inbox = mailbox.writer.inbox
@@ -87,7 +86,7 @@ class Posting(Generic[T]):
         self._batches += 1
         return self._batches
 
-    def write(self, tables: Tables, batch: _Batch[T], now: float) -> None:
+    def write(self, tables: Any, batch: _Batch[T], now: float) -> None:
         """Inside a transaction."""
         if batch.things is None:
             batch.things, batch.number = self.take(), self.number()
@@ -116,5 +115,5 @@ class _Batch(Generic[T]):
         self.number = 0
         self._posting = posting
 
-    def write(self, tables: Tables, now: float) -> None:
+    def write(self, tables: Any, now: float) -> None:
         self._posting.write(tables, self, now)
