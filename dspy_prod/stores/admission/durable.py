@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
+
 from dspy_prod.stores.admission.granting import Granting, shared
-from dspy_prod.stores.base import AccountState, Reservation
+from dspy_prod.stores.base import PENDING, AccountState, Reservation
+
+_NOTHING: Mapping[str, AccountState] = {}
 
 
 class Durable(Granting):
@@ -16,8 +20,12 @@ class Durable(Granting):
         self._guests.clear()
         self._limiters = {key: state for key, state in self._limiters.items() if not shared(state.limit)}
 
-    def carry_over(self) -> None:
-        """The file was deleted or replaced while in use: bring along what this process knows of it."""
+    def carry_over(self, remembered: Mapping[str, AccountState] = _NOTHING) -> None:
+        """What the store kept was deleted or replaced while in use: bring along what this process knows of it.
+
+        Args:
+            remembered: what accounts held, as far as that is known beside what is in memory here.
+        """
         changes, book, backing = self.changes, self.accounts, self._backing
         assert changes is not None
         assert backing is not None
@@ -25,16 +33,24 @@ class Durable(Granting):
         for hold in self.holds.values():
             for key in hold.accounts:
                 own[key] = own.get(key, 0) + hold.amount
-        for key in {*book.entries, *own}:
+        for key in {*book.entries, *own, *remembered}:
             stored = backing.load_account(key) or AccountState()
+            known = remembered.get(key, stored)
             entry = book.get(key)
-            entry.spent = max(entry.spent, stored.spent)
-            entry.unconfirmed = max(entry.unconfirmed, stored.unconfirmed)
+            entry.spent = max(entry.spent, stored.spent, known.spent)
+            entry.unconfirmed = max(entry.unconfirmed, stored.unconfirmed, known.unconfirmed)
             entry.held = stored.held + own.get(key, 0)
             book.dirty.add(key)
         self.terms.carry_over()
         changes.added.update(self.holds)
         changes.limiters.update(key for key, state in self._limiters.items() if shared(state.limit))
+
+    def heads(self) -> Iterator[Reservation]:
+        """Who is served next, in every line."""
+        for line in (*self._lines.values(), *self._parked.values()):
+            head = line.head()
+            if head is not None:
+                yield head
 
     def serve(self, now: float) -> None:
         """Serve every line: another process may have freed something, or said something."""
@@ -50,6 +66,39 @@ class Durable(Granting):
         self.replaced.clear()
         self.accounts.dirty.clear()
         self.terms.dirty.clear()
+
+    def again(self, fresh: Collection[Reservation]) -> None:
+        """Return to what was last committed, because others changed what this batch was decided on.
+
+        Who had waited before it waits again, in his old place.
+
+        Args:
+            fresh: those whom the batch admits; they are in no line, for it is run once more.
+        """
+        changes = self.changes
+        assert changes is not None
+        waited = [each for each, _, _ in changes.verdicts if each not in fresh and each.state == PENDING]
+        ends = [hold.lease_until for hold in changes.removed.values()]
+        self._next_lease = min([self._next_lease, *ends])
+        self.undo()
+        for reservation in fresh:
+            self._leave(reservation)
+        for reservation in waited:
+            if reservation.limit_key is not None:
+                self._line(reservation.limit_key).push(reservation)
+            else:
+                self._park(reservation, reservation.accounts[0].key)
+
+    def _leave(self, reservation: Reservation) -> None:
+        key = reservation.limit_key
+        if key is not None and key in self._lines and self._lines[key].remove(reservation):
+            return
+        for account in reservation.accounts:
+            parked = self._parked.get(account.key)
+            if parked is not None and parked.remove(reservation):
+                if not parked:
+                    del self._parked[account.key]
+                return
 
     def undo(self) -> list[Reservation]:
         """Return to what was last committed, because this batch could not be; the reservations it had decided."""

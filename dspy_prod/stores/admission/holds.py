@@ -85,12 +85,16 @@ class Changes:
         added, removed: holds made and ended; one that was both never touches the disk.
         resized: holds of several calls that hold more or less than before, each with what it held.
         undone: what else has to be done if nothing of all this can be written.
+        bounds: the limits in nano-USD that money was drawn ahead under, by account.
         reaped: ids of other processes' holds that ended here.
         abandoned: holds charged in full because their worker is gone; kept for a late settlement.
         forgiven: ids of abandoned holds whose charge was replaced.
     """
 
-    __slots__ = ("abandoned", "added", "forgiven", "limiters", "reaped", "removed", "resized", "undone", "verdicts")
+    __slots__ = (
+        *("abandoned", "added", "bounds", "forgiven", "limiters", "reaped", "removed", "resized", "undone"),
+        "verdicts",
+    )
 
     def __init__(self) -> None:
         self.verdicts: list[tuple[Reservation, int, Refusal | None]] = []
@@ -102,6 +106,7 @@ class Changes:
         self.forgiven: set[str] = set()
         self.resized: dict[Hold, tuple[int, Drawn]] = {}
         self.undone: list[Callable[[], None]] = []
+        self.bounds: dict[str, int] = {}
 
     def resize(self, hold: Hold) -> None:
         """Note that a hold of several calls is about to hold something else."""
@@ -132,3 +137,4 @@ class Changes:
         self.forgiven.clear()
         self.resized.clear()
         self.undone.clear()
+        self.bounds.clear()

@@ -17,7 +17,7 @@ from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.admission.share import Share, caps_of, lot_of
 from dspy_prod.stores.admission.window import AHEAD
 from dspy_prod.stores.base import Reservation, Settlement
-from dspy_prod.stores.durable.filling import LEAST, Filling, wanted_of
+from dspy_prod.stores.durable.filling import LEAST, Filling
 
 CLOSE: Final = 0.1
 """Seconds within which a second call of a kind has to come for a share to be begun."""
@@ -101,6 +101,8 @@ class Drawing(Filling):
     def return_unused(self, now: float) -> None:
         """Give back what nobody used of the blocks that newer ones replaced."""
         unused, self._unused = self._unused, []
+        if unused:
+            self._changes.undone.append(partial(self._unused.extend, unused))
         for share, one, requests, tokens in unused:
             key = share.hold.limit_key
             limiter = None if key is None else self._core.known_limiter(key, now)
@@ -133,7 +135,7 @@ class Drawing(Filling):
         return not self._low(share, now) or self._fill(share, now)
 
     def _low(self, share: Share, now: float) -> bool:
-        want = wanted_of(share)
+        want = self._wanted(share)
         return (
             share.until - now < AHEAD / 2
             or (share.hold.limit_key is not None and (share.requests < want / 2 or share.seats < LEAST / 2))

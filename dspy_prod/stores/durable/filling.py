@@ -25,8 +25,6 @@ from dspy_prod.stores.durable.tables import CELLS, Cells
 
 LEAST: Final = 4
 """Calls; a share for fewer is not worth it."""
-MOST: Final = 512
-"""Calls that a share is filled up for at once, at most."""
 PART: Final = 100
 """A share takes at most this part of what is left of a budget."""
 
@@ -81,7 +79,7 @@ class Filling:
 
     def _fill(self, share: Share, now: float) -> bool:
         """Draw for the calls to be expected; False where so little is left that each is to be decided by itself."""
-        core, hold, want = self._core, share.hold, wanted_of(share)
+        core, hold, want = self._core, share.hold, self._wanted(share)
         key, one, seats = hold.limit_key, None, 0
         limiter = None
         if key is not None:
@@ -107,6 +105,9 @@ class Filling:
         if money > 0:
             hold.amount += money
             core.accounts.hold(hold.accounts, money)
+            for account in share.accounts:
+                self._changes.bounds[account.key] = core.terms.limit(account)
+        self._changes.undone.append(partial(_count_again, share, share.taken, share.amount, share.size))
         share.taken, share.amount, share.size = 0, share.amount * 7 // 8, share.size * 7 // 8
         self._after(partial(self._open, share, one, want, want * share.size, max(0, seats), max(0, money), now + AHEAD))
         return True
@@ -123,6 +124,10 @@ class Filling:
             share.seats += seats
             share.money += money
             share.until = until
+
+    def _wanted(self, share: Share) -> int:
+        """How many calls a share should hold, by how many came since it was looked at last."""
+        return max(2 * LEAST, min(2 * share.taken, self._cells.calls))
 
     def _keep_seats(self, share: Share, now: float) -> None:
         """Calls in flight hold their seats as long as the process lives."""
@@ -177,6 +182,8 @@ class Filling:
             with brief(lock):
                 share.money += money
                 share.seats += seats
+            if one is not None:
+                self._unused.append((share, one, requests, tokens))
 
         self._changes.undone.append(undo)
         if over:
@@ -192,9 +199,8 @@ class Filling:
             self._cells.leave(share.hold.drawn.cell)
 
 
-def wanted_of(share: Share) -> int:
-    """How many calls a share should hold, by how many came since it was looked at last."""
-    return max(2 * LEAST, min(2 * share.taken, MOST))
+def _count_again(share: Share, taken: int, amount: int, size: int) -> None:
+    share.taken, share.amount, share.size = share.taken + taken, max(share.amount, amount), max(share.size, size)
 
 
 def _stub(reservation: Reservation, id: str) -> CallRecord | None:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.holds import Backing, Hold
-from dspy_prod.stores.base import CachedAnswer
+from dspy_prod.stores.base import AccountState, CachedAnswer
 from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.programs import ProgramCall
+
+
+class ChangedError(Exception):
+    """Others changed what a transaction was decided on: nothing of it was written, and it is to be decided again."""
+
+
+class DoubtError(Exception):
+    """Whether a transaction was written is not known: it stays as it is, and another `commit` finds out."""
+
 
 CELLS: Final = 64
 """Shares that a process may have at once."""
 
 
 class Cells(Protocol):
-    """Where a process notes what its calls use of its shares, so that its death does not take it along."""
+    """Where a process notes what its calls use of its shares, so that its death does not take it along.
+
+    Attributes:
+        calls: how many a share is filled up for at once, at most.
+    """
+
+    calls: int
 
     def take(self) -> int | None:
         """A cell of one's own; None when there is none. What it said last stays, for `Share` counts on from there."""
@@ -92,11 +108,13 @@ class Tables(Backing, Protocol):
     Attributes:
         kind: of which kind the store is, for the names of its threads.
         path: where it is, as it may be shown.
+        noun: what to call it.
         served: cached answers, to be written by the transaction under way.
     """
 
     kind: str
     path: str
+    noun: str
     served: list[Served]
 
     @property
@@ -126,6 +144,10 @@ class Tables(Backing, Protocol):
         """`changed`, only looking."""
         ...
 
+    def foresee(self, core: AdmissionCore, operations: Sequence[Any]) -> None:
+        """These operations are about to be done: what they need may be fetched together."""
+        ...
+
     def write(self, core: AdmissionCore, now: float) -> list[CallRecord]:
         """Write what the core changed; the records that could not be written whatever was tried."""
         ...
@@ -135,7 +157,11 @@ class Tables(Backing, Protocol):
         ...
 
     def commit(self) -> None:
-        """Make what was written durable."""
+        """Make what was written durable.
+
+        Raises:
+            ChangedError, DoubtError
+        """
         ...
 
     def rollback(self) -> None:
@@ -164,6 +190,14 @@ class Tables(Backing, Protocol):
     # -- when it cannot be used ----------------------------------------------------------------------------------------
     def lost(self) -> bool:
         """Whether what it kept was deleted or replaced while in use."""
+        ...
+
+    def remembered(self) -> Mapping[str, AccountState]:
+        """What accounts held before it was lost, as far as that is known here."""
+        ...
+
+    def forget(self) -> None:
+        """The core has forgotten what it had in memory."""
         ...
 
     def lose(self) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from math import inf
 from typing import Any, Final
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
@@ -18,7 +19,7 @@ from dspy_prod.stores.base import PENDING, Reservation, Settlement, Terms
 from dspy_prod.stores.durable.drawing import Drawing
 from dspy_prod.stores.durable.drawn import Drawn
 from dspy_prod.stores.durable.served import Served
-from dspy_prod.stores.durable.tables import Reading, Tables
+from dspy_prod.stores.durable.tables import ChangedError, DoubtError, Reading, Tables
 from dspy_prod.stores.programs import ProgramCall
 
 REAP_BATCH: Final = 1000
@@ -26,6 +27,8 @@ SWEEP_EVERY: Final = 3600.0
 SWEEP_BATCH: Final = 100
 """Rows of a table that are swept in one transaction: who calls meanwhile waits for them."""
 SWEEP_PAUSE: Final = 0.05
+TRIES: Final = 50
+"""How often one transaction is decided at most, where others change what it was decided on."""
 MAX_ACCOUNTS: Final = 50_000
 """Accounts kept in memory; beyond that they are read from the file again."""
 
@@ -72,6 +75,8 @@ class Transactions:
         self._lease = lease
         self._leased_until = -inf
         self._reap_at = -inf
+        self._reaped_at = inf  # before the transaction under way, if it reaps
+        self._then: Callable[[], None] | None = None
         self._sweep_at = time.monotonic() + SWEEP_EVERY
         self._begun = False
         self._lost = False
@@ -181,12 +186,23 @@ class Transactions:
             UnfitError: one operation cannot be done whatever the file's state.
             Exception: the file cannot be used.
         """
+        tables = self.tables
+        for _ in range(TRIES):
+            self._lost = tables.lost() or self._lost
+            if self._lost:
+                self._carry_over()
+            tables.begin()
+            take_more(operations)
+            tables.foresee(self.core, operations)
+            try:
+                self._decide(operations, probing)
+                return
+            except ChangedError:
+                self._again(operations)
+        raise StoreUnavailableError(f"The store {tables.path} is written to by others without end")
+
+    def _decide(self, operations: list[Operation], probing: bool) -> None:
         tables, core = self.tables, self.core
-        self._lost = tables.lost() or self._lost
-        if self._lost:
-            self._carry_over()
-        tables.begin()
-        take_more(operations)
         self._begun = True
         index = -1
         try:
@@ -199,6 +215,7 @@ class Transactions:
                     self._leased_until = -inf
                 core.serve(now)
             core.tick(now)
+            self._reaped_at = inf
             if self._reap_at <= time.monotonic():
                 self._reap(now)
             self.drawing.return_unused(now)
@@ -211,9 +228,17 @@ class Transactions:
                 tables.probe(now)
             self._write(now)
         except Exception as error:
-            if tables.is_environment(error):
+            if isinstance(error, ChangedError | DoubtError) or tables.is_environment(error):
                 raise
             raise UnfitError(index, error) from error
+
+    def _again(self, operations: list[Operation]) -> None:
+        """Others changed what was decided on: as before it, but for what the tables know of it now."""
+        self.after.clear()
+        self._reap_at = min(self._reap_at, self._reaped_at)
+        self.tables.rollback()
+        self._begun = False
+        self.core.again({one for kind, one, _ in operations if kind is Transactions.admit})
 
     def undo(self) -> list[Reservation]:
         """Return to what was last committed; the reservations that the lost transaction had decided."""
@@ -225,12 +250,46 @@ class Transactions:
         self._begun = False
         return self.core.undo()
 
-    def _write(self, now: float) -> None:
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it is not known if the last transaction was written; then `find_out` comes next."""
+        return self._then is not None
+
+    def find_out(self) -> None:
+        """Commit once more what may have been written already.
+
+        Raises:
+            DoubtError: it is still not known.
+            Exception: it was not; then `undo` must follow.
+        """
+        try:
+            self._commit(self._then)
+        except DoubtError:
+            raise
+        except BaseException:
+            self._then = None
+            raise
+
+    def _commit(self, then: Callable[[], None] | None) -> None:
+        assert then is not None
+        try:
+            self.tables.commit()
+        except DoubtError:
+            self._then = then
+            raise
+        self._then = None
+        then()
+
+    def _write(self, now: float, then: Callable[[], None] | None = None) -> None:
         renewed = self._lease_due(now)
         if renewed:
             self.tables.renew(now + self._lease)
         unwritable = self.tables.write(self.core, now)
-        self.tables.commit()
+        self._commit(partial(self._written, now, renewed, unwritable, then))
+
+    def _written(
+        self, now: float, renewed: bool, unwritable: list[CallRecord], then: Callable[[], None] | None
+    ) -> None:
         self._begun = False
         if renewed:
             self._leased_until = now + self._lease
@@ -240,23 +299,36 @@ class Transactions:
         self.after[:0] = [partial(self.on_terms, terms) for terms in self.core.terms.take_news()]
         if len(self.core.accounts.entries) > MAX_ACCOUNTS:
             self.core.forget()
+            self.tables.forget()
         for record in unwritable:
             self.tell_later("operation_dropped", kind="append", error=f"the record {record.id!r} cannot be written")
+        if then is not None:
+            then()
 
     def _carry_over(self) -> None:
-        """The file was deleted or replaced: write what this process knows, before anything else happens."""
-        self.tables.begin()
-        self._leased_until = -inf
-        self.tables.changed()
-        self.core.carry_over()
-        self.drawing.moved()
-        self._write(self._now())
+        """What the store kept is gone: write what this process knows, before anything else happens."""
+        for _ in range(TRIES):
+            self.tables.begin()
+            self._leased_until = -inf
+            self.tables.changed()
+            self.core.carry_over(self.tables.remembered())
+            self.drawing.moved()
+            try:
+                self._write(self._now(), self._carried)
+                return
+            except ChangedError:  # others do the same
+                self.tables.rollback()
+        raise StoreUnavailableError(f"The store {self.tables.path} is written to by others without end")
+
+    def _carried(self) -> None:
         self._lost = False
-        self.tell_later("store_degraded", error="the file was deleted or replaced; what is known here was kept")
+        lost = f"the {self.tables.noun} was deleted or replaced; what is known here was kept"
+        self.tell_later("store_degraded", error=lost)
 
     def _reap(self, now: float) -> None:
         """Charge the holds of processes that are gone."""
         tick = time.monotonic()
+        self._reaped_at = self._reap_at
         self._reap_at = tick + self._lease / 3
         if self.core.holds and self._leased_until < now:
             self._reap_at = tick + self._lease  # this machine slept: let the others renew their leases first

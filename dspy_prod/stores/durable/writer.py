@@ -21,7 +21,7 @@ from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Terms
 from dspy_prod.stores.durable.drawn import Drawn
 from dspy_prod.stores.durable.inbox import Inbox
-from dspy_prod.stores.durable.tables import Copying, Tables
+from dspy_prod.stores.durable.tables import ChangedError, Copying, DoubtError, Tables
 from dspy_prod.stores.durable.transactions import Operation, Report, Transactions, UnfitError
 from dspy_prod.stores.lane import Lane
 
@@ -84,6 +84,7 @@ class Writer:
         self._report = report
         self._kept: deque[Operation] = deque()
         self._doing: list[Operation] = []
+        self._unsure: list[Operation] = []  # of a transaction that may have been written
         self._retry_at = 0.0
         self._back_off = 0.0
         self._dropped = 0
@@ -98,7 +99,9 @@ class Writer:
 
     def unwritten(self) -> int:
         """About how many records are posted and not in the file: all that waits, and what is kept or being written."""
-        taken = _size(operation for operation in (*self._kept, *self._doing) if operation[0] in _RECORDING)
+        taken = _size(
+            operation for operation in (*self._kept, *self._doing, *self._unsure) if operation[0] in _RECORDING
+        )
         return self.inbox.waiting() + taken
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -143,6 +146,8 @@ class Writer:
         if self._retry_at > time.monotonic():
             self._refuse_or_keep(operations)
             return
+        if self._transactions.in_doubt and not self._find_out(operations):
+            return
         if self._kept:
             operations = [*self._kept, *operations]
             self._kept.clear()
@@ -162,6 +167,9 @@ class Writer:
                 else:
                     for operation, one, other in operations:
                         operation(self._transactions, one, other, 0.0)
+        except DoubtError as error:
+            self._doing, self._unsure = [], operations
+            self._doubt(error)
         except Exception as error:
             self._failed(operations, error)
             self._doing = []
@@ -169,8 +177,7 @@ class Writer:
             self._doing = []
             self._publish()
             if self.failing is not None and operations:
-                self.failing, self._back_off = None, 0.0
-                self._report("store_recovered", {"path": self.tables.path})
+                self._recovered()
 
     def _anything_due(self) -> bool:
         return self._transactions.due_in() <= 0 or (self._core.waiting() > 0 and self.tables.stale())
@@ -210,18 +217,70 @@ class Writer:
         if isinstance(error, UnfitError):
             _log.error("An operation failed in %s", self.tables.path, exc_info=error)
             self._isolate(operations, error)
-        if not isinstance(error, UnfitError) or not operations:
+        refusal = self._degraded(text, wait=not isinstance(error, UnfitError) or not operations)
+        self._core.fail_waiting(refusal)
+        self._refuse(undecided, refusal)
+        self._refuse_or_keep(operations)
+
+    def _degraded(self, text: str, wait: bool = True) -> Refusal:
+        """From now on nothing can be written; told when it is news."""
+        if wait:
             first, most = _BACK_OFF
             self._back_off = min(max(first, self._back_off * 2), most)
             self._retry_at = time.monotonic() + self._back_off
-        refusal = Refusal("store_unavailable", self._back_off or None, detail=text)
-        self._core.fail_waiting(refusal)
-        self._refuse(undecided, refusal)
-        known, self.failing = self.failing is not None, refusal
-        self._refuse_or_keep(operations)
+        known, refusal = self.failing is not None, Refusal("store_unavailable", self._back_off or None, detail=text)
+        self.failing = refusal
         if not known:
             _log.warning("%s. Settlements are kept and written later.", text)
             self._report("store_degraded", {"path": self.tables.path, "error": text})
+        return refusal
+
+    def _doubt(self, error: DoubtError) -> None:
+        """The answer to a transaction is missing: nobody who waits for it is kept waiting; it stays as it is."""
+        with self.io:
+            self.tables.failed(error)
+            self._transactions.drawing.close()
+        refusal = self._degraded(str(self.tables.unavailable(error)))
+        changes = self._core.changes
+        assert changes is not None
+        self._core.fail_waiting(refusal)
+        told = []
+        with self.publishing:
+            for reservation, _, _ in changes.verdicts:
+                if reservation.state == PENDING:
+                    reservation.refusal, reservation.state = refusal, REFUSED
+                    told.append(reservation)
+        wake(told)
+
+    def _find_out(self, operations: list[Operation]) -> bool:
+        """Whether it is known now what became of the transaction whose answer was missing."""
+        unsure = self._unsure
+        try:
+            with self.io:
+                self._transactions.find_out()
+        except DoubtError as error:
+            self._doubt(error)
+            self._refuse_or_keep(operations)
+            return False
+        except ChangedError:
+            with self.io:
+                self._transactions.undo()
+            self._unsure = []
+            self._kept.extendleft(reversed(unsure))
+        except Exception as error:
+            self._unsure = []
+            self._failed(unsure, error)
+            self._refuse_or_keep(operations)
+            return False
+        else:
+            self._unsure = []
+            self._publish()
+            self._recovered()
+        return True
+
+    def _recovered(self) -> None:
+        self.failing, self._back_off = None, 0.0
+        self._report("store_recovered", {"path": self.tables.path})
 
     def _refuse_or_keep(self, operations: list[Operation]) -> None:
         """While nothing can be written: questions get an error, admissions a refusal; the rest waits, in order."""
@@ -277,7 +336,7 @@ class Writer:
     # -- the end -------------------------------------------------------------------------------------------------------
     def _finish(self) -> None:
         """Last try for what is kept, then refuse who still waits and close."""
-        while self._kept:
+        while self._kept or self._transactions.in_doubt:
             self._retry_at = 0.0
             self._cycle([])
             if self.failing is not None:
@@ -288,7 +347,7 @@ class Writer:
         self._core.fail_waiting(refusal)
         self._publish()
         self.local.fail_waiting(refusal)
-        lost = _size(operation for operation in self._kept if operation[0] in _RECORDING)
+        lost = _size(operation for operation in (*self._kept, *self._unsure) if operation[0] in _RECORDING)
         if lost:
             _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
             self._dropping("close", "the store was closed while its file could not be written", lost)

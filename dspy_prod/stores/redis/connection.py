@@ -26,11 +26,15 @@ class Connection:
     Args:
         url: `redis://`, `rediss://` or `unix://`, as redis-py reads it.
         namespace: whose keys they are.
+        most: connections at most.
+        retries: how often commands are sent again when a connection breaks: none where they may not be done twice.
     """
 
-    def __init__(self, url: str, namespace: str) -> None:
+    def __init__(self, url: str, namespace: str, *, most: int = POOL, retries: int = 1) -> None:
         self.shown = without_password(url)
         self._url = url
+        self._most = most
+        self._retries = retries
         self._tag = "{dspy_prod:" + quote(namespace, safe="") + "}"
         self._client: redis.Redis | None = None
 
@@ -60,10 +64,13 @@ class Connection:
         """The client of redis-py, made when first needed."""
         if self._client is None:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
 
+            retry = Retry(NoBackoff(), self._retries, supported_errors=(redis.ConnectionError,))
             pool = redis.BlockingConnectionPool.from_url(
-                self._url, max_connections=POOL, timeout=ANSWER, socket_connect_timeout=CONNECT, socket_timeout=ANSWER,
-                health_check_interval=30,
+                self._url, max_connections=self._most, timeout=ANSWER, socket_connect_timeout=CONNECT,
+                socket_timeout=ANSWER, health_check_interval=30, retry=retry,
             )  # fmt: skip
             self._client = redis.Redis(connection_pool=pool)
         return self._client
@@ -78,6 +85,10 @@ class Connection:
     def unavailable(self, error: BaseException) -> StoreUnavailableError:
         """The error that says so, without a password."""
         return StoreUnavailableError(f"The store {self.shown} cannot be used: {type(error).__name__}")
+
+    def leave(self) -> None:
+        """`close`: nothing of it hinders a fork."""
+        self.close()
 
     def close(self) -> None:
         """Close the connections; the next use opens new ones."""

@@ -29,7 +29,7 @@ _SIZE: Final = _FIRST + CELLS * _STRIDE
 
 
 class Cells:
-    """The cells of one process, in a file that is made when the first is taken.
+    """The cells of one process, in a file that is made when the first is taken; see `durable.tables.Cells`.
 
     Args:
         path: the store's file.
@@ -38,6 +38,7 @@ class Cells:
 
     def __init__(self, path: str, owner: str) -> None:
         self.path = place(path, owner)
+        self.calls = 512
         self._map: mmap.mmap | None = None
         self._free = list(range(CELLS - 1, -1, -1))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from math import isinf
-from typing import Final
+from typing import Any, Final
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
@@ -78,7 +78,7 @@ class Tables(File):
     Every method may raise `sqlite3.Error`, `OSError` or `StoreUnavailableError`. Not thread-safe.
     """
 
-    kind = "sqlite"
+    kind, noun = "sqlite", "file"
 
     def __init__(
         self,
@@ -161,6 +161,16 @@ class Tables(File):
         if self.connection is not None and self.connection.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 self.connection.execute("ROLLBACK")
+
+    def foresee(self, core: AdmissionCore, operations: Sequence[Any]) -> None:
+        """Nothing: a row is read as quickly as it is needed."""
+
+    def remembered(self) -> Mapping[str, AccountState]:
+        """Nothing but what the core has in memory."""
+        return {}
+
+    def forget(self) -> None:
+        """Nothing is remembered here."""
 
     def is_environment(self, error: BaseException) -> bool:
         """The disk, the file or another process is to blame, and not the values to be written."""

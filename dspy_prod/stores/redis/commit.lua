@@ -1,0 +1,157 @@
+-- One commit: checks that what was decided on is still so, then applies everything, or nothing.
+--
+-- KEYS: 1 meta (born, n, terms), 2 owners, 3 lock, 4 turns, 5 done (of this owner), then those that the commit names.
+-- ARGV: 1 the header as JSON; then texts that it names by their place; then the commands: name, key, count, arguments.
+-- Integers of money are text: Lua's numbers are exact to 2^53 only.
+local head = cjson.decode(ARGV[1])
+local meta = redis.call('HMGET', KEYS[1], 'born', 'n', 'terms')
+local time = redis.call('TIME')
+local me = head.me
+
+local function say(status, ...)
+    return {status, meta[1] or '', meta[2] or '0', meta[3] or '0', time[1], time[2], ...}
+end
+
+-- Was it here before? Its answer may have been lost, or it may come late, behind others of the same owner.
+local last = redis.call('GET', KEYS[5])
+last = last and cmsgpack.unpack(last)
+if last and head.seq <= last[1] then
+    if head.seq == last[1] and last[2] ~= '' then
+        return say('done', last[2], last[3])
+    end
+    return say('void')
+end
+
+if meta[1] ~= head.born or tonumber(meta[2] or '0') < head.seen then
+    return say('lost')
+end
+
+-- Is what it was decided on still so?
+local stale = false
+local unowned = head.leased and not redis.call('ZSCORE', KEYS[2], me)
+if unowned or (head.terms and (meta[3] or '0') ~= head.terms) then stale = true end
+
+local accounts = {}
+for place, each in ipairs(head.accounts) do -- key, version, exact, limit, spent, held, unconfirmed, ...
+    local now = redis.call('HMGET', KEYS[each[1]], 's', 'h', 'u', 'v')
+    accounts[place] = now
+    if (now[4] or '') ~= each[2] then
+        if each[3] then
+            stale = true
+        elseif each[4] ~= '' then
+            local total = tonumber(now[1] or '0') + tonumber(now[2] or '0') + tonumber(each[5]) + tonumber(each[6])
+            if total > tonumber(each[4]) then stale = true end
+        end
+    end
+end
+
+local limiters = {}
+for place, each in ipairs(head.limiters) do -- key, version, state, settings
+    limiters[place] = false
+    if (redis.call('HGET', KEYS[each[1]], 'v') or '') ~= each[2] then
+        stale = true
+        limiters[place] = redis.call('HMGET', KEYS[each[1]], 'd', 'c', 'v')
+    end
+end
+
+for _, each in ipairs(head.reaped) do -- owner, lease as it was seen, hashes of its holds, ids
+    if tonumber(redis.call('ZSCORE', KEYS[2], each[1]) or '-1') ~= each[2] then stale = true end
+    for _, hold in ipairs(each[3]) do
+        if redis.call('HEXISTS', KEYS[hold[1]], hold[2]) == 0 then stale = true end
+    end
+end
+for _, key in ipairs(head.forgiven) do
+    if redis.call('EXISTS', KEYS[key]) == 0 then stale = true end
+end
+
+-- Who found something changed has it to himself for a moment; others that want the same come after, in turn.
+local holder = redis.call('HGET', KEYS[3], 'owner')
+if holder and holder ~= me and head.contends then
+    local meets = redis.call('HEXISTS', KEYS[3], '*') == 1
+    for _, list in ipairs({head.accounts, head.limiters}) do
+        for _, each in ipairs(list) do
+            meets = meets or redis.call('HEXISTS', KEYS[3], KEYS[each[1]]) == 1
+        end
+    end
+    if meets then
+        if not redis.call('LPOS', KEYS[4], me) then redis.call('RPUSH', KEYS[4], me) end
+        redis.call('PEXPIRE', KEYS[4], head.patience)
+        redis.call('SET', KEYS[5], cmsgpack.pack({head.seq, '', {}}), 'PX', head.remember)
+        return say('wait', unowned and 1 or 0, accounts, limiters)
+    end
+end
+if stale then
+    local mine = 0
+    if head.contends and (not holder or holder == me) then
+        mine = 1
+        if not holder then redis.call('HSET', KEYS[3], 'owner', me) end
+        for _, list in ipairs({head.accounts, head.limiters}) do
+            for _, each in ipairs(list) do redis.call('HSET', KEYS[3], KEYS[each[1]], 1) end
+        end
+        redis.call('PEXPIRE', KEYS[3], head.lock)
+        redis.call('LREM', KEYS[4], 0, me)
+    end
+    redis.call('SET', KEYS[5], cmsgpack.pack({head.seq, '', {}}), 'PX', head.remember)
+    return say('again', unowned and 1 or 0, accounts, limiters, mine)
+end
+
+-- From here on nothing may raise: what is written stays.
+local n = tostring(redis.call('HINCRBY', KEYS[1], 'n', 1))
+meta[2] = n
+for place, each in ipairs(head.accounts) do -- ... , lifetime, name, names, its window's dearest, ends
+    local key = KEYS[each[1]]
+    if each[8] then
+        for part, field in ipairs({'s', 'h', 'u'}) do
+            if each[4 + part] ~= '0' then redis.pcall('HINCRBY', key, field, each[4 + part]) end
+        end
+        redis.pcall('HSET', key, 'v', n)
+        local now = redis.pcall('HMGET', key, 's', 'h', 'u', 'v')
+        accounts[place] = now
+        redis.pcall('ZADD', KEYS[each[10]], 0, each[9])
+        if each[11] > 0 then redis.pcall('ZADD', KEYS[each[11]], now[1] or '0', each[9]) end
+        if each[8] > 0 then
+            redis.pcall('PEXPIRE', key, each[8])
+            redis.pcall('ZADD', KEYS[each[12]], each[13], each[9])
+            if each[11] > 0 then redis.pcall('PEXPIRE', KEYS[each[11]], each[8]) end
+        end
+    end
+end
+for _, each in ipairs(head.limiters) do
+    if each[3] > 0 then
+        redis.pcall('HSET', KEYS[each[1]], 'd', ARGV[each[3]], 'c', ARGV[each[4]], 'v', n)
+        redis.pcall('PEXPIRE', KEYS[each[1]], head.limiter)
+    end
+end
+if head.told then meta[3] = n redis.pcall('HSET', KEYS[1], 'terms', n) end
+
+local replies = {}
+local at = head.first
+for place = 1, head.count do
+    local name, key, count = ARGV[at], KEYS[tonumber(ARGV[at + 1])], tonumber(ARGV[at + 2])
+    local step, reply = STEPS[name], nil
+    if step then
+        local arguments = {}
+        for number = 1, count do arguments[number] = ARGV[at + 2 + number] end
+        local fine
+        fine, reply = pcall(step, key, arguments)
+        if not fine then reply = {err = 'ERR ' .. tostring(type(reply) == 'table' and reply.err or reply)} end
+    else
+        reply = redis.pcall(name, key, unpack(ARGV, at + 3, at + 2 + count))
+    end
+    if reply == nil then reply = false end
+    replies[place] = reply
+    at = at + 3 + count
+end
+
+redis.call('SET', KEYS[5], cmsgpack.pack({head.seq, n, head.replies and replies or {}}), 'PX', head.remember)
+if holder == me then
+    redis.call('DEL', KEYS[3])
+    local following = redis.call('LPOP', KEYS[4])
+    if following then
+        redis.call('HSET', KEYS[3], 'owner', following, '*', 1)
+        redis.call('PEXPIRE', KEYS[3], head.lock)
+        redis.call('RPUSH', head.bells .. following, '1')
+        redis.call('PEXPIRE', head.bells .. following, head.patience)
+    end
+end
+return say('ok', accounts, replies)

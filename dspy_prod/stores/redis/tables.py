@@ -1,0 +1,486 @@
+"""What the writer reads from and writes to Redis: the core's `Backing`, and its transactions.
+
+A transaction is decided on what is known here, and applied by one call of a script that checks whether that is still
+so. What money is taken from needs not be unchanged: it is enough that it still suffices. A limiter must be unchanged.
+Nobody is locked out while somebody decides; only who found something changed has it to himself for a moment.
+
+Keys, all beginning with the namespace (`Connection.key`):
+
+    meta            hash: `born` tells whether the server lost what it had, `n` counts commits, `terms` their version
+    account:<key>   hash: spent, held, unconfirmed, version; kept for two hours after its window
+    names           sorted set of accounts, for prefixes; ends: by when their windows end; bounded by the accounts
+    window:<a>:<b>  sorted set: the accounts of a budget in a window by what they spent; kept as long as they
+    limiter:<key>   hash: state, settings, version; kept for a day after its last use
+    terms           hash: title -> terms of a budget; one for each budget
+    owners, homes   the processes that hold something: until when their lease goes, and where they run
+    holds:<owner>, drawn:<owner>    hash: what one holds, for single calls and for several; gone with its lease
+    abandoned:<id>  what was charged for one that is gone; kept for a week
+    done:<owner>    its last commit, for a day; lock, turns, bell:<owner>: for a moment
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isinf
+from typing import Any, Final
+
+from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.options import RateLimit
+from dspy_prod.privacy.visible import carried
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.admission.accounts import PRUNE_AFTER
+from dspy_prod.stores.admission.core import AdmissionCore
+from dspy_prod.stores.admission.granting import shared
+from dspy_prod.stores.admission.holds import Hold
+from dspy_prod.stores.base import GRANTED, REFUSED, AccountState, CachedAnswer, Terms
+from dspy_prod.stores.durable.served import Served
+from dspy_prod.stores.durable.tables import ChangedError, DoubtError
+from dspy_prod.stores.durable.transactions import Transactions
+from dspy_prod.stores.redis.batch import Batch
+from dspy_prod.stores.redis.cells import NoCells
+from dspy_prod.stores.redis.commits import Commit, Commits
+from dspy_prod.stores.redis.connection import Connection
+from dspy_prod.stores.redis.holds import hold_json, limit_json, terms_json
+from dspy_prod.stores.redis.known import Known
+from dspy_prod.stores.redis.owners import Owners
+from dspy_prod.stores.redis.parts import Parts
+from dspy_prod.stores.redis.timing import RedisTime
+
+_log = logging.getLogger("dspy_prod")
+
+KEEP_ABANDONED: Final = 7 * 86_400_000
+"""Milliseconds for which a late settlement still replaces the charge of an abandoned hold."""
+BUSY_LIMIT: Final = 5.0
+"""Seconds for which a transaction is decided again and again, because others change what it needs."""
+_MOST: Final = 2**63 - 1
+_EXACT: Final = 2**52
+"""Nano-USD from which on Lua's numbers do not tell whether a limit suffices."""
+_FIELDS: Final = 1000
+
+
+class RedisTables:
+    """One namespace of one server; see the module's docstring. Not thread-safe.
+
+    Args:
+        connection: used by nobody else.
+        owner: this process's id.
+        timing: told the server's time.
+        parts: what else is kept there, see `Parts`.
+    """
+
+    kind, noun = "redis", "data on the server"
+
+    def __init__(self, connection: Connection, owner: str, timing: RedisTime, parts: Parts) -> None:
+        self.connection = connection
+        self.path = connection.shown
+        self.owner = owner
+        self.cells = NoCells()
+        self.batch = Batch()
+        self.served: list[Served] = []
+        self.ledger, self.programs, self.answers = parts.ledger, parts.programs, parts.answers
+        self.cache = _Cache(self)
+        self._timing = timing
+        self._commits = Commits(connection, owner)
+        self._known = Known(connection, timing)
+        self._owners = Owners(self)
+        self._opened = False
+        self._lost = False
+        self._leased = False
+        self._unowned = False
+        self._renewed = False
+        self._remembered: dict[str, AccountState] = {}
+        self._core: AdmissionCore | None = None
+        self._commit: Commit | None = None
+        self._sent: list[Any] | None = None
+        self._busy_since: float | None = None
+        self._after: list[tuple[int, Callable[[Any], object]]] = []
+
+    # -- the server --------------------------------------------------------------------------------------------------
+    def open(self) -> None:
+        """Find out which data this is, where that is not known since the last connection."""
+        if self._opened:
+            return
+        if not self._known.open(uuid.uuid4().hex):
+            self._lose_all()
+        self._opened = True
+
+    def _lose_all(self) -> None:
+        """The server has other data than before."""
+        self._remembered = self._known.lose()
+        self._leased = False
+        self._lost = True
+
+    def begin(self) -> None:
+        """A transaction begins: nothing is locked for it."""
+        self.open()
+
+    def lost(self) -> bool:
+        """Whether the server lost what it had, or has an older copy of it now."""
+        lost, self._lost = self._lost, False
+        return lost
+
+    def remembered(self) -> Mapping[str, AccountState]:
+        """What accounts held before that."""
+        return self._remembered
+
+    def forget(self) -> None:
+        """The core has forgotten what it had in memory."""
+        self._known.forget()
+
+    def lose(self) -> None:
+        """Give up a connection that the parent process uses."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; `open` makes a new one."""
+        self._opened = False
+        self._commits.locked = False
+        self.connection.close()
+
+    def is_environment(self, error: BaseException) -> bool:
+        """The server is to blame, and not the values to be written."""
+        return isinstance(error, (OSError, StoreUnavailableError))
+
+    def unavailable(self, error: BaseException) -> StoreUnavailableError:
+        """What a person should read when the server cannot be used."""
+        if isinstance(error, StoreUnavailableError):
+            return error
+        return StoreUnavailableError(str(error) if isinstance(error, DoubtError) else f"{self.path}: {error!r}")
+
+    def failed(self, error: BaseException) -> None:
+        """A transaction failed: begin anew with another connection."""
+        self.close()
+
+    # -- what the core asks for ----------------------------------------------------------------------------------------
+    def load_account(self, key: str) -> AccountState | None:
+        return self._known.account(key)
+
+    def load_terms(self, title: str) -> Terms | None:
+        return self._known.terms.get(title)
+
+    def load_limiter(self, key: str) -> tuple[bytes, RateLimit] | None:
+        return self._known.limiter(key)
+
+    def load_abandoned(self, id: str) -> Hold | None:
+        return self._owners.abandoned(id)
+
+    def foresee(self, core: AdmissionCore, operations: Sequence[Any]) -> None:
+        """Fetch together what these operations and those who wait will need."""
+        accounts: dict[str, None] = {}
+        limiters: dict[str, None] = {}
+        known, behind = self._known, self._known.behind
+        for kind, one, other in operations:
+            if kind is Transactions.admit:
+                keys, limit_key = [account.key for account in one.accounts], one.limit_key
+                keys = [key for key in keys if key not in known.accounts]
+                limit_key = limit_key if one.limit is not None and shared(one.limit) else None
+            elif kind is Transactions.settle:
+                hold = core.holds.get(one.id)
+                keys = [] if hold is None else [key for key in hold.accounts if key not in known.accounts]
+                limit_key = None if hold is None or hold.debit is None else hold.limit_key
+            elif kind is Transactions.settle_drawn:
+                keys, limit_key = [], other.limit_key
+            else:
+                continue
+            accounts.update(dict.fromkeys(keys))
+            if limit_key is not None and (behind or limit_key not in known.limiters):
+                limiters[limit_key] = None
+        if behind and core.waiting():
+            for head in core.heads():
+                accounts.update(dict.fromkeys(account.key for account in head.accounts))
+                if head.limit_key is not None:
+                    limiters[head.limit_key] = None
+        if accounts or limiters:
+            self._look(accounts, limiters, part=not (behind and core.waiting()))
+
+    def _look(self, accounts: Iterable[str], limiters: Iterable[str], part: bool = True) -> None:
+        if not self._known.look(list(accounts), list(limiters), part):
+            self._lose_all()
+            raise ChangedError
+
+    def changed(self) -> bool:
+        """Whether others have changed what is known here."""
+        news, self._known.news = self._known.news or self._unowned, False
+        if news:
+            self.programs.forget()
+        return news
+
+    def stale(self) -> bool:
+        """Whether others have written since; only looking."""
+        try:
+            return not self._opened or self._known.stale()
+        except StoreUnavailableError:
+            return True  # the transaction that follows tells
+
+    def probe(self, now: float) -> None:
+        """Write something in any case."""
+        self.batch.call("HSET", self._commits.reserved[0], "recovered_at", now)
+
+    def after_commit(self, place: int, function: Callable[[Any], object]) -> None:
+        """Once the transaction is durable, give the reply of the command at this place of the batch to `function`."""
+        self._after.append((place, function))
+
+    # -- leases --------------------------------------------------------------------------------------------------------
+    def owned(self) -> bool:
+        """Whether this process's lease is still there: whoever reaps it deletes it."""
+        if self._unowned:
+            self._unowned = self._leased = False
+            return False
+        return True
+
+    def renew(self, until: float) -> None:
+        """Extend this process's lease on all its holds."""
+        self._owners.renew(until)
+        self._renewed = True
+
+    def resign(self) -> None:
+        """This process holds nothing any more. Where that cannot be written, the lease runs out."""
+        if self._leased:
+            self._owners.resign()
+            self._leased = False
+
+    def expired(self, now: float, most: int) -> list[Hold]:
+        """Holds of processes whose lease ran out; an owner without holds is deleted."""
+        return self._owners.expired(now, most)
+
+    def held_by(self, pid: int) -> list[Hold]:
+        """Holds of a process of this machine that is gone, whatever its lease says."""
+        return self._owners.held_by(pid)
+
+    def drop_accounts(self, prefix: str) -> None:
+        """Delete the accounts whose keys begin so and that hold nothing."""
+        for key, state in self._known.beginning(prefix):
+            if not state.held:
+                name = carried(key)
+                self.batch.call("DEL", self.connection.key("account", key))
+                for index in ("names", "ends"):
+                    self.batch.call("ZREM", self.connection.key(index), name)
+                window = self._known.window(key)
+                if window is not None:
+                    self.batch.call("ZREM", window, name)
+                self._known.accounts.pop(key, None)
+
+    def sweep(self, now: float, most: int) -> bool:
+        """Delete what nothing can refer to any more, at most `most` of each; whether there may be more."""
+        ends, names = self.connection.key("ends"), self.connection.key("names")
+        (over,) = self.connection.read([("ZRANGEBYSCORE", ends, "-inf", repr(now - PRUNE_AFTER), "LIMIT", 0, most)])
+        if over:
+            self.batch.call("ZREM", ends, *over)
+            self.batch.call("ZREM", names, *over)
+        more = self.answers.purge(self.batch, now, most)
+        return len(over) >= most or bool(more)
+
+    # -- writing back --------------------------------------------------------------------------------------------------
+    def write(self, core: AdmissionCore, now: float) -> list[CallRecord]:
+        """Have ready what the core changed, and what it was decided on."""
+        assert core.changes is not None
+        self._core = core
+        self._commit = commit = Commit(self.batch, self._commits.reserved)
+        self._write_limiters(core, commit)
+        self._write_accounts(core, now, commit)
+        self._write_terms(core, commit)
+        self._write_holds(core)
+        self._owners.write(commit, core.changes.reaped)
+        for id in core.changes.forgiven:
+            key = self.connection.key("abandoned", id)
+            commit.forgiven.append(commit.key(key))
+            self.batch.call("DEL", key)
+        for hold in core.changes.abandoned.values():
+            self.batch.call("SET", self.connection.key("abandoned", hold.id), hold_json(hold), "PX", KEEP_ABANDONED)
+        self.programs.write(self.batch, now)
+        self.ledger.write(self.batch, core.appended, core.replaced, self.served)
+        return []
+
+    def _write_accounts(self, core: AdmissionCore, now: float, commit: Commit) -> None:
+        changes, book = core.changes, core.accounts
+        assert changes is not None
+        bounds = dict(changes.bounds)
+        exact: set[str] = set()
+        for reservation, state, refusal in changes.verdicts:
+            if state == GRANTED and reservation.share is None:
+                for account in reservation.accounts:
+                    limit = core.terms.limit(account)
+                    bounds[account.key] = min(limit, bounds.get(account.key, limit))
+            elif state == REFUSED and refusal is not None and refusal.reason == "budget_exceeded":
+                exact.update(account.key for account in reservation.accounts)
+        for key in {*book.dirty, *exact}:
+            self._write_account(key, book.entries.get(key), key in exact, bounds.get(key), now, commit)
+
+    def _write_account(self, key: str, entry: Any, exact: bool, bound: int | None, now: float, commit: Commit) -> None:
+        known = self._known
+        *before, version = known.accounts.get(key) or (0, 0, 0, "")
+        exact = exact or (bound is not None and bound > _EXACT)
+        row: list[Any] = [commit.key(self.connection.key("account", key)), version, exact]
+        row.append("" if bound is None or exact else str(bound))
+        if entry is None or key not in self._dirty:
+            row += ["0", "0", "0", False]
+        else:
+            after = [max(-_MOST, min(each, _MOST)) for each in (entry.spent, entry.held, entry.unconfirmed)]
+            row += [str(new - old) for new, old in zip(after, before, strict=True)]
+            forever = isinf(entry.ends_at)
+            window = known.window(key)
+            row += [
+                0 if forever else int((max(entry.ends_at, now) + PRUNE_AFTER - now) * 1000),
+                *(carried(key), commit.key(self.connection.key("names"))),
+                0 if window is None else commit.key(window),
+                *(commit.key(self.connection.key("ends")), 0 if forever else entry.ends_at),
+            ]
+        commit.contends = commit.contends or exact or bound is not None
+        commit.accounts.append(row)
+        commit.names.append(key)
+
+    @property
+    def _dirty(self) -> set[str]:
+        assert self._core is not None
+        return self._core.accounts.dirty
+
+    def _write_limiters(self, core: AdmissionCore, commit: Commit) -> None:
+        changes = core.changes
+        assert changes is not None
+        for key in changes.limiters:
+            state = core.limiter_state(key)
+            if state is not None and shared(state.limit):
+                told, settings = state.dump(), limit_json(state.limit)
+                self._limiter_row(key, commit, commit.text(told), commit.text(settings))
+                commit.limits.append((key, told, settings))
+        for reservation, verdict, refusal in changes.verdicts:
+            late = verdict == REFUSED and refusal is not None and refusal.reason == "rate_limited"
+            name = reservation.limit_key
+            if late and name is not None and name not in changes.limiters and name in self._known.limiters:
+                self._limiter_row(name, commit, 0, 0)
+                commit.limits.append((name, b"", b""))
+
+    def _limiter_row(self, key: str, commit: Commit, *places: int) -> None:
+        row = self._known.limiters.get(key)
+        commit.limiters.append(
+            [commit.key(self.connection.key("limiter", key)), "" if row is None else row[2], *places]
+        )
+        commit.contends = True
+
+    def _write_terms(self, core: AdmissionCore, commit: Commit) -> None:
+        for title in core.terms.dirty:
+            terms = core.terms.find(title)
+            if terms is not None:
+                commit.told = True
+                self.batch.call("HSET", self.connection.key("terms"), carried(title), terms_json(terms))
+
+    def _write_holds(self, core: AdmissionCore) -> None:
+        changes = core.changes
+        assert changes is not None
+        single, several = (self.connection.key(kind, self.owner) for kind in ("holds", "drawn"))
+        for id, hold in changes.removed.items():
+            self.batch.call("HDEL", single if hold.drawn is None else several, carried(id))
+        kept = {single: [], several: []}  # type: dict[str, list[bytes | str]]
+        for hold in (*changes.added.values(), *(each for each in changes.resized if each.id not in changes.added)):
+            if hold.id in core.holds:
+                kept[single if hold.drawn is None else several] += (carried(hold.id), hold_json(hold))
+        for key, pairs in kept.items():
+            for at in range(0, len(pairs), _FIELDS):
+                self.batch.call("HSET", key, *pairs[at : at + _FIELDS])
+
+    # -- the commit ----------------------------------------------------------------------------------------------------
+    def commit(self) -> None:
+        """Have the server apply the transaction, if it is still as what it was decided on."""
+        if self._sent is None:
+            commit = self._commit
+            assert commit is not None
+            if not commit and not self._commits.locked:
+                return
+            head = {
+                "leased": self._leased,
+                "replies": bool(self._after),
+                **self._known.head(bool(commit.accounts) or commit.told),
+            }
+            self._sent = self._commits.prepared(commit, head)
+        sent = self._timing.monotonic()
+        try:
+            answer = self._commits.send(self._sent)
+        except DoubtError:
+            raise
+        except BaseException:
+            self._sent = None
+            raise
+        self._sent = None
+        status, rest = answer[0], answer[6:]
+        if status == b"lost":
+            self._lose_all()
+            self._opened = False
+            raise ChangedError
+        self._known.heard(answer[1:6], sent, status == b"ok")
+        if status == b"ok":
+            self._applied(answer[2], *rest)
+        elif status == b"done":  # its answer was lost
+            self._applied(rest[0], None, rest[1])
+        else:
+            self._not_applied(status, answer[3], rest)
+
+    def _applied(self, n: bytes, accounts: list[Any] | None, replies: list[Any]) -> None:
+        commit, core = self._commit, self._core
+        assert commit is not None
+        assert core is not None
+        self._known.wrote(commit, n.decode(), accounts, core)
+        self._leased = self._leased or self._renewed
+        self._busy_since = None
+        self._remembered = {}
+        self._commits.locked = False
+        after, commands = self._after, self.batch.commands
+        self._end()
+        for (name, key, _), reply in zip(commands, replies, strict=False):
+            if isinstance(reply, Exception):
+                _log.error("A command of a commit to %s failed: %s %s: %s", self.path, name, key, reply)
+        for place, function in after:
+            function(replies[place] if place < len(replies) else None)
+
+    def _not_applied(self, status: bytes, terms: bytes, rest: list[Any]) -> None:
+        """Others changed something: it is known now what, and the transaction is to be decided again."""
+        commit = self._commit
+        assert commit is not None
+        now = time.monotonic()
+        if self._busy_since is None:
+            self._busy_since = now
+        elif now - self._busy_since > BUSY_LIMIT:
+            self._busy_since = None
+            raise StoreUnavailableError(f"The store {self.path} is written to by others without end")
+        if status != b"void":
+            self._unowned = self._unowned or bool(rest[0])
+            self._known.found(commit, terms, rest[1], rest[2])
+        if status == b"again":
+            self._commits.locked = self._commits.locked or bool(rest[3])
+        else:
+            if status == b"wait":
+                self._commits.wait_for_turn()
+            self._look(commit.names, [key for key, _, _ in commit.limits])
+        self._known.news = True
+        raise ChangedError
+
+    def rollback(self) -> None:
+        """Forget the transaction, if there is one."""
+        self.programs.forget()
+        self._end()
+
+    def _end(self) -> None:
+        self.batch = Batch()
+        self._after = []
+        self._renewed = False
+        self._sent = None
+        self.served.clear()
+        self._owners.clear()
+
+
+class _Cache:
+    """The answers, as the writer's operations put them into the batch of the transaction."""
+
+    def __init__(self, tables: RedisTables) -> None:
+        self._tables = tables
+
+    def put(self, key: bytes, answer: CachedAnswer, max_entries: int, max_bytes: int, now: float) -> None:
+        self._tables.answers.put(self._tables.batch, key, answer, max_entries, max_bytes, now)
+
+    def touch(self, key: bytes, now: float) -> None:
+        self._tables.answers.touch(self._tables.batch, key, now)
+
+    def clear(self) -> None:
+        self._tables.answers.clear(self._tables.batch)

@@ -1,0 +1,43 @@
+"""The time of a Redis store: its server's, whatever the clocks of its clients say."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+
+SAMPLES: Final = 16
+"""Answers that are compared: the one that took least time tells best what the server's clock said."""
+KEPT: Final = 60.0
+"""Seconds after which an answer counts no more: no two clocks run alike."""
+
+
+class RedisTime:
+    """Seconds since the epoch as the server counts them, between its answers by this process's monotonic clock.
+
+    So a client whose clock is wrong, or is set, goes by the same minute as all others. A clock of one's own, such as a
+    test's, is gone by instead of the server's.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._offset = clock.time() - clock.monotonic()
+        self._heard: deque[tuple[float, float, float]] = deque(maxlen=SAMPLES)  # how long it took, offset, when
+        self._follows = clock is SYSTEM_CLOCK
+
+    def time(self) -> float:
+        """Store time."""
+        return self._clock.monotonic() + self._offset
+
+    def monotonic(self) -> float:
+        """The clock for durations."""
+        return self._clock.monotonic()
+
+    def heard(self, seconds: bytes, micros: bytes, sent: float) -> None:
+        """The server told its time in an answer to what was sent at `sent`, by `monotonic`."""
+        if not self._follows:
+            return
+        now = self._clock.monotonic()
+        self._heard.append((now - sent, int(seconds) + int(micros) / 1e6 - (sent + now) / 2, now))
+        self._offset = min(each for each in self._heard if each[2] >= now - KEPT)[1]
