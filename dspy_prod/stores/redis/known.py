@@ -44,6 +44,7 @@ class Known:
     # -- which data it is ----------------------------------------------------------------------------------------------
     def open(self, born: str) -> bool:
         """Hear which data the server has, `born` where it has none; False where it is not what is known here."""
+        self._read(("PING",))  # to connect takes longer than to answer, and would tell the time less well
         key, sent = self._meta, self._timing.monotonic()
         _, meta, time = self._read(("HSETNX", key, "born", born), ("HMGET", key, *META), ("TIME",))
         self._timing.heard(*_parts(time), sent)

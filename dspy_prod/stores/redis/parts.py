@@ -9,6 +9,7 @@ import orjson
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.stores.redis.batch import Batch
 from dspy_prod.stores.redis.connection import Connection
+from dspy_prod.stores.redis.holds import packed
 
 
 class Parts:
@@ -27,7 +28,7 @@ class _Ledger:
 
     def write(self, batch: Batch, appended: Any, replaced: Any, served: Any) -> None:
         for record in (*appended, *(each for some in served for each in some.records()), *replaced):
-            batch.call("HSET", self._key, record.id, orjson.dumps(record._asdict()))
+            batch.call("HSET", self._key, record.id, packed(record._asdict()))
 
     def find(self, id: str) -> CallRecord | None:
         (text,) = self._connection.read([("HGET", self._key, id)])

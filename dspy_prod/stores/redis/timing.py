@@ -9,6 +9,8 @@ from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 
 SAMPLES: Final = 16
 """Answers that are compared: the one that took least time tells best what the server's clock said."""
+FAR: Final = 1.0
+"""Seconds from which on the time steps back: a clock that was wrong by so much was not the server's."""
 KEPT: Final = 60.0
 """Seconds after which an answer counts no more: no two clocks run alike."""
 
@@ -25,10 +27,11 @@ class RedisTime:
         self._offset = clock.time() - clock.monotonic()
         self._heard: deque[tuple[float, float, float]] = deque(maxlen=SAMPLES)  # how long it took, offset, when
         self._follows = clock is SYSTEM_CLOCK
+        self._floor = 0.0  # it does not go back where an answer tells that it was too far
 
     def time(self) -> float:
         """Store time."""
-        return self._clock.monotonic() + self._offset
+        return max(self._clock.monotonic() + self._offset, self._floor)
 
     def monotonic(self) -> float:
         """The clock for durations."""
@@ -40,4 +43,7 @@ class RedisTime:
             return
         now = self._clock.monotonic()
         self._heard.append((now - sent, int(seconds) + int(micros) / 1e6 - (sent + now) / 2, now))
-        self._offset = min(each for each in self._heard if each[2] >= now - KEPT)[1]
+        offset = min(each for each in self._heard if each[2] >= now - KEPT)[1]
+        if self._offset - FAR < offset < self._offset:
+            self._floor = self.time()
+        self._offset = offset
