@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, unquote, urlencode
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import without_password
@@ -25,7 +25,13 @@ DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
 URL_VARIABLE: Final = "DSPY_PROD_STORE"
 
 OnProblem = Callable[[str, dict[str, Any]], None]
-_FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'memory://'"
+_FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'redis://host:6379/0', 'memory://'"
+_SERVERS: Final = {
+    **dict.fromkeys(("redis", "valkey"), "redis"),
+    **dict.fromkeys(("rediss", "valkeys"), "rediss"),
+    "unix": "unix",
+}
+"""Schemes of Redis, and which redis-py knows for them."""
 
 _STORES: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 _KEPT: Final[list[MemoryStore]] = []
@@ -61,14 +67,16 @@ def open_store(
 
     Args:
         url: `memory://` or `memory://name`, `sqlite:///relative.db`, `sqlite:////absolute.db` with the options
-            `?synchronous=FULL`, `&lease=10` (seconds) and `&max_records=1000000`; or a store object, used as it is.
+            `?synchronous=FULL`, `&lease=10` (seconds) and `&max_records=1000000`; `redis://user:password@host:6379/0`,
+            `rediss://` (TLS), `valkey://`, `valkeys://` or `unix:///path/of/socket` with the options `?lease=10` and
+            `&max_records=1000000`, and redis-py's own; or a store object, used as it is.
         namespace: keeps programs that share a store apart.
         clock: the time of a store that is made now.
         on_problem: told of problems in the store's background work.
 
     Raises:
         ConfigError: the URL cannot be understood.
-        StoreUnavailableError: the file cannot be used; the message names it and what to do.
+        StoreUnavailableError: the file or the server cannot be used; the message names it and what to do.
     """
     if not isinstance(url, str):
         if not hasattr(url, "admit"):
@@ -81,16 +89,14 @@ def open_store(
             store = _memory(url, namespace, clock)
         elif scheme == "sqlite":
             store = _sqlite(url, namespace, clock, on_problem)
-        elif scheme in ("redis", "rediss", "valkey", "unix"):
-            raise ConfigError(
-                f"store={without_password(url)!r}: a Redis store comes later; until then use one of {_FORMS}"
-            )
+        elif scheme in _SERVERS:
+            store = _redis(url, scheme, namespace, clock, on_problem)
         else:
             raise ConfigError(f"store={without_password(url)!r} is no store URL; use one of {_FORMS}")
     if on_problem is not None and store.durable:
-        from dspy_prod.stores.sqlite.store import SqliteStore
+        from dspy_prod.stores.durable.store import DurableStore
 
-        if isinstance(store, SqliteStore):
+        if isinstance(store, DurableStore):
             store.on_problem(on_problem)
     return store
 
@@ -130,7 +136,7 @@ def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None
     except OSError as error:
         raise unavailable(str(named), error) from error
     real = os.path.realpath(named)
-    options = _options(url)
+    options, _ = _options(url, ("synchronous", "lease", "max_records"))
     key = ("sqlite", real, namespace, clock)
     with _LOCK:
         store: SqliteStore | None = _STORES.get(key)
@@ -139,12 +145,40 @@ def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None
         return store
 
 
-def _options(url: str) -> dict[str, Any]:
+def _redis(url: str, scheme: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
+    options, others = _options(url, ("lease", "max_records"), refuse=False)
+    place = Unshown(f"{_SERVERS[scheme]}://{url.partition('://')[2].partition('?')[0]}")
+    if others:
+        place = Unshown(f"{place}?{urlencode(others)}")
+    try:
+        from dspy_prod.stores.redis.connection import check
+        from dspy_prod.stores.redis.store import RedisStore
+
+        check(place)
+    except ImportError:
+        raise ConfigError(
+            f"store={without_password(url)!r} needs redis-py, which is not installed: pip install 'dspy_prod[redis]'"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"store={without_password(url)!r} is no URL of a Redis server: {error}") from None
+    key = ("redis", place, namespace, clock)
+    with _LOCK:
+        store: RedisStore | None = _STORES.get(key)
+        if store is None or store.closed:
+            store = _STORES[key] = RedisStore(place, namespace, clock=clock, on_problem=on_problem, **options)
+        return store
+
+
+def _options(url: str, known: tuple[str, ...], refuse: bool = True) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Our options in a URL, and the others, which may be refused."""
     options: dict[str, Any] = {}
+    others: list[tuple[str, str]] = []
     given = [(name, Unshown(value)) for name, value in parse_qsl(url.partition("?")[2], keep_blank_values=True)]
     for name, value in given:
         try:
-            if name == "synchronous" and value.upper() in ("NORMAL", "FULL"):
+            if name not in known and not refuse:
+                others.append((name, value))
+            elif name == "synchronous" and name in known and value.upper() in ("NORMAL", "FULL"):
                 options[name] = value.upper()
             elif name == "lease" and 0.1 <= float(value) <= 86_400:
                 options[name] = float(value)
@@ -155,6 +189,13 @@ def _options(url: str) -> dict[str, Any]:
         except ValueError:
             raise ConfigError(
                 f"store={without_password(url)!r}: {name!r} is no option of it, or its value is not possible; "
-                "options are synchronous=NORMAL|FULL, lease=<seconds, at least 0.1>, max_records=<number>"
+                f"options are {', '.join(_MEANT[each] for each in known)}"
             ) from None
-    return options
+    return options, others
+
+
+_MEANT: Final = {
+    "synchronous": "synchronous=NORMAL|FULL",
+    "lease": "lease=<seconds, at least 0.1>",
+    "max_records": "max_records=<number>",
+}

@@ -20,6 +20,35 @@ POOL: Final = 8
 """Connections at most."""
 
 
+def check(url: str) -> None:
+    """See to it that redis-py is there and can read a URL.
+
+    Raises:
+        ImportError: it is not installed.
+        ValueError: it cannot.
+    """
+    from redis.connection import parse_url
+
+    try:
+        parse_url(url)  # type: ignore[no-untyped-call]
+    except ValueError:  # its message may show what is secret
+        raise ValueError("see redis-py's redis.from_url for what it may hold") from None
+
+
+_REACH: Final = "check that the server runs and can be reached from here, and what it logs"
+_REMEDIES: Final = {
+    "OOM": "its memory is full; give it more (maxmemory), or fewer records (?max_records=)",
+    "READONLY": "it is a replica; give the address of the primary",
+    "MISCONF": "it cannot write its data to disk; see what it logs",
+    "WRONGPASS": "user or password is wrong",
+    "NOAUTH": "it wants a password: redis://:password@host",
+    "Authentication": "user or password is wrong, or missing",
+    "NOPERM": "its user may not do this; it needs all commands on keys of the namespace, and scripts",
+    "NoPermission": "its user may not do this; it needs all commands on keys of the namespace, and scripts",
+    "CROSSSLOT": "it is a cluster, reached through a proxy that does not know of hash tags",
+}
+
+
 class Connection:
     """Commands to one server, for one namespace. Thread-safe.
 
@@ -84,7 +113,10 @@ class Connection:
 
     def unavailable(self, error: BaseException) -> StoreUnavailableError:
         """The error that says so, without a password."""
-        return StoreUnavailableError(f"The store {self.shown} cannot be used: {type(error).__name__}")
+        told = str(error).partition(" ")[0]
+        why = f"{type(error).__name__} {told}" if told.isupper() and told.isalpha() else type(error).__name__
+        remedy = next((text for sign, text in _REMEDIES.items() if sign in why), _REACH)
+        return StoreUnavailableError(f"The store {self.shown} cannot be used ({why}): {remedy}")
 
     def leave(self) -> None:
         """`close`: nothing of it hinders a fork."""
