@@ -61,6 +61,7 @@ class Connection:
 
     def __init__(self, url: str, namespace: str, *, most: int = POOL, retries: int = 1) -> None:
         self.shown = without_password(url)
+        self.namespace = namespace
         self._url = url
         self._most = most
         self._retries = retries
