@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any, Final
@@ -129,7 +130,7 @@ class Commits:
                 client = self.connection.client()
                 return list(client.execute_command("EVALSHA", name, *parts))  # type: ignore[no-untyped-call]
             except redis.exceptions.NoScriptError:
-                self._load(text)
+                self._load(text)  # and where that fails, so does the next attempt
             except redis.TimeoutError as error:
                 raise DoubtError(str(self.connection.unavailable(error))) from error
             except (redis.ConnectionError, OSError) as error:
@@ -140,10 +141,8 @@ class Commits:
         raise StoreUnavailableError(f"The store {self.connection.shown} forgets its scripts")
 
     def _load(self, text: str) -> None:
-        try:
+        with contextlib.suppress(StoreUnavailableError):
             self.connection.read([("SCRIPT LOAD", text)])
-        except StoreUnavailableError as error:
-            raise DoubtError(str(error)) from error
 
     def wait_for_turn(self) -> None:
         """Until it is this process's turn, or so long that it may look."""
