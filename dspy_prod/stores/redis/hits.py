@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from dspy_prod.records import CallRecord
+from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.redis.bodies import body_of, fitting, matches, record_of
-from dspy_prod.stores.sqlite.served import Served
 
 PAGE: Final = 256
 """Hits of a page at most."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.memory_ledger import day_of
 from dspy_prod.stores.redis.batch import STEPS, Batch, Value
 from dspy_prod.stores.redis.bodies import body_of, fitting
@@ -18,7 +19,6 @@ from dspy_prod.stores.redis.ledger_keys import LedgerKeys
 from dspy_prod.stores.redis.summed import read_sums, read_totals
 from dspy_prod.stores.redis.summing import Summing
 from dspy_prod.stores.sqlite.hits import is_hit
-from dspy_prod.stores.sqlite.served import Served
 
 STEP: Final = "ledger"
 _LUA: Final = ("ledger.lua", "ledger_sums.lua", "ledger_hits.lua", "ledger_rows.lua")
@@ -30,8 +30,8 @@ KEEP_DAYS: Final = 90
 """Days after which a record is no longer kept, counted from when it was written."""
 KEEP_SUMS_DAYS: Final = 400
 """Days for which the sums of a day are kept after the last change to them."""
-MAX_RECORDS: Final = 1_000_000
-"""Records that are kept, unless told otherwise: about a gigabyte of the server's memory."""
+MAX_RECORDS: Final = 200_000
+"""Records that are kept, unless told otherwise: 0.3 GB of the server's memory, about 1.5 kB each with indices."""
 
 _DAY: Final = 86_400
 _AT_LEAST: Final = 16
@@ -66,15 +66,16 @@ class RedisLedger:
     ) -> list[CallRecord]:
         """Append and replace records, with the sums they change; those that cannot be written, which have no day.
 
-        A record that is appended with the id of one that is there replaces it, too.
+        A row that is appended with the id of another takes its place, too; a hit is looked for only where `replaced`
+        says so.
         """
         if not (appended or replaced or served):
             return []
         new, lost = _dated(appended)
         again, lost_again = _dated(replaced)
         summing = Summing()
-        loose = [record for record in new if is_hit(record)]
-        rows = [record for record in new if not is_hit(record)] if loose else new
+        loose = [record for record in new if _is_loose(record)]
+        rows = [record for record in new if not _is_loose(record)] if loose else new
         pages: list[bytes] = []
         for some in Served.together(served):
             if len(some) >= LEAST:
@@ -132,6 +133,11 @@ class RedisLedger:
     def sums(self, dimension: str, since_day: str | None, most: int | None) -> list[tuple[str, Totals]]:
         """(value, sums since a day) of one dimension, the dearest first, see `Ledger`."""
         return read_sums(self._connection, self._keys, dimension, since_day, most)
+
+
+def _is_loose(record: CallRecord) -> bool:
+    """Whether a record may be kept on a page, where it is found by how its ids begin."""
+    return is_hit(record) and f"{record.id}{record.call_id}".isascii()
 
 
 def _dated(records: Iterable[CallRecord]) -> tuple[list[CallRecord], list[CallRecord]]:

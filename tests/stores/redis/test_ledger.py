@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dspy_prod.records import OTHER, CallRecord, Totals, rollup_keys
+from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
 from dspy_prod.stores.redis import ledger as module
 from dspy_prod.stores.redis.batch import STEPS, Batch
@@ -19,7 +20,6 @@ from dspy_prod.stores.redis.bodies import SELECTIVE
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.hits import LEAST, PAGE, SPREAD
 from dspy_prod.stores.redis.ledger import STEP, RedisLedger
-from dspy_prod.stores.sqlite.served import Served
 from tests.stores.redis.committing import commit
 from tests.stores.support import CENT, DAY, record
 
@@ -386,6 +386,24 @@ def test_lua_and_python_say_the_same() -> None:
     assert tuple(re.findall(r"'(\w+)'", fields)) == SELECTIVE
     assert f"LEAST, PAGE, SPREAD = {LEAST}, {PAGE}, {SPREAD:.0f}" in text
     assert f"OTHER = '{OTHER}'" in text
+
+
+def test_no_write_takes_more_commands_because_there_are_many_records(connection: Connection) -> None:
+    """Rows, pages, and what has to go for them."""
+    ledger = Written(connection, 1_000)
+    taken = []
+    for start in range(0, 2_000, 200):
+        kinds = [
+            hit(n, trace_id=f"t{n}") if n % 2 else record(f"id-{n:08x}", trace_id=f"t{n}")
+            for n in range(start, start + 200)
+        ]
+        connection.client().config_resetstat()
+        ledger.put(*(each._replace(started_at=DAY + int(each.id[3:], 16) / 100) for each in kinds))
+        stats = connection.client().info("commandstats").values()
+        taken.append(sum(each["calls"] for each in stats))
+    assert len(ledger.found()) <= 1_000
+    assert max(taken[1:5]) <= 1.1 * taken[0], taken
+    assert max(taken) <= 2.5 * taken[0], taken
 
 
 def test_either_version_of_the_protocol_is_read(connection: Connection, valkey: str) -> None:
