@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Iterable, Sequence
+from itertools import count
 from operator import itemgetter
 
 import orjson
@@ -30,8 +33,8 @@ def read_totals(
     names, named = [day for day, _ in days], carried(dimension)
     if value is not None:
         return _of_one(connection, keys, named, names, carried(value))
-    days_rows = _values(connection, keys, named, names)
-    found = [(day, value, Totals._make(totals)) for day, rows in days_rows for value, totals in rows]
+    each = zip(names, _values(connection, keys, named, names), strict=True)
+    found = [(day, name, Totals(*some.at(place))) for day, some in each for place, name in enumerate(some.values)]
     return sorted(found, key=itemgetter(0, 1))
 
 
@@ -43,13 +46,17 @@ def read_sums(
     if dimension == "all":
         found = [("", _added([totals for _, totals in days]))] if days else []
         return found[:most]
-    each = [dict(rows) for _, rows in _values(connection, keys, carried(dimension), [day for day, _ in days])]
+    each = _values(connection, keys, carried(dimension), [day for day, _ in days])
     costs: dict[str, int] = {}
-    for rows in each:
-        for value, totals in rows.items():
-            costs[value] = costs.get(value, 0) + totals[0]
+    for some in each:
+        for value, cost in zip(some.values, some.costs(), strict=True):
+            costs[value] = costs.get(value, 0) + cost
     dearest = sorted(costs, key=lambda value: (-costs[value], value))[:most]
-    return [(value, _added([rows[value] for rows in each if value in rows])) for value in dearest]
+    places = [dict(zip(some.values, count())) for some in each]
+    return [
+        (value, _added([some.at(place[value]) for some, place in zip(each, places, strict=True) if value in place]))
+        for value in dearest
+    ]
 
 
 def _added(each: Iterable[Sequence[int]]) -> Totals:
@@ -61,27 +68,43 @@ def _days(
 ) -> list[tuple[str, Totals]]:
     """The days that have sums, oldest first, and what each sums up to as a whole."""
     first, last = since_day or "", until_day or "~"
-    ((_, rows),) = _values(connection, keys, DAYS[1], [DAYS[0]])
-    return [(day, Totals(*totals)) for day, totals in sorted(rows) if first <= day <= last]
+    (some,) = _values(connection, keys, DAYS[1], [DAYS[0]])
+    return sorted((day, Totals(*some.at(place))) for place, day in enumerate(some.values) if first <= day <= last)
 
 
-def _values(
-    connection: Connection, keys: LedgerKeys, dimension: str, days: Sequence[str]
-) -> list[tuple[str, Iterable[tuple[str, tuple[int, ...]]]]]:
-    """(value, sums) of every value of a dimension, for each of some days."""
+def _values(connection: Connection, keys: LedgerKeys, dimension: str, days: Sequence[str]) -> list[_Values]:
+    """The values of a dimension and their sums, of each of some days."""
     if not days:
         return []
     names, sums = connection.read([("MGET", *(of(day, dimension) for day in days)) for of in (keys.names, keys.sums)])
-    return [(day, _rows(listed, packed)) for day, listed, packed in zip(days, names, sums, strict=True)]
+    return [_Values(listed, packed) for listed, packed in zip(names, sums, strict=True)]
 
 
-def _rows(listed: bytes | None, packed: bytes | None) -> Iterable[tuple[str, tuple[int, ...]]]:
-    try:
-        values = orjson.loads(b"[%s]" % (listed or b"")[:-1])
-    except ValueError as error:
-        raise StoreUnavailableError("the sums of the ledger are damaged; begin a new namespace") from error
-    size = len(values) * SUMS.size
-    return zip(values, SUMS.iter_unpack((packed or b"")[:size].ljust(size, b"\0")), strict=True)
+class _Values:
+    """What one day has of a dimension: there may be thousands, of which few are shown.
+
+    Attributes:
+        values: in the order of their places.
+    """
+
+    def __init__(self, listed: bytes | None, packed: bytes | None) -> None:
+        try:
+            self.values: list[str] = orjson.loads(b"[%s]" % (listed or b"")[:-1])
+        except ValueError as error:
+            raise StoreUnavailableError("the sums of the ledger are damaged; begin a new namespace") from error
+        size = len(self.values) * SUMS.size
+        self._numbers = array("q", (packed or b"")[:size].ljust(size, b"\0"))
+        if sys.byteorder == "little":
+            self._numbers.byteswap()
+
+    def costs(self) -> Sequence[int]:
+        """What each cost."""
+        return self._numbers[:: len(Totals._fields)]
+
+    def at(self, place: int) -> Sequence[int]:
+        """The sums of one."""
+        width = len(Totals._fields)
+        return self._numbers[place * width : (place + 1) * width]
 
 
 def _of_one(

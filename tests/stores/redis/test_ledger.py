@@ -108,7 +108,7 @@ def varied(chance: random.Random, number: int) -> CallRecord:
     return record(f"id-{number:08x}", **fields)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_reads_cannot_tell_a_hit_from_a_row(ledger: Written, short: None, seed: int) -> None:
     """Every filter, two filters together, bounds and limits, whatever is on a page, loose, a row, or replaced."""
     chance = random.Random(seed)
@@ -124,7 +124,7 @@ def test_reads_cannot_tell_a_hit_from_a_row(ledger: Written, short: None, seed: 
             ledger.put(*again, *new)
     newest_first = sorted(known.values(), key=lambda row: (row.started_at, row.id), reverse=True)
     assert ledger.found() == newest_first
-    for _ in range(150):
+    for _ in range(100):
         equals = {}
         for name in chance.sample(["id", *SELECTIVE, "route", "tag:team"], chance.choice([0, 1, 1, 2, 3])):
             equals[name] = "a" if name == "tag:team" else getattr(chance.choice(newest_first), name) or "a"
