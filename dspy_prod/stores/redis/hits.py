@@ -13,7 +13,7 @@ import orjson
 
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.durable.served import Served
-from dspy_prod.stores.redis.bodies import body_of, fitting, matches, record_of
+from dspy_prod.stores.redis.bodies import SELECTIVE, body_of, fitting, matches, record_of
 
 PAGE: Final = 256
 """Hits of a page at most."""
@@ -122,9 +122,12 @@ def found_in(
         hidden = set(orjson.loads(b"[%s]" % gone)) if gone else ()
         own = [(_OWN.index(name), name, value) for name, value in wanted if name in _OWN]
         common = [(name, value) for name, value in wanted if name not in _OWN]
+        texts = [(name, value) for name, value in common if name in SELECTIVE]
+        others = [(name, value) for name, value in common if name not in SELECTIVE]
+        name, text = texts[0] if texts else ("", None)
         found: list[Found] = []
         for template, rows in groups:
-            if common and not matches(template, common):
+            if template.get(name) != text or not matches(template, texts[1:]) or not matches(template, others):
                 continue
             for each in rows:
                 at = each[2]
@@ -137,5 +140,5 @@ def found_in(
                     continue
                 found.append(Found(at, each[0], template, each))
         return found
-    except (ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         return []
