@@ -8,9 +8,6 @@ from typing import Final
 from dspy_prod.stores.base import CachedAnswer
 from dspy_prod.stores.sqlite.inserting import Inserting, among, portions
 
-TOUCH_AFTER: Final = 60.0
-"""Seconds after which a used entry is marked as used again: the order of eviction is that exact."""
-
 _EVICT_AT_ONCE: Final = 64
 
 GET: Final = "SELECT value, expires_at, stale_until, size, used_at FROM cache WHERE ns = ? AND key = ?"

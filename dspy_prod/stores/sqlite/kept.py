@@ -1,58 +1,25 @@
-"""The response cache of a SQLite store, as callers use it: reading beside the writer, writing through it."""
+"""The response cache of a SQLite store, as callers use it."""
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
 
-from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.base import CachedAnswer
-from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
-from dspy_prod.stores.durable.transactions import Transactions
-from dspy_prod.stores.sqlite.answers import TOUCH_AFTER, read_answer
+from dspy_prod.stores.durable import kept
+from dspy_prod.stores.durable.mailbox import Mailbox
+from dspy_prod.stores.sqlite.answers import read_answer
 from dspy_prod.stores.sqlite.reader import Reader
 
 
-class KeptAnswers:
-    """Answers in the file, and those on their way to it. Its methods are the store's, see `Answers`."""
+class KeptAnswers(kept.KeptAnswers):
+    """Answers in the file, and those on their way to it."""
 
     def __init__(self, mailbox: Mailbox, reader: Reader, now: Callable[[], float]) -> None:
-        self._mailbox = mailbox
-        self._reader = reader
-        self._now = now
-        self._posted: dict[bytes, CachedAnswer] = {}
+        def find(key: bytes) -> tuple[CachedAnswer, float] | None:
+            try:
+                return reader.read(lambda connection, ns: read_answer(connection, ns, key))
+            except sqlite3.Error as error:
+                raise OSError(str(error)) from error
 
-    def get(self, key: bytes) -> CachedAnswer | None:
-        """An answer, expired or not; None when there is none, or the file cannot be read."""
-        posted = self._posted.get(key)
-        if posted is not None:
-            return posted
-        try:
-            found = self._reader.read(lambda connection, ns: read_answer(connection, ns, key))
-        except (sqlite3.Error, OSError, StoreUnavailableError):
-            return None
-        if found is None:
-            return None
-        answer, used_at = found
-        if self._now() - used_at > TOUCH_AFTER:
-            self._mailbox.post((Transactions.touch_answer, key, None))
-        return answer
-
-    def put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
-        """Keep an answer. Posted."""
-        posted = self._posted
-
-        def written() -> None:
-            if posted.get(key) is answer:
-                posted.pop(key, None)
-
-        posted[key] = answer
-        if not self._mailbox.post((Transactions.put_answer, key, (answer, max_entries, max_bytes, written))):
-            written()
-        self._mailbox.writer.inbox.ease()
-
-    def clear(self) -> None:
-        """Forget all answers of the namespace."""
-        self._posted.clear()
-        self._mailbox.post((Transactions.clear_answers, None, None))
-        self._mailbox.flush(READ_TIMEOUT)
+        super().__init__(mailbox, find, now)
