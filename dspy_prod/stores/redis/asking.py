@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError
+from functools import partial
 from typing import Any, Final, Protocol
 from urllib.parse import quote, unquote
 
+from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
 from dspy_prod.stores.redis.batch import STEPS, Batch
 from dspy_prod.stores.redis.connection import Connection
-from dspy_prod.stores.sqlite.mailbox import READ_TIMEOUT, Mailbox
 
 KEPT_FOR: Final = 400 * 86_400
 """Seconds after its last write for which an experiment, a run, or the sums of a day are kept."""
@@ -56,13 +59,11 @@ class Asking:
             StoreUnavailableError: no answer.
         """
 
-        def inside(_: Any, tables: Tables, now: float) -> list[Any]:
-            reply: list[Any] = []
-            tables.after_commit(put(tables, now), reply.append)
-            return reply
-
-        (reply,) = self._mailbox.question(inside)
-        return reply
+        replied: Future[Any] = self._mailbox.question(partial(replying, put))
+        try:
+            return replied.result(READ_TIMEOUT)
+        except TimeoutError:
+            raise StoreUnavailableError(f"The store {self.connection.shown} did not answer in time") from None
 
     def read(self, *commands: tuple[Any, ...]) -> list[Any]:
         """The replies of some commands, in one round trip, after everything that was posted before is written.
@@ -83,14 +84,31 @@ class Asking:
         self._mailbox.flush(READ_TIMEOUT)
 
 
-def enlist(tables: Tables, names: str, part: str, begin: str) -> None:
+def replying(put: Callable[[Tables, float], int], _: Any, tables: Tables, now: float) -> Future[Any]:
+    """What has the reply of the command whose place `put` tells, once the transaction under way is durable.
+
+    A transaction may be decided more than once: each time it is another future, and the last one counts.
+    """
+    replied: Future[Any] = Future()
+
+    def tell(reply: Any) -> None:
+        if isinstance(reply, Exception):
+            replied.set_exception(StoreUnavailableError(f"The store refused what it was told: {reply}"))
+        else:
+            replied.set_result(reply)
+
+    tables.after_commit(put(tables, now), tell)
+    return replied
+
+
+def enlist(batch: Batch, names: str, part: str, begin: str) -> None:
     """A key of this part is written just now: its name is to be found in the set `names`, for as long as itself.
 
     Args:
         begin: how the keys of such names begin.
     """
-    tables.batch.call("enlist", names, part, begin, _LOOKS)
-    tables.batch.call("EXPIRE", names, KEPT_FOR)
+    batch.call("enlist", names, part, begin, _LOOKS)
+    batch.call("EXPIRE", names, KEPT_FOR)
 
 
 def packed(text: str) -> bytes:

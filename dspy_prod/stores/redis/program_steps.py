@@ -58,8 +58,8 @@ end
 STEPS["program_sums"] = """
 function(key, args)
   -- (most values, where the keys of the sums begin, the value of the others, then dimension, its part of a key, value,
-  --  end, how many sums, and place and amount of each) -> how many amounts there was no room for
-  local most, sums, others, lost = tonumber(args[1]), args[2], args[3], 0
+  --  end, how many sums, and place and amount of each). A sum ends at the largest number there is.
+  local most, sums, others = tonumber(args[1]), args[2], args[3]
   local i = 4
   while i <= #args do
     local dimension, value, ended, amounts = args[i], args[i + 2], args[i + 3], tonumber(args[i + 4])
@@ -72,11 +72,28 @@ function(key, args)
       redis.call('HSET', key, dimension .. '\\0' .. value, ends and (ends .. ',' .. ended) or ended)
     end
     for j = i + 5, i + 4 + 2 * amounts, 2 do
-      local told = redis.pcall('HINCRBY', sums .. args[i + 1], args[j] .. ended .. '\\0' .. value, args[j + 1])
-      if type(told) == 'table' and told.err then lost = lost + 1 end
+      local field = args[j] .. ended .. '\\0' .. value
+      local told = redis.pcall('HINCRBY', sums .. args[i + 1], field, args[j + 1])
+      if type(told) == 'table' and told.err then
+        redis.call('HSET', sums .. args[i + 1], field, '9223372036854775807')
+      end
     end
     i = i + 5 + 2 * amounts
   end
-  return lost
+  return 0
 end
+"""
+
+FIND: Final = """
+-- Newest first, the rows of an index from a member on that have all these texts in them; reads only. (from, to, how
+-- many to look at, how long a member is before the id, texts) -> {how many there were, the last member, rows...}
+local members = redis.call('ZREVRANGEBYLEX', KEYS[1], ARGV[1], ARGV[2], 'LIMIT', 0, ARGV[3])
+local found, ids = {#members, members[#members] or ''}, {}
+for i, member in ipairs(members) do ids[i] = string.sub(member, ARGV[4] + 1) end
+for _, row in ipairs(#ids > 0 and redis.call('HMGET', KEYS[2], unpack(ids)) or {}) do
+  local fits = row
+  for i = 5, #ARGV do fits = fits and string.find(row, ARGV[i], 1, true) end
+  if fits then found[#found + 1] = row end
+end
+return found
 """

@@ -13,6 +13,8 @@ import orjson
 
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import OTHER
+from dspy_prod.stores.durable.mailbox import Mailbox
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
 from dspy_prod.stores.programs import (
     COMPARED,
@@ -23,20 +25,19 @@ from dspy_prod.stores.programs import (
     program_keys,
     together,
 )
-from dspy_prod.stores.redis.asking import KEPT_FOR, Asking, Tables, enlist, packed, part_of, unpacked
+from dspy_prod.stores.redis.asking import KEPT_FOR, Asking, enlist, packed, part_of, unpacked
 from dspy_prod.stores.redis.batch import Batch, Value
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.program_rows import call_of, call_row, moment, moment_from
-from dspy_prod.stores.redis.program_steps import INDEXED, MOMENT, STARTED
-from dspy_prod.stores.sqlite.mailbox import Mailbox
+from dspy_prod.stores.redis.program_steps import FIND, INDEXED, MOMENT, STARTED
 from dspy_prod.stores.sqlite.rows import clean
-from dspy_prod.stores.sqlite.transactions import Transactions
 
 _log = logging.getLogger("dspy_prod")
 
 MAX_RECORDS: Final = 100_000
 """Records kept unless said otherwise: 80 MB of the server's memory."""
-_PAGE: Final = 1_000
+_PAGE: Final = 500
+"""Records looked at in one step at the server, which does nothing else meanwhile."""
 _MOST: Final = 2**63 - 1
 
 _Ended = tuple[str, str, str, bytes]
@@ -65,12 +66,12 @@ class RedisPrograms:
         """The transaction was undone: its calls are put again."""
         self._put.clear()
 
-    def write(self, tables: Tables, now: float) -> None:
+    def write(self, batch: Batch, now: float) -> None:
         """Add to the commit the calls that were put."""
         calls, self._put = [fit for call in self._put if (fit := _fit(call)) is not None], []
         if not calls:
             return
-        self._write_calls(tables.batch, [call for call, _ in calls], [row for _, row in calls], now)
+        self._write_calls(batch, [call for call, _ in calls], [row for _, row in calls], now)
         days: dict[str, dict[_Ended, ProgramTotals]] = {}
         for some in together([call for call, _ in calls]):
             first, share = some[0], ProgramTotals.of(*some)
@@ -80,7 +81,7 @@ class RedisPrograms:
                 key = (day, dimension, value, ended)
                 sums[key] = sums[key].plus(share) if key in sums else share
         for day, sums in days.items():
-            self._write_sums(tables, day, sums)
+            self._write_sums(batch, day, sums)
 
     def _write_calls(self, batch: Batch, calls: list[ProgramCall], rows: list[bytes], now: float) -> None:
         self._place = max(self._place, int(now * 1e6))
@@ -95,14 +96,13 @@ class RedisPrograms:
         for parts in ((), *(("by", name) for name in (STARTED, *INDEXED))):
             batch.call("EXPIRE", self._key(*parts), KEPT_FOR)
 
-    def _write_sums(self, tables: Tables, day: str, sums: Mapping[_Ended, ProgramTotals]) -> None:
-        batch, begin = tables.batch, self._key("sums", day) + ":"
-        values: list[Value] = [MAX_VALUES_PER_DAY, begin, OTHER]
+    def _write_sums(self, batch: Batch, day: str, sums: Mapping[_Ended, ProgramTotals]) -> None:
+        values: list[Value] = [MAX_VALUES_PER_DAY, self._key("sums", day) + ":", OTHER]
         for (_, dimension, value, ended), totals in sums.items():
             amounts = [each for place, total in enumerate(totals) if total for each in (place, _amount(total))]
             values += (packed(dimension), part_of(dimension), packed(str(value)), ended, len(amounts) // 2, *amounts)
-        tables.after_commit(batch.call("program_sums", self._key("ends", day), *values), _tell)
-        enlist(tables, self._key("days"), day, self._key("ends") + ":")
+        batch.call("program_sums", self._key("ends", day), *values)
+        enlist(batch, self._key("days"), day, self._key("ends") + ":")
         dimensions = {dimension for _, dimension, _, _ in sums}
         keys = [self._key("ends", day), *(self._key("sums", day, each) for each in dimensions)]
         for key in keys:
@@ -124,24 +124,22 @@ class RedisPrograms:
 
         if "id" in equals:
             (row,) = self.connection.read([("HGET", self._key(), packed(clean(equals["id"])))])
-            found = [call for call in (row is not None and call_of(row),) if call and fits(call)]
-            return found[:limit]
+            one = None if row is None else call_of(row)
+            return [one][:limit] if one is not None and fits(one) else []
         best = next((name for name in COMPARED if name in equals and name in INDEXED), None)
         index, begin = self._key("by", best or STARTED), b"" if best is None else packed(clean(equals[best])) + b"\0"
         first = b"[" + begin + (b"" if since is None else moment_from(since))
         last = b"[" + begin + b"\xff" if until is None else b"(" + begin + moment_from(until)
-        skip = len(begin) + MOMENT
-        found = []
-        page = _PAGE if limit is None or len(wanted) > (best is not None) else max(1, min(limit, _PAGE))
+        needles = [orjson.dumps({name: clean(value)})[1:-1] for name, value in equals.items() if name != best]
+        found: list[ProgramCall] = []
+        page = _PAGE if limit is None or needles else max(1, min(limit, _PAGE))
         while limit is None or len(found) < limit:
-            (members,) = self.connection.read([("ZREVRANGEBYLEX", index, last, first, "LIMIT", 0, page)])
-            if members:
-                (rows,) = self.connection.read([("HMGET", self._key(), *(member[skip:] for member in members))])
-                kept = (call_of(row) for row in rows if row is not None)
-                found += [call for call in kept if call is not None and fits(call)]
-            if len(members) < page:
+            asked = ("EVAL", FIND, 2, index, self._key(), last, first, page, len(begin) + MOMENT, *needles)
+            ((count, end, *rows),) = self.connection.read([asked])
+            found += [call for row in rows if (call := call_of(row)) is not None and fits(call)]
+            if count < page:
                 break
-            last = b"(" + members[-1]
+            last = b"(" + end
         return found[:limit]
 
     def sums(
@@ -226,12 +224,6 @@ def _fit(call: ProgramCall) -> tuple[ProgramCall, bytes] | None:
 
 def _amount(total: int) -> int:
     return max(-_MOST, min(total, _MOST))
-
-
-def _tell(lost: int) -> None:
-    """Sums end at 9 billion dollars."""
-    if lost:
-        _log.error("%d sums of programs' calls have reached the largest number there is, and do not grow", lost)
 
 
 def _sums_of_day(day: str, row: Mapping[bytes, bytes]) -> list[ProgramSums]:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Final
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.privacy.visible import carried
-from dspy_prod.stores.redis.asking import KEPT_FOR, Asking, Tables, enlist, named, packed, part_of, unpacked
+from dspy_prod.stores.durable.mailbox import Mailbox
+from dspy_prod.stores.durable.transactions import Transactions
+from dspy_prod.stores.redis.asking import KEPT_FOR, Asking, Tables, enlist, named, packed, part_of, replying, unpacked
 from dspy_prod.stores.redis.batch import STEPS
 from dspy_prod.stores.redis.connection import Connection
-from dspy_prod.stores.sqlite.mailbox import Mailbox
-from dspy_prod.stores.sqlite.transactions import Transactions
 from dspy_prod.stores.vocabulary import Size
 
 MOST_ANSWERS: Final = 500_000
@@ -76,27 +77,33 @@ class RedisRuns:
 
     def keep(self, run: str, key: bytes, response: bytes, served_model: str, again: bool) -> Future[int]:
         kept: Future[int] = Future()
-        replied: Future[list[int]] = Future()
+        written: Future[Future[int]] = Future()
 
-        def put(_: Any, tables: Tables, __: float) -> list[int]:
-            reply: list[int] = []
+        def put(tables: Tables, _: float) -> int:
             values = key, response, "1" if again else "0", MOST_ANSWERS, MOST_BYTES
-            tables.after_commit(tables.batch.call("run_keep", self._key(run), *values), reply.append)
+            place = tables.batch.call("run_keep", self._key(run), *values)
             self._touch(tables, run)
-            return reply
+            return place
 
-        def tell(future: Future[list[int]]) -> None:
-            error = future.exception()
+        def tell(replied: Future[int]) -> None:
+            error = replied.exception()
             if error is not None:
                 kept.set_exception(error)
-            elif (ordinal := future.result()[0]) < 0:
+            elif replied.result() < 0:
                 kept.set_exception(StoreUnavailableError(f"The run {run!r} has as many answers as are kept of one"))
             else:
-                kept.set_result(ordinal)
+                kept.set_result(replied.result())
 
-        replied.add_done_callback(tell)
-        if not self._mailbox.post((Transactions.answer, replied, put)):
-            replied.set_exception(StoreUnavailableError(f"The store {self._connection.shown} is closed"))
+        def wait(written: Future[Future[int]]) -> None:
+            error = written.exception()
+            if error is None:
+                written.result().add_done_callback(tell)
+            else:
+                kept.set_exception(error)
+
+        written.add_done_callback(wait)
+        if not self._mailbox.post((Transactions.answer, written, partial(replying, put))):
+            written.set_exception(StoreUnavailableError(f"The store {self._connection.shown} is closed"))
         return kept
 
     def count(self, run: str) -> int:
@@ -176,7 +183,7 @@ class RedisRuns:
     def _touch(self, tables: Tables, run: str) -> None:
         """It is among the runs, and has as long to live as what was written just now."""
         names = self._connection.key("runs")
-        enlist(tables, names, part_of(carried(run)), self._connection.key("run") + ":")
+        enlist(tables.batch, names, part_of(carried(run)), self._connection.key("run") + ":")
         for key in self._keys(run):
             tables.batch.call("EXPIRE", key, KEPT_FOR)
 

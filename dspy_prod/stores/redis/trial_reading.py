@@ -16,7 +16,30 @@ Look = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
 
 CHECKPOINT: Final = ("checkpoint", "checkpoint_revision", "checkpoint_at")
 TALLY: Final = ("units", "mixed", "late", "stray", "unkept")
-_PAGE: Final = 1_000
+PAGE: Final = 500
+"""Units read in one step at the server, which does nothing else meanwhile."""
+
+READ: Final = """
+-- Units whose numbers lie between two, and what counts for them; reads only. (metric, from, to) -> {a line of each
+-- unit, "number mixed row"; a line of each that has calls, "number sums", or of each value, "number value at"}
+local metric, first, last = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local numbers, units, told = {}, {}, {}
+for number = first, last do numbers[#numbers + 1] = string.format('%d', number) end
+local rows, mixed = redis.call('HMGET', KEYS[1], unpack(numbers)), redis.call('HMGET', KEYS[2], unpack(numbers))
+local calls = metric == '*' and redis.call('HMGET', KEYS[3], unpack(numbers)) or {}
+for i, number in ipairs(numbers) do
+  if rows[i] then units[#units + 1] = number .. ' ' .. (mixed[i] or '0') .. ' ' .. rows[i] end
+  if calls[i] then told[#told + 1] = number .. ' ' .. calls[i] end
+end
+if metric ~= '*' then
+  local from, to = string.format('[%s %012d ', metric, first), string.format('(%s %012d!', metric, last)
+  for _, id in ipairs(redis.call('ZRANGEBYLEX', KEYS[4], from, to)) do
+    local value = redis.call('HGET', KEYS[5], id)
+    if value then told[#told + 1] = string.match(id, '^%S* 0*(%d+)') .. ' ' .. value end
+  end
+end
+return {table.concat(units, '\\n'), table.concat(told, '\\n')}
+"""
 
 
 def trial_of(name: str, row: list[Any] | None) -> Trial | None:
@@ -89,8 +112,8 @@ def seen(look: Look, key: str, unit: str) -> str | None:
 
 def last_over(look: Look, key: str, before: float, first: int, last: int) -> int:
     """The last unit that is over, among those after `first` up to `last`; 0 where there is none."""
-    for end in range(last, first, -_PAGE):
-        numbers = range(end, max(first, end - _PAGE), -1)
+    for end in range(last, first, -PAGE):
+        numbers = range(end, max(first, end - PAGE), -1)
         (rows,) = look([("HMGET", f"{key}:units", *numbers)])
         for number, row in zip(numbers, rows, strict=True):
             if row is not None and float(row.split(b" ", 1)[0]) <= before:
@@ -100,51 +123,33 @@ def last_over(look: Look, key: str, before: float, first: int, last: int) -> int
 
 def matured(look: Look, key: str, metric: str | None, first: int, last: int) -> list[Matured]:
     """The units after number `first` up to `last`, which were all told already, so that nothing changes any more."""
-    if last <= first:
-        return []
-    numbers = range(first + 1, last + 1)
-    commands: list[tuple[Any, ...]] = [("HMGET", f"{key}:{part}", *numbers) for part in ("units", "mixed")]
+    part = metric_part(metric)
+    keys = [f"{key}:{name}" for name in ("units", "mixed", "calls", "ids", "values")]
+    pages = [(begin + 1, min(last, begin + PAGE)) for begin in range(first, last, PAGE)]
+    replies = look([("EVAL", READ, len(keys), *keys, part, *page) for page in pages])
+    units = [_unit(line) for told, _ in replies for line in told.splitlines()]
+    rows = [line.split(b" ") for _, told in replies for line in told.splitlines()]
     if metric is None:
-        commands.append(("HMGET", f"{key}:calls", *numbers))
-    else:
-        part = metric_part(metric)
-        commands.append(("ZRANGEBYLEX", f"{key}:ids", f"[{part} {first + 1:012d} ", f"({part} {last:012d}!"))
-    units, mixed, more = look(commands)
-    values = {} if metric is None else _values(look, key, more)
-    calls = more if metric is None else [None] * len(numbers)
-    return [
-        _with_calls(_unit(number, unit, out)._replace(values=values.get(number, Values())), sums)
-        for number, unit, out, sums in zip(numbers, units, mixed, calls, strict=True)
-        if unit is not None
-    ]
+        calls = {int(number): (_calls(sums[:7]), _calls([b"1", *sums[7:]])) for number, *sums in rows}
+        return [
+            unit._replace(calls=calls[unit.number][0], first_call=calls[unit.number][1])
+            if unit.number in calls
+            else unit
+            for unit in units
+        ]
+    found: dict[int, list[tuple[float, float]]] = {}
+    for number, value, at in rows:
+        found.setdefault(int(number), []).append((float(value), float(at)))
+    return [unit._replace(values=Values.of(found[unit.number])) if unit.number in found else unit for unit in units]
 
 
-def _unit(number: int, row: bytes, mixed: bytes | None) -> Matured:
-    at, stage, full, propensity, arm, unit = row.split(b" ", 5)
+def _unit(line: bytes) -> Matured:
+    number, mixed, at, stage, full, propensity, arm, unit = line.split(b" ")
     return Matured(
-        number, unpacked(unit), int(stage), named(arm), float(propensity), float(at), int(full), mixed == b"1"
+        int(number), named(unit), int(stage), named(arm), float(propensity), float(at), int(full), mixed == b"1"
     )
 
 
-def _with_calls(unit: Matured, row: bytes | None) -> Matured:
-    if row is None:
-        return unit
-    sums = [float(each) for each in row.split(b" ")]
-    return unit._replace(calls=_calls(sums[:7]), first_call=_calls([1, *sums[7:]]))
-
-
-def _calls(sums: list[float]) -> Calls:
+def _calls(sums: list[bytes]) -> Calls:
     calls, failed, fell_back, high, low, timed, latency = sums
-    return Calls(int(calls), int(failed), int(fell_back), int(high) * HALF + int(low), int(timed), latency)
-
-
-def _values(look: Look, key: str, fields: list[bytes]) -> dict[int, Values]:
-    if not fields:
-        return {}
-    found: dict[int, list[tuple[float, float]]] = {}
-    (rows,) = look([("HMGET", f"{key}:values", *fields)])
-    for field, row in zip(fields, rows, strict=True):
-        if row is not None:
-            value, at = row.split(b" ")
-            found.setdefault(int(field.split(b" ", 2)[1]), []).append((float(value), float(at)))
-    return {number: Values.of(values) for number, values in found.items()}
+    return Calls(int(calls), int(failed), int(fell_back), int(high) * HALF + int(low), int(timed), float(latency))

@@ -5,7 +5,7 @@ units it has, and for each metric its window (`window <metric>`) and up to which
 `read`: the highest of them). Beside it (`PARTS`) are
 
     :numbers  hash: unit -> number
-    :units    hash: number -> "at stage full propensity arm unit", of the first exposure
+    :units    hash: number -> "at stage full propensity arm unit", of the first exposure (names as in keys)
     :later    hash: number -> "stage full arm" a line, of later stages
     :mixed    hash: number -> 1 where it is to be left out, else 0, of units that saw two arms within a stage
     :arms     hash: "u|f|m stage full arm" -> units, units seen first there, mixed ones

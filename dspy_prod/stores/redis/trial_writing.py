@@ -85,7 +85,7 @@ def _arguments(thing: Thing, now: float) -> tuple[Value, ...]:
     if isinstance(thing, Exposure):
         stage, full, arm = str(int(thing.stage)), str(int(thing.full)), part_of(thing.arm)
         at, propensity = min(thing.at, now), thing.propensity
-        row = f"{_exact(at)} {stage} {full} {_exact(propensity)} {arm} ".encode() + unit
+        row = f"{_exact(at)} {stage} {full} {_exact(propensity)} {arm} {part_of(thing.unit)}"
         return "e", unit, stage, full, arm, "1" if propensity < 1 else "0", row
     if isinstance(thing, Call):
         _, failed, fell_back, list_nano, timed, latency = Calls.of(thing)

@@ -1,6 +1,6 @@
 """What Redis keeps of experiments. Reads beside the writer, and writes through it.
 
-An experiment is kept for 400 days after it was last written, its audit included.
+An experiment is kept for 400 days after something was last written or read of its units, its audit included.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime.processes import is_gone, this_process
+from dspy_prod.stores.durable.mailbox import Mailbox
+from dspy_prod.stores.durable.posting import Posting
 from dspy_prod.stores.redis.asking import Asking, Tables, enlist, named, packed, part_of, unpacked
 from dspy_prod.stores.redis.batch import Value
 from dspy_prod.stores.redis.connection import Connection
@@ -29,8 +31,6 @@ from dspy_prod.stores.redis.trial_reading import (
 )
 from dspy_prod.stores.redis.trial_steps import HEAD
 from dspy_prod.stores.redis.trial_writing import Thing, keys_of, metric_part, touch, write_things
-from dspy_prod.stores.sqlite.mailbox import Mailbox
-from dspy_prod.stores.sqlite.posting import Posting
 from dspy_prod.stores.trial_terms import (
     CREATED,
     GRACE,
@@ -49,6 +49,8 @@ from dspy_prod.stores.trial_terms import (
     ready_before,
 )
 
+_BEHIND: Final = 10_000
+"""Things kept while nothing can be written: they are written at once then, and everybody waits for that."""
 _STEP: Final = 1_000
 """Units over which a mark is moved in one commit: others wait for it."""
 _LEASE_KEPT: Final = 86_400
@@ -70,7 +72,8 @@ class RedisTrials:
         """Go by these. Experiments keep this object for as long as they live, so it serves a forked child as well."""
         self._asking = Asking(mailbox, connection)
         self._connection = connection
-        self._post = Posting[Thing](mailbox, self._write, "exposures, calls and outcomes of experiments")
+        what = "exposures, calls and outcomes of experiments"
+        self._post = Posting[Thing](mailbox, self._write, what, _BEHIND)
 
     # -- experiments -------------------------------------------------------------------------------------------------
     def create(self, name: str, declaration: str, windows: Mapping[str | None, float], grace: float = GRACE) -> Trial:
@@ -81,7 +84,7 @@ class RedisTrials:
         def put(tables: Tables, now: float) -> int:
             key = self._connection.key
             place = tables.batch.call("trial_create", key("trial", name), *head, repr(now), *told)
-            enlist(tables, key("trials"), part_of(name), key("trial") + ":")
+            enlist(tables.batch, key("trials"), part_of(name), key("trial") + ":")
             touch(tables, self._connection, name)
             return place
 
@@ -173,7 +176,9 @@ class RedisTrials:
                 nonlocal before
                 before = ready_before(now, window, grace)
                 moments = repr(window), repr(before), repr(now + grace)
-                return tables.batch.call("trial_advance", key, metric_part(metric), *moments, some, over)
+                place = tables.batch.call("trial_advance", key, metric_part(metric), *moments, some, over)
+                touch(tables, self._connection, trial.name)
+                return place
 
             begun, mark, ahead = self._asking.commit(put)
             left -= mark - begun

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import pytest
 
@@ -12,9 +14,12 @@ from dspy_prod.stores.redis.connection import Connection
 from tests.stores import test_contract, test_programs, test_trials
 from tests.stores.redis.standin import Served
 
+STORES: Final = {"store", "still", "make_store"}
+
 
 @pytest.fixture
 def make_store(valkey: str) -> Iterator[Callable[..., Served]]:
+    """Make a store on the server; all are closed at the end."""
     made: list[Served] = []
     here = uuid.uuid4().hex
 
@@ -27,14 +32,17 @@ def make_store(valkey: str) -> Iterator[Callable[..., Served]]:
         store.close()
 
 
-for _name, _test in vars(test_trials).items():
-    if _name.startswith("test_"):
-        globals()[_name] = _test
-for _name in ("answers_of_a_run", "an_answer_that", "ordinals", "namespaces_keep_answers", "notes_of", "of_many_who_write"):
-    for _full, _test in vars(test_contract).items():
-        if _full.startswith(f"test_{_name}"):
-            globals()[_full] = _test
-for _full, _test in vars(test_programs).items():
-    if _full.startswith("test_") and "store" in _test.__code__.co_varnames[: _test.__code__.co_argcount] and "path" not in _test.__code__.co_varnames[: _test.__code__.co_argcount]:
-        globals()[_full] = _test
-del _test
+def promised(module: Any, of: str = "") -> dict[str, Any]:
+    """The tests of a module that run against every store, and speak of this."""
+    return {
+        name: test
+        for name, test in vars(module).items()
+        if name.startswith("test_")
+        and STORES & set(inspect.signature(test).parameters)
+        and of in inspect.getsource(test)
+    }
+
+
+globals().update(promised(test_trials))
+globals().update(promised(test_programs))
+globals().update(promised(test_contract, "store.runs"))
