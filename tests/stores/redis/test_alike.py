@@ -32,17 +32,18 @@ def make_store(valkey: str) -> Iterator[Callable[..., Served]]:
         store.close()
 
 
-def promised(module: Any, of: str = "") -> dict[str, Any]:
+def promised(module: Any, of: str = "", but: str = "nothing") -> dict[str, Any]:
     """The tests of a module that run against every store, and speak of this."""
+    tests = {name: test for name, test in vars(module).items() if name.startswith("test_")}
     return {
         name: test
-        for name, test in vars(module).items()
-        if name.startswith("test_")
-        and STORES & set(inspect.signature(test).parameters)
+        for name, test in tests.items()
+        if STORES & set(inspect.signature(test).parameters)
         and of in inspect.getsource(test)
+        and but not in inspect.getsource(test)
     }
 
 
 globals().update(promised(test_trials))
 globals().update(promised(test_programs))
-globals().update(promised(test_contract, "store.runs"))
+globals().update(promised(test_contract, ".runs", "granted("))
