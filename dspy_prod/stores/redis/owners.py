@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime.processes import this_process
 from dspy_prod.stores.admission.holds import Hold
+from dspy_prod.stores.redis.batch import Batch
 from dspy_prod.stores.redis.commits import Commit
+from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.holds import hold_of
-
-if TYPE_CHECKING:
-    from dspy_prod.stores.redis.tables import RedisTables
 
 HOLDING: Final = ("holds", "drawn")
 """For single calls, and for several."""
@@ -21,10 +20,20 @@ _OWNERS: Final = 100
 """Processes looked at in one transaction."""
 
 
+class Writing(Protocol):
+    """Tables with a transaction under way."""
+
+    batch: Batch
+    owner: str
+
+    @property
+    def connection(self) -> Connection: ...
+
+
 class Owners:
     """Leases, as one process's transactions read and write them."""
 
-    def __init__(self, tables: RedisTables) -> None:
+    def __init__(self, tables: Writing) -> None:
         self._tables = tables
         self._connection = tables.connection
         self._owners, self._homes = tables.connection.key("owners"), tables.connection.key("homes")
@@ -104,11 +113,11 @@ class Owners:
                 batch.call("DEL", self._connection.key(kind, owner))
 
 
-def read_holds(connection: Any) -> int:
+def read_holds(connection: Connection) -> int:
     """Reservations not yet settled, without what is drawn ahead for several calls."""
     (owners,) = connection.read([("ZRANGE", connection.key("owners"), 0, -1)])
     counts = connection.read([("HLEN", connection.key("holds", _text(owner))) for owner in owners]) if owners else []
-    return sum(counts)
+    return sum(map(int, counts))
 
 
 def _pairs(rows: Any) -> list[tuple[bytes, float]]:

@@ -7,23 +7,26 @@ one call of a script (`tables.py`, `commit.lua`), and store time is the server's
 from __future__ import annotations
 
 import uuid
-from typing import Any
 
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
-from dspy_prod.stores.base import AccountState, CachedAnswer, Terms
+from dspy_prod.stores.base import AccountState, Terms
+from dspy_prod.stores.durable.kept import KeptAnswers
 from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
 from dspy_prod.stores.durable.store import DurableStore, OnProblem
-from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.durable.writer import Writer
 from dspy_prod.stores.redis.accounts import dearest, read_accounts
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.holds import terms_of
+from dspy_prod.stores.redis.ledger import MAX_RECORDS
 from dspy_prod.stores.redis.owners import read_holds
 from dspy_prod.stores.redis.parts import Parts
+from dspy_prod.stores.redis.programs import PostedPrograms
+from dspy_prod.stores.redis.runs import RedisRuns
 from dspy_prod.stores.redis.tables import RedisTables
 from dspy_prod.stores.redis.timing import RedisTime
+from dspy_prod.stores.redis.trials import RedisTrials
 
 
 class RedisStore(DurableStore):
@@ -41,7 +44,7 @@ class RedisStore(DurableStore):
         namespace: keeps programs that share a server apart.
         clock: another one than the system's is gone by instead of the server's.
         lease: seconds after which the holds of a process that died are charged; a live one renews its lease.
-        max_records: the ledger keeps about this many newest records, None all of them; sums are kept for all.
+        max_records: the ledger keeps about this many newest records; sums are kept for all.
         on_problem: called with a name and details when something went wrong in the background.
 
     Raises:
@@ -58,7 +61,7 @@ class RedisStore(DurableStore):
         *,
         clock: Clock = SYSTEM_CLOCK,
         lease: float = 30.0,
-        max_records: int | None = 1_000_000,
+        max_records: int = MAX_RECORDS,
         on_problem: OnProblem | None = None,
     ) -> None:
         self._url = url
@@ -68,6 +71,7 @@ class RedisStore(DurableStore):
         self._lease = lease
         self._max_records = max_records
         self.now = self._time.time
+        self._trials: RedisTrials | None = None
         self._start()
         with self._writer.io:
             self._writer.tables.open()
@@ -81,6 +85,20 @@ class RedisStore(DurableStore):
         writer = Writer(tables, self._time, self._lease, self._listeners, self._terms)
         self._begin(writer, Mailbox(writer, (self._reader,)))
         self._parts = Parts(self._reader, self._max_records)
+        kept = KeptAnswers(self._mailbox, self._parts.answers.find, self.now)
+        self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
+        self.programs = PostedPrograms(self._mailbox, self._parts.programs)
+        self.runs = RedisRuns(self._mailbox, self._reader)
+        if self._trials is None:
+            self._trials = RedisTrials(self._mailbox, self._reader, self.now)
+        else:
+            self._trials.begin(self._mailbox, self._reader)
+
+    @property
+    def trials(self) -> RedisTrials:
+        """What is kept of experiments; the same object in a forked child."""
+        assert self._trials is not None
+        return self._trials
 
     @property
     def url(self) -> str:
@@ -113,8 +131,7 @@ class RedisStore(DurableStore):
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
     ) -> list[CallRecord]:
         self._settle_first()
-        found: list[CallRecord] = self._parts.ledger.records(since, until, limit, equals)
-        return found
+        return self._parts.ledger.records(since, until, limit, equals)
 
     def totals(
         self,
@@ -125,32 +142,17 @@ class RedisStore(DurableStore):
         value: str | None = None,
     ) -> list[tuple[str, str, Totals]]:
         self._settle_first()
-        found: list[tuple[str, str, Totals]] = self._parts.ledger.totals(dimension, since_day, until_day, value)
-        return found
+        return self._parts.ledger.totals(dimension, since_day, until_day, value)
 
     def sums(
         self, *, dimension: str, since_day: str | None = None, most: int | None = None
     ) -> list[tuple[str, Totals]]:
         self._settle_first()
-        found: list[tuple[str, Totals]] = self._parts.ledger.sums(dimension, since_day, most)
-        return found
-
-    # -- response cache ----------------------------------------------------------------------------------------------
-    def cache_get(self, key: bytes) -> CachedAnswer | None:
-        return None
-
-    def cache_put(self, key: bytes, answer: CachedAnswer, *, max_entries: int, max_bytes: int) -> None:
-        self._mailbox.post((Transactions.put_answer, key, (answer, max_entries, max_bytes, _nothing)))
-        self._writer.inbox.ease()
-
-    def cache_clear(self) -> None:
-        self._mailbox.post((Transactions.clear_answers, None, None))
-        self._mailbox.flush(READ_TIMEOUT)
+        return self._parts.ledger.sums(dimension, since_day, most)
 
     def cache_size(self) -> tuple[int, int]:
         self._settle_first()
-        size: tuple[int, int] = self._parts.answers.size()
-        return size
+        return self._parts.answers.size()
 
     # -- ending ------------------------------------------------------------------------------------------------------
     def close(self) -> None:
@@ -162,11 +164,3 @@ class RedisStore(DurableStore):
         """Have written what was posted before."""
         self._mailbox.alive()  # whoever only reads must also see the holds of dead processes charged
         self.flush(READ_TIMEOUT)
-
-    runs: Any
-    trials: Any
-    programs: Any
-
-
-def _nothing() -> None:
-    """An answer is written."""

@@ -24,7 +24,6 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import isinf
 from typing import Any, Final
 
 from dspy_prod.errors import StoreUnavailableError
@@ -35,15 +34,15 @@ from dspy_prod.stores.admission.accounts import PRUNE_AFTER
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.holds import Hold
-from dspy_prod.stores.base import GRANTED, REFUSED, AccountState, CachedAnswer, Terms
+from dspy_prod.stores.base import AccountState, CachedAnswer, Terms
 from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.durable.tables import ChangedError, DoubtError
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.batch import Batch
 from dspy_prod.stores.redis.cells import NoCells
+from dspy_prod.stores.redis.changed import Changed
 from dspy_prod.stores.redis.commits import Commit, Commits
 from dspy_prod.stores.redis.connection import Connection
-from dspy_prod.stores.redis.holds import hold_json, limit_json, terms_json
 from dspy_prod.stores.redis.known import Known
 from dspy_prod.stores.redis.owners import Owners
 from dspy_prod.stores.redis.parts import Parts
@@ -51,14 +50,8 @@ from dspy_prod.stores.redis.timing import RedisTime
 
 _log = logging.getLogger("dspy_prod")
 
-KEEP_ABANDONED: Final = 7 * 86_400_000
-"""Milliseconds for which a late settlement still replaces the charge of an abandoned hold."""
 BUSY_LIMIT: Final = 5.0
 """Seconds for which a transaction is decided again and again, because others change what it needs."""
-_MOST: Final = 2**63 - 1
-_EXACT: Final = 2**52
-"""Nano-USD from which on Lua's numbers do not tell whether a limit suffices."""
-_FIELDS: Final = 1000
 
 
 class RedisTables:
@@ -279,107 +272,10 @@ class RedisTables:
         assert core.changes is not None
         self._core = core
         self._commit = commit = Commit(self.batch, self._commits.reserved)
-        self._write_limiters(core, commit)
-        self._write_accounts(core, now, commit)
-        self._write_terms(core, commit)
-        self._write_holds(core)
+        Changed(self.connection, self.owner, self._known, self.batch, commit).add(core, now)
         self._owners.write(commit, core.changes.reaped)
-        for id in core.changes.forgiven:
-            key = self.connection.key("abandoned", id)
-            commit.forgiven.append(commit.key(key))
-            self.batch.call("DEL", key)
-        for hold in core.changes.abandoned.values():
-            self.batch.call("SET", self.connection.key("abandoned", hold.id), hold_json(hold), "PX", KEEP_ABANDONED)
         self.programs.write(self.batch, now)
-        self.ledger.write(self.batch, core.appended, core.replaced, self.served)
-        return []
-
-    def _write_accounts(self, core: AdmissionCore, now: float, commit: Commit) -> None:
-        changes, book = core.changes, core.accounts
-        assert changes is not None
-        bounds = dict(changes.bounds)
-        exact: set[str] = set()
-        for reservation, state, refusal in changes.verdicts:
-            if state == GRANTED and reservation.share is None:
-                for account in reservation.accounts:
-                    limit = core.terms.limit(account)
-                    bounds[account.key] = min(limit, bounds.get(account.key, limit))
-            elif state == REFUSED and refusal is not None and refusal.reason == "budget_exceeded":
-                exact.update(account.key for account in reservation.accounts)
-        for key in {*book.dirty, *exact}:
-            self._write_account(key, book.entries.get(key), key in exact, bounds.get(key), now, commit)
-
-    def _write_account(self, key: str, entry: Any, exact: bool, bound: int | None, now: float, commit: Commit) -> None:
-        known = self._known
-        *before, version = known.accounts.get(key) or (0, 0, 0, "")
-        exact = exact or (bound is not None and bound > _EXACT)
-        row: list[Any] = [commit.key(self.connection.key("account", key)), version, exact]
-        row.append("" if bound is None or exact else str(bound))
-        if entry is None or key not in self._dirty:
-            row += ["0", "0", "0", False]
-        else:
-            after = [max(-_MOST, min(each, _MOST)) for each in (entry.spent, entry.held, entry.unconfirmed)]
-            row += [str(new - old) for new, old in zip(after, before, strict=True)]
-            forever = isinf(entry.ends_at)
-            window = known.window(key)
-            row += [
-                0 if forever else int((max(entry.ends_at, now) + PRUNE_AFTER - now) * 1000),
-                *(carried(key), commit.key(self.connection.key("names"))),
-                0 if window is None else commit.key(window),
-                *(commit.key(self.connection.key("ends")), 0 if forever else entry.ends_at),
-            ]
-        commit.contends = commit.contends or exact or bound is not None
-        commit.accounts.append(row)
-        commit.names.append(key)
-
-    @property
-    def _dirty(self) -> set[str]:
-        assert self._core is not None
-        return self._core.accounts.dirty
-
-    def _write_limiters(self, core: AdmissionCore, commit: Commit) -> None:
-        changes = core.changes
-        assert changes is not None
-        for key in changes.limiters:
-            state = core.limiter_state(key)
-            if state is not None and shared(state.limit):
-                told, settings = state.dump(), limit_json(state.limit)
-                self._limiter_row(key, commit, commit.text(told), commit.text(settings))
-                commit.limits.append((key, told, settings))
-        for reservation, verdict, refusal in changes.verdicts:
-            late = verdict == REFUSED and refusal is not None and refusal.reason == "rate_limited"
-            name = reservation.limit_key
-            if late and name is not None and name not in changes.limiters and name in self._known.limiters:
-                self._limiter_row(name, commit, 0, 0)
-                commit.limits.append((name, b"", b""))
-
-    def _limiter_row(self, key: str, commit: Commit, *places: int) -> None:
-        row = self._known.limiters.get(key)
-        commit.limiters.append(
-            [commit.key(self.connection.key("limiter", key)), "" if row is None else row[2], *places]
-        )
-        commit.contends = True
-
-    def _write_terms(self, core: AdmissionCore, commit: Commit) -> None:
-        for title in core.terms.dirty:
-            terms = core.terms.find(title)
-            if terms is not None:
-                commit.told = True
-                self.batch.call("HSET", self.connection.key("terms"), carried(title), terms_json(terms))
-
-    def _write_holds(self, core: AdmissionCore) -> None:
-        changes = core.changes
-        assert changes is not None
-        single, several = (self.connection.key(kind, self.owner) for kind in ("holds", "drawn"))
-        for id, hold in changes.removed.items():
-            self.batch.call("HDEL", single if hold.drawn is None else several, carried(id))
-        kept = {single: [], several: []}  # type: dict[str, list[bytes | str]]
-        for hold in (*changes.added.values(), *(each for each in changes.resized if each.id not in changes.added)):
-            if hold.id in core.holds:
-                kept[single if hold.drawn is None else several] += (carried(hold.id), hold_json(hold))
-        for key, pairs in kept.items():
-            for at in range(0, len(pairs), _FIELDS):
-                self.batch.call("HSET", key, *pairs[at : at + _FIELDS])
+        return self.ledger.write(self.batch, core.appended, core.replaced, self.served)
 
     # -- the commit ----------------------------------------------------------------------------------------------------
     def commit(self) -> None:
