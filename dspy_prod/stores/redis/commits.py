@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
 from typing import Any, Final
 
 import orjson
@@ -14,8 +12,6 @@ from dspy_prod.stores.durable.tables import DoubtError
 from dspy_prod.stores.redis.batch import Batch, Value
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.script import script
-
-_log = logging.getLogger("dspy_prod")
 
 LOCK: Final = 250
 """Milliseconds for which who found something changed has it to himself."""
@@ -144,10 +140,7 @@ class Commits:
         with contextlib.suppress(StoreUnavailableError):
             self.connection.read([("SCRIPT LOAD", text)])
 
-    def wait_for_turn(self) -> None:
-        """Until it is this process's turn, or so long that it may look."""
-        try:
-            self.locked = bool(self.connection.read([("BLPOP", self._bells + self._owner, TURN)])[0])
-        except StoreUnavailableError as error:
-            _log.debug("No turn was told: %s", error)
-            time.sleep(0.01)
+    @property
+    def turn(self) -> tuple[str, str, float]:
+        """The command that is answered when it is this process's turn, or so late that it may look itself."""
+        return "BLPOP", self._bells + self._owner, TURN

@@ -27,6 +27,7 @@ class Known:
         limiters: state, settings and version, by key; None where there is none.
         terms: by the titles of budgets.
         news: something is other than what the core has in memory.
+        turned: what was answered to the last `turn`.
     """
 
     def __init__(self, connection: Connection, timing: RedisTime) -> None:
@@ -34,6 +35,7 @@ class Known:
         self.limiters: dict[str, tuple[bytes, bytes, str] | None] = {}
         self.terms: dict[str, Terms] = {}
         self.news = False
+        self.turned: Any = None
         self._connection = connection
         self._timing = timing
         self._meta = connection.key("meta")
@@ -110,14 +112,18 @@ class Known:
         self._seen = max(self._seen, int(n or 0))
         return self.behind or self.news
 
-    def look(self, accounts: Sequence[str], limiters: Sequence[str], part: bool = False) -> bool:
+    def look(
+        self, accounts: Sequence[str], limiters: Sequence[str], part: bool = False, turn: tuple[Any, ...] = ("PING",)
+    ) -> bool:
         """Read these; False where the server has other data now.
 
         Args:
             part: others that are known may be old, and still count.
+            turn: a command that the server answers when it is our turn.
         """
         key, sent = self._connection.key, self._timing.monotonic()
-        meta, time, *rows = self._read(
+        self.turned, meta, time, *rows = self._read(
+            turn,
             ("HMGET", self._meta, *META),
             ("TIME",),
             *(("HMGET", key("account", each), *FIELDS) for each in accounts),

@@ -189,8 +189,14 @@ class RedisTables:
         if accounts or limiters:
             self._look(accounts, limiters, part=not (behind and core.waiting()))
 
-    def _look(self, accounts: Iterable[str], limiters: Iterable[str], part: bool = True) -> None:
-        if not self._known.look(list(accounts), list(limiters), part):
+    def _look(
+        self,
+        accounts: Iterable[str],
+        limiters: Iterable[str],
+        part: bool = True,
+        turn: tuple[Any, ...] = ("PING",),
+    ) -> None:
+        if not self._known.look(list(accounts), list(limiters), part, turn):
             self._lose_all()
             raise ChangedError
 
@@ -346,9 +352,9 @@ class RedisTables:
         if status == b"again":
             self._commits.locked = self._commits.locked or bool(rest[3])
         else:
-            if status == b"wait":
-                self._commits.wait_for_turn()
-            self._look(commit.names, [key for key, _, _ in commit.limits])
+            turn = self._commits.turn if status == b"wait" else ("PING",)
+            self._look(commit.names, [key for key, _, _ in commit.limits], turn=turn)
+            self._commits.locked = self._commits.locked or (status == b"wait" and bool(self._known.turned))
         self._known.news = True
         raise ChangedError
 
