@@ -191,10 +191,10 @@ class Transactions:
             self._lost = tables.lost() or self._lost
             if self._lost:
                 self._carry_over()
-            tables.begin()
-            take_more(operations)
-            tables.foresee(self.core, operations)
             try:
+                tables.begin()
+                take_more(operations)
+                tables.foresee(self.core, operations)
                 self._decide(operations, probing)
                 return
             except ChangedError:
@@ -308,12 +308,12 @@ class Transactions:
     def _carry_over(self) -> None:
         """What the store kept is gone: write what this process knows, before anything else happens."""
         for _ in range(TRIES):
-            self.tables.begin()
-            self._leased_until = -inf
-            self.tables.changed()
-            self.core.carry_over(self.tables.remembered())
-            self.drawing.moved()
             try:
+                self.tables.begin()
+                self._leased_until = -inf
+                self.tables.changed()
+                self.core.carry_over(self.tables.remembered())
+                self.drawing.moved()
                 self._write(self._now(), self._carried)
                 return
             except ChangedError:  # others do the same

@@ -153,5 +153,7 @@ if holder == me then
         redis.call('RPUSH', head.bells .. following, '1')
         redis.call('PEXPIRE', head.bells .. following, head.patience)
     end
+elseif head.locked then
+    redis.call('LREM', KEYS[4], 0, me)
 end
 return say('ok', accounts, replies)

@@ -91,7 +91,7 @@ class Commits:
         owner: the process.
 
     Attributes:
-        locked: what was found changed is ours for a moment.
+        locked: what was found changed is ours for a moment, or will be in turn: a commit ends that.
     """
 
     def __init__(self, connection: Connection, owner: str) -> None:
@@ -109,7 +109,7 @@ class Commits:
         """A commit as it is sent, under the next number."""
         self._number += 1
         own = {"me": self._owner, "seq": self._number, "lock": LOCK, "patience": PATIENCE, "remember": REMEMBER}
-        return commit.parts({**own, "bells": self._bells, "limiter": LIMITER, **head})
+        return commit.parts({**own, "bells": self._bells, "limiter": LIMITER, "locked": self.locked, **head})
 
     def send(self, parts: list[Value]) -> list[Any]:
         """The script's answer.

@@ -15,6 +15,7 @@ from dspy_prod.stores.redis.holds import limit_of, terms_of
 from dspy_prod.stores.redis.timing import RedisTime
 
 META: Final = ("born", "n", "terms")
+_SPARE: Final = 10_000
 _UNKNOWN: Final = "?"
 """In place of a version: it was changed since, and by how much is not known."""
 
@@ -27,7 +28,6 @@ class Known:
         limiters: state, settings and version, by key; None where there is none.
         terms: by the titles of budgets.
         news: something is other than what the core has in memory.
-        turned: what was answered to the last `turn`.
     """
 
     def __init__(self, connection: Connection, timing: RedisTime) -> None:
@@ -35,7 +35,6 @@ class Known:
         self.limiters: dict[str, tuple[bytes, bytes, str] | None] = {}
         self.terms: dict[str, Terms] = {}
         self.news = False
-        self.turned: Any = None
         self._connection = connection
         self._timing = timing
         self._meta = connection.key("meta")
@@ -122,7 +121,7 @@ class Known:
             turn: a command that the server answers when it is our turn.
         """
         key, sent = self._connection.key, self._timing.monotonic()
-        self.turned, meta, time, *rows = self._read(
+        _, meta, time, *rows = self._read(
             turn,
             ("HMGET", self._meta, *META),
             ("TIME",),
@@ -205,6 +204,8 @@ class Known:
                 self.accounts[key] = fresh
             elif entry is not None:
                 self.accounts[key] = entry.spent, entry.held, entry.unconfirmed, _UNKNOWN
+        if len(self.accounts) > 2 * len(core.accounts.entries) + _SPARE:  # the core has forgotten some
+            self.accounts = {key: row for key, row in self.accounts.items() if key in core.accounts.entries}
         for key, told, settings in commit.limits:
             if told:
                 self.limiters[key] = told, settings, n

@@ -16,6 +16,8 @@ from dspy_prod.stores.redis.holds import hold_of
 
 HOLDING: Final = ("holds", "drawn")
 """For single calls, and for several."""
+_LATE: Final = 600_000
+"""Milliseconds for which a commit may still come late from a process that has ended."""
 _OWNERS: Final = 100
 """Processes looked at in one transaction."""
 
@@ -55,7 +57,10 @@ class Owners:
     def resign(self) -> None:
         owner = self._tables.owner
         try:
-            self._connection.read([("ZREM", self._owners, owner), ("HDEL", self._homes, owner)])
+            done = self._connection.key("done", owner)
+            self._connection.read(
+                [("ZREM", self._owners, owner), ("HDEL", self._homes, owner), ("PEXPIRE", done, _LATE)]
+            )
         except StoreUnavailableError:
             return  # the lease runs out
 

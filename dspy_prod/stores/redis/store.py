@@ -6,8 +6,10 @@ one call of a script (`tables.py`, `commit.lua`), and store time is the server's
 
 from __future__ import annotations
 
+import logging
 import uuid
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
@@ -27,6 +29,8 @@ from dspy_prod.stores.redis.runs import RedisRuns
 from dspy_prod.stores.redis.tables import RedisTables
 from dspy_prod.stores.redis.timing import RedisTime
 from dspy_prod.stores.redis.trials import RedisTrials
+
+_log = logging.getLogger("dspy_prod")
 
 
 class RedisStore(DurableStore):
@@ -75,6 +79,7 @@ class RedisStore(DurableStore):
         self._start()
         with self._writer.io:
             self._writer.tables.open()
+        self._look_at_settings()
         hold_while_forking(self, Stage.FILES)
 
     def _start(self) -> None:
@@ -106,6 +111,19 @@ class RedisStore(DurableStore):
 
     def __repr__(self) -> str:
         return f"RedisStore({self._path!r}, namespace={self._namespace!r})"
+
+    def _look_at_settings(self) -> None:
+        """Warn of a server that deletes what it was given when its memory is full: what is spent would be forgotten."""
+        try:
+            (told,) = self._reader.read([("INFO", "memory")])
+        except StoreUnavailableError:  # its user may not ask
+            return
+        policy = str(told.get("maxmemory_policy", "noeviction"))
+        if told.get("maxmemory") and policy != "noeviction":
+            _log.warning(
+                "The server of %s deletes keys when its memory is full (maxmemory-policy %s), and with them what is "
+                "spent: set it to noeviction", self._path, policy,
+            )  # fmt: skip
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def terms(self) -> list[Terms]:

@@ -102,13 +102,15 @@ class RedisTables:
 
     def _lose_all(self) -> None:
         """The server has other data than before."""
-        self._remembered = self._known.lose()
+        self._remembered = {**self._remembered, **self._known.lose()}
         self._leased = False
         self._lost = True
 
     def begin(self) -> None:
         """A transaction begins: nothing is locked for it."""
         self.open()
+        if self._lost:
+            raise ChangedError  # what is known here is carried over first
 
     def lost(self) -> bool:
         """Whether the server lost what it had, or has an older copy of it now."""
@@ -353,8 +355,8 @@ class RedisTables:
             self._commits.locked = self._commits.locked or bool(rest[3])
         else:
             turn = self._commits.turn if status == b"wait" else ("PING",)
+            self._commits.locked = True  # or may be soon, for it stands in line: it has to be left
             self._look(commit.names, [key for key, _, _ in commit.limits], turn=turn)
-            self._commits.locked = self._commits.locked or (status == b"wait" and bool(self._known.turned))
         self._known.news = True
         raise ChangedError
 
