@@ -16,8 +16,9 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from dspy_prod.compat.foreign import running_loop
+from dspy_prod.stores.durable.operations import Operation
 from dspy_prod.stores.durable.served import Given, Kind, Served
-from dspy_prod.stores.durable.transactions import Operation, Transactions
+from dspy_prod.stores.durable.transactions import Transactions
 
 GATHER: Final = 0.008
 """Seconds for which operations that nobody waits for gather, at most."""

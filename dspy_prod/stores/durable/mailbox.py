@@ -15,9 +15,10 @@ from typing import Any, Final
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Terms
+from dspy_prod.stores.durable.operations import Operation, Report
 from dspy_prod.stores.durable.process import THREADS
 from dspy_prod.stores.durable.tables import Reading
-from dspy_prod.stores.durable.transactions import Operation, Report, Transactions
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.durable.writer import Writer
 
 _log = logging.getLogger("dspy_prod")

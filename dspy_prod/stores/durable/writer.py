@@ -11,44 +11,36 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final
 
 from dspy_prod.records import CallRecord
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.line import wake
-from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Terms
+from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Terms
 from dspy_prod.stores.durable.drawn import Drawn
+from dspy_prod.stores.durable.failing import RECORDING, Failing, size_of
 from dspy_prod.stores.durable.inbox import Inbox
-from dspy_prod.stores.durable.tables import ChangedError, Copying, DoubtError, Tables
-from dspy_prod.stores.durable.transactions import Operation, Report, Transactions, UnfitError
+from dspy_prod.stores.durable.operations import Operation, Report
+from dspy_prod.stores.durable.tables import Copying, DoubtError, Tables
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.lane import Lane
 
 _log = logging.getLogger("dspy_prod")
 
 MAX_BATCH: Final = 512
 """Operations per transaction, so that other processes get their turn."""
-MAX_KEPT: Final = 100_000
-"""Operations kept while the file cannot be written; more are dropped, and said to be."""
 POLL: Final = 0.025
 """Seconds between looks for changes by other processes while reservations wait."""
 FORK_PATIENCE: Final = 5.0
 """Seconds a fork waits for a transaction to end."""
 _IDLE: Final = 5.0
-_BACK_OFF: Final = (0.05, 1.0)
 _QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
 """Operations that need no transaction."""
-_SETTLING: Final = (Transactions.settle, Transactions.settle_drawn)
-_RECORDING: Final = (*_SETTLING, Transactions.append, Transactions.append_served, Transactions.append_program)
 
 
-def _size(operations: Iterable[Operation]) -> int:
-    """How many operations these are, each cached answer counted as one."""
-    return sum([len(one) if kind is Transactions.append_served else 1 for kind, one, _ in operations])
-
-
-class Writer:
+class Writer(Failing):
     """State and body of the writer thread. Other threads use `inbox`, `local` and the attributes below.
 
     Attributes:
@@ -99,8 +91,8 @@ class Writer:
 
     def unwritten(self) -> int:
         """About how many records are posted and not in the file: all that waits, and what is kept or being written."""
-        taken = _size(
-            operation for operation in (*self._kept, *self._doing, *self._unsure) if operation[0] in _RECORDING
+        taken = size_of(
+            operation for operation in (*self._kept, *self._doing, *self._unsure) if operation[0] in RECORDING
         )
         return self.inbox.waiting() + taken
 
@@ -131,7 +123,7 @@ class Writer:
         if not self._kept and not self._alone:
             operations += self.inbox.take(MAX_BATCH - len(operations))
         operations += self.inbox.take_served()
-        self.inbox.writing = _size(operations)
+        self.inbox.writing = size_of(operations)
 
     def _wait(self) -> float:
         wait = min(self._transactions.due_in(), self.local.tick() - self._now(), _IDLE)
@@ -207,126 +199,6 @@ class Writer:
         for callback in after:
             callback()
 
-    # -- when the file cannot be written -------------------------------------------------------------------------------
-    def _failed(self, operations: list[Operation], error: Exception) -> None:
-        with self.io:
-            undecided = self._transactions.undo()
-            if not isinstance(error, UnfitError):
-                self.tables.failed(error)
-        text = str(self.tables.unavailable(error))
-        if isinstance(error, UnfitError):
-            _log.error("An operation failed in %s", self.tables.path, exc_info=error)
-            self._isolate(operations, error)
-        refusal = self._degraded(text, wait=not isinstance(error, UnfitError) or not operations)
-        self._core.fail_waiting(refusal)
-        self._refuse(undecided, refusal)
-        self._refuse_or_keep(operations)
-
-    def _degraded(self, text: str, wait: bool = True) -> Refusal:
-        """From now on nothing can be written; told when it is news."""
-        if wait:
-            first, most = _BACK_OFF
-            self._back_off = min(max(first, self._back_off * 2), most)
-            self._retry_at = time.monotonic() + self._back_off
-        known, refusal = self.failing is not None, Refusal("store_unavailable", self._back_off or None, detail=text)
-        self.failing = refusal
-        if not known:
-            _log.warning("%s. Settlements are kept and written later.", text)
-            self._report("store_degraded", {"path": self.tables.path, "error": text})
-        return refusal
-
-    def _doubt(self, error: DoubtError) -> None:
-        """The answer to a transaction is missing: nobody who waits for it is kept waiting; it stays as it is."""
-        with self.io:
-            self.tables.failed(error)
-            self._transactions.drawing.close()
-        refusal = self._degraded(str(self.tables.unavailable(error)))
-        changes = self._core.changes
-        assert changes is not None
-        self._core.fail_waiting(refusal)
-        told = []
-        with self.publishing:
-            for reservation, _, _ in changes.verdicts:
-                if reservation.state == PENDING:
-                    reservation.refusal, reservation.state = refusal, REFUSED
-                    told.append(reservation)
-        wake(told)
-
-    def _find_out(self, operations: list[Operation]) -> bool:
-        """Whether it is known now what became of the transaction whose answer was missing."""
-        unsure = self._unsure
-        try:
-            with self.io:
-                self._transactions.find_out()
-        except DoubtError as error:
-            self._doubt(error)
-            self._refuse_or_keep(operations)
-            return False
-        except ChangedError:
-            with self.io:
-                self._transactions.undo()
-            self._unsure = []
-            self._kept.extendleft(reversed(unsure))
-        except Exception as error:
-            self._unsure = []
-            self._failed(unsure, error)
-            self._refuse_or_keep(operations)
-            return False
-        else:
-            self._unsure = []
-            self._publish()
-            self._recovered()
-        return True
-
-    def _recovered(self) -> None:
-        self.failing, self._back_off = None, 0.0
-        self._report("store_recovered", {"path": self.tables.path})
-
-    def _refuse_or_keep(self, operations: list[Operation]) -> None:
-        """While nothing can be written: questions get an error, admissions a refusal; the rest waits, in order."""
-        refusal = self.failing
-        assert refusal is not None
-        for operation in operations:
-            kind, subject, detail = operation
-            if kind is Transactions.admit:
-                self._refuse([subject], refusal)
-            elif kind is Transactions.answer:
-                subject.set_exception(OSError(refusal.detail))
-            elif kind is Transactions.put_answer:
-                detail[3]()
-            elif kind is Transactions.stop:
-                kind(self._transactions, subject, detail, 0.0)
-            elif kind in (Transactions.nudge, Transactions.touch_answer):
-                pass
-            elif len(self._kept) < MAX_KEPT:
-                self._kept.append(operation)
-            else:
-                self._dropping(kind.__name__, "too many settlements and records wait to be written", _size([operation]))
-        self._publish()
-
-    def _refuse(self, reservations: list[Reservation], refusal: Refusal) -> None:
-        assert self._core.changes is not None
-        self._core.changes.verdicts.extend((reservation, REFUSED, refusal) for reservation in reservations)
-
-    def _isolate(self, operations: list[Operation], error: UnfitError) -> None:
-        """One of these can never be done: drop it, or find it by doing each alone. A settlement's money is kept."""
-        if error.index < 0 and len(operations) > 1:
-            self._alone = len(operations)
-        elif operations:
-            kind, subject, detail = operations.pop(error.index)
-            self._dropping(kind.__name__, str(error), _size([(kind, subject, detail)]))
-            if kind is Transactions.admit:
-                self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
-            elif kind is Transactions.answer:
-                subject.set_exception(error)
-            elif kind in _SETTLING and subject.record is not None:
-                self._kept.append((kind, subject._replace(record=None), detail))
-
-    def _dropping(self, kind: str, error: str, count: int = 1) -> None:
-        self._dropped += count
-        details = {"path": self.tables.path, "kind": kind, "error": error, "dropped": self._dropped}
-        self._report("operation_dropped", details)
-
     def _keep_record(self, record: CallRecord, is_new: bool) -> None:
         self.inbox.put((Transactions.append, record, is_new))
 
@@ -347,7 +219,7 @@ class Writer:
         self._core.fail_waiting(refusal)
         self._publish()
         self.local.fail_waiting(refusal)
-        lost = _size(operation for operation in (*self._kept, *self._unsure) if operation[0] in _RECORDING)
+        lost = size_of(operation for operation in (*self._kept, *self._unsure) if operation[0] in RECORDING)
         if lost:
             _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
             self._dropping("close", "the store was closed while its file could not be written", lost)

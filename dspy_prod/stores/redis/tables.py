@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from dspy_prod.errors import StoreUnavailableError
@@ -34,16 +33,18 @@ from dspy_prod.stores.admission.accounts import PRUNE_AFTER
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.holds import Hold
-from dspy_prod.stores.base import AccountState, CachedAnswer, Terms
+from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.durable.tables import ChangedError, DoubtError
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.batch import Batch
+from dspy_prod.stores.redis.caching import Caching
 from dspy_prod.stores.redis.cells import NoCells
 from dspy_prod.stores.redis.changed import Changed
 from dspy_prod.stores.redis.commits import Commit, Commits
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.known import Known
+from dspy_prod.stores.redis.link import Link
 from dspy_prod.stores.redis.owners import Owners
 from dspy_prod.stores.redis.parts import Parts
 from dspy_prod.stores.redis.timing import RedisTime
@@ -54,7 +55,7 @@ BUSY_LIMIT: Final = 5.0
 """Seconds for which a transaction is decided again and again, because others change what it needs."""
 
 
-class RedisTables:
+class RedisTables(Link):
     """One namespace of one server; see the module's docstring. Not thread-safe.
 
     Args:
@@ -67,6 +68,7 @@ class RedisTables:
     kind, noun = "redis", "data on the server"
 
     def __init__(self, connection: Connection, owner: str, timing: RedisTime, parts: Parts) -> None:
+        super().__init__()
         self.connection = connection
         self.path = connection.shown
         self.owner = owner
@@ -74,80 +76,19 @@ class RedisTables:
         self.batch = Batch()
         self.served: list[Served] = []
         self.ledger, self.programs, self.answers = parts.ledger, parts.programs, parts.answers
-        self.cache = _Cache(self)
+        self.cache = Caching(self)
         self._timing = timing
         self._commits = Commits(connection, owner)
         self._known = Known(connection, timing)
         self._owners = Owners(self)
-        self._opened = False
-        self._lost = False
         self._leased = False
         self._unowned = False
         self._renewed = False
-        self._remembered: dict[str, AccountState] = {}
         self._core: AdmissionCore | None = None
         self._commit: Commit | None = None
         self._sent: list[Any] | None = None
         self._busy_since: float | None = None
         self._after: list[tuple[int, Callable[[Any], object]]] = []
-
-    # -- the server --------------------------------------------------------------------------------------------------
-    def open(self) -> None:
-        """Find out which data this is, where that is not known since the last connection."""
-        if self._opened:
-            return
-        if not self._known.open(uuid.uuid4().hex):
-            self._lose_all()
-        self._opened = True
-
-    def _lose_all(self) -> None:
-        """The server has other data than before."""
-        self._remembered = {**self._remembered, **self._known.lose()}
-        self._leased = False
-        self._lost = True
-
-    def begin(self) -> None:
-        """A transaction begins: nothing is locked for it."""
-        self.open()
-        if self._lost:
-            raise ChangedError  # what is known here is carried over first
-
-    def lost(self) -> bool:
-        """Whether the server lost what it had, or has an older copy of it now."""
-        lost, self._lost = self._lost, False
-        return lost
-
-    def remembered(self) -> Mapping[str, AccountState]:
-        """What accounts held before that."""
-        return self._remembered
-
-    def forget(self) -> None:
-        """The core has forgotten what it had in memory."""
-        self._known.forget()
-
-    def lose(self) -> None:
-        """Give up a connection that the parent process uses."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection; `open` makes a new one."""
-        self._opened = False
-        self._commits.locked = False
-        self.connection.close()
-
-    def is_environment(self, error: BaseException) -> bool:
-        """The server is to blame, and not the values to be written."""
-        return isinstance(error, (OSError, StoreUnavailableError))
-
-    def unavailable(self, error: BaseException) -> StoreUnavailableError:
-        """What a person should read when the server cannot be used."""
-        if isinstance(error, StoreUnavailableError):
-            return error
-        return StoreUnavailableError(str(error) if isinstance(error, DoubtError) else f"{self.path}: {error!r}")
-
-    def failed(self, error: BaseException) -> None:
-        """A transaction failed: begin anew with another connection."""
-        self.close()
 
     # -- what the core asks for ----------------------------------------------------------------------------------------
     def load_account(self, key: str) -> AccountState | None:
@@ -372,19 +313,3 @@ class RedisTables:
         self._sent = None
         self.served.clear()
         self._owners.clear()
-
-
-class _Cache:
-    """The answers, as the writer's operations put them into the batch of the transaction."""
-
-    def __init__(self, tables: RedisTables) -> None:
-        self._tables = tables
-
-    def put(self, key: bytes, answer: CachedAnswer, max_entries: int, max_bytes: int, now: float) -> None:
-        self._tables.answers.put(self._tables.batch, key, answer, max_entries, max_bytes, now)
-
-    def touch(self, key: bytes, now: float) -> None:
-        self._tables.answers.touch(self._tables.batch, key, now)
-
-    def clear(self) -> None:
-        self._tables.answers.clear(self._tables.batch)

@@ -1,0 +1,177 @@
+"""What a writer does while nothing can be written: who waits is told, what was posted is kept, in order.
+
+The lower half of `writer.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Final
+
+from dspy_prod.stores.admission.core import AdmissionCore
+from dspy_prod.stores.admission.line import wake
+from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Reservation
+from dspy_prod.stores.durable.operations import Operation, Report
+from dspy_prod.stores.durable.tables import ChangedError, DoubtError, Tables
+from dspy_prod.stores.durable.transactions import Transactions, UnfitError
+
+_log = logging.getLogger("dspy_prod")
+
+MAX_KEPT: Final = 100_000
+"""Operations kept while nothing can be written; more are dropped, and said to be."""
+_BACK_OFF: Final = (0.05, 1.0)
+_SETTLING: Final = (Transactions.settle, Transactions.settle_drawn)
+RECORDING: Final = (*_SETTLING, Transactions.append, Transactions.append_served, Transactions.append_program)
+"""Operations that write records."""
+
+
+def size_of(operations: Iterable[Operation]) -> int:
+    """How many operations these are, each cached answer counted as one."""
+    return sum([len(one) if kind is Transactions.append_served else 1 for kind, one, _ in operations])
+
+
+class Failing:
+    """See `Writer`, whose attributes these are."""
+
+    failing: Refusal | None
+    io: threading.Lock
+    publishing: threading.Lock
+    tables: Tables
+    _transactions: Transactions
+    _core: AdmissionCore
+    _report: Report
+    _kept: deque[Operation]
+    _unsure: list[Operation]  # of a transaction that may have been written
+    _alone: int
+    _dropped: int
+    _retry_at: float
+    _back_off: float
+
+    def _publish(self) -> None:
+        """Tell what is durable now."""
+        raise NotImplementedError
+
+    def _failed(self, operations: list[Operation], error: Exception) -> None:
+        with self.io:
+            undecided = self._transactions.undo()
+            if not isinstance(error, UnfitError):
+                self.tables.failed(error)
+        text = str(self.tables.unavailable(error))
+        if isinstance(error, UnfitError):
+            _log.error("An operation failed in %s", self.tables.path, exc_info=error)
+            self._isolate(operations, error)
+        refusal = self._degraded(text, wait=not isinstance(error, UnfitError) or not operations)
+        self._core.fail_waiting(refusal)
+        self._refuse(undecided, refusal)
+        self._refuse_or_keep(operations)
+
+    def _degraded(self, text: str, wait: bool = True) -> Refusal:
+        """From now on nothing can be written; told when it is news."""
+        if wait:
+            first, most = _BACK_OFF
+            self._back_off = min(max(first, self._back_off * 2), most)
+            self._retry_at = time.monotonic() + self._back_off
+        known, refusal = self.failing is not None, Refusal("store_unavailable", self._back_off or None, detail=text)
+        self.failing = refusal
+        if not known:
+            _log.warning("%s. Settlements are kept and written later.", text)
+            self._report("store_degraded", {"path": self.tables.path, "error": text})
+        return refusal
+
+    def _doubt(self, error: DoubtError) -> None:
+        """The answer to a transaction is missing: nobody who waits for it is kept waiting; it stays as it is."""
+        with self.io:
+            self.tables.failed(error)
+            self._transactions.drawing.close()
+        refusal = self._degraded(str(self.tables.unavailable(error)))
+        changes = self._core.changes
+        assert changes is not None
+        self._core.fail_waiting(refusal)
+        told = []
+        with self.publishing:
+            for reservation, _, _ in changes.verdicts:
+                if reservation.state == PENDING:
+                    reservation.refusal, reservation.state = refusal, REFUSED
+                    told.append(reservation)
+        wake(told)
+
+    def _find_out(self, operations: list[Operation]) -> bool:
+        """Whether it is known now what became of the transaction whose answer was missing."""
+        unsure = self._unsure
+        try:
+            with self.io:
+                self._transactions.find_out()
+        except DoubtError as error:
+            self._doubt(error)
+            self._refuse_or_keep(operations)
+            return False
+        except ChangedError:
+            with self.io:
+                self._transactions.undo()
+            self._unsure = []
+            self._kept.extendleft(reversed(unsure))
+        except Exception as error:
+            self._unsure = []
+            self._failed(unsure, error)
+            self._refuse_or_keep(operations)
+            return False
+        else:
+            self._unsure = []
+            self._publish()
+            self._recovered()
+        return True
+
+    def _recovered(self) -> None:
+        self.failing, self._back_off = None, 0.0
+        self._report("store_recovered", {"path": self.tables.path})
+
+    def _refuse_or_keep(self, operations: list[Operation]) -> None:
+        """While nothing can be written: questions get an error, admissions a refusal; the rest waits, in order."""
+        refusal = self.failing
+        assert refusal is not None
+        for operation in operations:
+            kind, subject, detail = operation
+            if kind is Transactions.admit:
+                self._refuse([subject], refusal)
+            elif kind is Transactions.answer:
+                subject.set_exception(OSError(refusal.detail))
+            elif kind is Transactions.put_answer:
+                detail[3]()
+            elif kind is Transactions.stop:
+                kind(self._transactions, subject, detail, 0.0)
+            elif kind in (Transactions.nudge, Transactions.touch_answer):
+                pass
+            elif len(self._kept) < MAX_KEPT:
+                self._kept.append(operation)
+            else:
+                self._dropping(
+                    kind.__name__, "too many settlements and records wait to be written", size_of([operation])
+                )
+        self._publish()
+
+    def _refuse(self, reservations: list[Reservation], refusal: Refusal) -> None:
+        assert self._core.changes is not None
+        self._core.changes.verdicts.extend((reservation, REFUSED, refusal) for reservation in reservations)
+
+    def _isolate(self, operations: list[Operation], error: UnfitError) -> None:
+        """One of these can never be done: drop it, or find it by doing each alone. A settlement's money is kept."""
+        if error.index < 0 and len(operations) > 1:
+            self._alone = len(operations)
+        elif operations:
+            kind, subject, detail = operations.pop(error.index)
+            self._dropping(kind.__name__, str(error), size_of([(kind, subject, detail)]))
+            if kind is Transactions.admit:
+                self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
+            elif kind is Transactions.answer:
+                subject.set_exception(error)
+            elif kind in _SETTLING and subject.record is not None:
+                self._kept.append((kind, subject._replace(record=None), detail))
+
+    def _dropping(self, kind: str, error: str, count: int = 1) -> None:
+        self._dropped += count
+        details = {"path": self.tables.path, "kind": kind, "error": error, "dropped": self._dropped}
+        self._report("operation_dropped", details)
