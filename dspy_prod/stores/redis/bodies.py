@@ -19,30 +19,34 @@ SELECTIVE: Final = (
 )
 """Fields by whose values records are found, the same as in `ledger.lua`."""
 
+SUMMED: Final = ("cost_nano", "saved_nano", "input_tokens", "output_tokens")
+"""Fields whose numbers are added up."""
+
 _MOST: Final = 2**53
 """Whole numbers beyond this are not exact everywhere they go."""
 
 _OMITTED: Final[dict[str, Any]] = {**CallRecord._field_defaults, "cost_nano": None}
 _NAMES: Final = CallRecord._fields
 _IF: Final = tuple(_OMITTED.get(name, _OMITTED) for name in _NAMES)  # no value equals what stands for "always"
-_TEXTS: Final = itemgetter(*[_NAMES.index(name) for name in ("id", *SELECTIVE)])
-_MONEY: Final = itemgetter(*[_NAMES.index(name) for name in ("cost_nano", "saved_nano")])
+_TEXTS: Final = itemgetter(*map(_NAMES.index, ("id", *SELECTIVE)))
+_SUMMED: Final = itemgetter(*map(_NAMES.index, SUMMED))
 _REAL: Final = (float, int)
 
 
 def fitting(record: CallRecord) -> CallRecord:
     """The record as it can be kept: itself, where JSON and the sums can carry all of its values."""
-    exact = all(number is None or -_MOST <= number <= _MOST for number in _MONEY(record))
+    exact = all(number is None or (type(number) is int and -_MOST <= number <= _MOST) for number in _SUMMED(record))
     if exact and not {*map(type, _TEXTS(record))} - {str, type(None)}:
         try:
             orjson.dumps(tuple(record))
             return record
         except TypeError:  # halves of characters, objects
             pass
-    fit = clean_record(record)
-    texts = {name: getattr(fit, name) for name in ("id", *SELECTIVE)}
-    texts = {name: value if value is None else str(value) for name, value in texts.items()}
-    return fit._replace(**texts, estimated=bool(fit.estimated), cached=bool(fit.cached))
+    fit = clean_record(record)._asdict()
+    fit |= {name: str(fit[name]) for name in ("id", *SELECTIVE) if fit[name] is not None}
+    fit |= {name: fit[name] if type(fit[name]) is int else None for name in SUMMED}
+    fit |= {name: bool(fit[name]) for name in ("estimated", "cached")}
+    return CallRecord(**fit)
 
 
 def body_of(record: CallRecord) -> bytes:

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final
 
-from dspy_prod.records import CallRecord, Totals
+from dspy_prod.records import CallRecord, Totals, rollup_keys
 from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.memory_ledger import day_of
 from dspy_prod.stores.redis.batch import STEPS, Batch, Value
@@ -64,7 +64,7 @@ class RedisLedger:
         replaced: Sequence[CallRecord],
         served: Sequence[Served] = (),
     ) -> list[CallRecord]:
-        """Append and replace records, with the sums they change; those that cannot be written, which have no day.
+        """Append and replace records, with the sums they change; those that cannot be written.
 
         A row that is appended with the id of another takes its place, too; a hit is looked for only where `replaced`
         says so.
@@ -141,12 +141,14 @@ def _is_loose(record: CallRecord) -> bool:
 
 
 def _dated(records: Iterable[CallRecord]) -> tuple[list[CallRecord], list[CallRecord]]:
-    """(those that can be kept, as they can be; those that have no day)."""
+    """(those that can be kept, as they can be; those that have no day, or tags that are none)."""
     kept, lost = [], []
     for record in records:
         fit = fitting(record)
         try:
             day_of(fit.started_at)
+            if fit.tags != ():
+                rollup_keys(fit)
             kept.append(fit)
         except (ValueError, TypeError, OverflowError, OSError):
             lost.append(record)

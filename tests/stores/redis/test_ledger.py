@@ -222,10 +222,21 @@ def test_what_a_record_can_hold_survives(ledger: Written) -> None:
     assert [type(row.cached) for row in found.values()] == [bool] * 8
 
 
-def test_a_record_without_a_day_is_told_and_the_others_stay(ledger: Written) -> None:
-    bad = record(started_at=float("nan"))
+@pytest.mark.parametrize("value", [1.5, float("nan"), "7", 2**70, object(), True])
+@pytest.mark.parametrize("name", ["cost_nano", "saved_nano", "input_tokens", "reason", "user"])
+def test_no_value_breaks_a_commit(ledger: Written, name: str, value: Any) -> None:
+    """It would be half done."""
+    bad = [record("bad", **{name: value}), hit(1, **{name: value})]
+    assert ledger.put(*bad, record("good")) == []
+    assert ledger.put(replaced=[each._replace(**{name: None}) for each in bad]) == []
+    assert {row.id for row in ledger.found()} == {"bad", "id-00000001", "good"}
+    assert {sums.input_tokens for _, _, sums in ledger.totalled()} == {0}
+
+
+def test_a_record_without_a_day_or_with_impossible_tags_is_told_and_the_others_stay(ledger: Written) -> None:
     none: Any = None
-    assert ledger.put(bad, record("good"), replaced=[record(started_at=none)])[0] is bad
+    bad = [record(started_at=float("nan")), record(started_at=none), record(tags=none), record(tags=(("a",),))]
+    assert ledger.put(*bad[:2], record("good"), replaced=bad[2:]) == bad
     assert [row.id for row in ledger.found()] == ["good"]
 
 
