@@ -37,18 +37,22 @@ class Posting(Generic[T]):
         write: takes the tables, the things, the number of the batch (from 1 on, each larger than the one before), and
             the store's time. A batch whose transaction fails is given again under the same number.
         what: what the things are, for a log.
+        most: how many are kept while nothing can be written; None: `MOST`.
 
     Attributes:
         dropped: how many there was no room for.
     """
 
-    def __init__(self, mailbox: Mailbox, write: Callable[[Any, list[T], int, float], None], what: str) -> None:
+    def __init__(
+        self, mailbox: Mailbox, write: Callable[[Any, list[T], int, float], None], what: str, most: int | None = None
+    ) -> None:
         self.dropped = 0
         self._mailbox = mailbox
         self._inbox = mailbox.writer.inbox
         self._path = mailbox.writer.tables.path
         self._write = write
         self._what = what
+        self._most = most
         self._waiting: deque[T] = deque()
         self._listed = False  # an operation that takes them is on its way
         self._batches = 0
@@ -59,7 +63,7 @@ class Posting(Generic[T]):
         waiting = self._waiting
         if not self._mailbox.alive():
             self._drop("the store is closed")
-        elif len(waiting) >= MOST:
+        elif len(waiting) >= (self._most or MOST):
             self._drop("too many wait to be written")
         else:
             with self._lock:  # who flushes after this has an operation before his own that takes it
