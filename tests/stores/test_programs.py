@@ -14,6 +14,7 @@ from dspy_prod.stores import memory_programs
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.programs import COMPARED, ProgramCall, ProgramTotals
+from dspy_prod.stores.redis import programs as redis_programs
 from dspy_prod.stores.sqlite import program_tables
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import CENT, DAY, Problems, new_id, record
@@ -110,7 +111,7 @@ def test_a_call_counts_for_its_variant_and_for_those_around_it(store: Store) -> 
 
 def test_values_beyond_so_many_are_summed_together(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who calls with a new tag each time does not fill the table."""
-    for room in (memory_programs, program_tables):
+    for room in (memory_programs, program_tables, redis_programs):
         monkeypatch.setattr(room, "MAX_VALUES_PER_DAY", 4)
     for number in range(8):
         store.programs.append(call(tags=(("n", str(number)),)))

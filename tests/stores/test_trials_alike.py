@@ -1,8 +1,9 @@
-"""The two stores say the same of any course of events."""
+"""The stores say the same of any course of events."""
 
 from __future__ import annotations
 
 import itertools
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from hypothesis import strategies as st
 
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.trials import Call, Exposure, Outcome
 from tests.examples import examples
+from tests.stores.redis.standin import Served
 from tests.stores.support import FakeClock
+
+Stores = tuple[Any, ...]
 
 WINDOWS: dict[str | None, float] = {None: 0.0, "now": 0.0, "later": 20.0}
 METRICS = (None, "now", "later")
@@ -41,10 +46,11 @@ names = map("e{}".format, itertools.count())
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeClock, tuple[Store, Store]]]:
+def all_stores(tmp_path_factory: pytest.TempPathFactory, valkey: str) -> Iterator[tuple[FakeClock, Stores]]:
     clock = FakeClock()
     path = Path(tmp_path_factory.mktemp("alike")) / "state.db"
-    stores = MemoryStore(clock=clock), SqliteStore(str(path), clock=clock)
+    redis = Served(Connection(valkey, uuid.uuid4().hex), clock)
+    stores = MemoryStore(clock=clock), SqliteStore(str(path), clock=clock), redis
     yield clock, stores
     for store in stores:
         store.close()
@@ -52,35 +58,40 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeClock, 
 
 @given(st.lists(step, max_size=40))
 @examples(60, deadline=None)
-def test_memory_and_sqlite_say_the_same(both: tuple[FakeClock, tuple[Store, Store]], steps: list[Any]) -> None:
-    clock, stores = both
+def test_the_stores_say_the_same(all_stores: tuple[FakeClock, Stores], steps: list[Any]) -> None:
+    clock, stores = all_stores
     name = next(names)
     for store in stores:
         store.trials.create(name, "{}", WINDOWS, 10.0)
     told: dict[str | None, list[Any]] = {metric: [] for metric in METRICS}
     for kind, *rest in steps:
         if kind == "wait":
-            stores[1].flush(10)  # what is posted is written at the moment when it is posted
+            for store in stores:
+                store.flush(10)  # what is posted is written at the moment when it is posted
             clock.advance(rest[0])
             continue
-        found = [_do(store, name, kind, rest) for store in stores]
-        assert found[0] == found[1]
+        found = _alike([_do(store, name, kind, rest) for store in stores])
         if kind == "read":
             known = told[rest[0]]
-            assert found[0][: len(known)] == known[: len(found[0])], "what was told is final"
-            told[rest[0]] = max(known, found[0], key=len)
+            assert found[: len(known)] == known[: len(found)], "what was told is final"
+            told[rest[0]] = max(known, found, key=len)
     clock.advance(1_000.0)
     for look in ("counts", "tally"):
-        assert getattr(stores[0].trials, look)(name) == getattr(stores[1].trials, look)(name)
+        _alike([getattr(store.trials, look)(name) for store in stores])
     for metric in METRICS:
-        one, other = (store.trials.matured(name, metric) for store in stores)
-        assert one == other
+        one = _alike([store.trials.matured(name, metric) for store in stores])
         assert one[: len(told[metric])] == told[metric]
         assert len(one) == stores[0].trials.tally(name).units
     for each in ("u1", "u2"):
-        assert stores[0].trials.seen(name, each) == stores[1].trials.seen(name, each)
+        _alike([store.trials.seen(name, each) for store in stores])
     for store in stores:
         store.trials.remove(name)
+
+
+def _alike(found: list[Any]) -> Any:
+    """What all of them say."""
+    assert found == found[:1] * len(found)
+    return found[0]
 
 
 def _do(store: Store, name: str, kind: str, rest: list[Any]) -> Any:
