@@ -198,6 +198,17 @@ def test_a_unit_that_is_mixed_after_it_was_told_is_counted_and_not_left_out(stil
     assert [each.mixed for each in still.trials.matured("e", "resolved")] == [False, True]
 
 
+def test_a_unit_that_was_told_in_one_metric_is_left_out_in_none(still: Store, clock: FakeClock) -> None:
+    made(still)
+    expose(still, "u1")
+    expose(still, "u2")
+    clock.advance(200.0)
+    assert numbers(still.trials.matured("e", "resolved")) == [1, 2]
+    assert numbers(still.trials.matured("e", None, most=1)) == [1]
+    expose(still, "u2", "cot")
+    assert [each.mixed for each in still.trials.matured("e", None)] == [False, False]
+
+
 def test_what_is_not_left_to_chance_takes_nobody_in_and_is_noticed_as_a_second_arm(still: Store) -> None:
     made(still)
     expose(still, "staff", "cot", propensity=1.0)

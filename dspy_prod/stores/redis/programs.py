@@ -35,7 +35,7 @@ from dspy_prod.stores.sqlite.rows import clean
 _log = logging.getLogger("dspy_prod")
 
 MAX_RECORDS: Final = 100_000
-"""Records kept unless said otherwise: 80 MB of the server's memory."""
+"""Records kept unless said otherwise: 90 MB of the server's memory."""
 _PAGE: Final = 500
 """Records looked at in one step at the server, which does nothing else meanwhile."""
 _MOST: Final = 2**63 - 1

@@ -31,6 +31,8 @@ MOST_BYTES: Final = 2**30
 """Bytes of answers kept of one run."""
 
 _PARTS: Final = ("answers", "order")
+_PAGE: Final = 10_000
+"""Answers listed in one step at the server, which does nothing else meanwhile."""
 
 STEPS["run_keep"] = """
 function(key, args)
@@ -67,8 +69,10 @@ class RedisRuns:
 
     # -- answers -----------------------------------------------------------------------------------------------------
     def answers(self, run: str) -> list[tuple[bytes, int]]:
-        (names,) = self._asking.read(("LRANGE", self._key(run, "order"), 0, -1))
-        pairs = (name.split(b":", 1) for name in names)
+        key = self._key(run, "order")
+        pages = range(0, self.count(run), _PAGE)
+        replies = self._asking.look([("LRANGE", key, first, first + _PAGE - 1) for first in pages])
+        pairs = (name.split(b":", 1) for names in replies for name in names)
         return [(key, int(ordinal)) for ordinal, key in pairs]
 
     def answer(self, run: str, key: bytes, ordinal: int) -> bytes | None:

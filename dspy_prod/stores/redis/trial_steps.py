@@ -9,17 +9,18 @@ units it has, and for each metric its window (`window <metric>`) and up to which
     :later    hash: number -> "stage full arm" a line, of later stages
     :mixed    hash: number -> 1 where it is to be left out, else 0, of units that saw two arms within a stage
     :arms     hash: "u|f|m stage full arm" -> units, units seen first there, mixed ones
-    :calls    hash: number -> "calls failed fell_back nano/1e9 nano%1e9 timed latency", and the first one's behind it
+    :calls    hash: number -> "calls failed fell_back nano//1e9 nano%1e9 timed latency", and the first one's behind it
     :values   hash: "metric number id" -> "value at"
     :ids      sorted set of the fields of `:values`, in the order of metric and number
     :audit    list of decisions
 
-Numbers of nano-USD are in two halves, for Lua's are exact to 2^53 only. Whatever a step writes is written before
-anything can fail: a script is not undone.
+Nano-USD are in two halves, each summed for itself, for Lua's numbers are exact to 2^53 only. A step raises nothing
+once it has written: a script is not undone.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from dspy_prod.stores.redis.batch import STEPS
@@ -134,120 +135,4 @@ function(key, args)
 end
 """
 
-STEPS["trial_things"] = """
-function(key, args)
-  -- (most units, most values, then of each thing its kind and what it is made of)
-  local call = redis.call
-  if call('HEXISTS', key, 'revision') == 0 then return 0 end
-  local most_units, most_values = tonumber(args[1]), tonumber(args[2])
-  local known, windows, marks = {}, {}, {}
-
-  local function unit(name)
-    if known[name] == nil then
-      local number = call('HGET', key .. ':numbers', name)
-      local row = number and call('HGET', key .. ':units', number)
-      local at, stage, full, arm = string.match(row or '', '^(%S+) (%S+) (%S+) %S+ (%S*) ')
-      known[name] = at and {number = number, at = tonumber(at), stage = stage, full = full, arm = arm} or false
-    end
-    return known[name]
-  end
-  local function window(metric)
-    if windows[metric] == nil then windows[metric] = tonumber(call('HGET', key, 'window ' .. metric) or '') or false end
-    return windows[metric]
-  end
-  local function read(metric)
-    if not marks[metric] then marks[metric] = tonumber(call('HGET', key, 'read ' .. metric) or '0') end
-    return marks[metric]
-  end
-  local function lose(how) call('HINCRBY', key, how, 1) end
-  local function count(what, slot) call('HINCRBY', key .. ':arms', what .. ' ' .. slot, 1) end
-
-  local function expose(name, stage, full, arm, chance, row)
-    local slot, found = stage .. ' ' .. full .. ' ' .. arm, unit(name)
-    if not found then
-      if chance == '0' then return end
-      if tonumber(call('HGET', key, 'units') or '0') >= most_units then return lose('unkept') end
-      local number = string.format('%d', call('HINCRBY', key, 'units', 1))
-      call('HSET', key .. ':units', number, row)
-      call('HSET', key .. ':numbers', name, number)
-      known[name] = nil
-      count('u', slot)
-      return count('f', slot)
-    end
-    local had, was_full = found.arm, found.full
-    local later = ''
-    if stage ~= found.stage then
-      had, later = nil, call('HGET', key .. ':later', found.number) or ''
-      for each, its_full, its_arm in string.gmatch(later, '(%S+) (%S+) (%S*)\\n') do
-        if each == stage then had, was_full = its_arm, its_full end
-      end
-    end
-    if not had then
-      if chance == '0' then return end
-      call('HSET', key .. ':later', found.number, later .. slot .. '\\n')
-      count('u', slot)
-    elseif had ~= arm and call('HEXISTS', key .. ':mixed', found.number) == 0 then
-      local told = tonumber(call('HGET', key, 'read') or '0')
-      call('HSET', key .. ':mixed', found.number, tonumber(found.number) > told and '1' or '0')
-      count('m', stage .. ' ' .. was_full .. ' ' .. had)
-      lose('mixed')
-    end
-  end
-
-  local function takes(found, metric, at, has)
-    if tonumber(found.number) <= read(metric) then return false end
-    if window(metric) == 0 then return not has end
-    return at <= found.at + window(metric)
-  end
-
-  local function called(name, at, failed, fell, high, low, timed, latency)
-    local found = unit(name)
-    if not (found and window('*')) then return end
-    local kept = call('HGET', key .. ':calls', found.number)
-    if not takes(found, '*', tonumber(at), kept) then return lose('late') end
-    local first = failed .. ' ' .. fell .. ' ' .. high .. ' ' .. low .. ' ' .. timed .. ' ' .. latency
-    local sums = {1, failed, fell, high, low, timed, latency}
-    if kept then
-      local had = {string.match(kept, '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (.*)$')}
-      for i = 1, 7 do sums[i] = sums[i] + (tonumber(had[i]) or 0) end
-      first = had[8] or first
-      if sums[5] >= 1e9 then sums[4], sums[5] = sums[4] + 1, sums[5] - 1e9 end
-    end
-    call('HSET', key .. ':calls', found.number, string.format('%.0f %.0f %.0f %.0f %.0f %.0f %.17g %s',
-      sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7], first))
-  end
-
-  local function valued(name, metric, id, value, at)
-    local found = unit(name)
-    if not (found and window(metric)) or value == '' then return lose('stray') end
-    local first = metric .. ' ' .. string.format('%012d', found.number)
-    local has = window(metric) == 0 and
-      #call('ZRANGEBYLEX', key .. ':ids', '[' .. first .. ' ', '(' .. first .. '!', 'LIMIT', 0, 1) > 0
-    if not takes(found, metric, tonumber(at), has) then return lose('late') end
-    local field = first .. ' ' .. id
-    local fresh = call('HEXISTS', key .. ':values', field) == 0
-    if fresh then
-      if tonumber(call('HGET', key, 'values') or '0') >= most_values then return lose('unkept') end
-      call('HINCRBY', key, 'values', 1)
-      call('ZADD', key .. ':ids', 0, field)
-    end
-    call('HSET', key .. ':values', field, value .. ' ' .. at)
-  end
-
-  local i = 3
-  while i <= #args do
-    local kind = args[i]
-    if kind == 'e' then
-      expose(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6])
-      i = i + 7
-    elseif kind == 'c' then
-      called(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6], args[i + 7], args[i + 8])
-      i = i + 9
-    else
-      valued(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5])
-      i = i + 6
-    end
-  end
-  return 1
-end
-"""
+STEPS["trial_things"] = Path(__file__).with_name("trial_things.lua").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ def keys_of(connection: Connection) -> dict[str, int]:
     """The keys of a namespace, and how many seconds each has to live; -1: it has no end."""
     client = connection.client()
     begin = connection.key("").removesuffix(":")
-    keys = [key.decode() for key in client.scan_iter(count=10_000) if key.decode().startswith(begin)]
+    keys = [key.decode() for key in client.scan_iter(match=f"{begin}:*", count=10_000)]
     return {key.removeprefix(f"{begin}:"): client.ttl(key) for key in keys}
 
 

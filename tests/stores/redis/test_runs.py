@@ -46,7 +46,8 @@ def test_answers_beyond_so_many_or_so_long_cannot_be_kept(served: Served, monkey
     assert keep(served, run="another") == 0
 
 
-def test_keys_and_answers_may_hold_any_bytes(served: Served) -> None:
+def test_keys_and_answers_may_hold_any_bytes(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "_PAGE", 2)
     keys = [bytes(range(256)), b"", b":", b"0:", b"1:a"]
     for number, key in enumerate(keys):
         assert keep(served, key, bytes([number, 0, 255])) == 0

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
+import subprocess
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from dspy_prod.runtime.processes import this_process
 from dspy_prod.stores.redis import trial_reading, trial_writing, trials
-from dspy_prod.stores.redis.asking import KEPT_FOR
-from dspy_prod.stores.redis.connection import Connection
+from dspy_prod.stores.redis.asking import KEPT_FOR, named
 from dspy_prod.stores.redis.trial_steps import PARTS
 from dspy_prod.stores.trials import Arm, Call, Decision, Exposure, Lease, Outcome, Tally
 from tests.stores.redis.looking import commands, keys_of
 from tests.stores.redis.standin import Served
-from tests.stores.sqlite.test_processes import run_processes
 from tests.stores.support import FakeClock
 from tests.stores.trial_support import call, expose, made, numbers, outcome
 
@@ -42,7 +43,7 @@ def check_units(store: Served, name: str = "e") -> int:
     units = store.trials.tally(name).units
     known, rows = client.hgetall(f"{key}:numbers"), client.hgetall(f"{key}:units")
     assert sorted(map(int, known.values())) == sorted(map(int, rows)) == list(range(1, units + 1))
-    arms = Counter(row.split(b" ")[4].decode() for row in rows.values())
+    arms = Counter(named(row.split(b" ")[4]) for row in rows.values())
     first: Counter[str] = Counter()
     for arm in store.trials.counts(name):
         first[arm.arm] += arm.first
@@ -191,35 +192,49 @@ def test_nano_usd_are_exact_beyond_what_a_double_holds(open_served: Any) -> None
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
-def expose_all(url: str, namespace: str, units: int, barrier: Any, results: Any) -> None:
-    """Expose the same units as others do, each to another arm, with a call and a value each; keep a lease."""
-    store = Served(Connection(url, namespace))
-    made(store)
-    me = str(os.getpid())
-    barrier.wait(60)
-    for number in range(units):
-        unit = f"u{number}"
-        expose(store, unit, me)
-        call(store, unit, list_nano=1)
-        outcome(store, unit, 1.0, id="the same")
-    results.put((me, store.trials.lease("controller", me, 3_600.0).holder))
-    store.close()
+def test_of_two_workers_that_expose_the_same_units_the_first_wins(open_served: Callable[..., Served]) -> None:
+    """Commits of both fall between each other; each unit is counted once, with the calls of both."""
+    units, stores = 1_000, [open_served(), open_served()]
+    made(stores[0])
+    start = threading.Barrier(2)
 
+    def work(arm: int) -> None:
+        store = stores[arm]
+        start.wait(10)
+        for number in range(units):
+            unit = f"u{number if arm else units - 1 - number}"
+            expose(store, unit, f"arm {arm}")
+            call(store, unit, list_nano=1)
+            outcome(store, unit, 1.0, id="the same")
+            if number % 20 == 0:
+                store.flush()
+        store.flush()
 
-def test_processes_that_expose_the_same_units_count_each_once(served: Served, valkey: str, namespace: str) -> None:
-    """The first one wins, whichever it was; the lease of a process that has ended is free at once."""
-    units = 1_000
-    found = run_processes(expose_all, (valkey, namespace, units), 2)
-    assert {holder for _, holder in found} <= {me for me, _ in found}
-    assert check_units(served) == units
-    assert served.trials.tally("e") == Tally(units, mixed=units)
-    assert {(arm.arm, arm.mixed) for arm in served.trials.counts("e")} == {
-        (arm.arm, arm.units) for arm in served.trials.counts("e")
-    }
-    client, key = served.connection.client(), served.connection.key
+    threads = [threading.Thread(target=work, args=(arm,)) for arm in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    store = stores[0]
+    assert check_units(store) == units
+    assert store.trials.tally("e") == Tally(units, mixed=units)
+    arms = store.trials.counts("e")
+    assert [(arm.arm, arm.first, arm.mixed) for arm in arms] == [(arm.arm, arm.units, arm.units) for arm in arms]
+    assert len(arms) == 2, "both were first somewhere"
+    client, key = store.connection.client(), store.connection.key
     rows = [row.split(b" ") for row in client.hvals(key("trial", "e", "calls"))]
     assert Counter(row[0] for row in rows) == {b"2": units}
     assert client.hlen(key("trial", "e", "values")) == units
+
+
+def test_the_lease_of_a_process_that_has_ended_is_free_at_once(served: Served) -> None:
+    host, boot, *_ = this_process().split(" ")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait(30)
+    held = served.trials.lease("controller", "dead", 3_600.0)
+    assert served.trials.lease("controller", "heir", 60.0) == held
+    key = served.connection.key("trial-lease", "controller")
+    served.connection.client().hset(key, "process", f"{host} {boot} {ended.pid} -")
     assert served.trials.lease("controller", "heir", 60.0).holder == "heir"
     assert served.trials.lease("controller", "other", 60.0).holder == "heir"
 
