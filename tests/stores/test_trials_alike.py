@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.stores.redis.connection import Connection
+from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.trials import Call, Exposure, Outcome
 from tests.examples import examples
-from tests.stores.redis.standin import Served
 from tests.stores.support import FakeClock
 
 Stores = tuple[Any, ...]
@@ -49,7 +48,7 @@ names = map("e{}".format, itertools.count())
 def all_stores(tmp_path_factory: pytest.TempPathFactory, valkey: str) -> Iterator[tuple[FakeClock, Stores]]:
     clock = FakeClock()
     path = Path(tmp_path_factory.mktemp("alike")) / "state.db"
-    redis = Served(Connection(valkey, uuid.uuid4().hex), clock)
+    redis = RedisStore(valkey, uuid.uuid4().hex, clock=clock)
     stores = MemoryStore(clock=clock), SqliteStore(str(path), clock=clock), redis
     yield clock, stores
     for store in stores:
