@@ -46,6 +46,12 @@ def is_streaming() -> bool:
     return (overrides if "send_stream" in overrides else _configured)["send_stream"] is not None
 
 
+def has_callbacks(instance: Any) -> bool:
+    """Whether any of DSPy's callbacks is told of the calls of an LM: its `with_callbacks` takes longer to find out."""
+    overrides = thread_local_overrides.get()
+    return bool((overrides if "callbacks" in overrides else _configured)["callbacks"] or instance.callbacks)
+
+
 # -- an LM -----------------------------------------------------------------------------------------------------------
 ENGINES: Final = ("_engine_spec", "_async_engine_spec")
 """Attributes of an LM that hold what it sends its requests to."""

@@ -80,7 +80,7 @@ def entry_of(
 
 
 _now: Final = time.time_ns
-_second: tuple[int, str] = (0, "")  # the latest, and how it reads
+_second: tuple[int, str] = (-1, "")  # the latest, and how it reads
 
 
 def _timestamp() -> str:
@@ -96,8 +96,13 @@ def _timestamp() -> str:
 
 
 _DRAWN: Final = 64
-_drawn: Final[dict[int, list[str]]] = {}  # by process: a forked child must not have its parent's
-_VARIANT: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
+_VERSION: Final = bytes([0x40 | byte & 0x0F for byte in range(256)])
+_VARIANT: Final = bytes([0x80 | byte & 0x3F for byte in range(256)])
+
+
+_drawn: list[str] = []
+if hasattr(os, "register_at_fork"):  # a forked child must not have its parent's
+    os.register_at_fork(after_in_child=_drawn.clear)
 
 
 def _uuid() -> str:
@@ -107,25 +112,35 @@ def _uuid() -> str:
     it, but each that waits is woken. Where cached answers followed each other, all others starved.
     """
     try:
-        return _drawn[os.getpid()].pop()
-    except (KeyError, IndexError):
-        drawn = _uuids(os.urandom(16 * _DRAWN).hex())
-        one = drawn.pop()
-        _drawn.clear()
-        _drawn[os.getpid()] = drawn
+        return _drawn.pop()
+    except IndexError:
+        made = _uuids(os.urandom(16 * _DRAWN))
+        one = made.pop()
+        _drawn.extend(made)
         return one
 
 
-def _uuids(digits: str) -> list[str]:
-    """The uuids, version 4, of random hexadecimal digits."""
-    each = [digits[at : at + 32] for at in range(0, len(digits), 32)]
-    return [f"{one[:8]}-{one[8:12]}-4{one[13:16]}-{_VARIANT[one[16]]}{one[17:20]}-{one[20:]}" for one in each]
+def _uuids(random: bytes) -> list[str]:
+    """The uuids, version 4, of random bytes."""
+    drawn = bytearray(random)
+    drawn[6::16] = drawn[6::16].translate(_VERSION)
+    drawn[8::16] = drawn[8::16].translate(_VARIANT)
+    digits = drawn.hex()
+    return [
+        f"{digits[at : at + 8]}-{digits[at + 8 : at + 12]}-{digits[at + 12 : at + 16]}-{digits[at + 16 : at + 20]}-"
+        f"{digits[at + 20 : at + 32]}"
+        for at in range(0, len(digits), 32)
+    ]
 
 
 def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
+    """`_append_to_all`, if a history is kept."""
+    if keeps_history():
+        _append_to_all(lm, entry)
+
+
+def _append_to_all(lm: Recorded, entry: dict[str, Any]) -> None:
     """Add an entry to the histories of all calls, of the LM and of the modules that call it."""
-    if not keeps_history():
-        return
     overrides, configured = settings()
     _append(base_lm.GLOBAL_HISTORY, entry, base_lm.MAX_HISTORY_SIZE)
     most = (overrides if "max_history_size" in overrides else configured)["max_history_size"]
@@ -157,3 +172,4 @@ def _append(history: list[dict[str, Any]], entry: dict[str, Any], most: int) -> 
 
 finish = _finish if SHORT else finalize
 keep = _keep if SHORT else base_lm.record_history
+append = _append_to_all if SHORT else base_lm.record_history

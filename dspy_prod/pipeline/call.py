@@ -181,16 +181,21 @@ def record_served(
 
 def record_hit(pipeline: Pipeline, context: CallContext, records: list[CallRecord], saved: int | None) -> None:
     """`record_served` for an answer from memory; together with others of its kind, where nobody looks at it alone."""
-    if context.node is None and context.records is None and not pipeline.bus.active:
+    latest, kind = pipeline.kind
+    if kind is None or (context is not latest and context != latest) or kind.ended:
         kind = _kind(pipeline, context)
-        if kind is not None and kind.served(pipeline.clock.time(), saved):
-            records.append(kind.like)
-            return
-    record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST, saved)
+    if kind is not None and not pipeline.bus.active and kind.served(pipeline.clock.time(), saved):
+        records.append(kind.like)
+    else:
+        record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST, saved)
 
 
 def _kind(pipeline: Pipeline, context: CallContext) -> Kind | None:
-    """Where cached answers within a context are noted; None for the first one, which may be the only one."""
+    """Where cached answers within a context are noted; None where each is looked at alone, and for the first one, which
+    may be the only one.
+    """
+    if context.node is not None or context.records is not None:
+        return None
     latest, kind = pipeline.kind
     if context is not latest and context != latest:
         pipeline.kind = context, None
