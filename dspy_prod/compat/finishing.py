@@ -80,19 +80,19 @@ def entry_of(
 
 
 _now: Final = time.time_ns
-_second: tuple[int, str] = (-1, "")  # the latest, and how it reads
+_second: tuple[str, str] = ("", "")  # the latest, and how it reads
 
 
 def _timestamp() -> str:
     """`datetime.now().isoformat()`, of which only the fraction is written anew within a second."""
     global _second
-    second, rest = divmod(_now(), 1_000_000_000)
+    digits = f"{_now():010d}"
+    second, micros = digits[:-9], digits[-9:-3]
     known, text = _second
     if second != known:
-        text = dt.datetime.fromtimestamp(second).isoformat()
+        text = dt.datetime.fromtimestamp(int(second)).isoformat()
         _second = second, text
-    micros = rest // 1000
-    return f"{text}.{micros:06d}" if micros else text
+    return text if micros == "000000" else f"{text}.{micros}"
 
 
 _DRAWN: Final = 64

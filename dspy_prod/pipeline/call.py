@@ -182,12 +182,14 @@ def record_served(
 def record_hit(pipeline: Pipeline, context: CallContext, records: list[CallRecord], saved: int | None) -> None:
     """`record_served` for an answer from memory; together with others of its kind, where nobody looks at it alone."""
     latest, kind = pipeline.kind
-    if kind is None or (context is not latest and context != latest) or kind.ended:
+    if kind is None or (context is not latest and context != latest):
         kind = _kind(pipeline, context)
-    if kind is not None and not pipeline.bus.active and kind.served(pipeline.clock.time(), saved):
-        records.append(kind.like)
-    else:
-        record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST, saved)
+    if kind is not None and not pipeline.bus.active:
+        if kind.served(pipeline.clock.time(), saved):
+            records.append(kind.like)
+            return
+        pipeline.kind = context, None
+    record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST, saved)
 
 
 def _kind(pipeline: Pipeline, context: CallContext) -> Kind | None:
@@ -200,7 +202,7 @@ def _kind(pipeline: Pipeline, context: CallContext) -> Kind | None:
     if context is not latest and context != latest:
         pipeline.kind = context, None
         return None
-    if kind is None or kind.ended:
+    if kind is None:
         like = _row(
             context, "", 0.0, pipeline.primary, "", 0, "cached", 0, 0.0, False, EMPTY_USAGE, 0.0, True, None, ()
         )

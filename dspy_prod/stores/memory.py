@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 class Kind(Alike):
     """Cached answers whose records are alike."""
 
-    ended = False
-
     def __init__(self, like: CallRecord, store: MemoryStore) -> None:
         super().__init__(like)
         self._store = store

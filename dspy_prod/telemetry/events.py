@@ -102,9 +102,14 @@ class Event:
 
 
 class EventBus:
-    """Delivers events to listeners, outside every lock of this library, on the thread where they happened."""
+    """Delivers events to listeners, outside every lock of this library, on the thread where they happened.
+
+    Attributes:
+        active: somebody listens; callers skip building events when nobody does.
+    """
 
     def __init__(self) -> None:
+        self.active = False
         self._lock = threading.Lock()
         self._listeners: tuple[Listener, ...] = ()
         self._content_listeners: tuple[Listener, ...] = ()
@@ -114,17 +119,13 @@ class EventBus:
         """Whether anybody asked for prompts and answers."""
         return bool(self._content_listeners)
 
-    @property
-    def active(self) -> bool:
-        """Whether anybody listens; callers skip building events when nobody does."""
-        return bool(self._listeners)
-
     def add(self, listener: Listener, *, content: bool = False) -> Callable[[], None]:
         """Add a listener, with `content` for prompts and answers too; the returned function removes it again."""
         if not callable(listener):
             raise TypeError(f"a listener is a callable that takes one Event, got {type(listener).__name__}")
         with self._lock:
             self._listeners = (*self._listeners, listener)
+            self.active = True
             if content:
                 self._content_listeners = (*self._content_listeners, listener)
 
@@ -132,6 +133,7 @@ class EventBus:
             with self._lock:
                 self._listeners = tuple(item for item in self._listeners if item is not listener)
                 self._content_listeners = tuple(item for item in self._content_listeners if item is not listener)
+                self.active = bool(self._listeners)
 
         return remove
 

@@ -35,8 +35,6 @@ class Writing(Protocol):
 class Reaching(Protocol):
     """A mailbox."""
 
-    closed: bool
-
     @property
     def writer(self) -> Writing: ...
 
@@ -65,10 +63,6 @@ class Kind:
         self.listed = False
         self._mailbox = mailbox
         self._inbox = mailbox.writer.inbox
-
-    @property
-    def ended(self) -> bool:
-        return self._mailbox.closed or self._mailbox.writer.ended
 
     def served(self, at: float, saved: int | None = None) -> bool:
         """Note that one was given, in seconds since the epoch; False where nothing is written any more.
