@@ -91,11 +91,13 @@ class Served:
     Attributes:
         like: see `Kind`.
         times, saved, ids, call_ids: of each.
+        tried: they were written before, which may have succeeded; else nobody has their ids yet.
     """
 
-    __slots__ = ("call_ids", "ids", "like", "saved", "times")
+    __slots__ = ("call_ids", "ids", "like", "saved", "times", "tried")
 
     def __init__(self, like: CallRecord, given: Sequence[Given]) -> None:
+        self.tried = False
         made = IDS.several(2 * len(given))
         self.like, self.call_ids, self.ids = like, made[0::2], made[1::2]
         self.times, self.saved = [at for at, _ in given], [saved for _, saved in given]
@@ -114,6 +116,7 @@ class Served:
             whole.saved += some.saved
             whole.ids += some.ids
             whole.call_ids += some.call_ids
+            whole.tried = whole.tried or some.tried
         return list(kinds.values())
 
     def __len__(self) -> int:
