@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 from dspy.clients import base_lm
 from dspy.clients.execution import finalize
 
-from dspy_prod.compat.dspy import settings
+from dspy_prod.compat.dspy import configured, thread_local_overrides
 from dspy_prod.compat.steps import SHORT, CallResult, PreparedCall
 
 
@@ -29,7 +29,7 @@ def _finish(lm: Recorded, call: PreparedCall, result: CallResult) -> Any:
     if call.request is not None:
         return finalize(lm, call, result)
     if not result.cache_hit:
-        overrides, configured = settings()
+        overrides = thread_local_overrides.get()
         tracker = (overrides if "usage_tracker" in overrides else configured)["usage_tracker"]
         if tracker:
             tracker.add_usage(lm.model, result.usage)
@@ -44,7 +44,7 @@ def _finish(lm: Recorded, call: PreparedCall, result: CallResult) -> Any:
 
 def keeps_history() -> bool:
     """Whether calls are written into histories here."""
-    overrides, configured = settings()
+    overrides = thread_local_overrides.get()
     return not (overrides if "disable_history" in overrides else configured)["disable_history"]
 
 
@@ -141,7 +141,7 @@ def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
 
 def _append_to_all(lm: Recorded, entry: dict[str, Any]) -> None:
     """Add an entry to the histories of all calls, of the LM and of the modules that call it."""
-    overrides, configured = settings()
+    overrides = thread_local_overrides.get()
     _append(base_lm.GLOBAL_HISTORY, entry, base_lm.MAX_HISTORY_SIZE)
     most = (overrides if "max_history_size" in overrides else configured)["max_history_size"]
     if most == 0:

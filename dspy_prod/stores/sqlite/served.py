@@ -100,7 +100,8 @@ class Served:
         self.tried = False
         made = IDS.several(2 * len(given))
         self.like, self.call_ids, self.ids = like, made[0::2], made[1::2]
-        self.times, self.saved = [at for at, _ in given], [saved for _, saved in given]
+        times, saved = zip(*given, strict=True) if given else ((), ())
+        self.times, self.saved = list(times), list(saved)
 
     @classmethod
     def together(cls, taken: Sequence[Served]) -> list[Served]:
