@@ -41,7 +41,7 @@ def alike(number: int, count: int) -> AlikeBlock:
     return AlikeBlock(numbered(0), IDS.make(), tuple(map(float, numbers)), tuple(numbers))
 
 
-@given(parts=st.lists(st.integers(1, 40) | st.just(MOST_ALIKE), max_size=8), most=st.integers(1, 300), data=st.data())
+@given(parts=st.lists(st.integers(1, 20) | st.just(MOST_ALIKE), max_size=4), most=st.integers(1, 200), data=st.data())
 def test_records_alike_are_as_if_each_had_come(parts: list[int], most: int, data: st.DataObject) -> None:
     """Between others, when there are more than are kept, and when one is replaced."""
     together, one_by_one = Rows(most), Rows(most)
