@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dspy_prod.runtime.doors import door
 
 if TYPE_CHECKING:
-    from dspy_prod import registry, tracking
+    from dspy_prod import alerts, metrics, registry, tracking
     from dspy_prod.context.current import call_context
     from dspy_prod.errors import (
         BudgetExceededError,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
+        "alerts": "alerts",
         "context.current": "call_context",
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
         "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
@@ -55,6 +56,7 @@ __getattr__, __dir__ = door(
         "experiments.judging": "Judge",
         "experiments.scorecard": "Scorecard",
         "lm": "LM wrap",
+        "metrics": "metrics",
         "optimize.optimizer": "BudgetedOptimizer",
         "optimize.report": "OptimizationReport",
         "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
@@ -125,10 +127,12 @@ __all__ = [
     "UnpricedModelError",
     "UnusableAnswerError",
     "add_listener",
+    "alerts",
     "call_context",
     "call_report",
     "enable_logging",
     "health",
+    "metrics",
     "registry",
     "tracking",
     "wrap",

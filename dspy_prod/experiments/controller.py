@@ -277,7 +277,7 @@ class Controller:
             return self._change(trial, "pause", f"inconclusive: {reason}", decision, words.PAUSED)
         if self._told != (trial.stage, trial.since):
             self._told = trial.stage, trial.since
-            self._emit("inconclusive", reason, trial, None)
+            self._emit("inconclusive", reason, trial, None, decision.verdict)
         return trial
 
     def _decided(self, trial: Trial, what: str, serves: str, decision: Decision) -> Trial | None:
@@ -301,22 +301,24 @@ class Controller:
             decision=words.Decision(what, "controller", evidence),
         )  # fmt: skip
         if changed is not None:
-            self._emit(what, reason, changed, None if declaration is None else declaration.serves)
+            self._emit(what, reason, changed, None if declaration is None else declaration.serves, decision.verdict)
         return changed
 
-    def _emit(self, what: str, reason: str, trial: Trial, serves: str | None) -> None:
+    def _emit(self, what: str, reason: str, trial: Trial, serves: str | None, verdict: str) -> None:
         """Tell listeners."""
         if not BUS.active:
             return
         at, stage = time.time(), trial.stage
         if what in ("stage", "promote"):
             BUS.emit(
-                "experiment_moved", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
-            )
+                "experiment_moved", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves,
+                verdict=verdict,
+            )  # fmt: skip
         else:
             BUS.emit(
-                "experiment_alarm", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
-            )
+                "experiment_alarm", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves,
+                verdict=verdict,
+            )  # fmt: skip
 
     def _next_stage(self, trial: Trial, dropped: Sequence[str]) -> int | None:
         """The stage that follows, once this one has had its time and its units."""

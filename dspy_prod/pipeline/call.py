@@ -184,9 +184,11 @@ def record_hit(pipeline: Pipeline, context: CallContext, records: list[CallRecor
     latest, kind = pipeline.kind
     if kind is None or (context is not latest and context != latest):
         kind = _kind(pipeline, context)
-    if kind is not None and not pipeline.bus.active:
+    if kind is not None and not pipeline.bus.hears_calls:
         if kind.served(pipeline.clock.time(), saved):
             records.append(kind.like)
+            for meter in pipeline.bus.meters:
+                meter((kind.like, saved))
             return
         pipeline.kind = context, None
     record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST, saved)
@@ -260,7 +262,9 @@ def _remember(
     if collected is not None:
         collected.append(record)
     bus = pipeline.bus
-    if bus.active:
+    for meter in bus.meters:
+        meter(record)
+    if bus.hears_calls:
         bus.emit(
             "call_finished" if record.outcome in ANSWERED else "attempt_failed",
             pipeline.clock.time(), call_id=record.call_id, **context.told(),
