@@ -42,7 +42,7 @@ def post(url: str, body: bytes, timeout: float) -> Outcome:
         posting.run()  # as the program ends there are none; each step has its timeout, if not all of them together
     if not posting.done.wait(timeout):
         posting.give_up()
-        return Outcome(False, True, f"no answer within {timeout:g} s")
+        return Outcome(False, True, _late(timeout))
     return posting.outcome
 
 
@@ -69,7 +69,8 @@ class _Posting:
             self.outcome = Outcome(False, error.code in (408, 425, 429) or error.code >= 500, str(error.code), after)
         except Exception as error:  # its text may hold the URL
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            self.outcome = Outcome(False, True, type(reason).__name__)
+            why = _late(self._timeout) if isinstance(reason, TimeoutError) else type(reason).__name__
+            self.outcome = Outcome(False, True, why)
         finally:
             self.done.set()
 
@@ -106,6 +107,10 @@ def _kept(kind: Any, keep: Any) -> Any:
         return connection
 
     return make
+
+
+def _late(timeout: float) -> str:
+    return f"no answer within {timeout:g} s"
 
 
 def _seconds(text: str | None) -> float:

@@ -32,6 +32,8 @@ MOST_WAITING: Final = 1_000
 """Events, and messages, that may wait."""
 TRIES: Final = 5
 """Times a message is sent before it is given up."""
+_TOKEN: Final = 16
+"""Characters from which on a part of a URL's path is no word, but a token."""
 _BACK_OFF: Final = (1.0, 60.0)
 _MARKS: Final = {"info": ":information_source:", "warning": ":warning:", "error": ":rotating_light:"}
 
@@ -116,6 +118,8 @@ class Webhook:
 
     def __init__(self, url: str, kinds: frozenset[str], every: float, format: Format, timeout: float) -> None:
         self._url = unshown(url, "secret")
+        # Known as secrets to whatever leaves the process, an error text of a proxy for one.
+        self._tokens = [unshown(part, "secret") for part in urlsplit(url).path.split("/") if len(part) >= _TOKEN]
         self._kinds, self._every, self.timeout = kinds, every, timeout
         self._format: Callable[[Notice], Any] = _FORMATS[format] if isinstance(format, str) else format
         self._closed = False
@@ -230,6 +234,7 @@ class Webhook:
         return min(tried, max(0.0, self._folding.next_due() - now))
 
     def _take(self, events: list[tuple[str, Event]], hurry: bool) -> None:
+        self._drop(0, "too many wait")  # of those there was no room for, too
         now = time.monotonic()
         ready = []
         for kind, event in events:

@@ -184,14 +184,13 @@ def _budgets(pipelines: list[Pipeline]) -> Iterator[Gauge]:
 
 
 def _tracked() -> Iterator[Gauge]:
-    if TAP.active is None:
-        return
-    from dspy_prod.tracking import status
+    health: Any = None
+    if TAP.active is not None:
+        from dspy_prod.tracking import status
 
-    health: Any = status()
-    if health is not None:
-        yield catalogue.TRACES_WAITING, health.waiting, ()
-        yield catalogue.TRACES_LOST, health.lost + health.messages_lost, ()
+        health = status()
+    yield catalogue.TRACES_WAITING, 0 if health is None else health.waiting, ()
+    yield catalogue.TRACES_LOST, 0 if health is None else health.lost + health.messages_lost, ()
 
 
 def _caches(pipelines: list[Pipeline]) -> list[ResponseCache]:

@@ -36,7 +36,7 @@ _COUNTED: Final = {
     "fallback_response": catalogue.FALLBACK_RESPONSES, "throttled": catalogue.THROTTLED,
 }  # fmt: skip
 _ENTERED: Final = {"breaker_opened": "open", "breaker_half_open": "half_open", "breaker_closed": "closed"}
-_WAITED_FOR: Final = frozenset({"requests", "tokens", "concurrency"})
+_WAITED_FOR: Final = frozenset({"requests", "tokens", "concurrency", "paused", "pacing"})
 _SCALE: Final = {catalogue.COST: 1e9, catalogue.SAVED: 1e9}
 
 
