@@ -43,7 +43,7 @@ class Inbox:
 
     def __init__(self, take: Callable[[Any], None]) -> None:
         self._take = take
-        self.lost = 0
+        self.lost = self._failed = 0
         self._reset()
         hold_while_forking(self, Stage.STATE)
 
@@ -79,7 +79,9 @@ class Inbox:
         try:
             self._take(item)
         except Exception:
-            _log.exception("A record could not be counted in the metrics; the others are")
+            self._failed += 1
+            if self._failed & (self._failed - 1) == 0:  # the first, the second, the fourth
+                _log.exception("%d records could not be counted in the metrics; the others are", self._failed)
         return True
 
     def _begin(self) -> None:
@@ -114,5 +116,5 @@ class Inbox:
             self.taking.release()
 
     def _after_fork(self) -> None:
-        self.lost = 0
+        self.lost = self._failed = 0
         self._reset()

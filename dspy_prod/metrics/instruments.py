@@ -68,12 +68,15 @@ class Instruments:
         if not self._listening:
             put = self.inbox.put
             self._listening = (BUS.measure(put), BUS.add(put, calls=False))
+            RUNNING.append(self)
 
     def stop(self) -> None:
         """Count no more. What was counted is still told."""
         listening, self._listening = self._listening, ()
         for remove in listening:
             remove()
+        if listening:
+            RUNNING.remove(self)
 
     def _observe(self, name: str, value: float, attributes: Attributes) -> None:
         self._histograms[name].record(value, dict(attributes))
@@ -101,6 +104,10 @@ class Instruments:
             return _observed((value, attributes) for each, value, attributes in gauges if each == name)
 
         return read
+
+
+RUNNING: Final[list[Instruments]] = []
+"""Those that count, at whatever provider."""
 
 
 def _observed(told: Iterable[tuple[float, Attributes]]) -> Iterator[Observation]:

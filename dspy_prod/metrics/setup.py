@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.metrics.instruments import Instruments
+from dspy_prod.metrics.instruments import RUNNING, Instruments
 from dspy_prod.runtime.forking import RegistryLock
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ REMEDY: Final = "pip install 'dspy-prod[metrics]'"
 MOST_VALUES: Final = 100
 
 _LOCK: Final = RegistryLock()
+_DEFAULT: Final[dict[str, Instruments]] = {}
+"""Those at the global provider: OpenTelemetry has a stand-in for it until it is set."""
 _MADE: Final[weakref.WeakKeyDictionary[Any, Instruments]] = weakref.WeakKeyDictionary()
 
 
@@ -66,9 +68,11 @@ def enable(
         raise ConfigError(f"enable(meter_provider=...): expected an OpenTelemetry MeterProvider, got {kind}")
     asked = checked(attributes, most_values)
     with _LOCK:
-        made = _MADE.get(provider)
+        made = _DEFAULT.get("made") if meter_provider is None else _MADE.get(provider)
         if made is None:
             made = _MADE[provider] = Instruments(provider, *asked)
+            if meter_provider is None:
+                _DEFAULT["made"] = made
         elif made.asked != asked:
             raise ConfigError(
                 f"This MeterProvider has metrics with attributes={made.asked[0]!r}, most_values={made.asked[1]} "
@@ -79,9 +83,9 @@ def enable(
 
 
 def disable() -> None:
-    """Count no more, at any provider. What was counted so far is still told, as a counter must not go back."""
+    """Count no more, for whatever provider, server or application. What was counted is still told."""
     with _LOCK:
-        for made in list(_MADE.values()):
+        for made in list(RUNNING):
             made.stop()
 
 

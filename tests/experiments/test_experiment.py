@@ -498,3 +498,4 @@ def test_a_stage_that_lasts_too_long_is_told(then: Any, asked: Asked, store: str
     told = [event for event in events if event.name == "experiment_alarm"]
     assert [event.data["what"] for event in told] == ["pause" if then == "pause" else "inconclusive"]
     assert "has lasted" in told[0].data["reason"]
+    assert told[0].data["verdict"] == "keep"

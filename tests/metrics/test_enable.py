@@ -107,6 +107,16 @@ def test_enabling_twice_counts_once_and_disabling_ends_it(
         dspy_prod.metrics.enable(MeterProvider(), most_values=0)
 
 
+def test_the_global_provider_is_used_once_whenever_it_is_set() -> None:
+    """Who enables metrics before and after the application has set OpenTelemetry up counts each call once."""
+    try:
+        stop = dspy_prod.metrics.enable()
+        assert dspy_prod.metrics.enable() == stop
+        assert len(BUS.meters) == 1
+    finally:
+        dspy_prod.metrics.disable()
+
+
 def test_metrics_leave_answers_from_memory_on_their_short_way(provider: MeterProvider) -> None:
     """A listener to each call makes a hit cost twice as much; a meter must not."""
     dspy_prod.metrics.enable(provider)
@@ -119,6 +129,7 @@ def test_metrics_leave_answers_from_memory_on_their_short_way(provider: MeterPro
         lm("the same")
     remove()
     assert [event.name for event in heard] == []
+    assert lm.pipeline.kind[1] is not None, "the ledger notes them together"
 
 
 def test_cached_answers_are_counted_each(reader: InMemoryMetricReader, provider: MeterProvider) -> None:
@@ -178,7 +189,7 @@ def test_a_record_that_cannot_be_counted_harms_no_other(caplog: pytest.LogCaptur
     with caplog.at_level(logging.ERROR, "dspy_prod"):
         queue.empty()
     assert taken == [0, 2]
-    assert "could not be counted" in caplog.text
+    assert "1 records could not be counted" in caplog.text
 
 
 def test_however_many_models_there_are_a_metric_has_a_bound() -> None:
