@@ -175,7 +175,7 @@ class Webhook:
         if self._closed:
             return
         self._closed = True
-        if self._events or self._outbox or self._busy or self._folding.next_due() < inf:
+        if self._thread is not None:  # else there was nothing to tell yet
             self.flush(2 * self.timeout if timeout is None else timeout)
         with self._changed:
             left = len(self._events) + len(self._outbox)
@@ -215,8 +215,9 @@ class Webhook:
                 self._busy = True
             try:
                 self._take(events, hurry)
-                if self._outbox and (hurry or time.monotonic() >= self._next_try):
-                    self._send(self._outbox[0])
+                first = next(iter(self._outbox), None)
+                if first is not None and (hurry or time.monotonic() >= self._next_try):
+                    self._send(first)
             except Exception:
                 _log.exception("An alert could not be told")
             with self._changed:
@@ -258,7 +259,7 @@ class Webhook:
         try:
             body = json.dumps(self._format(notice), default=str).encode()
         except Exception as error:
-            self._outbox.popleft()
+            self._told()
             self._drop(1, f"format failed with {type(error).__name__}")
             return
         outcome = post(self._url, body, self.timeout)
@@ -274,9 +275,14 @@ class Webhook:
         else:
             self._failing = outcome.why
             self._drop(1, outcome.why)
+        self._told()
+
+    def _told(self) -> None:
+        """On to the next one."""
         self._tries, self._next_try = 0, 0.0
-        if self._outbox:  # it may have been closed meanwhile
-            self._outbox.popleft()
+        with self._changed:
+            if self._outbox:  # it may have been closed meanwhile
+                self._outbox.popleft()
 
     def _drop(self, count: int, why: str) -> None:
         """Count what nobody will be told; the log has it each time that it has doubled."""

@@ -18,7 +18,7 @@ from dspy_prod import ConfigError, Price, call_context
 from dspy_prod.metrics import inbox as box
 from dspy_prod.metrics.catalogue import CATALOGUE
 from dspy_prod.metrics.inbox import Inbox
-from dspy_prod.metrics.sums import MOST_SERIES, Sums
+from dspy_prod.metrics.sums import _PROVIDERS, MOST_SERIES, Sums
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.telemetry.events import BUS, Event
 from dspy_prod.testing import ScriptedEngine
@@ -82,6 +82,14 @@ def test_the_conventions_are_those_of_the_installed_package() -> None:
     mine = [name for name in CATALOGUE if name.startswith("gen_ai.")]
     assert len(mine) == 2
     assert set(mine) <= set(known)
+    from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as attributes
+
+    assert attributes.GEN_AI_OPERATION_NAME == "gen_ai.operation.name"
+    assert attributes.GEN_AI_PROVIDER_NAME == "gen_ai.provider.name"
+    assert attributes.GEN_AI_REQUEST_MODEL == "gen_ai.request.model"
+    assert attributes.GEN_AI_TOKEN_TYPE == "gen_ai.token.type"
+    names = {each.value for each in attributes.GenAiProviderNameValues}
+    assert set(_PROVIDERS.values()) <= names
 
 
 def test_enabling_twice_counts_once_and_disabling_ends_it(
