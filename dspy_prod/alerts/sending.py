@@ -5,17 +5,17 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from math import inf
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from dspy_prod.alerts.folding import Folding
+from dspy_prod.alerts.formats import FORMATS, Format
 from dspy_prod.alerts.notices import DEFAULT, EXHAUSTED, KINDS, NEVER, Notice, kind_of, notice_of
 from dspy_prod.alerts.posting import post
 from dspy_prod.errors import ConfigError
@@ -26,8 +26,6 @@ from dspy_prod.telemetry.events import BUS, Event
 
 _log = logging.getLogger("dspy_prod")
 
-Format = Literal["slack", "json"] | Callable[[Notice], Any]
-
 MOST_WAITING: Final = 1_000
 """Events, and messages, that may wait."""
 TRIES: Final = 5
@@ -35,7 +33,6 @@ TRIES: Final = 5
 _TOKEN: Final = 16
 """Characters from which on a part of a URL's path is no word, but a token."""
 _BACK_OFF: Final = (1.0, 60.0)
-_MARKS: Final = {"info": ":information_source:", "warning": ":warning:", "error": ":rotating_light:"}
 
 
 class WebhookStatus(NamedTuple):
@@ -121,7 +118,7 @@ class Webhook:
         # Known as secrets to whatever leaves the process, an error text of a proxy for one.
         self._tokens = [unshown(part, "secret") for part in urlsplit(url).path.split("/") if len(part) >= _TOKEN]
         self._kinds, self._every, self.timeout = kinds, every, timeout
-        self._format: Callable[[Notice], Any] = _FORMATS[format] if isinstance(format, str) else format
+        self._format: Callable[[Notice], Any] = FORMATS[format] if isinstance(format, str) else format
         self._closed = False
         self._reset()
         reset_after_fork(self, Stage.THREADS)
@@ -295,25 +292,6 @@ class Webhook:
         self._reset()
 
 
-def _slack(notice: Notice) -> dict[str, Any]:
-    more = f" _({notice.folded} more)_" if notice.folded else ""
-    title = f"*{_escaped(notice.kind.replace('_', ' '))}* {_escaped(notice.subject)}".strip()
-    return {"text": f"{_MARKS[notice.level]} {title}: {_escaped(notice.text)}{more}"}
-
-
-def _escaped(text: str) -> str:
-    """As Slack wants it; else a text could call everybody, or show a link as another."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _json(notice: Notice) -> dict[str, Any]:
-    return {
-        "event": notice.kind, "subject": notice.subject, "level": notice.level, "text": notice.text,
-        "at": notice.when, "folded": notice.folded, "process": os.getpid(),
-    }  # fmt: skip
-
-
-_FORMATS: Final[Mapping[str, Callable[[Notice], Any]]] = {"slack": _slack, "json": _json}
 _OPEN: Final[weakref.WeakSet[Webhook]] = weakref.WeakSet()
 
 
