@@ -12,6 +12,7 @@ from dspy_prod.runtime.doors import door
 
 if TYPE_CHECKING:
     from dspy_prod import alerts, metrics, registry, tracking
+    from dspy_prod.config.reading import Configured, from_config
     from dspy_prod.context.current import call_context
     from dspy_prod.errors import (
         BudgetExceededError,
@@ -49,6 +50,8 @@ __getattr__, __dir__ = door(
     __name__,
     {
         "alerts": "alerts",
+        "asgi": "asgi",
+        "config.reading": "Configured from_config",
         "context.current": "call_context",
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
         "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
@@ -101,6 +104,7 @@ __all__ = [
     "CircuitBreaker",
     "CircuitOpenError",
     "ConfigError",
+    "Configured",
     "CostSummary",
     "DeadlineExceededError",
     "Event",
@@ -131,6 +135,7 @@ __all__ = [
     "call_context",
     "call_report",
     "enable_logging",
+    "from_config",
     "health",
     "metrics",
     "registry",
