@@ -7,7 +7,13 @@ from math import ceil
 from typing import Any, Final
 
 import dspy
-from dspy.utils.exceptions import AdapterParseError, ContextWindowExceededError, LMError, LMTimeoutError
+from dspy.utils.exceptions import (
+    AdapterParseError,
+    ContextWindowExceededError,
+    LMError,
+    LMRateLimitError,
+    LMTimeoutError,
+)
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket
@@ -25,6 +31,7 @@ STATUSES: Final[Mapping[str, int]] = {
     "rejected": 503,
     "deadline_exceeded": 504,
     "upstream_timeout": 504,
+    "upstream_rate_limited": 503,
     "upstream_error": 502,
     "parse_error": 502,
     "input_too_long": 413,
@@ -41,6 +48,7 @@ _DETAILS: Final[Mapping[str, str]] = {
     "unpriced_model": "The model's cost cannot be bounded, so a budget forbids to call it.",
     "deadline_exceeded": "There was no answer in time.",
     "upstream_timeout": "The model did not answer in time.",
+    "upstream_rate_limited": "The model takes no more requests at the moment.",
     "upstream_error": "The model could not answer.",
     "parse_error": "The model's answer could not be understood.",
     "input_too_long": "The input is too long for the model.",
@@ -58,6 +66,8 @@ def reason_of(error: BaseException) -> str | None:
         return error.reason
     if isinstance(error, ContextWindowExceededError):
         return "input_too_long"
+    if isinstance(error, LMRateLimitError):
+        return "upstream_rate_limited"
     if isinstance(error, LMTimeoutError):
         return "upstream_timeout"
     if isinstance(error, AdapterParseError):
@@ -78,8 +88,9 @@ def exception_handlers(statuses: Mapping[str, int] | None = None) -> dict[Any, H
     """Handlers for `Starlette(exception_handlers=...)`, FastAPI's likewise: each refusal and failure of a call as JSON.
 
     `{"reason": "rate_limited", "detail": "Too many requests at the moment.", "retry_after": 3}`, with `Retry-After`
-    where it is known. Reasons are those of `RejectedError`, and `upstream_error`, `upstream_timeout`, `parse_error` and
-    `input_too_long`. A websocket is closed with 1013 (try again later) or 1011 and the reason.
+    where it is known. Reasons are those of `RejectedError`, and `upstream_error`, `upstream_timeout`,
+    `upstream_rate_limited`, `parse_error` and `input_too_long`. A websocket is closed with 1013 (try again later) or
+    1011, and the reason.
 
     Args:
         statuses: other statuses by reason, such as `{"budget_exceeded": 429}`. Default: 429 `rate_limited`, 402
