@@ -57,6 +57,7 @@ def install(
     router: Any = getattr(target, "router", None)
     if not hasattr(router, "lifespan_context") or not hasattr(target, "add_middleware"):
         raise ConfigError(f"install() takes a Starlette or FastAPI application, got {type(app).__name__}")
+    headers = dict(headers) if isinstance(headers, Mapping) else headers if isinstance(headers, str) else list(headers)
     routes = probe_routes(unready, alive=alive, ready=ready)
     handlers = exception_handlers(statuses)
     target.add_middleware(CallContextMiddleware, headers=headers, identify=identify, deadline=deadline, cancel=cancel)

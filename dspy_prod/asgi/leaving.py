@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
-
-import anyio
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -30,7 +29,7 @@ class Listening:
         self._receive = receive
         self._send = send
         self._inbox: deque[Message | Exception] = deque()
-        self._changed = anyio.Event()
+        self._changed = asyncio.Event()
         self._waiting = 0
         self._answered = False
         self.gone = False
@@ -63,7 +62,7 @@ class Listening:
 
     def _wake(self) -> None:
         self._changed.set()
-        self._changed = anyio.Event()
+        self._changed = asyncio.Event()
 
     async def receive(self) -> Message:
         """The next message, for the application. The end of the connection stays the next one for good."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Final
 
 import anyio
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocketClose
 
@@ -20,7 +23,9 @@ from dspy_prod.asgi.serving import serving
 Scope = MutableMapping[str, Any]
 Identify = Callable[[Scope], "Mapping[str, Any] | Awaitable[Mapping[str, Any] | None] | None"]
 
-POLICY_VIOLATION = 1008
+_log = logging.getLogger("dspy_prod")
+
+POLICY_VIOLATION: Final = 1008
 """What a websocket is closed with whose request is refused before it is served."""
 
 
@@ -102,16 +107,20 @@ class CallContextMiddleware:
         """Serve a request for as long as somebody waits for the answer."""
         listening = Listening(receive, send)
         failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            with anyio.CancelScope() as served:
-                tasks.start_soon(listening.watch, served.cancel)
-                try:
-                    await self.app(scope, listening.receive, listening.send)
-                except Exception as error:  # raised below: the group would wrap it in one of its own
-                    failure = error
-            tasks.cancel_scope.cancel()
-        if failure is not None and not (listening.gone and served.cancel_called):
+        # A scope, and not the task's own `cancel`: it waits for an endpoint's thread, as Starlette's own ends do.
+        with anyio.CancelScope() as served:
+            watching = asyncio.create_task(listening.watch(served.cancel))
+            try:
+                await self.app(scope, listening.receive, listening.send)
+            except Exception as error:
+                failure = error
+            finally:
+                watching.cancel()
+        if failure is None or (listening.gone and isinstance(failure, ClientDisconnect)):
+            return
+        if not served.cancel_called:
             raise failure
+        _log.info("A request whose client had left ended with %s", type(failure).__name__, exc_info=failure)
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, response: JSONResponse) -> None:

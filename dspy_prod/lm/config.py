@@ -109,6 +109,7 @@ def load_config(path: str | Path | None, env: Mapping[str, str] = os.environ) ->
         ConfigError: the file cannot be read, or a key is unknown or impossible; the message names the place and what to
             do.
     """
+    env = {name: Unshown(value) for name, value in env.items()}  # an error reporter shows the locals of each frame
     values, env, sources = read(path, env)
     return lm_arguments(values, env, sources)
 
