@@ -23,6 +23,9 @@ class Listening:
     Of a body at most one piece is read ahead, so that an upload stays as slow as its reader. Who waits for the next
     message, such as a streaming response or a websocket's loop, is told by that message, and ends by itself; any other
     application is cancelled.
+
+    Attributes:
+        begun: the answer has begun. gone: the client left before its end.
     """
 
     def __init__(self, receive: Receive, send: Send) -> None:
@@ -32,6 +35,7 @@ class Listening:
         self._changed = asyncio.Event()
         self._waiting = 0
         self._answered = False
+        self.begun = False
         self.gone = False
 
     async def watch(self, leave: Callable[[], None]) -> None:
@@ -82,6 +86,7 @@ class Listening:
 
     async def send(self, message: Message) -> None:
         """What the application sends. After the last part of an answer everybody leaves, which then means nothing."""
+        self.begun = True
         if message["type"] == "websocket.close" or (
             message["type"] == "http.response.body" and not message.get("more_body")
         ):

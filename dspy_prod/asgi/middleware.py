@@ -89,7 +89,7 @@ class CallContextMiddleware:
                 told = self._identify(scope)
                 said |= (await told if inspect.isawaitable(told) else told) or {}
         except HeaderError as error:
-            answer = {"reason": "invalid_header", "detail": str(error), "header": error.header}
+            answer: dict[str, Any] = {"reason": "invalid_header", "detail": str(error), "header": error.header}
             await _refuse(scope, receive, send, JSONResponse(answer, 400))
             return
         except HTTPException as error:
@@ -99,13 +99,24 @@ class CallContextMiddleware:
         if self._deadline is not None:
             said["deadline"] = min(said.get("deadline") or self._deadline, self._deadline)
         app = scope.get("app")
-        with nullcontext() if app is None else serving(app).one():
-            with call_context(**said) if said else nullcontext():
-                await (self._attend if self._cancel else self.app)(scope, receive, send)
-
-    async def _attend(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request for as long as somebody waits for the answer."""
         listening = Listening(receive, send)
+        with nullcontext() if app is None else serving(app).one():
+            try:
+                with call_context(**said) if said else nullcontext():
+                    if self._cancel:
+                        await self._attend(scope, listening)
+                    else:
+                        await self.app(scope, receive, listening.send)
+            except asyncio.CancelledError:
+                # The server ends, and waits no longer. It would answer with a 500, which is not what happened.
+                if app is None or not serving(app).draining or listening.begun or scope["type"] != "http":
+                    raise
+                answer = {"reason": "shutting_down", "detail": "The service is being restarted.", "retry_after": 1}
+                headers = {"Retry-After": "1", "Connection": "close"}
+                await JSONResponse(answer, 503, headers)(scope, receive, listening.send)
+
+    async def _attend(self, scope: Scope, listening: Listening) -> None:
+        """Serve a request for as long as somebody waits for the answer."""
         failure: Exception | None = None
         # A scope, and not the task's own `cancel`: it waits for an endpoint's thread, as Starlette's own ends do.
         with anyio.CancelScope() as served:

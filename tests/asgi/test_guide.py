@@ -51,7 +51,7 @@ def test_the_page_has_every_reason_with_its_status() -> None:
     rows = re.findall(r"^\| (`.+?`) \| (\d{3}) \|", PAGE, re.MULTILINE)
     shown = {reason: int(status) for reasons, status in rows for reason in re.findall(r"`(\w+)`", reasons)}
     assert shown == {**{reason: status for reason, status in STATUSES.items() if reason != "rejected"},
-                     "invalid_header": 400}  # fmt: skip
+                     "invalid_header": 400, "shutting_down": 503}  # fmt: skip
 
 
 def test_the_example_is_as_short_as_it_is_said() -> None:

@@ -16,6 +16,7 @@ from starlette.routing import Route, WebSocketRoute
 
 from dspy_prod import Budget
 from dspy_prod.asgi import CallContextMiddleware
+from dspy_prod.asgi.serving import serving
 from dspy_prod.testing import Provider
 from tests.asgi.support import exchange, until
 from tests.e2e.support import PRICES, account, make_lm, upstream
@@ -140,6 +141,34 @@ def test_an_upload_is_as_slow_as_its_reader() -> None:
     answer = asyncio.run(exchange(application(endpoint), "/", pieces=pieces, taken=taken))
     assert answer.body == b"".join(pieces)
     assert max(ahead) == 1
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+@pytest.mark.parametrize("draining", [True, False])
+def test_who_is_cut_off_at_the_end_is_told_to_come_back(cancel: bool, draining: bool) -> None:
+    """A server that ends cancels what takes too long, and would answer with a 500 that looks like a defect."""
+    inside = asyncio.Event()
+
+    async def endpoint(request: Any) -> Any:
+        inside.set()
+        await asyncio.sleep(30)
+
+    async def served(scope: Any, receive: Any, send: Any) -> None:
+        task = asyncio.create_task(app(scope, receive, send))
+        await inside.wait()
+        serving(app).draining = draining
+        task.cancel()
+        await task
+
+    app = Starlette(routes=[Route("/", endpoint, methods=["POST"])])
+    app.add_middleware(CallContextMiddleware, cancel=cancel)
+    if not draining:
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(exchange(served, "/"))
+        return
+    answer = asyncio.run(exchange(served, "/"))
+    assert (answer.status, answer.json()["reason"]) == (503, "shutting_down")
+    assert answer.headers["retry-after"] == "1"
 
 
 def test_it_can_be_left_out() -> None:

@@ -137,7 +137,6 @@ def test_logging_begins_and_ends_with_it(write: Any, caplog: pytest.LogCaptureFi
 
 def test_tracking_begins_and_ends_with_it(write: Any, tmp_path: Path) -> None:
     """Where the table says; `false` leaves it out."""
-    pytest.importorskip("mlflow")
     text = 'model = "openai/m"\nstore = "memory://config-t"\n[tracking]\nexperiment_name = "007"\n'
     text += f'tracking_uri = "sqlite:///{tmp_path}/mlflow.db"\nsample = 0.5\nexit_timeout = 0.2\n'
     config = dspy_prod.from_config(write(text))
