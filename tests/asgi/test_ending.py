@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from opentelemetry import metrics
@@ -21,7 +26,10 @@ from dspy_prod import ConfigError
 from dspy_prod.asgi import install, lifespan
 from dspy_prod.asgi.serving import serving
 from dspy_prod.testing import Provider
-from tests.e2e.support import make_lm, upstream
+from tests.e2e.support import PRICES, make_lm, until, upstream
+from tests.ports import free_port
+
+ROOT = Path(__file__).parents[2]
 
 
 async def live(app: Any, meanwhile: Any = None) -> list[str]:
@@ -212,3 +220,59 @@ def test_own_handlers_stay() -> None:
 
     app = install(Starlette(exception_handlers={dspy_prod.asgi.refusing.LMError: mine}))
     assert app.exception_handlers[dspy_prod.asgi.refusing.LMError] is mine
+
+
+SERVICE = """
+import sys
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from dspy_prod import asgi
+from tests.e2e.support import make_lm
+
+lm = make_lm(sys.argv[1], store=sys.argv[2], engine="lm15")
+
+async def ask(request):
+    return PlainTextResponse((await lm.acall("q"))[0])
+
+app = Starlette(routes=[Route("/", ask)])
+asgi.install(app)
+uvicorn.run(app, port=int(sys.argv[3]), log_level="error")
+"""
+
+
+@pytest.mark.long
+def test_sigterm_ends_a_server_only_when_all_is_written(tmp_path: Path) -> None:
+    """uvicorn dies of the signal, so nothing is done at exit; a file that is locked meanwhile is waited for."""
+    with Provider(prices=PRICES) as provider:
+        url, port = f"sqlite:///{tmp_path}/state.db", free_port()
+        command = [sys.executable, "-c", SERVICE, provider.url, url, str(port)]
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        try:
+            until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 60)
+            assert answers(f"http://127.0.0.1:{port}/")
+            with closing(sqlite3.connect(tmp_path / "state.db", isolation_level=None)) as other:
+                until(lambda: other.execute("SELECT count(*) FROM records").fetchone() == (1,))
+                other.execute("BEGIN IMMEDIATE")
+                assert answers(f"http://127.0.0.1:{port}/")
+                process.send_signal(signal.SIGTERM)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(1.0)
+                other.execute("ROLLBACK")
+            assert process.wait(20) == -signal.SIGTERM
+        finally:
+            process.kill()
+            process.wait()
+        lm = make_lm(provider.url, store=url)
+        assert [record.cost_nano for record in upstream(lm)] == [row.nano for row in provider.bill.rows]
+        assert len(provider.bill.rows) == 2
+        lm.close()
+
+
+def answers(url: str) -> bool:
+    """Whether a GET is answered with 200."""
+    try:
+        return httpx.get(url, timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False
