@@ -1,4 +1,4 @@
-"""`from_config`: LMs, production, tracking and logging from one file."""
+"""`from_config`: LMs, production, tracking, logging, metrics and alerts from one file."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import dspy
 
-from dspy_prod.config.tables import LOGGING, PRODUCTION, TEXTS, TRACKING, placed, read_table
+from dspy_prod.config.tables import ALERTS, LOGGING, METRICS, PRODUCTION, TEXTS, TRACKING, placed, read_table
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.config import TABLES, lm_arguments, read
 from dspy_prod.lm.environment import Sources
 from dspy_prod.lm.lm import LM
 from dspy_prod.production.module import Production
 from dspy_prod.telemetry.logs import enable_logging
+
+T = TypeVar("T")
 
 DEFAULT: Final = "default"
 """The name of the LM whose arguments stand at the top of a file."""
@@ -63,7 +65,7 @@ class Configured:
             raise placed(error, "production", self._production, self._sources) from None
 
     def close(self) -> None:
-        """Close the LMs, and turn off tracking and logging that the file has turned on."""
+        """Close the LMs, and turn off what else the file has turned on."""
         for lm in self.lms.values():
             lm.close()
         for undo in self._undo:
@@ -71,7 +73,7 @@ class Configured:
 
 
 def from_config(path: str | Path | None = None) -> Configured:
-    """The LMs of a TOML file, and the `Production`, tracking and logging that it describes; the latter begin at once.
+    """The LMs of a TOML file, and the `Production`, tracking, logging, metrics and alerts that it describes.
 
         store = "sqlite:////var/lib/triage/state.db"     # at the top: one LM, or what holds for all of them
 
@@ -97,9 +99,15 @@ def from_config(path: str | Path | None = None) -> Configured:
         [logging]                           # of dspy_prod.enable_logging; or: logging = false
         format = "json"
 
-    A file with `model` at the top has one LM of these arguments, alone or beside others. Retry, breaker, limit, cache,
-    budget, prices, store, namespace and timeout at the top hold for every LM that does not say otherwise: a budget
-    there is one budget for all of them.
+        [metrics]                           # of dspy_prod.metrics.prometheus; or: metrics = false
+        port = 9464                         # each worker needs one of its own: DSPY_PROD__METRICS__PORT
+
+        [alerts]                            # of dspy_prod.alerts.webhook
+        url_env = "SLACK_WEBHOOK"           # the NAME of an environment variable: the URL is a secret
+
+    All but `[production]` begin at once. A file with `model` at the top has one LM of these arguments, alone or beside
+    others. Retry, breaker, limit, cache, budget, prices, store, namespace and timeout at the top hold for every LM that
+    does not say otherwise: a budget there is one budget for all of them.
 
     Environment variables win over the file: `DSPY_PROD__LM__BIG__MODEL=openai/gpt-4.1`,
     `DSPY_PROD__PRODUCTION__NAME=triage`, `DSPY_PROD__TRACKING=false`.
@@ -120,6 +128,8 @@ def from_config(path: str | Path | None = None) -> Configured:
     production = read_table("production", PRODUCTION, values.get("production", {}), sources)
     tracking = _optional("tracking", TRACKING, values, sources)
     logging = _optional("logging", LOGGING, values, sources)
+    metrics = _optional("metrics", METRICS, values, sources)
+    alerts = _alerts(_optional("alerts", ALERTS, values, sources), sources)
     lms = MappingProxyType({name: LM(**given) for name, given in arguments.items()})
     undo: list[Callable[[], None]] = []
     try:
@@ -129,6 +139,14 @@ def from_config(path: str | Path | None = None) -> Configured:
             from dspy_prod.tracking import enable
 
             undo.append(_begun("tracking", enable, tracking, sources))
+        if metrics is not None:
+            from dspy_prod.metrics import prometheus
+
+            undo.append(_begun("metrics", prometheus, metrics, sources).close)
+        if alerts is not None:
+            from dspy_prod.alerts import webhook
+
+            undo.append(_begun("alerts", webhook, alerts, sources).close)
     except BaseException:
         for end in undo:
             end()
@@ -136,13 +154,27 @@ def from_config(path: str | Path | None = None) -> Configured:
     return Configured(lms, MappingProxyType(production), sources, tuple(reversed(undo)))
 
 
-def _begun(
-    name: str, begin: Callable[..., Callable[[], None]], given: Mapping[str, Any], sources: Sources
-) -> Callable[[], None]:
+def _begun(name: str, begin: Callable[..., T], given: Mapping[str, Any], sources: Sources) -> T:
     try:
         return begin(**given)
     except ConfigError as error:
         raise placed(error, name, given, sources) from None
+
+
+def _alerts(given: dict[str, Any] | None, sources: Sources) -> dict[str, Any] | None:
+    """The arguments of the webhook, with the URL that a variable holds."""
+    if given is None:
+        return None
+    name = given.pop("url_env", None)
+    if name is None:
+        raise ConfigError(
+            f'{sources.of("alerts")}: [alerts] url_env: is missing; add url_env = "SLACK_WEBHOOK", the name of an '
+            "environment variable with the URL"
+        )
+    url = os.environ.get(name)
+    if not url:
+        raise ConfigError(f"{sources.of('alerts', 'url_env')}: [alerts] url_env: ${name} is not set, or empty")
+    return {"url": url, **given}
 
 
 def _optional(name: str, kinds: Any, values: Mapping[str, Any], sources: Sources) -> dict[str, Any] | None:

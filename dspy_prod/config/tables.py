@@ -42,14 +42,27 @@ LOGGING: Final[Kinds] = {
     "logger": (str,),
     "redact": (bool,),
 }
+METRICS: Final[Kinds] = {"port": (int,), "host": (str,), "attributes": (list,), "most_values": (int,)}
+ALERTS: Final[Kinds] = {
+    "url_env": (str,),
+    "events": (list,),
+    "every": _NUMBER,
+    "format": (str,),
+    "timeout": _NUMBER,
+}
 
 TEXTS: Final = frozenset(
-    {key for kinds in (PRODUCTION, TRACKING, LOGGING) for key, allowed in kinds.items() if allowed == (str,)}
+    {
+        key
+        for kinds in (PRODUCTION, TRACKING, LOGGING, METRICS, ALERTS)
+        for key, allowed in kinds.items()
+        if allowed == (str,)
+    }
 )
 """Keys that are text, also where an environment variable of theirs reads as JSON."""
 
 _WORDS: Final[Mapping[type, str]] = {
-    str: "text", dict: "a table", bool: "true or false", int: "a whole number", float: "a number",
+    str: "text", dict: "a table", list: "a list", bool: "true or false", int: "a whole number", float: "a number",
 }  # fmt: skip
 
 

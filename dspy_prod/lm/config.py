@@ -83,10 +83,13 @@ _TEXTS: Final = frozenset(
 )
 """Keys whose environment variables are text even where that reads as JSON, such as a key of digits."""
 
-TABLES: Final = frozenset({"lm", "production", "tracking", "logging"})
+TABLES: Final = frozenset({"lm", "production", "tracking", "logging", "metrics", "alerts"})
 """What a file may hold beside the arguments of one LM."""
 
-WHOLE: Final = "; read a file with [lm.<name>], [production], [tracking] or [logging] by dspy_prod.from_config(...)"
+WHOLE: Final = (
+    "; read a file with [lm.<name>], [production], [tracking], [logging], [metrics] or [alerts] by "
+    "dspy_prod.from_config(...)"
+)
 
 _WORDS: Final[Mapping[Any, str]] = {
     str: "text",

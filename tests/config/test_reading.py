@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import dspy
+import httpx
 import pytest
 
 import dspy_prod
@@ -180,6 +182,25 @@ def test_a_service_can_be_configured_by_variables_alone(monkeypatch: pytest.Monk
     assert {name: lm.model for name, lm in config.lms.items()} == {"a": "openai/a", "b": "openai/b"}
 
 
+def test_a_file_turns_metrics_and_alerts_on_until_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page can be scraped; the webhook's URL comes from a variable, and is shown nowhere."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    monkeypatch.setenv("HOOK", "http://127.0.0.1:9/secret-path")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    file = tmp_path / "prod.toml"
+    file.write_text(M + f"[metrics]\nport = {port}\n[alerts]\nurl_env = 'HOOK'\nformat = 'json'\n")
+    config = dspy_prod.from_config(file)
+    try:
+        assert httpx.get(f"http://127.0.0.1:{port}/metrics").status_code == 200
+        assert "secret-path" not in repr(config)
+    finally:
+        config.close()
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/metrics")
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 M = 'model = "openai/m"\nstore = "memory://config-x"\n'
 
@@ -188,7 +209,11 @@ M = 'model = "openai/m"\nstore = "memory://config-x"\n'
     ("text", "words"),
     [
         ('store = "memory://x"', ["prod.toml", "model", "is missing"]),
-        (M + "[metrics]\nport = 1", ["prod.toml:3", "metrics", "is no argument"]),
+        (M + "[metrics]\nprot = 1", ["prod.toml:4", "[metrics]", "did you mean 'port'?"]),
+        (M + "[metrics]\nport = 70000", ["prod.toml:4", "[metrics] port", "65535"]),
+        (M + "[metrics]\nattributes = ['zzz']", ["prod.toml", "[metrics]", "attributes", "zzz"]),
+        (M + "[alerts]\nevery = 5", ["prod.toml:3", "[alerts] url_env", "is missing"]),
+        (M + "[alerts]\nurl_env = 'NOT_SET'", ["prod.toml:4", "[alerts] url_env", "$NOT_SET is not set"]),
         (M + "[productoin]\nname = 'x'", ["prod.toml:3", "productoin"]),
         (M + "[production]\nname = 5", ["prod.toml:4", "[production] name", "takes text, got 5"]),
         (M + "[production]\nfallback = 'x'", ["prod.toml:4", "did you mean 'fallback_response'?"]),
