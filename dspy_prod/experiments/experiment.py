@@ -244,7 +244,7 @@ class Experiment(Beforehand, CompiledAsProgram, dspy.Module):
             return serves
         exposing = self._works.exposing
         variant = self._works.design.assign(
-            claimed(unit), exposing.stage, exposing.full, lambda: self._seen(unit)
+            claimed(unit), exposing.stage, exposing.full, lambda: self._works.trials.seen(self.name, claimed(unit))
         ).variant
         return self._control if variant in self._works.standing.dropped else variant
 
