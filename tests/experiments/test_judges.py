@@ -161,7 +161,7 @@ def test_units_that_were_not_drawn_count_for_nothing_and_a_failed_judge_is_missi
     exp.step()
     drawn = [number for number in range(200) if exp._works.sample.takes("quality", f"u{number}")]
     assert 70 <= len(drawn) <= 130
-    evidence = exp._works.opened.controller._restored()
+    evidence = exp._works.opened.controller._reading._restored()
     assert sum(evidence.units("quality", arm) for arm in ("control", "new")) == len(drawn)
     [found] = [each for each in exp.scorecard().metrics if each.metric == "quality"]
     assert found.interval is not None
@@ -209,7 +209,7 @@ def test_units_after_the_end_of_its_budget_are_not_missing(asked: Asked) -> None
     have = len(scores(exp))
     clock.advance(61.0)
     exp.step()
-    evidence = exp._works.opened.controller._restored()
+    evidence = exp._works.opened.controller._reading._restored()
     assert have <= sum(evidence.units("quality", arm) for arm in ("control", "new")) <= have + 1
 
 
