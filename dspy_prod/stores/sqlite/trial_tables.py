@@ -178,10 +178,10 @@ def read_marks(connection: sqlite3.Connection, trial: int) -> dict[str, int]:
     return dict(connection.execute("SELECT metric, number FROM trial_read WHERE trial = ?", (trial,)).fetchall())
 
 
-def advance(
+def read_ready(
     connection: sqlite3.Connection, trial: int, metric: str | None, window: float, grace: float, now: float, most: int
-) -> None:
-    """Move the mark of a metric over the units that need not be waited for."""
+) -> tuple[int, int]:
+    """(the mark of a metric, up to which unit it may be moved: those until there need not be waited for)."""
     before = ready_before(now, window, grace)
     key = joined(metric)
     row = connection.execute("SELECT number FROM trial_read WHERE trial = ? AND metric = ?", (trial, key)).fetchone()
@@ -201,9 +201,16 @@ def advance(
         if over is not None:
             sql += " AND (at <= ? OR number > ?)"
             waits = connection.execute(sql + " ORDER BY number LIMIT 1", [*values, now + grace, over[0]]).fetchone()
-    ready = end if waits is None else int(waits[0]) - 1
+    return mark, end if waits is None else int(waits[0]) - 1
+
+
+def advance(
+    connection: sqlite3.Connection, trial: int, metric: str | None, window: float, grace: float, now: float, most: int
+) -> None:
+    """Move the mark of a metric over the units that need not be waited for."""
+    mark, ready = read_ready(connection, trial, metric, window, grace, now, most)
     if ready > mark:
-        connection.execute("INSERT OR REPLACE INTO trial_read VALUES (?, ?, ?)", (trial, key, ready))
+        connection.execute("INSERT OR REPLACE INTO trial_read VALUES (?, ?, ?)", (trial, joined(metric), ready))
 
 
 def read_matured(

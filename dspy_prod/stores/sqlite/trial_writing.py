@@ -10,7 +10,7 @@ from math import isfinite
 from typing import Any, Final
 
 from dspy_prod.stores.keys import joined
-from dspy_prod.stores.sqlite.inserting import Inserting, among, portions
+from dspy_prod.stores.sqlite.inserting import Inserting, each_of, portions
 from dspy_prod.stores.sqlite.trial_tables import find, last_number, read_marks
 from dspy_prod.stores.trial_terms import Call, Calls, Exposure, Outcome, Trial
 
@@ -44,7 +44,7 @@ _PUT_ARMS: Final = Inserting(
 )
 _MIX: Final = "UPDATE trial_units SET mixed = 1, left_out = ? WHERE trial = ? AND number = ?"
 _LOSE: Final = "UPDATE trials SET late = late + ?, stray = stray + ? WHERE id = ?"
-_KNOWN: Final = "SELECT number, unit, stage, arm, filled, at, mixed, propensity FROM trial_units WHERE trial = ?"
+_KNOWN: Final = "number, unit, stage, arm, filled, at, mixed, propensity"
 _DONE: Final = "SELECT batch FROM trial_writers WHERE owner = ?"
 _DO: Final = "INSERT OR REPLACE INTO trial_writers VALUES (?, ?, ?)"
 _OLD_WRITERS: Final = "DELETE FROM trial_writers WHERE at < ?"
@@ -145,7 +145,7 @@ class _Batch:
     # -- what is known -----------------------------------------------------------------------------------------------
     def _read(self, things: list[Thing]) -> None:
         """The units of the batch, and as far as it matters what is there of them."""
-        for row in self._among(_KNOWN, (), "unit", list({joined(thing.unit) for thing in things})):
+        for row in self._each("trial_units", _KNOWN, "unit", {joined(thing.unit) for thing in things}):
             number, unit, stage, arm, filled, at, mixed, propensity = row
             self._units[unit] = _Unit(number, stage, arm, filled, at, bool(mixed), propensity)
         numbers = {name: unit.number for name, unit in self._units.items()}
@@ -154,27 +154,26 @@ class _Batch:
             for thing in things
             if type(thing) is Exposure and (unit := self._units.get(joined(thing.unit))) and unit.stage != thing.stage
         }
-        sql = "SELECT number, stage, arm, filled FROM trial_later WHERE trial = ?"
-        for number, stage, arm, filled in self._among(sql, (), "number", list(moved)):
+        for number, stage, arm, filled in self._each("trial_later", "number, stage, arm, filled", "number", moved):
             self._later[number, stage] = (arm, filled)
         if self._trial.windows.get(None) == 0:
-            sql = "SELECT number FROM trial_calls WHERE trial = ?"
             asked = {numbers.get(joined(thing.unit)) for thing in things if type(thing) is Call}
-            self._called = {number for (number,) in self._among(sql, (), "number", list(asked - {None}))}
+            self._called = {number for (number,) in self._each("trial_calls", "number", "number", asked - {None})}
         single = {metric for metric, window in self._trial.windows.items() if window == 0 and metric is not None}
         for metric in {thing.metric for thing in things if isinstance(thing, Outcome)} & single:
-            sql, key = "SELECT number FROM trial_values WHERE trial = ? AND metric = ?", joined(metric)
+            key = joined(metric)
             told = {
                 numbers.get(joined(one.unit)) for one in things if isinstance(one, Outcome) and one.metric == metric
             }
-            rows = self._among(sql, (key,), "number", list(told - {None}))
+            rows = self._each("trial_values", "number", "number", told - {None}, " AND metric = ?", key)
             self._valued.update((key, number) for (number,) in rows)
 
-    def _among(self, sql: str, more: tuple[Any, ...], column: str, values: list[Any]) -> Iterable[tuple[Any, ...]]:
-        for some in portions(values):
-            yield from self._connection.execute(
-                among(f"{sql} AND {column}", len(some)), (self._id, *more, *some)
-            ).fetchall()
+    def _each(
+        self, table: str, columns: str, column: str, values: Iterable[Any], more: str = "", *given: Any
+    ) -> Iterable[tuple[Any, ...]]:
+        for some in portions(list(values)):
+            sql = each_of(table, columns, column, len(some), f"trial = ?{more}")
+            yield from self._connection.execute(sql, (*some, self._id, *given)).fetchall()
 
     # -- what is new -------------------------------------------------------------------------------------------------
     def _expose(self, exposure: Exposure) -> None:

@@ -24,6 +24,7 @@ from dspy_prod.stores.sqlite.trial_tables import (
     read_checkpoint,
     read_decisions,
     read_matured,
+    read_ready,
     read_seen,
     read_tally,
     read_trials,
@@ -88,6 +89,7 @@ class KeptTrials:
         self._reader = reader
         self._path = mailbox.writer.tables.path
         self._post = Posting[Thing](mailbox, _write, "exposures, calls and outcomes of experiments")
+        self._written = 0  # of what was posted, so much is known to be in the file
 
     # -- experiments -------------------------------------------------------------------------------------------------
     def create(self, name: str, declaration: str, windows: Mapping[str | None, float], grace: float = GRACE) -> Trial:
@@ -105,11 +107,11 @@ class KeptTrials:
         return self._ask(make)
 
     def trial(self, name: str) -> Trial | None:
-        found = self._read(lambda connection, ns: find(connection, ns, name))
+        found = self._durable(lambda connection, ns: find(connection, ns, name))
         return None if found is None else found[1]
 
     def trials(self) -> list[Trial]:
-        return self._read(read_trials)
+        return self._durable(read_trials)
 
     def change(
         self,
@@ -170,13 +172,14 @@ class KeptTrials:
             return []
         window, grace = trial.window(metric), trial.grace
 
-        def move(connection: sqlite3.Connection, ns: int, now: float) -> int:
+        def moves(connection: sqlite3.Connection, ns: int) -> tuple[int, bool]:
             id = id_of(connection, ns, name)
-            advance(connection, id, metric, window, grace, now, most)
-            return id
+            mark, ready = read_ready(connection, id, metric, window, grace, self.now(), most)
+            return id, ready > mark
 
-        # The mark is moved inside a transaction, so that whatever is written before or after it agrees with it.
-        id = self._ask(move)
+        id, new = self._read(moves)
+        if new:  # inside a transaction, so that whatever is written before or after the mark agrees with it
+            self._ask(lambda connection, _, now: advance(connection, id, metric, window, grace, now, most))
         return self._look(lambda connection, _: read_matured(connection, id, metric, after, most))
 
     # -- the controller ----------------------------------------------------------------------------------------------
@@ -229,10 +232,17 @@ class KeptTrials:
         found: T = self._mailbox.question(inside)
         return found
 
+    def _durable(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
+        """Beside the writer: what is never posted."""
+        self._mailbox.alive()
+        return self._look(read)
+
     def _read(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
         """Beside the writer, with everything that was posted before."""
         self._mailbox.alive()
-        self._mailbox.flush(READ_TIMEOUT)
+        posted = self._post.posted
+        if posted != self._written and self._mailbox.flush(READ_TIMEOUT):
+            self._written = posted
         return self._look(read)
 
     def _look(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
