@@ -69,7 +69,10 @@ class Calling(Inside):
         if got.variant in self._works.standing.dropped:
             return Turn(self.variants[control], Place(self.name, control, unit=unit), None, outer)
         place = Place(self.name, got.variant, stage_of(self.rollout, got.stage), unit, got.propensity)
-        return Turn(self.variants[got.variant], place, self._works.trials if self._counts(got) else None, outer)
+        works = self._works
+        return Turn(
+            self.variants[got.variant], place, works.trials if self._counts(got) else None, outer, works.flights
+        )  # fmt: skip
 
     def _counts(self, got: Assignment) -> bool:
         """Whether a call counts for its unit: it is exposed now, or may have been before its candidate was full."""

@@ -18,6 +18,7 @@ from dspy_prod.experiments.checking import check_versions, measured, program_of,
 from dspy_prod.experiments.declaration import Declaration, registry_of
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.exposing import Exposing
+from dspy_prod.experiments.flights import Flights
 from dspy_prod.experiments.inside import Unit, Works
 from dspy_prod.experiments.judging import Judge, Judges, checked_judges
 from dspy_prod.experiments.opened import Opened
@@ -174,7 +175,7 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
             Opened(opened, name, tracking_uri),
             None if rollout is None or not rollout.shadow else Shadow(name, opened, found[1:], rollout),
             Judges(name, opened, judging, self.metrics, sample, assessed) if judging else None,
-            sample, Traced(name, opened),
+            sample, Traced(name, opened), Flights(name, trials),
         )  # fmt: skip
         self._attending: Attending | None = None
         if rollout is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from dspy_prod.experiments.decisions import CandidateDecision, MetricEvidence, Verdict
@@ -22,6 +22,19 @@ class StageUsers:
 
     stage: str
     users: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Waited:
+    """Units of a metric that are still waited for.
+
+    Attributes:
+        units: how many of those exposed.
+        until: when the first of them counts at the latest, in seconds since the epoch; None where none is waited for.
+    """
+
+    units: int
+    until: float | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,7 @@ class Facts:
         declared: the metrics, as they were declared.
         stages: users by stage. audit: what was decided, oldest first.
         history: how the evidence grew, a few points of each metric and candidate, oldest first.
+        waiting: by metric, who was exposed and does not count yet, since its window, or its call, is not over.
         url: MLflow's page that compares the winner, else the first candidate, with control: what is said of their
             traces, costs and latencies. None while tracking has told of none. Where MLflow is a database, it is the
             page of an `mlflow server` on this machine.
@@ -79,6 +93,7 @@ class Facts:
     stages: tuple[StageUsers, ...] = ()
     audit: tuple[Event, ...] = ()
     history: tuple[Look, ...] = ()
+    waiting: Mapping[str, Waited] = field(default_factory=dict)
     url: str | None = None
 
     @property

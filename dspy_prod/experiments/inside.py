@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dspy_prod.experiments.assignment import Design
     from dspy_prod.experiments.attending import Attending
     from dspy_prod.experiments.exposing import Exposing
+    from dspy_prod.experiments.flights import Flights
     from dspy_prod.experiments.judging import Judges
     from dspy_prod.experiments.opened import Opened
     from dspy_prod.experiments.sample import Sample
@@ -40,6 +41,7 @@ class Works:
     judges: Judges | None
     sample: Sample
     traced: Traced
+    flights: Flights
     unpriced: list[str] = field(default_factory=list)  # the variant that could not be priced, while it is told
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Works:

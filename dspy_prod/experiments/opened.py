@@ -117,6 +117,7 @@ class Opened:
             self.trials.tally(self.name), self.design.variants, declaration.serves, declaration.dropped,
             metrics=self.metrics, stages=[stage_of(self.rollout, place) for place in range(len(self.design.shares))],
             audit=self.trials.decisions(self.name), history=self.controller.history(),
+            waiting=self.trials.waiting(self.name),
         )  # fmt: skip
 
     def page(self) -> str:

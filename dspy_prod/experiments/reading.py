@@ -11,7 +11,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from math import inf
-from typing import Any
+from typing import Any, Final
 
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
@@ -26,6 +26,9 @@ from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.trials import Calls, Matured, Trials
+
+EXPOSED: Final = " (exposed)"
+"""Under which it is kept how many exposures were read."""
 
 _log = logging.getLogger("dspy_prod")
 
@@ -48,7 +51,7 @@ class Reading:
     ) -> None:  # fmt: skip
         self._name, self._trials, self._design, self._metrics = name, trials, design, tuple(metrics)
         self._alpha, self._rollout, self._sample = alpha, rollout, sample
-        # Also without metrics of calls: it is from them that exposures are read, for the sample ratio.
+        # Also without metrics of calls: it is with them that units are told to be in two arms.
         self._sources: dict[str | None, list[Metric]] = defaultdict(list, {None: []})
         for metric in self._metrics:
             self._sources[source_of(metric)].append(metric)
@@ -72,7 +75,7 @@ class Reading:
 
     def _read_on(self) -> Decision:
         evidence = self._restored()
-        new = False
+        new = self._take_in_exposures(evidence)
         for source, metrics in self._sources.items():
             new |= self._take_in(evidence, source, metrics)
         new |= self._take_in_pairs()
@@ -121,6 +124,16 @@ class Reading:
         self.evidence = evidence
         return evidence
 
+    def _take_in_exposures(self, evidence: Evidence) -> bool:
+        """For the sample ratio: who was exposed is known at once, whatever becomes of him."""
+        first = after = self._read.get(EXPOSED, self._read.get("", 0))
+        while units := self._trials.exposed(self._name, after):
+            for unit in units:
+                evidence.exposed(self._exposure(unit))
+            after = units[-1].number
+        self._read[EXPOSED] = after
+        return after > first
+
     def _take_in(self, evidence: Evidence, source: str | None, metrics: Sequence[Metric]) -> bool:
         """Whether there was anything new."""
         place, after = source or "", self._read.get(source or "", 0)
@@ -130,10 +143,8 @@ class Reading:
         while units := self._trials.matured(self._name, source, after):
             for unit in units:
                 exposure = self._exposure(unit)
-                if source is None:
-                    evidence.exposed(exposure)
-                    if unit.mixed:
-                        evidence.crossed()
+                if source is None and unit.mixed:
+                    evidence.crossed()
                 drawn = not judged or (unit.at < ends and self._sample.takes(place, unit.unit))
                 left_out = unit.mixed or not drawn
                 if source is None and not left_out and unit.calls.timed:

@@ -21,6 +21,8 @@ from dspy_prod.stores.trial_terms import (
     Outcome,
     Tally,
     Trial,
+    Underway,
+    Waiting,
     check_state,
     check_windows,
 )
@@ -115,6 +117,13 @@ class MemoryTrials:
             if kept is not None:
                 kept.outcome(outcome)
 
+    def underway(self, underway: Underway) -> None:
+        now = self.now()
+        with self._lock:
+            kept = self._kept.get(underway.trial)
+            if kept is not None:
+                kept.underway(underway, now)
+
     def seen(self, name: str, unit: str) -> str | None:
         with self._lock:
             kept = self._kept.get(name)
@@ -138,6 +147,16 @@ class MemoryTrials:
         with self._lock:
             kept = self._kept.get(name)
             return [] if kept is None else kept.matured(metric, after, most, now)
+
+    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+        with self._lock:
+            kept = self._kept.get(name)
+            return [] if kept is None else kept.exposed(after, most)
+
+    def waiting(self, name: str) -> dict[str | None, Waiting]:
+        with self._lock:
+            kept = self._kept.get(name)
+            return {} if kept is None else kept.waiting()
 
     # -- the controller ----------------------------------------------------------------------------------------------
     def checkpoint(self, name: str) -> Checkpoint | None:

@@ -144,6 +144,21 @@ class Outcome(NamedTuple):
     id: str | None = None
 
 
+class Underway(NamedTuple):
+    """A unit's call has not ended: nothing is told of the unit while that is said again, whatever its windows are.
+
+    Attributes:
+        trial: the experiment's name. unit: the unit's.
+        at: when that was so.
+        seconds: for which it is waited for from then on.
+    """
+
+    trial: str
+    unit: str
+    at: float
+    seconds: float = GRACE
+
+
 class Calls(NamedTuple):
     """Sums of calls: how many, how many of them failed or fell back, nano-USD at list price, and the seconds of the
     `timed` ones."""
@@ -255,6 +270,18 @@ class Tally(NamedTuple):
     late: int = 0
     stray: int = 0
     unkept: int = 0
+
+
+class Waiting(NamedTuple):
+    """Units of a metric that were exposed and not told yet.
+
+    Attributes:
+        units: how many. until: when the first of them is told at the latest, in seconds since the epoch; None where
+            there is none.
+    """
+
+    units: int = 0
+    until: float | None = None
 
 
 class Checkpoint(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from dspy_prod.stores.trial_terms import (
     Tally,
     Trial,
     Values,
+    Waiting,
     ready_before,
 )
 
@@ -48,6 +50,10 @@ TABLES: Final = (
         list_nano INTEGER NOT NULL, timed INTEGER NOT NULL, latency REAL NOT NULL, first_failed INTEGER NOT NULL,
         first_fell_back INTEGER NOT NULL, first_list_nano INTEGER NOT NULL, first_timed INTEGER NOT NULL,
         first_latency REAL NOT NULL, PRIMARY KEY (trial, number)) WITHOUT ROWID
+    """,
+    """
+    CREATE TABLE IF NOT EXISTS trial_underway (
+        trial INTEGER, number INTEGER, until REAL NOT NULL, PRIMARY KEY (trial, number)) WITHOUT ROWID
     """,
     """
     CREATE TABLE IF NOT EXISTS trial_values (
@@ -82,6 +88,7 @@ TABLES: Final = (
 PARTS: Final = {
     "trial_later": "trial, number, stage",
     "trial_calls": "trial, number",
+    "trial_underway": "trial, number",
     "trial_values": "trial, metric, number, id",
     "trial_arms": "trial, stage, arm, filled",
     "trial_read": "trial, metric",
@@ -94,6 +101,7 @@ TRIAL: Final = "id, name, declaration, windows, grace, state, stage, since, revi
 
 _READY: Final = "SELECT number, at FROM trial_units AS u WHERE trial = ? AND number > ? AND number <= ? AND at > ?"
 _OVER: Final = "SELECT number FROM trial_units WHERE trial = ? AND number > ? AND at <= ? ORDER BY number DESC LIMIT 1"
+_CALLING: Final = "SELECT number FROM trial_underway AS u WHERE trial = ? AND number > ? AND number <= ? AND until > ?"
 _NO_CALLS: Final = " AND NOT EXISTS (SELECT 1 FROM trial_calls WHERE trial = u.trial AND number = u.number)"
 _NO_VALUES: Final = (
     " AND NOT EXISTS (SELECT 1 FROM trial_values WHERE trial = u.trial AND metric = ? AND number = u.number)"
@@ -106,6 +114,12 @@ _UNITS: Final = _MATURED.replace(", c.*", "").format(join="")
 _WITH_CALLS: Final = _MATURED.format(join="LEFT JOIN trial_calls AS c ON c.trial = u.trial AND c.number = u.number")
 _VALUES: Final = (
     "SELECT number, value, at FROM trial_values WHERE trial = ? AND metric = ? AND number > ? AND number <= ?"
+)
+
+
+_FIRST: Final = (
+    "SELECT at, coalesce((SELECT until FROM trial_underway AS c WHERE c.trial = u.trial AND c.number = u.number), 0) "
+    "FROM trial_units AS u WHERE trial = ? AND number > ? ORDER BY number LIMIT 1"
 )
 
 
@@ -187,13 +201,9 @@ def read_ready(
     row = connection.execute("SELECT number FROM trial_read WHERE trial = ? AND metric = ?", (trial, key)).fetchone()
     mark = 0 if row is None else int(row[0])
     end = min(last_number(connection, trial), mark + most)
-    sql = _READY
-    values: list[Any] = [trial, mark, end, before]
-    if window == 0 and metric is None:
-        sql += _NO_CALLS
-    elif window == 0:
-        sql += _NO_VALUES
-        values.append(key)
+    untold = "" if window else _NO_CALLS if metric is None else _NO_VALUES
+    more = [key] if window == 0 and metric is not None else []
+    sql, values = _READY + untold, [trial, mark, end, before, *more]
     waits = connection.execute(sql + " ORDER BY number LIMIT 1", values).fetchone()
     if waits is not None and waits[1] > now + grace:
         # Stamped by a clock that was wrong: it was exposed before those after it, and is over when one of them is.
@@ -201,7 +211,10 @@ def read_ready(
         if over is not None:
             sql += " AND (at <= ? OR number > ?)"
             waits = connection.execute(sql + " ORDER BY number LIMIT 1", [*values, now + grace, over[0]]).fetchone()
-    return mark, end if waits is None else int(waits[0]) - 1
+    ready = end if waits is None else int(waits[0]) - 1
+    calling = connection.execute(_CALLING + untold + " ORDER BY number LIMIT 1", [trial, mark, ready, now, *more])
+    goes_on = calling.fetchone()
+    return mark, ready if goes_on is None else int(goes_on[0]) - 1
 
 
 def advance(
@@ -227,6 +240,25 @@ def read_matured(
         values.setdefault(number, []).append((value, at))
     units = map(_unit, connection.execute(_UNITS, (trial, *span)))
     return [unit._replace(values=Values.of(values[unit.number])) if unit.number in values else unit for unit in units]
+
+
+def read_exposed(connection: sqlite3.Connection, trial: int, after: int, most: int) -> list[Matured]:
+    """Units in the order of exposure."""
+    return [_unit(row) for row in connection.execute(_UNITS, (trial, after, after + most))]
+
+
+def read_waiting(
+    connection: sqlite3.Connection, trial: int, windows: Mapping[str | None, float], grace: float
+) -> dict[str | None, Waiting]:
+    """Units that no mark has passed, by metric."""
+    marks, last = read_marks(connection, trial), last_number(connection, trial)
+    found = {}
+    for metric, window in windows.items():
+        mark = marks.get(joined(metric), 0)
+        row = connection.execute(_FIRST, (trial, mark)).fetchone()
+        until = None if row is None else max(row[0] + window + grace, row[1])
+        found[metric] = Waiting(max(0, last - mark), until)
+    return found
 
 
 def _unit(row: tuple[Any, ...]) -> Matured:

@@ -12,11 +12,11 @@ from typing import Any, Final
 from dspy_prod.stores.keys import joined
 from dspy_prod.stores.sqlite.inserting import Inserting, each_of, portions
 from dspy_prod.stores.sqlite.trial_tables import find, last_number, read_marks
-from dspy_prod.stores.trial_terms import Call, Calls, Exposure, Outcome, Trial
+from dspy_prod.stores.trial_terms import Call, Calls, Exposure, Outcome, Trial, Underway
 
 _log = logging.getLogger("dspy_prod")
 
-Thing = Exposure | Call | Outcome
+Thing = Exposure | Call | Outcome | Underway
 
 _PUT_UNITS: Final = Inserting(
     "trial_units", ("trial", "number", "unit", "stage", "arm", "propensity", "filled", "at", "mixed", "left_out")
@@ -42,6 +42,12 @@ _PUT_ARMS: Final = Inserting(
     " ON CONFLICT (trial, stage, arm, filled) DO UPDATE SET "
     "units = units + excluded.units, first = first + excluded.first, mixed = mixed + excluded.mixed",
 )
+_PUT_UNDERWAY: Final = Inserting(
+    "trial_underway",
+    ("trial", "number", "until"),
+    " ON CONFLICT (trial, number) DO UPDATE SET until = max(until, excluded.until)",
+)
+_ENDED: Final = "DELETE FROM trial_underway WHERE trial = ? AND until < ?"
 _MIX: Final = "UPDATE trial_units SET mixed = 1, left_out = ? WHERE trial = ? AND number = ?"
 _LOSE: Final = "UPDATE trials SET late = late + ?, stray = stray + ? WHERE id = ?"
 _KNOWN: Final = "number, unit, stage, arm, filled, at, mixed, propensity"
@@ -86,6 +92,8 @@ def _fits(thing: Thing) -> bool:
         return whole and isinstance(thing.arm, str) and _is_finite(thing.propensity)
     if isinstance(thing, Call):
         return isinstance(thing.list_nano, int) and (thing.latency is None or isinstance(thing.latency, float | int))
+    if isinstance(thing, Underway):
+        return _is_finite(thing.seconds)
     return (
         isinstance(thing.metric, str)
         and isinstance(thing.value, float | int)
@@ -128,6 +136,7 @@ class _Batch:
         self._called: set[int] = set()
         self._values: dict[tuple[str, int, str], tuple[float, float]] = {}
         self._valued: set[tuple[str, int]] = set()
+        self._underway: dict[int, float] = {}
         self._late = self._stray = 0
 
     def write(self, things: list[Thing]) -> None:
@@ -137,6 +146,8 @@ class _Batch:
                 self._expose(thing)
             elif type(thing) is Call:
                 self._call(thing)
+            elif type(thing) is Underway:
+                self._goes_on(thing)
             else:
                 assert isinstance(thing, Outcome)
                 self._outcome(thing)
@@ -214,6 +225,12 @@ class _Batch:
         known = self._calls.get(number)
         self._calls[number] = (one, one) if known is None else (known[0].plus(one), known[1])
 
+    def _goes_on(self, underway: Underway) -> None:
+        unit = self._units.get(joined(underway.unit))
+        if unit is not None:
+            until = min(underway.at, self._now) + underway.seconds
+            self._underway[unit.number] = max(until, self._underway.get(unit.number, until))
+
     def _outcome(self, outcome: Outcome) -> None:
         unit, window = self._units.get(joined(outcome.unit)), self._trial.windows.get(outcome.metric)
         if unit is None or window is None or not isfinite(outcome.value):
@@ -249,6 +266,9 @@ class _Batch:
         values = [(id, *key, *value) for key, value in self._values.items()]
         _PUT_VALUES.run(connection, values)
         _PUT_ARMS.run(connection, [(id, *key, *sums) for key, sums in self._arms.items()])
+        if self._underway:
+            connection.execute(_ENDED, (id, self._now))
+            _PUT_UNDERWAY.run(connection, [(id, *each) for each in self._underway.items()])
         if self._late or self._stray:
             connection.execute(_LOSE, (self._late, self._stray, id))
 

@@ -23,11 +23,13 @@ from dspy_prod.stores.sqlite.trial_tables import (
     read_arms,
     read_checkpoint,
     read_decisions,
+    read_exposed,
     read_matured,
     read_ready,
     read_seen,
     read_tally,
     read_trials,
+    read_waiting,
     windows_text,
 )
 from dspy_prod.stores.sqlite.trial_writing import Thing, write_batch
@@ -44,6 +46,8 @@ from dspy_prod.stores.trial_terms import (
     Outcome,
     Tally,
     Trial,
+    Underway,
+    Waiting,
     check_state,
     check_windows,
 )
@@ -155,6 +159,9 @@ class KeptTrials:
     def outcome(self, outcome: Outcome) -> None:
         self._post(outcome)
 
+    def underway(self, underway: Underway) -> None:
+        self._post(underway)
+
     def seen(self, name: str, unit: str) -> str | None:
         return self._look(lambda connection, ns: read_seen(connection, id_of(connection, ns, name), unit))
 
@@ -181,6 +188,16 @@ class KeptTrials:
         if new:  # inside a transaction, so that whatever is written before or after the mark agrees with it
             self._ask(lambda connection, _, now: advance(connection, id, metric, window, grace, now, most))
         return self._look(lambda connection, _: read_matured(connection, id, metric, after, most))
+
+    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+        return self._read(lambda connection, ns: read_exposed(connection, id_of(connection, ns, name), after, most))
+
+    def waiting(self, name: str) -> dict[str | None, Waiting]:
+        def read(connection: sqlite3.Connection, ns: int) -> dict[str | None, Waiting]:
+            found = find(connection, ns, name)
+            return {} if found is None else read_waiting(connection, found[0], found[1].windows, found[1].grace)
+
+        return self._read(read)
 
     # -- the controller ----------------------------------------------------------------------------------------------
     def checkpoint(self, name: str) -> Checkpoint | None:
