@@ -416,3 +416,29 @@ def test_an_evaluation_without_tracking_or_with_an_mlflow_that_is_down_waits_for
     began = time.monotonic()
     assert exp.evaluate(examples, lambda example, prediction: 1.0).url is None
     assert time.monotonic() - began < 10.0
+
+
+# -- without the code of the program -----------------------------------------------------------------------------------
+def test_a_controller_of_its_own_writes_the_runs_where_it_is_told(
+    uri: str, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`experiment run` and `step` wrote none, since nothing turns tracking on in that process."""
+    from dspy_prod.cli import main
+    from dspy_prod.stores.opening import open_store
+    from tests.experiments.support import declared, feed
+
+    opened = declared(open_store(store, "cli"))
+    feed(opened, 200, {"control": 0.9, "new": 0.3})
+    where = ["--store", store, "--namespace", "cli"]
+    told = ["--tracking-uri", uri, "--tracking-experiment", EXPERIMENT]
+    assert main(["experiment", "run", "e", "--every", "0.1", *where, *told]) == 0
+    assert "rollback by controller" in capsys.readouterr().out
+    assert tracking.status() is None
+    runs = runs_of(uri)
+    assert {variant: run.info.status for variant, run in runs.items()} == {"control": "FINISHED", "new": "FINISHED"}
+    assert sum(run.data.metrics["users"] for run in runs.values()) == 200
+    assert runs["new"].data.tags["dspy_prod.state"] == "decided"
+    other = declared(open_store(store, "cli"), "other")
+    feed(other, 20, {"control": 0.9, "new": 0.3})
+    assert main(["experiment", "step", "other", *where]) == 0
+    assert set(runs_of(uri)) == {"control", "new"}, "nothing is written unless it is said"
