@@ -91,7 +91,7 @@ def add_parser(commands: Any, where: Callable[[argparse.ArgumentParser], None]) 
         ("start", "begin the rollout"),
         ("pause", "let nobody new into a candidate, and decide nothing"),
         ("resume", "go on after a pause"),
-        ("stop", "end it: everybody gets control"),
+        ("stop", "end it: everybody gets control, and the candidates' aliases its version"),
     ):
         action(name, help, _put).add_argument("--reason", help="why, for the audit")
     remove = action("rm", "forget it, with all that was measured", _remove)
@@ -193,11 +193,14 @@ def _promote(arguments: argparse.Namespace) -> int:
 
 
 def _put(arguments: argparse.Namespace) -> int:
-    from dspy_prod.experiments.operating import put
+    from dspy_prod.experiments.operating import put, stop
     from dspy_prod.registry.published.provenance import author
 
-    opened, what = _opened(arguments), arguments.action
-    changed = put(opened.trials, opened.name, what, arguments.reason, author())
+    opened, what, by = _opened(arguments), arguments.action, author()
+    if what == "stop":
+        changed = stop(opened, arguments.reason, by)
+    else:
+        changed = put(opened.trials, opened.name, what, arguments.reason, by)
     state = opened.trial().state
     if changed is None and state != _STATES[what]:
         raise ConfigError(f"the experiment {opened.name!r} is {state}; there is nothing to {what}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dspy_prod.experiments.attending import EVERY, Attending
 from dspy_prod.experiments.inside import Inside
 from dspy_prod.experiments.opened import Opened, stage_of
-from dspy_prod.experiments.operating import promote, remove
+from dspy_prod.experiments.operating import promote, remove, stop
 from dspy_prod.experiments.scorecard import Scorecard
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ class Running(Inside):
         self._put("resume", reason)
 
     def stop(self, reason: str | None = None) -> None:
-        """End it: everybody gets control. What was measured stays."""
-        self._put("stop", reason)
+        """End it: everybody gets control, and the candidates' aliases its version. What was measured stays."""
+        stop(self._works.opened, reason)
+        self._works.standing.look()
 
     def promote(
         self, variant: str | None = None, *, force: bool = False, reason: str | None = None, by: str | None = None
