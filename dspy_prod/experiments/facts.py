@@ -61,6 +61,9 @@ class Facts:
         users: exposed so far, by variant. hurt: of them, those who got a candidate that was then rolled back.
         crossed: users who were seen in two variants within one stage; they count for nothing.
         late, stray: outcomes after their window, and of users who were never exposed.
+        early: outcomes that are dated before their user's exposure; they do not count.
+        unpriced: calls of which nobody knows the price, such as cached answers of an earlier release; they do not
+            count for costs.
         unkept: exposures for which the store had no room.
         serves: the variant that everybody gets, once it is decided or stopped.
         sample_ratio: e-value of "users do not arrive in the declared shares"; the alarm is raised at 100.
@@ -88,6 +91,8 @@ class Facts:
     stray: int = 0
     serves: str | None = None
     unkept: int = 0
+    early: int = 0
+    unpriced: int = 0
     sample_ratio: float = 1.0
     declared: tuple[Metric, ...] = ()
     stages: tuple[StageUsers, ...] = ()
@@ -130,5 +135,12 @@ def _warnings(card: Facts) -> Iterator[str]:
         yield f"{card.late:,} outcomes came after their window, and were not counted"
     if card.stray:
         yield f"{card.stray:,} outcomes are of users who were never exposed: is the id the same as in call_context?"
+    if card.early:
+        yield f"{card.early:,} outcomes are dated before their user was exposed, and were not counted: is at= right?"
+    if card.unpriced:
+        yield (
+            f"{card.unpriced:,} calls have no known price, such as cached answers of an earlier release: they are left "
+            "out of costs, and count for everything else"
+        )
     if card.unkept:
         yield f"{card.unkept:,} exposures could not be kept: the store had no room"

@@ -6,6 +6,7 @@ from typing import Any
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.inside import Inside
+from dspy_prod.stores.trials import CREATED
 
 
 class Posing(Inside):
@@ -25,7 +26,17 @@ class Posing(Inside):
         return list(self.program.named_predictors())
 
     def set_lm(self, lm: Any) -> None:
-        """Set the LM of every variant that is no LM itself."""
+        """Set the LM of every variant that is no LM itself.
+
+        Raises:
+            ConfigError: it has begun, so that what was measured would be mixed up.
+        """
+        trial = self._works.standing.trial
+        if trial is None or trial.state != CREATED:
+            raise ConfigError(
+                f"Experiment({self.name!r}).set_lm: its variants are pinned once it has begun. Compare the LMs in an "
+                "experiment of their own, as variants, or set the LM for all with dspy.configure(lm=...)"
+            )
         for each in self.variants.values():
             if each.kind != "lm":
                 each.program.set_lm(lm)

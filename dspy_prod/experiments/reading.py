@@ -10,7 +10,6 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from math import inf
 from typing import Any, Final
 
 from dspy_prod.experiments.assignment import Design
@@ -19,7 +18,7 @@ from dspy_prod.experiments.declaration import source_of
 from dspy_prod.experiments.evidence import Evidence, Exposure
 from dspy_prod.experiments.history import History, Look
 from dspy_prod.experiments.pairs import SUFFIX, Pairs
-from dspy_prod.experiments.sample import Sample, spent_at
+from dspy_prod.experiments.sample import Sample, unjudged
 from dspy_prod.experiments.shadow import pairs_of
 from dspy_prod.experiments.spread import Spread
 from dspy_prod.options.experiments import Rollout
@@ -29,6 +28,9 @@ from dspy_prod.stores.trials import Calls, Matured, Trials
 
 EXPOSED: Final = " (exposed)"
 """Under which it is kept how many exposures were read."""
+
+PART: Final = 5_000
+"""Units that are read before what was read is saved."""
 
 _log = logging.getLogger("dspy_prod")
 
@@ -74,21 +76,30 @@ class Reading:
                 raise
 
     def _read_on(self) -> Decision:
-        evidence = self._restored()
-        new = self._take_in_exposures(evidence)
-        for source, metrics in self._sources.items():
-            new |= self._take_in(evidence, source, metrics)
-        new |= self._take_in_pairs()
-        if new:
-            pairs = None if self.pairs is None else self.pairs.state()
-            told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
-            state = json.dumps({"read": self._read, **told, "spread": self.spread.state()})
-            if self._trials.save(self._name, state, self._revision):
-                self._revision += 1
-            else:  # somebody else has looked meanwhile: what he read is as good
-                self.evidence = None
+        evidence, took = self._restored(), PART
+        while took >= PART:  # a long backlog is saved as it goes: whoever is killed meanwhile has not read for nothing
+            took = self._take_in_some(evidence)
+            if took:
+                self._save(evidence)
+            if took >= PART:
+                evidence = self._restored()
         tally = self._trials.tally(self._name)
         return evidence.look(tally.mixed, tally.units)
+
+    def _take_in_some(self, evidence: Evidence) -> int:
+        """A part of what is new; of how many units, of the source that had the most."""
+        took = [self._take_in_exposures(evidence), self._take_in_pairs()]
+        took += [self._take_in(evidence, source, metrics) for source, metrics in self._sources.items()]
+        return max(took)
+
+    def _save(self, evidence: Evidence) -> None:
+        pairs = None if self.pairs is None else self.pairs.state()
+        told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
+        state = json.dumps({"read": self._read, **told, "spread": self.spread.state()})
+        if self._trials.save(self._name, state, self._revision):
+            self._revision += 1
+        else:  # somebody else has looked meanwhile: what he read is as good
+            self.evidence = None
 
     def history(self) -> tuple[Look, ...]:
         """How the evidence grew until the last `read`."""
@@ -124,50 +135,50 @@ class Reading:
         self.evidence = evidence
         return evidence
 
-    def _take_in_exposures(self, evidence: Evidence) -> bool:
+    def _take_in_exposures(self, evidence: Evidence) -> int:
         """For the sample ratio: who was exposed is known at once, whatever becomes of him."""
         first = after = self._read.get(EXPOSED, self._read.get("", 0))
-        while units := self._trials.exposed(self._name, after):
-            for unit in units:
-                evidence.exposed(self._exposure(unit))
-            after = units[-1].number
+        for unit in self._trials.exposed(self._name, after, PART):
+            evidence.exposed(self._exposure(unit))
+            after = unit.number
         self._read[EXPOSED] = after
-        return after > first
+        return after - first
 
-    def _take_in(self, evidence: Evidence, source: str | None, metrics: Sequence[Metric]) -> bool:
-        """Whether there was anything new."""
+    def _take_in(self, evidence: Evidence, source: str | None, metrics: Sequence[Metric]) -> int:
+        """Those of one source; how many."""
         place, after = source or "", self._read.get(source or "", 0)
         first = after
         judged = source in self._sample.shares
-        ends = spent_at(place, self._trials.decisions(self._name)) if judged else inf
-        while units := self._trials.matured(self._name, source, after):
+        gaps = unjudged(place, self._trials.decisions(self._name)) if judged else []
+        if units := self._trials.matured(self._name, source, after, PART):
             for unit in units:
                 exposure = self._exposure(unit)
                 if source is None and unit.mixed:
                     evidence.crossed()
-                drawn = not judged or (unit.at < ends and self._sample.takes(place, unit.unit))
+                drawn = not judged or (
+                    self._sample.takes(place, unit.unit) and not any(one <= unit.at < end for one, end in gaps)
+                )
                 left_out = unit.mixed or not drawn
                 if source is None and not left_out and unit.calls.timed:
                     self.spread.see(unit.arm, unit.calls.latency / unit.calls.timed)
                 for metric in () if left_out else metrics:
+                    if is_unpriced(metric, unit):
+                        continue
                     evidence.matured(metric.name, exposure, value_of(metric, unit))
                     self._history.see(evidence, metric.name, unit.number, unit.at)
             after = self._read[place] = units[-1].number
-        return after > first
+        return after - first
 
-    def _take_in_pairs(self) -> bool:
+    def _take_in_pairs(self) -> int:
         """Those of a shadow stage."""
         if self.pairs is None:
-            return False
-        first = after = self._read.get(SUFFIX, 0)
-        while True:
-            found, last = pairs_of(self._trials, self._name, after)
-            for candidate, pair in found:
-                self.pairs.see(candidate, pair)
-            if last == after:
-                self._read[SUFFIX] = after
-                return after > first
-            after = last
+            return 0
+        first = self._read.get(SUFFIX, 0)
+        found, after = pairs_of(self._trials, self._name, first)
+        for candidate, pair in found:
+            self.pairs.see(candidate, pair)
+        self._read[SUFFIX] = after
+        return after - first
 
     def _exposure(self, unit: Matured) -> Exposure:
         shares = self._design.propensities(unit.stage, unit.full)
@@ -177,6 +188,13 @@ class Reading:
         """A child does not go on with what a thread was in the middle of."""
         self.evidence = None
         self._lock = threading.Lock()
+
+
+def is_unpriced(metric: Metric, unit: Matured) -> bool:
+    """Whether a unit has called, and nobody knows what any of its calls cost: it is no unit of costs then, since what
+    is not known is not nothing."""
+    calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
+    return metric.name == "cost" and 0 < calls.calls == calls.unpriced
 
 
 def value_of(metric: Metric, unit: Matured) -> float | None:
@@ -189,7 +207,10 @@ def value_of(metric: Metric, unit: Matured) -> float | None:
         return None
     if metric.name == "latency":
         return calls.latency / calls.timed if calls.timed else None
+    if metric.name == "cost":
+        priced = calls.calls - calls.unpriced
+        return calls.list_nano / 1e9 / priced if priced else None
     found: Mapping[str, Any] = {
-        "error_rate": calls.failed, "fallback_rate": calls.fell_back, "cost": calls.list_nano / 1e9,
+        "error_rate": calls.failed, "fallback_rate": calls.fell_back,
     }  # fmt: skip
     return float(found[metric.name]) / calls.calls

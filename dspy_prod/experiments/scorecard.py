@@ -170,7 +170,8 @@ def scorecard(
         name=trial.name, state=trial.state, stage=stage, since=trial.since, decision=decision.verdict,
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
         hurt=sum(users[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
-        unkept=tally.unkept, serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
+        unkept=tally.unkept, early=tally.early, unpriced=tally.unpriced,
+        serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
         stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),
         audit=tuple([Event(each.at, each.what, each.by, _reason(each)) for each in audit]), history=tuple(history),
         waiting={

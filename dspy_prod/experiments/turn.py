@@ -98,14 +98,16 @@ class Turn:
     @property
     def outcome(self) -> Answered:
         """How it was answered, once it is over."""
-        return Answered(self._failed, self._fell_back, self._nano / NANO)
+        return Answered(self._failed, self._fell_back, None if self._nano is None else self._nano / NANO)
 
     @property
-    def _nano(self) -> int:
-        """What it would have cost without caches, as far as that is known."""
+    def _nano(self) -> int | None:
+        """What it would have cost without caches; None where that is not known, as of what an earlier release has
+        cached."""
         if self._usd is not None:
             return round(self._usd * NANO)
-        return sum([each.list_nano or 0 for each in self._records])
+        costs = [each.list_nano for each in self._records]
+        return None if self.unpriced or None in costs else sum([each or 0 for each in costs])
 
     @property
     def counted(self) -> tuple[str, float, str | None] | None:

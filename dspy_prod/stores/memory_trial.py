@@ -18,6 +18,7 @@ from dspy_prod.stores.trial_terms import (
     Underway,
     Values,
     Waiting,
+    is_early,
     ready_before,
 )
 
@@ -88,7 +89,7 @@ class MemoryTrial:
         self.sums: dict[tuple[int, str, int], list[int]] = {}
         self.read: dict[str | None, int] = {}
         self.calling: dict[int, float] = {}
-        self.mixed = self.late = self.stray = self.unkept = self.values = 0
+        self.mixed = self.late = self.stray = self.unkept = self.early = self.unpriced = self.values = 0
         self.checkpoint: Checkpoint | None = None
         self.decisions: list[Decision] = []
         self._room = room
@@ -139,6 +140,7 @@ class MemoryTrial:
         if not unit.calls.calls:
             unit.first_call = one
         unit.calls = unit.calls.plus(one)
+        self.unpriced += one.unpriced
 
     def underway(self, underway: Underway, now: float) -> None:
         """See `Trials.underway`."""
@@ -149,7 +151,7 @@ class MemoryTrial:
             until = min(underway.at, now) + underway.seconds
             self.calling[number] = max(until, self.calling.get(number, until))
 
-    def outcome(self, outcome: Outcome) -> None:
+    def outcome(self, outcome: Outcome, now: float) -> None:
         """See `Trials.outcome`."""
         number, window = self.numbers.get(outcome.unit), self.trial.windows.get(outcome.metric)
         if number is None or window is None or not isfinite(outcome.value):
@@ -160,6 +162,8 @@ class MemoryTrial:
         fresh = outcome.id not in values
         if not self.trial.takes(number, read, unit.at, outcome.at, window, bool(values)):
             self.late += 1
+        elif is_early(outcome.at, unit.at, now):
+            self.early += 1
         elif fresh and self._room.values <= 0:
             self.unkept += 1
         else:

@@ -112,10 +112,11 @@ class MemoryTrials:
                 kept.call(call)
 
     def outcome(self, outcome: Outcome) -> None:
+        now = self.now()
         with self._lock:
             kept = self._kept.get(outcome.trial)
             if kept is not None:
-                kept.outcome(outcome)
+                kept.outcome(outcome, now)
 
     def underway(self, underway: Underway) -> None:
         now = self.now()
@@ -140,7 +141,7 @@ class MemoryTrials:
             kept = self._kept.get(name)
             if kept is None:
                 return Tally()
-            return Tally(len(kept.units), kept.mixed, kept.late, kept.stray, kept.unkept)
+            return Tally(len(kept.units), kept.mixed, kept.late, kept.stray, kept.unkept, kept.early, kept.unpriced)
 
     def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
         now = self.now()

@@ -20,6 +20,9 @@ GRACE: Final = 60.0
 MOST_NANO: Final = 10**15
 """What one call counts for at most, in nano-USD: a million dollars."""
 
+EARLY: Final = 5.0
+"""Seconds by which the clocks of processes may differ: an outcome may be dated so much before its unit's exposure."""
+
 LONGEST: Final = 1e9
 """Seconds that a call takes at most; a latency beyond, or below 0, is none."""
 
@@ -112,7 +115,7 @@ class Call(NamedTuple):
         trial: the experiment's name. unit: the unit's.
         at: when it began.
         failed: it raised. fell_back: it was answered by a fallback.
-        list_nano: what it would have cost without caches, in nano-USD.
+        list_nano: what it would have cost without caches, in nano-USD; None when that is not known.
         latency: seconds; None where it tells nothing (a cached answer).
     """
 
@@ -121,7 +124,7 @@ class Call(NamedTuple):
     at: float
     failed: bool = False
     fell_back: bool = False
-    list_nano: int = 0
+    list_nano: int | None = 0
     latency: float | None = None
 
 
@@ -160,8 +163,8 @@ class Underway(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """Sums of calls: how many, how many of them failed or fell back, nano-USD at list price, and the seconds of the
-    `timed` ones."""
+    """Sums of calls: how many, how many of them failed or fell back, nano-USD at list price, the seconds of the `timed`
+    ones, and of how many the price is not known, which are in none of the nano-USD."""
 
     calls: int = 0
     failed: int = 0
@@ -169,15 +172,15 @@ class Calls(NamedTuple):
     list_nano: int = 0
     timed: int = 0
     latency: float = 0.0
+    unpriced: int = 0
 
     @classmethod
     def of(cls, call: Call) -> Calls:
         """The sums of one call."""
         timed = call.latency is not None and 0 <= call.latency <= LONGEST
         latency = call.latency if timed and call.latency is not None else 0.0
-        return cls(
-            1, int(call.failed), int(call.fell_back), max(0, min(call.list_nano, MOST_NANO)), int(timed), latency
-        )
+        nano = max(0, min(call.list_nano or 0, MOST_NANO))
+        return cls(1, int(call.failed), int(call.fell_back), nano, int(timed), latency, int(call.list_nano is None))
 
     def plus(self, more: Calls) -> Calls:
         """Both together."""
@@ -188,6 +191,7 @@ class Calls(NamedTuple):
             self.list_nano + more.list_nano,
             self.timed + more.timed,
             self.latency + more.latency,
+            self.unpriced + more.unpriced,
         )
 
 
@@ -263,6 +267,8 @@ class Tally(NamedTuple):
         stray: values of units without an exposure, and of metrics that were not declared. Calls of such units are no
             mistake: once a candidate is full, newcomers get control without being exposed.
         unkept: exposures for which there was no room.
+        early: values that are dated before the exposure of their unit.
+        unpriced: calls that count, but for what they cost, which is not known.
     """
 
     units: int = 0
@@ -270,6 +276,8 @@ class Tally(NamedTuple):
     late: int = 0
     stray: int = 0
     unkept: int = 0
+    early: int = 0
+    unpriced: int = 0
 
 
 class Waiting(NamedTuple):
@@ -315,6 +323,11 @@ class Decision(NamedTuple):
     evidence: str
     at: float = 0.0
     number: int = 0
+
+
+def is_early(at: float, exposed_at: float, now: float) -> bool:
+    """Whether an outcome is dated before its unit's exposure, which was not stamped by a clock that was ahead."""
+    return at < exposed_at - EARLY and exposed_at <= now + EARLY
 
 
 def ready_before(now: float, window: float, grace: float) -> float:

@@ -126,6 +126,37 @@ def test_a_removed_experiment_leaves_nothing_and_its_name_is_free(still: Store, 
     trials.remove("never made")
 
 
+def test_an_outcome_from_before_the_exposure_does_not_count_and_is_counted(still: Store, clock: FakeClock) -> None:
+    """It can be none of what the arm has done. Clocks of processes may differ by seconds."""
+    made(still)
+    clock.advance(100.0)
+    at = expose(still, "u1")
+    outcome(still, "u1", 0.0, at=at - 5.1)
+    outcome(still, "u1", 0.0, "at once", at=at - 86_400.0)
+    outcome(still, "u1", 1.0, "at once", at=at - 4.9)
+    outcome(still, "u1", 1.0, at=at - 4.9)
+    assert still.trials.tally("e") == Tally(1, early=2)
+    clock.advance(200.0)
+    for metric in ("resolved", "at once"):
+        assert [each.values for each in still.trials.matured("e", metric)] == [Values(1, 1.0, 1.0, 1.0)]
+
+
+def test_a_call_whose_price_nobody_knows_is_in_no_sum_of_costs(still: Store, clock: FakeClock) -> None:
+    made(still)
+    for unit, costs in {"u1": (None, 3, None), "u2": (3, None), "u3": (None,)}.items():
+        expose(still, unit)
+        for each in costs:
+            call(still, unit, list_nano=each)
+            still.flush(10)
+    clock.advance(200.0)
+    found = still.trials.matured("e", None)
+    assert [(each.calls.calls, each.calls.list_nano, each.calls.unpriced) for each in found] == [
+        (3, 3, 2), (2, 3, 1), (1, 0, 1),
+    ]  # fmt: skip
+    assert [(each.first_call.list_nano, each.first_call.unpriced) for each in found] == [(0, 1), (3, 0), (0, 1)]
+    assert still.trials.tally("e") == Tally(3, unpriced=4)
+
+
 # -- who is waited for -------------------------------------------------------------------------------------------------
 def test_a_unit_whose_call_goes_on_is_waited_for_and_nobody_behind_it_is_told(still: Store, clock: FakeClock) -> None:
     made(still, windows={None: 0.0, "at once": 0.0})

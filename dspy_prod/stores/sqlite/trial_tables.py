@@ -30,7 +30,7 @@ TABLES: Final = (
         windows TEXT NOT NULL, grace REAL NOT NULL, state TEXT NOT NULL, stage INTEGER NOT NULL, since REAL NOT NULL,
         revision INTEGER NOT NULL, created REAL NOT NULL, late INTEGER NOT NULL DEFAULT 0,
         stray INTEGER NOT NULL DEFAULT 0, checkpoint TEXT, checkpoint_revision INTEGER NOT NULL DEFAULT 0,
-        checkpoint_at REAL, UNIQUE (ns, name))
+        checkpoint_at REAL, early INTEGER NOT NULL DEFAULT 0, unpriced INTEGER NOT NULL DEFAULT 0, UNIQUE (ns, name))
     """,
     """
     CREATE TABLE IF NOT EXISTS trial_units (
@@ -49,7 +49,8 @@ TABLES: Final = (
         trial INTEGER, number INTEGER, calls INTEGER NOT NULL, failed INTEGER NOT NULL, fell_back INTEGER NOT NULL,
         list_nano INTEGER NOT NULL, timed INTEGER NOT NULL, latency REAL NOT NULL, first_failed INTEGER NOT NULL,
         first_fell_back INTEGER NOT NULL, first_list_nano INTEGER NOT NULL, first_timed INTEGER NOT NULL,
-        first_latency REAL NOT NULL, PRIMARY KEY (trial, number)) WITHOUT ROWID
+        first_latency REAL NOT NULL, unpriced INTEGER NOT NULL DEFAULT 0, first_unpriced INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (trial, number)) WITHOUT ROWID
     """,
     """
     CREATE TABLE IF NOT EXISTS trial_underway (
@@ -84,6 +85,9 @@ TABLES: Final = (
         owner TEXT PRIMARY KEY, batch INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID
     """,
 )
+
+LATER: Final = {"trials": ("early", "unpriced"), "trial_calls": ("unpriced", "first_unpriced")}
+"""Numbers that files of earlier releases have not, by table."""
 
 PARTS: Final = {
     "trial_later": "trial, number, stage",
@@ -173,12 +177,12 @@ def read_arms(connection: sqlite3.Connection, trial: int) -> list[Arm]:
 
 def read_tally(connection: sqlite3.Connection, trial: int, unkept: int) -> Tally:
     """How many units there are, and what could not be used."""
-    row = connection.execute("SELECT late, stray FROM trials WHERE id = ?", (trial,)).fetchone()
+    row = connection.execute("SELECT late, stray, early, unpriced FROM trials WHERE id = ?", (trial,)).fetchone()
     if row is None:
         return Tally()
     mixed = connection.execute("SELECT coalesce(sum(mixed), 0) FROM trial_arms WHERE trial = ?", (trial,)).fetchone()[0]
-    late, stray = row
-    return Tally(last_number(connection, trial), mixed, late, stray, unkept)
+    late, stray, early, unpriced = row
+    return Tally(last_number(connection, trial), mixed, late, stray, unkept, early, unpriced)
 
 
 def last_number(connection: sqlite3.Connection, trial: int) -> int:
@@ -269,7 +273,8 @@ def _unit(row: tuple[Any, ...]) -> Matured:
 def _with_calls(row: tuple[Any, ...]) -> Matured:
     if row[10] is None:
         return _unit(row)
-    return _unit(row)._replace(calls=Calls(*row[10:16]), first_call=Calls(1, *row[16:]))
+    sums, first = (*row[10:16], row[21]), (1, *row[16:21], row[22])
+    return _unit(row)._replace(calls=Calls(*sums), first_call=Calls(*first))
 
 
 def read_seen(connection: sqlite3.Connection, trial: int, unit: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from dspy_prod.stores.keys import joined
 from dspy_prod.stores.sqlite.inserting import Inserting, each_of, portions
 from dspy_prod.stores.sqlite.trial_tables import find, last_number, read_marks
-from dspy_prod.stores.trial_terms import Call, Calls, Exposure, Outcome, Trial, Underway
+from dspy_prod.stores.trial_terms import Call, Calls, Exposure, Outcome, Trial, Underway, is_early
 
 _log = logging.getLogger("dspy_prod")
 
@@ -27,6 +27,7 @@ _PUT_CALLS: Final = Inserting(
     (
         *("trial", "number", "calls", "failed", "fell_back", "list_nano", "timed", "latency"),
         *("first_failed", "first_fell_back", "first_list_nano", "first_timed", "first_latency"),
+        *("unpriced", "first_unpriced"),
     ),
     " ON CONFLICT (trial, number) DO UPDATE SET "
     + ", ".join(f"{name} = {name} + excluded.{name}" for name in Calls._fields),
@@ -49,7 +50,9 @@ _PUT_UNDERWAY: Final = Inserting(
 )
 _ENDED: Final = "DELETE FROM trial_underway WHERE trial = ? AND until < ?"
 _MIX: Final = "UPDATE trial_units SET mixed = 1, left_out = ? WHERE trial = ? AND number = ?"
-_LOSE: Final = "UPDATE trials SET late = late + ?, stray = stray + ? WHERE id = ?"
+_LOSE: Final = (
+    "UPDATE trials SET late = late + ?, stray = stray + ?, early = early + ?, unpriced = unpriced + ? WHERE id = ?"
+)
 _KNOWN: Final = "number, unit, stage, arm, filled, at, mixed, propensity"
 _DONE: Final = "SELECT batch FROM trial_writers WHERE owner = ?"
 _DO: Final = "INSERT OR REPLACE INTO trial_writers VALUES (?, ?, ?)"
@@ -91,7 +94,9 @@ def _fits(thing: Thing) -> bool:
         whole = isinstance(thing.stage, int) and isinstance(thing.full, int)
         return whole and isinstance(thing.arm, str) and _is_finite(thing.propensity)
     if isinstance(thing, Call):
-        return isinstance(thing.list_nano, int) and (thing.latency is None or isinstance(thing.latency, float | int))
+        return (thing.list_nano is None or isinstance(thing.list_nano, int)) and (
+            thing.latency is None or isinstance(thing.latency, float | int)
+        )
     if isinstance(thing, Underway):
         return _is_finite(thing.seconds)
     return (
@@ -137,7 +142,7 @@ class _Batch:
         self._values: dict[tuple[str, int, str], tuple[float, float]] = {}
         self._valued: set[tuple[str, int]] = set()
         self._underway: dict[int, float] = {}
-        self._late = self._stray = 0
+        self._late = self._stray = self._early = self._unpriced = 0
 
     def write(self, things: list[Thing]) -> None:
         self._read(things)
@@ -220,6 +225,7 @@ class _Batch:
             self._late += 1
             return
         one = Calls.of(call)
+        self._unpriced += one.unpriced
         if window == 0:
             self._called.add(number)
         known = self._calls.get(number)
@@ -241,6 +247,9 @@ class _Batch:
         if not self._trial.takes(unit.number, self._marks.get(metric, 0), unit.at, outcome.at, window, has):
             self._late += 1
             return
+        if is_early(outcome.at, unit.at, self._now):
+            self._early += 1
+            return
         if window == 0:
             self._valued.add((metric, unit.number))
         self._values[metric, unit.number, joined(outcome.id)] = (float(outcome.value), outcome.at)
@@ -261,7 +270,10 @@ class _Batch:
         ]
         _PUT_UNITS.run(connection, fresh)
         _PUT_LATER.run(connection, self._new_later)
-        calls = [(id, number, *sums, *first[1:]) for number, (sums, first) in self._calls.items()]
+        calls = [
+            (id, number, *sums[:-1], *first[1:-1], sums.unpriced, first.unpriced)
+            for number, (sums, first) in self._calls.items()
+        ]
         _PUT_CALLS.run(connection, calls)
         values = [(id, *key, *value) for key, value in self._values.items()]
         _PUT_VALUES.run(connection, values)
@@ -269,8 +281,8 @@ class _Batch:
         if self._underway:
             connection.execute(_ENDED, (id, self._now))
             _PUT_UNDERWAY.run(connection, [(id, *each) for each in self._underway.items()])
-        if self._late or self._stray:
-            connection.execute(_LOSE, (self._late, self._stray, id))
+        if self._late or self._stray or self._early or self._unpriced:
+            connection.execute(_LOSE, (self._late, self._stray, self._early, self._unpriced, id))
 
 
 def _flags(unit: _Unit) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import pytest
 from dspy_prod.stores.sqlite import posting, trials
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
-from dspy_prod.stores.sqlite.trial_tables import PARTS, TABLES, advance, read_matured, read_seen
+from dspy_prod.stores.sqlite.trial_tables import LATER, PARTS, TABLES, advance, read_matured, read_seen
 from dspy_prod.stores.sqlite.trial_writing import write_batch
 from dspy_prod.stores.trials import Call, Calls, Decision, Exposure, Lease, Outcome, Tally, Values
 from tests.stores import trial_support
@@ -175,6 +175,22 @@ def test_a_file_of_an_earlier_release_keeps_its_rows_and_gets_the_tables(path: s
         made(store)
         expose(store, "u1")
         assert store.trials.tally("e").units == 1
+
+
+def test_a_file_without_the_latest_columns_gets_them(path: str) -> None:
+    with contextlib.closing(SqliteStore(path)) as store:
+        made(store)
+        expose(store, "u1")
+        call(store, "u1", list_nano=7)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        for table, names in LATER.items():
+            for name in names:
+                file.execute(f"ALTER TABLE {table} DROP COLUMN {name}")
+    with contextlib.closing(SqliteStore(path)) as store:
+        call(store, "u1", list_nano=None)
+        assert store.trials.tally("e") == Tally(1, unpriced=1)
+        with contextlib.closing(sqlite3.connect(path)) as file:
+            assert file.execute("SELECT calls, list_nano, unpriced FROM trial_calls").fetchone() == (2, 7, 1)
 
 
 def test_what_is_read_of_a_large_experiment_is_found_by_its_keys(path: str) -> None:
