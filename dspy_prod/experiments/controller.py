@@ -118,6 +118,10 @@ class Controller:
         """Take in what has come since, save how far that is, and say what it means; see `Reading`."""
         return self._reading.read()
 
+    def known(self) -> Decision:
+        """What the last `read` of anybody has found, without writing anything."""
+        return self._reading.known()
+
     def history(self) -> tuple[Look, ...]:
         """How the evidence grew until the last `read`."""
         return self._reading.history()

@@ -71,6 +71,7 @@ class Facts:
         stages: users by stage. audit: what was decided, oldest first.
         history: how the evidence grew, a few points of each metric and candidate, oldest first.
         waiting: by metric, who was exposed and does not count yet, since its window, or its call, is not over.
+        unwritten: why the store cannot be written now, so that what happened since does not count yet; None: it can.
         url: MLflow's page that compares the winner, else the first candidate, with control: what is said of their
             traces, costs and latencies. None while tracking has told of none. Where MLflow is a database, it is the
             page of an `mlflow server` on this machine.
@@ -99,6 +100,7 @@ class Facts:
     audit: tuple[Event, ...] = ()
     history: tuple[Look, ...] = ()
     waiting: Mapping[str, Waited] = field(default_factory=dict)
+    unwritten: str | None = None
     url: str | None = None
 
     @property
@@ -123,6 +125,8 @@ class Facts:
 
 
 def _warnings(card: Facts) -> Iterator[str]:
+    if card.unwritten is not None:
+        yield f"the store cannot be written: what happened since is not counted yet. {card.unwritten}"
     if card.sample_ratio >= RATIO_NOTED:
         raised = card.sample_ratio >= RATIO_ALARM
         yield (

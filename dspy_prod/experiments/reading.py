@@ -86,6 +86,12 @@ class Reading:
         tally = self._trials.tally(self._name)
         return evidence.look(tally.mixed, tally.units)
 
+    def known(self) -> Decision:
+        """What was known when somebody saved last, where nothing can be written now."""
+        with self._lock:
+            tally = self._trials.tally(self._name)
+            return self._restored().look(tally.mixed, tally.units)
+
     def _take_in_some(self, evidence: Evidence) -> int:
         """A part of what is new; of how many units, of the source that had the most."""
         took = [self._take_in_exposures(evidence), self._take_in_pairs()]
