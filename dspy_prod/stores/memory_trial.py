@@ -5,17 +5,14 @@ from __future__ import annotations
 from math import isfinite
 from typing import Final
 
+from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     Arm,
-    Call,
     Calls,
     Checkpoint,
     Decision,
-    Exposure,
     Matured,
-    Outcome,
     Trial,
-    Underway,
     Values,
     Waiting,
     is_early,

@@ -8,20 +8,16 @@ from typing import Final
 
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.memory_trial import MemoryTrial, Room
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
-    GRACE,
     Arm,
-    Call,
     Checkpoint,
     Decision,
-    Exposure,
     Lease,
     Matured,
-    Outcome,
     Tally,
     Trial,
-    Underway,
     Waiting,
     check_state,
     check_windows,

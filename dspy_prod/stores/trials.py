@@ -13,26 +13,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
     DECIDED,
-    GRACE,
     PAUSED,
     RUNNING,
     STATES,
     STOPPED,
     Arm,
-    Call,
     Calls,
     Checkpoint,
     Decision,
-    Exposure,
     Lease,
     Matured,
-    Outcome,
     Tally,
     Trial,
-    Underway,
     Values,
     Waiting,
 )

@@ -258,8 +258,7 @@ def read_waiting(
     marks, last = read_marks(connection, trial), last_number(connection, trial)
     found = {}
     for metric, window in windows.items():
-        mark = marks.get(joined(metric), 0)
-        row = connection.execute(_FIRST, (trial, mark)).fetchone()
+        row = connection.execute(_FIRST, (trial, mark := marks.get(joined(metric), 0))).fetchone()
         until = None if row is None else max(row[0] + window + grace, row[1])
         found[metric] = Waiting(max(0, last - mark), until)
     return found

@@ -12,7 +12,12 @@ from typing import Any, Final
 from dspy_prod.stores.keys import joined
 from dspy_prod.stores.sqlite.inserting import Inserting, each_of, portions
 from dspy_prod.stores.sqlite.trial_tables import find, last_number, read_marks
-from dspy_prod.stores.trial_terms import Call, Calls, Exposure, Outcome, Trial, Underway, is_early
+from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Underway
+from dspy_prod.stores.trial_terms import (
+    Calls,
+    Trial,
+    is_early,
+)
 
 _log = logging.getLogger("dspy_prod")
 

@@ -14,8 +14,8 @@ from dspy_prod.stores.sqlite.posting import Posting
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables
+from dspy_prod.stores.sqlite.trial_forgetting import forget_some
 from dspy_prod.stores.sqlite.trial_tables import (
-    PARTS,
     advance,
     find,
     id_of,
@@ -33,20 +33,16 @@ from dspy_prod.stores.sqlite.trial_tables import (
     windows_text,
 )
 from dspy_prod.stores.sqlite.trial_writing import Thing, write_batch
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
-    GRACE,
     Arm,
-    Call,
     Checkpoint,
     Decision,
-    Exposure,
     Lease,
     Matured,
-    Outcome,
     Tally,
     Trial,
-    Underway,
     Waiting,
     check_state,
     check_windows,
@@ -70,8 +66,6 @@ _SAVE: Final = (
 _HELD: Final = "SELECT holder, process, until FROM trial_leases WHERE ns = ? AND name = ?"
 _HOLD: Final = "INSERT OR REPLACE INTO trial_leases VALUES (?, ?, ?, ?, ?)"
 _RELEASE: Final = "DELETE FROM trial_leases WHERE ns = ? AND name = ? AND holder = ?"
-_FORGET: Final = 10_000
-"""Rows that are forgotten in one transaction: who calls meanwhile waits for it."""
 
 T = TypeVar("T")
 
@@ -146,7 +140,7 @@ class KeptTrials:
     def remove(self, name: str) -> None:
         sql = "DELETE FROM trials WHERE ns = ? AND name = ?"
         self._ask(lambda connection, ns, _: connection.execute(sql, (ns, joined(name))).rowcount)
-        while self._ask(lambda connection, _, __: _forget_some(connection)):
+        while self._ask(lambda connection, _, __: forget_some(connection)):
             pass
 
     # -- what happens to units ---------------------------------------------------------------------------------------
@@ -279,25 +273,3 @@ def _decide(connection: sqlite3.Connection, id: int, decision: Decision, now: fl
     texts = carried(decision.what), carried(decision.by), carried(decision.evidence)
     connection.execute(_DECIDE, (id, now, *texts))
     return int(connection.execute("SELECT max(number) FROM trial_decisions WHERE trial = ?", (id,)).fetchone()[0])
-
-
-def _forget_some(connection: sqlite3.Connection) -> bool:
-    """Delete rows of experiments that are not there any more; whether there may be more of them."""
-    for table, key in PARTS.items():
-        trial = _orphan(connection, table)
-        if trial is not None:
-            some = f"SELECT {key} FROM {table} WHERE trial = ? LIMIT {_FORGET}"
-            connection.execute(f"DELETE FROM {table} WHERE ({key}) IN ({some})", (trial,))
-            return True
-    return False
-
-
-def _orphan(connection: sqlite3.Connection, table: str) -> int | None:
-    """An experiment that has rows in a table and is not there any more; a look for each that has."""
-    known = {id for (id,) in connection.execute("SELECT id FROM trials")}
-    sql, trial = f"SELECT min(trial) FROM {table} WHERE trial > ?", -1
-    while (found := connection.execute(sql, (trial,)).fetchone()[0]) is not None:
-        trial = int(found)
-        if trial not in known:
-            return trial
-    return None

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dspy_prod.stores.sqlite import posting, trials
+from dspy_prod.stores.sqlite import posting, trial_forgetting
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.trial_tables import LATER, PARTS, TABLES, advance, read_matured, read_seen
@@ -262,7 +262,7 @@ def test_a_look_at_what_has_not_changed_waits_for_no_writer(
 def test_a_removal_goes_in_steps_and_the_next_one_ends_what_was_interrupted(
     sqlite_store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "_FORGET", 3)
+    monkeypatch.setattr(trial_forgetting, "_FORGET", 3)
     store = sqlite_store
     for name in ("gone", "e"):
         made(store, name)
