@@ -70,7 +70,7 @@ class Kept:
                 ((n, self.name(), arms[n % 2], began + 0.05 * n) for n in numbers),
             )
             file.executemany(
-                "INSERT INTO trial_calls VALUES (1, ?, 1, 0, 0, 1000, 1, 0.5, 0, 0, 1000, 1, 0.5)",
+                "INSERT INTO trial_calls VALUES (1, ?, 1, 0, 0, 1000, 1, 0.5, 0, 0, 1000, 1, 0.5, 0, 0)",
                 ((n,) for n in numbers),
             )
             file.executemany(
