@@ -113,6 +113,9 @@ class Courier:
 
     def _told(self, message: dict[str, Any]) -> None:
         """Feedback on traces that sampling has left out goes nowhere: looking for them would take minutes."""
+        if message.get("links"):
+            kept = [each for each in message["links"] if not self.traces.left_out(each)]
+            message = {**message, "links": kept}
         about = message.get("feedback")
         if about and all(self.traces.left_out(one["trace"]) for one in about):
             self.messages.left_out()
