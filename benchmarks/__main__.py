@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import calls, http, ledger, processes, tracking
+from benchmarks import calls, http, ledger, processes, tracking, units
 
 
 def main() -> int:
@@ -37,6 +37,7 @@ def main() -> int:
         "http": lambda: http.tails(**({"rounds": 4} if arguments.quick else {})),
         "processes": lambda: processes.measure(**({"rounds": 1} if arguments.quick else {})),
         "ledger": ledger.measure,
+        "units": lambda: units.measure(**({"units": 100_000, "rounds": 3} if arguments.quick else {})),
         "tracking": lambda: tracking.request_path(**few),
         "tracking_tails": lambda: tracking.tails(**({"calls": 1500} if arguments.quick else {})),
         "tracking_exit": lambda: tracking.at_exit(**({"calls": 1000} if arguments.quick else {})),
@@ -102,6 +103,12 @@ def table(figures: dict[str, Any]) -> Table:
         shown.add_row(f"calls/s, processes x threads in each: {name}", "", f"{value:,.0f}/s", "")
     for name, value in durable.items():
         shown.add_row(f"reserve + settle, {name}", "", f"{value:,.0f} pairs/s", "")
+    grown = figures["units"]
+    for what, words in (("unit", "a new unit with call and outcome"), ("look", "a look, nothing new")):
+        shown.add_row(
+            f"experiment of {grown['units']:,} units: CPU of {words}", "", f"{grown[f'{what}_us']:,.0f} µs",
+            f"of 1,000 units: {grown[f'{what}_small_us']:,.0f} µs",
+        )  # fmt: skip
     traced, tails, ended = figures["tracking"], figures["tracking_tails"], figures["tracking_exit"]
     shown.add_row(
         "tracking: CPU added per Predict on the caller's thread",

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from dspy_prod.runtime.doors import door
 
 if TYPE_CHECKING:
-    from dspy_prod import registry, tracking
+    from dspy_prod import alerts, metrics, registry, tracking
+    from dspy_prod.config.reading import Configured, from_config
     from dspy_prod.context.current import call_context
     from dspy_prod.errors import (
         BudgetExceededError,
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = door(
     __name__,
     {
+        "alerts": "alerts",
+        "asgi": "asgi",
+        "config.reading": "Configured from_config",
         "context.current": "call_context",
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
         "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
@@ -55,6 +59,7 @@ __getattr__, __dir__ = door(
         "experiments.judging": "Judge",
         "experiments.scorecard": "Scorecard",
         "lm": "LM wrap",
+        "metrics": "metrics",
         "optimize.optimizer": "BudgetedOptimizer",
         "optimize.report": "OptimizationReport",
         "options": "Budget Cache CircuitBreaker Price RateLimit Retry",
@@ -99,6 +104,7 @@ __all__ = [
     "CircuitBreaker",
     "CircuitOpenError",
     "ConfigError",
+    "Configured",
     "CostSummary",
     "DeadlineExceededError",
     "Event",
@@ -125,10 +131,13 @@ __all__ = [
     "UnpricedModelError",
     "UnusableAnswerError",
     "add_listener",
+    "alerts",
     "call_context",
     "call_report",
     "enable_logging",
+    "from_config",
     "health",
+    "metrics",
     "registry",
     "tracking",
     "wrap",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -48,6 +49,31 @@ def running(opened: Opened, every: float, as_json: bool, line: Callable[[Opened]
     if not as_json:
         show(f"{opened.name}: {'it is over.' if over else 'no longer looked at from here.'}")
     return 0
+
+
+@contextmanager
+def tracking_into(opened: Opened, experiment: str | None, uri: str | None) -> Iterator[None]:
+    """While this lasts, the runs of the variants are written to MLflow; what is told by then is waited for at the end.
+
+    Args:
+        opened: whose variants. experiment: MLflow's; None: nothing is written.
+        uri: of MLflow; default: `$MLFLOW_TRACKING_URI`, else where the runs of the variants are already.
+
+    Raises:
+        ConfigError: MLflow is not installed, or the URI is none that it writes to.
+    """
+    if experiment is None:
+        yield
+        return
+    from dspy_prod import tracking
+    from dspy_prod.experiments.variants_in_mlflow import tracked
+
+    known = tracked(opened.trials.decisions(opened.name)) or {}
+    end = tracking.enable(experiment, uri or os.environ.get("MLFLOW_TRACKING_URI") or known.get("uri"))
+    try:
+        yield
+    finally:
+        end()
 
 
 def check_registry(opened: Opened) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dspy_prod.cli.experiment_running import check_registry
+from dspy_prod.cli.experiment_running import check_registry, tracking_into
 from dspy_prod.cli.experiment_tables import listed, status
 from dspy_prod.cli.printing import print_json, show
 from dspy_prod.cli.reports import opened as opened_store
@@ -74,7 +74,12 @@ def add_parser(commands: Any, where: Callable[[argparse.ArgumentParser], None]) 
         each.add_argument(
             "--tracking-uri", help="the MLflow store with its versions; default: where they were found, else MLflow's"
         )
-    _, report, _, run, promote = looking
+    _, report, step, run, promote = looking
+    for each in (step, run):
+        each.add_argument(
+            "--tracking-experiment", metavar="NAME",
+            help="also write the runs of the variants into this experiment of MLflow's, made when there is none",
+        )  # fmt: skip
     report.add_argument("--out", type=Path, metavar="FILE", help=f"default: {DIRECTORY}/NAME.html")
     run.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between two looks (default: 10)")
     promote.add_argument("--variant", help="the candidate; default: the one that is proven better")
@@ -86,7 +91,7 @@ def add_parser(commands: Any, where: Callable[[argparse.ArgumentParser], None]) 
         ("start", "begin the rollout"),
         ("pause", "let nobody new into a candidate, and decide nothing"),
         ("resume", "go on after a pause"),
-        ("stop", "end it: everybody gets control"),
+        ("stop", "end it: everybody gets control, and the candidates' aliases its version"),
     ):
         action(name, help, _put).add_argument("--reason", help="why, for the audit")
     remove = action("rm", "forget it, with all that was measured", _remove)
@@ -153,7 +158,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _step(arguments: argparse.Namespace) -> int:
     opened = _opened(arguments)
     check_registry(opened)
-    looked = opened.controller.step() is not None
+    with tracking_into(opened, arguments.tracking_experiment, arguments.tracking_uri):
+        looked = opened.controller.step() is not None
     if arguments.json:
         return print_json({**opened.to_dict(), "looked": looked})
     if not looked:
@@ -164,7 +170,9 @@ def _step(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from dspy_prod.cli.experiment_running import running
 
-    return running(_opened(arguments), arguments.every, arguments.json, _line)
+    opened = _opened(arguments)
+    with tracking_into(opened, arguments.tracking_experiment, arguments.tracking_uri):
+        return running(opened, arguments.every, arguments.json, _line)
 
 
 def _promote(arguments: argparse.Namespace) -> int:
@@ -185,11 +193,14 @@ def _promote(arguments: argparse.Namespace) -> int:
 
 
 def _put(arguments: argparse.Namespace) -> int:
-    from dspy_prod.experiments.operating import put
+    from dspy_prod.experiments.operating import put, stop
     from dspy_prod.registry.published.provenance import author
 
-    opened, what = _opened(arguments), arguments.action
-    changed = put(opened.trials, opened.name, what, arguments.reason, author())
+    opened, what, by = _opened(arguments), arguments.action, author()
+    if what == "stop":
+        changed = stop(opened, arguments.reason, by)
+    else:
+        changed = put(opened.trials, opened.name, what, arguments.reason, by)
     state = opened.trial().state
     if changed is None and state != _STATES[what]:
         raise ConfigError(f"the experiment {opened.name!r} is {state}; there is nothing to {what}")

@@ -17,7 +17,9 @@ from dspy_prod.compat.foreign import names
 
 thread_local_overrides: ContextVar[dict[str, Any]]
 """The settings in force here, as `dspy.context` changes them; reading `dspy.settings` takes ten times as long."""
-[thread_local_overrides, _configured] = names("dspy.dsp.utils.settings", "thread_local_overrides", "main_thread_config")
+configured: dict[str, Any]
+"""What `dspy.configure` says, which holds for what is not changed here."""
+[thread_local_overrides, configured] = names("dspy.dsp.utils.settings", "thread_local_overrides", "main_thread_config")
 
 [check_engines, refuse_client_settings, dump_engine, load_engine, is_openai_reasoning_model] = names(
     "dspy.clients.lm",
@@ -37,13 +39,19 @@ retry_after_seconds: Callable[[Any], float | None]
 
 def settings() -> tuple[dict[str, Any], dict[str, Any]]:
     """What `dspy.context` changes here, and what `dspy.configure` says: the first that has a name has its value."""
-    return thread_local_overrides.get(), _configured
+    return thread_local_overrides.get(), configured
 
 
 def is_streaming() -> bool:
     """Whether `dspy.streamify` listens here, so that answers have to come event by event."""
     overrides = thread_local_overrides.get()
-    return (overrides if "send_stream" in overrides else _configured)["send_stream"] is not None
+    return (overrides if "send_stream" in overrides else configured)["send_stream"] is not None
+
+
+def has_callbacks(instance: Any) -> bool:
+    """Whether any of DSPy's callbacks is told of the calls of an LM: its `with_callbacks` takes longer to find out."""
+    overrides = thread_local_overrides.get()
+    return bool((overrides if "callbacks" in overrides else configured)["callbacks"] or instance.callbacks)
 
 
 # -- an LM -----------------------------------------------------------------------------------------------------------

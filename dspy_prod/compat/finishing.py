@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 from dspy.clients import base_lm
 from dspy.clients.execution import finalize
 
-from dspy_prod.compat.dspy import settings
+from dspy_prod.compat.dspy import configured, thread_local_overrides
 from dspy_prod.compat.steps import SHORT, CallResult, PreparedCall
 
 
@@ -29,7 +29,7 @@ def _finish(lm: Recorded, call: PreparedCall, result: CallResult) -> Any:
     if call.request is not None:
         return finalize(lm, call, result)
     if not result.cache_hit:
-        overrides, configured = settings()
+        overrides = thread_local_overrides.get()
         tracker = (overrides if "usage_tracker" in overrides else configured)["usage_tracker"]
         if tracker:
             tracker.add_usage(lm.model, result.usage)
@@ -44,7 +44,7 @@ def _finish(lm: Recorded, call: PreparedCall, result: CallResult) -> Any:
 
 def keeps_history() -> bool:
     """Whether calls are written into histories here."""
-    overrides, configured = settings()
+    overrides = thread_local_overrides.get()
     return not (overrides if "disable_history" in overrides else configured)["disable_history"]
 
 
@@ -80,24 +80,29 @@ def entry_of(
 
 
 _now: Final = time.time_ns
-_second: tuple[int, str] = (0, "")  # the latest, and how it reads
+_second: tuple[str, str] = ("", "")  # the latest, and how it reads
 
 
 def _timestamp() -> str:
     """`datetime.now().isoformat()`, of which only the fraction is written anew within a second."""
     global _second
-    second, rest = divmod(_now(), 1_000_000_000)
+    digits = f"{_now():010d}"
+    second, micros = digits[:-9], digits[-9:-3]
     known, text = _second
     if second != known:
-        text = dt.datetime.fromtimestamp(second).isoformat()
+        text = dt.datetime.fromtimestamp(int(second)).isoformat()
         _second = second, text
-    micros = rest // 1000
-    return f"{text}.{micros:06d}" if micros else text
+    return text if micros == "000000" else f"{text}.{micros}"
 
 
 _DRAWN: Final = 64
-_drawn: Final[dict[int, list[str]]] = {}  # by process: a forked child must not have its parent's
-_VARIANT: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
+_VERSION: Final = bytes([0x40 | byte & 0x0F for byte in range(256)])
+_VARIANT: Final = bytes([0x80 | byte & 0x3F for byte in range(256)])
+
+
+_drawn: list[str] = []
+if hasattr(os, "register_at_fork"):  # a forked child must not have its parent's
+    os.register_at_fork(after_in_child=_drawn.clear)
 
 
 def _uuid() -> str:
@@ -107,26 +112,36 @@ def _uuid() -> str:
     it, but each that waits is woken. Where cached answers followed each other, all others starved.
     """
     try:
-        return _drawn[os.getpid()].pop()
-    except (KeyError, IndexError):
-        drawn = _uuids(os.urandom(16 * _DRAWN).hex())
-        one = drawn.pop()
-        _drawn.clear()
-        _drawn[os.getpid()] = drawn
+        return _drawn.pop()
+    except IndexError:
+        made = _uuids(os.urandom(16 * _DRAWN))
+        one = made.pop()
+        _drawn.extend(made)
         return one
 
 
-def _uuids(digits: str) -> list[str]:
-    """The uuids, version 4, of random hexadecimal digits."""
-    each = [digits[at : at + 32] for at in range(0, len(digits), 32)]
-    return [f"{one[:8]}-{one[8:12]}-4{one[13:16]}-{_VARIANT[one[16]]}{one[17:20]}-{one[20:]}" for one in each]
+def _uuids(random: bytes) -> list[str]:
+    """The uuids, version 4, of random bytes."""
+    drawn = bytearray(random)
+    drawn[6::16] = drawn[6::16].translate(_VERSION)
+    drawn[8::16] = drawn[8::16].translate(_VARIANT)
+    digits = drawn.hex()
+    return [
+        f"{digits[at : at + 8]}-{digits[at + 8 : at + 12]}-{digits[at + 12 : at + 16]}-{digits[at + 16 : at + 20]}-"
+        f"{digits[at + 20 : at + 32]}"
+        for at in range(0, len(digits), 32)
+    ]
 
 
 def _keep(lm: Recorded, entry: dict[str, Any]) -> None:
+    """`_append_to_all`, if a history is kept."""
+    if keeps_history():
+        _append_to_all(lm, entry)
+
+
+def _append_to_all(lm: Recorded, entry: dict[str, Any]) -> None:
     """Add an entry to the histories of all calls, of the LM and of the modules that call it."""
-    if not keeps_history():
-        return
-    overrides, configured = settings()
+    overrides = thread_local_overrides.get()
     _append(base_lm.GLOBAL_HISTORY, entry, base_lm.MAX_HISTORY_SIZE)
     most = (overrides if "max_history_size" in overrides else configured)["max_history_size"]
     if most == 0:
@@ -157,3 +172,4 @@ def _append(history: list[dict[str, Any]], entry: dict[str, Any], most: int) -> 
 
 finish = _finish if SHORT else finalize
 keep = _keep if SHORT else base_lm.record_history
+append = _append_to_all if SHORT else base_lm.record_history

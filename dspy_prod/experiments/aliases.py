@@ -1,5 +1,9 @@
 """The aliases that an experiment's variants were named by: watched while it runs, moved by what it decides.
 
+What is promoted gets control's alias, and the aliases of candidates that were dropped before go to it too; where
+control stays, or the experiment is stopped, those of the candidates go back to control's version. So no alias is left
+at what lost.
+
 An alias moves once for a decision, by compare-and-set on the version that was measured, with the decision as evidence
 in the registry's journal. The journal is looked at first: a move that was made, and perhaps taken back since by a
 person, is not made again, whoever looks. When it is done, the experiment's audit gets the line `alias`.
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.shortening import shortened
-from dspy_prod.stores.trials import DECIDED, Decision, Trial, Trials
+from dspy_prod.stores.trials import DECIDED, STOPPED, Decision, Trial, Trials
 
 if TYPE_CHECKING:
     from dspy_prod.registry.errors import PromotionConflictError
@@ -61,6 +65,14 @@ def pinned(declaration: Declaration) -> list[Pinned]:
             alias = None
         found.append(Pinned(name, program, int(number), alias))
     return found
+
+
+def _followed(trial: Trial, audit: Sequence[Decision]) -> Decision | None:
+    """The line of the audit that says what everybody gets; None where aliases stay as they are."""
+    whats = {DECIDED: ("promote", "rollback"), STOPPED: ("stop",)}.get(trial.state, ())
+    if trial.state == STOPPED and not any(each.what == "start" for each in audit):
+        return None  # nobody ever got a candidate
+    return next((each for each in reversed(audit) if each.what in whats), None)
 
 
 class Aliases:
@@ -148,13 +160,14 @@ class Aliases:
         """
         from dspy_prod.registry.errors import PromotionConflictError, RegistryError
 
-        decisions = [each for each in audit if each.what in ("promote", "rollback")]
-        if trial.state != DECIDED or not decisions or self._done == trial.revision:
+        last = _followed(trial, audit)
+        if last is None or self._done == trial.revision:
             return True
-        last = decisions[-1]
         if not any(each.what == ALIAS and each.number > last.number for each in audit):
-            done = []
+            done: list[dict[str, Any]] = []
             for variant, alias, to, expected in self._moves(trial, last.what):
+                if self._control is not None and any(each["outcome"] == "conflict" for each in done):
+                    to = self._control.number  # whoever has control's alias now: what won is not in its place
                 told: dict[str, Any] = {"alias": f"{variant.program}@{alias}", "from": expected, "to": to}
                 try:
                     told["outcome"] = self._move(trial, last, variant, alias, to, expected)
@@ -191,16 +204,19 @@ class Aliases:
         control = self._control
         if control is None:
             return []
-        if what == "promote":
-            winner = self._variants.get(Declaration.from_json(trial.declaration).serves or "")
-            if winner is None or control.alias is None or winner.program != control.program:
-                return []
-            return [(winner, control.alias, winner.number, control.number)]
-        return [
-            (each, each.alias, control.number, each.number)
+        declaration = Declaration.from_json(trial.declaration)
+        lost = [
+            (each, each.alias)
             for each in self._variants.values()
             if each is not control and each.alias not in (None, control.alias) and each.program == control.program
+            and (what != "promote" or each.name in declaration.dropped)
         ]  # fmt: skip
+        to, moves = control, []
+        if what == "promote":
+            winner = self._variants.get(declaration.serves or "")
+            if winner is not None and control.alias is not None and winner.program == control.program:
+                to, moves = winner, [(winner, control.alias, winner.number, control.number)]
+        return moves + [(each, str(alias), to.number, each.number) for each, alias in lost]
 
     def _move(self, trial: Trial, decision: Decision, variant: Pinned, alias: str, to: int, expected: int) -> str:
         """Move an alias by a decision, once; what became of it."""
@@ -224,7 +240,7 @@ class Aliases:
             "reason": str(said.get("reason") or f"experiment {trial.name}"), "evidence": evidence,
             "tracking_uri": self._uri,
         }  # fmt: skip
-        if decision.what == "rollback":
+        if decision.what != "promote" or self._control is None or alias != self._control.alias:
             return rollback(variant.program, to=to, **more).outcome
         deployment = continued(replay, alias, to)
         if deployment is not None:

@@ -96,7 +96,8 @@ class Beforehand:
         """Offline first: every variant answers every example, and each candidate is compared with control, paired.
 
         Nobody is exposed and nothing counts for the experiment; caches are used as by any call, so that what they have
-        costs nothing. As in `dspy.Evaluate` no fallback answers: a call that fails scores 0.
+        costs nothing. As in `dspy.Evaluate` no fallback answers: a call that fails scores 0. While tracking is on, each
+        variant has a run in MLflow with its scores, cost and traces, and the report has the page that compares them.
 
         Args:
             devset: examples with inputs.
@@ -120,7 +121,9 @@ class Beforehand:
             exp.start(gate=report)
             ```
         """
+        from dspy_prod.experiments.evaluated_in_mlflow import written
         from dspy_prod.experiments.evaluating import Evaluation
 
-        evaluation = Evaluation(self.name, tuple(self.variants.values()), devset, metric, self._known()[2])
-        return evaluation.run(margin, budget_usd, num_threads)
+        variants = tuple(self.variants.values())
+        evaluation = Evaluation(self.name, variants, devset, metric, self._known()[2])
+        return written(evaluation.run(margin, budget_usd, num_threads), variants, evaluation.traces)

@@ -9,32 +9,26 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from math import inf
-from typing import Any, Final
+from typing import Final
 
 from dspy_prod.experiments.aliases import Aliases
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
-from dspy_prod.experiments.declaration import Declaration, source_of
-from dspy_prod.experiments.evidence import Evidence, Exposure
+from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.feedback import Feedback
-from dspy_prod.experiments.history import History, Look
-from dspy_prod.experiments.pairs import SUFFIX, Pairs
-from dspy_prod.experiments.sample import Sample, spent_at
-from dspy_prod.experiments.shadow import pairs_of
-from dspy_prod.experiments.spread import Spread
+from dspy_prod.experiments.history import Look
+from dspy_prod.experiments.reading import Reading
+from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.variants_in_mlflow import VariantsInMlflow
 from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores import trials as words
-from dspy_prod.stores.trials import Calls, Matured, Trial, Trials
+from dspy_prod.stores.trials import Trial, Trials
 from dspy_prod.telemetry.events import BUS
 
 LEASE: Final = 30.0
@@ -74,21 +68,12 @@ class Controller:
         self.name = name
         self._trials, self._design, self._metrics, self.alpha = trials, design, tuple(metrics), alpha
         self._rollout, self._aliases, self._hold = rollout, aliases, hold
-        self._sample = sample or Sample("", {})
+        sample = sample or Sample("", {})
+        self._reading = Reading(name, trials, design, self._metrics, alpha, rollout, sample)
         self._in_mlflow = VariantsInMlflow(name, trials, design.variants)
-        self._feedback = Feedback(name, trials, self._metrics, self._sample.shares, tracking_uri)
-        self._spread = Spread()
-        # Also without metrics of calls: it is from them that exposures are read, for the sample ratio.
-        self._sources: dict[str | None, list[Metric]] = defaultdict(list, {None: []})
-        for metric in self._metrics:
-            self._sources[source_of(metric)].append(metric)
+        self._feedback = Feedback(name, trials, self._metrics, sample.shares, tracking_uri)
         self.over = False
         self.page: Callable[[], str] | None = None
-        self._evidence: Evidence | None = None
-        self._history = self._blank()
-        self._pairs: Pairs | None = None
-        self._read: dict[str, int] = {}
-        self._revision = -1
         self._told: tuple[int, float] | None = None
         self._after_fork()
         reset_after_fork(self)
@@ -121,120 +106,29 @@ class Controller:
 
     def _tell(self, trial: Trial, decision: Decision) -> None:
         """Tell MLflow how it stands, and take in what people say there, for the next look."""
-        if self._evidence is not None:
+        evidence = self._reading.evidence
+        if evidence is not None:
             share = None if self._rollout is None else self._rollout.stages[trial.stage]
             stage = "split" if share is None else share if isinstance(share, str) else f"{100 * share:g} %"
-            self._in_mlflow.look(trial, stage, decision, self._evidence, self._spread, self.page)
+            self._in_mlflow.look(trial, stage, decision, evidence, self._reading.spread, self.page)
         if trial.state in (words.RUNNING, words.PAUSED):
             self._feedback.look(trial)
 
     def read(self) -> Decision:
-        """Take in what has come since, save how far that is, and say what it means."""
-        with self._reading:
-            try:
-                return self._read_on()
-            except BaseException:  # what was taken in half-way must not be taken in again
-                self._evidence = None
-                raise
+        """Take in what has come since, save how far that is, and say what it means; see `Reading`."""
+        return self._reading.read()
 
-    def _read_on(self) -> Decision:
-        evidence = self._restored()
-        new = False
-        for source, metrics in self._sources.items():
-            new |= self._take_in(evidence, source, metrics)
-        new |= self._take_in_pairs()
-        if new:
-            pairs = None if self._pairs is None else self._pairs.state()
-            told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
-            state = json.dumps({"read": self._read, **told, "spread": self._spread.state()})
-            if self._trials.save(self.name, state, self._revision):
-                self._revision += 1
-            else:  # somebody else has looked meanwhile: what he read is as good
-                self._evidence = None
-        tally = self._trials.tally(self.name)
-        return evidence.look(tally.mixed, tally.units)
+    def known(self) -> Decision:
+        """What the last `read` of anybody has found, without writing anything."""
+        return self._reading.known()
 
     def history(self) -> tuple[Look, ...]:
         """How the evidence grew until the last `read`."""
-        return () if self._evidence is None else self._history.looks(self._evidence)
-
-    def _blank(self, state: Mapping[str, Any] | None = None) -> History:
-        return History(len(self._metrics), len(self._design.variants) - 1, state)
-
-    # -- reading -------------------------------------------------------------------------------------------------------
-    def _restored(self) -> Evidence:
-        """The evidence of the last checkpoint: this controller's own, or another one's."""
-        saved = self._trials.checkpoint(self.name)
-        revision = 0 if saved is None else saved.revision
-        if self._evidence is not None and revision == self._revision:
-            return self._evidence
-        self._read, self._revision, self._history = {}, revision, self._blank()
-        self._spread = Spread()
-        evidence = None
-        if self._rollout is not None and self._rollout.shadow:
-            self._pairs = Pairs(self._metrics, self._design.variants[1:])
-        if saved is not None:
-            state = json.loads(saved.state)
-            try:
-                evidence = Evidence.from_dict(state["evidence"])
-                if self._pairs is not None and state["pairs"] is not None:
-                    self._pairs.restore(state["pairs"])
-                self._read, self._history = state["read"], self._blank(state.get("history"))
-                self._spread = Spread.restored(state.get("spread", {}))
-            except ValueError as error:  # of another release: what is stored is read again from the start
-                _log.warning("The experiment %s is read anew: %s", self.name, error)
-        if evidence is None:
-            control, *candidates = self._design.variants
-            evidence = Evidence(self._metrics, candidates, control=control, alpha=self.alpha)
-        self._evidence = evidence
-        return evidence
-
-    def _take_in(self, evidence: Evidence, source: str | None, metrics: Sequence[Metric]) -> bool:
-        """Whether there was anything new."""
-        place, after = source or "", self._read.get(source or "", 0)
-        first = after
-        judged = source in self._sample.shares
-        ends = spent_at(place, self._trials.decisions(self.name)) if judged else inf
-        while units := self._trials.matured(self.name, source, after):
-            for unit in units:
-                exposure = self._exposure(unit)
-                if source is None:
-                    evidence.exposed(exposure)
-                    if unit.mixed:
-                        evidence.crossed()
-                drawn = not judged or (unit.at < ends and self._sample.takes(place, unit.unit))
-                left_out = unit.mixed or not drawn
-                if source is None and not left_out and unit.calls.timed:
-                    self._spread.see(unit.arm, unit.calls.latency / unit.calls.timed)
-                for metric in () if left_out else metrics:
-                    evidence.matured(metric.name, exposure, value_of(metric, unit))
-                    self._history.see(evidence, metric.name, unit.number, unit.at)
-            after = self._read[place] = units[-1].number
-        return after > first
-
-    def _take_in_pairs(self) -> bool:
-        """Those of a shadow stage."""
-        if self._pairs is None:
-            return False
-        first = after = self._read.get(SUFFIX, 0)
-        while True:
-            found, last = pairs_of(self._trials, self.name, after)
-            for candidate, pair in found:
-                self._pairs.see(candidate, pair)
-            if last == after:
-                self._read[SUFFIX] = after
-                return after > first
-            after = last
-
-    def _exposure(self, unit: Matured) -> Exposure:
-        shares = self._design.propensities(unit.stage, unit.full)
-        return Exposure(unit.arm, dict(zip(self._design.variants, shares, strict=True)), str(unit.stage))
+        return self._reading.history()
 
     def _after_fork(self) -> None:
-        """A child is another controller, and does not go on with what a thread was in the middle of."""
+        """A child is another controller."""
         self._me = uuid.uuid4().hex
-        self._evidence = None
-        self._reading = threading.Lock()
 
     # -- acting --------------------------------------------------------------------------------------------------------
     def _act(self, trial: Trial, decision: Decision) -> Trial | None:
@@ -251,7 +145,7 @@ class Controller:
         if decision.verdict == "promote" and decision.winner is not None:
             return self._decided(trial, "promote", decision.winner, decision)
         worse = {name: each.reason for name, each in decision.candidates.items() if each.verdict == "rollback"}
-        worse |= {} if self._pairs is None else self._pairs.worse()
+        worse |= {} if self._reading.pairs is None else self._reading.pairs.worse()
         declaration = Declaration.from_json(trial.declaration)
         new = [name for name in worse if name not in declaration.dropped]
         if new:
@@ -277,7 +171,7 @@ class Controller:
             return self._change(trial, "pause", f"inconclusive: {reason}", decision, words.PAUSED)
         if self._told != (trial.stage, trial.since):
             self._told = trial.stage, trial.since
-            self._emit("inconclusive", reason, trial, None)
+            self._emit("inconclusive", reason, trial, None, decision.verdict)
         return trial
 
     def _decided(self, trial: Trial, what: str, serves: str, decision: Decision) -> Trial | None:
@@ -301,22 +195,24 @@ class Controller:
             decision=words.Decision(what, "controller", evidence),
         )  # fmt: skip
         if changed is not None:
-            self._emit(what, reason, changed, None if declaration is None else declaration.serves)
+            self._emit(what, reason, changed, None if declaration is None else declaration.serves, decision.verdict)
         return changed
 
-    def _emit(self, what: str, reason: str, trial: Trial, serves: str | None) -> None:
+    def _emit(self, what: str, reason: str, trial: Trial, serves: str | None, verdict: str) -> None:
         """Tell listeners."""
         if not BUS.active:
             return
         at, stage = time.time(), trial.stage
         if what in ("stage", "promote"):
             BUS.emit(
-                "experiment_moved", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
-            )
+                "experiment_moved", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves,
+                verdict=verdict,
+            )  # fmt: skip
         else:
             BUS.emit(
-                "experiment_alarm", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves
-            )
+                "experiment_alarm", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves,
+                verdict=verdict,
+            )  # fmt: skip
 
     def _next_stage(self, trial: Trial, dropped: Sequence[str]) -> int | None:
         """The stage that follows, once this one has had its time and its units."""
@@ -325,8 +221,8 @@ class Controller:
         if self._trials.now() - trial.since < self._rollout.least_time(trial.stage):
             return None
         if self._rollout.stages[trial.stage] == SHADOW:
-            assert self._pairs is not None
-            pairs = [each for name, each in self._pairs.counts.items() if name not in dropped]
+            assert self._reading.pairs is not None
+            pairs = [each for name, each in self._reading.pairs.counts.items() if name not in dropped]
             return trial.stage + 1 if all(each >= self._rollout.shadow_calls for each in pairs) else None
         units = [0] * len(self._design.variants)
         for arm in self._trials.counts(self.name):
@@ -335,22 +231,3 @@ class Controller:
         least = self._rollout.least_users(trial.stage)
         known = zip(self._design.variants[1:], units[1:], strict=True)
         return trial.stage + 1 if all(each >= least for name, each in known if name not in dropped) else None
-
-
-def value_of(metric: Metric, unit: Matured) -> float | None:
-    """What a unit counts with, in the metric's unit."""
-    if source_of(metric) is not None:
-        mean = unit.values.mean
-        return mean if metric.per == "unit" or mean is None else unit.values.first
-    calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
-    if not calls.calls:
-        return None
-    if metric.name == "latency":
-        return calls.latency / calls.timed if calls.timed else None
-    found: Mapping[str, Any] = {
-        "error_rate": calls.failed, "fallback_rate": calls.fell_back, "cost": calls.list_nano / 1e9,
-    }  # fmt: skip
-    return float(found[metric.name]) / calls.calls
-
-
-__all__ = ["Controller", "value_of"]

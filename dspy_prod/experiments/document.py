@@ -105,6 +105,7 @@ def _verdict(card: Facts) -> str:
     facts = [
         ("state", pages.state(card)), ("since", pages.moment(card.since)),
         *((f"users of {name}", f"{count:,}") for name, count in card.users.items()),
+        *((f"count so far in {names}", words) for names, words in pages.waits(card)),
         ("users hurt", f"{card.hurt:,}"),
     ]  # fmt: skip
     listed = "".join(f"<div><dt>{_said(name)}</dt><dd>{_said(value)}</dd></div>" for name, value in facts)

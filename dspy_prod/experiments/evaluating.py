@@ -46,6 +46,7 @@ class _Told:
     failed: int = 0
     list_nano: list[int | None] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    traces: dict[int, str] = field(default_factory=dict)
 
 
 class Evaluation:
@@ -114,6 +115,12 @@ class Evaluation:
                     stopped = True
         return self._report(margin, budget_usd, stopped, records)
 
+    @property
+    def traces(self) -> dict[str, dict[int, str]]:
+        """Ids of the traces of answers by variant, and by the example's place, as far as there are any."""
+        with self._lock:
+            return {name: dict(told.traces) for name, told in self._told.items()}
+
     def _answer(self, num_threads: int | None) -> None:
         # One error is enough to end it, and none that a program may make is told; nothing is asked twice.
         every = dspy.Parallel(num_threads=num_threads, max_errors=1, disable_progress_bar=True, timeout=0)
@@ -137,6 +144,9 @@ class Evaluation:
                 told = self._told[name]
                 told.scores[place] = score
                 told.failed += failed
+                trace = next((each.trace_id for each in records if each.trace_id), None)
+                if trace is not None:
+                    told.traces[place] = trace
                 if score is not None:
                     told.list_nano.append(_list_nano(records))
                     if any(not each.cached for each in records):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from dspy_prod.experiments.decisions import CandidateDecision, MetricEvidence, Verdict
@@ -22,6 +22,19 @@ class StageUsers:
 
     stage: str
     users: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Waited:
+    """Units of a metric that are still waited for.
+
+    Attributes:
+        units: how many of those exposed.
+        until: when the first of them counts at the latest, in seconds since the epoch; None where none is waited for.
+    """
+
+    units: int
+    until: float | None
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,17 @@ class Facts:
         users: exposed so far, by variant. hurt: of them, those who got a candidate that was then rolled back.
         crossed: users who were seen in two variants within one stage; they count for nothing.
         late, stray: outcomes after their window, and of users who were never exposed.
+        early: outcomes that are dated before their user's exposure; they do not count.
+        unpriced: calls of which nobody knows the price, such as cached answers of an earlier release; they do not
+            count for costs.
         unkept: exposures for which the store had no room.
         serves: the variant that everybody gets, once it is decided or stopped.
         sample_ratio: e-value of "users do not arrive in the declared shares"; the alarm is raised at 100.
         declared: the metrics, as they were declared.
         stages: users by stage. audit: what was decided, oldest first.
         history: how the evidence grew, a few points of each metric and candidate, oldest first.
+        waiting: by metric, who was exposed and does not count yet, since its window, or its call, is not over.
+        unwritten: why the store cannot be written now, so that what happened since does not count yet; None: it can.
         url: MLflow's page that compares the winner, else the first candidate, with control: what is said of their
             traces, costs and latencies. None while tracking has told of none. Where MLflow is a database, it is the
             page of an `mlflow server` on this machine.
@@ -74,11 +92,15 @@ class Facts:
     stray: int = 0
     serves: str | None = None
     unkept: int = 0
+    early: int = 0
+    unpriced: int = 0
     sample_ratio: float = 1.0
     declared: tuple[Metric, ...] = ()
     stages: tuple[StageUsers, ...] = ()
     audit: tuple[Event, ...] = ()
     history: tuple[Look, ...] = ()
+    waiting: Mapping[str, Waited] = field(default_factory=dict)
+    unwritten: str | None = None
     url: str | None = None
 
     @property
@@ -103,6 +125,8 @@ class Facts:
 
 
 def _warnings(card: Facts) -> Iterator[str]:
+    if card.unwritten is not None:
+        yield f"the store cannot be written: what happened since is not counted yet. {card.unwritten}"
     if card.sample_ratio >= RATIO_NOTED:
         raised = card.sample_ratio >= RATIO_ALARM
         yield (
@@ -115,5 +139,12 @@ def _warnings(card: Facts) -> Iterator[str]:
         yield f"{card.late:,} outcomes came after their window, and were not counted"
     if card.stray:
         yield f"{card.stray:,} outcomes are of users who were never exposed: is the id the same as in call_context?"
+    if card.early:
+        yield f"{card.early:,} outcomes are dated before their user was exposed, and were not counted: is at= right?"
+    if card.unpriced:
+        yield (
+            f"{card.unpriced:,} calls have no known price, such as cached answers of an earlier release: they are left "
+            "out of costs, and count for everything else"
+        )
     if card.unkept:
         yield f"{card.unkept:,} exposures could not be kept: the store had no room"

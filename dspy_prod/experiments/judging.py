@@ -25,7 +25,7 @@ from dspy_prod.context.current import EMPTY, call_context, use
 from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.declaration import BUILT_IN
-from dspy_prod.experiments.sample import SPENT, Sample
+from dspy_prod.experiments.sample import RESUMED, SPENT, Sample, last_budget
 from dspy_prod.experiments.traced import shown_as
 from dspy_prod.options.metrics import Metric
 from dspy_prod.policies.run import Run
@@ -57,7 +57,8 @@ class Judge:
             a boolean, or a prediction with a `score`.
         share: of the units, above 0, at most 1; the same for all variants.
         usd: what its calls may cost over the whole experiment, in all processes, in USD; None: no cap. Only calls of
-            `dspy_prod.LM` can be capped. Once it is used up, nobody is drawn any more.
+            `dspy_prod.LM` can be capped. Once it is used up, nobody is drawn any more, until a process makes the
+            experiment with a higher one; units of the time between are not in the sample.
 
     Raises:
         ConfigError: an impossible value.
@@ -162,6 +163,15 @@ class Judges:
         self._aside: Aside[_Answer] = Aside("dspy_prod-judge", self._work)
         self._after_fork()
         reset_after_fork(self)
+        for name, judge in judges.items():
+            self._resume(name, judge.usd)
+
+    def _resume(self, name: str, usd: float | None) -> None:
+        """Draw again where a budget that was used up is higher now."""
+        what, cap = last_budget(name, self._trials.decisions(self._name))
+        if what == SPENT and cap is not None and (usd is None or usd > cap):
+            told = {"reason": f"the budget of the judge of {name} was raised", "metric": name, "usd": usd}
+            self._trials.decide(self._name, Decision(RESUMED, "judge", json.dumps(told)))
 
     def offer(
         self, unit: str, at: float, trace: str | None, args: tuple[Any, ...], kwargs: dict[str, Any], prediction: Any
@@ -250,12 +260,12 @@ class Judges:
     def _end(self, name: str) -> None:
         """Nobody is drawn from now on; the audit says since when."""
         self._spent[name] = False
-        evidence = {"reason": f"the budget of the judge of {name} is used up", "metric": name}
+        mine = self._judges[name].usd
+        evidence = {"reason": f"the budget of the judge of {name} is used up", "metric": name, "usd": mine}
         try:
-            if not any(
-                each.what == SPENT and json.loads(each.evidence).get("metric") == name
-                for each in self._trials.decisions(self._name)
-            ):
+            what, cap = last_budget(name, self._trials.decisions(self._name))
+            raised = what == RESUMED and (cap is None or (mine is not None and cap > mine))  # others go on
+            if what != SPENT and not raised:
                 self._trials.decide(self._name, Decision(SPENT, "judge", json.dumps(evidence)))
             self._spent[name] = True
         except StoreUnavailableError as error:

@@ -70,6 +70,8 @@ class OfflineReport(Shown):
         spent_usd: what it cost, judges in the metric included; cached answers cost nothing. None where a price is
             unknown.
         budget_usd: the cap.
+        url: MLflow's page that compares the first candidate with control; None without tracking, or where MLflow has
+            not said so in time. Where MLflow is a database, it is the page of an `mlflow server` on this machine.
         faults: how often the metric raised, by what it raised; such answers score 0.
 
     Example:
@@ -89,6 +91,7 @@ class OfflineReport(Shown):
     spent_usd: float | None = 0.0
     budget_usd: float | None = None
     faults: Mapping[str, int] | None = None
+    url: str | None = None
 
     @property
     def results(self) -> dict[str, Result]:
@@ -199,7 +202,8 @@ class OfflineReport(Shown):
             f"The same examples for all; margin {self.margin:g}; spent {spent}{cap}. USD at list price, as if no "
             "answer had been cached.",
         )  # fmt: skip
-        return Page(table, *(f"Beware: {each}" for each in self.warnings))
+        linked = [] if self.url is None else [f"Side by side in MLflow: {self.url}"]
+        return Page(table, *linked, *(f"Beware: {each}" for each in self.warnings))
 
     def _row(self, scores: OfflineScores) -> Sequence[Any]:
         found = self.paired.get(scores.variant)

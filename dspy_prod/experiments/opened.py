@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dspy_prod.errors import ConfigError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aliases import Aliases, pinned
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.beforehand import planned
@@ -55,7 +55,7 @@ class Opened:
     """
 
     def __init__(self, store: Store, name: str, tracking_uri: str | None = None) -> None:
-        self.name, self.namespace, self.trials = name, store.namespace, store.trials
+        self.name, self.namespace, self.trials, self._store = name, store.namespace, store.trials, store
         self._tracking_uri = tracking_uri
         self.declaration: Any = None
         text = self.trial().declaration
@@ -107,9 +107,17 @@ class Opened:
         return trial
 
     def scorecard(self) -> Scorecard:
-        """What is known now, and what follows from it; raises as `Opened`."""
+        """What is known now, and what follows from it; raises as `Opened`.
+
+        While the store can be read and not written, as on a full disk, it is what was known when that began, and says
+        so.
+        """
         self.trial()  # is it still there
-        decision = self.controller.read()
+        try:
+            decision, unwritten = self.controller.read(), None
+        except StoreUnavailableError as error:
+            decision, unwritten = self.controller.known(), str(error)
+        unwritten = unwritten or getattr(self._store, "problems", {}).get("failing")
         trial = self.trial()
         declaration = Declaration.from_json(trial.declaration)
         return scorecard(
@@ -117,6 +125,7 @@ class Opened:
             self.trials.tally(self.name), self.design.variants, declaration.serves, declaration.dropped,
             metrics=self.metrics, stages=[stage_of(self.rollout, place) for place in range(len(self.design.shares))],
             audit=self.trials.decisions(self.name), history=self.controller.history(),
+            waiting=self.trials.waiting(self.name), unwritten=None if unwritten is None else str(unwritten),
         )  # fmt: skip
 
     def page(self) -> str:

@@ -55,6 +55,20 @@ def put(trials: Trials, name: str, what: str, reason: str | None = None, by: str
             return changed
 
 
+def stop(opened: Opened, reason: str | None = None, by: str | None = None) -> Trial | None:
+    """End an experiment: everybody gets control, and the aliases of candidates go back to its version.
+
+    Args and result as of `put`. Where MLflow does not answer, the next look of a controller moves the aliases.
+
+    Raises:
+        StoreUnavailableError: the store cannot be used.
+    """
+    stopped = put(opened.trials, opened.name, "stop", reason, by)
+    if stopped is not None and opened.aliases is not None:
+        opened.aliases.follow(stopped, opened.trials.decisions(opened.name))
+    return stopped
+
+
 def promote(
     opened: Opened,
     variant: str | None = None,

@@ -13,7 +13,7 @@ from dspy_prod.views.cells import Tone
 
 if TYPE_CHECKING:
     from dspy_prod.experiments.decisions import MetricEvidence
-    from dspy_prod.experiments.facts import Facts
+    from dspy_prod.experiments.facts import Facts, Waited
 
 DECISIONS: Final[dict[str, tuple[str, Tone]]] = {
     "promote": ("promote {winner}", "good"),
@@ -91,6 +91,24 @@ def audit(card: Facts, most: int | None = None) -> Table:
     return Table("Decisions, the latest first", ("when", "what", "by", "why"), rows, note)
 
 
+def waits(card: Facts) -> Iterator[tuple[str, str]]:
+    """Who does not count yet: (metrics, in words), for metrics that wait alike together."""
+    alike: dict[Waited, list[str]] = {}
+    for name, waited in card.waiting.items():
+        if waited.units and waited.until is not None:
+            alike.setdefault(waited, []).append(name)
+    exposed = sum(card.users.values())
+    for waited, names in alike.items():
+        assert waited.until is not None
+        yield (
+            ", ".join(names),
+            (
+                f"{max(0, exposed - waited.units):,} of {exposed:,} users: {waited.units:,} are waited for, the first "
+                f"until {moment(waited.until)}"
+            ),
+        )
+
+
 def claims(found: MetricEvidence) -> Iterator[tuple[str, float, float]]:
     """The claims that are open on a metric: their name, the e-value, and the one that proves them."""
     if found.better is not None:
@@ -106,6 +124,10 @@ def _outcome(card: Facts) -> Table:
         ("decision", Cell(said, tone, (card.reason,))),
         ("state", Cell(state(card), below=(f"since {moment(card.since)}",))),
         ("users", ", ".join(f"{name} {count:,}" for name, count in card.users.items())),
+    ]
+    rows += [
+        ("count so far" if not place else "", Cell(said, below=(names,)))
+        for place, (names, said) in enumerate(waits(card))
     ]
     if card.hurt:
         rows.append(("users hurt", Cell(f"{card.hurt:,}", "bad", ("they got a candidate that was rolled back",))))

@@ -32,12 +32,12 @@ class Pair:
     """A call that both have answered.
 
     Attributes:
-        failed, fell_back, usd: of (control, the candidate); dollars at list price.
+        failed, fell_back, usd: of (control, the candidate); dollars at list price, None unless both are known.
     """
 
     failed: tuple[bool, bool]
     fell_back: tuple[bool, bool]
-    usd: tuple[float, float]
+    usd: tuple[float, float] | None
 
 
 class PairClaim:
@@ -60,6 +60,8 @@ class PairClaim:
         """One pair more."""
         margin = self.metric.margin or 0.0
         if self.metric.name == "cost":
+            if pair.usd is None:
+                return
             control, candidate = pair.usd
             cap, ratio = CAP * self._usual, 1.0 + margin
             if cap > 0:

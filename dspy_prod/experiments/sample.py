@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 
 from dspy_prod.experiments.declaration import Declaration
@@ -12,6 +12,8 @@ from dspy_prod.stores.trials import Decision
 
 SPENT = "judge_spent"
 """What the audit has once a judge's budget is used up."""
+RESUMED = "judge_resumed"
+"""And once it was raised."""
 
 
 class Sample:
@@ -44,7 +46,25 @@ class Sample:
         return int.from_bytes(digest.digest()[:8], "big") < self.shares[metric] * 2**64
 
 
-def spent_at(metric: str, audit: Iterable[Decision]) -> float:
-    """When the budget of a metric's judge was used up; units exposed from then on are not its sample any more."""
-    times = [each.at for each in audit if each.what == SPENT and json.loads(each.evidence).get("metric") == metric]
-    return min(times, default=inf)
+def unjudged(metric: str, audit: Iterable[Decision]) -> list[tuple[float, float]]:
+    """From when until when the budget of a metric's judge was used up; units exposed then are not its sample."""
+    gaps: list[tuple[float, float]] = []
+    for each in audit:
+        if each.what not in (SPENT, RESUMED) or json.loads(each.evidence).get("metric") != metric:
+            continue
+        open_ = bool(gaps) and gaps[-1][1] == inf
+        if each.what == SPENT and not open_:
+            gaps.append((each.at, inf))
+        elif each.what == RESUMED and open_:
+            gaps[-1] = gaps[-1][0], each.at
+    return gaps
+
+
+def last_budget(metric: str, audit: Sequence[Decision]) -> tuple[str | None, float | None]:
+    """What the audit says last of the budget of a metric's judge, `SPENT` or `RESUMED`, and of which cap in USD (None:
+    of none); (None, None) where it says nothing."""
+    for each in reversed(audit):
+        said = json.loads(each.evidence) if each.what in (SPENT, RESUMED) else {}
+        if said.get("metric") == metric:
+            return each.what, said.get("usd", 0.0)
+    return None, None

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.experiments.decisions import Decision
-from dspy_prod.experiments.facts import Event, Facts, StageUsers
+from dspy_prod.experiments.declaration import source_of
+from dspy_prod.experiments.facts import Event, Facts, StageUsers, Waited
 from dspy_prod.experiments.history import Look
 from dspy_prod.experiments.variants_in_mlflow import address, tracked
 from dspy_prod.options.metrics import Metric
-from dspy_prod.stores.trials import Arm, Tally, Trial
+from dspy_prod.stores.trials import Arm, Tally, Trial, Waiting
 from dspy_prod.stores.trials import Decision as Line
 from dspy_prod.views import Shown
 from dspy_prod.views.frames import frame
@@ -52,6 +53,7 @@ class Scorecard(Shown, Facts):
         told["declared"] = [each.model_dump(mode="json") for each in self.declared]
         told["candidates"] = {name: asdict(each) for name, each in self.candidates.items()}
         told["stages"], told["audit"] = ([asdict(each) for each in one] for one in (self.stages, self.audit))
+        told["waiting"] = {name: asdict(each) for name, each in self.waiting.items()}
         told["history"] = [each._asdict() for each in self.history]
         told["warnings"] = self.warnings
         plain: dict[str, Any] = _plain(told)
@@ -147,7 +149,8 @@ def _rows(card: Scorecard) -> Iterator[dict[str, Any]]:
 def scorecard(
     trial: Trial, stage: str, decision: Decision, counts: Sequence[Arm], tally: Tally, variants: Sequence[str],
     serves: str | None, dropped: Sequence[str], *, metrics: Sequence[Metric] = (), stages: Sequence[str] = (),
-    audit: Sequence[Line] = (), history: Sequence[Look] = (),
+    audit: Sequence[Line] = (), history: Sequence[Look] = (), waiting: Mapping[str | None, Waiting] | None = None,
+    unwritten: str | None = None,
 ) -> Scorecard:  # fmt: skip
     """Put together what is known.
 
@@ -155,6 +158,7 @@ def scorecard(
         trial: as the store has it. stage: in words. decision: of the look. counts, tally: of its units.
         variants: control first. serves, dropped: as in the declaration. metrics: as declared.
         stages: all of them, in words. audit: what was decided. history: how the evidence grew.
+        waiting: as the store has it. unwritten: why the store cannot be written.
     """
     users = dict.fromkeys(variants, 0)
     by_stage = {place: dict.fromkeys(variants, 0) for place in sorted({each.stage for each in counts})}
@@ -167,9 +171,14 @@ def scorecard(
         name=trial.name, state=trial.state, stage=stage, since=trial.since, decision=decision.verdict,
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
         hurt=sum(users[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
-        unkept=tally.unkept, serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
+        unkept=tally.unkept, early=tally.early, unpriced=tally.unpriced, unwritten=unwritten,
+        serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
         stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),
         audit=tuple([Event(each.at, each.what, each.by, _reason(each)) for each in audit]), history=tuple(history),
+        waiting={
+            each.name: Waited(found.units, found.until)
+            for each in metrics if (found := (waiting or {}).get(source_of(each))) is not None
+        },
         url=address(tracked(audit), variants, decision.winner or serves),
     )  # fmt: skip
 

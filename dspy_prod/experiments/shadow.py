@@ -31,6 +31,9 @@ from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.trials import Call, Exposure, Outcome, Trials
 
+_UNKNOWN: Final = -1.0
+"""Dollars that are not known, as they are kept."""
+
 CONTROL: Final = ("control_failed", "control_fell_back", "control_usd")
 """What is kept of control's answer in a pair, as outcomes."""
 
@@ -38,11 +41,11 @@ _log = logging.getLogger("dspy_prod")
 
 
 class Answered(NamedTuple):
-    """How control answered a call: whether it failed or its fallback did, and dollars at list price."""
+    """How control answered a call: whether it failed or its fallback did, and dollars at list price, if known."""
 
     failed: bool
     fell_back: bool
-    usd: float
+    usd: float | None
 
 
 class _Asked(NamedTuple):
@@ -114,12 +117,14 @@ class Shadow:
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
-        nano = sum([each.list_nano or 0 for each in records])
+        costs = [each.list_nano for each in records]
+        nano = None if None in costs else sum([each or 0 for each in costs])
         latency = None if cached else time.monotonic() - began
         self._trials.expose(Exposure(self._name, unit, 0, variant.name, self._rollout.shadow_share / 2, at))
         self._trials.call(Call(self._name, unit, at, failed, fell_back, nano, latency))
         for name, value in zip(CONTROL, asked.control, strict=True):
-            self._trials.outcome(Outcome(self._name, unit, name, float(value), at))
+            kept = _UNKNOWN if value is None else float(value)
+            self._trials.outcome(Outcome(self._name, unit, name, kept, at))
 
 
 def refuse_side_effects(where: str, variants: Sequence[Variant], rollout: Rollout) -> None:
@@ -164,6 +169,9 @@ def pairs_of(trials: Trials, experiment: str, after: int) -> tuple[list[tuple[st
         failed, fell_back, usd = (value or 0.0 for value in values)
         found.append((
             calls[number].arm,
-            Pair((bool(failed), told.failed > 0), (bool(fell_back), told.fell_back > 0), (usd, told.list_nano / 1e9)),
+            Pair(
+                (bool(failed), told.failed > 0), (bool(fell_back), told.fell_back > 0),
+                None if usd < 0 or told.unpriced else (usd, told.list_nano / 1e9),
+            ),
         ))  # fmt: skip
     return found, last

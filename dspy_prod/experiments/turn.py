@@ -8,6 +8,7 @@ from typing import Any
 
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, use
+from dspy_prod.experiments.flights import Flight, Flights
 from dspy_prod.experiments.shadow import Answered
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
@@ -23,7 +24,7 @@ class Turn:
     Args:
         variant: what answers. place: who calls, and how it came by the variant; None: for nobody, and nothing is said
             of the experiment. trials: where the call is told; None for one that counts for nothing.
-        outer: the context in force.
+        outer: the context in force. flights: where it is known for as long as it goes on.
 
     Attributes:
         prediction: what was answered, once it was. unpriced: what an LM call of it cost is not known.
@@ -31,10 +32,17 @@ class Turn:
 
     __slots__ = (
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
-        *("_usd", "prediction", "unpriced", "variant"),
+        *("_flight", "_flights", "_until", "_usd", "prediction", "unpriced", "variant"),
     )
 
-    def __init__(self, variant: Variant, place: Assignment | None, trials: Trials | None, outer: CallContext) -> None:
+    def __init__(
+        self,
+        variant: Variant,
+        place: Assignment | None,
+        trials: Trials | None,
+        outer: CallContext,
+        flights: Flights | None = None,
+    ) -> None:
         self.variant = variant
         self._place, self._trials = place, trials
         self._records = Records(outer.records)
@@ -42,6 +50,8 @@ class Turn:
         self._scope = use(inner._replace(records=self._records))
         self._fell_back = self._failed = self._ended = False
         self._at = self._began = 0.0
+        self._flights, self._until = flights, outer.deadline
+        self._flight: Flight | None = None
         self._trace = outer.trace_id
         self._usd: float | None = None
         self.prediction: Any = None
@@ -50,6 +60,9 @@ class Turn:
     def __enter__(self) -> Turn:
         self._at = 0.0 if self._trials is None else self._trials.now()
         self._began = time.monotonic()
+        unit = None if self._place is None or self._trials is None else self._place.unit
+        if self._flights is not None and unit is not None:
+            self._flight = self._flights.begin(unit, self._until)
         self._scope.__enter__()
         return self
 
@@ -74,6 +87,8 @@ class Turn:
         finally:
             if self._trials is not None and self._place is not None:
                 self._tell(self._trials, self._place)
+            if self._flights is not None and self._flight is not None:
+                self._flights.end(self._flight)
 
     @property
     def shadowed(self) -> bool:
@@ -83,14 +98,16 @@ class Turn:
     @property
     def outcome(self) -> Answered:
         """How it was answered, once it is over."""
-        return Answered(self._failed, self._fell_back, self._nano / NANO)
+        return Answered(self._failed, self._fell_back, None if self._nano is None else self._nano / NANO)
 
     @property
-    def _nano(self) -> int:
-        """What it would have cost without caches, as far as that is known."""
+    def _nano(self) -> int | None:
+        """What it would have cost without caches; None where that is not known, as of what an earlier release has
+        cached."""
         if self._usd is not None:
             return round(self._usd * NANO)
-        return sum([each.list_nano or 0 for each in self._records])
+        costs = [each.list_nano for each in self._records]
+        return None if self.unpriced or None in costs else sum([each or 0 for each in costs])
 
     @property
     def counted(self) -> tuple[str, float, str | None] | None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import sys
 
 from dspy_prod.lm import sealing, settings
+from dspy_prod.lm.closing import close_all
 from dspy_prod.lm.lm import LM
 from dspy_prod.lm.wrapping import wrap
 from dspy_prod.runtime import clock
 
-__all__ = ["LM", "wrap"]
+__all__ = ["LM", "close_all", "wrap"]
 
 # Pickled LMs of 0.1.0 name what they hold by the modules of then.
 for _module in (settings, sealing, clock):

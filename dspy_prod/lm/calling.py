@@ -60,7 +60,7 @@ def begin(
     given = kwargs
     if not lm.watched.holds(lm.model, lm.kwargs):
         settled(lm)
-    asked, kwargs, extras = per_call(lm, given)
+    asked, kwargs, extras = per_call(lm, given) if given else (lm, given, None)
     scope = scope_of(asked, prompt, messages, kwargs, extras)
     if kwargs is not given and not isinstance(prompt, Request) and "request" not in given:
         scope.shown = shown(given)
@@ -104,7 +104,7 @@ def _told(lm: Beneath, scope: Scope, call: PreparedCall, request: Request | None
 
 def per_call(lm: Beneath, kwargs: dict[str, Any]) -> tuple[Beneath, dict[str, Any], dict[str, Any] | None]:
     """(the LM to use, its canonical arguments, extras beside them) for one call's arguments."""
-    if not kwargs or _PLAIN_CALL_KEYS.issuperset(kwargs):
+    if _PLAIN_CALL_KEYS.issuperset(kwargs):
         return lm, kwargs, None
     kwargs = dict(hide(kwargs))
     cache = kwargs.pop("cache", None)

@@ -83,6 +83,14 @@ _TEXTS: Final = frozenset(
 )
 """Keys whose environment variables are text even where that reads as JSON, such as a key of digits."""
 
+TABLES: Final = frozenset({"lm", "production", "tracking", "logging", "metrics", "alerts"})
+"""What a file may hold beside the arguments of one LM."""
+
+WHOLE: Final = (
+    "; read a file with [lm.<name>], [production], [tracking], [logging], [metrics] or [alerts] by "
+    "dspy_prod.from_config(...)"
+)
+
 _WORDS: Final[Mapping[Any, str]] = {
     str: "text",
     int: "a whole number",
@@ -105,14 +113,32 @@ def load_config(path: str | Path | None, env: Mapping[str, str] = os.environ) ->
             do.
     """
     env = {name: Unshown(value) for name, value in env.items()}  # an error reporter shows the locals of each frame
+    values, env, sources = read(path, env)
+    return lm_arguments(values, env, sources)
+
+
+def read(
+    path: str | Path | None, env: Mapping[str, str], texts: Iterable[str] = ()
+) -> tuple[dict[str, Any], Mapping[str, str], Sources]:
+    """What file and environment say, the environment so that it does not show itself, and where each key came from.
+
+    Args:
+        path: the TOML file; None for environment variables alone.
+        env: the environment.
+        texts: further keys that are text, also where their variable reads as JSON.
+
+    Raises:
+        ConfigError: the file cannot be read, or there is a secret in it.
+    """
+    env = {name: Unshown(value) for name, value in env.items()}  # an error reporter shows the locals of each frame
     values: dict[str, Any] = {}
     sources = Sources("")
     if path is not None:
         values, text = _read(Path(path))
         sources = Sources(str(path), lines_of(text))
         _refuse_secrets(values, sources)
-    override(values, env, sources, texts=_TEXTS)
-    return _arguments(values, env, sources)
+    override(values, env, sources, texts=_TEXTS.union(texts))
+    return values, env, sources
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
@@ -133,6 +159,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 
 def _is_slip(key: str, above: tuple[str, ...]) -> bool:
     """Whether a name that sounds like a secret's is a misspelt option, such as `max_token`; that is told later."""
+    above = above[2:] if above[:1] == ("lm",) else above
     options = OPTIONS.get(above[0]) if len(above) == 1 else None
     known = _KNOWN if not above else () if options is None else options.model_fields
     return bool(difflib.get_close_matches(key, known, n=1, cutoff=0.85))
@@ -144,15 +171,17 @@ def _refuse_secrets(values: Mapping[str, Any], sources: Sources, *above: str) ->
         where = sources.of(*above, key)
         place = ".".join((*above, key))
         variable = f"${PREFIX}{'__'.join((*above, key)).upper()}"
-        if isinstance(value, Mapping) and key != "prices":
+        if isinstance(value, Mapping) and key not in ("prices", "redact"):
             _refuse_secrets(value, sources, *above, key)
-        elif place == "api_key":
+        elif key == "api_key" and (not above or (above[0] == "lm" and len(above) == 2)):
             raise ConfigError(
                 f"{where}: api_key: a key does not belong in a file; set an environment variable and name it here: "
                 'api_key_env = "MY_KEY"'
             )
         elif is_secret(key) and key != "api_key_env" and not _is_slip(key, above):
-            hint = f"set ${PREFIX}{above[0].upper()} to a JSON table" if above else f"set {variable}"
+            hint = (
+                f"set ${PREFIX}{above[0].upper()} to a JSON table" if above and above[0] != "lm" else f"set {variable}"
+            )
             raise ConfigError(f"{where}: {place}: a secret does not belong in a file; {hint} instead")
         elif isinstance(value, str) and "://" in value and bare_url(value) != value:
             raise ConfigError(
@@ -160,12 +189,18 @@ def _refuse_secrets(values: Mapping[str, Any], sources: Sources, *above: str) ->
             )
 
 
-def _arguments(values: dict[str, Any], env: Mapping[str, str], sources: Sources) -> dict[str, Any]:
+def lm_arguments(values: Mapping[str, Any], env: Mapping[str, str], sources: Sources) -> dict[str, Any]:
+    """Arguments of `dspy_prod.LM` from one table of them.
+
+    Raises:
+        ConfigError: a key is unknown or impossible.
+    """
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         where = sources.of(key)
         if key not in _KINDS:
-            raise ConfigError(f"{where}: {key}: is no argument of dspy_prod.LM{_closest(key, _KNOWN)}")
+            hint = WHOLE if key in TABLES else _closest(key, _KNOWN)
+            raise ConfigError(f"{where}: {key}: is no argument of dspy_prod.LM{hint}")
         if key not in _KNOWN:
             raise ConfigError(f"{where}: {key}: is an object, not text; pass it to LM.from_config(..., {key}=...)")
         if value is None:

@@ -21,6 +21,16 @@ class Sources:
         self._lines = lines or {}
         self.variables: dict[tuple[str, ...], str] = {}
 
+    def within(self, *table: str) -> Sources:
+        """The places of a table's keys, and of those around it that hold within it."""
+        path, lines = self._path, self._lines
+        inner = Sources(
+            path, {**lines, **{place[len(table) :]: line for place, line in lines.items() if _in(place, table)}}
+        )
+        own = {place[len(table) :]: name for place, name in self.variables.items() if _in(place, table)}
+        inner.variables = {**self.variables, **own}
+        return inner
+
     def of(self, *keys: str) -> str:
         """The place of a key: an environment variable, else the file and the line."""
         for length in range(len(keys), 0, -1):
@@ -32,6 +42,10 @@ class Sources:
                 return self._path if line is None else f"{self._path}:{line}"
         within = [name for place, name in self.variables.items() if place[: len(keys)] == keys]
         return f"${within[0]}" if within else self._path or "the environment"
+
+
+def _in(place: tuple[str, ...], table: tuple[str, ...]) -> bool:
+    return len(place) > len(table) and place[: len(table)] == table
 
 
 _HEADER: Final = re.compile(r"\s*\[\[?([^\[\]]+)\]\]?\s*(?:#.*)?$")
@@ -82,8 +96,15 @@ def _override(values: dict[str, Any], name: str, text: str, sources: Sources, te
             pass
     sources.variables[tuple(keys)] = name
     place = values
+    if keys[0] == "lm" and len(keys) > 2:  # one LM of several: what follows is as for the only one
+        lms = values.get("lm")
+        if not isinstance(lms, dict):
+            lms = values["lm"] = {}
+        if not isinstance(lms.get(keys[1]), dict):
+            lms[keys[1]] = {}
+        place, keys = lms[keys[1]], keys[2:]
     if keys[0] == "budget" and len(keys) > 1:
-        place, keys = _budget(values, keys, name)
+        place, keys = _budget(place, keys, name)
     for key in keys[:-1]:
         inner = place.get(key)
         if not isinstance(inner, dict):

@@ -17,8 +17,8 @@ from dspy.clients.execution import prepare
 from dspy.lm15 import CacheConfig
 from dspy.utils.callback import BaseCallback, with_callbacks
 
-from dspy_prod.compat.dspy import engines_of, set_engines
-from dspy_prod.compat.finishing import entry_of, finish, keep, keeps_history
+from dspy_prod.compat.dspy import engines_of, has_callbacks, set_engines
+from dspy_prod.compat.finishing import append, entry_of, finish, keep, keeps_history
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
 from dspy_prod.lm.arguments import budget_options, check_tokens
@@ -151,33 +151,49 @@ class LM(AsPlain, Operated, dspy.LM):
         return outward(f"dspy_prod.LM({self.model!r}, namespace={settings.namespace!r})")
 
     # -- calling -----------------------------------------------------------------------------------------------------
-    @with_callbacks  # type: ignore[untyped-decorator]
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """Answer a prompt, messages or a typed `Request`, exactly as `dspy.LM` does."""
+        if TAP.active is not None or has_callbacks(self):
+            return self._seen(prompt, messages=messages, **kwargs)
+        return self._answer(prompt, messages, kwargs)
+
+    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Asynchronous `__call__`."""
+        if TAP.active is not None or has_callbacks(self):
+            return await self._aseen(prompt, messages=messages, **kwargs)
+        return await self._aanswer(prompt, messages, kwargs)
+
+    @with_callbacks  # type: ignore[untyped-decorator]
+    def _seen(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """`__call__` with somebody looking."""
         tap = TAP.active
         with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
-            lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
-            if known is not None:
-                outputs = self._recall(known, scope, prompt, messages, kwargs)
-            else:
-                with scope:
-                    outputs = finish(self, *ask(lm, scope, prompt, messages, kwargs))
+            outputs = self._answer(prompt, messages, kwargs)
             node.answered(outputs)
             return outputs
 
     @with_callbacks  # type: ignore[untyped-decorator]
-    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
-        """Asynchronous `__call__`."""
+    async def _aseen(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """Asynchronous `_seen`."""
         tap = TAP.active
         with NOTHING if tap is None else tap.lm_call(self.model, {"prompt": prompt, "messages": messages}) as node:
-            lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
-            if known is not None:
-                outputs = self._recall(known, scope, prompt, messages, kwargs)
-            else:
-                with scope:
-                    outputs = finish(self, *(await aask(lm, scope, prompt, messages, kwargs)))
+            outputs = await self._aanswer(prompt, messages, kwargs)
             node.answered(outputs)
             return outputs
+
+    def _answer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
+        lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
+        if known is not None:
+            return self._recall(known, scope, prompt, messages, kwargs)
+        with scope:
+            return finish(self, *ask(lm, scope, prompt, messages, kwargs))
+
+    async def _aanswer(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Any:
+        lm, kwargs, scope, known = begin(self, prompt, messages, kwargs)
+        if known is not None:
+            return self._recall(known, scope, prompt, messages, kwargs)
+        with scope:
+            return finish(self, *(await aask(lm, scope, prompt, messages, kwargs)))
 
     def _recall(self, known: Known, scope: Scope, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> list[str]:
         """Give a cached answer, and write it into the history."""
@@ -191,7 +207,7 @@ class LM(AsPlain, Operated, dspy.LM):
             )
             if getattr(self.update_history, "__func__", None) is _UPDATE_HISTORY:
                 tell(entry, scope.records)
-                keep(self, entry)
+                append(self, entry)
             else:  # somebody else's, which ends with ours
                 with scope:
                     self.update_history(entry)

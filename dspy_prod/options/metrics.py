@@ -143,9 +143,9 @@ class Metric(Options):
 def error_rate(margin: float = 0.02, **options: Any) -> Metric:
     """Share of a unit's calls that failed; two points more are acceptable by default.
 
-    A unit whose first call has not ended a minute after the window counts as one that failed: a program that hangs, or
-    takes its process with it, is no success. Where calls take longer than a minute, give the guardrails a window as
-    long as they take.
+    A unit whose first call takes long is waited for until the call ends: until its deadline, or for ten minutes where
+    it has none. One that goes on beyond, and one whose process was lost a minute ago, counts as one that failed: a
+    program that hangs, or takes its process with it, is no success.
     """
     return Metric(
         **{"name": "error_rate", "direction": "lower", "role": "guardrail", "margin": margin, "missing": 1.0, **options}

@@ -37,8 +37,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
         began = monotonic()
         turn = turns_at(attempt, began)
         again: Attempt | None = None
+        told = False
         try:
-            told = False
             while reservation.state == PENDING:
                 now = monotonic()
                 if not told and reservation.blocked_on:  # a durable store decides in a moment, which is no wait
@@ -65,7 +65,11 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
             give_back(attempt, error)
             raise
         finally:
-            call.waited += monotonic() - began
+            seconds = monotonic() - began
+            call.waited += seconds
+            if told:
+                blocked_on = reservation.blocked_on
+                call.emit("waited", model=attempt.route.model, blocked_on=blocked_on, seconds=seconds)
         if reservation.state == GRANTED:
             return attempt
         refusal = reservation.refusal

@@ -181,21 +181,30 @@ def record_served(
 
 def record_hit(pipeline: Pipeline, context: CallContext, records: list[CallRecord], saved: int | None) -> None:
     """`record_served` for an answer from memory; together with others of its kind, where nobody looks at it alone."""
-    if context.node is None and context.records is None and not pipeline.bus.active:
+    latest, kind = pipeline.kind
+    if kind is None or (context is not latest and context != latest):
         kind = _kind(pipeline, context)
-        if kind is not None and kind.served(pipeline.clock.time(), saved):
+    if kind is not None and not pipeline.bus.hears_calls:
+        if kind.served(pipeline.clock.time(), saved):
             records.append(kind.like)
+            for meter in pipeline.bus.meters:
+                meter((kind.like, saved))
             return
+        pipeline.kind = context, None
     record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST, saved)
 
 
 def _kind(pipeline: Pipeline, context: CallContext) -> Kind | None:
-    """Where cached answers within a context are noted; None for the first one, which may be the only one."""
+    """Where cached answers within a context are noted; None where each is looked at alone, and for the first one, which
+    may be the only one.
+    """
+    if context.node is not None or context.records is not None:
+        return None
     latest, kind = pipeline.kind
     if context is not latest and context != latest:
         pipeline.kind = context, None
         return None
-    if kind is None or kind.ended:
+    if kind is None:
         like = _row(
             context, "", 0.0, pipeline.primary, "", 0, "cached", 0, 0.0, False, EMPTY_USAGE, 0.0, True, None, ()
         )
@@ -253,7 +262,9 @@ def _remember(
     if collected is not None:
         collected.append(record)
     bus = pipeline.bus
-    if bus.active:
+    for meter in bus.meters:
+        meter(record)
+    if bus.hears_calls:
         bus.emit(
             "call_finished" if record.outcome in ANSWERED else "attempt_failed",
             pipeline.clock.time(), call_id=record.call_id, **context.told(),

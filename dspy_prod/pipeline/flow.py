@@ -26,7 +26,7 @@ from dspy.lm15 import Response
 from dspy.utils.exceptions import LMError
 
 from dspy_prod.context.scoring import is_raising
-from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
+from dspy_prod.errors import BudgetExceededError, CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.admission import admission, leaves, note_spending
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send, Wait, Warm
@@ -177,7 +177,8 @@ def _ask(call: Call, failures: Failures) -> Flow:
                     failures.early += ((route, attempts),)
                 break
             except RejectedError as error:
-                call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
+                budget = error.budget if isinstance(error, BudgetExceededError) else None
+                call.emit("rejected", model=route.model, route=route.name, reason=error.reason, budget=budget)
                 if only_here(call, route, routes[0], error):
                     failures.add(route, error)
                     break

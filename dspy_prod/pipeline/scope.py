@@ -48,6 +48,7 @@ class Scope:
     missed: bool = False
     purse: Purse | None = None
     log: AnswerLog | None = None
+    _token: Any = None
 
     def __init__(
         self, context: CallContext, base: bytes | None, extras: dict[str, Any] | None, rollout_id: Any, use_cache: bool
@@ -58,7 +59,6 @@ class Scope:
         self.rollout_id = rollout_id
         self.use_cache = use_cache
         self.records: list[CallRecord] = []
-        self._token: Any = None
 
     def __enter__(self) -> None:
         self._token = SCOPE.set(self)

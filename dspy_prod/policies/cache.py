@@ -112,7 +112,7 @@ class ResponseCache:
     def peek(self, key: bytes) -> Entry | None:
         """`fresh` for a caller who may not use the answer: it counts as nothing until `used`."""
         entry = self._entries.get(key)
-        return None if entry is None or entry.expires_at <= self._now() else entry
+        return None if entry is None or (entry.expires_at != inf and entry.expires_at <= self._now()) else entry
 
     def used(self, key: bytes) -> None:
         """Count a hit in memory."""

@@ -27,10 +27,14 @@ class Ids:
         return self._prefix % self._next()
 
     def several(self, count: int) -> list[str]:
-        """So many."""
-        prefix, number = self._prefix, self._next
-        return [prefix % number() for _ in range(count)]
+        """So many: two digits more behind one that is given to nobody, which takes a third of the time."""
+        made: list[str] = []
+        for done in range(0, count, len(DIGITS)):
+            made += map(self.make().__add__, DIGITS[: count - done])
+        return made
 
 
+DIGITS: Final = tuple(f"{number:02x}" for number in range(256))
+"""Two of them tell 256 ids with one beginning apart."""
 IDS: Final = Ids()
 reset_after_fork(IDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import lru_cache
 
 from dspy_prod.runtime.boot import boot, is_this_boot
 
@@ -12,7 +13,12 @@ _PARTS = 4
 
 def this_process() -> str:
     """What tells this process from others, on whatever machine."""
-    return " ".join([_host(), boot(), str(os.getpid()), _begun(os.getpid()) or "-"])
+    return _named(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _named(pid: int) -> str:
+    return " ".join([_host(), boot(), str(pid), _begun(pid) or "-"])
 
 
 def is_elsewhere(told: str) -> bool:

@@ -40,10 +40,10 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
     Never raises for an unusable store: that is what it reports.
     """
     REAPER.flush(FLUSH_TIMEOUT)
-    found = list(dict.fromkeys(_live() if pipelines is None else pipelines))
+    found = list(dict.fromkeys(live() if pipelines is None else pipelines))
     look = _Look()
     places = look.stores(found)
-    routes = _routes(found)
+    routes = routes_of(found)
     breakers = [look.breaker(route) for _, route in routes if route.breaker is not None]
     limiters = look.limiters(routes)
     cache = look.cache(found)
@@ -92,7 +92,7 @@ class _Look:
         fault = ""
         try:
             if not store.flush(FLUSH_TIMEOUT):
-                failing, waiting = _problems(store).get("failing"), store.unwritten()
+                failing, waiting = problems_of(store).get("failing"), store.unwritten()
                 fault = f"about {waiting:,} records wait to be written; costs are behind" if waiting else ""
                 if failing or not waiting:
                     why = str(failing or "it does not take writes; check its disk and permissions")
@@ -101,7 +101,7 @@ class _Look:
             fault = f"{type(error).__name__}: {error}"
         if fault:
             self._give_up(store, fault)
-        problems = _problems(store)
+        problems = problems_of(store)
         self._looked_at.append((store, problems))
         dropped = sum(
             int(value) for name, value in problems.items() if "dropped" in name and isinstance(value, (int, float))
@@ -229,7 +229,7 @@ class _Look:
         return spent
 
 
-def _live() -> list[Pipeline]:
+def live() -> list[Pipeline]:
     """The pipelines of all LMs alive, in a stable order."""
     pipelines = [lm.pipeline for lm in living() if isinstance(lm.pipeline, Pipeline)]
     return sorted(
@@ -237,7 +237,7 @@ def _live() -> list[Pipeline]:
     )
 
 
-def _routes(pipelines: list[Pipeline]) -> list[tuple[Store, Route]]:
+def routes_of(pipelines: list[Pipeline]) -> list[tuple[Store, Route]]:
     """(store, route) of every route, each identity once."""
     found: dict[tuple[int, int], tuple[Store, Route]] = {}
     for pipeline in pipelines:
@@ -250,7 +250,7 @@ def _used(available: float | None, most: float | None) -> float | None:
     return None if available is None or not most else min(1.0, max(0.0, 1.0 - available / most))
 
 
-def _problems(store: Any) -> dict[str, int | float | str | bool | None]:
+def problems_of(store: Any) -> dict[str, int | float | str | bool | None]:
     """The store's own words about its background work, if it has any: `problems`, a mapping or what gives one."""
     told = getattr(store, "problems", None)
     words = told() if callable(told) else told

@@ -147,13 +147,9 @@ class Kind(Protocol):
     @property
     def like(self) -> CallRecord: ...
 
-    @property
-    def ended(self) -> bool:
-        """Whether nothing can be noted here any more: the store is closed, or another process's."""
-        ...
-
     def served(self, at: float, saved: int | None = None) -> bool:
-        """Note that one was given, in seconds since the epoch; False where that has to be appended. Posted.
+        """Note that one was given, in seconds since the epoch; False where nothing is noted any more: the store is
+        closed, or another process's. Posted.
 
         Args:
             saved: what it would have cost, in nano-USD.

@@ -15,7 +15,7 @@ from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
 from dspy_prod.stores.lane import Janitor, Lane
-from dspy_prod.stores.memory_ledger import Alike, MemoryLedger, check_fields
+from dspy_prod.stores.memory_ledger import ENOUGH_ALIKE, Alike, MemoryLedger, check_fields
 from dspy_prod.stores.memory_programs import MemoryPrograms
 from dspy_prod.stores.memory_runs import MemoryRuns
 
@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 class Kind(Alike):
     """Cached answers whose records are alike."""
 
-    ended = False
-
     def __init__(self, like: CallRecord, store: MemoryStore) -> None:
         super().__init__(like)
         self._store = store
 
     def served(self, at: float, saved: int | None = None) -> bool:
-        if self._store._ledger.serve(self, (at, saved)):
+        given = self.given
+        given.append((at, saved))
+        if not self.listed:
+            self._store._ledger.expect(self)
+        if len(given) >= ENOUGH_ALIKE:
             self._store._take()
         return True
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from operator import add
 from typing import Any, Final
 
 from dspy_prod.records import OTHER, REFUSED, CallRecord, Totals, alike, rollup_keys
 from dspy_prod.runtime.ids import IDS
-from dspy_prod.stores.memory_rows import TAG, Rows, View
+from dspy_prod.stores.memory_rows import MOST_ALIKE, TAG, AlikeBlock, Rows, View
 
 MAX_VALUES_PER_DAY: Final = 20_000
 """Distinct (dimension, value) pairs summed per day; further values are summed as `OTHER`."""
 
 _COMPARABLE: Final = frozenset(CallRecord._fields) - {"tags", "accounts"}
-_STARTED_AT: Final = CallRecord._fields.index("started_at")
 _DAY: Final = 86_400
 _NEW: Final = 16
 """Records that become rows at once."""
+ENOUGH_ALIKE: Final = 64
+"""The same of records alike, of which only the first takes long."""
 _WAITING: Final = 128
 """Records whose sums are not made yet: what a read has to add up first."""
 
@@ -33,6 +34,17 @@ def day_of(at: float) -> str:
 @lru_cache(maxsize=1024)
 def _day(number: int) -> str:
     return dt.datetime.fromtimestamp(number * _DAY, dt.timezone.utc).strftime("%Y-%m-%d")
+
+
+def _by_day(times: Sequence[float], saved: Sequence[int | None]) -> Iterable[tuple[int, Sequence[int | None]]]:
+    """(number of the day, what was saved on it) of cached answers."""
+    first = min(times) // _DAY
+    if max(times) // _DAY == first:
+        return [(int(first), saved)]
+    days: dict[int, list[int | None]] = defaultdict(list)
+    for at, nano in zip(times, saved, strict=True):
+        days[int(at // _DAY)].append(nano)
+    return days.items()
 
 
 def check_fields(names: Iterable[str]) -> None:
@@ -56,28 +68,23 @@ class Alike:
         like: a record such as theirs; its ids, its time and its `saved_nano` stand for nothing.
     """
 
-    __slots__ = ("_rest", "given", "group", "like", "listed")
+    __slots__ = ("given", "group", "like", "listed")
 
     def __init__(self, like: CallRecord) -> None:
         self.like = like
         self.group = alike(like)
-        self._rest = like[3:-1]
         self.given: deque[tuple[float, int | None]] = deque()
         self.listed = False  # the ledger knows that there are some
 
-    def take(self) -> list[tuple[Any, ...]]:
-        """The fields of the records of those so far; whoever holds the ledger's lock."""
+    def take(self) -> list[tuple[float, int | None]]:
+        """Those so far; whoever holds the ledger's lock."""
         self.listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
-        pop, rest = self.given.popleft, self._rest
-        given = [pop() for _ in range(len(self.given))]
-        ids = IDS.several(2 * len(given))
-        return [
-            (id, call_id, at, *rest, saved) for id, call_id, (at, saved) in zip(ids[::2], ids[1::2], given, strict=True)
-        ]
+        pop = self.given.popleft
+        return [pop() for _ in range(len(self.given))]
 
 
 class MemoryLedger:
-    """Records and rollups. Not thread-safe but for `note` and `serve`; the store's lock protects it.
+    """Records and rollups. Not thread-safe but for `note` and `expect`; the store's lock protects it.
 
     Appending is on the path of every call. Adding up many records alike costs little more than adding one, so they
     wait for each other, but only a few: no call does the work of many. Sums are plain tuples that are replaced,
@@ -104,14 +111,10 @@ class MemoryLedger:
         self._new.append(record)
         return len(self._new) >= _NEW
 
-    def serve(self, kind: Alike, given: tuple[float, int | None]) -> bool:
-        """`note` that a cached answer of this kind was given: when, and what it would have cost."""
-        waiting = kind.given
-        waiting.append(given)
-        if not kind.listed:
-            kind.listed = True
-            self._kinds.append(kind)
-        return len(waiting) >= _NEW
+    def expect(self, kind: Alike) -> None:
+        """There are some of a kind, added without the lock."""
+        kind.listed = True
+        self._kinds.append(kind)
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
@@ -164,15 +167,14 @@ class MemoryLedger:
             self._fold(next(iter(waiting)))
 
     def _take_alike(self, kind: Alike) -> None:
-        rows = kind.take()
-        self._rows.extend(rows)
-        days: dict[float, list[int | None]] = defaultdict(list)
-        for row in rows:
-            days[row[_STARTED_AT] // _DAY].append(row[-1])
-        for number, saved in days.items():
-            group = (int(number), kind.group)
-            _, before = self._served.get(group, (kind.like, Totals()))
-            self._served[group] = kind.like, before.plus(Totals.of_hits(saved))
+        given = kind.take()
+        for start in range(0, len(given), MOST_ALIKE):
+            times, saved = zip(*given[start : start + MOST_ALIKE], strict=True)
+            self._rows.extend(AlikeBlock(kind.like, IDS.make(), times, saved))
+            for day, some in _by_day(times, saved):
+                group = (day, kind.group)
+                _, before = self._served.get(group, (kind.like, Totals()))
+                self._served[group] = kind.like, before.plus(Totals.of_hits(some))
         while len(self._served) > _WAITING:
             self._fold_served(next(iter(self._served)))
 

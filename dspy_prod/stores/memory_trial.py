@@ -5,21 +5,23 @@ from __future__ import annotations
 from math import isfinite
 from typing import Final
 
+from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     Arm,
-    Call,
     Calls,
     Checkpoint,
     Decision,
-    Exposure,
     Matured,
-    Outcome,
     Trial,
     Values,
+    Waiting,
+    is_early,
     ready_before,
 )
 
 _NO_CALLS: Final = Calls()
+_MOST_UNDERWAY: Final = 10_000
+"""Units whose calls go on that are waited for longer than others."""
 
 
 class Room:
@@ -73,6 +75,7 @@ class MemoryTrial:
         units: in the order of exposure; `numbers` tells the place of each, from 1.
         sums: [units, first, mixed] by stage, arm and `full`.
         read: for each metric (None: calls), up to which number it was told.
+        calling: until when units are waited for whose calls go on, by number.
         values: how many there are.
     """
 
@@ -82,7 +85,8 @@ class MemoryTrial:
         self.numbers: dict[str, int] = {}
         self.sums: dict[tuple[int, str, int], list[int]] = {}
         self.read: dict[str | None, int] = {}
-        self.mixed = self.late = self.stray = self.unkept = self.values = 0
+        self.calling: dict[int, float] = {}
+        self.mixed = self.late = self.stray = self.unkept = self.early = self.unpriced = self.values = 0
         self.checkpoint: Checkpoint | None = None
         self.decisions: list[Decision] = []
         self._room = room
@@ -133,8 +137,18 @@ class MemoryTrial:
         if not unit.calls.calls:
             unit.first_call = one
         unit.calls = unit.calls.plus(one)
+        self.unpriced += one.unpriced
 
-    def outcome(self, outcome: Outcome) -> None:
+    def underway(self, underway: Underway, now: float) -> None:
+        """See `Trials.underway`."""
+        number = self.numbers.get(underway.unit)
+        if len(self.calling) >= _MOST_UNDERWAY:
+            self.calling = {each: until for each, until in self.calling.items() if until > now}
+        if number is not None and (number in self.calling or len(self.calling) < _MOST_UNDERWAY):
+            until = min(underway.at, now) + underway.seconds
+            self.calling[number] = max(until, self.calling.get(number, until))
+
+    def outcome(self, outcome: Outcome, now: float) -> None:
         """See `Trials.outcome`."""
         number, window = self.numbers.get(outcome.unit), self.trial.windows.get(outcome.metric)
         if number is None or window is None or not isfinite(outcome.value):
@@ -145,6 +159,8 @@ class MemoryTrial:
         fresh = outcome.id not in values
         if not self.trial.takes(number, read, unit.at, outcome.at, window, bool(values)):
             self.late += 1
+        elif is_early(outcome.at, unit.at, now):
+            self.early += 1
         elif fresh and self._room.values <= 0:
             self.unkept += 1
         else:
@@ -178,6 +194,21 @@ class MemoryTrial:
         units = self.units[after : min(read, after + most)]
         return [_matured(number, unit, metric) for number, unit in enumerate(units, after + 1)]
 
+    def exposed(self, after: int, most: int) -> list[Matured]:
+        """See `Trials.exposed`."""
+        return [_exposed(number, unit) for number, unit in enumerate(self.units[after : after + most], after + 1)]
+
+    def waiting(self) -> dict[str | None, Waiting]:
+        """See `Trials.waiting`."""
+        return {metric: self._waiting(metric, window) for metric, window in self.trial.windows.items()}
+
+    def _waiting(self, metric: str | None, window: float) -> Waiting:
+        read = self.read.get(metric, 0)
+        if read >= len(self.units):
+            return Waiting()
+        until = max(self.units[read].at + window + self.trial.grace, self.calling.get(read + 1, 0.0))
+        return Waiting(len(self.units) - read, until)
+
     def _ready(self, metric: str | None, now: float, most: int) -> int:
         """Up to which number nothing need be waited for."""
         window, grace = self.trial.window(metric), self.trial.grace
@@ -186,8 +217,9 @@ class MemoryTrial:
         over: int | None = None  # the last unit that is
         for unit in self.units[number : number + most]:
             told = unit.calls.calls if metric is None else unit.valued(metric)
-            if unit.at > before and not (window == 0 and told):
-                if unit.at <= now + grace:
+            calling = self.calling.get(number + 1, now) > now
+            if (calling or unit.at > before) and not (window == 0 and told):
+                if calling or unit.at <= now + grace:
                     break
                 # Stamped by a clock that was wrong: it was exposed before those after it, and is over when one is.
                 if over is None:
@@ -207,8 +239,12 @@ class MemoryTrial:
 
 
 def _matured(number: int, unit: Unit, metric: str | None) -> Matured:
-    head = (number, unit.name, unit.stage, unit.arm, unit.propensity, unit.at, unit.full, unit.left_out)
+    found = _exposed(number, unit)
     if metric is None:
-        return Matured(*head, calls=unit.calls, first_call=unit.first_call)
+        return found._replace(calls=unit.calls, first_call=unit.first_call)
     values = unit.valued(metric)
-    return Matured(*head) if not values else Matured(*head, values=Values.of(values.values()))
+    return found._replace(values=Values.of(values.values())) if values else found
+
+
+def _exposed(number: int, unit: Unit) -> Matured:
+    return Matured(number, unit.name, unit.stage, unit.arm, unit.propensity, unit.at, unit.full, unit.left_out)

@@ -8,19 +8,17 @@ from typing import Final
 
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.memory_trial import MemoryTrial, Room
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
-    GRACE,
     Arm,
-    Call,
     Checkpoint,
     Decision,
-    Exposure,
     Lease,
     Matured,
-    Outcome,
     Tally,
     Trial,
+    Waiting,
     check_state,
     check_windows,
 )
@@ -110,10 +108,18 @@ class MemoryTrials:
                 kept.call(call)
 
     def outcome(self, outcome: Outcome) -> None:
+        now = self.now()
         with self._lock:
             kept = self._kept.get(outcome.trial)
             if kept is not None:
-                kept.outcome(outcome)
+                kept.outcome(outcome, now)
+
+    def underway(self, underway: Underway) -> None:
+        now = self.now()
+        with self._lock:
+            kept = self._kept.get(underway.trial)
+            if kept is not None:
+                kept.underway(underway, now)
 
     def seen(self, name: str, unit: str) -> str | None:
         with self._lock:
@@ -131,13 +137,23 @@ class MemoryTrials:
             kept = self._kept.get(name)
             if kept is None:
                 return Tally()
-            return Tally(len(kept.units), kept.mixed, kept.late, kept.stray, kept.unkept)
+            return Tally(len(kept.units), kept.mixed, kept.late, kept.stray, kept.unkept, kept.early, kept.unpriced)
 
     def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
         now = self.now()
         with self._lock:
             kept = self._kept.get(name)
             return [] if kept is None else kept.matured(metric, after, most, now)
+
+    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+        with self._lock:
+            kept = self._kept.get(name)
+            return [] if kept is None else kept.exposed(after, most)
+
+    def waiting(self, name: str) -> dict[str | None, Waiting]:
+        with self._lock:
+            kept = self._kept.get(name)
+            return {} if kept is None else kept.waiting()
 
     # -- the controller ----------------------------------------------------------------------------------------------
     def checkpoint(self, name: str) -> Checkpoint | None:

@@ -7,6 +7,8 @@ from math import fsum, isfinite
 from operator import itemgetter
 from typing import Final, NamedTuple
 
+from dspy_prod.stores.trial_posts import Call
+
 CREATED: Final = "created"
 RUNNING: Final = "running"
 PAUSED: Final = "paused"
@@ -14,11 +16,11 @@ STOPPED: Final = "stopped"
 DECIDED: Final = "decided"
 STATES: Final = (CREATED, RUNNING, PAUSED, STOPPED, DECIDED)
 
-GRACE: Final = 60.0
-"""Seconds after the end of a window for which what belongs into it may still arrive."""
-
 MOST_NANO: Final = 10**15
 """What one call counts for at most, in nano-USD: a million dollars."""
+
+EARLY: Final = 5.0
+"""Seconds by which the clocks of processes may differ: an outcome may be dated so much before its unit's exposure."""
 
 LONGEST: Final = 1e9
 """Seconds that a call takes at most; a latency beyond, or below 0, is none."""
@@ -84,69 +86,9 @@ class Trial(NamedTuple):
         return new if (new.state, new.stage) == (self.state, self.stage) else new._replace(since=now)
 
 
-class Exposure(NamedTuple):
-    """A unit got an arm.
-
-    Attributes:
-        trial: the experiment's name. unit: the unit's.
-        stage: the stage. arm: what it got.
-        propensity: with which probability. 1: it was not left to chance, which tells nothing of the arms. Such a unit
-            is not taken in; but one that chance had given another arm in this stage has seen two.
-        at: when.
-        full: which candidates took no new units, a bit for each; with the stage it tells the propensities of all arms.
-    """
-
-    trial: str
-    unit: str
-    stage: int
-    arm: str
-    propensity: float
-    at: float
-    full: int = 0
-
-
-class Call(NamedTuple):
-    """One call of the program for a unit, as a guardrail sees it.
-
-    Attributes:
-        trial: the experiment's name. unit: the unit's.
-        at: when it began.
-        failed: it raised. fell_back: it was answered by a fallback.
-        list_nano: what it would have cost without caches, in nano-USD.
-        latency: seconds; None where it tells nothing (a cached answer).
-    """
-
-    trial: str
-    unit: str
-    at: float
-    failed: bool = False
-    fell_back: bool = False
-    list_nano: int = 0
-    latency: float | None = None
-
-
-class Outcome(NamedTuple):
-    """What became of a unit, in one metric.
-
-    Attributes:
-        trial: the experiment's name. unit: the unit's. metric: the metric's.
-        value: what was measured.
-        at: when.
-        id: what it is the value of (a call, a trace, an answer): said again under the same id it is a correction, and
-            the last one holds; values of several ids are several. None: of the unit as a whole.
-    """
-
-    trial: str
-    unit: str
-    metric: str
-    value: float
-    at: float
-    id: str | None = None
-
-
 class Calls(NamedTuple):
-    """Sums of calls: how many, how many of them failed or fell back, nano-USD at list price, and the seconds of the
-    `timed` ones."""
+    """Sums of calls: how many, how many of them failed or fell back, nano-USD at list price, the seconds of the `timed`
+    ones, and of how many the price is not known, which are in none of the nano-USD."""
 
     calls: int = 0
     failed: int = 0
@@ -154,15 +96,15 @@ class Calls(NamedTuple):
     list_nano: int = 0
     timed: int = 0
     latency: float = 0.0
+    unpriced: int = 0
 
     @classmethod
     def of(cls, call: Call) -> Calls:
         """The sums of one call."""
         timed = call.latency is not None and 0 <= call.latency <= LONGEST
         latency = call.latency if timed and call.latency is not None else 0.0
-        return cls(
-            1, int(call.failed), int(call.fell_back), max(0, min(call.list_nano, MOST_NANO)), int(timed), latency
-        )
+        nano = max(0, min(call.list_nano or 0, MOST_NANO))
+        return cls(1, int(call.failed), int(call.fell_back), nano, int(timed), latency, int(call.list_nano is None))
 
     def plus(self, more: Calls) -> Calls:
         """Both together."""
@@ -173,6 +115,7 @@ class Calls(NamedTuple):
             self.list_nano + more.list_nano,
             self.timed + more.timed,
             self.latency + more.latency,
+            self.unpriced + more.unpriced,
         )
 
 
@@ -248,6 +191,8 @@ class Tally(NamedTuple):
         stray: values of units without an exposure, and of metrics that were not declared. Calls of such units are no
             mistake: once a candidate is full, newcomers get control without being exposed.
         unkept: exposures for which there was no room.
+        early: values that are dated before the exposure of their unit.
+        unpriced: calls that count, but for what they cost, which is not known.
     """
 
     units: int = 0
@@ -255,6 +200,20 @@ class Tally(NamedTuple):
     late: int = 0
     stray: int = 0
     unkept: int = 0
+    early: int = 0
+    unpriced: int = 0
+
+
+class Waiting(NamedTuple):
+    """Units of a metric that were exposed and not told yet.
+
+    Attributes:
+        units: how many. until: when the first of them is told at the latest, in seconds since the epoch; None where
+            there is none.
+    """
+
+    units: int = 0
+    until: float | None = None
 
 
 class Checkpoint(NamedTuple):
@@ -288,6 +247,11 @@ class Decision(NamedTuple):
     evidence: str
     at: float = 0.0
     number: int = 0
+
+
+def is_early(at: float, exposed_at: float, now: float) -> bool:
+    """Whether an outcome is dated before its unit's exposure, which was not stamped by a clock that was ahead."""
+    return at < exposed_at - EARLY and exposed_at <= now + EARLY
 
 
 def ready_before(now: float, window: float, grace: float) -> float:

@@ -13,26 +13,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
     DECIDED,
-    GRACE,
     PAUSED,
     RUNNING,
     STATES,
     STOPPED,
     Arm,
-    Call,
     Calls,
     Checkpoint,
     Decision,
-    Exposure,
     Lease,
     Matured,
-    Outcome,
     Tally,
     Trial,
     Values,
+    Waiting,
 )
 
 __all__ = [
@@ -55,7 +53,9 @@ __all__ = [
     "Tally",
     "Trial",
     "Trials",
+    "Underway",
     "Values",
+    "Waiting",
 ]
 
 
@@ -121,6 +121,13 @@ class Trials(Protocol):
         """What became of a unit. Posted."""
         ...
 
+    def underway(self, underway: Underway) -> None:
+        """A unit's call goes on: the unit is waited for. Posted, after the exposure.
+
+        A call that was lost with its process is waited for no longer than was said last.
+        """
+        ...
+
     def seen(self, name: str, unit: str) -> str | None:
         """The arm in which a unit was seen last."""
         ...
@@ -137,9 +144,10 @@ class Trials(Protocol):
     def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
         """Units whose window is over, in the order of exposure, from the one after number `after`.
 
-        A unit is told when all before it are: a slow one holds up those behind it, for its window and the grace at
-        most; also one whose moment a clock that was ahead has told, once somebody behind it is over. What is told is
-        final. The last number told is the next `after`.
+        A unit is told when all before it are, since a faster arm would else be told first: a slow one holds up those
+        behind it, for its window and the grace at most, or as long as its call is under way; also one whose moment a
+        clock that was ahead has told, once somebody behind it is over. What is told is final. The last number told is
+        the next `after`.
 
         Args:
             metric: whose window and values; None: calls.
@@ -148,6 +156,14 @@ class Trials(Protocol):
         Raises:
             ValueError: no window was declared for the metric.
         """
+        ...
+
+    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+        """Units in the order of exposure, from the one after number `after`, with nothing of what became of them."""
+        ...
+
+    def waiting(self, name: str) -> dict[str | None, Waiting]:
+        """Units that are still waited for, by metric (None: calls); as quick for a million of them as for one."""
         ...
 
     # -- the controller ----------------------------------------------------------------------------------------------

@@ -8,13 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from logging import DEBUG, ERROR, INFO, WARNING
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from dspy_prod.privacy.outward import outward
+
+if TYPE_CHECKING:
+    from dspy_prod.records import CallRecord
 
 _log = logging.getLogger("dspy_prod")
 
 Listener = Callable[["Event"], None]
+Meter = Callable[["CallRecord | tuple[CallRecord, int | None]"], None]
+"""Takes a record as it was made; of an answer from memory perhaps what it resembles, with what it would have cost."""
 
 
 class Kind(NamedTuple):
@@ -43,8 +48,11 @@ _CALL: Final = f"{_WHOSE} model"
 _TOKENS: Final = "input_tokens output_tokens cached_tokens reasoning_tokens"
 _ATTEMPT: Final = f"{_CALL} route attempt outcome cost_usd estimated cached latency error status record_id {_TOKENS}"
 _BREAKER: Final = "route cause retry_after generation"
-_EXPERIMENT: Final = "experiment what reason stage variant"
+_EXPERIMENT: Final = "experiment what reason stage variant verdict"
 _FOLLOW: Final = "program reference version error"
+
+_OF_CALLS: Final = frozenset({"call_finished", "attempt_failed"})
+"""Of every call there is at least one."""
 
 EVENTS: Final[Mapping[str, Kind]] = {
     "call_finished": _kind(DEBUG, _ATTEMPT, "An answer came, from upstream or the cache."),
@@ -54,7 +62,8 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "fallback": _kind(INFO, f"{_WHOSE} to reason", "The call goes on with another model."),
     "arguments_left_out": _kind(INFO, f"{_CALL} route arguments", "The other model refuses these, so it is not told."),
     "waiting": _kind(INFO, f"{_CALL} blocked_on", "The call waits for a limit or a budget."),
-    "rejected": _kind(WARNING, f"{_CALL} route reason", "A policy refused the call on this route."),
+    "waited": _kind(DEBUG, f"{_CALL} blocked_on seconds", "A wait for a limit or a budget has ended, either way."),
+    "rejected": _kind(WARNING, f"{_CALL} route reason budget", "A policy refused the call on this route."),
     "throttled": _kind(INFO, f"{_CALL} route retry_after", "The provider said 429: its limiter slows down."),
     "pause_lifted": _kind(INFO, "route", "An operator lifted what a provider's 429 or headers had brought about."),
     "fallback_response": _kind(WARNING, f"{_TOLD} reason error", "`Production` gave its own answer."),
@@ -72,6 +81,9 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "store_degraded": _kind(WARNING, "path error", "The file cannot be written; what is settled is kept. Mend it."),
     "store_recovered": _kind(INFO, "path", "The store's file can be written again."),
     "operation_dropped": _kind(WARNING, "path kind error dropped", "The ledger lacks a record. See `error`."),
+    "tracking_lost": _kind(
+        WARNING, "lost messages_lost error", "MLflow lacks so many traces and messages. Told each time they double."
+    ),
     "promotion": _kind(INFO, "program action alias from_version to_version by", "An alias was moved."),
     "program_changed": _kind(INFO, "program reference version previous", "A program runs another version from now on."),
     "experiment_moved": _kind(INFO, _EXPERIMENT, "A candidate gets more of the traffic, or all of it, from now on."),
@@ -102,11 +114,20 @@ class Event:
 
 
 class EventBus:
-    """Delivers events to listeners, outside every lock of this library, on the thread where they happened."""
+    """Delivers events to listeners, outside every lock of this library, on the thread where they happened.
+
+    Attributes:
+        active: somebody listens; callers skip building events when nobody does.
+        hears_calls: somebody listens to what happens at every call; that costs as much as a cached answer does.
+        meters: who counts every attempt and every cached answer, see `measure`.
+    """
 
     def __init__(self) -> None:
+        self.active = self.hears_calls = False
+        self.meters: tuple[Meter, ...] = ()
         self._lock = threading.Lock()
         self._listeners: tuple[Listener, ...] = ()
+        self._call_listeners: tuple[Listener, ...] = ()
         self._content_listeners: tuple[Listener, ...] = ()
 
     @property
@@ -114,30 +135,47 @@ class EventBus:
         """Whether anybody asked for prompts and answers."""
         return bool(self._content_listeners)
 
-    @property
-    def active(self) -> bool:
-        """Whether anybody listens; callers skip building events when nobody does."""
-        return bool(self._listeners)
+    def add(self, listener: Listener, *, content: bool = False, calls: bool = True) -> Callable[[], None]:
+        """Add a listener; the returned function removes it again.
 
-    def add(self, listener: Listener, *, content: bool = False) -> Callable[[], None]:
-        """Add a listener, with `content` for prompts and answers too; the returned function removes it again."""
+        Args:
+            content: also tell it prompts and answers.
+            calls: also tell it what happens at every call.
+        """
         if not callable(listener):
             raise TypeError(f"a listener is a callable that takes one Event, got {type(listener).__name__}")
         with self._lock:
             self._listeners = (*self._listeners, listener)
+            self.active = True
+            if calls:
+                self._call_listeners = (*self._call_listeners, listener)
+                self.hears_calls = True
             if content:
                 self._content_listeners = (*self._content_listeners, listener)
 
         def remove() -> None:
             with self._lock:
                 self._listeners = tuple(item for item in self._listeners if item is not listener)
+                self._call_listeners = tuple(item for item in self._call_listeners if item is not listener)
                 self._content_listeners = tuple(item for item in self._content_listeners if item is not listener)
+                self.active, self.hears_calls = bool(self._listeners), bool(self._call_listeners)
+
+        return remove
+
+    def measure(self, meter: Meter) -> Callable[[], None]:
+        """Have `meter` take every record; the returned function ends that. It must not raise or wait for anything."""
+        with self._lock:
+            self.meters = (*self.meters, meter)
+
+        def remove() -> None:
+            with self._lock:
+                self.meters = tuple(item for item in self.meters if item is not meter)
 
         return remove
 
     def emit(self, name: str, at: float, **data: Any) -> None:
         """Deliver one event. Never raises: a listener's own error is logged."""
-        self._deliver(self._listeners, name, at, data)
+        self._deliver(self._call_listeners if name in _OF_CALLS else self._listeners, name, at, data)
 
     def emit_content(self, name: str, at: float, **data: Any) -> None:
         """Deliver an event with a prompt or an answer, to those listeners alone that asked for content."""

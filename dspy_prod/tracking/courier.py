@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
 from dspy_prod.runtime.threads import begin
+from dspy_prod.telemetry.events import BUS
 from dspy_prod.telemetry.tap import TrackingHealth
 from dspy_prod.tracking.batches import LINGER
 from dspy_prod.tracking.delivery import STALLED, Delivery
@@ -72,6 +73,7 @@ class Courier:
     def _reset(self) -> None:
         self._inbox: SimpleQueue[Any] = SimpleQueue()
         self._refused = 0
+        self._many_lost = 1
         self._counting = threading.RLock()  # a finaliser may end a trace of MLflow's in the middle of it
         self._flushes: list[_Flush] = []
         self.live: dict[str, None] = {}  # traces of MLflow's own that calls of ours belong to
@@ -90,7 +92,8 @@ class Courier:
                 self.tally.numbers[ADMITTED] += 1
                 return True
             self._refused += 1
-            return False
+        self._look_for_losses()
+        return False
 
     def post(self, tell: Callable[..., None], *told: Any) -> None:
         """Have `tell(*told)` called on the courier's thread. Never waits, never raises."""
@@ -105,9 +108,14 @@ class Courier:
                 self.messages.lose(1, "tracking is off")
             else:
                 self.post(self._told, message)
+        else:
+            self._look_for_losses()
 
     def _told(self, message: dict[str, Any]) -> None:
         """Feedback on traces that sampling has left out goes nowhere: looking for them would take minutes."""
+        if message.get("links"):
+            kept = [each for each in message["links"] if not self.traces.left_out(each)]
+            message = {**message, "links": kept}
         about = message.get("feedback")
         if about and all(self.traces.left_out(one["trace"]) for one in about):
             self.messages.left_out()
@@ -246,8 +254,21 @@ class Courier:
 
     def _changed(self) -> None:
         """The exporter has said something; on its reader thread."""
+        self._look_for_losses()
         self._acked.set()
         self._inbox.put(None)
+
+    def _look_for_losses(self) -> None:
+        """Have listeners told, each time that what MLflow lacks has doubled."""
+        lost = self.delivery.lost + self._refused + self.messages.lost
+        if lost >= self._many_lost:
+            self._many_lost = 2 * lost
+            self.post(self._tell_losses)
+
+    def _tell_losses(self) -> None:
+        lost, messages_lost = self.delivery.lost + self._refused, self.messages.lost
+        why = self.delivery.failing or self.messages.refusal
+        BUS.emit("tracking_lost", time.time(), lost=lost, messages_lost=messages_lost, error=why)
 
     def _gather(self, flush: _Flush) -> None:
         self._ship(at_once=True, unfinished=flush.everything)

@@ -80,7 +80,7 @@ def test_long_histories_lose_their_oldest_a_few_at_a_time() -> None:
 def test_an_entry_has_a_random_uuid(drawn: list[bytes]) -> None:
     """Each is a version 4, as `uuid.uuid4` makes it of the same random bytes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finishing, "_drawn", {})
+        patch.setattr(finishing, "_drawn", [])
         patch.setattr(os, "urandom", lambda size: b"".join(drawn))
         made = [finishing._uuid() for _ in drawn]
     assert made[::-1] == [str(uuid.UUID(bytes=random, version=4)) for random in drawn]

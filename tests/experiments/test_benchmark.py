@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import units
 from benchmarks.experiments_measured import Row
 
 
@@ -32,3 +33,10 @@ def test_the_short_form_measures_and_writes(tmp_path: Path) -> None:
     refused = subprocess.run([*command, "--only", "ratio"], capture_output=True, text=True, timeout=200)
     assert refused.returncode == 2
     assert "there is no section ratio" in refused.stderr
+
+
+def test_a_look_and_a_new_unit_cost_as_much_in_a_larger_experiment() -> None:
+    """Forty times the units: what grows with them would show. The bound leaves room for a busy machine."""
+    found = units.measure(40_000, rounds=2, news=200, looks=5)
+    assert found["unit_ratio"] < 3, found
+    assert found["look_ratio"] < 3, found

@@ -23,6 +23,7 @@ import pytest
 import dspy_prod
 from dspy_prod import ConfigError, Experiment
 from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.experiments import reading
 from dspy_prod.experiments.attending import Attending, attend
 from dspy_prod.experiments.opened import Opened
 from dspy_prod.stores.base import Store
@@ -316,13 +317,14 @@ def test_what_was_read_before_the_store_went_away_is_not_counted_twice(
     page = trials._trials.matured
     pages = 0
 
-    def matured(name: str, metric: str | None, after: int = 0) -> Any:
+    def matured(*given: Any) -> Any:
         nonlocal pages
         pages += 1
         if pages == 3:
             raise StoreUnavailableError("in the middle")
-        return page(name, metric, after, 100)
+        return page(*given)
 
+    monkeypatch.setattr(reading, "PART", 100)
     monkeypatch.setattr(trials, "matured", matured, raising=False)
     with pytest.raises(StoreUnavailableError):
         opened.controller.step()

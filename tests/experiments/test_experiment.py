@@ -65,6 +65,16 @@ def test_a_unit_has_one_variant_however_it_calls(asked: Asked, store: str) -> No
     assert sum(units(exp).values()) == 30
 
 
+def test_assign_tells_who_was_in_a_candidate_before_it_took_no_more(asked: Asked, store: str) -> None:
+    """While an experiment is paused, units of a candidate stay in it, and newcomers get control."""
+    asked()
+    exp = two("e", store)
+    first = {unit: call_report(ask(exp, unit)).variant for unit in map(str, range(10))}
+    exp.pause()
+    assert {unit: exp.assign(unit) for unit in first} == first
+    assert {exp.assign(unit) for unit in map(str, range(10, 30))} == {"control"}
+
+
 def test_calls_of_nobody_get_control_and_count_for_nothing(asked: Asked, store: str) -> None:
     asked()
     exp = two("e", store)
@@ -498,3 +508,4 @@ def test_a_stage_that_lasts_too_long_is_told(then: Any, asked: Asked, store: str
     told = [event for event in events if event.name == "experiment_alarm"]
     assert [event.data["what"] for event in told] == ["pause" if then == "pause" else "inconclusive"]
     assert "has lasted" in told[0].data["reason"]
+    assert told[0].data["verdict"] == "keep"

@@ -21,6 +21,7 @@ from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, Provider
 from dspy_prod.testing.faults import Status
 from tests.experiments.conftest import Triage
+from tests.ports import free_port
 from tests.registry.processes import MlflowServer, wait_until
 from tests.tracking.conftest import EXPERIMENT, database, track, uri
 
@@ -365,3 +366,79 @@ def test_what_was_not_drawn_or_not_kept_is_not_linked(
     assert (health.messages_waiting, health.messages_lost) == (0, 0), "nobody looks for a trace that was left out"
     linked = {trace for run in runs_of(uri).values() for trace in traces_of(uri, run)}
     assert linked == ({drawn} if sample else set())
+
+
+# -- before anybody is exposed -----------------------------------------------------------------------------------------
+def test_an_evaluation_has_a_run_of_each_variant_and_the_page_that_compares_them(
+    uri: str, track: Callable[..., None], asked: Asked, provider: Provider, store: str
+) -> None:
+    """Scores, cost and traces, and no outcome of the experiment; a second evaluation has runs of its own."""
+    track()
+    asked(cache=False)
+    provider.faults = lambda call: Status(400) if "Think first." in str(call.body) and "m3" in str(call.body) else None
+    exp = two(store)
+    examples = [dspy.Example(message=f"m{number}").with_inputs("message") for number in range(5)]
+    report = exp.evaluate(examples, lambda example, prediction: 1.0)
+    assert tracking.flush(60.0)
+    runs = runs_of(uri)
+    assert {variant: run.data.metrics["score"] for variant, run in runs.items()} == {"control": 1.0, "cot": 0.8}
+    for variant, run in runs.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.params == {"examples": "5", "margin": "0.0"}
+        assert run.data.metrics["failed"] == (variant == "cot")
+        assert 0 < run.data.metrics["usd_per_1000_calls"] < 1
+        assert ("score/difference" in run.data.metrics) == (variant == "cot")
+        linked = traces_of(uri, run)
+        scores = [one.value for each in linked.values() for one in each.info.assessments if one.name == "score"]
+        assert sorted(scores) == ([0.0, 1.0, 1.0, 1.0, 1.0] if variant == "cot" else [1.0] * 5)
+    control, cot = (runs[variant].info for variant in ("control", "cot"))
+    assert report.url is not None
+    assert report.url.endswith(f"?selectedRunUuid={cot.run_id}&compareToRunUuid={control.run_id}")
+    assert report.url in str(report).replace("\n", "").replace(" ", "")
+    assert report.to_dict()["url"] == report.url
+    again = exp.evaluate(examples[:1], lambda example, prediction: 1.0)
+    assert again.url != report.url
+    assert exp.scorecard().audit[-1].what == "start"
+
+
+@pytest.mark.slow
+def test_an_evaluation_without_tracking_or_with_an_mlflow_that_is_down_waits_for_nothing(
+    track: Callable[..., None], asked: Asked, store: str
+) -> None:
+    asked(cache=False)
+    exp = two(store)
+    examples = [dspy.Example(message="m").with_inputs("message")]
+    assert exp.evaluate(examples, lambda example, prediction: 1.0).url is None
+    track(tracking_uri=f"http://127.0.0.1:{free_port()}", exit_timeout=0.5)
+    with call_context(user="u1"):
+        exp(message="something to write")
+    wait_until(lambda: tracking.status().failing, 60.0)  # type: ignore[union-attr]
+    began = time.monotonic()
+    assert exp.evaluate(examples, lambda example, prediction: 1.0).url is None
+    assert time.monotonic() - began < 10.0
+
+
+# -- without the code of the program -----------------------------------------------------------------------------------
+def test_a_controller_of_its_own_writes_the_runs_where_it_is_told(
+    uri: str, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`experiment run` and `step` wrote none, since nothing turns tracking on in that process."""
+    from dspy_prod.cli import main
+    from dspy_prod.stores.opening import open_store
+    from tests.experiments.support import declared, feed
+
+    opened = declared(open_store(store, "cli"))
+    feed(opened, 200, {"control": 0.9, "new": 0.3})
+    where = ["--store", store, "--namespace", "cli"]
+    told = ["--tracking-uri", uri, "--tracking-experiment", EXPERIMENT]
+    assert main(["experiment", "run", "e", "--every", "0.1", *where, *told]) == 0
+    assert "rollback by controller" in capsys.readouterr().out
+    assert tracking.status() is None
+    runs = runs_of(uri)
+    assert {variant: run.info.status for variant, run in runs.items()} == {"control": "FINISHED", "new": "FINISHED"}
+    assert sum(run.data.metrics["users"] for run in runs.values()) == 200
+    assert runs["new"].data.tags["dspy_prod.state"] == "decided"
+    other = declared(open_store(store, "cli"), "other")
+    feed(other, 20, {"control": 0.9, "new": 0.3})
+    assert main(["experiment", "step", "other", *where]) == 0
+    assert set(runs_of(uri)) == {"control", "new"}, "nothing is written unless it is said"

@@ -161,7 +161,7 @@ def test_units_that_were_not_drawn_count_for_nothing_and_a_failed_judge_is_missi
     exp.step()
     drawn = [number for number in range(200) if exp._works.sample.takes("quality", f"u{number}")]
     assert 70 <= len(drawn) <= 130
-    evidence = exp._works.opened.controller._restored()
+    evidence = exp._works.opened.controller._reading._restored()
     assert sum(evidence.units("quality", arm) for arm in ("control", "new")) == len(drawn)
     [found] = [each for each in exp.scorecard().metrics if each.metric == "quality"]
     assert found.interval is not None
@@ -209,8 +209,40 @@ def test_units_after_the_end_of_its_budget_are_not_missing(asked: Asked) -> None
     have = len(scores(exp))
     clock.advance(61.0)
     exp.step()
-    evidence = exp._works.opened.controller._restored()
+    evidence = exp._works.opened.controller._reading._restored()
     assert have <= sum(evidence.units("quality", arm) for arm in ("control", "new")) <= have + 1
+
+
+def test_a_budget_that_is_raised_goes_on_and_the_time_between_counts_for_nothing(asked: Asked) -> None:
+    """By whoever makes the experiment with the higher one; who has the lower one ends it for itself alone."""
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    asked(cache=False, max_tokens=20)
+
+    def some(exp: Experiment, name: str, count: int) -> None:
+        for number in range(count):
+            ask(exp, f"{name}{number}", message=f"{name}{number}")
+            settled(exp)
+            clock.advance(0.001)
+
+    low = judged(store, Judge(Politeness(), share=1.0, usd=0.001))
+    some(low, "u", 60)
+    have = set(scores(low))
+    assert not {"u58", "u59"} & have
+    clock.advance(1.0)
+    high = judged(store, Judge(Politeness(), share=1.0, usd=0.01))
+    some(high, "v", 5)
+    again = judged(store, Judge(Politeness(), share=1.0, usd=0.001))
+    some(again, "w", 3)
+    some(high, "x", 2)
+    whats = [each.what for each in high._works.trials.decisions("e") if each.what.startswith("judge")]
+    assert whats == ["judge_spent", "judge_resumed"]
+    clock.advance(61.0)
+    assert set(scores(high)) - have == {"v0", "v1", "v2", "v3", "v4", "x0", "x1"}
+    high.step()
+    evidence = high._works.opened.controller._reading._restored()
+    counted = sum(evidence.units("quality", arm) for arm in ("control", "new"))
+    assert len(have) + 10 <= counted <= len(have) + 11, "those of w are missing, as there was a judge"
 
 
 # -- what it may do ----------------------------------------------------------------------------------------------------

@@ -336,7 +336,7 @@ def test_a_latency_is_no_difference_of_two_clock_times(
 
 def test_a_call_that_never_ends_is_no_success(kept: Store) -> None:
     """Its process was killed, or it hangs for longer than anybody waits."""
-    from dspy_prod.experiments.controller import value_of
+    from dspy_prod.experiments.reading import value_of
     from dspy_prod.options.metrics import error_rate
     from dspy_prod.stores.trials import Matured
 

@@ -73,12 +73,13 @@ def test_a_record_of_nothing_told_has_the_defaults_of_its_type() -> None:
     assert record == CallRecord("id", asked.id, 0.0, "m", "r", 1, "ok", None)
 
 
-def test_a_record_reaches_the_call_its_node_and_who_collects() -> None:
+def test_a_record_reaches_the_call_its_node_who_collects_and_who_meters() -> None:
     """One attempt, told once to each."""
     told: list[Any] = []
     collected: list[CallRecord] = []
     node: Any = SimpleNamespace(attempt=lambda *facts: told.append(facts))
-    bus: Any = SimpleNamespace(active=False)
+    metered: list[Any] = []
+    bus: Any = SimpleNamespace(hears_calls=False, meters=(metered.append,))
     context = CallContext(records=collected, node=node)
     asked = Call(SimpleNamespace(bus=bus), None, context, None, None, False, [])  # type: ignore[arg-type]
     route: Any = SimpleNamespace(model="m", name="r")
@@ -87,6 +88,7 @@ def test_a_record_reaches_the_call_its_node_and_who_collects() -> None:
     asked.remember(record, route)
 
     assert (asked.records, collected, told) == ([record], [record], [(record, route, None, None)])
+    assert metered == [record]
 
 
 def test_ids_are_unique_ordered_and_new_in_a_child() -> None:

@@ -475,6 +475,8 @@ def test_importing_the_module_loads_neither_metadata_nor_litellm() -> None:
         "loaded = sys.modules.get('dspy.clients.model_metadata')\n"
         "assert loaded is None or loaded._data is None\n"
         "assert 'litellm' not in sys.modules\n"
+        "import dspy_prod.telemetry.logs, dspy_prod.metrics, dspy_prod.alerts.sending\n"
+        "assert not [each for each in sys.modules if each.startswith(('opentelemetry', 'prometheus_client'))]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

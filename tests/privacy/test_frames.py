@@ -232,6 +232,7 @@ def test_no_local_of_ours_shows_what_a_configuration_holds(
     for name, value in variables.items():
         monkeypatch.setenv(f"DSPY_PROD__{name}", value)
     check(lambda: dspy_prod.LM.from_config(tmp_path / "prod.toml"))
+    check(lambda: dspy_prod.from_config(tmp_path / "prod.toml"))
 
 
 def test_no_local_of_ours_shows_the_store_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,13 +149,13 @@ def emitted(said: str, kept: list[str], monkeypatch: pytest.MonkeyPatch) -> Iter
 def healthy(said: str, kept: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     lm = dspy_prod.LM("openai/m", store="memory://outward-health")
     store: Any = Broken(said)
-    from dspy_prod.status.health import _Look, _problems
+    from dspy_prod.status.health import _Look, problems_of
 
     look = _Look()
     look._store(store)
     monkeypatch.setattr("dspy_prod.status.health._Look", lambda: look)
     yield from lm.health().reasons
-    yield str(_problems(store))
+    yield str(problems_of(store))
 
 
 def printed(said: str, kept: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:

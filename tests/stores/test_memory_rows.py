@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.memory_rows import BLOCK, Rows
+from dspy_prod.runtime.ids import IDS
+from dspy_prod.stores.memory_rows import BLOCK, MOST_ALIKE, AlikeBlock, Rows
 from tests.stores.support import record
 
 
@@ -34,21 +35,49 @@ def test_rows_are_what_a_dict_would_hold(ids: list[int], most: int) -> None:
     assert [rows.find(f"r{id}") for id in range(61)] == [model.get(f"r{id}") for id in range(61)]
 
 
-@given(parts=st.lists(st.integers(0, 40), max_size=8), most=st.integers(1, 40))
-def test_those_that_are_added_together_are_as_if_each_had_come(parts: list[int], most: int) -> None:
-    """Over the ends of blocks, and when there are more than are kept."""
+def alike(number: int, count: int) -> AlikeBlock:
+    """So many records alike, of which each tells its number by its time and by what it saved."""
+    numbers = range(number, number + count)
+    return AlikeBlock(numbered(0), IDS.make(), tuple(map(float, numbers)), tuple(numbers))
+
+
+@given(parts=st.lists(st.integers(1, 20) | st.just(MOST_ALIKE), max_size=4), most=st.integers(1, 200), data=st.data())
+def test_records_alike_are_as_if_each_had_come(parts: list[int], most: int, data: st.DataObject) -> None:
+    """Between others, when there are more than are kept, and when one is replaced."""
     together, one_by_one = Rows(most), Rows(most)
-    number = 0
+    known: list[CallRecord] = []
     for part in parts:
-        records = [numbered(each) for each in range(number, number + part)]
-        number += part
-        together.extend(records)
-        for each in records:
+        block = alike(len(known), part)
+        rows = [CallRecord._make(row) for row in zip(*map(block.column, range(len(CallRecord._fields))), strict=True)]
+        together.extend(block)
+        if data.draw(st.booleans()):
+            single = numbered(len(known) + part)
+            together.put(single)
+            rows.append(single)
+        for each in rows:
             assert one_by_one.put(each) is None
-        assert together.view().matching(None, None, None, {}) == one_by_one.view().matching(None, None, None, {})
-    kept = [together.find(f"r{each}") for each in range(number)]
-    assert kept == [one_by_one.find(f"r{each}") for each in range(number)]
-    assert sum(each is not None for each in kept) == min(number, most)
+        known += rows
+        other = data.draw(st.sampled_from(known))._replace(user="other", cost_nano=7)
+        assert together.put(other) == one_by_one.put(other)
+        for equals in ({}, {"user": "other"}, {"id": other.id}, {"call_id": known[-1].call_id}, {"user": "u0"}):
+            expected = one_by_one.view().matching(None, None, None, equals)
+            assert together.view().matching(None, None, None, equals) == expected
+        assert [together.find(each.id) for each in known] == [one_by_one.find(each.id) for each in known]
+        assert together.find(known[0].call_id) == one_by_one.find(known[0].call_id)
+    assert len(together.view().matching(None, None, None, {})) <= most
+    ids = [each.id for each in known] + [each.call_id for each in known if each.call_id != "c"]
+    assert len({*ids}) >= sum(parts)
+
+
+def test_what_is_kept_no_longer_is_forgotten() -> None:
+    """Whatever came, no more is held than one more block beside what is kept."""
+    rows = Rows(100)
+    for number in range(200):
+        rows.extend(alike(40 * number, 40))
+        for each in range(3):
+            rows.put(numbered(100_000 + 3 * number + each))
+    assert sum(block.size for block in rows._blocks.values()) <= 100 + 40 + BLOCK
+    assert len(rows._begins) + len(rows._heads) <= 100 + BLOCK
 
 
 @given(

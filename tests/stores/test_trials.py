@@ -19,7 +19,9 @@ from dspy_prod.stores.trials import (
     Matured,
     Tally,
     Trial,
+    Underway,
     Values,
+    Waiting,
 )
 from tests.stores.support import FakeClock
 from tests.stores.trial_support import WINDOWS, call, expose, made, numbers, outcome
@@ -122,6 +124,89 @@ def test_a_removed_experiment_leaves_nothing_and_its_name_is_free(still: Store, 
     assert trials.tally("other").units == 2
     assert numbers(trials.matured("other", "resolved")) == [1, 2]
     trials.remove("never made")
+
+
+def test_an_outcome_from_before_the_exposure_does_not_count_and_is_counted(still: Store, clock: FakeClock) -> None:
+    """It can be none of what the arm has done. Clocks of processes may differ by seconds."""
+    made(still)
+    clock.advance(100.0)
+    at = expose(still, "u1")
+    outcome(still, "u1", 0.0, at=at - 5.1)
+    outcome(still, "u1", 0.0, "at once", at=at - 86_400.0)
+    outcome(still, "u1", 1.0, "at once", at=at - 4.9)
+    outcome(still, "u1", 1.0, at=at - 4.9)
+    assert still.trials.tally("e") == Tally(1, early=2)
+    clock.advance(200.0)
+    for metric in ("resolved", "at once"):
+        assert [each.values for each in still.trials.matured("e", metric)] == [Values(1, 1.0, 1.0, 1.0)]
+
+
+def test_a_call_whose_price_nobody_knows_is_in_no_sum_of_costs(still: Store, clock: FakeClock) -> None:
+    made(still)
+    for unit, costs in {"u1": (None, 3, None), "u2": (3, None), "u3": (None,)}.items():
+        expose(still, unit)
+        for each in costs:
+            call(still, unit, list_nano=each)
+            still.flush(10)
+    clock.advance(200.0)
+    found = still.trials.matured("e", None)
+    assert [(each.calls.calls, each.calls.list_nano, each.calls.unpriced) for each in found] == [
+        (3, 3, 2), (2, 3, 1), (1, 0, 1),
+    ]  # fmt: skip
+    assert [(each.first_call.list_nano, each.first_call.unpriced) for each in found] == [(0, 1), (3, 0), (0, 1)]
+    assert still.trials.tally("e") == Tally(3, unpriced=4)
+
+
+# -- who is waited for -------------------------------------------------------------------------------------------------
+def test_a_unit_whose_call_goes_on_is_waited_for_and_nobody_behind_it_is_told(still: Store, clock: FakeClock) -> None:
+    made(still, windows={None: 0.0, "at once": 0.0})
+    began = expose(still, "u1")
+    expose(still, "u2")
+    call(still, "u2")
+    outcome(still, "u2", 1.0, "at once")
+    for _ in range(5):
+        clock.advance(8.0)
+        still.trials.underway(Underway("e", "u1", still.trials.now(), 9.0))
+    still.trials.underway(Underway("e", "never exposed", still.trials.now()))
+    still.trials.underway(Underway("another", "u1", still.trials.now()))
+    assert clock.time() - began > 10.0  # the grace is over
+    for metric in (None, "at once"):
+        assert still.trials.matured("e", metric) == []
+        assert still.trials.waiting("e")[metric] == Waiting(2, pytest.approx(still.trials.now() + 9.0))
+    call(still, "u1", at=began, latency=40.0)
+    found = still.trials.matured("e", None)
+    assert [(each.number, each.calls.calls, each.calls.latency) for each in found] == [(1, 1, 40.0), (2, 1, 0.0)]
+    assert still.trials.matured("e", "at once") == []  # its outcome has as long as after any call
+    outcome(still, "u1", 1.0, "at once")
+    assert [each.values.size for each in still.trials.matured("e", "at once")] == [1, 1]
+    assert still.trials.waiting("e") == {None: Waiting(), "at once": Waiting()}
+
+
+def test_a_call_of_which_no_more_is_said_was_lost_with_its_process(still: Store, clock: FakeClock) -> None:
+    made(still, windows={None: 0.0, "resolved": 100.0})
+    expose(still, "u1")
+    clock.advance(9.0)
+    still.trials.underway(Underway("e", "u1", still.trials.now() + 1e6, 20.0))  # told by a clock that is ahead
+    still.flush(10)
+    clock.advance(19.0)
+    assert still.trials.matured("e", None) == []
+    clock.advance(2.0)
+    assert [each.calls for each in still.trials.matured("e", None)] == [Calls()]
+    assert still.trials.waiting("e") == {
+        None: Waiting(),
+        "resolved": Waiting(1, pytest.approx(still.trials.now() + 80.0)),
+    }
+
+
+def test_exposures_are_told_at_once_in_their_order_and_in_parts(still: Store) -> None:
+    made(still)
+    at = [expose(still, f"u{number}", ("control", "cot")[number % 2], full=number) for number in range(5)]
+    assert still.trials.exposed("e", 3) == [Matured(4, "u3", 0, "cot", 0.5, at[3], 3, False),
+                                            Matured(5, "u4", 0, "control", 0.5, at[4], 4, False)]  # fmt: skip
+    assert numbers(still.trials.exposed("e", 0, 2)) == [1, 2]
+    assert still.trials.exposed("another") == []
+    assert still.trials.waiting("another") == {}
+    assert still.trials.waiting("e")["at once"] == Waiting(5, at[0] + 10.0)
 
 
 # -- exposures ---------------------------------------------------------------------------------------------------------

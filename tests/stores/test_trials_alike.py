@@ -16,7 +16,7 @@ from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
-from dspy_prod.stores.trials import Call, Exposure, Outcome
+from dspy_prod.stores.trials import Call, Exposure, Outcome, Underway
 from tests.examples import examples
 from tests.stores.support import FakeClock
 
@@ -32,11 +32,12 @@ step = st.one_of(
         st.just("expose"), unit, st.integers(0, 2), st.sampled_from("abc"), st.sampled_from([0.5, 1.0]),
         st.integers(0, 1),
     ),
-    st.tuples(st.just("call"), unit, ago, st.booleans(), st.sampled_from([None, 0.5, 2.0])),
+    st.tuples(st.just("call"), unit, ago, st.booleans(), st.sampled_from([None, 0.5, 2.0]), st.sampled_from([None, 3])),
     st.tuples(
         st.just("outcome"), unit, ago, st.sampled_from(["now", "later", "none"]), st.sampled_from([1.0, 2.5]),
         st.sampled_from([None, "x", "y"]),
     ),
+    st.tuples(st.just("underway"), unit, ago, st.sampled_from([0.0, 6.0, 40.0])),
     st.tuples(st.just("wait"), st.sampled_from([1.0, 10.0, 30.0])),
     st.tuples(st.just("read"), st.sampled_from(METRICS), st.integers(1, 5)),
     st.tuples(st.just("flush")),
@@ -75,7 +76,7 @@ def test_the_stores_say_the_same(all_stores: tuple[FakeClock, Stores], steps: li
             assert found[: len(known)] == known[: len(found)], "what was told is final"
             told[rest[0]] = max(known, found, key=len)
     clock.advance(1_000.0)
-    for look in ("counts", "tally"):
+    for look in ("counts", "tally", "exposed", "waiting"):
         _alike([getattr(store.trials, look)(name) for store in stores])
     for metric in METRICS:
         one = _alike([store.trials.matured(name, metric) for store in stores])
@@ -100,8 +101,11 @@ def _do(store: Store, name: str, kind: str, rest: list[Any]) -> Any:
         who, stage, arm, propensity, full = rest
         return trials.expose(Exposure(name, who, stage, arm, propensity, now, full))
     if kind == "call":
-        who, before, failed, latency = rest
-        return trials.call(Call(name, who, now - before, failed=failed, latency=latency, list_nano=3))
+        who, before, failed, latency, nano = rest
+        return trials.call(Call(name, who, now - before, failed=failed, latency=latency, list_nano=nano))
+    if kind == "underway":
+        who, before, seconds = rest
+        return trials.underway(Underway(name, who, now - before, seconds))
     if kind == "outcome":
         who, before, metric, value, id = rest
         return trials.outcome(Outcome(name, who, metric, value, now - before, id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dspy_prod import Redactor
+from dspy_prod import Redactor, add_listener
 from dspy_prod.tracking import delivery as module
 from dspy_prod.tracking.batches import Batch
 from dspy_prod.tracking.calls import LeanNode
@@ -141,6 +142,21 @@ def test_a_stuck_exporter_fills_the_queue_and_then_traces_are_turned_away() -> N
     until(all_heard)
     assert scene.courier.health("uri", "experiment").exported == admitted
     assert scene.trace()
+
+
+def test_listeners_are_told_of_losses_each_time_that_they_have_doubled() -> None:
+    """An alert for each of a thousand traces would be as bad as none."""
+    told: list[int] = []
+    remove = add_listener(lambda event: told.append(event.data["lost"]) if event.name == "tracking_lost" else None)
+    scene = Scene(queue_size=3, prompt=False)
+    try:
+        lost = sum(not scene.trace() for _ in range(1000))
+        until(lambda: bool(told) and 2 * told[-1] > lost)
+    finally:
+        remove()
+    assert lost > 900
+    assert len(told) <= 11
+    assert all(1 <= before <= after for before, after in itertools.pairwise(told))
 
 
 def test_what_a_dead_exporter_had_not_confirmed_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,13 +40,13 @@ class Posting(Generic[T]):
         most: how many are kept while nothing can be written; None: `MOST`.
 
     Attributes:
-        dropped: how many there was no room for.
+        posted: how many were taken. dropped: how many there was no room for.
     """
 
     def __init__(
         self, mailbox: Mailbox, write: Callable[[Any, list[T], int, float], None], what: str, most: int | None = None
     ) -> None:
-        self.dropped = 0
+        self.posted = self.dropped = 0
         self._mailbox = mailbox
         self._inbox = mailbox.writer.inbox
         self._path = mailbox.writer.tables.path
@@ -68,6 +68,7 @@ class Posting(Generic[T]):
         else:
             with self._lock:  # who flushes after this has an operation before his own that takes it
                 waiting.append(thing)
+                self.posted += 1
                 if not self._listed:
                     self._list()
             if len(waiting) > BEHIND and self._inbox.open:

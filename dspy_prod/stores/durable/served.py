@@ -35,8 +35,6 @@ class Writing(Protocol):
 class Reaching(Protocol):
     """A mailbox."""
 
-    closed: bool
-
     @property
     def writer(self) -> Writing: ...
 
@@ -66,10 +64,6 @@ class Kind:
         self._mailbox = mailbox
         self._inbox = mailbox.writer.inbox
 
-    @property
-    def ended(self) -> bool:
-        return self._mailbox.closed or self._mailbox.writer.ended
-
     def served(self, at: float, saved: int | None = None) -> bool:
         """Note that one was given, in seconds since the epoch; False where nothing is written any more.
 
@@ -97,14 +91,17 @@ class Served:
     Attributes:
         like: see `Kind`.
         times, saved, ids, call_ids: of each.
+        tried: they were written before, which may have succeeded; else nobody has their ids yet.
     """
 
-    __slots__ = ("call_ids", "ids", "like", "saved", "times")
+    __slots__ = ("call_ids", "ids", "like", "saved", "times", "tried")
 
     def __init__(self, like: CallRecord, given: Sequence[Given]) -> None:
+        self.tried = False
         made = IDS.several(2 * len(given))
         self.like, self.call_ids, self.ids = like, made[0::2], made[1::2]
-        self.times, self.saved = [at for at, _ in given], [saved for _, saved in given]
+        times, saved = zip(*given, strict=True) if given else ((), ())
+        self.times, self.saved = list(times), list(saved)
 
     @classmethod
     def together(cls, taken: Sequence[Served]) -> list[Served]:
@@ -120,6 +117,7 @@ class Served:
             whole.saved += some.saved
             whole.ids += some.ids
             whole.call_ids += some.call_ids
+            whole.tried = whole.tried or some.tried
         return list(kinds.values())
 
     def __len__(self) -> int:

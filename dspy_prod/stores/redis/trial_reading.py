@@ -9,13 +9,15 @@ import orjson
 
 from dspy_prod.stores.redis.asking import named, packed, unpacked
 from dspy_prod.stores.redis.trial_writing import CALLS, HALF, metric_part
-from dspy_prod.stores.trial_terms import Arm, Calls, Checkpoint, Decision, Matured, Tally, Trial, Values
+from dspy_prod.stores.trial_terms import Arm, Calls, Checkpoint, Decision, Matured, Tally, Trial, Values, Waiting
 
 Look = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
 """Gives the replies of some commands."""
 
 CHECKPOINT: Final = ("checkpoint", "checkpoint_revision", "checkpoint_at")
-TALLY: Final = ("units", "mixed", "late", "stray", "unkept")
+TALLY: Final = ("units", "mixed", "late", "stray", "unkept", "early", "unpriced")
+NOTHING: Final = "!"
+"""Stands for no metric at all."""
 PAGE: Final = 500
 """Units read in one step at the server, which does nothing else meanwhile."""
 
@@ -31,7 +33,7 @@ for i, number in ipairs(numbers) do
   if rows[i] then units[#units + 1] = number .. ' ' .. (mixed[i] or '0') .. ' ' .. rows[i] end
   if calls[i] then told[#told + 1] = number .. ' ' .. calls[i] end
 end
-if metric ~= '*' then
+if metric ~= '*' and metric ~= '!' then
   local from, to = string.format('[%s %012d ', metric, first), string.format('(%s %012d!', metric, last)
   for _, id in ipairs(redis.call('ZRANGEBYLEX', KEYS[4], from, to)) do
     local value = redis.call('HGET', KEYS[5], id)
@@ -74,8 +76,8 @@ def arms_of(row: list[bytes]) -> list[Arm]:
 
 def tally_of(row: list[Any], dropped: int) -> Tally:
     """What is in the fields `TALLY`, and what this process had no room for."""
-    units, mixed, late, stray, unkept = (int(each or 0) for each in row)
-    return Tally(units, mixed, late, stray, unkept + dropped)
+    units, mixed, late, stray, unkept, early, unpriced = (int(each or 0) for each in row)
+    return Tally(units, mixed, late, stray, unkept + dropped, early, unpriced)
 
 
 def checkpoint_of(row: list[Any]) -> Checkpoint | None:
@@ -121,16 +123,45 @@ def last_over(look: Look, key: str, before: float, first: int, last: int) -> int
     return 0
 
 
-def matured(look: Look, key: str, metric: str | None, first: int, last: int) -> list[Matured]:
-    """The units after number `first` up to `last`, which were all told already, so that nothing changes any more."""
-    part = metric_part(metric)
+def exposed(look: Look, key: str, first: int, last: int) -> list[Matured]:
+    """The units after number `first` up to `last`, with nothing of what became of them."""
+    return [_unit(line) for told, _ in _read(look, key, NOTHING, first, last) for line in told.splitlines()]
+
+
+def waiting(look: Look, key: str, trial: Trial) -> dict[str | None, Waiting]:
+    """Who is still waited for, by metric."""
+    metrics = list(trial.windows)
+    (row,) = look([("HMGET", key, "units", *(f"read {metric_part(metric)}" for metric in metrics))])
+    units, *marks = (int(each or 0) for each in row)
+    asked = [
+        command
+        for mark in marks
+        for command in (("HGET", f"{key}:units", mark + 1), ("ZSCORE", f"{key}:calling", mark + 1))
+    ]
+    replies = look(asked)
+    found = {}
+    for metric, mark, unit, calling in zip(metrics, marks, replies[::2], replies[1::2], strict=True):
+        if mark >= units or unit is None:
+            found[metric] = Waiting()
+        else:
+            until = float(unit.split(b" ", 1)[0]) + trial.windows[metric] + trial.grace
+            found[metric] = Waiting(units - mark, max(until, float(calling or 0.0)))
+    return found
+
+
+def _read(look: Look, key: str, part: str, first: int, last: int) -> list[Any]:
     keys = [f"{key}:{name}" for name in ("units", "mixed", "calls", "ids", "values")]
     pages = [(begin + 1, min(last, begin + PAGE)) for begin in range(first, last, PAGE)]
-    replies = look([("EVAL", READ, len(keys), *keys, part, *page) for page in pages])
+    return look([("EVAL", READ, len(keys), *keys, part, *page) for page in pages])
+
+
+def matured(look: Look, key: str, metric: str | None, first: int, last: int) -> list[Matured]:
+    """The units after number `first` up to `last`, which were all told already, so that nothing changes any more."""
+    replies = _read(look, key, metric_part(metric), first, last)
     units = [_unit(line) for told, _ in replies for line in told.splitlines()]
     rows = [line.split(b" ") for _, told in replies for line in told.splitlines()]
     if metric is None:
-        calls = {int(number): (_calls(sums[:7]), _calls([b"1", *sums[7:]])) for number, *sums in rows}
+        calls = {int(number): (_calls(sums[:8]), _calls([b"1", *sums[8:]])) for number, *sums in rows}
         return [
             unit._replace(calls=calls[unit.number][0], first_call=calls[unit.number][1])
             if unit.number in calls
@@ -151,5 +182,6 @@ def _unit(line: bytes) -> Matured:
 
 
 def _calls(sums: list[bytes]) -> Calls:
-    calls, failed, fell_back, high, low, timed, latency = sums
-    return Calls(int(calls), int(failed), int(fell_back), int(high) * HALF + int(low), int(timed), float(latency))
+    calls, failed, fell_back, high, low, timed, latency, unpriced = sums
+    nano = int(high) * HALF + int(low)
+    return Calls(int(calls), int(failed), int(fell_back), nano, int(timed), float(latency), int(unpriced))

@@ -9,10 +9,11 @@ units it has, and for each metric its window (`window <metric>`) and up to which
     :later    hash: number -> "stage full arm" a line, of later stages
     :mixed    hash: number -> 1 where it is to be left out, else 0, of units that saw two arms within a stage
     :arms     hash: "u|f|m stage full arm" -> units, units seen first there, mixed ones
-    :calls    hash: number -> "calls failed fell_back nano//1e9 nano%1e9 timed latency", and the first one's behind it
+    :calls    hash: number -> "calls failed fell_back nano//1e9 nano%1e9 timed latency unpriced", then the first one's
     :values   hash: "metric number id" -> "value at"
     :ids      sorted set of the fields of `:values`, in the order of metric and number
     :audit    list of decisions
+    :calling  sorted set: number by until when a unit is waited for whose call goes on
 
 Nano-USD are in two halves, each summed for itself, for Lua's numbers are exact to 2^53 only. A step raises nothing
 once it has written: a script is not undone.
@@ -25,7 +26,7 @@ from typing import Final
 
 from dspy_prod.stores.redis.batch import STEPS
 
-PARTS: Final = ("numbers", "units", "later", "mixed", "arms", "calls", "values", "ids", "audit")
+PARTS: Final = ("numbers", "units", "later", "mixed", "arms", "calls", "values", "ids", "audit", "calling")
 """The keys beside the head."""
 
 HEAD: Final = ("declaration", "windows", "grace", "state", "stage", "since", "revision", "created")
@@ -102,9 +103,10 @@ end
 
 STEPS["trial_advance"] = """
 function(key, args)
-  -- (metric, window, before, future, most, over) -> {mark before, mark, 1 where a unit of the future is in the way}
+  -- (metric, window, before, future, most, over, now)
+  -- -> {mark before, mark, 1 where a unit of the future is in the way}
   local metric, window = args[1], tonumber(args[2])
-  local before, future, over = tonumber(args[3]), tonumber(args[4]), tonumber(args[6])
+  local before, future, over, now = tonumber(args[3]), tonumber(args[4]), tonumber(args[6]), tonumber(args[7])
   local function told(number)
     if metric == '*' then return redis.call('HEXISTS', key .. ':calls', number) == 1 end
     local first = metric .. ' ' .. string.format('%012d', number)
@@ -118,8 +120,10 @@ function(key, args)
     for number = mark + 1, math.min(stop, mark + 500) do some[#some + 1] = string.format('%d', number) end
     for _, unit in ipairs(redis.call('HMGET', key .. ':units', unpack(some))) do
       local at = tonumber(string.match(unit or '', '^%S+'))
-      if at and at > before and not (window == 0 and told(mark + 1)) then
-        if at <= future then waits = true elseif mark + 1 > over then waits, ahead = true, 1 end
+      local till = tonumber(redis.call('ZSCORE', key .. ':calling', string.format('%d', mark + 1)) or '')
+      local calling = till and till > now
+      if at and (calling or at > before) and not (window == 0 and told(mark + 1)) then
+        if calling or at <= future then waits = true elseif mark + 1 > over then waits, ahead = true, 1 end
         if waits then break end
       end
       mark = mark + 1

@@ -1,9 +1,10 @@
 function(key, args)
   -- What happened to units of one experiment, in the order in which it was posted. See `trial_steps.py` for the keys.
-  -- (most units, most values, then of each thing its kind and what it is made of)
+  -- (most units, most values, most underway, now, by how much clocks may differ, then of each thing its kind and what it is made of)
   local call = redis.call
   if call('HEXISTS', key, 'revision') == 0 then return 0 end
   local most_units, most_values = tonumber(args[1]), tonumber(args[2])
+  local most_underway, now, early = tonumber(args[3]), tonumber(args[4]), tonumber(args[5])
   local known, windows, marks = {}, {}, {}
 
   local function unit(name)
@@ -65,20 +66,21 @@ function(key, args)
     return at <= found.at + window(metric)
   end
 
-  local function called(name, at, failed, fell, high, low, timed, latency)
+  local function called(name, at, failed, fell, high, low, timed, latency, unpriced)
     local found = unit(name)
     if not (found and window('*')) then return end
     local kept = call('HGET', key .. ':calls', found.number)
     if not takes(found, '*', tonumber(at), kept) then return lose('late') end
-    local first = failed .. ' ' .. fell .. ' ' .. high .. ' ' .. low .. ' ' .. timed .. ' ' .. latency
-    local sums = {1, failed, fell, high, low, timed, latency}
+    local first = failed .. ' ' .. fell .. ' ' .. high .. ' ' .. low .. ' ' .. timed .. ' ' .. latency .. ' ' .. unpriced
+    local sums = {1, failed, fell, high, low, timed, latency, unpriced}
     if kept then
-      local had = {string.match(kept, '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (.*)$')}
-      for i = 1, 7 do sums[i] = sums[i] + (tonumber(had[i]) or 0) end
-      first = had[8] or first
+      local had = {string.match(kept, '^(%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (%S+) (.*)$')}
+      for i = 1, 8 do sums[i] = sums[i] + (tonumber(had[i]) or 0) end
+      first = had[9] or first
     end
-    call('HSET', key .. ':calls', found.number, string.format('%.0f %.0f %.0f %.0f %.0f %.0f %.17g %s',
-      sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7], first))
+    call('HSET', key .. ':calls', found.number, string.format('%.0f %.0f %.0f %.0f %.0f %.0f %.17g %.0f %s',
+      sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7], sums[8], first))
+    if unpriced ~= '0' then lose('unpriced') end
   end
 
   local function valued(name, metric, id, value, at)
@@ -88,6 +90,7 @@ function(key, args)
     local has = window(metric) == 0 and
       #call('ZRANGEBYLEX', key .. ':ids', '[' .. first .. ' ', '(' .. first .. '!', 'LIMIT', 0, 1) > 0
     if not takes(found, metric, tonumber(at), has) then return lose('late') end
+    if tonumber(at) < found.at - early and found.at <= now + early then return lose('early') end
     local field = first .. ' ' .. id
     local fresh = call('HEXISTS', key .. ':values', field) == 0
     if fresh then
@@ -98,15 +101,30 @@ function(key, args)
     call('HSET', key .. ':values', field, value .. ' ' .. at)
   end
 
-  local i = 3
+  local function goes_on(name, till)
+    local found, calling = unit(name), key .. ':calling'
+    if not found then return end
+    local said = tonumber(call('ZSCORE', calling, found.number) or '')
+    if not said and call('ZCARD', calling) >= most_underway then
+      call('ZREMRANGEBYSCORE', calling, '-inf', args[4])
+      if call('ZCARD', calling) >= most_underway then return end
+    end
+    if not said or tonumber(till) > said then call('ZADD', calling, till, found.number) end
+  end
+
+  local i = 6
   while i <= #args do
     local kind = args[i]
     if kind == 'e' then
       expose(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6])
       i = i + 7
     elseif kind == 'c' then
-      called(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6], args[i + 7], args[i + 8])
-      i = i + 9
+      called(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6], args[i + 7], args[i + 8],
+        args[i + 9])
+      i = i + 10
+    elseif kind == 'w' then
+      goes_on(args[i + 1], args[i + 2])
+      i = i + 3
     else
       valued(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5])
       i = i + 6

@@ -11,17 +11,20 @@ from dspy_prod.stores.redis.asking import KEPT_FOR, Tables, packed, part_of
 from dspy_prod.stores.redis.batch import Value
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.trial_steps import PARTS
-from dspy_prod.stores.trial_terms import Call, Calls, Exposure, Outcome
+from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Underway
+from dspy_prod.stores.trial_terms import EARLY, Calls
 
 _log = logging.getLogger("dspy_prod")
 
-Thing = Exposure | Call | Outcome
+Thing = Exposure | Call | Outcome | Underway
 
 MOST_UNITS: Final = 2_000_000
 """Units kept of an experiment: 0.3 GB of the server's memory, 0.5 GB with their calls. Newcomers beyond are served, and
 counted as unkept."""
 MOST_VALUES: Final = 4_000_000
 """Values of metrics kept of an experiment: 0.9 GB; further ones are counted as unkept too."""
+MOST_UNDERWAY: Final = 10_000
+"""Units whose calls go on that are waited for longer than others."""
 HALF: Final = 10**9
 """Nano-USD are written as so many of these, and the rest."""
 CALLS: Final = "*"
@@ -40,7 +43,7 @@ def write_things(tables: Tables, connection: Connection, things: Sequence[Thing]
         if _fits(thing):
             values = by_trial.get(thing.trial)
             if values is None:
-                values = by_trial[thing.trial] = [MOST_UNITS, MOST_VALUES]
+                values = by_trial[thing.trial] = [MOST_UNITS, MOST_VALUES, MOST_UNDERWAY, _exact(now), _exact(EARLY)]
             values += _arguments(thing, now)
         else:
             _log.error("%r cannot be written, and is lost", thing)
@@ -69,7 +72,11 @@ def _fits(thing: Thing) -> bool:
         whole = isinstance(thing.stage, int) and isinstance(thing.full, int)
         return whole and isinstance(thing.arm, str) and _is_finite(thing.propensity)
     if isinstance(thing, Call):
-        return isinstance(thing.list_nano, int) and (thing.latency is None or isinstance(thing.latency, float | int))
+        return isinstance(thing.list_nano, int | None) and (
+            thing.latency is None or isinstance(thing.latency, float | int)
+        )
+    if isinstance(thing, Underway):
+        return _is_finite(thing.seconds)
     return (
         isinstance(thing.metric, str)
         and isinstance(thing.value, float | int)
@@ -89,9 +96,11 @@ def _arguments(thing: Thing, now: float) -> tuple[Value, ...]:
         row = f"{_exact(at)} {stage} {full} {_exact(propensity)} {arm} {part_of(thing.unit)}"
         return "e", unit, stage, full, arm, "1" if propensity < 1 else "0", row
     if isinstance(thing, Call):
-        _, failed, fell_back, list_nano, timed, latency = Calls.of(thing)
+        _, failed, fell_back, list_nano, timed, latency, unpriced = Calls.of(thing)
         high, low = divmod(int(list_nano), HALF)
-        return "c", unit, _exact(thing.at), failed, fell_back, high, low, timed, _exact(latency)
+        return "c", unit, _exact(thing.at), failed, fell_back, high, low, timed, _exact(latency), unpriced
+    if isinstance(thing, Underway):
+        return "w", unit, _exact(min(thing.at, now) + thing.seconds)
     value = _exact(thing.value) if isfinite(thing.value) else ""
     return "o", unit, metric_part(thing.metric), _id(thing.id), value, _exact(thing.at)
 

@@ -22,28 +22,28 @@ from dspy_prod.stores.redis.trial_reading import (
     checkpoint_of,
     decision_text,
     decisions_of,
+    exposed,
     last_over,
     matured,
     seen,
     tally_of,
     trial_of,
+    waiting,
     windows_text,
 )
 from dspy_prod.stores.redis.trial_steps import HEAD
 from dspy_prod.stores.redis.trial_writing import Thing, keys_of, metric_part, touch, write_things
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
-    GRACE,
     Arm,
-    Call,
     Checkpoint,
     Decision,
-    Exposure,
     Lease,
     Matured,
-    Outcome,
     Tally,
     Trial,
+    Waiting,
     check_state,
     check_windows,
     ready_before,
@@ -145,6 +145,9 @@ class RedisTrials:
     def outcome(self, outcome: Outcome) -> None:
         self._post(outcome)
 
+    def underway(self, underway: Underway) -> None:
+        self._post(underway)
+
     def seen(self, name: str, unit: str) -> str | None:
         return seen(self._asking.look, self._connection.key("trial", name), unit)
 
@@ -165,6 +168,15 @@ class RedisTrials:
         mark = self._advance(trial, metric, most)
         return matured(self._asking.look, self._connection.key("trial", name), metric, after, min(mark, after + most))
 
+    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+        key = self._connection.key("trial", name)
+        (units,) = self._asking.read(("HGET", key, "units"))
+        return exposed(self._asking.look, key, after, min(int(units or 0), after + most))
+
+    def waiting(self, name: str) -> dict[str | None, Waiting]:
+        trial = self.trial(name)
+        return {} if trial is None else waiting(self._asking.look, self._connection.key("trial", name), trial)
+
     def _advance(self, trial: Trial, metric: str | None, most: int) -> int:
         """Move the mark of a metric over the units that need not be waited for; where it is then."""
         window, grace, key = trial.window(metric), trial.grace, self._connection.key("trial", trial.name)
@@ -176,7 +188,7 @@ class RedisTrials:
                 nonlocal before
                 before = ready_before(now, window, grace)
                 moments = repr(window), repr(before), repr(now + grace)
-                place = tables.batch.call("trial_advance", key, metric_part(metric), *moments, some, over)
+                place = tables.batch.call("trial_advance", key, metric_part(metric), *moments, some, over, repr(now))
                 touch(tables, self._connection, trial.name)
                 return place
 

@@ -43,6 +43,7 @@ TABLES: Final = (
 _PUT: Final = "INSERT INTO hits VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _PUT_VALUES: Final = Inserting("hit_values", ("ns", "field", "value", "last_at", "page", "first_at"))
 _LOOSE: Final = "SELECT seq, body FROM hits WHERE ns = ? AND loose ORDER BY seq"
+_LOOSE_IDS: Final = "SELECT total(size), min(first_id), max(last_id) FROM hits WHERE ns = ? AND loose"
 _OVERLAPPING: Final = (
     "SELECT seq, body FROM hits WHERE seq IN (SELECT page FROM hit_values WHERE ns = ? AND field = 'id' AND value >= ? "
     "AND value <= ?) AND first_id <= ? AND last_id >= ?"
@@ -66,39 +67,53 @@ class HitTables:
         """Use this connection from now on."""
         self._connection = connection
         self._ns = ns
+        self.forget()
 
-    def add(self, page: Page) -> None:
+    def forget(self) -> None:
+        """What was known of the file may not be so any more."""
+        self._loose: tuple[int, str, str] | None = None  # how many are loose, their first and their last id
+
+    def add(self, page: Page, *, is_new: bool = False) -> None:
         """Append the hits of a page, each after its place among the rows of `records`.
+
+        Args:
+            is_new: nobody can have written them, so that it need not be asked for their ids.
 
         Raises:
             sqlite3.IntegrityError: one is there already. TypeError: one cannot be kept so.
         """
         connection, ns = self._connection, self._ns
-        loose, since, until = connection.execute(
-            "SELECT total(size), min(first_id), max(last_id) FROM hits WHERE ns = ? AND loose", (ns,)
-        ).fetchone()
-        ids = set(page.column("id"))
-        first, last = min(ids), max(ids)
-        rough = rougher(ids)
-        near = connection.execute(_OVERLAPPING, (ns, min(rough), max(rough), last, first)).fetchall()
-        enough = loose + page.size >= LEAST
-        rows = []
-        if loose and (enough or (since <= last and until >= first)):
-            rows = connection.execute(_LOOSE, (ns,)).fetchall()
-        others = [Page.load(body, seq) for seq, body in (*near, *rows)]
-        if len(ids) < page.size or any(not ids.isdisjoint(other.column("id")) for other in others):
-            raise sqlite3.IntegrityError("a hit is there already")
+        if self._loose is None:
+            self._loose = connection.execute(_LOOSE_IDS, (ns,)).fetchone()
+        size, since, until = self._loose
+        enough = size + page.size >= LEAST
+        near = [] if is_new else self._near(page)
+        loose = []
+        if size and (enough or (not is_new and since <= max(page.column("id")) and until >= min(page.column("id")))):
+            loose = _loaded(connection.execute(_LOOSE, (ns,)))
+        if not is_new:
+            ids = set(page.column("id"))
+            if len(ids) < page.size or any(not ids.isdisjoint(other.column("id")) for other in (*near, *loose)):
+                raise sqlite3.IntegrityError("a hit is there already")
         if not enough:
             self._put(page, loose=True)
             return
-        if loose:
+        if size:
+            self._loose = None
             connection.execute("DELETE FROM hits WHERE ns = ? AND loose", (ns,))
-            page = Page.joined([*others[len(near) :], page])
+            page = Page.joined([*loose, page])
         each = ceil(page.size / ceil(page.size / PAGE))
         values: list[Row] = []
         for start in range(0, page.size, each):
             values += self._put(page.part(start, start + each))
         _PUT_VALUES.run(connection, values)
+
+    def _near(self, page: Page) -> list[Page]:
+        """The pages that may have one with an id of this one's."""
+        ids = page.column("id")
+        rough = rougher(ids)
+        between = (self._ns, min(rough), max(rough), max(ids), min(ids))
+        return _loaded(self._connection.execute(_OVERLAPPING, between))
 
     def find(self, id: str) -> CallRecord | None:
         """The hit with this id."""
@@ -127,6 +142,8 @@ class HitTables:
 
     def _put(self, page: Page, *, loose: bool = False, seq: int | None = None) -> list[Row]:
         """Write a page; the rows of `hit_values` that belong to it."""
+        if loose:
+            self._loose = None
         ids, times, pairs = page.column("id"), page.column("started_at"), page.pairs()
         first_at, last_at = min(times), max(times)
         row = (seq, self._ns, loose, page.size, min(ids), max(ids), first_at, last_at, page.dump())
@@ -134,6 +151,7 @@ class HitTables:
         return [] if loose else [(self._ns, *pair, last_at, seq, first_at) for pair in pairs]
 
     def _delete(self, pages: Sequence[int]) -> None:
+        self._loose = None
         for seq in pages:
             row = self._connection.execute("SELECT last_at, body FROM hits WHERE seq = ?", (seq,)).fetchone()
             self._connection.executemany(
@@ -164,6 +182,10 @@ def read_hits(
                 break
         found += page.find(equals, since, until)
     return found
+
+
+def _loaded(rows: sqlite3.Cursor) -> list[Page]:
+    return [Page.load(body, seq) for seq, body in rows.fetchall()]
 
 
 _Pages = Iterator[tuple[int, float, Page]]

@@ -57,6 +57,12 @@ class LedgerTables:
         """Drop what a rolled back transaction may have left."""
         self._sums.clear()
         self._known.clear()
+        self.changed()
+
+    def changed(self) -> None:
+        """What others may have written since is not known here."""
+        self._last: int | None = None  # `seq` of the newest row of `records`
+        self._hits.forget()
 
     def find(self, id: str) -> CallRecord | None:
         """The record with this id."""
@@ -72,10 +78,13 @@ class LedgerTables:
             sqlite3.IntegrityError: an appended record is there already; `put` settles that.
         """
         ns = self._ns
-        served = Served.together(served)
-        whole = [each for each in served if _whole(each)]
-        if len(whole) < len(served):
-            few = [each for each in served if each not in whole]
+        kinds = Served.together(served)
+        whole = [each for each in kinds if _whole(each)]
+        new = [not each.tried for each in whole]
+        for each in served:
+            each.tried = True
+        if len(whole) < len(kinds):
+            few = [each for each in kinds if each not in whole]
             appended = [*appended, *chain.from_iterable(map(Served.records, few))]
         if appended:
             hits, rows = self._append(appended)
@@ -83,8 +92,8 @@ class LedgerTables:
             self._sum_hits(hits)
         for record in replaced:
             self.put(record)
-        for some in whole:
-            self._hits.add(Page.of_served(self._newest(), some))
+        for some, is_new in zip(whole, new, strict=True):
+            self._hits.add(Page.of_served(self._newest(), some), is_new=is_new)
             self._sum_alike(day_of(some.times[0]), rollup_keys(some.like), Totals.of_hits(some.saved), 1)
         if self._sums:
             ADD_SUMS.run(self._connection, [(ns, *key, *values) for key, values in self._sums.items()])
@@ -95,8 +104,9 @@ class LedgerTables:
 
     def _newest(self) -> int:
         """`seq` of the newest row of `records`."""
-        found: int = self._connection.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()[0]
-        return found
+        if self._last is None:
+            self._last = int(self._connection.execute("SELECT coalesce(max(seq), 0) FROM records").fetchone()[0])
+        return self._last
 
     def _append(self, records: Sequence[CallRecord]) -> tuple[Sequence[CallRecord], Sequence[CallRecord]]:
         """Write new records: hits together, any other as a row; (the hits, the others)."""
@@ -111,6 +121,8 @@ class LedgerTables:
                 before = accumulate(not is_hit(record) for record in records)
                 places = [newest + place for place, record in zip(before, records, strict=True) if is_hit(record)]
             self._hits.add(Page.of(places, hits))
+        if rows:
+            self._last = None
         INSERT.run(self._connection, [record_row(self._ns, record) for record in rows])
         return hits, rows
 
@@ -124,6 +136,7 @@ class LedgerTables:
         old = self.find(record.id)
         if old is not None and is_hit(old):
             self._hits.take(record.id)
+        self._last = None
         self._connection.execute(REPLACE, record_row(self._ns, record))
         if old is not None:
             self._sum((old,), -1)
@@ -178,7 +191,7 @@ class LedgerTables:
 
     def _trim(self) -> None:
         assert self._max is not None
-        self._since_trim = 0
+        self._since_trim, self._last = 0, None
         before = self._kept_since(self._max)
         if before is not None:
             self._connection.execute("DELETE FROM records WHERE ns = ? AND started_at < ?", (self._ns, before))
@@ -209,4 +222,5 @@ class LedgerTables:
 
 def _whole(served: Served) -> bool:
     """Whether these are worth a page of their own: enough of them, and of one day."""
-    return len(served) >= LEAST and len({at // 86_400 for at in served.times}) == 1 and is_hit(served.like)
+    times = served.times
+    return len(times) >= LEAST and min(times) // 86_400 == max(times) // 86_400 and is_hit(served.like)

@@ -122,11 +122,13 @@ class Page:
         found: list[tuple[str, str]] = []
         for name in SELECTIVE:
             column = self._each.get(name)
-            values = set(column) - {None} if column is not None else {self._same[name]} if name in self._same else None
+            if column is None:
+                column = (self._same.get(name),)
+            values = rougher(column) if name in _ROUGH else set(column) - {None}
             if values:
                 if set(map(type, values)) != {str}:
                     raise TypeError(f"{name} is no text")
-                found += [(name, value) for value in (rougher(values) if name in _ROUGH else values)]
+                found += [(name, value) for value in values]
         return found
 
     def column(self, name: str) -> Sequence[Any]:
@@ -181,9 +183,9 @@ def looked_up_as(name: str, value: str) -> str:
     return value[:-2] if name in _ROUGH else value
 
 
-def rougher(ids: Iterable[str]) -> set[str]:
+def rougher(ids: Iterable[str | None]) -> set[str]:
     """What ids are looked up as: they grow, so all of a page begin with the same few beginnings."""
-    return {id[:-2] for id in ids}
+    return {id[:-2] for id in ids if id is not None}
 
 
 def equal(value: Any, wanted: Any) -> bool:

@@ -186,6 +186,9 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
         *trial_tables.TABLES,
     ):  # files of the first release have none
         connection.execute(statement)
+    for table, names in trial_tables.LATER.items():
+        for name in _lacking(connection, table, names):
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
     for name in _lacking(connection, "records", CallRecord._fields):
         connection.execute(f"ALTER TABLE records ADD COLUMN {_column(name)}")
     for name in _lacking(connection, "rollups", Totals._fields):  # an earlier release goes on to write rows without it

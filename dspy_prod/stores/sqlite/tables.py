@@ -138,6 +138,7 @@ class Tables(File):
         before, self._version = self._version, self._data_version()
         if self._version == before:
             return False
+        self.ledger.changed()
         self.cache.forget()
         self.programs.forget()
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from dspy_prod.stores.trial_terms import (
     Tally,
     Trial,
     Values,
+    Waiting,
     ready_before,
 )
 
@@ -28,7 +30,7 @@ TABLES: Final = (
         windows TEXT NOT NULL, grace REAL NOT NULL, state TEXT NOT NULL, stage INTEGER NOT NULL, since REAL NOT NULL,
         revision INTEGER NOT NULL, created REAL NOT NULL, late INTEGER NOT NULL DEFAULT 0,
         stray INTEGER NOT NULL DEFAULT 0, checkpoint TEXT, checkpoint_revision INTEGER NOT NULL DEFAULT 0,
-        checkpoint_at REAL, UNIQUE (ns, name))
+        checkpoint_at REAL, early INTEGER NOT NULL DEFAULT 0, unpriced INTEGER NOT NULL DEFAULT 0, UNIQUE (ns, name))
     """,
     """
     CREATE TABLE IF NOT EXISTS trial_units (
@@ -47,7 +49,12 @@ TABLES: Final = (
         trial INTEGER, number INTEGER, calls INTEGER NOT NULL, failed INTEGER NOT NULL, fell_back INTEGER NOT NULL,
         list_nano INTEGER NOT NULL, timed INTEGER NOT NULL, latency REAL NOT NULL, first_failed INTEGER NOT NULL,
         first_fell_back INTEGER NOT NULL, first_list_nano INTEGER NOT NULL, first_timed INTEGER NOT NULL,
-        first_latency REAL NOT NULL, PRIMARY KEY (trial, number)) WITHOUT ROWID
+        first_latency REAL NOT NULL, unpriced INTEGER NOT NULL DEFAULT 0, first_unpriced INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (trial, number)) WITHOUT ROWID
+    """,
+    """
+    CREATE TABLE IF NOT EXISTS trial_underway (
+        trial INTEGER, number INTEGER, until REAL NOT NULL, PRIMARY KEY (trial, number)) WITHOUT ROWID
     """,
     """
     CREATE TABLE IF NOT EXISTS trial_values (
@@ -79,9 +86,13 @@ TABLES: Final = (
     """,
 )
 
+LATER: Final = {"trials": ("early", "unpriced"), "trial_calls": ("unpriced", "first_unpriced")}
+"""Numbers that files of earlier releases have not, by table."""
+
 PARTS: Final = {
     "trial_later": "trial, number, stage",
     "trial_calls": "trial, number",
+    "trial_underway": "trial, number",
     "trial_values": "trial, metric, number, id",
     "trial_arms": "trial, stage, arm, filled",
     "trial_read": "trial, metric",
@@ -94,6 +105,7 @@ TRIAL: Final = "id, name, declaration, windows, grace, state, stage, since, revi
 
 _READY: Final = "SELECT number, at FROM trial_units AS u WHERE trial = ? AND number > ? AND number <= ? AND at > ?"
 _OVER: Final = "SELECT number FROM trial_units WHERE trial = ? AND number > ? AND at <= ? ORDER BY number DESC LIMIT 1"
+_CALLING: Final = "SELECT number FROM trial_underway AS u WHERE trial = ? AND number > ? AND number <= ? AND until > ?"
 _NO_CALLS: Final = " AND NOT EXISTS (SELECT 1 FROM trial_calls WHERE trial = u.trial AND number = u.number)"
 _NO_VALUES: Final = (
     " AND NOT EXISTS (SELECT 1 FROM trial_values WHERE trial = u.trial AND metric = ? AND number = u.number)"
@@ -106,6 +118,12 @@ _UNITS: Final = _MATURED.replace(", c.*", "").format(join="")
 _WITH_CALLS: Final = _MATURED.format(join="LEFT JOIN trial_calls AS c ON c.trial = u.trial AND c.number = u.number")
 _VALUES: Final = (
     "SELECT number, value, at FROM trial_values WHERE trial = ? AND metric = ? AND number > ? AND number <= ?"
+)
+
+
+_FIRST: Final = (
+    "SELECT at, coalesce((SELECT until FROM trial_underway AS c WHERE c.trial = u.trial AND c.number = u.number), 0) "
+    "FROM trial_units AS u WHERE trial = ? AND number > ? ORDER BY number LIMIT 1"
 )
 
 
@@ -159,12 +177,12 @@ def read_arms(connection: sqlite3.Connection, trial: int) -> list[Arm]:
 
 def read_tally(connection: sqlite3.Connection, trial: int, unkept: int) -> Tally:
     """How many units there are, and what could not be used."""
-    row = connection.execute("SELECT late, stray FROM trials WHERE id = ?", (trial,)).fetchone()
+    row = connection.execute("SELECT late, stray, early, unpriced FROM trials WHERE id = ?", (trial,)).fetchone()
     if row is None:
         return Tally()
     mixed = connection.execute("SELECT coalesce(sum(mixed), 0) FROM trial_arms WHERE trial = ?", (trial,)).fetchone()[0]
-    late, stray = row
-    return Tally(last_number(connection, trial), mixed, late, stray, unkept)
+    late, stray, early, unpriced = row
+    return Tally(last_number(connection, trial), mixed, late, stray, unkept, early, unpriced)
 
 
 def last_number(connection: sqlite3.Connection, trial: int) -> int:
@@ -178,22 +196,18 @@ def read_marks(connection: sqlite3.Connection, trial: int) -> dict[str, int]:
     return dict(connection.execute("SELECT metric, number FROM trial_read WHERE trial = ?", (trial,)).fetchall())
 
 
-def advance(
+def read_ready(
     connection: sqlite3.Connection, trial: int, metric: str | None, window: float, grace: float, now: float, most: int
-) -> None:
-    """Move the mark of a metric over the units that need not be waited for."""
+) -> tuple[int, int]:
+    """(the mark of a metric, up to which unit it may be moved: those until there need not be waited for)."""
     before = ready_before(now, window, grace)
     key = joined(metric)
     row = connection.execute("SELECT number FROM trial_read WHERE trial = ? AND metric = ?", (trial, key)).fetchone()
     mark = 0 if row is None else int(row[0])
     end = min(last_number(connection, trial), mark + most)
-    sql = _READY
-    values: list[Any] = [trial, mark, end, before]
-    if window == 0 and metric is None:
-        sql += _NO_CALLS
-    elif window == 0:
-        sql += _NO_VALUES
-        values.append(key)
+    untold = "" if window else _NO_CALLS if metric is None else _NO_VALUES
+    more = [key] if window == 0 and metric is not None else []
+    sql, values = _READY + untold, [trial, mark, end, before, *more]
     waits = connection.execute(sql + " ORDER BY number LIMIT 1", values).fetchone()
     if waits is not None and waits[1] > now + grace:
         # Stamped by a clock that was wrong: it was exposed before those after it, and is over when one of them is.
@@ -202,8 +216,18 @@ def advance(
             sql += " AND (at <= ? OR number > ?)"
             waits = connection.execute(sql + " ORDER BY number LIMIT 1", [*values, now + grace, over[0]]).fetchone()
     ready = end if waits is None else int(waits[0]) - 1
+    calling = connection.execute(_CALLING + untold + " ORDER BY number LIMIT 1", [trial, mark, ready, now, *more])
+    goes_on = calling.fetchone()
+    return mark, ready if goes_on is None else int(goes_on[0]) - 1
+
+
+def advance(
+    connection: sqlite3.Connection, trial: int, metric: str | None, window: float, grace: float, now: float, most: int
+) -> None:
+    """Move the mark of a metric over the units that need not be waited for."""
+    mark, ready = read_ready(connection, trial, metric, window, grace, now, most)
     if ready > mark:
-        connection.execute("INSERT OR REPLACE INTO trial_read VALUES (?, ?, ?)", (trial, key, ready))
+        connection.execute("INSERT OR REPLACE INTO trial_read VALUES (?, ?, ?)", (trial, joined(metric), ready))
 
 
 def read_matured(
@@ -222,6 +246,24 @@ def read_matured(
     return [unit._replace(values=Values.of(values[unit.number])) if unit.number in values else unit for unit in units]
 
 
+def read_exposed(connection: sqlite3.Connection, trial: int, after: int, most: int) -> list[Matured]:
+    """Units in the order of exposure."""
+    return [_unit(row) for row in connection.execute(_UNITS, (trial, after, after + most))]
+
+
+def read_waiting(
+    connection: sqlite3.Connection, trial: int, windows: Mapping[str | None, float], grace: float
+) -> dict[str | None, Waiting]:
+    """Units that no mark has passed, by metric."""
+    marks, last = read_marks(connection, trial), last_number(connection, trial)
+    found = {}
+    for metric, window in windows.items():
+        row = connection.execute(_FIRST, (trial, mark := marks.get(joined(metric), 0))).fetchone()
+        until = None if row is None else max(row[0] + window + grace, row[1])
+        found[metric] = Waiting(max(0, last - mark), until)
+    return found
+
+
 def _unit(row: tuple[Any, ...]) -> Matured:
     number, unit, stage, arm, propensity, at, filled, left_out = row[:8]
     return Matured(number, name_of(unit), stage, name_of(arm), propensity, at, filled, bool(left_out))
@@ -230,7 +272,8 @@ def _unit(row: tuple[Any, ...]) -> Matured:
 def _with_calls(row: tuple[Any, ...]) -> Matured:
     if row[10] is None:
         return _unit(row)
-    return _unit(row)._replace(calls=Calls(*row[10:16]), first_call=Calls(1, *row[16:]))
+    sums, first = (*row[10:16], row[21]), (1, *row[16:21], row[22])
+    return _unit(row)._replace(calls=Calls(*sums), first_call=Calls(*first))
 
 
 def read_seen(connection: sqlite3.Connection, trial: int, unit: str) -> str | None:

@@ -10,13 +10,18 @@ from math import isfinite
 from typing import Any, Final
 
 from dspy_prod.stores.keys import joined
-from dspy_prod.stores.sqlite.inserting import Inserting, among, portions
+from dspy_prod.stores.sqlite.inserting import Inserting, each_of, portions
 from dspy_prod.stores.sqlite.trial_tables import find, last_number, read_marks
-from dspy_prod.stores.trial_terms import Call, Calls, Exposure, Outcome, Trial
+from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Underway
+from dspy_prod.stores.trial_terms import (
+    Calls,
+    Trial,
+    is_early,
+)
 
 _log = logging.getLogger("dspy_prod")
 
-Thing = Exposure | Call | Outcome
+Thing = Exposure | Call | Outcome | Underway
 
 _PUT_UNITS: Final = Inserting(
     "trial_units", ("trial", "number", "unit", "stage", "arm", "propensity", "filled", "at", "mixed", "left_out")
@@ -27,6 +32,7 @@ _PUT_CALLS: Final = Inserting(
     (
         *("trial", "number", "calls", "failed", "fell_back", "list_nano", "timed", "latency"),
         *("first_failed", "first_fell_back", "first_list_nano", "first_timed", "first_latency"),
+        *("unpriced", "first_unpriced"),
     ),
     " ON CONFLICT (trial, number) DO UPDATE SET "
     + ", ".join(f"{name} = {name} + excluded.{name}" for name in Calls._fields),
@@ -42,9 +48,17 @@ _PUT_ARMS: Final = Inserting(
     " ON CONFLICT (trial, stage, arm, filled) DO UPDATE SET "
     "units = units + excluded.units, first = first + excluded.first, mixed = mixed + excluded.mixed",
 )
+_PUT_UNDERWAY: Final = Inserting(
+    "trial_underway",
+    ("trial", "number", "until"),
+    " ON CONFLICT (trial, number) DO UPDATE SET until = max(until, excluded.until)",
+)
+_ENDED: Final = "DELETE FROM trial_underway WHERE trial = ? AND until < ?"
 _MIX: Final = "UPDATE trial_units SET mixed = 1, left_out = ? WHERE trial = ? AND number = ?"
-_LOSE: Final = "UPDATE trials SET late = late + ?, stray = stray + ? WHERE id = ?"
-_KNOWN: Final = "SELECT number, unit, stage, arm, filled, at, mixed, propensity FROM trial_units WHERE trial = ?"
+_LOSE: Final = (
+    "UPDATE trials SET late = late + ?, stray = stray + ?, early = early + ?, unpriced = unpriced + ? WHERE id = ?"
+)
+_KNOWN: Final = "number, unit, stage, arm, filled, at, mixed, propensity"
 _DONE: Final = "SELECT batch FROM trial_writers WHERE owner = ?"
 _DO: Final = "INSERT OR REPLACE INTO trial_writers VALUES (?, ?, ?)"
 _OLD_WRITERS: Final = "DELETE FROM trial_writers WHERE at < ?"
@@ -85,7 +99,11 @@ def _fits(thing: Thing) -> bool:
         whole = isinstance(thing.stage, int) and isinstance(thing.full, int)
         return whole and isinstance(thing.arm, str) and _is_finite(thing.propensity)
     if isinstance(thing, Call):
-        return isinstance(thing.list_nano, int) and (thing.latency is None or isinstance(thing.latency, float | int))
+        return (thing.list_nano is None or isinstance(thing.list_nano, int)) and (
+            thing.latency is None or isinstance(thing.latency, float | int)
+        )
+    if isinstance(thing, Underway):
+        return _is_finite(thing.seconds)
     return (
         isinstance(thing.metric, str)
         and isinstance(thing.value, float | int)
@@ -128,7 +146,8 @@ class _Batch:
         self._called: set[int] = set()
         self._values: dict[tuple[str, int, str], tuple[float, float]] = {}
         self._valued: set[tuple[str, int]] = set()
-        self._late = self._stray = 0
+        self._underway: dict[int, float] = {}
+        self._late = self._stray = self._early = self._unpriced = 0
 
     def write(self, things: list[Thing]) -> None:
         self._read(things)
@@ -137,6 +156,8 @@ class _Batch:
                 self._expose(thing)
             elif type(thing) is Call:
                 self._call(thing)
+            elif type(thing) is Underway:
+                self._goes_on(thing)
             else:
                 assert isinstance(thing, Outcome)
                 self._outcome(thing)
@@ -145,7 +166,7 @@ class _Batch:
     # -- what is known -----------------------------------------------------------------------------------------------
     def _read(self, things: list[Thing]) -> None:
         """The units of the batch, and as far as it matters what is there of them."""
-        for row in self._among(_KNOWN, (), "unit", list({joined(thing.unit) for thing in things})):
+        for row in self._each("trial_units", _KNOWN, "unit", {joined(thing.unit) for thing in things}):
             number, unit, stage, arm, filled, at, mixed, propensity = row
             self._units[unit] = _Unit(number, stage, arm, filled, at, bool(mixed), propensity)
         numbers = {name: unit.number for name, unit in self._units.items()}
@@ -154,27 +175,26 @@ class _Batch:
             for thing in things
             if type(thing) is Exposure and (unit := self._units.get(joined(thing.unit))) and unit.stage != thing.stage
         }
-        sql = "SELECT number, stage, arm, filled FROM trial_later WHERE trial = ?"
-        for number, stage, arm, filled in self._among(sql, (), "number", list(moved)):
+        for number, stage, arm, filled in self._each("trial_later", "number, stage, arm, filled", "number", moved):
             self._later[number, stage] = (arm, filled)
         if self._trial.windows.get(None) == 0:
-            sql = "SELECT number FROM trial_calls WHERE trial = ?"
             asked = {numbers.get(joined(thing.unit)) for thing in things if type(thing) is Call}
-            self._called = {number for (number,) in self._among(sql, (), "number", list(asked - {None}))}
+            self._called = {number for (number,) in self._each("trial_calls", "number", "number", asked - {None})}
         single = {metric for metric, window in self._trial.windows.items() if window == 0 and metric is not None}
         for metric in {thing.metric for thing in things if isinstance(thing, Outcome)} & single:
-            sql, key = "SELECT number FROM trial_values WHERE trial = ? AND metric = ?", joined(metric)
+            key = joined(metric)
             told = {
                 numbers.get(joined(one.unit)) for one in things if isinstance(one, Outcome) and one.metric == metric
             }
-            rows = self._among(sql, (key,), "number", list(told - {None}))
+            rows = self._each("trial_values", "number", "number", told - {None}, " AND metric = ?", key)
             self._valued.update((key, number) for (number,) in rows)
 
-    def _among(self, sql: str, more: tuple[Any, ...], column: str, values: list[Any]) -> Iterable[tuple[Any, ...]]:
-        for some in portions(values):
-            yield from self._connection.execute(
-                among(f"{sql} AND {column}", len(some)), (self._id, *more, *some)
-            ).fetchall()
+    def _each(
+        self, table: str, columns: str, column: str, values: Iterable[Any], more: str = "", *given: Any
+    ) -> Iterable[tuple[Any, ...]]:
+        for some in portions(list(values)):
+            sql = each_of(table, columns, column, len(some), f"trial = ?{more}")
+            yield from self._connection.execute(sql, (*some, self._id, *given)).fetchall()
 
     # -- what is new -------------------------------------------------------------------------------------------------
     def _expose(self, exposure: Exposure) -> None:
@@ -210,10 +230,17 @@ class _Batch:
             self._late += 1
             return
         one = Calls.of(call)
+        self._unpriced += one.unpriced
         if window == 0:
             self._called.add(number)
         known = self._calls.get(number)
         self._calls[number] = (one, one) if known is None else (known[0].plus(one), known[1])
+
+    def _goes_on(self, underway: Underway) -> None:
+        unit = self._units.get(joined(underway.unit))
+        if unit is not None:
+            until = min(underway.at, self._now) + underway.seconds
+            self._underway[unit.number] = max(until, self._underway.get(unit.number, until))
 
     def _outcome(self, outcome: Outcome) -> None:
         unit, window = self._units.get(joined(outcome.unit)), self._trial.windows.get(outcome.metric)
@@ -224,6 +251,9 @@ class _Batch:
         has = (metric, unit.number) in self._valued
         if not self._trial.takes(unit.number, self._marks.get(metric, 0), unit.at, outcome.at, window, has):
             self._late += 1
+            return
+        if is_early(outcome.at, unit.at, self._now):
+            self._early += 1
             return
         if window == 0:
             self._valued.add((metric, unit.number))
@@ -245,13 +275,19 @@ class _Batch:
         ]
         _PUT_UNITS.run(connection, fresh)
         _PUT_LATER.run(connection, self._new_later)
-        calls = [(id, number, *sums, *first[1:]) for number, (sums, first) in self._calls.items()]
+        calls = [
+            (id, number, *sums[:-1], *first[1:-1], sums.unpriced, first.unpriced)
+            for number, (sums, first) in self._calls.items()
+        ]
         _PUT_CALLS.run(connection, calls)
         values = [(id, *key, *value) for key, value in self._values.items()]
         _PUT_VALUES.run(connection, values)
         _PUT_ARMS.run(connection, [(id, *key, *sums) for key, sums in self._arms.items()])
-        if self._late or self._stray:
-            connection.execute(_LOSE, (self._late, self._stray, id))
+        if self._underway:
+            connection.execute(_ENDED, (id, self._now))
+            _PUT_UNDERWAY.run(connection, [(id, *each) for each in self._underway.items()])
+        if self._late or self._stray or self._early or self._unpriced:
+            connection.execute(_LOSE, (self._late, self._stray, self._early, self._unpriced, id))
 
 
 def _flags(unit: _Unit) -> tuple[int, int]:

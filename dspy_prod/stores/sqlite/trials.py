@@ -14,8 +14,8 @@ from dspy_prod.stores.keys import joined
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables
+from dspy_prod.stores.sqlite.trial_forgetting import forget_some
 from dspy_prod.stores.sqlite.trial_tables import (
-    PARTS,
     advance,
     find,
     id_of,
@@ -23,26 +23,27 @@ from dspy_prod.stores.sqlite.trial_tables import (
     read_arms,
     read_checkpoint,
     read_decisions,
+    read_exposed,
     read_matured,
+    read_ready,
     read_seen,
     read_tally,
     read_trials,
+    read_waiting,
     windows_text,
 )
 from dspy_prod.stores.sqlite.trial_writing import Thing, write_batch
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
-    GRACE,
     Arm,
-    Call,
     Checkpoint,
     Decision,
-    Exposure,
     Lease,
     Matured,
-    Outcome,
     Tally,
     Trial,
+    Waiting,
     check_state,
     check_windows,
 )
@@ -65,8 +66,6 @@ _SAVE: Final = (
 _HELD: Final = "SELECT holder, process, until FROM trial_leases WHERE ns = ? AND name = ?"
 _HOLD: Final = "INSERT OR REPLACE INTO trial_leases VALUES (?, ?, ?, ?, ?)"
 _RELEASE: Final = "DELETE FROM trial_leases WHERE ns = ? AND name = ? AND holder = ?"
-_FORGET: Final = 10_000
-"""Rows that are forgotten in one transaction: who calls meanwhile waits for it."""
 
 T = TypeVar("T")
 
@@ -88,6 +87,7 @@ class KeptTrials:
         self._reader = reader
         self._path = mailbox.writer.tables.path
         self._post = Posting[Thing](mailbox, _write, "exposures, calls and outcomes of experiments")
+        self._written = 0  # of what was posted, so much is known to be in the file
 
     # -- experiments -------------------------------------------------------------------------------------------------
     def create(self, name: str, declaration: str, windows: Mapping[str | None, float], grace: float = GRACE) -> Trial:
@@ -105,11 +105,11 @@ class KeptTrials:
         return self._ask(make)
 
     def trial(self, name: str) -> Trial | None:
-        found = self._read(lambda connection, ns: find(connection, ns, name))
+        found = self._durable(lambda connection, ns: find(connection, ns, name))
         return None if found is None else found[1]
 
     def trials(self) -> list[Trial]:
-        return self._read(read_trials)
+        return self._durable(read_trials)
 
     def change(
         self,
@@ -140,7 +140,7 @@ class KeptTrials:
     def remove(self, name: str) -> None:
         sql = "DELETE FROM trials WHERE ns = ? AND name = ?"
         self._ask(lambda connection, ns, _: connection.execute(sql, (ns, joined(name))).rowcount)
-        while self._ask(lambda connection, _, __: _forget_some(connection)):
+        while self._ask(lambda connection, _, __: forget_some(connection)):
             pass
 
     # -- what happens to units ---------------------------------------------------------------------------------------
@@ -152,6 +152,9 @@ class KeptTrials:
 
     def outcome(self, outcome: Outcome) -> None:
         self._post(outcome)
+
+    def underway(self, underway: Underway) -> None:
+        self._post(underway)
 
     def seen(self, name: str, unit: str) -> str | None:
         return self._look(lambda connection, ns: read_seen(connection, id_of(connection, ns, name), unit))
@@ -170,14 +173,25 @@ class KeptTrials:
             return []
         window, grace = trial.window(metric), trial.grace
 
-        def move(connection: sqlite3.Connection, ns: int, now: float) -> int:
+        def moves(connection: sqlite3.Connection, ns: int) -> tuple[int, bool]:
             id = id_of(connection, ns, name)
-            advance(connection, id, metric, window, grace, now, most)
-            return id
+            mark, ready = read_ready(connection, id, metric, window, grace, self.now(), most)
+            return id, ready > mark
 
-        # The mark is moved inside a transaction, so that whatever is written before or after it agrees with it.
-        id = self._ask(move)
+        id, new = self._read(moves)
+        if new:  # inside a transaction, so that whatever is written before or after the mark agrees with it
+            self._ask(lambda connection, _, now: advance(connection, id, metric, window, grace, now, most))
         return self._look(lambda connection, _: read_matured(connection, id, metric, after, most))
+
+    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+        return self._read(lambda connection, ns: read_exposed(connection, id_of(connection, ns, name), after, most))
+
+    def waiting(self, name: str) -> dict[str | None, Waiting]:
+        def read(connection: sqlite3.Connection, ns: int) -> dict[str | None, Waiting]:
+            found = find(connection, ns, name)
+            return {} if found is None else read_waiting(connection, found[0], found[1].windows, found[1].grace)
+
+        return self._read(read)
 
     # -- the controller ----------------------------------------------------------------------------------------------
     def checkpoint(self, name: str) -> Checkpoint | None:
@@ -229,10 +243,17 @@ class KeptTrials:
         found: T = self._mailbox.question(inside)
         return found
 
+    def _durable(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
+        """Beside the writer: what is never posted."""
+        self._mailbox.alive()
+        return self._look(read)
+
     def _read(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
         """Beside the writer, with everything that was posted before."""
         self._mailbox.alive()
-        self._mailbox.flush(READ_TIMEOUT)
+        posted = self._post.posted
+        if posted != self._written and self._mailbox.flush(READ_TIMEOUT):
+            self._written = posted
         return self._look(read)
 
     def _look(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
@@ -252,25 +273,3 @@ def _decide(connection: sqlite3.Connection, id: int, decision: Decision, now: fl
     texts = carried(decision.what), carried(decision.by), carried(decision.evidence)
     connection.execute(_DECIDE, (id, now, *texts))
     return int(connection.execute("SELECT max(number) FROM trial_decisions WHERE trial = ?", (id,)).fetchone()[0])
-
-
-def _forget_some(connection: sqlite3.Connection) -> bool:
-    """Delete rows of experiments that are not there any more; whether there may be more of them."""
-    for table, key in PARTS.items():
-        trial = _orphan(connection, table)
-        if trial is not None:
-            some = f"SELECT {key} FROM {table} WHERE trial = ? LIMIT {_FORGET}"
-            connection.execute(f"DELETE FROM {table} WHERE ({key}) IN ({some})", (trial,))
-            return True
-    return False
-
-
-def _orphan(connection: sqlite3.Connection, table: str) -> int | None:
-    """An experiment that has rows in a table and is not there any more; a look for each that has."""
-    known = {id for (id,) in connection.execute("SELECT id FROM trials")}
-    sql, trial = f"SELECT min(trial) FROM {table} WHERE trial > ?", -1
-    while (found := connection.execute(sql, (trial,)).fetchone()[0]) is not None:
-        trial = int(found)
-        if trial not in known:
-            return trial
-    return None

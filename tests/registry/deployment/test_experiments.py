@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from dspy_prod import ConfigError, Experiment, registry
+from dspy_prod import ConfigError, Experiment, Rollout, registry
 from dspy_prod.experiments import aliases as following
 from dspy_prod.experiments.opened import Opened
-from dspy_prod.experiments.operating import promote
+from dspy_prod.experiments.operating import promote, stop
 from dspy_prod.experiments.shortening import shortened
 from dspy_prod.registry import PromotionConflictError, PromotionRefusedError
 from dspy_prod.registry.aliases.journal import SHORT
@@ -94,6 +94,66 @@ def test_a_better_candidate_is_promoted_once(trials: MemoryStore, client: Mlflow
     for _ in range(2):
         Opened(trials, "e").controller.step()
     assert aliases(client)["production"] == 1
+
+
+def three(trials: MemoryStore, rates: dict[str, float]) -> Opened:
+    """An experiment of control and two candidates, of which one was found worse and dropped before."""
+    registry.promote("it", 3, alias="staging")
+    Experiment(
+        "e", program=qa(), variants={"control": "it@production", "cot": "it@canary", "bad": "it@staging"}, metrics=[OK],
+        guardrails=(), store=trials,
+    )  # fmt: skip
+    opened = Opened(trials, "e")
+    feed(opened, 400, rates)
+    for _ in range(2):
+        opened.controller.step()
+    return opened
+
+
+@pytest.mark.usefixtures("two")
+def test_a_promotion_takes_the_alias_of_what_was_dropped_along(trials: MemoryStore, client: MlflowClient) -> None:
+    """It stayed at the version that had lost, for whoever loads by it; done once, by whoever looks."""
+    opened = three(trials, {"control": 0.5, "cot": 0.5, "bad": 0.05})
+    assert [what for what, _ in audit(opened)] == ["start", "drop"]
+    assert aliases(client) == {"production": 1, "canary": 2, "staging": 3}, "it goes on, and measures what they name"
+    promote(opened, "cot", force=True, reason="the better style", by="ada")
+    assert aliases(client) == {"production": 2, "previous": 1, "canary": 2, "staging": 2}
+    newest = registry.history("it", alias="staging")[0]
+    assert (newest.action, newest.from_version, newest.to_version, newest.by) == ("rollback", 3, 2, "ada")
+    assert newest.evidence["experiment"]["name"] == "e"
+    before = registry.history("it")
+    Opened(trials, "e").controller.step()
+    assert registry.history("it") == before
+    registry.promote("it", 3, alias="staging", reason="again, by hand")
+    again = Opened(trials, "e")
+    again.controller.step()
+    assert again.controller.over
+    assert aliases(client)["staging"] == 3
+
+
+@pytest.mark.usefixtures("two")
+def test_stopping_gives_the_candidates_aliases_back(trials: MemoryStore, client: MlflowClient) -> None:
+    """Of those that still have what was measured; of one that never began nothing moves."""
+    opened = three(trials, {"control": 0.5, "cot": 0.5, "bad": 0.5})
+    registry.promote("it", 2, alias="staging", reason="by others")
+    stop(opened, "enough", "ada")
+    assert aliases(client) == {"production": 1, "canary": 1, "staging": 2}
+    newest = registry.history("it")[0]
+    assert (newest.action, newest.alias, newest.by, newest.reason) == ("rollback", "canary", "ada", "enough")
+    said = json.loads(lines(opened, "alias")[0].evidence)["reason"]
+    assert said == "it@canary from 2 to 1: applied; it@staging from 3 to 1: conflict"
+    before = registry.history("it")
+    again = Opened(trials, "e")
+    again.controller.step()
+    assert again.controller.over
+    assert registry.history("it") == before
+
+
+@pytest.mark.usefixtures("two")
+def test_an_experiment_that_never_began_moves_nothing(trials: MemoryStore, client: MlflowClient) -> None:
+    opened = compare(trials, rollout=Rollout())
+    stop(opened)
+    assert aliases(client) == {"production": 1, "canary": 2}
 
 
 @pytest.mark.usefixtures("two")

@@ -16,7 +16,7 @@ from dspy_prod.runtime.processes import this_process
 from dspy_prod.stores.redis import trial_reading, trial_writing, trials
 from dspy_prod.stores.redis.asking import KEPT_FOR, named
 from dspy_prod.stores.redis.trial_steps import PARTS
-from dspy_prod.stores.trials import Arm, Call, Decision, Exposure, Lease, Outcome, Tally
+from dspy_prod.stores.trials import Arm, Call, Decision, Exposure, Lease, Outcome, Tally, Underway
 from tests.stores.redis.looking import commands, keys_of
 from tests.stores.redis.standin import Served
 from tests.stores.support import FakeClock
@@ -34,6 +34,7 @@ def fill(store: Served, name: str = "e") -> None:
         expose(store, unit, "c", 1, trial=name)
         outcome(store, unit, 1.0, trial=name)
         call(store, unit, trial=name)
+        store.trials.underway(Underway(name, unit, store.trials.now()))
     store.trials.decide(name, Decision("note", "x", ""))
 
 
@@ -102,6 +103,27 @@ def test_units_beyond_the_bound_are_served_and_not_counted(served: Served, monke
     assert check_units(served) == 3
     fields = served.connection.client().hvals(served.connection.key("trial", "e", "values"))
     assert {row.split(b" ")[0] for row in fields} == {b"2.0"}, "values that are there are still corrected"
+
+
+def test_so_many_units_are_waited_for_longer_than_others(open_served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial_writing, "MOST_UNDERWAY", 2)
+    clock = FakeClock()
+    store = open_served(clock=clock)
+    made(store)
+    calling = store.connection.key("trial", "e", "calling")
+
+    def goes_on(*units: str) -> set[bytes]:
+        for unit in units:
+            expose(store, unit)
+            store.trials.underway(Underway("e", unit, store.trials.now(), 20.0))
+        store.flush()
+        return set(store.connection.client().zrange(calling, 0, -1))
+
+    assert goes_on("u1", "u2", "u3") == {b"1", b"2"}
+    clock.advance(15.0)
+    assert goes_on("u1", "u3") == {b"1", b"2"}
+    clock.advance(6.0)
+    assert goes_on("u3") == {b"1", b"3"}, "the second one is not waited for any more"
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------

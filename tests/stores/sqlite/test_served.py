@@ -15,7 +15,8 @@ from dspy_prod.records import CallRecord, Totals
 from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.sqlite import hits
 from dspy_prod.stores.sqlite.store import SqliteStore
-from tests.stores.support import DAY, Problems, record
+from dspy_prod.stores.sqlite.tables import Tables
+from tests.stores.support import DAY, Problems, record, until
 
 
 def like(**fields: Any) -> CallRecord:
@@ -143,9 +144,7 @@ def test_while_the_file_cannot_be_written_they_wait(path: str, monkeypatch: pyte
 def test_after_close_none_is_taken(store: SqliteStore) -> None:
     kind = store.kind(like())
     assert kind.served(DAY)
-    assert not kind.ended
     store.close()
-    assert kind.ended
     assert not kind.served(DAY)
     assert len(store.records()) == 1
 
@@ -159,7 +158,6 @@ def test_a_forked_child_notes_its_own(store: SqliteStore) -> None:
     if not child:
         code = 1
         try:
-            assert kind.ended
             assert not kind.served(DAY)
             store.kind(like(user="child")).served(DAY)
             store.close()
@@ -168,3 +166,46 @@ def test_a_forked_child_notes_its_own(store: SqliteStore) -> None:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
     assert sorted(row.user or "" for row in store.records()) == ["child", "parent"]
+
+
+def test_a_commit_that_came_through_and_was_called_failed_writes_none_twice(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New ids are not looked for in the file; those that are written again are."""
+    kind, commit, failed = store.kind(like()), Tables.commit, []
+
+    def commits(tables: Tables) -> None:
+        commit(tables)
+        if not failed and sum(map(len, tables.served)) >= hits.LEAST:
+            failed.append(tables)
+            raise sqlite3.OperationalError("disk I/O error")
+
+    assert store.flush(5)
+    monkeypatch.setattr(Tables, "commit", commits)
+    for number in range(100):
+        kind.served(DAY + number)
+    until(lambda: bool(failed) and store.flush(1))
+    assert [row.started_at for row in store.records()] == [DAY + number for number in range(100)][::-1]
+    assert [sums for *_, sums in store.totals()] == [Totals(cached=100)]
+
+
+def test_what_others_wrote_meanwhile_is_looked_at_again(store: SqliteStore, path: str) -> None:
+    """The writer remembers what it alone has written: how many hits are loose, and after which record a page comes."""
+    kind = store.kind(like())
+
+    def serve() -> None:
+        for _ in range(hits.LEAST):
+            kind.served(DAY)
+        assert store.flush(5)
+
+    serve()
+    with contextlib.closing(SqliteStore(path)) as other, contextlib.closing(sqlite3.connect(path)) as connection:
+        other.append(like(user="other")._replace(id="hit"))
+        other.append(record("row", started_at=DAY))
+        assert other.flush(5)
+        loose = "SELECT count(*) FROM hits WHERE loose"
+        assert connection.execute(loose).fetchone() == (1,)
+        serve()
+        assert connection.execute(loose).fetchone() == (0,)
+    assert [row.id for row in store.records()].index("row") == hits.LEAST
+    assert len(store.records(user="other")) == 1

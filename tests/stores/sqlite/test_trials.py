@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from dspy_prod.stores.durable import posting
-from dspy_prod.stores.sqlite import trials
+from dspy_prod.stores.sqlite import trial_forgetting
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
-from dspy_prod.stores.sqlite.trial_tables import PARTS, TABLES, advance, read_matured, read_seen
+from dspy_prod.stores.sqlite.trial_tables import LATER, PARTS, TABLES, advance, read_matured, read_seen
+from dspy_prod.stores.sqlite.trial_writing import write_batch
 from dspy_prod.stores.trials import Call, Calls, Decision, Exposure, Lease, Outcome, Tally, Values
 from tests.stores import trial_support
 from tests.stores.sqlite.test_processes import SERVER, run_processes
@@ -177,6 +178,22 @@ def test_a_file_of_an_earlier_release_keeps_its_rows_and_gets_the_tables(path: s
         assert store.trials.tally("e").units == 1
 
 
+def test_a_file_without_the_latest_columns_gets_them(path: str) -> None:
+    with contextlib.closing(SqliteStore(path)) as store:
+        made(store)
+        expose(store, "u1")
+        call(store, "u1", list_nano=7)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        for table, names in LATER.items():
+            for name in names:
+                file.execute(f"ALTER TABLE {table} DROP COLUMN {name}")
+    with contextlib.closing(SqliteStore(path)) as store:
+        call(store, "u1", list_nano=None)
+        assert store.trials.tally("e") == Tally(1, unpriced=1)
+        with contextlib.closing(sqlite3.connect(path)) as file:
+            assert file.execute("SELECT calls, list_nano, unpriced FROM trial_calls").fetchone() == (2, 7, 1)
+
+
 def test_what_is_read_of_a_large_experiment_is_found_by_its_keys(path: str) -> None:
     with contextlib.closing(SqliteStore(path)) as store:
         made(store)
@@ -196,10 +213,57 @@ def test_what_is_read_of_a_large_experiment_is_found_by_its_keys(path: str) -> N
                 assert "TEMP B-TREE" not in plan, (sql, plan)
 
 
+def test_a_batch_looks_up_its_units_one_by_one_however_many_the_experiment_has(path: str) -> None:
+    """Given a list of names, SQLite read all units of the experiment: two milliseconds a unit at a million."""
+    with contextlib.closing(SqliteStore(path)) as store:
+        made(store, windows={None: 0.0, "at once": 0.0})
+        for number in range(3):
+            expose(store, f"u{number}")
+        assert store.flush(10)
+    units = [f"u{number}" for number in range(100)]
+    things = [
+        *(Exposure("e", unit, 1, "cot", 0.5, 1.0) for unit in units), *(Call("e", unit, 1.0) for unit in units),
+        *(Outcome("e", unit, "at once", 1.0, 1.0) for unit in units),
+    ]  # fmt: skip
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        sent: list[str] = []
+        file.set_trace_callback(sent.append)
+        write_batch(file, 1, "me", things, 1, 2.0)
+        file.set_trace_callback(None)
+        asked = [sql for sql in sent if sql.startswith("WITH asked")]
+        plans = [[row[3] for row in file.execute(f"EXPLAIN QUERY PLAN {sql}")][-1] for sql in asked]
+    tables = ("trial_units", "trial_later", "trial_calls", "trial_values")
+    assert {plan.split()[1] for plan in plans} == set(tables)
+    assert all("(trial=? AND unit=?)" in plan or "number=?)" in plan for plan in plans), plans
+    assert len(asked) < 20  # not a statement for each
+
+
+def test_a_look_at_what_has_not_changed_waits_for_no_writer(
+    sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what was posted is waited for, and only a mark that moves is written."""
+    made(sqlite_store)
+    expose(sqlite_store, "u1")
+    outcome(sqlite_store, "u1", 1.0, "at once")
+    assert numbers(sqlite_store.trials.matured("e", "at once")) == [1]
+
+    def never(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(sqlite_store._mailbox, "flush", never)
+    monkeypatch.setattr(sqlite_store._mailbox, "question", never)
+    assert numbers(sqlite_store.trials.matured("e", "at once")) == [1]
+    assert numbers(sqlite_store.trials.matured("e", None)) == []
+    assert sqlite_store.trials.tally("e").units == 1
+    expose(sqlite_store, "u2")
+    with pytest.raises(AssertionError):
+        sqlite_store.trials.tally("e")
+
+
 def test_a_removal_goes_in_steps_and_the_next_one_ends_what_was_interrupted(
     sqlite_store: SqliteStore, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "_FORGET", 3)
+    monkeypatch.setattr(trial_forgetting, "_FORGET", 3)
     store = sqlite_store
     for name in ("gone", "e"):
         made(store, name)

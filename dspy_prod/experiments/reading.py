@@ -1,0 +1,222 @@
+"""What a controller reads: units whose window is over become evidence, and how far it got is saved.
+
+Anybody may go on from what was saved, and gets the same evidence.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from dspy_prod.experiments.assignment import Design
+from dspy_prod.experiments.decisions import Decision
+from dspy_prod.experiments.declaration import source_of
+from dspy_prod.experiments.evidence import Evidence, Exposure
+from dspy_prod.experiments.history import History, Look
+from dspy_prod.experiments.pairs import SUFFIX, Pairs
+from dspy_prod.experiments.sample import Sample, unjudged
+from dspy_prod.experiments.shadow import pairs_of
+from dspy_prod.experiments.spread import Spread
+from dspy_prod.options.experiments import Rollout
+from dspy_prod.options.metrics import Metric
+from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.stores.trials import Calls, Matured, Trials
+
+EXPOSED: Final = " (exposed)"
+"""Under which it is kept how many exposures were read."""
+
+PART: Final = 5_000
+"""Units that are read before what was read is saved."""
+
+_log = logging.getLogger("dspy_prod")
+
+
+class Reading:
+    """What is known of one experiment, from what its store has. Thread-safe.
+
+    Args:
+        name: the experiment's. trials: the store's. design: who gets what. metrics: what is compared. alpha: as of
+            `Evidence`. rollout: the stages; None: a fixed split. sample: whom judges look at.
+
+    Attributes:
+        evidence: as of the last `read`; None before it. spread: of latencies.
+        pairs: those of a shadow stage; None without one.
+    """
+
+    def __init__(
+        self, name: str, trials: Trials, design: Design, metrics: Sequence[Metric], alpha: float,
+        rollout: Rollout | None, sample: Sample,
+    ) -> None:  # fmt: skip
+        self._name, self._trials, self._design, self._metrics = name, trials, design, tuple(metrics)
+        self._alpha, self._rollout, self._sample = alpha, rollout, sample
+        # Also without metrics of calls: it is with them that units are told to be in two arms.
+        self._sources: dict[str | None, list[Metric]] = defaultdict(list, {None: []})
+        for metric in self._metrics:
+            self._sources[source_of(metric)].append(metric)
+        self.spread = Spread()
+        self.evidence: Evidence | None = None
+        self.pairs: Pairs | None = None
+        self._history = self._blank()
+        self._read: dict[str, int] = {}
+        self._revision = -1
+        self._after_fork()
+        reset_after_fork(self)
+
+    def read(self) -> Decision:
+        """Take in what has come since, save how far that is, and say what it means."""
+        with self._lock:
+            try:
+                return self._read_on()
+            except BaseException:  # what was taken in half-way must not be taken in again
+                self.evidence = None
+                raise
+
+    def _read_on(self) -> Decision:
+        evidence, took = self._restored(), PART
+        while took >= PART:  # a long backlog is saved as it goes: whoever is killed meanwhile has not read for nothing
+            took = self._take_in_some(evidence)
+            if took:
+                self._save(evidence)
+            if took >= PART:
+                evidence = self._restored()
+        tally = self._trials.tally(self._name)
+        return evidence.look(tally.mixed, tally.units)
+
+    def known(self) -> Decision:
+        """What was known when somebody saved last, where nothing can be written now."""
+        with self._lock:
+            tally = self._trials.tally(self._name)
+            return self._restored().look(tally.mixed, tally.units)
+
+    def _take_in_some(self, evidence: Evidence) -> int:
+        """A part of what is new; of how many units, of the source that had the most."""
+        took = [self._take_in_exposures(evidence), self._take_in_pairs()]
+        took += [self._take_in(evidence, source, metrics) for source, metrics in self._sources.items()]
+        return max(took)
+
+    def _save(self, evidence: Evidence) -> None:
+        pairs = None if self.pairs is None else self.pairs.state()
+        told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
+        state = json.dumps({"read": self._read, **told, "spread": self.spread.state()})
+        if self._trials.save(self._name, state, self._revision):
+            self._revision += 1
+        else:  # somebody else has looked meanwhile: what he read is as good
+            self.evidence = None
+
+    def history(self) -> tuple[Look, ...]:
+        """How the evidence grew until the last `read`."""
+        return () if self.evidence is None else self._history.looks(self.evidence)
+
+    def _blank(self, state: Mapping[str, Any] | None = None) -> History:
+        return History(len(self._metrics), len(self._design.variants) - 1, state)
+
+    def _restored(self) -> Evidence:
+        """The evidence of the last checkpoint: this controller's own, or another one's."""
+        saved = self._trials.checkpoint(self._name)
+        revision = 0 if saved is None else saved.revision
+        if self.evidence is not None and revision == self._revision:
+            return self.evidence
+        self._read, self._revision, self._history = {}, revision, self._blank()
+        self.spread = Spread()
+        evidence = None
+        if self._rollout is not None and self._rollout.shadow:
+            self.pairs = Pairs(self._metrics, self._design.variants[1:])
+        if saved is not None:
+            state = json.loads(saved.state)
+            try:
+                evidence = Evidence.from_dict(state["evidence"])
+                if self.pairs is not None and state["pairs"] is not None:
+                    self.pairs.restore(state["pairs"])
+                self._read, self._history = state["read"], self._blank(state.get("history"))
+                self.spread = Spread.restored(state.get("spread", {}))
+            except ValueError as error:  # of another release: what is stored is read again from the start
+                _log.warning("The experiment %s is read anew: %s", self._name, error)
+        if evidence is None:
+            control, *candidates = self._design.variants
+            evidence = Evidence(self._metrics, candidates, control=control, alpha=self._alpha)
+        self.evidence = evidence
+        return evidence
+
+    def _take_in_exposures(self, evidence: Evidence) -> int:
+        """For the sample ratio: who was exposed is known at once, whatever becomes of him."""
+        first = after = self._read.get(EXPOSED, self._read.get("", 0))
+        for unit in self._trials.exposed(self._name, after, PART):
+            evidence.exposed(self._exposure(unit))
+            after = unit.number
+        self._read[EXPOSED] = after
+        return after - first
+
+    def _take_in(self, evidence: Evidence, source: str | None, metrics: Sequence[Metric]) -> int:
+        """Those of one source; how many."""
+        place, after = source or "", self._read.get(source or "", 0)
+        first = after
+        judged = source in self._sample.shares
+        gaps = unjudged(place, self._trials.decisions(self._name)) if judged else []
+        if units := self._trials.matured(self._name, source, after, PART):
+            for unit in units:
+                exposure = self._exposure(unit)
+                if source is None and unit.mixed:
+                    evidence.crossed()
+                drawn = not judged or (
+                    self._sample.takes(place, unit.unit) and not any(one <= unit.at < end for one, end in gaps)
+                )
+                left_out = unit.mixed or not drawn
+                if source is None and not left_out and unit.calls.timed:
+                    self.spread.see(unit.arm, unit.calls.latency / unit.calls.timed)
+                for metric in () if left_out else metrics:
+                    if is_unpriced(metric, unit):
+                        continue
+                    evidence.matured(metric.name, exposure, value_of(metric, unit))
+                    self._history.see(evidence, metric.name, unit.number, unit.at)
+            after = self._read[place] = units[-1].number
+        return after - first
+
+    def _take_in_pairs(self) -> int:
+        """Those of a shadow stage."""
+        if self.pairs is None:
+            return 0
+        first = self._read.get(SUFFIX, 0)
+        found, after = pairs_of(self._trials, self._name, first)
+        for candidate, pair in found:
+            self.pairs.see(candidate, pair)
+        self._read[SUFFIX] = after
+        return after - first
+
+    def _exposure(self, unit: Matured) -> Exposure:
+        shares = self._design.propensities(unit.stage, unit.full)
+        return Exposure(unit.arm, dict(zip(self._design.variants, shares, strict=True)), str(unit.stage))
+
+    def _after_fork(self) -> None:
+        """A child does not go on with what a thread was in the middle of."""
+        self.evidence = None
+        self._lock = threading.Lock()
+
+
+def is_unpriced(metric: Metric, unit: Matured) -> bool:
+    """Whether a unit has called, and nobody knows what any of its calls cost: it is no unit of costs then, since what
+    is not known is not nothing."""
+    calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
+    return metric.name == "cost" and 0 < calls.calls == calls.unpriced
+
+
+def value_of(metric: Metric, unit: Matured) -> float | None:
+    """What a unit counts with, in the metric's unit."""
+    if source_of(metric) is not None:
+        mean = unit.values.mean
+        return mean if metric.per == "unit" or mean is None else unit.values.first
+    calls: Calls = unit.calls if metric.per == "unit" else unit.first_call
+    if not calls.calls:
+        return None
+    if metric.name == "latency":
+        return calls.latency / calls.timed if calls.timed else None
+    if metric.name == "cost":
+        priced = calls.calls - calls.unpriced
+        return calls.list_nano / 1e9 / priced if priced else None
+    found: Mapping[str, Any] = {
+        "error_rate": calls.failed, "fallback_rate": calls.fell_back,
+    }  # fmt: skip
+    return float(found[metric.name]) / calls.calls

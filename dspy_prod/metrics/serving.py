@@ -1,0 +1,184 @@
+"""`/metrics` for Prometheus: a server of its own, or an application to mount."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterable
+from importlib import import_module
+from typing import Any, Final, Literal, overload
+
+from dspy_prod.errors import ConfigError
+from dspy_prod.metrics.exposition import Collected
+from dspy_prod.metrics.setup import MOST_VALUES, REMEDY, checked
+from dspy_prod.runtime.forking import Stage, reset_after_fork
+
+PORT: Final = 9464
+"""Where OpenTelemetry's own exporters for Prometheus listen."""
+
+AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
+WsgiApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+
+def prometheus(
+    port: int = PORT,
+    host: str = "127.0.0.1",
+    *,
+    attributes: Iterable[str] = (),
+    most_values: int = MOST_VALUES,
+) -> Endpoint:
+    """Serve the metrics to Prometheus, from a thread of this process.
+
+        with dspy_prod.metrics.prometheus(port=9464) as endpoint:
+            print(endpoint.url)  # http://127.0.0.1:9464/metrics
+
+    It needs no setup of OpenTelemetry: the metrics are those of `enable`, with a provider of their own. Anybody who
+    reaches the port can read them; there is no password, so it listens on loopback alone unless told otherwise.
+
+    Each process has numbers of its own and needs a port of its own: call it in each worker, after it was forked.
+
+    Args:
+        port: 0 takes a free one, see `Endpoint.port`.
+        host: address to listen on; `"0.0.0.0"` for all.
+        attributes, most_values: see `enable`.
+
+    Raises:
+        ConfigError: `opentelemetry-sdk` or `prometheus-client` is missing; the port is taken; see `enable`.
+    """
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
+        raise ConfigError(f"prometheus(port={port!r}): use a port from 0 (any free one) to 65535")
+    collected = _collected(attributes, most_values)
+    try:
+        return Endpoint(collected, port, host)
+    except OSError as error:
+        collected.close()
+        raise ConfigError(
+            f"prometheus(port={port}, host={host!r}): cannot listen there ({error.strerror or error}); use another "
+            "port, or port=0 for a free one"
+        ) from error
+
+
+@overload
+def prometheus_app(
+    interface: Literal["asgi"] = "asgi", *, attributes: Iterable[str] = (), most_values: int = MOST_VALUES
+) -> AsgiApp: ...
+@overload
+def prometheus_app(
+    interface: Literal["wsgi"], *, attributes: Iterable[str] = (), most_values: int = MOST_VALUES
+) -> WsgiApp: ...
+def prometheus_app(
+    interface: Literal["asgi", "wsgi"] = "asgi", *, attributes: Iterable[str] = (), most_values: int = MOST_VALUES
+) -> AsgiApp | WsgiApp:
+    """The same as an application, to be mounted where a service has its pages.
+
+        app = fastapi.FastAPI()
+        app.mount("/metrics", dspy_prod.metrics.prometheus_app())
+
+    A scrape gets the numbers of the process that answers it: with several workers behind one port use `prometheus` with
+    a port for each.
+
+    Args:
+        interface: `"asgi"`, which never holds up the event loop, or `"wsgi"`.
+        attributes, most_values: see `enable`.
+
+    Raises:
+        ConfigError: as `prometheus`; an unknown interface.
+    """
+    if interface not in ("asgi", "wsgi"):
+        raise ConfigError(f"prometheus_app(interface={interface!r}): use 'asgi' or 'wsgi'")
+    collected = _collected(attributes, most_values)
+    if interface == "wsgi":
+        from prometheus_client import make_wsgi_app
+
+        wsgi: WsgiApp = make_wsgi_app(_registry(collected))
+        return wsgi
+    registry = _registry(collected)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            raise ValueError(f"/metrics takes HTTP requests, not {scope['type']!r}")
+        if scope.get("method", "GET") not in ("GET", "HEAD"):
+            await _answer(send, 405, b"GET only", [(b"allow", b"GET, HEAD")])
+            return
+        accept = ", ".join(value.decode("latin-1") for name, value in scope["headers"] if name == b"accept")
+        text, kind = await asyncio.to_thread(_text, registry, accept)
+        await _answer(send, 200, text, [(b"content-type", kind.encode())])
+
+    return app
+
+
+class Endpoint:
+    """A server of `/metrics` that runs; a context manager that ends it.
+
+    Attributes:
+        host, port: where it listens.
+        url: what Prometheus scrapes.
+    """
+
+    def __init__(self, collected: Collected, port: int, host: str) -> None:
+        from prometheus_client import start_http_server
+
+        self._collected = collected
+        server, _ = start_http_server(port, host, _registry(collected))
+        self._server: Any = server
+        self.host, self.port = host, int(server.server_port)
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
+        self._closing = threading.Lock()
+        reset_after_fork(self, Stage.FILES)
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.url!r})"
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop listening and counting. Idempotent."""
+        with self._closing:
+            server, self._server = self._server, None
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+            self._collected.close()
+
+    def _after_fork(self) -> None:
+        """The child has no thread that would answer, and must not keep the port when its parent has left it."""
+        self._closing = threading.Lock()
+        server, self._server = self._server, None
+        if server is not None:
+            server.socket.close()
+            self._collected.instruments.stop()
+
+
+def _collected(attributes: Iterable[str], most_values: int) -> Collected:
+    for module, package in (
+        ("opentelemetry.sdk.metrics", "opentelemetry-sdk"), ("prometheus_client", "prometheus-client"),
+    ):  # fmt: skip
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ConfigError(f"metrics for Prometheus need {package}: {REMEDY}") from error
+    return Collected(*checked(attributes, most_values))
+
+
+def _registry(collected: Collected) -> Any:
+    from prometheus_client import CollectorRegistry
+
+    registry = CollectorRegistry()
+    registry.register(collected)
+    return registry
+
+
+def _text(registry: Any, accept: str) -> tuple[bytes, str]:
+    from prometheus_client.exposition import choose_encoder
+
+    encode, kind = choose_encoder(accept)
+    return encode(registry), kind
+
+
+async def _answer(send: Any, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
