@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, Terms
@@ -40,7 +41,7 @@ class Known:
         self._meta = connection.key("meta")
         self._born = ""
         self._seen = self._fresh = 0  # the newest commit heard of; up to which nothing known here is old
-        self._terms = ""
+        self._terms = self._newest_terms = ""  # versions: of what is known, and the newest heard of
 
     # -- which data it is ----------------------------------------------------------------------------------------------
     def open(self, born: str) -> bool:
@@ -66,10 +67,14 @@ class Known:
         self.accounts.clear()
         self.limiters = {key: (*row[:2], "") for key, row in self.limiters.items() if row is not None}
         self.terms.clear()
-        self._born = self._terms = ""
+        self._born = self._terms = self._newest_terms = ""
         self._seen = self._fresh = 0
         self.news = True
         return before
+
+    def catch_up(self) -> None:
+        """Read the terms of budgets that were said meanwhile."""
+        self._hear_terms(self._newest_terms)
 
     def forget(self) -> None:
         """Keep nothing of what can be read again."""
@@ -164,7 +169,7 @@ class Known:
         pairs = rows.items() if isinstance(rows, dict) else zip(rows[::2], rows[1::2], strict=True)
         found = {title.decode("utf-8", "replace"): terms_of(text) for title, text in pairs}
         self.terms = {title: terms for title, terms in found.items() if terms is not None}
-        self._terms = version
+        self._terms = self._newest_terms = version
         self.news = True
 
     def _read(self, *commands: tuple[Any, ...]) -> list[Any]:
@@ -177,7 +182,8 @@ class Known:
         Args:
             own: the newest commit is ours.
         """
-        _, n, _, seconds, micros = parts
+        _, n, terms, seconds, micros = parts
+        self._newest_terms = "" if terms == b"0" else _text(terms)
         self._timing.heard(seconds, micros, sent)
         if own and self._fresh == self._seen and int(n) == self._seen + 1:
             self._fresh = int(n)
@@ -197,7 +203,12 @@ class Known:
             entry = core.accounts.entries.get(key)
             if accounts is not None:
                 row = accounts[place]
-                fresh = (*state_of(key, row), _text(row[3]))
+                try:
+                    fresh = (*state_of(key, row), _text(row[3]))
+                except StoreUnavailableError:  # who reads it next is told; what was applied, was
+                    self.accounts.pop(key, None)
+                    self.news = True
+                    continue
                 if entry is not None and (entry.spent, entry.held, entry.unconfirmed) != fresh[:3]:
                     entry.spent, entry.held, entry.unconfirmed = fresh[:3]
                     self.news = self.news or core.waiting() > 0
@@ -211,7 +222,7 @@ class Known:
                 self.limiters[key] = told, settings, n
         if commit.told:
             self.terms.update({terms.in_force.title: terms for terms in core.terms.all()})
-            self._terms = n
+            self._terms = self._newest_terms = n
 
 
 def _text(value: bytes | None) -> str:

@@ -49,6 +49,7 @@ class Link:
         self.open()
         if self._lost:
             raise ChangedError  # what is known here is carried over first
+        self._known.catch_up()
 
     def lost(self) -> bool:
         """Whether the server lost what it had, or has an older copy of it now."""

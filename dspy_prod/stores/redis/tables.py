@@ -107,7 +107,12 @@ class RedisTables(Link):
         """Fetch together what these operations and those who wait will need."""
         accounts: dict[str, None] = {}
         limiters: dict[str, None] = {}
-        known, behind = self._known, self._known.behind
+        known = self._known
+        asked = any(kind is Transactions.answer for kind, _, _ in operations)
+        if asked:  # for what is now, not for what was known last
+            known.stale()
+        behind = known.behind
+        anew = behind and (asked or core.waiting() > 0)
         for kind, one, other in operations:
             if kind is Transactions.admit:
                 keys, limit_key = [account.key for account in one.accounts], one.limit_key
@@ -124,13 +129,13 @@ class RedisTables(Link):
             accounts.update(dict.fromkeys(keys))
             if limit_key is not None and (behind or limit_key not in known.limiters):
                 limiters[limit_key] = None
-        if behind and core.waiting():
+        if anew:
             for head in core.heads():
                 accounts.update(dict.fromkeys(account.key for account in head.accounts))
                 if head.limit_key is not None:
                     limiters[head.limit_key] = None
-        if accounts or limiters:
-            self._look(accounts, limiters, part=not (behind and core.waiting()))
+        if accounts or limiters or anew:
+            self._look(accounts, limiters, part=not anew)
 
     def _look(
         self,
@@ -277,7 +282,10 @@ class RedisTables(Link):
             if isinstance(reply, Exception):
                 _log.error("A command of a commit to %s failed: %s %s: %s", self.path, name, key, reply)
         for place, function in after:
-            function(replies[place] if place < len(replies) else None)
+            try:
+                function(replies[place] if place < len(replies) else None)
+            except Exception:  # the commit was applied, whatever becomes of it
+                _log.exception("What waited for a commit to %s failed", self.path)
 
     def _not_applied(self, status: bytes, terms: bytes, rest: list[Any]) -> None:
         """Others changed something: it is known now what, and the transaction is to be decided again."""

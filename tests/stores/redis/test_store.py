@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from dspy_prod.errors import ConfigError, StoreUnavailableError
+from dspy_prod.options import RateLimit
 from dspy_prod.stores.base import GRANTED, REFUSED, AccountState, CachedAnswer
 from dspy_prod.stores.opening import open_store
 from dspy_prod.stores.redis.connection import Connection
@@ -165,6 +166,22 @@ def test_money_that_others_spend_meanwhile_is_noticed_by_whoever_decides(valkey:
     granted(other, ask(80 * CENT, accounts=("more",)))  # what it knew would have been too little
     one.close()
     other.close()
+
+
+def test_who_asks_is_told_what_is_now(valkey: str, namespace: str) -> None:
+    """What another process did since the last commit of this one was in no snapshot, and in no preview."""
+    limit = RateLimit(concurrency=1)
+    one, other = RedisStore(valkey, namespace), RedisStore(valkey, namespace)
+    held = granted(one, ask(CENT, limit=limit))
+    assert other.preview(ask(CENT, limit=limit))[0] > 0
+    one.settle(held, settlement(held, CENT))
+    assert one.flush(10)
+    assert other.preview(ask(CENT, limit=limit)) == (0.0, None)
+    for store in (one, other):
+        snapshot = store.limiter("provider")
+        assert snapshot is not None
+        assert snapshot.in_flight == 0
+        store.close()
 
 
 def test_nothing_of_a_namespace_is_without_a_bound(valkey: str, namespace: str, connection: Connection) -> None:
