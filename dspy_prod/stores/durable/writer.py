@@ -128,7 +128,7 @@ class Writer(Failing):
     def _wait(self) -> float:
         wait = min(self._transactions.due_in(), self.local.tick() - self._now(), _IDLE)
         retry_in = self._retry_at - time.monotonic()
-        if self._kept:
+        if self._kept or self._transactions.in_doubt:
             wait = min(wait, retry_in)
         elif self._core.waiting():
             wait = min(wait, POLL)
