@@ -110,6 +110,11 @@ class Drawing(Filling):
                 limiter.undraw(one, now, requests, tokens)
                 self._changes.limiters.add(key)
 
+    def keep_seats(self, now: float) -> None:
+        """Renew the seats of calls in flight, before anybody who waits for one is served."""
+        for share in list(self._shares.values()):
+            self._keep_seats(share, now)
+
     def balance(self, now: float, end: bool = False) -> None:
         """Fill up what is used, give back what is not, or what somebody waits for; everything at the `end`."""
         if not self._shares:
@@ -123,7 +128,6 @@ class Drawing(Filling):
             folded = folded or wanted
             if wanted or end or self._over(share) or not self._kept_up(share, now):
                 self._fold(share, now)
-            self._keep_seats(share, now)
         if folded:
             core.serve(now)
         self._after(self._note_spent)

@@ -132,7 +132,7 @@ class Filling:
     def _keep_seats(self, share: Share, now: float) -> None:
         """Calls in flight hold their seats as long as the process lives."""
         hold, part, key = share.hold, share.hold.drawn, share.hold.limit_key
-        if part is None or key is None or not part.seats or part.end - now > self._lease / 2:
+        if part is None or key is None or not part.seats or self._fresh(part, now):
             return
         limiter = self._core.known_limiter(key, now)
         if limiter is not None:
@@ -140,11 +140,16 @@ class Filling:
             self._renew(hold, limiter, now, 0)
             self._changes.limiters.add(key)
 
+    def _fresh(self, part: Drawn, now: float) -> bool:
+        """Whether seats were taken so lately that they need no renewal. They are renewed as often as the lease of the
+        process, so that they last as long where it cannot write for a while; their end is told in whole seconds."""
+        return part.end - now > self._lease * 2 / 3 + 1
+
     def _renew(self, hold: Hold, limiter: LimiterState, now: float, more: int) -> None:
         """Keep the seats that the process has, and take some more."""
         part = hold.drawn
         assert part is not None
-        if part.seats and part.end - now > self._lease / 2:
+        if part.seats and self._fresh(part, now):
             limiter.take_seats(now, part.end - now, more)
         else:
             limiter.leave_seats(part.end, part.seats)

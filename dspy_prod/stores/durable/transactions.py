@@ -120,12 +120,15 @@ class Transactions(Operations):
         index = -1
         try:
             now = self._now()
-            if tables.changed():
+            changed = tables.changed()
+            if changed:
                 core.forget()
                 if self._leased_until > 0 and not tables.owned():
                     core.holds.clear()  # another process thought this one dead, and charged them
                     self.drawing.lose()
                     self._leased_until = -inf
+            self.drawing.keep_seats(now)
+            if changed:
                 core.serve(now)
             core.tick(now)
             self._reaped_at = inf

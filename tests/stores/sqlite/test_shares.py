@@ -392,6 +392,23 @@ SharesMachine.TestCase.settings = examples(20, stateful_step_count=25)
 TestSharesMachine = SharesMachine.TestCase
 
 
+def test_seats_are_renewed_before_anybody_is_served_who_waits_for_one(tmp_path: Path) -> None:
+    """A writer that was held up for most of a lease renews what its calls in flight hold; their seats are not free."""
+    clock = FakeClock()
+    process = Process(str(tmp_path / "state.db"), clock, LEASE)
+    calls = [ask(AMOUNT, limit=RateLimit(tpm=200_000, concurrency=40)) for _ in range(41)]
+    for call in calls:
+        if not process.drawn.admit(call):
+            process.admit(call)
+    assert process.drawn.shares
+    assert [call.state for call in calls] == [GRANTED] * 40 + [PENDING]
+    for held_up in (LEASE / 3, LEASE * 2 / 3, LEASE * 2 / 3):
+        clock.advance(held_up)
+        process.run()
+    assert calls[-1].state == PENDING
+    process.kill()
+
+
 def test_what_is_drawn_and_not_used_counts_as_free(path: str) -> None:
     """For who reads: nothing is held, and nobody is in flight."""
     with contextlib.closing(SqliteStore(path)) as store:
