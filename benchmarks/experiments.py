@@ -12,15 +12,20 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from typing import Final
 
 from rich.table import Table
 
 from benchmarks.asked import told
-from benchmarks.experiments_measured import SECTIONS, Row, Size
+from benchmarks.experiments_measured import Row, Size, canary, decisions, ratios, same
+from benchmarks.experiments_plan import planned, power
 
+SECTIONS: Final[dict[str, Callable[[Size], Iterator[Row]]]] = {
+    "same": same, "power": power, "decisions": decisions, "canary": canary, "ratios": ratios, "plan": planned,
+}  # fmt: skip
 TITLES = {
     "same": "Equal variants called different, at 5 % (2.5 % a side); those worse by a margin called no worse, at 5 %",
     "power": "Units until it is proven, at 2.5 % (no worse: 5 %), and what plan() foretells",
@@ -28,6 +33,7 @@ TITLES = {
     "canary": "Users of the candidate until it is rolled back, ramp of 1, 5, 25, 50 %",
     "ratios": "Sample-ratio alarm, at 1 %",
     "variants": "Several candidates, one metric, 8,000 units",
+    "plan": "Units foretold and the median of simulated ones: by how much either is more, at 2.5 % (no worse: 5 %)",
 }
 
 

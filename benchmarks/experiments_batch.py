@@ -11,14 +11,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dspy_prod.experiments.amounts import CAP, CAPPED_BY, FARTHEST, LEAST, SLOWER, TAILED_BY
-from dspy_prod.experiments.betting import LARGEST, MULTIPLES, SHARES, THETAS, ArmBet, LinearBet, ProofBet
+from dspy_prod.experiments.amounts import CAP, CAPPED_BY, FARTHEST, LEAST, SLOWER, TAILED_BY, TAILED_FROM, beyond
+from dspy_prod.experiments.betting import LARGEST, SHARES, THETAS, ArmBet, LinearBet, ProofBet
 from dspy_prod.options.metrics import Metric
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 _THETAS: Final = np.array(THETAS)[:, None]
-_MULTIPLES: Final = np.array(MULTIPLES)[:, None]
 _SHARES: Final = np.array(SHARES)[:, None]
 
 
@@ -41,7 +40,7 @@ class Claim(Runs):
     """Bets side by side; the wealth of each part is a row."""
 
     def __init__(self, runs: int, *kinds: type[ArmBet | LinearBet]) -> None:
-        self.bets = [Bet(runs, kind.begin) for kind in kinds]
+        self.bets = [Bet(runs, kind) for kind in kinds]
         self.peak = np.ones(runs)
 
     def settle(self) -> None:
@@ -55,8 +54,9 @@ class Claim(Runs):
 class Bet(Runs):
     """Wealth of each part in each run."""
 
-    def __init__(self, runs: int, begin: tuple[float, ...]) -> None:
-        self.wealths = np.repeat(np.array(begin)[:, None], runs, axis=1)
+    def __init__(self, runs: int, kind: type[ArmBet | LinearBet]) -> None:
+        self.wealths = np.repeat(np.array(kind.begin)[:, None], runs, axis=1)
+        self.multiples = tuple(kind.multiples) if issubclass(kind, LinearBet) else ()
 
     @property
     def wealth(self) -> Floats:
@@ -87,8 +87,8 @@ def stake(bet: Bet, gain: Floats, worst: Floats, natural: Floats, betting: Bools
     """`LinearBet.bet` of all runs that are `betting`."""
     safe = -1.0 / worst
     gain = np.where(betting, gain, 0.0)
-    wealths, many = bet.wealths, len(MULTIPLES)
-    wealths[:many] *= 1.0 + np.minimum(_MULTIPLES * natural, SHARES[-1] * safe) * gain
+    wealths, many = bet.wealths, len(bet.multiples)
+    wealths[:many] *= 1.0 + np.minimum(np.array(bet.multiples)[:, None] * natural, SHARES[-1] * safe) * gain
     wealths[many:] *= 1.0 + _SHARES * (safe * gain)
     np.minimum(wealths, LARGEST, out=wealths)
 
@@ -243,24 +243,27 @@ class Tails(_Amounts):
         self.quantile, self.margin = metric.tail, metric.margin or 0.0
         self.tolerated = math.log(SLOWER) if metric.role == "guardrail" else 0.0
         self.expected = Expected(runs, metric.tail, metric.tail * (1.0 - metric.tail))
-        self.first, self.seen = np.full((TAILED_BY, runs), np.nan), np.zeros(runs, dtype=int)
+        kept = beyond(self.quantile, TAILED_BY)
+        self.largest, self.controls = np.full((kept, runs), -np.inf), np.zeros(runs, dtype=int)
         self.threshold = np.full(runs, np.nan)
 
     def _bet(self, candidate: Bools, propensity: Floats, value: Floats) -> None:
         self._guess(candidate, propensity, value, self.tolerated)
-        known = ~np.isnan(self.threshold)
+        known = self.controls >= TAILED_FROM
         good = np.where(known, value <= self.threshold, 0.0)
         betting = known & _open(propensity)
         self._spread(candidate, propensity, good, self.expected, self.margin, self.worse.bets[1], betting)
         self.expected.see(good, known)
-        if not known.all():
-            control = np.flatnonzero(~candidate & ~known)
-            self.first[self.seen[control], control] = value[control]
-            self.seen[control] += 1
-            full = control[self.seen[control] >= TAILED_BY]
-            if len(full):
-                place = math.ceil(self.quantile * TAILED_BY) - 1
-                self.threshold[full] = np.sort(self.first[:, full], axis=0)[place]
+        follow = ~candidate & (self.controls < TAILED_BY)
+        self.controls += follow
+        # The least of those that are kept, from the least on, makes room for a larger one.
+        larger = np.flatnonzero(follow & (value > self.largest[0]))
+        if len(larger):
+            self.largest[0, larger] = value[larger]
+            self.largest[:, larger] = np.sort(self.largest[:, larger], axis=0)
+        places = self.controls - np.ceil(self.quantile * self.controls).astype(int) + 1
+        found = self.largest[np.maximum(len(self.largest) - places, 0), np.arange(len(value))]
+        self.threshold = np.where(follow, found, self.threshold)
 
 
 def compared(metric: Metric, runs: int) -> Comparison:

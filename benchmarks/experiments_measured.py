@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -26,7 +26,6 @@ from benchmarks.experiments_worlds import (
     users,
 )  # fmt: skip
 from dspy_prod.experiments.alphas import Alphas, alphas
-from dspy_prod.experiments.planning import units_needed
 from dspy_prod.experiments.trust import CONCENTRATION, RATIO_ALPHA
 from dspy_prod.options.metrics import Metric, cost, error_rate, latency
 
@@ -110,6 +109,7 @@ def same(size: Size) -> Iterator[Row]:
         "worse by its margin, .80 to .78": (Metric("score", margin=0.02), rate(0.80, 0.78)),
         "worse by its margin, .03 to .05": (error_rate(name="failed"), rate(0.03, 0.05)),
         "worse by its margin, cost +10 %": (cost(name="usd"), amounts(0.8, 1.1)),
+        "worse by its margin, slow 5 to 7 %, p95": (latency(name="took"), seconds(slow=0.07)),
     }
     for name, (metric, draw) in edges.items():
         ended = simulated(
@@ -117,44 +117,6 @@ def same(size: Size) -> Iterator[Row]:
             until="no_worse", name=name,
         )  # fmt: skip
         yield Row("same", name, _wrong(ended), size.runs, [("wrong", "<=", A_SIDE.no_worse)])
-
-
-def power(size: Size) -> Iterator[Row]:
-    """Units until a difference is proven at 2.5 %, or its absence at 5 %; and what `plan` foretells."""
-    score, amount = Metric("score"), Metric("amount", direction="lower", relative=True)
-    quick, few = Size(size.some(0.25), 2 * size.units, size.seed), Size(size.some(0.15), 4 * size.units, size.seed)
-    cases: list[tuple[str, Metric, Draw, float, str, float, float]] = [
-        (".80 to .85, 50/50", score, rate(0.80, 0.85), 0.5, "better", 0.05, 0.16),
-        (".80 to .75, 50/50", score, rate(0.80, 0.75), 0.5, "worse", 0.05, 0.16),
-        (".80 to .83, 50/50", score, rate(0.80, 0.83), 0.5, "better", 0.03, 0.16),
-        (".80 to .70, 90/10", score, rate(0.80, 0.70), 0.1, "worse", 0.10, 0.16),
-        (".98 to .95, 90/10", score, rate(0.98, 0.95), 0.1, "worse", 0.03, 0.0196),
-        ("5 levels -.03, 50/50", score, levels(0.03), 0.5, "worse", 0.03, 0.085),
-        ("cost +10 % (sd 1), 50/50", amount, amounts(1.0, 1.1), 0.5, "worse", math.log(1.1), 1.0),
-        ("cost +20 % (sd 1), 50/50", amount, amounts(1.0, 1.2), 0.5, "worse", math.log(1.2), 1.0),
-        ("cost +40 % (sd 1.5), 50/50", amount, amounts(1.5, 1.4), 0.5, "worse", math.log(1.4), 2.25),
-    ]
-    for name, metric, draw, share, until, effect, variance in cases:
-        foretold = {each: units_needed(effect, variance, 0.025, each, share) for each in (0.5, 0.8)}
-        yield _reached(name, metric, draw, share, until, foretold, quick)
-    for base in (0.80, 0.95, 0.97):
-        metric, variance = Metric("score", margin=0.02), base * (1 - base)
-        foretold = {each: units_needed(0.02, variance, 0.05, each, 0.5) for each in (0.5, 0.8)}
-        yield _reached(f"no worse by 2 points, {base:.2f}", metric, rate(base), 0.5, "no_worse", foretold, few)
-
-
-def _reached(
-    name: str, metric: Metric, draw: Draw, share: float, until: str, foretold: Mapping[float, int], size: Size
-) -> Row:
-    ended = simulated([metric], {metric.name: draw}, A_SIDE, runs=size.runs, units=size.units, seed=(size.seed, 2),
-                      share=share, until=until, name=name)  # fmt: skip
-    figures = {
-        "median n": float(np.median(ended.units)), "mean n": float(ended.units.mean()),
-        "n at 80 %": float(np.quantile(ended.units, 0.8)),
-        "by 4k": float((ended.units <= 4_000).mean()), "by 8k": float((ended.units <= 8_000).mean()),
-        "plan 50 %": float(foretold[0.5]), "plan 80 %": float(foretold[0.8]),
-    }  # fmt: skip
-    return Row("power", name, figures, size.runs)
 
 
 GOOD: Final = {
@@ -176,7 +138,7 @@ def decisions(size: Size) -> Iterator[Row]:
         ("A/A, p95 latency", tail, {}, 0.5, [("promote", "<=", 0.02), ("rollback", "<=", 0.03)]),
         ("A/A, 90/10", usual, {}, 0.1, [("promote", "<=", 0.02), ("rollback", "<=", 0.03)]),
         ("quality +5", usual, {"quality": rate(0.80, 0.85)}, 0.5, [("promote", ">=", 0.85)]),
-        ("quality +5, p95 latency", tail, {"quality": rate(0.80, 0.85)}, 0.5, []),
+        ("quality +5, p95 latency", tail, {"quality": rate(0.80, 0.85)}, 0.5, [("promote", ">=", 0.85)]),
         ("quality +5, margins 3 points and 20 %", feasible, {"quality": rate(0.80, 0.85)}, 0.5,
          [("promote", ">=", 0.95)]),
         ("quality +5, one metric", one, {"quality": rate(0.80, 0.85)}, 0.5, [("promote", ">=", 0.99)]),
@@ -291,8 +253,3 @@ def _several(size: Size, many: int, better: float, runs: int, name: str) -> dict
         lost[place] = comparison.worse.peak >= 1 / level.worse_success
     figures = {"any promoted": float(won.any(axis=0).mean()), "any rolled back": float(lost.any(axis=0).mean())}
     return {**figures, "first promoted": float(won[0].mean())}
-
-
-SECTIONS: Final[dict[str, Callable[[Size], Iterator[Row]]]] = {
-    "same": same, "power": power, "decisions": decisions, "canary": canary, "ratios": ratios,
-}  # fmt: skip

@@ -5,6 +5,7 @@ Many runs advance together, a unit at a time, with a look at every unit. A run t
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ def levels(shift: float = 0.0) -> Draw:
 def amounts(sd: float, ratio: float = 1.0) -> Draw:
     """Lognormal, `ratio` times as much for the candidate."""
     return lambda u, z, arm, place: np.exp(sd * z) * np.where(arm, ratio, 1.0)
+
+
+def varied(sd: float) -> float:
+    """The standard deviation of such amounts as a share of their mean, which is what plans are told."""
+    return math.sqrt(math.expm1(sd * sd))
 
 
 def seconds(sd: float = 0.6, slow: float = 0.05) -> Draw:

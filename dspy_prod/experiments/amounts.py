@@ -8,6 +8,7 @@ share can show that there is none.
 from __future__ import annotations
 
 import math
+from bisect import insort
 from typing import Any, Final
 
 from dspy_prod.experiments.betting import ArmBet, LinearBet
@@ -19,8 +20,10 @@ CAPPED_BY: Final = 50
 """So many of control's first units fix the cap of amounts."""
 CAP: Final = 10.0
 """It is so many times their mean."""
-TAILED_BY: Final = 200
-"""So many of control's first units fix the quantile beyond which a tail begins."""
+TAILED_FROM: Final = 20
+"""After so many of control's units there is a quantile beyond which a tail begins."""
+TAILED_BY: Final = 2_000
+"""It follows control's units up to so many, and then stays."""
 SLOWER: Final = 1.25
 """A typical amount this many times control's is harm, too, where a tail is compared."""
 FARTHEST: Final = 4.0
@@ -103,7 +106,11 @@ class Ratios(_Amounts):
 
 
 class Tails(_Amounts):
-    """Of the share of amounts beyond a quantile that control's first units fix."""
+    """Of the share of amounts beyond a quantile of control's.
+
+    The quantile is that of control's units so far, so that it comes closer and closer to the true one, and a bet is
+    fair against what was known before it. Only amounts beyond it are kept.
+    """
 
     def __init__(self, metric: Metric) -> None:
         super().__init__(metric)
@@ -111,38 +118,48 @@ class Tails(_Amounts):
         self._quantile, self._margin = metric.tail, metric.margin or 0.0
         self._tolerated = math.log(SLOWER) if metric.role == "guardrail" else 0.0
         self._expected = Expected(metric.tail, metric.tail * (1.0 - metric.tail))
-        self._first: list[float] = []
-        self._threshold: float | None = None
+        self._controls, self._largest, self._threshold = 0, list[float](), math.nan
 
     def _worse(self) -> tuple[ArmBet | LinearBet, ...]:
         return (ArmBet(), LinearBet())
 
     def _bet(self, candidate: bool, propensity: float, value: float, tenant: str | None) -> None:
         self._guess_from_log(candidate, propensity, value, tenant, self._tolerated)
-        if self._threshold is None:
-            if not candidate:
-                self._first.append(value)
-                if len(self._first) >= TAILED_BY:
-                    self._threshold, self._first = sorted(self._first)[math.ceil(self._quantile * TAILED_BY) - 1], []
-            return
-        good = 1.0 if value <= self._threshold else 0.0
-        if 0.0 < propensity < 1.0:
-            expected, variance, margin = self._expected.mean(tenant), self._expected.variance, self._margin
-            bet = self.worse.bets[1]
-            stake_on_spread(bet, candidate, propensity, 1.0 - good, 1.0 - expected, -margin, variance)
-            if self.no_worse is not None:
-                stake_on_spread(self.no_worse.bets[0], candidate, propensity, good, expected, margin, variance)
-        self._expected.see(good, tenant)
+        if self._controls >= TAILED_FROM:
+            good = 1.0 if value <= self._threshold else 0.0
+            if 0.0 < propensity < 1.0:
+                expected, variance, margin = self._expected.mean(tenant), self._expected.variance, self._margin
+                bet = self.worse.bets[1]
+                stake_on_spread(bet, candidate, propensity, 1.0 - good, 1.0 - expected, -margin, variance)
+                if self.no_worse is not None:
+                    stake_on_spread(self.no_worse.bets[0], candidate, propensity, good, expected, margin, variance)
+            self._expected.see(good, tenant)
+        if not candidate and self._controls < TAILED_BY:
+            self._follow(value)
+
+    def _follow(self, value: float) -> None:
+        """Take one of control's amounts into the quantile."""
+        self._controls += 1
+        insort(self._largest, value)
+        if len(self._largest) > beyond(self._quantile, TAILED_BY):
+            del self._largest[0]
+        self._threshold = self._largest[-beyond(self._quantile, self._controls)]
 
     def _seen(self) -> Any:
-        seen = {"expected": self._expected.state(), "first": list(self._first), "threshold": self._threshold}
+        seen = {"expected": self._expected.state(), "controls": self._controls, "largest": list(self._largest)}
         return {**super()._seen(), **seen}
 
     def _restore(self, seen: Any) -> None:
         super()._restore(seen)
         self._expected.restore(seen["expected"])
-        self._first = [float(each) for each in seen["first"]]
-        self._threshold = None if seen["threshold"] is None else float(seen["threshold"])
+        self._controls, self._largest = int(seen["controls"]), [float(each) for each in seen["largest"]]
+        if self._controls:
+            self._threshold = self._largest[-beyond(self._quantile, self._controls)]
+
+
+def beyond(quantile: float, count: int) -> int:
+    """Of so many amounts the quantile is the one in this place, counted from the largest, which is 1."""
+    return count - math.ceil(quantile * count) + 1
 
 
 def _bounded(surprise: float) -> float:

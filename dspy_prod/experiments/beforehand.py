@@ -70,7 +70,7 @@ class Beforehand:
                 deviation. Of an amount such as `cost`, its standard deviation as a share of its mean.
             effect: by how much a candidate is hoped to be better, in the metric's unit, of amounts as a share: one
                 number for all success metrics, or one for each by name. Default: a twentieth of a score's range, a
-                tenth of an amount.
+                tenth of an amount, half of a tail.
             power: the probability with which each claim is to be proven by then.
 
         Raises:

@@ -127,6 +127,7 @@ class LinearBet(Bet):
 
     __slots__ = ()
     begin = (1.0 / (len(MULTIPLES) + len(SHARES)),) * (len(MULTIPLES) + len(SHARES))
+    multiples: tuple[float, ...] = MULTIPLES
 
     def bet(self, gain: float, worst: float, natural: float) -> None:
         """One unit.
@@ -136,22 +137,27 @@ class LinearBet(Bet):
             worst: the least it could have been, below 0; known before the outcome, as is `natural`.
             natural: the stake that is best where the truth lies a margin away from the hypothesis.
         """
-        staked = stakes(natural, -1.0 / worst)
+        staked = stakes(natural, -1.0 / worst, self.multiples)
         grown = [wealth * (1.0 + stake * gain) for wealth, stake in zip(self.wealths, staked)]  # noqa: B905
         self.wealths = grown if max(grown) <= LARGEST else [min(each, LARGEST) for each in grown]
 
 
 class ProofBet(LinearBet):
-    """Stakes against harm by a margin, where most often there is none at all: then the natural stake is the best."""
+    """Stakes against harm by a margin, where most often there is none at all.
+
+    Then the natural stake is the best on average. Three quarters of it win nearly as fast and swing less: half of the
+    proofs take as long, the slowest fifth is there a tenth sooner.
+    """
 
     __slots__ = ()
-    begin = (0.02, 0.25, 0.4, 0.25, 0.05, 0.01, 0.01, 0.005, 0.005)
+    begin = (0.02, 0.8, 0.13, 0.03, 0.005, 0.005, 0.005, 0.0025, 0.0025)
+    multiples = (0.3, 0.75, 1.0, 1.6, 2.5, 4.0)
 
 
-def stakes(natural: float, safe: float) -> Sequence[float]:
+def stakes(natural: float, safe: float, multiples: Sequence[float] = MULTIPLES) -> Sequence[float]:
     """What is staked, none of it enough to lose everything: `safe` would."""
     most = SHARES[-1] * safe
-    staked = [multiple * natural for multiple in MULTIPLES]
+    staked = [multiple * natural for multiple in multiples]
     if staked[-1] > most:  # they are in order
         staked = [min(each, most) for each in staked]
     staked += [share * safe for share in SHARES]

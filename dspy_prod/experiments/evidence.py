@@ -21,7 +21,7 @@ from dspy_prod.experiments.neighbours import Neighbours
 from dspy_prod.experiments.trust import SampleRatio
 from dspy_prod.options.metrics import Metric
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,22 @@
-"""How many units an experiment will need, before it begins: an approximation that simulation confirms.
-
-The logarithm of the bettor's wealth grows like a random walk: by `p (1 - p) effect**2 / (2 variance)` a unit on average
-for the best stake, with twice that as variance (as of any likelihood ratio). It must reach `-log(alpha)`, and a little
-more for not knowing the best stake beforehand (`SPREAD`).
-"""
+"""How many units and days an experiment will need, before it begins; see `foretelling` for how it is computed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Final
+from typing import Final, Literal
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.alphas import Alphas, alphas
+from dspy_prod.experiments.foretelling import most_better, units_needed
 from dspy_prod.options.metrics import Metric
 from dspy_prod.views import Cell, Page, Shown, Table
 
-SPREAD: Final = 0.35
-"""What it costs to spread the money over stakes, as a logarithm of wealth."""
 LONG: Final = 30.0
 """An experiment of more days than these is called long."""
-LARGE: Final = 15_000
+LARGE: Final = 10_000
 """More units than these are warned of, however many come a day."""
-AMOUNTS_SD: Final = 1.0
-"""Standard deviation of amounts as a share of their mean, where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -82,34 +73,6 @@ class Plan(Shown):
         return Page(table, last, *(f"Beware: {each}" for each in self.warnings))
 
 
-def units_needed(effect: float, variance: float, alpha: float, power: float = 0.8, share: float = 0.5) -> int:
-    """Units of control and one candidate together, by which a difference is proven with probability `power`.
-
-    Args:
-        effect: the difference of means, or the margin if there is none.
-        variance: of one unit's outcome.
-        alpha: of the claim.
-        power: the probability; 0.5 gives the median.
-        share: of the candidate among the two.
-
-    Example:
-        >>> units_needed(0.05, 0.16, 0.025, power=0.5) // 100
-        20
-
-    Raises:
-        ConfigError: effect, variance, alpha, power or share is impossible.
-    """
-    if not (effect > 0 and variance > 0):
-        raise ConfigError(f"effect={effect!r} and variance={variance!r} must be over 0")
-    for name, value in (("alpha", alpha), ("power", power), ("share", share)):
-        if not 0 < value < 1:
-            raise ConfigError(f"{name}={value!r} must lie between 0 and 1")
-    growth = share * (1.0 - share) * effect * effect / (2.0 * variance)
-    z = NormalDist().inv_cdf(power)
-    root = (z * math.sqrt(2.0) + math.sqrt(2.0 * z * z + 4.0 * (SPREAD - math.log(alpha)))) / 2.0
-    return math.ceil(root * root / growth)
-
-
 def plan(
     metrics: Sequence[Metric],
     *,
@@ -131,7 +94,7 @@ def plan(
             where lower is. Of an amount, its standard deviation as a share of its mean (default 1), or both in the
             metric's unit.
         effects: by how much a candidate is hoped to be better on success metrics, in the metric's unit, of amounts as
-            a share. Default: 5 hundredths of the range, and a tenth of amounts.
+            a share. Default: 5 hundredths of the range, a tenth of amounts, half of a tail.
         shares: of each variant; default: two equal ones.
         control: its name in `shares`.
         alpha: of the experiment.
@@ -156,35 +119,50 @@ def plan(
     pair = shares[control] + shares[rarest]
     needs = []
     for metric in metrics:
-        variance = _variance(metric, (baseline or {}).get(metric.name))
-        effect = (effects or {}).get(metric.name, 0.1 if metric.relative else 0.05 * _range(metric))
-        for claim, size, each in _asked(metric, effect, level):
-            found = units_needed(_on_scale(metric, size), variance, each, power, shares[rarest] / pair)
+        known = (baseline or {}).get(metric.name)
+        for claim, size, each in _asked(metric, (effects or {}).get(metric.name), level):
+            found = units_needed(metric, claim, size, each, baseline=known, power=power, share=shares[rarest] / pair)
             units = math.ceil(found / pair)
             days = units / units_per_day + metric.window / 86_400
             told = f"{_said(metric, claim, size)}: about {_round(units):,} units, {_days(days)}"
             needs.append(Need(metric.name, claim, size, units, days, told))
     slowest = max(_awaited(metrics, needs), key=lambda need: need.days)
-    return Plan(tuple(needs), slowest, power, tuple(_warnings(metrics, needs)))
+    return Plan(tuple(needs), slowest, power, tuple(_warnings(metrics, needs, baseline or {})))
 
 
-def _asked(metric: Metric, effect: float, level: Alphas) -> list[tuple[str, float, float]]:
+def _asked(
+    metric: Metric, effect: float | None, level: Alphas
+) -> list[tuple[Literal["better", "no_worse"], float, float]]:
     """The claims of a metric that a promotion rests on: (claim, difference, alpha)."""
+    if effect is None:
+        low, high = metric.bounds
+        effect = 0.1 if metric.relative else 0.05 * (high - low) if metric.tail is None else 0.5 * (1.0 - metric.tail)
     if not effect > 0:
         raise ConfigError(f"effects[{metric.name!r}]={effect!r} must be over 0: by how much it is hoped better")
-    better = [("better", effect, level.better)] if metric.role == "success" else []
-    return better if metric.margin is None else [*better, ("no_worse", metric.margin, level.no_worse)]
+    claims: list[tuple[Literal["better", "no_worse"], float, float]] = []
+    if metric.role == "success":
+        claims.append(("better", effect, level.better))
+    if metric.margin is not None:
+        claims.append(("no_worse", metric.margin, level.no_worse))
+    return claims
 
 
-def _warnings(metrics: Sequence[Metric], needs: Sequence[Need]) -> list[str]:
+def _warnings(
+    metrics: Sequence[Metric], needs: Sequence[Need], baseline: Mapping[str, float | tuple[float, float]]
+) -> list[str]:
     by_name, found = {metric.name: metric for metric in metrics}, []
     for need in needs:
         if need.claim == "no_worse" and (need.days > LONG or need.units > LARGE):
             needed = f"about {_round(need.units):,} units ({_days(need.days)}) when nothing changes"
             margin = _amount(by_name[need.metric], need.effect)
             found.append(
-                f"{need.metric}: a margin of {margin} needs {needed}; twice the margin needs a quarter of them"
+                f"{need.metric}: a margin of {margin} needs {needed}; twice the margin needs a quarter to half of them"
             )
+        metric = by_name[need.metric]
+        most = most_better(metric, baseline.get(metric.name))
+        if need.claim == "better" and need.effect > most * (1.0 + 1e-9):
+            hoped, possible = _amount(metric, need.effect), _amount(metric, most)
+            found.append(f"{need.metric}: nothing can be better by {hoped}, only by {possible}")
     success = [metric for metric in metrics if metric.role == "success"]
     if not success:
         found.append("no success metric: nothing can be promoted, only rolled back")
@@ -203,38 +181,10 @@ def _awaited(metrics: Sequence[Metric], needs: Sequence[Need]) -> list[Need]:
     return [first, *(need for need in needs if need.claim == "no_worse" and need.metric not in implied)]
 
 
-def _range(metric: Metric) -> float:
-    return 1.0 if metric.tail is not None else metric.bounds[1] - metric.bounds[0]
-
-
-def _variance(metric: Metric, given: float | tuple[float, float] | None) -> float:
-    """Of one unit, on the scale of `_on_scale`."""
-    if metric.relative:
-        cv = AMOUNTS_SD if given is None else given[1] / given[0] if isinstance(given, tuple) else given
-        if not cv > 0:
-            raise ConfigError(f"baseline[{metric.name!r}]={given!r} must have a spread over 0")
-        return cv * cv
-    if metric.tail is not None:
-        return metric.tail * (1.0 - metric.tail)
-    low, span = metric.bounds[0], _range(metric)
-    if isinstance(given, tuple):
-        if not given[1] > 0:
-            raise ConfigError(f"baseline[{metric.name!r}]={given!r} must have a standard deviation over 0")
-        return (given[1] / span) ** 2
-    mean = (0.8 if metric.direction == "higher" else 0.05) if given is None else (given - low) / span
-    if not 0 < mean < 1:
-        raise ConfigError(f"baseline[{metric.name!r}]={given!r} must lie between the metric's bounds")
-    return mean * (1.0 - mean)
-
-
-def _on_scale(metric: Metric, size: float) -> float:
-    return size if metric.relative else size / _range(metric)
-
-
 def _amount(metric: Metric, size: float) -> str:
     if metric.relative:
         return f"{size:.0%}"
-    return f"{100 * size:g} points" if metric.bounds == (0.0, 1.0) else f"{size:g}"
+    return f"{100 * size:.3g} points" if metric.bounds == (0.0, 1.0) else f"{size:g}"
 
 
 def _said(metric: Metric, claim: str, size: float) -> str:
