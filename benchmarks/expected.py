@@ -30,7 +30,7 @@ from benchmarks.asked import told
 from benchmarks.landscapes import LANDSCAPES, Table
 from benchmarks.racing import DELTA, IN_FLIGHT
 from dspy_prod.optimize.racing import Contest
-from dspy_prod.optimize.statistics import expected
+from dspy_prod.statistics.expected import expected
 
 DRAWN: Final = tuple(kind for kind in LANDSCAPES if kind != "better by one example")
 """Landscapes whose scores are drawn; in the other one the last candidate's are made, and true of nothing."""

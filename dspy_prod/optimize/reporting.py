@@ -11,8 +11,8 @@ from dspy_prod.optimize.choosing import described
 from dspy_prod.optimize.rehearsal import Forecast
 from dspy_prod.optimize.report import OptimizationReport, Selection, Spent
 from dspy_prod.optimize.session import Session
-from dspy_prod.optimize.statistics import expected
 from dspy_prod.optimize.sums import Sum
+from dspy_prod.statistics.expected import expected
 from dspy_prod.statistics.paired import paired
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.expected import measured
-from dspy_prod.optimize.statistics import _effects, _noise, expected
+from dspy_prod.statistics.expected import _effects, _noise, expected
 from dspy_prod.statistics.paired import paired
 
 
