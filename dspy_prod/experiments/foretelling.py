@@ -58,9 +58,11 @@ def units_needed(
     tell = _amounts if metric.relative else _tails if metric.tail is not None else _scores
     units = tell(metric, claim == "better", size, baseline, share, alpha, power)
     if units == math.inf:
+        if claim == "better":
+            size = min(size, most_better(metric, baseline))
         raise ConfigError(
-            f"{metric.name!r}: {size!r} is too small a difference: a thousand million units would not prove "
-            f"{'that a candidate is better' if claim == 'better' else 'that it is no worse'} by it; name a larger one"
+            f"{metric.name!r}: a difference of {size:g} is too small: a thousand million units would not prove that a "
+            f"candidate is {'better' if claim == 'better' else 'no worse'} by it; name a larger one"
         )
     return math.ceil(units)
 

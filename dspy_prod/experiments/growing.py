@@ -75,9 +75,10 @@ class Arms:
 
     def steps(self, step: Callable[[bool, Floats], Floats]) -> tuple[Floats, Floats]:
         """Mean and variance of `step(candidate, values)`, whose last axis is that of the values."""
-        first = sum(part * (step(arm, each.values) @ each.weights) for arm, part, each in self.both)
-        second = sum(part * (step(arm, each.values) ** 2 @ each.weights) for arm, part, each in self.both)
-        mean, square = np.asarray(first), np.asarray(second)
+        mean, square = np.zeros(1), np.zeros(1)
+        for candidate, part, each in self.both:
+            grown = step(candidate, each.values)
+            mean, square = mean + part * (grown @ each.weights), square + part * (grown**2 @ each.weights)
         return mean, np.maximum(square - mean**2, 0.0)
 
 

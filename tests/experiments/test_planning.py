@@ -90,7 +90,8 @@ def test_a_spread_below_that_of_right_and_wrong_needs_less() -> None:
     ("metric", "size", "options", "message"),
     [
         (SCORE, 0.0, {}, "size=0.0 of 'q' must be over 0"),
-        (SCORE, 1e-5, {}, "'q': 1e-05 is too small a difference"),
+        (SCORE, 1e-5, {}, "'q': a difference of 1e-05 is too small"),
+        (SCORE, 0.05, {"baseline": 1 - 1e-10}, "'q': a difference of 1e-10 is too small"),
         (SCORE, 0.05, {"share": 1.0}, "share=1.0 must lie between 0 and 1"),
         (SCORE, 0.05, {"baseline": (0.5, 0.6)}, "standard deviation of 0.5 at most"),
         (Metric("usd", direction="lower", relative=True), 1.0, {}, "must be below 1"),
