@@ -31,7 +31,7 @@ def units_needed(
     Compared with simulated experiments (`python -m benchmarks.experiments --only plan`), the median is met within a
     factor of 1.5 for amounts with a standard deviation of the logarithm of 0.05 to 1.5, sizes of 5 to 50 % and either
     direction; for right and wrong, with means from 0.2 to 0.98 and sizes of 1 to 10 points; for p95 latency, with
-    margins of 1 to 5 points; all at shares of 50/50, 75/25 and 90/10.
+    margins of 1 to 5 points; all at shares of 50/50, 75/25 and 90/10. What takes over 20,000 units was not simulated.
 
     Args:
         metric: of which something is to be proven.
