@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dspy_prod.privacy.redactor import Redactor
     from dspy_prod.production.module import CallReport, Production, call_report
     from dspy_prod.records import CallRecord
+    from dspy_prod.scaling.evaluate import evaluate
     from dspy_prod.status.health import CostSummary, Health, Preview, health
     from dspy_prod.stores.programs import ProgramCall
     from dspy_prod.telemetry.events import Event, add_listener
@@ -70,6 +71,7 @@ __getattr__, __dir__ = door(
         "production.module": "CallReport Production call_report",
         "records": "CallRecord",
         "registry": "registry",
+        "scaling.evaluate": "evaluate",
         "status.health": "CostSummary Health Preview health",
         "stores.programs": "ProgramCall",
         "telemetry.events": "Event add_listener",
@@ -135,6 +137,7 @@ __all__ = [
     "call_context",
     "call_report",
     "enable_logging",
+    "evaluate",
     "from_config",
     "health",
     "metrics",

@@ -32,7 +32,7 @@ from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, R
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import default_namespace
+from dspy_prod.stores.opening import default_namespace, with_password
 
 DSPY: Final[Mapping[str, type | None]] = {
     "model": str,
@@ -94,7 +94,10 @@ class Settings:
     def unsealed(self) -> Settings:
         """The settings with the secrets this process remembers for them."""
         fallbacks = tuple(item.opened() if isinstance(item, SealedLM) else item for item in self.fallbacks)
-        return replace(self, clients=unseal(self.clients), extras=unseal(self.extras), fallbacks=fallbacks)
+        store = with_password(self.store) if isinstance(self.store, str) else self.store
+        return replace(
+            self, clients=unseal(self.clients), extras=unseal(self.extras), fallbacks=fallbacks, store=store
+        )
 
 
 def _writes_its_key(item: Any) -> bool:

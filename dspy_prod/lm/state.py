@@ -26,8 +26,7 @@ from dspy_prod.policies.sharing import quoted
 from dspy_prod.privacy.known import blotted_in, known
 from dspy_prod.privacy.names import bare_url, public
 from dspy_prod.privacy.states import harmless
-from dspy_prod.privacy.unshown import unshown
-from dspy_prod.stores.opening import default_store_url
+from dspy_prod.stores.opening import with_password
 
 Loaded = TypeVar("Loaded", bound=dspy.LM)
 
@@ -110,9 +109,8 @@ def _load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
             arguments[name] = load_engine(arguments[name], name, allow_custom_lm_class=allow)
     if "fallbacks" in arguments:
         arguments["fallbacks"] = [_load_fallback(cls, item, allow) for item in arguments["fallbacks"]]
-    url = arguments.get("store")
-    if isinstance(url, str) and bare_url(default_store_url()) == url:
-        arguments["store"] = unshown(default_store_url())  # the environment knows its password
+    if isinstance(arguments.get("store"), str):
+        arguments["store"] = with_password(arguments["store"])
     with quoted():  # loading must not change what a budget allows
         loaded: Loaded = cls(**arguments)
     return loaded

@@ -26,6 +26,9 @@ class SystemClock:
     monotonic = staticmethod(time.monotonic)
     time = staticmethod(time.time)
 
+    def __reduce__(self) -> str:
+        return "SYSTEM_CLOCK"  # another process's is the one that it has: stores are told apart by their clocks
+
     def __repr__(self) -> str:
         return "SystemClock()"
 

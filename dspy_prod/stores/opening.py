@@ -11,7 +11,7 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlencode
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.privacy.names import without_password
+from dspy_prod.privacy.names import bare_url, without_password
 from dspy_prod.privacy.unshown import Unshown, unshown
 from dspy_prod.runtime import private
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
@@ -43,6 +43,12 @@ _LOCK: Final = RegistryLock()
 def default_store_url() -> str:
     """The store to use when none is named: the environment's `DSPY_PROD_STORE`, else a file below the directory."""
     return os.environ.get(URL_VARIABLE) or DEFAULT_URL
+
+
+def with_password(url: str) -> str:
+    """The URL of a store as it was written down elsewhere, with the password that the environment knows for it."""
+    here = default_store_url()
+    return unshown(here) if bare_url(here) == url else url
 
 
 def default_namespace(given: str | None = None) -> str:

@@ -52,6 +52,7 @@ class _Tracking:
     courier: Courier
     exit_timeout: float
     content: Literal["full", "redacted", "off"] = "redacted"
+    rest: Mapping[str, Any] = field(default_factory=dict)  # what else was given
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -142,7 +143,8 @@ def enable(
         exporter = partial(_exporter, uri, experiment, exit_timeout, tally)
         silence = inf if uri.startswith("sqlite:") else STALLED  # a file may be slow, but is not gone
         courier = Courier(traces, exporter, int(queue_size), tally, silence)
-        tracking = _Tracking(uri, experiment, courier, float(exit_timeout), content)
+        rest = {"sample": sample, "redact": None if content == "full" else redactor, "queue_size": int(queue_size)}
+        tracking = _Tracking(uri, experiment, courier, float(exit_timeout), content, rest)
         if "mlflow" in sys.modules:  # the program has imported it
             remove = install_bridge(courier, uri)
             if remove is not None:
@@ -190,6 +192,19 @@ def status() -> TrackingHealth | None:
     if tracking is None:
         return None
     return tracking.courier.health(bare_url(tracking.uri), tracking.experiment)
+
+
+def given(autolog: bool = False) -> dict[str, Any] | None:
+    """The arguments by which `enable` does the same in another process, None when tracking is off.
+
+    The URI is without a password, which the environment of that process has to know.
+    """
+    tracking = _active
+    if tracking is None:
+        return None
+    where = {"tracking_uri": bare_url(tracking.uri), "experiment_name": tracking.experiment}
+    how = {"content": tracking.content, "exit_timeout": tracking.exit_timeout, "autolog": autolog}
+    return {**where, **how, **tracking.rest}
 
 
 @dataclass(frozen=True)
