@@ -95,9 +95,7 @@ class Settings:
         """The settings with the secrets this process remembers for them."""
         fallbacks = tuple(item.opened() if isinstance(item, SealedLM) else item for item in self.fallbacks)
         store = with_password(self.store) if isinstance(self.store, str) else self.store
-        return replace(
-            self, clients=unseal(self.clients), extras=unseal(self.extras), fallbacks=fallbacks, store=store
-        )
+        return replace(self, clients=unseal(self.clients), extras=unseal(self.extras), fallbacks=fallbacks, store=store)
 
 
 def _writes_its_key(item: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.outward import outward
-from dspy_prod.runtime.processes import dead_pid
+from dspy_prod.runtime.processes import dead_pid, is_elsewhere
 from dspy_prod.scaling.parcel import Parcel, unpacked
 from dspy_prod.scaling.worker import Outcome, Worker
 
@@ -187,6 +187,12 @@ class Fleet:
         if index is None:
             seat.told = told
             return
+        if told is None:  # it has died unheard, when it had nothing to do
+            self._waiting.appendleft(index)
+            if seat.life == life:
+                self._bury(seat)
+                self._open(seat)
+            return
         if seat.life == life:
             seat.busy, seat.alone = seat.busy - 1, False
         heard(index, unpacked(told)["outcome"])
@@ -215,11 +221,12 @@ class Fleet:
 
     def _bury(self, seat: _Seat) -> None:
         """What a dead worker held is charged now: nobody has to wait for it."""
-        if seat.told is None:
+        told, seat.told = seat.told, None
+        if told is None:
             return
         _log.warning("A worker of the evaluation has died; %d examples are done again", seat.busy)
         until = time.monotonic() + _LOOK
-        while (pid := dead_pid(seat.told)) is None and time.monotonic() < until:
+        while (pid := dead_pid(told)) is None and not is_elsewhere(told) and time.monotonic() < until:
             time.sleep(0.01)  # it is seldom heard of before it is gone, and then by moments
         if pid is not None:
             self._buried(pid)

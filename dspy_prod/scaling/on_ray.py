@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Final
 
 import dspy
@@ -64,7 +64,7 @@ class OnRay(dspy.Evaluate):
         threads = num_threads or self.num_threads or THREADS
         shown = self.display_progress if display_progress is None else display_progress
         scope, own = self._keeping(program)
-        with scope:
+        with scope, _kept(own):
             most = dspy.settings.max_errors if self.max_errors is None else self.max_errors
             tally = _Tally(examples, self.failure_score, most)
             work, stores = _work(program, metric or self.metric, own)
@@ -162,6 +162,19 @@ class _Tally:
         results = [(example, *self._found[index]) for index, example in enumerate(self.examples)]
         total = sum(score for *_, score in results)
         return EvaluationResult(score=round(100 * total / len(results), 2), results=results)
+
+
+@contextmanager
+def _kept(own: Run | None) -> Iterator[None]:
+    """Say how to go on, when it ends before everything is done and nobody has given it a name."""
+    try:
+        yield
+    except BaseException:
+        if own is not None:
+            _log.warning(
+                "What the evaluation was answered so far is kept: run=%r goes on with it for nothing", own.name
+            )
+        raise
 
 
 def store_of(program: Any) -> Store:

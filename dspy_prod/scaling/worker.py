@@ -89,14 +89,15 @@ class Worker:
                 self._work = work
         return this_process()
 
-    def answer(self, example: bytes, again: bool) -> bytes:
-        """An `Outcome`, packed under "outcome".
+    def answer(self, example: bytes, again: bool) -> bytes | None:
+        """An `Outcome`, packed under "outcome"; None when this process has just begun and is not ready.
 
         Args:
             example: packed under "example". again: it was under way in a worker that died, whose answers are asked for.
         """
         work = self._work
-        assert work is not None, "a worker is asked after it is ready"
+        if work is None:
+            return None
         outcome = Outcome()
         try:
             given = unpacked(example)["example"]

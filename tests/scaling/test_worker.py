@@ -49,7 +49,9 @@ def begun(program: Any, metric: Any) -> Worker:
 
 
 def done(worker: Worker, example: Any, again: bool = False) -> Outcome:
-    outcome: Outcome = unpacked(worker.answer(Parcel({"example": example}).data, again))["outcome"]
+    told = worker.answer(Parcel({"example": example}).data, again)
+    assert told is not None
+    outcome: Outcome = unpacked(told)["outcome"]
     return outcome
 
 
@@ -134,6 +136,11 @@ def test_a_stopped_worker_sends_nothing_more(lm: Any, provider: Provider) -> Non
     errors = [done(worker, example, again).error for example in devset(1) for again in (False, True)]
     assert [type(error) for error in errors] == [dspy_prod.RunStoppedError] * 2
     assert provider.calls == []
+
+
+def test_a_process_that_has_just_begun_says_so() -> None:
+    """Ray may have started it again unheard: the example is given out again."""
+    assert Worker().answer(Parcel({"example": devset(1)[0]}).data, False) is None
 
 
 def test_a_worker_with_another_store_is_refused(lm: Any) -> None:
