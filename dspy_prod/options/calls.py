@@ -106,6 +106,10 @@ class RateLimit(Options):
         adaptive: slow down after a 429 (AIMD) and recover while the limit is really used.
         floor: lowest rate adaptation may reach, as a share of the configured rate.
         fair_by: `"tenant"` or `"user"`: waiting callers of one do not delay those of another.
+        on_store_failure: what becomes of calls while a durable store cannot decide. `"local"`: this process goes on
+            with its part of the limit, which is the limit divided by `workers`, and at least one request a minute.
+            `"refuse"`: StoreUnavailableError. A call with a budget as well goes by its budget first.
+        workers: how many processes share the limit; default: as many as were last seen to hold something.
     """
 
     rpm: Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False)] | None = None
@@ -118,6 +122,8 @@ class RateLimit(Options):
     adaptive: bool = True
     floor: Share = 0.1
     fair_by: Literal["tenant", "user"] | None = None
+    on_store_failure: Literal["local", "refuse"] = "local"
+    workers: Count | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> RateLimit:

@@ -45,6 +45,10 @@ class Budget(Options):
         degrade_to: model used for the rest of the window once the soft threshold is passed.
         max_wait: longest wait for money that other calls hold, in seconds; default: the deadline, else 60 s.
         shrink_last: clamp `max_tokens` to what is left instead of refusing the last call.
+        on_store_failure: what becomes of calls while a durable store cannot decide. `"refuse"`: StoreUnavailableError.
+            `"local"`: this process goes on within a tenth of what was left when it saw the budget last, or half of that
+            divided by the number of processes if that is less; then, or where it has not seen it, it refuses. What was
+            spent is charged when the store is back; a process that is killed before takes it along.
     """
 
     usd: Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False, le=1e9)]
@@ -57,6 +61,7 @@ class Budget(Options):
     degrade_to: str | None = None
     max_wait: SecondsOrZero | None = None
     shrink_last: bool = False
+    on_store_failure: Literal["refuse", "local"] = "refuse"
 
     @field_validator("scope")
     @classmethod
@@ -79,7 +84,7 @@ class Budget(Options):
     @model_validator(mode="after")
     def _possible(self) -> Budget:
         if self.per == "call":
-            for name in ("scope", "require", "soft", "degrade_to", "max_wait", "shrink_last"):
+            for name in ("scope", "require", "soft", "degrade_to", "max_wait", "shrink_last", "on_store_failure"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(
                         f"per='call' caps every single call, for which {name} has no meaning; leave it out"

@@ -6,16 +6,21 @@ from collections.abc import Callable, Generator
 from math import inf
 from typing import Any, Final
 
+from dspy_prod.context.scoring import is_raising
+from dspy_prod.pipeline.alone import unaided
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.plan import renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.refusals import refused, waited_too_long
 from dspy_prod.pipeline.settling import give_back
 from dspy_prod.records import NANO
-from dspy_prod.stores.base import GRANTED, PENDING, Reservation, Store
+from dspy_prod.stores.base import GRANTED, PENDING, Refusal, Reservation, Store
 
-STORE_PATIENCE: Final = 5.0
+STORE_PATIENCE: Final = 2.0
 """Seconds a store gets to look at a reservation, whatever `max_wait` says about the wait after that."""
+
+SCORING_PATIENCE: Final = 30.0
+"""The same for calls that are scored: a score must not depend on how busy a machine was."""
 
 LATE: Final = 0.01
 """Seconds after its admission from which a call's limiter is told when it really left."""
@@ -31,6 +36,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
     call = attempt.call
     store, monotonic = call.pipeline.store, call.pipeline.clock.monotonic
     longest = wait_until(attempt, monotonic())
+    patience = SCORING_PATIENCE if is_raising() else STORE_PATIENCE
+    alone = False
     while True:
         reservation = attempt.reservation
         assert reservation is not None
@@ -47,8 +54,11 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
                 until = longest
                 if attempt.patience != inf and not _waits_for_money(reservation):
                     until = min(longest, began + attempt.patience)
+                step = inf if told else NOTICE if now < until else _LOOK
+                if not reservation.blocked_on:  # no max_wait is up before the store has looked
+                    until = min(call.deadline, began + patience)
                 if now < min(until, turn):
-                    yield Wait(reservation, min(until, turn) if told else min(until, turn, now + NOTICE))
+                    yield Wait(reservation, min(until, turn, now + step))
                     continue
                 turn = inf
                 if _waits_for_money(reservation):
@@ -57,9 +67,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
                     store.withdraw(reservation)  # should it be granted meanwhile, so much the better
                 elif now < until:
                     continue
-                elif not reservation.blocked_on and now < min(call.deadline, began + STORE_PATIENCE):
-                    yield Wait(reservation, now + _LOOK)  # no max_wait is up before the store has looked
-                elif store.withdraw(reservation):
+                elif store.withdraw(reservation) and (reservation.blocked_on or call.late()):
                     raise waited_too_long(attempt)
         except BaseException as error:
             give_back(attempt, error)
@@ -73,6 +81,13 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
         if reservation.state == GRANTED:
             return attempt
         refusal = reservation.refusal
+        if again is None and refusal is None:
+            refusal = Refusal("store_unavailable", detail=f"it did not decide within {patience:g} s")
+        if again is None and refusal is not None and refusal.reason == "store_unavailable" and not alone:
+            alone, lone = True, unaided(attempt)
+            if lone is not None:
+                attempt.reservation = store.admit_alone(lone)
+                continue
         if again is None and refusal is not None and refusal.reason == "budget_exceeded":
             again = renewed(attempt) or shrunk(attempt, refusal)
         if again is None or again.reservation is None:

@@ -32,6 +32,7 @@ from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
 from dspy_prod.pipeline.keeping import keeping, replayed
+from dspy_prod.pipeline.leading import Lead
 from dspy_prod.pipeline.outcome import flaw_of, judge
 from dspy_prod.pipeline.outlasting import answered, outlasting
 from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
@@ -80,25 +81,39 @@ def _flow(call: Call) -> Flow:
         if entry is not None:
             flights.answer(key, (entry.response, entry.list_nano))
             return call.hit(entry)
+    lead = Lead(cache, key)
+
+    def pass_on() -> None:
+        lead.end()
+        flights.hand_over(key)
+
     ended = False
     try:
+        if lead.shared:
+            entry = yield from lead.wait(call)
+            if entry is not None:
+                ended = True
+                flights.answer(key, (entry.response, entry.list_nano))
+                return call.hit(entry)
         response = yield from _send(call)
         ended = True
+        lead.end(verdict=True)
         flights.answer(key, (response, call.list_nano))
         return response
     except RejectedError:
         raise  # our own refusal: the next follower decides for itself
     except LMError as error:
         ended = True
+        lead.end(verdict=True)
         flights.fail(key, error)  # the upstream's verdict holds for everybody who asked the same
         raise
     except GeneratorExit:
         ended = True
-        REAPER.post(lambda: flights.hand_over(key))
+        REAPER.post(pass_on)
         raise
     finally:
         if not ended:
-            flights.hand_over(key)
+            pass_on()
 
 
 def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any, Response | None]:

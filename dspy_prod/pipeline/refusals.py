@@ -24,8 +24,8 @@ def refused(attempt: Attempt, refusal: Refusal) -> RejectedError:
     if refusal.reason == "store_unavailable":
         store = attempt.call.pipeline.store
         return StoreUnavailableError(
-            f"The state store {store.url} cannot record this call ({refusal.detail}), so it was not sent. Check "
-            "its disk and permissions, or use store='memory://'",
+            f"The state store {store.url} cannot record this call ({refusal.detail}), so it was not sent. See to the "
+            "store, or let calls go on without it for a while: on_store_failure='local' of their Budget and RateLimit",
             model=route.model,
             route=route.name,
         )
@@ -38,8 +38,6 @@ def waited_too_long(attempt: Attempt) -> RejectedError:
     assert reservation is not None
     if call.late():
         return too_late(call, f"while waiting for {reservation.blocked_on or 'admission'}")
-    if not reservation.blocked_on:
-        return refused(attempt, Refusal("store_unavailable", detail="it did not answer in time"))
     for account in reservation.accounts:
         if account.title == reservation.blocked_on:
             state = call.pipeline.store.account(account.key)

@@ -148,6 +148,36 @@ class ResponseCache:
         entry = self._entries.get(key) or (self._load(key) if self._writes(key) else None)
         return entry if entry is not None and entry.stale_until > self._now() else None
 
+    def shared(self, key: bytes) -> bool:
+        """Whether other processes may ask for the same answer, and find it here."""
+        return self._durable and self._store.flights is not None and not key.startswith(LOCAL)
+
+    def lead(self, key: bytes, name: bytes, waited: bool = False) -> Entry | bool:
+        """True: this process asks upstream for a `shared` key, and must `leave` it then. False: another one does, ask
+        again soon. Or the answer of another one, which counts as a hit.
+
+        Args:
+            name: what the store calls it, `store_key(key)`.
+            waited: it was asked before, and the answer was False.
+        """
+        flights = self._store.flights
+        assert flights is not None
+        found = flights.join(name, waited)
+        if isinstance(found, bool):
+            return found
+        entry = self._taken(key, found)
+        if entry is None or entry.expires_at <= self._now():
+            return True
+        with self._lock:
+            self.hits += 1
+        return entry
+
+    def leave(self, name: bytes, verdict: bool = False) -> None:
+        """This process asks upstream no more, see `stores.base.Flights`. Posted."""
+        flights = self._store.flights
+        assert flights is not None
+        flights.leave(name, verdict)
+
     def put(self, key: bytes, response: Response, ttl: float | None, list_nano: int | None = None) -> None:
         """Keep an answer and what it cost, if it is `cacheable`. `ttl` overrides the option, in seconds."""
         if not cacheable(response):
@@ -166,7 +196,7 @@ class ResponseCache:
             value = _dump(entry.response, list_nano)
             if value is not None:
                 self._store.cache_put(
-                    _store_key(key),
+                    store_key(key),
                     CachedAnswer(value, expires_at, stale_until),
                     max_entries=options.max_entries,
                     max_bytes=options.max_bytes,
@@ -206,9 +236,11 @@ class ResponseCache:
                 self._bytes -= dropped.size
 
     def _load(self, key: bytes) -> Entry | None:
-        row = self._store.cache_get(_store_key(key))
-        if row is None:
-            return None
+        row = self._store.cache_get(store_key(key))
+        return None if row is None else self._taken(key, row)
+
+    def _taken(self, key: bytes, row: CachedAnswer) -> Entry | None:
+        """A row of the store as an entry, which is in memory then; None when it cannot be used."""
         try:
             response, list_nano = loaded(row.value)
         except Exception as error:  # whatever a damaged row makes the decoder raise, it is a miss
@@ -305,7 +337,8 @@ def _dump(response: Response, list_nano: int | None) -> bytes | None:
         return None
 
 
-def _store_key(key: bytes) -> bytes:
+def store_key(key: bytes) -> bytes:
+    """What the store calls a key."""
     import hashlib
 
     return hashlib.sha256(KEY_VERSION + key).digest()

@@ -43,6 +43,7 @@ __all__ = [
     "Admission",
     "Answers",
     "CachedAnswer",
+    "Flights",
     "Ledger",
     "LimiterSnapshot",
     "ProgramCalls",
@@ -62,6 +63,11 @@ class Admission(Protocol):
     def admit(self, reservation: Reservation) -> Reservation:
         """Reserve limiter capacity and money together or not at all, or queue, or refuse. Returns at once, with the
         reservation itself."""
+        ...
+
+    def admit_alone(self, reservation: Reservation) -> Reservation:
+        """`admit` by this process alone, because the store cannot decide: within its part of the limit, and of what it
+        last knew to be left of budgets. Charged and counted when the store is back."""
         ...
 
     def withdraw(self, reservation: Reservation) -> bool:
@@ -222,6 +228,30 @@ class Answers(Protocol):
         ...
 
 
+class Flights(Protocol):
+    """Single-flight between the processes that share a cache: one asks upstream, the others wait for its answer."""
+
+    def join(self, key: bytes, waited: bool = False) -> CachedAnswer | bool:
+        """True: ask upstream, and `leave` then. False: another process does, ask again soon. Or its answer, as fresh.
+
+        One look of microseconds, or one round trip. A process that is killed is followed no more after two seconds.
+
+        Args:
+            key: as for the cache.
+            waited: it was asked before, and the answer was False.
+        """
+        ...
+
+    def leave(self, key: bytes, verdict: bool = False) -> None:
+        """This process asks no more; nothing happens where it did not lead. Posted.
+
+        Args:
+            verdict: upstream has said what it says to this, and it is not in the cache: all who wait ask themselves.
+                Else it is in the cache, once that is written, or the next one leads.
+        """
+        ...
+
+
 class Store(Admission, Ledger, Answers, Protocol):
     """State shared by everything that has the same URL and namespace. All methods are thread-safe.
 
@@ -247,6 +277,11 @@ class Store(Admission, Ledger, Answers, Protocol):
 
     @property
     def programs(self) -> ProgramCalls: ...
+
+    @property
+    def flights(self) -> Flights | None:
+        """Who asks upstream for what, where other processes may ask the same; None where there are none."""
+        ...
 
     def now(self) -> float:
         """The store's time in seconds; reservations and snapshots are expressed in it."""

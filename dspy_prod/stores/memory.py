@@ -13,7 +13,7 @@ from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.admission.core import AdmissionCore
-from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Terms
+from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Reservation, Terms
 from dspy_prod.stores.lane import Janitor, Lane
 from dspy_prod.stores.memory_ledger import ENOUGH_ALIKE, Alike, MemoryLedger, check_fields
 from dspy_prod.stores.memory_programs import MemoryPrograms
@@ -86,6 +86,10 @@ class MemoryStore(Lane):
         return False
 
     @property
+    def flights(self) -> None:
+        return None
+
+    @property
     def trials(self) -> Trials:
         """What is kept of experiments."""
         if self._trials is None:
@@ -98,6 +102,9 @@ class MemoryStore(Lane):
 
     def __repr__(self) -> str:
         return f"MemoryStore(namespace={self._namespace!r})"
+
+    def admit_alone(self, reservation: Reservation) -> Reservation:
+        return self.admit(reservation)
 
     def append(self, record: CallRecord) -> None:
         if self._ledger.note(record):

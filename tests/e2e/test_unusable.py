@@ -12,7 +12,7 @@ from dspy.lm15 import Response, StreamDeltaEvent, StreamEndEvent, StreamStartEve
 
 import dspy_prod
 from dspy_prod import Cache, Retry, UnusableAnswerError
-from dspy_prod.policies.cache import _dump, _store_key
+from dspy_prod.policies.cache import _dump, store_key
 from dspy_prod.stores.base import CachedAnswer
 from dspy_prod.testing import ScriptedEngine, Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
@@ -295,7 +295,7 @@ def test_an_empty_answer_kept_by_an_earlier_version_is_a_miss(
     value = _dump(empty, None)
     assert value is not None
     lm.pipeline.store.cache_put(
-        _store_key(key), CachedAnswer(value, float("inf"), float("inf")), max_entries=9, max_bytes=10_000
+        store_key(key), CachedAnswer(value, float("inf"), float("inf")), max_entries=9, max_bytes=10_000
     )
     assert lm.pipeline.store.flush(10)
     assert lm("a question") == ["ok"]

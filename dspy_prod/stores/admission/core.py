@@ -31,6 +31,8 @@ from dspy_prod.stores.base import (
 
 PRUNE_PAUSE: Final = 1.0
 """Seconds between two steps of a round through many accounts."""
+WINDOW: Final = 120.0
+"""Seconds after which no limiter counts a call any more, whatever its guard."""
 MAX_ABANDONED: Final = 10_000
 """Abandoned holds the core remembers for a late settlement; a durable store keeps them on disk instead."""
 
@@ -147,6 +149,16 @@ class AdmissionCore(Durable):
         if self._parked:
             for name in hold.accounts:
                 self._serve_account(name, now)
+
+    def sent_alone(self, reservation: Reservation, done: Settlement, now: float) -> None:
+        """A call was sent that nobody had admitted here: its limiter counts it from now on, whatever room it has."""
+        key, limit = reservation.limit_key, reservation.limit
+        if key is None or limit is None or not done.sent or now - reservation.granted_at > WINDOW:
+            return
+        limiter = self.limiter_for(key, limit, now)
+        debit = limiter.take(now, reservation.tokens, reservation.lease)
+        limiter.give_back(debit, now=now, used=done.tokens, sent=True)
+        self._touch_limiter(key, now)
 
     def correct(self, record: CallRecord, cost: int, now: float) -> CallRecord:
         """The record with its true cost; the accounts it charged are mended."""

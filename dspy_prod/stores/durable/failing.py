@@ -15,6 +15,7 @@ from typing import Final
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Reservation
+from dspy_prod.stores.durable.alone import Outage
 from dspy_prod.stores.durable.operations import Operation, Report
 from dspy_prod.stores.durable.tables import ChangedError, DoubtError, Tables
 from dspy_prod.stores.durable.transactions import Transactions, UnfitError
@@ -24,7 +25,7 @@ _log = logging.getLogger("dspy_prod")
 MAX_KEPT: Final = 100_000
 """Operations kept while nothing can be written; more are dropped, and said to be."""
 _BACK_OFF: Final = (0.05, 1.0)
-_SETTLING: Final = (Transactions.settle, Transactions.settle_drawn)
+_SETTLING: Final = (Transactions.settle, Transactions.settle_drawn, Transactions.settle_alone)
 RECORDING: Final = (*_SETTLING, Transactions.append, Transactions.append_served, Transactions.append_program)
 """Operations that write records."""
 
@@ -38,6 +39,7 @@ class Failing:
     """See `Writer`, whose attributes these are."""
 
     failing: Refusal | None
+    outage: Outage | None
     io: threading.Lock
     publishing: threading.Lock
     tables: Tables
@@ -50,12 +52,26 @@ class Failing:
     _dropped: int
     _retry_at: float
     _back_off: float
+    _outages: int
 
     def _publish(self) -> None:
         """Tell what is durable now."""
         raise NotImplementedError
 
+    @property
+    def workers(self) -> int:
+        """How many processes held something when it was last looked."""
+        return self._transactions.workers
+
+    def _begin_outage(self) -> None:
+        """Before anything is undone: what is known now is what calls go by that cannot wait for the store."""
+        if self.outage is None:
+            self._outages += 1
+            self.outage = Outage(self._outages, *self._transactions.known())
+
     def _failed(self, operations: list[Operation], error: Exception) -> None:
+        if not isinstance(error, UnfitError) or not operations:
+            self._begin_outage()
         with self.io:
             undecided = self._transactions.undo()
             if not isinstance(error, UnfitError):
@@ -84,6 +100,7 @@ class Failing:
 
     def _doubt(self, error: DoubtError) -> None:
         """The answer to a transaction is missing: nobody who waits for it is kept waiting; it stays as it is."""
+        self._begin_outage()
         with self.io:
             self.tables.failed(error)
             self._transactions.drawing.close()
@@ -126,7 +143,7 @@ class Failing:
         return True
 
     def _recovered(self) -> None:
-        self.failing, self._back_off = None, 0.0
+        self.failing, self.outage, self._back_off = None, None, 0.0
         self._report("store_recovered", {"path": self.tables.path})
 
     def _refuse_or_keep(self, operations: list[Operation]) -> None:

@@ -42,6 +42,7 @@ _UNHURRIED: Final = frozenset(
         Transactions.append_program,
         Transactions.settle,
         Transactions.settle_drawn,
+        Transactions.settle_alone,
         Transactions.sent_late,
         Transactions.put_answer,
         Transactions.touch_answer,

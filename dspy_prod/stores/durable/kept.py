@@ -21,6 +21,9 @@ class KeptAnswers:
         mailbox: how the writer is reached.
         find: the answer of a key, and when it was last marked as used; raises `OSError` or `StoreUnavailableError`.
         now: the store's time.
+
+    Attributes:
+        on_written: told the key of each answer that others can read now, or that could not be written.
     """
 
     def __init__(
@@ -33,6 +36,11 @@ class KeptAnswers:
         self._find = find
         self._now = now
         self._posted: dict[bytes, CachedAnswer] = {}
+        self.on_written: Callable[[bytes], None] = _nobody
+
+    def is_posted(self, key: bytes) -> bool:
+        """Whether an answer is on its way: nobody else can read it yet."""
+        return key in self._posted
 
     def get(self, key: bytes) -> CachedAnswer | None:
         """An answer, expired or not; None when there is none, or it cannot be read."""
@@ -57,6 +65,7 @@ class KeptAnswers:
         def written() -> None:
             if posted.get(key) is answer:
                 posted.pop(key, None)
+                self.on_written(key)
 
         posted[key] = answer
         if not self._mailbox.post((Transactions.put_answer, key, (answer, max_entries, max_bytes, written))):
@@ -68,3 +77,7 @@ class KeptAnswers:
         self._posted.clear()
         self._mailbox.post((Transactions.clear_answers, None, None))
         self._mailbox.flush(READ_TIMEOUT)
+
+
+def _nobody(key: bytes) -> None:
+    """In place of who wants to know."""

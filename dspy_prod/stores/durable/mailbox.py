@@ -28,7 +28,7 @@ READ_TIMEOUT: Final = 5.0
 
 _STEP: Final = 0.1
 _WRITING: Final = (
-    *(Transactions.settle, Transactions.settle_drawn),
+    *(Transactions.settle, Transactions.settle_drawn, Transactions.settle_alone),
     *(Transactions.append, Transactions.append_program),
 )
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from math import inf
 from typing import Any
 
 from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.core import AdmissionCore
+from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import PENDING, Reservation, Settlement
 from dspy_prod.stores.durable.drawing import Drawing
 from dspy_prod.stores.durable.served import Served
@@ -51,6 +53,12 @@ class Operations:
 
     def settle_drawn(self, done: Settlement, reservation: Reservation, now: float) -> None:
         self.drawing.settle(done, reservation, now)
+
+    def settle_alone(self, done: Settlement, reservation: Reservation, now: float) -> None:
+        """A call that its process admitted while nothing could be decided here."""
+        accounts = tuple([account.key for account in reservation.accounts])
+        self.core.finish(Hold(done.id, accounts, 0, None, None, inf, None), done, now)
+        self.core.sent_alone(reservation, done, now)
 
     def declare(self, budget: Budget, anew: bool, now: float) -> None:
         self.core.declare(budget, anew, now)

@@ -27,7 +27,9 @@ from dspy_prod.stores.base import (
     Settlement,
     Terms,
 )
+from dspy_prod.stores.durable.alone import Alone, Lone
 from dspy_prod.stores.durable.drawn import Drawn
+from dspy_prod.stores.durable.flights import Flights
 from dspy_prod.stores.durable.mailbox import KnownTerms, Listeners, Mailbox
 from dspy_prod.stores.durable.served import Kind
 from dspy_prod.stores.durable.transactions import Transactions
@@ -56,6 +58,8 @@ class DurableStore:
     _mailbox: Mailbox
     _local: Lane
     _drawn: Drawn
+    _alone: Alone
+    flights: Flights | None = None
 
     def __init__(self, path: str, namespace: str, on_problem: OnProblem | None) -> None:
         self._path = path
@@ -67,6 +71,7 @@ class DurableStore:
         """Use these from now on: at construction, and in a forked child."""
         self._writer, self._mailbox = writer, mailbox
         self._local, self._drawn = writer.local, writer.drawn
+        self._alone = Alone(self.now)
 
     def _start(self) -> None:
         """Make a fresh writer and what reads, and `_begin` with them."""
@@ -100,13 +105,28 @@ class DurableStore:
             return self._local.admit(reservation)
         if self._mailbox.alive() and self._drawn.admit(reservation):
             return reservation
+        failing = self._writer.failing
+        if failing is not None and self._writer.outage is not None:  # the writer may be busy finding out how long
+            reservation.refusal, reservation.state = failing, REFUSED
+            return reservation
         why = self._mailbox.why_not()
         if why is not None or not self._mailbox.post((Transactions.admit, reservation, None)):
             reservation.refusal = Refusal("store_unavailable", detail=why or f"The store {self._path} is closed")
             reservation.state = REFUSED
         return reservation
 
+    def admit_alone(self, reservation: Reservation) -> Reservation:
+        if not self._mailbox.alive():
+            reservation.refusal = Refusal("store_unavailable", detail=f"The store {self._path} is closed")
+            reservation.state = REFUSED
+            return reservation
+        limit, writer = reservation.limit, self._writer
+        workers = writer.workers if limit is None or limit.workers is None else limit.workers
+        return self._alone.admit(reservation, writer.outage, workers)
+
     def withdraw(self, reservation: Reservation) -> bool:
+        if isinstance(reservation.share, Lone):
+            return reservation.share.withdraw(reservation)
         if is_local(reservation):
             return self._local.withdraw(reservation)
         with self._writer.publishing:
@@ -117,6 +137,8 @@ class DurableStore:
         return True
 
     def sent_late(self, reservation: Reservation, at: float) -> None:
+        if isinstance(reservation.share, Lone):
+            return
         if not is_local(reservation):  # what only reacts to 429s is not paced
             self._mailbox.post((Transactions.sent_late, reservation, at))
 
@@ -125,6 +147,11 @@ class DurableStore:
             self._local.settle(reservation, settlement)
             if not self._mailbox.alive():
                 self._mailbox.refuse_stragglers()
+        elif isinstance(reservation.share, Lone):
+            reservation.share.settle(settlement)
+            reservation.stub = None
+            if not self._mailbox.post((Transactions.settle_alone, settlement, reservation)):
+                self._lost(settlement.record)
         elif self._drawn.settle(reservation, settlement):
             if settlement.record is not None:
                 reservation.stub = None  # it holds the whole call, and would until this is written
@@ -146,6 +173,7 @@ class DurableStore:
         if not shared(limit):
             self._local.throttled(limit_key, limit, retry_after)
         self._drawn.close(limit_key)
+        self._alone.throttled(limit_key, retry_after)
         self._mailbox.post((Transactions.throttled, (limit_key, limit), retry_after))
 
     def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
@@ -186,6 +214,16 @@ class DurableStore:
     def on_terms(self, listener: Callable[[Terms], None]) -> None:
         self._terms.listener = listener
 
+    def _end_beside(self) -> None:
+        """End what stands beside the writer, which has ended."""
+        if self.flights is not None:
+            self.flights.close()
+        self._alone.close(Refusal("store_unavailable", detail=f"The store {self._path} was closed"))
+
+    def _hurry(self) -> None:
+        """Have written soon what is posted: another process waits for it."""
+        self._mailbox.post((Transactions.nudge, None, None))
+
     # -- reading -----------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything posted before is applied; False at once while nothing can be written."""
@@ -203,7 +241,11 @@ class DurableStore:
 
     def waiting(self) -> int:
         stored: int = self._mailbox.question(lambda core, _, now: core.waiting())
-        return stored + self._local.waiting()
+        return stored + self._local.waiting() + self._alone.lane.waiting()
+
+    def _in_flight(self) -> int:
+        """Calls in flight that are no holds in the store."""
+        return self._drawn.in_flight() + self._local.holds() + self._alone.lane.holds()
 
     def unwritten(self) -> int:
         return self._writer.unwritten()

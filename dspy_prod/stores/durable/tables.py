@@ -179,6 +179,10 @@ class Tables(Backing, Protocol):
         """This process holds nothing any more. Where that cannot be written, the lease runs out."""
         ...
 
+    def owners(self, now: float) -> int:
+        """Other processes that hold something."""
+        ...
+
     def expired(self, now: float, most: int) -> list[Hold]:
         """Holds of processes whose lease ran out; an owner without holds is deleted."""
         ...

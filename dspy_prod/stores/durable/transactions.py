@@ -43,6 +43,7 @@ class Transactions(Operations):
     Attributes:
         after: what to do once the current transaction is durable.
         stopping: `stop` was posted.
+        workers: how many processes held something when it was last looked.
         on_terms: is told the terms of budgets that changed, here or in another process.
     """
 
@@ -59,6 +60,7 @@ class Transactions(Operations):
         self.core = AdmissionCore(tables)
         self.report = report
         self.after: list[Callable[[], None]] = []
+        self.workers = 1
         self.drawing = Drawing(self.core, shares, tables.cells, lease, self._later)
         self.stopping = False
         self._readers: tuple[Reading, ...] = ()
@@ -156,6 +158,11 @@ class Transactions(Operations):
         self._begun = False
         self.core.again({one for kind, one, _ in operations if kind is Transactions.admit})
 
+    def known(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(nano-USD spent and held by account, limits by budget), as far as they are in memory."""
+        entries = self.core.accounts.entries.items()
+        return {key: entry.spent + entry.held for key, entry in entries}, dict(self.core.terms.limits)
+
     def undo(self) -> list[Reservation]:
         """Return to what was last committed; the reservations that the lost transaction had decided."""
         self.after.clear()
@@ -249,6 +256,7 @@ class Transactions(Operations):
         if self.core.holds and self._leased_until < now:
             self._reap_at = tick + self._lease  # this machine slept: let the others renew their leases first
             return
+        self.workers = 1 + self.tables.owners(now)
         found = self.tables.expired(now, REAP_BATCH)
         for hold in found:
             self.core.abandon(hold, now)

@@ -19,6 +19,7 @@ from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Terms
+from dspy_prod.stores.durable.alone import Outage
 from dspy_prod.stores.durable.drawn import Drawn
 from dspy_prod.stores.durable.failing import RECORDING, Failing, size_of
 from dspy_prod.stores.durable.inbox import Inbox
@@ -48,6 +49,7 @@ class Writer(Failing):
         publishing: held while a reservation's state changes, so that a withdrawal and a grant cannot both win.
         io: held while the file is in use; `fork` waits for it.
         failing: why nothing can be written at the moment, or None.
+        outage: what was known when the store began to fail, while it cannot be used.
         begun: it has a thread, or had one.
         ended: nothing that is posted now will be done.
     """
@@ -66,6 +68,8 @@ class Writer(Failing):
         self.publishing = threading.Lock()
         self.io = threading.Lock()
         self.failing: Refusal | None = None
+        self.outage: Outage | None = None
+        self._outages = 0
         self.begun = self.ended = False
         self.tables = tables
         self.drawn = Drawn(clock.time)
@@ -128,7 +132,7 @@ class Writer(Failing):
     def _wait(self) -> float:
         wait = min(self._transactions.due_in(), self.local.tick() - self._now(), _IDLE)
         retry_in = self._retry_at - time.monotonic()
-        if self._kept or self._transactions.in_doubt:
+        if self._kept or self._transactions.in_doubt or self.outage is not None:
             wait = min(wait, retry_in)
         elif self._core.waiting():
             wait = min(wait, POLL)
@@ -150,7 +154,9 @@ class Writer(Failing):
         self._doing = operations
         try:
             with self.io:
-                writes = any(operation[0] not in _QUIET or self.failing is not None for operation in operations)
+                writes = self.outage is not None or any(
+                    operation[0] not in _QUIET or self.failing is not None for operation in operations
+                )
                 if writes or self._anything_due():
                     # Beginning and ending a transaction succeeds on a full disk: what failed has to write again.
                     self._transactions.run(operations, self._take_more, probing=self.failing is not None)
@@ -168,7 +174,7 @@ class Writer(Failing):
         else:
             self._doing = []
             self._publish()
-            if self.failing is not None and operations:
+            if self.failing is not None and (operations or self.outage is not None):
                 self._recovered()
 
     def _anything_due(self) -> bool:

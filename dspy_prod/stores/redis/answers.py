@@ -74,7 +74,7 @@ class RedisAnswers:
         value, used = self._connection.read(
             [("GET", f"{self._base}:of:".encode() + key), ("ZSCORE", f"{self._base}:used", key)]
         )
-        answer = None if value is None or used is None else _unpacked(value)
+        answer = None if value is None or used is None else unpacked(value)
         return None if answer is None else (answer, float(used))
 
     def size(self) -> tuple[int, int]:
@@ -87,7 +87,8 @@ def _packed(answer: CachedAnswer) -> bytes:
     return _HEAD.pack(answer.expires_at, answer.stale_until, _checksum(answer), len(answer.value)) + answer.value
 
 
-def _unpacked(packed: bytes) -> CachedAnswer | None:
+def unpacked(packed: bytes) -> CachedAnswer | None:
+    """An answer as it is kept; None when it cannot be right."""
     if len(packed) < _HEAD.size:
         return None
     expires_at, stale_until, checksum, size = _HEAD.unpack_from(packed)

@@ -69,6 +69,11 @@ class Owners:
         (text,) = self._connection.read([("GET", self._connection.key("abandoned", id))])
         return None if text is None else hold_of(id.encode("utf-8", "replace"), text)
 
+    def others(self, now: float) -> int:
+        """Other processes that hold something."""
+        (rows,) = self._connection.read([("ZRANGEBYSCORE", self._owners, repr(now), "+inf", "LIMIT", 0, _OWNERS)])
+        return sum(_text(owner) != self._tables.owner for owner in rows)
+
     def expired(self, now: float, most: int) -> list[Hold]:
         (rows,) = self._connection.read(
             [("ZRANGEBYSCORE", self._owners, "-inf", f"({now!r}", "WITHSCORES", "LIMIT", 0, _OWNERS)]

@@ -13,12 +13,14 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
-from dspy_prod.stores.base import AccountState, Terms
+from dspy_prod.stores.base import AccountState, CachedAnswer, Terms
+from dspy_prod.stores.durable.flights import Flights
 from dspy_prod.stores.durable.kept import KeptAnswers
 from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
 from dspy_prod.stores.durable.store import DurableStore, OnProblem
 from dspy_prod.stores.durable.writer import Writer
 from dspy_prod.stores.redis.accounts import dearest, read_accounts
+from dspy_prod.stores.redis.claims import RedisClaims
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.holds import terms_of
 from dspy_prod.stores.redis.ledger import MAX_RECORDS
@@ -90,7 +92,8 @@ class RedisStore(DurableStore):
         writer = Writer(tables, self._time, self._lease, self._listeners, self._terms)
         self._begin(writer, Mailbox(writer, (self._reader,)))
         self._parts = Parts(self._reader, self._max_records)
-        kept = KeptAnswers(self._mailbox, self._parts.answers.find, self.now)
+        kept = KeptAnswers(self._mailbox, self._find_answer, self.now)
+        self.flights = Flights(RedisClaims(self._reader, self._mailbox, self.now), kept, self.now, self._hurry)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
         self.programs = PostedPrograms(self._mailbox, self._parts.programs)
         self.runs = RedisRuns(self._mailbox, self._reader)
@@ -125,6 +128,11 @@ class RedisStore(DurableStore):
                 "spent: set it to noeviction", self._path, policy,
             )  # fmt: skip
 
+    def _find_answer(self, key: bytes) -> tuple[CachedAnswer, float] | None:
+        if self._writer.failing is not None:
+            return None  # nobody waits for a server that is known to be away
+        return self._parts.answers.find(key)
+
     # -- reading -----------------------------------------------------------------------------------------------------
     def terms(self) -> list[Terms]:
         self._settle_first()
@@ -143,7 +151,7 @@ class RedisStore(DurableStore):
 
     def holds(self) -> int:
         self._settle_first()
-        return read_holds(self._reader) + self._drawn.in_flight() + self._local.holds()
+        return read_holds(self._reader) + self._in_flight()
 
     def records(
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
@@ -176,6 +184,7 @@ class RedisStore(DurableStore):
     def close(self) -> None:
         """Write what is posted, end the writer, close the connections. Reading goes on to work."""
         self._mailbox.close()
+        self._end_beside()
         self._reader.close()
 
     def _settle_first(self) -> None:

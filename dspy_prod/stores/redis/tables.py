@@ -122,6 +122,9 @@ class RedisTables(Link):
                 hold = core.holds.get(one.id)
                 keys = [] if hold is None else [key for key in hold.accounts if key not in known.accounts]
                 limit_key = None if hold is None or hold.debit is None else hold.limit_key
+            elif kind is Transactions.settle_alone:
+                keys = [account.key for account in other.accounts if account.key not in known.accounts]
+                limit_key = other.limit_key
             elif kind is Transactions.settle_drawn:
                 keys, limit_key = [], other.limit_key
             else:
@@ -188,6 +191,10 @@ class RedisTables(Link):
         if self._leased:
             self._owners.resign()
             self._leased = False
+
+    def owners(self, now: float) -> int:
+        """Other processes that hold something."""
+        return self._owners.others(now)
 
     def expired(self, now: float, most: int) -> list[Hold]:
         """Holds of processes whose lease ran out; an owner without holds is deleted."""

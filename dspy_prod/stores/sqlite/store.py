@@ -15,6 +15,7 @@ from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.base import AccountState, Terms
+from dspy_prod.stores.durable.flights import Flights
 from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
 from dspy_prod.stores.durable.store import DurableStore, OnProblem
 from dspy_prod.stores.durable.writer import Writer
@@ -28,6 +29,7 @@ from dspy_prod.stores.sqlite.asked import (
     read_totals,
 )
 from dspy_prod.stores.sqlite.checkpoints import Checkpoints
+from dspy_prod.stores.sqlite.claims import ClaimsFile
 from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.programs import KeptPrograms
@@ -108,6 +110,7 @@ class SqliteStore(DurableStore):
             self._trials.begin(self._mailbox, trials_reader)
         self.programs = KeptPrograms(self._mailbox, self._ledger_reader)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
+        self.flights = Flights(ClaimsFile(self._path, self._namespace), kept, self.now, self._hurry)
 
     @property
     def trials(self) -> KeptTrials:
@@ -133,7 +136,7 @@ class SqliteStore(DurableStore):
         return [(key, self._without_drawn(key, state)) for key, state in found]
 
     def holds(self) -> int:
-        return self._read(read_holds) + self._drawn.in_flight() + self._local.holds()
+        return self._read(read_holds) + self._in_flight()
 
     def records(
         self, *, since: float | None = None, until: float | None = None, limit: int | None = None, **equals: str
@@ -162,6 +165,7 @@ class SqliteStore(DurableStore):
     def close(self) -> None:
         """Write what is posted, end the writer, close the file. Reading goes on to work."""
         self._mailbox.close()
+        self._end_beside()
         for reader in self._readers:
             reader.close()
 

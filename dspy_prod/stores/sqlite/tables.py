@@ -233,6 +233,12 @@ class Tables(File):
             with contextlib.suppress(sqlite3.Error):
                 self._run("DELETE FROM owners WHERE ns = ? AND owner = ?", [(self.ns, self.owner)])
 
+    def owners(self, now: float) -> int:
+        """Other processes that hold something."""
+        assert self.connection is not None
+        counting = "SELECT count(*) FROM owners WHERE ns = ? AND lease_until >= ? AND owner <> ?"
+        return int(self.connection.execute(counting, (self.ns, now, self.owner)).fetchone()[0])
+
     def expired(self, now: float, most: int) -> list[Hold]:
         """Holds of processes whose lease ran out; an owner without holds is deleted."""
         return self._taken("lease_until < ?", now, most)

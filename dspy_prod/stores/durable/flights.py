@@ -1,0 +1,158 @@
+"""Single-flight between processes: of those that want the same answer at the same time, one asks upstream.
+
+Its claim has a short lease that is renewed by a timer, so that calls may last minutes and a killed process is still
+missed soon. Whoever follows asks again and again, at growing intervals, and finds the answer in the cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Final, Protocol
+
+from dspy_prod.runtime.threads import begin
+from dspy_prod.stores.durable.kept import KeptAnswers
+from dspy_prod.stores.vocabulary import CachedAnswer
+
+LEASE: Final = 2.0
+"""Seconds after which a claim ends that is not renewed: so long others wait for a process that was killed."""
+RENEW: Final = 0.5
+"""Seconds between renewals."""
+IDLE: Final = 10.0
+"""Seconds without claims after which the thread that renews them ends."""
+
+LEADS: Final = 0
+LANDED: Final = 1
+FOLLOWS: Final = 2
+ALONE: Final = 3
+
+
+class Claims(Protocol):
+    """Who asks upstream for what, as all processes see it. Thread-safe; nothing in it raises or takes long."""
+
+    def __len__(self) -> int:
+        """How many this process has."""
+        ...
+
+    def __contains__(self, key: bytes) -> bool:
+        """Whether this process has claimed it."""
+        ...
+
+    def claim(self, key: bytes, waited: bool) -> int | CachedAnswer:
+        """`LEADS`: it is ours. `LANDED`: it is ours, but somebody had it just now: the cache may know the answer.
+        `FOLLOWS`: another process has it. `ALONE`: it is nobody's, and each asks for itself: nothing can be shared,
+        or who was `waited` for has got the upstream's verdict. Or the answer, where one look tells that as well.
+        """
+        ...
+
+    def followed(self, key: bytes) -> bool:
+        """Whether another process is known to wait for a claim of ours."""
+        ...
+
+    def renew(self, but: set[bytes]) -> None:
+        """Renew all claims of this process, `but` these."""
+        ...
+
+    def free(self, key: bytes, verdict: bool) -> None:
+        """End a claim: with an answer in the cache, or for the next one to try; or with the upstream's `verdict`,
+        which is not shared between processes, so that all who wait go on. Posted."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Flights:
+    """The flights of one process, as `stores.base.Flights` has them.
+
+    Args:
+        claims: where all processes look.
+        answers: the store's cache.
+        now: the store's time.
+        hurry: has written soon what is posted.
+    """
+
+    def __init__(
+        self, claims: Claims, answers: KeptAnswers, now: Callable[[], float], hurry: Callable[[], object]
+    ) -> None:
+        self._claims = claims
+        self._answers = answers
+        self._now = now
+        self._hurry = hurry
+        self._landing: set[bytes] = set()
+        self._renewing = _Renewing(claims, self._landing)
+        answers.on_written = partial(_landed, claims, self._landing)
+
+    def join(self, key: bytes, waited: bool = False) -> CachedAnswer | bool:
+        """See `stores.base.Flights`."""
+        found = self._claims.claim(key, waited)
+        if found == LEADS:
+            self._renewing.begin()
+            return True
+        if found == FOLLOWS:
+            return False
+        if found == ALONE:
+            return True
+        if found != LANDED:
+            assert isinstance(found, CachedAnswer)
+            return found
+        answer = self._answers.get(key)
+        if answer is not None and answer.expires_at > self._now():
+            self._claims.free(key, False)
+            return answer
+        self._renewing.begin()
+        return True
+
+    def leave(self, key: bytes, verdict: bool = False) -> None:
+        """See `stores.base.Flights`."""
+        claims, answers = self._claims, self._answers
+        if key not in claims:
+            return
+        if not answers.is_posted(key):
+            claims.free(key, verdict)
+            return
+        self._landing.add(key)  # others go on once they can read it
+        if claims.followed(key):
+            self._hurry()
+        if not answers.is_posted(key):
+            _landed(claims, self._landing, key)
+
+    def close(self) -> None:
+        """Lead nothing any more."""
+        self._claims.close()
+
+
+def _landed(claims: Claims, landing: set[bytes], key: bytes) -> None:
+    """Others can read the answer, or never will."""
+    if key in landing:
+        claims.free(key, False)
+        landing.discard(key)
+
+
+class _Renewing:
+    """The thread that renews claims: begins when it is needed, ends when it was not for a while."""
+
+    def __init__(self, claims: Claims, landing: set[bytes]) -> None:
+        self._claims = claims
+        self._landing = landing
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        if self._thread is None:
+            with self._lock:
+                if self._thread is None:
+                    self._thread = begin("dspy_prod-flights", self._run)
+
+    def _run(self) -> None:
+        pause, idle = threading.Event(), 0.0
+        while True:
+            pause.wait(RENEW)
+            idle = 0.0 if self._claims else idle + RENEW
+            if idle == 0.0:
+                self._claims.renew(set(self._landing))
+            elif idle > IDLE:
+                with self._lock:
+                    if not self._claims:
+                        self._thread = None
+                        return

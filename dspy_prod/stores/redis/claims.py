@@ -1,0 +1,131 @@
+"""Which process asks upstream for an answer that others want too: a key for each such answer, that ends by itself.
+
+To look into the cache and to claim is one step of the server, in one round trip. Keys: `answers:flight:<key>`, the
+process that asks, or `-` for a moment after upstream said what is not shared; `<that>:wanted`, whether others wait.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Final
+
+from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.stores.durable.flights import ALONE, FOLLOWS, LEADS, LEASE
+from dspy_prod.stores.durable.mailbox import Mailbox
+from dspy_prod.stores.durable.transactions import Transactions
+from dspy_prod.stores.redis.answers import unpacked
+from dspy_prod.stores.redis.batch import STEPS
+from dspy_prod.stores.redis.connection import Connection
+from dspy_prod.stores.vocabulary import CachedAnswer
+
+MOST: Final = 4_096
+"""Claims that a process may have at once; a further one is not shared."""
+_AT_ONCE: Final = 256
+_LEASE: Final = int(LEASE * 1000)
+
+# Keys: the answer, those used, the claim, whether it is wanted. Arguments: the answer's key, who asks, whether it
+# waited, now, and the lease.
+_CLAIM: Final = """
+local value = redis.call('GET', KEYS[1])
+if value and #value >= 24 and redis.call('ZSCORE', KEYS[2], ARGV[1]) then
+    if struct.unpack('>d', value) > tonumber(ARGV[4]) then return value end
+end
+local who = redis.call('GET', KEYS[3])
+if who and who ~= '-' and who ~= ARGV[2] then
+    redis.call('SET', KEYS[4], 1, 'PX', ARGV[5])
+    return 1
+end
+if who == '-' and ARGV[3] == '1' then return 2 end
+redis.call('SET', KEYS[3], ARGV[2], 'PX', ARGV[5])
+redis.call('UNLINK', KEYS[4])
+return 0
+"""
+_RENEW: Final = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1 + redis.call('PEXPIRE', KEYS[2], ARGV[2])
+"""
+END: Final = "flight_end"
+STEPS[END] = """function(key, args)
+    if redis.call('GET', key) ~= args[1] then return 0 end
+    if args[2] == '1' then redis.call('SET', key, '-', 'PX', args[3]) else redis.call('UNLINK', key) end
+    return 1
+end"""
+
+
+class RedisClaims:
+    """The claims of one process and namespace. Thread-safe; see `durable.flights.Claims`.
+
+    Args:
+        connection: where it is asked.
+        mailbox: how the writer is reached, which ends claims.
+        now: the store's time.
+    """
+
+    def __init__(self, connection: Connection, mailbox: Mailbox, now: Callable[[], float]) -> None:
+        self._connection = connection
+        self._mailbox = mailbox
+        self._now = now
+        self._base = connection.key("answers").encode()
+        self._me = uuid.uuid4().hex.encode()
+        self._own: dict[bytes, bool] = {}  # key -> whether others wait for it
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._own
+
+    def claim(self, key: bytes, waited: bool) -> int | CachedAnswer:
+        if key in self._own:
+            return FOLLOWS  # another LM of this process
+        if len(self._own) >= MOST or self._mailbox.writer.failing is not None:
+            return ALONE
+        base, flight = self._base, self._key(key)
+        asked = ("EVAL", _CLAIM, 4, base + b":of:" + key, base + b":used", flight, flight + b":wanted")
+        try:
+            (found,) = self._connection.read([(*asked, key, self._me, int(waited), repr(self._now()), _LEASE)])
+        except StoreUnavailableError:
+            return ALONE
+        if found == 0:
+            self._own[key] = False
+            return LEADS
+        if isinstance(found, bytes):
+            return unpacked(found) or ALONE
+        return FOLLOWS if found == 1 else ALONE
+
+    def followed(self, key: bytes) -> bool:
+        return self._own.get(key, False)
+
+    def renew(self, but: set[bytes]) -> None:
+        own = [key for key in list(self._own) if key not in but]
+        for first in range(0, len(own), _AT_ONCE):
+            keys = own[first : first + _AT_ONCE]
+            flights = [(key, self._key(key)) for key in keys]
+            asked = [("EVAL", _RENEW, 2, at, at + b":wanted", self._me, _LEASE) for _, at in flights]
+            try:
+                found = self._connection.read(asked)
+            except StoreUnavailableError:
+                return  # the leases end, and each process asks for itself
+            for key, told in zip(keys, found, strict=True):
+                if key in self._own:
+                    self._own[key] = told == 2
+
+    def free(self, key: bytes, verdict: bool) -> None:
+        if self._own.pop(key, None) is None:
+            return
+        flight, me = self._key(key).decode(), self._me.decode()
+
+        def end(tables: object, now: float) -> None:
+            tables.batch.call(END, flight, me, int(verdict), _LEASE)  # type: ignore[attr-defined]
+
+        self._mailbox.post((Transactions.note, end, None))
+        self._mailbox.post((Transactions.nudge, None, None))
+
+    def close(self) -> None:
+        """What is claimed ends by itself."""
+        self._own.clear()
+
+    def _key(self, key: bytes) -> bytes:
+        return self._base + b":flight:" + key.hex().encode()

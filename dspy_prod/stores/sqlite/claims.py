@@ -1,0 +1,240 @@
+"""Which process asks upstream for an answer that others want too: locks and notes in a file beside the store's.
+
+A claim is the system's lock of one byte of the file, at a place that the key tells: to look and to claim is one call,
+no transaction, and a process that ends in whatever way has no claims left. What stands in the file is notes: whose
+flight has just ended, whether another process waits, and when its leader was seen alive. A note that is missing, torn
+or wrong makes a process ask for itself, or wait until it looks again; so does a file that cannot be made or used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import time
+import weakref
+from hashlib import blake2b
+from math import inf
+from pathlib import Path
+from struct import Struct
+from typing import Final
+
+from dspy_prod.runtime import private
+from dspy_prod.runtime.boot import boot, is_this_boot
+from dspy_prod.runtime.forking import RegistryLock
+from dspy_prod.stores.durable.flights import ALONE, FOLLOWS, LANDED, LEADS, LEASE
+
+try:
+    import fcntl
+except ImportError:  # Windows: each process asks for itself
+    fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger("dspy_prod")
+
+MOST: Final = 4_096
+"""Claims that a process may have at once; a further one is not shared."""
+NOTES: Final = 4_096
+GRACE: Final = 8.0
+"""Seconds for which a leader may be late to say that it is alive, because its machine is busy."""
+RETRY: Final = 30.0
+"""Seconds after which a file that could not be used is tried again."""
+_LOOK: Final = 1.0
+"""Seconds between looks whether the file is still there."""
+
+_HEADER: Final = Struct("<8s40s")
+_MAGIC: Final = b"flights1"
+_FIRST: Final = 64
+_NOTE: Final = Struct("<16sdB7x16s")
+"""What was claimed last, until when its leader counts as alive (monotonic), how it stands, what is waited for."""
+_UNTIL: Final = 16
+_STATE: Final = 24
+_WANTED: Final = 32
+_SIZE: Final = _FIRST + NOTES * _NOTE.size
+_NOTHING: Final = bytes(16)
+_FLYING, _ENDED, _VERDICT = 1, 2, 3
+_DOUBLE: Final = Struct("<d")
+
+
+class ClaimsFile:
+    """The claims of one process and namespace. Thread-safe; see `durable.flights.Claims`.
+
+    Args:
+        path: the store's file.
+        namespace: whose keys they are.
+    """
+
+    def __init__(self, path: str, namespace: str) -> None:
+        self._path = f"{path}-flights"
+        self._namespace = blake2b(namespace.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        self._file: _File | None = None
+        self._retry_at = -inf if fcntl is not None else inf
+        self._own: dict[bytes, bytes] = {}  # key -> its name in the file
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._own
+
+    def claim(self, key: bytes, waited: bool) -> int:
+        own = self._own
+        try:
+            file = self._file
+            if file is None or time.monotonic() >= file.look_at:
+                file = self._opened()
+            if file is None or len(own) >= MOST:
+                return ALONE
+            name = blake2b(key, digest_size=16, key=self._namespace).digest()
+            if own.setdefault(key, name) is not name:
+                return FOLLOWS  # another LM of this process
+            found = file.claim(name, waited)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+            return ALONE
+        if found >= FOLLOWS:
+            own.pop(key, None)
+        return found
+
+    def followed(self, key: bytes) -> bool:
+        name, file = self._own.get(key), self._file
+        with contextlib.suppress(OSError, ValueError):
+            return name is not None and file is not None and file.wanted(name)
+        return False
+
+    def renew(self, but: set[bytes]) -> None:
+        file = self._file
+        try:
+            if file is not None:
+                file.renew([name for key, name in list(self._own.items()) if key not in but])
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def free(self, key: bytes, verdict: bool) -> None:
+        name, file = self._own.pop(key, None), self._file
+        try:
+            if name is not None and file is not None:
+                file.free(name, _VERDICT if verdict else _ENDED)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        for key in list(self._own):
+            self.free(key, False)
+        self._retry_at, self._file = inf, None
+
+    def _opened(self) -> _File | None:
+        file = self._file
+        if file is not None and not file.gone():
+            return file
+        if time.monotonic() < self._retry_at:
+            return None
+        self._own.clear()  # of a file that is gone
+        self._file = _file(self._path)
+        return self._file
+
+    def _give_up(self, error: Exception) -> None:
+        """For a while each process asks for itself."""
+        _log.info("%s cannot be used (%s): identical calls of several processes are not shared", self._path, error)
+        self._retry_at = time.monotonic() + RETRY
+        self._file = None
+        self._own.clear()
+
+
+class _File:
+    """The file as this process has it open: once, for whoever closes a file lets go of all its locks in it.
+
+    A forked child has the same file, and none of the locks.
+    """
+
+    def __init__(self, path: str) -> None:
+        place = Path(path)
+        private.make_file(place)
+        private.check(place)
+        self._handle = os.open(place, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        self._closing = weakref.finalize(self, os.close, self._handle)
+        self._begin()
+        self._map = mmap.mmap(self._handle, _SIZE)
+        self.look_at = -inf
+        self._gone = False
+
+    def claim(self, name: bytes, waited: bool) -> int:
+        notes, handle = self._map, self._handle
+        if os.lseek(handle, 0, os.SEEK_END) < _SIZE:
+            raise ValueError("it has become shorter")  # what is mapped and not there would end this process
+        number = int.from_bytes(name[:8], "little")
+        place = _FIRST + number % NOTES * _NOTE.size
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _SIZE + (number >> 2))
+        except (BlockingIOError, PermissionError):
+            notes[place + _WANTED : place + _NOTE.size] = name
+            last, until, state, _ = _NOTE.unpack_from(notes, place)
+            lost = last == name and state == _FLYING and until + GRACE < time.monotonic()
+            return ALONE if lost else FOLLOWS
+        known = notes[place : place + 16] == name
+        if waited and known and notes[place + _STATE] == _VERDICT:
+            self._unlock(name)
+            return ALONE
+        _NOTE.pack_into(notes, place, name, time.monotonic() + LEASE, _FLYING, _NOTHING)
+        return LANDED if known or waited else LEADS
+
+    def wanted(self, name: bytes) -> bool:
+        place = _place(name)
+        return self._whole() and self._map[place + _WANTED : place + _NOTE.size] == name
+
+    def renew(self, names: list[bytes]) -> None:
+        if not self._whole():
+            raise ValueError("it has become shorter")
+        until, notes = time.monotonic() + LEASE, self._map
+        for name in names:
+            place = _place(name)
+            if notes[place : place + 16] == name and notes[place + _STATE] == _FLYING:
+                _DOUBLE.pack_into(notes, place + _UNTIL, until)
+
+    def free(self, name: bytes, state: int) -> None:
+        notes, place = self._map, _place(name)
+        if self._whole() and notes[place : place + 16] == name:
+            notes[place + _STATE] = state
+        self._unlock(name)
+
+    def gone(self) -> bool:
+        """Whether it was deleted, perhaps with the store; looked at now and then."""
+        now = time.monotonic()
+        if now >= self.look_at:
+            self.look_at = now + _LOOK
+            self._gone = not os.fstat(self._handle).st_nlink
+        return self._gone
+
+    def _unlock(self, name: bytes) -> None:
+        fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, _SIZE + (int.from_bytes(name[:8], "little") >> 2))
+
+    def _whole(self) -> bool:
+        return os.lseek(self._handle, 0, os.SEEK_END) >= _SIZE
+
+    def _begin(self) -> None:
+        """Make the notes anew where they say nothing: they are of another run of the machine, or damaged."""
+        handle = self._handle
+        magic, run = _HEADER.unpack(os.pread(handle, _HEADER.size, 0).ljust(_HEADER.size, b"\0"))
+        with contextlib.suppress(UnicodeDecodeError):
+            if self._whole() and magic == _MAGIC and is_this_boot(run.rstrip(b"\0").decode()):
+                return
+        # Written, not only made longer: a full disk must fail here, and not when memory is written to.
+        os.pwrite(handle, _HEADER.pack(_MAGIC, boot().encode()[:40]).ljust(_SIZE, b"\0"), 0)
+        if not self._whole():
+            raise OSError("it cannot be written in full")
+
+
+def _place(name: bytes) -> int:
+    return _FIRST + int.from_bytes(name[:8], "little") % NOTES * _NOTE.size
+
+
+_FILES: weakref.WeakValueDictionary[str, _File] = weakref.WeakValueDictionary()
+_LOCK: Final = RegistryLock()
+
+
+def _file(path: str) -> _File:
+    with _LOCK:
+        file = _FILES.get(path)
+        if file is None or file.gone():
+            file = _FILES[path] = _File(path)
+        return file

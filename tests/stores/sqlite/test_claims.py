@@ -1,0 +1,188 @@
+"""The file of claims: who has what, between processes, and what damage does to it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspy_prod.stores.durable.flights import ALONE, FOLLOWS, LANDED, LEADS
+from dspy_prod.stores.sqlite import claims
+from dspy_prod.stores.sqlite.claims import ClaimsFile
+from tests.stores.support import until
+
+FORK = multiprocessing.get_context("fork")
+
+
+def serve(path: str, namespace: str, pipe: Any) -> None:
+    """Claim and free what one is told to, in another process."""
+    file = ClaimsFile(path, namespace)
+    while True:
+        name, *arguments = pipe.recv()
+        pipe.send(getattr(file, name)(*arguments))
+
+
+class Other:
+    """A process with claims of its own."""
+
+    def __init__(self, path: str, namespace: str) -> None:
+        self._pipe, theirs = FORK.Pipe()
+        self.process = FORK.Process(target=serve, args=(path, namespace, theirs), daemon=True)
+        self.process.start()
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        self._pipe.send((name, *arguments))
+        assert self._pipe.poll(20)
+        return self._pipe.recv()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "state.db")
+
+
+@pytest.fixture
+def other(path: str) -> Iterator[Callable[..., Other]]:
+    made: list[Other] = []
+
+    def make(namespace: str = "n") -> Other:
+        made.append(Other(path, namespace))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.process.kill()
+        each.process.join(10)
+
+
+def test_one_of_two_processes_leads_until_it_is_done(path: str, other: Callable[..., Other]) -> None:
+    """The other one follows; then the lead is his, with the hint that an answer may be there."""
+    mine, his = ClaimsFile(path, "n"), other()
+    assert his("claim", b"key", False) == LEADS
+    assert mine.claim(b"key", False) == FOLLOWS
+    assert b"key" not in mine
+    assert his("followed", b"key")
+    assert mine.claim(b"another", False) == LEADS
+    his("free", b"key", False)
+    assert mine.claim(b"key", True) == LANDED
+    assert his("claim", b"key", False) == FOLLOWS
+    mine.free(b"key", False)
+    assert his("claim", b"key", False) == LANDED
+
+
+def test_after_a_verdict_all_who_waited_ask_and_the_next_one_leads(path: str, other: Callable[..., Other]) -> None:
+    mine, his = ClaimsFile(path, "n"), other()
+    assert his("claim", b"key", False) == LEADS
+    assert mine.claim(b"key", False) == FOLLOWS
+    his("free", b"key", True)
+    assert mine.claim(b"key", True) == ALONE
+    assert mine.claim(b"key", True) == ALONE
+    assert his("claim", b"key", False) == LANDED
+    assert mine.claim(b"key", True) == FOLLOWS
+
+
+def test_namespaces_have_nothing_to_do_with_each_other(path: str, other: Callable[..., Other]) -> None:
+    assert other("one")("claim", b"key", False) == LEADS
+    assert ClaimsFile(path, "another").claim(b"key", False) == LEADS
+
+
+def test_a_killed_process_has_no_claims(path: str, other: Callable[..., Other]) -> None:
+    mine, his = ClaimsFile(path, "n"), other()
+    assert his("claim", b"key", False) == LEADS
+    assert mine.claim(b"key", False) == FOLLOWS
+    his.process.kill()
+    until(lambda: mine.claim(b"key", True) == LANDED, 5)
+
+
+def test_a_process_that_hangs_is_not_waited_for_without_end(
+    path: str, other: Callable[..., Other], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its claim stands, but who waits asks for himself once it has not been renewed for long."""
+    mine, his = ClaimsFile(path, "n"), other()
+    assert his("claim", b"key", False) == LEADS
+    os.kill(his.process.pid, signal.SIGSTOP)
+    assert mine.claim(b"key", False) == FOLLOWS
+    monkeypatch.setattr(claims, "GRACE", -1.5)
+    until(lambda: mine.claim(b"key", True) == ALONE, 5)
+    os.kill(his.process.pid, signal.SIGCONT)
+    his("renew", set())
+    assert mine.claim(b"key", True) == FOLLOWS
+
+
+def test_a_fork_inherits_no_claims(path: str) -> None:
+    """The child's claims are its own, and those of the parent stay."""
+    mine = ClaimsFile(path, "n")
+    assert mine.claim(b"key", False) == LEADS
+    told = FORK.SimpleQueue()
+
+    def child() -> None:
+        theirs = ClaimsFile(path, "n")
+        told.put((theirs.claim(b"key", False), theirs.claim(b"other", False)))
+
+    process = FORK.Process(target=child)
+    process.start()
+    process.join(20)
+    assert told.get() == (FOLLOWS, LEADS)
+    assert mine.claim(b"other", False) in (LEADS, LANDED)
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "noise", "header", "gone"])
+def test_damage_ends_sharing_and_nothing_else(path: str, other: Callable[..., Other], damage: str) -> None:
+    """Whatever becomes of the file while it is used, each process asks for itself at worst, and a new one mends it."""
+    mine = ClaimsFile(path, "n")
+    assert mine.claim(b"key", False) == LEADS
+    file = Path(f"{path}-flights")
+    size = file.stat().st_size
+    if damage == "gone":
+        file.unlink()
+    elif damage in ("empty", "short"):
+        os.truncate(file, 0 if damage == "empty" else size // 2)
+    else:
+        with open(file, "r+b") as handle:
+            handle.write(os.urandom(size if damage == "noise" else 64))
+    assert mine.claim(b"one", False) in (LEADS, LANDED, ALONE)
+    mine.followed(b"key")
+    mine.renew(set())
+    mine.free(b"key", False)
+    mine.free(b"one", False)
+    his = other()
+    assert his("claim", b"key", False) in (LEADS, LANDED)
+    assert file.stat().st_size == size
+
+
+def test_a_file_that_cannot_be_made_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is told once, and tried again only after a while."""
+    mine = ClaimsFile(str(tmp_path / "no" / "such" / "directory" / "state.db"), "n")
+    with caplog.at_level("INFO", "dspy_prod"):
+        assert [mine.claim(b"key", False) for _ in range(3)] == [ALONE] * 3
+    assert len(caplog.records) == 1
+    assert len(mine) == 0
+
+
+def test_claims_have_a_bound(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "MOST", 3)
+    mine = ClaimsFile(path, "n")
+    assert [mine.claim(b"%d" % number, False) for number in range(5)] == [LEADS] * 3 + [ALONE] * 2
+    mine.free(b"0", False)
+    assert mine.claim(b"4", False) == LEADS
+
+
+def test_others_cannot_read_the_file(path: str) -> None:
+    ClaimsFile(path, "n").claim(b"key", False)
+    assert Path(f"{path}-flights").stat().st_mode & 0o077 == 0
+
+
+def test_a_claim_takes_microseconds(path: str) -> None:
+    """No transaction: a thousand claims and ends take less than a second of this process."""
+    mine = ClaimsFile(path, "n")
+    began = time.process_time()
+    for number in range(1_000):
+        mine.claim(b"%d" % number, False)
+        mine.free(b"%d" % number, False)
+    assert time.process_time() - began < 1.0
