@@ -12,6 +12,7 @@ import contextlib
 import logging
 import mmap
 import os
+import threading
 import time
 import weakref
 from hashlib import blake2b
@@ -69,6 +70,7 @@ class ClaimsFile:
         self._namespace = blake2b(namespace.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         self._file: _File | None = None
         self._retry_at = -inf if fcntl is not None else inf
+        self._opening = threading.Lock()
         self._own: dict[bytes, bytes] = {}  # key -> its name in the file
 
     def __len__(self) -> int:
@@ -124,21 +126,34 @@ class ClaimsFile:
         self._retry_at, self._file = inf, None
 
     def _opened(self) -> _File | None:
-        file = self._file
-        if file is not None and not file.gone():
-            return file
-        if time.monotonic() < self._retry_at:
-            return None
-        self._own.clear()  # of a file that is gone
-        self._file = _file(self._path)
-        return self._file
+        with self._opening:
+            file = self._file
+            if file is not None and not file.gone():
+                return file
+            if time.monotonic() < self._retry_at:
+                return None
+            if file is not None:
+                self._drop()
+            self._file = _file(self._path)
+            return self._file
 
     def _give_up(self, error: Exception) -> None:
         """For a while each process asks for itself."""
-        _log.info("%s cannot be used (%s): identical calls of several processes are not shared", self._path, error)
-        self._retry_at = time.monotonic() + RETRY
-        self._file = None
-        self._own.clear()
+        with self._opening:
+            if time.monotonic() >= self._retry_at:
+                _log.info(
+                    "%s cannot be used (%s): several processes' identical calls are not shared", self._path, error
+                )
+            self._retry_at = time.monotonic() + RETRY
+            self._drop()
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        while self._own:
+            _, name = self._own.popitem()
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.unlock(name)
 
 
 class _File:
@@ -173,7 +188,7 @@ class _File:
             return ALONE if lost else FOLLOWS
         known = notes[place : place + 16] == name
         if waited and known and notes[place + _STATE] == _VERDICT:
-            self._unlock(name)
+            self.unlock(name)
             return ALONE
         _NOTE.pack_into(notes, place, name, time.monotonic() + LEASE, _FLYING, _NOTHING)
         return LANDED if known or waited else LEADS
@@ -195,7 +210,7 @@ class _File:
         notes, place = self._map, _place(name)
         if self._whole() and notes[place : place + 16] == name:
             notes[place + _STATE] = state
-        self._unlock(name)
+        self.unlock(name)
 
     def gone(self) -> bool:
         """Whether it was deleted, perhaps with the store; looked at now and then."""
@@ -205,7 +220,8 @@ class _File:
             self._gone = not os.fstat(self._handle).st_nlink
         return self._gone
 
-    def _unlock(self, name: bytes) -> None:
+    def unlock(self, name: bytes) -> None:
+        """Others may claim it."""
         fcntl.lockf(self._handle, fcntl.LOCK_UN, 1, _SIZE + (int.from_bytes(name[:8], "little") >> 2))
 
     def _whole(self) -> bool:

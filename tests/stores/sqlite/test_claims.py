@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,3 +187,25 @@ def test_a_claim_takes_microseconds(path: str) -> None:
         mine.claim(b"%d" % number, False)
         mine.free(b"%d" % number, False)
     assert time.process_time() - began < 1.0
+
+
+def test_threads_that_claim_first_lose_nothing(path: str, other: Callable[..., Other]) -> None:
+    """Eight threads open the file at once: what each claimed and ended is free for another process."""
+    his = other()
+    for number in range(20):
+        mine = ClaimsFile(path, "n")
+        together = threading.Barrier(8)
+        keys = [b"%d.%d" % (number, thread) for thread in range(8)]
+
+        def work(mine: ClaimsFile, together: threading.Barrier, key: bytes) -> None:
+            together.wait(10)
+            assert mine.claim(key, False) == LEADS
+            mine.free(key, False)
+
+        threads = [threading.Thread(target=work, args=(mine, together, key)) for key in keys]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert len(mine) == 0
+        assert {his("claim", key, False) for key in keys} == {LANDED}
