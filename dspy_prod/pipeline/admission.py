@@ -17,7 +17,10 @@ from dspy_prod.records import NANO
 from dspy_prod.stores.base import GRANTED, PENDING, Refusal, Reservation, Store
 
 STORE_PATIENCE: Final = 2.0
-"""Seconds a store gets to look at a reservation, whatever `max_wait` says about the wait after that."""
+"""Seconds a store gets to look at a reservation, whatever `max_wait` says about the wait after that.
+
+They count while this process runs: a busy machine, on which the writer is late too, has more of them.
+"""
 
 SCORING_PATIENCE: Final = 30.0
 """The same for calls that are scored: a score must not depend on how busy a machine was."""
@@ -44,7 +47,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
         began = monotonic()
         turn = turns_at(attempt, began)
         again: Attempt | None = None
-        told = False
+        told, looked = False, 0.0  # in looks, not by the clock: where these come late, so does the store's writer
         try:
             while reservation.state == PENDING:
                 now = monotonic()
@@ -56,7 +59,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
                     until = min(longest, began + attempt.patience)
                 step = inf if told else NOTICE if now < until else _LOOK
                 if not reservation.blocked_on:  # no max_wait is up before the store has looked
-                    until = min(call.deadline, began + patience)
+                    until = call.deadline if looked < patience else now
+                    looked += step
                 if now < min(until, turn):
                     yield Wait(reservation, min(until, turn, now + step))
                     continue
