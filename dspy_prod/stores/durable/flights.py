@@ -19,7 +19,7 @@ LEASE: Final = 2.0
 """Seconds after which a claim ends that is not renewed: so long others wait for a process that was killed."""
 RENEW: Final = 0.5
 """Seconds between renewals."""
-IDLE: Final = 10.0
+IDLE: Final = 3.0
 """Seconds without claims after which the thread that renews them ends."""
 
 LEADS: Final = 0
@@ -120,6 +120,7 @@ class Flights:
     def close(self) -> None:
         """Lead nothing any more."""
         self._claims.close()
+        self._renewing.over.set()
 
 
 def _landed(claims: Claims, landing: set[bytes], key: bytes) -> None:
@@ -130,24 +131,24 @@ def _landed(claims: Claims, landing: set[bytes], key: bytes) -> None:
 
 
 class _Renewing:
-    """The thread that renews claims: begins when it is needed, ends when it was not for a while."""
+    """The thread that renews claims: begins when it is needed, ends when it was not for a while, or when it is `over`."""
 
     def __init__(self, claims: Claims, landing: set[bytes]) -> None:
         self._claims = claims
         self._landing = landing
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self.over = threading.Event()
 
     def begin(self) -> None:
         if self._thread is None:
             with self._lock:
-                if self._thread is None:
+                if self._thread is None and not self.over.is_set():
                     self._thread = begin("dspy_prod-flights", self._run)
 
     def _run(self) -> None:
-        pause, idle = threading.Event(), 0.0
-        while True:
-            pause.wait(RENEW)
+        idle = 0.0
+        while not self.over.wait(RENEW):
             idle = 0.0 if self._claims else idle + RENEW
             if idle == 0.0:
                 self._claims.renew(set(self._landing))
