@@ -131,7 +131,7 @@ def _landed(claims: Claims, landing: set[bytes], key: bytes) -> None:
 
 
 class _Renewing:
-    """The thread that renews claims: begins when it is needed, ends when it was not for a while, or when it is `over`."""
+    """The thread that renews claims: begins when it is needed, ends when it was not for a while, or is `over`."""
 
     def __init__(self, claims: Claims, landing: set[bytes]) -> None:
         self._claims = claims
