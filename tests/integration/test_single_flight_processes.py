@@ -101,6 +101,7 @@ def test_crowds_in_four_processes_make_one_upstream_call(serve: MakeProvider, cr
     assert len(provider.calls) == 1
 
 
+@pytest.mark.chaos
 def test_a_killed_leader_is_followed_by_one_other(serve: MakeProvider, crowds: Crowds) -> None:
     """When the leading process is killed, one of the others asks once more, soon; everybody there is answered."""
     provider = serve(answer="the answer")
