@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dspy_prod.experiments.experiment import Experiment
     from dspy_prod.experiments.judging import Judge
     from dspy_prod.experiments.scorecard import Scorecard
+    from dspy_prod.lm.embedder import Embedder
     from dspy_prod.lm.lm import LM
     from dspy_prod.lm.wrapping import wrap
     from dspy_prod.optimize.optimizer import BudgetedOptimizer
@@ -60,6 +61,7 @@ __getattr__, __dir__ = door(
         "experiments.judging": "Judge",
         "experiments.scorecard": "Scorecard",
         "lm": "LM wrap",
+        "lm.embedder": "Embedder",
         "metrics": "metrics",
         "optimize.optimizer": "BudgetedOptimizer",
         "optimize.report": "OptimizationReport",
@@ -109,6 +111,7 @@ __all__ = [
     "Configured",
     "CostSummary",
     "DeadlineExceededError",
+    "Embedder",
     "Event",
     "Experiment",
     "Health",

@@ -39,7 +39,7 @@ def assemble(model: str, model_type: str, settings: Settings) -> Pipeline:
     """
     if disabled():
         settings = settings.off()
-    store = _store(settings)
+    store = store_of(settings)
     prices = PriceBook(settings.prices, settings.clock)
 
     def route(
@@ -123,7 +123,12 @@ def _defaults(lm: dspy.LM) -> dict[str, Any]:
     return found
 
 
-def _store(settings: Settings) -> Store:
+def store_of(settings: Settings) -> Store:
+    """The store of some settings, opened; memory, where no file can be had and no money is at stake.
+
+    Raises:
+        StoreUnavailableError
+    """
     if settings.opened is not None and not getattr(settings.opened, "closed", False):
         return settings.opened
 

@@ -32,7 +32,7 @@ class Pipeline:
         budgets: those of them that have accounts.
         caps: those of them that cap single calls.
         capped: whether anything caps single calls, on whatever route.
-        degradable: whether a budget may switch to a cheaper model.
+        degradable: whether a budget may switch to a cheaper model; never where no other model would do.
         watches_spending: whether a budget has a soft threshold.
         kind: the context of the latest answer from memory, and where those in it are noted.
         budget_waits: whether a budget has a `max_wait` of its own.
@@ -46,20 +46,22 @@ class Pipeline:
         store: Store,
         budgets: tuple[BudgetRule, ...],
         cache: Cache | None,
-        route_maker: Callable[[str], Route],
+        route_maker: Callable[[str], Route] | None,
         clock: Clock,
         bus: EventBus,
         rand: Callable[[], float] = random.random,
+        keeps: type[ResponseCache] = ResponseCache,
     ) -> None:
         self.primary = primary
         self.fallbacks = fallbacks
         self.routes = (primary, *fallbacks)
         self.store = store
+        self._route_maker = route_maker
         self.rules = budgets
         for rule in self.every_budget():
             rule.follow(self)  # before it is looked at, so that no change goes by between the two
         self.budgets_changed()
-        shared = None if cache is None else _shared_cache(store, cache)
+        shared = None if cache is None else _shared_cache(store, cache, keeps)
         self.cache: ResponseCache | None = None if shared is None else shared.cache
         self.flights: Flights = Flights() if shared is None else shared.flights(self.routes)
         self._shared = shared
@@ -67,7 +69,6 @@ class Pipeline:
         self.bus = bus
         self.rand = rand
         self.kind: tuple[CallContext | None, Kind | None] = (None, None)
-        self._route_maker = route_maker
         self._made: dict[str, Route] = {}
         self._capabilities: Any = None
         REAPER.start()
@@ -82,7 +83,7 @@ class Pipeline:
         self.budgets = tuple([rule for rule in self.rules if not rule.caps])
         self.caps = tuple([rule for rule in self.rules if rule.caps])
         self.capped = any(rule.caps for rule in every)
-        self.degradable = any(rule.options.degrade_to for rule in self.budgets)
+        self.degradable = self._route_maker is not None and any(rule.options.degrade_to for rule in self.budgets)
         self.budget_waits = any(rule.options.max_wait is not None for rule in every)
         self.watches_spending = any(rule.options.soft for rule in every)
 
@@ -90,6 +91,7 @@ class Pipeline:
         """A route to another model, made once."""
         route = self._made.get(model)
         if route is None:
+            assert self._route_maker is not None
             route = self._made[model] = next(
                 (route for route in self.fallbacks if route.model == model), None
             ) or self._route_maker(model)
@@ -123,10 +125,10 @@ class Pipeline:
 
 
 class SharedCache:
-    """Cache and flights, shared by all pipelines with the same store and cache options."""
+    """Cache and flights, shared by all pipelines with the same store and cache options that keep the same."""
 
-    def __init__(self, options: Cache, store: Store) -> None:
-        self.cache = ResponseCache(options, store)
+    def __init__(self, options: Cache, store: Store, keeps: type[ResponseCache] = ResponseCache) -> None:
+        self.cache = keeps(options, store)
         self._flights: weakref.WeakValueDictionary[Any, Flights] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
         reset_after_fork(self)
@@ -167,15 +169,15 @@ _MAX_KEPT = 16
 """Caches with different options that a memory store keeps."""
 
 
-def _shared_cache(store: Store, options: Cache) -> SharedCache:
-    key = (id(store), options)
+def _shared_cache(store: Store, options: Cache, keeps: type[ResponseCache]) -> SharedCache:
+    key = (id(store), (options, keeps))
     with _CACHES_LOCK:
         shared = _CACHES.get(key)
         if shared is None:
-            shared = _CACHES[key] = SharedCache(options, store)
+            shared = _CACHES[key] = SharedCache(options, store, keeps)
             companions = getattr(store, "companions", None)
             if companions is not None:  # no file keeps the answers for the next LM
                 while len(companions) >= _MAX_KEPT:
                     del companions[next(iter(companions))]
-                companions[options] = shared
+                companions[options, keeps] = shared
         return shared

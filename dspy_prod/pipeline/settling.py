@@ -42,7 +42,7 @@ def succeeded(attempt: Attempt, response: Response) -> None:
     estimated = False
     if cost is None and rates is not None:  # the provider did not tell the usage: the bound stands
         cost = worst(attempt)
-        estimated = cost is not None
+        estimated = bool(cost)  # what can cost nothing at most has cost nothing
     record = _record(attempt, "ok", cost, latency, estimated, usage)
     tokens = None if attempt.reservation is None and attempt.taken is None else _used(rates, usage)
     _book(attempt, record, cost, tokens, True, estimated)

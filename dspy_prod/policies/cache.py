@@ -183,11 +183,7 @@ class ResponseCache:
         if not cacheable(response):
             return
         options = self.options
-        lifetime = options.ttl if ttl is None else ttl
-        expires_at = stale_until = inf
-        if lifetime is not None:
-            expires_at = self._now() + lifetime * (1.0 - options.ttl_jitter * self._rand())
-            stale_until = expires_at + options.stale_if_error
+        expires_at, stale_until = self.times(ttl)
         entry = Entry(response, expires_at, stale_until, _size(key, response), list_nano)
         if entry.size > options.max_bytes:
             return
@@ -201,6 +197,15 @@ class ResponseCache:
                     max_entries=options.max_entries,
                     max_bytes=options.max_bytes,
                 )
+
+    def times(self, ttl: float | None) -> tuple[float, float]:
+        """(until when what is kept now is fresh, until when it may stand in for an error), in store time."""
+        options = self.options
+        lifetime = options.ttl if ttl is None else ttl
+        if lifetime is None:
+            return inf, inf
+        expires_at = self._now() + lifetime * (1.0 - options.ttl_jitter * self._rand())
+        return expires_at, expires_at + options.stale_if_error
 
     def clear(self) -> None:
         """Forget every answer in memory; the store forgets its own by `Store.cache_clear`."""
@@ -222,6 +227,9 @@ class ResponseCache:
 
     def _writes(self, key: bytes) -> bool:
         return self._durable and not key.startswith(LOCAL)
+
+    def _stored_as(self, key: bytes) -> bytes:
+        return _store_key(key)
 
     def _insert(self, key: bytes, entry: Entry) -> None:
         entries, options = self._entries, self.options

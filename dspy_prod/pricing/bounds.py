@@ -30,6 +30,9 @@ PER_MESSAGE = 8
 """Tokens of a message's role and separators (OpenAI 3 to 4, Llama 5)."""
 PER_PART = 4
 """Tokens where two texts of a message meet (a separator, SentencePiece's leading space)."""
+PER_TEXT = 16
+"""Tokens around a text that is asked a vector of: start and end marks, and the prefix of what it is for (E5's
+"query: ", Cohere's and Google's `input_type`)."""
 PER_MEDIA = 64
 """Tokens around a picture, a recording or a file: marks, its name, time stamps."""
 PER_NAME = 64
@@ -221,3 +224,13 @@ def _extended(limit: int | None, extensions: Mapping[str, Any]) -> tuple[int | N
         limit = None
     copies = [value for name in _COPIES if isinstance(value := settings.get(name), int)]
     return max([limit or 0, *limits]) or None, max([1, *copies])
+
+
+def text_bound(text: str, *, max_input_tokens: int | None) -> int:
+    """An upper bound on the tokens a provider bills for the vector of one text.
+
+    Args:
+        max_input_tokens: the model's limit for one text, which is cut there or refused; None when it is not known.
+    """
+    most = PER_TEXT + _bytes(text)
+    return most if max_input_tokens is None else min(most, max_input_tokens)

@@ -48,7 +48,7 @@ class Way(Protocol):
 
 
 class Node(Protocol):
-    """An open piece of a trace: one call of a program or of an LM."""
+    """An open piece of a trace: one call of a program, of an LM or of an embedder."""
 
     def answered(self, outputs: Any, **attributes: Any) -> None:
         """Note what it gives back, and attributes of its span."""
@@ -89,6 +89,10 @@ class Tap(Protocol):
 
     def lm_call(self, name: str, inputs: dict[str, Any]) -> AbstractContextManager[Node]:
         """The scope of one call of an LM, likewise."""
+        ...
+
+    def embedding_call(self, name: str, inputs: dict[str, Any]) -> AbstractContextManager[Node]:
+        """The scope of one call of an embedder, likewise."""
         ...
 
     def flush(self) -> bool:

@@ -11,7 +11,7 @@ from math import ceil
 from typing import Any
 
 from dspy_prod.testing.bill import Usage
-from dspy_prod.testing.calls import CallView
+from dspy_prod.testing.calls import CallView, text_of
 from dspy_prod.testing.faults import WrongUsage
 from dspy_prod.testing.schema import sample
 
@@ -73,6 +73,8 @@ class Reply:
 
 def compose(call: CallView, answer: AnswerSource, usage: UsageSource, *, call_tools: bool, created: int) -> Reply:
     """The reply to `call`: the configured answer or a fitting default, cut at `max_tokens`, with its usage."""
+    if call.api == "embeddings":
+        return Reply(call, (), _read(call, usage), created)
     given = answer(call) if callable(answer) else answer
     several = isinstance(given, Sequence) and not isinstance(given, str)
     choices = []
@@ -201,6 +203,13 @@ def _cut(choice: Choice, max_tokens: int | None) -> Choice:
 
 def _tokens(chars: int) -> int:
     return max(1, chars // CHARS_PER_TOKEN)
+
+
+def _read(call: CallView, usage: UsageSource) -> Usage:
+    """The usage of what is read alone, a text at a time."""
+    if usage is not None:
+        return _count(call, [], usage)._replace(output_tokens=0, reasoning_tokens=0)
+    return Usage(sum(_tokens(len(text_of(message.get("content")))) for message in call.messages), 0)
 
 
 def _count(call: CallView, choices: list[Choice], usage: UsageSource) -> Usage:

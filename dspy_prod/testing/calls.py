@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Api = Literal["chat", "responses", "completions"]
+Api = Literal["chat", "responses", "completions", "embeddings"]
 
 
 def text_of(content: Any) -> str:
@@ -51,11 +51,15 @@ class CallView:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The conversation as role and content, whichever endpoint was called."""
+        """The conversation as role and content, whichever endpoint was called; of embeddings, a message a text."""
         if self.api == "chat":
             return [m for m in self.body.get("messages") or [] if isinstance(m, dict)]
         if self.api == "completions":
             return [{"role": "user", "content": text_of(self.body.get("prompt"))}]
+        if self.api == "embeddings":
+            given = self.body.get("input")
+            texts = [given] if isinstance(given, str) else given or []
+            return [{"role": "user", "content": text_of(text)} for text in texts]
         messages: list[dict[str, Any]] = []
         if self.body.get("instructions"):
             messages.append({"role": "system", "content": self.body["instructions"]})

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from dspy_prod.testing.answers import Choice, Reply
 from dspy_prod.testing.bill import Usage
 from dspy_prod.testing.calls import Api
+from dspy_prod.testing.embeddings import Embeddings
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,5 +237,10 @@ class Responses:
         }
 
 
-DIALECTS: dict[Api, Dialect] = {"chat": Chat(), "completions": Completions(), "responses": Responses()}
-ID_PREFIXES: dict[Api, str] = {"chat": "chatcmpl", "completions": "cmpl", "responses": "resp"}
+DIALECTS: dict[Api, Dialect] = {
+    "chat": Chat(),
+    "completions": Completions(),
+    "responses": Responses(),
+    "embeddings": Embeddings(),
+}
+ID_PREFIXES: dict[Api, str] = {"chat": "chatcmpl", "completions": "cmpl", "responses": "resp", "embeddings": "embd"}

@@ -14,6 +14,7 @@ from dspy_prod.testing.answers import Reply, distort
 from dspy_prod.testing.bill import Bill
 from dspy_prod.testing.calls import Call
 from dspy_prod.testing.dialects import DIALECTS, Piece, dumps, sse
+from dspy_prod.testing.embeddings import too_much
 from dspy_prod.testing.faults import (
     EmptyChoices,
     ErrorInStream,
@@ -33,6 +34,10 @@ from dspy_prod.testing.wire import LAST_CHUNK, Connection, chunk, head, response
 
 SETTLE_PAUSE = 0.01
 """Seconds between the last bytes and a RST, so that the client has received them before."""
+
+
+_GIVEN_IN = {"responses": "output", "embeddings": "data"}
+"""The field in which an endpoint gives its answers, where that is not `choices`."""
 
 
 class Serving(Protocol):
@@ -110,6 +115,10 @@ class Exchange:
             reply = Reply(call, reply.choices, distort(reply.usage, fault), reply.created)
         call.input_tokens, call.output_tokens = reply.usage.input_tokens, reply.usage.output_tokens
         tokens = call.input_tokens + call.output_tokens
+        excess = too_much(call, tokens) if call.api == "embeddings" else None
+        if excess is not None:
+            self._refuse(excess)
+            return
         refusal = self.provider.quota.admit(call.received_at, tokens, self.provider.in_flight)
         if refusal is not None:
             self._refuse(refusal)
@@ -200,7 +209,7 @@ class Exchange:
         told = not isinstance(fault, (MissingUsage, MalformedJson, TruncatedStream, ErrorInStream, Reset))
         content = DIALECTS[self.call.api].body(reply, None if isinstance(fault, MissingUsage) else reply.usage)
         if isinstance(fault, EmptyChoices):
-            content["output" if self.call.api == "responses" else "choices"] = []
+            content[_GIVEN_IN.get(self.call.api, "choices")] = []
         body = dumps(content)
         if isinstance(fault, MalformedJson):
             body = body[: len(body) * 2 // 3]

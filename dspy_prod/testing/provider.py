@@ -31,14 +31,20 @@ if TYPE_CHECKING:
 Latency = float | tuple[float, float] | Callable[[CallView], float]
 FaultSource = FaultPlan | Fault | Iterable[Fault | None] | Chooser | None
 
-_ENDPOINTS: dict[str, Api] = {"/chat/completions": "chat", "/responses": "responses", "/completions": "completions"}
+_ENDPOINTS: dict[str, Api] = {
+    "/chat/completions": "chat",
+    "/responses": "responses",
+    "/completions": "completions",
+    "/embeddings": "embeddings",
+}
 
 
 class Provider:
     """An OpenAI-compatible HTTP server on 127.0.0.1; a context manager.
 
-    It answers POST /v1/chat/completions, /v1/responses and /v1/completions (plain and streamed), GET /v1/models and
-    /health, and shows GET /_bill and /_calls as JSON to other processes. The server runs in one daemon thread;
+    It answers POST /v1/chat/completions, /v1/responses and /v1/completions (plain and streamed), POST /v1/embeddings
+    (vectors that depend on the text alone), GET /v1/models and /health, and shows GET /_bill and /_calls as JSON to
+    other processes. The server runs in one daemon thread;
     callables given to it run there and must not block.
 
     What is billed: a request refused with an HTTP error is free. A plain answer is generated whole before its first
@@ -289,7 +295,7 @@ class Provider:
             model=str(body.get("model", "")),
             headers=request.headers,
             body=body,
-            stream=bool(body.get("stream")),
+            stream=api != "embeddings" and bool(body.get("stream")),
             received_at=received_at,
             in_flight=self.in_flight + 1,
         )

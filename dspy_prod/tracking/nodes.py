@@ -24,6 +24,7 @@ _log = logging.getLogger("dspy_prod")
 
 PROGRAM: Final = "CHAIN"
 LM: Final = "CHAT_MODEL"
+EMBEDDING: Final = "EMBEDDING"
 
 
 class Recorder:
@@ -49,6 +50,9 @@ class Recorder:
     def lm_call(self, name: str, inputs: dict[str, Any]) -> _Scope:
         return _Scope(self, name, LM, inputs)
 
+    def embedding_call(self, name: str, inputs: dict[str, Any]) -> _Scope:
+        return _Scope(self, name, EMBEDDING, inputs)
+
     def open(self, name: str, kind: str, inputs: dict[str, Any]) -> LeanNode | Nothing:
         """A node for a call that begins here; `NOTHING` when too many wait to be shipped already."""
         context = current()
@@ -65,7 +69,7 @@ class Recorder:
             ids = trace_id, its, live.parent_id
             return LeanNode(self.courier, name, kind, None, context, *ids, live=True, callers=callers)
         program = subject = None
-        if kind == LM:
+        if kind != PROGRAM:
             if isinstance(outer, LeanNode):
                 program = outer.program
         elif callers:

@@ -123,6 +123,8 @@ class Traces:
         """An attempt, to be put into its trace."""
         started = int(record.started_at * 1e9)
         attributes = attempt_attributes(record, breaker, input_nano(record, route.rates(), response))
+        if node.kind == "EMBEDDING":
+            attributes[TYPE] = node.kind
         made = span(
             node.trace_id, record_span_id(record.id), node.span_id, attempt_name(record), started,
             started + int(record.latency * 1e9), self.content.attributes(attributes), attempt_error(record),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dspy.lm15 import Response, Usage
 
+from dspy_prod.pipeline.upstream.vectors import Vectors
 from dspy_prod.policies.cache import EMPTY_USAGE
 from dspy_prod.records import MOST_TOKENS
 
@@ -15,7 +16,8 @@ from dspy_prod.records import MOST_TOKENS
 def believed(response: Response) -> Usage:
     """The usage of an answer; empty when it cannot be true.
 
-    No prompt is empty, an answer with anything in it took tokens, and no counter is beyond measure.
+    No prompt is empty, an answer with anything in it took tokens unless it was not generated, and no counter is beyond
+    measure.
     """
     usage: Usage = response.usage
     inputs, outputs, cached = usage.input_tokens, usage.output_tokens, usage.cache_read_tokens
@@ -31,4 +33,6 @@ def believed(response: Response) -> Usage:
 
 
 def _is_empty(response: Response) -> bool:
-    return all(part.type == "text" and not part.text for part in response.message.parts)
+    return isinstance(response, Vectors) or all(
+        part.type == "text" and not part.text for part in response.message.parts
+    )

@@ -1,0 +1,82 @@
+"""POST /v1/embeddings: vectors that depend on nothing but the text, near each other where texts share words."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import struct
+from collections.abc import Iterator
+from math import sqrt
+from typing import TYPE_CHECKING, Any, Final
+
+from dspy_prod.testing.faults import Status
+
+if TYPE_CHECKING:
+    from dspy_prod.testing.answers import Reply
+    from dspy_prod.testing.bill import Usage
+    from dspy_prod.testing.calls import CallView
+    from dspy_prod.testing.dialects import Piece
+
+DIMENSION: Final = 16
+"""Numbers of a vector, unless the request says `dimensions`."""
+MOST_TEXTS: Final = 2048
+MOST_TOKENS: Final = 300_000
+"""What one request may hold; more is refused with status 400, as OpenAI does."""
+
+_WORD: Final = re.compile(r"\w+")
+
+
+def vector(text: str, dimension: int = DIMENSION) -> list[float]:
+    """The vector of a text, of length 1: the sum of one for each of its words, and a little of the text's own."""
+    total = [0.0] * dimension
+    for word in _WORD.findall(text.lower()):
+        for place, value in enumerate(_noise(word, dimension)):
+            total[place] += value
+    for place, value in enumerate(_noise(f"text:{text}", dimension)):
+        total[place] += value / 1000
+    length = sqrt(sum(value * value for value in total))
+    return [value / length for value in total]
+
+
+def _noise(seed: str, dimension: int) -> Iterator[float]:
+    block = 0
+    given = 0
+    while given < dimension:
+        digest = hashlib.sha256(f"{block}:{seed}".encode("utf-8", "surrogatepass")).digest()
+        for (number,) in struct.iter_unpack("<I", digest[: 4 * (dimension - given)]):
+            yield number / 2**31 - 1.0
+        given += 8
+        block += 1
+
+
+def too_much(call: CallView, tokens: int) -> Status | None:
+    """The refusal of a request that holds more than one may."""
+    count = len(call.messages)
+    if count > MOST_TEXTS or not count:
+        return Status(400, f"'input' must hold 1 to {MOST_TEXTS} texts, and holds {count}.")
+    if tokens > MOST_TOKENS:
+        return Status(400, f"Requested {tokens} tokens, max {MOST_TOKENS} tokens per request.")
+    return None
+
+
+class Embeddings:
+    """See the module's docstring."""
+
+    def body(self, reply: Reply, usage: Usage | None) -> dict[str, Any]:
+        asked = reply.call.body
+        dimension = asked.get("dimensions")
+        dimension = dimension if isinstance(dimension, int) and dimension > 0 else DIMENSION
+        data = []
+        for index, message in enumerate(reply.call.messages):
+            found: Any = vector(str(message["content"]), dimension)
+            if asked.get("encoding_format") == "base64":
+                found = base64.b64encode(struct.pack(f"<{dimension}f", *found)).decode()
+            data.append({"object": "embedding", "index": index, "embedding": found})
+        body = {"object": "list", "data": data, "model": reply.call.model}
+        told = None if usage is None else {"prompt_tokens": usage.input_tokens, "total_tokens": usage.input_tokens}
+        return body if told is None else {**body, "usage": told}
+
+    def stream(self, reply: Reply, usage: Usage | None, chunks: int) -> Iterator[Piece]:
+        """Vectors are not streamed."""
+        raise NotImplementedError
