@@ -16,6 +16,7 @@ from dspy_prod.compat.foreign import running_loop
 from dspy_prod.context.current import current, stamped
 from dspy_prod.errors import ConfigError, RejectedError, UnusableAnswerError
 from dspy_prod.lm.arguments import budget_options
+from dspy_prod.lm.copying import checked
 from dspy_prod.lm.embedding import arguments_for, build, elsewhere, identity, name_of, prices_of
 from dspy_prod.lm.operating import Operated
 from dspy_prod.lm.settings import Settings, hide, recall, remember, settings_of
@@ -111,7 +112,7 @@ class Embedder(Operated, dspy.Embedder):
             "limit": limit, "cache": caching if isinstance(caching, (Cache, Mapping)) else None, "budget": budget,
             "fallbacks": (), "prices": prices_of(model, prices), "store": store, "namespace": namespace, "clock": clock,
         }  # fmt: skip
-        settings = Settings(**settings_of(given), clients=clients, extras=extras)
+        settings = checked(Settings(**settings_of(given), clients=clients, extras=extras), "dspy_prod.Embedder")
         self._fallbacks = elsewhere(model, settings, fallbacks)
         self._install(settings)
         if isinstance(model, str):

@@ -6,7 +6,9 @@ import base64
 import hashlib
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,24 +32,21 @@ _WORD: Final = re.compile(r"\w+")
 def vector(text: str, dimension: int = DIMENSION) -> list[float]:
     """The vector of a text, of length 1: the sum of one for each of its words, and a little of the text's own."""
     total = [0.0] * dimension
-    for word in _WORD.findall(text.lower()):
+    for word, count in Counter(_WORD.findall(text.lower())).items():
         for place, value in enumerate(_noise(word, dimension)):
-            total[place] += value
-    for place, value in enumerate(_noise(f"text:{text}", dimension)):
+            total[place] += count * value
+    for place, value in enumerate(_noise(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), dimension)):
         total[place] += value / 1000
     length = sqrt(sum(value * value for value in total))
     return [value / length for value in total]
 
 
-def _noise(seed: str, dimension: int) -> Iterator[float]:
-    block = 0
-    given = 0
-    while given < dimension:
-        digest = hashlib.sha256(f"{block}:{seed}".encode("utf-8", "surrogatepass")).digest()
-        for (number,) in struct.iter_unpack("<I", digest[: 4 * (dimension - given)]):
-            yield number / 2**31 - 1.0
-        given += 8
-        block += 1
+@lru_cache(maxsize=4096)
+def _noise(seed: str, dimension: int) -> tuple[float, ...]:
+    data = b""
+    while len(data) < 4 * dimension:
+        data += hashlib.sha256(f"{len(data)}:{seed}".encode("utf-8", "surrogatepass")).digest()
+    return tuple([number / 2**31 - 1.0 for (number,) in struct.iter_unpack("<I", data[: 4 * dimension])])
 
 
 def too_much(call: CallView, tokens: int) -> Status | None:
