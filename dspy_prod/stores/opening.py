@@ -121,6 +121,17 @@ def _memory(url: str, namespace: str, clock: Clock) -> Store:
         return store
 
 
+def forget(url: str) -> None:
+    """Close the memory stores of this URL, of every namespace, and keep them alive no longer."""
+    with _LOCK:
+        found = [store for store in _KEPT if store.url == url]
+        _KEPT[:] = [store for store in _KEPT if store.url != url]
+        for key in [key for key, store in _STORES.items() if key[0] == "memory" and store.url == url]:
+            del _STORES[key]
+    for store in found:
+        store.close()
+
+
 def file_of(url: str) -> Path:
     """The file of a `sqlite:///` URL; a ConfigError when it names none."""
     place = Unshown(url.partition("://")[2].partition("?")[0])
