@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from dspy_prod.testing.answers import Reply
     from dspy_prod.testing.bill import Usage
     from dspy_prod.testing.calls import CallView
-    from dspy_prod.testing.dialects import Piece
 
 DIMENSION: Final = 16
 """Numbers of a vector, unless the request says `dimensions`."""
@@ -76,6 +75,6 @@ class Embeddings:
         told = None if usage is None else {"prompt_tokens": usage.input_tokens, "total_tokens": usage.input_tokens}
         return body if told is None else {**body, "usage": told}
 
-    def stream(self, reply: Reply, usage: Usage | None, chunks: int) -> Iterator[Piece]:
+    def stream(self, reply: Reply, usage: Usage | None, chunks: int) -> Iterator[Any]:
         """Vectors are not streamed."""
         raise NotImplementedError

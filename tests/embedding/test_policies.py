@@ -87,7 +87,7 @@ def test_a_budget_is_never_passed(provider: Provider, make: MakeEmbedder) -> Non
 
 
 def test_a_cap_on_a_call_refuses_before_anything_is_paid(provider: Provider, make: MakeEmbedder) -> None:
-    embedder = make(budget=Budget(usd=0.000_001, per="call"), caching=False)
+    embedder = make(budget=Budget(usd=0.000_03, per="call"), caching=False)
     with pytest.raises(dspy_prod.BudgetExceededError):
         embedder(["long " * 100] * 10, batch_size=2)
     assert provider.calls == []
