@@ -225,10 +225,8 @@ class Embedder(Operated, dspy.Embedder):
         state = {name: value for name, value in self.__dict__.items() if name not in _INSTALLED}
         state["settings"] = self.settings.sealed(self.pipeline.store.url)
         state["_token"] = remember(self.settings)
-        hidden = state["settings"]
-        if isinstance(self.model, str):
-            state["default_kwargs"] = state["_told"] = {**hidden.extras, **hidden.clients}
-        state["_fallbacks"] = ()
+        state["default_kwargs"] = state["_told"] = {}  # they are in the settings, where secrets are sealed
+        state["_fallbacks"] = tuple([one.sealed() for one in self._fallbacks])
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -236,8 +234,8 @@ class Embedder(Operated, dspy.Embedder):
         sealed: Settings = state.pop("settings")
         self.__dict__.update(state)
         settings = sealed.unsealed() if known is None else known
-        if isinstance(self.model, str):
-            self.default_kwargs = {**settings.extras, **settings.clients}
+        self._fallbacks = tuple([one.unsealed() for one in self._fallbacks])
+        self.default_kwargs = {**settings.extras, **settings.clients}
         with quoted():
             self._install(settings)
 

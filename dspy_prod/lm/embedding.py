@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.assembling import store_of
+from dspy_prod.lm.sealing import seal, unseal
 from dspy_prod.lm.settings import Settings, split
 from dspy_prod.options import Cache, Price
 from dspy_prod.pipeline.batching import EmbeddingRoute
@@ -16,7 +17,7 @@ from dspy_prod.pipeline.routes import PRIMARY
 from dspy_prod.pipeline.scope import identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
 from dspy_prod.pipeline.upstream.embedding import EmbeddingUpstream
-from dspy_prod.policies.sharing import shared_rule
+from dspy_prod.policies.sharing import quoted_rules, shared_rule
 from dspy_prod.policies.vectors import VectorCache
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.pricing.lookup import base_of
@@ -31,11 +32,23 @@ class Elsewhere:
     Args:
         model: its model string there.
         clients, extras: as in `Settings`.
+        own: the settings of an embedder that was given: its limit, prices and budgets hold for its route.
     """
 
     model: str
-    clients: Mapping[str, Any]
-    extras: Mapping[str, Any]
+    clients: Mapping[str, Any] = field(repr=False)
+    extras: Mapping[str, Any] = field(repr=False)
+    own: Settings | None = None
+
+    def sealed(self) -> Elsewhere:
+        """The same, fit to be written: see `Settings.sealed`."""
+        own = None if self.own is None else self.own.sealed()
+        return Elsewhere(self.model, seal(self.clients), seal(self.extras), own)
+
+    def unsealed(self) -> Elsewhere:
+        """The same, with the secrets this process remembers for it."""
+        own = None if self.own is None else self.own.unsealed()
+        return Elsewhere(self.model, unseal(self.clients), unseal(self.extras), own)
 
 
 def name_of(model: Any) -> str:
@@ -78,13 +91,23 @@ def build(model: Any, settings: Settings, fallbacks: Sequence[Elsewhere]) -> Pip
             bus=BUS,
         )  # fmt: skip
 
+    def spare(one: Elsewhere) -> EmbeddingRoute:
+        upstream = EmbeddingUpstream(one.model, None, dict(one.clients), dict(one.extras))
+        own = one.own
+        if own is None:
+            return route(one.model, upstream)
+        return EmbeddingRoute(
+            one.model, upstream, retry=own.retry, breaker=own.breaker, limit=own.limit,
+            prices=PriceBook({**settings.prices, **own.prices}, settings.clock), store=store, clock=settings.clock,
+            bus=BUS, rules=quoted_rules(store, own.budgets),
+        )  # fmt: skip
+
     function: Callable[..., Any] | None = None if isinstance(model, str) else model
     primary = EmbeddingUpstream(name_of(model), function, dict(settings.clients), dict(settings.extras))
-    others = [EmbeddingUpstream(one.model, None, dict(one.clients), dict(one.extras)) for one in fallbacks]
     cache: Cache | None = None if disabled() else settings.cache
     return Pipeline(
         route(PRIMARY, primary),
-        tuple([route(other.model, other) for other in others]),
+        tuple([spare(one) for one in fallbacks]),
         store=store,
         budgets=tuple([shared_rule(store, budget) for budget in settings.budgets]),
         cache=cache,
@@ -140,7 +163,7 @@ def _elsewhere(model: Any, settings: Settings, given: Any) -> Elsewhere:
             given, settings.clients if same else timeout, dict(settings.extras) if same else dimensions
         )  # fmt: skip
     if isinstance(own, Settings) and isinstance(getattr(given, "model", None), str) and isinstance(model, str):
-        return Elsewhere(given.model, own.clients, own.extras)
+        return Elsewhere(given.model, own.clients, own.extras, own)
     raise ConfigError(
         f"fallbacks= takes model names and dspy_prod.Embedder objects of the same model, not {type(given).__name__}; "
         "a function has none"

@@ -182,6 +182,21 @@ def test_the_same_model_elsewhere_stands_in(provider: Provider, make: MakeEmbedd
         assert np.array_equal(vector, make(caching=False)("a text"))
 
 
+def test_its_own_budget_holds_for_it(provider: Provider, make: MakeEmbedder) -> None:
+    """Of an embedder that is given as a fallback; and a pickle forgets neither it nor shows its key."""
+    with Provider(prices=PRICES) as other:
+        spare = make(api_base=other.url, api_key="sk-spare-secret-123456", budget=Budget(usd=0.000_001, per="day"))
+        embedder = make(fallbacks=[spare])
+        provider.down(503)
+        for each in (embedder, pickle.loads(pickle.dumps(embedder))):
+            with pytest.raises((LMServerError, dspy_prod.BudgetExceededError)):
+                each("long " * 100)
+        assert other.calls == []
+        assert pickle.loads(pickle.dumps(embedder))("short").shape == (16,)
+        assert [call.headers["authorization"] for call in other.calls] == ["Bearer sk-spare-secret-123456"]
+        assert b"spare-secret" not in pickle.dumps(embedder)
+
+
 @pytest.mark.parametrize(
     ("fallback", "options", "why"),
     [
