@@ -229,7 +229,7 @@ class ResponseCache:
         return self._durable and not key.startswith(LOCAL)
 
     def _stored_as(self, key: bytes) -> bytes:
-        return _store_key(key)
+        return store_key(key)
 
     def _insert(self, key: bytes, entry: Entry) -> None:
         entries, options = self._entries, self.options
