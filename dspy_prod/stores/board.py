@@ -7,9 +7,12 @@ before each call, which costs nanoseconds, and read the rows only when it is ano
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Final, NamedTuple, Protocol
+
+from dspy_prod.errors import StoreUnavailableError
 
 MOST_ROWS: Final = 1_000
 """Rows of one kind; of more, those that were changed longest ago and say no more than none would are forgotten."""
@@ -50,7 +53,15 @@ class Change(NamedTuple):
 
 
 Decide = Callable[[Row | None, float], Change | None]
-"""From a row as it is (None: there is none) and store time to what becomes of it; None: nothing. Perhaps asked again."""
+"""From a row (None: there is none) and store time to what becomes of it; None: it stays. May be asked again."""
+
+
+def decided(decide: Decide, row: Row | None, now: float) -> Change | StoreUnavailableError | None:
+    """What `decide` says, or the error for whoever asked: it must not end the transaction that others are in."""
+    try:
+        return decide(row, now)
+    except Exception as error:
+        return StoreUnavailableError(f"The change of a row cannot be decided: {error!r}")
 
 
 class Board(Protocol):
@@ -111,3 +122,12 @@ def surplus(rows: Mapping[str, tuple[float, Row]], kind: str, now: float) -> lis
         return []
     spare = sorted(rows, key=lambda key: (not idle(kind, rows[key][1], now), rows[key][0]))
     return spare[: max(over, MOST_ROWS // 10)]
+
+
+def note_of(content: str | bytes) -> Note | None:
+    """A line of the journal as stores write it, a JSON array; None of one that is damaged."""
+    try:
+        at, what, target, by, reason = json.loads(content)
+        return Note(float(at), str(what), str(target), str(by), str(reason))
+    except (TypeError, ValueError):
+        return None

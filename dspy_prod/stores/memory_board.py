@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.runtime.forking import reset_after_fork
-from dspy_prod.stores.board import MOST_NOTES, Decide, Note, Row, Rows, surplus
+from dspy_prod.stores.board import MOST_NOTES, Decide, Note, Row, Rows, decided, surplus
 
 
 class MemoryBoard:
@@ -43,7 +44,10 @@ class MemoryBoard:
         with self._lock:
             rows = self._kinds.setdefault(kind, {})
             _, row = rows.get(key, (0.0, None))
-            change = decide(row, now)
+            change = decided(decide, row, now)
+            if isinstance(change, StoreUnavailableError):
+                changed.set_exception(change)
+                return changed
             if change is not None:
                 row = change.row
                 if row is None:

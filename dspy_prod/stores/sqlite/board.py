@@ -11,7 +11,7 @@ import orjson
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.privacy.visible import carried
-from dspy_prod.stores.board import MOST_NOTES, Change, Decide, Note, Row, Rows, surplus
+from dspy_prod.stores.board import MOST_NOTES, Change, Decide, Note, Row, Rows, decided, note_of, surplus
 from dspy_prod.stores.durable.mailbox import Mailbox
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.sqlite.bell import Bell
@@ -66,19 +66,19 @@ class KeptBoard:
         rung: list[bool] = []
         key = carried(key)
 
-        def put(_: Any, tables: Tables, now: float) -> Row | None:
+        def put(_: Any, tables: Tables, now: float) -> Row | StoreUnavailableError | None:
             assert tables.connection is not None
             found = tables.connection.execute(_FIND, (tables.ns, kind, key)).fetchone()
             row = None if found is None else _row(found[0])
-            change = decide(row, now)
-            if change is None:
-                return row
+            change = decided(decide, row, now)
+            if not isinstance(change, Change):
+                return row if change is None else change
             rung.append(True)
             self._bell.begin()
             self._write(tables.connection, tables.ns, kind, key, change, now, new=found is None)
             return change.row
 
-        told: Future[Row | None] = Future()
+        told: Future[Row | StoreUnavailableError | None] = Future()
         told.add_done_callback(lambda told: self._tell(told, changed, bool(rung)))
         if not self._mailbox.post((Transactions.answer, told, put)):
             told.set_exception(StoreUnavailableError(f"The store {self._reader.path} is closed"))
@@ -102,17 +102,16 @@ class KeptBoard:
         rows = connection.execute(_KIND, (ns, kind)).fetchall()
         return surplus({key: (at, _row(content) or {}) for key, at, content in rows}, kind, now)
 
-    def _tell(self, told: Future[Row | None], changed: Future[Row | None], rung: bool) -> None:
+    def _tell(self, told: Future[Row | StoreUnavailableError | None], changed: Future[Row | None], rung: bool) -> None:
         """Once it is durable, or is known not to be."""
         if rung:
             self._bell.ring()
         error = told.exception()
-        if error is None:
-            changed.set_result(told.result())
-        elif isinstance(error, StoreUnavailableError):
-            changed.set_exception(error)
+        answer = told.result() if error is None else StoreUnavailableError(str(error))
+        if isinstance(answer, StoreUnavailableError):
+            changed.set_exception(answer)
         else:
-            changed.set_exception(StoreUnavailableError(str(error)))
+            changed.set_result(answer)
 
     def journal(self, most: int) -> list[Note]:
         try:
@@ -133,12 +132,3 @@ def _row(content: Any) -> Row | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
-
-
-def note_of(content: str | bytes) -> Note | None:
-    """A line of the journal as it was written; None of one that is damaged."""
-    try:
-        at, what, target, by, reason = orjson.loads(content)
-        return Note(float(at), str(what), str(target), str(by), str(reason))
-    except (TypeError, ValueError):
-        return None
