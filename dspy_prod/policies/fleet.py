@@ -32,6 +32,8 @@ ORDER: Final = "order"
 
 ANSWER: Final = 6.0
 """Seconds for which an operator's word waits for the store."""
+READING: Final = 0.5
+"""Seconds for which a call waits while another one reads the board."""
 AGAIN: Final = 1.0
 """Seconds after which rows that could not be read are tried again."""
 
@@ -162,8 +164,10 @@ class Fleet:
         return self.view
 
     def _read(self, token: object) -> None:
-        if not self._lock.acquire(blocking=self._seen is _NEVER):
-            return  # another thread reads already; this one looks again before it sends
+        if self._unread and self.board.now() < self._read_at:
+            return
+        if not self._lock.acquire(timeout=READING):
+            return  # another thread reads, and the store is slow
         try:
             if token == self._seen or (self._unread and self.board.now() < self._read_at):
                 return
