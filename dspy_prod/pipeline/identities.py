@@ -173,17 +173,18 @@ def shared_state(
         return state
 
 
-def operate(store: Store, place: str, move: OperatorMove, reason: str = "") -> None:
+def operate(store: Store, place: str, move: OperatorMove, reason: str = "", by: str | None = None) -> None:
     """Move every circuit of a place by hand, in all workers, whatever key or headers its calls have, now and later.
 
     Args:
-        place: address and model.
+        place: address and model; or a model, wherever it is.
+        reason, by: why, and who says so; default: the user of this process.
 
     Raises:
         StoreUnavailableError: the other workers cannot be told. The circuits of this process are moved all the same.
     """
     fleet = fleet_of(store)
-    order = Order(place, move, reason, operator(), fleet.board.now(), IDS.make())
+    order = Order(place, move, reason, by or operator(), fleet.board.now(), IDS.make())
     with _LOCK:
         alike = [each for each in list(_IDENTITIES.values()) if each.place == place and each.store() is store]
         breakers = [breaker for each in alike for breaker in each.breakers.values()]

@@ -161,7 +161,8 @@ class SharedBreaker(Breaker):
             self._hear()
         if self._alone:
             self._come_back()
-        super().check()
+        if not self._state.admits_all:
+            super().check()
 
     def permit(self) -> Permit:
         if self._fleet.view is not self._heard:
@@ -218,6 +219,9 @@ class SharedBreaker(Breaker):
 
     # -- settling ----------------------------------------------------------------------------------------------------
     def success(self, permit: Permit, duration: float) -> None:
+        if not self.shares:
+            super().success(permit, duration)
+            return
         post = self._is_probe(permit)
         slowest = self.options.slow_call_duration
         super().success(permit, duration)

@@ -23,6 +23,8 @@ from dspy_prod.stores.board import Note
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
 
 SCOPES: Final = ("program", "model", "tenant", "all")
+MOST_STOPS: Final = 500
+"""Stops in force at once, of a namespace."""
 LONGEST_REASON: Final = 500
 """Characters."""
 
@@ -50,6 +52,10 @@ class Controls:
         by: who speaks, for the journal; default: the user of this process.
 
     Every method raises StoreUnavailableError where the store cannot keep or tell it.
+
+    Example:
+        >>> controls = Controls(lm.pipeline.store, by="the night shift")  # doctest: +SKIP
+        >>> controls.stop(tenant="acme", reason="unpaid", duration=3600)  # doctest: +SKIP
     """
 
     def __init__(self, store: Store, by: str | None = None) -> None:
@@ -89,11 +95,14 @@ class Controls:
             duration: seconds, or a timedelta, after which they go on by themselves; default: until `resume`.
 
         Raises:
-            ConfigError: not exactly one of the four, or no such duration.
+            ConfigError: not exactly one of the four, no such duration, or as many stops as there may be.
         """
         scope, value = _target(program, model, tenant, everything)
         now = self.store_time()
         until = None if duration is None else now + _seconds(duration)
+        others = [each for each in self._fleet.stops() if (each.scope, each.value) != (scope, value)]
+        if len(others) >= MOST_STOPS:
+            raise ConfigError(f"{MOST_STOPS} stops are in force already; resume some, or stop everything")
         stop = Stop(scope, value, _short(reason), self.by, now, until)
         self._fleet.stop(stop)
         self._fleet.look()
@@ -134,7 +143,7 @@ class Controls:
             raise ConfigError(f"breaker({move!r}): use one of {', '.join(map(repr, get_args(OperatorMove)))}")
         if not route:
             raise ConfigError("breaker(route=''): name a model, such as route='openai/gpt-4o-mini'")
-        operate(self.store, route, move, _short(reason))
+        operate(self.store, route, move, _short(reason), self.by)
 
     def circuits(self) -> list[CircuitHealth]:
         """The circuits that any worker has opened since, and what operators have said of others."""
