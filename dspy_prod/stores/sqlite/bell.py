@@ -43,29 +43,28 @@ class Bell:
 
     @property
     def token(self) -> object:
-        """What they say. Another object, that is equal to no other, while that is not to be relied on."""
-        found = self._map
-        if found is None or time.monotonic() >= self._look_at:
-            return self._looked()
-        said = found[:_LENGTH]
-        return said if said[:1] != _UNDER_WAY else self._unsure(said)
-
-    def _looked(self) -> object:
-        """See to it that the file is there, and is still the same."""
+        """What they say. While that is not to be relied on it changes with time."""
         now = time.monotonic()
-        if self._map is None and now < self._look_at:
+        if now >= self._look_at:
+            self._look(now)
+        found = self._map
+        if found is None:
             return int(now / LOOK)
+        said = found[:_LENGTH]
+        return said if said[:1] != _UNDER_WAY else self._unsure(said, now)
+
+    def _look(self, now: float) -> None:
+        """See to it that the file is there, and is still the same."""
         self._look_at = now + LOOK
         try:
             status = os.stat(self.path)
             if self._map is None or (status.st_dev, status.st_ino) != self._identity:
                 self._open()
         except (OSError, ValueError):
+            self._map = None
             with contextlib.suppress(OSError, ValueError):
                 private.make_file(self.path)
                 self._open()
-        found = self._map
-        return int(now / LOOK) if found is None else found[:_LENGTH]
 
     def _open(self) -> None:
         self._map = None
@@ -80,9 +79,8 @@ class Bell:
         finally:
             os.close(handle)
 
-    def _unsure(self, said: bytes) -> object:
+    def _unsure(self, said: bytes, now: float) -> object:
         """A change is under way: the tables are to be read, but not for every call."""
-        now = time.monotonic()
         before, since = self._since
         if before != said:
             self._since = said, now
@@ -100,7 +98,7 @@ class Bell:
 
     def _write(self, kind: bytes) -> None:
         if self._map is None:
-            self._looked()
+            self._look(time.monotonic())
         found = self._map
         if found is not None:
             found[:_LENGTH] = kind + os.urandom(16)
