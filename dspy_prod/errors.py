@@ -129,6 +129,12 @@ class StoppedError(RejectedError):
     Attributes:
         scope: `program`, `model`, `tenant` or `all`. value: which one; empty for `all`.
         why: the operator's reason.
+
+    Example:
+        >>> try:  # doctest: +SKIP
+        ...     program(question="...")
+        ... except StoppedError as error:
+        ...     print(error.scope, error.value, error.why)
     """
 
     reason = "stopped"
