@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         RateLimitedError,
         RejectedError,
         RunStoppedError,
+        StoppedError,
         StoreUnavailableError,
         UnpricedModelError,
         UnusableAnswerError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from dspy_prod.production.module import CallReport, Production, call_report
     from dspy_prod.records import CallRecord
     from dspy_prod.scaling.evaluate import evaluate
+    from dspy_prod.status.controls import Controls, controls
     from dspy_prod.status.health import CostSummary, Health, Preview, health
     from dspy_prod.stores.programs import ProgramCall
     from dspy_prod.telemetry.events import Event, add_listener
@@ -56,7 +58,8 @@ __getattr__, __dir__ = door(
         "config.reading": "Configured from_config",
         "context.current": "call_context",
         "errors": "BudgetExceededError CircuitOpenError ConfigError DeadlineExceededError OutageError "
-        "RateLimitedError RejectedError RunStoppedError StoreUnavailableError UnpricedModelError UnusableAnswerError",
+        "RateLimitedError RejectedError RunStoppedError StoppedError StoreUnavailableError UnpricedModelError "
+        "UnusableAnswerError",
         "experiments.experiment": "Experiment",
         "experiments.judging": "Judge",
         "experiments.scorecard": "Scorecard",
@@ -74,6 +77,7 @@ __getattr__, __dir__ = door(
         "records": "CallRecord",
         "registry": "registry",
         "scaling.evaluate": "evaluate",
+        "status.controls": "Controls controls",
         "status.health": "CostSummary Health Preview health",
         "stores.programs": "ProgramCall",
         "telemetry.events": "Event add_listener",
@@ -109,6 +113,7 @@ __all__ = [
     "CircuitOpenError",
     "ConfigError",
     "Configured",
+    "Controls",
     "CostSummary",
     "DeadlineExceededError",
     "Embedder",
@@ -132,6 +137,7 @@ __all__ = [
     "Run",
     "RunStoppedError",
     "Scorecard",
+    "StoppedError",
     "StoreUnavailableError",
     "UnpricedModelError",
     "UnusableAnswerError",
@@ -139,6 +145,7 @@ __all__ = [
     "alerts",
     "call_context",
     "call_report",
+    "controls",
     "enable_logging",
     "evaluate",
     "from_config",

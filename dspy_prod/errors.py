@@ -121,6 +121,29 @@ class RunStoppedError(RejectedError):
     run: str = ""
 
 
+class StoppedError(RejectedError):
+    """An operator has stopped the program, the model, the tenant, or everything, so nothing is sent for it.
+
+    Of a model that is stopped the next route is asked; anything else is refused for good, until it is resumed.
+
+    Attributes:
+        scope: `program`, `model`, `tenant` or `all`. value: which one; empty for `all`.
+        why: the operator's reason.
+
+    Example:
+        >>> try:  # doctest: +SKIP
+        ...     program(question="...")
+        ... except StoppedError as error:
+        ...     print(error.scope, error.value, error.why)
+    """
+
+    reason = "stopped"
+    default_code = "stopped"
+    scope: str = ""
+    value: str = ""
+    why: str = ""
+
+
 class OutageError(RejectedError):
     """No upstream has answered the `Run` that the call belongs to for as long as that waits, `Run(outage=)`.
 

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     from dspy_prod.cli.check import add_parser as add_check
     from dspy_prod.cli.deploy import add_parser as add_deploy
     from dspy_prod.cli.experiments import add_parser as add_experiments
+    from dspy_prod.cli.fleet import add_parsers as add_fleet
     from dspy_prod.cli.optimizations import add_parser as add_optimizations
     from dspy_prod.cli.prompts import add_parsers as add_prompts
 
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     calls.add_argument("--tag", metavar="NAME=VALUE", action="append", help="only calls with this tag; may be repeated")
     calls.add_argument("--prompt", metavar="VERSION", help="only this program version, e.g. triage/7")
     calls.add_argument("--unconfirmed", action="store_true", help="only costs that the provider did not confirm")
+    add_fleet(commands, _where)
     add_budgets(commands, _where)
     add_optimizations(commands, _where)
     add_experiments(commands, _where)

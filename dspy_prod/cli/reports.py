@@ -14,6 +14,7 @@ from dspy_prod.cli.printing import print_json, show
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
+from dspy_prod.status.controls import Controls
 from dspy_prod.status.costs import Place, check_dimension, costs_by, summary
 from dspy_prod.status.costs_report import report as costs_report
 from dspy_prod.status.ledger import Ledger
@@ -23,6 +24,7 @@ from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import default_namespace, default_store_url, file_of, open_store
 from dspy_prod.stores.sqlite.schema import namespaces
 from dspy_prod.views import Cell, Table
+from dspy_prod.views.cells import Tone
 
 DEFAULT_LIMIT = 20
 RECENT = 3600.0
@@ -35,12 +37,16 @@ def health(arguments: argparse.Namespace) -> int:
     store = opened(arguments)
     recent = store.records(since=time.time() - RECENT, limit=10_000)
     costs = summary([Place(store, SYSTEM_CLOCK)], [])
+    controls = Controls(store)
+    stops, circuits = controls.stops(), [each for each in controls.circuits() if each.state != "closed"]
     report: dict[str, Any] = {
         "store": store.url,
         "namespace": store.namespace,
         "holds": store.holds(),
         "today_usd": costs.today_usd,
         "unconfirmed_usd": costs.unconfirmed_usd,
+        "stops": [each.model_dump(mode="json") for each in stops],
+        "circuits": [each.model_dump(mode="json") for each in circuits],
         "last_hour": {
             model: dict(Counter(record.outcome for record in recent if record.model == model))
             for model in sorted({record.model for record in recent})
@@ -54,13 +60,17 @@ def health(arguments: argparse.Namespace) -> int:
         ("reservations in flight", str(report["holds"])),
         ("spent today", f"{costs.today_usd:.6f} USD {unconfirmed}"),
     ]
+    rows += [("stopped", Cell(each.told(), "bad")) for each in stops]
+    for each in circuits:
+        tone: Tone = "" if each.state == "disabled" else "bad"
+        rows.append((f"circuit of {each.route}", Cell(f"{each.state.replace('_', ' ')}: {each.cause}", tone)))
     for model, outcomes in report["last_hour"].items():
         rows.append((f"last hour, {model}", ", ".join(f"{count} {name}" for name, count in outcomes.items())))
     if not recent:
         rows.append(("last hour", "no calls"))
     return show(
         Table(f"{store.url}, namespace {store.namespace!r}", ("", ""), rows),
-        "Circuit breakers live in the calling process: ask lm.health() or dspy_prod.health() there.",
+        "What each worker counts is its own: ask lm.health() or dspy_prod.health() there.",
     )
 
 

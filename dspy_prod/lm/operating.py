@@ -19,28 +19,30 @@ if TYPE_CHECKING:
 class Operated:
     """The part of an LM that is for operators."""
 
-    def breaker(self, move: OperatorMove, route: str | None = None) -> None:
-        """Move circuit breakers by hand.
+    def breaker(self, move: OperatorMove, route: str | None = None, *, reason: str = "") -> None:
+        """Move circuit breakers by hand, in every worker.
 
-        Breakers live in memory: this reaches those of this process, for every LM in it that calls the same model at
-        the same address, with whatever key or headers, now or later; and no other worker's, so give the service
-        itself a way to call it. `health()` shows the state, and listeners hear `breaker_opened` or `breaker_closed`
-        with the operator as its cause.
+        This reaches every process that uses the same store and namespace, before its next call, and those that begin
+        later: for every LM that calls the same model at the same address, with whatever key or headers. On a memory
+        store there is only this process. `health()` shows the state, and listeners of each process hear
+        `breaker_opened` or `breaker_closed` with the operator as its cause. From a shell: `dspy-prod breaker`.
 
         Args:
             move: `"force_open"` refuses every call, and `"disable"` admits every call and counts none, until
                 `"reset"` closes the circuit and forgets what was counted.
             route: `"primary"`, or the model of a route; default: all routes of this LM.
+            reason: for callers, listeners and the journal.
 
         Raises:
             ConfigError: an unknown move, or no such route with a breaker.
+            StoreUnavailableError: the other workers cannot be told; in this process the circuits are moved.
         """
         if move not in get_args(OperatorMove):
             raise ConfigError(f"breaker({move!r}): use one of {', '.join(map(repr, get_args(OperatorMove)))}")
         lm = cast("Beneath", self)
         guarded = [each for each in _routes(lm) if each.breaker is not None]
         for place in _places(guarded, route, f"breaker({move!r}, {route!r}): there is no such circuit breaker"):
-            operate(lm.pipeline.store, place, move)
+            operate(lm.pipeline.store, place, move, reason)
 
     def resume(self, route: str | None = None) -> None:
         """Lift the pause that a provider's 429, Retry-After or rate-limit headers brought about: calls go again.

@@ -56,6 +56,9 @@ class CircuitBreaker(Options):
         success_threshold: successful probes that close the circuit.
         half_open_probes: probes allowed at the same time while half-open.
         probe_lease: seconds after which a probe that never reported is written off as failed.
+        shared: on a durable store, a circuit that opens in one worker is open in all of them, and probes are counted
+            over all; each worker goes on to count its own calls. False: each worker finds out for itself, as it also
+            does on a memory store and while the store cannot be used.
     """
 
     failure_threshold: Count | None = 5
@@ -71,6 +74,7 @@ class CircuitBreaker(Options):
     success_threshold: Count = 3
     half_open_probes: Count = 1
     probe_lease: Seconds = 60.0
+    shared: bool = True
 
     @model_validator(mode="after")
     def _possible(self) -> CircuitBreaker:

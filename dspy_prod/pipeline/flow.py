@@ -6,7 +6,7 @@ does; two small drivers perform them. It never sleeps and does no I/O of its own
     log of the run that keeps its answers, cache lookup, single-flight
       └ fallback: for each route (primary, then fallbacks)
           └ retry: attempts under one deadline and one retry budget, and little patience while a route is left
-              └ breaker check ─ wait for limiter and budget together (holding nothing) ─ breaker permit
+              └ stops, breaker check ─ wait for limiter and budget together (holding nothing) ─ stops, breaker permit
                   └ one upstream attempt
               ◄─ settle permit, tokens and money with what really happened; append the record; emit events
 
@@ -36,6 +36,7 @@ from dspy_prod.pipeline.leading import Lead
 from dspy_prod.pipeline.outcome import flaw_of, judge
 from dspy_prod.pipeline.outlasting import answered, outlasting
 from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
+from dspy_prod.pipeline.probing import probing
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.pipeline.running import go_on, stoppable, taking
@@ -255,6 +256,9 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
     """One attempt on one route: check, reserve, take the permit, send, settle."""
     pipeline = call.pipeline
     breaker = route.state.breaker
+    fleet = pipeline.fleet
+    if fleet.look().stops:
+        fleet.check(call.context, route.model, route.name)
     if breaker is not None:
         breaker.check()
     if call.deadline != inf and call.late():
@@ -275,14 +279,19 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
         if attempt.reservation is not None:
             if pipeline.store.admit(attempt.reservation).state != GRANTED:
                 attempt = yield from admission(attempt)
+                fleet.look()
                 if breaker is not None:
                     breaker.check()
             if pipeline.watches_spending:
                 note_spending(attempt)
         if call.deadline != inf and call.late():
             raise too_late(call, "before the request was sent")
+        if fleet.look().stops:
+            fleet.check(call.context, route.model, route.name)
         if breaker is not None:
-            attempt.permit = breaker.permit()
+            attempt.permit = permit = breaker.permit()
+            if permit.asked is not None:
+                yield from probing(call, breaker, permit)
         leaving = None
         if route.paced and attempt.reservation is not None:
             leaving = leaves(pipeline.store, attempt.reservation)

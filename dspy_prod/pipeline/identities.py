@@ -14,12 +14,17 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from dspy_prod.options import CircuitBreaker, Retry
+from dspy_prod.pipeline.upstream.destination import digest
 from dspy_prod.policies.breaker.breaker import Breaker
 from dspy_prod.policies.breaker.transitions import OperatorMove
+from dspy_prod.policies.fleet import Order, fleet_of, operator
 from dspy_prod.policies.retry import RetryBudget
+from dspy_prod.policies.shared_breaker import SharedBreaker
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
+from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.base import Store
+from dspy_prod.stores.keys import joined
 from dspy_prod.telemetry.events import EventBus
 
 _LONGEST_PAUSE: Final = 3600.0
@@ -33,7 +38,7 @@ class Identity:
         self.place = place
         self.throttled_at: float | None = None
         self.throttled = False  # a 429 came: from now on the limiter is asked even when nothing is configured
-        self.breakers: dict[CircuitBreaker, Breaker] = {}
+        self.breakers: dict[CircuitBreaker, SharedBreaker] = {}
         self.retry_budgets: dict[Retry, RetryBudget] = {}
         self.states: weakref.WeakValueDictionary[tuple[Any, ...], RouteState] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -52,7 +57,7 @@ class Identity:
         """Whether a call that comes later has to know of it: a circuit that is not quite sound, or a pause."""
         if self.throttled_at is not None and SYSTEM_CLOCK.monotonic() < self.throttled_at + _LONGEST_PAUSE:
             return True
-        looks = [breaker.snapshot() for breaker in self.breakers.values()]
+        looks = [Breaker.snapshot(breaker) for breaker in self.breakers.values()]  # as far as is known here
         return any(look.state in ("open", "half_open") or look.failures or look.slow for look in looks)
 
     def learn(self, output_tokens: int) -> None:
@@ -76,7 +81,7 @@ class RouteState:
 
     __slots__ = ("__weakref__", "breaker", "identity", "learn", "retry_budget", "typical_output")
 
-    def __init__(self, identity: Identity, breaker: Breaker | None, retry_budget: RetryBudget) -> None:
+    def __init__(self, identity: Identity, breaker: SharedBreaker | None, retry_budget: RetryBudget) -> None:
         self.identity = identity
         self.breaker = breaker
         self.retry_budget = retry_budget
@@ -144,6 +149,8 @@ def shared_state(
         place: address and model, see `operate`.
     """
     known = (id(store), key)
+    fleet = fleet_of(store)
+    fleet.look()  # before the lock: listeners may hear of it
     with _LOCK:
         identity = _IDENTITIES.get(known)
         if identity is None or identity.store() is not store:  # an `id` may be another object's by now
@@ -155,10 +162,10 @@ def shared_state(
             return state
         guard = None if breaker is None else identity.breakers.get(breaker)
         if breaker is not None and guard is None:
-            guard = identity.breakers[breaker] = Breaker(breaker, name=model, clock=clock, bus=bus)
-            owner, order = _ORDERS.get((id(store), place), (None, None))
-            if order is not None and owner is not None and owner() is store:
-                guard.begin(order)
+            guard = identity.breakers[breaker] = SharedBreaker(
+                breaker, name=model, place=place, key=joined(key, digest(breaker.model_dump())), fleet=fleet,
+                shares=breaker.shared and store.durable, clock=clock, bus=bus,
+            )  # fmt: skip
         budget = identity.retry_budgets.get(retry)
         if budget is None:
             budget = identity.retry_budgets[retry] = RetryBudget(retry)
@@ -166,25 +173,25 @@ def shared_state(
         return state
 
 
-_ORDERS: dict[tuple[int, str], tuple[Callable[[], Any], OperatorMove]] = {}
-"""What an operator has said of a place, for keys that come later: (store, order)."""
-
-
-def operate(store: Store, place: str, move: OperatorMove) -> None:
-    """Move every circuit of a place by hand, whatever key or headers its calls have, and those that come later.
+def operate(store: Store, place: str, move: OperatorMove, reason: str = "", by: str | None = None) -> None:
+    """Move every circuit of a place by hand, in all workers, whatever key or headers its calls have, now and later.
 
     Args:
-        place: address and model.
+        place: address and model; or a model, wherever it is.
+        reason, by: why, and who says so; default: the user of this process.
+
+    Raises:
+        StoreUnavailableError: the other workers cannot be told. The circuits of this process are moved all the same.
     """
+    fleet = fleet_of(store)
+    order = Order(place, move, reason, by or operator(), fleet.board.now(), IDS.make())
     with _LOCK:
-        if move == "reset":
-            _ORDERS.pop((id(store), place), None)
-        else:
-            _ORDERS[id(store), place] = (_reference(store), move)
         alike = [each for each in list(_IDENTITIES.values()) if each.place == place and each.store() is store]
         breakers = [breaker for each in alike for breaker in each.breakers.values()]
     for breaker in breakers:  # listeners hear of it, outside the lock
-        getattr(breaker, move)()
+        breaker.obey(order)
+    fleet.order(order)
+    fleet.look()
 
 
 def lift(store: Store, place: str) -> bool:

@@ -15,6 +15,7 @@ from dspy_prod.options import Cache
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.cache import Entry, ResponseCache
+from dspy_prod.policies.fleet import fleet_of
 from dspy_prod.policies.singleflight import Flights
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
@@ -35,6 +36,7 @@ class Pipeline:
         degradable: whether a budget may switch to a cheaper model; never where no other model would do.
         watches_spending: whether a budget has a soft threshold.
         kind: the context of the latest answer from memory, and where those in it are noted.
+        fleet: what all workers of the store and namespace know of circuits and of what operators have said.
         budget_waits: whether a budget has a `max_wait` of its own.
     """
 
@@ -56,6 +58,7 @@ class Pipeline:
         self.fallbacks = fallbacks
         self.routes = (primary, *fallbacks)
         self.store = store
+        self.fleet = fleet_of(store)
         self._route_maker = route_maker
         self.rules = budgets
         for rule in self.every_budget():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy.lm15 import Request
 
 from dspy_prod.context.scoring import is_raising
-from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, UnpricedModelError
+from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, StoppedError, UnpricedModelError
 from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Call
@@ -115,6 +115,8 @@ def turns_at(attempt: Attempt, now: float) -> float:
 
 def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> bool:
     """Whether a refusal concerns this route alone, so that the next one is worth a try."""
+    if isinstance(error, StoppedError):
+        return error.scope == "model"
     if isinstance(error, UnpricedModelError):
         return route is not first  # a fallback that no budget can bound must not hide why it was needed
     if not isinstance(error, BudgetExceededError):

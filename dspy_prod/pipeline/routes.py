@@ -13,9 +13,9 @@ from dspy_prod.pipeline.identities import shared_state
 from dspy_prod.pipeline.upstream.destination import destination, fingerprint, server
 from dspy_prod.pipeline.upstream.ordinary import Beside
 from dspy_prod.pipeline.upstream.upstream import Upstream
-from dspy_prod.policies.breaker.breaker import Breaker
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.cache import EMPTY_USAGE
+from dspy_prod.policies.shared_breaker import SharedBreaker
 from dspy_prod.pricing.book import PriceBook, remedy
 from dspy_prod.pricing.bounds import input_bound, output_bound
 from dspy_prod.pricing.lookup import base_of
@@ -95,7 +95,7 @@ class Route:
         return f"Route({self.name!r}, {self.model!r})"
 
     @property
-    def breaker(self) -> Breaker | None:
+    def breaker(self) -> SharedBreaker | None:
         return self.state.breaker
 
     def rates(self) -> Rates | None:

@@ -41,7 +41,7 @@ class Production(CompiledAsProgram, dspy.Module):
     What the fallback answers for (`call_report(pred).reason`):
 
     - `circuit_open`, `rate_limited`, `budget_exceeded`, `deadline_exceeded`, `unpriced_model`, `store_unavailable`,
-      `run_stopped`, `outage`: refused by this library (`RejectedError`).
+      `run_stopped`, `stopped`, `outage`: refused by this library (`RejectedError`).
     - `upstream_error`: any other `LMError`, once retries and model fallbacks are exhausted. A revoked key, a missing
       setting or an overlong prompt count too: the user in front of the program can mend none of them. Watch the
       `fallback_response` event (`dspy_prod.enable_logging()`) to notice.

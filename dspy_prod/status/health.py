@@ -17,8 +17,9 @@ from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.living import living
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.threads import missing
+from dspy_prod.status.controls import stopped
 from dspy_prod.status.costs import FLUSH_TIMEOUT, Place, costs, costs_by, summary
-from dspy_prod.status.models import BreakerHealth, CacheHealth, Health, LimiterHealth, Status, StoreHealth
+from dspy_prod.status.models import BreakerHealth, CacheHealth, Health, LimiterHealth, Status, StopHealth, StoreHealth
 from dspy_prod.status.preview import preview
 from dspy_prod.status.spending import CostSummary, Preview, filled
 from dspy_prod.stores.base import LimiterSnapshot, Store
@@ -49,6 +50,7 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
     cache = look.cache(found)
     holds = sum(look.read(place.store, place.store.holds, 0) for place in places)
     waiting = sum(look.read(place.store, place.store.waiting, 0) for place in places)
+    stops = look.stops(places)
     tracking = look.tracking()
     look.threads()
     spent = look.costs(places, found)  # last, of the stores that have answered everything else
@@ -64,6 +66,7 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
         waiting=waiting,
         stores=look.seen(),
         tracking=tracking,
+        stops=stops,
     )
 
 
@@ -147,7 +150,13 @@ class _Look:
             later = f"; it may be tried in {now.retry_after:.0f} s" if now.retry_after else ""
             cause = f" ({now.cause})" if now.cause else ""
             self.failures.append(f"The circuit of {route.model} is {state}{cause}{later}")
-        return filled(BreakerHealth, now, route=route.name, model=route.model)
+        return filled(BreakerHealth, now, route=route.name, model=route.model, shared=route.breaker.shares)
+
+    def stops(self, places: list[Place]) -> list[StopHealth]:
+        """What operators have stopped."""
+        found = stopped([place.store for place in places])
+        self.warnings.extend(f"An operator has stopped calls: {stop.told()}" for stop in found)
+        return found
 
     def limiters(self, routes: list[tuple[Store, Route]]) -> list[LimiterHealth]:
         """The limiters of all routes that have one, each once."""

@@ -5,6 +5,7 @@ Money is in USD, durations in seconds, days are UTC. Nothing here holds a secret
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
 from typing import Any, Final, Literal
 
@@ -22,7 +23,7 @@ _TONES: Final[dict[Status, Tone]] = {"healthy": "good", "warning": "warn", "degr
 
 
 class BreakerHealth(Frozen):
-    """The circuit breaker of one route, in this process.
+    """The circuit breaker of one route.
 
     Attributes:
         route: `"primary"`, or the fallback's model. model: the model it guards.
@@ -32,7 +33,8 @@ class BreakerHealth(Frozen):
         consecutive_failures: failures in a row.
         retry_after: seconds until a call may be sent; 0 when it may now, None when unknown.
         cause: what opened it, else empty. opened_count: how often it opened.
-        total_failures, total_successes: since the process started.
+        total_failures, total_successes: since the process started, of this process.
+        shared: whether all workers share the circuit; what is counted is this worker's in any case.
     """
 
     route: str
@@ -47,6 +49,55 @@ class BreakerHealth(Frozen):
     opened_count: int
     total_failures: int
     total_successes: int
+    shared: bool = False
+
+
+class CircuitHealth(Frozen):
+    """A circuit as all workers of a namespace share it, or what an operator has said of one.
+
+    Attributes:
+        model: the model it guards. route: its address and model, as operators call it.
+        state: as in `BreakerHealth`. cause: what opened it, else empty.
+        probes: probes that are out, over all workers.
+        retry_after: seconds until a call may be sent; None when unknown.
+        by: the operator; empty where the workers moved it.
+    """
+
+    model: str
+    route: str
+    state: str
+    cause: str
+    probes: int
+    retry_after: float | None
+    by: str
+
+
+class StopHealth(Frozen):
+    """What an operator has stopped, in every worker.
+
+    Attributes:
+        scope: `program`, `model`, `tenant` or `all`. value: which; empty for all.
+        reason: why. by: who said so.
+        since: when. until: when it goes on by itself; None: when it is resumed.
+    """
+
+    scope: str
+    value: str
+    reason: str
+    by: str
+    since: dt.datetime
+    until: dt.datetime | None
+
+    @property
+    def target(self) -> str:
+        """In words: `program 'triage'`."""
+        return f"{self.scope} {self.value!r}" if self.value else "everything"
+
+    def told(self) -> str:
+        """In one line."""
+        why = f": {self.reason}" if self.reason else ""
+        until = "" if self.until is None else f", until {self.until:%Y-%m-%d %H:%M:%S} UTC"
+        return f"{self.target} is stopped{why} (by {self.by}, since {self.since:%Y-%m-%d %H:%M:%S} UTC{until})"
 
 
 class LimiterHealth(Frozen):
@@ -122,7 +173,8 @@ class Health(Shown, Frozen):
     Attributes:
         status: `degraded` when a circuit is open, half-open or forced open, or a store is unavailable or has dropped
             something; `warning` when a budget is used above 90 %, a limiter has less than 10 % of its tokens or
-            requests left, a provider asked to pause, or MLflow does not take the traces; else `healthy`.
+            requests left, a provider asked to pause, an operator has stopped something, or MLflow does not take the
+            traces; else `healthy`.
         reasons: why it is not healthy, in plain words.
         breakers, limiters: one for each route.
         cache: None when no cache is on.
@@ -130,6 +182,7 @@ class Health(Shown, Frozen):
         holds: reservations not yet settled. waiting: calls of this process in line.
         stores: one for each store and namespace.
         tracking: None when `dspy_prod.tracking` is off.
+        stops: what operators have stopped.
     """
 
     status: Status
@@ -142,6 +195,7 @@ class Health(Shown, Frozen):
     waiting: int
     stores: list[StoreHealth]
     tracking: TrackingHealth | None = None
+    stops: list[StopHealth] = Field(default_factory=list)
 
     @property
     def store(self) -> StoreHealth | None:

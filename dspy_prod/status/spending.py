@@ -21,7 +21,7 @@ F = TypeVar("F", bound=Frozen)
 
 Reason = Literal[
     "circuit_open", "rate_limited", "budget_exceeded", "deadline_exceeded", "unpriced_model", "store_unavailable",
-    "run_stopped", "outage",
+    "run_stopped", "stopped", "outage",
 ]  # fmt: skip
 """The words of `RejectedError.reason`."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord, Totals
+from dspy_prod.stores.board import Board
 from dspy_prod.stores.programs import ProgramCalls
 from dspy_prod.stores.runs import Runs
 from dspy_prod.stores.vocabulary import (
@@ -42,6 +43,7 @@ __all__ = [
     "AccountState",
     "Admission",
     "Answers",
+    "Board",
     "CachedAnswer",
     "Flights",
     "Ledger",
@@ -281,6 +283,11 @@ class Store(Admission, Ledger, Answers, Protocol):
     @property
     def flights(self) -> Flights | None:
         """Who asks upstream for what, where other processes may ask the same; None where there are none."""
+        ...
+
+    @property
+    def board(self) -> Board:
+        """What all workers of the namespace must know at once: its circuits, and what operators have said."""
         ...
 
     def now(self) -> float:

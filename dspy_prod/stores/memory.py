@@ -15,6 +15,7 @@ from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, CachedAnswer, Refusal, Reservation, Terms
 from dspy_prod.stores.lane import Janitor, Lane
+from dspy_prod.stores.memory_board import MemoryBoard
 from dspy_prod.stores.memory_ledger import ENOUGH_ALIKE, Alike, MemoryLedger, check_fields
 from dspy_prod.stores.memory_programs import MemoryPrograms
 from dspy_prod.stores.memory_runs import MemoryRuns
@@ -69,6 +70,7 @@ class MemoryStore(Lane):
         self.runs = MemoryRuns(self._forget_accounts)
         self._trials: Trials | None = None
         self.programs = MemoryPrograms(max_records)
+        self.board = MemoryBoard(clock.time)
         self._on_terms: Callable[[Terms], None] | None = None
         super().__init__(clock.monotonic, self._ledger.append, self._janitor.rearm)
         hold_while_forking(self, Stage.STATE)

@@ -73,6 +73,12 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "budget_soft": _kind(WARNING, f"{_WHOSE} budget spent_usd limit_usd degrade_to", "Its soft threshold is passed."),
     "budget_changed": _kind(INFO, "budget limit_usd before_usd changed", "Other settings hold for all who share it."),
     "budget_overrun": _kind(ERROR, f"{_CALL} cost_usd bound_usd", "More was billed than reserved. Check `prices=`."),
+    "calls_stopped": _kind(WARNING, "scope value reason by until", "An operator stopped these calls, in every worker."),
+    "calls_resumed": _kind(INFO, "scope value", "What an operator had stopped goes on."),
+    "breaker_alone": _kind(WARNING, "route path error", "The store cannot share the circuit: it is this worker's own."),
+    "board_unread": _kind(
+        WARNING, "path error", "What operators and other workers say cannot be read. Mend the store."
+    ),
     "run_stopped": _kind(INFO, "run reason", "Nothing is sent any more for calls of this run."),
     "outage_waiting": _kind(WARNING, "run models error patience", "The run waits until its upstreams answer again."),
     "outage_over": _kind(INFO, "run model seconds", "An upstream that a run waited for has answered."),

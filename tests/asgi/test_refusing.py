@@ -30,6 +30,7 @@ from dspy_prod import (
     OutageError,
     RateLimitedError,
     RunStoppedError,
+    StoppedError,
     StoreUnavailableError,
     UnpricedModelError,
 )
@@ -46,6 +47,7 @@ ERRORS: list[tuple[Exception, int, str, int | None]] = [
     (StoreUnavailableError(PRIVATE), 503, "store_unavailable", None),
     (OutageError(PRIVATE), 503, "outage", None),
     (RunStoppedError(PRIVATE), 503, "run_stopped", None),
+    (StoppedError(PRIVATE, retry_after=60), 503, "stopped", 60),
     (UnpricedModelError(PRIVATE), 503, "unpriced_model", None),
     (DeadlineExceededError(PRIVATE), 504, "deadline_exceeded", None),
     (LMTimeoutError(PRIVATE), 504, "upstream_timeout", None),

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
 
 StateName = Literal["closed", "open", "half_open", "forced_open", "disabled"]
+
+
+class Asked:
+    """What the store is asked for; decided once its answer is there."""
+
+    __slots__ = ("answer",)
+
+    def __init__(self, answer: Future[Any]) -> None:
+        self.answer = answer
+
+    def attach(self, wake: Callable[[], None]) -> bool:
+        """Have `wake` called once it is decided; False when it is."""
+        if self.answer.done():
+            return False
+        self.answer.add_done_callback(lambda _: wake())
+        return True
 
 
 @dataclass(slots=True, eq=False)
@@ -17,12 +37,15 @@ class Permit:
         probe: whether it is a probe of a half-open circuit.
         id: unique within the breaker.
         started: when it was granted, on the breaker's monotonic clock.
+        asked: the store is asked for a probe of a circuit that all workers share: wait for it, and then let the
+            breaker decide (`SharedBreaker.decided`), before anything is sent.
     """
 
     generation: int
     probe: bool
     id: int
     started: float
+    asked: Asked | None = None
 
     def __repr__(self) -> str:
         return f"Permit(generation={self.generation}, probe={self.probe}, id={self.id}, started={self.started:.3f})"

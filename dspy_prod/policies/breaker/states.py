@@ -7,7 +7,7 @@ it counts begins at nothing when it is entered.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import ClassVar, NamedTuple
 
 from dspy_prod.errors import CircuitOpenError
@@ -150,23 +150,23 @@ class Open(State):
 
     Attributes:
         cause: what opened the circuit.
-        since: when, on the monotonic clock.
+        since: when, on the monotonic clock. until: until when.
     """
 
     name = "open"
 
-    __slots__ = ("_now", "_until", "cause", "since")
+    __slots__ = ("_now", "cause", "since", "until")
 
     def __init__(self, generation: int, now: Callable[[], float], cause: str, interval: float) -> None:
         super().__init__(generation)
         self._now = now
         self.cause = cause
         self.since = now()
-        self._until = self.since + interval
+        self.until = self.since + interval
 
     def refusal(self) -> Refusal | None:
         """Refuse until the interval is over; who comes then makes the circuit half-open by taking a permit."""
-        left = self._until - self._now()
+        left = self.until - self._now()
         return Refusal(self.cause, left) if left > _TICK else None
 
 
@@ -220,6 +220,11 @@ class HalfOpen(State):
         self._slow = 0
 
     @property
+    def probes(self) -> Collection[int]:
+        """Their ids."""
+        return self._leases.keys()
+
+    @property
     def probes_in_flight(self) -> int:
         """Probes that have not reported."""
         return len(self._leases)
@@ -270,6 +275,11 @@ class HalfOpen(State):
         if change is None:
             self._leases.pop(permit_id, None)
         return change
+
+    def hear(self, leases: dict[int, float], successes: int, slow: int) -> None:
+        """What became of the probes of all workers that share the circuit: ends of leases on the monotonic clock."""
+        self._leases = dict(sorted(leases.items(), key=lambda lease: lease[1]))
+        self._successes, self._slow = successes, slow
 
     def forget_probes(self) -> None:
         """Free all probes: in a forked child, those of the parent never report."""

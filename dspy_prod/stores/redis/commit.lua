@@ -1,15 +1,15 @@
 -- One commit: checks that what was decided on is still so, then applies everything, or nothing.
 --
--- KEYS: 1 meta (born, n, terms), 2 owners, 3 lock, 4 turns, 5 done (of this owner), then those that the commit names.
+-- KEYS: 1 meta (born, n, terms, board), 2 owners, 3 lock, 4 turns, 5 done (of this owner), then those that the commit names.
 -- ARGV: 1 the header as JSON; then texts that it names by their place; then the commands: name, key, count, arguments.
 -- Integers of money are text: Lua's numbers are exact to 2^53 only.
 local head = cjson.decode(ARGV[1])
-local meta = redis.call('HMGET', KEYS[1], 'born', 'n', 'terms')
+local meta = redis.call('HMGET', KEYS[1], 'born', 'n', 'terms', 'board')
 local time = redis.call('TIME')
 local me = head.me
 
 local function say(status, ...)
-    return {status, meta[1] or '', meta[2] or '0', meta[3] or '0', time[1], time[2], ...}
+    return {status, meta[1] or '', meta[2] or '0', meta[3] or '0', time[1], time[2], meta[4] or '0', ...}
 end
 
 -- Was it here before? Its answer may have been lost, or it may come late, behind others of the same owner.

@@ -20,6 +20,8 @@ from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
 from dspy_prod.stores.durable.store import DurableStore, OnProblem
 from dspy_prod.stores.durable.writer import Writer
 from dspy_prod.stores.redis.accounts import dearest, read_accounts
+from dspy_prod.stores.redis.bell import Bell
+from dspy_prod.stores.redis.board import RedisBoard
 from dspy_prod.stores.redis.claims import RedisClaims
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.holds import terms_of
@@ -78,6 +80,7 @@ class RedisStore(DurableStore):
         self._max_records = max_records
         self.now = self._time.time
         self._trials: RedisTrials | None = None
+        self._board: RedisBoard | None = None
         self._start()
         with self._writer.io:
             self._writer.tables.open()
@@ -88,7 +91,9 @@ class RedisStore(DurableStore):
         """A fresh writer and reader: at construction, and in a forked child."""
         self._reader = Connection(self._url, self._namespace)
         writing = Connection(self._url, self._namespace, most=2, retries=0)
-        tables = RedisTables(writing, uuid.uuid4().hex, self._time, Parts(writing, self._max_records))
+        self._bell = Bell(Connection(self._url, self._namespace, most=2))
+        parts = Parts(writing, self._max_records)
+        tables = RedisTables(writing, uuid.uuid4().hex, self._time, parts, self._bell)
         writer = Writer(tables, self._time, self._lease, self._listeners, self._terms)
         self._begin(writer, Mailbox(writer, (self._reader,)))
         self._parts = Parts(self._reader, self._max_records)
@@ -101,12 +106,22 @@ class RedisStore(DurableStore):
             self._trials = RedisTrials(self._mailbox, self._reader, self.now)
         else:
             self._trials.begin(self._mailbox, self._reader)
+        if self._board is None:
+            self._board = RedisBoard(self._mailbox, self._reader, self._bell, self.now)
+        else:
+            self._board.begin(self._mailbox, self._reader, self._bell)
 
     @property
     def trials(self) -> RedisTrials:
         """What is kept of experiments; the same object in a forked child."""
         assert self._trials is not None
         return self._trials
+
+    @property
+    def board(self) -> RedisBoard:
+        """What all workers must know at once; the same object in a forked child."""
+        assert self._board is not None
+        return self._board
 
     @property
     def url(self) -> str:
@@ -183,6 +198,7 @@ class RedisStore(DurableStore):
     # -- ending ------------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Write what is posted, end the writer, close the connections. Reading goes on to work."""
+        self._bell.closed = True
         self._mailbox.close()
         self._end_beside()
         self._reader.close()

@@ -38,6 +38,7 @@ from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.durable.tables import ChangedError, DoubtError
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.batch import Batch
+from dspy_prod.stores.redis.bell import Bell
 from dspy_prod.stores.redis.caching import Caching
 from dspy_prod.stores.redis.cells import NoCells
 from dspy_prod.stores.redis.changed import Changed
@@ -63,11 +64,12 @@ class RedisTables(Link):
         owner: this process's id.
         timing: told the server's time.
         parts: what else is kept there, see `Parts`.
+        bell: told the revision of the board.
     """
 
     kind, noun = "redis", "data on the server"
 
-    def __init__(self, connection: Connection, owner: str, timing: RedisTime, parts: Parts) -> None:
+    def __init__(self, connection: Connection, owner: str, timing: RedisTime, parts: Parts, bell: Bell) -> None:
         super().__init__()
         self.connection = connection
         self.path = connection.shown
@@ -78,6 +80,7 @@ class RedisTables(Link):
         self.ledger, self.programs, self.answers = parts.ledger, parts.programs, parts.answers
         self.cache = Caching(self)
         self._timing = timing
+        self._bell = bell
         self._commits = Commits(connection, owner)
         self._known = Known(connection, timing)
         self._owners = Owners(self)
@@ -261,12 +264,13 @@ class RedisTables(Link):
             self._sent = None
             raise
         self._sent = None
-        status, rest = answer[0], answer[6:]
+        status, rest = answer[0], answer[7:]
         if status == b"lost":
             self._lose_all()
             self._opened = False
             raise ChangedError
         self._known.heard(answer[1:6], sent, status == b"ok")
+        self._bell.heard(answer[6])
         if status == b"ok":
             self._applied(answer[2], *rest)
         elif status == b"done":  # its answer was lost

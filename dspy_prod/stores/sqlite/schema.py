@@ -54,6 +54,15 @@ _RUNS: Final = (
         PRIMARY KEY (ns, run, name)) WITHOUT ROWID
     """,
 )
+_BOARD: Final = (
+    """
+    CREATE TABLE IF NOT EXISTS board (
+        ns INTEGER, kind TEXT, key TEXT, at REAL NOT NULL, content TEXT NOT NULL,
+        PRIMARY KEY (ns, kind, key)) WITHOUT ROWID
+    """,
+    "CREATE TABLE IF NOT EXISTS board_notes (seq INTEGER PRIMARY KEY, ns INTEGER NOT NULL, content TEXT NOT NULL)",
+    "CREATE INDEX IF NOT EXISTS board_notes_ns ON board_notes (ns, seq)",
+)
 _TABLES: Final = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE namespaces (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
@@ -160,6 +169,7 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
             *_RUNS,
             *program_rows.TABLES,
             *trial_tables.TABLES,
+            *_BOARD,
         ):
             connection.execute(statement)
         for statement in missing(connection):
@@ -184,6 +194,7 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
         *_RUNS,
         *program_rows.TABLES,
         *trial_tables.TABLES,
+        *_BOARD,
     ):  # files of the first release have none
         connection.execute(statement)
     for table, names in trial_tables.LATER.items():

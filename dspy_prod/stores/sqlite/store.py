@@ -28,6 +28,7 @@ from dspy_prod.stores.sqlite.asked import (
     read_terms,
     read_totals,
 )
+from dspy_prod.stores.sqlite.board import KeptBoard
 from dspy_prod.stores.sqlite.checkpoints import Checkpoints
 from dspy_prod.stores.sqlite.claims import ClaimsFile
 from dspy_prod.stores.sqlite.finding import read_records
@@ -77,6 +78,7 @@ class SqliteStore(DurableStore):
         self._max_records = max_records
         self.now = self._time.time
         self._trials: KeptTrials | None = None
+        self._board: KeptBoard | None = None
         self._start()
         try:
             with self._writer.io:
@@ -100,7 +102,8 @@ class SqliteStore(DurableStore):
         self._ledger_reader = Reader(self._path, self._namespace)
         self._cache_reader = Reader(self._path, self._namespace)
         trials_reader = Reader(self._path, self._namespace)
-        self._readers = (self._ledger_reader, self._cache_reader, trials_reader, copier)
+        board_reader = Reader(self._path, self._namespace)
+        self._readers = (self._ledger_reader, self._cache_reader, trials_reader, board_reader, copier)
         self._begin(writer, Mailbox(writer, self._readers))
         kept = KeptAnswers(self._mailbox, self._cache_reader, self.now)
         self.runs = KeptRuns(self._mailbox, self._cache_reader)
@@ -108,6 +111,10 @@ class SqliteStore(DurableStore):
             self._trials = KeptTrials(self._mailbox, trials_reader, self.now)
         else:
             self._trials.begin(self._mailbox, trials_reader)
+        if self._board is None:
+            self._board = KeptBoard(self._mailbox, board_reader, self.now)
+        else:
+            self._board.begin(self._mailbox, board_reader)
         self.programs = KeptPrograms(self._mailbox, self._ledger_reader)
         self.cache_get, self.cache_put, self.cache_clear = kept.get, kept.put, kept.clear
         self.flights = Flights(ClaimsFile(self._path, self._namespace), kept, self.now, self._hurry)
@@ -117,6 +124,12 @@ class SqliteStore(DurableStore):
         """What is kept of experiments; the same object in a forked child."""
         assert self._trials is not None
         return self._trials
+
+    @property
+    def board(self) -> KeptBoard:
+        """What all workers must know at once; the same object in a forked child."""
+        assert self._board is not None
+        return self._board
 
     @property
     def url(self) -> str:
