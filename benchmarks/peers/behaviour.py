@@ -16,7 +16,7 @@ import dspy
 
 import dspy_prod
 from benchmarks.common import MODEL, bare, messages
-from benchmarks.peers.subjects import OURS, Peers, Prompt, Subject, cached_by_dspy, cached_by_litellm, make_router
+from benchmarks.peers.subjects import OURS, Peers, Prompt, Subject, cached_by_dspy, cached_by_litellm, hook, make_router
 from dspy_prod.testing import Provider, Status
 
 Row = dict[str, Any]
@@ -45,6 +45,7 @@ def _all(
 ) -> Counter[str]:
     """What came of so many calls, each like no other or all alike: "answered", or the name of the error."""
     came: Counter[str] = Counter()
+    subject.begin()
 
     def ask(_: int) -> None:
         try:
@@ -136,9 +137,9 @@ def _in_a_minute(name: str, provider: Provider, came: Counter[str]) -> Row:
 
 
 def identical(callers: int = 64) -> list[Row]:
-    """So many identical calls at once, caches on: how many of them the provider saw."""
+    """So many identical calls at once, caches on, all sent before the first is answered: how many the provider saw."""
     rows = []
-    with Peers() as peers, Provider(latency=0.2) as provider, cached_by_dspy() as cached, cached_by_litellm():
+    with Peers() as peers, Provider(latency=1.5) as provider, cached_by_dspy() as cached, cached_by_litellm():
         where = _where(provider)
         subjects = {
             "dspy.LM": peers.lm(bare(engine="lm15", async_engine=None, **where)),
@@ -187,6 +188,7 @@ def outage(seconds: float = 12.0, callers: int = 32) -> list[Row]:
 
 def _for(peers: Peers, subject: Subject, callers: int, seconds: float) -> Counter[str]:
     came: Counter[str] = Counter()
+    subject.begin()
     until = time.monotonic() + seconds
 
     async def work() -> None:
@@ -221,8 +223,8 @@ def streams() -> list[Row]:
             billed = provider.bill.usd
             rows.append(
                 {
-                    "what": "stream left halfway", "subject": name,
-                    "figure": f"recorded {recorded / billed:.0%} of the bill", "recorded": recorded, "billed": billed,
+                    "what": "stream left halfway", "subject": name, "recorded": recorded, "billed": billed,
+                    "figure": f"recorded {recorded / billed:.0%} of the bill{', a bound' * (name in OURS)}",
                 }
             )  # fmt: skip
     return rows
@@ -260,7 +262,7 @@ async def _left_by_litellm(peers: Peers, name: str, where: dict[str, Any]) -> fl
 
         async_log_failure_event = async_log_success_event
 
-    before, litellm.callbacks = litellm.callbacks, [Costs()]
+    hook({"callbacks": [Costs()]})
     try:
         if name == "litellm.Router":
             router = await make_router(where)
@@ -275,7 +277,7 @@ async def _left_by_litellm(peers: Peers, name: str, where: dict[str, Any]) -> fl
         await stream.aclose()
         return await _settled(lambda: sum(told))
     finally:
-        litellm.callbacks = before
+        hook({})
 
 
 async def _settled(read: Callable[[], float], most: float = 3.0) -> float:

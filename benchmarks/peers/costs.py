@@ -51,7 +51,8 @@ def over_http(peers: Peers, url: str) -> dict[str, Subject]:
 def cpu(rounds: int = 20, count: int = 100) -> dict[str, Any]:
     """Median CPU of the process for a call, in µs, from a thread and from a task, one call after the other."""
     with Peers() as peers:
-        found = {kind: _medians(peers, constant(peers), kind, True, rounds, count) for kind in ("thread", "task")}
+        subjects = constant(peers)
+        found = {kind: _medians(peers, subjects, kind, True, rounds, count) for kind in ("thread", "task")}
     return {**found, "added": _added(found)}  # fmt: skip
 
 
@@ -76,6 +77,7 @@ def _medians(
                 await subject.acall(messages(fresh))
 
         def make(number: int) -> None:
+            subject.begin()
             if kind == "task":
                 peers.run(ask(number))
             else:
@@ -135,6 +137,7 @@ def _crowds(
 def _turn(peers: Peers, subject: Subject, kind: str, callers: int, seconds: float) -> Turn:
     """So many callers, each calling once, and again until the time is up."""
     latencies: list[float] = []
+    subject.begin()
     used, began = time.process_time(), time.perf_counter()
     until = began + seconds
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 import dspy_prod
 from benchmarks.common import MODEL, bare, call, guarded, interleaved, messages
 from benchmarks.ledger_reads import fill
-from benchmarks.peers.subjects import OURS, Peers, constant_params, make_router, rested
+from benchmarks.peers.subjects import OURS, Peers, constant_params, hook, hooked, make_router, rested
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
@@ -178,7 +178,9 @@ def _deployments(peers: Peers, size: int) -> Callable[[int], None]:
     budget = {"max_budget": 1e6, "budget_duration": "1d"}
     names = [f"tenant-{number}" for number in range(size)]
     models = [{"model_name": name, "litellm_params": {**constant_params(), **budget}} for name in names]
+    hook({})
     router = peers.run(make_router(models=models))
+    hooks = hooked()
     draw = random.Random(size)
 
     async def ask(number: int) -> None:
@@ -186,6 +188,7 @@ def _deployments(peers: Peers, size: int) -> Callable[[int], None]:
             await router.acompletion(draw.choice(names), messages=messages(), max_tokens=100)
 
     def make(number: int) -> None:
+        hook(hooks)
         peers.run(ask(number))
         rested()
 

@@ -19,6 +19,11 @@ _COLOURS = {
     **dict(zip(OURS, ("#2a6f97", "#61a5c2", "#014f86"), strict=True)),
 }  # fmt: skip
 
+_GROWS = {
+    "ledger": "a call, by rows of the ledger", "cache": "a hit, by cached answers",
+    "scopes": "a call, by tenants with a budget",
+}  # fmt: skip
+
 
 def machine() -> Figures:
     """Processor, cores, load, Python, and versions."""
@@ -92,10 +97,8 @@ def _crowd(row: Figures) -> str:
 
 def _growth_table(name: str, by: Figures) -> Table:
     sizes = sorted({int(size) for each in by["us"].values() for size in each})
-    of = {"ledger": "a call, by rows of the ledger", "cache": "a hit, by cached answers",
-          "scopes": "a call, by tenants with a budget"}[name]  # fmt: skip
     columns = ("subject", *(f"{size:,}" for size in sizes))
-    shown = Table(*columns, title=f"CPU of {of}, µs", caption=by["beside"], title_justify="left")
+    shown = Table(*columns, title=f"CPU of {_GROWS[name]}, µs", caption=by["beside"], title_justify="left")
     for subject, each in by["us"].items():
         shown.add_row(subject, *(f"{each[str(size)]:,.1f}" if str(size) in each else "" for size in sizes))
     return shown
@@ -168,7 +171,7 @@ def plots(figures: Figures, folder: Path) -> list[Path]:
             for subject, each in by["us"].items():
                 points = sorted((int(size), value) for size, value in each.items())
                 axis.plot(*zip(*points, strict=True), marker="o", color=_COLOURS[subject], label=subject)
-            axis.set(xscale="log", yscale="log", xlabel=name, ylabel="CPU, µs", title=f"growth: {name}")
+            axis.set(xscale="log", yscale="log", xlabel=_GROWS[name], ylabel="CPU, µs")
             axis.legend(fontsize=7)
         keep(figure, "growth")
     return written

@@ -51,11 +51,14 @@ class Subject(NamedTuple):
     Attributes:
         call: one call, with these messages. acall: the same for tasks, on `Peers.loop`.
         written: waits until everything that calls told others is kept: it belongs to their cost.
+        begin: what its turn needs first: LiteLLM's callbacks are the whole process's, and a Router adds its own, for
+            which nobody else shall pay.
     """
 
     call: Callable[[Prompt], Any]
     acall: Callable[[Prompt], Coroutine[Any, Any, Any]]
     written: Callable[[], Any] = lambda: None
+    begin: Callable[[], Any] = lambda: None
 
 
 class Peers:
@@ -83,6 +86,7 @@ class Peers:
         for close in reversed(self._closing):
             close()
         self.run(_ended())
+        hook({})
         self._server.__exit__(None, None, None)
         self._folder.cleanup()
         self.loop.close()
@@ -124,15 +128,19 @@ class Peers:
             lambda prompt: litellm.completion(MODEL, messages=prompt, **options),
             lambda prompt: litellm.acompletion(MODEL, messages=prompt, **options),
             self._logged,
+            lambda: hook({}),
         )
 
     def router(self, where: dict[str, Any] | None = None, **more: Any) -> Subject:
         """LiteLLM's Router with limits, fallbacks and budget."""
+        hook({})
         router = self.run(make_router(where, **more))
+        hooks = hooked()
         return Subject(
             lambda prompt: router.completion("main", messages=prompt, max_tokens=100),
             lambda prompt: router.acompletion("main", messages=prompt, max_tokens=100),
             self._logged,
+            lambda: hook(hooks),
         )
 
     def _logged(self) -> None:
@@ -188,6 +196,28 @@ def _constant() -> Any:
         choices=[Choices(index=0, finish_reason="stop", message=Message(role="assistant", content=TEXT))],
         usage=Usage(prompt_tokens=400, completion_tokens=12, total_tokens=412),
     )
+
+
+_HOOKS = (
+    "callbacks", "input_callback", "success_callback", "failure_callback", "_async_success_callback",
+    "_async_failure_callback", "_async_input_callback",
+)  # fmt: skip
+
+
+def hooked() -> dict[str, list[Any]]:
+    """LiteLLM's callbacks as they are now: those of the Router that was made last."""
+    import litellm
+
+    return {name: list(getattr(litellm, name, ())) for name in _HOOKS}
+
+
+def hook(callbacks: dict[str, list[Any]]) -> None:
+    """Let LiteLLM have these, and no others: it takes thirty at most, and silently no more."""
+    import litellm
+
+    for name in _HOOKS:
+        if hasattr(litellm, name):
+            getattr(litellm, name)[:] = callbacks.get(name, ())
 
 
 async def _ended() -> None:
