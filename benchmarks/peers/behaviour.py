@@ -131,7 +131,7 @@ def minutes(calls: int = 300, callers: int = 32) -> list[Row]:
 def _in_a_minute(name: str, provider: Provider, came: Counter[str]) -> Row:
     most = provider.requests_in_window(60.0)
     return {
-        "what": "rpm=60, 300 calls, 32 callers", "subject": name,
+        "what": f"rpm=60, {sum(came.values())} calls", "subject": name,
         "figure": f"{most} in the busiest 60 s, {came['answered']} answered", "most": most, "came": dict(came),
     }  # fmt: skip
 

@@ -105,7 +105,14 @@ def _growth_table(name: str, by: Figures) -> Table:
 
 
 def _behaviour_table(rows: list[Figures]) -> Table:
-    shown = Table("what", "subject", "by the provider's bill", "callers got", title="Behaviour", title_justify="left")
+    # Where the Router's configuration is another than the one shown above.
+    beside = (
+        "Router: budget_limit=1.0, priced by input_cost_per_token and output_cost_per_token; rpm=60 with "
+        "num_retries=5; at the dead upstream num_retries=0, cooldown_time=3 (ours: recovery_timeout=3). "
+        "Streams: what its logger is told."
+    )
+    columns = ("what", "subject", "by the provider's bill", "callers got")
+    shown = Table(*columns, title="Behaviour", caption=beside, title_justify="left", caption_justify="left")
     for number, row in enumerate(rows):
         came = ", ".join(f"{count} {what}" for what, count in row.get("came", {}).items())
         last = number + 1 == len(rows) or rows[number + 1]["what"] != row["what"]
