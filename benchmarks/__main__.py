@@ -18,6 +18,8 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from benchmarks import calls, http, ledger, processes, tracking, units
+from benchmarks.peers import shown
+from benchmarks.peers.__main__ import measure as measure_peers
 
 
 def main() -> int:
@@ -41,6 +43,7 @@ def main() -> int:
         "tracking": lambda: tracking.request_path(**few),
         "tracking_tails": lambda: tracking.tails(**({"calls": 1500} if arguments.quick else {})),
         "tracking_exit": lambda: tracking.at_exit(**({"calls": 1000} if arguments.quick else {})),
+        "peers": lambda: measure_peers(quick=arguments.quick),
     }
     figures: dict[str, Any] = {"python": platform.python_version(), "cores": os.cpu_count()}
     for name in (progress := tqdm(steps, unit="benchmark", file=sys.stderr, leave=False)):
@@ -53,7 +56,9 @@ def main() -> int:
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             file.write(text + "\n")
-    Console().print(table(figures))
+    console = Console()
+    for each in (table(figures), *shown.tables(figures["peers"])):
+        console.print(each)
     return 0
 
 

@@ -20,17 +20,18 @@ LATENCY = 0.1
 """Seconds the provider takes to answer."""
 
 
-def _serve(told: Any, ended: Any) -> None:
-    with Provider(latency=LATENCY) as provider:
+def _serve(latency: float, told: Any, ended: Any) -> None:
+    with Provider(latency=latency) as provider:
         told.put(provider.url)
         ended.wait()
 
 
 @contextmanager
-def _provider() -> Iterator[str]:
+def provider(latency: float = LATENCY) -> Iterator[str]:
+    """The URL of a provider in a process of its own that takes so many seconds to answer."""
     context = multiprocessing.get_context("spawn")
     told, ended = context.Queue(), context.Event()
-    process = context.Process(target=_serve, args=(told, ended))
+    process = context.Process(target=_serve, args=(latency, told, ended))
     process.start()
     try:
         yield told.get(timeout=60)
@@ -45,7 +46,7 @@ def tails(rounds: int = 10, callers: int = 128, each: int = 8) -> dict[str, floa
     Args:
         rounds: of each subject, in turn. callers: threads. each: calls of a thread in a round.
     """
-    with _provider() as url, tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(callers) as pool:
+    with provider() as url, tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(callers) as pool:
         where = {"engine": "lm15", "async_engine": None, "api_base": url, "api_key": "none"}
         lms: dict[str, dspy.LM] = {
             "bare": bare(**where),

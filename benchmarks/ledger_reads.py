@@ -45,8 +45,9 @@ def fill(store: SqliteStore, rows: int, days: int = 90) -> None:
     for dimension in each:
         connection.execute(
             f"""
-            INSERT INTO rollups SELECT ns, date(started_at, 'unixepoch') AS day, {dimension} AS value,
-                sum(cost_nano), 0, 0, count(*), 0, 0, sum(input_tokens), sum(output_tokens)
+            INSERT INTO rollups (ns, day, dimension, value, cost_nano, attempts, input_tokens, output_tokens)
+            SELECT ns, date(started_at, 'unixepoch') AS day, {dimension} AS value,
+                sum(cost_nano), count(*), sum(input_tokens), sum(output_tokens)
             FROM records WHERE ns = ? GROUP BY day, {dimension.partition(", ")[2]}
             """,
             (ns,),
