@@ -5,6 +5,8 @@ Each runs in a child of this process, in a folder of its own; what takes seconds
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import subprocess
@@ -55,6 +57,11 @@ def main(listed: Path) -> None:
 
     for name in dspy_prod.__all__:
         getattr(dspy_prod, name)
+    from dspy_prod.pricing.warmup import preload
+
+    preload()
+    gc.collect()
+    gc.freeze()  # a child that looked at it would copy it
     waiting = json.loads(listed.read_text("utf-8"))
     children: dict[int, tuple[str, float]] = {}
     codes: dict[str, int] = {}
@@ -98,11 +105,10 @@ def _child(folder: Path, piece: Mapping[str, Any]) -> None:
             traceback.print_exc()
             failed = True
             if not piece.get("apart"):
-                os._exit(1)
+                break
+    atexit._run_exitfuncs()  # what is done at a program's end; taking the packages apart would take seconds
     sys.stdout.flush()
-    if failed:
-        os._exit(1)
-    sys.exit(0)  # with all that is done at a program's end
+    os._exit(failed)
 
 
 if __name__ == "__main__":
