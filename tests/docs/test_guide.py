@@ -49,6 +49,17 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
     assert "exported=1 waiting=0 sampled_out=0 lost=0 failing=None" in ended["tracking.md"]["said"]
 
 
+def test_the_toml_block_configures_an_lm(tmp_path: Path) -> None:
+    """The TOML of the page on configuration is accepted as it stands."""
+    path = tmp_path / "prod.toml"
+    path.write_text(next(each.code for each in blocks(GUIDE / "configuration.md") if each.language == "toml"), "utf-8")
+    lm = dspy_prod.LM.from_config(path, store="memory://guide", api_key="test")
+    assert lm.model == "openai/gpt-4o-mini"
+    assert lm.settings.limit is not None
+    assert lm.settings.limit.rpm == 500
+    assert lm.settings.budgets[0].scope == "tenant"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_is_only_shown_says_why(page: Path) -> None:
     """A block that does not run gives a reason, and every Python block of the page is seen by the runner."""
