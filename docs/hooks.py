@@ -17,6 +17,7 @@ from typing import Any, Final
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT: Final = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -69,7 +70,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     there = {path.stem for path in Path(config.docs_dir).glob("*.md")}
     nav: list[Any] = []
     for section, pages in NAV.items():
-        found = [f"{page}.md" for page in pages if page in there]
+        found = [{"Overview": "index.md"} if page == "index" else f"{page}.md" for page in pages if page in there]
         nav += [{section: found}] if found else []
     rest = sorted(there - {page for pages in NAV.values() for page in pages})
     nav += [{"More": [f"{page}.md" for page in rest]}] if rest else []
@@ -92,8 +93,10 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links into the repository become links within the site."""
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Links into the repository become links within the site; what stands side by side gets the whole width."""
+    if '<div class="grid"' in markdown:
+        page.meta["hide"] = ["toc"]
     markdown = markdown.replace("](../../notebooks/images/", "](images/")
     return re.sub(r"\]\(\.\./\.\./([A-Z]+\.md)\)", _own, markdown)
 
