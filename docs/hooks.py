@@ -40,7 +40,7 @@ FILES: Final = {
 """Pages of the repository that are pages of the site too."""
 
 REFERENCE: Final[dict[str, str]] = {
-    "LM and its policies": "LM wrap Budget Cache CircuitBreaker Price RateLimit Retry",
+    "LM and its policies": "LM wrap from_config Configured Budget Cache CircuitBreaker Price RateLimit Retry",
     "Calls": "call_context Run Production CallReport call_report",
     "Costs and health": "CallRecord ProgramCall CostSummary Preview Health health",
     "Errors": "ConfigError RejectedError CircuitOpenError RateLimitedError BudgetExceededError RunStoppedError "
@@ -51,7 +51,7 @@ REFERENCE: Final[dict[str, str]] = {
 }
 """Title of a page → names of `dspy_prod`. A name that stands nowhere here is on the page `others`."""
 
-MODULES: Final = ("testing", "privacy")
+MODULES: Final = ("testing", "privacy", "asgi")
 """Public modules besides those that `dspy_prod.__all__` names."""
 
 OPTIONS: Final = {"LM": {"inherited_members": ["breaker", "resume", "costs_report"]}}

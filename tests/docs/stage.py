@@ -32,6 +32,7 @@ lm = dspy_prod.LM("openai/gpt-4o-mini", max_tokens=200, store="memory://")
 dspy.configure(lm=lm)
 program = Triage()
 service = dspy_prod.Production(program, name="triage")
+Path("prod.toml").write_text('[lm.small]\\nmodel = "openai/gpt-4o-mini"\\n')
 """
 
 _REGISTRY: Final = """
@@ -47,9 +48,22 @@ for number in (first, second, first):
 strict = registry.Gate(lambda program: {"accuracy": 0.7}, thresholds={"accuracy": 0.85})
 """
 
+_SERVICE: Final = """
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.applications import Starlette
+
+import dspy_prod.asgi
+from dspy_prod.asgi import CallContextMiddleware
+
+app = FastAPI()
+"""
+
 STAGES: Final = {
     "dspy_prod": _PROGRAM,
     "dspy_prod.alerts": _PROGRAM,
+    "dspy_prod.asgi": _SERVICE,
     "dspy_prod.metrics": _PROGRAM,
     "dspy_prod.privacy": _PROGRAM,
     "dspy_prod.registry": _PROGRAM + _REGISTRY,

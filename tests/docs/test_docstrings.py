@@ -18,7 +18,7 @@ from tests.docs.pages import ROOT
 from tests.docs.runner import run
 from tests.docs.stage import BEFORE, STAGES
 
-BESIDES = ("dspy_prod.testing", "dspy_prod.privacy")
+BESIDES = ("dspy_prod.testing", "dspy_prod.privacy", "dspy_prod.asgi")
 """Public modules that `dspy_prod.__all__` does not name."""
 
 ELSEWHERE = {
@@ -26,6 +26,7 @@ ELSEWHERE = {
     "dspy_prod.OptimizationReport": "the same page reads it",
     "dspy_prod.Experiment": "the page on experiments runs one",
     "dspy_prod.Scorecard": "the same page shows one",
+    "dspy_prod.asgi.EventStream": "the page on services streams an answer, in tests/asgi",
     "dspy_prod.Judge": "is asked by an experiment in the background",
 }
 """Names whose example needs more than a stage, and where that is."""
