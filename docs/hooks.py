@@ -26,7 +26,7 @@ NAV: Final[dict[str, tuple[str, ...]]] = {
     "Begin": ("index", "context", "production", "costs", "notebooks"),
     "Policies": ("breaker", "limiter", "budget", "runs", "cache", "retry", "fallbacks", "store", "flow"),
     "Operate": ("configuration", "service", "signals", "fleet", "tracking", "registry", "privacy", "troubleshooting"),
-    "Improve": ("optimization", "experiments", "embeddings", "testing"),
+    "Improve": ("optimization", "scale", "experiments", "embeddings", "testing"),
     "Come from elsewhere": ("from-dspy-lm", "from-litellm-router", "from-tenacity"),
     "Measured": ("benchmarks",),
 }

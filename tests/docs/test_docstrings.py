@@ -26,6 +26,7 @@ ELSEWHERE = {
     "dspy_prod.OptimizationReport": "the same page reads it",
     "dspy_prod.Experiment": "the page on experiments runs one",
     "dspy_prod.Scorecard": "the same page shows one",
+    "dspy_prod.evaluate": "the page on scale evaluates; a cluster of Ray takes seconds",
     "dspy_prod.asgi.EventStream": "the page on services streams an answer, in tests/asgi",
     "dspy_prod.Judge": "is asked by an experiment in the background",
 }
