@@ -26,6 +26,9 @@ ELSEWHERE = {
     "dspy_prod.OptimizationReport": "the same page reads it",
     "dspy_prod.Experiment": "the page on experiments runs one",
     "dspy_prod.Scorecard": "the same page shows one",
+    "dspy_prod.Embedder": "the page on embeddings embeds",
+    "dspy_prod.testing.Spent": "the page on testing counts so",
+    "dspy_prod.testing.costs": "the page on testing counts so",
     "dspy_prod.evaluate": "the page on scale evaluates; a cluster of Ray takes seconds",
     "dspy_prod.asgi.EventStream": "the page on services streams an answer, in tests/asgi",
     "dspy_prod.Judge": "is asked by an experiment in the background",
@@ -50,8 +53,13 @@ PUBLIC = public()
 
 
 def example(value: Any) -> str:
-    """The code of a docstring's example: a fenced block, or what is typed at a prompt."""
-    text = inspect.cleandoc(value.__doc__ or "").partition("Example:\n")[2]
+    """The code of a docstring's example: a fenced block, what is typed at a prompt, or indented among the text."""
+    whole = inspect.cleandoc(value.__doc__ or "")
+    text = whole.partition("Example:\n")[2]
+    if not text:
+        said = re.split(r"^\w[\w ]*:$", whole, maxsplit=1, flags=re.M)[0]
+        indented = re.search(r"\n\n((?: {4}.*(?:\n|$)|\n)+)", said)
+        return textwrap.dedent(indented[1]) if indented else ""
     text = re.split(r"^\w[\w ]*:$", text, maxsplit=1, flags=re.M)[0]
     fenced = re.search(r"```python\n(.*?)```", text, re.S)
     if fenced:
