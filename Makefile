@@ -24,6 +24,7 @@ BASE := $(VENV)/.stamp-base
 DEV := $(VENV)/.stamp-dev
 LOCAL := $(VENV)/.stamp-local
 MUTANTS := $(VENV)/.stamp-mutants
+DOCS := $(VENV)/.stamp-docs
 PINS := pyproject.toml constraints.txt
 
 # The tests start hundreds of processes. Sources are compiled once for all of them, whatever the environment says.
@@ -31,7 +32,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ui test test-slow dspy-suite ui-test lint bench notebooks chaos fuzz soak mutants versions clean local-model
+.PHONY: help demo ui test test-slow dspy-suite ui-test lint bench docs docs-serve notebooks chaos fuzz soak mutants versions clean local-model
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +69,12 @@ lint: $(DEV) ## ruff check, ruff format --check, mypy (strict), and the order of
 bench: $(DEV) ## the benchmarks; needs the folder benchmarks/
 	@test -d benchmarks || { echo "There are no benchmarks yet: this target runs 'python -m benchmarks'."; exit 1; }
 	$(BIN)/python -m benchmarks
+
+docs: $(DOCS) ## the guide and the API reference as a site in build/site; a broken link or name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/mkdocs.yml
+
+docs-serve: $(DOCS) ## the same on http://127.0.0.1:8000, built again when a page or a docstring changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --config-file docs/mkdocs.yml
 
 notebooks: $(DEV) local-model ## run every notebooks/*.ipynb on the local model (STORE=1 writes the outputs into them)
 	$(BIN)/python -m tests.notebooks $(if $(STORE),--store) $(sort $(wildcard notebooks/*.ipynb))
@@ -115,6 +122,9 @@ $(BASE): $(PINS) | $(BIN)/python
 $(DEV): $(PINS) | $(BIN)/python
 	@echo "Installing dspy-prod, MLflow and the development tools into $(VENV) (a few minutes, once) ..."
 	@$(INSTALL) --editable '.[dev]' && touch $@
+
+$(DOCS): $(BASE)
+	@$(INSTALL) --editable '.[mlflow,docs]' && touch $@
 
 $(MUTANTS): $(DEV)
 	@$(INSTALL) --editable '.[dev,mutants]' && touch $@

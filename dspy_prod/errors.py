@@ -16,7 +16,16 @@ from dspy.utils.exceptions import LMError, LMServerError
 
 
 class ConfigError(ValueError):
-    """An option is impossible, unknown or contradictory; the message names the field and the remedy."""
+    """An option is impossible, unknown or contradictory; the message names the field and the remedy.
+
+    Example:
+        ```python
+        try:
+            dspy_prod.RateLimit(rpm=0)
+        except dspy_prod.ConfigError as error:
+            print(error)  # names the field, and what is allowed
+        ```
+    """
 
 
 class OptionError(ConfigError):
@@ -48,6 +57,14 @@ class RejectedError(LMError):
         retry_after: seconds after which the same call may succeed, or None when waiting will not help or the
             moment is unknown.
         route: the model route that refused, when one did.
+
+    Example:
+        ```python
+        try:
+            lm("hello")
+        except dspy_prod.RejectedError as error:
+            print(error.reason, error.retry_after)  # such as budget_exceeded None
+        ```
     """
 
     reason: str = "rejected"
@@ -77,6 +94,16 @@ class CircuitOpenError(RejectedError):
 
     Attributes:
         cause_text: what opened the circuit, as text without secrets.
+
+    Example:
+        ```python
+        lm.breaker("force_open")
+        try:
+            lm("a question that is in no cache")
+        except dspy_prod.CircuitOpenError as error:
+            print(error.route, error.cause_text, error.retry_after)
+        lm.breaker("reset")
+        ```
     """
 
     reason = "circuit_open"
@@ -85,7 +112,16 @@ class CircuitOpenError(RejectedError):
 
 
 class RateLimitedError(RejectedError):
-    """The rate limit cannot admit the call within `max_wait`, or never could (weight above the limit)."""
+    """The rate limit cannot admit the call within `max_wait`, or never could (weight above the limit).
+
+    Example:
+        ```python
+        try:
+            lm("hello")
+        except dspy_prod.RateLimitedError as error:
+            print(error.dimension, error.retry_after)  # such as tokens 12.5
+        ```
+    """
 
     reason = "rate_limited"
     default_code = "rate_limited"
@@ -98,6 +134,15 @@ class BudgetExceededError(RejectedError):
     Attributes:
         budget: the budget's name and scope, e.g. `"day/tenant=acme"`.
         limit_usd, spent_usd, held_usd, bound_usd: the arithmetic behind the refusal, in USD.
+
+    Example:
+        ```python
+        small = dspy_prod.LM("openai/gpt-4o-mini", max_tokens=200, budget=dspy_prod.Budget(usd=1e-6, name="small"))
+        try:
+            small("hello")
+        except dspy_prod.BudgetExceededError as error:
+            print(error.budget, error.spent_usd, error.bound_usd, error.limit_usd)
+        ```
     """
 
     reason = "budget_exceeded"
@@ -114,6 +159,17 @@ class RunStoppedError(RejectedError):
 
     Attributes:
         run: the run's name.
+
+    Example:
+        ```python
+        run = dspy_prod.Run("nightly")
+        run.stop()
+        try:
+            with dspy_prod.call_context(run=run):
+                lm("hello")
+        except dspy_prod.RunStoppedError as error:
+            print(error.run)
+        ```
     """
 
     reason = "run_stopped"
@@ -152,6 +208,15 @@ class OutageError(RejectedError):
     Attributes:
         run: the run's name. models: what did not answer.
         since: when the first of the failures was, in seconds since the epoch. seconds: how long ago that is.
+
+    Example:
+        ```python
+        try:
+            with dspy_prod.call_context(run=dspy_prod.Run("nightly", outage=120)):
+                lm("hello")
+        except dspy_prod.OutageError as error:
+            print(error.models, error.seconds, error.__cause__)
+        ```
     """
 
     reason = "outage"
@@ -167,6 +232,15 @@ class DeadlineExceededError(RejectedError):
 
     Attributes:
         working: the upstream was working; the ledger has (or will have) a record of that attempt.
+
+    Example:
+        ```python
+        try:
+            with dspy_prod.call_context(deadline=8.0):
+                lm("hello")
+        except dspy_prod.DeadlineExceededError as error:
+            print(error.working)  # True: the upstream may bill it
+        ```
     """
 
     reason = "deadline_exceeded"
@@ -175,14 +249,33 @@ class DeadlineExceededError(RejectedError):
 
 
 class UnpricedModelError(RejectedError):
-    """A budget applies but the call's cost cannot be bounded: no known price, output limit or media size."""
+    """A budget applies but the call's cost cannot be bounded: no known price, output limit or media size.
+
+    Example:
+        ```python
+        unknown = dspy_prod.LM("openai/my-model", max_tokens=200, budget=dspy_prod.Budget(usd=5, name="unknown"))
+        try:
+            unknown("hello")
+        except dspy_prod.UnpricedModelError as error:
+            print(error)  # names prices={"openai/my-model": ...}
+        ```
+    """
 
     reason = "unpriced_model"
     default_code = "unpriced_model"
 
 
 class StoreUnavailableError(RejectedError):
-    """The state store cannot record what a budget or shared limit needs, so nothing was sent."""
+    """The state store cannot record what a budget or shared limit needs, so nothing was sent.
+
+    Example:
+        ```python
+        try:
+            lm("hello")
+        except dspy_prod.StoreUnavailableError as error:
+            print(error, lm.health().store)
+        ```
+    """
 
     reason = "store_unavailable"
     default_code = "store_unavailable"
@@ -195,6 +288,14 @@ class UnusableAnswerError(LMServerError):
         flaw: `empty` (no choices, or nothing in them), `error` (it ended with one), `no_end` (it never said why it
             ended) or `filtered` (a content filter left nothing).
         partial: the answer as it came.
+
+    Example:
+        ```python
+        try:
+            lm("hello")
+        except dspy_prod.UnusableAnswerError as error:
+            print(error.flaw, error.partial)
+        ```
     """
 
     default_code = "unusable_answer"

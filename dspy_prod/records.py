@@ -55,6 +55,13 @@ class CallRecord(NamedTuple):
         run: name of the run the call belongs to, when the context names one.
         saved_nano: of an answer from a cache, what it cost when it was asked upstream, in nano-USD; None when that is
             not known.
+
+    Example:
+        ```python
+        lm("hello")
+        record = lm.ledger.records(limit=1)[0]
+        print(record.model, record.outcome, record.cost_usd, record.estimated)
+        ```
     """
 
     id: str

@@ -42,23 +42,9 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
             timeout=280,
         )
         assert run.returncode == 0, run.stderr
-        assert len(provider.calls) >= 3
+        assert len(provider.calls) >= 2
     assert "ok openai/gpt-4o-mini" in run.stdout
     assert "healthy" in run.stdout
-    assert "exported=1 waiting=0 sampled_out=0 lost=0 failing=None" in run.stdout
-
-
-def test_the_toml_block_configures_an_lm(tmp_path: Path) -> None:
-    """The README's TOML is accepted as it stands."""
-    import dspy_prod
-
-    path = tmp_path / "prod.toml"
-    path.write_text(blocks("toml")[0], encoding="utf-8")
-    lm = dspy_prod.LM.from_config(path, store="memory://readme", api_key="test")
-    assert lm.model == "openai/gpt-4o-mini"
-    assert lm.settings.limit is not None
-    assert lm.settings.limit.rpm == 500
-    assert lm.settings.budgets[0].scope == "tenant"
 
 
 @pytest.mark.parametrize("picture", re.findall(r"!\[[^]]+\]\(([^)]+)\)", README))
@@ -66,6 +52,12 @@ def test_every_picture_is_there_and_small(picture: str) -> None:
     """The README's pictures exist and are quick to load."""
     size = (ROOT / picture).stat().st_size
     assert 5_000 < size < 200_000
+
+
+@pytest.mark.parametrize("page", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README))))
+def test_every_link_resolves(page: str) -> None:
+    """The README's links lead to files that exist."""
+    assert (ROOT / page).exists()
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"(?:`|\$ )make ([a-z-]+)", README))))

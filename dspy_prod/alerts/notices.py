@@ -41,6 +41,16 @@ class Notice(NamedTuple):
         text: one sentence in plain words.
         at: when it happened (the last time), in seconds since the epoch.
         folded: how often the same has happened since it was last told, this one not counted.
+
+    Example:
+        ```python
+        def page(notice):  # a format of your own
+            return {"summary": notice.text, "severity": notice.level, "count": notice.folded + 1}
+
+
+        hook = alerts.webhook("https://pager.example.com/v1", format=page)
+        hook.close()
+        ```
     """
 
     kind: str

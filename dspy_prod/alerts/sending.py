@@ -44,6 +44,13 @@ class WebhookStatus(NamedTuple):
         dropped: messages that were given up, and events for which there was no room.
         waiting: messages not sent yet.
         failing: why the last try failed; None when it did not.
+
+    Example:
+        ```python
+        hook = alerts.webhook("https://hooks.example.com/services/T0/B0/XX")
+        print(hook.status().dropped)  # given up after five tries
+        hook.close()
+        ```
     """
 
     sent: int
@@ -87,6 +94,12 @@ def webhook(
 
     Raises:
         ConfigError: an argument that cannot be.
+
+    Example:
+        ```python
+        hook = alerts.webhook("https://hooks.example.com/services/T0/B0/XX", events=["breaker_opened"])
+        hook.close()
+        ```
     """
     parts = urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
@@ -111,6 +124,13 @@ class Webhook:
 
     Attributes:
         timeout: seconds for one try.
+
+    Example:
+        ```python
+        hook = alerts.webhook("https://hooks.example.com/services/T0/B0/XX")
+        print(hook.status())
+        hook.close()
+        ```
     """
 
     def __init__(self, url: str, kinds: frozenset[str], every: float, format: Format, timeout: float) -> None:

@@ -44,6 +44,11 @@ def probe_routes(
 
     Raises:
         ConfigError: an unknown cause.
+
+    Example:
+        ```python
+        app = Starlette(routes=[*dspy_prod.asgi.probe_routes(unready=["store", "draining", "circuits"])])
+        ```
     """
     for cause in unready:
         if cause not in get_args(Cause):

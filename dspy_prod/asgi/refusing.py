@@ -101,6 +101,11 @@ def exception_handlers(statuses: Mapping[str, int] | None = None) -> dict[Any, H
 
     Raises:
         ConfigError: an unknown reason, or a status that tells no error.
+
+    Example:
+        ```python
+        app = Starlette(exception_handlers=dspy_prod.asgi.exception_handlers({"budget_exceeded": 429}))
+        ```
     """
     table = {**STATUSES, **(statuses or {})}
     for reason, status in (statuses or {}).items():

@@ -37,6 +37,13 @@ class Configured:
     Attributes:
         lms: the LMs by name; the one whose arguments stand at the top of the file is `"default"`.
         lm: that one, or the first of the file.
+
+    Example:
+        ```python
+        config = dspy_prod.from_config("prod.toml")
+        print(config.lms["small"].model, config.production(program))
+        config.close()
+        ```
     """
 
     lms: Mapping[str, LM]
@@ -122,6 +129,13 @@ def from_config(path: str | Path | None = None) -> Configured:
         ConfigError: a key is unknown or impossible; the message names file, line or variable, and the remedy. Nothing
             has begun then.
         StoreUnavailableError: a store cannot be used.
+
+    Example:
+        ```python
+        config = dspy_prod.from_config("prod.toml")
+        dspy.configure(lm=config.lm)
+        service = config.production(program)
+        ```
     """
     values, env, sources = read(path, os.environ, TEXTS)
     arguments = _lms(values, env, sources)

@@ -175,6 +175,12 @@ def call_context(
 
     Raises:
         ValueError, TypeError: an impossible value; the message names the field.
+
+    Example:
+        ```python
+        with dspy_prod.call_context(user="u1", tenant="acme", deadline=8.0, tags={"feature": "triage"}):
+            service(message="The app crashes.")
+        ```
     """
     outer = current()
     changed: dict[str, Any] = {}

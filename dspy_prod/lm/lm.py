@@ -74,6 +74,13 @@ class LM(AsPlain, Operated, dspy.LM):
         namespace: keeps programs that share a store apart; default: the project directory's name.
 
     Calling raises what `dspy.LM` raises, and `RejectedError` subclasses for what a policy refuses.
+
+    Example:
+        ```python
+        lm = dspy_prod.LM("openai/gpt-4o-mini", max_tokens=200, budget=dspy_prod.Budget(usd=5, per="day"))
+        dspy.configure(lm=lm)
+        print(lm("hello"), lm.costs().today_usd, lm.health().status)
+        ```
     """
 
     kwargs: dict[str, Any]

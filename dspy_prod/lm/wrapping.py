@@ -23,6 +23,11 @@ def wrap(lm: dspy.LM, **policies: Any) -> LM:
 
     Raises:
         ConfigError: another kind of LM, or one with a `forward` of its own, which would be bypassed.
+
+    Example:
+        ```python
+        guarded = dspy_prod.wrap(dspy.LM("openai/gpt-4o-mini"), budget=dspy_prod.Budget(usd=1, name="wrapped"))
+        ```
     """
     hide(policies)
     if isinstance(lm, LM):

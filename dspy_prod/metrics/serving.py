@@ -44,6 +44,12 @@ def prometheus(
 
     Raises:
         ConfigError: `opentelemetry-sdk` or `prometheus-client` is missing; the port is taken; see `enable`.
+
+    Example:
+        ```python
+        endpoint = metrics.prometheus(port=0)  # any free port; the default is 9464
+        endpoint.close()
+        ```
     """
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
         raise ConfigError(f"prometheus(port={port!r}): use a port from 0 (any free one) to 65535")
@@ -83,6 +89,11 @@ def prometheus_app(
 
     Raises:
         ConfigError: as `prometheus`; an unknown interface.
+
+    Example:
+        ```python
+        app = metrics.prometheus_app()  # mount it under /metrics of an ASGI service
+        ```
     """
     if interface not in ("asgi", "wsgi"):
         raise ConfigError(f"prometheus_app(interface={interface!r}): use 'asgi' or 'wsgi'")
@@ -113,6 +124,13 @@ class Endpoint:
     Attributes:
         host, port: where it listens.
         url: what Prometheus scrapes.
+
+    Example:
+        ```python
+        endpoint = metrics.prometheus(port=0)
+        print(endpoint.url)
+        endpoint.close()
+        ```
     """
 
     def __init__(self, collected: Collected, port: int, host: str) -> None:

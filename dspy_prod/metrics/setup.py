@@ -56,6 +56,14 @@ def enable(
     Raises:
         ConfigError: OpenTelemetry's API is missing; an attribute that there is not; the provider has metrics with other
             attributes already.
+
+    Example:
+        ```python
+        from opentelemetry.sdk.metrics import MeterProvider
+
+        stop = metrics.enable(MeterProvider(), attributes=["program"])
+        stop()
+        ```
     """
     api: Any
     try:
@@ -83,7 +91,14 @@ def enable(
 
 
 def disable() -> None:
-    """Count no more, for whatever provider, server or application. What was counted is still told."""
+    """Count no more, for whatever provider, server or application. What was counted is still told.
+
+    Example:
+        ```python
+        metrics.enable()
+        metrics.disable()
+        ```
+    """
     with _LOCK:
         for made in list(RUNNING):
             made.stop()

@@ -26,6 +26,11 @@ class Retry(Options):
         max_backoff: upper bound of any pause, seconds.
         budget: capacity of the retry budget in tokens, per route; None means no retry budget.
         budget_refill: tokens returned by a success.
+
+    Example:
+        ```python
+        lm = dspy_prod.LM("openai/gpt-4o-mini", retry=dspy_prod.Retry(attempts=5, max_backoff=10))
+        ```
     """
 
     attempts: Count = 3
@@ -59,6 +64,12 @@ class CircuitBreaker(Options):
         shared: on a durable store, a circuit that opens in one worker is open in all of them, and probes are counted
             over all; each worker goes on to count its own calls. False: each worker finds out for itself, as it also
             does on a memory store and while the store cannot be used.
+
+    Example:
+        ```python
+        breaker = dspy_prod.CircuitBreaker(failure_threshold=3, slow_call_duration=20, slow_call_rate=0.8)
+        lm = dspy_prod.LM("openai/gpt-4o-mini", breaker=breaker)
+        ```
     """
 
     failure_threshold: Count | None = 5
@@ -114,6 +125,12 @@ class RateLimit(Options):
             with its part of the limit, which is the limit divided by `workers`, and at least one request a minute.
             `"refuse"`: StoreUnavailableError. A call with a budget as well goes by its budget first.
         workers: how many processes share the limit; default: as many as were last seen to hold something.
+
+    Example:
+        ```python
+        limit = dspy_prod.RateLimit(rpm=500, tpm=200_000, concurrency=32, fair_by="tenant")
+        lm = dspy_prod.LM("openai/gpt-4o-mini", max_tokens=200, limit=limit)
+        ```
     """
 
     rpm: Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False)] | None = None
@@ -153,6 +170,11 @@ class Cache(Options):
             open or refused.
         shared: answers may cross tenants. Off, a tenant's answer is only ever served to that tenant.
         persist: also keep answers in the store, for other processes and after a restart.
+
+    Example:
+        ```python
+        lm = dspy_prod.LM("openai/gpt-4o-mini", cache=dspy_prod.Cache(ttl=300, stale_if_error=3600))
+        ```
     """
 
     ttl: Seconds | None = None

@@ -49,6 +49,13 @@ class Budget(Options):
             `"local"`: this process goes on within a tenth of what was left when it saw the budget last, or half of that
             divided by the number of processes if that is less; then, or where it has not seen it, it refuses. What was
             spent is charged when the store is back; a process that is killed before takes it along.
+
+    Example:
+        ```python
+        daily = dspy_prod.Budget(usd=50, per="day", timezone="Europe/Berlin", soft=0.8)
+        each = dspy_prod.Budget(usd=1, per="month", scope="tenant", require=True)
+        lm = dspy_prod.LM("openai/gpt-4o-mini", max_tokens=200, budget=[daily, each])
+        ```
     """
 
     usd: Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False, le=1e9)]
@@ -120,6 +127,12 @@ class Price(Options):
         per_request: a fee per request, in USD.
         max_output_tokens: the model's own output limit, used to bound a call without `max_tokens`.
         max_input_tokens: the model's context limit, used to bound media whose length nobody tells.
+
+    Example:
+        ```python
+        mine = dspy_prod.Price(input=0.15, output=0.60, max_output_tokens=4_096)
+        lm = dspy_prod.LM("openai/my-model", prices={"openai/my-model": mine})
+        ```
     """
 
     input: Usd

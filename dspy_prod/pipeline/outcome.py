@@ -1,8 +1,8 @@
 """What an attempt's end means: for retries, fallbacks, the breaker, the limiter and the bill.
 
-One table, `TABLE`, decides, for every engine alike; `README.md` shows it. Which row an end belongs to is decided by the
-HTTP status, then by the provider's code and text, and only where no status was told by the kind of the error. Nothing
-else in the library looks at error classes. Money is owed unless the provider certainly did not work.
+One table, `TABLE`, decides, for every engine alike; `docs/guide/flow.md` shows it. Which row an end belongs to is
+decided by the HTTP status, then by the provider's code and text, and only where no status was told by the kind of the
+error. Nothing else in the library looks at error classes. Money is owed unless the provider certainly did not work.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def own_deadline(worked: float, timeout: float | None) -> Verdict:
 
 
 def markdown() -> str:
-    """The table as `README.md` shows it."""
+    """The table as the guide shows it."""
     lines = ["| what ended the attempt | retried | next route | breaker | billed |", "|---|---|---|---|---|"]
     for row in TABLE.values():
         verdict = row.verdict

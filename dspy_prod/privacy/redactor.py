@@ -80,6 +80,12 @@ class Redactor:
 
     Raises:
         ConfigError: an unknown rule, or a pattern that is no regular expression; the message names it.
+
+    Example:
+        ```python
+        redactor = dspy_prod.Redactor(patterns={"ticket": r"TCK-[0-9]+"})
+        print(redactor.text("Ask ann@example.com about TCK-42"))  # Ask <email> about <ticket>
+        ```
     """
 
     def __init__(
@@ -214,7 +220,13 @@ def _rebuilt(
 
 @cache
 def default() -> Redactor:
-    """A redactor with the built-in rules."""
+    """A redactor with the built-in rules.
+
+    Example:
+        ```python
+        print(privacy.default().text("my key is sk-abcdefghijklmnopqrstuvwx"))
+        ```
+    """
     return Redactor()
 
 
@@ -225,7 +237,13 @@ _lock = threading.Lock()
 
 
 def active() -> Redactor | None:
-    """The redactor in force in this process, None when there is none."""
+    """The redactor in force in this process, None when there is none.
+
+    Example:
+        ```python
+        print(privacy.active())  # None: nothing is hidden but secrets
+        ```
+    """
     return _active
 
 
@@ -240,6 +258,14 @@ def install(redactor: Redactor | None) -> Callable[[], None]:
 
     Raises:
         ConfigError: something else than a `Redactor`.
+
+    Example:
+        ```python
+        restore = privacy.install(dspy_prod.Redactor())
+        with dspy_prod.call_context(user="ann@example.com"):  # recorded as a pseudonym
+            lm("hello")
+        restore()
+        ```
     """
     global _active, _installed
     if redactor is not None and not isinstance(redactor, Redactor):
@@ -259,7 +285,13 @@ def install(redactor: Redactor | None) -> Callable[[], None]:
 
 
 def known_as(name: N) -> N:
-    """The name under which records of somebody are found: the redactor's `identity` while one is in force."""
+    """The name under which records of somebody are found: the redactor's `identity` while one is in force.
+
+    Example:
+        ```python
+        print(privacy.known_as("ann@example.com"))  # with a redactor installed: the pseudonym that is in the ledger
+        ```
+    """
     redactor = _active
     return name if redactor is None or not isinstance(name, str) else redactor.identity(name)
 

@@ -90,6 +90,12 @@ class Production(CompiledAsProgram, dspy.Module):
 
     Raises:
         ConfigError: an impossible argument; the message names it and the remedy.
+
+    Example:
+        ```python
+        service = dspy_prod.Production(program, name="triage", fallback_response="We will get back to you.")
+        print(service(message="The app crashes.").reply)
+        ```
     """
 
     def __init__(

@@ -48,6 +48,12 @@ class CallReport(Shown, BaseModel):
         call_ids: ids of the LM calls, as in the ledger.
         list_cost_usd: what all LM calls would have cost without a cache; None when any of it is unknown.
         id: id of the call's record, see `lm.ledger.program_calls`; None where none was kept.
+
+    Example:
+        ```python
+        report = dspy_prod.call_report(service(message="The app crashes."))
+        print(report.status, report.reason, report.model, report.cost_usd)
+        ```
     """
 
     model_config = ConfigDict(frozen=True)
@@ -105,6 +111,12 @@ def call_report(prediction: Any) -> CallReport:
 
     Raises:
         ValueError: the prediction did not come from a `Production`, or was copied since.
+
+    Example:
+        ```python
+        prediction = service(message="The app crashes.")
+        print(dspy_prod.call_report(prediction).status)  # ok
+        ```
     """
     report = report_of(prediction)
     if report is None:

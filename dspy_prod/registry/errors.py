@@ -58,17 +58,43 @@ class RegistryError(Exception):
 
     Attributes:
         deployment: what had been done by then, when `deploy` raised it (a `Deployment`); else None.
+
+    Example:
+        ```python
+        try:
+            registry.load("triage@production", program)
+        except registry.RegistryError as error:
+            print(error)
+        ```
     """
 
     deployment: Unfinished | None = None
 
 
 class RegistryUnavailableError(RegistryError):
-    """The MLflow store did not answer in time, or failed; nothing is known about the outcome of a write."""
+    """The MLflow store did not answer in time, or failed; nothing is known about the outcome of a write.
+
+    Example:
+        ```python
+        try:
+            registry.promote("triage", second)
+        except registry.RegistryUnavailableError:
+            registry.promote("triage", second)  # to be sure: it does nothing where the first one arrived
+        ```
+    """
 
 
 class UnknownVersionError(RegistryError, LookupError):
-    """There is no such program, version or alias in this MLflow store."""
+    """There is no such program, version or alias in this MLflow store.
+
+    Example:
+        ```python
+        try:
+            registry.load("triage/99", program)
+        except registry.UnknownVersionError as error:
+            print(error)
+        ```
+    """
 
 
 class SignatureMismatchError(RegistryError, ConfigError):
@@ -77,6 +103,14 @@ class SignatureMismatchError(RegistryError, ConfigError):
     Attributes:
         predictor: name of the first predictor that differs, as in `named_predictors()`.
         field: name of the field that differs, or None when the predictor itself is missing or new.
+
+    Example:
+        ```python
+        try:
+            registry.load("triage/1", dspy.Predict("question -> answer"))
+        except registry.SignatureMismatchError as error:
+            print(error.predictor, error.field)
+        ```
     """
 
     def __init__(self, message: str, *, predictor: str, field: str | None = None) -> None:
@@ -92,6 +126,14 @@ class PromotionConflictError(RegistryError):
         alias: the alias.
         expected: the version it should have had.
         actual: the version it has, None for none.
+
+    Example:
+        ```python
+        try:
+            registry.promote("triage", second, expected=99)
+        except registry.PromotionConflictError as error:
+            print(error.alias, error.expected, error.actual)
+        ```
     """
 
     def __init__(self, message: str, *, alias: str, expected: int | None, actual: int | None) -> None:

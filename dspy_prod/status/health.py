@@ -39,6 +39,11 @@ def health(pipelines: Iterable[Pipeline] | None = None) -> Health:
     """The state of some pipelines, or of every LM alive in this process; each store and route is counted once.
 
     Never raises for an unusable store: that is what it reports.
+
+    Example:
+        ```python
+        print(dspy_prod.health().status)  # of every LM of this process; lm.health() is that of one
+        ```
     """
     REAPER.flush(FLUSH_TIMEOUT)
     found = list(dict.fromkeys(live() if pipelines is None else pipelines))

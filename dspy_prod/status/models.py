@@ -183,6 +183,13 @@ class Health(Shown, Frozen):
         stores: one for each store and namespace.
         tracking: None when `dspy_prod.tracking` is off.
         stops: what operators have stopped.
+
+    Example:
+        ```python
+        state = lm.health()
+        if state.status != "healthy":
+            print(state.reasons)
+        ```
     """
 
     status: Status

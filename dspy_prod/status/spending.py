@@ -78,6 +78,12 @@ class CostSummary(Shown, Frozen):
             moment, or not so fast; 0 when all are complete.
         budgets: every global budget of the LM, then of each budget with a scope the accounts (at most 10) that are used
             most, the worst first.
+
+    Example:
+        ```python
+        spent = lm.costs()
+        print(spent.today_usd, spent.projected_monthly_usd, spent.remaining_usd)
+        ```
     """
 
     today_usd: float
@@ -218,6 +224,12 @@ class Preview(Shown, Frozen):
         detail: the refusal or the wait in plain words, with the remedy; else empty.
         cached: whether the cache would answer, or the answers that the run of the call has kept.
         budgets: the accounts the call would draw on.
+
+    Example:
+        ```python
+        preview = lm.preview("Summarise this ticket ...")
+        print(preview.bound_usd, preview)  # nothing is sent
+        ```
     """
 
     model: str

@@ -32,6 +32,13 @@ class ProgramCall(NamedTuple):
         attempts: requests sent upstream. cached: answers from a cache.
         user, tenant, session, run, experiment, variant, prompt_version, tags, trace_id: from the call's context.
         stage: the stage of the experiment's rollout.
+
+    Example:
+        ```python
+        service(message="The app crashes.")
+        for call in lm.ledger.program_calls():
+            print(call.program, call.status, call.cost_usd)
+        ```
     """
 
     id: str

@@ -112,6 +112,13 @@ class Event:
         at: seconds since the epoch.
         data: the details; values are JSON-friendly and never contain a secret. Prompts and answers are part of
             `call_content` alone, which only listeners added with `content=True` receive.
+
+    Example:
+        ```python
+        remove = dspy_prod.add_listener(lambda event: print(event.name, event.at, dict(event.data)))
+        lm("hello")
+        remove()
+        ```
     """
 
     name: str
@@ -210,5 +217,16 @@ def add_listener(listener: Listener, *, content: bool = False) -> Callable[[], N
     Args:
         listener: takes one `Event`. It runs where the event happens, so it should be quick; its errors are logged.
         content: also deliver `call_content` events, with the prompt and the answer of each upstream call.
+
+    Example:
+        ```python
+        def page(event):
+            if event.name == "breaker_opened":
+                print(event.data["route"], event.data["cause"])
+
+
+        remove = dspy_prod.add_listener(page)
+        remove()
+        ```
     """
     return BUS.add(listener, content=content)

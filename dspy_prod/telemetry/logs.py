@@ -70,6 +70,12 @@ def enable_logging(
 
     Raises:
         ConfigError: an unknown level or format, or a `redact` that is neither a bool nor a `Redactor`.
+
+    Example:
+        ```python
+        stop = dspy_prod.enable_logging()
+        lm("hello")
+        ```
     """
     if format not in ("human", "json"):
         raise ConfigError(f"enable_logging(format={format!r}): use 'human' or 'json'")

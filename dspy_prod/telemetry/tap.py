@@ -127,6 +127,13 @@ class TrackingHealth(Frozen):
         sampled_out: left out by `sample`. lost: turned away because too many waited, refused by MLflow, or given up.
         failing: why nothing can be delivered at the moment, None when it can.
         messages_waiting, messages_lost: likewise, of what is told of runs and of feedback.
+
+    Example:
+        ```python
+        state = tracking.status()
+        if state is not None and state.lost:
+            print(state.lost, state.failing)
+        ```
     """
 
     uri: str

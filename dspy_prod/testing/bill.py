@@ -18,7 +18,13 @@ NANO_PER_USD = 1_000_000_000
 
 
 class Usage(NamedTuple):
-    """Tokens of one call, as OpenAI counts: cached ones are part of the input, reasoning ones part of the output."""
+    """Tokens of one call, as OpenAI counts: cached ones are part of the input, reasoning ones part of the output.
+
+    Example:
+        ```python
+        provider = testing.Provider(usage=testing.Usage(100, 20, cached_tokens=60))
+        ```
+    """
 
     input_tokens: int
     output_tokens: int
@@ -28,7 +34,16 @@ class Usage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BillRow:
-    """One billed call."""
+    """One billed call.
+
+    Example:
+        ```python
+        with testing.Provider() as provider:
+            dspy_prod.LM("openai/gpt-4o-mini", api_base=provider.url, api_key="test", store="memory://")("hello")
+            row = provider.bill.rows[0]
+        print(row.model, row.input_tokens, row.output_tokens, row.nano)
+        ```
+    """
 
     call_id: str
     """The `id` in the answer the client saw; also `Call.call_id`."""
@@ -81,6 +96,13 @@ class Bill:
     Args:
         prices: model name (with or without "openai/") → (input, output[, cached input]) in USD per million tokens.
         price: the same for models not in `prices`.
+
+    Example:
+        ```python
+        with testing.Provider(prices={"gpt-4o-mini": (0.15, 0.60)}) as provider:
+            dspy_prod.LM("openai/gpt-4o-mini", api_base=provider.url, api_key="test", store="memory://")("hello")
+            print(provider.bill.usd, provider.bill.by_model())
+        ```
     """
 
     def __init__(self, prices: Mapping[str, Sequence[float]], price: Sequence[float]) -> None:

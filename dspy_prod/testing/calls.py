@@ -31,7 +31,13 @@ def parse_object(body: bytes | bytearray) -> dict[str, Any] | None:
 
 @dataclass(slots=True, eq=False)
 class CallView:
-    """The request as it arrived; what `answer`, `usage`, `latency` and `faults` callables are given."""
+    """The request as it arrived; what `answer`, `usage`, `latency` and `faults` callables are given.
+
+    Example:
+        ```python
+        provider = testing.Provider(answer=lambda call: f"{call.model} was asked: {call.last_message}")
+        ```
+    """
 
     index: int
     """Number of the call, from 0, in order of arrival."""
@@ -135,7 +141,15 @@ class CallView:
 
 @dataclass(slots=True, eq=False)
 class Call(CallView):
-    """A call and what became of it. The provider goes on filling it in until `finished_at` is set."""
+    """A call and what became of it. The provider goes on filling it in until `finished_at` is set.
+
+    Example:
+        ```python
+        with testing.Provider() as provider:
+            dspy_prod.LM("openai/gpt-4o-mini", api_base=provider.url, api_key="test", store="memory://")("hello")
+            assert provider.calls[0].status == 200
+        ```
+    """
 
     status: int | None = None
     """The HTTP status sent, or None while there is none."""

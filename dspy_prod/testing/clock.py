@@ -10,6 +10,13 @@ class FakeClock:
 
     Args:
         start: seconds since the epoch at which it begins; the monotonic clock begins at 1,000.
+
+    Example:
+        ```python
+        clock = testing.FakeClock()
+        lm = dspy_prod.LM("any/model", engine=testing.ScriptedEngine(), store="memory://", clock=clock)
+        clock.advance(60)
+        ```
     """
 
     def __init__(self, start: float = 1_800_000_000.0) -> None:

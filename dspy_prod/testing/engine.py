@@ -26,6 +26,13 @@ class ScriptedEngine:
     Attributes:
         requests: the requests received, in order.
         in_flight, max_in_flight: calls being answered now and at most.
+
+    Example:
+        ```python
+        engine = testing.ScriptedEngine(["first", ValueError("second"), "third"])
+        lm = dspy_prod.LM("any/model", engine=engine, store="memory://")
+        assert lm("hello") == ["first"] and engine.calls == 1
+        ```
     """
 
     supports_function_calling = True

@@ -36,7 +36,17 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 @dataclass(frozen=True)
 class Fault:
-    """Base of all faults."""
+    """Base of all faults.
+
+    Example:
+        ```python
+        def unlucky(call):  # every third call
+            return testing.Status(500) if call.index % 3 == 2 else None
+
+
+        provider = testing.Provider(faults=unlucky)
+        ```
+    """
 
     @property
     def name(self) -> str:
@@ -55,6 +65,11 @@ class Status(Fault):
         headers: further headers.
         error_code: the error object's `code`, e.g. "context_length_exceeded"; None is the usual one for `code`.
         delay: seconds before the refusal is sent.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=[testing.Status(429, retry_after=2), testing.Status(503)])
+        ```
     """
 
     code: int = 500
@@ -94,6 +109,11 @@ class Hang(Fault):
     Args:
         seconds: close the connection without an answer after this long; None is never.
         billed: whether the answer was generated (and is billed in full) although it is never sent.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=testing.Hang(seconds=30, billed=True))
+        ```
     """
 
     seconds: float | None = None
@@ -102,7 +122,13 @@ class Hang(Fault):
 
 @dataclass(frozen=True)
 class Trickle(Fault):
-    """A valid answer sent drip by drip, at `bytes_per_second`. Billed, and told once the last byte is sent."""
+    """A valid answer sent drip by drip, at `bytes_per_second`. Billed, and told once the last byte is sent.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=testing.Trickle(bytes_per_second=20))
+        ```
+    """
 
     bytes_per_second: float = 100.0
 
@@ -118,6 +144,11 @@ class Reset(Fault):
     Args:
         when: "before" any byte of the answer, "after_headers", or "during" the body (half of it is sent).
         billed: whether the answer, generated in full, is billed; None is: not for "before", else yes.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=testing.Reset("during"))
+        ```
     """
 
     when: Literal["before", "after_headers", "during"] = "before"
@@ -137,6 +168,11 @@ class TruncatedStream(Fault):
 
     Args:
         after: how many text chunks are sent; None is half of them.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=testing.TruncatedStream(after=2))
+        ```
     """
 
     after: int | None = None
@@ -152,6 +188,11 @@ class ErrorInStream(Fault):
         after: how many text chunks are sent before it.
         message: the error's text.
         code: the error object's `code`.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=testing.ErrorInStream(after=1, code="overloaded"))
+        ```
     """
 
     after: int = 1
@@ -165,7 +206,13 @@ class ErrorInStream(Fault):
 
 @dataclass(frozen=True)
 class MalformedJson(Fault):
-    """Status 200 with a body (or, streamed, one event) that is not JSON. Billed, not told."""
+    """Status 200 with a body (or, streamed, one event) that is not JSON. Billed, not told.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=testing.MalformedJson())
+        ```
+    """
 
 
 @dataclass(frozen=True)
@@ -176,6 +223,11 @@ class WrongUsage(Fault):
         factor: multiplies input and output.
         input_tokens: replaces the input; None multiplies.
         output_tokens: replaces the output; None multiplies.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=testing.WrongUsage(output_tokens=5_000))  # more than max_tokens
+        ```
     """
 
     factor: float = 1.0
@@ -185,12 +237,24 @@ class WrongUsage(Fault):
 
 @dataclass(frozen=True)
 class MissingUsage(Fault):
-    """A complete answer without usage. Billed, not told."""
+    """A complete answer without usage. Billed, not told.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=testing.MissingUsage())
+        ```
+    """
 
 
 @dataclass(frozen=True)
 class EmptyChoices(Fault):
-    """Status 200 with an empty list of choices (outputs). Billed, told."""
+    """Status 200 with an empty list of choices (outputs). Billed, told.
+
+    Example:
+        ```python
+        provider = testing.Provider(faults=[testing.EmptyChoices()])
+        ```
+    """
 
 
 @dataclass(frozen=True)
@@ -205,6 +269,12 @@ class Verbatim(Fault):
         status: HTTP status.
         content_type: of the body; None is `application/json`, or `text/event-stream` for a body that begins as one.
         headers: further headers.
+
+    Example:
+        ```python
+        page = testing.Verbatim("<html>Bad gateway</html>", status=502, content_type="text/html")
+        provider = testing.Provider(faults=page)
+        ```
     """
 
     body: object = b""
@@ -237,6 +307,12 @@ class FaultPlan:
 
     Attributes:
         pick: gives the fault of call number `position` (from 0) since the plan began, or None for a healthy one.
+
+    Example:
+        ```python
+        outage = testing.FaultPlan.window(testing.Status(503), start_index=10, count=50)
+        provider = testing.Provider(faults=outage)
+        ```
     """
 
     pick: Callable[[int, CallView], Fault | None]

@@ -74,6 +74,14 @@ class Provider:
             for its input.
         port: 0 takes a free one.
         seed: of the latency draw.
+
+    Example:
+        ```python
+        with testing.Provider(latency=0.05, rpm=500) as provider:
+            lm = dspy_prod.LM("openai/gpt-4o-mini", api_base=provider.url, api_key="test", store="memory://")
+            lm("hello")
+            assert lm.ledger.records()[0].cost_nano == provider.bill.nano
+        ```
     """
 
     def __init__(

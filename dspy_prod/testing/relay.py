@@ -23,6 +23,13 @@ class Relay(Provider):
         workers: calls passed on at the same time; further ones wait.
         timeout: seconds the server may take.
         options: arguments of `Provider`: faults, prices, limits, ...
+
+    Example:
+        ```python
+        with testing.Provider() as model, testing.Relay(model.url, faults=[testing.Status(503)]) as relay:
+            dspy_prod.LM("openai/gpt-4o-mini", api_base=relay.url, api_key="test", store="memory://")("hello")
+            assert len(relay.calls) == 2 and len(model.calls) == 1
+        ```
     """
 
     def __init__(self, upstream: str, *, workers: int = 4, timeout: float = 120.0, **options: Any) -> None:

@@ -20,6 +20,13 @@ class Spent:
         failed: those of the attempts that ended without an answer. unknown: those whose cost is not known.
         input_tokens, output_tokens: as the provider told them.
         events: what was heard of each, as a listener gets it.
+
+    Example:
+        ```python
+        with testing.costs() as spent:
+            lm("hello")
+        print(spent.usd, spent.calls, spent.cached)
+        ```
     """
 
     def __init__(self) -> None:

@@ -140,6 +140,13 @@ class TrackedRun:
     Attributes:
         key: by which it is found again, MLflow's tag `dspy_prod.key`. name: as MLflow shows it.
         parent: the key of the run above.
+
+    Example:
+        ```python
+        run = tracking.RunMessages("nightly").open("import", params={"rows": "1200"})
+        run.log({"resolved": 0.83}, step=1)
+        run.end()
+        ```
     """
 
     key: str

@@ -115,6 +115,11 @@ def enable(
     Raises:
         ConfigError: an impossible argument; the message names it and the remedy. An MLflow that cannot be reached is
             no error: see `status()`.
+
+    Example:
+        ```python
+        tracking.enable("support", tracking_uri="sqlite:///mlflow.db", sample=0.1)
+        ```
     """
     global _active
     tracking_uri = unshown(tracking_uri)
@@ -165,7 +170,13 @@ def enable(
 
 
 def disable() -> None:
-    """Turn tracking off, once what has ended is delivered, within the exit timeout."""
+    """Turn tracking off, once what has ended is delivered, within the exit timeout.
+
+    Example:
+        ```python
+        tracking.disable()  # what waits is written first, in bounded time
+        ```
+    """
     with _lock:
         _disable()
 
@@ -187,7 +198,13 @@ def courier() -> Courier | None:
 
 
 def status() -> TrackingHealth | None:
-    """How it goes, None when tracking is off. Never waits."""
+    """How it goes, None when tracking is off. Never waits.
+
+    Example:
+        ```python
+        print(tracking.status())
+        ```
+    """
     tracking = _active
     if tracking is None:
         return None

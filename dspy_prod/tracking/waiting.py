@@ -17,6 +17,12 @@ def flush(timeout: float = 30.0) -> bool:
 
     Returns:
         False when that took longer, or tracking is off.
+
+    Example:
+        ```python
+        lm("hello")
+        tracking.flush(30)  # in a notebook, before looking at MLflow's page
+        ```
     """
     until = time.monotonic() + timeout
     traces = setup.flush_traces(timeout)

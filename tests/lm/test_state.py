@@ -248,18 +248,18 @@ def test_a_program_saves_and_loads_its_predictors_lm(tmp_path: Path) -> None:
 
 
 def test_an_lm_of_the_whole_process_needs_no_word_to_load(tmp_path: Path) -> None:
-    """ "Refusing to import custom serialized LM class": the README says when that is met, what to do, and how it is
+    """ "Refusing to import custom serialized LM class": the guide says when that is met, what to do, and how it is
     not."""
     program = dspy.ChainOfThought("question -> answer")
     with dspy.context(lm=make()):
         program.save(tmp_path / "x.json")
         dspy.ChainOfThought("question -> answer").load(tmp_path / "x.json")
-    readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
+    guide = " ".join((Path(__file__).parents[2] / "docs" / "guide" / "from-dspy-lm.md").read_text("utf-8").split())
     for words in (
         'program.load("triage.json", allow_unsafe_lm_state=True)',
         "Nothing has to be said where the LM comes from `dspy.configure(lm=lm)`",
     ):
-        assert words in readme
+        assert words in guide
 
 
 def test_what_is_left_out_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -43,6 +43,12 @@ class Check:
         name: what was checked, such as `"accuracy"`, `"accuracy vs triage@production"` or `"examples"`.
         result: `pass`, `fail` or `inconclusive`.
         reason: the comparison in words.
+
+    Example:
+        ```python
+        report = registry.GateReport("fail", (registry.Check("accuracy", "fail", "accuracy 0.7 is below 0.85"),))
+        print([check.reason for check in report.checks])
+        ```
     """
 
     name: str
@@ -63,6 +69,14 @@ class GateReport:
         examples: how many examples it was measured on, None when the evaluation did not tell.
         seconds: how long it took.
         error: the error, as class name and text.
+
+    Example:
+        ```python
+        try:
+            registry.promote("triage", second, gate=strict, program=program)
+        except registry.PromotionRefusedError as error:
+            print(error.report.result, error.report.metrics)  # fail {'accuracy': 0.7}
+        ```
     """
 
     result: Result
@@ -89,6 +103,14 @@ class PromotionRefusedError(RegistryError):
 
     Attributes:
         report: what the gate found.
+
+    Example:
+        ```python
+        try:
+            registry.promote("triage", second, gate=strict, program=program)
+        except registry.PromotionRefusedError as error:
+            print(error, error.report.checks)
+        ```
     """
 
     def __init__(self, message: str, report: GateReport) -> None:
@@ -116,6 +138,16 @@ class Gate:
 
     Raises:
         ConfigError: it could not fail, or a threshold is no number.
+
+    Example:
+        ```python
+        def evaluate(program):  # or a function that returns what dspy.Evaluate does
+            return {"accuracy": 0.9, "usd": 0.002, "examples": 200}
+
+
+        gate = registry.Gate(evaluate, thresholds={"accuracy": 0.85, "usd": ("<=", 0.01)}, min_examples=100)
+        registry.promote("triage", second, alias="staging", gate=gate, program=program)
+        ```
     """
 
     evaluate: Callable[[Any], Any]

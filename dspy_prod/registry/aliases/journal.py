@@ -53,6 +53,12 @@ class AuditEntry:
         evidence: `metrics` of the version, and `gate`, the gate's report.
         number: its place in the journal; None for a call that had nothing to do and wrote nothing.
         id: unique; a request that was sent twice counts once.
+
+    Example:
+        ```python
+        entry = registry.history("triage")[0]
+        print(entry)  # production: 1 -> 2 (promote), by ...
+        ```
     """
 
     action: Action

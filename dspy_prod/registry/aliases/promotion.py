@@ -75,6 +75,11 @@ def promote(
         UnknownVersionError: there is no such version.
         RegistryUnavailableError: MLflow did not answer; promote again to be sure.
         ConfigError: an impossible argument; the message names it.
+
+    Example:
+        ```python
+        registry.promote("triage", second, expected=first, reason="3 points better")
+        ```
     """
     tracking_uri = unshown(tracking_uri)
     check_alias(name, alias)
@@ -139,6 +144,12 @@ def rollback(
         RegistryError: there is nothing to go back to.
         PromotionConflictError: somebody promoted another version meanwhile; nothing was moved.
         UnknownVersionError, RegistryUnavailableError, ConfigError: as in `promote`.
+
+    Example:
+        ```python
+        registry.promote("triage", second)
+        registry.rollback("triage", reason="users complain")
+        ```
     """
     tracking_uri = unshown(tracking_uri)
     check_alias(name, alias)
@@ -181,6 +192,12 @@ def history(name: str, *, alias: str | None = None, tracking_uri: str | None = N
     Raises:
         UnknownVersionError: there is no such program.
         RegistryUnavailableError: MLflow did not answer.
+
+    Example:
+        ```python
+        for entry in registry.history("triage"):
+            print(entry)
+        ```
     """
     tracking_uri = unshown(tracking_uri)
     checked_name(name)
@@ -196,6 +213,11 @@ def programs(*, tracking_uri: str | None = None) -> list[str]:
 
     Raises:
         RegistryUnavailableError: MLflow did not answer.
+
+    Example:
+        ```python
+        print(registry.programs())
+        ```
     """
     tracking_uri = unshown(tracking_uri)
     pages = server_at(tracking_uri).pages(lambda token, client: client.search_prompts(_FILTER, PAGE, None, token))
@@ -208,6 +230,12 @@ def versions(name: str, *, tracking_uri: str | None = None) -> Versions:
     Raises:
         UnknownVersionError: there is no such program.
         RegistryUnavailableError: MLflow did not answer.
+
+    Example:
+        ```python
+        for version in registry.versions("triage"):
+            print(version.version, version.metrics)
+        ```
     """
     tracking_uri = unshown(tracking_uri)
     server = server_at(tracking_uri)

@@ -87,6 +87,14 @@ def deploy(
 
     Errors of the registry carry the deployment so far as `deployment`, with advice on how to go on, and it is reported
     to the files too.
+
+    Example:
+        ```python
+        deployment = registry.deploy(
+            "triage", second, program=program, evaluate=evaluate, thresholds={"accuracy": 0.85}
+        )
+        print(deployment)
+        ```
     """
     tracking_uri = unshown(tracking_uri)
     aliases = tuple(stages)

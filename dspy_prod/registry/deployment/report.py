@@ -34,6 +34,15 @@ class Step:
         detail: what happened, in words.
         at: when it ended, in UTC; for what an earlier run did, when that was.
         seconds: how long it took now.
+
+    Example:
+        ```python
+        deployment = registry.deploy(
+            "triage", second, program=program, evaluate=evaluate, thresholds={"accuracy": 0.85}
+        )
+        for step in deployment.steps:
+            print(step.name, step.result, step.detail)
+        ```
     """
 
     name: str
@@ -70,6 +79,14 @@ class Deployment(Shown):
         error: what ended it, None when nothing did.
         advice: how to go on, or back.
         files: where this report is.
+
+    Example:
+        ```python
+        deployment = registry.deploy(
+            "triage", second, program=program, evaluate=evaluate, thresholds={"accuracy": 0.85}
+        )
+        print(deployment.outcome, deployment.before, deployment.after)
+        ```
     """
 
     name: str

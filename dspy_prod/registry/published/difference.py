@@ -29,6 +29,12 @@ class PredictorDiff:
         name: the predictor.
         status: `changed`, `added`, `removed` or `equal`.
         instructions, fields, demos, settings: unified diffs of its parts, each empty when nothing changed.
+
+    Example:
+        ```python
+        for predictor in registry.diff("triage", first, second).predictors:
+            print(predictor.name, predictor.status, predictor.demos)
+        ```
     """
 
     name: str
@@ -50,6 +56,13 @@ class VersionDiff(Shown):
         name: the program.
         old, new: the version numbers.
         predictors: every predictor that either version has.
+
+    Example:
+        ```python
+        difference = registry.diff("triage", first, second)
+        if difference.changed:
+            print(difference)
+        ```
     """
 
     name: str
@@ -92,6 +105,11 @@ def diff(
     Raises:
         UnknownVersionError: there is no such version.
         RegistryUnavailableError: MLflow did not answer.
+
+    Example:
+        ```python
+        print(registry.diff("triage", 1, "triage@staging"))
+        ```
     """
     tracking_uri = unshown(tracking_uri)
     checked_name(name)

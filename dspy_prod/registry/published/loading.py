@@ -70,6 +70,11 @@ def load(
         RegistryUnavailableError: MLflow does not answer and there is no copy.
         RegistryError: the version is no program, or somebody changed it in MLflow.
         ConfigError: the reference cannot be read, or `program` is no `dspy.Module`.
+
+    Example:
+        ```python
+        live = registry.load("triage@production", program)
+        ```
     """
     tracking_uri = unshown(tracking_uri)
     if not isinstance(program, dspy.Module):

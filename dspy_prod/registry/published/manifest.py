@@ -109,6 +109,12 @@ class ProgramVersion:
         message: the commit message.
         author: who published it.
         digest: SHA-256 of the content; equal content has equal digests.
+
+    Example:
+        ```python
+        version = registry.versions("triage")[0]
+        print(version.name, version.version, version.metrics)
+        ```
     """
 
     name: str

@@ -99,6 +99,11 @@ def publish(
     Raises:
         ConfigError: the name or the program cannot be published; the message names what, and the remedy.
         RegistryUnavailableError: MLflow did not answer. No half-written version can be loaded; publish again.
+
+    Example:
+        ```python
+        version = registry.publish(program, "triage", metrics={"accuracy": 0.91}, message="one demo")
+        ```
     """
     tracking_uri = unshown(tracking_uri)
     checked_name(name)
