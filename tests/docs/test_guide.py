@@ -17,7 +17,6 @@ from tests.docs.runner import run
 ELSEWHERE = {
     "signals.md": "tests/metrics/test_dashboard.py",
     "service.md": "tests/asgi",
-    "fleet.md": "tests/fleet",
 }
 """Pages whose code another test runs, with what it needs."""
 
