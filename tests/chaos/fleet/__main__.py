@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,9 @@ from rich.table import Column, Table
 from tests.chaos.fleet.scenes import Result, Size, dollar, pace, same, storm
 from tests.chaos.fleet.stores import STORES
 
-MINUTES: Final = 150.0
+MINUTES: Final = 130.0
 """Seconds for which the limits of a minute are looked at."""
-ROUND: Final = 12.0
+ROUND: Final = 40.0
 """Seconds of a storm."""
 
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.fleet", description=__doc__)
     parser.add_argument("--calls", type=int, default=100_000, help="storms go on until all runs together made so many")
+    parser.add_argument("--minutes", type=float, default=120.0, help="no storm begins later")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--callers", type=int, default=64, help="of each process")
     parser.add_argument("--kills", type=int, default=40, help="while a budget is spent")
@@ -57,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             return note(scene(Path(folder), Size(options.processes, options.callers, seed)))
 
-    seed = options.seed
+    def paced(store: str, output: int) -> Callable[[Path, Size], Result]:
+        return lambda folder, size: pace(store, folder, size, seconds=MINUTES, output=output)
+
+    seed, began = options.seed, time.monotonic()
     for store in stores:
         if "same" in chosen:
             run(lambda folder, size: same(store, folder, size), seed)  # noqa: B023
@@ -66,21 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "kills" in chosen:
             run(lambda folder, size: dollar(store, folder, size, kills=options.kills), seed)  # noqa: B023
     if "pace" in chosen:
-        for turn in (0, 1) if len(stores) == 2 else (0,):  # two at a time: they mostly wait
-            with ThreadPoolExecutor(2) as pool:
-                found = [
-                    pool.submit(
-                        run,
-                        lambda folder, size, store=store, output=(100, 200)[(number + turn) % 2]: pace(
-                            store, folder, size, seconds=MINUTES, output=output
-                        ),
-                        seed + number,
-                    )
-                    for number, store in enumerate(stores)
-                ]
-                for each in found:
-                    each.result()
+        with ThreadPoolExecutor(4) as pool:  # all at once: they mostly wait
+            kinds = [(store, output) for store in stores for output in (100, 200)]
+            for each in [pool.submit(run, paced(*kind), seed) for kind in kinds]:
+                each.result()
     while "storm" in chosen and (not results or sum(each.calls for each in results) < options.calls):
+        if time.monotonic() - began > options.minutes * 60:
+            break
         for store in stores:
             usd = (1_000.0, 0.2)[seed % 2]
             run(lambda folder, size: storm(store, folder, size, seconds=ROUND, usd=usd), seed)  # noqa: B023

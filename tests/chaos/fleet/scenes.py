@@ -122,7 +122,7 @@ def dollar(store: str, folder: Path, size: Size, *, usd: float = 1.0, kills: int
         task = Task(at.url, shared.url, size.callers, size.seed, usd, PRICE, until_refused=True, skew=SKEW, timeout=30)
         fleet = Fleet(task, size.processes)
         trouble = Trouble(fleet)
-        fleet.until(lambda: len(at.calls) > size.callers, 60, "the first calls")
+        fleet.until(lambda: len(at.calls) > size.callers, 120, "the first calls")
         if kills:
             trouble.begin({"worker killed": killed}, random.Random(size.seed), (0.1, 1.0), kills)
         fleet.until(lambda: fleet.heard("ended"), patience, "spending the budget")
@@ -150,7 +150,7 @@ def storm(store: str, folder: Path, size: Size, *, seconds: float, usd: float = 
         )  # fmt: skip
         fleet = Fleet(task, size.processes)
         trouble = Trouble(fleet)
-        fleet.until(lambda: len(at.calls) > size.callers, 60, "the first calls")
+        fleet.until(lambda: len(at.calls) > size.callers, 120, "the first calls")
         for number, (kinds, pauses) in enumerate(
             (
                 ({"worker killed": killed}, (0.5, 4.0)),
@@ -185,8 +185,8 @@ def pace(store: str, folder: Path, size: Size, *, seconds: float, output: int = 
         )  # fmt: skip
         fleet = Fleet(task, size.processes)
         trouble = Trouble(fleet)
-        fleet.until(lambda: len(at.calls) > 0, 60, "the first calls")
-        first = at.calls[0].received_at
+        fleet.until(lambda: fleet.heard("ready") == size.processes, 120, "the first calls")
+        first = time.monotonic()
         time.sleep(seconds)
         until = first + seconds
         _after(result, fleet, at, trouble, began)
@@ -195,7 +195,7 @@ def pace(store: str, folder: Path, size: Size, *, seconds: float, output: int = 
         result.hold("limits hold in every minute", requests <= rpm and tokens <= tpm, f"{requests}, {tokens} tokens")
         slice_ = at.requests_in_window(10.0)
         result.hold("calls are paced", slice_ <= rpm / 6 * 1.3, f"{slice_} requests within ten seconds")
-        sent = [call for call in at.calls if call.accepted and call.received_at <= until]
+        sent = [call for call in at.calls if call.accepted and first < call.received_at <= until]
         part = max(len(sent) / rpm, sum(call.weight("billed") for call in sent) / tpm) / (seconds / 60)
         result.figures |= {"most in a minute": f"{requests} requests, {tokens} tokens", "used": f"{part:.1%}"}
         result.hold("limits are used to 90 %", part >= 0.9, f"{part:.1%} are used")
