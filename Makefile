@@ -72,9 +72,10 @@ bench: $(DEV) ## the benchmarks; needs the folder benchmarks/
 notebooks: $(DEV) local-model ## run every notebooks/*.ipynb on the local model (STORE=1 writes the outputs into them)
 	$(BIN)/python -m tests.notebooks $(if $(STORE),--store) $(sort $(wildcard notebooks/*.ipynb))
 
-chaos: $(DEV) ## the tests marked chaos, then CALLS=100000 calls by workers that everything befalls (SEED=...)
+chaos: $(DEV) ## the tests marked chaos, then twice CALLS=100000 calls by workers that everything befalls (SEED=...)
 	$(PYTEST) -m chaos
 	$(BIN)/python -m tests.chaos --calls $(or $(CALLS),100000) --seed $(or $(SEED),1)
+	$(BIN)/python -m tests.chaos.fleet --calls $(or $(CALLS),100000) --seed $(or $(SEED),1) --json fleet.json
 
 fuzz: $(DEV) ## EXAMPLES=1000000 answers of providers, states and names, whatever they say (SEED=...)
 	$(BIN)/python -m tests.fuzz --examples $(or $(EXAMPLES),1000000) --seed $(or $(SEED),1)

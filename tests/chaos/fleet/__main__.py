@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             return note(scene(Path(folder), Size(options.processes, options.callers, seed)))
 
-    def paced(store: str, output: int) -> Callable[[Path, Size], Result]:
-        return lambda folder, size: pace(store, folder, size, seconds=MINUTES, output=output)
+    def paced(store: str, output: int, kills: bool) -> Callable[[Path, Size], Result]:
+        return lambda folder, size: pace(store, folder, size, seconds=MINUTES, output=output, kills=kills)
 
     seed, began = options.seed, time.monotonic()
     for store in stores:
@@ -71,8 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "kills" in chosen:
             run(lambda folder, size: dollar(store, folder, size, kills=options.kills), seed)  # noqa: B023
     if "pace" in chosen:
-        with ThreadPoolExecutor(4) as pool:  # all at once: they mostly wait
-            kinds = [(store, output) for store in stores for output in (100, 200)]
+        with ThreadPoolExecutor(6) as pool:  # all at once: they mostly wait
+            how = ((100, False), (200, False), (100, True))
+            kinds = [(store, *each) for store in stores for each in how]
             for each in [pool.submit(run, paced(*kind), seed) for kind in kinds]:
                 each.result()
     while "storm" in chosen and (not results or sum(each.calls for each in results) < options.calls):

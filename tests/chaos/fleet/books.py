@@ -19,6 +19,11 @@ Violation = tuple[str, str]
 """The invariant, and how it was violated."""
 
 
+def charged(store: Store) -> Totals:
+    """All that the ledger has."""
+    return Totals(*map(sum, zip(Totals(), *(each for _, _, each in store.totals()), strict=True)))
+
+
 def checked(shared: SqliteFile | ValkeyProcess, bill: Bill, budget: int, all_lived: bool) -> Iterator[Violation]:
     """Compare, and tell what differs.
 
@@ -48,7 +53,7 @@ def _left_over(store: Store) -> Iterator[Violation]:
 
 
 def _charges(store: Store, bill: Bill, all_lived: bool) -> Iterator[Violation]:
-    sums = Totals(*map(sum, zip(*(each for _, _, each in store.totals()), strict=True)))
+    sums = charged(store)
     if sums.unknown_cost:
         yield "ledger == bill", f"{sums.unknown_cost} charges are unknown"
     if sums.cost_nano < bill.nano:

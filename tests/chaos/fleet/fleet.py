@@ -66,7 +66,7 @@ class Fleet:
     def pids(self) -> list[int]:
         """Of the workers that live."""
         with self._lock:
-            return [worker.process.pid for worker in self._workers if not worker.gone]
+            return [pid for each in self._workers if not each.gone and (pid := each.process.pid) is not None]
 
     def heard(self, what: str) -> int:
         """How many workers have told this, and live or have ended by themselves."""
@@ -137,7 +137,7 @@ class Fleet:
     def _listen(self) -> None:
         while not self._over.is_set():
             with self._lock:
-                lines = {worker.line: worker for worker in self._workers if not worker.gone}
+                lines: dict[Any, Worker] = {each.line: each for each in self._workers if not each.gone}
             if not lines:
                 time.sleep(0.02)
             for line in wait(list(lines), 0.1):

@@ -6,15 +6,14 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import dspy_prod.stores.base
 from dspy_prod.records import NANO
 from dspy_prod.testing import CallView, Provider
-from tests.chaos.fleet.books import Violation, checked
+from tests.chaos.fleet.books import Violation, charged, checked
 from tests.chaos.fleet.fleet import Fleet
 from tests.chaos.fleet.stores import STORES, SqliteFile, ValkeyProcess
 from tests.chaos.fleet.trouble import Trouble, killed, stopped
@@ -30,6 +29,8 @@ taken off for a process that did not run is measured by one thread, and a call n
 STUCK: Final = 60.0
 """Seconds within which a fleet ends that is told to."""
 SKEW: Final = 30.0
+LIGHT: Final = ("connections cut", "scripts flushed")
+"""What keeps a store from deciding for no longer than a retry."""
 
 
 @dataclass
@@ -111,7 +112,10 @@ def _books(result: Result, shared: SqliteFile | ValkeyProcess, provider: Provide
     result.checked.update(BOOKS)
     all_lived = not result.faults["worker killed"] and not result.faults["worker stopped"]
     result.violations += checked(shared, provider.bill, round(usd * NANO), all_lived)
-    result.figures["billed"] = f"{provider.bill.usd:.4f} USD"
+    with closing(shared.opened()) as store:
+        sums = charged(store)
+    told = {"billed": provider.bill.nano, "charged": sums.cost_nano, "unconfirmed": sums.unconfirmed_nano}
+    result.figures |= {name: f"{nano / NANO:.6f} USD" for name, nano in told.items()}
 
 
 def dollar(store: str, folder: Path, size: Size, *, usd: float = 1.0, kills: int = 0, patience: float = 400) -> Result:
@@ -151,14 +155,11 @@ def storm(store: str, folder: Path, size: Size, *, seconds: float, usd: float = 
         fleet = Fleet(task, size.processes)
         trouble = Trouble(fleet)
         fleet.until(lambda: len(at.calls) > size.callers, 120, "the first calls")
-        for number, (kinds, pauses) in enumerate(
-            (
-                ({"worker killed": killed}, (0.5, 4.0)),
-                ({"worker stopped": stopped}, (0.5, 6.0)),
-                (shared.injections, (0.3, 3.0)),
-            )
-        ):
-            trouble.begin(kinds, random.Random(f"{size.seed}:{number}"), pauses)
+        for kinds, pauses in (
+            ({"worker killed": killed}, (0.5, 4.0)), ({"worker stopped": stopped}, (0.5, 6.0)),
+            (shared.injections, (0.3, 3.0)),
+        ):  # fmt: skip
+            trouble.begin(dict(kinds), random.Random(f"{size.seed}:{sorted(kinds)}"), pauses)
         time.sleep(seconds)
         trouble.end()
         _after(result, fleet, at, trouble, began)
@@ -166,14 +167,16 @@ def storm(store: str, folder: Path, size: Size, *, seconds: float, usd: float = 
     return result
 
 
-def pace(store: str, folder: Path, size: Size, *, seconds: float, output: int = 100) -> Result:
+def pace(store: str, folder: Path, size: Size, *, seconds: float, output: int = 100, kills: bool = False) -> Result:
     """More callers than 600 requests and 100,000 tokens a minute are enough for, in processes whose clocks differ.
 
     Args:
         output: tokens of an answer: up to 140 of them the requests bind, beyond the tokens do.
+        kills: workers are killed, and what the store survives without a pause befalls it.
     """
     rpm, tpm = 600, 100_000
-    result, began = Result(f"a minute's limits, {output} tokens", store), time.monotonic()
+    name = f"a minute's limits, {output} tokens{', kills' if kills else ''}"
+    result, began = Result(name, store), time.monotonic()
     prices = {MODEL: (0.0, PRICE)}
     with (
         _before(store, folder, size.seed) as shared,
@@ -187,7 +190,12 @@ def pace(store: str, folder: Path, size: Size, *, seconds: float, output: int = 
         trouble = Trouble(fleet)
         fleet.until(lambda: fleet.heard("ready") == size.processes, 120, "the first calls")
         first = time.monotonic()
+        if kills:
+            trouble.begin({"worker killed": killed}, random.Random(size.seed), (2.0, 8.0))
+            light = {name: each for name, each in shared.injections.items() if name in LIGHT}
+            trouble.begin(light, random.Random(size.seed + 1), (0.5, 3.0))
         time.sleep(seconds)
+        trouble.end()
         until = first + seconds
         _after(result, fleet, at, trouble, began)
         _books(result, shared, at, 1_000.0)
@@ -198,13 +206,13 @@ def pace(store: str, folder: Path, size: Size, *, seconds: float, output: int = 
         sent = [call for call in at.calls if call.accepted and first < call.received_at <= until]
         part = max(len(sent) / rpm, sum(call.weight("billed") for call in sent) / tpm) / (seconds / 60)
         result.figures |= {"most in a minute": f"{requests} requests, {tokens} tokens", "used": f"{part:.1%}"}
-        result.hold("limits are used to 90 %", part >= 0.9, f"{part:.1%} are used")
+        if seconds >= 60 and not kills:  # of less, the moment at which the last worker begins is too much
+            result.hold("limits are used to 90 %", part >= 0.9, f"{part:.1%} are used")
     return result
 
 
 def same(store: str, folder: Path, size: Size) -> Result:
     """Everybody asks the same at the same time."""
-    shared_flights = hasattr(dspy_prod.stores.base, "Flights")
     result, began = Result("one question of all", store), time.monotonic()
     with _before(store, folder, size.seed) as shared, Provider(prices={MODEL: (0.0, PRICE)}, usage=_tokens) as at:
         at.hold()
@@ -216,7 +224,8 @@ def same(store: str, folder: Path, size: Size) -> Result:
         fleet.until(lambda: fleet.heard("ended") == size.processes, 60, "an answer for all")
         _after(result, fleet, at, trouble, began)
         _books(result, shared, at, 1.0)
-        most = 1 if shared_flights else size.processes
+        with closing(shared.opened()) as one:
+            most = 1 if getattr(one, "flights", None) is not None else size.processes
         result.figures["upstream calls"] = len(at.calls)
         result.hold("one upstream call", 1 <= len(at.calls) <= most, f"{len(at.calls)} upstream calls")
         result.hold("everybody is answered", fleet.ends == {"answer": fleet.calls}, f"{dict(fleet.ends)}")

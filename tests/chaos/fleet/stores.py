@@ -117,7 +117,7 @@ class ValkeyProcess:
     def _pid(self) -> int:
         process = self.server._process
         assert process is not None
-        return process.pid
+        return int(process.pid)
 
     def _killed(self, fleet: Fleet, dice: Random, over: threading.Event) -> None:
         os.kill(self._pid(), signal.SIGKILL)
