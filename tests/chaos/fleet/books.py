@@ -35,13 +35,13 @@ def checked(shared: SqliteFile | ValkeyProcess, bill: Bill, budget: int, all_liv
     if bill.nano > budget:
         yield "bill <= budget", f"the provider billed {bill.nano} nano-USD of {budget}"
     with closing(shared.opened()) as store:
-        yield from _left_over(store)
+        yield from _left_over(store, shared)
         yield from _charges(store, bill, all_lived)
     if said := shared.verdict():
         yield "the store can be read", said
 
 
-def _left_over(store: Store) -> Iterator[Violation]:
+def _left_over(store: Store, shared: SqliteFile | ValkeyProcess) -> Iterator[Violation]:
     deadline = time.monotonic() + PATIENCE
     held = 0
     while time.monotonic() < deadline:
@@ -49,7 +49,7 @@ def _left_over(store: Store) -> Iterator[Violation]:
         if not store.holds() and not held:
             return
         time.sleep(0.05)
-    yield "nothing stays held", f"{store.holds()} holds, {held} nano-USD"
+    yield "nothing stays held", f"{store.holds()} holds, {held} nano-USD; {shared.held()}"
 
 
 def _charges(store: Store, bill: Bill, all_lived: bool) -> Iterator[Violation]:

@@ -183,7 +183,7 @@ def pace(store: str, folder: Path, size: Size, *, seconds: float, output: int = 
         Provider(prices=prices, usage=(15, output - 15), latency=(0.0, 0.05)) as at,
     ):
         task = Task(
-            at.url, shared.url, size.callers, size.seed, 1_000.0, PRICE,
+            at.url, shared.url if kills else shared.direct, size.callers, size.seed, 1_000.0, PRICE,
             max_tokens=output - 15, rpm=rpm, tpm=tpm, skew=SKEW, max_wait=120.0, deadlines=(150.0,), timeout=30,
         )  # fmt: skip
         fleet = Fleet(task, size.processes)

@@ -42,7 +42,7 @@ class SqliteFile:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.path = folder / "state.db"
-        self.url = f"sqlite:///{self.path}?lease={LEASE}"
+        self.url = self.direct = f"sqlite:///{self.path}?lease={LEASE}"
         self.injections: dict[str, Injection] = {"disk full": self._full, "file locked": self._locked}
 
     def opened(self) -> Store:
@@ -53,6 +53,13 @@ class SqliteFile:
         with closing(sqlite3.connect(self.path)) as connection:
             said = connection.execute("PRAGMA integrity_check").fetchone()[0]
         return "" if said == "ok" else str(said)
+
+    def held(self) -> dict[str, object]:
+        """Who holds what, for a reader of a violation."""
+        with closing(sqlite3.connect(self.path)) as connection:
+            return {
+                name: connection.execute(f"SELECT * FROM {name} LIMIT 20").fetchall() for name in ("holds", "owners")
+            }
 
     def close(self) -> None:
         pass
@@ -93,7 +100,8 @@ class ValkeyProcess:
         self._options["port"] = self.server.port
         self.proxy = Proxy(self.server.port, seed)
         self.url = f"redis://127.0.0.1:{self.proxy.port}/0?lease={LEASE:g}"
-        self._direct = f"redis://127.0.0.1:{self.server.port}/0"
+        self.direct = f"redis://127.0.0.1:{self.server.port}/0?lease={LEASE:g}"
+        self._plain = self.direct.partition("?")[0]
         self.injections: dict[str, Injection] = {
             "store killed": self._killed,
             "store stopped": self._stopped,
@@ -105,10 +113,22 @@ class ValkeyProcess:
         }
 
     def opened(self) -> Store:
-        return RedisStore(self._direct, NAMESPACE, lease=LEASE)
+        return RedisStore(self._plain, NAMESPACE, lease=LEASE)
 
     def verdict(self) -> str:
         return ""
+
+    def held(self) -> dict[str, object]:
+        """Who holds what, for a reader of a violation."""
+        with closing(redis.Redis.from_url(self._plain, decode_responses=True)) as client:
+            found: dict[str, object] = {}
+            for key in client.scan_iter("*"):
+                part = key.partition("}:")[2].partition(":")[0]
+                if part in ("holds", "drawn", "homes", "account"):
+                    found[key] = client.hgetall(key)
+                elif part == "owners":
+                    found[key] = client.zrange(key, 0, -1, withscores=True)
+            return found
 
     def close(self) -> None:
         self.proxy.close()
@@ -142,12 +162,12 @@ class ValkeyProcess:
             os.kill(pid, signal.SIGCONT)
 
     def _flushed(self, fleet: Fleet, dice: Random, over: threading.Event) -> None:
-        with closing(redis.Redis.from_url(self._direct)) as client:
+        with closing(redis.Redis.from_url(self._plain)) as client:
             client.script_flush()
 
     def _full(self, fleet: Fleet, dice: Random, over: threading.Event) -> None:
         """`noeviction` is what it is without a word: it refuses whatever needs memory."""
-        with closing(redis.Redis.from_url(self._direct)) as client:
+        with closing(redis.Redis.from_url(self._plain)) as client:
             client.config_set("maxmemory", "1")
             try:
                 over.wait(dice.uniform(0.2, 3.0))
