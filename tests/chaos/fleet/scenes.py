@@ -74,7 +74,7 @@ BOOKS: Final = (
     "bill <= budget", "nothing stays held", "ledger >= bill", "ledger - unconfirmed <= bill", "ledger == bill",
     "account == ledger",
 )  # fmt: skip
-CALLS: Final = ("every end is typed", "deadlines hold", "nothing hangs")
+CALLS: Final = ("every end is typed", "deadlines hold", "nothing hangs", "nothing told is lost")
 
 
 def _tokens(call: CallView) -> tuple[int, int]:
@@ -100,7 +100,7 @@ def _after(result: Result, fleet: Fleet, provider: Provider, trouble: Trouble, b
     result.violations += [("the chaos itself works", each) for each in trouble.failures]
     result.checked.update(CALLS)
     result.hold("deadlines hold", fleet.late <= SLACK, f"a call ended {fleet.late:.2f} s after its deadline")
-    result.figures["late"] = round(fleet.late, 3)
+    result.figures |= {"late": round(fleet.late, 3), "written after": round(fleet.took, 1)}
     try:
         provider.wait_until(lambda it: it.in_flight == 0, 20)
     except TimeoutError as error:

@@ -30,6 +30,8 @@ REPORT: Final = 0.05
 """Seconds between two reports: of a process that is killed, so much is not known."""
 OPENING: Final = 60.0
 """Seconds for which a worker tries to open its store, which may be away just now."""
+FLUSH: Final = 20.0
+"""Seconds within which what has ended is written once everything is back. Alone on a machine it takes one or two."""
 
 
 @dataclass(frozen=True)
@@ -227,10 +229,12 @@ def work(task: Task, line: Any) -> None:
         over.set()
         reporting.join()
         tell(ended=True)
-        flushed = lm.pipeline.store.flush(10)
+        began, store = time.monotonic(), lm.pipeline.store
+        flushed = store.flush(FLUSH)
+        took, problems = time.monotonic() - began, {} if flushed else store.problems
         lm.close()
-        lm.pipeline.store.close()
-        tell(done=True, flushed=flushed)
+        store.close()
+        tell(done=True, flushed=flushed, took=took, problems=str(problems))
 
 
 def _opened(task: Task) -> Any:
