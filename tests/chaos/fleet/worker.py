@@ -230,7 +230,10 @@ def work(task: Task, line: Any) -> None:
         reporting.join()
         tell(ended=True)
         began, store = time.monotonic(), lm.pipeline.store
-        flushed = store.flush(FLUSH)
+        flushed = False
+        while not flushed and time.monotonic() < began + FLUSH:  # at once where the store was away a moment ago
+            flushed = store.flush(FLUSH)
+            time.sleep(0.0 if flushed else 0.1)
         took, problems = time.monotonic() - began, {} if flushed else store.problems
         lm.close()
         store.close()
