@@ -119,7 +119,7 @@ class Owners:
             batch.call("HDEL", key, carried(id))
         for owner, holds in taken.items():
             hashes = [commit.key(self._connection.key(kind, owner)) for kind in HOLDING]
-            # A commit that was under way when its process died may come now: with the hashes, its hold would be deleted.
+            # A commit that was under way when its process died may still come: its hold must not go with the hashes.
             commit.reaped.append([owner, self._leases[owner], holds, hashes, self._over.get(owner, -1)])
         for owner in self._over:
             batch.call("ZREM", self._owners, owner)
