@@ -79,9 +79,10 @@ docs-serve: $(DOCS) ## the same on http://127.0.0.1:8000, built again when a pag
 notebooks: $(DEV) local-model ## run every notebooks/*.ipynb on the local model (STORE=1 writes the outputs into them)
 	$(BIN)/python -m tests.notebooks $(if $(STORE),--store) $(sort $(wildcard notebooks/*.ipynb))
 
-chaos: $(DEV) ## the tests marked chaos, then CALLS=100000 calls by workers that everything befalls (SEED=...)
+chaos: $(DEV) ## the tests marked chaos, then twice CALLS=100000 calls by workers that everything befalls (SEED=...)
 	$(PYTEST) -m chaos
 	$(BIN)/python -m tests.chaos --calls $(or $(CALLS),100000) --seed $(or $(SEED),1)
+	$(BIN)/python -m tests.chaos.fleet --calls $(or $(CALLS),100000) --seed $(or $(SEED),1) --json fleet.json
 
 fuzz: $(DEV) ## EXAMPLES=1000000 answers of providers, states and names, whatever they say (SEED=...)
 	$(BIN)/python -m tests.fuzz --examples $(or $(EXAMPLES),1000000) --seed $(or $(SEED),1)

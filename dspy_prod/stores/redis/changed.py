@@ -58,7 +58,8 @@ class Changed:
         changes, book = core.changes, core.accounts
         assert changes is not None
         bounds = dict(changes.bounds)
-        exact: set[str] = set()
+        # What is held never falls below nothing, so what is taken off for the dead must be seen in it first.
+        exact: set[str] = set(book.dirty) if changes.reaped else set()
         for reservation, state, refusal in changes.verdicts:
             if state == GRANTED and reservation.share is None:
                 for account in reservation.accounts:

@@ -54,11 +54,14 @@ for place, each in ipairs(head.limiters) do -- key, version, state, settings
     end
 end
 
-for _, each in ipairs(head.reaped) do -- owner, lease as it was seen, hashes of its holds, ids
+for _, each in ipairs(head.reaped) do -- owner, lease as it was seen, hashes and ids of holds, its hashes, how many are all
     if tonumber(redis.call('ZSCORE', KEYS[2], each[1]) or '-1') ~= each[2] then stale = true end
     for _, hold in ipairs(each[3]) do
         if redis.call('HEXISTS', KEYS[hold[1]], hold[2]) == 0 then stale = true end
     end
+    local count = 0
+    for _, hash in ipairs(each[4]) do count = count + redis.call('HLEN', KEYS[hash]) end
+    if each[5] >= 0 and count ~= each[5] then stale = true end
 end
 for _, key in ipairs(head.forgiven) do
     if redis.call('EXISTS', KEYS[key]) == 0 then stale = true end

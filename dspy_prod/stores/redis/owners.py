@@ -41,7 +41,7 @@ class Owners:
         self._owners, self._homes = tables.connection.key("owners"), tables.connection.key("homes")
         self._whose: dict[str, tuple[str, str]] = {}  # hold -> owner, hash that it is in; of this transaction
         self._leases: dict[str, float] = {}  # as they were seen
-        self._over: set[str] = set()  # owners of which nothing is left
+        self._over: dict[str, int] = {}  # owners of which nothing is left, and how many holds they had
 
     def clear(self) -> None:
         """A transaction is over."""
@@ -57,6 +57,9 @@ class Owners:
     def resign(self) -> None:
         owner = self._tables.owner
         try:
+            counts = self._connection.read([("HLEN", self._connection.key(kind, owner)) for kind in HOLDING])
+            if any(counts):
+                return  # more is held there than is known here: who has no lease any more is never looked at
             done = self._connection.key("done", owner)
             self._connection.read(
                 [("ZREM", self._owners, owner), ("HDEL", self._homes, owner), ("PEXPIRE", done, _LATE)]
@@ -103,7 +106,7 @@ class Owners:
                 if hold is not None:
                     self._whose[hold.id] = owner, key
                     found.append(hold)
-            self._over.add(owner)
+            self._over[owner] = len(holds)
         return found
 
     def write(self, commit: Commit, reaped: Iterable[str]) -> None:
@@ -115,7 +118,9 @@ class Owners:
             taken.setdefault(owner, []).append([commit.key(key), carried(id)])
             batch.call("HDEL", key, carried(id))
         for owner, holds in taken.items():
-            commit.reaped.append([owner, self._leases[owner], holds])
+            hashes = [commit.key(self._connection.key(kind, owner)) for kind in HOLDING]
+            # A commit that was under way when its process died may still come: its hold must not go with the hashes.
+            commit.reaped.append([owner, self._leases[owner], holds, hashes, self._over.get(owner, -1)])
         for owner in self._over:
             batch.call("ZREM", self._owners, owner)
             batch.call("HDEL", self._homes, owner)

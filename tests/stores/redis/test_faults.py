@@ -185,6 +185,48 @@ def test_what_is_known_of_a_server_that_lost_everything_is_carried_over(way: str
         server.stop()
 
 
+def orphaned(valkey: str, namespace: str) -> str:
+    """The owner of a hold whose process ended without knowing of it."""
+    store = RedisStore(valkey, namespace, lease=0.6)
+    granted(store, ask(CENT))
+    owner: str = store._writer.tables.owner  # type: ignore[attr-defined]
+    store._writer._transactions.core.holds.clear()
+    store.close()
+    return owner
+
+
+def test_a_hold_that_its_process_does_not_know_of_is_charged_when_the_lease_ends(
+    valkey: str, connection: Connection
+) -> None:
+    """Who ends gives its lease back only where it holds nothing on the server."""
+    orphaned(valkey, connection.namespace)
+    with closing(RedisStore(valkey, connection.namespace, lease=0.6)) as store:
+        until(lambda: store.account("day") == AccountState(CENT, 0, CENT))
+        check_books(store)
+
+
+def test_a_hold_that_comes_while_its_owner_is_charged_is_charged_too(valkey: str, connection: Connection) -> None:
+    """A commit of a process that has died arrives late, just before that of the one that charges its holds."""
+    owner = orphaned(valkey, connection.namespace)
+    holds = connection.key("holds", owner)
+    with closing(RedisStore(valkey, connection.namespace, lease=0.6)) as store:
+        commits = store._writer.tables._commits  # type: ignore[attr-defined]
+        send, late = commits.send, []
+
+        def sent(parts: list[object]) -> object:
+            if not late and any(isinstance(each, bytes) and owner.encode() in each for each in parts):
+                ((text,),) = connection.read([("HVALS", holds)])
+                late.append(text)
+                connection.read(
+                    [("HSET", holds, "late", text), ("HINCRBY", connection.key("account", "day"), "h", CENT)]
+                )
+            return send(parts)
+
+        commits.send = sent
+        until(lambda: store.account("day") == AccountState(2 * CENT, 0, 2 * CENT))
+        assert late
+
+
 def test_a_dead_server_is_an_error_at_once_that_says_what_to_do() -> None:
     begun = time.monotonic()
     with pytest.raises(StoreUnavailableError, match="can be reached") as told:

@@ -193,6 +193,26 @@ def test_what_a_killed_process_held_is_charged_once(valkey: str, space: str, sta
         store.close()
 
 
+def test_what_a_killed_process_held_is_freed_by_one_that_knew_less_of_the_account(
+    valkey: str, connection: Connection, space: str, start: Callable[..., Any]
+) -> None:
+    """Who charges it knew the account as it was before: what was held then is not what is held now."""
+    ready = SERVER.Queue()
+    with closing(RedisStore(valkey, space, lease=0.6)) as store:
+        known = granted(store, ask(CENT))
+        store.settle(known, settlement(known, CENT))
+        assert store.flush(10)
+        worker = start(workers.hold_and_hang, valkey, space, 0.6, 0, ready)
+        ready.get(timeout=60)
+        other = granted(store, ask(1, accounts=("other",)))  # so that it has heard of everything but the account
+        store.settle(other, settlement(other, 1))
+        os.kill(worker.pid, signal.SIGKILL)
+        # Whoever asks the store has it look, so the server is asked.
+        until(lambda: int(connection.read([("HGET", connection.key("account", "day"), "s")])[0]) == 2 * CENT)
+        assert store.account("day") == AccountState(2 * CENT, 0, CENT)
+        check_books(store)
+
+
 @pytest.mark.chaos
 def test_killing_processes_in_a_storm_loses_nothing_that_was_told(
     valkey: str, space: str, start: Callable[..., Any]
