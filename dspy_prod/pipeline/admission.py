@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
 from math import inf
 from typing import Any, Final
@@ -48,6 +49,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
         turn = turns_at(attempt, began)
         again: Attempt | None = None
         told, looked = False, 0.0  # in looks, not by the clock: where these come late, so does the store's writer
+        last = time.monotonic()  # the machine's: a clock that is moved by hand gives the writer no time
         try:
             while reservation.state == PENDING:
                 now = monotonic()
@@ -60,7 +62,8 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
                 step = inf if told else NOTICE if now < until else _LOOK
                 if not reservation.blocked_on:  # no max_wait is up before the store has looked
                     until = call.deadline if looked < patience else now
-                    looked += step
+                    last, passed = time.monotonic(), time.monotonic() - last
+                    looked += min(step, passed)
                 if now < min(until, turn):
                     yield Wait(reservation, min(until, turn, now + step))
                     continue

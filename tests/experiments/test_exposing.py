@@ -13,6 +13,7 @@ from dspy_prod.experiments.exposing import Exposing
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite.store import SqliteStore
+from dspy_prod.stores.trial_terms import Tally
 from dspy_prod.stores.trials import Arm
 
 DESIGN = Design("e", ("control", "cot"), shares=(0.0, 0.1, 0.5))
@@ -80,7 +81,7 @@ def test_past_the_cap_who_was_in_the_candidate_stays_wherever_he_comes_and_after
     for each in (early, anew):
         assert {unit: each(unit).variant for unit in UNITS[:200]} == before
         assert {each(unit).variant for unit in UNITS[200:]} == {"control"}
-    assert store.trials.tally("e") == (200, 0, 0, 0, 0), "newcomers tell nothing, and may come again in the next stage"
+    assert store.trials.tally("e") == Tally(units=200), "newcomers tell nothing, and may come again in the next stage"
 
 
 def test_a_unit_that_is_overridden_after_it_was_exposed_is_known_to_be_mixed(store: Store) -> None:
@@ -90,7 +91,7 @@ def test_a_unit_that_is_overridden_after_it_was_exposed_is_known_to_be_mixed(sto
     changed = Exposing("e", Design("e", DESIGN.variants, shares=DESIGN.shares, overrides={"u1": other}), store.trials)
     changed.move(1)
     assert changed("u1").variant == other
-    assert store.trials.tally("e") == (1, 1, 0, 0, 0)
+    assert store.trials.tally("e") == Tally(units=1, mixed=1)
 
 
 def test_a_stage_is_taken_up_while_others_are_assigned(store: Store) -> None:

@@ -20,6 +20,7 @@ from dspy_prod.optimize import alive, headers
 from dspy_prod.optimize.comparing import goes_further
 from dspy_prod.optimize.fingerprints import described, digests
 from dspy_prod.optimize.headers import Header, differences
+from dspy_prod.runtime import processes
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.sqlite.store import SqliteStore
@@ -330,6 +331,7 @@ def test_differences_survive_the_way_through_the_store(store: Store) -> None:
 def test_a_container_of_the_same_name_numbers_its_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Containers on one host may share its name and its boot; a number of one means another process here."""
     monkeypatch.setattr(os, "readlink", lambda *_: "pid:[1]")
+    monkeypatch.setattr(processes, "_named", processes._named.__wrapped__)  # the name is found once
     there = f"{alive.this_process().rpartition(' ')[0].rpartition(' ')[0]} 999999999 123"
     assert alive.dead_pid(there) == 999999999
     monkeypatch.setattr(os, "readlink", lambda *_: "pid:[2]")

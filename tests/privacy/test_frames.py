@@ -237,8 +237,8 @@ def test_no_local_of_ours_shows_what_a_configuration_holds(
 
 def test_no_local_of_ours_shows_the_store_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default store's URL may hold a password too."""
-    monkeypatch.setenv("DSPY_PROD_STORE", f"redis://user:{PASSWORD}@host")
-    check(lambda: dspy_prod.LM(MODEL))
+    monkeypatch.setenv("DSPY_PROD_STORE", f"redis://user:{PASSWORD}@127.0.0.1:1/0")
+    check(lambda: dspy_prod.LM(MODEL, budget=dspy_prod.Budget(usd=1, per="day")))
 
 
 # -- MLflow ----------------------------------------------------------------------------------------------------------
