@@ -295,7 +295,8 @@ class Store(Admission, Ledger, Answers, Protocol):
         ...
 
     def flush(self, timeout: float | None = None) -> bool:
-        """Wait until everything posted before is applied; False when that took longer than `timeout`."""
+        """Wait until everything posted before is applied; False when that took longer than `timeout`, and at once while
+        the store is known to fail."""
         ...
 
     def close(self) -> None:
