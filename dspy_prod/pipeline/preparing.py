@@ -8,7 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from math import inf
-from typing import Any
+from typing import Any, Final
 
 from dspy_prod.pipeline.effects import Wait, Warm
 from dspy_prod.pipeline.upstream.deadline import bounded
@@ -19,6 +19,10 @@ if sys.version_info >= (3, 11):
     from asyncio import timeout_at
 else:
     from async_timeout import timeout_at
+
+LOOK_UP: Final = 0.5
+"""Seconds that the main thread waits in one piece. A signal that comes just as a wait begins does not interrupt it, and
+Python would run its handler (of Ctrl-C, too) only when the wait is over."""
 
 
 def prepare(effect: Wait | Warm) -> Any:
@@ -55,10 +59,6 @@ async def aprepare(effect: Wait | Warm) -> Any:
 
 
 def _wait(effect: Wait) -> None:
-    left = inf if effect.until == inf else effect.until - time.monotonic()
-    if effect.what is None:
-        time.sleep(max(0.0, left))
-        return
     decided = threading.Lock()  # which may be let go by a signal handler too, unlike an Event
     decided.acquire()
 
@@ -66,8 +66,12 @@ def _wait(effect: Wait) -> None:
         with suppress(RuntimeError):  # somebody did already
             decided.release()
 
-    if effect.what.attach(wake):
-        decided.acquire(timeout=min(max(0.0, left), threading.TIMEOUT_MAX))
+    if effect.what is not None and not effect.what.attach(wake):
+        return
+    longest = LOOK_UP if threading.current_thread() is threading.main_thread() else threading.TIMEOUT_MAX
+    while not decided.acquire(timeout=min(max(0.0, effect.until - time.monotonic()), longest)):
+        if time.monotonic() >= effect.until:
+            return
 
 
 async def _await(effect: Wait) -> None:

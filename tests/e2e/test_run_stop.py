@@ -7,6 +7,7 @@ import multiprocessing as mp
 import os
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -204,6 +205,31 @@ def test_a_signal_handler_may_stop_a_run(serve: MakeProvider, connect: MakeLM) -
         run.stop("again")
     assert run.stopped == "again"
     assert len(provider.calls) == 1
+
+
+def test_a_signal_that_interrupts_nothing_is_heard_all_the_same(serve: MakeProvider, connect: MakeLM) -> None:
+    """One that comes just as a wait begins ends no system call, as one that another thread gets; its handler runs."""
+    _, lm = waits_for_its_limit(serve, connect, fresh_memory())
+    run = Run("it", usd=5, store=fresh_memory())
+    before = signal.signal(signal.SIGUSR1, lambda *_: run.stop("a signal"))
+    here = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    began = time.monotonic()
+
+    def interrupt() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        until(lambda: len(run._watchers) == 1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    try:
+        thread.start()
+        with dspy_prod.call_context(run=run), pytest.raises(RunStoppedError, match="a signal"):
+            lm("waits")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, here)
+        signal.signal(signal.SIGUSR1, before)
+        thread.join(10)
+    assert time.monotonic() - began < 30  # its limit lets it go after a minute
 
 
 @pytest.mark.parametrize("waiting", ["limit", "retry", "hang"])
