@@ -43,6 +43,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return "registry, with processes" if path.name in WITH_PROCESSES else str(path.parent)
             return str(path)
 
+        def _reschedule(self, node: Any) -> None:
+            """A worker begins a test when it knows the next one. One that takes the place of one that crashed is given
+            a single unit, and would wait for more until the end of time."""
+            super()._reschedule(node)
+            if self._pending_of(self.assigned_work[node]) < 2:
+                super()._reschedule(node)
+
     return Sharing(config, log)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
@@ -22,6 +21,7 @@ from tests.fuzz.benches import CLOCK, ENGINES, POLICIES, Bench, bench
 from tests.fuzz.draws import Draws
 from tests.fuzz.exchange import Exchange, healthy
 from tests.fuzz.framing import exchange
+from tests.fuzz.memory import watched
 from tests.fuzz.sockets import WIRE, instead_of_sockets
 
 PATIENCE: Final = 20.0
@@ -58,7 +58,7 @@ class Answers:
         memory: one example in this many is measured for its memory.
     """
 
-    def __init__(self, litellm: bool = False, memory: int = 500) -> None:
+    def __init__(self, litellm: bool = False, memory: int = 100) -> None:
         self._litellm = litellm
         self._memory = memory
         self._benches: dict[tuple[int, str], Bench] = {}
@@ -109,17 +109,12 @@ class Answers:
         records: list[Any] = []
         context = EMPTY._replace(records=records, deadline=CLOCK.monotonic() + 50.0 if late else inf)
         began = time.thread_time()
-        if measured:
-            tracemalloc.start()
-        try:
-            with dspy.context(**{SETTING: context}):
-                first = self._call(bench, way, number, leaves)
-                second = self._call(bench, way, number, leaves) if twice else None
-            if measured:
-                invariants.small(tracemalloc.get_traced_memory()[1], MEMORY)
-        finally:
-            if measured:
-                tracemalloc.stop()
+        taken = watched() if measured else None
+        with dspy.context(**{SETTING: context}):
+            first = self._call(bench, way, number, leaves)
+            second = self._call(bench, way, number, leaves) if twice else None
+        if taken is not None:
+            invariants.small(taken(), MEMORY)
         self._check(bench, number, (first, second), records)
         invariants.bounded(time.thread_time() - began, PATIENCE)
         CLOCK.leapt += 90.0  # pauses and open circuits are over

@@ -17,6 +17,7 @@ from tests.fuzz import invariants
 from tests.fuzz.draws import by_chance, by_hypothesis, by_script, shrunk
 from tests.fuzz.exchange import BODIES
 from tests.fuzz.invariants import Violation
+from tests.fuzz.memory import watched
 from tests.fuzz.mutations import mutated
 from tests.fuzz.running import KINDS, Share, quiet, replay, run, shares
 
@@ -47,6 +48,15 @@ def test_whatever_is_said_every_rule_holds(kind: str) -> None:
 def test_whatever_is_said_every_rule_holds_for_long(kind: str) -> None:
     """Thousands of them."""
     assert run(Share(kind, LONG[kind], 2)).reproducers == []
+
+
+def test_memory_that_was_given_back_is_seen() -> None:
+    """The peak of an example is told, not that of what came before it."""
+    bytearray(300_000_000)
+    taken = watched()
+    assert taken() < 50_000_000
+    bytearray(100_000_000)
+    assert taken() > 90_000_000
 
 
 def test_hypothesis_finds_no_answer_that_breaks_a_rule() -> None:
