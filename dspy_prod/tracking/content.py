@@ -14,7 +14,7 @@ import orjson
 from dspy_prod.privacy.known import known
 from dspy_prod.privacy.names import Walk, is_secret, said_of
 from dspy_prod.privacy.redactor import Redactor
-from dspy_prod.tracking.spans import COST, MESSAGES, MODEL, PROVIDER, REQUEST_ID, TYPE, USAGE, dumped, valid
+from dspy_prod.tracking.attributes import COST, MESSAGES, MODEL, PROVIDER, REQUEST_ID, TYPE, USAGE, dumped, valid
 
 Mode = Literal["full", "redacted", "off"]
 

@@ -11,7 +11,7 @@ from dspy.utils.exceptions import AdapterParseError, LMError
 
 from dspy_prod.errors import RejectedError
 from dspy_prod.records import ANSWERED, CallRecord
-from dspy_prod.tracking.spans import dumped
+from dspy_prod.tracking.attributes import dumped
 
 LONGEST: Final = 900
 """Characters of the line; MLflow keeps 1,000."""

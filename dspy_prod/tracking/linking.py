@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 from dspy_prod.compat.mlflow import EXPERIMENTS, link_together
+from dspy_prod.tracking.attributes import TAG, dumped
 from dspy_prod.tracking.exporting import BACK_OFF, PATIENCE, is_final, status_of
-from dspy_prod.tracking.spans import TAG, dumped
 
 LINKED: Final = "mlflow.linkedPrompts"
 """The tag of a trace by which its page names the prompts."""

@@ -19,8 +19,8 @@ from typing import IO, Any, Final
 import orjson
 
 from dspy_prod.runtime.threads import begin
+from dspy_prod.tracking.attributes import dumped
 from dspy_prod.tracking.batches import Batch
-from dspy_prod.tracking.spans import dumped
 
 _log = logging.getLogger("dspy_prod")
 

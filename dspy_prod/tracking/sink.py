@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dspy_prod.tracking.attributes import OUTPUTS, REQUEST_ID, dumped
 from dspy_prod.tracking.exporting import is_final, status_of
 from dspy_prod.tracking.linking import LINKED, Links, tag_of
 from dspy_prod.tracking.mlflow_schema import prepare
-from dspy_prod.tracking.spans import OUTPUTS, REQUEST_ID, dumped
 
 
 class Sink:

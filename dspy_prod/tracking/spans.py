@@ -7,31 +7,17 @@ upstream attempt. Cost, model and tokens stand on attempts alone, so that sums o
 
 from __future__ import annotations
 
-import json
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Final
 
-import orjson
-
 from dspy_prod.context.current import CallContext, mark_of
 from dspy_prod.records import ANSWERED, NANO, CallRecord
 from dspy_prod.telemetry.tap import Tariff
+from dspy_prod.tracking.attributes import COST, MODEL, PROVIDER, REQUEST_ID, TAG, TYPE, USAGE, dumped, valid
 from dspy_prod.tracking.calls import LeanNode
-
-REQUEST_ID: Final = "mlflow.traceRequestId"
-TYPE: Final = "mlflow.spanType"
-INPUTS: Final = "mlflow.spanInputs"
-OUTPUTS: Final = "mlflow.spanOutputs"
-COST: Final = "mlflow.llm.cost"
-MODEL: Final = "mlflow.llm.model"
-PROVIDER: Final = "mlflow.llm.provider"
-USAGE: Final = "mlflow.chat.tokenUsage"
-MESSAGES: Final = "mlflow.message.format"
-TAG: Final = "mlflow.traceTag."
-"""Prefix of root-span attributes that MLflow turns into tags of the trace."""
 
 HEADLINES: Final = {"dspy_prod.user": "mlflow.trace.user", "dspy_prod.session": "mlflow.trace.session"}
 """What MLflow has a place of its own for in a trace."""
@@ -82,19 +68,6 @@ def span(
         "attributes": coded,
         "events": events,
     }
-
-
-def dumped(value: Any) -> str:
-    """A value as MLflow keeps attributes: JSON text. What is not valid Unicode becomes a question mark."""
-    try:
-        return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
-    except TypeError:  # lone surrogates, or integers beyond 64 bits
-        return valid(json.dumps(value, default=str, ensure_ascii=False))
-
-
-def valid(text: str) -> str:
-    """The text with what is not valid Unicode replaced."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def chat(inputs: Any, outputs: Any) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from dspy_prod.privacy.error_text import error_text
 from dspy_prod.records import CallRecord
 from dspy_prod.telemetry.tap import Way
 from dspy_prod.tracking.asking import Predictors
+from dspy_prod.tracking.attributes import INPUTS, MESSAGES, OUTPUTS, TAG, TYPE, dumped
 from dspy_prod.tracking.batches import BATCH, LINGER, Batch, Trace, batch_of
 from dspy_prod.tracking.calls import LeanNode
 from dspy_prod.tracking.content import Content
@@ -21,16 +22,10 @@ from dspy_prod.tracking.endings import line_of, reason_of, status_of
 from dspy_prod.tracking.sampling import Sampler
 from dspy_prod.tracking.spans import (
     HEADLINES,
-    INPUTS,
-    MESSAGES,
-    OUTPUTS,
-    TAG,
-    TYPE,
     attempt_attributes,
     attempt_error,
     attempt_name,
     chat,
-    dumped,
     input_nano,
     known,
     record_span_id,
