@@ -45,6 +45,7 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
     failed = {name: end["said"][-3000:] for name, end in ended.items() if end["code"]}
     assert not failed, "\n\n".join(f"--- {name}\n{said}" for name, said in failed.items())
     assert "ok openai/gpt-4o-mini" in ended["production.md"]["said"]
+    assert "is another model" in ended["embeddings.md"]["said"]
     assert "exported=1 waiting=0 sampled_out=0 lost=0 failing=None" in ended["tracking.md"]["said"]
 
 
