@@ -162,7 +162,8 @@ def test_when_every_attempt_times_out_the_last_time_out_is_raised(
     lm = connect(provider, timeout=0.2, retry=Retry(attempts=2, backoff=0.01))
     with pytest.raises(LMTimeoutError, match=r"no answer within timeout=0\.2 s"):
         call(lm, way)
-    assert len(provider.calls) == 2
+    assert [record.outcome for record in upstream(lm)] == ["timeout", "timeout"]
+    assert len(provider.calls) <= 2  # a busy machine's time is up before the server has read the request
     assert_nothing_held(lm.pipeline.store)
 
 
