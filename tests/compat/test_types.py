@@ -48,6 +48,7 @@ def scripts(tmp_path: Path) -> tuple[Path, Path]:
     return plain, ours
 
 
+@pytest.mark.slow
 def test_mypy_finds_nothing_new(scripts: tuple[Path, Path], tmp_path: Path) -> None:
     """Once every `dspy.X` was "Module has no attribute", because mypy had followed us into DSPy's one typed package.
 

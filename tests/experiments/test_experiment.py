@@ -340,7 +340,7 @@ def test_a_stage_brings_a_candidate_no_more_users_than_it_may(asked: Asked, stor
 
 
 # -- what must not look like a difference ------------------------------------------------------------------------------
-@pytest.mark.parametrize("share", [0.01, 0.1])
+@pytest.mark.parametrize("share", [pytest.param(0.01, marks=pytest.mark.slow), 0.1])
 def test_a_cold_cache_is_no_cost(share: float, asked: Asked, store: str) -> None:
     """Two programs of equal price and recurring questions: the candidate's cache is cold, so it is billed for more."""
     lm = asked()

@@ -83,7 +83,9 @@ def means(exp: Experiment, metric: str = "resolved") -> dict[str, float | None]:
 
 
 # -- by trace ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("unit", ["user", "session", "tenant"])
+@pytest.mark.parametrize(
+    "unit", ["user", *(pytest.param(unit, marks=pytest.mark.slow) for unit in ("session", "tenant"))]
+)
 def test_a_value_of_a_trace_is_its_caller_s(unit: Any, asked: Asked, track: Callable[..., None]) -> None:
     """Also where another process was called, by its ledger; with and without MLflow's prefix."""
     track()
@@ -148,6 +150,7 @@ def test_feedback_in_mlflow_is_an_outcome_once_and_corrections_hold(
     assert means(exp) == {"u0": 0.0, "u1": 1.0, "u2": 1.0, "u3": None, "u4": None, "u5": 1.0}
 
 
+@pytest.mark.slow
 def test_feedback_is_read_without_tracking_where_the_experiment_says(
     uri: str, track: Callable[..., None], asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +166,7 @@ def test_feedback_is_read_without_tracking_where_the_experiment_says(
     assert read(two(store, tracking_uri=uri)) == 1
 
 
+@pytest.mark.slow
 def test_much_feedback_is_read_in_parts(
     uri: str, track: Callable[..., None], asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +244,7 @@ def test_each_variant_has_a_run_with_its_figures_over_time_and_its_traces(
     assert two(store, *metrics, judges={"quality": Judge(max, share=1.0)}).scorecard().url == url, "any process knows"
 
 
+@pytest.mark.slow
 def test_runs_end_with_the_experiment_and_go_on_with_it(
     uri: str, track: Callable[..., None], asked: Asked, store: str, tmp_path: Path
 ) -> None:
@@ -347,7 +352,7 @@ def test_a_call_in_nested_experiments_is_in_both(
         exp.record(trace=trace, resolved=False)
 
 
-@pytest.mark.parametrize("sample", [1.0, 0.0])
+@pytest.mark.parametrize("sample", [pytest.param(1.0, marks=pytest.mark.slow), 0.0])
 def test_what_was_not_drawn_or_not_kept_is_not_linked(
     sample: float, uri: str, track: Callable[..., None], asked: Asked, store: str
 ) -> None:
@@ -434,8 +439,12 @@ def test_a_controller_of_its_own_writes_the_runs_where_it_is_told(
     assert main(["experiment", "run", "e", "--every", "0.1", *where, *told]) == 0
     assert "rollback by controller" in capsys.readouterr().out
     assert tracking.status() is None
+    ended = {
+        "control": "FINISHED",
+        "new": "FINISHED",
+    }  # what was not written when the command ended is written after it
+    wait_until(lambda: {variant: run.info.status for variant, run in runs_of(uri).items()} == ended, 60.0)
     runs = runs_of(uri)
-    assert {variant: run.info.status for variant, run in runs.items()} == {"control": "FINISHED", "new": "FINISHED"}
     assert sum(run.data.metrics["users"] for run in runs.values()) == 200
     assert runs["new"].data.tags["dspy_prod.state"] == "decided"
     other = declared(open_store(store, "cli"), "other")

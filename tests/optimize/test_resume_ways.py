@@ -53,7 +53,7 @@ def uninterrupted(name: str, store: str, lm: dict[str, Any], **more: Any) -> tup
 
 @pytest.mark.long
 @pytest.mark.parametrize("lm", [{"cache": False}, {"cache": False, "max_tokens": 24}], ids=["no cache", "cut"])
-@pytest.mark.parametrize("name", ["MIPROv2", "GEPA", "SIMBA"])
+@pytest.mark.parametrize("name", ["MIPROv2", "GEPA", pytest.param("SIMBA", marks=pytest.mark.slow)])
 def test_a_raised_cap_goes_on_without_a_cache_and_with_answers_that_were_cut(
     name: str, lm: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -73,7 +73,7 @@ def test_a_raised_cap_goes_on_without_a_cache_and_with_answers_that_were_cut(
         assert not any("differ from all" in each for each in report.warnings)
 
 
-@pytest.mark.parametrize("part", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("part", [0.7, *(pytest.param(part, marks=pytest.mark.slow) for part in (0.5, 0.9))])
 def test_what_is_evaluated_at_the_end_of_a_part_is_what_the_optimizer_would_come_back_to(
     part: float, tmp_path: Path
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_compile_is_a_run_and_each_candidate_one_below_it(uri: str, client: Ml
     assert len({point.step for point in history}) == len(history)
 
 
+@pytest.mark.slow
 def test_minibatches_figures_and_the_report_are_artifacts(uri: str, client: MlflowClient, tmp_path: Path) -> None:
     """What only saw minibatches is a table; both figures are pictures; the report is there as JSON, HTML and text."""
     candidates = found()
@@ -164,6 +165,7 @@ def test_a_resumed_run_goes_on_in_the_same_runs(uri: str, client: MlflowClient) 
     assert set(below) == {str(one.index) for one in candidates if one.status != "minibatch"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_what_both_parts_cost(uri: str, client: MlflowClient) -> None:
     """What is replayed for nothing keeps its price, its time and its end; the run's figures are the last part's."""
     candidates = found(4)
@@ -194,6 +196,7 @@ def test_a_resumed_run_has_what_both_parts_cost(uri: str, client: MlflowClient) 
     assert parent.data.tags["dspy_prod.budget_usd"] == "2.0"
 
 
+@pytest.mark.slow
 def test_a_part_that_two_processes_wrote_is_added_once(uri: str, client: MlflowClient) -> None:
     """The process that writes may die and be replaced, which then does not know what was added."""
     place = client.create_experiment(EXPERIMENT)
@@ -208,6 +211,7 @@ def test_a_part_that_two_processes_wrote_is_added_once(uri: str, client: MlflowC
         assert client.get_run(earlier).data.metrics["cost_usd"] == 1.25
 
 
+@pytest.mark.slow
 def test_more_parameters_than_mlflow_takes_at_once(uri: str, client: MlflowClient) -> None:
     """A program of many predictors has the prompt of each."""
     many = replace(found(0)[0], prompts={f"part[{n}].predict": f"prompt {n}" for n in range(130)})
@@ -219,6 +223,7 @@ def test_more_parameters_than_mlflow_takes_at_once(uri: str, client: MlflowClien
     assert run.data.params["prompt.part_129_.predict"] == "prompt 129"
 
 
+@pytest.mark.slow
 def test_another_run_of_the_same_name_is_another_run(uri: str, client: MlflowClient) -> None:
     """What is not resumed begins anew."""
     for _ in range(2):
@@ -232,6 +237,7 @@ def test_another_run_of_the_same_name_is_another_run(uri: str, client: MlflowCli
     assert len([run for run in runs if "mlflow.parentRunId" not in run.data.tags]) == 2
 
 
+@pytest.mark.slow
 def test_it_is_part_of_the_run_that_is_active(uri: str, client: MlflowClient) -> None:
     """Who calls `compile` within `mlflow.start_run()` finds the optimization below that run."""
     import mlflow
@@ -284,6 +290,7 @@ def test_secrets_in_a_prompt_stay_here(uri: str, client: MlflowClient, tmp_path:
     assert "ann.smith" not in artifact(client, below["0"], "prompts.md", tmp_path).read_text()
 
 
+@pytest.mark.slow
 def test_secrets_in_names_stay_here_and_markdown_is_shown_as_it_is(
     uri: str, client: MlflowClient, tmp_path: Path
 ) -> None:
@@ -362,6 +369,7 @@ def test_the_end_of_the_program_waits_for_what_is_being_made(
     assert parent.info.status == "FINISHED"
 
 
+@pytest.mark.slow
 def test_datasets_are_inputs_of_the_run(uri: str, client: MlflowClient) -> None:
     """Train and selection set are named with size and digest."""
     examples = [dspy.Example(message=f"m{n}", category="billing").with_inputs("message") for n in range(4)]

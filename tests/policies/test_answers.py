@@ -560,7 +560,7 @@ def evaluated(provider: Provider, store: str, cache: str, kill_after: int = 0) -
     return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("cache", ["cached", "uncached"])
+@pytest.mark.parametrize("cache", ["cached", pytest.param("uncached", marks=pytest.mark.slow)])
 def test_a_killed_program_goes_on_where_it_was(url: str, cache: str) -> None:
     """Both parts together are billed for what one part would have been, and for what was in flight."""
     with Provider(latency=(0.0, 0.02)) as whole:

@@ -208,6 +208,7 @@ assert tracking.flush(60)
 """
 
 
+@pytest.mark.slow
 def test_the_default_store_of_mlflow_is_not_touched(uri: str, tmp_path: Path) -> None:
     """An old `mlflow.db` in the working directory was migrated on a caller's thread, and the spans of modules lost."""
     folder = tmp_path / "work"

@@ -81,6 +81,7 @@ def test_a_run_has_its_metrics_over_time_its_traces_and_their_feedback(
     assert (health.messages_waiting, health.messages_lost) == (0, 0)
 
 
+@pytest.mark.slow
 def test_a_run_is_found_again_and_goes_on(uri: str, track: Callable[..., None]) -> None:
     """By another process, after its end; only `open` opens it again, and another scope has another run."""
     track()
@@ -236,6 +237,7 @@ def test_those_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (messages.waiting, messages.lost, messages.refusal) == (0, 3, "it ended again and again")
 
 
+@pytest.mark.slow
 def test_two_processes_that_open_a_run_at_once_share_it(uri: str) -> None:
     """The one that was made first."""
     message = {"run": "shared", "name": "cot", "shared": True, "open": True}
@@ -267,6 +269,7 @@ def test_feedback_is_added_once_however_often_it_is_told(
         records.write({"feedback": [{**one, "id": "f2", "trace": "tr-nowhere"}]})
 
 
+@pytest.mark.slow
 def test_more_than_a_hundred_traces_are_linked(
     uri: str, track: Callable[..., None], serve: MakeProvider, connect: MakeLM
 ) -> None:

@@ -211,6 +211,7 @@ def test_an_impossible_option_is_named(options: dict[str, Any], named: str) -> N
     assert tracking.status() is None
 
 
+@pytest.mark.slow
 def test_enabling_twice_replaces_and_disabling_twice_does_nothing(
     serve: MakeProvider, connect: MakeLM, track: Callable[..., None], uri: str
 ) -> None:

@@ -96,6 +96,7 @@ def test_a_version_lists_its_traces_and_the_experiment_its_prompts(
     assert {prompt.name for prompt in listed} == {"triage", "triage.classify", "triage.answer.predict"}
 
 
+@pytest.mark.slow
 def test_links_are_made_through_a_server_too(
     uri: str, database: Path, track: Callable[..., None], serve: MakeProvider, connect: MakeLM, tmp_path: Path
 ) -> None:
@@ -157,7 +158,7 @@ def test_how_a_call_ended_stands_in_the_list(
     assert found["refused"].info.tags["dspy_prod.tenant"] == "acme"
 
 
-@pytest.mark.parametrize("content", ["off", "redacted"])
+@pytest.mark.parametrize("content", [pytest.param("off", marks=pytest.mark.slow), "redacted"])
 def test_what_may_not_leave_is_not_in_the_list_either(
     content: str, uri: str, track: Callable[..., None], serve: MakeProvider, connect: MakeLM
 ) -> None:
