@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from traceback import walk_tb
 from typing import Any, Final, TypeAlias
@@ -142,7 +142,9 @@ _BrokenTransport: type[Exception]
     "TransportError",
     "StdlibTransport._open",
     "StdlibTransport._read_head",
+    "StdlibTransport._make_release",
     "StdlibAsyncTransport._read_head",
+    "StdlibAsyncTransport._make_release",
     "StdlibAsyncTransport._send_request",
     "StdlibAsyncTransport._do_stream",
 )
@@ -182,11 +184,36 @@ async def _apage(chunks: AsyncIterator[bytes]) -> bytes:
 class HookedTransport(_StdlibTransport):
     """The synchronous transport, each request bounded and each socket wrapped by what a subclass names."""
 
+    retired = False
     time_left: Callable[[], float | None]
     """Seconds that a request which begins now may take to connect; None: as the transport was told."""
     wrapped: Callable[[socket.socket], Any]
     refused: Callable[[list[tuple[str, str]], int], None]
     """Hears the headers and the status of an HTTP error."""
+
+    def retire(self) -> None:
+        """Keep no connection any more: idle ones are closed now, each of the others by whoever uses it, after that.
+
+        `close` closes them all, also beneath a thread that waits for an answer: it then waits on, for as long as a
+        read may take, on a descriptor that may be another connection's by now.
+        """
+        self.retired = True
+        self._close_idle()
+
+    def _close_idle(self) -> None:
+        for origin in list(self._pool._idle):
+            while (connection := self._pool.checkout(origin)) is not None:
+                self._pool.discard(connection)
+
+    def _make_release(self, conn: Any, keep_alive: bool) -> Callable[[bool], None]:
+        release = super()._make_release(conn, keep_alive)
+
+        def released(whole: bool) -> None:
+            release(whole)
+            if self.retired:
+                self._close_idle()
+
+        return released
 
     def stream(self, request: Any) -> Any:
         left = self.time_left()
@@ -217,8 +244,29 @@ class HookedTransport(_StdlibTransport):
 class HookedAsyncTransport(_StdlibAsyncTransport):
     """The asynchronous transport, which calls what a subclass names when a request goes out and when it is refused."""
 
+    retired = False
     leaves: Callable[[], None]
     refused: Callable[[list[tuple[str, str]], int], None]
+
+    async def retire(self) -> None:
+        """The same for the tasks of a loop."""
+        self.retired = True
+        await self._close_idle()
+
+    async def _close_idle(self) -> None:
+        for origin in list(self._pool._idle):
+            while (connection := await self._pool.checkout(origin)) is not None:
+                await self._pool.discard(connection)
+
+    def _make_release(self, conn: Any, keep_alive: bool) -> Callable[[bool], Awaitable[None]]:
+        release = super()._make_release(conn, keep_alive)
+
+        async def released(whole: bool) -> None:
+            await release(whole)
+            if self.retired:
+                await self._close_idle()
+
+        return released
 
     async def _send_request(self, *args: Any, **kwargs: Any) -> None:
         self.leaves()
