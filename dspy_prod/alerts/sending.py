@@ -71,9 +71,10 @@ def webhook(
 
         dspy_prod.alerts.webhook(os.environ["SLACK_WEBHOOK"])
 
-    Told are budgets that pass their soft threshold or are spent, circuits that open and close, promotions, rollbacks
-    and INVALID experiments, a store that cannot be written and one that can again, and what MLflow lacks. The first
-    time at once; while the same happens again and again, once in `every` seconds with a count.
+    Told are budgets that pass their soft threshold or are spent, circuits that open and close, what operators stop and
+    let go on, promotions, rollbacks and INVALID experiments, a store that cannot be written and one that can again, and
+    what MLflow lacks. The first time at once; while the same happens again and again, once in `every` seconds with a
+    count.
 
     No call waits for it or fails by it: messages are posted by a thread of their own, tried again with growing pauses,
     and given up after five tries, which is counted (`Webhook.status`) and logged. They hold no prompt, no answer, no
