@@ -328,7 +328,9 @@ def test_what_an_operator_stops_is_told_without_naming_a_tenant(of: dict[str, An
 @pytest.mark.parametrize("kind", sorted(KINDS - {"budget_exhausted"}))
 def test_every_kind_can_be_put_into_words(kind: str) -> None:
     """Whatever details it carries; nobody's name among them."""
-    numbers = {field for field in EVENTS[kind].fields if field.endswith("_usd") or field in ("retry_after", "until")}
+    numbers = {
+        field for field in EVENTS[kind].fields if field.endswith("_usd") or field in ("retry_after", "lost", "until")
+    }
     data = {field: 1.5 if field in numbers else f"the {field}" for field in EVENTS[kind].fields}
     told = notice_of(kind, Event(kind, 1.8e9, data))
     assert told.text
