@@ -77,8 +77,10 @@ class Configured:
 
     def close(self) -> None:
         """Close the LMs and embedders, and turn off what else the file has turned on."""
-        for each in (*self.lms.values(), *self.embedders.values()):
-            each.close()
+        for lm in self.lms.values():
+            lm.close()
+        for embedder in self.embedders.values():
+            embedder.close()
         for undo in self._undo:
             undo()
 

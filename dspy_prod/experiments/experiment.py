@@ -187,8 +187,5 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         "publish it, and compare that version in an experiment"
     )
 
-    def _known(self) -> tuple[Design, float, Store]:
-        return self._works.design, self._works.opened.declaration.alpha, self._works.store
-
     def __repr__(self) -> str:
         return f"Experiment({self.name!r}, {list(self.variants)})"
