@@ -20,7 +20,8 @@ from dspy_prod.policies.breaker import circuit
 from dspy_prod.policies.breaker.breaker import Breaker, BreakerSnapshot, Permit, _Notice
 from dspy_prod.policies.breaker.permit import Asked
 from dspy_prod.policies.breaker.states import Change, Closed, Disabled, ForcedOpen, HalfOpen, Open, Refusal
-from dspy_prod.policies.fleet import Fleet, Order
+from dspy_prod.policies.fleet import Fleet
+from dspy_prod.policies.orders import Order
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.stores.board import Decide, Row
 from dspy_prod.telemetry.events import EventBus
