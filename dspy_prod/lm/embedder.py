@@ -70,6 +70,7 @@ class Embedder(Operated, dspy.Embedder):
             its vectors could not be compared.
         prices: `{model: Price}`, or a `Price` for this model. A function costs nothing only if `Price(input=0,
             output=0)` says so; with a budget, one without a price is refused.
+        clock: for tests.
         kwargs: arguments for the model, such as `api_key`, `api_base`, `timeout` (seconds per attempt), `dimensions`.
 
     Calling raises DSPy's errors, and `RejectedError` subclasses for what a policy refuses.

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 class LM(AsPlain, Operated, dspy.LM):
     """A `dspy.LM` with a circuit breaker, rate limiter, response cache, budget, retries and fallbacks beneath it.
 
-    Takes every argument of `dspy.LM` and, besides:
+    Takes every argument of `dspy.LM`. These mean more than there, or are new:
 
     Args:
         cache: `True` (as in DSPy: no expiry, bounded), `False`, or a `Cache`; per call too.
@@ -64,9 +64,10 @@ class LM(AsPlain, Operated, dspy.LM):
         budget: a `Budget` or a list of them; default: none.
         fallbacks: model names or `dspy.LM` / `dspy_prod.LM` objects, tried in order; each is a route of its own.
         prices: `{model: Price}`, for models whose price DSPy does not know or knows wrongly.
-        store: where state lives: a URL (`"sqlite:///path"`, `"memory://"`) or a store object; default: the SQLite file
-            `.dspy_prod/state.db`, or `$DSPY_PROD_STORE`.
+        store: where state lives: a URL (`"sqlite:///path"`, `"redis://host/0"`, `"memory://"`) or a store object;
+            default: the SQLite file `.dspy_prod/state.db`, or `$DSPY_PROD_STORE`.
         namespace: keeps programs that share a store apart; default: the project directory's name.
+        clock: for tests.
 
     Calling raises what `dspy.LM` raises, and `RejectedError` subclasses for what a policy refuses.
 
