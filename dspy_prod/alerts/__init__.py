@@ -12,8 +12,9 @@ from dspy_prod.runtime.doors import door
 
 if TYPE_CHECKING:
     from dspy_prod.alerts.notices import Notice
-    from dspy_prod.alerts.sending import Webhook, WebhookStatus, webhook
+    from dspy_prod.alerts.sending import Webhook, WebhookStatus
+    from dspy_prod.alerts.setup import webhook
 
-__getattr__, __dir__ = door(__name__, {"notices": "Notice", "sending": "Webhook WebhookStatus webhook"})
+__getattr__, __dir__ = door(__name__, {"notices": "Notice", "sending": "Webhook WebhookStatus", "setup": "webhook"})
 
 __all__ = ["Notice", "Webhook", "WebhookStatus", "webhook"]

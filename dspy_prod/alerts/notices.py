@@ -16,9 +16,9 @@ EXHAUSTED: Final = "budget_exhausted"
 """Not an event of its own: a `rejected` one that says so."""
 
 DEFAULT: Final = (
-    "budget_soft", EXHAUSTED, "budget_overrun", "breaker_opened", "breaker_closed", "experiment_moved",
-    "experiment_alarm", "promotion", "store_degraded", "store_recovered", "operation_dropped", "hold_abandoned",
-    "tracking_lost", "registry_stale", "signature_refused", "follow_failed",
+    "budget_soft", EXHAUSTED, "budget_overrun", "breaker_opened", "breaker_closed", "calls_stopped", "calls_resumed",
+    "experiment_moved", "experiment_alarm", "promotion", "store_degraded", "store_recovered", "operation_dropped",
+    "hold_abandoned", "tracking_lost", "registry_stale", "signature_refused", "follow_failed",
 )  # fmt: skip
 """Kinds that are told unless others are asked for."""
 
@@ -63,7 +63,11 @@ class Notice(NamedTuple):
     @property
     def when(self) -> str:
         """ISO 8601, UTC."""
-        return dt.datetime.fromtimestamp(self.at, dt.timezone.utc).isoformat(timespec="seconds")
+        return _iso(self.at)
+
+
+def _iso(at: float) -> str:
+    return dt.datetime.fromtimestamp(at, dt.timezone.utc).isoformat(timespec="seconds")
 
 
 def kind_of(event: Event) -> str:
@@ -89,6 +93,8 @@ def _subject(data: Mapping[str, Any]) -> str:
         return str(data["budget"]).partition("=")[0]
     if data.get("path"):
         return PurePath(str(data["path"])).name
+    if data.get("scope"):
+        return _stopped_for(data)
     return next((str(data[name]) for name in ("experiment", "program", "route", "model", "run") if data.get(name)), "")
 
 
@@ -106,6 +112,22 @@ def _opened(data: Mapping[str, Any]) -> str:
 
 def _closed(data: Mapping[str, Any]) -> str:
     return f"The circuit of {data['route']} is closed: calls pass again"
+
+
+def _stopped(data: Mapping[str, Any]) -> str:
+    why = f" ({data['reason']})" if data.get("reason") else ""
+    end = "" if data.get("until") is None else f", until {_iso(data['until'])}"
+    return f"An operator stopped calls: {_stopped_for(data)}{why}. They are refused in every worker{end}"
+
+
+def _resumed(data: Mapping[str, Any]) -> str:
+    return f"Calls that an operator had stopped go on: {_stopped_for(data)}"
+
+
+def _stopped_for(data: Mapping[str, Any]) -> str:
+    """What an operator stopped; which tenant is nobody's business."""
+    scope = str(data["scope"])
+    return "all" if scope == "all" else "one tenant" if scope == "tenant" else f"{scope} {data['value']}"
 
 
 def _soft(data: Mapping[str, Any]) -> str:
@@ -157,10 +179,10 @@ def _recovered(_: Mapping[str, Any]) -> str:
 
 
 _SAID: Final[Mapping[str, Callable[[Mapping[str, Any]], str]]] = {
-    "breaker_opened": _opened, "breaker_closed": _closed, "budget_soft": _soft, EXHAUSTED: _exhausted,
-    "budget_overrun": _overrun, "promotion": _promotion, "experiment_moved": _experiment,
-    "experiment_alarm": _experiment, "tracking_lost": _lost, "store_degraded": _degraded,
-    "store_recovered": _recovered,
+    "breaker_opened": _opened, "breaker_closed": _closed, "calls_stopped": _stopped, "calls_resumed": _resumed,
+    "budget_soft": _soft, EXHAUSTED: _exhausted, "budget_overrun": _overrun, "promotion": _promotion,
+    "experiment_moved": _experiment, "experiment_alarm": _experiment, "tracking_lost": _lost,
+    "store_degraded": _degraded, "store_recovered": _recovered,
 }  # fmt: skip
 
 _WHOSE: Final = frozenset({

@@ -1,4 +1,4 @@
-"""Messages to a webhook, such as Slack's: `dspy_prod.alerts.webhook(url)`."""
+"""What posts messages to a webhook, such as Slack's, on a thread of its own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import inf
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from dspy_prod.alerts.folding import Folding
 from dspy_prod.alerts.formats import FORMATS, Format
-from dspy_prod.alerts.notices import DEFAULT, EXHAUSTED, KINDS, NEVER, Notice, kind_of, notice_of
+from dspy_prod.alerts.notices import Notice, kind_of, notice_of
 from dspy_prod.alerts.posting import post
-from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.forking import Stage, reset_after_fork
 from dspy_prod.runtime.threads import begin
@@ -58,65 +57,6 @@ class WebhookStatus(NamedTuple):
     dropped: int
     waiting: int
     failing: str | None
-
-
-def webhook(
-    url: str,
-    events: Iterable[str] | None = None,
-    every: float = 300.0,
-    format: Format = "slack",
-    timeout: float = 2.0,
-) -> Webhook:
-    """Have a chat or a pager told when something needs a person.
-
-        dspy_prod.alerts.webhook(os.environ["SLACK_WEBHOOK"])
-
-    Told are budgets that pass their soft threshold or are spent, circuits that open and close, promotions, rollbacks
-    and INVALID experiments, a store that cannot be written and one that can again, and what MLflow lacks. The first
-    time at once; while the same happens again and again, once in `every` seconds with a count.
-
-    No call waits for it or fails by it: messages are posted by a thread of their own, tried again with growing pauses,
-    and given up after five tries, which is counted (`Webhook.status`) and logged. They hold no prompt, no answer, no
-    key and nobody's name; of a budget by tenant they tell the budget. The end of the program waits at most twice
-    `timeout` for what is left.
-
-    Args:
-        url: where to post; a secret, which is shown and logged nowhere.
-        events: names of `dspy_prod.telemetry.events.EVENTS`, or `"budget_exhausted"`; default: those above.
-        every: seconds in which the same kind of event about the same subject is told once.
-        format: `"slack"` (`{"text": ...}`, which Mattermost and others take too), `"json"` (an object with `event`,
-            `subject`, `level`, `text`, `at` and `folded`), or a function of a `Notice` that returns what to send as
-            JSON. It runs on the thread that posts.
-        timeout: seconds for one try.
-
-    Returns:
-        What sends them; its `close()` ends it.
-
-    Raises:
-        ConfigError: an argument that cannot be.
-
-    Example:
-        ```python
-        hook = alerts.webhook("https://hooks.example.com/services/T0/B0/XX", events=["breaker_opened"])
-        hook.close()
-        ```
-    """
-    parts = urlsplit(url) if isinstance(url, str) else None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError("webhook(url=...): use a URL that begins with https:// (or http://) and names a host")
-    if isinstance(events, str):
-        raise ConfigError(f"webhook(events={events!r}): use a list of names, such as [{events!r}]")
-    kinds = frozenset(DEFAULT if events is None else events)
-    unknown = sorted(map(str, kinds - KINDS))
-    if unknown:
-        hint = f"; of every call's refusals there is {EXHAUSTED!r}" if set(unknown) & NEVER else ""
-        raise ConfigError(f"webhook(events=...): {unknown[0]!r} cannot be told; use some of {sorted(KINDS)}{hint}")
-    for name, value in (("every", every), ("timeout", timeout)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < inf:
-            raise ConfigError(f"webhook({name}={value!r}): use a positive number of seconds")
-    if format not in ("slack", "json") and not callable(format):
-        raise ConfigError(f"webhook(format={format!r}): use 'slack', 'json' or a function of a Notice")
-    return Webhook(url, kinds, float(every), format, float(timeout))
 
 
 class Webhook:

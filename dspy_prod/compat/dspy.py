@@ -239,3 +239,13 @@ class InForce:
             thread_local_overrides.reset(self._token)
         except (ValueError, RuntimeError):
             pass  # another thread or task, or ended before: nothing of it is in force here
+
+
+def copy_of(program: Any) -> Any:
+    """A copy of a program that asks the very same LMs."""
+    copied = program.deepcopy()
+    own = dict(program.named_predictors())
+    for name, predictor in copied.named_predictors():
+        if name in own:
+            predictor.lm = own[name].lm
+    return copied

@@ -1,10 +1,9 @@
-"""lm15, the client library inside DSPy: stream events, JSON forms, and transports that can be hooked."""
+"""lm15, the client library inside DSPy: stream events, JSON forms, and engines that can be hooked."""
 
 from __future__ import annotations
 
 import json
-import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from traceback import walk_tb
 from typing import Any, Final, TypeAlias
@@ -24,7 +23,6 @@ from dspy.lm15 import (
 )
 
 from dspy_prod.compat.foreign import names
-from dspy_prod.compat.lm15_reading import bounded_head
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
 
@@ -129,115 +127,6 @@ def read_chat(request: Request, text: str) -> Response:
     return _read_bare(
         lambda answer: OpenAIChatLM(api_key="none", transport=None).parse_response(request, answer), heard
     )
-
-
-# -- transports ------------------------------------------------------------------------------------------------------
-_StdlibTransport: Any
-_StdlibAsyncTransport: Any
-_BrokenTransport: type[Exception]
-[_StdlibTransport, _StdlibAsyncTransport, _BrokenTransport, *_] = names(
-    "dspy._vendor.lm15.transports",
-    "StdlibTransport",
-    "StdlibAsyncTransport",
-    "TransportError",
-    "StdlibTransport._open",
-    "StdlibTransport._read_head",
-    "StdlibAsyncTransport._read_head",
-    "StdlibAsyncTransport._send_request",
-    "StdlibAsyncTransport._do_stream",
-)
-names("dspy._vendor.lm15.providers.openai_chat", "OpenAIChatLM.parse_stream_events")
-_LONGEST: Final = 500
-
-
-def _elsewhere(response: Any, body: bytes) -> ProviderError:
-    """The error for a redirect, which is not followed: lm15 takes its page for an answer."""
-    said = " ".join(body.decode(errors="replace").split())
-    if len(said) > _LONGEST:
-        said = said[:_LONGEST].rpartition(" ")[0]  # half a key that the page repeats would not be known for one
-    return ProviderError(f"HTTP {response.status} {response.reason}: {said}", status=response.status)
-
-
-def _page(chunks: Iterator[bytes]) -> bytes:
-    """What can be read of an error's page. Its status says what counts, though the page may break off."""
-    parts: list[bytes] = []
-    try:
-        parts.extend(chunks)
-    except _BrokenTransport:
-        pass
-    return b"".join(parts)
-
-
-async def _apage(chunks: AsyncIterator[bytes]) -> bytes:
-    """The same for tasks."""
-    parts: list[bytes] = []
-    try:
-        async for part in chunks:
-            parts.append(part)
-    except _BrokenTransport:
-        pass
-    return b"".join(parts)
-
-
-class HookedTransport(_StdlibTransport):
-    """The synchronous transport, each request bounded and each socket wrapped by what a subclass names."""
-
-    time_left: Callable[[], float | None]
-    """Seconds that a request which begins now may take to connect; None: as the transport was told."""
-    wrapped: Callable[[socket.socket], Any]
-    refused: Callable[[list[tuple[str, str]], int], None]
-    """Hears the headers and the status of an HTTP error."""
-
-    def stream(self, request: Any) -> Any:
-        left = self.time_left()
-        if left is not None:
-            request.connect_timeout = min(request.connect_timeout or self._connect_timeout, left)
-        response = super().stream(request)
-        if response.status >= 300:
-            self.refused(response.headers, response.status)
-            response.read = lambda: _page(iter(response))
-            if response.status < 400:
-                with response:
-                    raise _elsewhere(response, response.read())
-        return response
-
-    def _read_head(self, conn: Any, **kwargs: Any) -> Any:
-        return bounded_head(super()._read_head(conn, **kwargs), conn)
-
-    def _open(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            connection = super()._open(*args, **kwargs)
-        except BaseException:
-            del args, kwargs  # an error reporter would show them, and the address may hold a password
-            raise
-        connection.sock = self.wrapped(connection.sock)
-        return connection
-
-
-class HookedAsyncTransport(_StdlibAsyncTransport):
-    """The asynchronous transport, which calls what a subclass names when a request goes out and when it is refused."""
-
-    leaves: Callable[[], None]
-    refused: Callable[[list[tuple[str, str]], int], None]
-
-    async def _send_request(self, *args: Any, **kwargs: Any) -> None:
-        self.leaves()
-        await super()._send_request(*args, **kwargs)
-
-    async def _read_head(self, conn: Any, **kwargs: Any) -> Any:
-        return bounded_head(await super()._read_head(conn, **kwargs), conn)
-
-    async def _do_stream(self, request: Any) -> Any:
-        response = await super()._do_stream(request)
-        if response.status >= 300:
-            self.refused(response.headers, response.status)
-            response.read = lambda: _apage(aiter(response))
-            if response.status < 400:
-                try:
-                    raise _elsewhere(response, await response.read())
-                finally:
-                    await response.aclose()
-        return response
 
 
 # -- engines ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`from_config`: LMs, production, tracking, logging, metrics and alerts from one file."""
+"""`from_config`: LMs, embedders, production, tracking, logging, metrics and alerts from one file."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import dspy
 
 from dspy_prod.config.tables import ALERTS, LOGGING, METRICS, PRODUCTION, TEXTS, TRACKING, placed, read_table
 from dspy_prod.errors import ConfigError
-from dspy_prod.lm.config import TABLES, lm_arguments, read
+from dspy_prod.lm.config import read
+from dspy_prod.lm.embedder import Embedder
 from dspy_prod.lm.environment import Sources
 from dspy_prod.lm.lm import LM
+from dspy_prod.lm.tables import EMBEDDER_FORM, LM_FORM, TABLES, Form, arguments_in
 from dspy_prod.production.module import Production
 from dspy_prod.telemetry.logs import enable_logging
 
@@ -27,7 +29,7 @@ DEFAULT: Final = "default"
 SHARED: Final = frozenset(
     {"retry", "breaker", "limit", "cache", "budget", "prices", "store", "namespace", "timeout", "num_retries"}
 )
-"""Arguments at the top that hold for every LM. Where a call goes, and with which key, each LM says for itself."""
+"""Arguments at the top that hold for every LM and embedder. Where a call goes, and with which key, each says itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class Configured:
     Attributes:
         lms: the LMs by name; the one whose arguments stand at the top of the file is `"default"`.
         lm: that one, or the first of the file.
+        embedders: the embedders by name.
 
     Example:
         ```python
@@ -47,6 +50,7 @@ class Configured:
     """
 
     lms: Mapping[str, LM]
+    embedders: Mapping[str, Embedder]
     _production: Mapping[str, Any] = field(repr=False)
     _sources: Sources = field(repr=False)
     _undo: tuple[Callable[[], None], ...] = field(default=(), repr=False)
@@ -72,15 +76,17 @@ class Configured:
             raise placed(error, "production", self._production, self._sources) from None
 
     def close(self) -> None:
-        """Close the LMs, and turn off what else the file has turned on."""
+        """Close the LMs and embedders, and turn off what else the file has turned on."""
         for lm in self.lms.values():
             lm.close()
+        for embedder in self.embedders.values():
+            embedder.close()
         for undo in self._undo:
             undo()
 
 
 def from_config(path: str | Path | None = None) -> Configured:
-    """The LMs of a TOML file, and the `Production`, tracking, logging, metrics and alerts that it describes.
+    """The LMs and embedders of a TOML file, and the `Production`, tracking, logging, metrics and alerts it describes.
 
         store = "sqlite:////var/lib/triage/state.db"     # at the top: one LM, or what holds for all of them
 
@@ -95,6 +101,9 @@ def from_config(path: str | Path | None = None) -> Configured:
         [lm.big]
         model = "openai/gpt-4o"
         api_key_env = "TEAM_KEY"            # the NAME of an environment variable; keys stay out of files
+
+        [embedder.docs]                     # of dspy_prod.Embedder; its `caching` is `cache` here, as of an LM
+        model = "openai/text-embedding-3-small"
 
         [production]                        # of dspy_prod.Production
         name = "triage"
@@ -113,8 +122,8 @@ def from_config(path: str | Path | None = None) -> Configured:
         url_env = "SLACK_WEBHOOK"           # the NAME of an environment variable: the URL is a secret
 
     All but `[production]` begin at once. A file with `model` at the top has one LM of these arguments, alone or beside
-    others. Retry, breaker, limit, cache, budget, prices, store, namespace and timeout at the top hold for every LM that
-    does not say otherwise: a budget there is one budget for all of them.
+    others. Retry, breaker, limit, cache, budget, prices, store, namespace and timeout at the top hold for every LM and
+    embedder that does not say otherwise: a budget there is one budget for all of them.
 
     Environment variables win over the file: `DSPY_PROD__LM__BIG__MODEL=openai/gpt-4.1`,
     `DSPY_PROD__PRODUCTION__NAME=triage`, `DSPY_PROD__TRACKING=false`.
@@ -123,7 +132,7 @@ def from_config(path: str | Path | None = None) -> Configured:
         path: the file; None for environment variables alone.
 
     Returns:
-        A `Configured`: `.lms["big"]`, `.lm`, `.production(program)`.
+        A `Configured`: `.lms["big"]`, `.lm`, `.embedders["docs"]`, `.production(program)`.
 
     Raises:
         ConfigError: a key is unknown or impossible; the message names file, line or variable, and the remedy. Nothing
@@ -139,12 +148,14 @@ def from_config(path: str | Path | None = None) -> Configured:
     """
     values, env, sources = read(path, os.environ, TEXTS)
     arguments = _lms(values, env, sources)
+    embedding = _embedders(values, env, sources)
     production = read_table("production", PRODUCTION, values.get("production", {}), sources)
     tracking = _optional("tracking", TRACKING, values, sources)
     logging = _optional("logging", LOGGING, values, sources)
     metrics = _optional("metrics", METRICS, values, sources)
     alerts = _alerts(_optional("alerts", ALERTS, values, sources), sources)
     lms = MappingProxyType({name: LM(**given) for name, given in arguments.items()})
+    embedders = MappingProxyType({name: Embedder(**given) for name, given in embedding.items()})
     undo: list[Callable[[], None]] = []
     try:
         if logging is not None:
@@ -165,7 +176,7 @@ def from_config(path: str | Path | None = None) -> Configured:
         for end in undo:
             end()
         raise
-    return Configured(lms, MappingProxyType(production), sources, tuple(reversed(undo)))
+    return Configured(lms, embedders, MappingProxyType(production), sources, tuple(reversed(undo)))
 
 
 def _begun(name: str, begin: Callable[..., T], given: Mapping[str, Any], sources: Sources) -> T:
@@ -202,50 +213,69 @@ def _optional(name: str, kinds: Any, values: Mapping[str, Any], sources: Sources
 def _lms(values: Mapping[str, Any], env: Mapping[str, str], sources: Sources) -> dict[str, dict[str, Any]]:
     """Arguments of each LM, by name."""
     top = {key: value for key, value in values.items() if key not in TABLES}
-    several = _named(values, sources)
+    several = _named("lm", "LM", values, sources)
     found: dict[str, dict[str, Any]] = {}
     if "model" in top or not several:
-        found[DEFAULT] = _with_model(lm_arguments(top, env, sources), sources)
+        found[DEFAULT] = _with_model(arguments_in(top, LM_FORM, env, sources), sources)
     for key in top.keys() - SHARED if several and "model" not in top else ():
-        lm_arguments({key: top[key]}, env, sources)  # an unknown one is told as such
+        arguments_in({key: top[key]}, LM_FORM, env, sources)  # an unknown one is told as such
         raise ConfigError(
             f"{sources.of(key)}: {key}: belongs to one LM; move it into [lm.{next(iter(several))}], or name a model "
             "beside it"
         )
-    shared = {key: value for key, value in top.items() if key in SHARED}
     for name, table in several.items():
-        inner = sources.within("lm", name)
-        alone = shared if "num_retries" not in table else {k: v for k, v in shared.items() if k != "retry"}
-        alone = alone if "retry" not in table else {k: v for k, v in alone.items() if k != "num_retries"}
-        found[name] = _with_model(lm_arguments({**alone, **table}, env, inner), sources, name)
+        if name == DEFAULT:
+            raise ConfigError(
+                f"{sources.of('lm', name)}: lm.{name}: is the LM at the top of the file; choose another name"
+            )
+        found[name] = _of_one(LM_FORM, top, table, env, sources, "lm", name)
     return found
 
 
-def _named(values: Mapping[str, Any], sources: Sources) -> dict[str, Mapping[str, Any]]:
-    """The tables `[lm.<name>]`."""
-    tables = values.get("lm", {})
+def _embedders(values: Mapping[str, Any], env: Mapping[str, str], sources: Sources) -> dict[str, dict[str, Any]]:
+    """Arguments of each embedder, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, table in _named("embedder", "embedder", values, sources).items():
+        given = _of_one(EMBEDDER_FORM, values, table, env, sources, "embedder", name)
+        found[name] = {"caching" if key == "cache" else key: value for key, value in given.items()}
+    return found
+
+
+def _of_one(
+    form: Form, top: Mapping[str, Any], table: Mapping[str, Any], env: Mapping[str, str], sources: Sources, *place: str
+) -> dict[str, Any]:
+    """Arguments of what stands in a table of its own, with those at the top that hold for it too."""
+    retries = {"retry", "num_retries"} if {"retry", "num_retries"} & table.keys() else set()
+    shared = {key: value for key, value in top.items() if key in SHARED - retries}
+    return _with_model(arguments_in({**shared, **table}, form, env, sources.within(*place)), sources, *place)
+
+
+def _named(kind: str, what: str, values: Mapping[str, Any], sources: Sources) -> dict[str, Mapping[str, Any]]:
+    """The tables `[<kind>.<name>]`."""
+    tables = values.get(kind, {})
     if not isinstance(tables, Mapping) or not all(isinstance(table, Mapping) for table in tables.values()):
-        raise ConfigError(
-            f'{sources.of("lm")}: lm: takes a table for each LM, such as [lm.big] with model = "openai/gpt-4o"; the '
-            "arguments of a single LM stand at the top of the file"
-        )
-    written = [name for name in tables if not sources.of("lm", name).startswith("$")]
+        raise ConfigError(f"{sources.of(kind)}: {kind}: takes a table for each {what}, such as {_SUCH_AS[kind]}")
+    written = [name for name in tables if not sources.of(kind, name).startswith("$")]
     for name in tables:
-        where = sources.of("lm", name)
-        if name == DEFAULT:
-            raise ConfigError(f"{where}: lm.{name}: is the LM at the top of the file; choose another name")
+        where = sources.of(kind, name)
         if not (name.isascii() and name.isidentifier() and name == name.lower() and "__" not in name):
             raise ConfigError(
-                f"{where}: lm.{name}: a name has small letters, digits and '_', so that a variable can name it too"
+                f"{where}: {kind}.{name}: a name has small letters, digits and '_', so that a variable can name it too"
             )
         if written and name not in written:
-            raise ConfigError(f"{where}: there is no [lm.{name}] in the file; it has {', '.join(written)}")
+            raise ConfigError(f"{where}: there is no [{kind}.{name}] in the file; it has {', '.join(written)}")
     return dict(tables)
 
 
-def _with_model(arguments: dict[str, Any], sources: Sources, name: str | None = None) -> dict[str, Any]:
+_SUCH_AS: Final = {
+    "lm": '[lm.big] with model = "openai/gpt-4o"; the arguments of a single LM stand at the top of the file',
+    "embedder": '[embedder.docs] with model = "openai/text-embedding-3-small"',
+}
+
+
+def _with_model(arguments: dict[str, Any], sources: Sources, *place: str) -> dict[str, Any]:
     if "model" not in arguments:
-        keys = () if name is None else ("lm", name)
-        place = "model" if name is None else f"[lm.{name}] model"
-        raise ConfigError(f'{sources.of(*keys)}: {place}: is missing; add model = "openai/gpt-4o-mini"')
+        table = f"[{'.'.join(place)}] " if place else ""
+        model = "openai/text-embedding-3-small" if place[:1] == ("embedder",) else "openai/gpt-4o-mini"
+        raise ConfigError(f'{sources.of(*place)}: {table}model: is missing; add model = "{model}"')
     return arguments

@@ -5,54 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dspy_prod.errors import ConfigError
-from dspy_prod.options.metrics import Metric
+from dspy_prod.experiments.inside import Inside
 
 if TYPE_CHECKING:
-    from dspy_prod.experiments.assignment import Design
     from dspy_prod.experiments.offline import OfflineReport
     from dspy_prod.experiments.planning import Plan
-    from dspy_prod.experiments.variants import Variant
-    from dspy_prod.stores.base import Store
 
 
-def planned(
-    design: Design,
-    metrics: Sequence[Metric],
-    alpha: float,
-    users_per_day: float,
-    baseline: Mapping[str, float | tuple[float, float]] | None = None,
-    effect: float | Mapping[str, float] | None = None,
-    power: float = 0.8,
-) -> Plan:
-    """The plan of an experiment of this design; see `Beforehand.plan`."""
-    from dspy_prod.experiments.planning import plan
-
-    if not isinstance(users_per_day, int | float) or not users_per_day > 0:
-        raise ConfigError(f"plan: users_per_day={users_per_day!r} must be over 0: how many new ones come a day")
-    success = [each.name for each in metrics if each.role == "success"]
-    return plan(
-        metrics, units_per_day=users_per_day * (1.0 - design.holdout), baseline=baseline,
-        effects=effect if effect is None or isinstance(effect, Mapping) else dict.fromkeys(success, effect),
-        shares=dict(zip(design.variants, design.propensities(len(design.shares) - 1), strict=True)),
-        control=design.variants[0], alpha=alpha, power=power,
-    )  # fmt: skip
-
-
-class Beforehand:
-    """The part of an `Experiment` that touches no traffic.
-
-    Attributes:
-        name, metrics, variants: of the experiment.
-    """
-
-    name: str
-    metrics: tuple[Metric, ...]
-    variants: dict[str, Variant]
-
-    def _known(self) -> tuple[Design, float, Store]:
-        """Who gets what, the probability of a wrong decision, and where budgets are counted."""
-        raise NotImplementedError
+class Beforehand(Inside):
+    """The part of an `Experiment` that touches no traffic."""
 
     def plan(
         self,
@@ -81,8 +42,7 @@ class Beforehand:
             print(exp.plan(users_per_day=800, baseline={"resolved": 0.80}, effect=0.05))
             ```
         """
-        design, alpha, _ = self._known()
-        return planned(design, self.metrics, alpha, users_per_day, baseline, effect, power)
+        return self._works.opened.plan(users_per_day, baseline=baseline, effect=effect, power=power)
 
     def evaluate(
         self,
@@ -125,5 +85,5 @@ class Beforehand:
         from dspy_prod.experiments.evaluating import Evaluation
 
         variants = tuple(self.variants.values())
-        evaluation = Evaluation(self.name, variants, devset, metric, self._known()[2])
+        evaluation = Evaluation(self.name, variants, devset, metric, self._works.store)
         return written(evaluation.run(margin, budget_usd, num_threads), variants, evaluation.traces)

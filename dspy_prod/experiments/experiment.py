@@ -56,7 +56,7 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         metrics: what they are compared by, beside the guardrails that calls tell by themselves: `error_rate`,
             `fallback_rate`, `cost` and `latency`, of which one of the same name takes the place.
         judges: by metric, who scores a sample of the answers for it, see `Judge`.
-        guardrails: those; `()` for none.
+        guardrails: others in place of those four; `()` for none.
         rollout: stages in which candidates get more and more of the traffic. Without one the experiment runs at once,
             by `weights`.
         unit: whose variant stays the same: `"user"`, `"session"` or `"tenant"`.
@@ -186,9 +186,6 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         "an Experiment is no program to compile: what was found would be no variant of it. Compile the program, "
         "publish it, and compare that version in an experiment"
     )
-
-    def _known(self) -> tuple[Design, float, Store]:
-        return self._works.design, self._works.opened.declaration.alpha, self._works.store
 
     def __repr__(self) -> str:
         return f"Experiment({self.name!r}, {list(self.variants)})"

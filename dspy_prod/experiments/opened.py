@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aliases import Aliases, pinned
 from dspy_prod.experiments.assignment import Design
-from dspy_prod.experiments.beforehand import planned
 from dspy_prod.experiments.controller import Controller
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.pairs import SUFFIX
@@ -143,7 +142,18 @@ class Opened:
         power: float = 0.8,
     ) -> Plan:
         """How many users and days it takes to decide; as `Experiment.plan`."""
-        return planned(self.design, self.metrics, self.declaration.alpha, users_per_day, baseline, effect, power)
+        from dspy_prod.experiments.planning import plan
+
+        if not isinstance(users_per_day, int | float) or not users_per_day > 0:
+            raise ConfigError(f"plan: users_per_day={users_per_day!r} must be over 0: how many new ones come a day")
+        design = self.design
+        success = [each.name for each in self.metrics if each.role == "success"]
+        return plan(
+            self.metrics, units_per_day=users_per_day * (1.0 - design.holdout), baseline=baseline,
+            effects=effect if effect is None or isinstance(effect, Mapping) else dict.fromkeys(success, effect),
+            shares=dict(zip(design.variants, design.propensities(len(design.shares) - 1), strict=True)),
+            control=design.variants[0], alpha=self.declaration.alpha, power=power,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """The scorecard, what is compared, and the audit, as JSON has them; raises as `Opened`."""

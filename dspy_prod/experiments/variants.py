@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 
 import dspy
 
+from dspy_prod.compat.dspy import copy_of
 from dspy_prod.context.current import mark_of
 from dspy_prod.errors import ConfigError
 from dspy_prod.production.module import Production
@@ -101,7 +102,7 @@ def _variant(where: str, name: str, given: Any, program: Any, tracking_uri: str 
         return Variant(name, _guarded(where, name, given), "program", type(given).__name__, told)
     if program is None:
         raise ConfigError(f"{where}: variants[{name!r}]: give program= too, the code that it is put into")
-    own = _copy(program)
+    own = copy_of(program)  # an experiment's variants share routes, limits and budgets
     if isinstance(given, dspy.BaseLM):
         own.set_lm(given)
         return Variant(name, _guarded(where, name, own), "lm", str(getattr(given, "model", type(given).__name__)))
@@ -147,13 +148,3 @@ def _digest(program: Any) -> str | None:
         _log.debug("A variant's state cannot be written down: %s", error)
         return None
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-
-
-def _copy(program: Any) -> Any:
-    """A copy that asks the very same LMs: an experiment's variants share routes, limits and budgets."""
-    copied = program.deepcopy()
-    own = dict(program.named_predictors())
-    for name, predictor in copied.named_predictors():
-        if name in own:
-            predictor.lm = own[name].lm
-    return copied

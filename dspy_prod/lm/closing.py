@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final, cast
 
 from dspy_prod.lm.beneath import Beneath
-from dspy_prod.pipeline.pipeline import Pipeline
+from dspy_prod.lm.operating import pipelines_of
 from dspy_prod.runtime.living import living
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import Store
@@ -29,7 +29,7 @@ async def close_all(timeout: float = 10.0) -> int:
         About how many operations on the ledger could not be written in time; 0 when all is written.
     """
     until = time.monotonic() + timeout
-    pipelines = list(dict.fromkeys([one for lm in living() for one in _pipelines(cast("Beneath", lm))]))
+    pipelines = list(dict.fromkeys([one for lm in living() for one in pipelines_of(cast("Beneath", lm))]))
     for pipeline in pipelines:
         try:
             await asyncio.wait_for(pipeline.aclose(), max(LEAST, until - time.monotonic()))
@@ -37,11 +37,6 @@ async def close_all(timeout: float = 10.0) -> int:
             break  # a connection that cannot be closed ends with the process; the ledger comes first
     stores = list({id(pipeline.store): pipeline.store for pipeline in pipelines}.values())
     return await asyncio.to_thread(_flush, stores, until)
-
-
-def _pipelines(lm: Beneath) -> list[Pipeline]:
-    """That of an LM, and those of its variants, which calls with settings of their own have made."""
-    return [lm.pipeline, *(variant.pipeline for variant in lm._variants.all())]
 
 
 def _flush(stores: Sequence[Store], until: float) -> int:

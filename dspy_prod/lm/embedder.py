@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy as copying_module
-import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -15,27 +14,25 @@ from dspy_prod.compat.dspy import caches_anything
 from dspy_prod.compat.foreign import running_loop
 from dspy_prod.context.current import current, stamped
 from dspy_prod.errors import ConfigError, RejectedError, UnusableAnswerError
-from dspy_prod.lm.arguments import budget_options
 from dspy_prod.lm.copying import checked
 from dspy_prod.lm.embedding import arguments_for, build, elsewhere, identity, name_of, prices_of
 from dspy_prod.lm.operating import Operated
 from dspy_prod.lm.settings import Settings, hide, recall, remember, settings_of
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.drivers import arun, run
-from dspy_prod.pipeline.embedding import Asked, embedding, keys_of
-from dspy_prod.pipeline.pipeline import Pipeline, clear_answers
+from dspy_prod.pipeline.embedding import embedding
+from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.refusing import note
+from dspy_prod.pipeline.texts import Asked, keys_of
 from dspy_prod.pipeline.upstream.rows import array_of
-from dspy_prod.policies.sharing import quoted, steer
+from dspy_prod.policies.sharing import quoted
 from dspy_prod.policies.vectors import VectorCache
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.privacy.outward import outward
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.living import LIVE
-from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.recent import Recent
-from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.tap import NOTHING, TAP
 
@@ -45,8 +42,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from dspy_prod.status.health import Health
-    from dspy_prod.status.ledger import Ledger
 
 _MAX_VARIANTS: Final = 16
 _MANY: Final = 32
@@ -75,6 +70,7 @@ class Embedder(Operated, dspy.Embedder):
             its vectors could not be compared.
         prices: `{model: Price}`, or a `Price` for this model. A function costs nothing only if `Price(input=0,
             output=0)` says so; with a budget, one without a price is refused.
+        clock: for tests.
         kwargs: arguments for the model, such as `api_key`, `api_base`, `timeout` (seconds per attempt), `dimensions`.
 
     Calling raises DSPy's errors, and `RejectedError` subclasses for what a policy refuses.
@@ -238,49 +234,6 @@ class Embedder(Operated, dspy.Embedder):
         self.default_kwargs = {**settings.extras, **settings.clients}
         with quoted():
             self._install(settings)
-
-    # -- operating ---------------------------------------------------------------------------------------------------
-    @property
-    def ledger(self) -> Ledger:
-        """The records of every attempt, in this embedder's store and namespace."""
-        from dspy_prod.status.ledger import Ledger
-
-        return Ledger(self.pipeline.store, self.pipeline.clock)
-
-    def costs(
-        self, by: str | None = None, *, since: dt.date | dt.timedelta | None = None, limit: int | None = None
-    ) -> Any:
-        """What this store and namespace has spent, see `LM.costs`; `by="model"` tells vectors from answers."""
-        from dspy_prod.status.costs import costs_since
-
-        return costs_since(self.pipeline, by, since, limit)
-
-    def health(self) -> Health:
-        """State of breaker, limiter, cache and costs, and one overall status."""
-        from dspy_prod.status.health import health
-
-        return health([self.pipeline])
-
-    def set_budget(self, budget: Budget | Sequence[Budget] | Mapping[str, Any]) -> None:
-        """Change the settings of this embedder's budgets while they are in use, see `LM.set_budget`."""
-        if not disabled():
-            steer(self.pipeline.store, self.pipeline.every_budget(), budget_options(budget))
-
-    def cache_clear(self) -> None:
-        """Forget every cached answer and vector of this store and namespace."""
-        clear_answers(self.pipeline.store)
-
-    def close(self) -> None:
-        """Flush the ledger and the traces. The embedder stays usable."""
-        REAPER.flush()
-        self.pipeline.store.flush(5.0)
-        tap = TAP.active
-        if tap is not None:
-            tap.flush()
-
-    async def aclose(self) -> None:
-        """Asynchronous `close`."""
-        await asyncio.to_thread(self.close)
 
 
 @contextmanager

@@ -12,6 +12,9 @@ from dspy_prod.privacy.unshown import unshown
 
 PREFIX: Final = "DSPY_PROD__"
 
+NAMED: Final = ("lm", "embedder")
+"""Tables of tables, each of which has a name."""
+
 
 class Sources:
     """Where each key came from, for messages."""
@@ -96,13 +99,13 @@ def _override(values: dict[str, Any], name: str, text: str, sources: Sources, te
             pass
     sources.variables[tuple(keys)] = name
     place = values
-    if keys[0] == "lm" and len(keys) > 2:  # one LM of several: what follows is as for the only one
-        lms = values.get("lm")
-        if not isinstance(lms, dict):
-            lms = values["lm"] = {}
-        if not isinstance(lms.get(keys[1]), dict):
-            lms[keys[1]] = {}
-        place, keys = lms[keys[1]], keys[2:]
+    if keys[0] in NAMED and len(keys) > 2:  # one LM of several: what follows is as for the only one
+        tables = values.get(keys[0])
+        if not isinstance(tables, dict):
+            tables = values[keys[0]] = {}
+        if not isinstance(tables.get(keys[1]), dict):
+            tables[keys[1]] = {}
+        place, keys = tables[keys[1]], keys[2:]
     if keys[0] == "budget" and len(keys) > 1:
         place, keys = _budget(place, keys, name)
     for key in keys[:-1]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import copy as copying_module
-import datetime as dt
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +19,7 @@ from dspy_prod.compat.dspy import engines_of, has_callbacks, set_engines
 from dspy_prod.compat.finishing import append, entry_of, finish, keep, keeps_history
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.advice import warn_coarse_budgets, warn_idle_fallbacks, warn_steered_budgets
-from dspy_prod.lm.arguments import budget_options, check_tokens
+from dspy_prod.lm.arguments import check_tokens
 from dspy_prod.lm.assembling import assemble
 from dspy_prod.lm.beneath import INSTALLED, MAX_VARIANTS, Beneath, Watching
 from dspy_prod.lm.calling import Known, aask, ask, begin, calls_of, per_call
@@ -33,10 +31,9 @@ from dspy_prod.lm.settings import CANONICAL_KEYS, DSPY, Settings, hide, recall, 
 from dspy_prod.lm.watching import Watched, arguments_of, settled
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.pipeline.engine import AsyncProdEngine, ProdEngine
-from dspy_prod.pipeline.pipeline import clear_answers
 from dspy_prod.pipeline.scope import SCOPE, Scope, identity_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
-from dspy_prod.policies.sharing import quoted, steer
+from dspy_prod.policies.sharing import quoted
 from dspy_prod.pricing.warmup import WARMUP
 from dspy_prod.privacy.outward import outward
 from dspy_prod.privacy.unshown import unshown
@@ -44,19 +41,17 @@ from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.living import LIVE
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.recent import Recent
-from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
 from dspy_prod.telemetry.tap import NOTHING, TAP
 
 if TYPE_CHECKING:
-    from dspy_prod.status.health import Health, Preview
-    from dspy_prod.status.ledger import Ledger
+    from dspy_prod.status.health import Preview
 
 
 class LM(AsPlain, Operated, dspy.LM):
     """A `dspy.LM` with a circuit breaker, rate limiter, response cache, budget, retries and fallbacks beneath it.
 
-    Takes every argument of `dspy.LM` and, besides:
+    Takes every argument of `dspy.LM`. These mean more than there, or are new:
 
     Args:
         cache: `True` (as in DSPy: no expiry, bounded), `False`, or a `Cache`; per call too.
@@ -69,9 +64,10 @@ class LM(AsPlain, Operated, dspy.LM):
         budget: a `Budget` or a list of them; default: none.
         fallbacks: model names or `dspy.LM` / `dspy_prod.LM` objects, tried in order; each is a route of its own.
         prices: `{model: Price}`, for models whose price DSPy does not know or knows wrongly.
-        store: where state lives: a URL (`"sqlite:///path"`, `"memory://"`) or a store object; default: the SQLite file
-            `.dspy_prod/state.db`, or `$DSPY_PROD_STORE`.
+        store: where state lives: a URL (`"sqlite:///path"`, `"redis://host/0"`, `"memory://"`) or a store object;
+            default: the SQLite file `.dspy_prod/state.db`, or `$DSPY_PROD_STORE`.
         namespace: keeps programs that share a store apart; default: the project directory's name.
+        clock: for tests.
 
     Calling raises what `dspy.LM` raises, and `RejectedError` subclasses for what a policy refuses.
 
@@ -311,88 +307,12 @@ class LM(AsPlain, Operated, dspy.LM):
         return cls(**arguments)
 
     # -- operating ---------------------------------------------------------------------------------------------------
-    @property
-    def ledger(self) -> Ledger:
-        """The records of every attempt, in this LM's store and namespace."""
-        from dspy_prod.status.ledger import Ledger
-
-        return Ledger(self.pipeline.store, self.pipeline.clock)
-
-    def costs(
-        self, by: str | None = None, *, since: dt.date | dt.timedelta | None = None, limit: int | None = None
-    ) -> Any:
-        """What was spent: a `CostSummary`, or sums by `"day"`, `"model"`, `"user"`, `"tenant"`, `"tag:<key>"`, ...
-
-        Args:
-            by: what to sum by.
-            since: the first day (UTC) of the sums, or so long ago, e.g. `timedelta(days=7)`; default: all. Alone, it
-                sums day by day. Sums are kept by whole days, so more calls take no longer to read.
-            limit: at most so many sums: the dearest, or the last days.
-
-        Raises:
-            ValueError: an unknown `by`, a negative limit. TypeError: a `since` that tells no day.
-            StoreUnavailableError: some records could not be written yet, so the sums would be too low.
-        """
-        from dspy_prod.status.costs import costs_since
-
-        return costs_since(self.pipeline, by, since, limit)
-
-    def health(self) -> Health:
-        """State of breaker, limiter, cache and costs, and one overall status."""
-        from dspy_prod.status.health import health
-
-        return health([self.pipeline])
-
     def preview(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Preview:
         """What a call would cost at most, whether it is affordable, and how long it would wait; sends nothing."""
         from dspy_prod.status.health import preview
 
         lm, kwargs, extras = per_call(settled(self), kwargs)
         return preview(lm.pipeline, calls_of(lm, prepare(lm, prompt, messages, kwargs), extras))
-
-    def cache_clear(self) -> None:
-        """Forget every cached answer of this store and namespace."""
-        clear_answers(self.pipeline.store)
-
-    def close(self) -> None:
-        """Flush the ledger and the traces, and close pooled connections. The LM stays usable.
-
-        While tracking is on, it waits at most `tracking.enable(exit_timeout=...)` seconds for MLflow.
-        """
-        REAPER.flush()
-        self.pipeline.store.flush(5.0)
-        tap = TAP.active
-        if tap is not None:
-            tap.flush()
-        for lm in (self, *self._variants.all()):
-            lm.pipeline.close()
-
-    async def aclose(self) -> None:
-        """Asynchronous `close`, for this event loop's connections too."""
-        for lm in (self, *self._variants.all()):
-            await lm.pipeline.aclose()
-        await asyncio.to_thread(self.close)
-
-    def set_budget(self, budget: Budget | Sequence[Budget] | Mapping[str, Any]) -> None:
-        """Change the settings of this LM's budgets while they are in use.
-
-        They hold at once for every LM of this process that shares the budget, and for other processes that share the
-        store from their next admission on (those of `per="call"` from the call after). What is spent stays spent; who
-        waits for money is served if the limit was raised, and refused if it can no longer cover the call. They stay in
-        force, also for LMs built later with the settings of before, until other settings are said. Listeners hear
-        `budget_changed`. Another `per`, `scope` or `timezone` begins accounts of its own, which is warned of.
-
-            lm.set_budget(dspy_prod.Budget(usd=20, per="day"))
-
-        Args:
-            budget: new settings, for the budgets of the same names; those not named stay as they are.
-
-        Raises:
-            ConfigError: this LM has no budget of that name.
-            StoreUnavailableError: the store cannot keep the settings; they are as before.
-        """
-        if not disabled():
-            steer(self.pipeline.store, self.pipeline.every_budget(), budget_options(budget))
 
 
 _UPDATE_HISTORY: Final = LM.update_history

@@ -67,14 +67,11 @@ class Sums:
         self._known: dict[str, set[str]] = {}
 
     def take(self, item: Any) -> None:
-        """Count a record, an answer from memory or an event."""
+        """Count an event, or what a `telemetry.events.Meter` takes."""
         if isinstance(item, Event):
             self._event(item.name, item.data)
-        elif isinstance(item, CallRecord):
-            self._record(item, item.saved_nano)
         else:
-            record, saved = item
-            self._record(record, saved)
+            self._record(*item)
 
     def told(self, metric: str) -> Iterator[tuple[float, Attributes]]:
         """The sums of one counter."""
@@ -89,7 +86,7 @@ class Sums:
             attributes = tuple([(name, OTHER) for name, _ in attributes])
         series[attributes] = series.get(attributes, 0) + count
 
-    def _record(self, record: CallRecord, saved: int | None) -> None:
+    def _record(self, record: CallRecord, saved: int | None, operation: str) -> None:
         if record.outcome == REFUSED:
             return  # an event tells of each of them, the ledger of few
         model = self.model(record.model)
@@ -105,7 +102,7 @@ class Sums:
             self.add(catalogue.UNKNOWN_COST, 1, own)
         elif record.cost_nano:
             self.add(catalogue.COST, record.cost_nano, (*own, ("dspy_prod.estimated", str(record.estimated).lower())))
-        called = (("gen_ai.operation.name", "chat"), *model, *more)
+        called = (("gen_ai.operation.name", operation), *model, *more)
         if record.outcome in ANSWERED:
             self._observe(catalogue.DURATION, record.latency, called)
         else:

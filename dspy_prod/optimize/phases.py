@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import dspy
 
-from dspy_prod.compat.dspy import mark_compiled
+from dspy_prod.compat.dspy import copy_of, mark_compiled
 from dspy_prod.context.current import call_context
 from dspy_prod.errors import BudgetExceededError, ConfigError, RejectedError
 from dspy_prod.optimize.camera import Camera
@@ -35,7 +35,7 @@ from dspy_prod.optimize.seen import Seen
 from dspy_prod.optimize.states import rest_of
 from dspy_prod.optimize.sums import Sums
 from dspy_prod.optimize.supported import fitting
-from dspy_prod.optimize.task import Task, copy_of
+from dspy_prod.optimize.task import Task
 from dspy_prod.policies.run import Run
 
 GOES_ON: Final = frozenset({"budget", "calls", "tokens", "time"})

@@ -9,7 +9,7 @@ from typing import Any
 import dspy
 from dspy.teleprompt import BetterTogether
 
-from dspy_prod.compat.dspy import CompiledAsProgram, input_keys
+from dspy_prod.compat.dspy import CompiledAsProgram, copy_of, input_keys
 from dspy_prod.errors import ConfigError
 from dspy_prod.optimize.metrics import checked_metric, metric_of
 from dspy_prod.optimize.supported import (
@@ -141,16 +141,6 @@ def checked_student(student: Any) -> Any:
     if not isinstance(student, dspy.Module):
         raise ConfigError(f"BudgetedOptimizer.compile: student: takes a dspy.Module, got {type(student).__name__}")
     return student
-
-
-def copy_of(program: Any) -> Any:
-    """A copy of a program that asks the very same LMs."""
-    copied = program.deepcopy()
-    own = dict(program.named_predictors())
-    for name, predictor in copied.named_predictors():
-        if name in own:
-            predictor.lm = own[name].lm
-    return copied
 
 
 def _teacher(teacher: Any) -> Any:

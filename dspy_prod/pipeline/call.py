@@ -188,7 +188,7 @@ def record_hit(pipeline: Pipeline, context: CallContext, records: list[CallRecor
         if kind.served(pipeline.clock.time(), saved):
             records.append(kind.like)
             for meter in pipeline.bus.meters:
-                meter((kind.like, saved))
+                meter((kind.like, saved, pipeline.primary.operation))
             return
         pipeline.kind = context, None
     record_served(pipeline, context, IDS.make(), records, _ANY_REQUEST, saved)
@@ -263,7 +263,7 @@ def _remember(
         collected.append(record)
     bus = pipeline.bus
     for meter in bus.meters:
-        meter(record)
+        meter((record, record.saved_nano, route.operation))
     if bus.hears_calls:
         bus.emit(
             "call_finished" if record.outcome in ANSWERED else "attempt_failed",

@@ -10,112 +10,30 @@ anything else: two calls that lead a text each would else wait for each other.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from dspy.utils.exceptions import LMError
 
-from dspy_prod.context.current import CallContext
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.batching import EmbeddingRoute, batches, most_tokens
-from dspy_prod.pipeline.call import Call, record_hit, record_served
+from dspy_prod.pipeline.call import record_served
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.outcome import judge
-from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.running import stoppable
-from dspy_prod.pipeline.scope import Scope
+from dspy_prod.pipeline.texts import Asked, sum_known
 from dspy_prod.pipeline.upstream.vectors import Vectors, texts_asked
-from dspy_prod.policies.cache import LOCAL
-from dspy_prod.policies.purse import Purse
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
-from dspy_prod.policies.vectors import VectorCache, shares
-from dspy_prod.records import CallRecord
+from dspy_prod.policies.vectors import shares
 from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.reaper import REAPER
 
 Steps = Generator[Any, Any, Any]
 Texts = dict[Hashable, str]
 """Texts to be asked about, by key."""
-
-
-@dataclass(slots=True, eq=False)
-class Asked:
-    """One call for the vectors of some texts.
-
-    Attributes:
-        keys: of each text; where nothing is cached, its place.
-        size: texts of a batch at most.
-        cache: where vectors are kept; None: nowhere.
-        joins: texts that others ask about just now are waited for.
-        rows: what was found so far, by key.
-        latest: its latest batch, for what is told of a refusal.
-    """
-
-    pipeline: Pipeline
-    texts: list[str]
-    keys: list[Hashable]
-    size: int
-    context: CallContext
-    cache: VectorCache | None
-    joins: bool
-    purse: Purse = field(default_factory=Purse)
-    records: list[CallRecord] = field(default_factory=list)
-    rows: dict[Hashable, bytes] = field(default_factory=dict)
-    latest: Call | None = None
-
-    def look(self) -> None:
-        """Take what is cached. It reads the store, a text at a time."""
-        cache = self.cache
-        if cache is None or self.context.cache != "use":
-            return
-        costs: list[int | None] = []
-        for key in dict.fromkeys(self.keys):
-            assert isinstance(key, bytes)
-            entry = cache.vector(key)
-            if entry is not None:
-                self.rows[key] = entry.row
-                costs.append(entry.list_nano)
-        if costs:
-            record_hit(self.pipeline, self.context, self.records, _sum(costs))
-
-    def answer(self) -> list[bytes]:
-        """The vector of each text, in order."""
-        return [self.rows[key] for key in self.keys]
-
-    def call(self, texts: list[str]) -> Call:
-        """The call for one batch."""
-        request = texts_asked(self.pipeline.primary.model, texts)
-        scope = Scope(self.context, None, None, None, False)
-        scope.asked = request
-        call = self.latest = Call(self.pipeline, request, self.context, None, scope, False, self.records)
-        if self.pipeline.capped:
-            call.purse = self.purse
-        return call
-
-
-def keys_of(identity: bytes, tenant: str | None, texts: list[str]) -> list[Hashable]:
-    """The cache keys of texts: model, address and settings, tenant and text, as a digest.
-
-    Args:
-        identity: see `scope.identity_of`; one that holds in this process alone is marked so.
-    """
-    begin = LOCAL if identity.startswith(LOCAL) else b""
-    whose = b"\x00" if tenant is None else b"\x01" + tenant.encode("utf-8", "surrogatepass")
-    common = hashlib.sha256(_KEY + hashlib.sha256(identity).digest() + hashlib.sha256(whose).digest())
-    keys: list[Hashable] = []
-    for text in texts:
-        digest = common.copy()
-        digest.update(text.encode("utf-8", "surrogatepass"))
-        keys.append(begin + digest.digest())
-    return keys
-
-
-_KEY: Final = b"dspy_prod:vectors:1:"
-"""Part of every key; raised when the meaning of a key or value changes."""
 
 
 def embedding(asked: Asked) -> Steps:
@@ -224,8 +142,8 @@ def _batch(asked: Asked, keys: list[Hashable], texts: list[str]) -> Steps:
         if stale is None:
             raise
         record_served(
-            asked.pipeline, asked.context, call.id, asked.records, call.request, _sum([cost for *_, cost in stale]),
-            call.waited, "stale",
+            asked.pipeline, asked.context, call.id, asked.records, call.request,
+            sum_known([cost for *_, cost in stale]), call.waited, "stale",
         )  # fmt: skip
         return stale
     assert isinstance(response, Vectors)
@@ -282,7 +200,7 @@ def _follow(asked: Asked, followers: dict[Hashable, tuple[str, Follower]]) -> St
         yield from _wait(asked, followers)
     if costs:
         waited = monotonic() - began
-        record_served(pipeline, context, IDS.make(), asked.records, _NO_REQUEST, _sum(costs), waited)
+        record_served(pipeline, context, IDS.make(), asked.records, _NO_REQUEST, sum_known(costs), waited)
     return passed
 
 
@@ -325,8 +243,3 @@ def _leave(asked: Asked, led: Texts, followers: Mapping[Hashable, tuple[str, Fol
         REAPER.post(leave)
     else:
         leave()
-
-
-def _sum(costs: list[int | None]) -> int | None:
-    known = [cost for cost in costs if cost is not None]
-    return sum(known) if len(known) == len(costs) else None

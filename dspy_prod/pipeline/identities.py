@@ -17,7 +17,8 @@ from dspy_prod.options import CircuitBreaker, Retry
 from dspy_prod.pipeline.upstream.destination import digest
 from dspy_prod.policies.breaker.breaker import Breaker
 from dspy_prod.policies.breaker.transitions import OperatorMove
-from dspy_prod.policies.fleet import Order, fleet_of, operator
+from dspy_prod.policies.fleet import fleet_of
+from dspy_prod.policies.orders import Order, operator
 from dspy_prod.policies.retry import RetryBudget
 from dspy_prod.policies.shared_breaker import SharedBreaker
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock

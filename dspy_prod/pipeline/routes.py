@@ -32,6 +32,9 @@ _log = logging.getLogger("dspy_prod")
 
 PRIMARY = "primary"
 
+_OPERATIONS = {"text": "text_completion", "embedding": "embeddings"}
+"""What OpenTelemetry's conventions call what is asked of a model of this type; of every other it is `chat`."""
+
 _UNKNOWN_OUTPUT = 4096
 """Output tokens reserved at the limiter while nothing is known about a model's answers."""
 
@@ -42,6 +45,7 @@ class Route:
     Attributes:
         name: `"primary"`, or the model of a fallback.
         limit_key: identity of limiter and breaker: destination, key fingerprint and model.
+        operation: what is asked of the model, as OpenTelemetry's conventions call it.
         place: address and model, whoever pays: what an operator speaks of.
         fitting: what the model of a fallback refuses; None of the model that was asked for.
         region: where the provider serves it, as far as its price depends on that (`Rates.uplifts`).
@@ -66,6 +70,7 @@ class Route:
         self.name = name
         self.model = upstream.model
         self.upstream = upstream
+        self.operation = _OPERATIONS.get(upstream.model_type, "chat")
         self.retry = retry
         self.limit = limit if limit is not None else _NO_LIMIT
         self.limited = any(value is not None for value in (self.limit.rpm, self.limit.tpm, self.limit.concurrency))

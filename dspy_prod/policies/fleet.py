@@ -5,7 +5,6 @@ Whoever sends looks first (`Fleet.look`), which costs nanoseconds as long as not
 
 from __future__ import annotations
 
-import getpass
 import os
 import socket
 import threading
@@ -13,22 +12,20 @@ import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, TimeoutError
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from dspy_prod.context.current import CallContext
-from dspy_prod.errors import StoppedError, StoreUnavailableError
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.policies.breaker import circuit
-from dspy_prod.policies.breaker.transitions import SAID, OperatorMove
+from dspy_prod.policies.breaker.transitions import OperatorMove
+from dspy_prod.policies.orders import ORDER, STOP, Order, Stop, View
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.runtime.forking import RegistryLock, reset_after_fork
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.board import Board, Change, Decide, Row, Rows
+from dspy_prod.stores.board import Board, Change, Decide, Row
 from dspy_prod.stores.keys import joined
 from dspy_prod.stores.memory_board import MemoryBoard
 from dspy_prod.telemetry.events import BUS
-
-STOP: Final = "stop"
-ORDER: Final = "order"
 
 ANSWER: Final = 6.0
 """Seconds for which an operator's word waits for the store."""
@@ -36,91 +33,6 @@ READING: Final = 0.5
 """Seconds for which a call waits while another one reads the board."""
 AGAIN: Final = 1.0
 """Seconds after which rows that could not be read are tried again."""
-
-
-class Stop(NamedTuple):
-    """What an operator has stopped: calls for it are refused, and nothing is sent for them.
-
-    Attributes:
-        scope: `program`, `model`, `tenant` or `all`. value: which; empty for all.
-        reason: why. by: who said so.
-        since: when, seconds since the epoch. until: until when; None: until it is resumed.
-    """
-
-    scope: str
-    value: str
-    reason: str
-    by: str
-    since: float
-    until: float | None
-
-    @property
-    def target(self) -> str:
-        """In words: `program 'triage'`."""
-        return f"{self.scope} {self.value!r}" if self.value else "everything"
-
-    def error(self, now: float, model: str, route: str) -> StoppedError:
-        """What a caller is told."""
-        left = None if self.until is None else max(0.0, self.until - now)
-        why = f": {self.reason}" if self.reason else ""
-        later = "until it is resumed (dspy-prod resume)" if left is None else f"for another {left:.0f} s"
-        return StoppedError(
-            f"An operator has stopped {self.target}{why}; nothing is sent {later}", retry_after=left, model=model,
-            route=route, scope=self.scope, value=self.value, why=self.reason,
-        )  # fmt: skip
-
-
-class Order(NamedTuple):
-    """What an operator has said of the circuits of a route.
-
-    Attributes:
-        target: a model, or the address and model of a route.
-        move: what. reason, by, since: as of a stop.
-        number: another one each time that something is said.
-    """
-
-    target: str
-    move: OperatorMove
-    reason: str
-    by: str
-    since: float
-    number: str
-
-    @property
-    def cause(self) -> str:
-        """For callers and listeners."""
-        return f"{SAID[self.move]}: {self.reason}" if self.reason else SAID[self.move]
-
-
-class View:
-    """The board as it was read.
-
-    Attributes:
-        stops: by scope and value. orders: by target. circuits: by key.
-    """
-
-    __slots__ = ("circuits", "orders", "stops")
-
-    def __init__(self, rows: Rows) -> None:
-        self.stops: dict[tuple[str, str], Stop] = {}
-        self.orders: dict[str, Order] = {}
-        self.circuits: dict[str, Row] = {}
-        for (kind, key), row in rows.items():
-            try:
-                if kind == circuit.KIND:
-                    self.circuits[key] = row
-                elif kind == STOP:
-                    stop = Stop(**row)
-                    self.stops[stop.scope, stop.value] = stop
-                elif kind == ORDER:
-                    self.orders[key] = Order(**row)
-            except (TypeError, KeyError):  # of another version
-                continue
-
-    def order(self, place: str, model: str) -> Order | None:
-        """The latest word on a route: on its address and model, or on its model wherever it is."""
-        found = [order for each in (place, model) if (order := self.orders.get(each)) is not None]
-        return max(found, key=lambda order: order.since) if found else None
 
 
 _NOTHING: Final = View({})
@@ -191,7 +103,7 @@ class Fleet:
             return
         at = self.board.now()
         for key, stop in now.stops.items():
-            if before.stops.get(key) != stop and not _over(stop, at):
+            if before.stops.get(key) != stop and not stop.over(at):
                 BUS.emit(
                     "calls_stopped", at, scope=stop.scope, value=stop.value, reason=stop.reason, by=stop.by,
                     until=stop.until,
@@ -212,13 +124,13 @@ class Fleet:
             stop = stops.get(key)  # type: ignore[arg-type]
             if stop is not None:
                 now = self.board.now()
-                if not _over(stop, now):
+                if not stop.over(now):
                     raise stop.error(now, model, route)
 
     def stops(self) -> list[Stop]:
         """Those in force, the latest first."""
         now = self.board.now()
-        found = [stop for stop in self.look().stops.values() if not _over(stop, now)]
+        found = [stop for stop in self.look().stops.values() if not stop.over(now)]
         return sorted(found, key=lambda stop: stop.since, reverse=True)
 
     # -- changing ----------------------------------------------------------------------------------------------------
@@ -251,7 +163,7 @@ class Fleet:
         found: list[bool] = []
 
         def drop(row: Row | None, now: float) -> Change | None:
-            found[:] = [row is not None and not _over(Stop(**row), now)]
+            found[:] = [row is not None and not Stop(**row).over(now)]
             note = ("resumed", Stop(scope, value, "", "", 0.0, None).target, by, "")
             return None if row is None else Change(None, note)
 
@@ -282,10 +194,6 @@ _WORDS: Final[Mapping[OperatorMove, str]] = {
 }  # fmt: skip
 
 
-def _over(stop: Stop, now: float) -> bool:
-    return stop.until is not None and stop.until <= now
-
-
 def _soundly(decide: Callable[..., Any], row: Row | None, now: float) -> Any:
     try:
         return decide(row, now)
@@ -293,15 +201,6 @@ def _soundly(decide: Callable[..., Any], row: Row | None, now: float) -> Any:
         if row is None:
             raise
         return decide(None, now)
-
-
-def operator() -> str:
-    """How who speaks from this process is called in the journal."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a user without a name, in a container
-        user = "somebody"
-    return f"{user} on {socket.gethostname()} (process {os.getpid()})"
 
 
 _FLEETS: weakref.WeakKeyDictionary[Any, Fleet] = weakref.WeakKeyDictionary()

@@ -14,7 +14,8 @@ from dspy_prod.runtime.doors import door
 if TYPE_CHECKING:
     from dspy_prod.registry.aliases.gates import Check, Gate, GateReport, PromotionRefusedError
     from dspy_prod.registry.aliases.journal import AuditEntry
-    from dspy_prod.registry.aliases.promotion import history, programs, promote, rollback, versions
+    from dspy_prod.registry.aliases.listing import history, programs, versions
+    from dspy_prod.registry.aliases.promotion import promote, rollback
     from dspy_prod.registry.deployment.deploy import deploy
     from dspy_prod.registry.deployment.report import Deployment, Step
     from dspy_prod.registry.errors import (
@@ -34,7 +35,8 @@ __getattr__, __dir__ = door(
     {
         "aliases.gates": "Check Gate GateReport PromotionRefusedError",
         "aliases.journal": "AuditEntry",
-        "aliases.promotion": "history programs promote rollback versions",
+        "aliases.listing": "history programs versions",
+        "aliases.promotion": "promote rollback",
         "deployment.deploy": "deploy",
         "deployment.report": "Deployment Step",
         "errors": "PromotionConflictError RegistryError RegistryUnavailableError "

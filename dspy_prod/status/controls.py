@@ -15,7 +15,8 @@ from dspy_prod.options import Budget
 from dspy_prod.pipeline.identities import operate
 from dspy_prod.policies.breaker import circuit
 from dspy_prod.policies.breaker.transitions import OperatorMove
-from dspy_prod.policies.fleet import Fleet, Stop, fleet_of, operator
+from dspy_prod.policies.fleet import Fleet, fleet_of
+from dspy_prod.policies.orders import Stop, operator
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.status.models import CircuitHealth, StopHealth
 from dspy_prod.stores.base import Store

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("dspy_prod")
 
 Listener = Callable[["Event"], None]
-Meter = Callable[["CallRecord | tuple[CallRecord, int | None]"], None]
-"""Takes a record as it was made; of an answer from memory perhaps what it resembles, with what it would have cost."""
+Meter = Callable[["tuple[CallRecord, int | None, str]"], None]
+"""Takes a record, what a cache has saved by it, and what was asked for (`Route.operation`); of an answer from memory
+perhaps a record that its own resembles."""
 
 
 class Kind(NamedTuple):

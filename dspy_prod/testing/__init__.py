@@ -1,8 +1,8 @@
 """What tests of LM programs need: a provider on loopback that keeps a bill, and a plugin for pytest.
 
 Public, and used by this library's own tests. It imports nothing else of the library: what it says of a call is seen
-on the wire. A new endpoint belongs in `dialects`, a new way to fail in `faults`. Names are imported when they are asked
-for: pytest loads the plugin in every project of an environment.
+on the wire. A new endpoint belongs in `dialects`, a new way to fail in `faults`, and when calls fail in `plans`. Names
+are imported when they are asked for: pytest loads the plugin in every project of an environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
         EmptyChoices,
         ErrorInStream,
         Fault,
-        FaultPlan,
         Hang,
         MalformedJson,
         MissingUsage,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
         Verbatim,
         WrongUsage,
     )
+    from dspy_prod.testing.plans import FaultPlan
     from dspy_prod.testing.provider import Provider
     from dspy_prod.testing.relay import Relay
     from dspy_prod.testing.spending import Spent, costs
@@ -65,6 +65,7 @@ _HOMES = {
     **dict.fromkeys(("Bill", "BillRow", "Usage"), "bill"),
     **dict.fromkeys(("Call", "CallView"), "calls"),
     "FakeClock": "clock",
+    "FaultPlan": "plans",
     "Provider": "provider",
     "Relay": "relay",
     "ScriptedEngine": "engine",  # imports DSPy, which the provider on its own does not need

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from dspy_prod.testing.answers import Choice, Reply
 from dspy_prod.testing.bill import Usage
@@ -31,6 +31,10 @@ class Dialect(Protocol):
 
     def body(self, reply: Reply, usage: Usage | None) -> dict[str, Any]:
         """The body of a plain answer; `usage` None leaves it out."""
+
+
+class StreamingDialect(Dialect, Protocol):
+    """One that has streams, too."""
 
     def stream(self, reply: Reply, usage: Usage | None, chunks: int) -> Iterator[Piece]:
         """The events of a stream, each text in up to `chunks` pieces."""
@@ -237,10 +241,10 @@ class Responses:
         }
 
 
-DIALECTS: dict[Api, Dialect] = {
+STREAMED: Final[Mapping[Api, StreamingDialect]] = {
     "chat": Chat(),
     "completions": Completions(),
     "responses": Responses(),
-    "embeddings": Embeddings(),
 }
+DIALECTS: Final[Mapping[Api, Dialect]] = {**STREAMED, "embeddings": Embeddings()}
 ID_PREFIXES: dict[Api, str] = {"chat": "chatcmpl", "completions": "cmpl", "responses": "resp", "embeddings": "embd"}

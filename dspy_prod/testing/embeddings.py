@@ -7,7 +7,6 @@ import hashlib
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
 from functools import lru_cache
 from math import sqrt
 from typing import TYPE_CHECKING, Any, Final
@@ -74,7 +73,3 @@ class Embeddings:
         body = {"object": "list", "data": data, "model": reply.call.model}
         told = None if usage is None else {"prompt_tokens": usage.input_tokens, "total_tokens": usage.input_tokens}
         return body if told is None else {**body, "usage": told}
-
-    def stream(self, reply: Reply, usage: Usage | None, chunks: int) -> Iterator[Any]:
-        """Vectors are not streamed."""
-        raise NotImplementedError

@@ -13,7 +13,7 @@ from typing import Protocol
 from dspy_prod.testing.answers import Reply, distort
 from dspy_prod.testing.bill import Bill
 from dspy_prod.testing.calls import Call
-from dspy_prod.testing.dialects import DIALECTS, Piece, dumps, sse
+from dspy_prod.testing.dialects import DIALECTS, STREAMED, Piece, dumps, sse
 from dspy_prod.testing.embeddings import too_much
 from dspy_prod.testing.faults import (
     EmptyChoices,
@@ -239,7 +239,7 @@ class Exchange:
     async def _send_stream(self, reply: Reply) -> None:
         fault, connection = self.fault, self.connection
         tell = self.call.include_usage and not isinstance(fault, MissingUsage)
-        dialect = DIALECTS[self.call.api]
+        dialect = STREAMED[self.call.api]
         pieces = list(dialect.stream(reply, reply.usage if tell else None, self.provider.chunks))
         cut = isinstance(fault, (Reset, TruncatedStream))
         pieces = _faulted(pieces, fault)

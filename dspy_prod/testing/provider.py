@@ -19,8 +19,9 @@ from dspy_prod.testing.bill import Bill
 from dspy_prod.testing.calls import Api, Call, CallView, busiest_window, parse_object
 from dspy_prod.testing.dialects import ID_PREFIXES
 from dspy_prod.testing.exchange import Exchange
-from dspy_prod.testing.faults import Chooser, Fault, FaultPlan, Hang, Reset, Status
+from dspy_prod.testing.faults import Fault, Hang, Reset, Status
 from dspy_prod.testing.pages import serve_page
+from dspy_prod.testing.plans import Chooser, FaultPlan
 from dspy_prod.testing.quota import Quota
 from dspy_prod.testing.server import LoopbackServer
 from dspy_prod.testing.wire import Connection, HttpRequest, response

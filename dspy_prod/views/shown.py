@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeVar, overload
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ T = TypeVar("T")
 L = TypeVar("L", bound="ShownList[Any]")
 
 
-class Shown:
+class Shown(ABC):
     """Gives a class `_repr_html_` and `str()` from one description of what it shows; its `repr()` stays.
 
     Example:
@@ -30,9 +31,9 @@ class Shown:
         super().__init_subclass__(**given)
         cls._repr_pretty_ = Shown._repr_pretty_  # type: ignore[method-assign]  # IPython prefers a class's own __repr__
 
+    @abstractmethod
     def _view(self) -> Table | Page:
         """What is shown."""
-        raise NotImplementedError
 
     def _repr_html_(self) -> str:
         return self._view().html()

@@ -304,10 +304,33 @@ def test_each_event_has_words_of_its_own(name: str) -> None:
     assert set(SAMPLES[name]) <= EVENTS[name].fields
 
 
+@pytest.mark.parametrize(
+    ("of", "told"),
+    [
+        ({"scope": "all", "value": ""}, "all"),
+        ({"scope": "model", "value": "openai/gpt-4o"}, "model openai/gpt-4o"),
+        ({"scope": "program", "value": "triage"}, "program triage"),
+        ({"scope": "tenant", "value": "acme"}, "one tenant"),
+    ],
+)
+def test_what_an_operator_stops_is_told_without_naming_a_tenant(of: dict[str, Any], told: str) -> None:
+    """With the reason and the end; two things that are stopped are two subjects, and not one that was told already."""
+    stop = Event("calls_stopped", 1.8e9, {**of, "reason": "a leak", "by": "eve@host", "until": 1.8e9 + 60})
+    notice = notice_of("calls_stopped", stop)
+    assert notice.text == (
+        f"An operator stopped calls: {told} (a leak). They are refused in every worker, until 2027-01-15T08:01:00+00:00"
+    )
+    assert (notice.level, notice.subject) == ("warning", told)
+    goes_on = notice_of("calls_resumed", Event("calls_resumed", 1.8e9, of))
+    assert (goes_on.level, goes_on.text) == ("info", f"Calls that an operator had stopped go on: {told}")
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS - {"budget_exhausted"}))
 def test_every_kind_can_be_put_into_words(kind: str) -> None:
     """Whatever details it carries; nobody's name among them."""
-    numbers = {field for field in EVENTS[kind].fields if field.endswith("_usd") or field in ("retry_after", "lost")}
+    numbers = {
+        field for field in EVENTS[kind].fields if field.endswith("_usd") or field in ("retry_after", "lost", "until")
+    }
     data = {field: 1.5 if field in numbers else f"the {field}" for field in EVENTS[kind].fields}
     told = notice_of(kind, Event(kind, 1.8e9, data))
     assert told.text

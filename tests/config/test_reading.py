@@ -107,6 +107,74 @@ def test_a_file_of_one_lm_stays_what_it_was(write: Any) -> None:
     assert "max_tokens" not in config.lms["other"].kwargs or config.lms["other"].kwargs["max_tokens"] != 5
 
 
+EMBEDDERS = """
+store = "memory://config-embedders"
+timeout = 7
+
+[[budget]]
+usd = 5
+per = "day"
+
+[cache]
+ttl = 60
+
+[lm.small]
+model = "openai/small"
+
+[embedder.docs]
+model = "openai/text-embedding-3-small"
+batch_size = 16
+dimensions = 8
+limit = { rpm = 500 }
+api_key_env = "TEAM_KEY"
+
+[embedder.docs.litellm]
+encoding_format = "float"
+
+[embedder.bare]
+model = "openai/text-embedding-3-small"
+cache = false
+"""
+
+
+def test_embedders_stand_beside_lms(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With arguments of their own, and what stands at the top: the same budget, not another one of the same size."""
+    monkeypatch.setenv("DSPY_PROD__EMBEDDER__BARE__TIMEOUT", "3")
+    config = dspy_prod.from_config(write(EMBEDDERS))
+    docs, bare = config.embedders["docs"], config.embedders["bare"]
+    assert (docs.model, docs.batch_size, docs.caching, bare.caching) == (bare.model, 16, True, False)
+    assert docs.settings.extras == {"dimensions": 8, "encoding_format": "float"}
+    assert (docs.settings.clients["timeout"], bare.settings.clients["timeout"]) == (7, 3)
+    assert docs.settings.clients["api_key"] == "sk-team-1"
+    assert "api_key" not in bare.settings.clients
+    assert docs.settings.cache.ttl == 60
+    assert (docs.settings.limit.rpm, bare.settings.limit) == (500, None)
+    assert docs.pipeline.rules == bare.pipeline.rules == config.lm.pipeline.rules != ()
+    assert "sk-" not in repr(config)
+    config.close()
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("[embedder]\nmodel = 'openai/e'", ["prod.toml:2", "a table for each embedder, such as [embedder.docs]"]),
+        ("[embedder.docs]\nbatch_size = 5", ["prod.toml:2", "[embedder.docs] model: is missing"]),
+        ("[embedder.docs]\nmodel = 'openai/e'\nbatch_siz = 5", ["prod.toml:4", "dspy_prod.Embedder", "'batch_size'"]),
+        (
+            "[embedder.docs]\nmodel = 'openai/e'\nmax_tokens = 5",
+            ["prod.toml:4", "is no argument of dspy_prod.Embedder"],
+        ),
+        ("[embedder.docs]\nmodel = 'openai/e'\nbatch_size = true", ["prod.toml:4", "batch_size: takes a whole number"]),
+        ("[embedder.docs]\nmodel = 'openai/e'\napi_key = 'sk-1'", ["prod.toml:4", "a key does not belong in a file"]),
+        ("[embedder.Docs]\nmodel = 'openai/e'", ["prod.toml:2", "a name has small letters"]),
+    ],
+)
+def test_an_embedder_that_cannot_be_is_refused_with_its_place(write: Any, table: str, words: list[str]) -> None:
+    """As of an LM: file, line, key and what to do."""
+    message = refused(write(f'model = "openai/m"\n{table}'))
+    assert [word for word in words if word not in message] == []
+
+
 def test_a_program_answers_as_the_file_says(write: Any) -> None:
     """With the fallback, under the name and with the tags that stand there; what is given wins."""
     with Provider() as provider:

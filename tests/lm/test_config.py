@@ -171,7 +171,7 @@ def test_short_forms(text: str, expected: dict[str, Any], write: Any) -> None:
         ("temperature = true", ["temperature", "takes a number"]),
         ("clock = 'x'", ["clock", "is an object", "from_config(..., clock=...)"]),
         ("callbacks = []", ["callbacks", "is an object"]),
-        ("[litellm]\ntemperature = 1", ["litellm.temperature", "move it to the top"]),
+        ("[litellm]\ntemperature = 1", ["litellm.temperature", "move it out of [litellm]"]),
         ("model = x", ["is not valid TOML", "line 1"]),
         (f"max_tokens = {'9' * 5000}", ["is not valid TOML", "digits"]),
         ("[litellm]\nx = [nan]", ["litellm", "nan and inf cannot be sent"]),

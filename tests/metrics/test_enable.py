@@ -19,6 +19,7 @@ from dspy_prod.metrics import inbox as box
 from dspy_prod.metrics.catalogue import CATALOGUE
 from dspy_prod.metrics.inbox import Inbox
 from dspy_prod.metrics.sums import _PROVIDERS, MOST_SERIES, Sums
+from dspy_prod.pipeline.routes import _OPERATIONS
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.telemetry.events import BUS
@@ -76,6 +77,22 @@ def test_requests_are_measured_by_the_names_of_the_conventions(
     assert cost.value == 20e-6
 
 
+def test_an_operation_is_called_what_the_conventions_call_it(
+    reader: InMemoryMetricReader, provider: MeterProvider
+) -> None:
+    """Vectors take other times than answers do; whoever looks at one of them must not see both."""
+    dspy_prod.metrics.enable(provider)
+    make_lm()("hi")
+    make_lm(model_type="text")("hi")
+    embed = dspy_prod.Embedder(lambda texts: [[1.0]] * len(texts), store="memory://operations")
+    embed(["a", "b"])
+    embed(["a", "b"])  # from the cache: nothing was asked
+    durations = points(reader, "gen_ai.client.operation.duration")
+    counts = {point.attributes["gen_ai.operation.name"]: point.count for point in durations}
+    assert counts == {"chat": 1, "text_completion": 1, "embeddings": 1}
+    embed.close()
+
+
 def test_the_conventions_are_those_of_the_installed_package() -> None:
     """Who renames them there is heard of here."""
     conventions = pytest.importorskip("opentelemetry.semconv._incubating.metrics.gen_ai_metrics")
@@ -89,6 +106,8 @@ def test_the_conventions_are_those_of_the_installed_package() -> None:
     assert attributes.GEN_AI_PROVIDER_NAME == "gen_ai.provider.name"
     assert attributes.GEN_AI_REQUEST_MODEL == "gen_ai.request.model"
     assert attributes.GEN_AI_TOKEN_TYPE == "gen_ai.token.type"
+    operations = {each.value for each in attributes.GenAiOperationNameValues}
+    assert {"chat", *_OPERATIONS.values()} <= operations
     names = {each.value for each in attributes.GenAiProviderNameValues}
     assert set(_PROVIDERS.values()) <= names
 
@@ -220,7 +239,7 @@ def test_however_many_models_there_are_a_metric_has_a_bound() -> None:
     sums = Sums(("user",), 1_000, lambda *_: None)
     for number in range(5_000):
         record = CallRecord("i", "c", 0.0, f"openai/{number}", "primary", 1, "ok", 1, user=f"u{number}")
-        sums.take(record)
+        sums.take((record, None, "chat"))
     told = list(sums.told("dspy_prod.cost"))
     assert len(told) <= MOST_SERIES + 1
     assert round(sum(cost for cost, _ in told) * 1e9) == 5_000

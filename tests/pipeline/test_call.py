@@ -68,7 +68,7 @@ def test_each_field_of_a_record_has_its_own_fact(estimated: bool) -> None:
 def test_a_record_of_nothing_told_has_the_defaults_of_its_type() -> None:
     """What `record` leaves out must read as what `CallRecord(...)` leaves out."""
     asked = Call(None, None, CallContext(), None, None, False, [])  # type: ignore[arg-type]
-    route: Any = SimpleNamespace(model="m", name="r")
+    route: Any = SimpleNamespace(model="m", name="r", operation="chat")
     record = asked.record(route, "id", 1, "ok", None, 0.0)
     assert record == CallRecord("id", asked.id, 0.0, "m", "r", 1, "ok", None)
 
@@ -82,13 +82,13 @@ def test_a_record_reaches_the_call_its_node_who_collects_and_who_meters() -> Non
     bus: Any = SimpleNamespace(hears_calls=False, meters=(metered.append,))
     context = CallContext(records=collected, node=node)
     asked = Call(SimpleNamespace(bus=bus), None, context, None, None, False, [])  # type: ignore[arg-type]
-    route: Any = SimpleNamespace(model="m", name="r")
+    route: Any = SimpleNamespace(model="m", name="r", operation="chat")
     record = asked.record(route, "id", 1, "ok", None, 0.0)
 
     asked.remember(record, route)
 
     assert (asked.records, collected, told) == ([record], [record], [(record, route, None, None)])
-    assert metered == [record]
+    assert metered == [(record, None, "chat")]
 
 
 def test_ids_are_unique_ordered_and_new_in_a_child() -> None:

@@ -12,7 +12,8 @@ from dspy_prod.context.current import CallContext
 from dspy_prod.errors import StoppedError, StoreUnavailableError
 from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker import circuit
-from dspy_prod.policies.fleet import AGAIN, Fleet, Stop, fleet_of
+from dspy_prod.policies.fleet import AGAIN, Fleet, fleet_of
+from dspy_prod.policies.orders import Stop
 from dspy_prod.stores.board import Change
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.memory_board import MemoryBoard

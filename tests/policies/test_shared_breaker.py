@@ -11,7 +11,8 @@ import pytest
 from dspy_prod.errors import CircuitOpenError
 from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker.permit import Permit
-from dspy_prod.policies.fleet import Fleet, Order
+from dspy_prod.policies.fleet import Fleet
+from dspy_prod.policies.orders import Order
 from dspy_prod.policies.shared_breaker import RETURN, SharedBreaker
 from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.telemetry.events import EventBus

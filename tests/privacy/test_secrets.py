@@ -19,7 +19,7 @@ from dspy.utils.exceptions import LMAuthError
 
 import dspy_prod
 from dspy_prod import Cache, CircuitBreaker, CircuitOpenError
-from dspy_prod.compat.lm15 import _elsewhere
+from dspy_prod.compat.lm15_transports import _elsewhere
 from dspy_prod.testing import Provider, Status
 from tests.e2e.support import MODEL, PRICES, make_lm
 

@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
 from dspy_prod.compat import bounds
-from dspy_prod.compat.lm15 import HookedAsyncTransport, HookedTransport
+from dspy_prod.compat.lm15_transports import HookedAsyncTransport, HookedTransport
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import note_refusal
 from dspy_prod.pipeline.upstream.workers import WORKERS

@@ -139,23 +139,24 @@ class Upstream:
             self.ready = True
 
     def close(self) -> None:
-        """Close the pooled connections of the synchronous engine; engine objects are borrowed and stay open."""
+        """Close the pooled connections of the synchronous engine; engine objects are borrowed and stay open.
+
+        Calls that are under way go on, here and in `aclose`: what they use is closed when they are done.
+        """
         with self._lock:
             native, self._native = self._native, None
             loops = [loop for loop in self._native_async if loop.is_closed()]
             for loop in loops:
                 self._native_async.pop(loop, None)
         if native is not None:
-            native.close()
-            native.config.transport.close()
+            native.config.transport.retire()
 
     async def aclose(self) -> None:
         """Close this event loop's connections and the synchronous ones."""
         with self._lock:
             engine = self._native_async.pop(asyncio.get_running_loop(), None)
         if engine is not None:
-            await engine.aclose()
-            await engine.config.transport.aclose()
+            await engine.config.transport.retire()
         self.close()
 
     # -- selection ---------------------------------------------------------------------------------------------------
