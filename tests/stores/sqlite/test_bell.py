@@ -82,6 +82,18 @@ def test_a_file_that_goes_is_noticed(two: tuple[Bell, Bell], moment: Moment, rep
     assert one.token == other.token
 
 
+def test_a_file_that_is_truncated_ends_no_process(two: tuple[Bell, Bell], moment: Moment) -> None:
+    """Mapped into memory, it did: the next look was a bus error. Until it is whole again, tables are read now and then."""
+    one, other = two
+    assert one.token == other.token
+    one.path.write_bytes(b"")
+    before = other.token
+    moment.now += LOOK + 0.1
+    assert other.token != before
+    one.ring()
+    assert one.token == other.token
+
+
 def test_without_a_file_the_tables_are_read_twice_a_second(tmp_path: Path, moment: Moment) -> None:
     """A directory that nobody may write to, or that is not there."""
     alone = Bell(str(tmp_path / "missing" / "state.db"))
