@@ -22,12 +22,15 @@ from dspy_prod.stores.durable.transactions import Transactions
 
 GATHER: Final = 0.008
 """Seconds for which operations that nobody waits for gather, at most."""
-GATHER_FREE: Final = 0.1
-"""Seconds for which records of what cost nothing gather, at most: no money is lost with them."""
+GATHER_FREE: Final = 1.0
+"""Seconds for which records of what cost nothing gather, at most: no money is lost with them, and no more than `FULL`.
+
+On a busy machine few come in a tenth of that, and a transaction for a few costs as much as one for all.
+"""
 ENOUGH: Final = 128
 """Operations that are worth a transaction of their own."""
-ENOUGH_FREE: Final = 192
-"""The same of those that cost nothing; while they are written, as many as `FULL` lets wait may come."""
+ENOUGH_FREE: Final = 240
+"""The same of those that cost nothing: about a page of them, with those that come until the writer looks."""
 _AGAIN: Final = 16
 """Every so many it is rung for enough of them: one alone may fall just between two looks of the writer."""
 FULL: Final = 256
