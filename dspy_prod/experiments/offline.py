@@ -128,8 +128,8 @@ class OfflineReport(Shown):
         if not self.passed:
             beware = "".join(f"; {warning}" for warning in self.warnings)
             raise ConfigError(
-                f"{where}: {self.summary}{beware}. Give more examples, a larger margin= if so much worse is acceptable, "
-                "or start without gate="
+                f"{where}: {self.summary}{beware}. Give more examples, a larger margin= if so much worse is "
+                "acceptable, or start without gate="
             )
 
     @property

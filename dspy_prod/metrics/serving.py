@@ -74,7 +74,7 @@ def prometheus(
         collected.close()
         raise ConfigError(
             f"prometheus(port={port}, host={host!r}, workers={workers}): cannot listen there "
-            f"({error.strerror or error}); use another port, port=0 for a free one, or workers= with the number of "
+            f"({error.strerror or error}); use another port, or port=0 for a free one, or workers= with the number of "
             "processes that run this line"
         ) from error
 

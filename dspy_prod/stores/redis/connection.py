@@ -46,8 +46,8 @@ _REMEDIES: Final = {
     "NOPERM": "its user may not do this; see the rights in the guide on fleets",
     "NoPermission": "its user may not do this; see the rights in the guide on fleets",
     "CROSSSLOT": "it is a cluster, reached through a proxy that does not know of hash tags",
-    "Moved": "it is one of a Redis Cluster, where another has this namespace; give a server that is in none, or a proxy",
-    "ClusterDown": "it is one of a Redis Cluster that does not work; give a server that is in none, or a proxy",
+    "Moved": "it is one of a Redis Cluster, where another has this namespace; give a server of no cluster, or a proxy",
+    "ClusterDown": "it is one of a Redis Cluster that does not work; give a server of no cluster, or a proxy",
 }
 """By how an error is called, or the word it begins with."""
 _SAID: Final = {
