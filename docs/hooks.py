@@ -101,6 +101,16 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     return re.sub(r"\]\(\.\./\.\./([A-Z]+\.md)\)", _own, markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Long names in tables are broken after dots and underscores, and nowhere else."""
+    cells = re.compile(r"<td\b[^>]*>.*?</td>", re.S)
+    return cells.sub(lambda cell: re.sub(r"<code>[^<]*</code>", _breakable, cell[0]), html)
+
+
+def _breakable(code: re.Match[str]) -> str:
+    return re.sub(r"(?<=\w)([._/=])(?=\w)", r"\1<wbr>", code[0].removesuffix("</code>")) + "</code>"
+
+
 def _own(match: re.Match[str]) -> str:
     return f"]({FILES.get(match[1], 'index.md')})"
 

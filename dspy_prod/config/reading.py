@@ -116,7 +116,8 @@ def from_config(path: str | Path | None = None) -> Configured:
         format = "json"
 
         [metrics]                           # of dspy_prod.metrics.prometheus; or: metrics = false
-        port = 9464                         # each worker needs one of its own: DSPY_PROD__METRICS__PORT
+        port = 9464
+        workers = 4                         # processes that read this file: each takes one of the ports 9464 to 9467
 
         [alerts]                            # of dspy_prod.alerts.webhook
         url_env = "SLACK_WEBHOOK"           # the NAME of an environment variable: the URL is a secret

@@ -42,7 +42,13 @@ LOGGING: Final[Kinds] = {
     "logger": (str,),
     "redact": (bool,),
 }
-METRICS: Final[Kinds] = {"port": (int,), "host": (str,), "attributes": (list,), "most_values": (int,)}
+METRICS: Final[Kinds] = {
+    "port": (int,),
+    "host": (str,),
+    "workers": (int,),
+    "attributes": (list,),
+    "most_values": (int,),
+}
 ALERTS: Final[Kinds] = {
     "url_env": (str,),
     "events": (list,),

@@ -126,9 +126,10 @@ class OfflineReport(Shown):
         if self.experiment != experiment or {each.variant: each.said for each in self.variants} != dict(variants):
             raise ConfigError(f"{where}: the report is of other variants; evaluate these: exp.evaluate(devset, metric)")
         if not self.passed:
+            beware = "".join(f"; {warning}" for warning in self.warnings)
             raise ConfigError(
-                f"{where}: {self.summary}. Give more examples, a larger margin= if so much worse is acceptable, or "
-                "start without gate="
+                f"{where}: {self.summary}{beware}. Give more examples, a larger margin= if so much worse is "
+                "acceptable, or start without gate="
             )
 
     @property

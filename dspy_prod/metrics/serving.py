@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import threading
 from collections.abc import Awaitable, Callable, Iterable
 from importlib import import_module
@@ -16,6 +17,8 @@ from dspy_prod.runtime.forking import Stage, reset_after_fork
 PORT: Final = 9464
 """Where OpenTelemetry's own exporters for Prometheus listen."""
 
+MOST_WORKERS: Final = 1024
+
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 WsgiApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
@@ -24,6 +27,7 @@ def prometheus(
     port: int = PORT,
     host: str = "127.0.0.1",
     *,
+    workers: int = 1,
     attributes: Iterable[str] = (),
     most_values: int = MOST_VALUES,
 ) -> Endpoint:
@@ -35,15 +39,19 @@ def prometheus(
     It needs no setup of OpenTelemetry: the metrics are those of `enable`, with a provider of their own. Anybody who
     reaches the port can read them; there is no password, so it listens on loopback alone unless told otherwise.
 
-    Each process has numbers of its own and needs a port of its own: call it in each worker, after it was forked.
+    Each process has numbers of its own and needs a port of its own: call it in each worker, after it was forked, and
+    say how many there are. Prometheus is told all of the ports.
 
     Args:
         port: 0 takes a free one, see `Endpoint.port`.
+        workers: how many processes run this line: each takes the first of so many ports, from `port` on, that is free,
+            and one that is started anew that of the one that ended. Name twice as many where new ones begin before
+            the old ones have ended.
         host: address to listen on; `"0.0.0.0"` for all.
         attributes, most_values: see `enable`.
 
     Raises:
-        ConfigError: `opentelemetry-sdk` or `prometheus-client` is missing; the port is taken; see `enable`.
+        ConfigError: `opentelemetry-sdk` or `prometheus-client` is missing; the ports are taken; see `enable`.
 
     Example:
         ```python
@@ -53,15 +61,33 @@ def prometheus(
     """
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
         raise ConfigError(f"prometheus(port={port!r}): use a port from 0 (any free one) to 65535")
+    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= MOST_WORKERS:
+        raise ConfigError(f"prometheus(workers={workers!r}): use a number of processes from 1 to {MOST_WORKERS}")
+    if port + workers - 1 > 65_535:
+        raise ConfigError(
+            f"prometheus(port={port}, workers={workers}): there are no ports above 65535; use a lower one"
+        )
     collected = _collected(attributes, most_values)
     try:
-        return Endpoint(collected, port, host)
+        return _first(collected, range(port, port + (workers if port else 1)), host)
     except OSError as error:
         collected.close()
         raise ConfigError(
-            f"prometheus(port={port}, host={host!r}): cannot listen there ({error.strerror or error}); use another "
-            "port, or port=0 for a free one"
+            f"prometheus(port={port}, host={host!r}, workers={workers}): cannot listen there "
+            f"({error.strerror or error}); use another port, or port=0 for a free one, or workers= with the number of "
+            "processes that run this line"
         ) from error
+
+
+def _first(collected: Collected, ports: range, host: str) -> Endpoint:
+    """A server on the first of these ports that is free."""
+    for port in ports[:-1]:
+        try:
+            return Endpoint(collected, port, host)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    return Endpoint(collected, ports[-1], host)
 
 
 @overload
@@ -81,7 +107,7 @@ def prometheus_app(
         app.mount("/metrics", dspy_prod.metrics.prometheus_app())
 
     A scrape gets the numbers of the process that answers it: with several workers behind one port use `prometheus` with
-    a port for each.
+    `workers=`.
 
     Args:
         interface: `"asgi"`, which never holds up the event loop, or `"wsgi"`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from dspy_prod import Run
 from dspy_prod.testing import Provider
 from tests.e2e.support import PRICES, fresh_memory, make_lm
+from tests.stores.redis.servers import started_valkey
 
 MakeProvider = Callable[..., Provider]
 MakeLM = Callable[..., Any]
@@ -55,9 +57,20 @@ def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/state.db"
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(scope="session")
+def databases() -> Iterator[Iterator[str]]:
+    """The URLs of databases of one server; each test takes one for itself."""
+    server = started_valkey(databases=4096)
+    yield (f"redis://127.0.0.1:{server.port}/{number}" for number in itertools.count())
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.chaos)])
 def store_url(request: pytest.FixtureRequest, sqlite_url: str) -> str:
-    """A fresh store of each kind."""
+    """A fresh store of each kind; on Redis with the tests marked chaos, as they take a minute."""
+    if request.param == "redis":
+        url: str = next(request.getfixturevalue("databases"))
+        return url
     return fresh_memory() if request.param == "memory" else sqlite_url
 
 

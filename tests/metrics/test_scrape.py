@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from dspy_prod.records import NANO
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import Provider
 from tests.metrics.support import busy, failing, lm_at, scraped, value
+from tests.ports import free_port
 
 NAME = "scraped"
 
@@ -88,6 +90,31 @@ def test_budgets_and_limiters_are_told_as_they_are_now(provider: Provider) -> No
     minute = {"gen_ai_request_model": f"{NAME}-slow", "dspy_prod_dimension": "requests"}
     assert value(found, "dspy_prod_limiter_limit", **minute) == 120
     assert value(found, "dspy_prod_limiter_left", **minute) == 118
+
+
+def test_each_worker_takes_a_port_of_its_own() -> None:
+    """Workers run the same lines, so they name the same port; who is started anew takes that of the one that ended."""
+    first = free_port(3)
+    with dspy_prod.metrics.prometheus(port=first), pytest.raises(ConfigError, match=r"cannot listen there .*workers="):
+        dspy_prod.metrics.prometheus(port=first)
+    workers = [dspy_prod.metrics.prometheus(port=first, workers=3) for _ in range(3)]
+    try:
+        assert [worker.port - first for worker in workers] == [0, 1, 2]
+        with pytest.raises(ConfigError, match="workers=3"):
+            dspy_prod.metrics.prometheus(port=first, workers=3)
+        workers[1].close()
+        workers[1] = dspy_prod.metrics.prometheus(port=first, workers=3)
+        assert workers[1].port == first + 1
+        assert scraped(workers[1].url)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+@pytest.mark.parametrize("given", [{"workers": 0}, {"workers": True}, {"port": 65_535, "workers": 2}])
+def test_ports_that_there_are_not_are_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"prometheus\((port|workers)="):
+        dspy_prod.metrics.prometheus(**given)
 
 
 def test_nobody_is_named_unless_that_was_asked_for(provider: Provider) -> None:

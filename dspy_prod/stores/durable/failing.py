@@ -105,12 +105,18 @@ class Failing:
             self.tables.failed(error)
             self._transactions.drawing.close()
         refusal = self._degraded(str(self.tables.unavailable(error)))
-        changes = self._core.changes
-        assert changes is not None
         self._core.fail_waiting(refusal)
+        self._tell_undecided(refusal)
+
+    def _tell_undecided(self, refusal: Refusal) -> None:
+        """Refuse whom the transaction in doubt has decided on; if it was written, what they were granted goes back."""
+        assert self._core.changes is not None
+        self._tell([reservation for reservation, _, _ in self._core.changes.verdicts], refusal)
+
+    def _tell(self, reservations: list[Reservation], refusal: Refusal) -> None:
         told = []
         with self.publishing:
-            for reservation, _, _ in changes.verdicts:
+            for reservation in reservations:
                 if reservation.state == PENDING:
                     reservation.refusal, reservation.state = refusal, REFUSED
                     told.append(reservation)
@@ -155,7 +161,8 @@ class Failing:
             if kind is Transactions.admit:
                 self._refuse([subject], refusal)
             elif kind is Transactions.answer:
-                subject.set_exception(OSError(refusal.detail))
+                if not subject.done():
+                    subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.put_answer:
                 detail[3]()
             elif kind is Transactions.stop:
@@ -171,6 +178,9 @@ class Failing:
         self._publish()
 
     def _refuse(self, reservations: list[Reservation], refusal: Refusal) -> None:
+        if self._transactions.in_doubt:  # what is to be told then is the transaction's own
+            self._tell(reservations, refusal)
+            return
         assert self._core.changes is not None
         self._core.changes.verdicts.extend((reservation, REFUSED, refusal) for reservation in reservations)
 

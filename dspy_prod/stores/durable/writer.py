@@ -182,7 +182,9 @@ class Writer(Failing):
 
     # -- telling -------------------------------------------------------------------------------------------------------
     def _publish(self) -> None:
-        """Tell what is durable now: reservations, flushes, answers."""
+        """Tell what is durable now: reservations, flushes, answers. While that is not known, it stays untold."""
+        if self._transactions.in_doubt:
+            return
         changes = self._core.changes
         assert changes is not None
         told = []
@@ -223,6 +225,11 @@ class Writer(Failing):
             self._cycle([(Transactions.give_up_shares, None, None)])
         refusal = Refusal("store_unavailable", detail=f"The store {self.tables.path} was closed")
         self._core.fail_waiting(refusal)
+        if self._transactions.in_doubt:
+            self._tell_undecided(refusal)
+            for kind, subject, _ in self._unsure:
+                if kind is Transactions.answer and not subject.done():
+                    subject.set_exception(OSError(refusal.detail))
         self._publish()
         self.local.fail_waiting(refusal)
         lost = size_of(operation for operation in (*self._kept, *self._unsure) if operation[0] in RECORDING)

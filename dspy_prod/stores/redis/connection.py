@@ -43,10 +43,19 @@ _REMEDIES: Final = {
     "WRONGPASS": "user or password is wrong",
     "NOAUTH": "it wants a password: redis://:password@host",
     "Authentication": "user or password is wrong, or missing",
-    "NOPERM": "its user may not do this; it needs all commands on keys of the namespace, and scripts",
-    "NoPermission": "its user may not do this; it needs all commands on keys of the namespace, and scripts",
+    "NOPERM": "its user may not do this; see the rights in the guide on fleets",
+    "NoPermission": "its user may not do this; see the rights in the guide on fleets",
     "CROSSSLOT": "it is a cluster, reached through a proxy that does not know of hash tags",
+    "Moved": "it is one of a Redis Cluster, where another has this namespace; give a server of no cluster, or a proxy",
+    "ClusterDown": "it is one of a Redis Cluster that does not work; give a server of no cluster, or a proxy",
 }
+"""By how an error is called, or the word it begins with."""
+_SAID: Final = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted, or of another host: ?ssl_ca_certs=/path/of/ca.pem",
+    "SELECT is not allowed in cluster mode": "it is one of a Redis Cluster, which has no database but 0",
+    "DB index is out of range": "it has no database of that number; see its setting 'databases'",
+}
+"""By what it says somewhere, which is not shown: it may hold names and keys."""
 
 
 class Connection:
@@ -116,7 +125,9 @@ class Connection:
         """The error that says so, without a password."""
         told = str(error).partition(" ")[0]
         why = f"{type(error).__name__} {told}" if told.isupper() and told.isalpha() else type(error).__name__
-        remedy = next((text for sign, text in _REMEDIES.items() if sign in why), _REACH)
+        signs = [text for sign, text in _REMEDIES.items() if sign in why]
+        signs += [text for sign, text in _SAID.items() if sign in str(error)]
+        remedy = next(iter(signs), _REACH)
         return StoreUnavailableError(f"The store {self.shown} cannot be used ({why}): {remedy}")
 
     def leave(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import redis
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.redis.connection import Connection
@@ -28,3 +29,23 @@ def test_a_dead_server_is_told_without_its_password() -> None:
         dead.read([("PING",)])
     assert "hunter2" not in str(told.value)
     assert "127.0.0.1:1" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        (redis.exceptions.MovedError("5 127.0.0.1:7001"), "one of a Redis Cluster"),
+        (redis.exceptions.ClusterDownError("Hash slot not served"), "one of a Redis Cluster"),
+        (redis.ResponseError("SELECT is not allowed in cluster mode"), "no database but 0"),
+        (redis.ResponseError("DB index is out of range"), "no database of that number"),
+        (redis.ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate"), "ssl_ca_certs="),
+        (redis.exceptions.NoPermissionError("has no permissions to run"), "the guide on fleets"),
+        (redis.ConnectionError("Error 111"), "check that the server runs"),
+    ],
+)
+def test_an_error_says_what_to_do(said: Exception, remedy: str) -> None:
+    """What it names (keys, addresses, users) is not repeated."""
+    told = str(Connection("redis://127.0.0.1:1/0", "n").unavailable(said))
+    assert remedy in told
+    assert "7001" not in told
+    assert "permissions to run" not in told

