@@ -1,7 +1,8 @@
 """A few bytes in a file beside the store's, read by all its processes: they change whenever a board does.
 
-They are read, and not mapped into memory: whoever truncated the file would end every process that looks. Before a change is committed they say that one is under way, and after it who made
-it: so whoever reads the tables in between, or after a process died in between, reads them again.
+They are read, and not mapped into memory: whoever truncated the file would end every process that looks. Before a
+change is committed they say that one is under way, and after it who made it: so whoever reads the tables in between, or
+after a process died in between, reads them again.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_a_file_that_goes_is_noticed(two: tuple[Bell, Bell], moment: Moment, rep
 
 
 def test_a_file_that_is_truncated_ends_no_process(two: tuple[Bell, Bell], moment: Moment) -> None:
-    """Mapped into memory, it did: the next look was a bus error. Until it is whole again, tables are read now and then."""
+    """Mapped into memory it did, by a bus error. Until it is whole, the tables are read now and then."""
     one, other = two
     assert one.token == other.token
     one.path.write_bytes(b"")
