@@ -89,12 +89,13 @@ class Granting:
             at = limiter.ready_at(now, reservation.tokens)
             if at > now:
                 reservation.blocked_on = limiter.blocked_on
-                lead = 0.0 if self.changes is None else limiter.lead(self._process, now)
+                ahead = self.changes is not None and at <= reservation.horizon
+                lead = limiter.lead(self._process, now) if ahead else 0.0
                 if at == inf:
                     self._timers.pop(key, None)
                 else:
                     self._timers[key] = at - lead
-                if at - now > lead or at > reservation.horizon:
+                if at - now > lead:
                     return ""
             if limiter.turns:
                 if limiter.turns.belongs_to_another(self._process, reservation.priority, now):

@@ -106,8 +106,8 @@ class LimiterState(Turnstile):
 
     @property
     def timed(self) -> bool:
-        """Whether `ready_at` said a moment at which a call may go in any case."""
-        return self.blocked_on in ("pacing", "requests", "tokens")
+        """Whether `ready_at` said a moment that hardly comes sooner: tokens are given back whenever a call ends."""
+        return self.blocked_on in ("pacing", "requests")
 
     # -- what the provider says --------------------------------------------------------------------------------------
     def throttled(self, now: float, retry_after: float | None) -> None:

@@ -95,3 +95,16 @@ def test_who_is_next_among_processes_has_longer_than_the_others() -> None:
     assert state is not None
     leads = [state.lead(process, 1_000.0) for process in ("disk", "other")]
     assert sorted(leads) == [LEAD / 2, LEAD]
+
+
+def test_who_gives_up_before_the_moment_is_granted_nothing_for_it() -> None:
+    """Nor is the line looked at again and again until then."""
+    core, disk = durable()
+    calls = [core.admit(ask(0, budget=None, limit=PACED, horizon=inf), 1_000.0) for _ in range(9)]
+    commit(core, disk)
+    head = next(each for each in calls if each.state == PENDING)
+    head.horizon, due = 1_000.0, core.next_due()
+    core.tick(due)
+    commit(core, disk)
+    assert head.state == PENDING
+    assert core.next_due() > due + 0.1
