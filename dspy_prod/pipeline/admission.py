@@ -76,6 +76,12 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
                     continue
                 elif store.withdraw(reservation) and (reservation.blocked_on or call.late()):
                     raise waited_too_long(attempt)
+            early = reservation.granted_at - store.now() if reservation.state == GRANTED else 0.0
+            if early > 0:
+                if not told:
+                    told = True
+                    call.emit("waiting", model=attempt.route.model, blocked_on=reservation.blocked_on)
+                yield Wait(None, monotonic() + early)
         except BaseException as error:
             give_back(attempt, error)
             raise

@@ -109,7 +109,7 @@ class Reservation:
         state: `PENDING` until the store has decided.
         refusal: why it was refused, or None.
         blocked_on: what it waits for, as in `Refusal.dimension`; "" until the store has looked at it.
-        granted_at: store time of the grant.
+        granted_at: store time from which the call may go: of the grant, or a moment after it, which is to be awaited.
         spent: per account, nano-USD spent at the grant, without what is held.
         seq: its place among those that wait, given by the store.
         share: what it was granted from, where a durable store holds for several calls at once.

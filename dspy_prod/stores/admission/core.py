@@ -212,8 +212,9 @@ class AdmissionCore(Durable):
 
     @property
     def timed(self) -> bool:
-        """Whether somebody waits for a moment, not for a release."""
-        return bool(self._timers)
+        """Whether all who wait do so for a moment that is known, and nobody for a release or for his turn."""
+        states = [self._limiters.get(key) for key, line in self._lines.items() if line]
+        return not self._parked and all(state is not None and state.timed for state in states)
 
     def next_due(self) -> float:
         """Store time of the next `tick` that can change something; `inf` when none can."""

@@ -86,22 +86,25 @@ class Granting:
         if key is not None:
             assert reservation.limit is not None
             limiter = self.limiter_for(key, reservation.limit, now)
-            ready = limiter.ready_at(now, reservation.tokens)
-            if ready > now:
+            at = limiter.ready_at(now, reservation.tokens)
+            if at > now:
                 reservation.blocked_on = limiter.blocked_on
-                if ready == inf:
+                ahead = self.changes is not None and at <= reservation.horizon
+                lead = limiter.lead(self._process, now) if ahead else 0.0
+                if at == inf:
                     self._timers.pop(key, None)
                 else:
-                    self._timers[key] = ready
-                return ""
+                    self._timers[key] = at - lead
+                if at - now > lead:
+                    return ""
             if limiter.turns:
                 if limiter.turns.belongs_to_another(self._process, reservation.priority, now):
                     reservation.blocked_on = "concurrency" if limiter.limit.concurrency is not None else "requests"
                     self._timers[key] = now + FRESH / 2  # should they not come
                     return ""
                 limiter.turns.taken(self._process, reservation.priority)
-            debit = limiter.take(now, reservation.tokens, reservation.lease)
-            reservation.granted_at = now
+            debit = limiter.take(now, reservation.tokens, reservation.lease, at)
+            reservation.granted_at = max(at, now)
             if self.changes is not None and shared(limiter.limit):
                 self.changes.limiters.add(key)
         accounts: tuple[str, ...] = ()

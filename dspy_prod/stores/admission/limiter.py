@@ -15,7 +15,7 @@ import orjson
 
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.turnstile import DRAWN, Debit, Turnstile
-from dspy_prod.stores.admission.window import AHEAD
+from dspy_prod.stores.admission.window import AHEAD, LEAD
 from dspy_prod.stores.base import LimiterSnapshot
 
 FUTURE: Final = 60.0
@@ -92,6 +92,22 @@ class LimiterState(Turnstile):
     def leave_seats(self, end: int, seats: int) -> None:
         """Give seats back."""
         self._seats.free(end, seats)
+
+    def lead(self, process: str, now: float) -> float:
+        """Seconds before its moment at which a call may be granted to go then, after `ready_at` said when that is.
+
+        Between processes a grant takes a while: its commit, the commits of others, threads that are run late. From a
+        slice of a minute's limit that time would be lost, so it is spent before the moment comes. Whoever is next has
+        longer than the others, so that not all of them try at once.
+        """
+        if not self.timed or self.held_back(now) or self.free_seats(now) < 1:
+            return 0.0
+        return LEAD if self.turns.is_next(process) else LEAD / 2
+
+    @property
+    def timed(self) -> bool:
+        """Whether `ready_at` said a moment that hardly comes sooner: tokens are given back whenever a call ends."""
+        return self.blocked_on in ("pacing", "requests")
 
     # -- what the provider says --------------------------------------------------------------------------------------
     def throttled(self, now: float, retry_after: float | None) -> None:

@@ -58,6 +58,13 @@ class Turns:
                     return True
         return False
 
+    def is_next(self, process: str) -> bool:
+        """Whether nobody waits who comes before this process: of a higher priority, or passed by more often."""
+        first = min(
+            self._waiting, key=lambda each: (self._waiting[each][0], -self._waiting[each][2], each), default=process
+        )
+        return first == process
+
     def taken(self, process: str, priority: int) -> None:
         """A call of a process has gone; the others were passed by."""
         for other, row in self._waiting.items():

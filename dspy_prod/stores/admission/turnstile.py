@@ -155,19 +155,21 @@ class Turnstile:
             at = max(at, feedback.left_at(now, tokens)[0])
         return at
 
-    def take(self, now: float, tokens: int, lease: float = inf) -> Debit:
+    def take(self, now: float, tokens: int, lease: float = inf, at: float = -inf) -> Debit:
         """Count a call as sent now, whether `ready_at` allowed it or not.
 
         Args:
             tokens: tokens to reserve.
             lease: seconds for which the call counts as in flight unless it is given back or renewed.
+            at: when it will be sent, at most `LEAD` seconds after now.
         """
         if now != self._now:  # else `ready_at` has just looked
             now = self._touch(now)
+        at = max(at, now)
         self._seq = seq = self._seq + 1
-        slot = self._window.add(now, tokens)
+        slot = self._window.add(at, tokens)
         end = self._seats.take(now + lease)
-        nominal, charge = self._pacing.push(now, tokens)
+        nominal, charge = self._pacing.push(at, tokens)
         feedback = self._feedback
         if feedback.told:
             feedback.spend(tokens)

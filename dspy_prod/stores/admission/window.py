@@ -14,7 +14,9 @@ MINUTE: Final = 60.0
 SLOT: Final = 0.5
 """Length of a slot in seconds. Whole seconds would cost another 0.8 % of the limit: a slot is only forgotten whole."""
 AHEAD: Final = 0.25
-"""Seconds by which a request may at most be dated ahead, see `LimiterState.draw`."""
+"""Seconds by which what is drawn is dated ahead, see `LimiterState.draw`."""
+LEAD: Final = 0.5
+"""Seconds by which a call may at most be granted ahead, see `LimiterState.lead`."""
 NEVER: Final = -1
 """The end of a lease that has none."""
 _RECENT: Final = 5.0
@@ -38,7 +40,7 @@ class Window:
 
     def __init__(self, guard: float, now: float) -> None:
         self._reach = SLOT + MINUTE + guard  # from the start of a slot to when it is forgotten
-        self._size = ceil((self._reach + AHEAD) / SLOT) + 1
+        self._size = ceil((self._reach + max(AHEAD, LEAD)) / SLOT) + 1
         self._clear(now)
 
     def _clear(self, now: float) -> None:

@@ -34,6 +34,8 @@ MAX_BATCH: Final = 512
 """Operations per transaction, so that other processes get their turn."""
 POLL: Final = 0.025
 """Seconds between looks for changes by other processes while reservations wait."""
+POLL_TIMED: Final = 0.1
+"""The same where all wait for a moment that is known: others make it earlier only if they do not send after all."""
 FORK_PATIENCE: Final = 5.0
 """Seconds a fork waits for a transaction to end."""
 _IDLE: Final = 5.0
@@ -135,7 +137,7 @@ class Writer(Failing):
         if self._kept or self._transactions.in_doubt or self.outage is not None:
             wait = min(wait, retry_in)
         elif self._core.waiting():
-            wait = min(wait, POLL)
+            wait = min(wait, POLL_TIMED if self._core.timed else POLL)
         return max(wait, retry_in) if retry_in > 0 else wait
 
     def _cycle(self, operations: list[Operation]) -> None:

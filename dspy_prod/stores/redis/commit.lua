@@ -67,7 +67,8 @@ for _, key in ipairs(head.forgiven) do
     if redis.call('EXISTS', KEYS[key]) == 0 then stale = true end
 end
 
--- Who found something changed has it to himself for a moment; others that want the same come after, in turn.
+-- Who found something changed again and again has it to himself for a moment; others that want the same come after, in
+-- turn.
 local holder = redis.call('HGET', KEYS[3], 'owner')
 if holder and holder ~= me and head.contends then
     local meets = redis.call('HEXISTS', KEYS[3], '*') == 1
@@ -85,7 +86,7 @@ if holder and holder ~= me and head.contends then
 end
 if stale then
     local mine = 0
-    if head.contends and (not holder or holder == me) then
+    if head.insists and (not holder or holder == me) then
         mine = 1
         if not holder then redis.call('HSET', KEYS[3], 'owner', me) end
         for _, list in ipairs({head.accounts, head.limiters}) do

@@ -104,10 +104,12 @@ class Commits:
         self._owner = owner
         self._bells = connection.key("bell") + ":"
         self._number = 0
+        self._in_doubt = False  # what was sent last may have been applied
 
     def prepared(self, commit: Commit, head: dict[str, Any]) -> list[Value]:
         """A commit as it is sent, under the next number."""
         self._number += 1
+        self._in_doubt = False
         own = {"me": self._owner, "seq": self._number, "lock": LOCK, "patience": PATIENCE, "remember": REMEMBER}
         return commit.parts({**own, "bells": self._bells, "limiter": LIMITER, "locked": self.locked, **head})
 
@@ -115,26 +117,33 @@ class Commits:
         """The script's answer.
 
         Raises:
-            DoubtError: there was none; the same has to be sent again.
+            DoubtError: there was none, now or when the same was sent before; it has to be sent again.
             StoreUnavailableError: nothing was applied.
         """
         import redis
 
         text, name = script()
-        for left in range(_RESENDS, -1, -1):
+        why: BaseException = StoreUnavailableError(f"The store {self.connection.shown} forgets its scripts")
+        for _ in range(_RESENDS + 1):
             try:
                 client = self.connection.client()
-                return list(client.execute_command("EVALSHA", name, *parts))  # type: ignore[no-untyped-call]
+                answer = list(client.execute_command("EVALSHA", name, *parts))  # type: ignore[no-untyped-call]
             except redis.exceptions.NoScriptError:
                 self._load(text)  # and where that fails, so does the next attempt
-            except redis.TimeoutError as error:
-                raise DoubtError(str(self.connection.unavailable(error))) from error
-            except (redis.ConnectionError, OSError) as error:
-                if not left:
-                    raise DoubtError(str(self.connection.unavailable(error))) from error
+            except (redis.TimeoutError, redis.ConnectionError, OSError) as error:
+                self._in_doubt, why = True, error
+                if isinstance(error, redis.TimeoutError):
+                    break
             except redis.RedisError as error:
-                raise self.connection.unavailable(error) from error
-        raise StoreUnavailableError(f"The store {self.connection.shown} forgets its scripts")
+                why = error
+                break
+            else:
+                self._in_doubt = False
+                return answer
+        unavailable = why if isinstance(why, StoreUnavailableError) else self.connection.unavailable(why)
+        if self._in_doubt:  # a refusal tells nothing of what was sent before it
+            raise DoubtError(str(unavailable)) from why
+        raise unavailable from why
 
     def _load(self, text: str) -> None:
         with contextlib.suppress(StoreUnavailableError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from dspy_prod.errors import StoreUnavailableError
@@ -41,6 +41,8 @@ class Known:
         self._meta = connection.key("meta")
         self._born = ""
         self._seen = self._fresh = 0  # the newest commit heard of; up to which nothing known here is old
+        self._current: set[tuple[str, str]] = set()  # what was read when the newest commit heard of was ...
+        self._current_at = 0
         self._terms = self._newest_terms = ""  # versions: of what is known, and the newest heard of
 
     # -- which data it is ----------------------------------------------------------------------------------------------
@@ -110,6 +112,22 @@ class Known:
         """Whether others have written what is not known here."""
         return self._fresh != self._seen
 
+    def current(self, accounts: Iterable[str], limiters: Iterable[str]) -> bool:
+        """Whether nothing newer was heard of since all of these were read."""
+        if not self.behind:
+            return True
+        if self._current_at != self._seen:
+            return False
+        wanted = (*(("account", key) for key in accounts), *(("limiter", key) for key in limiters))
+        return self._current.issuperset(wanted)
+
+    def _have_read(self, accounts: Iterable[str], limiters: Iterable[str]) -> None:
+        if self._current_at != self._seen:
+            self._current.clear()
+            self._current_at = self._seen
+        self._current.update(("account", key) for key in accounts)
+        self._current.update(("limiter", key) for key in limiters)
+
     def stale(self) -> bool:
         """Whether others have written meanwhile."""
         (n,) = self._read(("HGET", self._meta, "n"))
@@ -146,6 +164,7 @@ class Known:
         self._put(accounts, rows[: len(accounts)])
         for each, row in zip(limiters, rows[len(accounts) :], strict=True):
             self._put_limiter(each, row)
+        self._have_read(accounts, limiters)
         self._hear_terms(_text(meta[2]))
         return True
 
@@ -195,6 +214,7 @@ class Known:
         for (key, _, _), row in zip(commit.limits, limiters, strict=True):
             if row:
                 self._put_limiter(key, row)
+        self._have_read(commit.names, [key for key, _, _ in commit.limits])
         self._hear_terms("" if terms == b"0" else _text(terms))
 
     def wrote(self, commit: Commit, n: str, accounts: Sequence[list[Any]] | None, core: AdmissionCore) -> None:

@@ -33,7 +33,7 @@ from dspy_prod.stores.admission.accounts import PRUNE_AFTER
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.holds import Hold
-from dspy_prod.stores.base import AccountState, Terms
+from dspy_prod.stores.base import AccountState, Reservation, Terms
 from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.durable.tables import ChangedError, DoubtError
 from dspy_prod.stores.durable.transactions import Transactions
@@ -54,6 +54,8 @@ _log = logging.getLogger("dspy_prod")
 
 BUSY_LIMIT: Final = 5.0
 """Seconds for which a transaction is decided again and again, because others change what it needs."""
+INSISTS: Final = 2
+"""Tries after which nobody else may change it: who locked it out at once would have to be waited for by everybody."""
 
 
 class RedisTables(Link):
@@ -91,6 +93,7 @@ class RedisTables(Link):
         self._commit: Commit | None = None
         self._sent: list[Any] | None = None
         self._busy_since: float | None = None
+        self._lost_to_others = 0  # tries of the transaction under way
         self._after: list[tuple[int, Callable[[Any], object]]] = []
 
     # -- what the core asks for ----------------------------------------------------------------------------------------
@@ -114,8 +117,8 @@ class RedisTables(Link):
         asked = any(kind is Transactions.answer for kind, _, _ in operations)
         if asked:  # for what is now, not for what was known last
             known.stale()
-        behind = known.behind
-        anew = behind and (asked or core.waiting() > 0)
+        needs = _needs(core.heads())
+        anew = known.behind and (asked or (core.waiting() > 0 and not known.current(*needs)))
         for kind, one, other in operations:
             if kind is Transactions.admit:
                 keys, limit_key = [account.key for account in one.accounts], one.limit_key
@@ -133,13 +136,11 @@ class RedisTables(Link):
             else:
                 continue
             accounts.update(dict.fromkeys(keys))
-            if limit_key is not None and (behind or limit_key not in known.limiters):
+            if limit_key is not None and not (limit_key in known.limiters and known.current((), (limit_key,))):
                 limiters[limit_key] = None
         if anew:
-            for head in core.heads():
-                accounts.update(dict.fromkeys(account.key for account in head.accounts))
-                if head.limit_key is not None:
-                    limiters[head.limit_key] = None
+            accounts.update(dict.fromkeys(needs[0]))
+            limiters.update(dict.fromkeys(needs[1]))
         if accounts or limiters or anew:
             self._look(accounts, limiters, part=not anew)
 
@@ -252,6 +253,7 @@ class RedisTables(Link):
             head = {
                 "leased": self._leased,
                 "replies": bool(self._after),
+                "insists": commit.contends and self._lost_to_others >= INSISTS,
                 **self._known.head(bool(commit.accounts) or commit.told),
             }
             self._sent = self._commits.prepared(commit, head)
@@ -285,6 +287,7 @@ class RedisTables(Link):
         self._known.wrote(commit, n.decode(), accounts, core)
         self._leased = self._leased or self._renewed
         self._busy_since = None
+        self._lost_to_others = 0
         self._remembered = {}
         self._commits.locked = False
         after, commands = self._after, self.batch.commands
@@ -311,6 +314,7 @@ class RedisTables(Link):
         if status != b"void":
             self._unowned = self._unowned or bool(rest[0])
             self._known.found(commit, terms, rest[1], rest[2])
+        self._lost_to_others += 1
         if status == b"again":
             self._commits.locked = self._commits.locked or bool(rest[3])
         else:
@@ -332,3 +336,10 @@ class RedisTables(Link):
         self._sent = None
         self.served.clear()
         self._owners.clear()
+
+
+def _needs(heads: Iterable[Reservation]) -> tuple[list[str], list[str]]:
+    """The accounts and limiters that those depend on who are served next."""
+    heads = list(heads)
+    limiters = [head.limit_key for head in heads if head.limit_key is not None]
+    return [account.key for head in heads for account in head.accounts], limiters

@@ -87,6 +87,31 @@ def test_what_was_answered_is_not_asked_of_the_server_a_second_time(valkey: str,
         assert store.account("day") == AccountState(CENT, 0, 0)
 
 
+def test_a_refusal_tells_nothing_of_a_commit_whose_answer_was_lost_before_it(
+    valkey: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was applied: taken for undone, its hold would be nobody's, and its money held as long as the process lives."""
+    with wire(int(valkey.rpartition(":")[2].partition("/")[0])) as cut:
+        store = RedisStore(f"redis://127.0.0.1:{cut.port}/0", connection.namespace)
+        with closing(store):
+            granted(store, ask(CENT, accounts=("another",)))
+            writing, before = store._writer.tables.connection, cut.lost  # type: ignore[attr-defined]
+            client = writing.client
+
+            def forgetting() -> redis.Redis:
+                if cut.lost == before + 3:  # the last try is refused: there is no such script
+                    connection.read([("SCRIPT FLUSH",)])
+                return client()
+
+            monkeypatch.setattr(writing, "client", forgetting)
+            cut.swallow = 3
+            assert decided(store.admit(ask(CENT)), 10).state == REFUSED
+            assert cut.lost == before + 3
+            monkeypatch.undo()
+            until(lambda: store.holds() == 1 and store.account("day") == AccountState(0, 0, 0), 5)
+            assert granted(store, ask(CENT)).state == GRANTED
+
+
 def test_a_server_that_forgot_its_scripts_is_told_them_again(valkey: str, connection: Connection) -> None:
     with closing(RedisStore(valkey, connection.namespace)) as store:
         granted(store, ask(CENT))

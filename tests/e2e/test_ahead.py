@@ -1,0 +1,64 @@
+"""A call that a durable store grants ahead of its moment waits for it, and gives it back if it does not go."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import dspy_prod
+from dspy_prod import RateLimit
+from dspy_prod.testing import Provider
+from tests.e2e.support import Crowd, make_lm, together
+
+PACED = RateLimit(rpm=600, burst=1)
+APART = 60 / 600
+
+
+@pytest.mark.parametrize("crowd", ["threads", "tasks"])
+def test_no_call_leaves_before_its_moment(tmp_path: Path, crowd: Crowd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some are granted up to half a second before it."""
+    with Provider() as provider:
+        lm = make_lm(provider.url, store=f"sqlite:///{tmp_path / 'state.db'}", limit=PACED)
+        store, asked = lm.pipeline.store, []
+        admit = store.admit
+        monkeypatch.setattr(store, "admit", lambda reservation: asked.append(reservation) or admit(reservation))
+        told: list[str] = []
+        remove = dspy_prod.add_listener(lambda event: told.append(event.name))
+        assert all(not isinstance(each, Exception) for each in together(crowd, lm, 8))
+        remove()
+        since = store.now() - time.monotonic()
+        came = sorted(call.received_at + since for call in provider.calls)
+        moments = sorted(reservation.granted_at for reservation in asked)
+        assert all(at >= moment - 0.001 for at, moment in zip(came, moments, strict=True))
+        assert moments[-1] - moments[0] >= 7 * APART
+        assert told.count("waiting") == told.count("waited") == 7
+        lm.close()
+
+
+def test_a_task_that_is_cancelled_while_it_waits_for_its_moment_gives_it_back(tmp_path: Path) -> None:
+    with Provider() as provider:
+        lm = make_lm(provider.url, store=f"sqlite:///{tmp_path / 'state.db'}", limit=PACED)
+
+        async def cancelled() -> None:
+            tasks = [asyncio.ensure_future(lm.acall(f"question {number}")) for number in range(3)]
+            await tasks[0]
+            await asyncio.sleep(0.02)
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            await lm.pipeline.aclose()
+
+        asyncio.run(cancelled())
+        store = lm.pipeline.store
+        assert store.flush(5)
+        assert store.holds() == 0
+        snapshot = store.limiter(lm.pipeline.primary.limit_key)
+        assert snapshot is not None
+        assert snapshot.in_flight == 0
+        assert snapshot.requests_available == 600 - len(provider.calls)
+        lm.close()
