@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -62,3 +63,17 @@ def test_a_task_that_is_cancelled_while_it_waits_for_its_moment_gives_it_back(tm
         assert snapshot.in_flight == 0
         assert snapshot.requests_available == 600 - len(provider.calls)
         lm.close()
+
+
+def test_a_run_that_is_stopped_meanwhile_sends_nothing_more(tmp_path: Path) -> None:
+    """What was granted ahead is not under way yet."""
+    with Provider() as provider:
+        lm = make_lm(provider.url, store=f"sqlite:///{tmp_path / 'state.db'}", limit=RateLimit(rpm=120, burst=1))
+        run = dspy_prod.Run("it", usd=1, store=f"sqlite:///{tmp_path / 'state.db'}")
+        lm("the first one")
+        threading.Timer(0.1, run.stop).start()
+        with dspy_prod.call_context(run=run), pytest.raises(dspy_prod.RunStoppedError):
+            lm("granted ahead")
+        assert len(provider.calls) == 1
+        lm.close()
+        assert lm.pipeline.store.holds() == 0
