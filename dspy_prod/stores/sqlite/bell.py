@@ -1,14 +1,15 @@
-"""A few bytes in a file beside the store's, read by all its processes: they change whenever a board does.
+"""A few bytes beside the store's file, mapped into memory by all its processes: they change whenever a board does.
 
-They are read, and not mapped into memory: whoever truncated the file would end every process that looks. Before a
-change is committed they say that one is under way, and after it who made it: so whoever reads the tables in between, or
-after a process died in between, reads them again.
+A look at them costs no system call: one that lets the interpreter's lock go, as reading a file does, would hand it to
+the store's writer at every call. (Who truncates a mapped file ends those that look at it, as with SQLite's own `-shm`.)
+Before a change is committed they say that one is under way, and after it who made it: so whoever reads the tables in
+between, or after a process died in between, reads them again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
+import mmap
 import os
 import time
 from pathlib import Path
@@ -37,7 +38,7 @@ class Bell:
 
     def __init__(self, path: str) -> None:
         self.path = Path(f"{path}-board")
-        self._file: io.FileIO | None = None  # closed when nobody reads it any more
+        self._map: mmap.mmap | None = None
         self._identity: tuple[int, int] | None = None
         self._look_at = 0.0
         self._since: tuple[bytes, float] = (b"", 0.0)
@@ -48,10 +49,10 @@ class Bell:
         now = time.monotonic()
         if now >= self._look_at:
             self._look(now)
-        found = self._file
-        said = b"" if found is None else os.pread(found.fileno(), _LENGTH, 0)
-        if len(said) < _LENGTH:
+        found = self._map
+        if found is None:
             return int(now / LOOK)
+        said = found[:_LENGTH]
         return said if said[:1] != _UNDER_WAY else self._unsure(said, now)
 
     def _look(self, now: float) -> None:
@@ -59,24 +60,27 @@ class Bell:
         self._look_at = now + LOOK
         try:
             status = os.stat(self.path)
-            known = (status.st_dev, status.st_ino) == self._identity and status.st_size >= SIZE
-            if self._file is None or not known:
+            whole = (status.st_dev, status.st_ino) == self._identity and status.st_size >= SIZE
+            if self._map is None or not whole:
                 self._open()
         except (OSError, ValueError):
-            self._file = None
+            self._map = None
             with contextlib.suppress(OSError, ValueError):
                 private.make_file(self.path)
                 self._open()
 
     def _open(self) -> None:
-        self._file = None
+        self._map = None
         private.check(self.path)
-        file = io.FileIO(os.open(self.path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0)), "r+")
-        status = os.fstat(file.fileno())
-        if status.st_size < SIZE:
-            os.ftruncate(file.fileno(), SIZE)
-        self._identity = status.st_dev, status.st_ino
-        self._file = file
+        handle = os.open(self.path, os.O_RDWR)
+        try:
+            status = os.fstat(handle)
+            if status.st_size < SIZE:
+                os.ftruncate(handle, SIZE)
+            self._identity = status.st_dev, status.st_ino
+            self._map = mmap.mmap(handle, SIZE)
+        finally:
+            os.close(handle)
 
     def _unsure(self, said: bytes, now: float) -> object:
         """A change is under way: the tables are to be read, but not for every call."""
@@ -96,8 +100,8 @@ class Bell:
         self._write(_DONE)
 
     def _write(self, kind: bytes) -> None:
-        if self._file is None:
+        if self._map is None:
             self._look(time.monotonic())
-        found = self._file
+        found = self._map
         if found is not None:
-            os.pwrite(found.fileno(), kind + os.urandom(16), 0)
+            found[:_LENGTH] = kind + os.urandom(16)
