@@ -138,7 +138,7 @@ def _fill_file(path: str, units: int, portion: int = 20_000) -> None:
     at, arm = time.time(), "iif(i % 2, 'cot', 'control')"
     tables = {
         "trial_units": f"1, i + 1, 'u' || i, i % 3, {arm}, 0.5, 0, {at}, 0, 0",
-        "trial_calls": "1, i + 1, 1, 0, 0, 1000, 1, 1.0, 0, 0, 1000, 1, 1.0",
+        "trial_calls": "1, i + 1, 1, 0, 0, 1000, 1, 1.0, 0, 0, 1000, 1, 1.0, 0, 0",
         "trial_values": f"1, 'resolved', i + 1, 'anonymous', 1.0, {at}",
     }
     arms = "SELECT 1, stage, arm, 0, count(*), count(*), 0 FROM trial_units GROUP BY stage, arm"
