@@ -205,6 +205,8 @@ def read_ready(
     row = connection.execute("SELECT number FROM trial_read WHERE trial = ? AND metric = ?", (trial, key)).fetchone()
     mark = 0 if row is None else int(row[0])
     end = min(last_number(connection, trial), mark + most)
+    if end <= mark:
+        return mark, mark
     untold = "" if window else _NO_CALLS if metric is None else _NO_VALUES
     more = [key] if window == 0 and metric is not None else []
     sql, values = _READY + untold, [trial, mark, end, before, *more]
@@ -237,6 +239,8 @@ def read_matured(
     key = joined(metric)
     row = connection.execute("SELECT number FROM trial_read WHERE trial = ? AND metric = ?", (trial, key)).fetchone()
     span = (after, min(0 if row is None else int(row[0]), after + most))
+    if span[1] <= after:
+        return []
     if metric is None:
         return [_with_calls(row) for row in connection.execute(_WITH_CALLS, (trial, *span))]
     values: dict[int, list[tuple[float, float]]] = {}
