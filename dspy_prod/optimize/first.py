@@ -25,7 +25,7 @@ class FirstExample:
 
     def __init__(self, gate: Gate, run: Run, foreign: bool) -> None:
         self._gate, self._run, self._foreign = gate, run, foreign
-        self._before = frozenset(thread.ident for thread in threading.enumerate())
+        self._before = frozenset(threading.enumerate())  # not their idents: those of ended ones are given away again
         self._inside = 0
         self._elsewhere: Any = None
 
@@ -73,7 +73,7 @@ class FirstExample:
         guards = current().guards
         if self._run in guards:
             self._inside += 1
-        elif not guards and threading.get_ident() in self._before:
+        elif not guards and threading.current_thread() in self._before:
             self._elsewhere = lm
         elif not guards:
             self._wrong(_strayed(lm))

@@ -6,6 +6,7 @@ import _thread
 import copy
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -157,6 +158,15 @@ class Dies:
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """It interrupts, also where the tests were begun in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_that_python_drops_ends_it_too(world: World, asked: Any, store: str) -> None:
     """Raised within a destructor, `KeyboardInterrupt` is printed and forgotten."""
