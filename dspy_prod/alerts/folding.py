@@ -33,11 +33,11 @@ class Folding:
 
     def __init__(self, every: float) -> None:
         self._every = every
-        self._windows: OrderedDict[tuple[str, str], _Window] = OrderedDict()
+        self._windows: OrderedDict[tuple[str, str, int], _Window] = OrderedDict()
 
     def note(self, notice: Notice, now: float) -> Notice | None:
         """The notice, if it is to be told at once; None if it is held back."""
-        key = (notice.kind, notice.subject)
+        key = (notice.kind, notice.subject, notice.apart)
         window = self._windows.get(key)
         if window is not None and now < window.ends:
             window.folded += 1
@@ -70,7 +70,7 @@ class Folding:
         """When the next window ends; `inf` when none is open."""
         return min((window.ends for window in self._windows.values()), default=inf)
 
-    def _open(self, key: tuple[str, str], now: float) -> None:
+    def _open(self, key: tuple[str, str, int], now: float) -> None:
         self._windows[key] = _Window(now + self._every)
         self._windows.move_to_end(key)
         while len(self._windows) > MOST:

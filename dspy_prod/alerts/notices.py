@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any, Final, NamedTuple
@@ -29,6 +30,7 @@ KINDS: Final = frozenset({*EVENTS, EXHAUSTED} - NEVER)
 """Everything that can be asked for."""
 
 _LENGTH: Final = 500
+_SALT: Final = os.urandom(16)
 
 
 class Notice(NamedTuple):
@@ -41,6 +43,7 @@ class Notice(NamedTuple):
         text: one sentence in plain words.
         at: when it happened (the last time), in seconds since the epoch.
         folded: how often the same has happened since it was last told, this one not counted.
+        apart: tells subjects apart that are called alike, such as tenants; means nothing outside of this process.
 
     Example:
         ```python
@@ -59,6 +62,7 @@ class Notice(NamedTuple):
     text: str
     at: float
     folded: int = 0
+    apart: int = 0
 
     @property
     def when(self) -> str:
@@ -84,7 +88,8 @@ def notice_of(kind: str, event: Event) -> Notice:
     text = _others(kind, data) if said is None else said(data)
     level = EVENTS["rejected" if kind == EXHAUSTED else event.name].level if event.name in EVENTS else logging.WARNING
     word = "error" if level >= logging.ERROR else "warning" if level >= logging.WARNING else "info"
-    return Notice(kind, _clean(_subject(data)), word, _clean(text), event.at)
+    apart = hash((_SALT, data.get("value"))) if data.get("scope") == "tenant" else 0
+    return Notice(kind, _clean(_subject(data)), word, _clean(text), event.at, apart=apart)
 
 
 def _subject(data: Mapping[str, Any]) -> str:

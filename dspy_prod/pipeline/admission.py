@@ -11,10 +11,12 @@ from dspy_prod.context.scoring import is_raising
 from dspy_prod.pipeline.alone import unaided
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.effects import Wait
-from dspy_prod.pipeline.plan import renewed, shrunk, turns_at, wait_until
+from dspy_prod.pipeline.plan import plan, renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.refusals import refused, waited_too_long
 from dspy_prod.pipeline.settling import give_back
+from dspy_prod.pipeline.taken import returned
 from dspy_prod.records import NANO
+from dspy_prod.stores.admission.window import LEAD
 from dspy_prod.stores.base import GRANTED, PENDING, Refusal, Reservation, Store
 
 STORE_PATIENCE: Final = 2.0
@@ -36,7 +38,11 @@ _LOOK: Final = 0.01
 
 
 def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
-    """Wait in line for limiter and budget, holding nothing; gives the attempt as it was granted in the end."""
+    """Wait in line for limiter and budget; gives the attempt as it was granted in the end.
+
+    Who waits holds nothing, but for the last moment (`LEAD`) on a store of several processes: there a call is granted
+    before it may go, and given back if the provider says meanwhile that nobody may.
+    """
     call = attempt.call
     store, monotonic = call.pipeline.store, call.pipeline.clock.monotonic
     longest = wait_until(attempt, monotonic())
@@ -48,6 +54,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
         began = monotonic()
         turn = turns_at(attempt, began)
         again: Attempt | None = None
+        paused = False
         told, looked = False, 0.0  # in looks, not by the clock: where these come late, so does the store's writer
         last = time.monotonic()  # the machine's: a clock that is moved by hand gives the writer no time
         try:
@@ -76,12 +83,13 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
                     continue
                 elif store.withdraw(reservation) and (reservation.blocked_on or call.late()):
                     raise waited_too_long(attempt)
-            early = reservation.granted_at - store.now() if reservation.state == GRANTED else 0.0
-            if early > 0:
+            early = min(reservation.granted_at - store.now(), LEAD) if reservation.state == GRANTED else 0.0
+            if early > 0:  # a clock that was set must not make it long
                 if not told:
                     told = True
                     call.emit("waiting", model=attempt.route.model, blocked_on=reservation.blocked_on)
-                yield Wait(None, monotonic() + early)
+                yield Wait(None, min(monotonic() + early, call.deadline))
+                paused = store.throttled_since(reservation.limit_key, reservation.granted_at - LEAD)
         except BaseException as error:
             give_back(attempt, error)
             raise
@@ -91,9 +99,13 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
             if told:
                 blocked_on = reservation.blocked_on
                 call.emit("waited", model=attempt.route.model, blocked_on=blocked_on, seconds=seconds)
-        if reservation.state == GRANTED:
+        if reservation.state == GRANTED and not paused:
             return attempt
         refusal = reservation.refusal
+        if paused:  # the provider said no meanwhile: back into line
+            returned(store, reservation)
+            attempt.reservation = None
+            again = plan(call, attempt.route, attempt.number, attempt.patience)
         if again is None and refusal is None:
             refusal = Refusal("store_unavailable", detail=f"it did not decide within {patience:g} s")
         if again is None and refusal is not None and refusal.reason == "store_unavailable" and not alone:

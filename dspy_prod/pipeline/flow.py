@@ -277,7 +277,8 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
         if runs:
             yield from taking(attempt)
         if attempt.reservation is not None:
-            if pipeline.store.admit(attempt.reservation).state != GRANTED:
+            admitted = pipeline.store.admit(attempt.reservation)
+            if admitted.state != GRANTED or admitted.granted_at > pipeline.store.now():
                 attempt = yield from admission(attempt)
                 fleet.look()
                 if breaker is not None:

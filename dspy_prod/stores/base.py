@@ -88,6 +88,10 @@ class Admission(Protocol):
         """The provider answered 429: pause the key and lower its rate. Posted."""
         ...
 
+    def throttled_since(self, limit_key: str | None, at: float) -> bool:
+        """Whether a call of this process was answered 429 since store time `at`; for who was granted ahead to ask."""
+        ...
+
     def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
         """The provider told `{"requests"|"tokens": (remaining, seconds_until_reset)}`. Posted."""
         ...

@@ -82,6 +82,10 @@ class Lane:
         """The provider answered 429: pause the key and lower its rate."""
         self._step(lambda core, now: core.throttled(limit_key, limit, retry_after, now))
 
+    def throttled_since(self, limit_key: str | None, at: float) -> bool:
+        """Nothing is granted ahead here, so nobody has to ask."""
+        return False
+
     def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
         """The provider told what is left of its limits, and for how many seconds."""
         self._step(lambda core, now: core.resync(limit_key, limit, remaining, now))

@@ -95,11 +95,12 @@ class Granting:
                     self._timers.pop(key, None)
                 else:
                     self._timers[key] = at - lead
-                if at - now > lead:
+                if at - lead > now:  # as the timer has it
                     return ""
             if limiter.turns:
                 if limiter.turns.belongs_to_another(self._process, reservation.priority, now):
                     reservation.blocked_on = "concurrency" if limiter.limit.concurrency is not None else "requests"
+                    limiter.blocked_on = ""  # which says no moment
                     self._timers[key] = now + FRESH / 2  # should they not come
                     return ""
                 limiter.turns.taken(self._process, reservation.priority)

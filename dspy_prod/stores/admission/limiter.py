@@ -15,7 +15,7 @@ import orjson
 
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.turnstile import DRAWN, Debit, Turnstile
-from dspy_prod.stores.admission.window import AHEAD, LEAD
+from dspy_prod.stores.admission.window import AHEAD, LEAD, LEAD_ALONE
 from dspy_prod.stores.base import LimiterSnapshot
 
 FUTURE: Final = 60.0
@@ -102,12 +102,14 @@ class LimiterState(Turnstile):
         """
         if not self.timed or self.held_back(now) or self.free_seats(now) < 1:
             return 0.0
+        if self.turns.are_of_alone(process):
+            return LEAD_ALONE
         return LEAD if self.turns.is_next(process) else LEAD / 2
 
     @property
     def timed(self) -> bool:
         """Whether `ready_at` said a moment that hardly comes sooner: tokens are given back whenever a call ends."""
-        return self.blocked_on in ("pacing", "requests")
+        return self.blocked_on == "requests" or (self.blocked_on == "pacing" and not self._pacing.by_tokens)
 
     # -- what the provider says --------------------------------------------------------------------------------------
     def throttled(self, now: float, retry_after: float | None) -> None:

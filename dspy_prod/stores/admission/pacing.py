@@ -70,7 +70,7 @@ class Pacing:
     LMs with different settings may share a key, so a pacer that the settings of one do not ask for goes on counting.
     """
 
-    __slots__ = ("_paces_requests", "_paces_tokens", "_requests", "_second", "_slice", "_tokens")
+    __slots__ = ("_paces_requests", "_paces_tokens", "_requests", "_second", "_slice", "_tokens", "by_tokens")
 
     def __init__(self) -> None:
         self._slice = 1, 0.0  # burst and span at the full rate
@@ -78,6 +78,7 @@ class Pacing:
         self._second: RequestPacer | None = None  # bounds about a second, should calls of smaller bursts bunch up
         self._tokens: TokenPacer | None = None
         self._paces_requests = self._paces_tokens = False
+        self.by_tokens = False
 
     def tune(self, limit: RateLimit, factor: float, measured: float | None, now: float) -> None:
         """Follow new settings, keeping what was sent.
@@ -106,6 +107,7 @@ class Pacing:
     def ready_at(self, tokens: int) -> float:
         """When a call that reserves `tokens` may go; possibly in the past."""
         at = -inf
+        self.by_tokens = False
         if self._paces_requests and self._requests is not None:
             at = self._requests.ready_at()
             if self._second is not None:
@@ -113,6 +115,7 @@ class Pacing:
         if self._paces_tokens and self._tokens is not None:
             then = self._tokens.ready_at(tokens)
             if then > at:
+                self.by_tokens = True
                 return then
         return at
 

@@ -58,6 +58,10 @@ class Turns:
                     return True
         return False
 
+    def are_of_alone(self, process: str) -> bool:
+        """Whether no other process waits."""
+        return all(each == process for each in self._waiting)
+
     def is_next(self, process: str) -> bool:
         """Whether nobody waits who comes before this process: of a higher priority, or passed by more often."""
         first = min(

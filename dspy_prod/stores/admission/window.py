@@ -17,6 +17,8 @@ AHEAD: Final = 0.25
 """Seconds by which what is drawn is dated ahead, see `LimiterState.draw`."""
 LEAD: Final = 0.5
 """Seconds by which a call may at most be granted ahead, see `LimiterState.lead`."""
+LEAD_ALONE: Final = 0.1
+"""The same where no other process waits: a grant takes only this one's commit."""
 NEVER: Final = -1
 """The end of a lease that has none."""
 _RECENT: Final = 5.0

@@ -72,6 +72,7 @@ class DurableStore:
         self._writer, self._mailbox = writer, mailbox
         self._local, self._drawn = writer.local, writer.drawn
         self._alone = Alone(self.now)
+        self._throttled: dict[str, float] = {}  # limiters, as many as this process calls by
 
     def _start(self) -> None:
         """Make a fresh writer and what reads, and `_begin` with them."""
@@ -174,7 +175,11 @@ class DurableStore:
             self._local.throttled(limit_key, limit, retry_after)
         self._drawn.close(limit_key)
         self._alone.throttled(limit_key, retry_after)
+        self._throttled[limit_key] = self.now()
         self._mailbox.post((Transactions.throttled, (limit_key, limit), retry_after))
+
+    def throttled_since(self, limit_key: str | None, at: float) -> bool:
+        return self._throttled.get(limit_key or "", -inf) >= at
 
     def resync(self, limit_key: str, limit: RateLimit, remaining: dict[str, tuple[float, float]]) -> None:
         if not shared(limit):
@@ -184,6 +189,7 @@ class DurableStore:
 
     def lift(self, limit_key: str) -> bool:
         local = self._local.lift(limit_key)
+        self._throttled.pop(limit_key, None)
         return bool(self._mailbox.question(lambda core, _, now: core.lift(limit_key, now))) or local
 
     def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:

@@ -267,7 +267,7 @@ class Writer(Failing):
         while self.inbox.qsize():
             kind, subject, _ = self.inbox.get_nowait()
             if kind is Transactions.admit:
-                self._refuse([subject], refusal)
+                changes.verdicts.append((subject, REFUSED, refusal))
         for reservation, _, _ in changes.verdicts:
             if reservation.state == PENDING:
                 reservation.refusal = refusal
