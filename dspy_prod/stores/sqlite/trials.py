@@ -168,19 +168,20 @@ class KeptTrials:
         return self._read(lambda connection, ns: read_tally(connection, id_of(connection, ns, name), unkept))
 
     def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
-        trial = self.trial(name)
-        if trial is None:
-            return []
-        window, grace = trial.window(metric), trial.grace
+        def read(connection: sqlite3.Connection, ns: int) -> list[Matured] | tuple[int, Trial]:
+            found = find(connection, ns, name)
+            if found is None:
+                return []
+            id, trial = found
+            mark, ready = read_ready(connection, id, metric, trial.window(metric), trial.grace, self.now(), most)
+            return found if ready > mark else read_matured(connection, id, metric, after, most)
 
-        def moves(connection: sqlite3.Connection, ns: int) -> tuple[int, bool]:
-            id = id_of(connection, ns, name)
-            mark, ready = read_ready(connection, id, metric, window, grace, self.now(), most)
-            return id, ready > mark
-
-        id, new = self._read(moves)
-        if new:  # inside a transaction, so that whatever is written before or after the mark agrees with it
-            self._ask(lambda connection, _, now: advance(connection, id, metric, window, grace, now, most))
+        known = self._read(read)
+        if isinstance(known, list):
+            return known
+        id, window, grace = known[0], known[1].window(metric), known[1].grace
+        # Inside a transaction, so that whatever is written before or after the mark agrees with it.
+        self._ask(lambda connection, _, now: advance(connection, id, metric, window, grace, now, most))
         return self._look(lambda connection, _: read_matured(connection, id, metric, after, most))
 
     def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
