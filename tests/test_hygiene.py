@@ -36,7 +36,9 @@ ROOT = Path(__file__).parent.parent
 
 IMPORTING = """
 import json, os, sys, time
+began = time.process_time()
 import dspy
+beside = time.process_time() - began
 here = os.getcwd()
 opened = []
 def watch(event, arguments):
@@ -52,7 +54,7 @@ import dspy_prod
 from dspy_prod import LM, Budget, Cache, CircuitBreaker, RateLimit, Retry, call_context
 took = time.process_time() - began
 names = [name for name in ("mlflow", "litellm", "redis") if name in sys.modules]
-print(json.dumps({"took": took, "opened": opened, "imported": names, "left": os.listdir(here)}))
+print(json.dumps({"took": took, "beside": beside, "opened": opened, "imported": names, "left": os.listdir(here)}))
 """
 
 
@@ -69,14 +71,17 @@ def run_python(code: str, cwd: Path, **environment: str) -> Any:
 # -- import ----------------------------------------------------------------------------------------------------------
 @pytest.mark.alone
 def test_the_import_is_light_and_leaves_no_trace(tmp_path: Path) -> None:
-    """Importing writes nothing, opens nothing where it runs, brings no heavy package, and computes under 100 ms."""
+    """Importing writes nothing, opens nothing where it runs, brings no heavy package, and computes under 100 ms; where
+    the machine is slow, under a tenth of what DSPy does."""
     seen = [run_python(IMPORTING, tmp_path) for _ in range(2)]
     assert [(each["opened"], each["imported"], each["left"]) for each in seen] == [([], [], [])] * 2
     tries = 0
-    while min(each["took"] for each in seen) >= 0.1 and tries < 8:  # other programs may use the caches and the core
+    while (
+        not any(each["took"] < max(0.1, each["beside"] / 10) for each in seen) and tries < 8
+    ):  # other programs may use the caches and the core
         seen.append(run_python(IMPORTING, tmp_path))
         tries += 1
-    assert min(each["took"] for each in seen) < 0.1
+    assert any(each["took"] < max(0.1, each["beside"] / 10) for each in seen), seen
 
 
 @pytest.mark.parametrize("package", [dspy_prod, dspy_prod.registry, dspy_prod.tracking])
