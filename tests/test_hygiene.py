@@ -72,16 +72,16 @@ def run_python(code: str, cwd: Path, **environment: str) -> Any:
 @pytest.mark.alone
 def test_the_import_is_light_and_leaves_no_trace(tmp_path: Path) -> None:
     """Importing writes nothing, opens nothing where it runs, brings no heavy package, and computes under 100 ms; where
-    the machine is slow, under a tenth of what DSPy does."""
+    the machine is slow, under a fifth of what DSPy does."""
     seen = [run_python(IMPORTING, tmp_path) for _ in range(2)]
     assert [(each["opened"], each["imported"], each["left"]) for each in seen] == [([], [], [])] * 2
     tries = 0
     while (
-        not any(each["took"] < max(0.1, each["beside"] / 10) for each in seen) and tries < 8
+        not any(each["took"] < max(0.1, each["beside"] / 5) for each in seen) and tries < 8
     ):  # other programs may use the caches and the core
         seen.append(run_python(IMPORTING, tmp_path))
         tries += 1
-    assert any(each["took"] < max(0.1, each["beside"] / 10) for each in seen), seen
+    assert any(each["took"] < max(0.1, each["beside"] / 5) for each in seen), seen
 
 
 @pytest.mark.parametrize("package", [dspy_prod, dspy_prod.registry, dspy_prod.tracking])
