@@ -61,7 +61,7 @@ def test_a_worker_whose_store_is_gone_is_not_ready(tmp_path: Path) -> None:
 
 def test_a_worker_that_is_about_to_end_is_not_ready() -> None:
     """Load balancers send their requests elsewhere from then on."""
-    app = service()
+    app = service("draining")  # of the LMs of other tests, some have lost their stores
     serving(app).draining = True
     answer = ask(app)
     assert (answer.status, answer.json()["reasons"]) == (503, ["draining"])
