@@ -19,6 +19,7 @@ from dspy.utils.exceptions import LMServerError
 import dspy_prod
 from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, ConfigError, Price, call_context
 from dspy_prod.alerts import Notice, sending
+from dspy_prod.alerts.folding import Folding
 from dspy_prod.alerts.notices import DEFAULT, KINDS, notice_of
 from dspy_prod.alerts.posting import post
 from dspy_prod.telemetry.events import BUS, EVENTS, Event
@@ -323,6 +324,18 @@ def test_what_an_operator_stops_is_told_without_naming_a_tenant(of: dict[str, An
     assert (notice.level, notice.subject) == ("warning", told)
     goes_on = notice_of("calls_resumed", Event("calls_resumed", 1.8e9, of))
     assert (goes_on.level, goes_on.text) == ("info", f"Calls that an operator had stopped go on: {told}")
+
+
+def test_two_tenants_that_are_stopped_are_two_alerts() -> None:
+    """They are called alike, and the second one was held back as if it had been told."""
+    folding = Folding(300.0)
+    acme, umbrella, again = (
+        notice_of("calls_stopped", Event("calls_stopped", 1.8e9, {"scope": "tenant", "value": value}))
+        for value in ("acme", "umbrella", "acme")
+    )
+    assert folding.note(acme, 0.0) is not None
+    assert folding.note(umbrella, 5.0) is not None
+    assert folding.note(again, 6.0) is None
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS - {"budget_exhausted"}))
