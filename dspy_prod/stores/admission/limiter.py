@@ -102,7 +102,7 @@ class LimiterState(Turnstile):
         """
         if not self.timed or self.held_back(now) or self.free_seats(now) < 1:
             return 0.0
-        if self.turns.are_of_alone(process):
+        if self.turns.only_of(process):
             return LEAD_ALONE
         return LEAD if self.turns.is_next(process) else LEAD / 2
 

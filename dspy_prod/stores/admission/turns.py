@@ -58,7 +58,7 @@ class Turns:
                     return True
         return False
 
-    def are_of_alone(self, process: str) -> bool:
+    def only_of(self, process: str) -> bool:
         """Whether no other process waits."""
         return all(each == process for each in self._waiting)
 
