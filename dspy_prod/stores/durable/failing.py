@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from typing import Final
@@ -35,7 +36,7 @@ def size_of(operations: Iterable[Operation]) -> int:
     return sum([len(one) if kind is Transactions.append_served else 1 for kind, one, _ in operations])
 
 
-class Failing:
+class Failing(ABC):
     """See `Writer`, whose attributes these are."""
 
     failing: Refusal | None
@@ -54,9 +55,9 @@ class Failing:
     _back_off: float
     _outages: int
 
+    @abstractmethod
     def _publish(self) -> None:
         """Tell what is durable now."""
-        raise NotImplementedError
 
     @property
     def workers(self) -> int:

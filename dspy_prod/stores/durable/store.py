@@ -7,6 +7,7 @@ commits. The waiting order is per process; limits and budgets are strict across 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import inf
 from typing import Any, Final
@@ -44,7 +45,7 @@ DECLARE_TIMEOUT: Final = 1.0
 OnProblem = Callable[[str, dict[str, Any]], None]
 
 
-class DurableStore:
+class DurableStore(ABC):
     """The part of a store that does not depend on where it keeps its state.
 
     Args:
@@ -74,9 +75,9 @@ class DurableStore:
         self._alone = Alone(self.now)
         self._throttled: dict[str, float] = {}  # limiters, as many as this process calls by
 
+    @abstractmethod
     def _start(self) -> None:
         """Make a fresh writer and what reads, and `_begin` with them."""
-        raise NotImplementedError
 
     @property
     def namespace(self) -> str:
