@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,20 @@ from starlette.applications import Starlette
 from dspy_prod import ConfigError
 from dspy_prod.asgi import install, probe_routes, probes
 from dspy_prod.asgi.serving import serving
+from dspy_prod.runtime.living import LIVE, living
 from dspy_prod.testing import Provider
 from tests.asgi.support import Answer, exchange
 from tests.e2e.support import MODEL, make_lm
+
+
+@pytest.fixture(autouse=True)
+def only_its_own() -> Iterator[None]:
+    """A probe looks at every LM of the process: here not at those of other tests, some without a store by now."""
+    others = living()
+    LIVE.clear()
+    yield
+    LIVE.clear()
+    LIVE.update(others)
 
 
 def service(*unready: Any) -> Starlette:
@@ -61,7 +73,7 @@ def test_a_worker_whose_store_is_gone_is_not_ready(tmp_path: Path) -> None:
 
 def test_a_worker_that_is_about_to_end_is_not_ready() -> None:
     """Load balancers send their requests elsewhere from then on."""
-    app = service("draining")  # of the LMs of other tests, some have lost their stores
+    app = service()
     serving(app).draining = True
     answer = ask(app)
     assert (answer.status, answer.json()["reasons"]) == (503, ["draining"])
