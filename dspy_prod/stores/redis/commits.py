@@ -130,8 +130,13 @@ class Commits:
                 answer = list(client.execute_command("EVALSHA", name, *parts))  # type: ignore[no-untyped-call]
             except redis.exceptions.NoScriptError:
                 self._load(text)  # and where that fails, so does the next attempt
+            except redis.exceptions.MovedError as error:
+                why = error
+                if not self.connection.follows(error):
+                    break
             except (redis.TimeoutError, redis.ConnectionError, OSError) as error:
                 self._in_doubt, why = True, error
+                self.connection.follows(error)
                 if isinstance(error, redis.TimeoutError):
                     break
             except redis.RedisError as error:

@@ -18,6 +18,8 @@ ANSWER: Final = 1.0
 """Seconds for which an answer is waited for."""
 POOL: Final = 8
 """Connections at most."""
+HOPS: Final = 3
+"""How often a command is sent on to another node of a cluster."""
 
 
 def check(url: str) -> None:
@@ -46,8 +48,10 @@ _REMEDIES: Final = {
     "NOPERM": "its user may not do this; see the rights in the guide on fleets",
     "NoPermission": "its user may not do this; see the rights in the guide on fleets",
     "CROSSSLOT": "it is a cluster, reached through a proxy that does not know of hash tags",
-    "Moved": "it is one of a Redis Cluster, where another has this namespace; give a server of no cluster, or a proxy",
-    "ClusterDown": "it is one of a Redis Cluster that does not work; give a server of no cluster, or a proxy",
+    "Moved": "it is one of a Redis Cluster, whose nodes do not agree which has this namespace; ask CLUSTER NODES",
+    "ClusterDown": "it is one of a Redis Cluster that does not work at present; ask CLUSTER INFO",
+    "Ask": "it is one of a Redis Cluster that is handing this namespace to another one; that passes",
+    "TryAgain": "it is one of a Redis Cluster that is handing this namespace to another one; that passes",
 }
 """By how an error is called, or the word it begins with."""
 _SAID: Final = {
@@ -60,6 +64,9 @@ _SAID: Final = {
 
 class Connection:
     """Commands to one server, for one namespace. Thread-safe.
+
+    A node of a cluster says which other one has the namespace; its commands go there until that one fails, and then to
+    the URL's again, which may be a name that stands for several nodes.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, as redis-py reads it.
@@ -76,6 +83,7 @@ class Connection:
         self._retries = retries
         self._tag = "{dspy_prod:" + quote(namespace, safe="") + "}"
         self._client: redis.Redis | None = None
+        self._node: tuple[str, int] | None = None  # of a cluster, which has this namespace
 
     def key(self, *parts: str) -> str:
         """A key of this namespace: all of them are in one slot of a cluster.
@@ -90,18 +98,38 @@ class Connection:
         Raises:
             StoreUnavailableError: the server cannot be reached, or does not answer in time.
         """
-        client = self.client()
-        try:
-            pipeline = client.pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
-            return list(pipeline.execute())
-        except self.failures() as error:
-            raise self.unavailable(error) from error
+        hops = 0
+        while True:
+            try:
+                pipeline = self.client().pipeline(transaction=False)
+                for command in commands:
+                    pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+                return list(pipeline.execute())
+            except self.failures() as error:
+                hops += 1
+                if hops > HOPS or not self.follows(error):
+                    raise self.unavailable(error) from error
+
+    def follows(self, error: BaseException) -> bool:
+        """Whether a node has sent us to another one, to which what was refused can be sent now.
+
+        Where the other one fails, the next use begins at the URL.
+        """
+        import redis
+
+        if isinstance(error, redis.exceptions.MovedError) and not self._url.startswith("unix:"):
+            client = self._client
+            known = {} if client is None else client.connection_pool.connection_kwargs
+            self._node, self._client = (error.host or known.get("host", ""), error.port), None
+            return True
+        if self._node is not None and isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
+            self._node = self._client = None
+        return False
 
     def client(self) -> redis.Redis:
         """The client of redis-py, made when first needed."""
-        if self._client is None:
+        client, node = self._client, self._node
+        if client is None:
             import redis
             from redis.backoff import NoBackoff
             from redis.retry import Retry
@@ -111,8 +139,10 @@ class Connection:
                 self._url, max_connections=self._most, timeout=ANSWER, socket_connect_timeout=CONNECT,
                 socket_timeout=ANSWER, health_check_interval=30, retry=retry,
             )  # fmt: skip
-            self._client = redis.Redis(connection_pool=pool)
-        return self._client
+            if node is not None:
+                pool.connection_kwargs["host"], pool.connection_kwargs["port"] = node
+            client = self._client = redis.Redis(connection_pool=pool)
+        return client
 
     @staticmethod
     def failures() -> tuple[type[BaseException], ...]:
@@ -136,7 +166,7 @@ class Connection:
 
     def close(self) -> None:
         """Close the connections; the next use opens new ones."""
-        client, self._client = self._client, None
+        client, self._client, self._node = self._client, None, None
         if client is not None:
             client.close()
             client.connection_pool.disconnect()

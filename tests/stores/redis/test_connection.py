@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socketserver
+import threading
+
 import pytest
 import redis
 
 from dspy_prod.errors import StoreUnavailableError
-from dspy_prod.stores.redis.connection import Connection
+from dspy_prod.stores.redis.connection import HOPS, Connection
 
 
 def test_what_was_written_is_read_in_one_round_trip(connection: Connection) -> None:
@@ -36,6 +39,7 @@ def test_a_dead_server_is_told_without_its_password() -> None:
     [
         (redis.exceptions.MovedError("5 127.0.0.1:7001"), "one of a Redis Cluster"),
         (redis.exceptions.ClusterDownError("Hash slot not served"), "one of a Redis Cluster"),
+        (redis.exceptions.TryAgainError("Multiple keys request during rehashing of slot"), "that passes"),
         (redis.ResponseError("SELECT is not allowed in cluster mode"), "no database but 0"),
         (redis.ResponseError("DB index is out of range"), "no database of that number"),
         (redis.ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate"), "ssl_ca_certs="),
@@ -49,3 +53,28 @@ def test_an_error_says_what_to_do(said: Exception, remedy: str) -> None:
     assert remedy in told
     assert "7001" not in told
     assert "permissions to run" not in told
+
+
+def test_nodes_that_send_each_other_whoever_asks_are_not_asked_for_ever() -> None:
+    """As in a cluster whose nodes do not agree; the error says so."""
+    asked: list[bytes] = []
+
+    class Sending(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while line := self.rfile.readline():
+                word = line.strip().upper()
+                if word == b"GET":
+                    asked.append(word)
+                    self.wfile.write(f"-MOVED 5 :{self.server.server_address[1]}\r\n".encode())
+                elif word in (b"PING", b"SETINFO", b"HELLO"):
+                    self.wfile.write(b"+PONG\r\n" if word == b"PING" else b"+OK\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Sending) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        one = Connection(f"redis://127.0.0.1:{server.server_address[1]}/0?protocol=2", "n")
+        with pytest.raises(StoreUnavailableError, match="nodes do not agree"):
+            one.read([("GET", one.key("meta"))])
+        one.close()
+        server.shutdown()
+    assert len(asked) == HOPS + 1
