@@ -34,6 +34,8 @@ def in_environment() -> frozenset[str]:
     while True:
         try:
             return _secrets_of(frozenset(snapshot()))
+        except RecursionError:  # a RuntimeError too, and no deeper stack comes of trying again
+            raise
         except (KeyError, RuntimeError):  # another thread has just deleted one, or set one
             continue
 

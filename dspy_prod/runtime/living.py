@@ -35,5 +35,7 @@ def living() -> list[Living]:
     while True:
         try:
             return list(LIVE)
+        except RecursionError:  # a RuntimeError too, and no deeper stack comes of trying again
+            raise
         except RuntimeError:
             continue

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from dspy_prod.privacy.error_text import error_text, scrubbed
 from dspy_prod.privacy.forms import blotted
 from dspy_prod.privacy.names import secrets_in
 from dspy_prod.privacy.unshown import unshown
+from dspy_prod.runtime.living import living
 
 PLAIN = "correct horse battery"
 """A secret that looks like none."""
@@ -109,3 +112,30 @@ def test_a_secret_that_is_deep_json_is_no_error() -> None:
     """A setting of a thousand brackets ended in a `RecursionError`."""
     deep = '{"a":' * 100_000
     assert deep in secrets_in({"api_key": deep})
+
+
+@pytest.mark.parametrize("look", [known.in_environment, living], ids=["environment", "LMs"])
+def test_who_looks_with_no_stack_left_is_told(look: Callable[[], object]) -> None:
+    """A `RecursionError` is a `RuntimeError`: it was taken for another thread's change, and tried again for ever."""
+    lm = make_lm("any")
+    told: list[bool] = []
+
+    def at(deeper: int) -> object:
+        return at(deeper - 1) if deeper else look()
+
+    def everywhere() -> None:
+        for left in range(60):
+            known._secrets_of.cache_clear()
+            try:
+                at(sys.getrecursionlimit() - left)
+            except RecursionError:
+                told.append(True)
+            else:
+                told.append(False)
+
+    thread = threading.Thread(target=everywhere, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert set(told) == {True, False}, "the depths reach from too deep to deep enough"
+    assert lm in living()
