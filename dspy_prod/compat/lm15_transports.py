@@ -22,6 +22,7 @@ _BrokenTransport: type[Exception]
     "StdlibTransport._open",
     "StdlibTransport._read_head",
     "StdlibTransport._make_release",
+    "StdlibTransport._iter_body",
     "StdlibAsyncTransport._read_head",
     "StdlibAsyncTransport._make_release",
     "StdlibAsyncTransport._send_request",
@@ -58,6 +59,37 @@ async def _apage(chunks: AsyncIterator[bytes]) -> bytes:
     except _BrokenTransport:
         pass
     return b"".join(parts)
+
+
+def _with_slot(response: Any) -> None:
+    """Have the answer give back its slot together with its connection, as the asynchronous transport does.
+
+    lm15 leaves the slot to the generator that reads the body. Where an answer is given up half-way, such as one that
+    cannot be read, the error's traceback holds that generator: until the garbage is collected, by an interpreter that
+    may be in the middle of another deep answer then, with no stack left to give anything back.
+    """
+    release, give_back = response._release, response._chunks.give_back
+
+    def released(whole: bool) -> None:
+        try:
+            release(whole)
+        finally:
+            give_back()
+
+    response._release = released
+
+
+class _Body:
+    """The parts of a body, and how the slot of its connection is given back, which an answer is not told."""
+
+    __slots__ = ("_parts", "give_back")
+
+    def __init__(self, parts: Iterator[bytes], give_back: Callable[[], None]) -> None:
+        self._parts = parts
+        self.give_back = give_back
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._parts
 
 
 class HookedTransport(_StdlibTransport):
@@ -99,6 +131,7 @@ class HookedTransport(_StdlibTransport):
         if left is not None:
             request.connect_timeout = min(request.connect_timeout or self._connect_timeout, left)
         response = super().stream(request)
+        _with_slot(response)
         if response.status >= 300:
             self.refused(response.headers, response.status)
             response.read = lambda: _page(iter(response))
@@ -106,6 +139,9 @@ class HookedTransport(_StdlibTransport):
                 with response:
                     raise _elsewhere(response, response.read())
         return response
+
+    def _iter_body(self, *args: Any, on_finish: Callable[[], None], **kwargs: Any) -> Any:
+        return _Body(super()._iter_body(*args, on_finish=on_finish, **kwargs), on_finish)
 
     def _read_head(self, conn: Any, **kwargs: Any) -> Any:
         return bounded_head(super()._read_head(conn, **kwargs), conn)
