@@ -12,12 +12,16 @@ from typing import Any, Final, Literal, overload
 from dspy_prod.errors import ConfigError
 from dspy_prod.metrics.exposition import Collected
 from dspy_prod.metrics.setup import MOST_VALUES, REMEDY, checked
-from dspy_prod.runtime.forking import Stage, reset_after_fork
+from dspy_prod.runtime.forking import RegistryLock, Stage, reset_after_fork
 
 PORT: Final = 9464
 """Where OpenTelemetry's own exporters for Prometheus listen."""
 
 MOST_WORKERS: Final = 1024
+
+_LOCK: Final = RegistryLock()
+_SERVING: Final[set[Endpoint]] = set()
+"""Those of this process that run."""
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 WsgiApp = Callable[[dict[str, Any], Any], Iterable[bytes]]
@@ -51,7 +55,8 @@ def prometheus(
         attributes, most_values: see `enable`.
 
     Raises:
-        ConfigError: `opentelemetry-sdk` or `prometheus-client` is missing; the ports are taken; see `enable`.
+        ConfigError: `opentelemetry-sdk` or `prometheus-client` is missing; the ports are taken; this process has one of
+            them already; see `enable`.
 
     Example:
         ```python
@@ -67,9 +72,15 @@ def prometheus(
         raise ConfigError(
             f"prometheus(port={port}, workers={workers}): there are no ports above 65535; use a lower one"
         )
+    ports = range(port, port + (workers if port else 1))
     collected = _collected(attributes, most_values)
     try:
-        return _first(collected, range(port, port + (workers if port else 1)), host)
+        with _LOCK:
+            _refuse_twice(ports, host)
+            return _first(collected, ports, host)
+    except ConfigError:
+        collected.close()
+        raise
     except OSError as error:
         collected.close()
         raise ConfigError(
@@ -77,6 +88,17 @@ def prometheus(
             f"({error.strerror or error}); use another port, or port=0 for a free one, or workers= with the number of "
             "processes that run this line"
         ) from error
+
+
+def _refuse_twice(ports: range, host: str) -> None:
+    """A second port of one process would tell all its numbers twice, and be another worker's."""
+    for endpoint in _SERVING:
+        if endpoint.host == host and endpoint.port in ports:
+            raise ConfigError(
+                f"prometheus(port={ports.start}, host={host!r}, workers={len(ports)}): this process listens at "
+                f"{endpoint.url} already; call it once in each process, or close() that endpoint first, or use another "
+                "port"
+            )
 
 
 def _first(collected: Collected, ports: range, host: str) -> Endpoint:
@@ -168,6 +190,7 @@ class Endpoint:
         self.host, self.port = host, int(server.server_port)
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
         self._closing = threading.Lock()
+        _SERVING.add(self)
         reset_after_fork(self, Stage.FILES)
 
     def __repr__(self) -> str:
@@ -186,12 +209,14 @@ class Endpoint:
         if server is not None:
             server.shutdown()
             server.server_close()
+            _SERVING.discard(self)
             self._collected.close()
 
     def _after_fork(self) -> None:
         """The child has no thread that would answer, and must not keep the port when its parent has left it."""
         self._closing = threading.Lock()
         server, self._server = self._server, None
+        _SERVING.discard(self)
         if server is not None:
             server.socket.close()
             self._collected.instruments.stop()

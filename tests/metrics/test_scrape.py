@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,40 @@ def test_budgets_and_limiters_are_told_as_they_are_now(provider: Provider) -> No
 def test_each_worker_takes_a_port_of_its_own() -> None:
     """Workers run the same lines, so they name the same port; who is started anew takes that of the one that ended."""
     first = free_port(3)
-    with dspy_prod.metrics.prometheus(port=first), pytest.raises(ConfigError, match=r"cannot listen there .*workers="):
-        dspy_prod.metrics.prometheus(port=first)
-    workers = [dspy_prod.metrics.prometheus(port=first, workers=3) for _ in range(3)]
-    try:
-        assert [worker.port - first for worker in workers] == [0, 1, 2]
-        with pytest.raises(ConfigError, match="workers=3"):
-            dspy_prod.metrics.prometheus(port=first, workers=3)
-        workers[1].close()
-        workers[1] = dspy_prod.metrics.prometheus(port=first, workers=3)
-        assert workers[1].port == first + 1
-        assert scraped(workers[1].url)
-    finally:
-        for worker in workers:
-            worker.close()
+    with ExitStack() as others:
+        ports = [others.enter_context(socket.create_server(("127.0.0.1", first + each))) for each in (0, 1)]
+        with pytest.raises(ConfigError, match=r"cannot listen there .*workers="):
+            dspy_prod.metrics.prometheus(port=first)
+        with pytest.raises(ConfigError, match="workers=2"):
+            dspy_prod.metrics.prometheus(port=first, workers=2)
+        with dspy_prod.metrics.prometheus(port=first, workers=3) as endpoint:
+            assert endpoint.port == first + 2
+            assert scraped(endpoint.url)
+        ports[1].close()
+        with dspy_prod.metrics.prometheus(port=first, workers=3) as endpoint:
+            assert endpoint.port == first + 1
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_process_takes_one_of_its_workers_ports(tmp_path: Path, workers: int) -> None:
+    """A second one would tell all its numbers twice, and leave none for the last worker; a child takes its own."""
+    first, told = free_port(3), tmp_path / "told"
+    with dspy_prod.metrics.prometheus(port=first, workers=workers) as endpoint:
+        with pytest.raises(ConfigError, match=rf"listens at {endpoint.url} already; .*close\(\) that endpoint first"):
+            dspy_prod.metrics.prometheus(port=first, workers=workers)
+        child = os.fork()
+        if child == 0:
+            try:
+                with dspy_prod.metrics.prometheus(port=first, workers=3) as own:
+                    told.write_text(str(own.port - first))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert told.read_text() == "1"
+        with dspy_prod.metrics.prometheus(port=first + 1) as other:
+            assert other.port == first + 1, "one that was not named so"
+    with dspy_prod.metrics.prometheus(port=first, workers=workers) as endpoint:
+        assert endpoint.port == first
 
 
 @pytest.mark.parametrize("given", [{"workers": 0}, {"workers": True}, {"port": 65_535, "workers": 2}])
