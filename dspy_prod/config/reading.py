@@ -248,7 +248,8 @@ def _of_one(
     """Arguments of what stands in a table of its own, with those at the top that hold for it too."""
     retries = {"retry", "num_retries"} if {"retry", "num_retries"} & table.keys() else set()
     shared = {key: value for key, value in top.items() if key in SHARED - retries}
-    return _with_model(arguments_in({**shared, **table}, form, env, sources.within(*place)), sources, *place)
+    given = arguments_in({**shared, **table}, form, env, sources.within(*place), place)
+    return _with_model(given, sources, *place)
 
 
 def _named(kind: str, what: str, values: Mapping[str, Any], sources: Sources) -> dict[str, Mapping[str, Any]]:

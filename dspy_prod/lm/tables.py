@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, get_origin
 
 from dspy.clients.backend_selection import CLIENT_KEYS
@@ -22,10 +22,12 @@ class Form(NamedTuple):
 
     Attributes:
         name: whose they are.
+        door: where what cannot be written is given.
         kinds: what each holds; `object`: whatever DSPy or the provider makes of it, None: nothing that can be written.
     """
 
     name: str
+    door: str
     kinds: Mapping[str, Any]
 
     @property
@@ -47,9 +49,11 @@ _CALLED: Final[Mapping[str, Any]] = {
 
 LM_FORM: Final = Form(
     "dspy_prod.LM",
+    "LM.from_config",
     {**dict.fromkeys(CANONICAL_KEYS - {"messages", "stream"} | CLIENT_KEYS, object), **ARGUMENTS, **_CALLED},
 )
 EMBEDDER_FORM: Final = Form(
+    "dspy_prod.Embedder",
     "dspy_prod.Embedder",
     {
         **dict.fromkeys(CLIENT_KEYS, object),
@@ -57,7 +61,7 @@ EMBEDDER_FORM: Final = Form(
             name: ARGUMENTS[name]
             for name in (
                 "model", "retry", "num_retries", "breaker", "limit", "cache", "budget", "fallbacks", "prices", "store",
-                "namespace",
+                "namespace", "clock",
             )
         },
         "batch_size": int,
@@ -93,8 +97,10 @@ _WORDS: Final[Mapping[Any, str]] = {
 }
 
 
-def arguments_in(values: Mapping[str, Any], form: Form, env: Mapping[str, str], sources: Sources) -> dict[str, Any]:
-    """Arguments from one table of them.
+def arguments_in(
+    values: Mapping[str, Any], form: Form, env: Mapping[str, str], sources: Sources, place: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Arguments from one table of them, which stands at `place`.
 
     Raises:
         ConfigError: a key is unknown or impossible.
@@ -103,10 +109,9 @@ def arguments_in(values: Mapping[str, Any], form: Form, env: Mapping[str, str], 
     for key, value in values.items():
         where = sources.of(key)
         if key not in form.kinds:
-            hint = WHOLE if key in TABLES else _closest(key, form.known)
-            raise ConfigError(f"{where}: {key}: is no argument of {form.name}{hint}")
+            raise ConfigError(f"{where}: {key}: is no argument of {form.name}{_instead(key, form, place)}")
         if form.kinds[key] is None:
-            raise ConfigError(f"{where}: {key}: is an object, not text; pass it to LM.from_config(..., {key}=...)")
+            raise ConfigError(f"{where}: {key}: is an object, not text; pass it to {form.door}(..., {key}=...)")
         if value is None:
             continue
         made = _made(key, form.kinds[key], value, sources)
@@ -195,11 +200,13 @@ def _litellm(table: Mapping[str, Any], form: Form, where: str) -> dict[str, Any]
     return dict(table)
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
-    choices = list(known)
-    near = difflib.get_close_matches(name, choices, n=2, cutoff=0.6)
+def _instead(key: str, form: Form, place: tuple[str, ...]) -> str:
+    """What may have been meant by a key that is no argument."""
+    if key in TABLES:
+        return f"; [{key}] is no part of [{'.'.join(place)}]" if place else WHOLE
+    near = difflib.get_close_matches(key, form.known, n=2, cutoff=0.6)
+    if key in LM_FORM.kinds:
+        return "; it is one of an LM" + (f"; did you mean {near[0]!r}?" if near else "")
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
-    if len(choices) > 20:
-        return "; an argument that only LiteLLM understands goes into the table [litellm]"
-    return f"; it has {', '.join(choices)}"
+    return f"; an argument that only LiteLLM understands goes into the table [{'.'.join((*place, 'litellm'))}]"

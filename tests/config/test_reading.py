@@ -162,7 +162,19 @@ def test_embedders_stand_beside_lms(write: Any, monkeypatch: pytest.MonkeyPatch)
         ("[embedder.docs]\nmodel = 'openai/e'\nbatch_siz = 5", ["prod.toml:4", "dspy_prod.Embedder", "'batch_size'"]),
         (
             "[embedder.docs]\nmodel = 'openai/e'\nmax_tokens = 5",
-            ["prod.toml:4", "is no argument of dspy_prod.Embedder"],
+            ["prod.toml:4", "is no argument of dspy_prod.Embedder; it is one of an LM"],
+        ),
+        (
+            "[embedder.docs]\nmodel = 'openai/e'\nclock = 'x'",
+            ["prod.toml:4", "pass it to dspy_prod.Embedder(..., clock=...)"],
+        ),
+        (
+            "[embedder.docs]\nmodel = 'openai/e'\ninput_type = 'query'",
+            ["prod.toml:4", "goes into the table [embedder.docs.litellm]"],
+        ),
+        (
+            "[embedder.docs]\nmodel = 'openai/e'\ntracking = true",
+            ["prod.toml:4", "[tracking] is no part of [embedder.docs]"],
         ),
         ("[embedder.docs]\nmodel = 'openai/e'\nbatch_size = true", ["prod.toml:4", "batch_size: takes a whole number"]),
         ("[embedder.docs]\nmodel = 'openai/e'\napi_key = 'sk-1'", ["prod.toml:4", "a key does not belong in a file"]),
