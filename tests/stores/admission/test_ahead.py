@@ -73,6 +73,32 @@ def test_nobody_is_granted_ahead_what_only_a_release_can_give(limit: RateLimit) 
     assert not core.timed
 
 
+def test_who_waits_for_tokens_waits_for_no_moment() -> None:
+    """They come back whenever a call ends, in any process: its store looks for that as often as for a release."""
+    core, disk = durable()
+    limit = RateLimit(rpm=600_000, tpm=60_000)
+    for _ in range(2):
+        core.admit(ask(0, budget=None, limit=limit, tokens=30_000, horizon=inf), 1_000.0)
+    commit(core, disk)
+    assert core.waiting() == 1
+    assert core.next_due() < inf, "pacing says when it may go if none comes back"
+    assert not core.timed
+
+
+def test_who_waits_for_his_turn_waits_for_no_moment() -> None:
+    """It is over when the other process has gone, not when the rate says so."""
+    core, _ = durable()
+    calls = [core.admit(ask(0, budget=None, limit=PACED, horizon=inf), 1_000.0) for _ in range(4)]
+    head = calls[4 - core.waiting()]
+    assert core.timed
+    state = core.limiter_state("provider")
+    assert state is not None
+    state.turns.wait("other", 0, core.next_due())  # of a higher priority
+    core.tick(core.next_due())
+    assert head.blocked_on == "requests"
+    assert not core.timed
+
+
 def test_nobody_is_granted_ahead_after_the_provider_said_something() -> None:
     core, _ = durable()
     core.admit(ask(0, budget=None, limit=PACED, horizon=inf), 1_000.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import time
 import weakref
 from contextlib import closing
@@ -145,6 +146,35 @@ def test_a_child_of_a_fork_has_a_store_of_its_own(valkey: str, namespace: str) -
     assert decided(waiting).state == REFUSED  # 20 + 90 cents are more than a dollar
     check_books(store)
     store.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_asks_for_no_lock_of_its_parents_writer(
+    valkey: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hung where that was telling a verdict just then, a commit was in doubt and another call had just come."""
+    with closing(RedisStore(valkey, namespace)) as store:
+        store.flush(10)
+        writer = store._writer
+        with writer.publishing:
+            decided_on = store.admit(ask(CENT))
+            until(lambda: bool(writer._core.changes and writer._core.changes.verdicts), 10)
+            until(lambda: not writer.io.locked(), 10)  # it is written, and not told
+            posted = store.admit(ask(CENT))
+            monkeypatch.setattr(writer._transactions, "_then", lambda: None)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0 if decided_on.state == posted.state == REFUSED else 1)
+            monkeypatch.setattr(writer._transactions, "_then", None)
+        ended = []
+        try:
+            until(lambda: bool(ended.append(os.waitpid(pid, os.WNOHANG)) or ended[-1][0]), 10)
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            raise
+        assert ended[-1] == (pid, 0)
+        assert decided(decided_on).state == decided(posted).state == GRANTED
 
 
 # -- others ------------------------------------------------------------------------------------------------------------
