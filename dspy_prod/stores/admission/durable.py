@@ -33,6 +33,11 @@ class Durable(Granting):
         for hold in self.holds.values():
             for key in hold.accounts:
                 own[key] = own.get(key, 0) + hold.amount
+        found = {hold.id: hold for hold in backing.load_own()}  # an older copy counts them among what is held
+        for hold in found.values():
+            for key in hold.accounts:
+                own[key] = own.get(key, 0) - hold.amount
+        changes.stray = {id: hold for id, hold in found.items() if id not in self.holds}
         for key in {*book.entries, *own, *remembered}:
             stored = backing.load_account(key) or AccountState()
             known = remembered.get(key, stored)

@@ -75,6 +75,10 @@ class Backing(Protocol):
         """A hold that was charged as abandoned, by whichever process."""
         ...
 
+    def load_own(self) -> list[Hold]:
+        """The holds that are there as this process's: after a loss, those that an older copy brought back."""
+        ...
+
 
 class Changes:
     """What the core did since the last commit of a durable store.
@@ -89,11 +93,13 @@ class Changes:
         reaped: ids of other processes' holds that ended here.
         abandoned: holds charged in full because their worker is gone; kept for a late settlement.
         forgiven: ids of abandoned holds whose charge was replaced.
+        stray: holds of this process that are in the store and have ended: an older copy brought them back. None where
+            nothing is carried over; what is must be written onto what it was made of.
     """
 
     __slots__ = (
-        *("abandoned", "added", "bounds", "forgiven", "limiters", "reaped", "removed", "resized", "undone"),
-        "verdicts",
+        *("abandoned", "added", "bounds", "forgiven", "limiters", "reaped", "removed", "resized", "stray"),
+        *("undone", "verdicts"),
     )
 
     def __init__(self) -> None:
@@ -107,6 +113,7 @@ class Changes:
         self.resized: dict[Hold, tuple[int, Drawn]] = {}
         self.undone: list[Callable[[], None]] = []
         self.bounds: dict[str, int] = {}
+        self.stray: dict[str, Hold] | None = None
 
     def resize(self, hold: Hold) -> None:
         """Note that a hold of several calls is about to hold something else."""
@@ -138,3 +145,4 @@ class Changes:
         self.resized.clear()
         self.undone.clear()
         self.bounds.clear()
+        self.stray = None

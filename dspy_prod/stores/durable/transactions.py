@@ -234,6 +234,7 @@ class Transactions(Operations):
             try:
                 self.tables.begin()
                 self._leased_until = -inf
+                self._reap_at = time.monotonic() + self._lease  # let the others renew their leases first
                 self.tables.changed()
                 self.core.carry_over(self.tables.remembered())
                 self.drawing.moved()
@@ -245,6 +246,10 @@ class Transactions(Operations):
 
     def _carried(self) -> None:
         self._lost = False
+        changes = self.core.changes
+        assert changes is not None
+        changes.added.clear()  # should what follows be undone, these are not
+        changes.stray = None
         lost = f"the {self.tables.noun} was deleted or replaced; what is known here was kept"
         self.tell_later("store_degraded", error=lost)
 

@@ -59,7 +59,7 @@ class Changed:
         assert changes is not None
         bounds = dict(changes.bounds)
         # What is held never falls below nothing, so what is taken off for the dead must be seen in it first.
-        exact: set[str] = set(book.dirty) if changes.reaped else set()
+        exact: set[str] = set(book.dirty) if changes.reaped or changes.stray is not None else set()
         for reservation, state, refusal in changes.verdicts:
             if state == GRANTED and reservation.share is None:
                 for account in reservation.accounts:
@@ -129,7 +129,7 @@ class Changed:
         changes = core.changes
         assert changes is not None
         single, several = (self._connection.key(kind, self._owner) for kind in ("holds", "drawn"))
-        for id, hold in changes.removed.items():
+        for id, hold in (*changes.removed.items(), *(changes.stray or {}).items()):
             self._batch.call("HDEL", single if hold.drawn is None else several, carried(id))
         kept = {single: [], several: []}  # type: dict[str, list[bytes | str]]
         for hold in (*changes.added.values(), *(each for each in changes.resized if each.id not in changes.added)):

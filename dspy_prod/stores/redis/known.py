@@ -39,7 +39,7 @@ class Known:
         self._connection = connection
         self._timing = timing
         self._meta = connection.key("meta")
-        self._born = ""
+        self._born = self._lost = ""  # which data it is, and which was known when it was lost
         self._seen = self._fresh = 0  # the newest commit heard of; up to which nothing known here is old
         self._current: set[tuple[str, str]] = set()  # what was read when the newest commit heard of was ...
         self._current_at = 0
@@ -69,10 +69,23 @@ class Known:
         self.accounts.clear()
         self.limiters = {key: (*row[:2], "") for key, row in self.limiters.items() if row is not None}
         self.terms.clear()
+        self._lost = self._born or self._lost
         self._born = self._terms = self._newest_terms = ""
         self._seen = self._fresh = 0
         self.news = True
         return before
+
+    @property
+    def older(self) -> bool:
+        """Whether the server has an older copy of what was lost. Who writes to it first gives it another name.
+
+        Else it would soon be as new as what other processes have seen, and they would not notice.
+        """
+        return bool(self._lost) and self._born == self._lost
+
+    def named(self, born: str) -> None:
+        """The server's data has another name now."""
+        self._born, self._lost = born, ""
 
     def catch_up(self) -> None:
         """Read the terms of budgets that were said meanwhile."""

@@ -36,12 +36,15 @@ class Link:
             return
         if not self._known.open(uuid.uuid4().hex):
             self._lose_all()
+            self._known.open(uuid.uuid4().hex)  # with nothing known here, it is any data
         self._opened = True
 
     def _lose_all(self) -> None:
         """The server has other data than before."""
-        self._remembered = {**self._remembered, **self._known.lose()}
-        self._leased = False
+        for key, state in self._known.lose().items():
+            before = self._remembered.get(key, state)  # what an older copy says must not hide it
+            self._remembered[key] = AccountState(*map(max, state, before))
+        self._opened = self._leased = False
         self._lost = True
 
     def begin(self) -> None:

@@ -72,6 +72,12 @@ class Owners:
         (text,) = self._connection.read([("GET", self._connection.key("abandoned", id))])
         return None if text is None else hold_of(id.encode("utf-8", "replace"), text)
 
+    def own(self) -> list[Hold]:
+        """The holds that are there as this process's."""
+        rows = self._connection.read([("HGETALL", self._connection.key(kind, self._tables.owner)) for kind in HOLDING])
+        holds = [hold_of(*item) for row in rows for item in row.items()]
+        return [hold for hold in holds if hold is not None]
+
     def others(self, now: float) -> int:
         """Other processes that hold something."""
         (rows,) = self._connection.read([("ZRANGEBYSCORE", self._owners, repr(now), "+inf", "LIMIT", 0, _OWNERS)])

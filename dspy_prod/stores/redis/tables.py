@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
@@ -89,6 +90,7 @@ class RedisTables(Link):
         self._leased = False
         self._unowned = False
         self._renewed = False
+        self._name = ""  # that the server's data gets with the transaction under way
         self._core: AdmissionCore | None = None
         self._commit: Commit | None = None
         self._sent: list[Any] | None = None
@@ -98,16 +100,23 @@ class RedisTables(Link):
 
     # -- what the core asks for ----------------------------------------------------------------------------------------
     def load_account(self, key: str) -> AccountState | None:
+        if key not in self._known.accounts:
+            self._look([key], [])
         return self._known.account(key)
 
     def load_terms(self, title: str) -> Terms | None:
         return self._known.terms.get(title)
 
     def load_limiter(self, key: str) -> tuple[bytes, RateLimit] | None:
+        if key not in self._known.limiters:
+            self._look([], [key])
         return self._known.limiter(key)
 
     def load_abandoned(self, id: str) -> Hold | None:
         return self._owners.abandoned(id)
+
+    def load_own(self) -> list[Hold]:
+        return self._owners.own()
 
     def foresee(self, core: AdmissionCore, operations: Sequence[Any]) -> None:
         """Fetch together what these operations and those who wait will need."""
@@ -239,6 +248,9 @@ class RedisTables(Link):
         self._commit = commit = Commit(self.batch, self._commits.reserved)
         Changed(self.connection, self.owner, self._known, self.batch, commit).add(core, now)
         self._owners.write(commit, core.changes.reaped)
+        if core.changes.stray is not None and self._known.older:
+            self._name = uuid.uuid4().hex
+            self.batch.call("HSET", self._commits.reserved[0], "born", self._name)
         self.programs.write(self.batch, now)
         return self.ledger.write(self.batch, core.appended, core.replaced, self.served)
 
@@ -269,7 +281,6 @@ class RedisTables(Link):
         status, rest = answer[0], answer[7:]
         if status == b"lost":
             self._lose_all()
-            self._opened = False
             raise ChangedError
         self._known.heard(answer[1:6], sent, status == b"ok")
         self._bell.heard(answer[6])
@@ -285,6 +296,8 @@ class RedisTables(Link):
         assert commit is not None
         assert core is not None
         self._known.wrote(commit, n.decode(), accounts, core)
+        if self._name:
+            self._known.named(self._name)
         self._leased = self._leased or self._renewed
         self._busy_since = None
         self._lost_to_others = 0
@@ -333,6 +346,7 @@ class RedisTables(Link):
         self.batch = Batch()
         self._after = []
         self._renewed = False
+        self._name = ""
         self._sent = None
         self.served.clear()
         self._owners.clear()

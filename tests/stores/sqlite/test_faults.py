@@ -142,6 +142,26 @@ def test_a_deleted_file_is_made_again_with_what_is_known(path: str) -> None:
         assert again.account("day").spent == 35 * CENT
 
 
+def test_an_older_copy_of_the_file_brings_back_no_hold_that_has_ended(path: str) -> None:
+    """It was held as long as its process lived, and one that goes on counted twice."""
+    store = SqliteStore(path)
+    ended, held = granted(store, ask(30 * CENT)), granted(store, ask(20 * CENT))
+    store.flush(10)
+    with contextlib.closing(sqlite3.connect(path)) as file, contextlib.closing(sqlite3.connect(f"{path}.old")) as older:
+        file.backup(older)
+    store.settle(ended, settlement(ended, 10 * CENT))
+    store.flush(10)
+    for suffix in ("", "-wal", "-shm"):
+        os.unlink(path + suffix)
+    os.replace(f"{path}.old", path)
+    assert refused(store, ask(91 * CENT)).spent == 10 * CENT
+    assert store.account("day") == AccountState(10 * CENT, 20 * CENT, 0)
+    store.settle(held, settlement(held, 5 * CENT))
+    assert store.account("day") == AccountState(15 * CENT, 0, 0)
+    assert store.holds() == 0
+    store.close()
+
+
 def test_a_file_that_is_deleted_without_its_log_does_not_get_the_old_log(path: str) -> None:
     store = SqliteStore(path)
     reservation = granted(store, ask(30 * CENT))
