@@ -22,6 +22,8 @@ by_default()
 SHARING = ("registry", "tracking", "cli", "ui")
 """Rooms whose tests share what is dear to make: a server, a run of the demo, MLflow itself. One worker takes a file of
 them; of the registry, whose stores are made once, a folder."""
+SHARING_FILES = ("test_in_mlflow.py", "test_runs_in_mlflow.py")
+"""Files of other rooms that do."""
 WITH_PROCESSES = (
     "test_conflicts.py", "test_deployment.py", "test_follow.py", "test_promotion.py", "test_server_down.py",
 )  # fmt: skip
@@ -37,11 +39,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             path = PurePosixPath(nodeid.split("::")[0])
             room = path.parts[1]
-            if room not in SHARING:
+            if room not in SHARING and path.name not in SHARING_FILES:
                 return nodeid
             if room == "registry":
                 return "registry, with processes" if path.name in WITH_PROCESSES else str(path.parent)
             return str(path)
+
+        def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
+            """What is done is not gone through again at the end of each later test."""
+            super().mark_test_complete(node, item_index, duration)
+            units = self.assigned_work[node]
+            unit = self._split_scope(self.registered_collections[node][item_index])
+            if all(units[unit].values()):
+                del units[unit]
 
         def _reschedule(self, node: Any) -> None:
             """A worker begins a test when it knows the next one. One that takes the place of one that crashed is given
@@ -92,6 +102,21 @@ def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
     client.search_experiments()
     client.search_prompts()
     return path
+
+
+@pytest.fixture(scope="session")
+def _exporters() -> Iterator[Any]:
+    from tests.exporters import Exporters
+
+    all_of_them = Exporters()
+    yield all_of_them
+    all_of_them.close()
+
+
+@pytest.fixture
+def quick_exporters(_exporters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that write to MLflow have imported it when they begin, which else takes each of them seconds."""
+    monkeypatch.setattr("dspy_prod.tracking.process.subprocess", _exporters)
 
 
 @pytest.fixture(autouse=True)

@@ -103,6 +103,7 @@ def test_a_forecast_makes_no_runs(logged: MlflowClient, tmp_path: Path) -> None:
     assert mlflow.active_run() is None
 
 
+@pytest.mark.usefixtures("quick_exporters")
 def test_a_budgeted_optimizer_makes_only_its_own_runs(logged: MlflowClient, tmp_path: Path) -> None:
     """Autologging has patched it as every optimizer; there is one run of the compile, and one a candidate, of ours."""
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"

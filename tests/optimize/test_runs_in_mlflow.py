@@ -28,6 +28,8 @@ from tests.ports import free_port
 
 EXPERIMENT = "optimized"
 
+pytestmark = pytest.mark.usefixtures("quick_exporters")
+
 
 @pytest.fixture
 def uri(schema: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:

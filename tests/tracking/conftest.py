@@ -33,7 +33,7 @@ def uri(database: Path) -> str:
 
 
 @pytest.fixture
-def track(uri: str) -> Iterator[Callable[..., None]]:
+def track(uri: str, quick_exporters: None) -> Iterator[Callable[..., None]]:
     """Turn tracking on for one test."""
 
     def on(**options: Any) -> None:
