@@ -15,7 +15,7 @@ from dspy_prod import Budget, RateLimit
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import records
 
-FORKS, BUSY, PATIENCE = 6, 4, 60
+FORKS, BUSY, PATIENCE = 4, 4, 60
 
 
 def forked(lm: Any) -> int:
@@ -36,12 +36,23 @@ def forked(lm: Any) -> int:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+@pytest.mark.parametrize(
+    ("engine", "store_url"),
+    [
+        ("lm15", "sqlite"),
+        ("litellm", "memory"),
+        pytest.param("lm15", "memory", marks=pytest.mark.slow),
+        pytest.param("litellm", "sqlite", marks=pytest.mark.slow),
+        pytest.param("lm15", "redis", marks=pytest.mark.chaos),
+        pytest.param("litellm", "redis", marks=pytest.mark.chaos),
+    ],
+    indirect=["store_url"],
+)
 def test_every_child_is_answered_and_no_call_of_the_parent_is_harmed(
     serve: MakeProvider, connect: MakeLM, store_url: str, engine: str
 ) -> None:
     """Now and then a child hung, on a lock that a thread of its parent had held, or ended with an error."""
-    provider = serve()
+    provider = serve(latency=0.005)  # calls are in all their parts when it forks, and leave the child some processor
     lm = connect(
         provider, engine=engine, store=store_url, budget=Budget(usd=100), limit=RateLimit(rpm=1_000_000, concurrency=50)
     )
