@@ -142,10 +142,10 @@ def _arms(salt: str) -> list[Assignment]:
 
 
 @pytest.mark.long
-def test_four_processes_agree_whatever_the_seed_of_their_hashes() -> None:
-    with multiprocessing.get_context("spawn").Pool(4, maxtasksperchild=1) as pool:
-        found = pool.map(_arms, ["it"] * 4, chunksize=1)
-    assert found == [_arms("it")] * 4
+def test_two_processes_agree_whatever_the_seed_of_their_hashes() -> None:
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        found = pool.map(_arms, ["it"] * 2, chunksize=1)
+    assert found == [_arms("it")] * 2
 
 
 def test_the_hash_is_the_same_in_every_release() -> None:

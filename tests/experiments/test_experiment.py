@@ -21,6 +21,8 @@ Asked = Callable[..., dspy_prod.LM]
 
 EXAMPLES = [dspy.Example(message=f"m{number}", label="ok").with_inputs("message") for number in range(3)]
 RESOLVED = Metric("resolved", margin=0.02)
+IN_MEMORY = pytest.mark.parametrize("store", ["memory", pytest.param("sqlite", marks=pytest.mark.slow)], indirect=True)
+"""Where thousands of users come: what they show is not the store's, which shorter tests look at."""
 
 
 def two(name: str, store: str, **more: Any) -> Experiment:
@@ -287,6 +289,7 @@ def test_a_candidate_that_always_fails_hurts_six_users_at_most(provider: Provide
     assert {call_report(ask(exp, f"x{number}")).variant for number in range(20)} == {"control"}
 
 
+@IN_MEMORY
 def test_a_candidate_with_parse_failures_is_found_soon(provider: Provider, asked: Asked, store: str) -> None:
     """30 % of its answers have not the signature's form; with a fallback that is no error of the ledger's."""
     asked(cache=False)
@@ -340,6 +343,7 @@ def test_a_stage_brings_a_candidate_no_more_users_than_it_may(asked: Asked, stor
 
 
 # -- what must not look like a difference ------------------------------------------------------------------------------
+@IN_MEMORY
 @pytest.mark.parametrize("share", [pytest.param(0.01, marks=pytest.mark.slow), 0.1])
 def test_a_cold_cache_is_no_cost(share: float, asked: Asked, store: str) -> None:
     """Two programs of equal price and recurring questions: the candidate's cache is cold, so it is billed for more."""
@@ -388,6 +392,7 @@ def test_calls_without_a_price_are_not_taken_for_free(whose: str, provider: Prov
     assert free.step().state == "running"
 
 
+@IN_MEMORY
 def test_users_who_do_not_answer_promote_nothing(asked: Asked, store: str) -> None:
     """Equal variants; unhappy users of the new one answer half as often, so its answers look better."""
     asked()
@@ -402,6 +407,7 @@ def test_users_who_do_not_answer_promote_nothing(asked: Asked, store: str) -> No
             assert exp.step().decision != "promote"
 
 
+@IN_MEMORY
 def test_lost_exposures_are_noticed(asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fifth of one arm's units never reach the store: whatever is measured then, those left are not all of them."""
     asked()

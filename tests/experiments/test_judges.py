@@ -96,6 +96,7 @@ def test_only_its_judge_tells_a_judged_metric(asked: Asked, store: str) -> None:
 
 
 # -- whom it looks at --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("store", ["memory", pytest.param("sqlite", marks=pytest.mark.slow)], indirect=True)
 def test_a_sample_of_the_units_is_judged_alike_in_both_variants(asked: Asked, store: str) -> None:
     """The same units by whatever object of the experiment they come; of all variants the same share."""
     asked()
