@@ -66,6 +66,8 @@ def main(listed: Path) -> None:
     listing = listed.read_text("utf-8")
     waiting = json.loads(listing)
     if "mlflow.db" in listing:
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  (which else most children would, for seconds)
+
         _make_tables(listed.parent)
     gc.collect()
     gc.freeze()  # a child that looked at it would copy it

@@ -172,10 +172,16 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@functools.cache
+def _snapshot() -> dict[str, Any]:
+    packed = files("dspy.clients.model_metadata").joinpath("snapshot.json.gz").read_bytes()
+    snapshot: dict[str, Any] = json.loads(gzip.decompress(packed))
+    return snapshot
+
+
 def _models(provider: str) -> Iterator[str]:
-    snapshot = files("dspy.clients.model_metadata").joinpath("snapshot.json.gz").read_bytes()
     names = model_metadata._provider_names(provider)
-    for key, entry in json.loads(gzip.decompress(snapshot)).items():
+    for key, entry in _snapshot().items():
         if key in model_metadata._RESERVED:
             continue
         head, _, rest = key.partition("/")
