@@ -21,7 +21,7 @@ from tests.fuzz.memory import watched
 from tests.fuzz.mutations import mutated
 from tests.fuzz.running import KINDS, Share, quiet, replay, run, shares
 
-SHORT = {"answers, native": 400, "answers, LiteLLM": 12, "states": 60, "rows": 20, "names": 150}
+SHORT = {"answers, native": 200, "answers, LiteLLM": 12, "states": 60, "rows": 20, "names": 150}
 LONG = {"answers, native": 20_000, "answers, LiteLLM": 500, "states": 2_000, "rows": 300, "names": 5_000}
 
 

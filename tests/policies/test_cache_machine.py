@@ -130,7 +130,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = examples(120, stateful_step_count=40)
+TestCacheMachine.settings = examples(80, stateful_step_count=40)
 
 
 def test_a_jittered_lifetime_is_shorter_never_longer() -> None:

@@ -334,7 +334,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
 
 TestBreakerMachine = BreakerMachine.TestCase
-TestBreakerMachine.settings = examples(150, stateful_step_count=40)
+TestBreakerMachine.settings = examples(100, stateful_step_count=40)
 
 
 # -- windows against brute force ---------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ class Books(RuleBasedStateMachine):
             assert sum(1 for hold in self.core.holds.values() if hold.limit_key == f"seats-{seats}") <= seats
 
 
-Books.TestCase.settings = examples(150, stateful_step_count=40)
+Books.TestCase.settings = examples(100, stateful_step_count=40)
 TestBooks = Books.TestCase
 
 
