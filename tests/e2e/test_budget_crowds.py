@@ -37,8 +37,10 @@ def assert_refused_for_spent_money_only(outcomes: list[Any]) -> None:
         assert refusal.budget == "total"
 
 
-@pytest.mark.parametrize("crowd", ["threads", "tasks"])
-@pytest.mark.parametrize("callers", [64, 1000])
+@pytest.mark.parametrize(
+    ("crowd", "callers"),
+    [("threads", 64), ("tasks", 64), ("threads", 1000), pytest.param("tasks", 1000, marks=pytest.mark.slow)],
+)
 def test_a_crowd_spends_a_dollar_and_not_a_cent_more(
     serve: MakeProvider, connect: MakeLM, store_url: str, crowd: Crowd, callers: int
 ) -> None:

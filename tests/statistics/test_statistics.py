@@ -30,7 +30,13 @@ def scored(seed: int, many: int, size: int, spread: float) -> tuple[np.ndarray, 
 
 @pytest.mark.parametrize(
     ("many", "size", "spread", "overstated"),
-    [(16, 100, 0.02, 4.0), (16, 100, 0.04, 4.0), (48, 200, 0.02, 4.0), (48, 200, 0.01, 4.0), (16, 100, 0.12, 1.0)],
+    [
+        (16, 100, 0.02, 4.0),
+        (48, 200, 0.02, 4.0),
+        (16, 100, 0.12, 1.0),
+        pytest.param(16, 100, 0.04, 4.0, marks=pytest.mark.slow),
+        pytest.param(48, 200, 0.01, 4.0, marks=pytest.mark.slow),
+    ],
 )
 def test_the_best_score_is_too_high_and_the_expected_one_is_right(
     many: int, size: int, spread: float, overstated: float
@@ -51,8 +57,11 @@ def test_the_best_score_is_too_high_and_the_expected_one_is_right(
 
 @pytest.mark.parametrize(
     ("landscape", "many", "raced"),
-    [("near ties", 3, False), ("near ties", 3, True), ("near ties", 16, True), ("near ties", 48, False),
-     ("exact ties", 16, False), ("small breakthrough", 16, False)],
+    [
+        ("near ties", 3, False), ("near ties", 16, True), ("exact ties", 16, False), ("small breakthrough", 16, False),
+        pytest.param("near ties", 3, True, marks=pytest.mark.slow),
+        pytest.param("near ties", 48, False, marks=pytest.mark.slow),
+    ],
 )  # fmt: skip
 def test_few_candidates_twins_and_dropped_ones_are_told_within_a_point(landscape: str, many: int, raced: bool) -> None:
     """On 50 examples; `benchmarks.expected` has all landscapes and sizes."""
