@@ -27,9 +27,14 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
-    with World(1, train=24, val=24, test=12, latency=0.0) as found:
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """As many examples for training and for validation as `EXAMPLES` of the test's file says, or the mark `LARGER`."""
+    size = getattr(request, "param", None) or getattr(request.module, "EXAMPLES", 24)
+    with World(1, train=size, val=size, test=size // 2, latency=0.0) as found:
         yield found
+
+
+LARGER = pytest.mark.parametrize("world", [24], indirect=True)
 
 
 @pytest.fixture

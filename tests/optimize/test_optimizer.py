@@ -19,6 +19,8 @@ from benchmarks.world import World
 from dspy_prod import BudgetedOptimizer, ConfigError
 from dspy_prod.testing import Status
 
+EXAMPLES = 16
+
 
 def budgeted(optimizer: Any, store: str, **options: Any) -> BudgetedOptimizer:
     return BudgetedOptimizer(optimizer, store=store, view=None, **options)

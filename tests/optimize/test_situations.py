@@ -17,6 +17,9 @@ from benchmarks.world import World
 from dspy_prod import BudgetedOptimizer, ConfigError
 from dspy_prod.optimize.session import Session
 from dspy_prod.optimize.states import key_of
+from tests.optimize.conftest import LARGER
+
+EXAMPLES = 16
 
 
 def budgeted(optimizer: Any, store: str, **options: Any) -> BudgetedOptimizer:
@@ -174,6 +177,7 @@ def test_examples_may_come_from_any_iterable(world: World, asked: Any, store: st
     assert best.optimization.selection.size == len(world.valset)
 
 
+@LARGER
 def test_a_program_that_was_compiled_before_can_be_compiled_again(world: World, asked: Any, store: str) -> None:
     """Some optimizers refuse what another one has made. The caller's stays compiled."""
     optimizer = budgeted(search(world), store)
@@ -264,6 +268,7 @@ def test_a_result_that_is_no_program_does_not_lose_the_rest(world: World, asked:
     assert any("returned a tuple, which is no program" in each for each in best.optimization.warnings)
 
 
+@LARGER
 def test_a_result_of_another_class_is_evaluated(world: World, asked: Any, store: str) -> None:
     demos = list(world.trainset[:4])
 
@@ -345,6 +350,7 @@ class Swallows(dspy.Module):  # type: ignore[misc]
             return dspy.Prediction(label="unknown")
 
 
+@LARGER
 @pytest.mark.parametrize("what", [Exception, BaseException])
 def test_what_a_program_answers_when_the_run_refuses_its_call_is_no_answer(
     what: type[BaseException], world: World, asked: Any, store: str
