@@ -28,6 +28,7 @@ from dspy_prod.options.experiments import SHADOW, Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores import trials as words
+from dspy_prod.stores.trial_terms import lease_of
 from dspy_prod.stores.trials import Trial, Trials
 from dspy_prod.telemetry.events import BUS
 
@@ -75,6 +76,7 @@ class Controller:
         self.over = False
         self.page: Callable[[], str] | None = None
         self._told: tuple[int, float] | None = None
+        self._declared: tuple[str, Declaration | None] = "", None
         self._after_fork()
         reset_after_fork(self)
 
@@ -84,15 +86,16 @@ class Controller:
         Raises:
             StoreUnavailableError: the store cannot be read or written; look again later.
         """
-        lease = self._trials.lease(f"experiment/{self.name}", self._me, LEASE)
+        lease, progress = self._trials.look(self.name, self._me, LEASE)
         if lease.holder != self._me:
             return None
         try:
-            trial = self._trials.trial(self.name)
-            if trial is None or Declaration.from_json(trial.declaration).salt != self._design.salt:
+            if progress is None or self._declaration(progress.trial).salt != self._design.salt:
                 self.over = True  # it was removed, whatever has its name now
                 return None
-            decision = self.read()
+            decision = self._reading.read(progress)
+            trial: Trial | None = progress.trial
+            assert trial is not None
             if trial.state == words.RUNNING:
                 trial = self._act(trial, decision)
             self.over = trial is not None and trial.state in (words.STOPPED, words.DECIDED)
@@ -102,7 +105,7 @@ class Controller:
                 self._tell(trial, decision)
             return decision
         finally:
-            self._trials.release(f"experiment/{self.name}", self._me)
+            self._trials.release(lease_of(self.name), self._me)
 
     def _tell(self, trial: Trial, decision: Decision) -> None:
         """Tell MLflow how it stands, and take in what people say there, for the next look."""
@@ -126,6 +129,15 @@ class Controller:
         """How the evidence grew until the last `read`."""
         return self._reading.history()
 
+    def _declaration(self, trial: Trial) -> Declaration:
+        """What a trial is; it seldom changes from look to look."""
+        text, found = self._declared
+        if text != trial.declaration:
+            found = Declaration.from_json(trial.declaration)
+            self._declared = trial.declaration, found
+        assert found is not None
+        return found
+
     def _after_fork(self) -> None:
         """A child is another controller."""
         self._me = uuid.uuid4().hex
@@ -146,7 +158,7 @@ class Controller:
             return self._decided(trial, "promote", decision.winner, decision)
         worse = {name: each.reason for name, each in decision.candidates.items() if each.verdict == "rollback"}
         worse |= {} if self._reading.pairs is None else self._reading.pairs.worse()
-        declaration = Declaration.from_json(trial.declaration)
+        declaration = self._declaration(trial)
         new = [name for name in worse if name not in declaration.dropped]
         if new:
             reason = "; ".join(worse[name] for name in new)
@@ -175,7 +187,7 @@ class Controller:
         return trial
 
     def _decided(self, trial: Trial, what: str, serves: str, decision: Decision) -> Trial | None:
-        declaration = replace(Declaration.from_json(trial.declaration), serves=serves)
+        declaration = replace(self._declaration(trial), serves=serves)
         return self._change(trial, what, decision.reason, decision, words.DECIDED, None, declaration)
 
     def _change(

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.alphas import alphas
-from dspy_prod.experiments.decisions import Decision, MetricEvidence, about, decided, weighed
+from dspy_prod.experiments.decisions import CandidateDecision, Decision, MetricEvidence, about, decided, weighed
 from dspy_prod.experiments.intervals import Interval, Sums, interval
 from dspy_prod.experiments.kinds import compared
 from dspy_prod.experiments.neighbours import Neighbours
@@ -103,6 +103,7 @@ class Evidence:
         # metric, stage, arm
         self._sums: dict[str, dict[str, dict[str, Sums]]] = {name: {} for name in names}
         self._by_name = {metric.name: metric for metric in self.metrics}
+        self._found: dict[str, CandidateDecision] = {}  # of candidates of which nothing has come since the last look
 
     def exposed(self, exposure: Exposure) -> None:
         """A unit met its variant for the first time. Tell it at once; units of a holdout are not told.
@@ -138,6 +139,7 @@ class Evidence:
         if value is not None:
             value = options.checked(value)
         for name in self.candidates if arm == self.control else (arm,):
+            self._found.pop(name, None)
             comparison, share = self._comparisons[name][metric], exposure.among(self.control, name)
             neighbours = self._neighbours[name].get(metric)
             if neighbours is None:
@@ -163,9 +165,11 @@ class Evidence:
             mixed: units that were seen in two arms, those whose outcomes had been told by then included.
             units: of how many, in all.
         """
-        found = {}
         for name in self.candidates:
-            found[name] = about(name, self.metrics, [self.weighed(metric.name, name) for metric in self.metrics])
+            if name not in self._found:
+                weighed = [self.weighed(metric.name, name) for metric in self.metrics]
+                self._found[name] = about(name, self.metrics, weighed)
+        found = {name: self._found[name] for name in self.candidates}
         return decided(self._ratio, found, self.alpha, mixed, units)
 
     def weighed(self, metric: str, candidate: str) -> MetricEvidence:

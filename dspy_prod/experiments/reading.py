@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, Final
 
 from dspy_prod.experiments.assignment import Design
@@ -24,7 +25,7 @@ from dspy_prod.experiments.spread import Spread
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.runtime.forking import reset_after_fork
-from dspy_prod.stores.trials import Calls, Matured, Trials
+from dspy_prod.stores.trials import Calls, Matured, Progress, Trials
 
 EXPOSED: Final = " (exposed)"
 """Under which it is kept how many exposures were read."""
@@ -66,24 +67,30 @@ class Reading:
         self._after_fork()
         reset_after_fork(self)
 
-    def read(self) -> Decision:
-        """Take in what has come since, save how far that is, and say what it means."""
+    def read(self, progress: Progress | None = None) -> Decision:
+        """Take in what has come since, save how far that is, and say what it means.
+
+        Args:
+            progress: of just now: units beyond it are left to the next time; None: the store is asked for all there is.
+        """
         with self._lock:
             try:
-                return self._read_on()
+                return self._read_on(progress)
             except BaseException:  # what was taken in half-way must not be taken in again
                 self.evidence = None
                 raise
 
-    def _read_on(self) -> Decision:
-        evidence, took = self._restored(), PART
+    def _read_on(self, progress: Progress | None) -> Decision:
+        tally = None if progress is None else progress.tally
+        evidence, took = self._restored(None if progress is None else progress.saved), PART
         while took >= PART:  # a long backlog is saved as it goes: whoever is killed meanwhile has not read for nothing
-            took = self._take_in_some(evidence)
+            took = self._take_in_some(evidence, inf if tally is None else tally.units)
             if took:
                 self._save(evidence)
+                tally = None
             if took >= PART:
                 evidence = self._restored()
-        tally = self._trials.tally(self._name)
+        tally = self._trials.tally(self._name) if tally is None else tally
         return evidence.look(tally.mixed, tally.units)
 
     def known(self) -> Decision:
@@ -92,10 +99,18 @@ class Reading:
             tally = self._trials.tally(self._name)
             return self._restored().look(tally.mixed, tally.units)
 
-    def _take_in_some(self, evidence: Evidence) -> int:
-        """A part of what is new; of how many units, of the source that had the most."""
-        took = [self._take_in_exposures(evidence), self._take_in_pairs()]
-        took += [self._take_in(evidence, source, metrics) for source, metrics in self._sources.items()]
+    def _take_in_some(self, evidence: Evidence, units: float) -> int:
+        """A part of what is new; of how many units, of the source that had the most.
+
+        Args:
+            units: there are at least so many; where all of them were read, nobody is asked for more.
+        """
+        took = [self._take_in_pairs()]
+        if self._read.get(EXPOSED, self._read.get("", 0)) < units:
+            took.append(self._take_in_exposures(evidence))
+        for source, metrics in self._sources.items():
+            if self._read.get(source or "", 0) < units:
+                took.append(self._take_in(evidence, source, metrics))
         return max(took)
 
     def _save(self, evidence: Evidence) -> None:
@@ -114,8 +129,14 @@ class Reading:
     def _blank(self, state: Mapping[str, Any] | None = None) -> History:
         return History(len(self._metrics), len(self._design.variants) - 1, state)
 
-    def _restored(self) -> Evidence:
-        """The evidence of the last checkpoint: this controller's own, or another one's."""
+    def _restored(self, known: int | None = None) -> Evidence:
+        """The evidence of the last checkpoint: this controller's own, or another one's.
+
+        Args:
+            known: its revision; None: it is asked for.
+        """
+        if self.evidence is not None and known == self._revision:
+            return self.evidence
         saved = self._trials.checkpoint(self._name)
         revision = 0 if saved is None else saved.revision
         if self.evidence is not None and revision == self._revision:
@@ -155,8 +176,8 @@ class Reading:
         place, after = source or "", self._read.get(source or "", 0)
         first = after
         judged = source in self._sample.shares
-        gaps = unjudged(place, self._trials.decisions(self._name)) if judged else []
         if units := self._trials.matured(self._name, source, after, PART):
+            gaps = unjudged(place, self._trials.decisions(self._name)) if judged else []
             for unit in units:
                 exposure = self._exposure(unit)
                 if source is None and unit.mixed:

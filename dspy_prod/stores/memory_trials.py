@@ -16,11 +16,13 @@ from dspy_prod.stores.trial_terms import (
     Decision,
     Lease,
     Matured,
+    Progress,
     Tally,
     Trial,
     Waiting,
     check_state,
     check_windows,
+    lease_of,
 )
 
 MOST_UNITS: Final = 200_000
@@ -135,9 +137,7 @@ class MemoryTrials:
     def tally(self, name: str) -> Tally:
         with self._lock:
             kept = self._kept.get(name)
-            if kept is None:
-                return Tally()
-            return Tally(len(kept.units), kept.mixed, kept.late, kept.stray, kept.unkept, kept.early, kept.unpriced)
+            return Tally() if kept is None else _tally(kept)
 
     def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
         now = self.now()
@@ -173,10 +173,21 @@ class MemoryTrials:
     def lease(self, name: str, holder: str, seconds: float) -> Lease:
         now = self.now()
         with self._lock:
-            held = self._leases.get(name)
-            if held is None or held.until <= now or held.holder == holder:
-                held = self._leases[name] = Lease(holder, now + seconds)
-            return held
+            return self._leased(name, holder, seconds, now)
+
+    def look(self, name: str, holder: str, seconds: float) -> tuple[Lease, Progress | None]:
+        now = self.now()
+        with self._lock:
+            lease, kept = self._leased(lease_of(name), holder, seconds, now), self._kept.get(name)
+            if lease.holder != holder or kept is None:
+                return lease, None
+            return lease, Progress(kept.trial, _tally(kept), 0 if kept.checkpoint is None else kept.checkpoint.revision)
+
+    def _leased(self, name: str, holder: str, seconds: float, now: float) -> Lease:
+        held = self._leases.get(name)
+        if held is None or held.until <= now or held.holder == holder:
+            held = self._leases[name] = Lease(holder, now + seconds)
+        return held
 
     def release(self, name: str, holder: str) -> None:
         with self._lock:
@@ -197,3 +208,7 @@ class MemoryTrials:
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
+
+
+def _tally(kept: MemoryTrial) -> Tally:
+    return Tally(len(kept.units), kept.mixed, kept.late, kept.stray, kept.unkept, kept.early, kept.unpriced)

@@ -231,6 +231,18 @@ class Lease(NamedTuple):
     until: float
 
 
+class Progress(NamedTuple):
+    """How far an experiment is, so that who looks at it knows whether there is anything to be read.
+
+    Attributes:
+        trial: as it is. tally: its units. saved: the revision of its checkpoint; 0: it has none.
+    """
+
+    trial: Trial
+    tally: Tally
+    saved: int
+
+
 class Decision(NamedTuple):
     """A line of the audit.
 
@@ -247,6 +259,11 @@ class Decision(NamedTuple):
     evidence: str
     at: float = 0.0
     number: int = 0
+
+
+def lease_of(name: str) -> str:
+    """The name of the lease of who looks at an experiment."""
+    return f"experiment/{name}"
 
 
 def is_early(at: float, exposed_at: float, now: float) -> bool:

@@ -27,6 +27,7 @@ from dspy_prod.stores.trial_terms import (
     Decision,
     Lease,
     Matured,
+    Progress,
     Tally,
     Trial,
     Values,
@@ -50,6 +51,7 @@ __all__ = [
     "Lease",
     "Matured",
     "Outcome",
+    "Progress",
     "Tally",
     "Trial",
     "Trials",
@@ -183,8 +185,13 @@ class Trials(Protocol):
         """
         ...
 
+    def look(self, name: str, holder: str, seconds: float) -> tuple[Lease, Progress | None]:
+        """`lease` what only one of those who look at an experiment has (`lease_of`), and see how far the experiment is,
+        with everything that was posted before; None where another one has the lease, or there is no experiment."""
+        ...
+
     def release(self, name: str, holder: str) -> None:
-        """Give one's lease back."""
+        """Give one's lease back. Posted: who asks for it through the same store gets it at once."""
         ...
 
     def decisions(self, name: str) -> list[Decision]:

@@ -281,7 +281,7 @@ class Away:
         self._trials, self.down = trials, 0
 
     def __getattr__(self, name: str) -> Any:
-        if self.down and name in ("lease", "matured"):
+        if self.down and name in ("look", "matured"):
             self.down -= 1
             raise StoreUnavailableError("the disk is full")
         return getattr(self._trials, name)

@@ -68,9 +68,9 @@ class Posting(Generic[T]):
         else:
             with self._lock:  # who flushes after this has an operation before his own that takes it
                 waiting.append(thing)
-                self.posted += 1
                 if not self._listed:
                     self._list()
+                self.posted += 1  # last: who has seen it and flushes has an operation before his own, too
             if len(waiting) > BEHIND and self._inbox.open:
                 self._slow_down()
 

@@ -10,6 +10,7 @@ from urllib.parse import quote, unquote
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.batch import STEPS, Batch
 from dspy_prod.stores.redis.connection import Connection
 
@@ -64,6 +65,10 @@ class Asking:
             return replied.result(READ_TIMEOUT)
         except TimeoutError:
             raise StoreUnavailableError(f"The store {self.connection.shown} did not answer in time") from None
+
+    def post(self, put: Callable[[Tables, float], object]) -> None:
+        """Have `put` add its commands to a transaction; nobody waits for it."""
+        self._mailbox.post((Transactions.note, put, None))
 
     def read(self, *commands: tuple[Any, ...]) -> list[Any]:
         """The replies of some commands, in one round trip, after everything that was posted before is written.

@@ -41,11 +41,13 @@ from dspy_prod.stores.trial_terms import (
     Decision,
     Lease,
     Matured,
+    Progress,
     Tally,
     Trial,
     Waiting,
     check_state,
     check_windows,
+    lease_of,
     ready_before,
 )
 
@@ -231,9 +233,21 @@ class RedisTrials:
             held = take(held[2])
         return Lease(unpacked(held[0]), float(held[1]))
 
+    def look(self, name: str, holder: str, seconds: float) -> tuple[Lease, Progress | None]:
+        unkept, lease = self._post.dropped, self.lease(lease_of(name), holder, seconds)
+        if lease.holder != holder:
+            return lease, None
+        # The lease was taken after everything posted before: it is there.
+        fields = *HEAD, *TALLY, "checkpoint_revision"
+        (row,) = self._asking.look([("HMGET", self._connection.key("trial", name), *fields)])
+        trial = trial_of(name, row[: len(HEAD)])
+        if trial is None:
+            return lease, None
+        return lease, Progress(trial, tally_of(row[len(HEAD) : -1], unkept), int(row[-1] or 0))
+
     def release(self, name: str, holder: str) -> None:
         key, asking = self._connection.key("trial-lease", name), packed(holder)
-        self._asking.commit(lambda tables, now: tables.batch.call("trial_release", key, asking))
+        self._asking.post(lambda tables, _: tables.batch.call("trial_release", key, asking))
 
     def decisions(self, name: str) -> list[Decision]:
         (rows,) = self._asking.look([("LRANGE", self._connection.key("trial", name, "audit"), 0, -1)])

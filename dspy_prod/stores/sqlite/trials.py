@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from dspy_prod.privacy.visible import carried
-from dspy_prod.runtime.processes import is_gone, this_process
 from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
 from dspy_prod.stores.durable.posting import Posting
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.keys import joined
 from dspy_prod.stores.sqlite.reader import Reader
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.trial_forgetting import forget_some
+from dspy_prod.stores.sqlite.trial_leases import give, read_progress, take
 from dspy_prod.stores.sqlite.trial_tables import (
     advance,
     find,
     id_of,
-    name_of,
     read_arms,
     read_checkpoint,
     read_decisions,
@@ -41,11 +41,13 @@ from dspy_prod.stores.trial_terms import (
     Decision,
     Lease,
     Matured,
+    Progress,
     Tally,
     Trial,
     Waiting,
     check_state,
     check_windows,
+    lease_of,
 )
 
 _CREATE: Final = (
@@ -63,9 +65,6 @@ _SAVE: Final = (
     "UPDATE trials SET checkpoint = ?, checkpoint_revision = ?, checkpoint_at = ? "
     "WHERE id = ? AND checkpoint_revision = ?"
 )
-_HELD: Final = "SELECT holder, process, until FROM trial_leases WHERE ns = ? AND name = ?"
-_HOLD: Final = "INSERT OR REPLACE INTO trial_leases VALUES (?, ?, ?, ?, ?)"
-_RELEASE: Final = "DELETE FROM trial_leases WHERE ns = ? AND name = ? AND holder = ?"
 
 T = TypeVar("T")
 
@@ -208,20 +207,24 @@ class KeptTrials:
         return self._ask(save)
 
     def lease(self, name: str, holder: str, seconds: float) -> Lease:
-        key, asking, process = joined(name), joined(holder), this_process()
+        return self._ask(lambda connection, ns, now: take(connection, ns, name, holder, seconds, now))
 
-        def take(connection: sqlite3.Connection, ns: int, now: float) -> Lease:
-            held = connection.execute(_HELD, (ns, key)).fetchone()
-            if held is None or held[2] <= now or held[0] == asking or is_gone(held[1]):
-                connection.execute(_HOLD, (ns, key, asking, process, now + seconds))
-                return Lease(holder, now + seconds)
-            return Lease(name_of(held[0]), held[2])
+    def look(self, name: str, holder: str, seconds: float) -> tuple[Lease, Progress | None]:
+        unkept = self._post.dropped
 
-        return self._ask(take)
+        # Both in the writer's transaction: what a connection beside it knows of the file, it forgets at each commit.
+        def look(connection: sqlite3.Connection, ns: int, now: float) -> tuple[Lease, Progress | None]:
+            lease = take(connection, ns, lease_of(name), holder, seconds, now)
+            return lease, read_progress(connection, ns, name, unkept) if lease.holder == holder else None
+
+        return self._ask(look)
 
     def release(self, name: str, holder: str) -> None:
-        row = joined(name), joined(holder)
-        self._ask(lambda connection, ns, _: connection.execute(_RELEASE, (ns, *row)).rowcount)
+        def give_back(tables: Tables, _: float) -> None:
+            assert tables.connection is not None
+            give(tables.connection, tables.ns, name, holder)
+
+        self._mailbox.post((Transactions.note, give_back, None))
 
     def decisions(self, name: str) -> list[Decision]:
         return self._look(lambda connection, ns: read_decisions(connection, id_of(connection, ns, name)))
@@ -241,7 +244,9 @@ class KeptTrials:
             assert tables.connection is not None
             return ask(tables.connection, tables.ns, now)
 
+        posted = self._post.posted
         found: T = self._mailbox.question(inside)
+        self._written = posted
         return found
 
     def _durable(self, read: Callable[[sqlite3.Connection, int], T]) -> T:
