@@ -7,7 +7,8 @@ after a crash has the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from dspy_prod.experiments.decisions import MetricEvidence
@@ -55,7 +56,10 @@ class History:
         self._most = min(MOST, max(FEWEST, TOGETHER // max(1, metrics * candidates)))
         state = state or {}
         self._gaps: dict[str, int] = {name: int(gap) for name, gap in state.get("gaps", {}).items()}
-        self._points: dict[str, list[Any]] = {name: list(points) for name, points in state.get("points", {}).items()}
+        self._points: dict[str, list[_Point]] = {
+            name: [_Point(units, at, known, json.dumps([units, at, known])) for units, at, known in points]
+            for name, points in state.get("points", {}).items()
+        }
         self._last: dict[str, list[float]] = {name: list(last) for name, last in state.get("last", {}).items()}
 
     def see(self, evidence: Evidence, metric: str, number: int, at: float) -> None:
@@ -71,7 +75,7 @@ class History:
         points.append(_point(evidence, metric, number, at))
         while len(points) > self._most:
             gap = self._gaps[metric] = 2 * self._gaps[metric]
-            points[:] = [each for each in points if not each[0] % gap]
+            points[:] = [each for each in points if not each.units % gap]
 
     def looks(self, evidence: Evidence) -> tuple[Look, ...]:
         """All points by metric and candidate, oldest first, and what is known now."""
@@ -81,22 +85,37 @@ class History:
         for metric in evidence.metrics:
             points = list(self._points.get(metric.name, ()))
             last = self._last.get(metric.name)
-            if last is not None and (not points or points[-1][0] != last[0]):
+            if last is not None and (not points or points[-1].units != last[0]):
                 points.append(_point(evidence, metric.name, int(last[0]), last[1]))
             for candidate in evidence.candidates:
-                for units, at, known in points:
-                    if candidate in known:
-                        yield Look(candidate, metric.name, units, at, *known[candidate])
+                for point in points:
+                    if candidate in point.known:
+                        yield Look(candidate, metric.name, point.units, point.at, *point.known[candidate])
 
-    def state(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {"gaps": self._gaps, "points": self._points, "last": self._last}
+    def state(self) -> str:
+        """As JSON. It is written at every look that has read something, and a point never changes."""
+        told = [
+            f"{json.dumps(name)}: [{', '.join([each.text for each in some])}]" for name, some in self._points.items()
+        ]
+        return (
+            f'{{"gaps": {json.dumps(self._gaps)}, "points": {{{", ".join(told)}}}, "last": {json.dumps(self._last)}}}'
+        )
 
 
-def _point(evidence: Evidence, metric: str, number: int, at: float) -> list[Any]:
+class _Point(NamedTuple):
+    """What was known of each candidate; `text`: all of it as JSON."""
+
+    units: int
+    at: float
+    known: Mapping[str, Sequence[Any]]
+    text: str
+
+
+def _point(evidence: Evidence, metric: str, number: int, at: float) -> _Point:
     """A point as it is kept: numbers of six digits, which is what can be drawn."""
-    known = {name: _numbers(evidence.weighed(metric, name)) for name in evidence.candidates}
-    return [number, round(at, 3), {name: numbers for name, numbers in known.items() if numbers}]
+    all_ = {name: _numbers(evidence.weighed(metric, name)) for name in evidence.candidates}
+    known, at = {name: numbers for name, numbers in all_.items() if numbers}, round(at, 3)
+    return _Point(number, at, known, json.dumps([number, at, known]))
 
 
 def _numbers(found: MetricEvidence) -> list[float | None]:

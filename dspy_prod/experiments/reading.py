@@ -115,8 +115,8 @@ class Reading:
 
     def _save(self, evidence: Evidence) -> None:
         pairs = None if self.pairs is None else self.pairs.state()
-        told = {"evidence": evidence.to_dict(), "pairs": pairs, "history": self._history.state()}
-        state = json.dumps({"read": self._read, **told, "spread": self.spread.state()})
+        told = {"read": self._read, "evidence": evidence.to_dict(), "pairs": pairs, "spread": self.spread.state()}
+        state = f'{json.dumps(told)[:-1]}, "history": {self._history.state()}}}'
         if self._trials.save(self._name, state, self._revision):
             self._revision += 1
         else:  # somebody else has looked meanwhile: what he read is as good
@@ -149,10 +149,11 @@ class Reading:
         if saved is not None:
             state = json.loads(saved.state)
             try:
+                history = self._blank(state.get("history"))
                 evidence = Evidence.from_dict(state["evidence"])
                 if self.pairs is not None and state["pairs"] is not None:
                     self.pairs.restore(state["pairs"])
-                self._read, self._history = state["read"], self._blank(state.get("history"))
+                self._read, self._history = state["read"], history
                 self.spread = Spread.restored(state.get("spread", {}))
             except ValueError as error:  # of another release: what is stored is read again from the start
                 _log.warning("The experiment %s is read anew: %s", self._name, error)
