@@ -74,17 +74,34 @@ def test_a_look_is_as_cheap_after_many_units_as_after_few() -> None:
 
     def quickest(found: Evidence) -> float:
         times = []
-        for _ in range(20):
+        for exposure in exposures:
+            found.matured("cost", exposure, 0.001)
             began = time.process_time()
             found.look()
             times.append(time.process_time() - began)
         return min(times)
 
-    few, many = evidence(), evidence()
+    few, many, exposures = evidence(), evidence(), story(20)[0]
     few.replay(*story(1_000))
     many.replay(*story(6_000))
     assert len(json.dumps(many.to_dict())) < 1.3 * len(json.dumps(few.to_dict()))
     assert quickest(many) < 0.005
+
+
+def test_a_look_says_what_one_that_knew_nothing_before_says() -> None:
+    """What was found about a candidate is kept until something of it comes."""
+    found = evidence()
+    exposures, outcomes = story(120)
+    seen = set()
+    for exposure in exposures:
+        found.exposed(exposure)
+    for outcome in outcomes:
+        found.matured(outcome.metric, outcome.exposure, outcome.value)
+        anew = Evidence.from_dict(found.to_dict()).look(mixed=2, units=500)
+        assert found.look(mixed=2, units=500) == anew
+        seen.add(anew.candidates["a"])
+    assert len(seen) > 100
+    assert found.look().crossed == 0
 
 
 def test_units_whose_draw_left_no_choice_are_taken_in_stride() -> None:

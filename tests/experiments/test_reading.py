@@ -7,6 +7,7 @@ import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
@@ -65,6 +66,59 @@ def test_a_backlog_is_saved_as_it_is_read(monkeypatch: pytest.MonkeyPatch) -> No
     assert ours is not None
     assert theirs is not None
     assert ours.to_dict() == theirs.to_dict()
+
+
+class Watched:
+    """A store's experiments, which tell what they are asked."""
+
+    def __init__(self, trials: Any) -> None:
+        self._trials, self.asked = trials, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "now":
+            self.asked.append(name)
+        return getattr(self._trials, name)
+
+
+def test_a_look_with_nothing_to_read_asks_the_store_once() -> None:
+    """And one with news reads all of it, whatever was known before."""
+    trials = Watched(MemoryStore().trials)
+    store: Any = SimpleNamespace(trials=trials, namespace="watched")
+    opened = declared(store)
+    for looks in (1, 2):
+        feed(opened, 20 * looks, SAME)
+        assert opened.controller.step() is not None
+        for _ in range(2):
+            trials.asked.clear()
+            found = opened.controller.step()
+            assert trials.asked == ["look", "release"]
+            assert found is not None
+            assert found.units == 20 * looks
+            assert sum(_units(found)) == 20 * looks
+    assert Opened(store, "e").controller.step() == found
+
+
+def _units(found: Any) -> tuple[int, int]:
+    evidence = found.candidates["new"].metrics[0]
+    return evidence.control_units, evidence.candidate_units
+
+
+def test_what_comes_while_it_looks_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far the experiment is, is known from before."""
+    opened = declared(MemoryStore())
+    feed(opened, 10, SAME)
+    exposed = opened.trials.exposed
+
+    def meanwhile(*given: Any) -> Any:
+        monkeypatch.setattr(opened.trials, "exposed", exposed)
+        feed(opened, 10, SAME, begin=10)
+        return exposed(*given)
+
+    monkeypatch.setattr(opened.trials, "exposed", meanwhile)
+    for _ in range(2):
+        found = opened.controller.step()
+    assert found is not None
+    assert (found.units, sum(_units(found))) == (20, 20)
 
 
 def test_unknown_costs_are_left_out_and_told(store: str) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from dspy_prod.stores.base import Store
+from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.trial_terms import lease_of
 from dspy_prod.stores.trials import (
     DECIDED,
     RUNNING,
@@ -17,6 +19,7 @@ from dspy_prod.stores.trials import (
     Decision,
     Lease,
     Matured,
+    Progress,
     Tally,
     Trial,
     Underway,
@@ -527,6 +530,41 @@ def test_a_lease_is_its_holder_s_until_it_is_over(still: Store, clock: FakeClock
     assert trials.lease("e", "a", 30.0).holder == "b"
     trials.release("e", "b")
     assert trials.lease("e", "a", 30.0).holder == "a"
+
+
+def test_who_looks_has_the_lease_and_sees_how_far_the_experiment_is(still: Store, clock: FakeClock) -> None:
+    trials, now = still.trials, still.trials.now()
+    trial = made(still)
+    for unit in ("u1", "u2"):
+        expose(still, unit)
+    expose(still, "u2", "cot")
+    outcome(still, "nobody", 1.0)
+    assert trials.look("e", "a", 30.0) == (Lease("a", now + 30.0), Progress(trial, Tally(2, mixed=1, stray=1), 0))
+    assert trials.look("e", "b", 30.0) == (Lease("a", now + 30.0), None)
+    assert trials.lease(lease_of("e"), "b", 30.0).holder == "a"
+    clock.advance(5.0)
+    assert trials.save("e", "{}", 0)
+    running = trials.change("e", 1, state=RUNNING)
+    assert running is not None
+    assert trials.look("e", "a", 30.0) == (Lease("a", now + 35.0), Progress(running, Tally(2, mixed=1, stray=1), 1))
+    trials.release(lease_of("e"), "a")
+    assert trials.look("e", "b", 30.0)[1] == Progress(running, Tally(2, mixed=1, stray=1), 1)
+    assert trials.look("another", "b", 30.0) == (Lease("b", now + 35.0), None)
+
+
+def test_a_lease_that_was_given_back_is_free_for_other_processes(make_store: Callable[..., Store]) -> None:
+    one, other = make_store(), make_store()
+    if isinstance(one, MemoryStore):
+        pytest.skip("nobody shares it")
+    made(one)
+    assert one.trials.look("e", "a", 3_600.0)[0].holder == "a"
+    assert other.trials.look("e", "b", 3_600.0)[0].holder == "a"
+    one.trials.release(lease_of("e"), "a")
+    assert one.flush(10)
+    assert other.trials.look("e", "b", 3_600.0)[0].holder == "b"
+    one.trials.release(lease_of("e"), "a")
+    assert one.flush(10)
+    assert other.trials.look("e", "c", 3_600.0)[0].holder == "b", "it is no more the first one's to give back"
 
 
 def test_of_many_who_want_a_lease_one_has_it(store: Store) -> None:

@@ -78,6 +78,7 @@ def test_the_stores_say_the_same(all_stores: tuple[FakeClock, Stores], steps: li
     clock.advance(1_000.0)
     for look in ("counts", "tally", "exposed", "waiting"):
         _alike([getattr(store.trials, look)(name) for store in stores])
+    _alike([_progress(store, name) for store in stores])
     for metric in METRICS:
         one = _alike([store.trials.matured(name, metric) for store in stores])
         assert one[: len(told[metric])] == told[metric]
@@ -92,6 +93,14 @@ def _alike(found: list[Any]) -> Any:
     """What all of them say."""
     assert found == found[:1] * len(found)
     return found[0]
+
+
+def _progress(store: Store, name: str) -> Any:
+    """What who looks sees first, which is what there is."""
+    lease, found = store.trials.look(name, "me", 60.0)
+    assert found is not None
+    assert (found.trial, found.tally) == (store.trials.trial(name), store.trials.tally(name))
+    return lease, found.tally, found.saved
 
 
 def _do(store: Store, name: str, kind: str, rest: list[Any]) -> Any:

@@ -419,3 +419,30 @@ def test_a_unit_told_by_two_readers_has_one_number(sqlite_store: SqliteStore) ->
     found = [sqlite_store.trials.matured("e", "at once", most=most) for most in (20, 3, 30)]
     assert [numbers(each) for each in found] == [list(range(1, 21)), [1, 2, 3], list(range(1, 21))]
     assert [each.values.total for each in found[0]] == [float(number) for number in range(20)]
+
+
+def test_what_was_counted_as_posted_is_on_its_way(sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader who has seen the count, and finds it written, does not wait: so it may not come first."""
+    made(sqlite_store)
+    post, counts = sqlite_store.trials._post, []
+
+    def told(operation: Any) -> bool:
+        counts.append(post.posted)
+        return put(operation)
+
+    put = post._mailbox.post
+    monkeypatch.setattr(post._mailbox, "post", told)
+    expose(sqlite_store, "u1")
+    assert (counts, post.posted) == ([0], 1)
+    assert sqlite_store.trials.tally("e").units == 1
+
+
+def test_what_a_question_found_written_is_not_waited_for_again(
+    sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(sqlite_store)
+    expose(sqlite_store, "u1")
+    monkeypatch.setattr(sqlite_store.trials._mailbox, "flush", lambda _: pytest.fail("it is written"))
+    assert sqlite_store.trials.look("e", "me", 60.0)[1] is not None
+    assert sqlite_store.trials.tally("e").units == 1
+    assert [each.unit for each in sqlite_store.trials.exposed("e")] == ["u1"]
