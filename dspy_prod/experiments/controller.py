@@ -95,9 +95,8 @@ class Controller:
                 return None
             decision = self._reading.read(progress)
             trial: Trial | None = progress.trial
-            assert trial is not None
-            if trial.state == words.RUNNING:
-                trial = self._act(trial, decision)
+            if progress.trial.state == words.RUNNING:
+                trial = self._act(progress.trial, decision)
             self.over = trial is not None and trial.state in (words.STOPPED, words.DECIDED)
             if trial is not None and self._aliases is not None:
                 self.over &= self._aliases.follow(trial, self._trials.decisions(self.name))
