@@ -1,5 +1,7 @@
 """What a new unit of an experiment, and a look at it, cost a SQLite store that has a million of them.
 
+A look finds nothing new (`look`), or ten units with their outcomes, whose bets it places and saves (`news`).
+
     python -m benchmarks.units [--units N] [--json FILE]
 
 Two files are measured in turns, one of them small: what grows with an experiment shows as a ratio. CPU is the whole
@@ -105,12 +107,14 @@ class Kept:
         assert self.store.flush(60.0)
 
     def look(self) -> None:
-        """A controller's look, with nothing new."""
+        """A controller's look."""
         assert self.opened.controller.step() is not None
 
 
 def measure(units: int = MANY, rounds: int = 7, news: int = 2_000, looks: int = 20) -> dict[str, Any]:
-    """Microseconds of CPU of a new unit and of a look, medians; and both as ratios to those of a small file."""
+    """Microseconds of CPU of a new unit, of a look and of one with news, medians; and as ratios to those of a small
+    file.
+    """
     with tempfile.TemporaryDirectory() as directory:
         files = {each: Kept(Path(directory) / f"{each}.db", each) for each in (SMALL, units)}
         spent: dict[tuple[str, int], list[float]] = {}
@@ -120,10 +124,12 @@ def measure(units: int = MANY, rounds: int = 7, news: int = 2_000, looks: int = 
                 kept.look()
                 looked = _cpu(lambda kept=kept: [kept.look() for _ in range(looks)]) / looks
                 spent.setdefault(("look", size), []).append(looked)
+                kept.news(10)
+                spent.setdefault(("news", size), []).append(_cpu(kept.look))
         for kept in files.values():
             kept.store.close()
     found: dict[str, Any] = {"units": units}
-    for what in ("unit", "look"):
+    for what in ("unit", "look", "news"):
         small, large = (statistics.median(spent[what, size]) for size in files)
         found |= {f"{what}_us": large, f"{what}_small_us": small, f"{what}_ratio": large / small}
     return found
