@@ -2,13 +2,14 @@
 
 Every token of a byte-level BPE, and of SentencePiece with byte fallback, covers at least one byte of UTF-8, so a
 text never has more tokens than bytes. What providers add around the text (chat templates, tool and schema preambles,
-hidden system prompts) is covered by the constants below. A hard budget reserves these bounds (SEMANTICS, "Budget and
-ledger") and settles with the usage the provider tells.
+hidden system prompts) is covered by the constants below. A hard budget reserves these bounds and settles with the usage
+the provider tells.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from json.encoder import encode_basestring_ascii as _as_json_string
@@ -55,6 +56,7 @@ _MODELS = frozenset(("model", "models"))
 # (`dspy/_vendor/lm15/providers/anthropic.py`, `EFFORT_THINKING_BUDGETS`).
 _THINKING = {"off": 0, "minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 24576, "max": 32768}
 _COPIES = ("n", "best_of", "candidateCount", "candidate_count")
+_EXPONENT = re.compile(rb"e(?<=\de)-?\d")  # of a number; some write one character more of it
 _OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 
 
@@ -72,11 +74,15 @@ def _bytes(text: str) -> int:
 
 
 def _json(value: Any) -> int:
-    """Bytes of a JSON value in its longest usual rendering: spaces after separators, non-ASCII escaped or not."""
+    """Bytes of a JSON value in its longest usual rendering.
+
+    Spaces after separators; non-ASCII, and DEL as the standard library does, escaped or not; 1e16 written as 1e+16.
+    """
     try:
         data = orjson.dumps(value)
         if data.isascii():
-            return len(data) + data.count(b",") + data.count(b":")
+            longer = data.count(b",") + data.count(b":") + 5 * data.count(b"\x7f") + len(_EXPONENT.findall(data))
+            return len(data) + longer
     except orjson.JSONEncodeError:
         pass  # integers over 64 bits, lone surrogates: the standard library takes them
     return max(len(json.dumps(value)), _bytes(json.dumps(value, ensure_ascii=False)))

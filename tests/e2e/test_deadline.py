@@ -17,7 +17,7 @@ from tests.e2e.support import Pool, account, assert_nothing_held, charged, make_
 from tests.stopwatch import Stopwatch
 
 LATEST = 1.15
-"""Seconds for a deadline of one second. The bar is 1.1 s (SEMANTICS: within 0.1 s); 0.05 s more are for a busy CI."""
+"""Seconds for a deadline of one second. The bar is 1.1 s; 0.05 s more are for a busy CI."""
 LIFE = 2.5
 """Seconds of a deadline before which a request surely leaves."""
 

@@ -148,12 +148,15 @@ json_values = st.recursive(
 @given(value=json_values)
 @example(value=[1, 2, 3, 4, 5, 6, 7, 8, 9])
 @example(value={"é": "ü" * 20, "": 2**70, "\x00": 1e300})
+@example(value="\x7f")
+@example(value=[1e16, 1e-7, -1e22])
 def test_a_json_value_is_bounded_in_every_usual_rendering(value: Any, counters: dict[str, Counter]) -> None:
     """Compact or spaced, non-ASCII escaped or not: providers differ in what they show to the model."""
     bound = bounds._json(value)
     for ascii_only in (False, True):
         for separators in ((",", ":"), (", ", ": ")):
             shown = json.dumps(value, ensure_ascii=ascii_only, separators=separators)
+            assert len(shown.encode("utf-8", "surrogatepass")) <= bound  # a tokenizer may see each byte alone
             for count in counters.values():
                 assert count(shown) <= bound
 

@@ -1,4 +1,4 @@
-"""What every store promises (SEMANTICS: Rate limiter, Budget and ledger). Each test runs against each store."""
+"""What every store promises of limits, budgets and the ledger. Each test runs against each store."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class _Notice(NamedTuple):
 class Breaker:
     """A circuit breaker; threads and tasks of any loop share one.
 
-    Order of use (SEMANTICS, "Circuit breaker"): `check` before waiting for anything, `permit` last before sending,
+    Order of use (docs/guide/breaker.md): `check` before waiting for anything, `permit` last before sending,
     then exactly one of `success`, `failure`, `release`. A permit of an earlier generation changes nothing, so an
     answer to a call sent before the circuit opened can neither close it nor count as a probe.
 

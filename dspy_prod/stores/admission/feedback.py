@@ -1,6 +1,6 @@
 """What the provider says about its limit: 429, Retry-After and rate-limit headers.
 
-Pure: no clock, bounded memory. Rules: SEMANTICS, "Rate limiter", Adaptive.
+Pure: no clock, bounded memory. Rules: docs/guide/limiter.md.
 """
 
 from __future__ import annotations

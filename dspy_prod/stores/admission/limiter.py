@@ -1,7 +1,7 @@
 """The state of one rate limiter: what may be sent now, and when the next call may.
 
 Pure and single-threaded: no clock, lock, I/O or sleep. A store keeps one `LimiterState` per provider key and model,
-calls it under its own lock and passes its own time. Rules: SEMANTICS, "Rate limiter". How a call goes through it is
+calls it under its own lock and passes its own time. Rules: docs/guide/limiter.md. How a call goes through it is
 in `turnstile.py`.
 """
 

@@ -1,7 +1,7 @@
 """How fast a minute's limit may be used: providers enforce it in slices smaller than a minute.
 
 `RequestPacer` (`slices.py`) bounds requests per slice strictly, `TokenPacer` spreads tokens softly, `Pacing` puts them
-together as one limit asks for it. Pure: no clock, bounded memory. Rules: SEMANTICS, "Rate limiter", Pacing.
+together as one limit asks for it. Pure: no clock, bounded memory. Rules: docs/guide/limiter.md.
 """
 
 from __future__ import annotations

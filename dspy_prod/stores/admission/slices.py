@@ -1,6 +1,6 @@
 """How many requests may go in a slice of time, by a log of those that went.
 
-Pure: no clock, bounded memory. Rules: SEMANTICS, "Rate limiter", Pacing.
+Pure: no clock, bounded memory. Rules: docs/guide/limiter.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a rate limiter counts: requests and tokens of the last minute, and what is in flight.
 
 Pure data structures: no clock, no lock, bounded memory. Times are seconds on whatever clock the caller uses, and the
-caller never lets them go backwards. Terms and bounds: SEMANTICS, "Rate limiter".
+caller never lets them go backwards. Terms and bounds: docs/guide/limiter.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Any sequence of calls, waits and operators' moves: the breaker does what a plain model of SEMANTICS does.
+"""Any sequence of calls, waits and operators' moves: the breaker does what a plain model of its rules does.
 
 Its windows hold what brute force over a list holds; and neither threads, nor the garbage collector, nor a fork find a
 gap in it.
