@@ -92,8 +92,8 @@ def test_tokens_for_three_minutes_with_estimates_four_times_too_high(
     used = sum(call.weight("billed") for call in in_the_windows(provider))
     print(f"{used} tokens in {MINUTES} minutes, {provider.tokens_in_window(60.0)} in the busiest")
     assert provider.tokens_in_window(60.0) <= 100_000
-    # Utilisation as the guide on limits says it, which leaves out two things: of the call being sent, too, more is reserved than it will
-    # use, and the guard makes each minute 61 s long.
+    # Utilisation as the guide on limits says it, which leaves out two things: of the call being sent, too, more is
+    # reserved than it will use, and the guard makes each minute 61 s long.
     too_much, seconds = 3 * 2000, 2.5
     possible = (1 - too_much / 100_000) / (1 + 3 * seconds / 60) * 60 / 61
     assert used >= 0.95 * possible * 100_000 * MINUTES
