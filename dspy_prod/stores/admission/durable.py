@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from dspy_prod.stores.admission.granting import Granting, shared
+from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import PENDING, AccountState, Reservation
 
 _NOTHING: Mapping[str, AccountState] = {}
+
+
+def held_by(holds: Iterable[Hold]) -> dict[str, int]:
+    """Nano-USD that these hold, by account."""
+    held: dict[str, int] = {}
+    for hold in holds:
+        for key in hold.accounts:
+            held[key] = held.get(key, 0) + hold.amount
+    return held
 
 
 class Durable(Granting):
@@ -29,22 +39,16 @@ class Durable(Granting):
         changes, book, backing = self.changes, self.accounts, self._backing
         assert changes is not None
         assert backing is not None
-        own: dict[str, int] = {}
-        for hold in self.holds.values():
-            for key in hold.accounts:
-                own[key] = own.get(key, 0) + hold.amount
         found = {hold.id: hold for hold in backing.load_own()}  # an older copy counts them among what is held
-        for hold in found.values():
-            for key in hold.accounts:
-                own[key] = own.get(key, 0) - hold.amount
+        own, there = held_by(self.holds.values()), held_by(found.values())
         changes.stray = {id: hold for id, hold in found.items() if id not in self.holds}
-        for key in {*book.entries, *own, *remembered}:
+        for key in {*book.entries, *own, *there, *remembered}:
             stored = backing.load_account(key) or AccountState()
             known = remembered.get(key, stored)
             entry = book.get(key)
             entry.spent = max(entry.spent, stored.spent, known.spent)
             entry.unconfirmed = max(entry.unconfirmed, stored.unconfirmed, known.unconfirmed)
-            entry.held = stored.held + own.get(key, 0)
+            entry.held = max(0, stored.held - there.get(key, 0)) + own.get(key, 0)
             book.dirty.add(key)
         self.terms.carry_over()
         changes.added.update(self.holds)

@@ -98,9 +98,17 @@ class TermsBook:
         self.dirty.clear()
 
     def carry_over(self) -> None:
-        """The file is gone: everything known has to be written again."""
-        self._known.update(self._told)
-        self.dirty.update(self._told)
+        """The file is gone: everything known has to be written again, but for what others have said since."""
+        assert self._load is not None
+        for title, told in self._told.items():
+            stored = self._load(title)
+            if stored is None or stored.revision < told.revision:
+                self._known[title] = told
+                self.dirty.add(title)
+            else:  # learned when it is needed
+                self._known.pop(title, None)
+                self.limits.pop(title, None)
+                self.dirty.discard(title)
 
     def _put(self, terms: Terms) -> None:
         if self._load is not None:

@@ -73,7 +73,7 @@ class Transactions(Operations):
         self._then: Callable[[], None] | None = None
         self._sweep_at = time.monotonic() + SWEEP_EVERY
         self._begun = False
-        self._lost = False
+        self._lost = self._untold = False
 
     # -- time ----------------------------------------------------------------------------------------------------------
     def due_in(self) -> float:
@@ -130,7 +130,7 @@ class Transactions(Operations):
                     self.drawing.lose()
                     self._leased_until = -inf
             self.drawing.keep_seats(now)
-            if changed:
+            if changed or self._untold:  # what was waited for may be lost with the data
                 core.serve(now)
             core.tick(now)
             self._reaped_at = inf
@@ -178,6 +178,11 @@ class Transactions(Operations):
         """Whether it is not known if the last transaction was written; then `find_out` comes next."""
         return self._then is not None
 
+    @property
+    def carrying_over(self) -> bool:
+        """Whether what comes first, before any operation, is to write again what is known here."""
+        return self._lost
+
     def find_out(self) -> None:
         """Commit once more what may have been written already.
 
@@ -218,6 +223,10 @@ class Transactions(Operations):
             self._leased_until = now + self._lease
         self.core.written()
         self.tables.served.clear()
+        if self._untold:
+            self._untold = False
+            lost = f"the {self.tables.noun} was deleted or replaced; what is known here was kept"
+            self.tell_later("store_degraded", error=lost)
         # Before whoever said them is answered: his next call goes by them.
         self.after[:0] = [partial(self.on_terms, terms) for terms in self.core.terms.take_news()]
         if len(self.core.accounts.entries) > MAX_ACCOUNTS:
@@ -231,10 +240,12 @@ class Transactions(Operations):
     def _carry_over(self) -> None:
         """What the store kept is gone: write what this process knows, before anything else happens."""
         for _ in range(TRIES):
+            self.tables.lost()  # perhaps once more: what there is now is carried over onto
             try:
                 self.tables.begin()
                 self._leased_until = -inf
                 self._reap_at = time.monotonic() + self._lease  # let the others renew their leases first
+                self._reaped_at = inf
                 self.tables.changed()
                 self.core.carry_over(self.tables.remembered())
                 self.drawing.moved()
@@ -250,8 +261,7 @@ class Transactions(Operations):
         assert changes is not None
         changes.added.clear()  # should what follows be undone, these are not
         changes.stray = None
-        lost = f"the {self.tables.noun} was deleted or replaced; what is known here was kept"
-        self.tell_later("store_degraded", error=lost)
+        self._untold = True  # until the next transaction is durable: what is to be told goes with one that is not
 
     def _reap(self, now: float) -> None:
         """Charge the holds of processes that are gone."""

@@ -168,8 +168,13 @@ class Writer(Failing):
                     for operation, one, other in operations:
                         operation(self._transactions, one, other, 0.0)
         except DoubtError as error:
-            self._doing, self._unsure = [], operations
-            self._doubt(error)
+            self._doing = []
+            if self._transactions.carrying_over:  # before any of these was done
+                self._doubt(error)
+                self._refuse_or_keep(operations)
+            else:
+                self._unsure = operations
+                self._doubt(error)
         except Exception as error:
             self._failed(operations, error)
             self._doing = []

@@ -22,7 +22,8 @@ if last and head.seq <= last[1] then
     return say('void')
 end
 
-if meta[1] ~= head.born or tonumber(meta[2] or '0') < head.seen then
+-- What others have seen may be reached again after a loss; what this owner was answered last, only by itself.
+if meta[1] ~= head.born or tonumber(meta[2] or '0') < head.seen or (last and last[1] or 0) < head.last then
     return say('lost')
 end
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from math import inf
+from time import monotonic
 from typing import Any, Final
 
 import orjson
@@ -103,15 +105,22 @@ class Commits:
         )
         self._owner = owner
         self._bells = connection.key("bell") + ":"
-        self._number = 0
+        self._number = self._answered = 0  # of what was sent last, and of the last that the server remembers
+        self._answered_at = -inf
         self._in_doubt = False  # what was sent last may have been applied
 
     def prepared(self, commit: Commit, head: dict[str, Any]) -> list[Value]:
         """A commit as it is sent, under the next number."""
         self._number += 1
         self._in_doubt = False
-        own = {"me": self._owner, "seq": self._number, "lock": LOCK, "patience": PATIENCE, "remember": REMEMBER}
+        remembered = monotonic() - self._answered_at < REMEMBER / 2000
+        own = {"me": self._owner, "seq": self._number, "last": self._answered if remembered else 0}
+        own |= {"lock": LOCK, "patience": PATIENCE, "remember": REMEMBER}
         return commit.parts({**own, "bells": self._bells, "limiter": LIMITER, "locked": self.locked, **head})
+
+    def forget(self) -> None:
+        """The server has other data than before, and remembers nothing of what was sent."""
+        self._answered = 0
 
     def send(self, parts: list[Value]) -> list[Any]:
         """The script's answer.
@@ -144,6 +153,8 @@ class Commits:
                 break
             else:
                 self._in_doubt = False
+                if answer[0] not in (b"lost", b"void"):
+                    self._answered, self._answered_at = self._number, monotonic()
                 return answer
         unavailable = why if isinstance(why, StoreUnavailableError) else self.connection.unavailable(why)
         if self._in_doubt:  # a refusal tells nothing of what was sent before it

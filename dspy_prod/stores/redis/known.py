@@ -53,15 +53,13 @@ class Known:
         _, meta, time = self._read(("HSETNX", key, "born", born), ("HMGET", key, *META), ("TIME",))
         self._timing.heard(*_parts(time), sent)
         born, n, terms = _text(meta[0]), int(meta[1] or 0), _text(meta[2])
-        same = not self._born or (born == self._born and n >= self._seen)
-        self._born = born
-        if not same:
-            self._seen = self._fresh = 0
-        self._seen = n
+        if self._born and (born != self._born or n < self._seen):
+            return False
+        self._born, self._seen = born, n
         if not self.accounts and not self.limiters:
             self._fresh = n
         self._hear_terms(terms)
-        return same
+        return True
 
     def lose(self) -> dict[str, AccountState]:
         """All of it was another's; what accounts held there."""

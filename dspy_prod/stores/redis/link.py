@@ -44,6 +44,7 @@ class Link:
         for key, state in self._known.lose().items():
             before = self._remembered.get(key, state)  # what an older copy says must not hide it
             self._remembered[key] = AccountState(*map(max, state, before))
+        self._commits.forget()
         self._opened = self._leased = False
         self._lost = True
 
@@ -60,7 +61,11 @@ class Link:
         return lost
 
     def remembered(self) -> Mapping[str, AccountState]:
-        """What accounts held before that."""
+        """What accounts held before that. What they hold now is read at once: each of them will be asked for."""
+        anew = [key for key in self._remembered if key not in self._known.accounts]
+        if anew and not self._known.look(anew, [], part=True):
+            self._lose_all()
+            raise ChangedError
         return self._remembered
 
     def forget(self) -> None:
