@@ -113,7 +113,7 @@ class Commits:
         """A commit as it is sent, under the next number."""
         self._number += 1
         self._in_doubt = False
-        remembered = monotonic() - self._answered_at < REMEMBER / 2000
+        remembered = monotonic() - self._answered_at < REMEMBER / 1000 / 2  # well before the server forgets it
         own = {"me": self._owner, "seq": self._number, "last": self._answered if remembered else 0}
         own |= {"lock": LOCK, "patience": PATIENCE, "remember": REMEMBER}
         return commit.parts({**own, "bells": self._bells, "limiter": LIMITER, "locked": self.locked, **head})

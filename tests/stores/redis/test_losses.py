@@ -119,7 +119,7 @@ def test_who_carries_over_when_others_just_did_refuses_nobody(server: ValkeyServ
         assert one.account("day") == AccountState(0, 21 * CENT, 0)
 
 
-@pytest.mark.parametrize("what", ["an older copy", "nothing"])
+@pytest.mark.parametrize("what", ["nothing", pytest.param("an older copy", marks=pytest.mark.chaos)])
 def test_each_process_carries_over_once(tmp_path: Path, what: str) -> None:
     """With new connections each gave the data another name, and all the others had to carry over once more."""
     options = {"port": free_port(), "data_dir": tmp_path}
