@@ -90,8 +90,8 @@ def _median(read: Callable[[], object], times: int = 51) -> float:
     return statistics.median(durations) * 1e6
 
 
-def _questions(rows: int) -> list[dict[str, str]]:
-    """Filters of common, rare and absent values, alone and together."""
+def _questions(rows: int) -> dict[str, dict[str, str]]:
+    """Filters of common, rare and absent values, alone and together; a value of few rows is called one of them."""
     absent = [{name: "absent"} for name in ("trace_id", "session", "model", "user", "outcome", "call_id")]
     single = [
         {"trace_id": f"tr-{rows // 2}"}, {"session": f"s{rows // 20}"}, {"prompt_version": "p/5"}, {"tenant": "t3"},
@@ -102,7 +102,17 @@ def _questions(rows: int) -> list[dict[str, str]]:
         {"user": "u7", "model": "openai/gpt-4o-mini"}, {"tenant": "t3", "outcome": "timeout"},
         {"tenant": "t3", "outcome": "error"}, {"user": "u7", "session": "absent"},
     ]  # fmt: skip
-    return [*single, *absent, *double]
+    few = {"trace_id", "session", "call_id"}
+    said: dict[str, dict[str, str]] = {}
+    for asked in (*single, *absent, *double):
+        told = [
+            f"{name}=one{' of a hit' * value.startswith('h')}"
+            if name in few and value != "absent"
+            else f"{name}={value}"
+            for name, value in asked.items()
+        ]
+        said[", ".join(told)] = asked
+    return said
 
 
 def read_times(rows: int, pair: Callable[[SqliteStore, int], None]) -> dict[str, float]:
@@ -127,10 +137,8 @@ def read_times(rows: int, pair: Callable[[SqliteStore, int], None]) -> dict[str,
             "latest_50_records_us": _median(lambda: store.records(limit=50)),
             "users_latest_50_us": _median(lambda: store.records(limit=50, user="u7")),
             **{
-                f"records({', '.join(f'{name}={value}' for name, value in asked.items())})_us": _median(
-                    partial(store.records, limit=50, **asked), 9
-                )
-                for asked in _questions(rows)
+                f"records({said})_us": _median(partial(store.records, limit=50, **asked), 9)
+                for said, asked in _questions(rows).items()
             },
             **{
                 f"costs by user, {name}_us": _median(partial(store.sums, dimension="user", **bounds), 9)
