@@ -169,6 +169,7 @@ async def make_router(
     options: dict[str, Any] = {
         "fallbacks": [] if models else [{"main": ["spare"]}],
         "num_retries": 2, "allowed_fails": 3, "cooldown_time": 60, "default_max_parallel_requests": 1024,
+        "timeout": 60,  # its own is 100 minutes, for which a thread waited whose socket had been closed under it
         "optional_pre_call_checks": ["enforce_model_rate_limits"],
         "provider_budget_config": {"openai": BudgetConfig(budget_limit=usd, time_period="1d")},
     }  # fmt: skip
