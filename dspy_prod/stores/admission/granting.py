@@ -97,13 +97,14 @@ class Granting:
                     self._timers[key] = at - lead
                 if at - lead > now:  # as the timer has it
                     return ""
-            if limiter.turns:
-                if limiter.turns.belongs_to_another(self._process, reservation.priority, now):
+            if turns := limiter.turns:
+                scarce = at > now or not limiter.has_room_for(turns.places(self._process), reservation.tokens, now)
+                if scarce and turns.belongs_to_another(self._process, reservation.priority, now):
                     reservation.blocked_on = "concurrency" if limiter.limit.concurrency is not None else "requests"
                     limiter.blocked_on = ""  # which says no moment
                     self._timers[key] = now + FRESH / 2  # should they not come
                     return ""
-                limiter.turns.taken(self._process, reservation.priority)
+                turns.taken(self._process, reservation.priority)
             debit = limiter.take(now, reservation.tokens, reservation.lease, at)
             reservation.granted_at = max(at, now)
             if self.changes is not None and shared(limiter.limit):

@@ -106,6 +106,17 @@ class LimiterState(Turnstile):
             return LEAD_ALONE
         return LEAD if self.turns.is_next(process) else LEAD / 2
 
+    def has_room_for(self, calls: int, tokens: int, now: float) -> bool:
+        """Whether so many calls of this size could all go now: nothing is paced or held back, and all of it is free."""
+        window, pacing = self._window, self._pacing
+        return not (
+            pacing.paces
+            or self.held_back(now)
+            or self.free_seats(now) < calls
+            or self._requests_max - window.requests < calls
+            or self._tokens_max - window.tokens < calls * tokens
+        )
+
     @property
     def timed(self) -> bool:
         """Whether `ready_at` said a moment that hardly comes sooner: tokens are given back whenever a call ends."""

@@ -58,6 +58,15 @@ class Turns:
                     return True
         return False
 
+    def places(self, process: str) -> int:
+        """Free places among which one for a call of this process is not missed by the others that wait.
+
+        Where there are so many nobody needs to wait for his turn. If he did, all would do so for ever: each sees others
+        that wait, and lets no more than a few of his own go at a time.
+        """
+        others = sum(other != process for other in self._waiting)
+        return 1 + PASSED * others
+
     def only_of(self, process: str) -> bool:
         """Whether no other process waits."""
         return all(each == process for each in self._waiting)

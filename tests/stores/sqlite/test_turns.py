@@ -65,3 +65,21 @@ def test_who_died_in_line_keeps_nobody_for_long(tmp_path: Path) -> None:
     crowd.run()
     assert next_one.state == GRANTED
     crowd.kill()
+
+
+def test_where_there_is_room_for_all_nobody_waits_for_his_turn(tmp_path: Path) -> None:
+    """With a hundred free places each process let four go, saw the other in line, and waited: at a tenth of the pace,
+    for ever.
+    """
+    clock, limit = FakeClock(), RateLimit(concurrency=100)
+    one, other = (Process(str(tmp_path / "state.db"), clock) for _ in range(2))
+    flying = [one.admit(ask(budget=None, limit=limit)) for _ in range(100)]
+    lines = [[process.admit(ask(budget=None, limit=limit)) for _ in range(40)] for process in (one, other)]
+    assert not any(each.state == GRANTED for line in lines for each in line)
+    for each in flying:
+        one.settle(each, settlement(each, 0))
+    for process in (one, other):
+        process.run()
+    assert all(each.state == GRANTED for line in lines for each in line)
+    one.kill()
+    other.kill()
