@@ -107,15 +107,12 @@ class LimiterState(Turnstile):
         return LEAD if self.turns.is_next(process) else LEAD / 2
 
     def has_room_for(self, calls: int, tokens: int, now: float) -> bool:
-        """Whether so many calls of this size could all go now: nothing is paced or held back, and all of it is free."""
-        window, pacing = self._window, self._pacing
-        return not (
-            pacing.paces
-            or self.held_back(now)
-            or self.free_seats(now) < calls
-            or self._requests_max - window.requests < calls
-            or self._tokens_max - window.tokens < calls * tokens
-        )
+        """Whether so many calls that reserve `tokens` each could all go now."""
+        now = self._touch(now)
+        if self._feedback.paused > now or self.free_seats(now) < calls or self._pacing.room(now, tokens) < calls:
+            return False
+        requests_left, tokens_left = self._left(now)
+        return requests_left >= calls and tokens_left >= calls * tokens
 
     @property
     def timed(self) -> bool:
@@ -159,10 +156,8 @@ class LimiterState(Turnstile):
     def snapshot(self, now: float, key: str, waiting: int) -> LimiterSnapshot:
         """What is left in the current minute."""
         now = self._touch(now)
-        limit, window, feedback = self.limit, self._window, self._feedback
-        told = {dimension: left for dimension, (left, until, _) in feedback.told.items() if until > now}
-        requests = min(self._requests_max - window.requests, told.get("requests", inf))
-        tokens = min(self._tokens_max - window.tokens, told.get("tokens", inf))
+        limit, feedback = self.limit, self._feedback
+        requests, tokens = self._left(now)
         return LimiterSnapshot(
             key,
             *(None if limit.rpm is None else max(0.0, requests), limit.rpm),
@@ -172,6 +167,13 @@ class LimiterState(Turnstile):
             paused_for=max(0.0, feedback.paused - now),
             rate_factor=min(1.0, feedback.factor),
         )
+
+    def _left(self, now: float) -> tuple[float, float]:
+        """Requests and tokens that are left of this minute, by our own count and by the provider's headers."""
+        told = {dimension: left for dimension, (left, until, _) in self._feedback.told.items() if until > now}
+        requests = self._requests_max - self._window.requests
+        tokens = self._tokens_max - self._window.tokens
+        return min(requests, told.get("requests", inf)), min(tokens, told.get("tokens", inf))
 
     def idle(self, now: float) -> bool:
         """Nothing is in flight, counted, paused or slowed down: the state may be forgotten."""

@@ -80,11 +80,6 @@ class Pacing:
         self._paces_requests = self._paces_tokens = False
         self.by_tokens = False
 
-    @property
-    def paces(self) -> bool:
-        """Whether calls keep a distance from each other."""
-        return self._paces_requests or self._paces_tokens
-
     def tune(self, limit: RateLimit, factor: float, measured: float | None, now: float) -> None:
         """Follow new settings, keeping what was sent.
 

@@ -9,6 +9,7 @@ import pytest
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.turns import FRESH, PASSED, PASSED_BY_HIGHER
 from dspy_prod.stores.base import GRANTED, Reservation
+from dspy_prod.stores.durable.transactions import Transactions
 from tests.stores.sqlite.processes import Process
 from tests.stores.support import FakeClock, ask, settlement
 
@@ -67,14 +68,30 @@ def test_who_died_in_line_keeps_nobody_for_long(tmp_path: Path) -> None:
     crowd.kill()
 
 
-def test_where_there_is_room_for_all_nobody_waits_for_his_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        (RateLimit(concurrency=100), {}),
+        (RateLimit(concurrency=100), {"requests": (900, 60.0)}),
+        (RateLimit(concurrency=100, rpm=60_000, tpm=60_000_000), {}),
+    ],
+    ids=["places alone", "the provider told what is left", "paced"],
+)
+def test_where_there_is_room_for_all_nobody_waits_for_his_turn(
+    tmp_path: Path, limit: RateLimit, told: dict[str, tuple[float, float]]
+) -> None:
     """With a hundred free places each process let four go, saw the other in line, and waited: at a tenth of the pace,
     for ever.
     """
-    clock, limit = FakeClock(), RateLimit(concurrency=100)
+    clock = FakeClock()
     one, other = (Process(str(tmp_path / "state.db"), clock) for _ in range(2))
-    flying = [one.admit(ask(budget=None, limit=limit)) for _ in range(100)]
+    flying: list[Reservation] = []
+    while len(flying) < 100:  # the paced ones in several slices
+        flying.append(one.admit(ask(budget=None, limit=limit)))
+        clock.advance(0.01)
+    one.inbox.append((Transactions.resync, ("provider", limit), told))
     lines = [[process.admit(ask(budget=None, limit=limit)) for _ in range(40)] for process in (one, other)]
+    assert all(each.state == GRANTED for each in flying)
     assert not any(each.state == GRANTED for line in lines for each in line)
     for each in flying:
         one.settle(each, settlement(each, 0))
