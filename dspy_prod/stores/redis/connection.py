@@ -84,6 +84,7 @@ class Connection:
         self._tag = "{dspy_prod:" + quote(namespace, safe="") + "}"
         self._client: redis.Redis | None = None
         self._node: tuple[str, int] | None = None  # of a cluster, which has this namespace
+        self._gone: redis.Redis | None = None  # used before, perhaps still by other threads
 
     def key(self, *parts: str) -> str:
         """A key of this namespace: all of them are in one slot of a cluster.
@@ -120,11 +121,18 @@ class Connection:
         if isinstance(error, redis.exceptions.MovedError) and not self._url.startswith("unix:"):
             client = self._client
             known = {} if client is None else client.connection_pool.connection_kwargs
-            self._node, self._client = (error.host or known.get("host", ""), error.port), None
+            self._go(client, (error.host or known.get("host", ""), error.port))
             return True
         if self._node is not None and isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
-            self._node = self._client = None
+            self._go(self._client, None)
         return False
+
+    def _go(self, client: redis.Redis | None, node: tuple[str, int] | None) -> None:
+        """Use another client from now on. Other threads may be using this one: it is closed when the next one goes."""
+        self._client, self._node = None, node
+        if client is not None:
+            gone, self._gone = self._gone, client
+            _closed(gone)
 
     def client(self) -> redis.Redis:
         """The client of redis-py, made when first needed."""
@@ -166,7 +174,12 @@ class Connection:
 
     def close(self) -> None:
         """Close the connections; the next use opens new ones."""
-        client, self._client, self._node = self._client, None, None
-        if client is not None:
-            client.close()
-            client.connection_pool.disconnect()
+        self._go(self._client, None)
+        gone, self._gone = self._gone, None
+        _closed(gone)
+
+
+def _closed(client: redis.Redis | None) -> None:
+    if client is not None:
+        client.close()
+        client.connection_pool.disconnect()
