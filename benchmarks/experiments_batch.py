@@ -6,6 +6,7 @@ A test holds each against the original, unit by unit. Values are never missing h
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Final
 
 import numpy as np
@@ -119,7 +120,7 @@ class Expected(Runs):
             self.squares += np.where(where, outcome * outcome, 0.0)
 
 
-class Comparison(Runs):
+class Comparison(Runs, ABC):
     """`comparing.Comparison` of all runs."""
 
     def __init__(self, metric: Metric, runs: int) -> None:
@@ -136,8 +137,9 @@ class Comparison(Runs):
             if claim is not None:
                 claim.settle()
 
+    @abstractmethod
     def _bet(self, candidate: Bools, propensity: Floats, value: Floats) -> None:
-        raise NotImplementedError
+        """Place the bets on the next unit of each run."""
 
     def _spread(
         self, candidate: Bools, propensity: Floats, good: Floats, expected: Expected, margin: float, worse: Bet | None,
