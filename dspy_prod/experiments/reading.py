@@ -25,13 +25,10 @@ from dspy_prod.experiments.spread import Spread
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.runtime.forking import reset_after_fork
-from dspy_prod.stores.trials import Calls, Matured, Progress, Trials
+from dspy_prod.stores.trials import PART, Calls, Matured, Progress, Trials
 
 EXPOSED: Final = " (exposed)"
 """Under which it is kept how many exposures were read."""
-
-PART: Final = 5_000
-"""Units that are read before what was read is saved."""
 
 _log = logging.getLogger("dspy_prod")
 

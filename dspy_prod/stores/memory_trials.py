@@ -11,6 +11,7 @@ from dspy_prod.stores.memory_trial import MemoryTrial, Room
 from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
+    PART,
     Arm,
     Checkpoint,
     Decision,
@@ -139,13 +140,13 @@ class MemoryTrials:
             kept = self._kept.get(name)
             return Tally() if kept is None else _tally(kept)
 
-    def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
+    def matured(self, name: str, metric: str | None, after: int = 0, most: int = PART) -> list[Matured]:
         now = self.now()
         with self._lock:
             kept = self._kept.get(name)
             return [] if kept is None else kept.matured(metric, after, most, now)
 
-    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+    def exposed(self, name: str, after: int = 0, most: int = PART) -> list[Matured]:
         with self._lock:
             kept = self._kept.get(name)
             return [] if kept is None else kept.exposed(after, most)

@@ -16,6 +16,9 @@ STOPPED: Final = "stopped"
 DECIDED: Final = "decided"
 STATES: Final = (CREATED, RUNNING, PAUSED, STOPPED, DECIDED)
 
+PART: Final = 5_000
+"""Units that are told at once."""
+
 MOST_NANO: Final = 10**15
 """What one call counts for at most, in nano-USD: a million dollars."""
 

@@ -17,6 +17,7 @@ from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underwa
 from dspy_prod.stores.trial_terms import (
     CREATED,
     DECIDED,
+    PART,
     PAUSED,
     RUNNING,
     STATES,
@@ -38,6 +39,7 @@ __all__ = [
     "CREATED",
     "DECIDED",
     "GRACE",
+    "PART",
     "PAUSED",
     "RUNNING",
     "STATES",
@@ -143,7 +145,7 @@ class Trials(Protocol):
         """How many units there are, and what could not be used; as quick."""
         ...
 
-    def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
+    def matured(self, name: str, metric: str | None, after: int = 0, most: int = PART) -> list[Matured]:
         """Units whose window is over, in the order of exposure, from the one after number `after`.
 
         A unit is told when all before it are, since a faster arm would else be told first: a slow one holds up those
@@ -160,7 +162,7 @@ class Trials(Protocol):
         """
         ...
 
-    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+    def exposed(self, name: str, after: int = 0, most: int = PART) -> list[Matured]:
         """Units in the order of exposure, from the one after number `after`, with nothing of what became of them."""
         ...
 

@@ -36,6 +36,7 @@ from dspy_prod.stores.redis.trial_writing import Thing, keys_of, metric_part, to
 from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
+    PART,
     Arm,
     Checkpoint,
     Decision,
@@ -163,14 +164,14 @@ class RedisTrials:
         (row,) = self._asking.read(("HMGET", self._connection.key("trial", name), "revision", *TALLY))
         return Tally() if row[0] is None else tally_of(row[1:], dropped)
 
-    def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
+    def matured(self, name: str, metric: str | None, after: int = 0, most: int = PART) -> list[Matured]:
         trial = self.trial(name)
         if trial is None:
             return []
         mark = self._advance(trial, metric, most)
         return matured(self._asking.look, self._connection.key("trial", name), metric, after, min(mark, after + most))
 
-    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+    def exposed(self, name: str, after: int = 0, most: int = PART) -> list[Matured]:
         key = self._connection.key("trial", name)
         (units,) = self._asking.read(("HGET", key, "units"))
         return exposed(self._asking.look, key, after, min(int(units or 0), after + most))

@@ -35,11 +35,12 @@ def give(connection: sqlite3.Connection, ns: int, name: str, holder: str) -> Non
     connection.execute(_GIVE, (ns, joined(name), joined(holder)))
 
 
-def read_progress(connection: sqlite3.Connection, ns: int, name: str, unkept: int) -> Progress | None:
-    """How far an experiment is; as quick for a million units as for one."""
+def read_progress(connection: sqlite3.Connection, ns: int, name: str, unkept: int) -> tuple[int, Progress] | None:
+    """(number in the file, how far an experiment is); as quick for a million units as for one."""
     row = connection.execute(_PROGRESS, (ns, joined(name))).fetchone()
     if row is None:
         return None
     units, mixed, late, stray, early, unpriced, saved, *rest = row
     tally = Tally(units or 0, mixed or 0, late, stray, unkept, early, unpriced)
-    return Progress(trial_of(tuple(rest))[1], tally, saved)
+    id, trial = trial_of(tuple(rest))
+    return id, Progress(trial, tally, saved)

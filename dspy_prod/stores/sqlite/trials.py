@@ -36,6 +36,7 @@ from dspy_prod.stores.sqlite.trial_writing import Thing, write_batch
 from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
+    PART,
     Arm,
     Checkpoint,
     Decision,
@@ -166,7 +167,7 @@ class KeptTrials:
         unkept = self._post.dropped
         return self._read(lambda connection, ns: read_tally(connection, id_of(connection, ns, name), unkept))
 
-    def matured(self, name: str, metric: str | None, after: int = 0, most: int = 5_000) -> list[Matured]:
+    def matured(self, name: str, metric: str | None, after: int = 0, most: int = PART) -> list[Matured]:
         def read(connection: sqlite3.Connection, ns: int) -> list[Matured] | tuple[int, Trial]:
             found = find(connection, ns, name)
             if found is None:
@@ -183,7 +184,7 @@ class KeptTrials:
         self._ask(lambda connection, _, now: advance(connection, id, metric, window, grace, now, most))
         return self._look(lambda connection, _: read_matured(connection, id, metric, after, most))
 
-    def exposed(self, name: str, after: int = 0, most: int = 5_000) -> list[Matured]:
+    def exposed(self, name: str, after: int = 0, most: int = PART) -> list[Matured]:
         return self._read(lambda connection, ns: read_exposed(connection, id_of(connection, ns, name), after, most))
 
     def waiting(self, name: str) -> dict[str | None, Waiting]:
@@ -212,10 +213,17 @@ class KeptTrials:
     def look(self, name: str, holder: str, seconds: float) -> tuple[Lease, Progress | None]:
         unkept = self._post.dropped
 
-        # Both in the writer's transaction: what a connection beside it knows of the file, it forgets at each commit.
+        # All in the writer's transaction: what a connection beside it knows of the file, it forgets at each commit; and
+        # marks that are moved now `matured` need not have moved, in a transaction each.
         def look(connection: sqlite3.Connection, ns: int, now: float) -> tuple[Lease, Progress | None]:
             lease = take(connection, ns, lease_of(name), holder, seconds, now)
-            return lease, read_progress(connection, ns, name, unkept) if lease.holder == holder else None
+            found = read_progress(connection, ns, name, unkept) if lease.holder == holder else None
+            if found is None:
+                return lease, None
+            id, progress = found
+            for metric, window in progress.trial.windows.items():
+                advance(connection, id, metric, window, progress.trial.grace, now, PART)
+            return lease, progress
 
         return self._ask(look)
 

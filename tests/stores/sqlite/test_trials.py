@@ -20,6 +20,7 @@ from dspy_prod.stores.sqlite.store import SqliteStore
 from dspy_prod.stores.sqlite.tables import Tables
 from dspy_prod.stores.sqlite.trial_tables import LATER, PARTS, TABLES, advance, read_matured, read_seen
 from dspy_prod.stores.sqlite.trial_writing import write_batch
+from dspy_prod.stores.trial_terms import lease_of
 from dspy_prod.stores.trials import Call, Calls, Decision, Exposure, Lease, Outcome, Tally, Values
 from tests.stores import trial_support
 from tests.stores.sqlite.test_processes import SERVER, run_processes
@@ -258,6 +259,26 @@ def test_a_look_at_what_has_not_changed_waits_for_no_writer(
     expose(sqlite_store, "u2")
     with pytest.raises(AssertionError):
         sqlite_store.trials.tally("e")
+
+
+def test_a_look_moves_the_marks_in_its_own_transaction(
+    sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(sqlite_store)
+    for unit in ("u1", "u2"):
+        expose(sqlite_store, unit)
+        outcome(sqlite_store, unit, 1.0, "at once")
+    assert sqlite_store.trials.look("e", "another", 30.0)[0].holder == "another"
+    assert sqlite_store.trials.look("e", "me", 30.0)[1] is None
+    sqlite_store.trials.release(lease_of("e"), "another")
+    assert sqlite_store.trials.look("e", "me", 30.0)[1] is not None
+
+    def never(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(sqlite_store._mailbox, "question", never)
+    assert numbers(sqlite_store.trials.matured("e", "at once")) == [1, 2]
+    assert numbers(sqlite_store.trials.matured("e", None)) == [], "their windows are not over"
 
 
 def test_a_removal_goes_in_steps_and_the_next_one_ends_what_was_interrupted(
