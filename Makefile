@@ -11,7 +11,8 @@ PYTHON ?= $(shell \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+# What is imported is compiled then; compiling all that is installed takes as long as installing it.
+INSTALL := $(PIP) install --quiet --no-compile --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 SOURCES := dspy_prod tests $(wildcard benchmarks)
 PORT ?= 5000
@@ -77,7 +78,7 @@ docs-serve: $(DOCS) ## the same on http://127.0.0.1:8000, built again when a pag
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --config-file docs/mkdocs.yml
 
 notebooks: $(DEV) local-model ## run every notebooks/*.ipynb on the local model (STORE=1 writes the outputs into them)
-	$(BIN)/python -m tests.notebooks $(if $(STORE),--store) $(sort $(wildcard notebooks/*.ipynb))
+	$(BIN)/python -m tests.notebooks $(if $(STORE),--store,--together 2) $(sort $(wildcard notebooks/*.ipynb))
 
 chaos: $(DEV) ## the tests marked chaos, then twice CALLS=100000 calls by workers that everything befalls (SEED=...)
 	$(PYTEST) -m chaos

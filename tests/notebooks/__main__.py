@@ -1,4 +1,4 @@
-"""`python -m tests.notebooks [--store] [NOTEBOOK ...]`: run notebooks from top to bottom, and look at what they show.
+"""`python -m tests.notebooks [--store] [--together N] [NOTEBOOK ...]`: run notebooks, and look at what they show.
 
 `--store` writes the outputs back. The exit code is 1 when a cell fails, or shows what a reader should not see.
 """
@@ -6,38 +6,29 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
-import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import nbformat
-from nbclient.exceptions import CellExecutionError
-
-from tests.notebooks.running import NOTEBOOKS, execute, faults, load, pictures
+from tests.notebooks.running import NOTEBOOKS, run
 
 
 def main() -> int:
-    """Run them one after the other."""
-    parser = argparse.ArgumentParser(prog="python -m tests.notebooks", description=__doc__.split("\n", 1)[0])
+    """Run them."""
+    parser = argparse.ArgumentParser(prog="python -m tests.notebooks", description=__doc__.partition(": ")[2])
     parser.add_argument("notebooks", nargs="*", type=Path, default=NOTEBOOKS)
     parser.add_argument("--store", action="store_true", help="write the outputs into the notebooks")
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="so many at a time, each in its process")
     chosen = parser.parse_args()
-    failed = False
-    for path in chosen.notebooks:
-        began = time.monotonic()
-        try:
-            notebook = execute(load(path))
-            wrong = faults(notebook)
-        except CellExecutionError as error:
-            notebook, wrong = None, [str(error)]
-        failed = failed or bool(wrong)
-        if notebook is not None and chosen.store:
-            nbformat.write(notebook, path)
-        seen = "" if notebook is None else f", {pictures(notebook)} pictures"
-        print(
-            f"{path.name}: {'; '.join(wrong) or 'as it should be'}{seen}, {time.monotonic() - began:.0f} s", flush=True
-        )
-    return int(failed)
+    right = True
+    # A process each: the variables of its kernels are those of the process.
+    with ProcessPoolExecutor(chosen.together, multiprocessing.get_context("spawn")) as pool:
+        for fine, said in pool.map(partial(run, chosen.store), chosen.notebooks):
+            right = right and fine
+            print(said, flush=True)
+    return int(not right)
 
 
 if __name__ == "__main__":

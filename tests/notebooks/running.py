@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Final
 
 import nbformat
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 ROOT: Final = Path(__file__).parents[2]
 NOTEBOOKS: Final = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -91,3 +93,18 @@ def pictures(notebook: Any) -> int:
 def load(path: Path) -> Any:
     """A notebook as it is in the folder."""
     return nbformat.read(path, as_version=4)
+
+
+def run(store: bool, path: Path) -> tuple[bool, str]:
+    """(whether all is as it should be, what to say of it) of one notebook."""
+    began = time.monotonic()
+    try:
+        notebook = execute(load(path))
+        wrong = faults(notebook)
+    except CellExecutionError as error:
+        notebook, wrong = None, [str(error)]
+    if notebook is not None and store:
+        nbformat.write(notebook, path)
+    seen = "" if notebook is None else f", {pictures(notebook)} pictures"
+    said = f"{path.name}: {'; '.join(wrong) or 'as it should be'}{seen}, {time.monotonic() - began:.0f} s"
+    return not wrong, said
