@@ -19,7 +19,7 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from benchmarks.peers import behaviour, costs, growth, shown, steps
+from benchmarks.peers import costs, growth, pace, shown, steps
 from benchmarks.peers.subjects import CONFIGURATIONS
 
 PARTS = ("cpu", "hits", "crowds", "http", "growth", "behaviour", "steps")
@@ -33,7 +33,7 @@ def measure(only: Sequence[str] = (), quick: bool = False) -> dict[str, Any]:
     """
     few: dict[str, int] = {"rounds": 2, "count": 20} if quick else {}
     crowd: dict[str, Any] = {"rounds": 1, "seconds": 0.3, "callers": (1, 64)} if quick else {}
-    every = (growth.QUICK, behaviour.QUICK) if quick else (growth.MEASURES, behaviour.MEASURES)
+    every = (growth.QUICK, pace.QUICK) if quick else (growth.MEASURES, pace.MEASURES)
     work: dict[str, dict[str, Callable[[], Any]]] = {
         "cpu": {"": lambda: costs.cpu(**few)},
         "hits": {"": lambda: costs.hits(**few)},

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import dspy
@@ -25,7 +23,7 @@ PRICE = (0.0, 1000.0)
 _PARAMS = {"input_cost_per_token": 0.0, "output_cost_per_token": 1e-3, "max_tokens": 10}
 
 
-def _ours(url: str, store: str, **options: Any) -> dspy_prod.LM:
+def ours(url: str, store: str, **options: Any) -> dspy_prod.LM:
     """Ours on a provider, with defaults but for what is said."""
     return dspy_prod.LM(
         MODEL, api_base=url, api_key="none", store=store, namespace=uuid.uuid4().hex,
@@ -36,11 +34,12 @@ def _ours(url: str, store: str, **options: Any) -> dspy_prod.LM:
     )  # fmt: skip
 
 
-def _where(provider: Provider) -> dict[str, Any]:
+def address(provider: Provider) -> dict[str, Any]:
+    """A provider, as arguments of an LM."""
     return {"api_base": provider.url, "api_key": "none"}
 
 
-def _all(
+def came_of(
     peers: Peers, subject: Subject, kind: str, callers: int, calls: int, prompt: Prompt | None = None
 ) -> Counter[str]:
     """What came of so many calls, each like no other or all alike: "answered", or the name of the error."""
@@ -85,13 +84,13 @@ def budgets(crowds: tuple[int, ...] = (64, 1_000)) -> list[Row]:
             for name in ("litellm.Router", *OURS, "ours, memory; max_tokens ten times the answer"):
                 with Peers() as peers, Provider(latency=0.1, usage=(100, 10), price=PRICE) as provider:
                     if name == "litellm.Router":
-                        subject = peers.router(_where(provider), usd=1.0, params=_PARAMS)
+                        subject = peers.router(address(provider), usd=1.0, params=_PARAMS)
                     else:
                         tokens = 100 if ";" in name else 10
                         store = peers.url(name.partition(";")[0])
-                        lm = _ours(provider.url, store, budget=dspy_prod.Budget(usd=1.0), max_tokens=tokens)
+                        lm = ours(provider.url, store, budget=dspy_prod.Budget(usd=1.0), max_tokens=tokens)
                         subject = peers.lm(lm)
-                    came = _all(peers, subject, kind, callers, max(300, callers))
+                    came = came_of(peers, subject, kind, callers, max(300, callers))
                     rows.append(
                         {
                             "what": f"$1.00 budget, {callers} {kind}", "subject": name,
@@ -101,56 +100,21 @@ def budgets(crowds: tuple[int, ...] = (64, 1_000)) -> list[Row]:
     return rows
 
 
-def minutes(calls: int = 300, callers: int = 32) -> list[Row]:
-    """rpm=60, all subjects at the same time, each with a provider of its own; five minutes."""
-    rows: list[Row] = []
-    with Peers() as peers:
-        providers = {name: Provider(latency=0.05) for name in ("litellm.Router", *OURS)}
-        for provider in providers.values():
-            provider.start()
-        limit = dspy_prod.RateLimit(rpm=60, max_wait=600)
-        router = peers.router(_where(providers["litellm.Router"]), params={"rpm": 60}, fallbacks=[], num_retries=5)
-        subjects = {name: peers.lm(_ours(providers[name].url, peers.url(name), limit=limit)) for name in OURS}
-
-        def work(name: str) -> None:
-            came = _all(peers, subjects[name], "threads", callers, calls)
-            rows.append(_in_a_minute(name, providers[name], came))
-
-        threads = [threading.Thread(target=work, args=(name,)) for name in OURS]
-        for thread in threads:
-            thread.start()
-        came = _all(peers, router, "tasks", callers, calls)
-        rows.append(_in_a_minute("litellm.Router", providers["litellm.Router"], came))
-        for thread in threads:
-            thread.join()
-        for provider in providers.values():
-            provider.stop()
-    return rows
-
-
-def _in_a_minute(name: str, provider: Provider, came: Counter[str]) -> Row:
-    most = provider.requests_in_window(60.0)
-    return {
-        "what": f"rpm=60, {sum(came.values())} calls", "subject": name,
-        "figure": f"{most} in the busiest 60 s, {came['answered']} answered", "most": most, "came": dict(came),
-    }  # fmt: skip
-
-
 def identical(callers: int = 64) -> list[Row]:
     """So many identical calls at once, caches on, all sent before the first is answered: how many the provider saw."""
     rows = []
     with Peers() as peers, Provider(latency=1.5) as provider, cached_by_dspy() as cached, cached_by_litellm():
-        where = _where(provider)
+        where = address(provider)
         subjects = {
             "dspy.LM": peers.lm(bare(engine="lm15", async_engine=None, **where)),
             "dspy.LM, its cache": peers.lm(cached.copy(engine="lm15", async_engine=None, **where)),
             "litellm.completion": peers.litellm(where),
             "litellm.Router": peers.router(where, cache_responses=True),
-            **{name: peers.lm(_ours(provider.url, peers.url(name), cache=True)) for name in OURS},
+            **{name: peers.lm(ours(provider.url, peers.url(name), cache=True)) for name in OURS},
         }
         for name, subject in subjects.items():
             before = len(provider.calls)
-            came = _all(
+            came = came_of(
                 peers, subject, "threads", callers, callers, [{"role": "user", "content": f"asked through {name}"}]
             )
             seen = len(provider.calls) - before
@@ -170,11 +134,11 @@ def outage(seconds: float = 12.0, callers: int = 32) -> list[Row]:
             Provider(latency=0.05) as healthy,
         ):
             if name == "litellm.Router":
-                subject = peers.router(_where(dead), spare=_where(healthy), num_retries=0, cooldown_time=3)
+                subject = peers.router(address(dead), spare=address(healthy), num_retries=0, cooldown_time=3)
             else:
-                spare = _ours(healthy.url, peers.url(name))
+                spare = ours(healthy.url, peers.url(name))
                 breaker = dspy_prod.CircuitBreaker(recovery_timeout=3.0)
-                subject = peers.lm(_ours(dead.url, peers.url(name), fallbacks=[spare], breaker=breaker))
+                subject = peers.lm(ours(dead.url, peers.url(name), fallbacks=[spare], breaker=breaker))
             came = _for(peers, subject, callers, seconds)
             rows.append(
                 {
@@ -215,10 +179,10 @@ def streams() -> list[Row]:
         with Peers() as peers, Provider(answer=text, chunks=40, chunk_delay=0.02, price=(0.15, 0.60)) as provider:
             if name in OURS:
                 prices = {MODEL: dspy_prod.Price(input=0.15, output=0.60)}
-                lm = _ours(provider.url, peers.url(name), prices=prices, max_tokens=60)
+                lm = ours(provider.url, peers.url(name), prices=prices, max_tokens=60)
                 recorded = peers.run(_left_by_dspy(peers, lm))
             else:
-                recorded = peers.run(_left_by_litellm(peers, name, _where(provider)))
+                recorded = peers.run(_left_by_litellm(peers, name, address(provider)))
             provider.wait_until(lambda each: each.calls and each.in_flight == 0, timeout=30)
             billed = provider.bill.usd
             rows.append(
@@ -286,12 +250,3 @@ async def _settled(read: Callable[[], float], most: float = 3.0) -> float:
     while not (found := read()) and time.monotonic() < until:  # noqa: ASYNC110 - nobody tells when
         await asyncio.sleep(0.02)
     return found
-
-
-MEASURES: dict[str, Callable[[], list[Row]]] = {
-    "budgets": budgets, "identical": identical, "outage": outage, "streams": streams, "minutes": minutes,
-}  # fmt: skip
-QUICK: dict[str, Callable[[], list[Row]]] = {
-    "budgets": partial(budgets, (64,)), "identical": identical, "outage": partial(outage, 4.0), "streams": streams,
-}  # fmt: skip
-"""In the long form and in the short one."""

@@ -131,14 +131,14 @@ class Peers:
             lambda: hook({}),
         )
 
-    def router(self, where: dict[str, Any] | None = None, **more: Any) -> Subject:
+    def router(self, where: dict[str, Any] | None = None, *, max_tokens: int = 100, **more: Any) -> Subject:
         """LiteLLM's Router with limits, fallbacks and budget."""
         hook({})
         router = self.run(make_router(where, **more))
         hooks = hooked()
         return Subject(
-            lambda prompt: router.completion("main", messages=prompt, max_tokens=100),
-            lambda prompt: router.acompletion("main", messages=prompt, max_tokens=100),
+            lambda prompt: router.completion("main", messages=prompt, max_tokens=max_tokens),
+            lambda prompt: router.acompletion("main", messages=prompt, max_tokens=max_tokens),
             self._logged,
             lambda: hook(hooks),
         )
