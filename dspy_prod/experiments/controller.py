@@ -128,6 +128,11 @@ class Controller:
         """How the evidence grew until the last `read`."""
         return self._reading.history()
 
+    @property
+    def impossible(self) -> dict[str, int]:
+        """Units that have what a metric cannot be, by metric; see `Reading`."""
+        return self._reading.impossible
+
     def _declaration(self, trial: Trial) -> Declaration:
         """What a trial is; it seldom changes from look to look."""
         text, found = self._declared

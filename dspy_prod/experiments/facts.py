@@ -64,6 +64,8 @@ class Facts:
         early: outcomes that are dated before their user's exposure; they do not count.
         unpriced: calls of which nobody knows the price, such as cached answers of an earlier release; they do not
             count for costs.
+        impossible: by metric, units that have what it cannot be, such as a score above its bounds; they do not count
+            for it.
         unkept: exposures for which the store had no room.
         serves: the variant that everybody gets, once it is decided or stopped.
         sample_ratio: e-value of "users do not arrive in the declared shares"; the alarm is raised at 100.
@@ -94,6 +96,7 @@ class Facts:
     unkept: int = 0
     early: int = 0
     unpriced: int = 0
+    impossible: Mapping[str, int] = field(default_factory=dict)
     sample_ratio: float = 1.0
     declared: tuple[Metric, ...] = ()
     stages: tuple[StageUsers, ...] = ()
@@ -146,5 +149,7 @@ def _warnings(card: Facts) -> Iterator[str]:
             f"{card.unpriced:,} calls have no known price, such as cached answers of an earlier release: they are left "
             "out of costs, and count for everything else"
         )
+    for metric, units in card.impossible.items():
+        yield f"{units:,} units have what {metric} cannot be, and are left out of it: is it declared as what it is?"
     if card.unkept:
         yield f"{card.unkept:,} exposures could not be kept: the store had no room"

@@ -150,7 +150,7 @@ def scorecard(
     trial: Trial, stage: str, decision: Decision, counts: Sequence[Arm], tally: Tally, variants: Sequence[str],
     serves: str | None, dropped: Sequence[str], *, metrics: Sequence[Metric] = (), stages: Sequence[str] = (),
     audit: Sequence[Line] = (), history: Sequence[Look] = (), waiting: Mapping[str | None, Waiting] | None = None,
-    unwritten: str | None = None,
+    unwritten: str | None = None, impossible: Mapping[str, int] | None = None,
 ) -> Scorecard:  # fmt: skip
     """Put together what is known.
 
@@ -159,6 +159,7 @@ def scorecard(
         variants: control first. serves, dropped: as in the declaration. metrics: as declared.
         stages: all of them, in words. audit: what was decided. history: how the evidence grew.
         waiting: as the store has it. unwritten: why the store cannot be written.
+        impossible: units with what their metric cannot be, by metric.
     """
     users = dict.fromkeys(variants, 0)
     by_stage = {place: dict.fromkeys(variants, 0) for place in sorted({each.stage for each in counts})}
@@ -172,6 +173,7 @@ def scorecard(
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
         hurt=sum(users[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
         unkept=tally.unkept, early=tally.early, unpriced=tally.unpriced, unwritten=unwritten,
+        impossible=dict(impossible or {}),
         serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
         stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),
         audit=tuple([Event(each.at, each.what, each.by, _reason(each)) for each in audit]), history=tuple(history),
