@@ -21,6 +21,7 @@ from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.feedback import Feedback
 from dspy_prod.experiments.history import Look
+from dspy_prod.experiments.pairs import Pairs
 from dspy_prod.experiments.reading import Reading
 from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.variants_in_mlflow import VariantsInMlflow
@@ -132,6 +133,11 @@ class Controller:
     def impossible(self) -> dict[str, int]:
         """Units that have what a metric cannot be, by metric; see `Reading`."""
         return self._reading.impossible
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Those of a shadow stage, as of the last `read` or `known`; None without one."""
+        return self._reading.pairs
 
     def _declaration(self, trial: Trial) -> Declaration:
         """What a trial is; it seldom changes from look to look."""

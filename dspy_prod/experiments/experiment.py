@@ -177,6 +177,8 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
             Judges(name, opened, judging, self.metrics, sample, assessed) if judging else None,
             sample, Traced(name, opened), Flights(name, trials),
         )  # fmt: skip
+        if self._works.shadow is not None:
+            self._works.opened.left_out = self._works.shadow.count_left_out
         self._attending: Attending | None = None
         if rollout is None:
             self._put("start", "it has no rollout, so it runs at once")

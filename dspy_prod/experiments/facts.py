@@ -8,6 +8,8 @@ from typing import Final
 
 from dspy_prod.experiments.decisions import CandidateDecision, MetricEvidence, Verdict
 from dspy_prod.experiments.history import Look
+from dspy_prod.experiments.unseen import Unseen
+from dspy_prod.options.experiments import SHADOW
 from dspy_prod.options.metrics import Metric
 
 RATIO_ALARM: Final = 100.0
@@ -74,6 +76,7 @@ class Facts:
         history: how the evidence grew, a few points of each metric and candidate, oldest first.
         waiting: by metric, who was exposed and does not count yet, since its window, or its call, is not over.
         unwritten: why the store cannot be written now, so that what happened since does not count yet; None: it can.
+        unseen: how the shadow stage stands, or stood when it ended; None of a rollout without one.
         url: MLflow's page that compares the winner, else the first candidate, with control: what is said of their
             traces, costs and latencies. None while tracking has told of none. Where MLflow is a database, it is the
             page of an `mlflow server` on this machine.
@@ -104,6 +107,7 @@ class Facts:
     history: tuple[Look, ...] = ()
     waiting: Mapping[str, Waited] = field(default_factory=dict)
     unwritten: str | None = None
+    unseen: Unseen | None = None
     url: str | None = None
 
     @property
@@ -130,6 +134,8 @@ class Facts:
 def _warnings(card: Facts) -> Iterator[str]:
     if card.unwritten is not None:
         yield f"the store cannot be written: what happened since is not counted yet. {card.unwritten}"
+    if card.unseen is not None and card.stage == SHADOW and card.state in ("running", "paused"):
+        yield from card.unseen.warnings
     if card.sample_ratio >= RATIO_NOTED:
         raised = card.sample_ratio >= RATIO_ALARM
         yield (

@@ -82,9 +82,10 @@ class Rollout(Options):
         stages: shares of the users, each above 0, below 1 and above the one before; `"shadow"` may come first. Then
             candidates run unseen on some of the live inputs: for programs without side effects.
         shadow_share: share of the calls that candidates answer once more in a shadow stage. shadow_calls: how many each
-            must have answered before the next stage begins. shadow_usd: what all of these may cost together; None: no
-            cap. shadow_tools: `"refuse"` a shadow stage of programs that use tools, which would do everything twice;
-            `"allow"` it where they only read.
+            must have answered before the next stage begins; what a limit, a budget or a deadline refuses is none.
+            shadow_usd: what all of these may cost together; None: no cap. They count for no budget of a user or tenant,
+            and have two minutes each, whatever the caller's deadline is. shadow_tools: `"refuse"` a shadow stage of
+            programs that use tools, which would do everything twice; `"allow"` it where they only read.
         max_users: users who may get a candidate in a stage, for each candidate; None: any number. Whoever comes after
             them gets control.
         min_users: users a candidate must have had in a stage before the next one begins. Default: 25 in the first
