@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.experiments.aliases import Aliases
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
@@ -32,6 +33,7 @@ from dspy_prod.stores import trials as words
 from dspy_prod.stores.trial_terms import lease_of
 from dspy_prod.stores.trials import Trial, Trials
 from dspy_prod.telemetry.events import BUS
+from dspy_prod.tracking import setup
 
 LEASE: Final = 30.0
 """Seconds for which a controller that was killed keeps others from looking, where its process cannot be asked."""
@@ -93,6 +95,7 @@ class Controller:
         try:
             if progress is None or self._declaration(progress.trial).salt != self._design.salt:
                 self.over = True  # it was removed, whatever has its name now
+                self._in_mlflow.removed(self._design.salt)
                 return None
             decision = self._reading.read(progress)
             trial: Trial | None = progress.trial
@@ -107,15 +110,37 @@ class Controller:
         finally:
             self._trials.release(lease_of(self.name), self._me)
 
+    def tell(self) -> None:
+        """Tell MLflow how it stands now, as after what a person has done: its runs end with it, and wait for no look.
+
+        Nothing is decided. Where the store does not answer, the next look tells.
+        """
+        if setup.courier() is None:
+            return
+        try:
+            trial = self._trials.trial(self.name)
+            if trial is not None and self._declaration(trial).salt == self._design.salt:
+                self._tell_runs(trial, self._reading.read())
+        except StoreUnavailableError as error:
+            _log.warning("MLflow is told with the next look how the experiment %s stands: %s", self.name, error)
+
+    def removed(self, known: bool) -> None:
+        """End the runs in MLflow of an experiment that was removed; see `VariantsInMlflow.removed`."""
+        self.over = True
+        self._in_mlflow.removed(self._design.salt, known)
+
     def _tell(self, trial: Trial, decision: Decision) -> None:
         """Tell MLflow how it stands, and take in what people say there, for the next look."""
+        self._tell_runs(trial, decision)
+        if trial.state in (words.RUNNING, words.PAUSED):
+            self._feedback.look(trial)
+
+    def _tell_runs(self, trial: Trial, decision: Decision) -> None:
         evidence = self._reading.evidence
         if evidence is not None:
             share = None if self._rollout is None else self._rollout.stages[trial.stage]
             stage = "split" if share is None else share if isinstance(share, str) else f"{100 * share:g} %"
             self._in_mlflow.look(trial, stage, decision, evidence, self._reading.spread, self.page)
-        if trial.state in (words.RUNNING, words.PAUSED):
-            self._feedback.look(trial)
 
     def read(self) -> Decision:
         """Take in what has come since, save how far that is, and say what it means; see `Reading`."""

@@ -9,6 +9,7 @@ from dspy_prod.experiments.inside import Inside
 from dspy_prod.experiments.opened import Opened, stage_of
 from dspy_prod.experiments.operating import promote, remove, stop
 from dspy_prod.experiments.scorecard import Scorecard
+from dspy_prod.experiments.variants_in_mlflow import tracked
 
 if TYPE_CHECKING:
     from dspy_prod.experiments.offline import OfflineReport
@@ -51,10 +52,12 @@ class Running(Inside):
     def pause(self, reason: str | None = None) -> None:
         """Let nobody new into a candidate, and decide nothing, until `resume`. Who is in one stays."""
         self._put("pause", reason)
+        self._works.opened.controller.tell()
 
     def resume(self, reason: str | None = None) -> None:
         """Go on after a pause."""
         self._put("resume", reason)
+        self._works.opened.controller.tell()
 
     def stop(self, reason: str | None = None) -> None:
         """End it: everybody gets control, and the candidates' aliases its version. What was measured stays."""
@@ -76,7 +79,9 @@ class Running(Inside):
             ConfigError: it is running or paused, and `force` is not given.
             StoreUnavailableError: the store cannot be used.
         """
+        known = tracked(self._works.trials.decisions(self.name)) is not None
         remove(self._works.trials, self.name, force=force)
+        self._works.opened.controller.removed(known)
         self._works.standing.look()
 
     def step(self) -> Scorecard:
