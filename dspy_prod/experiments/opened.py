@@ -19,7 +19,7 @@ from dspy_prod.experiments.scorecard import Scorecard, scorecard
 from dspy_prod.experiments.shadow import SPENT, run_of
 from dspy_prod.experiments.unseen import Unseen
 from dspy_prod.options.experiments import Rollout
-from dspy_prod.options.metrics import Metric
+from dspy_prod.options.metrics import LARGEST, Metric
 from dspy_prod.policies.run import accounts_of
 from dspy_prod.records import NANO
 from dspy_prod.stores.base import Store
@@ -163,7 +163,8 @@ class Opened:
         """How many users and days it takes to decide; as `Experiment.plan`."""
         from dspy_prod.experiments.planning import plan
 
-        if not isinstance(users_per_day, int | float) or not users_per_day > 0:
+        known = isinstance(users_per_day, int | float) and not isinstance(users_per_day, bool)
+        if not known or not 0 < users_per_day <= LARGEST:
             raise ConfigError(f"plan: users_per_day={users_per_day!r} must be over 0: how many new ones come a day")
         design = self.design
         success = [each.name for each in self.metrics if each.role == "success"]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.attending import EVERY, Attending
 from dspy_prod.experiments.inside import Inside
+from dspy_prod.experiments.offline import OfflineReport
 from dspy_prod.experiments.opened import Opened, stage_of
 from dspy_prod.experiments.operating import promote, remove, stop
 from dspy_prod.experiments.scorecard import Scorecard
 from dspy_prod.experiments.variants_in_mlflow import tracked
-
-if TYPE_CHECKING:
-    from dspy_prod.experiments.offline import OfflineReport
 
 
 class Running(Inside):
@@ -41,6 +40,11 @@ class Running(Inside):
         Raises:
             ConfigError: `every` is impossible; the gate did not pass, or is of other variants.
         """
+        if gate is not None and not isinstance(gate, OfflineReport):
+            raise ConfigError(
+                f"Experiment({self.name!r}).start: gate={gate!r}: give what evaluate returned, as "
+                "gate=exp.evaluate(devset, metric)"
+            )
         if gate is not None:
             gate.refuse_unless_passed(self.name, {each.name: each.exact for each in self.variants.values()})
         if auto:

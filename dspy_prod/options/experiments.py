@@ -36,6 +36,8 @@ def _stages(value: Any) -> Any:
             raise ValueError(f"{after!r} after {before!r}: each share is above the one before it; sort them")
     if not value:
         raise ValueError("an empty rollout has no stage; give one, such as (0.1, 0.5)")
+    if not shares:
+        raise ValueError(f"nobody gets a candidate after {SHADOW!r}, so that it could never end; add shares, as 0.1")
     return value
 
 
@@ -92,8 +94,8 @@ class Rollout(Options):
             stage with traffic, then 4 times as many from stage to stage.
         min_time: seconds that a stage lasts at least.
         max_time: seconds after which a stage that could not end is inconclusive; None: never.
-        on_inconclusive: what happens then: `"pause"` (everybody gets control until somebody resumes), or `"hold"`
-            (it goes on as it is, and somebody is told).
+        on_inconclusive: what happens then: `"pause"` (nobody new gets a candidate until somebody resumes, and who has
+            one keeps it; `stop` gives control to everybody), or `"hold"` (it goes on as it is, and somebody is told).
 
     Raises:
         ConfigError: stages that fall, a shadow stage that is not first, or lengths that do not agree.
