@@ -6,8 +6,11 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.listing import Listed
 from dspy_prod.experiments.opened import Opened, stage_of
+from dspy_prod.experiments.unseen import Unseen
+from dspy_prod.options.experiments import SHADOW
 from dspy_prod.views import Cell, Table
 
 if TYPE_CHECKING:
@@ -34,27 +37,36 @@ def status(opened: Opened) -> tuple[Any, ...]:
         (name, "control" if name == opened.control else None, said, told.pinned.get(name))
         for name, said in told.variants.items()
     ]
-    following = _next(opened)
+    card = opened.scorecard()
+    following = _next(opened, card.unseen)
     return (
-        opened.scorecard(), Table("Variants", ("variant", "", "given as", "version"), variants),
+        card, Table("Variants", ("variant", "", "given as", "version"), variants),
         *([f"Next stage: {following}"] if following else []),
     )  # fmt: skip
 
 
-def _next(opened: Opened) -> str:
+def _next(opened: Opened, unseen: Unseen | None) -> str:
     """What the rollout waits for."""
     trial, rollout = opened.trial(), opened.rollout
     if rollout is None or trial.state != "running" or trial.stage + 1 >= len(rollout.stages):
         return ""
+    after, earliest = stage_of(rollout, trial.stage + 1), _when(trial.since + rollout.least_time(trial.stage))
+    if rollout.stages[trial.stage] == SHADOW and unseen is not None:
+        gone = Declaration.from_json(trial.declaration).dropped
+        has = ", ".join(f"{name} {count:,}" for name, count in unseen.pairs.items() if name not in gone)
+        return (
+            f"{after}, once each candidate has answered {unseen.needed:,} calls unseen (now {has}), and not before "
+            f"{earliest}"
+        )
     units = dict.fromkeys(opened.design.variants[1:], 0)
     for arm in opened.trials.counts(opened.name):
         if arm.stage == trial.stage and arm.arm in units:
             units[arm.arm] += arm.units
-    least, time = rollout.least_users(trial.stage), trial.since + rollout.least_time(trial.stage)
+    least = rollout.least_users(trial.stage)
     has = ", ".join(f"{name} {count:,}" for name, count in units.items())
     return (
-        f"{stage_of(rollout, trial.stage + 1)}, once each candidate has {least:,} {opened.declaration.unit}s in this "
-        f"one (now {has}), and not before {_when(time)}"
+        f"{after}, once each candidate has {least:,} {opened.declaration.unit}s in this "
+        f"one (now {has}), and not before {earliest}"
     )
 
 

@@ -75,6 +75,7 @@ class CallContext(NamedTuple):
     guards: tuple[Any, ...] = ()  # every `Run` that admits the attempts inside, the outermost first
     sample: float | None = None  # share of the traces that are kept
     assignments: tuple[Assignment, ...] = ()  # of nested experiments, the outermost first
+    aside: bool = False  # what nobody waits for: no budget and no queue of a user or tenant has it
 
     def told(self) -> dict[str, Any]:
         """For whom and for what a call is, in the words of the ledger, as events tell it."""

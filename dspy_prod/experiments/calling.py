@@ -8,7 +8,7 @@ from typing import Any
 from dspy_prod.context.assignments import Assignment as Place
 from dspy_prod.context.current import current
 from dspy_prod.context.scoring import is_raising
-from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.assignment import ELSEWHERE, HASH, KEPT, Assignment
 from dspy_prod.experiments.inside import Inside
 from dspy_prod.experiments.opened import stage_of
@@ -43,7 +43,13 @@ class Calling(Inside):
             self._after(turn, args, kwargs)
 
     def assign(self, unit: str) -> str:
-        """The variant of a unit, as it is now. It counts as no exposure."""
+        """The variant of a unit, as it is now. It counts as no exposure.
+
+        Raises:
+            ConfigError: the unit is no text.
+        """
+        if not isinstance(unit, str):
+            raise ConfigError(f"Experiment({self.name!r}).assign: unit={unit!r} must be text, as str({unit!r})")
         serves = self._serves()
         if serves is not None:
             return serves

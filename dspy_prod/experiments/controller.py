@@ -15,12 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.experiments.aliases import Aliases
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.feedback import Feedback
 from dspy_prod.experiments.history import Look
+from dspy_prod.experiments.pairs import Pairs
 from dspy_prod.experiments.reading import Reading
 from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.variants_in_mlflow import VariantsInMlflow
@@ -31,6 +33,7 @@ from dspy_prod.stores import trials as words
 from dspy_prod.stores.trial_terms import lease_of
 from dspy_prod.stores.trials import Trial, Trials
 from dspy_prod.telemetry.events import BUS
+from dspy_prod.tracking import setup
 
 LEASE: Final = 30.0
 """Seconds for which a controller that was killed keeps others from looking, where its process cannot be asked."""
@@ -92,6 +95,7 @@ class Controller:
         try:
             if progress is None or self._declaration(progress.trial).salt != self._design.salt:
                 self.over = True  # it was removed, whatever has its name now
+                self._in_mlflow.removed(self._design.salt)
                 return None
             decision = self._reading.read(progress)
             trial: Trial | None = progress.trial
@@ -106,15 +110,37 @@ class Controller:
         finally:
             self._trials.release(lease_of(self.name), self._me)
 
+    def tell(self) -> None:
+        """Tell MLflow how it stands now, as after what a person has done: its runs end with it, and wait for no look.
+
+        Nothing is decided. Where the store does not answer, the next look tells.
+        """
+        if setup.courier() is None:
+            return
+        try:
+            trial = self._trials.trial(self.name)
+            if trial is not None and self._declaration(trial).salt == self._design.salt:
+                self._tell_runs(trial, self._reading.read())
+        except StoreUnavailableError as error:
+            _log.warning("MLflow is told with the next look how the experiment %s stands: %s", self.name, error)
+
+    def removed(self, known: bool) -> None:
+        """End the runs in MLflow of an experiment that was removed; see `VariantsInMlflow.removed`."""
+        self.over = True
+        self._in_mlflow.removed(self._design.salt, known)
+
     def _tell(self, trial: Trial, decision: Decision) -> None:
         """Tell MLflow how it stands, and take in what people say there, for the next look."""
+        self._tell_runs(trial, decision)
+        if trial.state in (words.RUNNING, words.PAUSED):
+            self._feedback.look(trial)
+
+    def _tell_runs(self, trial: Trial, decision: Decision) -> None:
         evidence = self._reading.evidence
         if evidence is not None:
             share = None if self._rollout is None else self._rollout.stages[trial.stage]
             stage = "split" if share is None else share if isinstance(share, str) else f"{100 * share:g} %"
             self._in_mlflow.look(trial, stage, decision, evidence, self._reading.spread, self.page)
-        if trial.state in (words.RUNNING, words.PAUSED):
-            self._feedback.look(trial)
 
     def read(self) -> Decision:
         """Take in what has come since, save how far that is, and say what it means; see `Reading`."""
@@ -127,6 +153,16 @@ class Controller:
     def history(self) -> tuple[Look, ...]:
         """How the evidence grew until the last `read`."""
         return self._reading.history()
+
+    @property
+    def impossible(self) -> dict[str, int]:
+        """Units that have what a metric cannot be, by metric; see `Reading`."""
+        return self._reading.impossible
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Those of a shadow stage, as of the last `read` or `known`; None without one."""
+        return self._reading.pairs
 
     def _declaration(self, trial: Trial) -> Declaration:
         """What a trial is; it seldom changes from look to look."""

@@ -96,6 +96,8 @@ def _sections(card: Facts) -> Iterator[str]:
         yield f'<div class="grid">{metrics}</div>'
     if card.stages:
         yield _table(pages.users(card))
+    if card.unseen is not None:
+        yield _table(pages.unseen(card.unseen))
     if card.audit:
         yield _table(pages.audit(card))
 

@@ -28,7 +28,7 @@ from dspy_prod.experiments.offline import OfflineReport, OfflineScores
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.lm.lm import LM
 from dspy_prod.pipeline.outcome import is_of_the_request
-from dspy_prod.policies.run import Run
+from dspy_prod.policies.run import Run, refused_by
 from dspy_prod.production.watch import Records
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.statistics.paired import Paired, paired
@@ -110,7 +110,7 @@ class Evaluation:
                 try:
                     self._answer(num_threads)
                 except BudgetExceededError as error:
-                    if run is None or not error.budget.startswith(f"run {run.name}:"):
+                    if run is None or not refused_by(run, error):
                         raise
                     stopped = True
         return self._report(margin, budget_usd, stopped, records)

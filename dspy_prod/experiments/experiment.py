@@ -14,7 +14,7 @@ from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.attending import Attending
 from dspy_prod.experiments.beforehand import Beforehand
 from dspy_prod.experiments.calling import Calling
-from dspy_prod.experiments.checking import check_versions, measured, program_of, weighed
+from dspy_prod.experiments.checking import check_options, check_versions, measured, program_of, weighed
 from dspy_prod.experiments.declaration import Declaration, registry_of
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.exposing import Exposing
@@ -119,6 +119,7 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         where = f"Experiment({name!r})"
         if not isinstance(name, str) or not name or name.endswith(SUFFIX):
             raise ConfigError(f"Experiment: name= is a text that does not end in {SUFFIX!r}, got {name!r}")
+        check_options(where, variants, rollout, overrides, assign, judges, holdout, alpha, refresh)
         overrides = {claimed(each): variant for each, variant in (overrides or {}).items()}  # as contexts have them
         if unit not in ("user", "session", "tenant"):
             raise ConfigError(f"{where}: unit={unit!r}: use 'user', 'session' or 'tenant'")
@@ -177,6 +178,8 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
             Judges(name, opened, judging, self.metrics, sample, assessed) if judging else None,
             sample, Traced(name, opened), Flights(name, trials),
         )  # fmt: skip
+        if self._works.shadow is not None:
+            self._works.opened.left_out = self._works.shadow.count_left_out
         self._attending: Attending | None = None
         if rollout is None:
             self._put("start", "it has no rollout, so it runs at once")

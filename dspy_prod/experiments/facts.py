@@ -8,6 +8,8 @@ from typing import Final
 
 from dspy_prod.experiments.decisions import CandidateDecision, MetricEvidence, Verdict
 from dspy_prod.experiments.history import Look
+from dspy_prod.experiments.unseen import Unseen
+from dspy_prod.options.experiments import SHADOW
 from dspy_prod.options.metrics import Metric
 
 RATIO_ALARM: Final = 100.0
@@ -64,6 +66,8 @@ class Facts:
         early: outcomes that are dated before their user's exposure; they do not count.
         unpriced: calls of which nobody knows the price, such as cached answers of an earlier release; they do not
             count for costs.
+        impossible: by metric, units that have what it cannot be, such as a score above its bounds; they do not count
+            for it.
         unkept: exposures for which the store had no room.
         serves: the variant that everybody gets, once it is decided or stopped.
         sample_ratio: e-value of "users do not arrive in the declared shares"; the alarm is raised at 100.
@@ -72,6 +76,7 @@ class Facts:
         history: how the evidence grew, a few points of each metric and candidate, oldest first.
         waiting: by metric, who was exposed and does not count yet, since its window, or its call, is not over.
         unwritten: why the store cannot be written now, so that what happened since does not count yet; None: it can.
+        unseen: how the shadow stage stands, or stood when it ended; None of a rollout without one.
         url: MLflow's page that compares the winner, else the first candidate, with control: what is said of their
             traces, costs and latencies. None while tracking has told of none. Where MLflow is a database, it is the
             page of an `mlflow server` on this machine.
@@ -94,6 +99,7 @@ class Facts:
     unkept: int = 0
     early: int = 0
     unpriced: int = 0
+    impossible: Mapping[str, int] = field(default_factory=dict)
     sample_ratio: float = 1.0
     declared: tuple[Metric, ...] = ()
     stages: tuple[StageUsers, ...] = ()
@@ -101,6 +107,7 @@ class Facts:
     history: tuple[Look, ...] = ()
     waiting: Mapping[str, Waited] = field(default_factory=dict)
     unwritten: str | None = None
+    unseen: Unseen | None = None
     url: str | None = None
 
     @property
@@ -127,6 +134,8 @@ class Facts:
 def _warnings(card: Facts) -> Iterator[str]:
     if card.unwritten is not None:
         yield f"the store cannot be written: what happened since is not counted yet. {card.unwritten}"
+    if card.unseen is not None and card.stage == SHADOW and card.state in ("running", "paused"):
+        yield from card.unseen.warnings
     if card.sample_ratio >= RATIO_NOTED:
         raised = card.sample_ratio >= RATIO_ALARM
         yield (
@@ -146,5 +155,7 @@ def _warnings(card: Facts) -> Iterator[str]:
             f"{card.unpriced:,} calls have no known price, such as cached answers of an earlier release: they are left "
             "out of costs, and count for everything else"
         )
+    for metric, units in card.impossible.items():
+        yield f"{units:,} units have what {metric} cannot be, and are left out of it: is it declared as what it is?"
     if card.unkept:
         yield f"{card.unkept:,} exposures could not be kept: the store had no room"

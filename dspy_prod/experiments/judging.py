@@ -28,7 +28,7 @@ from dspy_prod.experiments.declaration import BUILT_IN
 from dspy_prod.experiments.sample import RESUMED, SPENT, Sample, last_budget
 from dspy_prod.experiments.traced import shown_as
 from dspy_prod.options.metrics import Metric
-from dspy_prod.policies.run import Run
+from dspy_prod.policies.run import Run, refused_by
 from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.base import Store
@@ -237,14 +237,14 @@ class Judges:
         try:
             with (
                 dspy.context(**answer.settings),
-                use(EMPTY),
+                use(EMPTY._replace(aside=True)),
                 call_context(priority="low", tags={"judge": name}, run=run),
             ):
                 told = judge.metric(example, answer.prediction)
             score = getattr(told, "score", told)
             value = self._metrics[name].checked(score)
         except (RunStoppedError, BudgetExceededError) as error:
-            if run is None:  # a budget of its LM's own: others may be judged later
+            if run is None or not refused_by(run, error):  # a budget of its LM's own: others may be judged later
                 self._warn(outward(str(error)), name)
             else:
                 _log.warning("The judge of %s in %s ends, for its budget is spent: %s", name, self._name, error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,12 @@ from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.pairs import SUFFIX
 from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.scorecard import Scorecard, scorecard
+from dspy_prod.experiments.shadow import SPENT, run_of
+from dspy_prod.experiments.unseen import Unseen
 from dspy_prod.options.experiments import Rollout
-from dspy_prod.options.metrics import Metric
+from dspy_prod.options.metrics import LARGEST, Metric
+from dspy_prod.policies.run import accounts_of
+from dspy_prod.records import NANO
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.trials import Trial
 
@@ -40,6 +44,7 @@ class Opened:
         trials: of the store. declaration: what the experiment is, as of the moment it was opened.
         design, metrics, rollout: of it. aliases: those of its variants; None where no variant is a published version.
         controller: looks at it.
+        left_out: tells of how many calls this process could not ask its candidates unseen.
 
     Raises:
         ConfigError: there is no experiment of this name; the message tells which there are.
@@ -57,6 +62,7 @@ class Opened:
         self.name, self.namespace, self.trials, self._store = name, store.namespace, store.trials, store
         self._tracking_uri = tracking_uri
         self.declaration: Any = None
+        self.left_out: Callable[[], int] = lambda: 0
         text = self.trial().declaration
         try:
             self.declaration = declaration = Declaration.from_json(text)
@@ -125,6 +131,19 @@ class Opened:
             metrics=self.metrics, stages=[stage_of(self.rollout, place) for place in range(len(self.design.shares))],
             audit=self.trials.decisions(self.name), history=self.controller.history(),
             waiting=self.trials.waiting(self.name), unwritten=None if unwritten is None else str(unwritten),
+            impossible=self.controller.impossible, unseen=self._unseen(),
+        )  # fmt: skip
+
+    def _unseen(self) -> Unseen | None:
+        """How its shadow stage stands."""
+        rollout, pairs = self.rollout, self.controller.pairs
+        if rollout is None or pairs is None:
+            return None
+        cap = rollout.shadow_usd
+        return Unseen(
+            dict(pairs.counts), rollout.shadow_calls, dict(pairs.failed), dict(pairs.refused), self.left_out(),
+            None if cap is None else self._store.account(accounts_of(run_of(self.name)) + "usd").spent / NANO, cap,
+            any(line.what == SPENT for line in self.trials.decisions(self.name)),
         )  # fmt: skip
 
     def page(self) -> str:
@@ -144,7 +163,8 @@ class Opened:
         """How many users and days it takes to decide; as `Experiment.plan`."""
         from dspy_prod.experiments.planning import plan
 
-        if not isinstance(users_per_day, int | float) or not users_per_day > 0:
+        known = isinstance(users_per_day, int | float) and not isinstance(users_per_day, bool)
+        if not known or not 0 < users_per_day <= LARGEST:
             raise ConfigError(f"plan: users_per_day={users_per_day!r} must be over 0: how many new ones come a day")
         design = self.design
         success = [each.name for each in self.metrics if each.role == "success"]

@@ -66,6 +66,8 @@ def stop(opened: Opened, reason: str | None = None, by: str | None = None) -> Tr
     stopped = put(opened.trials, opened.name, "stop", reason, by)
     if stopped is not None and opened.aliases is not None:
         opened.aliases.follow(stopped, opened.trials.decisions(opened.name))
+    if stopped is not None:
+        opened.controller.tell()
     return stopped
 
 
@@ -129,6 +131,8 @@ def promote(
             break
     if opened.aliases is not None:
         opened.aliases.follow(trial, opened.trials.decisions(name))
+    opened.controller.tell()
+    if opened.aliases is not None:
         conflict = opened.aliases.conflict(opened.trials.decisions(name))
         if conflict is not None:
             raise conflict

@@ -14,6 +14,7 @@ from dspy_prod.views.cells import Tone
 if TYPE_CHECKING:
     from dspy_prod.experiments.decisions import MetricEvidence
     from dspy_prod.experiments.facts import Facts, Waited
+    from dspy_prod.experiments.unseen import Unseen
 
 DECISIONS: Final[dict[str, tuple[str, Tone]]] = {
     "promote": ("promote {winner}", "good"),
@@ -49,6 +50,7 @@ def page(card: Facts, *, pictures: bool = False) -> Page:
         except ConfigError:
             pass  # matplotlib is not installed: the tables say it all
     parts += [users(card)] if len(card.stages) > 1 else []
+    parts += [] if card.unseen is None else [unseen(card.unseen)]
     parts += [audit(card, MOST_EVENTS)] if card.audit else []
     return Page(*parts)
 
@@ -80,6 +82,18 @@ def users(card: Facts) -> Table:
         "Users by stage", ("stage", *card.users), rows, "Each where it was seen first.", len(card.users),
         [("all", *card.users.values())] if len(rows) > 1 else (),
     )  # fmt: skip
+
+
+def unseen(found: Unseen) -> Table:
+    """The shadow stage."""
+    rows = [
+        (name, Cell(f"{count:,} of {found.needed:,}", number=True), found.failed[name], found.refused[name])
+        for name, count in found.pairs.items()
+    ]
+    spent = "" if found.usd is None else f"{found.usd:.4f} of {found.cap_usd:g} USD are spent. "
+    more = f" {found.left_out:,} calls were left out here, for the queue was full." if found.left_out else ""
+    note = f"{spent}A call that a limit, a budget or a deadline refused tells nothing of a candidate.{more}"
+    return Table("Calls that nobody saw", ("candidate", "answered", "failed", "refused"), rows, note)
 
 
 def audit(card: Facts, most: int | None = None) -> Table:

@@ -111,17 +111,22 @@ class Pairs:
         metrics: of the experiment. candidates: their names.
 
     Attributes:
-        counts: pairs of each candidate.
+        counts: pairs of each candidate. failed: those in which it failed. refused: calls that a limit, a budget or
+            a deadline kept from being answered, which are no pairs.
     """
 
     def __init__(self, metrics: Sequence[Metric], candidates: Sequence[str]) -> None:
         told = [each for each in metrics if each.name in PAIRED and each.role == "guardrail"]
         self._claims = {name: [PairClaim(metric) for metric in told] for name in candidates}
-        self.counts = dict.fromkeys(candidates, 0)
+        self.counts, self.failed, self.refused = (dict.fromkeys(candidates, 0) for _ in range(3))
 
-    def see(self, candidate: str, pair: Pair) -> None:
-        """One pair more of a candidate."""
+    def see(self, candidate: str, pair: Pair | None) -> None:
+        """One pair more of a candidate; None: a call of it was refused."""
+        if pair is None:
+            self.refused[candidate] += 1
+            return
         self.counts[candidate] += 1
+        self.failed[candidate] += pair.failed[1]
         for each in self._claims[candidate]:
             each.see(pair)
 
@@ -142,12 +147,16 @@ class Pairs:
         """As JSON has it."""
         return {
             "counts": self.counts,
+            "failed": self.failed,
+            "refused": self.refused,
             "claims": {name: [each.state() for each in claims] for name, claims in self._claims.items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
         self.counts.update(state["counts"])
+        self.failed.update(state.get("failed", {}))
+        self.refused.update(state.get("refused", {}))
         for name, claims in state["claims"].items():
             for mine, kept in zip(self._claims[name], claims, strict=True):
                 mine.restore(kept)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.alphas import Alphas, alphas
 from dspy_prod.experiments.foretelling import most_better, units_needed
-from dspy_prod.options.metrics import Metric
+from dspy_prod.options.metrics import LARGEST, Metric
 from dspy_prod.views import Cell, Page, Shown, Table
 
 LONG: Final = 30.0
@@ -103,6 +103,7 @@ def plan(
     Raises:
         ConfigError: a number is impossible.
     """
+    _check_given(baseline, effects, power)
     shares = shares or {control: 0.5, "candidate": 0.5}
     candidates = [name for name in shares if name != control]
     if not units_per_day > 0:
@@ -128,6 +129,21 @@ def plan(
             needs.append(Need(metric.name, claim, size, units, days, told))
     slowest = max(_awaited(metrics, needs), key=lambda need: need.days)
     return Plan(tuple(needs), slowest, power, tuple(_warnings(metrics, needs, baseline or {})))
+
+
+def _check_given(baseline: Any, effects: Any, power: Any) -> None:
+    """Refuse what is no number, or no numbers by metric."""
+    if isinstance(power, bool) or not isinstance(power, int | float):
+        raise ConfigError(f"power={power!r} must lie between 0 and 1, such as 0.8")
+    for what, given in (("baseline", baseline), ("effect", effects)):
+        if not isinstance(given, Mapping | None):
+            raise ConfigError(f"{what}={given!r}: give a number for each metric, such as {what}={{'resolved': 0.8}}")
+        for name, value in (given or {}).items():
+            pair = value if what == "baseline" and isinstance(value, tuple | list) and len(value) == 2 else (value,)
+            numbers = [each for each in pair if isinstance(each, int | float) and not isinstance(each, bool)]
+            if len(numbers) < len(pair) or not all(abs(each) <= LARGEST for each in numbers):
+                told = "a number, or mean and standard deviation" if what == "baseline" else "a number"
+                raise ConfigError(f"{what}={{{name!r}: {value!r}}}: give {told}, such as 0.8")
 
 
 def _asked(

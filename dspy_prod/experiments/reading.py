@@ -43,6 +43,7 @@ class Reading:
     Attributes:
         evidence: as of the last `read`; None before it. spread: of latencies.
         pairs: those of a shadow stage; None without one.
+        impossible: values that their metric cannot have, which were left out, by metric.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Reading:
         self._history = self._blank()
         self._read: dict[str, int] = {}
         self._revision = -1
+        self.impossible: dict[str, int] = {}
+        self._warned: set[str] = set()
         self._after_fork()
         reset_after_fork(self)
 
@@ -112,7 +115,8 @@ class Reading:
 
     def _save(self, evidence: Evidence) -> None:
         pairs = None if self.pairs is None else self.pairs.state()
-        told = {"read": self._read, "evidence": evidence.to_dict(), "pairs": pairs, "spread": self.spread.state()}
+        told = {"read": self._read, "evidence": evidence.to_dict(), "pairs": pairs, "spread": self.spread.state(),
+                "impossible": self.impossible}  # fmt: skip
         state = f'{json.dumps(told)[:-1]}, "history": {self._history.state()}}}'
         if self._trials.save(self._name, state, self._revision):
             self._revision += 1
@@ -139,7 +143,7 @@ class Reading:
         if self.evidence is not None and revision == self._revision:
             return self.evidence
         self._read, self._revision, self._history = {}, revision, self._blank()
-        self.spread = Spread()
+        self.spread, self.impossible = Spread(), {}
         evidence = None
         if self._rollout is not None and self._rollout.shadow:
             self.pairs = Pairs(self._metrics, self._design.variants[1:])
@@ -152,6 +156,7 @@ class Reading:
                     self.pairs.restore(state["pairs"])
                 self._read, self._history = state["read"], history
                 self.spread = Spread.restored(state.get("spread", {}))
+                self.impossible = dict(state.get("impossible", {}))
             except ValueError as error:  # of another release: what is stored is read again from the start
                 _log.warning("The experiment %s is read anew: %s", self._name, error)
         if evidence is None:
@@ -189,10 +194,26 @@ class Reading:
                 for metric in () if left_out else metrics:
                     if is_unpriced(metric, unit):
                         continue
-                    evidence.matured(metric.name, exposure, value_of(metric, unit))
+                    value = value_of(metric, unit)
+                    if self._is_impossible(metric, value):
+                        continue
+                    evidence.matured(metric.name, exposure, value)
                     self._history.see(evidence, metric.name, unit.number, unit.at)
             after = self._read[place] = units[-1].number
         return after - first
+
+    def _is_impossible(self, metric: Metric, value: float | None) -> bool:
+        """Whether a unit has what its metric cannot be: it is left out, for it must not end every look of all."""
+        try:
+            if value is not None:
+                metric.checked(value)
+            return False
+        except ValueError as error:
+            self.impossible[metric.name] = self.impossible.get(metric.name, 0) + 1
+            if metric.name not in self._warned:
+                self._warned.add(metric.name)
+                _log.warning("A unit of the experiment %s is left out of %s: %s", self._name, metric.name, error)
+            return True
 
     def _take_in_pairs(self) -> int:
         """Those of a shadow stage."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from math import isfinite
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.declaration import BUILT_IN, source_of
@@ -40,8 +40,9 @@ class Recording(Inside):
             values: by metric.
 
         Raises:
-            ConfigError: there is no such metric, calls or a judge tell it, or it cannot have this value; both a unit
-                and a trace are named, or none; the ledger has no call of this experiment with that trace.
+            ConfigError: no value is given; there is no such metric, calls or a judge tell it, or it cannot have this
+                value; both a unit and a trace are named, or none; the ledger has no call of this experiment with that
+                trace.
             StoreUnavailableError: the ledger cannot be read.
 
         Example:
@@ -55,9 +56,12 @@ class Recording(Inside):
         for what, given in (("unit", unit), ("trace", trace), ("id", id)):
             if given is not None and not isinstance(given, str):
                 raise ConfigError(f"Experiment({self.name!r}).record: {what}={given!r} must be text, as str({given!r})")
-        if at is not None and (isinstance(at, bool) or not isinstance(at, int | float) or not isfinite(at)):
+        known = isinstance(at, int | float | None) and not isinstance(at, bool)
+        if not known or (at is not None and not abs(at) <= sys.float_info.max):
             raise ConfigError(f"Experiment({self.name!r}).record: at={at!r} must be seconds since the epoch")
         checked = self._checked(values)
+        if not checked:
+            raise ConfigError(f"Experiment({self.name!r}).record: say what became of it, by metric, as resolved=1")
         if trace is not None:
             unit, id = self._works.traced.unit_of(trace, self._unit), id or trace
         assert unit is not None
@@ -82,6 +86,6 @@ class Recording(Inside):
                 )
             try:
                 checked[metric] = known[metric].checked(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ConfigError(f"Experiment({self.name!r}).record: {metric}={value!r}: {error}") from None
         return checked

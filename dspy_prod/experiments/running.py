@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.attending import EVERY, Attending
 from dspy_prod.experiments.inside import Inside
+from dspy_prod.experiments.offline import OfflineReport
 from dspy_prod.experiments.opened import Opened, stage_of
 from dspy_prod.experiments.operating import promote, remove, stop
 from dspy_prod.experiments.scorecard import Scorecard
-
-if TYPE_CHECKING:
-    from dspy_prod.experiments.offline import OfflineReport
+from dspy_prod.experiments.variants_in_mlflow import tracked
 
 
 class Running(Inside):
@@ -40,6 +40,11 @@ class Running(Inside):
         Raises:
             ConfigError: `every` is impossible; the gate did not pass, or is of other variants.
         """
+        if gate is not None and not isinstance(gate, OfflineReport):
+            raise ConfigError(
+                f"Experiment({self.name!r}).start: gate={gate!r}: give what evaluate returned, as "
+                "gate=exp.evaluate(devset, metric)"
+            )
         if gate is not None:
             gate.refuse_unless_passed(self.name, {each.name: each.exact for each in self.variants.values()})
         if auto:
@@ -51,10 +56,12 @@ class Running(Inside):
     def pause(self, reason: str | None = None) -> None:
         """Let nobody new into a candidate, and decide nothing, until `resume`. Who is in one stays."""
         self._put("pause", reason)
+        self._works.opened.controller.tell()
 
     def resume(self, reason: str | None = None) -> None:
         """Go on after a pause."""
         self._put("resume", reason)
+        self._works.opened.controller.tell()
 
     def stop(self, reason: str | None = None) -> None:
         """End it: everybody gets control, and the candidates' aliases its version. What was measured stays."""
@@ -76,7 +83,9 @@ class Running(Inside):
             ConfigError: it is running or paused, and `force` is not given.
             StoreUnavailableError: the store cannot be used.
         """
+        known = tracked(self._works.trials.decisions(self.name)) is not None
         remove(self._works.trials, self.name, force=force)
+        self._works.opened.controller.removed(known)
         self._works.standing.look()
 
     def step(self) -> Scorecard:

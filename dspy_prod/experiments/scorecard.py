@@ -13,6 +13,7 @@ from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import source_of
 from dspy_prod.experiments.facts import Event, Facts, StageUsers, Waited
 from dspy_prod.experiments.history import Look
+from dspy_prod.experiments.unseen import Unseen
 from dspy_prod.experiments.variants_in_mlflow import address, tracked
 from dspy_prod.options.metrics import Metric
 from dspy_prod.stores.trials import Arm, Tally, Trial, Waiting
@@ -54,6 +55,7 @@ class Scorecard(Shown, Facts):
         told["candidates"] = {name: asdict(each) for name, each in self.candidates.items()}
         told["stages"], told["audit"] = ([asdict(each) for each in one] for one in (self.stages, self.audit))
         told["waiting"] = {name: asdict(each) for name, each in self.waiting.items()}
+        told["unseen"] = None if self.unseen is None else asdict(self.unseen)
         told["history"] = [each._asdict() for each in self.history]
         told["warnings"] = self.warnings
         plain: dict[str, Any] = _plain(told)
@@ -150,7 +152,8 @@ def scorecard(
     trial: Trial, stage: str, decision: Decision, counts: Sequence[Arm], tally: Tally, variants: Sequence[str],
     serves: str | None, dropped: Sequence[str], *, metrics: Sequence[Metric] = (), stages: Sequence[str] = (),
     audit: Sequence[Line] = (), history: Sequence[Look] = (), waiting: Mapping[str | None, Waiting] | None = None,
-    unwritten: str | None = None,
+    unwritten: str | None = None, impossible: Mapping[str, int] | None = None,
+    unseen: Unseen | None = None,
 ) -> Scorecard:  # fmt: skip
     """Put together what is known.
 
@@ -159,6 +162,7 @@ def scorecard(
         variants: control first. serves, dropped: as in the declaration. metrics: as declared.
         stages: all of them, in words. audit: what was decided. history: how the evidence grew.
         waiting: as the store has it. unwritten: why the store cannot be written.
+        impossible: units with what their metric cannot be, by metric. unseen: of a shadow stage.
     """
     users = dict.fromkeys(variants, 0)
     by_stage = {place: dict.fromkeys(variants, 0) for place in sorted({each.stage for each in counts})}
@@ -172,6 +176,7 @@ def scorecard(
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
         hurt=sum(users[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
         unkept=tally.unkept, early=tally.early, unpriced=tally.unpriced, unwritten=unwritten,
+        impossible=dict(impossible or {}), unseen=unseen,
         serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
         stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),
         audit=tuple([Event(each.at, each.what, each.by, _reason(each)) for each in audit]), history=tuple(history),

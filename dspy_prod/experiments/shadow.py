@@ -2,12 +2,15 @@
 
 The caller has control's answer and waits for nothing: what is to be asked stands in a short queue, which a thread of
 its own empties; what finds it full is left out, so that traffic never piles up here. Candidates ask with low priority,
-within a budget of their own, and no failure of theirs reaches anybody.
+within a budget and a deadline of their own, at the expense of no user and tenant, and no failure of theirs reaches
+anybody. What a limit, a budget or a deadline keeps from being answered tells nothing of a candidate: such calls make no
+pair, and are counted.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import random
 import time
@@ -19,17 +22,18 @@ import dspy
 
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
-from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError
+from dspy_prod.errors import BudgetExceededError, ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.pairs import SUFFIX, Pair
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.policies.run import Run
+from dspy_prod.production.reasons import REFUSALS, reason_of
 from dspy_prod.production.report import report_of
 from dspy_prod.production.watch import Records
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.trials import Call, Exposure, Outcome, Trials
+from dspy_prod.stores.trials import Call, Decision, Exposure, Outcome, Trials
 
 _UNKNOWN: Final = -1.0
 """Dollars that are not known, as they are kept."""
@@ -37,7 +41,32 @@ _UNKNOWN: Final = -1.0
 CONTROL: Final = ("control_failed", "control_fell_back", "control_usd")
 """What is kept of control's answer in a pair, as outcomes."""
 
+PATIENCE: Final = 120.0
+"""Seconds a candidate has for its answer, whatever the caller's deadline was."""
+
+SPENT: Final = "shadow_spent"
+"""The line of the audit that says since when there is no money for shadows."""
+
+OURS: Final = REFUSALS - {"circuit_open"}
+"""Why a call was not answered for a reason that is neither its program's nor its upstream's."""
+
 _log = logging.getLogger("dspy_prod")
+
+
+def run_of(experiment: str) -> str:
+    """The name of the run that the shadows of an experiment belong to."""
+    return f"shadow of {experiment}"
+
+
+class _Purse(Run):
+    """A run that knows whether it has refused a call, whatever became of the refusal."""
+
+    has_refused = False
+
+    def refused(self, *about: Any) -> BudgetExceededError:
+        """As of `Run`."""
+        self.has_refused = True
+        return super().refused(*about)
 
 
 class Answered(NamedTuple):
@@ -72,7 +101,7 @@ class Shadow:
         if self._spent:
             _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
         elif rollout.shadow_usd is not None:
-            self._run = Run(f"shadow of {experiment}", usd=rollout.shadow_usd, store=store)
+            self._run = _Purse(run_of(experiment), usd=rollout.shadow_usd, store=store)
         self._aside: Aside[_Asked] = Aside("dspy_prod-shadow", self._work)
         self._trials.create(self._name, "{}", {None: 0.0, **dict.fromkeys(CONTROL, 0.0)}, grace=1.0)
 
@@ -87,6 +116,10 @@ class Shadow:
             return
         self._aside.offer(_Asked(given, named, control, context, settings_here()))
 
+    def count_left_out(self) -> int:
+        """Calls for which there was no room, in this process."""
+        return self._aside.left_out
+
     def wait(self, timeout: float = 10.0) -> bool:
         """Wait until nothing is left to be asked."""
         return self._aside.wait(timeout)
@@ -99,32 +132,49 @@ class Shadow:
     def _ask(self, variant: Variant, asked: _Asked) -> None:
         """Ask one candidate, and keep the pair."""
         records = Records(None)
-        failed = fell_back = False
-        outer = asked.context._replace(records=records, guards=(), node=None, trace_id=None, priority="low")
-        place = Assignment(self._experiment, variant.name, "shadow", asked.context.user)
+        failed = fell_back = refused = False
         began = time.monotonic()
+        outer = asked.context._replace(
+            records=records, guards=(), run=run_of(self._experiment), node=None, trace_id=None, priority="low",
+            deadline=began + PATIENCE, aside=True,
+        )  # fmt: skip
+        place = Assignment(self._experiment, variant.name, "shadow", asked.context.user)
         with dspy.context(**asked.settings), use(assigned(outer, place)):
-            with call_context(run=self._run, deadline=None) if self._run is not None else use(current()):
+            with call_context(run=self._run) if self._run is not None else use(current()):
                 try:
                     report = report_of(variant.program(*asked.args, **asked.kwargs))
                     fell_back = report is not None and report.status == "fallback"
-                except (RunStoppedError, BudgetExceededError) as error:
-                    self._spent = True
-                    _log.warning("The shadow stage of %s ends, for its budget is spent: %s", self._experiment, error)
-                    return
+                    refused = fell_back and report is not None and report.reason in OURS
                 except Exception as error:  # it is what a user would have seen
-                    failed = True
+                    failed, refused = True, reason_of(error) in OURS
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
+        if self._run is not None and self._run.has_refused:
+            self._end()
+            return
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
         costs = [each.list_nano for each in records]
         nano = None if None in costs else sum([each or 0 for each in costs])
         latency = None if cached else time.monotonic() - began
         self._trials.expose(Exposure(self._name, unit, 0, variant.name, self._rollout.shadow_share / 2, at))
+        if refused:
+            return  # a unit without a call is counted, and no pair
         self._trials.call(Call(self._name, unit, at, failed, fell_back, nano, latency))
         for name, value in zip(CONTROL, asked.control, strict=True):
             kept = _UNKNOWN if value is None else float(value)
             self._trials.outcome(Outcome(self._name, unit, name, kept, at))
+
+    def _end(self) -> None:
+        """No candidate is asked from now on; the audit says why."""
+        self._spent = True
+        usd, trials, name = self._rollout.shadow_usd, self._trials, self._experiment
+        why = f"the shadow stage's budget of {usd:g} USD is used up: its candidates are asked nothing more"
+        _log.warning("Experiment(%r): %s", name, why)
+        try:
+            if all(line.what != SPENT for line in trials.decisions(name)):
+                trials.decide(name, Decision(SPENT, "shadow", json.dumps({"reason": why, "usd": usd})))
+        except StoreUnavailableError as error:  # the next process that meets the cap tells it
+            _log.warning("That the shadows of %s are at their cap cannot be kept now: %s", name, error)
 
 
 def refuse_side_effects(where: str, variants: Sequence[Variant], rollout: Rollout) -> None:
@@ -152,26 +202,26 @@ def _uses_tools(module: Any) -> bool:
     return any("dspy.adapters.types.tool" in repr(field.annotation) for field in fields.values())
 
 
-def pairs_of(trials: Trials, experiment: str, after: int) -> tuple[list[tuple[str, Pair]], int]:
-    """(candidate, pair) of each pair from the one after number `after` on, and the number of the last."""
+def pairs_of(trials: Trials, experiment: str, after: int) -> tuple[list[tuple[str, Pair | None]], int]:
+    """(candidate, pair) of each pair from the one after number `after` on, and the number of the last.
+
+    None is the pair of a call that was refused.
+    """
     name = experiment + SUFFIX
     calls = {unit.number: unit for unit in trials.matured(name, None, after)}
     control = {field: {unit.number: unit for unit in trials.matured(name, field, after)} for field in CONTROL}
-    found, last = [], after
+    found: list[tuple[str, Pair | None]] = []
+    last = after
     for number in sorted(calls):
         if not all(number in each for each in control.values()):
             break  # not all of it has been written yet
         last = number
         values = [control[field][number].values.mean for field in CONTROL]
-        told = calls[number].first_call
-        if None in values or not told.calls:
-            continue
-        failed, fell_back, usd = (value or 0.0 for value in values)
-        found.append((
-            calls[number].arm,
-            Pair(
-                (bool(failed), told.failed > 0), (bool(fell_back), told.fell_back > 0),
-                None if usd < 0 or told.unpriced else (usd, told.list_nano / 1e9),
-            ),
-        ))  # fmt: skip
+        told, arm = calls[number].first_call, calls[number].arm
+        if not told.calls:
+            found.append((arm, None))
+        elif None not in values:
+            failed, fell_back, usd = (value or 0.0 for value in values)
+            dollars = None if usd < 0 or told.unpriced else (usd, told.list_nano / 1e9)
+            found.append((arm, Pair((bool(failed), told.failed > 0), (bool(fell_back), told.fell_back > 0), dollars)))
     return found, last

@@ -9,9 +9,10 @@ from typing import Any
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, use
 from dspy_prod.experiments.flights import Flight, Flights
-from dspy_prod.experiments.shadow import Answered
+from dspy_prod.experiments.shadow import OURS, Answered
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
+from dspy_prod.production.reasons import reason_of
 from dspy_prod.production.report import report_of
 from dspy_prod.production.watch import LEFT, Records
 from dspy_prod.records import NANO
@@ -32,7 +33,7 @@ class Turn:
 
     __slots__ = (
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
-        *("_flight", "_flights", "_until", "_usd", "prediction", "unpriced", "variant"),
+        *("_flight", "_flights", "_refused", "_until", "_usd", "prediction", "unpriced", "variant"),
     )
 
     def __init__(
@@ -48,7 +49,7 @@ class Turn:
         self._records = Records(outer.records)
         inner = outer if place is None else assigned(outer, place)
         self._scope = use(inner._replace(records=self._records))
-        self._fell_back = self._failed = self._ended = False
+        self._fell_back = self._failed = self._ended = self._refused = False
         self._at = self._began = 0.0
         self._flights, self._until = flights, outer.deadline
         self._flight: Flight | None = None
@@ -73,6 +74,7 @@ class Turn:
         self._trace = self._trace if report is None else report.trace_id or self._trace
         if report is not None:
             self._fell_back = report.status == "fallback"
+            self._refused = self._fell_back and report.reason in OURS
             self._usd = report.list_cost_usd  # that of LMs that are not ours, too
             self.unpriced = report.cost_usd is None
         return result
@@ -82,6 +84,7 @@ class Turn:
     ) -> None:
         self._failed = isinstance(error, Exception) and not hasattr(error, LEFT)
         self._ended = error is None or self._failed
+        self._refused |= self._failed and error is not None and reason_of(error) in OURS
         try:
             self._scope.__exit__(kind, error, traceback)
         finally:
@@ -92,8 +95,9 @@ class Turn:
 
     @property
     def shadowed(self) -> bool:
-        """Whether candidates may be asked once more what was asked: it was answered, in a shadow stage."""
-        return self._ended and self._place is not None and self._place.stage == SHADOW
+        """Whether candidates may be asked once more what was asked: it was answered, in a shadow stage, or failed for
+        another reason than a limit, a budget or a deadline."""
+        return self._ended and not self._refused and self._place is not None and self._place.stage == SHADOW
 
     @property
     def outcome(self) -> Answered:

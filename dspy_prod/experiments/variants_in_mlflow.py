@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -17,8 +18,9 @@ from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.spread import Spread
-from dspy_prod.experiments.variant_figures import figures, note, standing, tags
+from dspy_prod.experiments.variant_figures import TAG, figures, note, standing, tags
 from dspy_prod.privacy.names import bare_url
+from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Trial, Trials
 from dspy_prod.tracking import setup
@@ -29,6 +31,8 @@ TRACKED: Final = "tracked"
 """The line of the audit that says which runs of MLflow's the variants have."""
 LOCAL: Final = "http://127.0.0.1:5000"
 """Where `mlflow server` listens unless told otherwise: an MLflow that is a database has no address of its own."""
+REMOVED: Final = "removed"
+"""The state of an experiment that nobody has any more, as its runs tell it."""
 _ENDED: Final = (words.PAUSED, words.STOPPED, words.DECIDED)
 
 _log = logging.getLogger("dspy_prod")
@@ -48,6 +52,8 @@ class VariantsInMlflow:
         self._open = False
         self._told: Any = None
         self._kept: dict[str, Any] | None = None
+        self._after_fork()
+        reset_after_fork(self)
 
     def look(
         self, trial: Trial, stage: str, decision: Decision, evidence: Evidence, spread: Spread,
@@ -59,6 +65,31 @@ class VariantsInMlflow:
             trial: as the store has it. stage: in words. decision, evidence, spread: what is known.
             page: makes the scorecard as a page, for the end.
         """
+        with self._lock:  # an operator and a controller may tell at once
+            self._look(trial, stage, decision, evidence, spread, page)
+
+    def removed(self, salt: str, known: bool = False) -> None:
+        """End the runs of an experiment that was removed: those this process told of, and with `known` those that
+        others did, too.
+
+        Args:
+            salt: the experiment's.
+        """
+        with self._lock:
+            if setup.courier() is None or (setup.courier() is not self._courier and not known):
+                return
+            if known and not self._runs:
+                its = variant_runs(self._name, salt, self._variants)
+                self._runs = {variant: TrackedRun(each.key, each.name) for variant, each in its.items()}
+            for run in self._runs.values():
+                run.tag(**{f"{TAG}state": REMOVED})
+                run.end()
+            self._runs, self._open, self._told = {}, False, None
+
+    def _look(
+        self, trial: Trial, stage: str, decision: Decision, evidence: Evidence, spread: Spread,
+        page: Callable[[], str] | None,
+    ) -> None:  # fmt: skip
         courier = setup.courier()
         if courier is None:
             return
@@ -106,6 +137,9 @@ class VariantsInMlflow:
             run.note(described)
             return run
         return RunMessages().open(its.name, key=its.key, tags=named, note=described)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.RLock()  # the page is a look of its own
 
     def _keep(self) -> None:
         """Keep in the audit where the runs are, once MLflow has them: every process can link to them then."""

@@ -36,6 +36,8 @@ def _stages(value: Any) -> Any:
             raise ValueError(f"{after!r} after {before!r}: each share is above the one before it; sort them")
     if not value:
         raise ValueError("an empty rollout has no stage; give one, such as (0.1, 0.5)")
+    if not shares:
+        raise ValueError(f"nobody gets a candidate after {SHADOW!r}, so that it could never end; add shares, as 0.1")
     return value
 
 
@@ -82,17 +84,18 @@ class Rollout(Options):
         stages: shares of the users, each above 0, below 1 and above the one before; `"shadow"` may come first. Then
             candidates run unseen on some of the live inputs: for programs without side effects.
         shadow_share: share of the calls that candidates answer once more in a shadow stage. shadow_calls: how many each
-            must have answered before the next stage begins. shadow_usd: what all of these may cost together; None: no
-            cap. shadow_tools: `"refuse"` a shadow stage of programs that use tools, which would do everything twice;
-            `"allow"` it where they only read.
+            must have answered before the next stage begins; what a limit, a budget or a deadline refuses is none.
+            shadow_usd: what all of these may cost together; None: no cap. They count for no budget of a user or tenant,
+            and have two minutes each, whatever the caller's deadline is. shadow_tools: `"refuse"` a shadow stage of
+            programs that use tools, which would do everything twice; `"allow"` it where they only read.
         max_users: users who may get a candidate in a stage, for each candidate; None: any number. Whoever comes after
             them gets control.
         min_users: users a candidate must have had in a stage before the next one begins. Default: 25 in the first
             stage with traffic, then 4 times as many from stage to stage.
         min_time: seconds that a stage lasts at least.
         max_time: seconds after which a stage that could not end is inconclusive; None: never.
-        on_inconclusive: what happens then: `"pause"` (everybody gets control until somebody resumes), or `"hold"`
-            (it goes on as it is, and somebody is told).
+        on_inconclusive: what happens then: `"pause"` (nobody new gets a candidate until somebody resumes, and who has
+            one keeps it; `stop` gives control to everybody), or `"hold"` (it goes on as it is, and somebody is told).
 
     Raises:
         ConfigError: stages that fall, a shadow stage that is not first, or lengths that do not agree.

@@ -87,6 +87,8 @@ class Call:
         if pipeline.degradable:
             wall = pipeline.clock.time()
             for rule in pipeline.budgets:
+                if self.context.aside and rule.personal:
+                    continue
                 model = rule.degraded(rule.account(self.context, pipeline.primary.model, wall).key)
                 if model is not None and model != pipeline.primary.model:
                     self.degraded = True
@@ -233,7 +235,7 @@ def _row(
 ) -> CallRecord:
     (
         user, tenant, session, priority, _deadline, tags, _cache, _ttl, run, program, experiment, variant,
-        prompt_version, trace_id, _records, _node, _guards, _sample, _assignments,
+        prompt_version, trace_id, _records, _node, _guards, _sample, _assignments, _aside,
     ) = context  # fmt: skip
     # As a tuple: the generated constructor of a NamedTuple of 30 fields costs a microsecond.
     return _new_record(CallRecord, (

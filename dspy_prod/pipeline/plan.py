@@ -52,6 +52,8 @@ def plan(call: Call, route: Route, number: int, patience: float = inf) -> Attemp
     if route.fitting is not None:
         request = fitted(call, route, request)
     rules = _rules(pipeline.budgets, route) if route.rules else pipeline.budgets
+    if call.context.aside:
+        rules = tuple([rule for rule in rules if not rule.personal])
     limited = route.limited or route.state.identity.throttled
     caps = _caps(pipeline.caps, route) if pipeline.capped else ()
     attempt = Attempt(call, route, request, number, None, rules, pipeline.clock.monotonic())
@@ -196,7 +198,7 @@ def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], l
             accounts=tuple([account.key for account in accounts]),
         )  # fmt: skip
 
-    fair = "" if limit.fair_by is None else (getattr(context, limit.fair_by) or "")
+    fair = "" if limit.fair_by is None or context.aside else (getattr(context, limit.fair_by) or "")
     key, settings = (route.limit_key, limit) if limited else (None, None)
     return Reservation(
         id, key, settings, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,

@@ -129,6 +129,11 @@ class BudgetRule:
         return account
 
     @property
+    def personal(self) -> bool:
+        """Whether each user, or tenant, has an account of its own."""
+        return self.options.scope in ("user", "tenant")
+
+    @property
     def prefix(self) -> str:
         """How the keys of all accounts of this budget begin."""
         return _prefix(self.options)

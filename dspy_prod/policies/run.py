@@ -298,6 +298,13 @@ def accounts_of(name: str) -> str:
     return joined(_NO_BUDGET, "run", name) + BETWEEN
 
 
+def refused_by(run: Run, error: BaseException) -> bool:
+    """Whether it is this run that said no: its caps, or that it was stopped; and no budget or run beside it."""
+    if isinstance(error, RunStoppedError):
+        return error.run == run.name
+    return isinstance(error, BudgetExceededError) and error.budget in [f"run {run.name}: {each}" for each in DIMENSIONS]
+
+
 def claims_of(runs: tuple[Run, ...]) -> Sequence[Claim]:
     """The caps of all runs that a call belongs to.
 

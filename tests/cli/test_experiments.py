@@ -89,6 +89,15 @@ def test_status_says_where_it_stands_and_what_it_waits_for(said: Said, store: St
     assert found["candidates"]["new"]["metrics"][0]["metric"] == "ok"
 
 
+def test_status_of_a_shadow_stage_says_how_many_calls_it_waits_for(said: Said, store: Store) -> None:
+    declared(store, rollout=Rollout(stages=("shadow", 0.5), shadow_calls=40, shadow_usd=2.0).model_dump(mode="json"))
+    text = said("status", "e")
+    for words in ("50 %, once each candidate has answered 40 calls unseen (now new 0)", "0 of 40", "0.0000 of 2 USD"):
+        assert words in text
+    found = said("status", "e", "--json")["unseen"]
+    assert (found["pairs"], found["needed"], found["cap_usd"], found["spent"]) == ({"new": 0}, 40, 2.0, False)
+
+
 def test_a_look_takes_in_decides_and_acts(said: Said, store: Store) -> None:
     """As a cron job does it."""
     opened = declared(store, rollout=ROLLOUT)

@@ -280,6 +280,54 @@ def test_runs_end_with_the_experiment_and_go_on_with_it(
     assert {run.info.end_time for run in runs_of(uri).values()} == ends, "nothing of it is done again"
 
 
+def test_runs_end_with_what_a_person_does_and_wait_for_no_look(
+    uri: str, track: Callable[..., None], asked: Asked, store: str
+) -> None:
+    """Somebody who stops an experiment looks at it no more."""
+
+    def told() -> set[tuple[str, str]]:
+        assert tracking.flush(60.0)
+        return {(run.info.status, run.data.tags["dspy_prod.state"]) for run in runs_of(uri).values()}
+
+    track()
+    asked()
+    exp = two(store)
+    for number in range(4):
+        ask(exp, f"u{number}")
+    exp.step()
+    assert told() == {("RUNNING", "running")}
+    exp.pause()
+    assert told() == {("FINISHED", "paused")}
+    exp.resume()
+    assert told() == {("RUNNING", "running")}
+    exp.promote("cot", force=True, reason="the shop wants it")
+    assert told() == {("FINISHED", "decided")}
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere", "beside a controller"])
+def test_runs_end_when_their_experiment_is_removed(
+    where: str, uri: str, track: Callable[..., None], asked: Asked, store: str
+) -> None:
+    """Also by a process that told nothing of them itself, and by the next look of one that did."""
+    track()
+    asked()
+    exp = two(store)
+    ask(exp, "u1")
+    exp.step()
+    assert tracking.flush(60.0)
+    exp.step()  # the audit knows the runs now
+    if where == "beside a controller":
+        exp._works.trials.remove(exp.name)
+        exp._works.opened.controller.step()
+    else:
+        (exp if where == "here" else two(store)).remove(force=True)
+    assert tracking.flush(60.0)
+    assert {(run.info.status, run.data.tags["dspy_prod.state"]) for run in runs_of(uri).values()} == {
+        ("FINISHED", "removed")
+    }
+    assert len(runs_of(uri)) == 2
+
+
 def test_nothing_waits_for_mlflow_and_everything_follows(
     uri: str, database: Path, track: Callable[..., None], provider: Provider, asked: Asked, store: str
 ) -> None:

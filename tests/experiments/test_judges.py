@@ -198,6 +198,42 @@ def test_its_cost_stays_within_its_budget_and_is_no_variant_s(
     assert len([each for each in exp._works.trials.decisions("e") if each.what == "judge_spent"]) == 1
 
 
+def test_a_budget_of_its_lm_is_not_its_own(
+    provider: Provider, asked: Asked, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may have money again in an hour: others are judged then, and the audit does not say that it has ended."""
+    asked()
+    seen: list[str] = []
+    poor = asked(cache=False, max_tokens=20, budget=dspy_prod.Budget(usd=1e-9, per="hour", name="hourly"))
+
+    def quality(example: Any, prediction: Any) -> float:
+        seen.append(example.message)
+        if example.message != "third":
+            poor("rate it")
+        return 1.0
+
+    asked()
+    exp = judged(store, Judge(quality, share=1.0, usd=100.0))
+    for message in ("first", "second", "third"):
+        ask(exp, message, message=message)
+        settled(exp)
+    assert seen == ["first", "second", "third"]
+    assert not [each for each in exp._works.trials.decisions("e") if each.what == "judge_spent"]
+    assert "hourly" in caplog.text
+
+
+@pytest.mark.parametrize("scope", ["user", "tenant"])
+def test_it_counts_for_no_budget_of_users_or_tenants(scope: Any, asked: Asked, store: str) -> None:
+    """Nor for that of those who do not say who they are; and one that wants a name refuses no judge."""
+    judge = Politeness()
+    judge.set_lm(asked(max_tokens=20, budget=dspy_prod.Budget(usd=1e-9, scope=scope, require=True, name="theirs")))
+    asked()
+    exp = judged(store, Judge(judge, share=1.0))
+    ask(exp, "u1")
+    settled(exp)
+    assert set(scores(exp)) == {"u1"}
+
+
 def test_units_after_the_end_of_its_budget_are_not_missing(asked: Asked) -> None:
     clock = FakeClock()
     store = MemoryStore(clock=clock)

@@ -98,6 +98,29 @@ def test_a_look_with_nothing_to_read_asks_the_store_once() -> None:
     assert Opened(store, "e").controller.step() == found
 
 
+def test_a_value_that_cannot_be_ends_no_look_and_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """As of a store that an earlier release let declare it: the unit is left out of that metric, and shown."""
+    rates = {"direction": "lower", "role": "guardrail", "margin": 0.02}
+    metrics = [Metric("latency", direction="lower"), Metric("error_rate", missing=1.0, **rates)]
+    opened = declared(MemoryStore(), metrics=[each.model_dump(mode="json") for each in metrics])
+    trials = opened.trials
+    for number in range(200):
+        unit, now = f"u{number}", trials.now()
+        got = opened.design.assign(unit)
+        trials.expose(Exposure("e", unit, got.stage, got.variant, got.propensity, now, got.full))
+        slow = 1.05 if number == 7 else 0.1
+        trials.call(Call("e", unit, now, failed=got.variant == "new", latency=slow))
+        if number in (10, 50):
+            opened.controller.step()
+    opened.controller.step()
+    card = opened.scorecard()
+    assert (card.state, card.serves, card.decision) == ("decided", "control", "rollback")
+    assert card.impossible == {"latency": 1}
+    assert sum("left out of latency" in each.message for each in caplog.records) == 1
+    assert any("1 units have what latency cannot be" in each for each in card.warnings)
+    assert Opened(opened._store, "e").scorecard().impossible == {"latency": 1}, "whoever looks next knows it too"
+
+
 def _units(found: Any) -> tuple[int, int]:
     evidence = found.candidates["new"].metrics[0]
     return evidence.control_units, evidence.candidate_units

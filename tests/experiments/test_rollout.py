@@ -63,6 +63,7 @@ def test_the_last_stage_may_be_capped_below_what_a_next_one_would_need() -> None
         ({"stages": (0.1, 0.1)}, "stages: 0.1 after 0.1"),
         ({"stages": (0.1, "shadow")}, "can only come first.*move it"),
         ({"stages": ("shadow", "shadow")}, "can only come first"),
+        ({"stages": ("shadow",)}, "could never end; add shares"),
         ({"stages": ()}, "stages: an empty rollout.*give one"),
         ({"stages": 0.1}, "stages: give the shares in a tuple"),
         ({"stages": "shadow"}, "stages: give the shares in a tuple"),

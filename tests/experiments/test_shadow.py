@@ -1,0 +1,172 @@
+"""The shadow stage: candidates are asked once more, unseen, at nobody's expense, and judged by what they answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import dspy
+import pytest
+
+import dspy_prod
+from dspy_prod import ConfigError, Experiment, Production, Rollout, call_context, call_report
+from dspy_prod.testing import Provider
+from dspy_prod.testing.faults import Status
+from tests.experiments.conftest import Triage
+
+Asked = Callable[..., dspy_prod.LM]
+
+
+def ask(exp: Any, unit: str, message: str = "hi") -> Any:
+    with call_context(user=unit):
+        return exp(message=message)
+
+
+def shadowed(store: str, bad: Any, **more: Any) -> Experiment:
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0, **more)
+    return Experiment("e", variants={"control": Triage(), "new": bad}, rollout=rollout, store=store)
+
+
+def seen_in_the_shadow(exp: Experiment, most: int) -> Any:
+    exp.start()
+    for number in range(most):
+        assert call_report(ask(exp, f"u{number}", message=f"m{number}")).variant == "control"
+        assert exp._works.shadow is not None
+        assert exp._works.shadow.wait()
+        card = exp.step()
+        if card.state != "running" or card.stage != "shadow":
+            break
+    return exp.step()
+
+
+def test_a_failing_candidate_ends_in_the_shadow_and_hurts_nobody(provider: Provider, asked: Asked, store: str) -> None:
+    asked(cache=False)
+    provider.faults = lambda call: Status(500) if "Fail." in str(call.body) else None
+    exp = shadowed(store, Triage("Fail."))
+    card = seen_in_the_shadow(exp, 40)
+    assert (card.state, card.serves, card.hurt) == ("decided", "control", 0)
+    [audit] = [each for each in exp._works.trials.decisions("e") if each.what == "rollback"]
+    assert "worse on error_rate" in json.loads(audit.evidence)["reason"]
+    assert 5 <= len([call for call in provider.calls if call.status == 500]) <= 14
+
+
+def test_a_dearer_candidate_ends_in_the_shadow(provider: Provider, asked: Asked, store: str) -> None:
+    lm = asked(cache=False)
+    exp = shadowed(store, Triage("Think. " * 200))
+    card = seen_in_the_shadow(exp, 200)
+    assert (card.state, card.serves, card.hurt) == ("decided", "control", 0)
+    rows = {row.value: row.attempts for row in lm.costs(by="variant")}
+    assert rows["e/new"] == rows["e/control"]
+
+
+def test_an_equal_candidate_leaves_the_shadow(asked: Asked, store: str) -> None:
+    asked()
+    exp = shadowed(store, Triage(), shadow_calls=20)
+    card = seen_in_the_shadow(exp, 40)
+    assert (card.state, card.stage) == ("running", "50 %")
+    assert {call_report(ask(exp, f"x{number}")).variant for number in range(20)} == {"control", "new"}
+
+
+def test_a_shadow_costs_what_it_may(provider: Provider, asked: Asked, store: str) -> None:
+    lm = asked(cache=False, max_tokens=20)
+    exp = shadowed(store, Triage("Think."), shadow_usd=0.0005)
+    exp.start()
+    for number in range(60):
+        ask(exp, f"u{number}", message=f"m{number}")
+        assert exp._works.shadow is not None
+        assert exp._works.shadow.wait()
+    costs = {row.value: row.usd for row in lm.costs(by="variant")}
+    assert 0.0003 <= costs["e/new"] <= 0.0005
+    assert exp.step().state == "running"
+
+
+def test_a_shadow_at_its_cap_is_told_and_not_taken_for_a_failure(asked: Asked, store: str) -> None:
+    """Also where a fallback answers what the cap refuses."""
+    asked(cache=False, max_tokens=20)
+    exp = shadowed(store, Production(Triage("Think."), fallback_response="Sorry."), shadow_usd=0.0003, shadow_calls=50)
+    seen_in_the_shadow(exp, 20)
+    card = exp.scorecard()
+    assert (card.state, card.stage) == ("running", "shadow")
+    assert card.unseen is not None
+    assert (card.unseen.spent, card.unseen.cap_usd, card.unseen.failed) == (True, 0.0003, {"new": 0})
+    assert 0 < card.unseen.pairs["new"] < 15
+    assert 0.0001 < (card.unseen.usd or 0) <= 0.0003
+    assert any("budget of 0.0003 USD is used up before it can end: of 50 calls new has" in w for w in card.warnings)
+    assert [each.what for each in card.audit].count("shadow_spent") == 1
+    assert card.to_dict()["unseen"]["spent"]
+    assert f"{card.unseen.pairs['new']} of 50" in str(card)
+
+
+def test_a_shadow_has_a_deadline_of_its_own(provider: Provider, asked: Asked, store: str) -> None:
+    """What control left of the caller's says nothing of the candidate."""
+    asked(cache=False)
+    provider.latency = 0.5
+    exp = shadowed(store, Triage(), shadow_calls=2)
+    exp.start()
+    for number in range(2):
+        with call_context(user="u1", deadline=0.95):
+            exp(message=f"m{number}")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    unseen = exp.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.pairs, unseen.failed, unseen.refused) == ({"new": 2}, {"new": 0}, {"new": 0})
+    assert exp.step().stage == "50 %"
+
+
+@pytest.mark.parametrize("scope", ["user", "tenant"])
+def test_a_shadow_spends_no_budget_of_a_user_or_tenant(scope: Any, asked: Asked, store: str) -> None:
+    """Who was asked for has as many answers as without it, and a budget that wants a name refuses no shadow."""
+    lm = asked(cache=False, max_tokens=20, budget=dspy_prod.Budget(usd=0.0003, per="total", scope=scope, require=True))
+    exp = shadowed(store, Triage(), shadow_calls=1_000)
+    exp.start()
+    answered = dict.fromkeys(("u0", "u1"), 0)
+    for who in [*answered] * 6:
+        with contextlib.suppress(dspy_prod.BudgetExceededError), call_context(user=who, tenant=who):
+            exp(message=f"{who} {answered[who]}")
+            answered[who] += 1
+        assert exp._works.shadow is not None
+        assert exp._works.shadow.wait()
+    assert answered == {"u0": 4, "u1": 4}
+    rows = {row.value: row.attempts for row in lm.costs(by="variant")}
+    assert (rows["e/control"], rows["e/new"]) == (8, 8)
+
+
+def test_what_a_budget_refuses_makes_no_pair_and_ends_no_shadow(asked: Asked, store: str) -> None:
+    """One of the candidate's LM, which begins anew with its window; nor does what control was refused."""
+    asked(cache=False, max_tokens=20)
+    poor = Triage()
+    budget = dspy_prod.Budget(usd=1e-9, per="hour", name="poor")
+    poor.set_lm(dspy_prod.LM("openai/gpt-4o-mini", api_key="k", max_tokens=20, store=store, budget=budget))
+    exp = shadowed(store, poor)
+    card = seen_in_the_shadow(exp, 30)
+    time.sleep(1.1)  # a unit without a call is waited for
+    card = exp.step()
+    assert (card.state, card.stage) == ("running", "shadow")
+    assert card.unseen is not None
+    assert (card.unseen.pairs, card.unseen.refused, card.unseen.spent) == ({"new": 0}, {"new": 30}, False)
+    assert any("30 of 30 unseen calls of new were refused" in each for each in card.warnings)
+
+
+def test_a_call_that_control_was_refused_is_asked_of_nobody_unseen(asked: Asked, store: str) -> None:
+    lm = asked(cache=False, max_tokens=20, budget=dspy_prod.Budget(usd=1e-9))
+    exp = shadowed(store, Triage())
+    exp.start()
+    with pytest.raises(dspy_prod.BudgetExceededError):
+        ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    assert {each.variant for each in lm.ledger.program_calls(limit=9)} == {"control"}
+
+
+def test_a_program_with_tools_has_no_shadow(store: str) -> None:
+    def refund(order: str) -> str:
+        return "done"
+
+    agent = dspy.ReAct("message -> label", tools=[refund])
+    with pytest.raises(ConfigError, match=r"uses tools in self.*ReAct"):
+        shadowed(store, agent)
+    shadowed(store, agent, shadow_tools="allow")
