@@ -22,7 +22,7 @@ import dspy
 
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
-from dspy_prod.errors import BudgetExceededError, ConfigError, StoreUnavailableError
+from dspy_prod.errors import BudgetExceededError, ConfigError, DeadlineExceededError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.pairs import SUFFIX, Pair
 from dspy_prod.experiments.variants import Variant
@@ -132,7 +132,7 @@ class Shadow:
     def _ask(self, variant: Variant, asked: _Asked) -> None:
         """Ask one candidate, and keep the pair."""
         records = Records(None)
-        failed = fell_back = refused = False
+        failed = fell_back = refused = hung = False
         began = time.monotonic()
         outer = asked.context._replace(
             records=records, guards=(), run=run_of(self._experiment), node=None, trace_id=None, priority="low",
@@ -147,10 +147,13 @@ class Shadow:
                     refused = fell_back and report is not None and report.reason in OURS
                 except Exception as error:  # it is what a user would have seen
                     failed, refused = True, reason_of(error) in OURS
+                    hung = isinstance(error, DeadlineExceededError) and error.working
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         if self._run is not None and self._run.has_refused:
             self._end()
             return
+        if refused and (hung or any(each.outcome == "timeout" for each in records)):
+            refused = False  # it was sent, and nothing came in all its time
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
         costs = [each.list_nano for each in records]

@@ -13,6 +13,7 @@ import pytest
 
 import dspy_prod
 from dspy_prod import ConfigError, Experiment, Production, Rollout, call_context, call_report
+from dspy_prod.experiments import shadow
 from dspy_prod.testing import Provider
 from dspy_prod.testing.faults import Status
 from tests.experiments.conftest import Triage
@@ -115,6 +116,24 @@ def test_a_shadow_has_a_deadline_of_its_own(provider: Provider, asked: Asked, st
     assert unseen is not None
     assert (unseen.pairs, unseen.failed, unseen.refused) == ({"new": 2}, {"new": 0}, {"new": 0})
     assert exp.step().stage == "50 %"
+
+
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+def test_a_candidate_that_hangs_has_failed(
+    engine: str, provider: Provider, asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was sent and not answered, that is; who waits for a limit tells nothing of the candidate."""
+    monkeypatch.setattr(shadow, "PATIENCE", 0.5)
+    asked(cache=False, engine=engine)
+    provider.latency = lambda call: 3.0 if "Fail." in str(call.body) else 0.0
+    exp = shadowed(store, Triage("Fail."))
+    exp.start()
+    ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    unseen = exp.step() and exp.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.pairs, unseen.failed, unseen.refused) == ({"new": 1}, {"new": 1}, {"new": 0})
 
 
 @pytest.mark.parametrize("scope", ["user", "tenant"])
