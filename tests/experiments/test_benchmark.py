@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import units
-from benchmarks.experiments_measured import Row
+import pytest
+
+from benchmarks import experiments, experiments_harm, units
+from benchmarks.experiments_measured import Row, within
+from dspy_prod.experiments.alphas import Alphas
 
 
 def test_a_bound_is_broken_beyond_two_standard_errors() -> None:
@@ -21,18 +25,58 @@ def test_a_bound_is_broken_beyond_two_standard_errors() -> None:
     assert not Row("decisions", "x", {"promote": 0.80}, 40, [("promote", ">=", 0.85)]).broken()
 
 
-def test_the_short_form_measures_and_writes(tmp_path: Path) -> None:
-    """One section of it, to the end; an unknown one is refused."""
+def test_numbers_of_users_have_no_luck_to_excuse_them_and_what_was_never_found_breaks_a_bound() -> None:
+    """A bound above 1 is no share. No figure at all keeps no bound."""
+    most = [("most", "<=", 6.0)]
+    assert not Row("canary", "x", {"most": 6.0}, 300, most).broken()
+    assert Row("canary", "x", {"most": 7.0}, 300, most).broken() == ["canary, x: most 7, not <= 6"]
+    for never in (math.inf, math.nan):
+        assert Row("power", "x", {"median n": never}, 300, [("median n", "<=", 2_000)]).broken()
+    assert Row("power", "x", {"by 4k": math.nan}, 300, [("by 4k", ">=", 0.9)]).broken()
+
+
+def test_a_stated_share_is_met_within_two_standard_errors() -> None:
+    assert within(0.9, 100) == pytest.approx(0.84)
+    assert within(1.0, 100) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [("ratios,shadow,variants", "declared 50/50"), ("traps,same", "unhappy users"), ("canary,power", "fails always")],
+)
+def test_the_short_form_measures_and_writes(tmp_path: Path, sections: str, said: str) -> None:
+    """It goes to the end, and keeps its bounds."""
     file = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks.experiments", "--seed", "3", "--quick"]
-    asked = [*command, "--only", "ratios", "--json", str(file)]
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=200)
+    done = _asked("--only", sections, "--json", str(file))
     assert done.returncode == 0, done.stderr
-    assert "declared 50/50" in done.stdout
-    assert json.loads(file.read_text())["violations"] == []
-    refused = subprocess.run([*command, "--only", "ratio"], capture_output=True, text=True, timeout=200)
+    assert said in done.stdout
+    told = json.loads(file.read_text())
+    assert told["violations"] == []
+    assert {row["section"] for row in told["rows"]} == set(sections.split(","))
+    bounds = [bound for row in told["rows"] for bound in row["bounds"]]
+    assert len(bounds) >= 5
+
+
+def test_a_section_that_there_is_not_is_refused() -> None:
+    refused = _asked("--only", "ratio")
     assert refused.returncode == 2
     assert "there is no section ratio" in refused.stderr
+
+
+def _asked(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.experiments", "--seed", "3", "--quick", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def test_a_candidate_that_always_fails_and_hurts_too_many_ends_the_benchmark_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit code is that of a broken bound: here nobody is ever rolled back."""
+    monkeypatch.setattr(experiments_harm, "alphas", lambda *_: Alphas(1e-90, 1e-90, 1e-90, 1e-90))
+    monkeypatch.setattr(experiments_harm, "HARMS", {"fails always": experiments_harm.HARMS["fails always"]})
+    monkeypatch.setattr(sys, "argv", ["experiments", "--quick", "--only", "canary"])
+    assert experiments.main() == 1
+    assert "canary, fails always: most" in capsys.readouterr().err
 
 
 def test_a_look_and_a_new_unit_cost_as_much_in_a_larger_experiment() -> None:
