@@ -109,7 +109,11 @@ def table(figures: dict[str, Any]) -> Table:
     for name, value in durable.items():
         shown.add_row(f"reserve + settle, {name}", "", f"{value:,.0f} pairs/s", "")
     grown = figures["units"]
-    for what, words in (("unit", "a new unit with call and outcome"), ("look", "a look, nothing new")):
+    for what, words in (
+        ("unit", "a new unit with call and outcome"),
+        ("look", "a look, nothing new"),
+        ("one", "a look, one new unit"),
+    ):
         shown.add_row(
             f"experiment of {grown['units']:,} units: CPU of {words}", "", f"{grown[f'{what}_us']:,.0f} µs",
             f"of 1,000 units: {grown[f'{what}_small_us']:,.0f} µs",

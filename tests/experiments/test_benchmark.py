@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import experiments, experiments_harm, units
+from benchmarks import assignment, experiments, experiments_harm, units
 from benchmarks.experiments_measured import Row, within
 from dspy_prod.experiments.alphas import Alphas
 
@@ -84,3 +84,32 @@ def test_a_look_and_a_new_unit_cost_as_much_in_a_larger_experiment() -> None:
     found = units.measure(40_000, rounds=2, news=200, looks=5)
     assert found["unit_ratio"] < 3, found
     assert found["look_ratio"] < 3, found
+    assert found["one_ratio"] < 3, found
+
+
+def test_a_missed_bar_is_told_and_is_the_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of what a call waits for, and of a look, whether it has news or not."""
+    cost = {"memory: known unit, us": 5.0, "memory: first exposure, us of its caller": 15.1}
+    monkeypatch.setattr(assignment, "measure", lambda units: {"a request": cost})
+    monkeypatch.setattr(sys, "argv", ["assignment"])
+    assert assignment.main() == 1
+    assert "first exposure, us of its caller: 15.1, not <= 15" in capsys.readouterr().err
+    cost.clear()
+    assert assignment.main() == 0
+
+    looks = {"units": 1_000_000, "look_us": 999.0, "one_us": 1_001.0}
+    monkeypatch.setattr(units, "measure", lambda units: looks)
+    assert units.main() == 1
+    assert capsys.readouterr().err == (
+        "VIOLATION: a look with one new unit at 1,000,000 units: 1,001 us, not <= 1,000\n"
+    )
+    looks["one_us"] = 1_000.0
+    assert units.main() == 0
+
+
+def test_the_bars_are_of_figures_that_there_are() -> None:
+    """A renamed figure would have no bar."""
+    found = [*assignment.requests(rounds=2, count=20), *assignment.reads(2_000, "memory")]
+    assert all(any(name.endswith(bar) for name in found) for bar in assignment.BARS)
