@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import assignment, experiments, experiments_harm, units
+from benchmarks import assignment, experiments, experiments_harm, tracking, units
 from benchmarks.experiments_measured import Row, within
 from dspy_prod.experiments.alphas import Alphas
 
@@ -113,3 +113,10 @@ def test_the_bars_are_of_figures_that_there_are() -> None:
     """A renamed figure would have no bar."""
     found = [*assignment.requests(rounds=2, count=20), *assignment.reads(2_000, "memory")]
     assert all(any(name.endswith(bar) for name in found) for bar in assignment.BARS)
+
+
+def test_calls_that_wait_for_mlflow_are_told() -> None:
+    away = {"gone_median_ratio": 1.0, "mute_median_ratio": 1.2, "there_median_ratio": 1.3}
+    assert tracking.missed(away) == [
+        "an experiment's call while MLflow is mute: 1.200 x tracking off, not <= 1.05",
+    ]
