@@ -42,6 +42,7 @@ def main() -> int:
         "units": lambda: units.measure(**({"units": 100_000, "rounds": 3} if arguments.quick else {})),
         "tracking": lambda: tracking.request_path(**few),
         "tracking_tails": lambda: tracking.tails(**({"calls": 1500} if arguments.quick else {})),
+        "tracking_experiments": lambda: tracking.experiments(**({"rounds": 5} if arguments.quick else {})),
         "tracking_exit": lambda: tracking.at_exit(**({"calls": 1000} if arguments.quick else {})),
         "peers": lambda: measure_peers(quick=arguments.quick),
     }
@@ -109,7 +110,11 @@ def table(figures: dict[str, Any]) -> Table:
     for name, value in durable.items():
         shown.add_row(f"reserve + settle, {name}", "", f"{value:,.0f} pairs/s", "")
     grown = figures["units"]
-    for what, words in (("unit", "a new unit with call and outcome"), ("look", "a look, nothing new")):
+    for what, words in (
+        ("unit", "a new unit with call and outcome"),
+        ("look", "a look, nothing new"),
+        ("one", "a look, one new unit"),
+    ):
         shown.add_row(
             f"experiment of {grown['units']:,} units: CPU of {words}", "", f"{grown[f'{what}_us']:,.0f} µs",
             f"of 1,000 units: {grown[f'{what}_small_us']:,.0f} µs",
@@ -124,6 +129,11 @@ def table(figures: dict[str, Any]) -> Table:
     for name, words in (("gone", "server gone"), ("mute", "server hangs"), ("there", "SQLite")):
         on, off = tails[f"{name}_on_ms"], tails[f"{name}_off_ms"]
         shown.add_row(f"tracking: p99.9 of a Predict, {words}", f"{on:.1f} ms", "", f"off: {off:.1f} ms")
+    away = figures["tracking_experiments"]
+    shown.add_row(
+        "an experiment's call of 10 ms while MLflow is gone, and hangs",
+        f"{away['gone_median_ratio']:.3f}, {away['mute_median_ratio']:.3f} ×", "", "tracking off",
+    )  # fmt: skip
     found = f"{ended['found']:,} of {ended['calls']:,}"
     shown.add_row("tracking: traces found after the program ended", found, "", f"{ended['seconds']:.0f} s")
     return shown

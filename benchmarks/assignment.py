@@ -1,4 +1,9 @@
-"""What an experiment costs a request, and a look its controller: assigning, exposing, reading."""
+"""What an experiment costs a request, and a look its controller: assigning, exposing, reading.
+
+    python -m benchmarks.assignment [--units N]
+
+Prints the figures as JSON, and ends with an error where one misses its bar.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,12 @@ import contextlib
 import json
 import sqlite3
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.exposing import Exposing
@@ -24,6 +30,8 @@ from dspy_prod.stores.trials import Call, Exposure, Outcome
 
 LOOK = 1_000
 """Units that are new at a look."""
+BARS: Final = {"known unit, us": 5.0, "first exposure, us of its caller": 15.0, "nothing new, ms": 1.0}
+"""The most that figures of these names may be, on either store: a call waits for the first two, a look for the last."""
 
 
 @contextmanager
@@ -162,7 +170,31 @@ def measure(units: int = 1_000_000) -> dict[str, Any]:
     return result
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.assignment", description=__doc__)
+def missed(figures: dict[str, dict[str, float]]) -> list[str]:
+    """The figures that are beyond their bar, in words."""
+    return [
+        f"{group}, {name}: {value:g}, not <= {bar:g}"
+        for group, found in figures.items()
+        for name, value in found.items()
+        for ending, bar in BARS.items()
+        if name.endswith(ending) and not value <= bar
+    ]
+
+
+def main() -> int:
+    """Measure, print, and tell whether the bars are met."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.assignment", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--units", type=int, default=1_000_000, help="units of the large experiment")
-    print(json.dumps(measure(parser.parse_args().units), indent=1))
+    figures = measure(parser.parse_args().units)
+    print(json.dumps(figures, indent=1))
+    violations = missed(figures)
+    for each in violations:
+        print(f"VIOLATION: {each}", file=sys.stderr)
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

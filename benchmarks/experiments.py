@@ -20,19 +20,25 @@ from typing import Final
 from rich.table import Table
 
 from benchmarks.asked import told
-from benchmarks.experiments_measured import Row, Size, canary, decisions, ratios, same
+from benchmarks.experiments_harm import canary, shadow
+from benchmarks.experiments_measured import Row, Size, decisions, same
 from benchmarks.experiments_plan import planned, power
+from benchmarks.experiments_ratios import ratios, variants
+from benchmarks.experiments_traps import traps
 
 SECTIONS: Final[dict[str, Callable[[Size], Iterator[Row]]]] = {
-    "same": same, "power": power, "decisions": decisions, "canary": canary, "ratios": ratios, "plan": planned,
+    "same": same, "power": power, "decisions": decisions, "canary": canary, "shadow": shadow, "variants": variants,
+    "ratios": ratios, "traps": traps, "plan": planned,
 }  # fmt: skip
 TITLES = {
     "same": "Equal variants called different, at 5 % (2.5 % a side); those worse by a margin called no worse, at 5 %",
     "power": "Units until it is proven, at 2.5 % (no worse: 5 %), and what plan() foretells",
     "decisions": "Decisions within 8,000 units, at 5 % in all",
     "canary": "Users of the candidate until it is rolled back, ramp of 1, 5, 25, 50 %",
+    "shadow": "Calls answered unseen until a candidate is found to be worse",
+    "variants": "Several candidates, one metric, 4,000 units of each variant",
     "ratios": "Sample-ratio alarm, at 1 %",
-    "variants": "Several candidates, one metric, 8,000 units",
+    "traps": "What makes equal variants differ: found different as it is usually counted, and as it is counted here",
     "plan": "Units foretold and the median of simulated ones: by how much either is more, at 2.5 % (no worse: 5 %)",
 }
 
@@ -57,6 +63,8 @@ def shown(rows: Sequence[Row]) -> list[Table]:
 def _cell(name: str, value: float) -> str:
     if math.isnan(value):
         return "-"
+    if math.isinf(value):
+        return "never"
     counted = " n" in name or name.startswith(("n ", "plan")) or name in ("median", "p99", "most")
     return f"{value:,.0f}" if counted else f"{100 * value:.2f} %"
 

@@ -1,4 +1,10 @@
-"""What tracking costs: CPU beside MLflow's autologging, tails while MLflow is away, and what an exit loses."""
+"""What tracking costs: CPU beside MLflow's autologging, tails and an experiment's calls while MLflow is away, and what
+an exit loses.
+
+    python -m benchmarks.tracking
+
+Ends with an error where calls of an experiment are slower while MLflow is away than with tracking off.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +24,8 @@ from typing import Any
 
 import dspy
 
-from benchmarks.common import guarded, interleaved, paired
+import dspy_prod
+from benchmarks.common import ConstantEngine, guarded, interleaved, paired
 from dspy_prod import tracking
 from dspy_prod.telemetry.tap import TAP
 
@@ -142,6 +149,63 @@ def tails(calls: int = 6000, block: int = 250) -> dict[str, Any]:
     return result
 
 
+class _Takes(ConstantEngine):
+    """Answers after 10 ms, which is less than any provider takes."""
+
+    def complete(self, request: Any) -> Any:
+        time.sleep(0.01)
+        return super().complete(request)
+
+
+SLOWER = 1.05
+"""So many times what a call takes with tracking off may one take while MLflow is away, at the median."""
+
+
+def experiments(rounds: int = 20, count: int = 20) -> dict[str, float]:
+    """What an experiment's calls take while MLflow is gone, mute, and there, as a ratio to tracking off: the median of
+    the ratios of rounds that take turns, and of the slowest calls of each.
+    """
+    result: dict[str, float] = {}
+    predicts = {name: dspy.Predict("question -> answer") for name in ("control", "new")}
+    for name, place in (("gone", _gone), ("mute", _mute), ("there", _there)):
+        with place() as uri, dspy.context(lm=guarded(cache=False, engine=_Takes())):
+            tracking.enable("bench", tracking_uri=uri, exit_timeout=5)
+            tap, users = TAP.active, iter(range(10**9))
+            exp = dspy_prod.Experiment(
+                name, variants=predicts, metrics=[dspy_prod.Metric("resolved")], store="memory://"
+            )
+            exp.start()
+            times: dict[str, list[list[float]]] = {"off": [], "on": []}
+            for turn in range(2 * (rounds + 1)):
+                kind, spent = ("off", "on")[turn % 2], list[float]()
+                TAP.active = tap if kind == "on" else None
+                for _ in range(count):
+                    user = f"u{next(users)}"
+                    began = time.perf_counter()
+                    with dspy_prod.call_context(user=user):
+                        exp(question=user)
+                    exp.record(user, resolved=1.0)
+                    spent.append(time.perf_counter() - began)
+                times[kind].append(spent)
+            TAP.active = tap
+            exp.stop()
+            tracking.disable()
+        for figure, of in (("median", statistics.median), ("slowest", max)):
+            pairs = zip(times["on"][1:], times["off"][1:], strict=True)  # the first ones import and connect
+            result[f"{name}_{figure}_ratio"] = statistics.median(of(on) / of(off) for on, off in pairs)
+    return result
+
+
+def missed(figures: dict[str, float]) -> list[str]:
+    """Where calls are slower while MLflow is away, in words."""
+    return [
+        f"an experiment's call while MLflow is {name}: {figures[f'{name}_median_ratio']:.3f} x tracking off, "
+        f"not <= {SLOWER}"
+        for name in ("gone", "mute")
+        if not figures[f"{name}_median_ratio"] <= SLOWER
+    ]
+
+
 def at_exit(calls: int = 10_000) -> dict[str, Any]:
     """How many of so many traces are in MLflow after a program that made them as fast as it could has ended."""
     with tempfile.TemporaryDirectory() as folder:
@@ -160,8 +224,19 @@ def at_exit(calls: int = 10_000) -> dict[str, Any]:
     return {"calls": calls, "found": found, "seconds": took}
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Measure, print, and tell whether calls wait for MLflow."""
     os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     print(request_path())
     print(tails())
+    found = experiments()
+    print(found)
     print(at_exit())
+    violations = missed(found)
+    for each in violations:
+        print(f"VIOLATION: {each}", file=sys.stderr)
+    return 1 if violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

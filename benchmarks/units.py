@@ -1,11 +1,11 @@
 """What a new unit of an experiment, and a look at it, cost a SQLite store that has a million of them.
 
-A look finds nothing new (`look`), or ten units with their outcomes, whose bets it places and saves (`news`).
+A look finds nothing new (`look`), one unit with its outcome (`one`), or ten (`news`), whose bets it places and saves.
 
     python -m benchmarks.units [--units N] [--json FILE]
 
 Two files are measured in turns, one of them small: what grows with an experiment shows as a ratio. CPU is the whole
-process's, the writer's thread included.
+process's, the writer's thread included. A look that takes longer than its bar ends in an error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import json
 import random
 import sqlite3
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dspy_prod import Metric
 from dspy_prod.experiments.declaration import Declaration
@@ -33,6 +34,8 @@ from dspy_prod.stores.trials import RUNNING, Call, Exposure, Outcome
 SMALL = 1_000
 MANY = 1_000_000
 DAY = 86_400.0
+BARS: Final = {"look": 1_000.0, "one": 1_000.0}
+"""Microseconds that a look may take at most, with nothing new and with one new unit."""
 _RESOLVED = Metric("resolved", margin=0.02)
 
 
@@ -112,8 +115,8 @@ class Kept:
 
 
 def measure(units: int = MANY, rounds: int = 7, news: int = 2_000, looks: int = 20) -> dict[str, Any]:
-    """Microseconds of CPU of a new unit, of a look and of one with news, medians; and as ratios to those of a small
-    file.
+    """Microseconds of CPU of a new unit, of a look and of those with one new unit and with ten, medians; and as ratios
+    to those of a small file.
     """
     with tempfile.TemporaryDirectory() as directory:
         files = {each: Kept(Path(directory) / f"{each}.db", each) for each in (SMALL, units)}
@@ -124,12 +127,15 @@ def measure(units: int = MANY, rounds: int = 7, news: int = 2_000, looks: int = 
                 kept.look()
                 looked = _cpu(lambda kept=kept: [kept.look() for _ in range(looks)]) / looks
                 spent.setdefault(("look", size), []).append(looked)
+                for _ in range(3):
+                    kept.news(1)
+                    spent.setdefault(("one", size), []).append(_cpu(kept.look))
                 kept.news(10)
                 spent.setdefault(("news", size), []).append(_cpu(kept.look))
         for kept in files.values():
             kept.store.close()
     found: dict[str, Any] = {"units": units}
-    for what in ("unit", "look", "news"):
+    for what in ("unit", "look", "one", "news"):
         small, large = (statistics.median(spent[what, size]) for size in files)
         found |= {f"{what}_us": large, f"{what}_small_us": small, f"{what}_ratio": large / small}
     return found
@@ -141,8 +147,18 @@ def _cpu(do: Callable[[], Any]) -> float:
     return 1e6 * (time.process_time() - began)
 
 
+def missed(figures: dict[str, Any]) -> list[str]:
+    """The figures that are beyond their bar, in words."""
+    told = {"look": "a look with nothing new", "one": "a look with one new unit"}
+    return [
+        f"{told[what]} at {figures['units']:,} units: {figures[f'{what}_us']:,.0f} us, not <= {bar:,.0f}"
+        for what, bar in BARS.items()
+        if not figures[f"{what}_us"] <= bar
+    ]
+
+
 def main() -> int:
-    """Measure and print."""
+    """Measure, print, and tell whether the bars are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", type=int, default=MANY, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE ('-' for standard output)")
@@ -152,8 +168,11 @@ def main() -> int:
     if given.json not in (None, "-"):
         Path(given.json).write_text(text + "\n", encoding="utf-8")
     print(text)
-    return 0
+    violations = missed(figures)
+    for each in violations:
+        print(f"VIOLATION: {each}", file=sys.stderr)
+    return 1 if violations else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 from collections import Counter
 from typing import Any
 
@@ -141,11 +142,17 @@ def _arms(salt: str) -> list[Assignment]:
     return [design.assign(f"u{number}", number % 2) for number in range(2_000)]
 
 
+def _told(salt: str) -> tuple[int, list[Assignment]]:
+    return os.getpid(), _arms(salt)
+
+
 @pytest.mark.long
-def test_two_processes_agree_whatever_the_seed_of_their_hashes() -> None:
-    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        found = pool.map(_arms, ["it"] * 2, chunksize=1)
-    assert found == [_arms("it")] * 2
+def test_four_processes_agree_and_one_begun_after_them_whatever_the_seed_of_their_hashes() -> None:
+    """Each answers once and ends, so the fifth is begun when one of the four has ended, as after a restart."""
+    with multiprocessing.get_context("spawn").Pool(4, maxtasksperchild=1) as pool:
+        found = pool.map(_told, ["it"] * 5, chunksize=1)
+    assert len({process for process, _ in found}) == 5
+    assert [arms for _, arms in found] == [_arms("it")] * 5
 
 
 def test_the_hash_is_the_same_in_every_release() -> None:
