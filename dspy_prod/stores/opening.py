@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, unquote, urlencode
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import bare_url, without_password
 from dspy_prod.privacy.unshown import Unshown, unshown
+from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime import private
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock
@@ -23,6 +24,9 @@ DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
 """Where state is kept when nothing is said: a file below the current directory."""
 
 URL_VARIABLE: Final = "DSPY_PROD_STORE"
+
+MOST_NAMED: Final = 20
+"""Namespaces that a message names."""
 
 OnProblem = Callable[[str, dict[str, Any]], None]
 _FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'redis://host:6379/0', 'memory://'"
@@ -107,6 +111,41 @@ def open_store(
     return store
 
 
+def check_there(url: str, namespace: str) -> None:
+    """See to it that a store and its namespace are there: to open them would make them.
+
+    Of a memory store both always are, and of a URL that cannot be understood: `open_store` says why.
+
+    Raises:
+        ConfigError: they are not; the message names the namespaces that are.
+        StoreUnavailableError: the server cannot be asked.
+    """
+    url = unshown(url)
+    scheme = url.partition("://")[0] if "://" in url else ""
+    if scheme == "sqlite":
+        from dspy_prod.stores.sqlite.schema import namespaces as of_file
+
+        path = file_of(url)
+        if not path.exists():
+            raise ConfigError(f"there is no store at {path}; run a program with dspy_prod.LM here, or pass --store")
+        there = of_file(path)
+        if there is not None and carried(namespace) not in there:
+            raise ConfigError(_not_there(namespace, str(path), there))
+    elif scheme in _SERVERS:
+        place, _ = _server(url, scheme)
+        from dspy_prod.stores.redis.namespaces import has_namespace
+        from dspy_prod.stores.redis.namespaces import namespaces as of_server
+
+        if not has_namespace(place, namespace):
+            raise ConfigError(_not_there(namespace, without_password(url), of_server(place)))
+
+
+def _not_there(namespace: str, place: str, known: list[str]) -> str:
+    names = "".join(f", {name!r}" for name in known[:MOST_NAMED]).replace(", ", ", only ", 1)
+    more = f" and {len(known) - MOST_NAMED} more" if len(known) > MOST_NAMED else ""
+    return f"there is no namespace {namespace!r} in {place}{names}{more}; pass --namespace"
+
+
 def _memory(url: str, namespace: str, clock: Clock) -> Store:
     if not re.fullmatch(r"memory://[\w.-]*", url):
         raise ConfigError(f"store={without_password(url)!r}: a name has letters, digits, '_', '-' and '.'")
@@ -163,13 +202,25 @@ def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None
 
 
 def _redis(url: str, scheme: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
+    place, options = _server(url, scheme)
+    from dspy_prod.stores.redis.store import RedisStore
+
+    key = ("redis", place, namespace, clock)
+    with _LOCK:
+        store: RedisStore | None = _STORES.get(key)
+        if store is None or store.closed:
+            store = _STORES[key] = RedisStore(place, namespace, clock=clock, on_problem=on_problem, **options)
+        return store
+
+
+def _server(url: str, scheme: str) -> tuple[str, dict[str, Any]]:
+    """Where a server is, as redis-py reads it, and our options."""
     options, others = _options(url, ("lease", "max_records"), refuse=False)
     place = Unshown(f"{_SERVERS[scheme]}://{url.partition('://')[2].partition('?')[0]}")
     if others:
         place = Unshown(f"{place}?{urlencode(others)}")
     try:
         from dspy_prod.stores.redis.connection import check
-        from dspy_prod.stores.redis.store import RedisStore
 
         check(place)
     except ImportError:
@@ -178,12 +229,7 @@ def _redis(url: str, scheme: str, namespace: str, clock: Clock, on_problem: OnPr
         ) from None
     except ValueError as error:
         raise ConfigError(f"store={without_password(url)!r} is no URL of a Redis server: {error}") from None
-    key = ("redis", place, namespace, clock)
-    with _LOCK:
-        store: RedisStore | None = _STORES.get(key)
-        if store is None or store.closed:
-            store = _STORES[key] = RedisStore(place, namespace, clock=clock, on_problem=on_problem, **options)
-        return store
+    return place, options
 
 
 def _options(url: str, known: tuple[str, ...], refuse: bool = True) -> tuple[dict[str, Any], list[tuple[str, str]]]:
