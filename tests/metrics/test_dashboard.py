@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import dspy_prod
+from dspy_prod.cli import main
+from dspy_prod.cli.grafana import DASHBOARD, RULES, shipped
 from dspy_prod.metrics.catalogue import CATALOGUE
 from dspy_prod.metrics.exposition import name_of
 from dspy_prod.testing import Provider
@@ -37,7 +39,7 @@ def samples() -> dict[str, set[str]]:
 
 
 def dashboard() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((DOCS / "grafana" / "dspy_prod.json").read_text("utf-8"))
+    loaded: dict[str, Any] = json.loads(shipped(DASHBOARD))
     return loaded
 
 
@@ -48,8 +50,7 @@ def queries() -> dict[str, str]:
         for panel in dashboard()["panels"]
         for target in panel.get("targets", ())
     }
-    rules = (DOCS / "grafana" / "alerts.yml").read_text("utf-8")
-    for rule in rules.split("- alert: ")[1:]:
+    for rule in shipped(RULES).split("- alert: ")[1:]:
         expression = rule.partition("expr:")[2]
         found[rule.split()[0]] = re.split(r"\n {8}(?:for|labels):", expression)[0]
     return found
@@ -122,6 +123,27 @@ def test_the_dashboard_has_its_rows_and_no_panel_above_another() -> None:
     assert {x for x, _ in places} <= set(range(24))
     sources = {json.dumps(target["datasource"]) for panel in found["panels"] for target in panel.get("targets", ())}
     assert sources == {json.dumps({"type": "prometheus", "uid": "${datasource}"})}
+
+
+@pytest.mark.parametrize(("words", "name"), [((), DASHBOARD), (("--rules",), RULES)])
+def test_a_shell_prints_both_as_they_are(words: tuple[str, ...], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Into a file that Grafana imports, and one that Prometheus reads."""
+    assert main(["grafana", *words]) == 0
+    assert capsys.readouterr().out == shipped(name)
+    assert main(["grafana", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": name, "text": shipped(name)}
+
+
+def test_the_package_has_them() -> None:
+    """Whoever has only installed it has no repository to look into."""
+    package = Path(dspy_prod.__file__).parent
+    assert (package / "metrics" / "grafana" / DASHBOARD).read_text("utf-8") == shipped(DASHBOARD)
+    named = re.findall(r"`(docs/[\w./]+|examples/[\w./]+\.\w+)`", "".join(map(_text, (DOCS / "guide").glob("*.md"))))
+    assert named == [], "pages must not send readers to files that are in no installed package"
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8")
 
 
 def test_the_code_of_the_guide_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
