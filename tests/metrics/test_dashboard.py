@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from dspy_prod.cli.grafana import DASHBOARD, RULES, shipped
 from dspy_prod.metrics.catalogue import CATALOGUE
 from dspy_prod.metrics.exposition import name_of
 from dspy_prod.testing import Provider
-from tests.metrics.support import busy, failing, scraped
+from tests.metrics.support import busy, failing, lm_at, scraped
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAME = "dashboard"
@@ -101,6 +103,38 @@ def test_the_guide_lists_every_metric() -> None:
     ends = {"counter": "_total", "gauge": "", "histogram": ""}
     assert all(f"`{name}{ends[shape]}`" in guide for name, shape in of_the_catalogue().items())
     assert all(f"`{name}`" in guide for name in CATALOGUE)
+
+
+@pytest.mark.parametrize("query", ["LLMErrors", "Share of failed requests A"])
+def test_who_leaves_is_no_failure_of_the_model(query: str) -> None:
+    """Clients that close their browser must wake nobody; whatever else did not end well must."""
+    compared, pattern = re.findall(r'dspy_prod_outcome(!~|!=|=~|=)"(.*?)"', queries()[query])[0]
+    assert compared == "!~"
+    ends = {"ok", "cancelled", "error", "timeout", "abandoned"}
+    assert {each for each in ends if not re.fullmatch(pattern, each)} == {"error", "timeout", "abandoned"}
+
+
+def test_who_leaves_is_counted_as_cancelled() -> None:
+    """A call that is cancelled while it waits for its answer, as of a client that has left."""
+    arrived = threading.Event()
+    with (
+        Provider(latency=5.0, faults=lambda _: arrived.set()) as provider,
+        dspy_prod.metrics.prometheus(port=0) as endpoint,
+    ):
+        lm = lm_at(provider, "left")
+
+        async def leave() -> None:
+            call = asyncio.create_task(lm.acall("question"))
+            assert await asyncio.to_thread(arrived.wait, 20)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+        asyncio.run(leave())
+        lm.pipeline.store.flush(5)
+        samples = scraped(endpoint.url)["dspy_prod_attempts"].samples
+        of_it = [each.labels for each in samples if each.labels["gen_ai_request_model"] == "left"]
+    assert [each["dspy_prod_outcome"] for each in of_it] == ["cancelled"]
 
 
 def test_the_dashboard_has_its_rows_and_no_panel_above_another() -> None:
