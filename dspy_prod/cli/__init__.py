@@ -120,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _where(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", help="store URL (default: $DSPY_PROD_STORE, else sqlite:///.dspy_prod/state.db)")
-    parser.add_argument("--namespace", help="default: $DSPY_PROD_NAMESPACE, else the directory's name")
+    parser.add_argument(
+        "--store", help="store URL (default: $DSPY_PROD__STORE, $DSPY_PROD_STORE, else sqlite:///.dspy_prod/state.db)"
+    )
+    parser.add_argument(
+        "--namespace", help="default: $DSPY_PROD__NAMESPACE, $DSPY_PROD_NAMESPACE, else the directory's name"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -37,8 +37,8 @@ def controls(store: str | Store | None = None, namespace: str | None = None) -> 
         dspy_prod.controls().stop(program="triage", reason="answers in the wrong language")
 
     Args:
-        store: as of an LM; default: `$DSPY_PROD_STORE`, else `sqlite:///.dspy_prod/state.db`.
-        namespace: default: `$DSPY_PROD_NAMESPACE`, else the directory's name.
+        store: as of an LM; default: `$DSPY_PROD__STORE` or `$DSPY_PROD_STORE`, else `sqlite:///.dspy_prod/state.db`.
+        namespace: default: `$DSPY_PROD__NAMESPACE` or `$DSPY_PROD_NAMESPACE`, else the directory's name.
 
     Raises:
         ConfigError: the store's URL cannot be understood. StoreUnavailableError: the store cannot be used.

@@ -24,6 +24,10 @@ DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
 """Where state is kept when nothing is said: a file below the current directory."""
 
 URL_VARIABLE: Final = "DSPY_PROD_STORE"
+NAMESPACE_VARIABLE: Final = "DSPY_PROD_NAMESPACE"
+
+OVER_A_FILE: Final = "DSPY_PROD__"
+"""Begins the variables that win over a file of settings: `DSPY_PROD__STORE`, `DSPY_PROD__LM__BIG__STORE`, ..."""
 
 MOST_NAMED: Final = 20
 """Namespaces that a message names."""
@@ -45,25 +49,40 @@ _LOCK: Final = RegistryLock()
 
 
 def default_store_url() -> str:
-    """The store to use when none is named: the environment's `DSPY_PROD_STORE`, else a file below the directory."""
-    return os.environ.get(URL_VARIABLE) or DEFAULT_URL
+    """The store to use when none is named, from the environment, else a file below the directory.
+
+    What wins over a file, `DSPY_PROD__STORE`, is where a service is that was told by it: a shell beside it must look
+    there, too. `DSPY_PROD_STORE` is for those that neither a file nor that tells.
+    """
+    return _said("STORE", URL_VARIABLE) or DEFAULT_URL
 
 
 def with_password(url: str) -> str:
-    """The URL of a store as it was written down elsewhere, with the password that the environment knows for it."""
-    here = default_store_url()
-    return unshown(here) if bare_url(here) == url else url
+    """The URL of a store as it was written down elsewhere, with the password that the environment knows for it.
+
+    Any variable that names a store may know it: `DSPY_PROD_STORE`, `DSPY_PROD__STORE`, or that of one LM of a file.
+    """
+    names = [name for name in os.environ if name.upper().startswith(OVER_A_FILE) and name.upper().endswith("__STORE")]
+    for name in (URL_VARIABLE, *names):
+        if bare_url(os.environ.get(name, "")) == url:
+            return unshown(os.environ[name])
+    return url
+
+
+def _said(key: str, variable: str) -> str:
+    """A setting of the environment: over a file, else by default."""
+    return os.environ.get(f"{OVER_A_FILE}{key}") or os.environ.get(variable) or ""
 
 
 def default_namespace(given: str | None = None) -> str:
-    """`namespace=`, else `$DSPY_PROD_NAMESPACE`, else the project directory's name.
+    """`namespace=`, else `$DSPY_PROD__NAMESPACE` or `$DSPY_PROD_NAMESPACE`, else the project directory's name.
 
     Raises:
         ConfigError: it is no text.
     """
     if given is not None and not isinstance(given, str):
         raise ConfigError(f"namespace={given!r} must be text, such as namespace={str(given)!r}")
-    return given or os.environ.get("DSPY_PROD_NAMESPACE") or Path.cwd().name or "default"
+    return given or _said("NAMESPACE", NAMESPACE_VARIABLE) or Path.cwd().name or "default"
 
 
 def open_store(

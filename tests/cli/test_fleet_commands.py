@@ -72,6 +72,18 @@ def test_an_lm_in_service_obeys(command: Callable[..., str], lm: Any) -> None:
     assert lm.costs().budgets[0].limit_usd == 3.0
 
 
+def test_a_shell_looks_where_the_service_was_moved(
+    lm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the variable that wins over the service's file, whatever the default says."""
+    monkeypatch.setenv("DSPY_PROD_STORE", "sqlite:////nonexistent/state.db")
+    monkeypatch.setenv("DSPY_PROD__STORE", lm.pipeline.store.url)
+    monkeypatch.setenv("DSPY_PROD__NAMESPACE", "n")
+    assert main(["stop", "--all"]) == 0
+    with pytest.raises(StoppedError):
+        lm("another")
+
+
 @pytest.mark.parametrize(
     "words", [("stop", "--model", "pair"), ("stop", "--program", "nosuch"), ("breaker", "open", "pair")]
 )
