@@ -67,7 +67,7 @@ lint: $(DEV) ## ruff check, ruff format --check, mypy (strict), and the order of
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(DEV) ## the benchmarks; needs the folder benchmarks/
+bench: $(DEV) ## the benchmarks; fails where a bar is missed (benchmarks/bars.py) and names it
 	@test -d benchmarks || { echo "There are no benchmarks yet: this target runs 'python -m benchmarks'."; exit 1; }
 	$(BIN)/python -m benchmarks
 

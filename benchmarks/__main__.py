@@ -1,9 +1,11 @@
-"""`python -m benchmarks [--json FILE] [--quick]`: every measurement, as a table and as JSON."""
+"""`python -m benchmarks [--json FILE] [--quick]`: every measurement, as a table and as JSON.
+
+Ends with 1 where a bar is missed, and a line for each (`benchmarks.bars` has the bars, and what is granted).
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -13,18 +15,20 @@ from typing import Any
 
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 
-from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from benchmarks import calls, http, ledger, processes, tracking, units
+from benchmarks import bars, calls, http, ledger, processes, tracking, units
+from benchmarks.asked import told
 from benchmarks.peers import shown
 from benchmarks.peers.__main__ import measure as measure_peers
 
 
 def main() -> int:
-    """Run everything and print it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    """Run everything and print it; 1 where a bar is missed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE ('-' for standard output)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     arguments = parser.parse_args()
@@ -50,17 +54,8 @@ def main() -> int:
     for name in (progress := tqdm(steps, unit="benchmark", file=sys.stderr, leave=False)):
         progress.set_postfix_str(name)
         figures[name] = steps[name]()
-    text = json.dumps(figures, indent=2)
-    if arguments.json == "-":
-        print(text)
-        return 0
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    console = Console()
-    for each in (table(figures), *shown.tables(figures["peers"])):
-        console.print(each)
-    return 0
+    figures["violations"] = bars.missed(figures, arguments.quick)
+    return told(figures, (table(figures), *shown.tables(figures["peers"])), arguments.json)
 
 
 def table(figures: dict[str, Any]) -> Table:

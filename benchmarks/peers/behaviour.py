@@ -95,6 +95,7 @@ def budgets(crowds: tuple[int, ...] = (64, 1_000)) -> list[Row]:
                         {
                             "what": f"$1.00 budget, {callers} {kind}", "subject": name,
                             "figure": f"${provider.bill.usd:.2f} billed", "usd": provider.bill.usd, "came": dict(came),
+                            "cap": 1.0, "bound": 0.1 if ";" in name else 0.01,
                         }
                     )  # fmt: skip
     return rows
@@ -144,10 +145,15 @@ def outage(seconds: float = 12.0, callers: int = 32) -> list[Row]:
                 {
                     "what": f"dead upstream for {seconds:g} s, {callers} tasks", "subject": name,
                     "figure": f"{len(dead.calls)} dead calls, {came['answered']} answered", "dead": len(dead.calls),
-                    "came": dict(came),
+                    "came": dict(came), "allowed": _dead_calls(callers, seconds),
                 }
             )  # fmt: skip
     return rows
+
+
+def _dead_calls(callers: int, seconds: float) -> int:
+    """What may be sent to a dead upstream: what opened the circuit, what was under way then, and a probe in 3 s."""
+    return dspy_prod.CircuitBreaker().failure_threshold - 1 + callers + int(seconds // 3)
 
 
 def _for(peers: Peers, subject: Subject, callers: int, seconds: float) -> Counter[str]:

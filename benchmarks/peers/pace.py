@@ -46,8 +46,8 @@ def minutes(calls: int = 300, callers: int = 32) -> list[Row]:
                 came = came_of(peers, lm, "threads", callers, calls)
             most = provider.requests_in_window(60.0)
         return {
-            "what": f"rpm={PER_MINUTE}, {calls} calls", "subject": name, "most": most, "came": dict(came),
-            "figure": f"{most} in the busiest 60 s, {came['answered']} answered",
+            "what": f"rpm={PER_MINUTE}, {calls} calls", "subject": name, "most": most, "limit": PER_MINUTE,
+            "came": dict(came), "figure": f"{most} in the busiest 60 s, {came['answered']} answered",
         }  # fmt: skip
 
     return _together(row, (ROUTER, *OURS))
@@ -72,8 +72,9 @@ def tokens(calls: int = 120, callers: int = 32) -> list[Row]:
                 came = came_of(peers, peers.lm(lm), "threads", callers, calls)
             used = provider.tokens_in_window(60.0)
         return {
-            "what": f"tpm={TOKENS:,}, {calls} calls of {OF_A_CALL:,} tokens", "subject": name, "tokens": used,
-            "came": dict(came), "figure": f"{used:,} tokens in the busiest 60 s, {came['answered']} answered",
+            "what": f"tpm={TOKENS:,}, {calls} calls of {OF_A_CALL:,} tokens", "subject": name, "most": used,
+            "limit": TOKENS, "came": dict(came),
+            "figure": f"{used:,} tokens in the busiest 60 s, {came['answered']} answered",
         }  # fmt: skip
 
     return _together(row, (ROUTER, *OURS, high))
@@ -98,7 +99,7 @@ def evaluations(examples: int = 200, threads: int = 32) -> list[Row]:
         rows.append(
             {
                 "what": f"Evaluate, {examples} examples, {PER_SECOND} a second", "subject": name, "sent": sent,
-                "refused": refused, "lost": lost, "of_ideal": took / ideal,
+                "refused": refused, "lost": lost, "examples": examples, "of_ideal": took / ideal,
                 "figure": f"{sent} upstream, {refused} × 429, {lost} lost, {took / ideal:.2f} × the ideal time",
             }
         )  # fmt: skip

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     from dspy_prod.cli.deploy import add_parser as add_deploy
     from dspy_prod.cli.experiments import add_parser as add_experiments
     from dspy_prod.cli.fleet import add_parsers as add_fleet
+    from dspy_prod.cli.grafana import add_parser as add_grafana
     from dspy_prod.cli.optimizations import add_parser as add_optimizations
     from dspy_prod.cli.prompts import add_parsers as add_prompts
 
@@ -112,12 +113,17 @@ def _parser() -> argparse.ArgumentParser:
     add_optimizations(commands, _where)
     add_experiments(commands, _where)
     add_check(commands)
+    add_grafana(commands)
     add_prompts(commands)
     add_deploy(commands)
     return parser
 
 
 def _where(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", help="store URL (default: $DSPY_PROD_STORE, else sqlite:///.dspy_prod/state.db)")
-    parser.add_argument("--namespace", help="default: $DSPY_PROD_NAMESPACE, else the directory's name")
+    parser.add_argument(
+        "--store", help="store URL (default: $DSPY_PROD__STORE, $DSPY_PROD_STORE, else sqlite:///.dspy_prod/state.db)"
+    )
+    parser.add_argument(
+        "--namespace", help="default: $DSPY_PROD__NAMESPACE, $DSPY_PROD_NAMESPACE, else the directory's name"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -76,10 +76,12 @@ def _named(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _stop(arguments: argparse.Namespace) -> int:
     duration = _seconds(arguments.duration)
-    stop = Controls(opened(arguments)).stop(**_named(arguments), reason=arguments.reason, duration=duration)
+    controls, named = Controls(opened(arguments)), _named(arguments)
+    stop = controls.stop(**named, reason=arguments.reason, duration=duration)
+    doubt = "" if named.pop("everything") else controls.doubt(**named)
     if arguments.json:
-        return print_json(stop.model_dump(mode="json"))
-    return show(f"{stop.told()}. Every worker obeys before its next call.")
+        return print_json({**stop.model_dump(mode="json"), "doubt": doubt})
+    return show(f"{stop.told()}. Every worker obeys before its next call.", *_doubtful(doubt))
 
 
 def _resume(arguments: argparse.Namespace) -> int:
@@ -96,14 +98,19 @@ def _breaker(arguments: argparse.Namespace) -> int:
     move = _MOVES[arguments.move]
     controls = Controls(opened(arguments))
     controls.breaker(move, arguments.route, arguments.reason)
+    doubt = controls.doubt(route=arguments.route)
     if arguments.json:
-        return print_json({"route": arguments.route, "move": move, "reason": arguments.reason})
+        return print_json({"route": arguments.route, "move": move, "reason": arguments.reason, "doubt": doubt})
     said = {
         "force_open": "refuse every call until `reset` or `close`",
         "disable": "admit every call and count none until `reset` or `open`",
         "reset": "are closed, and count from nothing",
     }
-    return show(f"The circuits of {arguments.route} {said[move]}, in every worker.")
+    return show(f"The circuits of {arguments.route} {said[move]}, in every worker.", *_doubtful(doubt))
+
+
+def _doubtful(doubt: str) -> list[str]:
+    return [f"Nothing may come of it: {doubt[0].lower()}{doubt[1:]}."] if doubt else []
 
 
 def _status(arguments: argparse.Namespace) -> int:

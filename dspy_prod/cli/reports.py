@@ -12,7 +12,6 @@ from typing import Any
 
 from dspy_prod.cli.printing import print_json, show
 from dspy_prod.errors import ConfigError
-from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.status.controls import Controls
 from dspy_prod.status.costs import Place, check_dimension, costs_by, summary
@@ -21,8 +20,7 @@ from dspy_prod.status.ledger import Ledger
 from dspy_prod.status.listed import Records
 from dspy_prod.status.programs import check_program_dimension
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import default_namespace, default_store_url, file_of, open_store
-from dspy_prod.stores.sqlite.schema import namespaces
+from dspy_prod.stores.opening import check_there, default_namespace, default_store_url, open_store
 from dspy_prod.views import Cell, Table
 from dspy_prod.views.cells import Tone
 
@@ -158,14 +156,7 @@ def opened(arguments: argparse.Namespace) -> Store:
     if url.startswith("memory:"):
         raise ConfigError("a memory store ends with its process; pass --store sqlite:///path or set DSPY_PROD_STORE")
     namespace = arguments.namespace or default_namespace()
-    if url.startswith("sqlite:"):
-        path = file_of(url)
-        if not path.exists():
-            raise ConfigError(f"there is no store at {path}; run a program with dspy_prod.LM here, or pass --store")
-        there = namespaces(path)
-        if there is not None and carried(namespace) not in there:
-            known = ", ".join(map(repr, there)) or "none yet"
-            raise ConfigError(f"there is no namespace {namespace!r} in {path}, only {known}; pass --namespace")
+    check_there(url, namespace)
     return open_store(url, namespace)
 
 

@@ -65,7 +65,7 @@ class LM(AsPlain, Operated, dspy.LM):
         fallbacks: model names or `dspy.LM` / `dspy_prod.LM` objects, tried in order; each is a route of its own.
         prices: `{model: Price}`, for models whose price DSPy does not know or knows wrongly.
         store: where state lives: a URL (`"sqlite:///path"`, `"redis://host/0"`, `"memory://"`) or a store object;
-            default: the SQLite file `.dspy_prod/state.db`, or `$DSPY_PROD_STORE`.
+            default: `$DSPY_PROD__STORE` or `$DSPY_PROD_STORE`, else the SQLite file `.dspy_prod/state.db`.
         namespace: keeps programs that share a store apart; default: the project directory's name.
         clock: for tests.
 

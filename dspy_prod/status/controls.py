@@ -19,6 +19,7 @@ from dspy_prod.policies.fleet import Fleet, fleet_of
 from dspy_prod.policies.orders import Stop, operator
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.status.models import CircuitHealth, StopHealth
+from dspy_prod.status.names import doubt
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.board import Note
 from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
@@ -36,8 +37,8 @@ def controls(store: str | Store | None = None, namespace: str | None = None) -> 
         dspy_prod.controls().stop(program="triage", reason="answers in the wrong language")
 
     Args:
-        store: as of an LM; default: `$DSPY_PROD_STORE`, else `sqlite:///.dspy_prod/state.db`.
-        namespace: default: `$DSPY_PROD_NAMESPACE`, else the directory's name.
+        store: as of an LM; default: `$DSPY_PROD__STORE` or `$DSPY_PROD_STORE`, else `sqlite:///.dspy_prod/state.db`.
+        namespace: default: `$DSPY_PROD__NAMESPACE` or `$DSPY_PROD_NAMESPACE`, else the directory's name.
 
     Raises:
         ConfigError: the store's URL cannot be understood. StoreUnavailableError: the store cannot be used.
@@ -122,6 +123,37 @@ class Controls:
         found = self._fleet.resume(scope, value, self.by)
         self._fleet.look()
         return found
+
+    def doubt(
+        self,
+        *,
+        program: str | None = None,
+        model: str | None = None,
+        tenant: str | None = None,
+        route: str | None = None,
+    ) -> str:
+        """Why what is said of a name may concern nobody; empty where calls of that name are known.
+
+        A stop of a name that nobody has is kept, since calls of it may come yet, but one that is only written otherwise
+        (`gpt-4o-mini` for `openai/gpt-4o-mini`) stops nothing.
+
+            print(controls.doubt(model="gpt-4o-mini"))  # "No call of model 'gpt-4o-mini' is in the ledger; known: ..."
+
+        Args:
+            program, model, tenant: as of `stop`. route: as of `breaker`.
+
+        Returns:
+            A sentence that names those that are known; empty, too, where the store cannot tell.
+
+        Raises:
+            ConfigError: not exactly one of the four.
+        """
+        if route is not None and (program, model, tenant) == (None, None, None):
+            found = any(route in (each.model, each.route) for each in self.circuits() if not each.by)
+            return "" if found else doubt(self.store, "model", route, self.store_time(), route=True)
+        if route is not None:
+            raise ConfigError("Name one of program=, model=, tenant= or route=")
+        return doubt(self.store, *_target(program, model, tenant, False), self.store_time())
 
     def stops(self) -> list[StopHealth]:
         """What is stopped now, the latest first."""

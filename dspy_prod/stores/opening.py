@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, unquote, urlencode
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import bare_url, without_password
 from dspy_prod.privacy.unshown import Unshown, unshown
+from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime import private
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock
@@ -23,6 +24,13 @@ DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
 """Where state is kept when nothing is said: a file below the current directory."""
 
 URL_VARIABLE: Final = "DSPY_PROD_STORE"
+NAMESPACE_VARIABLE: Final = "DSPY_PROD_NAMESPACE"
+
+OVER_A_FILE: Final = "DSPY_PROD__"
+"""Begins the variables that win over a file of settings: `DSPY_PROD__STORE`, `DSPY_PROD__LM__BIG__STORE`, ..."""
+
+MOST_NAMED: Final = 20
+"""Namespaces that a message names."""
 
 OnProblem = Callable[[str, dict[str, Any]], None]
 _FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'redis://host:6379/0', 'memory://'"
@@ -41,25 +49,40 @@ _LOCK: Final = RegistryLock()
 
 
 def default_store_url() -> str:
-    """The store to use when none is named: the environment's `DSPY_PROD_STORE`, else a file below the directory."""
-    return os.environ.get(URL_VARIABLE) or DEFAULT_URL
+    """The store to use when none is named, from the environment, else a file below the directory.
+
+    What wins over a file, `DSPY_PROD__STORE`, is where a service is that was told by it: a shell beside it must look
+    there, too. `DSPY_PROD_STORE` is for those that neither a file nor that tells.
+    """
+    return _said("STORE", URL_VARIABLE) or DEFAULT_URL
 
 
 def with_password(url: str) -> str:
-    """The URL of a store as it was written down elsewhere, with the password that the environment knows for it."""
-    here = default_store_url()
-    return unshown(here) if bare_url(here) == url else url
+    """The URL of a store as it was written down elsewhere, with the password that the environment knows for it.
+
+    Any variable that names a store may know it: `DSPY_PROD_STORE`, `DSPY_PROD__STORE`, or that of one LM of a file.
+    """
+    names = [name for name in os.environ if name.upper().startswith(OVER_A_FILE) and name.upper().endswith("__STORE")]
+    for name in (URL_VARIABLE, *names):
+        if bare_url(os.environ.get(name, "")) == url:
+            return unshown(os.environ[name])
+    return url
+
+
+def _said(key: str, variable: str) -> str:
+    """A setting of the environment: over a file, else by default."""
+    return os.environ.get(f"{OVER_A_FILE}{key}") or os.environ.get(variable) or ""
 
 
 def default_namespace(given: str | None = None) -> str:
-    """`namespace=`, else `$DSPY_PROD_NAMESPACE`, else the project directory's name.
+    """`namespace=`, else `$DSPY_PROD__NAMESPACE` or `$DSPY_PROD_NAMESPACE`, else the project directory's name.
 
     Raises:
         ConfigError: it is no text.
     """
     if given is not None and not isinstance(given, str):
         raise ConfigError(f"namespace={given!r} must be text, such as namespace={str(given)!r}")
-    return given or os.environ.get("DSPY_PROD_NAMESPACE") or Path.cwd().name or "default"
+    return given or _said("NAMESPACE", NAMESPACE_VARIABLE) or Path.cwd().name or "default"
 
 
 def open_store(
@@ -105,6 +128,41 @@ def open_store(
         if isinstance(store, DurableStore):
             store.on_problem(on_problem)
     return store
+
+
+def check_there(url: str, namespace: str) -> None:
+    """See to it that a store and its namespace are there: to open them would make them.
+
+    Of a memory store both always are, and of a URL that cannot be understood: `open_store` says why.
+
+    Raises:
+        ConfigError: they are not; the message names the namespaces that are.
+        StoreUnavailableError: the server cannot be asked.
+    """
+    url = unshown(url)
+    scheme = url.partition("://")[0] if "://" in url else ""
+    if scheme == "sqlite":
+        from dspy_prod.stores.sqlite.schema import namespaces as of_file
+
+        path = file_of(url)
+        if not path.exists():
+            raise ConfigError(f"there is no store at {path}; run a program with dspy_prod.LM here, or pass --store")
+        there = of_file(path)
+        if there is not None and carried(namespace) not in there:
+            raise ConfigError(_not_there(namespace, str(path), there))
+    elif scheme in _SERVERS:
+        place, _ = _server(url, scheme)
+        from dspy_prod.stores.redis.namespaces import has_namespace
+        from dspy_prod.stores.redis.namespaces import namespaces as of_server
+
+        if not has_namespace(place, namespace):
+            raise ConfigError(_not_there(namespace, without_password(url), of_server(place)))
+
+
+def _not_there(namespace: str, place: str, known: list[str]) -> str:
+    names = "".join(f", {name!r}" for name in known[:MOST_NAMED]).replace(", ", ", only ", 1)
+    more = f" and {len(known) - MOST_NAMED} more" if len(known) > MOST_NAMED else ""
+    return f"there is no namespace {namespace!r} in {place}{names}{more}; pass --namespace"
 
 
 def _memory(url: str, namespace: str, clock: Clock) -> Store:
@@ -163,13 +221,25 @@ def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None
 
 
 def _redis(url: str, scheme: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
+    place, options = _server(url, scheme)
+    from dspy_prod.stores.redis.store import RedisStore
+
+    key = ("redis", place, namespace, clock)
+    with _LOCK:
+        store: RedisStore | None = _STORES.get(key)
+        if store is None or store.closed:
+            store = _STORES[key] = RedisStore(place, namespace, clock=clock, on_problem=on_problem, **options)
+        return store
+
+
+def _server(url: str, scheme: str) -> tuple[str, dict[str, Any]]:
+    """Where a server is, as redis-py reads it, and our options."""
     options, others = _options(url, ("lease", "max_records"), refuse=False)
     place = Unshown(f"{_SERVERS[scheme]}://{url.partition('://')[2].partition('?')[0]}")
     if others:
         place = Unshown(f"{place}?{urlencode(others)}")
     try:
         from dspy_prod.stores.redis.connection import check
-        from dspy_prod.stores.redis.store import RedisStore
 
         check(place)
     except ImportError:
@@ -178,12 +248,7 @@ def _redis(url: str, scheme: str, namespace: str, clock: Clock, on_problem: OnPr
         ) from None
     except ValueError as error:
         raise ConfigError(f"store={without_password(url)!r} is no URL of a Redis server: {error}") from None
-    key = ("redis", place, namespace, clock)
-    with _LOCK:
-        store: RedisStore | None = _STORES.get(key)
-        if store is None or store.closed:
-            store = _STORES[key] = RedisStore(place, namespace, clock=clock, on_problem=on_problem, **options)
-        return store
+    return place, options
 
 
 def _options(url: str, known: tuple[str, ...], refuse: bool = True) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -121,6 +121,7 @@ def dspy_prod_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a fresh store in memory, which LMs without `store=` use while the test runs."""
     url = f"memory://pytest-{os.getpid()}-{next(_numbers)}"
     monkeypatch.setenv("DSPY_PROD_STORE", url)
+    monkeypatch.delenv("DSPY_PROD__STORE", raising=False)  # it would win over that
     yield url
     import_module("dspy_prod.stores.opening").forget(url)
 

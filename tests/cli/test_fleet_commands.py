@@ -72,6 +72,36 @@ def test_an_lm_in_service_obeys(command: Callable[..., str], lm: Any) -> None:
     assert lm.costs().budgets[0].limit_usd == 3.0
 
 
+def test_a_shell_looks_where_the_service_was_moved(
+    lm: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the variable that wins over the service's file, whatever the default says."""
+    monkeypatch.setenv("DSPY_PROD_STORE", "sqlite:////nonexistent/state.db")
+    monkeypatch.setenv("DSPY_PROD__STORE", lm.pipeline.store.url)
+    monkeypatch.setenv("DSPY_PROD__NAMESPACE", "n")
+    assert main(["stop", "--all"]) == 0
+    with pytest.raises(StoppedError):
+        lm("another")
+
+
+@pytest.mark.parametrize(
+    "words", [("stop", "--model", "pair"), ("stop", "--program", "nosuch"), ("breaker", "open", "pair")]
+)
+def test_what_no_call_is_named_is_doubted(command: Callable[..., str], lm: Any, words: tuple[str, ...]) -> None:
+    """It is said, and holds for calls that may come; calls of the name that was meant go on."""
+    shown = command(*words)
+    assert f"Nothing may come of it: no call of {words[1].strip('-').replace('open', 'model')} {words[2]!r}" in shown
+    assert ("is in the ledger; known: 'openai/pair'." in shown) is (words[2] == "pair")
+    assert json.loads(command(*words, "--json"))["doubt"].startswith("No call of ")
+    assert lm("another") == ["ok"]
+
+
+@pytest.mark.parametrize("words", [("stop", "--model", MODEL), ("breaker", "open", MODEL), ("stop", "--all")])
+def test_what_is_known_is_not_doubted(command: Callable[..., str], words: tuple[str, ...]) -> None:
+    assert "Nothing may come of it" not in command(*words)
+    assert json.loads(command(*words, "--json"))["doubt"] == ""
+
+
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,12 @@ from typing import Any
 import pytest
 
 import dspy_prod
+from dspy_prod.cli import main
+from dspy_prod.cli.grafana import DASHBOARD, RULES, shipped
 from dspy_prod.metrics.catalogue import CATALOGUE
 from dspy_prod.metrics.exposition import name_of
 from dspy_prod.testing import Provider
-from tests.metrics.support import busy, failing, scraped
+from tests.metrics.support import busy, failing, lm_at, scraped
 
 DOCS = Path(__file__).parents[2] / "docs"
 NAME = "dashboard"
@@ -37,7 +41,7 @@ def samples() -> dict[str, set[str]]:
 
 
 def dashboard() -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((DOCS / "grafana" / "dspy_prod.json").read_text("utf-8"))
+    loaded: dict[str, Any] = json.loads(shipped(DASHBOARD))
     return loaded
 
 
@@ -48,8 +52,7 @@ def queries() -> dict[str, str]:
         for panel in dashboard()["panels"]
         for target in panel.get("targets", ())
     }
-    rules = (DOCS / "grafana" / "alerts.yml").read_text("utf-8")
-    for rule in rules.split("- alert: ")[1:]:
+    for rule in shipped(RULES).split("- alert: ")[1:]:
         expression = rule.partition("expr:")[2]
         found[rule.split()[0]] = re.split(r"\n {8}(?:for|labels):", expression)[0]
     return found
@@ -102,6 +105,38 @@ def test_the_guide_lists_every_metric() -> None:
     assert all(f"`{name}`" in guide for name in CATALOGUE)
 
 
+@pytest.mark.parametrize("query", ["LLMErrors", "Share of failed requests A"])
+def test_who_leaves_is_no_failure_of_the_model(query: str) -> None:
+    """Clients that close their browser must wake nobody; whatever else did not end well must."""
+    compared, pattern = re.findall(r'dspy_prod_outcome(!~|!=|=~|=)"(.*?)"', queries()[query])[0]
+    assert compared == "!~"
+    ends = {"ok", "cancelled", "error", "timeout", "abandoned"}
+    assert {each for each in ends if not re.fullmatch(pattern, each)} == {"error", "timeout", "abandoned"}
+
+
+def test_who_leaves_is_counted_as_cancelled() -> None:
+    """A call that is cancelled while it waits for its answer, as of a client that has left."""
+    arrived = threading.Event()
+    with (
+        Provider(latency=5.0, faults=lambda _: arrived.set()) as provider,
+        dspy_prod.metrics.prometheus(port=0) as endpoint,
+    ):
+        lm = lm_at(provider, "left")
+
+        async def leave() -> None:
+            call = asyncio.create_task(lm.acall("question"))
+            assert await asyncio.to_thread(arrived.wait, 20)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+
+        asyncio.run(leave())
+        lm.pipeline.store.flush(5)
+        samples = scraped(endpoint.url)["dspy_prod_attempts"].samples
+        of_it = [each.labels for each in samples if each.labels["gen_ai_request_model"] == "left"]
+    assert [each["dspy_prod_outcome"] for each in of_it] == ["cancelled"]
+
+
 def test_the_dashboard_has_its_rows_and_no_panel_above_another() -> None:
     """As it was drawn: Grafana would move them."""
     found = dashboard()
@@ -122,6 +157,27 @@ def test_the_dashboard_has_its_rows_and_no_panel_above_another() -> None:
     assert {x for x, _ in places} <= set(range(24))
     sources = {json.dumps(target["datasource"]) for panel in found["panels"] for target in panel.get("targets", ())}
     assert sources == {json.dumps({"type": "prometheus", "uid": "${datasource}"})}
+
+
+@pytest.mark.parametrize(("words", "name"), [((), DASHBOARD), (("--rules",), RULES)])
+def test_a_shell_prints_both_as_they_are(words: tuple[str, ...], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Into a file that Grafana imports, and one that Prometheus reads."""
+    assert main(["grafana", *words]) == 0
+    assert capsys.readouterr().out == shipped(name)
+    assert main(["grafana", *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"name": name, "text": shipped(name)}
+
+
+def test_the_package_has_them() -> None:
+    """Whoever has only installed it has no repository to look into."""
+    package = Path(dspy_prod.__file__).parent
+    assert (package / "metrics" / "grafana" / DASHBOARD).read_text("utf-8") == shipped(DASHBOARD)
+    named = re.findall(r"`(docs/[\w./]+|examples/[\w./]+\.\w+)`", "".join(map(_text, (DOCS / "guide").glob("*.md"))))
+    assert named == [], "pages must not send readers to files that are in no installed package"
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8")
 
 
 def test_the_code_of_the_guide_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

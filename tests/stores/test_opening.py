@@ -15,7 +15,7 @@ from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.privacy.names import without_password
 from dspy_prod.stores import opening
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.stores.opening import DEFAULT_URL, default_store_url, open_store
+from dspy_prod.stores.opening import DEFAULT_URL, default_namespace, default_store_url, open_store, with_password
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import CENT, FakeClock, ask, granted
 
@@ -127,9 +127,33 @@ def test_problems_are_told_to_everybody_who_asked(tmp_path: Path) -> None:
 
 def test_the_default_can_be_set_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DSPY_PROD_STORE", raising=False)
+    monkeypatch.delenv("DSPY_PROD__STORE", raising=False)
     assert default_store_url() == DEFAULT_URL == "sqlite:///.dspy_prod/state.db"
     monkeypatch.setenv("DSPY_PROD_STORE", "memory://")
     assert default_store_url() == "memory://"
+
+
+def test_what_wins_over_a_file_is_where_a_shell_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that `DSPY_PROD__STORE` moved is found by the commands beside it; the namespace likewise."""
+    for key, default in (("STORE", default_store_url), ("NAMESPACE", default_namespace)):
+        monkeypatch.setenv(f"DSPY_PROD_{key}", "memory://default")
+        monkeypatch.setenv(f"DSPY_PROD__{key}", "memory://wins")
+        assert default() == "memory://wins"
+        monkeypatch.setenv(f"DSPY_PROD__{key}", "")
+        assert default() == "memory://default"
+    assert default_namespace("given") == "given"
+
+
+@pytest.mark.parametrize(
+    "variable", ["DSPY_PROD_STORE", "DSPY_PROD__STORE", "DSPY_PROD__LM__BIG__STORE", "dspy_prod__embedder__docs__store"]
+)
+def test_any_variable_that_names_the_server_knows_its_password(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever else names another server; and nobody gives a password to a server that it is not of."""
+    for name in ("DSPY_PROD_STORE", "DSPY_PROD__STORE"):
+        monkeypatch.setenv(name, "redis://:other@elsewhere.example/0")
+    monkeypatch.setenv(variable, "redis://:secret@db.example/0")
+    assert with_password("redis://db.example/0") == "redis://:secret@db.example/0"
+    assert with_password("redis://db.example/1") == "redis://db.example/1"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

@@ -63,8 +63,9 @@ def test_it_shows_its_parts(pytester: pytest.Pytester) -> None:
 
 
 # -- fixtures --------------------------------------------------------------------------------------------------------
-def test_fixtures(pytester: pytest.Pytester) -> None:
-    """An LM in front of a provider, each test with a store of its own; and the clock."""
+def test_fixtures(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An LM in front of a provider, each test with a store of its own whatever the shell says; the clock."""
+    monkeypatch.setenv("DSPY_PROD__STORE", "redis://127.0.0.1:1/0")
     result = run(pytester, """
 import os
 

