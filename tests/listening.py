@@ -31,3 +31,5 @@ class Listening:
         """End it."""
         self._server.shutdown()
         self._server.server_close()
+
+    close = stop

@@ -95,14 +95,18 @@ class Look:
         self._until = 0.0
 
     async def health(self) -> Health | None:
-        """Health of the last second; None when it takes too long."""
+        """Health of the last second; None when it takes too long, or no thread can be started now."""
         with self._lock:
             if self._found is not None and time.monotonic() < self._until:
                 return self._found
             if self._asked is None:  # else one look is under way, and one is enough
                 self._pool = ThreadPoolExecutor(1, "dspy_prod-probe")
-                self._asked = self._pool.submit(self._ask)
-                self._pool.shutdown(wait=False)  # the thread ends with the look
+                try:
+                    self._asked = self._pool.submit(self._ask)
+                except RuntimeError:  # as many threads as it may have: it is tried again when next asked
+                    return None
+                finally:
+                    self._pool.shutdown(wait=False)  # the thread ends with the look
             asked = self._asked
         await asyncio.wait([asyncio.wrap_future(asked)], timeout=PATIENCE)
         if not asked.done() or asked.exception() is not None:

@@ -7,24 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
-from typing import Any, Final
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from dspy_prod.privacy.visible import UNSEEN
+from dspy_prod.privacy.visible import HIDDEN
 from dspy_prod.views.console import as_text
-
-_BARE_IN_JSON: Final = re.compile(f"[{UNSEEN}]")
 
 
 def print_json(value: Any) -> int:
     """Print a value as JSON, in whatever the output can take; returns the exit code 0."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     text = json.dumps(value, indent=2, ensure_ascii=not unicode)
-    text = _BARE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    text = HIDDEN.sub(lambda match: json.dumps(match[0])[1:-1], text)
     print(text, flush=True)  # a closed pipe is met here, not at exit
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from traceback import walk_tb
 from typing import Any, Final, TypeAlias
 
@@ -106,15 +107,23 @@ def read_or_billed(read: Callable[[Any], Response], answer: Any, body: Callable[
         raise
 
 
-def _read_bare(read: Callable[[Any], Response], answer: Any) -> Response:
-    """The same of an answer as it came by HTTP."""
+def _read_bare(
+    read: Callable[[Any], Response], answer: Any, cleaned: Callable[[bytes], bytes] | None = None
+) -> Response:
+    """The same of an answer as it came by HTTP. Of one that cannot be read, the error repeats what `cleaned` leaves."""
 
     def of(given: Any) -> Response:
         if isinstance(given, dict):
             given = _HttpResponse(status=200, reason="OK", headers=[], body=json.dumps(given).encode())
         return read(given)
 
-    return read_or_billed(of, answer, answer.json)
+    try:
+        return read_or_billed(of, answer, answer.json)
+    except Exception:
+        clean = answer if cleaned is None else replace(answer, body=cleaned(answer.body))
+        if clean.body == answer.body:
+            raise
+    return read_or_billed(of, clean, clean.json)
 
 
 def read_chat(request: Request, text: str) -> Response:
@@ -133,16 +142,17 @@ def read_chat(request: Request, text: str) -> Response:
 class _Providers(dict[str, Any]):
     """The providers an engine has spoken to, each of which is hooked when it is first met: calls pay nothing."""
 
-    def __init__(self, ended: Callable[[StreamEndEvent], StreamEndEvent]) -> None:
+    def __init__(self, ended: Callable[[StreamEndEvent], StreamEndEvent], cleaned: Callable[[bytes], bytes]) -> None:
         super().__init__()
-        self._ended = ended
+        self._ended, self._cleaned = ended, cleaned
 
     def __setitem__(self, name: str, provider: Any) -> None:
         reader = getattr(provider, "_inner", provider)  # an asynchronous one reads events by its synchronous twin
-        read, parse, ended = reader.parse_response, reader.parse_stream_events, self._ended
+        read, parse = reader.parse_response, reader.parse_stream_events
+        ended, cleaned = self._ended, self._cleaned
 
         def answered(request: Request, response: Any) -> Response:
-            return _read_bare(lambda answer: read(request, answer), response)
+            return _read_bare(lambda answer: read(request, answer), response, cleaned)
 
         def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
             for event in parse(request, raw):
@@ -156,17 +166,20 @@ class HookedLM15Engine(LM15Engine):
     """The synchronous engine, whose streams end as a subclass says: it is shown each event that ends one."""
 
     ended: Callable[[StreamEndEvent], StreamEndEvent]
+    cleaned: Callable[[bytes], bytes]
+    """A page that is no answer without secrets: lm15's error repeats the beginning of it."""
 
     def __init__(self, config: RouterConfig | None = None, *, model_type: str = "chat") -> None:
         super().__init__(config, model_type=model_type)
-        self._providers = _Providers(self.ended)
+        self._providers = _Providers(self.ended, self.cleaned)
 
 
 class HookedAsyncLM15Engine(AsyncLM15Engine):
     """The same for tasks."""
 
     ended: Callable[[StreamEndEvent], StreamEndEvent]
+    cleaned: Callable[[bytes], bytes]
 
     def __init__(self, config: RouterConfig | None = None, *, model_type: str = "chat") -> None:
         super().__init__(config, model_type=model_type)
-        self._providers = _Providers(self.ended)
+        self._providers = _Providers(self.ended, self.cleaned)

@@ -101,6 +101,8 @@ class HookedTransport(_StdlibTransport):
     wrapped: Callable[[socket.socket], Any]
     refused: Callable[[list[tuple[str, str]], int], None]
     """Hears the headers and the status of an HTTP error."""
+    cleaned: Callable[[bytes], bytes]
+    """An error's page without secrets. lm15 cuts it, and nobody knows half a key for one."""
 
     def retire(self) -> None:
         """Keep no connection any more: idle ones are closed now, each of the others by whoever uses it, after that.
@@ -134,7 +136,7 @@ class HookedTransport(_StdlibTransport):
         _with_slot(response)
         if response.status >= 300:
             self.refused(response.headers, response.status)
-            response.read = lambda: _page(iter(response))
+            response.read = lambda: self.cleaned(_page(iter(response)))
             if response.status < 400:
                 with response:
                     raise _elsewhere(response, response.read())
@@ -162,6 +164,7 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
     retired = False
     leaves: Callable[[], None]
     refused: Callable[[list[tuple[str, str]], int], None]
+    cleaned: Callable[[bytes], bytes]
 
     async def retire(self) -> None:
         """The same for the tasks of a loop."""
@@ -194,7 +197,11 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
         response = await super()._do_stream(request)
         if response.status >= 300:
             self.refused(response.headers, response.status)
-            response.read = lambda: _apage(aiter(response))
+
+            async def read() -> bytes:
+                return self.cleaned(await _apage(aiter(response)))
+
+            response.read = read
             if response.status < 400:
                 try:
                     raise _elsewhere(response, await response.read())

@@ -116,12 +116,12 @@ def _load(cls: type[Loaded], state: Mapping[str, Any], allow: bool) -> Loaded:
     return loaded
 
 
-def _trusted(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a state needs nobody's word for it."""
+def _trusted(state: Mapping[str, Any], *, ours: bool = True) -> dict[str, Any]:
+    """What of a state, of an LM of ours or of another one, needs nobody's word for it."""
     for name in ("engine", "async_engine"):
         if state.get(name) is not None and not isinstance(state[name], str):
             load_engine(state[name], name, allow_custom_lm_class=False)  # DSPy's refusal, in its words
-    arguments, left_out = harmless(state, LM_CLASS_STATE_KEY)
+    arguments, left_out = harmless(state, LM_CLASS_STATE_KEY, ours=ours)
     if "model" in left_out:
         raise ConfigError(
             f"the saved model {state['model']!r} is an address, to which prompts and a key would go; load the state "
@@ -160,9 +160,9 @@ def _load_fallback(cls: type[dspy.LM], state: Any, allow: bool) -> str | dspy.LM
     if not isinstance(state, Mapping):
         raise ConfigError(f"a saved fallback is a model name or an LM's state, not {type(state).__name__}")
     named = state.get(LM_CLASS_STATE_KEY)  # this class, or one of ours that it is derived from: nothing to import
-    if not allow:
-        state = _trusted(state)
     own: Any = next((each for each in cls.__mro__ if f"{each.__module__}.{each.__qualname__}" == named), BaseLM)
+    if not allow:
+        state = _trusted(state, ours=own not in dspy.LM.__mro__)
     loaded: dspy.LM = own.load_state(dict(state), allow_custom_lm_class=allow)
     return loaded
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from dspy_prod.optimize.candidates import Progress, Watcher
+from dspy_prod.runtime.threads import begin
 
 _log = logging.getLogger("dspy_prod")
 
@@ -28,27 +29,38 @@ class Pulse:
         self._progress, self._watchers, self._beat = progress, list(watchers), beat
         self._all = tuple(watchers)
         self._woken = threading.Event()
-        self._ended = False
+        self._beats = False
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     def wake(self) -> None:
         """Beat now: something happened."""
         self._woken.set()
+        if self._thread is None:
+            self._start()
 
     @contextmanager
     def beating(self) -> Iterator[None]:
-        """Beat until the end of the block."""
+        """Beat until the end of the block; where no thread can be begun, from when something happens and one can."""
         self.tell("begin")
-        thread = threading.Thread(target=self._go, name="dspy_prod-optimization", daemon=True)
-        thread.start()
+        self._beats = True
+        self._start()
         try:
             yield
         finally:
-            self._ended = True
+            with self._starting:
+                self._beats, self._thread, thread = False, None, self._thread
             self._woken.set()
-            thread.join(5.0)
+            if thread is not None:
+                thread.join(5.0)
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._beats and self._thread is None:
+                self._thread = begin("dspy_prod-optimization", self._go)
 
     def _go(self) -> None:
-        while not self._ended:
+        while self._beats:
             self._woken.wait(_EVERY)
             self._woken.clear()
             try:

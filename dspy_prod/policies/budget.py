@@ -40,6 +40,7 @@ class _Window(NamedTuple):
     ends_at: float
     accounts: dict[Any, Account]  # by scope value
     options: Budget
+    begins_at: float
 
 
 class BudgetRule:
@@ -67,7 +68,7 @@ class BudgetRule:
         self.caps = options.per == "call"
         self._zone = ZoneInfo(options.timezone)
         # Replaced as one: a call sees one window and its settings, or the other.
-        self._current = _Window("", -inf, {}, options)
+        self._current = _Window("", -inf, {}, options, inf)
         self._soft = None if options.soft is None else int(self.limit * options.soft)
         self._softened: set[str] = set()
 
@@ -115,9 +116,9 @@ class BudgetRule:
         Raises:
             BudgetExceededError: the scope's value is missing and the budget requires it.
         """
-        window, ends_at, accounts, options = self._current
-        if wall >= ends_at:
-            window, ends_at, accounts, options = self._turn(wall)
+        window, ends_at, accounts, options, begins_at = self._current
+        if not begins_at <= wall < ends_at:  # a clock that went ahead may be set back
+            window, ends_at, accounts, options, _ = self._turn(wall)
         value = _scope_value(options, context, model)
         place: Any = (context.run or PROCESS_RUN, value) if options.per == "run" else value
         account = accounts.get(place)
@@ -176,24 +177,31 @@ class BudgetRule:
 
     def window(self, wall: float) -> tuple[str, float]:
         """(id, end in seconds since the epoch) of the window that holds `wall`."""
+        name, _, ends_at = self._bounds(wall)
+        return name, ends_at
+
+    def _bounds(self, wall: float) -> tuple[str, float, float]:
+        """(id, begin, end) of the window that holds `wall`."""
         per = self.options.per
         if per in ("total", "run", "call"):
-            return per, inf
+            return per, -inf, inf
         if per == "hour":
             start = int(wall // 3600) * 3600
-            return dt.datetime.fromtimestamp(start, dt.timezone.utc).strftime("%Y-%m-%dT%HZ"), start + 3600.0
+            name = dt.datetime.fromtimestamp(start, dt.timezone.utc).strftime("%Y-%m-%dT%HZ")
+            return name, float(start), start + 3600.0
         local = dt.datetime.fromtimestamp(wall, self._zone)
         midnight = local.replace(hour=0, minute=0, second=0, microsecond=0, fold=0)
         if per == "day":
-            return local.strftime("%Y-%m-%d"), _next_day(midnight, 1).timestamp()
+            return local.strftime("%Y-%m-%d"), midnight.timestamp(), _next_day(midnight, 1).timestamp()
         first = midnight.replace(day=1)
-        return local.strftime("%Y-%m"), _next_day(first, 32).replace(day=1).timestamp()
+        return local.strftime("%Y-%m"), first.timestamp(), _next_day(first, 32).replace(day=1).timestamp()
 
     def _turn(self, wall: float) -> _Window:
         with self._lock:
-            if wall >= self._current.ends_at:
+            if not self._current.begins_at <= wall < self._current.ends_at:
                 self._softened = set()
-                self._current = _Window(*self.window(wall), {}, self.options)
+                name, begins_at, ends_at = self._bounds(wall)
+                self._current = _Window(name, ends_at, {}, self.options, begins_at)
             return self._current
 
 

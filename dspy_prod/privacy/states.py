@@ -1,13 +1,15 @@
-"""What the saved state of an LM may say when nobody vouches for whoever wrote it.
+"""What the saved state of an LM, or of a predictor, may say when nobody vouches for whoever wrote it.
 
 A state decides where calls go, and the key in the environment goes with them. So without `allow_unsafe_lm_state=True`
 an LM is rebuilt from the arguments listed here alone: those that shape an answer, and neither say who is called, nor
-with what headers, credentials or tools, nor what it costs, nor where it is written down.
+with what headers, credentials or tools, nor what it costs, nor where it is written down. A predictor's own arguments
+(`config`) go the same way as its LM's: of them, too, only those that shape an answer are taken. DSPy sets each other
+key of a predictor's state as an attribute, such as `forward`: only those that it writes itself are taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 SHAPING: Final = frozenset({
@@ -20,26 +22,63 @@ SHAPING: Final = frozenset({
 OPERATING: Final = frozenset({
     "model", "model_type", "cache", "num_retries", "use_developer_role", "retry", "breaker", "limit", "fallbacks",
 })  # fmt: skip
-"""Arguments that say which model is asked, and how patiently."""
+"""Arguments of our own LM that say which model is asked, and how patiently."""
+
+PLAIN: Final = frozenset({"model", "model_type", "cache", "num_retries", "use_developer_role"})
+"""The same of DSPy's LM, which hands all else to LiteLLM, where `fallbacks` are whole calls with an address each."""
+
+PREDICTOR: Final = frozenset({
+    "traces", "train", "demos", "signature", "extended_signature", "fields", "config", "lm",
+})  # fmt: skip
+"""Keys of a predictor's state that DSPy writes, or refuses in its own words; and `config`, see `beyond`."""
 
 _ENGINES: Final = ("engine", "async_engine")
 
 
-def harmless(state: Mapping[str, Any], class_key: str) -> tuple[dict[str, Any], list[str]]:
+def harmless(state: Mapping[str, Any], class_key: str, *, ours: bool) -> tuple[dict[str, Any], list[str]]:
     """(what of a state is harmless, the names of what else it has).
 
     Args:
         state: as `LM.dump_state` writes it.
         class_key: the key under which it names its class.
+        ours: whether it is of our own LM, whose arguments are settings of ours. Any other LM hands on what it does not
+            know.
     """
+    known = SHAPING | (OPERATING if ours else PLAIN)
     kept: dict[str, Any] = {}
     left_out: list[str] = []
     for name, value in state.items():
-        if name == class_key or value is None or (name in SHAPING | OPERATING and not _is_address(name, value)):
+        if name == "cache" and not isinstance(value, bool) and value is not None:
+            value, others = _own_cache(value) if ours else ({}, [name])
+            left_out.extend(others)
+            if value:
+                kept[name] = value
+        elif name == class_key or value is None or (name in known and not _is_address(name, value)):
             kept[name] = value
-        elif name not in _ENGINES or not isinstance(value, str):
-            left_out.append(name)
+        elif (name not in _ENGINES or not isinstance(value, str)) and (ours or value or name in known):
+            left_out.append(name)  # DSPy also writes down that it was given nothing: {}
     return kept, sorted(left_out)
+
+
+def beyond(state: Mapping[str, Any], own: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """What a predictor's state has beyond what is harmless: (keys of nobody, arguments that go with each call).
+
+    Args:
+        state: as `Predict.dump_state` writes it.
+        own: keys that the predictor's own class writes.
+    """
+    config = state.get("config")
+    arguments = [] if config is None else ["config"]
+    if isinstance(config, Mapping):
+        arguments = sorted(f"config.{name}" for name in config if name not in SHAPING)
+    return sorted(str(name) for name in state if name not in PREDICTOR and name not in own), arguments
+
+
+def _own_cache(value: Any) -> tuple[Any, list[str]]:
+    """Settings of a cache, but for what lets tenants see each other's answers."""
+    if not isinstance(value, Mapping) or not value.get("shared"):
+        return value, []
+    return {name: item for name, item in value.items() if name != "shared"}, ["cache.shared"]
 
 
 def _is_address(name: str, value: Any) -> bool:

@@ -19,6 +19,7 @@ from dspy_prod.production.conditions import Conditions
 from dspy_prod.production.fallback import Answer, Fallback, Outputs
 from dspy_prod.production.reasons import reason_of
 from dspy_prod.production.report import CallReport, TokenUsage, call_report, report_of
+from dspy_prod.production.states import vouchless
 from dspy_prod.production.unguarded import Guard, Unguarded
 from dspy_prod.production.watch import Watch
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
@@ -257,7 +258,18 @@ class Production(CompiledAsProgram, dspy.Module):
         return state
 
     def load_state(self, state: dict[str, Any], *, allow_unsafe_lm_state: bool = False) -> Any:
-        """Load the program's state."""
+        """Load the program's state.
+
+        Args:
+            state: what `dump_state` gave, or the file that `save` wrote holds.
+            allow_unsafe_lm_state: whether whoever wrote it is trusted. Else LMs are rebuilt from what cannot lead their
+                calls elsewhere, and a warning names the rest.
+
+        Raises:
+            ConfigError: nobody vouches for a state by which calls could go elsewhere, or that DSPy did not write.
+        """
+        if not allow_unsafe_lm_state:
+            state = vouchless(self.program, state)
         return self.program.load_state(state, allow_unsafe_lm_state=allow_unsafe_lm_state)
 
     def __repr__(self) -> str:

@@ -50,6 +50,13 @@ def make_file(path: Path) -> None:
             os.close(handle)
 
 
+def own_file(path: Path) -> None:
+    """Make a file, where there is none, and see to it that it is ours alone; raises as `check` and `restrict`."""
+    make_file(path)
+    check(path)
+    restrict(path.parent, path)
+
+
 def check(*files: Path) -> None:
     """See to it that files, where there are such, are our own.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 from dspy_prod.privacy.outward import outward
-from dspy_prod.privacy.visible import visible
+from dspy_prod.privacy.visible import on_one_line, visible
 
 Tone = Literal["", "good", "warn", "bad", "faint", "strong"]
 
@@ -38,8 +38,9 @@ class Cell:
     number: bool = False
 
     def lines(self) -> list[str]:
-        """Its lines as they may leave the process, uncut."""
-        return [self.text if self.number else told(self.text), *(told(line) for line in self.below if line)]
+        """Its lines as they may leave the process, uncut. A name with a line feed in it would begin another row."""
+        own = self.text if self.number else on_one_line(outward(self.text))
+        return [own, *(on_one_line(outward(line)) for line in self.below if line)]
 
 
 class Tabular(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,21 @@ def test_a_look_that_hangs_makes_unready_and_is_made_once(monkeypatch: pytest.Mo
     assert [ask(app).json()["reasons"] for _ in range(3)] == [["store"]] * 3
     assert len(looks) == 1
     assert ask(app, "/healthz").status == 200
+
+
+def test_without_a_thread_to_look_with_it_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page was an error of ours, which says nothing; it is ready again as soon as a thread can be started."""
+
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    app = service()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        for _ in range(2):
+            answer = ask(app)
+            assert (answer.status, answer.json()["reasons"]) == (503, ["store"])
+    assert ask(app).status == 200
 
 
 def test_however_often_it_is_asked_one_look_a_second_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:

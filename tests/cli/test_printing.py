@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import dspy
 import pytest
 
 import dspy_prod
@@ -188,6 +189,62 @@ def test_what_would_turn_the_text_round_is_shown(tmp_path: Path, monkeypatch: py
         assert r"user\u202e\x9b31mresu" in said(monkeypatch, [*command, *where])
         assert not {"\u202e", "\x9b"} & set(text := said(monkeypatch, [*command, *where, "--json"]))
         assert [each.get("user") or each["value"] for each in json.loads(text)] == [TURNING]
+
+
+ROWS = "eve\nbob   999.000000  0.000000      1       0       0        1000           0"
+HIDDEN = ("al\u200bice", "al\xadice", "alice\U000e0041", "al\u200dice", "alice\ufe0f", "\u2060alice", "ali\u3164ce")
+
+
+@pytest.fixture
+def forged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments for a store whose callers would add rows of their own, and pass for others."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    store = f"sqlite:///{tmp_path}/forged.db"
+    lm = dspy_prod.LM(
+        "openai/m", engine=ScriptedEngine("[[ ## a ## ]]\nyes"), store=store, namespace="n", cache=False, max_tokens=9,
+        prices={"openai/m": dspy_prod.Price(input=1, output=1)},
+        budget=dspy_prod.Budget(usd=100, scope="user", name="b\nrow"),
+    )  # fmt: skip
+    prod = dspy_prod.Production(dspy.Predict("q -> a"), name=ROWS)
+    with dspy.context(lm=lm):
+        for name in ("alice", ROWS, *HIDDEN):
+            with dspy_prod.call_context(user=name, tenant=name, session=name):
+                prod(q="x")
+    lm.close()
+    return ["--store", store, "--namespace", "n"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["calls"], ["costs", "--by", "user"], ["costs", "--by", "program"], ["budgets"], ["programs"],
+     ["programs", "--by", "tenant"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_name_is_one_row_and_nobody_else_s(
+    forged: list[str], command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line feed in a name began a row with figures of its own; what takes no room made two users look like one."""
+    shown = said(monkeypatch, [*command, *forged])
+    assert not [line for line in shown.splitlines() if line.strip().startswith(("bob", "row"))]
+    if "user" in command or command in (["calls"], ["budgets"]):
+        assert r"eve\nbob" in shown
+        for name in HIDDEN:
+            assert name not in shown
+            assert visible(name) in shown
+    text = said(monkeypatch, [*command, *forged, "--json"])
+    assert json.loads(text)
+    assert not [name for name in HIDDEN if name in text]
+
+
+@pytest.mark.parametrize("name", ["می\u200cخواهم", "क्\u200dष", "❤\ufe0f", "❤\ufe0f x", "🏳\ufe0f\u200d🌈", "👩\u200d👧"])
+def test_what_a_script_is_written_with_stays(name: str) -> None:
+    """Persian, Hindi and emoji join letters by signs that take no room."""
+    assert visible(name) == name
+
+
+@pytest.mark.parametrize("name", ["a\u200d", "\u200cه", "ه\u200c", "ه\u200d\u200dه", "a\u200dه", "ه\u200da", "a\ufe0f"])
+def test_signs_that_join_nothing_are_shown(name: str) -> None:
+    assert not set("\u200c\u200d\ufe0f") & set(visible(name))
 
 
 def test_a_mistake_of_ours_is_not_shown_as_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:

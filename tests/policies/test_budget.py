@@ -97,6 +97,28 @@ def test_an_account_is_one_window_s() -> None:
     assert days.ends_at == NOON + DAY * 1.5
 
 
+@pytest.mark.parametrize("per", ["hour", "day", "month"])
+def test_a_clock_that_went_ahead_and_is_set_back_gives_the_window_of_before(per: str) -> None:
+    """A process stayed in a window ten years ahead, with a budget of its own, until it was started anew."""
+    rules = rule(per=per, timezone="Europe/Berlin")
+    before = rules.account(CallContext(), "m", NOON)
+    assert rules.account(CallContext(), "m", NOON + 3_650 * DAY).key != before.key
+    after = rules.account(CallContext(), "m", NOON)
+    assert (after.key, after.ends_in) == (before.key, before.ends_in)
+    assert rules.ends_at == rule(per=per, timezone="Europe/Berlin").window(NOON)[1]
+
+
+@pytest.mark.parametrize("per", ["hour", "day", "month"])
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/Havana", "Asia/Beirut", "Australia/Lord_Howe"])
+def test_each_moment_lies_in_its_window(zone: str, per: str) -> None:
+    """Else each call would look for another one: also where a clock change skips midnight, or repeats it."""
+    rules = rule(per=per, timezone=zone)
+    for hours in range(366 * 24):
+        wall = NOON + hours * HOUR + 1_799
+        _, begins_at, ends_at = rules._bounds(wall)
+        assert begins_at <= wall < ends_at
+
+
 def test_of_two_callers_at_the_end_of_a_window_the_second_finds_the_new_one() -> None:
     """Both saw that it had ended: what the first one noted in the new window is kept."""
     days = rule(per="day", soft=0.5)

@@ -8,6 +8,7 @@ import logging
 import pickle
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,10 @@ from dspy_prod import Cache, CircuitBreaker, CircuitOpenError
 from dspy_prod.compat.lm15_transports import _elsewhere
 from dspy_prod.testing import Provider, Status
 from tests.e2e.support import MODEL, PRICES, make_lm
+from tests.listening import Listening, Silent
 
 KEY = "sk-live-Zq7Zq7Zq7Zq7Zq7Zq7Zq7"
+PLAIN_KEY = "plainword-of-a-gateway-and-another-plainword"
 TOKEN = "gateway-token-8f8f8f8f8f8f"
 
 Ask = Callable[[Any], Any]
@@ -181,3 +184,25 @@ def test_a_key_is_not_cut_in_two_at_the_end_of_a_redirect_s_page() -> None:
     said = str(_elsewhere(redirect, b"for " * 124 + KEY.encode() * 2))
     assert KEY[:4] not in said
     assert said.startswith("HTTP 302 Found: for for")
+
+
+@pytest.mark.parametrize("ask", [sync, task, stream, astream], ids=lambda ask: ask.__name__)
+@pytest.mark.parametrize("status", [200, 401, 500])
+def test_a_key_is_not_cut_in_two_at_the_end_of_a_page(status: int, ask: Ask) -> None:
+    """The error told the first half of it: DSPy's client keeps 500 characters of an error, and 200 of no answer."""
+    kept = 200 if status == 200 else 500
+    page = ("word " * 99 + "more.")[: kept - len(PLAIN_KEY) // 2] + PLAIN_KEY + " and so on"
+
+    class Handler(Silent):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(status)
+            self.send_header("content-length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+    with closing(Listening(Handler)) as server, pytest.raises(Exception) as caught:
+        ask(make_lm(server.url, api_key=PLAIN_KEY, retry=False))
+    assert PLAIN_KEY[:8] not in shown(caught.value)
+    if status != 200 or ask in (sync, task):  # a stream has no such page in it
+        assert "word word" in str(caught.value)

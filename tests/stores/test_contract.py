@@ -550,6 +550,17 @@ def test_the_control_of_each_experiment_is_summed_apart(store: Store) -> None:
     assert (of_one.cost_nano, of_one.attempts, of_one.cached, of_one.list_nano) == (5, 2, 140, 355)
 
 
+@pytest.mark.parametrize("hit", [False, True])
+def test_records_are_found_by_half_a_character(store: Store, hit: bool) -> None:
+    """In a tag's name it ended in `TypeError: str is not valid UTF-8` instead of finding nothing."""
+    tags = (("\ud800", "x"), ("team", "\udfff"))
+    store.append(record(id="h", tags=tags, cached=hit, user="\ud801"))
+    for wanted in ({"tag:\ud800": "x"}, {"tag:team": "\udfff"}, {"user": "\ud801"}):
+        assert [found.id for found in store.records(**wanted)] == ["h"]
+    for wanted in ({"tag:\ud802": "x"}, {"tag:\ud800": "\ud800"}, {"tag:team": "\udffe"}, {"user": "\ud802"}):
+        assert store.records(**wanted) == []
+
+
 def test_totals_are_per_day_and_value(store: Store) -> None:
     day = 86_400.0
     for number in range(4):

@@ -21,6 +21,7 @@ from dspy_prod.compat import bounds
 from dspy_prod.compat.lm15_transports import HookedAsyncTransport, HookedTransport
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import note_refusal
+from dspy_prod.pipeline.upstream.pages import without_secrets
 from dspy_prod.pipeline.upstream.workers import WORKERS
 
 T = TypeVar("T")
@@ -95,6 +96,7 @@ class BoundedTransport(HookedTransport):
     time_left = staticmethod(_time_left)
     wrapped = _BoundedSocket
     refused = staticmethod(note_refusal)
+    cleaned = staticmethod(without_secrets)
 
 
 class PacedAsyncTransport(HookedAsyncTransport):
@@ -102,6 +104,7 @@ class PacedAsyncTransport(HookedAsyncTransport):
 
     leaves = staticmethod(_leave)
     refused = staticmethod(note_refusal)
+    cleaned = staticmethod(without_secrets)
 
 
 # -- engines that cannot be bounded from inside ------------------------------------------------------------------------

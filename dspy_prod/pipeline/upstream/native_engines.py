@@ -9,18 +9,21 @@ from dspy.clients.engines.lm15_engine import timeouts_for
 from dspy_prod.compat.lm15 import HookedAsyncLM15Engine, HookedLM15Engine
 from dspy_prod.pipeline.upstream.deadline import MAX_CONNECTIONS
 from dspy_prod.pipeline.upstream.finish import truthful
+from dspy_prod.pipeline.upstream.pages import without_secrets
 
 
 class NativeEngine(HookedLM15Engine):
     """The synchronous engine."""
 
     ended = staticmethod(truthful)
+    cleaned = staticmethod(without_secrets)
 
 
 class AsyncNativeEngine(HookedAsyncLM15Engine):
     """The asynchronous engine."""
 
     ended = staticmethod(truthful)
+    cleaned = staticmethod(without_secrets)
 
 
 def connections(timeout: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dspy_prod.registry.published import copies
 from dspy_prod.registry.published.copies import MEMORY, Copy, Release
 from dspy_prod.registry.published.manifest import manifest_in, state_in
 from dspy_prod.registry.published.signatures import check_fields, fields_of
-from dspy_prod.registry.published.states import own_lm, prepared, restored_lm
+from dspy_prod.registry.published.states import check_keys, own_lm, prepared, restored_lm
 from dspy_prod.registry.server import Server, server_at
 from dspy_prod.telemetry.events import BUS
 
@@ -58,7 +58,8 @@ def load(
             process has moved meanwhile is asked for again all the same.
         cache_dir: where copies are kept on disk; default: `.dspy_prod/registry` in the working directory.
         allow_unsafe_lm_state: as in `dspy.Module.load`: rebuild LMs that were published with a class or an address of
-            their own. Plain `dspy.LM`s are always rebuilt, without their key.
+            their own, and take whatever arguments a predictor calls with. Plain `dspy.LM`s are always rebuilt, without
+            their key, from what cannot lead their calls elsewhere.
         tracking_uri: the MLflow store; default: MLflow's current one.
 
     Returns:
@@ -173,6 +174,7 @@ def put_into(program: Any, release: Release, *, allow_unsafe_lm_state: bool = Fa
     for name, predictor in predictors.items():
         try:
             text = release.states[name]
+            check_keys(f"predictor {name!r} of {release}", predictor, text, allow_unsafe_lm_state)
             changed = prepared(predictor, text)
             if predictor.lm is None:
                 lm = restored_lm(name, own_lm(text), allow_unsafe_lm_state)

@@ -19,10 +19,11 @@ import pydantic
 from dspy.adapters.utils import serialize_for_json
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
 
-from dspy_prod.compat.dspy import input_keys
+from dspy_prod.compat.dspy import input_keys, keys_beside
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import public
-from dspy_prod.privacy.states import harmless
+from dspy_prod.privacy.states import beyond, harmless
+from dspy_prod.registry.errors import RegistryError
 
 _OWN: Final = ("traces", "train", "demos", "lm", "typed_demos")
 _PER_OBJECT: Final = ("history", "callbacks", "traces", "train", "lm")
@@ -68,6 +69,28 @@ def prepared(predictor: Any, text: str) -> dict[str, Any]:
     return {key: value for key, value in clone.__dict__.items() if key not in _PER_OBJECT}
 
 
+def check_keys(whose: str, predictor: Any, text: str, allow_unsafe: bool) -> None:
+    """Refuse what DSPy would set as an attribute, or send with each call, because a state says so.
+
+    Args:
+        whose: of which predictor and version, for messages.
+        predictor: the predictor.
+        text: what `dumped` gave, or what somebody made of it.
+        allow_unsafe: as in `restored_lm`: whether the arguments that go with each call (`config`) may be any.
+
+    Raises:
+        RegistryError: the state has keys that nobody writes, or such arguments that may lead elsewhere.
+    """
+    strangers, arguments = beyond(json.loads(text), {"typed_demos", *keys_beside(predictor)})
+    if strangers:
+        raise RegistryError(f"{whose} has no {', '.join(strangers)} in its state; publish the program again")
+    if arguments and not allow_unsafe:
+        raise RegistryError(
+            f"{whose} would call with {', '.join(arguments)}, by which its calls could go elsewhere: say it in the "
+            "code, or load(..., allow_unsafe_lm_state=True) if you trust whoever may write to the registry"
+        )
+
+
 def own_lm(text: str) -> dict[str, Any] | None:
     """The state of the LM that a predictor had of its own, from the predictor's state."""
     state: dict[str, Any] | None = json.loads(text)["lm"]
@@ -103,7 +126,7 @@ def restored_lm(name: str, state: Mapping[str, Any] | None, allow_unsafe: bool) 
                 name, state.get("model"),
             )  # fmt: skip
             return None
-        state, left_out = harmless(state, LM_CLASS_STATE_KEY)
+        state, left_out = harmless(state, LM_CLASS_STATE_KEY, ours=False)
         if left_out:
             _log.warning(
                 "The LM %s of predictor %r is rebuilt without %s, by which its calls could go elsewhere: use set_lm, "

@@ -17,6 +17,7 @@ from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Reservation
 from dspy_prod.stores.durable.alone import Outage
+from dspy_prod.stores.durable.inbox import Inbox
 from dspy_prod.stores.durable.operations import Operation, Report
 from dspy_prod.stores.durable.tables import ChangedError, DoubtError, Tables
 from dspy_prod.stores.durable.transactions import Transactions, UnfitError
@@ -39,6 +40,7 @@ def size_of(operations: Iterable[Operation]) -> int:
 class Failing(ABC):
     """See `Writer`, whose attributes these are."""
 
+    inbox: Inbox
     failing: Refusal | None
     outage: Outage | None
     io: threading.Lock
@@ -201,5 +203,14 @@ class Failing(ABC):
 
     def _dropping(self, kind: str, error: str, count: int = 1) -> None:
         self._dropped += count
-        details = {"path": self.tables.path, "kind": kind, "error": error, "dropped": self._dropped}
-        self._report("operation_dropped", details)
+        self._tell_dropped(kind, error)
+
+    def _lost(self) -> None:
+        """There was no room for what was posted while a transaction does not end."""
+        self._tell_dropped(
+            "post", "its last transaction does not end, and too many settlements and records wait for it"
+        )
+
+    def _tell_dropped(self, kind: str, error: str) -> None:
+        dropped = self._dropped + self.inbox.dropped
+        self._report("operation_dropped", {"path": self.tables.path, "kind": kind, "error": error, "dropped": dropped})

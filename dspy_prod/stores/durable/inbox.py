@@ -12,6 +12,7 @@ import itertools
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Final
 
@@ -36,6 +37,11 @@ _AGAIN: Final = 16
 FULL: Final = 256
 """Operations posted and not yet durable from which on a caller is slowed down."""
 PAUSE: Final = 0.0005
+MOST: Final = 100_000
+"""Operations that nobody waits for, and as many cached answers, that wait for a transaction which does not end. More
+are dropped, and said to be, as while nothing can be written: a settlement's money stays held."""
+TELL: Final = 1.0
+"""Seconds between two words about what was dropped."""
 PATIENCE: Final = 0.05
 """Seconds for which one operation may keep a thread; a task is kept for one `PAUSE`, for its loop has others."""
 
@@ -52,6 +58,8 @@ _UNHURRIED: Final = frozenset(
         Transactions.note,
     )
 )
+_LOSABLE: Final = _UNHURRIED - {Transactions.note}
+"""A note is one for many things, which are bounded themselves."""
 _APPEND: Final = Transactions.append
 _APPEND_PROGRAM: Final = Transactions.append_program
 
@@ -63,9 +71,13 @@ class Inbox:
         hurried: somebody waits for what settlements free: they are done at once.
         writing: operations taken and not yet durable.
         open: the writer gets on, so that it is worth waiting for it.
+        dropped: operations for which there was no room.
+
+    Args:
+        on_dropped: is told, now and then, that there are more of these, by a thread that has no lock in hand.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_dropped: Callable[[], None] = lambda: None) -> None:
         self._operations: deque[Operation] = deque()
         self._bell: SimpleQueue[None] = SimpleQueue()  # its `put` may be interrupted by another one of its thread
         self._resting = True  # the writer waits for anything at all
@@ -79,10 +91,19 @@ class Inbox:
         self.hurried = False
         self.writing = 0
         self.open = True
+        self.dropped = self._told = 0
+        self._tell_at = 0.0
+        self._on_dropped = on_dropped
+        self._dropping = threading.Lock()
 
     def put(self, operation: Operation) -> None:
         """Post. Never waits."""
         operations, kind = self._operations, operation[0]
+        if len(operations) >= MOST and kind in _LOSABLE:
+            self._drop()
+            if kind is Transactions.put_answer:
+                operation[2][3]()
+            return
         operations.append(operation)
         ring = self._resting or len(operations) == (ENOUGH if self._costly else ENOUGH_FREE)
         free = kind is _APPEND_PROGRAM or (kind is _APPEND and operation[1].cost_nano == 0)
@@ -96,6 +117,10 @@ class Inbox:
 
     def serve(self, kind: Kind, given: Given) -> None:
         """Post that a cached answer of this kind was given; slows down who does so as `ease` does."""
+        if self._served - self._taken >= MOST:
+            self._drop()
+            self.ease()
+            return
         kind.given.append(given)
         if not kind.listed:
             kind.listed = True
@@ -125,6 +150,21 @@ class Inbox:
         """Slow down who has just posted, where the writer is far behind. Not to be called with a lock in hand."""
         if self.behind() > FULL and self.open:
             self._slow_down()
+        if self.dropped > self._told:
+            self.tell()
+
+    def tell(self) -> None:
+        """Say what was dropped since it was last said. Not to be called with a lock in hand either."""
+        now = time.monotonic()
+        with self._dropping:
+            if self.dropped == self._told or now < self._tell_at:
+                return
+            self._told, self._tell_at = self.dropped, now + TELL
+        self._on_dropped()
+
+    def _drop(self) -> None:
+        with self._dropping:
+            self.dropped += 1
 
     def _slow_down(self) -> None:
         if running_loop() is not None:

@@ -65,7 +65,7 @@ class Writer(Failing):
         on_terms: Callable[[Terms], None],
         checkpoints: Copying | None = None,
     ) -> None:
-        self.inbox = Inbox()
+        self.inbox = Inbox(self._lost)
         self.local = Lane(clock.time, self._keep_record, self._nudge)
         self.publishing = threading.Lock()
         self.io = threading.Lock()
@@ -93,7 +93,8 @@ class Writer(Failing):
         """Why nothing can be written, how much waits for it, and how much was given up."""
         failing = self.failing
         found = {} if failing is None else {"failing": failing.detail, "kept": len(self._kept)}
-        return {**found, "dropped": self._dropped} if self._dropped else found
+        dropped = self._dropped + self.inbox.dropped
+        return {**found, "dropped": dropped} if dropped else found
 
     def unwritten(self) -> int:
         """About how many records are posted and not in the file: all that waits, and what is kept or being written."""
@@ -109,6 +110,7 @@ class Writer(Failing):
             try:
                 self._cycle(self._collect())
                 self.inbox.written()
+                self.inbox.tell()
             except Exception:
                 _log.exception("The writer of %s met an error; it goes on", self.tables.path)
                 time.sleep(0.05)

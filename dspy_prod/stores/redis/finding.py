@@ -7,6 +7,7 @@ from math import inf
 from operator import itemgetter
 from typing import Any, Final, TypeVar
 
+from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.memory_ledger import check_fields
 from dspy_prod.stores.redis.bodies import SELECTIVE, loaded, matches
@@ -37,7 +38,7 @@ def read_records(
 ) -> list[CallRecord]:
     """Matching records, newest first; of the same moment, the one with the larger id first."""
     check_fields(equals)
-    wanted = {name: str(clean(value)) for name, value in equals.items()}
+    wanted = {carried(name): str(clean(value)) for name, value in equals.items()}  # a tag's name is anybody's, too
     if limit is not None and limit <= 0:
         return []
     hits, rows = together(

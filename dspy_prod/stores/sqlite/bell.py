@@ -1,7 +1,8 @@
 """A few bytes beside the store's file, mapped into memory by all its processes: they change whenever a board does.
 
 A look at them costs no system call: one that lets the interpreter's lock go, as reading a file does, would hand it to
-the store's writer at every call. (Who truncates a mapped file ends those that look at it, as with SQLite's own `-shm`.)
+the store's writer at every call. (Who truncates a mapped file ends those that look at it, as with SQLite's own `-shm`.
+Nobody else may open it.)
 Before a change is committed they say that one is under way, and after it who made it: so whoever reads the tables in
 between, or after a process died in between, reads them again.
 """
@@ -66,12 +67,13 @@ class Bell:
         except (OSError, ValueError):
             self._map = None
             with contextlib.suppress(OSError, ValueError):
-                private.make_file(self.path)
+                private.own_file(self.path)
                 self._open()
 
     def _open(self) -> None:
         self._map = None
         private.check(self.path)
+        private.restrict(self.path.parent, self.path)
         handle = os.open(self.path, os.O_RDWR)
         try:
             status = os.fstat(handle)

@@ -92,8 +92,7 @@ class Cells:
             remove(self.path)
 
     def _open(self, content: bytes | None = None) -> None:
-        private.make_file(self.path)
-        private.check(self.path)
+        private.own_file(self.path)
         handle = os.open(self.path, os.O_RDWR)
         try:
             # Written, not only made longer: a full disk must fail here, and not when memory is written to.
@@ -113,6 +112,7 @@ def left_by(path: str, owner: str) -> dict[int, tuple[int, int, int]] | None:
     file = place(path, owner)
     try:
         private.check(file)
+        private.restrict(file.parent, file)
         content = file.read_bytes()
         magic, run = _HEADER.unpack_from(content)
         if magic != _MAGIC or len(content) < _SIZE or not is_this_boot(run.rstrip(b"\0").decode()):

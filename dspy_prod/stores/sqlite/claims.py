@@ -164,8 +164,7 @@ class _File:
 
     def __init__(self, path: str) -> None:
         place = Path(path)
-        private.make_file(place)
-        private.check(place)
+        private.own_file(place)
         self._handle = os.open(place, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
         self._closing = weakref.finalize(self, os.close, self._handle)
         self._begin()

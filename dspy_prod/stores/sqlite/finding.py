@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import orjson
 
+from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.memory_ledger import check_fields
 from dspy_prod.stores.memory_rows import TAG
@@ -30,7 +31,7 @@ def read_records(
 ) -> list[CallRecord]:
     """Matching records, newest first."""
     check_fields(equals)
-    wanted = {name: clean(value) for name, value in equals.items()}
+    wanted = {carried(name): clean(value) for name, value in equals.items()}  # a tag's name is anybody's, too
     connection.execute("BEGIN")  # a hit that becomes a row meanwhile is one or the other
     try:
         rows = _read_rows(connection, ns, since, until, limit, wanted)

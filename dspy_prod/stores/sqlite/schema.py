@@ -12,7 +12,7 @@ from typing import Final
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord, Totals
 from dspy_prod.runtime import private
-from dspy_prod.stores.sqlite import hits, program_rows, trial_tables
+from dspy_prod.stores.sqlite import cells, hits, program_rows, trial_tables
 from dspy_prod.stores.sqlite.indices import missing
 
 SCHEMA_VERSION: Final = 1
@@ -151,8 +151,13 @@ def check(path: str) -> None:
 
 
 def restrict(path: str) -> None:
-    """Keep others from the file and what lies beside it: whoever may write there sets what is spent."""
-    private.restrict(Path(path).parent, *_with_beside(path))
+    """Keep others from the file and what lies beside it: whoever may write there sets what is spent.
+
+    What is mapped into memory lies there too: whoever makes such a file shorter ends the processes that look at it.
+    """
+    ours = [Path(f"{path}-board"), Path(f"{path}-flights"), *cells.orphans(path, ())]
+    files = [file for file in ours if not file.is_symlink()]  # which whoever uses it refuses
+    private.restrict(Path(path).parent, *_with_beside(path), *files)
 
 
 def _with_beside(path: str) -> list[Path]:

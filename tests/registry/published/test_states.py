@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import dspy
 import pytest
+from dspy.clients.base_lm import LM_CLASS_STATE_KEY
 
 from dspy_prod.registry import RegistryError
 from dspy_prod.registry.published.copies import Release
@@ -15,18 +17,94 @@ from dspy_prod.registry.published.manifest import Manifest, PredictorEntry, sha2
 from dspy_prod.registry.published.signatures import fields_of
 from dspy_prod.registry.published.states import dumped
 
+ELSEWHERE = "http://elsewhere.invalid/v1"
+PLAIN = {
+    LM_CLASS_STATE_KEY: "dspy.clients.lm.LM", "model": "openai/m", "model_type": "chat", "cache": False,
+    "num_retries": 0, "max_tokens": 10,
+}  # fmt: skip
+
+
+class Telling(dspy.Predict):  # type: ignore[misc]
+    """A predictor that saves more than DSPy does."""
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        return {**super().dump_state(json_mode), "note": getattr(self, "note", None), "config": self.config}
+
+
+def put(program: Any, change: dict[str, Any], **more: Any) -> None:
+    """Load what somebody made of the program's own state."""
+    text = dumped("self", program)
+    entry = PredictorEntry("self", None, None, sha256(text), fields_of(program.signature))
+    manifest = Manifest("d", (entry,), None, "ChatAdapter")
+    put_into(program, Release("triage", 1, manifest, {"self": json.dumps({**json.loads(text), **change})}), **more)
+
 
 @pytest.mark.parametrize("instructions", [None, 5, ["answer"], {}])
 def test_a_state_whose_instructions_are_no_text_is_refused(instructions: Any) -> None:
     """The program was changed, and failed when it was called or saved next."""
     program = dspy.Predict("question -> answer")
-    text = dumped("self", program)
-    entry = PredictorEntry("self", None, None, sha256(text), fields_of(program.signature))
-    state = json.loads(text)
-    state["signature"]["instructions"] = instructions
+    signature = {**json.loads(dumped("self", program))["signature"], "instructions": instructions}
     before = dict(vars(program))
     with pytest.raises(RegistryError, match="self"):
-        put_into(
-            program, Release("triage", 1, Manifest("d", (entry,), None, "ChatAdapter"), {"self": json.dumps(state)})
-        )
+        put(program, {"signature": signature})
     assert vars(program) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"config": {"api_base": ELSEWHERE}}, "config.api_base"),
+        ({"config": {"temperature": 1, "extra_headers": {}}}, "config.extra_headers"),
+        ({"config": {"fallbacks": [{"model": "openai/m", "api_base": ELSEWHERE}]}}, "config.fallbacks"),
+        ({"config": "x"}, "config"),
+        ({"forward": "x"}, "forward"),
+        ({"callbacks": []}, "callbacks"),
+    ],
+    ids=str,
+)
+def test_a_state_that_says_more_than_was_published_is_refused(change: dict[str, Any], named: str) -> None:
+    """The key of the environment and the prompt went to the address in `config`; `forward` broke each call."""
+    program = dspy.Predict("question -> answer")
+    before = dict(vars(program))
+    with pytest.raises(RegistryError, match=rf"predictor 'self' of triage/1 .*\b{re.escape(named)}\b"):
+        put(program, change)
+    assert vars(program) == before
+
+
+def test_whom_one_trusts_may_say_with_what_is_called() -> None:
+    """Arguments hold then; what is no attribute of a predictor is one for nobody."""
+    program = dspy.Predict("question -> answer")
+    put(program, {"config": {"api_base": ELSEWHERE}}, allow_unsafe_lm_state=True)
+    assert program.config == {"api_base": ELSEWHERE}
+    with pytest.raises(RegistryError, match="forward"):
+        put(program, {"forward": "x"}, allow_unsafe_lm_state=True)
+
+
+def test_a_predictor_that_saves_more_gets_it_back() -> None:
+    """Its class says which keys those are; what its calls carry is judged all the same."""
+    program = Telling("question -> answer", temperature=1)
+    put(program, {"note": "kept"})
+    assert (program.note, program.config) == ("kept", {"temperature": 1})
+    with pytest.raises(RegistryError, match=r"config\.api_base"):
+        put(program, {"config": {"api_base": ELSEWHERE}})
+
+
+def test_a_plain_lm_is_rebuilt_without_what_leads_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    """`fallbacks` of DSPy's LM are calls of LiteLLM: one went to the address in them, with key and prompt."""
+    fallbacks = [{"model": "openai/m", "api_base": ELSEWHERE}]
+    program = dspy.Predict("question -> answer")
+    put(program, {"lm": {**PLAIN, "temperature": 0.5, "fallbacks": fallbacks, "limit": {"rpm": 1}}})
+    assert program.lm.kwargs == {"temperature": 0.5, "max_tokens": 10}
+    assert "fallbacks, limit" in caplog.text
+    assert ELSEWHERE not in caplog.text
+    trusting = dspy.Predict("question -> answer")
+    put(trusting, {"lm": {**PLAIN, "fallbacks": fallbacks}}, allow_unsafe_lm_state=True)
+    assert trusting.lm.kwargs["fallbacks"] == fallbacks
+
+
+def test_a_plain_lm_is_rebuilt_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    """DSPy writes down that an LM was given no arguments to launch or train with."""
+    program = dspy.Predict("question -> answer")
+    put(program, {"lm": dspy.LM("openai/m", temperature=0.5).dump_state()})
+    assert program.lm.kwargs["temperature"] == 0.5
+    assert caplog.text == ""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +14,8 @@ import pytest
 from dspy_prod.stores.durable import inbox
 from dspy_prod.stores.durable.inbox import ENOUGH, ENOUGH_FREE, GATHER, GATHER_FREE, Inbox
 from dspy_prod.stores.durable.transactions import Operation, Transactions
-from tests.stores.support import record
+from dspy_prod.stores.sqlite.store import SqliteStore
+from tests.stores.support import CENT, Problems, ask, granted, record, settlement, until
 
 FREE: Operation = (Transactions.append, record(cached=True, outcome="cached"), True)
 PAID: Operation = (Transactions.append, record(cost_nano=5), True)
@@ -89,3 +94,64 @@ def test_whoever_comes_wakes_who_gathers(monkeypatch: pytest.MonkeyPatch, operat
     box.put(operation)
     writer.join(30)
     assert ended == [2]
+
+
+def test_what_waits_for_a_transaction_that_does_not_end_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a disk that hangs nobody says that it fails: callers were slowed down, and memory grew for ever."""
+    monkeypatch.setattr(inbox, "MOST", 300)
+    monkeypatch.setattr(inbox, "PAUSE", 0.0)
+    monkeypatch.setattr(inbox, "PATIENCE", 0.0)
+    problems = Problems()
+    with contextlib.closing(SqliteStore(str(tmp_path / "s.db"), on_problem=problems)) as store:
+        kept = granted(store, ask())
+        assert store.flush(10)
+        with store._writer.io:
+            store.append(record("first"))
+            until(lambda: store._writer.inbox.qsize() == 0)  # taken, and it waits for the disk
+            for number in range(1_000):
+                store.append(record(f"r{number}"))
+            assert store.unwritten() == 301
+            store.settle(kept, settlement(kept, CENT))
+            assert store.problems["dropped"] == 701
+            assert problems.names == ["operation_dropped"]
+            assert "does not end" in problems[0][1]["error"]
+        assert store.flush(10)
+        assert store.account("day").held > 0, "what was not settled stays held"
+        assert len(store.records()) == 301
+        store.append(record("after"))
+        assert store.records(id="after")
+
+
+@pytest.mark.parametrize("given", [300, 301, 1_000])
+def test_cached_answers_that_wait_are_bounded_too(monkeypatch: pytest.MonkeyPatch, given: int) -> None:
+    monkeypatch.setattr(inbox, "MOST", 300)
+    told: list[int] = []
+    box = Inbox(lambda: told.append(box.dropped))
+    box.open = False
+    kind: Any = SimpleNamespace(given=deque(), listed=False)
+    for number in range(given):
+        box.serve(kind, (float(number), None))
+    assert len(kind.given) == 300
+    assert box.dropped == given - 300
+    assert told == [1][: given - 300], "once a second"
+
+
+@pytest.mark.parametrize("operation", [ADMITTED, (Transactions.note, None, None), (Transactions.stop, None, None)])
+def test_what_somebody_waits_for_is_never_dropped(monkeypatch: pytest.MonkeyPatch, operation: Operation) -> None:
+    monkeypatch.setattr(inbox, "MOST", 1)
+    box = Inbox()
+    for _ in range(3):
+        box.put(operation)
+    assert (box.qsize(), box.dropped) == (3, 0)
+
+
+def test_an_answer_that_is_dropped_lets_go_who_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key is another caller's to ask for."""
+    monkeypatch.setattr(inbox, "MOST", 1)
+    let_go: list[int] = []
+    box = Inbox()
+    for number in range(2):
+        box.put((Transactions.put_answer, None, (None, None, None, lambda number=number: let_go.append(number))))
+    assert (box.qsize(), let_go) == (1, [1])

@@ -15,6 +15,9 @@ import pytest
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.opening import open_store
+from dspy_prod.stores.sqlite.bell import Bell
+from dspy_prod.stores.sqlite.cells import Cells, left_by
+from dspy_prod.stores.sqlite.claims import ClaimsFile
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.logged import logged
 from tests.stores.support import ask, granted
@@ -68,6 +71,54 @@ def test_what_others_could_read_or_write_is_made_ours_with_a_word(
         assert mode(which) == 0o600
     [said] = [each.message for each in caplog.records if str(which) in each.message]
     assert "can be no longer" in said
+
+
+MAPPED: dict[str, Callable[[str], object]] = {
+    "-board": lambda path: Bell(path).token,
+    "-flights": lambda path: ClaimsFile(path, "n").claim(b"k" * 32, False),
+    "-own.drawn": lambda path: Cells(path, "own").take(),
+    "-dead.drawn": lambda path: left_by(path, "dead"),
+}
+"""What processes map into memory beside the store's file, and who opens it."""
+
+
+@pytest.mark.parametrize("suffix", MAPPED)
+@pytest.mark.parametrize("bits", [0o666, 0o640])
+def test_what_is_mapped_beside_it_is_made_ours_when_the_store_is_opened(
+    file: Path, suffix: str, bits: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever made such a file shorter ended each process that looked at it."""
+    which = Path(f"{file}{suffix}")
+    which.write_bytes(bytes(64))
+    which.chmod(bits)
+    with caplog.at_level(logging.WARNING), contextlib.closing(SqliteStore(str(file))):
+        assert mode(which) == 0o600
+    [said] = [each.message for each in caplog.records if str(which) in each.message]
+    assert "can be no longer" in said
+
+
+@pytest.mark.parametrize("suffix", MAPPED)
+def test_what_is_mapped_beside_it_is_made_ours_when_it_is_opened(file: Path, suffix: str) -> None:
+    """It may be opened long after the store, and again when it was deleted."""
+    which = Path(f"{file}{suffix}")
+    which.write_bytes(bytes(64))
+    which.chmod(0o666)
+    MAPPED[suffix](str(file))
+    assert mode(which) == 0o600
+
+
+@pytest.mark.parametrize("suffix", MAPPED)
+def test_where_a_link_in_its_place_leads_to_stays_as_it_is(file: Path, tmp_path: Path, suffix: str) -> None:
+    """Somebody else may have laid it: what may be read elsewhere is not his to say."""
+    shared = tmp_path / "shared"
+    shared.write_text("shared")
+    shared.chmod(0o644)
+    Path(f"{file}{suffix}").symlink_to(shared)
+    with contextlib.closing(SqliteStore(str(file))) as store:
+        granted(store, ask())
+        with contextlib.suppress(OSError):
+            MAPPED[suffix](str(file))
+    assert (mode(shared), shared.read_text()) == (0o644, "shared")
 
 
 @pytest.mark.parametrize("bits", [0o777, 0o770, 0o702])

@@ -1,0 +1,110 @@
+"""What a saved program may say when nobody vouches for whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dspy
+import pytest
+from dspy.clients.base_lm import LM_CLASS_STATE_KEY
+
+from dspy_prod import ConfigError, Production
+
+ELSEWHERE = "http://elsewhere.invalid/v1"
+FALLBACKS = [{"model": "openai/m", "api_base": ELSEWHERE}]
+PLAIN = {LM_CLASS_STATE_KEY: "dspy.clients.lm.LM", "model": "openai/m", "cache": False, "max_tokens": 10}
+
+
+class Two(dspy.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = dspy.Predict("question -> answer")
+        self.then = [dspy.ChainOfThought("question -> answer")]
+
+
+def qa() -> Any:
+    return dspy.Predict("question -> answer")
+
+
+def saved(program: Any, file: Path, change: dict[str, Any]) -> Path:
+    """The program, saved, and what somebody made of its first predictor's state."""
+    program.save(file)
+    state = json.loads(file.read_text())
+    (state if isinstance(program, dspy.Predict) else state["first"]).update(change)
+    file.write_text(json.dumps(state))
+    return file
+
+
+def first(prod: Production) -> Any:
+    return prod.predictors()[0]
+
+
+@pytest.mark.parametrize("make", [qa, Two])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"config": {"api_base": ELSEWHERE}}, r"config\.api_base"),
+        ({"config": {"fallbacks": FALLBACKS}}, r"config\.fallbacks"),
+        ({"forward": "x"}, "forward"),
+        ({"lm": {**PLAIN, "model": f"huggingface/{ELSEWHERE}"}}, "address for its model"),
+    ],
+    ids=str,
+)
+def test_a_state_that_dspy_did_not_write_is_refused(
+    make: Callable[[], Any], change: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    """The key of the environment and the prompt went to the address; `forward` made each call a TypeError."""
+    prod = Production(make())
+    before = prod.dump_state()
+    with pytest.raises(ConfigError, match=named):
+        prod.load(saved(make(), tmp_path / "x.json", change))
+    assert prod.dump_state() == before
+    assert first(prod).config == {}
+
+
+@pytest.mark.parametrize("make", [qa, Two])
+@pytest.mark.parametrize("kind", [LM_CLASS_STATE_KEY, "the class is not told"])
+def test_an_lm_is_rebuilt_without_what_leads_elsewhere(
+    make: Callable[[], Any], kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DSPy leaves three addresses out; LiteLLM honours those in `fallbacks`, and more."""
+    lm = {**PLAIN, "temperature": 0.5, "fallbacks": FALLBACKS, "aws_bedrock_runtime_endpoint": ELSEWHERE}
+    if kind != LM_CLASS_STATE_KEY:
+        del lm[LM_CLASS_STATE_KEY]
+    file = saved(make(), tmp_path / "x.json", {"lm": lm})
+    prod = Production(make())
+    prod.load(file)
+    assert first(prod).lm.kwargs == {"temperature": 0.5, "max_tokens": 10}
+    assert "aws_bedrock_runtime_endpoint, fallbacks" in caplog.text
+    assert ELSEWHERE not in caplog.text
+    prod.load(file, allow_unsafe_lm_state=True)
+    assert first(prod).lm.kwargs["fallbacks"] == FALLBACKS
+
+
+@pytest.mark.parametrize("make", [qa, Two])
+def test_what_dspy_writes_is_taken_without_a_word(
+    make: Callable[[], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Demos, instructions and a plain LM with its engine are what they were."""
+    program = make()
+    part = program.predictors()[0]
+    part.demos = [dspy.Example(question="q", answer="a")]
+    part.signature = part.signature.with_instructions("Be brief.")
+    part.lm = dspy.LM("openai/m", temperature=0.5, engine="litellm", num_retries=7)
+    program.save(tmp_path / "x.json")
+    prod = Production(make())
+    prod.load(tmp_path / "x.json")
+    assert prod.dump_state() == json.loads(json.dumps(program.dump_state()))
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("make", [qa, Two])
+def test_whom_one_trusts_may_say_more(make: Callable[[], Any], tmp_path: Path) -> None:
+    """As with DSPy, for a predictor that keeps its arguments in its state, say."""
+    prod = Production(make())
+    file = saved(make(), tmp_path / "x.json", {"config": {"api_base": ELSEWHERE}})
+    prod.load(file, allow_unsafe_lm_state=True)
+    assert first(prod).config == {"api_base": ELSEWHERE}
