@@ -19,6 +19,7 @@ from dspy_prod.lm.embedding import arguments_for, build, elsewhere, identity, na
 from dspy_prod.lm.operating import Operated
 from dspy_prod.lm.settings import Settings, hide, recall, remember, settings_of
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+from dspy_prod.pipeline.clocks import in_machine_time
 from dspy_prod.pipeline.drivers import arun, run
 from dspy_prod.pipeline.embedding import embedding
 from dspy_prod.pipeline.pipeline import Pipeline
@@ -155,7 +156,7 @@ class Embedder(Operated, dspy.Embedder):
         with _seen(asked, self) as node:
             asked.look()
             if len(asked.rows) < len(set(asked.keys)):
-                run(embedding(asked))
+                run(in_machine_time(embedding(asked), asked.pipeline.clock))
             return _given(asked, node, one)
 
     async def acall(
@@ -170,7 +171,7 @@ class Embedder(Operated, dspy.Embedder):
             else:
                 await asyncio.to_thread(asked.look)
             if len(asked.rows) < len(set(asked.keys)):
-                await arun(embedding(asked))
+                await arun(in_machine_time(embedding(asked), asked.pipeline.clock))
             return _given(asked, node, one)
 
     def _asked(self, inputs: Any, batch_size: int | None, caching: bool | None, kwargs: dict[str, Any]) -> Asked:
