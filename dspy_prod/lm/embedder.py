@@ -145,7 +145,7 @@ class Embedder(Operated, dspy.Embedder):
             float32: one row for a text, a row for each of a list.
 
         Raises:
-            ValueError: something in the list is no text.
+            ValueError: something in the list is no text, or holds half a character, which no provider can receive.
             RejectedError: refused by a policy of this library.
             LMError: the upstream's error, once retries and fallbacks are exhausted.
         """
@@ -178,6 +178,8 @@ class Embedder(Operated, dspy.Embedder):
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("All inputs must be strings.")
+        if isinstance(self.model, str):
+            _check_encodable(texts)
         size = batch_size or self.batch_size
         _check_size(size)
         embedder = self
@@ -263,6 +265,20 @@ def _given(asked: Asked, node: Any, one: bool) -> npt.NDArray[np.float32]:
         ) from error
     node.answered({"vectors": len(asked.texts), "dimension": int(found.shape[-1])})
     return cast("npt.NDArray[np.float32]", found[0]) if one else found
+
+
+def _check_encodable(texts: Sequence[str]) -> None:
+    """Refuse what no provider can receive, as DSPy does for an LM's prompt."""
+    for place, text in enumerate(texts):
+        if text.isascii():
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"inputs[{place}] contains half a character (U+{ord(text[error.start]):04X}), which no provider can "
+                "receive; repair the text first, e.g. text.encode('utf-8', 'replace').decode('utf-8')"
+            ) from None
 
 
 def _check_size(size: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dspy.utils.exceptions import LMInvalidRequestError, LMProviderError, LMServerError
+from dspy.utils.exceptions import LMError, LMInvalidRequestError, LMProviderError, LMServerError
 
 import dspy_prod
 from dspy_prod import Budget, Cache, Price, RateLimit, Retry
@@ -24,6 +24,38 @@ def lengths(texts: list[str]) -> Any:
 
 def records(embedder: Any) -> list[Any]:
     return list(reversed(embedder.ledger.records()))
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_half_a_character_is_refused_before_anything_happens(way: str, provider: Provider, make: MakeEmbedder) -> None:
+    """Five such texts of one user opened the circuit for everybody, and money was booked that nobody spent."""
+    embedder = make(budget=Budget(usd=1, per="day"))
+    ask = embedder if way == "sync" else lambda texts: asyncio.run(embedder.acall(texts))
+    for _ in range(6):
+        with pytest.raises(ValueError, match=r"inputs\[1\] contains half a character \(U\+D83D\)"):
+            ask(["fine", "\ud83d!"])
+    assert records(embedder) == []
+    assert embedder("fine").shape
+    assert len(provider.calls) == 1
+
+
+@pytest.mark.parametrize("place", ["argument", "function"])
+def test_half_a_character_elsewhere_costs_nothing_and_opens_no_circuit(
+    place: str, provider: Provider, make: MakeEmbedder
+) -> None:
+    """A user's name may hold one; and a function of somebody's own may send what it is given."""
+
+    def own(texts: list[str], **_: Any) -> Any:
+        return [[float(len(text.encode())), 1.0] for text in texts]
+
+    embedder = make(own) if place == "function" else make(budget=Budget(usd=1, per="day"))
+    for number in range(6):
+        with pytest.raises(LMError) as caught:
+            embedder(f"\ud83d{number}") if place == "function" else embedder("fine", user="\ud83d")
+        assert not isinstance(caught.value, dspy_prod.RejectedError)
+    assert {(record.cost_nano or 0, record.estimated) for record in records(embedder)} == {(0, False)}
+    assert embedder("fine").shape
 
 
 # -- the bill --------------------------------------------------------------------------------------------------------
