@@ -54,6 +54,17 @@ def webhook(
         hook.close()
         ```
     """
+    return Webhook(*checked(url, events, every, format, timeout))
+
+
+def checked(
+    url: str,
+    events: Iterable[str] | None = None,
+    every: float = 300.0,
+    format: Format = "slack",
+    timeout: float = 2.0,
+) -> tuple[str, frozenset[str], float, Format, float]:
+    """The arguments of a `Webhook`, or the `ConfigError` of `webhook`."""
     parts = urlsplit(url) if isinstance(url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError("webhook(url=...): use a URL that begins with https:// (or http://) and names a host")
@@ -69,4 +80,4 @@ def webhook(
             raise ConfigError(f"webhook({name}={value!r}): use a positive number of seconds")
     if format not in ("slack", "json") and not callable(format):
         raise ConfigError(f"webhook(format={format!r}): use 'slack', 'json' or a function of a Notice")
-    return Webhook(url, kinds, float(every), format, float(timeout))
+    return url, kinds, float(every), format, float(timeout)
