@@ -209,6 +209,18 @@ def test_who_asks_may_be_found_out_by_a_function(awaited: bool) -> None:
     assert ask(app, "/thread", headers={"X-User": "eve"})[1].user == "eve"
 
 
+def test_a_websocket_is_not_ended_by_the_deadline_of_a_request() -> None:
+    """It was that of the connection: after thirty seconds every call in it was refused. What a message needs, the
+    endpoint says, or a function that looked at the connection."""
+    said = {"X-Request-Timeout": "5", "X-User": "ann"}
+    _, found = ask(service(headers=["user"], deadline=1), "/socket", headers=said, kind="websocket")
+    assert (found.deadline, found.user) == (float("inf"), "ann")
+    _, found = ask(service(deadline=1, identify=lambda scope: {"deadline": 60}), "/socket", kind="websocket")
+    assert 50 < found.deadline - time.monotonic() <= 60
+    _, found = ask(service(deadline=1), headers=said)
+    assert found.deadline - time.monotonic() <= 1
+
+
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 def test_who_is_unknown_is_turned_away(kind: str) -> None:
     """With the status that the function says; a websocket is closed before it is accepted."""
