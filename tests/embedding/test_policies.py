@@ -58,6 +58,55 @@ def test_half_a_character_elsewhere_costs_nothing_and_opens_no_circuit(
     assert embedder("fine").shape
 
 
+# -- functions -------------------------------------------------------------------------------------------------------
+class Index:
+    """An object with a method that embeds."""
+
+    def embed(self, texts: list[str]) -> Any:
+        return lengths(texts)
+
+
+def _closure(error: Exception | None = None) -> Any:
+    def embed(texts: list[str]) -> Any:
+        if error is not None:
+            raise error
+        return lengths(texts)
+
+    return embed
+
+
+@pytest.mark.parametrize("kind", ["closure", "lambda"])
+def test_two_functions_of_one_name_have_circuits_of_their_own(kind: str, make: MakeEmbedder) -> None:
+    """Five failures of one turned the other away; all lambdas are called alike."""
+    store = "memory://two-functions"
+    broken, sound = _closure(RuntimeError("its index is missing")), _closure()
+    if kind == "lambda":
+        broken, sound = (lambda function: lambda texts: function(texts))(broken), lambda texts: lengths(texts)
+    bad, good = make(broken, store=store, caching=False), make(sound, store=store, caching=False)
+    for number in range(5):
+        with pytest.raises(LMError):
+            bad(f"text {number}")
+    assert bad.pipeline.primary.breaker.state == "open"
+    assert good("a").shape
+    assert good.pipeline.primary.model == bad.pipeline.primary.model  # what people read
+
+
+def test_one_function_is_one_upstream_wherever_it_is_named(make: MakeEmbedder) -> None:
+    """A limit of its embedders is one limit; in other processes too, where these can know that it is the same."""
+    index, other = Index(), Index()
+    own = _closure()
+    keyed = _closure()
+    keyed.cache_key = "index-7"
+    for function, again, everywhere in (
+        (lengths, lengths, True), (own, own, False), (index.embed, index.embed, False), (keyed, keyed, True),
+    ):  # fmt: skip
+        one, two = make(function, store="memory://one-function"), make(again, store="memory://one-function")
+        assert one.pipeline.primary.limit_key == two.pipeline.primary.limit_key
+        assert one.pipeline.primary.upstream.known_everywhere is everywhere
+    one, two = make(index.embed), make(other.embed)
+    assert one.pipeline.primary.limit_key != two.pipeline.primary.limit_key
+
+
 # -- the bill --------------------------------------------------------------------------------------------------------
 def test_costs_are_the_provider_s_bill(provider: Provider, make: MakeEmbedder) -> None:
     """To the nano-USD, with failures on the way: one record for each attempt, with its usage."""
