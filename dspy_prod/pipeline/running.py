@@ -204,6 +204,7 @@ def _take(attempt: Attempt, taken: Taken, claim: Claim, amount: int, until: floa
                     "was not sent. Check its disk and permissions, or use Run(store='memory://')",
                     model=route.model,
                     route=route.name,
+                    retry_after=refused.retry_after,
                 )
             if limit <= account.limit:
                 raise run.refused(claim.dimension, refused, route.model, route.name)
