@@ -71,8 +71,12 @@ class CallContextMiddleware:
     ) -> None:
         if identify is not None and not callable(identify):
             raise ConfigError(f"identify={identify!r}: give a function of the ASGI scope")
-        if deadline is not None and (isinstance(deadline, bool) or not 0 < deadline < float("inf")):
+        if deadline is not None and (
+            isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or not 0 < deadline < float("inf")
+        ):
             raise ConfigError(f"deadline={deadline!r}: give a positive number of seconds, or None")
+        if not isinstance(cancel, bool):
+            raise ConfigError(f"cancel={cancel!r}: give True or False")
         self.app = app
         self._headers = Headers(headers)
         self._identify = identify

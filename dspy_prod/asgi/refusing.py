@@ -116,6 +116,8 @@ def exception_handlers(statuses: Mapping[str, int] | None = None) -> dict[Any, H
         app = Starlette(exception_handlers=dspy_prod.asgi.exception_handlers({"budget_exceeded": 429}))
         ```
     """
+    if statuses is not None and not isinstance(statuses, Mapping):
+        raise ConfigError(f"statuses={statuses!r}: give a mapping of reasons to statuses, {{'budget_exceeded': 429}}")
     table = {**STATUSES, **(statuses or {})}
     for reason, status in (statuses or {}).items():
         if reason not in STATUSES:
