@@ -114,6 +114,10 @@ class CircuitOpenError(RejectedError):
 class RateLimitedError(RejectedError):
     """The rate limit cannot admit the call within `max_wait`, or never could (weight above the limit).
 
+    Attributes:
+        dimension: which limit: `requests`, `tokens`, `concurrency`.
+        never: no minute could ever hold the call, however long it waited.
+
     Example:
         ```python
         try:
@@ -126,6 +130,7 @@ class RateLimitedError(RejectedError):
     reason = "rate_limited"
     default_code = "rate_limited"
     dimension: str = ""
+    never: bool = False
 
 
 class BudgetExceededError(RejectedError):
@@ -134,6 +139,8 @@ class BudgetExceededError(RejectedError):
     Attributes:
         budget: the budget's name and scope, e.g. `"day/tenant=acme"`.
         limit_usd, spent_usd, held_usd, bound_usd: the arithmetic behind the refusal, in USD.
+        missing: what the call does not say and the budget requires: `tenant`, `user` or `tag:<key>`; else empty.
+        retry_after: seconds until the budget's next window, where the call would fit into that.
 
     Example:
         ```python
@@ -152,6 +159,12 @@ class BudgetExceededError(RejectedError):
     spent_usd: float = 0.0
     held_usd: float = 0.0
     bound_usd: float = 0.0
+    missing: str = ""
+
+    @property
+    def never(self) -> bool:
+        """Whether the call may cost more than the whole budget, so that no window would hold it."""
+        return self.bound_usd > self.limit_usd
 
 
 class RunStoppedError(RejectedError):
@@ -267,6 +280,9 @@ class UnpricedModelError(RejectedError):
 
 class StoreUnavailableError(RejectedError):
     """The state store cannot record what a budget or shared limit needs, so nothing was sent.
+
+    Attributes:
+        retry_after: seconds until the store is looked at again, where somebody looks.
 
     Example:
         ```python

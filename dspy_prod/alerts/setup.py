@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import inf
+from typing import Any
 from urllib.parse import urlsplit
 
 from dspy_prod.alerts.formats import Format
@@ -54,9 +55,20 @@ def webhook(
         hook.close()
         ```
     """
-    parts = urlsplit(url) if isinstance(url, str) else None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError("webhook(url=...): use a URL that begins with https:// (or http://) and names a host")
+    return Webhook(*checked(url, events, every, format, timeout))
+
+
+def checked(
+    url: str,
+    events: Iterable[str] | None = None,
+    every: float = 300.0,
+    format: Format = "slack",
+    timeout: float = 2.0,
+) -> tuple[str, frozenset[str], float, Format, float]:
+    """The arguments of a `Webhook`, or the `ConfigError` of `webhook`."""
+    problem = _problem_of(url)
+    if problem:
+        raise ConfigError(f"webhook(url=...): {problem}")
     if isinstance(events, str):
         raise ConfigError(f"webhook(events={events!r}): use a list of names, such as [{events!r}]")
     kinds = frozenset(DEFAULT if events is None else events)
@@ -69,4 +81,24 @@ def webhook(
             raise ConfigError(f"webhook({name}={value!r}): use a positive number of seconds")
     if format not in ("slack", "json") and not callable(format):
         raise ConfigError(f"webhook(format={format!r}): use 'slack', 'json' or a function of a Notice")
-    return Webhook(url, kinds, float(every), format, float(timeout))
+    return url, kinds, float(every), format, float(timeout)
+
+
+def _problem_of(url: Any) -> str:
+    """Why nothing can ever be posted to a URL, which is not shown; empty where it may be."""
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+        return "use a URL that begins with https:// (or http://) and names a host"
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        return "it holds a space, a line break or another character that no URL has; write such characters as %20"
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, (parts.hostname or "").encode("idna")
+    except ValueError:
+        return "its host or port cannot be read; a port is a number from 1 to 65535"
+    if not host:
+        return "use a URL that begins with https:// (or http://) and names a host"
+    if port == 0:
+        return "its host or port cannot be read; a port is a number from 1 to 65535"
+    if "@" in parts.netloc:
+        return "a name and password before the host are not sent; use the webhook's own URL, with its token in the path"
+    return ""

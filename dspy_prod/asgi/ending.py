@@ -42,7 +42,7 @@ async def lifespan(app: Any, *, timeout: float = 10.0, flush: Sequence[Flush] = 
         flush: further functions to call at the end, each with the seconds left, in a thread.
 
     Raises:
-        ConfigError: an impossible timeout.
+        ConfigError: an impossible timeout, or a flush that is no function.
 
     Example:
         ```python
@@ -52,8 +52,7 @@ async def lifespan(app: Any, *, timeout: float = 10.0, flush: Sequence[Flush] = 
                 yield
         ```
     """
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
-        raise ConfigError(f"lifespan(timeout={timeout!r}): give a positive number of seconds")
+    check_ending(timeout, flush)
     duty = serving(app)
     duty.draining = False
     with _noticing_sigterm(duty):
@@ -63,6 +62,18 @@ async def lifespan(app: Any, *, timeout: float = 10.0, flush: Sequence[Flush] = 
             duty.draining = True
             with anyio.CancelScope(shield=True):
                 await _end(duty, timeout, flush)
+
+
+def check_ending(timeout: Any, flush: Any) -> None:
+    """Look at the arguments of `lifespan`.
+
+    Raises:
+        ConfigError: see there.
+    """
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
+        raise ConfigError(f"lifespan(timeout={timeout!r}): give a positive number of seconds")
+    if not isinstance(flush, Sequence) or not all(callable(each) for each in flush):
+        raise ConfigError(f"lifespan(flush={flush!r}): give a list of functions that take the seconds left")
 
 
 async def _end(duty: Serving, timeout: float, flush: Sequence[Flush]) -> None:

@@ -29,7 +29,9 @@ _TAG: Final = "tag:"
 _UNITS: Final[Mapping[str, float]] = {
     "": 1.0, "s": 1.0, "ms": 1e-3, "H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9,
 }  # fmt: skip
-_DURATION: Final = re.compile(r"(\d{1,8}(?:\.\d{1,9})?)\s*(ms|[sHMSmun]?)")
+_DURATION: Final = re.compile(r"(\d{1,8}(?:\.\d{1,9})?)\s*(ms|[sHMSmun]?)", re.ASCII)
+_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+"""What a header may be called: no server passes on another."""
 _PRIORITIES: Final = ("high", "normal", "low")
 
 
@@ -59,15 +61,18 @@ class Headers:
     def __init__(self, believed: Mapping[str, str] | Iterable[str] = ()) -> None:
         if isinstance(believed, str):
             raise ConfigError(f"headers={believed!r}: give a list of fields, or a mapping such as {{'user': 'X-User'}}")
+        if not isinstance(believed, Iterable):
+            raise ConfigError(f"headers={believed!r}: give a list of fields, or a mapping such as {{'user': 'X-User'}}")
         named = dict(believed) if isinstance(believed, Mapping) else dict.fromkeys(believed, "")
         self._fields: list[tuple[bytes, str, str]] = []
         for field, header in named.items():
-            usual = USUAL.get(field) or ("X-Tag-" + field[len(_TAG) :] if field.startswith(_TAG) else None)
+            tag = isinstance(field, str) and field.startswith(_TAG)
+            usual = USUAL.get(field) or ("X-Tag-" + field[len(_TAG) :] if tag else None)
             if usual is None or field == _TAG:
                 known = ", ".join(map(repr, (*USUAL, "tag:<key>")))
                 raise ConfigError(f"headers: {field!r} is said by no header; use {known}")
-            if not isinstance(header, str) or not (header or usual).isascii():
-                raise ConfigError(f"headers: {field!r}: give the name of a header, got {header!r}")
+            if not isinstance(header, str) or _NAME.fullmatch(header or usual) is None:
+                raise ConfigError(f"headers: {field!r}: give the name of a header, got {header or usual!r}")
             self._add(field, header or usual)
         if "deadline" not in named:
             for header in TIMEOUTS:

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from dspy_prod import ConfigError
-from dspy_prod.asgi.ending import Flush, lifespan
+from dspy_prod.asgi.ending import Flush, check_ending, lifespan
 from dspy_prod.asgi.middleware import CallContextMiddleware, Identify
 from dspy_prod.asgi.probes import Cause, probe_routes
 from dspy_prod.asgi.refusing import exception_handlers
@@ -57,11 +57,13 @@ def install(
     router: Any = getattr(target, "router", None)
     if not hasattr(router, "lifespan_context") or not hasattr(target, "add_middleware"):
         raise ConfigError(f"install() takes a Starlette or FastAPI application, got {type(app).__name__}")
-    headers = dict(headers) if isinstance(headers, Mapping) else headers if isinstance(headers, str) else list(headers)
+    if isinstance(headers, Iterable) and not isinstance(headers, (str, Mapping)):
+        headers = list(headers)  # the middleware is built when the application is
+    CallContextMiddleware(target, headers=headers, identify=identify, deadline=deadline, cancel=cancel)
+    check_ending(timeout, flush)  # what is wrong is told now, and nothing of it is added
     routes = probe_routes(unready, alive=alive, ready=ready)
     handlers = exception_handlers(statuses)
     target.add_middleware(CallContextMiddleware, headers=headers, identify=identify, deadline=deadline, cancel=cancel)
-    CallContextMiddleware(target, headers=headers, identify=identify, deadline=deadline)  # what is wrong is told now
     for error, handler in handlers.items():
         if error not in target.exception_handlers:
             target.add_exception_handler(error, handler)

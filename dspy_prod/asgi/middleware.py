@@ -47,7 +47,8 @@ class CallContextMiddleware:
         identify: a function of the ASGI scope, or a coroutine function, that returns further arguments of
             `call_context`, such as the user behind a verified token. They win over headers. A
             `starlette.exceptions.HTTPException` that it raises is the answer.
-        deadline: seconds for every request; a header can only say less.
+        deadline: seconds for every request; a header can only say less. A websocket has none, for it would be that of
+            the whole connection: give each message one, `with call_context(deadline=8)`.
         cancel: whether a client that leaves cancels what is done for it.
 
     Raises:
@@ -70,8 +71,12 @@ class CallContextMiddleware:
     ) -> None:
         if identify is not None and not callable(identify):
             raise ConfigError(f"identify={identify!r}: give a function of the ASGI scope")
-        if deadline is not None and (isinstance(deadline, bool) or not 0 < deadline < float("inf")):
+        if deadline is not None and (
+            isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or not 0 < deadline < float("inf")
+        ):
             raise ConfigError(f"deadline={deadline!r}: give a positive number of seconds, or None")
+        if not isinstance(cancel, bool):
+            raise ConfigError(f"cancel={cancel!r}: give True or False")
         self.app = app
         self._headers = Headers(headers)
         self._identify = identify
@@ -85,6 +90,8 @@ class CallContextMiddleware:
             return
         try:
             said = self._headers.read(scope)
+            if scope["type"] == "websocket":
+                said.pop("deadline", None)  # it would be the whole connection's
             if self._identify is not None:
                 told = self._identify(scope)
                 said |= (await told if inspect.isawaitable(told) else told) or {}
@@ -96,7 +103,7 @@ class CallContextMiddleware:
             refused = JSONResponse({"reason": "refused", "detail": error.detail}, error.status_code, error.headers)
             await _refuse(scope, receive, send, refused)
             return
-        if self._deadline is not None:
+        if self._deadline is not None and scope["type"] == "http":
             said["deadline"] = min(said.get("deadline") or self._deadline, self._deadline)
         app = scope.get("app")
         listening = Listening(receive, send)

@@ -43,13 +43,20 @@ def probe_routes(
         alive, ready: the paths.
 
     Raises:
-        ConfigError: an unknown cause.
+        ConfigError: an unknown cause, or a path that is none.
 
     Example:
         ```python
         app = Starlette(routes=[*dspy_prod.asgi.probe_routes(unready=["store", "draining", "circuits"])])
         ```
     """
+    if not isinstance(unready, Collection):
+        raise ConfigError(f"unready={unready!r}: give a list of causes, such as ['store', 'draining']")
+    for name, path in (("alive", alive), ("ready", ready)):
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise ConfigError(f"{name}={path!r}: give a path that begins with '/', such as '/{name}'")
+    if alive == ready:
+        raise ConfigError(f"alive={alive!r}, ready={ready!r}: give each a path of its own")
     for cause in unready:
         if cause not in get_args(Cause):
             raise ConfigError(f"unready: {cause!r} is unknown; use some of {', '.join(map(repr, get_args(Cause)))}")

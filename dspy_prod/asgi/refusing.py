@@ -18,7 +18,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket
 
-from dspy_prod import ConfigError, RejectedError
+from dspy_prod import BudgetExceededError, ConfigError, RateLimitedError, RejectedError
 
 STATUSES: Final[Mapping[str, int]] = {
     "rate_limited": 429,
@@ -36,6 +36,8 @@ STATUSES: Final[Mapping[str, int]] = {
     "upstream_error": 502,
     "parse_error": 502,
     "input_too_long": 413,
+    "too_large": 413,
+    "caller_unknown": 400,
 }
 """The status of each reason. 503: not now, another worker or moment may do; 502: the provider's or our fault."""
 
@@ -54,6 +56,8 @@ _DETAILS: Final[Mapping[str, str]] = {
     "upstream_error": "The model could not answer.",
     "parse_error": "The model's answer could not be understood.",
     "input_too_long": "The input is too long for the model.",
+    "too_large": "The request is larger than the service's limits ever allow.",
+    "caller_unknown": "The request does not say for whom it is.",
 }
 
 Handler = Callable[[HTTPConnection, Exception], Awaitable[Response | None]]
@@ -64,6 +68,10 @@ _INTERNAL_ERROR: Final = 1011
 
 def reason_of(error: BaseException) -> str | None:
     """The word for an error of a call, None for any other error."""
+    if isinstance(error, BudgetExceededError) and error.missing:
+        return "caller_unknown"
+    if isinstance(error, (BudgetExceededError, RateLimitedError)) and error.never:
+        return "too_large"
     if isinstance(error, RejectedError):
         return error.reason
     if isinstance(error, ContextWindowExceededError):
@@ -91,13 +99,14 @@ def exception_handlers(statuses: Mapping[str, int] | None = None) -> dict[Any, H
 
     `{"reason": "rate_limited", "detail": "Too many requests at the moment.", "retry_after": 3}`, with `Retry-After`
     where it is known. Reasons are those of `RejectedError`, and `upstream_error`, `upstream_timeout`,
-    `upstream_rate_limited`, `parse_error` and `input_too_long`. A websocket is closed with 1013 (try again later) or
-    1011, and the reason.
+    `upstream_rate_limited`, `parse_error`, `input_too_long`, `too_large` (no minute and no budget would ever hold it)
+    and `caller_unknown` (a budget requires a user, tenant or tag that the request does not say). A websocket is closed
+    with 1013 (try again later) or 1011, and the reason.
 
     Args:
         statuses: other statuses by reason, such as `{"budget_exceeded": 429}`. Default: 429 `rate_limited`, 402
-            `budget_exceeded`, 413 `input_too_long`, 504 `deadline_exceeded` and `upstream_timeout`, 502
-            `upstream_error` and `parse_error`, 503 for the others.
+            `budget_exceeded`, 413 `input_too_long` and `too_large`, 400 `caller_unknown`, 504 `deadline_exceeded` and
+            `upstream_timeout`, 502 `upstream_error` and `parse_error`, 503 for the others.
 
     Raises:
         ConfigError: an unknown reason, or a status that tells no error.
@@ -107,6 +116,8 @@ def exception_handlers(statuses: Mapping[str, int] | None = None) -> dict[Any, H
         app = Starlette(exception_handlers=dspy_prod.asgi.exception_handlers({"budget_exceeded": 429}))
         ```
     """
+    if statuses is not None and not isinstance(statuses, Mapping):
+        raise ConfigError(f"statuses={statuses!r}: give a mapping of reasons to statuses, {{'budget_exceeded': 429}}")
     table = {**STATUSES, **(statuses or {})}
     for reason, status in (statuses or {}).items():
         if reason not in STATUSES:

@@ -17,7 +17,7 @@ _TONES: Final[dict[str, Tone]] = {"ok": "good", "unsure": "warn", "not tried": "
 def add_parser(commands: Any) -> None:
     """Add the command to those of `dspy-prod`."""
     parser = commands.add_parser(
-        "check", help="try an LM's configuration without spending; exit code 1 if it would fail"
+        "check", help="try a configuration file without spending; exit code 1 if it would fail"
     )
     parser.add_argument("path", nargs="?", type=Path, help="the TOML file; default: DSPY_PROD__... variables alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -26,16 +26,14 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what was found; 1 when something would fail."""
+    from dspy_prod.config.examining import examined
     from dspy_prod.errors import ConfigError, StoreUnavailableError
-    from dspy_prod.lm import LM
-    from dspy_prod.lm.checking import Finding, check
-    from dspy_prod.policies.sharing import quoted
+    from dspy_prod.lm.checking import Finding
 
     try:
-        with quoted(), warnings.catch_warnings():  # looking at a file must not change what a budget allows
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lm = LM.from_config(arguments.path)
-        found = check(lm)
+            found = examined(arguments.path)
     except (ConfigError, StoreUnavailableError) as error:
         what = "store" if isinstance(error, StoreUnavailableError) else "configuration"
         found = [Finding(route=str(arguments.path or "environment"), what=what, outcome="fails", detail=str(error))]
@@ -43,6 +41,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([finding.model_dump(mode="json") for finding in found])
         return int(fails)
-    rows = ((one.route, one.what, Cell(one.outcome, _TONES[one.outcome]), one.detail) for one in found)
-    show(Table(str(arguments.path or "environment"), ("route", "what", "outcome", "found"), rows))
+    several = any(one.of for one in found)
+    rows = [
+        (*((one.of,) if several else ()), one.route, one.what, Cell(one.outcome, _TONES[one.outcome]), one.detail)
+        for one in found
+    ]
+    columns = (*(("in the file",) if several else ()), "route", "what", "outcome", "found")
+    show(Table(str(arguments.path or "environment"), columns, rows))
     return int(fails)

@@ -147,16 +147,10 @@ def from_config(path: str | Path | None = None) -> Configured:
         service = config.production(program)
         ```
     """
-    values, env, sources = read(path, os.environ, TEXTS)
-    arguments = _lms(values, env, sources)
-    embedding = _embedders(values, env, sources)
-    production = read_table("production", PRODUCTION, values.get("production", {}), sources)
-    tracking = _optional("tracking", TRACKING, values, sources)
-    logging = _optional("logging", LOGGING, values, sources)
-    metrics = _optional("metrics", METRICS, values, sources)
-    alerts = _alerts(_optional("alerts", ALERTS, values, sources), sources)
-    lms = MappingProxyType({name: LM(**given) for name, given in arguments.items()})
-    embedders = MappingProxyType({name: Embedder(**given) for name, given in embedding.items()})
+    told = told_by(path)
+    tracking, logging, metrics, alerts, sources = told.tracking, told.logging, told.metrics, told.alerts, told.sources
+    lms = MappingProxyType({name: LM(**given) for name, given in told.lms.items()})
+    embedders = MappingProxyType({name: Embedder(**given) for name, given in told.embedders.items()})
     undo: list[Callable[[], None]] = []
     try:
         if logging is not None:
@@ -177,7 +171,46 @@ def from_config(path: str | Path | None = None) -> Configured:
         for end in undo:
             end()
         raise
-    return Configured(lms, embedders, MappingProxyType(production), sources, tuple(reversed(undo)))
+    return Configured(lms, embedders, MappingProxyType(told.production), sources, tuple(reversed(undo)))
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a file and the environment tell, of which nothing has begun.
+
+    Attributes:
+        lms, embedders: the arguments of each, by name.
+        production: those of a `Production`.
+        tracking, logging, metrics, alerts: those of what begins with the file; None where it does not.
+    """
+
+    lms: Mapping[str, dict[str, Any]]
+    embedders: Mapping[str, dict[str, Any]]
+    production: dict[str, Any]
+    tracking: dict[str, Any] | None
+    logging: dict[str, Any] | None
+    metrics: dict[str, Any] | None
+    alerts: dict[str, Any] | None
+    sources: Sources
+
+
+def told_by(path: str | Path | None) -> Told:
+    """Read a file and the environment.
+
+    Raises:
+        ConfigError: see `from_config`.
+    """
+    values, env, sources = read(path, os.environ, TEXTS)
+    return Told(
+        _lms(values, env, sources),
+        _embedders(values, env, sources),
+        read_table("production", PRODUCTION, values.get("production", {}), sources),
+        _optional("tracking", TRACKING, values, sources),
+        _optional("logging", LOGGING, values, sources),
+        _optional("metrics", METRICS, values, sources),
+        _alerts(_optional("alerts", ALERTS, values, sources), sources),
+        sources,
+    )
 
 
 def _begun(name: str, begin: Callable[..., T], given: Mapping[str, Any], sources: Sources) -> T:

@@ -23,7 +23,7 @@ from dspy_prod.context.assignments import Assignment, nested, outer_tags
 from dspy_prod.options import PRIORITIES
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.records import CallRecord
-from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock, earlier
 
 SETTING = "dspy_prod"
 """Name of the DSPy setting that carries the context."""
@@ -60,7 +60,7 @@ class CallContext(NamedTuple):
     tenant: str | None = None
     session: str | None = None
     priority: str = "normal"
-    deadline: float = inf  # on the context's monotonic clock
+    deadline: float = inf  # on the machine's monotonic clock; as a `Moment` on another one
     tags: tuple[tuple[str, str], ...] = ()
     cache: CacheMode = "use"
     ttl: float | None = None
@@ -211,7 +211,7 @@ def call_context(
             raise ValueError(f"call_context(priority={priority!r}): use one of {', '.join(map(repr, PRIORITIES))}")
         changed["priority"] = priority
     if deadline is not None:
-        changed["deadline"] = min(outer.deadline, clock.monotonic() + _positive("deadline", deadline))
+        changed["deadline"] = earlier(outer.deadline, clock, _positive("deadline", deadline))
     if tags is not None:
         changed["tags"] = merged_tags(outer.tags, tags)
     if cache is not None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Final
 
-from dspy_prod.runtime.clock import SYSTEM_CLOCK
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, moment_on
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.trials import GRACE, Trials, Underway
@@ -65,7 +65,7 @@ class Flights:
             deadline: on the context's clock; until then it is waited for, else for `LONGEST`.
         """
         now = self._clock()
-        most = LONGEST if deadline == inf else max(0.0, deadline - SYSTEM_CLOCK.monotonic())
+        most = LONGEST if deadline == inf else max(0.0, moment_on(SYSTEM_CLOCK, deadline) - SYSTEM_CLOCK.monotonic())
         flight = Flight(unit, now, now + most)
         with self._lock:
             self._flights[id(flight)] = flight

@@ -13,7 +13,9 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator
 
+from dspy_prod.lm.embedder import Embedder
 from dspy_prod.lm.lm import LM
+from dspy_prod.pipeline.batching import EmbeddingRoute
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.privacy.names import bare_url
 from dspy_prod.privacy.outward import outward
@@ -34,41 +36,48 @@ class Finding(Frozen):
     """One thing that was looked at.
 
     Attributes:
-        route: the model, or the store's URL.
-        what: `key`, `address`, `price`, `limit`, `budget` or `store`.
+        route: the model, the store's URL, or the table.
+        what: `key`, `address`, `price`, `limit`, `budget`, `store`, `table` or `configuration`.
         outcome: `fails` when a call would fail for it.
         detail: what was found, and the remedy.
+        of: what the file calls the LM or embedder, such as `lm.small`; empty where it has one LM alone.
     """
 
     route: str
     what: str
     outcome: Outcome
     detail: Annotated[str, AfterValidator(outward)]
+    of: str = ""
 
 
-def check(lm: LM) -> list[Finding]:
-    """What would become of an LM's calls, for each of its routes, and whether its store can be written."""
+def check(lm: LM | Embedder, of: str = "") -> list[Finding]:
+    """What would become of the calls of an LM or embedder on each of its routes, and whether its store can be written.
+
+    Args:
+        of: what it is called in the file.
+    """
     found: list[Finding] = []
     for route in lm.pipeline.routes:
         look = _Route(lm, route)
         found += [look.key(), look.address(), look.price(), *look.limits(), *look.budgets()]
-    return [*found, _store(lm.pipeline.store)]
+    return [*[one.model_copy(update={"of": of}) for one in found], _store(lm.pipeline.store)]
 
 
 class _Route:
     """What is to be known of one route."""
 
-    def __init__(self, lm: LM, route: Route) -> None:
+    def __init__(self, lm: LM | Embedder, route: Route) -> None:
         self.lm = lm
         self.route = route
         self.clients = route.upstream.clients
         self.native = _native(route)
         self.variable: str | None = getattr(self.native, "env_key", None)
         rates = route.rates()
-        given = (
-            route.defaults.get("max_tokens") or lm.kwargs.get("max_tokens") or lm.kwargs.get("max_completion_tokens")
-        )
-        self.tokens = given or (None if rates is None else rates.max_output_tokens)
+        if isinstance(lm, LM):
+            known = (route.defaults.get("max_tokens"), *map(lm.kwargs.get, ("max_tokens", "max_completion_tokens")))
+            self.tokens = next(filter(None, known), None if rates is None else rates.max_output_tokens)
+        else:
+            self.tokens = 0  # vectors are not generated
         self.bound = None if rates is None or self.tokens is None else rates.bound(TYPICAL_INPUT, int(self.tokens))
 
     def say(self, what: str, outcome: Outcome, detail: str) -> Finding:
@@ -159,7 +168,7 @@ class _Route:
 
     def limits(self) -> list[Finding]:
         tpm = self.route.limit.tpm
-        if tpm is None or self.tokens is None:
+        if tpm is None or not self.tokens:
             return []
         if self.tokens > tpm:
             return [self.say("limit", "fails", f"max_tokens={self.tokens} never fits into tpm={tpm:g}")]
@@ -194,8 +203,10 @@ _OPENER: Final = urllib.request.build_opener(_Stay)
 
 def _native(route: Route) -> Any:
     """How the native engine would reach a model, None where it does not."""
-    selection = route.upstream._select() if isinstance(route.upstream.spec, str) else None
-    return selection.resolution if selection is not None and selection.native else None
+    if isinstance(route, EmbeddingRoute) or not isinstance(route.upstream.spec, str):
+        return None
+    selection = route.upstream._select()
+    return selection.resolution if selection.native else None
 
 
 def _names(body: bytes) -> set[str]:

@@ -19,6 +19,7 @@ from dspy_prod.lm.embedding import arguments_for, build, elsewhere, identity, na
 from dspy_prod.lm.operating import Operated
 from dspy_prod.lm.settings import Settings, hide, recall, remember, settings_of
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
+from dspy_prod.pipeline.clocks import in_machine_time
 from dspy_prod.pipeline.drivers import arun, run
 from dspy_prod.pipeline.embedding import embedding
 from dspy_prod.pipeline.pipeline import Pipeline
@@ -144,7 +145,7 @@ class Embedder(Operated, dspy.Embedder):
             float32: one row for a text, a row for each of a list.
 
         Raises:
-            ValueError: something in the list is no text.
+            ValueError: something in the list is no text, or holds half a character, which no provider can receive.
             RejectedError: refused by a policy of this library.
             LMError: the upstream's error, once retries and fallbacks are exhausted.
         """
@@ -155,7 +156,7 @@ class Embedder(Operated, dspy.Embedder):
         with _seen(asked, self) as node:
             asked.look()
             if len(asked.rows) < len(set(asked.keys)):
-                run(embedding(asked))
+                run(in_machine_time(embedding(asked), asked.pipeline.clock))
             return _given(asked, node, one)
 
     async def acall(
@@ -170,13 +171,15 @@ class Embedder(Operated, dspy.Embedder):
             else:
                 await asyncio.to_thread(asked.look)
             if len(asked.rows) < len(set(asked.keys)):
-                await arun(embedding(asked))
+                await arun(in_machine_time(embedding(asked), asked.pipeline.clock))
             return _given(asked, node, one)
 
     def _asked(self, inputs: Any, batch_size: int | None, caching: bool | None, kwargs: dict[str, Any]) -> Asked:
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("All inputs must be strings.")
+        if isinstance(self.model, str):
+            _check_encodable(texts)
         size = batch_size or self.batch_size
         _check_size(size)
         embedder = self
@@ -262,6 +265,20 @@ def _given(asked: Asked, node: Any, one: bool) -> npt.NDArray[np.float32]:
         ) from error
     node.answered({"vectors": len(asked.texts), "dimension": int(found.shape[-1])})
     return cast("npt.NDArray[np.float32]", found[0]) if one else found
+
+
+def _check_encodable(texts: Sequence[str]) -> None:
+    """Refuse what no provider can receive, as DSPy does for an LM's prompt."""
+    for place, text in enumerate(texts):
+        if text.isascii():
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"inputs[{place}] contains half a character (U+{ord(text[error.start]):04X}), which no provider can "
+                "receive; repair the text first, e.g. text.encode('utf-8', 'replace').decode('utf-8')"
+            ) from None
 
 
 def _check_size(size: Any) -> None:

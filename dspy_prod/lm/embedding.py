@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.assembling import store_of
@@ -14,15 +15,19 @@ from dspy_prod.options import Cache, Price
 from dspy_prod.pipeline.batching import EmbeddingRoute
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.routes import PRIMARY
-from dspy_prod.pipeline.scope import identity_of
+from dspy_prod.pipeline.scope import identity_of, serial_of
 from dspy_prod.pipeline.upstream.destination import destination, digest, without_credentials
 from dspy_prod.pipeline.upstream.embedding import EmbeddingUpstream
 from dspy_prod.policies.sharing import quoted_rules, shared_rule
 from dspy_prod.policies.vectors import VectorCache
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.pricing.lookup import base_of
+from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.telemetry.events import BUS
+
+_PROCESS: Final = IDS.make()
+"""Keeps what only this process knows apart from what others know by the same number."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,26 @@ def name_of(model: Any) -> str:
         return model
     own = getattr(model, "cache_key", None) or getattr(model, "__qualname__", None) or type(model).__qualname__
     return f"function/{str(own).rpartition('<locals>.')[2]}"
+
+
+def known_as(model: Any) -> tuple[str, bool]:
+    """(by what a model's circuit and limiter are known, whether that holds in other processes too).
+
+    Two functions may have one name. One that stands in a module under its name is the same in every process, and so is
+    one with a `cache_key`; a lambda, a function within a function and an object are equal to themselves only.
+    """
+    name = name_of(model)
+    if isinstance(model, str) or getattr(model, "cache_key", None):
+        return name, True
+    module, own = getattr(model, "__module__", None), getattr(model, "__qualname__", None)
+    if isinstance(module, str) and isinstance(own, str):
+        found: Any = sys.modules.get(module)
+        for part in own.split("."):
+            found = getattr(found, part, None)
+        if found is model:
+            return f"{name} of {module}", True
+    owner = getattr(model, "__self__", None)  # a method is another object each time it is asked for
+    return f"{name} of {_PROCESS}-{serial_of(model if owner is None else owner)}", False
 
 
 def arguments_for(model: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -103,7 +128,9 @@ def build(model: Any, settings: Settings, fallbacks: Sequence[Elsewhere]) -> Pip
         )  # fmt: skip
 
     function: Callable[..., Any] | None = None if isinstance(model, str) else model
-    primary = EmbeddingUpstream(name_of(model), function, dict(settings.clients), dict(settings.extras))
+    primary = EmbeddingUpstream(
+        name_of(model), function, dict(settings.clients), dict(settings.extras), known_as(model)
+    )
     cache: Cache | None = None if disabled() else settings.cache
     return Pipeline(
         route(PRIMARY, primary),

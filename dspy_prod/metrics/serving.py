@@ -64,15 +64,7 @@ def prometheus(
         endpoint.close()
         ```
     """
-    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
-        raise ConfigError(f"prometheus(port={port!r}): use a port from 0 (any free one) to 65535")
-    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= MOST_WORKERS:
-        raise ConfigError(f"prometheus(workers={workers!r}): use a number of processes from 1 to {MOST_WORKERS}")
-    if port + workers - 1 > 65_535:
-        raise ConfigError(
-            f"prometheus(port={port}, workers={workers}): there are no ports above 65535; use a lower one"
-        )
-    ports = range(port, port + (workers if port else 1))
+    ports = checked_ports(port, workers)
     collected = _collected(attributes, most_values)
     try:
         with _LOCK:
@@ -88,6 +80,19 @@ def prometheus(
             f"({error.strerror or error}); use another port, or port=0 for a free one, or workers= with the number of "
             "processes that run this line"
         ) from error
+
+
+def checked_ports(port: int, workers: int) -> range:
+    """The ports that one of so many processes may take, or the `ConfigError` of `prometheus`."""
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65_535:
+        raise ConfigError(f"prometheus(port={port!r}): use a port from 0 (any free one) to 65535")
+    if isinstance(workers, bool) or not isinstance(workers, int) or not 1 <= workers <= MOST_WORKERS:
+        raise ConfigError(f"prometheus(workers={workers!r}): use a number of processes from 1 to {MOST_WORKERS}")
+    if port + workers - 1 > 65_535:
+        raise ConfigError(
+            f"prometheus(port={port}, workers={workers}): there are no ports above 65535; use a lower one"
+        )
+    return range(port, port + (workers if port else 1))
 
 
 def _refuse_twice(ports: range, host: str) -> None:
@@ -222,7 +227,23 @@ class Endpoint:
             self._collected.instruments.stop()
 
 
+def check_endpoint(
+    port: int = PORT, workers: int = 1, attributes: Iterable[str] = (), most_values: int = MOST_VALUES, **_: Any
+) -> None:
+    """Look at the arguments of `prometheus`, of which nothing begins.
+
+    Raises:
+        ConfigError: see `prometheus`; the ports are not tried.
+    """
+    checked_ports(port, workers)
+    _needed(attributes, most_values)
+
+
 def _collected(attributes: Iterable[str], most_values: int) -> Collected:
+    return Collected(*_needed(attributes, most_values))
+
+
+def _needed(attributes: Iterable[str], most_values: int) -> tuple[tuple[str, ...], int]:
     for module, package in (
         ("opentelemetry.sdk.metrics", "opentelemetry-sdk"), ("prometheus_client", "prometheus-client"),
     ):  # fmt: skip
@@ -230,7 +251,7 @@ def _collected(attributes: Iterable[str], most_values: int) -> Collected:
             import_module(module)
         except ImportError as error:
             raise ConfigError(f"metrics for Prometheus need {package}: {REMEDY}") from error
-    return Collected(*checked(attributes, most_values))
+    return checked(attributes, most_values)
 
 
 def _registry(collected: Collected) -> Any:

@@ -15,7 +15,7 @@ from dspy_prod.context.current import current
 from dspy_prod.errors import BudgetExceededError, DeadlineExceededError, OutageError, RunStoppedError
 from dspy_prod.optimize.candidates import Progress, Watcher
 from dspy_prod.optimize.telling import sentence, used
-from dspy_prod.runtime.clock import SYSTEM_CLOCK
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, moment_on
 from dspy_prod.views.cells import told
 
 LINE_EVERY: Final = 10.0
@@ -149,7 +149,7 @@ def _says_that_it_ends(error: BaseException) -> bool:
     """Whether a run refused a call because it ends; its report tells that."""
     if isinstance(error, DeadlineExceededError):
         # Where DSPy logs, the run's own is in force; a wait may end a moment before it.
-        return SYSTEM_CLOCK.monotonic() >= current().deadline - 0.05
+        return SYSTEM_CLOCK.monotonic() >= moment_on(SYSTEM_CLOCK, current().deadline) - 0.05
     if isinstance(error, BudgetExceededError):
         return any(error.budget.startswith(f"run {guard.name}: ") for guard in current().guards)
     return isinstance(error, (RunStoppedError, OutageError))

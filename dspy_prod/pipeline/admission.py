@@ -107,7 +107,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
             attempt.reservation = None
             again = plan(call, attempt.route, attempt.number, attempt.patience)
         if again is None and refusal is None:
-            refusal = Refusal("store_unavailable", detail=f"it did not decide within {patience:g} s")
+            refusal = Refusal("store_unavailable", patience, detail=f"it did not decide within {patience:g} s")
         if again is None and refusal is not None and refusal.reason == "store_unavailable" and not alone:
             alone, lone = True, unaided(attempt)
             if lone is not None:

@@ -17,6 +17,7 @@ from dspy_prod.context.current import CallContext
 from dspy_prod.policies.cache import EMPTY_USAGE, Entry
 from dspy_prod.policies.purse import Purse
 from dspy_prod.records import ANSWERED, CallRecord
+from dspy_prod.runtime.clock import moment_on
 from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.base import Kind
 
@@ -42,7 +43,7 @@ class Call:
         missed: the cache was asked for `key` a moment ago, in vain.
         scope: what it says beside the canonical request, for LiteLLM.
         streaming: the answer is delivered event by event.
-        deadline: monotonic time by which the call must end, `inf` without one.
+        deadline: time of the pipeline's monotonic clock by which the call must end, `inf` without one.
         visible: a stream event has reached the consumer, so nothing may be tried again.
         degraded: a budget past its soft threshold chose a cheaper model.
         list_nano: what its answer costs upstream, without a cache; None when that is not known.
@@ -78,7 +79,8 @@ class Call:
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.deadline = self.context.deadline
+        deadline = self.context.deadline
+        self.deadline = deadline if deadline == inf else moment_on(self.pipeline.clock, deadline)
         self.id = IDS.make()
 
     def routes(self) -> tuple[Route, ...]:

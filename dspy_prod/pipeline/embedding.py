@@ -28,6 +28,7 @@ from dspy_prod.pipeline.texts import Asked, sum_known
 from dspy_prod.pipeline.upstream.vectors import Vectors, texts_asked
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
 from dspy_prod.policies.vectors import shares
+from dspy_prod.runtime.clock import moment_on
 from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.reaper import REAPER
 
@@ -177,6 +178,7 @@ def _follow(asked: Asked, followers: dict[Hashable, tuple[str, Follower]]) -> St
     pipeline, context = asked.pipeline, asked.context
     monotonic = pipeline.clock.monotonic
     began = monotonic()
+    deadline = moment_on(pipeline.clock, context.deadline)
     costs: list[int | None] = []
     while followers:
         passed: Texts = {}
@@ -195,9 +197,9 @@ def _follow(asked: Asked, followers: dict[Hashable, tuple[str, Follower]]) -> St
                 raise follower.error
         if passed or not followers:
             break
-        if monotonic() >= context.deadline:
+        if monotonic() >= deadline:
             raise too_late(asked.call([text for text, _ in followers.values()]), "while waiting for an identical call")
-        yield from _wait(asked, followers)
+        yield from _wait(asked, followers, deadline)
     if costs:
         waited = monotonic() - began
         record_served(pipeline, context, IDS.make(), asked.records, _NO_REQUEST, sum_known(costs), waited)
@@ -207,9 +209,9 @@ def _follow(asked: Asked, followers: dict[Hashable, tuple[str, Follower]]) -> St
 _NO_REQUEST: Final[Any] = None  # nothing looks at what a kept answer was asked
 
 
-def _wait(asked: Asked, followers: Mapping[Hashable, tuple[str, Follower]]) -> Steps:
+def _wait(asked: Asked, followers: Mapping[Hashable, tuple[str, Follower]], deadline: float) -> Steps:
     def waiting() -> Steps:
-        yield Wait(_Any([follower for _, follower in followers.values()]), asked.context.deadline)
+        yield Wait(_Any([follower for _, follower in followers.values()]), deadline)
 
     if not asked.context.guards:
         yield from waiting()

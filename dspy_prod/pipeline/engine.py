@@ -16,8 +16,9 @@ from dspy_prod.compat.lm15 import StreamEvent
 from dspy_prod.context.current import current, stamped
 from dspy_prod.errors import RejectedError
 from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.clocks import in_machine_time
 from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
-from dspy_prod.pipeline.flow import flow
+from dspy_prod.pipeline.flow import Flow, flow
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.refusing import note
 from dspy_prod.pipeline.scope import SCOPE, Scope, candidate_key, request_key
@@ -100,6 +101,11 @@ class _Guarded:
         return None if cache is None or cache.options.shared else tenant
 
 
+def _flow(call: Call) -> Flow:
+    steps: Flow = in_machine_time(flow(call), call.pipeline.clock)
+    return steps
+
+
 class ProdEngine(_Guarded):
     """The synchronous engine."""
 
@@ -113,7 +119,7 @@ class ProdEngine(_Guarded):
         call = self.call(request, False)
         call.alone = running_loop() is not None
         try:
-            return run(flow(call))
+            return run(_flow(call))
         except RejectedError as error:
             note(call, error)
             raise
@@ -122,7 +128,7 @@ class ProdEngine(_Guarded):
         """Answer one request event by event; raises as `complete` does."""
         call = self.call(request, True)
         try:
-            with closing(run_stream(flow(call), call)) as events:
+            with closing(run_stream(_flow(call), call)) as events:
                 yield from events
         except RejectedError as error:
             note(call, error)
@@ -139,7 +145,7 @@ class AsyncProdEngine(_Guarded):
         """See `ProdEngine.complete`."""
         call = self.call(request, False)
         try:
-            return await arun(flow(call))
+            return await arun(_flow(call))
         except RejectedError as error:
             note(call, error)
             raise
@@ -148,7 +154,7 @@ class AsyncProdEngine(_Guarded):
         """See `ProdEngine.stream`."""
         call = self.call(request, True)
         try:
-            async with aclosing(arun_stream(flow(call), call)) as events:
+            async with aclosing(arun_stream(_flow(call), call)) as events:
                 async for event in events:
                     yield event
         except RejectedError as error:

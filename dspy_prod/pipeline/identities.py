@@ -142,12 +142,14 @@ def shared_state(
     breaker: CircuitBreaker | None,
     clock: Clock,
     bus: EventBus,
+    everywhere: bool = True,
 ) -> RouteState:
     """What all routes of one key share; with other breaker settings a breaker of their own, but the same limiter.
 
     Args:
         key: the limiter's.
         place: address and model, see `operate`.
+        everywhere: other processes know it by that key too.
     """
     known = (id(store), key)
     fleet = fleet_of(store)
@@ -165,7 +167,7 @@ def shared_state(
         if breaker is not None and guard is None:
             guard = identity.breakers[breaker] = SharedBreaker(
                 breaker, name=model, place=place, key=joined(key, digest(breaker.model_dump())), fleet=fleet,
-                shares=breaker.shared and store.durable, clock=clock, bus=bus,
+                shares=breaker.shared and store.durable and everywhere, clock=clock, bus=bus,
             )  # fmt: skip
         budget = identity.retry_budgets.get(retry)
         if budget is None:

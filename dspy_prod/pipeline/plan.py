@@ -285,6 +285,7 @@ def _never_fits(route: Route, explicit: int, tpm: float) -> RateLimitedError:
         model=route.model,
         route=route.name,
         dimension="tokens",
+        never=True,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from dspy_prod.errors import (
     BudgetExceededError,
     DeadlineExceededError,
@@ -20,7 +22,7 @@ def refused(attempt: Attempt, refusal: Refusal) -> RejectedError:
     """The error for a store's refusal."""
     route = attempt.route
     if refusal.reason == "budget_exceeded":
-        return _no_money(route, refusal, "is spent", "")
+        return _no_money(route, refusal, "is spent", "", _next_window(attempt, refusal))
     if refusal.reason == "store_unavailable":
         store = attempt.call.pipeline.store
         return StoreUnavailableError(
@@ -28,6 +30,7 @@ def refused(attempt: Attempt, refusal: Refusal) -> RejectedError:
             "store, or let calls go on without it for a while: on_store_failure='local' of their Budget and RateLimit",
             model=route.model,
             route=route.name,
+            retry_after=refusal.retry_after,
         )
     return _limited(route, refusal.dimension, refusal.retry_after)
 
@@ -55,7 +58,20 @@ def too_late(call: Call, when: str) -> DeadlineExceededError:
     )
 
 
-def _no_money(route: Route, refusal: Refusal, state: str, more: str) -> BudgetExceededError:
+def _next_window(attempt: Attempt, refusal: Refusal) -> float | None:
+    """Seconds until the budget's next window, None where it has none or that would not hold the call either."""
+    if refusal.amount > refusal.limit or attempt.reservation is None:
+        return None
+    for rule, account in zip(attempt.rules, attempt.reservation.accounts, strict=False):
+        if account.title == refusal.dimension:
+            left = rule.ends_in(attempt.call.pipeline.clock.time())
+            return None if left == inf else max(0.0, left)
+    return None
+
+
+def _no_money(
+    route: Route, refusal: Refusal, state: str, more: str, retry_after: float | None = None
+) -> BudgetExceededError:
     used = refusal.spent + (refusal.held if more else 0)
     return BudgetExceededError(
         f"Budget {refusal.dimension!r} cannot cover this call: {used / NANO:.6f} of {refusal.limit / NANO:.6f} USD "
@@ -63,6 +79,7 @@ def _no_money(route: Route, refusal: Refusal, state: str, more: str) -> BudgetEx
         f"wait for its next window{more}",
         model=route.model,
         route=route.name,
+        retry_after=retry_after,
         budget=refusal.dimension,
         limit_usd=refusal.limit / NANO,
         spent_usd=refusal.spent / NANO,

@@ -82,15 +82,17 @@ class Route:
         self.rules = rules
         self.fitting = None if name == PRIMARY else Fitting(self.model, upstream)
         clients, extras = upstream.clients, upstream.extras
-        self.limit_key = joined(destination(clients, self.model, extras), fingerprint(clients, extras), self.model)
-        self.place = joined(server(clients, self.model), self.model)
+        known = upstream.known_as
+        self.limit_key = joined(destination(clients, self.model, extras), fingerprint(clients, extras), known)
+        self.place = joined(server(clients, self.model), known)
         timeout = upstream.clients.get("timeout")
         self.timeout: float | None = float(timeout) if isinstance(timeout, (int, float)) else None
         self.region = region_of(upstream.clients, self.model)
         self._base = base_of(extras)
         self.state = shared_state(
-            store, self.limit_key, self.place, model=self.model, retry=retry, breaker=breaker, clock=clock, bus=bus
-        )
+            store, self.limit_key, self.place, model=self.model, retry=retry, breaker=breaker, clock=clock, bus=bus,
+            everywhere=upstream.known_everywhere,
+        )  # fmt: skip
         self._clock = clock
         self._bus = bus
         self._rates: Rates | None = None

@@ -39,7 +39,7 @@ def stoppable(steps: Steps, call: Call) -> Steps:
             result = None
             try:
                 if isinstance(effect, Wait) and effect.stops:
-                    yield from _wait(effect, runs, call)
+                    yield from _wait(effect, runs)
                 else:
                     result = yield effect
             except BaseException as error:
@@ -50,8 +50,7 @@ def stoppable(steps: Steps, call: Call) -> Steps:
         return end.value
 
 
-def _wait(effect: Wait, runs: tuple[Run, ...], call: Call) -> Generator[Wait, Any, None]:
-    monotonic = call.pipeline.clock.monotonic
+def _wait(effect: Wait, runs: tuple[Run, ...]) -> Generator[Wait, Any, None]:
     while True:
         waiting = _OrToldOtherwise(runs, effect.what)
         try:
@@ -59,7 +58,7 @@ def _wait(effect: Wait, runs: tuple[Run, ...], call: Call) -> Generator[Wait, An
         finally:
             waiting.leave()
         go_on(runs)
-        if effect.what is not None or monotonic() >= effect.until:  # a pause goes on when only a cap was changed
+        if effect.what is not None or not waiting.told:  # a pause goes on when only a cap was changed
             return
 
 
@@ -80,12 +79,18 @@ class _OrToldOtherwise:
     runs: tuple[Run, ...]
     what: Decidable | None
     wake: Callable[[], None] | None = None
+    told: bool = False
 
     def attach(self, wake: Callable[[], None]) -> bool:
-        self.wake = wake
+        def tell() -> None:
+            self.told = True
+            wake()
+
+        self.wake = tell
         goes_on = True
         for run in self.runs:
-            goes_on = run.watch(wake) and goes_on
+            goes_on = run.watch(tell) and goes_on
+        self.told = self.told or not goes_on
         return (self.what is None or self.what.attach(wake)) and goes_on
 
     def leave(self) -> None:
@@ -199,6 +204,7 @@ def _take(attempt: Attempt, taken: Taken, claim: Claim, amount: int, until: floa
                     "was not sent. Check its disk and permissions, or use Run(store='memory://')",
                     model=route.model,
                     route=route.name,
+                    retry_after=refused.retry_after,
                 )
             if limit <= account.limit:
                 raise run.refused(claim.dimension, refused, route.model, route.name)

@@ -91,8 +91,8 @@ def engine_identity(engine: Any) -> tuple[Any, bool]:
         try:
             return [path, orjson.dumps(dump(), option=orjson.OPT_SORT_KEYS).decode()], True
         except Exception:  # whatever a foreign engine raises: then it is known in this process only
-            return [path, _serial(engine)], False
-    return [path, _serial(engine)], False
+            return [path, serial_of(engine)], False
+    return [path, serial_of(engine)], False
 
 
 def identity_of(parts: list[Any], engine: Any) -> bytes:
@@ -109,7 +109,7 @@ _COUNT: Final = itertools.count(1)
 _SERIALS: Final[dict[int, tuple[Callable[[], Any], int]]] = {}
 
 
-def _serial(engine: Any) -> int:
+def serial_of(engine: Any) -> int:
     """A number of this very object; unlike `id`, none is given twice."""
     known = _SERIALS.get(id(engine))
     if known is not None and known[0]() is engine:

@@ -50,7 +50,7 @@ def succeeded(attempt: Attempt, response: Response) -> None:
         call.emit("budget_overrun", model=route.model, cost_usd=usd(cost), bound_usd=usd(attempt.bound))
     if attempt.permit is not None:
         assert state.breaker is not None
-        state.breaker.success(attempt.permit, latency - call.paused)
+        state.breaker.success(attempt.permit, max(0.0, latency - call.paused))
     if state.retry_budget.drawn:
         state.retry_budget.success()
     if record.output_tokens is not None and (route.learning or request.config.max_tokens is None):
@@ -80,7 +80,7 @@ def failed(attempt: Attempt, raised: BaseException) -> BaseException:
 
 def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseException:
     call, route = attempt.call, attempt.route
-    worked = latency - call.paused
+    worked = max(0.0, latency - call.paused)
     error, late = raised, None
     if isinstance(raised, AttemptTimeoutError):
         late = raised.late

@@ -161,6 +161,10 @@ class BudgetRule:
         """When the window of the latest account ends, in seconds since the epoch."""
         return self._current.ends_at
 
+    def ends_in(self, wall: float) -> float:
+        """Seconds until the window that holds `wall` ends; `inf` where it has no end."""
+        return self.window(wall)[1] - wall
+
     def soft_passed(self, account: str, spent: int) -> bool:
         """Note what an account has spent, not what it holds; True the first time it is at the soft threshold."""
         if self._soft is None or spent < self._soft or account in self._softened:
@@ -226,6 +230,7 @@ def _scope_value(options: Budget, context: CallContext, model: str) -> str | Non
             f"wrap the call in dspy_prod.call_context({field})",
             budget=options.title,
             limit_usd=options.usd,
+            missing=scope,
         )
     return None
 

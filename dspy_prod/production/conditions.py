@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping
-from math import inf
 from typing import Any
 
 from dspy_prod.context.current import CallContext, Mark, call_context, current, merged_tags
 from dspy_prod.errors import ConfigError
 from dspy_prod.production.watch import Watch
-from dspy_prod.runtime.clock import Clock
+from dspy_prod.runtime.clock import Clock, earlier
 from dspy_prod.stores.programs import ProgramCalls
 
 
@@ -43,10 +42,9 @@ class Conditions:
         """Begin one call of a program of this version, inside the context that is in force, to be recorded there."""
         outer = current()
         said = outer.prompt_version
-        until = inf if self.deadline is None else self.clock.monotonic() + self.deadline
         inner: CallContext = outer._replace(
             program=self.name,
-            deadline=min(outer.deadline, until),
+            deadline=outer.deadline if self.deadline is None else earlier(outer.deadline, self.clock, self.deadline),
             priority=outer.priority if self.priority is None else self.priority,
             tags=merged_tags(outer.tags, self.tags) if self.tags else outer.tags,
             prompt_version=version if version is not None and (said is None or type(said) is Mark) else said,

@@ -19,7 +19,7 @@ from dspy_prod.context.scoring import raising
 from dspy_prod.errors import ConfigError
 from dspy_prod.policies.run import Run
 from dspy_prod.privacy.names import bare_url
-from dspy_prod.runtime.clock import SYSTEM_CLOCK
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, moment_on
 from dspy_prod.scaling.parcel import Parcel
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.opening import open_store, with_password
@@ -103,7 +103,7 @@ class Carried:
                     f"evaluate: {guard!r} is counted in {guard.store.url}, which no other process sees: give it "
                     "store='sqlite:///runs.db' on one machine"
                 )
-        left = context.deadline - SYSTEM_CLOCK.monotonic()
+        left = moment_on(SYSTEM_CLOCK, context.deadline) - SYSTEM_CLOCK.monotonic()
         overrides, configured = settings_here()
         told = {**configured, **overrides}
         callbacks = told.get("callbacks") or []

@@ -170,6 +170,11 @@ class Janitor:
             self._start()
         self._nudges.put(None)
 
+    def nudge(self) -> None:
+        """Have the timers looked at again, if there are any."""
+        if self._thread is not None:
+            self._nudges.put(None)
+
     def close(self) -> None:
         """End the thread; the next `rearm` begins a new one."""
         with self._starting:

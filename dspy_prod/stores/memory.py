@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord, Totals
-from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock, follow
 from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.admission.accounts import worst
 from dspy_prod.stores.admission.core import AdmissionCore
@@ -74,6 +74,7 @@ class MemoryStore(Lane):
         self._on_terms: Callable[[Terms], None] | None = None
         super().__init__(clock.monotonic, self._ledger.append, self._janitor.rearm)
         hold_while_forking(self, Stage.STATE)
+        follow(clock, self._janitor, Janitor.nudge)
 
     @property
     def url(self) -> str:

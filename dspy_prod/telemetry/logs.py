@@ -77,13 +77,7 @@ def enable_logging(
         lm("hello")
         ```
     """
-    if format not in ("human", "json"):
-        raise ConfigError(f"enable_logging(format={format!r}): use 'human' or 'json'")
-    number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
-    if not isinstance(number, int) or isinstance(level, bool):
-        raise ConfigError(f"enable_logging(level={level!r}): use a level of the logging module, such as 'INFO'")
-    if not isinstance(redact, (bool, Redactor)):
-        raise ConfigError(f"enable_logging(redact={redact!r}): use True, False or a dspy_prod.Redactor")
+    number = checked(level, format, redact)
     with _lock:
         previous = _active.get(logger)
         if previous is not None:
@@ -98,6 +92,18 @@ def enable_logging(
                 stop()
 
     return disable
+
+
+def checked(level: int | str = "INFO", format: str = "human", redact: bool | Redactor = True, **_: Any) -> int:
+    """The number of the level, or the `ConfigError` of `enable_logging`."""
+    if format not in ("human", "json"):
+        raise ConfigError(f"enable_logging(format={format!r}): use 'human' or 'json'")
+    number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
+    if not isinstance(number, int) or isinstance(level, bool):
+        raise ConfigError(f"enable_logging(level={level!r}): use a level of the logging module, such as 'INFO'")
+    if not isinstance(redact, (bool, Redactor)):
+        raise ConfigError(f"enable_logging(redact={redact!r}): use True, False or a dspy_prod.Redactor")
+    return number
 
 
 def _start(

@@ -21,12 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3600.0, help="stop after this long")
     given = vars(parser.parse_args(arguments))
     seconds = given.pop("seconds")
-    with Provider(**given) as provider:
+    provider = Provider(**given)
+    try:
+        provider.start()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        parser.error(f"argument --port: {given['port']} cannot be listened on ({reason}); 0 takes a free one")
+    try:
         print(provider.url, flush=True)
-        try:
-            threading.Event().wait(seconds)
-        except KeyboardInterrupt:
-            pass
+        threading.Event().wait(seconds)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        provider.stop()
 
 
 def _latency(text: str) -> float | tuple[float, float]:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from importlib import import_module
+from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -82,7 +83,10 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def _capped(cap: pytest.Mark) -> AbstractContextManager[Spent]:
     usd, calls = cap.kwargs.get("usd"), cap.kwargs.get("calls")
     known = not cap.args and cap.kwargs.keys() <= {"usd", "calls"} and (usd, calls) != (None, None)
-    numbers = all(value is None or (isinstance(value, (int, float)) and value >= 0) for value in (usd, calls))
+    numbers = all(
+        value is None or (not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < inf)
+        for value in (usd, calls)
+    )
     if not known or not numbers:
         pytest.fail("max_cost takes usd=<USD>, calls=<number> or both, e.g. @pytest.mark.max_cost(usd=0.02)", False)
     found: AbstractContextManager[Spent] = import_module("dspy_prod.testing.spending").costs()

@@ -123,17 +123,7 @@ def enable(
     """
     global _active
     tracking_uri = unshown(tracking_uri)
-    if not isinstance(sample, (int, float)) or isinstance(sample, bool) or not 0 <= sample <= 1:
-        raise ConfigError(f"tracking.enable(sample={sample!r}): a share from 0 to 1")
-    if content not in ("full", "redacted", "off"):
-        raise ConfigError(f"tracking.enable(content={content!r}): use 'full', 'redacted' or 'off'")
-    for name, number in (("queue_size", queue_size), ("exit_timeout", exit_timeout)):
-        if not isinstance(number, (int, float)) or isinstance(number, bool) or number <= 0:
-            raise ConfigError(f"tracking.enable({name}={number!r}): a positive number")
-    if find_spec("mlflow") is None:
-        raise ConfigError("tracking.enable() needs MLflow: pip install 'dspy-prod[mlflow]'")
-    if redact is not None and content == "full":
-        raise ConfigError("tracking.enable(redact=...): has no effect with content='full'; use content='redacted'")
+    check(sample, content, redact=redact, queue_size=queue_size, exit_timeout=exit_timeout)
     uri = _checked(unshown(tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI))
     experiment = experiment_name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "Default"
     redactor = redact if isinstance(redact, Redactor) else Redactor(patterns=dict(redact or {}))
@@ -167,6 +157,33 @@ def enable(
                 _disable()
 
     return disable_this
+
+
+def check(
+    sample: float = 1.0,
+    content: str = "redacted",
+    *,
+    redact: Mapping[str, Any] | Redactor | None = None,
+    queue_size: int = 20_000,
+    exit_timeout: float = 30.0,
+    **_: Any,
+) -> None:
+    """Look at the arguments of `enable`.
+
+    Raises:
+        ConfigError: see `enable`.
+    """
+    if not isinstance(sample, (int, float)) or isinstance(sample, bool) or not 0 <= sample <= 1:
+        raise ConfigError(f"tracking.enable(sample={sample!r}): a share from 0 to 1")
+    if content not in ("full", "redacted", "off"):
+        raise ConfigError(f"tracking.enable(content={content!r}): use 'full', 'redacted' or 'off'")
+    for name, number in (("queue_size", queue_size), ("exit_timeout", exit_timeout)):
+        if not isinstance(number, (int, float)) or isinstance(number, bool) or number <= 0:
+            raise ConfigError(f"tracking.enable({name}={number!r}): a positive number")
+    if find_spec("mlflow") is None:
+        raise ConfigError("tracking.enable() needs MLflow: pip install 'dspy-prod[mlflow]'")
+    if redact is not None and content == "full":
+        raise ConfigError("tracking.enable(redact=...): has no effect with content='full'; use content='redacted'")
 
 
 def disable() -> None:

@@ -355,6 +355,17 @@ def test_what_cannot_be_is_refused_with_the_remedy() -> None:
     url = "https://hooks.example/x"
     for arguments, said in (
         ({"url": "hooks.example"}, "begins with https://"),
+        ({"url": "https:///services/x"}, "names a host"),
+        ({"url": "http://user:pw@hooks.example/x"}, "name and password"),
+        ({"url": "http://hooks.example:99999/"}, "1 to 65535"),
+        ({"url": "http://hooks.example:0/"}, "1 to 65535"),
+        ({"url": "http://hooks.example:port/"}, "1 to 65535"),
+        ({"url": "http://[::1/x"}, "cannot be read"),
+        ({"url": f"https://{'h' * 64}.example/x"}, "cannot be read"),
+        ({"url": "http://x y/"}, "a space"),
+        ({"url": "https://hooks.example\n/"}, "a line break"),
+        ({"url": "https://hooks.example/x\n"}, "a line break"),
+        ({"url": "https://hooks.example/größe"}, "another character"),
         ({"url": url, "events": ["breaker_open"]}, "'breaker_open' cannot be told"),
         ({"url": url, "events": ["rejected"]}, "there is 'budget_exhausted'"),
         ({"url": url, "events": "promotion"}, r"use a list of names, such as \['promotion'\]"),

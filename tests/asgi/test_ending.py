@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -210,6 +211,35 @@ def test_only_an_application_can_be_installed_on() -> None:
         install(Starlette(), deadline=-1)
     with pytest.raises(ConfigError, match="no reason"):
         install(Starlette(), statuses={"x": 500})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"headers": {"user": "X Y"}}, "headers: 'user'"),
+        ({"headers": 5}, "headers=5"),
+        ({"timeout": 0}, "timeout=0"),
+        ({"timeout": "a"}, "timeout='a'"),
+        ({"flush": 3}, "flush=3"),
+        ({"flush": [3]}, "flush="),
+        ({"deadline": "5"}, "deadline='5'"),
+        ({"statuses": 3}, "statuses=3"),
+        ({"alive": "healthz"}, "alive='healthz'"),
+        ({"ready": 5}, "ready=5"),
+        ({"alive": "/up", "ready": "/up"}, "path of its own"),
+        ({"unready": 5}, "unready=5"),
+        ({"unready": ["circuit"]}, "'circuit' is unknown"),
+        ({"identify": 5}, "identify=5"),
+        ({"cancel": None}, "cancel=None"),
+    ],
+)
+def test_an_argument_that_cannot_be_is_told_at_once(options: Any, words: str) -> None:
+    """Some were told when the service began, some never, and some by Starlette's own assertions."""
+    app = Starlette()
+    before = (list(app.user_middleware), dict(app.exception_handlers), list(app.router.routes))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        install(app, **options)
+    assert (app.user_middleware, app.exception_handlers, app.router.routes) == before
 
 
 def test_own_handlers_stay() -> None:

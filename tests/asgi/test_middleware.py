@@ -165,6 +165,7 @@ def test_a_request_ends_when_its_client_gives_up_and_never_later_than_the_servic
         ({"X-Request-Timeout": "0"}, "X-Request-Timeout"),
         ({"X-Request-Timeout": "-1"}, "X-Request-Timeout"),
         ({"X-Request-Timeout": "nan"}, "X-Request-Timeout"),
+        ({"X-Request-Timeout": "\u0668"}, "X-Request-Timeout"),
         ({"grpc-timeout": "123456789S"}, "grpc-timeout"),
         ({"X-Priority": "urgent"}, "X-Priority"),
         ({"X-User": "u" * 257}, "X-User"),
@@ -209,6 +210,18 @@ def test_who_asks_may_be_found_out_by_a_function(awaited: bool) -> None:
     assert ask(app, "/thread", headers={"X-User": "eve"})[1].user == "eve"
 
 
+def test_a_websocket_is_not_ended_by_the_deadline_of_a_request() -> None:
+    """It was that of the connection: after thirty seconds every call in it was refused. What a message needs, the
+    endpoint says, or a function that looked at the connection."""
+    said = {"X-Request-Timeout": "5", "X-User": "ann"}
+    _, found = ask(service(headers=["user"], deadline=1), "/socket", headers=said, kind="websocket")
+    assert (found.deadline, found.user) == (float("inf"), "ann")
+    _, found = ask(service(deadline=1, identify=lambda scope: {"deadline": 60}), "/socket", kind="websocket")
+    assert 50 < found.deadline - time.monotonic() <= 60
+    _, found = ask(service(deadline=1), headers=said)
+    assert found.deadline - time.monotonic() <= 1
+
+
 @pytest.mark.parametrize("kind", ["http", "websocket"])
 def test_who_is_unknown_is_turned_away(kind: str) -> None:
     """With the status that the function says; a websocket is closed before it is accepted."""
@@ -231,6 +244,12 @@ def test_who_is_unknown_is_turned_away(kind: str) -> None:
         ({"headers": "user"}, ["headers", "list"]),
         ({"headers": ["owner"]}, ["'owner'", "'tenant'"]),
         ({"headers": {"user": "X-Üser"}}, ["'user'", "name of a header"]),
+        ({"headers": {"user": "X User"}}, ["'user'", "name of a header"]),
+        ({"headers": ["tag:my feature"]}, ["'tag:my feature'", "name of a header"]),
+        ({"headers": [5]}, ["5 is said by no header"]),
+        ({"headers": 5}, ["headers=5", "list"]),
+        ({"cancel": "no"}, ["cancel", "True or False"]),
+        ({"deadline": "5"}, ["deadline='5'", "positive"]),
         ({"identify": "ann"}, ["identify", "function"]),
         ({"deadline": 0}, ["deadline", "positive"]),
         ({"deadline": True}, ["deadline", "positive"]),

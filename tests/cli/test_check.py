@@ -76,6 +76,74 @@ def test_each_thing_that_would_fail_is_named(checked: Checked) -> None:
     assert "every such call is refused" in found[fallback, "budget"]["detail"]
 
 
+SERVICE = (
+    GOOD
+    + """
+[lm.big]
+model = "openai/m"
+api_base = "{url}"
+api_key_env = "TEAM_KEY"
+max_tokens = 200
+[embedder.docs]
+model = "openai/e"
+api_base = "{url}"
+api_key_env = "TEAM_KEY"
+prices."openai/e" = {{ input = 1, output = 0 }}
+[production]
+name = "triage"
+fallback_response = "later"
+[tracking]
+sample = 0.5
+[logging]
+format = "json"
+[metrics]
+port = 9464
+workers = 4
+[alerts]
+url_env = "HOOK"
+""".replace("{{", "{").replace("}}", "}")
+)
+
+
+def test_the_file_of_a_service_is_tried_as_a_whole(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was refused for its first table beside the LM's, which the guide tells everybody to write."""
+    monkeypatch.setenv("HOOK", "https://hooks.example.com/team")
+    began: list[str] = []
+    for place in ("metrics.serving.Endpoint", "alerts.sending.Webhook", "tracking.setup.Courier"):
+        monkeypatch.setattr(f"dspy_prod.{place}.__init__", lambda *_, place=place, **__: began.append(place))
+    with Provider() as provider:
+        code, found = checked(SERVICE.replace("{url}", provider.url))
+        assert not provider.calls
+    assert code == 0, found
+    assert {each["of"] for each in found.values()} >= {"embedder.docs"}
+    assert found["openai/e", "budget"]["outcome"] == "ok"
+    tables = {f"[{name}]" for name in ("production", "tracking", "logging", "metrics", "alerts")}
+    assert {route for route, what in found if what == "table"} == tables
+    assert began == []
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ("[production]\ndeadline = -1", "deadline"),
+        ("[tracking]\nsample = 7", "sample"),
+        ("[logging]\nlevel = 'LOUD'", "level"),
+        ("[metrics]\nport = 99999", "port"),
+        ("[alerts]\nurl_env = 'HOOK'\nevery = -1", "every"),
+    ],
+)
+def test_a_value_in_a_table_that_cannot_be_is_told(
+    table: str, told: str, checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the service tells it, when it is started."""
+    monkeypatch.setenv("HOOK", "https://hooks.example.com/team")
+    with Provider() as provider:
+        code, found = checked(GOOD.replace("{url}", provider.url) + table)
+    [finding] = [each for (_, what), each in found.items() if what == "table"]
+    assert (code, finding["outcome"]) == (1, "fails")
+    assert told in finding["detail"]
+
+
 def test_a_file_that_cannot_be_used_fails(checked: Checked) -> None:
     code, found = checked('model = "openai/m"\nmax_token = 5\n')
     assert code == 1

@@ -14,18 +14,28 @@ from dspy.lm15 import Config, Message, Request, Usage
 from dspy.utils.exceptions import LMRateLimitError, LMServerError
 
 import dspy_prod
-from dspy_prod import Budget, BudgetExceededError, CircuitBreaker, Price, RateLimit, UnpricedModelError, call_context
+from dspy_prod import (
+    Budget,
+    BudgetExceededError,
+    CircuitBreaker,
+    Price,
+    RateLimit,
+    RateLimitedError,
+    UnpricedModelError,
+    call_context,
+)
 from dspy_prod.context.current import current
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.plan import plan
+from dspy_prod.pipeline.refusals import refused
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.limiter import LimiterState
-from dspy_prod.stores.base import GRANTED, REFUSED, Account, Reservation, Settlement
+from dspy_prod.stores.base import GRANTED, REFUSED, Account, Refusal, Reservation, Settlement
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
 from tests.compose.support import CENT, MODEL, SPARE, Caller, Gate, caught, down, over, spare
@@ -383,3 +393,47 @@ def test_a_price_that_could_not_be_read_is_looked_up_again(monkeypatch: pytest.M
 
     assert lm("q") == ["ok"]
     assert lm.costs().today_usd > 0
+
+
+# -- when it may be asked again ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("per", "usd", "after", "never"),
+    [("day", 0.015, 10.0, False), ("total", 0.015, None, False), ("day", 0.005, None, True)],
+)
+def test_a_refusal_for_money_tells_when_the_next_window_begins(
+    per: Any, usd: float, after: float | None, never: bool
+) -> None:
+    """A service passes it on as Retry-After; of a call that no window would hold it would be a lie."""
+    clock = FakeClock(start=1_800_000_000.0 - 1_800_000_000.0 % 86_400 + 86_390.0)
+    store = MemoryStore(clock=clock)
+    lm = over(ScriptedEngine("ok"), store=store, clock=clock, budget=Budget(usd=usd, per=per, name="own"))
+    if not never:
+        held = store.admit(_reservation_of(plan(call_of(lm), lm.pipeline.primary, 1)))
+        store.settle(held, Settlement(held.id, CENT, 0, True, False, None))
+    with pytest.raises(BudgetExceededError) as caught:
+        next(flow(call_of(lm)))
+    assert (caught.value.retry_after, caught.value.never) == (after, never)
+
+
+def test_a_refusal_by_a_store_tells_when_it_is_looked_at_again() -> None:
+    """The store knew, and the error did not say."""
+    lm = over(ScriptedEngine("ok"), budget=Budget(usd=1, per="day", name="own"))
+    attempt = plan(call_of(lm), lm.pipeline.primary, 1)
+    error = refused(attempt, Refusal("store_unavailable", 0.8, detail="the disk is full"))
+    assert (error.reason, error.retry_after) == ("store_unavailable", 0.8)
+
+
+def test_a_call_that_does_not_say_what_a_budget_requires_is_told_what() -> None:
+    """Nothing was spent, so a service must not answer that the budget is used up."""
+    lm = over(ScriptedEngine("ok"), budget=Budget(usd=1, per="day", name="own", scope="tenant", require=True))
+    with pytest.raises(BudgetExceededError) as caught:
+        next(flow(call_of(lm)))
+    assert (caught.value.missing, caught.value.never) == ("tenant", False)
+
+
+def test_a_call_that_no_minute_would_hold_says_so() -> None:
+    """Without a Retry-After, "too many requests at the moment" has clients try for ever."""
+    lm = over(ScriptedEngine("ok"), limit=RateLimit(tpm=5), max_tokens=10)
+    with pytest.raises(RateLimitedError) as caught:
+        next(flow(call_of(lm)))
+    assert (caught.value.never, caught.value.retry_after) == (True, None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dspy.utils.exceptions import LMInvalidRequestError, LMProviderError, LMServerError
+from dspy.utils.exceptions import LMError, LMInvalidRequestError, LMProviderError, LMServerError
 
 import dspy_prod
 from dspy_prod import Budget, Cache, Price, RateLimit, Retry
@@ -24,6 +24,87 @@ def lengths(texts: list[str]) -> Any:
 
 def records(embedder: Any) -> list[Any]:
     return list(reversed(embedder.ledger.records()))
+
+
+# -- texts -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_half_a_character_is_refused_before_anything_happens(way: str, provider: Provider, make: MakeEmbedder) -> None:
+    """Five such texts of one user opened the circuit for everybody, and money was booked that nobody spent."""
+    embedder = make(budget=Budget(usd=1, per="day"))
+    ask = embedder if way == "sync" else lambda texts: asyncio.run(embedder.acall(texts))
+    for _ in range(6):
+        with pytest.raises(ValueError, match=r"inputs\[1\] contains half a character \(U\+D83D\)"):
+            ask(["fine", "\ud83d!"])
+    assert records(embedder) == []
+    assert embedder("fine").shape
+    assert len(provider.calls) == 1
+
+
+@pytest.mark.parametrize("place", ["argument", "function"])
+def test_half_a_character_elsewhere_costs_nothing_and_opens_no_circuit(
+    place: str, provider: Provider, make: MakeEmbedder
+) -> None:
+    """A user's name may hold one; and a function of somebody's own may send what it is given."""
+
+    def own(texts: list[str], **_: Any) -> Any:
+        return [[float(len(text.encode())), 1.0] for text in texts]
+
+    embedder = make(own) if place == "function" else make(budget=Budget(usd=1, per="day"))
+    for number in range(6):
+        with pytest.raises(LMError) as caught:
+            embedder(f"\ud83d{number}") if place == "function" else embedder("fine", user="\ud83d")
+        assert not isinstance(caught.value, dspy_prod.RejectedError)
+    assert {(record.cost_nano or 0, record.estimated) for record in records(embedder)} == {(0, False)}
+    assert embedder("fine").shape
+
+
+# -- functions -------------------------------------------------------------------------------------------------------
+class Index:
+    """An object with a method that embeds."""
+
+    def embed(self, texts: list[str]) -> Any:
+        return lengths(texts)
+
+
+def _closure(error: Exception | None = None) -> Any:
+    def embed(texts: list[str]) -> Any:
+        if error is not None:
+            raise error
+        return lengths(texts)
+
+    return embed
+
+
+@pytest.mark.parametrize("kind", ["closure", "lambda"])
+def test_two_functions_of_one_name_have_circuits_of_their_own(kind: str, make: MakeEmbedder) -> None:
+    """Five failures of one turned the other away; all lambdas are called alike."""
+    store = "memory://two-functions"
+    broken, sound = _closure(RuntimeError("its index is missing")), _closure()
+    if kind == "lambda":
+        broken, sound = (lambda function: lambda texts: function(texts))(broken), lambda texts: lengths(texts)
+    bad, good = make(broken, store=store, caching=False), make(sound, store=store, caching=False)
+    for number in range(5):
+        with pytest.raises(LMError):
+            bad(f"text {number}")
+    assert bad.pipeline.primary.breaker.state == "open"
+    assert good("a").shape
+    assert good.pipeline.primary.model == bad.pipeline.primary.model  # what people read
+
+
+def test_one_function_is_one_upstream_wherever_it_is_named(make: MakeEmbedder) -> None:
+    """A limit of its embedders is one limit; in other processes too, where these can know that it is the same."""
+    index, other = Index(), Index()
+    own = _closure()
+    keyed = _closure()
+    keyed.cache_key = "index-7"
+    for function, again, everywhere in (
+        (lengths, lengths, True), (own, own, False), (index.embed, index.embed, False), (keyed, keyed, True),
+    ):  # fmt: skip
+        one, two = make(function, store="memory://one-function"), make(again, store="memory://one-function")
+        assert one.pipeline.primary.limit_key == two.pipeline.primary.limit_key
+        assert one.pipeline.primary.upstream.known_everywhere is everywhere
+    one, two = make(index.embed), make(other.embed)
+    assert one.pipeline.primary.limit_key != two.pipeline.primary.limit_key
 
 
 # -- the bill --------------------------------------------------------------------------------------------------------

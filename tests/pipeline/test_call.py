@@ -11,6 +11,7 @@ from dspy.lm15 import Usage
 from dspy_prod.context.current import CallContext
 from dspy_prod.pipeline.call import Call
 from dspy_prod.records import CallRecord
+from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.runtime.ids import IDS
 
 
@@ -18,7 +19,10 @@ class Refused(Exception):
     status = 418
 
 
-def call(pipeline: Any = None) -> Call:
+BY_THE_MACHINE = SimpleNamespace(clock=SYSTEM_CLOCK)
+
+
+def call(pipeline: Any = BY_THE_MACHINE) -> Call:
     """A call whose context has another value in each field."""
     context: Any = CallContext(**{name: f"the context's {name}" for name in CallContext._fields})
     return Call(pipeline, None, context, None, None, False, [])  # type: ignore[arg-type]  # no record looks at it

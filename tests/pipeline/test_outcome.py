@@ -282,6 +282,7 @@ def from_litellm(error: Any, inner: BaseException, *, status: int = 500) -> Any:
         (dspy_errors.LMRateLimitError("You exceeded your current quota, check your plan", status=429), ".RfTS."),
         (ImportError("No module named 'boto3'"), "..f..."),
         (from_litellm(LMServerError("x", status=500), TypeError("a set is not JSON serializable")), "..f..."),
+        (from_litellm(LMServerError("x", status=500), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no")), "..f..."),
         (from_litellm(LMServerError("x", status=500), foreign("ReadError")), "FRf.SO"),
         (from_litellm(LMServerError("x", status=500), ValueError("Missing Gemini API key")), "..f..."),
     ],

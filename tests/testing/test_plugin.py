@@ -153,12 +153,16 @@ def test_usd(lm):
 def test_wrong():
     pass
 
+@pytest.mark.max_cost(calls=True)
+def test_no_number():
+    pass
+
 @pytest.mark.max_cost(calls=0)
 def test_own_failure_comes_first(lm):
     lm("a")
     assert False, "its own"
 """)  # fmt: skip
-    result.assert_outcomes(passed=1, failed=4)
+    result.assert_outcomes(passed=1, failed=5)
     result.stdout.fnmatch_lines_random([
         "*max_cost: the test made 2 LM calls, and 1 are allowed*",
         "*max_cost: the test cost 0.000*USD, and 1e-06 are allowed*",

@@ -43,6 +43,7 @@ from dspy_prod.testing import (
     Verbatim,
     WrongUsage,
 )
+from dspy_prod.testing.__main__ import main
 from dspy_prod.testing.calls import busiest_window
 from dspy_prod.testing.quota import Quota, go_duration
 from dspy_prod.testing.schema import sample
@@ -924,3 +925,14 @@ def test_dspy_reads_the_responses_api_and_tool_calls(dspy: Any, provider: Provid
     assert provider.calls[-1].api == "responses"
     (answer,) = lm("chat")("hello", tools=TOOLS, tool_choice="required")
     assert answer["tool_calls"][0]["function"]["name"] == "weather"
+
+
+@pytest.mark.parametrize("port", ["taken", "99999", "-1"])
+def test_a_port_that_cannot_be_had_is_told(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ended in a traceback."""
+    with Provider() as other:
+        taken = other.url.rpartition(":")[2].removesuffix("/v1") if port == "taken" else port
+        with pytest.raises(SystemExit) as ended:
+            main(["--port", taken, "--seconds", "0"])
+    assert ended.value.code == 2
+    assert f"argument --port: {taken} cannot be listened on" in capsys.readouterr().err

@@ -28,12 +28,20 @@ class EmbeddingUpstream(Upstream):
         function: takes a list of texts and gives a vector for each; None: LiteLLM.
         clients: `api_key`, `api_base`, `timeout`, ...
         extras: further arguments, such as `dimensions`.
+        known: see `Upstream.known_as` and `known_everywhere`; None: the model.
     """
 
     def __init__(
-        self, model: str, function: Callable[..., Any] | None, clients: dict[str, Any], extras: dict[str, Any]
+        self,
+        model: str,
+        function: Callable[..., Any] | None,
+        clients: dict[str, Any],
+        extras: dict[str, Any],
+        known: tuple[str, bool] | None = None,
     ) -> None:
         super().__init__(model, "embedding", "litellm" if function is None else function, None, clients, extras)
+        if known is not None:
+            self.known_as, self.known_everywhere = known
         self._function = function
 
     @property

@@ -156,6 +156,8 @@ def _never_left(causes: list[BaseException], text: str, litellm: bool) -> bool:
         return True
     if any(isinstance(cause, TypeError) and "not JSON serializable" in str(cause) for cause in causes):
         return True
+    if any(isinstance(cause, UnicodeEncodeError) for cause in causes):  # half a character, which no UTF-8 can say
+        return True
     named = {type(cause).__name__ for cause in causes}
     return litellm and (
         bool(named & _NO_CREDENTIALS)

@@ -45,6 +45,9 @@ class Upstream:
         spec: `"auto"`, `"lm15"`, `"litellm"`, or an engine object (then `async_spec` is its async counterpart).
         clients: DSPy's client settings: `api_key`, `api_base`, `timeout`, headers, ...
         extras: constant arguments outside the canonical request, for LiteLLM.
+
+    Attributes:
+        known_as: by what its circuit and limiter are known, beside its address. known_everywhere: in every process.
     """
 
     def __init__(
@@ -56,7 +59,8 @@ class Upstream:
         clients: dict[str, Any],
         extras: dict[str, Any],
     ) -> None:
-        self.model = model
+        self.model = self.known_as = model
+        self.known_everywhere = True
         self.model_type = model_type
         self.spec = spec
         self.async_spec = async_spec

@@ -86,6 +86,10 @@ class Alone:
     def _rearm(self) -> None:
         self._janitor.rearm()
 
+    def moved(self) -> None:
+        """Somebody moved the clock."""
+        self._janitor.nudge()
+
     def close(self, refusal: Refusal) -> None:
         """Refuse who waits, and end."""
         self.lane.fail_waiting(refusal)

@@ -231,6 +231,12 @@ class DurableStore(ABC):
         """Have written soon what is posted: another process waits for it."""
         self._mailbox.post((Transactions.nudge, None, None))
 
+    def _moved(self) -> None:
+        """Somebody moved the clock: what waits may be due."""
+        if not self.closed:
+            self._hurry()
+        self._alone.moved()
+
     # -- reading -----------------------------------------------------------------------------------------------------
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until everything posted before is applied; False at once while nothing can be written."""

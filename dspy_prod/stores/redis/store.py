@@ -11,7 +11,7 @@ import uuid
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord, Totals
-from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock, follow
 from dspy_prod.runtime.forking import Stage, hold_while_forking
 from dspy_prod.stores.base import AccountState, CachedAnswer, Terms
 from dspy_prod.stores.durable.flights import Flights
@@ -86,6 +86,7 @@ class RedisStore(DurableStore):
             self._writer.tables.open()
         self._look_at_settings()
         hold_while_forking(self, Stage.FILES)
+        follow(clock, self, type(self)._moved)
 
     def _start(self) -> None:
         """A fresh writer and reader: at construction, and in a forked child."""
