@@ -58,7 +58,8 @@ class Facts:
         reason: in words.
         winner: the candidate that is better; None unless `decision` is `promote`.
         candidates: what is known of each, metric by metric.
-        users: exposed so far, by variant. hurt: of them, those who got a candidate that was then rolled back.
+        users: exposed so far, by the variant that each had first.
+        hurt: those who got a candidate that was then rolled back, whether at first or when a later stage moved them.
         crossed: users who were seen in two variants within one stage; they count for nothing.
         late, stray: outcomes after their window, and of users who were never exposed.
         early: outcomes that are dated before their user's exposure; they do not count.

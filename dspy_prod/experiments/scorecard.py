@@ -160,17 +160,18 @@ def scorecard(
         stages: all of them, in words. audit: what was decided. history: how the evidence grew.
         waiting: as the store has it. unwritten: why the store cannot be written.
     """
-    users = dict.fromkeys(variants, 0)
+    users, got = dict.fromkeys(variants, 0), dict.fromkeys(variants, 0)
     by_stage = {place: dict.fromkeys(variants, 0) for place in sorted({each.stage for each in counts})}
     for arm in counts:
         users[arm.arm] += arm.first
+        got[arm.arm] += arm.first + arm.entered
         by_stage[arm.stage][arm.arm] += arm.first
     back = [name for name in variants[1:] if name in dropped or (trial.state == "decided" and serves != name)]
     worse = [name for name in back if decision.candidates[name].verdict == "rollback"]
     return Scorecard(
         name=trial.name, state=trial.state, stage=stage, since=trial.since, decision=decision.verdict,
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
-        hurt=sum(users[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
+        hurt=sum(got[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
         unkept=tally.unkept, early=tally.early, unpriced=tally.unpriced, unwritten=unwritten,
         serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
         stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),

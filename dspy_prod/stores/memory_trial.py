@@ -60,6 +60,10 @@ class Unit:
             return self.arm, self.full
         return (None, 0) if self.later is None else self.later.get(stage, (None, 0))
 
+    def has_been_in(self, arm: str) -> bool:
+        """Whether it was seen in an arm; the second one within a stage is no other arm, but a mistake."""
+        return arm == self.arm or arm in [each for each, _ in (self.later or {}).values()]
+
     def valued(self, metric: str) -> dict[str | None, tuple[float, float]]:
         """(value, at) of a metric by id."""
         return {} if self.values is None else self.values.get(metric, {})
@@ -73,7 +77,7 @@ class MemoryTrial:
 
     Attributes:
         units: in the order of exposure; `numbers` tells the place of each, from 1.
-        sums: [units, first, mixed] by stage, arm and `full`.
+        sums: [units, first, mixed, entered] by stage, arm and `full`.
         read: for each metric (None: calls), up to which number it was told.
         calling: until when units are waited for whose calls go on, by number.
         values: how many there are.
@@ -102,8 +106,10 @@ class MemoryTrial:
         unit, stage = self.units[number - 1], exposure.stage
         arm, full = unit.known(stage)
         if arm is None and chance:
+            sums = self._sums(stage, exposure.arm, exposure.full)
+            sums[0] += 1
+            sums[3] += not unit.has_been_in(exposure.arm)
             unit.later = {**(unit.later or {}), stage: (exposure.arm, exposure.full)}
-            self._sums(stage, exposure.arm, exposure.full)[0] += 1
         elif arm is not None and arm != exposure.arm and not unit.mixed:
             unit.mixed = True
             unit.left_out = number > max(self.read.values(), default=0)
@@ -122,7 +128,7 @@ class MemoryTrial:
         sums[1] += 1
 
     def _sums(self, stage: int, arm: str, full: int) -> list[int]:
-        return self.sums.setdefault((stage, arm, full), [0, 0, 0])
+        return self.sums.setdefault((stage, arm, full), [0, 0, 0, 0])
 
     def call(self, call: Call) -> None:
         """See `Trials.call`."""
@@ -130,6 +136,8 @@ class MemoryTrial:
         if number is None or window is None:
             return
         unit, read = self.units[number - 1], self.read.get(None, 0)
+        if call.arm not in (None, unit.arm):
+            return
         if not self.trial.takes(number, read, unit.at, call.at, window, bool(unit.calls.calls)):
             self.late += 1
             return

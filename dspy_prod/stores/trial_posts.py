@@ -38,6 +38,7 @@ class Call(NamedTuple):
         failed: it raised. fell_back: it was answered by a fallback.
         list_nano: what it would have cost without caches, in nano-USD; None when that is not known.
         latency: seconds; None where it tells nothing (a cached answer).
+        arm: what answered; a call of another arm than the unit's first one is none of its. None: of that arm.
     """
 
     trial: str
@@ -47,6 +48,7 @@ class Call(NamedTuple):
     fell_back: bool = False
     list_nano: int | None = 0
     latency: float | None = None
+    arm: str | None = None
 
 
 class Outcome(NamedTuple):

@@ -123,19 +123,21 @@ class Calls(NamedTuple):
 
 
 class Values(NamedTuple):
-    """The values of one metric of a unit: how many, their sum, the first and the last of them in time."""
+    """The values of one metric of a unit: how many, their sum, the first and the last of them in time, and when the
+    first one was."""
 
     size: int = 0
     total: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    at: float = 0.0
 
     @classmethod
     def of(cls, values: Iterable[tuple[float, float]]) -> Values:
         """Of (value, moment)."""
         told = sorted(values, key=_MOMENT)
         numbers = [value for value, _ in told]
-        return cls(len(numbers), fsum(numbers), numbers[0], numbers[-1]) if numbers else cls()
+        return cls(len(numbers), fsum(numbers), numbers[0], numbers[-1], told[0][1]) if numbers else cls()
 
     @property
     def mean(self) -> float | None:
@@ -174,6 +176,7 @@ class Arm(NamedTuple):
         stage, arm, full: which.
         units: units seen. first: those of them that had not been exposed in an earlier stage.
         mixed: those of them that also saw another arm in this stage; they are counted where they were first.
+        entered: units that had been in another arm, and came into this one here.
     """
 
     stage: int
@@ -182,6 +185,7 @@ class Arm(NamedTuple):
     units: int
     first: int
     mixed: int
+    entered: int = 0
 
 
 class Tally(NamedTuple):

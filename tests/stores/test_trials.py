@@ -141,7 +141,7 @@ def test_an_outcome_from_before_the_exposure_does_not_count_and_is_counted(still
     assert still.trials.tally("e") == Tally(1, early=2)
     clock.advance(200.0)
     for metric in ("resolved", "at once"):
-        assert [each.values for each in still.trials.matured("e", metric)] == [Values(1, 1.0, 1.0, 1.0)]
+        assert [each.values for each in still.trials.matured("e", metric)] == [Values(1, 1.0, 1.0, 1.0, at - 4.9)]
 
 
 def test_a_call_whose_price_nobody_knows_is_in_no_sum_of_costs(still: Store, clock: FakeClock) -> None:
@@ -220,11 +220,12 @@ def test_the_first_exposure_counts_and_those_after_it_do_not(still: Store) -> No
     expose(still, "u1", "control", propensity=0.5)
     assert still.trials.tally("e") == Tally(2)
     assert still.trials.counts("e") == [Arm(0, "control", 0, 1, 1, 0), Arm(0, "cot", 2, 1, 1, 0)]
-    outcome(still, "u1", 1.0, "at once")
-    outcome(still, "u2", 1.0, "at once")
+    said = still.trials.now()
+    outcome(still, "u1", 1.0, "at once", at=said)
+    outcome(still, "u2", 1.0, "at once", at=said)
     assert still.trials.matured("e", "at once") == [
-        Matured(1, "u1", 0, "control", 0.99, at, 0, False, values=Values(1, 1.0, 1.0, 1.0)),
-        Matured(2, "u2", 0, "cot", 0.01, at, 2, False, values=Values(1, 1.0, 1.0, 1.0)),
+        Matured(1, "u1", 0, "control", 0.99, at, 0, False, values=Values(1, 1.0, 1.0, 1.0, said)),
+        Matured(2, "u2", 0, "cot", 0.01, at, 2, False, values=Values(1, 1.0, 1.0, 1.0, said)),
     ]
 
 
@@ -235,7 +236,7 @@ def test_a_unit_that_moves_up_is_counted_in_its_new_stage_and_keeps_its_number(s
     expose(still, "u1", "cot", 1)
     expose(still, "u1", "cot", 1)
     expose(still, "u2", "cot", 1)
-    assert still.trials.counts("e") == [Arm(0, "control", 0, 1, 1, 0), Arm(1, "cot", 0, 2, 1, 0)]
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 1, 1, 0), Arm(1, "cot", 0, 2, 1, 0, entered=1)]
     assert still.trials.tally("e") == Tally(2)
     assert [still.trials.seen("e", unit) for unit in ("u1", "u2", "u3")] == ["cot", "cot", None]
     clock.advance(200.0)
@@ -244,6 +245,30 @@ def test_a_unit_that_moves_up_is_counted_in_its_new_stage_and_keeps_its_number(s
         (1, "control", 0, False),
         (2, "cot", 1, False),
     ]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one by one"])
+def test_a_unit_enters_an_arm_once_however_many_stages_it_is_seen_in(still: Store, together: bool) -> None:
+    made(still)
+    for stage, arm in [(0, "control"), (1, "cot"), (2, "cot"), (3, "cot")]:
+        for unit in ("u1", "u2"):
+            expose(still, unit, arm if unit == "u1" else "cot", stage)
+            if not together:
+                still.flush(10)
+    counts = still.trials.counts("e")
+    assert {(each.stage, each.arm): each.entered for each in counts if each.entered} == {(1, "cot"): 1}
+    assert sum(each.first + each.entered for each in counts if each.arm == "cot") == 2
+
+
+def test_a_call_that_another_arm_answered_is_none_of_the_units_first_one(still: Store, clock: FakeClock) -> None:
+    made(still, windows={None: 0.0})
+    expose(still, "u1")
+    expose(still, "u1", "cot", 1)
+    call(still, "u1", arm="cot", failed=True)
+    assert still.trials.matured("e", None) == []
+    call(still, "u1", arm="control")
+    (found,) = still.trials.matured("e", None)
+    assert found.calls == Calls(1)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one by one"])
@@ -261,7 +286,7 @@ def test_a_second_arm_within_a_stage_is_counted_once_and_overwrites_nothing(
     expose(still, "u2", "cot", 1)
     expose(still, "u2", "control", 1)
     assert still.trials.tally("e") == Tally(3, mixed=3)
-    assert still.trials.counts("e") == [Arm(0, "control", 0, 2, 2, 1), Arm(1, "cot", 0, 3, 1, 2)]
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 2, 2, 1), Arm(1, "cot", 0, 3, 1, 2, entered=2)]
     clock.advance(200.0)
     found = still.trials.matured("e", "resolved")
     assert [(each.unit, each.arm, each.mixed) for each in found] == [
@@ -379,7 +404,8 @@ def test_units_are_told_in_order_of_exposure_once_their_window_is_over(still: St
     for number in range(5):
         expose(still, f"u{number}")
         clock.advance(10.0)
-    outcome(still, "u4", 1.0)
+    said = still.trials.now()
+    outcome(still, "u4", 1.0, at=said)
     clock.advance(59.0)
     assert still.trials.matured("e", "resolved") == []
     clock.advance(1.0)
@@ -392,7 +418,7 @@ def test_units_are_told_in_order_of_exposure_once_their_window_is_over(still: St
     assert numbers(still.trials.matured("e", "resolved", after=4)) == [5]
     assert numbers(still.trials.matured("e", "resolved", most=2)) == [1, 2]
     assert still.trials.matured("e", "resolved", after=5) == []
-    assert still.trials.matured("e", "resolved")[4].values == Values(1, 1.0, 1.0, 1.0)
+    assert still.trials.matured("e", "resolved")[4].values == Values(1, 1.0, 1.0, 1.0, said)
     assert still.trials.matured("e", "resolved")[0].values == Values()
     assert still.trials.matured("e", "resolved")[0].values.mean is None
 
@@ -409,7 +435,7 @@ def test_values_of_a_unit_gather_by_what_they_are_of(still: Store, clock: FakeCl
     outcome(still, "u1", 5.0, at=at + 40)
     clock.advance(200.0)
     (found,) = still.trials.matured("e", "resolved")
-    assert found.values == Values(3, 9.0, 1.0, 5.0)
+    assert found.values == Values(3, 9.0, 1.0, 5.0, at + 10)
     assert found.values.mean == 3.0
 
 

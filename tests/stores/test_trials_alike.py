@@ -32,7 +32,10 @@ step = st.one_of(
         st.just("expose"), unit, st.integers(0, 2), st.sampled_from("abc"), st.sampled_from([0.5, 1.0]),
         st.integers(0, 1),
     ),
-    st.tuples(st.just("call"), unit, ago, st.booleans(), st.sampled_from([None, 0.5, 2.0]), st.sampled_from([None, 3])),
+    st.tuples(
+        st.just("call"), unit, ago, st.booleans(), st.sampled_from([None, 0.5, 2.0]), st.sampled_from([None, 3]),
+        st.sampled_from([None, "a", "b"]),
+    ),
     st.tuples(
         st.just("outcome"), unit, ago, st.sampled_from(["now", "later", "none"]), st.sampled_from([1.0, 2.5]),
         st.sampled_from([None, "x", "y"]),
@@ -110,8 +113,8 @@ def _do(store: Store, name: str, kind: str, rest: list[Any]) -> Any:
         who, stage, arm, propensity, full = rest
         return trials.expose(Exposure(name, who, stage, arm, propensity, now, full))
     if kind == "call":
-        who, before, failed, latency, nano = rest
-        return trials.call(Call(name, who, now - before, failed=failed, latency=latency, list_nano=nano))
+        who, before, failed, latency, nano, arm = rest
+        return trials.call(Call(name, who, now - before, failed=failed, latency=latency, list_nano=nano, arm=arm))
     if kind == "underway":
         who, before, seconds = rest
         return trials.underway(Underway(name, who, now - before, seconds))

@@ -71,7 +71,7 @@ def arms_of(row: list[bytes]) -> list[Arm]:
     for field, count in zip(row[::2], row[1::2], strict=True):
         what, stage, full, arm = field.split(b" ", 3)
         sums.setdefault((int(stage), named(arm), int(full)), {})[what] = int(count)
-    return [Arm(*key, *(each.get(what, 0) for what in (b"u", b"f", b"m"))) for key, each in sorted(sums.items())]
+    return [Arm(*key, *(each.get(what, 0) for what in (b"u", b"f", b"m", b"e"))) for key, each in sorted(sums.items())]
 
 
 def tally_of(row: list[Any], dropped: int) -> Tally:

@@ -8,7 +8,7 @@ units it has, and for each metric its window (`window <metric>`) and up to which
     :units    hash: number -> "at stage full propensity arm unit", of the first exposure (names as in keys)
     :later    hash: number -> "stage full arm" a line, of later stages
     :mixed    hash: number -> 1 where it is to be left out, else 0, of units that saw two arms within a stage
-    :arms     hash: "u|f|m stage full arm" -> units, units seen first there, mixed ones
+    :arms     hash: "u|f|m|e stage full arm" -> units, units seen first there, mixed ones, those of other arms
     :calls    hash: number -> "calls failed fell_back nano//1e9 nano%1e9 timed latency unpriced", then the first one's
     :values   hash: "metric number id" -> "value at"
     :ids      sorted set of the fields of `:values`, in the order of metric and number

@@ -41,17 +41,19 @@ function(key, args)
       return count('f', slot)
     end
     local had, was_full = found.arm, found.full
-    local later = ''
+    local later, been = '', found.arm == arm
     if stage ~= found.stage then
       had, later = nil, call('HGET', key .. ':later', found.number) or ''
       for each, its_full, its_arm in string.gmatch(later, '(%S+) (%S+) (%S*)\n') do
         if each == stage then had, was_full = its_arm, its_full end
+        been = been or its_arm == arm
       end
     end
     if not had then
       if chance == '0' then return end
       call('HSET', key .. ':later', found.number, later .. slot .. '\n')
       count('u', slot)
+      if not been then count('e', slot) end
     elseif had ~= arm and call('HEXISTS', key .. ':mixed', found.number) == 0 then
       local told = tonumber(call('HGET', key, 'read') or '0')
       call('HSET', key .. ':mixed', found.number, tonumber(found.number) > told and '1' or '0')
@@ -66,9 +68,9 @@ function(key, args)
     return at <= found.at + window(metric)
   end
 
-  local function called(name, at, failed, fell, high, low, timed, latency, unpriced)
+  local function called(name, at, failed, fell, high, low, timed, latency, unpriced, arm)
     local found = unit(name)
-    if not (found and window('*')) then return end
+    if not (found and window('*')) or (arm ~= '' and arm ~= found.arm) then return end
     local kept = call('HGET', key .. ':calls', found.number)
     if not takes(found, '*', tonumber(at), kept) then return lose('late') end
     local first = failed .. ' ' .. fell .. ' ' .. high .. ' ' .. low .. ' ' .. timed .. ' ' .. latency .. ' ' .. unpriced
@@ -120,8 +122,8 @@ function(key, args)
       i = i + 7
     elseif kind == 'c' then
       called(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6], args[i + 7], args[i + 8],
-        args[i + 9])
-      i = i + 10
+        args[i + 9], args[i + 10])
+      i = i + 11
     elseif kind == 'w' then
       goes_on(args[i + 1], args[i + 2])
       i = i + 3

@@ -64,7 +64,8 @@ TABLES: Final = (
     """
     CREATE TABLE IF NOT EXISTS trial_arms (
         trial INTEGER, stage INTEGER, arm TEXT, filled INTEGER, units INTEGER NOT NULL, first INTEGER NOT NULL,
-        mixed INTEGER NOT NULL, PRIMARY KEY (trial, stage, arm, filled)) WITHOUT ROWID
+        mixed INTEGER NOT NULL, entered INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (trial, stage, arm, filled)) WITHOUT ROWID
     """,
     """
     CREATE TABLE IF NOT EXISTS trial_read (
@@ -86,7 +87,11 @@ TABLES: Final = (
     """,
 )
 
-LATER: Final = {"trials": ("early", "unpriced"), "trial_calls": ("unpriced", "first_unpriced")}
+LATER: Final = {
+    "trials": ("early", "unpriced"),
+    "trial_calls": ("unpriced", "first_unpriced"),
+    "trial_arms": ("entered",),
+}
 """Numbers that files of earlier releases have not, by table."""
 
 PARTS: Final = {
@@ -171,7 +176,7 @@ def id_of(connection: sqlite3.Connection, ns: int, name: str) -> int:
 
 def read_arms(connection: sqlite3.Connection, trial: int) -> list[Arm]:
     """Units by stage and arm."""
-    sql = "SELECT stage, arm, filled, units, first, mixed FROM trial_arms WHERE trial = ?"
+    sql = "SELECT stage, arm, filled, units, first, mixed, entered FROM trial_arms WHERE trial = ?"
     return sorted(Arm(stage, name_of(arm), *rest) for stage, arm, *rest in connection.execute(sql, (trial,)))
 
 

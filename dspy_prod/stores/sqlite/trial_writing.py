@@ -44,9 +44,9 @@ _PUT_VALUES: Final = Inserting(
 )
 _PUT_ARMS: Final = Inserting(
     "trial_arms",
-    ("trial", "stage", "arm", "filled", "units", "first", "mixed"),
-    " ON CONFLICT (trial, stage, arm, filled) DO UPDATE SET "
-    "units = units + excluded.units, first = first + excluded.first, mixed = mixed + excluded.mixed",
+    ("trial", "stage", "arm", "filled", "units", "first", "mixed", "entered"),
+    " ON CONFLICT (trial, stage, arm, filled) DO UPDATE SET units = units + excluded.units, "
+    "first = first + excluded.first, mixed = mixed + excluded.mixed, entered = entered + excluded.entered",
 )
 _PUT_UNDERWAY: Final = Inserting(
     "trial_underway",
@@ -207,23 +207,28 @@ class _Batch:
             self._last += 1
             at = min(exposure.at, self._now)
             self._units[name] = _Unit(self._last, stage, arm, filled, at, False, exposure.propensity, fresh=True)
-            self._count(stage, arm, filled, 1, 1, 0)
+            self._count(stage, arm, filled, 1, 1)
             return
         known = (unit.arm, unit.filled) if stage == unit.stage else self._later.get((unit.number, stage))
         if known is None and chance:
+            self._count(stage, arm, filled, units=1, entered=self._enters(unit, arm))
             self._later[unit.number, stage] = (arm, filled)
             self._new_later.append((self._id, unit.number, stage, arm, filled))
-            self._count(stage, arm, filled, 1, 0, 0)
         elif known is not None and known[0] != arm and not unit.mixed:
             unit.mixed = True
             unit.left_out = unit.number > max(self._marks.values(), default=0)
-            self._count(stage, *known, 0, 0, 1)
+            self._count(stage, *known, mixed=1)
             if not unit.fresh:
                 self._connection.execute(_MIX, (unit.left_out, self._id, unit.number))
 
+    def _enters(self, unit: _Unit, arm: str) -> bool:
+        """Whether it was in other arms only."""
+        later = [each for (number, _), (each, _) in self._later.items() if number == unit.number]
+        return arm not in (unit.arm, *later)
+
     def _call(self, call: Call) -> None:
         unit, window = self._units.get(joined(call.unit)), self._trial.windows.get(None)
-        if unit is None or window is None:
+        if unit is None or window is None or (call.arm is not None and joined(call.arm) != unit.arm):
             return
         number, read = unit.number, self._marks.get(joined(None), 0)
         if not self._trial.takes(number, read, unit.at, call.at, window, number in self._called):
@@ -259,11 +264,14 @@ class _Batch:
             self._valued.add((metric, unit.number))
         self._values[metric, unit.number, joined(outcome.id)] = (float(outcome.value), outcome.at)
 
-    def _count(self, stage: int, arm: str, filled: int, units: int, first: int, mixed: int) -> None:
-        sums = self._arms.setdefault((stage, arm, filled), [0, 0, 0])
+    def _count(
+        self, stage: int, arm: str, filled: int, units: int = 0, first: int = 0, mixed: int = 0, entered: bool = False
+    ) -> None:
+        sums = self._arms.setdefault((stage, arm, filled), [0, 0, 0, 0])
         sums[0] += units
         sums[1] += first
         sums[2] += mixed
+        sums[3] += entered
 
     # -- writing -----------------------------------------------------------------------------------------------------
     def _put(self) -> None:
