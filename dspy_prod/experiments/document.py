@@ -94,6 +94,8 @@ def _sections(card: Facts) -> Iterator[str]:
         )
         metrics = "".join(_metric(card, name, each) for each in candidate.metrics)
         yield f'<div class="grid">{metrics}</div>'
+    if card.calls:
+        yield _table(pages.calls(card))
     if card.stages:
         yield _table(pages.users(card))
     if card.audit:

@@ -56,7 +56,8 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         metrics: what they are compared by, beside the guardrails that calls tell by themselves: `error_rate`,
             `fallback_rate`, `cost` and `latency`, of which one of the same name takes the place.
         judges: by metric, who scores a sample of the answers for it, see `Judge`.
-        guardrails: others in place of those four; `()` for none.
+        guardrails: others in place of those four, which go by each user's first call, such as
+            `[dspy_prod.guardrails.error_rate(window="1d")]`; `()` for none.
         rollout: stages in which candidates get more and more of the traffic. Without one the experiment runs at once,
             by `weights`.
         unit: whose variant stays the same: `"user"`, `"session"` or `"tenant"`.

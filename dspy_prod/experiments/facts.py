@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from dspy_prod.experiments.decisions import CandidateDecision, MetricEvidence, Verdict
+from dspy_prod.experiments.ending import unseen
 from dspy_prod.experiments.history import Look
 from dspy_prod.options.metrics import Metric
+from dspy_prod.stores.trials import Ended
 
 RATIO_ALARM: Final = 100.0
 """The e-value at which the sample ratio is off."""
@@ -65,6 +67,9 @@ class Facts:
         early: outcomes that are dated before their user's exposure; they do not count.
         unpriced: calls of which nobody knows the price, such as cached answers of an earlier release; they do not
             count for costs.
+        repeated: calls that count for no guardrail, such as a user's next ones where the first one counts.
+        calls: how all calls ended, by the variant that answered: `calls`, `failed`, `fell_back`, `abandoned` (whoever
+            called left before it had ended). They decide nothing.
         unkept: exposures for which the store had no room.
         serves: the variant that everybody gets, once it is decided or stopped.
         sample_ratio: e-value of "users do not arrive in the declared shares"; the alarm is raised at 100.
@@ -103,6 +108,8 @@ class Facts:
     waiting: Mapping[str, Waited] = field(default_factory=dict)
     unwritten: str | None = None
     url: str | None = None
+    repeated: int = 0
+    calls: Mapping[str, Ended] = field(default_factory=dict)
 
     @property
     def control(self) -> str:
@@ -134,6 +141,8 @@ def _warnings(card: Facts) -> Iterator[str]:
             f"users {'do' if raised else 'may'} not arrive in the declared shares: e-value {card.sample_ratio:.3g}, "
             f"the alarm is at {RATIO_ALARM:.0f}"
         )
+    control = card.calls.get(card.control, Ended(card.control))
+    yield from unseen(control, card.calls, card.candidates, card.metric)
     if card.crossed:
         yield f"{card.crossed:,} users were seen in two variants within one stage; they count for nothing"
     if card.late:

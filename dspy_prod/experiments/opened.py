@@ -125,6 +125,7 @@ class Opened:
             metrics=self.metrics, stages=[stage_of(self.rollout, place) for place in range(len(self.design.shares))],
             audit=self.trials.decisions(self.name), history=self.controller.history(),
             waiting=self.trials.waiting(self.name), unwritten=None if unwritten is None else str(unwritten),
+            calls=self.trials.ended(self.name),
         )  # fmt: skip
 
     def page(self) -> str:

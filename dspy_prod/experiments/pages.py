@@ -48,6 +48,7 @@ def page(card: Facts, *, pictures: bool = False) -> Page:
             parts.append(Picture(png(drawn(card)), f"The differences of {card.name} and how they grew", 1000))
         except ConfigError:
             pass  # matplotlib is not installed: the tables say it all
+    parts += [calls(card)] if card.calls else []
     parts += [users(card)] if len(card.stages) > 1 else []
     parts += [audit(card, MOST_EVENTS)] if card.audit else []
     return Page(*parts)
@@ -80,6 +81,19 @@ def users(card: Facts) -> Table:
         "Users by stage", ("stage", *card.users), rows, "Each where it was seen first.", len(card.users),
         [("all", *card.users.values())] if len(rows) > 1 else (),
     )  # fmt: skip
+
+
+def calls(card: Facts) -> Table:
+    """How all calls ended, by variant."""
+    rows = [
+        (each.arm, f"{each.calls:,}", *(f"{100 * count / each.calls:.1f} %" for count in each[2:]))
+        for each in (card.calls[name] for name in card.users if name in card.calls)
+    ]
+    note = (
+        "Of users of the experiment, also those calls that count for no guardrail. Abandoned: whoever called left "
+        "before it had ended. They decide nothing."
+    )
+    return Table("All calls", ("answered by", "calls", "failed", "fallback", "abandoned"), rows, note, 4)
 
 
 def audit(card: Facts, most: int | None = None) -> Table:

@@ -15,7 +15,7 @@ from dspy_prod.experiments.facts import Event, Facts, StageUsers, Waited
 from dspy_prod.experiments.history import Look
 from dspy_prod.experiments.variants_in_mlflow import address, tracked
 from dspy_prod.options.metrics import Metric
-from dspy_prod.stores.trials import Arm, Tally, Trial, Waiting
+from dspy_prod.stores.trials import Arm, Ended, Tally, Trial, Waiting
 from dspy_prod.stores.trials import Decision as Line
 from dspy_prod.views import Shown
 from dspy_prod.views.frames import frame
@@ -54,6 +54,7 @@ class Scorecard(Shown, Facts):
         told["candidates"] = {name: asdict(each) for name, each in self.candidates.items()}
         told["stages"], told["audit"] = ([asdict(each) for each in one] for one in (self.stages, self.audit))
         told["waiting"] = {name: asdict(each) for name, each in self.waiting.items()}
+        told["calls"] = {name: each._asdict() for name, each in self.calls.items()}
         told["history"] = [each._asdict() for each in self.history]
         told["warnings"] = self.warnings
         plain: dict[str, Any] = _plain(told)
@@ -150,7 +151,7 @@ def scorecard(
     trial: Trial, stage: str, decision: Decision, counts: Sequence[Arm], tally: Tally, variants: Sequence[str],
     serves: str | None, dropped: Sequence[str], *, metrics: Sequence[Metric] = (), stages: Sequence[str] = (),
     audit: Sequence[Line] = (), history: Sequence[Look] = (), waiting: Mapping[str | None, Waiting] | None = None,
-    unwritten: str | None = None,
+    unwritten: str | None = None, calls: Sequence[Ended] = (),
 ) -> Scorecard:  # fmt: skip
     """Put together what is known.
 
@@ -158,7 +159,7 @@ def scorecard(
         trial: as the store has it. stage: in words. decision: of the look. counts, tally: of its units.
         variants: control first. serves, dropped: as in the declaration. metrics: as declared.
         stages: all of them, in words. audit: what was decided. history: how the evidence grew.
-        waiting: as the store has it. unwritten: why the store cannot be written.
+        waiting: as the store has it. unwritten: why the store cannot be written. calls: how all of them ended.
     """
     users, got = dict.fromkeys(variants, 0), dict.fromkeys(variants, 0)
     by_stage = {place: dict.fromkeys(variants, 0) for place in sorted({each.stage for each in counts})}
@@ -173,6 +174,7 @@ def scorecard(
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
         hurt=sum(got[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
         unkept=tally.unkept, early=tally.early, unpriced=tally.unpriced, unwritten=unwritten,
+        repeated=tally.repeated, calls={each.arm: each for each in calls},
         serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
         stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),
         audit=tuple([Event(each.at, each.what, each.by, _reason(each)) for each in audit]), history=tuple(history),

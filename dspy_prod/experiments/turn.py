@@ -130,6 +130,6 @@ class Turn:
         trials.call(
             Call(
                 place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency,
-                place.variant,
+                place.variant, not self._ended,
             )
         )  # fmt: skip

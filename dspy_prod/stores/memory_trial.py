@@ -11,6 +11,7 @@ from dspy_prod.stores.trial_terms import (
     Calls,
     Checkpoint,
     Decision,
+    Ended,
     Matured,
     Trial,
     Values,
@@ -80,6 +81,7 @@ class MemoryTrial:
         sums: [units, first, mixed, entered] by stage, arm and `full`.
         read: for each metric (None: calls), up to which number it was told.
         calling: until when units are waited for whose calls go on, by number.
+        endings: how calls ended, by arm.
         values: how many there are.
     """
 
@@ -90,7 +92,9 @@ class MemoryTrial:
         self.sums: dict[tuple[int, str, int], list[int]] = {}
         self.read: dict[str | None, int] = {}
         self.calling: dict[int, float] = {}
-        self.mixed = self.late = self.stray = self.unkept = self.early = self.unpriced = self.values = 0
+        self.mixed = self.late = self.stray = self.unkept = self.early = self.unpriced = self.repeated = 0
+        self.values = 0
+        self.endings: dict[str, Ended] = {}
         self.checkpoint: Checkpoint | None = None
         self.decisions: list[Decision] = []
         self._room = room
@@ -136,7 +140,12 @@ class MemoryTrial:
         if number is None or window is None:
             return
         unit, read = self.units[number - 1], self.read.get(None, 0)
-        if call.arm not in (None, unit.arm):
+        if call.arm is not None:
+            _, *sums = self.endings.get(call.arm, Ended(call.arm))
+            ends = 1, call.failed, call.fell_back, call.abandoned
+            self.endings[call.arm] = Ended(call.arm, *map(sum, zip(sums, ends, strict=True)))
+        if self.trial.repeats(call, unit.arm, unit.at, window, bool(unit.calls.calls)):
+            self.repeated += 1
             return
         if not self.trial.takes(number, read, unit.at, call.at, window, bool(unit.calls.calls)):
             self.late += 1
@@ -195,6 +204,10 @@ class MemoryTrial:
     def arms(self) -> list[Arm]:
         """See `Trials.counts`."""
         return [Arm(*key, *sums) for key, sums in sorted(self.sums.items())]
+
+    def ended(self) -> list[Ended]:
+        """See `Trials.ended`."""
+        return sorted(self.endings.values())
 
     def matured(self, metric: str | None, after: int, most: int, now: float) -> list[Matured]:
         """See `Trials.matured`."""

@@ -39,6 +39,7 @@ class Call(NamedTuple):
         list_nano: what it would have cost without caches, in nano-USD; None when that is not known.
         latency: seconds; None where it tells nothing (a cached answer).
         arm: what answered; a call of another arm than the unit's first one is none of its. None: of that arm.
+        abandoned: whoever called left before it had ended.
     """
 
     trial: str
@@ -49,6 +50,7 @@ class Call(NamedTuple):
     list_nano: int | None = 0
     latency: float | None = None
     arm: str | None = None
+    abandoned: bool = False
 
 
 class Outcome(NamedTuple):

@@ -78,6 +78,10 @@ class Trial(NamedTuple):
         """
         return number > read and (at <= exposed_at + window if window else not has)
 
+    def repeats(self, call: Call, arm: str, exposed_at: float, window: float, has: bool) -> bool:
+        """Whether a call is none of what counts of a unit of this first arm, so that it cannot be late."""
+        return call.arm not in (None, arm) or (call.at > exposed_at + window if window else has)
+
     def changed(self, now: float, state: str | None, stage: int | None, declaration: str | None) -> Trial:
         """The same after a change; None leaves a part as it is."""
         new = self._replace(
@@ -194,12 +198,14 @@ class Tally(NamedTuple):
     Attributes:
         units: order numbers given, which is the number of units exposed.
         mixed: units that saw two arms within one stage.
-        late: calls and values that came after their window, or after it was read.
+        late: calls and values that came after their window was read, and values of after their window.
         stray: values of units without an exposure, and of metrics that were not declared. Calls of such units are no
             mistake: once a candidate is full, newcomers get control without being exposed.
         unkept: exposures for which there was no room.
         early: values that are dated before the exposure of their unit.
         unpriced: calls that count, but for what they cost, which is not known.
+        repeated: calls that are none of what counts of their unit: after its first one where there is no window, after
+            the window, or answered by another arm. They are in `Trials.ended`.
     """
 
     units: int = 0
@@ -209,6 +215,21 @@ class Tally(NamedTuple):
     unkept: int = 0
     early: int = 0
     unpriced: int = 0
+    repeated: int = 0
+
+
+class Ended(NamedTuple):
+    """How all calls of units ended that an arm has answered, whatever counts for the units themselves.
+
+    Attributes:
+        arm: which. calls: how many. failed, fell_back, abandoned: so many of them did, or were.
+    """
+
+    arm: str
+    calls: int = 0
+    failed: int = 0
+    fell_back: int = 0
+    abandoned: int = 0
 
 
 class Waiting(NamedTuple):

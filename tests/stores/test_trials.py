@@ -17,6 +17,7 @@ from dspy_prod.stores.trials import (
     Arm,
     Calls,
     Decision,
+    Ended,
     Lease,
     Matured,
     Progress,
@@ -454,7 +455,7 @@ def test_what_comes_after_the_window_or_after_it_was_told_is_late(still: Store, 
     outcome(still, "u1", 0.0, id="in", at=at + 99.0)
     call(still, "u1", at=at + 99.0)
     assert still.trials.matured("e", "resolved") == [told]
-    assert still.trials.tally("e") == Tally(1, late=4)
+    assert still.trials.tally("e") == Tally(1, late=3, repeated=1)
     assert still.trials.matured("e", None)[0].calls.calls == 1, "nobody was told of its calls yet"
 
 
@@ -499,10 +500,10 @@ def test_calls_are_summed_within_their_window_and_the_first_is_known(still: Stor
     assert one.calls == Calls(4, 1, 1, 16, 2, 3.0)
     assert one.first_call == Calls(1, 1, 0, 10, 1, 2.0)
     assert (other.calls, other.first_call) == (Calls(), Calls())
-    assert still.trials.tally("e").late == 1
+    assert still.trials.tally("e") == Tally(2, repeated=1)
 
 
-def test_without_a_window_the_first_call_alone_counts(still: Store) -> None:
+def test_without_a_window_the_first_call_alone_counts(still: Store, clock: FakeClock) -> None:
     made(still, windows={None: 0.0})
     expose(still, "u1")
     call(still, "u1", list_nano=7)
@@ -511,7 +512,35 @@ def test_without_a_window_the_first_call_alone_counts(still: Store) -> None:
     call(still, "u1", list_nano=1)
     (found,) = still.trials.matured("e", None)
     assert found.calls == found.first_call == Calls(1, 0, 0, 7)
-    assert still.trials.tally("e").late == 2
+    call(still, "u1", list_nano=1)
+    assert still.trials.tally("e") == Tally(1, repeated=3), "a user's next calls are no outcomes that came late"
+    expose(still, "u2")
+    clock.advance(20.0)
+    assert len(still.trials.matured("e", None)) == 2
+    call(still, "u2")
+    assert still.trials.tally("e") == Tally(2, late=1, repeated=3), "it was counted as one that never ended"
+
+
+@pytest.mark.parametrize("window", [0.0, 100.0])
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one by one"])
+def test_it_is_known_how_all_calls_ended_by_what_answered_them(still: Store, window: float, together: bool) -> None:
+    made(still, windows={None: window})
+    expose(still, "u1")
+    expose(still, "u1", "cot", 1)
+    for ends in (
+        {"arm": "control"}, {"arm": "control", "fell_back": True}, {"arm": "cot", "failed": True},
+        {"arm": "cot", "abandoned": True}, {"arm": "cot", "failed": True}, {},
+    ):  # fmt: skip
+        call(still, "u1", **ends)
+        if not together:
+            still.flush(10)
+    call(still, "nobody", arm="cot")
+    assert still.trials.ended("e") == [Ended("control", 2, 0, 1, 0), Ended("cot", 3, 2, 0, 1)]
+    assert still.trials.ended("none") == []
+    assert still.trials.tally("e").late == 0
+    still.trials.remove("e")
+    made(still, windows={None: window})
+    assert still.trials.ended("e") == []
 
 
 def test_an_exposure_from_the_future_holds_nobody_up(still: Store, clock: FakeClock) -> None:

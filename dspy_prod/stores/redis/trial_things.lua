@@ -68,10 +68,18 @@ function(key, args)
     return at <= found.at + window(metric)
   end
 
-  local function called(name, at, failed, fell, high, low, timed, latency, unpriced, arm)
+  local function called(name, at, failed, fell, high, low, timed, latency, unpriced, arm, left)
     local found = unit(name)
-    if not (found and window('*')) or (arm ~= '' and arm ~= found.arm) then return end
+    if not (found and window('*')) then return end
+    if arm ~= '' then
+      for what, one in pairs({c = '1', f = failed, b = fell, a = left}) do
+        if one ~= '0' then call('HINCRBY', key .. ':ended', what .. ' ' .. arm, 1) end
+      end
+    end
     local kept = call('HGET', key .. ':calls', found.number)
+    local beyond = kept
+    if window('*') ~= 0 then beyond = tonumber(at) > found.at + window('*') end
+    if beyond or (arm ~= '' and arm ~= found.arm) then return lose('repeated') end
     if not takes(found, '*', tonumber(at), kept) then return lose('late') end
     local first = failed .. ' ' .. fell .. ' ' .. high .. ' ' .. low .. ' ' .. timed .. ' ' .. latency .. ' ' .. unpriced
     local sums = {1, failed, fell, high, low, timed, latency, unpriced}
@@ -122,8 +130,8 @@ function(key, args)
       i = i + 7
     elseif kind == 'c' then
       called(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6], args[i + 7], args[i + 8],
-        args[i + 9], args[i + 10])
-      i = i + 11
+        args[i + 9], args[i + 10], args[i + 11])
+      i = i + 12
     elseif kind == 'w' then
       goes_on(args[i + 1], args[i + 2])
       i = i + 3

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from dspy_prod.stores.keys import joined
 from dspy_prod.stores.sqlite.inserting import Inserting, each_of, portions
-from dspy_prod.stores.sqlite.trial_tables import find, last_number, read_marks
+from dspy_prod.stores.sqlite.trial_tables import find, last_number, name_of, read_marks
 from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     Calls,
@@ -48,6 +48,12 @@ _PUT_ARMS: Final = Inserting(
     " ON CONFLICT (trial, stage, arm, filled) DO UPDATE SET units = units + excluded.units, "
     "first = first + excluded.first, mixed = mixed + excluded.mixed, entered = entered + excluded.entered",
 )
+_PUT_ENDED: Final = Inserting(
+    "trial_ended",
+    ("trial", "arm", "calls", "failed", "fell_back", "abandoned"),
+    " ON CONFLICT (trial, arm) DO UPDATE SET calls = calls + excluded.calls, failed = failed + excluded.failed, "
+    "fell_back = fell_back + excluded.fell_back, abandoned = abandoned + excluded.abandoned",
+)
 _PUT_UNDERWAY: Final = Inserting(
     "trial_underway",
     ("trial", "number", "until"),
@@ -56,7 +62,8 @@ _PUT_UNDERWAY: Final = Inserting(
 _ENDED: Final = "DELETE FROM trial_underway WHERE trial = ? AND until < ?"
 _MIX: Final = "UPDATE trial_units SET mixed = 1, left_out = ? WHERE trial = ? AND number = ?"
 _LOSE: Final = (
-    "UPDATE trials SET late = late + ?, stray = stray + ?, early = early + ?, unpriced = unpriced + ? WHERE id = ?"
+    "UPDATE trials SET late = late + ?, stray = stray + ?, early = early + ?, unpriced = unpriced + ?, "
+    "repeated = repeated + ? WHERE id = ?"
 )
 _KNOWN: Final = "number, unit, stage, arm, filled, at, mixed, propensity"
 _DONE: Final = "SELECT batch FROM trial_writers WHERE owner = ?"
@@ -147,7 +154,8 @@ class _Batch:
         self._values: dict[tuple[str, int, str], tuple[float, float]] = {}
         self._valued: set[tuple[str, int]] = set()
         self._underway: dict[int, float] = {}
-        self._late = self._stray = self._early = self._unpriced = 0
+        self._ended: dict[str, list[int]] = {}
+        self._late = self._stray = self._early = self._unpriced = self._repeated = 0
 
     def write(self, things: list[Thing]) -> None:
         self._read(things)
@@ -228,10 +236,18 @@ class _Batch:
 
     def _call(self, call: Call) -> None:
         unit, window = self._units.get(joined(call.unit)), self._trial.windows.get(None)
-        if unit is None or window is None or (call.arm is not None and joined(call.arm) != unit.arm):
+        if unit is None or window is None:
+            return
+        if call.arm is not None:
+            sums = self._ended.setdefault(joined(call.arm), [0, 0, 0, 0])
+            for place, count in enumerate((1, call.failed, call.fell_back, call.abandoned)):
+                sums[place] += count
+        has = unit.number in self._called
+        if self._trial.repeats(call, name_of(unit.arm), unit.at, window, has):
+            self._repeated += 1
             return
         number, read = unit.number, self._marks.get(joined(None), 0)
-        if not self._trial.takes(number, read, unit.at, call.at, window, number in self._called):
+        if not self._trial.takes(number, read, unit.at, call.at, window, has):
             self._late += 1
             return
         one = Calls.of(call)
@@ -291,11 +307,13 @@ class _Batch:
         values = [(id, *key, *value) for key, value in self._values.items()]
         _PUT_VALUES.run(connection, values)
         _PUT_ARMS.run(connection, [(id, *key, *sums) for key, sums in self._arms.items()])
+        _PUT_ENDED.run(connection, [(id, arm, *sums) for arm, sums in self._ended.items()])
         if self._underway:
             connection.execute(_ENDED, (id, self._now))
             _PUT_UNDERWAY.run(connection, [(id, *each) for each in self._underway.items()])
-        if self._late or self._stray or self._early or self._unpriced:
-            connection.execute(_LOSE, (self._late, self._stray, self._early, self._unpriced, id))
+        lost = self._late, self._stray, self._early, self._unpriced, self._repeated
+        if any(lost):
+            connection.execute(_LOSE, (*lost, id))
 
 
 def _flags(unit: _Unit) -> tuple[int, int]:
