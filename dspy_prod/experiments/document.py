@@ -123,7 +123,8 @@ def _metric(card: Facts, candidate: str, found: MetricEvidence) -> str:
     amounts, shown = Wording(card.metric(found.metric)), found.interval
     looks = [each for each in card.history if (each.candidate, each.metric) == (candidate, found.metric)]
     margin = amounts.accepted()
-    told_more = " · ".join(filter(None, (found.role, amounts.unit, f"margin {margin}" if margin else "")))
+    nothing = "all 0 so far" if found.nothing else ""
+    told_more = " · ".join(filter(None, (found.role, amounts.unit, f"margin {margin}" if margin else "", nothing)))
     means = ""
     if shown is not None:
         between = amounts.range(shown.low, shown.high)

@@ -181,7 +181,7 @@ def _row(card: Facts, found: MetricEvidence) -> tuple[Cell, ...]:
         ),
         _difference(amounts, found),
         *(told.get(claim, Cell("", number=True)) for claim in ("better", "worse", "no worse")),
-        Cell(said, tone),
+        Cell(said, tone, ("all 0 so far" if found.nothing else None,)),
     )
 
 

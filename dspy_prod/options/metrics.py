@@ -178,7 +178,9 @@ def cost(margin: float = 0.10, **options: Any) -> Metric:
     """USD a call at list price: a cached answer counts for what it would have cost, since a new variant's cache is
     cold. Ten per cent more are acceptable by default.
 
-    Which calls count is as of `error_rate`: the first one, or with a window the mean of all within it.
+    Which calls count is as of `error_rate`: the first one, or with a window the mean of all within it. Where nothing
+    has cost anything in either variant, as of local models, that is no obstacle to a promotion once there are 149 users
+    of each.
 
     Example:
         >>> cost(margin=0.2).relative
