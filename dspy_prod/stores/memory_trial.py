@@ -174,7 +174,8 @@ class MemoryTrial:
         unit, read = self.units[number - 1], self.read.get(outcome.metric, 0)
         values = unit.valued(outcome.metric)
         fresh = outcome.id not in values
-        if not self.trial.takes(number, read, unit.at, outcome.at, window, bool(values)):
+        has = bool(values) and (fresh or outcome.id is None)
+        if not self.trial.takes(number, read, unit.at, outcome.at, window, has):
             self.late += 1
         elif is_early(outcome.at, unit.at, now):
             self.early += 1

@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
         value: what was measured.
         at: when.
         id: what it is the value of (a call, a trace, an answer): said again under the same id it is a correction, and
-            the last one holds; values of several ids are several. None: of the unit as a whole.
+            the last one before the unit is told holds; values of several ids are several. None: of the unit as a whole.
     """
 
     trial: str

@@ -37,8 +37,9 @@ class Trial(NamedTuple):
     Attributes:
         name: its name.
         declaration: what it is, as JSON; the store does not look into it.
-        windows: for each metric the seconds from the first exposure that count; 0: the first value alone counts, and
-            the unit is ready as soon as that is there. The window of calls has the name None.
+        windows: for each metric the seconds from the first exposure that count; 0: the first value alone counts (what
+            is said again under its id in time corrects it), and the unit is ready as soon as that is there. The window of
+            calls has the name None.
         grace: seconds after a window for which it is waited for what belongs into it; a unit of which nothing has come
             by then counts as one without a value.
         state: one of `STATES`.
@@ -74,7 +75,7 @@ class Trial(NamedTuple):
 
         Args:
             read: the number up to which units were told already.
-            has: there is something of the kind.
+            has: there is something of the kind, which this does not correct.
         """
         return number > read and (at <= exposed_at + window if window else not has)
 

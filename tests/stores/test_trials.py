@@ -484,6 +484,25 @@ def test_without_a_window_a_unit_is_ready_with_its_first_value_or_after_the_grac
     assert still.trials.tally("e").late == 2
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one by one"])
+def test_without_a_window_the_first_value_is_corrected_by_its_id_until_it_is_told(still: Store, together: bool) -> None:
+    made(still)
+    expose(still, "u1")
+    expose(still, "u2")
+    for id, value in [("a1", 1.0), ("a2", 3.0), ("a1", 0.0), (None, 5.0)]:
+        outcome(still, "u1", value, "at once", id=id)
+        if not together:
+            still.flush(10)
+    outcome(still, "u2", 1.0, "at once")
+    outcome(still, "u2", 0.0, "at once")
+    told = still.trials.matured("e", "at once")
+    assert [(each.values.size, each.values.total) for each in told] == [(1, 0.0), (1, 1.0)]
+    assert still.trials.tally("e") == Tally(2, late=3)
+    outcome(still, "u1", 1.0, "at once", id="a1")
+    assert still.trials.matured("e", "at once") == told, "what was told never changes"
+    assert still.trials.tally("e") == Tally(2, late=4)
+
+
 def test_calls_are_summed_within_their_window_and_the_first_is_known(still: Store, clock: FakeClock) -> None:
     made(still)
     expose(still, "u1")

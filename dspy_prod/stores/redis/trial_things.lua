@@ -97,12 +97,12 @@ function(key, args)
     local found = unit(name)
     if not (found and window(metric)) or value == '' then return lose('stray') end
     local first = metric .. ' ' .. string.format('%012d', found.number)
-    local has = window(metric) == 0 and
+    local field = first .. ' ' .. id
+    local fresh = call('HEXISTS', key .. ':values', field) == 0
+    local has = window(metric) == 0 and (fresh or id == '-') and
       #call('ZRANGEBYLEX', key .. ':ids', '[' .. first .. ' ', '(' .. first .. '!', 'LIMIT', 0, 1) > 0
     if not takes(found, metric, tonumber(at), has) then return lose('late') end
     if tonumber(at) < found.at - early and found.at <= now + early then return lose('early') end
-    local field = first .. ' ' .. id
-    local fresh = call('HEXISTS', key .. ':values', field) == 0
     if fresh then
       if tonumber(call('HGET', key, 'values') or '0') >= most_values then return lose('unkept') end
       call('HINCRBY', key, 'values', 1)

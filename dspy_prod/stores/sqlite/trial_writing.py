@@ -152,7 +152,7 @@ class _Batch:
         self._calls: dict[int, tuple[Calls, Calls]] = {}
         self._called: set[int] = set()
         self._values: dict[tuple[str, int, str], tuple[float, float]] = {}
-        self._valued: set[tuple[str, int]] = set()
+        self._valued: dict[tuple[str, int], str] = {}
         self._underway: dict[int, float] = {}
         self._ended: dict[str, list[int]] = {}
         self._late = self._stray = self._early = self._unpriced = self._repeated = 0
@@ -194,8 +194,8 @@ class _Batch:
             told = {
                 numbers.get(joined(one.unit)) for one in things if isinstance(one, Outcome) and one.metric == metric
             }
-            rows = self._each("trial_values", "number", "number", told - {None}, " AND metric = ?", key)
-            self._valued.update((key, number) for (number,) in rows)
+            rows = self._each("trial_values", "number, id", "number", told - {None}, " AND metric = ?", key)
+            self._valued.update({(key, number): id for number, id in rows})
 
     def _each(
         self, table: str, columns: str, column: str, values: Iterable[Any], more: str = "", *given: Any
@@ -268,8 +268,9 @@ class _Batch:
         if unit is None or window is None or not isfinite(outcome.value):
             self._stray += 1
             return
-        metric = joined(outcome.metric)
-        has = (metric, unit.number) in self._valued
+        metric, id = joined(outcome.metric), joined(outcome.id)
+        known = self._valued.get((metric, unit.number))
+        has = known is not None and (outcome.id is None or known != id)
         if not self._trial.takes(unit.number, self._marks.get(metric, 0), unit.at, outcome.at, window, has):
             self._late += 1
             return
@@ -277,8 +278,8 @@ class _Batch:
             self._early += 1
             return
         if window == 0:
-            self._valued.add((metric, unit.number))
-        self._values[metric, unit.number, joined(outcome.id)] = (float(outcome.value), outcome.at)
+            self._valued[metric, unit.number] = id
+        self._values[metric, unit.number, id] = (float(outcome.value), outcome.at)
 
     def _count(
         self, stage: int, arm: str, filled: int, units: int = 0, first: int = 0, mixed: int = 0, entered: bool = False
