@@ -108,6 +108,7 @@ def _verdict(card: Facts) -> str:
         ("state", pages.state(card)), ("since", pages.moment(card.since)),
         *((f"users of {name}", f"{count:,}") for name, count in card.users.items()),
         *((f"count so far in {names}", words) for names, words in pages.waits(card)),
+        *([("horizon", card.horizon)] if card.horizon is not None else []),
         ("users hurt", f"{card.hurt:,}"),
     ]  # fmt: skip
     listed = "".join(f"<div><dt>{_said(name)}</dt><dd>{_said(value)}</dd></div>" for name, value in facts)

@@ -77,6 +77,7 @@ class Facts:
         stages: users by stage. audit: what was decided, oldest first.
         history: how the evidence grew, a few points of each metric and candidate, oldest first.
         waiting: by metric, who was exposed and does not count yet, since its window, or its call, is not over.
+        horizon: when it pauses if it is still undecided, in words; None: never.
         unwritten: why the store cannot be written now, so that what happened since does not count yet; None: it can.
         url: MLflow's page that compares the winner, else the first candidate, with control: what is said of their
             traces, costs and latencies. None while tracking has told of none. Where MLflow is a database, it is the
@@ -108,6 +109,7 @@ class Facts:
     waiting: Mapping[str, Waited] = field(default_factory=dict)
     unwritten: str | None = None
     url: str | None = None
+    horizon: str | None = None
     repeated: int = 0
     calls: Mapping[str, Ended] = field(default_factory=dict)
 

@@ -143,6 +143,8 @@ def _outcome(card: Facts) -> Table:
         ("count so far" if not place else "", Cell(said, below=(names,)))
         for place, (names, said) in enumerate(waits(card))
     ]
+    if card.horizon is not None:
+        rows.append(("horizon", card.horizon))
     if card.hurt:
         rows.append(("users hurt", Cell(f"{card.hurt:,}", "bad", ("they got a candidate that was rolled back",))))
     if card.url is not None:

@@ -152,6 +152,7 @@ def scorecard(
     serves: str | None, dropped: Sequence[str], *, metrics: Sequence[Metric] = (), stages: Sequence[str] = (),
     audit: Sequence[Line] = (), history: Sequence[Look] = (), waiting: Mapping[str | None, Waiting] | None = None,
     unwritten: str | None = None, calls: Sequence[Ended] = (),
+    horizon: str | None = None,
 ) -> Scorecard:  # fmt: skip
     """Put together what is known.
 
@@ -160,6 +161,7 @@ def scorecard(
         variants: control first. serves, dropped: as in the declaration. metrics: as declared.
         stages: all of them, in words. audit: what was decided. history: how the evidence grew.
         waiting: as the store has it. unwritten: why the store cannot be written. calls: how all of them ended.
+        horizon: in words.
     """
     users, got = dict.fromkeys(variants, 0), dict.fromkeys(variants, 0)
     by_stage = {place: dict.fromkeys(variants, 0) for place in sorted({each.stage for each in counts})}
@@ -174,7 +176,7 @@ def scorecard(
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
         hurt=sum(got[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
         unkept=tally.unkept, early=tally.early, unpriced=tally.unpriced, unwritten=unwritten,
-        repeated=tally.repeated, calls={each.arm: each for each in calls},
+        horizon=horizon, repeated=tally.repeated, calls={each.arm: each for each in calls},
         serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
         stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),
         audit=tuple([Event(each.at, each.what, each.by, _reason(each)) for each in audit]), history=tuple(history),

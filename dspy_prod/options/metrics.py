@@ -13,7 +13,8 @@ from dspy_prod.options.base import Options, not_bool
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
-def _duration(value: Any) -> Any:
+def duration(value: Any) -> Any:
+    """Seconds, of a timedelta or of text such as `\"3d\"`; anything else as it is, a ValueError for what cannot be."""
     if isinstance(value, dt.timedelta):
         return value.total_seconds()
     if isinstance(value, bool):
@@ -29,7 +30,7 @@ def _duration(value: Any) -> Any:
 LARGEST: Final = 1e60
 """No value is larger: of what is, no sums and squares could be kept."""
 
-Window = Annotated[float, BeforeValidator(_duration), Field(ge=0, allow_inf_nan=False)]
+Window = Annotated[float, BeforeValidator(duration), Field(ge=0, allow_inf_nan=False)]
 _Positive = Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False)]
 
 

@@ -37,9 +37,9 @@ class Trial(NamedTuple):
     Attributes:
         name: its name.
         declaration: what it is, as JSON; the store does not look into it.
-        windows: for each metric the seconds from the first exposure that count; 0: the first value alone counts (what
-            is said again under its id in time corrects it), and the unit is ready as soon as that is there. The window of
-            calls has the name None.
+        windows: for each metric the seconds from the first exposure that count; 0: the first value alone counts, as it
+            is corrected under its id in time, and the unit is ready as soon as it is there. The window of calls has the
+            name None.
         grace: seconds after a window for which it is waited for what belongs into it; a unit of which nothing has come
             by then counts as one without a value.
         state: one of `STATES`.
