@@ -83,7 +83,7 @@ class Kept:
                 ((n, joined(None), float(n % 5 > 0), began) for n in numbers),
             )
             file.executemany(
-                "INSERT INTO trial_arms VALUES (1, 0, ?1, 0, ?2, ?2, 0) "
+                "INSERT INTO trial_arms VALUES (1, 0, ?1, 0, ?2, ?2, 0, 0) "
                 "ON CONFLICT DO UPDATE SET units = units + ?2, first = first + ?2",
                 [(arm, count // 2) for arm in arms],
             )

@@ -51,7 +51,7 @@ REFERENCE: Final[dict[str, str]] = {
 }
 """Title of a page → names of `dspy_prod`. A name that stands nowhere here is on the page `others`."""
 
-MODULES: Final = ("testing", "privacy", "asgi")
+MODULES: Final = ("testing", "privacy", "asgi", "guardrails")
 """Public modules besides those that `dspy_prod.__all__` names."""
 
 OPTIONS: Final = {"LM": {"inherited_members": ["breaker", "resume", "costs_report"]}}

@@ -63,6 +63,7 @@ __getattr__, __dir__ = door(
         "experiments.experiment": "Experiment",
         "experiments.judging": "Judge",
         "experiments.scorecard": "Scorecard",
+        "guardrails": "guardrails",
         "lm": "LM wrap",
         "lm.embedder": "Embedder",
         "metrics": "metrics",

@@ -40,9 +40,18 @@ GOOD: dict[str, Any] = {
         "one process, one thread, one by one": 10_500.0,
         "four processes, 256 in flight each": 24_000.0,
     },
-    "units": {"units": 1_000, "unit_us": 80.0, "unit_small_us": 60.0, "look_us": 350.0, "look_small_us": 340.0},
+    "units": {
+        "units": 1_000,
+        "unit_us": 80.0,
+        "unit_small_us": 60.0,
+        "look_us": 350.0,
+        "look_small_us": 340.0,
+        "one_us": 900.0,
+        "one_small_us": 900.0,
+    },
     "tracking": {"off_us": 500.0, "lean_us": 40.0, "autolog_us": 2_000.0},
     "tracking_tails": {f"{name}_{on}_ms": 5.0 for name in ("gone", "mute", "there") for on in ("on", "off")},
+    "tracking_experiments": {"gone_median_ratio": 1.0, "mute_median_ratio": 1.0},
     "tracking_exit": {"calls": 1_000, "found": 1_000, "seconds": 3.0},
 }
 """Figures of our own that reach every bar."""
@@ -174,6 +183,7 @@ def test_python_m_benchmarks_ends_with_1_where_a_bar_is_missed(
             (every.units, "measure", "units"),
             (every.tracking, "request_path", "tracking"),
             (every.tracking, "tails", "tracking_tails"),
+            (every.tracking, "experiments", "tracking_experiments"),
             (every.tracking, "at_exit", "tracking_exit"),
         ):
             monkeypatch.setattr(module, name, lambda found=figures[key], **_: found)

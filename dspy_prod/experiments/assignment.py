@@ -170,6 +170,10 @@ class Design:
         index = bisect_right(self._bounds, choice)
         return self._let_in(1 + index, stage, full, known, HASH)
 
+    def reaches(self, unit: str, stage: int) -> bool:
+        """Whether a stage's share reaches a unit: it gets a candidate in it, or would if that took new units."""
+        return self._place(unit.encode("utf-8", "surrogatepass"))[0] < self.shares[stage]
+
     def full(self, arms: Iterable[Arm], stage: int, most: int | None) -> int:
         """The candidates that take no new units in a stage, a bit for each, see `Assignment`.
 

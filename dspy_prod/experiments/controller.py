@@ -22,6 +22,7 @@ from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.feedback import Feedback
 from dspy_prod.experiments.history import Look
+from dspy_prod.experiments.horizon import REASON, Horizon, has_asked
 from dspy_prod.experiments.pairs import Pairs
 from dspy_prod.experiments.reading import Reading
 from dspy_prod.experiments.sample import Sample
@@ -50,6 +51,7 @@ class Controller:
         hold: whether a sample ratio that is off pauses the experiment; else everybody gets control.
         sample: whom judges look at; nobody else counts for their metrics.
         tracking_uri: the MLflow whose feedback counts while tracking is off; None: none does, then.
+        horizon: when it pauses if it is still undecided; None: never.
 
     Attributes:
         page: makes the scorecard as a page, which MLflow keeps when the experiment ends; None: no page.
@@ -68,10 +70,11 @@ class Controller:
         hold: bool = True,
         sample: Sample | None = None,
         tracking_uri: str | None = None,
+        horizon: Horizon | None = None,
     ) -> None:
         self.name = name
         self._trials, self._design, self._metrics, self.alpha = trials, design, tuple(metrics), alpha
-        self._rollout, self._aliases, self._hold = rollout, aliases, hold
+        self._rollout, self._aliases, self._hold, self._horizon = rollout, aliases, hold, horizon
         sample = sample or Sample("", {})
         self._reading = Reading(name, trials, design, self._metrics, alpha, rollout, sample)
         self._in_mlflow = VariantsInMlflow(name, trials, design.variants)
@@ -79,6 +82,7 @@ class Controller:
         self.over = False
         self.page: Callable[[], str] | None = None
         self._told: tuple[int, float] | None = None
+        self._asked = False
         self._declared: tuple[str, Declaration | None] = "", None
         self._after_fork()
         reset_after_fork(self)
@@ -202,6 +206,9 @@ class Controller:
                 back = replace(declaration, serves=control, dropped=gone)
                 return self._change(trial, "rollback", reason, decision, words.DECIDED, None, back)
             return self._change(trial, "drop", reason, decision, None, None, replace(declaration, dropped=gone))
+        if self._horizon is not None and self._is_over(self._horizon, trial, decision):
+            told = self._horizon.words(declaration.unit)
+            return self._change(trial, "pause", f"{REASON} ({told}): {decision.reason}", decision, words.PAUSED)
         after = self._next_stage(trial, declaration.dropped)
         if after is not None:
             return self._change(trial, "stage", f"stage {after} of the rollout", decision, None, after)
@@ -220,6 +227,15 @@ class Controller:
             self._told = trial.stage, trial.since
             self._emit("inconclusive", reason, trial, None, decision.verdict)
         return trial
+
+    def _is_over(self, horizon: Horizon, trial: Trial, decision: Decision) -> bool:
+        """Whether an undecided experiment has reached its horizon, and nobody was told yet."""
+        now = self._trials.now()
+        if self._asked or not horizon.may_be_reached(decision.units, trial.created, now):
+            return False
+        audit = self._trials.decisions(self.name)
+        self._asked = has_asked(audit)
+        return not self._asked and horizon.reached(decision.units, audit, now)
 
     def _decided(self, trial: Trial, what: str, serves: str, decision: Decision) -> Trial | None:
         declaration = replace(self._declaration(trial), serves=serves)

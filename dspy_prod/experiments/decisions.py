@@ -19,6 +19,11 @@ from dspy_prod.options.metrics import Metric
 
 Verdict = Literal["invalid", "rollback", "promote", "keep"]
 Status = Literal["better", "worse", "no_worse", "unclear", "void"]
+RARE: Final = 0.02
+"""Where no unit of either variant has had an amount yet, it is to be proven that fewer than this share ever have one:
+of nothing no margin can be a share."""
+MOST_COUNTED: Final = 10_000
+"""Units of which that is computed: no more are needed."""
 ANSWERS_ALPHA: Final = 0.01
 """A metric is found void for unequal shares of answers with this probability at most, where they are equal."""
 
@@ -31,10 +36,13 @@ class MetricEvidence:
         metric, role: of the metric.
         status: `"void"` when units of the two variants do not answer equally often, though only answers are counted;
             else what is proven: `"worse"` before `"better"` before `"no_worse"` (by the margin) before `"unclear"`.
-        better, worse, no_worse: e-values of the three claims, the largest so far; None where there is no such claim.
+        better, worse, no_worse: e-values of the three claims, the largest so far; None where there is no such claim. Of
+            amounts that were all 0 so far, in both variants, `no_worse` is that of "fewer than one unit in fifty has
+            any", which the first one that is not 0 takes back.
         better_at, worse_at, no_worse_at: e-values that prove them.
         control_units, candidate_units: units whose outcome counts.
         interval: of the difference, to look at; it decides nothing.
+        nothing: values are amounts, and all of both variants were 0 so far.
     """
 
     metric: str
@@ -49,6 +57,7 @@ class MetricEvidence:
     control_units: int
     candidate_units: int
     interval: Interval | None
+    nothing: bool = False
 
     @property
     def safe(self) -> bool:
@@ -101,14 +110,16 @@ class Decision:
 
 
 def weighed(
-    comparison: Comparison, alphas: Alphas, candidates: int, counts: tuple[int, int], shown: Interval | None
-) -> MetricEvidence:
+    comparison: Comparison, alphas: Alphas, candidates: int, counts: tuple[int, int], shown: Interval | None,
+    nothing: bool = False,
+) -> MetricEvidence:  # fmt: skip
     """What a comparison has proven.
 
     Args:
         comparison: of a candidate with control on a metric.
         alphas: what each claim needs. candidates: how many there are in all.
         counts: units of control and of the candidate. shown: the interval.
+        nothing: all amounts of both were 0 so far.
     """
     metric, better, no_worse = comparison.metric, comparison.better, comparison.no_worse
     better_at, no_worse_at, worse_at = 1 / alphas.better, 1 / alphas.no_worse, 1 / alphas.worse(metric)
@@ -117,6 +128,8 @@ def weighed(
     # A score that is better is no worse; of amounts "better" is about what is typical, a margin about the mean.
     implied = higher and not metric.relative and metric.tail is None
     proven = None if no_worse is None else max(no_worse.peak, no_worse_at) if implied else no_worse.peak
+    if nothing and proven is not None:
+        proven = max(proven, (1.0 - RARE) ** -min(*counts, MOST_COUNTED))
     if unequal >= 2 * candidates / ANSWERS_ALPHA:
         status: Status = "void"
     elif comparison.worse.peak >= worse_at:
@@ -130,6 +143,7 @@ def weighed(
         better=None if better is None else better.peak, worse=comparison.worse.peak, no_worse=proven,
         better_at=better_at, worse_at=worse_at, no_worse_at=no_worse_at,
         control_units=counts[0], candidate_units=counts[1], interval=shown,
+        nothing=nothing,
     )  # fmt: skip
 
 

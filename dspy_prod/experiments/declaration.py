@@ -36,6 +36,7 @@ class Declaration:
         alpha: how probable a wrong decision may be.
         judged: share of the units that a judge looks at, by metric.
         hold: whether a sample ratio that is off pauses it; else everybody gets control.
+        horizon: when it pauses if it is still undecided, see `Horizon.declared`; None: never.
         registry: the MLflow store with the versions; None without any, or where its address holds a password.
         serves: the variant that everybody gets once it is decided; None while units are assigned.
         dropped: candidates that were found worse than control while others go on: their units get control.
@@ -53,6 +54,7 @@ class Declaration:
     alpha: float = 0.05
     judged: Mapping[str, float] = field(default_factory=dict)
     hold: bool = True
+    horizon: Mapping[str, Any] | None = None
     registry: str | None = None
     pinned: Mapping[str, str] = field(default_factory=dict)
     serves: str | None = None
@@ -71,7 +73,10 @@ class Declaration:
 
     def to_json(self) -> str:
         """For the store. Variants keep their order, which says who is control and who gets which part of a share."""
-        return json.dumps(asdict(self))
+        said = asdict(self)
+        if self.horizon is None:
+            del said["horizon"]  # which earlier releases do not know
+        return json.dumps(said)
 
     @classmethod
     def from_json(cls, text: str) -> Declaration:
@@ -84,7 +89,7 @@ class Declaration:
         Raises:
             ConfigError: names what differs, and the remedy.
         """
-        mine, theirs = json.loads(self.to_json()), json.loads(stored.to_json())
+        mine, theirs = (json.loads(json.dumps(asdict(each))) for each in (self, stored))
         for each in (mine, theirs):
             each["variants"] = list(each["variants"].items())
         for key in mine:

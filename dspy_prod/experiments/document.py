@@ -94,6 +94,8 @@ def _sections(card: Facts) -> Iterator[str]:
         )
         metrics = "".join(_metric(card, name, each) for each in candidate.metrics)
         yield f'<div class="grid">{metrics}</div>'
+    if card.calls:
+        yield _table(pages.calls(card))
     if card.stages:
         yield _table(pages.users(card))
     if card.unseen is not None:
@@ -108,6 +110,7 @@ def _verdict(card: Facts) -> str:
         ("state", pages.state(card)), ("since", pages.moment(card.since)),
         *((f"users of {name}", f"{count:,}") for name, count in card.users.items()),
         *((f"count so far in {names}", words) for names, words in pages.waits(card)),
+        *([("horizon", card.horizon)] if card.horizon is not None else []),
         ("users hurt", f"{card.hurt:,}"),
     ]  # fmt: skip
     listed = "".join(f"<div><dt>{_said(name)}</dt><dd>{_said(value)}</dd></div>" for name, value in facts)
@@ -123,7 +126,8 @@ def _metric(card: Facts, candidate: str, found: MetricEvidence) -> str:
     amounts, shown = Wording(card.metric(found.metric)), found.interval
     looks = [each for each in card.history if (each.candidate, each.metric) == (candidate, found.metric)]
     margin = amounts.accepted()
-    told_more = " · ".join(filter(None, (found.role, amounts.unit, f"margin {margin}" if margin else "")))
+    nothing = "all 0 so far" if found.nothing else ""
+    told_more = " · ".join(filter(None, (found.role, amounts.unit, f"margin {margin}" if margin else "", nothing)))
     means = ""
     if shown is not None:
         between = amounts.range(shown.low, shown.high)

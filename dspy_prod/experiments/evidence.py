@@ -176,7 +176,15 @@ class Evidence:
         """What is known of a candidate on one metric."""
         comparison, shown = self._comparisons[candidate][metric], self.interval(metric, candidate)
         counts = self.units(metric, self.control), self.units(metric, candidate)
-        return weighed(comparison, self._alphas, len(self.candidates), counts, shown)
+        nothing = self._is_nothing(metric, self.control, candidate)
+        return weighed(comparison, self._alphas, len(self.candidates), counts, shown, nothing)
+
+    def _is_nothing(self, metric: str, *arms: str) -> bool:
+        """Whether a metric's values are amounts to be compared as a share, and all of these arms were 0 so far."""
+        if not self._by_name[metric].relative:
+            return False
+        found = [each[arm] for each in self._sums[metric].values() for arm in arms if arm in each]
+        return bool(found) and all(each.mean == 0.0 and each.squares == 0.0 for each in found)
 
     def units(self, metric: str, arm: str) -> int:
         """Of a variant, whose outcome counts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Literal
 
 import dspy
@@ -19,6 +20,7 @@ from dspy_prod.experiments.declaration import Declaration, registry_of
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.exposing import Exposing
 from dspy_prod.experiments.flights import Flights
+from dspy_prod.experiments.horizon import Horizon
 from dspy_prod.experiments.inside import Unit, Works
 from dspy_prod.experiments.judging import Judge, Judges, checked_judges
 from dspy_prod.experiments.opened import Opened
@@ -56,7 +58,8 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         metrics: what they are compared by, beside the guardrails that calls tell by themselves: `error_rate`,
             `fallback_rate`, `cost` and `latency`, of which one of the same name takes the place.
         judges: by metric, who scores a sample of the answers for it, see `Judge`.
-        guardrails: others in place of those four; `()` for none.
+        guardrails: others in place of those four, which go by each user's first call, such as
+            `[dspy_prod.guardrails.error_rate(window="1d")]`; `()` for none.
         rollout: stages in which candidates get more and more of the traffic. Without one the experiment runs at once,
             by `weights`.
         unit: whose variant stays the same: `"user"`, `"session"` or `"tenant"`.
@@ -65,6 +68,8 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         overrides: variants of units that are not left to chance, as `{"qa@acme": "cot"}`; they count for nothing.
         assign: decides who gets what elsewhere, with the declared weights: takes a unit, returns a variant's name.
         alpha: how probable a wrong decision may be, over all looks.
+        horizon: when an experiment that is still undecided pauses, once, for a person: after so many units (an int), or
+            so long after its start (`"30d"`, a timedelta, or seconds as a float). Default: never.
         on_sample_ratio: what happens when units do not arrive as they are assigned: `"hold"` pauses the experiment,
             `"rollback"` gives control to everybody.
         store: a URL as `LM(store=...)` takes it; the same for all who take part. namespace: as there.
@@ -108,6 +113,7 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         overrides: Mapping[str, str] | None = None,
         assign: Callable[[str], str] | None = None,
         alpha: float = 0.05,
+        horizon: int | float | str | timedelta | None = None,
         on_sample_ratio: Literal["hold", "rollback"] = "hold",
         store: str | Store | None = None,
         namespace: str | None = None,
@@ -127,6 +133,7 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
             raise ConfigError(f"{where}: on_sample_ratio={on_sample_ratio!r}: use 'hold' or 'rollback'")
         self.name = name
         self.metrics = measured(where, metrics, guardrails)
+        ends = Horizon.of(where, horizon)
         judging = checked_judges(where, judges, self.metrics)
         self._unit: Unit = unit
         self._tracking_uri = tracking_uri = unshown(tracking_uri)
@@ -142,7 +149,8 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
             rollout=None if rollout is None else rollout.model_dump(mode="json"), holdout=holdout,
             overrides=overrides, elsewhere=assign is not None, alpha=alpha,
             judged={metric: each.share for metric, each in judging.items()},
-            hold=on_sample_ratio == "hold", registry=registry_of(found, tracking_uri),
+            hold=on_sample_ratio == "hold", horizon=None if ends is None else ends.declared(),
+            registry=registry_of(found, tracking_uri),
         )  # fmt: skip
         windows = declared.windows(self.metrics)
         self._calls_last = windows[None] > 0  # beyond a unit's first one

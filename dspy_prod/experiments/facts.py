@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from dspy_prod.experiments.decisions import CandidateDecision, MetricEvidence, Verdict
+from dspy_prod.experiments.ending import unseen
 from dspy_prod.experiments.history import Look
 from dspy_prod.experiments.unseen import Unseen
 from dspy_prod.options.experiments import SHADOW
 from dspy_prod.options.metrics import Metric
+from dspy_prod.stores.trials import Ended
 
 RATIO_ALARM: Final = 100.0
 """The e-value at which the sample ratio is off."""
@@ -60,7 +62,8 @@ class Facts:
         reason: in words.
         winner: the candidate that is better; None unless `decision` is `promote`.
         candidates: what is known of each, metric by metric.
-        users: exposed so far, by variant. hurt: of them, those who got a candidate that was then rolled back.
+        users: exposed so far, by the variant that each had first.
+        hurt: those who got a candidate that was then rolled back, whether at first or when a later stage moved them.
         crossed: users who were seen in two variants within one stage; they count for nothing.
         late, stray: outcomes after their window, and of users who were never exposed.
         early: outcomes that are dated before their user's exposure; they do not count.
@@ -68,6 +71,9 @@ class Facts:
             count for costs.
         impossible: by metric, units that have what it cannot be, such as a score above its bounds; they do not count
             for it.
+        repeated: calls that count for no guardrail, such as a user's next ones where the first one counts.
+        calls: how all calls ended, by the variant that answered: `calls`, `failed`, `fell_back`, `abandoned` (whoever
+            called left before it had ended). They decide nothing.
         unkept: exposures for which the store had no room.
         serves: the variant that everybody gets, once it is decided or stopped.
         sample_ratio: e-value of "users do not arrive in the declared shares"; the alarm is raised at 100.
@@ -75,6 +81,7 @@ class Facts:
         stages: users by stage. audit: what was decided, oldest first.
         history: how the evidence grew, a few points of each metric and candidate, oldest first.
         waiting: by metric, who was exposed and does not count yet, since its window, or its call, is not over.
+        horizon: when it pauses if it is still undecided, in words; None: never.
         unwritten: why the store cannot be written now, so that what happened since does not count yet; None: it can.
         unseen: how the shadow stage stands, or stood when it ended; None of a rollout without one.
         url: MLflow's page that compares the winner, else the first candidate, with control: what is said of their
@@ -109,6 +116,9 @@ class Facts:
     unwritten: str | None = None
     unseen: Unseen | None = None
     url: str | None = None
+    horizon: str | None = None
+    repeated: int = 0
+    calls: Mapping[str, Ended] = field(default_factory=dict)
 
     @property
     def control(self) -> str:
@@ -142,6 +152,8 @@ def _warnings(card: Facts) -> Iterator[str]:
             f"users {'do' if raised else 'may'} not arrive in the declared shares: e-value {card.sample_ratio:.3g}, "
             f"the alarm is at {RATIO_ALARM:.0f}"
         )
+    control = card.calls.get(card.control, Ended(card.control))
+    yield from unseen(control, card.calls, card.candidates, card.metric)
     if card.crossed:
         yield f"{card.crossed:,} users were seen in two variants within one stage; they count for nothing"
     if card.late:

@@ -13,6 +13,7 @@ from dspy_prod.experiments.aliases import Aliases, pinned
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.controller import Controller
 from dspy_prod.experiments.declaration import Declaration
+from dspy_prod.experiments.horizon import Horizon, shown
 from dspy_prod.experiments.pairs import SUFFIX
 from dspy_prod.experiments.sample import Sample
 from dspy_prod.experiments.scorecard import Scorecard, scorecard
@@ -88,6 +89,7 @@ class Opened:
         controller = Controller(
             self.name, self.trials, self.design, self.metrics, declaration.alpha, self.rollout, self.aliases,
             declaration.hold, Sample.of(declaration), self._tracking_uri or declaration.registry,
+            Horizon.read(declaration.horizon),
         )  # fmt: skip
         controller.page = self.page
         return controller
@@ -125,12 +127,15 @@ class Opened:
         unwritten = unwritten or getattr(self._store, "problems", {}).get("failing")
         trial = self.trial()
         declaration = Declaration.from_json(trial.declaration)
+        tally, audit = self.trials.tally(self.name), self.trials.decisions(self.name)
         return scorecard(
             trial, stage_of(self.rollout, trial.stage), decision, self.trials.counts(self.name),
-            self.trials.tally(self.name), self.design.variants, declaration.serves, declaration.dropped,
+            tally, self.design.variants, declaration.serves, declaration.dropped,
             metrics=self.metrics, stages=[stage_of(self.rollout, place) for place in range(len(self.design.shares))],
-            audit=self.trials.decisions(self.name), history=self.controller.history(),
+            audit=audit, history=self.controller.history(),
             waiting=self.trials.waiting(self.name), unwritten=None if unwritten is None else str(unwritten),
+            calls=self.trials.ended(self.name),
+            horizon=shown(Horizon.read(declaration.horizon), declaration.unit, tally.units, audit),
             impossible=self.controller.impossible, unseen=self._unseen(),
         )  # fmt: skip
 
@@ -173,6 +178,7 @@ class Opened:
             effects=effect if effect is None or isinstance(effect, Mapping) else dict.fromkeys(success, effect),
             shares=dict(zip(design.variants, design.propensities(len(design.shares) - 1), strict=True)),
             control=design.variants[0], alpha=self.declaration.alpha, power=power,
+            horizon=Horizon.read(self.declaration.horizon), unit=self.declaration.unit,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

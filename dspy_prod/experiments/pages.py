@@ -49,6 +49,7 @@ def page(card: Facts, *, pictures: bool = False) -> Page:
             parts.append(Picture(png(drawn(card)), f"The differences of {card.name} and how they grew", 1000))
         except ConfigError:
             pass  # matplotlib is not installed: the tables say it all
+    parts += [calls(card)] if card.calls else []
     parts += [users(card)] if len(card.stages) > 1 else []
     parts += [] if card.unseen is None else [unseen(card.unseen)]
     parts += [audit(card, MOST_EVENTS)] if card.audit else []
@@ -94,6 +95,19 @@ def unseen(found: Unseen) -> Table:
     more = f" {found.left_out:,} calls were left out here, for the queue was full." if found.left_out else ""
     note = f"{spent}A call that a limit, a budget or a deadline refused tells nothing of a candidate.{more}"
     return Table("Calls that nobody saw", ("candidate", "answered", "failed", "refused"), rows, note)
+
+
+def calls(card: Facts) -> Table:
+    """How all calls ended, by variant."""
+    rows = [
+        (each.arm, f"{each.calls:,}", *(f"{100 * count / each.calls:.1f} %" for count in each[2:]))
+        for each in (card.calls[name] for name in card.users if name in card.calls)
+    ]
+    note = (
+        "Of users of the experiment, also those calls that count for no guardrail. Abandoned: whoever called left "
+        "before it had ended. They decide nothing."
+    )
+    return Table("All calls", ("answered by", "calls", "failed", "fallback", "abandoned"), rows, note, 4)
 
 
 def audit(card: Facts, most: int | None = None) -> Table:
@@ -143,6 +157,8 @@ def _outcome(card: Facts) -> Table:
         ("count so far" if not place else "", Cell(said, below=(names,)))
         for place, (names, said) in enumerate(waits(card))
     ]
+    if card.horizon is not None:
+        rows.append(("horizon", card.horizon))
     if card.hurt:
         rows.append(("users hurt", Cell(f"{card.hurt:,}", "bad", ("they got a candidate that was rolled back",))))
     if card.url is not None:
@@ -181,7 +197,7 @@ def _row(card: Facts, found: MetricEvidence) -> tuple[Cell, ...]:
         ),
         _difference(amounts, found),
         *(told.get(claim, Cell("", number=True)) for claim in ("better", "worse", "no worse")),
-        Cell(said, tone),
+        Cell(said, tone, ("all 0 so far" if found.nothing else None,)),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.alphas import Alphas, alphas
 from dspy_prod.experiments.foretelling import most_better, units_needed
+from dspy_prod.experiments.horizon import DAY, Horizon
 from dspy_prod.options.metrics import LARGEST, Metric
 from dspy_prod.views import Cell, Page, Shown, Table
 
@@ -49,12 +50,14 @@ class Plan(Shown):
         slowest: the one that takes longest of those that a promotion waits for.
         power: the probability with which each is proven by then.
         warnings: what should be known before it begins.
+        horizon: when the experiment pauses if it is still undecided, in words; None: never.
     """
 
     needs: tuple[Need, ...]
     slowest: Need
     power: float
     warnings: tuple[str, ...]
+    horizon: str | None = None
 
     def _view(self) -> Page:
         rows = []
@@ -70,7 +73,8 @@ class Plan(Shown):
         )
         last = f"slowest: {self.slowest.metric}, about {_days(self.slowest.days)}"
         table = Table("Plan", ("metric", "to prove", "users", "days"), rows, note)
-        return Page(table, last, *(f"Beware: {each}" for each in self.warnings))
+        ends = [] if self.horizon is None else [f"horizon: pauses if undecided after {self.horizon}"]
+        return Page(table, last, *ends, *(f"Beware: {each}" for each in self.warnings))
 
 
 def plan(
@@ -83,6 +87,8 @@ def plan(
     control: str = "control",
     alpha: float = 0.05,
     power: float = 0.8,
+    horizon: Horizon | None = None,
+    unit: str = "user",
 ) -> Plan:
     """How long an experiment will take at the shares of its last stage.
 
@@ -99,6 +105,7 @@ def plan(
         control: its name in `shares`.
         alpha: of the experiment.
         power: the probability with which each claim is to be proven.
+        horizon: of the experiment. unit: what its units are.
 
     Raises:
         ConfigError: a number is impossible.
@@ -128,7 +135,22 @@ def plan(
             told = f"{_said(metric, claim, size)}: about {_round(units):,} units, {_days(days)}"
             needs.append(Need(metric.name, claim, size, units, days, told))
     slowest = max(_awaited(metrics, needs), key=lambda need: need.days)
-    return Plan(tuple(needs), slowest, power, tuple(_warnings(metrics, needs, baseline or {})))
+    warnings = _warnings(metrics, needs, baseline or {})
+    if horizon is not None:
+        warnings += _beyond(slowest, horizon, horizon.words(unit))
+    return Plan(tuple(needs), slowest, power, tuple(warnings), None if horizon is None else horizon.words(unit))
+
+
+def _beyond(slowest: Need, horizon: Horizon, words: str) -> list[str]:
+    """What is to be known of a horizon that comes before the experiment is likely to be decided."""
+    units, seconds = horizon.units, horizon.seconds
+    before = slowest.units > units if units is not None else slowest.days * DAY > (seconds or 0.0)
+    if not before:
+        return []
+    return [
+        f"the horizon of {words} comes before {slowest.metric} is proven (about {_round(slowest.units):,} units, "
+        f"{_days(slowest.days)}): most likely it pauses undecided"
+    ]
 
 
 def _check_given(baseline: Any, effects: Any, power: Any) -> None:

@@ -16,8 +16,9 @@ from typing import Any, Final
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import source_of
-from dspy_prod.experiments.evidence import Evidence, Exposure
+from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.history import History, Look
+from dspy_prod.experiments.moving import Moving, begun, exposure_of
 from dspy_prod.experiments.pairs import SUFFIX, Pairs
 from dspy_prod.experiments.sample import Sample, unjudged
 from dspy_prod.experiments.shadow import pairs_of
@@ -169,7 +170,7 @@ class Reading:
         """For the sample ratio: who was exposed is known at once, whatever becomes of him."""
         first = after = self._read.get(EXPOSED, self._read.get("", 0))
         for unit in self._trials.exposed(self._name, after, PART):
-            evidence.exposed(self._exposure(unit))
+            evidence.exposed(exposure_of(self._design, unit))
             after = unit.number
         self._read[EXPOSED] = after
         return after - first
@@ -180,19 +181,22 @@ class Reading:
         first = after
         judged = source in self._sample.shares
         if units := self._trials.matured(self._name, source, after, PART):
-            gaps = unjudged(place, self._trials.decisions(self._name)) if judged else []
+            moving = Moving(self._design, metrics)
+            audit = self._trials.decisions(self._name) if judged or moving.concerns(units) else []
+            gaps = unjudged(place, audit) if judged else []
+            began = begun(audit)
             for unit in units:
-                exposure = self._exposure(unit)
+                exposure = moving.exposure(unit, began)
                 if source is None and unit.mixed:
                     evidence.crossed()
                 drawn = not judged or (
                     self._sample.takes(place, unit.unit) and not any(one <= unit.at < end for one, end in gaps)
                 )
-                left_out = unit.mixed or not drawn
+                left_out = unit.mixed or not drawn or exposure is None
                 if source is None and not left_out and unit.calls.timed:
                     self.spread.see(unit.arm, unit.calls.latency / unit.calls.timed)
                 for metric in () if left_out else metrics:
-                    if is_unpriced(metric, unit):
+                    if is_unpriced(metric, unit) or exposure is None:
                         continue
                     value = value_of(metric, unit)
                     if self._is_impossible(metric, value):
@@ -225,10 +229,6 @@ class Reading:
             self.pairs.see(candidate, pair)
         self._read[SUFFIX] = after
         return after - first
-
-    def _exposure(self, unit: Matured) -> Exposure:
-        shares = self._design.propensities(unit.stage, unit.full)
-        return Exposure(unit.arm, dict(zip(self._design.variants, shares, strict=True)), str(unit.stage))
 
     def _after_fork(self) -> None:
         """A child does not go on with what a thread was in the middle of."""

@@ -35,8 +35,10 @@ class Recording(Inside):
             unit: as in `call_context`. trace: or the id of the trace of a call of it, as `call_report` and MLflow
                 have it; each trace of a unit is a value of its own.
             at: when, in seconds since the epoch; default: now.
-            id: what it is the value of, as an answer's; said again under the same id it is a correction. Values of
-                several ids are averaged. None: the trace, else the unit as a whole.
+            id: what it is the value of, as an answer's; said again under the same id it is a correction, until the
+                unit is counted: when the window is over, or without a window with the next look of a controller.
+                Values of several ids are averaged, of a metric with a window; without one the first alone counts.
+                None: the trace, else the unit as a whole, of which without a window the first value counts.
             values: by metric.
 
         Raises:

@@ -16,7 +16,7 @@ from dspy_prod.experiments.history import Look
 from dspy_prod.experiments.unseen import Unseen
 from dspy_prod.experiments.variants_in_mlflow import address, tracked
 from dspy_prod.options.metrics import Metric
-from dspy_prod.stores.trials import Arm, Tally, Trial, Waiting
+from dspy_prod.stores.trials import Arm, Ended, Tally, Trial, Waiting
 from dspy_prod.stores.trials import Decision as Line
 from dspy_prod.views import Shown
 from dspy_prod.views.frames import frame
@@ -56,6 +56,7 @@ class Scorecard(Shown, Facts):
         told["stages"], told["audit"] = ([asdict(each) for each in one] for one in (self.stages, self.audit))
         told["waiting"] = {name: asdict(each) for name, each in self.waiting.items()}
         told["unseen"] = None if self.unseen is None else asdict(self.unseen)
+        told["calls"] = {name: each._asdict() for name, each in self.calls.items()}
         told["history"] = [each._asdict() for each in self.history]
         told["warnings"] = self.warnings
         plain: dict[str, Any] = _plain(told)
@@ -152,8 +153,8 @@ def scorecard(
     trial: Trial, stage: str, decision: Decision, counts: Sequence[Arm], tally: Tally, variants: Sequence[str],
     serves: str | None, dropped: Sequence[str], *, metrics: Sequence[Metric] = (), stages: Sequence[str] = (),
     audit: Sequence[Line] = (), history: Sequence[Look] = (), waiting: Mapping[str | None, Waiting] | None = None,
-    unwritten: str | None = None, impossible: Mapping[str, int] | None = None,
-    unseen: Unseen | None = None,
+    unwritten: str | None = None, impossible: Mapping[str, int] | None = None, unseen: Unseen | None = None,
+    calls: Sequence[Ended] = (), horizon: str | None = None,
 ) -> Scorecard:  # fmt: skip
     """Put together what is known.
 
@@ -162,21 +163,24 @@ def scorecard(
         variants: control first. serves, dropped: as in the declaration. metrics: as declared.
         stages: all of them, in words. audit: what was decided. history: how the evidence grew.
         waiting: as the store has it. unwritten: why the store cannot be written.
-        impossible: units with what their metric cannot be, by metric. unseen: of a shadow stage.
+        impossible: units with what their metric cannot be, by metric. unseen: of a shadow stage. calls: how all of
+            them ended. horizon: in words.
     """
-    users = dict.fromkeys(variants, 0)
+    users, got = dict.fromkeys(variants, 0), dict.fromkeys(variants, 0)
     by_stage = {place: dict.fromkeys(variants, 0) for place in sorted({each.stage for each in counts})}
     for arm in counts:
         users[arm.arm] += arm.first
+        got[arm.arm] += arm.first + arm.entered
         by_stage[arm.stage][arm.arm] += arm.first
     back = [name for name in variants[1:] if name in dropped or (trial.state == "decided" and serves != name)]
     worse = [name for name in back if decision.candidates[name].verdict == "rollback"]
     return Scorecard(
         name=trial.name, state=trial.state, stage=stage, since=trial.since, decision=decision.verdict,
         reason=decision.reason, winner=decision.winner, candidates=decision.candidates, users=users,
-        hurt=sum(users[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
+        hurt=sum(got[name] for name in worse), crossed=tally.mixed, late=tally.late, stray=tally.stray,
         unkept=tally.unkept, early=tally.early, unpriced=tally.unpriced, unwritten=unwritten,
         impossible=dict(impossible or {}), unseen=unseen,
+        horizon=horizon, repeated=tally.repeated, calls={each.arm: each for each in calls},
         serves=serves, sample_ratio=decision.sample_ratio, declared=tuple(metrics),
         stages=tuple([StageUsers(_named(stages, place), found) for place, found in by_stage.items()]),
         audit=tuple([Event(each.at, each.what, each.by, _reason(each)) for each in audit]), history=tuple(history),

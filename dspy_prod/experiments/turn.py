@@ -131,4 +131,9 @@ class Turn:
         assert place.unit is not None
         cached = any(each.cached for each in self._records)
         latency = None if cached else time.monotonic() - self._began  # clocks are set now and then
-        trials.call(Call(place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency))
+        trials.call(
+            Call(
+                place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency,
+                place.variant, not self._ended,
+            )
+        )  # fmt: skip

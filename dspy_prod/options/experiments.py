@@ -78,6 +78,10 @@ class Rollout(Options):
     a part of it by its weight. A stage ends when every candidate has had `min_users` in it, `min_time` is over, and
     nothing speaks against the candidates; harm ends the experiment at any moment (EXPERIMENTS 2.4).
 
+    A user is had with the exposure, and not only when its window is over: what first calls tell (`error_rate` and the
+    other guardrails) is known then, what a metric with a window tells is not. Where the success metric is to be seen
+    before more users get a candidate, say a `min_time` above its window.
+
     What is said of stages is one value for all of them, or one for each.
 
     Attributes:
@@ -90,8 +94,8 @@ class Rollout(Options):
             programs that use tools, which would do everything twice; `"allow"` it where they only read.
         max_users: users who may get a candidate in a stage, for each candidate; None: any number. Whoever comes after
             them gets control.
-        min_users: users a candidate must have had in a stage before the next one begins. Default: 25 in the first
-            stage with traffic, then 4 times as many from stage to stage.
+        min_users: users a candidate must have had in a stage before the next one begins, whether their windows are
+            over or not. Default: 25 in the first stage with traffic, then 4 times as many from stage to stage.
         min_time: seconds that a stage lasts at least.
         max_time: seconds after which a stage that could not end is inconclusive; None: never.
         on_inconclusive: what happens then: `"pause"` (nobody new gets a candidate until somebody resumes, and who has

@@ -13,7 +13,8 @@ from dspy_prod.options.base import Options, not_bool
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
-def _duration(value: Any) -> Any:
+def duration(value: Any) -> Any:
+    """Seconds, of a timedelta or of text such as `\"3d\"`; anything else as it is, a ValueError for what cannot be."""
     if isinstance(value, dt.timedelta):
         return value.total_seconds()
     if isinstance(value, bool):
@@ -29,7 +30,7 @@ def _duration(value: Any) -> Any:
 LARGEST: Final = 1e60
 """No value is larger: of what is, no sums and squares could be kept."""
 
-Window = Annotated[float, BeforeValidator(_duration), Field(ge=0, allow_inf_nan=False)]
+Window = Annotated[float, BeforeValidator(duration), Field(ge=0, allow_inf_nan=False)]
 _Positive = Annotated[float, BeforeValidator(not_bool), Field(gt=0, allow_inf_nan=False)]
 
 
@@ -143,9 +144,19 @@ class Metric(Options):
 def error_rate(margin: float = 0.02, **options: Any) -> Metric:
     """Share of a unit's calls that failed; two points more are acceptable by default.
 
+    Without a window it is the unit's first call alone that counts, which can be compared at once; what happens later is
+    on the scorecard, by variant, with a warning where it says otherwise. With one (`window="1d"`) it is the mean of all
+    calls within it, once it is over. The guardrails that calls tell have one window together.
+
     A unit whose first call takes long is waited for until the call ends: until its deadline, or for ten minutes where
     it has none. One that goes on beyond, and one whose process was lost a minute ago, counts as one that failed: a
-    program that hangs, or takes its process with it, is no success.
+    program that takes its process with it is no success. A call that its caller leaves (a time-out of his own, a stream
+    that nobody reads) has not failed, since nobody knows whether it would have; the scorecard has the share of them by
+    variant, and warns where it differs. Give calls a deadline (`call_context(deadline=)`): then one that hangs fails.
+
+    Example:
+        >>> error_rate(window="1d").window
+        86400.0
     """
     return Metric(
         **{"name": "error_rate", "direction": "lower", "role": "guardrail", "margin": margin, "missing": 1.0, **options}
@@ -153,13 +164,29 @@ def error_rate(margin: float = 0.02, **options: Any) -> Metric:
 
 
 def fallback_rate(margin: float = 0.02, **options: Any) -> Metric:
-    """Share of a unit's calls that a fallback answered; two points more are acceptable by default."""
+    """Share of a unit's calls that a fallback answered; two points more are acceptable by default.
+
+    Which calls count is as of `error_rate`: the first one, or with a window all within it.
+
+    Example:
+        >>> fallback_rate(margin=0.01).margin
+        0.01
+    """
     return Metric(**{"name": "fallback_rate", "direction": "lower", "role": "guardrail", "margin": margin, **options})
 
 
 def cost(margin: float = 0.10, **options: Any) -> Metric:
     """USD a call at list price: a cached answer counts for what it would have cost, since a new variant's cache is
-    cold. Ten per cent more are acceptable by default."""
+    cold. Ten per cent more are acceptable by default.
+
+    Which calls count is as of `error_rate`: the first one, or with a window the mean of all within it. Where nothing
+    has cost anything in either variant, as of local models, that is no obstacle to a promotion once there are 149 users
+    of each.
+
+    Example:
+        >>> cost(margin=0.2).relative
+        True
+    """
     return Metric(
         **{"name": "cost", "direction": "lower", "role": "guardrail", "margin": margin, "relative": True, **options}
     )
@@ -169,7 +196,11 @@ def latency(margin: float = 0.02, **options: Any) -> Metric:
     """Seconds a call. Two points more of the units may be slower than control's 95th percentile.
 
     An answer from a cache tells nothing of how long a program takes, and has no latency: see
-    `experiments.neighbours` for how the others are compared.
+    `experiments.neighbours` for how the others are compared. Which calls count is as of `error_rate`.
+
+    Example:
+        >>> latency(margin=0.05).tail
+        0.95
     """
     return Metric(
         **{

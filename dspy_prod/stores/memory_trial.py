@@ -11,6 +11,7 @@ from dspy_prod.stores.trial_terms import (
     Calls,
     Checkpoint,
     Decision,
+    Ended,
     Matured,
     Trial,
     Values,
@@ -60,6 +61,10 @@ class Unit:
             return self.arm, self.full
         return (None, 0) if self.later is None else self.later.get(stage, (None, 0))
 
+    def has_been_in(self, arm: str) -> bool:
+        """Whether it was seen in an arm; the second one within a stage is no other arm, but a mistake."""
+        return arm == self.arm or arm in [each for each, _ in (self.later or {}).values()]
+
     def valued(self, metric: str) -> dict[str | None, tuple[float, float]]:
         """(value, at) of a metric by id."""
         return {} if self.values is None else self.values.get(metric, {})
@@ -73,9 +78,10 @@ class MemoryTrial:
 
     Attributes:
         units: in the order of exposure; `numbers` tells the place of each, from 1.
-        sums: [units, first, mixed] by stage, arm and `full`.
+        sums: [units, first, mixed, entered] by stage, arm and `full`.
         read: for each metric (None: calls), up to which number it was told.
         calling: until when units are waited for whose calls go on, by number.
+        endings: how calls ended, by arm.
         values: how many there are.
     """
 
@@ -86,7 +92,9 @@ class MemoryTrial:
         self.sums: dict[tuple[int, str, int], list[int]] = {}
         self.read: dict[str | None, int] = {}
         self.calling: dict[int, float] = {}
-        self.mixed = self.late = self.stray = self.unkept = self.early = self.unpriced = self.values = 0
+        self.mixed = self.late = self.stray = self.unkept = self.early = self.unpriced = self.repeated = 0
+        self.values = 0
+        self.endings: dict[str, Ended] = {}
         self.checkpoint: Checkpoint | None = None
         self.decisions: list[Decision] = []
         self._room = room
@@ -102,8 +110,10 @@ class MemoryTrial:
         unit, stage = self.units[number - 1], exposure.stage
         arm, full = unit.known(stage)
         if arm is None and chance:
+            sums = self._sums(stage, exposure.arm, exposure.full)
+            sums[0] += 1
+            sums[3] += not unit.has_been_in(exposure.arm)
             unit.later = {**(unit.later or {}), stage: (exposure.arm, exposure.full)}
-            self._sums(stage, exposure.arm, exposure.full)[0] += 1
         elif arm is not None and arm != exposure.arm and not unit.mixed:
             unit.mixed = True
             unit.left_out = number > max(self.read.values(), default=0)
@@ -122,7 +132,7 @@ class MemoryTrial:
         sums[1] += 1
 
     def _sums(self, stage: int, arm: str, full: int) -> list[int]:
-        return self.sums.setdefault((stage, arm, full), [0, 0, 0])
+        return self.sums.setdefault((stage, arm, full), [0, 0, 0, 0])
 
     def call(self, call: Call) -> None:
         """See `Trials.call`."""
@@ -130,6 +140,13 @@ class MemoryTrial:
         if number is None or window is None:
             return
         unit, read = self.units[number - 1], self.read.get(None, 0)
+        if call.arm is not None:
+            _, *sums = self.endings.get(call.arm, Ended(call.arm))
+            ends = 1, call.failed, call.fell_back, call.abandoned
+            self.endings[call.arm] = Ended(call.arm, *map(sum, zip(sums, ends, strict=True)))
+        if self.trial.repeats(call, unit.arm, unit.at, window, bool(unit.calls.calls)):
+            self.repeated += 1
+            return
         if not self.trial.takes(number, read, unit.at, call.at, window, bool(unit.calls.calls)):
             self.late += 1
             return
@@ -157,7 +174,8 @@ class MemoryTrial:
         unit, read = self.units[number - 1], self.read.get(outcome.metric, 0)
         values = unit.valued(outcome.metric)
         fresh = outcome.id not in values
-        if not self.trial.takes(number, read, unit.at, outcome.at, window, bool(values)):
+        has = bool(values) and (fresh or outcome.id is None)
+        if not self.trial.takes(number, read, unit.at, outcome.at, window, has):
             self.late += 1
         elif is_early(outcome.at, unit.at, now):
             self.early += 1
@@ -187,6 +205,10 @@ class MemoryTrial:
     def arms(self) -> list[Arm]:
         """See `Trials.counts`."""
         return [Arm(*key, *sums) for key, sums in sorted(self.sums.items())]
+
+    def ended(self) -> list[Ended]:
+        """See `Trials.ended`."""
+        return sorted(self.endings.values())
 
     def matured(self, metric: str | None, after: int, most: int, now: float) -> list[Matured]:
         """See `Trials.matured`."""

@@ -15,6 +15,7 @@ from dspy_prod.stores.trial_terms import (
     Arm,
     Checkpoint,
     Decision,
+    Ended,
     Lease,
     Matured,
     Progress,
@@ -135,6 +136,11 @@ class MemoryTrials:
             kept = self._kept.get(name)
             return [] if kept is None else kept.arms()
 
+    def ended(self, name: str) -> list[Ended]:
+        with self._lock:
+            kept = self._kept.get(name)
+            return [] if kept is None else kept.ended()
+
     def tally(self, name: str) -> Tally:
         with self._lock:
             kept = self._kept.get(name)
@@ -212,4 +218,5 @@ class MemoryTrials:
 
 
 def _tally(kept: MemoryTrial) -> Tally:
-    return Tally(len(kept.units), kept.mixed, kept.late, kept.stray, kept.unkept, kept.early, kept.unpriced)
+    lost = kept.late, kept.stray, kept.unkept, kept.early, kept.unpriced, kept.repeated
+    return Tally(len(kept.units), kept.mixed, *lost)

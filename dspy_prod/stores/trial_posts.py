@@ -38,6 +38,8 @@ class Call(NamedTuple):
         failed: it raised. fell_back: it was answered by a fallback.
         list_nano: what it would have cost without caches, in nano-USD; None when that is not known.
         latency: seconds; None where it tells nothing (a cached answer).
+        arm: what answered; a call of another arm than the unit's first one is none of its. None: of that arm.
+        abandoned: whoever called left before it had ended.
     """
 
     trial: str
@@ -47,6 +49,8 @@ class Call(NamedTuple):
     fell_back: bool = False
     list_nano: int | None = 0
     latency: float | None = None
+    arm: str | None = None
+    abandoned: bool = False
 
 
 class Outcome(NamedTuple):
@@ -57,7 +61,7 @@ class Outcome(NamedTuple):
         value: what was measured.
         at: when.
         id: what it is the value of (a call, a trace, an answer): said again under the same id it is a correction, and
-            the last one holds; values of several ids are several. None: of the unit as a whole.
+            the last one before the unit is told holds; values of several ids are several. None: of the unit as a whole.
     """
 
     trial: str

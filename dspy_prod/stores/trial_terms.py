@@ -37,8 +37,9 @@ class Trial(NamedTuple):
     Attributes:
         name: its name.
         declaration: what it is, as JSON; the store does not look into it.
-        windows: for each metric the seconds from the first exposure that count; 0: the first value alone counts, and
-            the unit is ready as soon as that is there. The window of calls has the name None.
+        windows: for each metric the seconds from the first exposure that count; 0: the first value alone counts, as it
+            is corrected under its id in time, and the unit is ready as soon as it is there. The window of calls has the
+            name None.
         grace: seconds after a window for which it is waited for what belongs into it; a unit of which nothing has come
             by then counts as one without a value.
         state: one of `STATES`.
@@ -74,9 +75,13 @@ class Trial(NamedTuple):
 
         Args:
             read: the number up to which units were told already.
-            has: there is something of the kind.
+            has: there is something of the kind, which this does not correct.
         """
         return number > read and (at <= exposed_at + window if window else not has)
+
+    def repeats(self, call: Call, arm: str, exposed_at: float, window: float, has: bool) -> bool:
+        """Whether a call is none of what counts of a unit of this first arm, so that it cannot be late."""
+        return call.arm not in (None, arm) or (call.at > exposed_at + window if window else has)
 
     def changed(self, now: float, state: str | None, stage: int | None, declaration: str | None) -> Trial:
         """The same after a change; None leaves a part as it is."""
@@ -123,19 +128,21 @@ class Calls(NamedTuple):
 
 
 class Values(NamedTuple):
-    """The values of one metric of a unit: how many, their sum, the first and the last of them in time."""
+    """The values of one metric of a unit: how many, their sum, the first and the last of them in time, and when the
+    first one was."""
 
     size: int = 0
     total: float = 0.0
     first: float = 0.0
     last: float = 0.0
+    at: float = 0.0
 
     @classmethod
     def of(cls, values: Iterable[tuple[float, float]]) -> Values:
         """Of (value, moment)."""
         told = sorted(values, key=_MOMENT)
         numbers = [value for value, _ in told]
-        return cls(len(numbers), fsum(numbers), numbers[0], numbers[-1]) if numbers else cls()
+        return cls(len(numbers), fsum(numbers), numbers[0], numbers[-1], told[0][1]) if numbers else cls()
 
     @property
     def mean(self) -> float | None:
@@ -174,6 +181,7 @@ class Arm(NamedTuple):
         stage, arm, full: which.
         units: units seen. first: those of them that had not been exposed in an earlier stage.
         mixed: those of them that also saw another arm in this stage; they are counted where they were first.
+        entered: units that had been in another arm, and came into this one here.
     """
 
     stage: int
@@ -182,6 +190,7 @@ class Arm(NamedTuple):
     units: int
     first: int
     mixed: int
+    entered: int = 0
 
 
 class Tally(NamedTuple):
@@ -190,12 +199,14 @@ class Tally(NamedTuple):
     Attributes:
         units: order numbers given, which is the number of units exposed.
         mixed: units that saw two arms within one stage.
-        late: calls and values that came after their window, or after it was read.
+        late: calls and values that came after their window was read, and values of after their window.
         stray: values of units without an exposure, and of metrics that were not declared. Calls of such units are no
             mistake: once a candidate is full, newcomers get control without being exposed.
         unkept: exposures for which there was no room.
         early: values that are dated before the exposure of their unit.
         unpriced: calls that count, but for what they cost, which is not known.
+        repeated: calls that are none of what counts of their unit: after its first one where there is no window, after
+            the window, or answered by another arm. They are in `Trials.ended`.
     """
 
     units: int = 0
@@ -205,6 +216,21 @@ class Tally(NamedTuple):
     unkept: int = 0
     early: int = 0
     unpriced: int = 0
+    repeated: int = 0
+
+
+class Ended(NamedTuple):
+    """How all calls of units ended that an arm has answered, whatever counts for the units themselves.
+
+    Attributes:
+        arm: which. calls: how many. failed, fell_back, abandoned: so many of them did, or were.
+    """
+
+    arm: str
+    calls: int = 0
+    failed: int = 0
+    fell_back: int = 0
+    abandoned: int = 0
 
 
 class Waiting(NamedTuple):

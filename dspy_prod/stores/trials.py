@@ -26,6 +26,7 @@ from dspy_prod.stores.trial_terms import (
     Calls,
     Checkpoint,
     Decision,
+    Ended,
     Lease,
     Matured,
     Progress,
@@ -49,6 +50,7 @@ __all__ = [
     "Calls",
     "Checkpoint",
     "Decision",
+    "Ended",
     "Exposure",
     "Lease",
     "Matured",
@@ -139,6 +141,10 @@ class Trials(Protocol):
     # -- reading -----------------------------------------------------------------------------------------------------
     def counts(self, name: str) -> list[Arm]:
         """Units by stage and arm; as quick for a million of them as for one."""
+        ...
+
+    def ended(self, name: str) -> list[Ended]:
+        """How all calls of units ended, by what answered them; as quick. Calls of no known arm are in none."""
         ...
 
     def tally(self, name: str) -> Tally:

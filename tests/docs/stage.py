@@ -64,6 +64,7 @@ STAGES: Final = {
     "dspy_prod": _PROGRAM,
     "dspy_prod.alerts": _PROGRAM,
     "dspy_prod.asgi": _SERVICE,
+    "dspy_prod.guardrails": "from dspy_prod.guardrails import cost, error_rate, fallback_rate, latency\n",
     "dspy_prod.metrics": _PROGRAM,
     "dspy_prod.privacy": _PROGRAM,
     "dspy_prod.registry": _PROGRAM + _REGISTRY,

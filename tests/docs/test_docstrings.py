@@ -18,7 +18,7 @@ from tests.docs.pages import ROOT
 from tests.docs.runner import run
 from tests.docs.stage import BEFORE, STAGES
 
-BESIDES = ("dspy_prod.testing", "dspy_prod.privacy", "dspy_prod.asgi")
+BESIDES = ("dspy_prod.testing", "dspy_prod.privacy", "dspy_prod.asgi", "dspy_prod.guardrails")
 """Public modules that `dspy_prod.__all__` does not name."""
 
 ELSEWHERE = {

@@ -188,3 +188,45 @@ def test_what_cannot_be_shared_out_is_refused(arguments: tuple[list[Metric], int
     """With the remedy."""
     with pytest.raises(ConfigError, match=message):
         alphas(*arguments)
+
+
+# -- amounts of nothing ------------------------------------------------------------------------------------------------
+def free(units: int, dear: dict[int, float] | None = None, metric: Metric | None = None) -> Evidence:
+    """Users of whom every second one has the candidate, which is better; what costs anything is told by number."""
+    draw, found = random.Random(4), Evidence([Metric("resolved"), metric or cost()], ["cot"])
+    for number in range(units):
+        ours = number % 2 == 1
+        exposure = Exposure("cot" if ours else "control", SHARES)
+        found.exposed(exposure)
+        found.matured("resolved", exposure, float(draw.random() < (0.95 if ours else 0.5)))
+        found.matured((metric or cost()).name, exposure, (dear or {}).get(number, 0.0))
+    return found
+
+
+def test_what_costs_nothing_is_no_obstacle_to_a_promotion() -> None:
+    """Of local models, say: of nothing no margin is a share, and no bet can be placed."""
+    decision = free(300).look()
+    (_, money) = decision.candidates["cot"].metrics
+    assert (decision.verdict, money.status) == ("promote", "no_worse")
+    assert money.no_worse is not None
+    assert money.no_worse == pytest.approx((1 / 0.98) ** 150)
+    assert money.no_worse > money.no_worse_at
+
+
+def test_that_a_few_cost_nothing_proves_little() -> None:
+    decision = free(200).look()
+    (_, money) = decision.candidates["cot"].metrics
+    assert (decision.verdict, money.status) == ("keep", "unclear")
+
+
+@pytest.mark.parametrize("who", [998, 999], ids=["control", "the candidate"])
+def test_a_cost_that_appears_later_takes_the_proof_back(who: int) -> None:
+    """It is no peak of a bet's money: what it says is that there is none."""
+    evidence = free(1_000, {who: 0.01})
+    decision = evidence.look()
+    (_, money) = decision.candidates["cot"].metrics
+    assert decision.verdict == "keep"
+    assert money.no_worse is not None
+    assert money.no_worse < money.no_worse_at
+    again = Evidence.from_dict(evidence.to_dict()).look()
+    assert again == decision

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import dspy
 import pytest
 
 from dspy_prod import Experiment, Rollout, call_context
@@ -249,3 +250,24 @@ def test_without_matplotlib_the_tables_say_it_all(better: Any, monkeypatch: pyte
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     assert "img" not in Page(better._repr_html_()).tags
     assert "promote cot" in document(better)
+
+
+class Free(dspy.Module):
+    """Answers without any LM."""
+
+    def forward(self, message: str) -> Any:
+        return dspy.Prediction(label=message)
+
+
+def test_variants_that_cost_nothing_are_promoted_and_the_card_says_how(tmp_path: Path) -> None:
+    programs = {"control": Free(), "new": Free()}
+    exp = Experiment("e", variants=programs, metrics=[Metric("ok", margin=0.05)], store=f"memory://{tmp_path.name}")
+    for number in range(400):
+        with call_context(user=f"u{number}"):
+            exp(message="hi")
+        exp.record(f"u{number}", ok=float(exp.assign(f"u{number}") == "new" or number % 2))
+    shown = exp.scorecard()
+    assert next(each for each in shown.metrics if each.metric == "cost").status == "no_worse"
+    assert "all 0 so far" in str(shown)
+    assert "all 0 so far" in Page(document(shown)).words
+    assert "all 0 so far" not in str(card(2_000, cost=0.0)), "control's are not"

@@ -17,6 +17,7 @@ from dspy_prod.stores.trials import (
     Arm,
     Calls,
     Decision,
+    Ended,
     Lease,
     Matured,
     Progress,
@@ -141,7 +142,7 @@ def test_an_outcome_from_before_the_exposure_does_not_count_and_is_counted(still
     assert still.trials.tally("e") == Tally(1, early=2)
     clock.advance(200.0)
     for metric in ("resolved", "at once"):
-        assert [each.values for each in still.trials.matured("e", metric)] == [Values(1, 1.0, 1.0, 1.0)]
+        assert [each.values for each in still.trials.matured("e", metric)] == [Values(1, 1.0, 1.0, 1.0, at - 4.9)]
 
 
 def test_a_call_whose_price_nobody_knows_is_in_no_sum_of_costs(still: Store, clock: FakeClock) -> None:
@@ -220,11 +221,12 @@ def test_the_first_exposure_counts_and_those_after_it_do_not(still: Store) -> No
     expose(still, "u1", "control", propensity=0.5)
     assert still.trials.tally("e") == Tally(2)
     assert still.trials.counts("e") == [Arm(0, "control", 0, 1, 1, 0), Arm(0, "cot", 2, 1, 1, 0)]
-    outcome(still, "u1", 1.0, "at once")
-    outcome(still, "u2", 1.0, "at once")
+    said = still.trials.now()
+    outcome(still, "u1", 1.0, "at once", at=said)
+    outcome(still, "u2", 1.0, "at once", at=said)
     assert still.trials.matured("e", "at once") == [
-        Matured(1, "u1", 0, "control", 0.99, at, 0, False, values=Values(1, 1.0, 1.0, 1.0)),
-        Matured(2, "u2", 0, "cot", 0.01, at, 2, False, values=Values(1, 1.0, 1.0, 1.0)),
+        Matured(1, "u1", 0, "control", 0.99, at, 0, False, values=Values(1, 1.0, 1.0, 1.0, said)),
+        Matured(2, "u2", 0, "cot", 0.01, at, 2, False, values=Values(1, 1.0, 1.0, 1.0, said)),
     ]
 
 
@@ -235,7 +237,7 @@ def test_a_unit_that_moves_up_is_counted_in_its_new_stage_and_keeps_its_number(s
     expose(still, "u1", "cot", 1)
     expose(still, "u1", "cot", 1)
     expose(still, "u2", "cot", 1)
-    assert still.trials.counts("e") == [Arm(0, "control", 0, 1, 1, 0), Arm(1, "cot", 0, 2, 1, 0)]
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 1, 1, 0), Arm(1, "cot", 0, 2, 1, 0, entered=1)]
     assert still.trials.tally("e") == Tally(2)
     assert [still.trials.seen("e", unit) for unit in ("u1", "u2", "u3")] == ["cot", "cot", None]
     clock.advance(200.0)
@@ -244,6 +246,30 @@ def test_a_unit_that_moves_up_is_counted_in_its_new_stage_and_keeps_its_number(s
         (1, "control", 0, False),
         (2, "cot", 1, False),
     ]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one by one"])
+def test_a_unit_enters_an_arm_once_however_many_stages_it_is_seen_in(still: Store, together: bool) -> None:
+    made(still)
+    for stage, arm in [(0, "control"), (1, "cot"), (2, "cot"), (3, "cot")]:
+        for unit in ("u1", "u2"):
+            expose(still, unit, arm if unit == "u1" else "cot", stage)
+            if not together:
+                still.flush(10)
+    counts = still.trials.counts("e")
+    assert {(each.stage, each.arm): each.entered for each in counts if each.entered} == {(1, "cot"): 1}
+    assert sum(each.first + each.entered for each in counts if each.arm == "cot") == 2
+
+
+def test_a_call_that_another_arm_answered_is_none_of_the_units_first_one(still: Store, clock: FakeClock) -> None:
+    made(still, windows={None: 0.0})
+    expose(still, "u1")
+    expose(still, "u1", "cot", 1)
+    call(still, "u1", arm="cot", failed=True)
+    assert still.trials.matured("e", None) == []
+    call(still, "u1", arm="control")
+    (found,) = still.trials.matured("e", None)
+    assert found.calls == Calls(1)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one by one"])
@@ -261,7 +287,7 @@ def test_a_second_arm_within_a_stage_is_counted_once_and_overwrites_nothing(
     expose(still, "u2", "cot", 1)
     expose(still, "u2", "control", 1)
     assert still.trials.tally("e") == Tally(3, mixed=3)
-    assert still.trials.counts("e") == [Arm(0, "control", 0, 2, 2, 1), Arm(1, "cot", 0, 3, 1, 2)]
+    assert still.trials.counts("e") == [Arm(0, "control", 0, 2, 2, 1), Arm(1, "cot", 0, 3, 1, 2, entered=2)]
     clock.advance(200.0)
     found = still.trials.matured("e", "resolved")
     assert [(each.unit, each.arm, each.mixed) for each in found] == [
@@ -379,7 +405,8 @@ def test_units_are_told_in_order_of_exposure_once_their_window_is_over(still: St
     for number in range(5):
         expose(still, f"u{number}")
         clock.advance(10.0)
-    outcome(still, "u4", 1.0)
+    said = still.trials.now()
+    outcome(still, "u4", 1.0, at=said)
     clock.advance(59.0)
     assert still.trials.matured("e", "resolved") == []
     clock.advance(1.0)
@@ -392,7 +419,7 @@ def test_units_are_told_in_order_of_exposure_once_their_window_is_over(still: St
     assert numbers(still.trials.matured("e", "resolved", after=4)) == [5]
     assert numbers(still.trials.matured("e", "resolved", most=2)) == [1, 2]
     assert still.trials.matured("e", "resolved", after=5) == []
-    assert still.trials.matured("e", "resolved")[4].values == Values(1, 1.0, 1.0, 1.0)
+    assert still.trials.matured("e", "resolved")[4].values == Values(1, 1.0, 1.0, 1.0, said)
     assert still.trials.matured("e", "resolved")[0].values == Values()
     assert still.trials.matured("e", "resolved")[0].values.mean is None
 
@@ -409,7 +436,7 @@ def test_values_of_a_unit_gather_by_what_they_are_of(still: Store, clock: FakeCl
     outcome(still, "u1", 5.0, at=at + 40)
     clock.advance(200.0)
     (found,) = still.trials.matured("e", "resolved")
-    assert found.values == Values(3, 9.0, 1.0, 5.0)
+    assert found.values == Values(3, 9.0, 1.0, 5.0, at + 10)
     assert found.values.mean == 3.0
 
 
@@ -428,7 +455,7 @@ def test_what_comes_after_the_window_or_after_it_was_told_is_late(still: Store, 
     outcome(still, "u1", 0.0, id="in", at=at + 99.0)
     call(still, "u1", at=at + 99.0)
     assert still.trials.matured("e", "resolved") == [told]
-    assert still.trials.tally("e") == Tally(1, late=4)
+    assert still.trials.tally("e") == Tally(1, late=3, repeated=1)
     assert still.trials.matured("e", None)[0].calls.calls == 1, "nobody was told of its calls yet"
 
 
@@ -457,6 +484,25 @@ def test_without_a_window_a_unit_is_ready_with_its_first_value_or_after_the_grac
     assert still.trials.tally("e").late == 2
 
 
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one by one"])
+def test_without_a_window_the_first_value_is_corrected_by_its_id_until_it_is_told(still: Store, together: bool) -> None:
+    made(still)
+    expose(still, "u1")
+    expose(still, "u2")
+    for id, value in [("a1", 1.0), ("a2", 3.0), ("a1", 0.0), (None, 5.0)]:
+        outcome(still, "u1", value, "at once", id=id)
+        if not together:
+            still.flush(10)
+    outcome(still, "u2", 1.0, "at once")
+    outcome(still, "u2", 0.0, "at once")
+    told = still.trials.matured("e", "at once")
+    assert [(each.values.size, each.values.total) for each in told] == [(1, 0.0), (1, 1.0)]
+    assert still.trials.tally("e") == Tally(2, late=3)
+    outcome(still, "u1", 1.0, "at once", id="a1")
+    assert still.trials.matured("e", "at once") == told, "what was told never changes"
+    assert still.trials.tally("e") == Tally(2, late=4)
+
+
 def test_calls_are_summed_within_their_window_and_the_first_is_known(still: Store, clock: FakeClock) -> None:
     made(still)
     expose(still, "u1")
@@ -473,10 +519,10 @@ def test_calls_are_summed_within_their_window_and_the_first_is_known(still: Stor
     assert one.calls == Calls(4, 1, 1, 16, 2, 3.0)
     assert one.first_call == Calls(1, 1, 0, 10, 1, 2.0)
     assert (other.calls, other.first_call) == (Calls(), Calls())
-    assert still.trials.tally("e").late == 1
+    assert still.trials.tally("e") == Tally(2, repeated=1)
 
 
-def test_without_a_window_the_first_call_alone_counts(still: Store) -> None:
+def test_without_a_window_the_first_call_alone_counts(still: Store, clock: FakeClock) -> None:
     made(still, windows={None: 0.0})
     expose(still, "u1")
     call(still, "u1", list_nano=7)
@@ -485,7 +531,35 @@ def test_without_a_window_the_first_call_alone_counts(still: Store) -> None:
     call(still, "u1", list_nano=1)
     (found,) = still.trials.matured("e", None)
     assert found.calls == found.first_call == Calls(1, 0, 0, 7)
-    assert still.trials.tally("e").late == 2
+    call(still, "u1", list_nano=1)
+    assert still.trials.tally("e") == Tally(1, repeated=3), "a user's next calls are no outcomes that came late"
+    expose(still, "u2")
+    clock.advance(20.0)
+    assert len(still.trials.matured("e", None)) == 2
+    call(still, "u2")
+    assert still.trials.tally("e") == Tally(2, late=1, repeated=3), "it was counted as one that never ended"
+
+
+@pytest.mark.parametrize("window", [0.0, 100.0])
+@pytest.mark.parametrize("together", [True, False], ids=["in one batch", "one by one"])
+def test_it_is_known_how_all_calls_ended_by_what_answered_them(still: Store, window: float, together: bool) -> None:
+    made(still, windows={None: window})
+    expose(still, "u1")
+    expose(still, "u1", "cot", 1)
+    for ends in (
+        {"arm": "control"}, {"arm": "control", "fell_back": True}, {"arm": "cot", "failed": True},
+        {"arm": "cot", "abandoned": True}, {"arm": "cot", "failed": True}, {},
+    ):  # fmt: skip
+        call(still, "u1", **ends)
+        if not together:
+            still.flush(10)
+    call(still, "nobody", arm="cot")
+    assert still.trials.ended("e") == [Ended("control", 2, 0, 1, 0), Ended("cot", 3, 2, 0, 1)]
+    assert still.trials.ended("none") == []
+    assert still.trials.tally("e").late == 0
+    still.trials.remove("e")
+    made(still, windows={None: window})
+    assert still.trials.ended("e") == []
 
 
 def test_an_exposure_from_the_future_holds_nobody_up(still: Store, clock: FakeClock) -> None:

@@ -32,7 +32,10 @@ step = st.one_of(
         st.just("expose"), unit, st.integers(0, 2), st.sampled_from("abc"), st.sampled_from([0.5, 1.0]),
         st.integers(0, 1),
     ),
-    st.tuples(st.just("call"), unit, ago, st.booleans(), st.sampled_from([None, 0.5, 2.0]), st.sampled_from([None, 3])),
+    st.tuples(
+        st.just("call"), unit, ago, st.booleans(), st.sampled_from([None, 0.5, 2.0]), st.sampled_from([None, 3]),
+        st.sampled_from([None, "a", "b"]), st.booleans(),
+    ),
     st.tuples(
         st.just("outcome"), unit, ago, st.sampled_from(["now", "later", "none"]), st.sampled_from([1.0, 2.5]),
         st.sampled_from([None, "x", "y"]),
@@ -76,7 +79,7 @@ def test_the_stores_say_the_same(all_stores: tuple[FakeClock, Stores], steps: li
             assert found[: len(known)] == known[: len(found)], "what was told is final"
             told[rest[0]] = max(known, found, key=len)
     clock.advance(1_000.0)
-    for look in ("counts", "tally", "exposed", "waiting"):
+    for look in ("counts", "ended", "tally", "exposed", "waiting"):
         _alike([getattr(store.trials, look)(name) for store in stores])
     _alike([_progress(store, name) for store in stores])
     for metric in METRICS:
@@ -110,8 +113,9 @@ def _do(store: Store, name: str, kind: str, rest: list[Any]) -> Any:
         who, stage, arm, propensity, full = rest
         return trials.expose(Exposure(name, who, stage, arm, propensity, now, full))
     if kind == "call":
-        who, before, failed, latency, nano = rest
-        return trials.call(Call(name, who, now - before, failed=failed, latency=latency, list_nano=nano))
+        who, before, failed, latency, nano, arm, left = rest
+        more = {"failed": failed, "fell_back": latency is None, "arm": arm, "abandoned": left}
+        return trials.call(Call(name, who, now - before, latency=latency, list_nano=nano, **more))
     if kind == "underway":
         who, before, seconds = rest
         return trials.underway(Underway(name, who, now - before, seconds))

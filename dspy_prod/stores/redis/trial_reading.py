@@ -9,13 +9,24 @@ import orjson
 
 from dspy_prod.stores.redis.asking import named, packed, unpacked
 from dspy_prod.stores.redis.trial_writing import CALLS, HALF, metric_part
-from dspy_prod.stores.trial_terms import Arm, Calls, Checkpoint, Decision, Matured, Tally, Trial, Values, Waiting
+from dspy_prod.stores.trial_terms import (
+    Arm,
+    Calls,
+    Checkpoint,
+    Decision,
+    Ended,
+    Matured,
+    Tally,
+    Trial,
+    Values,
+    Waiting,
+)
 
 Look = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
 """Gives the replies of some commands."""
 
 CHECKPOINT: Final = ("checkpoint", "checkpoint_revision", "checkpoint_at")
-TALLY: Final = ("units", "mixed", "late", "stray", "unkept", "early", "unpriced")
+TALLY: Final = ("units", "mixed", "late", "stray", "unkept", "early", "unpriced", "repeated")
 NOTHING: Final = "!"
 """Stands for no metric at all."""
 PAGE: Final = 500
@@ -71,13 +82,22 @@ def arms_of(row: list[bytes]) -> list[Arm]:
     for field, count in zip(row[::2], row[1::2], strict=True):
         what, stage, full, arm = field.split(b" ", 3)
         sums.setdefault((int(stage), named(arm), int(full)), {})[what] = int(count)
-    return [Arm(*key, *(each.get(what, 0) for what in (b"u", b"f", b"m"))) for key, each in sorted(sums.items())]
+    return [Arm(*key, *(each.get(what, 0) for what in (b"u", b"f", b"m", b"e"))) for key, each in sorted(sums.items())]
+
+
+def ended_of(row: list[bytes]) -> list[Ended]:
+    """How calls ended, by arm, of the hash as it is."""
+    sums: dict[str, dict[bytes, int]] = {}
+    for field, count in zip(row[::2], row[1::2], strict=True):
+        what, arm = field.split(b" ", 1)
+        sums.setdefault(named(arm), {})[what] = int(count)
+    return [Ended(arm, *(each.get(what, 0) for what in (b"c", b"f", b"b", b"a"))) for arm, each in sorted(sums.items())]
 
 
 def tally_of(row: list[Any], dropped: int) -> Tally:
     """What is in the fields `TALLY`, and what this process had no room for."""
-    units, mixed, late, stray, unkept, early, unpriced = (int(each or 0) for each in row)
-    return Tally(units, mixed, late, stray, unkept + dropped, early, unpriced)
+    found = Tally(*(int(each or 0) for each in row))
+    return found._replace(unkept=found.unkept + dropped)
 
 
 def checkpoint_of(row: list[Any]) -> Checkpoint | None:

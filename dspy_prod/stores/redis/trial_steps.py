@@ -8,7 +8,8 @@ units it has, and for each metric its window (`window <metric>`) and up to which
     :units    hash: number -> "at stage full propensity arm unit", of the first exposure (names as in keys)
     :later    hash: number -> "stage full arm" a line, of later stages
     :mixed    hash: number -> 1 where it is to be left out, else 0, of units that saw two arms within a stage
-    :arms     hash: "u|f|m stage full arm" -> units, units seen first there, mixed ones
+    :arms     hash: "u|f|m|e stage full arm" -> units, units seen first there, mixed ones, those of other arms
+    :ended    hash: "c|f|b|a arm" -> calls that it answered, failed ones, ones that fell back, abandoned ones
     :calls    hash: number -> "calls failed fell_back nano//1e9 nano%1e9 timed latency unpriced", then the first one's
     :values   hash: "metric number id" -> "value at"
     :ids      sorted set of the fields of `:values`, in the order of metric and number
@@ -26,7 +27,7 @@ from typing import Final
 
 from dspy_prod.stores.redis.batch import STEPS
 
-PARTS: Final = ("numbers", "units", "later", "mixed", "arms", "calls", "values", "ids", "audit", "calling")
+PARTS: Final = ("numbers", "units", "later", "mixed", "arms", "calls", "values", "ids", "audit", "calling", "ended")
 """The keys beside the head."""
 
 HEAD: Final = ("declaration", "windows", "grace", "state", "stage", "since", "revision", "created")

@@ -41,17 +41,19 @@ function(key, args)
       return count('f', slot)
     end
     local had, was_full = found.arm, found.full
-    local later = ''
+    local later, been = '', found.arm == arm
     if stage ~= found.stage then
       had, later = nil, call('HGET', key .. ':later', found.number) or ''
       for each, its_full, its_arm in string.gmatch(later, '(%S+) (%S+) (%S*)\n') do
         if each == stage then had, was_full = its_arm, its_full end
+        been = been or its_arm == arm
       end
     end
     if not had then
       if chance == '0' then return end
       call('HSET', key .. ':later', found.number, later .. slot .. '\n')
       count('u', slot)
+      if not been then count('e', slot) end
     elseif had ~= arm and call('HEXISTS', key .. ':mixed', found.number) == 0 then
       local told = tonumber(call('HGET', key, 'read') or '0')
       call('HSET', key .. ':mixed', found.number, tonumber(found.number) > told and '1' or '0')
@@ -66,10 +68,18 @@ function(key, args)
     return at <= found.at + window(metric)
   end
 
-  local function called(name, at, failed, fell, high, low, timed, latency, unpriced)
+  local function called(name, at, failed, fell, high, low, timed, latency, unpriced, arm, left)
     local found = unit(name)
     if not (found and window('*')) then return end
+    if arm ~= '' then
+      for what, one in pairs({c = '1', f = failed, b = fell, a = left}) do
+        if one ~= '0' then call('HINCRBY', key .. ':ended', what .. ' ' .. arm, 1) end
+      end
+    end
     local kept = call('HGET', key .. ':calls', found.number)
+    local beyond = kept
+    if window('*') ~= 0 then beyond = tonumber(at) > found.at + window('*') end
+    if beyond or (arm ~= '' and arm ~= found.arm) then return lose('repeated') end
     if not takes(found, '*', tonumber(at), kept) then return lose('late') end
     local first = failed .. ' ' .. fell .. ' ' .. high .. ' ' .. low .. ' ' .. timed .. ' ' .. latency .. ' ' .. unpriced
     local sums = {1, failed, fell, high, low, timed, latency, unpriced}
@@ -87,12 +97,12 @@ function(key, args)
     local found = unit(name)
     if not (found and window(metric)) or value == '' then return lose('stray') end
     local first = metric .. ' ' .. string.format('%012d', found.number)
-    local has = window(metric) == 0 and
+    local field = first .. ' ' .. id
+    local fresh = call('HEXISTS', key .. ':values', field) == 0
+    local has = window(metric) == 0 and (fresh or id == '-') and
       #call('ZRANGEBYLEX', key .. ':ids', '[' .. first .. ' ', '(' .. first .. '!', 'LIMIT', 0, 1) > 0
     if not takes(found, metric, tonumber(at), has) then return lose('late') end
     if tonumber(at) < found.at - early and found.at <= now + early then return lose('early') end
-    local field = first .. ' ' .. id
-    local fresh = call('HEXISTS', key .. ':values', field) == 0
     if fresh then
       if tonumber(call('HGET', key, 'values') or '0') >= most_values then return lose('unkept') end
       call('HINCRBY', key, 'values', 1)
@@ -120,8 +130,8 @@ function(key, args)
       i = i + 7
     elseif kind == 'c' then
       called(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6], args[i + 7], args[i + 8],
-        args[i + 9])
-      i = i + 10
+        args[i + 9], args[i + 10], args[i + 11])
+      i = i + 12
     elseif kind == 'w' then
       goes_on(args[i + 1], args[i + 2])
       i = i + 3

@@ -98,7 +98,9 @@ def _arguments(thing: Thing, now: float) -> tuple[Value, ...]:
     if isinstance(thing, Call):
         _, failed, fell_back, list_nano, timed, latency, unpriced = Calls.of(thing)
         high, low = divmod(int(list_nano), HALF)
-        return "c", unit, _exact(thing.at), failed, fell_back, high, low, timed, _exact(latency), unpriced
+        arm = "" if thing.arm is None else part_of(thing.arm)
+        sums = failed, fell_back, high, low, timed, _exact(latency), unpriced
+        return "c", unit, _exact(thing.at), *sums, arm, int(thing.abandoned)
     if isinstance(thing, Underway):
         return "w", unit, _exact(min(thing.at, now) + thing.seconds)
     value = _exact(thing.value) if isfinite(thing.value) else ""

@@ -22,6 +22,7 @@ from dspy_prod.stores.redis.trial_reading import (
     checkpoint_of,
     decision_text,
     decisions_of,
+    ended_of,
     exposed,
     last_over,
     matured,
@@ -40,6 +41,7 @@ from dspy_prod.stores.trial_terms import (
     Arm,
     Checkpoint,
     Decision,
+    Ended,
     Lease,
     Matured,
     Progress,
@@ -158,6 +160,10 @@ class RedisTrials:
     def counts(self, name: str) -> list[Arm]:
         (row,) = self._asking.read(("HGETALL", self._connection.key("trial", name, "arms")))
         return arms_of(_flat(row))
+
+    def ended(self, name: str) -> list[Ended]:
+        (row,) = self._asking.read(("HGETALL", self._connection.key("trial", name, "ended")))
+        return ended_of(_flat(row))
 
     def tally(self, name: str) -> Tally:
         dropped = self._post.dropped

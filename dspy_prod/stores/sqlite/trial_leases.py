@@ -15,8 +15,8 @@ _HOLD: Final = "INSERT OR REPLACE INTO trial_leases VALUES (?, ?, ?, ?, ?)"
 _GIVE: Final = "DELETE FROM trial_leases WHERE ns = ? AND name = ? AND holder = ?"
 _PROGRESS: Final = (
     "SELECT (SELECT max(number) FROM trial_units WHERE trial = id), "
-    "(SELECT sum(mixed) FROM trial_arms WHERE trial = id), late, stray, early, unpriced, checkpoint_revision, "
-    f"{TRIAL} FROM trials WHERE ns = ? AND name = ?"
+    "(SELECT sum(mixed) FROM trial_arms WHERE trial = id), late, stray, early, unpriced, repeated, "
+    f"checkpoint_revision, {TRIAL} FROM trials WHERE ns = ? AND name = ?"
 )
 
 
@@ -40,7 +40,7 @@ def read_progress(connection: sqlite3.Connection, ns: int, name: str, unkept: in
     row = connection.execute(_PROGRESS, (ns, joined(name))).fetchone()
     if row is None:
         return None
-    units, mixed, late, stray, early, unpriced, saved, *rest = row
-    tally = Tally(units or 0, mixed or 0, late, stray, unkept, early, unpriced)
+    units, mixed, late, stray, early, unpriced, repeated, saved, *rest = row
+    tally = Tally(units or 0, mixed or 0, late, stray, unkept, early, unpriced, repeated)
     id, trial = trial_of(tuple(rest))
     return id, Progress(trial, tally, saved)

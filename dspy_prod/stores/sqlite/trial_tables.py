@@ -15,6 +15,7 @@ from dspy_prod.stores.trial_terms import (
     Calls,
     Checkpoint,
     Decision,
+    Ended,
     Matured,
     Tally,
     Trial,
@@ -30,7 +31,8 @@ TABLES: Final = (
         windows TEXT NOT NULL, grace REAL NOT NULL, state TEXT NOT NULL, stage INTEGER NOT NULL, since REAL NOT NULL,
         revision INTEGER NOT NULL, created REAL NOT NULL, late INTEGER NOT NULL DEFAULT 0,
         stray INTEGER NOT NULL DEFAULT 0, checkpoint TEXT, checkpoint_revision INTEGER NOT NULL DEFAULT 0,
-        checkpoint_at REAL, early INTEGER NOT NULL DEFAULT 0, unpriced INTEGER NOT NULL DEFAULT 0, UNIQUE (ns, name))
+        checkpoint_at REAL, early INTEGER NOT NULL DEFAULT 0, unpriced INTEGER NOT NULL DEFAULT 0,
+        repeated INTEGER NOT NULL DEFAULT 0, UNIQUE (ns, name))
     """,
     """
     CREATE TABLE IF NOT EXISTS trial_units (
@@ -64,7 +66,13 @@ TABLES: Final = (
     """
     CREATE TABLE IF NOT EXISTS trial_arms (
         trial INTEGER, stage INTEGER, arm TEXT, filled INTEGER, units INTEGER NOT NULL, first INTEGER NOT NULL,
-        mixed INTEGER NOT NULL, PRIMARY KEY (trial, stage, arm, filled)) WITHOUT ROWID
+        mixed INTEGER NOT NULL, entered INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (trial, stage, arm, filled)) WITHOUT ROWID
+    """,
+    """
+    CREATE TABLE IF NOT EXISTS trial_ended (
+        trial INTEGER, arm TEXT, calls INTEGER NOT NULL, failed INTEGER NOT NULL, fell_back INTEGER NOT NULL,
+        abandoned INTEGER NOT NULL, PRIMARY KEY (trial, arm)) WITHOUT ROWID
     """,
     """
     CREATE TABLE IF NOT EXISTS trial_read (
@@ -86,7 +94,11 @@ TABLES: Final = (
     """,
 )
 
-LATER: Final = {"trials": ("early", "unpriced"), "trial_calls": ("unpriced", "first_unpriced")}
+LATER: Final = {
+    "trials": ("early", "unpriced", "repeated"),
+    "trial_calls": ("unpriced", "first_unpriced"),
+    "trial_arms": ("entered",),
+}
 """Numbers that files of earlier releases have not, by table."""
 
 PARTS: Final = {
@@ -95,6 +107,7 @@ PARTS: Final = {
     "trial_underway": "trial, number",
     "trial_values": "trial, metric, number, id",
     "trial_arms": "trial, stage, arm, filled",
+    "trial_ended": "trial, arm",
     "trial_read": "trial, metric",
     "trial_decisions": "trial, number",
     "trial_units": "trial, number",
@@ -171,18 +184,25 @@ def id_of(connection: sqlite3.Connection, ns: int, name: str) -> int:
 
 def read_arms(connection: sqlite3.Connection, trial: int) -> list[Arm]:
     """Units by stage and arm."""
-    sql = "SELECT stage, arm, filled, units, first, mixed FROM trial_arms WHERE trial = ?"
+    sql = "SELECT stage, arm, filled, units, first, mixed, entered FROM trial_arms WHERE trial = ?"
     return sorted(Arm(stage, name_of(arm), *rest) for stage, arm, *rest in connection.execute(sql, (trial,)))
+
+
+def read_ended(connection: sqlite3.Connection, trial: int) -> list[Ended]:
+    """How calls ended, by arm."""
+    sql = "SELECT arm, calls, failed, fell_back, abandoned FROM trial_ended WHERE trial = ?"
+    return sorted(Ended(name_of(arm), *sums) for arm, *sums in connection.execute(sql, (trial,)))
 
 
 def read_tally(connection: sqlite3.Connection, trial: int, unkept: int) -> Tally:
     """How many units there are, and what could not be used."""
-    row = connection.execute("SELECT late, stray, early, unpriced FROM trials WHERE id = ?", (trial,)).fetchone()
+    sql = "SELECT late, stray, early, unpriced, repeated FROM trials WHERE id = ?"
+    row = connection.execute(sql, (trial,)).fetchone()
     if row is None:
         return Tally()
     mixed = connection.execute("SELECT coalesce(sum(mixed), 0) FROM trial_arms WHERE trial = ?", (trial,)).fetchone()[0]
-    late, stray, early, unpriced = row
-    return Tally(last_number(connection, trial), mixed, late, stray, unkept, early, unpriced)
+    late, stray, *rest = row
+    return Tally(last_number(connection, trial), mixed, late, stray, unkept, *rest)
 
 
 def last_number(connection: sqlite3.Connection, trial: int) -> int:

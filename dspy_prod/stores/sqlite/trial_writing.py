@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from dspy_prod.stores.keys import joined
 from dspy_prod.stores.sqlite.inserting import Inserting, each_of, portions
-from dspy_prod.stores.sqlite.trial_tables import find, last_number, read_marks
+from dspy_prod.stores.sqlite.trial_tables import find, last_number, name_of, read_marks
 from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     Calls,
@@ -44,9 +44,15 @@ _PUT_VALUES: Final = Inserting(
 )
 _PUT_ARMS: Final = Inserting(
     "trial_arms",
-    ("trial", "stage", "arm", "filled", "units", "first", "mixed"),
-    " ON CONFLICT (trial, stage, arm, filled) DO UPDATE SET "
-    "units = units + excluded.units, first = first + excluded.first, mixed = mixed + excluded.mixed",
+    ("trial", "stage", "arm", "filled", "units", "first", "mixed", "entered"),
+    " ON CONFLICT (trial, stage, arm, filled) DO UPDATE SET units = units + excluded.units, "
+    "first = first + excluded.first, mixed = mixed + excluded.mixed, entered = entered + excluded.entered",
+)
+_PUT_ENDED: Final = Inserting(
+    "trial_ended",
+    ("trial", "arm", "calls", "failed", "fell_back", "abandoned"),
+    " ON CONFLICT (trial, arm) DO UPDATE SET calls = calls + excluded.calls, failed = failed + excluded.failed, "
+    "fell_back = fell_back + excluded.fell_back, abandoned = abandoned + excluded.abandoned",
 )
 _PUT_UNDERWAY: Final = Inserting(
     "trial_underway",
@@ -56,7 +62,8 @@ _PUT_UNDERWAY: Final = Inserting(
 _ENDED: Final = "DELETE FROM trial_underway WHERE trial = ? AND until < ?"
 _MIX: Final = "UPDATE trial_units SET mixed = 1, left_out = ? WHERE trial = ? AND number = ?"
 _LOSE: Final = (
-    "UPDATE trials SET late = late + ?, stray = stray + ?, early = early + ?, unpriced = unpriced + ? WHERE id = ?"
+    "UPDATE trials SET late = late + ?, stray = stray + ?, early = early + ?, unpriced = unpriced + ?, "
+    "repeated = repeated + ? WHERE id = ?"
 )
 _KNOWN: Final = "number, unit, stage, arm, filled, at, mixed, propensity"
 _DONE: Final = "SELECT batch FROM trial_writers WHERE owner = ?"
@@ -145,9 +152,10 @@ class _Batch:
         self._calls: dict[int, tuple[Calls, Calls]] = {}
         self._called: set[int] = set()
         self._values: dict[tuple[str, int, str], tuple[float, float]] = {}
-        self._valued: set[tuple[str, int]] = set()
+        self._valued: dict[tuple[str, int], str] = {}
         self._underway: dict[int, float] = {}
-        self._late = self._stray = self._early = self._unpriced = 0
+        self._ended: dict[str, list[int]] = {}
+        self._late = self._stray = self._early = self._unpriced = self._repeated = 0
 
     def write(self, things: list[Thing]) -> None:
         self._read(things)
@@ -186,8 +194,8 @@ class _Batch:
             told = {
                 numbers.get(joined(one.unit)) for one in things if isinstance(one, Outcome) and one.metric == metric
             }
-            rows = self._each("trial_values", "number", "number", told - {None}, " AND metric = ?", key)
-            self._valued.update((key, number) for (number,) in rows)
+            rows = self._each("trial_values", "number, id", "number", told - {None}, " AND metric = ?", key)
+            self._valued.update({(key, number): id for number, id in rows})
 
     def _each(
         self, table: str, columns: str, column: str, values: Iterable[Any], more: str = "", *given: Any
@@ -207,26 +215,39 @@ class _Batch:
             self._last += 1
             at = min(exposure.at, self._now)
             self._units[name] = _Unit(self._last, stage, arm, filled, at, False, exposure.propensity, fresh=True)
-            self._count(stage, arm, filled, 1, 1, 0)
+            self._count(stage, arm, filled, 1, 1)
             return
         known = (unit.arm, unit.filled) if stage == unit.stage else self._later.get((unit.number, stage))
         if known is None and chance:
+            self._count(stage, arm, filled, units=1, entered=self._enters(unit, arm))
             self._later[unit.number, stage] = (arm, filled)
             self._new_later.append((self._id, unit.number, stage, arm, filled))
-            self._count(stage, arm, filled, 1, 0, 0)
         elif known is not None and known[0] != arm and not unit.mixed:
             unit.mixed = True
             unit.left_out = unit.number > max(self._marks.values(), default=0)
-            self._count(stage, *known, 0, 0, 1)
+            self._count(stage, *known, mixed=1)
             if not unit.fresh:
                 self._connection.execute(_MIX, (unit.left_out, self._id, unit.number))
+
+    def _enters(self, unit: _Unit, arm: str) -> bool:
+        """Whether it was in other arms only."""
+        later = [each for (number, _), (each, _) in self._later.items() if number == unit.number]
+        return arm not in (unit.arm, *later)
 
     def _call(self, call: Call) -> None:
         unit, window = self._units.get(joined(call.unit)), self._trial.windows.get(None)
         if unit is None or window is None:
             return
+        if call.arm is not None:
+            sums = self._ended.setdefault(joined(call.arm), [0, 0, 0, 0])
+            for place, count in enumerate((1, call.failed, call.fell_back, call.abandoned)):
+                sums[place] += count
+        has = unit.number in self._called
+        if self._trial.repeats(call, name_of(unit.arm), unit.at, window, has):
+            self._repeated += 1
+            return
         number, read = unit.number, self._marks.get(joined(None), 0)
-        if not self._trial.takes(number, read, unit.at, call.at, window, number in self._called):
+        if not self._trial.takes(number, read, unit.at, call.at, window, has):
             self._late += 1
             return
         one = Calls.of(call)
@@ -247,8 +268,9 @@ class _Batch:
         if unit is None or window is None or not isfinite(outcome.value):
             self._stray += 1
             return
-        metric = joined(outcome.metric)
-        has = (metric, unit.number) in self._valued
+        metric, id = joined(outcome.metric), joined(outcome.id)
+        known = self._valued.get((metric, unit.number))
+        has = known is not None and (outcome.id is None or known != id)
         if not self._trial.takes(unit.number, self._marks.get(metric, 0), unit.at, outcome.at, window, has):
             self._late += 1
             return
@@ -256,14 +278,17 @@ class _Batch:
             self._early += 1
             return
         if window == 0:
-            self._valued.add((metric, unit.number))
-        self._values[metric, unit.number, joined(outcome.id)] = (float(outcome.value), outcome.at)
+            self._valued[metric, unit.number] = id
+        self._values[metric, unit.number, id] = (float(outcome.value), outcome.at)
 
-    def _count(self, stage: int, arm: str, filled: int, units: int, first: int, mixed: int) -> None:
-        sums = self._arms.setdefault((stage, arm, filled), [0, 0, 0])
+    def _count(
+        self, stage: int, arm: str, filled: int, units: int = 0, first: int = 0, mixed: int = 0, entered: bool = False
+    ) -> None:
+        sums = self._arms.setdefault((stage, arm, filled), [0, 0, 0, 0])
         sums[0] += units
         sums[1] += first
         sums[2] += mixed
+        sums[3] += entered
 
     # -- writing -----------------------------------------------------------------------------------------------------
     def _put(self) -> None:
@@ -283,11 +308,13 @@ class _Batch:
         values = [(id, *key, *value) for key, value in self._values.items()]
         _PUT_VALUES.run(connection, values)
         _PUT_ARMS.run(connection, [(id, *key, *sums) for key, sums in self._arms.items()])
+        _PUT_ENDED.run(connection, [(id, arm, *sums) for arm, sums in self._ended.items()])
         if self._underway:
             connection.execute(_ENDED, (id, self._now))
             _PUT_UNDERWAY.run(connection, [(id, *each) for each in self._underway.items()])
-        if self._late or self._stray or self._early or self._unpriced:
-            connection.execute(_LOSE, (self._late, self._stray, self._early, self._unpriced, id))
+        lost = self._late, self._stray, self._early, self._unpriced, self._repeated
+        if any(lost):
+            connection.execute(_LOSE, (*lost, id))
 
 
 def _flags(unit: _Unit) -> tuple[int, int]:

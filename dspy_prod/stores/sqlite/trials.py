@@ -23,6 +23,7 @@ from dspy_prod.stores.sqlite.trial_tables import (
     read_arms,
     read_checkpoint,
     read_decisions,
+    read_ended,
     read_exposed,
     read_matured,
     read_ready,
@@ -40,6 +41,7 @@ from dspy_prod.stores.trial_terms import (
     Arm,
     Checkpoint,
     Decision,
+    Ended,
     Lease,
     Matured,
     Progress,
@@ -162,6 +164,9 @@ class KeptTrials:
     # -- reading -----------------------------------------------------------------------------------------------------
     def counts(self, name: str) -> list[Arm]:
         return self._read(lambda connection, ns: read_arms(connection, id_of(connection, ns, name)))
+
+    def ended(self, name: str) -> list[Ended]:
+        return self._read(lambda connection, ns: read_ended(connection, id_of(connection, ns, name)))
 
     def tally(self, name: str) -> Tally:
         unkept = self._post.dropped

@@ -33,7 +33,7 @@ def fill(store: Served, name: str = "e") -> None:
         expose(store, unit, "b", 1, trial=name)
         expose(store, unit, "c", 1, trial=name)
         outcome(store, unit, 1.0, trial=name)
-        call(store, unit, trial=name)
+        call(store, unit, trial=name, arm="control")
         store.trials.underway(Underway(name, unit, store.trials.now()))
     store.trials.decide(name, Decision("note", "x", ""))
 

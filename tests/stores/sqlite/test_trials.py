@@ -156,7 +156,7 @@ def test_everything_is_there_when_the_file_is_opened_again(open_sqlite: Callable
     assert [each.what for each in again.trials.decisions("e")] == ["start"]
     (found,) = again.trials.matured("e", None)
     assert found.calls == found.first_call == Calls(1, 1, 0, 0, 1, 2.0)
-    assert [each.values for each in again.trials.matured("e", "resolved")] == [Values(1, 1.0, 1.0, 1.0)]
+    assert [each.values for each in again.trials.matured("e", "resolved")] == [Values(1, 1.0, 1.0, 1.0, trial.created)]
     expose(again, "u1", "cot")
     expose(again, "u2")
     assert again.trials.tally("e") == Tally(2, mixed=1)
