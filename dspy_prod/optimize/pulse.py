@@ -49,7 +49,8 @@ class Pulse:
             yield
         finally:
             with self._starting:
-                self._beats, self._thread, thread = False, None, self._thread
+                thread = self._thread
+                self._beats, self._thread = False, None
             self._woken.set()
             if thread is not None:
                 thread.join(5.0)

@@ -8,6 +8,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from dspy_prod.options.base import Count, Options, Seconds, SecondsOrZero, Share, not_bool
 
+LONGEST_RECOVERY: Final = 600.0
+"""Seconds for which a circuit is open at most, whatever a provider's `Retry-After` says, unless it is told another
+`max_recovery_timeout`; its jitter comes on top."""
+
 
 class Retry(Options):
     """Retries of transient upstream failures, in exactly one layer: ours.
@@ -80,7 +84,7 @@ class CircuitBreaker(Options):
     slow_call_duration: Seconds | None = None
     slow_call_rate: Share = 1.0
     recovery_timeout: Seconds = 60.0
-    max_recovery_timeout: Seconds = 600.0
+    max_recovery_timeout: Seconds = LONGEST_RECOVERY
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.1
     success_threshold: Count = 3
     half_open_probes: Count = 1
