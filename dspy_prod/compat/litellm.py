@@ -193,7 +193,8 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         with closing_stream(_Closing(source)):
             chunks = iter(source)
             while True:
-                with litellm_errors(model=request.model):
+                # Several dialects, Gemini's above all, are sent not before their first chunk is asked for.
+                with litellm_errors(model=request.model), staying(self.until):
                     try:
                         chunk = next(chunks)
                     except StopIteration:
@@ -246,7 +247,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
         async with aclosing_stream(source):
             chunks = aiter(source)
             while True:
-                with litellm_errors(model=request.model):
+                with litellm_errors(model=request.model), staying(self.until):
                     try:
                         chunk = await anext(chunks)
                     except StopAsyncIteration:
