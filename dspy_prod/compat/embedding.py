@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from dspy.clients.engines.litellm_errors import litellm_errors
 
-from dspy_prod.compat.httpx import staying
-from dspy_prod.compat.litellm import answered_by, get_litellm
+from dspy_prod.compat.httpx import Stay, staying
+from dspy_prod.compat.litellm import answered_by, get_litellm, unread
 
 COUNTED: Final = frozenset(
     {"gemini", "huggingface", "ollama", "replicate", "sagemaker", "triton", "vertex_ai", "vertex_ai_beta"}
@@ -40,14 +40,16 @@ def embed(arguments: Mapping[str, Any], until: float = inf) -> Any:
         until: monotonic time after which nobody waits for it.
     """
     litellm = get_litellm(feature="dspy_prod.Embedder")
-    with litellm_errors(model=arguments["model"]), staying(until):
+    stay = Stay(until)
+    with unread(stay), litellm_errors(model=arguments["model"]), staying(stay):
         return litellm.embedding(**{**arguments, **_ALONE, "max_retries": _Never(0)})
 
 
 async def aembed(arguments: Mapping[str, Any], until: float = inf) -> Any:
     """Asynchronous `embed`."""
     litellm = get_litellm(feature="dspy_prod.Embedder")
-    with litellm_errors(model=arguments["model"]), staying(until):
+    stay = Stay(until)
+    with unread(stay), litellm_errors(model=arguments["model"]), staying(stay):
         return await litellm.aembedding(**{**arguments, **_ALONE, "max_retries": _Never(0)})
 
 

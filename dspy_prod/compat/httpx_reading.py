@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing, suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import httpx
 
 from dspy_prod.compat import bounds
 from dspy_prod.compat.foreign import names
+
+if TYPE_CHECKING:
+    from dspy_prod.compat.httpx import Stay
 
 _Decoder: Any
 _Identity: Any
@@ -28,18 +32,31 @@ _TURN: Final = 0.01
 """Seconds after which other tasks, and timers, have their turn."""
 
 
-def bound(response: Any, until: float) -> None:
+_ODD: Final = re.compile(
+    rb'"(?:prompt_tokens|completion_tokens|input_tokens|output_tokens|cache_read_input_tokens|reasoning_tokens|'
+    rb"cache_creation_input_tokens|promptTokenCount|candidatesTokenCount|thoughtsTokenCount|cachedContentTokenCount|"
+    rb'inputTokens|outputTokens|cacheReadInputTokens|cacheWriteInputTokens|prompt_eval_count|eval_count)"'
+    rb'\s{0,9}:\s{0,9}(?:true|false|"|-|\d+\.0*[1-9]|\d+(?:\.\d+)?[eE])'
+)
+"""A counter of tokens that is no whole number: LiteLLM takes `true` for one token, and 11.5 for eleven. What a text in
+the answer quotes has a backslash before each mark."""
+
+_OVERLAP: Final = 64
+"""Bytes of the last read in which such a counter may begin."""
+
+
+def bound(response: Any, stay: Stay) -> None:
     """Bound what is read of an answer of which nothing was read yet.
 
     Args:
         response: httpx's.
-        until: monotonic time at which nobody waits for it any more.
+        stay: the attempt that it is for.
     """
     decoder = response._get_content_decoder()
     if isinstance(decoder, _Bounded) or hasattr(response, "_content"):
         return
     status = response.status_code
-    response._decoder = _Bounded(decoder, status, response.headers.get("content-type", ""), until + bounds.LATE)
+    response._decoder = _Bounded(decoder, status, response.headers.get("content-type", ""), stay)
     if status >= 300:
         response.stream = _Cut(response.stream)
     elif isinstance(response.stream, httpx.AsyncByteStream) and "stream" in response.headers.get("content-type", ""):
@@ -49,13 +66,15 @@ def bound(response: Any, until: float) -> None:
 class _Bounded(_Decoder):
     """A decoder that counts: every way of reading, in threads and in tasks, passes what it reads through one."""
 
-    def __init__(self, decoder: Any, status: int, content_type: str, until: float) -> None:
+    def __init__(self, decoder: Any, status: int, content_type: str, stay: Stay) -> None:
         self._layers: list[Any] = []
         if not isinstance(decoder, _Identity):
             self._layers = decoder.children if isinstance(decoder, _Multi) else [decoder]
         self._status = status
         self._left = bounds.bound_of(status, content_type)
-        self._until = until
+        self._until = stay.until + bounds.LATE
+        self._stay = stay
+        self._last = b""
 
     def decode(self, data: bytes) -> bytes:
         if time.monotonic() > self._until:
@@ -65,6 +84,10 @@ class _Bounded(_Decoder):
         self._left -= max(read, len(data))  # a body may also be large and decompress to nothing
         if self._left < 0:
             raise bounds.BodyTooLongError(self._status)
+        if not self._stay.odd:
+            heard = self._last + data
+            self._stay.odd = _ODD.search(heard) is not None
+            self._last = heard[-_OVERLAP:]
         return data
 
     def flush(self) -> bytes:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from math import inf
 from typing import Any, Final
 
 from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
 from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine
 from dspy.clients.engines.litellm_errors import litellm_errors
-from dspy.lm15 import Request, Response, StreamEndEvent, response_to_events
+from dspy.lm15 import ProviderError, Request, Response, StreamEndEvent, Usage, response_to_events
 
 from dspy_prod.compat.foreign import names
-from dspy_prod.compat.httpx import staying
-from dspy_prod.compat.lm15 import StreamEvent, read_chat, read_or_billed
+from dspy_prod.compat.httpx import Stay, staying
+from dspy_prod.compat.lm15 import StreamEvent, read_as_native, read_or_billed
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
 _ChatStream: Any
@@ -91,40 +91,16 @@ def _is_citation(value: Any) -> bool:
 
 
 # -- engines ---------------------------------------------------------------------------------------------------------
-class Ear:
-    """Hears an answer as it arrived, before LiteLLM makes anything of it: what its argument `logger_fn` is told.
-
-    Attributes:
-        text: the body of the answer.
-    """
-
-    __slots__ = ("text",)
-
-    def __init__(self) -> None:
-        self.text: str | None = None
-
-    def __call__(self, details: dict[str, Any]) -> None:
-        if (
-            self.text is None and details.get("log_event_type") == "post_api_call"
-        ):  # its errors are told after the answer
-            text = details.get("original_response")
-            self.text = text if isinstance(text, str) else None
-
-    def take(self) -> str:
-        """What was heard; LiteLLM keeps its listener until the next call, which must not keep the answer."""
-        text, self.text = self.text, None
-        return text or ""
-
-
 class _Hooked:
     model_type: str
     until: float = inf
     """When nobody waits for the answer any more (monotonic)."""
-    ear: Ear | None = None
+    stay: Stay | None = None
+    """What was answered to the last request."""
     sent: Callable[[dict[str, Any], Request], dict[str, Any]]
     """Gives the arguments LiteLLM is called with, from those DSPy has made of a request."""
     received: Callable[[Response, Any, str], Response]
-    """Gives the canonical answer, from DSPy's, LiteLLM's, and its text as it arrived, empty where nobody heard it."""
+    """Gives the canonical answer, from DSPy's, LiteLLM's, and its text as it arrived, empty where that is not known."""
     ended: Callable[[StreamEndEvent, Any], StreamEndEvent]
     """Gives the last event of a stream, from DSPy's and LiteLLM's stream after its end."""
 
@@ -137,31 +113,60 @@ class _Hooked:
             data = self.sent(super()._arguments(request, streaming=streaming), request)  # type: ignore[misc]
         elif streaming:
             data = {**data, "stream": True, "stream_options": {"include_usage": True}}
-        if not streaming and self.model_type == "chat" and "logger_fn" not in data:
-            data["logger_fn"] = self.ear = Ear()
         return data
 
+    def _stay(self) -> Stay:
+        self.stay = stay = Stay(self.until)
+        return stay
+
     def _response(self, raw: Any, request: Request) -> Response:
-        text = "" if self.ear is None else self.ear.take()
+        stay = Stay() if self.stay is None else self.stay
+        if stay.odd and (native := read_as_native(stay.path, request, stay.body)) is not None:
+            return native
+        text = stay.body.decode(errors="replace") if self.model_type == "chat" else ""
         inherited: Callable[[Any, Request], Response] = super()._response  # type: ignore[misc]
-        return read_or_billed(
+        found = read_or_billed(
             lambda answer: self.received(inherited(answer, request), raw, text), raw, lambda: plain(raw)
         )
+        return replace(found, usage=Usage()) if stay.odd else found
 
-    def _read_as_native(self, request: Request, failure: Exception) -> Response:
-        """The answer of which LiteLLM could make nothing, as the native engine reads it: what came, and its usage.
 
-        Raises:
-            Exception: what the native engine says of it; or `failure`, LiteLLM's own, where no answer was heard, or one
-                in another dialect.
-        """
-        heard = "" if self.ear is None else self.ear.take()
-        body: Any = None
-        with suppress(ValueError, RecursionError):
-            body = json.loads(heard)
-        if isinstance(body, dict) and ("choices" in body or body.get("object") == "chat.completion"):
-            return read_chat(request, heard)
-        raise failure
+def _read_as_native(request: Request, stay: Stay, failure: Exception) -> Response:
+    """The answer of which LiteLLM could make nothing, as the native engine reads it: what came, and its usage.
+
+    Raises:
+        Exception: what the native engine says of it; that it cannot be read, where it came in a dialect that it does
+            not speak; or `failure`, LiteLLM's own, where no answer came whole.
+    """
+    if stay.came == "whole":
+        native = read_as_native(stay.path, request, stay.body)
+        if native is not None:
+            return native
+    raise _unread(stay, failure)
+
+
+def _unread(stay: Stay, failure: Exception) -> Exception:
+    error = failure
+    if stay.came == "whole":
+        error = ProviderError(f"The provider's answer cannot be read: {failure}")
+        error.__cause__ = failure
+    stay.mark(error)
+    return error
+
+
+@contextmanager
+def unread(stay: Stay) -> Iterator[None]:
+    """Have an error say that an answer had come, and that this is what it is about, where that came whole.
+
+    Raises:
+        ProviderError: the answer came whole, and LiteLLM can make nothing of it.
+    """
+    try:
+        yield
+        return
+    except Exception as error:
+        failure = error
+    raise _unread(stay, failure)
 
 
 class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
@@ -169,12 +174,13 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
 
     def complete(self, request: Request) -> Response:
         """DSPy's, unless LiteLLM stumbles over an answer that came."""
+        stay = self._stay()
         try:
-            with staying(self.until):
+            with staying(stay):
                 return super().complete(request)
         except Exception as error:
             failure = error
-        return self._read_as_native(request, failure)
+        return _read_as_native(request, stay, failure)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """DSPy's stream, written here again because it cannot be asked for its source.
@@ -185,21 +191,34 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         if self.model_type != "chat":  # such an answer comes whole, as it does for a plain `dspy.LM`
             yield from response_to_events(self.complete(request))
             return
+        stay = self._stay()
+        try:
+            yield from self._events(request, stay)
+        except Exception as error:
+            stay.mark(error)
+            raise
+
+    def _events(self, request: Request, stay: Stay) -> Iterator[StreamEvent]:
         data = self._arguments(request, streaming=True)
         litellm = get_litellm(feature="LiteLLM engine streaming")
-        with litellm_errors(model=request.model), staying(self.until):
+        with litellm_errors(model=request.model), staying(stay):
             source = litellm.completion(**data)
         codec = _Stream(request)
         with closing_stream(_Closing(source)):
             chunks = iter(source)
             while True:
-                with litellm_errors(model=request.model):
+                # Several dialects, Gemini's above all, are sent not before their first chunk is asked for.
+                with litellm_errors(model=request.model), staying(stay):
                     try:
                         chunk = next(chunks)
                     except StopIteration:
                         break
                 yield from codec.feed(chunk)
-            yield self.ended(codec.finish(litellm), source)
+            yield _counted(self.ended(codec.finish(litellm), source), stay)
+
+
+def _counted(end: StreamEndEvent, stay: Stay) -> StreamEndEvent:
+    return replace(end, usage=Usage()) if stay.odd else end
 
 
 class _Closing:
@@ -225,12 +244,13 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
 
     async def complete(self, request: Request) -> Response:
         """The same in a task."""
+        stay = self._stay()
         try:
-            with staying(self.until):
+            with staying(stay):
                 return await super().complete(request)
         except Exception as error:
             failure = error
-        return self._read_as_native(request, failure)
+        return _read_as_native(request, stay, failure)
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The same in a task, see `HookedLiteLLMEngine.stream`."""
@@ -238,22 +258,32 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
             for event in response_to_events(await self.complete(request)):
                 yield event
             return
+        stay = self._stay()
+        try:
+            async with aclosing(self._events(request, stay)) as events:
+                async for event in events:
+                    yield event
+        except Exception as error:
+            stay.mark(error)
+            raise
+
+    async def _events(self, request: Request, stay: Stay) -> AsyncGenerator[StreamEvent, None]:
         data = self._arguments(request, streaming=True)
         litellm = get_litellm(feature="LiteLLM engine streaming")
-        with litellm_errors(model=request.model), staying(self.until):
+        with litellm_errors(model=request.model), staying(stay):
             source = await litellm.acompletion(**data)
         codec = _Stream(request)
         async with aclosing_stream(source):
             chunks = aiter(source)
             while True:
-                with litellm_errors(model=request.model):
+                with litellm_errors(model=request.model), staying(stay):
                     try:
                         chunk = await anext(chunks)
                     except StopAsyncIteration:
                         break
                 for event in codec.feed(chunk):
                     yield event
-            yield self.ended(codec.finish(litellm), source)
+            yield _counted(self.ended(codec.finish(litellm), source), stay)
 
 
 def missing_keys(model: str) -> list[str] | None:

@@ -11,8 +11,11 @@ from typing import Any, Final, TypeAlias
 
 from dspy.clients.engines.lm15_engine import AsyncLM15Engine, LM15Engine
 from dspy.lm15 import (
+    AnthropicLM,
     CacheConfig,
+    GeminiLM,
     OpenAIChatLM,
+    OpenAILM,
     ProviderError,
     Request,
     Response,
@@ -126,16 +129,55 @@ def _read_bare(
     return read_or_billed(of, clean, clean.json)
 
 
-def read_chat(request: Request, text: str) -> Response:
-    """The answer that a body in the dialect of OpenAI's chat API gives.
+_READ_BY: Final = (
+    ("/chat/completions", OpenAIChatLM),
+    ("/messages", AnthropicLM),
+    (":generateContent", GeminiLM),
+    ("/responses", OpenAILM),
+)
+"""Who reads what was answered, by the end of the path that was asked."""
+
+
+def read_as_native(path: str, request: Request, body: bytes) -> Response | None:
+    """The answer that a body gives to the native engine, with its usage in OpenAI's way, as LiteLLM tells any.
+
+    Args:
+        path: where it was asked for, which tells its dialect.
+        request: what was asked.
+        body: what came.
+
+    Returns:
+        None where the native engine does not speak the dialect, or where LiteLLM had asked for a text by way of a tool.
 
     Raises:
         Exception: none can be made of it.
     """
-    heard = _HttpResponse(status=200, reason="OK", headers=[], body=text.encode())
-    return _read_bare(
-        lambda answer: OpenAIChatLM(api_key="none", transport=None).parse_response(request, answer), heard
-    )
+    dialect: Any = next((each for end, each in _READ_BY if path.endswith(end)), None)
+    if dialect is None:
+        return None
+    reader = dialect(api_key="none", transport=None)
+    heard = _HttpResponse(status=200, reason="OK", headers=[], body=body)
+    try:
+        found = _read_bare(lambda answer: reader.parse_response(request, answer), heard)
+    except Exception as error:
+        billed = getattr(error, "billed", None)
+        if billed is not None:
+            error.billed = _in_the_way_of_openai(billed, dialect)  # type: ignore[attr-defined]
+        raise
+    if not request.tools and any(part.type == "tool_call" for part in found.message.parts):
+        return None
+    return _in_the_way_of_openai(found, dialect)
+
+
+def _in_the_way_of_openai(response: Response, dialect: Any) -> Response:
+    """Anthropic counts what comes from the cache beside the input, and Gemini thoughts beside the output."""
+    usage = response.usage
+    if dialect is AnthropicLM and usage.input_tokens is not None:
+        cached = (usage.cache_read_tokens or 0) + (usage.cache_write_tokens or 0)
+        usage = replace(usage, input_tokens=usage.input_tokens + cached, total_tokens=None)
+    if dialect is GeminiLM and usage.output_tokens is not None:
+        usage = replace(usage, output_tokens=usage.output_tokens + (usage.reasoning_tokens or 0), total_tokens=None)
+    return response if usage is response.usage else replace(response, usage=usage)
 
 
 # -- engines ---------------------------------------------------------------------------------------------------------

@@ -96,14 +96,14 @@ def ask(lm: Any, way: Way) -> Any:
         try:
             if way == "async":
                 return await lm.acall("a question")
-            return [event async for event in lm._async_engine_spec.stream(request())]
+            return [event async for event in lm._async_engine_spec.stream(request(model=lm.model))]
         finally:
             await lm.pipeline.aclose()
 
     if way == "sync":
         return outcome(lambda: lm("a question"))
     if way == "sync stream":
-        return outcome(lambda: list(lm._engine_spec.stream(request())))
+        return outcome(lambda: list(lm._engine_spec.stream(request(model=lm.model))))
     return outcome(lambda: asyncio.run(in_task()))
 
 
@@ -175,6 +175,30 @@ def test_of_an_error_the_beginning_is_read(
     assert server.requests == 1
     [record] = upstream(lm)
     assert (record.outcome, record.cost_nano, record.estimated) == ("error", 0, False)
+
+
+GEMINI = "gemini/gemini-2.5-flash"
+EVENT = 'data: {"candidates":[{"content":{"parts":[{"text":"%d "}],"role":"model"},"index":0}]}\r\n\r\n'
+
+
+@pytest.mark.usefixtures("low")
+@pytest.mark.parametrize("way", ["sync stream", "async stream"])
+@pytest.mark.parametrize("status", [200, 400])
+def test_a_stream_that_is_sent_late_is_bounded_too(
+    server: Server, connect: Callable[..., Any], status: int, way: Way
+) -> None:
+    """LiteLLM sends Gemini's not before its first chunk is asked for: 1.5 GB of a 400 were read in four seconds."""
+    served(server, way, status)
+    if status == 200:
+        server.body = ever("".join(EVENT % number for number in range(20)).encode())
+    lm = connect(server, model=GEMINI, prices={GEMINI: (1, 1)}, engine="litellm")
+    error = ask(lm, way)
+    assert ("larger than any that is read" in str(error)) is (status == 200)
+    assert status == 200 or getattr(error, "status", None) == status
+    assert server.left.wait(10)
+    assert server.requests == 1
+    [record] = upstream(lm)
+    assert (record.outcome, record.estimated, bool(record.cost_nano)) == ("error", status == 200, status == 200)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -22,12 +22,14 @@ from tests.fuzz.draws import Draws
 from tests.fuzz.exchange import Exchange, healthy
 from tests.fuzz.framing import exchange
 from tests.fuzz.memory import watched
-from tests.fuzz.sockets import WIRE, instead_of_sockets
+from tests.fuzz.sockets import HOME, WIRE, instead_of_sockets
 
 PATIENCE: Final = 20.0
 """Seconds an example may take: generous, for a machine that does other things too."""
 MEMORY: Final = 200_000_000
 """Bytes an example may take at most."""
+NATIVE: Final = [place for place, (engine, _, _) in enumerate(ENGINES) if engine == "lm15"]
+THROUGH_LITELLM: Final = [place for place, (engine, _, _) in enumerate(ENGINES) if engine == "litellm"]
 TICKS: Final = 3_000
 """Examples after which LMs and stores are made anew, so that their ledgers stay short."""
 
@@ -95,7 +97,7 @@ class Answers:
             for each in self._benches.values():
                 self._loop.run_until_complete(each.lm.pipeline.aclose())
             self._benches.clear()
-        engine = 4 + draws.below(3) if self._litellm else draws.below(4)
+        engine = draws.pick(THROUGH_LITELLM if self._litellm else NATIVE)
         policies = draws.pick(tuple(POLICIES))
         bench = self._bench(engine, policies)
         way = draws.pick(("sync", "async", "stream", "astream"))
@@ -177,6 +179,7 @@ class Answers:
                 invariants.own_answer(outcome, number)
         invariants.nothing_held(lm)
         invariants.charged(WIRE.told, records, bench.bound)
+        invariants.at_home(WIRE.reached, HOME)
         invariants.no_secret(records)
         if bench.has_budget:
             invariants.booked(spent, records)

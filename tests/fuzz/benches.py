@@ -81,6 +81,8 @@ ENGINES: Final[tuple[tuple[str, str, str], ...]] = (
     ("litellm", "chat", "chat"),
     ("litellm", "responses", "responses"),
     ("litellm", "completions", "text"),
+    ("litellm", "anthropic", "chat"),
+    ("litellm", "gemini", "chat"),
 )
 _made = itertools.count()
 

@@ -107,7 +107,7 @@ def usages_in(body: bytes) -> tuple[tuple[int, int], ...]:
         data = json.loads(body)
     except (ValueError, RecursionError):
         return ()
-    found = _usage(data.get("usage")) if isinstance(data, dict) else None
+    found = _usage(_told(data)) if isinstance(data, dict) else None
     return () if found is None else (found,)
 
 
@@ -130,7 +130,7 @@ def usages_in_stream(body: bytes) -> tuple[tuple[int, int], ...]:
         if not isinstance(told, dict):
             return ()
         inner = told.get("response")
-        usage = told.get("usage") or (inner.get("usage") if isinstance(inner, dict) else None)
+        usage = _told(told) or (inner.get("usage") if isinstance(inner, dict) else None)
         last = usage is not None
         if usage is not None:
             each = _usage(usage)
@@ -138,6 +138,23 @@ def usages_in_stream(body: bytes) -> tuple[tuple[int, int], ...]:
                 return ()
             found.append(each)
     return tuple(found) if last else ()
+
+
+def _told(data: dict[str, Any]) -> Any:
+    """What a body or an event says of its usage, which in Google's language has names of its own."""
+    counts = data.get("usageMetadata")
+    if counts is None or "usage" in data:
+        return data.get("usage")
+    if not isinstance(counts, dict) or not set(counts) <= set(_GOOGLE):
+        return counts or {"": None}  # nothing that is certain
+    return {_GOOGLE[name]: count for name, count in counts.items()}
+
+
+_GOOGLE: Final = {
+    "promptTokenCount": "prompt_tokens",
+    "candidatesTokenCount": "completion_tokens",
+    "totalTokenCount": "total_tokens",
+}
 
 
 def _usage(usage: Any) -> tuple[int, int] | None:

@@ -36,6 +36,11 @@ HEADERS: Final = (
 )  # fmt: skip
 
 
+LOCATIONS: Final = (
+    "http://elsewhere.invalid/", "http://fuzz.invalid:8080/v1", "https://fuzz.invalid/v1", "//elsewhere.invalid/x",
+    "/v1/chat/completions", "http://elsewhere.invalid@fuzz.invalid/", "http://fuzz.invalid@elsewhere.invalid/",
+)  # fmt: skip
+"""Where a redirect may lead."""
 BEGINNINGS: Final = ((), (b"HTTP/1.1 ",), (b"HTTP/1.1 200 OK\r\nx: y\r\n",), (b"\x16\x03\x01",))
 """What may come of an answer that is none."""
 CODINGS: Final = ("gzip", "deflate", "br", "gzip, gzip", "zstd", "identity", "x")
@@ -109,6 +114,8 @@ def _framed(draws: Draws, body: bytes, status: int, sse: bool, *, whole: bool) -
     lines.append(f"content-type: {kind}".encode("latin-1"))
     for _ in range(draws.below(3) if draws.one_in(3) else 0):
         lines.append(draws.pick(HEADERS).encode("utf-8"))
+    if 300 <= status < 400 and draws.below(3):
+        lines.append(f"location: {draws.pick(LOCATIONS)}".encode())
     coding = draws.below(24)
     if coding >= 20:
         clean = False

@@ -97,7 +97,8 @@ def charged(exchanges: Sequence[Exchange], records: Iterable[CallRecord], bound:
 def _without_own(exchanges: Sequence[Exchange], count: int) -> Iterator[Sequence[Exchange]]:
     """The exchanges without so many that LiteLLM's clients began for the same attempt as the next one.
 
-    They connect once more where they were not connected, and follow a server that sends them elsewhere on itself.
+    They connect once more where they were not connected, and follow a provider that sends them on to itself; that they
+    go nowhere else is another rule, `at_home`.
     """
     own = [
         place
@@ -171,6 +172,13 @@ def bounded(seconds: float, most: float) -> None:
     """An example ends in time."""
     if seconds > most:
         raise Violation("time", f"took {seconds:.1f} s of {most:g}")
+
+
+def at_home(reached: Iterable[tuple[str, int]], home: tuple[str, int]) -> None:
+    """No connection goes anywhere but to the provider, wherever an answer points."""
+    elsewhere = [place for place in reached if place != home]
+    if elsewhere:
+        raise Violation("at home", f"connected to {elsewhere} instead of {home} alone")
 
 
 def small(peak: int, most: int) -> None:

@@ -20,7 +20,9 @@ from httpcore._backends.sync import SyncBackend
 from dspy_prod.pipeline.upstream import deadline, upstream
 from tests.fuzz.exchange import Exchange, healthy
 
-URL = "http://fuzz.invalid/v1"
+HOME = ("fuzz.invalid", 80)
+"""Host and port of the provider."""
+URL = f"http://{HOME[0]}/v1"
 
 
 class Wire:
@@ -28,20 +30,23 @@ class Wire:
 
     Attributes:
         told: the exchanges that were begun, oldest first.
+        reached: where the connections went.
     """
 
     def __init__(self) -> None:
         self._script: deque[Exchange] = deque()
         self.told: list[Exchange] = []
+        self.reached: list[tuple[str, int]] = []
         self.healthy = healthy("chat", False, 0)
 
     def load(self, script: list[Exchange], healthy: Exchange) -> None:
         """Begin an example: these exchanges in turn, and then healthy ones."""
         self._script = deque(script)
-        self.told = []
+        self.told, self.reached = [], []
         self.healthy = healthy
 
-    def take(self) -> Exchange:
+    def take(self, host: str, port: int) -> Exchange:
+        self.reached.append((host, port))
         exchange = self._script.popleft() if self._script else self.healthy
         self.told.append(exchange)
         return exchange
@@ -84,8 +89,8 @@ class Line:
 
 
 # -- lm15 ------------------------------------------------------------------------------------------------------------
-def _opened() -> Line:
-    exchange = WIRE.take()
+def _opened(host: str, port: int) -> Line:
+    exchange = WIRE.take(host, port)
     if exchange.end == "refused":
         raise ConnectError("failed to connect: refused by the script")
     return Line(exchange)
@@ -95,14 +100,14 @@ class Transport(deadline.BoundedTransport):
     """The synchronous transport of the product, but for the socket."""
 
     def _open(self, parsed: Any, *, origin: Any, **_: Any) -> Any:
-        return _sync._SyncConnection(origin, self.wrapped(_opened()))  # type: ignore[arg-type]
+        return _sync._SyncConnection(origin, self.wrapped(_opened(*origin[1:])))  # type: ignore[arg-type]
 
 
 class AsyncTransport(deadline.PacedAsyncTransport):
     """The asynchronous one."""
 
     async def _open(self, parsed: Any, *, origin: Any, **_: Any) -> Any:
-        line = _opened()
+        line = _opened(*origin[1:])
         return _async._AsyncConnection(origin, _Reader(line), _Writer())  # type: ignore[arg-type]
 
 
@@ -175,19 +180,19 @@ def _heard(line: Line, size: int) -> bytes:
         raise httpcore.ReadError(str(error)) from error
 
 
-def _reached() -> Line:
-    exchange = WIRE.take()
+def _reached(host: str, port: int) -> Line:
+    exchange = WIRE.take(host, port)
     if exchange.end == "refused":
         raise httpcore.ConnectError("failed to connect: refused by the script")
     return Line(exchange)
 
 
-def _connect(*_: Any, **__: Any) -> httpcore.NetworkStream:
-    return _Stream(_reached())
+def _connect(_: Any, host: str, port: int, **__: Any) -> httpcore.NetworkStream:
+    return _Stream(_reached(host, port))
 
 
-async def _aconnect(*_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
-    return _AsyncStream(_reached())
+async def _aconnect(_: Any, host: str, port: int, **__: Any) -> httpcore.AsyncNetworkStream:
+    return _AsyncStream(_reached(host, port))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,14 +16,15 @@ from tests.e2e.support import PRICES, ask, make_lm, upstream
 from tests.examples import examples
 from tests.fuzz import invariants
 from tests.fuzz.draws import by_chance, by_hypothesis, by_script, shrunk
-from tests.fuzz.exchange import BODIES
+from tests.fuzz.exchange import BODIES, Exchange, healthy
 from tests.fuzz.invariants import Violation
 from tests.fuzz.memory import watched
 from tests.fuzz.mutations import mutated
 from tests.fuzz.running import KINDS, Share, quiet, replay, run, shares
+from tests.fuzz.sockets import HOME, URL, instead_of_sockets
 
-SHORT = {"answers, native": 200, "answers, LiteLLM": 12, "states": 60, "rows": 20, "names": 150}
-LONG = {"answers, native": 20_000, "answers, LiteLLM": 500, "states": 2_000, "rows": 300, "names": 5_000}
+SHORT = {"answers, native": 200, "answers, LiteLLM": 20, "states": 60, "rows": 20, "names": 150}
+LONG = {"answers, native": 20_000, "answers, LiteLLM": 800, "states": 2_000, "rows": 300, "names": 5_000}
 
 
 @pytest.fixture(params=[kind for kind in KINDS if kind != "rows"])
@@ -120,6 +122,19 @@ def test_a_violation_is_noticed_saved_and_made_again(tmp_path: Path, monkeypatch
     assert said.kind == "charge"
     monkeypatch.undo()
     assert replay(path) is None
+
+
+def test_a_connection_to_somebody_else_is_noticed() -> None:
+    """A client that follows a redirect goes where the wire sees it."""
+    away = Exchange(
+        (b"HTTP/1.1 307 Away\r\nlocation: http://elsewhere.invalid/\r\ncontent-length: 0\r\n\r\n",), status=307
+    )
+    with instead_of_sockets() as wire:
+        wire.load([away], healthy("chat", False, 0))
+        assert httpx.post(URL, follow_redirects=True).status_code == 200
+        assert wire.reached == [HOME, ("elsewhere.invalid", 80)]
+        with pytest.raises(Violation, match="at home"):
+            invariants.at_home(wire.reached, HOME)
 
 
 def test_the_work_is_shared_out_whole() -> None:

@@ -12,7 +12,7 @@ import pytest
 import dspy_prod
 from dspy_prod import Price
 from dspy_prod.compat.httpx import staying
-from tests.e2e.support import fresh_memory, outcome
+from tests.e2e.support import fresh_memory, outcome, request
 from tests.listening import Listening, Silent
 
 MODELS = {
@@ -20,6 +20,8 @@ MODELS = {
     "mistral": "mistral/mistral-small-latest", "address": "hosted_vllm/e2e", "text": "text-completion-openai/e2e",
 }  # fmt: skip
 SECRET = "sk-of-the-environment"
+ASKED = [(way, status) for way in ("sync", "async") for status in (302, 307, 308)]
+ASKED += [(way, status) for way in ("sync stream", "async stream") for status in (302, 307)]
 
 
 class Server(Listening):
@@ -65,25 +67,32 @@ def lm_at(url: str, model: str, engine: str) -> Any:
 
 
 def call(lm: Any, way: str) -> Any:
+    asked = request("a secret question", model=lm.model)
     if way == "sync":
         return outcome(lambda: lm("a secret question"))
+    if way == "sync stream":
+        return outcome(lambda: list(lm._engine_spec.stream(asked)))
 
     async def in_task() -> Any:
         try:
-            return await lm.acall("a secret question")
+            if way == "async":
+                return await lm.acall("a secret question")
+            return [event async for event in lm._async_engine_spec.stream(asked)]
         finally:
             await lm.pipeline.aclose()
 
     return outcome(lambda: asyncio.run(in_task()))
 
 
-@pytest.mark.parametrize("way", ["sync", "async"])
-@pytest.mark.parametrize("status", [302, 307, 308])
+@pytest.mark.parametrize(("way", "status"), ASKED)
 @pytest.mark.parametrize(("engine", "kind"), [*[("litellm", kind) for kind in MODELS], ("lm15", "openai")])
 def test_no_redirect_is_followed_to_another_server(
     servers: tuple[Server, Server], engine: str, kind: str, status: int, way: str
 ) -> None:
-    """The key of Anthropic, Google or Azure, and with 307 the prompt, went to whatever address the answer named."""
+    """The key of Anthropic, Google or Azure, and with 307 the prompt, went to whatever address the answer named.
+
+    Those of Gemini's streams still did: LiteLLM sends them not before their first chunk is asked for.
+    """
     provider, thief = servers
     provider.location, provider.status = f"{thief.url}/stolen", status
     lm = lm_at(provider.url, MODELS[kind], engine)

@@ -61,6 +61,8 @@ _LOCAL: Final = Pattern(
 _GARBLED: Final = Pattern(r"invalid response object|empty or invalid response from LLM endpoint", re.IGNORECASE)
 _OVER: Final = Pattern(r"SSE (line|event) exceeds limit|chunk line exceeds limit|response head exceeded limit")
 """What lm15 says of a part of an answer above its own bounds."""
+_STUMBLES: Final = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError)
+"""What LiteLLM falls over an event that it did not expect."""
 _UNUSABLE: Final = Pattern(r"provider returned 'choices' that is not a list", re.IGNORECASE)
 
 
@@ -74,8 +76,10 @@ def heard(error: Exception) -> Heard:
     if code is None:  # LiteLLM leaves that of an error inside a stream behind
         code = next((cause.code for cause in causes if _package(cause) == "openai" and hasattr(cause, "code")), None)
     in_body = next((cause for cause in causes if type(cause) is Exception and hasattr(cause, "status_code")), None)
+    came = getattr(error, "came", None) if status is None else None
     begun = status is None and (
-        (bool(getattr(error, "begun", False)) and not litellm)
+        came is not None
+        or (bool(getattr(error, "begun", False)) and not litellm)
         or in_body is not None
         or any(type(cause).__name__ == "APIError" and _package(cause) == "openai" for cause in causes)
     )
@@ -86,6 +90,8 @@ def heard(error: Exception) -> Heard:
             shape = "garbled"
         elif litellm and _UNUSABLE.search(text):
             shape = "unusable"
+        elif litellm and (came == "whole" or (came and any(isinstance(cause, _STUMBLES) for cause in causes))):
+            shape = None if any(_of_traffic(cause) for cause in causes) else "garbled"
     return Heard(
         status,
         hearsay,
@@ -142,15 +148,17 @@ def _of_litellm(error: BaseException) -> bool:
     return _package(error) == "litellm"
 
 
+def _of_traffic(error: BaseException) -> bool:
+    return _package(error) in _TRANSPORTS or isinstance(error, OSError)
+
+
 def _of_dspy(error: BaseException) -> bool:
     return _package(error) == "dspy"
 
 
 def _never_left(causes: list[BaseException], text: str, litellm: bool) -> bool:
     """Whether the errors show that the request was never made; a sign of traffic refutes it."""
-    if any(_package(cause) in _TRANSPORTS for cause in causes):
-        return False
-    if any(isinstance(cause, OSError) for cause in causes):
+    if any(_of_traffic(cause) for cause in causes):
         return False
     if any(isinstance(cause, ImportError) for cause in causes):
         return True

@@ -49,7 +49,7 @@ def _sent(data: dict[str, Any], request: Request) -> dict[str, Any]:
 
 
 def _received(response: Response, raw: Any, text: str) -> Response:
-    response = told(response, raw)
+    response = told(response, raw, text)
     return without_end(response) if response.finish_reason == "stop" and untold_in(text) else response
 
 

@@ -20,11 +20,17 @@ from dspy_prod.pipeline.upstream.usage import believed
 _COUNTED: Final = frozenset({"a2a", "petals", "predibase", "replicate", "sagemaker"})
 """Providers that never tell a usage, for whose whole answers LiteLLM counts the tokens itself."""
 
+_COUNTERS: Final = {
+    "ollama": ('"prompt_eval_count"', '"eval_count"'),
+    "ollama_chat": ('"prompt_eval_count"', '"eval_count"'),
+}
+"""What such an answer says where it tells its usage, of providers for which LiteLLM counts what they did not tell."""
+
 _ANSWER: Final = ("content", "reasoning_content", "tool_calls")
 """Fields of a chunk's delta in which LiteLLM passes a part of the answer."""
 
 
-def told(response: Response, raw: Any) -> Response:
+def told(response: Response, raw: Any, text: str = "") -> Response:
     """The response, with unknown usage unless the provider told both counts.
 
     LiteLLM replaces by zero what was not told.
@@ -32,9 +38,11 @@ def told(response: Response, raw: Any) -> Response:
     Args:
         response: the canonical response.
         raw: LiteLLM's, which names the provider.
+        text: the answer as it arrived; empty where that is not known.
     """
-    usage = response.usage
-    known = believed(response) is usage and answered_by(raw) not in _COUNTED
+    usage, provider = response.usage, answered_by(raw)
+    known = believed(response) is usage and provider not in _COUNTED
+    known = known and all(name in text for name in _COUNTERS.get(provider or "", ()))
     if known and not _no_count(usage.input_tokens, usage.output_tokens, getattr(raw, "usage", None)):
         return response
     return replace(response, usage=Usage())

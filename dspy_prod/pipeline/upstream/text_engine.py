@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from math import inf
 from typing import Any
 
 from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.clients.lm15_boundary import request_kwargs, response_value
-from dspy.lm15 import Request, Response, response_to_events
+from dspy.lm15 import Request, Response, Usage, response_to_events
 
-from dspy_prod.compat.httpx import staying
-from dspy_prod.compat.litellm import get_litellm, plain
+from dspy_prod.compat.httpx import Stay, staying
+from dspy_prod.compat.litellm import get_litellm, plain, unread
 from dspy_prod.compat.lm15 import StreamEvent, read_or_billed
 from dspy_prod.pipeline.upstream.litellm_usage import told
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
@@ -37,8 +38,9 @@ class _TextConfig:
         return signed(data)
 
 
-def _received(raw: Any, request: Request) -> Response:
-    return read_or_billed(lambda answer: told(response_value(answer, "text", request), raw), raw, lambda: plain(raw))
+def _received(raw: Any, request: Request, stay: Stay) -> Response:
+    found = read_or_billed(lambda answer: told(response_value(answer, "text", request), raw), raw, lambda: plain(raw))
+    return replace(found, usage=Usage()) if stay.odd else found
 
 
 class LiteLLMTextEngine(_TextConfig):
@@ -50,9 +52,10 @@ class LiteLLMTextEngine(_TextConfig):
         Raises:
             lm15 errors, translated from LiteLLM's.
         """
-        with litellm_errors(model=request.model), staying(self.until):
+        stay = Stay(self.until)
+        with unread(stay), litellm_errors(model=request.model), staying(stay):
             raw = get_litellm(feature="text completion").text_completion(**self._sent(request))
-        return _received(raw, request)
+        return _received(raw, request, stay)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """The events of a completion, which comes whole."""
@@ -64,9 +67,10 @@ class AsyncLiteLLMTextEngine(_TextConfig):
 
     async def complete(self, request: Request) -> Response:
         """Send one request, see `LiteLLMTextEngine.complete`."""
-        with litellm_errors(model=request.model), staying(self.until):
+        stay = Stay(self.until)
+        with unread(stay), litellm_errors(model=request.model), staying(stay):
             raw = await get_litellm(feature="text completion").atext_completion(**self._sent(request))
-        return _received(raw, request)
+        return _received(raw, request, stay)
 
     async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
         """The events of a completion, which comes whole."""

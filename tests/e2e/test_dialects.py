@@ -1,0 +1,253 @@
+"""Broken answers with HTTP 200 in the dialects that LiteLLM translates are judged as the native engine judges them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import dspy_prod
+from dspy_prod import Budget, Price
+from dspy_prod.testing import Verbatim
+from dspy_prod.testing.dialects import dumps
+from tests.e2e.conftest import MakeLM, MakeProvider
+from tests.e2e.support import CHEAP, ask, fresh_memory, outcome, records, request
+from tests.e2e.test_unusable import QUICK, WAYS, body
+from tests.listening import Listening, Silent
+
+TOLD = 25_000
+"""What eleven tokens of input and seven of output cost, in nano-USD."""
+MODELS = {
+    "anthropic": "anthropic/claude-sonnet-4-5", "gemini": "gemini/gemini-2.5-flash", "cohere": "cohere_chat/command-r",
+    "bedrock": "bedrock/anthropic.claude-3-haiku-20240307-v1:0", "ollama": "ollama/any",
+    "ollama-chat": "ollama_chat/any",
+    "azure": "azure/any", "mistral": "mistral/any", "groq": "groq/any", "text": "text-completion-openai/any",
+}  # fmt: skip
+ANTHROPIC: dict[str, Any] = {
+    "id": "m", "type": "message", "role": "assistant", "model": "any", "content": [{"type": "text", "text": "hello"}],
+    "stop_reason": "end_turn", "usage": {"input_tokens": 11, "output_tokens": 7},
+}  # fmt: skip
+COUNTS = {"promptTokenCount": 11, "candidatesTokenCount": 7, "totalTokenCount": 18}
+SAID = {"content": {"parts": [{"text": "hello"}], "role": "model"}, "finishReason": "STOP", "index": 0}
+GEMINI: dict[str, Any] = {"candidates": [SAID], "usageMetadata": COUNTS}
+
+
+class Server(Listening):
+    """Answers any request with the body it is told."""
+
+    def __init__(self) -> None:
+        self.body = b""
+        self.kind = "application/json"
+        self.requests = 0
+        outer = self
+
+        class Handler(Silent):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers.get("content-length", 0)))
+                outer.requests += 1
+                self.send_response(200)
+                self.send_header("content-type", outer.kind)
+                self.send_header("content-length", str(len(outer.body)))
+                self.end_headers()
+                self.wfile.write(outer.body)
+
+        super().__init__(Handler)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+def lm_at(url: str, dialect: str, engine: str = "litellm", **options: Any) -> Any:
+    own: dict[str, Any] = {
+        "azure": {"api_version": "2024-06-01"},
+        "bedrock": {"aws_access_key_id": "any", "aws_secret_access_key": "any", "aws_region_name": "eu-central-1",
+                    "aws_bedrock_runtime_endpoint": url},
+        "text": {"model_type": "text", "engine": "auto"},
+    }.get(dialect, {})  # fmt: skip
+    model = MODELS[dialect]
+    return dspy_prod.LM(
+        model,
+        **{
+            "api_base": url, "api_key": "a-key", "engine": engine, "cache": False, "retry": QUICK, "breaker": False,
+            "store": fresh_memory(), "max_tokens": 50, "budget": Budget(usd=100),
+            "prices": {model: Price(input=1, output=2), CHEAP: Price(input=1, output=2)}, **own, **options,
+        },
+    )  # fmt: skip
+
+
+def end(lm: Any, said: Any) -> tuple[Any, ...]:
+    """How a call ended, and what was booked."""
+    booked = [(record.outcome, record.cost_nano, record.estimated) for record in records(lm)]
+    return (type(said) if isinstance(said, Exception) else said, *booked)
+
+
+ODD: list[Any] = [True, 7.5, "7", -7, 10**30]
+BROKEN: dict[str, Any] = {
+    "anthropic": [
+        [ANTHROPIC], None, {}, "<html>", {**ANTHROPIC, "usage": None}, {**ANTHROPIC, "content": None},
+        {**ANTHROPIC, "content": {"a": 1}}, {**ANTHROPIC, "content": [None]}, {**ANTHROPIC, "content": []},
+        *[{**ANTHROPIC, "usage": {"input_tokens": 11, "output_tokens": each}} for each in ODD],
+        {name: value for name, value in ANTHROPIC.items() if name != "usage"},
+        {**ANTHROPIC, "content": None, "usage": {**ANTHROPIC["usage"], "cache_read_input_tokens": 1_000}},
+    ],
+    "gemini": [
+        [GEMINI], None, {}, "<html>", {**GEMINI, "usageMetadata": None}, {**GEMINI, "candidates": None},
+        {**GEMINI, "candidates": [None]}, {**GEMINI, "candidates": []}, {**GEMINI, "candidates": [SAID, SAID]},
+        *[{**GEMINI, "usageMetadata": {**COUNTS, "candidatesTokenCount": each}} for each in ODD],
+        {"candidates": [SAID]},
+        {**GEMINI, "candidates": [None], "usageMetadata": {**COUNTS, "thoughtsTokenCount": 20}},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dialect", BROKEN)
+def test_a_broken_answer_ends_alike_on_both_engines(server: Server, dialect: str, way: str) -> None:
+    """LiteLLM said 400 for a usage that Gemini did not tell, which cost nothing: the budget held nothing up.
+
+    What it stumbled over in Anthropic's was paid three times, at the bound.
+    """
+    for broken in BROKEN[dialect]:
+        server.body = json.dumps(broken).encode() if broken != "<html>" else b"<html>"
+        ends = []
+        for engine in ("lm15", "litellm"):
+            lm = lm_at(server.url, dialect, engine)
+            ends.append(end(lm, ask(lm, way)))
+            lm.close()
+        assert ends[0] == ends[1], broken
+        assert all(cost >= TOLD for _, cost, _ in ends[0][1:]), broken
+
+
+@pytest.mark.parametrize("broken", [b"[1]", b"null"], ids=["list", "null"])
+@pytest.mark.parametrize("dialect", MODELS)
+def test_what_was_completed_is_paid_once_whatever_the_dialect(
+    server: Server, serve: MakeProvider, dialect: str, broken: bytes
+) -> None:
+    """Cohere's and Bedrock's cost nothing, for LiteLLM said 400; Azure's and others' were asked for three times."""
+    server.body = broken
+    lm = lm_at(server.url, dialect, fallbacks=[spare(serve)])
+    assert ask(lm) == ["ok"]
+    assert server.requests == 1
+    first, second = records(lm)
+    assert (first.outcome, first.estimated, second.outcome) == ("error", True, "ok")
+    assert (first.cost_nano or 0) > TOLD
+    lm.close()
+
+
+def spare(serve: MakeProvider) -> Any:
+    """Another model, elsewhere."""
+    price = {CHEAP: Price(input=1, output=2)}
+    return dspy_prod.LM(CHEAP, api_base=serve().url, api_key="a-key", prices=price, cache=False, store=fresh_memory())
+
+
+def test_a_budget_holds_when_no_usage_is_told(server: Server) -> None:
+    """Twenty answers were billed, and a budget for two was not touched."""
+    server.body = dumps({"candidates": [SAID]})
+    lm = lm_at(server.url, "gemini", budget=Budget(usd=0.000_5), retry=False)
+    said = [ask(lm) for _ in range(20)]
+    assert said[0] == ["hello"]
+    assert isinstance(said[-1], dspy_prod.BudgetExceededError)
+    assert server.requests < 10
+    lm.close()
+
+
+@pytest.mark.parametrize(("dialect", "told"), [("ollama", {}), ("ollama-chat", {"eval_count": 7})])
+def test_a_usage_that_litellm_counted_itself_is_not_believed(server: Server, dialect: str, told: Any) -> None:
+    """Ollama leaves the input out where it had it in its cache; what LiteLLM then counts may be below the bill."""
+    said = {"message": {"role": "assistant", "content": "hello"}} if told else {"response": "hello"}
+    server.body = dumps({"model": "any", "created_at": "", "done": True, "done_reason": "stop", **said, **told})
+    lm = lm_at(server.url, dialect)
+    assert ask(lm) == ["hello"]
+    [record] = records(lm)
+    assert record.estimated
+    lm.close()
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+def streamed(lm: Any, way: str) -> tuple[list[str], Any]:
+    """The kinds of the events that were seen, and the error that ended them."""
+    asked = request(model=lm.model, max_tokens=50)
+    seen: list[str] = []
+
+    async def in_task() -> None:
+        try:
+            async for event in lm._async_engine_spec.stream(asked):
+                seen.append(event.type)
+        finally:
+            await lm.pipeline.aclose()
+
+    def in_thread() -> None:
+        for event in lm._engine_spec.stream(asked):
+            seen.append(event.type)
+
+    return seen, outcome(in_thread if way == "sync" else lambda: asyncio.run(in_task()))
+
+
+PIECE = {"candidates": [{"content": {"parts": [{"text": "hello"}], "role": "model"}, "index": 0}]}
+ERRORS: list[Any] = [
+    {"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}},
+    {"error": {"code": 429, "message": "busy", "status": "RESOURCE_EXHAUSTED"}},
+    {"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}},
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+def test_a_stream_that_ends_with_an_error_is_owed(server: Server, engine: str, way: str) -> None:
+    """LiteLLM says of it what it says of a request that was refused, and three deltas cost nothing."""
+    server.kind = "text/event-stream"
+    for error in ERRORS:
+        server.body = b"".join(b"data: " + dumps(each) + b"\r\n\r\n" for each in [PIECE, PIECE, PIECE, error])
+        lm = lm_at(server.url, "gemini", engine)
+        seen, said = streamed(lm, way)
+        assert seen[:2] == ["start", "delta"]
+        assert isinstance(said, Exception)
+        [record] = records(lm)
+        assert (record.outcome, record.estimated) == ("error", True)
+        assert (record.cost_nano or 0) > TOLD
+        lm.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_of_a_request_that_is_refused_nothing_is_owed(serve: MakeProvider, connect: MakeLM, way: str) -> None:
+    """What was answered before it says nothing about it."""
+    lm = connect(serve(faults=[None, Verbatim(body(), status=400)]), engine="litellm")
+    assert ask(lm, way) == ["ok"]
+    assert isinstance(ask(lm, way), Exception)
+    answered, refused = records(lm)
+    assert answered.cost_nano
+    assert (refused.outcome, refused.cost_nano, refused.estimated) == ("error", 0, False)
+
+
+COUNTERS: list[tuple[Any, str]] = [("true", "output"), ("11.5", "output"), ("true", "input"), ('"7"', "output")]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_no_whole_number_is_no_count_in_a_stream(server: Server, way: str) -> None:
+    """LiteLLM took `true` for one token of Anthropic's, and 11.5 for eleven."""
+    server.kind = "text/event-stream"
+    for counter, where in COUNTERS:
+        inputs, outputs = (counter, "7") if where == "input" else ("11", counter)
+        events = [
+            '{"type":"message_start","message":{"id":"m","type":"message","role":"assistant","model":"any",'
+            f'"content":[],"stop_reason":null,"usage":{{"input_tokens":{inputs},"output_tokens":1}}}}}}',
+            '{"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}',
+            '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"hello"}}',
+            '{"type":"content_block_stop","index":0}',
+            f'{{"type":"message_delta","delta":{{"stop_reason":"end_turn"}},"usage":{{"output_tokens":{outputs}}}}}',
+            '{"type":"message_stop"}',
+        ]
+        server.body = "".join(f"event: {json.loads(each)['type']}\ndata: {each}\n\n" for each in events).encode()
+        lm = lm_at(server.url, "anthropic")
+        streamed(lm, way)
+        [record] = records(lm)
+        assert record.estimated, (counter, where)
+        assert (record.cost_nano or 0) > TOLD
+        lm.close()
