@@ -14,6 +14,7 @@ from math import inf
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
+from dspy_prod.alerts.claiming import Claims
 from dspy_prod.alerts.folding import Folding
 from dspy_prod.alerts.formats import FORMATS, Format
 from dspy_prod.alerts.notices import Notice, kind_of, notice_of
@@ -39,7 +40,7 @@ class WebhookStatus(NamedTuple):
 
     Attributes:
         sent: messages that the webhook has taken. folded: events that were held back, as the same was told a moment
-            before; the next message counts them.
+            before, here or by another worker; the next message counts those of here.
         dropped: messages that were given up, and events for which there was no room.
         waiting: messages not sent yet.
         failing: why the last try failed; None when it did not.
@@ -89,6 +90,7 @@ class Webhook:
         self._events: deque[tuple[str, Event]] = deque()
         self._outbox: deque[Notice] = deque()
         self._folding = Folding(self._every)
+        self._claims = Claims(self._url, self._every)
         self._changed = threading.Condition(threading.RLock())  # a finaliser may settle, and so be heard, in here
         self._thread: threading.Thread | None = None
         self._sent = self._folded = self._dropped = self._tries = 0
@@ -201,13 +203,16 @@ class Webhook:
             except Exception as error:  # an event of somebody's own, with other details
                 _log.warning("An event %s could not be put into words (%s)", kind, type(error).__name__)
                 continue
+            self._claims.note(notice, event)
             told = self._folding.note(notice, now)
             if told is None:
                 self._folded += 1
             else:
                 ready.append(told)
         for notice in (*ready, *(self._folding.rest(now) if hurry else self._folding.due(now))):
-            if len(self._outbox) >= MOST_WAITING:
+            if not self._claims.win(notice):
+                self._folded += 1  # another worker tells it
+            elif len(self._outbox) >= MOST_WAITING:
                 self._drop(1, "too many wait")
             else:
                 self._outbox.append(notice)

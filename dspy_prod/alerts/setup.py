@@ -29,6 +29,9 @@ def webhook(
     what MLflow lacks. The first time at once; while the same happens again and again, once in `every` seconds with a
     count.
 
+    Of the workers that share a store and post to the same URL, the one that hears of something first tells it, and the
+    others do not, as long as the store can be asked.
+
     No call waits for it or fails by it: messages are posted by a thread of their own, tried again with growing pauses,
     and given up after five tries, which is counted (`Webhook.status`) and logged. They hold no prompt, no answer, no
     key and nobody's name; of a budget by tenant they tell the budget. The end of the program waits at most twice

@@ -203,6 +203,12 @@ def _soundly(decide: Callable[..., Any], row: Row | None, now: float) -> Any:
         return decide(None, now)
 
 
+def fleets() -> list[Fleet]:
+    """Those of this process that other workers may share."""
+    with _LOCK:
+        return [fleet for fleet in _FLEETS.values() if fleet.durable]
+
+
 _FLEETS: weakref.WeakKeyDictionary[Any, Fleet] = weakref.WeakKeyDictionary()
 _LOCK = RegistryLock()
 

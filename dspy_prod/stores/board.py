@@ -24,6 +24,10 @@ Rows = Mapping[tuple[str, str], Row]
 """By kind and key."""
 
 
+ALERT: Final = "alert"
+"""The kind of rows by which one of several workers tells what all of them have heard."""
+
+
 class Note(NamedTuple):
     """A line of the journal.
 
@@ -105,6 +109,8 @@ def idle(kind: str, row: Row, now: float) -> bool:
     """Whether a row says no more than none would, so that it may be forgotten where there are too many."""
     if kind == "circuit":
         return row.get("state") == "closed"
+    if kind == ALERT:
+        return bool(row.get("until", 0.0) <= now)
     if kind == "stop":
         until = row.get("until")
         return until is not None and until <= now

@@ -16,6 +16,7 @@ from dspy_prod.privacy.names import without_password
 from dspy_prod.stores import opening
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.opening import DEFAULT_URL, default_namespace, default_store_url, open_store, with_password
+from dspy_prod.stores.redis.connection import check
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import CENT, FakeClock, ask, granted
 
@@ -90,6 +91,11 @@ def test_options_are_in_the_url(tmp_path: Path) -> None:
         ("redis://:hunter2@host/0?lease=0", "lease"),
         ("redis://:hunter2@host/0?socket_timeout=hunter2", "redis-py"),
         ("redis://:hunter2@host:port/0", "redis-py"),
+        ("redis://:hunter2@host/0?nosuch=hunter2", "'nosuch' is no option"),
+        ("redis://:hunter2@host/0?leases=10", "'leases' is no option"),
+        ("redis://:hunter2@host/0?ssl_ca_certs=/hunter2", "'ssl_ca_certs' is no option"),
+        ("redis://:hunter2@host/0?retry=3", "'retry' is no option"),
+        ("redis://:hunter2@host/0?protocol=9", "redis-py"),
         ("postgres://user:hunter2@host/db?password=hunter2", "sqlite:///"),
         ("state.db", "sqlite:///"),
         ("", "sqlite:///"),
@@ -179,3 +185,11 @@ def test_a_child_forked_while_a_store_is_opened_can_open_one() -> None:
     over.set()
     thread.join()
     assert code == 0
+
+
+def test_the_options_of_redis_py_may_stand_in_a_url() -> None:
+    """Its connections are made to look at them, and connect to nothing."""
+    for url in (
+        "rediss://h:1/0?ssl_ca_certs=/ca.pem&health_check_interval=5", "unix:///nowhere?db=1", "redis://h:1?protocol=3",
+    ):  # fmt: skip
+        check(url)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.privacy.names import without_password
@@ -22,19 +23,33 @@ HOPS: Final = 3
 """How often a command is sent on to another node of a cluster."""
 
 
+_OBJECTS: Final = frozenset({
+    "retry", "retry_on_error", "connection_class", "connection_pool", "parser_class", "encoder_class", "queue_class",
+    "credential_provider", "redis_connect_func", "class_",
+})  # fmt: skip
+"""What redis-py takes as objects: a text in their place fails later, or does away with what the store says."""
+
+
 def check(url: str) -> None:
-    """See to it that redis-py is there and can read a URL.
+    """See to it that redis-py is there and can use a URL. Nothing is connected to.
 
     Raises:
         ImportError: it is not installed.
         ValueError: it cannot.
     """
+    import redis
     from redis.connection import parse_url
 
     try:
         parse_url(url)  # type: ignore[no-untyped-call]
-    except ValueError:  # its message may show what is secret
-        raise ValueError("see redis-py's redis.from_url for what it may hold") from None
+        objects = _OBJECTS & parse_qs(urlsplit(url).query).keys()
+        if objects:
+            raise TypeError(f"argument {min(objects)!r}")
+        redis.BlockingConnectionPool.from_url(url, max_connections=1).make_connection()  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError, redis.RedisError) as error:  # its message may show what is secret
+        option = re.search(r"argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
+        what = "" if option is None else f"{option[1]!r} is no option that it can have; "
+        raise ValueError(f"{what}see redis-py's redis.from_url for what it may hold") from None
 
 
 _REACH: Final = "check that the server runs and can be reached from here, and what it logs"
