@@ -10,6 +10,8 @@ from dspy_prod.stores.admission.accounts import PRUNE_AFTER, AccountEntry
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.base import GRANTED, REFUSED
+from dspy_prod.stores.keys import BETWEEN
+from dspy_prod.stores.redis.asking import KEPT_FOR
 from dspy_prod.stores.redis.batch import Batch
 from dspy_prod.stores.redis.commits import Commit
 from dspy_prod.stores.redis.connection import Connection
@@ -22,6 +24,8 @@ _MOST: Final = 2**63 - 1
 _EXACT: Final = 2**52
 """Nano-USD from which on Lua's numbers do not tell whether a limit suffices."""
 _FIELDS: Final = 1000
+_FOR_EVER: Final = 0
+_UNKNOWN: Final = -1
 
 
 class Changed:
@@ -83,14 +87,8 @@ class Changed:
         else:
             after = [max(-_MOST, min(each, _MOST)) for each in (entry.spent, entry.held, entry.unconfirmed)]
             row += [str(new - old) for new, old in zip(after, before, strict=True)]
-            forever = isinf(entry.ends_at)
-            window = known.window(key)
-            row += [
-                0 if forever else int((max(entry.ends_at, now) + PRUNE_AFTER - now) * 1000),
-                *(carried(key), commit.key(self._connection.key("names"))),
-                0 if window is None else commit.key(window),
-                *(commit.key(self._connection.key("ends")), 0 if forever else entry.ends_at),
-            ]
+            window, (lasts, ends_at) = known.window(key), _lasts(key, entry.ends_at, now)
+            row += [lasts, carried(key), 0 if window is None else commit.key(window), ends_at]
         commit.contends = commit.contends or exact or bound is not None
         commit.accounts.append(row)
         commit.names.append(key)
@@ -138,3 +136,21 @@ class Changed:
         for key, pairs in kept.items():
             for at in range(0, len(pairs), _FIELDS):
                 self._batch.call("HSET", key, *pairs[at : at + _FIELDS])
+            if pairs:
+                self._batch.call("EXPIRE", key, KEPT_FOR)
+
+
+def _lasts(key: str, ends_at: float, now: float) -> tuple[int, float]:
+    """Milliseconds for which an account is kept, and when its window may be taken to have ended.
+
+    What counts for ever is kept for ever. What counts for a run is kept as the run is: its keys begin with no budget's
+    name where they are of the run's own caps. Of any other the end is not known here: it keeps the one that it has.
+    """
+    if isinf(ends_at):
+        window, ends_at = key.rpartition(BETWEEN)[2], now + KEPT_FOR
+        if window == "total":
+            return _FOR_EVER, ends_at
+        if window not in ("run", "call") and not key.startswith(BETWEEN):
+            return _UNKNOWN, ends_at
+    ends_at = max(ends_at, now)
+    return int((ends_at + PRUNE_AFTER - now) * 1000), ends_at

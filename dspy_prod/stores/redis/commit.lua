@@ -1,10 +1,11 @@
 -- One commit: checks that what was decided on is still so, then applies everything, or nothing.
 --
--- KEYS: 1 meta (born, n, terms, board), 2 owners, 3 lock, 4 turns, 5 done (of this owner), then those that the commit names.
+-- KEYS: 1 meta (born, n, terms, board, kept, total), 2 owners, 3 lock, 4 turns, 5 done (of this owner), 6 names, 7 ends,
+-- 8 terms, then those that the commit names.
 -- ARGV: 1 the header as JSON; then texts that it names by their place; then the commands: name, key, count, arguments.
 -- Integers of money are text: Lua's numbers are exact to 2^53 only.
 local head = cjson.decode(ARGV[1])
-local meta = redis.call('HMGET', KEYS[1], 'born', 'n', 'terms', 'board')
+local meta = redis.call('HMGET', KEYS[1], 'born', 'n', 'terms', 'board', 'kept', 'total')
 local time = redis.call('TIME')
 local me = head.me
 
@@ -103,7 +104,25 @@ end
 -- From here on nothing may raise: what is written stays.
 local n = tostring(redis.call('HINCRBY', KEYS[1], 'n', 1))
 meta[2] = n
-for place, each in ipairs(head.accounts) do -- ... , lifetime, name, names, its window's dearest, ends
+
+-- All that tells of the whole namespace goes some time after its last use, but for what accounts that count for ever need.
+local function keep(key)
+    if key == KEYS[1] or key == KEYS[7] or not meta[6] then redis.pcall('PEXPIRE', key, head.kept) end
+end
+for _, each in ipairs(head.accounts) do
+    if each[8] == 0 and not meta[6] then
+        meta[6] = '1'
+        redis.pcall('HSET', KEYS[1], 'total', meta[6])
+        for key = 6, 8, 2 do redis.pcall('PERSIST', KEYS[key]) end
+    end
+end
+local today = tostring(math.floor(tonumber(time[1]) / 86400))
+if meta[5] ~= today then
+    redis.pcall('HSET', KEYS[1], 'kept', today)
+    for _, key in ipairs({1, 6, 7, 8}) do keep(KEYS[key]) end
+end
+
+for place, each in ipairs(head.accounts) do -- ..., lifetime (0: for ever, -1: unknown), name, window's dearest, ends at
     local key = KEYS[each[1]]
     if each[8] then
         for part, field in ipairs({'s', 'h', 'u'}) do
@@ -112,12 +131,14 @@ for place, each in ipairs(head.accounts) do -- ... , lifetime, name, names, its 
         redis.pcall('HSET', key, 'v', n)
         local now = redis.pcall('HMGET', key, 's', 'h', 'u', 'v')
         accounts[place] = now
-        redis.pcall('ZADD', KEYS[each[10]], 0, each[9])
-        if each[11] > 0 then redis.pcall('ZADD', KEYS[each[11]], now[1] or '0', each[9]) end
-        if each[8] > 0 then
-            redis.pcall('PEXPIRE', key, each[8])
-            redis.pcall('ZADD', KEYS[each[12]], each[13], each[9])
-            if each[11] > 0 then redis.pcall('PEXPIRE', KEYS[each[11]], each[8]) end
+        if redis.pcall('ZADD', KEYS[6], 0, each[9]) == 1 then keep(KEYS[6]) end
+        if each[10] > 0 then redis.pcall('ZADD', KEYS[each[10]], now[1] or '0', each[9]) end
+        local lasts = each[8]
+        if lasts < 0 then lasts = redis.pcall('PTTL', key) == -1 and head.kept or 0 end
+        if lasts > 0 then
+            redis.pcall('PEXPIRE', key, lasts)
+            if redis.pcall('ZADD', KEYS[7], each[11], each[9]) == 1 then keep(KEYS[7]) end
+            if each[10] > 0 then redis.pcall('PEXPIRE', KEYS[each[10]], lasts) end
         end
     end
 end
@@ -147,6 +168,7 @@ for place = 1, head.count do
     replies[place] = reply
     at = at + 3 + count
 end
+if head.told then keep(KEYS[8]) end
 
 redis.call('SET', KEYS[5], cmsgpack.pack({head.seq, n, head.replies and replies or {}}), 'PX', head.remember)
 if holder == me then

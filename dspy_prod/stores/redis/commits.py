@@ -11,6 +11,7 @@ import orjson
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.durable.tables import DoubtError
+from dspy_prod.stores.redis.asking import KEPT_FOR
 from dspy_prod.stores.redis.batch import Batch, Value
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.script import script
@@ -102,6 +103,7 @@ class Commits:
         self.reserved = (
             *(connection.key(name) for name in ("meta", "owners", "lock", "turns")),
             connection.key("done", owner),
+            *(connection.key(name) for name in ("names", "ends", "terms")),
         )
         self._owner = owner
         self._bells = connection.key("bell") + ":"
@@ -115,7 +117,7 @@ class Commits:
         self._in_doubt = False
         remembered = monotonic() - self._answered_at < REMEMBER / 1000 / 2  # well before the server forgets it
         own = {"me": self._owner, "seq": self._number, "last": self._answered if remembered else 0}
-        own |= {"lock": LOCK, "patience": PATIENCE, "remember": REMEMBER}
+        own |= {"lock": LOCK, "patience": PATIENCE, "remember": REMEMBER, "kept": KEPT_FOR * 1000}
         return commit.parts({**own, "bells": self._bells, "limiter": LIMITER, "locked": self.locked, **head})
 
     def forget(self) -> None:

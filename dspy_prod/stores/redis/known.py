@@ -10,6 +10,7 @@ from dspy_prod.options import RateLimit
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.redis.accounts import FIELDS, beginning, state_of, window_of
+from dspy_prod.stores.redis.asking import KEPT_FOR
 from dspy_prod.stores.redis.commits import Commit
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.holds import limit_of, terms_of
@@ -50,7 +51,9 @@ class Known:
         """Hear which data the server has, `born` where it has none; False where it is not what is known here."""
         self._read(("PING",))  # to connect takes longer than to answer, and would tell the time less well
         key, sent = self._meta, self._timing.monotonic()
-        _, meta, time = self._read(("HSETNX", key, "born", born), ("HMGET", key, *META), ("TIME",))
+        _, _, meta, time = self._read(
+            ("HSETNX", key, "born", born), ("EXPIRE", key, KEPT_FOR), ("HMGET", key, *META), ("TIME",)
+        )
         self._timing.heard(*_parts(time), sent)
         born, n, terms = _text(meta[0]), int(meta[1] or 0), _text(meta[2])
         if self._born and (born != self._born or n < self._seen):

@@ -9,6 +9,7 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime.processes import this_process
 from dspy_prod.stores.admission.holds import Hold
+from dspy_prod.stores.redis.asking import KEPT_FOR
 from dspy_prod.stores.redis.batch import Batch
 from dspy_prod.stores.redis.commits import Commit
 from dspy_prod.stores.redis.connection import Connection
@@ -53,6 +54,8 @@ class Owners:
         batch = self._tables.batch
         batch.call("ZADD", self._owners, until, self._tables.owner)
         batch.call("HSET", self._homes, self._tables.owner, carried(this_process()))
+        for key in (self._owners, self._homes):
+            batch.call("EXPIRE", key, KEPT_FOR)
 
     def resign(self) -> None:
         owner = self._tables.owner

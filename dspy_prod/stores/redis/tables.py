@@ -237,6 +237,10 @@ class RedisTables(Link):
         if over:
             self.batch.call("ZREM", ends, *over)
             self.batch.call("ZREM", names, *over)
+            for name in over:
+                window = self._known.window(name.decode("utf-8", "replace"))
+                if window is not None:  # that of runs goes on when one of them is over
+                    self.batch.call("ZREM", window, name)
         more = self.answers.purge(self.batch, now, most)
         return len(over) >= most or bool(more)
 

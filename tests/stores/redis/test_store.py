@@ -18,11 +18,10 @@ from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.stores.base import GRANTED, REFUSED, AccountState, CachedAnswer
 from dspy_prod.stores.opening import open_store
-from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.redis.timing import RedisTime
 from tests.stores.redis.servers import started_valkey
-from tests.stores.support import CENT, DOLLAR, FakeClock, ask, check_books, decided, granted, settlement, until
+from tests.stores.support import CENT, FakeClock, ask, check_books, decided, granted, settlement, until
 
 
 # -- how it is opened --------------------------------------------------------------------------------------------------
@@ -212,18 +211,3 @@ def test_who_asks_is_told_what_is_now(valkey: str, namespace: str) -> None:
         assert snapshot is not None
         assert snapshot.in_flight == 0
         store.close()
-
-
-def test_nothing_of_a_namespace_is_without_a_bound(valkey: str, namespace: str, connection: Connection) -> None:
-    """What lasts for ever is named here; all else goes by itself some time after its last use."""
-    with closing(RedisStore(valkey, namespace)) as store:
-        wanted = ask(CENT, budget=DOLLAR)
-        wanted.accounts = [account._replace(ends_in=60.0, key=f"day||{account.key}") for account in wanted.accounts]
-        store.settle(granted(store, wanted), settlement(wanted, CENT))
-        store.append(settlement(wanted, CENT).record._replace(id="r"))  # type: ignore[union-attr]
-        assert store.flush(10)
-    own = Connection(valkey, namespace)
-    (keys,) = own.read([("KEYS", own.key("x")[:-1] + "*")])
-    lasting = {key.decode().partition("}:")[2] for key in keys if own.read([("PTTL", key)]) == [-1]}
-    own.close()
-    assert lasting <= {"meta", "names", "ends"}, lasting
