@@ -88,9 +88,8 @@ class Reading:
             took = self._take_in_some(evidence, inf if tally is None else tally.units)
             if took:
                 self._save(evidence)
-                tally = None
             if took >= PART:
-                evidence = self._restored()
+                evidence, tally = self._restored(), None
         tally = self._trials.tally(self._name) if tally is None else tally
         return evidence.look(tally.mixed, tally.units)
 
