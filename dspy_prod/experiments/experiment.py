@@ -182,8 +182,8 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         self._works = Works(
             opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
             Opened(opened, name, tracking_uri),
-            None if rollout is None or not rollout.shadow else Shadow(name, opened, found[1:], rollout),
-            Judges(name, opened, judging, self.metrics, sample, assessed) if judging else None,
+            None if rollout is None or not rollout.shadow else Shadow(name, stored.salt, opened, found[1:], rollout),
+            Judges(name, stored.salt, opened, judging, self.metrics, sample, assessed) if judging else None,
             sample, Traced(name, opened), Flights(name, trials),
         )  # fmt: skip
         if self._works.shadow is not None:

@@ -139,21 +139,23 @@ class Judges:
     """Has a sample of the answers judged.
 
     Args:
-        experiment: its name. store: where scores and budgets are kept. judges: by metric. metrics: the experiment's.
+        experiment: its name. salt: its own, by which one of the same name that is made later has budgets of its own.
+        store: where scores and budgets are kept. judges: by metric. metrics: the experiment's.
         sample: whom they look at. assessed: told of each score, see `traced.assessed`.
     """
 
     _lock: threading.Lock
 
     def __init__(
-        self, experiment: str, store: Store, judges: Mapping[str, Judge], metrics: Sequence[Metric], sample: Sample,
+        self, experiment: str, salt: str, store: Store, judges: Mapping[str, Judge], metrics: Sequence[Metric],
+        sample: Sample,
         assessed: Callable[[str, str, float, Literal["code", "llm_judge"], str | None], None] = lambda *_: None,
     ) -> None:  # fmt: skip
         self._name, self._trials, self._judges, self._sample = experiment, store.trials, dict(judges), sample
         self._metrics = {metric.name: metric for metric in metrics}
         self._assessed = assessed
         self._runs = {
-            name: Run(f"judge {name} of {experiment}", usd=judge.usd, store=store)
+            name: Run(f"judge {name} of {experiment} ({salt[:8]})", usd=judge.usd, store=store)
             for name, judge in judges.items()
             if judge.usd is not None
         }

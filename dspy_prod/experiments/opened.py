@@ -144,10 +144,10 @@ class Opened:
         rollout, pairs = self.rollout, self.controller.pairs
         if rollout is None or pairs is None:
             return None
-        cap = rollout.shadow_usd
+        cap, account = rollout.shadow_usd, accounts_of(run_of(self.name, self.design.salt)) + "usd"
         return Unseen(
             dict(pairs.counts), rollout.shadow_calls, dict(pairs.failed), dict(pairs.refused), self.left_out(),
-            None if cap is None else self._store.account(accounts_of(run_of(self.name)) + "usd").spent / NANO, cap,
+            None if cap is None else self._store.account(account).spent / NANO, cap,
             any(line.what == SPENT for line in self.trials.decisions(self.name)),
         )  # fmt: skip
 

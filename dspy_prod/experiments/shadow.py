@@ -53,9 +53,9 @@ OURS: Final = REFUSALS - {"circuit_open"}
 _log = logging.getLogger("dspy_prod")
 
 
-def run_of(experiment: str) -> str:
-    """The name of the run that the shadows of an experiment belong to."""
-    return f"shadow of {experiment}"
+def run_of(experiment: str, salt: str) -> str:
+    """The run that the shadows of an experiment belong to; one of the same name that is made later has its own."""
+    return f"shadow of {experiment} ({salt[:8]})"
 
 
 class _Purse(Run):
@@ -90,18 +90,21 @@ class Shadow:
 
     Args:
         experiment: its name. store: where pairs and the budget are kept. trials: the store's.
-        candidates: the variants beside control. rollout: says how many calls, and what they may cost.
+        salt: the experiment's. candidates: the variants beside control.
+        rollout: says how many calls, and what they may cost.
     """
 
-    def __init__(self, experiment: str, store: Store, candidates: Sequence[Variant], rollout: Rollout) -> None:
+    def __init__(
+        self, experiment: str, salt: str, store: Store, candidates: Sequence[Variant], rollout: Rollout
+    ) -> None:
         self._name, self._trials, self._rollout = experiment + SUFFIX, store.trials, rollout
         self._experiment, self._candidates = experiment, tuple(candidates)
-        self._run = None
+        self._run, self._run_name = None, run_of(experiment, salt)
         self._spent = rollout.shadow_usd is not None and disabled()
         if self._spent:
             _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
         elif rollout.shadow_usd is not None:
-            self._run = _Purse(run_of(experiment), usd=rollout.shadow_usd, store=store)
+            self._run = _Purse(self._run_name, usd=rollout.shadow_usd, store=store)
         self._aside: Aside[_Asked] = Aside("dspy_prod-shadow", self._work)
         self._trials.create(self._name, "{}", {None: 0.0, **dict.fromkeys(CONTROL, 0.0)}, grace=1.0)
 
@@ -135,7 +138,7 @@ class Shadow:
         failed = fell_back = refused = hung = False
         began = time.monotonic()
         outer = asked.context._replace(
-            records=records, guards=(), run=run_of(self._experiment), node=None, trace_id=None, priority="low",
+            records=records, guards=(), run=self._run_name, node=None, trace_id=None, priority="low",
             deadline=began + PATIENCE, aside=True,
         )  # fmt: skip
         place = Assignment(self._experiment, variant.name, "shadow", asked.context.user)

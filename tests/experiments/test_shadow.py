@@ -118,6 +118,22 @@ def test_a_shadow_has_a_deadline_of_its_own(provider: Provider, asked: Asked, st
     assert exp.step().stage == "50 %"
 
 
+def test_an_experiment_made_anew_has_its_own_money_for_shadows(
+    asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was spent on the one that was removed is not counted against it."""
+    asked(cache=False, max_tokens=20)
+    for salt in ("one", "another"):
+        monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _, salt=salt: salt)
+        exp = shadowed(store, Triage("Think."), shadow_usd=0.0003)
+        seen_in_the_shadow(exp, 20)
+        unseen = exp.scorecard().unseen
+        assert unseen is not None
+        assert unseen.pairs["new"] > 0
+        assert 0.0001 < (unseen.usd or 0) <= 0.0003
+        exp.remove(force=True)
+
+
 @pytest.mark.parametrize("engine", ["lm15", "litellm"])
 def test_a_candidate_that_hangs_has_failed(
     engine: str, provider: Provider, asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
