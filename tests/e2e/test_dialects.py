@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from dspy.utils.exceptions import LMError
 
 import dspy_prod
 from dspy_prod import Budget, Price
@@ -178,3 +179,18 @@ def test_of_a_request_that_is_refused_nothing_is_owed(serve: MakeProvider, conne
     answered, refused = records(lm)
     assert answered.cost_nano
     assert (refused.outcome, refused.cost_nano, refused.estimated) == ("error", 0, False)
+
+
+@pytest.mark.parametrize("model", ["cohere/any", "openai/any", "gemini/any"])
+def test_vectors_that_cannot_be_read_are_owed_once(server: Server, model: str) -> None:
+    """The same of what embeds texts."""
+    server.body = b"[1]"
+    embedder = dspy_prod.Embedder(
+        model, api_base=server.url, api_key="a-key", store=fresh_memory(), caching=False, retry=QUICK,
+        prices={model: Price(input=1, output=0)}, budget=Budget(usd=100),
+    )  # fmt: skip
+    with pytest.raises(LMError):
+        embedder("a text")
+    [record] = records(embedder)
+    assert server.requests == 1
+    assert (record.outcome, record.estimated, bool(record.cost_nano)) == ("error", True, True)
