@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from dspy.clients.engines.litellm_errors import litellm_errors
 
-from dspy_prod.compat.httpx import Stay, staying
+from dspy_prod.compat.httpx import staying
 from dspy_prod.compat.litellm import answered_by, get_litellm, unread
+from dspy_prod.compat.stay import Stay
 
 COUNTED: Final = frozenset(
     {"gemini", "huggingface", "ollama", "replicate", "sagemaker", "triton", "vertex_ai", "vertex_ai_beta"}

@@ -11,58 +11,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
-from math import inf
-from typing import Any, Literal
+from typing import Any
+
+from dspy_prod.compat.stay import Stay
 
 _STAYS: ContextVar[Stay | None] = ContextVar("dspy_prod_stays", default=None)
 """The attempt for which something is sent here; None for requests that are not ours."""
 _INSTALLING = threading.Lock()
 _installed = False
-
-Came = Literal["whole", "begun"]
-
-
-class Stay:
-    """One attempt, as httpx sees it: what was answered, whatever the client above makes of it.
-
-    Args:
-        until: when nobody waits for it any more (monotonic).
-
-    Attributes:
-        answer: httpx's last answer; None when nothing was answered.
-        odd: a counter of tokens in it was no whole number, see `httpx_reading`.
-    """
-
-    __slots__ = ("answer", "odd", "until")
-
-    def __init__(self, until: float = inf) -> None:
-        self.until = until
-        self.answer: Any = None
-        self.odd = False
-
-    @property
-    def came(self) -> Came | None:
-        """How much came of an answer that its status calls a success; None of any other."""
-        if self.answer is None or not 200 <= self.answer.status_code < 300:
-            return None
-        return "whole" if hasattr(self.answer, "_content") else "begun"
-
-    @property
-    def body(self) -> bytes:
-        """The body of such an answer; empty where it did not come whole, or is read as a stream."""
-        return bytes(self.answer.content) if self.came == "whole" else b""
-
-    @property
-    def path(self) -> str:
-        """What was asked: the path of the address."""
-        return "" if self.answer is None else str(self.answer.request.url.path)
-
-    def mark(self, error: Exception) -> None:
-        """Have the error say as `came` what it was raised for: LiteLLM makes up a status for it."""
-        with suppress(AttributeError):
-            error.came = self.came  # type: ignore[attr-defined]
 
 
 @contextmanager

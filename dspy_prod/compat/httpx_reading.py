@@ -7,15 +7,13 @@ import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, closing, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import httpx
 
 from dspy_prod.compat import bounds
 from dspy_prod.compat.foreign import names
-
-if TYPE_CHECKING:
-    from dspy_prod.compat.httpx import Stay
+from dspy_prod.compat.stay import Stay
 
 _Decoder: Any
 _Identity: Any
@@ -41,8 +39,17 @@ _ODD: Final = re.compile(
 """A counter of tokens that is no whole number: LiteLLM takes `true` for one token, and 11.5 for eleven. What a text in
 the answer quotes has a backslash before each mark."""
 
-_OVERLAP: Final = 64
-"""Bytes of the last read in which such a counter may begin."""
+_REASON: Final = re.compile(rb'"(?:finish_reason|stop_reason|finishReason|stopReason)"\s{0,9}:\s{0,9}"([^"\\]{1,64})"')
+"""Why an answer ended: LiteLLM says "stop" where nobody said why, and for reasons that it does not know."""
+
+_PARTS: Final = re.compile(rb'"(?:output_tokens|content_block_delta)"')
+"""Anthropic tells a first count of the output before any of it: LiteLLM passes it on where no other follows."""
+
+_ERROR: Final = re.compile(rb'"error"\s{0,9}:\s{0,9}\{\s{0,9}"type"\s{0,9}:\s{0,9}"(\w{1,64})"')
+"""An error inside an answer, as Anthropic tells it: LiteLLM leaves its code behind, and says 500."""
+
+_OVERLAP: Final = 128
+"""Bytes of the last read in which one of these may begin."""
 
 
 def bound(response: Any, stay: Stay) -> None:
@@ -84,14 +91,23 @@ class _Bounded(_Decoder):
         self._left -= max(read, len(data))  # a body may also be large and decompress to nothing
         if self._left < 0:
             raise bounds.BodyTooLongError(self._status)
-        if not self._stay.odd:
-            heard = self._last + data
-            self._stay.odd = _ODD.search(heard) is not None
-            self._last = heard[-_OVERLAP:]
+        if self._status < 300:
+            self._hear(data)
         return data
 
     def flush(self) -> bytes:
         return self._plain(b"", at_end=True)
+
+    def _hear(self, data: bytes) -> None:
+        heard = self._last + data
+        self._stay.odd = self._stay.odd or _ODD.search(heard) is not None
+        for found in _PARTS.finditer(heard):
+            self._stay.uncounted = found[0] == b'"content_block_delta"'
+        for found in _REASON.finditer(heard):
+            self._stay.reason = found[1].decode(errors="replace")
+        if (error := _ERROR.search(heard)) is not None:
+            self._stay.code = error[1].decode()
+        self._last = heard[-_OVERLAP:]
 
     def _plain(self, data: bytes, at_end: bool = False) -> bytes:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from math import inf
@@ -14,14 +14,13 @@ from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.lm15 import ProviderError, Request, Response, StreamEndEvent, Usage, response_to_events
 
 from dspy_prod.compat.foreign import names
-from dspy_prod.compat.httpx import Stay, staying
+from dspy_prod.compat.httpx import staying
+from dspy_prod.compat.litellm_chunks import Chunks
 from dspy_prod.compat.lm15 import StreamEvent, read_as_native, read_or_billed
+from dspy_prod.compat.stay import Stay
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
-_ChatStream: Any
-[_ChatStream, *_] = names(
-    "dspy.clients.engines.litellm_engine", "_ChatStream", "LiteLLMEngine._arguments", "LiteLLMEngine._response"
-)
+names("dspy.clients.engines.litellm_engine", "LiteLLMEngine._arguments", "LiteLLMEngine._response")
 [plain] = names("dspy.clients.legacy_outputs", "plain")
 
 
@@ -44,52 +43,6 @@ def reason_told(stream: Any) -> str | None:
     return str(stream.received_finish_reason or getattr(stream, "intermittent_finish_reason", None) or "").lower()
 
 
-# -- reading answers -------------------------------------------------------------------------------------------------
-_EVENTFUL: Final = frozenset({"role", "content", "reasoning_content", "reasoning", "tool_calls"})
-_CITED: Final = ("cited_text", "text", "supported_text", "document_title", "title", "url")
-
-
-class _Stream(_ChatStream):
-    """DSPy's reader of chunks. That one refuses what it has no event for, such as Anthropic's blocks of thought.
-
-    Their text comes beside them. Of a whole answer such things stay in `provider_data`, and so they do here.
-    """
-
-    def feed(self, chunk: Any) -> Iterator[StreamEvent]:
-        eventful = _eventful(chunk)
-        yield from super().feed(eventful)
-        if eventful is not chunk:
-            self.chunks[-1] = chunk  # of which the whole answer is made in the end
-
-
-def _eventful(chunk: Any) -> Any:
-    """A chunk without what no event says; the very chunk, where there is nothing of the kind."""
-    if not any(_beside(getattr(choice, "delta", None)) for choice in getattr(chunk, "choices", None) or ()):
-        return chunk
-    body = plain(chunk)
-    for choice in body["choices"]:
-        delta = choice["delta"]
-        cited = (delta.get("provider_specific_fields") or {}).get("citation")
-        choice["delta"] = {name: value for name, value in delta.items() if name in _EVENTFUL}
-        if _is_citation(cited):
-            choice["delta"]["provider_specific_fields"] = {"citation": cited}
-    return body
-
-
-def _beside(delta: Any) -> bool:
-    for name, value in delta or ():
-        if name == "provider_specific_fields":
-            if value and not (len(value) == 1 and _is_citation(value.get("citation"))):
-                return True
-        elif value and name not in _EVENTFUL:
-            return True
-    return False
-
-
-def _is_citation(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(value.get(name) for name in _CITED)
-
-
 # -- engines ---------------------------------------------------------------------------------------------------------
 class _Hooked:
     model_type: str
@@ -101,8 +54,11 @@ class _Hooked:
     """Gives the arguments LiteLLM is called with, from those DSPy has made of a request."""
     received: Callable[[Response, Any, str], Response]
     """Gives the canonical answer, from DSPy's, LiteLLM's, and its text as it arrived, empty where that is not known."""
-    ended: Callable[[StreamEndEvent, Any], StreamEndEvent]
-    """Gives the last event of a stream, from DSPy's and LiteLLM's stream after its end."""
+    ended: Callable[[StreamEndEvent, Any, str | None], StreamEndEvent]
+    """Gives the last event of a stream, from DSPy's, LiteLLM's stream after its end, and the reason that was told.
+
+    That is empty where none was told, and None where it is not known.
+    """
 
     ordinary: Callable[[Request], dict[str, Any] | None]
     """Gives the arguments of an ordinary call, None for a typed request, whose arguments DSPy makes."""
@@ -203,7 +159,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model), staying(stay):
             source = litellm.completion(**data)
-        codec = _Stream(request)
+        codec = Chunks(request)
         with closing_stream(_Closing(source)):
             chunks = iter(source)
             while True:
@@ -213,12 +169,28 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
                         chunk = next(chunks)
                     except StopIteration:
                         break
+                    except Exception as error:
+                        raise _original(error)  # noqa: B904  (a wrapper is no cause)
                 yield from codec.feed(chunk)
-            yield _counted(self.ended(codec.finish(litellm), source), stay)
+            yield _counted(self.ended(codec.finish(litellm), source, _reason(stay)), stay)
+
+
+_TELLING: Final = ("/messages", ":streamGenerateContent", ":streamRawPredict")
+"""How paths end where a stream always says why it ended: Anthropic's and Google's."""
+
+
+def _reason(stay: Stay) -> str | None:
+    return stay.reason if stay.path.endswith(_TELLING) else None
 
 
 def _counted(end: StreamEndEvent, stay: Stay) -> StreamEndEvent:
-    return replace(end, usage=Usage()) if stay.odd else end
+    return replace(end, usage=Usage()) if stay.odd or stay.uncounted else end
+
+
+def _original(error: Exception) -> Exception:
+    """What a stream broke off for: LiteLLM wraps it in an error of its own, which says 503 whatever it was."""
+    original = getattr(error, "original_exception", None)
+    return original if isinstance(original, Exception) else error
 
 
 class _Closing:
@@ -272,7 +244,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
         litellm = get_litellm(feature="LiteLLM engine streaming")
         with litellm_errors(model=request.model), staying(stay):
             source = await litellm.acompletion(**data)
-        codec = _Stream(request)
+        codec = Chunks(request)
         async with aclosing_stream(source):
             chunks = aiter(source)
             while True:
@@ -281,9 +253,11 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
                         chunk = await anext(chunks)
                     except StopAsyncIteration:
                         break
+                    except Exception as error:
+                        raise _original(error)  # noqa: B904
                 for event in codec.feed(chunk):
                     yield event
-            yield _counted(self.ended(codec.finish(litellm), source), stay)
+            yield _counted(self.ended(codec.finish(litellm), source, _reason(stay)), stay)
 
 
 def missing_keys(model: str) -> list[str] | None:

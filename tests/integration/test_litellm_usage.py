@@ -224,7 +224,6 @@ OTHERS: dict[str, tuple[Script, Counts]] = {
     "anthropic-all-at-the-end": (anthropic(None, {"input_tokens": 11, "output_tokens": 7}), (11, 7)),
     "anthropic-one-token": (anthropic(AT_START, {"output_tokens": 1}), (11, 1)),
     "anthropic-start-only": (anthropic(AT_START, None), UNKNOWN),
-    "anthropic-without-a-reason": (anthropic(AT_START, {"output_tokens": 7}, stop=None), (11, 7)),
     "anthropic-none": (anthropic(None, None), UNKNOWN),
     "gemini": (gemini(google(11, 1), google(11, 7)), (11, 7)),
     "gemini-at-the-end": (gemini(None, None, google(11, 7)), (11, 7)),

@@ -19,6 +19,7 @@ from dspy_prod.compat.bounds import BodyTooLongError
 from dspy_prod.compat.lm15 import error_of_status, raised_by_reader
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, SealedError, causes_of
 from dspy_prod.pipeline.upstream.headers import hint_in, refusal_of, should_retry_in
+from dspy_prod.pipeline.upstream.heard import heard
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.privacy.known import blotted_in, known
 from dspy_prod.privacy.names import secrets_in
@@ -39,6 +40,9 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
         # It was refused, whatever became of the body that says why.
         why = f"HTTP {status}, and nothing to be read that says why"
         error = error_of_status(status, why, provider=upstream.provider)
+    if getattr(error, "came", None) == "begun" and heard(error).shape == "garbled":
+        # LiteLLM says for it what it says of a connection that broke, of a server that fails, or of a bad request.
+        error = ProviderError(f"The provider's stream cannot be read: {error}").with_traceback(error.__traceback__)
     for cause in causes_of(error):
         if isinstance(cause, BodyTooLongError):  # LiteLLM calls it an error of the connection
             error = ProviderError(str(cause), status=cause.response.status_code).with_traceback(error.__traceback__)

@@ -48,7 +48,7 @@ def told(response: Response, raw: Any, text: str = "") -> Response:
     return replace(response, usage=Usage())
 
 
-def told_end(end: StreamEndEvent, source: Any) -> StreamEndEvent:
+def told_end(end: StreamEndEvent, source: Any, reason: str | None = None) -> StreamEndEvent:
     """The end of a stream, with unknown usage unless the provider's chunks tell it.
 
     Args:
@@ -59,7 +59,7 @@ def told_end(end: StreamEndEvent, source: Any) -> StreamEndEvent:
     Raises:
         StreamAssemblyError: the provider never said why it ended; LiteLLM says "stop" for it.
     """
-    reason = reason_told(source)
+    reason = reason_told(source) if reason is None else reason.lower()
     if reason == "":
         raise StreamAssemblyError("The provider's stream ended without saying why")
     if broken(reason):

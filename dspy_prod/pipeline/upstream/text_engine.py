@@ -11,9 +11,10 @@ from dspy.clients.engines.litellm_errors import litellm_errors
 from dspy.clients.lm15_boundary import request_kwargs, response_value
 from dspy.lm15 import Request, Response, Usage, response_to_events
 
-from dspy_prod.compat.httpx import Stay, staying
+from dspy_prod.compat.httpx import staying
 from dspy_prod.compat.litellm import get_litellm, plain, unread
 from dspy_prod.compat.lm15 import StreamEvent, read_or_billed
+from dspy_prod.compat.stay import Stay
 from dspy_prod.pipeline.upstream.litellm_usage import told
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
 

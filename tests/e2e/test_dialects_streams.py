@@ -1,0 +1,148 @@
+"""Broken streams in the dialects that LiteLLM translates are judged as the native engine judges them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import pytest
+
+from dspy_prod.testing.dialects import dumps
+from tests.e2e.support import outcome, records, request
+from tests.e2e.test_dialects import ANTHROPIC, COUNTS, TOLD, Server, lm_at, server
+from tests.e2e.test_unusable import WAYS
+
+__all__ = ["server"]
+
+AT_END = {"input_tokens": 11, "output_tokens": 7}
+
+
+def streamed(lm: Any, way: str) -> tuple[list[str], Any]:
+    """The kinds of the events that were seen, and the error that ended them."""
+    asked = request(model=lm.model, max_tokens=50)
+    seen: list[str] = []
+
+    async def in_task() -> None:
+        try:
+            async for event in lm._async_engine_spec.stream(asked):
+                seen.append(event.type)
+        finally:
+            await lm.pipeline.aclose()
+
+    def in_thread() -> None:
+        for event in lm._engine_spec.stream(asked):
+            seen.append(event.type)
+
+    return seen, outcome(in_thread if way == "sync" else lambda: asyncio.run(in_task()))
+
+
+PIECE = {"candidates": [{"content": {"parts": [{"text": "hello"}], "role": "model"}, "index": 0}]}
+ERRORS: list[Any] = [
+    {"error": {"code": 400, "message": "bad", "status": "INVALID_ARGUMENT"}},
+    {"error": {"code": 429, "message": "busy", "status": "RESOURCE_EXHAUSTED"}},
+    {"error": {"code": 503, "message": "busy", "status": "UNAVAILABLE"}},
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+def test_a_stream_that_ends_with_an_error_is_owed(server: Server, engine: str, way: str) -> None:
+    """LiteLLM says of it what it says of a request that was refused, and three deltas cost nothing."""
+    server.kind = "text/event-stream"
+    for error in ERRORS:
+        server.body = b"".join(b"data: " + dumps(each) + b"\r\n\r\n" for each in [PIECE, PIECE, PIECE, error])
+        lm = lm_at(server.url, "gemini", engine)
+        seen, said = streamed(lm, way)
+        assert seen[:2] == ["start", "delta"]
+        assert isinstance(said, Exception)
+        [record] = records(lm)
+        assert (record.outcome, record.estimated) == ("error", True)
+        assert (record.cost_nano or 0) > TOLD
+        lm.close()
+
+
+def piece(reason: str | None = None, counts: Any = COUNTS) -> str:
+    """An event of Google's."""
+    said = {"content": {"parts": [{"text": "hello"}], "role": "model"}, "index": 0}
+    candidate = said if reason is None else {**said, "finishReason": reason}
+    return json.dumps({"candidates": [candidate], **({} if counts is None else {"usageMetadata": counts})})
+
+
+def message(stop: str | None = "end_turn", told: Any = AT_END, *between: str) -> list[str]:
+    """The events of Anthropic's."""
+    start = {**ANTHROPIC, "content": [], "stop_reason": None, "usage": {"input_tokens": 11, "output_tokens": 1}}
+    text = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hello"}}
+    return [
+        json.dumps({"type": "message_start", "message": start}),
+        '{"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}',
+        json.dumps(text),
+        *between,
+        '{"type":"content_block_stop","index":0}',
+        json.dumps({"type": "message_delta", "delta": {"stop_reason": stop}, "usage": told}),
+        '{"type":"message_stop"}',
+    ]
+
+
+def failed(kind: str) -> str:
+    return json.dumps({"type": "error", "error": {"type": kind, "message": "no"}})
+
+
+STREAMS: dict[str, list[list[str]]] = {
+    "gemini": [
+        [piece(), piece("STOP")], [piece(counts=None), piece("STOP", None)], [piece(), piece()], [], ["{}"],
+        [piece(), '{"candidates":null}', piece("STOP")], *[[json.dumps(error)] for error in ERRORS],
+        [piece(), piece("STOP", {**COUNTS, "candidatesTokenCount": 7.5})],
+    ],
+    "anthropic": [
+        message(), message(told={}), message(None, {}), message()[:4], [], message("end_turn", AT_END, "null"),
+        message("end_turn", AT_END, "[1]"), message("end_turn", AT_END, '{"a":'), [failed("overloaded_error")],
+        [failed("invalid_request_error")], [failed("rate_limit_error")],
+        message("end_turn", AT_END, failed("overloaded_error")),
+    ],
+}  # fmt: skip
+
+
+def written(events: list[str]) -> bytes:
+    """As they are sent: Anthropic names its events."""
+    named = [re.match(r'\{"type": ?"(\w+)"', each) for each in events]
+    return "".join(
+        [
+            f"event: {name[1]}\ndata: {each}\n\n" if name else f"data: {each}\n\n"
+            for name, each in zip(named, events, strict=True)
+        ]
+    ).encode()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dialect", STREAMS)
+def test_a_broken_stream_ends_alike_on_both_engines(server: Server, dialect: str, way: str) -> None:
+    """One that was cut passed for complete, for LiteLLM says "stop", and what it had told so far was the charge."""
+    server.kind = "text/event-stream"
+    for events in STREAMS[dialect]:
+        server.body = written(events)
+        ends = []
+        for engine in ("lm15", "litellm"):
+            lm = lm_at(server.url, dialect, engine)
+            seen, said = streamed(lm, way)
+            booked = [(record.outcome, record.cost_nano) for record in records(lm)]
+            ends.append((seen[:2], seen[-1:] == ["end"], isinstance(said, Exception), booked))
+            lm.close()
+        assert ends[0] == ends[1], events
+        assert all(cost >= TOLD for _, cost in ends[0][3]), events
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_no_whole_number_is_no_count_in_a_stream(server: Server, way: str) -> None:
+    """LiteLLM took `true` for one token of Anthropic's, and 11.5 for eleven."""
+    server.kind = "text/event-stream"
+    for name in AT_END:
+        for counter in (True, 11.5, "7"):
+            server.body = written(message("end_turn", {**AT_END, name: counter}))
+            lm = lm_at(server.url, "anthropic")
+            streamed(lm, way)
+            [record] = records(lm)
+            assert record.estimated, (name, counter)
+            assert (record.cost_nano or 0) > TOLD
+            lm.close()
