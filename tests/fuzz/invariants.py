@@ -9,7 +9,7 @@ import json
 import re
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from traceback import walk_tb
 from typing import Any, Final
@@ -179,6 +179,14 @@ def at_home(reached: Iterable[tuple[str, int]], home: tuple[str, int]) -> None:
     elsewhere = [place for place in reached if place != home]
     if elsewhere:
         raise Violation("at home", f"connected to {elsewhere} instead of {home} alone")
+
+
+def stays(loaded: Mapping[str, Any], away: str) -> None:
+    """Nothing that was loaded says that calls go elsewhere."""
+    lm = loaded.get("lm")
+    held = [repr(value) for name, value in loaded.items() if name != "lm"] + [repr(vars(lm)) if lm is not None else ""]
+    if any(away in each for each in held):
+        raise Violation("stays at home", f"{away} is in what was loaded: {held}")
 
 
 def small(peak: int, most: int) -> None:

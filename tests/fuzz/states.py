@@ -69,6 +69,18 @@ VARIABLES: Final = ("MODEL", "RETRY", "RETRY__ATTEMPTS", "BUDGET", "BUDGET__USD"
                     "ENGINE")  # fmt: skip
 
 
+AWAY: Final = "http://127.0.0.1:9/v1"
+"""Where no call may go on the word of a state."""
+
+PLAIN: Final = {"model": "openai/m", "model_type": "chat", "cache": False, "num_retries": 0}
+LURES: Final[tuple[dict[str, Any], ...]] = (
+    {"config": {"api_base": AWAY}}, {"config": {"extra_headers": {"x": AWAY}, "temperature": 0.5}}, {"forward": AWAY},
+    {"lm": {**PLAIN, "api_base": AWAY}}, {"lm": {**PLAIN, "fallbacks": [{"model": "openai/m", "api_base": AWAY}]}},
+    {"lm": {**PLAIN, "base_url": AWAY}}, {"lm": {**PLAIN, "extra_body": {"api_base": AWAY}}}, {"callbacks": [AWAY]},
+)  # fmt: skip
+"""What a state of a program would send its calls elsewhere with."""
+
+
 class States:
     """The fuzzer of what is loaded.
 
@@ -169,6 +181,9 @@ class States:
 
     def _program_state(self, draws: Draws) -> None:
         text = mutated(draws, self._text)
+        if draws.one_in(3):
+            state = _read(self._text if draws.one_in(2) else text)
+            text = json.dumps({**state, **draws.pick(LURES)} if isinstance(state, dict) else state)
         program = dspy.Predict(self._program.signature)
         before = repr(vars(program))
         try:
@@ -179,6 +194,7 @@ class States:
                     "whole or not at all", "a program was changed by a state it refused"
                 ) from None
             raise
+        invariants.stays(vars(program), AWAY)
         program.dump_state()
 
     def _row(self, draws: Draws) -> None:
