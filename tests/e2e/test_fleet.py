@@ -109,7 +109,7 @@ def test_four_workers_have_one_circuit_and_obey_an_operator(
     assert lm.pipeline.store.flush(10)
     opened = time.monotonic()
     late = silence(fleet, opened)
-    assert len(late) <= WORKERS * CALLERS * (1 if fleet.store.startswith("sqlite") else 3), late
+    assert len(late) <= WORKERS * CALLERS, late  # what was under way, and nothing more
     assert lm.health().breakers[0].state != "closed"  # half-open by now where the machine is busy
 
     resumed = len(fleet.provider.calls)

@@ -48,7 +48,7 @@ class RedisBoard:
         self._connection = connection
         self._bell = bell
         self._key = connection.key("board")
-        self._overlay: tuple[Batch | None, dict[bytes, bytes]] = (None, {})
+        self._overlay: tuple[Batch | None, dict[bytes, tuple[bytes, Future[bool]]]] = (None, {})
 
     @property
     def token(self) -> object:
@@ -73,12 +73,12 @@ class RedisBoard:
         field = packed(f"{kind}:{key}")
 
         def put(_: Any, tables: Any, now: float) -> tuple[Row | StoreUnavailableError | None, Future[bool] | None]:
-            before = self._before(tables, field)
+            before, written = self._before(tables, field)
             found = _row(before)
             row = None if found is None else found[1]
             change = decided(decide, row, now)
             if not isinstance(change, Change):
-                return (row if change is None else change), None
+                return (row if change is None else change), written  # what was seen holds if that does
             after = b"" if change.row is None else orjson.dumps([now, change.row])
             note = b"" if change.note is None else orjson.dumps([now, *change.note])
             spare = [] if before or not after else self._spare(tables, kind, now)
@@ -88,8 +88,8 @@ class RedisBoard:
             batch.call("EXPIRE", self._key + ":notes", KEPT_FOR)
             batch.call("HINCRBY", self._bell.meta, "board", 1)
             batch.call("PUBLISH", self._bell.channel, "1")
-            self._overlay[1][field] = after
             done: Future[bool] = Future()
+            self._overlay[1][field] = after, done
             tables.after_commit(place, lambda reply: done.set_result(reply == 1))
             return change.row, done
 
@@ -114,15 +114,19 @@ class RedisBoard:
         if not self._mailbox.post((Transactions.answer, told, put)):
             told.set_exception(StoreUnavailableError(f"The store {self._connection.shown} is closed"))
 
-    def _before(self, tables: Any, field: bytes) -> bytes:
-        """A row as it will be once what was decided before in this transaction is done."""
+    def _before(self, tables: Any, field: bytes) -> tuple[bytes, Future[bool] | None]:
+        """A row as it will be once what was decided before in this transaction is done; and whether that was, if it is.
+
+        It is not where another process has changed the row meanwhile. Who saw it must then look again: the probe of a
+        circuit that was decided here, and given to another worker, would else be taken for one that is out.
+        """
         if self._overlay[0] is not tables.batch:
             self._overlay = (tables.batch, {})
         known = self._overlay[1].get(field)
-        if known is None:
-            (found,) = tables.connection.read([("HGET", self._key, field)])
-            known = found or b""
-        return bytes(known)
+        if known is not None:
+            return known
+        (found,) = tables.connection.read([("HGET", self._key, field)])
+        return bytes(found or b""), None
 
     def _spare(self, tables: Any, kind: str, now: float) -> list[bytes]:
         (found,) = tables.connection.read([("HGETALL", self._key)])
