@@ -31,6 +31,9 @@ from dspy_prod.stores.trials import PART, Calls, Matured, Progress, Trials
 EXPOSED: Final = " (exposed)"
 """Under which it is kept how many exposures were read."""
 
+EVERY: Final = 1.0
+"""Seconds between two savings of what was read: whoever goes on reads the rest once more, and finds the same."""
+
 _log = logging.getLogger("dspy_prod")
 
 
@@ -63,13 +66,14 @@ class Reading:
         self._history = self._blank()
         self._read: dict[str, int] = {}
         self._revision = -1
+        self._saved, self._unsaved = -inf, False
         self.impossible: dict[str, int] = {}
         self._warned: set[str] = set()
         self._after_fork()
         reset_after_fork(self)
 
     def read(self, progress: Progress | None = None) -> Decision:
-        """Take in what has come since, save how far that is, and say what it means.
+        """Take in what has come since, save how far that is, now and then, and say what it means.
 
         Args:
             progress: of just now: units beyond it are left to the next time; None: the store is asked for all there is.
@@ -86,7 +90,8 @@ class Reading:
         evidence, took = self._restored(None if progress is None else progress.saved), PART
         while took >= PART:  # a long backlog is saved as it goes: whoever is killed meanwhile has not read for nothing
             took = self._take_in_some(evidence, inf if tally is None else tally.units)
-            if took:
+            self._unsaved |= took > 0
+            if took >= PART or (self._unsaved and self._trials.now() - self._saved >= EVERY):
                 self._save(evidence)
             if took >= PART:
                 evidence, tally = self._restored(), None
@@ -120,6 +125,7 @@ class Reading:
         state = f'{json.dumps(told)[:-1]}, "history": {self._history.state()}}}'
         if self._trials.save(self._name, state, self._revision):
             self._revision += 1
+            self._saved, self._unsaved = self._trials.now(), False
         else:  # somebody else has looked meanwhile: what he read is as good
             self.evidence = None
 
@@ -142,7 +148,7 @@ class Reading:
         revision = 0 if saved is None else saved.revision
         if self.evidence is not None and revision == self._revision:
             return self.evidence
-        self._read, self._revision, self._history = {}, revision, self._blank()
+        self._read, self._revision, self._history, self._unsaved = {}, revision, self._blank(), False
         self.spread, self.impossible = Spread(), {}
         evidence = None
         if self._rollout is not None and self._rollout.shadow:

@@ -252,8 +252,9 @@ def test_a_forked_child_looks_with_its_first_call(store: Store) -> None:
     assert thread_of(exp).is_alive()
 
 
-def test_threads_that_look_at_once_count_nothing_twice() -> None:
+def test_threads_that_look_at_once_count_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page that shows the scorecard is asked for by many."""
+    monkeypatch.setattr(reading, "EVERY", 0.0)
     calm, opened = declared(MemoryStore("calm")), declared(MemoryStore("asked"))
     stop = threading.Event()
     threads = [threading.Thread(target=_look, args=(opened, stop)) for _ in range(4)]

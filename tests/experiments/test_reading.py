@@ -21,7 +21,7 @@ from dspy_prod.experiments.opened import Opened
 from dspy_prod.options.metrics import cost
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.trials import Call, Exposure
-from dspy_prod.testing import Provider
+from dspy_prod.testing import FakeClock, Provider
 from tests.experiments.conftest import Triage
 from tests.experiments.support import OK, declared, feed
 
@@ -35,6 +35,7 @@ def two(store: Any, **more: Any) -> Experiment:
 def test_a_backlog_is_saved_as_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who is killed in the middle of a million has not read for nothing; all of it gives the same evidence."""
     monkeypatch.setattr(reading, "PART", 10)
+    monkeypatch.setattr(reading, "EVERY", 0.0)
     store = MemoryStore()
     opened = declared(store)
     feed(opened, 45, SAME)
@@ -66,6 +67,40 @@ def test_a_backlog_is_saved_as_it_is_read(monkeypatch: pytest.MonkeyPatch) -> No
     assert ours is not None
     assert theirs is not None
     assert ours.to_dict() == theirs.to_dict()
+
+
+def test_what_is_read_is_saved_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A saving costs more than a unit's bets. Whoever goes on finds what was not saved, and what it says."""
+    store, clock = MemoryStore(), FakeClock()
+    monkeypatch.setattr(store.trials, "now", clock.time)
+    opened = declared(store)
+
+    def saved() -> int:
+        found = store.trials.checkpoint("e")
+        return 0 if found is None else found.revision
+
+    feed(opened, 5, SAME)
+    opened.controller.read()
+    assert saved() == 1
+    for begin in (5, 10):
+        feed(opened, 5, SAME, begin=begin)
+        found = opened.controller.read()
+        assert saved() == 1
+    other = Opened(store, "e")
+    assert other.controller.read().to_dict() == found.to_dict()
+    assert evidence_of(other) == evidence_of(opened)
+    clock.advance(reading.EVERY)
+    opened.controller.read()
+    assert saved() == 2, "also where nothing has come since"
+    opened.controller.read()
+    assert saved() == 2
+
+
+def evidence_of(opened: Opened) -> Any:
+    """All that a controller knows."""
+    found = opened.controller._reading.evidence
+    assert found is not None
+    return found.to_dict()
 
 
 class Watched:
