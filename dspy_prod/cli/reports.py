@@ -19,8 +19,9 @@ from dspy_prod.status.costs_report import report as costs_report
 from dspy_prod.status.ledger import Ledger
 from dspy_prod.status.listed import Records
 from dspy_prod.status.programs import check_program_dimension
+from dspy_prod.stores.addresses import default_store_url
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import check_there, default_namespace, default_store_url, open_store
+from dspy_prod.stores.opening import check_there, default_namespace, open_store
 from dspy_prod.views import Cell, Table
 from dspy_prod.views.cells import Tone
 

@@ -37,8 +37,9 @@ from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.privacy.unshown import unshown
+from dspy_prod.stores.addresses import default_store_url
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
+from dspy_prod.stores.opening import default_namespace, open_store
 from dspy_prod.tracking.variant_runs import variant_runs
 
 

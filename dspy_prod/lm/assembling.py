@@ -21,8 +21,9 @@ from dspy_prod.pricing.book import PriceBook
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.runtime.switch import disabled
+from dspy_prod.stores.addresses import default_store_url
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import default_store_url, open_store
+from dspy_prod.stores.opening import open_store
 from dspy_prod.telemetry.events import BUS
 
 _log = logging.getLogger("dspy_prod")

@@ -31,8 +31,9 @@ from dspy_prod.lm.sealing import SealedLM, seal, unseal
 from dspy_prod.options import Budget, Cache, CircuitBreaker, Price, RateLimit, Retry
 from dspy_prod.privacy.unshown import unshown
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
+from dspy_prod.stores.addresses import with_password
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import default_namespace, with_password
+from dspy_prod.stores.opening import default_namespace
 
 DSPY: Final[Mapping[str, type | None]] = {
     "model": str,

@@ -26,7 +26,7 @@ from dspy_prod.policies.sharing import quoted
 from dspy_prod.privacy.known import blotted_in, known
 from dspy_prod.privacy.names import bare_url, public
 from dspy_prod.privacy.states import harmless
-from dspy_prod.stores.opening import with_password
+from dspy_prod.stores.addresses import with_password
 
 Loaded = TypeVar("Loaded", bound=dspy.LM)
 

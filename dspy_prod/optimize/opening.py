@@ -20,8 +20,9 @@ from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run, accounts_of
 from dspy_prod.records import NANO
+from dspy_prod.stores.addresses import default_store_url
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
+from dspy_prod.stores.opening import default_namespace, open_store
 
 _ENDED: Final = frozenset({"completed", "target"})
 """States of runs that nobody would go on with."""

@@ -22,9 +22,10 @@ from dspy_prod.records import NANO
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.runtime.switch import disabled
+from dspy_prod.stores.addresses import default_store_url
 from dspy_prod.stores.base import Account, AccountState, Refusal, Store
 from dspy_prod.stores.keys import BETWEEN, joined
-from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
+from dspy_prod.stores.opening import default_namespace, open_store
 from dspy_prod.telemetry.events import BUS
 
 Dimension = Literal["usd", "calls", "tokens"]

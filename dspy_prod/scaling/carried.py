@@ -21,8 +21,9 @@ from dspy_prod.policies.run import Run
 from dspy_prod.privacy.names import bare_url
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, moment_on
 from dspy_prod.scaling.parcel import Parcel
+from dspy_prod.stores.addresses import with_password
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import open_store, with_password
+from dspy_prod.stores.opening import open_store
 from dspy_prod.tracking.setup import enable, given
 
 _log = logging.getLogger("dspy_prod")

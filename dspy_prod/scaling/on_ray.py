@@ -23,8 +23,9 @@ from dspy_prod.scaling.carried import NOTE, Carried, Place
 from dspy_prod.scaling.fleet import Fleet
 from dspy_prod.scaling.parcel import Parcel
 from dspy_prod.scaling.worker import Outcome, Work
+from dspy_prod.stores.addresses import default_store_url
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
+from dspy_prod.stores.opening import default_namespace, open_store
 
 _log = logging.getLogger("dspy_prod")
 

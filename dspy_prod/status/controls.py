@@ -20,9 +20,10 @@ from dspy_prod.policies.orders import Stop, operator
 from dspy_prod.privacy.redactor import claimed
 from dspy_prod.status.models import CircuitHealth, StopHealth
 from dspy_prod.status.names import doubt
+from dspy_prod.stores.addresses import default_store_url
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.board import Note
-from dspy_prod.stores.opening import default_namespace, default_store_url, open_store
+from dspy_prod.stores.opening import default_namespace, open_store
 
 SCOPES: Final = ("program", "model", "tenant", "all")
 MOST_STOPS: Final = 500

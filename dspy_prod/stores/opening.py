@@ -11,67 +11,26 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlencode
 
 from dspy_prod.errors import ConfigError
-from dspy_prod.privacy.names import bare_url, without_password
+from dspy_prod.privacy.names import without_password
 from dspy_prod.privacy.unshown import Unshown, unshown
 from dspy_prod.privacy.visible import carried
 from dspy_prod.runtime import private
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock
 from dspy_prod.runtime.forking import RegistryLock
+from dspy_prod.stores.addresses import NAMESPACE_VARIABLE, SERVERS, said
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
-
-DEFAULT_URL: Final = "sqlite:///.dspy_prod/state.db"
-"""Where state is kept when nothing is said: a file below the current directory."""
-
-URL_VARIABLE: Final = "DSPY_PROD_STORE"
-NAMESPACE_VARIABLE: Final = "DSPY_PROD_NAMESPACE"
-
-OVER_A_FILE: Final = "DSPY_PROD__"
-"""Begins the variables that win over a file of settings: `DSPY_PROD__STORE`, `DSPY_PROD__LM__BIG__STORE`, ..."""
 
 MOST_NAMED: Final = 20
 """Namespaces that a message names."""
 
 OnProblem = Callable[[str, dict[str, Any]], None]
 _FORMS: Final = "'sqlite:///relative.db', 'sqlite:////absolute.db', 'redis://host:6379/0', 'memory://'"
-_SERVERS: Final = {
-    **dict.fromkeys(("redis", "valkey"), "redis"),
-    **dict.fromkeys(("rediss", "valkeys"), "rediss"),
-    "unix": "unix",
-}
-"""Schemes of Redis, and which redis-py knows for them."""
-
 _STORES: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 _KEPT: Final[list[MemoryStore]] = []
 """Memory stores live as long as the process: an LM built for each request finds what the one before has spent."""
 
 _LOCK: Final = RegistryLock()
-
-
-def default_store_url() -> str:
-    """The store to use when none is named, from the environment, else a file below the directory.
-
-    What wins over a file, `DSPY_PROD__STORE`, is where a service is that was told by it: a shell beside it must look
-    there, too. `DSPY_PROD_STORE` is for those that neither a file nor that tells.
-    """
-    return _said("STORE", URL_VARIABLE) or DEFAULT_URL
-
-
-def with_password(url: str) -> str:
-    """The URL of a store as it was written down elsewhere, with the password that the environment knows for it.
-
-    Any variable that names a store may know it: `DSPY_PROD_STORE`, `DSPY_PROD__STORE`, or that of one LM of a file.
-    """
-    names = [name for name in os.environ if name.upper().startswith(OVER_A_FILE) and name.upper().endswith("__STORE")]
-    for name in (URL_VARIABLE, *names):
-        if bare_url(os.environ.get(name, "")) == url:
-            return unshown(os.environ[name])
-    return url
-
-
-def _said(key: str, variable: str) -> str:
-    """A setting of the environment: over a file, else by default."""
-    return os.environ.get(f"{OVER_A_FILE}{key}") or os.environ.get(variable) or ""
 
 
 def default_namespace(given: str | None = None) -> str:
@@ -82,7 +41,7 @@ def default_namespace(given: str | None = None) -> str:
     """
     if given is not None and not isinstance(given, str):
         raise ConfigError(f"namespace={given!r} must be text, such as namespace={str(given)!r}")
-    return given or _said("NAMESPACE", NAMESPACE_VARIABLE) or Path.cwd().name or "default"
+    return given or said("NAMESPACE", NAMESPACE_VARIABLE) or Path.cwd().name or "default"
 
 
 def open_store(
@@ -118,7 +77,7 @@ def open_store(
             store = _memory(url, namespace, clock)
         elif scheme == "sqlite":
             store = _sqlite(url, namespace, clock, on_problem)
-        elif scheme in _SERVERS:
+        elif scheme in SERVERS:
             store = _redis(url, scheme, namespace, clock, on_problem)
         else:
             raise ConfigError(f"store={without_password(url)!r} is no store URL; use one of {_FORMS}")
@@ -150,7 +109,7 @@ def check_there(url: str, namespace: str) -> None:
         there = of_file(path)
         if there is not None and carried(namespace) not in there:
             raise ConfigError(_not_there(namespace, str(path), there))
-    elif scheme in _SERVERS:
+    elif scheme in SERVERS:
         place, _ = _server(url, scheme)
         from dspy_prod.stores.redis.namespaces import has_namespace
         from dspy_prod.stores.redis.namespaces import namespaces as of_server
@@ -235,7 +194,7 @@ def _redis(url: str, scheme: str, namespace: str, clock: Clock, on_problem: OnPr
 def _server(url: str, scheme: str) -> tuple[str, dict[str, Any]]:
     """Where a server is, as redis-py reads it, and our options."""
     options, others = _options(url, ("lease", "max_records"), refuse=False)
-    place = Unshown(f"{_SERVERS[scheme]}://{url.partition('://')[2].partition('?')[0]}")
+    place = Unshown(f"{SERVERS[scheme]}://{url.partition('://')[2].partition('?')[0]}")
     if others:
         place = Unshown(f"{place}?{urlencode(others)}")
     try:

@@ -182,7 +182,7 @@ def test_an_optimizer_s_own_guard_does_not_go_along(lm: Any) -> None:
 
 def test_the_password_of_a_store_is_the_environment_s(monkeypatch: pytest.MonkeyPatch) -> None:
     """A place is written without it; whoever opens it knows it from there."""
-    from dspy_prod.stores.opening import with_password
+    from dspy_prod.stores.addresses import with_password
 
     monkeypatch.setenv("DSPY_PROD_STORE", "redis://user:secret@host:6379/0")
     from dspy_prod.privacy.names import bare_url

@@ -14,8 +14,9 @@ import pytest
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.privacy.names import without_password
 from dspy_prod.stores import opening
+from dspy_prod.stores.addresses import DEFAULT_URL, default_store_url, with_password
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.stores.opening import DEFAULT_URL, default_namespace, default_store_url, open_store, with_password
+from dspy_prod.stores.opening import default_namespace, open_store
 from dspy_prod.stores.redis.connection import check
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import CENT, FakeClock, ask, granted
@@ -160,6 +161,32 @@ def test_any_variable_that_names_the_server_knows_its_password(variable: str, mo
     monkeypatch.setenv(variable, "redis://:secret@db.example/0")
     assert with_password("redis://db.example/0") == "redis://:secret@db.example/0"
     assert with_password("redis://db.example/1") == "redis://db.example/1"
+
+
+@pytest.mark.parametrize(
+    ("here", "written", "found"),
+    [
+        ("redis://:pw@db/0", "redis://***@db/0", "redis://:pw@db/0"),  # as a pickle, or an evaluation, names it
+        ("valkey://ann:pw@db/0?lease=7", "redis://***@db/0", "redis://ann:pw@db/0?lease=7"),
+        ("rediss://:pw@db/0?ssl_ca_certs=/here", "rediss://***@db/0?ssl_ca_certs=***",
+         "rediss://:pw@db/0?ssl_ca_certs=%2Fhere"),
+        ("redis://:pw@db/0?lease=7", "redis://db/0?lease=9", "redis://:pw@db/0?lease=9"),
+        ("redis://db/0?password=pw", "redis://db/0", "redis://db/0?password=pw"),
+        ("unix://:pw@/run/valkey", "unix:///run/valkey", "unix://:pw@/run/valkey"),
+        ("redis://:pw@db/0", "redis://:own@db/0", "redis://:own@db/0"),
+        ("redis://:pw@other/0", "redis://***@db/0?lease=***", "redis://db/0"),
+        ("redis://:pw@db/0", "sqlite:////db/0?lease=9", "sqlite:////db/0?lease=9"),
+        ("", "memory://x", "memory://x"),
+    ],
+)  # fmt: skip
+def test_a_server_is_known_again_however_it_was_written_down(
+    here: str, written: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was hidden in a URL is not taken for a user or a value."""
+    monkeypatch.delenv("DSPY_PROD_STORE", raising=False)
+    monkeypatch.setenv("DSPY_PROD__STORE", here)
+    assert str(with_password(written)) == found
+    assert "pw" not in repr(with_password(written))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

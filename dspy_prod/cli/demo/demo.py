@@ -47,7 +47,7 @@ def demo(
     from dspy_prod.cli.demo import experiment
     from dspy_prod.cli.demo import traces as demo_mlflow
     from dspy_prod.cli.demo.report import Report, show, show_json
-    from dspy_prod.stores.opening import default_store_url
+    from dspy_prod.stores.addresses import default_store_url
 
     console = Console(stderr=as_json, emoji=False)
     if not console.is_terminal:
