@@ -33,7 +33,7 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo ui test test-slow dspy-suite ui-test lint bench docs docs-serve notebooks chaos fuzz soak mutants versions clean local-model
+.PHONY: help demo ui test test-slow dspy-suite ui-test lint bench docs docs-serve notebooks chaos fuzz soak mutants versions extras clean local-model
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -99,6 +99,9 @@ mutants: $(MUTANTS) ## change policies and admission in small ways: do their tes
 
 versions: ## the tests that know other packages, with the oldest and newest versions of them (needs 2 GB and minutes)
 	.ci/versions oldest newest
+
+extras: ## evaluations on Ray and the docs' site, in an environment that has both: nothing is skipped (needs 2 GB)
+	.ci/versions extras
 
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis mutants

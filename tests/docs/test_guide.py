@@ -13,6 +13,7 @@ import dspy_prod
 from dspy_prod.testing import Provider
 from tests.docs.pages import GUIDE, PAGES, ROOT, blocks, running
 from tests.docs.runner import run
+from tests.extras import needed
 
 ELSEWHERE = {
     "signals.md": "tests/metrics/test_dashboard.py",
@@ -111,7 +112,7 @@ def test_every_link_within_the_repository_resolves(page: Path) -> None:
 @pytest.mark.slow
 def test_the_site_builds_and_asks_no_other_host(tmp_path: Path) -> None:
     """The site is built in strict mode; no page of it loads anything from elsewhere."""
-    pytest.importorskip("mkdocs")
+    needed("mkdocs")
     done = subprocess.run(
         [
             sys.executable,

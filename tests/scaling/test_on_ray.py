@@ -5,34 +5,52 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import dspy
 import pytest
+import redis
 
 import dspy_prod
 from dspy_prod import ConfigError
 from dspy_prod.testing import Provider
 from tests.e2e.support import make_lm
+from tests.extras import needed
 from tests.scaling.programs import Dies, Fails, TwoSteps, devset, even, question_of
+from tests.stores.redis.servers import started_valkey
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 KEY = "sk-from-the-environment"
+PASSWORD = "also-from-the-environment"
 NANO = 1_000_000_000
 ON_RAY: dict[str, Any] = {"engine": "ray", "workers": 2, "num_threads": 2, "progress": False}
 
 
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[str]:
+    """The URL of a server that wants a password."""
+    server = started_valkey()
+    with closing(redis.Redis(port=server.port)) as client:
+        client.config_set("requirepass", PASSWORD)
+    yield f"redis://:{PASSWORD}@127.0.0.1:{server.port}/0"
+    server.stop()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[Any]:
-    """Ray on loopback, with the provider's key in the environment of its workers, where alone they find it."""
-    ray = pytest.importorskip("ray")
+def cluster(valkey: str) -> Iterator[Any]:
+    """Ray on loopback, with the provider's key and the server's password in the environment of its workers, where alone
+    they find them."""
+    ray = needed("ray")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_API_KEY", KEY)
+        patch.setenv("DSPY_PROD__STORE", valkey)
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
@@ -49,11 +67,14 @@ def provider() -> Iterator[Provider]:
         yield provider
 
 
-@pytest.fixture
-def lm(tmp_path: Path, provider: Provider) -> Iterator[Any]:
-    lm = make_lm(provider.url, store=f"sqlite:///{tmp_path}/state.db", api_key=KEY)
+@pytest.fixture(params=["sqlite", "redis"])
+def lm(request: pytest.FixtureRequest, tmp_path: Path, provider: Provider, valkey: str) -> Iterator[Any]:
+    store = valkey if request.param == "redis" else f"sqlite:///{tmp_path}/state.db"
+    lm = make_lm(provider.url, store=store, api_key=KEY, namespace=f"on-ray-{uuid.uuid4().hex}")
     with dspy.context(lm=lm):
         yield lm
+    lm.close()
+    lm.pipeline.store.close()
 
 
 def asked(provider: Provider) -> Counter[tuple[str, int]]:
