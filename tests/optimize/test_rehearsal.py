@@ -40,12 +40,12 @@ class Case:
         store = f"memory://rehearsal-{next(_numbers)}"
         self.world = world
         self.lm, self.proposer = world.lm(store=store, **lm), world.prompt_lm(store=store, **lm)
-        self.subject: Subject = optimizers(world, lm=self.lm, prompt_lm=self.proposer, threads=2)[name]
+        self.subject: Subject = optimizers(world, lm=self.lm, prompt_lm=self.proposer, threads=1)[name]
         if name == "GEPA":
             self.subject.optimizer.max_metric_calls = 80
 
     def pilot(self) -> Pilot:
-        evaluate = dspy.Evaluate(devset=self.world.valset, metric=self.world.metric, num_threads=2)
+        evaluate = dspy.Evaluate(devset=self.world.valset, metric=self.world.metric, num_threads=1)
         with dspy.context(lm=self.lm), quiet(), recording(self.subject.student, self.world.valset) as pilot:
             result = evaluate(self.subject.student)
         pilot.scored(result.results)
@@ -54,7 +54,7 @@ class Case:
     def forecast(self, pilot: Pilot, **more: Any) -> Forecast:
         subject = self.subject
         with dspy.context(lm=self.lm):
-            return rehearse(subject.optimizer, subject.student, subject.arguments, pilot, num_threads=2, **more)
+            return rehearse(subject.optimizer, subject.student, subject.arguments, pilot, num_threads=1, **more)
 
     def bill(self) -> tuple[float, int]:
         """What the optimizer itself is billed: dollars and calls."""

@@ -78,6 +78,8 @@ def test_the_stores_say_the_same(all_stores: tuple[FakeClock, Stores], steps: li
             known = told[rest[0]]
             assert found[: len(known)] == known[: len(found)], "what was told is final"
             told[rest[0]] = max(known, found, key=len)
+    for store in stores:
+        store.flush(10)  # likewise
     clock.advance(1_000.0)
     for look in ("counts", "ended", "tally", "exposed", "waiting"):
         _alike([getattr(store.trials, look)(name) for store in stores])
