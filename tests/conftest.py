@@ -116,6 +116,7 @@ def _exporters() -> Iterator[Any]:
 @pytest.fixture
 def quick_exporters(_exporters: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The processes that write to MLflow have imported it when they begin, which else takes each of them seconds."""
+    _exporters.wait()
     monkeypatch.setattr("dspy_prod.tracking.process.subprocess", _exporters)
 
 
