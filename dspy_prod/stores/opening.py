@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlencode
 
-from dspy_prod.errors import ConfigError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.privacy.names import without_password
 from dspy_prod.privacy.unshown import Unshown, unshown
 from dspy_prod.privacy.visible import carried
@@ -160,9 +161,22 @@ def file_of(url: str) -> Path:
     return Path(path).expanduser()
 
 
+@contextmanager
+def _loading(url: str) -> Iterator[None]:
+    """While a store's modules are read: a process that has no file to spare is told so, and tries again next time."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreUnavailableError(
+            f"The store {without_password(url)} cannot be used: its code cannot be read ({error.strerror}). "
+            "Where too many files are open, raise the limit (ulimit -n), or find who keeps them open"
+        ) from error
+
+
 def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
-    from dspy_prod.stores.sqlite.schema import unavailable  # at the first use: importing the package stays light
-    from dspy_prod.stores.sqlite.store import SqliteStore
+    with _loading(url):  # at the first use: importing the package stays light
+        from dspy_prod.stores.sqlite.schema import unavailable
+        from dspy_prod.stores.sqlite.store import SqliteStore
 
     named = file_of(url)
     try:
@@ -181,7 +195,8 @@ def _sqlite(url: str, namespace: str, clock: Clock, on_problem: OnProblem | None
 
 def _redis(url: str, scheme: str, namespace: str, clock: Clock, on_problem: OnProblem | None) -> Store:
     place, options = _server(url, scheme)
-    from dspy_prod.stores.redis.store import RedisStore
+    with _loading(url):
+        from dspy_prod.stores.redis.store import RedisStore
 
     key = ("redis", place, namespace, clock)
     with _LOCK:

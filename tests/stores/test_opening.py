@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
+import sys
 import threading
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -220,3 +223,25 @@ def test_the_options_of_redis_py_may_stand_in_a_url() -> None:
         "rediss://h:1/0?ssl_ca_certs=/ca.pem&health_check_interval=5", "unix:///nowhere?db=1", "redis://h:1?protocol=3",
     ):  # fmt: skip
         check(url)
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}/state.db", "redis://127.0.0.1:1/0"])
+def test_code_that_cannot_be_read_is_told_as_a_store_that_cannot_be_used(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process whose files are all in use meets its first store: the next time it is there."""
+    kind = url.partition(":")[0]
+    module = f"dspy_prod.stores.{kind}.store"
+
+    class Full:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == module:
+                raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as full:
+        full.delitem(sys.modules, module, raising=False)
+        full.setattr(sys, "meta_path", [Full(), *sys.meta_path])
+        with pytest.raises(StoreUnavailableError, match=r"Too many open files.*ulimit -n"):
+            open_store(url.format(tmp_path), "full")
+    if kind == "sqlite":
+        open_store(url.format(tmp_path), "full").close()
