@@ -78,7 +78,11 @@ def _flow(call: Call) -> Flow:
         if response is not None:
             return response
     else:
-        entry = cache.fresh(key)  # the previous flight may have landed between the lookup and now
+        try:
+            entry = cache.fresh(key)  # the previous flight may have landed between the lookup and now
+        except BaseException:  # nobody is left who could end it
+            flights.hand_over(key)
+            raise
         if entry is not None:
             flights.answer(key, (entry.response, entry.list_nano))
             return call.hit(entry)

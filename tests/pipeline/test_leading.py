@@ -1,0 +1,30 @@
+"""Who leads identical calls ends their flight, whatever befalls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from dspy.utils.exceptions import LMUnexpectedError
+
+import dspy_prod
+from dspy_prod.testing import Provider
+
+
+def test_a_leader_that_fails_before_it_asks_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Provider() as provider:
+        lm = dspy_prod.LM("openai/m", api_base=provider.url, api_key="k", store="memory://leading", engine="lm15")
+        cache, flights = lm.pipeline.cache, lm.pipeline.flights
+        assert cache is not None
+
+        def broken(*_: Any) -> Any:
+            raise MemoryError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(type(cache), "fresh", broken)
+            with pytest.raises(LMUnexpectedError):
+                lm("hello")
+        assert len(flights) == 0
+        with dspy_prod.call_context(deadline=5.0):
+            assert lm("hello")
+        lm.close()
