@@ -198,6 +198,8 @@ class Failing(ABC):
                 self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
             elif kind is Transactions.answer:
                 subject.set_exception(error)
+            elif kind is Transactions.put_answer:
+                detail[3]()
             elif kind in _SETTLING and subject.record is not None:
                 self._kept.append((kind, subject._replace(record=None), detail))
 

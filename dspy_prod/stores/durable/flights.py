@@ -125,9 +125,11 @@ class Flights:
 
 def _landed(claims: Claims, landing: set[bytes], key: bytes) -> None:
     """Others can read the answer, or never will."""
-    if key in landing:
-        claims.free(key, False)
-        landing.discard(key)
+    try:
+        landing.remove(key)  # first, and by one thread: once it is free, the next flight of this key may land
+    except KeyError:
+        return
+    claims.free(key, False)
 
 
 class _Renewing:

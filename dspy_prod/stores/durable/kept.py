@@ -65,6 +65,7 @@ class KeptAnswers:
         def written() -> None:
             if posted.get(key) is answer:
                 posted.pop(key, None)
+            if key not in posted:  # nor where it was forgotten by `clear`: who is told may hold something for it
                 self.on_written(key)
 
         posted[key] = answer

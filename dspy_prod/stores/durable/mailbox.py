@@ -149,7 +149,7 @@ class Mailbox:
             _log.warning("%s: the records of %d cached answers came after close and were not written", self._path, lost)
         while True:
             try:
-                kind, subject, _ = self.writer.inbox.get_nowait()
+                kind, subject, detail = self.writer.inbox.get_nowait()
             except Empty:
                 return
             if kind is Transactions.admit:
@@ -161,6 +161,8 @@ class Mailbox:
                 subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.flush:
                 subject.set()
+            elif kind is Transactions.put_answer:
+                detail[3]()
             elif kind in _WRITING:
                 _log.warning("%s: a %s came after close and was not written", self._path, kind.__name__)
 

@@ -1,0 +1,82 @@
+"""A claim whose answer is on its way to the store ends, whatever becomes of the answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dspy_prod
+from dspy_prod.stores.base import CachedAnswer
+from dspy_prod.stores.durable.transactions import Transactions
+from dspy_prod.stores.redis.store import RedisStore
+from dspy_prod.stores.sqlite.store import SqliteStore
+from dspy_prod.testing import Provider
+from tests.stores.support import until
+
+ANSWER = CachedAnswer(b"{}", inf, inf)
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    if request.param == "redis":
+        opened: Any = RedisStore(request.getfixturevalue("valkey"), tmp_path.name)
+    else:
+        opened = SqliteStore(str(tmp_path / "state.db"), "n")
+    opened.flush(10)
+    yield opened
+    opened.close()
+
+
+def lead_and_land(store: Any) -> None:
+    assert store.flights.join(b"key") is True
+    store.cache_put(b"key", ANSWER, max_entries=9, max_bytes=999)
+    store.flights.leave(b"key")
+
+
+def test_an_answer_that_is_cleared_before_it_is_written(store: Any) -> None:
+    """Whoever asks next leads: nobody else ever will."""
+    with store._mailbox.writer.io:  # nothing is written meanwhile
+        lead_and_land(store)
+        assert store.flights.join(b"key") is False
+        clearing = threading.Thread(target=store.cache_clear)
+        clearing.start()
+        until(lambda: store.cache_get(b"key") is None, 5)
+    clearing.join(20)
+    until(lambda: store.flights.join(b"key", True) is True, 5)
+
+
+def test_an_answer_that_can_never_be_written(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unfit(*_: Any) -> None:
+        raise ValueError("no such answer")
+
+    with store._mailbox.writer.io:
+        lead_and_land(store)
+        monkeypatch.setattr(store._mailbox.writer.tables.cache, "put", unfit)
+    until(lambda: store.flights.join(b"key", True) is True, 5)
+    assert store.cache_get(b"key") is None
+
+
+def test_an_answer_that_comes_as_the_writer_ends(store: Any) -> None:
+    """It stays readable for nobody, and is not taken to be on its way for ever."""
+    told: list[int] = []
+    store.close()
+    store._mailbox.writer.inbox.put((Transactions.put_answer, b"key", (ANSWER, 9, 999, lambda: told.append(1))))
+    store._mailbox.refuse_stragglers()
+    assert told == [1]
+
+
+def test_a_cache_that_is_cleared_right_after_an_answer(tmp_path: Path) -> None:
+    """The same question asked again is asked upstream, and does not wait for what was cleared."""
+    with Provider() as provider:
+        lm = dspy_prod.LM("openai/m", api_base=provider.url, api_key="k", store=f"sqlite:///{tmp_path}/state.db")
+        with dspy_prod.call_context(deadline=10.0):
+            for turn in range(40):
+                assert lm("hello")
+                assert len(provider.calls) == turn + 1
+                lm.cache_clear()
+        lm.close()
