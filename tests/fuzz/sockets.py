@@ -210,10 +210,19 @@ def instead_of_sockets() -> Iterator[Wire]:
     before = [getattr(place, name) for place, name, _ in places]
     for place, name, instead in places:
         setattr(place, name, instead)
-    litellm.in_memory_llm_clients_cache.flush_cache()
+    _forget_clients()
     try:
         yield WIRE
     finally:
         for (place, name, _), found in zip(places, before, strict=True):
             setattr(place, name, found)
-        litellm.in_memory_llm_clients_cache.flush_cache()
+        _forget_clients()
+
+
+def _forget_clients() -> None:
+    """LiteLLM makes its clients anew: one made here would stay in use after, with connections of loops that are over."""
+    import litellm
+
+    litellm.in_memory_llm_clients_cache.flush_cache()
+    for name in ("module_level_client", "module_level_aclient"):
+        vars(litellm).pop(name, None)
