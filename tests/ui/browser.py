@@ -10,6 +10,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -117,12 +118,12 @@ class Browser:
         """What the page says, blanks and line ends as single blanks."""
         return " ".join(str(self.run("document.body ? document.body.innerText : ''")).split())
 
-    def wait_for(self, *words: str) -> str:
-        """Wait until the page says all of this; returns everything it says."""
+    def wait_for(self, *words: str | re.Pattern[str]) -> str:
+        """Wait until the page says all of this, word by word or by a pattern; returns everything it says."""
         until = time.monotonic() + self._timeout
         while True:
             said = self.text()
-            missing = [one for one in words if one not in said]
+            missing = [one for one in words if not (one in said if isinstance(one, str) else one.search(said))]
             if not missing:
                 return said
             assert time.monotonic() < until, f"the page never said {missing}, but: {said}"
