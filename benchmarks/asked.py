@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from tqdm.auto import tqdm
 
+from benchmarks.bars import exit_code
+
 
 class Asked(NamedTuple):
     """What is to be measured: names of optimizers, how, with which seed, how large; and the file for the figures."""
@@ -52,9 +54,7 @@ def told(figures: dict[str, Any], tables: Iterable[Any], file: str | None, width
         console = Console(width=width)
         for table in tables:
             console.print(table)
-    for each in figures["violations"]:
-        print(f"VIOLATION: {each}", file=sys.stderr)
-    return 1 if figures["violations"] else 0
+    return exit_code(figures["violations"])
 
 
 def asked(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+from benchmarks.bars import exit_code
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.exposing import Exposing
 from dspy_prod.runtime.clock import SYSTEM_CLOCK
@@ -190,10 +191,7 @@ def main() -> int:
     parser.add_argument("--units", type=int, default=1_000_000, help="units of the large experiment")
     figures = measure(parser.parse_args().units)
     print(json.dumps(figures, indent=1))
-    violations = missed(figures)
-    for each in violations:
-        print(f"VIOLATION: {each}", file=sys.stderr)
-    return 1 if violations else 0
+    return exit_code(missed(figures))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ for a machine that does nothing else: a slow one misses them, and is told so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from benchmarks.peers.subjects import OURS
@@ -99,6 +100,13 @@ def missed_beside_peers(figures: Figures, quick: bool = False) -> list[str]:
 def missed_by_the_ledger(rates: dict[str, float]) -> list[str]:
     """The same of the rates of `python -m benchmarks.ledger`."""
     return _told(_ledger(rates), quick=False)
+
+
+def exit_code(violations: Collection[str]) -> int:
+    """Of a benchmark: 1 where a bar is missed or a bound broken, each of which is said on stderr."""
+    for each in violations:
+        print(f"VIOLATION: {each}", file=sys.stderr)
+    return 1 if violations else 0
 
 
 def _told(bars: Iterable[Bar], quick: bool) -> list[str]:

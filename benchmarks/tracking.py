@@ -25,6 +25,7 @@ from typing import Any
 import dspy
 
 import dspy_prod
+from benchmarks.bars import exit_code
 from benchmarks.common import ConstantEngine, guarded, interleaved, paired
 from dspy_prod import tracking
 from dspy_prod.telemetry.tap import TAP
@@ -232,10 +233,7 @@ def main() -> int:
     found = experiments()
     print(found)
     print(at_exit())
-    violations = missed(found)
-    for each in violations:
-        print(f"VIOLATION: {each}", file=sys.stderr)
-    return 1 if violations else 0
+    return exit_code(missed(found))
 
 
 if __name__ == "__main__":

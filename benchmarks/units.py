@@ -23,6 +23,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.bars import exit_code
 from dspy_prod import Metric
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.opened import Opened
@@ -168,10 +169,7 @@ def main() -> int:
     if given.json not in (None, "-"):
         Path(given.json).write_text(text + "\n", encoding="utf-8")
     print(text)
-    violations = missed(figures)
-    for each in violations:
-        print(f"VIOLATION: {each}", file=sys.stderr)
-    return 1 if violations else 0
+    return exit_code(missed(figures))
 
 
 if __name__ == "__main__":

@@ -7,35 +7,24 @@ becomes as many of its seconds from now. A clock that is moved by hand ends a wa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import inf
 from typing import Any
 
-from dspy_prod.pipeline.effects import Decidable, Wait
+from dspy_prod.pipeline.effects import Decidable, Wait, replacing
 from dspy_prod.runtime.clock import SYSTEM_CLOCK, Clock, Moment, moment_on, on_advance
 
 
 def in_machine_time(steps: Any, clock: Clock) -> Any:
     """The same flow, whose effects end by the machine's clock."""
-    return steps if clock is SYSTEM_CLOCK else _converted(steps, clock)
+    return steps if clock is SYSTEM_CLOCK else replacing(steps, partial(_converted, clock))
 
 
-def _converted(steps: Any, clock: Clock) -> Any:
-    try:
-        effect = next(steps)
-        while True:
-            result = None
-            try:
-                if isinstance(effect, Wait):
-                    yield from _wait(effect, clock)
-                else:
-                    effect.until = moment_on(SYSTEM_CLOCK, Moment.of(clock, effect.until))
-                    result = yield effect
-            except BaseException as error:
-                effect = steps.throw(error)
-            else:
-                effect = steps.send(result)
-    except StopIteration as end:
-        return end.value
+def _converted(clock: Clock, effect: Any) -> Any:
+    if isinstance(effect, Wait):
+        return _wait(effect, clock)
+    effect.until = moment_on(SYSTEM_CLOCK, Moment.of(clock, effect.until))
+    return None
 
 
 def _wait(effect: Wait, clock: Clock) -> Any:

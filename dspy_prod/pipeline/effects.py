@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dspy.lm15 import Request, Response
 
@@ -66,3 +66,28 @@ class Wait:
     what: Decidable | None
     until: float
     stops: bool = True
+
+
+Steps = Generator[Any, Any, Any]
+"""A flow, or a part of one: the effects it yields, their results, and what it returns."""
+
+
+def replacing(steps: Steps, instead: Callable[[Any], Steps | None]) -> Steps:
+    """The same flow, in which some effects are done in another way.
+
+    Args:
+        instead: the steps that are taken in an effect's place, whose result is its own; None leaves it as it is.
+    """
+    try:
+        effect = next(steps)
+        while True:
+            result = None
+            try:
+                others = instead(effect)
+                result = (yield effect) if others is None else (yield from others)
+            except BaseException as error:
+                effect = steps.throw(error)
+            else:
+                effect = steps.send(result)
+    except StopIteration as end:
+        return end.value

@@ -10,7 +10,7 @@ anything else: two calls that lead a text each would else wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from dspy.utils.exceptions import LMError
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.batching import EmbeddingRoute, batches, most_tokens
 from dspy_prod.pipeline.call import record_served
-from dspy_prod.pipeline.effects import Wait
+from dspy_prod.pipeline.effects import Steps, Wait
 from dspy_prod.pipeline.flow import flow
 from dspy_prod.pipeline.outcome import judge
 from dspy_prod.pipeline.refusals import too_late
@@ -32,7 +32,6 @@ from dspy_prod.runtime.clock import moment_on
 from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.reaper import REAPER
 
-Steps = Generator[Any, Any, Any]
 Texts = dict[Hashable, str]
 """Texts to be asked about, by key."""
 
@@ -77,19 +76,23 @@ def _join(asked: Asked, texts: Texts) -> tuple[Texts, dict[Hashable, tuple[str, 
     followers: dict[Hashable, tuple[str, Follower]] = {}
     flights, cache = asked.pipeline.flights, asked.cache
     assert cache is not None
-    for key, text in texts.items():
-        follower = flights.join(key)
-        if follower is not None:
-            followers[key] = text, follower
-            continue
-        assert isinstance(key, bytes)
-        entry = cache.peek(key)  # the previous flight may have landed since `look`
-        row = getattr(entry, "row", None)
-        if entry is None or row is None:
+    try:
+        for key, text in texts.items():
+            follower = flights.join(key)
+            if follower is not None:
+                followers[key] = text, follower
+                continue
             led[key] = text
-            continue
-        asked.rows[key] = row
-        flights.answer(key, (row, entry.list_nano))
+            assert isinstance(key, bytes)
+            entry = cache.peek(key)  # the previous flight may have landed since `look`
+            row = getattr(entry, "row", None)
+            if entry is not None and row is not None:
+                del led[key]
+                asked.rows[key] = row
+                flights.answer(key, (row, entry.list_nano))
+    except BaseException:
+        _leave(asked, led, followers, False)
+        raise
     return led, followers
 
 

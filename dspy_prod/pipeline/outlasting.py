@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from dspy.lm15 import Response
 from dspy.utils.exceptions import LMError
 
 from dspy_prod.errors import CircuitOpenError, OutageError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.effects import Wait
+from dspy_prod.pipeline.effects import Steps, Wait
 from dspy_prod.pipeline.failures import Failures
 from dspy_prod.pipeline.outcome import is_outage
 from dspy_prod.pipeline.refusals import too_late
@@ -24,7 +23,6 @@ from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.outage import ROUNDS, Outage, pause
 from dspy_prod.policies.run import Run
 
-Steps = Generator[Any, Any, Response]
 Round = Callable[[Call, Failures], Steps]
 
 

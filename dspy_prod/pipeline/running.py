@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from dspy.lm15 import Response
-
 from dspy_prod.errors import StoreUnavailableError, UnpricedModelError
 from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.call import Call
-from dspy_prod.pipeline.effects import Decidable, Wait
+from dspy_prod.pipeline.effects import Decidable, Steps, Wait, replacing
 from dspy_prod.pipeline.plan import bound_of, times, wait_until
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.taken import Taken
@@ -26,28 +24,11 @@ from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.admission.granting import no_money
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Reservation, Store
 
-Steps = Generator[Any, Any, Response]
-"""A flow: the effects it yields, their results, and the answer."""
-
 
 def stoppable(steps: Steps, call: Call) -> Steps:
     """The same flow, whose waits end when a run that the call belongs to is stopped."""
     runs: tuple[Run, ...] = call.context.guards
-    try:
-        effect = next(steps)
-        while True:
-            result = None
-            try:
-                if isinstance(effect, Wait) and effect.stops:
-                    yield from _wait(effect, runs)
-                else:
-                    result = yield effect
-            except BaseException as error:
-                effect = steps.throw(error)
-            else:
-                effect = steps.send(result)
-    except StopIteration as end:
-        return end.value
+    return replacing(steps, lambda effect: _wait(effect, runs) if isinstance(effect, Wait) and effect.stops else None)
 
 
 def _wait(effect: Wait, runs: tuple[Run, ...]) -> Generator[Wait, Any, None]:

@@ -220,7 +220,7 @@ def instead_of_sockets() -> Iterator[Wire]:
 
 
 def _forget_clients() -> None:
-    """LiteLLM makes its clients anew: one made here would stay in use after, with connections of loops that are over."""
+    """LiteLLM makes its clients anew: one made here would stay in use, with connections of loops that are over."""
     import litellm
 
     litellm.in_memory_llm_clients_cache.flush_cache()

@@ -28,3 +28,30 @@ def test_a_leader_that_fails_before_it_asks_keeps_nobody_waiting(monkeypatch: py
         with dspy_prod.call_context(deadline=5.0):
             assert lm("hello")
         lm.close()
+
+
+def test_an_embedder_that_fails_before_it_asks_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor those of the texts before it, which it leads already."""
+    with Provider() as provider:
+        embedder = dspy_prod.Embedder(
+            "openai/e", api_base=provider.url, api_key="k", store="memory://leading-texts",
+            prices={"openai/e": dspy_prod.Price(input=0.02, output=0.0)},
+        )  # fmt: skip
+        pipeline = embedder.pipeline
+        cache, flights = pipeline.cache, pipeline.flights
+        assert cache is not None
+        peeked: list[bytes] = []
+
+        def broken(key: bytes) -> Any:
+            peeked.append(key)
+            if len(peeked) == 5:  # the three were looked for before
+                raise MemoryError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "peek", broken)
+            with pytest.raises(MemoryError):
+                embedder(["one", "two", "three"])
+        assert len(peeked) == 5
+        assert len(flights) == 0
+        assert embedder(["one", "two", "three"]).shape[0] == 3
+        embedder.close()
