@@ -383,7 +383,9 @@ def test_a_program_that_calls_from_a_pool_that_was_there_before_is_refused(how: 
             Pooled()(message="hello")
             with pytest.raises(ConfigError, match="threads of its own"):
                 getattr(budgeted(search(world), store), how)(Pooled(), **both(world))
-            assert len(world.calls) == {"compile": 2, "forecast": 17}[how]
+            # The first that ends is noticed; the other three threads may have handed theirs to the pool by then.
+            least, most = {"compile": (2, 5), "forecast": (17, 17)}[how]
+            assert least <= len(world.calls) <= most
         finally:
             dspy.configure(lm=None)
 
