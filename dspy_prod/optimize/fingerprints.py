@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from dspy_prod.optimize.leaves import SCALARS, leaf, named, scalars
 from dspy_prod.optimize.settings import settings_of
-from dspy_prod.policies.cache import LOCAL
+from dspy_prod.policies.entries import LOCAL
 from dspy_prod.privacy.names import is_secret, public, without_secrets
 from dspy_prod.runtime.sources import source
 

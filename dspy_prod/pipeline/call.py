@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dspy.lm15 import Request, Response, Usage
 
 from dspy_prod.context.current import CallContext
-from dspy_prod.policies.cache import EMPTY_USAGE, Entry
+from dspy_prod.policies.entries import EMPTY_USAGE, Entry
 from dspy_prod.policies.purse import Purse
 from dspy_prod.records import ANSWERED, CallRecord
 from dspy_prod.runtime.clock import moment_on

@@ -13,7 +13,7 @@ from dspy.lm15 import Response
 
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
-from dspy_prod.policies.cache import cacheable
+from dspy_prod.policies.entries import cacheable
 
 PATIENCE: Final = 10.0
 """Seconds to wait until an answer is durable. It is paid: a store that is slower does not lose it for its caller."""

@@ -8,7 +8,8 @@ from typing import Any, Final
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.refusals import too_late
-from dspy_prod.policies.cache import Entry, ResponseCache, store_key
+from dspy_prod.policies.cache import ResponseCache
+from dspy_prod.policies.entries import Entry, store_key
 
 PAUSE: Final = 0.002
 """Seconds after which it is looked first whether another process has its answer; then each time half as long again."""

@@ -32,7 +32,7 @@ from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError, 
 from dspy_prod.pipeline.upstream.finish import broke_off, finish_told, first_of
 from dspy_prod.pipeline.upstream.heard import Heard, heard
 from dspy_prod.pipeline.upstream.vocabulary import meant_by, status_meant_by
-from dspy_prod.policies.cache import has_substance
+from dspy_prod.policies.entries import has_substance
 
 
 class Verdict(NamedTuple):

@@ -14,7 +14,8 @@ from dspy_prod.context.current import CallContext
 from dspy_prod.options import Cache
 from dspy_prod.pipeline.routes import Route
 from dspy_prod.policies.budget import BudgetRule
-from dspy_prod.policies.cache import Entry, ResponseCache
+from dspy_prod.policies.cache import ResponseCache
+from dspy_prod.policies.entries import Entry
 from dspy_prod.policies.fleet import fleet_of
 from dspy_prod.policies.singleflight import Flights
 from dspy_prod.runtime.clock import Clock

@@ -14,7 +14,7 @@ from dspy_prod.pipeline.upstream.destination import destination, fingerprint, se
 from dspy_prod.pipeline.upstream.ordinary import Beside
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.policies.budget import BudgetRule
-from dspy_prod.policies.cache import EMPTY_USAGE
+from dspy_prod.policies.entries import EMPTY_USAGE
 from dspy_prod.policies.shared_breaker import SharedBreaker
 from dspy_prod.pricing.book import PriceBook, remedy
 from dspy_prod.pricing.bounds import input_bound, output_bound

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from dspy_prod.compat.lm15 import CANONICAL, request_to_dict
 from dspy_prod.context.current import CallContext
 from dspy_prod.policies.answers import AnswerLog
-from dspy_prod.policies.cache import LOCAL
+from dspy_prod.policies.entries import LOCAL
 from dspy_prod.policies.purse import Purse
 from dspy_prod.records import CallRecord
 

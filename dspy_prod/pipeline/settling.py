@@ -24,7 +24,7 @@ from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, billed_by
 from dspy_prod.pipeline.upstream.errors import public_error
 from dspy_prod.pipeline.upstream.headers import remaining
 from dspy_prod.pipeline.upstream.usage import believed
-from dspy_prod.policies.cache import EMPTY_USAGE
+from dspy_prod.policies.entries import EMPTY_USAGE
 from dspy_prod.pricing.rates import Rates
 from dspy_prod.records import MOST_TOKENS, CallRecord, usd
 from dspy_prod.runtime.ids import IDS

@@ -12,7 +12,7 @@ from dspy_prod.pipeline.call import Call, record_hit
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.scope import Scope
 from dspy_prod.pipeline.upstream.vectors import texts_asked
-from dspy_prod.policies.cache import LOCAL
+from dspy_prod.policies.entries import LOCAL
 from dspy_prod.policies.purse import Purse
 from dspy_prod.policies.vectors import VectorCache
 from dspy_prod.records import CallRecord

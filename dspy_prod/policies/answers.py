@@ -19,7 +19,7 @@ import orjson
 from dspy.lm15 import Request, Response
 
 from dspy_prod.errors import StoreUnavailableError
-from dspy_prod.policies.cache import LOCAL, Entry, cacheable
+from dspy_prod.policies.entries import LOCAL, Entry, cacheable
 from dspy_prod.policies.written import dumped, loaded
 from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.forking import reset_after_fork

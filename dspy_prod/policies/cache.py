@@ -7,67 +7,22 @@ the store are JSON; a row that cannot be read is a miss.
 
 from __future__ import annotations
 
-import copy
 import logging
 import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from math import inf
-from typing import Any, Final, NamedTuple
+from typing import NamedTuple
 
-from dspy.lm15 import Response, Usage
+from dspy.lm15 import Response
 
 from dspy_prod.options import Cache
-from dspy_prod.policies.written import dumped, loaded
+from dspy_prod.policies.entries import LOCAL, Entry, cacheable, dump, size_of, store_key
+from dspy_prod.policies.written import loaded
 from dspy_prod.stores.base import CachedAnswer, Store
 
 _log = logging.getLogger("dspy_prod")
-
-KEY_VERSION: Final = b"dspy_prod:1:"
-"""Part of every key; raised when the meaning of a key or value changes."""
-
-LOCAL: Final = b"local:"
-"""Keys that begin so mean something in this process only; their answers are not written to the store."""
-
-_OVERHEAD: Final = 512
-"""Bytes added to each entry's size for the objects around its text."""
-
-EMPTY_USAGE: Final = Usage()
-
-
-class Entry:
-    """A kept answer.
-
-    Attributes:
-        text: the answer's text when it is text and nothing else.
-        expires_at, stale_until: store time.
-        size: bytes it counts for.
-        list_nano: what it cost when it was asked upstream, in nano-USD; None when that is not known.
-    """
-
-    __slots__ = ("_answer", "_emptied", "_mutable", "expires_at", "list_nano", "size", "stale_until", "text")
-
-    def __init__(
-        self, answer: Response, expires_at: float, stale_until: float, size: int, list_nano: int | None = None
-    ) -> None:
-        self._mutable = any(part.type in _MUTABLE for part in answer.message.parts)
-        self._answer = _own(answer) if self._mutable else answer
-        self._emptied = False
-        self.text = _text_alone(answer)
-        self.expires_at = expires_at
-        self.stale_until = stale_until
-        self.size = size
-        self.list_nano = list_nano
-
-    @property
-    def response(self) -> Response:
-        """The answer with empty usage, because serving it used nothing; whoever gets it may change what is in it."""
-        if not self._emptied:
-            self._answer = _without_usage(self._answer)
-            self._emptied = True
-        return _own(self._answer) if self._mutable else self._answer
 
 
 class CacheStats(NamedTuple):
@@ -184,12 +139,12 @@ class ResponseCache:
             return
         options = self.options
         expires_at, stale_until = self.times(ttl)
-        entry = Entry(response, expires_at, stale_until, _size(key, response), list_nano)
+        entry = Entry(response, expires_at, stale_until, size_of(key, response), list_nano)
         if entry.size > options.max_bytes:
             return
         self._insert(key, entry)
         if self._writes(key):
-            value = _dump(entry.response, list_nano)
+            value = dump(entry.response, list_nano)
             if value is not None:
                 self._store.cache_put(
                     store_key(key),
@@ -256,97 +211,10 @@ class ResponseCache:
             return None
         if not cacheable(response):  # kept by an earlier version
             return None
-        entry = Entry(response, row.expires_at, row.stale_until, _size(key, response), list_nano)
+        entry = Entry(response, row.expires_at, row.stale_until, size_of(key, response), list_nano)
         if entry.expires_at > self._now():
             self._insert(key, entry)
         return entry
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
-
-
-def cacheable(response: Response) -> bool:
-    """Whether an answer may be kept: complete, with something in it, and not a refusal."""
-    if response.finish_reason not in ("stop", "tool_call"):
-        return False
-    if not has_substance(response):
-        return False
-    parts = response.message.parts
-    if len(parts) == 1:
-        return bool(parts[0].type != "refusal")
-    return all(part.type != "refusal" for part in parts)
-
-
-def has_substance(response: Response) -> bool:
-    """Whether there is anything in an answer but white space and the model's own thoughts."""
-    for part in response.message.parts:
-        kind = part.type
-        if kind == "text":
-            text = part.text
-            if text and not text.isspace():
-                return True
-        elif kind != "thinking":
-            return True
-    return False
-
-
-def _text_alone(response: Response) -> str | None:
-    parts = response.message.parts
-    if len(parts) == 1 and parts[0].type == "text" and response.logprobs is None:
-        text: str = parts[0].text
-        return text
-    return None
-
-
-_MUTABLE: Final = frozenset({"tool_call", "tool_result", "data"})
-"""Kinds of parts that may hold a dict or list."""
-
-
-def _own(response: Response) -> Response:
-    """The answer with dicts and lists of its own."""
-    message = response.message
-    return replace(response, message=replace(message, parts=copy.deepcopy(message.parts)))
-
-
-def _without_usage(response: Response) -> Response:
-    return Response(
-        id=response.id,
-        model=response.model,
-        message=response.message,
-        finish_reason=response.finish_reason,
-        usage=EMPTY_USAGE,
-        logprobs=response.logprobs,
-        provider_data=None,
-        adaptations=response.adaptations,
-        logprobs_complete=response.logprobs_complete,
-    )
-
-
-def _size(key: bytes, response: Response) -> int:
-    size = len(key) + _OVERHEAD
-    parts = response.message.parts
-    if len(parts) == 1 and parts[0].type == "text":
-        return size + len(parts[0].text)
-    for part in parts:
-        for name in ("text", "data"):
-            value: Any = getattr(part, name, None)
-            if isinstance(value, str):
-                size += len(value)
-        if part.type == "tool_call":
-            size += len(repr(part.input))
-    return size
-
-
-def _dump(response: Response, list_nano: int | None) -> bytes | None:
-    try:
-        return dumped(response, list_nano)
-    except (TypeError, ValueError) as error:
-        _log.warning("An answer cannot be written as JSON (%s); it is cached in memory only", type(error).__name__)
-        return None
-
-
-def store_key(key: bytes) -> bytes:
-    """What the store calls a key."""
-    import hashlib
-
-    return hashlib.sha256(KEY_VERSION + key).digest()

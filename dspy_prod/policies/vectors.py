@@ -9,7 +9,8 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from dspy_prod.policies.cache import Entry, ResponseCache
+from dspy_prod.policies.cache import ResponseCache
+from dspy_prod.policies.entries import Entry
 from dspy_prod.stores.base import CachedAnswer
 
 _HEAD: Final = struct.Struct("<4sq")

@@ -12,7 +12,7 @@ from dspy.lm15 import Response, StreamDeltaEvent, StreamEndEvent, StreamStartEve
 
 import dspy_prod
 from dspy_prod import Cache, Retry, UnusableAnswerError
-from dspy_prod.policies.cache import _dump, store_key
+from dspy_prod.policies.entries import dump, store_key
 from dspy_prod.stores.base import CachedAnswer
 from dspy_prod.testing import ScriptedEngine, Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
@@ -292,7 +292,7 @@ def test_an_empty_answer_kept_by_an_earlier_version_is_a_miss(
     cache.clear()
     empty: Response = answer(text="")
     cache.put(key, empty, None)
-    value = _dump(empty, None)
+    value = dump(empty, None)
     assert value is not None
     lm.pipeline.store.cache_put(
         store_key(key), CachedAnswer(value, float("inf"), float("inf")), max_entries=9, max_bytes=10_000

@@ -24,7 +24,8 @@ from dspy.lm15 import (
 )
 
 from dspy_prod.options import Cache
-from dspy_prod.policies.cache import LOCAL, Entry, ResponseCache, cacheable
+from dspy_prod.policies.cache import ResponseCache
+from dspy_prod.policies.entries import LOCAL, Entry, cacheable
 from dspy_prod.stores.base import CachedAnswer
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock

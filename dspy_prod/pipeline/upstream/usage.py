@@ -9,7 +9,7 @@ from __future__ import annotations
 from dspy.lm15 import Response, Usage
 
 from dspy_prod.pipeline.upstream.vectors import Vectors
-from dspy_prod.policies.cache import EMPTY_USAGE
+from dspy_prod.policies.entries import EMPTY_USAGE
 from dspy_prod.records import MOST_TOKENS
 
 
