@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from math import isinf
@@ -15,15 +14,14 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.options import RateLimit
 from dspy_prod.privacy.visible import carried
 from dspy_prod.records import CallRecord
-from dspy_prod.stores.admission.accounts import PRUNE_AFTER
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import AccountState, Terms
 from dspy_prod.stores.durable.served import Served
 from dspy_prod.stores.sqlite.answers import CacheTable
-from dspy_prod.stores.sqlite.cells import Cells, left_by, orphans, place, remove
-from dspy_prod.stores.sqlite.file import File
+from dspy_prod.stores.sqlite.cells import Cells, place, remove
+from dspy_prod.stores.sqlite.leases import HOLD_COLUMNS, Leases
 from dspy_prod.stores.sqlite.ledger import LedgerTables
 from dspy_prod.stores.sqlite.program_tables import ProgramTables
 from dspy_prod.stores.sqlite.rows import (
@@ -50,29 +48,16 @@ PUT_LIMITER: Final = (
     "state = excluded.state, settings = excluded.settings"
 )
 PUT_TERMS: Final = f"INSERT OR REPLACE INTO budgets (ns, name, {TERMS}) VALUES (?, ?, ?, ?, ?)"
-PUT_OWNER: Final = "INSERT OR REPLACE INTO owners VALUES (?, ?, ?, ?)"
 PUT_HOLD: Final = "INSERT OR REPLACE INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 RESIZE_HOLD: Final = "UPDATE holds SET amount = ?, debit = ? WHERE ns = ? AND id = ?"
 PUT_ABANDONED: Final = "INSERT OR REPLACE INTO abandoned VALUES (?, ?, ?, ?, ?, ?)"
-SWEEP_ACCOUNTS: Final = (
-    "DELETE FROM accounts WHERE ns = ?1 AND key IN "
-    "(SELECT key FROM accounts WHERE ns = ?1 AND ends_at < ?2 AND held = 0 LIMIT ?3)"
-)
-SWEEP_ABANDONED: Final = (
-    "DELETE FROM abandoned WHERE ns = ?1 AND id IN (SELECT id FROM abandoned WHERE ns = ?1 AND at < ?2 LIMIT ?3)"
-)
-HOLD_COLUMNS: Final = "id, ends_at, amount, accounts, limit_key, debit, stub"
-
 _MOST: Final = 2**63 - 1  # nano-USD; an account with more is over its limit, which cannot be so high
 
 PROBE: Final = 16_384
 """Bytes that a file which could not be written has to take before it counts as writable again."""
 
-KEEP_ABANDONED: Final = 7 * 86_400.0
-"""Seconds for which a late settlement still replaces the charge of an abandoned hold."""
 
-
-class Tables(File):
+class Tables(Leases):
     """One namespace's tables through one connection; the core's `Backing`.
 
     Every method may raise `sqlite3.Error`, `OSError` or `StoreUnavailableError`. Not thread-safe.
@@ -186,14 +171,6 @@ class Tables(File):
         if not is_locked(error) and "full" not in str(error):
             self.close()
 
-    def _one(self, sql: str, key: str) -> Row | None:
-        assert self.connection is not None
-        try:
-            row: Row | None = self.connection.execute(sql, (self.ns, key)).fetchone()
-        except UnicodeEncodeError:
-            row = self.connection.execute(sql, (self.ns, carried(key))).fetchone()
-        return row
-
     # -- what the core asks for ----------------------------------------------------------------------------------------
     def load_account(self, key: str) -> AccountState | None:
         row = self._one("SELECT spent, held, unconfirmed FROM accounts WHERE ns = ? AND key = ?", key)
@@ -224,75 +201,6 @@ class Tables(File):
         """Write something that needs room in the file, and leave only a note of when that worked."""
         self._run("INSERT OR REPLACE INTO meta VALUES ('recovered_at', zeroblob(?))", [(PROBE,)])
         self._run("UPDATE meta SET value = ? WHERE key = 'recovered_at'", [(now,)])
-
-    # -- leases --------------------------------------------------------------------------------------------------------
-    def owned(self) -> bool:
-        """Whether this process's lease is still there: whoever reaps it deletes it."""
-        return self._one("SELECT 1 FROM owners WHERE ns = ? AND owner = ?", self.owner) is not None
-
-    def renew(self, until: float) -> None:
-        """Extend this process's lease on all its holds."""
-        self._run(PUT_OWNER, [(self.ns, self.owner, until, os.getpid())])
-
-    def resign(self) -> None:
-        """This process holds nothing any more. Where that cannot be written, the lease runs out."""
-        if self.connection is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._run("DELETE FROM owners WHERE ns = ? AND owner = ?", [(self.ns, self.owner)])
-
-    def owners(self, now: float) -> int:
-        """Other processes that hold something."""
-        assert self.connection is not None
-        counting = "SELECT count(*) FROM owners WHERE ns = ? AND lease_until >= ? AND owner <> ?"
-        return int(self.connection.execute(counting, (self.ns, now, self.owner)).fetchone()[0])
-
-    def expired(self, now: float, most: int) -> list[Hold]:
-        """Holds of processes whose lease ran out; an owner without holds is deleted."""
-        return self._taken("lease_until < ?", now, most)
-
-    def held_by(self, pid: int) -> list[Hold]:
-        """Holds of a process that is gone, whatever its lease says; it is no owner any more."""
-        return self._taken("pid = ?", pid, 2**31)
-
-    def _taken(self, which: str, value: float, most: int) -> list[Hold]:
-        assert self.connection is not None
-        found: list[Hold] = []
-        owners = self.connection.execute(
-            f"SELECT owner FROM owners WHERE ns = ? AND {which} AND owner <> ?", (self.ns, value, self.owner)
-        ).fetchall()
-        for (owner,) in owners:
-            rows = self.connection.execute(
-                f"SELECT {HOLD_COLUMNS} FROM holds WHERE ns = ? AND owner = ? LIMIT ?",
-                (self.ns, owner, most - len(found) + 1),
-            ).fetchall()
-            found.extend(self._owed(str(owner), [hold_of(row) for row in rows]))
-            if len(found) > most:
-                return found[:most]
-            self._run("DELETE FROM owners WHERE ns = ? AND owner = ?", [(self.ns, owner)])
-            self.left.append(str(owner))
-        return found
-
-    def _owed(self, owner: str, holds: list[Hold]) -> list[Hold]:
-        """Of what a process had drawn ahead, its calls used what its cells say."""
-        if any(hold.drawn is not None for hold in holds):
-            cells = left_by(self.path, owner) or {}
-            for hold in holds:
-                cell = None if hold.drawn is None else cells.get(hold.drawn.cell)
-                if hold.drawn is not None and cell is not None:
-                    charged, in_flight, _ = cell
-                    hold.owed = max(0, charged - hold.drawn.written + in_flight)
-        return holds
-
-    def sweep(self, now: float, most: int) -> bool:
-        """Delete what nothing can refer to any more, at most `most` rows of a table; whether there may be more."""
-        assert self.connection is not None
-        done = [self.cache.purge(now, most)]
-        for sql, before in ((SWEEP_ACCOUNTS, now - PRUNE_AFTER), (SWEEP_ABANDONED, now - KEEP_ABANDONED)):
-            done.append(self.connection.execute(sql, (self.ns, before, most)).rowcount)
-        owners = self.connection.execute("SELECT owner FROM owners").fetchall()
-        for file in orphans(self.path, {owner for (owner,) in owners}):
-            remove(file)
-        return max(done) >= most
 
     # -- writing back --------------------------------------------------------------------------------------------------
     def write(self, core: AdmissionCore, now: float) -> list[CallRecord]:
@@ -371,11 +279,6 @@ class Tables(File):
     def _abandoned_row(self, hold: Hold, now: float) -> Row:
         _, id, _, _, amount, accounts, _, _, stub = hold_row(self.ns, self.owner, hold)
         return self.ns, id, now, amount, accounts, stub
-
-    def _run(self, sql: str, rows: Iterable[Row]) -> None:
-        assert self.connection is not None
-        if rows:
-            self.connection.executemany(sql, rows)
 
 
 @lru_cache(maxsize=1024)

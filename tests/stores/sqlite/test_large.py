@@ -12,8 +12,8 @@ from dspy_prod.stores.base import CachedAnswer
 from dspy_prod.stores.durable.transactions import SWEEP_BATCH
 from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.indices import SELECTIVE
+from dspy_prod.stores.sqlite.leases import SWEEP_ABANDONED, SWEEP_ACCOUNTS
 from dspy_prod.stores.sqlite.store import SqliteStore
-from dspy_prod.stores.sqlite.tables import SWEEP_ABANDONED, SWEEP_ACCOUNTS
 from tests.stores.support import CENT, DAY, FakeClock, ask, granted, record, settlement
 
 LATER = (

@@ -12,10 +12,11 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.records import CallRecord
 from dspy_prod.stores.admission.holds import Hold
 from dspy_prod.stores.base import REFUSED
+from dspy_prod.stores.sqlite.leases import HOLD_COLUMNS
 from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, hold_of, hold_row, record_of, record_row, stub_json
 from dspy_prod.stores.sqlite.schema import _TABLES
 from dspy_prod.stores.sqlite.store import SqliteStore
-from dspy_prod.stores.sqlite.tables import HOLD_COLUMNS, PUT_HOLD
+from dspy_prod.stores.sqlite.tables import PUT_HOLD
 from tests.stores.support import CENT, ask, decided, granted, settlement
 from tests.test_records import FACTS
 
