@@ -22,13 +22,13 @@ import dspy
 
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
-from dspy_prod.errors import BudgetExceededError, ConfigError, DeadlineExceededError, StoreUnavailableError
+from dspy_prod.errors import BudgetExceededError, ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.pairs import SUFFIX, Pair
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.policies.run import Run
-from dspy_prod.production.reasons import REFUSALS, reason_of
+from dspy_prod.production.reasons import REFUSALS, has_hung, reason_of
 from dspy_prod.production.report import report_of
 from dspy_prod.production.watch import Records
 from dspy_prod.runtime.switch import disabled
@@ -51,6 +51,15 @@ OURS: Final = REFUSALS - {"circuit_open"}
 """Why a call was not answered for a reason that is neither its program's nor its upstream's."""
 
 _log = logging.getLogger("dspy_prod")
+
+
+def went_unanswered(error: BaseException | None, records: Records) -> bool:
+    """Whether a call was sent and nothing came in all its time: then it has failed, and no deadline has refused it.
+
+    Args:
+        error: what it raised; None where it raised nothing, as where a fallback answered. records: of its LM calls.
+    """
+    return has_hung(error) or records.hung or any(each.outcome == "timeout" for each in records)
 
 
 def run_of(experiment: str, salt: str) -> str:
@@ -135,7 +144,8 @@ class Shadow:
     def _ask(self, variant: Variant, asked: _Asked) -> None:
         """Ask one candidate, and keep the pair."""
         records = Records(None)
-        failed = fell_back = refused = hung = False
+        failed = fell_back = refused = False
+        raised: Exception | None = None
         began = time.monotonic()
         outer = asked.context._replace(
             records=records, guards=(), run=self._run_name, node=None, trace_id=None, priority="low",
@@ -149,14 +159,12 @@ class Shadow:
                     fell_back = report is not None and report.status == "fallback"
                     refused = fell_back and report is not None and report.reason in OURS
                 except Exception as error:  # it is what a user would have seen
-                    failed, refused = True, reason_of(error) in OURS
-                    hung = isinstance(error, DeadlineExceededError) and error.working
+                    failed, refused, raised = True, reason_of(error) in OURS, error
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         if self._run is not None and self._run.has_refused:
             self._end()
             return
-        if refused and (hung or any(each.outcome == "timeout" for each in records)):
-            refused = False  # it was sent, and nothing came in all its time
+        refused = refused and not went_unanswered(raised, records)
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
         costs = [each.list_nano for each in records]

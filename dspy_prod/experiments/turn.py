@@ -9,7 +9,7 @@ from typing import Any
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, use
 from dspy_prod.experiments.flights import Flight, Flights
-from dspy_prod.experiments.shadow import OURS, Answered
+from dspy_prod.experiments.shadow import OURS, Answered, went_unanswered
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
 from dspy_prod.production.reasons import reason_of
@@ -85,6 +85,7 @@ class Turn:
         self._failed = isinstance(error, Exception) and not hasattr(error, LEFT)
         self._ended = error is None or self._failed
         self._refused |= self._failed and error is not None and reason_of(error) in OURS
+        self._refused = self._refused and not went_unanswered(error, self._records)
         try:
             self._scope.__exit__(kind, error, traceback)
         finally:
@@ -96,7 +97,7 @@ class Turn:
     @property
     def shadowed(self) -> bool:
         """Whether candidates may be asked once more what was asked: it was answered, in a shadow stage, or failed for
-        another reason than a limit, a budget or a deadline."""
+        another reason than a limit, a budget or a deadline that kept it from being sent."""
         return self._ended and not self._refused and self._place is not None and self._place.stage == SHADOW
 
     @property

@@ -14,6 +14,7 @@ import pytest
 import dspy_prod
 from dspy_prod import ConfigError, Experiment, Production, Rollout, call_context, call_report
 from dspy_prod.experiments import shadow
+from dspy_prod.experiments.shadow import pairs_of
 from dspy_prod.testing import Provider
 from dspy_prod.testing.faults import Status
 from tests.experiments.conftest import Triage
@@ -150,6 +151,31 @@ def test_a_candidate_that_hangs_has_failed(
     unseen = exp.step() and exp.scorecard().unseen
     assert unseen is not None
     assert (unseen.pairs, unseen.failed, unseen.refused) == ({"new": 1}, {"new": 1}, {"new": 0})
+
+
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+@pytest.mark.parametrize("fallback", [None, "Sorry."])
+def test_a_call_of_control_that_hangs_has_failed_as_well(
+    fallback: str | None, engine: str, provider: Provider, asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a candidate that is control's equal would have all the hanging calls of a provider, and control none."""
+    monkeypatch.setattr(shadow, "PATIENCE", 0.8)
+    asked(cache=False, engine=engine)
+    control, new = (Production(Triage(), fallback_response=fallback) for _ in range(2))
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0)
+    exp = Experiment("e", variants={"control": control, "new": new}, rollout=rollout, store=store)
+    ask(exp, "u1")  # what a first call imports counts for no deadline
+    provider.latency = 2.0
+    exp.start()
+    failing = contextlib.nullcontext() if fallback else pytest.raises(dspy_prod.DeadlineExceededError)
+    with failing, call_context(user="u1", deadline=0.8):
+        exp(message="hi")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    [(_, pair)], _ = pairs_of(exp._works.trials, "e", 0)
+    assert pair is not None
+    both, none = (True, True), (False, False)
+    assert (pair.failed, pair.fell_back) == ((both, none) if fallback is None else (none, both))
 
 
 @pytest.mark.parametrize("scope", ["user", "tenant"])
