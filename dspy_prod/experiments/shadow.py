@@ -29,8 +29,9 @@ from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.policies.run import Run
 from dspy_prod.production.reasons import REFUSALS, has_hung, reason_of
-from dspy_prod.production.report import report_of
+from dspy_prod.production.report import CallReport, report_of
 from dspy_prod.production.watch import Records
+from dspy_prod.records import NANO
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.trials import Call, Decision, Exposure, Outcome, Trials
@@ -60,6 +61,21 @@ def went_unanswered(error: BaseException | None, records: Records) -> bool:
         error: what it raised; None where it raised nothing, as where a fallback answered. records: of its LM calls.
     """
     return has_hung(error) or records.hung or any(each.outcome == "timeout" for each in records)
+
+
+def list_nano(report: CallReport | None, records: Records) -> int | None:
+    """What a call would have cost without caches, in nano-USD; None where that is not known, as of what an earlier
+    release has cached.
+
+    Args:
+        report: of its answer, which tells of LMs that are not ours, too; None where it has none. records: of its LM
+            calls.
+    """
+    if report is not None and report.list_cost_usd is not None:
+        return round(report.list_cost_usd * NANO)
+    costs = [each.list_nano for each in records]
+    unpriced = report is not None and report.cost_usd is None
+    return None if unpriced or None in costs else sum([each or 0 for each in costs])
 
 
 def run_of(experiment: str, salt: str) -> str:
@@ -146,6 +162,7 @@ class Shadow:
         records = Records(None)
         failed = fell_back = refused = False
         raised: Exception | None = None
+        report: CallReport | None = None
         began = time.monotonic()
         outer = asked.context._replace(
             records=records, guards=(), run=self._run_name, node=None, trace_id=None, priority="low",
@@ -167,13 +184,11 @@ class Shadow:
         refused = refused and not went_unanswered(raised, records)
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
-        costs = [each.list_nano for each in records]
-        nano = None if None in costs else sum([each or 0 for each in costs])
         latency = None if cached else time.monotonic() - began
         self._trials.expose(Exposure(self._name, unit, 0, variant.name, self._rollout.shadow_share / 2, at))
         if refused:
             return  # a unit without a call is counted, and no pair
-        self._trials.call(Call(self._name, unit, at, failed, fell_back, nano, latency))
+        self._trials.call(Call(self._name, unit, at, failed, fell_back, list_nano(report, records), latency))
         for name, value in zip(CONTROL, asked.control, strict=True):
             kept = _UNKNOWN if value is None else float(value)
             self._trials.outcome(Outcome(self._name, unit, name, kept, at))

@@ -64,6 +64,26 @@ def test_a_dearer_candidate_ends_in_the_shadow(provider: Provider, asked: Asked,
     assert rows["e/new"] == rows["e/control"]
 
 
+@pytest.mark.parametrize("lm", ["ours", "plain"])
+def test_both_answers_of_a_pair_cost_what_their_lms_have_billed(
+    lm: str, provider: Provider, asked: Asked, store: str
+) -> None:
+    """Also those of a plain dspy.LM, which leave no record: they counted for control, and were free for a candidate."""
+    asked(cache=False)
+    exp = shadowed(store, Triage("Think. " * 200))
+    exp.start()
+    plain = dspy.LM("openai/gpt-4o-mini", api_base=provider.url, api_key="k", cache=False)
+    with dspy.context(lm=plain) if lm == "plain" else contextlib.nullcontext():
+        ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    [(_, pair)], _ = pairs_of(exp._works.trials, "e", 0)
+    assert pair is not None
+    assert pair.usd is not None
+    control, new = pair.usd
+    assert new > 2 * control > 0
+
+
 def test_an_equal_candidate_leaves_the_shadow(asked: Asked, store: str) -> None:
     asked()
     exp = shadowed(store, Triage(), shadow_calls=20)
