@@ -24,7 +24,7 @@ import dspy
 from dspy_prod.context.current import EMPTY, call_context, use
 from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
-from dspy_prod.experiments.declaration import BUILT_IN
+from dspy_prod.experiments.declaration import BUILT_IN, still_there
 from dspy_prod.experiments.sample import RESUMED, SPENT, Sample, last_budget
 from dspy_prod.experiments.traced import shown_as
 from dspy_prod.options.metrics import Metric
@@ -151,7 +151,8 @@ class Judges:
         sample: Sample,
         assessed: Callable[[str, str, float, Literal["code", "llm_judge"], str | None], None] = lambda *_: None,
     ) -> None:  # fmt: skip
-        self._name, self._trials, self._judges, self._sample = experiment, store.trials, dict(judges), sample
+        self._name, self._salt, self._trials, self._sample = experiment, salt, store.trials, sample
+        self._judges = dict(judges)
         self._metrics = {metric.name: metric for metric in metrics}
         self._assessed = assessed
         self._runs = {
@@ -226,8 +227,16 @@ class Judges:
         return self._aside.wait(timeout)
 
     def _work(self, answer: _Answer) -> None:
-        if not self._spent.get(answer.metric):
+        if not self._spent.get(answer.metric) and self._is_there():
             self._judge(answer)
+
+    def _is_there(self) -> bool:
+        """Whether it was not removed: nothing is asked for an experiment that is forgotten, nor told of the next one
+        of its name. Where the store cannot be read, it was not."""
+        try:
+            return still_there(self._trials, self._name, self._salt) is not None
+        except StoreUnavailableError:
+            return True
 
     def _judge(self, answer: _Answer) -> None:
         """Have one answer judged, and keep the score."""
@@ -248,13 +257,15 @@ class Judges:
         except (RunStoppedError, BudgetExceededError) as error:
             if run is None or not refused_by(run, error):  # a budget of its LM's own: others may be judged later
                 self._warn(outward(str(error)), name)
-            else:
+            elif self._is_there():
                 _log.warning("The judge of %s in %s ends, for its budget is spent: %s", name, self._name, error)
                 self._end(name)
             return
         except Exception as error:  # whatever it is: the unit is missing, and its user has his answer
             self._warn(f"{type(error).__name__}: {outward(str(error))}", name)
             return
+        if not self._is_there():
+            return  # it was removed meanwhile
         self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, uuid.uuid4().hex))
         if answer.trace is not None:
             self._assessed(answer.trace, name, shown_as(score, value), "llm_judge", judge.name)

@@ -19,7 +19,7 @@ from dspy_prod.experiments.declaration import source_of
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.history import History, Look
 from dspy_prod.experiments.moving import Moving, begun, exposure_of
-from dspy_prod.experiments.pairs import SUFFIX, Pairs
+from dspy_prod.experiments.pairs import Pairs, kept_under
 from dspy_prod.experiments.sample import Sample, unjudged
 from dspy_prod.experiments.shadow import pairs_of
 from dspy_prod.experiments.spread import Spread
@@ -228,11 +228,12 @@ class Reading:
         """Those of a shadow stage."""
         if self.pairs is None:
             return 0
-        first = self._read.get(SUFFIX, 0)
-        found, after = pairs_of(self._trials, self._name, first)
+        place = kept_under(self._name, self._design.salt)
+        first = self._read.get(place, 0)
+        found, after = pairs_of(self._trials, place, first)
         for candidate, pair in found:
             self.pairs.see(candidate, pair)
-        self._read[SUFFIX] = after
+        self._read[place] = after
         return after - first
 
     def _after_fork(self) -> None:

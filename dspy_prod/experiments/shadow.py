@@ -24,7 +24,8 @@ from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
 from dspy_prod.errors import BudgetExceededError, ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
-from dspy_prod.experiments.pairs import SUFFIX, Pair
+from dspy_prod.experiments.declaration import still_there
+from dspy_prod.experiments.pairs import Pair, kept_under
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.policies.run import Run
@@ -34,7 +35,7 @@ from dspy_prod.production.watch import Records
 from dspy_prod.records import NANO
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.trials import Call, Decision, Exposure, Outcome, Trials
+from dspy_prod.stores.trials import PAUSED, RUNNING, Call, Decision, Exposure, Outcome, Trials
 
 _UNKNOWN: Final = -1.0
 """Dollars that are not known, as they are kept."""
@@ -122,7 +123,8 @@ class Shadow:
     def __init__(
         self, experiment: str, salt: str, store: Store, candidates: Sequence[Variant], rollout: Rollout
     ) -> None:
-        self._name, self._trials, self._rollout = experiment + SUFFIX, store.trials, rollout
+        self._name, self._trials, self._rollout = kept_under(experiment, salt), store.trials, rollout
+        self._salt, self._wanted = salt, True
         self._experiment, self._candidates = experiment, tuple(candidates)
         self._run, self._run_name = None, run_of(experiment, salt)
         self._spent = rollout.shadow_usd is not None and disabled()
@@ -154,8 +156,23 @@ class Shadow:
 
     def _work(self, asked: _Asked) -> None:
         for variant in self._candidates:
-            if not self._spent:
+            if not self._spent and self._is_wanted(variant, RUNNING):
                 self._ask(variant, asked)
+
+    def _is_wanted(self, variant: Variant, *states: str) -> bool:
+        """Whether the experiment is there, in one of these states and in its shadow stage, with this candidate in it.
+
+        What was known last holds while the store cannot be read.
+        """
+        try:
+            found = still_there(self._trials, self._experiment, self._salt)
+        except StoreUnavailableError:
+            return self._wanted
+        self._wanted = False
+        if found is not None:
+            trial, declaration = found
+            self._wanted = trial.state in states and not trial.stage and variant.name not in declaration.dropped
+        return self._wanted
 
     def _ask(self, variant: Variant, asked: _Asked) -> None:
         """Ask one candidate, and keep the pair."""
@@ -178,6 +195,8 @@ class Shadow:
                 except Exception as error:  # it is what a user would have seen
                     failed, refused, raised = True, reason_of(error) in OURS, error
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
+        if not self._is_wanted(variant, RUNNING, PAUSED):
+            return  # it ended meanwhile
         if self._run is not None and self._run.has_refused:
             self._end()
             return
@@ -231,12 +250,14 @@ def _uses_tools(module: Any) -> bool:
     return any("dspy.adapters.types.tool" in repr(field.annotation) for field in fields.values())
 
 
-def pairs_of(trials: Trials, experiment: str, after: int) -> tuple[list[tuple[str, Pair | None]], int]:
+def pairs_of(trials: Trials, name: str, after: int) -> tuple[list[tuple[str, Pair | None]], int]:
     """(candidate, pair) of each pair from the one after number `after` on, and the number of the last.
 
     None is the pair of a call that was refused.
+
+    Args:
+        trials: the store's. name: what they are kept under. after: where to go on.
     """
-    name = experiment + SUFFIX
     calls = {unit.number: unit for unit in trials.matured(name, None, after)}
     control = {field: {unit.number: unit for unit in trials.matured(name, field, after)} for field in CONTROL}
     found: list[tuple[str, Pair | None]] = []

@@ -282,6 +282,36 @@ def test_a_budget_that_is_raised_goes_on_and_the_time_between_counts_for_nothing
     assert len(have) + 10 <= counted <= len(have) + 11, "those of w are missing, as there was a judge"
 
 
+def test_the_judge_of_an_experiment_that_was_removed_says_nothing_of_the_next_one(
+    asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked for it any more: what stands in the queue is left."""
+    asked()
+    begun, free = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def quality(example: Any, prediction: Any) -> float:
+        seen.append(example.message)
+        begun.set()
+        assert free.wait(30)
+        return 1.0
+
+    old = judged(store, Judge(quality, share=1.0))
+    for number in range(5):
+        ask(old, f"u{number}", message=f"u{number}")
+    assert begun.wait(30)
+    old.remove(force=True)
+    monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "another")
+    new = judged(store, Judge(lambda e, p: 0.0, share=1.0))
+    for number in range(5):
+        ask(new, f"u{number}", message=f"u{number}")
+    settled(new)
+    free.set()
+    settled(old)
+    assert seen == ["u0"]
+    assert scores(new) == dict.fromkeys([f"u{number}" for number in range(5)], 0.0)
+
+
 # -- what it may do ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("trust", "verdict"), [("untrusted", "keep"), ("trusted", "promote")])
 def test_an_untrusted_judge_alone_promotes_nothing(trust: Any, verdict: str, asked: Asked, store: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -14,6 +16,8 @@ import pytest
 import dspy_prod
 from dspy_prod import ConfigError, Experiment, Production, Rollout, call_context, call_report
 from dspy_prod.experiments import shadow
+from dspy_prod.experiments.declaration import Declaration
+from dspy_prod.experiments.pairs import Pair, kept_under
 from dspy_prod.experiments.shadow import pairs_of
 from dspy_prod.testing import Provider
 from dspy_prod.testing.faults import Status
@@ -30,6 +34,11 @@ def ask(exp: Any, unit: str, message: str = "hi") -> Any:
 def shadowed(store: str, bad: Any, **more: Any) -> Experiment:
     rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0, **more)
     return Experiment("e", variants={"control": Triage(), "new": bad}, rollout=rollout, store=store)
+
+
+def only_pair(exp: Experiment) -> Pair | None:
+    [(_, pair)], _ = pairs_of(exp._works.trials, kept_under("e", "salt"), 0)
+    return pair
 
 
 def seen_in_the_shadow(exp: Experiment, most: int) -> Any:
@@ -77,11 +86,92 @@ def test_both_answers_of_a_pair_cost_what_their_lms_have_billed(
         ask(exp, "u1")
     assert exp._works.shadow is not None
     assert exp._works.shadow.wait()
-    [(_, pair)], _ = pairs_of(exp._works.trials, "e", 0)
+    pair = only_pair(exp)
     assert pair is not None
     assert pair.usd is not None
     control, new = pair.usd
     assert new > 2 * control > 0
+
+
+class Held(dspy.Module):
+    """A candidate that answers, or fails, once it is let."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fails, self.calls, self.begun, self.free = fails, 0, threading.Event(), threading.Event()
+
+    def __deepcopy__(self, memo: Any) -> Held:
+        return self
+
+    def forward(self, message: str) -> Any:
+        self.calls += 1
+        self.begun.set()
+        assert self.free.wait(30)
+        if self.fails:
+            raise ValueError("bad")
+        return dspy.Prediction(label="fine")
+
+
+def waiting(exp: Experiment, held: Held, calls: int) -> None:
+    """The candidate is being asked, and more stand in the queue."""
+    exp.start()
+    for number in range(calls):
+        ask(exp, f"u{number}", message=f"m{number}")
+    assert held.begun.wait(30)
+
+
+def let(exp: Experiment, held: Held) -> None:
+    held.free.set()
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+
+
+@pytest.mark.parametrize("how", ["stop", "pause", "remove", "rollback", "next stage"])
+def test_no_candidate_is_asked_for_what_is_over(how: str, asked: Asked, store: str) -> None:
+    """What stands in the queue is not asked any more, and what was being asked makes no pair, unless it is paused."""
+    asked()
+    held = Held()
+    exp = shadowed(store, held, shadow_calls=1)
+    trials = exp._works.trials
+    waiting(exp, held, 8)
+    trial = trials.trial("e")
+    assert trial is not None
+    if how == "remove":
+        exp.remove(force=True)
+    elif how == "rollback":
+        gone = replace(Declaration.from_json(trial.declaration), dropped=["new"])
+        trials.change("e", trial.revision, declaration=gone.to_json())
+    elif how == "next stage":
+        trials.change("e", trial.revision, stage=1)
+    else:
+        getattr(exp, how)("enough")
+    let(exp, held)
+    assert held.calls == 1
+    assert len(pairs_of(trials, kept_under("e", "salt"), 0)[0]) == (how == "pause")
+
+
+def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
+    asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where it cannot know, for the store is away when it looks."""
+    asked()
+    held = Held(fails=True)
+    old = shadowed(store, held)
+    waiting(old, held, 20)
+    old.remove(force=True)
+    monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "another")
+    new = shadowed(store, Triage())
+    new.start()
+    assert old._works.shadow is not None
+    monkeypatch.setattr(old._works.shadow, "_is_wanted", lambda *_: True)
+    let(old, held)
+    assert held.calls == 20
+    time.sleep(1.1)  # a unit without a call would be waited for
+    card = new.step()
+    assert card.unseen is not None
+    assert (card.state, card.unseen.pairs, card.unseen.refused) == ("running", {"new": 0}, {"new": 0})
+    new.remove(force=True)
+    assert new._works.trials.trials() == []
 
 
 def test_an_equal_candidate_leaves_the_shadow(asked: Asked, store: str) -> None:
@@ -192,7 +282,7 @@ def test_a_call_of_control_that_hangs_has_failed_as_well(
         exp(message="hi")
     assert exp._works.shadow is not None
     assert exp._works.shadow.wait()
-    [(_, pair)], _ = pairs_of(exp._works.trials, "e", 0)
+    pair = only_pair(exp)
     assert pair is not None
     both, none = (True, True), (False, False)
     assert (pair.failed, pair.fell_back) == ((both, none) if fallback is None else (none, both))
