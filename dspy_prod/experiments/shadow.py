@@ -22,13 +22,13 @@ import dspy
 
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
-from dspy_prod.errors import BudgetExceededError, ConfigError, StoreUnavailableError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.declaration import still_there
 from dspy_prod.experiments.pairs import Pair, kept_under
+from dspy_prod.experiments.purse import Purse
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
-from dspy_prod.policies.run import Run
 from dspy_prod.production.reasons import REFUSALS, has_hung, reason_of
 from dspy_prod.production.report import CallReport, report_of
 from dspy_prod.production.watch import Records
@@ -45,6 +45,10 @@ CONTROL: Final = ("control_failed", "control_fell_back", "control_usd")
 
 PATIENCE: Final = 120.0
 """Seconds a candidate has for its answer, whatever the caller's deadline was."""
+
+IN_A_ROW: Final = 5
+"""Calls that the money left did not cover, one after the other, by which it is known to be used up: a single one may be
+larger than others are."""
 
 SPENT: Final = "shadow_spent"
 """The line of the audit that says since when there is no money for shadows."""
@@ -84,17 +88,6 @@ def run_of(experiment: str, salt: str) -> str:
     return f"shadow of {experiment} ({salt[:8]})"
 
 
-class _Purse(Run):
-    """A run that knows whether it has refused a call, whatever became of the refusal."""
-
-    has_refused = False
-
-    def refused(self, *about: Any) -> BudgetExceededError:
-        """As of `Run`."""
-        self.has_refused = True
-        return super().refused(*about)
-
-
 class Answered(NamedTuple):
     """How control answered a call: whether it failed or its fallback did, and dollars at list price, if known."""
 
@@ -126,12 +119,12 @@ class Shadow:
         self._name, self._trials, self._rollout = kept_under(experiment, salt), store.trials, rollout
         self._salt, self._wanted = salt, True
         self._experiment, self._candidates = experiment, tuple(candidates)
-        self._run, self._run_name = None, run_of(experiment, salt)
+        self._run, self._run_name, self._short = None, run_of(experiment, salt), 0
         self._spent = rollout.shadow_usd is not None and disabled()
         if self._spent:
             _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
         elif rollout.shadow_usd is not None:
-            self._run = _Purse(self._run_name, usd=rollout.shadow_usd, store=store)
+            self._run = Purse(self._run_name, usd=rollout.shadow_usd, store=store)
         self._aside: Aside[_Asked] = Aside("dspy_prod-shadow", self._work)
         self._trials.create(self._name, "{}", {None: 0.0, **dict.fromkeys(CONTROL, 0.0)}, grace=1.0)
 
@@ -180,6 +173,8 @@ class Shadow:
         failed = fell_back = refused = False
         raised: Exception | None = None
         report: CallReport | None = None
+        if self._run is not None:
+            self._run.open()
         began = time.monotonic()
         outer = asked.context._replace(
             records=records, guards=(), run=self._run_name, node=None, trace_id=None, priority="low",
@@ -197,10 +192,10 @@ class Shadow:
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         if not self._is_wanted(variant, RUNNING, PAUSED):
             return  # it ended meanwhile
-        if self._run is not None and self._run.has_refused:
-            self._end()
-            return
         refused = refused and not went_unanswered(raised, records)
+        if self._run is not None:
+            refused |= self._run.has_refused
+            self._count(self._run)
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
         latency = None if cached else time.monotonic() - began
@@ -211,6 +206,15 @@ class Shadow:
         for name, value in zip(CONTROL, asked.control, strict=True):
             kept = _UNKNOWN if value is None else float(value)
             self._trials.outcome(Outcome(self._name, unit, name, kept, at))
+
+    def _count(self, run: Purse) -> None:
+        """See whether there is money left for calls as they are."""
+        if run.is_short:
+            self._short += 1
+        elif not run.has_refused:
+            self._short = 0
+        if self._short >= IN_A_ROW:
+            self._end()
 
     def _end(self) -> None:
         """No candidate is asked from now on; the audit says why."""

@@ -212,6 +212,62 @@ def test_a_shadow_at_its_cap_is_told_and_not_taken_for_a_failure(asked: Asked, s
     assert f"{card.unseen.pairs['new']} of 50" in str(card)
 
 
+def test_a_call_that_is_larger_than_the_money_left_is_refused_and_ends_no_shadow(asked: Asked, store: str) -> None:
+    """Others are asked; and what is refused makes no pair, also where the program handles the refusal."""
+    asked(cache=False, max_tokens=20)
+
+    class Handles(Triage):
+        def forward(self, message: str) -> Any:
+            try:
+                return super().forward(message)
+            except dspy_prod.BudgetExceededError:
+                return dspy.Prediction(label="none")
+
+    exp = shadowed(store, Handles("Think."), shadow_usd=0.0005)
+    exp.start()
+    assert exp._works.shadow is not None
+    for message in ("m1", "long " * 9_000, "m2", "long " * 9_000, "m3"):
+        ask(exp, "u1", message=message)
+        assert exp._works.shadow.wait()
+    time.sleep(1.1)  # a unit without a call is waited for
+    exp.step()
+    unseen = exp.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.pairs, unseen.refused, unseen.spent) == ({"new": 3}, {"new": 2}, False)
+
+
+def test_money_that_a_call_under_way_holds_is_not_used_up(provider: Provider, asked: Asked, store: str) -> None:
+    """As where two processes ask: what one of them holds for a call that hangs, it gives back."""
+    asked(cache=False, max_tokens=1_000, limit=dspy_prod.RateLimit(max_wait=0.05))
+    hanging = threading.Event()
+
+    def latency(call: Any) -> float:
+        if "Think." in str(call.body) and not hanging.is_set():
+            hanging.set()
+            return 4.0
+        return 0.0
+
+    provider.latency = latency
+    one, another = (shadowed(store, Triage("Think."), shadow_usd=0.0015) for _ in range(2))
+    one.start()
+    another._works.standing.look()
+    ask(one, "u1")
+    assert hanging.wait(30)
+    for number in range(6):
+        ask(another, f"u{number}", message=f"m{number}")
+    assert another._works.shadow is not None
+    assert another._works.shadow.wait(30)
+    assert one._works.shadow is not None
+    assert one._works.shadow.wait()
+    ask(another, "u2", message="once more")
+    assert another._works.shadow.wait()
+    time.sleep(1.1)  # a unit without a call is waited for
+    another.step()
+    unseen = another.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.pairs, unseen.refused, unseen.spent) == ({"new": 2}, {"new": 6}, False)
+
+
 def test_a_shadow_has_a_deadline_of_its_own(provider: Provider, asked: Asked, store: str) -> None:
     """What control left of the caller's says nothing of the candidate."""
     asked(cache=False)
