@@ -22,13 +22,13 @@ from typing import Any, Final, Literal, NamedTuple
 import dspy
 
 from dspy_prod.context.current import EMPTY, call_context, use
-from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError, StoreUnavailableError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.declaration import BUILT_IN, still_there
+from dspy_prod.experiments.purse import Purse
 from dspy_prod.experiments.sample import RESUMED, SPENT, Sample, last_budget
 from dspy_prod.experiments.traced import shown_as
 from dspy_prod.options.metrics import Metric
-from dspy_prod.policies.run import Run, refused_by
 from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.base import Store
@@ -156,7 +156,7 @@ class Judges:
         self._metrics = {metric.name: metric for metric in metrics}
         self._assessed = assessed
         self._runs = {
-            name: Run(f"judge {name} of {experiment} ({salt[:8]})", usd=judge.usd, store=store)
+            name: Purse(f"judge {name} of {experiment} ({salt[:8]})", usd=judge.usd, store=store)
             for name, judge in judges.items()
             if judge.usd is not None
         }
@@ -245,6 +245,9 @@ class Judges:
             self._end(name)  # the store could not be told before
             return
         example = dspy.Example(**answer.inputs).with_inputs(*answer.inputs)
+        if run is not None:
+            run.open()
+        score, value, failed = None, 0.0, None
         try:
             with (
                 dspy.context(**answer.settings),
@@ -254,21 +257,22 @@ class Judges:
                 told = judge.metric(example, answer.prediction)
             score = getattr(told, "score", told)
             value = self._metrics[name].checked(score)
-        except (RunStoppedError, BudgetExceededError) as error:
-            if run is None or not refused_by(run, error):  # a budget of its LM's own: others may be judged later
-                self._warn(outward(str(error)), name)
-            elif self._is_there():
-                _log.warning("The judge of %s in %s ends, for its budget is spent: %s", name, self._name, error)
-                self._end(name)
-            return
         except Exception as error:  # whatever it is: the unit is missing, and its user has his answer
-            self._warn(f"{type(error).__name__}: {outward(str(error))}", name)
-            return
+            failed = f"{type(error).__name__}: {outward(str(error))}"
         if not self._is_there():
             return  # it was removed meanwhile
-        self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, uuid.uuid4().hex))
-        if answer.trace is not None:
-            self._assessed(answer.trace, name, shown_as(score, value), "llm_judge", judge.name)
+        if run is not None and run.has_refused:  # what a fallback made of that is no score
+            if run.is_short:
+                _log.warning("The judge of %s in %s ends, for its budget is spent", name, self._name)
+                self._end(name)
+            else:
+                self._warn("its budget is held by calls under way", name)
+        elif failed is not None:  # also by a budget of its LM's own: others may be judged later
+            self._warn(failed, name)
+        else:
+            self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, uuid.uuid4().hex))
+            if answer.trace is not None:
+                self._assessed(answer.trace, name, shown_as(score, value), "llm_judge", judge.name)
 
     def _end(self, name: str) -> None:
         """Nobody is drawn from now on; the audit says since when."""
