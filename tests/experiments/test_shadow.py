@@ -389,6 +389,48 @@ def test_a_call_that_control_was_refused_is_asked_of_nobody_unseen(asked: Asked,
     assert {each.variant for each in lm.ledger.program_calls(limit=9)} == {"control"}
 
 
+@pytest.mark.parametrize("judging", [False, True])
+def test_what_nobody_sees_is_no_exposure_of_an_experiment_within(judging: bool, asked: Asked, store: str) -> None:
+    """Its user has the variant there that he would have, and neither a unit nor a call nor a score is counted."""
+    asked()
+    seen: list[str | None] = []
+
+    class Told(Triage):
+        def forward(self, message: str) -> Any:
+            seen.append(dspy_prod.context.current.current().variant)
+            return super().forward(message)
+
+    scored: list[str] = []
+    judges = {"quality": dspy_prod.Judge(lambda e, p: scored.append(e.message) or 1.0, share=1.0)} if judging else None
+    inner = Experiment(
+        "inner", variants={"control": Told(), "b": Told("B.")}, store=store, judges=judges,
+        metrics=[dspy_prod.Metric("quality", judge="untrusted")] if judging else [],
+    )  # fmt: skip
+
+    class New(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, message: str) -> Any:
+            return self.inner(message=message)
+
+    outer = shadowed(store, New(), shadow_calls=1_000)
+    outer.start()
+    for number in range(20):
+        ask(outer, f"u{number}", message=f"m{number}")
+        assert outer._works.shadow is not None
+        assert outer._works.shadow.wait()
+    assert seen == [inner.assign(f"u{number}") for number in range(20)]
+    assert set(seen) == {"control", "b"}
+    assert inner._works.trials.tally("inner").units == 0
+    assert sum(each.calls for each in inner._works.trials.ended("inner")) == 0
+    assert inner._works.judges is None or inner._works.judges.wait()
+    assert scored == []
+    ask(inner, "u1")
+    assert inner._works.trials.tally("inner").units == 1, "what he sees counts"
+
+
 def test_a_program_with_tools_has_no_shadow(store: str) -> None:
     def refund(order: str) -> str:
         return "done"
