@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from math import inf
 from typing import Any, Final
 
@@ -85,6 +86,11 @@ class Reading:
                 self.evidence = None
                 raise
 
+    @property
+    def still(self) -> AbstractContextManager[bool]:
+        """In it no other thread takes anything in: `evidence` and `spread` stay what they are."""
+        return self._lock
+
     def _read_on(self, progress: Progress | None) -> Decision:
         tally = None if progress is None else progress.tally
         evidence, took = self._restored(None if progress is None else progress.saved), PART
@@ -131,7 +137,8 @@ class Reading:
 
     def history(self) -> tuple[Look, ...]:
         """How the evidence grew until the last `read`."""
-        return () if self.evidence is None else self._history.looks(self.evidence)
+        with self._lock:
+            return () if self.evidence is None else self._history.looks(self.evidence)
 
     def _blank(self, state: Mapping[str, Any] | None = None) -> History:
         return History(len(self._metrics), len(self._design.variants) - 1, state)
@@ -239,7 +246,7 @@ class Reading:
     def _after_fork(self) -> None:
         """A child does not go on with what a thread was in the middle of."""
         self.evidence = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # whoever holds it `still` may make a scorecard, which reads on
 
 
 def is_unpriced(metric: Metric, unit: Matured) -> bool:
