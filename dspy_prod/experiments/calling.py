@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from dspy_prod.context.assignments import Assignment as Place
-from dspy_prod.context.current import current
+from dspy_prod.context.current import CallContext, current
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.assignment import ELSEWHERE, HASH, KEPT, Assignment
@@ -53,9 +53,13 @@ class Calling(Inside):
         serves = self._serves()
         if serves is not None:
             return serves
+        return self._assigned(claimed(unit))
+
+    def _assigned(self, unit: str) -> str:
+        """The variant of a unit as contexts have it, without an exposure."""
         exposing = self._works.exposing
         variant = self._works.design.assign(
-            claimed(unit), exposing.stage, exposing.full, lambda: self._works.trials.seen(self.name, claimed(unit))
+            unit, exposing.stage, exposing.full, lambda: self._works.trials.seen(self.name, unit)
         ).variant
         return self._control if variant in self._works.standing.dropped else variant
 
@@ -67,6 +71,8 @@ class Calling(Inside):
         serves = self._serves()
         if unit is None or serves is not None:
             return Turn(self.variants[serves or control], Place(self.name, serves or control, unit=unit), None, outer)
+        if outer.aside:
+            return self._unseen(unit, outer)
         try:
             got = self._works.exposing(unit)
         except Exception as error:  # of `assign=`: whoever calls has no part in it
@@ -79,6 +85,16 @@ class Calling(Inside):
         return Turn(
             self.variants[got.variant], place, works.trials if self._counts(got) else None, outer, works.flights
         )  # fmt: skip
+
+    def _unseen(self, unit: str, outer: CallContext) -> Turn:
+        """A call whose answer nobody sees, as of the shadow stage of an experiment around this one: the unit has its
+        variant, and is not exposed by it."""
+        try:
+            variant = self._assigned(unit)
+        except Exception as error:  # of `assign=`, or of a store that is away
+            _log.debug("Experiment(%r): %r gets control unseen", self.name, unit, exc_info=error)
+            variant = self._control
+        return Turn(self.variants[variant], Place(self.name, variant, unit=unit), None, outer)
 
     def _counts(self, got: Assignment) -> bool:
         """Whether a call counts for its unit: it is exposed now, or may have been before its candidate was full."""

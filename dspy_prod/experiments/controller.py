@@ -124,7 +124,8 @@ class Controller:
         try:
             trial = self._trials.trial(self.name)
             if trial is not None and self._declaration(trial).salt == self._design.salt:
-                self._tell_runs(trial, self._reading.read())
+                with self._reading.still:  # what is told is of one moment
+                    self._tell_runs(trial, self._reading.read())
         except StoreUnavailableError as error:
             _log.warning("MLflow is told with the next look how the experiment %s stands: %s", self.name, error)
 
@@ -140,11 +141,12 @@ class Controller:
             self._feedback.look(trial)
 
     def _tell_runs(self, trial: Trial, decision: Decision) -> None:
-        evidence = self._reading.evidence
-        if evidence is not None:
-            share = None if self._rollout is None else self._rollout.stages[trial.stage]
-            stage = "split" if share is None else share if isinstance(share, str) else f"{100 * share:g} %"
-            self._in_mlflow.look(trial, stage, decision, evidence, self._reading.spread, self.page)
+        share = None if self._rollout is None else self._rollout.stages[trial.stage]
+        stage = "split" if share is None else share if isinstance(share, str) else f"{100 * share:g} %"
+        with self._reading.still:  # others look with the same object
+            evidence = self._reading.evidence
+            if evidence is not None:
+                self._in_mlflow.look(trial, stage, decision, evidence, self._reading.spread, self.page)
 
     def read(self) -> Decision:
         """Take in what has come since, save how far that is, and say what it means; see `Reading`."""

@@ -14,6 +14,7 @@ from dspy_prod.options.metrics import Metric
 
 if TYPE_CHECKING:
     from dspy_prod.experiments.variants import Variant
+    from dspy_prod.stores.trials import Trial, Trials
 
 _OWN: Final = frozenset({"salt", "serves", "pinned", "dropped", "registry"})
 """What the first process decides, or the controller, and nobody has to repeat."""
@@ -117,6 +118,17 @@ class Declaration:
                 )
         found.setdefault(None, 0.0)
         return found
+
+
+def still_there(trials: Trials, name: str, salt: str) -> tuple[Trial, Declaration] | None:
+    """An experiment and what it is; None once it was removed, whatever has its name now.
+
+    Raises:
+        StoreUnavailableError: the store cannot be read.
+    """
+    trial = trials.trial(name)
+    declaration = None if trial is None else Declaration.from_json(trial.declaration)
+    return None if trial is None or declaration is None or declaration.salt != salt else (trial, declaration)
 
 
 def source_of(metric: Metric) -> str | None:

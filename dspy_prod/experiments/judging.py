@@ -22,13 +22,13 @@ from typing import Any, Final, Literal, NamedTuple
 import dspy
 
 from dspy_prod.context.current import EMPTY, call_context, use
-from dspy_prod.errors import BudgetExceededError, ConfigError, RunStoppedError, StoreUnavailableError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
-from dspy_prod.experiments.declaration import BUILT_IN
+from dspy_prod.experiments.declaration import BUILT_IN, still_there
+from dspy_prod.experiments.purse import Purse
 from dspy_prod.experiments.sample import RESUMED, SPENT, Sample, last_budget
 from dspy_prod.experiments.traced import shown_as
 from dspy_prod.options.metrics import Metric
-from dspy_prod.policies.run import Run, refused_by
 from dspy_prod.privacy.outward import outward
 from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores.base import Store
@@ -151,11 +151,12 @@ class Judges:
         sample: Sample,
         assessed: Callable[[str, str, float, Literal["code", "llm_judge"], str | None], None] = lambda *_: None,
     ) -> None:  # fmt: skip
-        self._name, self._trials, self._judges, self._sample = experiment, store.trials, dict(judges), sample
+        self._name, self._salt, self._trials, self._sample = experiment, salt, store.trials, sample
+        self._judges = dict(judges)
         self._metrics = {metric.name: metric for metric in metrics}
         self._assessed = assessed
         self._runs = {
-            name: Run(f"judge {name} of {experiment} ({salt[:8]})", usd=judge.usd, store=store)
+            name: Purse(f"judge {name} of {experiment} ({salt[:8]})", usd=judge.usd, store=store)
             for name, judge in judges.items()
             if judge.usd is not None
         }
@@ -226,8 +227,16 @@ class Judges:
         return self._aside.wait(timeout)
 
     def _work(self, answer: _Answer) -> None:
-        if not self._spent.get(answer.metric):
+        if not self._spent.get(answer.metric) and self._is_there():
             self._judge(answer)
+
+    def _is_there(self) -> bool:
+        """Whether it was not removed: nothing is asked for an experiment that is forgotten, nor told of the next one
+        of its name. Where the store cannot be read, it was not."""
+        try:
+            return still_there(self._trials, self._name, self._salt) is not None
+        except StoreUnavailableError:
+            return True
 
     def _judge(self, answer: _Answer) -> None:
         """Have one answer judged, and keep the score."""
@@ -236,6 +245,9 @@ class Judges:
             self._end(name)  # the store could not be told before
             return
         example = dspy.Example(**answer.inputs).with_inputs(*answer.inputs)
+        if run is not None:
+            run.open()
+        score, value, failed = None, 0.0, None
         try:
             with (
                 dspy.context(**answer.settings),
@@ -245,19 +257,22 @@ class Judges:
                 told = judge.metric(example, answer.prediction)
             score = getattr(told, "score", told)
             value = self._metrics[name].checked(score)
-        except (RunStoppedError, BudgetExceededError) as error:
-            if run is None or not refused_by(run, error):  # a budget of its LM's own: others may be judged later
-                self._warn(outward(str(error)), name)
-            else:
-                _log.warning("The judge of %s in %s ends, for its budget is spent: %s", name, self._name, error)
-                self._end(name)
-            return
         except Exception as error:  # whatever it is: the unit is missing, and its user has his answer
-            self._warn(f"{type(error).__name__}: {outward(str(error))}", name)
-            return
-        self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, uuid.uuid4().hex))
-        if answer.trace is not None:
-            self._assessed(answer.trace, name, shown_as(score, value), "llm_judge", judge.name)
+            failed = f"{type(error).__name__}: {outward(str(error))}"
+        if not self._is_there():
+            return  # it was removed meanwhile
+        if run is not None and run.has_refused:  # what a fallback made of that is no score
+            if run.is_short:
+                _log.warning("The judge of %s in %s ends, for its budget is spent", name, self._name)
+                self._end(name)
+            else:
+                self._warn("its budget is held by calls under way", name)
+        elif failed is not None:  # also by a budget of its LM's own: others may be judged later
+            self._warn(failed, name)
+        else:
+            self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, uuid.uuid4().hex))
+            if answer.trace is not None:
+                self._assessed(answer.trace, name, shown_as(score, value), "llm_judge", judge.name)
 
     def _end(self, name: str) -> None:
         """Nobody is drawn from now on; the audit says since when."""

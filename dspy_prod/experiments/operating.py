@@ -15,7 +15,7 @@ from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.decisions import CandidateDecision, Decision
 from dspy_prod.experiments.declaration import Declaration
 from dspy_prod.experiments.opened import Opened
-from dspy_prod.experiments.pairs import SUFFIX
+from dspy_prod.experiments.pairs import SUFFIX, kept_under
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Trial, Trials
 from dspy_prod.telemetry.events import BUS
@@ -152,8 +152,10 @@ def remove(trials: Trials, name: str, *, force: bool = False) -> None:
             f"the experiment {name!r} is {trial.state}, and what was measured would be lost: stop it first, or say "
             "force=True (--force)"
         )
+    if trial is not None:
+        trials.remove(kept_under(name, Declaration.from_json(trial.declaration).salt))  # before nobody knows its salt
+    trials.remove(name + SUFFIX)  # of an earlier release
     trials.remove(name)
-    trials.remove(name + SUFFIX)  # else its pairs would speak of the candidates of the next one of this name
 
 
 def _tell(what: str, trial: Trial, reason: str, variant: str | None = None) -> None:

@@ -15,7 +15,7 @@ from dspy_prod.experiments.betting import Claim, LinearBet
 from dspy_prod.options.metrics import Metric
 
 SUFFIX: Final = " (shadow)"
-"""What the pairs of an experiment are kept under in the store, after its name."""
+"""How the name ends that the pairs of an experiment are kept under in the store."""
 
 ALPHA: Final = 0.00375
 """How probable it is that a candidate which is no worse is found worse by one metric of the shadow stage."""
@@ -25,6 +25,11 @@ CAP: Final = 10.0
 
 PAIRED: Final = ("error_rate", "fallback_rate", "cost")
 """What a pair tells of."""
+
+
+def kept_under(experiment: str, salt: str) -> str:
+    """The name that the pairs of an experiment have in the store; one that is made later under its name has its own."""
+    return f"{experiment} [{salt[:8]}]{SUFFIX}"
 
 
 @dataclass(frozen=True)

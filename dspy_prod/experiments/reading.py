@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from math import inf
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from dspy_prod.experiments.declaration import source_of
 from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.history import History, Look
 from dspy_prod.experiments.moving import Moving, begun, exposure_of
-from dspy_prod.experiments.pairs import SUFFIX, Pairs
+from dspy_prod.experiments.pairs import Pairs, kept_under
 from dspy_prod.experiments.sample import Sample, unjudged
 from dspy_prod.experiments.shadow import pairs_of
 from dspy_prod.experiments.spread import Spread
@@ -85,6 +86,11 @@ class Reading:
                 self.evidence = None
                 raise
 
+    @property
+    def still(self) -> AbstractContextManager[bool]:
+        """In it no other thread takes anything in: `evidence` and `spread` stay what they are."""
+        return self._lock
+
     def _read_on(self, progress: Progress | None) -> Decision:
         tally = None if progress is None else progress.tally
         evidence, took = self._restored(None if progress is None else progress.saved), PART
@@ -131,7 +137,8 @@ class Reading:
 
     def history(self) -> tuple[Look, ...]:
         """How the evidence grew until the last `read`."""
-        return () if self.evidence is None else self._history.looks(self.evidence)
+        with self._lock:
+            return () if self.evidence is None else self._history.looks(self.evidence)
 
     def _blank(self, state: Mapping[str, Any] | None = None) -> History:
         return History(len(self._metrics), len(self._design.variants) - 1, state)
@@ -228,17 +235,18 @@ class Reading:
         """Those of a shadow stage."""
         if self.pairs is None:
             return 0
-        first = self._read.get(SUFFIX, 0)
-        found, after = pairs_of(self._trials, self._name, first)
+        place = kept_under(self._name, self._design.salt)
+        first = self._read.get(place, 0)
+        found, after = pairs_of(self._trials, place, first)
         for candidate, pair in found:
             self.pairs.see(candidate, pair)
-        self._read[SUFFIX] = after
+        self._read[place] = after
         return after - first
 
     def _after_fork(self) -> None:
         """A child does not go on with what a thread was in the middle of."""
         self.evidence = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # whoever holds it `still` may make a scorecard, which reads on
 
 
 def is_unpriced(metric: Metric, unit: Matured) -> bool:

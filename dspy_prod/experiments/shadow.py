@@ -22,18 +22,20 @@ import dspy
 
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
-from dspy_prod.errors import BudgetExceededError, ConfigError, DeadlineExceededError, StoreUnavailableError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
-from dspy_prod.experiments.pairs import SUFFIX, Pair
+from dspy_prod.experiments.declaration import still_there
+from dspy_prod.experiments.pairs import Pair, kept_under
+from dspy_prod.experiments.purse import Purse
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
-from dspy_prod.policies.run import Run
-from dspy_prod.production.reasons import REFUSALS, reason_of
-from dspy_prod.production.report import report_of
+from dspy_prod.production.reasons import REFUSALS, has_hung, reason_of
+from dspy_prod.production.report import CallReport, report_of
 from dspy_prod.production.watch import Records
+from dspy_prod.records import NANO
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.trials import Call, Decision, Exposure, Outcome, Trials
+from dspy_prod.stores.trials import PAUSED, RUNNING, Call, Decision, Exposure, Outcome, Trials
 
 _UNKNOWN: Final = -1.0
 """Dollars that are not known, as they are kept."""
@@ -44,6 +46,10 @@ CONTROL: Final = ("control_failed", "control_fell_back", "control_usd")
 PATIENCE: Final = 120.0
 """Seconds a candidate has for its answer, whatever the caller's deadline was."""
 
+IN_A_ROW: Final = 5
+"""Calls that the money left did not cover, one after the other, by which it is known to be used up: a single one may be
+larger than others are."""
+
 SPENT: Final = "shadow_spent"
 """The line of the audit that says since when there is no money for shadows."""
 
@@ -53,20 +59,33 @@ OURS: Final = REFUSALS - {"circuit_open"}
 _log = logging.getLogger("dspy_prod")
 
 
+def went_unanswered(error: BaseException | None, records: Records) -> bool:
+    """Whether a call was sent and nothing came in all its time: then it has failed, and no deadline has refused it.
+
+    Args:
+        error: what it raised; None where it raised nothing, as where a fallback answered. records: of its LM calls.
+    """
+    return has_hung(error) or records.hung or any(each.outcome == "timeout" for each in records)
+
+
+def list_nano(report: CallReport | None, records: Records) -> int | None:
+    """What a call would have cost without caches, in nano-USD; None where that is not known, as of what an earlier
+    release has cached.
+
+    Args:
+        report: of its answer, which tells of LMs that are not ours, too; None where it has none. records: of its LM
+            calls.
+    """
+    if report is not None and report.list_cost_usd is not None:
+        return round(report.list_cost_usd * NANO)
+    costs = [each.list_nano for each in records]
+    unpriced = report is not None and report.cost_usd is None
+    return None if unpriced or None in costs else sum([each or 0 for each in costs])
+
+
 def run_of(experiment: str, salt: str) -> str:
     """The run that the shadows of an experiment belong to; one of the same name that is made later has its own."""
     return f"shadow of {experiment} ({salt[:8]})"
-
-
-class _Purse(Run):
-    """A run that knows whether it has refused a call, whatever became of the refusal."""
-
-    has_refused = False
-
-    def refused(self, *about: Any) -> BudgetExceededError:
-        """As of `Run`."""
-        self.has_refused = True
-        return super().refused(*about)
 
 
 class Answered(NamedTuple):
@@ -97,14 +116,15 @@ class Shadow:
     def __init__(
         self, experiment: str, salt: str, store: Store, candidates: Sequence[Variant], rollout: Rollout
     ) -> None:
-        self._name, self._trials, self._rollout = experiment + SUFFIX, store.trials, rollout
+        self._name, self._trials, self._rollout = kept_under(experiment, salt), store.trials, rollout
+        self._salt, self._wanted = salt, True
         self._experiment, self._candidates = experiment, tuple(candidates)
-        self._run, self._run_name = None, run_of(experiment, salt)
+        self._run, self._run_name, self._short = None, run_of(experiment, salt), 0
         self._spent = rollout.shadow_usd is not None and disabled()
         if self._spent:
             _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
         elif rollout.shadow_usd is not None:
-            self._run = _Purse(self._run_name, usd=rollout.shadow_usd, store=store)
+            self._run = Purse(self._run_name, usd=rollout.shadow_usd, store=store)
         self._aside: Aside[_Asked] = Aside("dspy_prod-shadow", self._work)
         self._trials.create(self._name, "{}", {None: 0.0, **dict.fromkeys(CONTROL, 0.0)}, grace=1.0)
 
@@ -129,13 +149,32 @@ class Shadow:
 
     def _work(self, asked: _Asked) -> None:
         for variant in self._candidates:
-            if not self._spent:
+            if not self._spent and self._is_wanted(variant, RUNNING):
                 self._ask(variant, asked)
+
+    def _is_wanted(self, variant: Variant, *states: str) -> bool:
+        """Whether the experiment is there, in one of these states and in its shadow stage, with this candidate in it.
+
+        What was known last holds while the store cannot be read.
+        """
+        try:
+            found = still_there(self._trials, self._experiment, self._salt)
+        except StoreUnavailableError:
+            return self._wanted
+        self._wanted = False
+        if found is not None:
+            trial, declaration = found
+            self._wanted = trial.state in states and not trial.stage and variant.name not in declaration.dropped
+        return self._wanted
 
     def _ask(self, variant: Variant, asked: _Asked) -> None:
         """Ask one candidate, and keep the pair."""
         records = Records(None)
-        failed = fell_back = refused = hung = False
+        failed = fell_back = refused = False
+        raised: Exception | None = None
+        report: CallReport | None = None
+        if self._run is not None:
+            self._run.open()
         began = time.monotonic()
         outer = asked.context._replace(
             records=records, guards=(), run=self._run_name, node=None, trace_id=None, priority="low",
@@ -149,26 +188,33 @@ class Shadow:
                     fell_back = report is not None and report.status == "fallback"
                     refused = fell_back and report is not None and report.reason in OURS
                 except Exception as error:  # it is what a user would have seen
-                    failed, refused = True, reason_of(error) in OURS
-                    hung = isinstance(error, DeadlineExceededError) and error.working
+                    failed, refused, raised = True, reason_of(error) in OURS, error
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
-        if self._run is not None and self._run.has_refused:
-            self._end()
-            return
-        if refused and (hung or any(each.outcome == "timeout" for each in records)):
-            refused = False  # it was sent, and nothing came in all its time
+        if not self._is_wanted(variant, RUNNING, PAUSED):
+            return  # it ended meanwhile
+        refused = refused and not went_unanswered(raised, records)
+        if self._run is not None:
+            refused |= self._run.has_refused
+            self._count(self._run)
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
-        costs = [each.list_nano for each in records]
-        nano = None if None in costs else sum([each or 0 for each in costs])
         latency = None if cached else time.monotonic() - began
         self._trials.expose(Exposure(self._name, unit, 0, variant.name, self._rollout.shadow_share / 2, at))
         if refused:
             return  # a unit without a call is counted, and no pair
-        self._trials.call(Call(self._name, unit, at, failed, fell_back, nano, latency))
+        self._trials.call(Call(self._name, unit, at, failed, fell_back, list_nano(report, records), latency))
         for name, value in zip(CONTROL, asked.control, strict=True):
             kept = _UNKNOWN if value is None else float(value)
             self._trials.outcome(Outcome(self._name, unit, name, kept, at))
+
+    def _count(self, run: Purse) -> None:
+        """See whether there is money left for calls as they are."""
+        if run.is_short:
+            self._short += 1
+        elif not run.has_refused:
+            self._short = 0
+        if self._short >= IN_A_ROW:
+            self._end()
 
     def _end(self) -> None:
         """No candidate is asked from now on; the audit says why."""
@@ -208,12 +254,14 @@ def _uses_tools(module: Any) -> bool:
     return any("dspy.adapters.types.tool" in repr(field.annotation) for field in fields.values())
 
 
-def pairs_of(trials: Trials, experiment: str, after: int) -> tuple[list[tuple[str, Pair | None]], int]:
+def pairs_of(trials: Trials, name: str, after: int) -> tuple[list[tuple[str, Pair | None]], int]:
     """(candidate, pair) of each pair from the one after number `after` on, and the number of the last.
 
     None is the pair of a call that was refused.
+
+    Args:
+        trials: the store's. name: what they are kept under. after: where to go on.
     """
-    name = experiment + SUFFIX
     calls = {unit.number: unit for unit in trials.matured(name, None, after)}
     control = {field: {unit.number: unit for unit in trials.matured(name, field, after)} for field in CONTROL}
     found: list[tuple[str, Pair | None]] = []

@@ -9,11 +9,11 @@ from typing import Any
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, use
 from dspy_prod.experiments.flights import Flight, Flights
-from dspy_prod.experiments.shadow import OURS, Answered
+from dspy_prod.experiments.shadow import OURS, Answered, list_nano, went_unanswered
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
 from dspy_prod.production.reasons import reason_of
-from dspy_prod.production.report import report_of
+from dspy_prod.production.report import CallReport, report_of
 from dspy_prod.production.watch import LEFT, Records
 from dspy_prod.records import NANO
 from dspy_prod.stores.trials import Call, Trials
@@ -33,7 +33,7 @@ class Turn:
 
     __slots__ = (
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
-        *("_flight", "_flights", "_refused", "_until", "_usd", "prediction", "unpriced", "variant"),
+        *("_flight", "_flights", "_refused", "_report", "_until", "prediction", "unpriced", "variant"),
     )
 
     def __init__(
@@ -54,7 +54,7 @@ class Turn:
         self._flights, self._until = flights, outer.deadline
         self._flight: Flight | None = None
         self._trace = outer.trace_id
-        self._usd: float | None = None
+        self._report: CallReport | None = None
         self.prediction: Any = None
         self.unpriced = False
 
@@ -75,7 +75,7 @@ class Turn:
         if report is not None:
             self._fell_back = report.status == "fallback"
             self._refused = self._fell_back and report.reason in OURS
-            self._usd = report.list_cost_usd  # that of LMs that are not ours, too
+            self._report = report
             self.unpriced = report.cost_usd is None
         return result
 
@@ -85,6 +85,7 @@ class Turn:
         self._failed = isinstance(error, Exception) and not hasattr(error, LEFT)
         self._ended = error is None or self._failed
         self._refused |= self._failed and error is not None and reason_of(error) in OURS
+        self._refused = self._refused and not went_unanswered(error, self._records)
         try:
             self._scope.__exit__(kind, error, traceback)
         finally:
@@ -96,7 +97,7 @@ class Turn:
     @property
     def shadowed(self) -> bool:
         """Whether candidates may be asked once more what was asked: it was answered, in a shadow stage, or failed for
-        another reason than a limit, a budget or a deadline."""
+        another reason than a limit, a budget or a deadline that kept it from being sent."""
         return self._ended and not self._refused and self._place is not None and self._place.stage == SHADOW
 
     @property
@@ -106,12 +107,7 @@ class Turn:
 
     @property
     def _nano(self) -> int | None:
-        """What it would have cost without caches; None where that is not known, as of what an earlier release has
-        cached."""
-        if self._usd is not None:
-            return round(self._usd * NANO)
-        costs = [each.list_nano for each in self._records]
-        return None if self.unpriced or None in costs else sum([each or 0 for each in costs])
+        return list_nano(self._report, self._records)
 
     @property
     def counted(self) -> tuple[str, float, str | None] | None:

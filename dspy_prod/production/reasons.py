@@ -6,7 +6,7 @@ from typing import Final, Literal, get_args
 
 from dspy.utils.exceptions import AdapterParseError, LMError
 
-from dspy_prod.errors import RejectedError
+from dspy_prod.errors import DeadlineExceededError, RejectedError
 from dspy_prod.status.spending import Reason as Refusal
 
 Reason = Literal[Refusal, "upstream_error", "parse_error", "unexpected_error"]
@@ -29,3 +29,10 @@ def reason_of(error: BaseException) -> Reason:
         if "unexpected_error" not in reasons:
             return reasons[0]
     return "unexpected_error"
+
+
+def has_hung(error: BaseException | None) -> bool:
+    """Whether a deadline passed while an upstream was working: the call was sent, and nothing has refused it."""
+    members = getattr(error, "exceptions", None)
+    each = members if isinstance(members, tuple) else (error,)
+    return any(isinstance(one, DeadlineExceededError) and one.working for one in each)

@@ -15,7 +15,7 @@ from dspy.streaming.messages import StatusMessage
 from dspy_prod.context.current import SETTING, CallContext
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.privacy.error_text import error_text
-from dspy_prod.production.reasons import REFUSALS, Reason, reason_of
+from dspy_prod.production.reasons import REFUSALS, Reason, has_hung, reason_of
 from dspy_prod.production.report import CallReport, Status, TokenUsage, attach, report_of
 from dspy_prod.records import ANSWERED, NANO, CallRecord
 from dspy_prod.runtime.clock import Clock
@@ -32,17 +32,28 @@ LEFT: Final = "_dspy_prod_left"
 
 
 class Records(list[CallRecord]):
-    """Collects records, and passes them on to the collector of an enclosing call."""
+    """Collects records, and passes them on to the collector of an enclosing call.
+
+    Attributes:
+        hung: a fallback answered for a call that was sent and not answered in time, whose record may come later.
+    """
 
     def __init__(self, outer: list[CallRecord] | None) -> None:
         super().__init__()
         self._outer = outer
+        self.hung = False
 
     def append(self, record: CallRecord) -> None:
         """Add a record here and outside."""
         super().append(record)
         if self._outer is not None:
             self._outer.append(record)
+
+    def hang(self) -> None:
+        """A call has hung, here and outside."""
+        self.hung = True
+        if isinstance(self._outer, Records):
+            self._outer.hang()
 
 
 class _Stream:
@@ -142,6 +153,8 @@ class Watch:
     def fallback(self, error: Exception) -> Iterator[None]:
         """The scope in which a fallback answers for an error: under the caller's deadline, not the `Production`'s."""
         self._before_fallback = (len(self.records), len(self._calls.foreign()))
+        if has_hung(error):
+            self.records.hang()
         with self._under(self._outer):
             try:
                 yield

@@ -25,6 +25,7 @@ from dspy_prod import ConfigError, Experiment
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.experiments import reading
 from dspy_prod.experiments.attending import Attending, attend
+from dspy_prod.experiments.evidence import Evidence
 from dspy_prod.experiments.opened import Opened
 from dspy_prod.stores.base import Store
 from dspy_prod.stores.memory import MemoryStore
@@ -266,6 +267,36 @@ def test_threads_that_look_at_once_count_nothing_twice(monkeypatch: pytest.Monke
     for thread in threads:
         thread.join()
     assert evidence(opened) == evidence(calm)
+
+
+@pytest.mark.parametrize("how", ["step", "tell"])
+def test_what_mlflow_is_told_does_not_change_while_it_is_told(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread looks with the same object meanwhile: its figures would be of two moments, or end the call with
+    "dictionary changed size"."""
+    opened = declared(MemoryStore(how))
+    controller = opened.controller
+    feed(opened, 50, {"control": 0.8, "new": 0.8})
+    counted: list[int] = []
+
+    def look(trial: Any, stage: str, decision: Any, known: Evidence, *rest: Any) -> None:
+        if threading.current_thread() is other:
+            return
+        counted.append(known.units("ok", "control"))
+        feed(opened, 200, {"control": 0.8, "new": 0.8}, begin=50)
+        other.start()
+        other.join(0.5)  # it waits, or has read by then
+        counted.append(known.units("ok", "control"))
+
+    other = threading.Thread(target=opened.controller.read)
+    monkeypatch.setattr("dspy_prod.tracking.setup.courier", object)
+    monkeypatch.setattr(controller._in_mlflow, "look", look)
+    monkeypatch.setattr(controller._feedback, "look", lambda trial: None)
+    getattr(controller, how)()
+    other.join(30)
+    before, after = counted
+    assert before == after > 0
+    assert controller._reading.evidence is not None
+    assert controller._reading.evidence.units("ok", "control") > after, "it was read once it was told"
 
 
 def _look(opened: Opened, stop: threading.Event) -> None:

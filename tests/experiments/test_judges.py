@@ -282,6 +282,85 @@ def test_a_budget_that_is_raised_goes_on_and_the_time_between_counts_for_nothing
     assert len(have) + 10 <= counted <= len(have) + 11, "those of w are missing, as there was a judge"
 
 
+@pytest.mark.parametrize("how", ["fallback", "handled"])
+def test_what_is_made_of_a_spent_budget_is_no_score(how: str, asked: Asked, store: str) -> None:
+    """A fallback, or a metric that catches errors, answered every unit with 0 from then on; no judge ended."""
+    asked(cache=False, max_tokens=20)
+    program = dspy.Predict("message, label -> verdict")
+    judge = dspy_prod.Production(program, fallback_response={"verdict": "no"} if how == "fallback" else None)
+    seen: list[str] = []
+
+    def quality(example: Any, prediction: Any) -> float:
+        seen.append(example.message)
+        try:
+            verdict = judge(message=example.message, label=prediction.label).verdict
+        except dspy_prod.BudgetExceededError:
+            verdict = "no"
+        return float(verdict != "no")
+
+    exp = judged(store, Judge(quality, share=1.0, usd=0.0003))
+    for number in range(20):
+        ask(exp, f"u{number}", message=f"m{number}")
+        settled(exp)
+    assert 1 <= len(scores(exp)) == len(seen) - 1 < 15
+    assert set(scores(exp).values()) == {1.0}
+    assert [each.what for each in exp._works.trials.decisions("e")].count("judge_spent") == 1
+
+
+def test_a_budget_that_a_call_under_way_holds_ends_no_judge(provider: Provider, asked: Asked, store: str) -> None:
+    """Two processes judge from it: what one of them holds for a call that hangs, it gives back."""
+    asked(cache=False, max_tokens=1_000, limit=dspy_prod.RateLimit(max_wait=0.05))
+    hanging = threading.Event()
+
+    def latency(call: Any) -> float:
+        if "polite" in str(call.body) and not hanging.is_set():
+            hanging.set()
+            return 4.0
+        return 0.0
+
+    provider.latency = latency
+    one, another = (judged(store, Judge(Politeness(), share=1.0, usd=0.0015)) for _ in range(2))
+    ask(one, "u1")
+    assert hanging.wait(30)
+    ask(another, "u2")
+    settled(another)
+    settled(one)
+    ask(another, "u3")
+    settled(another)
+    assert sum("polite" in str(call.body) for call in provider.calls) == 2, "u1 and u3"
+    assert not [each for each in another._works.trials.decisions("e") if each.what == "judge_spent"]
+
+
+def test_the_judge_of_an_experiment_that_was_removed_says_nothing_of_the_next_one(
+    asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anybody asked for it any more: what stands in the queue is left."""
+    asked()
+    begun, free = threading.Event(), threading.Event()
+    seen: list[str] = []
+
+    def quality(example: Any, prediction: Any) -> float:
+        seen.append(example.message)
+        begun.set()
+        assert free.wait(30)
+        return 1.0
+
+    old = judged(store, Judge(quality, share=1.0))
+    for number in range(5):
+        ask(old, f"u{number}", message=f"u{number}")
+    assert begun.wait(30)
+    old.remove(force=True)
+    monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "another")
+    new = judged(store, Judge(lambda e, p: 0.0, share=1.0))
+    for number in range(5):
+        ask(new, f"u{number}", message=f"u{number}")
+    settled(new)
+    free.set()
+    settled(old)
+    assert seen == ["u0"]
+    assert scores(new) == dict.fromkeys([f"u{number}" for number in range(5)], 0.0)
+
+
 # -- what it may do ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("trust", "verdict"), [("untrusted", "keep"), ("trusted", "promote")])
 def test_an_untrusted_judge_alone_promotes_nothing(trust: Any, verdict: str, asked: Asked, store: str) -> None:

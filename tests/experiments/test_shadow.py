@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import dspy
@@ -14,6 +16,9 @@ import pytest
 import dspy_prod
 from dspy_prod import ConfigError, Experiment, Production, Rollout, call_context, call_report
 from dspy_prod.experiments import shadow
+from dspy_prod.experiments.declaration import Declaration
+from dspy_prod.experiments.pairs import Pair, kept_under
+from dspy_prod.experiments.shadow import pairs_of
 from dspy_prod.testing import Provider
 from dspy_prod.testing.faults import Status
 from tests.experiments.conftest import Triage
@@ -29,6 +34,11 @@ def ask(exp: Any, unit: str, message: str = "hi") -> Any:
 def shadowed(store: str, bad: Any, **more: Any) -> Experiment:
     rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0, **more)
     return Experiment("e", variants={"control": Triage(), "new": bad}, rollout=rollout, store=store)
+
+
+def only_pair(exp: Experiment) -> Pair | None:
+    [(_, pair)], _ = pairs_of(exp._works.trials, kept_under("e", "salt"), 0)
+    return pair
 
 
 def seen_in_the_shadow(exp: Experiment, most: int) -> Any:
@@ -61,6 +71,107 @@ def test_a_dearer_candidate_ends_in_the_shadow(provider: Provider, asked: Asked,
     assert (card.state, card.serves, card.hurt) == ("decided", "control", 0)
     rows = {row.value: row.attempts for row in lm.costs(by="variant")}
     assert rows["e/new"] == rows["e/control"]
+
+
+@pytest.mark.parametrize("lm", ["ours", "plain"])
+def test_both_answers_of_a_pair_cost_what_their_lms_have_billed(
+    lm: str, provider: Provider, asked: Asked, store: str
+) -> None:
+    """Also those of a plain dspy.LM, which leave no record: they counted for control, and were free for a candidate."""
+    asked(cache=False)
+    exp = shadowed(store, Triage("Think. " * 200))
+    exp.start()
+    plain = dspy.LM("openai/gpt-4o-mini", api_base=provider.url, api_key="k", cache=False)
+    with dspy.context(lm=plain) if lm == "plain" else contextlib.nullcontext():
+        ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    pair = only_pair(exp)
+    assert pair is not None
+    assert pair.usd is not None
+    control, new = pair.usd
+    assert new > 2 * control > 0
+
+
+class Held(dspy.Module):
+    """A candidate that answers, or fails, once it is let."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fails, self.calls, self.begun, self.free = fails, 0, threading.Event(), threading.Event()
+
+    def __deepcopy__(self, memo: Any) -> Held:
+        return self
+
+    def forward(self, message: str) -> Any:
+        self.calls += 1
+        self.begun.set()
+        assert self.free.wait(30)
+        if self.fails:
+            raise ValueError("bad")
+        return dspy.Prediction(label="fine")
+
+
+def waiting(exp: Experiment, held: Held, calls: int) -> None:
+    """The candidate is being asked, and more stand in the queue."""
+    exp.start()
+    for number in range(calls):
+        ask(exp, f"u{number}", message=f"m{number}")
+    assert held.begun.wait(30)
+
+
+def let(exp: Experiment, held: Held) -> None:
+    held.free.set()
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+
+
+@pytest.mark.parametrize("how", ["stop", "pause", "remove", "rollback", "next stage"])
+def test_no_candidate_is_asked_for_what_is_over(how: str, asked: Asked, store: str) -> None:
+    """What stands in the queue is not asked any more, and what was being asked makes no pair, unless it is paused."""
+    asked()
+    held = Held()
+    exp = shadowed(store, held, shadow_calls=1)
+    trials = exp._works.trials
+    waiting(exp, held, 8)
+    trial = trials.trial("e")
+    assert trial is not None
+    if how == "remove":
+        exp.remove(force=True)
+    elif how == "rollback":
+        gone = replace(Declaration.from_json(trial.declaration), dropped=["new"])
+        trials.change("e", trial.revision, declaration=gone.to_json())
+    elif how == "next stage":
+        trials.change("e", trial.revision, stage=1)
+    else:
+        getattr(exp, how)("enough")
+    let(exp, held)
+    assert held.calls == 1
+    assert len(pairs_of(trials, kept_under("e", "salt"), 0)[0]) == (how == "pause")
+
+
+def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
+    asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where it cannot know, for the store is away when it looks."""
+    asked()
+    held = Held(fails=True)
+    old = shadowed(store, held)
+    waiting(old, held, 20)
+    old.remove(force=True)
+    monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "another")
+    new = shadowed(store, Triage())
+    new.start()
+    assert old._works.shadow is not None
+    monkeypatch.setattr(old._works.shadow, "_is_wanted", lambda *_: True)
+    let(old, held)
+    assert held.calls == 20
+    time.sleep(1.1)  # a unit without a call would be waited for
+    card = new.step()
+    assert card.unseen is not None
+    assert (card.state, card.unseen.pairs, card.unseen.refused) == ("running", {"new": 0}, {"new": 0})
+    new.remove(force=True)
+    assert new._works.trials.trials() == []
 
 
 def test_an_equal_candidate_leaves_the_shadow(asked: Asked, store: str) -> None:
@@ -99,6 +210,62 @@ def test_a_shadow_at_its_cap_is_told_and_not_taken_for_a_failure(asked: Asked, s
     assert [each.what for each in card.audit].count("shadow_spent") == 1
     assert card.to_dict()["unseen"]["spent"]
     assert f"{card.unseen.pairs['new']} of 50" in str(card)
+
+
+def test_a_call_that_is_larger_than_the_money_left_is_refused_and_ends_no_shadow(asked: Asked, store: str) -> None:
+    """Others are asked; and what is refused makes no pair, also where the program handles the refusal."""
+    asked(cache=False, max_tokens=20)
+
+    class Handles(Triage):
+        def forward(self, message: str) -> Any:
+            try:
+                return super().forward(message)
+            except dspy_prod.BudgetExceededError:
+                return dspy.Prediction(label="none")
+
+    exp = shadowed(store, Handles("Think."), shadow_usd=0.0005)
+    exp.start()
+    assert exp._works.shadow is not None
+    for message in ("m1", "long " * 9_000, "m2", "long " * 9_000, "m3"):
+        ask(exp, "u1", message=message)
+        assert exp._works.shadow.wait()
+    time.sleep(1.1)  # a unit without a call is waited for
+    exp.step()
+    unseen = exp.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.pairs, unseen.refused, unseen.spent) == ({"new": 3}, {"new": 2}, False)
+
+
+def test_money_that_a_call_under_way_holds_is_not_used_up(provider: Provider, asked: Asked, store: str) -> None:
+    """As where two processes ask: what one of them holds for a call that hangs, it gives back."""
+    asked(cache=False, max_tokens=1_000, limit=dspy_prod.RateLimit(max_wait=0.05))
+    hanging = threading.Event()
+
+    def latency(call: Any) -> float:
+        if "Think." in str(call.body) and not hanging.is_set():
+            hanging.set()
+            return 4.0
+        return 0.0
+
+    provider.latency = latency
+    one, another = (shadowed(store, Triage("Think."), shadow_usd=0.0015) for _ in range(2))
+    one.start()
+    another._works.standing.look()
+    ask(one, "u1")
+    assert hanging.wait(30)
+    for number in range(6):
+        ask(another, f"u{number}", message=f"m{number}")
+    assert another._works.shadow is not None
+    assert another._works.shadow.wait(30)
+    assert one._works.shadow is not None
+    assert one._works.shadow.wait()
+    ask(another, "u2", message="once more")
+    assert another._works.shadow.wait()
+    time.sleep(1.1)  # a unit without a call is waited for
+    another.step()
+    unseen = another.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.pairs, unseen.refused, unseen.spent) == ({"new": 2}, {"new": 6}, False)
 
 
 def test_a_shadow_has_a_deadline_of_its_own(provider: Provider, asked: Asked, store: str) -> None:
@@ -152,6 +319,31 @@ def test_a_candidate_that_hangs_has_failed(
     assert (unseen.pairs, unseen.failed, unseen.refused) == ({"new": 1}, {"new": 1}, {"new": 0})
 
 
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+@pytest.mark.parametrize("fallback", [None, "Sorry."])
+def test_a_call_of_control_that_hangs_has_failed_as_well(
+    fallback: str | None, engine: str, provider: Provider, asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a candidate that is control's equal would have all the hanging calls of a provider, and control none."""
+    monkeypatch.setattr(shadow, "PATIENCE", 0.8)
+    asked(cache=False, engine=engine)
+    control, new = (Production(Triage(), fallback_response=fallback) for _ in range(2))
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0)
+    exp = Experiment("e", variants={"control": control, "new": new}, rollout=rollout, store=store)
+    ask(exp, "u1")  # what a first call imports counts for no deadline
+    provider.latency = 2.0
+    exp.start()
+    failing = contextlib.nullcontext() if fallback else pytest.raises(dspy_prod.DeadlineExceededError)
+    with failing, call_context(user="u1", deadline=0.8):
+        exp(message="hi")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    pair = only_pair(exp)
+    assert pair is not None
+    both, none = (True, True), (False, False)
+    assert (pair.failed, pair.fell_back) == ((both, none) if fallback is None else (none, both))
+
+
 @pytest.mark.parametrize("scope", ["user", "tenant"])
 def test_a_shadow_spends_no_budget_of_a_user_or_tenant(scope: Any, asked: Asked, store: str) -> None:
     """Who was asked for has as many answers as without it, and a budget that wants a name refuses no shadow."""
@@ -195,6 +387,48 @@ def test_a_call_that_control_was_refused_is_asked_of_nobody_unseen(asked: Asked,
     assert exp._works.shadow is not None
     assert exp._works.shadow.wait()
     assert {each.variant for each in lm.ledger.program_calls(limit=9)} == {"control"}
+
+
+@pytest.mark.parametrize("judging", [False, True])
+def test_what_nobody_sees_is_no_exposure_of_an_experiment_within(judging: bool, asked: Asked, store: str) -> None:
+    """Its user has the variant there that he would have, and neither a unit nor a call nor a score is counted."""
+    asked()
+    seen: list[str | None] = []
+
+    class Told(Triage):
+        def forward(self, message: str) -> Any:
+            seen.append(dspy_prod.context.current.current().variant)
+            return super().forward(message)
+
+    scored: list[str] = []
+    judges = {"quality": dspy_prod.Judge(lambda e, p: scored.append(e.message) or 1.0, share=1.0)} if judging else None
+    inner = Experiment(
+        "inner", variants={"control": Told(), "b": Told("B.")}, store=store, judges=judges,
+        metrics=[dspy_prod.Metric("quality", judge="untrusted")] if judging else [],
+    )  # fmt: skip
+
+    class New(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, message: str) -> Any:
+            return self.inner(message=message)
+
+    outer = shadowed(store, New(), shadow_calls=1_000)
+    outer.start()
+    for number in range(20):
+        ask(outer, f"u{number}", message=f"m{number}")
+        assert outer._works.shadow is not None
+        assert outer._works.shadow.wait()
+    assert seen == [inner.assign(f"u{number}") for number in range(20)]
+    assert set(seen) == {"control", "b"}
+    assert inner._works.trials.tally("inner").units == 0
+    assert sum(each.calls for each in inner._works.trials.ended("inner")) == 0
+    assert inner._works.judges is None or inner._works.judges.wait()
+    assert scored == []
+    ask(inner, "u1")
+    assert inner._works.trials.tally("inner").units == 1, "what he sees counts"
 
 
 def test_a_program_with_tools_has_no_shadow(store: str) -> None:
