@@ -10,6 +10,7 @@ from typing import Any
 import dspy
 import pytest
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY
+from dspy.predict.parameter import Parameter
 
 from dspy_prod import ConfigError, Production
 
@@ -108,3 +109,72 @@ def test_whom_one_trusts_may_say_more(make: Callable[[], Any], tmp_path: Path) -
     file = saved(make(), tmp_path / "x.json", {"config": {"api_base": ELSEWHERE}})
     prod.load(file, allow_unsafe_lm_state=True)
     assert first(prod).config == {"api_base": ELSEWHERE}
+
+
+class Judging(dspy.Module):  # type: ignore[misc]
+    """A program that writes its state as it likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judge: Any = None
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        return {"judges": [{"of": "style", "asks": None if self.judge is None else self.judge.dump_state()}]}
+
+    def load_state(self, state: dict[str, Any], *, allow_unsafe_lm_state: bool = False) -> None:
+        self.judge = dspy.LM.load_state(state["judges"][0]["asks"])
+
+
+class Weighing(Parameter):  # type: ignore[misc]
+    """A parameter that is no predictor, with an LM of its own."""
+
+    def __init__(self) -> None:
+        self.lm: Any = None
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        return {"by": None if self.lm is None else self.lm.dump_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.lm = dspy.LM(**{key: value for key, value in state["by"].items() if key != LM_CLASS_STATE_KEY})
+
+
+class Weighed(dspy.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.weighing = Weighing()
+
+
+class WithFlex(dspy.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.flex = dspy.Flex("question -> answer")
+
+
+@pytest.mark.parametrize(
+    ("make", "state", "found"),
+    [
+        (lambda: dspy.Flex("question -> answer"), lambda lm: {"module_src": None, "lm": lm}, lambda it: it.lm),
+        (WithFlex, lambda lm: {"flex": {"module_src": None, "lm": lm}}, lambda it: it.flex.lm),
+        (Judging, lambda lm: {"judges": [{"of": "style", "asks": lm}]}, lambda it: it.judge),
+        (Weighed, lambda lm: {"weighing": {"by": lm}}, lambda it: it.weighing.lm),
+    ],
+    ids=["a Flex", "within a module", "a module's own state", "a parameter"],
+)
+@pytest.mark.parametrize("kind", ["dspy.clients.lm.LM", "of.another.Class", None])
+def test_an_lm_anywhere_in_a_state_is_rebuilt_without_what_leads_elsewhere(
+    make: Any, state: Any, found: Any, kind: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A program that is a parameter, but no predictor, got the headers and fallbacks of whoever wrote the file."""
+    lm = {**PLAIN, LM_CLASS_STATE_KEY: kind, "fallbacks": FALLBACKS, "extra_headers": {"x": "y"}, "temperature": 0.5}
+    if kind is None:
+        del lm[LM_CLASS_STATE_KEY]
+    program = make()
+    try:
+        Production(program).load_state(state(lm))
+    except ValueError as error:
+        assert "Refusing to import custom serialized LM class" in str(error)  # noqa: PT017 (DSPy's own loader has it)
+        assert found(program) is None
+        return
+    assert found(program).kwargs == {"temperature": 0.5, "max_tokens": 10}
+    assert "extra_headers, fallbacks" in caplog.text
+    assert ELSEWHERE not in caplog.text
