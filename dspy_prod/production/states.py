@@ -13,8 +13,7 @@ from typing import Any, Final
 import dspy
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY
 
-from dspy_prod.compat.dspy import keys_beside
-from dspy_prod.compat.saving import is_parameter
+from dspy_prod.compat.saving import is_parameter, is_read_by_dspy, keys_beside
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.states import PREDICTOR, beyond, harmless, harmless_within
 
@@ -33,7 +32,8 @@ def vouchless(program: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         state: what `dspy.Module.save` wrote.
 
     Raises:
-        ConfigError: a predictor's state has keys that nobody writes, or arguments by which calls could go elsewhere.
+        ConfigError: a predictor's state has keys that its class does not write, or arguments by which calls could go
+            elsewhere.
     """
     if is_parameter(program):  # its state is that of the program, and `save` adds to it
         return _parameter("self", program, state, {"metadata"})
@@ -47,13 +47,14 @@ def vouchless(program: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parameter(name: str, parameter: Any, state: Mapping[str, Any], more: Set[str] = frozenset()) -> dict[str, Any]:
-    strangers, arguments = beyond(state, keys_beside(parameter) | more)
-    if strangers or arguments:
-        raise ConfigError(
-            f"the saved state of {name!r} says {', '.join([*strangers, *arguments])}, which DSPy does not write and "
-            "which could change what its calls do: set it in the code, or load the state with "
-            "allow_unsafe_lm_state=True if you trust who wrote it"
-        )
+    if is_read_by_dspy(parameter):
+        strangers, arguments = beyond(state, keys_beside(parameter, state) | more)
+        if strangers or arguments:
+            raise ConfigError(
+                f"the saved state of {name!r} says {', '.join([*strangers, *arguments])}, which "
+                f"{type(parameter).__name__} does not write and which could change what its calls do: set it in the "
+                "code, or load the state with allow_unsafe_lm_state=True if you trust who wrote it"
+            )
     if not isinstance(parameter, dspy.Predict):
         return {key: _lm(name, value) if key == "lm" else _of_others(name, value, key) for key, value in state.items()}
     kept = {key: value if key in PREDICTOR else _of_others(name, value, key) for key, value in state.items()}
