@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -166,16 +165,6 @@ def input_keys(example: Any) -> set[str] | None:
     """Which keys of a `dspy.Example` are inputs, as far as anybody has said."""
     keys: set[str] | None = getattr(example, "_input_keys", None)
     return keys
-
-
-def keys_beside(parameter: Any) -> set[str]:
-    """Keys that the class of a predictor, or of another parameter, writes into its state beside `dspy.Predict`'s."""
-    if getattr(type(parameter), "dump_state", None) is dspy.Predict.dump_state:
-        return set()
-    bare = copy.copy(parameter)
-    if isinstance(bare, dspy.Predict):
-        bare.demos, bare.traces, bare.train, bare.lm = [], [], [], None  # which may be many, and no JSON
-    return set(bare.dump_state())
 
 
 def known_of(provider: str | None, model: str) -> dict[str, Any]:

@@ -83,7 +83,8 @@ class Calling(Inside):
         place = Place(self.name, got.variant, stage_of(self.rollout, got.stage), unit, got.propensity)
         works = self._works
         return Turn(
-            self.variants[got.variant], place, works.trials if self._counts(got) else None, outer, works.flights
+            self.variants[got.variant], place, works.trials if self._counts(got) else None, outer, works.flights,
+            works.exposing.made,
         )  # fmt: skip
 
     def _unseen(self, unit: str, outer: CallContext) -> Turn:

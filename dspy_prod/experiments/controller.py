@@ -11,9 +11,9 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.experiments.aliases import Aliases
@@ -129,10 +129,10 @@ class Controller:
         except StoreUnavailableError as error:
             _log.warning("MLflow is told with the next look how the experiment %s stands: %s", self.name, error)
 
-    def removed(self, known: bool) -> None:
+    def removed(self, kept: Mapping[str, Any] | None) -> None:
         """End the runs in MLflow of an experiment that was removed; see `VariantsInMlflow.removed`."""
         self.over = True
-        self._in_mlflow.removed(self._design.salt, known)
+        self._in_mlflow.removed(self._design.salt, kept)
 
     def _tell(self, trial: Trial, decision: Decision) -> None:
         """Tell MLflow how it stands, and take in what people say there, for the next look."""

@@ -20,8 +20,9 @@ from dspy_prod.options.metrics import Metric
 Verdict = Literal["invalid", "rollback", "promote", "keep"]
 Status = Literal["better", "worse", "no_worse", "unclear", "void"]
 RARE: Final = 0.02
-"""Where no unit of either variant has had an amount yet, it is to be proven that fewer than this share ever have one:
-of nothing no margin can be a share."""
+"""Where no unit of either variant has had an amount yet, and less is better, it is to be proven that fewer than this
+share ever have one: of nothing no margin can be a share. Where more is better, having none says nothing against having
+lost all of it."""
 MOST_COUNTED: Final = 10_000
 """Units of which that is computed: no more are needed."""
 ANSWERS_ALPHA: Final = 0.01
@@ -37,8 +38,8 @@ class MetricEvidence:
         status: `"void"` when units of the two variants do not answer equally often, though only answers are counted;
             else what is proven: `"worse"` before `"better"` before `"no_worse"` (by the margin) before `"unclear"`.
         better, worse, no_worse: e-values of the three claims, the largest so far; None where there is no such claim. Of
-            amounts that were all 0 so far, in both variants, `no_worse` is that of "fewer than one unit in fifty has
-            any", which the first one that is not 0 takes back.
+            amounts that were all 0 so far, in both variants, and of which less is better, `no_worse` is that of "fewer
+            than one unit in fifty has any", which the first one that is not 0 takes back.
         better_at, worse_at, no_worse_at: e-values that prove them.
         control_units, candidate_units: units whose outcome counts.
         interval: of the difference, to look at; it decides nothing.
@@ -128,7 +129,7 @@ def weighed(
     # A score that is better is no worse; of amounts "better" is about what is typical, a margin about the mean.
     implied = higher and not metric.relative and metric.tail is None
     proven = None if no_worse is None else max(no_worse.peak, no_worse_at) if implied else no_worse.peak
-    if nothing and proven is not None:
+    if nothing and proven is not None and metric.direction == "lower":
         proven = max(proven, (1.0 - RARE) ** -min(*counts, MOST_COUNTED))
     if unequal >= 2 * candidates / ANSWERS_ALPHA:
         status: Status = "void"

@@ -166,9 +166,9 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
 
         designed(declared.salt)  # nothing is kept of an experiment that cannot be
         Evidence(self.metrics, names[1:], control=names[0], alpha=alpha)
-        if stored is None:
-            trial = trials.create(name, declared.to_json(), windows)
-            stored = Declaration.from_json(trial.declaration)
+        if known is None or stored is None:
+            known = trials.create(name, declared.to_json(), windows)
+            stored = Declaration.from_json(known.declaration)
             if stored.pinned != declared.pinned:  # another process was first, and an alias moved in between
                 found = resolved(name, variants or {}, program, tracking_uri, stored.pinned)
                 self.variants = {each.name: each for each in found}
@@ -176,7 +176,7 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         check_versions(where, found, stored)
         design = designed(stored.salt)
         self.rollout = rollout
-        exposing = Exposing(name, design, trials)
+        exposing = Exposing(name, design, trials, made=known.created)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
         sample = Sample.of(stored)
         variant_runs(name, stored.salt, names)
@@ -185,7 +185,7 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
             Opened(opened, name, tracking_uri),
             None if rollout is None or not rollout.shadow else Shadow(name, stored.salt, opened, found[1:], rollout),
             Judges(name, stored.salt, opened, judging, self.metrics, sample, assessed) if judging else None,
-            sample, Traced(name, opened), Flights(name, trials),
+            sample, Traced(name, opened), Flights(name, trials, made=known.created),
         )  # fmt: skip
         if self._works.shadow is not None:
             self._works.opened.left_out = self._works.shadow.count_left_out

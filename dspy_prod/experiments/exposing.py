@@ -24,6 +24,7 @@ class Exposing:
         design: who gets what.
         trials: the store's, see `Trials`.
         most: units to remember.
+        made: when the experiment was, see `Exposure`.
 
     Example:
         >>> from dspy_prod.stores.memory import MemoryStore
@@ -32,11 +33,14 @@ class Exposing:
         True
     """
 
-    def __init__(self, experiment: str, design: Design, trials: Trials, most: int = MOST_KNOWN) -> None:
+    def __init__(
+        self, experiment: str, design: Design, trials: Trials, most: int = MOST_KNOWN, made: float | None = None
+    ) -> None:
         self.experiment = experiment
         self.design = design
         self._trials = trials
         self._most = most
+        self.made = made
         self._stage = self._full = 0
         self._known: OrderedDict[str, Assignment] = OrderedDict()
         self._after_fork()
@@ -82,7 +86,8 @@ class Exposing:
             return Assignment(self.design.variants[0], 1.0, stage, full, UNKNOWN)
         if found.random or found.how in (OVERRIDE, ELSEWHERE):  # the store notices a second arm within one stage
             at = self._trials.now()
-            self._trials.expose(Exposure(self.experiment, unit, stage, found.variant, found.propensity, at, found.full))
+            had = found.variant, found.propensity
+            self._trials.expose(Exposure(self.experiment, unit, stage, *had, at, found.full, self.made))
         with self._lock:
             if (stage, full) == (self._stage, self._full):
                 self._known[unit] = found

@@ -94,9 +94,9 @@ class Feedback:
             return 0
         self._page = answer["page"]
         unit = Declaration.from_json(trial.declaration).unit
-        return sum([self._kept(one, one.get(unit)) for one in answer["found"]])
+        return sum([self._kept(one, one.get(unit), trial.created) for one in answer["found"]])
 
-    def _kept(self, told: Mapping[str, Any], unit: str | None) -> bool:
+    def _kept(self, told: Mapping[str, Any], unit: str | None, made: float) -> bool:
         """Keep one assessment as an outcome, unless it is known."""
         said = (float(told["at"]), told["value"])
         if self._seen.get(told["id"]) == said:
@@ -119,5 +119,6 @@ class Feedback:
                 told["name"], told["trace"], self._name, why,
             )  # fmt: skip
             return False
-        self._trials.outcome(Outcome(self._name, unit, metric.name, float(value), said[0], f"mlflow:{told['id']}"))
+        id = f"mlflow:{told['id']}"
+        self._trials.outcome(Outcome(self._name, unit, metric.name, float(value), said[0], id, made))
         return True

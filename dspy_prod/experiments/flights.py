@@ -48,13 +48,16 @@ class Flights:
 
     Args:
         experiment: its name. trials: where it is told. clock: monotonic seconds, for tests.
+        made: when the experiment was, see `Exposure`.
     """
 
     _lock: threading.Lock
     _thread: threading.Thread | None
 
-    def __init__(self, experiment: str, trials: Trials, clock: Callable[[], float] = time.monotonic) -> None:
-        self._experiment, self._trials, self._clock = experiment, trials, clock
+    def __init__(
+        self, experiment: str, trials: Trials, clock: Callable[[], float] = time.monotonic, made: float | None = None
+    ) -> None:
+        self._experiment, self._trials, self._clock, self._made = experiment, trials, clock, made
         self._after_fork()
         reset_after_fork(self)
 
@@ -92,7 +95,7 @@ class Flights:
         return len(flights)
 
     def _tell(self, flight: Flight) -> None:
-        self._trials.underway(Underway(self._experiment, flight.unit, self._trials.now(), GRACE))
+        self._trials.underway(Underway(self._experiment, flight.unit, self._trials.now(), GRACE, self._made))
 
     def _run(self) -> None:
         while True:

@@ -69,8 +69,9 @@ class Recording(Inside):
         assert unit is not None
         whose = claimed(unit) if trace is None else unit
         moment = self._works.trials.now() if at is None else at
+        made = self._works.exposing.made
         for metric, value in checked.items():
-            self._works.trials.outcome(Outcome(self.name, whose, metric, value, moment, id))
+            self._works.trials.outcome(Outcome(self.name, whose, metric, value, moment, id, made))
             if trace is not None:
                 assessed(trace, metric, shown_as(values[metric], value), "code", None)
 

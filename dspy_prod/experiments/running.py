@@ -83,9 +83,9 @@ class Running(Inside):
             ConfigError: it is running or paused, and `force` is not given.
             StoreUnavailableError: the store cannot be used.
         """
-        known = tracked(self._works.trials.decisions(self.name)) is not None
+        kept = tracked(self._works.trials.decisions(self.name))
         remove(self._works.trials, self.name, force=force)
-        self._works.opened.controller.removed(known)
+        self._works.opened.controller.removed(kept)
         self._works.standing.look()
 
     def step(self) -> Scorecard:

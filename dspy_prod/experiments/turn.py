@@ -26,12 +26,14 @@ class Turn:
         variant: what answers. place: who calls, and how it came by the variant; None: for nobody, and nothing is said
             of the experiment. trials: where the call is told; None for one that counts for nothing.
         outer: the context in force. flights: where it is known for as long as it goes on.
+        made: when the experiment was, see `stores.trials.Exposure`.
 
     Attributes:
         prediction: what was answered, once it was. unpriced: what an LM call of it cost is not known.
     """
 
     __slots__ = (
+        "_made",
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
         *("_flight", "_flights", "_refused", "_report", "_until", "prediction", "unpriced", "variant"),
     )
@@ -43,8 +45,9 @@ class Turn:
         trials: Trials | None,
         outer: CallContext,
         flights: Flights | None = None,
+        made: float | None = None,
     ) -> None:
-        self.variant = variant
+        self.variant, self._made = variant, made
         self._place, self._trials = place, trials
         self._records = Records(outer.records)
         inner = outer if place is None else assigned(outer, place)
@@ -130,6 +133,6 @@ class Turn:
         trials.call(
             Call(
                 place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency,
-                place.variant, not self._ended,
+                place.variant, not self._ended, self._made,
             )
         )  # fmt: skip

@@ -68,17 +68,21 @@ class VariantsInMlflow:
         with self._lock:  # an operator and a controller may tell at once
             self._look(trial, stage, decision, evidence, spread, page)
 
-    def removed(self, salt: str, known: bool = False) -> None:
-        """End the runs of an experiment that was removed: those this process told of, and with `known` those that
-        others did, too.
+    def removed(self, salt: str, kept: Mapping[str, Any] | None = None) -> None:
+        """End the runs of an experiment that was removed: those this process told of, and those that others did.
+
+        Runs in another MLflow than the one that is told now stay as they are.
 
         Args:
-            salt: the experiment's.
+            salt: the experiment's. kept: where the audit says that its runs are, see `tracked`.
         """
         with self._lock:
-            if setup.courier() is None or (setup.courier() is not self._courier and not known):
+            courier = setup.courier()
+            if courier is not self._courier:  # what this process told of is elsewhere
+                self._courier, self._runs = courier, {}
+            if courier is None:
                 return
-            if known and not self._runs:
+            if not self._runs and kept is not None and _is_here(kept, courier):
                 its = variant_runs(self._name, salt, self._variants)
                 self._runs = {variant: TrackedRun(each.key, each.name) for variant, each in its.items()}
             for run in self._runs.values():
@@ -94,7 +98,7 @@ class VariantsInMlflow:
         if courier is None:
             return
         if courier is not self._courier:  # tracking was turned on, perhaps anew: nothing of this was told there
-            self._courier, self._open, self._told = courier, False, None
+            self._courier, self._runs, self._open, self._told = courier, {}, False, None
         declaration = Declaration.from_json(trial.declaration)
         if trial.state == words.CREATED:
             return
@@ -148,7 +152,7 @@ class VariantsInMlflow:
         experiment = self._courier.messages.experiment
         if where is None or experiment is None or None in ids.values():
             return
-        kept = {"uri": bare_url(where.uri), "experiment": experiment, "runs": ids}
+        kept = {"uri": bare_url(where.uri), "experiment": experiment, "runs": ids, "name": where.experiment}
         if kept == self._kept:
             return
         try:
@@ -161,12 +165,22 @@ class VariantsInMlflow:
             _log.warning("Where the runs of the experiment %s are cannot be kept now: %s", self._name, error)
 
 
+def _is_here(kept: Mapping[str, Any], courier: Any) -> bool:
+    """Whether runs are where tracking writes now. Which experiment of MLflow's that is, is known once it was reached;
+    before, it goes by the name, which audits of earlier releases do not have."""
+    where, found = setup.status(), courier.messages.experiment
+    if where is None or kept["uri"] != bare_url(where.uri):
+        return False
+    return bool(kept["experiment"] == found if found is not None else kept["name"] in (None, where.experiment))
+
+
 def tracked(audit: Sequence[words.Decision]) -> dict[str, Any] | None:
-    """Where the variants' runs are, as the audit says: `{"uri", "experiment", "runs"}`; None if it does not."""
+    """Where the variants' runs are, as the audit says: `{"uri", "experiment", "name", "runs"}`, of which the name is of
+    the experiment in MLflow, None where an earlier release has kept it; None if the audit does not say."""
     for line in reversed(audit):
         if line.what == TRACKED:
             said = json.loads(line.evidence)
-            return {name: said[name] for name in ("uri", "experiment", "runs")}
+            return {**{each: said[each] for each in ("uri", "experiment", "runs")}, "name": said.get("name")}
     return None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from dspy_prod.optimize.candidates import Progress, Watcher
@@ -18,7 +19,7 @@ _EVERY: Final = 0.25
 
 
 class Pulse:
-    """Beats while a run goes on.
+    """Beats while a run goes on. A signal handler may wake it, whatever the thread that it interrupts is about.
 
     Args:
         progress: tells how far the run is. watchers: are told; what they raise is logged.
@@ -28,14 +29,14 @@ class Pulse:
     def __init__(self, progress: Callable[[], Progress], watchers: Sequence[Watcher], beat: Callable[[], None]) -> None:
         self._progress, self._watchers, self._beat = progress, list(watchers), beat
         self._all = tuple(watchers)
-        self._woken = threading.Event()
+        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()  # an Event locks in Python, where handlers come in
         self._beats = False
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
     def wake(self) -> None:
         """Beat now: something happened."""
-        self._woken.set()
+        self._tell_thread()
         if self._thread is None:
             self._start()
 
@@ -51,19 +52,27 @@ class Pulse:
             with self._starting:
                 thread = self._thread
                 self._beats, self._thread = False, None
-            self._woken.set()
+            self._tell_thread()
             if thread is not None:
                 thread.join(5.0)
 
+    def _tell_thread(self) -> None:
+        if self._news.empty():
+            self._news.put(None)
+
     def _start(self) -> None:
-        with self._starting:
+        if not self._starting.acquire(blocking=False):
+            return  # somebody starts it, perhaps the very thread that a handler of a signal has interrupted
+        try:
             if self._beats and self._thread is None:
                 self._thread = begin("dspy_prod-optimization", self._go)
+        finally:
+            self._starting.release()
 
     def _go(self) -> None:
         while self._beats:
-            self._woken.wait(_EVERY)
-            self._woken.clear()
+            with suppress(queue.Empty):
+                self._news.get(timeout=_EVERY)
             try:
                 self._beat()
             except Exception:

@@ -37,6 +37,7 @@ from dspy_prod.optimize.sums import Sums
 from dspy_prod.optimize.task import Task
 from dspy_prod.optimize.terms import Terms
 from dspy_prod.policies.run import Run
+from dspy_prod.runtime.clock import SYSTEM_CLOCK, moment_on
 from dspy_prod.telemetry.events import BUS
 
 _ANSWERS: Final = 50
@@ -72,7 +73,8 @@ class Session(Phases):
         self._quiet = quiet
         self.began = time.monotonic()
         self._spent_before = spent_before
-        ends = min(current().deadline, inf if terms.max_time is None else self.began + terms.max_time)
+        told = moment_on(SYSTEM_CLOCK, current().deadline)
+        ends = min(told, inf if terms.max_time is None else self.began + terms.max_time)
         self.ends = None if ends == inf else ends
         self.search_ends = self.ends
         self.lms = LMs(run.store)

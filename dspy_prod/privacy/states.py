@@ -9,7 +9,7 @@ key of a predictor's state as an attribute, such as `forward`: only those that i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 SHAPING: Final = frozenset({
@@ -33,6 +33,11 @@ PREDICTOR: Final = frozenset({
 """Keys of a predictor's state that DSPy writes, or refuses in its own words; and `config`, see `beyond`."""
 
 _ENGINES: Final = ("engine", "async_engine")
+_OF_LMS: Final = frozenset({
+    "model_type", "num_retries", "api_base", "base_url", "model_list", "api_key", "extra_headers", "fallbacks",
+    *_ENGINES,
+})  # fmt: skip
+"""Keys of which one beside `model` shows that a mapping is the state of an LM."""
 
 
 def harmless(state: Mapping[str, Any], class_key: str, *, ours: bool) -> tuple[dict[str, Any], list[str]]:
@@ -72,6 +77,39 @@ def beyond(state: Mapping[str, Any], own: Collection[str] = ()) -> tuple[list[st
     if isinstance(config, Mapping):
         arguments = sorted(f"config.{name}" for name in config if name not in SHAPING)
     return sorted(str(name) for name in state if name not in PREDICTOR and name not in own), arguments
+
+
+def harmless_within(
+    value: Any, class_key: str, refused: Callable[[str, Mapping[str, Any], list[str]], None], at: str = ""
+) -> Any:
+    """A state of which nobody knows who reads it, with each LM in it made of what is harmless.
+
+    Args:
+        value: whatever a class wrote that is not DSPy's.
+        class_key: as of `harmless`.
+        refused: told (where, the LM's state, what is left out of it); it may raise.
+        at: where in the state it stands.
+    """
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(harmless_within(item, class_key, refused, f"{at}[{n}]") for n, item in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    if _is_lm(at, value, class_key):
+        ours = str(value.get(class_key)).startswith("dspy_prod.")
+        kept, left_out = harmless(value, class_key, ours=ours)
+        if left_out:
+            refused(at, value, left_out)
+        return {**kept, **{name: value[name] for name in _ENGINES if isinstance(value.get(name), str)}}
+    return {
+        key: harmless_within(item, class_key, refused, f"{at}.{key}" if at else str(key)) for key, item in value.items()
+    }
+
+
+def _is_lm(at: str, value: Mapping[str, Any], class_key: str) -> bool:
+    if class_key in value:
+        return True
+    named_so = at == "lm" or at.endswith(".lm")
+    return isinstance(value.get("model"), str) and (named_so or not _OF_LMS.isdisjoint(value))
 
 
 def _own_cache(value: Any) -> tuple[Any, list[str]]:

@@ -13,9 +13,9 @@ from typing import Any, Final
 import dspy
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY
 
-from dspy_prod.compat.dspy import keys_beside
+from dspy_prod.compat.saving import is_parameter, is_read_by_dspy, keys_beside
 from dspy_prod.errors import ConfigError
-from dspy_prod.privacy.states import beyond, harmless
+from dspy_prod.privacy.states import PREDICTOR, beyond, harmless, harmless_within
 
 _PLAIN: Final = (None, "dspy.clients.lm.LM", "dspy.clients.typesafe.TypeSafe")
 """Classes that DSPy loads without `allow_unsafe_lm_state`."""
@@ -32,40 +32,63 @@ def vouchless(program: Any, state: Mapping[str, Any]) -> dict[str, Any]:
         state: what `dspy.Module.save` wrote.
 
     Raises:
-        ConfigError: a predictor's state has keys that nobody writes, or arguments by which calls could go elsewhere.
+        ConfigError: a predictor's state has keys that its class does not write, or arguments by which calls could go
+            elsewhere.
     """
-    if isinstance(program, dspy.Predict):  # its state is that of the program, and `save` adds to it
+    if is_parameter(program):  # its state is that of the program, and `save` adds to it
         return _parameter("self", program, state, {"metadata"})
-    kept = dict(state)
-    for name, parameter in program.named_parameters():
-        if isinstance(state.get(name), Mapping):
-            kept[name] = _parameter(name, parameter, state[name])
-    return kept
+    parameters = dict(program.named_parameters())
+    return {
+        name: _parameter(name, parameters[name], value)
+        if name in parameters and isinstance(value, Mapping)
+        else _of_others(str(name), value)
+        for name, value in state.items()
+    }
 
 
 def _parameter(name: str, parameter: Any, state: Mapping[str, Any], more: Set[str] = frozenset()) -> dict[str, Any]:
-    strangers, arguments = beyond(state, keys_beside(parameter) | more)
-    if strangers or arguments:
-        raise ConfigError(
-            f"the saved state of {name!r} says {', '.join([*strangers, *arguments])}, which DSPy does not write and "
-            "which could change what its calls do: set it in the code, or load the state with "
-            "allow_unsafe_lm_state=True if you trust who wrote it"
-        )
-    lm = state.get("lm")
+    if is_read_by_dspy(parameter):
+        strangers, arguments = beyond(state, keys_beside(parameter, state) | more)
+        if strangers or arguments:
+            raise ConfigError(
+                f"the saved state of {name!r} says {', '.join([*strangers, *arguments])}, which "
+                f"{type(parameter).__name__} does not write and which could change what its calls do: set it in the "
+                "code, or load the state with allow_unsafe_lm_state=True if you trust who wrote it"
+            )
+    if not isinstance(parameter, dspy.Predict):
+        return {key: _lm(name, value) if key == "lm" else _of_others(name, value, key) for key, value in state.items()}
+    kept = {key: value if key in PREDICTOR else _of_others(name, value, key) for key, value in state.items()}
+    return {**kept, "lm": _lm(name, state["lm"])} if "lm" in state else kept
+
+
+def _lm(name: str, lm: Any) -> Any:
+    """The LM of a predictor, or of a `dspy.Flex`, for DSPy's loader, which refuses classes and engines of others."""
     if not isinstance(lm, Mapping) or lm.get(LM_CLASS_STATE_KEY) not in _PLAIN:
-        return dict(state)
+        return lm
     kept, left_out = harmless(lm, LM_CLASS_STATE_KEY, ours=False)
+    engines = {key: lm[key] for key in _ENGINES if key in lm}
+    _say(name, lm, [key for key in left_out if key not in engines])
+    return {**kept, **engines}
+
+
+def _of_others(name: str, value: Any, at: str = "") -> Any:
+    """What only a class that is not DSPy's reads: it may make LMs of it."""
+
+    def refused(where: str, lm: Mapping[str, Any], left_out: list[str]) -> None:
+        _say(f"{name}.{where}" if where else name, lm, left_out)
+
+    return harmless_within(value, LM_CLASS_STATE_KEY, refused, at)
+
+
+def _say(name: str, lm: Mapping[str, Any], left_out: list[str]) -> None:
     if "model" in left_out:
         raise ConfigError(
             f"the saved LM of {name!r} has an address for its model, to which prompts and a key would go; load the "
             "state with allow_unsafe_lm_state=True if you trust who wrote it"
         )
-    engines = {key: lm[key] for key in _ENGINES if key in lm}  # DSPy refuses those that are not its own
-    left_out = [key for key in left_out if key not in engines]
     if left_out:
         _log.warning(
             "The LM %s of %r is rebuilt without %s, by which its calls could go elsewhere; load the state with "
             "allow_unsafe_lm_state=True if you trust who wrote it",
             lm.get("model"), name, ", ".join(left_out),
         )  # fmt: skip
-    return {**state, "lm": {**kept, **engines}}

@@ -101,29 +101,34 @@ class MemoryTrials:
     def expose(self, exposure: Exposure) -> None:
         now = self.now()
         with self._lock:
-            kept = self._kept.get(exposure.trial)
+            kept = self._of(exposure)
             if kept is not None:
                 kept.expose(exposure, now)
 
     def call(self, call: Call) -> None:
         with self._lock:
-            kept = self._kept.get(call.trial)
+            kept = self._of(call)
             if kept is not None:
                 kept.call(call)
 
     def outcome(self, outcome: Outcome) -> None:
         now = self.now()
         with self._lock:
-            kept = self._kept.get(outcome.trial)
+            kept = self._of(outcome)
             if kept is not None:
                 kept.outcome(outcome, now)
 
     def underway(self, underway: Underway) -> None:
         now = self.now()
         with self._lock:
-            kept = self._kept.get(underway.trial)
+            kept = self._of(underway)
             if kept is not None:
                 kept.underway(underway, now)
+
+    def _of(self, post: Exposure | Call | Outcome | Underway) -> MemoryTrial | None:
+        """The experiment that something was posted of, if it is still that one."""
+        kept = self._kept.get(post.trial)
+        return kept if kept is not None and post.made in (None, kept.trial.created) else None
 
     def seen(self, name: str, unit: str) -> str | None:
         with self._lock:

@@ -1,4 +1,8 @@
-"""What is posted of an experiment's units, see `trials`: exposures, calls, what became of them, calls that go on."""
+"""What is posted of an experiment's units, see `trials`: exposures, calls, what became of them, calls that go on.
+
+Each may say of which experiment it is: `made`, when that was created, as `Trial.created` tells it. A process that still
+has one that was removed else told of its units in the next one of the same name.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ class Exposure(NamedTuple):
             is not taken in; but one that chance had given another arm in this stage has seen two.
         at: when.
         full: which candidates took no new units, a bit for each; with the stage it tells the propensities of all arms.
+        made: when the experiment was; where another one has the name, nothing is kept. None: of whichever there is.
     """
 
     trial: str
@@ -27,6 +32,7 @@ class Exposure(NamedTuple):
     propensity: float
     at: float
     full: int = 0
+    made: float | None = None
 
 
 class Call(NamedTuple):
@@ -40,6 +46,7 @@ class Call(NamedTuple):
         latency: seconds; None where it tells nothing (a cached answer).
         arm: what answered; a call of another arm than the unit's first one is none of its. None: of that arm.
         abandoned: whoever called left before it had ended.
+        made: as of `Exposure`.
     """
 
     trial: str
@@ -51,6 +58,7 @@ class Call(NamedTuple):
     latency: float | None = None
     arm: str | None = None
     abandoned: bool = False
+    made: float | None = None
 
 
 class Outcome(NamedTuple):
@@ -62,6 +70,7 @@ class Outcome(NamedTuple):
         at: when.
         id: what it is the value of (a call, a trace, an answer): said again under the same id it is a correction, and
             the last one before the unit is told holds; values of several ids are several. None: of the unit as a whole.
+        made: as of `Exposure`.
     """
 
     trial: str
@@ -70,6 +79,7 @@ class Outcome(NamedTuple):
     value: float
     at: float
     id: str | None = None
+    made: float | None = None
 
 
 class Underway(NamedTuple):
@@ -79,9 +89,11 @@ class Underway(NamedTuple):
         trial: the experiment's name. unit: the unit's.
         at: when that was so.
         seconds: for which it is waited for from then on.
+        made: as of `Exposure`.
     """
 
     trial: str
     unit: str
     at: float
     seconds: float = GRACE
+    made: float | None = None

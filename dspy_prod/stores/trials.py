@@ -114,7 +114,8 @@ class Trials(Protocol):
     def expose(self, exposure: Exposure) -> None:
         """A unit got an arm: the first time counts. Posted.
 
-        Nothing is kept of an experiment that is not there; so with the two below. A unit whose exposure was lost with
+        Nothing is kept of an experiment that is not there, or that is another one than it says (`made`); so with the
+        three below. A unit whose exposure was lost with
         its process is exposed when it comes again, to the same arm.
         """
         ...

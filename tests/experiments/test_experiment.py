@@ -13,6 +13,8 @@ import pytest
 
 import dspy_prod
 from dspy_prod import BudgetedOptimizer, ConfigError, Experiment, Metric, Production, Rollout, call_context, call_report
+from dspy_prod.experiments.flights import Flight
+from dspy_prod.experiments.operating import remove
 from dspy_prod.testing import Provider
 from dspy_prod.testing.faults import Status
 from tests.experiments.conftest import Triage
@@ -40,6 +42,30 @@ def units(exp: Experiment) -> dict[str, int]:
 
 
 # -- who gets what -----------------------------------------------------------------------------------------------------
+def test_a_process_that_still_has_a_removed_experiment_tells_the_next_one_of_its_name_nothing(
+    asked: Asked, store: str
+) -> None:
+    """Its shares were other ones: within two seconds the next one looked as if its units did not arrive as declared."""
+    asked()
+    old = two("e", store, metrics=[RESOLVED], weights={"control": 1, "new": 9}, refresh=3_600.0)
+    remove(old._works.trials, "e", force=True)
+    new = two("e", store, metrics=[RESOLVED])
+    for number in range(20):
+        ask(old, f"u{number}")
+        old.record(f"u{number}", resolved=0)
+    assert units(new) == {"control": 0, "new": 0}
+    ask(new, "u1")
+    old.record("u1", resolved=0)
+    new.record("u1", resolved=1)
+    for exp in (old, new):
+        exp._works.flights._tell(Flight("u1", 0.0, 0.0))
+    card = new.step()
+    assert sum(card.users.values()) == 1
+    assert sum(each.calls for each in new._works.trials.ended("e")) == 1
+    (unit,) = new._works.trials.matured("e", "resolved")
+    assert (unit.values.size, unit.values.total) == (1, 1.0)
+
+
 def test_a_unit_has_one_variant_however_it_calls(asked: Asked, store: str) -> None:
     """Also in a copy, and in an experiment that another process makes of the same store."""
     asked()

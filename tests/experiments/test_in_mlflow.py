@@ -328,6 +328,37 @@ def test_runs_end_when_their_experiment_is_removed(
     assert len(runs_of(uri)) == 2
 
 
+@pytest.mark.parametrize("by", ["the one that told", "another object", "beside a controller"])
+@pytest.mark.parametrize("place", ["another database", "another experiment"])
+def test_a_removal_makes_no_runs_in_another_mlflow(
+    by: str, place: str, uri: str, tmp_path: Path, track: Callable[..., None], asked: Asked, store: str
+) -> None:
+    """It made two there, at once "removed", while those that there are went on."""
+    track()
+    asked()
+    exp = two(store)
+    ask(exp, "u1")
+    exp.step()
+    assert tracking.flush(60.0)
+    exp.step()  # the audit knows the runs now
+    tracking.disable()
+    other = f"sqlite:///{tmp_path}/other.db" if place == "another database" else uri
+    track(tracking_uri=other, experiment_name="another")
+    with call_context(user="u2"):
+        exp.variants["control"].program(message="hi")  # a trace, so that its place is known
+    assert tracking.flush(60.0)
+    if by == "beside a controller":
+        exp._works.trials.remove(exp.name)
+        exp._works.opened.controller.step()
+    else:
+        (exp if by == "the one that told" else two(store)).remove(force=True)
+    assert tracking.flush(60.0)
+    client = MlflowClient(other)
+    there = client.get_experiment_by_name("another")
+    assert there is None or client.search_runs([there.experiment_id]) == []
+    assert {run.info.status for run in runs_of(uri).values()} == {"RUNNING"}
+
+
 def test_nothing_waits_for_mlflow_and_everything_follows(
     uri: str, database: Path, track: Callable[..., None], provider: Provider, asked: Asked, store: str
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,8 +16,11 @@ from dspy.teleprompt.teleprompt import Teleprompter
 import dspy_prod
 from benchmarks.world import World
 from dspy_prod import BudgetedOptimizer, ConfigError
+from dspy_prod.context.current import current, use
 from dspy_prod.optimize.session import Session
 from dspy_prod.optimize.states import key_of
+from dspy_prod.runtime.clock import Moment
+from dspy_prod.testing import FakeClock
 from tests.optimize.conftest import LARGER
 
 EXAMPLES = 16
@@ -535,6 +539,24 @@ def test_a_gate_of_a_phase_before_ends_no_later_one(
     assert best.optimization.stopped_by == "completed"
     assert best.optimization.candidates[-1].score is not None
     assert best.optimization.test is not None
+
+
+@pytest.mark.parametrize("shows", [0.0, 1e9])
+def test_a_deadline_of_another_clock_is_as_far_away_as_there(
+    shows: float, world: World, asked: Any, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was compared with the machine's clock: over at once, or never, whatever that one shows."""
+    sessions: list[Session] = []
+    go = Session.go
+    monkeypatch.setattr(Session, "go", lambda self: (sessions.append(self), go(self))[1])
+    clock = FakeClock()
+    clock.advance(shows)
+    with use(current()._replace(deadline=Moment.of(clock, clock.monotonic() + 300.0))):
+        best = budgeted(dspy.LabeledFewShot(k=3), store, metric=world.metric).compile(world.program(), **both(world))
+    assert best.optimization.stopped_by == "completed"
+    [session] = sessions
+    assert session.ends is not None
+    assert 0.0 < session.ends - time.monotonic() < 301.0
 
 
 def test_a_stop_between_two_phases_is_heard(

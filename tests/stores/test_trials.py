@@ -104,6 +104,36 @@ def test_what_cannot_be_is_refused(store: Store, windows: dict[str | None, float
         store.trials.matured("e", "other")
 
 
+def test_what_is_posted_of_a_removed_experiment_is_not_of_the_next_one_of_its_name(
+    still: Store, clock: FakeClock
+) -> None:
+    """A process that still had the old one told of its units in the new one, in one batch with those of it."""
+    old = made(still).created
+    still.trials.remove("e")
+    clock.advance(5.0)
+    new = made(still).created
+    for number in range(2):
+        for whose, moment in (("old", old), ("new", new), ("anybody", None)):
+            expose(still, f"{whose} {number}", made=moment)
+    assert [each.unit for each in still.trials.exposed("e")] == ["new 0", "anybody 0", "new 1", "anybody 1"]
+    for moment in (old, new, old, None):
+        call(still, "new 0" if moment else "anybody 0", arm="control", failed=moment == old, made=moment)
+        outcome(still, "new 0", 1.0 if moment == old else 0.0, id=f"{moment}", made=moment)
+    expose(still, "new 0", "cot", made=old)
+    still.trials.underway(Underway("e", "new 0", still.trials.now(), 5_000.0, old))
+    assert still.trials.ended("e") == [Ended("control", 2)]
+    assert still.trials.tally("e") == Tally(4)
+    assert still.trials.waiting("e")[None].until == still.trials.now() + WINDOWS[None] + 10.0
+    clock.advance(120.0)
+    (unit, *_) = still.trials.matured("e", "resolved")
+    assert (unit.unit, unit.values.size, unit.values.total) == ("new 0", 2, 0.0)
+    (unit, *_) = still.trials.matured("e", None)
+    assert (unit.unit, unit.calls.calls, unit.calls.failed) == ("new 0", 1, 0)
+    expose(still, "long", made=new)
+    still.trials.underway(Underway("e", "long", still.trials.now(), 5_000.0, new))
+    assert still.trials.waiting("e")[None].until == still.trials.now() + 5_000.0
+
+
 def test_a_removed_experiment_leaves_nothing_and_its_name_is_free(still: Store, clock: FakeClock) -> None:
     for name in ("e", "other"):
         made(still, name)

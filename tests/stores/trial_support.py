@@ -28,7 +28,7 @@ def expose(store: Store, unit: str, arm: str = "control", stage: int = 0, **fiel
 
 
 def outcome(store: Store, unit: str, value: float, metric: str = "resolved", id: str | None = None, **f: Any) -> None:
-    store.trials.outcome(Outcome(f.pop("trial", "e"), unit, metric, value, f.pop("at", store.trials.now()), id))
+    store.trials.outcome(Outcome(f.pop("trial", "e"), unit, metric, value, f.pop("at", store.trials.now()), id, **f))
 
 
 def call(store: Store, unit: str, **fields: Any) -> None:

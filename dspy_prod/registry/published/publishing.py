@@ -197,7 +197,7 @@ def _part(name: str, predictor: Any) -> _Part:
     for typed in (False, True):
         state = dumped(name, predictor, typed_demos=typed)
         twin = type("Twin", (), {})()
-        twin.__dict__.update(prepared(predictor, state))
+        twin.__dict__.update(prepared(predictor, state, allow_unsafe=True))
         if _rendered(twin, adapter, slots) == sent:
             return _Part(
                 name, state, chat_prompt(predictor, adapter), fields_of(predictor.signature),

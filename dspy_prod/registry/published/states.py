@@ -19,10 +19,11 @@ import pydantic
 from dspy.adapters.utils import serialize_for_json
 from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
 
-from dspy_prod.compat.dspy import input_keys, keys_beside
+from dspy_prod.compat.dspy import input_keys
+from dspy_prod.compat.saving import keys_beside, writes_more
 from dspy_prod.errors import ConfigError
 from dspy_prod.privacy.names import public
-from dspy_prod.privacy.states import beyond, harmless
+from dspy_prod.privacy.states import PREDICTOR, beyond, harmless, harmless_within
 from dspy_prod.registry.errors import RegistryError
 
 _OWN: Final = ("traces", "train", "demos", "lm", "typed_demos")
@@ -57,10 +58,18 @@ def dumped(name: str, predictor: Any, *, typed_demos: bool = False) -> str:
         ) from None
 
 
-def prepared(predictor: Any, text: str) -> dict[str, Any]:
-    """The attributes that give a predictor the state of a text; the predictor itself is left as it is."""
+def prepared(predictor: Any, text: str, allow_unsafe: bool = False) -> dict[str, Any]:
+    """The attributes that give a predictor the state of a text; the predictor itself is left as it is.
+
+    Without `allow_unsafe`, LMs in what a class of somebody's own has written are rebuilt as `restored_lm` does.
+    """
     state = json.loads(text)
     typed, demos = state.pop("typed_demos"), state.pop("demos")
+    if not allow_unsafe:
+        state = {
+            key: value if key in PREDICTOR else harmless_within(value, LM_CLASS_STATE_KEY, _left_out, key)
+            for key, value in state.items()
+        }
     clone = copy.copy(predictor)
     clone.load_state({**state, "lm": None, "demos": []})
     if not isinstance(clone.signature.instructions, str):
@@ -76,14 +85,22 @@ def check_keys(whose: str, predictor: Any, text: str, allow_unsafe: bool) -> Non
         whose: of which predictor and version, for messages.
         predictor: the predictor.
         text: what `dumped` gave, or what somebody made of it.
-        allow_unsafe: as in `restored_lm`: whether the arguments that go with each call (`config`) may be any.
+        allow_unsafe: as in `restored_lm`: whether the arguments that go with each call (`config`) may be any, and a
+            class that writes more than DSPy's may have written any key that no predictor has for something else.
 
     Raises:
-        RegistryError: the state has keys that nobody writes, or such arguments that may lead elsewhere.
+        RegistryError: the state has keys that the predictor's class does not write, or such arguments that may lead
+            elsewhere.
     """
-    strangers, arguments = beyond(json.loads(text), {"typed_demos", *keys_beside(predictor)})
+    state = json.loads(text)
+    strangers, arguments = beyond(state, {"typed_demos", *keys_beside(predictor, state, trusted=allow_unsafe)})
     if strangers:
-        raise RegistryError(f"{whose} has no {', '.join(strangers)} in its state; publish the program again")
+        trusting = writes_more(predictor) and not allow_unsafe
+        raise RegistryError(
+            f"{whose} has {', '.join(strangers)} in its state, which {type(predictor).__name__} does not write: "
+            "publish the program again"
+            + (", or load(..., allow_unsafe_lm_state=True) if you trust whoever may write to the registry" * trusting)
+        )
     if arguments and not allow_unsafe:
         raise RegistryError(
             f"{whose} would call with {', '.join(arguments)}, by which its calls could go elsewhere: say it in the "
@@ -128,14 +145,18 @@ def restored_lm(name: str, state: Mapping[str, Any] | None, allow_unsafe: bool) 
             return None
         state, left_out = harmless(state, LM_CLASS_STATE_KEY, ours=False)
         if left_out:
-            _log.warning(
-                "The LM %s of predictor %r is rebuilt without %s, by which its calls could go elsewhere: use set_lm, "
-                "or load(..., allow_unsafe_lm_state=True) if you trust whoever may write to the registry",
-                state.get("model"), name, ", ".join(left_out),
-            )  # fmt: skip
+            _left_out(name, state, left_out)
         if "model" not in state:
             return None  # an address stood there
     return BaseLM.load_state(dict(state), allow_custom_lm_class=allow_unsafe)
+
+
+def _left_out(name: str, state: Mapping[str, Any], left_out: list[str]) -> None:
+    _log.warning(
+        "The LM %s of predictor %r is rebuilt without %s, by which its calls could go elsewhere: use set_lm, "
+        "or load(..., allow_unsafe_lm_state=True) if you trust whoever may write to the registry",
+        None if "model" in left_out else state.get("model"), name, ", ".join(left_out),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -122,21 +122,29 @@ function(key, args)
     if not said or tonumber(till) > said then call('ZADD', calling, till, found.number) end
   end
 
-  local i = 6
+  -- 'm': what follows is of the experiment that was made then, or of any; it is left out where there is another one.
+  local i, its = 6, true
   while i <= #args do
     local kind = args[i]
-    if kind == 'e' then
-      expose(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6])
+    if kind == 'm' then
+      its = args[i + 1] == '' or tonumber(args[i + 1]) == tonumber(call('HGET', key, 'created'))
+      i = i + 2
+    elseif kind == 'e' then
+      if its then
+        expose(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6])
+      end
       i = i + 7
     elseif kind == 'c' then
-      called(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6], args[i + 7], args[i + 8],
-        args[i + 9], args[i + 10], args[i + 11])
+      if its then
+        called(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5], args[i + 6], args[i + 7], args[i + 8],
+          args[i + 9], args[i + 10], args[i + 11])
+      end
       i = i + 12
     elseif kind == 'w' then
-      goes_on(args[i + 1], args[i + 2])
+      if its then goes_on(args[i + 1], args[i + 2]) end
       i = i + 3
     else
-      valued(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5])
+      if its then valued(args[i + 1], args[i + 2], args[i + 3], args[i + 4], args[i + 5]) end
       i = i + 6
     end
   end

@@ -39,11 +39,15 @@ def metric_part(metric: str | None) -> str:
 def write_things(tables: Tables, connection: Connection, things: Sequence[Thing], now: float) -> None:
     """Add to the commit what a batch says of its experiments; it is known by the commit's id when tried again."""
     by_trial: dict[str, list[Value]] = {}
+    of: dict[str, float | None] = {}
     for thing in things:
         if _fits(thing):
             values = by_trial.get(thing.trial)
             if values is None:
                 values = by_trial[thing.trial] = [MOST_UNITS, MOST_VALUES, MOST_UNDERWAY, _exact(now), _exact(EARLY)]
+            if thing.made != of.get(thing.trial):
+                of[thing.trial] = thing.made
+                values += ("m", "" if thing.made is None else _exact(thing.made))
             values += _arguments(thing, now)
         else:
             _log.error("%r cannot be written, and is lost", thing)
@@ -67,6 +71,8 @@ def keys_of(connection: Connection, name: str) -> list[str]:
 def _fits(thing: Thing) -> bool:
     """Whether a thing is of the types that it says: one that is not would take its whole batch with it."""
     if not (isinstance(thing.trial, str) and isinstance(thing.unit, str) and _is_finite(thing.at)):
+        return False
+    if not (thing.made is None or _is_finite(thing.made)):
         return False
     if isinstance(thing, Exposure):
         whole = isinstance(thing.stage, int) and isinstance(thing.full, int)

@@ -94,13 +94,16 @@ def write_batch(
             _log.error("%r cannot be written, and is lost", thing)
     for name, some in by_trial.items():
         found = find(connection, ns, name)
-        if found is not None:
-            _Batch(connection, *found, now).write(some)
+        its = [] if found is None else [thing for thing in some if thing.made in (None, found[1].created)]
+        if found is not None and its:
+            _Batch(connection, *found, now).write(its)
 
 
 def _fits(thing: Thing) -> bool:
     """Whether a thing is of the types that it says: one that is not would take its whole batch with it."""
     if not (isinstance(thing.trial, str) and isinstance(thing.unit, str) and _is_finite(thing.at)):
+        return False
+    if not (thing.made is None or _is_finite(thing.made)):
         return False
     if isinstance(thing, Exposure):
         whole = isinstance(thing.stage, int) and isinstance(thing.full, int)

@@ -31,6 +31,17 @@ class Telling(dspy.Predict):  # type: ignore[misc]
         return {**super().dump_state(json_mode), "note": getattr(self, "note", None), "config": self.config}
 
 
+class Noting(dspy.Predict):  # type: ignore[misc]
+    """A predictor that has something more to save now and then."""
+
+    note: Any = None
+    endpoint = "http://here.invalid"
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        state: dict[str, Any] = super().dump_state(json_mode)
+        return state if self.note is None else {**state, "note": self.note}
+
+
 def put(program: Any, change: dict[str, Any], **more: Any) -> None:
     """Load what somebody made of the program's own state."""
     text = dumped("self", program)
@@ -108,3 +119,39 @@ def test_a_plain_lm_is_rebuilt_without_a_word(caplog: pytest.LogCaptureFixture) 
     put(program, {"lm": dspy.LM("openai/m", temperature=0.5).dump_state()})
     assert program.lm.kwargs["temperature"] == 0.5
     assert caplog.text == ""
+
+
+def test_a_predictor_that_saves_more_now_and_then_gets_it_back() -> None:
+    """Its own publication was refused, with "publish the program again", for a new predictor has no such key."""
+    published = Noting("question -> answer")
+    published.note = "found"
+    program = Noting("question -> answer")
+    put(program, json.loads(dumped("self", published)))
+    assert program.note == "found"
+
+
+@pytest.mark.parametrize("key", ["forward", "callbacks", "__class__"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_no_state_replaces_what_every_predictor_has(key: str, trusted: bool) -> None:
+    program = Noting("question -> answer")
+    with pytest.raises(RegistryError, match=rf"\b{key}\b in its state, which Noting does not write"):
+        put(program, {key: "x"}, allow_unsafe_lm_state=trusted)
+
+
+@pytest.mark.parametrize("key", ["endpoint", "fact 1"])
+def test_a_class_that_saves_more_gets_any_key_of_its_own_from_whom_one_trusts(key: str) -> None:
+    program = Noting("question -> answer")
+    with pytest.raises(RegistryError, match=rf"\b{key}\b.* or load\(\.\.\., allow_unsafe_lm_state=True\)"):
+        put(program, {key: "x"})
+    put(program, {key: "x"}, allow_unsafe_lm_state=True)
+    assert vars(program)[key] == "x"
+
+
+def test_an_lm_in_a_key_of_a_class_is_rebuilt_without_what_leads_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    program = Noting("question -> answer")
+    lm = {**PLAIN, "extra_headers": {"x": "y"}}
+    put(program, {"note": {"judge": lm}})
+    assert program.note == {"judge": PLAIN}
+    assert "extra_headers" in caplog.text
+    put(program, {"note": {"judge": lm}}, allow_unsafe_lm_state=True)
+    assert program.note == {"judge": lm}
