@@ -62,6 +62,8 @@ class _Hooked:
 
     ordinary: Callable[[Request], dict[str, Any] | None]
     """Gives the arguments of an ordinary call, None for a typed request, whose arguments DSPy makes."""
+    cleaned: Callable[[bytes], bytes]
+    """A page that is no answer without secrets: the native engine's error repeats the beginning of it."""
 
     def _arguments(self, request: Request, *, streaming: bool = False) -> dict[str, Any]:
         data = self.ordinary(request)
@@ -77,7 +79,7 @@ class _Hooked:
 
     def _response(self, raw: Any, request: Request) -> Response:
         stay = Stay() if self.stay is None else self.stay
-        if stay.odd and (native := read_as_native(stay.path, request, stay.body)) is not None:
+        if stay.odd and (native := self._native(request, stay)) is not None:
             return native
         text = stay.body.decode(errors="replace") if self.model_type == "chat" else ""
         inherited: Callable[[Any, Request], Response] = super()._response  # type: ignore[misc]
@@ -86,19 +88,21 @@ class _Hooked:
         )
         return replace(found, usage=Usage()) if stay.odd else found
 
+    def _native(self, request: Request, stay: Stay) -> Response | None:
+        return read_as_native(stay.path, request, stay.body, self.cleaned)
 
-def _read_as_native(request: Request, stay: Stay, failure: Exception) -> Response:
-    """The answer of which LiteLLM could make nothing, as the native engine reads it: what came, and its usage.
+    def _rescued(self, request: Request, stay: Stay, failure: Exception) -> Response:
+        """The answer of which LiteLLM could make nothing, as the native engine reads it: what came, and its usage.
 
-    Raises:
-        Exception: what the native engine says of it; that it cannot be read, where it came in a dialect that it does
-            not speak; or `failure`, LiteLLM's own, where no answer came whole.
-    """
-    if stay.came == "whole":
-        native = read_as_native(stay.path, request, stay.body)
-        if native is not None:
-            return native
-    raise _unread(stay, failure)
+        Raises:
+            Exception: what the native engine says of it; that it cannot be read, where it came in a dialect that it
+                does not speak; or `failure`, LiteLLM's own, where no answer came whole.
+        """
+        if stay.came == "whole":
+            native = self._native(request, stay)
+            if native is not None:
+                return native
+        raise _unread(stay, failure)
 
 
 def _unread(stay: Stay, failure: Exception) -> Exception:
@@ -136,7 +140,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
                 return super().complete(request)
         except Exception as error:
             failure = error
-        return _read_as_native(request, stay, failure)
+        return self._rescued(request, stay, failure)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """DSPy's stream, written here again because it cannot be asked for its source.
@@ -222,7 +226,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
                 return await super().complete(request)
         except Exception as error:
             failure = error
-        return _read_as_native(request, stay, failure)
+        return self._rescued(request, stay, failure)
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The same in a task, see `HookedLiteLLMEngine.stream`."""
