@@ -116,17 +116,18 @@ def _unread(stay: Stay, failure: Exception) -> Exception:
 
 @contextmanager
 def unread(stay: Stay) -> Iterator[None]:
-    """Have an error say that an answer had come, and that this is what it is about, where that came whole.
+    """The rest of an attempt, whose error says that an answer had come, and that it is about this, if it came whole.
 
     Raises:
         ProviderError: the answer came whole, and LiteLLM can make nothing of it.
     """
-    try:
-        yield
-        return
-    except Exception as error:
-        failure = error
-    raise _unread(stay, failure)
+    with stay:
+        try:
+            yield
+            return
+        except Exception as error:
+            failure = error
+        raise _unread(stay, failure)
 
 
 class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
@@ -134,13 +135,13 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
 
     def complete(self, request: Request) -> Response:
         """DSPy's, unless LiteLLM stumbles over an answer that came."""
-        stay = self._stay()
-        try:
-            with staying(stay):
-                return super().complete(request)
-        except Exception as error:
-            failure = error
-        return self._rescued(request, stay, failure)
+        with self._stay() as stay:
+            try:
+                with staying(stay):
+                    return super().complete(request)
+            except Exception as error:
+                failure = error
+            return self._rescued(request, stay, failure)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """DSPy's stream, written here again because it cannot be asked for its source.
@@ -151,12 +152,12 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         if self.model_type != "chat":  # such an answer comes whole, as it does for a plain `dspy.LM`
             yield from response_to_events(self.complete(request))
             return
-        stay = self._stay()
-        try:
-            yield from self._events(request, stay)
-        except Exception as error:
-            stay.mark(error)
-            raise
+        with self._stay() as stay:
+            try:
+                yield from self._events(request, stay)
+            except Exception as error:
+                stay.mark(error)
+                raise
 
     def _events(self, request: Request, stay: Stay) -> Iterator[StreamEvent]:
         data = self._arguments(request, streaming=True)
@@ -220,13 +221,13 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
 
     async def complete(self, request: Request) -> Response:
         """The same in a task."""
-        stay = self._stay()
-        try:
-            with staying(stay):
-                return await super().complete(request)
-        except Exception as error:
-            failure = error
-        return self._rescued(request, stay, failure)
+        with self._stay() as stay:
+            try:
+                with staying(stay):
+                    return await super().complete(request)
+            except Exception as error:
+                failure = error
+            return self._rescued(request, stay, failure)
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The same in a task, see `HookedLiteLLMEngine.stream`."""
@@ -234,14 +235,14 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
             for event in response_to_events(await self.complete(request)):
                 yield event
             return
-        stay = self._stay()
-        try:
-            async with aclosing(self._events(request, stay)) as events:
-                async for event in events:
-                    yield event
-        except Exception as error:
-            stay.mark(error)
-            raise
+        with self._stay() as stay:
+            try:
+                async with aclosing(self._events(request, stay)) as events:
+                    async for event in events:
+                        yield event
+            except Exception as error:
+                stay.mark(error)
+                raise
 
     async def _events(self, request: Request, stay: Stay) -> AsyncGenerator[StreamEvent, None]:
         data = self._arguments(request, streaming=True)
