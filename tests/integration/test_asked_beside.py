@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import socket
 import struct
@@ -171,6 +172,17 @@ def test_what_a_model_can_do_is_asked_in_vain(
         monkeypatch.setattr(_Hooked, "_response", late)
     assert ask(lm, way) == ["hello"]
     assert [(each.outcome, each.cost_nano, each.estimated) for each in records(lm)] == [("ok", TOLD, False)]
+    lm.close()
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+def test_no_answer_outlives_its_call(server: Server, way: str) -> None:
+    """LiteLLM's queue of logs kept the attempt's context, and that the answer: forty of them after a burst."""
+    lm = lm_at(server.url, "ollama_chat/any")
+    ask(lm, way)
+    gc.collect()
+    kept = [each.answer for each in gc.get_objects() if isinstance(each, Stay) and each.answer is not None]
+    assert [answer for answer in kept if str(answer.url).startswith(server.url)] == []
     lm.close()
 
 
