@@ -122,11 +122,17 @@ def _read_bare(
 
     try:
         return read_or_billed(of, answer, answer.json)
-    except Exception:
+    except Exception as error:
         clean = answer if cleaned is None else replace(answer, body=cleaned(answer.body))
         if clean.body == answer.body:
             raise
-    return read_or_billed(of, clean, clean.json)
+        billed = getattr(error, "billed", None)
+    try:
+        return read_or_billed(of, clean, clean.json)
+    except Exception as error:
+        if billed is not None:  # what was cleaned may tell less
+            error.billed = billed  # type: ignore[attr-defined]
+        raise
 
 
 _READ_BY: Final = (
