@@ -110,6 +110,7 @@ def _unread(stay: Stay, failure: Exception) -> Exception:
     if stay.came == "whole":
         error = ProviderError(f"The provider's answer cannot be read: {failure}")
         error.__cause__ = failure
+        error.billed = getattr(failure, "billed", None)  # type: ignore[attr-defined]
     stay.mark(error)
     return error
 
