@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from math import inf
 from typing import Any, Final
@@ -17,7 +17,7 @@ from dspy_prod.compat.foreign import names
 from dspy_prod.compat.httpx import staying
 from dspy_prod.compat.litellm_chunks import Chunks
 from dspy_prod.compat.lm15 import StreamEvent, read_as_native, read_or_billed
-from dspy_prod.compat.stay import Stay
+from dspy_prod.compat.stay import Stay, rejected
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
 names("dspy.clients.engines.litellm_engine", "LiteLLMEngine._arguments", "LiteLLMEngine._response")
@@ -96,21 +96,24 @@ class _Hooked:
 
         Raises:
             Exception: what the native engine says of it; that it cannot be read, where it came in a dialect that it
-                does not speak; or `failure`, LiteLLM's own, where no answer came whole.
+                does not speak; or `failure`, LiteLLM's own, where no answer came whole or LiteLLM's user rejects it.
         """
-        if stay.came == "whole":
+        if stay.came == "whole" and not rejected(failure):
             native = self._native(request, stay)
             if native is not None:
                 return native
+        elif stay.came == "whole":
+            with suppress(Exception):  # it is owed all the same
+                failure.billed = self._native(request, stay)  # type: ignore[attr-defined]
         raise _unread(stay, failure)
 
 
 def _unread(stay: Stay, failure: Exception) -> Exception:
     error = failure
-    if stay.came == "whole":
+    if stay.came == "whole" and not rejected(failure):
         error = ProviderError(f"The provider's answer cannot be read: {failure}")
         error.__cause__ = failure
-        error.billed = getattr(failure, "billed", None)  # type: ignore[attr-defined]
+        error.billed = getattr(failure, "billed", None)
     stay.mark(error)
     return error
 

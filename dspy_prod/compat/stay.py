@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from math import inf
+from traceback import walk_tb
 from types import FrameType
 from typing import Any, Final, Literal
 
@@ -20,6 +21,8 @@ _ASIDE: Final = frozenset({
 })  # fmt: skip
 """Functions of LiteLLM that send what asks no model: logs, hooks of the user's, and Ollama's `/api/show`. They run in
 threads and tasks of their own, which are given the attempt's context, and in the attempt's own, also after its end."""
+_REJECTING: Final = frozenset({"post_call_rules", "validate_schema", "async_post_call_success_deployment_hook"})
+"""Functions of LiteLLM by which it rejects an answer that it has read, for its user has said so."""
 
 
 class Stay:
@@ -104,11 +107,22 @@ class Stay:
         return "" if self.answer is None else str(self.answer.request.url.path)
 
     def mark(self, error: Exception) -> None:
-        """Have the error say as `came` what it was raised for: LiteLLM makes up a status for it."""
+        """Have the error say as `came` what it was raised for: LiteLLM makes up a status. And if it is `rejected`."""
         with suppress(AttributeError):
             error.came = self.came  # type: ignore[attr-defined]
+            error.rejected = self.came is not None and rejected(error)  # type: ignore[attr-defined]
             if self.code is not None and getattr(error, "provider_code", None) is None:
                 error.provider_code = self.code  # type: ignore[attr-defined]
+
+
+def rejected(error: BaseException) -> bool:
+    """Whether LiteLLM raised it for an answer that it could read: a rule, a schema or a hook of its user's says no."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(frame.f_code.co_name in _REJECTING for frame, _ in walk_tb(cause.__traceback__)):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _aside() -> bool:
