@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any
 
 from dspy_prod.compat.stay import Stay
@@ -28,7 +29,8 @@ def staying(stay: Stay | None = None) -> Iterator[None]:
     """Have no request that is sent here, but those that only fetch something, follow a redirect to another server.
 
     Such an answer is what it is, an error of status 3xx. Of any answer no more is read than `bounds` says, and nothing
-    for long after nobody waits for it. Whatever else the process sends is as it was.
+    for long after nobody waits for it. Whatever else the process sends is as it was, also what goes on in the context
+    of an attempt that is over.
     """
     if not _installed:
         _install()
@@ -53,14 +55,43 @@ def _install() -> None:
         def has_redirect_location(self: httpx.Response) -> bool:
             """Whether httpx may follow this answer somewhere. It asks of every answer before it reads any of it."""
             stay = _STAYS.get()
-            if stay is None:
+            if stay is None or stay.over:
                 return bool(found.fget(self))
-            stay.answer = self
-            bound(self, stay)
+            bound(self, stay if stay.hears(self) else Stay(stay.until))
             return bool(found.fget(self)) and not _leaves(self)
 
         httpx.Response.has_redirect_location = property(has_redirect_location)  # type: ignore[assignment,method-assign]
+        httpx.Client.send = _telling(httpx.Client.send)  # type: ignore[method-assign]
+        httpx.AsyncClient.send = _atelling(httpx.AsyncClient.send)  # type: ignore[method-assign]
         _installed = True
+
+
+def _telling(send: Any) -> Any:
+    """A client's method that sends, which tells the attempt first."""
+
+    @wraps(send)
+    def sending(self: Any, request: Any, **options: Any) -> Any:
+        _tell(request)
+        return send(self, request, **options)
+
+    return sending
+
+
+def _atelling(send: Any) -> Any:
+    """The same for tasks."""
+
+    @wraps(send)
+    async def sending(self: Any, request: Any, **options: Any) -> Any:
+        _tell(request)
+        return await send(self, request, **options)
+
+    return sending
+
+
+def _tell(request: Any) -> None:
+    stay = _STAYS.get()
+    if stay is not None:
+        stay.sends(request)
 
 
 def _leaves(response: Any) -> bool:

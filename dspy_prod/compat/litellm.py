@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from math import inf
 from typing import Any, Final
@@ -17,7 +17,7 @@ from dspy_prod.compat.foreign import names
 from dspy_prod.compat.httpx import staying
 from dspy_prod.compat.litellm_chunks import Chunks
 from dspy_prod.compat.lm15 import StreamEvent, read_as_native, read_or_billed
-from dspy_prod.compat.stay import Stay
+from dspy_prod.compat.stay import Stay, rejected
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
 names("dspy.clients.engines.litellm_engine", "LiteLLMEngine._arguments", "LiteLLMEngine._response")
@@ -62,6 +62,8 @@ class _Hooked:
 
     ordinary: Callable[[Request], dict[str, Any] | None]
     """Gives the arguments of an ordinary call, None for a typed request, whose arguments DSPy makes."""
+    cleaned: Callable[[bytes], bytes]
+    """A page that is no answer without secrets: the native engine's error repeats the beginning of it."""
 
     def _arguments(self, request: Request, *, streaming: bool = False) -> dict[str, Any]:
         data = self.ordinary(request)
@@ -77,7 +79,7 @@ class _Hooked:
 
     def _response(self, raw: Any, request: Request) -> Response:
         stay = Stay() if self.stay is None else self.stay
-        if stay.odd and (native := read_as_native(stay.path, request, stay.body)) is not None:
+        if stay.odd and (native := self._native(request, stay)) is not None:
             return native
         text = stay.body.decode(errors="replace") if self.model_type == "chat" else ""
         inherited: Callable[[Any, Request], Response] = super()._response  # type: ignore[misc]
@@ -86,43 +88,50 @@ class _Hooked:
         )
         return replace(found, usage=Usage()) if stay.odd else found
 
+    def _native(self, request: Request, stay: Stay) -> Response | None:
+        return read_as_native(stay.path, request, stay.body, self.cleaned)
 
-def _read_as_native(request: Request, stay: Stay, failure: Exception) -> Response:
-    """The answer of which LiteLLM could make nothing, as the native engine reads it: what came, and its usage.
+    def _rescued(self, request: Request, stay: Stay, failure: Exception) -> Response:
+        """The answer of which LiteLLM could make nothing, as the native engine reads it: what came, and its usage.
 
-    Raises:
-        Exception: what the native engine says of it; that it cannot be read, where it came in a dialect that it does
-            not speak; or `failure`, LiteLLM's own, where no answer came whole.
-    """
-    if stay.came == "whole":
-        native = read_as_native(stay.path, request, stay.body)
-        if native is not None:
-            return native
-    raise _unread(stay, failure)
+        Raises:
+            Exception: what the native engine says of it; that it cannot be read, where it came in a dialect that it
+                does not speak; or `failure`, LiteLLM's own, where no answer came whole or LiteLLM's user rejects it.
+        """
+        if stay.came == "whole" and not rejected(failure):
+            native = self._native(request, stay)
+            if native is not None:
+                return native
+        elif stay.came == "whole":
+            with suppress(Exception):  # it is owed all the same
+                failure.billed = self._native(request, stay)  # type: ignore[attr-defined]
+        raise _unread(stay, failure)
 
 
 def _unread(stay: Stay, failure: Exception) -> Exception:
     error = failure
-    if stay.came == "whole":
+    if stay.came == "whole" and not rejected(failure):
         error = ProviderError(f"The provider's answer cannot be read: {failure}")
         error.__cause__ = failure
+        error.billed = getattr(failure, "billed", None)
     stay.mark(error)
     return error
 
 
 @contextmanager
 def unread(stay: Stay) -> Iterator[None]:
-    """Have an error say that an answer had come, and that this is what it is about, where that came whole.
+    """The rest of an attempt, whose error says that an answer had come, and that it is about this, if it came whole.
 
     Raises:
         ProviderError: the answer came whole, and LiteLLM can make nothing of it.
     """
-    try:
-        yield
-        return
-    except Exception as error:
-        failure = error
-    raise _unread(stay, failure)
+    with stay:
+        try:
+            yield
+            return
+        except Exception as error:
+            failure = error
+        raise _unread(stay, failure)
 
 
 class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
@@ -130,13 +139,13 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
 
     def complete(self, request: Request) -> Response:
         """DSPy's, unless LiteLLM stumbles over an answer that came."""
-        stay = self._stay()
-        try:
-            with staying(stay):
-                return super().complete(request)
-        except Exception as error:
-            failure = error
-        return _read_as_native(request, stay, failure)
+        with self._stay() as stay:
+            try:
+                with staying(stay):
+                    return super().complete(request)
+            except Exception as error:
+                failure = error
+            return self._rescued(request, stay, failure)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """DSPy's stream, written here again because it cannot be asked for its source.
@@ -147,12 +156,12 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         if self.model_type != "chat":  # such an answer comes whole, as it does for a plain `dspy.LM`
             yield from response_to_events(self.complete(request))
             return
-        stay = self._stay()
-        try:
-            yield from self._events(request, stay)
-        except Exception as error:
-            stay.mark(error)
-            raise
+        with self._stay() as stay:
+            try:
+                yield from self._events(request, stay)
+            except Exception as error:
+                stay.mark(error)
+                raise
 
     def _events(self, request: Request, stay: Stay) -> Iterator[StreamEvent]:
         data = self._arguments(request, streaming=True)
@@ -216,13 +225,13 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
 
     async def complete(self, request: Request) -> Response:
         """The same in a task."""
-        stay = self._stay()
-        try:
-            with staying(stay):
-                return await super().complete(request)
-        except Exception as error:
-            failure = error
-        return _read_as_native(request, stay, failure)
+        with self._stay() as stay:
+            try:
+                with staying(stay):
+                    return await super().complete(request)
+            except Exception as error:
+                failure = error
+            return self._rescued(request, stay, failure)
 
     async def stream(self, request: Request) -> AsyncGenerator[StreamEvent, None]:
         """The same in a task, see `HookedLiteLLMEngine.stream`."""
@@ -230,14 +239,14 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
             for event in response_to_events(await self.complete(request)):
                 yield event
             return
-        stay = self._stay()
-        try:
-            async with aclosing(self._events(request, stay)) as events:
-                async for event in events:
-                    yield event
-        except Exception as error:
-            stay.mark(error)
-            raise
+        with self._stay() as stay:
+            try:
+                async with aclosing(self._events(request, stay)) as events:
+                    async for event in events:
+                        yield event
+            except Exception as error:
+                stay.mark(error)
+                raise
 
     async def _events(self, request: Request, stay: Stay) -> AsyncGenerator[StreamEvent, None]:
         data = self._arguments(request, streaming=True)

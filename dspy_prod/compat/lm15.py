@@ -122,11 +122,17 @@ def _read_bare(
 
     try:
         return read_or_billed(of, answer, answer.json)
-    except Exception:
+    except Exception as error:
         clean = answer if cleaned is None else replace(answer, body=cleaned(answer.body))
         if clean.body == answer.body:
             raise
-    return read_or_billed(of, clean, clean.json)
+        billed = getattr(error, "billed", None)
+    try:
+        return read_or_billed(of, clean, clean.json)
+    except Exception as error:
+        if billed is not None:  # what was cleaned may tell less
+            error.billed = billed  # type: ignore[attr-defined]
+        raise
 
 
 _READ_BY: Final = (
@@ -138,13 +144,16 @@ _READ_BY: Final = (
 """Who reads what was answered, by the end of the path that was asked."""
 
 
-def read_as_native(path: str, request: Request, body: bytes) -> Response | None:
+def read_as_native(
+    path: str, request: Request, body: bytes, cleaned: Callable[[bytes], bytes] | None = None
+) -> Response | None:
     """The answer that a body gives to the native engine, with its usage in OpenAI's way, as LiteLLM tells any.
 
     Args:
         path: where it was asked for, which tells its dialect.
         request: what was asked.
         body: what came.
+        cleaned: leaves of a body that cannot be read what an error may repeat, see `_read_bare`.
 
     Returns:
         None where the native engine does not speak the dialect, or where LiteLLM had asked for a text by way of a tool.
@@ -158,7 +167,7 @@ def read_as_native(path: str, request: Request, body: bytes) -> Response | None:
     reader = dialect(api_key="none", transport=None)
     heard = _HttpResponse(status=200, reason="OK", headers=[], body=body)
     try:
-        found = _read_bare(lambda answer: reader.parse_response(request, answer), heard)
+        found = _read_bare(lambda answer: reader.parse_response(request, answer), heard, cleaned)
     except Exception as error:
         billed = getattr(error, "billed", None)
         if billed is not None:

@@ -2,36 +2,92 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from math import inf
-from typing import Any, Literal
+from traceback import walk_tb
+from types import FrameType
+from typing import Any, Final, Literal
 
 Came = Literal["whole", "begun"]
+
+_FETCHING: Final = frozenset({"GET", "HEAD"})
+_FORM: Final = "application/x-www-form-urlencoded"
+"""How a token is asked for, see RFC 6749; no model is."""
+_ASIDE: Final = frozenset({
+    "success_handler", "async_success_handler", "failure_handler", "async_failure_handler",
+    "async_post_call_success_deployment_hook", "async_post_call_failure_deployment_hook",
+    "get_model_info", "get_model_info_helper",
+})  # fmt: skip
+"""Functions of LiteLLM that send what asks no model: logs, hooks of the user's, and Ollama's `/api/show`. They run in
+threads and tasks of their own, which are given the attempt's context, and in the attempt's own, also after its end."""
+_REJECTING: Final = frozenset({"post_call_rules", "validate_schema", "async_post_call_success_deployment_hook"})
+"""Functions of LiteLLM by which it rejects an answer that it has read, for its user has said so."""
 
 
 class Stay:
     """One attempt, as httpx sees it: what was answered, whatever the client above makes of it.
 
+    At the end of a `with` block it is over and lets its answer go, though tasks and threads may go on in its context.
+
     Args:
         until: when nobody waits for it any more (monotonic).
 
     Attributes:
-        answer: httpx's last answer; None when nothing was answered.
+        answer: httpx's answer to the last request that asked a model; None while that is not answered, or when the
+            attempt is over.
+        over: nothing that is sent from now on is for it.
         odd: a counter of tokens in it was no whole number, see `httpx_reading`.
         uncounted: a part of Anthropic's stream came after the last count of its output.
         reason: why it ended, as it says; the last such reason in it, empty where it says none.
         code: that of an error which it tells in Anthropic's language; None where it tells none.
     """
 
-    __slots__ = ("answer", "code", "odd", "reason", "uncounted", "until")
+    __slots__ = ("_asked", "answer", "code", "odd", "over", "reason", "uncounted", "until")
 
     def __init__(self, until: float = inf) -> None:
         self.until = until
+        self.over = False
+        self._asked = False
+        self._forget()
+
+    def _forget(self) -> None:
         self.answer: Any = None
         self.odd = False
         self.uncounted = False
         self.reason = ""
         self.code: str | None = None
+
+    def sends(self, request: Any) -> None:
+        """Hear of httpx's request that goes out now: if it asks a model, no earlier answer is the attempt's.
+
+        A picture that LiteLLM fetched, or a token, came with 200, and says nothing of a model that cannot be reached.
+        """
+        if self._asks(request):
+            self._asked = True
+            self._forget()
+
+    def hears(self, response: Any) -> bool:
+        """Take httpx's answer for the attempt's own, if it is to a request that asked a model; whether it is."""
+        own = self._asks(response.request)
+        if own:
+            self.answer = response
+        return own
+
+    def _asks(self, request: Any) -> bool:
+        if self.over or _aside():
+            return False
+        if request.method in _FETCHING:  # several providers are asked by POST and tell where the answer will be
+            return self._asked
+        return _FORM not in request.headers.get("content-type", "")
+
+    def __enter__(self) -> Stay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):  # one that is cancelled may still be sending, in a thread
+            self.over = True
+            self.answer = None
 
     @property
     def came(self) -> Came | None:
@@ -51,8 +107,28 @@ class Stay:
         return "" if self.answer is None else str(self.answer.request.url.path)
 
     def mark(self, error: Exception) -> None:
-        """Have the error say as `came` what it was raised for: LiteLLM makes up a status for it."""
+        """Have the error say as `came` what it was raised for: LiteLLM makes up a status. And if it is `rejected`."""
         with suppress(AttributeError):
             error.came = self.came  # type: ignore[attr-defined]
+            error.rejected = self.came is not None and rejected(error)  # type: ignore[attr-defined]
             if self.code is not None and getattr(error, "provider_code", None) is None:
                 error.provider_code = self.code  # type: ignore[attr-defined]
+
+
+def rejected(error: BaseException) -> bool:
+    """Whether LiteLLM raised it for an answer that it could read: a rule, a schema or a hook of its user's says no."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(frame.f_code.co_name in _REJECTING for frame, _ in walk_tb(cause.__traceback__)):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _aside() -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in _ASIDE:
+            return True
+        frame = frame.f_back
+    return False

@@ -96,7 +96,9 @@ TABLE: Final[dict[str, Row]] = {
         "401, 402, 403; key refused or credit used up, whatever the status", Verdict("error", fallback=True, owed=False)
     ),
     "model": Row("404, 410; the model is unknown or retired", Verdict("error", fallback=True, owed=False)),
-    "filtered": Row("a content filter; 451", Verdict("error", fallback=True, owed=False)),
+    "filtered": Row(
+        "a content filter, a rule or a schema of LiteLLM's; 451", Verdict("error", fallback=True, owed=False)
+    ),
     "unfit": Row(
         "any other 3xx or 4xx; too long for this model, `max_tokens` above its limit, a setting it does not take",
         Verdict("error", fallback=True, owed=False),

@@ -171,6 +171,25 @@ def test_a_usage_that_litellm_counted_itself_is_not_believed(server: Server, dia
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dialect", ["ollama-chat", "mistral"])
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_what_cannot_be_read_is_charged_as_told_whatever_the_dialect(server: Server, dialect: str, way: str) -> None:
+    """Of Ollama's, which the native engine does not speak, the usage was known, and lost: the bound was charged."""
+    said = {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "function": {"name": "", "arguments": {}}}]}
+    whole = {"model": "any", "created_at": "", "done": True, "done_reason": "stop", "message": said}
+    server.body = dumps({**whole, "prompt_eval_count": 11, "eval_count": 7})
+    if dialect == "mistral":
+        tool = {"id": "a", "type": "function", "function": {"name": "", "arguments": "{}"}}
+        server.body = dumps(body(lambda _, __, message: message.update(content="", tool_calls=[tool])))
+    lm = lm_at(server.url, dialect)
+    error = ask(lm, way)
+    assert isinstance(error, Exception)
+    assert [(each.outcome, each.cost_nano, each.estimated) for each in records(lm)] == [("error", TOLD, False)]
+    assert (records(lm)[0].input_tokens, records(lm)[0].output_tokens) == (11, 7)
+    lm.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_of_a_request_that_is_refused_nothing_is_owed(serve: MakeProvider, connect: MakeLM, way: str) -> None:
     """What was answered before it says nothing about it."""
     lm = connect(serve(faults=[None, Verbatim(body(), status=400)]), engine="litellm")

@@ -103,3 +103,34 @@ def test_what_was_completed_and_cannot_be_read_is_paid_once(
         (MODEL, "error", True),
         (CHEAP, "ok", False),
     ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("size", [1_000, 300_000])
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+def test_an_answer_that_repeats_the_key_is_charged_as_told(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str, size: int
+) -> None:
+    """Only its beginning was cleaned and read again: half a JSON, which tells no usage."""
+    key = "sk-test-0123456789abcdefghij"
+
+    def change(whole: dict[str, Any], _: Any, message: dict[str, Any]) -> None:
+        whole.update({"note": key + "x" * size, **whole})
+        message.update(tool_calls=5)
+
+    lm = connect(serve(faults=Verbatim(body(change))), engine=engine, api_key=key)
+    error = ask(lm, way)
+    assert isinstance(error, Exception)
+    assert "Unterminated" not in str(error)
+    assert [(record.outcome, record.cost_nano, record.estimated) for record in records(lm)] == [("error", TOLD, False)]
+
+
+def test_a_usage_is_known_though_what_was_cleaned_does_not_tell_it(
+    serve: MakeProvider, connect: MakeLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A secret of the environment may be a word that providers use."""
+    monkeypatch.setenv("ANY_KEY", "prompt_tokens")
+    lm = connect(serve(faults=Verbatim(told(content=None, tool_calls=5))), engine="lm15")
+    assert isinstance(ask(lm), Exception)
+    assert [(record.cost_nano, record.estimated) for record in records(lm)] == [(TOLD, False)]

@@ -206,3 +206,26 @@ def test_a_key_is_not_cut_in_two_at_the_end_of_a_page(status: int, ask: Ask) -> 
     assert PLAIN_KEY[:8] not in shown(caught.value)
     if status != 200 or ask in (sync, task):  # a stream has no such page in it
         assert "word word" in str(caught.value)
+
+
+@pytest.mark.parametrize("ask", [sync, task], ids=lambda ask: ask.__name__)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+@pytest.mark.parametrize("model", [MODEL, "anthropic/claude-sonnet-4-5", "gemini/gemini-2.5-flash", "cohere_chat/any"])
+def test_a_key_is_not_cut_in_two_where_a_page_is_no_answer(model: str, engine: str, ask: Ask) -> None:
+    """What LiteLLM cannot read, the native engine reads: its error told the first thirty characters of the key."""
+    page = "<html>" + "word " * 33 + PLAIN_KEY + "</html>"
+
+    class Handler(Silent):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.send_header("content-length", str(len(page)))
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+    engine = "auto" if model.startswith("cohere") else engine
+    with closing(Listening(Handler)) as server, pytest.raises(Exception) as caught:
+        ask(make_lm(server.url, model=model, prices={model: (1, 1)}, api_key=PLAIN_KEY, engine=engine))
+    assert "word word" in str(caught.value)
+    assert PLAIN_KEY[:8] not in shown(caught.value)

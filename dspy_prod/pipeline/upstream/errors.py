@@ -51,6 +51,7 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
         wrapped.retry_after = hint_in(headers, wrapped.retry_after)
         wrapped.should_retry = should_retry_in(headers)
         wrapped.came = getattr(raised, "came", None)
+        wrapped.rejected = getattr(raised, "rejected", False)
         # The native engine tells a status with every HTTP error: one without came inside an answer.
         wrapped.begun = isinstance(upstream.spec, str) and isinstance(wrapped, LMProviderError)
         if headers and not getattr(wrapped, "rate_limit_headers", None):

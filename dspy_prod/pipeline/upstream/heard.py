@@ -30,7 +30,7 @@ class Heard(NamedTuple):
         begun: the error came inside an answer that had begun.
         local: nothing was sent, for a reason that lies here.
         unreached: no connection was made.
-        shape: `garbled` or `unusable`: what was wrong with a complete answer.
+        shape: `garbled`, `unusable` or `filtered`: what was wrong with an answer.
         should_retry: what the header `x-should-retry` asks for.
     """
 
@@ -85,7 +85,9 @@ def heard(error: Exception) -> Heard:
     )
     hearsay = _hearsay(error, litellm) if in_body is None else _in_body(in_body)
     shape = None
-    if status is None or status < 300:
+    if getattr(error, "rejected", False):
+        shape = "filtered"
+    elif status is None or status < 300:
         if any(_unreadable(cause) for cause in causes) or (_GARBLED if litellm else _OVER).search(text):
             shape = "garbled"
         elif litellm and _UNUSABLE.search(text):

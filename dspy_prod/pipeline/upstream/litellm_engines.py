@@ -14,6 +14,7 @@ from dspy_prod.compat.litellm_forked import leave_to_the_parent
 from dspy_prod.pipeline.upstream.finish import untold_in, without_end
 from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
+from dspy_prod.pipeline.upstream.pages import without_secrets
 from dspy_prod.runtime.forking import PATIENCE, Stage, hold_while_forking, reset_after_fork
 
 _TIMEOUTS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -64,6 +65,7 @@ class _Extended:
     sent = staticmethod(_sent)
     received = staticmethod(_received)
     ended = staticmethod(told_end)
+    cleaned = staticmethod(without_secrets)
 
     def extended(self, extras: dict[str, Any]) -> Any:
         """The engine with arguments of LiteLLM's own vocabulary, which DSPy's engine refuses at construction."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from dspy_prod.compat import bounds
 from dspy_prod.privacy.known import blotted_in, known
 
 _CUT: Final = 200
@@ -14,10 +13,10 @@ _CUT: Final = 200
 def without_secrets(page: bytes) -> bytes:
     """A page without known secrets, for whoever cuts it: nobody knows half of one.
 
-    Of a page that is longer than any error's, only the beginning: more of it is not told.
+    It stays whole: one with status 200 is read once more, and half a JSON tells no usage and another error.
     """
     if len(page) <= _CUT:
         return page
-    text = page[: bounds.ERROR].decode(errors="surrogateescape")
+    text = page.decode(errors="surrogateescape")
     clean = blotted_in(text, known())
     return page if clean is text else clean.encode(errors="surrogateescape")
