@@ -393,6 +393,23 @@ def test_an_operator_lifts_a_pause(still: Store, clock: FakeClock, limit: RateLi
     assert not still.lift("unknown")
 
 
+def test_a_pause_is_lifted_also_for_those_whom_their_process_admits_alone(still: Store, clock: FakeClock) -> None:
+    """In the next outage the calls of this process waited for the rest of a pause that nobody else saw any more."""
+    limit = RateLimit(rpm=600, burst=600)
+    still.admit_alone(ask(budget=None, limit=limit))
+    still.throttled("provider", limit, 200.0)
+    waiting = still.admit_alone(ask(budget=None, limit=limit, horizon=still.now() + 1_000.0))
+    assert waiting.state == PENDING
+
+    assert still.lift("provider")
+
+    clock.advance(1.0)  # the lowered rate still paces
+    turn(still)
+    still.admit_alone(ask(budget=None, limit=limit, horizon=still.now() + 1_000.0))  # whoever comes serves the line
+    assert decided(waiting).state == GRANTED
+    assert not still.lift("provider")
+
+
 def test_what_the_provider_says_is_left_counts(still: Store, clock: FakeClock) -> None:
     limit = RateLimit(rpm=600, burst=600)
     granted(still, ask(budget=None, limit=limit))
