@@ -688,6 +688,19 @@ def test_a_call_that_left_late_is_counted_from_then(still: Store, clock: FakeClo
     assert store.holds() == 0
 
 
+@pytest.mark.parametrize("namespace", ["caf\udce9", "\ud83d", "a}b%"])
+def test_a_namespace_may_be_called_as_a_directory_is(make_store: Callable[..., Store], namespace: str) -> None:
+    """The default is the directory's name, which need not be UTF-8; a store on a server could not be opened then."""
+    for opened in range(1, 3):
+        store = make_store(namespace)
+        reservation = granted(store, ask())
+        store.settle(reservation, settlement(reservation, CENT))
+        assert store.flush(10)
+        before = opened if store.durable else 1
+        assert (store.account("day").spent, len(store.records())) == (before * CENT, before)
+        store.close()
+
+
 # -- ending ------------------------------------------------------------------------------------------------------------
 def test_closing_twice_is_harmless_and_reading_goes_on(store: Store) -> None:
     reservation = granted(store, ask())

@@ -96,7 +96,7 @@ class Connection:
         self._url = url
         self._most = most
         self._retries = retries
-        self._tag = "{dspy_prod:" + quote(namespace, safe="") + "}"
+        self._tag = "{dspy_prod:" + quote(namespace, safe="", errors="surrogatepass") + "}"
         self._client: redis.Redis | None = None
         self._node: tuple[str, int] | None = None  # of a cluster, which has this namespace
         self._gone: redis.Redis | None = None  # used before, perhaps still by other threads

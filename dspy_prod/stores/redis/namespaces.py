@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
@@ -79,6 +79,7 @@ def _names(client: redis.Redis) -> Iterator[str]:
         told: Any = client.scan(cursor, match=f"{_BEGIN}*{_END}", count=5_000)
         cursor, keys = told
         for key in keys:
-            yield unquote(key.decode()[len(_BEGIN) : -len(_END)])
+            with suppress(UnicodeDecodeError):  # else it is no key of ours
+                yield unquote(key.decode()[len(_BEGIN) : -len(_END)], errors="surrogatepass")
         if not cursor or time.monotonic() > until:
             return
