@@ -63,18 +63,19 @@ class Headers:
             raise ConfigError(f"headers={believed!r}: give a list of fields, or a mapping such as {{'user': 'X-User'}}")
         if not isinstance(believed, Iterable):
             raise ConfigError(f"headers={believed!r}: give a list of fields, or a mapping such as {{'user': 'X-User'}}")
-        named = dict(believed) if isinstance(believed, Mapping) else dict.fromkeys(believed, "")
+        named = list(believed.items()) if isinstance(believed, Mapping) else [(field, "") for field in believed]
         self._fields: list[tuple[bytes, str, str]] = []
-        for field, header in named.items():
-            tag = isinstance(field, str) and field.startswith(_TAG)
-            usual = USUAL.get(field) or ("X-Tag-" + field[len(_TAG) :] if tag else None)
+        for field, header in named:
+            usual = None
+            if isinstance(field, str):  # and not a list, which is in no table
+                usual = USUAL.get(field) or ("X-Tag-" + field[len(_TAG) :] if field.startswith(_TAG) else None)
             if usual is None or field == _TAG:
                 known = ", ".join(map(repr, (*USUAL, "tag:<key>")))
                 raise ConfigError(f"headers: {field!r} is said by no header; use {known}")
             if not isinstance(header, str) or _NAME.fullmatch(header or usual) is None:
                 raise ConfigError(f"headers: {field!r}: give the name of a header, got {header or usual!r}")
             self._add(field, header or usual)
-        if "deadline" not in named:
+        if "deadline" not in dict(named):
             for header in TIMEOUTS:
                 self._add("deadline", header)
 

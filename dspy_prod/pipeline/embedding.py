@@ -26,7 +26,7 @@ from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.running import stoppable
 from dspy_prod.pipeline.texts import Asked, sum_known
 from dspy_prod.pipeline.upstream.vectors import Vectors, texts_asked
-from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
+from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, LOOK, WAITING, Follower, home
 from dspy_prod.policies.vectors import shares
 from dspy_prod.runtime.clock import moment_on
 from dspy_prod.runtime.ids import IDS
@@ -74,11 +74,11 @@ def _join(asked: Asked, texts: Texts) -> tuple[Texts, dict[Hashable, tuple[str, 
     """(the texts that this call leads, those that it follows)."""
     led: Texts = {}
     followers: dict[Hashable, tuple[str, Follower]] = {}
-    flights, cache = asked.pipeline.flights, asked.cache
+    flights, cache, own = asked.pipeline.flights, asked.cache, home()
     assert cache is not None
     try:
         for key, text in texts.items():
-            follower = flights.join(key)
+            follower = flights.join(key, own)
             if follower is not None:
                 followers[key] = text, follower
                 continue
@@ -98,7 +98,7 @@ def _join(asked: Asked, texts: Texts) -> tuple[Texts, dict[Hashable, tuple[str, 
 
 def _lead(asked: Asked, texts: Texts) -> Steps:
     """Ask for texts, a batch at a time; whoever follows one gets its vector or the upstream's error."""
-    flights = asked.pipeline.flights
+    flights, own = asked.pipeline.flights, home()
     route = asked.pipeline.primary
     assert isinstance(route, EmbeddingRoute)
     keys, values = list(texts), list(texts.values())
@@ -127,13 +127,13 @@ def _lead(asked: Asked, texts: Texts) -> Steps:
 
         def pass_on() -> None:
             for key in left:
-                flights.hand_over(key)
+                flights.hand_over(key, own)
 
         REAPER.post(pass_on)  # perhaps inside the garbage collector
         raise
     finally:
         for key in pending:
-            flights.hand_over(key)
+            flights.hand_over(key, own)
 
 
 def _batch(asked: Asked, keys: list[Hashable], texts: list[str]) -> Steps:
@@ -202,7 +202,9 @@ def _follow(asked: Asked, followers: dict[Hashable, tuple[str, Follower]]) -> St
             break
         if monotonic() >= deadline:
             raise too_late(asked.call([text for text, _ in followers.values()]), "while waiting for an identical call")
-        yield from _wait(asked, followers, deadline)
+        yield from _wait(asked, followers, min(deadline, monotonic() + LOOK))
+        for key in followers:
+            pipeline.flights.look_after(key)
     if costs:
         waited = monotonic() - began
         record_served(pipeline, context, IDS.make(), asked.records, _NO_REQUEST, sum_known(costs), waited)
@@ -212,9 +214,9 @@ def _follow(asked: Asked, followers: dict[Hashable, tuple[str, Follower]]) -> St
 _NO_REQUEST: Final[Any] = None  # nothing looks at what a kept answer was asked
 
 
-def _wait(asked: Asked, followers: Mapping[Hashable, tuple[str, Follower]], deadline: float) -> Steps:
+def _wait(asked: Asked, followers: Mapping[Hashable, tuple[str, Follower]], until: float) -> Steps:
     def waiting() -> Steps:
-        yield Wait(_Any([follower for _, follower in followers.values()]), deadline)
+        yield Wait(_Any([follower for _, follower in followers.values()]), until)
 
     if not asked.context.guards:
         yield from waiting()
@@ -242,7 +244,7 @@ def _leave(asked: Asked, led: Texts, followers: Mapping[Hashable, tuple[str, Fol
             flights.hand_over(key)
         for key, (_, follower) in followers.items():
             if not flights.leave(key, follower) and follower.state == LEADS:
-                flights.hand_over(key)
+                flights.hand_over(key, follower.home)
 
     if collected:  # perhaps inside the garbage collector
         REAPER.post(leave)

@@ -42,7 +42,7 @@ from dspy_prod.pipeline.routes import Route
 from dspy_prod.pipeline.running import go_on, stoppable, taking
 from dspy_prod.pipeline.settling import failed, succeeded
 from dspy_prod.policies.retry import Attempts
-from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, WAITING, Follower
+from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, LOOK, WAITING, Follower, home
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import GRANTED
 
@@ -72,7 +72,8 @@ def _flow(call: Call) -> Flow:
     if call.streaming or call.alone or mode != "use" or not cache.options.single_flight:
         return (yield from _send(call))
     flights = pipeline.flights
-    follower = flights.join(key)
+    own = home()
+    follower = flights.join(key, own)
     if follower is not None:
         response = yield from _follow(call, key, follower)
         if response is not None:
@@ -89,12 +90,15 @@ def _flow(call: Call) -> Flow:
     lead = Lead(cache, key)
 
     def pass_on() -> None:
-        lead.end()
-        flights.hand_over(key)
+        if not flights.lost(key, own):
+            lead.end()
+            flights.hand_over(key, own)
 
     ended = False
     try:
         if lead.shared:
+            if follower is not None and flights.inherited(key):
+                lead.inherit()
             entry = yield from lead.wait(call)
             if entry is not None:
                 ended = True
@@ -129,14 +133,16 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any
 
     def give_up() -> None:
         if not flights.leave(key, follower) and follower.state == LEADS:
-            flights.hand_over(key)
+            flights.hand_over(key, follower.home)
 
     try:
         while follower.state == WAITING:
-            yield Wait(follower, call.deadline)
-            late = follower.state == WAITING and pipeline.clock.monotonic() >= call.deadline
-            if late and flights.leave(key, follower):
-                raise too_late(call, "while waiting for an identical call")
+            yield Wait(follower, min(call.deadline, pipeline.clock.monotonic() + LOOK))
+            if follower.state == WAITING:
+                if pipeline.clock.monotonic() < call.deadline:
+                    flights.look_after(key)
+                elif flights.leave(key, follower):
+                    raise too_late(call, "while waiting for an identical call")
     except BaseException as error:
         if isinstance(error, GeneratorExit):
             REAPER.post(give_up)
@@ -152,7 +158,7 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any
         assert follower.error is not None
         raise follower.error
     if pipeline.clock.monotonic() >= call.deadline:
-        flights.hand_over(key)
+        flights.hand_over(key, follower.home)
         raise too_late(call, "while waiting for an identical call")
     return None
 

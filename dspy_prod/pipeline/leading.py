@@ -57,6 +57,10 @@ class Lead:
         self._led = True
         return None
 
+    def inherit(self) -> None:
+        """End what a call of this process began that led before, and that nothing will go on with."""
+        self._cache.leave(self._name)
+
     def end(self, verdict: bool = False) -> None:
         """Ask upstream no more, see `stores.base.Flights.leave`. Posted."""
         if self._led:

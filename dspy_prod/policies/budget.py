@@ -118,12 +118,12 @@ class BudgetRule:
         """
         window, ends_at, accounts, options, begins_at = self._current
         if not begins_at <= wall < ends_at:  # a clock that went ahead may be set back
-            window, ends_at, accounts, options, _ = self._turn(wall)
+            window, ends_at, accounts, options, begins_at = self._turn(wall)
         value = _scope_value(options, context, model)
         place: Any = (context.run or PROCESS_RUN, value) if options.per == "run" else value
         account = accounts.get(place)
         if account is None:
-            account = _account(options, place if isinstance(place, tuple) else (place,), window, ends_at - wall)
+            account = _account(options, place if isinstance(place, tuple) else (place,), window, ends_at - begins_at)
             if len(accounts) >= _MAX_CACHED_ACCOUNTS:
                 accounts.clear()
             accounts[place] = account

@@ -2,17 +2,25 @@
 
 The first caller of a key leads; those who come while it works follow. An upstream verdict (an answer, or the
 upstream's own error) is shared with the followers already waiting. A leader's own fate (cancelled, out of time,
-refused in its own scope) is not: the lead passes to the next follower, who decides for itself.
+refused in its own scope) is not: the lead passes to the next follower, who decides for itself. So it does where the
+event loop of a leader was closed beneath it, which nobody tells: followers look.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import Any, Final
+
+from dspy_prod.compat.foreign import running_loop
+
+LOOK: Final = 1.0
+"""Seconds between looks of a follower whether its leader is still there."""
 
 WAITING: Final = 0
 ANSWERED: Final = 1
@@ -21,12 +29,31 @@ LEADS: Final = 3
 LEFT: Final = 4
 
 
+Home = weakref.ref[asyncio.AbstractEventLoop] | None
+"""The event loop that a caller runs in; None: a thread. Weak, for a loop that nobody has any more ends its tasks."""
+
+
+def home() -> Home:
+    """That of the caller."""
+    loop = running_loop()
+    return None if loop is None else weakref.ref(loop)
+
+
+def _gone(caller: Home) -> bool:
+    """Whether a caller will never go on, because its event loop is closed."""
+    if caller is None:
+        return False
+    loop = caller()
+    return loop is None or loop.is_closed()
+
+
 class Follower:
     """One caller waiting for a leader. `attach(wake)` as in `stores.base.Reservation`."""
 
-    __slots__ = ("error", "state", "value", "wake")
+    __slots__ = ("error", "home", "state", "value", "wake")
 
-    def __init__(self) -> None:
+    def __init__(self, home: Home) -> None:
+        self.home = home
         self.state = WAITING
         self.value: Any = None
         self.error: BaseException | None = None
@@ -38,29 +65,79 @@ class Follower:
         return self.state == WAITING
 
 
+class _Followers(deque[Follower]):
+    """Those of one flight.
+
+    Attributes:
+        leader: whom they follow.
+        inherited: the lead was taken from one that was gone, and could not end what it had begun.
+    """
+
+    def __init__(self, leader: Home) -> None:
+        super().__init__()
+        self.leader = leader
+        self.inherited = False
+
+
 class Flights:
     """The calls in flight, by key."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._flights: dict[Hashable, deque[Follower] | None] = {}
+        self._flights: dict[Hashable, _Followers | Home] = {}  # or the leader's home, while nobody follows
 
     def __len__(self) -> int:
         return len(self._flights)
 
-    def join(self, key: Hashable) -> Follower | None:
-        """None: you lead, and must end with `answer`, `fail` or `hand_over`. Else: wait as this follower."""
+    def join(self, key: Hashable, home: Home = None) -> Follower | None:
+        """None: you lead, and must end with `answer`, `fail` or `hand_over`. Else: wait as this follower.
+
+        Args:
+            home: where you run.
+        """
         with self._lock:
             flights = self._flights
             if key not in flights:
-                flights[key] = None
+                flights[key] = home
                 return None
             followers = flights[key]
-            if followers is None:
-                followers = flights[key] = deque()
-            follower = Follower()
+            if not isinstance(followers, _Followers):
+                followers = flights[key] = _Followers(followers)
+            follower = Follower(home)
             followers.append(follower)
+            if _gone(followers.leader):
+                self._inherit(key, followers)
             return follower
+
+    def following(self) -> int:
+        """Callers who wait for a leader."""
+        with self._lock:
+            return sum(len(each) for each in self._flights.values() if isinstance(each, _Followers))
+
+    def look_after(self, key: Hashable) -> None:
+        """Pass the lead on where the leader is gone. To be called now and then by who follows."""
+        with self._lock:
+            followers = self._flights.get(key)
+            if isinstance(followers, _Followers) and _gone(followers.leader):
+                self._inherit(key, followers)
+
+    def lost(self, key: Hashable, home: Home) -> bool:
+        """Whether the lead of a caller that was gone is another's now; then what it had begun is, too."""
+        return home is not None and self._leader(key) is not home
+
+    def inherited(self, key: Hashable) -> bool:
+        """Whether you lead in the place of one that is gone, and have to end what it had begun. Told once."""
+        with self._lock:
+            followers = self._flights.get(key)
+            told = isinstance(followers, _Followers) and followers.inherited
+            if told:
+                assert isinstance(followers, _Followers)
+                followers.inherited = False
+            return told
+
+    def _leader(self, key: Hashable) -> Home:
+        found = self._flights.get(key)
+        return found.leader if isinstance(found, _Followers) else found
 
     def leave(self, key: Hashable, follower: Follower) -> bool:
         """Stop following. False when the follower was decided meanwhile; if it `LEADS`, it must end the flight."""
@@ -69,7 +146,7 @@ class Flights:
                 return False
             follower.state = LEFT
             followers = self._flights.get(key)
-            if followers:
+            if isinstance(followers, _Followers):
                 with suppress(ValueError):  # its own flight has ended, these follow a later one
                     followers.remove(follower)
             return True
@@ -77,7 +154,7 @@ class Flights:
     def answer(self, key: Hashable, value: Any) -> None:
         """Share the leader's answer and end the flight."""
         followers = self._end(key)
-        if followers:
+        if isinstance(followers, _Followers):
             for follower in followers:
                 follower.value = value
                 self._decide(follower, ANSWERED)
@@ -85,23 +162,38 @@ class Flights:
     def fail(self, key: Hashable, error: BaseException) -> None:
         """Share the upstream's verdict and end the flight. Each follower gets a copy: tracebacks are per raise."""
         followers = self._end(key)
-        for follower in followers or ():
-            follower.error = _copied(error)
-            self._decide(follower, FAILED)
+        if isinstance(followers, _Followers):
+            for follower in followers:
+                follower.error = _copied(error)
+                self._decide(follower, FAILED)
 
-    def hand_over(self, key: Hashable) -> None:
-        """Pass the lead to the next follower, or end the flight when nobody follows."""
+    def hand_over(self, key: Hashable, home: Home = None) -> None:
+        """Pass the lead to the next follower, or end the flight when nobody follows.
+
+        Args:
+            home: where you run; nothing is done where the lead was `lost` meanwhile.
+        """
         with self._lock:
-            followers = self._flights.get(key)
-            while followers:
-                follower = followers.popleft()
+            if not self.lost(key, home):
+                self._pass_on(key)
+
+    def _inherit(self, key: Hashable, followers: _Followers) -> None:
+        followers.inherited = True
+        self._pass_on(key)
+
+    def _pass_on(self, key: Hashable) -> None:
+        followers = self._flights.get(key)
+        while isinstance(followers, _Followers) and followers:
+            follower = followers.popleft()
+            if not _gone(follower.home):
+                followers.leader = follower.home
                 follower.state = LEADS
                 if _woken(follower):
                     return
-                follower.state = LEFT  # under the same lock, so that it cannot pass the lead on as well
-            self._flights.pop(key, None)
+            follower.state = LEFT  # under the same lock, so that it cannot pass the lead on as well
+        self._flights.pop(key, None)
 
-    def _end(self, key: Hashable) -> deque[Follower] | None:
+    def _end(self, key: Hashable) -> _Followers | Home:
         with self._lock:
             return self._flights.pop(key, None)
 

@@ -18,7 +18,8 @@ class Account(NamedTuple):
         key: identity, e.g. `"day/tenant|acme|2026-11-23"`.
         limit: nano-USD.
         title: what to call it in an error, e.g. `"day/tenant=acme"`.
-        ends_in: seconds until the window ends (`inf` when it never does); for housekeeping only.
+        ends_in: seconds that the window lasts at most (`inf` when it has no end); for housekeeping only. Its whole
+            length, and not what is left of it by a wall clock that may be set back.
         budget: the title of the budget; the limit that its terms say wins over `limit`.
     """
 

@@ -247,6 +247,8 @@ def test_who_is_unknown_is_turned_away(kind: str) -> None:
         ({"headers": {"user": "X User"}}, ["'user'", "name of a header"]),
         ({"headers": ["tag:my feature"]}, ["'tag:my feature'", "name of a header"]),
         ({"headers": [5]}, ["5 is said by no header"]),
+        ({"headers": [["user"]]}, ["['user'] is said by no header", "use 'user'"]),
+        ({"headers": [{"user": "X-User"}]}, ["{'user': 'X-User'} is said by no header"]),
         ({"headers": 5}, ["headers=5", "list"]),
         ({"cancel": "no"}, ["cancel", "True or False"]),
         ({"deadline": "5"}, ["deadline='5'", "positive"]),

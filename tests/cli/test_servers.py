@@ -88,3 +88,12 @@ def test_who_may_not_look_for_names_is_told_of_none(
 def test_a_server_that_cannot_be_reached_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words("stop", "--all", url="redis://127.0.0.1:1/0", namespace="triage")) == 2
     assert "cannot be used" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_text_is_named_too(url: str, server: redis.Redis, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a directory may be called; and what has a name that none of ours can have is passed over."""
+    RedisStore(url, "caf\udce9").close()
+    server.set("{dspy_prod:%FF}:meta", "of somebody else")
+    server.execute_command("SET", b"{dspy_prod:\xff}:meta", "of somebody else")
+    assert main(words("status", url=url, namespace="trage")) == 2
+    assert "only 'caf\\udce9', 'the späti', 'triage';" in capsys.readouterr().err

@@ -113,8 +113,7 @@ def records(lm: dspy_prod.LM) -> list[dspy_prod.CallRecord]:
 
 def following(lm: dspy_prod.LM) -> int:
     """Calls that wait for an identical one."""
-    flights = lm.pipeline.flights._flights
-    return sum(len(followers or ()) for followers in flights.values())
+    return lm.pipeline.flights.following()
 
 
 def in_window(lm: dspy_prod.LM) -> float:

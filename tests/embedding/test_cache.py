@@ -192,9 +192,7 @@ def test_two_that_are_handed_a_text_each_do_not_wait_for_each_other(provider: Pr
         one = asyncio.create_task(embedder.acall(["x", "y"]))
         two = asyncio.create_task(embedder.acall(["y", "x"]))
         flights = embedder.pipeline.flights
-        await asyncio.to_thread(
-            provider.wait_until, lambda it: sum(map(len, filter(None, flights._flights.values()))) == 4
-        )
+        await asyncio.to_thread(provider.wait_until, lambda it: flights.following() == 4)
         # The second in line for y is first in line for nothing: let it be first.
         for followers in list(flights._flights.values())[1:]:
             followers.rotate(1)

@@ -83,7 +83,8 @@ class Task:
 
 def following(lm: Any) -> int:
     """Calls that wait for an identical one."""
-    return sum(len(followers or ()) for followers in lm.pipeline.flights._flights.values())
+    waiting: int = lm.pipeline.flights.following()
+    return waiting
 
 
 def breaker(lm: Any) -> Any:

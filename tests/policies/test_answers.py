@@ -204,9 +204,7 @@ def test_an_answer_that_is_shared_and_in_no_cache_is_given_again_to_all(url: str
         with ThreadPoolExecutor(8) as pool:
             first = pool.map(one, range(8))
             flights = lm.pipeline.flights
-            provider.wait_until(
-                lambda p: p.in_flight == 1 and sum(map(len, filter(None, flights._flights.values()))) == 7
-            )
+            provider.wait_until(lambda p: p.in_flight == 1 and flights.following() == 7)
             provider.release()
             assert len(set(first)) == 1
         assert [ordinal for ordinal, _ in rows(url)] == list(range(8))

@@ -90,7 +90,7 @@ def test_an_account_is_one_window_s() -> None:
     """Within the window it is the same object; from its end on another one."""
     days = rule(per="day")
     first = days.account(EMPTY, "m", NOON)
-    assert first == ("day|-|2026-11-28", 1_000_000_000, "day", DAY / 2, "day")
+    assert first == ("day|-|2026-11-28", 1_000_000_000, "day", DAY, "day")
     assert days.ends_at == NOON + DAY / 2
     assert days.account(EMPTY, "m", NOON + DAY / 2 - 1) is first
     assert days.account(EMPTY, "m", NOON + DAY / 2).key == "day|-|2026-11-29"

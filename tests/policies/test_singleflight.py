@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+
 import pytest
 
-from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, LEFT, WAITING, Flights, Follower
+from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, LEFT, WAITING, Flights, Follower, Home, home
 
 
 class Verdict(Exception):
@@ -182,3 +185,71 @@ def test_a_forked_child_has_no_flights_and_a_lock_that_nobody_holds() -> None:
         flights._after_fork()
         assert flights.join("k") is None
     assert len(flights) == 1
+
+
+# -- the leader's event loop is closed -------------------------------------------------------------------------------
+def loop_and_home() -> tuple[asyncio.AbstractEventLoop, Home]:
+    """An event loop, and what a caller says that runs in it."""
+    loop = asyncio.new_event_loop()
+
+    async def there() -> Home:
+        return home()
+
+    return loop, loop.run_until_complete(there())
+
+
+def test_a_thread_is_at_home_in_no_loop() -> None:
+    assert home() is None
+
+
+def test_a_follower_who_looks_takes_the_lead_of_one_whose_loop_is_closed() -> None:
+    flights = Flights()
+    loop, gone = loop_and_home()
+    assert flights.join("k", gone) is None
+    follower, states = following(flights)
+    flights.look_after("k")
+    assert (states, flights.lost("k", gone)) == ([], False)
+    loop.close()
+    flights.look_after("k")
+    assert (states, flights.lost("k", gone)) == ([LEADS], True)
+    assert [flights.inherited("k"), flights.inherited("k")] == [True, False]
+    other, heard = following(flights)
+    flights.hand_over("k", gone)  # collected at last
+    assert (other.state, heard) == (WAITING, [])
+    flights.answer("k", "the answer")
+    assert (follower.state, other.state, len(flights)) == (LEADS, ANSWERED, 0)
+
+
+def test_whoever_comes_after_the_loop_was_closed_leads_at_once() -> None:
+    flights = Flights()
+    loop, gone = loop_and_home()
+    assert flights.join("k", gone) is None
+    loop.close()
+    follower = flights.join("k")
+    assert follower is not None
+    assert (follower.state, flights.inherited("k")) == (LEADS, True)
+
+
+def test_a_loop_that_nobody_has_any_more_is_gone_too() -> None:
+    flights = Flights()
+    loop, gone = loop_and_home()
+    assert flights.join("k", gone) is None
+    follower, states = following(flights)
+    loop.close()
+    del loop
+    gc.collect()
+    flights.look_after("k")
+    assert (follower.state, states) == (LEADS, [LEADS])
+
+
+def test_the_lead_is_not_passed_to_a_loop_that_is_closed() -> None:
+    """Its task is woken without an error, and never goes on."""
+    flights, _ = flying()
+    loop, gone = loop_and_home()
+    dead = flights.join("k", gone)
+    assert dead is not None
+    dead.attach(lambda: None)
+    follower, states = following(flights)
+    loop.close()
+    flights.hand_over("k")
+    assert (dead.state, follower.state, states) == (LEFT, LEADS, [LEADS])

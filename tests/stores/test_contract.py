@@ -393,6 +393,23 @@ def test_an_operator_lifts_a_pause(still: Store, clock: FakeClock, limit: RateLi
     assert not still.lift("unknown")
 
 
+def test_a_pause_is_lifted_also_for_those_whom_their_process_admits_alone(still: Store, clock: FakeClock) -> None:
+    """In the next outage the calls of this process waited for the rest of a pause that nobody else saw any more."""
+    limit = RateLimit(rpm=600, burst=600)
+    still.admit_alone(ask(budget=None, limit=limit))
+    still.throttled("provider", limit, 200.0)
+    waiting = still.admit_alone(ask(budget=None, limit=limit, horizon=still.now() + 1_000.0))
+    assert waiting.state == PENDING
+
+    assert still.lift("provider")
+
+    clock.advance(1.0)  # the lowered rate still paces
+    turn(still)
+    still.admit_alone(ask(budget=None, limit=limit, horizon=still.now() + 1_000.0))  # whoever comes serves the line
+    assert decided(waiting).state == GRANTED
+    assert not still.lift("provider")
+
+
 def test_what_the_provider_says_is_left_counts(still: Store, clock: FakeClock) -> None:
     limit = RateLimit(rpm=600, burst=600)
     granted(still, ask(budget=None, limit=limit))
@@ -669,6 +686,19 @@ def test_a_call_that_left_late_is_counted_from_then(still: Store, clock: FakeClo
     store.settle(reservation, settlement(reservation, None))
     store.sent_late(reservation, store.now())  # it has ended
     assert store.holds() == 0
+
+
+@pytest.mark.parametrize("namespace", ["caf\udce9", "\ud83d", "a}b%"])
+def test_a_namespace_may_be_called_as_a_directory_is(make_store: Callable[..., Store], namespace: str) -> None:
+    """The default is the directory's name, which need not be UTF-8; a store on a server could not be opened then."""
+    for opened in range(1, 3):
+        store = make_store(namespace)
+        reservation = granted(store, ask())
+        store.settle(reservation, settlement(reservation, CENT))
+        assert store.flush(10)
+        before = opened if store.durable else 1
+        assert (store.account("day").spent, len(store.records())) == (before * CENT, before)
+        store.close()
 
 
 # -- ending ------------------------------------------------------------------------------------------------------------

@@ -7,25 +7,36 @@ from heapq import nlargest
 from math import inf
 from typing import Final
 
-from dspy_prod.stores.base import AccountState
+from dspy_prod.stores.base import Account, AccountState
 
 PRUNE_AFTER: Final = 7200.0
-"""Seconds for which an account is kept after its window has ended (late settlements still find it)."""
+"""Seconds for which an account is kept after its window has ended for sure (late settlements still find it)."""
 
 PRUNED_AT_ONCE: Final = 2_000
 """Accounts looked at in one step; calls wait for it."""
 
+NOTED_FOR: Final = 3600.0
+"""Seconds after which it is noted again that an account is in use. Less than `PRUNE_AFTER`, which makes up for it."""
+
+_MOST_NOTED: Final = 50_000
+
 
 class AccountEntry:
-    """One account. `ends_at` is the store time at which its window ends, `inf` while unknown."""
+    """One account.
 
-    __slots__ = ("ends_at", "held", "spent", "unconfirmed")
+    Attributes:
+        ends_at: store time at which its window has ended, whatever is done to the wall clock; `inf` while unknown.
+        note_at: store time from which a use of it moves `ends_at`.
+    """
+
+    __slots__ = ("ends_at", "held", "note_at", "spent", "unconfirmed")
 
     def __init__(self) -> None:
         self.spent = 0
         self.held = 0
         self.unconfirmed = 0
         self.ends_at = inf
+        self.note_at = -inf
 
 
 class AccountBook:
@@ -39,6 +50,8 @@ class AccountBook:
         self.entries: dict[str, AccountEntry] = {}
         self.dirty: set[str] = set()
         self._unseen: list[str] = []  # by the round of `prune` that is under way
+        self._noted: dict[str, tuple[float, float]] = {}  # `note_at` and `ends_at`, also of what is not in memory
+        self._unwritten: list[str] = []  # noted in the batch that is under way
 
     def get(self, key: str) -> AccountEntry:
         """The account, loaded or new."""
@@ -50,6 +63,31 @@ class AccountBook:
                 entry.spent, entry.held, entry.unconfirmed = stored
             self.entries[key] = entry
         return entry
+
+    def use(self, account: Account, now: float) -> None:
+        """Note that a call draws on an account: from now on its window lasts as long as a whole one at most.
+
+        How much of it is left by the wall clock does not count, because that clock may be set back: what was spent
+        would be forgotten within the same window, and could be spent once more.
+        """
+        entry = self.get(account.key)
+        if now <= entry.note_at:
+            return
+        noted = self._noted.get(account.key)
+        if noted is not None and now <= noted[0]:  # only forgotten in memory since
+            entry.note_at, entry.ends_at = noted
+            return
+        ends_at = now + account.ends_in
+        entry.note_at = now + NOTED_FOR
+        entry.ends_at = ends_at if entry.ends_at == inf else max(entry.ends_at, ends_at)
+        if self._load is None or ends_at == inf:
+            return
+        if len(self._noted) >= _MOST_NOTED:
+            self._noted.clear()
+        self._noted[account.key] = entry.note_at, entry.ends_at
+        self._unwritten.append(account.key)
+        if entry.spent or entry.held:  # also where the call is refused
+            self.dirty.add(account.key)
 
     def state(self, key: str) -> AccountState:
         """What the account holds; an unknown one holds nothing, and is not created."""
@@ -113,6 +151,17 @@ class AccountBook:
         for key in [key for key, entry in self.entries.items() if key.startswith(prefix) and not entry.held]:
             del self.entries[key]
             self.dirty.discard(key)
+
+    def written(self) -> None:
+        """What was to be written back is durable."""
+        self.dirty.clear()
+        self._unwritten.clear()
+
+    def undo(self) -> None:
+        """What was to be written back is not: it is noted again by whoever comes next."""
+        for key in self._unwritten:
+            self._noted.pop(key, None)
+        self._unwritten.clear()
 
     def forget(self) -> None:
         """Drop everything: a durable store's accounts are loaded again when needed."""

@@ -73,7 +73,7 @@ class Durable(Granting):
         """Everything but the verdicts and what they concern is durable, see `Changes`."""
         self.appended.clear()
         self.replaced.clear()
-        self.accounts.dirty.clear()
+        self.accounts.written()
         self.terms.dirty.clear()
 
     def again(self, fresh: Collection[Reservation]) -> None:
@@ -121,5 +121,6 @@ class Durable(Granting):
         changes.clear()
         self.appended.clear()
         self.replaced.clear()
+        self.accounts.undo()
         self.forget()
         return reservations

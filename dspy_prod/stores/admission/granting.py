@@ -68,8 +68,8 @@ class Granting:
         held: Account | None = None
         for account in reservation.accounts:
             state = entries.get(account.key) or self.accounts.get(account.key)
-            if state.ends_at == inf:
-                state.ends_at = now + account.ends_in
+            if now > state.note_at:
+                self.accounts.use(account, now)
             limit = limits.get(account.budget)
             if limit is None:
                 limit = self.terms.limit(account)

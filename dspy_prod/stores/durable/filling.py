@@ -106,6 +106,7 @@ class Filling:
             hold.amount += money
             core.accounts.hold(hold.accounts, money)
             for account in share.accounts:
+                core.accounts.use(account, now)
                 self._changes.bounds[account.key] = core.terms.limit(account)
         self._changes.undone.append(partial(_count_again, share, share.taken, share.amount, share.size))
         share.taken, share.amount, share.size = 0, share.amount * 7 // 8, share.size * 7 // 8

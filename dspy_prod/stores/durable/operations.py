@@ -56,6 +56,8 @@ class Operations:
 
     def settle_alone(self, done: Settlement, reservation: Reservation, now: float) -> None:
         """A call that its process admitted while nothing could be decided here."""
+        for account in reservation.accounts:
+            self.core.accounts.use(account, now)
         accounts = tuple([account.key for account in reservation.accounts])
         self.core.finish(Hold(done.id, accounts, 0, None, None, inf, None), done, now)
         self.core.sent_alone(reservation, done, now)

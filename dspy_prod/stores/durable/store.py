@@ -189,9 +189,9 @@ class DurableStore(ABC):
         self._mailbox.post((Transactions.resync, (limit_key, limit), remaining))
 
     def lift(self, limit_key: str) -> bool:
-        local = self._local.lift(limit_key)
+        local, alone = self._local.lift(limit_key), self._alone.lane.lift(limit_key)
         self._throttled.pop(limit_key, None)
-        return bool(self._mailbox.question(lambda core, _, now: core.lift(limit_key, now))) or local
+        return bool(self._mailbox.question(lambda core, _, now: core.lift(limit_key, now))) or local or alone
 
     def preview(self, reservation: Reservation) -> tuple[float, Refusal | None]:
         if is_local(reservation):

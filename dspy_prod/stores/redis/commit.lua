@@ -135,10 +135,12 @@ for place, each in ipairs(head.accounts) do -- ..., lifetime (0: for ever, -1: u
         if each[10] > 0 then redis.pcall('ZADD', KEYS[each[10]], now[1] or '0', each[9]) end
         local lasts = each[8]
         if lasts < 0 then lasts = redis.pcall('PTTL', key) == -1 and head.kept or 0 end
-        if lasts > 0 then
+        -- Never shorter than before: others may have used it since, or go by a wall clock that was ahead.
+        if lasts > redis.pcall('PTTL', key) + 1000 then
             redis.pcall('PEXPIRE', key, lasts)
             if redis.pcall('ZADD', KEYS[7], each[11], each[9]) == 1 then keep(KEYS[7]) end
-            if each[10] > 0 then redis.pcall('PEXPIRE', KEYS[each[10]], lasts) end
+            local window = each[10] > 0 and KEYS[each[10]]
+            if window and lasts > redis.pcall('PTTL', window) then redis.pcall('PEXPIRE', window, lasts) end
         end
     end
 end

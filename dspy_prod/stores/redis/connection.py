@@ -21,6 +21,8 @@ POOL: Final = 8
 """Connections at most."""
 HOPS: Final = 3
 """How often a command is sent on to another node of a cluster."""
+UNTOLD: Final = ("", "?")
+"""What a node of a cluster gives as a host where it tells none: that by which it is reached holds for all of them."""
 
 
 _OBJECTS: Final = frozenset({
@@ -96,7 +98,7 @@ class Connection:
         self._url = url
         self._most = most
         self._retries = retries
-        self._tag = "{dspy_prod:" + quote(namespace, safe="") + "}"
+        self._tag = "{dspy_prod:" + quote(namespace, safe="", errors="surrogatepass") + "}"
         self._client: redis.Redis | None = None
         self._node: tuple[str, int] | None = None  # of a cluster, which has this namespace
         self._gone: redis.Redis | None = None  # used before, perhaps still by other threads
@@ -136,7 +138,7 @@ class Connection:
         if isinstance(error, redis.exceptions.MovedError) and not self._url.startswith("unix:"):
             client = self._client
             known = {} if client is None else client.connection_pool.connection_kwargs
-            self._go(client, (error.host or known.get("host", ""), error.port))
+            self._go(client, (known.get("host", "") if error.host in UNTOLD else error.host, error.port))
             return True
         if self._node is not None and isinstance(error, (redis.ConnectionError, redis.TimeoutError, OSError)):
             self._go(self._client, None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
-from dspy_prod.stores.redis.connection import ANSWER, CONNECT, Connection
+from dspy_prod.stores.redis.connection import ANSWER, CONNECT, UNTOLD, Connection
 
 if TYPE_CHECKING:
     import redis
@@ -52,7 +52,8 @@ def _client(url: str, node: tuple[str, int] | None = None) -> Iterator[redis.Red
 
     pool = redis.ConnectionPool.from_url(url, socket_connect_timeout=CONNECT, socket_timeout=ANSWER)
     if node is not None:
-        pool.connection_kwargs["host"] = node[0] or pool.connection_kwargs.get("host", "")
+        if node[0] not in UNTOLD:
+            pool.connection_kwargs["host"] = node[0]
         pool.connection_kwargs["port"] = node[1]
     try:
         yield redis.Redis(connection_pool=pool)
@@ -70,7 +71,7 @@ def _nodes(url: str) -> list[tuple[str, int] | None]:
             slots: Any = client.execute_command("CLUSTER SLOTS")  # type: ignore[no-untyped-call]
     except (redis.RedisError, OSError):  # it is none, or the user may not ask
         return [None]
-    return list({(primary[0].decode(), primary[1]): None for _, _, primary, *_ in slots})
+    return list({((primary[0] or b"").decode(), primary[1]): None for _, _, primary, *_ in slots})
 
 
 def _names(client: redis.Redis) -> Iterator[str]:
@@ -79,6 +80,7 @@ def _names(client: redis.Redis) -> Iterator[str]:
         told: Any = client.scan(cursor, match=f"{_BEGIN}*{_END}", count=5_000)
         cursor, keys = told
         for key in keys:
-            yield unquote(key.decode()[len(_BEGIN) : -len(_END)])
+            with suppress(UnicodeDecodeError):  # else it is no key of ours
+                yield unquote(key.decode()[len(_BEGIN) : -len(_END)], errors="surrogatepass")
         if not cursor or time.monotonic() > until:
             return

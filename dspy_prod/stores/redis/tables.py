@@ -7,7 +7,7 @@ Nobody is locked out while somebody decides; only who found something changed ha
 Keys, all beginning with the namespace (`Connection.key`):
 
     meta            hash: `born` tells whether the server lost what it had, `n` counts commits, `terms` their version
-    account:<key>   hash: spent, held, unconfirmed, version; kept for two hours after its window
+    account:<key>   hash: spent, held, unconfirmed, version; kept for a window and two hours after its use
     names           sorted set of accounts, for prefixes; ends: by when their windows end; bounded by the accounts
     window:<a>:<b>  sorted set: the accounts of a budget in a window by what they spent; kept as long as they
     limiter:<key>   hash: state, settings, version; kept for a day after its last use

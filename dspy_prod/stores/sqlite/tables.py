@@ -41,7 +41,8 @@ from dspy_prod.stores.sqlite.timing import StoreTime
 
 PUT_ACCOUNT: Final = (
     "INSERT INTO accounts VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "
-    "spent = excluded.spent, held = excluded.held, unconfirmed = excluded.unconfirmed"
+    "spent = excluded.spent, held = excluded.held, unconfirmed = excluded.unconfirmed, "
+    "ends_at = CASE WHEN excluded.ends_at > ends_at THEN excluded.ends_at ELSE coalesce(ends_at, excluded.ends_at) END"
 )
 PUT_LIMITER: Final = (
     "INSERT INTO limiters VALUES (?, ?, ?, ?) ON CONFLICT (ns, key) DO UPDATE SET "

@@ -149,7 +149,7 @@ class _Batch:
         self._marks = read_marks(connection, id)
         self._last = last_number(connection, id)
         self._units: dict[str, _Unit] = {}
-        self._later: dict[tuple[int, int], tuple[str, int]] = {}
+        self._later: dict[int, dict[int, tuple[str, int]]] = {}  # arm and whether it was full, by unit and stage
         self._new_later: list[tuple[Any, ...]] = []
         self._arms: dict[tuple[int, str, int], list[int]] = {}
         self._calls: dict[int, tuple[Calls, Calls]] = {}
@@ -187,7 +187,7 @@ class _Batch:
             if type(thing) is Exposure and (unit := self._units.get(joined(thing.unit))) and unit.stage != thing.stage
         }
         for number, stage, arm, filled in self._each("trial_later", "number, stage, arm, filled", "number", moved):
-            self._later[number, stage] = (arm, filled)
+            self._later.setdefault(number, {})[stage] = (arm, filled)
         if self._trial.windows.get(None) == 0:
             asked = {numbers.get(joined(thing.unit)) for thing in things if type(thing) is Call}
             self._called = {number for (number,) in self._each("trial_calls", "number", "number", asked - {None})}
@@ -220,10 +220,12 @@ class _Batch:
             self._units[name] = _Unit(self._last, stage, arm, filled, at, False, exposure.propensity, fresh=True)
             self._count(stage, arm, filled, 1, 1)
             return
-        known = (unit.arm, unit.filled) if stage == unit.stage else self._later.get((unit.number, stage))
+        later = self._later.get(unit.number, {})
+        known = (unit.arm, unit.filled) if stage == unit.stage else later.get(stage)
         if known is None and chance:
-            self._count(stage, arm, filled, units=1, entered=self._enters(unit, arm))
-            self._later[unit.number, stage] = (arm, filled)
+            entered = arm != unit.arm and all(arm != each for each, _ in later.values())  # it was in other arms only
+            self._count(stage, arm, filled, units=1, entered=entered)
+            self._later.setdefault(unit.number, later)[stage] = (arm, filled)
             self._new_later.append((self._id, unit.number, stage, arm, filled))
         elif known is not None and known[0] != arm and not unit.mixed:
             unit.mixed = True
@@ -231,11 +233,6 @@ class _Batch:
             self._count(stage, *known, mixed=1)
             if not unit.fresh:
                 self._connection.execute(_MIX, (unit.left_out, self._id, unit.number))
-
-    def _enters(self, unit: _Unit, arm: str) -> bool:
-        """Whether it was in other arms only."""
-        later = [each for (number, _), (each, _) in self._later.items() if number == unit.number]
-        return arm not in (unit.arm, *later)
 
     def _call(self, call: Call) -> None:
         unit, window = self._units.get(joined(call.unit)), self._trial.windows.get(None)

@@ -120,6 +120,22 @@ def test_the_namespaces_of_all_nodes_are_known(nodes: list[Node]) -> None:
         assert namespaces(node.url) == sorted([low, high])
 
 
+@pytest.mark.parametrize("told", ["unknown-endpoint", "hostname"])
+def test_nodes_that_do_not_tell_where_they_are_are_reached_as_the_url_says(nodes: list[Node], told: str) -> None:
+    """They give no host, or `?` for a name that they have not: behind an address that all of them have in common."""
+    first, *_ = nodes
+    names = [namespace_of(first.url, slots) for slots in (range(SLOTS // 2), range(SLOTS // 2, SLOTS))]
+    for node in nodes:
+        node.tell("CONFIG SET", "cluster-preferred-endpoint-type", told)
+    for namespace in names:
+        with closing(RedisStore(first.url, namespace)) as store:
+            one = granted(store, ask(40 * CENT))
+            store.settle(one, settlement(one, 40 * CENT))
+            assert spent(store) == 40 * CENT
+    for node in nodes:
+        assert namespaces(node.url) == sorted(names)
+
+
 def moved_to(node: Node, namespace: str) -> int | None:
     try:
         node.client.get(Connection(node.url, namespace).key("meta"))
