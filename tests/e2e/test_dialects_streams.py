@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dspy_prod import CircuitBreaker
 from dspy_prod.testing.dialects import dumps
 from tests.e2e.support import outcome, records, request
 from tests.e2e.test_dialects import ANTHROPIC, COUNTS, TOLD, Server, lm_at, server
@@ -146,3 +147,19 @@ def test_what_is_no_whole_number_is_no_count_in_a_stream(server: Server, way: st
             assert record.estimated, (name, counter)
             assert (record.cost_nano or 0) > TOLD
             lm.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+def test_a_prompt_that_is_blocked_is_not_asked_again(server: Server, engine: str, way: str) -> None:
+    """Such a stream says nothing else: it passed for one that broke off, and was paid as often as it was tried."""
+    blocked = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 11}}
+    server.kind = "text/event-stream"
+    server.body = written([json.dumps(blocked)])
+    lm = lm_at(server.url, "gemini", engine, breaker=CircuitBreaker())
+    seen, said = streamed(lm, way)
+    assert seen == []
+    assert isinstance(said, Exception)
+    assert [record.outcome for record in records(lm)] == ["error"]
+    assert lm.pipeline.primary.breaker.snapshot().failures == 0
+    lm.close()
