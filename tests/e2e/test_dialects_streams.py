@@ -100,7 +100,7 @@ STREAMS: dict[str, list[list[str]]] = {
         message(), message(told={}), message(None, {}), message()[:4], [], message("end_turn", AT_END, "null"),
         message("end_turn", AT_END, "[1]"), message("end_turn", AT_END, '{"a":'), [failed("overloaded_error")],
         [failed("invalid_request_error")], [failed("rate_limit_error")],
-        message("end_turn", AT_END, failed("overloaded_error")),
+        message("end_turn", AT_END, failed("overloaded_error")), message(None), message()[:1],
     ],
 }  # fmt: skip
 

@@ -213,6 +213,20 @@ def test_a_stream_cut_by_a_clean_end_is_no_answer(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("rest", [USAGE, USAGE + DONE], ids=["cut", "done"])
+@pytest.mark.parametrize("said", [chunk({"content": "hel"}), ""], ids=["half", "nothing"])
+def test_a_stream_without_its_end_costs_what_it_told(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str, rest: str, said: str
+) -> None:
+    """LiteLLM raises for it, and all of its bound was charged."""
+    lm = connect(serve(faults=Verbatim(START + said + rest)), engine=engine)
+    assert isinstance(stream(lm, way)[1], Exception)
+    (record,) = records(lm)
+    assert (record.outcome, record.cost_nano, record.estimated) == ("error", TOLD, False)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("rest", [USAGE + DONE, DONE], ids=["told", "untold"])
 @pytest.mark.parametrize("reason", ["error", "ERROR", "insufficient_system_resource", "abort"])
 def test_a_stream_that_its_provider_broke_off_is_no_answer(
