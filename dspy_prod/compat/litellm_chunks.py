@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from dspy_prod.compat.foreign import names
 from dspy_prod.compat.lm15 import StreamEvent
+from dspy_prod.compat.refusals import event_of
 
 _ChatStream: Any
 [_ChatStream] = names("dspy.clients.engines.litellm_engine", "_ChatStream")
@@ -27,6 +28,9 @@ class Chunks(_ChatStream):
         yield from super().feed(eventful)
         if eventful is not chunk:
             self.chunks[-1] = chunk  # of which the whole answer is made in the end
+            for choice in chunk.choices:
+                if refusal := getattr(choice.delta, "refusal", None):
+                    yield event_of(str(refusal))
 
 
 def _eventful(chunk: Any) -> Any:

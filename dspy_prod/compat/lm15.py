@@ -27,6 +27,7 @@ from dspy.lm15 import (
 )
 
 from dspy_prod.compat.foreign import names
+from dspy_prod.compat.refusals import refusals_in
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
 
@@ -199,6 +200,8 @@ class _Providers(dict[str, Any]):
         def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
             for event in parse(request, raw):
                 yield ended(event) if event is not None and event.type == "end" else event
+            if raw.data:
+                yield from refusals_in(raw.data)
 
         reader.parse_response, reader.parse_stream_events = answered, parsed
         super().__setitem__(name, provider)

@@ -26,7 +26,7 @@ _COUNTERS: Final = {
 }
 """What such an answer says where it tells its usage, of providers for which LiteLLM counts what they did not tell."""
 
-_ANSWER: Final = ("content", "reasoning_content", "tool_calls")
+_ANSWER: Final = ("content", "reasoning_content", "tool_calls", "refusal")
 """Fields of a chunk's delta in which LiteLLM passes a part of the answer."""
 
 
