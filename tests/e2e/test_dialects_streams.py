@@ -11,8 +11,8 @@ import pytest
 
 from dspy_prod import CircuitBreaker
 from dspy_prod.testing.dialects import dumps
-from tests.e2e.support import outcome, records, request
-from tests.e2e.test_dialects import ANTHROPIC, COUNTS, TOLD, Server, lm_at, server
+from tests.e2e.support import ask, outcome, records, request
+from tests.e2e.test_dialects import ANTHROPIC, COUNTS, TOLD, Server, end, lm_at, server
 from tests.e2e.test_unusable import WAYS
 
 __all__ = ["server"]
@@ -149,6 +149,29 @@ def test_what_is_no_whole_number_is_no_count_in_a_stream(server: Server, way: st
             lm.close()
 
 
+FILTERED: list[list[str]] = [
+    [piece(), piece("SAFETY")], [piece(counts={"promptTokenCount": 11}), piece("RECITATION")],
+    [json.dumps({"candidates": [{"finishReason": "SAFETY", "index": 0}], "usageMetadata": COUNTS})],
+    [json.dumps({"promptFeedback": {"blockReason": "OTHER"}, "usageMetadata": COUNTS})],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_filter_blocks_costs_the_usage_that_is_told_with_it(server: Server, way: str) -> None:
+    """The native engine left the usage in the very event that it raises for, and the bound was charged."""
+    for events in FILTERED:
+        ends = []
+        for kind in ("text/event-stream", "application/json"):
+            server.kind = kind
+            server.body = written(events) if "stream" in kind else events[-1].encode()
+            lm = lm_at(server.url, "gemini", "lm15")
+            said = streamed(lm, way)[1] if "stream" in kind else ask(lm, way)
+            assert "locked: " in str(said)
+            ends.append(end(lm, said))
+            lm.close()
+        assert ends[0] == ends[1] == (ends[0][0], ("error", TOLD, False)), events
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("engine", ["lm15", "litellm"])
 def test_a_prompt_that_is_blocked_is_not_asked_again(server: Server, engine: str, way: str) -> None:
@@ -160,6 +183,7 @@ def test_a_prompt_that_is_blocked_is_not_asked_again(server: Server, engine: str
     seen, said = streamed(lm, way)
     assert seen == []
     assert isinstance(said, Exception)
-    assert [record.outcome for record in records(lm)] == ["error"]
+    [record] = records(lm)
+    assert (record.outcome, record.cost_nano, record.estimated) == ("error", 11_000, False)
     assert lm.pipeline.primary.breaker.snapshot().failures == 0
     lm.close()
