@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from dspy_prod.compat.asides import refusal
 from dspy_prod.compat.foreign import names
 from dspy_prod.compat.lm15 import StreamEvent
-from dspy_prod.compat.refusals import event_of
 
 _ChatStream: Any
 [_ChatStream] = names("dspy.clients.engines.litellm_engine", "_ChatStream")
@@ -29,8 +29,8 @@ class Chunks(_ChatStream):
         if eventful is not chunk:
             self.chunks[-1] = chunk  # of which the whole answer is made in the end
             for choice in chunk.choices:
-                if refusal := getattr(choice.delta, "refusal", None):
-                    yield event_of(str(refusal))
+                if said := getattr(choice.delta, "refusal", None):
+                    yield refusal(str(said))
 
 
 def _eventful(chunk: Any) -> Any:

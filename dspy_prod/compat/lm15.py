@@ -26,8 +26,8 @@ from dspy.lm15 import (
     StreamStartEvent,
 )
 
+from dspy_prod.compat.asides import asides_in
 from dspy_prod.compat.foreign import names
-from dspy_prod.compat.refusals import refusals_in
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
 
@@ -208,7 +208,7 @@ class _Providers(dict[str, Any]):
                     answered(request, _HttpResponse(status=200, reason="OK", headers=[], body=raw.data.encode()))
                 yield ended(event) if event is not None and event.type == "end" else event
             if raw.data:
-                yield from refusals_in(raw.data)
+                yield from asides_in(raw.data)
 
         reader.parse_response, reader.parse_stream_events = answered, parsed
         super().__setitem__(name, provider)

@@ -7,8 +7,8 @@ from contextlib import suppress
 
 from dspy.lm15 import Response, StreamAssemblyError
 
+from dspy_prod.compat.asides import Asides
 from dspy_prod.compat.lm15 import StreamAccumulator, StreamEvent
-from dspy_prod.compat.refusals import refusing, told_by
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send
 
@@ -22,12 +22,12 @@ class Answer:
         left: the consumer left while it had an event in its hands.
     """
 
-    __slots__ = ("_accumulator", "_call", "_refusal", "_since", "_start", "_strict", "end", "left", "response")
+    __slots__ = ("_accumulator", "_asides", "_call", "_since", "_start", "_strict", "end", "left", "response")
 
     def __init__(self, effect: Send, call: Call) -> None:
         self._accumulator = StreamAccumulator(effect.request)
         self._call = call
-        self._refusal = ""
+        self._asides = Asides()
         self._strict = isinstance(effect.route.upstream.spec, str)
         self._since = 0.0
         self._start: tuple[StreamEvent, ...] = ()
@@ -37,10 +37,10 @@ class Answer:
 
     def take(self, event: StreamEvent) -> tuple[StreamEvent, ...]:
         """Add an event; those to show now. The start waits for the first delta: until then all may be tried again."""
-        refusal = told_by(event)
-        if refusal is not None:
-            self._refusal += refusal
+        if self._asides.takes(event):
             return ()
+        if event.type == "end":
+            event = self._asides.ended(event)
         self._accumulator.push(event)
         if event.type == "start":
             self._start = (event,)
@@ -60,8 +60,7 @@ class Answer:
         """
         if self._strict and self.end is not None and self.end.finish_reason is None:
             raise StreamAssemblyError("The provider's stream ended without saying why")
-        response = self._accumulator.response()
-        self.response = refusing(response, self._refusal) if self._refusal else response
+        self.response = self._asides.whole(self._accumulator.response())
 
     def broke(self, effect: Send) -> None:
         """The stream failed: leave with the effect what came of it."""

@@ -149,6 +149,43 @@ def test_what_is_no_whole_number_is_no_count_in_a_stream(server: Server, way: st
             lm.close()
 
 
+OUTPUT = {"output_tokens": 7}
+BEGUN: dict[str, Any] = {"input_tokens": 11, "cache_read_input_tokens": 1_000, "cache_creation_input_tokens": 500}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+def test_the_beginning_of_a_stream_counts_the_input_where_its_end_does_not(
+    server: Server, engine: str, way: str
+) -> None:
+    """As in the basic example of Anthropic's: the native engine charged the bound, or what came from the cache as free.
+
+    An end that counts the input again has the last word, and a count that is none is not believed.
+    """
+    whole = {**ANTHROPIC, "usage": {**BEGUN, "output_tokens": 7}}
+    server.body, server.kind = dumps(whole), "application/json"
+    exact = lm_at(server.url, "anthropic", "lm15")
+    assert ask(exact, way) == ["hello"]
+    [told] = records(exact)
+    exact.close()
+    server.kind = "text/event-stream"
+    for begun, at_end in [
+        (BEGUN, OUTPUT), (BEGUN, AT_END), ({"input_tokens": 1}, {**BEGUN, **OUTPUT}),
+        ({**BEGUN, "input_tokens": True}, OUTPUT), ({**BEGUN, "input_tokens": 11.5}, OUTPUT),
+    ]:  # fmt: skip
+        start = {**ANTHROPIC, "content": [], "stop_reason": None, "usage": {**begun, "output_tokens": 1}}
+        server.body = written([json.dumps({"type": "message_start", "message": start}), *message(told=at_end)[1:]])
+        lm = lm_at(server.url, "anthropic", engine)
+        assert streamed(lm, way)[0] == ["start", "delta", "end"]
+        [record] = records(lm)
+        assert record.outcome == "ok"
+        if type(begun["input_tokens"]) is int:
+            assert (record.cost_nano, record.estimated) == (told.cost_nano, False), (begun, at_end)
+        else:
+            assert record.estimated
+        lm.close()
+
+
 FILTERED: list[list[str]] = [
     [piece(), piece("SAFETY")], [piece(counts={"promptTokenCount": 11}), piece("RECITATION")],
     [json.dumps({"candidates": [{"finishReason": "SAFETY", "index": 0}], "usageMetadata": COUNTS})],
