@@ -11,6 +11,7 @@ from dspy_prod.compat.asides import Asides
 from dspy_prod.compat.lm15 import StreamAccumulator, StreamEvent
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send
+from dspy_prod.pipeline.upstream.finish import first_of
 
 
 class Answer:
@@ -66,7 +67,7 @@ class Answer:
         """The stream failed: leave with the effect what came of it."""
         with suppress(Exception):  # a part may be beyond repair, such as a tool call without a name
             effect.partial = self._accumulator.response()
-        effect.ended = effect.partial is not None and self.end is not None
+        effect.ended = effect.partial is not None and self.end is not None and not _runs_along(self.end)
 
     @property
     def unseen(self) -> tuple[StreamEvent, ...]:
@@ -80,3 +81,8 @@ class Answer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._call.paused += time.monotonic() - self._since
         self.left = kind is GeneratorExit
+
+
+def _runs_along(end: StreamEvent) -> bool:
+    """Whether the usage of a stream without an end came within a part of the answer, as a count that may have grown."""
+    return end.finish_reason is None and first_of((end.provider_data or {}).get("choices")) is not None

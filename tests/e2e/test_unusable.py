@@ -268,6 +268,21 @@ def test_a_stream_without_its_end_costs_what_it_told(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_count_that_runs_along_is_no_bill_of_a_stream_without_its_end(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str
+) -> None:
+    """What was generated after it was free on the native engine."""
+    usage = USAGE.partition('"choices":[],')[2].strip()[:-1]
+    counted = chunk({"content": "hel"}).replace('"choices"', f'{usage},"choices"')
+    lm = connect(serve(faults=Verbatim(START + counted)), engine=engine)
+    assert stream(lm, way)[0] == ["start", "delta"]
+    (record,) = records(lm)
+    assert (record.outcome, record.estimated) == ("error", True)
+    assert (record.cost_nano or 0) > TOLD
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("rest", [USAGE + DONE, DONE], ids=["told", "untold"])
 @pytest.mark.parametrize("reason", ["error", "ERROR", "insufficient_system_resource", "abort"])
 def test_a_stream_that_its_provider_broke_off_is_no_answer(
