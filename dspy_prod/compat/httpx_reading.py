@@ -39,8 +39,11 @@ _ODD: Final = re.compile(
 """A counter of tokens that is no whole number: LiteLLM takes `true` for one token, and 11.5 for eleven. What a text in
 the answer quotes has a backslash before each mark."""
 
-_REASON: Final = re.compile(rb'"(?:finish_reason|stop_reason|finishReason|stopReason)"\s{0,9}:\s{0,9}"([^"\\]{1,64})"')
-"""Why an answer ended: LiteLLM says "stop" where nobody said why, and for reasons that it does not know."""
+_REASON: Final = re.compile(
+    rb'"(?:finish_reason|stop_reason|finishReason|stopReason|blockReason)"\s{0,9}:\s{0,9}"([^"\\]{1,64})"'
+)
+"""Why an answer ended: LiteLLM says "stop" where nobody said why, and for reasons that it does not know. Of a prompt
+that Gemini blocks it says nothing else."""
 
 _PARTS: Final = re.compile(rb'"(?:output_tokens|content_block_delta)"')
 """Anthropic tells a first count of the output before any of it: LiteLLM passes it on where no other follows."""

@@ -11,6 +11,7 @@ from typing import Any, Final
 from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
 from dspy.clients.engines.litellm_engine import AsyncLiteLLMEngine, LiteLLMEngine
 from dspy.clients.engines.litellm_errors import litellm_errors
+from dspy.clients.lm15_boundary import response_value
 from dspy.lm15 import ProviderError, Request, Response, StreamEndEvent, Usage, response_to_events
 
 from dspy_prod.compat.foreign import names
@@ -60,6 +61,9 @@ class _Hooked:
     That is empty where none was told, and None where it is not known.
     """
 
+    broken: Callable[[Response, Any], Response | None]
+    """Gives what is owed for a stream that failed, from all that came of it, and LiteLLM's stream; None where that does
+    not tell it."""
     ordinary: Callable[[Request], dict[str, Any] | None]
     """Gives the arguments of an ordinary call, None for a typed request, whose arguments DSPy makes."""
     cleaned: Callable[[bytes], bytes]
@@ -76,6 +80,18 @@ class _Hooked:
     def _stay(self) -> Stay:
         self.stay = stay = Stay(self.until)
         return stay
+
+    @contextmanager
+    def _billed(self, source: Any, request: Request, stay: Stay) -> Iterator[None]:
+        """Have an error of a stream carry, as `billed`, the usage that the provider had told before it."""
+        try:
+            yield
+        except Exception as error:
+            if not (stay.odd or stay.uncounted):
+                with suppress(Exception):  # then nobody knows
+                    raw = get_litellm(feature="LiteLLM engine streaming").stream_chunk_builder(list(chunks_of(source)))
+                    error.billed = self.broken(response_value(raw, "chat", request), source)  # type: ignore[attr-defined]
+            raise
 
     def _response(self, raw: Any, request: Request) -> Response:
         stay = Stay() if self.stay is None else self.stay
@@ -169,7 +185,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         with litellm_errors(model=request.model), staying(stay):
             source = litellm.completion(**data)
         codec = Chunks(request)
-        with closing_stream(_Closing(source)):
+        with closing_stream(_Closing(source)), self._billed(source, request, stay):
             chunks = iter(source)
             while True:
                 # Several dialects, Gemini's above all, are sent not before their first chunk is asked for.
@@ -256,17 +272,18 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
         codec = Chunks(request)
         async with aclosing_stream(source):
             chunks = aiter(source)
-            while True:
-                with litellm_errors(model=request.model), staying(stay):
-                    try:
-                        chunk = await anext(chunks)
-                    except StopAsyncIteration:
-                        break
-                    except Exception as error:
-                        raise _original(error)  # noqa: B904
-                for event in codec.feed(chunk):
-                    yield event
-            yield _counted(self.ended(codec.finish(litellm), source, _reason(stay)), stay)
+            with self._billed(source, request, stay):
+                while True:
+                    with litellm_errors(model=request.model), staying(stay):
+                        try:
+                            chunk = await anext(chunks)
+                        except StopAsyncIteration:
+                            break
+                        except Exception as error:
+                            raise _original(error)  # noqa: B904
+                    for event in codec.feed(chunk):
+                        yield event
+                yield _counted(self.ended(codec.finish(litellm), source, _reason(stay)), stay)
 
 
 def missing_keys(model: str) -> list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from dspy_prod.compat.asides import refusal
 from dspy_prod.compat.foreign import names
 from dspy_prod.compat.lm15 import StreamEvent
 
@@ -27,6 +28,9 @@ class Chunks(_ChatStream):
         yield from super().feed(eventful)
         if eventful is not chunk:
             self.chunks[-1] = chunk  # of which the whole answer is made in the end
+            for choice in chunk.choices:
+                if said := getattr(choice.delta, "refusal", None):
+                    yield refusal(str(said))
 
 
 def _eventful(chunk: Any) -> Any:

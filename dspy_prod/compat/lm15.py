@@ -26,6 +26,7 @@ from dspy.lm15 import (
     StreamStartEvent,
 )
 
+from dspy_prod.compat.asides import asides_in
 from dspy_prod.compat.foreign import names
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
@@ -87,8 +88,8 @@ def raised_by_reader(error: BaseException) -> bool:
 _HttpResponse: Any
 [_HttpResponse] = names("dspy._vendor.lm15.providers.base", "HttpResponse")
 
-_GENERATED: Final = ("choices", "output", "content", "candidates")
-"""Where providers put what was generated; beside it they tell what it took."""
+_GENERATED: Final = ("choices", "output", "content", "candidates", "promptFeedback")
+"""Where providers put what was generated, or why nothing was; beside it they tell what it took."""
 
 
 def read_or_billed(read: Callable[[Any], Response], answer: Any, body: Callable[[], Any]) -> Response:
@@ -190,6 +191,11 @@ def _in_the_way_of_openai(response: Response, dialect: Any) -> Response:
 
 
 # -- engines ---------------------------------------------------------------------------------------------------------
+_BLOCKED: Final = "inband_finish_reason"
+"""What lm15 calls a filter's verdict in an event of Gemini's stream. It drops the usage that stands beside it; read as
+a whole answer, the event gives the same error, which carries that."""
+
+
 class _Providers(dict[str, Any]):
     """The providers an engine has spoken to, each of which is hooked when it is first met: calls pay nothing."""
 
@@ -207,7 +213,11 @@ class _Providers(dict[str, Any]):
 
         def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
             for event in parse(request, raw):
+                if event is not None and event.type == "error" and event.error.provider_code == _BLOCKED:
+                    answered(request, _HttpResponse(status=200, reason="OK", headers=[], body=raw.data.encode()))
                 yield ended(event) if event is not None and event.type == "end" else event
+            if raw.data:
+                yield from asides_in(raw.data)
 
         reader.parse_response, reader.parse_stream_events = answered, parsed
         super().__setitem__(name, provider)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.lm.assembling import store_of
@@ -22,12 +22,8 @@ from dspy_prod.policies.sharing import quoted_rules, shared_rule
 from dspy_prod.policies.vectors import VectorCache
 from dspy_prod.pricing.book import PriceBook
 from dspy_prod.pricing.lookup import base_of
-from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.telemetry.events import BUS
-
-_PROCESS: Final = IDS.make()
-"""Keeps what only this process knows apart from what others know by the same number."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def known_as(model: Any) -> tuple[str, bool]:
         if found is model:
             return f"{name} of {module}", True
     owner = getattr(model, "__self__", None)  # a method is another object each time it is asked for
-    return f"{name} of {_PROCESS}-{serial_of(model if owner is None else owner)}", False
+    return f"{name} of {serial_of(model if owner is None else owner)}", False
 
 
 def arguments_for(model: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,9 +7,11 @@ from contextlib import suppress
 
 from dspy.lm15 import Response, StreamAssemblyError
 
+from dspy_prod.compat.asides import Asides
 from dspy_prod.compat.lm15 import StreamAccumulator, StreamEvent
 from dspy_prod.pipeline.call import Call
 from dspy_prod.pipeline.effects import Send
+from dspy_prod.pipeline.upstream.finish import first_of
 
 
 class Answer:
@@ -21,11 +23,12 @@ class Answer:
         left: the consumer left while it had an event in its hands.
     """
 
-    __slots__ = ("_accumulator", "_call", "_since", "_start", "_strict", "end", "left", "response")
+    __slots__ = ("_accumulator", "_asides", "_call", "_since", "_start", "_strict", "end", "left", "response")
 
     def __init__(self, effect: Send, call: Call) -> None:
         self._accumulator = StreamAccumulator(effect.request)
         self._call = call
+        self._asides = Asides()
         self._strict = isinstance(effect.route.upstream.spec, str)
         self._since = 0.0
         self._start: tuple[StreamEvent, ...] = ()
@@ -35,6 +38,10 @@ class Answer:
 
     def take(self, event: StreamEvent) -> tuple[StreamEvent, ...]:
         """Add an event; those to show now. The start waits for the first delta: until then all may be tried again."""
+        if self._asides.takes(event):
+            return ()
+        if event.type == "end":
+            event = self._asides.ended(event)
         self._accumulator.push(event)
         if event.type == "start":
             self._start = (event,)
@@ -54,13 +61,13 @@ class Answer:
         """
         if self._strict and self.end is not None and self.end.finish_reason is None:
             raise StreamAssemblyError("The provider's stream ended without saying why")
-        self.response = self._accumulator.response()
+        self.response = self._asides.whole(self._accumulator.response())
 
     def broke(self, effect: Send) -> None:
         """The stream failed: leave with the effect what came of it."""
         with suppress(Exception):  # a part may be beyond repair, such as a tool call without a name
             effect.partial = self._accumulator.response()
-        effect.ended = effect.partial is not None and self.end is not None
+        effect.ended = effect.partial is not None and self.end is not None and not _runs_along(self.end)
 
     @property
     def unseen(self) -> tuple[StreamEvent, ...]:
@@ -74,3 +81,8 @@ class Answer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._call.paused += time.monotonic() - self._since
         self.left = kind is GeneratorExit
+
+
+def _runs_along(end: StreamEvent) -> bool:
+    """Whether the usage of a stream without an end came within a part of the answer, as a count that may have grown."""
+    return end.finish_reason is None and first_of((end.provider_data or {}).get("choices")) is not None

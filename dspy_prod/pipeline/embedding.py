@@ -188,15 +188,15 @@ def _follow(asked: Asked, followers: dict[Hashable, tuple[str, Follower]]) -> St
         for key, (text, follower) in list(followers.items()):
             if follower.state == WAITING:
                 continue
+            if follower.state == LEADS:  # stays among the followers until it is led: should this fail, they are left
+                passed[key] = text
+                continue
             del followers[key]
             if follower.state == ANSWERED:
                 asked.rows[key], cost = follower.value
                 costs.append(cost)
-            elif follower.state == LEADS:
-                passed[key] = text
             elif follower.state == FAILED:
                 assert follower.error is not None
-                _leave(asked, passed, {}, False)
                 raise follower.error
         if passed or not followers:
             break
@@ -208,6 +208,8 @@ def _follow(asked: Asked, followers: dict[Hashable, tuple[str, Follower]]) -> St
     if costs:
         waited = monotonic() - began
         record_served(pipeline, context, IDS.make(), asked.records, _NO_REQUEST, sum_known(costs), waited)
+    for key in passed:
+        del followers[key]
     return passed
 
 

@@ -6,7 +6,6 @@ A `ContextVar` is right here: between `LM.__call__` and the engine everything ha
 from __future__ import annotations
 
 import contextvars
-import itertools
 import json
 import weakref
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from dspy_prod.policies.answers import AnswerLog
 from dspy_prod.policies.entries import LOCAL
 from dspy_prod.policies.purse import Purse
 from dspy_prod.records import CallRecord
+from dspy_prod.runtime.ids import IDS
 
 
 class Scope:
@@ -105,16 +105,15 @@ def identity_of(parts: list[Any], engine: Any) -> bytes:
     return identity if everywhere else LOCAL + identity
 
 
-_COUNT: Final = itertools.count(1)
-_SERIALS: Final[dict[int, tuple[Callable[[], Any], int]]] = {}
+_SERIALS: Final[dict[int, tuple[Callable[[], Any], str]]] = {}
 
 
-def serial_of(engine: Any) -> int:
-    """A number of this very object; unlike `id`, none is given twice."""
+def serial_of(engine: Any) -> str:
+    """A name of this very object; unlike `id`, none is given twice, in no other process and no forked child either."""
     known = _SERIALS.get(id(engine))
     if known is not None and known[0]() is engine:
         return known[1]
-    number = next(_COUNT)
+    serial = IDS.make()
     try:
         find: Callable[[], Any] = weakref.ref(engine)
         weakref.finalize(engine, _SERIALS.pop, id(engine), None).atexit = False
@@ -123,8 +122,8 @@ def serial_of(engine: Any) -> int:
         def find() -> Any:
             return engine
 
-    _SERIALS[id(engine)] = (find, number)
-    return number
+    _SERIALS[id(engine)] = (find, serial)
+    return serial
 
 
 def raw_key(identity: bytes, prompt: Any, messages: Any, kwargs: dict[str, Any], tenant: str | None) -> bytes | None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from dspy_prod import CircuitBreaker
 from dspy_prod.testing.dialects import dumps
-from tests.e2e.support import outcome, records, request
-from tests.e2e.test_dialects import ANTHROPIC, COUNTS, TOLD, Server, lm_at, server
+from tests.e2e.support import ask, outcome, records, request
+from tests.e2e.test_dialects import ANTHROPIC, COUNTS, TOLD, Server, end, lm_at, server
 from tests.e2e.test_unusable import WAYS
 
 __all__ = ["server"]
@@ -99,7 +100,7 @@ STREAMS: dict[str, list[list[str]]] = {
         message(), message(told={}), message(None, {}), message()[:4], [], message("end_turn", AT_END, "null"),
         message("end_turn", AT_END, "[1]"), message("end_turn", AT_END, '{"a":'), [failed("overloaded_error")],
         [failed("invalid_request_error")], [failed("rate_limit_error")],
-        message("end_turn", AT_END, failed("overloaded_error")),
+        message("end_turn", AT_END, failed("overloaded_error")), message(None), message()[:1],
     ],
 }  # fmt: skip
 
@@ -146,3 +147,80 @@ def test_what_is_no_whole_number_is_no_count_in_a_stream(server: Server, way: st
             assert record.estimated, (name, counter)
             assert (record.cost_nano or 0) > TOLD
             lm.close()
+
+
+OUTPUT = {"output_tokens": 7}
+BEGUN: dict[str, Any] = {"input_tokens": 11, "cache_read_input_tokens": 1_000, "cache_creation_input_tokens": 500}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+def test_the_beginning_of_a_stream_counts_the_input_where_its_end_does_not(
+    server: Server, engine: str, way: str
+) -> None:
+    """As in the basic example of Anthropic's: the native engine charged the bound, or what came from the cache as free.
+
+    An end that counts the input again has the last word, and a count that is none is not believed.
+    """
+    whole = {**ANTHROPIC, "usage": {**BEGUN, "output_tokens": 7}}
+    server.body, server.kind = dumps(whole), "application/json"
+    exact = lm_at(server.url, "anthropic", "lm15")
+    assert ask(exact, way) == ["hello"]
+    [told] = records(exact)
+    exact.close()
+    server.kind = "text/event-stream"
+    for begun, at_end in [
+        (BEGUN, OUTPUT), (BEGUN, AT_END), ({"input_tokens": 1}, {**BEGUN, **OUTPUT}),
+        ({**BEGUN, "input_tokens": True}, OUTPUT), ({**BEGUN, "input_tokens": 11.5}, OUTPUT),
+    ]:  # fmt: skip
+        start = {**ANTHROPIC, "content": [], "stop_reason": None, "usage": {**begun, "output_tokens": 1}}
+        server.body = written([json.dumps({"type": "message_start", "message": start}), *message(told=at_end)[1:]])
+        lm = lm_at(server.url, "anthropic", engine)
+        assert streamed(lm, way)[0] == ["start", "delta", "end"]
+        [record] = records(lm)
+        assert record.outcome == "ok"
+        if type(begun["input_tokens"]) is int:
+            assert (record.cost_nano, record.estimated) == (told.cost_nano, False), (begun, at_end)
+        else:
+            assert record.estimated
+        lm.close()
+
+
+FILTERED: list[list[str]] = [
+    [piece(), piece("SAFETY")], [piece(counts={"promptTokenCount": 11}), piece("RECITATION")],
+    [json.dumps({"candidates": [{"finishReason": "SAFETY", "index": 0}], "usageMetadata": COUNTS})],
+    [json.dumps({"promptFeedback": {"blockReason": "OTHER"}, "usageMetadata": COUNTS})],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_filter_blocks_costs_the_usage_that_is_told_with_it(server: Server, way: str) -> None:
+    """The native engine left the usage in the very event that it raises for, and the bound was charged."""
+    for events in FILTERED:
+        ends = []
+        for kind in ("text/event-stream", "application/json"):
+            server.kind = kind
+            server.body = written(events) if "stream" in kind else events[-1].encode()
+            lm = lm_at(server.url, "gemini", "lm15")
+            said = streamed(lm, way)[1] if "stream" in kind else ask(lm, way)
+            assert "locked: " in str(said)
+            ends.append(end(lm, said))
+            lm.close()
+        assert ends[0] == ends[1] == (ends[0][0], ("error", TOLD, False)), events
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+def test_a_prompt_that_is_blocked_is_not_asked_again(server: Server, engine: str, way: str) -> None:
+    """Such a stream says nothing else: it passed for one that broke off, and was paid as often as it was tried."""
+    blocked = {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 11}}
+    server.kind = "text/event-stream"
+    server.body = written([json.dumps(blocked)])
+    lm = lm_at(server.url, "gemini", engine, breaker=CircuitBreaker())
+    seen, said = streamed(lm, way)
+    assert seen == []
+    assert isinstance(said, Exception)
+    [record] = records(lm)
+    assert (record.outcome, record.cost_nano, record.estimated) == ("error", 11_000, False)
+    assert lm.pipeline.primary.breaker.snapshot().failures == 0
+    lm.close()

@@ -155,6 +155,47 @@ def test_what_somebody_can_use_is_an_answer(serve: MakeProvider, connect: MakeLM
     assert len(provider.calls) == (1 if name == "tool" else 2)
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_refusal_in_a_stream_is_an_answer_and_is_not_kept(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str
+) -> None:
+    """It is one where it comes whole. A stream with nothing else was asked for again, as a failure of the provider."""
+    refused = chunk({"role": "assistant", "refusal": "I "}) + chunk({"refusal": "won't"}) + END + USAGE + DONE
+    provider = serve(faults=Verbatim(refused))
+    lm = connect(provider, engine=engine, retry=QUICK, cache=Cache())
+    assert [stream(lm, way) for _ in range(2)] == [(["start", "end"], None)] * 2
+    assert len(provider.calls) == 2
+    assert [(record.outcome, record.cost_nano) for record in records(lm)] == [("ok", TOLD)] * 2
+    assert lm.pipeline.primary.breaker.snapshot().failures == 0
+
+
+def responses_events(kind: str) -> str:
+    """A stream of the Responses API with one piece of this kind."""
+    usage = {"input_tokens": 11, "output_tokens": 7, "total_tokens": 18}
+    whole = {"id": "r", "object": "response", "status": "completed", "model": "e2e", "output": [], "usage": usage}
+    events = [
+        {"type": "response.created", "response": {**whole, "status": "in_progress", "usage": None}},
+        {"type": f"response.{kind}.delta", "output_index": 0, "delta": "I won't"},
+        {"type": "response.completed", "response": whole},
+    ]
+    return "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("kind", "calls"), [("refusal", 2), ("output_text", 1)])
+def test_a_refusal_that_reads_as_text_is_not_kept(
+    serve: MakeProvider, connect: MakeLM, way: str, kind: str, calls: int
+) -> None:
+    """The reader of the Responses API makes text of it, and it was the answer to that input from then on."""
+    provider = serve(faults=Verbatim(responses_events(kind)))
+    lm = connect(provider, cache=Cache(), model_type="responses")
+    for _ in range(2):
+        seen, error = stream(lm, way)
+        assert (seen[:2], seen[-1], error) == (["start", "delta"], "end", None)
+    assert len(provider.calls) == calls
+
+
 @pytest.mark.parametrize(("engine", "reason"), [("lm15", None), ("lm15", ""), ("litellm", "")])
 def test_an_answer_that_does_not_say_why_it_ended_is_a_failure(
     serve: MakeProvider, connect: MakeLM, engine: str, reason: str | None
@@ -209,6 +250,35 @@ def test_a_stream_cut_by_a_clean_end_is_no_answer(
     (record,) = records(lm)
     assert (record.outcome, record.estimated) == ("error", True)
     assert lm.pipeline.primary.breaker.snapshot().failures == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("rest", [USAGE, USAGE + DONE], ids=["cut", "done"])
+@pytest.mark.parametrize("said", [chunk({"content": "hel"}), ""], ids=["half", "nothing"])
+def test_a_stream_without_its_end_costs_what_it_told(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str, rest: str, said: str
+) -> None:
+    """LiteLLM raises for it, and all of its bound was charged."""
+    lm = connect(serve(faults=Verbatim(START + said + rest)), engine=engine)
+    assert isinstance(stream(lm, way)[1], Exception)
+    (record,) = records(lm)
+    assert (record.outcome, record.cost_nano, record.estimated) == ("error", TOLD, False)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_count_that_runs_along_is_no_bill_of_a_stream_without_its_end(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str
+) -> None:
+    """What was generated after it was free on the native engine."""
+    usage = USAGE.partition('"choices":[],')[2].strip()[:-1]
+    counted = chunk({"content": "hel"}).replace('"choices"', f'{usage},"choices"')
+    lm = connect(serve(faults=Verbatim(START + counted)), engine=engine)
+    assert stream(lm, way)[0] == ["start", "delta"]
+    (record,) = records(lm)
+    assert (record.outcome, record.estimated) == ("error", True)
+    assert (record.cost_nano or 0) > TOLD
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -22,6 +22,7 @@ from dspy_prod.pipeline.batching import batches
 from dspy_prod.policies.vectors import shares
 from dspy_prod.stores.base import CachedAnswer
 from dspy_prod.testing import Provider, Status
+from tests.e2e.support import until
 from tests.embedding.conftest import MODEL, MakeEmbedder, sent
 
 
@@ -203,6 +204,42 @@ def test_two_that_are_handed_a_text_each_do_not_wait_for_each_other(provider: Pr
     one, two = asyncio.run(scene())
     assert np.array_equal(one, two[::-1])
     assert len(embedder.pipeline.flights) == 0
+
+
+def test_a_text_that_is_passed_to_a_call_that_fails_is_passed_on(
+    make: MakeEmbedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call could not write down that another one had answered it: whoever asked about the rest then hung for ever."""
+    gates = {"x": threading.Event(), "y": threading.Event()}
+    interrupted: list[str] = []
+
+    def own(texts: list[str]) -> Any:
+        [text] = texts
+        assert gates[text].wait(60)
+        if text == "y" and not interrupted:
+            interrupted.append(text)
+            raise KeyboardInterrupt
+        return [[1.0]]
+
+    embedder = make(own, batch_size=1, caching=Cache(persist=False))
+    flights = embedder.pipeline.flights
+
+    def unwritable(*_: Any) -> None:
+        raise RuntimeError("not written")
+
+    with ThreadPoolExecutor(2) as pool:
+        leader = pool.submit(embedder, ["x", "y"])
+        until(lambda: len(flights) == 2)
+        follower = pool.submit(embedder, ["x", "y"])
+        until(lambda: sum(map(len, filter(None, flights._flights.values()))) == 2)
+        monkeypatch.setattr("dspy_prod.pipeline.embedding.record_served", unwritable)
+        for gate in gates.values():
+            gate.set()
+        assert isinstance(leader.exception(60), KeyboardInterrupt)
+        assert str(follower.exception(60)) == "not written"
+    assert len(flights) == 0
+    monkeypatch.undo()
+    assert embedder("y").tolist() == [1.0]
 
 
 def test_a_refused_leader_s_texts_are_others_to_ask(provider: Provider, make: MakeEmbedder) -> None:

@@ -12,7 +12,7 @@ from dspy_prod.compat.dspy import import_locks, is_openai_reasoning_model
 from dspy_prod.compat.litellm import HookedAsyncLiteLLMEngine, HookedLiteLLMEngine
 from dspy_prod.compat.litellm_forked import leave_to_the_parent
 from dspy_prod.pipeline.upstream.finish import untold_in, without_end
-from dspy_prod.pipeline.upstream.litellm_usage import told, told_end
+from dspy_prod.pipeline.upstream.litellm_usage import told, told_before, told_end
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
 from dspy_prod.pipeline.upstream.pages import without_secrets
 from dspy_prod.runtime.forking import PATIENCE, Stage, hold_while_forking, reset_after_fork
@@ -66,6 +66,7 @@ class _Extended:
     received = staticmethod(_received)
     ended = staticmethod(told_end)
     cleaned = staticmethod(without_secrets)
+    broken = staticmethod(told_before)
 
     def extended(self, extras: dict[str, Any]) -> Any:
         """The engine with arguments of LiteLLM's own vocabulary, which DSPy's engine refuses at construction."""

@@ -26,7 +26,7 @@ _COUNTERS: Final = {
 }
 """What such an answer says where it tells its usage, of providers for which LiteLLM counts what they did not tell."""
 
-_ANSWER: Final = ("content", "reasoning_content", "tool_calls")
+_ANSWER: Final = ("content", "reasoning_content", "tool_calls", "refusal")
 """Fields of a chunk's delta in which LiteLLM passes a part of the answer."""
 
 
@@ -67,6 +67,24 @@ def told_end(end: StreamEndEvent, source: Any, reason: str | None = None) -> Str
     if _told_in(chunks_of(source), end.usage):
         return end
     return replace(end, usage=Usage())
+
+
+def told_before(whole: Response, source: Any) -> Response | None:
+    """What is owed for a stream that failed though its provider had told its last count; None where it had not.
+
+    A count that runs along may grow. The last one stands in a chunk of its own, or where the provider says that all
+    was said: LiteLLM passes on an end, as "stop", also where no reason was told for it.
+
+    Args:
+        whole: what LiteLLM makes of all that came.
+        source: its stream, which has failed.
+    """
+    chunks = list(chunks_of(source))
+    last = next((chunk for chunk in reversed(chunks) if getattr(chunk, "usage", None) is not None), None)
+    choices = getattr(last, "choices", None) or ()
+    if last is None or (choices and not any(getattr(choice, "finish_reason", None) for choice in choices)):
+        return None
+    return whole if _told_in(chunks, whole.usage) else None
 
 
 def _told_in(chunks: Iterable[Any], usage: Usage) -> bool:

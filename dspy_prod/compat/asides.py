@@ -1,0 +1,99 @@
+"""What providers tell in streams beside the answer, for which lm15 has no event: events of our own tell it.
+
+- Why a model does not answer. Of OpenAI's chat API lm15's readers leave a refusal out of a stream, so that nothing
+  seems to be in it; of the Responses API they make text, which would pass for an answer, and be kept.
+- What Anthropic counts at the beginning: the end may count the output alone.
+
+No reader of a stream sees these events: of the answer is shown what a plain `dspy.LM` shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from dspy.lm15 import ContinuationDelta, RefusalPart, Response, StreamDeltaEvent, StreamEndEvent
+
+_OWN: Final = "dspy_prod"
+_REFUSAL: Final = "refusal"
+_BEGINNING: Final = "beginning"
+_COUNTERS: Final = {
+    "input_tokens": "input_tokens",
+    "cache_read_tokens": "cache_read_input_tokens",
+    "cache_write_tokens": "cache_creation_input_tokens",
+}
+"""Anthropic's counters of the input, by lm15's names."""
+
+
+def refusal(text: str) -> StreamDeltaEvent:
+    """The event that tells a piece of a refusal."""
+    return _event(_REFUSAL, {"text": text})
+
+
+def asides_in(data: str) -> Iterator[StreamDeltaEvent]:
+    """The events for what an event as it came, of whatever dialect, tells beside the answer."""
+    if "refusal" not in data and '"message_start"' not in data:
+        return
+    payload = json.loads(data)
+    if not isinstance(payload, dict):
+        return
+    said = payload.get("delta") if payload.get("type") == "response.refusal.delta" else None
+    choices = payload.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        said = delta.get("refusal") if isinstance(delta, dict) else None
+    if said and isinstance(said, str):
+        yield refusal(said)
+    message = payload.get("message") if payload.get("type") == "message_start" else None
+    usage = message.get("usage") if isinstance(message, dict) else None
+    if isinstance(usage, dict) and all(_is_count(usage.get(name)) for name in _COUNTERS.values()):
+        yield _event(_BEGINNING, usage)
+
+
+class Asides:
+    """What a stream has told beside its answer."""
+
+    __slots__ = ("_beginning", "_refusal")
+
+    def __init__(self) -> None:
+        self._beginning: Mapping[str, Any] | None = None
+        self._refusal = ""
+
+    def takes(self, event: Any) -> bool:
+        """Whether an event tells such a thing, which is taken."""
+        delta = event.delta if event.type == "delta" else None
+        if delta is None or delta.type != "continuation" or delta.provider != _OWN:
+            return False
+        if delta.kind == _REFUSAL:
+            self._refusal += delta.data["text"]
+        else:
+            self._beginning = delta.data
+        return True
+
+    def ended(self, end: StreamEndEvent) -> StreamEndEvent:
+        """The end of the stream, with what it leaves out because the beginning has told it."""
+        beginning, usage, data = self._beginning, end.usage, end.provider_data
+        if beginning is None or usage is None:
+            return end
+        missing = {ours: beginning.get(theirs) for ours, theirs in _COUNTERS.items() if getattr(usage, ours) is None}
+        if data is not None and isinstance(data.get("usage"), dict):  # also of where it was served, which has its price
+            data = {**data, "usage": {**beginning, **data["usage"]}}
+        return replace(end, usage=replace(usage, total_tokens=None, **missing), provider_data=data)
+
+    def whole(self, response: Response) -> Response:
+        """The answer of the stream, in which a refusal is a part of its own, and no text, as in a whole one."""
+        if not self._refusal:
+            return response
+        message = response.message
+        parts = [part for part in message.parts if part.type != "text" or part.text not in ("", self._refusal)]
+        return replace(response, message=replace(message, parts=(*parts, RefusalPart(text=self._refusal))))
+
+
+def _event(kind: str, data: dict[str, Any]) -> StreamDeltaEvent:
+    return StreamDeltaEvent(ContinuationDelta(provider=_OWN, kind=kind, data=data))
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
