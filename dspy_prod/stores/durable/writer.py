@@ -121,15 +121,25 @@ class Writer(Failing):
         inbox.hurried = bool(self._core.waiting())
         inbox.open = self.failing is None
         inbox.wait(self._wait())
-        inbox.begin(MAX_BATCH)
-        operations = inbox.take(1)
-        if operations or not inbox.empty():
-            self._take_more(operations)
+        most = self._room()
+        inbox.begin(most)
+        operations = inbox.take(most)
+        self._take_served(operations)
         return operations
+
+    def _room(self) -> int:
+        """How many operations may be taken: what is kept comes before them, but while it only waits for its next try
+        they are kept or refused at once."""
+        if self._retry_at > time.monotonic():
+            return MAX_BATCH
+        return 0 if self._alone else max(0, MAX_BATCH - len(self._kept))
 
     def _take_more(self, operations: list[Operation]) -> None:
         if not self._kept and not self._alone:
             operations += self.inbox.take(MAX_BATCH - len(operations))
+        self._take_served(operations)
+
+    def _take_served(self, operations: list[Operation]) -> None:
         operations += self.inbox.take_served()
         self.inbox.writing = size_of(operations)
 
