@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.stores.durable import failing
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
@@ -93,3 +95,34 @@ def test_an_answer_that_comes_while_nothing_can_be_written_lets_go_who_follows(s
     post(store, 20)
     store._mailbox.post((Transactions.put_answer, b"key", (None, 9, 999, told.set)))
     assert told.wait(3.0)
+
+
+def test_who_looks_while_nothing_can_be_written_takes_no_room_from_settlements(
+    store: Any, away: Away, problems: Problems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look of a probe or a dashboard was kept among them, until they found no room."""
+    monkeypatch.setattr(failing, "MAX_KEPT", 30)
+    fail(store, away)
+    for _ in range(40):
+        assert not store.flush(0.0)
+    post(store, 29)
+    until(lambda: store.problems["kept"] == 30)
+    assert "dropped" not in store.problems
+    away.left = inf
+    until(lambda: store.flush(1))
+    assert len(store.records()) == 31
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_who_looks_is_told_after_one_more_try(store: Any, away: Away, back: bool) -> None:
+    """That all is written, once it is, even what takes several transactions; or that it is not."""
+    fail(store, away)
+    post(store, 1_100)
+    until(lambda: store.problems["kept"] == 1_101)
+    told: Future[bool] = Future()
+    seen: list[int] = []
+    told.add_done_callback(lambda _: seen.append(len(store._writer._kept)))
+    store._mailbox.post((Transactions.flush, told, None))
+    away.left = inf if back else 0
+    assert told.result(10) is back
+    assert (seen == [0]) is back

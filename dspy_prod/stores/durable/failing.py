@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Final
 
 from dspy_prod.stores.admission.core import AdmissionCore
@@ -50,6 +51,7 @@ class Failing(ABC):
     _core: AdmissionCore
     _report: Report
     _kept: deque[Operation]
+    _looks: list[Future[bool]]
     _unsure: list[Operation]  # of a transaction that may have been written
     _alone: int
     _dropped: int
@@ -91,6 +93,7 @@ class Failing(ABC):
     def _degraded(self, text: str, wait: bool = True) -> Refusal:
         """From now on nothing can be written; told when it is news."""
         if wait:
+            self._looked(False)
             first, most = _BACK_OFF
             self._back_off = min(max(first, self._back_off * 2), most)
             self._retry_at = time.monotonic() + self._back_off
@@ -100,6 +103,16 @@ class Failing(ABC):
             _log.warning("%s. Settlements are kept and written later.", text)
             self._report("store_degraded", {"path": self.tables.path, "error": text})
         return refusal
+
+    def _looked(self, written: bool) -> None:
+        """Whoever looked whether what he posted is written has waited for one more try, and is told; if it went well,
+        when all is written that was kept before."""
+        looks, self._looks = self._looks, []
+        for told in looks:
+            if written:
+                self._kept.append((Transactions.flush, told, None))
+            else:
+                told.set_result(False)
 
     def _doubt(self, error: DoubtError) -> None:
         """The answer to a transaction is missing: nobody who waits for it is kept waiting; it stays as it is."""
@@ -153,6 +166,7 @@ class Failing(ABC):
 
     def _recovered(self) -> None:
         self.failing, self.outage, self._back_off = None, None, 0.0
+        self._looked(True)
         self._report("store_recovered", {"path": self.tables.path})
 
     def _refuse_or_keep(self, operations: list[Operation]) -> None:
@@ -168,6 +182,8 @@ class Failing(ABC):
                     subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.put_answer:
                 detail[3]()
+            elif kind is Transactions.flush and self.outage is not None:
+                self._looks.append(subject)  # not kept: there is no end of those who look, and settlements need room
             elif kind is Transactions.stop:
                 kind(self._transactions, subject, detail, 0.0)
             elif kind in (Transactions.nudge, Transactions.touch_answer):

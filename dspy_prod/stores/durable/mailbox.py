@@ -92,14 +92,16 @@ class Mailbox:
         thread = self._thread
         if thread is None or thread is threading.current_thread():
             return self.writer.inbox.empty()
-        done = threading.Event()
-        if not self.post((Transactions.flush, done, None)):
+        told: Future[bool] = Future()
+        if not self.post((Transactions.flush, told, None)):
             return True
         deadline = inf if timeout is None else time.monotonic() + timeout
-        while not done.wait(min(max(deadline - time.monotonic(), 0.0), _STEP)):
-            if self.writer.failing is not None or time.monotonic() >= deadline or not thread.is_alive():
-                return done.is_set()
-        return True
+        while True:
+            try:
+                return told.result(min(max(deadline - time.monotonic(), 0.0), _STEP))
+            except TimeoutError:
+                if self.writer.failing is not None or time.monotonic() >= deadline or not thread.is_alive():
+                    return told.done() and told.result()
 
     def question(self, ask: Callable[..., Any]) -> Any:
         """What `ask(core, tables, now)` finds inside a transaction, after everything posted before.
@@ -160,7 +162,7 @@ class Mailbox:
             elif kind is Transactions.answer:
                 subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.flush:
-                subject.set()
+                subject.set_result(True)
             elif kind is Transactions.put_answer:
                 detail[3]()
             elif kind in _WRITING:

@@ -5,7 +5,6 @@ The lower half of `transactions.py`.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from math import inf
@@ -109,8 +108,8 @@ class Operations:
         """The last one: what is drawn ahead goes back, because the store is `stopping`."""
 
     # Those that need no transaction:
-    def flush(self, done: threading.Event, _: Any, now: float) -> None:
-        self.after.append(done.set)
+    def flush(self, told: Future[bool], _: Any, now: float) -> None:
+        self.after.append(lambda: told.set_result(True))
 
     def nudge(self, _: Any, __: Any, now: float) -> None:
         """Look at the timers again."""

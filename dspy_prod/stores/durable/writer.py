@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Final
 
 from dspy_prod.records import CallRecord
@@ -81,6 +82,7 @@ class Writer(Failing):
         self._now = clock.time
         self._report = report
         self._kept: deque[Operation] = deque()
+        self._looks: list[Future[bool]] = []  # flushes that wait for the next try
         self._doing: list[Operation] = []
         self._unsure: list[Operation] = []  # of a transaction that may have been written
         self._retry_at = 0.0
@@ -250,6 +252,7 @@ class Writer(Failing):
                 if kind is Transactions.answer and not subject.done():
                     subject.set_exception(OSError(refusal.detail))
         self._publish()
+        self._looked(False)
         self.local.fail_waiting(refusal)
         lost = size_of(operation for operation in (*self._kept, *self._unsure) if operation[0] in RECORDING)
         if lost:
