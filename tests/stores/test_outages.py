@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 
 from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.stores.base import REFUSED
 from dspy_prod.stores.durable import failing
+from dspy_prod.stores.durable.operations import Look
 from dspy_prod.stores.durable.transactions import Transactions
+from dspy_prod.stores.durable.writer import MAX_BATCH
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
-from tests.stores.support import Problems, record, until
+from tests.stores.support import Problems, ask, decided, granted, record, until
 
 
 class Away:
@@ -113,16 +116,107 @@ def test_who_looks_while_nothing_can_be_written_takes_no_room_from_settlements(
     assert len(store.records()) == 31
 
 
-@pytest.mark.parametrize("back", [True, False])
-def test_who_looks_is_told_after_one_more_try(store: Any, away: Away, back: bool) -> None:
-    """That all is written, once it is, even what takes several transactions; or that it is not."""
+def test_who_looks_is_told_once_all_is_written_and_forgotten_when_he_goes(store: Any, away: Away) -> None:
+    """All: what was kept takes several transactions."""
     fail(store, away)
     post(store, 1_100)
     until(lambda: store.problems["kept"] == 1_101)
-    told: Future[bool] = Future()
-    seen: list[int] = []
-    told.add_done_callback(lambda _: seen.append(len(store._writer._kept)))
-    store._mailbox.post((Transactions.flush, told, None))
-    away.left = inf if back else 0
-    assert told.result(10) is back
-    assert (seen == [0]) is back
+    stays, goes = Look(), Look()
+    goes.given_up = True
+    for look in (stays, goes):
+        store._mailbox.post((Transactions.flush, look, None))
+    until(lambda: store._writer.inbox.qsize() == 0 and store._writer._looks == [stays])
+    away.left = inf
+    assert stays.wait(10)
+    assert not goes.is_set()
+    assert len(store.records()) == 1_102
+
+
+def test_who_is_taken_as_a_store_fails_again_is_told(store: Any, away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken just before the next try, they stand behind what is kept; nobody ever told them, not even `close`."""
+    writer = store._writer
+    fail(store, away)
+    post(store, 1_100)
+    until(lambda: store.problems["kept"] == 1_101)
+    collect = writer._collect
+
+    begun = threading.Event()
+
+    def just_then() -> Any:
+        begun.set()
+        operations = collect()
+        if any(kind is Transactions.admit for kind, _, _ in operations):
+            writer._retry_at = 0.0
+        return operations
+
+    monkeypatch.setattr(writer, "_collect", just_then)
+    monkeypatch.setattr(failing, "_BACK_OFF", (30.0, 30.0))
+    store._mailbox.post((Transactions.nudge, None, None))
+    assert begun.wait(5)
+    waiting, asked, told = ask(), Future[Any](), threading.Event()
+    for operation in (
+        (Transactions.put_answer, b"key", (None, 9, 999, told.set)),
+        (Transactions.answer, asked, lambda *_: None),
+        (Transactions.admit, waiting, None),
+    ):
+        store._mailbox.post(operation)
+    assert decided(waiting, 5).state == REFUSED
+    assert isinstance(asked.exception(5), OSError)
+    assert told.wait(5)
+
+
+def test_what_fails_again_stays_in_order(store: Any, away: Away) -> None:
+    fail(store, away)
+    post(store, 1_300)
+    until(lambda: store.problems["kept"] == 1_301)
+    away.left = 1
+    until(lambda: away.left == 0 and "failing" in store.problems and store.problems["kept"] == 1_301 - MAX_BATCH)
+    tries = away.tries
+    until(lambda: away.tries >= tries + 2)
+    until(lambda: "failing" in store.problems and store.problems["kept"] == 1_301 - MAX_BATCH)
+    assert [kept.id for _, kept, _ in list(store._writer._kept)] == [f"r{n:05}" for n in range(MAX_BATCH - 1, 1_300)]
+
+
+@pytest.fixture
+def unfit(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record "bad" can never be written, which is seen when all that came with it is."""
+    tables = store._writer.tables
+    write = tables.write
+
+    def written(core: Any, now: float) -> Any:
+        if any(each.id == "bad" for each in core.appended):
+            raise ValueError("no such record")
+        return write(core, now)
+
+    monkeypatch.setattr(tables, "write", written)
+
+
+@pytest.mark.usefixtures("unfit")
+def test_what_can_never_be_written_keeps_nothing_else_from_it_as_the_store_closes(
+    store: Any, problems: Problems
+) -> None:
+    with store._writer.io:
+        store.append(record("first"))
+        until(lambda: store._writer.inbox.qsize() == 0)
+        for name in ("bad", "second", "third"):
+            store.append(record(name))
+        store._mailbox.post((Transactions.stop, None, None))
+    store.close()
+    lost = [details for name, details in problems if name == "operation_dropped"]
+    assert [details["dropped"] for details in lost] == [1], lost
+
+
+@pytest.mark.usefixtures("unfit")
+def test_a_store_goes_on_after_what_can_never_be_written(store: Any) -> None:
+    """Those who were refused with it are not waited for."""
+    writer = store._writer
+    with writer.io:
+        store.append(record("first", cost_nano=1))
+        until(lambda: writer.inbox.qsize() == 0)
+        for _ in range(5):
+            store._mailbox.post((Transactions.admit, ask(), None))
+        store.append(record("bad"))
+    until(lambda: store.problems.get("dropped") == 1)
+    granted(store, ask(accounts=("another",)))
+    assert store.flush(5)
+    assert writer._alone == 0

@@ -15,7 +15,7 @@ from typing import Any, Final
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Terms
-from dspy_prod.stores.durable.operations import Operation, Report
+from dspy_prod.stores.durable.operations import Look, Operation, Report
 from dspy_prod.stores.durable.process import THREADS
 from dspy_prod.stores.durable.tables import Reading
 from dspy_prod.stores.durable.transactions import Transactions
@@ -92,16 +92,15 @@ class Mailbox:
         thread = self._thread
         if thread is None or thread is threading.current_thread():
             return self.writer.inbox.empty()
-        told: Future[bool] = Future()
-        if not self.post((Transactions.flush, told, None)):
+        look = Look()
+        if not self.post((Transactions.flush, look, None)):
             return True
         deadline = inf if timeout is None else time.monotonic() + timeout
-        while True:
-            try:
-                return told.result(min(max(deadline - time.monotonic(), 0.0), _STEP))
-            except TimeoutError:
-                if self.writer.failing is not None or time.monotonic() >= deadline or not thread.is_alive():
-                    return told.done() and told.result()
+        while not look.wait(min(max(deadline - time.monotonic(), 0.0), _STEP)):
+            if self.writer.failing is not None or time.monotonic() >= deadline or not thread.is_alive():
+                look.given_up = True
+                return look.is_set()
+        return True
 
     def question(self, ask: Callable[..., Any]) -> Any:
         """What `ask(core, tables, now)` finds inside a transaction, after everything posted before.
@@ -162,7 +161,7 @@ class Mailbox:
             elif kind is Transactions.answer:
                 subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.flush:
-                subject.set_result(True)
+                subject.set()
             elif kind is Transactions.put_answer:
                 detail[3]()
             elif kind in _WRITING:

@@ -5,6 +5,7 @@ The lower half of `transactions.py`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from math import inf
@@ -23,6 +24,16 @@ from dspy_prod.stores.programs import ProgramCall
 Report = Callable[[str, dict[str, Any]], None]
 Operation = tuple[Callable[["Operations", Any, Any, float], None], Any, Any]
 """What to do (one of the operations of `Transactions`), and its two arguments; the third is the store's time."""
+
+
+class Look(threading.Event):
+    """Set once all is written that was posted before it.
+
+    Attributes:
+        given_up: nobody waits for it any more.
+    """
+
+    given_up = False
 
 
 class Operations:
@@ -108,8 +119,8 @@ class Operations:
         """The last one: what is drawn ahead goes back, because the store is `stopping`."""
 
     # Those that need no transaction:
-    def flush(self, told: Future[bool], _: Any, now: float) -> None:
-        self.after.append(lambda: told.set_result(True))
+    def flush(self, look: Look, _: Any, now: float) -> None:
+        self.after.append(look.set)
 
     def nudge(self, _: Any, __: Any, now: float) -> None:
         """Look at the timers again."""
