@@ -92,7 +92,7 @@ class Failing(ABC):
         self._put_back(operations)
 
     def _put_back(self, operations: list[Operation]) -> None:
-        """What could not be done comes before what is kept, as it did; nobody who waits for any of it is kept waiting."""
+        """What could not be done comes before what is kept, as it did; nobody is left waiting for any of it."""
         rest, self._kept = self._kept, deque()
         self._refuse_or_keep(operations)
         self._kept.extend(rest)
