@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -88,6 +89,8 @@ class RedisClaims:
         self._me = uuid.uuid4().hex.encode()
         self._numbers = itertools.count()
         self._own: dict[bytes, _Claim] = {}
+        self._ended: deque[tuple[str, str, int]] = deque()  # where it is claimed, the flight, whether by a verdict
+        self._noted = False  # there is a note that ends them
 
     def __len__(self) -> int:
         return len(self._own)
@@ -144,13 +147,25 @@ class RedisClaims:
         claim = self._own.pop(key, None)
         if claim is None:
             return
-        at, flight = self._key(key).decode(), claim.flight.decode()
+        if len(self._ended) < MOST:  # else it ends with its lease
+            self._ended.append((self._key(key).decode(), claim.flight.decode(), int(verdict)))
+        if not self._noted:
+            self._noted = True
+            self._mailbox.post((Transactions.note, self._note(), None))
+            self._mailbox.post((Transactions.nudge, None, None))
+
+    def _note(self) -> Callable[[object, float], None]:
+        """Writes all ends that there are when it is done: one for many, for the writer may be held up."""
+        taken: list[tuple[str, str, int]] = []  # it may have to write them again
 
         def end(tables: object, now: float) -> None:
-            tables.batch.call(END, at, flight, int(verdict), _LEASE)  # type: ignore[attr-defined]
+            self._noted = False  # first: who comes from now on notes it anew
+            while self._ended:
+                taken.append(self._ended.popleft())
+            for at, flight, verdict in taken:
+                tables.batch.call(END, at, flight, verdict, _LEASE)  # type: ignore[attr-defined]
 
-        self._mailbox.post((Transactions.note, end, None))
-        self._mailbox.post((Transactions.nudge, None, None))
+        return end
 
     def close(self) -> None:
         """What is claimed ends by itself."""

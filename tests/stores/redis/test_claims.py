@@ -154,3 +154,50 @@ def test_a_claim_that_is_interrupted_is_none(
             mine.flights.join(b"key")
     until(lambda: his.flights.join(b"key", True) is True, 1)  # type: ignore[union-attr]
     assert b"key" not in mine.flights._claims
+
+
+def test_ends_that_wait_for_a_transaction_are_one_note(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two operations each, which are never dropped, were without bound while one does not end."""
+    mine, his = two
+    assert mine.flights is not None
+    assert his.flights is not None
+    keys = [b"key %d" % number for number in range(60)]
+    inbox = mine._writer.inbox
+    with mine._writer.io:
+        for key in keys:
+            assert mine.flights.join(key) is True
+            mine.flights.leave(key)
+        assert inbox.qsize() <= 2
+        monkeypatch.setattr(claims, "MOST", 60)
+        assert mine.flights.join(b"another") is True
+        mine.flights.leave(b"another")
+        assert len(mine.flights._claims._ended) == 60  # type: ignore[attr-defined]
+    assert mine.flush(5)
+    assert [his.flights.join(key) for key in keys] == [True] * 60
+    assert mine.flights.join(b"again") is True
+    mine.flights.leave(b"again")
+    until(lambda: not mine.flights._claims._ended, 5)  # type: ignore[union-attr,attr-defined]
+
+
+def test_ends_whose_transaction_fails_are_written_by_the_next_one(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, his = two
+    assert mine.flights is not None
+    assert his.flights is not None
+    tables = mine._writer.tables
+    commit, failed = tables.commit, []
+
+    def once() -> None:
+        if failed:
+            return commit()
+        failed.append(1)
+        raise OSError("away")
+
+    assert mine.flights.join(b"key") is True
+    monkeypatch.setattr(tables, "commit", once)
+    mine.flights.leave(b"key")
+    until(lambda: his.flights.join(b"key", True) is True, 1)  # type: ignore[union-attr]
+    assert failed
