@@ -40,7 +40,7 @@ class Lead:
             DeadlineExceededError: the call's deadline came before.
         """
         monotonic = call.pipeline.clock.monotonic
-        found = self._cache.lead(self._key, self._name)
+        found = self._look()
         if found is False:
             began = now = monotonic()
             pause = PAUSE
@@ -50,16 +50,21 @@ class Lead:
                 yield Wait(None, min(call.deadline, now + pause))
                 pause = min(pause * 1.5, LONGEST)
                 now = monotonic()
-                found = self._cache.lead(self._key, self._name, waited=True)
+                found = self._look(waited=True)
             call.waited += now - began
         if isinstance(found, Entry):
             return found
-        self._led = True
         return None
 
     def inherit(self) -> None:
         """End what a call of this process began that led before, and that nothing will go on with."""
         self._cache.leave(self._name)
+
+    def _look(self, waited: bool = False) -> Entry | bool:
+        self._led = True  # before it is known: who is interrupted just then leads, and must end it
+        found = self._cache.lead(self._key, self._name, waited)
+        self._led = found is True
+        return found
 
     def end(self, verdict: bool = False) -> None:
         """Ask upstream no more, see `stores.base.Flights.leave`. Posted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,3 +56,27 @@ def test_an_embedder_that_fails_before_it_asks_keeps_nobody_waiting(monkeypatch:
         assert len(flights) == 0
         assert embedder(["one", "two", "three"]).shape[0] == 3
         embedder.close()
+
+
+def test_a_leader_that_is_interrupted_as_he_is_told_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Neither here nor in other processes."""
+    with Provider() as provider:
+        lm = dspy_prod.LM("openai/m", api_base=provider.url, api_key="k", store=f"sqlite:///{tmp_path}/state.db")
+        cache, store = lm.pipeline.cache, lm.pipeline.store
+        assert cache is not None
+        lead = cache.lead
+
+        def interrupted(*arguments: Any, **more: Any) -> Any:
+            lead(*arguments, **more)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cache, "lead", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                lm("hello")
+        assert len(store.flights._claims) == 0
+        with dspy_prod.call_context(deadline=5.0):
+            assert lm("hello")
+        lm.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from math import inf
@@ -12,6 +13,7 @@ import pytest
 
 import dspy_prod
 from dspy_prod.stores.base import CachedAnswer
+from dspy_prod.stores.durable import flights as durable_flights
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
@@ -80,3 +82,54 @@ def test_a_cache_that_is_cleared_right_after_an_answer(tmp_path: Path) -> None:
                 assert len(provider.calls) == turn + 1
                 lm.cache_clear()
         lm.close()
+
+
+def test_a_lead_that_is_interrupted_as_it_begins_is_nobody_s(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook, while the cache is read or a thread begins: its question could never be asked again."""
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    flights = store.flights
+    for place, name in ((flights._answers, "get"), (flights._renewing, "begin")):
+        assert flights.join(b"key") is True
+        flights.leave(b"key")
+        with monkeypatch.context() as patched:
+            patched.setattr(place, name, interrupted)
+            with contextlib.suppress(KeyboardInterrupt):  # Redis looks and claims in one step
+                flights.join(b"key", True)
+                flights.leave(b"key")
+        assert len(flights._claims) == 0
+        until(lambda: flights.join(b"key", True) is True, 5)
+        flights.leave(b"key")
+
+
+def test_what_is_claimed_as_the_thread_that_renews_ends_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable_flights, "RENEW", 0.01)
+    monkeypatch.setattr(durable_flights, "IDLE", 0.05)
+    claims: set[bytes] = set()
+    renewed = threading.Event()
+
+    class Claims:
+        """One is claimed just after it was looked whether there is any."""
+
+        def __len__(self) -> int:
+            found = len(claims)
+            if renewing._lock.locked() and not found:
+                claims.add(b"key")
+                if renewing._thread is not None:
+                    renewing.begin()
+                else:
+                    threading.Thread(target=renewing.begin).start()
+            return found
+
+        def renew(self, but: set[bytes]) -> None:
+            renewed.set()
+
+    claimed: Any = Claims()
+    renewing = durable_flights._Renewing(claimed, set())
+    renewing.begin()
+    try:
+        assert renewed.wait(5)
+    finally:
+        renewing.over.set()

@@ -18,7 +18,7 @@ from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Reservation
 from dspy_prod.stores.durable.alone import Outage
 from dspy_prod.stores.durable.inbox import Inbox
-from dspy_prod.stores.durable.operations import Operation, Report
+from dspy_prod.stores.durable.operations import Look, Operation, Report
 from dspy_prod.stores.durable.tables import ChangedError, DoubtError, Tables
 from dspy_prod.stores.durable.transactions import Transactions, UnfitError
 
@@ -28,6 +28,7 @@ MAX_KEPT: Final = 100_000
 """Operations kept while nothing can be written; more are dropped, and said to be."""
 _BACK_OFF: Final = (0.05, 1.0)
 _SETTLING: Final = (Transactions.settle, Transactions.settle_drawn, Transactions.settle_alone)
+_AWAITED: Final = frozenset((Transactions.admit, Transactions.answer, Transactions.put_answer, Transactions.flush))
 RECORDING: Final = (*_SETTLING, Transactions.append, Transactions.append_served, Transactions.append_program)
 """Operations that write records."""
 
@@ -50,6 +51,7 @@ class Failing(ABC):
     _core: AdmissionCore
     _report: Report
     _kept: deque[Operation]
+    _looks: list[Look]
     _unsure: list[Operation]  # of a transaction that may have been written
     _alone: int
     _dropped: int
@@ -73,7 +75,8 @@ class Failing(ABC):
             self.outage = Outage(self._outages, *self._transactions.known())
 
     def _failed(self, operations: list[Operation], error: Exception) -> None:
-        if not isinstance(error, UnfitError) or not operations:
+        unusable = not isinstance(error, UnfitError) or not operations  # rather than one of these unfit for it
+        if unusable:
             self._begin_outage()
         with self.io:
             undecided = self._transactions.undo()
@@ -83,14 +86,30 @@ class Failing(ABC):
         if isinstance(error, UnfitError):
             _log.error("An operation failed in %s", self.tables.path, exc_info=error)
             self._isolate(operations, error)
-        refusal = self._degraded(text, wait=not isinstance(error, UnfitError) or not operations)
+        refusal = self._degraded(text, wait=unusable)
         self._core.fail_waiting(refusal)
         self._refuse(undecided, refusal)
+        self._put_back(operations)
+
+    def _put_back(self, operations: list[Operation]) -> None:
+        """What could not be done comes before what is kept, as it did; nobody is left waiting for any of it."""
+        rest, self._kept = self._kept, deque()
         self._refuse_or_keep(operations)
+        self._kept.extend(rest)
+        if self.outage is not None:
+            self._let_go()
+        self._alone = min(self._alone, len(self._kept))  # some of them are told, and not kept
+
+    def _let_go(self) -> None:
+        """Tell those who wait for something that is kept."""
+        if any(kind in _AWAITED for kind, _, _ in self._kept):
+            kept, self._kept = self._kept, deque()
+            self._refuse_or_keep(kept)
 
     def _degraded(self, text: str, wait: bool = True) -> Refusal:
         """From now on nothing can be written; told when it is news."""
         if wait:
+            self._looks = [look for look in self._looks if not look.given_up]
             first, most = _BACK_OFF
             self._back_off = min(max(first, self._back_off * 2), most)
             self._retry_at = time.monotonic() + self._back_off
@@ -153,9 +172,11 @@ class Failing(ABC):
 
     def _recovered(self) -> None:
         self.failing, self.outage, self._back_off = None, None, 0.0
+        self._kept.extend((Transactions.flush, look, None) for look in self._looks)  # told once all before is written
+        self._looks.clear()
         self._report("store_recovered", {"path": self.tables.path})
 
-    def _refuse_or_keep(self, operations: list[Operation]) -> None:
+    def _refuse_or_keep(self, operations: Iterable[Operation]) -> None:
         """While nothing can be written: questions get an error, admissions a refusal; the rest waits, in order."""
         refusal = self.failing
         assert refusal is not None
@@ -168,6 +189,8 @@ class Failing(ABC):
                     subject.set_exception(OSError(refusal.detail))
             elif kind is Transactions.put_answer:
                 detail[3]()
+            elif kind is Transactions.flush and self.outage is not None:
+                self._looks.append(subject)  # not kept: there is no end of those who look, and settlements need room
             elif kind is Transactions.stop:
                 kind(self._transactions, subject, detail, 0.0)
             elif kind in (Transactions.nudge, Transactions.touch_answer):
@@ -201,7 +224,7 @@ class Failing(ABC):
             elif kind is Transactions.put_answer:
                 detail[3]()
             elif kind in _SETTLING and subject.record is not None:
-                self._kept.append((kind, subject._replace(record=None), detail))
+                operations.insert(error.index, (kind, subject._replace(record=None), detail))
 
     def _dropping(self, kind: str, error: str, count: int = 1) -> None:
         self._dropped += count

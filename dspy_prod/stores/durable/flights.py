@@ -86,21 +86,21 @@ class Flights:
     def join(self, key: bytes, waited: bool = False) -> CachedAnswer | bool:
         """See `stores.base.Flights`."""
         found = self._claims.claim(key, waited)
-        if found == LEADS:
-            self._renewing.begin()
-            return True
         if found == FOLLOWS:
             return False
         if found == ALONE:
             return True
-        if found != LANDED:
-            assert isinstance(found, CachedAnswer)
+        if isinstance(found, CachedAnswer):
             return found
-        answer = self._answers.get(key)
-        if answer is not None and answer.expires_at > self._now():
+        try:
+            answer = self._answers.get(key) if found == LANDED else None
+            if answer is not None and answer.expires_at > self._now():
+                self._claims.free(key, False)
+                return answer
+            self._renewing.begin()
+        except BaseException:  # interrupted: nobody is told that he leads
             self._claims.free(key, False)
-            return answer
-        self._renewing.begin()
+            raise
         return True
 
     def leave(self, key: bytes, verdict: bool = False) -> None:
@@ -156,6 +156,7 @@ class _Renewing:
                 self._claims.renew(set(self._landing))
             elif idle > IDLE:
                 with self._lock:
+                    own, self._thread = self._thread, None  # first: whoever claims from now on finds that there is none
                     if not self._claims:
-                        self._thread = None
                         return
+                    self._thread = own

@@ -15,7 +15,7 @@ from typing import Any, Final
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import PENDING, REFUSED, Refusal, Terms
-from dspy_prod.stores.durable.operations import Operation, Report
+from dspy_prod.stores.durable.operations import Look, Operation, Report
 from dspy_prod.stores.durable.process import THREADS
 from dspy_prod.stores.durable.tables import Reading
 from dspy_prod.stores.durable.transactions import Transactions
@@ -92,13 +92,14 @@ class Mailbox:
         thread = self._thread
         if thread is None or thread is threading.current_thread():
             return self.writer.inbox.empty()
-        done = threading.Event()
-        if not self.post((Transactions.flush, done, None)):
+        look = Look()
+        if not self.post((Transactions.flush, look, None)):
             return True
         deadline = inf if timeout is None else time.monotonic() + timeout
-        while not done.wait(min(max(deadline - time.monotonic(), 0.0), _STEP)):
+        while not look.wait(min(max(deadline - time.monotonic(), 0.0), _STEP)):
             if self.writer.failing is not None or time.monotonic() >= deadline or not thread.is_alive():
-                return done.is_set()
+                look.given_up = True
+                return look.is_set()
         return True
 
     def question(self, ask: Callable[..., Any]) -> Any:

@@ -26,6 +26,16 @@ Operation = tuple[Callable[["Operations", Any, Any, float], None], Any, Any]
 """What to do (one of the operations of `Transactions`), and its two arguments; the third is the store's time."""
 
 
+class Look(threading.Event):
+    """Set once all is written that was posted before it.
+
+    Attributes:
+        given_up: nobody waits for it any more.
+    """
+
+    given_up = False
+
+
 class Operations:
     """See `Transactions`, whose attributes these are."""
 
@@ -111,8 +121,8 @@ class Operations:
         """The last one: what is drawn ahead goes back, because the store is `stopping`."""
 
     # Those that need no transaction:
-    def flush(self, done: threading.Event, _: Any, now: float) -> None:
-        self.after.append(done.set)
+    def flush(self, look: Look, _: Any, now: float) -> None:
+        self.after.append(look.set)
 
     def nudge(self, _: Any, __: Any, now: float) -> None:
         """Look at the timers again."""

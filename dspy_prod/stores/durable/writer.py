@@ -23,7 +23,7 @@ from dspy_prod.stores.durable.alone import Outage
 from dspy_prod.stores.durable.drawn import Drawn
 from dspy_prod.stores.durable.failing import RECORDING, Failing, size_of
 from dspy_prod.stores.durable.inbox import Inbox
-from dspy_prod.stores.durable.operations import Operation, Report
+from dspy_prod.stores.durable.operations import Look, Operation, Report
 from dspy_prod.stores.durable.tables import Copying, DoubtError, Tables
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.lane import Lane
@@ -81,6 +81,7 @@ class Writer(Failing):
         self._now = clock.time
         self._report = report
         self._kept: deque[Operation] = deque()
+        self._looks: list[Look] = []  # flushes that wait for it to be written to again
         self._doing: list[Operation] = []
         self._unsure: list[Operation] = []  # of a transaction that may have been written
         self._retry_at = 0.0
@@ -121,15 +122,25 @@ class Writer(Failing):
         inbox.hurried = bool(self._core.waiting())
         inbox.open = self.failing is None
         inbox.wait(self._wait())
-        inbox.begin(MAX_BATCH)
-        operations = inbox.take(1)
-        if operations or not inbox.empty():
-            self._take_more(operations)
+        most = self._room()
+        inbox.begin(most)
+        operations = inbox.take(most)
+        self._take_served(operations)
         return operations
+
+    def _room(self) -> int:
+        """How many operations may be taken: what is kept comes before them, but while it only waits for its next try
+        they are kept or refused at once."""
+        if self._retry_at > time.monotonic():
+            return MAX_BATCH
+        return 0 if self._alone else max(0, MAX_BATCH - len(self._kept))
 
     def _take_more(self, operations: list[Operation]) -> None:
         if not self._kept and not self._alone:
             operations += self.inbox.take(MAX_BATCH - len(operations))
+        self._take_served(operations)
+
+    def _take_served(self, operations: list[Operation]) -> None:
         operations += self.inbox.take_served()
         self.inbox.writing = size_of(operations)
 
@@ -149,11 +160,9 @@ class Writer(Failing):
         if self._transactions.in_doubt and not self._find_out(operations):
             return
         if self._kept:
-            operations = [*self._kept, *operations]
-            self._kept.clear()
-            most = 1 if self._alone else MAX_BATCH
-            self._kept.extend(operations[most:])
-            del operations[most:]
+            self._kept.extend(operations)
+            pop, most = self._kept.popleft, 1 if self._alone else MAX_BATCH
+            operations = [pop() for _ in range(min(most, len(self._kept)))]
             self._alone = max(0, self._alone - 1)
         self._doing = operations
         try:
@@ -228,17 +237,21 @@ class Writer(Failing):
         while self._kept or self._transactions.in_doubt:
             self._retry_at = 0.0
             self._cycle([])
-            if self.failing is not None:
+            if self._retry_at:  # nothing can be written; one that can never be keeps no other from it
                 break
         if self.drawn.shares and self.failing is None:
             self._cycle([(Transactions.give_up_shares, None, None)])
+        if self.failing is not None:
+            self._let_go()
         refusal = Refusal("store_unavailable", detail=f"The store {self.tables.path} was closed")
         self._core.fail_waiting(refusal)
         if self._transactions.in_doubt:
             self._tell_undecided(refusal)
-            for kind, subject, _ in self._unsure:
+            for kind, subject, detail in self._unsure:
                 if kind is Transactions.answer and not subject.done():
                     subject.set_exception(OSError(refusal.detail))
+                elif kind is Transactions.put_answer:
+                    detail[3]()
         self._publish()
         self.local.fail_waiting(refusal)
         lost = size_of(operation for operation in (*self._kept, *self._unsure) if operation[0] in RECORDING)

@@ -1,12 +1,15 @@
 """Which process asks upstream for an answer that others want too: a key for each such answer, that ends by itself.
 
 To look into the cache and to claim is one step of the server, in one round trip. Keys: `answers:flight:<key>`, the
-process that asks, or `-` for a moment after upstream said what is not shared; `<that>:wanted`, whether others wait.
+flight: the process that asks, and which of its flights; or `-` for a moment after upstream said what is not shared.
+`<that>:wanted`, whether others wait.
 """
 
 from __future__ import annotations
 
+import itertools
 import uuid
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -24,15 +27,15 @@ MOST: Final = 4_096
 _AT_ONCE: Final = 256
 _LEASE: Final = int(LEASE * 1000)
 
-# Keys: the answer, those used, the claim, whether it is wanted. Arguments: the answer's key, who asks, whether it
-# waited, now, and the lease.
+# Keys: the answer, those used, the claim, whether it is wanted. Arguments: the answer's key, the flight, whether it
+# waited, now, and the lease. An earlier flight of the same process is over: its end is on the way.
 _CLAIM: Final = """
 local value = redis.call('GET', KEYS[1])
 if value and #value >= 24 and redis.call('ZSCORE', KEYS[2], ARGV[1]) then
     if struct.unpack('>d', value) > tonumber(ARGV[4]) then return value end
 end
 local who = redis.call('GET', KEYS[3])
-if who and who ~= '-' and who ~= ARGV[2] then
+if who and who ~= '-' and string.sub(who, 1, 32) ~= string.sub(ARGV[2], 1, 32) then
     redis.call('SET', KEYS[4], 1, 'PX', ARGV[5])
     return 1
 end
@@ -54,6 +57,21 @@ STEPS[END] = """function(key, args)
 end"""
 
 
+class _Claim:
+    """One flight of this process.
+
+    Attributes:
+        flight: its name, unlike any other's.
+        wanted: others wait for it.
+    """
+
+    __slots__ = ("flight", "wanted")
+
+    def __init__(self, flight: bytes) -> None:
+        self.flight = flight
+        self.wanted = False
+
+
 class RedisClaims:
     """The claims of one process and namespace. Thread-safe; see `durable.flights.Claims`.
 
@@ -69,7 +87,10 @@ class RedisClaims:
         self._now = now
         self._base = connection.key("answers").encode()
         self._me = uuid.uuid4().hex.encode()
-        self._own: dict[bytes, bool] = {}  # key -> whether others wait for it
+        self._numbers = itertools.count()
+        self._own: dict[bytes, _Claim] = {}
+        self._ended: deque[tuple[str, str, int]] = deque()  # where it is claimed, the flight, whether by a verdict
+        self._noted = False  # there is a note that ends them
 
     def __len__(self) -> int:
         return len(self._own)
@@ -82,46 +103,69 @@ class RedisClaims:
             return FOLLOWS  # another LM of this process
         if len(self._own) >= MOST or self._mailbox.writer.failing is not None:
             return ALONE
+        claim = _Claim(b"%s:%d" % (self._me, next(self._numbers)))
+        if self._own.setdefault(key, claim) is not claim:
+            return FOLLOWS
+        try:
+            found = self._claimed(key, claim, waited)
+        except BaseException:  # interrupted: the server may have it
+            self.free(key, False)
+            raise
+        if found != LEADS:
+            self._own.pop(key, None)
+        return found
+
+    def _claimed(self, key: bytes, claim: _Claim, waited: bool) -> int | CachedAnswer:
         base, flight = self._base, self._key(key)
         asked = ("EVAL", _CLAIM, 4, base + b":of:" + key, base + b":used", flight, flight + b":wanted")
         try:
-            (found,) = self._connection.read([(*asked, key, self._me, int(waited), repr(self._now()), _LEASE)])
+            (found,) = self._connection.read([(*asked, key, claim.flight, int(waited), repr(self._now()), _LEASE)])
         except StoreUnavailableError:
             return ALONE
-        if found == 0:
-            self._own[key] = False
-            return LEADS
         if isinstance(found, bytes):
             return unpacked(found) or ALONE
-        return FOLLOWS if found == 1 else ALONE
+        return (LEADS, FOLLOWS, ALONE)[found]
 
     def followed(self, key: bytes) -> bool:
-        return self._own.get(key, False)
+        claim = self._own.get(key)
+        return claim is not None and claim.wanted
 
     def renew(self, but: set[bytes]) -> None:
-        own = [key for key in list(self._own) if key not in but]
+        own = [each for each in list(self._own.items()) if each[0] not in but]
         for first in range(0, len(own), _AT_ONCE):
-            keys = own[first : first + _AT_ONCE]
-            flights = [(key, self._key(key)) for key in keys]
-            asked = [("EVAL", _RENEW, 2, at, at + b":wanted", self._me, _LEASE) for _, at in flights]
+            some = own[first : first + _AT_ONCE]
+            flights = [(self._key(key), claim.flight) for key, claim in some]
+            asked = [("EVAL", _RENEW, 2, at, at + b":wanted", flight, _LEASE) for at, flight in flights]
             try:
                 found = self._connection.read(asked)
             except StoreUnavailableError:
                 return  # the leases end, and each process asks for itself
-            for key, told in zip(keys, found, strict=True):
-                if key in self._own:
-                    self._own[key] = told == 2
+            for (_, claim), told in zip(some, found, strict=True):
+                claim.wanted = told == 2
 
     def free(self, key: bytes, verdict: bool) -> None:
-        if self._own.pop(key, None) is None:
+        claim = self._own.pop(key, None)
+        if claim is None:
             return
-        flight, me = self._key(key).decode(), self._me.decode()
+        if len(self._ended) < MOST:  # else it ends with its lease
+            self._ended.append((self._key(key).decode(), claim.flight.decode(), int(verdict)))
+        if not self._noted:
+            self._noted = True
+            self._mailbox.post((Transactions.note, self._note(), None))
+            self._mailbox.post((Transactions.nudge, None, None))
+
+    def _note(self) -> Callable[[object, float], None]:
+        """Writes all ends that there are when it is done: one for many, for the writer may be held up."""
+        taken: list[tuple[str, str, int]] = []  # it may have to write them again
 
         def end(tables: object, now: float) -> None:
-            tables.batch.call(END, flight, me, int(verdict), _LEASE)  # type: ignore[attr-defined]
+            self._noted = False  # first: who comes from now on notes it anew
+            while self._ended:
+                taken.append(self._ended.popleft())
+            for at, flight, verdict in taken:
+                tables.batch.call(END, at, flight, verdict, _LEASE)  # type: ignore[attr-defined]
 
-        self._mailbox.post((Transactions.note, end, None))
-        self._mailbox.post((Transactions.nudge, None, None))
+        return end
 
     def close(self) -> None:
         """What is claimed ends by itself."""

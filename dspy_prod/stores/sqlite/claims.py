@@ -90,7 +90,12 @@ class ClaimsFile:
             name = blake2b(key, digest_size=16, key=self._namespace).digest()
             if own.setdefault(key, name) is not name:
                 return FOLLOWS  # another LM of this process
-            found = file.claim(name, waited)
+            try:
+                found = file.claim(name, waited)
+            except (KeyboardInterrupt, SystemExit):  # it may have been claimed
+                own.pop(key, None)
+                file.unlock(name)
+                raise
         except (OSError, ValueError) as error:
             self._give_up(error)
             return ALONE

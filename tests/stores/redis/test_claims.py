@@ -76,3 +76,128 @@ def test_an_expired_answer_is_no_answer(two: tuple[RedisStore, RedisStore]) -> N
     assert his.flush(5)
     assert mine.cache_get(b"key") is not None
     assert mine.flights.join(b"key") is True
+
+
+def test_the_end_of_a_flight_ends_no_later_one(two: tuple[RedisStore, RedisStore]) -> None:
+    """A process that passes the lead to its own next caller claims it again before the first end is written."""
+    mine, his = two
+    assert mine.flights is not None
+    assert his.flights is not None
+    with his._writer.io:  # nothing is written meanwhile
+        assert his.flights.join(b"key") is True
+        assert mine.flights.join(b"key") is False
+        his.flights.leave(b"key")
+        assert his.flights.join(b"key") is True
+    assert his.flush(5)
+    assert mine.flights.join(b"key", True) is False
+    his.flights._claims.renew(set())
+    assert his.flights._claims.followed(b"key")
+    his.flights.leave(b"key")
+    until(lambda: mine.flights.join(b"key", True) is True, 5)  # type: ignore[union-attr]
+
+
+def test_a_flight_that_ends_while_it_is_renewed_has_ended(two: tuple[RedisStore, RedisStore]) -> None:
+    """What renews puts no claim back that another thread has freed: it would be waited for, for ever."""
+    mine, his = two
+    assert mine.flights is not None
+    assert his.flights is not None
+
+    class Own(dict):  # type: ignore[type-arg]
+        def __setitem__(self, key: object, value: object) -> None:
+            raise AssertionError("put back")
+
+    held = mine.flights._claims
+    assert mine.flights.join(b"key") is True
+    assert his.flights.join(b"key") is False
+    held._own = Own(held._own)  # type: ignore[attr-defined]
+    held.renew(set())
+    assert held.followed(b"key")
+    held.free(b"key", False)
+    assert len(held) == 0
+
+
+def test_of_two_that_claim_at_once_in_one_process_one_leads(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two LMs; else the first one to be done ends the claim of both."""
+    mine, _ = two
+    assert mine.flights is not None
+    connection = mine.flights._claims._connection  # type: ignore[attr-defined]
+    read, second = connection.read, []
+
+    def meanwhile(asked: object) -> object:
+        monkeypatch.undo()
+        second.append(mine.flights.join(b"key"))  # type: ignore[union-attr]
+        return read(asked)
+
+    monkeypatch.setattr(connection, "read", meanwhile)
+    assert mine.flights.join(b"key") is True
+    assert second == [False]
+
+
+def test_a_claim_that_is_interrupted_is_none(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the server has it already."""
+    mine, his = two
+    assert mine.flights is not None
+    connection = mine.flights._claims._connection  # type: ignore[attr-defined]
+    read = connection.read
+
+    def interrupted(asked: object) -> object:
+        read(asked)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mine.flights.join(b"key")
+    until(lambda: his.flights.join(b"key", True) is True, 1)  # type: ignore[union-attr]
+    assert b"key" not in mine.flights._claims
+
+
+def test_ends_that_wait_for_a_transaction_are_one_note(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two operations each, which are never dropped, were without bound while one does not end."""
+    mine, his = two
+    assert mine.flights is not None
+    assert his.flights is not None
+    keys = [b"key %d" % number for number in range(60)]
+    inbox = mine._writer.inbox
+    with mine._writer.io:
+        for key in keys:
+            assert mine.flights.join(key) is True
+            mine.flights.leave(key)
+        assert inbox.qsize() <= 2
+        monkeypatch.setattr(claims, "MOST", 60)
+        assert mine.flights.join(b"another") is True
+        mine.flights.leave(b"another")
+        assert len(mine.flights._claims._ended) == 60  # type: ignore[attr-defined]
+    assert mine.flush(5)
+    assert [his.flights.join(key) for key in keys] == [True] * 60
+    assert mine.flights.join(b"again") is True
+    mine.flights.leave(b"again")
+    until(lambda: not mine.flights._claims._ended, 5)  # type: ignore[union-attr,attr-defined]
+
+
+def test_ends_whose_transaction_fails_are_written_by_the_next_one(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, his = two
+    assert mine.flights is not None
+    assert his.flights is not None
+    tables = mine._writer.tables
+    commit, failed = tables.commit, []
+
+    def once() -> None:
+        if failed:
+            return commit()
+        failed.append(1)
+        raise OSError("away")
+
+    assert mine.flights.join(b"key") is True
+    monkeypatch.setattr(tables, "commit", once)
+    mine.flights.leave(b"key")
+    until(lambda: his.flights.join(b"key", True) is True, 1)  # type: ignore[union-attr]
+    assert failed

@@ -209,3 +209,25 @@ def test_threads_that_claim_first_lose_nothing(path: str, other: Callable[..., O
             thread.join(10)
         assert len(mine) == 0
         assert {his("claim", key, False) for key in keys} == {LANDED}
+
+
+def test_a_claim_that_is_interrupted_is_none(
+    path: str, other: Callable[..., Other], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, his = ClaimsFile(path, "n"), other()
+    assert mine.claim(b"another", False) == LEADS
+    assert mine._file is not None
+    take = mine._file.claim
+
+    def interrupted(*arguments: Any) -> int:
+        take(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mine._file, "claim", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mine.claim(b"key", False)
+    assert b"key" not in mine
+    assert b"another" in mine
+    assert his("claim", b"key", True) == LANDED
+    his("free", b"key", False)

@@ -1,0 +1,222 @@
+"""A store that cannot be written for a while, on SQLite and on Redis: nobody waits in vain, nothing settled is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.stores.base import REFUSED
+from dspy_prod.stores.durable import failing
+from dspy_prod.stores.durable.operations import Look
+from dspy_prod.stores.durable.transactions import Transactions
+from dspy_prod.stores.durable.writer import MAX_BATCH
+from dspy_prod.stores.redis.store import RedisStore
+from dspy_prod.stores.sqlite.store import SqliteStore
+from tests.stores.support import Problems, ask, decided, granted, record, until
+
+
+class Away:
+    """What the store writes to: it takes `left` more transactions."""
+
+    def __init__(self, store: Any) -> None:
+        self.left: float = inf
+        self.tries = 0
+        self._begin = store._writer.tables.begin
+        store._writer.tables.begin = self.begin
+
+    def begin(self) -> None:
+        if self.left <= 0:
+            self.tries += 1
+            raise OSError("away")
+        self.left -= 1
+        self._begin()
+
+
+@pytest.fixture
+def problems() -> Problems:
+    return Problems()
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, problems: Problems) -> Iterator[Any]:
+    if request.param == "redis":
+        opened: Any = RedisStore(request.getfixturevalue("valkey"), tmp_path.name, on_problem=problems)
+    else:
+        opened = SqliteStore(str(tmp_path / "state.db"), "n", on_problem=problems)
+    opened.append(record())
+    assert opened.flush(10)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def away(store: Any) -> Away:
+    return Away(store)
+
+
+def fail(store: Any, away: Away) -> None:
+    """From now on nothing can be written, and one record is kept."""
+    away.left = 0
+    store.append(record(cost_nano=5))
+    until(lambda: bool(store._writer._kept) and "failing" in store.problems)
+
+
+def post(store: Any, count: int) -> None:
+    """Records with money in them, in one go."""
+    for number in range(count):
+        store._mailbox.post((Transactions.append, record(f"r{number:05}", cost_nano=1), True))
+
+
+def test_what_is_posted_while_nothing_can_be_written_is_taken_at_once(
+    store: Any, away: Away, problems: Problems
+) -> None:
+    """It was one operation a second: closing took as many seconds as there were."""
+    fail(store, away)
+    post(store, 40)
+    begun = time.monotonic()
+    with pytest.raises(StoreUnavailableError, match="away"):
+        store.waiting()
+    assert time.monotonic() - begun < 2.0
+    assert store.problems["kept"] == 41
+    store.close()
+    assert time.monotonic() - begun < 4.0
+    assert problems[-1][0] == "operation_dropped"
+    assert problems[-1][1]["dropped"] == 41
+
+
+def test_an_answer_that_comes_while_nothing_can_be_written_lets_go_who_follows(store: Any, away: Away) -> None:
+    fail(store, away)
+    told = threading.Event()
+    post(store, 20)
+    store._mailbox.post((Transactions.put_answer, b"key", (None, 9, 999, told.set)))
+    assert told.wait(3.0)
+
+
+def test_who_looks_while_nothing_can_be_written_takes_no_room_from_settlements(
+    store: Any, away: Away, problems: Problems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look of a probe or a dashboard was kept among them, until they found no room."""
+    monkeypatch.setattr(failing, "MAX_KEPT", 30)
+    fail(store, away)
+    for _ in range(40):
+        assert not store.flush(0.0)
+    post(store, 29)
+    until(lambda: store.problems["kept"] == 30)
+    assert "dropped" not in store.problems
+    away.left = inf
+    until(lambda: store.flush(1))
+    assert len(store.records()) == 31
+
+
+def test_who_looks_is_told_once_all_is_written_and_forgotten_when_he_goes(store: Any, away: Away) -> None:
+    """All: what was kept takes several transactions."""
+    fail(store, away)
+    post(store, 1_100)
+    until(lambda: store.problems["kept"] == 1_101)
+    stays, goes = Look(), Look()
+    goes.given_up = True
+    for look in (stays, goes):
+        store._mailbox.post((Transactions.flush, look, None))
+    until(lambda: store._writer.inbox.qsize() == 0 and store._writer._looks == [stays])
+    away.left = inf
+    assert stays.wait(10)
+    assert not goes.is_set()
+    assert len(store.records()) == 1_102
+
+
+def test_who_is_taken_as_a_store_fails_again_is_told(store: Any, away: Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken just before the next try, they stand behind what is kept; nobody ever told them, not even `close`."""
+    writer = store._writer
+    fail(store, away)
+    post(store, 1_100)
+    until(lambda: store.problems["kept"] == 1_101)
+    collect = writer._collect
+
+    begun = threading.Event()
+
+    def just_then() -> Any:
+        begun.set()
+        operations = collect()
+        if any(kind is Transactions.admit for kind, _, _ in operations):
+            writer._retry_at = 0.0
+        return operations
+
+    monkeypatch.setattr(writer, "_collect", just_then)
+    monkeypatch.setattr(failing, "_BACK_OFF", (30.0, 30.0))
+    store._mailbox.post((Transactions.nudge, None, None))
+    assert begun.wait(5)
+    waiting, asked, told = ask(), Future[Any](), threading.Event()
+    for operation in (
+        (Transactions.put_answer, b"key", (None, 9, 999, told.set)),
+        (Transactions.answer, asked, lambda *_: None),
+        (Transactions.admit, waiting, None),
+    ):
+        store._mailbox.post(operation)
+    assert decided(waiting, 5).state == REFUSED
+    assert isinstance(asked.exception(5), OSError)
+    assert told.wait(5)
+
+
+def test_what_fails_again_stays_in_order(store: Any, away: Away) -> None:
+    fail(store, away)
+    post(store, 1_300)
+    until(lambda: store.problems["kept"] == 1_301)
+    away.left = 1
+    until(lambda: away.left == 0 and "failing" in store.problems and store.problems["kept"] == 1_301 - MAX_BATCH)
+    tries = away.tries
+    until(lambda: away.tries >= tries + 2)
+    until(lambda: "failing" in store.problems and store.problems["kept"] == 1_301 - MAX_BATCH)
+    assert [kept.id for _, kept, _ in list(store._writer._kept)] == [f"r{n:05}" for n in range(MAX_BATCH - 1, 1_300)]
+
+
+@pytest.fixture
+def unfit(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record "bad" can never be written, which is seen when all that came with it is."""
+    tables = store._writer.tables
+    write = tables.write
+
+    def written(core: Any, now: float) -> Any:
+        if any(each.id == "bad" for each in core.appended):
+            raise ValueError("no such record")
+        return write(core, now)
+
+    monkeypatch.setattr(tables, "write", written)
+
+
+@pytest.mark.usefixtures("unfit")
+def test_what_can_never_be_written_keeps_nothing_else_from_it_as_the_store_closes(
+    store: Any, problems: Problems
+) -> None:
+    with store._writer.io:
+        store.append(record("first"))
+        until(lambda: store._writer.inbox.qsize() == 0)
+        for name in ("bad", "second", "third"):
+            store.append(record(name))
+        store._mailbox.post((Transactions.stop, None, None))
+    store.close()
+    lost = [details for name, details in problems if name == "operation_dropped"]
+    assert [details["dropped"] for details in lost] == [1], lost
+
+
+@pytest.mark.usefixtures("unfit")
+def test_a_store_goes_on_after_what_can_never_be_written(store: Any) -> None:
+    """Those who were refused with it are not waited for."""
+    writer = store._writer
+    with writer.io:
+        store.append(record("first", cost_nano=1))
+        until(lambda: writer.inbox.qsize() == 0)
+        for _ in range(5):
+            store._mailbox.post((Transactions.admit, ask(), None))
+        store.append(record("bad"))
+    until(lambda: store.problems.get("dropped") == 1)
+    granted(store, ask(accounts=("another",)))
+    assert store.flush(5)
+    assert writer._alone == 0
