@@ -72,7 +72,9 @@ def _telling(send: Any) -> Any:
     @wraps(send)
     def sending(self: Any, request: Any, **options: Any) -> Any:
         _tell(request)
-        return send(self, request, **options)
+        passed = [request]
+        del request  # no frame of ours holds what a request holds, its key above all
+        return send(self, passed.pop(), **options)
 
     return sending
 
@@ -83,7 +85,9 @@ def _atelling(send: Any) -> Any:
     @wraps(send)
     async def sending(self: Any, request: Any, **options: Any) -> Any:
         _tell(request)
-        return await send(self, request, **options)
+        passed = [request]
+        del request
+        return await send(self, passed.pop(), **options)
 
     return sending
 

@@ -127,8 +127,18 @@ def still_there(trials: Trials, name: str, salt: str) -> tuple[Trial, Declaratio
         StoreUnavailableError: the store cannot be read.
     """
     trial = trials.trial(name)
-    declaration = None if trial is None else Declaration.from_json(trial.declaration)
-    return None if trial is None or declaration is None or declaration.salt != salt else (trial, declaration)
+    if trial is None or salt_of(trial.declaration) != salt:
+        return None
+    return trial, Declaration.from_json(trial.declaration)
+
+
+def salt_of(declaration: str) -> str | None:
+    """The salt that an experiment's declaration tells; None where it cannot be read, as one of a later release may."""
+    try:
+        salt = json.loads(declaration)["salt"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return salt if isinstance(salt, str) else None
 
 
 def source_of(metric: Metric) -> str | None:

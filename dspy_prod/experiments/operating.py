@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from dspy_prod.errors import ConfigError
 from dspy_prod.experiments.decisions import CandidateDecision, Decision
-from dspy_prod.experiments.declaration import Declaration
+from dspy_prod.experiments.declaration import Declaration, salt_of
 from dspy_prod.experiments.opened import Opened
 from dspy_prod.experiments.pairs import SUFFIX, kept_under
 from dspy_prod.stores import trials as words
@@ -152,8 +152,9 @@ def remove(trials: Trials, name: str, *, force: bool = False) -> None:
             f"the experiment {name!r} is {trial.state}, and what was measured would be lost: stop it first, or say "
             "force=True (--force)"
         )
-    if trial is not None:
-        trials.remove(kept_under(name, Declaration.from_json(trial.declaration).salt))  # before nobody knows its salt
+    salt = None if trial is None else salt_of(trial.declaration)
+    if salt is not None:
+        trials.remove(kept_under(name, salt))  # before nobody knows its salt
     trials.remove(name + SUFFIX)  # of an earlier release
     trials.remove(name)
 
