@@ -199,3 +199,25 @@ def test_the_code_of_the_guide_runs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "http://127.0.0.1:" in told
     assert "WebhookStatus(sent=0" in told
     assert metrics.get_meter_provider() is not scope["provider"]
+
+
+def test_what_is_not_there_is_drawn_as_zero_only_where_nothing_could_be_missing() -> None:
+    """Of one sample in a window a rate tells nothing: `or vector(0)` made a calm line of it."""
+    rates = {name: query for name, query in queries().items() if "rate(" in query}
+    assert len(rates) > 10
+    assert not [name for name, query in rates.items() if "vector(0)" in query]
+
+
+def test_the_sums_of_a_day_have_what_a_young_counter_began_with() -> None:
+    """`increase` leaves out the first value that was scraped: the only one of a model that was asked once."""
+    days = {name: query for name, query in queries().items() if "increase(" in query and "24 h" in name}
+    assert len(days) == 4
+    for name, query in days.items():
+        increased = re.search(r"increase\((.*?)\[24h\]", query)
+        assert increased is not None, name
+        assert f"sum(min_over_time({increased[1]}[24h]) unless {increased[1]} offset 24h)" in query, name
+        assert "$model" in query, name
+
+
+def test_the_guide_scrapes_as_often_as_grafana_believes() -> None:
+    assert "scrape_interval: 15s" in (DOCS / "guide" / "signals.md").read_text(encoding="utf-8")
