@@ -14,6 +14,7 @@ from dspy.lm15 import Config, Message, Request
 
 from dspy_prod.context.current import EMPTY, SETTING
 from dspy_prod.pipeline import preparing
+from dspy_prod.pipeline.clocks import _OrMoved
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.runtime.reaper import REAPER
 from tests.fuzz import invariants
@@ -35,15 +36,16 @@ TICKS: Final = 3_000
 
 
 def _wait(effect: Wait) -> None:
-    """Time passes at once when somebody waits."""
-    if effect.what is None:
-        CLOCK.leap(effect.until)
+    """Time passes at once when somebody waits: on the clock that leaps, as much as the driver would wait."""
+    what = effect.what._what if isinstance(effect.what, _OrMoved) else effect.what
+    until = CLOCK.monotonic() + (60 if effect.until == inf else effect.until - time.monotonic())
+    if what is None:
+        CLOCK.leap(until)
         return
-    until = CLOCK.monotonic() + 60 if effect.until == inf else effect.until
     for _ in range(200):
-        if not effect.what.attach(lambda: None) or CLOCK.monotonic() >= until:
+        if not what.attach(lambda: None) or CLOCK.monotonic() >= until:
             return
-        store = getattr(effect.what, "store", None)
+        store = getattr(what, "store", None)
         CLOCK.leap(min(until, CLOCK.monotonic() + 0.5) if store is None else until)
     CLOCK.leap(until)
 
