@@ -16,6 +16,7 @@ from dspy_prod.context.current import EMPTY, SETTING
 from dspy_prod.pipeline import preparing
 from dspy_prod.pipeline.clocks import _OrMoved
 from dspy_prod.pipeline.effects import Wait
+from dspy_prod.runtime.clock import Moment
 from dspy_prod.runtime.reaper import REAPER
 from tests.fuzz import invariants
 from tests.fuzz.benches import CLOCK, ENGINES, POLICIES, Bench, bench
@@ -111,7 +112,7 @@ class Answers:
         leaves = draws.below(12)
         late = draws.one_in(3)
         records: list[Any] = []
-        context = EMPTY._replace(records=records, deadline=CLOCK.monotonic() + 50.0 if late else inf)
+        context = EMPTY._replace(records=records, deadline=Moment.of(CLOCK, CLOCK.monotonic() + 50.0) if late else inf)
         began = time.thread_time()
         taken = watched() if measured else None
         with dspy.context(**{SETTING: context}):
