@@ -99,8 +99,10 @@ def _tell(request: Any) -> None:
 
 
 def _leaves(response: Any) -> bool:
+    """Whether an answer leads what was posted to another server; what only fetches something may go."""
     request = response.request
-    if request.method in ("GET", "HEAD"):
+    first = response.history[0].request if response.history else request  # a 303 makes a GET of it, headers and all
+    if first.method in ("GET", "HEAD"):
         return False
     try:
         there = request.url.join(response.headers["location"])

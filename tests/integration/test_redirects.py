@@ -31,6 +31,7 @@ class Server(Listening):
         self.seen: list[str] = []
         self.location: str | None = None
         self.status = 307
+        self.begins_at: str | None = None  # where the first request is sent on to
         outer = self
 
         class Handler(Silent):
@@ -38,6 +39,8 @@ class Server(Listening):
                 sent = self.rfile.read(int(self.headers.get("content-length", 0)))
                 outer.seen.append(f"{self.path}\n{self.headers}\n{sent.decode()}")
                 location = outer.location
+                if outer.begins_at and len(outer.seen) == 1:
+                    location = outer.begins_at
                 self.send_response(outer.status if location else 400)
                 if location:
                     self.send_header("location", location)
@@ -101,6 +104,19 @@ def test_no_redirect_is_followed_to_another_server(
     assert len(provider.seen) == 1
     (record,) = lm.ledger.records()
     assert (record.outcome, record.cost_nano, record.estimated) == ("error", 0, False)
+
+
+@pytest.mark.parametrize("way", ["sync", "async", "sync stream", "async stream"])
+@pytest.mark.parametrize("kind", ["openai", "anthropic", "gemini", "address"])
+def test_no_redirect_is_followed_to_another_server_by_way_of_the_own(
+    servers: tuple[Server, Server], kind: str, way: str
+) -> None:
+    """A 303 within the server makes a GET of it, which went anywhere from there, with the key in its headers."""
+    provider, thief = servers
+    provider.begins_at, provider.location, provider.status = "/again", f"{thief.url}/stolen", 303
+    lm = lm_at(provider.url, MODELS[kind], "litellm")
+    assert isinstance(call(lm, way), Exception)
+    assert thief.seen == []
 
 
 def test_other_requests_of_the_process_are_redirected_as_before(servers: tuple[Server, Server]) -> None:
