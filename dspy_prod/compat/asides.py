@@ -3,6 +3,8 @@
 - Why a model does not answer. Of OpenAI's chat API lm15's readers leave a refusal out of a stream, so that nothing
   seems to be in it; of the Responses API they make text, which would pass for an answer, and be kept.
 - What Anthropic counts at the beginning: the end may count the output alone.
+- When the usage was told. lm15 makes one end of all there are and forgets where they stood, and forgets what Gemini
+  counts beside a text. What was told last holds, unless more of the answer came behind it: that may have cost more.
 
 No reader of a stream sees these events: of the answer is shown what a plain `dspy.LM` shows.
 """
@@ -10,15 +12,22 @@ No reader of a stream sees these events: of the answer is shown what a plain `ds
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any, Final
 
-from dspy.lm15 import ContinuationDelta, RefusalPart, Response, StreamDeltaEvent, StreamEndEvent
+from dspy.lm15 import ContinuationDelta, RefusalPart, Response, StreamDeltaEvent, StreamEndEvent, Usage
+
+from dspy_prod.compat.foreign import names
+
+_usage_of_gemini: Callable[..., Usage]
+[_usage_of_gemini] = names("dspy._vendor.lm15.providers.gemini", "_gemini_usage")
 
 _OWN: Final = "dspy_prod"
 _REFUSAL: Final = "refusal"
 _BEGINNING: Final = "beginning"
+_COUNTED: Final = "counted"
+_BESIDE: Final = "beside"
 _COUNTERS: Final = {
     "input_tokens": "input_tokens",
     "cache_read_tokens": "cache_read_input_tokens",
@@ -30,6 +39,19 @@ _COUNTERS: Final = {
 def refusal(text: str) -> StreamDeltaEvent:
     """The event that tells a piece of a refusal."""
     return _event(_REFUSAL, {"text": text})
+
+
+def counted(end: StreamEndEvent) -> Iterator[StreamDeltaEvent]:
+    """The event that tells where an end stood which counts; none for one that does not."""
+    usage = end.usage
+    if usage is not None and (usage.input_tokens, usage.output_tokens) != (None, None):
+        yield _event(_COUNTED, {"usage": asdict(usage), "raw": _counters_of(end.provider_data or {})})
+
+
+def counted_beside(data: str) -> Iterator[StreamDeltaEvent]:
+    """The same for an event of Gemini's that is no end. It is read when nothing is told behind it."""
+    if '"usageMetadata"' in data:
+        yield _event(_BESIDE, {"event": data})
 
 
 def asides_in(data: str) -> Iterator[StreamDeltaEvent]:
@@ -55,25 +77,36 @@ def asides_in(data: str) -> Iterator[StreamDeltaEvent]:
 class Asides:
     """What a stream has told beside its answer."""
 
-    __slots__ = ("_beginning", "_refusal")
+    __slots__ = ("_beginning", "_counted", "_more", "_refusal")
 
     def __init__(self) -> None:
         self._beginning: Mapping[str, Any] | None = None
+        self._counted: Mapping[str, Any] | None = None
+        self._more = False
         self._refusal = ""
 
     def takes(self, event: Any) -> bool:
         """Whether an event tells such a thing, which is taken."""
         delta = event.delta if event.type == "delta" else None
-        if delta is None or delta.type != "continuation" or delta.provider != _OWN:
+        if delta is None:
+            return False
+        if delta.type != "continuation":
+            self._more = self._more or delta.type != "text" or bool(delta.text)
+            return False
+        if delta.provider != _OWN:
             return False
         if delta.kind == _REFUSAL:
             self._refusal += delta.data["text"]
-        else:
+            self._more = True
+        elif delta.kind == _BEGINNING:
             self._beginning = delta.data
+        else:
+            self._counted, self._more = delta.data, False
         return True
 
     def ended(self, end: StreamEndEvent) -> StreamEndEvent:
-        """The end of the stream, with what it leaves out because the beginning has told it."""
+        """The end of the stream, with the usage that holds, and what that leaves out because the beginning told it."""
+        end = self._with_what_holds(end)
         beginning, usage, data = self._beginning, end.usage, end.provider_data
         if beginning is None or usage is None:
             return end
@@ -81,6 +114,21 @@ class Asides:
         if data is not None and isinstance(data.get("usage"), dict):  # also of where it was served, which has its price
             data = {**data, "usage": {**beginning, **data["usage"]}}
         return replace(end, usage=replace(usage, total_tokens=None, **missing), provider_data=data)
+
+    def _with_what_holds(self, end: StreamEndEvent) -> StreamEndEvent:
+        if self._counted is None:
+            return end
+        if self._more:
+            return replace(end, usage=None)
+        usage: Usage | None
+        if "event" in self._counted:
+            raw = _counters_of(json.loads(self._counted["event"]))
+            usage = _usage_beside(raw.get("usageMetadata"))
+        else:
+            raw, usage = self._counted["raw"], Usage(**self._counted["usage"])
+        if usage == end.usage:
+            return end
+        return replace(end, usage=usage, provider_data={**(end.provider_data or {}), **raw})
 
     def whole(self, response: Response) -> Response:
         """The answer of the stream, in which a refusal is a part of its own, and no text, as in a whole one."""
@@ -93,6 +141,18 @@ class Asides:
 
 def _event(kind: str, data: dict[str, Any]) -> StreamDeltaEvent:
     return StreamDeltaEvent(ContinuationDelta(provider=_OWN, kind=kind, data=data))
+
+
+def _usage_beside(counts: Any) -> Usage | None:
+    """What Gemini counts beside a text; None where no usage can be made of it, as nobody else reads it."""
+    try:
+        return _usage_of_gemini(counts, output_keys=("candidatesTokenCount", "responseTokenCount"))
+    except (TypeError, ValueError):
+        return None
+
+
+def _counters_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: data[name] for name in ("usage", "usageMetadata") if name in data}
 
 
 def _is_count(value: Any) -> bool:

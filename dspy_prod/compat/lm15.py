@@ -26,7 +26,7 @@ from dspy.lm15 import (
     StreamStartEvent,
 )
 
-from dspy_prod.compat.asides import asides_in
+from dspy_prod.compat.asides import asides_in, counted, counted_beside
 from dspy_prod.compat.foreign import names
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
@@ -206,18 +206,26 @@ class _Providers(dict[str, Any]):
     def __setitem__(self, name: str, provider: Any) -> None:
         reader = getattr(provider, "_inner", provider)  # an asynchronous one reads events by its synchronous twin
         read, parse = reader.parse_response, reader.parse_stream_events
-        ended, cleaned = self._ended, self._cleaned
+        ended, cleaned, gemini = self._ended, self._cleaned, isinstance(reader, GeminiLM)
 
         def answered(request: Request, response: Any) -> Response:
             return _read_bare(lambda answer: read(request, answer), response, cleaned)
 
         def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
+            ends = False
             for event in parse(request, raw):
                 if event is not None and event.type == "error" and event.error.provider_code == _BLOCKED:
                     answered(request, _HttpResponse(status=200, reason="OK", headers=[], body=raw.data.encode()))
-                yield ended(event) if event is not None and event.type == "end" else event
+                if event is None or event.type != "end":
+                    yield event
+                    continue
+                ends = True
+                yield from counted(event)
+                yield ended(event)
             if raw.data:
                 yield from asides_in(raw.data)
+                if gemini and not ends:
+                    yield from counted_beside(raw.data)
 
         reader.parse_response, reader.parse_stream_events = answered, parsed
         super().__setitem__(name, provider)

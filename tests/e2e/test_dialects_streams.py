@@ -13,7 +13,7 @@ from dspy_prod import CircuitBreaker
 from dspy_prod.testing.dialects import dumps
 from tests.e2e.support import ask, outcome, records, request
 from tests.e2e.test_dialects import ANTHROPIC, COUNTS, TOLD, Server, end, lm_at, server
-from tests.e2e.test_unusable import WAYS
+from tests.e2e.test_unusable import DONE, END, START, USAGE, WAYS, chunk
 
 __all__ = ["server"]
 
@@ -184,6 +184,55 @@ def test_the_beginning_of_a_stream_counts_the_input_where_its_end_does_not(
         else:
             assert record.estimated
         lm.close()
+
+
+def lines(text: str) -> list[str]:
+    """The events of OpenAI's, as they are put together elsewhere."""
+    return [event.removeprefix("data: ") for event in text.split("\n\n") if event]
+
+
+HELLO = chunk({"content": "hello"})
+OVER = json.dumps({"candidates": [{"finishReason": "STOP", "index": 0}]})
+COUNTED = json.dumps({"usageMetadata": COUNTS})
+NOT_COUNTED = 'data: {"id":"x","object":"chat.completion.chunk","created":1,"model":"e2e","choices":[],"usage":{}}\n\n'
+UNTOLD = json.dumps({"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": None}})
+LAST: dict[str, list[list[str]]] = {
+    "gemini": [[piece("STOP", None), piece()], [piece("STOP"), OVER], [piece(), OVER], [piece("STOP", None), COUNTED]],
+    "anthropic": [[*message()[:-1], UNTOLD, message()[-1]]],
+    "groq": [lines(START + HELLO + END + USAGE + NOT_COUNTED + DONE), lines(START + HELLO + USAGE + END + DONE)],
+}
+MORE: dict[str, list[list[str]]] = {
+    "gemini": [
+        [COUNTED, piece("STOP", None)],
+        [piece(), piece("STOP", None)],
+        [piece("STOP"), piece(counts=None)],
+        [piece("STOP", None), piece(None, {**COUNTS, "candidatesTokenCount": True})],
+    ],
+    "anthropic": [[*message()[:-1], message()[2], message()[-1]]],
+    "groq": [lines(START + USAGE + HELLO + END + DONE), lines(START + HELLO + END + USAGE + HELLO + DONE)],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+@pytest.mark.parametrize("dialect", LAST)
+def test_the_usage_that_was_told_last_holds_unless_more_came_behind_it(
+    server: Server, dialect: str, engine: str, way: str
+) -> None:
+    """Natively, Gemini's beside a text behind the end was lost, one without counts took back what had been told, and
+    a count that stood before the text was all that was charged.
+    """
+    server.kind = "text/event-stream"
+    for told, streams in ((True, LAST[dialect]), (False, MORE[dialect])):
+        for events in streams:
+            server.body = written(events)
+            lm = lm_at(server.url, dialect, engine)
+            seen, said = streamed(lm, way)
+            assert (seen[0], seen[-1], said) == ("start", "end", None), events
+            [record] = records(lm)
+            assert (record.outcome, record.estimated) == ("ok", not told), events
+            assert (record.cost_nano == TOLD) if told else (record.cost_nano or 0) > TOLD, events
+            lm.close()
 
 
 FILTERED: list[list[str]] = [
