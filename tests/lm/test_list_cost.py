@@ -186,6 +186,9 @@ def test_a_file_of_an_earlier_release_is_opened_and_its_cached_answers_are_unlis
     del lm
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("ALTER TABLE records DROP COLUMN saved_nano")
+        for name in ("new", "changed", "moved", "gone"):
+            connection.execute(f"DROP TRIGGER rollups_{name}")
+        connection.execute("DROP TABLE rollups_ever")
         for name in ("saved_nano", "saved"):
             connection.execute(f"ALTER TABLE rollups DROP COLUMN {name}")
         for id, body in connection.execute("SELECT seq, body FROM hits").fetchall():

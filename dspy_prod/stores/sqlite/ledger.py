@@ -15,17 +15,12 @@ from dspy_prod.stores.memory_ledger import MAX_VALUES_PER_DAY, day_of
 from dspy_prod.stores.sqlite.hits import LEAST, PAGE, HitTables, is_hit
 from dspy_prod.stores.sqlite.inserting import Inserting
 from dspy_prod.stores.sqlite.pages import Page
+from dspy_prod.stores.sqlite.rollups import ADD_SUMS
 from dspy_prod.stores.sqlite.rows import RECORD_COLUMNS, record_of, record_row
 
 INSERT: Final = Inserting("records", ("ns", *CallRecord._fields))
 REPLACE: Final = f"{INSERT.statement(1)} ON CONFLICT (ns, id) DO UPDATE SET " + ", ".join(
     f'"{name}" = excluded."{name}"' for name in CallRecord._fields if name != "id"
-)
-ADD_SUMS: Final = Inserting(
-    "rollups",
-    ("ns", "day", "dimension", "value", *Totals._fields),
-    " ON CONFLICT (ns, day, dimension, value) DO UPDATE SET "
-    + ", ".join(f"{name} = {name} + excluded.{name}" for name in Totals._fields),
 )
 FIND: Final = f"SELECT {RECORD_COLUMNS} FROM records WHERE ns = ? AND id = ?"
 

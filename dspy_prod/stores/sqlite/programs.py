@@ -11,9 +11,9 @@ from dspy_prod.privacy.visible import carried
 from dspy_prod.stores.durable.mailbox import READ_TIMEOUT, Mailbox
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.programs import COMPARED, ProgramCall, ProgramSums, ProgramTotals, check_compared
-from dspy_prod.stores.sqlite.asked import days_of
 from dspy_prod.stores.sqlite.program_rows import COLUMNS, TOTALS, call_of
 from dspy_prod.stores.sqlite.reader import Reader
+from dspy_prod.stores.sqlite.rollups import days_of
 from dspy_prod.stores.sqlite.rows import clean
 from dspy_prod.stores.sqlite.schema import unavailable
 

@@ -183,3 +183,10 @@ def clean_hold(hold: Hold) -> Hold:
     stub = None if hold.stub is None else clean_record(hold.stub)
     debit, key = clean(hold.debit), clean(hold.limit_key)
     return Hold(clean(hold.id), clean(hold.accounts), clean(hold.amount), key, debit, hold.lease_until, stub)
+
+
+def text_of(value: Any) -> str:
+    """A name; one that is damaged can still be shown."""
+    if type(value) is str:
+        return value
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

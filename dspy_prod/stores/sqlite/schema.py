@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final
 
 from dspy_prod.errors import StoreUnavailableError
-from dspy_prod.records import CallRecord, Totals
+from dspy_prod.records import CallRecord
 from dspy_prod.runtime import private
-from dspy_prod.stores.sqlite import cells, hits, program_rows, trial_tables
+from dspy_prod.stores.sqlite import cells, hits, program_rows, rollups, trial_tables
 from dspy_prod.stores.sqlite.indices import missing
 
 SCHEMA_VERSION: Final = 1
@@ -28,8 +28,6 @@ _INTEGERS: Final = {
     *("input_tokens", "output_tokens", "cached_tokens", "reasoning_tokens"),
 }
 _REALS: Final = {"started_at", "latency", "waited"}
-
-TOTALS: Final = ", ".join(Totals._fields)
 
 
 def _column(name: str) -> str:
@@ -85,10 +83,6 @@ CREATE TABLE limiters (
 CREATE TABLE records (seq INTEGER PRIMARY KEY, ns INTEGER NOT NULL, {", ".join(map(_column, CallRecord._fields))});
 CREATE UNIQUE INDEX records_id ON records (ns, id);
 CREATE INDEX records_started ON records (ns, started_at);
-CREATE TABLE rollups (
-    ns INTEGER, day TEXT, dimension TEXT, value TEXT,
-    {", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in Totals._fields)},
-    PRIMARY KEY (ns, day, dimension, value)) WITHOUT ROWID;
 CREATE TABLE cache (
     id INTEGER PRIMARY KEY, ns INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, size INTEGER NOT NULL,
     expires_at REAL NOT NULL, stale_until REAL NOT NULL, used_at REAL NOT NULL);
@@ -177,6 +171,7 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
             *_BOARD,
         ):
             connection.execute(statement)
+        rollups.bring_up_to_date(connection)
         for statement in missing(connection):
             connection.execute(statement)
         connection.execute("INSERT INTO meta VALUES ('format', 'dspy_prod'), ('schema', ?)", (SCHEMA_VERSION,))
@@ -207,8 +202,7 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
             connection.execute(f"ALTER TABLE {table} ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
     for name in _lacking(connection, "records", CallRecord._fields):
         connection.execute(f"ALTER TABLE records ADD COLUMN {_column(name)}")
-    for name in _lacking(connection, "rollups", Totals._fields):  # an earlier release goes on to write rows without it
-        connection.execute(f"ALTER TABLE rollups ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
+    rollups.bring_up_to_date(connection)
 
 
 def _lacking(connection: sqlite3.Connection, table: str, fields: Sequence[str]) -> list[str]:

@@ -24,9 +24,7 @@ from dspy_prod.stores.sqlite.asked import (
     read_account,
     read_accounts,
     read_holds,
-    read_sums,
     read_terms,
-    read_totals,
 )
 from dspy_prod.stores.sqlite.board import KeptBoard
 from dspy_prod.stores.sqlite.checkpoints import Checkpoints
@@ -35,6 +33,7 @@ from dspy_prod.stores.sqlite.finding import read_records
 from dspy_prod.stores.sqlite.kept import KeptAnswers
 from dspy_prod.stores.sqlite.programs import KeptPrograms
 from dspy_prod.stores.sqlite.reader import Reader
+from dspy_prod.stores.sqlite.rollups import read_sums, read_totals
 from dspy_prod.stores.sqlite.runs import KeptRuns
 from dspy_prod.stores.sqlite.schema import unavailable
 from dspy_prod.stores.sqlite.tables import Tables

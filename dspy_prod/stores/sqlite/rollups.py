@@ -1,0 +1,159 @@
+"""Sums of the ledger: by day, and since it began.
+
+The second are kept by triggers within the file, so that no writer can forget them: no process of an earlier release,
+and no hand that corrects or deletes a day. Reading either takes no longer for the age of the ledger.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Final
+
+from dspy_prod.privacy.visible import carried
+from dspy_prod.records import Totals
+from dspy_prod.stores.sqlite.inserting import Inserting
+from dspy_prod.stores.sqlite.rows import Row, text_of
+
+TOTALS: Final = ", ".join(Totals._fields)
+
+_COLUMNS: Final = ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in Totals._fields)
+_ADDED: Final = ", ".join(f"{name} = {name} + excluded.{name}" for name in Totals._fields)
+_SUMMED: Final = ", ".join(f"sum({name})" for name in Totals._fields)
+
+TABLE: Final = f"""
+CREATE TABLE IF NOT EXISTS rollups (
+    ns INTEGER, day TEXT, dimension TEXT, value TEXT, {_COLUMNS},
+    PRIMARY KEY (ns, day, dimension, value)) WITHOUT ROWID
+"""
+_EVER: Final = f"""
+CREATE TABLE rollups_ever (
+    ns INTEGER, dimension TEXT, value TEXT, {_COLUMNS},
+    PRIMARY KEY (ns, dimension, value)) WITHOUT ROWID
+"""
+_OF_OLD: Final = "ns = OLD.ns AND dimension = OLD.dimension AND value = OLD.value"
+_MOVED: Final = "(OLD.ns, OLD.dimension, OLD.value) IS NOT (NEW.ns, NEW.dimension, NEW.value)"
+_PUT: Final = f"""
+        INSERT INTO rollups_ever (ns, dimension, value, {TOTALS})
+        VALUES (NEW.ns, NEW.dimension, NEW.value, {", ".join(f"NEW.{name}" for name in Totals._fields)})
+        ON CONFLICT (ns, dimension, value) DO UPDATE SET {_ADDED};
+"""
+_TAKE: Final = f"""
+        UPDATE rollups_ever SET {", ".join(f"{name} = {name} - OLD.{name}" for name in Totals._fields)} WHERE {_OF_OLD};
+        DELETE FROM rollups_ever WHERE {_OF_OLD} AND attempts = 0 AND cached = 0;
+"""
+_TRIGGERS: Final = {
+    "rollups_new": f"AFTER INSERT ON rollups BEGIN {_PUT} END",
+    "rollups_changed": f"""AFTER UPDATE ON rollups WHEN NOT ({_MOVED}) BEGIN
+        UPDATE rollups_ever SET {", ".join(f"{name} = {name} + NEW.{name} - OLD.{name}" for name in Totals._fields)}
+        WHERE {_OF_OLD};
+    END""",
+    "rollups_moved": f"AFTER UPDATE ON rollups WHEN {_MOVED} BEGIN {_TAKE} {_PUT} END",
+    "rollups_gone": f"AFTER DELETE ON rollups BEGIN {_TAKE} END",
+}
+
+ADD_SUMS: Final = Inserting(
+    "rollups",
+    ("ns", "day", "dimension", "value", *Totals._fields),
+    f" ON CONFLICT (ns, day, dimension, value) DO UPDATE SET {_ADDED}",
+)
+
+
+def bring_up_to_date(connection: sqlite3.Connection) -> None:
+    """Give a file, be it new or of an earlier release, these tables as they are now. Within a transaction."""
+    connection.execute(TABLE)
+    lacking = _lacking(connection, "rollups")
+    known = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE name GLOB 'rollups_*'")}
+    if not lacking and known >= {"rollups_ever", *_TRIGGERS} and not _lacking(connection, "rollups_ever"):
+        return  # also where a later release has made them: it knows more
+    for name in _TRIGGERS:
+        connection.execute(f"DROP TRIGGER IF EXISTS {name}")
+    for name in lacking:  # an earlier release goes on to write rows without it
+        connection.execute(f"ALTER TABLE rollups ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
+    connection.execute("DROP TABLE IF EXISTS rollups_ever")
+    connection.execute(_EVER)
+    connection.execute(
+        f"INSERT INTO rollups_ever (ns, dimension, value, {TOTALS}) "
+        f"SELECT ns, dimension, value, {_SUMMED} FROM rollups GROUP BY ns, dimension, value"
+    )
+    for name, body in _TRIGGERS.items():
+        connection.execute(f"CREATE TRIGGER {name} {body}")
+
+
+def _lacking(connection: sqlite3.Connection, table: str) -> list[str]:
+    """The fields that were added since a table was made."""
+    known = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+    return [name for name in Totals._fields if name not in known]
+
+
+def days_of(table: str) -> str:
+    """The days that have sums. Stepping from one to the next, no row of another dimension is read."""
+    return f"""
+        WITH RECURSIVE days (day) AS (
+            SELECT min(day) FROM {table} WHERE ns = ?1 AND day >= ?2 AND day <= ?3
+            UNION ALL
+            SELECT (SELECT min(day) FROM {table} WHERE ns = ?1 AND day > days.day AND day <= ?3)
+            FROM days WHERE days.day IS NOT NULL)
+    """
+
+
+_DAYS: Final = days_of("rollups")
+
+
+def read_totals(
+    connection: sqlite3.Connection,
+    ns: int,
+    dimension: str,
+    since_day: str | None,
+    until_day: str | None,
+    value: str | None,
+) -> list[tuple[str, str, Totals]]:
+    """(day, value, sums) of one dimension, or of one value of it."""
+    one = () if value is None else (carried(value),)
+    rows = connection.execute(
+        f"{_DAYS} SELECT rollups.day, value, {TOTALS} FROM days CROSS JOIN rollups "
+        f"WHERE rollups.ns = ?1 AND rollups.day = days.day AND dimension = ?4 {'AND value = ?5 ' if one else ''}"
+        "ORDER BY rollups.day, value",
+        (ns, since_day or "", until_day or "~", carried(dimension), *one),
+    ).fetchall()
+    sums = _totals([row[2:] for row in rows])
+    return [(text_of(row[0]), text_of(row[1]), totals) for row, totals in zip(rows, sums, strict=True)]
+
+
+def read_sums(
+    connection: sqlite3.Connection, ns: int, dimension: str, since_day: str | None, most: int | None
+) -> list[tuple[str, Totals]]:
+    """(value, sums over the days) of one dimension, the dearest first."""
+    most = -1 if most is None else most
+    days: list[tuple[str]] = []
+    if since_day is not None and _has_before(connection, ns, since_day):
+        some = f"{_DAYS} SELECT day FROM days WHERE day IS NOT NULL LIMIT 2"
+        days = connection.execute(some, (ns, since_day, "~")).fetchall()
+        if not days:
+            return []
+    if len(days) < 2:  # nothing to add up, which is most of the work
+        table, day = ("rollups", days[0]) if days else ("rollups_ever", ())
+        asked = f"FROM {table} WHERE ns = ? {'AND day = ? ' if days else ''}AND dimension = ? "
+        rows = connection.execute(
+            f"SELECT value, {TOTALS} {asked} ORDER BY cost_nano DESC, value LIMIT ?",
+            (ns, *day, carried(dimension), most),
+        ).fetchall()
+    else:
+        rows = connection.execute(
+            f"{_DAYS} SELECT value, {_SUMMED} FROM days CROSS JOIN rollups WHERE rollups.ns = ?1 AND "
+            "rollups.day = days.day AND dimension = ?4 GROUP BY value ORDER BY sum(cost_nano) DESC, value LIMIT ?5",
+            (ns, since_day, "~", carried(dimension), most),
+        ).fetchall()
+    return [(text_of(row[0]), totals) for row, totals in zip(rows, _totals([row[1:] for row in rows]), strict=True)]
+
+
+def _has_before(connection: sqlite3.Connection, ns: int, day: str) -> bool:
+    found = connection.execute("SELECT EXISTS (SELECT 1 FROM rollups WHERE ns = ? AND day < ?)", (ns, day)).fetchone()
+    return bool(found[0])
+
+
+def _totals(rows: Sequence[Row]) -> Iterator[Totals]:
+    if not set(map(type, chain.from_iterable(rows))) <= {int}:
+        raise sqlite3.DataError("the sums of the ledger hold what is no number; begin a new file")
+    return map(Totals._make, rows)

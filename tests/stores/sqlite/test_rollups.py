@@ -1,0 +1,149 @@
+"""What was spent since the ledger began is the sum of its days, whoever wrote them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sqlite3
+from collections.abc import Iterator
+
+import pytest
+
+from dspy_prod.records import Totals
+from dspy_prod.stores.sqlite.store import SqliteStore
+from tests.stores.sqlite.test_hits import hit
+from tests.stores.support import CENT, DAY, record
+
+DIMENSIONS = ("all", "model", "user", "tenant")
+EARLIER_ADDS = (
+    "INSERT INTO rollups (ns, day, dimension, value, cost_nano, attempts) VALUES (1, ?, 'user', ?, ?, 1) "
+    "ON CONFLICT (ns, day, dimension, value) DO UPDATE SET cost_nano = cost_nano + excluded.cost_nano, "
+    "attempts = attempts + excluded.attempts"
+)
+
+
+@pytest.fixture
+def store(path: str) -> Iterator[SqliteStore]:
+    with contextlib.closing(SqliteStore(path)) as store:
+        yield store
+
+
+@contextlib.contextmanager
+def by_hand(path: str) -> Iterator[sqlite3.Connection]:
+    """The file, as somebody else opens it."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        yield connection
+
+
+def added_up(store: SqliteStore, dimension: str, since: str | None = None) -> list[tuple[str, Totals]]:
+    """The sums of the days, the dearest first."""
+    found: dict[str, Totals] = {}
+    for _, value, totals in store.totals(dimension=dimension, since_day=since):
+        found[value] = found.get(value, Totals()).plus(totals)
+    return sorted(found.items(), key=lambda each: (-each[1].cost_nano, each[0]))
+
+
+def agrees(store: SqliteStore) -> None:
+    days = sorted({day for day, _, _ in store.totals()})
+    for dimension in DIMENSIONS:
+        for since in (None, "2000-01-01", *days, "2100-01-01"):
+            assert store.sums(dimension=dimension, since_day=since) == added_up(store, dimension, since)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sums_of_any_time_are_those_of_its_days(store: SqliteStore, seed: int) -> None:
+    """Whatever was written, corrected, or answered from the cache, on whichever day."""
+    rng = random.Random(seed)
+    written = []
+    for number in range(120):
+        at = DAY - 86_400 * rng.randrange(4)
+        who = {"user": rng.choice((None, "ann", "bob", "eve")), "tenant": rng.choice((None, "t"))}
+        if rng.random() < 0.3:
+            store.append(hit(number, **{**who, "started_at": at, "saved_nano": rng.choice((None, CENT))}))
+        else:
+            cost = rng.randrange(3 * CENT)
+            written.append(record(started_at=at, cost_nano=cost, estimated=rng.random() < 0.3, **who))
+            store.append(written[-1])
+        if written and rng.random() < 0.1:
+            store.flush()
+            assert store.correct(rng.choice(written).id, rng.randrange(CENT))
+    assert len(store.sums(dimension="user")) == 3
+    agrees(store)
+
+
+def test_several_writers_of_a_file_add_to_the_same_sums(path: str) -> None:
+    with contextlib.closing(SqliteStore(path)) as one, contextlib.closing(SqliteStore(path)) as other:
+        for number in range(20):
+            (one, other)[number % 2].append(record(user="ann", cost_nano=1))
+        one.flush()
+        other.flush()
+        assert [(value, sums.cost_nano) for value, sums in one.sums(dimension="user")] == [("ann", 20)]
+
+
+def test_a_file_of_an_earlier_release_has_them_and_that_release_goes_on(store: SqliteStore, path: str) -> None:
+    """It knows nothing of them, and opened again the file is as it was."""
+    for user, days_ago in (("ann", 0), ("ann", 1), ("bob", 2)):
+        store.append(record(user=user, cost_nano=CENT, started_at=DAY - 86_400 * days_ago))
+    store.close()
+    with by_hand(path) as connection:
+        for name in ("new", "changed", "moved", "gone"):
+            connection.execute(f"DROP TRIGGER rollups_{name}")
+        connection.execute("DROP TABLE rollups_ever")
+        connection.execute(EARLIER_ADDS, ("2025-11-20", "eve", 7))
+    with contextlib.closing(SqliteStore(path)) as again:
+        agrees(again)
+        assert dict(again.sums(dimension="user"))["eve"].cost_nano == 7
+        with by_hand(path) as connection:
+            connection.execute(EARLIER_ADDS, ("2025-11-20", "eve", 7))
+            connection.execute(EARLIER_ADDS, ("2025-11-19", "new", 3))
+        agrees(again)
+        assert {user: sums.cost_nano for user, sums in again.sums(dimension="user")} == {
+            "ann": 2 * CENT, "bob": CENT, "eve": 14, "new": 3
+        }  # fmt: skip
+    with contextlib.closing(SqliteStore(path)) as later:
+        agrees(later)
+
+
+def test_a_later_release_may_keep_more_of_them(store: SqliteStore, path: str) -> None:
+    """This one leaves what it does not know as it is, or a process of the later one could not read its own file."""
+    store.append(record(user="ann", cost_nano=CENT))
+    store.close()
+    with by_hand(path) as connection:
+        for table in ("rollups", "rollups_ever"):
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN later INTEGER NOT NULL DEFAULT 5")
+    with contextlib.closing(SqliteStore(path)) as again:
+        again.append(record(user="ann", cost_nano=CENT))
+        assert dict(again.sums(dimension="user"))["ann"].cost_nano == 2 * CENT
+    with by_hand(path) as connection:
+        assert connection.execute("SELECT later FROM rollups_ever WHERE value = 'ann'").fetchall() == [(5,)]
+
+
+def test_what_is_renamed_or_deleted_by_hand_counts_as_it_is_then(store: SqliteStore, path: str) -> None:
+    for user, days_ago in (("ann", 0), ("ann", 1), ("bob", 1)):
+        store.append(record(user=user, cost_nano=CENT, started_at=DAY - 86_400 * days_ago))
+    store.flush()
+    with by_hand(path) as connection:
+        connection.execute("UPDATE rollups SET value = 'eve', cost_nano = 1 WHERE value = 'ann' AND day < '2025-11-23'")
+        agrees(store)
+        assert [user for user, _ in store.sums(dimension="user")] == ["ann", "bob", "eve"]
+        connection.execute("DELETE FROM rollups WHERE day < '2025-11-23'")
+    agrees(store)
+    assert [user for user, _ in store.sums(dimension="user")] == ["ann"]
+
+
+def test_no_day_is_read_for_what_was_spent_since_the_ledger_began(store: SqliteStore) -> None:
+    """It took 79 ms of a thousand users after ninety days, and more with each day."""
+    for days_ago in range(40):
+        for user in ("ann", "bob"):
+            store.append(record(user=user, cost_nano=1, started_at=DAY - 86_400 * days_ago))
+    agrees(store)
+    asked: list[str] = []
+
+    def watched(connection: sqlite3.Connection, ns: int) -> None:
+        connection.set_trace_callback(asked.append)
+
+    store._read(watched)
+    assert [sums.cost_nano for _, sums in store.sums(dimension="user")] == [40, 40]
+    store._read(lambda connection, ns: connection.set_trace_callback(None))
+    assert [statement for statement in asked if "FROM rollups " in statement] == []
+    assert any("FROM rollups_ever " in statement for statement in asked)
