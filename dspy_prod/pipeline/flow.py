@@ -72,48 +72,38 @@ def _flow(call: Call) -> Flow:
     if call.streaming or call.alone or mode != "use" or not cache.options.single_flight:
         return (yield from _send(call))
     flights = pipeline.flights
+    lead = Lead(cache, key)  # before anybody follows: once this call leads, nothing may come up that does not end it
     own = home()
+
+    def pass_on() -> None:
+        flights.hand_over(key, own)
+
     follower = flights.join(key, own)
     if follower is not None:
         response = yield from _follow(call, key, follower)
         if response is not None:
             return response
-    else:
-        try:
-            entry = cache.fresh(key)  # the previous flight may have landed between the lookup and now
-        except BaseException:  # nobody is left who could end it
-            flights.hand_over(key)
-            raise
-        if entry is not None:
-            flights.answer(key, (entry.response, entry.list_nano))
-            return call.hit(entry)
-    lead = Lead(cache, key)
-
-    def pass_on() -> None:
-        if not flights.lost(key, own):
-            lead.end()
-            flights.hand_over(key, own)
-
     ended = False
     try:
-        if lead.shared:
-            if follower is not None and flights.inherited(key):
-                lead.inherit()
+        # The previous flight may have landed between the lookup and now.
+        entry = cache.fresh(key) if follower is None else None
+        if entry is None and lead.shared:
+            flights.begun(key, lead.end)
             entry = yield from lead.wait(call)
-            if entry is not None:
-                ended = True
-                flights.answer(key, (entry.response, entry.list_nano))
-                return call.hit(entry)
+        if entry is not None:
+            ended = True
+            flights.answer(key, (entry.response, entry.list_nano))
+            return call.hit(entry)
         response = yield from _send(call)
-        ended = True
         lead.end(verdict=True)
+        ended = True
         flights.answer(key, (response, call.list_nano))
         return response
     except RejectedError:
         raise  # our own refusal: the next follower decides for itself
     except LMError as error:
-        ended = True
         lead.end(verdict=True)
+        ended = True
         flights.fail(key, error)  # the upstream's verdict holds for everybody who asked the same
         raise
     except GeneratorExit:
@@ -143,13 +133,15 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any
                     flights.look_after(key)
                 elif flights.leave(key, follower):
                     raise too_late(call, "while waiting for an identical call")
+        call.waited += pipeline.clock.monotonic() - started
+        if follower.state == LEADS and pipeline.clock.monotonic() >= call.deadline:
+            raise too_late(call, "while waiting for an identical call")
     except BaseException as error:
         if isinstance(error, GeneratorExit):
             REAPER.post(give_up)
         else:
             give_up()
         raise
-    call.waited += pipeline.clock.monotonic() - started
     if follower.state == ANSWERED:
         response, list_nano = follower.value
         call.record_cached(list_nano)
@@ -157,9 +149,6 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any
     if follower.state == FAILED:
         assert follower.error is not None
         raise follower.error
-    if pipeline.clock.monotonic() >= call.deadline:
-        flights.hand_over(key, follower.home)
-        raise too_late(call, "while waiting for an identical call")
     return None
 
 

@@ -56,18 +56,14 @@ class Lead:
             return found
         return None
 
-    def inherit(self) -> None:
-        """End what a call of this process began that led before, and that nothing will go on with."""
-        self._cache.leave(self._name)
-
     def _look(self, waited: bool = False) -> Entry | bool:
         self._led = True  # before it is known: who is interrupted just then leads, and must end it
-        found = self._cache.lead(self._key, self._name, waited)
+        found = self._cache.lead(self._key, self._name, waited, self)
         self._led = found is True
         return found
 
     def end(self, verdict: bool = False) -> None:
         """Ask upstream no more, see `stores.base.Flights.leave`. Posted."""
         if self._led:
-            self._led = False
-            self._cache.leave(self._name, verdict)
+            self._cache.leave(self._name, verdict, self)
+            self._led = False  # last: should this be interrupted, it is done again

@@ -107,17 +107,18 @@ class ResponseCache:
         """Whether other processes may ask for the same answer, and find it here."""
         return self._durable and self._store.flights is not None and not key.startswith(LOCAL)
 
-    def lead(self, key: bytes, name: bytes, waited: bool = False) -> Entry | bool:
+    def lead(self, key: bytes, name: bytes, waited: bool = False, who: object = None) -> Entry | bool:
         """True: this process asks upstream for a `shared` key, and must `leave` it then. False: another one does, ask
         again soon. Or the answer of another one, which counts as a hit.
 
         Args:
             name: what the store calls it, `store_key(key)`.
             waited: it was asked before, and the answer was False.
+            who: the caller, which is asked for again by `leave`.
         """
         flights = self._store.flights
         assert flights is not None
-        found = flights.join(name, waited)
+        found = flights.join(name, waited, who)
         if isinstance(found, bool):
             return found
         entry = self._taken(key, found)
@@ -127,11 +128,11 @@ class ResponseCache:
             self.hits += 1
         return entry
 
-    def leave(self, name: bytes, verdict: bool = False) -> None:
-        """This process asks upstream no more, see `stores.base.Flights`. Posted."""
+    def leave(self, name: bytes, verdict: bool = False, who: object = None) -> None:
+        """This caller asks upstream no more, see `stores.base.Flights`. Posted."""
         flights = self._store.flights
         assert flights is not None
-        flights.leave(name, verdict)
+        flights.leave(name, verdict, who)
 
     def put(self, key: bytes, response: Response, ttl: float | None, list_nano: int | None = None) -> None:
         """Keep an answer and what it cost, if it is `cacheable`. `ttl` overrides the option, in seconds."""

@@ -40,7 +40,12 @@ def home() -> Home:
 
 
 def _gone(caller: Home) -> bool:
-    """Whether a caller will never go on, because its event loop is closed."""
+    """Whether a caller will never go on, because its event loop is closed.
+
+    One whose loop is stopped is not gone: the loop may run again, as between two `run_until_complete`, and the caller
+    with it. Whoever took its lead would ask a second time, and two would lead. So its followers wait, to their
+    deadlines; a loop that will not run again is to be closed.
+    """
     if caller is None:
         return False
     loop = caller()
@@ -66,17 +71,11 @@ class Follower:
 
 
 class _Followers(deque[Follower]):
-    """Those of one flight.
-
-    Attributes:
-        leader: whom they follow.
-        inherited: the lead was taken from one that was gone, and could not end what it had begun.
-    """
+    """Those of one flight, and whom they follow."""
 
     def __init__(self, leader: Home) -> None:
         super().__init__()
         self.leader = leader
-        self.inherited = False
 
 
 class Flights:
@@ -85,6 +84,7 @@ class Flights:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._flights: dict[Hashable, _Followers | Home] = {}  # or the leader's home, while nobody follows
+        self._begun: dict[Hashable, Callable[[], None]] = {}  # ends what the leader began elsewhere
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -106,7 +106,7 @@ class Flights:
             follower = Follower(home)
             followers.append(follower)
             if _gone(followers.leader):
-                self._inherit(key, followers)
+                self._pass_on(key)
             return follower
 
     def following(self) -> int:
@@ -119,21 +119,24 @@ class Flights:
         with self._lock:
             followers = self._flights.get(key)
             if isinstance(followers, _Followers) and _gone(followers.leader):
-                self._inherit(key, followers)
+                self._pass_on(key)
 
     def lost(self, key: Hashable, home: Home) -> bool:
-        """Whether the lead of a caller that was gone is another's now; then what it had begun is, too."""
+        """Whether the lead of a caller that was gone is another's now; what it had begun has ended then."""
         return home is not None and self._leader(key) is not home
 
-    def inherited(self, key: Hashable) -> bool:
-        """Whether you lead in the place of one that is gone, and have to end what it had begun. Told once."""
+    def begun(self, key: Hashable, end: Callable[[], None]) -> None:
+        """Say, as the leader, how to end what this flight begins elsewhere, such as a claim among processes.
+
+        It is ended before anybody else leads and before the flight ends, by whoever brings that about; but not by
+        `answer` and `fail`: who calls these has ended it, and said how.
+
+        Args:
+            end: called with the lock held, perhaps more than once; it does not wait.
+        """
         with self._lock:
-            followers = self._flights.get(key)
-            told = isinstance(followers, _Followers) and followers.inherited
-            if told:
-                assert isinstance(followers, _Followers)
-                followers.inherited = False
-            return told
+            self._finish(key)
+            self._begun[key] = end
 
     def _leader(self, key: Hashable) -> Home:
         found = self._flights.get(key)
@@ -177,11 +180,19 @@ class Flights:
             if not self.lost(key, home):
                 self._pass_on(key)
 
-    def _inherit(self, key: Hashable, followers: _Followers) -> None:
-        followers.inherited = True
-        self._pass_on(key)
+    def _finish(self, key: Hashable) -> None:
+        end = self._begun.get(key)
+        if end is not None:
+            end()  # should this be interrupted, it is done by the next who leads or ends the flight
+            self._begun.pop(key, None)
 
     def _pass_on(self, key: Hashable) -> None:
+        try:
+            self._finish(key)
+        finally:
+            self._pass_lead(key)
+
+    def _pass_lead(self, key: Hashable) -> None:
         followers = self._flights.get(key)
         while isinstance(followers, _Followers) and followers:
             follower = followers.popleft()
@@ -195,6 +206,7 @@ class Flights:
 
     def _end(self, key: Hashable) -> _Followers | Home:
         with self._lock:
+            self._begun.pop(key, None)
             return self._flights.pop(key, None)
 
     def _decide(self, follower: Follower, state: int) -> None:
@@ -207,6 +219,7 @@ class Flights:
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
         self._flights.clear()
+        self._begun.clear()
 
 
 def _woken(follower: Follower) -> bool:

@@ -237,7 +237,7 @@ class Answers(Protocol):
 class Flights(Protocol):
     """Single-flight between the processes that share a cache: one asks upstream, the others wait for its answer."""
 
-    def join(self, key: bytes, waited: bool = False) -> CachedAnswer | bool:
+    def join(self, key: bytes, waited: bool = False, who: object = None) -> CachedAnswer | bool:
         """True: ask upstream, and `leave` then. False: another process does, ask again soon. Or its answer, as fresh.
 
         One look of microseconds, or one round trip. A process that is killed is followed no more after two seconds.
@@ -245,15 +245,17 @@ class Flights(Protocol):
         Args:
             key: as for the cache.
             waited: it was asked before, and the answer was False.
+            who: the one of this process's callers that asks; several may ask for one key.
         """
         ...
 
-    def leave(self, key: bytes, verdict: bool = False) -> None:
-        """This process asks no more; nothing happens where it did not lead. Posted.
+    def leave(self, key: bytes, verdict: bool = False, who: object = None) -> None:
+        """This caller asks no more; nothing happens where it did not lead, or another one does. Posted.
 
         Args:
             verdict: upstream has said what it says to this, and it is not in the cache: all who wait ask themselves.
                 Else it is in the cache, once that is written, or the next one leads.
+            who: as for `join`.
         """
         ...
 

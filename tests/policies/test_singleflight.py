@@ -207,12 +207,14 @@ def test_a_follower_who_looks_takes_the_lead_of_one_whose_loop_is_closed() -> No
     loop, gone = loop_and_home()
     assert flights.join("k", gone) is None
     follower, states = following(flights)
+    ended: list[int] = []
+    flights.begun("k", lambda: ended.append(follower.state))
     flights.look_after("k")
-    assert (states, flights.lost("k", gone)) == ([], False)
+    assert (states, ended, flights.lost("k", gone)) == ([], [], False)
     loop.close()
     flights.look_after("k")
     assert (states, flights.lost("k", gone)) == ([LEADS], True)
-    assert [flights.inherited("k"), flights.inherited("k")] == [True, False]
+    assert ended == [WAITING], "before anybody else leads"
     other, heard = following(flights)
     flights.hand_over("k", gone)  # collected at last
     assert (other.state, heard) == (WAITING, [])
@@ -224,10 +226,55 @@ def test_whoever_comes_after_the_loop_was_closed_leads_at_once() -> None:
     flights = Flights()
     loop, gone = loop_and_home()
     assert flights.join("k", gone) is None
+    ended: list[str] = []
+    flights.begun("k", lambda: ended.append("began"))
     loop.close()
     follower = flights.join("k")
     assert follower is not None
-    assert (follower.state, flights.inherited("k")) == (LEADS, True)
+    assert (follower.state, ended) == (LEADS, ["began"])
+
+
+def test_what_a_flight_began_ends_with_it_once() -> None:
+    """With its end, or before another one leads; a verdict's is its leader's to end."""
+    flights, [(follower, _)] = flying(1)
+    ended: list[str] = []
+    flights.begun("k", lambda: ended.append("first"))
+    flights.hand_over("k")
+    assert (follower.state, ended) == (LEADS, ["first"])
+    flights.begun("k", lambda: ended.append("second"))
+    flights.hand_over("k")
+    assert (len(flights), ended) == (0, ["first", "second"])
+    for end in (lambda: flights.answer("k", "yes"), lambda: flights.fail("k", Verdict())):
+        assert flights.join("k") is None
+        flights.begun("k", lambda: ended.append("third"))
+        end()
+        flights.hand_over("k")
+    assert ended == ["first", "second"]
+
+
+def test_an_end_that_is_interrupted_is_done_by_the_next_who_leads_or_ends_the_flight() -> None:
+    """The flight goes on, or ends, all the same."""
+    flights, [(first, _), (second, _)] = flying(2)
+    ended: list[str] = []
+
+    def end() -> None:
+        ended.append("tried")
+        if len(ended) != 2:
+            raise KeyboardInterrupt
+
+    flights.begun("k", end)
+    with pytest.raises(KeyboardInterrupt):
+        flights.hand_over("k")
+    assert (first.state, second.state) == (LEADS, WAITING)
+    flights.begun("k", end)
+    assert ended == ["tried"] * 2
+    with pytest.raises(KeyboardInterrupt):
+        flights.hand_over("k")
+    assert second.state == LEADS
+    ended.append("again")
+    with pytest.raises(KeyboardInterrupt):
+        flights.hand_over("k")
+    assert len(flights) == 0
 
 
 def test_a_loop_that_nobody_has_any_more_is_gone_too() -> None:

@@ -40,6 +40,21 @@ def lead_and_land(store: Any) -> None:
     store.flights.leave(b"key")
 
 
+def test_a_claim_is_ended_by_whose_it_is(store: Any) -> None:
+    """Of several of one process: one that asks without a claim, or was interrupted, ends no other one's."""
+    his, hers = object(), object()
+    assert store.flights.join(b"key", who=his) is True
+    for verdict in (False, True):
+        assert store.flights.join(b"key", True, who=hers) is False
+        store.flights.leave(b"key", verdict, who=hers)
+        store.flights.leave(b"key", verdict)
+        assert store.flights._claims.claimed(b"key", his)
+    store.flights.leave(b"key", who=his)
+    until(lambda: store.flights.join(b"key", True, who=hers) is True, 5)
+    store.flights.leave(b"key", who=his)
+    assert store.flights._claims.claimed(b"key", hers)
+
+
 def test_an_answer_that_is_cleared_before_it_is_written(store: Any) -> None:
     """Whoever asks next leads: nobody else ever will."""
     with store._mailbox.writer.io:  # nothing is written meanwhile

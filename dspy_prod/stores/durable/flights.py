@@ -35,11 +35,11 @@ class Claims(Protocol):
         """How many this process has."""
         ...
 
-    def __contains__(self, key: bytes) -> bool:
-        """Whether this process has claimed it."""
+    def claimed(self, key: bytes, who: object = None) -> bool:
+        """Whether this process has claimed it for that caller."""
         ...
 
-    def claim(self, key: bytes, waited: bool) -> int | CachedAnswer:
+    def claim(self, key: bytes, waited: bool, who: object = None) -> int | CachedAnswer:
         """`LEADS`: it is ours. `LANDED`: it is ours, but somebody had it just now: the cache may know the answer.
         `FOLLOWS`: another process has it. `ALONE`: it is nobody's, and each asks for itself: nothing can be shared,
         or who was `waited` for has got the upstream's verdict. Or the answer, where one look tells that as well.
@@ -83,9 +83,9 @@ class Flights:
         self._renewing = _Renewing(claims, self._landing)
         answers.on_written = partial(_landed, claims, self._landing)
 
-    def join(self, key: bytes, waited: bool = False) -> CachedAnswer | bool:
+    def join(self, key: bytes, waited: bool = False, who: object = None) -> CachedAnswer | bool:
         """See `stores.base.Flights`."""
-        found = self._claims.claim(key, waited)
+        found = self._claims.claim(key, waited, who)
         if found == FOLLOWS:
             return False
         if found == ALONE:
@@ -103,11 +103,11 @@ class Flights:
             raise
         return True
 
-    def leave(self, key: bytes, verdict: bool = False) -> None:
+    def leave(self, key: bytes, verdict: bool = False, who: object = None) -> None:
         """See `stores.base.Flights`."""
         claims, answers = self._claims, self._answers
-        if key not in claims:
-            return
+        if not claims.claimed(key, who):
+            return  # it is another LM's, and this one was interrupted or asked without a claim
         if not answers.is_posted(key):
             claims.free(key, verdict)
             return

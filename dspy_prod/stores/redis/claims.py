@@ -62,13 +62,15 @@ class _Claim:
 
     Attributes:
         flight: its name, unlike any other's.
+        who: whose it is.
         wanted: others wait for it.
     """
 
-    __slots__ = ("flight", "wanted")
+    __slots__ = ("flight", "wanted", "who")
 
-    def __init__(self, flight: bytes) -> None:
+    def __init__(self, flight: bytes, who: object) -> None:
         self.flight = flight
+        self.who = who
         self.wanted = False
 
 
@@ -95,15 +97,16 @@ class RedisClaims:
     def __len__(self) -> int:
         return len(self._own)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._own
+    def claimed(self, key: bytes, who: object = None) -> bool:
+        claim = self._own.get(key)
+        return claim is not None and claim.who is who
 
-    def claim(self, key: bytes, waited: bool) -> int | CachedAnswer:
+    def claim(self, key: bytes, waited: bool, who: object = None) -> int | CachedAnswer:
         if key in self._own:
             return FOLLOWS  # another LM of this process
         if len(self._own) >= MOST or self._mailbox.writer.failing is not None:
             return ALONE
-        claim = _Claim(b"%s:%d" % (self._me, next(self._numbers)))
+        claim = _Claim(b"%s:%d" % (self._me, next(self._numbers)), who)
         if self._own.setdefault(key, claim) is not claim:
             return FOLLOWS
         try:

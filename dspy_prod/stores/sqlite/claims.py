@@ -57,6 +57,16 @@ _FLYING, _ENDED, _VERDICT = 1, 2, 3
 _DOUBLE: Final = Struct("<d")
 
 
+class _Claim:
+    """One of this process: its name in the file, and whose it is."""
+
+    __slots__ = ("name", "who")
+
+    def __init__(self, name: bytes, who: object) -> None:
+        self.name = name
+        self.who = who
+
+
 class ClaimsFile:
     """The claims of one process and namespace. Thread-safe; see `durable.flights.Claims`.
 
@@ -71,15 +81,16 @@ class ClaimsFile:
         self._file: _File | None = None
         self._retry_at = -inf if fcntl is not None else inf
         self._opening = threading.Lock()
-        self._own: dict[bytes, bytes] = {}  # key -> its name in the file
+        self._own: dict[bytes, _Claim] = {}
 
     def __len__(self) -> int:
         return len(self._own)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._own
+    def claimed(self, key: bytes, who: object = None) -> bool:
+        claim = self._own.get(key)
+        return claim is not None and claim.who is who
 
-    def claim(self, key: bytes, waited: bool) -> int:
+    def claim(self, key: bytes, waited: bool, who: object = None) -> int:
         own = self._own
         try:
             file = self._file
@@ -88,7 +99,8 @@ class ClaimsFile:
             if file is None or len(own) >= MOST:
                 return ALONE
             name = blake2b(key, digest_size=16, key=self._namespace).digest()
-            if own.setdefault(key, name) is not name:
+            claim = _Claim(name, who)
+            if own.setdefault(key, claim) is not claim:
                 return FOLLOWS  # another LM of this process
             try:
                 found = file.claim(name, waited)
@@ -104,24 +116,24 @@ class ClaimsFile:
         return found
 
     def followed(self, key: bytes) -> bool:
-        name, file = self._own.get(key), self._file
+        claim, file = self._own.get(key), self._file
         with contextlib.suppress(OSError, ValueError):
-            return name is not None and file is not None and file.wanted(name)
+            return claim is not None and file is not None and file.wanted(claim.name)
         return False
 
     def renew(self, but: set[bytes]) -> None:
         file = self._file
         try:
             if file is not None:
-                file.renew([name for key, name in list(self._own.items()) if key not in but])
+                file.renew([claim.name for key, claim in list(self._own.items()) if key not in but])
         except (OSError, ValueError) as error:
             self._give_up(error)
 
     def free(self, key: bytes, verdict: bool) -> None:
-        name, file = self._own.pop(key, None), self._file
+        claim, file = self._own.pop(key, None), self._file
         try:
-            if name is not None and file is not None:
-                file.free(name, _VERDICT if verdict else _ENDED)
+            if claim is not None and file is not None:
+                file.free(claim.name, _VERDICT if verdict else _ENDED)
         except (OSError, ValueError) as error:
             self._give_up(error)
 
@@ -155,10 +167,10 @@ class ClaimsFile:
     def _drop(self) -> None:
         file, self._file = self._file, None
         while self._own:
-            _, name = self._own.popitem()
+            _, claim = self._own.popitem()
             if file is not None:
                 with contextlib.suppress(OSError):
-                    file.unlock(name)
+                    file.unlock(claim.name)
 
 
 class _File:

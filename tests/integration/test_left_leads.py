@@ -1,0 +1,204 @@
+"""A call's event loop is closed while it leads; who is passed its lead gives it back: nothing stays claimed."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dspy_prod
+from dspy_prod import DeadlineExceededError, call_context
+from dspy_prod.errors import RunStoppedError
+from dspy_prod.pipeline import flow
+from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.testing import Provider
+from tests.e2e.support import until
+from tests.integration.support import Caller, following
+from tests.integration.test_left_loops import left
+from tests.stores.redis.servers import started_valkey
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[str]:
+    server = started_valkey()
+    yield f"redis://127.0.0.1:{server.port}/0"
+    server.stop()
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    with Provider() as provider:
+        yield provider
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def lm(request: pytest.FixtureRequest, tmp_path: Path, provider: Provider) -> Iterator[Any]:
+    if request.param == "redis":
+        store = request.getfixturevalue("valkey")
+    else:
+        store = {"memory": f"memory://leads-{next(NUMBERS)}", "sqlite": f"sqlite:///{tmp_path}/state.db"}[request.param]
+    lm = dspy_prod.LM(
+        "openai/gpt-4o-mini", api_base=provider.url, api_key="k", store=store, namespace=f"leads-{next(NUMBERS)}"
+    )
+    yield lm
+    gc.collect()  # what was left on a closed loop is settled while the store is there
+    REAPER.flush()
+    lm.close()
+
+
+def claims(lm: Any) -> int:
+    """What this process has claimed among processes."""
+    flights = lm.pipeline.store.flights
+    return 0 if flights is None else len(flights._claims)
+
+
+def late(lm: Any) -> BaseException:
+    with call_context(deadline=1e-6), pytest.raises(DeadlineExceededError) as raised:
+        lm("same")
+    return raised.value
+
+
+def late_task(lm: Any) -> BaseException:
+    with call_context(deadline=1e-6), pytest.raises(DeadlineExceededError) as raised:
+        asyncio.run(lm.acall("same"))
+    return raised.value
+
+
+@pytest.mark.parametrize("late", [late, late_task])
+def test_who_comes_with_no_time_left_leaves_no_lead_behind(
+    lm: Any, provider: Provider, late: Callable[[Any], BaseException]
+) -> None:
+    provider.hold()
+    task = left(lambda: lm.acall("same"), provider)()
+    assert "identical call" in str(late(lm))
+    assert (len(lm.pipeline.flights), claims(lm)) == (0, 0)
+    provider.release()
+    assert isinstance(Caller(lambda: lm("same")).outcome(10), list)
+    assert not task.done()
+
+
+@pytest.mark.parametrize("follow", [0, 1])
+def test_who_is_cancelled_as_the_lead_is_passed_to_him_leaves_none_behind(
+    lm: Any, provider: Provider, follow: int
+) -> None:
+    """The next one leads, if there is one."""
+    provider.hold()
+    close = left(lambda: lm.acall("same"), provider)
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> Any:
+        task = asyncio.ensure_future(lm.acall("same"))
+        while following(lm) < 1:  # noqa: ASYNC110  (nobody announces it)
+            await asyncio.sleep(0)
+        return task
+
+    follower = loop.run_until_complete(begin())
+    others = [Caller(lambda: lm("same")) for _ in range(follow)]
+    until(lambda: following(lm) == 1 + follow)
+    task = close()
+    flights = lm.pipeline.flights
+    for key in list(flights._flights):
+        flights.look_after(key)
+    assert following(lm) == follow
+    follower.cancel()
+    with suppress(asyncio.CancelledError):
+        loop.run_until_complete(follower)
+    loop.close()
+    assert follower.cancelled()
+    provider.release()
+    assert all(isinstance(other.outcome(10), list) for other in others)
+    assert len(flights) == 0
+    until(lambda: claims(lm) == 0)  # an answer of the other's is written first
+    assert isinstance(Caller(lambda: lm("same")).outcome(10), list)
+    assert not task.done()
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, RunStoppedError])
+def test_who_is_interrupted_as_the_lead_is_passed_to_him_leaves_none_behind(
+    lm: Any, provider: Provider, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    provider.hold()
+    close = left(lambda: lm.acall("same"), provider)
+    flights = lm.pipeline.flights
+    look_after = flights.look_after
+    closed = threading.Event()
+
+    def interrupted(key: Any) -> None:
+        look_after(key)
+        if closed.is_set():
+            raise kind("now")
+
+    monkeypatch.setattr(flow, "LOOK", 0.02)
+    monkeypatch.setattr(flights, "look_after", interrupted)
+    follower = Caller(lambda: lm("same"))
+    until(lambda: following(lm) == 1)
+    task = close()
+    closed.set()
+    assert isinstance(follower.outcome(10), BaseException)
+    assert (len(flights), claims(lm)) == (0, 0)
+    monkeypatch.undo()
+    provider.release()
+    assert isinstance(Caller(lambda: lm("same")).outcome(10), list)
+    assert not task.done()
+
+
+def test_a_leader_that_is_collected_ends_nothing_of_who_leads_in_his_place(
+    lm: Any, provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the lead passes just as he is about to end what he began: two processes would ask."""
+    if lm.pipeline.store.flights is None:
+        pytest.skip("one process has this store")
+    provider.hold()
+    close = left(lambda: lm.acall("same"), provider)
+    cache = lm.pipeline.cache
+    lead, leave = cache.lead, cache.leave
+    leads, ending = threading.Event(), threading.Lock()
+
+    def leading(*arguments: Any, **more: Any) -> Any:
+        found = lead(*arguments, **more)
+        if found is True:
+            leads.set()
+        return found
+
+    def leaving(*arguments: Any, **more: Any) -> None:
+        if ending.acquire(blocking=False):
+            leads.wait(0.5)  # for the next one to come
+        leave(*arguments, **more)
+
+    monkeypatch.setattr(cache, "lead", leading)
+    monkeypatch.setattr(cache, "leave", leaving)
+    close().get_coro().close()  # as the garbage collector does
+    until(ending.locked)
+    follower = Caller(lambda: lm("same"))
+    assert leads.wait(10)
+    assert REAPER.flush()
+    assert claims(lm) == 1
+    provider.release()
+    assert isinstance(follower.outcome(10), list)
+    until(lambda: claims(lm) == 0)
+
+
+def test_texts_passed_to_who_has_no_time_left_are_asked_by_the_next() -> None:
+    with Provider() as provider:
+        embedder = dspy_prod.Embedder(
+            "openai/text-embedding-3-small", api_base=provider.url, api_key="k", caching=dspy_prod.Cache(persist=False)
+        )
+        provider.hold()
+        task = left(lambda: embedder.acall(["a", "b"]), provider)()
+        with call_context(deadline=1e-6), pytest.raises(DeadlineExceededError):
+            embedder(["b", "a"])
+        assert len(embedder.pipeline.flights) == 0
+        provider.release()
+        assert Caller(lambda: embedder(["a", "b"]).shape[0]).outcome(10) == 2
+        assert not task.done()
