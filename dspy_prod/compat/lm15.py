@@ -212,20 +212,21 @@ class _Providers(dict[str, Any]):
             return _read_bare(lambda answer: read(request, answer), response, cleaned)
 
         def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
-            ends = False
+            ends: list[StreamEndEvent] = []  # what an event counts, it counts with all that it tells
             for event in parse(request, raw):
                 if event is not None and event.type == "error" and event.error.provider_code == _BLOCKED:
                     answered(request, _HttpResponse(status=200, reason="OK", headers=[], body=raw.data.encode()))
-                if event is None or event.type != "end":
+                if event is not None and event.type == "end":
+                    ends.append(event)
+                else:
                     yield event
-                    continue
-                ends = True
-                yield from counted(event)
-                yield ended(event)
             if raw.data:
                 yield from asides_in(raw.data)
-                if gemini and not ends:
-                    yield from counted_beside(raw.data)
+            for end in ends:
+                yield from counted(end)
+                yield ended(end)
+            if gemini and raw.data and not ends:
+                yield from counted_beside(raw.data)
 
         reader.parse_response, reader.parse_stream_events = answered, parsed
         super().__setitem__(name, provider)

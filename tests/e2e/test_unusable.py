@@ -155,13 +155,23 @@ def test_what_somebody_can_use_is_an_answer(serve: MakeProvider, connect: MakeLM
     assert len(provider.calls) == (1 if name == "tool" else 2)
 
 
+REFUSED_AT_ONCE = chunk({"refusal": "I won't"}, "stop").strip()[:-1] + ", " + USAGE.partition('"choices":[],')[2]
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "refused",
+    [chunk({"role": "assistant", "refusal": "I "}) + chunk({"refusal": "won't"}) + END + USAGE, REFUSED_AT_ONCE],
+    ids=["in pieces", "at once"],
+)
 def test_a_refusal_in_a_stream_is_an_answer_and_is_not_kept(
-    serve: MakeProvider, connect: MakeLM, engine: str, way: str
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str, refused: str
 ) -> None:
-    """It is one where it comes whole. A stream with nothing else was asked for again, as a failure of the provider."""
-    refused = chunk({"role": "assistant", "refusal": "I "}) + chunk({"refusal": "won't"}) + END + USAGE + DONE
+    """It is one where it comes whole. A stream with nothing else was asked for again, as a failure of the provider, and
+    usage that came in one event with it seemed to be told before it.
+    """
+    refused += DONE
     provider = serve(faults=Verbatim(refused))
     lm = connect(provider, engine=engine, retry=QUICK, cache=Cache())
     assert [stream(lm, way) for _ in range(2)] == [(["start", "end"], None)] * 2
