@@ -129,6 +129,7 @@ class Failing(ABC):
         refusal = self._degraded(str(self.tables.unavailable(error)))
         self._core.fail_waiting(refusal)
         self._tell_undecided(refusal)
+        self._let_go()
 
     def _tell_undecided(self, refusal: Refusal) -> None:
         """Refuse whom the transaction in doubt has decided on; if it was written, what they were granted goes back."""
