@@ -121,7 +121,7 @@ class RedisClaims:
         try:
             (found,) = self._connection.read([(*asked, key, claim.flight, int(waited), repr(self._now()), _LEASE)])
         except StoreUnavailableError:
-            return ALONE
+            return LEADS  # the server may have it: others wait for its end, which is told in any case
         if isinstance(found, bytes):
             return unpacked(found) or ALONE
         return (LEADS, FOLLOWS, ALONE)[found]

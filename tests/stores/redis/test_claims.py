@@ -8,6 +8,7 @@ from math import inf
 
 import pytest
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.base import CachedAnswer
 from dspy_prod.stores.durable import failing
 from dspy_prod.stores.durable.transactions import Transactions
@@ -288,3 +289,35 @@ def test_an_end_that_is_interrupted_keeps_no_other_from_it(
             mine.flights.leave(b"key")
     mine.flights.leave(b"another")
     until(lambda: all(ended(mine, key) for key in keys), 5)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_claim_whose_answer_is_lost_is_renewed_and_ends(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """The server may have it: others followed nobody until its lease ended, and asked while its answer came."""
+    monkeypatch.setattr(claims, "_LEASE", 60_000)
+    mine, his = two
+    assert mine.flights is not None
+    assert his.flights is not None
+    connection = mine.flights._claims._connection  # type: ignore[attr-defined]
+    read = connection.read
+
+    def lost(asked: object) -> None:
+        if taken:
+            read(asked)
+        raise StoreUnavailableError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "read", lost)
+        assert mine.flights.join(b"key") is True
+    assert his.flights.join(b"key") is not taken
+    mine.flights._claims.renew(set())
+    assert mine.flights._claims.followed(b"key") is taken
+    mine.flights.leave(b"key")
+    assert b"key" not in mine.flights._claims
+    if not taken:
+        assert mine.flush(5)
+        assert not ended(mine, b"key"), "another one's is none of ours"
+        his.flights.leave(b"key")
+    until(lambda: ended(mine, b"key"), 5)
