@@ -148,3 +148,29 @@ def test_what_is_claimed_as_the_thread_that_renews_ends_is_renewed(monkeypatch: 
         assert renewed.wait(5)
     finally:
         renewing.over.set()
+
+
+def test_what_could_not_be_renewed_is_renewed_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the error was: the thread ended, was taken for one that renews, and no other one was begun."""
+    monkeypatch.setattr(durable_flights, "RENEW", 0.01)
+    renewed = threading.Event()
+
+    class Claims:
+        tries = 0
+
+        def __len__(self) -> int:
+            return 1
+
+        def renew(self, but: set[bytes]) -> None:
+            self.tries += 1
+            if self.tries < 3:
+                raise ValueError("no such reply")
+            renewed.set()
+
+    claimed: Any = Claims()
+    renewing = durable_flights._Renewing(claimed, set())
+    renewing.begin()
+    try:
+        assert renewed.wait(5)
+    finally:
+        renewing.over.set()

@@ -21,6 +21,7 @@ from dspy_prod.stores.durable.writer import MAX_BATCH
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
 from tests.stores.support import Problems, ask, decided, granted, record, until
+from tests.stores.trial_support import expose, made
 
 
 class Away:
@@ -220,3 +221,63 @@ def test_a_store_goes_on_after_what_can_never_be_written(store: Any) -> None:
     granted(store, ask(accounts=("another",)))
     assert store.flush(5)
     assert writer._alone == 0
+
+
+def test_what_is_gathered_while_too_much_waits_is_written_and_so_is_what_comes_later(
+    store: Any, away: Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one operation for all of it was dropped, and no further one was ever posted."""
+    made(store)
+    monkeypatch.setattr(failing, "MAX_KEPT", 20)
+    fail(store, away)
+    post(store, 30)
+    until(lambda: store.problems.get("dropped") == 11)
+    expose(store, "meanwhile")
+    until(lambda: store._writer.inbox.qsize() == 0)
+    away.left = inf
+    until(lambda: store.flush(1))
+    expose(store, "later")
+    assert store.flush(10)
+    assert [store.trials.seen("e", unit) for unit in ("meanwhile", "later")] == ["control"] * 2
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_what_is_gathered_goes_on_after_some_of_it_that_can_never_be_written(
+    store: Any, problems: Problems, monkeypatch: pytest.MonkeyPatch, tried: bool
+) -> None:
+    """Whether it was to blame, or the only operation of a transaction that failed before it."""
+    made(store)
+    assert store.flush(10)
+    transactions, failed = store._writer._transactions, threading.Event()
+    place, name = (transactions.tables, "write") if tried else (transactions.core, "tick")
+    usual = getattr(place, name)
+
+    def unfit(*arguments: Any) -> Any:
+        if any(kind is Transactions.note for kind, _, _ in store._writer._doing) and not failed.is_set():
+            failed.set()
+            raise ValueError("no such thing")
+        return usual(*arguments)
+
+    monkeypatch.setattr(place, name, unfit)
+    expose(store, "unfit")
+    assert failed.wait(5)
+    until(lambda: store.problems.get("dropped") == 1)
+    expose(store, "later")
+    assert store.flush(10)
+    assert [store.trials.seen("e", unit) for unit in ("unfit", "later")] == [None if tried else "control", "control"]
+    assert store.trials._post.dropped == int(tried)
+
+
+def test_who_is_interrupted_as_he_posts_keeps_nobody_else_from_it(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(store)
+
+    def interrupted(_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store._mailbox, "post", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            expose(store, "u")
+    expose(store, "later")
+    assert store.flush(10)
+    assert [store.trials.seen("e", unit) for unit in ("u", "later")] == ["control"] * 2

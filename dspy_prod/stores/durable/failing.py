@@ -129,6 +129,7 @@ class Failing(ABC):
         refusal = self._degraded(str(self.tables.unavailable(error)))
         self._core.fail_waiting(refusal)
         self._tell_undecided(refusal)
+        self._let_go()
 
     def _tell_undecided(self, refusal: Refusal) -> None:
         """Refuse whom the transaction in doubt has decided on; if it was written, what they were granted goes back."""
@@ -195,7 +196,7 @@ class Failing(ABC):
                 kind(self._transactions, subject, detail, 0.0)
             elif kind in (Transactions.nudge, Transactions.touch_answer):
                 pass
-            elif len(self._kept) < MAX_KEPT:
+            elif len(self._kept) < MAX_KEPT or kind is Transactions.note:  # one for many things, bounded themselves
                 self._kept.append(operation)
             else:
                 self._dropping(
@@ -223,6 +224,8 @@ class Failing(ABC):
                 subject.set_exception(error)
             elif kind is Transactions.put_answer:
                 detail[3]()
+            elif kind is Transactions.note and detail is not None:
+                detail()
             elif kind in _SETTLING and subject.record is not None:
                 operations.insert(error.index, (kind, subject._replace(record=None), detail))
 

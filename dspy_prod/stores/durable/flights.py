@@ -6,6 +6,7 @@ missed soon. Whoever follows asks again and again, at growing intervals, and fin
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,8 @@ from typing import Final, Protocol
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.durable.kept import KeptAnswers
 from dspy_prod.stores.vocabulary import CachedAnswer
+
+_log = logging.getLogger("dspy_prod")
 
 LEASE: Final = 2.0
 """Seconds after which a claim ends that is not renewed: so long others wait for a process that was killed."""
@@ -153,10 +156,16 @@ class _Renewing:
         while not self.over.wait(RENEW):
             idle = 0.0 if self._claims else idle + RENEW
             if idle == 0.0:
-                self._claims.renew(set(self._landing))
+                self._renew()
             elif idle > IDLE:
                 with self._lock:
                     own, self._thread = self._thread, None  # first: whoever claims from now on finds that there is none
                     if not self._claims:
                         return
                     self._thread = own
+
+    def _renew(self) -> None:
+        try:
+            self._claims.renew(set(self._landing))
+        except Exception:  # a thread that ended here were taken for one that renews, for ever
+            _log.exception("Claims could not be renewed; it is tried again")

@@ -113,8 +113,8 @@ class Operations:
         found = ask(self.core, self.tables, now)
         self.after.append(lambda: told.set_result(found))
 
-    def note(self, write: Callable[[Any, float], None], _: Any, now: float) -> None:
-        """Nobody waits for it: it is written with what else there is."""
+    def note(self, write: Callable[[Any, float], None], unfit: Callable[[], None] | None, now: float) -> None:
+        """Nobody waits for it: it is written with what else there is. `unfit` is told where it can never be."""
         write(self.tables, now)
 
     def give_up_shares(self, _: Any, __: Any, now: float) -> None:

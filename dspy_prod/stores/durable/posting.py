@@ -76,7 +76,13 @@ class Posting(Generic[T]):
 
     def _list(self) -> None:
         self._listed = True
-        if not self._mailbox.post((Transactions.note, _Batch(self).write, None)):
+        batch = _Batch(self)
+        try:
+            posted = self._mailbox.post((Transactions.note, batch.write, batch.unfit))
+        except BaseException:  # interrupted: perhaps there is none
+            self._listed = False
+            raise
+        if not posted:
             for _ in self.take():
                 self._drop("the store is closed")
 
@@ -97,6 +103,13 @@ class Posting(Generic[T]):
             batch.things, batch.number = self.take(), self.number()
         if batch.things:
             self._write(tables, batch.things, batch.number, now)
+
+    def unfit(self, batch: _Batch[T]) -> None:
+        """It can never be written. Where it was not even tried, the next one has what was to be in it."""
+        if batch.things is None:
+            self._listed = False
+        for _ in batch.things or ():
+            self._drop("they cannot be written")
 
     def _drop(self, why: str) -> None:
         self.dropped += 1
@@ -122,3 +135,6 @@ class _Batch(Generic[T]):
 
     def write(self, tables: Any, now: float) -> None:
         self._posting.write(tables, self, now)
+
+    def unfit(self) -> None:
+        self._posting.unfit(self)

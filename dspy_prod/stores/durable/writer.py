@@ -182,7 +182,7 @@ class Writer(Failing):
             self._doing = []
             if self._transactions.carrying_over:  # before any of these was done
                 self._doubt(error)
-                self._refuse_or_keep(operations)
+                self._put_back(operations)
             else:
                 self._unsure = operations
                 self._doubt(error)

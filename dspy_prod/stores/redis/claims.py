@@ -124,7 +124,7 @@ class RedisClaims:
         try:
             (found,) = self._connection.read([(*asked, key, claim.flight, int(waited), repr(self._now()), _LEASE)])
         except StoreUnavailableError:
-            return ALONE
+            return LEADS  # the server may have it: others wait for its end, which is told in any case
         if isinstance(found, bytes):
             return unpacked(found) or ALONE
         return (LEADS, FOLLOWS, ALONE)[found]
@@ -154,8 +154,16 @@ class RedisClaims:
             self._ended.append((self._key(key).decode(), claim.flight.decode(), int(verdict)))
         if not self._noted:
             self._noted = True
-            self._mailbox.post((Transactions.note, self._note(), None))
-            self._mailbox.post((Transactions.nudge, None, None))
+            try:
+                self._mailbox.post((Transactions.note, self._note(), self._unnoted))
+                self._mailbox.post((Transactions.nudge, None, None))
+            except BaseException:  # interrupted: perhaps there is none
+                self._noted = False
+                raise
+
+    def _unnoted(self) -> None:
+        """The note is gone, and perhaps was never tried: the next end is noted anew. What it took ends by itself."""
+        self._noted = False
 
     def _note(self) -> Callable[[object, float], None]:
         """Writes all ends that there are when it is done: one for many, for the writer may be held up."""

@@ -101,7 +101,10 @@ if stale then
     return say('again', unowned and 1 or 0, accounts, limiters, mine)
 end
 
--- From here on nothing may raise: what is written stays.
+-- From here on nothing may raise: what is written stays. So it is seen first, by what changes nothing, whether this user
+-- may do what cannot be done without (meta is there: SET with NX leaves it as it is).
+redis.call('PTTL', KEYS[1])
+redis.call('SET', KEYS[1], '', 'NX')
 local n = tostring(redis.call('HINCRBY', KEYS[1], 'n', 1))
 meta[2] = n
 
@@ -174,15 +177,15 @@ if head.told then keep(KEYS[8]) end
 
 redis.call('SET', KEYS[5], cmsgpack.pack({head.seq, n, head.replies and replies or {}}), 'PX', head.remember)
 if holder == me then
-    redis.call('DEL', KEYS[3])
-    local following = redis.call('LPOP', KEYS[4])
-    if following then
-        redis.call('HSET', KEYS[3], 'owner', following, '*', 1)
-        redis.call('PEXPIRE', KEYS[3], head.lock)
-        redis.call('RPUSH', head.bells .. following, '1')
-        redis.call('PEXPIRE', head.bells .. following, head.patience)
+    redis.pcall('DEL', KEYS[3])
+    local following = redis.pcall('LPOP', KEYS[4])
+    if type(following) == 'string' then
+        redis.pcall('HSET', KEYS[3], 'owner', following, '*', 1)
+        redis.pcall('PEXPIRE', KEYS[3], head.lock)
+        redis.pcall('RPUSH', head.bells .. following, '1')
+        redis.pcall('PEXPIRE', head.bells .. following, head.patience)
     end
 elseif head.locked then
-    redis.call('LREM', KEYS[4], 0, me)
+    redis.pcall('LREM', KEYS[4], 0, me)
 end
 return say('ok', accounts, replies)

@@ -75,6 +75,7 @@ _SAID: Final = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not trusted, or of another host: ?ssl_ca_certs=/path/of/ca.pem",
     "SELECT is not allowed in cluster mode": "it is one of a Redis Cluster, which has no database but 0",
     "DB index is out of range": "it has no database of that number; see its setting 'databases'",
+    "ACL failure in script": "its user may not do this; see the rights in the guide on fleets",
 }
 """By what it says somewhere, which is not shown: it may hold names and keys."""
 

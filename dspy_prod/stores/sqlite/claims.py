@@ -58,17 +58,28 @@ _DOUBLE: Final = Struct("<d")
 
 
 class _Claim:
-    """One of this process: its name in the file, and whose it is."""
+    """One claim of this process.
 
-    __slots__ = ("name", "who")
+    Attributes:
+        name: what it is called in the file.
+        file: where it is locked; there it is let go, whatever the store uses by then.
+        who: whose it is.
+    """
 
-    def __init__(self, name: bytes, who: object) -> None:
+    __slots__ = ("file", "name", "who")
+
+    def __init__(self, name: bytes, file: _File, who: object) -> None:
         self.name = name
+        self.file = file
         self.who = who
 
 
 class ClaimsFile:
     """The claims of one process and namespace. Thread-safe; see `durable.flights.Claims`.
+
+    The system's locks belong to the process, not to a thread: it would give a key to each thread that asks, and what
+    one of them lets go late would be the next one's. So a key is taken among the threads before it is locked, and free
+    for them once it is unlocked, not sooner.
 
     Args:
         path: the store's file.
@@ -81,13 +92,14 @@ class ClaimsFile:
         self._file: _File | None = None
         self._retry_at = -inf if fcntl is not None else inf
         self._opening = threading.Lock()
-        self._own: dict[bytes, _Claim] = {}
+        self._own: dict[bytes, _Claim] = {}  # taken among this process's threads
+        self._held: dict[bytes, _Claim] = {}  # claimed, and not ended by anybody yet: who takes it out does
 
     def __len__(self) -> int:
         return len(self._own)
 
     def claimed(self, key: bytes, who: object = None) -> bool:
-        claim = self._own.get(key)
+        claim = self._held.get(key)
         return claim is not None and claim.who is who
 
     def claim(self, key: bytes, waited: bool, who: object = None) -> int:
@@ -99,46 +111,63 @@ class ClaimsFile:
             if file is None or len(own) >= MOST:
                 return ALONE
             name = blake2b(key, digest_size=16, key=self._namespace).digest()
-            claim = _Claim(name, who)
+            claim = _Claim(name, file, who)
             if own.setdefault(key, claim) is not claim:
                 return FOLLOWS  # another LM of this process
             try:
                 found = file.claim(name, waited)
-            except (KeyboardInterrupt, SystemExit):  # it may have been claimed
-                own.pop(key, None)
-                file.unlock(name)
+                if found < FOLLOWS:
+                    self._held[key] = claim
+                else:
+                    own.pop(key, None)
+            except BaseException:  # interrupted: it may have been claimed
+                self._held.pop(key, None)
+                self._let_go(key, claim)
                 raise
         except (OSError, ValueError) as error:
             self._give_up(error)
             return ALONE
-        if found >= FOLLOWS:
-            own.pop(key, None)
         return found
 
     def followed(self, key: bytes) -> bool:
-        claim, file = self._own.get(key), self._file
+        claim = self._held.get(key)
         with contextlib.suppress(OSError, ValueError):
-            return claim is not None and file is not None and file.wanted(claim.name)
+            return claim is not None and claim.file.wanted(claim.name)
         return False
 
     def renew(self, but: set[bytes]) -> None:
         file = self._file
         try:
             if file is not None:
-                file.renew([claim.name for key, claim in list(self._own.items()) if key not in but])
+                held = list(self._held.items())
+                file.renew([claim.name for key, claim in held if key not in but and claim.file is file])
         except (OSError, ValueError) as error:
             self._give_up(error)
 
     def free(self, key: bytes, verdict: bool) -> None:
-        claim, file = self._own.pop(key, None), self._file
+        own = self._own.get(key)
         try:
-            if claim is not None and file is not None:
-                file.free(claim.name, _VERDICT if verdict else _ENDED)
+            try:
+                claim = self._held.pop(key, None)
+                if claim is not None:
+                    claim.file.free(claim.name, _VERDICT if verdict else _ENDED)
+                    self._own.pop(key, None)
+            except BaseException:  # interrupted: nobody else ends it
+                self._let_go(key, own)
+                raise
         except (OSError, ValueError) as error:
             self._give_up(error)
 
+    def _let_go(self, key: bytes, claim: _Claim | None) -> None:
+        """Unlock it, then let this process's threads have it."""
+        if claim is not None and self._own.get(key) is claim:
+            try:
+                claim.file.unlock(claim.name)
+            finally:
+                self._own.pop(key, None)
+
     def close(self) -> None:
-        for key in list(self._own):
+        for key in list(self._held):
             self.free(key, False)
         self._retry_at, self._file = inf, None
 
@@ -165,12 +194,11 @@ class ClaimsFile:
             self._drop()
 
     def _drop(self) -> None:
-        file, self._file = self._file, None
-        while self._own:
-            _, claim = self._own.popitem()
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.unlock(claim.name)
+        self._file = None
+        for key in list(self._held):
+            claim = self._held.pop(key, None)
+            with contextlib.suppress(OSError):
+                self._let_go(key, claim)
 
 
 class _File:

@@ -8,10 +8,13 @@ from math import inf
 
 import pytest
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.base import CachedAnswer
+from dspy_prod.stores.durable import failing
+from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis import claims
 from dspy_prod.stores.redis.store import RedisStore
-from tests.stores.support import until
+from tests.stores.support import record, until
 
 
 @pytest.fixture
@@ -201,3 +204,120 @@ def test_ends_whose_transaction_fails_are_written_by_the_next_one(
     mine.flights.leave(b"key")
     until(lambda: his.flights.join(b"key", True) is True, 1)  # type: ignore[union-attr]
     assert failed
+
+
+def ended(flights: RedisStore, key: bytes) -> bool:
+    """Whether the server knows of no claim: long before its lease would have ended."""
+    at = flights.flights._claims._key(key)  # type: ignore[union-attr,attr-defined]
+    return flights._reader.read([("GET", at)]) == [None]
+
+
+def test_ends_that_come_while_too_much_waits_are_written(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their note was dropped after the outage of the store, and no end was ever written again."""
+    monkeypatch.setattr(claims, "_LEASE", 60_000)
+    mine, _ = two
+    assert mine.flights is not None
+    tables = mine._writer.tables
+    commit = tables.commit
+
+    def away() -> None:
+        raise OSError("away")
+
+    assert mine.flights.join(b"key") is True
+    monkeypatch.setattr(tables, "commit", away)
+    monkeypatch.setattr(failing, "MAX_KEPT", 20)
+    for _ in range(30):
+        mine._mailbox.post((Transactions.append, record(cost_nano=1), True))
+    until(lambda: mine.problems.get("dropped") == 10)
+    mine.flights.leave(b"key")
+    until(lambda: mine._writer.inbox.qsize() == 0)
+    monkeypatch.setattr(tables, "commit", commit)
+    until(lambda: ended(mine, b"key") and mine._writer.failing is None, 5)
+    assert mine.flights.join(b"another") is True
+    assert not ended(mine, b"another")
+    mine.flights.leave(b"another")
+    until(lambda: ended(mine, b"another"), 5)
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_ends_go_on_after_a_note_that_can_never_be_written(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch, tried: bool
+) -> None:
+    """Also where it was only the single operation of a transaction that failed before it."""
+    mine, _ = two
+    assert mine.flights is not None
+    assert mine.flights.join(b"key") is True
+    assert mine.flush(5)
+    writer = mine._writer
+    transactions = writer._transactions
+    place, name = (transactions.tables, "write") if tried else (transactions.core, "tick")
+    usual = getattr(place, name)
+
+    def unfit(*arguments: object) -> object:
+        if any(kind is Transactions.note for kind, _, _ in writer._doing) and not writer._dropped:
+            raise ValueError("no such thing")
+        return usual(*arguments)
+
+    monkeypatch.setattr(place, name, unfit)
+    mine.flights.leave(b"key")
+    until(lambda: mine.problems.get("dropped") == 1, 5)
+    until(lambda: mine.flush(5), 5)
+    monkeypatch.setattr(claims, "_LEASE", 60_000)
+    assert mine.flights.join(b"another") is True
+    assert not ended(mine, b"another")
+    mine.flights.leave(b"another")
+    until(lambda: ended(mine, b"another"), 5)
+
+
+def test_an_end_that_is_interrupted_keeps_no_other_from_it(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "_LEASE", 60_000)
+    mine, _ = two
+    assert mine.flights is not None
+
+    def interrupted(_: object) -> bool:
+        raise KeyboardInterrupt
+
+    keys = b"key", b"another"
+    assert [mine.flights.join(key) for key in keys] == [True] * 2
+    with monkeypatch.context() as patch:
+        patch.setattr(mine._mailbox, "post", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mine.flights.leave(b"key")
+    mine.flights.leave(b"another")
+    until(lambda: all(ended(mine, key) for key in keys), 5)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_claim_whose_answer_is_lost_is_renewed_and_ends(
+    two: tuple[RedisStore, RedisStore], monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
+    """The server may have it: others followed nobody until its lease ended, and asked while its answer came."""
+    monkeypatch.setattr(claims, "_LEASE", 60_000)
+    mine, his = two
+    assert mine.flights is not None
+    assert his.flights is not None
+    connection = mine.flights._claims._connection  # type: ignore[attr-defined]
+    read = connection.read
+
+    def lost(asked: object) -> None:
+        if taken:
+            read(asked)
+        raise StoreUnavailableError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "read", lost)
+        assert mine.flights.join(b"key") is True
+    assert his.flights.join(b"key") is not taken
+    mine.flights._claims.renew(set())
+    assert mine.flights._claims.followed(b"key") is taken
+    mine.flights.leave(b"key")
+    assert not mine.flights._claims.claimed(b"key")  # type: ignore[attr-defined]
+    if not taken:
+        assert mine.flush(5)
+        assert not ended(mine, b"key"), "another one's is none of ours"
+        his.flights.leave(b"key")
+    until(lambda: ended(mine, b"key"), 5)

@@ -12,10 +12,11 @@ import redis
 
 import dspy_prod
 from dspy_prod.errors import StoreUnavailableError
+from dspy_prod.stores.base import AccountState
 from dspy_prod.stores.opening import open_store
 from dspy_prod.testing import Provider
 from tests.stores.redis.servers import started_valkey
-from tests.stores.support import CENT, ask, granted
+from tests.stores.support import CENT, ask, check_books, decided, granted, settlement, until
 from tests.stores.trial_support import call, expose, made, outcome
 
 GUIDE = Path(__file__).parents[3] / "docs" / "guide" / "fleet.md"
@@ -76,3 +77,22 @@ def test_what_is_of_others_is_out_of_reach(server: redis.Redis) -> None:
         triage.get("a key of somebody else")
     with closing(open_store(place(server, ""), "billing")) as everything:
         granted(everything, ask(CENT))
+
+
+@pytest.mark.parametrize("right", ["pttl", "set", "hincrby"])
+def test_a_right_that_is_missing_is_missed_before_anything_is_written(server: redis.Redis, right: str) -> None:
+    """The script ended halfway: what it had written stayed, was taken for not written, and was written again."""
+    with closing(open_store(place(server), "triage")) as store:
+        first = granted(store, ask(10 * CENT))
+        assert store.flush(10)
+        server.execute_command("ACL", "SETUSER", "triage", f"-{right}")
+        store.settle(first, settlement(first, 4 * CENT))
+        refused = decided(store.admit(ask(CENT, accounts=("another",))), 10).refusal
+        assert refused is not None
+        assert "its user may not do this; see the rights in the guide" in refused.detail
+        until(lambda: store._writer._back_off > 0.1, 10)  # tried again and again
+        server.execute_command("ACL", "SETUSER", "triage", f"+{right}")
+        until(lambda: store.flush(1), 10)
+        assert store.account("day") == AccountState(4 * CENT, 0, 0)
+        assert store.account("another") == AccountState(0, 0, 0)
+        check_books(store)

@@ -67,7 +67,7 @@ def test_one_of_two_processes_leads_until_it_is_done(path: str, other: Callable[
     mine, his = ClaimsFile(path, "n"), other()
     assert his("claim", b"key", False) == LEADS
     assert mine.claim(b"key", False) == FOLLOWS
-    assert not mine.claimed(b"key")
+    assert b"key" not in mine._own
     assert his("followed", b"key")
     assert mine.claim(b"another", False) == LEADS
     his("free", b"key", False)
@@ -227,7 +227,86 @@ def test_a_claim_that_is_interrupted_is_none(
         patched.setattr(mine._file, "claim", interrupted)
         with pytest.raises(KeyboardInterrupt):
             mine.claim(b"key", False)
-    assert not mine.claimed(b"key")
+    assert b"key" not in mine._own
     assert mine.claimed(b"another")
     assert his("claim", b"key", True) == LANDED
     his("free", b"key", False)
+
+
+@pytest.mark.parametrize("how", ["free", "give up", "interrupt"])
+def test_a_key_is_free_for_the_threads_of_its_process_once_it_is_unlocked(
+    path: str, other: Callable[..., Other], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The lock is the process's: another LM got it as well, and the late unlock was that of the next flight."""
+    mine, his = ClaimsFile(path, "n"), other()
+    assert mine.claim(b"another", False) == LEADS
+    file = mine._file
+    assert file is not None
+    take, unlock, taken = file.claim, file.unlock, []
+
+    def late(name: bytes) -> None:
+        taken.append(b"key" in mine._own)
+        if how == "free":
+            assert mine.claim(b"key", False) == FOLLOWS
+            mine.free(b"key", False)  # of who had it: it ends once
+        unlock(name)
+        taken.append(b"key" in mine._own)
+
+    def interrupted(*arguments: Any) -> int:
+        take(*arguments)
+        raise KeyboardInterrupt
+
+    if how == "interrupt":
+        monkeypatch.setattr(file, "claim", interrupted)
+        monkeypatch.setattr(file, "unlock", late)
+        with pytest.raises(KeyboardInterrupt):
+            mine.claim(b"key", False)
+    else:
+        mine.free(b"another", False)
+        assert mine.claim(b"key", False) == LEADS
+        monkeypatch.setattr(file, "unlock", late)
+        mine.free(b"key", False) if how == "free" else mine._give_up(OSError("full"))
+    assert taken == [True, True]
+    assert b"key" not in mine._own
+    assert his("claim", b"key", True) == LANDED
+
+
+def test_an_end_that_is_interrupted_is_one(
+    path: str, other: Callable[..., Other], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody ends it a second time: its key would be taken among the threads for ever."""
+    mine, his = ClaimsFile(path, "n"), other()
+    assert mine.claim(b"key", False) == LEADS
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert mine._file is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(mine._file, "free", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mine.free(b"key", False)
+    assert b"key" not in mine._own
+    assert his("claim", b"key", True) == LANDED
+
+
+def test_what_is_claimed_while_all_is_given_up_ends(
+    path: str, other: Callable[..., Other], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was locked after all the others were let go, and then by nobody."""
+    mine, his = ClaimsFile(path, "n"), other()
+    assert mine.claim(b"another", False) == LEADS
+    file = mine._file
+    assert file is not None
+    take = file.claim
+
+    def meanwhile(name: bytes, waited: bool) -> int:
+        mine._give_up(OSError("full"))
+        return take(name, waited)
+
+    monkeypatch.setattr(file, "claim", meanwhile)
+    assert mine.claim(b"key", False) == LEADS
+    assert b"another" not in mine._own
+    assert his("claim", b"key", False) == FOLLOWS
+    mine.free(b"key", False)
+    assert his("claim", b"key", True) == LANDED
