@@ -59,13 +59,16 @@ OURS: Final = REFUSALS - {"circuit_open"}
 _log = logging.getLogger("dspy_prod")
 
 
-def went_unanswered(error: BaseException | None, records: Records) -> bool:
-    """Whether a call was sent and nothing came in all its time: then it has failed, and no deadline has refused it.
+def went_unanswered(error: BaseException | None, report: CallReport | None, records: Records) -> bool:
+    """Whether what a program was refused had been sent, and nothing came in all its time: then it has failed. What
+    became of other calls of the program does not matter: one that timed out, and was answered when tried again, makes
+    no failure of what a budget refuses later.
 
     Args:
-        error: what it raised; None where it raised nothing, as where a fallback answered. records: of its LM calls.
+        error: what it raised; None where it raised nothing, as where a fallback answered. report: of its answer; None
+            where it has none. records: of its LM calls.
     """
-    return has_hung(error) or records.hung or any(each.outcome == "timeout" for each in records)
+    return has_hung(error) if error is not None else records.has_hung(report)
 
 
 def list_nano(report: CallReport | None, records: Records) -> int | None:
@@ -192,7 +195,7 @@ class Shadow:
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         if not self._is_wanted(variant, RUNNING, PAUSED):
             return  # it ended meanwhile
-        refused = refused and not went_unanswered(raised, records)
+        refused = refused and not went_unanswered(raised, report, records)
         if self._run is not None:
             refused |= self._run.has_refused
             self._count(self._run)

@@ -344,6 +344,78 @@ def test_a_call_of_control_that_hangs_has_failed_as_well(
     assert (pair.failed, pair.fell_back) == ((both, none) if fallback is None else (none, both))
 
 
+class TwoSteps(dspy.Module):
+    """Its first call hangs, and is answered in the end; its second one is refused by a budget."""
+
+    def __init__(self, store: str, provider: Provider, mended_by: str) -> None:
+        super().__init__()
+        of_provider: dict[str, Any] = {"api_base": provider.url, "api_key": "k", "store": store, "cache": False}
+        retry = dspy_prod.Retry(attempts=2 if mended_by == "retry" else 1, backoff=0.01)
+        timeout = 0.4 if mended_by == "retry" else None
+        lm = dspy_prod.LM("openai/gpt-4o-mini", timeout=timeout, retry=retry, breaker=False, **of_provider)
+        empty = dspy_prod.Budget(usd=1e-9, per="total", name="empty")
+        slow, self.second = Triage("Slow."), Triage()
+        slow.set_lm(lm)
+        self.first = Production(slow, fallback_response="Sorry.", deadline=0.4) if mended_by == "fallback" else slow
+        self.second.set_lm(dspy_prod.LM("openai/gpt-4o-mini", max_tokens=20, budget=empty, **of_provider))
+
+    def forward(self, message: str) -> Any:
+        self.first(message=message)
+        return self.second(message=message)
+
+
+@pytest.mark.parametrize("mended_by", ["retry", "fallback"])
+@pytest.mark.parametrize("fallback", [None, "Sorry."])
+@pytest.mark.parametrize("where", ["candidate", "control"])
+def test_a_time_out_of_one_call_makes_no_failure_of_what_a_budget_refuses_another(
+    where: str, fallback: str | None, mended_by: str, provider: Provider, asked: Asked, store: str
+) -> None:
+    asked(cache=False)
+    began = iter([1.2])
+    provider.latency = lambda call: next(began, 0.0) if "Slow." in str(call.body) else 0.0
+    two = Production(TwoSteps(store, provider, mended_by), fallback_response=fallback)
+    control, new = (two, Triage()) if where == "control" else (Triage(), two)
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0)
+    exp = Experiment("e", variants={"control": control, "new": new}, rollout=rollout, store=store)
+    exp.start()
+    refused = where == "control" and fallback is None
+    with pytest.raises(dspy_prod.BudgetExceededError) if refused else contextlib.nullcontext():
+        ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    time.sleep(1.1)  # a unit without a call is waited for
+    exp.step()
+    unseen = exp.scorecard().unseen
+    assert unseen is not None
+    assert next(began, None) is None, "it has hung"
+    assert (unseen.pairs, unseen.refused) == ({"new": 0}, {"new": int(where == "candidate")})
+
+
+@pytest.mark.parametrize("fallback", [None, "Sorry."])
+def test_a_call_that_timed_out_has_failed_though_a_budget_refuses_to_ask_once_more(
+    fallback: str | None, provider: Provider, asked: Asked, store: str
+) -> None:
+    asked(cache=False)
+    provider.latency = lambda call: 1.2 if "Slow." in str(call.body) else 0.0
+    slow = Triage("Slow.")
+    once = dspy_prod.Budget(usd=0.0004, per="total", name="once")
+    slow.set_lm(
+        dspy_prod.LM(
+            "openai/gpt-4o-mini", api_base=provider.url, api_key="k", store=store, cache=False, max_tokens=100,
+            timeout=0.4, retry=dspy_prod.Retry(attempts=2, backoff=0.01), budget=once, breaker=False,
+        )
+    )  # fmt: skip
+    exp = shadowed(store, Production(slow, fallback_response=fallback))
+    exp.start()
+    ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    assert sum("Slow." in str(call.body) for call in provider.calls) == 1, "the second attempt was refused"
+    pair = only_pair(exp)
+    assert pair is not None
+    assert (pair.failed[1], pair.fell_back[1]) == (fallback is None, fallback is not None)
+
+
 @pytest.mark.parametrize("scope", ["user", "tenant"])
 def test_a_shadow_spends_no_budget_of_a_user_or_tenant(scope: Any, asked: Asked, store: str) -> None:
     """Who was asked for has as many answers as without it, and a budget that wants a name refuses no shadow."""
