@@ -25,7 +25,7 @@ from dspy_prod.context.current import EMPTY, call_context, use
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.declaration import BUILT_IN, still_there
-from dspy_prod.experiments.purse import Purse
+from dspy_prod.experiments.purse import Piece, Purse
 from dspy_prod.experiments.sample import RESUMED, SPENT, Sample, last_budget
 from dspy_prod.experiments.traced import shown_as
 from dspy_prod.options.metrics import Metric
@@ -155,7 +155,7 @@ class Judges:
         self._judges = dict(judges)
         self._metrics = {metric.name: metric for metric in metrics}
         self._assessed = assessed
-        self._runs = {
+        self._purses = {
             name: Purse(f"judge {name} of {experiment} ({salt[:8]})", usd=judge.usd, store=store)
             for name, judge in judges.items()
             if judge.usd is not None
@@ -240,13 +240,12 @@ class Judges:
 
     def _judge(self, answer: _Answer) -> None:
         """Have one answer judged, and keep the score."""
-        judge, run, name = self._judges[answer.metric], self._runs.get(answer.metric), answer.metric
+        judge, purse, name = self._judges[answer.metric], self._purses.get(answer.metric), answer.metric
         if name in self._spent:
             self._end(name)  # the store could not be told before
             return
         example = dspy.Example(**answer.inputs).with_inputs(*answer.inputs)
-        if run is not None:
-            run.open()
+        run = None if purse is None else Piece(purse)
         score, value, failed = None, 0.0, None
         try:
             with (
@@ -261,12 +260,15 @@ class Judges:
             failed = f"{type(error).__name__}: {outward(str(error))}"
         if not self._is_there():
             return  # it was removed meanwhile
-        if run is not None and run.has_refused:  # what a fallback made of that is no score
-            if run.is_short:
+        if purse is not None and run is not None:
+            purse.see(run)
+        if purse is not None and run is not None and run.has_refused:  # what a fallback made of that is no score
+            if run.is_short and (purse.is_used_up or not purse.covers(run.left)):
                 _log.warning("The judge of %s in %s ends, for its budget is spent", name, self._name)
                 self._end(name)
             else:
-                self._warn("its budget is held by calls under way", name)
+                held = "is held by calls under way"
+                self._warn(f"its budget {'does not cover this answer' if run.is_short else held}", name)
         elif failed is not None:  # also by a budget of its LM's own: others may be judged later
             self._warn(failed, name)
         else:

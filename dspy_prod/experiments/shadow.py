@@ -26,7 +26,7 @@ from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.declaration import still_there
 from dspy_prod.experiments.pairs import Pair, kept_under
-from dspy_prod.experiments.purse import Purse
+from dspy_prod.experiments.purse import Piece, Purse
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.production.reasons import REFUSALS, has_hung, reason_of
@@ -45,10 +45,6 @@ CONTROL: Final = ("control_failed", "control_fell_back", "control_usd")
 
 PATIENCE: Final = 120.0
 """Seconds a candidate has for its answer, whatever the caller's deadline was."""
-
-IN_A_ROW: Final = 5
-"""Calls that the money left did not cover, one after the other, by which it is known to be used up: a single one may be
-larger than others are."""
 
 SPENT: Final = "shadow_spent"
 """The line of the audit that says since when there is no money for shadows."""
@@ -122,12 +118,12 @@ class Shadow:
         self._name, self._trials, self._rollout = kept_under(experiment, salt), store.trials, rollout
         self._salt, self._wanted = salt, True
         self._experiment, self._candidates = experiment, tuple(candidates)
-        self._run, self._run_name, self._short = None, run_of(experiment, salt), 0
+        self._purse, self._run_name = None, run_of(experiment, salt)
         self._spent = rollout.shadow_usd is not None and disabled()
         if self._spent:
             _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
         elif rollout.shadow_usd is not None:
-            self._run = Purse(self._run_name, usd=rollout.shadow_usd, store=store)
+            self._purse = Purse(self._run_name, usd=rollout.shadow_usd, store=store)
         self._aside: Aside[_Asked] = Aside("dspy_prod-shadow", self._work)
         self._trials.create(self._name, "{}", {None: 0.0, **dict.fromkeys(CONTROL, 0.0)}, grace=1.0)
 
@@ -176,8 +172,7 @@ class Shadow:
         failed = fell_back = refused = False
         raised: Exception | None = None
         report: CallReport | None = None
-        if self._run is not None:
-            self._run.open()
+        run = None if self._purse is None else Piece(self._purse)
         began = time.monotonic()
         outer = asked.context._replace(
             records=records, guards=(), run=self._run_name, node=None, trace_id=None, priority="low",
@@ -185,7 +180,7 @@ class Shadow:
         )  # fmt: skip
         place = Assignment(self._experiment, variant.name, "shadow", asked.context.user)
         with dspy.context(**asked.settings), use(assigned(outer, place)):
-            with call_context(run=self._run) if self._run is not None else use(current()):
+            with call_context(run=run) if run is not None else use(current()):
                 try:
                     report = report_of(variant.program(*asked.args, **asked.kwargs))
                     fell_back = report is not None and report.status == "fallback"
@@ -196,9 +191,11 @@ class Shadow:
         if not self._is_wanted(variant, RUNNING, PAUSED):
             return  # it ended meanwhile
         refused = refused and not went_unanswered(raised, report, records)
-        if self._run is not None:
-            refused |= self._run.has_refused
-            self._count(self._run)
+        if self._purse is not None and run is not None:
+            refused |= run.has_refused
+            self._purse.see(run)
+            if self._purse.is_used_up:
+                self._end()
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
         latency = None if cached else time.monotonic() - began
@@ -209,15 +206,6 @@ class Shadow:
         for name, value in zip(CONTROL, asked.control, strict=True):
             kept = _UNKNOWN if value is None else float(value)
             self._trials.outcome(Outcome(self._name, unit, name, kept, at))
-
-    def _count(self, run: Purse) -> None:
-        """See whether there is money left for calls as they are."""
-        if run.is_short:
-            self._short += 1
-        elif not run.has_refused:
-            self._short = 0
-        if self._short >= IN_A_ROW:
-            self._end()
 
     def _end(self) -> None:
         """No candidate is asked from now on; the audit says why."""

@@ -198,6 +198,46 @@ def test_its_cost_stays_within_its_budget_and_is_no_variant_s(
     assert len([each for each in exp._works.trials.decisions("e") if each.what == "judge_spent"]) == 1
 
 
+@pytest.mark.parametrize("long", [1, 4, 5])
+def test_an_answer_that_is_larger_than_its_money_is_one_missing_unit(
+    long: int, asked: Asked, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A judge ended for good, its budget nearly whole, as soon as one user sent something long. Five of them in a row
+    are how calls are now."""
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    asked(cache=False, max_tokens=20)
+    exp = judged(store, Judge(Politeness(), share=1.0, usd=0.005))
+    messages = {"a": "short", **{f"b{number}": "long " * 30_000 for number in range(long)}, "c": "short", "d": "short"}
+    with caplog.at_level(logging.WARNING, "dspy_prod"):
+        for unit, message in messages.items():
+            ask(exp, unit, message=message)
+            settled(exp)
+    clock.advance(61.0)  # those without a score are waited for
+    ends = long == 5
+    assert set(scores(exp)) == ({"a"} if ends else {"a", "c", "d"})
+    whats = [each.what for each in exp._works.trials.decisions("e")]
+    assert whats.count("judge_spent") == int(ends)
+    assert "its budget does not cover this answer" in caplog.text
+
+
+def test_a_judge_ends_at_once_where_what_is_left_is_below_a_usual_call(asked: Asked, store: str) -> None:
+    """Whoever were refused until five are would be missing."""
+    asked(cache=False, max_tokens=20)
+    seen: list[str] = []
+    judge = Politeness()
+
+    def quality(example: Any, prediction: Any) -> bool:
+        seen.append(example.message)
+        return bool(judge(example, prediction))
+
+    exp = judged(store, Judge(quality, share=1.0, usd=0.0005))
+    for number in range(10, 50):
+        ask(exp, f"u{number}", message=f"m{number}")
+        settled(exp)
+    assert 1 <= len(scores(exp)) == len(seen) - 1 < 35
+
+
 def test_a_budget_of_its_lm_is_not_its_own(
     provider: Provider, asked: Asked, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -212,6 +212,24 @@ def test_a_shadow_at_its_cap_is_told_and_not_taken_for_a_failure(asked: Asked, s
     assert f"{card.unseen.pairs['new']} of 50" in str(card)
 
 
+def test_what_a_cache_answers_says_nothing_of_the_money_left(provider: Provider, asked: Asked, store: str) -> None:
+    """A recurring question among the others hid that it was used up, and pairs were made of nothing else."""
+    asked(max_tokens=20)
+    exp = shadowed(store, Triage("Think."), shadow_usd=0.0003, shadow_calls=1_000)
+    exp.start()
+    assert exp._works.shadow is not None
+    for number in range(60):
+        ask(exp, f"u{number}", message=f"m{number}" if number % 4 else "the same")
+        assert exp._works.shadow.wait()
+    time.sleep(1.1)  # a unit without a call is waited for
+    exp.step()
+    unseen = exp.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.spent, unseen.refused) == (True, {"new": 5})
+    paid = sum("Think." in str(call.body) for call in provider.calls)
+    assert 0 < paid < unseen.pairs["new"] <= 2 * paid + 5
+
+
 def test_a_call_that_is_larger_than_the_money_left_is_refused_and_ends_no_shadow(asked: Asked, store: str) -> None:
     """Others are asked; and what is refused makes no pair, also where the program handles the refusal."""
     asked(cache=False, max_tokens=20)
