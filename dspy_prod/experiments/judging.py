@@ -256,7 +256,7 @@ class Judges:
                 told = judge.metric(example, answer.prediction)
             score = getattr(told, "score", told)
             value = self._metrics[name].checked(score)
-        except Exception as error:  # whatever it is: the unit is missing, and its user has his answer
+        except BaseException as error:  # whatever it is: the unit is missing, and its user has his answer
             failed = f"{type(error).__name__}: {outward(str(error))}"
         if not self._is_there():
             return  # it was removed meanwhile

@@ -170,7 +170,7 @@ class Shadow:
         """Ask one candidate, and keep the pair."""
         records = Records(None)
         failed = fell_back = refused = False
-        raised: Exception | None = None
+        raised: BaseException | None = None
         report: CallReport | None = None
         run = None if self._purse is None else Piece(self._purse)
         began = time.monotonic()
@@ -185,7 +185,7 @@ class Shadow:
                     report = report_of(variant.program(*asked.args, **asked.kwargs))
                     fell_back = report is not None and report.status == "fallback"
                     refused = fell_back and report is not None and report.reason in OURS
-                except Exception as error:  # it is what a user would have seen
+                except BaseException as error:  # it is what a user would have seen; nobody else cancels it here
                     failed, refused, raised = True, reason_of(error) in OURS, error
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         if not self._is_wanted(variant, RUNNING, PAUSED):

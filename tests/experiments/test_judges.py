@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -438,6 +439,25 @@ def test_a_judge_that_hangs_delays_nobody(asked: Asked, store: str) -> None:
     finally:
         free.set()
         settled(exp)
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
+def test_a_judge_that_ends_its_thread_ends_no_judging(error: type[BaseException], asked: Asked, store: str) -> None:
+    asked()
+    seen: list[str] = []
+
+    def quality(example: Any, prediction: Any) -> float:
+        seen.append(example.message)
+        if example.message == "second":
+            raise error
+        return 1.0
+
+    exp = judged(store, Judge(quality, share=1.0))
+    for message in ("first", "second", "third"):
+        ask(exp, message, message=message)
+    settled(exp)
+    assert seen == ["first", "second", "third"]
+    assert set(scores(exp)) == {"first"}, "the second is waited for"
 
 
 def test_a_judge_that_fails_changes_no_answer(

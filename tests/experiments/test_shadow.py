@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -172,6 +173,27 @@ def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
     assert (card.state, card.unseen.pairs, card.unseen.refused) == ("running", {"new": 0}, {"new": 0})
     new.remove(force=True)
     assert new._works.trials.trials() == []
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt])
+def test_a_candidate_has_failed_whatever_it_raises(error: type[BaseException], asked: Asked, store: str) -> None:
+    """The thread that asks ended with it, for good and in silence."""
+    asked()
+
+    class Ends(dspy.Module):
+        def forward(self, message: str) -> Any:
+            raise error
+
+    exp = shadowed(store, Ends())
+    exp.start()
+    for number in range(3):
+        ask(exp, f"u{number}", message=f"m{number}")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    exp.step()
+    unseen = exp.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.pairs, unseen.failed, unseen.refused) == ({"new": 3}, {"new": 3}, {"new": 0})
 
 
 def test_an_equal_candidate_leaves_the_shadow(asked: Asked, store: str) -> None:
