@@ -142,6 +142,7 @@ class Judges:
         experiment: its name. salt: its own, by which one of the same name that is made later has budgets of its own.
         store: where scores and budgets are kept. judges: by metric. metrics: the experiment's.
         sample: whom they look at. assessed: told of each score, see `traced.assessed`.
+        made: when the experiment was, see `stores.trials.Outcome`.
     """
 
     _lock: threading.Lock
@@ -150,7 +151,9 @@ class Judges:
         self, experiment: str, salt: str, store: Store, judges: Mapping[str, Judge], metrics: Sequence[Metric],
         sample: Sample,
         assessed: Callable[[str, str, float, Literal["code", "llm_judge"], str | None], None] = lambda *_: None,
+        made: float | None = None,
     ) -> None:  # fmt: skip
+        self._made = made
         self._name, self._salt, self._trials, self._sample = experiment, salt, store.trials, sample
         self._judges = dict(judges)
         self._metrics = {metric.name: metric for metric in metrics}
@@ -272,7 +275,8 @@ class Judges:
         elif failed is not None:  # also by a budget of its LM's own: others may be judged later
             self._warn(failed, name)
         else:
-            self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, uuid.uuid4().hex))
+            id = uuid.uuid4().hex
+            self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, id, self._made))
             if answer.trace is not None:
                 self._assessed(answer.trace, name, shown_as(score, value), "llm_judge", judge.name)
 
@@ -282,6 +286,8 @@ class Judges:
         mine = self._judges[name].usd
         evidence = {"reason": f"the budget of the judge of {name} is used up", "metric": name, "usd": mine}
         try:
+            if still_there(self._trials, self._name, self._salt) is None:
+                return  # the audit is that of the next one of its name
             what, cap = last_budget(name, self._trials.decisions(self._name))
             raised = what == RESUMED and (cap is None or (mine is not None and cap > mine))  # others go on
             if what != SPENT and not raised:

@@ -214,7 +214,8 @@ class Shadow:
         why = f"the shadow stage's budget of {usd:g} USD is used up: its candidates are asked nothing more"
         _log.warning("Experiment(%r): %s", name, why)
         try:
-            if all(line.what != SPENT for line in trials.decisions(name)):
+            there = still_there(trials, name, self._salt) is not None  # else the audit is of the next one of its name
+            if there and all(line.what != SPENT for line in trials.decisions(name)):
                 trials.decide(name, Decision(SPENT, "shadow", json.dumps({"reason": why, "usd": usd})))
         except StoreUnavailableError as error:  # the next process that meets the cap tells it
             _log.warning("That the shadows of %s are at their cap cannot be kept now: %s", name, error)

@@ -16,6 +16,7 @@ import pytest
 import dspy_prod
 from dspy_prod import ConfigError, Experiment, Judge, Metric, call_context, call_report
 from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.trials import Exposure
 from dspy_prod.testing import FakeClock, Provider
 from dspy_prod.testing.faults import Status
 from tests.experiments.conftest import Triage
@@ -400,6 +401,47 @@ def test_the_judge_of_an_experiment_that_was_removed_says_nothing_of_the_next_on
     settled(old)
     assert seen == ["u0"]
     assert scores(new) == dict.fromkeys([f"u{number}" for number in range(5)], 0.0)
+
+
+@pytest.mark.parametrize("when", ["the store is away", "it is removed as the score is kept"])
+def test_no_score_of_an_experiment_that_was_removed_reaches_the_next_one(
+    when: str, asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the judge cannot know."""
+    asked()
+    begun, free = threading.Event(), threading.Event()
+
+    def quality(example: Any, prediction: Any) -> float:
+        begun.set()
+        assert free.wait(30)
+        return 1.0
+
+    old = judged(store, Judge(quality, share=1.0))
+    ask(old, "u0")
+    assert begun.wait(30)
+    judges = old._works.judges
+    assert judges is not None
+
+    def anew() -> Experiment:
+        old.remove(force=True)
+        monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "another")
+        new = judged(store, Judge(lambda e, p: 0.0, share=1e-9))
+        trials = new._works.trials
+        trials.expose(Exposure("e", "u0", 0, "control", 0.5, trials.now()))
+        return new
+
+    made: list[Experiment] = []
+    if when == "the store is away":
+        made.append(anew())
+        monkeypatch.setattr(judges, "_is_there", lambda: True)
+    else:
+        monkeypatch.setattr(judges, "_is_there", lambda: [made.append(anew())] == [None])
+    free.set()
+    settled(old)
+    [new] = made
+    assert scores(new) == {}
+    judges._end("quality")
+    assert [each.what for each in new._works.trials.decisions("e")] == ["start"]
 
 
 # -- what it may do ----------------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
     """Not even where it cannot know, for the store is away when it looks."""
     asked()
     held = Held(fails=True)
-    old = shadowed(store, held)
+    old = shadowed(store, held, shadow_usd=1.0)
     waiting(old, held, 20)
     old.remove(force=True)
     monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "another")
@@ -167,6 +167,8 @@ def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
     monkeypatch.setattr(old._works.shadow, "_is_wanted", lambda *_: True)
     let(old, held)
     assert held.calls == 20
+    old._works.shadow._end()
+    assert [each.what for each in new._works.trials.decisions("e")] == ["start"]
     time.sleep(1.1)  # a unit without a call would be waited for
     card = new.step()
     assert card.unseen is not None
