@@ -126,6 +126,8 @@ class Shadow:
             self._purse = Purse(self._run_name, usd=rollout.shadow_usd, store=store)
         self._aside: Aside[_Asked] = Aside("dspy_prod-shadow", self._work)
         self._trials.create(self._name, "{}", {None: 0.0, **dict.fromkeys(CONTROL, 0.0)}, grace=1.0)
+        if still_there(self._trials, experiment, salt) is None:  # removed just now, before there was this to remove
+            self._trials.remove(self._name)
 
     def offer(self, args: tuple[Any, ...], kwargs: dict[str, Any], control: Answered, context: CallContext) -> None:
         """Have a call asked once more, perhaps. Never waits."""

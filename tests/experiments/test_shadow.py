@@ -16,13 +16,15 @@ import pytest
 
 import dspy_prod
 from dspy_prod import ConfigError, Experiment, Production, Rollout, call_context, call_report
-from dspy_prod.experiments import shadow
+from dspy_prod.experiments import operating, shadow
 from dspy_prod.experiments.declaration import Declaration
-from dspy_prod.experiments.pairs import Pair, kept_under
+from dspy_prod.experiments.pairs import Pair, kept_under, owner_of
 from dspy_prod.experiments.shadow import pairs_of
+from dspy_prod.stores.opening import open_store
 from dspy_prod.testing import Provider
 from dspy_prod.testing.faults import Status
 from tests.experiments.conftest import Triage
+from tests.experiments.support import declared
 
 Asked = Callable[..., dspy_prod.LM]
 
@@ -149,6 +151,82 @@ def test_no_candidate_is_asked_for_what_is_over(how: str, asked: Asked, store: s
     let(exp, held)
     assert held.calls == 1
     assert len(pairs_of(trials, kept_under("e", "salt"), 0)[0]) == (how == "pause")
+
+
+@pytest.mark.parametrize("breaks", ["at the experiment", "at its pairs"])
+def test_a_removal_that_is_broken_off_leaves_no_experiment_whose_pairs_are_kept_nowhere(
+    breaks: str, provider: Provider, asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there with its pairs, or it is not; and what is left of them, the removal of another one forgets."""
+    asked(cache=False)
+    exp = shadowed(store, Triage("Think."), shadow_calls=1_000)
+    other = Experiment(
+        "other", variants={"control": Triage(), "new": Triage()}, rollout=Rollout(stages=("shadow", 0.5)), store=store
+    )
+    exp.start()
+    ask(exp, "u1", message="m1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    trials, pairs = exp._works.trials, kept_under("e", "salt")
+    away = "e" if breaks == "at the experiment" else pairs
+    remove = trials.remove
+
+    def removes(name: str) -> None:
+        if name == away:
+            raise dspy_prod.StoreUnavailableError("away")
+        remove(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trials, "remove", removes)
+        failing = pytest.raises(dspy_prod.StoreUnavailableError) if away == "e" else contextlib.nullcontext()
+        with failing:
+            exp.remove(force=True)
+    ask(exp, "u2", message="m2")
+    assert exp._works.shadow.wait()
+    there = away == "e"
+    assert sum("Think." in str(call.body) for call in provider.calls) == 1 + there
+    assert len(pairs_of(trials, pairs, 0)[0]) == 1 + there
+    if there:
+        exp.remove(force=True)
+    else:
+        declared(other._works.store, "third", state=None)
+        operating.remove(trials, "third")
+    assert [each.name for each in trials.trials()] == ["other", kept_under("other", "salt")]
+
+
+def test_an_experiment_that_is_removed_while_a_process_makes_it_leaves_nothing(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = shadowed(store, Triage())._works.trials
+    create = trials.create
+
+    def creates(name: str, *rest: Any, **more: Any) -> Any:
+        if name == kept_under("e", "salt"):
+            operating.remove(trials, "e", force=True)
+        return create(name, *rest, **more)
+
+    monkeypatch.setattr(trials, "create", creates)
+    with pytest.raises(ConfigError, match="no experiment 'e'"):
+        shadowed(store, Triage()).step()
+    assert trials.trials() == []
+
+
+def test_whose_pairs_a_name_has() -> None:
+    for name in ("e", "e [salt]", "e (shadow)", "e\n[x] [y]", "ü"):
+        assert owner_of(kept_under(name, "0123456789")) == (name, "01234567")
+        assert owner_of(f"{name}!") is None
+    assert owner_of("e (shadow)") == ("e", None), "of an earlier release"
+
+
+def test_pairs_of_an_experiment_that_is_there_are_left_where_another_one_is_removed(store: str) -> None:
+    """Also those that an earlier release has kept, of whatever name, and of one that cannot be read."""
+    shadowed(store, Triage()).remove()
+    trials = open_store(store, "default").trials
+    there = ["e [x]", "e [x] (shadow)", "old", "old (shadow)", "bad", "bad [12345678] (shadow)"]
+    for name in [*there, "gone (shadow)", "gone [12345678] (shadow)", "e"]:
+        trials.create(name, "{}", {None: 0.0})
+    operating.remove(trials, "e")
+    assert [each.name for each in trials.trials()] == sorted(there)
 
 
 def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
