@@ -16,6 +16,7 @@ import random
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import dspy
@@ -24,7 +25,7 @@ from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
-from dspy_prod.experiments.declaration import still_there
+from dspy_prod.experiments.declaration import Declaration, still_there
 from dspy_prod.experiments.pairs import Pair, kept_under
 from dspy_prod.experiments.purse import Piece, Purse
 from dspy_prod.experiments.variants import Variant
@@ -35,7 +36,7 @@ from dspy_prod.production.watch import Records
 from dspy_prod.records import NANO
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.trials import PAUSED, RUNNING, Call, Decision, Exposure, Outcome, Trials
+from dspy_prod.stores.trials import PAUSED, RUNNING, Call, Decision, Exposure, Outcome, Trial, Trials
 
 _UNKNOWN: Final = -1.0
 """Dollars that are not known, as they are kept."""
@@ -116,7 +117,8 @@ class Shadow:
         self, experiment: str, salt: str, store: Store, candidates: Sequence[Variant], rollout: Rollout
     ) -> None:
         self._name, self._trials, self._rollout = kept_under(experiment, salt), store.trials, rollout
-        self._salt, self._wanted = salt, True
+        self._salt, self._looked = salt, False
+        self._found: tuple[Trial, Declaration] | None = None
         self._experiment, self._candidates = experiment, tuple(candidates)
         self._purse, self._run_name = None, run_of(experiment, salt)
         self._spent = rollout.shadow_usd is not None and disabled()
@@ -158,15 +160,12 @@ class Shadow:
 
         What was known last holds while the store cannot be read.
         """
-        try:
-            found = still_there(self._trials, self._experiment, self._salt)
-        except StoreUnavailableError:
-            return self._wanted
-        self._wanted = False
-        if found is not None:
-            trial, declaration = found
-            self._wanted = trial.state in states and not trial.stage and variant.name not in declaration.dropped
-        return self._wanted
+        with suppress(StoreUnavailableError):
+            self._found, self._looked = still_there(self._trials, self._experiment, self._salt), True
+        if self._found is None:
+            return not self._looked
+        trial, declaration = self._found
+        return trial.state in states and not trial.stage and variant.name not in declaration.dropped
 
     def _ask(self, variant: Variant, asked: _Asked) -> None:
         """Ask one candidate, and keep the pair."""

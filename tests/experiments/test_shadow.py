@@ -229,6 +229,40 @@ def test_pairs_of_an_experiment_that_is_there_are_left_where_another_one_is_remo
     assert [each.name for each in trials.trials()] == sorted(there)
 
 
+def test_while_the_store_is_away_each_candidate_is_what_was_known_of_it(
+    asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was dropped said so of all others; and a candidate was asked in a pause."""
+    asked()
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0)
+    variants = {"control": Triage(), "bad": Triage("Bad."), "new": Triage("New.")}
+    exp = Experiment("e", variants=variants, rollout=rollout, store=store)
+    exp.start()
+    found, trials = exp._works.shadow, exp._works.trials
+    assert found is not None
+    trial = trials.trial("e")
+    assert trial is not None
+    gone = replace(Declaration.from_json(trial.declaration), dropped=["bad"])
+    trials.change("e", trial.revision, declaration=gone.to_json())
+    bad, new = exp.variants["bad"], exp.variants["new"]
+    away = pytest.raises(dspy_prod.StoreUnavailableError)
+
+    def read(name: str) -> Any:
+        raise dspy_prod.StoreUnavailableError("away")
+
+    assert not found._is_wanted(bad, "running")
+    with monkeypatch.context() as patched, away:
+        patched.setattr(trials, "trial", read)
+        assert (found._is_wanted(bad, "running"), found._is_wanted(new, "running")) == (False, True)
+        trials.trial("e")
+    exp.pause("enough")
+    assert found._is_wanted(new, "running", "paused")
+    with monkeypatch.context() as patched, away:
+        patched.setattr(trials, "trial", read)
+        assert not found._is_wanted(new, "running")
+        trials.trial("e")
+
+
 def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
     asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
