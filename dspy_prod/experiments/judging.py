@@ -57,8 +57,9 @@ class Judge:
             a boolean, or a prediction with a `score`.
         share: of the units, above 0, at most 1; the same for all variants.
         usd: what its calls may cost over the whole experiment, in all processes, in USD; None: no cap. Only calls of
-            `dspy_prod.LM` can be capped. Once it is used up, nobody is drawn any more, until a process makes the
-            experiment with a higher one; units of the time between are not in the sample.
+            `dspy_prod.LM` can be capped. An answer that is larger than what is left is a unit without a score. Once
+            that is below a usual call, or five answers in a row were too large, it is used up: nobody is drawn any
+            more, until a process makes the experiment with a higher one; units of that time are not in the sample.
 
     Raises:
         ConfigError: an impossible value.
