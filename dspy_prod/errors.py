@@ -57,6 +57,7 @@ class RejectedError(LMError):
         retry_after: seconds after which the same call may succeed, or None when waiting will not help or the
             moment is unknown.
         route: the model route that refused, when one did.
+        timed_out: the call was sent before, its upstream did not answer in time, and it was refused another attempt.
 
     Example:
         ```python
@@ -69,6 +70,7 @@ class RejectedError(LMError):
 
     reason: str = "rejected"
     default_code = "rejected"
+    timed_out: bool = False
 
     def __init__(
         self,

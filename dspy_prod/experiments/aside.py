@@ -31,7 +31,7 @@ class Aside(Generic[T]):
     """Does pieces of work one after another. Thread-safe; a forked child begins with an empty queue.
 
     Args:
-        name: of the thread. body: does one piece. What it raises is logged, and reaches nobody.
+        name: of the thread. body: does one piece. Whatever it raises is logged, and reaches nobody.
 
     Attributes:
         left_out: pieces that found the queue full.
@@ -77,7 +77,7 @@ class Aside(Generic[T]):
                 continue
             try:
                 self._body(piece)
-            except Exception:
+            except BaseException:  # also a SystemExit: pieces run what users have written
                 _log.exception("%s could not do a piece of its work; it goes on with the next one", self._name)
             finally:
                 self._queue.task_done()

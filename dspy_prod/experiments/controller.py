@@ -121,11 +121,15 @@ class Controller:
         """
         if setup.courier() is None:
             return
+        told = None
         try:
-            trial = self._trials.trial(self.name)
-            if trial is not None and self._declaration(trial).salt == self._design.salt:
+            while True:
                 with self._reading.still:  # what is told is of one moment
+                    trial = self._trials.trial(self.name)
+                    if trial is None or self._declaration(trial).salt != self._design.salt or trial.revision == told:
+                        return
                     self._tell_runs(trial, self._reading.read())
+                    told = trial.revision  # should it have changed meanwhile, whoever did so may have told it before
         except StoreUnavailableError as error:
             _log.warning("MLflow is told with the next look how the experiment %s stands: %s", self.name, error)
 

@@ -176,7 +176,8 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
         check_versions(where, found, stored)
         design = designed(stored.salt)
         self.rollout = rollout
-        exposing = Exposing(name, design, trials, made=known.created)
+        made = known.created
+        exposing = Exposing(name, design, trials, made=made)
         most = (None,) if rollout is None else tuple(map(rollout.most_users, range(len(rollout.stages))))
         sample = Sample.of(stored)
         variant_runs(name, stored.salt, names)
@@ -184,8 +185,8 @@ class Experiment(Beforehand, Calling, Recording, Running, Posing, CompiledAsProg
             opened, trials, design, exposing, Standing(name, trials, design, exposing, most, refresh),
             Opened(opened, name, tracking_uri),
             None if rollout is None or not rollout.shadow else Shadow(name, stored.salt, opened, found[1:], rollout),
-            Judges(name, stored.salt, opened, judging, self.metrics, sample, assessed) if judging else None,
-            sample, Traced(name, opened), Flights(name, trials, made=known.created),
+            Judges(name, stored.salt, opened, judging, self.metrics, sample, assessed, made) if judging else None,
+            sample, Traced(name, opened), Flights(name, trials, made=made),
         )  # fmt: skip
         if self._works.shadow is not None:
             self._works.opened.left_out = self._works.shadow.count_left_out

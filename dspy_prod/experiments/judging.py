@@ -25,7 +25,7 @@ from dspy_prod.context.current import EMPTY, call_context, use
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
 from dspy_prod.experiments.declaration import BUILT_IN, still_there
-from dspy_prod.experiments.purse import Purse
+from dspy_prod.experiments.purse import Piece, Purse
 from dspy_prod.experiments.sample import RESUMED, SPENT, Sample, last_budget
 from dspy_prod.experiments.traced import shown_as
 from dspy_prod.options.metrics import Metric
@@ -57,8 +57,9 @@ class Judge:
             a boolean, or a prediction with a `score`.
         share: of the units, above 0, at most 1; the same for all variants.
         usd: what its calls may cost over the whole experiment, in all processes, in USD; None: no cap. Only calls of
-            `dspy_prod.LM` can be capped. Once it is used up, nobody is drawn any more, until a process makes the
-            experiment with a higher one; units of the time between are not in the sample.
+            `dspy_prod.LM` can be capped. An answer that is larger than what is left is a unit without a score. Once
+            that is below a usual call, or five answers in a row were too large, it is used up: nobody is drawn any
+            more, until a process makes the experiment with a higher one; units of that time are not in the sample.
 
     Raises:
         ConfigError: an impossible value.
@@ -142,6 +143,7 @@ class Judges:
         experiment: its name. salt: its own, by which one of the same name that is made later has budgets of its own.
         store: where scores and budgets are kept. judges: by metric. metrics: the experiment's.
         sample: whom they look at. assessed: told of each score, see `traced.assessed`.
+        made: when the experiment was, see `stores.trials.Outcome`.
     """
 
     _lock: threading.Lock
@@ -150,12 +152,14 @@ class Judges:
         self, experiment: str, salt: str, store: Store, judges: Mapping[str, Judge], metrics: Sequence[Metric],
         sample: Sample,
         assessed: Callable[[str, str, float, Literal["code", "llm_judge"], str | None], None] = lambda *_: None,
+        made: float | None = None,
     ) -> None:  # fmt: skip
+        self._made = made
         self._name, self._salt, self._trials, self._sample = experiment, salt, store.trials, sample
         self._judges = dict(judges)
         self._metrics = {metric.name: metric for metric in metrics}
         self._assessed = assessed
-        self._runs = {
+        self._purses = {
             name: Purse(f"judge {name} of {experiment} ({salt[:8]})", usd=judge.usd, store=store)
             for name, judge in judges.items()
             if judge.usd is not None
@@ -240,13 +244,12 @@ class Judges:
 
     def _judge(self, answer: _Answer) -> None:
         """Have one answer judged, and keep the score."""
-        judge, run, name = self._judges[answer.metric], self._runs.get(answer.metric), answer.metric
+        judge, purse, name = self._judges[answer.metric], self._purses.get(answer.metric), answer.metric
         if name in self._spent:
             self._end(name)  # the store could not be told before
             return
         example = dspy.Example(**answer.inputs).with_inputs(*answer.inputs)
-        if run is not None:
-            run.open()
+        run = None if purse is None else Piece(purse)
         score, value, failed = None, 0.0, None
         try:
             with (
@@ -257,20 +260,24 @@ class Judges:
                 told = judge.metric(example, answer.prediction)
             score = getattr(told, "score", told)
             value = self._metrics[name].checked(score)
-        except Exception as error:  # whatever it is: the unit is missing, and its user has his answer
+        except BaseException as error:  # whatever it is: the unit is missing, and its user has his answer
             failed = f"{type(error).__name__}: {outward(str(error))}"
         if not self._is_there():
             return  # it was removed meanwhile
-        if run is not None and run.has_refused:  # what a fallback made of that is no score
-            if run.is_short:
+        if purse is not None and run is not None:
+            purse.see(run)
+        if purse is not None and run is not None and run.has_refused:  # what a fallback made of that is no score
+            if run.is_short and (purse.is_used_up or not purse.covers(run.left)):
                 _log.warning("The judge of %s in %s ends, for its budget is spent", name, self._name)
                 self._end(name)
             else:
-                self._warn("its budget is held by calls under way", name)
+                held = "is held by calls under way"
+                self._warn(f"its budget {'does not cover this answer' if run.is_short else held}", name)
         elif failed is not None:  # also by a budget of its LM's own: others may be judged later
             self._warn(failed, name)
         else:
-            self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, uuid.uuid4().hex))
+            id = uuid.uuid4().hex
+            self._trials.outcome(Outcome(self._name, answer.unit, name, value, answer.at, id, self._made))
             if answer.trace is not None:
                 self._assessed(answer.trace, name, shown_as(score, value), "llm_judge", judge.name)
 
@@ -280,6 +287,8 @@ class Judges:
         mine = self._judges[name].usd
         evidence = {"reason": f"the budget of the judge of {name} is used up", "metric": name, "usd": mine}
         try:
+            if still_there(self._trials, self._name, self._salt) is None:
+                return  # the audit is that of the next one of its name
             what, cap = last_budget(name, self._trials.decisions(self._name))
             raised = what == RESUMED and (cap is None or (mine is not None and cap > mine))  # others go on
             if what != SPENT and not raised:

@@ -6,16 +6,17 @@ Each is one compare-and-set in the store, with its line in the audit: who, and w
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from dspy_prod.errors import ConfigError
+from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.decisions import CandidateDecision, Decision
 from dspy_prod.experiments.declaration import Declaration, salt_of
 from dspy_prod.experiments.opened import Opened
-from dspy_prod.experiments.pairs import SUFFIX, kept_under
+from dspy_prod.experiments.pairs import SUFFIX, owner_of
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trials import Trial, Trials
 from dspy_prod.telemetry.events import BUS
@@ -24,6 +25,8 @@ OPERATOR: Final = "operator"
 """Who did something, where it is not said."""
 
 BY_HAND: Final = "by hand"
+
+_log = logging.getLogger("dspy_prod")
 
 _CHANGES: Final[dict[str, tuple[Sequence[str], str]]] = {
     "start": ((words.CREATED,), words.RUNNING),
@@ -142,6 +145,9 @@ def promote(
 def remove(trials: Trials, name: str, *, force: bool = False) -> None:
     """Forget an experiment, with all that was measured. Processes that run it give control to everybody.
 
+    It goes before its pairs: what is broken off half-way leaves nothing that goes on and is measured nowhere, only rows
+    that nobody reads, which the next removal of any experiment forgets.
+
     Raises:
         ConfigError: it is running or paused, and `force` is not given.
         StoreUnavailableError: the store cannot be used.
@@ -152,11 +158,24 @@ def remove(trials: Trials, name: str, *, force: bool = False) -> None:
             f"the experiment {name!r} is {trial.state}, and what was measured would be lost: stop it first, or say "
             "force=True (--force)"
         )
-    salt = None if trial is None else salt_of(trial.declaration)
-    if salt is not None:
-        trials.remove(kept_under(name, salt))  # before nobody knows its salt
-    trials.remove(name + SUFFIX)  # of an earlier release
     trials.remove(name)
+    try:
+        for each in trials.trials():
+            if _is_left(trials, each.name):
+                trials.remove(each.name)
+    except StoreUnavailableError as error:
+        _log.warning("The pairs of the experiment %s are forgotten with the next one: %s", name, error)
+
+
+def _is_left(trials: Trials, kept: str) -> bool:
+    """Whether something has the pairs of an experiment that is not there any more."""
+    owner = owner_of(kept)
+    if owner is None or trials.trial(kept.removesuffix(SUFFIX)) is not None:  # of an earlier release
+        return False
+    name, salt = owner
+    found = trials.trial(name)  # after its pairs were seen: an experiment is made before they are
+    its = None if found is None else salt_of(found.declaration)
+    return found is None or (salt is not None and its is not None and not its.startswith(salt))
 
 
 def _tell(what: str, trial: Trial, reason: str, variant: str | None = None) -> None:

@@ -7,6 +7,7 @@ after every pair. Chance has no part in who answers, so pairs need fewer calls t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,6 +31,18 @@ PAIRED: Final = ("error_rate", "fallback_rate", "cost")
 def kept_under(experiment: str, salt: str) -> str:
     """The name that the pairs of an experiment have in the store; one that is made later under its name has its own."""
     return f"{experiment} [{salt[:8]}]{SUFFIX}"
+
+
+def owner_of(kept: str) -> tuple[str, str | None] | None:
+    """Whose pairs have this name in the store: the experiment's, and how its salt begins, None where an earlier release
+    has kept them; None where it is the name of no pairs."""
+    if not kept.endswith(SUFFIX):
+        return None
+    found = _KEPT.fullmatch(kept)
+    return (kept.removesuffix(SUFFIX), None) if found is None else (found["experiment"], found["salt"])
+
+
+_KEPT: Final = re.compile(rf"(?P<experiment>.*) \[(?P<salt>[^\]]*)\]{re.escape(SUFFIX)}", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import random
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import dspy
@@ -24,9 +25,9 @@ from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, call_context, current, use
 from dspy_prod.errors import ConfigError, StoreUnavailableError
 from dspy_prod.experiments.aside import Aside, settings_here
-from dspy_prod.experiments.declaration import still_there
+from dspy_prod.experiments.declaration import Declaration, still_there
 from dspy_prod.experiments.pairs import Pair, kept_under
-from dspy_prod.experiments.purse import Purse
+from dspy_prod.experiments.purse import Piece, Purse
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.production.reasons import REFUSALS, has_hung, reason_of
@@ -35,7 +36,7 @@ from dspy_prod.production.watch import Records
 from dspy_prod.records import NANO
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
-from dspy_prod.stores.trials import PAUSED, RUNNING, Call, Decision, Exposure, Outcome, Trials
+from dspy_prod.stores.trials import PAUSED, RUNNING, Call, Decision, Exposure, Outcome, Trial, Trials
 
 _UNKNOWN: Final = -1.0
 """Dollars that are not known, as they are kept."""
@@ -46,10 +47,6 @@ CONTROL: Final = ("control_failed", "control_fell_back", "control_usd")
 PATIENCE: Final = 120.0
 """Seconds a candidate has for its answer, whatever the caller's deadline was."""
 
-IN_A_ROW: Final = 5
-"""Calls that the money left did not cover, one after the other, by which it is known to be used up: a single one may be
-larger than others are."""
-
 SPENT: Final = "shadow_spent"
 """The line of the audit that says since when there is no money for shadows."""
 
@@ -59,13 +56,16 @@ OURS: Final = REFUSALS - {"circuit_open"}
 _log = logging.getLogger("dspy_prod")
 
 
-def went_unanswered(error: BaseException | None, records: Records) -> bool:
-    """Whether a call was sent and nothing came in all its time: then it has failed, and no deadline has refused it.
+def went_unanswered(error: BaseException | None, report: CallReport | None, records: Records) -> bool:
+    """Whether what a program was refused had been sent, and nothing came in all its time: then it has failed. What
+    became of other calls of the program does not matter: one that timed out, and was answered when tried again, makes
+    no failure of what a budget refuses later.
 
     Args:
-        error: what it raised; None where it raised nothing, as where a fallback answered. records: of its LM calls.
+        error: what it raised; None where it raised nothing, as where a fallback answered. report: of its answer; None
+            where it has none. records: of its LM calls.
     """
-    return has_hung(error) or records.hung or any(each.outcome == "timeout" for each in records)
+    return has_hung(error) if error is not None else records.has_hung(report)
 
 
 def list_nano(report: CallReport | None, records: Records) -> int | None:
@@ -117,16 +117,19 @@ class Shadow:
         self, experiment: str, salt: str, store: Store, candidates: Sequence[Variant], rollout: Rollout
     ) -> None:
         self._name, self._trials, self._rollout = kept_under(experiment, salt), store.trials, rollout
-        self._salt, self._wanted = salt, True
+        self._salt, self._looked = salt, False
+        self._found: tuple[Trial, Declaration] | None = None
         self._experiment, self._candidates = experiment, tuple(candidates)
-        self._run, self._run_name, self._short = None, run_of(experiment, salt), 0
+        self._purse, self._run_name = None, run_of(experiment, salt)
         self._spent = rollout.shadow_usd is not None and disabled()
         if self._spent:
             _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
         elif rollout.shadow_usd is not None:
-            self._run = Purse(self._run_name, usd=rollout.shadow_usd, store=store)
+            self._purse = Purse(self._run_name, usd=rollout.shadow_usd, store=store)
         self._aside: Aside[_Asked] = Aside("dspy_prod-shadow", self._work)
         self._trials.create(self._name, "{}", {None: 0.0, **dict.fromkeys(CONTROL, 0.0)}, grace=1.0)
+        if still_there(self._trials, experiment, salt) is None:  # removed just now, before there was this to remove
+            self._trials.remove(self._name)
 
     def offer(self, args: tuple[Any, ...], kwargs: dict[str, Any], control: Answered, context: CallContext) -> None:
         """Have a call asked once more, perhaps. Never waits."""
@@ -157,24 +160,20 @@ class Shadow:
 
         What was known last holds while the store cannot be read.
         """
-        try:
-            found = still_there(self._trials, self._experiment, self._salt)
-        except StoreUnavailableError:
-            return self._wanted
-        self._wanted = False
-        if found is not None:
-            trial, declaration = found
-            self._wanted = trial.state in states and not trial.stage and variant.name not in declaration.dropped
-        return self._wanted
+        with suppress(StoreUnavailableError):
+            self._found, self._looked = still_there(self._trials, self._experiment, self._salt), True
+        if self._found is None:
+            return not self._looked
+        trial, declaration = self._found
+        return trial.state in states and not trial.stage and variant.name not in declaration.dropped
 
     def _ask(self, variant: Variant, asked: _Asked) -> None:
         """Ask one candidate, and keep the pair."""
         records = Records(None)
         failed = fell_back = refused = False
-        raised: Exception | None = None
+        raised: BaseException | None = None
         report: CallReport | None = None
-        if self._run is not None:
-            self._run.open()
+        run = None if self._purse is None else Piece(self._purse)
         began = time.monotonic()
         outer = asked.context._replace(
             records=records, guards=(), run=self._run_name, node=None, trace_id=None, priority="low",
@@ -182,20 +181,22 @@ class Shadow:
         )  # fmt: skip
         place = Assignment(self._experiment, variant.name, "shadow", asked.context.user)
         with dspy.context(**asked.settings), use(assigned(outer, place)):
-            with call_context(run=self._run) if self._run is not None else use(current()):
+            with call_context(run=run) if run is not None else use(current()):
                 try:
                     report = report_of(variant.program(*asked.args, **asked.kwargs))
                     fell_back = report is not None and report.status == "fallback"
                     refused = fell_back and report is not None and report.reason in OURS
-                except Exception as error:  # it is what a user would have seen
+                except BaseException as error:  # it is what a user would have seen; nobody else cancels it here
                     failed, refused, raised = True, reason_of(error) in OURS, error
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         if not self._is_wanted(variant, RUNNING, PAUSED):
             return  # it ended meanwhile
-        refused = refused and not went_unanswered(raised, records)
-        if self._run is not None:
-            refused |= self._run.has_refused
-            self._count(self._run)
+        refused = refused and not went_unanswered(raised, report, records)
+        if self._purse is not None and run is not None:
+            refused |= run.has_refused
+            self._purse.see(run)
+            if self._purse.is_used_up:
+                self._end()
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
         latency = None if cached else time.monotonic() - began
@@ -207,15 +208,6 @@ class Shadow:
             kept = _UNKNOWN if value is None else float(value)
             self._trials.outcome(Outcome(self._name, unit, name, kept, at))
 
-    def _count(self, run: Purse) -> None:
-        """See whether there is money left for calls as they are."""
-        if run.is_short:
-            self._short += 1
-        elif not run.has_refused:
-            self._short = 0
-        if self._short >= IN_A_ROW:
-            self._end()
-
     def _end(self) -> None:
         """No candidate is asked from now on; the audit says why."""
         self._spent = True
@@ -223,7 +215,8 @@ class Shadow:
         why = f"the shadow stage's budget of {usd:g} USD is used up: its candidates are asked nothing more"
         _log.warning("Experiment(%r): %s", name, why)
         try:
-            if all(line.what != SPENT for line in trials.decisions(name)):
+            there = still_there(trials, name, self._salt) is not None  # else the audit is of the next one of its name
+            if there and all(line.what != SPENT for line in trials.decisions(name)):
                 trials.decide(name, Decision(SPENT, "shadow", json.dumps({"reason": why, "usd": usd})))
         except StoreUnavailableError as error:  # the next process that meets the cap tells it
             _log.warning("That the shadows of %s are at their cap cannot be kept now: %s", name, error)

@@ -88,7 +88,7 @@ class Turn:
         self._failed = isinstance(error, Exception) and not hasattr(error, LEFT)
         self._ended = error is None or self._failed
         self._refused |= self._failed and error is not None and reason_of(error) in OURS
-        self._refused = self._refused and not went_unanswered(error, self._records)
+        self._refused = self._refused and not went_unanswered(error, self._report, self._records)
         try:
             self._scope.__exit__(kind, error, traceback)
         finally:

@@ -51,6 +51,7 @@ class VariantsInMlflow:
         self._runs: dict[str, TrackedRun] = {}
         self._open = False
         self._told: Any = None
+        self._revision = 0
         self._kept: dict[str, Any] | None = None
         self._after_fork()
         reset_after_fork(self)
@@ -100,8 +101,9 @@ class VariantsInMlflow:
         if courier is not self._courier:  # tracking was turned on, perhaps anew: nothing of this was told there
             self._courier, self._runs, self._open, self._told = courier, {}, False, None
         declaration = Declaration.from_json(trial.declaration)
-        if trial.state == words.CREATED:
-            return
+        if trial.state == words.CREATED or trial.revision < self._revision:
+            return  # somebody has told what it became since
+        self._revision = trial.revision
         users = dict.fromkeys(self._variants, 0)
         for arm in self._trials.counts(self._name):
             users[arm.arm] += arm.first
@@ -120,9 +122,10 @@ class VariantsInMlflow:
         if not self._runs or (not ended and not self._open):
             self._runs = {variant: self._opened(variant, its[variant], declaration, ended) for variant in its}
             self._open = True
-        card = None if page is None or not ended else page()
+        said = {variant: figures(variant, decision, evidence, spread, users) for variant in self._runs}
+        card = None if page is None or not ended else page()  # a look of its own, by which the evidence may grow
         for variant, run in self._runs.items():
-            run.log(figures(variant, decision, evidence, spread, users), step=step)
+            run.log(said[variant], step=step)
             run.tag(**standing(trial, stage, decision, declaration.serves))
             if card is not None:
                 run.text("scorecard.html", card)

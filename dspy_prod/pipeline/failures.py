@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from dspy.lm15 import Response
-from dspy.utils.exceptions import LMError
+from dspy.utils.exceptions import LMError, LMTimeoutError
 
 from dspy_prod.errors import RejectedError, UnusableAnswerError
 
@@ -64,6 +64,11 @@ class Failures:
             self._said[route] = error
         else:
             self._said.setdefault(route, error)
+
+    def mark(self, error: RejectedError) -> RejectedError:
+        """Have a refusal say whether an upstream was asked before, and gave no answer in time."""
+        error.timed_out = isinstance(self.upstream, LMTimeoutError)
+        return error
 
     @property
     def said(self) -> dict[Route, Exception]:

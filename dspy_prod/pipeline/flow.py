@@ -197,6 +197,7 @@ def _ask(call: Call, failures: Failures) -> Flow:
                 if only_here(call, route, routes[0], error):
                     failures.add(route, error)
                     break
+                failures.mark(error)
                 if failures.upstream is not None and error.__cause__ is None:
                     raise error from failures.upstream
                 raise

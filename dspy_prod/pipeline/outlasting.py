@@ -58,7 +58,7 @@ def outlasting(call: Call, once: Round) -> Steps:
             if others and not itself:  # the upstream is back, and the circuit lets nobody in but its probes
                 number = 1
             if now >= outage.until:
-                raise _gives_up(run, outage, call, error, now) from error
+                raise failures.mark(_gives_up(run, outage, call, error, now)) from error
             if alone >= ROUNDS or now - began >= patience:
                 raise
             for each, found in outages:
@@ -68,7 +68,7 @@ def outlasting(call: Call, once: Round) -> Steps:
             until = min(now + pause(number, hints, call.pipeline.rand), outage.until, began + patience, call.deadline)
         yield from _wait(call, [] if itself else runs, upstreams, until)
         if call.late():
-            raise too_late(call, f"during an outage of {', '.join(outage.models)}")
+            raise failures.mark(too_late(call, f"during an outage of {', '.join(outage.models)}"))
 
 
 def answered(runs: tuple[Run, ...], call: Call, route: Route) -> None:

@@ -176,6 +176,7 @@ def _take(attempt: Attempt, taken: Taken, claim: Claim, amount: int, until: floa
             call.waited += monotonic() - began
         limit = claim.account().limit
         if reservation.state == GRANTED and limit >= account.limit:
+            run.granted(claim.dimension, amount)
             return
         if reservation.state == REFUSED:
             refused = reservation.refusal or Refusal("store_unavailable")

@@ -197,6 +197,9 @@ class Run(Answered):
         limit = self.caps.usd_nano if dimension == "usd" else getattr(self.caps, dimension)
         return _NO_CAP if limit is None else int(limit)
 
+    def granted(self, name: Dimension, amount: int) -> None:
+        """An attempt holds so much of it now; for those who want to know."""
+
     def refused(self, name: Dimension, refusal: Refusal, model: str, route: str) -> BudgetExceededError:
         """The error for an attempt that the caps do not cover."""
         scale, unit = (NANO, "USD") if name == "usd" else (1, name)

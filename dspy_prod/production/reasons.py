@@ -32,7 +32,12 @@ def reason_of(error: BaseException) -> Reason:
 
 
 def has_hung(error: BaseException | None) -> bool:
-    """Whether a deadline passed while an upstream was working: the call was sent, and nothing has refused it."""
+    """Whether the call behind an error was sent and its upstream did not answer in all the time there was: a deadline
+    passed while it was working, or what was refused is another attempt. Of other calls of the program it says nothing.
+    """
     members = getattr(error, "exceptions", None)
     each = members if isinstance(members, tuple) else (error,)
-    return any(isinstance(one, DeadlineExceededError) and one.working for one in each)
+    return any(
+        isinstance(one, RejectedError) and (one.timed_out or (isinstance(one, DeadlineExceededError) and one.working))
+        for one in each
+    )

@@ -35,13 +35,14 @@ class Records(list[CallRecord]):
     """Collects records, and passes them on to the collector of an enclosing call.
 
     Attributes:
-        hung: a fallback answered for a call that was sent and not answered in time, whose record may come later.
+        hung: the reports of fallbacks that answered for a call which was sent and not answered in time, whose record
+            may come later.
     """
 
     def __init__(self, outer: list[CallRecord] | None) -> None:
         super().__init__()
         self._outer = outer
-        self.hung = False
+        self.hung: list[CallReport] = []
 
     def append(self, record: CallRecord) -> None:
         """Add a record here and outside."""
@@ -49,11 +50,15 @@ class Records(list[CallRecord]):
         if self._outer is not None:
             self._outer.append(record)
 
-    def hang(self) -> None:
-        """A call has hung, here and outside."""
-        self.hung = True
+    def hang(self, report: CallReport) -> None:
+        """This report is of an answer for a call that has hung, here and outside."""
+        self.hung.append(report)
         if isinstance(self._outer, Records):
-            self._outer.hang()
+            self._outer.hang(report)
+
+    def has_hung(self, report: CallReport | None) -> bool:
+        """Whether the answer with this report was given for a call that has hung."""
+        return any(each is report for each in self.hung)
 
 
 class _Stream:
@@ -153,8 +158,6 @@ class Watch:
     def fallback(self, error: Exception) -> Iterator[None]:
         """The scope in which a fallback answers for an error: under the caller's deadline, not the `Production`'s."""
         self._before_fallback = (len(self.records), len(self._calls.foreign()))
-        if has_hung(error):
-            self.records.hang()
         with self._under(self._outer):
             try:
                 yield
@@ -183,7 +186,10 @@ class Watch:
         if inner is not None and call.stage is None and call.experiment == inner.experiment:
             call = call._replace(stage=inner.stage)
         if isinstance(result, dspy.Prediction):
-            attach(self._report(call, reason, text), result)
+            report = self._report(call, reason, text)
+            if has_hung(error) or self.records.has_hung(inner):
+                self.records.hang(report)
+            attach(report, result)
         self._finished = True
         self._keep(call)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import threading
@@ -25,12 +26,16 @@ def test_pieces_are_done_in_order_also_after_the_thread_has_ended(monkeypatch: p
     assert done == list(range(300))
 
 
-def test_what_raises_is_logged_and_the_next_piece_is_done(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(1), asyncio.CancelledError(), GeneratorExit()])
+def test_what_raises_is_logged_and_the_next_piece_is_done(
+    error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also what would end a thread: nothing was done any more, and nobody was told."""
     done: list[int] = []
 
     def body(number: int) -> None:
         if number == 0:
-            raise RuntimeError("broken")
+            raise error
         done.append(number)
 
     work = Aside[int]("test-aside", body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -15,6 +16,7 @@ import pytest
 import dspy_prod
 from dspy_prod import ConfigError, Experiment, Judge, Metric, call_context, call_report
 from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.trials import Exposure
 from dspy_prod.testing import FakeClock, Provider
 from dspy_prod.testing.faults import Status
 from tests.experiments.conftest import Triage
@@ -198,6 +200,46 @@ def test_its_cost_stays_within_its_budget_and_is_no_variant_s(
     assert len([each for each in exp._works.trials.decisions("e") if each.what == "judge_spent"]) == 1
 
 
+@pytest.mark.parametrize("long", [1, 4, 5])
+def test_an_answer_that_is_larger_than_its_money_is_one_missing_unit(
+    long: int, asked: Asked, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A judge ended for good, its budget nearly whole, as soon as one user sent something long. Five of them in a row
+    are how calls are now."""
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    asked(cache=False, max_tokens=20)
+    exp = judged(store, Judge(Politeness(), share=1.0, usd=0.005))
+    messages = {"a": "short", **{f"b{number}": "long " * 30_000 for number in range(long)}, "c": "short", "d": "short"}
+    with caplog.at_level(logging.WARNING, "dspy_prod"):
+        for unit, message in messages.items():
+            ask(exp, unit, message=message)
+            settled(exp)
+    clock.advance(61.0)  # those without a score are waited for
+    ends = long == 5
+    assert set(scores(exp)) == ({"a"} if ends else {"a", "c", "d"})
+    whats = [each.what for each in exp._works.trials.decisions("e")]
+    assert whats.count("judge_spent") == int(ends)
+    assert "its budget does not cover this answer" in caplog.text
+
+
+def test_a_judge_ends_at_once_where_what_is_left_is_below_a_usual_call(asked: Asked, store: str) -> None:
+    """Whoever were refused until five are would be missing."""
+    asked(cache=False, max_tokens=20)
+    seen: list[str] = []
+    judge = Politeness()
+
+    def quality(example: Any, prediction: Any) -> bool:
+        seen.append(example.message)
+        return bool(judge(example, prediction))
+
+    exp = judged(store, Judge(quality, share=1.0, usd=0.0005))
+    for number in range(10, 50):
+        ask(exp, f"u{number}", message=f"m{number}")
+        settled(exp)
+    assert 1 <= len(scores(exp)) == len(seen) - 1 < 35
+
+
 def test_a_budget_of_its_lm_is_not_its_own(
     provider: Provider, asked: Asked, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -361,6 +403,47 @@ def test_the_judge_of_an_experiment_that_was_removed_says_nothing_of_the_next_on
     assert scores(new) == dict.fromkeys([f"u{number}" for number in range(5)], 0.0)
 
 
+@pytest.mark.parametrize("when", ["the store is away", "it is removed as the score is kept"])
+def test_no_score_of_an_experiment_that_was_removed_reaches_the_next_one(
+    when: str, asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the judge cannot know."""
+    asked()
+    begun, free = threading.Event(), threading.Event()
+
+    def quality(example: Any, prediction: Any) -> float:
+        begun.set()
+        assert free.wait(30)
+        return 1.0
+
+    old = judged(store, Judge(quality, share=1.0))
+    ask(old, "u0")
+    assert begun.wait(30)
+    judges = old._works.judges
+    assert judges is not None
+
+    def anew() -> Experiment:
+        old.remove(force=True)
+        monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "another")
+        new = judged(store, Judge(lambda e, p: 0.0, share=1e-9))
+        trials = new._works.trials
+        trials.expose(Exposure("e", "u0", 0, "control", 0.5, trials.now()))
+        return new
+
+    made: list[Experiment] = []
+    if when == "the store is away":
+        made.append(anew())
+        monkeypatch.setattr(judges, "_is_there", lambda: True)
+    else:
+        monkeypatch.setattr(judges, "_is_there", lambda: [made.append(anew())] == [None])
+    free.set()
+    settled(old)
+    [new] = made
+    assert scores(new) == {}
+    judges._end("quality")
+    assert [each.what for each in new._works.trials.decisions("e")] == ["start"]
+
+
 # -- what it may do ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("trust", "verdict"), [("untrusted", "keep"), ("trusted", "promote")])
 def test_an_untrusted_judge_alone_promotes_nothing(trust: Any, verdict: str, asked: Asked, store: str) -> None:
@@ -398,6 +481,25 @@ def test_a_judge_that_hangs_delays_nobody(asked: Asked, store: str) -> None:
     finally:
         free.set()
         settled(exp)
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
+def test_a_judge_that_ends_its_thread_ends_no_judging(error: type[BaseException], asked: Asked, store: str) -> None:
+    asked()
+    seen: list[str] = []
+
+    def quality(example: Any, prediction: Any) -> float:
+        seen.append(example.message)
+        if example.message == "second":
+            raise error
+        return 1.0
+
+    exp = judged(store, Judge(quality, share=1.0))
+    for message in ("first", "second", "third"):
+        ask(exp, message, message=message)
+    settled(exp)
+    assert seen == ["first", "second", "third"]
+    assert set(scores(exp)) == {"first"}, "the second is waited for"
 
 
 def test_a_judge_that_fails_changes_no_answer(

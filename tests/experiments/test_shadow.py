@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -15,13 +16,15 @@ import pytest
 
 import dspy_prod
 from dspy_prod import ConfigError, Experiment, Production, Rollout, call_context, call_report
-from dspy_prod.experiments import shadow
+from dspy_prod.experiments import operating, shadow
 from dspy_prod.experiments.declaration import Declaration
-from dspy_prod.experiments.pairs import Pair, kept_under
+from dspy_prod.experiments.pairs import Pair, kept_under, owner_of
 from dspy_prod.experiments.shadow import pairs_of
+from dspy_prod.stores.opening import open_store
 from dspy_prod.testing import Provider
 from dspy_prod.testing.faults import Status
 from tests.experiments.conftest import Triage
+from tests.experiments.support import declared
 
 Asked = Callable[..., dspy_prod.LM]
 
@@ -150,13 +153,123 @@ def test_no_candidate_is_asked_for_what_is_over(how: str, asked: Asked, store: s
     assert len(pairs_of(trials, kept_under("e", "salt"), 0)[0]) == (how == "pause")
 
 
+@pytest.mark.parametrize("breaks", ["at the experiment", "at its pairs"])
+def test_a_removal_that_is_broken_off_leaves_no_experiment_whose_pairs_are_kept_nowhere(
+    breaks: str, provider: Provider, asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there with its pairs, or it is not; and what is left of them, the removal of another one forgets."""
+    asked(cache=False)
+    exp = shadowed(store, Triage("Think."), shadow_calls=1_000)
+    other = Experiment(
+        "other", variants={"control": Triage(), "new": Triage()}, rollout=Rollout(stages=("shadow", 0.5)), store=store
+    )
+    exp.start()
+    ask(exp, "u1", message="m1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    trials, pairs = exp._works.trials, kept_under("e", "salt")
+    away = "e" if breaks == "at the experiment" else pairs
+    remove = trials.remove
+
+    def removes(name: str) -> None:
+        if name == away:
+            raise dspy_prod.StoreUnavailableError("away")
+        remove(name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trials, "remove", removes)
+        failing = pytest.raises(dspy_prod.StoreUnavailableError) if away == "e" else contextlib.nullcontext()
+        with failing:
+            exp.remove(force=True)
+    ask(exp, "u2", message="m2")
+    assert exp._works.shadow.wait()
+    there = away == "e"
+    assert sum("Think." in str(call.body) for call in provider.calls) == 1 + there
+    assert len(pairs_of(trials, pairs, 0)[0]) == 1 + there
+    if there:
+        exp.remove(force=True)
+    else:
+        declared(other._works.store, "third", state=None)
+        operating.remove(trials, "third")
+    assert [each.name for each in trials.trials()] == ["other", kept_under("other", "salt")]
+
+
+def test_an_experiment_that_is_removed_while_a_process_makes_it_leaves_nothing(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = shadowed(store, Triage())._works.trials
+    create = trials.create
+
+    def creates(name: str, *rest: Any, **more: Any) -> Any:
+        if name == kept_under("e", "salt"):
+            operating.remove(trials, "e", force=True)
+        return create(name, *rest, **more)
+
+    monkeypatch.setattr(trials, "create", creates)
+    with pytest.raises(ConfigError, match="no experiment 'e'"):
+        shadowed(store, Triage()).step()
+    assert trials.trials() == []
+
+
+def test_whose_pairs_a_name_has() -> None:
+    for name in ("e", "e [salt]", "e (shadow)", "e\n[x] [y]", "ü"):
+        assert owner_of(kept_under(name, "0123456789")) == (name, "01234567")
+        assert owner_of(f"{name}!") is None
+    assert owner_of("e (shadow)") == ("e", None), "of an earlier release"
+
+
+def test_pairs_of_an_experiment_that_is_there_are_left_where_another_one_is_removed(store: str) -> None:
+    """Also those that an earlier release has kept, of whatever name, and of one that cannot be read."""
+    shadowed(store, Triage()).remove()
+    trials = open_store(store, "default").trials
+    there = ["e [x]", "e [x] (shadow)", "old", "old (shadow)", "bad", "bad [12345678] (shadow)"]
+    for name in [*there, "gone (shadow)", "gone [12345678] (shadow)", "e"]:
+        trials.create(name, "{}", {None: 0.0})
+    operating.remove(trials, "e")
+    assert [each.name for each in trials.trials()] == sorted(there)
+
+
+def test_while_the_store_is_away_each_candidate_is_what_was_known_of_it(
+    asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was dropped said so of all others; and a candidate was asked in a pause."""
+    asked()
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0)
+    variants = {"control": Triage(), "bad": Triage("Bad."), "new": Triage("New.")}
+    exp = Experiment("e", variants=variants, rollout=rollout, store=store)
+    exp.start()
+    found, trials = exp._works.shadow, exp._works.trials
+    assert found is not None
+    trial = trials.trial("e")
+    assert trial is not None
+    gone = replace(Declaration.from_json(trial.declaration), dropped=["bad"])
+    trials.change("e", trial.revision, declaration=gone.to_json())
+    bad, new = exp.variants["bad"], exp.variants["new"]
+    away = pytest.raises(dspy_prod.StoreUnavailableError)
+
+    def read(name: str) -> Any:
+        raise dspy_prod.StoreUnavailableError("away")
+
+    assert not found._is_wanted(bad, "running")
+    with monkeypatch.context() as patched, away:
+        patched.setattr(trials, "trial", read)
+        assert (found._is_wanted(bad, "running"), found._is_wanted(new, "running")) == (False, True)
+        trials.trial("e")
+    exp.pause("enough")
+    assert found._is_wanted(new, "running", "paused")
+    with monkeypatch.context() as patched, away:
+        patched.setattr(trials, "trial", read)
+        assert not found._is_wanted(new, "running")
+        trials.trial("e")
+
+
 def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
     asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even where it cannot know, for the store is away when it looks."""
     asked()
     held = Held(fails=True)
-    old = shadowed(store, held)
+    old = shadowed(store, held, shadow_usd=1.0)
     waiting(old, held, 20)
     old.remove(force=True)
     monkeypatch.setattr("dspy_prod.experiments.declaration.secrets.token_hex", lambda _: "another")
@@ -166,12 +279,35 @@ def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
     monkeypatch.setattr(old._works.shadow, "_is_wanted", lambda *_: True)
     let(old, held)
     assert held.calls == 20
+    old._works.shadow._end()
+    assert [each.what for each in new._works.trials.decisions("e")] == ["start"]
     time.sleep(1.1)  # a unit without a call would be waited for
     card = new.step()
     assert card.unseen is not None
     assert (card.state, card.unseen.pairs, card.unseen.refused) == ("running", {"new": 0}, {"new": 0})
     new.remove(force=True)
     assert new._works.trials.trials() == []
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt])
+def test_a_candidate_has_failed_whatever_it_raises(error: type[BaseException], asked: Asked, store: str) -> None:
+    """The thread that asks ended with it, for good and in silence."""
+    asked()
+
+    class Ends(dspy.Module):
+        def forward(self, message: str) -> Any:
+            raise error
+
+    exp = shadowed(store, Ends())
+    exp.start()
+    for number in range(3):
+        ask(exp, f"u{number}", message=f"m{number}")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    exp.step()
+    unseen = exp.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.pairs, unseen.failed, unseen.refused) == ({"new": 3}, {"new": 3}, {"new": 0})
 
 
 def test_an_equal_candidate_leaves_the_shadow(asked: Asked, store: str) -> None:
@@ -210,6 +346,24 @@ def test_a_shadow_at_its_cap_is_told_and_not_taken_for_a_failure(asked: Asked, s
     assert [each.what for each in card.audit].count("shadow_spent") == 1
     assert card.to_dict()["unseen"]["spent"]
     assert f"{card.unseen.pairs['new']} of 50" in str(card)
+
+
+def test_what_a_cache_answers_says_nothing_of_the_money_left(provider: Provider, asked: Asked, store: str) -> None:
+    """A recurring question among the others hid that it was used up, and pairs were made of nothing else."""
+    asked(max_tokens=20)
+    exp = shadowed(store, Triage("Think."), shadow_usd=0.0003, shadow_calls=1_000)
+    exp.start()
+    assert exp._works.shadow is not None
+    for number in range(60):
+        ask(exp, f"u{number}", message=f"m{number}" if number % 4 else "the same")
+        assert exp._works.shadow.wait()
+    time.sleep(1.1)  # a unit without a call is waited for
+    exp.step()
+    unseen = exp.scorecard().unseen
+    assert unseen is not None
+    assert (unseen.spent, unseen.refused) == (True, {"new": 5})
+    paid = sum("Think." in str(call.body) for call in provider.calls)
+    assert 0 < paid < unseen.pairs["new"] <= 2 * paid + 5
 
 
 def test_a_call_that_is_larger_than_the_money_left_is_refused_and_ends_no_shadow(asked: Asked, store: str) -> None:
@@ -342,6 +496,78 @@ def test_a_call_of_control_that_hangs_has_failed_as_well(
     assert pair is not None
     both, none = (True, True), (False, False)
     assert (pair.failed, pair.fell_back) == ((both, none) if fallback is None else (none, both))
+
+
+class TwoSteps(dspy.Module):
+    """Its first call hangs, and is answered in the end; its second one is refused by a budget."""
+
+    def __init__(self, store: str, provider: Provider, mended_by: str) -> None:
+        super().__init__()
+        of_provider: dict[str, Any] = {"api_base": provider.url, "api_key": "k", "store": store, "cache": False}
+        retry = dspy_prod.Retry(attempts=2 if mended_by == "retry" else 1, backoff=0.01)
+        timeout = 0.4 if mended_by == "retry" else None
+        lm = dspy_prod.LM("openai/gpt-4o-mini", timeout=timeout, retry=retry, breaker=False, **of_provider)
+        empty = dspy_prod.Budget(usd=1e-9, per="total", name="empty")
+        slow, self.second = Triage("Slow."), Triage()
+        slow.set_lm(lm)
+        self.first = Production(slow, fallback_response="Sorry.", deadline=0.4) if mended_by == "fallback" else slow
+        self.second.set_lm(dspy_prod.LM("openai/gpt-4o-mini", max_tokens=20, budget=empty, **of_provider))
+
+    def forward(self, message: str) -> Any:
+        self.first(message=message)
+        return self.second(message=message)
+
+
+@pytest.mark.parametrize("mended_by", ["retry", "fallback"])
+@pytest.mark.parametrize("fallback", [None, "Sorry."])
+@pytest.mark.parametrize("where", ["candidate", "control"])
+def test_a_time_out_of_one_call_makes_no_failure_of_what_a_budget_refuses_another(
+    where: str, fallback: str | None, mended_by: str, provider: Provider, asked: Asked, store: str
+) -> None:
+    asked(cache=False)
+    began = iter([1.2])
+    provider.latency = lambda call: next(began, 0.0) if "Slow." in str(call.body) else 0.0
+    two = Production(TwoSteps(store, provider, mended_by), fallback_response=fallback)
+    control, new = (two, Triage()) if where == "control" else (Triage(), two)
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0)
+    exp = Experiment("e", variants={"control": control, "new": new}, rollout=rollout, store=store)
+    exp.start()
+    refused = where == "control" and fallback is None
+    with pytest.raises(dspy_prod.BudgetExceededError) if refused else contextlib.nullcontext():
+        ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    time.sleep(1.1)  # a unit without a call is waited for
+    exp.step()
+    unseen = exp.scorecard().unseen
+    assert unseen is not None
+    assert next(began, None) is None, "it has hung"
+    assert (unseen.pairs, unseen.refused) == ({"new": 0}, {"new": int(where == "candidate")})
+
+
+@pytest.mark.parametrize("fallback", [None, "Sorry."])
+def test_a_call_that_timed_out_has_failed_though_a_budget_refuses_to_ask_once_more(
+    fallback: str | None, provider: Provider, asked: Asked, store: str
+) -> None:
+    asked(cache=False)
+    provider.latency = lambda call: 1.2 if "Slow." in str(call.body) else 0.0
+    slow = Triage("Slow.")
+    once = dspy_prod.Budget(usd=0.0004, per="total", name="once")
+    slow.set_lm(
+        dspy_prod.LM(
+            "openai/gpt-4o-mini", api_base=provider.url, api_key="k", store=store, cache=False, max_tokens=100,
+            timeout=0.4, retry=dspy_prod.Retry(attempts=2, backoff=0.01), budget=once, breaker=False,
+        )
+    )  # fmt: skip
+    exp = shadowed(store, Production(slow, fallback_response=fallback))
+    exp.start()
+    ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    assert sum("Slow." in str(call.body) for call in provider.calls) == 1, "the second attempt was refused"
+    pair = only_pair(exp)
+    assert pair is not None
+    assert (pair.failed[1], pair.fell_back[1]) == (fallback is None, fallback is not None)
 
 
 @pytest.mark.parametrize("scope", ["user", "tenant"])
