@@ -15,10 +15,7 @@ from dspy.clients.base_lm import LM_CLASS_STATE_KEY
 
 from dspy_prod.compat.saving import is_parameter, is_read_by_dspy, keys_beside
 from dspy_prod.errors import ConfigError
-from dspy_prod.privacy.states import PREDICTOR, beyond, harmless, harmless_within
-
-_PLAIN: Final = (None, "dspy.clients.lm.LM", "dspy.clients.typesafe.TypeSafe")
-"""Classes that DSPy loads without `allow_unsafe_lm_state`."""
+from dspy_prod.privacy.states import PREDICTOR, beyond, harmless_within, rebuilt
 
 _ENGINES: Final = ("engine", "async_engine")
 _log = logging.getLogger("dspy_prod")
@@ -33,8 +30,15 @@ def vouchless(program: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ConfigError: a predictor's state has keys that its class does not write, or arguments by which calls could go
-            elsewhere.
+            elsewhere; an LM has an address for its model; or the state is nested too deep to be read.
     """
+    try:
+        return _vouchless(program, state)
+    except RecursionError:
+        raise ConfigError("the saved state is nested too deep to be read; save the program again") from None
+
+
+def _vouchless(program: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     if is_parameter(program):  # its state is that of the program, and `save` adds to it
         return _parameter("self", program, state, {"metadata"})
     parameters = dict(program.named_parameters())
@@ -47,7 +51,8 @@ def vouchless(program: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parameter(name: str, parameter: Any, state: Mapping[str, Any], more: Set[str] = frozenset()) -> dict[str, Any]:
-    if is_read_by_dspy(parameter):
+    by_dspy = is_read_by_dspy(parameter)
+    if by_dspy:
         strangers, arguments = beyond(state, keys_beside(parameter, state) | more)
         if strangers or arguments:
             raise ConfigError(
@@ -55,20 +60,33 @@ def _parameter(name: str, parameter: Any, state: Mapping[str, Any], more: Set[st
                 f"{type(parameter).__name__} does not write and which could change what its calls do: set it in the "
                 "code, or load the state with allow_unsafe_lm_state=True if you trust who wrote it"
             )
-    if not isinstance(parameter, dspy.Predict):
-        return {key: _lm(name, value) if key == "lm" else _of_others(name, value, key) for key, value in state.items()}
-    kept = {key: value if key in PREDICTOR else _of_others(name, value, key) for key, value in state.items()}
-    return {**kept, "lm": _lm(name, state["lm"])} if "lm" in state else kept
+    known = PREDICTOR if isinstance(parameter, dspy.Predict) else frozenset()
+    return {
+        key: _lm(name, value)
+        if by_dspy and key == "lm"
+        else value
+        if key in known
+        else _of_others(name, value, str(key))
+        for key, value in state.items()
+    }
 
 
 def _lm(name: str, lm: Any) -> Any:
-    """The LM of a predictor, or of a `dspy.Flex`, for DSPy's loader, which refuses classes and engines of others."""
-    if not isinstance(lm, Mapping) or lm.get(LM_CLASS_STATE_KEY) not in _PLAIN:
-        return lm
-    kept, left_out = harmless(lm, LM_CLASS_STATE_KEY, ours=False)
+    """The LM of a predictor, or of a `dspy.Flex`, for DSPy's loader, which refuses classes and engines of others.
+
+    A loader of the parameter's own may be asked first, and look at neither.
+    """
+    if not isinstance(lm, Mapping):
+        return _of_others(name, lm, "lm")
     engines = {key: lm[key] for key in _ENGINES if key in lm}
-    _say(name, lm, [key for key in left_out if key not in engines])
-    return {**kept, **engines}
+
+    def refused(where: str, part: Mapping[str, Any], left_out: list[str]) -> None:
+        if part is lm:
+            _say(name, lm, [key for key in left_out if key not in engines])
+        else:
+            _say(f"{name}.{where}", part, left_out)
+
+    return {**rebuilt(lm, LM_CLASS_STATE_KEY, refused, "lm"), **engines}
 
 
 def _of_others(name: str, value: Any, at: str = "") -> Any:

@@ -26,6 +26,7 @@ from dspy_prod.testing import ScriptedEngine
 from tests.fuzz import invariants
 from tests.fuzz.answers import PATIENCE
 from tests.fuzz.draws import Draws
+from tests.fuzz.judges import AWAY, judges
 from tests.fuzz.mutations import STRANGE, broken, mutated
 from tests.fuzz.secrets import SECRET
 
@@ -68,10 +69,6 @@ VARIABLES: Final = ("MODEL", "RETRY", "RETRY__ATTEMPTS", "BUDGET", "BUDGET__USD"
                     "MAX_TOKENS", "API_KEY", "EXTRA_HEADERS", "LITELLM__X", "BREAKER", "NAMESPACE",
                     "ENGINE")  # fmt: skip
 
-
-AWAY: Final = "http://127.0.0.1:9/v1"
-"""Where no call may go on the word of a state."""
-
 PLAIN: Final = {"model": "openai/m", "model_type": "chat", "cache": False, "num_retries": 0}
 LURES: Final[tuple[dict[str, Any], ...]] = (
     {"config": {"api_base": AWAY}}, {"config": {"extra_headers": {"x": AWAY}, "temperature": 0.5}}, {"forward": AWAY},
@@ -101,6 +98,7 @@ class States:
         self._rows = _file_with_rows(self._folder / "rows.db")
         self._ways: tuple[Callable[[Draws], None], ...] = (
             self._lm_state, self._toml, self._environment, self._manifest_text, self._program_state,
+            judges,
         )  # fmt: skip
         if rows:
             self._ways = (self._row,)

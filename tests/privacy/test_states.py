@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, UserDict, namedtuple
 from typing import Any
 
 import dspy
 import pytest
 
+from dspy_prod.compat.serving import is_served
 from dspy_prod.lm.settings import DSPY, ROWS
-from dspy_prod.privacy.states import OPERATING, PLAIN, SHAPING, beyond, harmless
+from dspy_prod.privacy.states import OPERATING, PLAIN, SHAPING, beyond, harmless, harmless_within
 
 CLASS = "_dspy_lm_class"
 ELSEWHERE: dict[str, Any] = {
@@ -114,3 +116,112 @@ def test_arguments_of_a_predictor_shape_its_answers_only(name: str) -> None:
 @pytest.mark.parametrize("config", [[["api_base", "x"]], "x", 0])
 def test_arguments_that_are_no_object_are_none(config: Any) -> None:
     assert beyond({"config": config}) == ([], ["config"])
+
+
+# -- what a class of somebody's own has written -----------------------------------------------------------------------
+AWAY = "https://evil.example/v1"
+Pair = namedtuple("Pair", ["first", "second"])
+
+
+def within(value: Any, at: str = "") -> tuple[Any, list[tuple[str, list[str]]]]:
+    """(what is taken, what was said to be left out and where)."""
+    said: list[tuple[str, list[str]]] = []
+    return harmless_within(value, CLASS, lambda where, _, left_out: said.append((where, left_out)), at), said
+
+
+@pytest.mark.parametrize(
+    "model", ["openai/m", "bedrock/m", "custom/m", "gpt-4o", "anthropic.claude-3-haiku-20240307-v1:0"]
+)
+@pytest.mark.parametrize("name", sorted(set(ELSEWHERE) - {"engine", "async_engine"}))
+def test_a_mapping_that_dspy_would_load_as_an_lm_is_one(model: str, name: str) -> None:
+    """Whatever left its class out, and all names that were known to be an LM's, led the call where it said."""
+    state = {"model": model, "temperature": 0.5, name: ELSEWHERE[name] or [1]}
+    assert within([{"asks": state}]) == ([{"asks": {"model": model, "temperature": 0.5}}], [("[0].asks", [name])])
+
+
+@pytest.mark.parametrize(
+    "model", ["oobabooga/http://evil.example", "HTTPS://evil.example", "custom/unix://x", "Golf://"]
+)
+@pytest.mark.parametrize("more", [{}, {"temperature": 1}, {CLASS: "dspy.clients.lm.LM"}, {CLASS: "dspy_prod.lm.LM"}])
+def test_an_address_is_no_model_of_an_lm_within(model: str, more: dict[str, Any]) -> None:
+    assert within({"judges": ({"model": model, **more},)}) == ({"judges": (more,)}, [("judges[0]", ["model"])])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"model": "Golf", "colour": "red"},
+        {"model": "T-1000", "id": 5, "url": AWAY, "metadata": {"made": {"model": "Golf", "endpoint": AWAY}}},
+        {"model": 5, "fallbacks": ["Polo"]},
+        {"model": "gpt-4o"},
+        {"model": "openai/m", "temperature": 0.5, "n": 2, "stop": None},
+        {"cars": ({"model": "Golf", "colour": "red"}, [{"model": "Polo", "doors": 5}])},
+        {"api_base": AWAY, "links": [AWAY]},
+        OrderedDict(model="Golf", colour="red"),
+        UserDict(model="Golf", colour="red"),
+        Pair({"model": "Golf", "colour": "red"}, AWAY),
+    ],
+    ids=str,
+)
+def test_what_is_no_lm_is_the_very_same(data: Any) -> None:
+    """Nobody serves a Golf; nothing is said, and nothing copied."""
+    taken, said = within(data)
+    assert taken is data
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("value", "taken"),
+    [
+        (({"model": "openai/m", "x": AWAY},), ({"model": "openai/m"},)),
+        ([[{"a": [{"model": "openai/m", "x": AWAY}]}], 5], [[{"a": [{"model": "openai/m"}]}], 5]),
+        (UserDict(a=UserDict(model="openai/m", x=AWAY)), {"a": {"model": "openai/m"}}),
+        (Pair({"model": "openai/m", "x": AWAY}, 5), ({"model": "openai/m"}, 5)),
+        ({"model": "a/m", "stop": [{"model": "a/m", "x": AWAY}]}, {"model": "a/m", "stop": [{"model": "a/m"}]}),
+        ({"lm": [{"model": "Golf", "x": AWAY}]}, {"lm": [{"model": "Golf"}]}),
+        ({"model": "Golf", "x": {"model": "openai/m", "x": AWAY}}, {"model": "Golf", "x": {"model": "openai/m"}}),
+        ({"model": "openai/m", "ssl_verify": False}, {"model": "openai/m"}),
+        ({"model": "openai/m", 5: AWAY}, {"model": "openai/m"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_lm_is_found_wherever_it_stands(value: Any, taken: Any) -> None:
+    found, said = within(value)
+    assert found == taken
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["api_base", "azure", "custom_llm_provider", "deployment_id", "fallbacks", "model_list", "use_litellm_proxy"],
+)
+def test_a_key_that_leads_a_model_somewhere_makes_an_lm_of_a_golf(name: str) -> None:
+    """LiteLLM asks whom such a key names, whatever the model is called."""
+    assert within({"model": "Golf", name: AWAY}) == ({"model": "Golf"}, [("", [name])])
+
+
+def test_fallbacks_of_an_lm_that_says_it_is_ours_are_judged_one_by_one() -> None:
+    """Who reads the state decides what it is: DSPy's LM handed them to LiteLLM, with the addresses in them."""
+    ours = {CLASS: "dspy_prod.lm.LM", "model": "openai/m"}
+    fallbacks = ["openai/n", f"huggingface/{AWAY}", FALLBACK, {"api_base": AWAY}, {**ours, "fallbacks": [FALLBACK]}]
+    taken, said = within({**ours, "fallbacks": fallbacks})
+    kept = ["openai/n", {"model": "openai/m"}, {}, {**ours, "fallbacks": [{"model": "openai/m"}]}]
+    assert taken == {**ours, "fallbacks": kept}
+    assert [where for where, _ in said] == [
+        ".fallbacks[1]", ".fallbacks[2]", ".fallbacks[3]", ".fallbacks[4].fallbacks[0]",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("fallbacks", [{"api_base": AWAY}, AWAY, [[{"api_base": AWAY}]], 5])
+def test_fallbacks_that_are_no_calls_are_left_out(fallbacks: Any) -> None:
+    ours = {CLASS: "dspy_prod.lm.LM", "model": "openai/m"}
+    assert within({**ours, "fallbacks": fallbacks}) == (ours, [("", ["fallbacks"])])
+
+
+@pytest.mark.parametrize(
+    ("model", "served"),
+    [("gpt-4o", True), ("text-embedding-3-small", True), ("claude-3", True), ("gemini-9", True), ("openai/m", True),
+     ("Golf", False), ("T-1000", False), ("", False)],
+)  # fmt: skip
+def test_a_name_is_served_when_somebody_would_be_asked(model: str, served: bool) -> None:
+    assert is_served(model) is served

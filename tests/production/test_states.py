@@ -9,7 +9,7 @@ from typing import Any
 
 import dspy
 import pytest
-from dspy.clients.base_lm import LM_CLASS_STATE_KEY
+from dspy.clients.base_lm import LM_CLASS_STATE_KEY, BaseLM
 from dspy.predict.parameter import Parameter
 
 from dspy_prod import ConfigError, Production
@@ -287,3 +287,104 @@ def test_a_parameter_that_dspy_reads_gets_what_it_writes_alone() -> None:
     assert program.inner.k == 5
     with pytest.raises(ConfigError, match="forward"):
         Production(program).load_state({"inner": {"k": 5, "forward": "x"}})
+
+
+class Judged(dspy.Predict):  # type: ignore[misc]
+    """Writes further LMs beside its own, and reads them as DSPy does."""
+
+    judges: Any = ()
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        return {**super().dump_state(json_mode), "judges": [judge.dump_state() for judge in self.judges]}
+
+    def load_state(self, state: dict[str, Any], *, allow_unsafe_lm_state: bool = False) -> Any:
+        rest = dict(state)
+        self.judges = [BaseLM.load_state(each) for each in rest.pop("judges")]
+        return super().load_state(rest, allow_unsafe_lm_state=allow_unsafe_lm_state)
+
+
+class OfAnyClass(dspy.Predict):  # type: ignore[misc]
+    """Makes a plain LM of the state of any."""
+
+    def load_state(self, state: dict[str, Any], *, allow_unsafe_lm_state: bool = False) -> Any:
+        super().load_state({**state, "lm": None}, allow_unsafe_lm_state=allow_unsafe_lm_state)
+        self.lm = None if state["lm"] is None else dspy.LM.load_state(state["lm"])
+        return self
+
+
+class OfAny(Parameter):  # type: ignore[misc]
+    """The same, of no predictor."""
+
+    def __init__(self) -> None:
+        self.lm: Any = None
+
+    def dump_state(self, json_mode: bool = True) -> dict[str, Any]:
+        return {"lm": None if self.lm is None else self.lm.dump_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.lm = dspy.LM.load_state(state["lm"])
+
+
+@pytest.mark.parametrize(
+    "lm",
+    [
+        {"model": "bedrock/m", "aws_bedrock_runtime_endpoint": ELSEWHERE, "aws_web_identity_token": "/etc/passwd"},
+        {"model": "openai/m", "azure_endpoint": ELSEWHERE, "organization": "x"},
+        {"model": "gpt-4o", "never_heard_of": ELSEWHERE},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [Judged, lambda signature: Within(Judged(signature))])
+def test_an_lm_of_which_only_the_model_tells_is_rebuilt(
+    make: Any, lm: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """DSPy loads what names no class as its own LM, whatever else it has; nothing was said."""
+    program = make("question -> answer")
+    judged = program.predictors()[0]
+    state = {**judged.dump_state(), "judges": [lm]}
+    Production(program).load_state(state if program is judged else {"inner": state})
+    [judge] = judged.judges
+    assert judge.model == lm["model"]
+    assert {name for name, value in judge.kwargs.items() if value is not None} == set()
+    for name in lm.keys() - {"model"}:
+        assert name in caplog.text
+    assert ELSEWHERE not in caplog.text
+    Production(judged).load_state(state, allow_unsafe_lm_state=True)
+    assert ELSEWHERE in judged.judges[0].kwargs.values()
+
+
+def test_an_address_as_a_model_is_refused_wherever_it_stands() -> None:
+    program = Judged("question -> answer")
+    state = {**program.dump_state(), "judges": [{"model": f"oobabooga/{ELSEWHERE}"}]}
+    with pytest.raises(ConfigError, match=r"LM of 'self\.judges\[0\]' has an address for its model"):
+        Production(program).load_state(state)
+    assert program.judges == ()
+
+
+@pytest.mark.parametrize("kind", ["x.Y", "dspy_prod.lm.LM", "dspy.clients.lm.LM", "dspy.clients.typesafe.TypeSafe"])
+@pytest.mark.parametrize("make", [OfAny, lambda: OfAnyClass("question -> answer")])
+def test_an_lm_is_rebuilt_whatever_class_it_names(make: Any, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A loader of the class's own looked at no class; the address in it was where calls went."""
+    lm = {LM_CLASS_STATE_KEY: kind, "model": "openai/m", "temperature": 0.5, "api_base": ELSEWHERE}
+    program = Within(make())
+    Production(program).load_state({"inner": {**program.inner.dump_state(), "lm": lm}})
+    assert program.inner.lm.kwargs["temperature"] == 0.5
+    assert "api_base" not in program.inner.lm.kwargs
+    assert "api_base" in caplog.text
+
+
+@pytest.mark.parametrize("make", [OfAny, lambda: OfAnyClass("question -> answer")])
+def test_fallbacks_have_no_address_whoever_reads_them(make: Any) -> None:
+    """Those of a state that said it was of our LM were kept as they were, and DSPy's gave them to LiteLLM."""
+    lm = {LM_CLASS_STATE_KEY: "dspy_prod.lm.LM", "model": "openai/m", "fallbacks": FALLBACKS}
+    program = Within(make())
+    Production(program).load_state({"inner": {**program.inner.dump_state(), "lm": lm}})
+    assert ELSEWHERE not in repr(vars(program.inner.lm))
+
+
+def test_a_state_that_is_nested_too_deep_is_a_config_error() -> None:
+    deep: Any = "x"
+    for _ in range(5_000):
+        deep = [deep]
+    with pytest.raises(ConfigError, match="nested too deep"):
+        Production(Remembering()).load_state({"facts": {"deep": deep}})

@@ -174,8 +174,9 @@ def put_into(program: Any, release: Release, *, allow_unsafe_lm_state: bool = Fa
     for name, predictor in predictors.items():
         try:
             text = release.states[name]
-            check_keys(f"predictor {name!r} of {release}", predictor, text, allow_unsafe_lm_state)
-            changed = prepared(predictor, text, allow_unsafe_lm_state)
+            whose = f"predictor {name!r} of {release}"
+            check_keys(whose, predictor, text, allow_unsafe_lm_state)
+            changed = prepared(predictor, text, allow_unsafe_lm_state, whose)
             if predictor.lm is None:
                 lm = restored_lm(name, own_lm(text), allow_unsafe_lm_state)
                 if lm is not None:

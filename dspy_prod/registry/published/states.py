@@ -58,16 +58,35 @@ def dumped(name: str, predictor: Any, *, typed_demos: bool = False) -> str:
         ) from None
 
 
-def prepared(predictor: Any, text: str, allow_unsafe: bool = False) -> dict[str, Any]:
+def prepared(predictor: Any, text: str, allow_unsafe: bool = False, whose: str = "the state") -> dict[str, Any]:
     """The attributes that give a predictor the state of a text; the predictor itself is left as it is.
 
     Without `allow_unsafe`, LMs in what a class of somebody's own has written are rebuilt as `restored_lm` does.
+
+    Args:
+        predictor: the predictor.
+        text: what `dumped` gave, or what somebody made of it.
+        allow_unsafe: as in `restored_lm`.
+        whose: of which predictor and version, for messages.
+
+    Raises:
+        RegistryError: such an LM has an address for its model.
     """
+
+    def refused(where: str, lm: Mapping[str, Any], left_out: list[str]) -> None:
+        if "model" in left_out:
+            raise RegistryError(
+                f"{whose} has an address for the model of the LM in {where}, to which prompts and a key would go: say "
+                "it in the code, or load(..., allow_unsafe_lm_state=True) if you trust whoever may write to the "
+                "registry"
+            )
+        _left_out(where, lm, left_out)
+
     state = json.loads(text)
     typed, demos = state.pop("typed_demos"), state.pop("demos")
     if not allow_unsafe:
         state = {
-            key: value if key in PREDICTOR else harmless_within(value, LM_CLASS_STATE_KEY, _left_out, key)
+            key: value if key in PREDICTOR else harmless_within(value, LM_CLASS_STATE_KEY, refused, key)
             for key, value in state.items()
         }
     clone = copy.copy(predictor)

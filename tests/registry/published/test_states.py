@@ -155,3 +155,26 @@ def test_an_lm_in_a_key_of_a_class_is_rebuilt_without_what_leads_elsewhere(caplo
     assert "extra_headers" in caplog.text
     put(program, {"note": {"judge": lm}}, allow_unsafe_lm_state=True)
     assert program.note == {"judge": lm}
+
+
+def test_an_lm_of_which_only_the_model_tells_is_rebuilt(caplog: pytest.LogCaptureFixture) -> None:
+    """DSPy loads what names no class as its own LM; the token in the file went with the prompt to the address."""
+    program = Noting("question -> answer")
+    lm = {"model": "bedrock/m", "aws_bedrock_runtime_endpoint": ELSEWHERE, "aws_web_identity_token": "/etc/passwd"}
+    put(program, {"note": [lm, {"model": "Golf", "colour": "red"}]})
+    assert program.note == [{"model": "bedrock/m"}, {"model": "Golf", "colour": "red"}]
+    assert "aws_bedrock_runtime_endpoint, aws_web_identity_token" in caplog.text
+    assert ELSEWHERE not in caplog.text
+    put(program, {"note": lm}, allow_unsafe_lm_state=True)
+    assert program.note == lm
+
+
+def test_an_address_as_a_model_is_refused_wherever_it_stands() -> None:
+    program = Noting("question -> answer")
+    before = dict(vars(program))
+    lm = {"model": f"oobabooga/{ELSEWHERE}"}
+    with pytest.raises(RegistryError, match=r"predictor 'self' of triage/1 has an address .* note\[0\]"):
+        put(program, {"note": [lm]})
+    assert vars(program) == before
+    put(program, {"note": [lm]}, allow_unsafe_lm_state=True)
+    assert program.note == [lm]
