@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from math import inf
 from traceback import walk_tb
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Final, Literal
 
 Came = Literal["whole", "begun"]
@@ -37,17 +37,19 @@ class Stay:
         answer: httpx's answer to the last request that asked a model; None while that is not answered, or when the
             attempt is over.
         over: nothing that is sent from now on is for it.
+        within: the code of the function that sends for it: who called that says nothing of what is sent.
         odd: a counter of tokens in it was no whole number, see `httpx_reading`.
         uncounted: a part of Anthropic's stream came after the last count of its output.
         reason: why it ended, as it says; the last such reason in it, empty where it says none.
         code: that of an error which it tells in Anthropic's language; None where it tells none.
     """
 
-    __slots__ = ("_asked", "answer", "code", "odd", "over", "reason", "uncounted", "until")
+    __slots__ = ("_asked", "answer", "code", "odd", "over", "reason", "uncounted", "until", "within")
 
     def __init__(self, until: float = inf) -> None:
         self.until = until
         self.over = False
+        self.within: CodeType | None = None
         self._asked = False
         self._forget()
 
@@ -75,7 +77,7 @@ class Stay:
         return own
 
     def _asks(self, request: Any) -> bool:
-        if self.over or _aside():
+        if self.over or _aside(self.within):
             return False
         if request.method in _FETCHING:  # several providers are asked by POST and tell where the answer will be
             return self._asked
@@ -119,16 +121,24 @@ def rejected(error: BaseException) -> bool:
     """Whether LiteLLM raised it for an answer that it could read: a rule, a schema or a hook of its user's says no."""
     cause: BaseException | None = error
     while cause is not None:
-        if any(frame.f_code.co_name in _REJECTING for frame, _ in walk_tb(cause.__traceback__)):
+        if any(_is_of_litellm(frame, _REJECTING) for frame, _ in walk_tb(cause.__traceback__)):
             return True
         cause = cause.__cause__
     return False
 
 
-def _aside() -> bool:
+def _aside(within: CodeType | None) -> bool:
+    """Whether LiteLLM sends this for a log, a hook or the like: a model that these ask has an attempt of its own."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in _ASIDE:
+    while frame is not None and frame.f_code is not within:
+        if _is_of_litellm(frame, _ASIDE):
             return True
         frame = frame.f_back
     return False
+
+
+def _is_of_litellm(frame: FrameType, functions: frozenset[str]) -> bool:
+    """Whether a frame is of one of these functions of LiteLLM's; others may have functions of the same name."""
+    if frame.f_code.co_name not in functions:
+        return False
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "litellm"
