@@ -29,6 +29,8 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
     """The error as DSPy shows it; our own time limit stays recognisable."""
     raised = error
     headers, status = refusal_of(error)
+    if getattr(error, "rejected", False) or getattr(error, "unasked", False):
+        return _without_secrets_of(upstream, _said_by_user(error, upstream), raised)
     if isinstance(error, AttemptTimeoutError):
         return error
     if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
@@ -57,6 +59,19 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
         if headers and not getattr(wrapped, "rate_limit_headers", None):
             wrapped.rate_limit_headers = {name: (value,) for name, value in headers.items() if "ratelimit" in name}
     return _without_secrets_of(upstream, wrapped, raised)
+
+
+def _said_by_user(error: Any, upstream: Upstream) -> Exception:
+    """What LiteLLM's user raised in a rule or a hook, as nothing that the provider or a policy of this call has said.
+
+    A service or a model that a guardrail asks may be down, or refused for a budget of its own.
+    """
+    clean = error
+    if isinstance(error, (LM15Error, LMError)):
+        clean = ProviderError(str(getattr(error, "message", None) or error)).with_traceback(error.__traceback__)
+    wrapped: Any = wrap_error(clean, model=upstream.model, provider=upstream.provider)
+    wrapped.came, wrapped.rejected, wrapped.unasked = error.came, error.rejected, error.unasked
+    return wrapped  # type: ignore[no-any-return]
 
 
 def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:
