@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from dspy_prod.compat.bounds import BodyTooLongError
 from dspy_prod.compat.lm15 import error_of_status, raised_by_reader
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, SealedError, causes_of
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, SealedError, bounded_by, causes_of
 from dspy_prod.pipeline.upstream.headers import hint_in, refusal_of, should_retry_in
 from dspy_prod.pipeline.upstream.heard import heard
 from dspy_prod.pipeline.upstream.upstream import Upstream
@@ -25,8 +25,29 @@ from dspy_prod.privacy.known import blotted_in, known
 from dspy_prod.privacy.names import secrets_in
 
 
-def public_error(error: Exception, upstream: Upstream, until: float) -> Exception:
-    """The error as DSPy shows it; our own time limit stays recognisable."""
+def public_error(error: Exception, upstream: Upstream, until: float, outside: BaseException | None = None) -> Exception:
+    """The error as DSPy shows it; our own time limit stays recognisable.
+
+    Args:
+        error: what the attempt raised.
+        upstream: what was asked.
+        until: when the attempt was to end (monotonic).
+        outside: what its caller was handling: see `bounded_by`.
+    """
+    if hasattr(error, "own_causes"):  # an engine may raise one error again and again
+        error.own_causes = None
+    own = bounded_by(outside, error)
+    if own is None:
+        return _shown(error, upstream, until)
+    with suppress(AttributeError, ValueError):  # pydantic's take none
+        error.own_causes = own  # type: ignore[attr-defined]
+    shown = _shown(error, upstream, until)
+    if shown is not error:
+        shown.own_causes = own + 1  # type: ignore[attr-defined]
+    return shown
+
+
+def _shown(error: Exception, upstream: Upstream, until: float) -> Exception:
     raised = error
     headers, status = refusal_of(error)
     if getattr(error, "rejected", False) or getattr(error, "unasked", False):
