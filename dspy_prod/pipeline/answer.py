@@ -47,7 +47,8 @@ class Answer:
             return ()
         if event.type == "end":
             event = self._asides.ended(event)
-        self._accumulator.push(event)
+        if not self._asides.has(event):
+            self._accumulator.push(event)
         if event.type == "start":
             self._start = (event,)
             return ()
@@ -71,7 +72,7 @@ class Answer:
     def broke(self, effect: Send) -> None:
         """The stream failed: leave with the effect what came of it."""
         with suppress(Exception):  # a part may be beyond repair, such as a tool call without a name
-            effect.partial = self._accumulator.response()
+            effect.partial = self._asides.whole(self._accumulator.response())
         effect.ended = effect.partial is not None and self.end is not None and not _runs_along(self.end)
 
     @property
