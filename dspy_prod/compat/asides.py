@@ -36,9 +36,22 @@ _COUNTERS: Final = {
 """Anthropic's counters of the input, by lm15's names."""
 
 
-def refusal(text: str) -> StreamDeltaEvent:
-    """The event that tells a piece of a refusal."""
-    return _event(_REFUSAL, {"text": text})
+def refusal(text: str, *, as_text: bool = False) -> StreamDeltaEvent:
+    """The event that tells a piece of a refusal; whether the next event makes text of it."""
+    return _event(_REFUSAL, {"text": text, "as_text": as_text})
+
+
+def refused_in(data: str) -> Iterator[StreamDeltaEvent]:
+    """The event for a piece of a refusal of which the reader of the Responses API makes text: it comes before that."""
+    if '"response.refusal.delta"' not in data:
+        return
+    try:
+        payload = json.loads(data)
+    except (ValueError, RecursionError):  # the reader says so
+        return
+    said = payload.get("delta") if isinstance(payload, dict) else None
+    if said and isinstance(said, str) and payload.get("type") == "response.refusal.delta":
+        yield refusal(said, as_text=True)
 
 
 def counted(end: StreamEndEvent) -> Iterator[StreamDeltaEvent]:
@@ -61,7 +74,7 @@ def asides_in(data: str) -> Iterator[StreamDeltaEvent]:
     payload = json.loads(data)
     if not isinstance(payload, dict):
         return
-    said = payload.get("delta") if payload.get("type") == "response.refusal.delta" else None
+    said = None
     choices = payload.get("choices")
     for choice in choices if isinstance(choices, list) else ():
         delta = choice.get("delta") if isinstance(choice, dict) else None
@@ -77,13 +90,14 @@ def asides_in(data: str) -> Iterator[StreamDeltaEvent]:
 class Asides:
     """What a stream has told beside its answer."""
 
-    __slots__ = ("_beginning", "_counted", "_more", "_refusal")
+    __slots__ = ("_as_text", "_beginning", "_counted", "_more", "_refusal")
 
     def __init__(self) -> None:
         self._beginning: Mapping[str, Any] | None = None
         self._counted: Mapping[str, Any] | None = None
         self._more = False
         self._refusal = ""
+        self._as_text = False
 
     def takes(self, event: Any) -> bool:
         """Whether an event tells such a thing, which is taken."""
@@ -97,12 +111,18 @@ class Asides:
             return False
         if delta.kind == _REFUSAL:
             self._refusal += delta.data["text"]
+            self._as_text = delta.data["as_text"]
             self._more = True
         elif delta.kind == _BEGINNING:
             self._beginning = delta.data
         else:
             self._counted, self._more = delta.data, False
         return True
+
+    def has(self, event: Any) -> bool:
+        """Whether an event is text that a reader has made of what was taken: nothing of the answer, though shown."""
+        told, self._as_text = self._as_text, False
+        return told and event.type == "delta" and event.delta.type == "text"
 
     def ended(self, end: StreamEndEvent) -> StreamEndEvent:
         """The end of the stream, with the usage that holds, and what that leaves out because the beginning told it."""
@@ -131,11 +151,11 @@ class Asides:
         return replace(end, usage=usage, provider_data={**(end.provider_data or {}), **raw})
 
     def whole(self, response: Response) -> Response:
-        """The answer of the stream, in which a refusal is a part of its own, and no text, as in a whole one."""
+        """What came of a stream's answer, in which a refusal is a part of its own, and no text, as in a whole one."""
         if not self._refusal:
             return response
         message = response.message
-        parts = [part for part in message.parts if part.type != "text" or part.text not in ("", self._refusal)]
+        parts = [part for part in message.parts if part.type != "text" or part.text]
         return replace(response, message=replace(message, parts=(*parts, RefusalPart(text=self._refusal))))
 
 

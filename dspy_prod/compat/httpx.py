@@ -9,6 +9,7 @@ answered for it, said.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +32,15 @@ def staying(stay: Stay | None = None) -> Iterator[None]:
     Such an answer is what it is, an error of status 3xx. Of any answer no more is read than `bounds` says, and nothing
     for long after nobody waits for it. Whatever else the process sends is as it was, also what goes on in the context
     of an attempt that is over.
+
+    Args:
+        stay: the attempt; the function that has the `with` statement is the one that sends for it.
     """
     if not _installed:
         _install()
-    token = _STAYS.set(Stay() if stay is None else stay)
+    stay = Stay() if stay is None else stay
+    stay.within = sys._getframe(2).f_code  # between is contextlib's
+    token = _STAYS.set(stay)
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from dspy_prod.compat.foreign import names
 from dspy_prod.compat.httpx import staying
 from dspy_prod.compat.litellm_chunks import Chunks
 from dspy_prod.compat.lm15 import StreamEvent, read_as_native, read_or_billed
-from dspy_prod.compat.stay import Stay, rejected
+from dspy_prod.compat.stay import Stay
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
 names("dspy.clients.engines.litellm_engine", "LiteLLMEngine._arguments", "LiteLLMEngine._response")
@@ -114,7 +114,7 @@ class _Hooked:
             Exception: what the native engine says of it; that it cannot be read, where it came in a dialect that it
                 does not speak; or `failure`, LiteLLM's own, where no answer came whole or LiteLLM's user rejects it.
         """
-        if stay.came == "whole" and not rejected(failure):
+        if stay.came == "whole" and not stay.rejects(failure):
             native = self._native(request, stay)
             if native is not None:
                 return native
@@ -126,7 +126,7 @@ class _Hooked:
 
 def _unread(stay: Stay, failure: Exception) -> Exception:
     error = failure
-    if stay.came == "whole" and not rejected(failure):
+    if stay.came == "whole" and not stay.rejects(failure):
         error = ProviderError(f"The provider's answer cannot be read: {failure}")
         error.__cause__ = failure
         error.billed = getattr(failure, "billed", None)

@@ -26,7 +26,7 @@ from dspy.lm15 import (
     StreamStartEvent,
 )
 
-from dspy_prod.compat.asides import asides_in, counted, counted_beside
+from dspy_prod.compat.asides import asides_in, counted, counted_beside, refused_in
 from dspy_prod.compat.foreign import names
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
@@ -213,6 +213,8 @@ class _Providers(dict[str, Any]):
 
         def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
             ends: list[StreamEndEvent] = []  # what an event counts, it counts with all that it tells
+            if raw.data:
+                yield from refused_in(raw.data)
             for event in parse(request, raw):
                 if event is not None and event.type == "error" and event.error.provider_code == _BLOCKED:
                     answered(request, _HttpResponse(status=200, reason="OK", headers=[], body=raw.data.encode()))

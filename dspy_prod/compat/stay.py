@@ -6,7 +6,7 @@ import sys
 from contextlib import suppress
 from math import inf
 from traceback import walk_tb
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Final, Literal
 
 Came = Literal["whole", "begun"]
@@ -14,15 +14,17 @@ Came = Literal["whole", "begun"]
 _FETCHING: Final = frozenset({"GET", "HEAD"})
 _FORM: Final = "application/x-www-form-urlencoded"
 """How a token is asked for, see RFC 6749; no model is."""
-_ASIDE: Final = frozenset({
-    "success_handler", "async_success_handler", "failure_handler", "async_failure_handler",
-    "async_post_call_success_deployment_hook", "async_post_call_failure_deployment_hook",
-    "get_model_info", "get_model_info_helper",
-})  # fmt: skip
-"""Functions of LiteLLM that send what asks no model: logs, hooks of the user's, and Ollama's `/api/show`. They run in
-threads and tasks of their own, which are given the attempt's context, and in the attempt's own, also after its end."""
+_BEFORE: Final = frozenset({"pre_call_rules", "async_pre_call_deployment_hook"})
+"""Functions of LiteLLM by which its user can stop a request before it is sent."""
 _REJECTING: Final = frozenset({"post_call_rules", "validate_schema", "async_post_call_success_deployment_hook"})
 """Functions of LiteLLM by which it rejects an answer that it has read, for its user has said so."""
+_ASIDE: Final = _BEFORE | _REJECTING | {
+    "pre_call", "post_call", "success_handler", "async_success_handler", "failure_handler", "async_failure_handler",
+    "async_post_call_failure_deployment_hook", "_call_post_streaming_deployment_hook",
+    "get_model_info", "get_model_info_helper",
+}  # fmt: skip
+"""Functions of LiteLLM that send what asks no model: logs, rules and hooks of its user's, and Ollama's `/api/show`.
+They run in the attempt, and in threads and tasks of their own, which have the attempt's context, also after its end."""
 
 
 class Stay:
@@ -37,18 +39,21 @@ class Stay:
         answer: httpx's answer to the last request that asked a model; None while that is not answered, or when the
             attempt is over.
         over: nothing that is sent from now on is for it.
+        within: the code of the function that sends for it: who called that says nothing of what is sent.
         odd: a counter of tokens in it was no whole number, see `httpx_reading`.
         uncounted: a part of Anthropic's stream came after the last count of its output.
         reason: why it ended, as it says; the last such reason in it, empty where it says none.
         code: that of an error which it tells in Anthropic's language; None where it tells none.
     """
 
-    __slots__ = ("_asked", "answer", "code", "odd", "over", "reason", "uncounted", "until")
+    __slots__ = ("_asked", "_outside", "answer", "code", "odd", "over", "reason", "uncounted", "until", "within")
 
     def __init__(self, until: float = inf) -> None:
         self.until = until
         self.over = False
+        self.within: CodeType | None = None
         self._asked = False
+        self._outside = sys.exc_info()[1]  # what its caller handles is the context of all that is raised in it
         self._forget()
 
     def _forget(self) -> None:
@@ -75,7 +80,7 @@ class Stay:
         return own
 
     def _asks(self, request: Any) -> bool:
-        if self.over or _aside():
+        if self.over or _aside(self.within):
             return False
         if request.method in _FETCHING:  # several providers are asked by POST and tell where the answer will be
             return self._asked
@@ -85,6 +90,7 @@ class Stay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._outside = None
         if kind is None or issubclass(kind, Exception):  # one that is cancelled may still be sending, in a thread
             self.over = True
             self.answer = None
@@ -106,29 +112,50 @@ class Stay:
         """What was asked: the path of the address."""
         return "" if self.answer is None else str(self.answer.request.url.path)
 
+    def rejects(self, error: Exception) -> bool:
+        """Whether it was raised for an answer that LiteLLM could read: a rule, schema or hook of its user's says no.
+
+        By whatever error: that a service which they ask is down says nothing of the model.
+        """
+        return _raised_in(_REJECTING, error, self._outside)
+
     def mark(self, error: Exception) -> None:
-        """Have the error say as `came` what it was raised for: LiteLLM makes up a status. And if it is `rejected`."""
+        """Have the error say as `came` what it was raised for: LiteLLM makes up a status. And if it is `rejected`.
+
+        Or if LiteLLM's user stopped it when no model had been asked: `unasked`.
+        """
         with suppress(AttributeError):
             error.came = self.came  # type: ignore[attr-defined]
-            error.rejected = self.came is not None and rejected(error)  # type: ignore[attr-defined]
+            error.rejected = self.rejects(error)  # type: ignore[attr-defined]
+            error.unasked = not self._asked and _raised_in(_BEFORE, error, self._outside)  # type: ignore[attr-defined]
             if self.code is not None and getattr(error, "provider_code", None) is None:
                 error.provider_code = self.code  # type: ignore[attr-defined]
 
 
-def rejected(error: BaseException) -> bool:
-    """Whether LiteLLM raised it for an answer that it could read: a rule, a schema or a hook of its user's says no."""
+def _raised_in(functions: frozenset[str], error: BaseException, outside: BaseException | None) -> bool:
+    """Whether one of these functions of LiteLLM's raised it, or what it was raised from."""
     cause: BaseException | None = error
-    while cause is not None:
-        if any(frame.f_code.co_name in _REJECTING for frame, _ in walk_tb(cause.__traceback__)):
+    seen: set[int] = set()
+    while cause is not None and cause is not outside and id(cause) not in seen:
+        if any(_is_of_litellm(frame, functions) for frame, _ in walk_tb(cause.__traceback__)):
             return True
-        cause = cause.__cause__
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
-def _aside() -> bool:
+def _aside(within: CodeType | None) -> bool:
+    """Whether LiteLLM sends this for a log, a hook or the like: a model that these ask has an attempt of its own."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in _ASIDE:
+    while frame is not None and frame.f_code is not within:
+        if _is_of_litellm(frame, _ASIDE):
             return True
         frame = frame.f_back
     return False
+
+
+def _is_of_litellm(frame: FrameType, functions: frozenset[str]) -> bool:
+    """Whether a frame is of one of these functions of LiteLLM's; others may have functions of the same name."""
+    if frame.f_code.co_name not in functions:
+        return False
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] == "litellm"

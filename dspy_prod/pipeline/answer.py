@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import suppress
 
@@ -21,9 +22,12 @@ class Answer:
         response: the whole answer, once it has ended.
         end: its last event.
         left: the consumer left while it had an event in its hands.
+        outside: the error that the consumer was handling as it asked for what comes next.
     """
 
-    __slots__ = ("_accumulator", "_asides", "_call", "_since", "_start", "_strict", "end", "left", "response")
+    __slots__ = (
+        "_accumulator", "_asides", "_call", "_since", "_start", "_strict", "end", "left", "outside", "response",
+    )  # fmt: skip
 
     def __init__(self, effect: Send, call: Call) -> None:
         self._accumulator = StreamAccumulator(effect.request)
@@ -34,6 +38,7 @@ class Answer:
         self._start: tuple[StreamEvent, ...] = ()
         self.end: StreamEvent | None = None
         self.left = False
+        self.outside = sys.exc_info()[1]
         self.response: Response | None = None
 
     def take(self, event: StreamEvent) -> tuple[StreamEvent, ...]:
@@ -42,7 +47,8 @@ class Answer:
             return ()
         if event.type == "end":
             event = self._asides.ended(event)
-        self._accumulator.push(event)
+        if not self._asides.has(event):
+            self._accumulator.push(event)
         if event.type == "start":
             self._start = (event,)
             return ()
@@ -66,7 +72,7 @@ class Answer:
     def broke(self, effect: Send) -> None:
         """The stream failed: leave with the effect what came of it."""
         with suppress(Exception):  # a part may be beyond repair, such as a tool call without a name
-            effect.partial = self._accumulator.response()
+            effect.partial = self._asides.whole(self._accumulator.response())
         effect.ended = effect.partial is not None and self.end is not None and not _runs_along(self.end)
 
     @property
@@ -81,6 +87,7 @@ class Answer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._call.paused += time.monotonic() - self._since
         self.left = kind is GeneratorExit
+        self.outside = sys.exc_info()[1]
 
 
 def _runs_along(end: StreamEvent) -> bool:

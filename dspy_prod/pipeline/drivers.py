@@ -6,6 +6,7 @@ All I/O and all waiting of the library's call path is here. A driver adds no rul
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import aclosing, closing, suppress
@@ -121,6 +122,7 @@ async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, No
 # -- effects ---------------------------------------------------------------------------------------------------------
 def _send(effect: Send) -> Response:
     request, until, leaving = effect.request, effect.until, effect.leaving
+    outside = sys.exc_info()[1]
     try:
         engine, native = effect.route.upstream.sync_engine(request, effect.beside, until)
         if native:  # its transport ends in time by itself, and tells when the request goes out
@@ -138,11 +140,12 @@ def _send(effect: Send) -> Response:
             return _checked(engine.complete(request))
         return _checked(bounded(lambda: engine.complete(request), until))
     except Exception as error:
-        raise public_error(error, effect.route.upstream, effect.until) from error
+        raise public_error(error, effect.route.upstream, effect.until, outside) from error
 
 
 async def _asend(effect: Send) -> Response:
     request, until, leaving = effect.request, effect.until, effect.leaving
+    outside = sys.exc_info()[1]
     limit: Any = None
     try:
         engine = effect.route.upstream.async_engine(request, effect.beside, until)
@@ -165,14 +168,14 @@ async def _asend(effect: Send) -> Response:
         if limit is not None and _expired(limit):
             forget_refusal()
             raise AttemptTimeoutError from None
-        raise public_error(error, effect.route.upstream, effect.until) from error
+        raise public_error(error, effect.route.upstream, effect.until, outside) from error
     except asyncio.CancelledError:
         forget_refusal()
         raise
     except Exception as error:
         if running_loop() is None:  # collected: what fails while a coroutine is closed that no loop runs says nothing
             raise GeneratorExit from None
-        raise public_error(error, effect.route.upstream, effect.until) from error
+        raise public_error(error, effect.route.upstream, effect.until, outside) from error
 
 
 def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
@@ -199,7 +202,7 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
         answer.broke(effect)
         if answer.left:  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
-        raise public_error(error, route.upstream, until) from error
+        raise public_error(error, route.upstream, until, answer.outside) from error
 
 
 async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, None]:
@@ -242,7 +245,7 @@ async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, 
             answer.left or running_loop() is None
         ):  # what fails while a stream is closed that nobody listens to says nothing
             raise GeneratorExit from None
-        raise public_error(error, route.upstream, until) from error
+        raise public_error(error, route.upstream, until, answer.outside) from error
 
 
 def _ending(answer: Answer | None, response: Response) -> Iterable[StreamEvent]:

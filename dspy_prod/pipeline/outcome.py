@@ -70,7 +70,8 @@ TABLE: Final[dict[str, Row]] = {
         Verdict("error", sent=False, owed=False),
     ),
     "unsent": Row(
-        "nothing sent: a package or credentials missing, an argument no engine or no JSON can carry",
+        "nothing sent: a package or credentials missing, an argument no engine or no JSON can carry, a rule or a "
+        "hook of LiteLLM's that comes before",
         Verdict("error", fallback=True, sent=False, owed=False),
     ),
     "locked": Row(
@@ -97,7 +98,7 @@ TABLE: Final[dict[str, Row]] = {
     ),
     "model": Row("404, 410; the model is unknown or retired", Verdict("error", fallback=True, owed=False)),
     "filtered": Row(
-        "a content filter, a rule or a schema of LiteLLM's; 451", Verdict("error", fallback=True, owed=False)
+        "a content filter, a rule, a hook or a schema of LiteLLM's; 451", Verdict("error", fallback=True, owed=False)
     ),
     "unfit": Row(
         "any other 3xx or 4xx; too long for this model, `max_tokens` above its limit, a setting it does not take",

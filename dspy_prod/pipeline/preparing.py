@@ -31,6 +31,7 @@ def prepare(effect: Wait | Warm) -> Any:
         _wait(effect)
         return
     upstream = effect.route.upstream
+    outside = sys.exc_info()[1]
     try:
         if effect.until == inf:
             upstream.warm(effect.request, effect.beside)
@@ -39,7 +40,7 @@ def prepare(effect: Wait | Warm) -> Any:
     except AttemptTimeoutError:
         return  # the flow sees that the call is late
     except Exception as error:
-        raise public_error(error, effect.route.upstream, effect.until) from error
+        raise public_error(error, effect.route.upstream, effect.until, outside) from error
 
 
 async def aprepare(effect: Wait | Warm) -> Any:
@@ -48,6 +49,7 @@ async def aprepare(effect: Wait | Warm) -> Any:
         await _await(effect)
         return
     upstream = effect.route.upstream
+    outside = sys.exc_info()[1]
     try:
         async with limit_until(effect.until):
             await asyncio.to_thread(upstream.warm, effect.request, effect.beside)
@@ -55,7 +57,7 @@ async def aprepare(effect: Wait | Warm) -> Any:
     except (TimeoutError, asyncio.TimeoutError):
         return  # the flow sees that the call is late
     except Exception as error:
-        raise public_error(error, effect.route.upstream, effect.until) from error
+        raise public_error(error, effect.route.upstream, effect.until, outside) from error
 
 
 def _wait(effect: Wait) -> None:

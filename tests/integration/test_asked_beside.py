@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from types import FunctionType
 from typing import Any
 
 import httpx
@@ -210,14 +211,23 @@ def get_model_info() -> None:
     post("/api/show")
 
 
+def of_litellm(function: Any) -> Any:
+    """The same function, in a module of LiteLLM's."""
+    return FunctionType(function.__code__, {**function.__globals__, "__name__": "litellm.utils"})
+
+
 SENT: dict[str, tuple[list[Callable[[], object]], str | None]] = {
     "a picture": ([lambda: CLIENT.get("/picture")], None),
     "a token": ([lambda: CLIENT.post("/token", data=FORM)], None),
-    "what it can do": ([get_model_info], None),
+    "what it can do": ([of_litellm(get_model_info)], None),
     "a picture and a model that is not reached": ([lambda: CLIENT.get("/picture"), lambda: post("/dead")], None),
     "a model's cache and a model that is not reached": ([lambda: post("/cache"), lambda: post("/dead")], None),
     "a picture and a model": ([lambda: CLIENT.get("/picture"), lambda: post("/model")], "/model"),
-    "a model and its log": ([lambda: post("/model"), success_handler, get_model_info], "/model"),
+    "a model and its log": (
+        [lambda: post("/model"), of_litellm(success_handler), of_litellm(get_model_info)],
+        "/model",
+    ),
+    "a model, by functions of the same names": ([get_model_info, success_handler], "/log"),
     "a model that tells where its answer is": ([lambda: post("/model"), lambda: CLIENT.get("/answer")], "/answer"),
 }
 
@@ -232,6 +242,21 @@ def test_only_the_answer_to_what_asked_a_model_is_the_attempt_s(
             send()
         assert (stay.came, stay.path) == ((None, "") if path is None else ("whole", path))
     assert stay.answer is None
+
+
+def test_a_model_that_a_logger_of_litellm_asks_is_an_attempt_of_its_own() -> None:
+    """Who called the function that sends says nothing of what that sends; what LiteLLM logs of this attempt does."""
+
+    def success_handler(logger: Callable[[], object]) -> object:
+        return logger()
+
+    def logger() -> str:
+        with Stay() as stay, staying(stay):
+            post("/judge")
+            of_litellm(success_handler)(lambda: post("/log"))
+            return stay.path
+
+    assert of_litellm(success_handler)(logger) == "/judge"
 
 
 def test_what_goes_on_after_the_attempt_is_not_of_it() -> None:

@@ -33,13 +33,32 @@ class LateResult(Protocol):
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
-    """An error and, in turn, what it was raised from."""
+    """An error and, in turn, what it was raised from, without what is known to be of its caller, see `bounded_by`."""
+    own: int | None = getattr(error, "own_causes", None)
     seen: set[int] = set()
     current: BaseException | None = error
-    while current is not None and id(current) not in seen:
+    while current is not None and id(current) not in seen and (own is None or len(seen) <= own):
         seen.add(id(current))
         yield current
         current = current.__cause__ or current.__context__
+
+
+def bounded_by(outside: BaseException | None, error: BaseException) -> int | None:
+    """How many causes of an attempt's error are its own, where the last one was raised while a caller handled another.
+
+    Python makes that the context of whatever is raised meanwhile: who asks a model because a service said 503 has that
+    503 behind each error of the model's.
+
+    Args:
+        outside: what was handled where the attempt was made; None where nothing was.
+        error: the attempt's.
+
+    Returns:
+        None where all of them are.
+    """
+    if outside is None:
+        return None
+    return next((count for count, cause in enumerate(causes_of(error), -1) if cause is outside and count >= 0), None)
 
 
 def billed_by(error: BaseException) -> Response | None:

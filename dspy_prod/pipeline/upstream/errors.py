@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from dspy_prod.compat.bounds import BodyTooLongError
 from dspy_prod.compat.lm15 import error_of_status, raised_by_reader
-from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, SealedError, causes_of
+from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, SealedError, bounded_by, causes_of
 from dspy_prod.pipeline.upstream.headers import hint_in, refusal_of, should_retry_in
 from dspy_prod.pipeline.upstream.heard import heard
 from dspy_prod.pipeline.upstream.upstream import Upstream
@@ -25,10 +25,33 @@ from dspy_prod.privacy.known import blotted_in, known
 from dspy_prod.privacy.names import secrets_in
 
 
-def public_error(error: Exception, upstream: Upstream, until: float) -> Exception:
-    """The error as DSPy shows it; our own time limit stays recognisable."""
+def public_error(error: Exception, upstream: Upstream, until: float, outside: BaseException | None = None) -> Exception:
+    """The error as DSPy shows it; our own time limit stays recognisable.
+
+    Args:
+        error: what the attempt raised.
+        upstream: what was asked.
+        until: when the attempt was to end (monotonic).
+        outside: what its caller was handling: see `bounded_by`.
+    """
+    if hasattr(error, "own_causes"):  # an engine may raise one error again and again
+        error.own_causes = None
+    own = bounded_by(outside, error)
+    if own is None:
+        return _shown(error, upstream, until)
+    with suppress(AttributeError, ValueError):  # pydantic's take none
+        error.own_causes = own  # type: ignore[attr-defined]
+    shown = _shown(error, upstream, until)
+    if shown is not error:
+        shown.own_causes = own + 1  # type: ignore[attr-defined]
+    return shown
+
+
+def _shown(error: Exception, upstream: Upstream, until: float) -> Exception:
     raised = error
     headers, status = refusal_of(error)
+    if getattr(error, "rejected", False) or getattr(error, "unasked", False):
+        return _without_secrets_of(upstream, _said_by_user(error, upstream), raised)
     if isinstance(error, AttemptTimeoutError):
         return error
     if until != inf and isinstance(error, TransportError) and time.monotonic() >= until - 0.005:
@@ -57,6 +80,19 @@ def public_error(error: Exception, upstream: Upstream, until: float) -> Exceptio
         if headers and not getattr(wrapped, "rate_limit_headers", None):
             wrapped.rate_limit_headers = {name: (value,) for name, value in headers.items() if "ratelimit" in name}
     return _without_secrets_of(upstream, wrapped, raised)
+
+
+def _said_by_user(error: Any, upstream: Upstream) -> Exception:
+    """What LiteLLM's user raised in a rule or a hook, as nothing that the provider or a policy of this call has said.
+
+    A service or a model that a guardrail asks may be down, or refused for a budget of its own.
+    """
+    clean = error
+    if isinstance(error, (LM15Error, LMError)):
+        clean = ProviderError(str(getattr(error, "message", None) or error)).with_traceback(error.__traceback__)
+    wrapped: Any = wrap_error(clean, model=upstream.model, provider=upstream.provider)
+    wrapped.came, wrapped.rejected, wrapped.unasked = error.came, error.rejected, error.unasked
+    return wrapped  # type: ignore[no-any-return]
 
 
 def _without_secrets_of(upstream: Upstream, error: Exception, cause: Exception) -> Exception:

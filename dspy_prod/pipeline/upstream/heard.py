@@ -69,9 +69,11 @@ _UNUSABLE: Final = Pattern(r"provider returned 'choices' that is not a list", re
 def heard(error: Exception) -> Heard:
     """What is certain about an error that an attempt raised."""
     causes = list(causes_of(error))
+    if getattr(error, "rejected", False) or getattr(error, "unasked", False):
+        return _said_by_user(error, causes)
     litellm = [cause for cause in causes if _of_litellm(cause)]
     status = _status_of(error, causes, bool(litellm))
-    text = "\n".join(dict.fromkeys(str(getattr(cause, "message", None) or cause) for cause in causes))
+    text = _text_of(causes)
     code = getattr(error, "provider_code", None)
     if code is None:  # LiteLLM leaves that of an error inside a stream behind
         code = next((cause.code for cause in causes if _package(cause) == "openai" and hasattr(cause, "code")), None)
@@ -85,9 +87,7 @@ def heard(error: Exception) -> Heard:
     )
     hearsay = _hearsay(error, litellm) if in_body is None else _in_body(in_body)
     shape = None
-    if getattr(error, "rejected", False):
-        shape = "filtered"
-    elif status is None or status < 300:
+    if status is None or status < 300:
         if any(_unreadable(cause) for cause in causes) or (_GARBLED if litellm else _OVER).search(text):
             shape = "garbled"
         elif litellm and _UNUSABLE.search(text):
@@ -105,6 +105,22 @@ def heard(error: Exception) -> Heard:
         shape,
         getattr(error, "should_retry", None),
     )
+
+
+def _said_by_user(error: Exception, causes: list[BaseException]) -> Heard:
+    """LiteLLM's user has said no, to an answer or before anything was sent: what else was asked for it is no evidence.
+
+    A guardrail raises what the service that it asks has said: a 503 of that is not the provider's.
+    """
+    rejected = bool(getattr(error, "rejected", False))
+    return Heard(
+        status=None, hearsay=None, code=None, text=_text_of(causes), begun=rejected, local=not rejected,
+        unreached=False, shape="filtered" if rejected else None, should_retry=None,
+    )  # fmt: skip
+
+
+def _text_of(causes: list[BaseException]) -> str:
+    return "\n".join(dict.fromkeys(str(getattr(cause, "message", None) or cause) for cause in causes))
 
 
 def _status_of(error: Exception, causes: list[BaseException], hearsay: bool) -> int | None:
