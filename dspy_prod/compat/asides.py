@@ -5,6 +5,7 @@
 - What Anthropic counts at the beginning: the end may count the output alone.
 - When the usage was told. lm15 makes one end of all there are and forgets where they stood, and forgets what Gemini
   counts beside a text. What was told last holds, unless more of the answer came behind it: that may have cost more.
+  Not so behind `[DONE]`, where all is told.
 
 No reader of a stream sees these events: of the answer is shown what a plain `dspy.LM` shows.
 """
@@ -28,6 +29,7 @@ _REFUSAL: Final = "refusal"
 _BEGINNING: Final = "beginning"
 _COUNTED: Final = "counted"
 _BESIDE: Final = "beside"
+_DONE: Final = "done"
 _COUNTERS: Final = {
     "input_tokens": "input_tokens",
     "cache_read_tokens": "cache_read_input_tokens",
@@ -67,6 +69,12 @@ def counted_beside(data: str) -> Iterator[StreamDeltaEvent]:
         yield _event(_BESIDE, {"event": data})
 
 
+def done_in(data: str) -> Iterator[StreamDeltaEvent]:
+    """The event that tells that a provider has told all: OpenAI's way to say so, behind which its reader reads on."""
+    if data == "[DONE]":
+        yield _event(_DONE, {})
+
+
 def asides_in(data: str) -> Iterator[StreamDeltaEvent]:
     """The events for what an event as it came, of whatever dialect, tells beside the answer."""
     if "refusal" not in data and '"message_start"' not in data:
@@ -90,12 +98,12 @@ def asides_in(data: str) -> Iterator[StreamDeltaEvent]:
 class Asides:
     """What a stream has told beside its answer."""
 
-    __slots__ = ("_as_text", "_beginning", "_counted", "_more", "_refusal")
+    __slots__ = ("_as_text", "_beginning", "_counted", "_done", "_more", "_refusal")
 
     def __init__(self) -> None:
         self._beginning: Mapping[str, Any] | None = None
         self._counted: Mapping[str, Any] | None = None
-        self._more = False
+        self._more = self._done = False
         self._refusal = ""
         self._as_text = False
 
@@ -105,19 +113,25 @@ class Asides:
         if delta is None:
             return False
         if delta.type != "continuation":
-            self._more = self._more or delta.type != "text" or bool(delta.text)
+            self._adds(delta.type != "text" or bool(delta.text))
             return False
         if delta.provider != _OWN:
             return False
         if delta.kind == _REFUSAL:
             self._refusal += delta.data["text"]
             self._as_text = delta.data["as_text"]
-            self._more = True
+            self._adds(True)
         elif delta.kind == _BEGINNING:
             self._beginning = delta.data
-        else:
+        elif delta.kind == _DONE:
+            self._done = True
+        elif not self._done or self._counted is None:
             self._counted, self._more = delta.data, False
         return True
+
+    def _adds(self, more: bool) -> None:
+        """Something of the answer came; behind its end nothing that could have cost more."""
+        self._more = self._more or (more and not self._done)
 
     def has(self, event: Any) -> bool:
         """Whether an event is text that a reader has made of what was taken: nothing of the answer, though shown."""

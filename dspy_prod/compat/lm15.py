@@ -26,7 +26,7 @@ from dspy.lm15 import (
     StreamStartEvent,
 )
 
-from dspy_prod.compat.asides import asides_in, counted, counted_beside, refused_in
+from dspy_prod.compat.asides import asides_in, counted, counted_beside, done_in, refused_in
 from dspy_prod.compat.foreign import names
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
@@ -224,6 +224,7 @@ class _Providers(dict[str, Any]):
                     yield event
             if raw.data:
                 yield from asides_in(raw.data)
+                yield from done_in(raw.data)
             for end in ends:
                 yield from counted(end)
                 yield ended(end)

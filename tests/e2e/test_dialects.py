@@ -213,3 +213,26 @@ def test_vectors_that_cannot_be_read_are_owed_once(server: Server, model: str) -
     [record] = records(embedder)
     assert server.requests == 1
     assert (record.outcome, record.estimated, bool(record.cost_nano)) == ("error", True, True)
+
+
+TEXT: dict[str, Any] = {
+    "id": "c", "object": "text_completion", "created": 1, "model": "any",
+    "choices": [{"index": 0, "text": "hello", "logprobs": None, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_counter_elsewhere_in_a_text_completion_says_nothing_against_its_usage(server: Server, way: str) -> None:
+    """Whatever is called so and is no number made the whole usage unbelievable."""
+    for answer, known in [
+        (TEXT, True), *[({**TEXT, "completion_tokens": each}, True) for each in ODD],
+        *[({**TEXT, "usage": {**TEXT["usage"], "completion_tokens": each}}, False) for each in ODD],
+        ({**TEXT, "completion_tokens": True, "usage": None}, False),
+    ]:  # fmt: skip
+        server.body = dumps(answer)
+        lm = lm_at(server.url, "text")
+        ask(lm, way)
+        booked = records(lm)[-1]
+        assert (booked.cost_nano == TOLD, booked.estimated) == (known, not known), answer
+        lm.close()

@@ -199,7 +199,10 @@ UNTOLD = json.dumps({"type": "message_delta", "delta": {"stop_reason": "end_turn
 LAST: dict[str, list[list[str]]] = {
     "gemini": [[piece("STOP", None), piece()], [piece("STOP"), OVER], [piece(), OVER], [piece("STOP", None), COUNTED]],
     "anthropic": [[*message()[:-1], UNTOLD, message()[-1]]],
-    "groq": [lines(START + HELLO + END + USAGE + NOT_COUNTED + DONE), lines(START + HELLO + USAGE + END + DONE)],
+    "groq": [
+        lines(START + HELLO + END + USAGE + NOT_COUNTED + DONE),
+        lines(START + HELLO + USAGE + END + DONE),
+    ],
 }
 MORE: dict[str, list[list[str]]] = {
     "gemini": [
@@ -233,6 +236,19 @@ def test_the_usage_that_was_told_last_holds_unless_more_came_behind_it(
             assert (record.outcome, record.estimated) == ("ok", not told), events
             assert (record.cost_nano == TOLD) if told else (record.cost_nano or 0) > TOLD, events
             lm.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_behind_the_word_that_all_is_told_nothing_costs_more(server: Server, way: str) -> None:
+    """The native engine reads on there, and shows what it finds; usage that is told there only is better than none."""
+    server.kind = "text/event-stream"
+    for events in (START + HELLO + END + USAGE + DONE + HELLO, START + HELLO + END + DONE + USAGE):
+        server.body = written(lines(events))
+        lm = lm_at(server.url, "groq", "lm15")
+        assert streamed(lm, way)[1] is None
+        [record] = records(lm)
+        assert (record.outcome, record.cost_nano, record.estimated) == ("ok", TOLD, False), events
+        lm.close()
 
 
 FILTERED: list[list[str]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from math import inf
@@ -39,9 +40,20 @@ class _TextConfig:
         return signed(data)
 
 
-def _received(raw: Any, request: Request, stay: Stay) -> Response:
+def _received(raw: Any, request: Request, odd: bytes | None) -> Response:
+    """The answer; where a counter in it is no whole number, `odd` is its body."""
     found = read_or_billed(lambda answer: told(response_value(answer, "text", request), raw), raw, lambda: plain(raw))
-    return replace(found, usage=Usage()) if stay.odd else found
+    return found if odd is None or _tells(odd, found.usage) else replace(found, usage=Usage())
+
+
+def _tells(body: bytes, usage: Usage) -> bool:
+    """Whether a body tells this usage in whole numbers, whatever else in it is called so and is none."""
+    try:
+        told = json.loads(body)["usage"]
+        counts = told["prompt_tokens"], told["completion_tokens"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
+    return all(type(count) is int for count in counts) and counts == (usage.input_tokens, usage.output_tokens)
 
 
 class LiteLLMTextEngine(_TextConfig):
@@ -56,7 +68,8 @@ class LiteLLMTextEngine(_TextConfig):
         stay = Stay(self.until)
         with unread(stay), litellm_errors(model=request.model), staying(stay):
             raw = get_litellm(feature="text completion").text_completion(**self._sent(request))
-        return _received(raw, request, stay)
+            odd = stay.body if stay.odd else None
+        return _received(raw, request, odd)
 
     def stream(self, request: Request) -> Iterator[StreamEvent]:
         """The events of a completion, which comes whole."""
@@ -71,7 +84,8 @@ class AsyncLiteLLMTextEngine(_TextConfig):
         stay = Stay(self.until)
         with unread(stay), litellm_errors(model=request.model), staying(stay):
             raw = await get_litellm(feature="text completion").atext_completion(**self._sent(request))
-        return _received(raw, request, stay)
+            odd = stay.body if stay.odd else None
+        return _received(raw, request, odd)
 
     async def stream(self, request: Request) -> AsyncIterator[StreamEvent]:
         """The events of a completion, which comes whole."""
