@@ -72,8 +72,8 @@ def _flow(call: Call) -> Flow:
     if call.streaming or call.alone or mode != "use" or not cache.options.single_flight:
         return (yield from _send(call))
     flights = pipeline.flights
-    lead = Lead(cache, key)  # before anybody follows: once this call leads, nothing may come up that does not end it
     own = home()
+    lead = Lead(cache, key, own)  # before anybody follows: once this call leads, nothing may come up without ending it
 
     def pass_on() -> None:
         flights.hand_over(key, own)

@@ -10,6 +10,7 @@ from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.policies.cache import ResponseCache
 from dspy_prod.policies.entries import Entry, store_key
+from dspy_prod.policies.singleflight import Home, gone
 
 PAUSE: Final = 0.002
 """Seconds after which it is looked first whether another process has its answer; then each time half as long again."""
@@ -20,13 +21,17 @@ LONGEST: Final = 0.05
 class Lead:
     """The part of one call, which leads those of its own process that ask the same.
 
+    Args:
+        own: where the call runs.
+
     Attributes:
         shared: other processes may ask the same.
     """
 
-    __slots__ = ("_cache", "_key", "_led", "_name", "shared")
+    __slots__ = ("_cache", "_key", "_led", "_name", "_own", "shared")
 
-    def __init__(self, cache: ResponseCache, key: bytes) -> None:
+    def __init__(self, cache: ResponseCache, key: bytes, own: Home = None) -> None:
+        self._own = own
         self.shared = cache.shared(key)
         self._cache = cache
         self._key = key
@@ -61,6 +66,10 @@ class Lead:
         found = self._cache.lead(self._key, self._name, waited, self)
         self._led = found is True
         return found
+
+    def gone(self) -> bool:
+        """Whether the event loop of the call is closed beneath it."""
+        return gone(self._own)
 
     def end(self, verdict: bool = False) -> None:
         """Ask upstream no more, see `stores.base.Flights.leave`. Posted."""

@@ -20,7 +20,7 @@ from dspy.lm15 import Response
 from dspy_prod.options import Cache
 from dspy_prod.policies.entries import LOCAL, Entry, cacheable, dump, size_of, store_key
 from dspy_prod.policies.written import loaded
-from dspy_prod.stores.base import CachedAnswer, Store
+from dspy_prod.stores.base import CachedAnswer, Caller, Store
 
 _log = logging.getLogger("dspy_prod")
 
@@ -107,7 +107,7 @@ class ResponseCache:
         """Whether other processes may ask for the same answer, and find it here."""
         return self._durable and self._store.flights is not None and not key.startswith(LOCAL)
 
-    def lead(self, key: bytes, name: bytes, waited: bool = False, who: object = None) -> Entry | bool:
+    def lead(self, key: bytes, name: bytes, waited: bool = False, who: Caller | None = None) -> Entry | bool:
         """True: this process asks upstream for a `shared` key, and must `leave` it then. False: another one does, ask
         again soon. Or the answer of another one, which counts as a hit.
 
@@ -128,7 +128,7 @@ class ResponseCache:
             self.hits += 1
         return entry
 
-    def leave(self, name: bytes, verdict: bool = False, who: object = None) -> None:
+    def leave(self, name: bytes, verdict: bool = False, who: Caller | None = None) -> None:
         """This caller asks upstream no more, see `stores.base.Flights`. Posted."""
         flights = self._store.flights
         assert flights is not None

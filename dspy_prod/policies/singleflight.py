@@ -39,7 +39,7 @@ def home() -> Home:
     return None if loop is None else weakref.ref(loop)
 
 
-def _gone(caller: Home) -> bool:
+def gone(caller: Home) -> bool:
     """Whether a caller will never go on, because its event loop is closed.
 
     One whose loop is stopped is not gone: the loop may run again, as between two `run_until_complete`, and the caller
@@ -105,7 +105,7 @@ class Flights:
                 followers = flights[key] = _Followers(followers)
             follower = Follower(home)
             followers.append(follower)
-            if _gone(followers.leader):
+            if gone(followers.leader):
                 self._pass_on(key)
             return follower
 
@@ -118,7 +118,7 @@ class Flights:
         """Pass the lead on where the leader is gone. To be called now and then by who follows."""
         with self._lock:
             followers = self._flights.get(key)
-            if isinstance(followers, _Followers) and _gone(followers.leader):
+            if isinstance(followers, _Followers) and gone(followers.leader):
                 self._pass_on(key)
 
     def lost(self, key: Hashable, home: Home) -> bool:
@@ -196,7 +196,7 @@ class Flights:
         followers = self._flights.get(key)
         while isinstance(followers, _Followers) and followers:
             follower = followers.popleft()
-            if not _gone(follower.home):
+            if not gone(follower.home):
                 followers.leader = follower.home
                 follower.state = LEADS
                 if _woken(follower):

@@ -23,6 +23,7 @@ from dspy_prod.stores.vocabulary import (
     Account,
     AccountState,
     CachedAnswer,
+    Caller,
     LimiterSnapshot,
     Refusal,
     Reservation,
@@ -45,6 +46,7 @@ __all__ = [
     "Answers",
     "Board",
     "CachedAnswer",
+    "Caller",
     "Flights",
     "Ledger",
     "LimiterSnapshot",
@@ -237,7 +239,7 @@ class Answers(Protocol):
 class Flights(Protocol):
     """Single-flight between the processes that share a cache: one asks upstream, the others wait for its answer."""
 
-    def join(self, key: bytes, waited: bool = False, who: object = None) -> CachedAnswer | bool:
+    def join(self, key: bytes, waited: bool = False, who: Caller | None = None) -> CachedAnswer | bool:
         """True: ask upstream, and `leave` then. False: another process does, ask again soon. Or its answer, as fresh.
 
         One look of microseconds, or one round trip. A process that is killed is followed no more after two seconds.
@@ -245,11 +247,12 @@ class Flights(Protocol):
         Args:
             key: as for the cache.
             waited: it was asked before, and the answer was False.
-            who: the one of this process's callers that asks; several may ask for one key.
+            who: the one of this process's callers that asks; several may ask for one key. Once he is gone, another
+                leads within half a second or so.
         """
         ...
 
-    def leave(self, key: bytes, verdict: bool = False, who: object = None) -> None:
+    def leave(self, key: bytes, verdict: bool = False, who: Caller | None = None) -> None:
         """This caller asks no more; nothing happens where it did not lead, or another one does. Posted.
 
         Args:

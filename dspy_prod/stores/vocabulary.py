@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from dspy_prod.options import Budget, RateLimit
 from dspy_prod.records import CallRecord
@@ -195,3 +195,10 @@ class CachedAnswer(NamedTuple):
     value: bytes
     expires_at: float
     stale_until: float
+
+
+class Caller(Protocol):
+    """Whoever asks upstream for others."""
+
+    def gone(self) -> bool:
+        """Whether he will never go on, nor tell anybody."""

@@ -88,6 +88,23 @@ def test_who_comes_with_no_time_left_leaves_no_lead_behind(
     assert not task.done()
 
 
+def test_another_lm_of_the_process_leads_when_the_loop_of_who_did_is_closed(lm: Any, provider: Provider) -> None:
+    """Only who asked the same LM noticed: any other followed to his deadline, also in other processes."""
+    store = lm.pipeline.store
+    other = dspy_prod.LM(
+        lm.model, api_base=provider.url, api_key="k", store=store.url, namespace=store.namespace,
+        cache=dspy_prod.Cache(ttl=3_600),
+    )  # fmt: skip
+    provider.hold()
+    task = left(lambda: lm.acall("same"), provider)()
+    provider.release()
+    with call_context(deadline=30):
+        assert isinstance(Caller(lambda: other("same")).outcome(10), list)
+    until(lambda: claims(lm) == 0)
+    assert not task.done()
+    other.close()
+
+
 @pytest.mark.parametrize("follow", [0, 1])
 def test_who_is_cancelled_as_the_lead_is_passed_to_him_leaves_none_behind(
     lm: Any, provider: Provider, follow: int

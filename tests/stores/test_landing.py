@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
@@ -40,9 +41,19 @@ def lead_and_land(store: Any) -> None:
     store.flights.leave(b"key")
 
 
+class Somebody:
+    """Who asks, and may never go on."""
+
+    def __init__(self) -> None:
+        self.is_gone = False
+
+    def gone(self) -> bool:
+        return self.is_gone
+
+
 def test_a_claim_is_ended_by_whose_it_is(store: Any) -> None:
     """Of several of one process: one that asks without a claim, or was interrupted, ends no other one's."""
-    his, hers = object(), object()
+    his, hers = Somebody(), Somebody()
     assert store.flights.join(b"key", who=his) is True
     for verdict in (False, True):
         assert store.flights.join(b"key", True, who=hers) is False
@@ -50,6 +61,18 @@ def test_a_claim_is_ended_by_whose_it_is(store: Any) -> None:
         store.flights.leave(b"key", verdict)
         assert store.flights._claims.claimed(b"key", his)
     store.flights.leave(b"key", who=his)
+    until(lambda: store.flights.join(b"key", True, who=hers) is True, 5)
+    store.flights.leave(b"key", who=his)
+    assert store.flights._claims.claimed(b"key", hers)
+
+
+def test_a_claim_of_somebody_who_is_gone_is_the_next_ones(store: Any) -> None:
+    """It was renewed for as long as its process lived, and all others followed."""
+    his, hers = Somebody(), Somebody()
+    assert store.flights.join(b"key", who=his) is True
+    time.sleep(3 * durable_flights.RENEW)
+    assert store.flights.join(b"key", True, who=hers) is False
+    his.is_gone = True
     until(lambda: store.flights.join(b"key", True, who=hers) is True, 5)
     store.flights.leave(b"key", who=his)
     assert store.flights._claims.claimed(b"key", hers)
@@ -138,6 +161,9 @@ def test_what_is_claimed_as_the_thread_that_renews_ends_is_renewed(monkeypatch: 
                     threading.Thread(target=renewing.begin).start()
             return found
 
+        def claimers(self) -> list[Any]:
+            return []
+
         def renew(self, but: set[bytes]) -> None:
             renewed.set()
 
@@ -160,6 +186,9 @@ def test_what_could_not_be_renewed_is_renewed_the_next_time(monkeypatch: pytest.
 
         def __len__(self) -> int:
             return 1
+
+        def claimers(self) -> list[Any]:
+            return []
 
         def renew(self, but: set[bytes]) -> None:
             self.tries += 1

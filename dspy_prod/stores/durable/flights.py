@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.durable.kept import KeptAnswers
-from dspy_prod.stores.vocabulary import CachedAnswer
+from dspy_prod.stores.vocabulary import CachedAnswer, Caller
 
 _log = logging.getLogger("dspy_prod")
 
@@ -38,11 +38,15 @@ class Claims(Protocol):
         """How many this process has."""
         ...
 
-    def claimed(self, key: bytes, who: object = None) -> bool:
+    def claimed(self, key: bytes, who: Caller | None = None) -> bool:
         """Whether this process has claimed it for that caller."""
         ...
 
-    def claim(self, key: bytes, waited: bool, who: object = None) -> int | CachedAnswer:
+    def claimers(self) -> list[tuple[bytes, Caller | None]]:
+        """What this process has claimed, and for whom."""
+        ...
+
+    def claim(self, key: bytes, waited: bool, who: Caller | None = None) -> int | CachedAnswer:
         """`LEADS`: it is ours. `LANDED`: it is ours, but somebody had it just now: the cache may know the answer.
         `FOLLOWS`: another process has it. `ALONE`: it is nobody's, and each asks for itself: nothing can be shared,
         or who was `waited` for has got the upstream's verdict. Or the answer, where one look tells that as well.
@@ -86,7 +90,7 @@ class Flights:
         self._renewing = _Renewing(claims, self._landing)
         answers.on_written = partial(_landed, claims, self._landing)
 
-    def join(self, key: bytes, waited: bool = False, who: object = None) -> CachedAnswer | bool:
+    def join(self, key: bytes, waited: bool = False, who: Caller | None = None) -> CachedAnswer | bool:
         """See `stores.base.Flights`."""
         found = self._claims.claim(key, waited, who)
         if found == FOLLOWS:
@@ -106,7 +110,7 @@ class Flights:
             raise
         return True
 
-    def leave(self, key: bytes, verdict: bool = False, who: object = None) -> None:
+    def leave(self, key: bytes, verdict: bool = False, who: Caller | None = None) -> None:
         """See `stores.base.Flights`."""
         claims, answers = self._claims, self._answers
         if not claims.claimed(key, who):
@@ -165,7 +169,11 @@ class _Renewing:
                     self._thread = own
 
     def _renew(self) -> None:
+        claims, landing = self._claims, self._landing
         try:
-            self._claims.renew(set(self._landing))
+            for key, who in claims.claimers():
+                if who is not None and who.gone() and key not in landing and claims.claimed(key, who):
+                    claims.free(key, False)  # nobody else would, and it were renewed for ever
+            claims.renew(set(landing))
         except Exception:  # a thread that ended here were taken for one that renews, for ever
             _log.exception("Claims could not be renewed; it is tried again")

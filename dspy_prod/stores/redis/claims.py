@@ -20,7 +20,7 @@ from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.redis.answers import unpacked
 from dspy_prod.stores.redis.batch import STEPS
 from dspy_prod.stores.redis.connection import Connection
-from dspy_prod.stores.vocabulary import CachedAnswer
+from dspy_prod.stores.vocabulary import CachedAnswer, Caller
 
 MOST: Final = 4_096
 """Claims that a process may have at once; a further one is not shared."""
@@ -68,7 +68,7 @@ class _Claim:
 
     __slots__ = ("flight", "wanted", "who")
 
-    def __init__(self, flight: bytes, who: object) -> None:
+    def __init__(self, flight: bytes, who: Caller | None) -> None:
         self.flight = flight
         self.who = who
         self.wanted = False
@@ -97,11 +97,14 @@ class RedisClaims:
     def __len__(self) -> int:
         return len(self._own)
 
-    def claimed(self, key: bytes, who: object = None) -> bool:
+    def claimed(self, key: bytes, who: Caller | None = None) -> bool:
         claim = self._own.get(key)
         return claim is not None and claim.who is who
 
-    def claim(self, key: bytes, waited: bool, who: object = None) -> int | CachedAnswer:
+    def claimers(self) -> list[tuple[bytes, Caller | None]]:
+        return [(key, claim.who) for key, claim in list(self._own.items())]
+
+    def claim(self, key: bytes, waited: bool, who: Caller | None = None) -> int | CachedAnswer:
         if key in self._own:
             return FOLLOWS  # another LM of this process
         if len(self._own) >= MOST or self._mailbox.writer.failing is not None:

@@ -25,6 +25,7 @@ from dspy_prod.runtime import private
 from dspy_prod.runtime.boot import boot, is_this_boot
 from dspy_prod.runtime.forking import RegistryLock
 from dspy_prod.stores.durable.flights import ALONE, FOLLOWS, LANDED, LEADS, LEASE
+from dspy_prod.stores.vocabulary import Caller
 
 try:
     import fcntl
@@ -68,7 +69,7 @@ class _Claim:
 
     __slots__ = ("file", "name", "who")
 
-    def __init__(self, name: bytes, file: _File, who: object) -> None:
+    def __init__(self, name: bytes, file: _File, who: Caller | None) -> None:
         self.name = name
         self.file = file
         self.who = who
@@ -98,11 +99,14 @@ class ClaimsFile:
     def __len__(self) -> int:
         return len(self._own)
 
-    def claimed(self, key: bytes, who: object = None) -> bool:
+    def claimed(self, key: bytes, who: Caller | None = None) -> bool:
         claim = self._held.get(key)
         return claim is not None and claim.who is who
 
-    def claim(self, key: bytes, waited: bool, who: object = None) -> int:
+    def claimers(self) -> list[tuple[bytes, Caller | None]]:
+        return [(key, claim.who) for key, claim in list(self._held.items())]
+
+    def claim(self, key: bytes, waited: bool, who: Caller | None = None) -> int:
         own = self._own
         try:
             file = self._file
