@@ -95,16 +95,17 @@ class _Hooked:
 
     def _response(self, raw: Any, request: Request) -> Response:
         stay = Stay() if self.stay is None else self.stay
-        if stay.odd and (native := self._native(request, stay)) is not None:
+        native = self._native(request, stay) if stay.odd else None
+        if isinstance(native, Response):
             return native
         text = stay.body.decode(errors="replace") if self.model_type == "chat" else ""
         inherited: Callable[[Any, Request], Response] = super()._response  # type: ignore[misc]
         found = read_or_billed(
             lambda answer: self.received(inherited(answer, request), raw, text), raw, lambda: plain(raw)
         )
-        return replace(found, usage=Usage()) if stay.odd else found
+        return replace(found, usage=native or Usage()) if stay.odd else found
 
-    def _native(self, request: Request, stay: Stay) -> Response | None:
+    def _native(self, request: Request, stay: Stay) -> Response | Usage | None:
         return read_as_native(stay.path, request, stay.body, self.cleaned)
 
     def _rescued(self, request: Request, stay: Stay, failure: Exception) -> Response:
@@ -116,11 +117,12 @@ class _Hooked:
         """
         if stay.came == "whole" and not stay.rejects(failure):
             native = self._native(request, stay)
-            if native is not None:
+            if isinstance(native, Response):
                 return native
         elif stay.came == "whole":
             with suppress(Exception):  # it is owed all the same
-                failure.billed = self._native(request, stay)  # type: ignore[attr-defined]
+                native = self._native(request, stay)
+                failure.billed = native if isinstance(native, Response) else None  # type: ignore[attr-defined]
         raise _unread(stay, failure)
 
 

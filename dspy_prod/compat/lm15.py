@@ -24,6 +24,7 @@ from dspy.lm15 import (
     StreamEndEvent,
     StreamErrorEvent,
     StreamStartEvent,
+    Usage,
 )
 
 from dspy_prod.compat.asides import asides_in, counted, counted_beside, done_in, refused_in
@@ -147,7 +148,7 @@ _READ_BY: Final = (
 
 def read_as_native(
     path: str, request: Request, body: bytes, cleaned: Callable[[bytes], bytes] | None = None
-) -> Response | None:
+) -> Response | Usage | None:
     """The answer that a body gives to the native engine, with its usage in OpenAI's way, as LiteLLM tells any.
 
     Args:
@@ -157,7 +158,8 @@ def read_as_native(
         cleaned: leaves of a body that cannot be read what an error may repeat, see `_read_bare`.
 
     Returns:
-        None where the native engine does not speak the dialect, or where LiteLLM had asked for a text by way of a tool.
+        The usage alone where LiteLLM had asked for a text by way of a tool; None where the native engine does not
+        speak the dialect.
 
     Raises:
         Exception: none can be made of it.
@@ -174,9 +176,10 @@ def read_as_native(
         if billed is not None:
             error.billed = _in_the_way_of_openai(billed, dialect)  # type: ignore[attr-defined]
         raise
+    told = _in_the_way_of_openai(found, dialect)
     if not request.tools and any(part.type == "tool_call" for part in found.message.parts):
-        return None
-    return _in_the_way_of_openai(found, dialect)
+        return told.usage
+    return told
 
 
 def _in_the_way_of_openai(response: Response, dialect: Any) -> Response:

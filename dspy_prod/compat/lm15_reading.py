@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Awaitable, Iterator
+from typing import Any, Final
 
 from dspy.lm15 import ProviderError
 
@@ -18,6 +18,37 @@ _Inflater: Any
     "dspy._vendor.lm15.transports._http11",
     "ResponseHeadParser", "ContentLengthDecoder", "ContentDecoder", "_Inflater",
 )  # fmt: skip
+
+
+_SIP: Final = 8 * 1024
+"""Bytes that are read at once until the head is there. The parser measures all that it has got against the largest head
+that it takes, also the part of the body that came with the head's end."""
+
+
+class Sipped:
+    """A connection, for reading a head from it."""
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    @property
+    def sock(self) -> Sipped:
+        return self
+
+    reader = sock
+
+    def settimeout(self, timeout: float) -> None:
+        self._connection.sock.settimeout(timeout)
+
+    def recv(self, size: int) -> bytes:
+        received: bytes = self._connection.sock.recv(min(size, _SIP))
+        return received
+
+    def read(self, size: int) -> Awaitable[bytes]:
+        read: Awaitable[bytes] = self._connection.reader.read(min(size, _SIP))
+        return read
 
 
 def bounded_head(head: Any, connection: Any) -> Any:

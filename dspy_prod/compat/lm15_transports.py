@@ -9,7 +9,7 @@ from typing import Any, Final
 from dspy.lm15 import ProviderError
 
 from dspy_prod.compat.foreign import names
-from dspy_prod.compat.lm15_reading import bounded_head
+from dspy_prod.compat.lm15_reading import Sipped, bounded_head
 
 _StdlibTransport: Any
 _StdlibAsyncTransport: Any
@@ -146,7 +146,7 @@ class HookedTransport(_StdlibTransport):
         return _Body(super()._iter_body(*args, on_finish=on_finish, **kwargs), on_finish)
 
     def _read_head(self, conn: Any, **kwargs: Any) -> Any:
-        return bounded_head(super()._read_head(conn, **kwargs), conn)
+        return bounded_head(super()._read_head(Sipped(conn), **kwargs), conn)
 
     def _open(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -191,7 +191,7 @@ class HookedAsyncTransport(_StdlibAsyncTransport):
         await super()._send_request(*args, **kwargs)
 
     async def _read_head(self, conn: Any, **kwargs: Any) -> Any:
-        return bounded_head(await super()._read_head(conn, **kwargs), conn)
+        return bounded_head(await super()._read_head(Sipped(conn), **kwargs), conn)
 
     async def _do_stream(self, request: Any) -> Any:
         response = await super()._do_stream(request)

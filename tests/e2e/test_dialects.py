@@ -236,3 +236,26 @@ def test_a_counter_elsewhere_in_a_text_completion_says_nothing_against_its_usage
         booked = records(lm)[-1]
         assert (booked.cost_nano == TOLD, booked.estimated) == (known, not known), answer
         lm.close()
+
+
+CALLED = {
+    "content": {"parts": [{"functionCall": {"name": "look", "args": {}}}], "role": "model"},
+    "finishReason": "STOP",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_counter_elsewhere_says_nothing_against_the_usage_of_a_tool_that_nobody_gave(
+    server: Server, way: str
+) -> None:
+    """By way of one LiteLLM asks for texts, so its reading is delivered; the native one tells the usage of it."""
+    for answer, known in [
+        ({"candidates": [CALLED], "usageMetadata": COUNTS, "input_tokens": True}, True),
+        ({"candidates": [CALLED], "usageMetadata": {**COUNTS, "candidatesTokenCount": True}}, False),
+    ]:
+        server.body = dumps(answer)
+        lm = lm_at(server.url, "gemini")
+        ask(lm, way)
+        booked = records(lm)[-1]
+        assert (booked.cost_nano == TOLD, booked.estimated) == (known, not known), answer
+        lm.close()
