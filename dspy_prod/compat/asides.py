@@ -173,6 +173,26 @@ class Asides:
         return replace(response, message=replace(message, parts=(*parts, RefusalPart(text=self._refusal))))
 
 
+def without_asides(response: Response) -> Response:
+    """An answer that lm15 has made of a stream, as where it ends a text at `stop` itself, as `Asides` leaves one.
+
+    Of its events only what they tell is left, among what continues the message.
+    """
+    message = response.message
+    states = message.continuation
+    if not states or not any(state.provider == _OWN for state in states):
+        return response
+    refused = [state.data for state in states if (state.provider, state.kind) == (_OWN, _REFUSAL)]
+    others = tuple(state for state in states if state.provider != _OWN)
+    parts = message.parts
+    if refused:
+        text = "".join(data["text"] for data in refused)
+        shown = text if refused[0]["as_text"] else ""
+        texts = [part if part.type != "text" else replace(part, text=part.text.replace(shown, "", 1)) for part in parts]
+        parts = (*(part for part in texts if part.type != "text" or part.text), RefusalPart(text=text))
+    return replace(response, message=replace(message, parts=parts, continuation=others))
+
+
 def _event(kind: str, data: dict[str, Any]) -> StreamDeltaEvent:
     return StreamDeltaEvent(ContinuationDelta(provider=_OWN, kind=kind, data=data))
 

@@ -27,7 +27,7 @@ from dspy.lm15 import (
     Usage,
 )
 
-from dspy_prod.compat.asides import asides_in, counted, counted_beside, done_in, refused_in
+from dspy_prod.compat.asides import asides_in, counted, counted_beside, done_in, refused_in, without_asides
 from dspy_prod.compat.foreign import names
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
@@ -249,6 +249,10 @@ class HookedLM15Engine(LM15Engine):
         super().__init__(config, model_type=model_type)
         self._providers = _Providers(self.ended, self.cleaned)
 
+    def complete(self, request: Request) -> Response:
+        """One answer, of which lm15 may make a stream."""
+        return without_asides(super().complete(request))
+
 
 class HookedAsyncLM15Engine(AsyncLM15Engine):
     """The same for tasks."""
@@ -259,3 +263,7 @@ class HookedAsyncLM15Engine(AsyncLM15Engine):
     def __init__(self, config: RouterConfig | None = None, *, model_type: str = "chat") -> None:
         super().__init__(config, model_type=model_type)
         self._providers = _Providers(self.ended, self.cleaned)
+
+    async def complete(self, request: Request) -> Response:
+        """One answer, of which lm15 may make a stream."""
+        return without_asides(await super().complete(request))

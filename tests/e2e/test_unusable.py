@@ -208,6 +208,26 @@ def test_a_refusal_that_reads_as_text_is_not_kept(
     assert len(provider.calls) == calls
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("kind", "calls"), [("refusal", 2), ("output_text", 1)])
+def test_an_answer_that_is_made_of_a_stream_is_as_any_other(
+    serve: MakeProvider, connect: MakeLM, way: str, kind: str, calls: int
+) -> None:
+    """Where a text is to end at `stop`, lm15 streams it by itself: what a stream tells beside it stayed in the answer,
+    and a refusal was its text, which was kept.
+    """
+    provider = serve(faults=Verbatim(responses_events(kind)))
+    lm = connect(provider, cache=Cache(), model_type="responses", stop=["END"])
+    for _ in range(2):
+        assert ask(lm, way) == [{"text": None if kind == "refusal" else "I won't"}]
+        message = lm.history[-1]["response"].message
+        assert (message.continuation, [part.type for part in message.parts]) == (
+            (), ["refusal" if kind == "refusal" else "text"]
+        )  # fmt: skip
+    assert len(provider.calls) == calls
+    assert {record.cost_nano for record in records(lm) if not record.cached} == {TOLD}
+
+
 @pytest.mark.parametrize(("engine", "reason"), [("lm15", None), ("lm15", ""), ("litellm", "")])
 def test_an_answer_that_does_not_say_why_it_ended_is_a_failure(
     serve: MakeProvider, connect: MakeLM, engine: str, reason: str | None
