@@ -93,7 +93,8 @@ def harmless_within(value: Any, class_key: str, refused: Refused, at: str = "") 
     """A state of which nobody knows who reads it, with each LM in it made of what is harmless.
 
     Whatever would change where a call goes, or with what, were a mapping loaded as an LM, is not in what is returned.
-    What is no LM is returned as it is.
+    What could be no LM is returned as it is. A table with a column called `model`, of models that are served, could be
+    one: what else stands in its rows is left out, and told.
 
     Args:
         value: whatever a class wrote that is not DSPy's.
@@ -124,7 +125,7 @@ def rebuilt(state: Mapping[str, Any], class_key: str, refused: Refused, at: str 
     but what is harmless: DSPy's LM would hand them to LiteLLM as whole calls.
     """
     kept, left_out = harmless(state, class_key, ours=str(state.get(class_key)).startswith("dspy_prod."))
-    others = kept.pop("fallbacks", [])
+    others = kept.pop("fallbacks", None) or []
     if not _are_calls(others):
         others, left_out = [], sorted([*left_out, "fallbacks"])
     if left_out:

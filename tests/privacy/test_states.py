@@ -200,6 +200,12 @@ def test_a_key_that_leads_a_model_somewhere_makes_an_lm_of_a_golf(name: str) -> 
     assert within({"model": "Golf", name: AWAY}) == ({"model": "Golf"}, [("", [name])])
 
 
+@pytest.mark.parametrize("none", [None, [], ()])
+def test_no_fallbacks_are_nothing_left_out(none: Any) -> None:
+    """As DSPy writes it of an LM that was given `fallbacks=None`."""
+    assert within({CLASS: "dspy.LM", "model": "openai/m", "fallbacks": none})[1] == []
+
+
 def test_fallbacks_of_an_lm_that_says_it_is_ours_are_judged_one_by_one() -> None:
     """Who reads the state decides what it is: DSPy's LM handed them to LiteLLM, with the addresses in them."""
     ours = {CLASS: "dspy_prod.lm.LM", "model": "openai/m"}

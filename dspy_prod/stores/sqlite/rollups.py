@@ -1,7 +1,8 @@
 """Sums of the ledger: by day, and since it began.
 
 The second are kept by triggers within the file, so that no writer can forget them: no process of an earlier release,
-and no hand that corrects or deletes a day. Reading either takes no longer for the age of the ledger.
+and no hand that corrects a day with UPDATE or DELETE. (SQLite tells triggers nothing of the row that INSERT OR REPLACE
+puts away.) Reading either takes no longer for the age of the ledger.
 """
 
 from __future__ import annotations
