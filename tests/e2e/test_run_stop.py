@@ -277,5 +277,6 @@ def test_a_stopped_run_is_told_once(serve: MakeProvider) -> None:
         run.stop("again")
     finally:
         remove()
-    assert [(event.name, dict(event.data)) for event in told] == [("run_stopped", {"run": "it", "reason": "enough"})]
+    said = [dict(event.data) for event in told if event.name == "run_stopped"]  # what other tests left may end just now
+    assert said == [{"run": "it", "reason": "enough"}]
     assert run.stopped == "enough"
