@@ -86,6 +86,10 @@ class Stay:
             return self._asked
         return _FORM not in request.headers.get("content-type", "")
 
+    def goes_on(self) -> None:
+        """Say that what was shown of it comes back from its consumer, who may handle another error by now."""
+        self._outside = sys.exc_info()[1]
+
     def __enter__(self) -> Stay:
         return self
 

@@ -8,14 +8,15 @@ from types import FunctionType
 from typing import Any
 
 import httpx
+import litellm
 import pytest
-from dspy.utils.exceptions import LMTimeoutError, LMTransportError
+from dspy.utils.exceptions import LMError, LMTimeoutError, LMTransportError
 
 from dspy_prod import Retry
 from dspy_prod.compat.stay import Stay
 from dspy_prod.pipeline.outcome import TABLE, is_of_the_request, is_outage, judge
 from dspy_prod.pipeline.upstream.ends import bounded_by, causes_of
-from dspy_prod.testing import Hang, Reset, Verbatim
+from dspy_prod.testing import ErrorInStream, Hang, Reset, Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
 from tests.e2e.support import CHEAP, outcome, records, request
 from tests.e2e.test_unusable import QUICK, START, TOLD, body, chunk
@@ -150,6 +151,41 @@ def test_what_a_consumer_handles_while_it_reads_a_stream_says_nothing_either(
     [(said, cost, _)], failures = ended(lm)
     assert (said, failures) == ("error", 1)
     assert cost > 0
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_consumer_may_handle_the_rejection_of_another_answer_while_it_reads_a_stream(
+    serve: MakeProvider, connect: MakeLM, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A rule of LiteLLM's said no to the other: the stream that broke passed for rejected too, nobody's failure."""
+    monkeypatch.setattr(litellm, "post_call_rules", [lambda said: "bad" not in said])
+    other = connect(serve(answer="bad"), engine="litellm")
+    lm = connect(serve(answer="one two three four", faults=ErrorInStream()), engine="litellm")
+
+    def read() -> None:
+        events = lm._engine_spec.stream(request())
+        next(events)
+        try:
+            other("a question")
+        except LMError:
+            list(events)
+
+    async def aread() -> None:
+        events = lm._async_engine_spec.stream(request())
+        await anext(events)
+        try:
+            await other.acall("a question")
+        except LMError:
+            [event async for event in events]
+        finally:
+            await lm.pipeline.aclose()
+            await other.pipeline.aclose()
+
+    said = outcome(read if way == "sync" else lambda: asyncio.run(aread()))
+    assert isinstance(said, LMError)
+    assert judge(said) == TABLE["lost"].verdict
+    assert breaker(lm).total_failures == 1
+    assert breaker(other).total_failures == 0
 
 
 # -- the chain -------------------------------------------------------------------------------------------------------
