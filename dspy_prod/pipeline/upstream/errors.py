@@ -86,10 +86,11 @@ def _shown(error: Exception, upstream: Upstream, until: float) -> Exception:
 def _said_by_user(error: Any, upstream: Upstream) -> Exception:
     """What LiteLLM's user raised in a rule or a hook, as nothing that the provider or a policy of this call has said.
 
-    A service or a model that a guardrail asks may be down, or refused for a budget of its own.
+    A service or a model that a guardrail asks may be down, or refused for a budget of its own. Nor does a warning that
+    was made an error, as Python can be told to, go past the policies: it too says no to this model alone.
     """
     clean = error
-    if isinstance(error, (LM15Error, LMError)):
+    if isinstance(error, (LM15Error, LMError, Warning)):
         clean = ProviderError(str(getattr(error, "message", None) or error)).with_traceback(error.__traceback__)
     wrapped: Any = wrap_error(clean, model=upstream.model, provider=upstream.provider)
     set_mark(wrapped, mark_of(error))
