@@ -7,6 +7,7 @@ stands behind them, from the library that spoke to the provider, is evidence.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from json import JSONDecodeError
 from traceback import walk_tb
 from typing import Any, Final, NamedTuple
@@ -67,8 +68,26 @@ _STUMBLES: Final = (LookupError, TypeError, ValueError, AttributeError, Arithmet
 _UNUSABLE: Final = Pattern(r"provider returned 'choices' that is not a list", re.IGNORECASE)
 
 
+_HEARD: Final = "_dspy_prod_heard"
+
+
+def keep_heard(error: Exception) -> None:
+    """Keep with an error what is heard of it now: what is said of it later, of other attempts, is no evidence."""
+    with suppress(AttributeError):
+        setattr(error, _HEARD, heard(error))
+
+
+def forget_heard(error: Exception) -> None:
+    """It is another attempt's now: an engine may raise one error again and again."""
+    if hasattr(error, _HEARD):
+        delattr(error, _HEARD)
+
+
 def heard(error: Exception) -> Heard:
     """What is certain about an error that an attempt raised."""
+    kept = getattr(error, _HEARD, None)
+    if isinstance(kept, Heard):
+        return kept
     causes, mark = list(causes_of(error)), mark_of(error)
     if mark.rejected or mark.unasked:
         return _said_by_user(mark, causes)

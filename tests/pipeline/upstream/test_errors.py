@@ -13,8 +13,9 @@ from dspy.utils.exceptions import LMAuthError, LMError, LMUnexpectedError
 from pydantic import BaseModel, ValidationError
 
 from dspy_prod import LM, Price
-from dspy_prod.pipeline.outcome import flaw_of, judge
+from dspy_prod.pipeline.outcome import TABLE, flaw_of, judge
 from dspy_prod.pipeline.upstream.errors import public_error
+from dspy_prod.pipeline.upstream.heard import keep_heard
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.testing import Provider, Verbatim
 from tests.e2e.support import PRICES, ask, charged, fresh_memory, make_lm, outcome, records, request
@@ -230,3 +231,12 @@ def test_an_engine_s_own_error_need_not_take_attributes() -> None:
         said = outcome(lambda: lm("a question"))
     assert (type(said), str(said)) == (LMUnexpectedError, "[acme/m] policy says no")
     lm.close()
+
+
+def test_an_error_that_an_engine_raises_again_is_heard_anew() -> None:
+    """It was the last that a call's routes said, and is the first of another call."""
+    error = LMError("no", status=429)
+    keep_heard(error)
+    error.status = 503
+    assert judge(error) == TABLE["throttled"].verdict
+    assert judge(shown(error)) == TABLE["down"].verdict
