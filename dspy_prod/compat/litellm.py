@@ -198,7 +198,9 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
                         break
                     except Exception as error:
                         raise _original(error)  # noqa: B904  (a wrapper is no cause)
-                yield from codec.feed(chunk)
+                for event in codec.feed(chunk):
+                    yield event
+                    stay.goes_on()
             yield _counted(self.ended(codec.finish(litellm), source, _reason(stay)), stay)
 
 
@@ -285,6 +287,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
                             raise _original(error)  # noqa: B904
                     for event in codec.feed(chunk):
                         yield event
+                        stay.goes_on()
                 yield _counted(self.ended(codec.finish(litellm), source, _reason(stay)), stay)
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from math import inf
 from traceback import walk_tb
 from types import CodeType, FrameType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 Came = Literal["whole", "begun"]
 
@@ -25,6 +25,36 @@ _ASIDE: Final = _BEFORE | _REJECTING | {
 }  # fmt: skip
 """Functions of LiteLLM that send what asks no model: logs, rules and hooks of its user's, and Ollama's `/api/show`.
 They run in the attempt, and in threads and tasks of their own, which have the attempt's context, also after its end."""
+
+
+class Mark(NamedTuple):
+    """What an attempt with LiteLLM says of its error.
+
+    Attributes:
+        came: how much of an answer had come, see `Stay.came`.
+        rejected: see `Stay.rejects`.
+        unasked: LiteLLM's user stopped it when no model had been asked.
+    """
+
+    came: Came | None = None
+    rejected: bool = False
+    unasked: bool = False
+
+
+UNMARKED: Final = Mark()
+_MARK: Final = "_dspy_prod_mark"
+
+
+def mark_of(error: BaseException) -> Mark:
+    """What was said of an error here: an engine's own error may have attributes of any name."""
+    found = getattr(error, _MARK, None)
+    return found if isinstance(found, Mark) else UNMARKED
+
+
+def set_mark(error: BaseException, mark: Mark) -> None:
+    """Say it of an error; one that takes no attributes has none."""
+    with suppress(AttributeError):
+        setattr(error, _MARK, mark)
 
 
 class Stay:
@@ -86,6 +116,10 @@ class Stay:
             return self._asked
         return _FORM not in request.headers.get("content-type", "")
 
+    def goes_on(self) -> None:
+        """Say that what was shown of it comes back from its consumer, who may handle another error by now."""
+        self._outside = sys.exc_info()[1]
+
     def __enter__(self) -> Stay:
         return self
 
@@ -120,14 +154,10 @@ class Stay:
         return _raised_in(_REJECTING, error, self._outside)
 
     def mark(self, error: Exception) -> None:
-        """Have the error say as `came` what it was raised for: LiteLLM makes up a status. And if it is `rejected`.
-
-        Or if LiteLLM's user stopped it when no model had been asked: `unasked`.
-        """
+        """Say of the error what it was raised for, see `Mark`, and the code told: LiteLLM makes up a status."""
+        unasked = not self._asked and _raised_in(_BEFORE, error, self._outside)
+        set_mark(error, Mark(self.came, self.rejects(error), unasked))
         with suppress(AttributeError):
-            error.came = self.came  # type: ignore[attr-defined]
-            error.rejected = self.rejects(error)  # type: ignore[attr-defined]
-            error.unasked = not self._asked and _raised_in(_BEFORE, error, self._outside)  # type: ignore[attr-defined]
             if self.code is not None and getattr(error, "provider_code", None) is None:
                 error.provider_code = self.code  # type: ignore[attr-defined]
 

@@ -87,9 +87,9 @@ def _join(asked: Asked, texts: Texts) -> tuple[Texts, dict[Hashable, tuple[str, 
             entry = cache.peek(key)  # the previous flight may have landed since `look`
             row = getattr(entry, "row", None)
             if entry is not None and row is not None:
-                del led[key]
                 asked.rows[key] = row
                 flights.answer(key, (row, entry.list_nano))
+                del led[key]  # last: who is interrupted before has ended nothing
     except BaseException:
         _leave(asked, led, followers, False)
         raise
@@ -114,14 +114,14 @@ def _lead(asked: Asked, texts: Texts) -> Steps:
             except LMError as error:
                 for key in batch:
                     if key in pending:
-                        del pending[key]
                         flights.fail(key, error)
+                        del pending[key]
                 raise
             for key, row, cost in found:
                 asked.rows[key] = row
                 if key in pending:
-                    del pending[key]
                     flights.answer(key, (row, cost))
+                    del pending[key]
     except GeneratorExit:
         left, pending = pending, {}
 

@@ -8,6 +8,7 @@ from dspy.lm15 import Response
 from dspy.utils.exceptions import LMError, LMTimeoutError
 
 from dspy_prod.errors import RejectedError, UnusableAnswerError
+from dspy_prod.pipeline.upstream.heard import keep_heard
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
@@ -86,6 +87,7 @@ class Failures:
         error = self.upstream or first
         if len(said) > 1:
             first = next(iter(said.values()))
+            keep_heard(error)  # what others said is no evidence of this one's
             _add(error, "; ".join(f"{route.name}: {_brief(each)}" for route, each in said.items()))
             if error is not first:
                 error.__cause__ = first

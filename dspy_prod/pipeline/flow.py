@@ -91,20 +91,20 @@ def _flow(call: Call) -> Flow:
             flights.begun(key, lead.end)
             entry = yield from lead.wait(call)
         if entry is not None:
-            ended = True
             flights.answer(key, (entry.response, entry.list_nano))
+            ended = True  # not before: who is interrupted just then has ended nothing
             return call.hit(entry)
         response = yield from _send(call)
         lead.end(verdict=True)
-        ended = True
         flights.answer(key, (response, call.list_nano))
+        ended = True
         return response
     except RejectedError:
         raise  # our own refusal: the next follower decides for itself
     except LMError as error:
         lead.end(verdict=True)
-        ended = True
         flights.fail(key, error)  # the upstream's verdict holds for everybody who asked the same
+        ended = True
         raise
     except GeneratorExit:
         ended = True

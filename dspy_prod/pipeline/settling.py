@@ -115,6 +115,8 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
         if call.purse is not None:
             _pay(attempt, worst(attempt) or 0)  # until it has ended
         late.on_end(lambda response, failure: _ended_late(attempt, verdict, response, failure))
+    if error is not raised:  # it says all by itself; behind what was raised may be what the caller was handling
+        error.own_causes = 0  # type: ignore[attr-defined]
     return error
 
 

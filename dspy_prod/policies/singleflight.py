@@ -156,19 +156,21 @@ class Flights:
 
     def answer(self, key: Hashable, value: Any) -> None:
         """Share the leader's answer and end the flight."""
-        followers = self._end(key)
-        if isinstance(followers, _Followers):
-            for follower in followers:
-                follower.value = value
-                self._decide(follower, ANSWERED)
+
+        def tell(follower: Follower) -> None:
+            follower.value = value
+            follower.state = ANSWERED
+
+        self._end(key, tell)
 
     def fail(self, key: Hashable, error: BaseException) -> None:
         """Share the upstream's verdict and end the flight. Each follower gets a copy: tracebacks are per raise."""
-        followers = self._end(key)
-        if isinstance(followers, _Followers):
-            for follower in followers:
-                follower.error = _copied(error)
-                self._decide(follower, FAILED)
+
+        def tell(follower: Follower) -> None:
+            follower.error = _copied(error)
+            follower.state = FAILED
+
+        self._end(key, tell)
 
     def hand_over(self, key: Hashable, home: Home = None) -> None:
         """Pass the lead to the next follower, or end the flight when nobody follows.
@@ -196,6 +198,8 @@ class Flights:
         followers = self._flights.get(key)
         while isinstance(followers, _Followers) and followers:
             follower = followers.popleft()
+            if follower.state != WAITING:  # told, by a leader who was interrupted then
+                continue
             if not gone(follower.home):
                 followers.leader = follower.home
                 follower.state = LEADS
@@ -204,17 +208,18 @@ class Flights:
             follower.state = LEFT  # under the same lock, so that it cannot pass the lead on as well
         self._flights.pop(key, None)
 
-    def _end(self, key: Hashable) -> _Followers | Home:
+    def _end(self, key: Hashable, tell: Callable[[Follower], None]) -> None:
+        """Whoever is interrupted before the last follower is told leads on, and is to hand over to those left."""
         with self._lock:
+            followers = self._flights.get(key)
+            while isinstance(followers, _Followers) and followers:
+                follower = followers[0]
+                if follower.state == WAITING:
+                    tell(follower)
+                    _woken(follower)
+                followers.popleft()
             self._begun.pop(key, None)
-            return self._flights.pop(key, None)
-
-    def _decide(self, follower: Follower, state: int) -> None:
-        with self._lock:
-            if follower.state != WAITING:
-                return
-            follower.state = state
-        _woken(follower)
+            self._flights.pop(key, None)
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()

@@ -8,13 +8,17 @@ from types import FunctionType
 from typing import Any
 
 import httpx
+import litellm
 import pytest
+from dspy.utils.exceptions import LMError, LMTimeoutError, LMTransportError
 
+from dspy_prod import Retry
 from dspy_prod.compat.stay import Stay
+from dspy_prod.pipeline.outcome import TABLE, is_of_the_request, is_outage, judge
 from dspy_prod.pipeline.upstream.ends import bounded_by, causes_of
-from dspy_prod.testing import Reset, Verbatim
+from dspy_prod.testing import ErrorInStream, Hang, Reset, Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.support import outcome, records, request
+from tests.e2e.support import CHEAP, outcome, records, request
 from tests.e2e.test_unusable import QUICK, START, TOLD, body, chunk
 from tests.integration.support import breaker
 
@@ -95,6 +99,44 @@ def test_a_call_in_a_handler_ends_as_any_other(
     assert ended(handling[1]) == ended(plainly[1])
 
 
+TIMEOUT = 0.2
+
+
+def asked_within(lm: Any, way: str, status: int) -> Any:
+    """One call, whose event loop is run in a handler too: Python says so of what a time limit ends there."""
+    try:
+        raise refused(status)
+    except httpx.HTTPStatusError:
+        return asked(lm, way, None)
+
+
+@ENGINES
+@pytest.mark.parametrize("way", ["sync", "async", "sync stream", "async stream"])
+@pytest.mark.parametrize("status", [400, 404])
+def test_a_time_out_is_a_time_out_whatever_its_caller_is_handling(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str, status: int
+) -> None:
+    """It was not tried again, for the status of another service."""
+    lm = connect(serve(faults=Hang()), engine=engine, timeout=TIMEOUT, retry=Retry(attempts=2, backoff=0.01))
+    said = asked_within(lm, way, status)
+    assert isinstance(said, (LMTimeoutError, LMTransportError))
+    assert judge(said) in (TABLE["slow"].verdict, TABLE["lost"].verdict)
+    assert is_outage(said)
+    assert not is_of_the_request(said)
+    assert breaker(lm).total_failures == 2, "one of each attempt"
+
+
+@ENGINES
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_fallback_is_asked_after_a_time_out_whatever_the_caller_is_handling(
+    serve: MakeProvider, connect: MakeLM, engine: str, way: str
+) -> None:
+    """Where a 400 is handled, none was."""
+    other = connect(serve(), model=CHEAP)
+    lm = connect(serve(faults=Hang()), engine=engine, timeout=TIMEOUT, fallbacks=[other])
+    assert asked_within(lm, way, 400) == ["ok"]
+
+
 def test_what_a_consumer_handles_while_it_reads_a_stream_says_nothing_either(
     serve: MakeProvider, connect: MakeLM
 ) -> None:
@@ -109,6 +151,41 @@ def test_what_a_consumer_handles_while_it_reads_a_stream_says_nothing_either(
     [(said, cost, _)], failures = ended(lm)
     assert (said, failures) == ("error", 1)
     assert cost > 0
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_consumer_may_handle_the_rejection_of_another_answer_while_it_reads_a_stream(
+    serve: MakeProvider, connect: MakeLM, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A rule of LiteLLM's said no to the other: the stream that broke passed for rejected too, nobody's failure."""
+    monkeypatch.setattr(litellm, "post_call_rules", [lambda said: "bad" not in said])
+    other = connect(serve(answer="bad"), engine="litellm")
+    lm = connect(serve(answer="one two three four", faults=ErrorInStream()), engine="litellm")
+
+    def read() -> None:
+        events = lm._engine_spec.stream(request())
+        next(events)
+        try:
+            other("a question")
+        except LMError:
+            list(events)
+
+    async def aread() -> None:
+        events = lm._async_engine_spec.stream(request())
+        await anext(events)
+        try:
+            await other.acall("a question")
+        except LMError:
+            [event async for event in events]
+        finally:
+            await lm.pipeline.aclose()
+            await other.pipeline.aclose()
+
+    said = outcome(read if way == "sync" else lambda: asyncio.run(aread()))
+    assert isinstance(said, LMError)
+    assert judge(said) == TABLE["lost"].verdict
+    assert breaker(lm).total_failures == 1
+    assert breaker(other).total_failures == 0
 
 
 # -- the chain -------------------------------------------------------------------------------------------------------

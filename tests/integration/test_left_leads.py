@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dspy.utils.exceptions import LMServerError
 
 import dspy_prod
 from dspy_prod import DeadlineExceededError, call_context
 from dspy_prod.errors import RunStoppedError
 from dspy_prod.pipeline import flow
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.testing import Provider
+from dspy_prod.testing import Provider, Status
 from tests.e2e.support import until
 from tests.integration.support import Caller, following
 from tests.integration.test_left_loops import left
@@ -168,6 +169,55 @@ def test_who_is_interrupted_as_the_lead_is_passed_to_him_leaves_none_behind(
     provider.release()
     assert isinstance(Caller(lambda: lm("same")).outcome(10), list)
     assert not task.done()
+
+
+@pytest.mark.parametrize("ending", ["answer", "fail"])
+def test_who_is_interrupted_as_his_flight_ends_leaves_none_behind(
+    lm: Any, provider: Provider, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """Nobody would lead after him: the next one who asked the same followed for ever."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    flights = lm.pipeline.flights
+    if ending == "fail":
+        monkeypatch.setattr(flow, "_send", failing)
+    with monkeypatch.context() as patched:
+        patched.setattr(flights, ending, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            lm("same")
+    assert len(flights) == 0
+    monkeypatch.undo()
+    with call_context(cache="refresh"):
+        assert isinstance(lm("same"), list)
+
+
+def failing(_: Any) -> Any:
+    raise LMServerError("down", model="m")
+    yield
+
+
+@pytest.mark.parametrize("ending", ["answer", "fail"])
+def test_who_is_interrupted_as_the_vectors_are_shared_leaves_none_behind(
+    monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    with Provider(faults=[Status(500)] if ending == "fail" else []) as provider:
+        embedder = dspy_prod.Embedder(
+            "openai/text-embedding-3-small", api_base=provider.url, api_key="k", retry=False,
+            caching=dspy_prod.Cache(persist=False),
+        )  # fmt: skip
+        flights = embedder.pipeline.flights
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(flights, ending, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                embedder(["a", "b"])
+        assert len(flights) == 0
+        assert embedder(["a", "b"]).shape[0] == 2
 
 
 def test_a_leader_that_is_collected_ends_nothing_of_who_leads_in_his_place(

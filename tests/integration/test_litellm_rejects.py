@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import litellm
 import pytest
+from litellm.integrations.custom_guardrail import CustomGuardrail
 
 from dspy_prod.testing import Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
@@ -26,6 +28,35 @@ def says_no(_: str) -> dict[str, Any]:
 
 def breaks(_: str) -> bool:
     raise ValueError("blocked by policy")
+
+
+def warns(*_: Any) -> None:
+    raise UserWarning("blocked by policy")
+
+
+async def awarns(*_: Any, **__: Any) -> None:
+    warns()
+
+
+@pytest.mark.parametrize(
+    ("place", "way"),
+    [*product(["pre_call_rules", "post_call_rules"], WAYS), ("before", "async"), ("after", "async")],
+)
+def test_who_says_no_by_a_warning_says_no(
+    serve: MakeProvider, connect: MakeLM, monkeypatch: pytest.MonkeyPatch, place: str, way: str
+) -> None:
+    """It is an exception too, as where warnings are errors: it ended the call, and no other model was asked."""
+    if place.endswith("rules"):
+        monkeypatch.setattr(litellm, place, [warns])
+    else:
+        hook = "async_pre_call_deployment_hook" if place == "before" else "async_post_call_success_deployment_hook"
+        guardrail = CustomGuardrail(guardrail_name="any")
+        setattr(guardrail, hook, awarns)
+        monkeypatch.setattr(litellm, "callbacks", [guardrail])
+    other = connect(serve(), model=CHEAP)
+    lm = connect(serve(), engine="litellm", fallbacks=[other])
+    assert ask(lm, way) == ["ok"]
+    assert [each.model for each in records(lm)] == [MODEL, CHEAP]
 
 
 @pytest.fixture

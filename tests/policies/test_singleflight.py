@@ -157,19 +157,17 @@ def test_who_was_decided_meanwhile_cannot_leave(end: str, state: int) -> None:
     assert follower.state == state
 
 
-def test_a_verdict_that_is_under_way_does_not_reach_who_has_left() -> None:
+def test_a_verdict_does_not_reach_who_has_left() -> None:
+    """Nor who is taken for one who follows still: `leave` may be interrupted in the middle."""
     flights, [(first, woken), (second, _)] = flying(2)
-    followers = flights._end("k")
-    assert followers is not None
-    assert flights.leave("k", first)
-    for follower in followers:
-        flights._decide(follower, ANSWERED)
+    first.state = LEFT
+    flights.answer("k", "the answer")
     assert (first.state, woken, second.state) == (LEFT, [], ANSWERED)
 
 
 def test_leaving_after_one_s_own_flight_disturbs_no_later_one() -> None:
     flights, [(late, _)] = flying(1)
-    flights._end("k")
+    del flights._flights["k"]
     assert flights.join("k") is None
     other, states = following(flights)
     assert flights.leave("k", late)
@@ -300,3 +298,21 @@ def test_the_lead_is_not_passed_to_a_loop_that_is_closed() -> None:
     loop.close()
     flights.hand_over("k")
     assert (dead.state, follower.state, states) == (LEFT, LEADS, [LEADS])
+
+
+@pytest.mark.parametrize("ending", ["answer", "fail"])
+def test_who_is_interrupted_as_he_tells_his_followers_leads_on_to_those_left(ending: str) -> None:
+    """Their flight was gone, so nobody looked after them."""
+    flights, [_, (second, states)] = flying(2)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    told = flights._flights["k"][0]  # type: ignore[index]
+    told.wake = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        flights.answer("k", "the answer") if ending == "answer" else flights.fail("k", Verdict("down"))
+    assert told.state == (ANSWERED if ending == "answer" else FAILED)
+    assert second.state == WAITING
+    flights.hand_over("k")
+    assert states == [LEADS]

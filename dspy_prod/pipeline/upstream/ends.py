@@ -34,7 +34,8 @@ class LateResult(Protocol):
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
     """An error and, in turn, what it was raised from, without what is known to be of its caller, see `bounded_by`."""
-    own: int | None = getattr(error, "own_causes", None)
+    told = getattr(error, "own_causes", None)
+    own: int | None = told if type(told) is int else None  # an engine's own error may have any attribute
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen and (own is None or len(seen) <= own):
@@ -63,5 +64,8 @@ def bounded_by(outside: BaseException | None, error: BaseException) -> int | Non
 
 def billed_by(error: BaseException) -> Response | None:
     """What an answer that nobody could read tells of its usage; see `compat.lm15.read_or_billed`."""
-    own: Response | None = getattr(error, "billed", None)
-    return getattr(error.__cause__, "billed", None) if own is None else own  # no further: that may be another attempt's
+    for each in (error, error.__cause__):  # no further: that may be another attempt's
+        found = getattr(each, "billed", None)
+        if isinstance(found, Response):
+            return found
+    return None

@@ -17,9 +17,10 @@ from pydantic import ValidationError
 
 from dspy_prod.compat.bounds import BodyTooLongError
 from dspy_prod.compat.lm15 import error_of_status, raised_by_reader
+from dspy_prod.compat.stay import mark_of, set_mark
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, SealedError, bounded_by, causes_of
 from dspy_prod.pipeline.upstream.headers import hint_in, refusal_of, should_retry_in
-from dspy_prod.pipeline.upstream.heard import heard
+from dspy_prod.pipeline.upstream.heard import forget_heard, heard
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.privacy.known import blotted_in, known
 from dspy_prod.privacy.names import secrets_in
@@ -34,8 +35,10 @@ def public_error(error: Exception, upstream: Upstream, until: float, outside: Ba
         until: when the attempt was to end (monotonic).
         outside: what its caller was handling: see `bounded_by`.
     """
+    forget_heard(error)
     if hasattr(error, "own_causes"):  # an engine may raise one error again and again
-        error.own_causes = None
+        with suppress(AttributeError):
+            error.own_causes = None
     own = bounded_by(outside, error)
     if own is None:
         return _shown(error, upstream, until)
@@ -48,9 +51,9 @@ def public_error(error: Exception, upstream: Upstream, until: float, outside: Ba
 
 
 def _shown(error: Exception, upstream: Upstream, until: float) -> Exception:
-    raised = error
+    raised, mark = error, mark_of(error)
     headers, status = refusal_of(error)
-    if getattr(error, "rejected", False) or getattr(error, "unasked", False):
+    if mark.rejected or mark.unasked:
         return _without_secrets_of(upstream, _said_by_user(error, upstream), raised)
     if isinstance(error, AttemptTimeoutError):
         return error
@@ -63,7 +66,7 @@ def _shown(error: Exception, upstream: Upstream, until: float) -> Exception:
         # It was refused, whatever became of the body that says why.
         why = f"HTTP {status}, and nothing to be read that says why"
         error = error_of_status(status, why, provider=upstream.provider)
-    if getattr(error, "came", None) == "begun" and heard(error).shape == "garbled":
+    if mark_of(error).came == "begun" and heard(error).shape == "garbled":
         # LiteLLM says for it what it says of a connection that broke, of a server that fails, or of a bad request.
         error = ProviderError(f"The provider's stream cannot be read: {error}").with_traceback(error.__traceback__)
     for cause in causes_of(error):
@@ -73,8 +76,7 @@ def _shown(error: Exception, upstream: Upstream, until: float) -> Exception:
     if isinstance(wrapped, LMError):
         wrapped.retry_after = hint_in(headers, wrapped.retry_after)
         wrapped.should_retry = should_retry_in(headers)
-        wrapped.came = getattr(raised, "came", None)
-        wrapped.rejected = getattr(raised, "rejected", False)
+        set_mark(wrapped, mark)
         # The native engine tells a status with every HTTP error: one without came inside an answer.
         wrapped.begun = isinstance(upstream.spec, str) and isinstance(wrapped, LMProviderError)
         if headers and not getattr(wrapped, "rate_limit_headers", None):
@@ -85,13 +87,14 @@ def _shown(error: Exception, upstream: Upstream, until: float) -> Exception:
 def _said_by_user(error: Any, upstream: Upstream) -> Exception:
     """What LiteLLM's user raised in a rule or a hook, as nothing that the provider or a policy of this call has said.
 
-    A service or a model that a guardrail asks may be down, or refused for a budget of its own.
+    A service or a model that a guardrail asks may be down, or refused for a budget of its own. Nor does a warning that
+    was made an error, as Python can be told to, go past the policies: it too says no to this model alone.
     """
     clean = error
-    if isinstance(error, (LM15Error, LMError)):
+    if isinstance(error, (LM15Error, LMError, Warning)):
         clean = ProviderError(str(getattr(error, "message", None) or error)).with_traceback(error.__traceback__)
     wrapped: Any = wrap_error(clean, model=upstream.model, provider=upstream.provider)
-    wrapped.came, wrapped.rejected, wrapped.unasked = error.came, error.rejected, error.unasked
+    set_mark(wrapped, mark_of(error))
     return wrapped  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,7 @@ stands behind them, from the library that spoke to the provider, is evidence.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from json import JSONDecodeError
 from traceback import walk_tb
 from typing import Any, Final, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, Final, NamedTuple
 from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
 from pydantic import ValidationError
 
+from dspy_prod.compat.stay import Mark, mark_of
 from dspy_prod.pipeline.upstream.ends import SealedError, causes_of
 from dspy_prod.pipeline.upstream.vocabulary import status_meant_by
 from dspy_prod.runtime.patterns import Pattern
@@ -66,11 +68,29 @@ _STUMBLES: Final = (LookupError, TypeError, ValueError, AttributeError, Arithmet
 _UNUSABLE: Final = Pattern(r"provider returned 'choices' that is not a list", re.IGNORECASE)
 
 
+_HEARD: Final = "_dspy_prod_heard"
+
+
+def keep_heard(error: Exception) -> None:
+    """Keep with an error what is heard of it now: what is said of it later, of other attempts, is no evidence."""
+    with suppress(AttributeError):
+        setattr(error, _HEARD, heard(error))
+
+
+def forget_heard(error: Exception) -> None:
+    """It is another attempt's now: an engine may raise one error again and again."""
+    if hasattr(error, _HEARD):
+        delattr(error, _HEARD)
+
+
 def heard(error: Exception) -> Heard:
     """What is certain about an error that an attempt raised."""
-    causes = list(causes_of(error))
-    if getattr(error, "rejected", False) or getattr(error, "unasked", False):
-        return _said_by_user(error, causes)
+    kept = getattr(error, _HEARD, None)
+    if isinstance(kept, Heard):
+        return kept
+    causes, mark = list(causes_of(error)), mark_of(error)
+    if mark.rejected or mark.unasked:
+        return _said_by_user(mark, causes)
     litellm = [cause for cause in causes if _of_litellm(cause)]
     status = _status_of(error, causes, bool(litellm))
     text = _text_of(causes)
@@ -78,7 +98,7 @@ def heard(error: Exception) -> Heard:
     if code is None:  # LiteLLM leaves that of an error inside a stream behind
         code = next((cause.code for cause in causes if _package(cause) == "openai" and hasattr(cause, "code")), None)
     in_body = next((cause for cause in causes if type(cause) is Exception and hasattr(cause, "status_code")), None)
-    came = getattr(error, "came", None) if status is None else None
+    came = mark.came if status is None else None
     begun = status is None and (
         came is not None
         or (bool(getattr(error, "begun", False)) and not litellm)
@@ -107,15 +127,14 @@ def heard(error: Exception) -> Heard:
     )
 
 
-def _said_by_user(error: Exception, causes: list[BaseException]) -> Heard:
+def _said_by_user(mark: Mark, causes: list[BaseException]) -> Heard:
     """LiteLLM's user has said no, to an answer or before anything was sent: what else was asked for it is no evidence.
 
     A guardrail raises what the service that it asks has said: a 503 of that is not the provider's.
     """
-    rejected = bool(getattr(error, "rejected", False))
     return Heard(
-        status=None, hearsay=None, code=None, text=_text_of(causes), begun=rejected, local=not rejected,
-        unreached=False, shape="filtered" if rejected else None, should_retry=None,
+        status=None, hearsay=None, code=None, text=_text_of(causes), begun=mark.rejected, local=not mark.rejected,
+        unreached=False, shape="filtered" if mark.rejected else None, should_retry=None,
     )  # fmt: skip
 
 

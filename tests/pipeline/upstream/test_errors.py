@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 from dspy.lm15 import ProviderError
-from dspy.utils.exceptions import LMAuthError, LMError
+from dspy.utils.exceptions import LMAuthError, LMError, LMUnexpectedError
 from pydantic import BaseModel, ValidationError
 
-from dspy_prod.pipeline.outcome import flaw_of, judge
+from dspy_prod import LM, Price
+from dspy_prod.pipeline.outcome import TABLE, flaw_of, judge
 from dspy_prod.pipeline.upstream.errors import public_error
+from dspy_prod.pipeline.upstream.heard import keep_heard
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.testing import Provider, Verbatim
-from tests.e2e.support import PRICES, ask, charged, make_lm
+from tests.e2e.support import PRICES, ask, charged, fresh_memory, make_lm, outcome, records, request
 from tests.pipeline.support import answer
 
 KEY = "sk-known-0123456789abcdef"
@@ -159,3 +161,82 @@ def test_an_error_of_pydantic_without_a_secret_stays_itself() -> None:
     shown(holding)
     assert holding.__cause__ is caught.value
     assert holding.held is caught.value
+
+
+class Strange(Exception):
+    """An engine's own, with an attribute by which this library marks errors, or by a name that it has used for that."""
+
+
+class Raising:
+    """A custom engine."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def complete(self, _: Any) -> Any:
+        raise self._error
+
+    def stream(self, _: Any) -> Any:
+        raise self._error
+
+
+def asking(error: Exception) -> LM:
+    """An LM whose engine raises it."""
+    return LM(
+        "acme/m", engine=Raising(error), prices={"acme/m": Price(input=1, output=1)}, store=fresh_memory(), cache=False
+    )
+
+
+@pytest.mark.parametrize("kind", [Strange, LMError])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"rejected": True},
+        {"unasked": True},
+        {"came": "whole"},
+        {"rejected": True, "came": "begun"},
+        {"billed": True},
+        {"own_causes": "two"},
+        {"_dspy_prod_mark": "mine"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_engine_s_own_error_may_have_attributes_of_any_name(
+    kind: type[Exception], attributes: dict[str, Any], streamed: bool
+) -> None:
+    """It was replaced by an AttributeError, or nothing was booked."""
+    errors = [kind("policy says no"), kind("policy says no")]
+    vars(errors[0]).update(attributes)
+    ends = []
+    for error in errors:
+        lm = asking(error)
+        said = outcome(lambda: list(lm._engine_spec.stream(request())) if streamed else lm("a question"))  # noqa: B023
+        ends.append((type(said), str(said), judge(said), [(each.outcome, each.cost_nano) for each in records(lm)]))
+        lm.close()
+    assert ends[0] == ends[1]
+    assert "policy says no" in ends[0][1]
+
+
+def test_an_engine_s_own_error_need_not_take_attributes() -> None:
+    """What a caller was handling is counted on it where that can be."""
+
+    class Fixed(Exception):
+        own_causes = property(lambda _: "none")
+
+    lm = asking(Fixed("policy says no"))
+    try:
+        raise ValueError("another")
+    except ValueError:
+        said = outcome(lambda: lm("a question"))
+    assert (type(said), str(said)) == (LMUnexpectedError, "[acme/m] policy says no")
+    lm.close()
+
+
+def test_an_error_that_an_engine_raises_again_is_heard_anew() -> None:
+    """It was the last that a call's routes said, and is the first of another call."""
+    error = LMError("no", status=429)
+    keep_heard(error)
+    error.status = 503
+    assert judge(error) == TABLE["throttled"].verdict
+    assert judge(shown(error)) == TABLE["down"].verdict
