@@ -30,9 +30,9 @@ from dspy_prod.experiments.pairs import Pair, kept_under
 from dspy_prod.experiments.purse import Piece, Purse
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
-from dspy_prod.production.reasons import REFUSALS, has_hung, reason_of
+from dspy_prod.production.collecting import Records
+from dspy_prod.production.reasons import REFUSALS, reason_of
 from dspy_prod.production.report import CallReport, report_of
-from dspy_prod.production.watch import Records
 from dspy_prod.records import NANO
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
@@ -54,18 +54,6 @@ OURS: Final = REFUSALS - {"circuit_open"}
 """Why a call was not answered for a reason that is neither its program's nor its upstream's."""
 
 _log = logging.getLogger("dspy_prod")
-
-
-def went_unanswered(error: BaseException | None, report: CallReport | None, records: Records) -> bool:
-    """Whether what a program was refused had been sent, and nothing came in all its time: then it has failed. What
-    became of other calls of the program does not matter: one that timed out, and was answered when tried again, makes
-    no failure of what a budget refuses later.
-
-    Args:
-        error: what it raised; None where it raised nothing, as where a fallback answered. report: of its answer; None
-            where it has none. records: of its LM calls.
-    """
-    return has_hung(error) if error is not None else records.has_hung(report)
 
 
 def list_nano(report: CallReport | None, records: Records) -> int | None:
@@ -191,7 +179,7 @@ class Shadow:
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         if not self._is_wanted(variant, RUNNING, PAUSED):
             return  # it ended meanwhile
-        refused = refused and not went_unanswered(raised, report, records)
+        refused = refused and not records.has_hung(raised, report)  # it was sent: then it has failed
         if self._purse is not None and run is not None:
             refused |= run.has_refused
             self._purse.see(run)
