@@ -285,7 +285,7 @@ class Judges:
         if purse is not None and run is not None:
             purse.see(run)
         if purse is not None and run is not None and run.has_refused:  # what a fallback made of that is no score
-            if run.is_short and (purse.is_used_up or not purse.covers(run.left)):
+            if run.is_short and (purse.is_used_up() or not purse.covers(run.left)):
                 _log.warning("The judge of %s in %s ends, for its budget is spent", name, self._name)
                 self._end(name)
             else:

@@ -109,6 +109,7 @@ class Shadow:
         self._found: tuple[Trial, Declaration] | None = None
         self._experiment, self._candidates = experiment, tuple(candidates)
         self._purse, self._run_name = None, run_of(experiment, salt)
+        self._short_of: set[str] = set()  # candidates whose calls the money left does not cover
         self._spent = rollout.shadow_usd is not None and disabled()
         if self._spent:
             _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
@@ -140,7 +141,7 @@ class Shadow:
 
     def _work(self, asked: _Asked) -> None:
         for variant in self._candidates:
-            if not self._spent and self._is_wanted(variant, RUNNING):
+            if variant.name not in self._short_of and self._is_wanted(variant, RUNNING):
                 self._ask(variant, asked)
 
     def _is_wanted(self, variant: Variant, *states: str) -> bool:
@@ -182,9 +183,9 @@ class Shadow:
         refused = refused and not records.has_hung(raised, report)  # it was sent: then it has failed
         if self._purse is not None and run is not None:
             refused |= run.has_refused
-            self._purse.see(run)
-            if self._purse.is_used_up:
-                self._end()
+            self._purse.see(run, variant.name)
+            if self._purse.is_used_up(variant.name):
+                self._end(variant.name)
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
         latency = None if cached else time.monotonic() - began
@@ -196,16 +197,19 @@ class Shadow:
             kept = _UNKNOWN if value is None else float(value)
             self._trials.outcome(Outcome(self._name, unit, name, kept, at))
 
-    def _end(self) -> None:
-        """No candidate is asked from now on; the audit says why."""
-        self._spent = True
+    def _end(self, candidate: str) -> None:
+        """A candidate is not asked from now on; the audit says why. Others are, while the money lasts for them."""
+        self._short_of.add(candidate)
+        self._spent = len(self._short_of) == len(self._candidates)
         usd, trials, name = self._rollout.shadow_usd, self._trials, self._experiment
-        why = f"the shadow stage's budget of {usd:g} USD is used up: its candidates are asked nothing more"
+        why = f"the shadow stage's budget of {usd:g} USD is used up: {candidate} is asked nothing more"
         _log.warning("Experiment(%r): %s", name, why)
         try:
             there = still_there(trials, name, self._salt) is not None  # else the audit is of the next one of its name
-            if there and all(line.what != SPENT for line in trials.decisions(name)):
-                trials.decide(name, Decision(SPENT, "shadow", json.dumps({"reason": why, "usd": usd})))
+            told = [json.loads(line.evidence) for line in trials.decisions(name) if line.what == SPENT]
+            if there and all(each.get("candidate", candidate) != candidate for each in told):
+                told_now = json.dumps({"reason": why, "usd": usd, "candidate": candidate})
+                trials.decide(name, Decision(SPENT, "shadow", told_now))
         except StoreUnavailableError as error:  # the next process that meets the cap tells it
             _log.warning("That the shadows of %s are at their cap cannot be kept now: %s", name, error)
 

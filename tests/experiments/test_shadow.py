@@ -279,7 +279,7 @@ def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
     monkeypatch.setattr(old._works.shadow, "_is_wanted", lambda *_: True)
     let(old, held)
     assert held.calls == 20
-    old._works.shadow._end()
+    old._works.shadow._end("new")
     assert [each.what for each in new._works.trials.decisions("e")] == ["start"]
     time.sleep(1.1)  # a unit without a call would be waited for
     card = new.step()
@@ -364,6 +364,34 @@ def test_what_a_cache_answers_says_nothing_of_the_money_left(provider: Provider,
     assert (unseen.spent, unseen.refused) == (True, {"new": 5})
     paid = sum("Think." in str(call.body) for call in provider.calls)
     assert 0 < paid < unseen.pairs["new"] <= 2 * paid + 5
+
+
+@pytest.mark.parametrize("order", [("cheap", "dear"), ("dear", "cheap")])
+def test_a_cheap_candidate_does_not_hide_that_there_is_no_money_left_for_a_dear_one(
+    order: tuple[str, str], provider: Provider, asked: Asked, store: str
+) -> None:
+    """It is told at once, and the dear one is asked nothing more; the cheap one is, for which there is money."""
+    asked(cache=False, max_tokens=20)
+    programs = {"cheap": Triage("Cheap."), "dear": Triage("Dear. " * 9_000)}
+    exp = Experiment(
+        "e", variants={"control": Triage(), **{name: programs[name] for name in order}}, store=store,
+        rollout=Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0, shadow_usd=0.001, shadow_calls=1_000),
+    )  # fmt: skip
+    exp.start()
+    assert exp._works.shadow is not None
+    told = []
+    for number in range(8):
+        ask(exp, f"u{number}", message=f"m{number}")
+        assert exp._works.shadow.wait()
+        told.append([each.what for each in exp._works.trials.decisions("e")].count("shadow_spent"))
+    assert told == [0, 0, 0, 0, 1, 1, 1, 1]
+    time.sleep(1.1)  # a unit without a call is waited for
+    exp.step()
+    card = exp.scorecard()
+    assert card.unseen is not None
+    assert dict(card.unseen.pairs) == {"cheap": 8, "dear": 0}
+    assert (dict(card.unseen.refused), card.unseen.spent) == ({"cheap": 0, "dear": 5}, True)
+    assert "dear is asked nothing more" in json.loads(exp._works.trials.decisions("e")[-1].evidence)["reason"]
 
 
 def test_a_call_that_is_larger_than_the_money_left_is_refused_and_ends_no_shadow(asked: Asked, store: str) -> None:
