@@ -197,7 +197,8 @@ def test_a_removal_that_is_broken_off_leaves_no_experiment_whose_pairs_are_kept_
 def test_an_experiment_that_is_removed_while_a_process_makes_it_leaves_nothing(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trials = shadowed(store, Triage())._works.trials
+    first = shadowed(store, Triage())  # the store that is patched is open for as long as it is there
+    trials = first._works.trials
     create = trials.create
 
     def creates(name: str, *rest: Any, **more: Any) -> Any:
