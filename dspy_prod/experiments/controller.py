@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from dspy_prod.experiments.aliases import Aliases
 from dspy_prod.experiments.assignment import Design
 from dspy_prod.experiments.decisions import Decision
 from dspy_prod.experiments.declaration import Declaration
+from dspy_prod.experiments.emitting import emit
 from dspy_prod.experiments.feedback import Feedback
 from dspy_prod.experiments.history import Look
 from dspy_prod.experiments.horizon import REASON, Horizon, has_asked
@@ -33,11 +33,13 @@ from dspy_prod.runtime.forking import reset_after_fork
 from dspy_prod.stores import trials as words
 from dspy_prod.stores.trial_terms import lease_of
 from dspy_prod.stores.trials import Trial, Trials
-from dspy_prod.telemetry.events import BUS
 from dspy_prod.tracking import setup
 
 LEASE: Final = 30.0
 """Seconds for which a controller that was killed keeps others from looking, where its process cannot be asked."""
+
+TELLINGS: Final = 10
+"""Times that it may have changed, or that others may save before, while MLflow is told, until the next look tells."""
 
 _log = logging.getLogger("dspy_prod")
 
@@ -55,7 +57,8 @@ class Controller:
 
     Attributes:
         page: makes the scorecard as a page, which MLflow keeps when the experiment ends; None: no page.
-        over: as of its last look, there is nothing left to do: it was stopped or removed, or what was decided is done.
+        over: as of its last look, there is nothing left to do: it was stopped or removed, or what was decided is done
+            and told.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Controller:
         if lease.holder != self._me:
             return None
         try:
-            if progress is None or self._declaration(progress.trial).salt != self._design.salt:
+            if progress is None or not self._is_there(progress.trial):
                 self.over = True  # it was removed, whatever has its name now
                 self._in_mlflow.removed(self._design.salt)
                 return None
@@ -105,11 +108,12 @@ class Controller:
             trial: Trial | None = progress.trial
             if progress.trial.state == words.RUNNING:
                 trial = self._act(progress.trial, decision)
-            self.over = trial is not None and trial.state in (words.STOPPED, words.DECIDED)
+            over = trial is not None and trial.state in (words.STOPPED, words.DECIDED)
             if trial is not None and self._aliases is not None:
-                self.over &= self._aliases.follow(trial, self._trials.decisions(self.name))
+                over &= self._aliases.follow(trial, self._trials.decisions(self.name))
             if trial is not None:
-                self._tell(trial, decision)
+                over &= self._tell(trial, decision)
+            self.over = over
             return decision
         finally:
             self._trials.release(lease_of(self.name), self._me)
@@ -121,36 +125,48 @@ class Controller:
         """
         if setup.courier() is None:
             return
-        told = None
+        told: int | None = None
+        why: object = "others look at it all the time"
         try:
-            while True:
+            for _ in range(TELLINGS):
                 with self._reading.still:  # what is told is of one moment
                     trial = self._trials.trial(self.name)
-                    if trial is None or self._declaration(trial).salt != self._design.salt or trial.revision == told:
+                    if trial is None or not self._is_there(trial):
+                        self.removed(None)  # whoever did so may have ended the runs before they were told of here
                         return
-                    self._tell_runs(trial, self._reading.read())
-                    told = trial.revision  # should it have changed meanwhile, whoever did so may have told it before
+                    if trial.revision == told:
+                        return
+                    if self._tell_runs(trial, self._reading.read()):
+                        told = trial.revision  # should it have changed meanwhile, who did so may have told it before
         except StoreUnavailableError as error:
-            _log.warning("MLflow is told with the next look how the experiment %s stands: %s", self.name, error)
+            why = error
+        _log.warning("MLflow is told with the next look how the experiment %s stands: %s", self.name, why)
 
     def removed(self, kept: Mapping[str, Any] | None) -> None:
         """End the runs in MLflow of an experiment that was removed; see `VariantsInMlflow.removed`."""
         self.over = True
         self._in_mlflow.removed(self._design.salt, kept)
 
-    def _tell(self, trial: Trial, decision: Decision) -> None:
-        """Tell MLflow how it stands, and take in what people say there, for the next look."""
-        self._tell_runs(trial, decision)
-        if trial.state in (words.RUNNING, words.PAUSED):
+    def _tell(self, trial: Trial, decision: Decision) -> bool:
+        """Tell MLflow how it stands, and take in what people say there, for the next look; whether it was told."""
+        told = self._tell_runs(trial, decision)
+        if setup.courier() is not None and not self._is_there(self._trials.trial(self.name)):
+            self._in_mlflow.removed(self._design.salt)  # meanwhile, and whoever did so has ended the runs before
+        elif trial.state in (words.RUNNING, words.PAUSED):
             self._feedback.look(trial)
+        return told
 
-    def _tell_runs(self, trial: Trial, decision: Decision) -> None:
+    def _tell_runs(self, trial: Trial, decision: Decision) -> bool:
+        """Tell MLflow how it stands; False where others look all the time, so that there are no figures of now."""
         share = None if self._rollout is None else self._rollout.stages[trial.stage]
         stage = "split" if share is None else share if isinstance(share, str) else f"{100 * share:g} %"
         with self._reading.still:  # others look with the same object
+            if self._reading.evidence is None:
+                decision = self._reading.read()
             evidence = self._reading.evidence
             if evidence is not None:
                 self._in_mlflow.look(trial, stage, decision, evidence, self._reading.spread, self.page)
+            return evidence is not None
 
     def read(self) -> Decision:
         """Take in what has come since, save how far that is, and say what it means; see `Reading`."""
@@ -182,6 +198,10 @@ class Controller:
             self._declared = trial.declaration, found
         assert found is not None
         return found
+
+    def _is_there(self, trial: Trial | None) -> bool:
+        """Whether this is the experiment, and no later one of its name."""
+        return trial is not None and self._declaration(trial).salt == self._design.salt
 
     def _after_fork(self) -> None:
         """A child is another controller."""
@@ -231,7 +251,7 @@ class Controller:
             return self._change(trial, "pause", f"inconclusive: {reason}", decision, words.PAUSED)
         if self._told != (trial.stage, trial.since):
             self._told = trial.stage, trial.since
-            self._emit("inconclusive", reason, trial, None, decision.verdict)
+            emit("inconclusive", reason, trial, None, decision.verdict)
         return trial
 
     def _is_over(self, horizon: Horizon, trial: Trial, decision: Decision) -> bool:
@@ -264,24 +284,8 @@ class Controller:
             decision=words.Decision(what, "controller", evidence),
         )  # fmt: skip
         if changed is not None:
-            self._emit(what, reason, changed, None if declaration is None else declaration.serves, decision.verdict)
+            emit(what, reason, changed, None if declaration is None else declaration.serves, decision.verdict)
         return changed
-
-    def _emit(self, what: str, reason: str, trial: Trial, serves: str | None, verdict: str) -> None:
-        """Tell listeners."""
-        if not BUS.active:
-            return
-        at, stage = time.time(), trial.stage
-        if what in ("stage", "promote"):
-            BUS.emit(
-                "experiment_moved", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves,
-                verdict=verdict,
-            )  # fmt: skip
-        else:
-            BUS.emit(
-                "experiment_alarm", at, experiment=self.name, what=what, reason=reason, stage=stage, variant=serves,
-                verdict=verdict,
-            )  # fmt: skip
 
     def _next_stage(self, trial: Trial, dropped: Sequence[str]) -> int | None:
         """The stage that follows, once this one has had its time and its units."""

@@ -29,7 +29,7 @@ from dspy_prod.experiments.variants import Variant
 from dspy_prod.lm.lm import LM
 from dspy_prod.pipeline.outcome import is_of_the_request
 from dspy_prod.policies.run import Run, refused_by
-from dspy_prod.production.watch import Records
+from dspy_prod.production.collecting import Records
 from dspy_prod.records import NANO, CallRecord
 from dspy_prod.statistics.paired import Paired, paired
 from dspy_prod.stores.base import Store

@@ -15,6 +15,7 @@ import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Final, Literal, NamedTuple
@@ -59,7 +60,8 @@ class Judge:
         usd: what its calls may cost over the whole experiment, in all processes, in USD; None: no cap. Only calls of
             `dspy_prod.LM` can be capped. An answer that is larger than what is left is a unit without a score. Once
             that is below a usual call, or five answers in a row were too large, it is used up: nobody is drawn any
-            more, until a process makes the experiment with a higher one; units of that time are not in the sample.
+            more, in any process, until one has the experiment with a higher one; units of that time are not in the
+            sample.
 
     Raises:
         ConfigError: an impossible value.
@@ -164,7 +166,8 @@ class Judges:
             for name, judge in judges.items()
             if judge.usd is not None
         }
-        self._spent: dict[str, bool] = {}  # whether the audit has it
+        self._spent: dict[str, bool] = {}  # by this process; whether the audit has it
+        self._ended: set[str] = set()  # by any, as the audit has it
         self._warned: set[str] = set()
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._aside: Aside[_Answer] = Aside("dspy_prod-judge", self._work)
@@ -174,9 +177,17 @@ class Judges:
             self._resume(name, judge.usd)
 
     def _resume(self, name: str, usd: float | None) -> None:
-        """Draw again where a budget that was used up is higher now."""
+        """Draw again where a budget that was used up, here or in another process, is higher now; not where it is not.
+
+        Whoever draws on meanwhile would pay for scores that count nowhere.
+        """
         what, cap = last_budget(name, self._trials.decisions(self._name))
-        if what == SPENT and cap is not None and (usd is None or usd > cap):
+        raised = cap is not None and (usd is None or usd > cap)
+        if what == SPENT and not raised:
+            self._ended.add(name)
+            return
+        self._ended.discard(name)
+        if what == SPENT:
             told = {"reason": f"the budget of the judge of {name} was raised", "metric": name, "usd": usd}
             self._trials.decide(self._name, Decision(RESUMED, "judge", json.dumps(told)))
 
@@ -231,8 +242,15 @@ class Judges:
         return self._aside.wait(timeout)
 
     def _work(self, answer: _Answer) -> None:
-        if not self._spent.get(answer.metric) and self._is_there():
+        name = answer.metric
+        if not self._spent.get(name) and self._is_there() and (name in self._spent or self._is_drawn(name)):
             self._judge(answer)
+
+    def _is_drawn(self, name: str) -> bool:
+        """Whether its judge looks at units now; what was known last holds where the store cannot be used."""
+        with suppress(StoreUnavailableError):
+            self._resume(name, self._judges[name].usd)
+        return name not in self._ended
 
     def _is_there(self) -> bool:
         """Whether it was not removed: nothing is asked for an experiment that is forgotten, nor told of the next one
@@ -267,7 +285,7 @@ class Judges:
         if purse is not None and run is not None:
             purse.see(run)
         if purse is not None and run is not None and run.has_refused:  # what a fallback made of that is no score
-            if run.is_short and (purse.is_used_up or not purse.covers(run.left)):
+            if run.is_short and (purse.is_used_up() or not purse.covers(run.left)):
                 _log.warning("The judge of %s in %s ends, for its budget is spent", name, self._name)
                 self._end(name)
             else:

@@ -10,7 +10,7 @@ from typing import Final
 from dspy_prod.errors import BudgetExceededError
 from dspy_prod.policies.run import Dimension, Run
 from dspy_prod.runtime.forking import reset_after_fork
-from dspy_prod.stores.base import Refusal
+from dspy_prod.stores.base import Refusal, Store
 
 IN_A_ROW: Final = 5
 """Calls that the money left did not cover, one after the other, by which it is known to be used up: a single one may be
@@ -20,20 +20,27 @@ larger than others are."""
 class Purse(Run):
     """The run of one piece of work after another, each of which asks under a `Piece` of it."""
 
-    _short = _granted = _amount = 0
+    _granted = _amount = 0
 
-    def see(self, piece: Piece) -> None:
+    def __init__(self, name: str, *, usd: float, store: str | Store) -> None:
+        super().__init__(name, usd=usd, store=store)
+        self._short: dict[str, int] = {}
+
+    def see(self, piece: Piece, who: str = "") -> None:
         """A piece has ended. One that was granted nothing, as its answers came from a cache, says nothing of the money
-        left."""
-        if piece.is_short:
-            self._short += 1
-        elif piece.has_paid and not piece.has_refused:
-            self._short = 0
+        left.
 
-    @property
-    def is_used_up(self) -> bool:
-        """Whether so many pieces were short, one after the other, that it is not for the size of one."""
-        return self._short >= IN_A_ROW
+        Args:
+            who: whose it was: calls of one may be small enough for what is left, and those of another not.
+        """
+        if piece.is_short:
+            self._short[who] = self._short.get(who, 0) + 1
+        elif piece.has_paid and not piece.has_refused:
+            self._short[who] = 0
+
+    def is_used_up(self, who: str = "") -> bool:
+        """Whether so many pieces of somebody's were short, one after the other, that it is not for the size of one."""
+        return self._short.get(who, 0) >= IN_A_ROW
 
     def covers(self, left: float) -> bool:
         """Whether so much is enough for a usual call, as far as is known: for the mean of what was held for those that

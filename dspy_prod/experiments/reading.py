@@ -35,6 +35,9 @@ EXPOSED: Final = " (exposed)"
 EVERY: Final = 1.0
 """Seconds between two savings of what was read: whoever goes on reads the rest once more, and finds the same."""
 
+COLLISIONS: Final = 10
+"""Times that others may save before, in one reading, until it is left to the next one."""
+
 _log = logging.getLogger("dspy_prod")
 
 
@@ -46,7 +49,8 @@ class Reading:
             `Evidence`. rollout: the stages; None: a fixed split. sample: whom judges look at.
 
     Attributes:
-        evidence: as of the last `read`; None before it. spread: of latencies.
+        evidence: as of the last `read`; None before it, and after one that others have saved before again and again.
+        spread: of latencies.
         pairs: those of a shadow stage; None without one.
         impossible: values that their metric cannot have, which were left out, by metric.
     """
@@ -93,14 +97,15 @@ class Reading:
 
     def _read_on(self, progress: Progress | None) -> Decision:
         tally = None if progress is None else progress.tally
-        evidence, took = self._restored(None if progress is None else progress.saved), PART
+        evidence, took, collisions = self._restored(None if progress is None else progress.saved), PART, 0
         while took >= PART:  # a long backlog is saved as it goes: whoever is killed meanwhile has not read for nothing
             took = self._take_in_some(evidence, inf if tally is None else tally.units)
             self._unsaved |= took > 0
             if took >= PART or (self._unsaved and self._trials.now() - self._saved >= EVERY):
                 self._save(evidence)
-            if took >= PART:
-                evidence, tally = self._restored(), None
+            collisions += self.evidence is None
+            if took >= PART or (self.evidence is None and collisions < COLLISIONS):
+                evidence, tally, took = self._restored(), None, PART
         tally = self._trials.tally(self._name) if tally is None else tally
         return evidence.look(tally.mixed, tally.units)
 
@@ -132,7 +137,7 @@ class Reading:
         if self._trials.save(self._name, state, self._revision):
             self._revision += 1
             self._saved, self._unsaved = self._trials.now(), False
-        else:  # somebody else has looked meanwhile: what he read is as good
+        else:  # somebody else has looked meanwhile: what he read is as good, and gone on from
             self.evidence = None
 
     def history(self) -> tuple[Look, ...]:

@@ -30,9 +30,9 @@ from dspy_prod.experiments.pairs import Pair, kept_under
 from dspy_prod.experiments.purse import Piece, Purse
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import Rollout
-from dspy_prod.production.reasons import REFUSALS, has_hung, reason_of
+from dspy_prod.production.collecting import Records
+from dspy_prod.production.reasons import REFUSALS, reason_of
 from dspy_prod.production.report import CallReport, report_of
-from dspy_prod.production.watch import Records
 from dspy_prod.records import NANO
 from dspy_prod.runtime.switch import disabled
 from dspy_prod.stores.base import Store
@@ -54,18 +54,6 @@ OURS: Final = REFUSALS - {"circuit_open"}
 """Why a call was not answered for a reason that is neither its program's nor its upstream's."""
 
 _log = logging.getLogger("dspy_prod")
-
-
-def went_unanswered(error: BaseException | None, report: CallReport | None, records: Records) -> bool:
-    """Whether what a program was refused had been sent, and nothing came in all its time: then it has failed. What
-    became of other calls of the program does not matter: one that timed out, and was answered when tried again, makes
-    no failure of what a budget refuses later.
-
-    Args:
-        error: what it raised; None where it raised nothing, as where a fallback answered. report: of its answer; None
-            where it has none. records: of its LM calls.
-    """
-    return has_hung(error) if error is not None else records.has_hung(report)
 
 
 def list_nano(report: CallReport | None, records: Records) -> int | None:
@@ -121,6 +109,7 @@ class Shadow:
         self._found: tuple[Trial, Declaration] | None = None
         self._experiment, self._candidates = experiment, tuple(candidates)
         self._purse, self._run_name = None, run_of(experiment, salt)
+        self._short_of: set[str] = set()  # candidates whose calls the money left does not cover
         self._spent = rollout.shadow_usd is not None and disabled()
         if self._spent:
             _log.warning("DSPY_PROD_DISABLED is set: shadows of %s could not be capped, so there are none", experiment)
@@ -152,7 +141,7 @@ class Shadow:
 
     def _work(self, asked: _Asked) -> None:
         for variant in self._candidates:
-            if not self._spent and self._is_wanted(variant, RUNNING):
+            if variant.name not in self._short_of and self._is_wanted(variant, RUNNING):
                 self._ask(variant, asked)
 
     def _is_wanted(self, variant: Variant, *states: str) -> bool:
@@ -191,12 +180,12 @@ class Shadow:
                     _log.debug("The shadow of %s failed", variant.name, exc_info=error)
         if not self._is_wanted(variant, RUNNING, PAUSED):
             return  # it ended meanwhile
-        refused = refused and not went_unanswered(raised, report, records)
+        refused = refused and not records.has_hung(raised, report)  # it was sent: then it has failed
         if self._purse is not None and run is not None:
             refused |= run.has_refused
-            self._purse.see(run)
-            if self._purse.is_used_up:
-                self._end()
+            self._purse.see(run, variant.name)
+            if self._purse.is_used_up(variant.name):
+                self._end(variant.name)
         unit, at = uuid.uuid4().hex, self._trials.now()
         cached = any(each.cached for each in records)
         latency = None if cached else time.monotonic() - began
@@ -208,16 +197,19 @@ class Shadow:
             kept = _UNKNOWN if value is None else float(value)
             self._trials.outcome(Outcome(self._name, unit, name, kept, at))
 
-    def _end(self) -> None:
-        """No candidate is asked from now on; the audit says why."""
-        self._spent = True
+    def _end(self, candidate: str) -> None:
+        """A candidate is not asked from now on; the audit says why. Others are, while the money lasts for them."""
+        self._short_of.add(candidate)
+        self._spent = len(self._short_of) == len(self._candidates)
         usd, trials, name = self._rollout.shadow_usd, self._trials, self._experiment
-        why = f"the shadow stage's budget of {usd:g} USD is used up: its candidates are asked nothing more"
+        why = f"the shadow stage's budget of {usd:g} USD is used up: {candidate} is asked nothing more"
         _log.warning("Experiment(%r): %s", name, why)
         try:
             there = still_there(trials, name, self._salt) is not None  # else the audit is of the next one of its name
-            if there and all(line.what != SPENT for line in trials.decisions(name)):
-                trials.decide(name, Decision(SPENT, "shadow", json.dumps({"reason": why, "usd": usd})))
+            told = [json.loads(line.evidence) for line in trials.decisions(name) if line.what == SPENT]
+            if there and all(each.get("candidate", candidate) != candidate for each in told):
+                told_now = json.dumps({"reason": why, "usd": usd, "candidate": candidate})
+                trials.decide(name, Decision(SPENT, "shadow", told_now))
         except StoreUnavailableError as error:  # the next process that meets the cap tells it
             _log.warning("That the shadows of %s are at their cap cannot be kept now: %s", name, error)
 

@@ -9,12 +9,13 @@ from typing import Any
 from dspy_prod.context.assignments import Assignment
 from dspy_prod.context.current import CallContext, assigned, use
 from dspy_prod.experiments.flights import Flight, Flights
-from dspy_prod.experiments.shadow import OURS, Answered, list_nano, went_unanswered
+from dspy_prod.experiments.shadow import OURS, Answered, list_nano
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
+from dspy_prod.production.collecting import Records
 from dspy_prod.production.reasons import reason_of
 from dspy_prod.production.report import CallReport, report_of
-from dspy_prod.production.watch import LEFT, Records
+from dspy_prod.production.watch import LEFT
 from dspy_prod.records import NANO
 from dspy_prod.stores.trials import Call, Trials
 
@@ -88,7 +89,7 @@ class Turn:
         self._failed = isinstance(error, Exception) and not hasattr(error, LEFT)
         self._ended = error is None or self._failed
         self._refused |= self._failed and error is not None and reason_of(error) in OURS
-        self._refused = self._refused and not went_unanswered(error, self._report, self._records)
+        self._refused = self._refused and not self._records.has_hung(error, self._report)  # sent: it has failed
         try:
             self._scope.__exit__(kind, error, traceback)
         finally:

@@ -16,7 +16,7 @@ class Unseen:
         refused: calls that a limit, a budget or a deadline kept from being answered; they tell nothing of a candidate.
         left_out: calls for which there was no room in the queue of this process.
         usd: dollars that candidates have spent unseen; None where `shadow_usd` is not given. cap_usd: `shadow_usd`.
-        spent: whether it is used up, so that nothing more is asked.
+        spent: whether it is used up, at least for calls as those of one candidate, which is asked nothing more.
     """
 
     pairs: Mapping[str, int]

@@ -109,8 +109,9 @@ class VariantsInMlflow:
             users[arm.arm] += arm.first
         now = (trial.revision, users, [evidence.units(each.name, arm) for each in evidence.metrics for arm in users])
         if now != self._told:
-            self._told = now
+            self._told = None  # should this fail, as where the page cannot be made, the next look tells
             self._tell(trial, stage, decision, declaration, evidence, spread, users, page)
+            self._told = now
         self._keep()
 
     def _tell(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final, Literal, get_args
 
-from dspy.utils.exceptions import AdapterParseError, LMError
+from dspy.utils.exceptions import AdapterParseError, LMError, LMTimeoutError
 
 from dspy_prod.errors import DeadlineExceededError, RejectedError
 from dspy_prod.status.spending import Reason as Refusal
@@ -13,6 +13,9 @@ Reason = Literal[Refusal, "upstream_error", "parse_error", "unexpected_error"]
 
 REASONS: Final = frozenset(get_args(Reason))
 REFUSALS: Final = frozenset(get_args(Refusal))
+
+LONGEST_CHAIN: Final = 16
+"""Errors of which each is behind another, at most, that are looked at."""
 
 
 def reason_of(error: BaseException) -> Reason:
@@ -31,13 +34,30 @@ def reason_of(error: BaseException) -> Reason:
     return "unexpected_error"
 
 
-def has_hung(error: BaseException | None) -> bool:
+def has_hung(error: BaseException | None, handled: BaseException | None = None) -> bool:
     """Whether the call behind an error was sent and its upstream did not answer in all the time there was: a deadline
-    passed while it was working, or what was refused is another attempt. Of other calls of the program it says nothing.
+    passed while it was working, or what was refused is another attempt. So it is as well where the error was raised
+    while that was being handled, as by another LM that has no time left. Of other calls of the program it says nothing.
+
+    Args:
+        error: what was raised. handled: what somebody was handling when the program was called: it is none of its own.
     """
-    members = getattr(error, "exceptions", None)
-    each = members if isinstance(members, tuple) else (error,)
-    return any(
-        isinstance(one, RejectedError) and (one.timed_out or (isinstance(one, DeadlineExceededError) and one.working))
-        for one in each
-    )
+    seen, level = {id(None), id(handled)}, [error]
+    for _ in range(LONGEST_CHAIN):
+        behind: list[BaseException | None] = []
+        for one in level:
+            if one is None or id(one) in seen:
+                continue
+            seen.add(id(one))
+            if _timed_out(one):
+                return True
+            members = getattr(one, "exceptions", None)
+            behind += [one.__cause__, one.__context__, *(members if isinstance(members, tuple) else ())]
+        level = behind
+    return False
+
+
+def _timed_out(error: BaseException) -> bool:
+    if isinstance(error, RejectedError):
+        return error.timed_out or (isinstance(error, DeadlineExceededError) and error.working)
+    return isinstance(error, LMTimeoutError)

@@ -15,7 +15,8 @@ from dspy.streaming.messages import StatusMessage
 from dspy_prod.context.current import SETTING, CallContext
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.privacy.error_text import error_text
-from dspy_prod.production.reasons import REFUSALS, Reason, has_hung, reason_of
+from dspy_prod.production.collecting import Records
+from dspy_prod.production.reasons import LONGEST_CHAIN, REFUSALS, Reason, reason_of
 from dspy_prod.production.report import CallReport, Status, TokenUsage, attach, report_of
 from dspy_prod.records import ANSWERED, NANO, CallRecord
 from dspy_prod.runtime.clock import Clock
@@ -29,36 +30,6 @@ Raised = Literal["refused", "error", "abandoned"]
 
 LEFT: Final = "_dspy_prod_left"
 """What an `Exception` is marked with that only says that nobody reads the stream any more: nothing has failed."""
-
-
-class Records(list[CallRecord]):
-    """Collects records, and passes them on to the collector of an enclosing call.
-
-    Attributes:
-        hung: the reports of fallbacks that answered for a call which was sent and not answered in time, whose record
-            may come later.
-    """
-
-    def __init__(self, outer: list[CallRecord] | None) -> None:
-        super().__init__()
-        self._outer = outer
-        self.hung: list[CallReport] = []
-
-    def append(self, record: CallRecord) -> None:
-        """Add a record here and outside."""
-        super().append(record)
-        if self._outer is not None:
-            self._outer.append(record)
-
-    def hang(self, report: CallReport) -> None:
-        """This report is of an answer for a call that has hung, here and outside."""
-        self.hung.append(report)
-        if isinstance(self._outer, Records):
-            self._outer.hang(report)
-
-    def has_hung(self, report: CallReport | None) -> bool:
-        """Whether the answer with this report was given for a call that has hung."""
-        return any(each is report for each in self.hung)
 
 
 class _Stream:
@@ -187,8 +158,8 @@ class Watch:
             call = call._replace(stage=inner.stage)
         if isinstance(result, dspy.Prediction):
             report = self._report(call, reason, text)
-            if has_hung(error) or self.records.has_hung(inner):
-                self.records.hang(report)
+            if call.status == "fallback":
+                self.records.fell_back(report, error, inner)
             attach(report, result)
         self._finished = True
         self._keep(call)
@@ -278,16 +249,13 @@ _RUN_FINISHED: Final[tuple[type[Exception], ...]] = tuple(
 def _loop_ended(error: BaseException) -> bool:
     """Whether an error comes of sending, from a thread, to a loop that has ended with the reader in it."""
     found: BaseException | None = error
-    for _ in range(_LONGEST_CHAIN):
+    for _ in range(LONGEST_CHAIN):
         if found is None:
             return False
         if isinstance(found, _RUN_FINISHED):
             return True
         found = found.__cause__ or found.__context__
     return False
-
-
-_LONGEST_CHAIN: Final = 16
 
 
 def _known(numbers: Sequence[int | None]) -> int | None:

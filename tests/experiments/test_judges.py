@@ -324,6 +324,75 @@ def test_a_budget_that_is_raised_goes_on_and_the_time_between_counts_for_nothing
     assert len(have) + 10 <= counted <= len(have) + 11, "those of w are missing, as there was a judge"
 
 
+def in_two_processes(usd: float, others_usd: float | None) -> tuple[FakeClock, MemoryStore, Experiment, Experiment]:
+    """A judge of answers in one process that are too large for what is left, and of small ones in another."""
+    clock = FakeClock()
+    store = MemoryStore(clock=clock)
+    one, another = (judged(store, Judge(Politeness(), share=1.0, usd=cap)) for cap in (usd, others_usd))
+    return clock, store, one, another
+
+
+def some(clock: FakeClock, exp: Experiment, name: str, count: int, message: str = "short") -> None:
+    for number in range(count):
+        ask(exp, f"{name}{number}", message=f"{message} {number}")
+        settled(exp)
+        clock.advance(0.001)
+
+
+def test_a_judge_that_one_process_has_ended_is_asked_in_no_other(asked: Asked, provider: Provider) -> None:
+    """There was money left for smaller answers than those of the one that ended it; their scores counted nowhere."""
+    asked(cache=False, max_tokens=20)
+    clock, store, one, another = in_two_processes(0.005, 0.005)
+    some(clock, another, "before", 2)
+    some(clock, one, "large", 5, "long " * 30_000)
+    had = provider.bill.usd
+    some(clock, another, "small", 4)
+    answers = [call for call in provider.calls if "polite" not in str(call.body)]
+    assert len(answers) == 11
+    assert set(scores(another)) == {"before0", "before1"}
+    assert len(provider.calls) == 11 + 2, "of the judge no other calls"
+    assert provider.bill.usd > had, "users were answered"
+    high = judged(store, Judge(Politeness(), share=1.0, usd=0.05))
+    some(clock, high, "high", 2)
+    some(clock, another, "again", 2)
+    clock.advance(61.0)
+    assert set(scores(high)) == {"before0", "before1", "high0", "high1", "again0", "again1"}
+
+
+@pytest.mark.parametrize("others_usd", [0.05, None])
+def test_a_judge_with_a_higher_budget_goes_on_where_one_with_a_lower_one_ends(
+    others_usd: float | None, asked: Asked
+) -> None:
+    """Made before that, it said nothing, and its scores counted nowhere."""
+    asked(cache=False, max_tokens=20)
+    clock, _, one, another = in_two_processes(0.005, others_usd)
+    some(clock, one, "large", 5, "long " * 30_000)
+    some(clock, another, "small", 3)
+    whats = [each.what for each in another._works.trials.decisions("e") if each.what.startswith("judge")]
+    assert whats == ["judge_spent", "judge_resumed"]
+    clock.advance(61.0)
+    another.step()
+    evidence = another._works.opened.controller._reading._restored()
+    counted = sum(evidence.units("quality", arm) for arm in ("control", "new"))
+    assert counted >= 5 + 2, "but for those of the time between"
+    assert set(scores(another)) == {"small0", "small1", "small2"}
+
+
+def test_an_ended_judge_stays_so_while_the_store_is_away(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(cache=False, max_tokens=20)
+    clock, store, one, another = in_two_processes(0.005, 0.005)
+    some(clock, one, "large", 5, "long " * 30_000)
+    some(clock, another, "small", 1)
+
+    def away(name: str) -> Any:
+        raise dspy_prod.StoreUnavailableError("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.trials, "decisions", away)
+        some(clock, another, "away", 2)
+    assert scores(another) == {}
+
+
 @pytest.mark.parametrize("how", ["fallback", "handled"])
 def test_what_is_made_of_a_spent_budget_is_no_score(how: str, asked: Asked, store: str) -> None:
     """A fallback, or a metric that catches errors, answered every unit with 0 from then on; no judge ended."""

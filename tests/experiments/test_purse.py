@@ -34,7 +34,7 @@ def test_a_purse_is_used_up_once_so_many_pieces_in_a_row_are_short_of_those_that
         if short:
             refuse(piece, 101)
         purse.see(piece)
-        return purse.is_used_up
+        return purse.is_used_up()
 
     assert purse.covers(1), "nothing is known of calls"
     assert [see(short=True) for _ in range(IN_A_ROW - 1)] == [False] * (IN_A_ROW - 1)

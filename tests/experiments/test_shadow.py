@@ -197,7 +197,8 @@ def test_a_removal_that_is_broken_off_leaves_no_experiment_whose_pairs_are_kept_
 def test_an_experiment_that_is_removed_while_a_process_makes_it_leaves_nothing(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trials = shadowed(store, Triage())._works.trials
+    first = shadowed(store, Triage())  # the store that is patched is open for as long as it is there
+    trials = first._works.trials
     create = trials.create
 
     def creates(name: str, *rest: Any, **more: Any) -> Any:
@@ -279,7 +280,7 @@ def test_the_shadow_of_an_experiment_that_was_removed_is_none_of_the_next_one(
     monkeypatch.setattr(old._works.shadow, "_is_wanted", lambda *_: True)
     let(old, held)
     assert held.calls == 20
-    old._works.shadow._end()
+    old._works.shadow._end("new")
     assert [each.what for each in new._works.trials.decisions("e")] == ["start"]
     time.sleep(1.1)  # a unit without a call would be waited for
     card = new.step()
@@ -364,6 +365,34 @@ def test_what_a_cache_answers_says_nothing_of_the_money_left(provider: Provider,
     assert (unseen.spent, unseen.refused) == (True, {"new": 5})
     paid = sum("Think." in str(call.body) for call in provider.calls)
     assert 0 < paid < unseen.pairs["new"] <= 2 * paid + 5
+
+
+@pytest.mark.parametrize("order", [("cheap", "dear"), ("dear", "cheap")])
+def test_a_cheap_candidate_does_not_hide_that_there_is_no_money_left_for_a_dear_one(
+    order: tuple[str, str], provider: Provider, asked: Asked, store: str
+) -> None:
+    """It is told at once, and the dear one is asked nothing more; the cheap one is, for which there is money."""
+    asked(cache=False, max_tokens=20)
+    programs = {"cheap": Triage("Cheap."), "dear": Triage("Dear. " * 9_000)}
+    exp = Experiment(
+        "e", variants={"control": Triage(), **{name: programs[name] for name in order}}, store=store,
+        rollout=Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0, shadow_usd=0.001, shadow_calls=1_000),
+    )  # fmt: skip
+    exp.start()
+    assert exp._works.shadow is not None
+    told = []
+    for number in range(8):
+        ask(exp, f"u{number}", message=f"m{number}")
+        assert exp._works.shadow.wait()
+        told.append([each.what for each in exp._works.trials.decisions("e")].count("shadow_spent"))
+    assert told == [0, 0, 0, 0, 1, 1, 1, 1]
+    time.sleep(1.1)  # a unit without a call is waited for
+    exp.step()
+    card = exp.scorecard()
+    assert card.unseen is not None
+    assert dict(card.unseen.pairs) == {"cheap": 8, "dear": 0}
+    assert (dict(card.unseen.refused), card.unseen.spent) == ({"cheap": 0, "dear": 5}, True)
+    assert "dear is asked nothing more" in json.loads(exp._works.trials.decisions("e")[-1].evidence)["reason"]
 
 
 def test_a_call_that_is_larger_than_the_money_left_is_refused_and_ends_no_shadow(asked: Asked, store: str) -> None:
@@ -568,6 +597,134 @@ def test_a_call_that_timed_out_has_failed_though_a_budget_refuses_to_ask_once_mo
     pair = only_pair(exp)
     assert pair is not None
     assert (pair.failed[1], pair.fell_back[1]) == (fallback is None, fallback is not None)
+
+
+class Group(Exception):
+    """As an `ExceptionGroup`, which Python 3.10 has from a backport."""
+
+    def __init__(self, *exceptions: Exception) -> None:
+        super().__init__("several")
+        self.exceptions = exceptions
+
+
+class Handles(dspy.Module):
+    """Its call hangs, and then it asks another LM, which has no time left either."""
+
+    def __init__(self, second: Any, groups: int = 0) -> None:
+        super().__init__()
+        self.slow, self.second, self.groups = Triage("Slow."), second, groups
+
+    def forward(self, message: str) -> Any:
+        try:
+            return self.slow(message=message)
+        except dspy_prod.DeadlineExceededError as error:
+            if self.second is not None:
+                return self.second(message=message)
+            found: Exception = error
+            for _ in range(self.groups):
+                found = Group(found)
+        raise found  # which has no context
+
+    async def aforward(self, message: str) -> Any:
+        try:
+            return await self.slow.acall(message=message)
+        except dspy_prod.DeadlineExceededError:
+            return await self.second.acall(message=message)
+
+
+def asks_another(how: str) -> Any:
+    """A program whose LM hangs, and that has another one asked then, or nobody."""
+    second = Triage("Second.")
+    return {
+        "a module answers": lambda: Production(Triage("Slow."), fallback_response=second),
+        "a module with a text answers": lambda: Production(
+            Triage("Slow."), fallback_response=Production(second, fallback_response="Sorry.")
+        ),
+        "a text answers after the module": lambda: Production(
+            Production(Triage("Slow."), fallback_response=second), fallback_response="Sorry."
+        ),
+        "handled": lambda: Handles(second),
+        "handled by one with a text": lambda: Handles(Production(second, fallback_response="Sorry.")),
+        "handled by one with a text, within": lambda: Production(
+            Handles(Production(second, fallback_response="Sorry."))
+        ),
+        "a group of groups": lambda: Handles(None, groups=2),
+        "a text answers for a group of groups": lambda: Production(Handles(None, 2), fallback_response="Sorry."),
+    }[how]()
+
+
+ANOTHER = ["a module answers", "a module with a text answers", "a text answers after the module", "handled",
+           "handled by one with a text", "handled by one with a text, within"]  # fmt: skip
+
+
+@pytest.mark.parametrize("store", ["memory"], indirect=True)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+@pytest.mark.parametrize("how", [*ANOTHER, "a group of groups", "a text answers for a group of groups"])
+def test_a_candidate_that_hangs_has_failed_though_what_it_asks_instead_has_no_time_left(
+    how: str, engine: str, provider: Provider, asked: Asked, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shadow, "PATIENCE", 0.5)
+    asked(cache=False, engine=engine)
+    provider.latency = lambda call: 1.5 if "Slow." in str(call.body) else 0.0
+    exp = shadowed(store, asks_another(how))
+    exp.start()
+    ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    assert not any("Second." in str(call.body) for call in provider.calls), "it was refused"
+    pair, fell_back = only_pair(exp), "text" in how
+    assert pair is not None
+    assert (pair.failed[1], pair.fell_back[1]) == (not fell_back, fell_back)
+
+
+@pytest.mark.parametrize("store", ["memory"], indirect=True)
+@pytest.mark.parametrize("way", ["sync", "async"])
+@pytest.mark.parametrize("how", ANOTHER)
+def test_so_has_control(how: str, way: str, provider: Provider, asked: Asked, store: str) -> None:
+    asked(cache=False)
+    variants = {"control": asks_another(how), "new": Triage()}
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0)
+    exp = Experiment("e", variants=variants, rollout=rollout, store=store)
+    ask(exp, "u1")  # what a first call imports counts for no deadline
+    provider.latency = lambda call: 1.5 if "Slow." in str(call.body) else 0.0
+    exp.start()
+    fell_back = "text" in how
+    failing = contextlib.nullcontext() if fell_back else pytest.raises(dspy_prod.DeadlineExceededError)
+    with failing, call_context(user="u1", deadline=0.5):
+        if way == "sync":
+            exp(message="hi")
+        else:
+            asyncio.run(exp.acall(message="hi"))
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    pair = only_pair(exp)
+    assert pair is not None
+    assert (pair.failed[0], pair.fell_back[0]) == (not fell_back, fell_back)
+
+
+@pytest.mark.parametrize("store", ["memory"], indirect=True)
+@pytest.mark.parametrize("fallback", [None, "Sorry."])
+def test_what_hung_before_the_experiment_was_called_is_none_of_its_calls(
+    fallback: str | None, provider: Provider, asked: Asked, store: str
+) -> None:
+    """Whoever handles it by asking the experiment makes no failure of what a budget refuses there."""
+    lm = asked(cache=False)
+    provider.latency = lambda call: 1.5 if "Slow." in str(call.body) else 0.0
+    asked(cache=False, max_tokens=20, budget=dspy_prod.Budget(usd=1e-9))
+    rollout = Rollout(stages=("shadow", 0.5), min_time=0.0, shadow_share=1.0)
+    variants = {"control": Production(Triage(), fallback_response=fallback), "new": Triage()}
+    exp = Experiment("e", variants=variants, rollout=rollout, store=store)
+    exp.start()
+    try:
+        with dspy.context(lm=lm), call_context(deadline=0.3):
+            Triage("Slow.")(message="hi")
+    except dspy_prod.DeadlineExceededError:
+        with contextlib.nullcontext() if fallback else pytest.raises(dspy_prod.BudgetExceededError):
+            ask(exp, "u1")
+    assert exp._works.shadow is not None
+    assert exp._works.shadow.wait()
+    assert sum("Slow." in str(call.body) for call in provider.calls) == 1, "it was sent"
+    assert exp._works.trials.tally(kept_under("e", "salt")).units == 0, "nobody is asked once more"
 
 
 @pytest.mark.parametrize("scope", ["user", "tenant"])

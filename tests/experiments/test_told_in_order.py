@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.experiments import controller as controller_module
-from dspy_prod.experiments import variants_in_mlflow
+from dspy_prod.experiments import operating, variants_in_mlflow
+from dspy_prod.experiments.opened import Opened
 from dspy_prod.experiments.variants_in_mlflow import VariantsInMlflow
 from dspy_prod.stores.memory import MemoryStore
-from dspy_prod.stores.trials import PAUSED, RUNNING, STOPPED, Decision, Trial
+from dspy_prod.stores.trials import DECIDED, PAUSED, RUNNING, STOPPED, Decision, Trial
 from tests.experiments.support import declared, feed
 
 
@@ -100,3 +106,126 @@ def test_the_page_at_the_end_is_a_look_of_its_own_and_changes_no_figures(monkeyp
     its._tell(opened.trial(), "split", None, opened.declaration, evidence, None, {"control": 1}, page)  # type: ignore[arg-type]
     assert logged == [{"units": 5}, {"units": 5}]
     assert evidence == {"units": 6}
+
+
+@contextmanager
+def saving_before(trials: Any, reader: Any) -> Iterator[None]:
+    """Somebody else's reading is saved before this thread's, once."""
+    save, left, me = trials.save, iter([True]), threading.current_thread()
+
+    def saves(name: str, state: str, revision: int) -> bool:
+        if threading.current_thread() is me and next(left, None) is not None:
+            other = threading.Thread(target=reader.read)
+            other.start()
+            other.join()
+        return bool(save(name, state, revision))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trials, "save", saves)
+        yield
+        assert next(left, None) is None, "it was"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> tuple[MemoryStore, Opened, list[str]]:
+    """A store, an experiment that runs, and the states that MLflow is told."""
+    store = MemoryStore()
+    opened = declared(store)
+    monkeypatch.setattr(controller_module, "setup", SimpleNamespace(courier=lambda: object()))
+    states: list[str] = []
+    in_mlflow = opened.controller._in_mlflow
+    monkeypatch.setattr(in_mlflow, "look", lambda trial, *_: states.append(trial.state))
+    monkeypatch.setattr(in_mlflow, "removed", lambda *_: states.append("removed"))
+    opened.controller.step()
+    return store, opened, states
+
+
+def test_who_stops_it_while_another_one_saves_what_it_read_tells_the_end(
+    told: tuple[MemoryStore, Opened, list[str]],
+) -> None:
+    """Runs stayed as they were for good: nobody looks at it any more."""
+    store, opened, states = told
+    feed(opened, 5, {"control": 1.0, "new": 1.0})
+    opened.controller._reading._saved = -math.inf
+    with saving_before(store.trials, Opened(store, "e").controller._reading):
+        operating.stop(opened)
+    assert states == [RUNNING, STOPPED]
+
+
+def test_the_look_that_decides_tells_the_end_though_another_one_saves_before(
+    told: tuple[MemoryStore, Opened, list[str]],
+) -> None:
+    store, opened, states = told
+    feed(opened, 3000, {"control": 0.9, "new": 0.3})
+    reading = opened.controller._reading
+    reading._saved = -math.inf
+    with saving_before(store.trials, Opened(store, "e").controller._reading):
+        opened.controller.step()
+    assert opened.controller.over
+    assert states == [RUNNING, DECIDED]
+    assert opened.controller.history(), "the card has its charts"
+
+
+def test_it_is_over_once_the_end_is_told(
+    told: tuple[MemoryStore, Opened, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no figures of now, or the store is away as they are told, another look tells."""
+    store, opened, states = told
+    looks = opened.controller
+    store.trials.change("e", opened.trial().revision, state=STOPPED)
+
+    def away(*_: Any) -> None:
+        raise StoreUnavailableError("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(looks._in_mlflow, "look", away)
+        with pytest.raises(StoreUnavailableError):
+            looks.step()
+        assert not looks.over
+        patched.setattr(looks._reading, "read", lambda *_: setattr(looks._reading, "evidence", None))
+        looks.step()
+        assert not looks.over
+    assert STOPPED not in states
+    looks.step()
+    assert looks.over
+    assert states[-1] == STOPPED
+
+
+@pytest.mark.parametrize("how", ["tell", "step"])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_runs_of_what_is_removed_while_it_is_told_are_ended(
+    again: bool, how: str, told: tuple[MemoryStore, Opened, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process, which has ended them before they were told of here; whatever has its name since."""
+    store, opened, states = told
+    looks = opened.controller
+
+    def removes(trial: Trial, *_: Any) -> None:
+        operating.remove(store.trials, "e", force=True)
+        if again:
+            declared(store, salt="another")
+        states.append(trial.state)
+
+    monkeypatch.setattr(looks._in_mlflow, "look", removes)
+    getattr(looks, how)()
+    assert states == [RUNNING, RUNNING, "removed"]
+
+
+def test_an_end_whose_page_cannot_be_made_is_told_by_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = declared(MemoryStore(), state=PAUSED)
+    monkeypatch.setattr(variants_in_mlflow, "setup", SimpleNamespace(courier=lambda: "courier"))
+    its = VariantsInMlflow("e", opened.trials, ("control", "new"))
+    ends: list[bool] = []
+
+    def tells(*_: Any) -> None:
+        ends.append(bool(ends))
+        if len(ends) == 1:
+            raise StoreUnavailableError("away")
+
+    monkeypatch.setattr(its, "_tell", tells)
+    monkeypatch.setattr(its, "_keep", lambda: None)
+    evidence: Any = SimpleNamespace(metrics=[])
+    for _ in range(3):
+        with contextlib.suppress(StoreUnavailableError):
+            its.look(opened.trial(), "split", None, evidence, None)  # type: ignore[arg-type]
+    assert ends == [False, True]
