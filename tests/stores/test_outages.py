@@ -281,3 +281,82 @@ def test_who_is_interrupted_as_he_posts_keeps_nobody_else_from_it(store: Any, mo
     expose(store, "later")
     assert store.flush(10)
     assert [store.trials.seen("e", unit) for unit in ("u", "later")] == ["control"] * 2
+
+
+def full(store: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on a transaction fails as on a full disk, at its end; the event is set as one does."""
+    failed = threading.Event()
+
+    def commit() -> None:
+        failed.set()
+        raise OSError("full")
+
+    monkeypatch.setattr(store._writer.tables, "commit", commit)
+    return failed
+
+
+def test_what_is_gathered_while_each_transaction_fails_at_its_end_is_bounded_in_all(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try took what waited into a batch of its own, and there was room for as much again."""
+    made(store)
+    assert store.flush(10)
+    posting = store.trials._post
+    monkeypatch.setattr(posting, "_most", 20)
+    monkeypatch.setattr(failing, "_BACK_OFF", (0.0, 0.0))
+    with monkeypatch.context() as patched:
+        failed = full(store, patched)
+        for turn in range(5):
+            for number in range(8):
+                expose(store, f"u{8 * turn + number}")
+            failed.clear()
+            assert failed.wait(5)
+            until(lambda: store._writer.inbox.qsize() == 0)
+        assert (posting.posted, posting.dropped) == (20, 20)
+        monkeypatch.setattr(failing, "_BACK_OFF", (0.05, 1.0))
+    until(lambda: store.flush(1))
+    assert (store.trials.tally("e").units, store.trials.tally("e").unkept) == (20, 20)
+    for number in range(20):  # there is as much room as before
+        expose(store, f"later {number}")
+    assert store.flush(10)
+    assert (store.trials.tally("e").units, posting.dropped) == (40, 20)
+
+
+def test_who_waits_for_what_is_gathered_is_not_told_before_it_is_written(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operation that was to write it was done with, untried, because of an error of the transaction before it."""
+    made(store)
+    assert store.flush(10)
+    core, failed = store._writer._transactions.core, threading.Event()
+    tick = core.tick
+
+    def unfit(now: float) -> None:
+        doing = [kind for kind, _, _ in store._writer._doing]
+        if doing == [Transactions.note] and not failed.is_set():
+            failed.set()
+            raise ValueError("no such thing")
+        tick(now)
+
+    monkeypatch.setattr(core, "tick", unfit)
+    with store._writer.io:
+        expose(store, "u")
+    assert failed.wait(5)
+    assert store.flush(10)
+    assert store.trials.seen("e", "u") == "control"
+
+
+def test_what_is_gathered_and_fails_untried_again_and_again_is_given_up(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its store never closes."""
+    made(store)
+    assert store.flush(10)
+
+    def unfit(_: float) -> None:
+        if any(kind is Transactions.note for kind, _, _ in store._writer._doing):
+            raise ValueError("no such thing")
+
+    monkeypatch.setattr(store._writer._transactions.core, "tick", unfit)
+    expose(store, "u")
+    until(lambda: store.trials._post.dropped == 1, 5)
