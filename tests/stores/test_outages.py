@@ -322,6 +322,45 @@ def test_what_is_gathered_while_each_transaction_fails_at_its_end_is_bounded_in_
     assert (store.trials.tally("e").units, posting.dropped) == (40, 20)
 
 
+@pytest.mark.parametrize("tried", [True, False])
+def test_what_is_gathered_and_cannot_be_written_as_a_store_closes_is_told(
+    store: Any,
+    away: Away,
+    problems: Problems,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tried: bool,
+) -> None:
+    """As settlements and records are; in a batch, or waiting for one that never was tried."""
+    made(store)
+    assert store.flush(10)
+    away.left = inf if tried else 0
+    if tried:
+        failed = full(store, monkeypatch)
+        for number in range(3):
+            expose(store, f"u{number}")
+        assert failed.wait(5)
+    for number in range(4):
+        expose(store, f"v{number}")
+    store.close()
+    count = 7 if tried else 4
+    assert store.trials._post.dropped == count
+    assert [details["dropped"] for name, details in problems if name == "operation_dropped"] == [count]
+    assert "exposures, calls and outcomes of experiments were not written" in caplog.text
+
+
+def test_what_is_gathered_and_comes_as_the_writer_ends_is_counted(store: Any) -> None:
+    made(store)
+    store.close()
+    mailbox, posting = store._mailbox, store.trials._post
+    mailbox.closed = mailbox.writer.ended = False  # the last moment in which it is taken
+    expose(store, "u")
+    assert posting.dropped == 0
+    mailbox.closed = mailbox.writer.ended = True
+    mailbox.refuse_stragglers()
+    assert posting.dropped == 1
+
+
 def test_who_waits_for_what_is_gathered_is_not_told_before_it_is_written(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
