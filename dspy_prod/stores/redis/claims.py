@@ -8,6 +8,7 @@ flight: the process that asks, and which of its flights; or `-` for a moment aft
 from __future__ import annotations
 
 import itertools
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -91,6 +92,7 @@ class RedisClaims:
         self._me = uuid.uuid4().hex.encode()
         self._numbers = itertools.count()
         self._own: dict[bytes, _Claim] = {}
+        self._ends = threading.Lock()  # who has it takes no other one, and does not wait
         self._ended: deque[tuple[str, str, int]] = deque()  # where it is claimed, the flight, whether by a verdict
         self._ending = 0  # how many more are in notes
         self._noted = False  # there is a note that will take those
@@ -111,12 +113,12 @@ class RedisClaims:
         if len(self._own) >= MOST or self._mailbox.writer.failing is not None:
             return ALONE
         claim = _Claim(b"%s:%d" % (self._me, next(self._numbers)), who)
-        if self._own.setdefault(key, claim) is not claim:
-            return FOLLOWS
         try:
+            if self._own.setdefault(key, claim) is not claim:
+                return FOLLOWS
             found = self._claimed(key, claim, waited)
         except BaseException:  # interrupted: the server may have it
-            self.free(key, False)
+            self._end(key, claim, False)
             raise
         if found != LEADS:
             self._own.pop(key, None)
@@ -150,10 +152,16 @@ class RedisClaims:
             for (_, claim), told in zip(some, found, strict=True):
                 claim.wanted = told == 2
 
-    def free(self, key: bytes, verdict: bool) -> None:
-        claim = self._own.pop(key, None)
-        if claim is None:
-            return
+    def free(self, key: bytes, verdict: bool, who: Caller | None = None) -> None:
+        claim = self._own.get(key)
+        if claim is not None and claim.who is who:
+            self._end(key, claim, verdict)
+
+    def _end(self, key: bytes, claim: _Claim, verdict: bool) -> None:
+        with self._ends:
+            if self._own.get(key) is not claim:
+                return  # it has ended, and perhaps another one has the key
+            del self._own[key]
         if len(self._ended) + self._ending < MOST:  # else it ends with its lease
             self._ended.append((self._key(key).decode(), claim.flight.decode(), int(verdict)))
         if not self._noted:
