@@ -200,6 +200,34 @@ def test_a_claim_that_ends_just_before_it_is_ended_again_is_the_next_ones(
     assert flights.join(b"key", True, who=his) is False
 
 
+def test_a_claim_of_somebody_who_is_gone_stays_while_its_answer_lands(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end came just as it was seen that he is gone: others asked once more, for they could not read it yet."""
+    flights, his = store.flights, Somebody()
+    claims, free, landed = flights._claims, flights._claims.free, threading.Event()
+
+    def leave() -> None:
+        flights.leave(b"key", who=his)
+        landed.set()
+
+    def just_before(*arguments: Any) -> None:
+        monkeypatch.undo()
+        leaving.start()
+        landed.wait(0.3)
+        free(*arguments)
+
+    assert flights.join(b"key", who=his) is True
+    leaving = threading.Thread(target=leave)
+    with store._mailbox.writer.io:
+        store.cache_put(b"key", ANSWER, max_entries=9, max_bytes=999)
+        monkeypatch.setattr(claims, "free", just_before)
+        his.is_gone = True
+        flights._renewing._renew()
+        leaving.join(5)
+        assert claims.claimed(b"key", his) is (b"key" in flights._landing)
+
+
 def test_what_is_claimed_as_the_thread_that_renews_ends_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(durable_flights, "RENEW", 0.01)
     monkeypatch.setattr(durable_flights, "IDLE", 0.05)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Final, Protocol
 
@@ -90,8 +91,8 @@ class Flights:
         self._now = now
         self._hurry = hurry
         self._landing: dict[bytes, Caller | None] = {}  # whose they are
-        self._leaving = threading.Lock()
-        self._renewing = _Renewing(claims, self._landing)
+        self._leaving = threading.Lock()  # held while one is found to be claimed and added
+        self._renewing = _Renewing(claims, self._landing, self._leaving)
         answers.on_written = partial(_landed, claims, self._landing)
 
     def join(self, key: bytes, waited: bool = False, who: Caller | None = None) -> CachedAnswer | bool:
@@ -149,9 +150,12 @@ def _landed(claims: Claims, landing: dict[bytes, Caller | None], key: bytes) -> 
 class _Renewing:
     """The thread that renews claims: begins when it is needed, ends when it was not for a while, or is `over`."""
 
-    def __init__(self, claims: Claims, landing: Collection[bytes]) -> None:
+    def __init__(
+        self, claims: Claims, landing: Collection[bytes], leaving: AbstractContextManager[object] | None = None
+    ) -> None:
         self._claims = claims
         self._landing = landing
+        self._leaving = leaving or nullcontext()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.over = threading.Event()
@@ -179,8 +183,10 @@ class _Renewing:
         claims, landing = self._claims, self._landing
         try:
             for key, who in claims.claimers():
-                if who is not None and who.gone() and key not in landing:
-                    claims.free(key, False, who)  # nobody else would, and it were renewed for ever
+                if who is not None and who.gone():
+                    with self._leaving:
+                        if key not in landing:
+                            claims.free(key, False, who)  # nobody else would, and it were renewed for ever
             claims.renew(set(landing))
         except Exception:  # a thread that ended here were taken for one that renews, for ever
             _log.exception("Claims could not be renewed; it is tried again")
