@@ -15,9 +15,11 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from dspy_prod.compat.foreign import running_loop
+from dspy_prod.runtime.reaper import REAPER
 
 LOOK: Final = 1.0
 """Seconds between looks of a follower whether its leader is still there."""
@@ -132,7 +134,8 @@ class Flights:
         `answer` and `fail`: who calls these has ended it, and said how.
 
         Args:
-            end: called with the lock held, perhaps more than once; it does not wait.
+            end: called with the lock held, perhaps more than once; it does not wait. Where that is interrupted, and
+                nobody follows who would do it again, the reaper does, without the lock.
         """
         with self._lock:
             self._finish(key)
@@ -193,6 +196,15 @@ class Flights:
             self._finish(key)
         finally:
             self._pass_lead(key)
+            end = self._begun.get(key)
+            if end is not None and key not in self._flights:  # it was interrupted, and perhaps nobody comes any more
+                REAPER.post(partial(self._end_late, key, end))
+
+    def _end_late(self, key: Hashable, end: Callable[[], None]) -> None:
+        end()
+        with self._lock:
+            if self._begun.get(key) is end:
+                del self._begun[key]
 
     def _pass_lead(self, key: Hashable) -> None:
         followers = self._flights.get(key)

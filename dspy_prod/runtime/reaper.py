@@ -50,7 +50,7 @@ class Reaper:
             work = self._work.get()
             try:
                 work()
-            except Exception:
+            except BaseException:  # it would end the thread, and nothing posted later were ever done
                 _log.exception("Settling an abandoned call failed; its hold is charged when the lease ends")
 
     def _after_fork(self) -> None:

@@ -87,7 +87,9 @@ EVENTS: Final[Mapping[str, Kind]] = {
     "hold_abandoned": _kind(WARNING, "path holds cost_nano", "Calls of dead processes were charged in full."),
     "store_degraded": _kind(WARNING, "path error", "The file cannot be written; what is settled is kept. Mend it."),
     "store_recovered": _kind(INFO, "path", "The store's file can be written again."),
-    "operation_dropped": _kind(WARNING, "path kind error dropped", "The ledger lacks a record. See `error`."),
+    "operation_dropped": _kind(
+        WARNING, "path kind error dropped", "The ledger or a trial lacks something. See `error`."
+    ),
     "tracking_lost": _kind(
         WARNING, "lost messages_lost error", "MLflow lacks so many traces and messages. Told each time they double."
     ),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
 
 import pytest
 
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, LEFT, WAITING, Flights, Follower, Home, home
+from dspy_prod.runtime.reaper import REAPER
 
 
 class Verdict(Exception):
@@ -273,6 +275,50 @@ def test_an_end_that_is_interrupted_is_done_by_the_next_who_leads_or_ends_the_fl
     with pytest.raises(KeyboardInterrupt):
         flights.hand_over("k")
     assert len(flights) == 0
+
+
+def test_an_end_that_is_interrupted_is_done_though_nobody_follows_or_comes_again() -> None:
+    """A claim among processes stayed for the life of this one: all others waited for its answer."""
+    REAPER.start()
+    flights, _ = flying()
+    ended: list[str] = []
+
+    def end() -> None:
+        ended.append("tried")
+        if len(ended) == 1:
+            raise KeyboardInterrupt
+
+    flights.begun("k", end)
+    with pytest.raises(KeyboardInterrupt):
+        flights.hand_over("k")
+    assert len(flights) == 0
+    assert REAPER.flush(5)
+    assert ended == ["tried"] * 2
+    assert flights.join("k") is None
+    flights.hand_over("k")
+    assert ended == ["tried"] * 2, "it is done with"
+
+
+def test_an_end_that_is_done_late_takes_none_from_the_next_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[Callable[[], None]] = []
+    monkeypatch.setattr(REAPER, "post", late.append)
+    flights, _ = flying()
+    ended: list[str] = []
+
+    def end() -> None:
+        ended.append("first")
+        if len(ended) == 1:
+            raise KeyboardInterrupt
+
+    flights.begun("k", end)
+    with pytest.raises(KeyboardInterrupt):
+        flights.hand_over("k")
+    assert flights.join("k") is None
+    flights.begun("k", lambda: ended.append("second"))
+    assert ended == ["first"] * 2, "before another one leads"
+    late.pop()()
+    flights.hand_over("k")
+    assert (ended, late) == (["first"] * 3 + ["second"], [])
 
 
 def test_a_loop_that_nobody_has_any_more_is_gone_too() -> None:

@@ -142,6 +142,92 @@ def test_a_lead_that_is_interrupted_as_it_begins_is_nobody_s(store: Any, monkeyp
         flights.leave(b"key")
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_lead_that_is_interrupted_as_its_key_is_taken_is_nobody_s(store: Any, twice: bool) -> None:
+    """Or its caller's to end, where what undoes it is interrupted too; the key was taken while its process lived."""
+    left = []
+
+    class Own(dict):  # type: ignore[type-arg]
+        def setdefault(self, key: Any, claim: Any) -> Any:
+            super().setdefault(key, claim)
+            left.extend([1] * twice)
+            raise KeyboardInterrupt
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            if left:
+                left.pop()
+                raise KeyboardInterrupt
+            return super().get(key, default)
+
+    claims, his, hers = store.flights._claims, Somebody(), Somebody()
+    usual, claims._own = claims._own, Own()
+    with pytest.raises(KeyboardInterrupt):
+        store.flights.join(b"key", who=his)
+    usual.update(claims._own)
+    claims._own = usual
+    assert len(claims) == int(twice)
+    store.flights.leave(b"key", who=hers)
+    assert len(claims) == int(twice)
+    store.flights.leave(b"key", who=his)
+    assert len(claims) == 0
+    until(lambda: store.flights.join(b"key", True, who=hers) is True, 5)
+
+
+@pytest.mark.parametrize("by", ["the caller", "who renews"])
+def test_a_claim_that_ends_just_before_it_is_ended_again_is_the_next_ones(
+    store: Any, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """It was looked whose it is, and then ended whosever it was by then."""
+    flights, his, hers = store.flights, Somebody(), Somebody()
+    claims, free, led = flights._claims, flights._claims.free, []
+
+    def just_before(*arguments: Any) -> None:
+        monkeypatch.undo()
+        flights.leave(b"key", who=his)
+        until(lambda: flights.join(b"key", True, who=hers) is True, 5)
+        led.append(hers)
+        free(*arguments)
+
+    assert flights.join(b"key", who=his) is True
+    monkeypatch.setattr(claims, "free", just_before)
+    if by == "the caller":
+        flights.leave(b"key", who=his)
+    else:
+        his.is_gone = True
+        flights._renewing._renew()
+    assert led == [hers]
+    assert claims.claimed(b"key", hers)
+    assert flights.join(b"key", True, who=his) is False
+
+
+def test_a_claim_of_somebody_who_is_gone_stays_while_its_answer_lands(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end came just as it was seen that he is gone: others asked once more, for they could not read it yet."""
+    flights, his = store.flights, Somebody()
+    claims, free, landed = flights._claims, flights._claims.free, threading.Event()
+
+    def leave() -> None:
+        flights.leave(b"key", who=his)
+        landed.set()
+
+    def just_before(*arguments: Any) -> None:
+        monkeypatch.undo()
+        leaving.start()
+        landed.wait(0.3)
+        free(*arguments)
+
+    assert flights.join(b"key", who=his) is True
+    leaving = threading.Thread(target=leave)
+    with store._mailbox.writer.io:
+        store.cache_put(b"key", ANSWER, max_entries=9, max_bytes=999)
+        monkeypatch.setattr(claims, "free", just_before)
+        his.is_gone = True
+        flights._renewing._renew()
+        leaving.join(5)
+        assert claims.claimed(b"key", his) is (b"key" in flights._landing)
+
+
 def test_what_is_claimed_as_the_thread_that_renews_ends_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(durable_flights, "RENEW", 0.01)
     monkeypatch.setattr(durable_flights, "IDLE", 0.05)

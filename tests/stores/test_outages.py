@@ -281,3 +281,121 @@ def test_who_is_interrupted_as_he_posts_keeps_nobody_else_from_it(store: Any, mo
     expose(store, "later")
     assert store.flush(10)
     assert [store.trials.seen("e", unit) for unit in ("u", "later")] == ["control"] * 2
+
+
+def full(store: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """From now on a transaction fails as on a full disk, at its end; the event is set as one does."""
+    failed = threading.Event()
+
+    def commit() -> None:
+        failed.set()
+        raise OSError("full")
+
+    monkeypatch.setattr(store._writer.tables, "commit", commit)
+    return failed
+
+
+def test_what_is_gathered_while_each_transaction_fails_at_its_end_is_bounded_in_all(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try took what waited into a batch of its own, and there was room for as much again."""
+    made(store)
+    assert store.flush(10)
+    posting = store.trials._post
+    monkeypatch.setattr(posting, "_most", 20)
+    monkeypatch.setattr(failing, "_BACK_OFF", (0.0, 0.0))
+    with monkeypatch.context() as patched:
+        failed = full(store, patched)
+        for turn in range(5):
+            for number in range(8):
+                expose(store, f"u{8 * turn + number}")
+            failed.clear()
+            assert failed.wait(5)
+            until(lambda: store._writer.inbox.qsize() == 0)
+        assert (posting.posted, posting.dropped) == (20, 20)
+        monkeypatch.setattr(failing, "_BACK_OFF", (0.05, 1.0))
+    until(lambda: store.flush(1))
+    assert (store.trials.tally("e").units, store.trials.tally("e").unkept) == (20, 20)
+    for number in range(20):  # there is as much room as before
+        expose(store, f"later {number}")
+    assert store.flush(10)
+    assert (store.trials.tally("e").units, posting.dropped) == (40, 20)
+
+
+@pytest.mark.parametrize("tried", [True, False])
+def test_what_is_gathered_and_cannot_be_written_as_a_store_closes_is_told(
+    store: Any,
+    away: Away,
+    problems: Problems,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tried: bool,
+) -> None:
+    """As settlements and records are; in a batch, or waiting for one that never was tried."""
+    made(store)
+    assert store.flush(10)
+    away.left = inf if tried else 0
+    if tried:
+        failed = full(store, monkeypatch)
+        for number in range(3):
+            expose(store, f"u{number}")
+        assert failed.wait(5)
+    for number in range(4):
+        expose(store, f"v{number}")
+    store.close()
+    count = 7 if tried else 4
+    assert store.trials._post.dropped == count
+    assert [details["dropped"] for name, details in problems if name == "operation_dropped"] == [count]
+    assert "exposures, calls and outcomes of experiments were not written" in caplog.text
+
+
+def test_what_is_gathered_and_comes_as_the_writer_ends_is_counted(store: Any) -> None:
+    made(store)
+    store.close()
+    mailbox, posting = store._mailbox, store.trials._post
+    mailbox.closed = mailbox.writer.ended = False  # the last moment in which it is taken
+    expose(store, "u")
+    assert posting.dropped == 0
+    mailbox.closed = mailbox.writer.ended = True
+    mailbox.refuse_stragglers()
+    assert posting.dropped == 1
+
+
+def test_who_waits_for_what_is_gathered_is_not_told_before_it_is_written(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operation that was to write it was done with, untried, because of an error of the transaction before it."""
+    made(store)
+    assert store.flush(10)
+    core, failed = store._writer._transactions.core, threading.Event()
+    tick = core.tick
+
+    def unfit(now: float) -> None:
+        doing = [kind for kind, _, _ in store._writer._doing]
+        if doing == [Transactions.note] and not failed.is_set():
+            failed.set()
+            raise ValueError("no such thing")
+        tick(now)
+
+    monkeypatch.setattr(core, "tick", unfit)
+    with store._writer.io:
+        expose(store, "u")
+    assert failed.wait(5)
+    assert store.flush(10)
+    assert store.trials.seen("e", "u") == "control"
+
+
+def test_what_is_gathered_and_fails_untried_again_and_again_is_given_up(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its store never closes."""
+    made(store)
+    assert store.flush(10)
+
+    def unfit(_: float) -> None:
+        if any(kind is Transactions.note for kind, _, _ in store._writer._doing):
+            raise ValueError("no such thing")
+
+    monkeypatch.setattr(store._writer._transactions.core, "tick", unfit)
+    expose(store, "u")
+    until(lambda: store.trials._post.dropped == 1, 5)

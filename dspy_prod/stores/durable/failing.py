@@ -217,15 +217,19 @@ class Failing(ABC):
             self._alone = len(operations)
         elif operations:
             kind, subject, detail = operations.pop(error.index)
-            self._dropping(kind.__name__, str(error), size_of([(kind, subject, detail)]))
+            count = size_of([(kind, subject, detail)])
+            if kind is Transactions.note and detail is not None:
+                if detail.again():  # before those who wait for what is in it
+                    operations.insert(error.index, (kind, subject, detail))
+                else:
+                    count = max(count, detail.lost("they cannot be written"))
+            self._dropping(kind.__name__, str(error), count)
             if kind is Transactions.admit:
                 self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
             elif kind is Transactions.answer:
                 subject.set_exception(error)
             elif kind is Transactions.put_answer:
                 detail[3]()
-            elif kind is Transactions.note and detail is not None:
-                detail()
             elif kind in _SETTLING and subject.record is not None:
                 operations.insert(error.index, (kind, subject._replace(record=None), detail))
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Final, Protocol
 
@@ -61,9 +62,12 @@ class Claims(Protocol):
         """Renew all claims of this process, `but` these."""
         ...
 
-    def free(self, key: bytes, verdict: bool) -> None:
-        """End a claim: with an answer in the cache, or for the next one to try; or with the upstream's `verdict`,
-        which is not shared between processes, so that all who wait go on. Posted."""
+    def free(self, key: bytes, verdict: bool, who: Caller | None = None) -> None:
+        """End a claim, if it is that caller's: with an answer in the cache, or for the next one to try; or with the
+        upstream's `verdict`, which is not shared between processes, so that all who wait go on. Posted.
+
+        One step: should it have ended meanwhile, and the key be another's, that one keeps it.
+        """
         ...
 
     def close(self) -> None: ...
@@ -86,8 +90,9 @@ class Flights:
         self._answers = answers
         self._now = now
         self._hurry = hurry
-        self._landing: set[bytes] = set()
-        self._renewing = _Renewing(claims, self._landing)
+        self._landing: dict[bytes, Caller | None] = {}  # whose they are
+        self._leaving = threading.Lock()  # held while one is found to be claimed and added
+        self._renewing = _Renewing(claims, self._landing, self._leaving)
         answers.on_written = partial(_landed, claims, self._landing)
 
     def join(self, key: bytes, waited: bool = False, who: Caller | None = None) -> CachedAnswer | bool:
@@ -102,11 +107,11 @@ class Flights:
         try:
             answer = self._answers.get(key) if found == LANDED else None
             if answer is not None and answer.expires_at > self._now():
-                self._claims.free(key, False)
+                self._claims.free(key, False, who)
                 return answer
             self._renewing.begin()
         except BaseException:  # interrupted: nobody is told that he leads
-            self._claims.free(key, False)
+            self._claims.free(key, False, who)
             raise
         return True
 
@@ -116,9 +121,12 @@ class Flights:
         if not claims.claimed(key, who):
             return  # it is another LM's, and this one was interrupted or asked without a claim
         if not answers.is_posted(key):
-            claims.free(key, verdict)
+            claims.free(key, verdict, who)
             return
-        self._landing.add(key)  # others go on once they can read it
+        with self._leaving:  # it may have ended: what the next one says of the key comes after this
+            if not claims.claimed(key, who):
+                return
+            self._landing[key] = who  # others go on once they can read it
         if claims.followed(key):
             self._hurry()
         if not answers.is_posted(key):
@@ -130,21 +138,24 @@ class Flights:
         self._renewing.over.set()
 
 
-def _landed(claims: Claims, landing: set[bytes], key: bytes) -> None:
+def _landed(claims: Claims, landing: dict[bytes, Caller | None], key: bytes) -> None:
     """Others can read the answer, or never will."""
     try:
-        landing.remove(key)  # first, and by one thread: once it is free, the next flight of this key may land
+        who = landing.pop(key)  # first, and by one thread: once it is free, the next flight of this key may land
     except KeyError:
         return
-    claims.free(key, False)
+    claims.free(key, False, who)
 
 
 class _Renewing:
     """The thread that renews claims: begins when it is needed, ends when it was not for a while, or is `over`."""
 
-    def __init__(self, claims: Claims, landing: set[bytes]) -> None:
+    def __init__(
+        self, claims: Claims, landing: Collection[bytes], leaving: AbstractContextManager[object] | None = None
+    ) -> None:
         self._claims = claims
         self._landing = landing
+        self._leaving = leaving or nullcontext()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self.over = threading.Event()
@@ -172,8 +183,10 @@ class _Renewing:
         claims, landing = self._claims, self._landing
         try:
             for key, who in claims.claimers():
-                if who is not None and who.gone() and key not in landing and claims.claimed(key, who):
-                    claims.free(key, False)  # nobody else would, and it were renewed for ever
+                if who is not None and who.gone():
+                    with self._leaving:
+                        if key not in landing:
+                            claims.free(key, False, who)  # nobody else would, and it were renewed for ever
             claims.renew(set(landing))
         except Exception:  # a thread that ended here were taken for one that renews, for ever
             _log.exception("Claims could not be renewed; it is tried again")

@@ -164,6 +164,8 @@ class Mailbox:
                 subject.set()
             elif kind is Transactions.put_answer:
                 detail[3]()
+            elif kind is Transactions.note and detail is not None:
+                detail.lost("the store is closed")
             elif kind in _WRITING:
                 _log.warning("%s: a %s came after close and was not written", self._path, kind.__name__)
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
 from dspy_prod.options import Budget
 from dspy_prod.records import CallRecord
@@ -34,6 +34,22 @@ class Look(threading.Event):
     """
 
     given_up = False
+
+
+class Fate(Protocol):
+    """Is told what becomes of a note: by the writer, or by who closes the store after that has ended."""
+
+    def written(self) -> None:
+        """It is durable."""
+        ...
+
+    def again(self) -> bool:
+        """Whether it is to be tried once more, where it was, rather than `lost`: what failed was not the note."""
+        ...
+
+    def lost(self, why: str) -> int:
+        """It will never be written; how many things are lost with it."""
+        ...
 
 
 class Operations:
@@ -113,9 +129,11 @@ class Operations:
         found = ask(self.core, self.tables, now)
         self.after.append(lambda: told.set_result(found))
 
-    def note(self, write: Callable[[Any, float], None], unfit: Callable[[], None] | None, now: float) -> None:
-        """Nobody waits for it: it is written with what else there is. `unfit` is told where it can never be."""
+    def note(self, write: Callable[[Any, float], None], fate: Fate | None, now: float) -> None:
+        """Nobody waits for it: it is written with what else there is."""
         write(self.tables, now)
+        if fate is not None:
+            self.after.append(fate.written)
 
     def give_up_shares(self, _: Any, __: Any, now: float) -> None:
         """The last one: what is drawn ahead goes back, because the store is `stopping`."""

@@ -22,7 +22,7 @@ _log = logging.getLogger("dspy_prod")
 BEHIND: Final = 2_048
 """Things not yet taken from which on who posts is slowed down: admissions wait while a batch is written."""
 MOST: Final = 50_000
-"""Things kept while the file cannot be written; more are dropped, and counted."""
+"""Things kept while the file cannot be written, in batches or not; more are dropped, and counted."""
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Posting(Generic[T]):
         write: takes the tables, the things, the number of the batch (from 1 on, each larger than the one before), and
             the store's time. A batch whose transaction fails is given again under the same number.
         what: what the things are, for a log.
-        most: how many are kept while nothing can be written; None: `MOST`.
+        most: how many are kept while nothing can be written, those of batches that failed included; None: `MOST`.
 
     Attributes:
         posted: how many were taken. dropped: how many there was no room for.
@@ -54,43 +54,47 @@ class Posting(Generic[T]):
         self._what = what
         self._most = most
         self._waiting: deque[T] = deque()
+        self._taken = 0  # things of batches that are not durable: a full disk fails each at its end, and takes another
         self._listed = False  # an operation that takes them is on its way
         self._batches = 0
         self._lock = threading.Lock()
+        self._counting = threading.Lock()  # who has it takes no other lock
 
     def __call__(self, thing: T) -> None:
         """Post. Never raises; waits only where the writer is far behind, and then not long."""
         waiting = self._waiting
         if not self._mailbox.alive():
             self._drop("the store is closed")
-        elif len(waiting) >= (self._most or MOST):
-            self._drop("too many wait to be written")
-        else:
-            with self._lock:  # who flushes after this has an operation before his own that takes it
+            return
+        with self._lock:  # who flushes after this has an operation before his own that takes it
+            full = len(waiting) + self._taken >= (self._most or MOST)
+            if not full:
                 waiting.append(thing)
                 if not self._listed:
                     self._list()
                 self.posted += 1  # last: who has seen it and flushes has an operation before his own, too
-            if len(waiting) > BEHIND and self._inbox.open:
-                self._slow_down()
+        if full:
+            self._drop("too many wait to be written")
+        elif len(waiting) > BEHIND and self._inbox.open:
+            self._slow_down()
 
     def _list(self) -> None:
         self._listed = True
         batch = _Batch(self)
         try:
-            posted = self._mailbox.post((Transactions.note, batch.write, batch.unfit))
+            posted = self._mailbox.post((Transactions.note, batch.write, batch))
         except BaseException:  # interrupted: perhaps there is none
             self._listed = False
             raise
         if not posted:
-            for _ in self.take():
-                self._drop("the store is closed")
+            batch.lost("the store is closed")
 
     def take(self) -> list[T]:
-        """What waits; the writer's."""
+        """What waits, for a batch; the writer's."""
         self._listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
-        pop = self._waiting.popleft
-        return [pop() for _ in range(len(self._waiting))]
+        count, pop = len(self._waiting), self._waiting.popleft
+        self._count(count)  # before they are gone from there: else others find room for as many
+        return [pop() for _ in range(count)]
 
     def number(self) -> int:
         """The next batch's; the writer's."""
@@ -104,17 +108,25 @@ class Posting(Generic[T]):
         if batch.things:
             self._write(tables, batch.things, batch.number, now)
 
-    def unfit(self, batch: _Batch[T]) -> None:
-        """It can never be written. Where it was not even tried, the next one has what was to be in it."""
-        if batch.things is None:
-            self._listed = False
-        for _ in batch.things or ():
-            self._drop("they cannot be written")
+    def written(self, count: int) -> None:
+        """So many things of a batch are durable."""
+        self._count(-count)
 
-    def _drop(self, why: str) -> None:
-        self.dropped += 1
-        if self.dropped & (self.dropped - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
-            _log.warning("%s: %s; %d %s were not written", self._path, why, self.dropped, self._what)
+    def lose(self, count: int, why: str) -> None:
+        """So many things of a batch never will be."""
+        self._count(-count)
+        self._drop(why, count)
+
+    def _count(self, more: int) -> None:
+        with self._counting:
+            self._taken += more
+
+    def _drop(self, why: str, count: int = 1) -> None:
+        with self._counting:
+            before = self.dropped
+            self.dropped = after = before + count
+        if after.bit_length() > before.bit_length():  # the 1st, 2nd, 4th, 8th, ... is among them
+            _log.warning("%s: %s; %d %s were not written", self._path, why, after, self._what)
 
     def _slow_down(self) -> None:
         if running_loop() is not None:
@@ -126,15 +138,27 @@ class Posting(Generic[T]):
 
 
 class _Batch(Generic[T]):
-    """What one operation writes; known once it was tried first."""
+    """What one operation writes, known once it was tried first; and the `Fate` of that operation."""
 
     def __init__(self, posting: Posting[T]) -> None:
         self.things: list[T] | None = None
         self.number = 0
         self._posting = posting
+        self._again = False
 
     def write(self, tables: Any, now: float) -> None:
         self._posting.write(tables, self, now)
 
-    def unfit(self) -> None:
-        self._posting.unfit(self)
+    def written(self) -> None:
+        things, self.things = self.things or [], []
+        self._posting.written(len(things))
+
+    def again(self) -> bool:
+        """Once, where it was not even tried."""
+        first, self._again = self.things is None and not self._again, True
+        return first
+
+    def lost(self, why: str) -> int:
+        things, self.things = self._posting.take() if self.things is None else self.things, []
+        self._posting.lose(len(things), why)
+        return len(things)

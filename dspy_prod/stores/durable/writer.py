@@ -257,7 +257,12 @@ class Writer(Failing):
         lost = size_of(operation for operation in (*self._kept, *self._unsure) if operation[0] in RECORDING)
         if lost:
             _log.error("%d settlements and records could not be written to %s", lost, self.tables.path)
-            self._dropping("close", "the store was closed while its file could not be written", lost)
+        why = "the store was closed while its file could not be written"
+        for kind, _, fate in (*self._kept, *self._unsure):
+            if kind is Transactions.note and fate is not None:
+                lost += fate.lost(why)
+        if lost:
+            self._dropping("close", why, lost)
         if self._checkpoints is not None:
             self._checkpoints.end()
         with self.io:

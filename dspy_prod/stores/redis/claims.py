@@ -8,10 +8,11 @@ flight: the process that asks, and which of its flights; or `-` for a moment aft
 from __future__ import annotations
 
 import itertools
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.durable.flights import ALONE, FOLLOWS, LEADS, LEASE
@@ -91,8 +92,10 @@ class RedisClaims:
         self._me = uuid.uuid4().hex.encode()
         self._numbers = itertools.count()
         self._own: dict[bytes, _Claim] = {}
+        self._ends = threading.Lock()  # who has it takes no other one, and does not wait
         self._ended: deque[tuple[str, str, int]] = deque()  # where it is claimed, the flight, whether by a verdict
-        self._noted = False  # there is a note that ends them
+        self._ending = 0  # how many more are in notes
+        self._noted = False  # there is a note that will take those
 
     def __len__(self) -> int:
         return len(self._own)
@@ -110,12 +113,12 @@ class RedisClaims:
         if len(self._own) >= MOST or self._mailbox.writer.failing is not None:
             return ALONE
         claim = _Claim(b"%s:%d" % (self._me, next(self._numbers)), who)
-        if self._own.setdefault(key, claim) is not claim:
-            return FOLLOWS
         try:
+            if self._own.setdefault(key, claim) is not claim:
+                return FOLLOWS
             found = self._claimed(key, claim, waited)
         except BaseException:  # interrupted: the server may have it
-            self.free(key, False)
+            self._end(key, claim, False)
             raise
         if found != LEADS:
             self._own.pop(key, None)
@@ -149,37 +152,37 @@ class RedisClaims:
             for (_, claim), told in zip(some, found, strict=True):
                 claim.wanted = told == 2
 
-    def free(self, key: bytes, verdict: bool) -> None:
-        claim = self._own.pop(key, None)
-        if claim is None:
-            return
-        if len(self._ended) < MOST:  # else it ends with its lease
+    def free(self, key: bytes, verdict: bool, who: Caller | None = None) -> None:
+        claim = self._own.get(key)
+        if claim is not None and claim.who is who:
+            self._end(key, claim, verdict)
+
+    def _end(self, key: bytes, claim: _Claim, verdict: bool) -> None:
+        with self._ends:
+            if self._own.get(key) is not claim:
+                return  # it has ended, and perhaps another one has the key
+            del self._own[key]
+        if len(self._ended) + self._ending < MOST:  # else it ends with its lease
             self._ended.append((self._key(key).decode(), claim.flight.decode(), int(verdict)))
         if not self._noted:
-            self._noted = True
+            self._noted, note = True, _Note(self)
             try:
-                self._mailbox.post((Transactions.note, self._note(), self._unnoted))
+                self._mailbox.post((Transactions.note, note.write, note))
                 self._mailbox.post((Transactions.nudge, None, None))
             except BaseException:  # interrupted: perhaps there is none
                 self._noted = False
                 raise
 
-    def _unnoted(self) -> None:
-        """The note is gone, and perhaps was never tried: the next end is noted anew. What it took ends by itself."""
-        self._noted = False
+    def take_ends(self) -> list[tuple[str, str, int]]:
+        """Those that are not in a note; the writer's."""
+        self._noted = False  # first: who comes from now on notes it anew
+        count, pop = len(self._ended), self._ended.popleft
+        self._ending += count
+        return [pop() for _ in range(count)]
 
-    def _note(self) -> Callable[[object, float], None]:
-        """Writes all ends that there are when it is done: one for many, for the writer may be held up."""
-        taken: list[tuple[str, str, int]] = []  # it may have to write them again
-
-        def end(tables: object, now: float) -> None:
-            self._noted = False  # first: who comes from now on notes it anew
-            while self._ended:
-                taken.append(self._ended.popleft())
-            for at, flight, verdict in taken:
-                tables.batch.call(END, at, flight, verdict, _LEASE)  # type: ignore[attr-defined]
-
-        return end
+    def ends_done(self, count: int) -> None:
+        """So many that were taken are written, or never will be; the writer's."""
+        self._ending -= count
 
     def close(self) -> None:
         """What is claimed ends by itself."""
@@ -187,3 +190,34 @@ class RedisClaims:
 
     def _key(self, key: bytes) -> bytes:
         return self._base + b":flight:" + key.hex().encode()
+
+
+class _Note:
+    """Writes all ends that there are when it is done first: one for many, for the writer may be held up.
+
+    Its own `Fate`. What it took and cannot write ends by itself.
+    """
+
+    def __init__(self, claims: RedisClaims) -> None:
+        self._claims = claims
+        self._ends: list[tuple[str, str, int]] = []  # it may have to write them again
+        self._tried = False
+
+    def write(self, tables: Any, now: float) -> None:
+        self._tried = True
+        self._ends += self._claims.take_ends()
+        for at, flight, verdict in self._ends:
+            tables.batch.call(END, at, flight, verdict, _LEASE)
+
+    def written(self) -> None:
+        self._claims.ends_done(len(self._ends))
+
+    def again(self) -> bool:
+        tried, self._tried = self._tried, True
+        return not tried
+
+    def lost(self, why: str) -> int:
+        if not self._ends:  # perhaps it was never tried: the next end is noted anew
+            self._ends = self._claims.take_ends()
+        self.written()
+        return 0

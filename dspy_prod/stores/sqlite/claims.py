@@ -65,14 +65,18 @@ class _Claim:
         name: what it is called in the file.
         file: where it is locked; there it is let go, whatever the store uses by then.
         who: whose it is.
+        taken: nobody is about to take it any more: it is claimed, or who took it was interrupted.
+        ends: a mark of each that wants to end it; the first one does.
     """
 
-    __slots__ = ("file", "name", "who")
+    __slots__ = ("ends", "file", "name", "taken", "who")
 
     def __init__(self, name: bytes, file: _File, who: Caller | None) -> None:
         self.name = name
         self.file = file
         self.who = who
+        self.taken = False
+        self.ends: list[object] = []
 
 
 class ClaimsFile:
@@ -94,17 +98,24 @@ class ClaimsFile:
         self._retry_at = -inf if fcntl is not None else inf
         self._opening = threading.Lock()
         self._own: dict[bytes, _Claim] = {}  # taken among this process's threads
-        self._held: dict[bytes, _Claim] = {}  # claimed, and not ended by anybody yet: who takes it out does
 
     def __len__(self) -> int:
         return len(self._own)
 
     def claimed(self, key: bytes, who: Caller | None = None) -> bool:
-        claim = self._held.get(key)
-        return claim is not None and claim.who is who
+        return self._claim_of(key, who) is not None
+
+    def _claim_of(self, key: bytes, who: Caller | None) -> _Claim | None:
+        claim = self._own.get(key)
+        if claim is None or claim.who is not who:
+            return None
+        return claim if claim.taken or who is not None else None  # of those unknown, another one may be taking it
 
     def claimers(self) -> list[tuple[bytes, Caller | None]]:
-        return [(key, claim.who) for key, claim in list(self._held.items())]
+        return [(key, claim.who) for key, claim in self._taken()]
+
+    def _taken(self) -> list[tuple[bytes, _Claim]]:
+        return [each for each in list(self._own.items()) if each[1].taken]
 
     def claim(self, key: bytes, waited: bool, who: Caller | None = None) -> int:
         own = self._own
@@ -116,17 +127,18 @@ class ClaimsFile:
                 return ALONE
             name = blake2b(key, digest_size=16, key=self._namespace).digest()
             claim = _Claim(name, file, who)
-            if own.setdefault(key, claim) is not claim:
-                return FOLLOWS  # another LM of this process
             try:
+                if own.setdefault(key, claim) is not claim:
+                    return FOLLOWS  # another LM of this process
                 found = file.claim(name, waited)
                 if found < FOLLOWS:
-                    self._held[key] = claim
+                    claim.taken = True
                 else:
                     own.pop(key, None)
             except BaseException:  # interrupted: it may have been claimed
-                self._held.pop(key, None)
-                self._let_go(key, claim)
+                claim.taken = True
+                if own.get(key) is claim:
+                    self._end(key, claim)
                 raise
         except (OSError, ValueError) as error:
             self._give_up(error)
@@ -134,7 +146,7 @@ class ClaimsFile:
         return found
 
     def followed(self, key: bytes) -> bool:
-        claim = self._held.get(key)
+        claim = self._own.get(key)
         with contextlib.suppress(OSError, ValueError):
             return claim is not None and claim.file.wanted(claim.name)
         return False
@@ -143,36 +155,44 @@ class ClaimsFile:
         file = self._file
         try:
             if file is not None:
-                held = list(self._held.items())
-                file.renew([claim.name for key, claim in held if key not in but and claim.file is file])
+                file.renew([claim.name for key, claim in self._taken() if key not in but and claim.file is file])
         except (OSError, ValueError) as error:
             self._give_up(error)
 
-    def free(self, key: bytes, verdict: bool) -> None:
-        own = self._own.get(key)
+    def free(self, key: bytes, verdict: bool, who: Caller | None = None) -> None:
+        claim = self._claim_of(key, who)
         try:
-            try:
-                claim = self._held.pop(key, None)
-                if claim is not None:
-                    claim.file.free(claim.name, _VERDICT if verdict else _ENDED)
-                    self._own.pop(key, None)
-            except BaseException:  # interrupted: nobody else ends it
-                self._let_go(key, own)
-                raise
+            if claim is not None:
+                self._end(key, claim, _VERDICT if verdict else _ENDED)
         except (OSError, ValueError) as error:
             self._give_up(error)
 
-    def _let_go(self, key: bytes, claim: _Claim | None) -> None:
-        """Unlock it, then let this process's threads have it."""
-        if claim is not None and self._own.get(key) is claim:
-            try:
+    def _end(self, key: bytes, claim: _Claim, state: int | None = None) -> None:
+        """Note how it ended, if there is a `state` to note, and unlock it; then let this process's threads have it.
+
+        Once, however many do so at the same time: as long as none has, the key is this claim's.
+        """
+        me = object()
+        try:
+            claim.ends.append(me)
+            if claim.ends[0] is not me:
+                return
+            if state is None:
                 claim.file.unlock(claim.name)
-            finally:
-                self._own.pop(key, None)
+            else:
+                claim.file.free(claim.name, state)
+            self._own.pop(key, None)
+        except BaseException:  # interrupted: nobody else ends it
+            if claim.ends and claim.ends[0] is me and self._own.get(key) is claim:
+                try:
+                    claim.file.unlock(claim.name)
+                finally:
+                    self._own.pop(key, None)
+            raise
 
     def close(self) -> None:
-        for key in list(self._held):
-            self.free(key, False)
+        for key, claim in self._taken():
+            self.free(key, False, claim.who)
         self._retry_at, self._file = inf, None
 
     def _opened(self) -> _File | None:
@@ -199,10 +219,9 @@ class ClaimsFile:
 
     def _drop(self) -> None:
         self._file = None
-        for key in list(self._held):
-            claim = self._held.pop(key, None)
+        for key, claim in self._taken():
             with contextlib.suppress(OSError):
-                self._let_go(key, claim)
+                self._end(key, claim)
 
 
 class _File:

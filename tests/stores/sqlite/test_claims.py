@@ -310,3 +310,34 @@ def test_what_is_claimed_while_all_is_given_up_ends(
     assert his("claim", b"key", False) == FOLLOWS
     mine.free(b"key", False)
     assert his("claim", b"key", True) == LANDED
+
+
+@pytest.mark.parametrize("how", ["close", "give up"])
+def test_a_key_whose_claim_was_interrupted_twice_ends_with_all_the_others(
+    path: str, other: Callable[..., Other], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    mine, his = ClaimsFile(path, "n"), other()
+    assert mine.claim(b"another", False) == LEADS
+    file = mine._file
+    assert file is not None
+    take = file.claim
+
+    class Own(dict):  # type: ignore[type-arg]
+        def get(self, key: Any, default: Any = None) -> Any:
+            raise KeyboardInterrupt
+
+    def interrupted(*arguments: Any) -> int:
+        take(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(file, "claim", interrupted)
+        patched.setattr(mine, "_own", own := Own(mine._own))
+        with pytest.raises(KeyboardInterrupt):
+            mine.claim(b"key", False)
+    mine._own = dict(own)
+    assert len(mine) == 2
+    assert his("claim", b"key", False) == FOLLOWS
+    mine.close() if how == "close" else mine._give_up(OSError("full"))
+    assert len(mine) == 0
+    assert [his("claim", key, True) for key in (b"key", b"another")] == [LANDED] * 2
