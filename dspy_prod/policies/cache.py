@@ -20,6 +20,7 @@ from dspy.lm15 import Response
 from dspy_prod.options import Cache
 from dspy_prod.policies.entries import LOCAL, Entry, cacheable, dump, size_of, store_key
 from dspy_prod.policies.written import loaded
+from dspy_prod.runtime.brief import brief
 from dspy_prod.stores.base import CachedAnswer, Caller, Store
 
 _log = logging.getLogger("dspy_prod")
@@ -71,7 +72,7 @@ class ResponseCache:
 
     def used(self, key: bytes) -> None:
         """Count a hit in memory."""
-        with self._lock:
+        with brief(self._lock):
             self.hits += 1
             try:
                 self._entries.move_to_end(key)
@@ -89,7 +90,7 @@ class ResponseCache:
         if entry is None:
             self.misses += 1
             return None
-        with self._lock:
+        with brief(self._lock):
             self.hits += 1
         return entry
 
@@ -124,7 +125,7 @@ class ResponseCache:
         entry = self._taken(key, found)
         if entry is None or entry.expires_at <= self._now():
             return True
-        with self._lock:
+        with brief(self._lock):
             self.hits += 1
         return entry
 
@@ -165,13 +166,13 @@ class ResponseCache:
 
     def clear(self) -> None:
         """Forget every answer in memory; the store forgets its own by `Store.cache_clear`."""
-        with self._lock:
+        with brief(self._lock):
             self._entries.clear()
             self._bytes = 0
 
     def stats(self) -> CacheStats:
         """Size and use."""
-        with self._lock:
+        with brief(self._lock):
             return CacheStats(
                 len(self._entries),
                 self.options.max_entries,
@@ -189,7 +190,7 @@ class ResponseCache:
 
     def _insert(self, key: bytes, entry: Entry) -> None:
         entries, options = self._entries, self.options
-        with self._lock:
+        with brief(self._lock):
             old = entries.pop(key, None)
             if old is not None:
                 self._bytes -= old.size

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from dspy_prod.options import Retry
+from dspy_prod.runtime.brief import briefly
 
 __all__ = ["Attempts", "RetryBudget", "WhyNot"]
 
@@ -49,7 +50,7 @@ class RetryBudget:
         """Take one token for a retry; False, and nothing is taken, unless more than half of them are left."""
         if self._capacity is None:
             return True
-        with self._lock:
+        with briefly(self._lock):
             if self._tokens <= self._capacity / 2:
                 return False
             self._tokens = max(0.0, self._tokens - 1)
@@ -57,9 +58,9 @@ class RetryBudget:
 
     def success(self) -> None:
         """An attempt succeeded: return `budget_refill` tokens, up to the capacity."""
-        if self._capacity is None:
+        if self._capacity is None or self._tokens >= self._capacity:  # what a retry takes just now, it takes after this
             return
-        with self._lock:
+        with briefly(self._lock):
             self._tokens = min(self._capacity, self._tokens + self._refill)
 
     def _after_fork(self) -> None:

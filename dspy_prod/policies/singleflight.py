@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Final
 
 from dspy_prod.compat.foreign import running_loop
+from dspy_prod.runtime.brief import brief
 from dspy_prod.runtime.reaper import REAPER
 
 LOOK: Final = 1.0
@@ -97,7 +98,7 @@ class Flights:
         Args:
             home: where you run.
         """
-        with self._lock:
+        with brief(self._lock):
             flights = self._flights
             if key not in flights:
                 flights[key] = home
@@ -113,12 +114,12 @@ class Flights:
 
     def following(self) -> int:
         """Callers who wait for a leader."""
-        with self._lock:
+        with brief(self._lock):
             return sum(len(each) for each in self._flights.values() if isinstance(each, _Followers))
 
     def look_after(self, key: Hashable) -> None:
         """Pass the lead on where the leader is gone. To be called now and then by who follows."""
-        with self._lock:
+        with brief(self._lock):
             followers = self._flights.get(key)
             if isinstance(followers, _Followers) and gone(followers.leader):
                 self._pass_on(key)
@@ -137,7 +138,7 @@ class Flights:
             end: called with the lock held, perhaps more than once; it does not wait. Where that is interrupted, and
                 nobody follows who would do it again, the reaper does, without the lock.
         """
-        with self._lock:
+        with brief(self._lock):
             self._finish(key)
             self._begun[key] = end
 
@@ -147,7 +148,7 @@ class Flights:
 
     def leave(self, key: Hashable, follower: Follower) -> bool:
         """Stop following. False when the follower was decided meanwhile; if it `LEADS`, it must end the flight."""
-        with self._lock:
+        with brief(self._lock):
             if follower.state != WAITING:
                 return False
             follower.state = LEFT
@@ -181,7 +182,7 @@ class Flights:
         Args:
             home: where you run; nothing is done where the lead was `lost` meanwhile.
         """
-        with self._lock:
+        with brief(self._lock):
             if not self.lost(key, home):
                 self._pass_on(key)
 
@@ -202,7 +203,7 @@ class Flights:
 
     def _end_late(self, key: Hashable, end: Callable[[], None]) -> None:
         end()
-        with self._lock:
+        with brief(self._lock):
             if self._begun.get(key) is end:
                 del self._begun[key]
 
@@ -222,7 +223,7 @@ class Flights:
 
     def _end(self, key: Hashable, tell: Callable[[Follower], None]) -> None:
         """Whoever is interrupted before the last follower is told leads on, and is to hand over to those left."""
-        with self._lock:
+        with brief(self._lock):
             followers = self._flights.get(key)
             while isinstance(followers, _Followers) and followers:
                 follower = followers[0]

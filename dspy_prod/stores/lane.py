@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from dspy_prod.options import RateLimit
 from dspy_prod.records import CallRecord
+from dspy_prod.runtime.brief import brief
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.admission.core import AdmissionCore
 from dspy_prod.stores.admission.granting import shared
@@ -51,7 +52,7 @@ class Lane:
     def admit(self, reservation: Reservation) -> Reservation:
         """Grant, refuse, or put into line, see `Admission.admit`."""
         core = self._core
-        with self._lock:
+        with brief(self._lock):
             core.admit(reservation, self.now())
             news = core.decided or core.next_due() < self._planned
         if news:
@@ -64,13 +65,13 @@ class Lane:
 
     def sent_late(self, reservation: Reservation, at: float) -> None:
         """A granted call left only at `at`: its limiter counts it from then on."""
-        with self._lock:
+        with brief(self._lock):
             self._core.sent_late(reservation, at)
 
     def settle(self, reservation: Reservation, settlement: Settlement) -> None:
         """Replace the hold by what happened, keep the record, and serve who waited for what that frees."""
         core = self._core
-        with self._lock:
+        with brief(self._lock):
             core.settle(settlement, self.now())
             if core.appended or core.replaced:
                 self._write()
@@ -104,19 +105,19 @@ class Lane:
 
     def holds(self) -> int:
         """Reservations not yet settled."""
-        with self._lock:
+        with brief(self._lock):
             return len(self._core.holds)
 
     def waiting(self) -> int:
         """Reservations in any line."""
-        with self._lock:
+        with brief(self._lock):
             return self._core.waiting()
 
     def tick(self) -> float:
         """Serve what is due; the store time of the next due moment, `inf` when there is none."""
         self._planned = -inf  # whoever calls this need not be told of what comes up meanwhile
         self._step(lambda core, now: core.tick(now))
-        with self._lock:
+        with brief(self._lock):
             self._planned = self._core.next_due()
             return self._planned
 
@@ -126,7 +127,7 @@ class Lane:
 
     def _step(self, transition: Callable[[AdmissionCore, float], T]) -> T:
         """One transition; `admit` and `settle` are on the path of every call and do the same themselves."""
-        with self._lock:
+        with brief(self._lock):
             result = transition(self._core, self.now())
             self._write()
         self._tell()
@@ -142,7 +143,7 @@ class Lane:
         core.replaced.clear()
 
     def _tell(self) -> None:
-        with self._lock:
+        with brief(self._lock):
             decided = self._core.take_decided()
             sooner = self._core.next_due() < self._planned
         wake(decided)

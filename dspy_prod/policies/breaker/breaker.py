@@ -17,6 +17,7 @@ from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker.permit import BreakerSnapshot, Permit
 from dspy_prod.policies.breaker.states import Change, Closed, Disabled, ForcedOpen, HalfOpen, Open, Refusal, State
 from dspy_prod.policies.breaker.transitions import EVENTS, SAID, OperatorMove, Trigger, following
+from dspy_prod.runtime.brief import briefly
 from dspy_prod.runtime.clock import Clock
 from dspy_prod.telemetry.events import EventBus
 
@@ -92,7 +93,7 @@ class Breaker:
         """
         if self._state.admits_all:  # one read of one reference: no lock
             return
-        with self._lock:
+        with briefly(self._lock):
             notice = self._write_off()
             refusal = self._state.refusal()
         self._tell(notice)
@@ -109,7 +110,7 @@ class Breaker:
         if state.admits_all:
             return Permit(state.generation, False, next(self._ids), self._now())
         answer: Permit | Refusal | None
-        with self._lock:
+        with briefly(self._lock):
             notices = [self._write_off()]
             state = self._state
             answer = state.refusal()
@@ -129,7 +130,7 @@ class Breaker:
 
     def success(self, permit: Permit, duration: float) -> None:
         """The call succeeded after `duration` seconds."""
-        with self._lock:
+        with briefly(self._lock):
             state = self._state
             if permit.generation != state.generation:
                 return
@@ -151,7 +152,7 @@ class Breaker:
             retry_after: the provider's Retry-After in seconds. If this failure opens the circuit, it is the open
                 interval, at most `max_recovery_timeout` (jitter still lengthens it).
         """
-        with self._lock:
+        with briefly(self._lock):
             state = self._state
             if permit.generation != state.generation:
                 return
@@ -167,7 +168,7 @@ class Breaker:
     def release(self, permit: Permit) -> None:
         """The outcome says nothing about the upstream (authentication, invalid request, cancellation, our own
         refusal): give the probe back, count nothing."""
-        with self._lock:
+        with briefly(self._lock):
             state = self._state
             if permit.generation != state.generation:
                 return
@@ -196,17 +197,17 @@ class Breaker:
 
     def begin(self, move: OperatorMove) -> None:
         """Do as an operator has said before this breaker was made; listeners have heard of it then."""
-        with self._lock:
+        with briefly(self._lock):
             self._move(move, SAID[move])
 
     def _operated(self, move: OperatorMove, cause: str) -> None:
-        with self._lock:
+        with briefly(self._lock):
             notice = self._move(move, cause)
         self._tell(notice)
 
     def snapshot(self) -> BreakerSnapshot:
         """The breaker now, consistent in itself."""
-        with self._lock:
+        with briefly(self._lock):
             notice = self._write_off()
             state, window = self._state, self._last_closed.window
             window.expire()
