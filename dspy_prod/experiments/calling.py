@@ -15,6 +15,7 @@ from dspy_prod.experiments.opened import stage_of
 from dspy_prod.experiments.operating import put
 from dspy_prod.experiments.turn import Turn
 from dspy_prod.privacy.redactor import claimed
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.runtime.threads import begin
 from dspy_prod.stores.trials import RUNNING
 
@@ -102,16 +103,25 @@ class Calling(Inside):
         return got.random or got.how == KEPT or (self._calls_last and got.full != 0 and got.how in (HASH, ELSEWHERE))
 
     def _after(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Have an answer judged, perhaps; and in a shadow stage, have the candidates asked once more, unseen."""
+        """Have an answer judged, perhaps; and in a shadow stage, have the candidates asked once more, unseen.
+
+        A call that its caller left has none, and is seen by the reaper, see `Turn`.
+        """
+        if turn.abandoned:
+            REAPER.post(lambda: self._see(turn.counted))
+            return
         shadow, judges, counted = self._works.shadow, self._works.judges, turn.counted
-        if counted is not None and counted[2] is not None:
-            self._works.traced.see(counted[2], counted[0])
+        self._see(counted)
         if counted is not None and turn.unpriced:
             self._cannot_compare_costs(turn)
         if judges is not None and counted is not None and not turn.failed:
             judges.offer(*counted, args, kwargs, turn.prediction)
         if shadow is not None and turn.shadowed:
             shadow.offer(args, kwargs, turn.outcome, current())
+
+    def _see(self, counted: tuple[str, float, str | None] | None) -> None:
+        if counted is not None and counted[2] is not None:
+            self._works.traced.see(counted[2], counted[0])
 
     def _cannot_compare_costs(self, turn: Turn) -> None:
         """Pause it: calls that nobody knows the price of would count as free, and no harm would ever be seen."""

@@ -27,6 +27,7 @@ from dspy_prod.experiments.spread import Spread
 from dspy_prod.options.experiments import Rollout
 from dspy_prod.options.metrics import Metric
 from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.trials import PART, Calls, Matured, Progress, Trials
 
 EXPOSED: Final = " (exposed)"
@@ -34,6 +35,9 @@ EXPOSED: Final = " (exposed)"
 
 EVERY: Final = 1.0
 """Seconds between two savings of what was read: whoever goes on reads the rest once more, and finds the same."""
+
+PATIENCE: Final = 2.0
+"""Seconds that calls which were left are waited for, to be told of."""
 
 COLLISIONS: Final = 10
 """Times that others may save before, in one reading, until it is left to the next one."""
@@ -83,6 +87,7 @@ class Reading:
         Args:
             progress: of just now: units beyond it are left to the next time; None: the store is asked for all there is.
         """
+        REAPER.flush(PATIENCE)  # calls whose callers have left
         with self._lock:
             try:
                 return self._read_on(progress)

@@ -15,8 +15,9 @@ from dspy_prod.options.experiments import SHADOW
 from dspy_prod.production.collecting import Records
 from dspy_prod.production.reasons import reason_of
 from dspy_prod.production.report import CallReport, report_of
-from dspy_prod.production.watch import LEFT
+from dspy_prod.production.watch import LEFT, was_closed
 from dspy_prod.records import NANO
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.trials import Call, Trials
 
 
@@ -86,17 +87,24 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._failed = isinstance(error, Exception) and not hasattr(error, LEFT)
+        self._failed = isinstance(error, Exception) and not hasattr(error, LEFT) and not was_closed(error)
         self._ended = error is None or self._failed
         self._refused |= self._failed and error is not None and reason_of(error) in OURS
         self._refused = self._refused and not self._records.has_hung(error, self._report)  # sent: it has failed
+        over = time.monotonic()
         try:
             self._scope.__exit__(kind, error, traceback)
         finally:
-            if self._trials is not None and self._place is not None:
-                self._tell(self._trials, self._place)
-            if self._flights is not None and self._flight is not None:
-                self._flights.end(self._flight)
+            if self.abandoned:  # perhaps inside the garbage collector, on a thread that has a lock which this takes
+                REAPER.post(lambda: self._over(over))
+            else:
+                self._over(over)
+
+    def _over(self, at: float) -> None:
+        if self._trials is not None and self._place is not None:
+            self._tell(self._trials, self._place, at)
+        if self._flights is not None and self._flight is not None:
+            self._flights.end(self._flight)
 
     @property
     def shadowed(self) -> bool:
@@ -122,15 +130,20 @@ class Turn:
         return self._place.unit, self._at, trace
 
     @property
+    def abandoned(self) -> bool:
+        """Whether its caller left before it had ended."""
+        return not self._ended
+
+    @property
     def failed(self) -> bool:
         """Whether it raised, or was abandoned."""
         return self._failed or not self._ended
 
-    def _tell(self, trials: Trials, place: Assignment) -> None:
+    def _tell(self, trials: Trials, place: Assignment, at: float) -> None:
         """Post what the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""
         assert place.unit is not None
         cached = any(each.cached for each in self._records)
-        latency = None if cached else time.monotonic() - self._began  # clocks are set now and then
+        latency = None if cached else at - self._began  # clocks are set now and then
         trials.call(
             Call(
                 place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency,

@@ -28,6 +28,8 @@ Raised = Literal["refused", "error", "abandoned"]
 """How a call ended that returned nothing."""
 
 
+_ELSEWHERE: Final = "was created in a different Context"
+
 LEFT: Final = "_dspy_prod_left"
 """What an `Exception` is marked with that only says that nobody reads the stream any more: nothing has failed."""
 
@@ -108,7 +110,8 @@ class Watch:
         if error is None or self._finished:
             return
         latency = self._clock.monotonic() - self._started
-        if isinstance(error, Exception) and not (self.left or (self._stream is not None and _loop_ended(error))):
+        left = self.left or (self._stream is not None and _loop_ended(error)) or was_closed(error)
+        if isinstance(error, Exception) and not left:
             reason = reason_of(error)
             self._keep(self._ended("refused" if reason in REFUSALS else "error", reason, type(error), latency))
         else:
@@ -246,13 +249,23 @@ _RUN_FINISHED: Final[tuple[type[Exception], ...]] = tuple(
 )
 
 
+def was_closed(error: BaseException) -> bool:
+    """Whether an error comes of closing a coroutine that nobody waits for: what gives back contexts complains then, for
+    the garbage collector does it in another one."""
+    return isinstance(error, ValueError) and _ELSEWHERE in str(error) and _comes_of(error, GeneratorExit)
+
+
 def _loop_ended(error: BaseException) -> bool:
     """Whether an error comes of sending, from a thread, to a loop that has ended with the reader in it."""
+    return _comes_of(error, _RUN_FINISHED)
+
+
+def _comes_of(error: BaseException, kind: Any) -> bool:
     found: BaseException | None = error
     for _ in range(LONGEST_CHAIN):
         if found is None:
             return False
-        if isinstance(found, _RUN_FINISHED):
+        if isinstance(found, kind):
             return True
         found = found.__cause__ or found.__context__
     return False

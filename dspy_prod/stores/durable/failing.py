@@ -221,8 +221,8 @@ class Failing(ABC):
             if kind is Transactions.note and detail is not None:
                 if detail.again():  # before those who wait for what is in it
                     operations.insert(error.index, (kind, subject, detail))
-                else:
-                    count = max(count, detail.lost("they cannot be written"))
+                    return
+                count = max(count, detail.lost("they cannot be written"))
             self._dropping(kind.__name__, str(error), count)
             if kind is Transactions.admit:
                 self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
