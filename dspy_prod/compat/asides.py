@@ -187,10 +187,54 @@ def without_asides(response: Response) -> Response:
     parts = message.parts
     if refused:
         text = "".join(data["text"] for data in refused)
-        shown = text if refused[0]["as_text"] else ""
-        texts = [part if part.type != "text" else replace(part, text=part.text.replace(shown, "", 1)) for part in parts]
+        texts = _without([data["text"] for data in refused if data["as_text"]], parts)
         parts = (*(part for part in texts if part.type != "text" or part.text), RefusalPart(text=text))
     return replace(response, message=replace(message, parts=parts, continuation=others))
+
+
+def _without(pieces: list[str], parts: tuple[Any, ...]) -> Iterator[Any]:
+    """The parts of an answer, of whose text the pieces of a refusal are left out, as far as they were shown."""
+    spans = list(_shown("".join(part.text for part in parts if part.type == "text"), pieces))
+    end = 0
+    for part in parts:
+        if part.type != "text":
+            yield part
+            continue
+        begin, end, kept, at = end, end + len(part.text), "", 0
+        for first, last in spans:
+            first, last = max(first - begin, at), min(last, end) - begin
+            if first < last:
+                kept, at = kept + part.text[at:first], last
+        yield replace(part, text=kept + part.text[at:])
+
+
+def _shown(text: str, pieces: list[str]) -> Iterator[tuple[int, int]]:
+    """Where a text shows the pieces of a refusal, in their order. What the text ends in may be cut off at `stop`.
+
+    They are looked for as one first: the same words may stand before them.
+    """
+    whole = "".join(pieces)
+    shortest = len(whole) - len(pieces[-1]) if pieces else 0
+    at = text.rfind(whole)
+    if at >= 0:
+        yield at, at + len(whole)
+        return
+    if shortest and (cut := _cut(text, whole)) >= shortest:
+        yield len(text) - cut, len(text)
+        return
+    at = 0
+    for piece in pieces:
+        found = text.find(piece, at)
+        if found < 0:
+            yield len(text) - _cut(text[at:], piece), len(text)
+            return
+        at = found + len(piece)
+        yield found, at
+
+
+def _cut(text: str, whole: str) -> int:
+    """How much of something a text ends with, that goes no further."""
+    return next(size for size in range(min(len(text), len(whole)), -1, -1) if text.endswith(whole[:size]))
 
 
 def _event(kind: str, data: dict[str, Any]) -> StreamDeltaEvent:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
 
 from dspy.lm15 import Response
 from dspy.utils.exceptions import LMError, LMTimeoutError
@@ -79,7 +80,8 @@ class Failures:
     def told(self) -> Exception:
         """The error to raise when every route has failed: the last upstream's, else the first refusal.
 
-        If there were several routes it names what each of them said, and is raised from what the first said.
+        If there were several routes it is another one, which names what each of them said, and is raised from what the
+        first said: an engine may raise one error again and again, in other calls too, where none of this was said.
         """
         said, first = self._said, self._first
         assert said is not None
@@ -87,10 +89,14 @@ class Failures:
         error = self.upstream or first
         if len(said) > 1:
             first = next(iter(said.values()))
-            keep_heard(error)  # what others said is no evidence of this one's
-            _add(error, "; ".join(f"{route.name}: {_brief(each)}" for route, each in said.items()))
+            twin = _twin(error)
+            if twin is None:  # it is told as it is
+                return error
+            keep_heard(twin)  # what others said is no evidence of this one's
+            _add(twin, "; ".join(f"{route.name}: {_brief(each)}" for route, each in said.items()))
             if error is not first:
-                error.__cause__ = first
+                twin.__cause__ = first
+            return twin
         return error
 
 
@@ -101,8 +107,33 @@ def _brief(error: Exception) -> str:
     return f"{name} ({text[:_LONGEST]})" if text else name
 
 
+def _twin(error: Exception) -> Exception | None:
+    """Another error that says the same; None where its type makes none.
+
+    Its `__init__` is not called: it may want more than it tells, or make another text of what it is given.
+    """
+    try:
+        made: Exception = type(error).__new__(type(error), *error.args)
+        vars(made).update(vars(error))
+    except Exception:
+        return None
+    if type(made) is not type(error) or made is error:
+        return None
+    twin: Any = made
+    twin.args = error.args
+    if isinstance(error, ImportError):  # these are in no table
+        twin.name, twin.path = error.name, error.path
+    if isinstance(vars(twin).get("__notes__"), list):
+        twin.__notes__ = list(twin.__notes__)
+    if error.__cause__ is not error:  # as it is where an engine's own error is raised from itself
+        twin.__cause__ = error.__cause__
+    twin.__context__, twin.__suppress_context__ = error.__context__, error.__suppress_context__
+    return made.with_traceback(error.__traceback__)
+
+
 def _add(error: Exception, routes: str) -> None:
     note = f"\n\nNo route answered. {routes}"
     if isinstance(getattr(error, "message", None), str):
-        error.message += note  # type: ignore[attr-defined]
+        with suppress(AttributeError):  # it is made of others, and cannot be set
+            error.message += note  # type: ignore[attr-defined]
     error.args = (f"{error.args[0] if error.args else ''}{note}", *error.args[1:])

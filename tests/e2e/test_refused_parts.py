@@ -12,7 +12,7 @@ from dspy.lm15 import RefusalPart, TextPart
 from dspy_prod.pipeline import answer as answers
 from dspy_prod.testing import Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
-from tests.e2e.support import outcome, request
+from tests.e2e.support import ask, outcome, request
 from tests.e2e.test_unusable import DONE, END, USAGE, WAYS, chunk
 
 REFUSED = RefusalPart(text="I won't")
@@ -97,6 +97,33 @@ def test_a_refusal_is_no_text_of_the_answer(
     lm = connect(serve(faults=Verbatim(stream + end)), model_type=api)
     assert read(lm, way) == (text, None)
     assert parts == [meant]
+
+
+CUT = {
+    "whole": (["R:I ", "R:won't"], "", "I won't"),
+    "in a piece": (["R:I cannot. ", "R:So STOP it"], "", "I cannot. So STOP it"),
+    "in the only piece": (["R:I cannot. So STOP it"], "", "I cannot. So STOP it"),
+    "at a piece": (["R:I cannot. ", "R:STOP it"], "", "I cannot. STOP it"),
+    "between pieces": (["R:I cannot. ST", "R:OP it"], "", "I cannot. ST"),
+    "behind a text": (["T:Sure. ", "R:I ", "R:won't STOP"], "Sure. ", "I won't STOP"),
+    "behind the same words": (["T:I see. ", "R:I ", "R:won't STOP"], "I see. ", "I won't STOP"),
+    "before a text": (["R:I ", "R:won't", "T:Sure. STOP"], "Sure. ", "I won't"),
+    "between texts": (["R:I ", "T:Sure. ", "R:won't", "T:Yes. STOP"], "Sure. Yes. ", "I won't"),
+    "between texts, in a piece": (["R:I ", "T:Sure. ", "R:won't STOP it"], "Sure. ", "I won't STOP it"),
+}
+"""The pieces of a refusal and of a text that come, what is left of the text at STOP, and of the refusal."""
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+@pytest.mark.parametrize("name", CUT)
+def test_a_refusal_that_is_cut_at_stop_is_no_text(serve: MakeProvider, connect: MakeLM, name: str, way: str) -> None:
+    """It passed for the answer, and was kept, where lm15 had cut it or it came in turns with a text."""
+    pieces, text, refused = CUT[name]
+    came = "".join(piece("refusal" if each[0] == "R" else "output_text", each[2:]) for each in pieces)
+    lm = connect(serve(faults=Verbatim(BEGIN + came + COMPLETED)), model_type="responses", stop=["STOP"])
+    ask(lm, way)
+    parts = lm.history[-1]["response"].message.parts
+    assert parts == (*((TextPart(text),) if text else ()), RefusalPart(text=refused))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -20,7 +20,7 @@ from dspy_prod.compat.lm15 import error_of_status, raised_by_reader
 from dspy_prod.compat.stay import mark_of, set_mark
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, SealedError, bounded_by, causes_of
 from dspy_prod.pipeline.upstream.headers import hint_in, refusal_of, should_retry_in
-from dspy_prod.pipeline.upstream.heard import forget_heard, heard
+from dspy_prod.pipeline.upstream.heard import heard
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.privacy.known import blotted_in, known
 from dspy_prod.privacy.names import secrets_in
@@ -35,7 +35,6 @@ def public_error(error: Exception, upstream: Upstream, until: float, outside: Ba
         until: when the attempt was to end (monotonic).
         outside: what its caller was handling: see `bounded_by`.
     """
-    forget_heard(error)
     if hasattr(error, "own_causes"):  # an engine may raise one error again and again
         with suppress(AttributeError):
             error.own_causes = None

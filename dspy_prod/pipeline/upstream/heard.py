@@ -72,15 +72,13 @@ _HEARD: Final = "_dspy_prod_heard"
 
 
 def keep_heard(error: Exception) -> None:
-    """Keep with an error what is heard of it now: what is said of it later, of other attempts, is no evidence."""
+    """Keep with an error what is heard of it now: what is said of it later, of other attempts, is no evidence.
+
+    To be called of an error that nobody else has. An engine that asks by a call of its own may raise it on: it means
+    what it meant there.
+    """
     with suppress(AttributeError):
         setattr(error, _HEARD, heard(error))
-
-
-def forget_heard(error: Exception) -> None:
-    """It is another attempt's now: an engine may raise one error again and again."""
-    if hasattr(error, _HEARD):
-        delattr(error, _HEARD)
 
 
 def heard(error: Exception) -> Heard:

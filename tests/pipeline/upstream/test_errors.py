@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import traceback
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from dspy.lm15 import ProviderError
@@ -13,9 +13,9 @@ from dspy.utils.exceptions import LMAuthError, LMError, LMUnexpectedError
 from pydantic import BaseModel, ValidationError
 
 from dspy_prod import LM, Price
+from dspy_prod.pipeline.failures import Failures
 from dspy_prod.pipeline.outcome import TABLE, flaw_of, judge
 from dspy_prod.pipeline.upstream.errors import public_error
-from dspy_prod.pipeline.upstream.heard import keep_heard
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.testing import Provider, Verbatim
 from tests.e2e.support import PRICES, ask, charged, fresh_memory, make_lm, outcome, records, request
@@ -233,10 +233,20 @@ def test_an_engine_s_own_error_need_not_take_attributes() -> None:
     lm.close()
 
 
+class Named(NamedTuple):
+    """As much as is told of a route."""
+
+    name: str
+
+
 def test_an_error_that_an_engine_raises_again_is_heard_anew() -> None:
     """It was the last that a call's routes said, and is the first of another call."""
     error = LMError("no", status=429)
-    keep_heard(error)
+    failures = Failures()
+    for name in ("one", "two"):
+        route: Any = Named(name)
+        failures.add(route, error)
+    told = failures.told()
     error.status = 503
-    assert judge(error) == TABLE["throttled"].verdict
+    assert judge(told) == TABLE["throttled"].verdict
     assert judge(shown(error)) == TABLE["down"].verdict
