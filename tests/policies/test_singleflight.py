@@ -205,18 +205,19 @@ def test_a_thread_is_at_home_in_no_loop() -> None:
 def test_a_follower_who_looks_takes_the_lead_of_one_whose_loop_is_closed() -> None:
     flights = Flights()
     loop, gone = loop_and_home()
-    assert flights.join("k", gone) is None
+    leader = Follower(gone)
+    assert flights.join("k", leader) is None
     follower, states = following(flights)
     ended: list[int] = []
     flights.begun("k", lambda: ended.append(follower.state))
     flights.look_after("k")
-    assert (states, ended, flights.lost("k", gone)) == ([], [], False)
+    assert (states, ended, flights.lost("k", leader)) == ([], [], False)
     loop.close()
     flights.look_after("k")
-    assert (states, flights.lost("k", gone)) == ([LEADS], True)
+    assert (states, flights.lost("k", leader)) == ([LEADS], True)
     assert ended == [WAITING], "before anybody else leads"
     other, heard = following(flights)
-    flights.hand_over("k", gone)  # collected at last
+    flights.hand_over("k", leader)  # collected at last
     assert (other.state, heard) == (WAITING, [])
     flights.answer("k", "the answer")
     assert (follower.state, other.state, len(flights)) == (LEADS, ANSWERED, 0)
@@ -225,7 +226,8 @@ def test_a_follower_who_looks_takes_the_lead_of_one_whose_loop_is_closed() -> No
 def test_whoever_comes_after_the_loop_was_closed_leads_at_once() -> None:
     flights = Flights()
     loop, gone = loop_and_home()
-    assert flights.join("k", gone) is None
+    leader = Follower(gone)
+    assert flights.join("k", leader) is None
     ended: list[str] = []
     flights.begun("k", lambda: ended.append("began"))
     loop.close()
@@ -324,7 +326,8 @@ def test_an_end_that_is_done_late_takes_none_from_the_next_flight(monkeypatch: p
 def test_a_loop_that_nobody_has_any_more_is_gone_too() -> None:
     flights = Flights()
     loop, gone = loop_and_home()
-    assert flights.join("k", gone) is None
+    leader = Follower(gone)
+    assert flights.join("k", leader) is None
     follower, states = following(flights)
     loop.close()
     del loop
@@ -337,7 +340,7 @@ def test_the_lead_is_not_passed_to_a_loop_that_is_closed() -> None:
     """Its task is woken without an error, and never goes on."""
     flights, _ = flying()
     loop, gone = loop_and_home()
-    dead = flights.join("k", gone)
+    dead = flights.join("k", Follower(gone))
     assert dead is not None
     dead.attach(lambda: None)
     follower, states = following(flights)
