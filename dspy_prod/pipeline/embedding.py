@@ -10,7 +10,7 @@ anything else: two calls that lead a text each would else wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,6 +35,9 @@ from dspy_prod.runtime.reaper import REAPER
 Texts = dict[Hashable, str]
 """Texts to be asked about, by key."""
 
+Callers = dict[Hashable, Follower]
+"""This call, as it leads or follows each text, by key; made before it joins, and kept until that has ended."""
+
 
 def embedding(asked: Asked) -> Steps:
     """Find the vectors that `look` did not."""
@@ -42,18 +45,32 @@ def embedding(asked: Asked) -> Steps:
     if not led:
         return
     _check_caps(asked, led)
-    followers: dict[Hashable, tuple[str, Follower]] = {}
-    if asked.joins:
-        led, followers = _join(asked, led)
+    flights = asked.pipeline.flights
+    callers: Callers = {}
+    followed: Texts = {}
+
+    def leave() -> None:
+        for key, caller in list(callers.items()):
+            flights.hand_over(key, caller)
+
     try:
-        while led or followers:
+        if asked.joins:
+            led, followed = _join(asked, led, callers)
+        while led or followed:
             if led:
                 leads, led = led, {}
-                yield from _lead(asked, leads)
-            if followers:
-                led = yield from _follow(asked, followers)
+                yield from _lead(asked, leads, callers)
+            if followed:
+                led = yield from _follow(asked, followed, callers)
     except BaseException as error:
-        _leave(asked, led, followers, isinstance(error, GeneratorExit))
+        try:
+            if isinstance(error, GeneratorExit):  # perhaps inside the garbage collector
+                REAPER.post(leave)
+            else:
+                leave()
+        except BaseException:  # interrupted once more; it may run twice
+            REAPER.post(leave)
+            raise
         raise
 
 
@@ -70,70 +87,53 @@ def _check_caps(asked: Asked, texts: Texts) -> None:
             asked.purse.check(cap, bound, 1, model=route.model, route=route.name)
 
 
-def _join(asked: Asked, texts: Texts) -> tuple[Texts, dict[Hashable, tuple[str, Follower]]]:
+def _join(asked: Asked, texts: Texts, callers: Callers) -> tuple[Texts, Texts]:
     """(the texts that this call leads, those that it follows)."""
     led: Texts = {}
-    followers: dict[Hashable, tuple[str, Follower]] = {}
+    followed: Texts = {}
     flights, cache, own = asked.pipeline.flights, asked.cache, home()
     assert cache is not None
-    try:
-        for key, text in texts.items():
-            follower = flights.join(key, own)
-            if follower is not None:
-                followers[key] = text, follower
-                continue
+    for key, text in texts.items():
+        callers[key] = caller = Follower(own)
+        if flights.join(key, caller) is not None:
+            followed[key] = text
+            continue
+        assert isinstance(key, bytes)
+        entry = cache.peek(key)  # the previous flight may have landed since `look`
+        row = getattr(entry, "row", None)
+        if entry is None or row is None:
             led[key] = text
-            assert isinstance(key, bytes)
-            entry = cache.peek(key)  # the previous flight may have landed since `look`
-            row = getattr(entry, "row", None)
-            if entry is not None and row is not None:
-                asked.rows[key] = row
-                flights.answer(key, (row, entry.list_nano))
-                del led[key]  # last: who is interrupted before has ended nothing
-    except BaseException:
-        _leave(asked, led, followers, False)
-        raise
-    return led, followers
+            continue
+        asked.rows[key] = row
+        flights.answer(key, (row, entry.list_nano))
+        del callers[key]
+    return led, followed
 
 
-def _lead(asked: Asked, texts: Texts) -> Steps:
+def _lead(asked: Asked, texts: Texts, callers: Callers) -> Steps:
     """Ask for texts, a batch at a time; whoever follows one gets its vector or the upstream's error."""
-    flights, own = asked.pipeline.flights, home()
+    flights = asked.pipeline.flights
     route = asked.pipeline.primary
     assert isinstance(route, EmbeddingRoute)
     keys, values = list(texts), list(texts.values())
-    pending = dict.fromkeys(keys) if asked.joins else {}
-    try:
-        sizes = route.sizes(values)
-        for places in batches(sizes, asked.size, most_tokens(asked.pipeline, asked.context)):
-            batch = keys[places.start : places.stop]
-            try:
-                found = yield from _batch(asked, batch, values[places.start : places.stop])
-            except RejectedError:
-                raise  # our own refusal: whoever follows decides for himself
-            except LMError as error:
-                for key in batch:
-                    if key in pending:
-                        flights.fail(key, error)
-                        del pending[key]
-                raise
-            for key, row, cost in found:
-                asked.rows[key] = row
-                if key in pending:
-                    flights.answer(key, (row, cost))
-                    del pending[key]
-    except GeneratorExit:
-        left, pending = pending, {}
-
-        def pass_on() -> None:
-            for key in left:
-                flights.hand_over(key, own)
-
-        REAPER.post(pass_on)  # perhaps inside the garbage collector
-        raise
-    finally:
-        for key in pending:
-            flights.hand_over(key, own)
+    sizes = route.sizes(values)
+    for places in batches(sizes, asked.size, most_tokens(asked.pipeline, asked.context)):
+        batch = keys[places.start : places.stop]
+        try:
+            found = yield from _batch(asked, batch, values[places.start : places.stop])
+        except RejectedError:
+            raise  # our own refusal: whoever follows decides for himself
+        except LMError as error:
+            for key in batch:
+                if key in callers:
+                    flights.fail(key, error)
+                    del callers[key]
+            raise
+        for key, row, cost in found:
+            asked.rows[key] = row
+            if key in callers:
+                flights.answer(key, (row, cost))
+                del callers[key]
 
 
 def _batch(asked: Asked, keys: list[Hashable], texts: list[str]) -> Steps:
@@ -176,55 +176,55 @@ def _stale(asked: Asked, keys: list[Hashable], error: LMError) -> list[tuple[Has
     return found
 
 
-def _follow(asked: Asked, followers: dict[Hashable, tuple[str, Follower]]) -> Steps:
+def _follow(asked: Asked, followed: Texts, callers: Callers) -> Steps:
     """Wait for texts that others ask about, until all are answered or some are passed on to this call: those."""
     pipeline, context = asked.pipeline, asked.context
     monotonic = pipeline.clock.monotonic
     began = monotonic()
     deadline = moment_on(pipeline.clock, context.deadline)
     costs: list[int | None] = []
-    while followers:
+    while followed:
         passed: Texts = {}
-        for key, (text, follower) in list(followers.items()):
+        for key, text in list(followed.items()):
+            follower = callers[key]
             if follower.state == WAITING:
                 continue
-            if follower.state == LEADS:  # stays among the followers until it is led: should this fail, they are left
+            if follower.state == LEADS:
                 passed[key] = text
                 continue
-            del followers[key]
+            del followed[key], callers[key]
             if follower.state == ANSWERED:
                 asked.rows[key], cost = follower.value
                 costs.append(cost)
             elif follower.state == FAILED:
                 assert follower.error is not None
                 raise follower.error
-        if passed or not followers:
+        if passed or not followed:
             break
         if monotonic() >= deadline:
-            raise too_late(asked.call([text for text, _ in followers.values()]), "while waiting for an identical call")
-        yield from _wait(asked, followers, min(deadline, monotonic() + LOOK))
-        for key in followers:
+            raise too_late(asked.call(list(followed.values())), "while waiting for an identical call")
+        yield from _wait(asked, followed, callers, min(deadline, monotonic() + LOOK))
+        for key in followed:
             pipeline.flights.look_after(key)
     if costs:
         waited = monotonic() - began
         record_served(pipeline, context, IDS.make(), asked.records, _NO_REQUEST, sum_known(costs), waited)
     for key in passed:
-        del followers[key]
+        del followed[key]
     return passed
 
 
 _NO_REQUEST: Final[Any] = None  # nothing looks at what a kept answer was asked
 
 
-def _wait(asked: Asked, followers: Mapping[Hashable, tuple[str, Follower]], until: float) -> Steps:
+def _wait(asked: Asked, followed: Texts, callers: Callers, until: float) -> Steps:
     def waiting() -> Steps:
-        yield Wait(_Any([follower for _, follower in followers.values()]), until)
+        yield Wait(_Any([callers[key] for key in followed]), until)
 
     if not asked.context.guards:
         yield from waiting()
         return
-    texts = [text for text, _ in followers.values()]
-    yield from stoppable(waiting(), asked.latest or asked.call(texts))
+    yield from stoppable(waiting(), asked.latest or asked.call(list(followed.values())))
 
 
 @dataclass(slots=True, eq=False)
@@ -235,20 +235,3 @@ class _Any:
 
     def attach(self, wake: Callable[[], None]) -> bool:
         return all(follower.attach(wake) for follower in self.followers)
-
-
-def _leave(asked: Asked, led: Texts, followers: Mapping[Hashable, tuple[str, Follower]], collected: bool) -> None:
-    """Follow nobody any more, and pass on what was passed to this call."""
-    flights = asked.pipeline.flights
-
-    def leave() -> None:
-        for key in led:
-            flights.hand_over(key)
-        for key, (_, follower) in followers.items():
-            if not flights.leave(key, follower) and follower.state == LEADS:
-                flights.hand_over(key, follower.home)
-
-    if collected:  # perhaps inside the garbage collector
-        REAPER.post(leave)
-    else:
-        leave()

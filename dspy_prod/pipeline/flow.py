@@ -42,7 +42,7 @@ from dspy_prod.pipeline.routes import Route
 from dspy_prod.pipeline.running import go_on, stoppable, taking
 from dspy_prod.pipeline.settling import failed, succeeded
 from dspy_prod.policies.retry import Attempts
-from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, LOOK, WAITING, Follower, home
+from dspy_prod.policies.singleflight import ANSWERED, FAILED, LOOK, WAITING, Follower, home
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import GRANTED
 
@@ -72,27 +72,29 @@ def _flow(call: Call) -> Flow:
     if call.streaming or call.alone or mode != "use" or not cache.options.single_flight:
         return (yield from _send(call))
     flights = pipeline.flights
-    own = home()
-    lead = Lead(cache, key, own)  # before anybody follows: once this call leads, nothing may come up without ending it
+    caller = Follower(home())  # before it joins: wherever this call is cut off, it says who leads or follows no more
+    lead: Lead | None = None
+    ended = collected = False
 
     def pass_on() -> None:
-        flights.hand_over(key, own)
+        flights.hand_over(key, caller)
 
-    follower = flights.join(key, own)
-    if follower is not None:
-        response = yield from _follow(call, key, follower)
-        if response is not None:
-            return response
-    ended = False
     try:
+        followed = flights.join(key, caller) is not None
+        if followed:
+            response = yield from _follow(call, key, caller)
+            if response is not None:
+                ended = True
+                return response
+        lead = Lead(cache, key, caller.home)
         # The previous flight may have landed between the lookup and now.
-        entry = cache.fresh(key) if follower is None else None
+        entry = None if followed else cache.fresh(key)
         if entry is None and lead.shared:
             flights.begun(key, lead.end)
             entry = yield from lead.wait(call)
         if entry is not None:
             flights.answer(key, (entry.response, entry.list_nano))
-            ended = True  # not before: who is interrupted just then has ended nothing
+            ended = True
             return call.hit(entry)
         response = yield from _send(call)
         lead.end(verdict=True)
@@ -102,46 +104,39 @@ def _flow(call: Call) -> Flow:
     except RejectedError:
         raise  # our own refusal: the next follower decides for itself
     except LMError as error:
-        lead.end(verdict=True)
-        flights.fail(key, error)  # the upstream's verdict holds for everybody who asked the same
-        ended = True
+        if lead is not None:
+            lead.end(verdict=True)
+            flights.fail(key, error)  # the upstream's verdict holds for everybody who asked the same
+            ended = True
         raise
     except GeneratorExit:
-        ended = True
-        REAPER.post(pass_on)
+        collected = True  # perhaps inside the garbage collector
         raise
     finally:
         if not ended:
-            pass_on()
+            try:
+                if collected:
+                    REAPER.post(pass_on)
+                else:
+                    pass_on()
+            except BaseException:  # interrupted once more; it may run twice
+                REAPER.post(pass_on)
+                raise
 
 
 def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any, Response | None]:
-    """Wait for the leader; None means that this call leads now."""
+    """Wait for the leader; None means that this call leads now. Whoever is cut off still follows, or leads."""
     pipeline = call.pipeline
     flights = pipeline.flights
     started = pipeline.clock.monotonic()
-
-    def give_up() -> None:
-        if not flights.leave(key, follower) and follower.state == LEADS:
-            flights.hand_over(key, follower.home)
-
-    try:
-        while follower.state == WAITING:
-            yield Wait(follower, min(call.deadline, pipeline.clock.monotonic() + LOOK))
-            if follower.state == WAITING:
-                if pipeline.clock.monotonic() < call.deadline:
-                    flights.look_after(key)
-                elif flights.leave(key, follower):
-                    raise too_late(call, "while waiting for an identical call")
-        call.waited += pipeline.clock.monotonic() - started
-        if follower.state == LEADS and pipeline.clock.monotonic() >= call.deadline:
-            raise too_late(call, "while waiting for an identical call")
-    except BaseException as error:
-        if isinstance(error, GeneratorExit):
-            REAPER.post(give_up)
-        else:
-            give_up()
-        raise
+    while follower.state == WAITING:
+        yield Wait(follower, min(call.deadline, pipeline.clock.monotonic() + LOOK))
+        if follower.state == WAITING:
+            if pipeline.clock.monotonic() < call.deadline:
+                flights.look_after(key)
+            elif flights.leave(key, follower):
+                raise too_late(call, "while waiting for an identical call")
+    call.waited += pipeline.clock.monotonic() - started
     if follower.state == ANSWERED:
         response, list_nano = follower.value
         call.record_cached(list_nano)
@@ -149,6 +144,8 @@ def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any
     if follower.state == FAILED:
         assert follower.error is not None
         raise follower.error
+    if pipeline.clock.monotonic() >= call.deadline:
+        raise too_late(call, "while waiting for an identical call")
     return None
 
 

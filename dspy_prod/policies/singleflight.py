@@ -4,6 +4,10 @@ The first caller of a key leads; those who come while it works follow. An upstre
 upstream's own error) is shared with the followers already waiting. A leader's own fate (cancelled, out of time,
 refused in its own scope) is not: the lead passes to the next follower, who decides for itself. So it does where the
 event loop of a leader was closed beneath it, which nobody tells: followers look.
+
+Ctrl-C comes anywhere, also as `join` gives its lock back. So a caller makes its `Follower` before it joins, and who is
+cut off calls `hand_over` with it, again where that is cut off as well: it looks who leads, and so does all that is left
+to do, and nothing twice.
 """
 
 from __future__ import annotations
@@ -56,11 +60,15 @@ def gone(caller: Home) -> bool:
 
 
 class Follower:
-    """One caller waiting for a leader. `attach(wake)` as in `stores.base.Reservation`."""
+    """One caller of one key, who leads or waits for a leader. `attach(wake)` as in `stores.base.Reservation`.
+
+    Args:
+        home: where the caller runs.
+    """
 
     __slots__ = ("error", "home", "state", "value", "wake")
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home = None) -> None:
         self.home = home
         self.state = WAITING
         self.value: Any = None
@@ -76,7 +84,7 @@ class Follower:
 class _Followers(deque[Follower]):
     """Those of one flight, and whom they follow."""
 
-    def __init__(self, leader: Home) -> None:
+    def __init__(self, leader: Follower) -> None:
         super().__init__()
         self.leader = leader
 
@@ -86,31 +94,33 @@ class Flights:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._flights: dict[Hashable, _Followers | Home] = {}  # or the leader's home, while nobody follows
+        self._flights: dict[Hashable, _Followers | Follower] = {}  # the leader itself, while nobody follows
         self._begun: dict[Hashable, Callable[[], None]] = {}  # ends what the leader began elsewhere
 
     def __len__(self) -> int:
         return len(self._flights)
 
-    def join(self, key: Hashable, home: Home = None) -> Follower | None:
+    def join(self, key: Hashable, caller: Follower | None = None) -> Follower | None:
         """None: you lead, and must end with `answer`, `fail` or `hand_over`. Else: wait as this follower.
 
         Args:
-            home: where you run.
+            caller: you, new for this key; who is interrupted here calls `hand_over` with it. None: a thread whom
+                nothing interrupts.
         """
+        if caller is None:
+            caller = Follower()
         with brief(self._lock):
             flights = self._flights
-            if key not in flights:
-                flights[key] = home
+            found = flights.get(key)
+            if found is None:
+                caller.state = LEADS
+                flights[key] = caller
                 return None
-            followers = flights[key]
-            if not isinstance(followers, _Followers):
-                followers = flights[key] = _Followers(followers)
-            follower = Follower(home)
-            followers.append(follower)
-            if gone(followers.leader):
-                self._pass_on(key)
-            return follower
+            if not isinstance(found, _Followers):
+                found = flights[key] = _Followers(found)
+            found.append(caller)
+            self._look(key)
+            return caller
 
     def following(self) -> int:
         """Callers who wait for a leader."""
@@ -120,13 +130,11 @@ class Flights:
     def look_after(self, key: Hashable) -> None:
         """Pass the lead on where the leader is gone. To be called now and then by who follows."""
         with brief(self._lock):
-            followers = self._flights.get(key)
-            if isinstance(followers, _Followers) and gone(followers.leader):
-                self._pass_on(key)
+            self._look(key)
 
-    def lost(self, key: Hashable, home: Home) -> bool:
-        """Whether the lead of a caller that was gone is another's now; what it had begun has ended then."""
-        return home is not None and self._leader(key) is not home
+    def lost(self, key: Hashable, caller: Follower) -> bool:
+        """Whether the lead of a caller is another's now, or nobody's; what it had begun has ended then."""
+        return self._leader(key) is not caller
 
     def begun(self, key: Hashable, end: Callable[[], None]) -> None:
         """Say, as the leader, how to end what this flight begins elsewhere, such as a claim among processes.
@@ -142,20 +150,17 @@ class Flights:
             self._finish(key)
             self._begun[key] = end
 
-    def _leader(self, key: Hashable) -> Home:
+    def _leader(self, key: Hashable) -> Follower | None:
         found = self._flights.get(key)
         return found.leader if isinstance(found, _Followers) else found
 
     def leave(self, key: Hashable, follower: Follower) -> bool:
         """Stop following. False when the follower was decided meanwhile; if it `LEADS`, it must end the flight."""
         with brief(self._lock):
+            self._look(key)
             if follower.state != WAITING:
                 return False
-            follower.state = LEFT
-            followers = self._flights.get(key)
-            if isinstance(followers, _Followers):
-                with suppress(ValueError):  # its own flight has ended, these follow a later one
-                    followers.remove(follower)
+            self._remove(key, follower)
             return True
 
     def answer(self, key: Hashable, value: Any) -> None:
@@ -176,15 +181,41 @@ class Flights:
 
         self._end(key, tell)
 
-    def hand_over(self, key: Hashable, home: Home = None) -> None:
+    def hand_over(self, key: Hashable, caller: Follower | None = None) -> None:
         """Pass the lead to the next follower, or end the flight when nobody follows.
 
         Args:
-            home: where you run; nothing is done where the lead was `lost` meanwhile.
+            key: of the flight.
+            caller: you, as you joined. If you do not lead, you follow no more, and nothing else is done: so whoever
+                was interrupted may call this at any time, and again. None: the leader, whoever that is.
         """
         with brief(self._lock):
-            if not self.lost(key, home):
-                self._pass_on(key)
+            leader = self._leader(key)
+            if caller is None or caller is leader:
+                if leader is not None:
+                    leader.state = LEFT  # first: should this be interrupted, whoever looks passes the lead on
+            else:
+                self._remove(key, caller)
+            self._look(key)
+
+    def _remove(self, key: Hashable, follower: Follower) -> None:
+        if follower.state == WAITING:
+            follower.state = LEFT
+        followers = self._flights.get(key)
+        if isinstance(followers, _Followers):
+            with suppress(ValueError):  # its own flight has ended, these follow a later one
+                followers.remove(follower)
+
+    def _look(self, key: Hashable) -> None:
+        """Pass the lead on where nobody has it any more, and go on where passing it was interrupted."""
+        found = self._flights.get(key)
+        if found is None:
+            return
+        leader = found.leader if isinstance(found, _Followers) else found
+        if leader.state == LEFT or gone(leader.home):
+            self._pass_on(key)
+        elif isinstance(found, _Followers) and found and found[0] is leader:
+            self._pass_lead(key)
 
     def _finish(self, key: Hashable) -> None:
         end = self._begun.get(key)
@@ -208,17 +239,19 @@ class Flights:
                 del self._begun[key]
 
     def _pass_lead(self, key: Hashable) -> None:
+        """Until the new leader is woken, it is the first who follows as well: so `_look` sees who was interrupted."""
         followers = self._flights.get(key)
         while isinstance(followers, _Followers) and followers:
-            follower = followers.popleft()
-            if follower.state != WAITING:  # told, by a leader who was interrupted then
-                continue
-            if not gone(follower.home):
-                followers.leader = follower.home
-                follower.state = LEADS
-                if _woken(follower):
-                    return
-            follower.state = LEFT  # under the same lock, so that it cannot pass the lead on as well
+            follower = followers[0]
+            if follower.state in (WAITING, LEADS):  # else told, by a leader who was interrupted then
+                if not gone(follower.home):
+                    followers.leader = follower
+                    follower.state = LEADS
+                    if _woken(follower):
+                        followers.popleft()
+                        return
+                follower.state = LEFT  # under the same lock, so that it cannot pass the lead on as well
+            followers.popleft()
         self._flights.pop(key, None)
 
     def _end(self, key: Hashable, tell: Callable[[Follower], None]) -> None:

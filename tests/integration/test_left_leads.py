@@ -17,12 +17,13 @@ from dspy.utils.exceptions import LMServerError
 import dspy_prod
 from dspy_prod import DeadlineExceededError, call_context
 from dspy_prod.errors import RunStoppedError
-from dspy_prod.pipeline import flow
+from dspy_prod.pipeline import embedding, flow
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.testing import Provider, Status
+from dspy_prod.testing import Provider, ScriptedEngine, Status
 from tests.e2e.support import until
 from tests.integration.support import Caller, following
 from tests.integration.test_left_loops import left
+from tests.interrupts import interrupted
 from tests.stores.redis.servers import started_valkey
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -269,3 +270,118 @@ def test_texts_passed_to_who_has_no_time_left_are_asked_by_the_next() -> None:
         provider.release()
         assert Caller(lambda: embedder(["a", "b"]).shape[0]).outcome(10) == 2
         assert not task.done()
+
+
+# -- Ctrl-C at every point -------------------------------------------------------------------------------------------
+FLOW = ("pipeline/flow.py", "policies/singleflight.py", "runtime/brief.py")
+
+
+class Crowd:
+    """An LM, what all ask it, and what its first leader does before he asks upstream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+        self.lm = dspy_prod.LM("m", engine=ScriptedEngine(), store=f"memory://leads-{next(NUMBERS)}", retry=False)
+        self.flights = self.lm.pipeline.flights
+        self.prompt = ""
+        self.leads: Callable[[], None] | None = None
+        send = flow._send
+
+        def sending(call: Any) -> Any:
+            first, self.leads = self.leads, None
+            if first is not None:
+                first()
+                if ending == "refused":
+                    raise RunStoppedError("now")
+                if ending == "fail":
+                    yield from failing(call)
+            return (yield from send(call))
+
+        monkeypatch.setattr(flow, "_send", sending)
+
+    def ask(self) -> Any:
+        with call_context(deadline=5.0):
+            return self.lm(self.prompt)
+
+    def is_free(self) -> None:
+        """Nobody leads what nobody asks any more, and who asks the same is answered."""
+        assert REAPER.flush()
+        assert len(self.flights) == 0
+        assert isinstance(self.ask(), list)
+
+
+@pytest.mark.parametrize("ending", ["answer", "fail", "refused"])
+def test_a_leader_interrupted_anywhere_leaves_no_lead_behind(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    """As `join` gave its lock back, the next one who asked the same followed nobody, for ever."""
+    crowd = Crowd(monkeypatch, ending)
+    for point in itertools.count():
+        others: list[Caller] = []
+
+        def follow(others: list[Caller] = others) -> None:
+            for number in (1, 2):
+                others.append(Caller(crowd.ask))
+                until(lambda number=number: crowd.flights.following() == number)  # type: ignore[misc]
+
+        crowd.prompt, crowd.leads = f"leads {point}", follow
+        hit, _ = interrupted(crowd.ask, point, *FLOW)
+        crowd.leads = None
+        for other in others:
+            outcome = other.outcome(10)
+            assert isinstance(outcome, (list, LMServerError)), (point, outcome)
+            assert not isinstance(outcome, DeadlineExceededError), point
+        crowd.is_free()
+        if not hit:
+            break
+    assert point > 15
+
+
+def test_a_follower_interrupted_anywhere_leaves_no_lead_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one who is passed the lead just then."""
+    crowd = Crowd(monkeypatch, "refused")
+    for point in itertools.count():
+        leads, over = threading.Event(), threading.Event()
+
+        def wait(leads: threading.Event = leads, over: threading.Event = over) -> None:
+            leads.set()
+            until(lambda: crowd.flights.following() > 0 or over.is_set())
+
+        crowd.prompt, crowd.leads = f"follows {point}", wait
+        leader = Caller(crowd.ask)
+        assert leads.wait(5)
+        hit, _ = interrupted(crowd.ask, point, *FLOW)
+        over.set()
+        assert isinstance(leader.outcome(10), RunStoppedError)
+        crowd.is_free()
+        if not hit:
+            break
+    assert point > 15
+
+
+@pytest.mark.parametrize("ending", ["answer", "fail", "refused"])
+def test_an_embedder_interrupted_anywhere_leaves_no_lead_behind(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
+    refused = False
+    ask = embedding._batch
+
+    def asking(*of: Any) -> Any:
+        if refused:
+            raise RunStoppedError("now")
+        return (yield from ask(*of))
+
+    monkeypatch.setattr(embedding, "_batch", asking)
+    with Provider() as provider:
+        embedder = dspy_prod.Embedder(
+            "openai/text-embedding-3-small", api_base=provider.url, api_key="k", retry=False, breaker=False,
+            caching=dspy_prod.Cache(persist=False),
+        )  # fmt: skip
+        for point in itertools.count():
+            provider.faults = [Status(500)] if ending == "fail" else None  # type: ignore[assignment]
+            texts, refused = [f"a {point}", f"b {point}"], ending == "refused"
+            hit, _ = interrupted(
+                lambda texts=texts: embedder(texts), point, "pipeline/embedding.py", "policies/singleflight.py"
+            )
+            assert REAPER.flush()
+            assert len(embedder.pipeline.flights) == 0, point
+            provider.faults, refused = None, False  # type: ignore[assignment]
+            assert embedder(texts).shape[0] == 2
+            if not hit:
+                break
+        assert point > 15

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, LEFT, WAITING, Flights, Follower, Home, home
 from dspy_prod.runtime.reaper import REAPER
+from tests.interrupts import interrupted
 
 
 class Verdict(Exception):
@@ -205,18 +207,19 @@ def test_a_thread_is_at_home_in_no_loop() -> None:
 def test_a_follower_who_looks_takes_the_lead_of_one_whose_loop_is_closed() -> None:
     flights = Flights()
     loop, gone = loop_and_home()
-    assert flights.join("k", gone) is None
+    leader = Follower(gone)
+    assert flights.join("k", leader) is None
     follower, states = following(flights)
     ended: list[int] = []
     flights.begun("k", lambda: ended.append(follower.state))
     flights.look_after("k")
-    assert (states, ended, flights.lost("k", gone)) == ([], [], False)
+    assert (states, ended, flights.lost("k", leader)) == ([], [], False)
     loop.close()
     flights.look_after("k")
-    assert (states, flights.lost("k", gone)) == ([LEADS], True)
+    assert (states, flights.lost("k", leader)) == ([LEADS], True)
     assert ended == [WAITING], "before anybody else leads"
     other, heard = following(flights)
-    flights.hand_over("k", gone)  # collected at last
+    flights.hand_over("k", leader)  # collected at last
     assert (other.state, heard) == (WAITING, [])
     flights.answer("k", "the answer")
     assert (follower.state, other.state, len(flights)) == (LEADS, ANSWERED, 0)
@@ -225,7 +228,8 @@ def test_a_follower_who_looks_takes_the_lead_of_one_whose_loop_is_closed() -> No
 def test_whoever_comes_after_the_loop_was_closed_leads_at_once() -> None:
     flights = Flights()
     loop, gone = loop_and_home()
-    assert flights.join("k", gone) is None
+    leader = Follower(gone)
+    assert flights.join("k", leader) is None
     ended: list[str] = []
     flights.begun("k", lambda: ended.append("began"))
     loop.close()
@@ -324,7 +328,8 @@ def test_an_end_that_is_done_late_takes_none_from_the_next_flight(monkeypatch: p
 def test_a_loop_that_nobody_has_any_more_is_gone_too() -> None:
     flights = Flights()
     loop, gone = loop_and_home()
-    assert flights.join("k", gone) is None
+    leader = Follower(gone)
+    assert flights.join("k", leader) is None
     follower, states = following(flights)
     loop.close()
     del loop
@@ -337,7 +342,7 @@ def test_the_lead_is_not_passed_to_a_loop_that_is_closed() -> None:
     """Its task is woken without an error, and never goes on."""
     flights, _ = flying()
     loop, gone = loop_and_home()
-    dead = flights.join("k", gone)
+    dead = flights.join("k", Follower(gone))
     assert dead is not None
     dead.attach(lambda: None)
     follower, states = following(flights)
@@ -362,3 +367,132 @@ def test_who_is_interrupted_as_he_tells_his_followers_leads_on_to_those_left(end
     assert second.state == WAITING
     flights.hand_over("k")
     assert states == [LEADS]
+
+
+# -- Ctrl-C ----------------------------------------------------------------------------------------------------------
+HERE = ("policies/singleflight.py", "runtime/brief.py")
+
+
+def cut_off(make: Callable[[], Callable[[], object]]) -> Iterator[Callable[[], object]]:
+    """Yields what `make` makes, interrupted at each of its points, one after the other, made anew each time."""
+    for point in itertools.count():
+        work = make()
+        if not interrupted(work, point, *HERE)[0]:
+            break
+        yield work
+    assert point > 1
+
+
+def led() -> tuple[Flights, Follower]:
+    flights, leader = Flights(), Follower()
+    assert flights.join("k", leader) is None
+    return flights, leader
+
+
+def test_who_is_interrupted_as_he_takes_the_lead_gives_it_back() -> None:
+    flights, caller = Flights(), Follower()
+
+    def make() -> Callable[[], object]:
+        nonlocal flights, caller
+        flights, caller = Flights(), Follower()
+        return lambda: flights.join("k", caller)
+
+    for _ in cut_off(make):
+        flights.hand_over("k", caller)
+        assert flights.join("k") is None, "the next one leads"
+        flights.hand_over("k", caller)
+        assert len(flights) == 1, "which is no business of his any more"
+
+
+def test_who_is_interrupted_as_he_follows_is_passed_no_lead() -> None:
+    flights, leader = led()
+    caller = Follower()
+
+    def make() -> Callable[[], object]:
+        nonlocal flights, leader, caller
+        (flights, leader), caller = led(), Follower()
+        return lambda: flights.join("k", caller)
+
+    for _ in cut_off(make):
+        flights.hand_over("k", caller)
+        behind, states = following(flights)
+        assert flights.following() == 1
+        flights.hand_over("k", leader)
+        assert (behind.state, states, caller.state) == (LEADS, [LEADS], LEFT)
+
+
+@pytest.mark.parametrize("who", ["he does it again", "a follower looks", "the next one leaves", "another one comes"])
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_lead_is_not_lost_where_handing_it_over_is_interrupted(who: str, dead: bool) -> None:
+    """The follower who was to have it stood in no line any more, and did not lead either."""
+    flights, leader = led()
+    crowd: list[tuple[Follower, list[int]]] = []
+
+    def make() -> Callable[[], object]:
+        nonlocal flights, leader, crowd
+        flights, leader = led()
+        if dead:
+            following(flights)[0].attach(closed)
+        crowd = [following(flights) for _ in range(2)]
+        return lambda: flights.hand_over("k", leader)
+
+    for work in cut_off(make):
+        (first, woken), (second, _) = crowd
+        if leader.state != LEFT:  # nothing was done yet, so only he can know
+            work()
+        if who == "he does it again":
+            work()
+        elif who == "a follower looks":
+            flights.look_after("k")
+        elif who == "the next one leaves":
+            assert not flights.leave("k", first), "he leads"
+        else:
+            assert flights.join("k") is not None
+        work()
+        assert (first.state, second.state, set(woken)) == (LEADS, WAITING, {LEADS})
+        flights.hand_over("k", first)
+        assert second.state == LEADS
+        flights.hand_over("k", second)
+        assert len(flights) == (who == "another one comes")
+
+
+def test_a_look_that_is_interrupted_is_done_by_the_next_who_looks() -> None:
+    flights, crowd = flying(2)
+
+    def make() -> Callable[[], object]:
+        nonlocal flights, crowd
+        loop, at_home = loop_and_home()
+        flights = Flights()
+        assert flights.join("k", Follower(at_home)) is None
+        crowd = [following(flights) for _ in range(2)]
+        loop.close()
+        return lambda: flights.look_after("k")
+
+    for _ in cut_off(make):
+        flights.look_after("k")
+        assert [follower.state for follower, _ in crowd] == [LEADS, WAITING]
+
+
+@pytest.mark.parametrize("ending", ["answer", "fail"])
+def test_who_is_interrupted_as_his_flight_ends_takes_the_lead_from_nobody(ending: str) -> None:
+    flights, leader = led()
+    crowd: list[tuple[Follower, list[int]]] = []
+
+    def make() -> Callable[[], object]:
+        nonlocal flights, leader, crowd
+        flights, leader = led()
+        crowd = [following(flights) for _ in range(2)]
+        return lambda: flights.answer("k", "yes") if ending == "answer" else flights.fail("k", Verdict())
+
+    later = 0
+    for _ in cut_off(make):
+        later += len(flights) == 0
+        other = Follower()
+        follows = flights.join("k", other) is not None
+        flights.hand_over("k", leader)
+        for follower in [*(follower for follower, _ in crowd), *[other] * follows]:
+            if follower.state == LEADS:
+                flights.hand_over("k", follower)
+        assert WAITING not in [follower.state for follower, _ in crowd]
+        assert flights.lost("k", other) == follows
+    assert later, "where another one led by then"
