@@ -246,7 +246,8 @@ class DeadlineExceededError(RejectedError):
     """The call's own deadline passed while it waited, retried, or while the upstream was working.
 
     Attributes:
-        working: the upstream was working; the ledger has (or will have) a record of that attempt.
+        working: the upstream was being asked; the ledger has (or will have) a record of that attempt, which cost
+            nothing if no connection was made in time.
 
     Example:
         ```python

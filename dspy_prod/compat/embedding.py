@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import inf
 from typing import Any, Final
 
 from dspy.clients.engines.litellm_errors import litellm_errors
@@ -33,23 +32,21 @@ _ALONE: Final[Mapping[str, Any]] = {
 }
 
 
-def embed(arguments: Mapping[str, Any], until: float = inf) -> Any:
+def embed(arguments: Mapping[str, Any], stay: Stay) -> Any:
     """LiteLLM's answer to one request; raises lm15's errors.
 
     Args:
         arguments: as `litellm.embedding` takes them.
-        until: monotonic time after which nobody waits for it.
+        stay: the attempt.
     """
     litellm = get_litellm(feature="dspy_prod.Embedder")
-    stay = Stay(until)
     with unread(stay), litellm_errors(model=arguments["model"]), staying(stay):
         return litellm.embedding(**{**arguments, **_ALONE, "max_retries": _Never(0)})
 
 
-async def aembed(arguments: Mapping[str, Any], until: float = inf) -> Any:
+async def aembed(arguments: Mapping[str, Any], stay: Stay) -> Any:
     """Asynchronous `embed`."""
     litellm = get_litellm(feature="dspy_prod.Embedder")
-    stay = Stay(until)
     with unread(stay), litellm_errors(model=arguments["model"]), staying(stay):
         return await litellm.aembedding(**{**arguments, **_ALONE, "max_retries": _Never(0)})
 

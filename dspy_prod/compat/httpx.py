@@ -15,14 +15,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any
+from typing import Any, Final
 
+from dspy_prod.compat.foreign import names
 from dspy_prod.compat.stay import Stay
 
 _STAYS: ContextVar[Stay | None] = ContextVar("dspy_prod_stays", default=None)
 """The attempt for which something is sent here; None for requests that are not ours."""
 _INSTALLING = threading.Lock()
 _installed = False
+_telling_kinds: frozenset[type] = frozenset()
+"""Transports that tell when a request goes out."""
+_GOES: Final = ".send_request_headers.started"
 
 
 @contextmanager
@@ -48,7 +52,8 @@ def staying(stay: Stay | None = None) -> Iterator[None]:
 
 
 def _install() -> None:
-    global _installed
+    global _installed, _telling_kinds
+    import aiohttp
     import httpx
 
     from dspy_prod.compat.httpx_reading import bound
@@ -69,6 +74,10 @@ def _install() -> None:
         httpx.Response.has_redirect_location = property(has_redirect_location)  # type: ignore[assignment,method-assign]
         httpx.Client.send = _telling(httpx.Client.send)  # type: ignore[method-assign]
         httpx.AsyncClient.send = _atelling(httpx.AsyncClient.send)  # type: ignore[method-assign]
+        aiohttp.ClientRequest.send = _telling_aiohttp(aiohttp.ClientRequest.send)  # type: ignore[method-assign]
+        [ours] = names("litellm.llms.custom_httpx.aiohttp_transport", "LiteLLMAiohttpTransport")
+        if hasattr(httpx.Client, "_transport_for_url"):
+            _telling_kinds = frozenset({httpx.HTTPTransport, httpx.AsyncHTTPTransport, ours})
         _installed = True
 
 
@@ -77,7 +86,9 @@ def _telling(send: Any) -> Any:
 
     @wraps(send)
     def sending(self: Any, request: Any, **options: Any) -> Any:
-        _tell(request)
+        stay = _STAYS.get()
+        if stay is not None and stay.sends(request, _tells(self, request)):
+            request.extensions = {**request.extensions, "trace": _traced(stay, request.extensions.get("trace"))}
         passed = [request]
         del request  # no frame of ours holds what a request holds, its key above all
         return send(self, passed.pop(), **options)
@@ -90,7 +101,9 @@ def _atelling(send: Any) -> Any:
 
     @wraps(send)
     async def sending(self: Any, request: Any, **options: Any) -> Any:
-        _tell(request)
+        stay = _STAYS.get()
+        if stay is not None and stay.sends(request, _tells(self, request)):
+            request.extensions = {**request.extensions, "trace": _atraced(stay, request.extensions.get("trace"))}
         passed = [request]
         del request
         return await send(self, passed.pop(), **options)
@@ -98,10 +111,46 @@ def _atelling(send: Any) -> Any:
     return sending
 
 
-def _tell(request: Any) -> None:
-    stay = _STAYS.get()
-    if stay is not None:
-        stay.sends(request)
+def _tells(client: Any, request: Any) -> bool:
+    """Whether the transport that a request goes by tells when it does: httpx's own, or LiteLLM's on aiohttp."""
+    return bool(_telling_kinds) and type(client._transport_for_url(request.url)) in _telling_kinds
+
+
+def _traced(stay: Stay, other: Any) -> Any:
+    """What httpcore calls at each step of a request, see its "trace" extension."""
+
+    def trace(name: str, info: Any) -> None:
+        if name.endswith(_GOES):
+            stay.left = True
+        if other is not None:
+            other(name, info)
+
+    return trace
+
+
+def _atraced(stay: Stay, other: Any) -> Any:
+    """The same for tasks."""
+
+    async def trace(name: str, info: Any) -> None:
+        if name.endswith(_GOES):
+            stay.left = True
+        if other is not None:
+            await other(name, info)
+
+    return trace
+
+
+def _telling_aiohttp(send: Any) -> Any:
+    """aiohttp's method that sends a request, once there is a connection for it."""
+
+    @wraps(send)
+    async def sending(self: Any, connection: Any) -> Any:
+        stay = _STAYS.get()
+        if stay is not None:
+            stay.left = True
+        return await send(self, connection)
+
+    return sending
 
 
 def _leaves(response: Any) -> bool:

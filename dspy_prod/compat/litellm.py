@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
-from math import inf
 from typing import Any, Final
 
 from dspy.clients.engines.lifecycle import aclosing_stream, closing_stream
@@ -18,7 +17,7 @@ from dspy_prod.compat.foreign import names
 from dspy_prod.compat.httpx import staying
 from dspy_prod.compat.litellm_chunks import Chunks
 from dspy_prod.compat.lm15 import StreamEvent, read_as_native, read_or_billed
-from dspy_prod.compat.stay import Stay
+from dspy_prod.compat.stay import Attending, Stay
 
 [get_litellm] = names("dspy.clients._litellm", "get_litellm")
 names("dspy.clients.engines.litellm_engine", "LiteLLMEngine._arguments", "LiteLLMEngine._response")
@@ -45,12 +44,8 @@ def reason_told(stream: Any) -> str | None:
 
 
 # -- engines ---------------------------------------------------------------------------------------------------------
-class _Hooked:
+class _Hooked(Attending):
     model_type: str
-    until: float = inf
-    """When nobody waits for the answer any more (monotonic)."""
-    stay: Stay | None = None
-    """What was answered to the last request."""
     sent: Callable[[dict[str, Any], Request], dict[str, Any]]
     """Gives the arguments LiteLLM is called with, from those DSPy has made of a request."""
     received: Callable[[Response, Any, str], Response]
@@ -76,10 +71,6 @@ class _Hooked:
         elif streaming:
             data = {**data, "stream": True, "stream_options": {"include_usage": True}}
         return data
-
-    def _stay(self) -> Stay:
-        self.stay = stay = Stay(self.until)
-        return stay
 
     @contextmanager
     def _billed(self, source: Any, request: Request, stay: Stay) -> Iterator[None]:
@@ -157,7 +148,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
 
     def complete(self, request: Request) -> Response:
         """DSPy's, unless LiteLLM stumbles over an answer that came."""
-        with self._stay() as stay:
+        with self.attend() as stay:
             try:
                 with staying(stay):
                     return super().complete(request)
@@ -174,7 +165,7 @@ class HookedLiteLLMEngine(_Hooked, LiteLLMEngine):
         if self.model_type != "chat":  # such an answer comes whole, as it does for a plain `dspy.LM`
             yield from response_to_events(self.complete(request))
             return
-        with self._stay() as stay:
+        with self.attend() as stay:
             try:
                 yield from self._events(request, stay)
             except Exception as error:
@@ -245,7 +236,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
 
     async def complete(self, request: Request) -> Response:
         """The same in a task."""
-        with self._stay() as stay:
+        with self.attend() as stay:
             try:
                 with staying(stay):
                     return await super().complete(request)
@@ -259,7 +250,7 @@ class HookedAsyncLiteLLMEngine(_Hooked, AsyncLiteLLMEngine):
             for event in response_to_events(await self.complete(request)):
                 yield event
             return
-        with self._stay() as stay:
+        with self.attend() as stay:
             try:
                 async with aclosing(self._events(request, stay)) as events:
                     async for event in events:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
+import threading
 from contextlib import suppress
 from math import inf
 from traceback import walk_tb
@@ -34,11 +36,13 @@ class Mark(NamedTuple):
         came: how much of an answer had come, see `Stay.came`.
         rejected: see `Stay.rejects`.
         unasked: LiteLLM's user stopped it when no model had been asked.
+        left: the request went out: that a further one met nobody says nothing of it.
     """
 
     came: Came | None = None
     rejected: bool = False
     unasked: bool = False
+    left: bool = False
 
 
 UNMARKED: Final = Mark()
@@ -68,6 +72,7 @@ class Stay:
     Attributes:
         answer: httpx's answer to the last request that asked a model; None while that is not answered, or when the
             attempt is over.
+        left: a request that asks a model went out, as its transport tells.
         over: nothing that is sent from now on is for it.
         within: the code of the function that sends for it: who called that says nothing of what is sent.
         odd: a counter of tokens in it was no whole number, see `httpx_reading`.
@@ -76,13 +81,17 @@ class Stay:
         code: that of an error which it tells in Anthropic's language; None where it tells none.
     """
 
-    __slots__ = ("_asked", "_outside", "answer", "code", "odd", "over", "reason", "uncounted", "until", "within")
+    __slots__ = (
+        "_asked", "_home", "_outside", "_untold", "answer", "code", "left", "odd", "over", "reason", "uncounted",
+        "until", "within",
+    )  # fmt: skip
 
     def __init__(self, until: float = inf) -> None:
         self.until = until
         self.over = False
         self.within: CodeType | None = None
-        self._asked = False
+        self._asked = self._untold = self.left = False
+        self._home = _here()
         self._outside = sys.exc_info()[1]  # what its caller handles is the context of all that is raised in it
         self._forget()
 
@@ -93,14 +102,29 @@ class Stay:
         self.reason = ""
         self.code: str | None = None
 
-    def sends(self, request: Any) -> None:
-        """Hear of httpx's request that goes out now: if it asks a model, no earlier answer is the attempt's.
+    def sends(self, request: Any, tells: bool) -> bool:
+        """Hear of httpx's request that is to go out: if it asks a model, no earlier answer is the attempt's.
 
         A picture that LiteLLM fetched, or a token, came with 200, and says nothing of a model that cannot be reached.
+
+        Args:
+            tells: its transport can tell when the request goes out.
+
+        Returns:
+            Whether it is to: it asks a model.
         """
-        if self._asks(request):
-            self._asked = True
-            self._forget()
+        if not self._asks(request):
+            return False
+        self._asked = True
+        self._forget()
+        if not tells or self._home != _here():  # what another thread or task sends need not end with the attempt
+            self._untold = True
+        return tells
+
+    @property
+    def waits(self) -> bool:
+        """Whether a model was to be asked and certainly was not, as no connection was made before the attempt ended."""
+        return self._asked and not (self.left or self._untold)
 
     def hears(self, response: Any) -> bool:
         """Take httpx's answer for the attempt's own, if it is to a request that asked a model; whether it is."""
@@ -156,10 +180,41 @@ class Stay:
     def mark(self, error: Exception) -> None:
         """Say of the error what it was raised for, see `Mark`, and the code told: LiteLLM makes up a status."""
         unasked = not self._asked and _raised_in(_BEFORE, error, self._outside)
-        set_mark(error, Mark(self.came, self.rejects(error), unasked))
+        set_mark(error, Mark(self.came, self.rejects(error), unasked, self.left))
         with suppress(AttributeError):
             if self.code is not None and getattr(error, "provider_code", None) is None:
                 error.provider_code = self.code  # type: ignore[attr-defined]
+
+
+class Attending:
+    """An engine on LiteLLM, which knows how far its last request has come.
+
+    Attributes:
+        until: when nobody waits for the answer any more (monotonic).
+        stay: the last attempt; None before the first.
+    """
+
+    until: float = inf
+    stay: Stay | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last request certainly did not go out, see `Stay.waits`. To be asked when it has ended."""
+        return self.stay is not None and self.stay.waits
+
+    def attend(self) -> Stay:
+        """Begin an attempt, in the thread or task that sends."""
+        self.stay = stay = Stay(self.until)
+        return stay
+
+
+def _here() -> tuple[int, int]:
+    """Which thread, and which task, this is."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs
+        task = None
+    return threading.get_ident(), id(task)
 
 
 def _raised_in(functions: frozenset[str], error: BaseException, outside: BaseException | None) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dspy.lm15 import Request, Response
 
 from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.effects import Send
 from dspy_prod.pipeline.taken import Taken
 from dspy_prod.policies.breaker.breaker import Permit
 from dspy_prod.policies.budget import BudgetRule
@@ -31,7 +32,7 @@ class Attempt:
         permit: the breaker's, once it was taken.
         started: monotonic time at which it was planned, and then at which it was sent.
         until: monotonic time at which the driver has to end it.
-        sent: it was handed to the driver, so the provider may have seen it.
+        send: what was handed to the driver, None before that.
         paid: its place in the call's purse, once its cost was noted there.
         patience: seconds it may wait for its limiter, because another route is left.
         taken: what it has taken of its runs, where the context has any.
@@ -48,11 +49,16 @@ class Attempt:
     reservation: Reservation | None = None
     permit: Permit | None = None
     until: float = inf
-    sent: bool = False
+    send: Send | None = None
     paid: int | None = None
     patience: float = inf
     answer: Response | None = None
     taken: Taken | None = None
+
+    @property
+    def stayed(self) -> bool:
+        """Whether the driver had it, and nothing of it has reached the provider. To be asked when it has ended."""
+        return self.send is not None and not self.send.left
 
     @property
     def held(self) -> Reservation | None:

@@ -121,21 +121,18 @@ async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, No
 
 # -- effects ---------------------------------------------------------------------------------------------------------
 def _send(effect: Send) -> Response:
-    request, until, leaving = effect.request, effect.until, effect.leaving
+    request, until = effect.request, effect.until
     outside = sys.exc_info()[1]
     try:
         engine, native = effect.route.upstream.sync_engine(request, effect.beside, until)
         if native:  # its transport ends in time by itself, and tells when the request goes out
-            if until == inf and leaving is None:
-                return _checked(engine.complete(request))
-            ends, leaves = ATTEMPT_UNTIL.set(until), LEAVING.set(leaving)
+            ends, leaves = ATTEMPT_UNTIL.set(until), LEAVING.set(effect.goes)
             try:
                 return _checked(engine.complete(request))
             finally:
                 ATTEMPT_UNTIL.reset(ends)
                 LEAVING.reset(leaves)
-        if leaving is not None:
-            leaving()
+        _hand_over(effect, engine)
         if until == inf:
             return _checked(engine.complete(request))
         return _checked(bounded(lambda: engine.complete(request), until))
@@ -144,21 +141,17 @@ def _send(effect: Send) -> Response:
 
 
 async def _asend(effect: Send) -> Response:
-    request, until, leaving = effect.request, effect.until, effect.leaving
+    request, until = effect.request, effect.until
     outside = sys.exc_info()[1]
     limit: Any = None
     try:
         engine = effect.route.upstream.async_engine(request, effect.beside, until)
-        if leaving is not None and not isinstance(engine, AsyncLM15Engine):
-            leaving()
-            leaving = None
-        if leaving is None:
+        if not isinstance(engine, AsyncLM15Engine):
+            _hand_over(effect, engine)
+        leaves = LEAVING.set(effect.goes)
+        try:
             if until == inf:
                 return _checked(await engine.complete(request))
-            async with limit_until(until) as limit:
-                return _checked(await engine.complete(request))
-        leaves = LEAVING.set(leaving)
-        try:
             async with limit_until(until) as limit:
                 return _checked(await engine.complete(request))
         finally:
@@ -183,10 +176,10 @@ def _events(effect: Send, answer: Answer) -> Generator[StreamEvent, None, None]:
     route, until = effect.route, effect.until
     try:
         engine, native = route.upstream.sync_engine(effect.request, effect.beside, until)
-        if effect.leaving is not None:
-            effect.leaving()
+        if not native:
+            _hand_over(effect, engine)
         if native:  # its transport ends in time by itself, and its reads are bounded by `timeout`
-            source = engine.stream(effect.request) if until == inf else within(engine.stream(effect.request), until)
+            source = within(engine.stream(effect.request), until, effect.goes)
         elif until == inf and (route.timeout is None or isinstance(route.upstream.spec, str)):
             # Nothing to bound, or LiteLLM, which bounds its reads by `timeout` too.
             source = engine.stream(effect.request)
@@ -212,8 +205,8 @@ async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, 
     limited = until
     try:
         engine = route.upstream.async_engine(effect.request, effect.beside, until)
-        if effect.leaving is not None:
-            effect.leaving()
+        if not isinstance(engine, AsyncLM15Engine):
+            _hand_over(effect, engine)
         source = engine.stream(effect.request)
         async with aclosing(achecked_stream(source, provider=route.upstream.provider)) as events:
             while True:
@@ -221,6 +214,7 @@ async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, 
                     raise AttemptTimeoutError
                 if route.timeout is not None:
                     limited = min(until, time.monotonic() + route.timeout)
+                leaves = LEAVING.set(effect.goes)
                 try:
                     if limited == inf:
                         event = await anext(events)
@@ -229,6 +223,9 @@ async def _aevents(effect: Send, answer: Answer) -> AsyncGenerator[StreamEvent, 
                             event = await anext(events)
                 except StopAsyncIteration:
                     break
+                finally:
+                    with suppress(ValueError):
+                        LEAVING.reset(leaves)
                 for shown in answer.take(event):
                     with answer:
                         yield shown
@@ -256,6 +253,13 @@ def _ending(answer: Answer | None, response: Response) -> Iterable[StreamEvent]:
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
+def _hand_over(effect: Send, engine: Any) -> None:
+    """Say that a request may go out from now on, but for what an engine of ours knows better."""
+    if isinstance(effect.route.upstream.spec, str):
+        effect.line = engine
+    effect.goes()
+
+
 def _expired(limit: Any) -> bool:
     expired = limit.expired
     return bool(expired() if callable(expired) else expired)

@@ -21,6 +21,15 @@ class Decidable(Protocol):
         ...
 
 
+class Line(Protocol):
+    """An engine that knows of its last request whether it went out."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it certainly has not, and will not any more: there was no connection for it yet."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Send:
     """Send `request` on `route` once. Answered with the `Response`, or by raising the upstream's error.
@@ -29,6 +38,8 @@ class Send:
     the request goes out, as late as the driver can tell.
 
     Attributes:
+        gone: it may have gone out, as far as the driver or its transport can tell.
+        line: the engine, where it knows better.
         partial: a stream's answer as far as it came, left here when the stream broke.
         ended: its end event had come, and with it what the provider told of its usage.
     """
@@ -40,6 +51,20 @@ class Send:
     leaving: Callable[[], None] | None = None
     partial: Response | None = None
     ended: bool = False
+    gone: bool = False
+    line: Line | None = None
+
+    def goes(self) -> None:
+        """Hear that the request goes out now, or may from now on."""
+        if not self.gone:
+            self.gone = True
+            if self.leaving is not None:
+                self.leaving()
+
+    @property
+    def left(self) -> bool:
+        """Whether the provider may have seen it. To be asked when the attempt has ended: until then it may yet."""
+        return self.gone and not (self.line is not None and self.line.waits)
 
 
 @dataclass(slots=True, eq=False)

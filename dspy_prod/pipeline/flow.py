@@ -295,8 +295,7 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
             leaving = leaves(pipeline.store, attempt.reservation)
         attempt.started = now = pipeline.clock.monotonic()
         attempt.until = until = call.deadline if route.timeout is None else call.attempt_until(route, now)
-        attempt.sent = True
-        send = Send(route, attempt.request, call.scope, until, leaving)
+        attempt.send = send = Send(route, attempt.request, call.scope, until, leaving)
         response = yield send
         flaw = flaw_of(response)
         if flaw is not None:
@@ -308,7 +307,7 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
             answered(runs, call, route)
         return response
     except BaseException as raised:
-        if settled or (isinstance(raised, RejectedError) and not (attempt.sent or attempt.held or attempt.taken)):
+        if settled or (isinstance(raised, RejectedError) and not (send or attempt.held or attempt.taken)):
             raise
         if send is not None and send.ended:
             attempt.answer = send.partial

@@ -79,7 +79,8 @@ TABLE: Final[dict[str, Row]] = {
         Verdict("error", retry=True, sent=False, owed=False),
     ),
     "unreached": Row(
-        "no connection was made", Verdict("error", failure=True, retry=True, fallback=True, sent=False, owed=False)
+        "no connection was made, also within `timeout`",
+        Verdict("error", failure=True, retry=True, fallback=True, sent=False, owed=False),
     ),
     "lost": Row("the connection broke after sending", Verdict("error", failure=True, retry=True, fallback=True)),
     "slow": Row("408, 504, 522, 524; `timeout` passed", Verdict("timeout", failure=True, retry=True, fallback=True)),

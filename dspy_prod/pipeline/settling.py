@@ -84,19 +84,21 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     error, late = raised, None
     if isinstance(raised, AttemptTimeoutError):
         late = raised.late
+        met = late is not None or not attempt.stayed  # one that goes on in its worker may yet meet it
         over = max(attempt.until, attempt.started + latency) >= call.deadline  # a busy machine wakes late
         if over and not isinstance(raised, StalledError):
-            error = too_late(call, "while the upstream was working")
+            error = too_late(call, "while the upstream was working" if met else "before the upstream was reached")
             error.working = True
             verdict = own_deadline(worked, route.timeout)
         else:
+            lacking = "answer" if met else "connection"
             error = LMTimeoutError(
-                f"no answer within timeout={route.timeout:g} s", model=route.model, provider=route.upstream.provider
+                f"no {lacking} within timeout={route.timeout:g} s", model=route.model, provider=route.upstream.provider
             )
             verdict = judge(error)
     else:
         verdict = judge(error)
-    if not attempt.sent:
+    if attempt.send is None or (late is None and attempt.stayed):
         verdict = verdict._replace(sent=False, owed=False)
     if attempt.permit is not None:
         breaker = route.state.breaker
@@ -142,7 +144,7 @@ def _cause_of(error: BaseException) -> str:
 def _settle_failure(attempt: Attempt, verdict: Verdict, error: BaseException, latency: float) -> None:
     cost = worst(attempt) if verdict.owed else 0
     record = None
-    if verdict.sent or (isinstance(error, Exception) and not isinstance(error, RejectedError)):
+    if verdict.sent or attempt.stayed or (isinstance(error, Exception) and not isinstance(error, RejectedError)):
         estimated = verdict.owed and cost is not None
         record = _record(attempt, verdict.outcome, cost, latency, estimated, error=error)
         attempt.call.remember(record, attempt.route)
@@ -153,6 +155,8 @@ def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: Base
     """An abandoned attempt has ended in its worker: perhaps its usage is known after all."""
     call, route = attempt.call, attempt.route
     latency = call.pipeline.clock.monotonic() - attempt.started
+    if attempt.stayed:
+        verdict = verdict._replace(sent=False, owed=False)
     if isinstance(response, Response) and _settle_told(attempt, verdict, response, latency, None):
         return
     if isinstance(failure, Exception):
@@ -160,7 +164,7 @@ def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: Base
         if error is not failure:
             error.__cause__ = failure  # what it means depends on its causes
         end = judge(error)
-        verdict = verdict._replace(owed=end.owed, sent=end.sent)
+        verdict = verdict._replace(owed=verdict.owed and end.owed, sent=verdict.sent and end.sent)
         told = billed_by(failure) if end.owed else None
         if told is not None and _settle_told(attempt, verdict, told, latency, None):
             return

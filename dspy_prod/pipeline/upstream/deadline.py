@@ -30,7 +30,7 @@ ATTEMPT_UNTIL: contextvars.ContextVar[float] = contextvars.ContextVar("dspy_prod
 """Monotonic time at which the attempt running here must end."""
 
 LEAVING: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("dspy_prod_leaving", default=None)
-"""What wants to hear when the attempt running here puts its request on the wire."""
+"""What wants to hear when the attempt running here puts its request on the wire. It hears of every part of it."""
 
 MAX_CONNECTIONS: Final = 4096
 """Connections per upstream; concurrency is limited by `RateLimit`, not by the pool."""
@@ -175,18 +175,23 @@ def bounded_stream(open_stream: Callable[[], Iterator[T]], until: float, pause: 
         room.release()
 
 
-def within(source: Any, until: float) -> Iterator[Any]:
-    """The items of a stream that reads `ATTEMPT_UNTIL` itself, each awaited no longer than `until`."""
+def within(source: Any, until: float, leaving: Callable[[], None]) -> Iterator[Any]:
+    """The items of a stream that reads `ATTEMPT_UNTIL` itself, each awaited no longer than `until`.
+
+    Args:
+        leaving: called when its request goes out.
+    """
     with closing(source) as items:
         iterator = iter(items)
         while True:
             if time.monotonic() >= until:  # what one read brought may be many items
                 raise AttemptTimeoutError
-            token = ATTEMPT_UNTIL.set(until)
+            ends, leaves = ATTEMPT_UNTIL.set(until), LEAVING.set(leaving)
             try:
                 item = next(iterator)
             except StopIteration:
                 return
             finally:
-                ATTEMPT_UNTIL.reset(token)
+                ATTEMPT_UNTIL.reset(ends)
+                LEAVING.reset(leaves)
             yield item

@@ -12,6 +12,7 @@ from dspy.lm15 import ProviderError, Request, Usage
 
 from dspy_prod.compat.embedding import aembed, embed, found_in, input_tokens
 from dspy_prod.compat.litellm import get_litellm
+from dspy_prod.compat.stay import Attending
 from dspy_prod.pipeline.upstream.litellm_engines import wire_timeout
 from dspy_prod.pipeline.upstream.ordinary import Beside
 from dspy_prod.pipeline.upstream.rows import rows_of
@@ -77,7 +78,7 @@ class EmbeddingUpstream(Upstream):
         return LiteLLMVectors(arguments, until)
 
 
-class LiteLLMVectors:
+class LiteLLMVectors(Attending):
     """One attempt by LiteLLM.
 
     Args:
@@ -87,15 +88,15 @@ class LiteLLMVectors:
 
     def __init__(self, arguments: Mapping[str, Any], until: float) -> None:
         self._arguments = arguments
-        self._until = until
+        self.until = until
 
     def complete(self, request: Request) -> Vectors:
         """The vectors of a batch."""
-        return self._read(embed(self._said(request), self._until), request)
+        return self._read(embed(self._said(request), self.attend()), request)
 
     async def acomplete(self, request: Request) -> Vectors:
         """Asynchronous `complete`."""
-        return self._read(await aembed(self._said(request), self._until), request)
+        return self._read(await aembed(self._said(request), self.attend()), request)
 
     def _said(self, request: Request) -> dict[str, Any]:
         return {**self._arguments, "model": request.model, "input": texts_of(request)}
@@ -143,6 +144,11 @@ class FunctionVectors:
 class _Asynchronous:
     def __init__(self, engine: LiteLLMVectors | FunctionVectors) -> None:
         self._engine = engine
+
+    @property
+    def waits(self) -> bool:
+        """See `Attending`. A function of the user's says nothing of it."""
+        return isinstance(self._engine, LiteLLMVectors) and self._engine.waits
 
     async def complete(self, request: Request) -> Vectors:
         return await self._engine.acomplete(request)

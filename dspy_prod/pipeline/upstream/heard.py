@@ -12,7 +12,7 @@ from json import JSONDecodeError
 from traceback import walk_tb
 from typing import Any, Final, NamedTuple
 
-from dspy.utils.exceptions import LMError, LMServerError, LMTransportError
+from dspy.utils.exceptions import LMError, LMServerError, LMTimeoutError, LMTransportError
 from pydantic import ValidationError
 
 from dspy_prod.compat.stay import Mark, mark_of
@@ -119,7 +119,9 @@ def heard(error: Exception) -> Heard:
         text,
         begun,
         status is None and not begun and _never_left(causes, text, bool(litellm)),
-        isinstance(error, (LMTransportError, LMServerError)) and _never_connected(causes),
+        isinstance(error, (LMTransportError, LMServerError, LMTimeoutError))
+        and not mark.left
+        and _never_connected(causes),
         shape,
         getattr(error, "should_retry", None),
     )

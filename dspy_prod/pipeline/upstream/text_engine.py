@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 from dspy.clients.engines.litellm_errors import litellm_errors
@@ -15,15 +14,12 @@ from dspy.lm15 import Request, Response, Usage, response_to_events
 from dspy_prod.compat.httpx import staying
 from dspy_prod.compat.litellm import get_litellm, plain, unread
 from dspy_prod.compat.lm15 import StreamEvent, read_or_billed
-from dspy_prod.compat.stay import Stay
+from dspy_prod.compat.stay import Attending
 from dspy_prod.pipeline.upstream.litellm_usage import told
 from dspy_prod.pipeline.upstream.ordinary import as_sent, signed
 
 
-class _TextConfig:
-    until: float = inf
-    """When nobody waits for the answer any more (monotonic)."""
-
+class _TextConfig(Attending):
     def __init__(self, options: dict[str, Any], extras: dict[str, Any], body: dict[str, Any] | None) -> None:
         self._options = options
         self._extras = extras
@@ -65,7 +61,7 @@ class LiteLLMTextEngine(_TextConfig):
         Raises:
             lm15 errors, translated from LiteLLM's.
         """
-        stay = Stay(self.until)
+        stay = self.attend()
         with unread(stay), litellm_errors(model=request.model), staying(stay):
             raw = get_litellm(feature="text completion").text_completion(**self._sent(request))
             odd = stay.body if stay.odd else None
@@ -81,7 +77,7 @@ class AsyncLiteLLMTextEngine(_TextConfig):
 
     async def complete(self, request: Request) -> Response:
         """Send one request, see `LiteLLMTextEngine.complete`."""
-        stay = Stay(self.until)
+        stay = self.attend()
         with unread(stay), litellm_errors(model=request.model), staying(stay):
             raw = await get_litellm(feature="text completion").atext_completion(**self._sent(request))
             odd = stay.body if stay.odd else None
