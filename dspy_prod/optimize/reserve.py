@@ -6,9 +6,10 @@ and whoever goes on with the run under a higher cap pays for none of its answers
 
 from __future__ import annotations
 
+import threading
 import time
 from math import inf
-from typing import Final
+from typing import Final, NamedTuple
 
 from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.choosing import finalists
@@ -37,6 +38,17 @@ _FEW: Final = 3
 """Calls for each thread: with no more left than that, a search is nearly over."""
 
 
+class Lacking(NamedTuple):
+    """What a candidate lacks to be evaluated completely.
+
+    Attributes:
+        whole: all that is not used for it yet. unheld: without what its calls on their way hold already.
+    """
+
+    whole: Amounts
+    unheld: Amounts
+
+
 class Reserve:
     """Measures what the baseline took, and keeps back as much for each complete evaluation to come.
 
@@ -54,6 +66,7 @@ class Reserve:
         self._at_first: Amounts | None = None
         self._calls_each = 1.0  # calls of LMs for an answer of the program
         self.calls_left = inf
+        self._keeping = threading.Lock()
 
     def keep(self, run: Run, ends: float | None, *, final: bool = False) -> float | None:
         """Lower the caps by the reserve, and tell when the search has to end, on the monotonic clock.
@@ -61,45 +74,51 @@ class Reserve:
         Args:
             run: whose caps. ends: when all has to end. final: only the test set is left to be thought of.
         """
+        with self._keeping:  # whoever looked before another must not have the last word on the caps
+            return self._keep(run, ends, final)
+
+    def _keep(self, run: Run, ends: float | None, final: bool) -> float | None:
+        lacking = [] if self._at_first is None else self._lack()  # first: answers that come meanwhile are spent, too
         left = self._left(run, ends)
         if self._at_first is None:  # right after the baseline
             self._at_first, self._one = left, self._whole(ends)
             base = self._sums.snapshot()[2].get("baseline", Sum())
             self._calls_each = max(1.0, (base.answers + base.cached + base.replayed) / len(self._camera.keys))
+            lacking = self._lack()
         if self._terms.reserve != "auto" and not final:
             kept = {name: each * self._terms.reserve for name, each in self._at_first.items()}
         else:
             kept = self._tests(left)
             if not final:
                 room = {name: left[name] - kept[name] for name in left}
-                kept = _sum(kept, self._for_finalists(room))
+                kept = _sum(kept, self._for_finalists(room, lacking))
         self._allow(run, kept)
         self.calls_left = self._calls_within({name: left[name] - kept[name] for name in left})
         return None if ends is None else ends - kept["seconds"]
 
     def covers(self, run: Run, ends: float | None, seen: Seen) -> bool:
         """Whether what is left is enough to evaluate a candidate completely."""
-        left = self._left(run, ends)
+        lacking, left = self._lacking(seen), self._left(run, ends)
         tests = self._tests(left)
-        return _within(self._lacking(seen), {name: left[name] - tests[name] for name in left})
+        return _within(lacking.whole, {name: left[name] - tests[name] for name in left})
 
     def free(self, run: Run) -> None:
         """Give the reserve to whoever calls now."""
         self._allow(run, dict.fromkeys(("usd", "calls", "tokens"), 0.0))
 
     # -- how much ------------------------------------------------------------------------------------------------------
-    def _for_finalists(self, room: Amounts) -> Amounts:
+    def _for_finalists(self, room: Amounts, lacking: list[Lacking]) -> Amounts:
         """What the evaluations to come need: of candidates that were seen, else of one that may come."""
         traits = self._task.traits
         kept = dict.fromkeys(room, 0.0)
         if not traits.finalists:
             return kept
-        seen, many = finalists(self._camera, None, None, self._task.rounds), 0
-        for each in seen:
-            more = _sum(kept, self._lacking(each))
+        taken, many = kept, 0
+        for each in lacking:
+            more = _sum(taken, each.whole)
             if many < traits.finalists and _within(more, room):
-                kept, many = more, many + 1
-        if seen:
+                kept, taken, many = _sum(kept, each.unheld), more, many + 1
+        if lacking:
             return kept
         assert self._at_first is not None
         if traits.late:  # as much as it was at first, for what is returned at the end
@@ -112,17 +131,26 @@ class Reserve:
         over = self._calls_within(searching) < _FEW * (self._task.num_threads or 1)
         return dict.fromkeys(room, 0.0) if over else kept
 
-    def _lacking(self, seen: Seen) -> Amounts:
-        """What the answers take that a candidate has not given yet; calls on their way hold what they take already."""
+    def _lack(self) -> list[Lacking]:
+        """What each finalist lacks, the best one first."""
+        if not self._task.traits.finalists:
+            return []
+        return [self._lacking(each) for each in finalists(self._camera, None, None, self._task.rounds)]
+
+    def _lacking(self, seen: Seen) -> Lacking:
+        """What the answers take that a candidate has not given yet."""
         missing, flying = self._camera.missing(seen), self._camera.flying(seen)
         part = missing / len(self._camera.keys)
-        found = {name: one * part for name, one in self._one.items()}
+        whole = {name: one * part for name, one in self._one.items()}
+        unheld = dict(whole)
         sum_ = self._sums.of(seen.index)
         if sum_.answers >= _KNOWN:
-            asked = max(0.0, self._calls_each * missing - flying)
+            asked = self._calls_each * missing
             own = {"usd": sum_.usd, "calls": float(sum_.calls), "tokens": float(sum_.tokens)}
-            found.update({name: own[name] / sum_.answers * asked for name in own if name in found})
-        return found
+            each = {name: own[name] / sum_.answers for name in own if name in whole}
+            whole.update({name: one * asked for name, one in each.items()})
+            unheld.update({name: one * max(0.0, asked - flying) for name, one in each.items()})
+        return Lacking(whole, unheld)
 
     def _tests(self, left: Amounts) -> Amounts:
         """What the given program and the best one take on the test set, where that is not too much for all of it."""

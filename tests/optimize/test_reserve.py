@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import dspy
@@ -10,6 +11,8 @@ import pytest
 from benchmarks.subjects import Guesses
 from benchmarks.world import World
 from dspy_prod import BudgetedOptimizer
+from dspy_prod.optimize.reserve import Reserve
+from dspy_prod.optimize.sums import Sum, Sums
 
 
 def budgeted(optimizer: Any, store: str, **options: Any) -> BudgetedOptimizer:
@@ -80,3 +83,31 @@ def test_what_cannot_do_without_a_dear_call_ran_out_of_money(world: World, asked
     assert (report.stopped_by, report.baseline.score is None) == ("budget", False)
     assert "AssertionError" in report.detail
     assert "Raise the cap" in report.detail
+
+
+@pytest.mark.parametrize(
+    ("missing", "flying", "used", "kept"), [(12, 0, 60, 0), (12, 3, 60, 0), (10, 4, 60, 6), (12, 4, 58, 8)]
+)
+def test_what_its_calls_on_their_way_will_have_used_is_no_room(missing: int, flying: int, used: int, kept: int) -> None:
+    """With 10 of 70 calls left, 3 of them on their way, a candidate that lacks 12 answers cannot be completed.
+
+    It was taken to lack 9, which were kept for it, and the run ended with 61 calls.
+    """
+    seen = SimpleNamespace(index=2, evaluated=True, predicted=None, scores=dict.fromkeys(range(24 - missing), 1.0))
+    camera: Any = SimpleNamespace(
+        keys=[str(number) for number in range(24)], candidates=SimpleNamespace(all=[seen]),
+        is_complete=lambda _: False, missing=lambda _: missing, flying=lambda _: flying,
+    )  # fmt: skip
+    traits = SimpleNamespace(finalists=1, late=False)
+    task: Any = SimpleNamespace(traits=traits, rounds=None, num_threads=4, testset=[], selection=([0] * 24,))
+    terms: Any = SimpleNamespace(budget_usd=None, max_calls=70, max_tokens=None, reserve="auto")
+    sums = Sums("run", {})
+    sums.candidates["2"] = Sum(calls=24 - missing, answers=24 - missing)
+    sums.phases["baseline"] = Sum(calls=24, answers=24)
+    sums.total = Sum(calls=used, answers=used)
+    run: Any = SimpleNamespace(
+        used=lambda: SimpleNamespace(usd=None, calls=used, tokens=None), allow=lambda **to: caps.append(to)
+    )
+    caps: list[Any] = []
+    Reserve(terms, task, sums, camera).keep(run, None)
+    assert [each["calls"] for each in caps] == [70 - kept]
