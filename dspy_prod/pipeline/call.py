@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from math import inf
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from dspy.lm15 import Request, Response, Usage
 
 from dspy_prod.context.current import CallContext
 from dspy_prod.policies.entries import EMPTY_USAGE, Entry
+from dspy_prod.policies.fate import Fate
 from dspy_prod.policies.purse import Purse
 from dspy_prod.records import ANSWERED, CallRecord
 from dspy_prod.runtime.clock import moment_on
@@ -22,6 +23,7 @@ from dspy_prod.runtime.ids import IDS
 from dspy_prod.stores.base import Kind
 
 if TYPE_CHECKING:
+    from dspy_prod.pipeline.effects import Steps
     from dspy_prod.pipeline.pipeline import Pipeline
     from dspy_prod.pipeline.routes import Route
     from dspy_prod.pipeline.upstream.ordinary import Beside
@@ -30,6 +32,27 @@ if TYPE_CHECKING:
 _log = logging.getLogger("dspy_prod")
 _new_record = tuple.__new__
 _ANY_REQUEST: Final[Any] = None  # a hit in memory never looks at the request
+
+
+class Asker(Protocol):
+    """A call, or one for the vectors of several texts."""
+
+    @property
+    def pipeline(self) -> Pipeline: ...
+
+    @property
+    def context(self) -> CallContext: ...
+
+    @property
+    def deadline(self) -> float: ...
+
+
+class Leading(Protocol):
+    """See `leading.Lead`."""
+
+    def wait(self, call: Call) -> Steps: ...
+
+    def end(self) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +77,9 @@ class Call:
         to_pay: how many of that call's answers are still to be paid for, this one included.
         log: where the run keeps its answers, if it does. log_key: under what this one's. log_kept: it is written
             down, or on its way there.
+        served: what the records of those who share its answer say of it: `cached` or `stale`.
+        lead: its lead among processes, where it has one.
+        fate: what made its outcome its own; None of most.
     """
 
     pipeline: Pipeline
@@ -75,6 +101,9 @@ class Call:
     log: AnswerLog | None = None
     log_key: bytes | None = None
     log_kept: bool = False
+    served: str = "cached"
+    lead: Leading | None = None
+    fate: Fate | None = None
     deadline: float = field(init=False)
     id: str = field(init=False)
 
@@ -94,9 +123,16 @@ class Call:
                 model = rule.degraded(rule.account(self.context, pipeline.primary.model, wall).key)
                 if model is not None and model != pipeline.primary.model:
                     self.degraded = True
+                    self.own_fate().shaped_by(rule)
                     cheaper = pipeline.route_to(model)
                     return (cheaper, *[route for route in pipeline.fallbacks if route is not cheaper])
         return pipeline.routes
+
+    def own_fate(self) -> Fate:
+        """Where it is noted what made its outcome its own."""
+        if self.fate is None:
+            self.fate = Fate()
+        return self.fate
 
     def attempt_until(self, route: Route, now: float) -> float:
         """Monotonic time at which an attempt that starts now must end; a stream may outlast `timeout`."""

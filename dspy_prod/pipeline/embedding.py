@@ -18,19 +18,19 @@ from dspy.utils.exceptions import LMError
 
 from dspy_prod.errors import CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.batching import EmbeddingRoute, batches, most_tokens
-from dspy_prod.pipeline.call import record_served
+from dspy_prod.pipeline.call import Call, record_hit, record_served
+from dspy_prod.pipeline.cut_off import if_cut_off
 from dspy_prod.pipeline.effects import Steps, Wait
 from dspy_prod.pipeline.flow import flow
-from dspy_prod.pipeline.outcome import judge
+from dspy_prod.pipeline.leading import shared_by
+from dspy_prod.pipeline.outcome import is_of_the_request, judge
 from dspy_prod.pipeline.refusals import too_late
 from dspy_prod.pipeline.running import stoppable
 from dspy_prod.pipeline.texts import Asked, sum_known
 from dspy_prod.pipeline.upstream.vectors import Vectors, texts_asked
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LEADS, LOOK, WAITING, Follower, home
-from dspy_prod.policies.vectors import shares
-from dspy_prod.runtime.clock import moment_on
+from dspy_prod.policies.vectors import KeptVector, shares
 from dspy_prod.runtime.ids import IDS
-from dspy_prod.runtime.reaper import REAPER
 
 Texts = dict[Hashable, str]
 """Texts to be asked about, by key."""
@@ -47,31 +47,24 @@ def embedding(asked: Asked) -> Steps:
     _check_caps(asked, led)
     flights = asked.pipeline.flights
     callers: Callers = {}
-    followed: Texts = {}
 
     def leave() -> None:
         for key, caller in list(callers.items()):
-            flights.hand_over(key, caller)
+            flights.hand_over(asked.flight(key), caller)
 
-    try:
-        if asked.joins:
-            led, followed = _join(asked, led, callers)
-        while led or followed:
-            if led:
-                leads, led = led, {}
-                yield from _lead(asked, leads, callers)
-            if followed:
-                led = yield from _follow(asked, followed, callers)
-    except BaseException as error:
-        try:
-            if isinstance(error, GeneratorExit):  # perhaps inside the garbage collector
-                REAPER.post(leave)
-            else:
-                leave()
-        except BaseException:  # interrupted once more; it may run twice
-            REAPER.post(leave)
-            raise
-        raise
+    yield from if_cut_off(_all(asked, led, callers), leave)
+
+
+def _all(asked: Asked, led: Texts, callers: Callers) -> Steps:
+    followed: Texts = {}
+    if asked.joins:
+        led, followed = _join(asked, led, callers)
+    while led or followed:
+        if led:
+            leads, led = led, {}
+            yield from _lead(asked, leads, callers)
+        if followed:
+            led = yield from _follow(asked, followed, callers)
 
 
 def _check_caps(asked: Asked, texts: Texts) -> None:
@@ -91,27 +84,36 @@ def _join(asked: Asked, texts: Texts, callers: Callers) -> tuple[Texts, Texts]:
     """(the texts that this call leads, those that it follows)."""
     led: Texts = {}
     followed: Texts = {}
-    flights, cache, own = asked.pipeline.flights, asked.cache, home()
-    assert cache is not None
+    flights, own = asked.pipeline.flights, home()
     for key, text in texts.items():
-        callers[key] = caller = Follower(own)
-        if flights.join(key, caller) is not None:
-            followed[key] = text
-            continue
-        assert isinstance(key, bytes)
-        entry = cache.peek(key)  # the previous flight may have landed since `look`
-        row = getattr(entry, "row", None)
-        if entry is None or row is None:
-            led[key] = text
-            continue
-        asked.rows[key] = row
-        flights.answer(key, (row, entry.list_nano))
-        del callers[key]
+        callers[key] = caller = Follower(own, asked)
+        (led if flights.join(asked.flight(key), caller) is None else followed)[key] = text
     return led, followed
 
 
+def _drop_landed(asked: Asked, texts: Texts, callers: Callers) -> None:
+    """Take what came into the cache since `look`, or while this call followed: nobody asks for it again."""
+    cache, flights = asked.cache, asked.pipeline.flights
+    costs: list[int | None] = []
+    for key in [key for key in texts if key in callers]:
+        assert cache is not None
+        assert isinstance(key, bytes)
+        entry = cache.peek(key)
+        if isinstance(entry, KeptVector):
+            cache.used(key)
+            asked.rows[key] = entry.row
+            costs.append(entry.list_nano)
+            flights.answer(asked.flight(key), (entry.row, entry.list_nano, "cached"))
+            del callers[key], texts[key]
+    if costs:
+        record_hit(asked.pipeline, asked.context, asked.records, sum_known(costs))
+
+
 def _lead(asked: Asked, texts: Texts, callers: Callers) -> Steps:
-    """Ask for texts, a batch at a time; whoever follows one gets its vector or the upstream's error."""
+    """Ask for texts, a batch at a time; whoever follows one gets its vector, or the upstream's error where that is
+    about it.
+    """
+    _drop_landed(asked, texts, callers)
     flights = asked.pipeline.flights
     route = asked.pipeline.primary
     assert isinstance(route, EmbeddingRoute)
@@ -119,35 +121,47 @@ def _lead(asked: Asked, texts: Texts, callers: Callers) -> Steps:
     sizes = route.sizes(values)
     for places in batches(sizes, asked.size, most_tokens(asked.pipeline, asked.context)):
         batch = keys[places.start : places.stop]
+        call = asked.call(values[places.start : places.stop])
         try:
-            found = yield from _batch(asked, batch, values[places.start : places.stop])
+            found = yield from _batch(asked, call, batch, values[places.start : places.stop])
         except RejectedError:
             raise  # our own refusal: whoever follows decides for himself
         except LMError as error:
-            for key in batch:
-                if key in callers:
-                    flights.fail(key, error)
-                    del callers[key]
+            if len(batch) == 1 or not _of_the_batch(error):
+                fits = shared_by(call)
+                for key in [key for key in batch if key in callers]:
+                    flights.fail(asked.flight(key), error, fits)
+                    if fits is None:
+                        del callers[key]
             raise
+        fits = shared_by(call)
         for key, row, cost in found:
             asked.rows[key] = row
             if key in callers:
-                flights.answer(key, (row, cost))
+                flight = asked.flight(key)
+                flights.answer(flight, (row, cost, call.served), fits)
+                if fits is not None:
+                    flights.hand_over(flight, callers[key])
                 del callers[key]
 
 
-def _batch(asked: Asked, keys: list[Hashable], texts: list[str]) -> Steps:
+def _of_the_batch(error: LMError) -> bool:
+    """Whether it may be for one text that a batch failed, or for their number: each of them alone might be answered."""
+    return is_of_the_request(error) or judge(error).outcome == "timeout"
+
+
+def _batch(asked: Asked, call: Call, keys: list[Hashable], texts: list[str]) -> Steps:
     """(key, vector, cost) of the texts of one batch, asked upstream; stale ones where that fails and all are kept."""
-    call = asked.call(texts)
     try:
         response = yield from flow(call)
     except LMError as error:
         stale = _stale(asked, keys, error)
         if stale is None:
             raise
+        call.served = "stale"
         record_served(
             asked.pipeline, asked.context, call.id, asked.records, call.request,
-            sum_known([cost for *_, cost in stale]), call.waited, "stale",
+            sum_known([cost for *_, cost in stale]), call.waited, call.served,
         )  # fmt: skip
         return stale
     assert isinstance(response, Vectors)
@@ -178,13 +192,28 @@ def _stale(asked: Asked, keys: list[Hashable], error: LMError) -> list[tuple[Has
 
 def _follow(asked: Asked, followed: Texts, callers: Callers) -> Steps:
     """Wait for texts that others ask about, until all are answered or some are passed on to this call: those."""
-    pipeline, context = asked.pipeline, asked.context
-    monotonic = pipeline.clock.monotonic
+    monotonic = asked.pipeline.clock.monotonic
     began = monotonic()
-    deadline = moment_on(pipeline.clock, context.deadline)
-    costs: list[int | None] = []
+    costs: dict[str, list[int | None]] = {}
+    try:
+        passed: Texts = yield from _told(asked, followed, callers, costs)
+    except Exception as error:
+        _record(asked, costs, monotonic() - began)
+        if isinstance(error, RejectedError):  # it is noted as that of the latest call
+            asked.call(list(followed.values())).waited = monotonic() - began
+        raise
+    _record(asked, costs, monotonic() - began)
+    for key in passed:
+        del followed[key]
+    return passed
+
+
+def _told(asked: Asked, followed: Texts, callers: Callers, costs: dict[str, list[int | None]]) -> Steps:
+    pipeline, deadline = asked.pipeline, asked.deadline
+    monotonic = pipeline.clock.monotonic
     while followed:
         passed: Texts = {}
+        error: BaseException | None = None
         for key, text in list(followed.items()):
             follower = callers[key]
             if follower.state == WAITING:
@@ -194,24 +223,28 @@ def _follow(asked: Asked, followed: Texts, callers: Callers) -> Steps:
                 continue
             del followed[key], callers[key]
             if follower.state == ANSWERED:
-                asked.rows[key], cost = follower.value
-                costs.append(cost)
+                asked.rows[key], cost, outcome = follower.value
+                costs.setdefault(outcome, []).append(cost)
             elif follower.state == FAILED:
-                assert follower.error is not None
-                raise follower.error
+                error = follower.raised()
+        if error is not None:
+            raise error
         if passed or not followed:
-            break
+            return passed
         if monotonic() >= deadline:
             raise too_late(asked.call(list(followed.values())), "while waiting for an identical call")
         yield from _wait(asked, followed, callers, min(deadline, monotonic() + LOOK))
         for key in followed:
-            pipeline.flights.look_after(key)
-    if costs:
-        waited = monotonic() - began
-        record_served(pipeline, context, IDS.make(), asked.records, _NO_REQUEST, sum_known(costs), waited)
-    for key in passed:
-        del followed[key]
-    return passed
+            pipeline.flights.look_after(asked.flight(key))
+    return {}
+
+
+def _record(asked: Asked, costs: dict[str, list[int | None]], waited: float) -> None:
+    """Record what others' answers served."""
+    for outcome, each in costs.items():
+        record_served(
+            asked.pipeline, asked.context, IDS.make(), asked.records, _NO_REQUEST, sum_known(each), waited, outcome
+        )
 
 
 _NO_REQUEST: Final[Any] = None  # nothing looks at what a kept answer was asked

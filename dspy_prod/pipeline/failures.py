@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from dspy.lm15 import Response
 from dspy.utils.exceptions import LMError, LMTimeoutError
 
 from dspy_prod.errors import RejectedError, UnusableAnswerError
 from dspy_prod.pipeline.upstream.heard import keep_heard
+from dspy_prod.runtime.twins import twin
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
@@ -89,14 +90,14 @@ class Failures:
         error = self.upstream or first
         if len(said) > 1:
             first = next(iter(said.values()))
-            twin = _twin(error)
-            if twin is None:  # it is told as it is
+            told = twin(error)
+            if told is None:  # it is told as it is
                 return error
-            keep_heard(twin)  # what others said is no evidence of this one's
-            _add(twin, "; ".join(f"{route.name}: {_brief(each)}" for route, each in said.items()))
+            keep_heard(told)  # what others said is no evidence of this one's
+            _add(told, "; ".join(f"{route.name}: {_brief(each)}" for route, each in said.items()))
             if error is not first:
-                twin.__cause__ = first
-            return twin
+                told.__cause__ = first
+            return told
         return error
 
 
@@ -105,30 +106,6 @@ def _brief(error: Exception) -> str:
     name = type(error).__name__ if status is None else f"{type(error).__name__} {status}"
     text = " ".join(str(getattr(error, "message", None) or error).partition("\n\n")[0].split())
     return f"{name} ({text[:_LONGEST]})" if text else name
-
-
-def _twin(error: Exception) -> Exception | None:
-    """Another error that says the same; None where its type makes none.
-
-    Its `__init__` is not called: it may want more than it tells, or make another text of what it is given.
-    """
-    try:
-        made: Exception = type(error).__new__(type(error), *error.args)
-        vars(made).update(vars(error))
-    except Exception:
-        return None
-    if type(made) is not type(error) or made is error:
-        return None
-    twin: Any = made
-    twin.args = error.args
-    if isinstance(error, ImportError):  # these are in no table
-        twin.name, twin.path = error.name, error.path
-    if isinstance(vars(twin).get("__notes__"), list):
-        twin.__notes__ = list(twin.__notes__)
-    if error.__cause__ is not error:  # as it is where an engine's own error is raised from itself
-        twin.__cause__ = error.__cause__
-    twin.__context__, twin.__suppress_context__ = error.__context__, error.__suppress_context__
-    return made.with_traceback(error.__traceback__)
 
 
 def _add(error: Exception, routes: str) -> None:

@@ -18,7 +18,8 @@ waits.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Hashable
+from functools import partial
 from math import inf
 from typing import Any, TypeAlias
 
@@ -29,12 +30,13 @@ from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import BudgetExceededError, CircuitOpenError, RateLimitedError, RejectedError
 from dspy_prod.pipeline.admission import admission, leaves, note_spending
 from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.cut_off import if_cut_off
 from dspy_prod.pipeline.effects import Send, Wait, Warm
 from dspy_prod.pipeline.failures import Failures, shows_partial, unusable
 from dspy_prod.pipeline.keeping import keeping, replayed
-from dspy_prod.pipeline.leading import Lead
+from dspy_prod.pipeline.leading import Lead, shared_by
 from dspy_prod.pipeline.outcome import flaw_of, judge
-from dspy_prod.pipeline.outlasting import answered, outlasting
+from dspy_prod.pipeline.outlasting import answered, flight_of, outlasting
 from dspy_prod.pipeline.plan import fitted, only_here, pause_until, plan
 from dspy_prod.pipeline.probing import probing
 from dspy_prod.pipeline.refusals import too_late
@@ -43,7 +45,6 @@ from dspy_prod.pipeline.running import go_on, stoppable, taking
 from dspy_prod.pipeline.settling import failed, succeeded
 from dspy_prod.policies.retry import Attempts
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LOOK, WAITING, Follower, home
-from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import GRANTED
 
 Effect: TypeAlias = "Send | Wait | Warm"
@@ -72,78 +73,72 @@ def _flow(call: Call) -> Flow:
     if call.streaming or call.alone or mode != "use" or not cache.options.single_flight:
         return (yield from _send(call))
     flights = pipeline.flights
-    caller = Follower(home())  # before it joins: wherever this call is cut off, it says who leads or follows no more
-    lead: Lead | None = None
-    ended = collected = False
+    flight = flight_of(key, call.context.guards)
+    caller = Follower(home(), call)  # before it joins: wherever this is cut off, it says who leads or follows no more
 
-    def pass_on() -> None:
-        flights.hand_over(key, caller)
+    def leave() -> None:
+        flights.hand_over(flight, caller)
 
+    return (yield from if_cut_off(_together(call, key, flight, caller), leave))
+
+
+def _together(call: Call, key: bytes, flight: Hashable, caller: Follower) -> Flow:
+    """Lead a flight, or follow who leads it. Whoever is cut off here hands over."""
+    flights, cache = call.pipeline.flights, call.pipeline.cache
+    assert cache is not None
+    if flights.join(flight, caller) is not None:
+        response = yield from _follow(call, flight, caller)
+        if response is not None:
+            return response
+    lead = Lead(cache, key, caller.home)
+    entry = cache.fresh(key)  # an answer may have come since the lookup, or while it followed
+    if entry is None and lead.shared:
+        flights.begun(flight, lead.end)
+        call.lead = lead
+        entry = yield from lead.wait(call)
+    if entry is not None:
+        flights.answer(flight, (entry.response, entry.list_nano, "cached"))
+        return call.hit(entry)
     try:
-        followed = flights.join(key, caller) is not None
-        if followed:
-            response = yield from _follow(call, key, caller)
-            if response is not None:
-                ended = True
-                return response
-        lead = Lead(cache, key, caller.home)
-        # The previous flight may have landed between the lookup and now.
-        entry = None if followed else cache.fresh(key)
-        if entry is None and lead.shared:
-            flights.begun(key, lead.end)
-            entry = yield from lead.wait(call)
-        if entry is not None:
-            flights.answer(key, (entry.response, entry.list_nano))
-            ended = True
-            return call.hit(entry)
         response = yield from _send(call)
-        lead.end(verdict=True)
-        flights.answer(key, (response, call.list_nano))
-        ended = True
-        return response
     except RejectedError:
         raise  # our own refusal: the next follower decides for itself
     except LMError as error:
-        if lead is not None:
+        fits = shared_by(call)
+        if fits is None:
             lead.end(verdict=True)
-            flights.fail(key, error)  # the upstream's verdict holds for everybody who asked the same
-            ended = True
+        flights.fail(flight, error, fits)  # the upstream's verdict holds for everybody who asked the same
         raise
-    except GeneratorExit:
-        collected = True  # perhaps inside the garbage collector
-        raise
-    finally:
-        if not ended:
-            try:
-                if collected:
-                    REAPER.post(pass_on)
-                else:
-                    pass_on()
-            except BaseException:  # interrupted once more; it may run twice
-                REAPER.post(pass_on)
-                raise
+    fits = None if call.fate is None else shared_by(call)
+    if fits is None:
+        lead.end(verdict=True)
+    flights.answer(flight, (response, call.list_nano, call.served), fits)
+    if fits is not None:
+        flights.hand_over(flight, caller)
+    return response
 
 
-def _follow(call: Call, key: bytes, follower: Follower) -> Generator[Effect, Any, Response | None]:
+def _follow(call: Call, flight: Hashable, follower: Follower) -> Generator[Effect, Any, Response | None]:
     """Wait for the leader; None means that this call leads now. Whoever is cut off still follows, or leads."""
     pipeline = call.pipeline
     flights = pipeline.flights
     started = pipeline.clock.monotonic()
-    while follower.state == WAITING:
-        yield Wait(follower, min(call.deadline, pipeline.clock.monotonic() + LOOK))
-        if follower.state == WAITING:
-            if pipeline.clock.monotonic() < call.deadline:
-                flights.look_after(key)
-            elif flights.leave(key, follower):
-                raise too_late(call, "while waiting for an identical call")
-    call.waited += pipeline.clock.monotonic() - started
+    try:
+        while follower.state == WAITING:
+            yield Wait(follower, min(call.deadline, pipeline.clock.monotonic() + LOOK))
+            if follower.state == WAITING:
+                if pipeline.clock.monotonic() < call.deadline:
+                    flights.look_after(flight)
+                elif flights.leave(flight, follower):
+                    raise too_late(call, "while waiting for an identical call")
+    finally:
+        call.waited += pipeline.clock.monotonic() - started
     if follower.state == ANSWERED:
-        response, list_nano = follower.value
-        call.record_cached(list_nano)
+        response, list_nano, outcome = follower.value
+        call.record_cached(list_nano, outcome)
         return pipeline.without_usage(response)
     if follower.state == FAILED:
-        assert follower.error is not None
-        raise follower.error
+        raise follower.raised()
     if pipeline.clock.monotonic() >= call.deadline:
         raise too_late(call, "while waiting for an identical call")
     return None
@@ -185,6 +180,8 @@ def _ask(call: Call, failures: Failures) -> Flow:
                 error.model, error.route = route.model, route.name  # a breaker does not know whose route it guards
                 call.emit("rejected", model=route.model, route=route.name, reason=error.reason)
                 failures.add(route, error)
+                if isinstance(error, RateLimitedError) and error.retry_after is not None:
+                    _note_short(call, pipeline.clock.monotonic() + error.retry_after)
                 if patience != inf and isinstance(error, RateLimitedError):
                     failures.early += ((route, attempts),)
                 break
@@ -211,6 +208,8 @@ def _ask(call: Call, failures: Failures) -> Flow:
                         pause_until(call, now) - now,
                         attempts.patience if hurries else inf,
                     )
+                    if attempts.why_not == "deadline":
+                        _note_short(call, now + attempts.pause)
                     if attempts.why_not == "patience":
                         attempts.due = now + attempts.pause
                         failures.early += ((route, attempts),)
@@ -224,7 +223,7 @@ def _ask(call: Call, failures: Failures) -> Flow:
                     raise
                 break
             if call.log is not None:  # before anybody else can have it
-                yield from keeping(call, response)
+                yield from if_cut_off(keeping(call, response), partial(_keep, call, route, response))
             if call.key is not None:
                 _keep(call, route, response)
             return response
@@ -232,6 +231,7 @@ def _ask(call: Call, failures: Failures) -> Flow:
     if call.key is not None and cache is not None and cache.options.stale_if_error > 0 and call.context.cache == "use":
         entry = cache.stale(call.key)
         if entry is not None:
+            call.served = "stale"
             return call.hit(entry, "stale")
     raise failures.told()
 
@@ -243,6 +243,8 @@ def _resume(call: Call, attempts: Attempts) -> Generator[Effect, Any, bool]:
     pause = attempts.again(True, None, pause_until(call, now) - now, least=attempts.due - now)
     attempts.due = None
     if pause is None:
+        if attempts.why_not == "deadline":
+            _note_short(call, now + attempts.pause)
         return False
     if pause > 0:
         yield Wait(None, now + pause)
@@ -326,6 +328,12 @@ def _keep(call: Call, route: Route, response: Response) -> None:
         return
     if route is call.pipeline.primary and not call.degraded:
         cache.put(call.key, response, call.context.ttl, call.list_nano)
+
+
+def _note_short(call: Call, until: float) -> None:
+    """Note that a call's deadline comes too soon for what might be done at `until`, if it does."""
+    if until >= call.deadline:
+        call.own_fate().was_short(until)
 
 
 def _opened(route: Route) -> bool:

@@ -1,13 +1,18 @@
-"""The lead among processes: of those that share a cache, one asks upstream for what several want at the same time."""
+"""Who leads: of the processes that share a cache, one asks upstream for all; and which followers its outcome is for."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from math import inf
 from typing import Any, Final
 
-from dspy_prod.pipeline.call import Call
+from dspy_prod.context.current import CallContext
+from dspy_prod.errors import BudgetExceededError
+from dspy_prod.pipeline.call import Asker, Call
 from dspy_prod.pipeline.effects import Wait
+from dspy_prod.pipeline.plan import pause_until
 from dspy_prod.pipeline.refusals import too_late
+from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.policies.cache import ResponseCache
 from dspy_prod.policies.entries import Entry, store_key
 from dspy_prod.policies.singleflight import Home, gone
@@ -49,14 +54,16 @@ class Lead:
         if found is False:
             began = now = monotonic()
             pause = PAUSE
-            while found is False:
-                if now >= call.deadline:
-                    raise too_late(call, "while waiting for an identical call of another process")
-                yield Wait(None, min(call.deadline, now + pause))
-                pause = min(pause * 1.5, LONGEST)
-                now = monotonic()
-                found = self._look(waited=True)
-            call.waited += now - began
+            try:
+                while found is False:
+                    if now >= call.deadline:
+                        raise too_late(call, "while waiting for an identical call of another process")
+                    yield Wait(None, min(call.deadline, now + pause))
+                    pause = min(pause * 1.5, LONGEST)
+                    now = monotonic()
+                    found = self._look(waited=True)
+            finally:
+                call.waited += monotonic() - began
         if isinstance(found, Entry):
             return found
         return None
@@ -76,3 +83,40 @@ class Lead:
         if self._led:
             self._cache.leave(self._name, verdict, self)
             self._led = False  # last: should this be interrupted, it is done again
+
+
+def shared_by(call: Call) -> Callable[[Asker], bool] | None:
+    """Whether the outcome of a call holds for a follower too; None: for all of them.
+
+    A budget may have made it another one than that of a follower who draws on another account, and who has more time
+    might have got what this call had none for.
+    """
+    fate = call.fate
+    if fate is None:
+        return None
+    pipeline, short = call.pipeline, fate.short
+    now, wall, model = pipeline.clock.monotonic(), pipeline.clock.time(), pipeline.primary.model
+    accounts = [(rule, _drawn_on(rule, call.context, model, wall)) for rule in fate.budgets]
+
+    def fits(other: Asker) -> bool:
+        if short != inf and pause_until(other, now) > short:
+            return False
+        for rule, account in accounts:
+            theirs = [each for each in other.pipeline.every_budget() if each.options == rule.options]
+            if not any(_drawn_on(each, other.context, model, wall) == account for each in theirs):
+                return False
+        return True
+
+    return fits
+
+
+def _drawn_on(rule: BudgetRule, context: CallContext, model: str, wall: float) -> str | None:
+    """The account that a call draws on; "" where a budget caps single calls."""
+    if rule.caps:
+        return ""
+    if context.aside and rule.personal:
+        return None
+    try:
+        return rule.account(context, model, wall).key
+    except BudgetExceededError:
+        return None

@@ -6,7 +6,7 @@ refused or a model that does not exist would fail for ever, and a budget or a de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -35,7 +35,7 @@ def outlasting(call: Call, once: Round) -> Steps:
     """
     runs = [run for run in call.context.guards if run.outages.patience > 0]
     monotonic = call.pipeline.clock.monotonic
-    patience = min([run.outages.patience for run in runs], default=0.0)
+    patience = _patience(runs)
     began, number, alone = inf, 0, 0
     heard = _heard(runs)
     while True:
@@ -66,9 +66,27 @@ def outlasting(call: Call, once: Round) -> Steps:
                     _tell(call, each, found, error)
             hints = [_hint(route, each) for route, each in routes.items()]
             until = min(now + pause(number, hints, call.pipeline.rand), outage.until, began + patience, call.deadline)
+        lead = call.lead
+        if lead is not None:
+            lead.end()  # who belongs to no run does not wait for this one's outage
         yield from _wait(call, [] if itself else runs, upstreams, until)
         if call.late():
             raise failures.mark(too_late(call, f"during an outage of {', '.join(outage.models)}"))
+        entry = None if lead is None else (yield from lead.wait(call))
+        if entry is not None:
+            return call.hit(entry)
+
+
+def flight_of(key: Hashable, runs: tuple[Run, ...]) -> Hashable:
+    """The flight that calls of these runs share: with those that outlast an outage as long, and who does not with none
+    of them.
+    """
+    patience = _patience([run for run in runs if run.outages.patience > 0]) if runs else 0.0
+    return (key, patience) if patience else key
+
+
+def _patience(runs: list[Run]) -> float:
+    return min([run.outages.patience for run in runs], default=0.0)
 
 
 def answered(runs: tuple[Run, ...], call: Call, route: Route) -> None:

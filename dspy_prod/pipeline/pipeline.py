@@ -138,8 +138,10 @@ class SharedCache:
         reset_after_fork(self)
 
     def flights(self, routes: tuple[Route, ...]) -> Flights:
-        """The flights of calls that would be sent the same ways, so that one's error is the other's too."""
-        key = tuple([(route.limit_key, _sender(route.upstream.spec)) for route in routes])
+        """The flights of calls that would be sent the same ways, and as insistently, so that one's error is the other's
+        too: what one LM has no patience for, another one may get.
+        """
+        key = tuple([(each.limit_key, _sender(each.upstream.spec), each.timeout, each.retry) for each in routes])
         with self._lock:
             found = self._flights.get(key)
             if found is None:

@@ -12,7 +12,7 @@ from dspy_prod.context.scoring import is_raising
 from dspy_prod.errors import BudgetExceededError, RateLimitedError, RejectedError, StoppedError, UnpricedModelError
 from dspy_prod.options import PRIORITIES
 from dspy_prod.pipeline.attempt import Attempt
-from dspy_prod.pipeline.call import Call
+from dspy_prod.pipeline.call import Asker, Call
 from dspy_prod.policies.budget import BudgetRule
 from dspy_prod.pricing.book import remedy
 from dspy_prod.pricing.bounds import hosted_fees
@@ -116,7 +116,7 @@ def turns_at(attempt: Attempt, now: float) -> float:
 
 
 def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> bool:
-    """Whether a refusal concerns this route alone, so that the next one is worth a try."""
+    """Whether a refusal concerns this route alone, so that the next one is worth a try. A budget's is noted."""
     if isinstance(error, StoppedError):
         return error.scope == "model"
     if isinstance(error, UnpricedModelError):
@@ -125,9 +125,14 @@ def only_here(call: Call, route: Route, first: Route, error: RejectedError) -> b
         return False
     shared = call.pipeline.budgets
     rules = _rules(shared, route)
-    own = [rule.options.title for rule in rules if rule.options.scope == "model" or rule not in shared]
-    own += [rule.options.title for rule in _caps(call.pipeline.caps, route)]  # another model may be cheaper
-    return any(error.budget == title or error.budget.startswith(f"{title}=") for title in own)
+    own = [rule for rule in rules if rule.options.scope == "model" or rule not in shared]
+    own += _caps(call.pipeline.caps, route)  # another model may be cheaper
+    for rule in own:
+        title = rule.options.title
+        if error.budget == title or error.budget.startswith(f"{title}="):
+            call.own_fate().shaped_by(rule)
+            return True
+    return False
 
 
 def wait_until(attempt: Attempt, now: float) -> float:
@@ -135,7 +140,7 @@ def wait_until(attempt: Attempt, now: float) -> float:
     return _wait_until(attempt, now)
 
 
-def pause_until(call: Call, now: float) -> float:
+def pause_until(call: Asker, now: float) -> float:
     """Monotonic time up to which a call may pause before it tries a route again (Retry-After included)."""
     return call.deadline if call.deadline != inf else now + DEFAULT_MAX_WAIT
 
@@ -146,7 +151,8 @@ def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
     if refusal.reason != "budget_exceeded" or reservation is None:
         return None
     pairs = zip(old.rules, reservation.accounts, strict=True)
-    if not any(rule.options.shrink_last for rule, account in pairs if account.title == refusal.dimension):
+    spent = [rule for rule, account in pairs if account.title == refusal.dimension]
+    if not any(rule.options.shrink_last for rule in spent):
         return None
     inputs, outputs = route.bounds(old.request)
     if route.rates() is None or inputs is None or outputs is None:
@@ -156,6 +162,8 @@ def shrunk(old: Attempt, refusal: Refusal) -> Attempt | None:
     fits = min(outputs, route.affords(old.request, left, inputs))
     if fits < _MIN_SHRUNK_TOKENS or (config.max_tokens is not None and fits >= config.max_tokens):
         return None
+    for rule in spent:
+        old.call.own_fate().shaped_by(rule)
     request = replace(old.request, config=replace(config, max_tokens=fits))
     bound, now = route.most(request, inputs, fits), old.call.pipeline.clock.monotonic()
     again = Attempt(old.call, route, request, old.number, bound, old.rules, now, patience=old.patience)

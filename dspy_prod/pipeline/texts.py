@@ -9,6 +9,7 @@ from typing import Final
 
 from dspy_prod.context.current import CallContext
 from dspy_prod.pipeline.call import Call, record_hit
+from dspy_prod.pipeline.outlasting import flight_of
 from dspy_prod.pipeline.pipeline import Pipeline
 from dspy_prod.pipeline.scope import Scope
 from dspy_prod.pipeline.upstream.vectors import texts_asked
@@ -16,6 +17,7 @@ from dspy_prod.policies.entries import LOCAL
 from dspy_prod.policies.purse import Purse
 from dspy_prod.policies.vectors import VectorCache
 from dspy_prod.records import CallRecord
+from dspy_prod.runtime.clock import moment_on
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +44,15 @@ class Asked:
     records: list[CallRecord] = field(default_factory=list)
     rows: dict[Hashable, bytes] = field(default_factory=dict)
     latest: Call | None = None
+
+    @property
+    def deadline(self) -> float:
+        """Time of the pipeline's monotonic clock by which it must end, `inf` without one."""
+        return moment_on(self.pipeline.clock, self.context.deadline)
+
+    def flight(self, key: Hashable) -> Hashable:
+        """What those share that ask about a text at the same time."""
+        return flight_of(key, self.context.guards)
 
     def look(self) -> None:
         """Take what is cached. It reads the store, a text at a time."""

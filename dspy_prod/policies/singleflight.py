@@ -13,7 +13,6 @@ to do, and nothing twice.
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 import weakref
 from collections import deque
@@ -25,6 +24,7 @@ from typing import Any, Final
 from dspy_prod.compat.foreign import running_loop
 from dspy_prod.runtime.brief import brief
 from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.runtime.twins import twin
 
 LOOK: Final = 1.0
 """Seconds between looks of a follower whether its leader is still there."""
@@ -35,6 +35,8 @@ FAILED: Final = 2
 LEADS: Final = 3
 LEFT: Final = 4
 
+Fits = Callable[[Any], bool]
+"""Whether an outcome holds for a follower too, by what it `asks`."""
 
 Home = weakref.ref[asyncio.AbstractEventLoop] | None
 """The event loop that a caller runs in; None: a thread. Weak, for a loop that nobody has any more ends its tasks."""
@@ -64,12 +66,14 @@ class Follower:
 
     Args:
         home: where the caller runs.
+        asks: what it asks for, and within what; for `fits` of `Flights.answer`.
     """
 
-    __slots__ = ("error", "home", "state", "value", "wake")
+    __slots__ = ("asks", "error", "home", "state", "value", "wake")
 
-    def __init__(self, home: Home = None) -> None:
+    def __init__(self, home: Home = None, asks: Any = None) -> None:
         self.home = home
+        self.asks = asks
         self.state = WAITING
         self.value: Any = None
         self.error: BaseException | None = None
@@ -79,6 +83,12 @@ class Follower:
         """Register the callback; False when there is nothing to wait for any more."""
         self.wake = wake
         return self.state == WAITING
+
+    def raised(self) -> BaseException:
+        """The shared error to raise: one that is this caller's own, for what is said of it from now on."""
+        assert self.error is not None
+        own = twin(self.error)
+        return self.error if own is None else own
 
 
 class _Followers(deque[Follower]):
@@ -163,23 +173,39 @@ class Flights:
             self._remove(key, follower)
             return True
 
-    def answer(self, key: Hashable, value: Any) -> None:
-        """Share the leader's answer and end the flight."""
+    def answer(self, key: Hashable, value: Any, fits: Fits | None = None) -> None:
+        """Share the leader's answer and end the flight.
+
+        Args:
+            key, value: of the flight; the answer.
+            fits: whether it holds for a follower too. With it the flight goes on: whoever called this leads those who
+                are left, and must `hand_over`.
+        """
 
         def tell(follower: Follower) -> None:
             follower.value = value
             follower.state = ANSWERED
 
-        self._end(key, tell)
+        self._end(key, tell, fits)
 
-    def fail(self, key: Hashable, error: BaseException) -> None:
-        """Share the upstream's verdict and end the flight. Each follower gets a copy: tracebacks are per raise."""
+    def fail(self, key: Hashable, error: BaseException, fits: Fits | None = None) -> None:
+        """Share the upstream's verdict and end the flight. It is told as it reads now; what the leader's caller says of
+        it later is his own. Each follower raises a copy (`Follower.raised`), which is made without the lock: the
+        class may be anybody's.
+
+        Args:
+            key, error: of the flight; the verdict.
+            fits: as for `answer`.
+        """
+        told = twin(error) or error
+        if told is not error:  # tracebacks are per raise, and what was handled there is the leader's
+            told.__traceback__ = told.__context__ = None
 
         def tell(follower: Follower) -> None:
-            follower.error = _copied(error)
+            follower.error = told
             follower.state = FAILED
 
-        self._end(key, tell)
+        self._end(key, tell, fits)
 
     def hand_over(self, key: Hashable, caller: Follower | None = None) -> None:
         """Pass the lead to the next follower, or end the flight when nobody follows.
@@ -254,8 +280,11 @@ class Flights:
             followers.popleft()
         self._flights.pop(key, None)
 
-    def _end(self, key: Hashable, tell: Callable[[Follower], None]) -> None:
+    def _end(self, key: Hashable, tell: Callable[[Follower], None], fits: Fits | None) -> None:
         """Whoever is interrupted before the last follower is told leads on, and is to hand over to those left."""
+        if fits is not None:
+            self._tell(key, tell, fits)
+            return
         with brief(self._lock):
             followers = self._flights.get(key)
             while isinstance(followers, _Followers) and followers:
@@ -266,6 +295,18 @@ class Flights:
                 followers.popleft()
             self._begun.pop(key, None)
             self._flights.pop(key, None)
+
+    def _tell(self, key: Hashable, tell: Callable[[Follower], None], fits: Fits) -> None:
+        with brief(self._lock):
+            found = self._flights.get(key)
+            waiting = list(found) if isinstance(found, _Followers) else []
+        for follower in waiting:
+            if fits(follower.asks):  # without the lock: it asks others
+                with brief(self._lock):
+                    if follower.state == WAITING:
+                        tell(follower)
+                        _woken(follower)
+                        self._remove(key, follower)
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
@@ -281,14 +322,3 @@ def _woken(follower: Follower) -> bool:
         except Exception:
             return False
     return True
-
-
-def _copied(error: BaseException) -> BaseException:
-    try:
-        twin = copy.copy(error)
-    except Exception:
-        return error  # an exception type that cannot be copied is shared as it is
-    if type(twin) is not type(error):
-        return error
-    twin.__cause__ = error.__cause__
-    return twin

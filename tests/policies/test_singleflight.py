@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -64,8 +66,8 @@ def test_an_error_is_everybody_s_each_as_an_object_of_its_own() -> None:
     error = Verdict("down", 503)
     error.__cause__ = cause = ValueError("why")
     flights.fail("k", error)
-    heard = [follower.error for follower, _ in crowd]
-    assert [(type(each), each.args, each.__cause__) for each in heard if each] == [(Verdict, ("down", 503), cause)] * 2
+    heard = [follower.raised() for follower, _ in crowd]
+    assert [(type(each), each.args, each.__cause__) for each in heard] == [(Verdict, ("down", 503), cause)] * 2
     assert len({id(each) for each in [error, *heard]}) == 3
     assert [(follower.state, states) for follower, states in crowd] == [(FAILED, [FAILED])] * 2
     assert len(flights) == 0
@@ -83,15 +85,25 @@ def test_a_flight_that_nobody_follows_just_ends(end: str) -> None:
 class Unique(Exception):
     """Cannot be copied."""
 
-    def __copy__(self) -> Unique:
-        raise TypeError("there is only one")
+    made = False
+
+    def __new__(cls, *_: object) -> Unique:
+        if cls.made:
+            raise TypeError("there is only one")
+        cls.made = True
+        return super().__new__(cls)
 
 
 class Turning(Exception):
     """Becomes something else when it is copied."""
 
-    def __copy__(self) -> ValueError:
-        return ValueError("not what it was")
+    made = False
+
+    def __new__(cls, *_: object) -> Any:
+        if cls.made:
+            return ValueError("not what it was")
+        cls.made = True
+        return super().__new__(cls)
 
 
 @pytest.mark.parametrize("kind", [Unique, Turning])
@@ -99,7 +111,115 @@ def test_an_error_that_cannot_be_copied_is_shared_as_it_is(kind: type[Exception]
     flights, [(follower, _)] = flying(1)
     error = kind()
     flights.fail("k", error)
-    assert follower.error is error
+    assert follower.raised() is error
+
+
+class Wants(Exception):
+    """Makes its text of what it is given, and wants more than it tells."""
+
+    def __init__(self, code: str, where: str) -> None:
+        super().__init__(f"{where} says {code}")
+        self.code = code
+
+
+class Grows(Exception):
+    """Takes what it tells for what it is given."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(f"the gateway says {code}")
+
+
+@pytest.mark.parametrize("error", [Wants("E7", "the gateway"), Grows("E7")])
+def test_an_error_says_the_same_to_a_follower_whatever_its_class_makes_of_its_arguments(error: Exception) -> None:
+    flights, [(follower, _)] = flying(1)
+    flights.fail("k", error)
+    heard = follower.raised()
+    assert heard is not error
+    assert (type(heard), str(heard), vars(heard)) == (type(error), "the gateway says E7", vars(error))
+
+
+def test_what_is_noted_on_an_error_later_is_one_caller_s_alone() -> None:
+    """A leader's caller adds a note to what was raised to it; so may a follower's."""
+    flights, [(one, _), (other, _)] = flying(2)
+    error = Verdict("down")
+    error.__dict__["__notes__"] = ["from upstream"]
+    flights.fail("k", error)
+    error.__dict__["__notes__"].append("the leader's")
+    first = one.raised()
+    first.__dict__["__notes__"].append("the first follower's")
+    assert other.raised().__dict__["__notes__"] == ["from upstream"]
+
+
+def test_a_follower_s_error_has_nothing_of_where_the_leader_raised_it() -> None:
+    flights, [(follower, _)] = flying(1)
+    with pytest.raises(Verdict) as raised:
+        raise Verdict("down")
+    raised.value.__context__ = ValueError("what the leader's caller was handling")
+    flights.fail("k", raised.value)
+    assert (follower.raised().__traceback__, follower.raised().__context__) == (None, None)
+
+
+class Asking(Exception):
+    """Its class looks at the flights whenever one is made."""
+
+    flights: Flights | None = None
+
+    def __new__(cls, *_: object) -> Asking:
+        if cls.flights is not None:
+            cls.flights.following()
+        return super().__new__(cls)
+
+
+def test_no_error_s_class_is_asked_with_the_lock_held() -> None:
+    """What it does, such as to ask the same, would wait for itself for ever."""
+    flights, [(follower, _)] = flying(1)
+    error = Asking()
+    Asking.flights = flights
+    thread = threading.Thread(target=flights.fail, args=("k", error), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert type(follower.raised()) is Asking
+
+
+@pytest.mark.parametrize("end", ["answer", "fail"])
+def test_an_outcome_goes_to_those_it_holds_for_and_the_others_have_a_leader_of_their_own(end: str) -> None:
+    """And who comes while they are asked is one of the others."""
+    flights = Flights()
+    leader = Follower()
+    assert flights.join("k", leader) is None
+    crowd = [Follower(asks=number) for number in range(4)]
+    states: dict[int, list[int]] = {}
+    for follower in crowd:
+        assert flights.join("k", follower) is follower
+        woken = states[follower.asks] = []
+        follower.attach(lambda woken=woken, follower=follower: woken.append(follower.state))  # type: ignore[misc]
+    late = Follower(asks=9)
+
+    def odd(number: int) -> bool:
+        if number == 3:
+            flights.join("k", late)
+        return number % 2 == 1
+
+    getattr(flights, end)("k", Verdict("down") if end == "fail" else "the answer", odd)
+    told = FAILED if end == "fail" else ANSWERED
+    assert [follower.state for follower in crowd] == [WAITING, told, WAITING, told]
+    assert states == {0: [], 1: [told], 2: [], 3: [told]}
+    assert (flights.following(), flights.lost("k", leader)) == (3, False)
+    flights.hand_over("k", leader)
+    assert [follower.state for follower in (*crowd, late)] == [LEADS, told, WAITING, told, WAITING]
+    flights.answer("k", "another answer", lambda number: number == 9)
+    assert (crowd[2].state, late.state, late.value) == (WAITING, ANSWERED, "another answer")
+
+
+def test_an_outcome_for_some_leaves_what_the_leader_began_for_the_next_to_end() -> None:
+    flights, [_] = flying(1)
+    ended: list[str] = []
+    flights.begun("k", lambda: ended.append("claim"))
+    flights.answer("k", "the answer", lambda _: False)
+    assert ended == []
+    flights.hand_over("k")
+    assert ended == ["claim"]
 
 
 # -- the lead is handed over -----------------------------------------------------------------------------------------
