@@ -134,14 +134,10 @@ def _lead(asked: Asked, texts: Texts, callers: Callers) -> Steps:
                     if fits is None:
                         del callers[key]
             raise
-        fits = shared_by(call)
-        for key, row, cost in found:
+        for key, row, cost in found:  # every route has the same model, so it is everybody's
             asked.rows[key] = row
             if key in callers:
-                flight = asked.flight(key)
-                flights.answer(flight, (row, cost, call.served), fits)
-                if fits is not None:
-                    flights.hand_over(flight, callers[key])
+                flights.answer(asked.flight(key), (row, cost, call.served))
                 del callers[key]
 
 
