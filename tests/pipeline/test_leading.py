@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,11 @@ import pytest
 from dspy.utils.exceptions import LMUnexpectedError
 
 import dspy_prod
-from dspy_prod.testing import Provider
+from dspy_prod.pipeline import flow
+from dspy_prod.pipeline.effects import Wait
+from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.testing import Hang, Provider
+from tests.e2e.support import until
 from tests.integration.support import Caller
 
 
@@ -120,3 +128,65 @@ def test_a_caller_without_a_claim_does_not_end_that_of_another_lm(
         assert leader.outcome(10)
         leads.close()
         other.close()
+
+
+def test_who_is_passed_the_lead_looks_whether_the_answer_came_meanwhile() -> None:
+    """Somebody who asked anew has filled the cache."""
+    with Provider() as provider:
+        lm = dspy_prod.LM("openai/m", api_base=provider.url, api_key="k", store="memory://leading-meanwhile")
+
+        async def scene() -> Any:
+            provider.faults = [Hang(30)]  # type: ignore[assignment]
+            leader = asyncio.create_task(lm.acall("hello"))
+            await asyncio.to_thread(provider.wait_until, lambda it: it.in_flight == 1)
+            follower = asyncio.create_task(lm.acall("hello"))
+            await asyncio.to_thread(until, lambda: lm.pipeline.flights.following() == 1)
+            with dspy_prod.call_context(cache="refresh"):
+                await lm.acall("hello")
+            leader.cancel()
+            return await asyncio.wait_for(follower, 10)
+
+        assert isinstance(asyncio.run(scene()), list)
+        assert len(provider.calls) == 2
+        assert sorted(record.outcome for record in lm.ledger.records()) == ["cached", "cancelled", "ok"]
+        lm.close()
+
+
+@pytest.mark.parametrize("end", ["cancelled", "collected", "interrupted"])
+def test_an_answer_that_is_paid_is_kept_though_writing_it_down_was_cut_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str
+) -> None:
+    """The run waits until it is durable; who is cut off then leaves the answer to those who asked the same."""
+    with Provider() as provider:
+        lm = dspy_prod.LM("openai/m", api_base=provider.url, api_key="k", store="memory://leading-paid")
+        run = dspy_prod.Run("r", calls=9, store=f"sqlite:///{tmp_path}/run.db", keep_answers=True)
+        writing = threading.Event()
+
+        def cut(*_: Any) -> Any:
+            writing.set()
+            yield Wait(None, time.monotonic() + (0 if end == "interrupted" else 30))
+            raise KeyboardInterrupt
+
+        async def scene() -> None:
+            task = asyncio.create_task(lm.acall("hello"))
+            await asyncio.to_thread(writing.wait, 30)
+            if end == "cancelled":
+                task.cancel()
+            else:
+                task.get_coro().close()  # as the garbage collector does
+                task.cancel()
+            with suppress(asyncio.CancelledError, RuntimeError):
+                await task
+
+        with monkeypatch.context() as patched, dspy_prod.call_context(run=run):
+            patched.setattr(flow, "keeping", cut)
+            if end == "interrupted":
+                with pytest.raises(KeyboardInterrupt):
+                    lm("hello")
+            else:
+                asyncio.run(scene())
+        assert REAPER.flush()
+        assert len(lm.pipeline.flights) == 0
+        assert isinstance(lm("hello"), list)
+        assert len(provider.calls) == 1
+        lm.close()
