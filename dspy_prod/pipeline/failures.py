@@ -37,7 +37,8 @@ def unusable(route: Route, flaw: str, response: Response) -> UnusableAnswerError
 def shows_partial(error: BaseException, partial: Response) -> None:
     """Let an error show what came of a stream before it, unless the engine has said so itself."""
     if isinstance(error, LMError) and getattr(error, "partial", None) is None:
-        error.partial = partial
+        with suppress(AttributeError):  # a class may say it by itself, and has nothing to say
+            error.partial = partial
 
 
 class Failures:

@@ -273,7 +273,13 @@ def test_texts_passed_to_who_has_no_time_left_are_asked_by_the_next() -> None:
 
 
 # -- Ctrl-C at every point -------------------------------------------------------------------------------------------
-FLOW = ("pipeline/flow.py", "policies/singleflight.py", "runtime/brief.py")
+FLOW = (
+    "pipeline/flow.py",
+    "pipeline/cut_off.py",
+    "pipeline/leading.py",
+    "policies/singleflight.py",
+    "runtime/brief.py",
+)
 
 
 class Crowd:
@@ -294,6 +300,8 @@ class Crowd:
                     raise RunStoppedError("now")
                 if ending == "fail":
                     yield from failing(call)
+                if ending == "own":  # nobody else is to have its answer
+                    call.own_fate().was_short(0.0)
             return (yield from send(call))
 
         monkeypatch.setattr(flow, "_send", sending)
@@ -309,7 +317,7 @@ class Crowd:
         assert isinstance(self.ask(), list)
 
 
-@pytest.mark.parametrize("ending", ["answer", "fail", "refused"])
+@pytest.mark.parametrize("ending", ["answer", "fail", "refused", "own"])
 def test_a_leader_interrupted_anywhere_leaves_no_lead_behind(monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     """As `join` gave its lock back, the next one who asked the same followed nobody, for ever."""
     crowd = Crowd(monkeypatch, ending)
@@ -376,7 +384,11 @@ def test_an_embedder_interrupted_anywhere_leaves_no_lead_behind(monkeypatch: pyt
             provider.faults = [Status(500)] if ending == "fail" else None  # type: ignore[assignment]
             texts, refused = [f"a {point}", f"b {point}"], ending == "refused"
             hit, _ = interrupted(
-                lambda texts=texts: embedder(texts), point, "pipeline/embedding.py", "policies/singleflight.py"
+                lambda texts=texts: embedder(texts),
+                point,
+                "pipeline/embedding.py",
+                "pipeline/cut_off.py",
+                "policies/singleflight.py",
             )
             assert REAPER.flush()
             assert len(embedder.pipeline.flights) == 0, point
