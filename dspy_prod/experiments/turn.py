@@ -13,9 +13,9 @@ from dspy_prod.experiments.shadow import OURS, Answered, list_nano
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
 from dspy_prod.production.collecting import Records
+from dspy_prod.production.leaving import LEFT, Here
 from dspy_prod.production.reasons import reason_of
 from dspy_prod.production.report import CallReport, report_of
-from dspy_prod.production.watch import LEFT, was_closed
 from dspy_prod.records import NANO
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.trials import Call, Trials
@@ -37,7 +37,7 @@ class Turn:
     __slots__ = (
         "_made",
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
-        *("_flight", "_flights", "_refused", "_report", "_until", "prediction", "unpriced", "variant"),
+        *("_flight", "_flights", "_here", "_refused", "_report", "_until", "prediction", "unpriced", "variant"),
     )
 
     def __init__(
@@ -58,12 +58,15 @@ class Turn:
         self._at = self._began = 0.0
         self._flights, self._until = flights, outer.deadline
         self._flight: Flight | None = None
+        self._here = Here()
         self._trace = outer.trace_id
         self._report: CallReport | None = None
         self.prediction: Any = None
         self.unpriced = False
 
     def __enter__(self) -> Turn:
+        REAPER.start()  # there may have been no thread to be had, or no LM of ours in the process
+        self._here.begin()
         self._at = 0.0 if self._trials is None else self._trials.now()
         self._began = time.monotonic()
         unit = None if self._place is None or self._trials is None else self._place.unit
@@ -87,11 +90,12 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._failed = isinstance(error, Exception) and not hasattr(error, LEFT) and not was_closed(error)
+        self._failed = isinstance(error, Exception) and not hasattr(error, LEFT) and not self._here.closed()
         self._ended = error is None or self._failed
         self._refused |= self._failed and error is not None and reason_of(error) in OURS
         self._refused = self._refused and not self._records.has_hung(error, self._report)  # sent: it has failed
         over = time.monotonic()
+        self._here.end()
         try:
             self._scope.__exit__(kind, error, traceback)
         finally:

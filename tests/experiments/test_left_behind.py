@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import dspy
 import pytest
 
 import dspy_prod
-from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.runtime.reaper import REAPER, Reaper
 from dspy_prod.stores.durable import posting
+from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.trials import Ended
 from tests.integration.support import Caller
+from tests.stores.support import until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -71,3 +75,76 @@ def test_a_call_that_is_collected_as_its_thread_posts_another_holds_nothing_up(
         gc.enable()
     assert REAPER.flush(10)
     assert sum(ended.abandoned for ended in experiment.scorecard().calls.values()) == 1
+
+
+@pytest.mark.parametrize("fallback", [None, {"answer": "sorry"}, lambda q: {"answer": "sorry"}])
+def test_a_call_that_is_collected_is_abandoned_whatever_falls_back(fallback: Any) -> None:
+    """The fallback answered nobody, and the call counted as one that had fallen back, or failed."""
+    experiment = made(
+        lambda: dspy_prod.Production(
+            Waits(), fallback_response=fallback, catch="unavailable" if fallback is None else "all"
+        )
+    )
+    gc.disable()
+    try:
+        leave(experiment, "gone")
+        gc.collect()
+    finally:
+        gc.enable()
+    assert REAPER.flush(10)
+    assert ended(experiment) == Ended("new", 1, abandoned=1)
+
+
+WAYS = pytest.mark.parametrize("wrapped", [False, True], ids=["program", "production"])
+
+
+@WAYS
+def test_calls_that_were_left_are_told_in_a_process_without_an_lm_of_ours(
+    monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    """Nobody had begun the thread that does it: it all waited, without bound, until the process was killed."""
+    use(monkeypatch, Reaper())
+    experiment = made(lambda: dspy_prod.Production(Waits()) if wrapped else Waits())
+    asyncio.run(cancelled(experiment))
+    until(lambda: ended(experiment) == Ended("new", 1, abandoned=1))
+    assert not experiment._works.flights._flights
+
+
+@WAYS
+def test_a_child_that_had_no_thread_for_it_when_it_was_forked_begins_one(
+    monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    reaper = Reaper()
+    reaper.start()
+    with monkeypatch.context() as full:
+        full.setattr("dspy_prod.runtime.reaper.begin", lambda *_: None)
+        reaper._after_fork()
+    use(monkeypatch, reaper)
+    experiment = made(lambda: dspy_prod.Production(Waits()) if wrapped else Waits())
+    asyncio.run(cancelled(experiment))
+    until(lambda: ended(experiment) == Ended("new", 1, abandoned=1))
+
+
+def made(program: Callable[[], Any]) -> dspy_prod.Experiment:
+    """An experiment in which everybody has the new one."""
+    return dspy_prod.Experiment(
+        "left", variants={"control": program(), "new": program()}, metrics=[dspy_prod.Metric("good")],
+        store=MemoryStore(), assign=lambda unit: "new",
+    )  # fmt: skip
+
+
+def ended(experiment: Any) -> Any:
+    """How its calls have ended so far, as the store was told: whoever asks the experiment waits for the reaper."""
+    return next((each for each in experiment._works.trials.ended("left") if each.arm == "new"), None)
+
+
+async def cancelled(experiment: Any, **context: Any) -> None:
+    """Call, and leave."""
+    with dspy_prod.call_context(user="gone", **context), pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(experiment.acall(q="1"), 0.01)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, reaper: Reaper) -> None:
+    """Have this one do what callers have left."""
+    for name in ("production.watch", "experiments.turn", "experiments.calling", "experiments.traced"):
+        monkeypatch.setattr(f"dspy_prod.{name}.REAPER", reaper, raising=False)
