@@ -125,6 +125,27 @@ def test_a_child_that_had_no_thread_for_it_when_it_was_forked_begins_one(
     until(lambda: ended(experiment) == Ended("new", 1, abandoned=1))
 
 
+def test_what_is_known_of_a_call_that_was_left_finds_it_by_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever presses the button as he leaves was told that there is no such call."""
+
+    class Busy(Reaper):
+        """Does nothing until somebody waits for it."""
+
+        def start(self) -> None:
+            pass
+
+        def flush(self, timeout: float = 5.0) -> bool:
+            while not self._work.empty():
+                self._work.get()()
+            return True
+
+    use(monkeypatch, Busy())
+    experiment = made(Waits)
+    asyncio.run(cancelled(experiment, trace_id="tr-1"))
+    experiment.record(good=0.0, trace="tr-1")
+    assert experiment.scorecard().waiting["good"].units == 0
+
+
 def made(program: Callable[[], Any]) -> dspy_prod.Experiment:
     """An experiment in which everybody has the new one."""
     return dspy_prod.Experiment(
