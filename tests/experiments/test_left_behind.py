@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import dspy
 import pytest
 
 import dspy_prod
+from dspy_prod.experiments import turn
 from dspy_prod.runtime.reaper import REAPER, Reaper
 from dspy_prod.stores.durable import posting
 from dspy_prod.stores.memory import MemoryStore
@@ -144,6 +148,67 @@ def test_what_is_known_of_a_call_that_was_left_finds_it_by_its_trace(monkeypatch
     asyncio.run(cancelled(experiment, trace_id="tr-1"))
     experiment.record(good=0.0, trace="tr-1")
     assert experiment.scorecard().waiting["good"].units == 0
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_wherever_ctrl_c_comes_the_call_is_told_once_and_is_over(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was never over, and its unit was waited for as long as the process lived; or the store heard nothing of it."""
+
+    class Answers(Waits):
+        async def aforward(self, q: str) -> Any:
+            return dspy.Prediction(answer=q)
+
+    experiment = made(Answers)
+    told: list[str] = []
+    tell = experiment._works.trials.call
+    monkeypatch.setattr(experiment._works.trials, "call", lambda call: (told.append(call.unit), tell(call))[1])
+
+    def ask(unit: str) -> None:
+        with dspy_prod.call_context(user=unit):
+            experiment(q="1") if way == "sync" else asyncio.run(experiment.acall(q="1"))
+
+    ask("warm")
+    for number in range(200):
+        unit, before = f"u{number}", len(told)
+        with ctrl_c(number) as came:
+            try:
+                ask(unit)
+            except KeyboardInterrupt:
+                pass
+        assert REAPER.flush(10)
+        assert not experiment._works.flights._flights, came
+        if came and came[0][0] != "__init__":  # nothing of it had begun
+            assert told[before:] == [unit], came
+        if not came:
+            break
+    assert 20 < number < 199
+    assert told[-1] == unit, "it was not interrupted any more"
+
+
+@contextmanager
+def ctrl_c(number: int) -> Iterator[list[tuple[str, int]]]:
+    """Raise what Ctrl-C does at one line of a turn; yields which one, once it was."""
+    came: list[tuple[str, int]] = []
+    seen = -1
+
+    def line(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal seen
+        if event == "line" and not came:
+            seen += 1
+            if seen == number:
+                came.append((frame.f_code.co_name, frame.f_lineno))
+                raise KeyboardInterrupt
+        return line
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        return line if frame.f_code.co_filename == turn.__file__ else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield came
+    finally:
+        sys.settrace(before)
 
 
 def made(program: Callable[[], Any]) -> dspy_prod.Experiment:
