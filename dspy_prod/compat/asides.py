@@ -24,8 +24,9 @@ from dspy_prod.compat.foreign import names
 _usage_of_gemini: Callable[..., Usage]
 [_usage_of_gemini] = names("dspy._vendor.lm15.providers.gemini", "_gemini_usage")
 
-_OWN: Final = "dspy_prod"
-_REFUSAL: Final = "refusal"
+OWN: Final = "dspy_prod"
+"""Who tells these events."""
+REFUSAL: Final = "refusal"
 _BEGINNING: Final = "beginning"
 _COUNTED: Final = "counted"
 _BESIDE: Final = "beside"
@@ -38,22 +39,15 @@ _COUNTERS: Final = {
 """Anthropic's counters of the input, by lm15's names."""
 
 
-def refusal(text: str, *, as_text: bool = False) -> StreamDeltaEvent:
-    """The event that tells a piece of a refusal; whether the next event makes text of it."""
-    return _event(_REFUSAL, {"text": text, "as_text": as_text})
+def refusal(text: str, *, part: int | None = None, apart: int | None = None) -> StreamDeltaEvent:
+    """The event that tells a piece of a refusal.
 
-
-def refused_in(data: str) -> Iterator[StreamDeltaEvent]:
-    """The event for a piece of a refusal of which the reader of the Responses API makes text: it comes before that."""
-    if '"response.refusal.delta"' not in data:
-        return
-    try:
-        payload = json.loads(data)
-    except (ValueError, RecursionError):  # the reader says so
-        return
-    said = payload.get("delta") if isinstance(payload, dict) else None
-    if said and isinstance(said, str) and payload.get("type") == "response.refusal.delta":
-        yield refusal(said, as_text=True)
+    Args:
+        text: the piece.
+        part: where the next event makes text of it: the number of the part of the answer that this came for.
+        apart: the number of the part in which it stands instead.
+    """
+    return _event(REFUSAL, {"text": text, "part": part}, apart)
 
 
 def counted(end: StreamEndEvent) -> Iterator[StreamDeltaEvent]:
@@ -98,14 +92,14 @@ def asides_in(data: str) -> Iterator[StreamDeltaEvent]:
 class Asides:
     """What a stream has told beside its answer."""
 
-    __slots__ = ("_as_text", "_beginning", "_counted", "_done", "_more", "_refusal")
+    __slots__ = ("_beginning", "_counted", "_done", "_more", "_part", "_refusal")
 
     def __init__(self) -> None:
         self._beginning: Mapping[str, Any] | None = None
         self._counted: Mapping[str, Any] | None = None
         self._more = self._done = False
-        self._refusal = ""
-        self._as_text = False
+        self._refusal: list[str] = []
+        self._part: int | None = None
 
     def takes(self, event: Any) -> bool:
         """Whether an event tells such a thing, which is taken."""
@@ -115,11 +109,11 @@ class Asides:
         if delta.type != "continuation":
             self._adds(delta.type != "text" or bool(delta.text))
             return False
-        if delta.provider != _OWN:
+        if delta.provider != OWN:
             return False
-        if delta.kind == _REFUSAL:
-            self._refusal += delta.data["text"]
-            self._as_text = delta.data["as_text"]
+        if delta.kind == REFUSAL:
+            self._refusal.append(delta.data["text"])
+            self._part = delta.data["part"]
             self._adds(True)
         elif delta.kind == _BEGINNING:
             self._beginning = delta.data
@@ -133,10 +127,15 @@ class Asides:
         """Something of the answer came; behind its end nothing that could have cost more."""
         self._more = self._more or (more and not self._done)
 
-    def has(self, event: Any) -> bool:
-        """Whether an event is text that a reader has made of what was taken: nothing of the answer, though shown."""
-        told, self._as_text = self._as_text, False
-        return told and event.type == "delta" and event.delta.type == "text"
+    def shown(self, event: Any) -> Any:
+        """An event that is text which a reader has made of what was taken, as it came; None for any other.
+
+        Nothing of the answer is in it, though it is shown.
+        """
+        part, self._part = self._part, None
+        if part is None or event.type != "delta" or event.delta.type != "text":
+            return None
+        return replace(event, delta=replace(event.delta, part_index=part))
 
     def ended(self, end: StreamEndEvent) -> StreamEndEvent:
         """The end of the stream, with the usage that holds, and what that leaves out because the beginning told it."""
@@ -170,75 +169,11 @@ class Asides:
             return response
         message = response.message
         parts = [part for part in message.parts if part.type != "text" or part.text]
-        return replace(response, message=replace(message, parts=(*parts, RefusalPart(text=self._refusal))))
+        return replace(response, message=replace(message, parts=(*parts, RefusalPart(text="".join(self._refusal)))))
 
 
-def without_asides(response: Response) -> Response:
-    """An answer that lm15 has made of a stream, as where it ends a text at `stop` itself, as `Asides` leaves one.
-
-    Of its events only what they tell is left, among what continues the message.
-    """
-    message = response.message
-    states = message.continuation
-    if not states or not any(state.provider == _OWN for state in states):
-        return response
-    refused = [state.data for state in states if (state.provider, state.kind) == (_OWN, _REFUSAL)]
-    others = tuple(state for state in states if state.provider != _OWN)
-    parts = message.parts
-    if refused:
-        text = "".join(data["text"] for data in refused)
-        texts = _without([data["text"] for data in refused if data["as_text"]], parts)
-        parts = (*(part for part in texts if part.type != "text" or part.text), RefusalPart(text=text))
-    return replace(response, message=replace(message, parts=parts, continuation=others))
-
-
-def _without(pieces: list[str], parts: tuple[Any, ...]) -> Iterator[Any]:
-    """The parts of an answer, of whose text the pieces of a refusal are left out, as far as they were shown."""
-    spans = list(_shown("".join(part.text for part in parts if part.type == "text"), pieces))
-    end = 0
-    for part in parts:
-        if part.type != "text":
-            yield part
-            continue
-        begin, end, kept, at = end, end + len(part.text), "", 0
-        for first, last in spans:
-            first, last = max(first - begin, at), min(last, end) - begin
-            if first < last:
-                kept, at = kept + part.text[at:first], last
-        yield replace(part, text=kept + part.text[at:])
-
-
-def _shown(text: str, pieces: list[str]) -> Iterator[tuple[int, int]]:
-    """Where a text shows the pieces of a refusal, in their order. What the text ends in may be cut off at `stop`.
-
-    They are looked for as one first: the same words may stand before them.
-    """
-    whole = "".join(pieces)
-    shortest = len(whole) - len(pieces[-1]) if pieces else 0
-    at = text.rfind(whole)
-    if at >= 0:
-        yield at, at + len(whole)
-        return
-    if shortest and (cut := _cut(text, whole)) >= shortest:
-        yield len(text) - cut, len(text)
-        return
-    at = 0
-    for piece in pieces:
-        found = text.find(piece, at)
-        if found < 0:
-            yield len(text) - _cut(text[at:], piece), len(text)
-            return
-        at = found + len(piece)
-        yield found, at
-
-
-def _cut(text: str, whole: str) -> int:
-    """How much of something a text ends with, that goes no further."""
-    return next(size for size in range(min(len(text), len(whole)), -1, -1) if text.endswith(whole[:size]))
-
-
-def _event(kind: str, data: dict[str, Any]) -> StreamDeltaEvent:
-    return StreamDeltaEvent(ContinuationDelta(provider=_OWN, kind=kind, data=data))
+def _event(kind: str, data: dict[str, Any], part: int | None = None) -> StreamDeltaEvent:
+    return StreamDeltaEvent(ContinuationDelta(provider=OWN, kind=kind, data=data, part_index=part))
 
 
 def _usage_beside(counts: Any) -> Usage | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, Final
@@ -22,6 +22,8 @@ from dspy_prod.compat.stay import Stay
 
 _STAYS: ContextVar[Stay | None] = ContextVar("dspy_prod_stays", default=None)
 """The attempt for which something is sent here; None for requests that are not ours."""
+_ASKING: ContextVar[Stay | None] = ContextVar("dspy_prod_asking", default=None)
+"""The attempt whose question to a model is sent here."""
 _INSTALLING = threading.Lock()
 _installed = False
 _telling_kinds: frozenset[type] = frozenset()
@@ -104,9 +106,16 @@ def _atelling(send: Any) -> Any:
         stay = _STAYS.get()
         if stay is not None and stay.sends(request, _tells(self, request)):
             request.extensions = {**request.extensions, "trace": _atraced(stay, request.extensions.get("trace"))}
+        else:
+            stay = None
         passed = [request]
         del request
-        return await send(self, passed.pop(), **options)
+        token = _ASKING.set(stay)
+        try:
+            return await send(self, passed.pop(), **options)
+        finally:
+            with suppress(ValueError):  # closed by the garbage collector, in somebody else's context
+                _ASKING.reset(token)
 
     return sending
 
@@ -145,7 +154,7 @@ def _telling_aiohttp(send: Any) -> Any:
 
     @wraps(send)
     async def sending(self: Any, connection: Any) -> Any:
-        stay = _STAYS.get()
+        stay = _ASKING.get()
         if stay is not None:
             stay.left = True
         return await send(self, connection)

@@ -27,8 +27,9 @@ from dspy.lm15 import (
     Usage,
 )
 
-from dspy_prod.compat.asides import asides_in, counted, counted_beside, done_in, refused_in, without_asides
+from dspy_prod.compat.asides import asides_in, counted, counted_beside, done_in
 from dspy_prod.compat.foreign import names
+from dspy_prod.compat.refusals import partial_without_asides, set_apart, without_asides
 
 StreamEvent: TypeAlias = StreamStartEvent | StreamDeltaEvent | StreamEndEvent | StreamErrorEvent
 
@@ -216,9 +217,7 @@ class _Providers(dict[str, Any]):
 
         def parsed(request: Request, raw: Any) -> Iterator[StreamEvent]:
             ends: list[StreamEndEvent] = []  # what an event counts, it counts with all that it tells
-            if raw.data:
-                yield from refused_in(raw.data)
-            for event in parse(request, raw):
+            for event in set_apart(raw.data, parse(request, raw)):
                 if event is not None and event.type == "error" and event.error.provider_code == _BLOCKED:
                     answered(request, _HttpResponse(status=200, reason="OK", headers=[], body=raw.data.encode()))
                 if event is not None and event.type == "end":
@@ -251,7 +250,8 @@ class HookedLM15Engine(LM15Engine):
 
     def complete(self, request: Request) -> Response:
         """One answer, of which lm15 may make a stream."""
-        return without_asides(super().complete(request))
+        with partial_without_asides():
+            return without_asides(super().complete(request))
 
 
 class HookedAsyncLM15Engine(AsyncLM15Engine):
@@ -266,4 +266,5 @@ class HookedAsyncLM15Engine(AsyncLM15Engine):
 
     async def complete(self, request: Request) -> Response:
         """One answer, of which lm15 may make a stream."""
-        return without_asides(await super().complete(request))
+        with partial_without_asides():
+            return without_asides(await super().complete(request))

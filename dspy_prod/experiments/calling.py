@@ -105,10 +105,11 @@ class Calling(Inside):
     def _after(self, turn: Turn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have an answer judged, perhaps; and in a shadow stage, have the candidates asked once more, unseen.
 
-        A call that its caller left has none, and is seen by the reaper, see `Turn`.
+        A call that its caller left, or that was interrupted as it ended, has none. What is left to be done for it the
+        reaper does: nothing interrupts its thread, and it has none of the locks that a collected call's may have.
         """
-        if turn.abandoned:
-            REAPER.post(lambda: self._see(turn.counted))
+        if turn.abandoned or not turn.over:
+            REAPER.post(lambda: self._leave(turn))
             return
         shadow, judges, counted = self._works.shadow, self._works.judges, turn.counted
         self._see(counted)
@@ -118,6 +119,10 @@ class Calling(Inside):
             judges.offer(*counted, args, kwargs, turn.prediction)
         if shadow is not None and turn.shadowed:
             shadow.offer(args, kwargs, turn.outcome, current())
+
+    def _leave(self, turn: Turn) -> None:
+        turn.end()
+        self._see(turn.counted)
 
     def _see(self, counted: tuple[str, float, str | None] | None) -> None:
         if counted is not None and counted[2] is not None:

@@ -31,7 +31,7 @@ _log = logging.getLogger("dspy_prod")
 
 
 class Flight:
-    """One call that has begun.
+    """One call.
 
     Attributes:
         unit: who called. told: it was said that it goes on.
@@ -61,24 +61,26 @@ class Flights:
         self._after_fork()
         reset_after_fork(self)
 
-    def begin(self, unit: str, deadline: float = inf) -> Flight:
-        """A unit's call begins.
+    def flight(self, unit: str, deadline: float = inf) -> Flight:
+        """A call that a unit is about to begin: whoever has it can end it, however early he is interrupted.
 
         Args:
             deadline: on the context's clock; until then it is waited for, else for `LONGEST`.
         """
         now = self._clock()
         most = LONGEST if deadline == inf else max(0.0, moment_on(SYSTEM_CLOCK, deadline) - SYSTEM_CLOCK.monotonic())
-        flight = Flight(unit, now, now + most)
+        return Flight(unit, now, now + most)
+
+    def begin(self, flight: Flight) -> None:
+        """The call begins."""
         with self._lock:
             self._flights[id(flight)] = flight
             self._idle = 0
             if self._thread is None:  # None where none can be begun: the next call tries again
                 self._thread = begin("dspy_prod-experiment-calls", self._run)
-        return flight
 
     def end(self, flight: Flight) -> None:
-        """It has ended. What becomes of one that was long has from now on the time that others have."""
+        """It has ended, if it ever began. What becomes of a long one has from now on the time that others have."""
         with self._lock:
             self._flights.pop(id(flight), None)
         if flight.told:

@@ -9,11 +9,15 @@ from typing import Any, Final, Literal
 from dspy_prod.context.assignments import TAG
 from dspy_prod.errors import ConfigError
 from dspy_prod.runtime.forking import reset_after_fork
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import Store
 from dspy_prod.tracking.run_messages import RunMessages
 
 MOST_KNOWN: Final = 20_000
 """Traces of which a process remembers who called; of others the ledger is asked."""
+
+_PATIENCE: Final = 1.0
+"""Seconds to wait for calls to be seen, and then for the ledger to be written."""
 
 _CALLS: Final = 100
 """Calls of programs in a trace that are looked at: nested ones may belong to other experiments."""
@@ -51,12 +55,14 @@ class Traced:
         """
         if not isinstance(trace, str) or not trace:
             raise ConfigError(f"Experiment({self._experiment!r}).record: trace={trace!r} is the id of a trace")
-        with self._lock:
-            known = self._units.get(bare(trace))
+        known = self._seen(trace)
+        if known is None:
+            REAPER.flush(_PATIENCE)  # a call whose caller has left is seen there
+            known = self._seen(trace)
         if known is not None:
             return known
         outer = f"{TAG}{self._experiment}"
-        self._store.flush(1.0)
+        self._store.flush(_PATIENCE)
         for name in dict.fromkeys((trace, f"tr-{bare(trace)}", bare(trace))):
             for call in self._store.programs.calls(trace_id=name, limit=_CALLS):
                 unit: str | None = getattr(call, kind)
@@ -67,6 +73,10 @@ class Traced:
             f"Experiment({self._experiment!r}).record: no call of it has the trace {trace!r}, as far as the ledger "
             "of its store goes. Take the trace_id of a CallReport, or name the unit"
         )
+
+    def _seen(self, trace: str) -> str | None:
+        with self._lock:
+            return self._units.get(bare(trace))
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()

@@ -13,9 +13,9 @@ from dspy_prod.experiments.shadow import OURS, Answered, list_nano
 from dspy_prod.experiments.variants import Variant
 from dspy_prod.options.experiments import SHADOW
 from dspy_prod.production.collecting import Records
+from dspy_prod.production.leaving import LEFT, Here
 from dspy_prod.production.reasons import reason_of
 from dspy_prod.production.report import CallReport, report_of
-from dspy_prod.production.watch import LEFT, was_closed
 from dspy_prod.records import NANO
 from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.trials import Call, Trials
@@ -32,12 +32,14 @@ class Turn:
 
     Attributes:
         prediction: what was answered, once it was. unpriced: what an LM call of it cost is not known.
+        over: the store was told how it ended. Where it is not, once its caller is gone or was interrupted, see `end`.
     """
 
     __slots__ = (
         "_made",
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
-        *("_flight", "_flights", "_refused", "_report", "_until", "prediction", "unpriced", "variant"),
+        *("_flight", "_flights", "_here", "_refused", "_report", "_told", "_until"),
+        *("over", "prediction", "unpriced", "variant"),
     )
 
     def __init__(
@@ -55,20 +57,25 @@ class Turn:
         inner = outer if place is None else assigned(outer, place)
         self._scope = use(inner._replace(records=self._records))
         self._fell_back = self._failed = self._ended = self._refused = False
-        self._at = self._began = 0.0
-        self._flights, self._until = flights, outer.deadline
+        self._at = 0.0 if trials is None else trials.now()
+        self._began = time.monotonic()
+        self._until: float | None = None
+        self._flights = flights
         self._flight: Flight | None = None
+        if flights is not None and trials is not None and place is not None and place.unit is not None:
+            self._flight = flights.flight(place.unit, outer.deadline)
+        self._here = Here()
+        self._told = self.over = False
         self._trace = outer.trace_id
         self._report: CallReport | None = None
         self.prediction: Any = None
         self.unpriced = False
 
     def __enter__(self) -> Turn:
-        self._at = 0.0 if self._trials is None else self._trials.now()
-        self._began = time.monotonic()
-        unit = None if self._place is None or self._trials is None else self._place.unit
-        if self._flights is not None and unit is not None:
-            self._flight = self._flights.begin(unit, self._until)
+        REAPER.start()  # there may have been no thread to be had, or no LM of ours in the process
+        self._here.begin()
+        if self._flights is not None and self._flight is not None:
+            self._flights.begin(self._flight)
         self._scope.__enter__()
         return self
 
@@ -87,24 +94,33 @@ class Turn:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._failed = isinstance(error, Exception) and not hasattr(error, LEFT) and not was_closed(error)
-        self._ended = error is None or self._failed
+        failed = isinstance(error, Exception) and not hasattr(error, LEFT) and not self._here.closed()
+        self._ended, self._failed = error is None or failed, failed
         self._refused |= self._failed and error is not None and reason_of(error) in OURS
         self._refused = self._refused and not self._records.has_hung(error, self._report)  # sent: it has failed
-        over = time.monotonic()
+        self._until = time.monotonic()
+        self._here.end()
         try:
             self._scope.__exit__(kind, error, traceback)
         finally:
-            if self.abandoned:  # perhaps inside the garbage collector, on a thread that has a lock which this takes
-                REAPER.post(lambda: self._over(over))
-            else:
-                self._over(over)
+            if self._ended:
+                self.end()
+            else:  # perhaps inside the garbage collector, on a thread that has a lock which this takes
+                REAPER.post(self.end)
 
-    def _over(self, at: float) -> None:
-        if self._trials is not None and self._place is not None:
-            self._tell(self._trials, self._place, at)
-        if self._flights is not None and self._flight is not None:
-            self._flights.end(self._flight)
+    def end(self) -> None:
+        """Say what the call was, and that it is over. Whoever calls it again does what an interruption, which may come
+        anywhere, has kept from being done."""
+        if self.over:
+            return
+        try:
+            if self._trials is not None and self._place is not None and not self._told:
+                call = self._call(self._place)
+                self._told = self._trials.call(call) is None  # type: ignore[func-returns-value]  # nothing comes between
+        finally:
+            if self._flights is not None and self._flight is not None:
+                self._flights.end(self._flight)
+        self.over = True
 
     @property
     def shadowed(self) -> bool:
@@ -139,14 +155,13 @@ class Turn:
         """Whether it raised, or was abandoned."""
         return self._failed or not self._ended
 
-    def _tell(self, trials: Trials, place: Assignment, at: float) -> None:
-        """Post what the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""
+    def _call(self, place: Assignment) -> Call:
+        """What the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""
         assert place.unit is not None
         cached = any(each.cached for each in self._records)
-        latency = None if cached else at - self._began  # clocks are set now and then
-        trials.call(
-            Call(
-                place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency,
-                place.variant, not self._ended, self._made,
-            )
+        until = time.monotonic() if self._until is None else self._until
+        latency = None if cached else until - self._began  # clocks are set now and then
+        return Call(
+            place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency,
+            place.variant, not self._ended, self._made,
         )  # fmt: skip

@@ -47,8 +47,11 @@ class Answer:
             return ()
         if event.type == "end":
             event = self._asides.ended(event)
-        if not self._asides.has(event):
+        beside = self._asides.shown(event)
+        if beside is None:
             self._accumulator.push(event)
+        else:
+            event = beside
         if event.type == "start":
             self._start = (event,)
             return ()

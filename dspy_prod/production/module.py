@@ -202,7 +202,7 @@ class Production(CompiledAsProgram, dspy.Module):
         return self._conditions.watch(mark_of(program), self._guard.programs(program, args, kwargs))
 
     def _answer_to(self, error: Exception, watch: Watch) -> Answer | None:
-        if self._fallback is None or is_raising() or watch.visible or watch.left:
+        if self._fallback is None or is_raising() or watch.visible or watch.left(error):
             return None
         reason = reason_of(error)
         if reason == "unexpected_error":

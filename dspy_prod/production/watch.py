@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
-import anyio
 import dspy
 from dspy.dsp.utils.settings import settings as dspy_settings
 from dspy.streaming.messages import StatusMessage
@@ -16,7 +15,8 @@ from dspy_prod.context.current import SETTING, CallContext
 from dspy_prod.context.scoring import is_raising
 from dspy_prod.privacy.error_text import error_text
 from dspy_prod.production.collecting import Records
-from dspy_prod.production.reasons import LONGEST_CHAIN, REFUSALS, Reason, reason_of
+from dspy_prod.production.leaving import LEFT, Here, loop_ended
+from dspy_prod.production.reasons import REFUSALS, Reason, reason_of
 from dspy_prod.production.report import CallReport, Status, TokenUsage, attach, report_of
 from dspy_prod.records import ANSWERED, NANO, CallRecord
 from dspy_prod.runtime.clock import Clock
@@ -26,12 +26,6 @@ from dspy_prod.stores.programs import ProgramCall, ProgramCalls
 
 Raised = Literal["refused", "error", "abandoned"]
 """How a call ended that returned nothing."""
-
-
-_ELSEWHERE: Final = "was created in a different Context"
-
-LEFT: Final = "_dspy_prod_left"
-"""What an `Exception` is marked with that only says that nobody reads the stream any more: nothing has failed."""
 
 
 class _Stream:
@@ -70,7 +64,7 @@ class Watch:
     """Watches one call of a `Production`, as a context manager: puts its context in force, reports and records its end.
 
     Attributes:
-        visible: something of a streamed answer was sent. left: its reader has gone, so that nobody is to be answered.
+        visible: something of a streamed answer was sent.
 
     Args:
         programs: where the call is recorded; None: nowhere. Nor is it inside `dspy.Evaluate` and an optimizer's
@@ -91,31 +85,42 @@ class Watch:
         self._started = clock.monotonic()
         self._stream: _Stream | None = None
         self._before_fallback = (0, 0)
+        self._here = Here()
         self._finished = False
 
     @property
     def visible(self) -> bool:
         return self._stream is not None and self._stream.visible
 
-    @property
-    def left(self) -> bool:
-        return self._stream is not None and self._stream.left
+    def left(self, error: BaseException) -> bool:
+        """Whether an error only says that whoever waited has gone, so that nobody is to be answered: the reader of the
+        stream, the loop with the reader in it, or all who held the call. Perhaps inside the garbage collector."""
+        stream = self._stream
+        return (
+            hasattr(error, LEFT)
+            or (stream is not None and (stream.left or loop_ended(error)))
+            or self._here.closed()
+        )  # fmt: skip
 
     def __enter__(self) -> Watch:
+        REAPER.start()  # there may have been no thread to be had, or no LM of ours in the process
+        self._here.begin()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or self._finished:
-            return
-        latency = self._clock.monotonic() - self._started
-        left = self.left or (self._stream is not None and _loop_ended(error)) or was_closed(error)
-        if isinstance(error, Exception) and not left:
+        if error is not None and not self._finished:
+            self._raised(error)
+        self._here.end()
+
+    def _raised(self, error: BaseException) -> None:
+        kind, latency = type(error), self._clock.monotonic() - self._started
+        if isinstance(error, Exception) and not self.left(error):
             reason = reason_of(error)
-            self._keep(self._ended("refused" if reason in REFUSALS else "error", reason, type(error), latency))
+            self._keep(self._ended("refused" if reason in REFUSALS else "error", reason, kind, latency))
         else:
-            if error is not None and isinstance(error, Exception):
+            if isinstance(error, Exception):
                 setattr(error, LEFT, True)
             # the caller left, perhaps inside the garbage collector, and what was under way is still being settled
             REAPER.post(lambda: self._keep(self._ended("abandoned", None, kind, latency)))
@@ -242,33 +247,6 @@ def _record(entry: dict[str, Any]) -> CallRecord:
         input_tokens=inputs, output_tokens=outputs, cached=cached,
         saved_nano=round(cost * NANO) if cached and cost is not None else None,
     )  # fmt: skip
-
-
-_RUN_FINISHED: Final[tuple[type[Exception], ...]] = tuple(
-    [kind for kind in [getattr(anyio, "RunFinishedError", None)] if kind is not None]  # of newer releases
-)
-
-
-def was_closed(error: BaseException) -> bool:
-    """Whether an error comes of closing a coroutine that nobody waits for: what gives back contexts complains then, for
-    the garbage collector does it in another one."""
-    return isinstance(error, ValueError) and _ELSEWHERE in str(error) and _comes_of(error, GeneratorExit)
-
-
-def _loop_ended(error: BaseException) -> bool:
-    """Whether an error comes of sending, from a thread, to a loop that has ended with the reader in it."""
-    return _comes_of(error, _RUN_FINISHED)
-
-
-def _comes_of(error: BaseException, kind: Any) -> bool:
-    found: BaseException | None = error
-    for _ in range(LONGEST_CHAIN):
-        if found is None:
-            return False
-        if isinstance(found, kind):
-            return True
-        found = found.__cause__ or found.__context__
-    return False
 
 
 def _known(numbers: Sequence[int | None]) -> int | None:

@@ -26,10 +26,16 @@ class Reaper:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Make sure the thread runs; called when a pipeline is built, never from a finaliser."""
+        """Make sure the thread runs; called when a pipeline is built, and as a call begins that may post. Never from a
+        finaliser."""
+        if self._runs():
+            return
         with self._lock:
-            if self._thread is None or not self._thread.is_alive():
+            if not self._runs():
                 self._thread = begin("dspy_prod-reaper", self._run)
+
+    def _runs(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def post(self, work: Callable[[], None]) -> None:
         """Have `work` done soon, in order, on the reaper's thread."""

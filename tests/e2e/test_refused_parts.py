@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from dspy.lm15 import RefusalPart, TextPart
+from dspy.lm15 import Config, Message, RefusalPart, Response, TextPart, Usage
 
+from dspy_prod.compat.asides import Asides, refusal
 from dspy_prod.pipeline import answer as answers
 from dspy_prod.testing import Verbatim
 from tests.e2e.conftest import MakeLM, MakeProvider
@@ -110,8 +113,29 @@ CUT = {
     "before a text": (["R:I ", "R:won't", "T:Sure. STOP"], "Sure. ", "I won't"),
     "between texts": (["R:I ", "T:Sure. ", "R:won't", "T:Yes. STOP"], "Sure. Yes. ", "I won't"),
     "between texts, in a piece": (["R:I ", "T:Sure. ", "R:won't STOP it"], "Sure. ", "I won't STOP it"),
+    "its words in a text": (["T:I can. ", "R:I ", "T:said ", "R:won't"], "I can. said ", "I won't"),
+    "its words in the text behind": (["R:No", "T:. I say No"], ". I say No", "No"),
+    "all of it, behind its beginning": (["T:Grade: S", "R:STOP"], "Grade: S", "STOP"),
+    "its end alone": (["T:I can. ", "R:I ", "R:ST", "R:OP"], "I can. ", "I ST"),
+    "parts that take turns": (["T:a", "R:b", "T1:c", "R1:d", "T:e", "R:f", "T1:STOP"], "aec", "bdf"),
 }
 """The pieces of a refusal and of a text that come, what is left of the text at STOP, and of the refusal."""
+
+
+def turns(pieces: list[str]) -> str:
+    """The events for pieces of a text and of a refusal, of the message with the number that is told."""
+    came = []
+    for each in pieces:
+        which, delta = each.split(":", 1)
+        kind, message = ("refusal" if which[0] == "R" else "output_text"), int(which[1:] or 0)
+        came.append(piece(kind, delta).replace('"output_index": 0', f'"output_index": {message}'))
+    return "".join(came)
+
+
+def written(parts: tuple[Any, ...]) -> tuple[str, list[Any]]:
+    """(the text of an answer, its other parts)."""
+    text = "".join(part.text for part in parts if part.type == "text")
+    return text, [part for part in parts if part.type != "text"]
 
 
 @pytest.mark.parametrize("way", ["sync", "async"])
@@ -119,11 +143,73 @@ CUT = {
 def test_a_refusal_that_is_cut_at_stop_is_no_text(serve: MakeProvider, connect: MakeLM, name: str, way: str) -> None:
     """It passed for the answer, and was kept, where lm15 had cut it or it came in turns with a text."""
     pieces, text, refused = CUT[name]
-    came = "".join(piece("refusal" if each[0] == "R" else "output_text", each[2:]) for each in pieces)
-    lm = connect(serve(faults=Verbatim(BEGIN + came + COMPLETED)), model_type="responses", stop=["STOP"])
+    lm = connect(serve(faults=Verbatim(BEGIN + turns(pieces) + COMPLETED)), model_type="responses", stop=["STOP"])
     ask(lm, way)
     parts = lm.history[-1]["response"].message.parts
-    assert parts == (*((TextPart(text),) if text else ()), RefusalPart(text=refused))
+    assert written(parts) == (text, [RefusalPart(text=refused)])
+    assert TextPart("") not in parts
+    assert not any(part.continuation for part in parts)
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+@pytest.mark.parametrize("name", CUT)
+def test_a_stream_that_is_cut_at_stop_gives_the_same_answer(
+    serve: MakeProvider, connect: MakeLM, parts: list[Any], name: str, way: str
+) -> None:
+    """The words of a refusal were looked for in the text of a whole one, and others were cut out of it."""
+    pieces, text, refused = CUT[name]
+    lm = connect(serve(faults=Verbatim(BEGIN + turns(pieces) + COMPLETED)), model_type="responses", stop=["STOP"])
+    events: list[Any] = []
+    asked = replace(request(), config=Config(max_tokens=100, stop=("STOP",)))
+
+    async def in_task() -> None:
+        events.extend([event async for event in lm._async_engine_spec.stream(asked)])
+        await lm.pipeline.aclose()
+
+    if way == "sync":
+        events.extend(lm._engine_spec.stream(asked))
+    else:
+        asyncio.run(in_task())
+    assert [written(each) for each in parts] == [(text, [RefusalPart(text=refused)])]
+    shown = [event.delta for event in events if event.type == "delta"]
+    assert {delta.type for delta in shown} <= {"text"}
+    assert {delta.part_index for delta in shown} <= {0, 1}  # as it came
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_nor_of_what_came_of_an_answer_that_is_cut_at_stop_and_broke(
+    serve: MakeProvider, connect: MakeLM, way: str
+) -> None:
+    """It was text of the partial answer, beside what only tells that it was none."""
+    came = turns(["T:Sure. ", "R:I ", "R:won't", "T:Yes"])
+    lm = connect(serve(faults=Verbatim(BEGIN + came)), model_type="responses", stop=["STOP"], retry=False)
+    message = ask(lm, way).partial.message
+    assert written(message.parts) == ("Sure. ", [RefusalPart(text="I won't")])  # the rest may begin with STOP
+    assert message.continuation == ()
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_long_refusal_does_not_outlast_the_deadline(serve: MakeProvider, connect: MakeLM, way: str) -> None:
+    """Where it stood was looked for in a time that grew with its square: half a minute for these 2 MB."""
+    half = ["R:" + "no " * 3_333 + "x"] * 100
+    came = turns([*half, "T:Sure.", *half])
+    lm = connect(serve(faults=Verbatim(BEGIN + came + COMPLETED)), model_type="responses", stop=["STOP"], retry=False)
+    begun = time.monotonic()
+    ask(lm, way)
+    assert time.monotonic() - begun < 10
+    text, (refused,) = written(lm.history[-1]["response"].message.parts)
+    assert (text, len(refused.text)) == ("Sure.", 2_000_000)
+
+
+def test_a_refusal_in_many_pieces_is_put_together_at_the_end() -> None:
+    """Each piece was added to a copy of those before: a minute for these."""
+    asides, event = Asides(), refusal("0123456789" * 4)
+    begun = time.monotonic()
+    assert all(asides.takes(event) for _ in range(200_000))
+    assert time.monotonic() - begun < 10
+    said = Response(id="r", model="m", message=Message.assistant("Sure."), finish_reason="stop", usage=Usage())
+    whole = asides.whole(said)
+    assert len(whole.message.parts[-1].text) == 8_000_000  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("way", WAYS)

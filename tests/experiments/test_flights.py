@@ -78,7 +78,8 @@ def test_a_call_without_an_end_is_waited_for_ten_minutes(clock: FakeClock) -> No
     ask(exp, "u1", beats=round(LONGEST / BEAT) + 6)
     assert failures(exp) == [None]
     assert exp.scorecard().late == 1
-    flight = exp._works.flights.begin("u2")
+    flight = exp._works.flights.flight("u2")
+    exp._works.flights.begin(flight)
     assert exp._works.flights.beat() == 0
     clock.advance(LONGEST)
     assert exp._works.flights.beat() == 1
@@ -92,7 +93,7 @@ def test_a_deadline_bounds_how_long_it_is_waited_for(clock: FakeClock) -> None:
     with call_context(deadline=90.0):
         from dspy_prod.context.current import current
 
-        flights.begin("u1", current().deadline)
+        flights.begin(flights.flight("u1", current().deadline))
     clock.advance(80.0)
     assert flights.beat() == 1
     clock.advance(11.0)
@@ -105,12 +106,15 @@ def test_a_thread_says_so_and_ends_when_there_are_no_calls(monkeypatch: pytest.M
     trials = MemoryStore().trials
     monkeypatch.setattr(trials, "underway", told.append)
     flights = Flights("e", trials)
-    flight = flights.begin("u1")
+    flight = flights.flight("u1")
+    flights.begin(flight)
     until(lambda: len(told) >= 2)
     flights.end(flight)
     until(lambda: flights._thread is None)
     assert {each.unit for each in told} == {"u1"}
-    flights.end(flights.begin("u2"))
+    flight = flights.flight("u2")
+    flights.begin(flight)
+    flights.end(flight)
     until(lambda: flights._thread is None)
 
 

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import dspy
 import pytest
 
 import dspy_prod
-from dspy_prod.runtime.reaper import REAPER
+from dspy_prod.experiments import turn
+from dspy_prod.runtime.reaper import REAPER, Reaper
 from dspy_prod.stores.durable import posting
+from dspy_prod.stores.memory import MemoryStore
+from dspy_prod.stores.trials import Ended
 from tests.integration.support import Caller
+from tests.stores.support import until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
@@ -71,3 +79,158 @@ def test_a_call_that_is_collected_as_its_thread_posts_another_holds_nothing_up(
         gc.enable()
     assert REAPER.flush(10)
     assert sum(ended.abandoned for ended in experiment.scorecard().calls.values()) == 1
+
+
+@pytest.mark.parametrize("fallback", [None, {"answer": "sorry"}, lambda q: {"answer": "sorry"}])
+def test_a_call_that_is_collected_is_abandoned_whatever_falls_back(fallback: Any) -> None:
+    """The fallback answered nobody, and the call counted as one that had fallen back, or failed."""
+    experiment = made(
+        lambda: dspy_prod.Production(
+            Waits(), fallback_response=fallback, catch="unavailable" if fallback is None else "all"
+        )
+    )
+    gc.disable()
+    try:
+        leave(experiment, "gone")
+        gc.collect()
+    finally:
+        gc.enable()
+    assert REAPER.flush(10)
+    assert ended(experiment) == Ended("new", 1, abandoned=1)
+
+
+WAYS = pytest.mark.parametrize("wrapped", [False, True], ids=["program", "production"])
+
+
+@WAYS
+def test_calls_that_were_left_are_told_in_a_process_without_an_lm_of_ours(
+    monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    """Nobody had begun the thread that does it: it all waited, without bound, until the process was killed."""
+    use(monkeypatch, Reaper())
+    experiment = made(lambda: dspy_prod.Production(Waits()) if wrapped else Waits())
+    asyncio.run(cancelled(experiment))
+    until(lambda: ended(experiment) == Ended("new", 1, abandoned=1))
+    assert not experiment._works.flights._flights
+
+
+@WAYS
+def test_a_child_that_had_no_thread_for_it_when_it_was_forked_begins_one(
+    monkeypatch: pytest.MonkeyPatch, wrapped: bool
+) -> None:
+    reaper = Reaper()
+    reaper.start()
+    with monkeypatch.context() as full:
+        full.setattr("dspy_prod.runtime.reaper.begin", lambda *_: None)
+        reaper._after_fork()
+    use(monkeypatch, reaper)
+    experiment = made(lambda: dspy_prod.Production(Waits()) if wrapped else Waits())
+    asyncio.run(cancelled(experiment))
+    until(lambda: ended(experiment) == Ended("new", 1, abandoned=1))
+
+
+def test_what_is_known_of_a_call_that_was_left_finds_it_by_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever presses the button as he leaves was told that there is no such call."""
+
+    class Busy(Reaper):
+        """Does nothing until somebody waits for it."""
+
+        def start(self) -> None:
+            pass
+
+        def flush(self, timeout: float = 5.0) -> bool:
+            while not self._work.empty():
+                self._work.get()()
+            return True
+
+    use(monkeypatch, Busy())
+    experiment = made(Waits)
+    asyncio.run(cancelled(experiment, trace_id="tr-1"))
+    experiment.record(good=0.0, trace="tr-1")
+    assert experiment.scorecard().waiting["good"].units == 0
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_wherever_ctrl_c_comes_the_call_is_told_once_and_is_over(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was never over, and its unit was waited for as long as the process lived; or the store heard nothing of it."""
+
+    class Answers(Waits):
+        async def aforward(self, q: str) -> Any:
+            return dspy.Prediction(answer=q)
+
+    experiment = made(Answers)
+    told: list[str] = []
+    tell = experiment._works.trials.call
+    monkeypatch.setattr(experiment._works.trials, "call", lambda call: (told.append(call.unit), tell(call))[1])
+
+    def ask(unit: str) -> None:
+        with dspy_prod.call_context(user=unit):
+            experiment(q="1") if way == "sync" else asyncio.run(experiment.acall(q="1"))
+
+    ask("warm")
+    for number in range(200):
+        unit, before = f"u{number}", len(told)
+        with ctrl_c(number) as came:
+            try:
+                ask(unit)
+            except KeyboardInterrupt:
+                pass
+        assert REAPER.flush(10)
+        assert not experiment._works.flights._flights, came
+        if came and came[0][0] != "__init__":  # nothing of it had begun
+            assert told[before:] == [unit], came
+        if not came:
+            break
+    assert 20 < number < 199
+    assert told[-1] == unit, "it was not interrupted any more"
+
+
+@contextmanager
+def ctrl_c(number: int) -> Iterator[list[tuple[str, int]]]:
+    """Raise what Ctrl-C does at one line of a turn; yields which one, once it was."""
+    came: list[tuple[str, int]] = []
+    seen = -1
+
+    def line(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal seen
+        if event == "line" and not came:
+            seen += 1
+            if seen == number:
+                came.append((frame.f_code.co_name, frame.f_lineno))
+                raise KeyboardInterrupt
+        return line
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        return line if frame.f_code.co_filename == turn.__file__ else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield came
+    finally:
+        sys.settrace(before)
+
+
+def made(program: Callable[[], Any]) -> dspy_prod.Experiment:
+    """An experiment in which everybody has the new one."""
+    return dspy_prod.Experiment(
+        "left", variants={"control": program(), "new": program()}, metrics=[dspy_prod.Metric("good")],
+        store=MemoryStore(), assign=lambda unit: "new",
+    )  # fmt: skip
+
+
+def ended(experiment: Any) -> Any:
+    """How its calls have ended so far, as the store was told: whoever asks the experiment waits for the reaper."""
+    return next((each for each in experiment._works.trials.ended("left") if each.arm == "new"), None)
+
+
+async def cancelled(experiment: Any, **context: Any) -> None:
+    """Call, and leave."""
+    with dspy_prod.call_context(user="gone", **context), pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(experiment.acall(q="1"), 0.01)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, reaper: Reaper) -> None:
+    """Have this one do what callers have left."""
+    for name in ("production.watch", "experiments.turn", "experiments.calling", "experiments.traced"):
+        monkeypatch.setattr(f"dspy_prod.{name}.REAPER", reaper, raising=False)

@@ -40,7 +40,7 @@ def test_without_budget_and_limit_nothing_is_reserved() -> None:
     """Such a call asks no store."""
     attempt = planned(lm_of())
     assert (attempt.reservation, attempt.held, attempt.bound, attempt.rules) == (None, None, None, ())
-    assert (attempt.number, attempt.permit, attempt.until, attempt.sent) == (3, None, inf, False)
+    assert (attempt.number, attempt.permit, attempt.until, attempt.send) == (3, None, inf, None)
     assert attempt.started == attempt.call.pipeline.clock.monotonic()
 
 

@@ -15,6 +15,7 @@ import dspy_prod
 from dspy_prod import Budget, CircuitBreaker, RateLimit, call_context
 from dspy_prod.errors import CircuitOpenError, DeadlineExceededError
 from dspy_prod.pipeline.attempt import Attempt
+from dspy_prod.pipeline.effects import Send
 from dspy_prod.pipeline.plan import plan
 from dspy_prod.pipeline.settling import failed, give_back, succeeded
 from dspy_prod.pipeline.upstream.deadline import StalledError
@@ -47,7 +48,8 @@ def under_way(lm: dspy_prod.LM, sent: bool = True) -> Attempt:
     if breaker is not None:
         attempt.permit = breaker.permit()
     attempt.until = attempt.call.attempt_until(attempt.route, attempt.started)
-    attempt.sent = sent
+    if sent:
+        attempt.send = Send(attempt.route, attempt.request, None, attempt.until, gone=True)
     advance(lm, 2.0)
     return attempt
 

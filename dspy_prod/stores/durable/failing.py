@@ -29,6 +29,8 @@ MAX_KEPT: Final = 100_000
 _BACK_OFF: Final = (0.05, 1.0)
 _SETTLING: Final = (Transactions.settle, Transactions.settle_drawn, Transactions.settle_alone)
 _AWAITED: Final = frozenset((Transactions.admit, Transactions.answer, Transactions.put_answer, Transactions.flush))
+QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
+"""Operations that need no transaction."""
 RECORDING: Final = (*_SETTLING, Transactions.append, Transactions.append_served, Transactions.append_program)
 """Operations that write records."""
 
@@ -53,6 +55,7 @@ class Failing(ABC):
     _kept: deque[Operation]
     _looks: list[Look]
     _unsure: list[Operation]  # of a transaction that may have been written
+    _suspect: Operation | None  # failed alone, and is tried once more
     _alone: int
     _dropped: int
     _retry_at: float
@@ -75,7 +78,7 @@ class Failing(ABC):
             self.outage = Outage(self._outages, *self._transactions.known())
 
     def _failed(self, operations: list[Operation], error: Exception) -> None:
-        unusable = not isinstance(error, UnfitError) or not operations  # rather than one of these unfit for it
+        unusable = not isinstance(error, UnfitError) or self._blameless(operations, error)
         if unusable:
             self._begin_outage()
         with self.io:
@@ -85,11 +88,29 @@ class Failing(ABC):
         text = str(self.tables.unavailable(error))
         if isinstance(error, UnfitError):
             _log.error("An operation failed in %s", self.tables.path, exc_info=error)
-            self._isolate(operations, error)
+            if unusable:
+                self._hold_on(operations)
+            else:
+                self._isolate(operations, error)
         refusal = self._degraded(text, wait=unusable)
         self._core.fail_waiting(refusal)
         self._refuse(undecided, refusal)
         self._put_back(operations)
+
+    def _blameless(self, operations: list[Operation], error: UnfitError) -> bool:
+        """Whether none of these is unfit: they ask nothing of the file, or the only one was not even tried, twice."""
+        if error.untried and len(operations) == 1 and operations[0] is self._suspect:
+            return True
+        return all(kind in QUIET for kind, _, _ in operations)
+
+    def _hold_on(self, operations: list[Operation]) -> None:
+        """None of these is unfit: what needs no transaction is done, as is all that came before it; else it waits."""
+        if any(kind not in QUIET for kind, _, _ in operations):
+            self._alone += 1
+            return
+        for kind, subject, detail in operations:
+            kind(self._transactions, subject, detail, 0.0)
+        operations.clear()
 
     def _put_back(self, operations: list[Operation]) -> None:
         """What could not be done comes before what is kept, as it did; nobody is left waiting for any of it."""
@@ -172,7 +193,7 @@ class Failing(ABC):
         return True
 
     def _recovered(self) -> None:
-        self.failing, self.outage, self._back_off = None, None, 0.0
+        self.failing, self.outage, self._back_off, self._suspect = None, None, 0.0, None
         self._kept.extend((Transactions.flush, look, None) for look in self._looks)  # told once all before is written
         self._looks.clear()
         self._report("store_recovered", {"path": self.tables.path})
@@ -215,23 +236,33 @@ class Failing(ABC):
         """One of these can never be done: drop it, or find it by doing each alone. A settlement's money is kept."""
         if error.index < 0 and len(operations) > 1:
             self._alone = len(operations)
-        elif operations:
-            kind, subject, detail = operations.pop(error.index)
-            count = size_of([(kind, subject, detail)])
-            if kind is Transactions.note and detail is not None:
-                if detail.again():  # before those who wait for what is in it
-                    operations.insert(error.index, (kind, subject, detail))
-                    return
-                count = max(count, detail.lost("they cannot be written"))
-            self._dropping(kind.__name__, str(error), count)
-            if kind is Transactions.admit:
-                self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
-            elif kind is Transactions.answer:
-                subject.set_exception(error)
-            elif kind is Transactions.put_answer:
-                detail[3]()
-            elif kind in _SETTLING and subject.record is not None:
-                operations.insert(error.index, (kind, subject._replace(record=None), detail))
+            return
+        operation = operations.pop(error.index)
+        if error.index < 0 and self._once_more(operation):
+            self._alone += 1
+            operations.append(operation)  # before those who wait for what is in it
+            return
+        kind, subject, detail = operation
+        count = size_of([operation])
+        if kind is Transactions.note and detail is not None:
+            count = max(count, detail.lost("they cannot be written"))
+        self._dropping(kind.__name__, str(error), count)
+        if kind is Transactions.admit:
+            self._refuse([subject], Refusal("store_unavailable", detail=f"The admission failed: {error}"))
+        elif kind is Transactions.answer:
+            subject.set_exception(error)
+        elif kind is Transactions.put_answer:
+            detail[3]()
+        elif kind in _SETTLING and subject.record is not None:
+            operations.insert(error.index, (kind, subject._replace(record=None), detail))
+
+    def _once_more(self, operation: Operation) -> bool:
+        """Whether what failed alone is tried again, because what failed was perhaps not the operation."""
+        kind, _, fate = operation
+        if kind is Transactions.note and fate is not None:
+            return bool(fate.again())
+        again, self._suspect = operation is not self._suspect, operation
+        return again
 
     def _dropping(self, kind: str, error: str, count: int = 1) -> None:
         self._dropped += count

@@ -30,11 +30,11 @@ MAX_ACCOUNTS: Final = 50_000
 
 
 class UnfitError(Exception):
-    """An operation fails whatever the file's state. `index` tells which one, or is -1 while that is not known."""
+    """An operation fails whatever the file's state: that at `index`, or -1; `untried`: what comes before them."""
 
-    def __init__(self, index: int, cause: BaseException) -> None:
+    def __init__(self, index: int, cause: BaseException, untried: bool) -> None:
         super().__init__(repr(cause))
-        self.index = index
+        self.index, self.untried = index, untried
 
 
 class Transactions(Operations):
@@ -117,9 +117,8 @@ class Transactions(Operations):
         raise StoreUnavailableError(f"The store {tables.path} is written to by others without end")
 
     def _decide(self, operations: list[Operation], probing: bool) -> None:
-        tables, core = self.tables, self.core
+        tables, core, untried, index = self.tables, self.core, True, -1
         self._begun = True
-        index = -1
         try:
             now = self._now()
             changed = tables.changed()
@@ -137,6 +136,7 @@ class Transactions(Operations):
             if self._reap_at <= time.monotonic():
                 self._reap(now)
             self.drawing.return_unused(now)
+            untried = False
             for index, (operation, one, other) in enumerate(operations):  # noqa: B007  (read when one fails)
                 operation(self, one, other, now)
             index = -1
@@ -148,7 +148,7 @@ class Transactions(Operations):
         except Exception as error:
             if isinstance(error, ChangedError | DoubtError) or tables.is_environment(error):
                 raise
-            raise UnfitError(index, error) from error
+            raise UnfitError(index, error, untried) from error
 
     def _again(self, operations: list[Operation]) -> None:
         """Others changed what was decided on: as before it, but for what the tables know of it now."""

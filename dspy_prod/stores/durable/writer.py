@@ -21,7 +21,7 @@ from dspy_prod.stores.admission.line import wake
 from dspy_prod.stores.base import GRANTED, PENDING, REFUSED, Refusal, Terms
 from dspy_prod.stores.durable.alone import Outage
 from dspy_prod.stores.durable.drawn import Drawn
-from dspy_prod.stores.durable.failing import RECORDING, Failing, size_of
+from dspy_prod.stores.durable.failing import QUIET, RECORDING, Failing, size_of
 from dspy_prod.stores.durable.inbox import Inbox
 from dspy_prod.stores.durable.operations import Look, Operation, Report
 from dspy_prod.stores.durable.tables import Copying, DoubtError, Tables
@@ -39,8 +39,6 @@ POLL_TIMED: Final = 0.1
 FORK_PATIENCE: Final = 5.0
 """Seconds a fork waits for a transaction to end."""
 _IDLE: Final = 5.0
-_QUIET: Final = (Transactions.flush, Transactions.nudge, Transactions.stop)
-"""Operations that need no transaction."""
 
 
 class Writer(Failing):
@@ -84,6 +82,7 @@ class Writer(Failing):
         self._looks: list[Look] = []  # flushes that wait for it to be written to again
         self._doing: list[Operation] = []
         self._unsure: list[Operation] = []  # of a transaction that may have been written
+        self._suspect: Operation | None = None
         self._retry_at = 0.0
         self._back_off = 0.0
         self._dropped = 0
@@ -168,7 +167,7 @@ class Writer(Failing):
         try:
             with self.io:
                 writes = self.outage is not None or any(
-                    operation[0] not in _QUIET or self.failing is not None for operation in operations
+                    operation[0] not in QUIET or self.failing is not None for operation in operations
                 )
                 if writes or self._anything_due():
                     # Beginning and ending a transaction succeeds on a full disk: what failed has to write again.
@@ -234,13 +233,13 @@ class Writer(Failing):
     # -- the end -------------------------------------------------------------------------------------------------------
     def _finish(self) -> None:
         """Last try for what is kept, then refuse who still waits and close."""
+        if self.drawn.shares:
+            self._kept.append((Transactions.give_up_shares, None, None))
         while self._kept or self._transactions.in_doubt:
             self._retry_at = 0.0
             self._cycle([])
             if self._retry_at:  # nothing can be written; one that can never be keeps no other from it
                 break
-        if self.drawn.shares and self.failing is None:
-            self._cycle([(Transactions.give_up_shares, None, None)])
         if self.failing is not None:
             self._let_go()
         refusal = Refusal("store_unavailable", detail=f"The store {self.tables.path} was closed")
