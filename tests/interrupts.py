@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Final
+
+GENERATORS: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-def interrupted(work: Callable[[], Any], point: int, *files: str) -> tuple[bool, Any]:
+def interrupted(work: Callable[[], Any], point: int, *files: str, resumed: bool = True) -> tuple[bool, Any]:
     """Do `work`, with Ctrl-C at one of the points where Python looks for it: a function begins, or a built-in ends.
 
     Args:
         point: which one, from 0, of this thread in `files`.
         files: how the names of the files end that count.
+        resumed: also where a generator goes on. Python tells of that one time before its handlers are in force, when
+            something is thrown into it: no signal is ever looked for there.
 
     Returns:
         Whether it was interrupted (else it has fewer points), and what it returned or raised.
@@ -23,6 +28,8 @@ def interrupted(work: Callable[[], Any], point: int, *files: str) -> tuple[bool,
     def profile(frame: FrameType, event: str, _: Any) -> None:
         nonlocal left
         if event in ("call", "c_return") and frame.f_code.co_filename.endswith(files):
+            if event == "call" and not resumed and _has_begun(frame):
+                return
             left -= 1
             if left == -1:  # Python takes the profile away
                 raise KeyboardInterrupt
@@ -36,3 +43,9 @@ def interrupted(work: Callable[[], Any], point: int, *files: str) -> tuple[bool,
     finally:
         sys.setprofile(before)
     return left < 0, outcome
+
+
+def _has_begun(frame: FrameType) -> bool:
+    """Whether a generator's frame goes on, rather than begins."""
+    code = frame.f_code
+    return bool(code.co_flags & GENERATORS) and frame.f_lineno != code.co_firstlineno

@@ -13,7 +13,6 @@ from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.effects import Wait
 from dspy_prod.pipeline.plan import plan, renewed, shrunk, turns_at, wait_until
 from dspy_prod.pipeline.refusals import refused, waited_too_long
-from dspy_prod.pipeline.settling import give_back
 from dspy_prod.pipeline.taken import returned
 from dspy_prod.records import NANO
 from dspy_prod.stores.admission.window import LEAD
@@ -37,8 +36,10 @@ NOTICE: Final = 0.05
 _LOOK: Final = 0.01
 
 
-def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
-    """Wait in line for limiter and budget; gives the attempt as it was granted in the end.
+def admission(attempt: Attempt) -> Generator[Wait, Any, None]:
+    """Wait in line for limiter and budget; the attempt is then as it was granted in the end.
+
+    Whoever is cut off, at whatever moment, has in `attempt.reservation` what is to be given back.
 
     Who waits holds nothing, but for the last moment (`LEAD`) on a store of several processes: there a call is granted
     before it may go, and given back if the provider says meanwhile that nobody may.
@@ -90,9 +91,6 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
                     call.emit("waiting", model=attempt.route.model, blocked_on=reservation.blocked_on)
                 yield Wait(None, min(monotonic() + early, call.deadline))
                 paused = store.throttled_since(reservation.limit_key, reservation.granted_at - LEAD)
-        except BaseException as error:
-            give_back(attempt, error)
-            raise
         finally:
             seconds = monotonic() - began
             call.waited += seconds
@@ -100,7 +98,7 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
                 blocked_on = reservation.blocked_on
                 call.emit("waited", model=attempt.route.model, blocked_on=blocked_on, seconds=seconds)
         if reservation.state == GRANTED and not paused:
-            return attempt
+            return
         refusal = reservation.refusal
         if paused:  # the provider said no meanwhile: back into line
             returned(store, reservation)
@@ -111,15 +109,15 @@ def admission(attempt: Attempt) -> Generator[Wait, Any, Attempt]:
         if again is None and refusal is not None and refusal.reason == "store_unavailable" and not alone:
             alone, lone = True, unaided(attempt)
             if lone is not None:
-                attempt.reservation = store.admit_alone(lone)
+                attempt.reservation = lone
+                store.admit_alone(lone)
                 continue
         if again is None and refusal is not None and refusal.reason == "budget_exceeded":
             again = renewed(attempt) or shrunk(attempt, refusal)
         if again is None or again.reservation is None:
             assert refusal is not None
             raise refused(attempt, refusal)
-        again.taken = attempt.taken
-        attempt = again
+        attempt.renew(again)
         store.admit(again.reservation)
 
 

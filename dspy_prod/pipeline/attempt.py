@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from dspy.lm15 import Request, Response
 
@@ -13,10 +13,14 @@ from dspy_prod.pipeline.effects import Send
 from dspy_prod.pipeline.taken import Taken
 from dspy_prod.policies.breaker.breaker import Permit
 from dspy_prod.policies.budget import BudgetRule
-from dspy_prod.stores.base import GRANTED, Reservation
+from dspy_prod.records import CallRecord
+from dspy_prod.stores.base import GRANTED, PENDING, Reservation
 
 if TYPE_CHECKING:
     from dspy_prod.pipeline.routes import Route
+
+CameTo: TypeAlias = "tuple[CallRecord | None, int | None, int | None, bool, bool]"
+"""What an attempt came to: its record, its cost, its tokens, whether it was sent, whether the cost is an estimate."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +30,8 @@ class Attempt:
     Attributes:
         request: the call's request, as this route sends it.
         number: 1 for the first attempt on its route.
-        reservation: None when nothing has to be reserved, or what was has been given back.
+        reservation: None when nothing has to be reserved, or what was has been given back. Set before the store is
+            asked: whatever comes up, it is given back.
         bound: the most the attempt can cost in nano-USD, None when no budget needed to know.
         rules: the budgets behind `reservation.accounts`, in the same order.
         permit: the breaker's, once it was taken.
@@ -36,7 +41,10 @@ class Attempt:
         paid: its place in the call's purse, once its cost was noted there.
         patience: seconds it may wait for its limiter, because another route is left.
         taken: what it has taken of its runs, where the context has any.
-        answer: what came although it failed: an answer nobody can use, or one that broke after its end.
+        answer: what came, also where it failed: an answer nobody can use, or one that broke after its end.
+        came_to: what settling has decided, once and for all; None before that.
+        booked: that is in the place of what was held.
+        throttles: its 429 was told to the limiter.
     """
 
     call: Call
@@ -54,6 +62,17 @@ class Attempt:
     patience: float = inf
     answer: Response | None = None
     taken: Taken | None = None
+    came_to: CameTo | None = None
+    booked: bool = False
+    throttles: bool = False
+
+    def renew(self, again: Attempt) -> None:
+        """Go on as `again`, which was planned in its place; nothing is held for it any more as it was.
+
+        In place: who settles it has only this one, whenever it is interrupted.
+        """
+        self.request, self.bound, self.rules, self.started = again.request, again.bound, again.rules, again.started
+        self.reservation = again.reservation
 
     @property
     def stayed(self) -> bool:
@@ -65,3 +84,10 @@ class Attempt:
         """The reservation, if the store has granted it."""
         reservation = self.reservation
         return None if reservation is None or reservation.state != GRANTED else reservation
+
+    @property
+    def open(self) -> bool:
+        """Whether something is to be given back: of the store, which may not have decided yet, of runs or a breaker."""
+        reservation = self.reservation
+        asked = reservation is not None and reservation.state in (PENDING, GRANTED)
+        return asked or self.taken is not None or self.permit is not None

@@ -53,6 +53,9 @@ def run(steps: Flow) -> Response:
     except StopIteration as stop:
         response: Response = stop.value
         return response
+    except BaseException:
+        steps.close()  # Ctrl-C between the two would leave it where it is as long as somebody has the error
+        raise
 
 
 async def arun(steps: Flow) -> Response:
@@ -69,6 +72,9 @@ async def arun(steps: Flow) -> Response:
     except StopIteration as stop:
         response: Response = stop.value
         return response
+    except BaseException:
+        steps.close()  # as in `run`
+        raise
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------
@@ -91,6 +97,9 @@ def run_stream(steps: Flow, call: Call) -> Generator[StreamEvent, None, None]:
                 effect = steps.send(result)
     except StopIteration as stop:
         response = stop.value
+    except BaseException:
+        steps.close()  # as in `run`
+        raise
     yield from _ending(answer, response)
 
 
@@ -115,6 +124,9 @@ async def arun_stream(steps: Flow, call: Call) -> AsyncGenerator[StreamEvent, No
                 effect = steps.send(result)
     except StopIteration as stop:
         response = stop.value
+    except BaseException:
+        steps.close()  # as in `run`
+        raise
     for event in _ending(answer, response):
         yield event
 

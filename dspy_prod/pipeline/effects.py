@@ -116,3 +116,6 @@ def replacing(steps: Steps, instead: Callable[[Any], Steps | None]) -> Steps:
                 effect = steps.send(result)
     except StopIteration as end:
         return end.value
+    except BaseException:  # if it came between the two, the flow would stay where it is as long as somebody has this
+        steps.close()
+        raise

@@ -278,7 +278,7 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
         if attempt.reservation is not None:
             admitted = pipeline.store.admit(attempt.reservation)
             if admitted.state != GRANTED or admitted.granted_at > pipeline.store.now():
-                attempt = yield from admission(attempt)
+                yield from admission(attempt)
                 fleet.look()
                 if breaker is not None:
                     breaker.check()
@@ -299,9 +299,9 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
         attempt.until = until = call.deadline if route.timeout is None else call.attempt_until(route, now)
         attempt.send = send = Send(route, attempt.request, call.scope, until, leaving)
         response = yield send
+        attempt.answer = response
         flaw = flaw_of(response)
         if flaw is not None:
-            attempt.answer = response
             raise unusable(route, flaw, response)
         succeeded(attempt, response)
         settled = True
@@ -309,14 +309,20 @@ def _attempt(call: Call, route: Route, number: int, patience: float) -> Flow:
             answered(runs, call, route)
         return response
     except BaseException as raised:
-        if settled or (isinstance(raised, RejectedError) and not (send or attempt.held or attempt.taken)):
+        if settled:
             raise
-        if send is not None and send.ended:
-            attempt.answer = send.partial
-        error = failed(attempt, raised)
-        if send is not None and send.partial is not None and (call.visible or send.ended):
-            shows_partial(error, send.partial)
-        if error is raised:
+        error: BaseException | None = None
+        try:
+            if send is not None or attempt.open or not isinstance(raised, RejectedError):
+                if send is not None and send.ended:
+                    attempt.answer = send.partial
+                error = failed(attempt, raised)
+                if send is not None and send.partial is not None and (call.visible or send.ended):
+                    shows_partial(error, send.partial)
+        except BaseException:  # interrupted once more; what is done already is not done again
+            REAPER.post(partial(failed, attempt, raised))
+            raise
+        if error is None or error is raised:
             raise
         raise error from (raised.__cause__ or raised)
 

@@ -2,11 +2,15 @@
 
 Nothing here waits, blocks or raises. On a path that the garbage collector may run (`GeneratorExit`) the work is handed
 to the reaper.
+
+Ctrl-C may come while this runs, most likely in a listener. So `failed` may be called again, with what was raised first
+or with what came up meanwhile: it does what is left. What an attempt came to is decided once (`Attempt.came_to`); a
+store settles by the id of what it holds and keeps records by theirs, and a breaker hears of a permit once.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import inf
 from typing import Any
 
@@ -14,11 +18,10 @@ from dspy.lm15 import Response, Usage
 from dspy.utils.exceptions import LMTimeoutError
 
 from dspy_prod.errors import RejectedError
-from dspy_prod.pipeline.attempt import Attempt
+from dspy_prod.pipeline.attempt import Attempt, CameTo
 from dspy_prod.pipeline.outcome import Verdict, judge, own_deadline
 from dspy_prod.pipeline.plan import worst
 from dspy_prod.pipeline.refusals import too_late
-from dspy_prod.pipeline.taken import returned
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError, billed_by
 from dspy_prod.pipeline.upstream.errors import public_error
@@ -29,7 +32,7 @@ from dspy_prod.pricing.rates import Rates
 from dspy_prod.records import MOST_TOKENS, CallRecord, usd
 from dspy_prod.runtime.ids import IDS
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.stores.base import Settlement
+from dspy_prod.stores.base import PENDING, Settlement
 
 
 def succeeded(attempt: Attempt, response: Response) -> None:
@@ -62,7 +65,7 @@ def succeeded(attempt: Attempt, response: Response) -> None:
 
 
 def failed(attempt: Attempt, raised: BaseException) -> BaseException:
-    """Settle an attempt that raised; which error that is for the caller.
+    """Settle an attempt that raised, or what an interrupt left of settling it; which error that is for the caller.
 
     When the consumer left, perhaps inside the garbage collector, all of it is the reaper's work: listeners and the
     breaker take locks too.
@@ -79,7 +82,12 @@ def failed(attempt: Attempt, raised: BaseException) -> BaseException:
 
 
 def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseException:
-    call, route = attempt.call, attempt.route
+    if attempt.came_to is not None:
+        _finish(attempt, attempt.came_to)
+        return raised
+    call, route, reservation = attempt.call, attempt.route, attempt.reservation
+    if reservation is not None and reservation.state == PENDING:  # granted meanwhile, it is settled as what is held
+        call.pipeline.store.withdraw(reservation)
     worked = max(0.0, latency - call.paused)
     error, late = raised, None
     if isinstance(raised, AttemptTimeoutError):
@@ -107,7 +115,8 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
             breaker.failure(attempt.permit, worked, _cause_of(error), getattr(error, "retry_after", None))
         else:
             breaker.release(attempt.permit)
-    if verdict.throttled:
+    if verdict.throttled and not attempt.throttles:
+        attempt.throttles = True
         _throttled(attempt, error)
     if late is None:
         answer = attempt.answer or billed_by(raised) if verdict.owed else None
@@ -116,22 +125,28 @@ def _failed(attempt: Attempt, raised: BaseException, latency: float) -> BaseExce
     else:
         if call.purse is not None:
             _pay(attempt, worst(attempt) or 0)  # until it has ended
-        late.on_end(lambda response, failure: _ended_late(attempt, verdict, response, failure))
+        late.on_end(lambda response, failure: _ended_late(attempt, verdict, error, response, failure))
     if error is not raised:  # it says all by itself; behind what was raised may be what the caller was handling
         error.own_causes = 0  # type: ignore[attr-defined]
     return error
 
 
-def give_back(attempt: Attempt, error: BaseException) -> None:
-    """Return a reservation that is not used; it may still be waiting, or be granted meanwhile."""
-    store, reservation = attempt.call.pipeline.store, attempt.reservation
-    assert reservation is not None
-    attempt.reservation = None
-
-    if isinstance(error, GeneratorExit):
-        REAPER.post(partial(returned, store, reservation))  # perhaps inside the garbage collector
-    else:
-        returned(store, reservation)
+def _finish(attempt: Attempt, came_to: CameTo) -> None:
+    """Do what is left of settling: an interrupt came after it was decided what the attempt came to."""
+    call, route, record = attempt.call, attempt.route, came_to[0]
+    if not attempt.booked:
+        _put(attempt, came_to)
+        if record is not None:  # the store may have settled what was held, and not come to its record
+            call.pipeline.store.append(record)
+    if attempt.permit is not None:
+        breaker = route.state.breaker
+        assert breaker is not None
+        if record is not None and record.outcome == "ok":
+            breaker.success(attempt.permit, max(0.0, record.latency - call.paused))
+        else:  # what failed has told it before
+            breaker.release(attempt.permit)
+    if record is not None and not any(each is record for each in call.records):
+        call.remember(record, route, attempt.answer)
 
 
 def _cause_of(error: BaseException) -> str:
@@ -141,23 +156,40 @@ def _cause_of(error: BaseException) -> str:
     return f"{name} {status}" if status is not None else name
 
 
-def _settle_failure(attempt: Attempt, verdict: Verdict, error: BaseException, latency: float) -> None:
+def _settle_failure(
+    attempt: Attempt, verdict: Verdict, error: BaseException, latency: float, late: bool = False
+) -> None:
     cost = worst(attempt) if verdict.owed else 0
     record = None
-    if verdict.sent or attempt.stayed or (isinstance(error, Exception) and not isinstance(error, RejectedError)):
+    if verdict.sent or attempt.stayed or late or _is_told(error):
         estimated = verdict.owed and cost is not None
         record = _record(attempt, verdict.outcome, cost, latency, estimated, error=error)
-        attempt.call.remember(record, attempt.route)
     _book(attempt, record, cost, None if verdict.owed else 0, verdict.sent, verdict.owed)
+    if record is not None:
+        attempt.call.remember(record, attempt.route)
 
 
-def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: BaseException | None) -> None:
-    """An abandoned attempt has ended in its worker: perhaps its usage is known after all."""
+def _is_told(error: BaseException) -> bool:
+    """Whether the ledger tells of an error also where nothing was sent."""
+    return isinstance(error, Exception) and not isinstance(error, RejectedError)
+
+
+def _ended_late(
+    attempt: Attempt, verdict: Verdict, told: BaseException, response: Any, failure: BaseException | None
+) -> None:
+    """An abandoned attempt has ended in its worker: perhaps its usage is known after all.
+
+    Args:
+        told: the error that its caller had.
+    """
+    if attempt.came_to is not None:
+        _finish(attempt, attempt.came_to)
+        return
     call, route = attempt.call, attempt.route
     latency = call.pipeline.clock.monotonic() - attempt.started
     if attempt.stayed:
         verdict = verdict._replace(sent=False, owed=False)
-    if isinstance(response, Response) and _settle_told(attempt, verdict, response, latency, None):
+    if isinstance(response, Response) and _settle_told(attempt, verdict, response, latency, told):
         return
     if isinstance(failure, Exception):
         error = public_error(failure, route.upstream, inf)
@@ -165,15 +197,13 @@ def _ended_late(attempt: Attempt, verdict: Verdict, response: Any, failure: Base
             error.__cause__ = failure  # what it means depends on its causes
         end = judge(error)
         verdict = verdict._replace(owed=verdict.owed and end.owed, sent=verdict.sent and end.sent)
-        told = billed_by(failure) if end.owed else None
-        if told is not None and _settle_told(attempt, verdict, told, latency, None):
+        billed = billed_by(failure) if end.owed else None
+        if billed is not None and _settle_told(attempt, verdict, billed, latency, told):
             return
-    _settle_failure(attempt, verdict, AttemptTimeoutError(), latency)
+    _settle_failure(attempt, verdict, told, latency, late=True)
 
 
-def _settle_told(
-    attempt: Attempt, verdict: Verdict, response: Response, latency: float, error: BaseException | None
-) -> bool:
+def _settle_told(attempt: Attempt, verdict: Verdict, response: Response, latency: float, error: BaseException) -> bool:
     """Settle a failed attempt by the usage that came with its answer; False when none is to be believed."""
     call, route = attempt.call, attempt.route
     usage = believed(response)
@@ -213,7 +243,14 @@ def _once(keys: tuple[str, ...]) -> tuple[str, ...]:
 def _book(
     attempt: Attempt, record: CallRecord | None, cost: int | None, tokens: int | None, sent: bool, estimated: bool
 ) -> None:
-    """Put what an attempt came to in the place of what was held for it."""
+    """Decide what an attempt came to, and put that in the place of what was held for it."""
+    attempt.came_to = came_to = (record, cost, tokens, sent, estimated)
+    _put(attempt, came_to)
+    attempt.booked = True
+
+
+def _put(attempt: Attempt, came_to: CameTo) -> None:
+    record, cost, tokens, sent, estimated = came_to
     if attempt.call.purse is not None:
         _pay(attempt, cost or 0)
     held, store = attempt.held, attempt.call.pipeline.store

@@ -21,7 +21,7 @@ class Reaper:
     """One queue, one daemon thread."""
 
     def __init__(self) -> None:
-        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._work: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
@@ -37,7 +37,7 @@ class Reaper:
     def _runs(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def post(self, work: Callable[[], None]) -> None:
+    def post(self, work: Callable[[], object]) -> None:
         """Have `work` done soon, in order, on the reaper's thread."""
         self._work.put(work)
 

@@ -17,11 +17,11 @@ from dspy_prod.errors import CircuitOpenError, DeadlineExceededError
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.effects import Send
 from dspy_prod.pipeline.plan import plan
-from dspy_prod.pipeline.settling import failed, give_back, succeeded
+from dspy_prod.pipeline.settling import failed, succeeded
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.stores.base import GRANTED, PENDING
+from dspy_prod.stores.base import GRANTED, PENDING, WITHDRAWN
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.testing import FakeClock, ScriptedEngine
 from tests.compose.support import CENT, over, records
@@ -191,7 +191,7 @@ def test_a_failure_before_anything_was_reserved_is_recorded_alone() -> None:
     assert (record.outcome, record.cost_nano, record.error) == ("error", 0, "ImportError")
     assert record.accounts == ()
     assert attempt.reservation is not None
-    assert attempt.reservation.state == PENDING
+    assert attempt.reservation.state == WITHDRAWN
 
 
 @pytest.mark.parametrize(("raised", "deadline", "kind", "failures"), [
@@ -265,9 +265,9 @@ def test_a_place_in_line_is_given_back(error: BaseException, meanwhile: bool) ->
     if meanwhile:
         failed(first, LMServerError("down", status=500))
         assert reservation.state == GRANTED
-    give_back(second, error)
-    assert second.reservation is None
+    assert failed(second, error) is error
     assert REAPER.flush()
+    assert records(lm)[1:] == []
     assert spent(lm) == (0, 0 if meanwhile else CENT)
     assert lm.pipeline.store.waiting() == 0
 
