@@ -131,31 +131,37 @@ class SharedBreaker(ListeningBreaker):
             return
         post = self._is_probe(permit)
         slowest = self.options.slow_call_duration
-        super().success(permit, duration)
-        if post:
-            slow = slowest is not None and duration > slowest
-            self._probed(partial(self._moves.succeeded, permit.id, slow, self._jittered()))
+        try:
+            super().success(permit, duration)
+        finally:  # also where a listener was interrupted
+            if post:
+                slow = slowest is not None and duration > slowest
+                self._probed(partial(self._moves.succeeded, permit.id, slow, self._jittered()))
 
     def failure(self, permit: Permit, duration: float, cause: str, retry_after: float | None = None) -> None:
         post = self._is_probe(permit)
-        super().failure(permit, duration, cause, retry_after)
-        if post:
-            with self._lock:
-                state, following = self._state, self._interval
-                left = getattr(state, "until", self._now()) - self._now()
-                told = str(getattr(state, "cause", cause))
-            self._probed(partial(self._moves.failed, permit.id, told, left, following))
+        try:
+            super().failure(permit, duration, cause, retry_after)
+        finally:  # also where a listener was interrupted
+            if post:
+                with self._lock:
+                    state, following = self._state, self._interval
+                    left = getattr(state, "until", self._now()) - self._now()
+                    told = str(getattr(state, "cause", cause))
+                self._probed(partial(self._moves.failed, permit.id, told, left, following))
 
     def release(self, permit: Permit) -> None:
-        asked, permit.asked = permit.asked, None
-        if asked is not None:  # nobody waits for it any more
+        if permit.asked is not None:  # nobody waits for it any more
+            self._post(partial(self._moves.released, permit.id))  # first: interrupted, it is released once more
             permit.generation = -1
-            self._post(partial(self._moves.released, permit.id))
+            permit.asked = None
             return
         post = self._is_probe(permit)
-        super().release(permit)
-        if post:
-            self._probed(partial(self._moves.released, permit.id))
+        try:
+            super().release(permit)
+        finally:  # also where a listener was interrupted
+            if post:
+                self._probed(partial(self._moves.released, permit.id))
 
     def _is_probe(self, permit: Permit) -> bool:
         """Whether what becomes of a permit is told to the others. Looks at what they have done meanwhile."""

@@ -307,3 +307,47 @@ def test_a_store_that_comes_back_is_told(
     refused(one)
     one.written()
     assert refused(other).retry_after == pytest.approx(10 - RETURN, abs=0.2)
+
+
+@pytest.mark.parametrize(("settle", "heard"), [("failure", "breaker_opened"), ("success", "breaker_closed")])
+def test_ctrl_c_in_a_listener_keeps_the_end_of_a_probe_from_nobody(
+    worker: Callable[..., Worker], clock: FakeClock, settle: str, heard: str
+) -> None:
+    """The worker's own circuit had moved; to all others its probe was out until the lease ended."""
+    one = worker(OPTIONS.model_copy(update={"success_threshold": 1}))
+    one.fail(2)
+    clock.advance(10.1)
+    probe = one.call()
+
+    def interrupted(event: Any) -> None:
+        if event.name == heard:
+            raise KeyboardInterrupt
+
+    one.breaker._bus.add(interrupted)
+    arguments: Any = (0.1, "LMServerError 503") if settle == "failure" else (0.1,)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(one.breaker, settle)(probe, *arguments)
+    row = one.row()
+    assert (row["state"], row["probes"]) == ("open" if settle == "failure" else "closed", {})
+
+
+def test_a_probe_that_was_asked_for_is_released_again_after_ctrl_c(
+    worker: Callable[..., Worker], clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first word of its release and the store's hearing of it."""
+    one = worker()
+    one.fail(2)
+    clock.advance(10.1)
+    permit = one.breaker.permit()
+    assert permit.asked is not None
+    assert permit.asked.answer.exception(10) is None
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.breaker, "_post", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.breaker.release(permit)
+    one.breaker.release(permit)
+    assert one.row()["probes"] == {}

@@ -121,12 +121,18 @@ class Breaker:
                 answer = Permit(state.generation, isinstance(state, HalfOpen), next(self._ids), self._now())
                 if isinstance(state, HalfOpen):
                     state.admit(answer.id)
-        self._tell(*notices)
+        try:
+            self._tell(*notices)
+        except BaseException:  # Ctrl-C in a listener: nobody has the permit to settle it
+            if isinstance(answer, Permit):
+                self.release(answer)
+            raise
         if isinstance(answer, Refusal):
             raise answer.error(self.name)
         return answer
 
     # -- settling: never raises, never waits for anything but the short lock ---------------------------------------
+    # A permit is marked once its state has it: whoever is interrupted before that settles it once more.
 
     def success(self, permit: Permit, duration: float) -> None:
         """The call succeeded after `duration` seconds."""
@@ -134,8 +140,8 @@ class Breaker:
             state = self._state
             if permit.generation != state.generation:
                 return
-            permit.generation = _SETTLED
             change = state.success(permit.id, duration)
+            permit.generation = _SETTLED
             if change is None or not change.written_off:
                 self._total_successes += 1
             if change is None:
@@ -156,8 +162,8 @@ class Breaker:
             state = self._state
             if permit.generation != state.generation:
                 return
-            permit.generation = _SETTLED
             change = state.failure(permit.id, duration, cause, retry_after)
+            permit.generation = _SETTLED
             if change is None or not change.written_off:
                 self._total_failures += 1
             if change is None:
@@ -172,8 +178,8 @@ class Breaker:
             state = self._state
             if permit.generation != state.generation:
                 return
-            permit.generation = _SETTLED
             change = state.release(permit.id)
+            permit.generation = _SETTLED
             if change is None:
                 return
             notice = self._apply(change)

@@ -13,6 +13,7 @@ import pytest
 from dspy_prod.errors import CircuitOpenError
 from dspy_prod.options import CircuitBreaker
 from dspy_prod.policies.breaker.breaker import Breaker, Permit
+from dspy_prod.policies.breaker.states import HalfOpen
 from dspy_prod.telemetry.events import Event, EventBus
 from tests.policies.conftest import FakeClock
 
@@ -856,3 +857,46 @@ def test_its_repr_and_its_permits_repr_say_what_matters() -> None:
 
     assert repr(circuit.breaker) == "Breaker('openai/gpt', closed)"
     assert repr(circuit.breaker.permit()) == "Permit(generation=0, probe=False, id=1, started=1000.000)"
+
+
+@pytest.mark.parametrize("listens_to", ["breaker_half_open", "breaker_opened", "breaker_closed"])
+def test_ctrl_c_in_a_listener_leaves_no_probe_out(listens_to: str) -> None:
+    """A probe whose caller never had it was missed until its lease ended: so long nobody was let through."""
+    circuit = given_half_open(recovery_timeout=60, success_threshold=1)
+
+    def interrupted(event: Event) -> None:
+        if event.name == listens_to:
+            raise KeyboardInterrupt
+
+    def probe() -> None:
+        permit = circuit.breaker.permit()
+        if listens_to == "breaker_opened":
+            circuit.breaker.failure(permit, 0.1, "LMServerError 503")
+        circuit.breaker.success(permit, 0.1)
+
+    circuit.bus.add(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        probe()
+    snapshot = circuit.breaker.snapshot()
+    assert snapshot.probes_in_flight == 0
+    assert snapshot.state == listens_to.removeprefix("breaker_").replace("opened", "open")
+
+
+@pytest.mark.parametrize("settle", ["success", "failure", "release"])
+def test_a_probe_whose_settling_was_interrupted_is_settled_again(settle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its state had heard of it: the permit was marked as settled, and the probe stayed out."""
+    circuit = given_half_open(recovery_timeout=60, success_threshold=1)
+    permit = circuit.breaker.permit()
+    arguments = {"success": (0.1,), "failure": (0.1, "LMServerError 503"), "release": ()}[settle]
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HalfOpen, settle, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(circuit.breaker, settle)(permit, *arguments)
+    getattr(circuit.breaker, settle)(permit, *arguments)
+    snapshot = circuit.breaker.snapshot()
+    assert snapshot.probes_in_flight == 0
+    assert snapshot.state == {"success": "closed", "failure": "open", "release": "half_open"}[settle]
