@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from math import inf
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +20,14 @@ from dspy.utils.exceptions import LMServerError, LMUnexpectedError
 
 from dspy_prod.pipeline import answer as answers
 from dspy_prod.pipeline.drivers import arun, arun_stream, run, run_stream
-from dspy_prod.pipeline.effects import Send, Wait, Warm
+from dspy_prod.pipeline.effects import Send, Wait, Warm, replacing
 from dspy_prod.pipeline.preparing import limit_until
 from dspy_prod.pipeline.upstream.deadline import StalledError
 from dspy_prod.pipeline.upstream.ends import AttemptTimeoutError
 from dspy_prod.pipeline.upstream.headers import note_refusal, refusal_of
 from dspy_prod.pipeline.upstream.upstream import Upstream
 from dspy_prod.testing import ScriptedEngine
+from tests.interrupts import interrupted
 from tests.pipeline.support import answer
 
 REQUEST = Request(model="openai/m", messages=(Message.user("hi"),))
@@ -630,3 +634,30 @@ def test_the_headers_of_a_refusal_that_nobody_heard_are_forgotten(left: str, str
         return refusal_of(ValueError("another"))[0]
 
     assert asyncio.run(scene()) == {}
+
+
+# -- Ctrl-C ----------------------------------------------------------------------------------------------------------
+@BOTH
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("replaced", [False, True], ids=["driven", "replaced"])
+def test_ctrl_c_between_two_effects_ends_the_flow(way: str, streaming: bool, replaced: bool) -> None:
+    """What it led and held stayed so for as long as somebody had the traceback: a notebook keeps that of the last."""
+    kept = []
+
+    def steps() -> Generator[Any, Any, Response]:
+        yield Warm(route, REQUEST, None, inf)
+        yield Wait(None, 0.0)
+        response: Response = yield send(route)
+        return response
+
+    for point in itertools.count():
+        route = route_to(ScriptedEngine(OK))
+        asked = steps()
+        flow = replacing(asked, lambda effect: None) if replaced else asked
+        work = partial(shown, flow, Call(), way) if streaming else partial(perform, flow, way)
+        hit, outcome = interrupted(work, point, "pipeline/drivers.py", "pipeline/effects.py", resumed=False)
+        kept.append(outcome)
+        assert inspect.getgeneratorstate(asked) in (inspect.GEN_CREATED, inspect.GEN_CLOSED), point
+        if not hit:
+            break
+    assert point > 10

@@ -14,6 +14,7 @@ from dspy.utils.exceptions import LMRateLimitError, LMServerError, LMTimeoutErro
 import dspy_prod
 from dspy_prod import Budget, CircuitBreaker, RateLimit, call_context
 from dspy_prod.errors import CircuitOpenError, DeadlineExceededError
+from dspy_prod.pipeline.admission import admission
 from dspy_prod.pipeline.attempt import Attempt
 from dspy_prod.pipeline.effects import Send
 from dspy_prod.pipeline.plan import plan
@@ -272,6 +273,61 @@ def test_a_place_in_line_is_given_back(error: BaseException, meanwhile: bool) ->
     assert lm.pipeline.store.waiting() == 0
 
 
+def test_a_call_that_is_planned_anew_in_line_gives_back_what_it_was_granted_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The day of a budget ended while it waited, and Ctrl-C came just after the grant on the account of the new one."""
+    lm = lm_of(budget=Budget(usd=0.01, per="day", name="all"))
+    under_way(lm)
+    attempt, store = plan(call_of(lm), lm.pipeline.primary, 1), lm.pipeline.store
+    first = _reservation(attempt)
+    assert store.admit(first).state == PENDING
+    steps = admission(attempt)
+    next(steps)
+    advance(lm, 86_400.0)
+    admit = store.admit
+
+    def interrupted(reservation: Any) -> None:
+        assert admit(reservation).state == GRANTED
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "admit", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        steps.send(None)
+    assert _reservation(attempt) is not first
+    assert (store.holds(), store.waiting()) == (2, 0)
+    failed(attempt, caught.value)
+    assert (store.holds(), store.waiting()) == (1, 0)
+
+
+def test_settling_that_was_interrupted_is_gone_through_again() -> None:
+    """Each listener is interrupted as it hears of it; then what is left is done, and nothing twice."""
+    for script in (None, LMServerError("late", status=504), LMRateLimitError("slow down", status=429)):
+        lm = lm_of(breaker=CircuitBreaker(failure_threshold=1))
+        attempt, heard = under_way(lm), []
+
+        def interrupted(event: Any, heard: list[Any] = heard) -> None:
+            heard.append(event.name)
+            raise KeyboardInterrupt
+
+        remove = lm.pipeline.bus.add(interrupted)
+        for _ in range(4):
+            try:
+                if script is None and not heard:
+                    succeeded(attempt, answer(50))
+                failed(attempt, script or KeyboardInterrupt())
+            except KeyboardInterrupt:
+                continue
+        remove()
+        (record,) = records(lm)
+        cost = CENT // 2 if script is None else CENT if isinstance(script, LMServerError) else 0
+        assert (record.cost_nano, spent(lm)) == (cost, (cost, 0))
+        assert len(heard) == len(set(heard))
+        assert attempt.call.records == [record]
+        assert breaker_of(attempt).total_successes == (script is None)
+        assert breaker_of(attempt).total_failures == isinstance(script, LMServerError)
+
+
 # -- late ------------------------------------------------------------------------------------------------------------
 class Late:
     """An attempt that goes on in its worker after nobody waits for it."""
@@ -306,7 +362,7 @@ def test_an_abandoned_attempt_is_settled_when_it_ends(
     late.report(response, failure)
     (record,) = records(lm)
     assert (record.outcome, record.cost_nano, record.estimated) == ("timeout", cost, estimated)
-    assert record.latency == 5.0
+    assert (record.latency, record.error) == (5.0, "LMTimeoutError"), "the error that its caller had"
     assert spent(lm) == (cost, 0)
     assert attempt.call.records == [record]
 
@@ -337,6 +393,11 @@ def test_settling_raises_nothing_of_its_own() -> None:
     finally:
         remove()
     assert [record.outcome for record in records(lm)] == ["error", "ok"]
+
+
+def breaker_of(attempt: Attempt) -> Any:
+    assert attempt.route.breaker is not None
+    return attempt.route.breaker.snapshot()
 
 
 def _reservation(attempt: Attempt) -> Any:
