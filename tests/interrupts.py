@@ -45,6 +45,34 @@ def interrupted(work: Callable[[], Any], point: int, *files: str, resumed: bool 
     return left < 0, outcome
 
 
+def interrupted_at_line(work: Callable[[], Any], point: int, *files: str) -> tuple[bool, Any]:
+    """As `interrupted`, at one of the lines of these files, in the order they are come to: also where no signal is
+    looked for.
+    """
+    left = point
+
+    def line(_: FrameType, event: str, __: Any) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+        return line if left >= 0 else None
+
+    def trace(frame: FrameType, _: str, __: Any) -> Any:
+        return line if left >= 0 and frame.f_code.co_filename.endswith(files) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        outcome = work()
+    except BaseException as error:
+        outcome = error
+    finally:
+        sys.settrace(before)
+    return left < 0, outcome
+
+
 def _has_begun(frame: FrameType) -> bool:
     """Whether a generator's frame goes on, rather than begins."""
     code = frame.f_code

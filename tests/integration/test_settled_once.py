@@ -23,7 +23,7 @@ from tests.compose.support import CENT, MODEL, down, over
 from tests.e2e.support import request as asked
 from tests.e2e.support import until
 from tests.integration.support import breaker
-from tests.interrupts import interrupted
+from tests.interrupts import interrupted, interrupted_at_line
 from tests.pipeline.support import answer, call_of
 from tests.stores.redis.servers import started_valkey
 
@@ -64,7 +64,7 @@ def make(store: str) -> Iterator[Callable[..., Any]]:
         "namespace": f"once-{next(NUMBERS)}",
         "budget": Budget(usd=1000, name="all"),
         "limit": RateLimit(concurrency=1),
-        "breaker": CircuitBreaker(failure_threshold=10**6),
+        "breaker": CircuitBreaker(failure_threshold=10**6, failure_rate=None),
     }
 
     def make(script: Any, **policies: Any) -> Any:
@@ -159,7 +159,27 @@ def test_ctrl_c_at_any_point_leaves_nothing_held(make: Callable[..., Any], way: 
         if not hit or len(wrong) > 3:
             break
     assert wrong == []
-    assert point > 50
+    assert point > 80
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_interrupt_at_any_line_of_settling_leaves_nothing_held(
+    make: Callable[..., Any], way: Any, script: str
+) -> None:
+    """Settling depends on no two lines being done together."""
+    lm = make(SCRIPTS[script], limit=RateLimit(concurrency=1, adaptive=False))
+    run = Run("it", usd=1e6, calls=10**9, store=lm.pipeline.store.url, namespace=lm.pipeline.store.namespace)
+    books, wrong = Books(lm, run), []
+    for point in itertools.count():
+        with call_context(run=run, deadline=10):
+            hit, _ = interrupted_at_line(lambda: way(lm), point, "pipeline/settling.py", "pipeline/taken.py")
+        if told := books.balance():
+            wrong.append(f"{point}: {told}")
+        if not hit or len(wrong) > 3:
+            break
+    assert wrong == []
+    assert point > 30
 
 
 class Seat:
