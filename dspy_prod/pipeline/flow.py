@@ -45,6 +45,7 @@ from dspy_prod.pipeline.running import go_on, stoppable, taking
 from dspy_prod.pipeline.settling import failed, succeeded
 from dspy_prod.policies.retry import Attempts
 from dspy_prod.policies.singleflight import ANSWERED, FAILED, LOOK, WAITING, Follower, home
+from dspy_prod.runtime.reaper import REAPER
 from dspy_prod.stores.base import GRANTED
 
 Effect: TypeAlias = "Send | Wait | Warm"
