@@ -6,8 +6,9 @@ import time
 from types import TracebackType
 from typing import Any
 
+from dspy_prod.compat.dspy import InForce
 from dspy_prod.context.assignments import Assignment
-from dspy_prod.context.current import CallContext, assigned, use
+from dspy_prod.context.current import CallContext, assigned, begin
 from dspy_prod.experiments.flights import Flight, Flights
 from dspy_prod.experiments.shadow import OURS, Answered, list_nano
 from dspy_prod.experiments.variants import Variant
@@ -38,7 +39,7 @@ class Turn:
     __slots__ = (
         "_made",
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
-        *("_flight", "_flights", "_here", "_refused", "_report", "_told", "_until"),
+        *("_flight", "_flights", "_here", "_inner", "_refused", "_report", "_told", "_until"),
         *("over", "prediction", "unpriced", "variant"),
     )
 
@@ -55,7 +56,8 @@ class Turn:
         self._place, self._trials = place, trials
         self._records = Records(outer.records)
         inner = outer if place is None else assigned(outer, place)
-        self._scope = use(inner._replace(records=self._records))
+        self._inner = inner._replace(records=self._records)
+        self._scope: InForce | None = None
         self._fell_back = self._failed = self._ended = self._refused = False
         self._at = 0.0 if trials is None else trials.now()
         self._began = time.monotonic()
@@ -76,7 +78,7 @@ class Turn:
         self._here.begin()
         if self._flights is not None and self._flight is not None:
             self._flights.begin(self._flight)
-        self._scope.__enter__()
+        self._scope = begin(self._inner)
         return self
 
     def answered(self, result: Any) -> Any:
@@ -100,13 +102,12 @@ class Turn:
         self._refused = self._refused and not self._records.has_hung(error, self._report)  # sent: it has failed
         self._until = time.monotonic()
         self._here.end()
-        try:
-            self._scope.__exit__(kind, error, traceback)
-        finally:
-            if self._ended:
-                self.end()
-            else:  # perhaps inside the garbage collector, on a thread that has a lock which this takes
-                REAPER.post(self.end)
+        if self._scope is not None:
+            self._scope.end()
+        if self._ended:
+            self.end()
+        else:  # perhaps inside the garbage collector, on a thread that has a lock which this takes
+            REAPER.post(self.end)
 
     def end(self) -> None:
         """Say what the call was, and that it is over. Whoever calls it again does what an interruption, which may come

@@ -14,6 +14,7 @@ import dspy
 import pytest
 
 import dspy_prod
+from dspy_prod.context.current import EMPTY, current
 from dspy_prod.experiments import turn
 from dspy_prod.runtime.reaper import REAPER, Reaper
 from dspy_prod.stores.durable import posting
@@ -177,6 +178,7 @@ def test_wherever_ctrl_c_comes_the_call_is_told_once_and_is_over(way: str, monke
                 pass
         assert REAPER.flush(10)
         assert not experiment._works.flights._flights, came
+        assert current() == EMPTY, came  # what was cut off put its caller's conditions in force, when it was collected
         if came and came[0][0] != "__init__":  # nothing of it had begun
             assert told[before:] == [unit], came
         if not came:
