@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -30,14 +31,28 @@ _TURN: Final = 0.01
 """Seconds after which other tasks, and timers, have their turn."""
 
 
+_BARE: Final = ("prompt_eval_count", "eval_count")
+"""Ollama's counters, which stand in no object of their own."""
+
+_COUNTERS: Final = (
+    "prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "cache_read_input_tokens",
+    "reasoning_tokens", "cache_creation_input_tokens", "promptTokenCount", "candidatesTokenCount",
+    "thoughtsTokenCount", "cachedContentTokenCount", "inputTokens", "outputTokens", "cacheReadInputTokens",
+    "cacheWriteInputTokens", *_BARE,
+)  # fmt: skip
+
 _ODD: Final = re.compile(
-    rb'"(?:prompt_tokens|completion_tokens|input_tokens|output_tokens|cache_read_input_tokens|reasoning_tokens|'
-    rb"cache_creation_input_tokens|promptTokenCount|candidatesTokenCount|thoughtsTokenCount|cachedContentTokenCount|"
-    rb'inputTokens|outputTokens|cacheReadInputTokens|cacheWriteInputTokens|prompt_eval_count|eval_count)"'
+    rb'"(?:' + "|".join(_COUNTERS).encode() + rb')"'
     rb'\s{0,9}:\s{0,9}(?:true|false|"|-|\d+\.0*[1-9]|\d+(?:\.\d+)?[eE])'
 )
 """A counter of tokens that is no whole number: LiteLLM takes `true` for one token, and 11.5 for eleven. What a text in
 the answer quotes has a backslash before each mark."""
+
+_HOLDERS: Final = re.compile("usage|tokens|meta|metrics|billed", re.IGNORECASE)
+"""Names of the objects that counters stand in. Elsewhere in a stream nobody takes them for the usage."""
+
+_LONGEST_LINE: Final = 1 << 20
+"""Bytes of a line, as it arrives, that are kept to be looked at."""
 
 _REASON: Final = re.compile(
     rb'"(?:finish_reason|stop_reason|finishReason|stopReason|blockReason)"\s{0,9}:\s{0,9}"([^"\\]{1,64})"'
@@ -85,6 +100,7 @@ class _Bounded(_Decoder):
         self._until = stay.until + bounds.LATE
         self._stay = stay
         self._last = b""
+        self._line: bytes | None = b"" if "text/event-stream" in content_type.lower() else None
 
     def decode(self, data: bytes) -> bytes:
         if time.monotonic() > self._until:
@@ -99,11 +115,30 @@ class _Bounded(_Decoder):
         return data
 
     def flush(self) -> bytes:
-        return self._plain(b"", at_end=True)
+        data = self._plain(b"", at_end=True)
+        if self._status < 300 and self._line is not None:
+            self._count(data + b"\n")
+        return data
+
+    def _count(self, data: bytes) -> None:
+        """Look for odd counters: in the lines of a stream only where they count."""
+        if self._stay.odd:
+            return
+        if self._line is None:
+            self._stay.odd = _ODD.search(self._last + data) is not None
+            return
+        *lines, self._line = (self._line + data).splitlines(keepends=True) or [b""]
+        if self._line.endswith((b"\n", b"\r")):
+            lines.append(self._line)
+            self._line = b""
+        if len(self._line) > _LONGEST_LINE:
+            lines.append(self._line)
+            self._line = self._line[-_OVERLAP:]
+        self._stay.odd = any(_ODD.search(line) and _counts_oddly(line) for line in lines)
 
     def _hear(self, data: bytes) -> None:
         heard = self._last + data
-        self._stay.odd = self._stay.odd or _ODD.search(heard) is not None
+        self._count(data)
         for found in _PARTS.finditer(heard):
             self._stay.uncounted = found[0] == b'"content_block_delta"'
         for found in _REASON.finditer(heard):
@@ -132,6 +167,34 @@ class _Bounded(_Decoder):
             if made > bounds.EXPANDED:
                 raise bounds.BodyTooLongError(self._status)
         return b"".join(parts)
+
+
+def _counts_oddly(line: bytes) -> bool:
+    """Whether a counter in a line of a stream is no whole number; also where nobody can tell."""
+    try:
+        return _is_odd(json.loads(line.partition(b":")[2], parse_float=_whole), False)
+    except (ValueError, RecursionError):
+        return True
+
+
+def _whole(number: str) -> int | str:
+    """11.0 is eleven; 11.5 and 1e3 are no whole numbers to whoever counts tokens."""
+    whole, _, rest = number.partition(".")
+    return number if rest.strip("0") or "e" in number.lower() else int(whole)
+
+
+def _is_odd(said: Any, counts: bool) -> bool:
+    if isinstance(said, list):
+        return any(_is_odd(each, counts) for each in said)
+    if not isinstance(said, dict):
+        return False
+    for name, value in said.items():
+        if isinstance(value, (dict, list)):
+            if _is_odd(value, counts or _HOLDERS.search(name) is not None):
+                return True
+        elif value is not None and name in (_COUNTERS if counts else _BARE) and (type(value) is not int or value < 0):
+            return True
+    return False
 
 
 _CODINGS = {"GZipDecoder": "gzip", "DeflateDecoder": "deflate"}

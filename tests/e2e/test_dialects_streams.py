@@ -149,6 +149,32 @@ def test_what_is_no_whole_number_is_no_count_in_a_stream(server: Server, way: st
             lm.close()
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["lm15", "litellm"])
+@pytest.mark.parametrize("dialect", ["gemini", "anthropic", "groq"])
+def test_what_is_called_a_counter_elsewhere_in_a_stream_says_nothing_against_its_usage(
+    server: Server, dialect: str, engine: str, way: str
+) -> None:
+    """The bound was charged of a stream that LiteLLM read, though the usage had been told where it belongs."""
+    server.kind = "text/event-stream"
+    whole = {
+        "gemini": [piece(), piece("STOP")],
+        "anthropic": message(),
+        "groq": lines(START + chunk({"content": "hello"}) + END + USAGE + DONE),
+    }[dialect]
+    for stray in ('"prompt_tokens":true', '"output_tokens":"7"', '"promptTokenCount":1.5', '"input_tokens":-1'):
+        for place in (0, 1):
+            events = [*whole]
+            events[place] = "{" + stray + "," + events[place][1:]
+            server.body = written(events)
+            lm = lm_at(server.url, dialect, engine)
+            seen, said = streamed(lm, way)
+            assert (seen[-1], said) == ("end", None), events
+            [record] = records(lm)
+            assert (record.cost_nano, record.estimated) == (TOLD, False), events
+            lm.close()
+
+
 OUTPUT = {"output_tokens": 7}
 BEGUN: dict[str, Any] = {"input_tokens": 11, "cache_read_input_tokens": 1_000, "cache_creation_input_tokens": 500}
 
