@@ -70,8 +70,12 @@ def _install() -> None:
             stay = _STAYS.get()
             if stay is None or stay.over:
                 return bool(found.fget(self))
-            bound(self, stay if stay.hears(self) else Stay(stay.until))
-            return bool(found.fget(self)) and not _leaves(self)
+            own = stay.hears(self)
+            bound(self, stay if own else Stay(stay.until))
+            follows = bool(found.fget(self)) and not _leaves(self)
+            if follows and own:
+                stay.left = False  # who sends on has worked for nobody; the request is to go out once more
+            return follows
 
         httpx.Response.has_redirect_location = property(has_redirect_location)  # type: ignore[assignment,method-assign]
         httpx.Client.send = _telling(httpx.Client.send)  # type: ignore[method-assign]
