@@ -29,6 +29,12 @@ PREDICT_HIT: Final = 0.75
 """The same through a `Predict`."""
 THROUGHPUT: Final = {MEMORY: 0.90, SQLITE: 0.75}
 """Calls a second of 64 callers by those of bare DSPy at least."""
+SLOWEST: Final = {MEMORY: 1.5}
+"""CPU of the slowest call in a thousand by bare DSPy's at most."""
+HTTP_TAIL: Final = 1.2
+"""p99 of calls over HTTP, 128 at once, by bare DSPy's at most."""
+CROWDED: Final = 8_000.0
+"""Calls a second of four processes on one file with 16 callers in each at least."""
 PAIRS: Final = {"one process, 256 in flight": 20_000.0, "one process, one thread, one by one": 10_000.0}
 """Durable admissions and settlements a second at least, on SQLite."""
 TRACKED_US: Final = 200.0
@@ -120,6 +126,9 @@ def _own(figures: Figures) -> Iterator[Bar]:
             for kind, words in (("off", "cache off"), ("miss", "a miss")):
                 what = f"CPU added per call, {words}, {name}"
                 yield Bar(what, overhead[f"{name}_{kind}_us"], ADDED_US[kind][store], " µs")
+        if (slowest := figures.get("slowest")) and store in SLOWEST:
+            by = slowest[f"{name}_us"] / slowest["bare_us"]
+            yield Bar(f"CPU of the slowest call in a thousand by bare DSPy's, {name}", by, SLOWEST[store], " ×")
         for part, words, bar in (
             ("cache_hit", "cache hit by DSPy's", HIT), ("cache_hit_predict", "cache hit through Predict", PREDICT_HIT),
         ):  # fmt: skip
@@ -129,6 +138,12 @@ def _own(figures: Figures) -> Iterator[Bar]:
             for kind in ("threads", "tasks"):
                 what = f"calls/s of 64 {kind} by bare DSPy's, {name}"
                 yield Bar(what, rate[f"{kind}_{name}"], THROUGHPUT[store], " ×", least=True)
+        if tail := figures.get("http"):
+            yield Bar(f"p99 over HTTP by bare DSPy's, {name}", tail[name], HTTP_TAIL, " ×")
+    if rates := figures.get("processes"):
+        by = rates["4 x 1"] / rates["1 x 1"]
+        yield Bar("calls/s of four processes by one, one caller in each", by, 1.0, " ×", least=True)
+        yield Bar("calls/s of four processes, 16 callers in each", rates["4 x 16"], CROWDED, "/s", least=True)
     yield from _ledger(figures.get("ledger", {}))
     if traced := figures.get("tracking"):
         yield Bar("CPU that tracking adds to a Predict", traced["lean_us"], TRACKED_US, " µs")

@@ -33,7 +33,7 @@ GOOD: dict[str, Any] = {
         for name, value in (("bare_per_s", 2_000.0), ("memory", 1.0), ("sqlite", 0.9))
     },
     "http": {"memory": 0.9, "sqlite": 0.9, "bare_p50_ms": 100.0, "bare_p99_ms": 300.0},
-    "processes": {"4 x 1": 7_000.0},
+    "processes": {"1 x 1": 6_000.0, "4 x 1": 7_000.0, "1 x 16": 5_000.0, "4 x 16": 9_000.0},
     "ledger": {
         "one process, 256 in flight": 21_000.0,
         "one process, 16 threads": 15_000.0,
@@ -111,6 +111,10 @@ def test_good_figures_miss_nothing() -> None:
             "CPU added per call, cache off, memory: 13.3 µs; it must be at most 12 µs",
         ),
         (("overhead", "sqlite_miss_us"), 67.0, "a miss, sqlite: 67 µs"),
+        (("slowest", "memory_us"), 830.0, "CPU of the slowest call in a thousand by bare DSPy's, memory: 1.66 ×"),
+        (("http", "sqlite"), 1.35, "p99 over HTTP by bare DSPy's, sqlite: 1.35 ×; it must be at most 1.2 ×"),
+        (("processes", "4 x 1"), 5_300.0, "calls/s of four processes by one, one caller in each: 0.8833 ×"),
+        (("processes", "4 x 16"), 7_100.0, "calls/s of four processes, 16 callers in each: 7,100/s"),
         (("cache_hit", "sqlite"), 0.45, "cache hit by DSPy's, sqlite: 0.45 ×"),
         (("cache_hit_predict", "memory"), 0.83, "at most 0.75 × (0.825 with the tolerance of 10%)"),
         (("throughput", "tasks_sqlite"), 0.67, "calls/s of 64 tasks by bare DSPy's, sqlite"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
+from functools import partial
 from math import inf
 from typing import Any, Final
 
@@ -142,10 +143,10 @@ def leaves(store: Store, reservation: Reservation) -> Callable[[], None]:
 
     A busy machine, or connections that take long to open, would else bunch calls up.
     """
+    return partial(_left, store, reservation)
 
-    def leaving() -> None:
-        now = store.now()
-        if now - reservation.granted_at > LATE:
-            store.sent_late(reservation, now)
 
-    return leaving
+def _left(store: Store, reservation: Reservation) -> None:
+    now = store.now()
+    if now - reservation.granted_at > LATE:
+        store.sent_late(reservation, now)

@@ -76,11 +76,7 @@ def _flow(call: Call) -> Flow:
     flights = pipeline.flights
     flight = flight_of(key, call.context.guards)
     caller = Follower(home(), call)  # before it joins: wherever this is cut off, it says who leads or follows no more
-
-    def leave() -> None:
-        flights.hand_over(flight, caller)
-
-    return (yield from if_cut_off(_together(call, key, flight, caller), leave))
+    return (yield from if_cut_off(_together(call, key, flight, caller), partial(flights.hand_over, flight, caller)))
 
 
 def _together(call: Call, key: bytes, flight: Hashable, caller: Follower) -> Flow:

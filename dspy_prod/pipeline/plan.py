@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any, Final
 
@@ -191,7 +192,7 @@ def worst(attempt: Attempt) -> int | None:
 
 
 def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], limited: bool) -> Reservation:
-    call, route, number, bound = attempt.call, attempt.route, attempt.number, attempt.bound
+    call, route, bound = attempt.call, attempt.route, attempt.bound
     pipeline = call.pipeline
     context = call.context
     limit = route.limit
@@ -199,18 +200,21 @@ def _reservation(attempt: Attempt, tokens: int, accounts: tuple[Account, ...], l
     if attempt.patience != inf:
         horizon = min(horizon, pipeline.store.now() + attempt.patience)
     id = IDS.make()
-
-    def stub() -> CallRecord:
-        return call.record(
-            route, id, number, "abandoned", bound, pipeline.clock.time(), estimated=True,
-            accounts=tuple([account.key for account in accounts]),
-        )  # fmt: skip
-
     fair = "" if limit.fair_by is None or context.aside else (getattr(context, limit.fair_by) or "")
     key, settings = (route.limit_key, limit) if limited else (None, None)
     return Reservation(
         id, key, settings, tokens, accounts, bound or 0, PRIORITIES[context.priority], fair, horizon, lease,
-        stub if accounts else None,
+        partial(_stub, call, route, id, attempt.number, bound, accounts) if accounts else None,
+    )  # fmt: skip
+
+
+def _stub(
+    call: Call, route: Route, id: str, number: int, bound: int | None, accounts: tuple[Account, ...]
+) -> CallRecord:
+    """The record of an attempt that nobody settles."""
+    return call.record(
+        route, id, number, "abandoned", bound, call.pipeline.clock.time(), estimated=True,
+        accounts=tuple([account.key for account in accounts]),
     )  # fmt: skip
 
 
