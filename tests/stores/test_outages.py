@@ -16,6 +16,7 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.base import REFUSED
 from dspy_prod.stores.durable import failing
 from dspy_prod.stores.durable.operations import Look
+from dspy_prod.stores.durable.tables import DoubtError
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.durable.writer import MAX_BATCH
 from dspy_prod.stores.redis.store import RedisStore
@@ -221,6 +222,71 @@ def test_a_store_goes_on_after_what_can_never_be_written(store: Any) -> None:
     granted(store, ask(accounts=("another",)))
     assert store.flush(5)
     assert writer._alone == 0
+
+
+def test_a_store_goes_on_after_answers_are_missing_as_it_does_one_by_one_what_failed_together(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who had given up looking was still counted among those: it took nothing any more, and could not be closed."""
+    writer, look = store._writer, Look()
+    usual_write, usual_commit = writer.tables.write, writer.tables.commit
+    left = ["unfit", "missing", "missing"]
+
+    def write(core: Any, now: float) -> Any:
+        if left[:1] == ["unfit"] and any(subject is look for _, subject, _ in writer._doing):
+            left.pop(0)
+            raise ValueError("one odd thing")
+        return usual_write(core, now)
+
+    def commit() -> None:
+        if left[:1] == ["missing"]:
+            left.pop(0)
+            raise DoubtError("no answer")
+        usual_commit()
+
+    monkeypatch.setattr(writer.tables, "write", write)
+    monkeypatch.setattr(writer.tables, "commit", commit)
+    with writer.io:
+        store.append(record(cost_nano=1))
+        until(lambda: writer.inbox.qsize() == 0)
+        post(store, 2)
+        look.given_up = True
+        store._mailbox.post((Transactions.flush, look, None))
+    until(lambda: not left and store.problems == {} and not writer._kept)
+    store.append(record("later"))
+    assert store.flush(5)
+    assert {"r00000", "r00001", "later"} <= {each.id for each in store.records()}
+    assert writer._alone == 0
+
+
+def test_a_store_goes_on_after_an_error_of_its_own_as_it_puts_back_what_failed_together(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be done one by one is not kept then, and was waited for."""
+    writer, usual = store._writer, store._writer.tables.write
+    failed, odd = threading.Event(), threading.Event()
+
+    def write(core: Any, now: float) -> Any:
+        if len(writer._doing) > 1 and not failed.is_set():
+            failed.set()
+            raise ValueError("one odd thing")
+        return usual(core, now)
+
+    def put_back(operations: Any) -> None:
+        odd.set()
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(writer.tables, "write", write)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_put_back", put_back)
+        with writer.io:
+            store.append(record(cost_nano=1))
+            until(lambda: writer.inbox.qsize() == 0)
+            post(store, 2)
+        assert odd.wait(5)
+    store.append(record("later"))
+    assert store.flush(5)
+    assert "later" in {each.id for each in store.records()}
 
 
 def test_what_is_gathered_while_too_much_waits_is_written_and_so_is_what_comes_later(

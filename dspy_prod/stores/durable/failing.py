@@ -117,15 +117,14 @@ class Failing(ABC):
         rest, self._kept = self._kept, deque()
         self._refuse_or_keep(operations)
         self._kept.extend(rest)
-        if self.outage is not None:
-            self._let_go()
-        self._alone = min(self._alone, len(self._kept))  # some of them are told, and not kept
+        self._let_go(self.outage is not None)
 
-    def _let_go(self) -> None:
-        """Tell those who wait for something that is kept."""
-        if any(kind in _AWAITED for kind, _, _ in self._kept):
+    def _let_go(self, waiting: bool = True) -> None:
+        """Tell those who wait for something that is kept, if there may be any."""
+        if waiting and any(kind in _AWAITED for kind, _, _ in self._kept):
             kept, self._kept = self._kept, deque()
             self._refuse_or_keep(kept)
+        self._alone = min(self._alone, len(self._kept))  # some of them are told, and not kept
 
     def _degraded(self, text: str, wait: bool = True) -> Refusal:
         """From now on nothing can be written; told when it is news."""
