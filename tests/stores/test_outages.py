@@ -16,11 +16,13 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.base import REFUSED
 from dspy_prod.stores.durable import failing
 from dspy_prod.stores.durable.operations import Look
+from dspy_prod.stores.durable.served import Kind
 from dspy_prod.stores.durable.tables import DoubtError
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.durable.writer import MAX_BATCH
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
+from tests.interrupts import interrupted, interrupted_at_line
 from tests.stores.support import Problems, ask, decided, granted, record, until
 from tests.stores.trial_support import expose, made
 
@@ -339,16 +341,42 @@ def test_what_is_gathered_goes_on_after_some_of_it_that_can_never_be_written(
 def test_who_is_interrupted_as_he_posts_keeps_nobody_else_from_it(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made(store)
 
-    def interrupted(_: Any) -> bool:
+    def cut_off(_: Any) -> bool:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store._mailbox, "post", interrupted)
+        patched.setattr(store._mailbox, "post", cut_off)
         with pytest.raises(KeyboardInterrupt):
             expose(store, "u")
     expose(store, "later")
     assert store.flush(10)
     assert [store.trials.seen("e", unit) for unit in ("u", "later")] == ["control"] * 2
+
+
+def test_wherever_ctrl_c_comes_as_something_is_posted_nobody_else_is_kept_from_it(store: Any) -> None:
+    """As its batch was made, nothing was ever written again: all that came later counted on a batch that there was."""
+    made(store)
+    for point in range(99):
+        came, _ = interrupted(lambda: expose(store, "u"), point, "durable/posting.py")
+        expose(store, f"u{point}")
+        assert store.flush(10)
+        assert store.trials.seen("e", f"u{point}") == "control", point
+        if not came:
+            break
+    assert 5 < point < 98
+
+
+def test_wherever_ctrl_c_comes_as_a_cached_answer_is_noted_later_ones_are(store: Any) -> None:
+    kind, at = Kind(record("like", cached=True), store._mailbox), 0.0
+    for point in range(99):
+        came, _ = interrupted_at_line(lambda: kind.served(0.0), point, "durable/served.py", "durable/inbox.py")
+        at += 1.0
+        kind.served(at)
+        assert store.flush(10)
+        assert at in {each.started_at for each in store.records()}, point
+        if not came:
+            break
+    assert 5 < point < 98
 
 
 def full(store: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:

@@ -79,9 +79,9 @@ class Posting(Generic[T]):
             self._slow_down()
 
     def _list(self) -> None:
-        self._listed = True
         batch = _Batch(self)
         try:
+            self._listed = True
             posted = self._mailbox.post((Transactions.note, batch.write, batch))
         except BaseException:  # interrupted: perhaps there is none
             self._listed = False
