@@ -165,8 +165,9 @@ class RedisClaims:
         if len(self._ended) + self._ending < MOST:  # else it ends with its lease
             self._ended.append((self._key(key).decode(), claim.flight.decode(), int(verdict)))
         if not self._noted:
-            self._noted, note = True, _Note(self)
+            note = _Note(self)
             try:
+                self._noted = True
                 self._mailbox.post((Transactions.note, note.write, note))
                 self._mailbox.post((Transactions.nudge, None, None))
             except BaseException:  # interrupted: perhaps there is none
