@@ -481,17 +481,55 @@ def test_who_waits_for_what_is_gathered_is_not_told_before_it_is_written(
     assert store.trials.seen("e", "u") == "control"
 
 
-def test_what_is_gathered_and_fails_untried_again_and_again_is_given_up(
-    store: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def untried(store: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """So often something fails before what is gathered."""
+    core, left = store._writer._transactions.core, [0.0]
+    tick = core.tick
+
+    def unfit(now: float) -> None:
+        if left[0] > 0 and any(kind is Transactions.note for kind, _, _ in store._writer._doing):
+            left[0] -= 1
+            raise ValueError("no such thing")
+        tick(now)
+
+    monkeypatch.setattr(core, "tick", unfit)
+    return left
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_what_is_gathered_waits_while_something_fails_before_it(
+    store: Any, untried: list[float], problems: Problems, monkeypatch: pytest.MonkeyPatch, tried: bool
 ) -> None:
-    """Else its store never closes."""
+    """All that waited was given up at the second time, where records wait; or at the first, if it had been tried."""
     made(store)
     assert store.flush(10)
-
-    def unfit(_: float) -> None:
-        if any(kind is Transactions.note for kind, _, _ in store._writer._doing):
-            raise ValueError("no such thing")
-
-    monkeypatch.setattr(store._writer._transactions.core, "tick", unfit)
+    with monkeypatch.context() as patched:
+        failed = full(store, patched)
+        if tried:
+            expose(store, "u")
+            assert failed.wait(5)
+        with store._writer.io:
+            untried[0] = 4
     expose(store, "u")
-    until(lambda: store.trials._post.dropped == 1, 5)
+    until(lambda: untried[0] == 0, 10)
+    until(lambda: store.flush(1), 10)
+    assert store.trials.seen("e", "u") == "control"
+    assert store.trials._post.dropped == 0
+    assert "operation_dropped" not in [name for name, _ in problems]
+
+
+def test_what_is_gathered_and_fails_untried_for_good_is_told_as_lost_when_the_store_closes(
+    store: Any, untried: list[float], problems: Problems
+) -> None:
+    made(store)
+    assert store.flush(10)
+    untried[0] = inf
+    expose(store, "u")
+    until(lambda: store.problems.get("kept") == 1, 10)
+    closing = threading.Thread(target=store.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert store.trials._post.dropped == 1
+    assert [details["dropped"] for name, details in problems if name == "operation_dropped"] == [1]

@@ -237,7 +237,7 @@ class Failing(ABC):
             self._alone = len(operations)
             return
         operation = operations.pop(error.index)
-        if error.index < 0 and self._once_more(operation):
+        if error.index < 0 and self._once_more(operation, error.untried):
             self._alone += 1
             operations.append(operation)  # before those who wait for what is in it
             return
@@ -255,11 +255,11 @@ class Failing(ABC):
         elif kind in _SETTLING and subject.record is not None:
             operations.insert(error.index, (kind, subject._replace(record=None), detail))
 
-    def _once_more(self, operation: Operation) -> bool:
+    def _once_more(self, operation: Operation, untried: bool) -> bool:
         """Whether what failed alone is tried again, because what failed was perhaps not the operation."""
         kind, _, fate = operation
-        if kind is Transactions.note and fate is not None:
-            return bool(fate.again())
+        if kind is Transactions.note and fate is not None and not untried:
+            return False
         again, self._suspect = operation is not self._suspect, operation
         return again
 

@@ -144,7 +144,6 @@ class _Batch(Generic[T]):
         self.things: list[T] | None = None
         self.number = 0
         self._posting = posting
-        self._again = False
 
     def write(self, tables: Any, now: float) -> None:
         self._posting.write(tables, self, now)
@@ -152,11 +151,6 @@ class _Batch(Generic[T]):
     def written(self) -> None:
         things, self.things = self.things or [], []
         self._posting.written(len(things))
-
-    def again(self) -> bool:
-        """Once, where it was not even tried."""
-        first, self._again = self.things is None and not self._again, True
-        return first
 
     def lost(self, why: str) -> int:
         things, self.things = self._posting.take() if self.things is None else self.things, []
