@@ -19,7 +19,7 @@ from dspy_prod.production.reasons import reason_of
 from dspy_prod.production.report import CallReport, report_of
 from dspy_prod.records import NANO
 from dspy_prod.runtime.reaper import REAPER
-from dspy_prod.stores.trials import Call, Trials
+from dspy_prod.stores.trials import Call, Once, Trials
 
 
 class Turn:
@@ -39,7 +39,7 @@ class Turn:
     __slots__ = (
         "_made",
         *("_at", "_began", "_ended", "_failed", "_fell_back", "_place", "_records", "_scope", "_trace", "_trials"),
-        *("_flight", "_flights", "_here", "_inner", "_refused", "_report", "_told", "_until"),
+        *("_call", "_flight", "_flights", "_here", "_inner", "_refused", "_report", "_told", "_until"),
         *("over", "prediction", "unpriced", "variant"),
     )
 
@@ -68,6 +68,7 @@ class Turn:
             self._flight = flights.flight(place.unit, outer.deadline)
         self._here = Here()
         self._told = self.over = False
+        self._call: Call | None = None
         self._trace = outer.trace_id
         self._report: CallReport | None = None
         self.prediction: Any = None
@@ -116,8 +117,8 @@ class Turn:
             return
         try:
             if self._trials is not None and self._place is not None and not self._told:
-                call = self._call(self._place)
-                self._told = self._trials.call(call) is None  # type: ignore[func-returns-value]  # nothing comes between
+                self._call = self._call or self._was(self._place)
+                self._told = self._trials.call(self._call) is None  # type: ignore[func-returns-value]  # nothing comes between
         finally:
             if self._flights is not None and self._flight is not None:
                 self._flights.end(self._flight)
@@ -156,7 +157,7 @@ class Turn:
         """Whether it raised, or was abandoned."""
         return self._failed or not self._ended
 
-    def _call(self, place: Assignment) -> Call:
+    def _was(self, place: Assignment) -> Call:
         """What the call was, whether it ended or was abandoned, as a stream that nobody reads to its end."""
         assert place.unit is not None
         cached = any(each.cached for each in self._records)
@@ -164,5 +165,5 @@ class Turn:
         latency = None if cached else until - self._began  # clocks are set now and then
         return Call(
             place.experiment, place.unit, self._at, self._failed, self._fell_back, self._nano, latency,
-            place.variant, not self._ended, self._made,
+            place.variant, not self._ended, self._made, Once(),
         )  # fmt: skip

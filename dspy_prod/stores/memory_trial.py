@@ -139,7 +139,26 @@ class MemoryTrial:
         number, window = self.numbers.get(call.unit), self.trial.windows.get(None)
         if number is None or window is None:
             return
-        unit, read = self.units[number - 1], self.read.get(None, 0)
+        unit = self.units[number - 1]
+        if call.once is None:
+            self._call(call, number, unit, window)
+            return
+        if call.once.taken:
+            return
+        counted = self.late, self.repeated, self.unpriced, unit.calls, unit.first_call
+        endings = self.endings
+        try:
+            self.endings = dict(endings)
+            self._call(call, number, unit, window)
+            call.once.taken = True
+        except BaseException:  # interrupted: it is posted again
+            if not call.once.taken:
+                self.late, self.repeated, self.unpriced, unit.calls, unit.first_call = counted
+                self.endings = endings
+            raise
+
+    def _call(self, call: Call, number: int, unit: Unit, window: float) -> None:
+        read = self.read.get(None, 0)
         if call.arm is not None:
             _, *sums = self.endings.get(call.arm, Ended(call.arm))
             ends = 1, call.failed, call.fell_back, call.abandoned

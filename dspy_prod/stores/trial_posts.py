@@ -35,6 +35,18 @@ class Exposure(NamedTuple):
     made: float | None = None
 
 
+class Once:
+    """Whether a store has taken what was posted. Who was interrupted as he posted it does not know, and posts it again.
+
+    Both come from one process, and nothing else is remembered of it.
+    """
+
+    __slots__ = ("taken",)
+
+    def __init__(self) -> None:
+        self.taken = False
+
+
 class Call(NamedTuple):
     """One call of the program for a unit, as a guardrail sees it.
 
@@ -47,6 +59,7 @@ class Call(NamedTuple):
         arm: what answered; a call of another arm than the unit's first one is none of its. None: of that arm.
         abandoned: whoever called left before it had ended.
         made: as of `Exposure`.
+        once: however often it is posted with this, it is counted once. None: each time.
     """
 
     trial: str
@@ -59,6 +72,7 @@ class Call(NamedTuple):
     arm: str | None = None
     abandoned: bool = False
     made: float | None = None
+    once: Once | None = None
 
 
 class Outcome(NamedTuple):
@@ -97,3 +111,19 @@ class Underway(NamedTuple):
     at: float
     seconds: float = GRACE
     made: float | None = None
+
+
+Thing = Exposure | Call | Outcome | Underway
+"""What is posted."""
+
+
+def taken(things: list[Thing]) -> list[Thing]:
+    """Those that were not taken before; from now on all of them are. For one thread, which nobody interrupts."""
+    found = []
+    for thing in things:
+        if type(thing) is Call and isinstance(thing.once, Once):
+            if thing.once.taken:
+                continue
+            thing.once.taken = True
+        found.append(thing)
+    return found

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Once, Outcome, Underway
 from dspy_prod.stores.trial_terms import (
     CREATED,
     DECIDED,
@@ -54,6 +54,7 @@ __all__ = [
     "Exposure",
     "Lease",
     "Matured",
+    "Once",
     "Outcome",
     "Progress",
     "Tally",
@@ -121,7 +122,8 @@ class Trials(Protocol):
         ...
 
     def call(self, call: Call) -> None:
-        """A unit's call has ended. Posted, once for each call, after the exposure."""
+        """A unit's call has ended. Posted, after the exposure, once for each call; who is interrupted as he posts it
+        posts the same again, with the same `Call.once`."""
         ...
 
     def outcome(self, outcome: Outcome) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -21,6 +23,8 @@ from dspy_prod.stores.durable import posting
 from dspy_prod.stores.memory import MemoryStore
 from dspy_prod.stores.trials import Ended
 from tests.integration.support import Caller
+from tests.interrupts import interrupted
+from tests.stores.redis.servers import started_valkey
 from tests.stores.support import until
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -187,6 +191,52 @@ def test_wherever_ctrl_c_comes_the_call_is_told_once_and_is_over(way: str, monke
     assert told[-1] == unit, "it was not interrupted any more"
 
 
+POSTING = (
+    *("turn.py", "calling.py", "exposing.py", "flights.py", "trials.py", "memory_trials.py", "memory_trial.py"),
+    *("posting.py", "mailbox.py", "inbox.py"),
+)
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[str]:
+    server = started_valkey()
+    yield f"redis://127.0.0.1:{server.port}/0"
+    server.stop()
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "redis"])
+def test_wherever_ctrl_c_comes_as_a_call_is_posted_it_is_counted_once(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Any
+) -> None:
+    """The store had it, who posted it did not know, and it was posted once more."""
+    answered: list[str] = []
+
+    class Answers(dspy.Module):
+        def forward(self, q: str) -> dspy.Prediction:
+            answered.append(q)
+            return dspy.Prediction(answer=q)
+
+    sqlite = f"sqlite:///{tmp_path}/state.db"
+    url = {"memory": "memory://", "sqlite": sqlite}.get(kind) or request.getfixturevalue("valkey")
+    experiment = made(Answers, url)
+
+    def ask(unit: str) -> None:
+        with dspy_prod.call_context(user=unit):
+            experiment(q="1")
+
+    ask("warm")
+    for number in range(400):
+        before, done = ended(experiment).calls, len(answered)
+        came, outcome = interrupted(partial(ask, f"u{number}"), number, *POSTING)
+        assert REAPER.flush(10)
+        told = ended(experiment).calls - before
+        assert told <= 1, (number, traceback.format_exception(outcome))
+        assert told == 1 or len(answered) == done, (number, traceback.format_exception(outcome))
+        if not came:
+            break
+    assert 20 < number < 399
+
+
 @contextmanager
 def ctrl_c(number: int) -> Iterator[list[tuple[str, int]]]:
     """Raise what Ctrl-C does at one line of a turn; yields which one, once it was."""
@@ -213,11 +263,11 @@ def ctrl_c(number: int) -> Iterator[list[tuple[str, int]]]:
         sys.settrace(before)
 
 
-def made(program: Callable[[], Any]) -> dspy_prod.Experiment:
+def made(program: Callable[[], Any], store: Any = None) -> dspy_prod.Experiment:
     """An experiment in which everybody has the new one."""
     return dspy_prod.Experiment(
         "left", variants={"control": program(), "new": program()}, metrics=[dspy_prod.Metric("good")],
-        store=MemoryStore(), assign=lambda unit: "new",
+        store=store or MemoryStore(), assign=lambda unit: "new",
     )  # fmt: skip
 
 

@@ -16,10 +16,13 @@ from dspy_prod.errors import StoreUnavailableError
 from dspy_prod.stores.base import REFUSED
 from dspy_prod.stores.durable import failing
 from dspy_prod.stores.durable.operations import Look
+from dspy_prod.stores.durable.served import Kind
+from dspy_prod.stores.durable.tables import DoubtError
 from dspy_prod.stores.durable.transactions import Transactions
 from dspy_prod.stores.durable.writer import MAX_BATCH
 from dspy_prod.stores.redis.store import RedisStore
 from dspy_prod.stores.sqlite.store import SqliteStore
+from tests.interrupts import interrupted, interrupted_at_line
 from tests.stores.support import Problems, ask, decided, granted, record, until
 from tests.stores.trial_support import expose, made
 
@@ -223,6 +226,71 @@ def test_a_store_goes_on_after_what_can_never_be_written(store: Any) -> None:
     assert writer._alone == 0
 
 
+def test_a_store_goes_on_after_answers_are_missing_as_it_does_one_by_one_what_failed_together(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who had given up looking was still counted among those: it took nothing any more, and could not be closed."""
+    writer, look = store._writer, Look()
+    usual_write, usual_commit = writer.tables.write, writer.tables.commit
+    left = ["unfit", "missing", "missing"]
+
+    def write(core: Any, now: float) -> Any:
+        if left[:1] == ["unfit"] and any(subject is look for _, subject, _ in writer._doing):
+            left.pop(0)
+            raise ValueError("one odd thing")
+        return usual_write(core, now)
+
+    def commit() -> None:
+        if left[:1] == ["missing"]:
+            left.pop(0)
+            raise DoubtError("no answer")
+        usual_commit()
+
+    monkeypatch.setattr(writer.tables, "write", write)
+    monkeypatch.setattr(writer.tables, "commit", commit)
+    with writer.io:
+        store.append(record(cost_nano=1))
+        until(lambda: writer.inbox.qsize() == 0)
+        post(store, 2)
+        look.given_up = True
+        store._mailbox.post((Transactions.flush, look, None))
+    until(lambda: not left and store.problems == {} and not writer._kept)
+    store.append(record("later"))
+    assert store.flush(5)
+    assert {"r00000", "r00001", "later"} <= {each.id for each in store.records()}
+    assert writer._alone == 0
+
+
+def test_a_store_goes_on_after_an_error_of_its_own_as_it_puts_back_what_failed_together(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be done one by one is not kept then, and was waited for."""
+    writer, usual = store._writer, store._writer.tables.write
+    failed, odd = threading.Event(), threading.Event()
+
+    def write(core: Any, now: float) -> Any:
+        if len(writer._doing) > 1 and not failed.is_set():
+            failed.set()
+            raise ValueError("one odd thing")
+        return usual(core, now)
+
+    def put_back(operations: Any) -> None:
+        odd.set()
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(writer.tables, "write", write)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_put_back", put_back)
+        with writer.io:
+            store.append(record(cost_nano=1))
+            until(lambda: writer.inbox.qsize() == 0)
+            post(store, 2)
+        assert odd.wait(5)
+    store.append(record("later"))
+    assert store.flush(5)
+    assert "later" in {each.id for each in store.records()}
+
+
 def test_what_is_gathered_while_too_much_waits_is_written_and_so_is_what_comes_later(
     store: Any, away: Away, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,16 +341,42 @@ def test_what_is_gathered_goes_on_after_some_of_it_that_can_never_be_written(
 def test_who_is_interrupted_as_he_posts_keeps_nobody_else_from_it(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made(store)
 
-    def interrupted(_: Any) -> bool:
+    def cut_off(_: Any) -> bool:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(store._mailbox, "post", interrupted)
+        patched.setattr(store._mailbox, "post", cut_off)
         with pytest.raises(KeyboardInterrupt):
             expose(store, "u")
     expose(store, "later")
     assert store.flush(10)
     assert [store.trials.seen("e", unit) for unit in ("u", "later")] == ["control"] * 2
+
+
+def test_wherever_ctrl_c_comes_as_something_is_posted_nobody_else_is_kept_from_it(store: Any) -> None:
+    """As its batch was made, nothing was ever written again: all that came later counted on a batch that there was."""
+    made(store)
+    for point in range(99):
+        came, _ = interrupted(lambda: expose(store, "u"), point, "durable/posting.py")
+        expose(store, f"u{point}")
+        assert store.flush(10)
+        assert store.trials.seen("e", f"u{point}") == "control", point
+        if not came:
+            break
+    assert 5 < point < 98
+
+
+def test_wherever_ctrl_c_comes_as_a_cached_answer_is_noted_later_ones_are(store: Any) -> None:
+    kind, at = Kind(record("like", cached=True), store._mailbox), 0.0
+    for point in range(99):
+        came, _ = interrupted_at_line(lambda: kind.served(0.0), point, "durable/served.py", "durable/inbox.py")
+        at += 1.0
+        kind.served(at)
+        assert store.flush(10)
+        assert at in {each.started_at for each in store.records()}, point
+        if not came:
+            break
+    assert 5 < point < 98
 
 
 def full(store: Any, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
@@ -387,17 +481,55 @@ def test_who_waits_for_what_is_gathered_is_not_told_before_it_is_written(
     assert store.trials.seen("e", "u") == "control"
 
 
-def test_what_is_gathered_and_fails_untried_again_and_again_is_given_up(
-    store: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def untried(store: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """So often something fails before what is gathered."""
+    core, left = store._writer._transactions.core, [0.0]
+    tick = core.tick
+
+    def unfit(now: float) -> None:
+        if left[0] > 0 and any(kind is Transactions.note for kind, _, _ in store._writer._doing):
+            left[0] -= 1
+            raise ValueError("no such thing")
+        tick(now)
+
+    monkeypatch.setattr(core, "tick", unfit)
+    return left
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_what_is_gathered_waits_while_something_fails_before_it(
+    store: Any, untried: list[float], problems: Problems, monkeypatch: pytest.MonkeyPatch, tried: bool
 ) -> None:
-    """Else its store never closes."""
+    """All that waited was given up at the second time, where records wait; or at the first, if it had been tried."""
     made(store)
     assert store.flush(10)
-
-    def unfit(_: float) -> None:
-        if any(kind is Transactions.note for kind, _, _ in store._writer._doing):
-            raise ValueError("no such thing")
-
-    monkeypatch.setattr(store._writer._transactions.core, "tick", unfit)
+    with monkeypatch.context() as patched:
+        failed = full(store, patched)
+        if tried:
+            expose(store, "u")
+            assert failed.wait(5)
+        with store._writer.io:
+            untried[0] = 4
     expose(store, "u")
-    until(lambda: store.trials._post.dropped == 1, 5)
+    until(lambda: untried[0] == 0, 10)
+    until(lambda: store.flush(1), 10)
+    assert store.trials.seen("e", "u") == "control"
+    assert store.trials._post.dropped == 0
+    assert "operation_dropped" not in [name for name, _ in problems]
+
+
+def test_what_is_gathered_and_fails_untried_for_good_is_told_as_lost_when_the_store_closes(
+    store: Any, untried: list[float], problems: Problems
+) -> None:
+    made(store)
+    assert store.flush(10)
+    untried[0] = inf
+    expose(store, "u")
+    until(lambda: store.problems.get("kept") == 1, 10)
+    closing = threading.Thread(target=store.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert store.trials._post.dropped == 1
+    assert [details["dropped"] for name, details in problems if name == "operation_dropped"] == [1]

@@ -20,6 +20,7 @@ from dspy_prod.stores.trials import (
     Ended,
     Lease,
     Matured,
+    Once,
     Progress,
     Tally,
     Trial,
@@ -550,6 +551,24 @@ def test_calls_are_summed_within_their_window_and_the_first_is_known(still: Stor
     assert one.first_call == Calls(1, 1, 0, 10, 1, 2.0)
     assert (other.calls, other.first_call) == (Calls(), Calls())
     assert still.trials.tally("e") == Tally(2, repeated=1)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_call_that_is_posted_again_by_who_was_interrupted_is_counted_once(
+    still: Store, clock: FakeClock, together: bool
+) -> None:
+    """In one batch or in several; another call of the unit that is alike counts, and so does one without `once`."""
+    made(still)
+    expose(still, "u")
+    at, first, second = clock.time(), Once(), Once()
+    for once in (first, first, second, None, first, None, second):
+        call(still, "u", at=at, arm="control", list_nano=5, once=once)
+        if not together:
+            assert still.trials.ended("e")[0].arm == "control"
+    assert still.trials.ended("e") == [Ended("control", 4)]
+    clock.advance(WINDOWS[None] + 11.0)
+    assert [unit.calls.calls for unit in still.trials.matured("e", None)] == [4]
+    assert [unit.calls.list_nano for unit in still.trials.matured("e", None)] == [20]
 
 
 def test_without_a_window_the_first_call_alone_counts(still: Store, clock: FakeClock) -> None:

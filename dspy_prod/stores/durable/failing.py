@@ -117,15 +117,14 @@ class Failing(ABC):
         rest, self._kept = self._kept, deque()
         self._refuse_or_keep(operations)
         self._kept.extend(rest)
-        if self.outage is not None:
-            self._let_go()
-        self._alone = min(self._alone, len(self._kept))  # some of them are told, and not kept
+        self._let_go(self.outage is not None)
 
-    def _let_go(self) -> None:
-        """Tell those who wait for something that is kept."""
-        if any(kind in _AWAITED for kind, _, _ in self._kept):
+    def _let_go(self, waiting: bool = True) -> None:
+        """Tell those who wait for something that is kept, if there may be any."""
+        if waiting and any(kind in _AWAITED for kind, _, _ in self._kept):
             kept, self._kept = self._kept, deque()
             self._refuse_or_keep(kept)
+        self._alone = min(self._alone, len(self._kept))  # some of them are told, and not kept
 
     def _degraded(self, text: str, wait: bool = True) -> Refusal:
         """From now on nothing can be written; told when it is news."""
@@ -238,7 +237,7 @@ class Failing(ABC):
             self._alone = len(operations)
             return
         operation = operations.pop(error.index)
-        if error.index < 0 and self._once_more(operation):
+        if error.index < 0 and self._once_more(operation, error.untried):
             self._alone += 1
             operations.append(operation)  # before those who wait for what is in it
             return
@@ -256,11 +255,11 @@ class Failing(ABC):
         elif kind in _SETTLING and subject.record is not None:
             operations.insert(error.index, (kind, subject._replace(record=None), detail))
 
-    def _once_more(self, operation: Operation) -> bool:
+    def _once_more(self, operation: Operation, untried: bool) -> bool:
         """Whether what failed alone is tried again, because what failed was perhaps not the operation."""
         kind, _, fate = operation
-        if kind is Transactions.note and fate is not None:
-            return bool(fate.again())
+        if kind is Transactions.note and fate is not None and not untried:
+            return False
         again, self._suspect = operation is not self._suspect, operation
         return again
 

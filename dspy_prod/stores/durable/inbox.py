@@ -123,8 +123,12 @@ class Inbox:
             return
         kind.given.append(given)
         if not kind.listed:
-            kind.listed = True
-            self._kinds.append(kind)
+            try:
+                kind.listed = True
+                self._kinds.append(kind)
+            except BaseException:  # interrupted: perhaps nobody knows of it, and else it is listed twice
+                kind.listed = False
+                raise
         self._served = number = self._count()
         wait = number - self._taken
         if self._resting:

@@ -43,10 +43,6 @@ class Fate(Protocol):
         """It is durable."""
         ...
 
-    def again(self) -> bool:
-        """Whether it is to be tried once more, where it was, rather than `lost`: what failed was not the note."""
-        ...
-
     def lost(self, why: str) -> int:
         """It will never be written; how many things are lost with it."""
         ...

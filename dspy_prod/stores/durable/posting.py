@@ -37,6 +37,7 @@ class Posting(Generic[T]):
         write: takes the tables, the things, the number of the batch (from 1 on, each larger than the one before), and
             the store's time. A batch whose transaction fails is given again under the same number.
         what: what the things are, for a log.
+        taken: those of some things that were not posted before; asked once of each, in their order, by the writer.
         most: how many are kept while nothing can be written, those of batches that failed included; None: `MOST`.
 
     Attributes:
@@ -44,7 +45,12 @@ class Posting(Generic[T]):
     """
 
     def __init__(
-        self, mailbox: Mailbox, write: Callable[[Any, list[T], int, float], None], what: str, most: int | None = None
+        self,
+        mailbox: Mailbox,
+        write: Callable[[Any, list[T], int, float], None],
+        what: str,
+        taken: Callable[[list[T]], list[T]],
+        most: int | None = None,
     ) -> None:
         self.posted = self.dropped = 0
         self._mailbox = mailbox
@@ -52,6 +58,7 @@ class Posting(Generic[T]):
         self._path = mailbox.writer.tables.path
         self._write = write
         self._what = what
+        self._new = taken
         self._most = most
         self._waiting: deque[T] = deque()
         self._taken = 0  # things of batches that are not durable: a full disk fails each at its end, and takes another
@@ -79,9 +86,9 @@ class Posting(Generic[T]):
             self._slow_down()
 
     def _list(self) -> None:
-        self._listed = True
         batch = _Batch(self)
         try:
+            self._listed = True
             posted = self._mailbox.post((Transactions.note, batch.write, batch))
         except BaseException:  # interrupted: perhaps there is none
             self._listed = False
@@ -94,7 +101,9 @@ class Posting(Generic[T]):
         self._listed = False  # before it is looked how many there are: whoever adds one from now on lists it again
         count, pop = len(self._waiting), self._waiting.popleft
         self._count(count)  # before they are gone from there: else others find room for as many
-        return [pop() for _ in range(count)]
+        things = self._new([pop() for _ in range(count)])
+        self._count(len(things) - count)
+        return things
 
     def number(self) -> int:
         """The next batch's; the writer's."""
@@ -144,7 +153,6 @@ class _Batch(Generic[T]):
         self.things: list[T] | None = None
         self.number = 0
         self._posting = posting
-        self._again = False
 
     def write(self, tables: Any, now: float) -> None:
         self._posting.write(tables, self, now)
@@ -152,11 +160,6 @@ class _Batch(Generic[T]):
     def written(self) -> None:
         things, self.things = self.things or [], []
         self._posting.written(len(things))
-
-    def again(self) -> bool:
-        """Once, where it was not even tried."""
-        first, self._again = self.things is None and not self._again, True
-        return first
 
     def lost(self, why: str) -> int:
         things, self.things = self._posting.take() if self.things is None else self.things, []

@@ -163,6 +163,8 @@ class Writer(Failing):
             pop, most = self._kept.popleft, 1 if self._alone else MAX_BATCH
             operations = [pop() for _ in range(min(most, len(self._kept)))]
             self._alone = max(0, self._alone - 1)
+        else:
+            self._alone = 0
         self._doing = operations
         try:
             with self.io:

@@ -165,8 +165,9 @@ class RedisClaims:
         if len(self._ended) + self._ending < MOST:  # else it ends with its lease
             self._ended.append((self._key(key).decode(), claim.flight.decode(), int(verdict)))
         if not self._noted:
-            self._noted, note = True, _Note(self)
+            note = _Note(self)
             try:
+                self._noted = True
                 self._mailbox.post((Transactions.note, note.write, note))
                 self._mailbox.post((Transactions.nudge, None, None))
             except BaseException:  # interrupted: perhaps there is none
@@ -201,20 +202,14 @@ class _Note:
     def __init__(self, claims: RedisClaims) -> None:
         self._claims = claims
         self._ends: list[tuple[str, str, int]] = []  # it may have to write them again
-        self._tried = False
 
     def write(self, tables: Any, now: float) -> None:
-        self._tried = True
         self._ends += self._claims.take_ends()
         for at, flight, verdict in self._ends:
             tables.batch.call(END, at, flight, verdict, _LEASE)
 
     def written(self) -> None:
         self._claims.ends_done(len(self._ends))
-
-    def again(self) -> bool:
-        tried, self._tried = self._tried, True
-        return not tried
 
     def lost(self, why: str) -> int:
         if not self._ends:  # perhaps it was never tried: the next end is noted anew

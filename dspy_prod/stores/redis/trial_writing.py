@@ -11,12 +11,10 @@ from dspy_prod.stores.redis.asking import KEPT_FOR, Tables, packed, part_of
 from dspy_prod.stores.redis.batch import Value
 from dspy_prod.stores.redis.connection import Connection
 from dspy_prod.stores.redis.trial_steps import PARTS
-from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Underway
+from dspy_prod.stores.trial_posts import Call, Exposure, Thing, Underway
 from dspy_prod.stores.trial_terms import EARLY, Calls
 
 _log = logging.getLogger("dspy_prod")
-
-Thing = Exposure | Call | Outcome | Underway
 
 MOST_UNITS: Final = 2_000_000
 """Units kept of an experiment: 0.3 GB of the server's memory, 0.5 GB with their calls. Newcomers beyond are served, and

@@ -33,8 +33,8 @@ from dspy_prod.stores.redis.trial_reading import (
     windows_text,
 )
 from dspy_prod.stores.redis.trial_steps import HEAD
-from dspy_prod.stores.redis.trial_writing import Thing, keys_of, metric_part, touch, write_things
-from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
+from dspy_prod.stores.redis.trial_writing import keys_of, metric_part, touch, write_things
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Thing, Underway, taken
 from dspy_prod.stores.trial_terms import (
     CREATED,
     PART,
@@ -78,7 +78,7 @@ class RedisTrials:
         self._asking = Asking(mailbox, connection)
         self._connection = connection
         what = "exposures, calls and outcomes of experiments"
-        self._post = Posting[Thing](mailbox, self._write, what, _BEHIND)
+        self._post = Posting[Thing](mailbox, self._write, what, taken, _BEHIND)
 
     # -- experiments -------------------------------------------------------------------------------------------------
     def create(self, name: str, declaration: str, windows: Mapping[str | None, float], grace: float = GRACE) -> Trial:

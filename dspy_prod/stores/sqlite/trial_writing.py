@@ -12,7 +12,7 @@ from typing import Any, Final
 from dspy_prod.stores.keys import joined
 from dspy_prod.stores.sqlite.inserting import Inserting, each_of, portions
 from dspy_prod.stores.sqlite.trial_tables import find, last_number, name_of, read_marks
-from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Underway
+from dspy_prod.stores.trial_posts import Call, Exposure, Outcome, Thing, Underway
 from dspy_prod.stores.trial_terms import (
     Calls,
     Trial,
@@ -20,8 +20,6 @@ from dspy_prod.stores.trial_terms import (
 )
 
 _log = logging.getLogger("dspy_prod")
-
-Thing = Exposure | Call | Outcome | Underway
 
 _PUT_UNITS: Final = Inserting(
     "trial_units", ("trial", "number", "unit", "stage", "arm", "propensity", "filled", "at", "mixed", "left_out")

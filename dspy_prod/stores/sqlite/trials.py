@@ -33,8 +33,8 @@ from dspy_prod.stores.sqlite.trial_tables import (
     read_waiting,
     windows_text,
 )
-from dspy_prod.stores.sqlite.trial_writing import Thing, write_batch
-from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Underway
+from dspy_prod.stores.sqlite.trial_writing import write_batch
+from dspy_prod.stores.trial_posts import GRACE, Call, Exposure, Outcome, Thing, Underway, taken
 from dspy_prod.stores.trial_terms import (
     CREATED,
     PART,
@@ -88,7 +88,7 @@ class KeptTrials:
         self._mailbox = mailbox
         self._reader = reader
         self._path = mailbox.writer.tables.path
-        self._post = Posting[Thing](mailbox, _write, "exposures, calls and outcomes of experiments")
+        self._post = Posting[Thing](mailbox, _write, "exposures, calls and outcomes of experiments", taken)
         self._written = 0  # of what was posted, so much is known to be in the file
 
     # -- experiments -------------------------------------------------------------------------------------------------
