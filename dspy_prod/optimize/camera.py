@@ -243,8 +243,10 @@ class Camera(BaseCallback):
         return len(self.keys) - seen.answered
 
     def flying(self, seen: Seen) -> int:
-        """How many calls of it are going on."""
-        return sum(call.seen is seen for call in list(self._calls.values()))
+        """How many examples of the selection set it has yet to answer and is at: each once, and no others."""
+        going_on = [call for call in list(self._calls.values()) if call.seen is seen and call.counts]
+        asked = {self._by_inputs.get(key_of(call.inputs)) for call in going_on}
+        return sum(key in self._selected and key not in seen.scores for key in asked)
 
     def key(self, example: Any) -> str:
         """The key of an example, of the run's data sets or of somebody else's."""

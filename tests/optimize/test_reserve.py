@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextvars import copy_context
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from benchmarks.subjects import Guesses
 from benchmarks.world import World
 from dspy_prod import BudgetedOptimizer
+from dspy_prod.optimize.camera import Camera
 from dspy_prod.optimize.reserve import Reserve
 from dspy_prod.optimize.sums import Sum, Sums
 
@@ -178,3 +180,28 @@ def test_whoever_finds_somebody_at_it_does_not_wait_and_nothing_is_missed() -> N
     thread.join(20)
     assert not thread.is_alive()
     assert caps == [60, 60, 60]
+
+
+def test_of_its_calls_on_their_way_only_those_count_that_it_lacks(world: World, asked: Any) -> None:
+    """Those on the training set were taken off what it lacks, and less was kept for it while they went on."""
+    student = world.program()
+    first, second, third, *_ = world.valset
+    nobody: Any = None
+    camera = Camera(
+        student, world.valset, world.trainset, nobody, {asked.model}, None, lambda _: None, lambda: None, nobody
+    )  # fmt: skip
+    seen = camera.candidates.seen_of(student)
+    camera.note(seen, camera.key(first), 1.0)
+
+    def begin(name: str, *examples: Any) -> None:
+        for number, example in enumerate(examples):
+            camera.on_module_start(f"{name} {number}", student, {"kwargs": dict(example.inputs())})
+
+    other = dspy.Example(message="something else").with_inputs("message")
+    copy_context().run(begin, "elsewhere", *world.trainset[:4], other)
+    copy_context().run(begin, "known", first)
+    with dspy.context(lm=asked.copy(rollout_id=7)):
+        copy_context().run(begin, "sample", third)
+    assert (camera.flying(seen), camera.missing(seen)) == (0, len(world.valset) - 1)
+    copy_context().run(begin, "its own", second, second, third)
+    assert camera.flying(seen) == 2
